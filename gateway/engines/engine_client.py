@@ -187,13 +187,12 @@ class EngineClient:
         entry.engine = self._endpoint.engine
         self._submissions[entry.request.request_id] = entry
         self._count(entry)
-        peer = entry.kv_peer
-        request = replace(entry.request, kv_peer=peer) if peer else entry.request
-        self._outgoing.put_nowait(request)
+        self._outgoing.put_nowait(entry.message(time.monotonic()))
 
     def prefetch(self, entry: Submission, source: str) -> None:
         """Have the worker fetch the KV blocks of a request that decodes at another one."""
-        self._outgoing.put_nowait(Prefetch(request=replace(entry.so_far(), kv_peer=source)))
+        request = replace(entry.message(time.monotonic()), kv_peer=source)
+        self._outgoing.put_nowait(Prefetch(request=request))
 
     def keep_copy(self, message: KeepCopy) -> None:
         """Have the worker keep copies of blocks of another one."""
@@ -326,7 +325,7 @@ class EngineClient:
                 self._owner.paused(self, message)
             case Relieve():
                 entry = self._submissions.get(message.request_id)
-                if entry is not None and entry.request.attempt == message.attempt:
+                if entry is not None and entry.attempt == message.attempt:
                     self._owner.relieve(self, entry)
             case SoloStep():
                 self._note_solo_step(message)
@@ -366,7 +365,7 @@ class EngineClient:
         The request is the cause of a death only while its step is certain and not over.
         """
         entry = self._submissions.get(solo_step.request_id)
-        is_here = entry is not None and entry.request.attempt == solo_step.attempt
+        is_here = entry is not None and entry.attempt == solo_step.attempt
         if entry is not None and is_here and solo_step.stage is SoloStage.CERTAIN:
             entry.reach(RequestStage.ALONE)
         elif entry is not None and is_here and solo_step.stage is SoloStage.OVER:
@@ -376,7 +375,7 @@ class EngineClient:
 
     def _note_queued(self, queued: Queued) -> None:
         entry = self._submissions.get(queued.request_id)
-        if entry is None or entry.request.attempt != queued.attempt:
+        if entry is None or entry.attempt != queued.attempt:
             return
         was_alone = entry.must_be_sent_alone
         entry.reach(RequestStage.QUEUED)
@@ -395,7 +394,7 @@ class EngineClient:
                 self._take_output(entry, output, now_s)
 
     def _take_output(self, entry: Submission, output: TokenOutput, now_s: float) -> None:
-        if output.attempt != entry.request.attempt or output.choice not in entry.open_choices:
+        if output.attempt != entry.attempt or output.choice not in entry.open_choices:
             return  # of an older attempt, or of a choice that was ended here
         repeated = len(entry.outputs[output.choice]) - output.index
         is_gap = repeated < 0  # outputs were lost on the way

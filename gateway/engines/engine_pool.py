@@ -234,7 +234,7 @@ class EnginePool:
         with self._isolate(entry):
             entry.kv_peer, entry.missing_tokens = "", num_new
             self.kv.expect(target.worker, entry.prompt_hashes)
-            entry.again(time.monotonic())
+            entry.next_attempt(time.monotonic())
             target.submit(entry)
             self.on_resubmit(entry)
 
@@ -401,7 +401,7 @@ class EnginePool:
                 has_lone_request = has_lone_request or entry.must_be_sent_alone
                 is_again = entry.was_sent
                 if is_again:
-                    entry.again(now_s)
+                    entry.next_attempt(now_s)
                 client.submit(entry)
                 if is_again:
                     self.on_resubmit(entry)

@@ -135,7 +135,7 @@ class Moves:
         fetches = (_Stage.BLOCKS, _Stage.LAST_BLOCK)
         if move is None or move.target is not target or move.stage not in fetches:
             return
-        if message.attempt != move.entry.request.attempt or self._is_over(move):
+        if message.attempt != move.entry.attempt or self._is_over(move):
             return
         if move.stage is _Stage.LAST_BLOCK:
             self._pause(move)

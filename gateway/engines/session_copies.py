@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from msgspec.structs import replace
+
 from gateway.engines.engine_client import EngineClient
 from gateway.engines.kv_index import KvIndex
 from gateway.engines.submission import Submission
@@ -115,7 +117,7 @@ def _computed(
 ) -> Iterator[Sequence[BlockHash]]:
     """By choice, the full blocks whose keys and values are there: of all tokens but the newest."""
     size, limit = hello.kv_block_size, hello.kv_length_matters_above
-    request = entry.so_far()
+    request = replace(entry.request, output_so_far=tuple(map(tuple, entry.outputs)))
     for choice, tokens in enumerate(request.output_so_far):
         count = (len(request.prompt) + len(tokens) - 1) // size
         if tokens and count:

@@ -1,8 +1,8 @@
-"""A request in the engines: the output so far, and the worker that runs it.
+"""The record around a request in the engines: its attempts, the output so far, its worker.
 
-A lost worker loses nothing that was delivered: ``again`` makes the next attempt, which carries the
-output so far, and tokens of older attempts, or repeated ones, are dropped. Pure apart from its own
-state; the time is passed in.
+A lost worker loses nothing that was delivered: the message of the next attempt carries the output
+so far, and tokens of older attempts, or repeated ones, are dropped. Pure apart from its own state;
+the time is passed in.
 """
 
 from __future__ import annotations
@@ -63,14 +63,19 @@ class AssignedStream(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Submission:
-    """One request from its first assignment to its end."""
+    """One request from its first assignment to its end: what may change of it.
+
+    ``message`` puts both together for a worker.
+    """
 
     request: Request
-    """The request as it was last sent, with the current attempt."""
+    """As the gateway made it; it never changes."""
     sink: OutputSink
     """Where its outputs go."""
     deadline_s: float
     """``time.monotonic`` of its deadline."""
+    attempt: int = field(init=False)
+    """Number of the attempt that is under way; outputs name it."""
     open_choices: set[int] = field(init=False)
     """Choices that have not ended."""
     outputs: list[list[int]] = field(init=False)
@@ -111,6 +116,7 @@ class Submission:
 
     def __post_init__(self) -> None:
         choices = self.request.n
+        self.attempt = self.request.attempt
         so_far = self.request.output_so_far
         self.open_choices = set(range(choices)) - set(self.request.closed_choices)
         self.outputs = [list(ids) for ids in so_far] or [[] for _ in range(choices)]
@@ -218,32 +224,30 @@ class Submission:
         """Whether an output says that the worker cannot continue while another one may."""
         if output.finish_reason is FinishReason.ABORT:
             return True
-        is_full = output.error_code == "queue_full" and self.request.attempt > 0
+        is_full = output.error_code == "queue_full" and self.attempt > 0
         lacks_adapter = output.error_code == "model_not_found" and bool(self.request.adapter)
         may_be_elsewhere = lacks_adapter and self.num_returns < MAX_RETURNS_WITHOUT_ADAPTER
         is_refused = output.finish_reason is FinishReason.ERROR
         return is_refused and (is_full or may_be_elsewhere or output.error_code in _HANDED_BACK)
 
-    def so_far(self) -> Request:
-        """The current attempt with the output so far."""
+    def message(self, now_s: float) -> Request:
+        """The request of the current attempt, with the output so far and the time that is left."""
         closed = set(range(self.request.n)) - self.open_choices
         return replace(
             self.request,
-            output_so_far=tuple(map(tuple, self.outputs)),
+            attempt=self.attempt,
+            output_so_far=tuple(map(tuple, self.outputs)) if any(self.outputs) else (),
             closed_choices=tuple(sorted(closed)),
-        )
-
-    def again(self, now_s: float) -> Request:
-        """The next attempt, which becomes the current one."""
-        self.replays_s.append(now_s)
-        self.stage = RequestStage.SENT
-        self.request = replace(
-            self.so_far(),
-            attempt=self.request.attempt + 1,
             num_deaths=self.num_deaths,
+            kv_peer=self.kv_peer,
             deadline_ms=max(1, int((self.deadline_s - now_s) * 1000)),
         )
-        return self.request
+
+    def next_attempt(self, now_s: float) -> None:
+        """Begin another attempt, at another worker."""
+        self.replays_s.append(now_s)
+        self.stage = RequestStage.SENT
+        self.attempt += 1
 
 
 def without_first(output: TokenOutput, count: int) -> TokenOutput:

@@ -453,13 +453,11 @@ class Gateway:
         return check_serving(self.cluster.snapshot, self.cluster.refusal, is_whole)
 
     async def _hand_over(self, generation: Generation) -> None:
-        budget_ms = max(1, int((generation.deadline_s - time.monotonic()) * 1000))
         requests = generation.requests
         num_tokens = sum(len(request.prompt) for request in requests)
         hashes = await self.long_work.run(num_tokens, self._name_blocks, requests)
         for place, (request, names) in enumerate(zip(requests, hashes, strict=True), 1):
-            timed = structs.replace(request, deadline_ms=budget_ms)
-            await self._assign(traced(timed), generation, names)
+            await self._assign(traced(request), generation, names)
             if not place % _REQUESTS_PER_PASS:
                 await asyncio.sleep(0)
         for _ in range(_PASSES_TO_SEND):

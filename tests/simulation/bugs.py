@@ -25,6 +25,7 @@ from gateway.engines import engine_client
 from gateway.engines.engine_client import EngineClient
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.moves import Moves
+from gateway.engines.submission import Submission
 from gateway.generation.admission import Ticket
 from tests.simulation.disk import SimReader
 from tests.simulation.feature_bugs import FEATURE_BUGS
@@ -49,14 +50,13 @@ def _no_resubmission() -> AbstractContextManager[object]:
 @contextmanager
 def _twice_told() -> Iterator[None]:
     """A request is sent again without its output, and the gateway delivers that again."""
-    real = EngineClient.submit
+    real = Submission.message
 
-    def submit(self: EngineClient, entry: Any) -> None:
-        entry.request = replace(entry.request, output_so_far=())
-        real(self, entry)
+    def message(self: Submission, now_s: float) -> Any:
+        return replace(real(self, now_s), output_so_far=())
 
     uncut = mock.patch.object(engine_client, "without_first", new=_as_it_is)
-    with uncut, mock.patch.object(EngineClient, "submit", submit):
+    with uncut, mock.patch.object(Submission, "message", message):
         yield
 
 

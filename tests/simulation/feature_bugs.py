@@ -41,8 +41,12 @@ _SLOW = ("pause_thread", "kill_attention", "full_buffers")
 @contextmanager
 def _in_so_far(change: Any) -> Iterator[None]:
     """Change what the next attempt at a request carries."""
-    real = Submission.so_far
-    with mock.patch.object(Submission, "so_far", lambda self: change(self, real(self))):
+    real = Submission.message
+
+    def message(self: Submission, now_s: float) -> Any:
+        return change(self, real(self, now_s))
+
+    with mock.patch.object(Submission, "message", message):
         yield
 
 

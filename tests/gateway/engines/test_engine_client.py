@@ -170,7 +170,8 @@ def test_a_gap_means_another_attempt() -> None:
     sent = asyncio.run(_sent(client, 2))
     assert sent[1] == Abort(request_id="r")
     assert entry.is_waiting
-    assert entry.again(0.0).output_so_far == ((5,), (6,))
+    entry.next_attempt(0.0)
+    assert entry.message(0.0).output_so_far == ((5,), (6,))
     client.submit(entry)
     _step(client, _output(0, 1, 9, attempt=2), _output(0, 3, 7))
     assert [output.token_ids for output in sink.outputs] == [(5,), (6,), (9,)]
@@ -210,7 +211,8 @@ def test_what_was_lost_can_be_sent_again() -> None:
     assert lost.outputs == [[5, 6], []]
     assert lost.open_choices == {0, 1}
     assert lost.is_waiting
-    again = lost.again(0.0)
+    lost.next_attempt(0.0)
+    again = lost.message(0.0)
     assert (again.attempt, again.output_so_far, again.closed_choices) == (2, ((5, 6), ()), ())
 
 
@@ -219,7 +221,8 @@ def test_choices_that_ended_are_not_asked_for_again() -> None:
     _step(client, _output(0, 0, 5, end=True), _output(1, 0, 6), _output(2, 0, 7))
     client.abort("r", (2,))
     (lost,) = client.take_submissions()
-    again = lost.again(0.0)
+    lost.next_attempt(0.0)
+    again = lost.message(0.0)
     assert (again.output_so_far, again.closed_choices) == (((5,), (6,), (7,)), (0, 2))
     other = _client_to("nowhere:2", "t")
     other.submit(lost)

@@ -73,7 +73,8 @@ def test_only_what_is_on_its_way_alone_kills_on_receipt() -> None:
 )
 def test_the_next_attempt_has_the_time_that_is_left(now_s: float, deadline_ms: int) -> None:
     entry = submission()
-    assert entry.again(now_s).deadline_ms == deadline_ms
+    entry.next_attempt(now_s)
+    assert entry.message(now_s).deadline_ms == deadline_ms
     assert entry.replays_s == [now_s]
 
 
@@ -83,13 +84,15 @@ def test_the_next_attempt_carries_what_was_delivered() -> None:
     entry.deliver(output(2, 0, 9, reason=FinishReason.STOP))
     entry.reach(RequestStage.QUEUED)
     assert entry.lose() is None
-    request = entry.again(50.0)
-    assert request is entry.request
+    entry.next_attempt(50.0)
+    request = entry.message(50.0)
+    assert entry.request == submission(n=3).request
     assert request.attempt == 1
     assert request.output_so_far == ((7, 8), (), (9,))
     assert request.closed_choices == (2,)
     assert request.num_deaths == 1
-    assert entry.again(60.0).attempt == 2
+    entry.next_attempt(60.0)
+    assert (entry.attempt, entry.message(60.0).attempt) == (2, 2)
 
 
 def test_tokens_that_are_still_needed() -> None:
@@ -110,7 +113,8 @@ def test_a_token_clears_deaths_and_returns() -> None:
     entry = submission()
     entry.reach(RequestStage.QUEUED)
     assert entry.lose() is None
-    assert entry.again(0.0).num_deaths == 1
+    entry.next_attempt(0.0)
+    assert entry.message(0.0).num_deaths == 1
     entry.num_returns = 2
     entry.reach(RequestStage.ALONE)
     entry.deliver(output(0, 0))
@@ -150,10 +154,10 @@ def test_a_worker_that_has_the_request_ends_the_count_of_silent_deaths() -> None
         entry.last_worker = f"attention-{number}"
         assert entry.lose() is None
         assert entry.must_be_sent_alone is (number >= MAX_SILENT_DEATHS)
-        entry.again(0.0)
+        entry.next_attempt(0.0)
     entry.reach(RequestStage.QUEUED)
     assert not entry.must_be_sent_alone
-    entry.again(0.0)
+    entry.next_attempt(0.0)
     for number in range(1, MAX_SILENT_DEATHS_IN_ALL):
         entry.last_worker = f"attention-0.{number}"
         assert entry.lose() is None
@@ -237,7 +241,7 @@ def test_a_worker_that_lives_after_all_takes_back_its_own_death_only() -> None:
     entry.last_worker = "attention-0"
     entry.reach(RequestStage.QUEUED)
     entry.lose()
-    entry.again(0.0)
+    entry.next_attempt(0.0)
     entry.last_worker = "attention-1"
     entry.lose()
     entry.acquit("attention-0")
