@@ -18,6 +18,9 @@ DOCS = ROOT / "docs"
 SHOWN = {
     "repository/readme": ROOT / "README.md",
     "repository/changes": ROOT / "CHANGELOG.md",
+    "repository/contributing": ROOT / "CONTRIBUTING.md",
+    "repository/security": ROOT / "SECURITY.md",
+    "repository/conduct": ROOT / "CODE_OF_CONDUCT.md",
     "repository/results": ROOT / "benchmarks" / "RESULTS.md",
 }
 """The file that each of these pages shows."""
