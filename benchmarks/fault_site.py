@@ -125,7 +125,7 @@ class Site:
 
     def drain(self, name: str) -> None:
         """Order a drain and wait until it has ended."""
-        begun = self.cluster.call("drain", {"worker": name, "limit_s": 60.0})
+        begun = self.cluster.call("begin", "drain", {"worker": name, "limit_s": 60.0})
         find = self.cluster.call
         wait(lambda: find("operation", begun["id"])["state"] != "RUNNING", "the end of a drain")
         ended = find("operation", begun["id"])

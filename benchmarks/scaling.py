@@ -110,7 +110,7 @@ def _scale(cluster: ServingCluster, load: FaultLoad, case: Case, counts: dict[st
     time.sleep(case.before_s)
     known = cluster.snapshot()["generation"]
     ordered_at = time.monotonic()
-    begun = cluster.call("scale", {**counts, "limit_s": _LIMIT_S})
+    begun = cluster.call("begin", "scale", {**counts, "limit_s": _LIMIT_S})
     ended: dict[str, Any] = {}
 
     def is_over() -> bool:

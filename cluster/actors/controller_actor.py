@@ -17,18 +17,12 @@ from cluster.actors.handoff import hand_off
 from cluster.actors.runner import Runner
 from cluster.actors.tasks import Background
 from cluster.config.cluster import ClusterConfig
-from cluster.controller.adapters import LOAD_LIMIT_S, LoadOrder
 from cluster.controller.controller import Controller
 from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.drains import DrainOrder
-from cluster.controller.parts.scales import ScaleOrder
 from cluster.controller.parts.workers import MODEL_FACTS
-from cluster.controller.rebalance.job import RebalanceOrder
-from cluster.core.codec import from_plain
 from cluster.core.errors import (
     ConflictError,
     NotReadyError,
-    RequestError,
     StartError,
     SupersededError,
 )
@@ -48,12 +42,9 @@ logger = logging.getLogger(__name__)
 
 _NO_BANKS: dict[str, Any] = {"schema": 1, "epoch": 0, "banks": []}
 """Of a cluster that has no workers yet."""
-_PLAN_LIMIT_S = 20.0
-"""Longest wait for the decision on an order to rebalance; it continues afterwards."""
 STATUS_LIMIT_S = 1.0
 """Longest wait for the numbers of the workers."""
 _STOP_LIMIT_S = 20.0
-_ADAPTER_LIMIT_S = LOAD_LIMIT_S + 10.0
 _KEEP_LIMIT_S = 5.0
 """Longest wait for a worker that keeps the memory of a command."""
 _RESTORE_LIMIT_S = 60.0
@@ -213,67 +204,16 @@ class ControllerActor:
         cluster = await self._fresh_cluster()
         return {"snapshot": self._snapshot(), "load": self._load(cluster)}
 
-    async def drain(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Begin to drain (fields of ``DrainOrder``); the operation.
+    async def begin(self, kind: str, command: dict[str, Any]) -> dict[str, Any]:
+        """Begin what a client commands, see ``Commands.begin``; the operation or the adapter.
 
-        Raises ``ConflictError``, ``UnknownNameError``, ``RequestError``; nothing has changed then.
-        """
-        wanted = from_plain(order, DrainOrder, RequestError)
-        controller = await self._serving_controller()
-        operation = self.runner.tell(partial(controller.draining.begin, wanted))
-        await self._kept(controller)
-        return operation.to_dict()
-
-    async def rebalance(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Move experts to where the load is (fields of ``RebalanceOrder``); the operation.
-
-        Returns once the decision is made. Raises ``ConflictError`` and ``RequestError``; nothing
-        has changed then.
-        """
-        wanted = from_plain(order, RebalanceOrder, RequestError)
-        controller = await self._serving_controller()
-        operation = self.runner.tell(partial(controller.rebalancing.begin, wanted))
-        plans = controller.rebalancing.plans
-        await self._background.wait(lambda: not plans.waits(operation.id), _PLAN_LIMIT_S)
-        await self._kept(controller)
-        return operation.to_dict()
-
-    async def scale(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Begin to scale (fields of ``ScaleOrder``); the operation.
-
-        Raises ``ConflictError`` and ``RequestError``; nothing has changed then.
-        """
-        wanted = from_plain(order, ScaleOrder, RequestError)
-        controller = await self._serving_controller()
-        operation = self.runner.tell(partial(controller.scaling.begin, wanted))
-        await self._kept(controller)
-        return operation.to_dict()
-
-    async def load_adapter(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Load an adapter (fields of ``LoadOrder``) into all workers that run attention.
-
-        Returns once requests may name it: its name, key, path and state. Raises ``RequestError``
-        and ``ConflictError``; nothing has changed then.
-        """
-        wanted = from_plain(order, LoadOrder, RequestError)
-        controller = await self._serving_controller()
-        adapters = controller.adapters
-        key = self.runner.tell(partial(adapters.load, wanted))
-        await self._background.wait(lambda: adapters.is_settled(key), _ADAPTER_LIMIT_S)
-        if error := adapters.error(key):
-            raise RequestError(f"lora_path: {error}", "lora_path")
-        await self._kept(controller)
-        return next((a for a in adapters.to_list() if a["key"] == key), {})
-
-    async def unload_adapter(self, name: str) -> str:
-        """No new request may name an adapter; it is freed once no request has it.
-
-        Returns its key. Raises ``ModelNotFoundError`` and ``ConflictError``.
+        Returns once the command is settled and a worker keeps it.
         """
         controller = await self._serving_controller()
-        key = self.runner.tell(partial(controller.adapters.unload, name))
+        begun = self.runner.tell(partial(controller.commands.begin, kind, command))
+        await self._background.wait(begun.is_settled, begun.limit_s)
         await self._kept(controller)
-        return key
+        return begun.answer()
 
     async def log(self, process: str, after: int) -> dict[str, Any]:
         """The newest lines that a worker has logged, or ``controller``; with their ``number``.
@@ -301,8 +241,7 @@ class ControllerActor:
     async def cancel_operation(self, operation_id: str) -> dict[str, Any]:
         """Cancel an operation. Raises ``UnknownNameError`` and ``ConflictError``."""
         controller = await self._serving_controller()
-        operation = controller.cluster.operations.find(operation_id)
-        self.runner.tell(partial(controller.cancel, operation))
+        operation = self.runner.tell(partial(controller.commands.cancel, operation_id))
         await self._kept(controller)
         return operation.to_dict()
 

@@ -45,8 +45,14 @@ RETRY_S = 30.0
 """Time between two tries of workers to load what they could not load."""
 
 
-class LoadOrder(Message, frozen=True, kw_only=True):
-    """What a client asks for."""
+class AdapterUnloadCommand(Message, frozen=True, kw_only=True):
+    """Unload an adapter."""
+
+    name: str
+
+
+class AdapterLoadCommand(Message, frozen=True, kw_only=True):
+    """Load an adapter."""
 
     name: str
     path: str
@@ -73,7 +79,7 @@ class Adapters:
         """Adapters of requests that are at gateways."""
         self._retry_at = 0.0
         for module in cluster.config.lora.adapters:
-            order = LoadOrder(name=module.name, path=module.path, tenants=module.tenants)
+            order = AdapterLoadCommand(name=module.name, path=module.path, tenants=module.tenants)
             self._add(order, cluster.began_at)
 
     # ---- questions ------------------------------------------------------------------------
@@ -101,9 +107,18 @@ class Adapters:
         """Why an adapter could not be loaded; empty if it is."""
         return self._errors.get(key, "")
 
+    def answer(self, key: str) -> dict[str, Any]:
+        """The entry of an adapter whose load is settled; empty if it was unloaded meanwhile.
+
+        Raises ``RequestError`` if it could not be loaded.
+        """
+        if error := self.error(key):
+            raise RequestError(f"lora_path: {error}", "lora_path")
+        return next((entry for entry in self.to_list() if entry["key"] == key), {})
+
     # ---- orders ---------------------------------------------------------------------------
 
-    def load(self, order: LoadOrder, now: float) -> str:
+    def load(self, order: AdapterLoadCommand, now: float) -> str:
         """Begin to load an adapter; its key. Raises ``RequestError`` and ``ConflictError``."""
         cluster, name = self._cluster, order.name
         if not is_name(name):
@@ -277,7 +292,7 @@ class Adapters:
         is_open = bool(tenants) and not self._cluster.config.gateway.asks_for_keys
         return "need api_key or api_key_file: without keys there are no tenants" if is_open else ""
 
-    def _add(self, order: LoadOrder, now: float) -> KeptAdapter:
+    def _add(self, order: AdapterLoadCommand, now: float) -> KeptAdapter:
         name = order.name
         self._number = next(self._cluster.order_numbers)
         key = f"{name}@{self._number}"

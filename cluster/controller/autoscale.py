@@ -15,7 +15,7 @@ from typing import Any
 from cluster.config.autoscale import PoolLimits
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.operations import Operation, OperationState
-from cluster.controller.parts.scales import ScaleOrder
+from cluster.controller.parts.scales import ScaleCommand
 from cluster.controller.parts.workers import WorkerRecord
 from cluster.controller.scale import Scaling
 from cluster.core.errors import ConflictError, RequestError
@@ -211,7 +211,7 @@ class Autoscaling:
     def _begin(self, decision: AutoscaleDecision, change: tuple[Role, bool], now: float) -> None:
         wanted = decision.wanted
         expert = wanted.get("expert", wanted.get("colocated"))
-        order = ScaleOrder(
+        order = ScaleCommand(
             attention=wanted.get("attention"), expert=expert, limit_s=self._section.limit_s
         )
         cause, effect = f"autoscaling: {decision.reason}", f"scale to {describe_pools(wanted)}"

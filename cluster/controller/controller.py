@@ -13,6 +13,7 @@ from typing import Any
 
 from cluster.controller.adapters import Adapters
 from cluster.controller.autoscale import Autoscaling
+from cluster.controller.commands import Commands
 from cluster.controller.drain.draining import Draining
 from cluster.controller.failover import CollectedState, continue_with
 from cluster.controller.follow import Following
@@ -20,7 +21,6 @@ from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.detection import Detection
 from cluster.controller.parts.effects import End, EndAll
 from cluster.controller.parts.host_disks import describe_low, differ
-from cluster.controller.parts.operations import Operation
 from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.controller.parts.workers import WorkerRecord
@@ -52,6 +52,8 @@ class Controller:
         self.autoscaling = Autoscaling(self.cluster, self.scaling)
         self.following = Following(self.cluster, self.scaling)
         self.adapters = Adapters(self.cluster)
+        parts = (self.draining, self.scaling, self.rebalancing, self.adapters)
+        self.commands = Commands(self.cluster, *parts)
 
     # ---- events ---------------------------------------------------------------------------
 
@@ -195,17 +197,6 @@ class Controller:
         self.recovery.tick(now)
         self.autoscaling.tick(now)
         self.cluster.workers.forget(now)
-
-    def cancel(self, operation: Operation, now: float) -> None:
-        """Undo an operation. Raises ``ConflictError`` if it is too late."""
-        match operation.kind:
-            case "drain":
-                self.draining.cancel(operation, now)
-            case "scale":
-                self.scaling.cancel(operation, now)
-            case _:
-                self.rebalancing.cancel(operation, now)
-        self.cluster.remember()  # the next controller must not go on with it
 
     def stop(self, now: float, reason: str = "stopped") -> None:
         """End every worker. The state is STOPPED once they are gone."""

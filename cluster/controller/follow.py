@@ -17,7 +17,7 @@ from itertools import count
 
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.operations import Operation, OperationState
-from cluster.controller.parts.scales import ScaleOrder
+from cluster.controller.parts.scales import ScaleCommand
 from cluster.controller.scale import Scaling
 from cluster.core.errors import ConflictError, RequestError
 from cluster.policy.node_following import FollowDecision, FollowedNode, NodeFollowing
@@ -63,7 +63,7 @@ class Following:
         if running is not None and running.request_id.startswith(_OWN):
             self._operation = running
             if cluster.scale is not None:
-                self._nodes = cluster.scale.order.nodes
+                self._nodes = cluster.scale.command.nodes
         elif running is not None and running.kind == "scale":
             self._of_client = running
         if cluster.drain is not None and cluster.drain.removes_places:
@@ -112,7 +112,7 @@ class Following:
 
     def _order(self, decision: FollowDecision, now: float) -> None:
         cluster, wanted = self._cluster, decision.wanted
-        order = ScaleOrder(
+        order = ScaleCommand(
             attention=wanted.get("attention"),
             expert=wanted.get("expert", wanted.get("colocated")),
             limit_s=LIMIT_S,

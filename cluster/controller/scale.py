@@ -14,14 +14,16 @@ controller continues the scaling of an earlier one (``Memory``).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from functools import partial
 
 from cluster.controller.drain.draining import Draining
 from cluster.controller.drain.removal import stage_without
 from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.operation_start import start_operation
 from cluster.controller.parts.operations import Operation, OperationState
-from cluster.controller.parts.scales import Scale, ScaleOrder, ScaleStep
+from cluster.controller.parts.scales import Scale, ScaleCommand, ScaleStep
 from cluster.controller.rebalance.loop import Rebalancing
 from cluster.core.errors import ConflictError, RequestError
 from cluster.core.topology import Role, holds_experts
@@ -46,29 +48,31 @@ class Scaling:
         self._cluster.scale = scale
         scale.restore(self._cluster.operations, now)
 
-    def begin(self, order: ScaleOrder, now: float) -> Operation:
-        """Begin to scale, or find the operation that the same request began.
+    def begin(self, command: ScaleCommand, now: float) -> Operation:
+        """Begin to scale, or find the operation that the same command began.
 
         Raises ``RequestError`` and ``ConflictError``; nothing has changed then.
         """
-        cluster = self._cluster
-        before = cluster.operations.asked_before(order, cluster.placement.epoch)
-        if before is not None:
-            return before
-        wanted = self._wanted(order)
-        cluster.operations.check_free()
-        if not cluster.takes_orders:
-            raise ConflictError("the cluster is starting or ending")
-        if leaving := self._leaving(wanted):
-            stage_without(leaving, cluster)
-        target = describe_pools(wanted) + (f" ({order.cause})" if order.cause else "")
-        operation = cluster.operations.begin("scale", target, order, now)
-        scale = cluster.scale = Scale(
-            operation=operation, order=order, deadline=now + order.limit_s, left_s=order.limit_s
+        return start_operation(command, self, self._cluster, now)
+
+    def target(self, command: ScaleCommand) -> str:
+        """See ``OperationKind``."""
+        cause = f" ({command.cause})" if command.cause else ""
+        return describe_pools(self._wanted(command)) + cause
+
+    def prepare(self, command: ScaleCommand) -> Callable[[Operation, float], None]:
+        """See ``OperationKind``."""
+        if leaving := self._leaving(self._wanted(command)):
+            stage_without(leaving, self._cluster)
+        return partial(self._start, command)
+
+    def _start(self, command: ScaleCommand, operation: Operation, now: float) -> None:
+        limit_s = command.limit_s
+        scale = self._cluster.scale = Scale(
+            operation=operation, command=command, deadline=now + limit_s, left_s=limit_s
         )
         scale.resume(ScaleStep.SETTLE)
-        cluster.remember()
-        return operation
+        self._cluster.remember()
 
     def cancel(self, operation: Operation, now: float) -> None:
         """Undo a scaling. Raises ``ConflictError`` if it is too late."""
@@ -103,7 +107,7 @@ class Scaling:
             return self._give_up(scale, *scale.outcome, now)
         if now > scale.deadline:
             what = " and ".join(cluster.unready_workers()) or "the cluster"
-            text = f"{what} could not {scale.step.value} within {scale.order.limit_s:g} s"
+            text = f"{what} could not {scale.step.value} within {scale.command.limit_s:g} s"
             return self._give_up(scale, OperationState.FAILED, text, now)
         if scale.has_less(now):
             cluster.remember()
@@ -117,21 +121,21 @@ class Scaling:
 
     # ---- how many -----------------------------------------------------------------------------
 
-    def _wanted(self, order: ScaleOrder) -> dict[Role, int]:
-        """Workers of each role after the order. Raises ``RequestError`` and ``ConflictError``."""
+    def _wanted(self, command: ScaleCommand) -> dict[Role, int]:
+        """Workers of each role after the command. Raises ``RequestError`` and ``ConflictError``."""
         cluster, pools = self._cluster, self._cluster.places.pools()
         if cluster.config.workers.mode == "local":
             raise ConflictError("one worker holds everything (--mode local): it cannot be scaled")
-        if order.attention is None and order.expert is None:
+        if command.attention is None and command.expert is None:
             raise RequestError("one of attention and expert is required", "attention")
         wanted = dict(pools)
         if "colocated" in pools:
-            if order.attention not in (None, order.expert):
+            if command.attention not in (None, command.expert):
                 rule = "must be left out or equal expert in colocated mode"
-                raise RequestError(f"attention ({order.attention}) {rule}", "attention")
-            asked: dict[Role, int | None] = {"colocated": order.expert}
+                raise RequestError(f"attention ({command.attention}) {rule}", "attention")
+            asked: dict[Role, int | None] = {"colocated": command.expert}
         else:
-            asked = {"attention": order.attention, "expert": order.expert}
+            asked = {"attention": command.attention, "expert": command.expert}
         most = min((b.num_experts for b in cluster.desired.banks), default=0)
         for role, count in asked.items():
             field = "attention" if role == "attention" else "expert"
@@ -164,7 +168,7 @@ class Scaling:
     def _add_places(self, scale: Scale) -> None:
         """Their workers start at the next tick."""
         cluster, places = self._cluster, self._cluster.places
-        wanted = self._wanted(scale.order)
+        wanted = self._wanted(scale.command)
         scale.added = tuple(
             name for role, count in wanted.items() for name in places.to_add(role, count)
         )
@@ -192,7 +196,7 @@ class Scaling:
         if scale.outcome is not None:  # cancelled at the last moment: nobody leaves
             cluster.operations.end(operation, *scale.outcome, now)
             return {}
-        wanted = self._wanted(scale.order)
+        wanted = self._wanted(scale.command)
         leaving = self._leaving(wanted)
         try:
             if leaving:
@@ -203,7 +207,7 @@ class Scaling:
         places = set(self._going(wanted)) - {place_of(name) for name in leaving}
         ended = self._remove(places, "the cluster is scaled down")
         if leaving:
-            self._draining.remove(leaving, operation, scale.order.limit_s, now)
+            self._draining.remove(leaving, operation, scale.command.limit_s, now)
         else:
             text = f"scaled to {operation.target}"
             cluster.operations.end(operation, OperationState.SUCCEEDED, text, now)
@@ -219,7 +223,7 @@ class Scaling:
         devices = {r.member.device for r in holders}
         copies = (c for bank in self._cluster.placement.banks for c in bank.copies())
         num_slots = sum(device in devices for device, _, _ in copies)
-        took_s = scale.order.limit_s - (scale.deadline - now)
+        took_s = scale.command.limit_s - (scale.deadline - now)
         num_bytes = sum(r.loaded_bytes for r in holders)
         self._cluster.moved("scale", num_slots, num_bytes, took_s)
 

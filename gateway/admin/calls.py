@@ -124,7 +124,7 @@ class AdminCalls:
             "request_id": request.request_id,
             "expected_epoch": _epoch(request),
         }
-        return _operation(await self._ask("drain", order))
+        return _operation(await self._ask("begin", "drain", order))
 
     async def DrainGateway(self, request: pb.DrainGatewayRequest) -> pb.DrainGatewayResponse:
         """Drain this replica; the controller is not involved."""
@@ -140,7 +140,7 @@ class AdminCalls:
             "request_id": request.request_id,
             "expected_epoch": _epoch(request),
         }
-        return _operation(await self._ask("scale", order))
+        return _operation(await self._ask("begin", "scale", order))
 
     async def Rebalance(self, request: pb.RebalanceRequest) -> pb.Operation:
         """Rebalance, or with ``dry_run`` only report what would be done."""
@@ -149,7 +149,7 @@ class AdminCalls:
             "request_id": request.request_id,
             "expected_epoch": _epoch(request),
         }
-        return self._shown_operation(await self._ask("rebalance", order))
+        return self._shown_operation(await self._ask("begin", "rebalance", order))
 
     async def GetOperation(self, request: pb.GetOperationRequest) -> pb.Operation:
         return self._shown_operation(await self._ask("operation", request.id))
@@ -188,7 +188,7 @@ class AdminCalls:
         """Load an adapter; every replica takes requests that name it then."""
         tenants = list(request.tenants)
         order = {"name": request.lora_name, "path": request.lora_path, "tenants": tenants}
-        found = await self._ask("load_adapter", order, limit_s=LORA_LIMIT_S)
+        found = await self._ask("begin", "load_adapter", order, limit_s=LORA_LIMIT_S)
         if not found:
             raise ConflictError(f"the adapter {request.lora_name} was unloaded meanwhile")
         await self._wait_replicas(lambda keys: found["key"] in keys)
@@ -202,8 +202,8 @@ class AdminCalls:
             raise ModelNotFoundError(
                 f"the adapter {request.lora_name[:128]!r} does not exist", "lora_name"
             )
-        key = await self._ask("unload_adapter", request.lora_name)
-        await self._wait_replicas(lambda keys: key not in keys)
+        found = await self._ask("begin", "unload_adapter", {"name": request.lora_name})
+        await self._wait_replicas(lambda keys: found["key"] not in keys)
         return pb.UnloadLoraAdapterResponse()
 
     async def ListLoraAdapters(

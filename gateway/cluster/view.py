@@ -41,14 +41,10 @@ ControllerCall = Literal[
     "placement",
     "load",
     "numbers",
-    "drain",
-    "rebalance",
-    "scale",
+    "begin",
     "operation",
     "operations",
     "cancel_operation",
-    "load_adapter",
-    "unload_adapter",
     "log",
 ]
 """Methods of ``cluster.actors.controller_actor.ControllerActor`` that a gateway calls."""

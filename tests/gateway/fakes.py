@@ -486,15 +486,16 @@ class FakeController:
         self.change(adapters=[*self.state["adapters"], found])
         return found
 
-    async def unload_adapter(self, name: str) -> str:
+    async def unload_adapter(self, command: dict[str, Any]) -> dict[str, Any]:
         """See ``ControllerActor``."""
+        name = command["name"]
         if name not in [a["name"] for a in self.state["adapters"]]:
             raise ModelNotFoundError(f"the adapter {name!r} does not exist", "lora_name")
         known = self.state["adapters"]
         self.change(
             adapters=[a | {"state": "UNLOADING"} if a["name"] == name else a for a in known]
         )
-        return next(str(a["key"]) for a in known if a["name"] == name)
+        return {"key": next(str(a["key"]) for a in known if a["name"] == name)}
 
     async def exchange_counts(
         self, records: dict[str, GatewayRecord], times: dict[str, float]
@@ -562,6 +563,11 @@ class FakeController:
         if process != "expert-0":
             raise UnknownNameError(f"no worker {process!r} runs")
         return {"number": 2, "lines": ["one", "two"][after:]}
+
+    async def begin(self, kind: str, command: dict[str, Any]) -> dict[str, Any]:
+        """See ``ControllerActor``."""
+        found: dict[str, Any] = await getattr(self, kind)(command)
+        return found
 
     async def drain(self, order: dict[str, Any]) -> dict[str, Any]:
         """See ``Controller``; takes every order but for a worker called ``last``."""

@@ -16,7 +16,7 @@ from cluster.controller.failover import CollectedState
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.detection import Detection
 from cluster.controller.parts.epoch_change import EpochChange
-from cluster.controller.parts.load_orders import LoadOrders
+from cluster.controller.parts.expert_load_commands import ExpertLoadCommands
 from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.workers import WorkerTable
 from cluster.core.frames import ExpertsLoaded
@@ -79,7 +79,7 @@ def _half_step() -> AbstractContextManager[object]:
 def _early_run() -> Iterator[None]:
     """A generation runs although its experts are still being loaded, and nobody compares."""
     unchecked = mock.patch.object(ExpertPlacement, "missing", return_value=())
-    with unchecked, mock.patch.object(LoadOrders, "is_pending", new=False):
+    with unchecked, mock.patch.object(ExpertLoadCommands, "is_pending", new=False):
         yield
 
 

@@ -95,4 +95,4 @@ class Clients:
         if found is not None and found.cluster.state is ClusterState.SERVING:
             known = [a["name"] for a in found.adapters.to_list() if a["state"] != "UNLOADING"]
             for name in sorted(ADAPTERS.keys() - {*known}):
-                self._world.faults.order("load_adapter", {"name": name, "path": ADAPTERS[name]})
+                self._world.faults.command("load_adapter", {"name": name, "path": ADAPTERS[name]})

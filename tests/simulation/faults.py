@@ -424,11 +424,11 @@ class Faults:
 
         self._world.kernel.after(fault.lasts_s, end)
 
-    # ---- orders of operators ------------------------------------------------------------------
+    # ---- commands of operators ----------------------------------------------------------------
 
     def drain_worker(self, fault: Fault) -> None:
         worker = self._worker(fault.where)
-        self.order("drain", {"worker": worker.name, "limit_s": max(fault.lasts_s, 1.0)})
+        self.command("drain", {"worker": worker.name, "limit_s": max(fault.lasts_s, 1.0)})
         self.guilty[worker.name] = "drained"
 
     def drain_node(self, fault: Fault) -> None:
@@ -444,12 +444,13 @@ class Faults:
         )
 
     def rebalance(self, fault: Fault) -> None:
-        self.order("rebalance", {})
+        self.command("rebalance", {})
 
     def reload_adapter(self, fault: Fault) -> None:
         """An adapter is unloaded; the operator loads it again. Without any, experts move."""
         if "adapters" in self._world.scenario.features:
-            self.order("unload_adapter", sorted(ADAPTERS)[fault.where % len(ADAPTERS)])
+            name = sorted(ADAPTERS)[fault.where % len(ADAPTERS)]
+            self.command("unload_adapter", {"name": name})
         else:
             self.rebalance(fault)
 
@@ -461,7 +462,7 @@ class Faults:
         limit_s = 2.0 + 4.0 * fault.lasts_s
         for role, count in (("attention", attention), ("expert", expert)):
             self._least[role] = min(self._least.get(role, count), count)
-        self.order("scale", {"attention": attention, "expert": expert, "limit_s": limit_s})
+        self.command("scale", {"attention": attention, "expert": expert, "limit_s": limit_s})
 
     def may_be_removed(self, name: str) -> bool:
         """Scaling may end it: its rank is high, or it has not served yet in a place of another.
@@ -584,7 +585,7 @@ class Faults:
         if HEAD not in hosts or have_workers.issuperset(hosts) or kinds & _SLOWS_CALLS:
             self._blame(*hosts)
 
-    def order(self, method: str, order: Any) -> None:
+    def command(self, kind: str, command: dict[str, Any]) -> None:
         """An operator's call of the controller."""
         controller = self._world.ray.controller
         if controller is None or controller.process.is_dead:
@@ -593,10 +594,10 @@ class Faults:
 
         async def call() -> None:
             try:
-                answer = await getattr(controller.actor, method)(order)
+                answer: Any = await controller.actor.begin(kind, command)
             except (ExpertMeshError, TimeoutError) as err:  # refused by name, or too slow
                 answer = err
-            self._world.kernel.log("%s: %s", method, answer)
+            self._world.kernel.log("%s: %s", kind, answer)
 
         controller.process.run(loop.call_soon, lambda: loop.create_task(call()))
 

@@ -57,7 +57,7 @@ def merged_tokens(golden: Golden, adapter: RandomAdapter, folder: Path) -> list[
 
 
 def load(cluster: ServingCluster, name: str, path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = cluster.call("load_adapter", {"name": name, "path": str(path)})
+    found: dict[str, Any] = cluster.call("begin", "load_adapter", {"name": name, "path": str(path)})
     return found
 
 
@@ -113,7 +113,7 @@ def test_loaded_and_unloaded_while_others_run(
         first = tokens_of(gateway, expected, "sql")
         assert tokens_of(gateway, expected, "sql") == first
         running = gateway.stream([call(tuple(p), "sql") for p in expected.prompts], "running")
-        cluster.call("unload_adapter", "sql")
+        cluster.call("begin", "unload_adapter", {"name": "sql"})
         wait_named(gateway)
         with pytest.raises(ModelNotFoundError):
             gateway.answer([call((5, 6), "sql")])

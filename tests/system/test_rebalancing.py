@@ -318,14 +318,14 @@ def test_an_idle_cluster_rebalances_on_request(checkpoint: Path, tmp_path: Path)
         domains = Domains(stream)
         domains.serve(0)
         cluster.wait(lambda s: s["rebalance"]["last"] is None, fresh=True)
-        planned = cluster.call("rebalance", {"dry_run": True})
+        planned = cluster.call("begin", "rebalance", {"dry_run": True})
         assert planned["state"] == "SUCCEEDED"
         assert planned["result"]["action"] == "move"
         assert planned["result"]["slots_to_move"] > 0
         assert cluster.snapshot()["placement_epoch"] == 1
         order = {"request_id": "mine", "expected_epoch": 1}
-        operation = cluster.call("rebalance", order)
-        assert cluster.call("rebalance", order)["id"] == operation["id"]
+        operation = cluster.call("begin", "rebalance", order)
+        assert cluster.call("begin", "rebalance", order)["id"] == operation["id"]
         cluster.wait(lambda s: s["rebalance"]["last"] is not None, fresh=True)
         done = cluster.call("operation", operation["id"])
         assert done["state"] == "SUCCEEDED"

@@ -140,7 +140,7 @@ def test_sessions_of_a_drained_worker_go_on_from_their_copies(expected: list[Ans
         home = talk.home()
         answers = [talk.end(streams)]
         talk.wait_copies()
-        cluster.call("drain", {"worker": home, "limit_s": WAIT_LIMIT_S})
+        cluster.call("begin", "drain", {"worker": home, "limit_s": WAIT_LIMIT_S})
         cluster.wait(
             lambda s: any(w["name"] == home and w["state"] == "DRAINED" for w in s["workers"])
         )

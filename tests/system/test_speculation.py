@@ -116,7 +116,7 @@ def test_predictions_with_adapters(tmp_path: Path, family: str) -> None:
     found = []
     for config in (plain, with_drafts(plain, MTP)):
         with serving(ThreadCluster(config)) as cluster:
-            key = cluster.call("load_adapter", {"name": "sql", "path": str(folder)})["key"]
+            key = cluster.call("begin", "load_adapter", {"name": "sql", "path": str(folder)})["key"]
             requests = [
                 Request(request_id=f"{i}{adapter}", prompt=prompt, params=params, adapter=adapter)
                 for i, prompt in enumerate(TEXT[i : 3 * i + 5] for i in range(7))

@@ -109,7 +109,7 @@ def test_a_request_uses_its_adapter_while_its_grammar_is_compiled(
     cluster: ThreadCluster, slow: SlowCompiler, tmp_path: Path
 ) -> None:
     folder = random_adapter(target_shapes(DEMO)).write(tmp_path / "sql")
-    key = cluster.call("load_adapter", {"name": "sql", "path": str(folder)})["key"]
+    key = cluster.call("begin", "load_adapter", {"name": "sql", "path": str(folder)})["key"]
     runtime: Any = cluster.group.runtimes["attention-0"]
     stream = cluster.stream()
     adapted = replace(request("adapted", "slow and adapted"), adapter=key)
@@ -120,7 +120,7 @@ def test_a_request_uses_its_adapter_while_its_grammar_is_compiled(
     assert stream.collect([adapted])["adapted"].reasons == [FinishReason.STOP]
     stream.close()
     wait_until(lambda: runtime._adapters_in_use() == (), "the end of the request")
-    assert cluster.call("unload_adapter", "sql") == key
+    assert cluster.call("begin", "unload_adapter", {"name": "sql"}) == {"key": key}
 
 
 def test_a_grammar_over_its_time_is_refused_by_name(

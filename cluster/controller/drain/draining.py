@@ -7,13 +7,15 @@ one (``Memory``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from cluster.controller.drain.removal import stage_without
 from cluster.controller.drain.requests import DrainRequests
 from cluster.controller.drain.running import RunningDrain
 from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.drains import Drain, DrainOrder, DrainStep
+from cluster.controller.parts.drains import Drain, DrainCommand, DrainStep
+from cluster.controller.parts.operation_start import start_operation
 from cluster.controller.parts.operations import Operation
 from cluster.controller.rebalance.loop import Rebalancing
 from cluster.core.errors import ConflictError, UnknownNameError
@@ -43,19 +45,29 @@ class Draining:
         drain.restore(self._cluster.operations, now)
         self._run(drain).restore(now)
 
-    def begin(self, order: DrainOrder, now: float) -> Operation:
-        """Begin to drain, or find the operation that the same request began.
+    def begin(self, command: DrainCommand, now: float) -> Operation:
+        """Begin to drain, or find the operation that the same command began.
 
         Raises ``UnknownNameError`` and ``ConflictError``; nothing has changed then.
         """
-        before = self._cluster.operations.asked_before(order, self._cluster.placement.epoch)
-        return before or self._begin(self._named(order), order, now)
+        return start_operation(command, self, self._cluster, now)
+
+    def target(self, command: DrainCommand) -> str:
+        """See ``OperationKind``."""
+        return " and ".join(self._named(command))
+
+    def prepare(self, command: DrainCommand) -> Callable[[Operation, float], None]:
+        """See ``OperationKind``."""
+        names = self._named(command)
+        stage_without(names, self._cluster)
+        removes_places = self._requests.remove_places(names, command.node)
+        return partial(self._start, names, command, removes_places)
 
     def remove(
         self, names: Sequence[str], operation: Operation, limit_s: float, now: float
     ) -> None:
         """Drain workers and remove their places, as the last part of an operation that runs."""
-        self._start(tuple(names), DrainOrder(limit_s=limit_s), operation, True, now)
+        self._start(tuple(names), DrainCommand(limit_s=limit_s), True, operation, now)
 
     def requested(self, name: str, now: float, *, node_leaves: bool = False) -> None:
         """A worker received SIGTERM, or its node will leave (then it requests again and again)."""
@@ -109,7 +121,7 @@ class Draining:
             self._requests.pause(set(names) - set(ready), now)
             names = ready
         try:
-            self._begin(names, DrainOrder(limit_s=SIGNAL_LIMIT_S), now)
+            self.begin(DrainCommand(requested_by=names, limit_s=SIGNAL_LIMIT_S), now)
         except ConflictError as err:
             self._requests.pause(names, now)
             cause, effect = f"{' and '.join(names)} got a signal to end", f"go on: {err}"
@@ -117,30 +129,20 @@ class Draining:
                 self._cluster.note(cause, effect, now)
             self._refusal = cause + effect
 
-    def _begin(self, names: tuple[str, ...], order: DrainOrder, now: float) -> Operation:
-        self._cluster.operations.check_free()
-        if not self._cluster.takes_orders:
-            raise ConflictError("the cluster is starting or ending")
-        stage_without(names, self._cluster)
-        operation = self._cluster.operations.begin("drain", " and ".join(names), order, now)
-        removes_places = self._requests.remove_places(names, order.node)
-        self._start(names, order, operation, removes_places, now)
-        return operation
-
     def _start(
         self,
         names: tuple[str, ...],
-        order: DrainOrder,
-        operation: Operation,
+        command: DrainCommand,
         removes_places: bool,
+        operation: Operation,
         now: float,
     ) -> None:
         drain = Drain(
             operation=operation,
             names=names,
-            order=order,
-            deadline=now + order.limit_s,
-            left_s=order.limit_s,
+            command=command,
+            deadline=now + command.limit_s,
+            left_s=command.limit_s,
             removes_places=removes_places,
         )
         drain.resume(DrainStep.SETTLE)
@@ -152,17 +154,19 @@ class Draining:
         self._newest = RunningDrain(drain, self._cluster, self._rebalancing, self._requests)
         return self._newest
 
-    def _named(self, order: DrainOrder) -> tuple[str, ...]:
-        """The workers that an order names. Raises ``UnknownNameError`` and ``ConflictError``."""
+    def _named(self, command: DrainCommand) -> tuple[str, ...]:
+        """The workers that a command names. Raises ``UnknownNameError`` and ``ConflictError``."""
         workers = self._cluster.workers
-        if order.worker:
-            if order.worker not in workers:
-                raise UnknownNameError(f"there is no worker {order.worker[:64]!r}")
-            return (order.worker,)
-        on_node = [r for r in workers if r.member.node == order.node]
+        if command.requested_by:
+            return command.requested_by
+        if command.worker:
+            if command.worker not in workers:
+                raise UnknownNameError(f"there is no worker {command.worker[:64]!r}")
+            return (command.worker,)
+        on_node = [r for r in workers if r.member.node == command.node]
         if not on_node:
-            raise UnknownNameError(f"there is no worker on a node {order.node[:64]!r}")
+            raise UnknownNameError(f"there is no worker on a node {command.node[:64]!r}")
         names = tuple(r.name for r in on_node if not r.is_lost)
         if not names:
-            raise ConflictError(f"no worker is left on {order.node}")
+            raise ConflictError(f"no worker is left on {command.node}")
         return names

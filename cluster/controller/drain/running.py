@@ -111,7 +111,7 @@ class RunningDrain:
         if drain.removes_places:
             text += "" if is_scaling else ", and the cluster goes on without its place"
             self._cluster.effects.append(Release(tuple(map(place_of, drain.names))))
-        elif not drain.order.node:  # a node will be taken down
+        elif not drain.command.node:  # a node will be taken down
             for name in drain.names:
                 self._cluster.places.reopen(name)
         self._end(OperationState.SUCCEEDED, text, now)
@@ -155,8 +155,8 @@ class RunningDrain:
             cluster.effects.append(End(drain.names))
         if self.is_over or now <= drain.deadline or drain.step in _TOO_LATE:
             return  # in time, or the controller has limits of its own
-        if not (drain.order.force and drain.step is DrainStep.MOVE):
-            text = f"could not {drain.step.value} within {drain.order.limit_s:g} s"
+        if not (drain.command.force and drain.step is DrainStep.MOVE):
+            text = f"could not {drain.step.value} within {drain.command.limit_s:g} s"
             self._undo(OperationState.FAILED, text, now)
         elif cluster.runs:
             self._leave(now)
@@ -220,7 +220,7 @@ class RunningDrain:
             drain.enter(DrainStep.SETTLE)  # copies were lost meanwhile
             return
         why = f"drained {drain.workers} ({drain.operation.id})"
-        drain.removes_places |= self._requests.remove_places(drain.names, drain.order.node)
+        drain.removes_places |= self._requests.remove_places(drain.names, drain.command.node)
         placement = stage.placement if stage is not None else cluster.placement
         if drain.removes_places and stage is not None:
             gone = {cluster.workers[name].member.device for name in drain.names}
@@ -231,7 +231,7 @@ class RunningDrain:
         for name in drain.names:
             cluster.workers[name].enter(WorkerState.DRAINED, why)
             cluster.workers[name].operation = drain.operation.id
-            cluster.places.cordon(name, drain.order.node)
+            cluster.places.cordon(name, drain.command.node)
             if drain.removes_places:
                 cluster.places.remove([place_of(name)])
             cluster.round.drop_reports(name)

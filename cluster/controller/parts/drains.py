@@ -1,32 +1,33 @@
-"""Drain orders and their progress: plain values that a restarted controller can read."""
+"""Drain commands and their progress: plain values that a restarted controller can read."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 
-from cluster.controller.parts.operations import OperationState, Order, Timed
+from cluster.controller.parts.operations import OperationCommand, OperationState, Timed
 from cluster.core.placement import ExpertPlacement
 from cluster.core.states import next_state
 from cluster.core.topology import Generation
 from cluster.planner.stages import SlotFill, Stage
 
 
-class DrainOrder(Order, frozen=True, kw_only=True):
+class DrainCommand(OperationCommand, frozen=True, kw_only=True):
     """Which workers to drain."""
+
+    kind = "drain"
+    content = ("worker", "node", "force")
 
     worker: str = ""
     """Name of one worker."""
     node: str = ""
     """Name of a node: all its workers."""
+    requested_by: tuple[str, ...] = ()
+    """Workers that requested the drain themselves; empty for a client's command."""
     limit_s: float
     """Time in which the workers must have left."""
     force: bool = False
     """After the limit the workers leave in any case."""
-
-    @property
-    def asked(self) -> str:
-        return f"worker {self.worker}, node {self.node}, force {self.force}"
 
 
 class DrainStep(Enum):
@@ -53,7 +54,7 @@ class Drain(Timed):
     """A running drain, as the workers keep it for the next controller."""
 
     names: tuple[str, ...]
-    order: DrainOrder
+    command: DrainCommand
     removes_places: bool = False
     """The cluster is scaled down: no workers start in the places of these."""
     step: DrainStep = DrainStep.SETTLE

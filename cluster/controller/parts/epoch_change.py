@@ -20,7 +20,7 @@ from enum import Enum
 from msgspec import structs
 
 from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.load_orders import CHECKPOINT, LoadOrders
+from cluster.controller.parts.expert_load_commands import CHECKPOINT, ExpertLoadCommands
 from cluster.core.frames import (
     ControlFrame,
     EpochReady,
@@ -85,7 +85,7 @@ class EpochChange:
         self.began_at = now
         """Monotonic seconds."""
         self._deadline = now + limit_s
-        self._orders = LoadOrders(cluster)
+        self._orders = ExpertLoadCommands(cluster)
         self._unready: set[str] = set()
         for member in self.generation.experts:
             fills = [f for f in stage.fills if f.device == member.device]

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 from cluster.core.codec import Message, to_plain
 from cluster.core.errors import UNDER_WAY, ConflictError, UnknownNameError
@@ -105,8 +105,13 @@ class Timed:
         return is_less
 
 
-class Order(Message, frozen=True, kw_only=True):
-    """A client's order to begin an operation."""
+class OperationCommand(Message, frozen=True, kw_only=True):
+    """A command to begin an operation."""
+
+    kind: ClassVar[str]
+    """Kind of the operation."""
+    content: ClassVar[tuple[str, ...]]
+    """Fields that tell it apart from another command with the same ``request_id``."""
 
     request_id: str = ""
     """Begins one operation, however often it is sent."""
@@ -115,8 +120,8 @@ class Order(Message, frozen=True, kw_only=True):
 
     @property
     def asked(self) -> str:
-        """Content of the order, for ``Operation.asked``."""
-        raise NotImplementedError
+        """Content of the command, for ``Operation.asked``."""
+        return ", ".join(f"{name} {getattr(self, name)}" for name in self.content)
 
 
 class Operations:
@@ -139,17 +144,17 @@ class Operations:
     def running(self) -> Operation | None:
         return self.kept[-1] if self.kept and self.kept[-1].is_running else None
 
-    def asked_before(self, order: Order, epoch: int) -> Operation | None:
-        """The operation that the same order began. ``epoch`` is the placement's in force.
+    def find_repeated(self, command: OperationCommand, epoch: int) -> Operation | None:
+        """The operation that the same command began. ``epoch`` is the placement's in force.
 
-        Raises ``ConflictError`` if the order's id belongs to another one, or if it expects another
-        epoch.
+        Raises ``ConflictError`` if the command's id belongs to another one, or if it expects
+        another epoch.
         """
-        known = order.request_id
+        known, expected = command.request_id, command.expected_epoch
         found = next((o for o in self.kept if known and o.request_id == known), None)
-        if found is None and order.expected_epoch not in (None, epoch):
-            raise ConflictError(f"placement epoch {epoch} is in force, not {order.expected_epoch}")
-        if found is not None and found.asked != order.asked:
+        if found is None and expected not in (None, epoch):
+            raise ConflictError(f"placement epoch {epoch} is in force, not {expected}")
+        if found is not None and found.asked != command.asked:
             what = f"{found.id} ({found.kind} of {found.target})"
             raise ConflictError(f"request_id is that of {what}, which is something else")
         return found
@@ -168,16 +173,15 @@ class Operations:
             about = f"{running.id} ({running.kind} of {running.target})"
             raise ConflictError(f"{about} {UNDER_WAY}: one operation at a time")
 
-    def begin(self, kind: str, target: str, order: Order, now: float) -> Operation:
-        """A new one that runs. Raises ``ConflictError`` while another does."""
-        self.check_free()
+    def begin(self, command: OperationCommand, target: str, now: float) -> Operation:
+        """Record a new operation that runs; no other one may run."""
         self._count += 1
         operation = Operation(
-            id=f"{kind}-{self.term}.{self._count}",
-            kind=kind,
+            id=f"{command.kind}-{self.term}.{self._count}",
+            kind=command.kind,
             target=target,
-            request_id=order.request_id,
-            asked=order.asked,
+            request_id=command.request_id,
+            asked=command.asked,
             started=self.time_of_day(now),
         )
         self.kept.append(operation)

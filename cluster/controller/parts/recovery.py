@@ -15,7 +15,7 @@ from enum import StrEnum
 
 from cluster.controller.parts.cluster import Cluster, Phase
 from cluster.controller.parts.effects import Start
-from cluster.controller.parts.load_orders import LoadOrder, LoadOrders
+from cluster.controller.parts.expert_load_commands import ExpertLoadCommand, ExpertLoadCommands
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.controller.parts.traces import OpenTrace
 from cluster.core.frames import ExpertsLoaded, GenerationReady
@@ -57,7 +57,7 @@ class Recovery:
         """Of the recovery under way."""
         self._retry_s = limits.retry_s
         self._retry_at = 0.0
-        self.reloads = LoadOrders(cluster)
+        self.reloads = ExpertLoadCommands(cluster)
         """Load orders under way."""
 
     def problems(self, now: float) -> list[str]:
@@ -253,7 +253,7 @@ class Recovery:
             is_local=self._cluster.config.workers.mode == "local",
         )
 
-    def _cannot_load(self, reload: LoadOrder, error: str, now: float) -> None:
+    def _cannot_load(self, reload: ExpertLoadCommand, error: str, now: float) -> None:
         """A member failed to load its experts: other workers load them, if any can."""
         logger.warning("%s cannot load experts: %s", reload.worker, error)
         self._failed += reload.fills

@@ -1,32 +1,31 @@
-"""Scaling orders and their progress: plain values that a restarted controller can read."""
+"""Scaling commands and their progress: plain values that a restarted controller can read."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 
-from cluster.controller.parts.operations import OperationState, Order, Timed
+from cluster.controller.parts.operations import OperationCommand, OperationState, Timed
 from cluster.core.placement import ExpertPlacement
 from cluster.core.states import next_state
 
 
-class ScaleOrder(Order, frozen=True, kw_only=True):
+class ScaleCommand(OperationCommand, frozen=True, kw_only=True):
     """How many workers there shall be."""
+
+    kind = "scale"
+    content = ("attention", "expert")
 
     attention: int | None = None
     """Attention workers; None leaves their number as it is."""
     expert: int | None = None
     """Expert workers, in colocated mode all workers; None leaves their number as it is."""
     cause: str = ""
-    """Why the cluster scales itself; empty for a client's order."""
+    """Why the cluster scales itself; empty for a client's command."""
     nodes: frozenset[str] = frozenset()
     """Ids of the nodes that it is for, where the cluster scales itself as they come."""
     limit_s: float
     """Time in which new workers must serve, and then again time in which others must have left."""
-
-    @property
-    def asked(self) -> str:
-        return f"attention {self.attention}, expert {self.expert}"
 
 
 class ScaleStep(Enum):
@@ -48,7 +47,7 @@ _NEXT = {
 class Scale(Timed):
     """A scaling that starts workers, as the workers keep it for the next controller."""
 
-    order: ScaleOrder
+    command: ScaleCommand
     step: ScaleStep = ScaleStep.SETTLE
     added: tuple[str, ...] = ()
     """Places that are new."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.controller.parts.epoch_change import ChangeState, EpochChange
-from cluster.controller.parts.operations import Operation, Order
+from cluster.controller.parts.operations import Operation, OperationCommand
 from cluster.controller.parts.traces import OpenTrace
 from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import ExpertPlacement
@@ -16,15 +16,14 @@ from cluster.policy.rebalance import LoadNow, RebalanceDecision
 from cluster.tracing import names
 
 
-class RebalanceOrder(Order, frozen=True, kw_only=True):
-    """A client asks for it."""
+class RebalanceCommand(OperationCommand, frozen=True, kw_only=True):
+    """Move experts to where the load is."""
+
+    kind = "rebalance"
+    content = ("dry_run",)
 
     dry_run: bool = False
     """Only report what would be done."""
-
-    @property
-    def asked(self) -> str:
-        return "dry run" if self.dry_run else "rebalance"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,6 +11,7 @@ changed meanwhile. ``Rebalancing`` decides the next step; the controller acts.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from functools import partial
@@ -19,11 +20,12 @@ from typing import Any
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.epoch_change import ChangeState, EpochChange
 from cluster.controller.parts.metrics import RebalanceOutcome
+from cluster.controller.parts.operation_start import start_operation
 from cluster.controller.parts.operations import Operation, OperationState
 from cluster.controller.rebalance.job import (
     Question,
+    RebalanceCommand,
     RebalanceJob,
-    RebalanceOrder,
     answer,
     by_load,
     describe,
@@ -83,39 +85,44 @@ class Rebalancing:
 
     # ---- orders ---------------------------------------------------------------------------
 
-    def begin(self, order: RebalanceOrder, now: float) -> Operation:
+    def begin(self, command: RebalanceCommand, now: float) -> Operation:
         """Look for a better placement and move to it; a dry run ends after the look.
 
         Raises ``ConflictError`` if that is impossible now; nothing has changed then.
         """
-        before = self._cluster.operations.asked_before(order, self._cluster.placement.epoch)
-        if before is not None:
-            return before
+        return start_operation(command, self, self._cluster, now)
+
+    def target(self, command: RebalanceCommand) -> str:
+        """See ``OperationKind``."""
         if self.impossible:
             raise ConflictError(f"rebalancing is not possible: {self.impossible}")
         if not self._cluster.runs:
             raise ConflictError("no generation runs")
-        self._cluster.operations.check_free()
-        if self._job is not None and not order.dry_run:
+        return "experts"
+
+    def prepare(self, command: RebalanceCommand) -> Callable[[Operation, float], None]:
+        """See ``OperationKind``."""
+        if self._job is not None and not command.dry_run:
             raise ConflictError("the cluster is rebalancing automatically just now")
-        load = self._load_for(order)
+        load = self._load_for(command)
         if load is None:
             raise ConflictError("no load has been seen yet")
-        operation = self._cluster.operations.begin("rebalance", "experts", order, now)
-        operation.phase = "plan"
-        self._ask(Question(load=load, operation=operation, dry_run=order.dry_run), now)
-        return operation
+        return partial(self._start, load, command.dry_run)
 
-    def _load_for(self, order: RebalanceOrder) -> LoadNow | None:
+    def _start(self, load: LoadNow, dry_run: bool, operation: Operation, now: float) -> None:
+        operation.phase = "plan"
+        self._ask(Question(load=load, operation=operation, dry_run=dry_run), now)
+
+    def _load_for(self, command: RebalanceCommand) -> LoadNow | None:
         """Load now; that of the last dry run as long as no step has been counted since.
 
-        So an order does what the dry run before it has shown, though a window may have ended.
+        So a command does what the dry run before it has shown, though a window may have ended.
         """
         rows = self._cluster.load.totals().rows
         if self._looked is not None and self._looked[0] == rows:
             return self._looked[1]
         load = self.plans.load_now(has_ended=False)
-        self._looked = (rows, load) if order.dry_run and load is not None else None
+        self._looked = (rows, load) if command.dry_run and load is not None else None
         return load
 
     def cancel(self, operation: Operation, now: float) -> None:

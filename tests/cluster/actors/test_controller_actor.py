@@ -683,7 +683,7 @@ def test_a_drain_ends_once_the_worker_has_ended(monkeypatch: pytest.MonkeyPatch)
         actor = ControllerActor(group, status_limit_s=LIMIT_S)
         await actor.start(_config(num_redundant=4), BANKS)
         await _until(actor, "SERVING")
-        await actor.drain({"worker": "expert-1", "limit_s": LIMIT_S})
+        await actor.begin("drain", {"worker": "expert-1", "limit_s": LIMIT_S})
         async with asyncio.timeout(LIMIT_S):
             while (await actor.operations())[0]["state"] == "RUNNING":
                 await asyncio.sleep(0.02)
@@ -703,7 +703,7 @@ def test_a_command_is_answered_once_a_worker_keeps_it() -> None:
         await _until(actor, "SERVING")
         group.may_keep.clear()
         command = {"attention": 2, "expert": 2, "limit_s": LIMIT_S, "request_id": "x"}
-        answer = asyncio.create_task(actor.scale(command))
+        answer = asyncio.create_task(actor.begin("scale", command))
         worker = group.workers["expert-0"]
         async with asyncio.timeout(LIMIT_S):
             while not any(s.memory["operations"] for s in worker.kept):
@@ -735,13 +735,13 @@ def test_a_command_that_no_worker_keeps_is_no_success(monkeypatch: pytest.Monkey
         group.may_keep.clear()
         command = {"attention": 2, "expert": 2, "limit_s": LIMIT_S, "request_id": "x"}
         with pytest.raises(NotReadyError, match="no worker has acknowledged the command yet"):
-            await actor.scale(command)
+            await actor.begin("scale", command)
         with pytest.raises(NotReadyError, match="no worker has acknowledged the command yet"):
-            await actor.scale(command)
+            await actor.begin("scale", command)
         group.may_keep.set()
         group.workers["expert-0"].keep_all()
         monkeypatch.setattr(controller_actor, "_KEEP_LIMIT_S", LIMIT_S)
-        begun = await actor.scale(command)
+        begun = await actor.begin("scale", command)
         assert [begun["id"]] == [o["id"] for o in await actor.operations()]
         await actor.stop()
 

@@ -9,7 +9,7 @@ import pytest
 from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import GatewaySection
 from cluster.config.lora import LoraSection
-from cluster.controller.adapters import LOAD_LIMIT_S, RETRY_S, UNUSED_S, LoadOrder
+from cluster.controller.adapters import LOAD_LIMIT_S, RETRY_S, UNUSED_S, AdapterLoadCommand
 from cluster.controller.failover import ReportCollector
 from cluster.core.codec import to_plain
 from cluster.core.errors import ConflictError, ModelNotFoundError, RequestError
@@ -26,7 +26,7 @@ from cluster.core.frames import (
 from tests.cluster.controller.fakes_cluster import CONFIG, FakeCluster, slots_of
 from tests.cluster.controller.test_failover import restored
 
-SQL = LoadOrder(name="sql", path="/adapters/sql")
+SQL = AdapterLoadCommand(name="sql", path="/adapters/sql")
 ROOTS = ("/adapters", "/a")
 
 
@@ -60,7 +60,7 @@ def answer(found: FakeCluster, worker: str, digest: str = "same", **errors: str)
     found.send(worker, AdaptersKept(number=order.number, digests=digests, errors=failed))
 
 
-def load(found: FakeCluster, order: LoadOrder = SQL) -> str:
+def load(found: FakeCluster, order: AdapterLoadCommand = SQL) -> str:
     return found.controller.adapters.load(order, found.now)
 
 
@@ -150,7 +150,7 @@ def test_orders_that_are_refused(name: str, path: str, words: str) -> None:
     found = serving(1)
     load(found)
     with pytest.raises(RequestError) as error:
-        load(found, LoadOrder(name=name, path=path))
+        load(found, AdapterLoadCommand(name=name, path=path))
     assert words in str(error.value)
     assert states(found) == {"sql": "LOADING"}
 
@@ -158,7 +158,7 @@ def test_orders_that_are_refused(name: str, path: str, words: str) -> None:
 def test_number_is_limited() -> None:
     found = serving(1)
     for number in range(3):
-        load(found, LoadOrder(name=f"a{number}", path="/a"))
+        load(found, AdapterLoadCommand(name=f"a{number}", path="/a"))
     with pytest.raises(ConflictError, match=r"at most 3 \(max_loras\) adapters may be loaded: a0"):
         load(found)
 
@@ -276,7 +276,7 @@ def test_adapters_are_loaded_from_folders_that_were_named(
     if modules:
         answer(found, "attention-0")
     found.join_all()
-    order = LoadOrder(name="new", path=path)
+    order = AdapterLoadCommand(name="new", path=path)
     if is_allowed:
         assert load(found, order).startswith("new@")
     else:
@@ -288,17 +288,17 @@ def test_an_adapter_may_belong_to_keys() -> None:
     keys = GatewaySection(api_keys=("sha256:" + 64 * "0",))
     found = FakeCluster(1, 2, config=dataclasses.replace(config(), gateway=keys))
     found.serve()
-    load(found, LoadOrder(name="sql", path="/adapters/sql", tenants=("acme",)))
+    load(found, AdapterLoadCommand(name="sql", path="/adapters/sql", tenants=("acme",)))
     assert found.controller.snapshot()["adapters"][0]["tenants"] == ["acme"]
     kept = to_plain(found.known.memory())["adapters"]
     assert kept[0]["adapter"]["tenants"] == ["acme"]
     with pytest.raises(RequestError, match=r"tenants \(1 of them\) must be at most 64 names"):
-        load(found, LoadOrder(name="more", path="/adapters/sql", tenants=("",)))
+        load(found, AdapterLoadCommand(name="more", path="/adapters/sql", tenants=("",)))
 
 
 def test_without_keys_an_adapter_belongs_to_no_key() -> None:
     with pytest.raises(RequestError, match="without keys there are no tenants"):
-        load(serving(1), LoadOrder(name="sql", path="/adapters/sql", tenants=("acme",)))
+        load(serving(1), AdapterLoadCommand(name="sql", path="/adapters/sql", tenants=("acme",)))
 
 
 def lose_and_replace(found: FakeCluster) -> str:
@@ -457,7 +457,7 @@ def test_a_restarted_controller_knows_them() -> None:
     found = serving(1)
     load(found)
     answer(found, "attention-0")
-    load(found, LoadOrder(name="new", path="/adapters/new"))
+    load(found, AdapterLoadCommand(name="new", path="/adapters/new"))
     snapshot = found.link.last("attention-0", ControllerSnapshot)
     order = found.link.last("attention-0", NewGeneration)
     assert snapshot is not None

@@ -14,7 +14,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from cluster.controller.parts.drains import DrainOrder
+from cluster.controller.parts.drains import DrainCommand
 from cluster.core.errors import ConflictError
 from cluster.core.frames import PeerLost
 from tests.cluster.controller.controller_world import World
@@ -141,7 +141,7 @@ class ControllerMachine(RuleBasedStateMachine):
         if controller is None or name not in controller.cluster.workers:
             return
         with suppress(ConflictError):  # refused by name
-            controller.draining.begin(DrainOrder(worker=name, limit_s=5.0), self.world.now)
+            controller.draining.begin(DrainCommand(worker=name, limit_s=5.0), self.world.now)
 
     # ---- what must be so --------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from cluster.controller.drain.draining import SIGNAL_LIMIT_S
 from cluster.controller.drain.requests import GATHER_S
-from cluster.controller.parts.drains import DrainOrder
+from cluster.controller.parts.drains import DrainCommand
 from cluster.controller.parts.operations import Operation, OperationState
 from cluster.core.codec import from_plain
 from cluster.core.errors import ConflictError, RequestError, UnknownNameError
@@ -39,7 +39,7 @@ def serving(num_attention: int = 2, num_experts: int = 3, num_redundant: int = 4
 
 def drain(cluster: FakeCluster, worker: str, **order: Any) -> Operation:
     order = {"worker": worker, "limit_s": 5.0, **order}
-    return cluster.controller.draining.begin(from_plain(order, DrainOrder), cluster.now)
+    return cluster.controller.draining.begin(from_plain(order, DrainCommand), cluster.now)
 
 
 def pass_time(cluster: FakeCluster, seconds: float) -> None:
@@ -356,8 +356,8 @@ def test_unknown_names_and_orders_are_refused() -> None:
     with pytest.raises(UnknownNameError, match="node 'mars'"):
         drain(cluster, "", node="mars")
     for order in ({"worker": "expert-1"}, {"limit_s": 1.0, "wait": 1}, {"limit_s": "1"}):
-        with pytest.raises(RequestError, match="not a DrainOrder"):
-            from_plain(order, DrainOrder, RequestError)
+        with pytest.raises(RequestError, match="not a DrainCommand"):
+            from_plain(order, DrainCommand, RequestError)
     with pytest.raises(ConflictError, match="epoch 1 is in force, not 7"):
         drain(cluster, "expert-1", expected_epoch=7)
 

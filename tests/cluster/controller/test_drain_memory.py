@@ -6,9 +6,9 @@ import pytest
 from msgspec.structs import replace
 
 from cluster.controller.controller import Controller
-from cluster.controller.parts.drains import Drain, DrainOrder, DrainStep
+from cluster.controller.parts.drains import Drain, DrainCommand, DrainStep
 from cluster.controller.parts.operations import Operation, Operations, OperationState
-from cluster.controller.rebalance.job import RebalanceOrder
+from cluster.controller.rebalance.job import RebalanceCommand
 from cluster.core.codec import from_plain, to_plain
 from cluster.core.errors import ConflictError
 from cluster.core.frames import ControlFrame, DrainRequest
@@ -22,7 +22,7 @@ NUM_SPARE = 16
 
 def begin(world: World, worker: str, **order: object) -> str:
     """Order a drain; its id."""
-    wanted = from_plain({"worker": worker, "limit_s": 60.0, **order}, DrainOrder)
+    wanted = from_plain({"worker": worker, "limit_s": 60.0, **order}, DrainCommand)
     return running(world).draining.begin(wanted, world.now).id
 
 
@@ -116,7 +116,7 @@ def test_the_place_of_a_node_that_is_to_go_stays_empty() -> None:
     record = controller.cluster.workers["expert-2"]
     record.member = replace(record.member, node="host-b")
     controller.cluster.nodes_alive({"host-b": frozenset("b")}, world.now)
-    order = DrainOrder(node="host-b", limit_s=60.0)
+    order = DrainCommand(node="host-b", limit_s=60.0)
     controller.draining.begin(order, world.now)
     world.tick(0.1)
     take_all(world)
@@ -170,16 +170,16 @@ def test_a_signal_that_came_before_is_followed() -> None:
 def test_what_else_was_under_way_has_failed() -> None:
     forgotten = Operations(2, 0.0, lambda: None)
     first = Operations(1, 0.0, lambda: None)
-    order = RebalanceOrder(request_id="a", dry_run=True)
-    first.begin("rebalance", "placement epoch 4", order, 10.0)
+    order = RebalanceCommand(request_id="a", dry_run=True)
+    first.begin(order, "placement epoch 4", 10.0)
     forgotten.restore(first.kept, 20.0)
     operation = forgotten.find("rebalance-1.1")
     assert operation.state is OperationState.FAILED
     assert operation.message == "the controller was restarted"
     assert operation.ended == 20.0
-    assert forgotten.asked_before(order, 1) is operation
+    assert forgotten.find_repeated(order, 1) is operation
     with pytest.raises(ConflictError, match="something else"):
-        forgotten.asked_before(RebalanceOrder(request_id="a"), 1)
+        forgotten.find_repeated(RebalanceCommand(request_id="a"), 1)
     forgotten.check_free()
 
 
@@ -188,7 +188,7 @@ def test_a_drain_is_plain_data_and_back() -> None:
     drain = Drain(
         operation=operation,
         names=("expert-1", "attention-1"),
-        order=DrainOrder(node="host-b", limit_s=7.0, force=True),
+        command=DrainCommand(node="host-b", limit_s=7.0, force=True),
         deadline=8.0,
         left_s=7.0,
         step=DrainStep.BACK,
@@ -204,7 +204,7 @@ def test_a_drain_that_was_being_taken_back_ends_as_it_should() -> None:
     known = Drain(
         operation=operation,
         names=("attention-1",),
-        order=DrainOrder(worker="attention-1", limit_s=60.0),
+        command=DrainCommand(worker="attention-1", limit_s=60.0),
         deadline=world.now + 60.0,
         left_s=60.0,
         step=DrainStep.BACK,

@@ -10,9 +10,9 @@ from msgspec.structs import replace
 
 from cluster.config.workers import WorkersSection
 from cluster.controller.drain.requests import LATE_S
-from cluster.controller.parts.drains import DrainOrder
+from cluster.controller.parts.drains import DrainCommand
 from cluster.controller.parts.operations import Operation, OperationState
-from cluster.controller.parts.scales import ScaleOrder
+from cluster.controller.parts.scales import ScaleCommand
 from cluster.core.codec import from_plain
 from cluster.core.topology import Role
 from cluster.policy.node_following import RETRY_S, SETTLE_S, FollowedNode
@@ -117,7 +117,7 @@ def test_the_places_of_a_node_that_leaves_are_removed(worker: str, way: str) -> 
     if way == "Ray drains it":
         nodes.leave(node)
     else:
-        cluster.controller.draining.begin(DrainOrder(node=node, limit_s=30.0), cluster.now)
+        cluster.controller.draining.begin(DrainCommand(node=node, limit_s=30.0), cluster.now)
     nodes.wait(1)
     nodes.drained(worker)
     (operation,) = nodes.operations
@@ -191,7 +191,7 @@ def test_a_node_that_dies_keeps_its_place_for_another_one() -> None:
 def test_a_client_s_order_holds_until_other_nodes_register() -> None:
     nodes = Nodes(num_experts=3)
     cluster = nodes.cluster
-    order = from_plain({"expert": 2, "limit_s": 30.0}, ScaleOrder)
+    order = from_plain({"expert": 2, "limit_s": 30.0}, ScaleCommand)
     operation = cluster.controller.scaling.begin(order, cluster.now)
     nodes.wait(1)
     nodes.drained("expert-2")
@@ -206,7 +206,7 @@ def test_a_client_s_order_holds_until_other_nodes_register() -> None:
 def test_a_node_for_an_order_that_waits_is_not_counted_twice() -> None:
     nodes = Nodes()
     cluster = nodes.cluster
-    order = from_plain({"expert": 3, "limit_s": 300.0}, ScaleOrder)
+    order = from_plain({"expert": 3, "limit_s": 300.0}, ScaleCommand)
     operation = cluster.controller.scaling.begin(order, cluster.now)
     nodes.wait(60)
     nodes.register("n-new")  # Ray's autoscaler has added it
@@ -251,7 +251,7 @@ def test_an_order_that_a_client_cancels_is_not_given_again() -> None:
     nodes.register("n-new")
     nodes.wait(SETTLE_S + 2)
     (operation,) = nodes.operations
-    nodes.cluster.controller.cancel(operation, nodes.cluster.now)
+    nodes.cluster.controller.commands.cancel(operation.id, nodes.cluster.now)
     nodes.wait(600)
     assert operation.state is OperationState.CANCELLED
     assert nodes.operations == [operation]
@@ -300,7 +300,7 @@ def test_the_next_controller_knows_the_nodes_and_goes_on() -> None:
     found = running(world).cluster
     assert found.known_nodes == nodes.keys() - {"new"}
     assert found.scale is not None
-    assert found.scale.order.cause == "node new registered"
+    assert found.scale.command.cause == "node new registered"
     wait(1)
     assert [o.is_running for o in found.operations.kept] == [True]
     world.come_up("expert-2")
@@ -326,7 +326,7 @@ def test_the_next_controller_takes_an_order_back_whose_node_leaves() -> None:
 def test_a_node_that_registers_while_a_client_s_scaling_fails_is_used() -> None:
     nodes = Nodes()
     cluster = nodes.cluster
-    order = from_plain({"expert": 3, "limit_s": 300.0}, ScaleOrder)
+    order = from_plain({"expert": 3, "limit_s": 300.0}, ScaleCommand)
     failed = cluster.controller.scaling.begin(order, cluster.now)
     nodes.wait(1)
     nodes.register("n-new")

@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from cluster.controller.parts.operations import Operation, OperationState
-from cluster.controller.parts.scales import ScaleOrder
+from cluster.controller.parts.scales import ScaleCommand
 from cluster.core.arithmetic import Offer
 from cluster.core.codec import from_plain
 from cluster.core.errors import ConflictError, RequestError
@@ -26,7 +26,7 @@ def serving(num_attention: int = 2, num_experts: int = 3, num_redundant: int = 4
 
 
 def scale(cluster: FakeCluster, **order: Any) -> Operation:
-    wanted = from_plain({"limit_s": 30.0, **order}, ScaleOrder)
+    wanted = from_plain({"limit_s": 30.0, **order}, ScaleCommand)
     operation = cluster.controller.scaling.begin(wanted, cluster.now)
     pass_time(cluster, 0.5)
     return operation

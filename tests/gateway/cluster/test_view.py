@@ -140,6 +140,6 @@ def test_no_order_is_given_to_a_controller_of_another_release() -> None:
         found = ClusterView(find, "gateway-7", "1.1.1", _controller=Answers(other))
         assert await found.fresh() is None
         with pytest.raises(NotReadyError, match=r"release 9\.9\.9 of the controller, 1\.1\.1 of"):
-            await found.ask("rebalance", {})
+            await found.ask("begin", "rebalance", {})
 
     asyncio.run(body())

@@ -160,7 +160,7 @@ def test_the_adapter_of_a_request_is_in_use_while_its_prompt_is_made(
     call = GenerateCall(kind=CallKind.COMPLETION, model="sql", prompts=(tuple(HELLO),))
 
     async def make(facts: ModelFacts) -> tuple[GenerateCall, list[Request]]:
-        await stack.controller.unload_adapter("sql")
+        await stack.controller.unload_adapter({"name": "sql"})
         if is_loaded_again:
             await stack.controller.load_adapter({"name": "sql", "path": "/adapters/other"})
         wanted = ["sql@1"] if is_loaded_again else []

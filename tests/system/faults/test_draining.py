@@ -47,7 +47,9 @@ from workers.requests.sequence import SequenceState
 
 def begin_drain(cluster: ServingCluster, worker: str, limit_s: float = 120.0) -> dict[str, Any]:
     """Order a drain; the operation."""
-    operation: dict[str, Any] = cluster.call("drain", {"worker": worker, "limit_s": limit_s})
+    operation: dict[str, Any] = cluster.call(
+        "begin", "drain", {"worker": worker, "limit_s": limit_s}
+    )
     return operation
 
 

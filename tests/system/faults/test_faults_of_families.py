@@ -66,7 +66,7 @@ def test_more_expert_workers_and_fewer(cluster: ServingCluster, model: Path) -> 
     """Experts move while streams go on."""
     before = whole(cluster)["placement_epoch"]
     for count in (3, 2):
-        order = cluster.call("scale", {"expert": count, "limit_s": 120.0})
+        order = cluster.call("begin", "scale", {"expert": count, "limit_s": 120.0})
         while cluster.call("operation", order["id"])["state"] == "RUNNING":
             play(cluster, SMALL, random.Random(count), lambda: None, model)
         assert cluster.call("operation", order["id"])["state"] == "SUCCEEDED"

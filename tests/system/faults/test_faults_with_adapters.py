@@ -157,12 +157,12 @@ def test_a_killed_worker_while_an_adapter_is_unloaded(modules: tuple[str, ...]) 
     with connected_ray(), serving(RayCluster(config)) as cluster:
 
         def fault() -> None:
-            cluster.call("unload_adapter", "sql")
+            cluster.call("begin", "unload_adapter", {"name": "sql"})
             kill_any(cluster, "attention", draw)
 
         def restore() -> None:
             cluster.wait(lambda s: [a["name"] for a in s["adapters"]] == ["chat"])
-            cluster.call("load_adapter", {"name": "sql", "path": str(folder)})
+            cluster.call("begin", "load_adapter", {"name": "sql", "path": str(folder)})
 
         play_until(cluster, SMALL, modules, fault, restore)
         play(cluster, SMALL, modules, lambda: None, draw)

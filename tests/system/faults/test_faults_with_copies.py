@@ -205,7 +205,7 @@ def test_a_worker_is_killed_while_requests_move(
         def fault(ends: list[str] = ends) -> None:
             nonlocal num_killed
             pid = cluster.worker(ends[end])["pid"]
-            cluster.call("drain", {"worker": ends[0], "limit_s": 60.0})
+            cluster.call("begin", "drain", {"worker": ends[0], "limit_s": 60.0})
             time.sleep(draw.uniform(0.0, 0.25))  # anywhere in the moves of a few requests
             with suppress(ProcessLookupError):  # all may have moved, and the worker be gone
                 os.kill(pid, signal.SIGKILL)

@@ -38,7 +38,7 @@ from workers.process.worker_args import WorkerArgs
 
 def scale(cluster: ServingCluster, limit_s: float = 120.0, **counts: int) -> dict[str, Any]:
     """Order a scaling and wait for its end; the operation."""
-    begun = cluster.call("scale", {**counts, "limit_s": limit_s})
+    begun = cluster.call("begin", "scale", {**counts, "limit_s": limit_s})
     return wait_operation(cluster, begun["id"])
 
 
@@ -155,7 +155,7 @@ def test_a_scaling_goes_on_when_the_controller_dies() -> None:
     with serving(ThreadCluster(quiet_config(1, 2))) as cluster:
         assert isinstance(cluster, ThreadCluster)
         for counts in ({"attention": 2, "expert": 3}, {"attention": 1, "expert": 2}):
-            begun = cluster.call("scale", {**counts, "limit_s": 120.0})
+            begun = cluster.call("begin", "scale", {**counts, "limit_s": 120.0})
             cluster.crash_controller()
             cluster.restore()
             done = wait_operation(cluster, begun["id"])

@@ -159,7 +159,7 @@ def test_actors_that_cannot_come_leave_the_cluster_as_it_was(checkpoint: Path) -
         check_as_before(cluster, failed, "could not start workers within 3 s")
         check_serving(gateway, "no-room")
         with hindered(checkpoint, Hindrance.HELD):
-            begun = cluster.call("scale", {"expert": 3, "limit_s": 120.0})
+            begun = cluster.call("begin", "scale", {"expert": 3, "limit_s": 120.0})
             new = "expert-2.2"
             cluster.wait(lambda s: (new, "LOADING") in states(s))
             kill(cluster, new)

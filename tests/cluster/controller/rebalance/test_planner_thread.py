@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pytest
 
 from cluster.controller.parts.operations import OperationState
-from cluster.controller.rebalance.job import RebalanceOrder
+from cluster.controller.rebalance.job import RebalanceCommand
 from cluster.controller.rebalance.plans import Plans
 from cluster.core.errors import ConfigError, ConflictError
 from cluster.core.frames import EpochSwitched, SwitchEpoch
@@ -94,17 +94,17 @@ def test_an_order_waits_for_its_plan(later: LaterExecutor) -> None:
     cluster = make(1, enable_eplb=False, executor=later)
     window(cluster, SKEWED)
     rebalancing = cluster.controller.rebalancing
-    dry = rebalancing.begin(RebalanceOrder(dry_run=True), cluster.now)
+    dry = rebalancing.begin(RebalanceCommand(dry_run=True), cluster.now)
     assert dry.is_running
     assert rebalancing.plans.waits(dry.id)
     with pytest.raises(ConflictError, match="one operation at a time"):
-        rebalancing.begin(RebalanceOrder(), cluster.now)
+        rebalancing.begin(RebalanceCommand(), cluster.now)
     later.work()
     cluster.tick(0.1)
     assert not rebalancing.plans.waits(dry.id)
     assert dry.state is OperationState.SUCCEEDED
     assert dry.result["action"] in ("split", "move")
-    real = rebalancing.begin(RebalanceOrder(), cluster.now)
+    real = rebalancing.begin(RebalanceCommand(), cluster.now)
     work_and_obey(cluster, later)
     assert real.state is OperationState.SUCCEEDED
     assert cluster.known.placement.epoch > 1
@@ -114,7 +114,7 @@ def test_an_order_is_cancelled_while_it_is_planned(later: LaterExecutor) -> None
     cluster = make(1, enable_eplb=False, executor=later)
     window(cluster, SKEWED)
     rebalancing = cluster.controller.rebalancing
-    operation = rebalancing.begin(RebalanceOrder(), cluster.now)
+    operation = rebalancing.begin(RebalanceCommand(), cluster.now)
     rebalancing.cancel(operation, cluster.now)
     assert operation.state is OperationState.CANCELLED
     assert outcomes(cluster) == {"cancelled": 1}
@@ -129,7 +129,7 @@ def test_an_order_is_cancelled_while_it_is_planned(later: LaterExecutor) -> None
 def test_a_stage_is_cancelled_while_its_shares_are_solved(later: LaterExecutor) -> None:
     cluster = make(1, enable_eplb=False, executor=later)
     window(cluster, SKEWED)
-    operation = cluster.controller.rebalancing.begin(RebalanceOrder(), cluster.now)
+    operation = cluster.controller.rebalancing.begin(RebalanceCommand(), cluster.now)
     later.work()
     cluster.tick(0.1)
     assert len(later.waiting) == 1
@@ -144,7 +144,7 @@ def test_a_stage_is_cancelled_while_its_shares_are_solved(later: LaterExecutor) 
 def test_an_order_for_a_cluster_that_has_changed_fails(later: LaterExecutor) -> None:
     cluster = make(1, enable_eplb=False, executor=later)
     window(cluster, SKEWED)
-    operation = cluster.controller.rebalancing.begin(RebalanceOrder(), cluster.now)
+    operation = cluster.controller.rebalancing.begin(RebalanceCommand(), cluster.now)
     cluster.disconnect("expert-3")
     later.work()
     cluster.tick(0.2)
@@ -176,7 +176,7 @@ def test_a_real_thread_may_take_its_time(thread: ThreadPoolExecutor) -> None:
     thread.submit(gate.wait, LIMIT_S)
     cluster = make(1, enable_eplb=False, executor=thread)
     window(cluster, SKEWED)
-    dry = cluster.controller.rebalancing.begin(RebalanceOrder(dry_run=True), cluster.now)
+    dry = cluster.controller.rebalancing.begin(RebalanceCommand(dry_run=True), cluster.now)
     cluster.tick(1.0)
     assert dry.is_running
     gate.set()
@@ -268,7 +268,7 @@ def test_a_load_that_cannot_be_planned_is_reported_until_it_can() -> None:
     cluster = make(1, executor=refusing)
     window(cluster, SKEWED)
     assert "num_expert_slots (6) must be at least" in status(cluster)["problem"]
-    order = cluster.controller.rebalancing.begin(RebalanceOrder(), cluster.now)
+    order = cluster.controller.rebalancing.begin(RebalanceCommand(), cluster.now)
     assert order.state is OperationState.FAILED
     assert "no placement can be planned: num_expert_slots (6)" in order.message
     refusing.error = None

@@ -14,7 +14,7 @@ from cluster.config.expert_load import LoadSection, RebalanceSection
 from cluster.config.model import ModelSection
 from cluster.config.workers import WorkersSection
 from cluster.controller.parts.operations import OperationState
-from cluster.controller.rebalance.job import RebalanceOrder
+from cluster.controller.rebalance.job import RebalanceCommand
 from cluster.core.errors import ConflictError
 from cluster.core.frames import (
     ControlFrame,
@@ -162,12 +162,12 @@ def test_an_order_that_is_not_worth_it_is_counted_and_a_dry_run_is_not() -> None
     cluster = make(enable_eplb=False)
     begin = cluster.controller.rebalancing.begin
     window(cluster, EVEN)
-    begin(RebalanceOrder(), cluster.now)
+    begin(RebalanceCommand(), cluster.now)
     obey(cluster)
     window(cluster, EVEN)
     before = outcomes(cluster).get("skipped_gain", 0)
     for is_dry, counted in ((True, 0), (False, 1)):
-        operation = begin(RebalanceOrder(dry_run=is_dry), cluster.now)
+        operation = begin(RebalanceCommand(dry_run=is_dry), cluster.now)
         assert operation.result["action"] == "none"
         assert operation.message.startswith("nothing")
         assert outcomes(cluster).get("skipped_gain", 0) == before + counted
@@ -185,20 +185,20 @@ def test_without_automation_a_change_waits_for_an_order() -> None:
     cluster = make(enable_eplb=False)
     controller = cluster.controller
     with pytest.raises(ConflictError, match="no load has been seen"):
-        controller.rebalancing.begin(RebalanceOrder(), cluster.now)
+        controller.rebalancing.begin(RebalanceCommand(), cluster.now)
     window(cluster, SKEWED)
     assert outcomes(cluster) == {}
     with pytest.raises(ConflictError, match="epoch 1 is in force, not 9"):
-        controller.rebalancing.begin(RebalanceOrder(expected_epoch=9), cluster.now)
-    dry = controller.rebalancing.begin(RebalanceOrder(dry_run=True), cluster.now)
+        controller.rebalancing.begin(RebalanceCommand(expected_epoch=9), cluster.now)
+    dry = controller.rebalancing.begin(RebalanceCommand(dry_run=True), cluster.now)
     assert dry.state is OperationState.SUCCEEDED
     assert dry.result["action"] in ("split", "move")
     assert dry.result["balancedness_predicted"] > dry.result["balancedness_now"]
     assert controller.cluster.placement.epoch == 1
-    operation = controller.rebalancing.begin(RebalanceOrder(request_id="a"), cluster.now)
+    operation = controller.rebalancing.begin(RebalanceCommand(request_id="a"), cluster.now)
     assert operation.is_running
-    assert controller.rebalancing.begin(RebalanceOrder(request_id="a"), cluster.now) is operation
-    other = RebalanceOrder(request_id="a", dry_run=True)
+    assert controller.rebalancing.begin(RebalanceCommand(request_id="a"), cluster.now) is operation
+    other = RebalanceCommand(request_id="a", dry_run=True)
     with pytest.raises(ConflictError, match=r"rebalance-1\.2 .* which is something else"):
         controller.rebalancing.begin(other, cluster.now)
     obey(cluster)
@@ -212,18 +212,18 @@ def test_an_order_does_what_the_dry_run_before_it_has_shown() -> None:
     rebalancing = cluster.controller.rebalancing
     window(cluster, SKEWED)
     report(cluster, (1, 1, 2, 3, 4, 40, 60, 80))
-    dry = rebalancing.begin(RebalanceOrder(dry_run=True), cluster.now)
+    dry = rebalancing.begin(RebalanceCommand(dry_run=True), cluster.now)
     for _ in range(int(WINDOW_S) + 1):
         cluster.beat_all()
         cluster.tick(1.0)
-    order = rebalancing.begin(RebalanceOrder(), cluster.now)
+    order = rebalancing.begin(RebalanceCommand(), cluster.now)
     planned = {**order.result, "dry_run": True}
     assert planned == dry.result
     obey(cluster)
     assert f"by the load of {sum(SKEWED) // 2} rows" in dry.message
     assert f"by the load of {sum(SKEWED) // 2} rows" in order.message
     report(cluster, (1, 1, 2, 3, 4, 40, 60, 80))
-    again = rebalancing.begin(RebalanceOrder(dry_run=True), cluster.now)
+    again = rebalancing.begin(RebalanceCommand(dry_run=True), cluster.now)
     assert f"by the load of {sum(SKEWED) // 2} rows" not in again.message
 
 
@@ -234,13 +234,13 @@ def test_without_spare_slots_it_says_why_not() -> None:
     assert not status(cluster)["possible"]
     assert "no spare expert slots" in status(cluster)["reason"]
     with pytest.raises(ConflictError, match="no spare expert slots"):
-        cluster.controller.rebalancing.begin(RebalanceOrder(), cluster.now)
+        cluster.controller.rebalancing.begin(RebalanceCommand(), cluster.now)
 
 
 def test_a_change_can_be_cancelled() -> None:
     cluster = make(enable_eplb=False)
     window(cluster, SKEWED)
-    operation = cluster.controller.rebalancing.begin(RebalanceOrder(), cluster.now)
+    operation = cluster.controller.rebalancing.begin(RebalanceCommand(), cluster.now)
     cluster.controller.rebalancing.cancel(operation, cluster.now)
     assert operation.state is OperationState.CANCELLED
     assert outcomes(cluster) == {"cancelled": 1}
@@ -291,7 +291,7 @@ def test_the_speeds_that_workers_measure_count() -> None:
         1.0,
     ]
     window(cluster, EVEN)
-    cluster.controller.rebalancing.begin(RebalanceOrder(), cluster.now)
+    cluster.controller.rebalancing.begin(RebalanceCommand(), cluster.now)
     obey(cluster)
     for bank in cluster.known.placement.banks:
         loads = device_loads(bank, EVEN)

@@ -15,7 +15,7 @@ CHECKPOINT = -1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LoadOrder:
+class ExpertLoadCommand:
     """An order without an answer yet."""
 
     worker: str
@@ -30,12 +30,12 @@ class LoadOrder:
     """Sources that have failed."""
 
 
-class LoadOrders:
+class ExpertLoadCommands:
     """The orders of one recovery or of one change of the placement."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self.pending: dict[int, LoadOrder] = {}
+        self.pending: dict[int, ExpertLoadCommand] = {}
         """By number."""
 
     def send(
@@ -50,7 +50,7 @@ class LoadOrders:
     ) -> None:
         """Order a worker to load; ``details`` are for ``LoadExperts.source``."""
         number, epoch = next(self._cluster.order_numbers), self._cluster.placement.epoch
-        self.pending[number] = LoadOrder(
+        self.pending[number] = ExpertLoadCommand(
             worker=worker, fills=tuple(fills), epoch=epoch, began_at=now, source=source, tried=tried
         )
         frame = LoadExperts(
@@ -61,7 +61,7 @@ class LoadOrders:
         )
         self._cluster.send(frame, worker)
 
-    def answered(self, worker: str, number: int) -> LoadOrder | None:
+    def answered(self, worker: str, number: int) -> ExpertLoadCommand | None:
         """Take an order off the list; None for an unknown one."""
         order = self.pending.get(number)
         if order is None or order.worker != worker:
@@ -72,7 +72,7 @@ class LoadOrders:
         """Forget the orders of lost workers."""
         self.pending = {n: o for n, o in self.pending.items() if o.worker not in workers}
 
-    def take_overdue(self, now: float, limit_s: float) -> list[LoadOrder]:
+    def take_overdue(self, now: float, limit_s: float) -> list[ExpertLoadCommand]:
         """Take the orders off the list that have had no answer for longer than ``limit_s``."""
         late = [n for n, order in self.pending.items() if now - order.began_at > limit_s]
         return [self.pending.pop(number) for number in late]

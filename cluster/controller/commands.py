@@ -1,0 +1,109 @@
+"""Commands of clients: what each begins, and when its client is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from cluster.controller.adapters import (
+    LOAD_LIMIT_S,
+    AdapterLoadCommand,
+    Adapters,
+    AdapterUnloadCommand,
+)
+from cluster.controller.drain.draining import Draining
+from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.drains import DrainCommand
+from cluster.controller.parts.operations import Operation
+from cluster.controller.parts.scales import ScaleCommand
+from cluster.controller.rebalance.job import RebalanceCommand
+from cluster.controller.rebalance.loop import Rebalancing
+from cluster.controller.scale import Scaling
+from cluster.core.codec import Message, from_plain
+from cluster.core.errors import RequestError
+
+M = TypeVar("M", bound=Message)
+_PLAN_LIMIT_S = 20.0
+"""Longest wait for the decision on a command to rebalance; it continues afterwards."""
+_ADAPTER_LIMIT_S = LOAD_LIMIT_S + 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class BegunCommand:
+    """A command that the controller has accepted."""
+
+    answer: Callable[[], dict[str, Any]]
+    """The client's answer, plain data, once the command is settled. Raises ``RequestError``."""
+    is_settled: Callable[[], bool] = lambda: True
+    """The client can be answered."""
+    limit_s: float = 0.0
+    """Longest wait until it is settled; the answer follows in any case."""
+
+
+class Commands:
+    """Decides which part carries out a command, and when its client is answered."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        draining: Draining,
+        scaling: Scaling,
+        rebalancing: Rebalancing,
+        adapters: Adapters,
+    ) -> None:
+        self._cluster = cluster
+        self._draining = draining
+        self._scaling = scaling
+        self._rebalancing = rebalancing
+        self._adapters = adapters
+
+    def begin(self, kind: str, fields: Mapping[str, Any], now: float) -> BegunCommand:
+        """Begin a command, or find what the same command began.
+
+        ``kind`` and ``fields``: ``drain`` and ``DrainCommand``, ``scale`` and ``ScaleCommand``,
+        ``rebalance`` and ``RebalanceCommand``, ``load_adapter`` and ``AdapterLoadCommand``,
+        ``unload_adapter`` and ``AdapterUnloadCommand``. Raises ``RequestError``,
+        ``UnknownNameError``, ``ModelNotFoundError`` and ``ConflictError``; nothing has changed
+        then.
+        """
+
+        def read(command: type[M]) -> M:
+            return from_plain(fields, command, RequestError)
+
+        match kind:
+            case "drain":
+                return BegunCommand(self._draining.begin(read(DrainCommand), now).to_dict)
+            case "scale":
+                return BegunCommand(self._scaling.begin(read(ScaleCommand), now).to_dict)
+            case "rebalance":
+                operation = self._rebalancing.begin(read(RebalanceCommand), now)
+                return BegunCommand(
+                    operation.to_dict,
+                    lambda: not self._rebalancing.plans.waits(operation.id),
+                    _PLAN_LIMIT_S,
+                )
+            case "load_adapter":
+                key = self._adapters.load(read(AdapterLoadCommand), now)
+                return BegunCommand(
+                    lambda: self._adapters.answer(key),
+                    lambda: self._adapters.is_settled(key),
+                    _ADAPTER_LIMIT_S,
+                )
+            case "unload_adapter":
+                key = self._adapters.unload(read(AdapterUnloadCommand).name, now)
+                return BegunCommand(lambda: {"key": key})
+        raise RequestError(f"kind ({kind[:64]!r}) is no kind of command", "kind")
+
+    def cancel(self, operation_id: str, now: float) -> Operation:
+        """Undo an operation. Raises ``UnknownNameError``; ``ConflictError`` if it is too late."""
+        operation = self._cluster.operations.find(operation_id)
+        match operation.kind:
+            case "drain":
+                self._draining.cancel(operation, now)
+            case "scale":
+                self._scaling.cancel(operation, now)
+            case _:
+                self._rebalancing.cancel(operation, now)
+        self._cluster.remember()  # the next controller must not continue it
+        return operation
