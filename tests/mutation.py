@@ -76,6 +76,9 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "workers/kv/block_pool.py": ("workers/kv/test_block_pool.py",),
     "workers/kv/eviction.py": ("workers/kv/test_eviction.py",),
     "workers/kv/prefix_cache.py": ("workers/kv/test_prefix_cache.py",),
+    "workers/kv/prefix_tree.py": ("workers/kv/test_eviction.py",),
+    "workers/kv/turn_ages.py": ("workers/kv/test_eviction.py",),
+    "workers/kv/turn_queues.py": ("workers/kv/test_eviction.py",),
     "workers/lora/catalog.py": ("workers/lora/test_catalog.py",),
     "workers/lora/settings.py": ("workers/lora/test_settings.py",),
     "workers/quantization/formats.py": (
@@ -123,7 +126,7 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
         "limit - missing": "speed: the sum is cut to the limit",
         "max_rows <= 0": "speed: a sequence for which no row is left is not planned",
     },
-    "workers/kv/eviction.py": {
+    "workers/kv/turn_ages.py": {
         "self._clock = 0": "only differences of times count",
         "self._clock += 1": "only proportions of ages count",
     },

@@ -54,7 +54,7 @@ class TurnUse:
 class Turn:
     """One request's use of a prefix, and the free blocks whose last use it was.
 
-    ``EvictionOrder`` fills all fields but the first four.
+    ``TurnAges`` and ``TurnQueues`` fill all fields after the first four.
     """
 
     hints: KeepHints
