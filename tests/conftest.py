@@ -27,8 +27,8 @@ import torch
 from hypothesis import settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
+from benchmarks.harness.stalls import heartbeat
 from tests.fakes import write_tiny_checkpoint
-from tests.harness.stalls import heartbeat
 from tests.reference.goldens import Golden, load_golden
 
 _BEGAN = pytest.StashKey[float]()

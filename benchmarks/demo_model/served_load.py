@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 
 from benchmarks.demo_model.corpus import split_corpus
 from benchmarks.demo_model.export import ExpertLoad, write_load_profile
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
-from tests.reference.local_engine import LocalEngine
 from workers.requests.request import Request, SamplingParams
 
 logger = logging.getLogger(__name__)

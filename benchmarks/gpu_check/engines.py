@@ -8,17 +8,17 @@ from typing import Any, Literal
 
 import torch
 
+from benchmarks.checkpoints.random_checkpoint import RandomModel
 from benchmarks.gpu_check.device import host_waits
 from benchmarks.gpu_check.section import Place, Report
 from benchmarks.gpu_check.step_costs import cost_of_steps, steps
 from benchmarks.gpu_check.weights import RandomCheckpoint
-from benchmarks.prompts import random_prompts
-from benchmarks.random_checkpoint import RandomModel
+from benchmarks.harness.both_roles import take_both_roles
+from benchmarks.harness.local_engine import Generated, LocalEngine, block_bytes
+from benchmarks.harness.prompts import random_prompts
 from cluster.config.cluster import EngineSection
 from cluster.config.speculation import SpeculationSection
 from cluster.launch.model_source import bundled_checkpoint
-from tests.reference.both_roles import take_both_roles
-from tests.reference.local_engine import Generated, LocalEngine, block_bytes
 from workers.model.loading.checkpoint import Checkpoint
 from workers.requests.request import Request, SamplingParams, TokenLogprob
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from benchmarks.checkpoints.adapters import RandomAdapter, put, random_adapter, target_shapes_of
 from benchmarks.gpu_check.code_formats import MAIN
 from benchmarks.gpu_check.engines import (
     MAX_MODEL_LEN,
@@ -19,8 +20,7 @@ from benchmarks.gpu_check.engines import (
     random_model,
 )
 from benchmarks.gpu_check.section import Place, Report
-from tests.reference.local_engine import Generated, LocalEngine, generated
-from tests.workers.lora.folders import RandomAdapter, put, random_adapter, target_shapes_of
+from benchmarks.harness.local_engine import Generated, LocalEngine, generated
 from workers.quantization.formats import WeightFormat
 from workers.requests.request import Request
 

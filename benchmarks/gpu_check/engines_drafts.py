@@ -22,8 +22,8 @@ from benchmarks.gpu_check.engines import (
     random_size,
 )
 from benchmarks.gpu_check.section import Place, Report
+from benchmarks.harness.local_engine import Generated
 from cluster.config.speculation import SpeculationSection
-from tests.reference.local_engine import Generated
 from workers.requests.request import SamplingParams
 from workers.speculation.acceptance import Acceptance
 

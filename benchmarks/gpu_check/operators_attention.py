@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.checkpoints.random_checkpoint import RandomModel
 from benchmarks.gpu_check.compare import LIMITS, Worst
 from benchmarks.gpu_check.section import Place, Report
 from benchmarks.gpu_check.weights import RandomCheckpoint
-from benchmarks.random_checkpoint import RandomModel
 from workers.engine.batch import Batch, batch_order
 from workers.engine.step_plan import PlannedRows
 from workers.kv.block_tables import BlockTables

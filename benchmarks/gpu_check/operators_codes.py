@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.checkpoints.random_codes import draw_matrix
 from benchmarks.gpu_check.code_formats import EIGHT_BITS, FOUR_BITS, MAIN
 from benchmarks.gpu_check.compare import Worst
 from benchmarks.gpu_check.device import captured
 from benchmarks.gpu_check.operators_experts import CPU, outputs, plain_kernel, routes
 from benchmarks.gpu_check.section import Place, Report
-from benchmarks.random_codes import draw_matrix
 from workers.experts.bank import ExpertBank, make_kernel
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec, ClampedSwiglu, ExchangeSpec

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.checkpoints.random_checkpoint import RandomModel
 from benchmarks.gpu_check.compare import LIMITS, Worst
 from benchmarks.gpu_check.section import Place, Report
 from benchmarks.gpu_check.weights import RandomCheckpoint
-from benchmarks.random_checkpoint import RandomModel
 from workers.model.building_blocks import BuildingBlocks
 from workers.model.layers import rms_norm
 from workers.model.loading.attention_model import load_attention_model

@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.bounds import prefill_flops, step_weight_bytes
+from benchmarks.checkpoints.random_checkpoint import TINY, RandomModel
 from benchmarks.gpu_check.ceilings import copy_bandwidth, matrix_rate
 from benchmarks.gpu_check.device import synchronize
 from benchmarks.gpu_check.section import Place, Report
 from benchmarks.gpu_check.step_costs import cost_of_steps, median_step_s, steps
 from benchmarks.gpu_check.transformers_peer import TransformersPeer
 from benchmarks.gpu_check.weights import RandomCheckpoint
-from benchmarks.prompts import random_prompts
-from benchmarks.random_checkpoint import TINY, RandomModel
+from benchmarks.harness.both_roles import take_both_roles
+from benchmarks.harness.local_engine import LocalEngine, block_bytes
+from benchmarks.harness.prompts import random_prompts
+from benchmarks.memory_wall.bounds import prefill_flops, step_weight_bytes
 from cluster.config.cluster import EngineSection
-from tests.reference.both_roles import take_both_roles
-from tests.reference.local_engine import LocalEngine, block_bytes
 from workers.quantization.formats import WeightFormat
 from workers.requests.request import Request, SamplingParams
 

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.bounds import step_weight_bytes
+from benchmarks.checkpoints.random_checkpoint import TINY
+from benchmarks.checkpoints.random_codes import draw_matrix
 from benchmarks.gpu_check.ceilings import copy_bandwidth, read_bandwidth
 from benchmarks.gpu_check.code_formats import MAIN
 from benchmarks.gpu_check.device import captured, seconds_of, synchronize
 from benchmarks.gpu_check.section import Place, Report
 from benchmarks.gpu_check.speed import OLMOE, Run, fill, make_engine
 from benchmarks.gpu_check.step_costs import cost_of_steps, median_step_s, steps
-from benchmarks.random_checkpoint import TINY
-from benchmarks.random_codes import draw_matrix
+from benchmarks.memory_wall.bounds import step_weight_bytes
 from workers.experts.bank import ExpertBank
 from workers.model.config import BankSpec, ExchangeSpec
 from workers.quantization.formats import WeightFormat

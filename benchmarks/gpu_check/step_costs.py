@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_check.device import host_waits, kernels_of
-from tests.reference.local_engine import LocalEngine
+from benchmarks.harness.local_engine import LocalEngine
 
 
 def steps(engine: LocalEngine, number: int) -> None:

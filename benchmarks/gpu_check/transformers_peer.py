@@ -6,10 +6,10 @@ import time
 
 import torch
 
+from benchmarks.checkpoints.random_checkpoint import RandomModel
 from benchmarks.gpu_check.device import synchronize
 from benchmarks.gpu_check.section import Place
-from benchmarks.prompts import random_prompts
-from benchmarks.random_checkpoint import RandomModel
+from benchmarks.harness.prompts import random_prompts
 
 _FEW_TOKENS = 2
 _MORE_TOKENS = 18

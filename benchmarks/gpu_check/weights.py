@@ -10,8 +10,8 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from benchmarks.random_checkpoint import RandomModel
-from benchmarks.random_codes import draw_matrix
+from benchmarks.checkpoints.random_checkpoint import RandomModel
+from benchmarks.checkpoints.random_codes import draw_matrix
 from workers.model.config import ExpertMatrix, TensorPart
 from workers.model.families.registry import load_family
 from workers.model.loading.checkpoint import Checkpoint

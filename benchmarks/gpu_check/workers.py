@@ -28,10 +28,10 @@ from benchmarks.gpu_check.engines import (
     random_model,
 )
 from benchmarks.gpu_check.section import Place, Report
+from benchmarks.harness.local_engine import Generated, LocalEngine, generated
 from cluster.core.errors import PeerLostError
 from cluster.core.placement import BankShape, ExpertPlacement, contiguous
 from cluster.core.topology import Generation, Member
-from tests.reference.local_engine import Generated, LocalEngine, generated
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.remote import RemoteDispatcher

@@ -39,7 +39,7 @@ _SYSTEM_CONFIG = {
 }
 """Ray's default niceness of workers is 15: other load on this host would stop the heartbeats.
 Ray also records every call of an actor by default: its gcs grew by 17% in half an hour of traffic
-(``benchmarks/soak.py``), and no part of expertmesh reads these records. It keeps 100,000 actors and
+(``tests/long/soak.py``), and no part of expertmesh reads these records. It keeps 100,000 actors and
 1,000 processes that have ended, of which only the newest are asked for."""
 _ALLOCATOR = {
     "RAY_JEMALLOC_PROFILE": "raylet",
@@ -129,7 +129,7 @@ def common_environment() -> dict[str, str]:
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         # a stream's messages go from the replica to the proxy by gRPC on the proxy's own loop: as
         # items of a Ray generator each made an object reference and crossed threads, and one stream
-        # on two cores was a fifth slower (``benchmarks/peers.py``)
+        # on two cores was a fifth slower (``benchmarks/peers/comparison.py``)
         "RAY_SERVE_PROXY_USE_GRPC": "1",
         # a replica whose loop was busy for 0.1 s, as at its start, was left out, with a warning
         "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1",

@@ -22,8 +22,8 @@ class RoutingPolicy(Enum):
 MISSING_WEIGHT = 1.25
 """Cost of a prompt token to compute, in tokens of waiting. Above 1, since it also delays all later
 requests, and leaves one more copy of its block in the caches. On the Mooncake trace
-(``benchmarks/routing.py``) the mean time to the first token is flat from 1 to 3; larger values make
-bursts with a common prefix wait longer.
+(``benchmarks/simulated/routing.py``) the mean time to the first token is flat from 1 to 3; larger
+values make bursts with a common prefix wait longer.
 """
 DECODE_TOKENS = 64
 """Cost of a decoding sequence for a prompt, in prompt tokens that are computed before it."""

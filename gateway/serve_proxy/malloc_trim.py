@@ -1,7 +1,7 @@
 """Return freed memory to the system, in the gateway and inside Serve's proxy.
 
 Python frees the memory of a request, and glibc keeps it: glibc returns the end of a heap only, and
-after a burst most free memory lies below. In ten minutes of mixed traffic (``benchmarks/soak.py``)
+after a burst most free memory lies below. In ten minutes of mixed traffic (``tests/long/soak.py``)
 the proxy had 35 MiB in use throughout, and 3 to 33 MiB free. ``cluster.launch.local_ray`` sets one
 heap for all threads.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import acceptance
-from benchmarks.acceptance import NGRAM, Text, drawn, replay
-from benchmarks.held_out import held_out
+from benchmarks.engine import acceptance
+from benchmarks.engine.acceptance import NGRAM, Text, drawn, replay
+from benchmarks.engine.held_out import held_out
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
 from cluster.launch.model_source import bundled_checkpoint
-from tests.reference.local_engine import LocalEngine
 from workers.requests.request import SamplingParams
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.autoscaling import CASES, compare, section
-from benchmarks.cluster_model import ClusterModel, WorkerModel
-from benchmarks.request_trace import Arrival, azure_arrivals, mooncake_arrivals
+from benchmarks.simulated.autoscaling import CASES, compare, section
+from benchmarks.simulated.cluster_model import ClusterModel, WorkerModel
+from benchmarks.simulated.request_trace import Arrival, azure_arrivals, mooncake_arrivals
 from cluster.core.topology import Role
 
 WORKER = WorkerModel(prompt_tokens_s=1000, kv_tokens=1000, expert_prompt_tokens_s=1000)

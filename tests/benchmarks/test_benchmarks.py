@@ -10,32 +10,34 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import (
-    colocated,
+from benchmarks import run
+from benchmarks.checkpoints.random_checkpoint import RandomModel
+from benchmarks.engine import (
     delta_net,
+    kv_accuracy,
+    kv_cache,
+    load_tracking,
+    prefix_cache,
+    speculation,
+    step_cost,
+)
+from benchmarks.harness.local_engine import LocalEngine
+from benchmarks.placement import rebalancing
+from benchmarks.report import results
+from benchmarks.report.quiet import CpuClock, wait_until_quiet
+from benchmarks.report.timing import Sample, median_of, ratio_of, sample_of
+from benchmarks.serving import (
+    colocated,
     deterministic,
     families,
     gateway_cost,
     itl_target,
-    kv_accuracy,
-    kv_cache,
-    load_tracking,
     micro_batches,
-    prefix_cache,
-    rebalancing,
-    results,
-    run,
-    serving,
-    soak,
-    speculation,
-    step_cost,
     watching,
 )
-from benchmarks.quiet import CpuClock, wait_until_quiet
-from benchmarks.random_checkpoint import RandomModel
-from benchmarks.serving import QUICK, TINY, measure, random_model, report
-from benchmarks.timing import Sample, median_of, ratio_of, sample_of
-from tests.reference.local_engine import LocalEngine
+from benchmarks.serving import throughput as serving
+from benchmarks.serving.throughput import QUICK, TINY, measure, random_model, report
+from tests.long import soak
 from workers.requests.request import SamplingParams
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None

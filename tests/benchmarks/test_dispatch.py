@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import dispatch
-from benchmarks.dispatch import Plan, Sizes, main
-from benchmarks.idle_ranks import Shape
-from tests.distributed import RankError
+from benchmarks.engine import dispatch
+from benchmarks.engine.dispatch import Plan, Sizes, main
+from benchmarks.engine.idle_ranks import Shape
+from benchmarks.harness.distributed import RankError
 
 HIDDEN, TOP_K, EXPERTS = 16, 2, 4
 SMALL = ["--hidden", str(HIDDEN), "--top-k", str(TOP_K), "--num-experts", str(EXPERTS)]

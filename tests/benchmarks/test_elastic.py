@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import chaos, moves, overload
+from benchmarks.faults import moves
+from benchmarks.serving import overload
+from tests.long import chaos
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

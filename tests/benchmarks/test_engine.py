@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import engine, profile
-from benchmarks.profile import STAGES, StepSums
-from benchmarks.timing import decode_interval_of
+from benchmarks.engine import batches as engine
+from benchmarks.engine import profile
+from benchmarks.engine.profile import STAGES, StepSums
+from benchmarks.report.timing import decode_interval_of
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
 from tests.harness.step_traces import read_spans

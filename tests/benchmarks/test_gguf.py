@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from benchmarks import gguf, random_checkpoint
-from benchmarks.ggml_types import BF16, F32, Q4_0, Q8_0, GgmlType
-from benchmarks.random_checkpoint import TINY
+from benchmarks.checkpoints import gguf, random_checkpoint
+from benchmarks.checkpoints.ggml_types import BF16, F32, Q4_0, Q8_0, GgmlType
+from benchmarks.checkpoints.random_checkpoint import TINY
 
 
 def _scale(block: bytes) -> float:

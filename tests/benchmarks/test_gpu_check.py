@@ -20,6 +20,7 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.checkpoints.random_checkpoint import TINY
 from benchmarks.gpu_check import __main__ as command
 from benchmarks.gpu_check import runner
 from benchmarks.gpu_check.candidates_attention import (
@@ -46,9 +47,8 @@ from benchmarks.gpu_check.sections import SECTIONS
 from benchmarks.gpu_check.torch_needs import Need, documented, problem_of
 from benchmarks.gpu_check.weights import RandomCheckpoint
 from benchmarks.gpu_check.workers import Case, survival, watch_s
-from benchmarks.random_checkpoint import TINY
+from benchmarks.harness.local_engine import Generated
 from tests.paths import ROOT
-from tests.reference.local_engine import Generated
 from workers.experts.sources import CheckpointSource
 from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix

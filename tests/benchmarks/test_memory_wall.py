@@ -12,8 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import memory_wall, wall_engine, wall_quantized, wall_workers
-from benchmarks.bounds import (
+from benchmarks.checkpoints.random_checkpoint import TINY, RandomModel
+from benchmarks.harness.prompts import random_prompts
+from benchmarks.memory_wall import engine as wall_engine
+from benchmarks.memory_wall import quantized as wall_quantized
+from benchmarks.memory_wall import table as memory_wall
+from benchmarks.memory_wall import workers as wall_workers
+from benchmarks.memory_wall.bounds import (
     decode_bound,
     file_rate,
     forget_files,
@@ -23,10 +28,8 @@ from benchmarks.bounds import (
     step_weight_bytes,
     two_worker_cap,
 )
-from benchmarks.prompts import random_prompts
-from benchmarks.random_checkpoint import TINY, RandomModel
-from benchmarks.wall_engine import timed_kernels
-from benchmarks.wall_rows import Bench, Row, at_least, at_most, report
+from benchmarks.memory_wall.engine import timed_kernels
+from benchmarks.memory_wall.rows import Bench, Row, at_least, at_most, report
 from workers.quantization.rounding import FORMATS
 
 MODEL = RandomModel(

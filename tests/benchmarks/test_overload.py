@@ -6,8 +6,8 @@ import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import error_details_pb2, status_pb2
 
-from benchmarks.overload import Found, normal_after, report
-from benchmarks.overload_load import GREEDY, MODEST, Phase, Refusal, retry_of
+from benchmarks.serving.overload import Found, normal_after, report
+from benchmarks.serving.overload_load import GREEDY, MODEST, Phase, Refusal, retry_of
 
 
 def phase(name: str, num_tokens: int, ttft_ms: float, key: str = GREEDY) -> Phase:

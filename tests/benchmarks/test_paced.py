@@ -8,7 +8,7 @@ import pytest
 import torch
 from ray import cloudpickle
 
-from benchmarks.paced import ComputeTime, PacedBank, paced_worker
+from benchmarks.placement.paced import ComputeTime, PacedBank, paced_worker
 from cluster.config.cluster import ClusterConfig
 from cluster.core.topology import Member
 from workers.experts.slots import ExpertSlots

@@ -13,12 +13,14 @@ import pytest
 import tokenizers
 from aiohttp import test_utils, web
 
-from benchmarks import http_systems, peers, random_checkpoint, random_tokenizer
-from benchmarks.bounds import step_weight_bytes
-from benchmarks.peer_report import LAYOUTS, Found, Row, bound, report
-from benchmarks.random_checkpoint import TINY, RandomModel
-from benchmarks.systems import System
-from benchmarks.timing import Sample
+from benchmarks.checkpoints import random_checkpoint, random_tokenizer
+from benchmarks.checkpoints.random_checkpoint import TINY, RandomModel
+from benchmarks.harness.systems import System
+from benchmarks.memory_wall.bounds import step_weight_bytes
+from benchmarks.peers import comparison as peers
+from benchmarks.peers import http_systems
+from benchmarks.peers.tables import LAYOUTS, Found, Row, bound, report
+from benchmarks.report.timing import Sample
 from workers.quantization.rounding import FORMATS
 
 MODEL = RandomModel()

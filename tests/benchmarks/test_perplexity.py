@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import perplexity
-from benchmarks.float_forms import float8_blocks, mxfp4_numbers
-from benchmarks.perplexity import (
+from benchmarks.checkpoints.float_forms import float8_blocks, mxfp4_numbers
+from benchmarks.engine import perplexity
+from benchmarks.engine.perplexity import (
     AS_STORED,
     FORMS,
     Form,

@@ -1,4 +1,4 @@
-"""The planner reaches its targets on real loads; `benchmarks/placement.py` measures all cases."""
+"""The planner reaches its targets on real loads; ``benchmarks/placement`` measures all cases."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import statistics
 import numpy as np
 import pytest
 
-from benchmarks import placement, placement_data, placement_measures
-from benchmarks.placement_data import dirichlet, dots_like, lognormal, mixtral, olmoe, profile, zipf
-from benchmarks.placement_measures import (
+from benchmarks.placement import data as placement_data
+from benchmarks.placement import measures as placement_measures
+from benchmarks.placement import quality as placement
+from benchmarks.placement.data import dirichlet, dots_like, lognormal, mixtral, olmoe, profile, zipf
+from benchmarks.placement.measures import (
     Window,
     decode_batches,
     decode_ratio,

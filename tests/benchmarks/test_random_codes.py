@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import random_checkpoint
-from benchmarks.random_checkpoint import TINY, RandomModel
-from benchmarks.random_codes import draw_matrix
-from benchmarks.wall_rows import Bench
+from benchmarks.checkpoints import random_checkpoint
+from benchmarks.checkpoints.random_checkpoint import TINY, RandomModel
+from benchmarks.checkpoints.random_codes import draw_matrix
+from benchmarks.memory_wall.rows import Bench
 from tests.workers.quantization.random import FORMATS, name_of
 from workers.model.loading.checkpoint import Checkpoint
 from workers.model.loading.expert_form import kept_banks

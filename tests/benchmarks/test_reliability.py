@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks import reliability, reliability_hosts
-from benchmarks.fault_load import FaultLoad, Line
-from benchmarks.fault_report import Found, lost, page_rows, report
-from benchmarks.fault_rows import ROWS, Row
-from benchmarks.reliability import QUICK, measure
-from tests.harness.mixed_calls import make_calls
-from tests.harness.serving_cluster import connected_ray
+from benchmarks.faults.load import FaultLoad, Line
+from benchmarks.harness.mixed_calls import make_calls
+from benchmarks.harness.serving_cluster import connected_ray
+from tests.long import reliability, reliability_hosts
+from tests.long.reliability import QUICK, measure
+from tests.long.reliability_report import Found, lost, page_rows, report
+from tests.long.reliability_rows import ROWS, Row
 
 
 def load_with(*calls: list[float]) -> FaultLoad:

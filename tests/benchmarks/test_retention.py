@@ -7,15 +7,15 @@ from collections import Counter
 
 import pytest
 
-from benchmarks.agent_trace import (
+from benchmarks.simulated.agent_trace import (
     ASKED_TURNS,
     TOKENS_PER_S,
     AgentRequest,
     agent_sessions,
     one_shots,
 )
-from benchmarks.request_trace import BLOCK_TOKENS, conversations
-from benchmarks.retention import (
+from benchmarks.simulated.request_trace import BLOCK_TOKENS, conversations
+from benchmarks.simulated.retention import (
     SIZES,
     TIERS,
     TierCache,

@@ -6,8 +6,22 @@ import random
 
 import pytest
 
-from benchmarks.request_trace import BLOCK_TOKENS, TracedRequest, conversations, multi_turn
-from benchmarks.routing import ALONE, CASES, FETCHING, TOGETHER, Outcome, Rules, replay, section
+from benchmarks.simulated.request_trace import (
+    BLOCK_TOKENS,
+    TracedRequest,
+    conversations,
+    multi_turn,
+)
+from benchmarks.simulated.routing import (
+    ALONE,
+    CASES,
+    FETCHING,
+    TOGETHER,
+    Outcome,
+    Rules,
+    replay,
+    section,
+)
 from gateway.engines.router import RoutingPolicy
 
 NEVER_WORSE = {ALONE: 1.1, FETCHING: 1.01, TOGETHER: 1.01}

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import scaling
-from benchmarks.fault_load import Line, Load
-from benchmarks.scaling import Scaled, calls, gaps, longest_change, report
+from benchmarks.faults import scaling
+from benchmarks.faults.load import Line, Load
+from benchmarks.faults.scaling import Scaled, calls, gaps, longest_change, report
 
 
 def scaled(pause_s: float, step_s: float = 0.01) -> Scaled:

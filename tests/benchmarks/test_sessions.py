@@ -6,10 +6,10 @@ import statistics
 
 import pytest
 
-from benchmarks.agent_trace import AgentRequest, agent_sessions
-from benchmarks.request_trace import TracedRequest, conversations
-from benchmarks.retention import ideal_blocks, uses_of, working_set
-from benchmarks.sessions import DISK, SYSTEMS, Outcome, replay, section
+from benchmarks.simulated.agent_trace import AgentRequest, agent_sessions
+from benchmarks.simulated.request_trace import TracedRequest, conversations
+from benchmarks.simulated.retention import ideal_blocks, uses_of, working_set
+from benchmarks.simulated.sessions import DISK, SYSTEMS, Outcome, replay, section
 
 
 def of_ideal(requests: list[AgentRequest] | list[TracedRequest], outcome: Outcome) -> float:

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.sizing_guide import DOCUMENT, guide
-from benchmarks.sizing_layouts import (
+from benchmarks.sizing.guide import DOCUMENT, guide
+from benchmarks.sizing.layouts import (
     A100_NODE,
     CONTEXT_TOKENS,
     GPUS_PER_NODE,

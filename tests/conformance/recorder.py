@@ -13,8 +13,8 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from benchmarks.harness.loop_thread import LoopThread
 from gateway.core.headers import AGENT_SESSION_HEADERS
-from tests.harness.loop_thread import LoopThread
 
 SENT_BY_CLIENTS = Path(__file__).parent / "clients" / "fields.json"
 """By client and route: the fields that it sends, and what worked. Tests compare it with what they

@@ -19,11 +19,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from benchmarks.harness.server import running_server
 from tests.conformance.conftest import TOOL_TEMPLATE
 from tests.conformance.recorder import Recorder, expecting
 from tests.harness.clients import node_modules, program
 from tests.paths import DEMO
-from tests.served.server import running_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

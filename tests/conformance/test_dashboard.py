@@ -17,10 +17,10 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks.harness.server import Served, running_server
+from benchmarks.harness.stalls import wait_until
 from tests.gateway.stack import Stack
 from tests.harness.clients import node_modules
-from tests.harness.stalls import wait_until
-from tests.served.server import Served, running_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

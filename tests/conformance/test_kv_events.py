@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import free_ports
+from benchmarks.harness.distributed import free_ports
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.harness.clients import program, vllm_module
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from workers.requests.request import Request, SamplingParams
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

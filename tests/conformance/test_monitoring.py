@@ -14,6 +14,8 @@ import httpx
 import pytest
 import yaml
 
+from benchmarks.harness.server import WAIT_S, Served, running_server
+from benchmarks.harness.stalls import wait_until
 from tests.conformance.monitoring import (
     FOLDER,
     alert_rules,
@@ -24,8 +26,6 @@ from tests.conformance.monitoring import (
 )
 from tests.harness.clients import prometheus_tool
 from tests.harness.prometheus import Prometheus, running_prometheus
-from tests.harness.stalls import wait_until
-from tests.served.server import WAIT_S, Served, running_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -11,6 +11,8 @@ import httpx
 import uvicorn
 from starlette.types import ASGIApp
 
+from benchmarks.harness.loop_thread import LoopThread
+from benchmarks.harness.stalls import wait_until
 from cluster.config.cluster import ClusterConfig, EngineSection
 from cluster.config.gateway import GatewaySection
 from cluster.config.model import ModelSection
@@ -34,8 +36,6 @@ from tests.gateway.fakes import (
     expert_entry,
     tiny_tokenizer,
 )
-from tests.harness.loop_thread import LoopThread
-from tests.harness.stalls import wait_until
 
 MODEL = "tiny"
 WAIT_S = 60.0

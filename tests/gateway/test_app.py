@@ -16,6 +16,10 @@ import pytest
 import ray
 from ray import serve
 
+from benchmarks.harness.distributed import free_ports
+from benchmarks.harness.loop_thread import LoopThread
+from benchmarks.harness.serving_cluster import end_shared_ray
+from benchmarks.harness.stalls import wait_until
 from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import GatewaySection
 from cluster.config.model import ModelSection
@@ -24,7 +28,6 @@ from gateway.app import APP_NAME, build_app
 from gateway.cluster.client import CONTROLLER_NAME, RAY_NAMESPACE
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
-from tests.distributed import free_ports
 from tests.gateway.fakes import (
     CHAT_TEMPLATE,
     CLUSTER_TOKEN,
@@ -36,9 +39,6 @@ from tests.gateway.fakes import (
     tiny_backend,
 )
 from tests.gateway.sse_client import by_choice, parse_events
-from tests.harness.loop_thread import LoopThread
-from tests.harness.serving_cluster import end_shared_ray
-from tests.harness.stalls import wait_until
 
 pytestmark = pytest.mark.ray
 

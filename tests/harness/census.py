@@ -18,8 +18,8 @@ import psutil
 from ray._private import state
 from ray.util.placement_group import placement_group_table
 
-from benchmarks.processes import name_of
-from tests.harness.worker_processes import sizes
+from benchmarks.harness.processes import name_of
+from benchmarks.harness.worker_processes import sizes
 
 _SETTLE_S = 45.0
 """Longest time in which Ray and the kernel give back what has ended."""

@@ -6,11 +6,11 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.harness.cluster_gateway import Answer, ClusterGateway, Streams, gateway_of
+from benchmarks.harness.serving_cluster import ServingCluster, ThreadCluster, serving
+from benchmarks.harness.stalls import wait_until
 from gateway.core.call import CallKind, GenerateCall
-from tests.harness.cluster_gateway import Answer, ClusterGateway, Streams, gateway_of
 from tests.harness.fault_rows import quiet_config, with_model
-from tests.harness.serving_cluster import ServingCluster, ThreadCluster, serving
-from tests.harness.stalls import wait_until
 from workers.requests.block_hash import prompt_hashes
 from workers.requests.request import Request, SamplingParams
 

@@ -17,10 +17,10 @@ from typing import NoReturn
 
 from torch import Tensor
 
+from benchmarks.harness.serving_cluster import RUNTIMES, ThreadCluster, ThreadWorkerGroup
 from cluster.core.errors import PeerLostError
 from cluster.core.states import ClusterState
 from cluster.core.topology import Generation, Member, Role
-from tests.harness.serving_cluster import RUNTIMES, ThreadCluster, ThreadWorkerGroup
 from workers.model.config import BankSpec
 from workers.process.attention_runtime import AttentionRuntime
 from workers.process.colocated_runtime import ColocatedRuntime

@@ -28,24 +28,20 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.config.cluster import ClusterConfig
-from cluster.config.model import Quantize, QuantizeLayers
-from cluster.config.transport import TransportSection
-from cluster.launch.model_source import bundled_checkpoint
-from tests.harness.cluster_gateway import Answer, gateway_of
-from tests.harness.mixed_calls import make_calls
-from tests.harness.serving_cluster import (
+from benchmarks.faults.layouts import row_config
+from benchmarks.harness.cluster_gateway import Answer, gateway_of
+from benchmarks.harness.mixed_calls import make_calls
+from benchmarks.harness.serving_cluster import (
     QUIET_S,
     ServingCluster,
     ThreadCluster,
-    make_config,
     serving,
 )
-from tests.harness.stalls import heartbeat, wait_until
+from benchmarks.harness.stalls import heartbeat, wait_until
+from cluster.config.cluster import ClusterConfig
+from cluster.config.model import Quantize, QuantizeLayers
+from cluster.config.transport import TransportSection
 from workers.requests.request import FinishReason
-
-DETECTION_LIMIT_S = TransportSection().detection_limit_s
-"""What the product ships."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,30 +82,6 @@ RECOVERY_LIMIT_S = 13.0
 _NUM_TRIES = 8
 _STUCK_S = 3.0
 """Time without a committed step, of some heartbeats, after which one waits for a frozen worker."""
-
-
-def row_config(
-    num_attention: int,
-    num_experts: int,
-    *,
-    num_redundant: int = 0,
-    mode: str = "disaggregated",
-    transport: str = "sockets",
-    detection_limit_s: float = DETECTION_LIMIT_S,
-    **sections: dict[str, Any],
-) -> ClusterConfig:
-    """The bundled model, deterministic; ``sections`` as for ``make_config``."""
-    own: dict[str, dict[str, Any]] = {
-        "workers": {"num_redundant_experts": num_redundant, "mode": mode},
-        "engine": {
-            "deterministic": "on",
-            "kv_cache_bytes": 64 << 20,
-            "max_num_batched_tokens": 64,
-        },
-        "transport": {"transport": transport, "detection_limit_s": detection_limit_s},
-    }
-    merged = {name: {**own.get(name, {}), **sections.get(name, {})} for name in {*own, *sections}}
-    return make_config(bundled_checkpoint(), num_attention, num_experts, dtype="float32", **merged)
 
 
 quiet_config = partial(row_config, detection_limit_s=QUIET_S)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from benchmarks.harness.serving_cluster import ServingCluster, make_config
 from cluster.config.cluster import ClusterConfig
-from tests.harness.serving_cluster import ServingCluster, make_config
 from tests.reference.goldens import MAX_MODEL_LEN, NUM_NEW_TOKENS, NUM_PROMPTS, Golden
 from workers.requests.request import Request, SamplingParams
 

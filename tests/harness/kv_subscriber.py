@@ -9,7 +9,7 @@ from typing import Any
 
 import zmq
 
-from tests.harness.stalls import Limit
+from benchmarks.harness.stalls import Limit
 
 _POLL_MS = 50
 _LIMIT_S = 60

@@ -1,7 +1,7 @@
 """Every combination of the engine's options, and the check that none of them changes an answer.
 
 ``pairwise`` picks few combinations in which every possible pair of values occurs: most faults of
-options show with two of them. ``python -m benchmarks.matrix`` runs them all.
+options show with two of them. ``python -m tests.long.matrix`` runs them all.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from benchmarks.harness.local_engine import LocalEngine
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from cluster.config.cluster import ClusterConfig, Deterministic, EngineSection
 from cluster.config.kv_cache import KvCacheDType
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.reference.exact import exact, mixed_requests
-from tests.reference.local_engine import LocalEngine
 from workers.requests.request import Request, TokenOutput
 
 OPTIONS: Mapping[str, tuple[Any, ...]] = {

@@ -8,14 +8,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.harness.serving_cluster import ServingCluster
+from benchmarks.harness.serving_cluster import ServingCluster
 
 
 @contextmanager
 def other_gateway(cluster: ServingCluster) -> Iterator[subprocess.Popen[str]]:
     """The process; at the start of the block each of its eight streams has begun."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.second_gateway"],
+        [sys.executable, "-m", "benchmarks.faults.second_gateway"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

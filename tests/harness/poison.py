@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from benchmarks.harness.mixed_calls import make_calls
+from benchmarks.harness.serving_cluster import RUNTIMES, ThreadWorkerGroup
 from gateway.core.call import GenerateCall
-from tests.harness.mixed_calls import make_calls
-from tests.harness.serving_cluster import RUNTIMES, ThreadWorkerGroup
 from workers.engine.model_runner import StepResult
 from workers.engine.step_plan import StepPlan
 from workers.process.actor import AttentionWorker

@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.distributed import free_ports
+from benchmarks.harness.distributed import free_ports
+from benchmarks.harness.stalls import wait_until
 from tests.harness.clients import prometheus_tool
-from tests.harness.stalls import wait_until
 
 LIMIT_S = 60.0
 STOP_LIMIT_S = 20.0

@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.harness.engine_stream import TIMEOUT_S
+from benchmarks.harness.serving_cluster import RUNTIMES, ThreadCluster, ThreadWorkerGroup
 from cluster.config.cluster import ClusterConfig
-from tests.harness.engine_stream import TIMEOUT_S
-from tests.harness.serving_cluster import RUNTIMES, ThreadCluster, ThreadWorkerGroup
 from workers.engine.engine import Engine
 from workers.process.attention_runtime import AttentionRuntime
 from workers.process.intake.commands import Command

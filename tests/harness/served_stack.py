@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.serving_cluster import ServingCluster, ThreadCluster, make_config, serving
 from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import GatewaySection
 from gateway.text.tokenizer import Tokenizer
 from tests.gateway.fakes import CLUSTER_TOKEN, attention_entry
 from tests.gateway.stack import Stack, running_stack
-from tests.harness.serving_cluster import ServingCluster, ThreadCluster, make_config, serving
 
 
 @contextlib.contextmanager

@@ -2,14 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.harness.cluster_gateway import Answer
-from tests.harness.fault_rows import (
-    DETECTION_LIMIT_S,
-    calm_limit_s,
-    check_stall,
-    longest_gap,
-    row_config,
-)
+from benchmarks.faults.layouts import DETECTION_LIMIT_S, row_config
+from benchmarks.harness.cluster_gateway import Answer
+from tests.harness.fault_rows import calm_limit_s, check_stall, longest_gap
 
 
 def test_rows_detect_as_fast_as_the_product() -> None:

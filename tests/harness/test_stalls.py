@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.harness import stalls
-from tests.harness.stalls import STALL_S, Heartbeat, Limit, crowding, wait_until
+from benchmarks.harness import stalls
+from benchmarks.harness.stalls import STALL_S, Heartbeat, Limit, crowding, wait_until
 
 pytest_plugins = ["pytester"]
 
@@ -109,7 +109,7 @@ from tests.conftest import (
     pytest_runtest_makereport,
     pytest_runtest_protocol,
 )
-from tests.harness.stalls import Heartbeat
+from benchmarks.harness.stalls import Heartbeat
 
 heart = Heartbeat(lambda now=time.monotonic(): now)
 conftest.heartbeat = lambda: heart
@@ -129,7 +129,7 @@ def test_a_failed_test_says_how_long_the_machine_stood_still(outer: pytest.Pytes
         """
         import time
         import conftest
-        from tests.harness.stalls import Gap
+        from benchmarks.harness.stalls import Gap
 
         def test_calm():
             assert False

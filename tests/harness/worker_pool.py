@@ -13,9 +13,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from benchmarks.harness.serving_cluster import RUNTIMES, ThreadWorkerGroup
 from cluster.core.topology import Member
 from cluster.sizing.start_plan import StartPlan
-from tests.harness.serving_cluster import RUNTIMES, ThreadWorkerGroup
 from workers.process.runtime import WorkerRuntime
 from workers.process.worker_args import WorkerArgs
 

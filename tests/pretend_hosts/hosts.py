@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from benchmarks.harness.stalls import Limit
 from tests.harness.fault_rows import Form
-from tests.harness.stalls import Limit
 
 SCRIPT = Path(__file__).parent / "cluster.sh"
 TIMEOUT_S = 240.0

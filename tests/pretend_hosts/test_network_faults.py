@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.stalls import heartbeat
 from tests.harness.fault_rows import Form
-from tests.harness.stalls import heartbeat
 from tests.pretend_hosts.hosts import stream, wait_serving
 from tests.pretend_hosts.role_hosts import URL, RoleHosts, role_hosts
 

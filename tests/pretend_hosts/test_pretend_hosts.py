@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
 from cluster.launch.model_source import bundled_checkpoint
 from tests.harness.fault_rows import FORMS, FULL, Form, state_of
@@ -27,7 +28,6 @@ from tests.pretend_hosts.hosts import (
     wait_until,
     why_not,
 )
-from tests.reference.local_engine import LocalEngine
 from workers.requests.request import SamplingParams
 
 pytestmark = pytest.mark.ray

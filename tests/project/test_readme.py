@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.serving_cluster import RayCluster, ThreadCluster, connected_ray
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
 from gateway.text.tokenizer import load_tokenizer
 from tests.gateway.stack import Stack
 from tests.harness.served_stack import stack_over
-from tests.harness.serving_cluster import RayCluster, ThreadCluster, connected_ray
 from tests.paths import ROOT
 from workers.model.families.registry import FAMILIES
 

@@ -7,6 +7,7 @@ import re
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from cluster.cli.main import make_parser
 from cluster.launch.model_source import bundled_checkpoint
 from docs.generate.command_line import leaves
@@ -16,7 +17,6 @@ from docs.generate.pages import PAGES, REFERENCE
 from gateway.observability.metrics import GatewayMetrics
 from gateway.protocols import ENDPOINTS
 from tests.gateway.stack import running_stack
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.paths import ROOT
 from workers.requests.request import Request, SamplingParams
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.harness.local_engine import LocalEngine
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from cluster.config.cluster import EngineSection
 from cluster.config.speculation import SpeculationSection
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.real_model.maker import FAMILIES
 from tests.real_model.reference import TOLERANCE, Reference
-from tests.reference.local_engine import LocalEngine
 from tests.reference.parity import record
 from workers.requests.request import Request, SamplingParams, TokenOutput
 

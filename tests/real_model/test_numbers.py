@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
 from cluster.config.model import Quantize, QuantizeLayers
 from tests.real_model.reference import Reference
-from tests.reference.local_engine import LocalEngine
 from workers.requests.request import Request, SamplingParams
 
 WINDOW = 2048

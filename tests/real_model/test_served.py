@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.harness.stalls import wait_until
+from benchmarks.harness.server import Served, running_server
+from benchmarks.harness.stalls import wait_until
 from tests.real_model.reference import Reference
-from tests.served.server import Served, running_server
 
 pytestmark = pytest.mark.ray
 

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 
+from benchmarks.harness.both_roles import Alone
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation, Member
-from tests.reference.both_roles import Alone
-from tests.reference.local_engine import LocalEngine
 from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.remote import RemoteDispatcher
 from workers.model.config import BankSpec

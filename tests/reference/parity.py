@@ -17,8 +17,8 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
+from benchmarks.harness.local_engine import LocalEngine
 from tests.reference.goldens import NUM_NEW_TOKENS, Golden
-from tests.reference.local_engine import LocalEngine
 from workers.model.attention_batch import AttentionBatch, Recorder
 from workers.model.layers import AttentionModel, Layer, LayerSteps, ModelInputs
 from workers.requests.request import SamplingParams

@@ -6,8 +6,8 @@ from typing import Any
 import grpc
 import pytest
 
+from benchmarks.harness.server import GOOD, Served, running_server
 from protos.inference_pb2_grpc import InferenceStub
-from tests.served.server import GOOD, Served, running_server
 
 
 @pytest.fixture(scope="package")

@@ -12,14 +12,14 @@ import grpc
 import httpx
 import pytest
 
+from benchmarks.checkpoints.adapters import random_adapter, target_shapes
+from benchmarks.harness.distributed import free_ports
+from benchmarks.harness.server import GOOD, WAIT_S, Served, running_server
+from benchmarks.harness.stalls import wait_until
 from cluster.launch.model_source import bundled_checkpoint
 from protos import inference_pb2
 from protos.inference_pb2_grpc import InferenceStub
-from tests.distributed import free_ports
 from tests.gateway.observability.scrape import Scrape
-from tests.harness.stalls import wait_until
-from tests.served.server import GOOD, WAIT_S, Served, running_server
-from tests.workers.lora.folders import random_adapter, target_shapes
 
 pytestmark = pytest.mark.ray
 

@@ -13,10 +13,10 @@ import grpc
 import httpx
 import pytest
 
+from benchmarks.harness.server import GOOD, WAIT_S, Served
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.grpc.test_grpc import failure, request_of
-from tests.served.server import GOOD, WAIT_S, Served
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("unharmed")]
 

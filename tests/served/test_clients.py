@@ -13,6 +13,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from benchmarks.harness.local_engine import LocalEngine
+from benchmarks.harness.server import WAIT_S, Served
 from cluster.config.cluster import EngineSection
 from cluster.launch.model_source import bundled_checkpoint
 from protos import inference_pb2 as pb
@@ -20,8 +22,6 @@ from protos import types_pb2
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.grpc.test_grpc import failure, request_of
 from tests.gateway.sse_client import by_choice, parse_events
-from tests.reference.local_engine import LocalEngine
-from tests.served.server import WAIT_S, Served
 from workers.requests.request import SamplingParams
 
 pytestmark = pytest.mark.ray

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.local_engine import LocalEngine
+from benchmarks.harness.server import WAIT_S, Served, command, running_server
+from benchmarks.harness.stalls import Limit
 from cluster.config.cluster import EngineSection
 from cluster.launch.model_source import bundled_checkpoint
 from cluster.launch.plan import count_cpus
-from tests.harness.stalls import Limit
-from tests.reference.local_engine import LocalEngine
-from tests.served.server import WAIT_S, Served, command, running_server
 from workers.requests.request import SamplingParams
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.stalls import wait_until
-from tests.served.server import GOOD, WAIT_S, command, environment, running_server
+from benchmarks.harness.server import GOOD, WAIT_S, command, environment, running_server
+from benchmarks.harness.stalls import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

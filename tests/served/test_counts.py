@@ -15,12 +15,12 @@ import grpc
 import httpx
 import pytest
 
+from benchmarks.harness.server import WAIT_S, Served, running_server
+from benchmarks.harness.stalls import wait_until
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.grpc.test_grpc import request_of
 from tests.gateway.observability.scrape import Scrape
-from tests.harness.stalls import wait_until
 from tests.paths import DEMO
-from tests.served.server import WAIT_S, Served, running_server
 
 pytestmark = pytest.mark.ray
 

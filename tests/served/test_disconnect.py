@@ -16,10 +16,10 @@ import grpc
 import openai
 import pytest
 
+from benchmarks.harness.server import WAIT_S, Served
+from benchmarks.harness.stalls import wait_until
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.grpc.test_grpc import request_of
-from tests.harness.stalls import wait_until
-from tests.served.server import WAIT_S, Served
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("unharmed")]
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.harness.stalls import wait_until
-from tests.served.server import GOOD, WAIT_S, Served, command, environment, running_server
+from benchmarks.harness.server import GOOD, WAIT_S, Served, command, environment, running_server
+from benchmarks.harness.stalls import wait_until
 
 pytestmark = pytest.mark.ray
 

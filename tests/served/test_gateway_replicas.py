@@ -17,15 +17,15 @@ import httpx
 import psutil
 import pytest
 
+from benchmarks.harness.distributed import free_ports
+from benchmarks.harness.server import WAIT_S, Served, parse_address, running_server
+from benchmarks.harness.stalls import wait_until
 from cluster.launch.orphans import find_by_files
 from protos import admin_pb2
 from protos.admin_pb2_grpc import AdminStub
 from protos.inference_pb2_grpc import InferenceStub
-from tests.distributed import free_ports
 from tests.gateway.grpc.test_grpc import request_of
 from tests.harness.fault_rows import stopped
-from tests.harness.stalls import wait_until
-from tests.served.server import WAIT_S, Served, parse_address, running_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.server import running_server
 from cluster.launch.parts import tell_threads
 from cluster.launch.plan import count_cpus
-from tests.served.server import running_server
 
 pytestmark = pytest.mark.ray
 

@@ -12,10 +12,10 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
+from benchmarks.harness.server import WAIT_S, Served, running_server
 from protos import inference_pb2 as pb
 from protos import types_pb2
 from protos.inference_pb2_grpc import InferenceStub
-from tests.served.server import WAIT_S, Served, running_server
 
 pytestmark = pytest.mark.ray
 

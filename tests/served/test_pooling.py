@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.harness.local_engine import LocalEngine
+from benchmarks.harness.server import WAIT_S, Served
 from cluster.launch.model_source import bundled_checkpoint
 from gateway.generation.inspect import OUTPUTS
 from protos import inference_pb2 as pb
 from protos import types_pb2
 from protos.inference_pb2_grpc import InferenceStub
-from tests.reference.local_engine import LocalEngine
-from tests.served.server import WAIT_S, Served
 from tests.system.test_pooling_served import chunks_by_name, inputs
 from workers.requests.inspection import Inspection, Pooling
 

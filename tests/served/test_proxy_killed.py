@@ -9,12 +9,12 @@ from pathlib import Path
 import grpc
 import pytest
 
+from benchmarks.harness.server import GOOD, WAIT_S, running_server
 from cluster.config.gateway import GatewaySection
 from cluster.launch.serve_proxy import wait_ready
 from protos.inference_pb2 import GenerateRequest
 from protos.inference_pb2_grpc import InferenceStub
 from protos.types_pb2 import SamplingParams
-from tests.served.server import GOOD, WAIT_S, running_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.harness.server import command, environment
 from cluster.launch.model_source import bundled_checkpoint
-from tests.served.server import command, environment
 
 pytestmark = pytest.mark.distributed
 

@@ -17,13 +17,13 @@ import httpx
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from benchmarks.harness.server import GOOD, WAIT_S, Served, running_server
+from benchmarks.harness.stalls import wait_until
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.generation.test_tracing import PARTS, Caller, check_tree, names, part
 from tests.harness.metric_values import metric
 from tests.harness.otlp_collector import plain, running_collector
-from tests.harness.stalls import wait_until
-from tests.served.server import GOOD, WAIT_S, Served, running_server
 
 pytestmark = pytest.mark.ray
 

@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
+from benchmarks.harness.server import WAIT_S, Served
 from cluster.launch.orphans import find_by_files
 from cluster.launch.plan import count_cpus
-from tests.served.server import WAIT_S, Served
 
 pytestmark = pytest.mark.ray
 

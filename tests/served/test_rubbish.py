@@ -9,9 +9,9 @@ import threading
 
 import pytest
 
+from benchmarks.harness.server import WAIT_S, Address, Served
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.grpc.test_grpc import request_of
-from tests.served.server import WAIT_S, Address, Served
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("unharmed")]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.harness.stalls import wait_until
-from tests.served.server import GOOD, Served, running_server
+from benchmarks.harness.server import GOOD, Served, running_server
+from benchmarks.harness.stalls import wait_until
 
 pytestmark = pytest.mark.ray
 

@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
-from tests.harness.stalls import wait_until
-from tests.served.server import Served
+from benchmarks.harness.server import Served
+from benchmarks.harness.stalls import wait_until
 from tests.served.test_disconnect import disconnects, given_up, send
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("unharmed")]

@@ -9,10 +9,10 @@ import grpc
 import httpx
 import pytest
 
+from benchmarks.harness.server import GOOD, WAIT_S, command, environment, running_server
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.grpc.test_grpc import request_of
 from tests.harness.certificates import Certificates
-from tests.served.server import GOOD, WAIT_S, command, environment, running_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -11,15 +11,20 @@ from typing import Any
 
 import pytest
 
+from benchmarks.checkpoints.adapters import (
+    RandomAdapter,
+    random_adapter,
+    target_shapes,
+    write_merged,
+)
+from benchmarks.harness.cluster_gateway import ClusterGateway, gateway_of
+from benchmarks.harness.local_engine import LocalEngine
+from benchmarks.harness.serving_cluster import ServingCluster, ThreadCluster, serving
+from benchmarks.harness.stalls import wait_until
 from cluster.core.errors import ModelNotFoundError, RequestError
 from gateway.core.call import CallKind, GenerateCall
-from tests.harness.cluster_gateway import ClusterGateway, gateway_of
 from tests.harness.golden_clusters import float32_config
-from tests.harness.serving_cluster import ServingCluster, ThreadCluster, serving
-from tests.harness.stalls import wait_until
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
-from tests.reference.local_engine import LocalEngine
-from tests.workers.lora.folders import RandomAdapter, random_adapter, target_shapes, write_merged
 from workers.requests.request import SamplingParams
 
 NUM_TOKENS = 16

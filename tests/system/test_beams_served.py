@@ -8,13 +8,13 @@ from typing import Any
 import grpc
 import pytest
 
+from benchmarks.harness.serving_cluster import ThreadCluster, serving
 from protos import inference_pb2 as pb
 from protos import types_pb2
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.stack import WAIT_S, Stack, complete
 from tests.harness.golden_clusters import colocated_config, float32_config
 from tests.harness.served_stack import stack_over
-from tests.harness.serving_cluster import ThreadCluster, serving
 from tests.reference.beams import (
     CLEAR_MARGIN,
     SCORE_TOLERANCE,

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from benchmarks.harness.engine_stream import Result
+from benchmarks.harness.local_engine import LocalEngine
+from benchmarks.harness.serving_cluster import ServingCluster, ThreadCluster, make_config, serving
 from cluster.config.cluster import EngineSection
-from tests.harness.engine_stream import Result
-from tests.harness.serving_cluster import ServingCluster, ThreadCluster, make_config, serving
 from tests.reference.exact import exact, follow_ups, mixed_requests
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
-from tests.reference.local_engine import LocalEngine
 from tests.workers.inspection.test_inspection import everything, has_aux
 from workers.requests.request import Request, SamplingParams
 

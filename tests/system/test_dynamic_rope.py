@@ -13,12 +13,12 @@ import pytest
 import torch
 from msgspec import structs
 
+from benchmarks.harness.local_engine import LocalEngine, block_bytes
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from cluster.config.cluster import EngineSection
 from cluster.core.errors import ContextLengthError
 from tests.harness.golden_clusters import GREEDY, requests
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.reference.goldens import NUM_PROMPTS, Golden
-from tests.reference.local_engine import LocalEngine, block_bytes
 from workers.requests.request import Request, SamplingParams
 
 AnyGolden = Callable[[str], Golden]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
-from tests.reference.local_engine import LocalEngine
+from benchmarks.harness.local_engine import LocalEngine
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from workers.dispatch.edge_rows import EdgeRows
 from workers.dispatch.remote import RemoteDispatcher
 from workers.requests.request import Request, SamplingParams, TokenOutput

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness import local_engine
+from benchmarks.harness.local_engine import LocalEngine
+from benchmarks.harness.serving_cluster import ServingCluster, ThreadCluster, make_config, serving
 from cluster.config.cluster import EngineSection
-from tests.harness.serving_cluster import ServingCluster, ThreadCluster, make_config, serving
-from tests.reference import local_engine
 from tests.reference.exact import exact, mixed_requests
-from tests.reference.local_engine import LocalEngine
 from tests.workers.native.builds import NAMES, library
 from workers.native.team import Kernels, Team
 from workers.process import runtime

@@ -2,7 +2,7 @@
 
 Layout, mode, transport, micro-batches, spare slots and combine mode: few clusters have every pair
 of their values, and each variant of each family runs in one of them. All variants run in all of
-them in the long tier, and ``benchmarks/parity.py`` has all layouts. Options of the engine
+them in the long tier, and ``tests/long/parity.py`` has all layouts. Options of the engine
 and bfloat16 are the law of ``test_option_pairs``.
 """
 
@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.serving_cluster import ThreadCluster, serving
 from tests.harness.golden_clusters import check_greedy, float32_config
 from tests.harness.option_matrix import Choice, pairs_of, pairwise
-from tests.harness.serving_cluster import ThreadCluster, serving
 from tests.reference.goldens import DOTS1_VARIANTS, JETMOE_VARIANTS, OLMOE_VARIANTS, Golden
 
 OPTIONS: Mapping[str, tuple[Any, ...]] = {

@@ -15,6 +15,7 @@ from google.protobuf import json_format
 from google.rpc import error_details_pb2, status_pb2
 from pydantic import BaseModel, Field
 
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from gateway.text.tokenizer import load_tokenizer
 from protos import inference_pb2 as pb
 from protos import types_pb2
@@ -22,7 +23,6 @@ from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.fakes import CLUSTER_TOKEN, attention_entry
 from tests.gateway.sse_client import by_choice, read_events
 from tests.gateway.stack import MODEL, Stack, post, running_stack
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.paths import DEMO
 
 _LOADED = load_tokenizer(str(DEMO))

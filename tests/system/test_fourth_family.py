@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.harness.local_engine import LocalEngine
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from cluster.config.cluster import EngineSection
 from tests.gateway.stack import post
 from tests.harness.served_stack import stack_over
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.reference.exact import exact, mixed_requests
-from tests.reference.local_engine import LocalEngine
 from tests.reference.toy_family import CONFIG
 from workers.model.families.registry import FAMILIES, load_family
 

@@ -1,4 +1,4 @@
-"""A short, seeded run of ``benchmarks.fuzz``: a gateway, a control server and a data plane."""
+"""A short, seeded run of ``tests.long.fuzz``: a gateway, a control server and a data plane."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.fuzz import State, Tally, faults, fuzz, report
-from benchmarks.fuzz_inputs import BODIES, MESSAGES, Mutator
-from benchmarks.fuzz_surfaces import Address, Outcome, Target
+from benchmarks.harness.mesh import make_connections
 from cluster.actors.control_server import ControlServer
 from cluster.core.frames import ControlFrame
 from cluster.launch.model_source import bundled_checkpoint
 from gateway.text.tokenizer import load_tokenizer
 from tests.gateway.stack import Stack, complete
 from tests.harness.served_stack import stack_over
-from tests.workers.transport.mesh import make_connections
+from tests.long.fuzz import State, Tally, faults, fuzz, report
+from tests.long.fuzz_inputs import BODIES, MESSAGES, Mutator
+from tests.long.fuzz_surfaces import Address, Outcome, Target
 
 NUM_INPUTS = 2000
 

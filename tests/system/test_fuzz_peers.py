@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from benchmarks.fuzz_inputs import Mutator
+from benchmarks.harness.members import member_of
+from benchmarks.harness.mesh import make_connections
 from cluster.actors.control_server import ControlServer
 from cluster.core.control_codec import encode
 from cluster.core.errors import PeerLostError
@@ -21,8 +22,7 @@ from cluster.core.frames import (
     StatusReply,
 )
 from tests.cluster.actors.test_control_server import TOKEN, Case, Events
-from tests.harness.members import member_of
-from tests.workers.transport.mesh import make_connections
+from tests.long.fuzz_inputs import Mutator
 from tests.workers.transport.test_peer_connections import LIMIT_S, exchange, form, until
 from workers.transport.frames import FrameHeader, FrameKind
 

@@ -1,6 +1,6 @@
 """An idle cluster does next to nothing: counted in wake-ups and steps, not in seconds.
 
-What it costs in seconds is measured by ``benchmarks.idle``.
+What it costs in seconds is measured by ``benchmarks.serving.idle``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.fakes import Wakeups
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from workers.process.runtime import IDLE_WAIT_S
 from workers.requests.request import Request, SamplingParams
 

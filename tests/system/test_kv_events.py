@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import free_ports
+from benchmarks.harness.distributed import free_ports
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
+from benchmarks.harness.stalls import wait_until
 from tests.harness.kv_subscriber import Subscriber
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
-from tests.harness.stalls import wait_until
 from tests.workers.kv.hashes import hashes_of
 from tests.workers.kv.router_index import RouterIndex
 from workers.process.attention_runtime import AttentionRuntime

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from gateway.engines.router import RoutingPolicy
-from tests.harness.engine_stream import TIMEOUT_S
-from tests.harness.serving_cluster import (
+from benchmarks.harness.engine_stream import TIMEOUT_S
+from benchmarks.harness.serving_cluster import (
     RUNTIMES,
     RayCluster,
     ServingCluster,
@@ -23,7 +22,8 @@ from tests.harness.serving_cluster import (
     make_config,
     serving,
 )
-from tests.harness.stalls import wait_until
+from benchmarks.harness.stalls import wait_until
+from gateway.engines.router import RoutingPolicy
 from tests.reference.exact import exact
 from tests.reference.goldens import Golden
 from tests.system.test_kv_routing import Front

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.harness.serving_cluster import RUNTIMES, ThreadCluster, ThreadWorkerGroup, make_config
-from tests.harness.serving_cluster import serving as served
-from tests.harness.stalls import wait_until
+from benchmarks.harness.serving_cluster import (
+    RUNTIMES,
+    ThreadCluster,
+    ThreadWorkerGroup,
+    make_config,
+)
+from benchmarks.harness.serving_cluster import serving as served
+from benchmarks.harness.stalls import wait_until
 from tests.reference.exact import exact
 from tests.system.test_exact_by_default import (
     KernelsOf,

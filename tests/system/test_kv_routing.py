@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.engine_stream import TIMEOUT_S, TOKEN
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from cluster.core.errors import ExpertMeshError
 from gateway.cluster.view import AttentionEndpoint
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.kv_index import KvIndex
 from gateway.engines.router import RoutingPolicy
-from tests.harness.engine_stream import TIMEOUT_S, TOKEN
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from workers.requests.block_hash import KvEvents, prompt_hashes
 from workers.requests.request import Request, SamplingParams, TokenOutput
 

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from gateway.engines.router import RoutingPolicy
-from tests.harness.engine_stream import TIMEOUT_S
-from tests.harness.serving_cluster import (
+from benchmarks.harness.engine_stream import TIMEOUT_S
+from benchmarks.harness.serving_cluster import (
     RUNTIMES,
     ThreadCluster,
     ThreadWorkerGroup,
     make_config,
     serving,
 )
-from tests.harness.stalls import wait_until
+from benchmarks.harness.stalls import wait_until
+from gateway.engines.router import RoutingPolicy
 from tests.reference.exact import exact
 from tests.system.test_kv_fetch import (
     CACHED,

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.config.cluster import ClusterConfig
-from tests.harness.golden_clusters import check_greedy, colocated_config, float32_config, requests
-from tests.harness.serving_cluster import (
+from benchmarks.harness.local_engine import LocalEngine
+from benchmarks.harness.serving_cluster import (
     RayCluster,
     ServingCluster,
     ThreadCluster,
@@ -19,8 +18,9 @@ from tests.harness.serving_cluster import (
     make_config,
     serving,
 )
+from cluster.config.cluster import ClusterConfig
+from tests.harness.golden_clusters import check_greedy, colocated_config, float32_config, requests
 from tests.reference.goldens import BF16_VARIANTS, NUM_PROMPTS, Golden
-from tests.reference.local_engine import LocalEngine
 from workers.requests.request import SamplingParams
 
 LAYOUTS = [(attention, experts) for attention in (0, 1, 2, 3) for experts in (1, 2, 3, 4)]

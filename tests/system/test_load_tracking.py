@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from cluster.config.cluster import ClusterConfig
 from cluster.core.load_profile import LoadProfile
 from tests.harness.failing_steps import FailingWorkerGroup, Faults, renew_on_fault
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from workers.model.loading.checkpoint import Checkpoint
 from workers.requests.request import Request, SamplingParams
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.random_checkpoint import RandomModel, write
-from tests.harness.worker_memory import EXPERT_WORKERS, memory_of_workers
+from benchmarks.checkpoints.random_checkpoint import RandomModel, write
+from benchmarks.harness.worker_memory import EXPERT_WORKERS, memory_of_workers
 
 logger = logging.getLogger(__name__)
 

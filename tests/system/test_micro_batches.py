@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
+from benchmarks.harness.worker_processes import ProcessWorkerGroup
 from cluster.launch.model_source import bundled_checkpoint
 from tests.harness.golden_clusters import requests
 from tests.harness.recorded_cluster import RecordedCluster
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.harness.step_traces import Seen, read_spans
-from tests.harness.worker_processes import ProcessWorkerGroup
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from workers.requests.request import Request, SamplingParams
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.harness.local_engine import LocalEngine
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from cluster.config.cluster import EngineSection
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.reference.exact import exact, mixed_requests
 from tests.reference.goldens import Golden
-from tests.reference.local_engine import LocalEngine
 from tests.workers.native.builds import NAMES
 from workers.dispatch.native_home import NativeHome
 from workers.model.families.native_layers import Flow, NativeLayers

@@ -13,6 +13,7 @@ import openai
 import pytest
 import torch
 
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
 from gateway.generation.inspect import OUTPUTS
@@ -25,7 +26,6 @@ from tests.gateway.stack import MODEL, Stack, post
 from tests.harness.served_stack import stack_over
 from tests.paths import DEMO
 from tests.reference.goldens import load_golden
-from tests.reference.local_engine import LocalEngine
 from workers.requests.inspection import Inspection, Pooling
 
 _LOADED = load_tokenizer(str(DEMO))

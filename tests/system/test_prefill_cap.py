@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.engine_stream import EngineStream
+from benchmarks.harness.local_engine import LocalEngine
+from benchmarks.harness.serving_cluster import make_config, serving
 from cluster.config.cluster import EngineSection
 from tests.fakes import TINY_CONFIG, tiny_tensors, write_tiny_checkpoint
-from tests.harness.engine_stream import EngineStream
 from tests.harness.recorded_cluster import RecordedCluster, RecordedStep
-from tests.harness.serving_cluster import make_config, serving
-from tests.reference.local_engine import LocalEngine
 from workers.requests.request import FinishReason, Request, SamplingParams
 
 BLOCK_SIZE = 16

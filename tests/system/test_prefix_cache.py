@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from workers.requests.request import Request, SamplingParams
 
 PROMPT = tuple(range(5, 54))

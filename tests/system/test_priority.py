@@ -6,10 +6,10 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from benchmarks.harness.local_engine import LocalEngine
+from benchmarks.harness.serving_cluster import make_config, serving
 from cluster.config.cluster import EngineSection
 from tests.harness.recorded_cluster import RecordedCluster
-from tests.harness.serving_cluster import make_config, serving
-from tests.reference.local_engine import LocalEngine
 from workers.requests.request import Request, SamplingParams
 
 

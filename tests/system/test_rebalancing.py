@@ -17,12 +17,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.domain_checkpoint import DomainModel, write
-from cluster.config.cluster import ClusterConfig
-from cluster.config.expert_load import LoadSection, RebalanceSection
-from tests.harness.engine_stream import EngineStream, Result
-from tests.harness.metric_values import decisions, metric
-from tests.harness.serving_cluster import (
+from benchmarks.checkpoints.domain_checkpoint import DomainModel, write
+from benchmarks.harness.engine_stream import EngineStream, Result
+from benchmarks.harness.serving_cluster import (
     RayCluster,
     ServingCluster,
     ThreadCluster,
@@ -30,7 +27,10 @@ from tests.harness.serving_cluster import (
     make_config,
     serving,
 )
-from tests.harness.stalls import Limit
+from benchmarks.harness.stalls import Limit
+from cluster.config.cluster import ClusterConfig
+from cluster.config.expert_load import LoadSection, RebalanceSection
+from tests.harness.metric_values import decisions, metric
 from workers.requests.request import FinishReason, Request, SamplingParams
 
 MODEL = DomainModel(skew=1.3)

@@ -10,8 +10,15 @@ from typing import Any
 
 import pytest
 
-from benchmarks.random_checkpoint import TINY, write
-from tests.harness.cluster_gateway import Answer, ClusterGateway, gateway_of
+from benchmarks.checkpoints.random_checkpoint import TINY, write
+from benchmarks.harness.cluster_gateway import Answer, ClusterGateway, gateway_of
+from benchmarks.harness.serving_cluster import (
+    RUNTIMES,
+    WAIT_LIMIT_S,
+    ThreadCluster,
+    ThreadWorkerGroup,
+    serving,
+)
 from tests.harness.conversation import (
     LONG,
     RESTORED,
@@ -21,13 +28,6 @@ from tests.harness.conversation import (
     wait_lost,
 )
 from tests.harness.fault_rows import quiet_config, whole, with_model
-from tests.harness.serving_cluster import (
-    RUNTIMES,
-    WAIT_LIMIT_S,
-    ThreadCluster,
-    ThreadWorkerGroup,
-    serving,
-)
 from workers.model.families.registry import FAMILIES
 from workers.process.attention_runtime import AttentionRuntime
 from workers.process.colocated_runtime import ColocatedRuntime

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.random_checkpoint import TINY, RandomModel, write
+from benchmarks.checkpoints.adapters import random_adapter, target_shapes
+from benchmarks.checkpoints.random_checkpoint import TINY, RandomModel, write
+from benchmarks.harness.local_engine import LocalEngine, generated
+from benchmarks.harness.serving_cluster import ServingCluster, ThreadCluster, make_config, serving
 from cluster.config.cluster import ClusterConfig
 from cluster.config.speculation import SpeculationSection
 from tests.harness.fault_rows import SMALL, play, quiet_config
 from tests.harness.golden_clusters import check_greedy, colocated_config, float32_config
-from tests.harness.serving_cluster import ServingCluster, ThreadCluster, make_config, serving
 from tests.reference.goldens import Golden
-from tests.reference.local_engine import LocalEngine, generated
-from tests.workers.lora.folders import random_adapter, target_shapes
 from workers.requests.request import Request, SamplingParams
 from workers.speculation.acceptance import Acceptance
 

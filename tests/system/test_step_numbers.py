@@ -9,9 +9,9 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from cluster.launch.model_source import bundled_checkpoint
 from gateway.observability.metrics import GatewayMetrics
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from workers.requests.request import Request, SamplingParams
 
 OF_ATTENTION = {"attention_compute_seconds", "dispatch_seconds", "combine_seconds"}

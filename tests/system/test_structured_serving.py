@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from gateway.text.tokenizer import load_tokenizer
-from tests.harness.serving_cluster import (
+from benchmarks.checkpoints.adapters import random_adapter, target_shapes
+from benchmarks.harness.serving_cluster import (
     RUNTIMES,
     ThreadCluster,
     ThreadWorkerGroup,
     make_config,
     serving,
 )
-from tests.harness.stalls import wait_until
+from benchmarks.harness.stalls import wait_until
+from gateway.text.tokenizer import load_tokenizer
 from tests.paths import DEMO
-from tests.workers.lora.folders import random_adapter, target_shapes
 from workers.process.attention_runtime import AttentionRuntime
 from workers.process.intake.grammar_compilations import GrammarCompilations
 from workers.requests.request import FinishReason, Grammar, GrammarKind, Request, SamplingParams

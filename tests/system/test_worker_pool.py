@@ -1,4 +1,4 @@
-"""Processes that serve one cluster after the other, as ``benchmarks/parity.py`` uses them."""
+"""Processes that serve one cluster after the other, as ``tests/long/parity.py`` uses them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
+from benchmarks.harness.serving_cluster import ThreadCluster, serving
 from tests.harness.golden_clusters import check_greedy, float32_config
-from tests.harness.serving_cluster import ThreadCluster, serving
 from tests.harness.worker_pool import PooledWorkerGroup
 from tests.reference.goldens import Golden
 

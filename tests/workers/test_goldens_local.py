@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.harness.local_engine import LocalEngine, block_bytes
 from cluster.config.cluster import EngineSection
 from cluster.config.workers import Kernels
 from tests.reference.goldens import (
@@ -25,7 +26,6 @@ from tests.reference.goldens import (
     RANDOM_VARIANTS,
     Golden,
 )
-from tests.reference.local_engine import LocalEngine, block_bytes
 from tests.reference.parity import (
     GREEDY,
     RowRecorder,

@@ -2,7 +2,7 @@
 
 While the experts work on one, attention works on the other. The price: every micro-batch calls each
 layer's operations and reads its experts again, so a small batch is slower in two parts.
-``benchmarks/micro_batches.py`` measures where two begin to pay.
+``benchmarks/serving/micro_batches.py`` measures where two begin to pay.
 """
 
 from __future__ import annotations

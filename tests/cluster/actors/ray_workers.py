@@ -8,6 +8,7 @@ import threading
 import time
 from typing import Any
 
+from benchmarks.harness.members import member_of
 from cluster.core.codec import from_plain
 from cluster.core.frames import (
     ControlFrame,
@@ -23,7 +24,6 @@ from cluster.core.frames import (
 )
 from cluster.core.topology import Member
 from tests.cluster.controller.fakes_cluster import slots_of
-from tests.harness.members import member_of
 from workers.process.control.control_client import ControlClient
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.members import member_of
+from benchmarks.harness.worker_group import LocalWorkerGroup
 from cluster.actors import controller_actor, runner
 from cluster.actors.control_server import ControlServer
 from cluster.actors.controller_actor import ControllerActor
@@ -51,8 +53,6 @@ from cluster.sizing.start_plan import FoundWorker, StartPlan, plan_start
 from cluster.tracing.disks import DiskWatch
 from tests.cluster.controller.fakes_cluster import FakeCluster, slots_of
 from tests.cluster.controller.load_reports import load_of
-from tests.fakes import FakeWorkerGroup
-from tests.harness.members import member_of
 from workers.process.control.control_client import ControlClient
 
 BANKS = [{"bank": "mlp", "layer": 0, "num_experts": 8}]
@@ -131,7 +131,7 @@ class ThreadWorker:
             self.client.send(SnapshotKept(version=snapshot.version))
 
 
-class ThreadWorkerGroup(FakeWorkerGroup):
+class ThreadWorkerGroup(LocalWorkerGroup):
     """A worker group whose workers are threads of this process."""
 
     def __init__(

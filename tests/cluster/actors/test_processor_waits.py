@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.stalls import wait_until
 from cluster.actors.processor_waits import ProcessorWaits
-from tests.harness.stalls import wait_until
 
 SPIN = [sys.executable, "-c", "while True: pass"]
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]

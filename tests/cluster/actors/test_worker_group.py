@@ -18,6 +18,8 @@ from ray._private.state import state
 from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group_table
 
+from benchmarks.harness.serving_cluster import QUIET_S, connected_ray
+from benchmarks.harness.stalls import Limit, wait_until
 from cluster.actors.controller_client import create_controller
 from cluster.actors.ray_tools import (
     NAMESPACE,
@@ -38,8 +40,6 @@ from cluster.core.topology import Member
 from cluster.launch.teardown import end_leftovers
 from cluster.sizing.start_plan import plan_start
 from tests.cluster.actors import ray_workers
-from tests.harness.serving_cluster import QUIET_S, connected_ray
-from tests.harness.stalls import Limit, wait_until
 
 pytestmark = pytest.mark.ray
 

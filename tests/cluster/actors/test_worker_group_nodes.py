@@ -17,6 +17,8 @@ import psutil
 import pytest
 import ray
 
+from benchmarks.harness.serving_cluster import end_shared_ray
+from benchmarks.harness.stalls import wait_until
 from cluster.actors.ray_tools import NAMESPACE, cluster_nodes, our_actors
 from cluster.actors.worker_group import WorkerGroup
 from cluster.config.workers import WorkersSection
@@ -26,8 +28,6 @@ from cluster.launch import local_ray
 from cluster.sizing.start_plan import StartPlan, plan_start
 from tests.cluster.actors.ray_workers import StubbornWorker, TrivialWorker
 from tests.cluster.controller.fakes_cluster import CONFIG
-from tests.harness.serving_cluster import end_shared_ray
-from tests.harness.stalls import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from benchmarks.harness.members import member_of
 from cluster.config.cluster import ClusterConfig
 from cluster.controller.controller import Controller
 from cluster.controller.failover import ReportCollector
@@ -43,7 +44,6 @@ from cluster.core.frames import (
 from cluster.core.placement import FREE_SLOT, ExpertPlacement, contiguous
 from cluster.core.topology import Generation, Member
 from tests.cluster.controller.fakes_cluster import BANKS, CONFIG, AtOnce, make_members
-from tests.harness.members import member_of
 from workers.process.control.lease import TermGuard
 
 SETTINGS = ControllerSettings()

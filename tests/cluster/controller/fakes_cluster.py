@@ -10,6 +10,7 @@ from typing import ParamSpec, TypeVar
 
 from msgspec.structs import replace
 
+from benchmarks.harness.members import member_of, members_of
 from cluster.config.cluster import ClusterConfig
 from cluster.config.model import ModelSection
 from cluster.config.workers import WorkersSection
@@ -34,8 +35,7 @@ from cluster.core.frames import (
 from cluster.core.holders import ExpertHolder
 from cluster.core.placement import BankShape, ExpertPlacement, contiguous
 from cluster.core.release import Build
-from cluster.core.topology import Member, Role, holds_experts
-from tests.harness.members import member_of
+from cluster.core.topology import Member, Role
 
 FrameT = TypeVar("FrameT", bound=ControlFrame)
 P = ParamSpec("P")
@@ -53,15 +53,6 @@ BANKS = (
 def make_members(num_attention: int, num_experts: int) -> tuple[Member, ...]:
     """The members of two pools."""
     return members_of({"attention": num_attention, "expert": num_experts})
-
-
-def members_of(pools: Mapping[Role, int]) -> tuple[Member, ...]:
-    """Members as the worker group ranks them, before they have called."""
-    return tuple(
-        Member(name=f"{role}-{i}", role=role, rank=i, device=i if holds_experts(role) else -1)
-        for role, number in pools.items()
-        for i in range(number)
-    )
 
 
 def slots_of(order: NewGeneration | WorkerReport, worker: str) -> SlotContents:

@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from benchmarks.harness.members import member_of
 from cluster.controller.controller import CALL_AGAIN_S
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import CalledAgainError, ProtocolError
@@ -30,7 +31,6 @@ from cluster.core.frames import (
 from cluster.core.states import IllegalTransitionError
 from tests.cluster.controller.fakes_cluster import FakeCluster
 from tests.cluster.controller.load_reports import load_of
-from tests.harness.members import member_of
 
 STATES = {"STARTING", "SERVING", "DEGRADED", "RECOVERING", "DRAINING", "STOPPED"}
 

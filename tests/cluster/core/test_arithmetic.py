@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.harness.members import member_of
 from cluster.core.arithmetic import Agreement, Offer, agree
 from cluster.core.topology import Generation
-from tests.harness.members import member_of
 
 DOT, FMA = "bfloat16-dot 1", "bfloat16-fma 2"
 BOTH = Offer(kernels=(DOT, FMA))

@@ -8,6 +8,7 @@ import struct
 import msgspec
 import pytest
 
+from benchmarks.harness.members import member_of
 from cluster.core.control_codec import decode, decode_hello, encode, frame_length
 from cluster.core.errors import ProtocolError
 from cluster.core.frames import (
@@ -48,7 +49,6 @@ from cluster.core.placement import BankShape, contiguous
 from cluster.core.release import Build
 from cluster.core.topology import Generation
 from tests.cluster.controller.load_reports import make_report
-from tests.harness.members import member_of
 
 MEMBER = member_of("expert-0", pid=7)
 GENERATION = Generation(number=2, members=(MEMBER, member_of("attention-0")))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from benchmarks.harness.members import members_of
 from cluster.core.codec import from_plain, to_plain
 from cluster.core.topology import Generation, Member
-from tests.cluster.controller.fakes_cluster import make_members, members_of
+from tests.cluster.controller.fakes_cluster import make_members
 
 
 def names(members: tuple[Member, ...]) -> list[str]:

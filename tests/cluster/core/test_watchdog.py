@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.harness.stalls import wait_until
+from benchmarks.harness.stalls import wait_until
 
 pytestmark = pytest.mark.distributed
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.random_checkpoint import TINY, write
+from benchmarks.checkpoints.random_checkpoint import TINY, write
 from cluster.core.errors import CheckpointError
 from cluster.launch.checkpoint_check import CheckpointCheck, CheckpointFacts
 

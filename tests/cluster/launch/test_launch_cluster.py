@@ -18,13 +18,13 @@ from typing import Any
 import psutil
 import pytest
 
+from benchmarks.harness.serving_cluster import QUIET_S
+from benchmarks.harness.stalls import wait_until
 from cluster.cli.cluster.down import end_cluster
 from cluster.core.process import wait_gone
 from cluster.launch import state_file
 from cluster.launch.orphans import find_by_files
 from cluster.launch.plan import free_port
-from tests.harness.serving_cluster import QUIET_S
-from tests.harness.stalls import wait_until
 
 pytestmark = pytest.mark.ray
 

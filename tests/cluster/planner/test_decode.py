@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from benchmarks.random_plan import random_plan
+from benchmarks.placement.random_plan import random_plan
 from cluster.planner import cost, decode, mesh
 from cluster.planner.base import Floats, PlannedTopology, normalised, slot_arrays
 from tests.cluster.planner.planner_cases import Problem, make_profile, problems

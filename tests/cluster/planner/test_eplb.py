@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from benchmarks.random_plan import random_plan, siblings
+from benchmarks.placement.random_plan import random_plan, siblings
 from cluster.core.errors import ConfigError
 from cluster.core.placement import FREE_SLOT
 from cluster.planner import eplb

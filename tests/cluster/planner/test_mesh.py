@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.random_plan import random_plan
+from benchmarks.placement.random_plan import random_plan
 from cluster.core.errors import ConfigError
 from cluster.core.load_profile import BankLoad, LoadProfile, device_loads
 from cluster.core.placement import FREE_SLOT, ExpertPlacement

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from benchmarks.random_plan import random_plan
+from benchmarks.placement.random_plan import random_plan
 from cluster.planner import mesh
 from cluster.planner.base import Floats, PlannedDevice, PlannedTopology, normalised, slot_arrays
 from cluster.planner.cost import activation, balancedness, expected_peak

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from benchmarks.random_plan import random_plan
+from benchmarks.placement.random_plan import random_plan
 from cluster.core.placement import FREE_SLOT
 from cluster.planner import split
 from cluster.planner.base import Floats, Ints, normalised, slot_arrays

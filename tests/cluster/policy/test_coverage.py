@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from msgspec import structs
 
+from benchmarks.harness.members import members_of
 from cluster.core.errors import ConflictError
 from cluster.core.placement import (
     FREE_SLOT,
@@ -30,7 +31,7 @@ from cluster.policy.coverage import (
     describe_pools,
     stage_on,
 )
-from tests.cluster.controller.fakes_cluster import BANKS, make_members, members_of
+from tests.cluster.controller.fakes_cluster import BANKS, make_members
 
 REDUNDANT = contiguous(BANKS, 3, num_redundant=3, epoch=7)
 

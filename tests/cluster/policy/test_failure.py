@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from benchmarks.harness.members import members_of
 from cluster.policy.failure import (
     PeerReport,
     Pulse,
@@ -16,7 +17,6 @@ from cluster.policy.failure import (
     find_silent,
     silent_hosts,
 )
-from tests.cluster.controller.fakes_cluster import members_of
 
 
 def _pulse(

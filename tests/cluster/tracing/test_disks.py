@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.stalls import wait_until
 from cluster.core.frames import LowDisk
 from cluster.tracing.disks import LOOK_S, LOW_BYTES, DiskWatch, low_disks
-from tests.harness.stalls import wait_until
 
 LOGS = Path("/logs")
 WAIT_S = 60.0

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.stalls import wait_until
 from cluster.tracing import line_writer, logs
-from tests.harness.stalls import wait_until
 
 LIMIT_S = 60.0
 

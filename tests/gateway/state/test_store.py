@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.stalls import wait_until
 from cluster.config.gateway import GatewaySection
 from cluster.core.errors import ConfigError
 from gateway.core.errors import StorageError, StorageFullError
@@ -30,7 +31,6 @@ from tests.harness.faulty_files import (
     Killed,
     each_fault,
 )
-from tests.harness.stalls import wait_until
 from tests.paths import ROOT
 
 NOTES = ObjectKind("notes", "note")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.harness.recorded_cluster import RecordedCluster
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from workers.requests.request import FinishReason, Request, SamplingParams
 
 NUM_BLOCKS = 16

@@ -7,19 +7,20 @@ from typing import Any
 
 import pytest
 
-from cluster.config.autoscale import AutoscaleSection
-from cluster.config.cluster import ClusterConfig
-from tests.harness.cluster_gateway import gateway_of
-from tests.harness.fault_rows import SMALL, check_answers, row_config, undisturbed, wait_operation
-from tests.harness.mixed_calls import make_calls
-from tests.harness.serving_cluster import (
+from benchmarks.faults.layouts import row_config
+from benchmarks.harness.cluster_gateway import gateway_of
+from benchmarks.harness.mixed_calls import make_calls
+from benchmarks.harness.serving_cluster import (
     RayCluster,
     ServingCluster,
     ThreadCluster,
     connected_ray,
     serving,
 )
-from tests.harness.stalls import Limit
+from benchmarks.harness.stalls import Limit
+from cluster.config.autoscale import AutoscaleSection
+from cluster.config.cluster import ClusterConfig
+from tests.harness.fault_rows import SMALL, check_answers, undisturbed, wait_operation
 
 GROWS_S = 40.0
 """Limit for a queue to be seen and a worker to start."""

@@ -22,13 +22,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.cluster_gateway import LIMIT_S, gateway_of
+from benchmarks.harness.server import running_server
+from benchmarks.harness.serving_cluster import ThreadCluster, serving
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.core.release import RELEASE
-from tests.harness.cluster_gateway import LIMIT_S, gateway_of
 from tests.harness.fault_rows import quiet_config
-from tests.harness.serving_cluster import ThreadCluster, serving
-from tests.served.server import running_server
 from tests.system.faults.test_drain_command import ports_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import pytest
 
+from benchmarks.faults.layouts import DETECTION_LIMIT_S
+from benchmarks.harness.engine_stream import EngineStream, Result
+from benchmarks.harness.serving_cluster import QUIET_S, ThreadCluster, make_config, serving
+from benchmarks.harness.stalls import wait_until
 from cluster.core.errors import SupersededError
-from tests.harness.engine_stream import EngineStream, Result
-from tests.harness.fault_rows import DETECTION_LIMIT_S
-from tests.harness.serving_cluster import QUIET_S, ThreadCluster, make_config, serving
-from tests.harness.stalls import wait_until
 from workers.requests.request import Request, SamplingParams
 
 NUM_TOKENS = 64

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.workers.transport.blackhole import lose_all_to
 from workers.requests.request import Request, SamplingParams
 

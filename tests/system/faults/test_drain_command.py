@@ -9,6 +9,9 @@ from contextlib import contextmanager
 import grpc
 import pytest
 
+from benchmarks.harness.cluster_gateway import ClusterGateway, gateway_of
+from benchmarks.harness.mixed_calls import make_calls
+from benchmarks.harness.serving_cluster import ThreadCluster, serving
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.config.gateway import GatewaySection
@@ -17,10 +20,7 @@ from gateway.protocols import build_public_app
 from protos import admin_pb2 as pb
 from protos.admin_pb2_grpc import AdminStub
 from tests.gateway.stack import start_http
-from tests.harness.cluster_gateway import ClusterGateway, gateway_of
 from tests.harness.fault_rows import SMALL, check_answers, quiet_config, undisturbed
-from tests.harness.mixed_calls import make_calls
-from tests.harness.serving_cluster import ThreadCluster, serving
 
 
 @contextmanager

@@ -12,13 +12,23 @@ from typing import Any
 
 import pytest
 
-from benchmarks.random_checkpoint import TINY, write
+from benchmarks.checkpoints.random_checkpoint import TINY, write
+from benchmarks.faults.layouts import row_config
+from benchmarks.harness.cluster_gateway import LIMIT_S, gateway_of
+from benchmarks.harness.mixed_calls import make_calls
+from benchmarks.harness.serving_cluster import (
+    RayCluster,
+    ServingCluster,
+    ThreadCluster,
+    connected_ray,
+    serving,
+)
+from benchmarks.harness.stalls import heartbeat
 from gateway.core.call import CallKind, GenerateCall
 from gateway.core.delta import TokenText
 from gateway.engines import moves
 from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway, new_call_id
-from tests.harness.cluster_gateway import LIMIT_S, gateway_of
 from tests.harness.fault_rows import (
     FULL,
     SMALL,
@@ -27,20 +37,10 @@ from tests.harness.fault_rows import (
     check_answers,
     play,
     quiet_config,
-    row_config,
     undisturbed,
     wait_operation,
     with_model,
 )
-from tests.harness.mixed_calls import make_calls
-from tests.harness.serving_cluster import (
-    RayCluster,
-    ServingCluster,
-    ThreadCluster,
-    connected_ray,
-    serving,
-)
-from tests.harness.stalls import heartbeat
 from workers.engine.scheduler import Scheduler
 from workers.requests.sequence import SequenceState
 

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
+from benchmarks.harness.serving_cluster import ThreadCluster, serving
 from tests.harness.fault_rows import FORMS, Form, play, quiet_config
 from tests.harness.other_gateway import other_gateway
-from tests.harness.serving_cluster import ThreadCluster, serving
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -12,19 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.random_checkpoint import TINY, write
+from benchmarks.checkpoints.random_checkpoint import TINY, write
+from benchmarks.faults.layouts import row_config
+from benchmarks.harness.serving_cluster import RayCluster, ServingCluster, connected_ray, serving
 from tests.harness.fault_rows import (
     SMALL,
     entries_since,
     kill_any,
     play,
     play_until,
-    row_config,
     was_retried,
     whole,
     with_model,
 )
-from tests.harness.serving_cluster import RayCluster, ServingCluster, connected_ray, serving
 from workers.model.families.registry import FAMILIES
 
 OTHERS = sorted(FAMILIES.keys() - {"olmoe"})

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.faults.layouts import row_config
+from benchmarks.harness.serving_cluster import RayCluster, ThreadCluster, connected_ray, serving
 from cluster.launch.model_source import bundled_checkpoint
 from tests.harness.fault_rows import (
     FORMS,
@@ -24,13 +26,11 @@ from tests.harness.fault_rows import (
     play,
     play_until,
     quiet_config,
-    row_config,
     serving_name,
     stop_until_lost,
     was_retried,
     whole,
 )
-from tests.harness.serving_cluster import RayCluster, ThreadCluster, connected_ray, serving
 
 
 def test_a_colocated_worker_of_threads_that_leads() -> None:

@@ -6,6 +6,8 @@ import random
 
 import pytest
 
+from benchmarks.faults.layouts import row_config
+from benchmarks.harness.serving_cluster import RayCluster, ThreadCluster, connected_ray, serving
 from tests.harness.fault_rows import (
     FORMS,
     SMALL,
@@ -14,14 +16,12 @@ from tests.harness.fault_rows import (
     kill_any,
     play_until,
     quiet_config,
-    row_config,
     serving_name,
     was_disturbed,
     was_retried,
     whole,
     with_quantized,
 )
-from tests.harness.serving_cluster import RayCluster, ThreadCluster, connected_ray, serving
 
 
 @pytest.mark.parametrize("role", ["attention", "expert", "colocated"])

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.random_checkpoint import TINY, write
+from benchmarks.checkpoints.random_checkpoint import TINY, write
+from benchmarks.faults.layouts import row_config
+from benchmarks.harness.serving_cluster import (
+    RayCluster,
+    ServingCluster,
+    ThreadCluster,
+    connected_ray,
+    serving,
+)
 from cluster.config.cluster import ClusterConfig
 from cluster.config.speculation import SpeculationSection
 from tests.harness.fault_rows import (
@@ -22,17 +30,9 @@ from tests.harness.fault_rows import (
     play,
     play_until,
     quiet_config,
-    row_config,
     was_retried,
     whole,
     with_model,
-)
-from tests.harness.serving_cluster import (
-    RayCluster,
-    ServingCluster,
-    ThreadCluster,
-    connected_ray,
-    serving,
 )
 from workers.speculation.acceptance import Acceptance
 

@@ -11,10 +11,20 @@ from typing import Any
 
 import pytest
 
+from benchmarks.checkpoints.adapters import random_adapter, target_shapes
+from benchmarks.faults.layouts import row_config
+from benchmarks.harness.cluster_gateway import Answer, gateway_of
+from benchmarks.harness.mixed_calls import make_calls
+from benchmarks.harness.serving_cluster import (
+    RayCluster,
+    ServingCluster,
+    ThreadCluster,
+    connected_ray,
+    serving,
+)
 from cluster.config.cluster import ClusterConfig
 from cluster.launch.model_source import bundled_checkpoint
 from gateway.core.call import GenerateCall
-from tests.harness.cluster_gateway import Answer, gateway_of
 from tests.harness.fault_rows import (
     FORMS,
     SMALL,
@@ -24,19 +34,9 @@ from tests.harness.fault_rows import (
     kill_any,
     num_abandoned,
     quiet_config,
-    row_config,
     serving_name,
     whole,
 )
-from tests.harness.mixed_calls import make_calls
-from tests.harness.serving_cluster import (
-    RayCluster,
-    ServingCluster,
-    ThreadCluster,
-    connected_ray,
-    serving,
-)
-from tests.workers.lora.folders import random_adapter, target_shapes
 
 NAMES = (None, "sql", "chat")
 _NUM_TRIES = 8

@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.faults.layouts import DETECTION_LIMIT_S, row_config
+from benchmarks.harness.serving_cluster import RayCluster, ServingCluster, connected_ray, serving
 from tests.harness.fault_rows import (
-    DETECTION_LIMIT_S,
     FORMS,
     SMALL,
     Form,
@@ -28,14 +29,12 @@ from tests.harness.fault_rows import (
     kill,
     play,
     play_until,
-    row_config,
     serving_name,
     stop_until_lost,
     wait_operation,
     whole,
 )
 from tests.harness.foreign_sockets import hang_up
-from tests.harness.serving_cluster import RayCluster, ServingCluster, connected_ray, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.parametrize("form", FORMS)]
 

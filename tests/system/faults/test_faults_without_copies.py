@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.faults.layouts import row_config
+from benchmarks.harness.serving_cluster import RayCluster, ServingCluster, connected_ray, serving
 from cluster.launch.model_source import bundled_checkpoint
 from tests.harness.fault_rows import (
     FORMS,
@@ -23,11 +25,9 @@ from tests.harness.fault_rows import (
     kill_any,
     play,
     play_until,
-    row_config,
     was_retried,
     whole,
 )
-from tests.harness.serving_cluster import RayCluster, ServingCluster, connected_ray, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.parametrize("form", FORMS)]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from benchmarks.harness.local_engine import LocalEngine
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.harness.failing_steps import FailingWorkerGroup, Faults, renew_on_fault
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.reference.goldens import load_golden
-from tests.reference.local_engine import LocalEngine
 from tests.workers.inspection.test_inspection import everything
 from workers.model.loading.checkpoint import Checkpoint
 from workers.requests.request import FinishReason, Request, SamplingParams

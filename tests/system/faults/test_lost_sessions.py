@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.harness.cluster_gateway import gateway_of
+from benchmarks.faults.layouts import row_config
+from benchmarks.harness.cluster_gateway import gateway_of
+from benchmarks.harness.serving_cluster import RayCluster, connected_ray, serving
 from tests.harness.conversation import (
     LONG,
     RESTORED,
@@ -13,8 +15,7 @@ from tests.harness.conversation import (
     undisturbed,
     wait_lost,
 )
-from tests.harness.fault_rows import kill, row_config, whole
-from tests.harness.serving_cluster import RayCluster, connected_ray, serving
+from tests.harness.fault_rows import kill, whole
 
 
 @pytest.mark.ray

@@ -7,10 +7,20 @@ from collections.abc import Callable
 
 import pytest
 
+from benchmarks.faults.layouts import row_config
+from benchmarks.harness.cluster_gateway import gateway_of
+from benchmarks.harness.mixed_calls import make_calls
+from benchmarks.harness.serving_cluster import (
+    RayCluster,
+    ServingCluster,
+    ThreadCluster,
+    ThreadWorkerGroup,
+    connected_ray,
+    serving,
+)
 from cluster.config.cluster import ClusterConfig
 from cluster.core.errors import PoisonousRequestError
 from cluster.core.topology import Role
-from tests.harness.cluster_gateway import gateway_of
 from tests.harness.fault_rows import (
     FULL,
     SMALL,
@@ -18,24 +28,14 @@ from tests.harness.fault_rows import (
     blocks_held,
     check_answers,
     quiet_config,
-    row_config,
     undisturbed,
 )
-from tests.harness.mixed_calls import make_calls
 from tests.harness.poison import (
     PoisonedGroup,
     PoisonedWorker,
     poisonous_call,
     raise_poison,
     stop_an_expert_worker,
-)
-from tests.harness.serving_cluster import (
-    RayCluster,
-    ServingCluster,
-    ThreadCluster,
-    ThreadWorkerGroup,
-    connected_ray,
-    serving,
 )
 from workers.process.actor import ACTOR_CLASSES, WorkerActor
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from benchmarks.harness.engine_stream import TOKEN, EngineStream
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from cluster.core.errors import HandshakeError
 from cluster.core.frames import ControlFrame, Heartbeat, StatusReply
 from cluster.core.release import RELEASE
-from tests.harness.engine_stream import TOKEN, EngineStream
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from workers.process.control.control_client import ControlClient
 from workers.process.data_plane import identify
 from workers.requests.request import Request, SamplingParams

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.cluster_gateway import gateway_of
+from benchmarks.harness.mixed_calls import WORDS
+from benchmarks.harness.serving_cluster import ThreadCluster, ThreadWorkerGroup, serving
 from cluster.core.errors import DeadlineExceededError
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
@@ -20,11 +23,8 @@ from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway
 from gateway.generation.inspect import InspectFields, Inspecting
 from gateway.generation.pooling import Reader, reading_call
-from tests.harness.cluster_gateway import gateway_of
 from tests.harness.fault_rows import blocks_held, quiet_config
-from tests.harness.mixed_calls import WORDS
 from tests.harness.poison import POISON, PoisonedGroup
-from tests.harness.serving_cluster import ThreadCluster, ThreadWorkerGroup, serving
 from workers.process.expert_runtime import ExpertRuntime
 
 LIMIT_S = 120.0

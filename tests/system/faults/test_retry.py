@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from benchmarks.harness.cluster_gateway import Answer, gateway_of
+from benchmarks.harness.mesh import make_header
+from benchmarks.harness.mixed_calls import make_calls
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from cluster.config.cluster import ClusterConfig
 from cluster.launch.model_source import bundled_checkpoint
 from gateway.core.call import GenerateCall
-from tests.harness.cluster_gateway import Answer, gateway_of
 from tests.harness.failing_steps import FailingWorkerGroup, Faults, renew_on_fault
-from tests.harness.mixed_calls import make_calls
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
-from tests.workers.transport.mesh import make_header
 from workers.model.loading.checkpoint import Checkpoint
 from workers.requests.request import FinishReason
 

@@ -7,9 +7,20 @@ from typing import Any
 
 import pytest
 
+from benchmarks.faults.layouts import row_config
+from benchmarks.harness.cluster_gateway import gateway_of
+from benchmarks.harness.mixed_calls import make_calls
+from benchmarks.harness.serving_cluster import (
+    RayCluster,
+    ServingCluster,
+    ThreadCluster,
+    ThreadWorkerGroup,
+    connected_ray,
+    serving,
+)
+from benchmarks.harness.stalls import wait_until
 from cluster.core.errors import ConflictError, RequestError
 from cluster.core.topology import Role
-from tests.harness.cluster_gateway import gateway_of
 from tests.harness.fault_rows import (
     FULL,
     SMALL,
@@ -18,20 +29,9 @@ from tests.harness.fault_rows import (
     check_answers,
     kill,
     quiet_config,
-    row_config,
     undisturbed,
     wait_operation,
 )
-from tests.harness.mixed_calls import make_calls
-from tests.harness.serving_cluster import (
-    RayCluster,
-    ServingCluster,
-    ThreadCluster,
-    ThreadWorkerGroup,
-    connected_ray,
-    serving,
-)
-from tests.harness.stalls import wait_until
 from workers.process.runtime import WorkerRuntime
 from workers.process.worker_args import WorkerArgs
 

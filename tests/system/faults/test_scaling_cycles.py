@@ -21,13 +21,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks.fault_load import FaultLoad
+from benchmarks.faults.load import FaultLoad
+from benchmarks.harness.cluster_gateway import ClusterGateway, gateway_of
+from benchmarks.harness.mixed_calls import make_calls
+from benchmarks.harness.serving_cluster import RayCluster, ServingCluster, connected_ray, serving
 from cluster.launch.local_ray import OBJECT_STORE_BYTES, common_environment
 from tests.harness.census import RAYS_OWN, Census, own_memory, settled
-from tests.harness.cluster_gateway import ClusterGateway, gateway_of
 from tests.harness.fault_rows import blocks_held, quiet_config
-from tests.harness.mixed_calls import make_calls
-from tests.harness.serving_cluster import RayCluster, ServingCluster, connected_ray, serving
 from tests.system.faults.test_scaling import scale
 
 logger = logging.getLogger(__name__)

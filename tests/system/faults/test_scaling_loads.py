@@ -11,9 +11,19 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.cluster_gateway import ClusterGateway, gateway_of
+from benchmarks.harness.mixed_calls import make_calls
+from benchmarks.harness.serving_cluster import (
+    RUNTIMES,
+    RayCluster,
+    ServingCluster,
+    ThreadCluster,
+    ThreadWorkerGroup,
+    connected_ray,
+    serving,
+)
 from cluster.config.cluster import ClusterConfig
 from cluster.launch.model_source import bundled_checkpoint
-from tests.harness.cluster_gateway import ClusterGateway, gateway_of
 from tests.harness.fault_rows import (
     SMALL,
     check_answers,
@@ -23,16 +33,6 @@ from tests.harness.fault_rows import (
     wait_operation,
 )
 from tests.harness.hindered_workers import HINDERED_CLASSES, HinderedExpert, Hindrance
-from tests.harness.mixed_calls import make_calls
-from tests.harness.serving_cluster import (
-    RUNTIMES,
-    RayCluster,
-    ServingCluster,
-    ThreadCluster,
-    ThreadWorkerGroup,
-    connected_ray,
-    serving,
-)
 from tests.system.faults.test_scaling import scale
 
 FILE = "model.safetensors"

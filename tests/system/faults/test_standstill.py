@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.harness.cluster_gateway import gateway_of
+from benchmarks.harness.cluster_gateway import gateway_of
+from benchmarks.harness.mixed_calls import make_calls
+from benchmarks.harness.serving_cluster import RayCluster, connected_ray, make_config, serving
+from benchmarks.harness.stalls import wait_until
 from tests.harness.fault_rows import stopped
-from tests.harness.mixed_calls import make_calls
-from tests.harness.serving_cluster import RayCluster, connected_ray, make_config, serving
-from tests.harness.stalls import wait_until
 from tests.paths import DEMO
 
 pytestmark = pytest.mark.ray

@@ -6,20 +6,20 @@ import random
 
 import pytest
 
-from benchmarks.false_alarms import busy
-from tests.harness.cluster_gateway import gateway_of
+from benchmarks.faults.layouts import row_config
+from benchmarks.harness.cluster_gateway import gateway_of
+from benchmarks.harness.mixed_calls import make_calls
+from benchmarks.harness.serving_cluster import RayCluster, connected_ray, serving
 from tests.harness.fault_rows import (
     SMALL,
     check_answers,
     entries_since,
     kill,
-    row_config,
     serving_name,
     undisturbed,
     whole,
 )
-from tests.harness.mixed_calls import make_calls
-from tests.harness.serving_cluster import RayCluster, connected_ray, serving
+from tests.long.false_alarms import busy
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
 

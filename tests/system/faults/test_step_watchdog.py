@@ -6,9 +6,10 @@ import random
 
 import pytest
 
-from tests.harness.fault_rows import FORMS, Form, play, row_config, serving_name, whole
+from benchmarks.faults.layouts import row_config
+from benchmarks.harness.serving_cluster import RayCluster, connected_ray, serving
+from tests.harness.fault_rows import FORMS, Form, play, serving_name, whole
 from tests.harness.foreign_sockets import deafen
-from tests.harness.serving_cluster import RayCluster, connected_ray, serving
 
 pytestmark = pytest.mark.ray
 

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.harness.mesh import make_attention_bank, make_bank
 from cluster.core.placement import FREE_SLOT
 from tests.workers.native.builds import NAMES, library
-from tests.workers.transport.mesh import make_attention_bank, make_bank
 from workers.experts.bank import ExpertBank, make_kernel
 from workers.experts.kernels_native import NativeExperts
 from workers.model.config import BankSpec, ExchangeSpec

@@ -10,11 +10,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from cluster.config.cluster import CombineMode
-from cluster.core.errors import PeerLostError
-from cluster.core.topology import Generation
-from tests.workers.dispatch.test_dispatch import Work, check
-from tests.workers.transport.mesh import (
+from benchmarks.harness.mesh import (
     Mesh,
     TransportName,
     decodes,
@@ -24,6 +20,10 @@ from tests.workers.transport.mesh import (
     make_header,
     make_rows,
 )
+from cluster.config.cluster import CombineMode
+from cluster.core.errors import PeerLostError
+from cluster.core.topology import Generation
+from tests.workers.dispatch.test_dispatch import Work, check
 from workers.dispatch.dispatcher import DispatchHandle, TokenDispatcher
 from workers.model.config import BankSpec
 from workers.model.layers import Dispatch

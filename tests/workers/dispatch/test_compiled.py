@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.harness.mesh import Mesh, make_header
 from cluster.config.cluster import CombineMode
 from tests.workers.dispatch.compiled import BANKS, compiled
 from tests.workers.dispatch.test_dispatch import MODES, Work
 from tests.workers.native.builds import NAMES, team
-from tests.workers.transport.mesh import Mesh, make_header
 from workers.dispatch.local import LocalDispatcher
 
 ROWS = (5, 3)

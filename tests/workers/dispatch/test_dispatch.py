@@ -11,10 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.config.cluster import CombineMode
-from cluster.core.errors import ProtocolError
-from cluster.core.placement import BankPlacement, ExpertPlacement
-from tests.workers.transport.mesh import (
+from benchmarks.harness.mesh import (
     GivenRows,
     Mesh,
     TransportName,
@@ -27,6 +24,9 @@ from tests.workers.transport.mesh import (
     make_rows,
     prefill,
 )
+from cluster.config.cluster import CombineMode
+from cluster.core.errors import ProtocolError
+from cluster.core.placement import BankPlacement, ExpertPlacement
 from workers.dispatch.dispatcher import DispatchHandle, TokenDispatcher
 from workers.dispatch.expert_server import ExpertServer
 from workers.metrics.step_metrics import SAMPLE

@@ -9,13 +9,9 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from cluster.core.topology import Generation, Member
-from tests.harness.pretend_gpu import DEVICE, pretend_gpu
-from tests.reference.both_roles import Alone
-from tests.workers.dispatch.test_dispatch import BANKS as MIXED_BANKS
-from tests.workers.dispatch.test_dispatch import Work
-from tests.workers.transport import mesh as meshes
-from tests.workers.transport.mesh import (
+from benchmarks.harness import mesh as meshes
+from benchmarks.harness.both_roles import Alone
+from benchmarks.harness.mesh import (
     Mesh,
     TransportName,
     decodes,
@@ -23,6 +19,10 @@ from tests.workers.transport.mesh import (
     make_bank,
     make_rows,
 )
+from cluster.core.topology import Generation, Member
+from tests.harness.pretend_gpu import DEVICE, pretend_gpu
+from tests.workers.dispatch.test_dispatch import BANKS as MIXED_BANKS
+from tests.workers.dispatch.test_dispatch import Work
 from tests.workers.transport.nccl_over_gloo import FakeNccl, nccl
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.dispatch.edge_rows import EdgeRows

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.core.placement import BankPlacement, ExpertPlacement
-from cluster.core.topology import Generation
-from tests.workers.transport.mesh import (
+from benchmarks.harness.mesh import (
     FakeBank,
     local_dispatcher,
     make_attention_bank,
     make_bank,
     make_rows,
 )
+from cluster.core.placement import BankPlacement, ExpertPlacement
+from cluster.core.topology import Generation
 from workers.dispatch.local import LocalDispatcher
 from workers.model.config import BankSpec
 from workers.model.layers import Dispatch

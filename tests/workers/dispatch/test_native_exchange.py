@@ -14,12 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.config.cluster import CombineMode
-from cluster.core.errors import GenerationChangedError, PeerLostError
-from tests.workers.dispatch.compiled import BANKS, compiled
-from tests.workers.dispatch.test_dispatch import MODES, Work
-from tests.workers.native.builds import NAMES, team
-from tests.workers.transport.mesh import (
+from benchmarks.harness.mesh import (
     Mesh,
     Worker,
     decodes,
@@ -27,6 +22,11 @@ from tests.workers.transport.mesh import (
     make_header,
     make_rows,
 )
+from cluster.config.cluster import CombineMode
+from cluster.core.errors import GenerationChangedError, PeerLostError
+from tests.workers.dispatch.compiled import BANKS, compiled
+from tests.workers.dispatch.test_dispatch import MODES, Work
+from tests.workers.native.builds import NAMES, team
 from workers.dispatch import native_home, native_server
 from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.local import LocalDispatcher

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.harness.mesh import Mesh, make_header
 from tests.workers.dispatch.test_dispatch import BANKS, MODES, Work, check
-from tests.workers.transport.mesh import Mesh, make_header
 
 
 @pytest.fixture(scope="module", params=MODES)

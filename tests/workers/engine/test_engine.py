@@ -14,6 +14,7 @@ import torch
 from msgspec import structs
 from numpy.typing import NDArray
 
+from benchmarks.harness.local_engine import LocalEngine, block_bytes, generated
 from cluster.config.cluster import EngineSection
 from cluster.core.errors import (
     ConfigError,
@@ -24,7 +25,6 @@ from cluster.core.errors import (
 )
 from tests.fakes import TINY_CONFIG, FailingDispatcher, tiny_tensors, write_tiny_checkpoint
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
-from tests.reference.local_engine import LocalEngine, block_bytes, generated
 from workers.engine.step_plan import RowsWanted
 from workers.requests.request import FinishReason, Request, SamplingParams, TokenOutput
 from workers.requests.step_header import Grant, StepHeader

@@ -15,6 +15,7 @@ import pytest
 import torch
 from msgspec import structs
 
+from benchmarks.harness.local_engine import LocalEngine, block_bytes
 from cluster.config.cluster import EngineSection
 from cluster.config.speculation import SpeculationSection
 from cluster.core.errors import PeerLostError, RequestError
@@ -29,7 +30,6 @@ from tests.reference.beams import (
 )
 from tests.reference.exact import exact, float_bits
 from tests.reference.goldens import ALL_VARIANTS, MAX_MODEL_LEN, Golden
-from tests.reference.local_engine import LocalEngine, block_bytes
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.engine.scheduler import Scheduler
 from workers.requests.request import (

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
-from tests.reference.local_engine import LocalEngine
 from tests.workers.cuda.device import DEVICE
 from workers.dispatch.local import LocalDispatcher
 from workers.experts.bank import ExpertBank

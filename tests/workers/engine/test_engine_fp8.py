@@ -9,12 +9,12 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
 from cluster.config.kv_cache import KvCacheDType
 from cluster.config.workers import Kernels
 from tests.reference.exact import exact
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
-from tests.reference.local_engine import LocalEngine
 from tests.reference.parity import record
 from tests.workers.kv.transfer.test_store import NUM_BLOCKS, PROMPT, copy, request_of, serve
 from workers.requests.inspection import Inspection

@@ -11,12 +11,12 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from benchmarks.harness.local_engine import LocalEngine, block_bytes
 from cluster.config.cluster import EngineSection
 from cluster.core.errors import PeerLostError
 from gateway.text.tokenizer import load_tokenizer
 from tests.fakes import FailingDispatcher
 from tests.paths import DEMO
-from tests.reference.local_engine import LocalEngine, block_bytes
 from workers.requests.request import (
     FinishReason,
     Grammar,

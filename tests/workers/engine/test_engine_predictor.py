@@ -17,12 +17,12 @@ from msgspec import structs
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.random_checkpoint import TINY, write
+from benchmarks.checkpoints.random_checkpoint import TINY, write
+from benchmarks.harness.local_engine import LocalEngine, block_bytes
 from cluster.config.cluster import EngineSection
 from cluster.config.speculation import SpeculationSection
 from cluster.core.errors import CheckpointError, PeerLostError
 from tests.fakes import FailingDispatcher
-from tests.reference.local_engine import LocalEngine, block_bytes
 from tests.workers.engine.test_engine import load_of
 from tests.workers.engine.test_engine import tokens as tokens_of
 from tests.workers.engine.test_engine_speculation import plain, prompts, spec

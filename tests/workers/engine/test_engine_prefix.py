@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
 from cluster.core.errors import PeerLostError
 from tests.fakes import TINY_CONFIG, FailingDispatcher, tiny_tensors, write_tiny_checkpoint
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
-from tests.reference.local_engine import LocalEngine
 from tests.workers.engine.test_engine import GREEDY, prompts, section_with_blocks, tokens
 from tests.workers.kv.hashes import hashes_of
 from workers.engine.engine import Engine

@@ -12,13 +12,13 @@ import pytest
 import torch
 from msgspec import structs
 
+from benchmarks.harness.local_engine import Generated, LocalEngine
 from cluster.config.cluster import EngineSection
 from cluster.config.speculation import SpeculationSection
 from cluster.core.errors import ConfigError, PeerLostError
 from tests.fakes import TINY_CONFIG, FailingDispatcher, tiny_tensors, write_tiny_checkpoint
 from tests.paths import DEMO
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
-from tests.reference.local_engine import Generated, LocalEngine
 from tests.workers.engine.test_engine import load_of, section_with_blocks
 from tests.workers.engine.test_engine import tokens as tokens_of
 from workers.engine.scheduler import Scheduler

@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 from msgspec import structs
 
+from benchmarks.harness.local_engine import LocalEngine, block_bytes
 from cluster.config.cluster import EngineSection
 from cluster.core.errors import PeerLostError
 from tests.fakes import FailingDispatcher
 from tests.reference.exact import exact
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
-from tests.reference.local_engine import LocalEngine, block_bytes
 from workers.requests.request import Request, SamplingParams, TokenOutput
 
 BLOCK = 4

@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.harness.mesh import make_bank
 from cluster.core.load_report import Counts
 from tests.harness.pretend_gpu import DEVICE, pretend_gpu
-from tests.workers.transport.mesh import make_bank
 from workers.dispatch.copies import ChosenCopies
 from workers.engine.expert_load import LoadCounter, Routed
 from workers.model.side_stream import SideStream

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.random_checkpoint import TINY, write
+from benchmarks.checkpoints.random_checkpoint import TINY, write
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.speculation import SpeculationSection
 from tests.harness.pretend_gpu import DEVICE, DeviceLog, pretend_gpu
 from tests.reference.goldens import golden_path
-from tests.reference.local_engine import LocalEngine
 from workers.engine import engine as engines
 from workers.model.loading.checkpoint import Checkpoint
 from workers.requests.request import Request, SamplingParams

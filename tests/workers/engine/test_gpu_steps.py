@@ -8,10 +8,10 @@ from typing import Any, cast
 import pytest
 from torch import Tensor
 
+from benchmarks.harness.both_roles import take_both_roles
+from benchmarks.harness.local_engine import LocalEngine
 from tests.harness.pretend_gpu import DEVICE, DeviceLog, pretend_gpu
-from tests.reference.both_roles import take_both_roles
 from tests.reference.goldens import golden_path
-from tests.reference.local_engine import LocalEngine
 from workers.engine import engine
 from workers.experts.bank import ExpertBank
 from workers.requests.request import BeamParams, Request, SamplingParams, TokenOutput

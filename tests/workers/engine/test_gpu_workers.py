@@ -8,10 +8,10 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from benchmarks.harness.local_engine import LocalEngine
 from tests.harness.pretend_gpu import DEVICE, DeviceLog, pretend_gpu
 from tests.reference.apart import ExpertsApart
 from tests.reference.goldens import golden_path
-from tests.reference.local_engine import LocalEngine
 from tests.workers.engine.test_gpu_steps import OLMOE, on_cpu, requests, tokens
 from workers.requests.buckets import bucket_of, buckets_up_to
 from workers.requests.request import TokenOutput

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.core.errors import PeerLostError
 from cluster.core.topology import Generation
 from tests.cluster.controller.fakes_cluster import make_members
 from tests.fakes import FailingDispatcher
-from tests.reference.local_engine import LocalEngine
 from tests.workers.engine.test_scheduler import Desk, rows
 from workers.engine.isolation import ANSWER_LIMIT_S, Isolation, StepMembers
 from workers.requests.request import (

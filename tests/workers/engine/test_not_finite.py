@@ -15,12 +15,12 @@ import torch
 from msgspec import structs
 from torch import Tensor
 
+from benchmarks.harness.local_engine import LocalEngine
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from cluster.config.cluster import EngineSection
 from cluster.core.errors import PeerLostError
 from tests.fakes import TINY_CONFIG, FailingDispatcher, tiny_tensors, write_tiny_checkpoint
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.reference.exact import exact
-from tests.reference.local_engine import LocalEngine
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.requests.request import FinishReason, Request, SamplingParams, TokenOutput
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
+from benchmarks.harness.local_engine import LocalEngine, block_bytes
 from cluster.config.cluster import EngineSection
 from tests.reference.exact import exact
-from tests.reference.local_engine import LocalEngine, block_bytes
 from workers.model.loading.config_file import resolve_dtype
 from workers.requests.request import Request, SamplingParams
 

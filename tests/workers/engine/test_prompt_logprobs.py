@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
-from tests.reference.local_engine import LocalEngine
 from workers.requests.request import Request, SamplingParams, TokenLogprob, TokenOutput
 
 Entries = tuple[TokenLogprob | None, ...]

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from benchmarks.harness.mesh import make_connections
+from benchmarks.harness.stalls import wait_until
 from cluster.core.errors import GenerationChangedError, PeerLostError
 from cluster.core.topology import Generation, Member
 from tests.fakes import Wakeups
-from tests.harness.stalls import wait_until
-from tests.workers.transport.mesh import make_connections
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
 from workers.engine.step_channel import StepChannel

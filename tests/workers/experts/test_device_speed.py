@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.paced import ComputeTime, PacedBank
+from benchmarks.placement.paced import ComputeTime, PacedBank
 from tests.benchmarks.test_paced import SPEC, SlowClock
 from workers.experts.bank import ExpertBank
 from workers.experts.speed import blank_bank, rounded, slots_per_second

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
 from cluster.core.errors import QueueFullError, RequestError
 from gateway.generation.losses import aux_loss
 from tests.reference.goldens import BF16_VARIANTS, MAX_MODEL_LEN, Golden
-from tests.reference.local_engine import LocalEngine
 from tests.reference.parity import router_kinds
 from workers.inspection.buffers import shape_of
 from workers.inspection.inspector import Inspector

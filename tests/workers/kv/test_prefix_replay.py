@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from benchmarks.request_trace import conversations
+from benchmarks.simulated.request_trace import conversations
 from tests.workers.kv.hashes import hashes_of
 from workers.kv.block_pool import BlockPool
 

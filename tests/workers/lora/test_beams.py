@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
-from tests.reference.local_engine import LocalEngine
-from tests.workers.lora.folders import put, random_adapter, target_shapes
+from benchmarks.checkpoints.adapters import put, random_adapter, target_shapes
+from benchmarks.harness.local_engine import LocalEngine
 from workers.requests.request import BeamParams, Request, SamplingParams
 
 SEARCH = SamplingParams(

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.checkpoints.adapters import random_adapter, target_shapes
+from benchmarks.harness.local_engine import Generated, LocalEngine
 from cluster.config.cluster import EngineSection
 from cluster.config.speculation import SpeculationSection
 from cluster.config.workers import Kernels
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
-from tests.reference.local_engine import Generated, LocalEngine
-from tests.workers.lora.folders import random_adapter, target_shapes
 from tests.workers.lora.test_merged import load, scores, serve
 from workers.speculation.acceptance import Acceptance
 

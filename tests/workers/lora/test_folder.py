@@ -10,11 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.config.cluster import EngineSection
-from cluster.config.lora import LoraSection
-from cluster.core.errors import CheckpointError, ModelNotFoundError
-from tests.reference.local_engine import LocalEngine
-from tests.workers.lora.folders import (
+from benchmarks.checkpoints.adapters import (
     CONFIG,
     PREFIX,
     RandomAdapter,
@@ -22,6 +18,10 @@ from tests.workers.lora.folders import (
     random_adapter,
     target_shapes,
 )
+from benchmarks.harness.local_engine import LocalEngine
+from cluster.config.cluster import EngineSection
+from cluster.config.lora import LoraSection
+from cluster.core.errors import CheckpointError, ModelNotFoundError
 from workers.lora.catalog import targets_of, targets_without_weights, why_not
 from workers.lora.folder import AdapterFolder, read_folder
 from workers.lora.loaded import LoadedAdapters

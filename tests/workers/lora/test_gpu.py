@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.checkpoints.adapters import put, random_adapter, target_shapes, write_merged
 from cluster.config.cluster import EngineSection
 from cluster.config.lora import LoraSection
 from tests.reference.goldens import Golden
 from tests.workers.cuda.device import DEVICE
 from tests.workers.engine.test_engine_cuda import gpu_engine
-from tests.workers.lora.folders import put, random_adapter, target_shapes, write_merged
 from tests.workers.lora.test_merged import scores, serve
 from workers.lora.loaded import LoadedAdapters
 

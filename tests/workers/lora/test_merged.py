@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.config.cluster import EngineSection
-from cluster.config.workers import Kernels
-from tests.reference.goldens import MAX_MODEL_LEN, Golden
-from tests.reference.local_engine import Generated, LocalEngine, generated
-from tests.workers.lora.folders import (
+from benchmarks.checkpoints.adapters import (
     RandomAdapter,
     put,
     random_adapter,
     target_shapes,
     write_merged,
 )
+from benchmarks.harness.local_engine import Generated, LocalEngine, generated
+from cluster.config.cluster import EngineSection
+from cluster.config.workers import Kernels
+from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from workers.requests.request import Request, SamplingParams
 
 KERNELS: tuple[Kernels, ...] = ("auto", "torch")

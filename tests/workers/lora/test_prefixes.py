@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.reference.local_engine import LocalEngine
-from tests.workers.lora.folders import put, random_adapter, target_shapes
+from benchmarks.checkpoints.adapters import put, random_adapter, target_shapes
+from benchmarks.harness.local_engine import LocalEngine
 from workers.requests.request import Request, SamplingParams
 
 PROMPT = tuple(range(3, 43))

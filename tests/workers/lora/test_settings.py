@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.checkpoints.adapters import CONFIG
 from cluster.core.errors import CheckpointError
-from tests.workers.lora.folders import CONFIG
 from workers.lora.settings import parse_settings, read_settings
 
 MODULE = "model.layers.1.self_attn.q_proj"

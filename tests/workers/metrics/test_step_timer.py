@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import count
 from typing import Any
 
+from benchmarks.harness.mesh import make_bank
 from tests.workers.metrics.test_step_metrics import header_of
-from tests.workers.transport.mesh import make_bank
 from workers.metrics.step_timer import StepTimer
 from workers.requests.step_header import StepHeader
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
 from cluster.core.errors import ConfigError
 from tests.reference.exact import exact, follow_ups, mixed_requests
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
-from tests.reference.local_engine import LocalEngine
 from workers.model.config import ModelConfig
 from workers.requests.request import Request
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import run_ranks
+from benchmarks.harness.distributed import run_ranks
 from workers.model.huge_pages import collapse
 
 MIB = 1024**2

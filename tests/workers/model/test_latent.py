@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.harness.local_engine import LocalEngine
 from tests.reference.goldens import MAX_MODEL_LEN, NUM_NEW_TOKENS, Golden
-from tests.reference.local_engine import LocalEngine
 from tests.workers.model.native.test_half import CASES, WHOLE, Chunk, in_chunks, make, serve
 from workers.model import latent
 from workers.model.building_blocks import BuildingBlocks

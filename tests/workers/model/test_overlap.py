@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
 from tests.reference.goldens import Golden
-from tests.reference.local_engine import LocalEngine
 from workers.dispatch.dispatcher import BatchRows, DispatchHandle, TokenDispatcher
 from workers.model.layers import Dispatch, Layer, LayerContext, LayerSteps
 from workers.requests.request import SamplingParams

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.harness.engine_stream import TIMEOUT_S
+from benchmarks.harness.mesh import make_bank
 from cluster.core.frames import ExpertsLoaded, LoadExperts
 from cluster.core.placement import FREE_SLOT
-from tests.harness.engine_stream import TIMEOUT_S
 from tests.paths import DEMO
-from tests.workers.transport.mesh import make_bank
 from workers.engine.expert_load import LoadCounter, Routed
 from workers.experts.kernels_cuda import CudaExperts
 from workers.experts.slots import ExpertSlots

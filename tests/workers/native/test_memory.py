@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import run_ranks
+from benchmarks.harness.distributed import run_ranks
 from workers.native.memory import HUGE_PAGE_BYTES, empty
 
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -13,9 +13,9 @@ import psutil
 import pytest
 from msgspec import structs
 
+from benchmarks.harness.engine_stream import TIMEOUT_S, TOKEN, EngineStream
 from cluster.core.addresses import split_address, tune_socket
 from cluster.core.release import RELEASE
-from tests.harness.engine_stream import TIMEOUT_S, TOKEN, EngineStream
 from tests.harness.http2_client import Http2Client
 from tests.workers.process.test_gateway_silence import FACTS
 from workers.process import engine_server

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
+from benchmarks.harness.engine_stream import TIMEOUT_S, TOKEN
 from cluster.core.release import RELEASE
-from tests.harness.engine_stream import TIMEOUT_S, TOKEN
 from workers.process.engine_server import EngineServer
 from workers.process.gateway_streams import GatewayStreams
 from workers.process.intake.commands import Command, GatewayGone, Inbox

@@ -10,12 +10,12 @@ import pytest
 import torch
 from msgspec.structs import replace as changed
 
+from benchmarks.harness.local_engine import LocalEngine
+from benchmarks.harness.members import member_of
 from cluster.config.cluster import ClusterConfig
 from cluster.config.model import ModelSection, Quantize
 from cluster.core.arithmetic import Offer
 from cluster.core.topology import Generation, Member
-from tests.harness.members import member_of
-from tests.reference.local_engine import LocalEngine
 from tests.workers.kv.transfer.test_store import engine_of
 from workers.process.kv_identity import kv_identity, model_identity, needed_ranks
 from workers.transport.handshake import PeerIdentity

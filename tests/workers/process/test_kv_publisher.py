@@ -12,11 +12,11 @@ from unittest import mock
 import msgspec
 import pytest
 
+from benchmarks.harness.distributed import free_ports
+from benchmarks.harness.stalls import wait_until
 from cluster.config.kv_events import KvEventsSection, endpoint_of
 from cluster.core.errors import ConfigError
-from tests.distributed import free_ports
 from tests.harness.kv_subscriber import Subscriber
-from tests.harness.stalls import wait_until
 from tests.workers.kv.router_index import RouterIndex
 from workers.kv.block_pool import HashChanges
 from workers.kv.router_events import BlockContent

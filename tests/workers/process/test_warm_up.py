@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import ClusterConfig, EngineSection
 from cluster.config.model import ModelSection
 from cluster.config.workers import Device, Mode, WorkersSection
 from cluster.core.topology import Member
 from tests.harness.pretend_gpu import DEVICE, pretend_gpu
 from tests.reference.goldens import golden_path
-from tests.reference.local_engine import LocalEngine
 from tests.workers.engine.test_gpu_steps import GREEDY, OLMOE
 from tests.workers.engine.test_gpu_workers import Apart
 from workers.dispatch.dispatcher import TokenDispatcher

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from benchmarks.harness.local_engine import LocalEngine
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from cluster.config.cluster import EngineSection
 from cluster.core.errors import RequestError
-from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.reference.goldens import CLASSIFIERS, NUM_PROMPTS, Golden, golden_path, load_golden
-from tests.reference.local_engine import LocalEngine
 from workers.model.loading.checkpoint import Checkpoint
 from workers.requests.classifier import pooled_position
 from workers.requests.request import Request, SamplingParams

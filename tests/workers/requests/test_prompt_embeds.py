@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
 from cluster.core.errors import RequestError
-from tests.reference.local_engine import LocalEngine
 from workers.requests.inspection import Inspection
 from workers.requests.prompt_embeds import PromptEmbeds, read_embeds
 from workers.requests.request import Request, SamplingParams

@@ -15,9 +15,7 @@ import torch
 from msgspec import structs
 from torch import Tensor
 
-from cluster.core.errors import GenerationChangedError, PeerLostError, TransportError
-from cluster.core.topology import Generation
-from tests.workers.transport.mesh import (
+from benchmarks.harness.mesh import (
     CPU,
     Mesh,
     TransportName,
@@ -28,6 +26,8 @@ from tests.workers.transport.mesh import (
     make_rows,
     prefill,
 )
+from cluster.core.errors import GenerationChangedError, PeerLostError, TransportError
+from cluster.core.topology import Generation
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader

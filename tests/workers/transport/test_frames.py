@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.mesh import make_attention_bank, make_bank
 from cluster.core.errors import ProtocolError
-from tests.workers.transport.mesh import make_attention_bank, make_bank
 from workers.transport.frames import (
     EXACT,
     HEADER_BYTES,

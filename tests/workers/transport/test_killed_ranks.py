@@ -12,10 +12,8 @@ import pytest
 import torch
 from msgspec import structs
 
-from cluster.core.errors import GenerationChangedError, PeerLostError
-from cluster.core.topology import Generation, Member, Role
-from tests.distributed import run_ranks
-from tests.workers.transport.mesh import (
+from benchmarks.harness.distributed import run_ranks
+from benchmarks.harness.mesh import (
     CPU,
     FakeBank,
     decodes,
@@ -25,6 +23,8 @@ from tests.workers.transport.mesh import (
     make_placement,
     make_rows,
 )
+from cluster.core.errors import GenerationChangedError, PeerLostError
+from cluster.core.topology import Generation, Member, Role
 from tests.workers.transport.test_processes import join
 from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.remote import RemoteDispatcher

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from msgspec.structs import replace
 
+from benchmarks.harness.mesh import make_connections
 from cluster.core.errors import PeerLostError
 from cluster.core.topology import Generation
 from tests.workers.transport.blackhole import lose_all_to
-from tests.workers.transport.mesh import make_connections
 from tests.workers.transport.test_peer_connections import form, member, rows_frame
 from workers.transport.path_watch import PathState, PathWatch
 from workers.transport.peer_connections import PeerConnections

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from benchmarks.harness.mesh import MAX_ROWS, Mesh, make_bank, make_connections
+from benchmarks.harness.stalls import wait_until
 from cluster.core.errors import GenerationChangedError, PeerLostError
 from cluster.core.topology import Generation, Member, Role
 from tests.fakes import Wakeups
-from tests.harness.stalls import wait_until
-from tests.workers.transport.mesh import MAX_ROWS, Mesh, make_bank, make_connections
 from workers.transport.acceptor import MAX_PENDING
 from workers.transport.frames import FrameHeader, FrameKind, max_data_bytes
 from workers.transport.peer_connections import PeerConnections

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.harness.engine_stream import TIMEOUT_S, TOKEN
 from cluster.core.errors import HandshakeError, PeerLostError, ProtocolError, TransportError
-from tests.harness.engine_stream import TIMEOUT_S, TOKEN
 from workers.transport.handshake import ConnectorHandshake, ListenerHandshake, PeerIdentity
 from workers.transport.peer_link import (
     ANSWER,

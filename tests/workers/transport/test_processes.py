@@ -10,11 +10,8 @@ import time
 import pytest
 import torch
 
-from cluster.core.addresses import split_address
-from cluster.core.errors import PeerLostError
-from cluster.core.topology import Generation, Member
-from tests.distributed import RankError, run_ranks
-from tests.workers.transport.mesh import (
+from benchmarks.harness.distributed import RankError, run_ranks
+from benchmarks.harness.mesh import (
     CPU,
     FakeBank,
     decodes,
@@ -23,6 +20,9 @@ from tests.workers.transport.mesh import (
     make_placement,
     make_rows,
 )
+from cluster.core.addresses import split_address
+from cluster.core.errors import PeerLostError
+from cluster.core.topology import Generation, Member
 from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.remote import RemoteDispatcher
 from workers.engine.micro_batches import MicroBatchRule

@@ -11,7 +11,7 @@ from contextlib import closing
 
 import pytest
 
-from tests.harness.engine_stream import TIMEOUT_S
+from benchmarks.harness.engine_stream import TIMEOUT_S
 from workers.transport.socket_io import WakePipe, receive_exactly, time_left
 
 

@@ -12,9 +12,7 @@ import torch
 from msgspec import structs
 from torch import Tensor
 
-from cluster.config.cluster import CombineMode
-from cluster.core.errors import GenerationChangedError, PeerLostError
-from tests.workers.transport.mesh import (
+from benchmarks.harness.mesh import (
     Mesh,
     TransportName,
     decodes,
@@ -24,6 +22,8 @@ from tests.workers.transport.mesh import (
     make_rows,
     prefill,
 )
+from cluster.config.cluster import CombineMode
+from cluster.core.errors import GenerationChangedError, PeerLostError
 from tests.workers.transport.nccl_over_gloo import FakeNccl, NcclOverGloo, nccl
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.model.layers import Dispatch

@@ -15,12 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.harness.stalls import wait_until
 from cluster.cli.cluster.down import end_cluster
 from cluster.core.process import is_running
 from cluster.launch import state_file
 from cluster.launch.orphans import find_by_files, sweep
 from tests.cluster.cli.fake_launcher import stages_path
-from tests.harness.stalls import wait_until
 
 pytestmark = pytest.mark.distributed
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.stalls import wait_until
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
 from tests.cluster.batches.files import line, read_lines, write_lines
 from tests.cluster.cli.fake_gateway import FakeGateway
 from tests.harness.faulty_files import FaultyFiles, FileCall
-from tests.harness.stalls import wait_until
 
 pytestmark = pytest.mark.usefixtures("state_home")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 from msgspec.structs import replace
 
+from benchmarks.harness.members import member_of
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.frames import (
     Alive,
@@ -20,7 +21,6 @@ from cluster.core.frames import (
 )
 from cluster.policy.silence import WINDOW_S
 from tests.cluster.controller.fakes_cluster import BUILD, FakeCluster
-from tests.harness.members import member_of
 
 LIMIT_S = ControllerSettings().detection_limit_s
 FORGOTTEN = round(10 * 2 * WINDOW_S) + 2

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.harness.engine_stream import TIMEOUT_S
 from cluster.core.errors import PeerLostError
 from cluster.core.frames import ExpertsLoaded, LoadExperts
 from cluster.core.placement import BankShape, contiguous
 from tests.fakes import TINY_CONFIG, write_tiny_checkpoint
-from tests.harness.engine_stream import TIMEOUT_S
 from tests.workers.native.builds import NAMES, library
 from workers.experts.slots import ExpertSlots
 from workers.experts.sources import CheckpointSource, ExpertSource, ExpertWeight

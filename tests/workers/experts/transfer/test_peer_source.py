@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.harness.engine_stream import TOKEN
 from cluster.core.errors import HandshakeError, MoveGivenUpError, PeerLostError, ProtocolError
-from tests.harness.engine_stream import TOKEN
 from workers.experts.slots import ExpertSlots
 from workers.experts.sources import CheckpointSource
 from workers.experts.transfer.peer_source import (

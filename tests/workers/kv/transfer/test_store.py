@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from benchmarks.harness.engine_stream import TIMEOUT_S
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
-from tests.harness.engine_stream import TIMEOUT_S
 from tests.reference.exact import exact
 from tests.reference.goldens import Golden
-from tests.reference.local_engine import LocalEngine
 from workers.engine.engine import Engine
 from workers.kv.transfer.fetch_cost import FORGET_S, UNMEASURED_COST, FetchCost
 from workers.kv.transfer.lender import KvLender, LentItem

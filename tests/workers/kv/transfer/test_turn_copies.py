@@ -10,9 +10,9 @@ import pytest
 from msgspec.structs import replace
 from torch import Tensor
 
-from tests.harness.engine_stream import TIMEOUT_S
+from benchmarks.harness.engine_stream import TIMEOUT_S
+from benchmarks.harness.local_engine import LocalEngine
 from tests.reference.goldens import Golden
-from tests.reference.local_engine import LocalEngine
 from tests.workers.kv.transfer.test_store import (
     NUM_BLOCKS,
     PROMPT,

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
 from cluster.config.kv_cache import KvCacheDType
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
-from tests.reference.local_engine import LocalEngine
 from workers.dispatch.dispatcher import DispatchHandle
 from workers.dispatch.local import LocalDispatcher
 from workers.engine.model_runner import StepResult

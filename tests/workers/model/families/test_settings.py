@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.core.errors import CheckpointError
 from tests.fakes import TINY_CONFIG, write_tiny_checkpoint
-from tests.reference.local_engine import LocalEngine
 from workers.model.families.grouped.dots1 import Dots1Family
 from workers.model.families.grouped.olmoe import OlmoeFamily
 from workers.model.families.latent.family import LatentFamily

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.core.errors import CheckpointError, ConfigError
 from tests.fakes import TINY_CONFIG, tiny_tensors, write_tiny_checkpoint
-from tests.reference.local_engine import LocalEngine
 from workers.experts.slots import ExpertSlots
 from workers.model.config import TensorPart
 from workers.model.loading.attention_model import load_attention_model

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.random_checkpoint import TINY, write
+from benchmarks.checkpoints.random_checkpoint import TINY, write
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.model import Quantize
 from cluster.config.speculation import SpeculationSection
 from cluster.core.errors import ConfigError
 from tests.reference.goldens import golden_path
-from tests.reference.local_engine import LocalEngine
 from tests.workers.model.loading.packers import pack_checkpoint
 from workers.model.config import TensorPart
 from workers.model.families.base import Family

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.core.errors import CheckpointError
 from tests.reference.goldens import golden_path
-from tests.reference.local_engine import LocalEngine
 from tests.workers.model.loading.packers import pack_checkpoint
 from tests.workers.quantization.configs import GPTQ, SETTINGS
 from workers.experts.sources import CheckpointSource

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.loop_thread import LoopThread
+from benchmarks.harness.members import member_of
 from cluster.actors.control_server import ControlServer
 from cluster.core.errors import HandshakeError, PeerLostError, SupersededError
 from cluster.core.frames import (
@@ -34,8 +36,6 @@ from cluster.core.placement import ExpertPlacement
 from cluster.core.release import RELEASE
 from cluster.core.topology import Generation
 from tests.cluster.controller.load_reports import load_of
-from tests.harness.loop_thread import LoopThread
-from tests.harness.members import member_of
 from workers.process.control import control_client
 from workers.process.control.control_client import ControlClient
 from workers.process.control.lease import Lease

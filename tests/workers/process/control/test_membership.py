@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from benchmarks.harness.members import member_of
 from cluster.core.errors import GenerationChangedError, PeerLostError, TransportError
 from cluster.core.frames import (
     ControlFrame,
@@ -23,7 +24,6 @@ from cluster.core.frames import (
 from cluster.core.placement import FREE_SLOT, contiguous
 from cluster.core.topology import Generation
 from tests.cluster.controller.fakes_cluster import BANKS
-from tests.harness.members import member_of
 from workers.process.control.membership import Membership, MembershipHooks, Standing
 from workers.process.lifetime import Lifetime
 from workers.process.runtime import WorkerRuntime

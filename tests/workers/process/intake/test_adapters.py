@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.checkpoints.adapters import random_adapter, target_shapes
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.lora import LoraSection
 from cluster.core.frames import Adapter, AdaptersKept, KeepAdapters
-from tests.reference.local_engine import LocalEngine
-from tests.workers.lora.folders import random_adapter, target_shapes
 from workers.lora.adapters import PreparedAdapter
 from workers.lora.loaded import LoadedAdapters
 from workers.process.intake.adapters import AdapterIntake

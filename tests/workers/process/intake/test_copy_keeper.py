@@ -15,11 +15,11 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
+from benchmarks.harness.engine_stream import TIMEOUT_S, TOKEN
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
 from cluster.core.errors import MoveGivenUpError, PeerLostError, ProtocolError
-from tests.harness.engine_stream import TIMEOUT_S, TOKEN
 from tests.reference.goldens import Golden
-from tests.reference.local_engine import LocalEngine
 from tests.workers.kv.tiers.test_disk import tiers_of as with_disk
 from tests.workers.kv.transfer.test_store import engine_of, forget_states, request_of, serve
 from tests.workers.process.intake.test_kv_fetches import identity

@@ -15,11 +15,11 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
+from benchmarks.harness.engine_stream import TIMEOUT_S, TOKEN
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
-from tests.harness.engine_stream import TIMEOUT_S, TOKEN
 from tests.reference.exact import exact
 from tests.reference.goldens import Golden
-from tests.reference.local_engine import LocalEngine
 from tests.workers.kv.transfer.test_store import NUM_BLOCKS, PROMPT, engine_of, request_of, serve
 from workers.engine.engine import Engine
 from workers.kv.transfer.lender import KvLender, LentItem

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from benchmarks.harness.engine_stream import TIMEOUT_S
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
 from cluster.config.kv_cache import KvCacheDType
 from cluster.config.kv_tiers import KvTiersSection
-from tests.harness.engine_stream import TIMEOUT_S
 from tests.reference.exact import exact
 from tests.reference.goldens import Golden
-from tests.reference.local_engine import LocalEngine
 from tests.workers.kv.transfer.test_store import (
     NUM_BLOCKS,
     PROMPT,

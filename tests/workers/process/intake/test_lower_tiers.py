@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.engine_stream import TIMEOUT_S
+from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.kv_tiers import KvTiersSection
 from cluster.core.errors import ConfigError
-from tests.harness.engine_stream import TIMEOUT_S
-from tests.reference.local_engine import LocalEngine
 from tests.workers.kv.tiers.test_host import known, leave, names_of, use_of
 from tests.workers.kv.transfer.test_store import engine_of
 from workers.kv.tiers.disk import DiskTier

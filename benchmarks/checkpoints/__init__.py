@@ -1,0 +1,1 @@
+"""Checkpoints that are made for a measurement: random weights, tokenizers, number formats."""

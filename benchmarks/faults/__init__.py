@@ -1,0 +1,1 @@
+"""Pauses of streams while workers are lost, drained, added and removed."""

@@ -1,0 +1,151 @@
+"""A cluster of processes on this host, as the faults of ``tests.long.reliability`` see it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from benchmarks.faults.load import wait
+from benchmarks.harness.serving_cluster import RayCluster
+from cluster.actors.ray_tools import NAMESPACE
+
+_AT_BYTES = 0.5
+"""Where a file is changed, as a share of its size: in the weights, behind the header."""
+
+
+class Site:
+    """The cluster of one row, as the faults see it."""
+
+    def __init__(self, cluster: RayCluster, draw: random.Random) -> None:
+        self.cluster = cluster
+        self._draw = draw
+        self._stopped: list[int] = []
+        self._changed: list[tuple[Path, bytes, os.stat_result]] = []
+        self._second: subprocess.Popen[str] | None = None
+
+    def snapshot(self) -> dict[str, Any]:
+        """The controller's, as soon as there is one that answers."""
+        while True:
+            try:
+                return self.cluster.snapshot()
+            except RayError:  # it is being restarted
+                time.sleep(0.02)
+
+    def names(self, role: str, count: int = 1) -> list[str]:
+        """Workers of a role that serve, drawn by lot."""
+        workers = self.snapshot()["workers"]
+        found = [w["name"] for w in workers if w["role"] == role and w["state"] == "SERVING"]
+        return self._draw.sample(sorted(found), count)
+
+    def signal(self, names: Sequence[str], number: signal.Signals) -> None:
+        """Send a signal to workers' processes, at once."""
+        pids = {w["name"]: int(w["pid"]) for w in self.snapshot()["workers"]}
+        for name in names:
+            os.kill(pids[name], number)
+            if number is signal.SIGSTOP:
+                self._stopped.append(pids[name])
+
+    def kill_controller(self) -> None:
+        """``kill -9`` of the controller's process."""
+        os.kill(self.snapshot()["controller_pid"], signal.SIGKILL)
+
+    def freeze_controller(self, seconds: float) -> None:
+        """Stop the controller's process for so long."""
+        pid = self.snapshot()["controller_pid"]
+        os.kill(pid, signal.SIGSTOP)
+        self._stopped.append(pid)
+        threading.Timer(seconds, self.wake).start()
+
+    def arm(self, frame: str, is_sent: bool) -> None:
+        """See ``PhaseWorker.arm``, on all workers that serve."""
+        snapshot = self.snapshot()
+        for worker in snapshot["workers"]:
+            if worker["state"] == "SERVING":
+                actor: Any = ray.get_actor(worker["name"], namespace=NAMESPACE)
+                ray.get(actor.arm.remote(frame, is_sent, snapshot["controller_pid"]))
+
+    def rebalance(self) -> None:
+        """Order a rebalancing as soon as one has experts to move; the controller may die in it."""
+        with contextlib.suppress(RayError):
+            wait(self._rebalances, "a rebalancing that moves experts")
+
+    def _rebalances(self) -> bool:
+        """Others would change how copies share their load, and leave nothing to move."""
+        plan = ray.get(self.cluster.actor.rebalance.remote({"dry_run": True}))
+        if plan["result"]["action"] != "move":
+            return False
+        begun = ray.get(self.cluster.actor.rebalance.remote({}))
+        return bool(begun["state"] == "RUNNING")
+
+    def change_checkpoint(self) -> None:
+        """Write other weights into the files that the workers have read, until ``wake``."""
+        for path in Path(self.cluster.config.model.path).glob("*.safetensors"):
+            was, at = path.stat(), int(path.stat().st_size * _AT_BYTES)
+            with path.open("r+b") as file:
+                file.seek(at)
+                before = file.read(4096)
+                file.seek(at)
+                file.write(bytes(b ^ 0xFF for b in before))
+            self._changed.append((path, before, was))
+
+    def start_second_gateway(self) -> None:
+        """Another gateway with clients of its own; returns when they get tokens."""
+        self._second = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.faults.second_gateway"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._second.stdin is not None
+        assert self._second.stdout is not None
+        given = {"config": self.cluster.config.to_dict(), "snapshot": self.snapshot()}
+        self._second.stdin.write(json.dumps(given) + "\n")
+        self._second.stdin.flush()
+        if self._second.stdout.readline() != "flowing\n":
+            raise RuntimeError("the second gateway does not serve")
+
+    def kill_second_gateway(self) -> None:
+        """Send SIGKILL to the second gateway."""
+        assert self._second is not None
+        self._second.kill()
+        self._second.communicate()
+
+    def drain(self, name: str) -> None:
+        """Order a drain and wait until it has ended."""
+        begun = self.cluster.call("begin", "drain", {"worker": name, "limit_s": 60.0})
+        find = self.cluster.call
+        wait(lambda: find("operation", begun["id"])["state"] != "RUNNING", "the end of a drain")
+        ended = find("operation", begun["id"])
+        if ended["state"] != "SUCCEEDED":
+            raise RuntimeError(str(ended["message"]))
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        self.wake()
+        if self._second is not None and self._second.poll() is None:
+            self.kill_second_gateway()
+
+    def wake(self) -> None:
+        """Let what was stopped go on, and restore what was changed: it must not disturb."""
+        while self._stopped:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._stopped.pop(), signal.SIGCONT)
+        while self._changed:
+            path, before, was = self._changed.pop()
+            with path.open("r+b") as file:
+                file.seek(int(was.st_size * _AT_BYTES))
+                file.write(before)
+            os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))

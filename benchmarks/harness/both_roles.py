@@ -1,0 +1,105 @@
+"""A local engine whose rows go to its experts as they go to those of another worker.
+
+One colocated worker without another: rows are posted, received, checked and summed by the code of
+attention and expert workers, and never leave the process. What the exchange costs beside the
+transport is the difference to ``LocalDispatcher``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+from torch import Tensor
+
+from benchmarks.harness.local_engine import LocalEngine
+from cluster.core.placement import BankPlacement, ExpertPlacement
+from cluster.core.topology import Generation, Member
+from workers.dispatch.colocated import ColocatedDispatcher, LoopbackTransport
+from workers.dispatch.expert_server import ExpertServer
+from workers.dispatch.remote import RemoteDispatcher
+from workers.model.config import BankSpec
+from workers.requests.step_header import StepHeader
+from workers.transport.transport import Expected, RowMessage, Tag
+
+
+class Alone:
+    """``DataTransport`` of a worker that has no peer: nothing is ever sent."""
+
+    sums_are_rounded = False
+
+    def begin_step(self, header: StepHeader) -> None:
+        """There is nothing to do."""
+
+    def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
+        """See ``DataTransport``."""
+        raise AssertionError(f"{tag} is for another worker")
+
+    def receive(
+        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, must_wait: bool
+    ) -> list[tuple[Tensor, ...]]:
+        """See ``DataTransport``."""
+        raise AssertionError(f"{tag} is from another worker")
+
+    def finish_step(self) -> None:
+        """There is nothing to wait for."""
+
+    def direct(self, ranks: Sequence[int]) -> None:
+        """There are no edges."""
+
+    def reject(self, rank: int, reason: str) -> NoReturn:
+        """See ``DataTransport``."""
+        raise AssertionError(reason)
+
+    def apply_generation(self, generation: Generation) -> None:
+        """There is nothing to do."""
+
+    def close(self) -> None:
+        """There is nothing to do."""
+
+
+def take_both_roles(engine: LocalEngine) -> ColocatedDispatcher:
+    """Exchange rows with the engine's own experts from now on; expert e stays in slot e."""
+    place, banks = engine.slots.banks[0].device, engine.banks
+    transport = LoopbackTransport(Alone(), rank=0)
+    dispatcher = ColocatedDispatcher(
+        transport,
+        RemoteDispatcher(
+            transport, banks, rank=0, combine_mode="sum", dtype=engine.dtype, device=place
+        ),
+        ExpertServer(
+            transport,
+            engine.slots.banks,
+            banks,
+            device_index=0,
+            combine_mode="sum",
+            dtype=engine.dtype,
+            device=place,
+        ),
+    )
+    dispatcher.set_placement(whole_placement(banks), generation_of(1))
+    engine.engine.use(dispatcher)
+    return dispatcher
+
+
+def whole_placement(banks: Sequence[BankSpec]) -> ExpertPlacement:
+    """All experts on device 0: expert e in slot e."""
+    maps = [
+        BankPlacement.from_maps(
+            bank=bank.bank,
+            layer=bank.layer,
+            num_experts=bank.num_experts,
+            physical_to_logical=[list(range(bank.num_experts))],
+        )
+        for bank in banks
+    ]
+    return ExpertPlacement(epoch=1, banks=tuple(maps))
+
+
+def generation_of(num_workers: int) -> Generation:
+    """So many colocated workers; steps of such an engine are in generation 1."""
+    members = [
+        Member(name=f"colocated-{rank}", role="colocated", rank=rank, device=rank)
+        for rank in range(num_workers)
+    ]
+    return Generation(number=1, members=tuple(members))

@@ -1,0 +1,1 @@
+"""This server beside vLLM, transformers and llama.cpp: ``python -m benchmarks.peers``."""

@@ -1,0 +1,1 @@
+"""``RESULTS.md`` and its tables, options of several benchmarks, a quiet machine."""

@@ -1,0 +1,66 @@
+"""``RESULTS.md``: sections between markers, and what machine they were made on."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+FILE = Path(__file__).parents[1] / "RESULTS.md"
+"""Where ``make bench`` writes."""
+_HEAD = """# Benchmark results
+
+`make bench` replaces the sections between the markers; notes outside the markers stay.
+"""
+
+
+def put_section(text: str, name: str, body: str) -> str:
+    """The file's text with one section replaced, or added at its end."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    section = f"{begin}\n{body.strip()}\n{end}"
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if pattern.search(text):
+        return pattern.sub(lambda _: section, text)
+    return f"{(text or _HEAD).rstrip()}\n\n{section}\n"
+
+
+def write_section(file: Path, name: str, body: str) -> None:
+    """``put_section`` on a file that may not exist yet."""
+    text = file.read_text() if file.exists() else ""
+    file.write_text(put_section(text, name, body))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
+
+
+def machine(command: str) -> str:
+    """What was run, where and when, and how busy the machine was."""
+    today = datetime.datetime.now(tz=datetime.UTC).date()
+    versions = ", ".join(f"{name} {_version(name)}" for name in ("torch", "ray", "transformers"))
+    return (
+        f"`{command}` on {today}: {_cpu_model()}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}, {versions}; load average at the end "
+        f"{os.getloadavg()[0]:.1f}."
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _cpu_model() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:  # not on Linux
+        found = None
+    return found.group(1) if found else platform.processor() or platform.machine()

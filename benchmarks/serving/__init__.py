@@ -1,0 +1,1 @@
+"""Served clusters: tokens a second, latency, and what an option or the gateway costs."""

@@ -1,0 +1,409 @@
+"""What the gateway costs: tokens a second and time to the first token, beside the engine's own.
+
+python -m benchmarks.gateway_cost [--proxy default|haproxy]  prints one proxy's numbers as JSON
+
+One attention and two expert workers with the bundled model, one client process, all on the same
+cores. The ways alternate: the engine stream itself, gRPC, HTTP through Serve's proxy; single
+requests in an order drawn anew for each, so that work which one request leaves behind falls on all
+ways alike. Serve's default proxy and HAProxy run one after the other, each beside the engine of its
+own run.
+
+Where the time goes: of a first token by the gateway's own metrics (mean), of a batch by the CPU
+time of each process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from http.client import HTTPConnection
+from time import perf_counter
+
+import grpc
+import grpc.experimental
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+from ray import serve
+
+from benchmarks.harness.distributed import free_ports
+from benchmarks.harness.processes import cpu_seconds
+from benchmarks.harness.ray_serving import TOKEN, EngineClient
+from benchmarks.harness.serving_cluster import RayCluster, connected_ray, make_config, serving
+from benchmarks.report.quiet import wait_until_quiet
+from benchmarks.report.results import table
+from cluster.launch.local_ray import common_environment
+from cluster.launch.model_source import bundled_checkpoint
+from cluster.launch.serve_proxy import wait_ready
+from gateway.app import APP_NAME, build_app
+from gateway.observability.metrics import PREFIX
+from protos.inference_pb2 import GenerateRequest
+from protos.inference_pb2_grpc import InferenceStub
+from protos.types_pb2 import SamplingParams, TokenIds
+
+PROXIES = {"default": "Serve's default proxy", "haproxy": "HAProxy mode"}
+"""Names on the command line, and in tables."""
+_ANSWER_LIMIT_S = 120.0
+_PROMPT_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """What is measured."""
+
+    num_streams: int = 32
+    """Streams at once, for throughput."""
+    new_tokens: int = 128
+    """Tokens of each."""
+    runs: int = 5
+    """Batches of each way."""
+    num_single: int = 600
+    """Single requests of each way on an idle cluster, for the time to the first token."""
+    patience_s: float = 10.0
+    """While others use the machine, longest wait before a batch."""
+
+
+QUICK = Case(num_streams=2, new_tokens=4, runs=1, num_single=3, patience_s=0.0)
+"""Enough to see that everything runs."""
+
+WAYS = {"engine": "engine stream", "grpc": "gRPC", "http": "HTTP"}
+"""Names in what is found, and in tables."""
+STAGES = ("in the engine", "gateway and engine stream", "client, network and proxy")
+"""Of the time to the first token."""
+_LEAST_CPU_MS = 10.0
+"""Processes that never use as much for 1,000 tokens are not shown."""
+
+Times = list[list[float]]
+"""By sequence the seconds to each delta, the last one at its end."""
+Numbers = dict[str, dict[str, float]]
+"""By way and name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How requests reach the engine."""
+
+    together: Callable[[Sequence[list[int]], int], Times]
+    """Prompts at once, and new tokens of each -> times."""
+    first_s: Callable[[list[int]], float]
+    """A prompt alone -> seconds to its first token, by a client that blocks, on a connection that
+    stays: what a client costs beyond that is not the gateway's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What one proxy's run found."""
+
+    ways: Numbers
+    """``tokens_per_s``, ``first_ms`` and ``first_p99_ms`` of each way."""
+    stages: Numbers
+    """Where the time to the first token goes, ms, for the ways through the gateway."""
+    cpu: Numbers
+    """CPU ms of each process for 1,000 tokens of a batch."""
+
+
+def section(quick: bool) -> str:
+    """The section of ``RESULTS.md``."""
+    case = QUICK if quick else Case()
+    found = {proxy: _in_a_process(proxy, quick) for proxy in PROXIES}
+    about, where = (" ".join(part.split()) for part in (__doc__ or "").split("\n\n")[2:4])
+    words = (
+        f"{case.num_streams} streams of {case.new_tokens} tokens, median of {case.runs} batches; "
+        f"first token of {case.num_single} single requests on an idle cluster."
+    )
+    parts = ["## Cost of the gateway", f"{about} {words}", _costs(found), where]
+    return "\n\n".join([*parts, _stages(found), _processes(found)])
+
+
+def _costs(found: Mapping[str, Found]) -> str:
+    rows = []
+    for proxy, run in found.items():
+        engine = run.ways["engine"]
+        for way, numbers in run.ways.items():
+            rows.append(
+                [
+                    f"{PROXIES[proxy]}: {WAYS[way]}",
+                    f"{numbers['tokens_per_s']:.0f}",
+                    f"{numbers['tokens_per_s'] / engine['tokens_per_s']:.2f}",
+                    f"{numbers['first_ms']:.2f} / {numbers['first_p99_ms']:.2f}",
+                    f"{numbers['first_ms'] - engine['first_ms']:.2f}"
+                    f" / {numbers['first_p99_ms'] - engine['first_p99_ms']:.2f}",
+                ]
+            )
+    head = [
+        "way",
+        "tokens/s",
+        "of the engine's",
+        "first token ms, median / p99",
+        "later than the engine's by",
+    ]
+    return table(head, rows)
+
+
+def _stages(found: Mapping[str, Found]) -> str:
+    rows = [
+        [f"{PROXIES[proxy]}: {WAYS[way]}", *(f"{stages[name]:.2f}" for name in STAGES)]
+        for proxy, run in found.items()
+        for way, stages in run.stages.items()
+    ]
+    return table(["a first token, ms", *STAGES], rows)
+
+
+def _processes(found: Mapping[str, Found]) -> str:
+    runs = [
+        (f"{PROXIES[p]}: {WAYS[w]}", cpu) for p, run in found.items() for w, cpu in run.cpu.items()
+    ]
+    names = sorted({name for _, cpu in runs for name, ms in cpu.items() if ms >= _LEAST_CPU_MS})
+    rows = [[label, *(f"{cpu.get(name, 0.0):.0f}" for name in names)] for label, cpu in runs]
+    return table(["CPU ms for 1,000 tokens", *names], rows)
+
+
+def measure(proxy: str, case: Case) -> Found:
+    """One proxy's run."""
+    speeds: defaultdict[str, list[float]] = defaultdict(list)
+    firsts: defaultdict[str, list[float]] = defaultdict(list)
+    cpu: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
+    with _ways(proxy) as (ways, scrape):
+        for run in range(case.runs + 1):
+            for name, way in ways.items():
+                wait_until_quiet(time.monotonic() + case.patience_s)
+                prompts = [_prompt(run, i) for i in range(case.num_streams)]
+                before, start = cpu_seconds(), perf_counter()
+                way.together(prompts, case.new_tokens)
+                seconds = perf_counter() - start
+                if run:  # the first one warms up
+                    speeds[name].append(case.num_streams * case.new_tokens / seconds)
+                    for process, used in cpu_seconds().items():
+                        cpu[name][process] += used - before.get(process, 0.0)
+        order, draw = list(ways), random.Random(1)
+        for number in range(case.num_single):
+            draw.shuffle(order)
+            for name in order:
+                firsts[name].append(_first_ms(ways[name], number))
+        stages = {
+            name: _where_it_goes(way, case.num_single, scrape)
+            for name, way in ways.items()
+            if name != "engine"
+        }
+    thousands = case.runs * case.num_streams * case.new_tokens / 1e3
+    return Found(
+        ways={
+            name: {
+                "tokens_per_s": statistics.median(speeds[name]),
+                "first_ms": statistics.median(firsts[name]),
+                "first_p99_ms": statistics.quantiles(firsts[name], n=100)[98],
+            }
+            for name in ways
+        },
+        stages=stages,
+        cpu={
+            name: {process: 1e3 * s / thousands for process, s in own.items()}
+            for name, own in cpu.items()
+        },
+    )
+
+
+def _first_ms(way: Way, number: int) -> float:
+    return way.first_s(_prompt(-1 - number, 0)) * 1e3
+
+
+def _where_it_goes(
+    way: Way, num_single: int, scrape: Callable[[], Mapping[str, float]]
+) -> dict[str, float]:
+    """Mean ms of each stage, by the gateway's own histograms."""
+    before = scrape()
+    total = statistics.fmean(_first_ms(way, num_single + i) for i in range(num_single))
+    after = scrape()
+    mean = {name: 1e3 * (after[name] - before[name]) / num_single for name in after}
+    engine = mean["request_queue_time_seconds"] + mean["request_prefill_time_seconds"]
+    gateway = mean["time_to_first_token_seconds"]
+    return dict(zip(STAGES, (engine, gateway - engine, total - gateway), strict=True))
+
+
+def _prompt(run: int, number: int) -> list[int]:
+    """Token ids of the bundled model, none the beginning of another."""
+    seed = (run * 1009 + number * 31) % 65521
+    return [4 + (seed * (k + 3) + k * k) % 200 for k in range(_PROMPT_TOKENS)]
+
+
+@contextmanager
+def _ways(proxy: str) -> Iterator[tuple[dict[str, Way], Callable[[], dict[str, float]]]]:
+    """All ways to one cluster behind one gateway; and the sums of its histograms, as of now."""
+    port, grpc_port = free_ports(2)
+    os.environ.update(common_environment())
+    plain = make_config(bundled_checkpoint(), 1, 2, engine={"enable_prefix_caching": False})
+    gateway = replace(plain.gateway, port=port, grpc_port=grpc_port)
+    config = replace(plain, gateway=gateway, cluster_token=TOKEN)
+    with connected_ray(), serving(RayCluster(config)) as cluster:
+        workers = cluster.snapshot()["workers"]
+        addresses = [w["engine_address"] for w in workers if w["engine_address"]]
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+        serve.run(build_app(config.to_dict()), name=APP_NAME, route_prefix="/")
+        loop = asyncio.new_event_loop()
+        try:
+            wait_ready(f"http://127.0.0.1:{port}", gateway, list)
+            with EngineClient(addresses) as engine:
+                client = loop.run_until_complete(_GrpcClient.open(grpc_port))
+                http = _HttpClient(port)
+                ways = {
+                    "engine": Way(
+                        lambda prompts, n: engine.generate(list(prompts), n),
+                        lambda prompt: engine.generate([prompt], 2)[0][0],
+                    ),
+                    "grpc": Way(
+                        lambda prompts, n: loop.run_until_complete(
+                            _together(client.stream, prompts, n)
+                        ),
+                        client.first_s,
+                    ),
+                    "http": Way(
+                        lambda prompts, n: loop.run_until_complete(
+                            _together(http.stream, prompts, n)
+                        ),
+                        http.first_s,
+                    ),
+                }
+                yield ways, lambda: _sums(f"http://127.0.0.1:{port}/metrics")
+                loop.run_until_complete(client.close())
+        finally:
+            loop.close()
+            serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _sums(url: str) -> dict[str, float]:
+    """The sum of each histogram, by its name without the prefix."""
+    families = text_string_to_metric_families(httpx.get(url).raise_for_status().text)
+    return {
+        family.name.removeprefix(PREFIX): sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == f"{family.name}_sum"
+    }
+
+
+async def _together(
+    stream: Callable[[list[int], int, float], Awaitable[list[float]]],
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+) -> Times:
+    start = perf_counter()
+    work = asyncio.gather(*(stream(prompt, new_tokens, start) for prompt in prompts))
+    return await asyncio.wait_for(work, _ANSWER_LIMIT_S)
+
+
+class _GrpcClient:
+    """The generated client: one channel for batches, one that blocks for single requests."""
+
+    def __init__(self, channel: grpc.aio.Channel, target: str) -> None:
+        self._channel = channel
+        self._stub = InferenceStub(channel)
+        # no second thread: the engine's client notes times in the thread that reads, too
+        single = (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)
+        self._blocking = grpc.insecure_channel(target, options=[single])
+        self._blocking_stub = InferenceStub(self._blocking)
+
+    @classmethod
+    async def open(cls, port: int) -> _GrpcClient:
+        target = f"127.0.0.1:{port}"
+        return cls(grpc.aio.insecure_channel(target), target)
+
+    async def close(self) -> None:
+        self._blocking.close()
+        await self._channel.close(None)
+
+    async def stream(self, prompt: list[int], new_tokens: int, start: float) -> list[float]:
+        request = _grpc_request(prompt, new_tokens)
+        return [perf_counter() - start async for _ in self._stub.GenerateStream(request)]
+
+    def first_s(self, prompt: list[int]) -> float:
+        start = perf_counter()
+        chunks = self._blocking_stub.GenerateStream(_grpc_request(prompt, 2))
+        first, *_ = [perf_counter() - start for _ in chunks]
+        return first
+
+
+def _grpc_request(prompt: list[int], new_tokens: int) -> GenerateRequest:
+    params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+    return GenerateRequest(token_ids=TokenIds(ids=prompt), sampling_params=params)
+
+
+class _HttpClient:
+    """As little of a client as can be."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._connection = HTTPConnection("127.0.0.1", port)
+
+    async def stream(self, prompt: list[int], new_tokens: int, start: float) -> list[float]:
+        body = _http_body(prompt, new_tokens)
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        writer.write(head.encode() + body)
+        times: list[float] = []
+        while line := await reader.readline():
+            if _is_token(line):
+                times.append(perf_counter() - start)
+        writer.close()
+        if not times:
+            raise RuntimeError("the stream ended before its first token")
+        return times
+
+    def first_s(self, prompt: list[int]) -> float:
+        start = perf_counter()
+        headers = {"Content-Type": "application/json"}
+        self._connection.request("POST", "/v1/completions", _http_body(prompt, 2), headers)
+        answer = self._connection.getresponse()
+        while not _is_token(answer.readline()):
+            pass
+        first = perf_counter() - start
+        answer.read()
+        return first
+
+
+def _http_body(prompt: list[int], new_tokens: int) -> bytes:
+    fields = {"prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
+    return json.dumps({**fields, "stream": True}).encode()
+
+
+def _is_token(line: bytes) -> bool:
+    """Raises ``RuntimeError`` for an error, and for the end of the stream."""
+    if b'"error"' in line or not line:
+        raise RuntimeError(line.decode() or "the stream ended before its first token")
+    return line.startswith(b"data: {")
+
+
+def _in_a_process(proxy: str, quick: bool) -> Found:
+    """``measure`` in a process of its own: Serve reads its mode when it is imported."""
+    command = [sys.executable, "-m", "benchmarks.gateway_cost", "--proxy", proxy]
+    environment = {**os.environ, "RAY_SERVE_ENABLE_HA_PROXY": "01"[proxy == "haproxy"]}
+    done = subprocess.run(
+        [*command, *(["--quick"] if quick else [])],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return Found(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gateway_cost", description=__doc__)
+    parser.add_argument("--proxy", choices=list(PROXIES), default="default")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    options = parser.parse_args(arguments)
+    found = measure(options.proxy, QUICK if options.quick else Case())
+    sys.stdout.write(json.dumps(asdict(found)) + "\n")

@@ -1,0 +1,194 @@
+"""Autoscaling on stored traces: the policy beside a fixed threshold and a fixed number of workers.
+
+python -m benchmarks.run --only autoscaling
+
+Each trace is replayed through a queueing model of a cluster
+(`benchmarks/simulated/cluster_model.py`), second by second. The oracle knows the load in advance,
+changes the pools at no cost and meets the same targets, averaged over half a minute. What a policy
+uses above it is wasted, what is missing below it short.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.report.results import table
+from benchmarks.simulated.cluster_model import ClusterModel, Policy, Run, WorkerModel
+from benchmarks.simulated.request_trace import Arrival, azure_arrivals, mooncake_arrivals
+from cluster.config.autoscale import AutoscaleSection, PoolLimits
+from cluster.core.topology import Role
+from cluster.policy.autoscaling import PoolHistory, PoolSample, decide
+
+SECTION = AutoscaleSection()
+"""The defaults."""
+LIMITS = PoolLimits(least=1, most=16)
+"""Of each pool."""
+QUICK_S = 400.0
+_ROLES: tuple[Role, ...] = ("attention", "expert")
+_UNLIMITED = 1000
+_AVERAGE_S = 30
+_DELAY_S = 2
+"""Wait from which a request counts as delayed."""
+_EVERY_S = 15
+"""How often a fixed threshold looks."""
+_THRESHOLDS = ((0.8, 0.5), (0.6, 0.3))
+"""Use above which a pool gets a worker, and below which it loses one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A trace, and workers of which some serve it."""
+
+    name: str
+    arrivals: Callable[[], list[Arrival]]
+    worker: WorkerModel
+
+
+def with_valley(arrivals: Sequence[Arrival]) -> list[Arrival]:
+    """The trace thinned out, to a fifth in its middle: a day in an hour."""
+    draw, end_s = random.Random(0), arrivals[-1].time_s
+    return [
+        a for a in arrivals if draw.random() < 0.6 + 0.4 * math.cos(2 * math.pi * a.time_s / end_s)
+    ]
+
+
+AZURE = WorkerModel(prompt_tokens_s=4000, kv_tokens=16_000, expert_prompt_tokens_s=10_000)
+MOONCAKE = WorkerModel(prompt_tokens_s=20_000, kv_tokens=200_000, expert_prompt_tokens_s=40_000)
+CASES = (
+    Case("Azure", azure_arrivals, AZURE),
+    Case("Azure with a valley", lambda: with_valley(azure_arrivals()), AZURE),
+    Case("Mooncake", mooncake_arrivals, MOONCAKE),
+)
+
+
+class Follow:
+    """The policy, as the controller calls it."""
+
+    def __init__(self, sizes: Mapping[Role, int], section: AutoscaleSection = SECTION) -> None:
+        self._sizes = dict(sizes)
+        self._pools = {role: PoolHistory(section, LIMITS) for role in sizes}
+
+    def __call__(self, samples: Mapping[Role, PoolSample] | None) -> Mapping[Role, int] | None:
+        if samples is None:
+            for history in self._pools.values():
+                history.restart()
+            return None
+        for role, sample in samples.items():
+            self._pools[role].add(sample)
+            self._sizes[role] = sample.num_workers
+        found = decide(self._pools, self._sizes)
+        return found.wanted if found.changes is not None else None
+
+
+class Threshold:
+    """One worker more above a use, one less below another, by what is seen at the moment."""
+
+    def __init__(self, above: float, below: float) -> None:
+        self._above, self._below = above, below
+        self._now = 0
+
+    def __call__(self, samples: Mapping[Role, PoolSample] | None) -> Mapping[Role, int] | None:
+        self._now += 1
+        if samples is None or self._now % _EVERY_S:
+            return None
+        sizes = {role: sample.num_workers for role, sample in samples.items()}
+        for role, sample in samples.items():
+            use = max(sample.kv_use or 0.0, sample.seat_use or 0.0, sample.slot_time or 0.0)
+            step = int(use > self._above or sample.num_waiting > 0) or -int(use < self._below)
+            if step and LIMITS.clamp(sizes[role] + step) != sizes[role]:
+                return {**sizes, role: sizes[role] + step}
+        return None
+
+
+def keep(samples: Mapping[Role, PoolSample] | None) -> None:
+    """The number of the start."""
+
+
+def oracle(arrivals: Sequence[Arrival], worker: WorkerModel) -> dict[Role, list[int]]:
+    """Workers of each pool that meet the targets, by second."""
+    sizes: dict[Role, int] = dict.fromkeys(_ROLES, _UNLIMITED)
+    samples = ClusterModel(worker, sizes).replay(arrivals, keep).samples
+    return {role: _needed(samples[role]) for role in _ROLES}
+
+
+def _needed(samples: Sequence[PoolSample]) -> list[int]:
+    targets = (SECTION.kv_target, SECTION.kv_target, SECTION.slot_time_target)
+    ratios = [
+        max(
+            (u or 0.0) / t
+            for u, t in zip((s.kv_use, s.seat_use, s.slot_time), targets, strict=True)
+        )
+        for s in samples
+    ]
+    half = _AVERAGE_S // 2
+    parts = (ratios[max(i - half, 0) : i + half] for i in range(len(ratios)))
+    return [LIMITS.clamp(math.ceil(_UNLIMITED * sum(part) / len(part))) for part in parts]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One row."""
+
+    changes: int
+    used: int
+    wasted: int
+    """Worker-seconds above the oracle."""
+    short: int
+    """Worker-seconds below it, of workers that serve or start."""
+    delayed: float
+    """Share of the requests that waited for ``_DELAY_S`` or more."""
+    worst_s: int
+
+    @classmethod
+    def of(cls, run: Run, need: Mapping[Role, Sequence[int]]) -> Outcome:
+        pairs = [p for role in _ROLES for p in zip(run.paid[role], need[role], strict=True)]
+        return cls(
+            changes=run.num_changes,
+            used=sum(paid for paid, _ in pairs),
+            wasted=sum(max(paid - wanted, 0) for paid, wanted in pairs),
+            short=sum(max(wanted - paid, 0) for paid, wanted in pairs),
+            delayed=sum(wait >= _DELAY_S for wait in run.waits_s) / len(run.waits_s),
+            worst_s=max(run.waits_s),
+        )
+
+
+def compare(case: Case, until_s: float = math.inf) -> dict[str, Outcome]:
+    """All policies on one trace, from the same numbers of workers on."""
+    arrivals = [a for a in case.arrivals() if a.time_s < until_s]
+    need = oracle(arrivals, case.worker)
+    first = {role: max(need[role][:60]) for role in _ROLES}
+    peak = {role: max(need[role]) for role in _ROLES}
+    policies: dict[str, tuple[Mapping[Role, int], Policy]] = {
+        "policy": (first, Follow(first)),
+        **{
+            f"threshold {above:.0%}, {below:.0%}": (first, Threshold(above, below))
+            for above, below in _THRESHOLDS
+        },
+        "fixed at the peak": (peak, keep),
+    }
+    return {
+        name: Outcome.of(ClusterModel(case.worker, sizes).replay(arrivals, policy), need)
+        for name, (sizes, policy) in policies.items()
+    }
+
+
+def section(quick: bool) -> str:
+    """The section of ``RESULTS.md``."""
+    rows = []
+    for case in CASES:
+        for name, found in compare(case, QUICK_S if quick else math.inf).items():
+            numbers = (f"{found.changes}", f"{found.used:,}", f"{found.wasted:,}")
+            more = (f"{found.short:,}", f"{found.delayed:.2%}", f"{found.worst_s}")
+            rows.append([f"{case.name}, {name}", *numbers, *more])
+    head = ["trace, policy", "changes", "worker-s", "wasted", "short", "delayed", "longest wait s"]
+    about = " ".join((__doc__ or "").split("\n\n", 2)[2].split())
+    words = (
+        f"A new worker serves after {AZURE.start_s} s, one that goes leaves after {AZURE.drain_s} "
+        f"s. A threshold looks every {_EVERY_S} s, adds a worker above the first share or while "
+        "anything waits, and removes one below the second. The valley: the trace thinned out to a "
+        f"fifth in its middle. Delayed: requests that waited for {_DELAY_S} s or more."
+    )
+    return "\n\n".join(["## Autoscaling, on paper", f"{about} {words}", table(head, rows)])

@@ -1,0 +1,1 @@
+"""Which groups of GPUs a model needs: ``docs/reference/sizing.md``."""
