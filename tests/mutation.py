@@ -83,9 +83,9 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "workers/lora/settings.py": ("workers/lora/test_settings.py",),
     "workers/quantization/formats.py": (
         "workers/quantization/test_matrix.py",
-        "workers/quantization/test_stored.py",
+        "workers/quantization/test_storage_format.py",
     ),
-    "workers/quantization/stored.py": ("workers/quantization/test_stored.py",),
+    "workers/quantization/storage_format.py": ("workers/quantization/test_storage_format.py",),
     "workers/requests/block_hash.py": (
         "workers/requests/test_block_hash.py",
         "workers/kv/test_block_pool.py",
@@ -130,7 +130,7 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
         "self._clock = 0": "only differences of times count",
         "self._clock += 1": "only proportions of ages count",
     },
-    "workers/quantization/stored.py": {
+    "workers/quantization/storage_format.py": {
         "group < 1": "1 is no multiple, and refused as such",
     },
     "workers/requests/block_hash.py": {

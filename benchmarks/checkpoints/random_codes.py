@@ -14,7 +14,7 @@ from torch import Tensor
 
 from workers.model.loading.mxfp4 import BLOCK
 from workers.quantization.formats import WeightFormat
-from workers.quantization.matrix import QuantizedMatrix, numbers_of, scale_dtype
+from workers.quantization.matrix import QuantizedMatrix, decode_codes, scale_dtype
 
 Stored = Literal["bfloat16", "float8", "mxfp4"]
 """``float8``: as those of Qwen3's FP8 checkpoints; ``mxfp4``: as those of gpt-oss."""
@@ -91,7 +91,7 @@ def draw_matrix(
     if form.codes == "e4m3":
         codes.masked_fill_(codes & _E4M3_NAN == _E4M3_NAN, 0)
     every = torch.arange(256, dtype=torch.uint8)
-    square = float(numbers_of(every, form.codes).nan_to_num(0.0).square().mean())
+    square = float(decode_codes(every, form.codes).nan_to_num(0.0).square().mean())
     zeros = None
     if form.has_zeros:
         span = (-_MOST_ZERO, _MOST_ZERO)

@@ -16,7 +16,7 @@ from benchmarks.placement.data import Floats, Ints
 from benchmarks.report.results import table
 from cluster.planner import eplb, mesh
 from cluster.planner.base import PlannedTopology
-from cluster.sizing.replay import POLICIES, StepCost, simulate
+from cluster.sizing.replay import POLICIES, ExpertStepCost, simulate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -312,7 +312,7 @@ def simulation(size: Size) -> str:
     for g in size.devices_simulated:
         topology = PlannedTopology.uniform(g, 1)
         for policy in POLICIES:
-            found = simulate(trace, topology, policy, StepCost(), 0.05)
+            found = simulate(trace, topology, policy, ExpertStepCost(), 0.05)
             lines.append(
                 [
                     f"G={g}, {policy}",

@@ -271,7 +271,7 @@ def slot_arrays(banks: Sequence[BankPlacement], capacities: Ints) -> tuple[Ints,
     return slots, np.array([bank.decode_device for bank in banks])
 
 
-def placed(
+def build_placement(
     loads: Sequence[BankLoad], slots: Ints, shares: Floats, primary: Ints, capacities: Ints
 ) -> list[BankPlacement]:
     """Arrays as maps, every device with its own number of slots."""

@@ -26,7 +26,7 @@ _EPS = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
-class _Trade:
+class _ExpertMove:
     """Expert ``gives`` goes from the busiest device to ``to``, for ``takes`` if that is one."""
 
     peak: float
@@ -111,7 +111,7 @@ class _BankTrades:
         own = sum(self._work[e] for e, primary in enumerate(self._primary) if primary == device)
         return (own + change) / self._speed[device] if self._speed[device] > _EPS else 0.0
 
-    def _trades(self, busiest: int, utilization: Sequence[float]) -> Iterator[_Trade]:
+    def _trades(self, busiest: int, utilization: Sequence[float]) -> Iterator[_ExpertMove]:
         gives = [e for e, primary in enumerate(self._primary) if primary == busiest]
         for to in range(len(self._rows)):
             if to == busiest or self._speed[to] <= _EPS or utilization[to] >= utilization[busiest]:
@@ -122,11 +122,11 @@ class _BankTrades:
                 slot = -1 if expert in self._rows[to] else room
                 if slot is not None:
                     peak = max(self._utilization(busiest, -work), self._utilization(to, work))
-                    yield _Trade(peak, expert, to, slot)
+                    yield _ExpertMove(peak, expert, to, slot)
                 if slot != -1:
                     yield from self._swaps(busiest, to, expert)
 
-    def _swaps(self, busiest: int, to: int, expert: int) -> Iterator[_Trade]:
+    def _swaps(self, busiest: int, to: int, expert: int) -> Iterator[_ExpertMove]:
         """Slots are swapped, so that every expert has as many copies as before."""
         for slot, other in enumerate(self._rows[to]):
             less = self._work[expert] - self._work[other]
@@ -134,7 +134,7 @@ class _BankTrades:
                 continue
             if other not in self._rows[busiest]:
                 peak = max(self._utilization(busiest, -less), self._utilization(to, less))
-                yield _Trade(peak, expert, to, slot, other)
+                yield _ExpertMove(peak, expert, to, slot, other)
 
     def _room(self, device: int) -> int | None:
         """A slot that is free, or holds the copy that is missed least."""
@@ -148,10 +148,10 @@ class _BankTrades:
         ]
         return min(spare)[1] if spare else None
 
-    def _cost(self, trade: _Trade) -> int:
+    def _cost(self, trade: _ExpertMove) -> int:
         return 0 if trade.slot == -1 else 1 if trade.takes == FREE_SLOT else 2
 
-    def _apply(self, trade: _Trade, busiest: int) -> None:
+    def _apply(self, trade: _ExpertMove, busiest: int) -> None:
         self._primary[trade.gives] = trade.to
         if trade.slot == -1:
             return

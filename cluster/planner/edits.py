@@ -105,7 +105,7 @@ def edit_sets(view: BankView, tolerance: float, is_brief: bool) -> list[list[Edi
     return found + _swaps(view)
 
 
-def returns(view: BankView, start: Ints, tolerance: float) -> list[list[Edit]]:
+def revert_edits(view: BankView, start: Ints, tolerance: float) -> list[list[Edit]]:
     """Give a changed slot its first expert back, alone or for a copy elsewhere: no more moves."""
     back = []
     for device, slot in np.argwhere(view.slots != start).tolist():

@@ -25,7 +25,7 @@ def fill(
     capacities = np.minimum(capacities, loads.shape[1])
     quota = primary_quota(capacities, speeds, loads.shape[1])
     replicas = _replicas(loads, int(capacities.sum()), capacities, two_nodes)
-    board = _Board(loads, quota, capacities, speeds, nodes)
+    board = _PartialPlacement(loads, quota, capacities, speeds, nodes)
     expert, is_primary = _copies(loads, replicas)
     for step in range(expert.shape[1]):
         board.put(expert[:, step], is_primary[:, step], loads, replicas)
@@ -76,7 +76,7 @@ def _copies(loads: Floats, replicas: Ints) -> tuple[Ints, Bools]:
     return expert, is_primary
 
 
-class _Board:
+class _PartialPlacement:
     """The placement while it is filled."""
 
     def __init__(

@@ -30,15 +30,22 @@ from cluster.planner.base import (
     Plan,
     PlannedTopology,
     PlanOptions,
+    build_placement,
     equally_large,
     normalised,
-    placed,
 )
 from cluster.planner.edits import Limits
 from cluster.planner.fill import can_use_two_nodes, fill
 from cluster.planner.moves import aligned
 from cluster.planner.peak import lower_peaks
-from cluster.planner.search import Placed, SearchGoal, lacks_nodes, search, solve, spread_over_nodes
+from cluster.planner.search import (
+    PlacedBanks,
+    SearchGoal,
+    lacks_nodes,
+    search,
+    solve,
+    spread_over_nodes,
+)
 
 Coactivation = Mapping[tuple[str, int], Floats]
 """(bank, layer) -> [num_experts, num_experts], how often a token chooses both experts."""
@@ -97,7 +104,7 @@ def plan(
             is_new = (result.slots != old[index].slots) & (result.slots != FREE_SLOT)
             budget -= int(is_new.sum())
         shares = split.shares(result.slots, result.slot_loads, group.load.shape[1])
-        maps = placed(group.loads, result.slots, shares, result.primary, group.capacities)
+        maps = build_placement(group.loads, result.slots, shares, result.primary, group.capacities)
         found |= {(bank.bank, bank.layer): bank for bank in maps}
     banks = tuple(found[b.bank, b.layer] for b in profile.banks)
     epoch = 1 if current is None else current.epoch + 1
@@ -139,7 +146,9 @@ def _groups(profile: LoadProfile, topology: PlannedTopology) -> Iterator[_Group]
         )
 
 
-def _from_scratch(group: _Group, options: PlanOptions, coactivation: Coactivation | None) -> Placed:
+def _from_scratch(
+    group: _Group, options: PlanOptions, coactivation: Coactivation | None
+) -> PlacedBanks:
     limits = group.limits
     slots, primary = fill(
         group.load, group.capacities, limits.speeds, limits.nodes, limits.two_nodes
@@ -173,9 +182,11 @@ def _affinity(group: _Group, coactivation: Coactivation | None) -> Floats | None
     return result
 
 
-def _from_current(group: _Group, before: PlacedGroup, options: PlanOptions, budget: int) -> Placed:
+def _from_current(
+    group: _Group, before: PlacedGroup, options: PlanOptions, budget: int
+) -> PlacedBanks:
     limits, slots, primary = group.limits, before.slots, before.primary
-    old = Placed(slots=slots, primary=primary, slot_loads=before.slot_loads)
+    old = PlacedBanks(slots=slots, primary=primary, slot_loads=before.slot_loads)
     start = _better(group, _solved(group, slots, primary), old)
     start, used = spread_over_nodes(start, group.load, limits, budget)
     is_free = options.max_move_fraction is None
@@ -195,25 +206,27 @@ def _from_current(group: _Group, before: PlacedGroup, options: PlanOptions, budg
     return _finished(group, result, options)
 
 
-def _solved(group: _Group, slots: Ints, primary: Ints, tolerance: float = 1e-4) -> Placed:
+def _solved(group: _Group, slots: Ints, primary: Ints, tolerance: float = 1e-4) -> PlacedBanks:
     slot_loads = solve(slots, group.load, group.limits.speeds, tolerance)
-    return Placed(slots=slots, primary=primary, slot_loads=slot_loads)
+    return PlacedBanks(slots=slots, primary=primary, slot_loads=slot_loads)
 
 
-def _better(group: _Group, new: Placed, old: Placed) -> Placed:
+def _better(group: _Group, new: PlacedBanks, old: PlacedBanks) -> PlacedBanks:
     """For each bank the better balanced one."""
     speeds = group.limits.speeds
     is_new = cost.balancedness(new.slot_loads, speeds) >= cost.balancedness(old.slot_loads, speeds)
     return new.where(is_new, old)
 
 
-def _mixed(group: _Group, result: Placed, fresh: Placed, is_fresh: Bools, before: Ints) -> Placed:
+def _mixed(
+    group: _Group, result: PlacedBanks, fresh: PlacedBanks, is_fresh: Bools, before: Ints
+) -> PlacedBanks:
     """Fresh plans for some banks, in the slots that their experts have now."""
     fresh = _solved(group, aligned(before, fresh.slots), fresh.primary)
     return fresh.where(is_fresh, result)
 
 
-def _finished(group: _Group, found: Placed, options: PlanOptions) -> Placed:
+def _finished(group: _Group, found: PlacedBanks, options: PlanOptions) -> PlacedBanks:
     """With shares solved to the end, and a decode table."""
     result = _better(group, _solved(group, found.slots, found.primary, _EXACT), found)
     result.primary = decode.assign(

@@ -22,7 +22,7 @@ from cluster.core.placement import FREE_SLOT
 from cluster.planner.base import Bools, Floats, Ints, relative_speeds
 from cluster.planner.cost import activation, balancedness, expected_peak, sum_distribution
 from cluster.planner.edits import Limits
-from cluster.planner.search import Placed, solve
+from cluster.planner.search import PlacedBanks, solve
 
 _LEAST_GAIN = 1e-4
 """Slots of the expected peak that a swap must gain."""
@@ -46,7 +46,9 @@ _THRESHOLDS = 64
 _TINY = 1e-12
 
 
-def lower_peaks(start: Placed, loads: Floats, limits: Limits, top_k: int, rows: int) -> Placed:
+def lower_peaks(
+    start: PlacedBanks, loads: Floats, limits: Limits, top_k: int, rows: int
+) -> PlacedBanks:
     """The placement after swaps for decode steps of ``rows`` rows; no bank gets worse there.
 
     Every device keeps its number of copies, every expert its own.
@@ -61,7 +63,9 @@ def lower_peaks(start: Placed, loads: Floats, limits: Limits, top_k: int, rows: 
 class _Search:
     """The placement while it is searched. ``now`` is valid at any time."""
 
-    def __init__(self, start: Placed, loads: Floats, limits: Limits, top_k: int, rows: int) -> None:
+    def __init__(
+        self, start: PlacedBanks, loads: Floats, limits: Limits, top_k: int, rows: int
+    ) -> None:
         self.now = start.copy()
         self._loads = loads
         self._limits = limits
@@ -85,9 +89,9 @@ class _Search:
         banks = np.nonzero(is_open)[0]
         if not len(banks) or self._work > _MOST_WORK:
             return False
-        tosses = self._tosses(banks)
-        device = tosses.worst(self._tried[banks])
-        by_slot, by_primary = tosses.gain_of_slots(device), tosses.gain_of_primaries(device)
+        served = self._distributions(banks)
+        device = served.worst(self._tried[banks])
+        by_slot, by_primary = served.gain_of_slots(device), served.gain_of_primaries(device)
         self._work += by_slot.size * len(self._grid.width)
         gain = np.concatenate([g.reshape(len(banks), -1) for g in (by_slot, by_primary)], 1)
         is_done = self._take(banks, device, gain)
@@ -98,8 +102,8 @@ class _Search:
         self._failures[banks[is_done]] = 0
         return True
 
-    def _tosses(self, banks: Ints) -> Tosses:
-        return Tosses(
+    def _distributions(self, banks: Ints) -> ServedDistributions:
+        return ServedDistributions(
             slots=self.now.slots[banks],
             primary=self.now.primary[banks],
             active=self._active[banks],
@@ -128,7 +132,7 @@ class _Search:
             gain[tried, best[tried]] = -np.inf
         return is_done
 
-    def _exchanged(self, banks: Ints, device: Ints, chosen: Ints) -> Placed:
+    def _exchanged(self, banks: Ints, device: Ints, chosen: Ints) -> PlacedBanks:
         """These banks, each with one swap made; the slot loads are those of before."""
         _, devices, width = self.now.slots.shape
         slots, primary = self.now.slots[banks], self.now.primary[banks]
@@ -146,9 +150,9 @@ class _Search:
                 primary[b, gives] = there
             if primary[b, takes] == there:
                 primary[b, takes] = here
-        return Placed(slots=slots, primary=primary, slot_loads=self.now.slot_loads[banks])
+        return PlacedBanks(slots=slots, primary=primary, slot_loads=self.now.slot_loads[banks])
 
-    def _passes(self, banks: Ints, found: Placed) -> Bools:
+    def _passes(self, banks: Ints, found: PlacedBanks) -> Bools:
         """[banks] whether no batch size is much worse than at first; solves the slot loads."""
         speeds = self._limits.speeds
         passes = np.ones(len(banks), dtype=bool)
@@ -187,7 +191,7 @@ class Grid:
         return cls(count=np.minimum(count, size - 1), width=width)
 
 
-class Tosses:
+class ServedDistributions:
     """Distributions of what devices serve, and what swaps make of them."""
 
     def __init__(
@@ -207,7 +211,7 @@ class Tosses:
         self._chance = np.where(is_primary, active[row, expert], 0.0)
         found = sum_distribution(self._chance.reshape(banks, devices, width))
         each = np.broadcast_to(found[:, :, None], (banks, devices, width, width + 1))
-        without = _without(each.reshape(banks, -1, width + 1), self._chance)
+        without = _without_expert(each.reshape(banks, -1, width + 1), self._chance)
         self._cdf = np.minimum(found.cumsum(2), 1.0)
         self._cdf_without = np.minimum(without.cumsum(2), 1.0)
         below = _at(self._cdf, grid.count)
@@ -229,9 +233,9 @@ class Tosses:
         rows, own, there = self._rows[:, None], self._own(device), self._device
         here_count = self._grid.count[device][:, None]
         mine = self._cdf_without[rows, own]
-        mine = _with(_at(mine, here_count), _before(mine, here_count), self._chance)
+        mine = _with_expert(_at(mine, here_count), _before(mine, here_count), self._chance)
         count = self._grid.count[there]
-        theirs = _with(
+        theirs = _with_expert(
             _at(self._cdf_without, count),
             _before(self._cdf_without, count),
             self._chance[rows, own],
@@ -245,7 +249,9 @@ class Tosses:
         rows, own, count = self._rows[:, None], self._own(device), self._grid.count
         chance = self._chance[rows, own]
         mine = _at(self._cdf_without[rows, own], count[device][:, None])[:, :, None]
-        theirs = _with(_at(self._cdf, count), _before(self._cdf, count), chance).swapaxes(1, 2)
+        theirs = _with_expert(_at(self._cdf, count), _before(self._cdf, count), chance).swapaxes(
+            1, 2
+        )
         gain = (self._rest(device)[:, None] * mine * theirs).sum(3)
         may = self._holds[rows, np.maximum(self._slots[rows, own], 0)] & (chance > 0)[:, :, None]
         may[self._rows, :, device] = False
@@ -283,12 +289,12 @@ def _before(cdf: Floats, count: Ints) -> Floats:
     return np.where(count > 0, _at(cdf, np.maximum(count - 1, 0)), 0.0)
 
 
-def _with(at: Floats, before: Floats, chance: Floats) -> Floats:
+def _with_expert(at: Floats, before: Floats, chance: Floats) -> Floats:
     """[banks, devices or slots, experts, points] with an expert of a chance [banks, experts]."""
     return np.asarray(at[:, :, None] + chance[:, None, :, None] * (before - at)[:, :, None])
 
 
-def _without(pmf: Floats, chance: Floats) -> Floats:
+def _without_expert(pmf: Floats, chance: Floats) -> Floats:
     """Distributions [..., size] without one coin toss of a chance [...] that is in each.
 
     It is divided out from the end where that is stable.

@@ -18,7 +18,7 @@ from cluster.core.placement import FREE_SLOT
 from cluster.planner import split
 from cluster.planner.base import Bools, Floats, Ints
 from cluster.planner.cost import balancedness, utilization
-from cluster.planner.edits import BankView, Edit, Limits, edit_sets, returns
+from cluster.planner.edits import BankView, Edit, Limits, edit_sets, revert_edits
 
 _POWER = 8
 _MAX_ROUNDS = 60
@@ -33,7 +33,7 @@ _MAX_BATCH = 1 << 22
 
 
 @dataclass(kw_only=True, slots=True)
-class Placed:
+class PlacedBanks:
     """Banks with their split and decode devices."""
 
     slots: Ints
@@ -43,14 +43,14 @@ class Placed:
     slot_loads: Floats
     """[num_banks, num_devices, num_slots] load that each slot takes."""
 
-    def copy(self) -> Placed:
-        return Placed(
+    def copy(self) -> PlacedBanks:
+        return PlacedBanks(
             slots=self.slots.copy(), primary=self.primary.copy(), slot_loads=self.slot_loads.copy()
         )
 
-    def where(self, chosen: Bools, other: Placed) -> Placed:
+    def where(self, chosen: Bools, other: PlacedBanks) -> PlacedBanks:
         """The banks that are ``chosen`` [num_banks] from here, the rest from ``other``."""
-        return Placed(
+        return PlacedBanks(
             slots=np.where(chosen[:, None, None], self.slots, other.slots),
             primary=np.where(chosen[:, None], self.primary, other.primary),
             slot_loads=np.where(chosen[:, None, None], self.slot_loads, other.slot_loads),
@@ -90,7 +90,7 @@ def solve(slots: Ints, loads: Floats, speeds: Floats, tolerance: float = 1e-4) -
     return np.concatenate(pieces)
 
 
-def search(placed: Placed, loads: Floats, limits: Limits, goal: SearchGoal) -> Placed:
+def search(placed: PlacedBanks, loads: Floats, limits: Limits, goal: SearchGoal) -> PlacedBanks:
     """A placement at most ``budget`` moves away, no worse in balancedness in any bank."""
     now = placed.copy()
     balance = balancedness(now.slot_loads, limits.speeds)
@@ -139,7 +139,7 @@ def _measure(slot_loads: Floats, speeds: Floats) -> Floats:
 
 def _candidates(
     start: Ints,
-    now: Placed,
+    now: PlacedBanks,
     active: Ints,
     effort: Ints,
     limits: Limits,
@@ -154,7 +154,7 @@ def _candidates(
         made = _num_moves(start[b], now.slots[b])
         tried = edit_sets(view, tolerance, is_brief=effort[b] == _BRIEF)
         if effort[b] == _FULL and left < _SCARCE * len(active):
-            tried += returns(view, start[b], tolerance)
+            tried += revert_edits(view, start[b], tolerance)
         for edits in tried:
             slots, primary = edited(now.slots[b], now.primary[b], edits)
             moves = _num_moves(start[b], slots) - made
@@ -190,8 +190,8 @@ def edited(slots: Ints, primary: Ints, edits: list[Edit]) -> tuple[Ints, Ints]:
 
 
 def spread_over_nodes(
-    placed: Placed, loads: Floats, limits: Limits, budget: int
-) -> tuple[Placed, int]:
+    placed: PlacedBanks, loads: Floats, limits: Limits, budget: int
+) -> tuple[PlacedBanks, int]:
     """Second copies on other nodes for experts that lack them; the result and its moves."""
     now = placed.copy()
     used = 0
@@ -222,7 +222,7 @@ def _on_one_node(slots: Ints, limits: Limits, num_experts: int) -> list[int]:
     return [e for e, nodes in enumerate(seen) if len(nodes) < 2]
 
 
-def _second_copy(now: Placed, bank: int, expert: int, limits: Limits) -> Edit | None:
+def _second_copy(now: PlacedBanks, bank: int, expert: int, limits: Limits) -> Edit | None:
     view = BankView(now.slots[bank], now.primary[bank], now.slot_loads[bank], limits)
     taken = set(limits.nodes[view.held[expert]].tolist())
     places = [

@@ -23,7 +23,7 @@ from cluster.load.view import balancedness_of, expected_loads
 from cluster.planner import decode_moves, mesh
 from cluster.planner.assess import assess
 from cluster.planner.base import Plan, PlannedTopology, PlanOptions
-from cluster.sizing.replay import StepCost, window_of
+from cluster.sizing.replay import ExpertStepCost, window_of
 
 Action = Literal["none", "split", "move"]
 _MOVE_SLOWDOWN = 0.1
@@ -89,7 +89,7 @@ def decide_placement(
     topology: PlannedTopology,
     current: ExpertPlacement,
     section: RebalanceSection,
-    step: StepCost,
+    step: ExpertStepCost,
 ) -> RebalanceDecision:
     """Whether to change the placement, and to what. The same input gives the same decision.
 
@@ -124,7 +124,7 @@ class _Scales:
     topology: PlannedTopology
     current: ExpertPlacement
     section: RebalanceSection
-    step: StepCost
+    step: ExpertStepCost
 
     def candidates(self) -> list[Plan]:
         """Shares alone; moves for prompts; moves for decodes, and both."""

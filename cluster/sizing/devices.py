@@ -10,7 +10,7 @@ from dataclasses import replace
 from cluster.config.cluster import ClusterConfig
 from cluster.config.resources import WorkerShare
 from cluster.sizing.gpus import UNKNOWN_GPU
-from cluster.sizing.replay import StepCost
+from cluster.sizing.replay import ExpertStepCost
 from cluster.sizing.roofline import DeviceNumbers
 
 CPU_CORE = DeviceNumbers(
@@ -57,7 +57,7 @@ def step_cost(
     expert_bytes: int,
     dtype: str,
     gpu: DeviceNumbers = UNKNOWN_GPU,
-) -> StepCost:
+) -> ExpertStepCost:
     """By the roofline of the device: a slot's weights are read, each pair is two
     operations a weight. ``rebalance.slot_cost_pairs`` replaces the time of a slot. The policy uses
     ratios only, so that a part of a device counts as a whole one.
@@ -71,6 +71,6 @@ def step_cost(
     slot_s = expert_bytes / device.bandwidth_bytes_s
     if config.rebalance.slot_cost_pairs is not None:
         slot_s = config.rebalance.slot_cost_pairs * token_s
-    return StepCost(
+    return ExpertStepCost(
         slot_s=slot_s, token_s=token_s, expert_bytes=expert_bytes, decode_tokens=_DECODE_ROWS
     )

@@ -14,9 +14,9 @@ from cluster.sizing.roofline import (
     DeviceNumbers,
     ModelSize,
     StepTime,
+    activated_experts,
     colocated_step,
     disaggregated_step,
-    touched_experts,
 )
 
 
@@ -34,7 +34,7 @@ class PoolChoice:
     """Decode step of the best two pools; None where these are impossible."""
     colocated: StepTime | None
     """Decode step of one pool; None with more workers than experts."""
-    touched: float
+    activated: float
     """Experts that the batch touches in a layer, mean over the banks."""
 
     @property
@@ -99,7 +99,7 @@ def size_pools(
             for attention in range(fewest, num_workers)
         }
         best = min(splits, key=lambda a: splits[a].step_s, default=0)
-        touched = [touched_experts(b.probabilities, batch) for b in model.banks]
+        activated = [activated_experts(b.probabilities, batch) for b in model.banks]
         found.append(
             PoolChoice(
                 batch=batch,
@@ -107,7 +107,7 @@ def size_pools(
                 num_experts=num_workers - best if splits else 0,
                 disaggregated=splits.get(best),
                 colocated=together(batch) if num_workers <= experts else None,
-                touched=sum(touched) / len(touched),
+                activated=sum(activated) / len(activated),
             )
         )
     return found

@@ -31,7 +31,7 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepCost:
+class ExpertStepCost:
     """Costs of a device's part of a layer and of a move."""
 
     slot_s: float = 10e-6
@@ -87,7 +87,7 @@ def simulate(
     trace: Sequence[LoadProfile],
     topology: PlannedTopology,
     policy: Policy,
-    step: StepCost,
+    step: ExpertStepCost,
     max_move_fraction: float = 0.05,
 ) -> list[SimulatedWindow]:
     """All windows but the first, which only serves to plan from.
@@ -110,7 +110,7 @@ def simulate(
 
 
 def _replanner(
-    policy: Policy, topology: PlannedTopology, step: StepCost, max_move_fraction: float
+    policy: Policy, topology: PlannedTopology, step: ExpertStepCost, max_move_fraction: float
 ) -> Callable[[LoadProfile, ExpertPlacement | None], Plan]:
     if policy == "eplb":
         return lambda load, current: eplb.plan(load, topology, current)
@@ -126,7 +126,7 @@ def window_of(
     load: LoadProfile,
     topology: PlannedTopology,
     placement: ExpertPlacement,
-    step: StepCost,
+    step: ExpertStepCost,
     moved: int = 0,
 ) -> SimulatedWindow:
     """The cost of a window under a placement: the sum over banks of the slowest device.
@@ -153,7 +153,7 @@ def window_of(
     )
 
 
-def _prefill_s(slot_loads: Floats, speeds: Floats, top_k: int, step: StepCost) -> float:
+def _prefill_s(slot_loads: Floats, speeds: Floats, top_k: int, step: ExpertStepCost) -> float:
     """Seconds of some banks: in each the device whose slots and tokens take longest, by speed."""
     active = (1.0 - (1.0 - np.minimum(slot_loads * top_k, 1.0)) ** step.prefill_tokens).sum(2)
     tokens = slot_loads.sum(2) * top_k * step.prefill_tokens

@@ -1,6 +1,6 @@
 """Roofline formulas: how long one decode step takes, by model, devices and layout. Pure.
 
-    experts touched by B rows   u(B) = sum over experts of 1 - (1 - p)^B
+    experts activated by B rows   u(B) = sum over experts of 1 - (1 - p)^B
     expert step     max(u(B) x bytes / bandwidth, 2 x B x k x params / flops) / devices / balance
     attention step  (weights + B x context x KV bytes) / bandwidth
     exchange        rows x distinct devices per row x bytes / link, there and back, and latencies
@@ -108,7 +108,7 @@ class StepTime:
     """The whole step with all its micro-batches."""
 
 
-def touched_experts(probabilities: Iterable[float], batch: float) -> float:
+def activated_experts(probabilities: Iterable[float], batch: float) -> float:
     """Expected number of experts that at least one of ``batch`` rows chooses.
 
     4 experts of 0.5 each, 2 rows: 4 x (1 - 0.25) = 3
@@ -138,8 +138,8 @@ def expert_step(
     balancedness: float = 1.0,
 ) -> float:
     """Seconds of one bank for ``batch`` rows of all ranks, on the most loaded of the devices."""
-    touched = touched_experts(bank.probabilities, batch)
-    read_s = touched * bank.kept_bytes(itemsize) / device.bandwidth_bytes_s
+    activated = activated_experts(bank.probabilities, batch)
+    read_s = activated * bank.kept_bytes(itemsize) / device.bandwidth_bytes_s
     compute_s = 2.0 * batch * bank.top_k * bank.expert_values / device.flops_s
     return max(read_s, compute_s) / num_devices / balancedness
 

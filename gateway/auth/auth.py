@@ -15,9 +15,9 @@ from cluster.config.api_keys import digest_of
 from cluster.config.gateway import GatewaySection
 from cluster.core.errors import AuthenticationError, PermissionDeniedError
 from gateway.auth.key_file import KeyEntry, KeyFile, KeyLimits, plain_entries
-from gateway.auth.key_limits import Account
+from gateway.auth.key_limits import KeyUsage
 
-CALLER: ContextVar[Account | None] = ContextVar("CALLER", default=None)
+CALLER: ContextVar[KeyUsage | None] = ContextVar("CALLER", default=None)
 """The caller of the request that the running task serves; None without keys."""
 
 NUMBERS_BY_EXPERT, EVENTS = "numbers by expert and layer", "events of the cluster"
@@ -55,7 +55,7 @@ class KeyRing:
         self.masters: KeyRing | None = None
         """A ring whose keys open this port too, without its limits."""
         self._clock = clock
-        self._accounts: dict[bytes, Account] = {}  # of keys that were used
+        self._accounts: dict[bytes, KeyUsage] = {}  # of keys that were used
 
     @property
     def is_open(self) -> bool:
@@ -68,7 +68,7 @@ class KeyRing:
             if ring is not None and ring._file is not None:
                 await ring._file.refresh(ring._clock())
 
-    def check(self, authorization: str | None, api_key: str | None = None) -> Account | None:
+    def check(self, authorization: str | None, api_key: str | None = None) -> KeyUsage | None:
         """Accept a request by its ``Authorization`` header, or by a header with the key alone.
 
         Returns the account; None without keys.
@@ -92,8 +92,8 @@ class KeyRing:
             raise PermissionDeniedError("an admin key is needed here, this is not one")
         raise AuthenticationError("the API key is not known")
 
-    def enter(self, authorization: str | None, api_key: str | None = None) -> Account | None:
-        """Like ``check``, and the request counts as running until ``Account.leave``.
+    def enter(self, authorization: str | None, api_key: str | None = None) -> KeyUsage | None:
+        """Like ``check``, and the request counts as running until ``KeyUsage.leave``.
 
         Raises:
             KeyLimitError: the key has used up one of its limits.
@@ -104,7 +104,7 @@ class KeyRing:
         CALLER.set(account)
         return account
 
-    def account_of(self, tenant: str) -> Account | None:
+    def account_of(self, tenant: str) -> KeyUsage | None:
         """The account of a key by its tenant's name; None where no key has it."""
         in_file = self._file.entries.values() if self._file is not None else ()
         for entry in (*in_file, *self._fixed.values()):
@@ -112,7 +112,7 @@ class KeyRing:
                 return self._find(entry.digest)
         return self.masters.account_of(tenant) if self.masters is not None else None
 
-    def _find(self, digest: bytes) -> Account | None:
+    def _find(self, digest: bytes) -> KeyUsage | None:
         """The account of a key; keys that remain in a changed file keep their usage."""
         entry = self._entry(digest)  # how long this takes depends on digests alone
         known = digest if entry is None else entry.digest
@@ -121,7 +121,7 @@ class KeyRing:
             return None
         account = self._accounts.get(digest)
         if account is None:
-            account = Account(entry, self._limits_of(entry), self._clock())
+            account = KeyUsage(entry, self._limits_of(entry), self._clock())
             account.is_admin = self._are_admin
             self._accounts[digest] = account
         elif account.entry is not entry:

@@ -46,7 +46,7 @@ class Bucket:
         self._at_s = max(now_s, self._at_s)
 
 
-class Account:
+class KeyUsage:
     """One key's use of one replica.
 
     Args:

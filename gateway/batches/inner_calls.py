@@ -13,7 +13,7 @@ from starlette.types import Message, Scope
 from cluster.batches.requests import BatchRequest
 from cluster.batches.run import BatchAnswer
 from gateway.auth.auth import CALLER, KeyRing
-from gateway.auth.key_limits import Account
+from gateway.auth.key_limits import KeyUsage
 from gateway.core.headers import PRIORITY_HEADER
 from gateway.core.request_id import HEADER as REQUEST_ID
 from gateway.generation.gateway import Gateway
@@ -34,7 +34,7 @@ class InnerCalls:
         self,
         gateway: Gateway,
         routes: Sequence[BaseRoute],
-        account: Account | None,
+        account: KeyUsage | None,
         priority: int,
     ) -> None:
         ring = _OneKey(account)
@@ -88,11 +88,11 @@ class InnerCalls:
 class _OneKey(KeyRing):
     """Every request is of one account."""
 
-    def __init__(self, account: Account | None) -> None:
+    def __init__(self, account: KeyUsage | None) -> None:
         super().__init__()
         self._account = account
 
-    def enter(self, authorization: str | None, api_key: str | None = None) -> Account | None:
+    def enter(self, authorization: str | None, api_key: str | None = None) -> KeyUsage | None:
         if self._account is not None:
             self._account.enter(self._clock())
         CALLER.set(self._account)

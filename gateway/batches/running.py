@@ -18,7 +18,7 @@ from cluster.batches.answers import AnswerFile
 from cluster.batches.requests import BatchLimits, BatchRequest, LineError, RequestFile
 from cluster.batches.run import BatchAnswer, BatchRun, RunInThread, UnreachableError
 from cluster.core.errors import ConflictError, RequestError
-from gateway.auth.key_limits import Account
+from gateway.auth.key_limits import KeyUsage
 from gateway.batches.inner_calls import InnerCalls
 from gateway.batches.objects import ENDED, Batch, BatchProblem, BatchStatus, RequestCounts
 from gateway.batches.shelf import BatchShelf
@@ -124,7 +124,7 @@ class RunningBatch:
     async def _ask(
         self,
         requests: RequestFile,
-        account: Account | None,
+        account: KeyUsage | None,
         routes: Sequence[Route],
         tuning: BatchTuning,
     ) -> None:
@@ -180,7 +180,7 @@ class RunningBatch:
         message = "the server failed at a request: its log says why"
         return BatchProblem(code="internal_error", message=message)
 
-    async def _account(self) -> Account | None:
+    async def _account(self) -> KeyUsage | None:
         """The client's. Raises ``RequestError`` where its key is not known any more."""
         keys = self._gateway.keys
         await keys.read_changes()

@@ -33,7 +33,7 @@ from cluster.tracing import logs
 from cluster.tracing.gateway_counts import GatewayCounts
 from gateway.auth.adapter_catalog import AdapterCatalog
 from gateway.auth.auth import CALLER, is_operator, make_key_rings
-from gateway.auth.key_limits import Account
+from gateway.auth.key_limits import KeyUsage
 from gateway.cluster.client_view import client_status
 from gateway.cluster.numbers import ClusterNumbers
 from gateway.cluster.serve_replicas import ReplicaAnswers, ServeReplicas
@@ -515,7 +515,7 @@ def complete_requests(
     requests: Requests,
     call_id: str,
     adapter: str,
-    caller: Account | None,
+    caller: KeyUsage | None,
 ) -> Requests:
     """The requests of a call, named ``call_id``-i, with what they do not have from their prompts.
 

@@ -21,7 +21,7 @@ from cluster.core.errors import (
     QueueFullError,
     RequestAbortedError,
 )
-from gateway.auth.key_limits import Account
+from gateway.auth.key_limits import KeyUsage
 from gateway.core.call import GenerateCall
 from gateway.core.delta import ChoiceDelta, Finish, TokenText, Usage
 from gateway.core.errors import SlowClientError, error_from_engine
@@ -77,7 +77,7 @@ class Generation(AbstractContextManager["Generation"]):
     """When it was closed; 0 before."""
     caches_prefixes: bool = False
     """The engines report how much of a prompt was cached."""
-    caller: Account | None = None
+    caller: KeyUsage | None = None
     """Pays for its tokens."""
     held: ExitStack = field(default_factory=ExitStack)
     """Closed at its end."""

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 
 from gateway.auth.auth import KeyRing
-from gateway.auth.key_limits import Account
+from gateway.auth.key_limits import KeyUsage
 from gateway.core.call import GenerateCall
 from gateway.core.delta import Usage
 from gateway.core.headers import with_headers
@@ -116,7 +116,7 @@ class GrpcCall:
     async def served(self) -> AsyncIterator[None]:
         """Count the request for its key and its port; an error of these, or within, ends it."""
         given, unsent_error = self._metadata, ""
-        caller: Account | None = None
+        caller: KeyUsage | None = None
         try:
             try:
                 caller = self.keys.enter(given.get("authorization"), given.get("api-key"))

@@ -30,7 +30,7 @@ from cluster.core.errors import (
     UnsupportedParameterError,
 )
 from gateway.auth.auth import CALLER, KeyRing
-from gateway.auth.key_limits import Account
+from gateway.auth.key_limits import KeyUsage
 from gateway.core.echoes import ECHOES, HOLDS
 from gateway.core.errors import ClientGoneError
 from gateway.core.expect import waits_to_send
@@ -178,7 +178,7 @@ class HttpMiddleware:
         extensions = scope.get("extensions", {})
         self._count_echoes(extensions.get(ECHOES, ()), str(scope.get("root_path", "")))
         status, began_s = 0, time.monotonic()
-        caller: Account | None = None
+        caller: KeyUsage | None = None
         CALLER.set(None)
         try:
             if path not in self.open_paths:

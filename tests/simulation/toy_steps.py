@@ -41,7 +41,7 @@ from workers.engine.step_sampler import StepTokens
 from workers.requests.request import TokenLogprob
 from workers.requests.sequence import SequenceState
 from workers.requests.step_header import StepHeader
-from workers.sampling.sampler import Drawn
+from workers.sampling.sampler import SampledToken
 from workers.transport.frames import FrameHeader, FrameKind
 from workers.transport.sockets import SocketTransport
 from workers.transport.transport import Tag
@@ -232,7 +232,7 @@ class ToySampler:
                 tokens.complete[sequence] = 0
                 drawn = _draw(planned, states)
                 accepted = step_sampler.num_accepted(planned.drafts, drawn, [True] * len(drawn))
-                tokens.drawn[sequence] = [Drawn(token) for token in drawn[: accepted + 1]]
+                tokens.drawn[sequence] = [SampledToken(token) for token in drawn[: accepted + 1]]
                 if sequence.params.beams is not None:
                     tokens.candidates[sequence] = _candidates(sequence, states[-1])
         return tokens

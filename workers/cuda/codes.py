@@ -100,7 +100,7 @@ def halves_of(codes: tl.tensor, CODES: tl.constexpr) -> tuple[tl.tensor, tl.tens
 
 @jit
 def whole_scale(scale: tl.tensor, CODES: tl.constexpr) -> tl.tensor:
-    """A scale in float32, times what ``numbers_of`` and ``halves_of`` leave out: a power of two.
+    """A scale in float32, times what ``decode_codes`` and ``halves_of`` leave out: a power of two.
     So scales of e2m1 must be below 2**114."""
     if CODES == "int4":
         scale = scale * 0.0625

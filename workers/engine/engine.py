@@ -64,7 +64,7 @@ from workers.requests.request import (
 from workers.requests.sequence import NOT_FINITE, Ending, Failure, SequenceState
 from workers.requests.step_header import StepHeader
 from workers.sampling.grammar import CompiledGrammar
-from workers.sampling.sampler import Drawn
+from workers.sampling.sampler import SampledToken
 from workers.speculation.speculator import Speculator
 
 _POISONOUS = Failure(
@@ -574,7 +574,7 @@ class Engine:
         sequence: SequenceState,
         ending: Ending | None,
         now: float,
-        drawn: Sequence[Drawn] = (),
+        drawn: Sequence[SampledToken] = (),
         classes: tuple[float, ...] = (),
     ) -> None:
         new = tuple(one.token for one in drawn)

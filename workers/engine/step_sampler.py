@@ -33,7 +33,7 @@ from workers.sampling.grammar import GrammarState
 from workers.sampling.logits_processors import LogitsProcessors, SamplingRow
 from workers.sampling.sampler import (
     DrawFailure,
-    Drawn,
+    SampledToken,
     all_finite,
     draw_tokens,
     logprob_entries,
@@ -51,7 +51,7 @@ class StepTokens:
 
     complete: dict[SequenceState, int] = field(default_factory=dict)
     """Sequences whose newest token was in the step, and its row: they draw one, or are scored."""
-    drawn: dict[SequenceState, list[Drawn]] = field(default_factory=dict)
+    drawn: dict[SequenceState, list[SampledToken]] = field(default_factory=dict)
     """One token, and those behind drafts that equal the tokens before."""
     scored: dict[SequenceState, list[TokenLogprob]] = field(default_factory=dict)
     failed: dict[SequenceState, Failure] = field(default_factory=dict)

@@ -43,7 +43,7 @@ class MlpDelta:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Adapter:
+class AdapterWeights:
     """One adapter in memory."""
 
     linears: Mapping[Linear, Delta]
@@ -115,7 +115,7 @@ def _join(own: Sequence[ModuleMatrices], dtype: torch.dtype) -> JoinedMatrices:
     return JoinedMatrices(product.product, is_down, down.to(dtype), up.to(dtype))
 
 
-def make(prepared: PreparedAdapter, model: AttentionModel) -> Generator[None, None, Adapter]:
+def make(prepared: PreparedAdapter, model: AttentionModel) -> Generator[None, None, AdapterWeights]:
     """Make the products, with a pause after each. Raises ``CheckpointError``."""
     linears: dict[Linear, Delta] = {}
     mlps: dict[Mlp, MlpDelta] = {}
@@ -131,14 +131,14 @@ def make(prepared: PreparedAdapter, model: AttentionModel) -> Generator[None, No
             place = "down" if own.is_down else "gate_up"
             mlps[own.product] = replace(known, **{place: Delta(down, up)})
         yield
-    return Adapter(linears, mlps, prepared.num_bytes)
+    return AdapterWeights(linears, mlps, prepared.num_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
     """The rows of one adapter in a micro-batch."""
 
-    adapter: Adapter
+    adapter: AdapterWeights
     indices: Tensor
     """[n] int64."""
     span: slice | None
@@ -157,9 +157,11 @@ class _Rows:
 class BatchAdapters:
     """``RowAdapters`` of a micro-batch."""
 
-    def __init__(self, owners: Sequence[tuple[Adapter | None, int]], device: torch.device) -> None:
+    def __init__(
+        self, owners: Sequence[tuple[AdapterWeights | None, int]], device: torch.device
+    ) -> None:
         """``owners``: the adapter of so many rows, one after the other; at least one has any."""
-        by_adapter: dict[Adapter, list[int]] = {}
+        by_adapter: dict[AdapterWeights, list[int]] = {}
         plain: list[int] = []
         first = 0
         for adapter, count in owners:
@@ -201,7 +203,7 @@ def _apply(mlp: Mlp, delta: MlpDelta, x: Tensor) -> Tensor:
     return output if delta.down is None else output + delta.down(inner)
 
 
-def _rows(adapter: Adapter, own: Sequence[int], device: torch.device) -> _Rows:
+def _rows(adapter: AdapterWeights, own: Sequence[int], device: torch.device) -> _Rows:
     first, last = own[0], own[-1] + 1
     are_neighbours = last - first == len(own)
     return _Rows(adapter, _indices(own, device), slice(first, last) if are_neighbours else None)

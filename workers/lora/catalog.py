@@ -31,7 +31,7 @@ _NOT_LOADED: Any = None
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class LoraTarget:
     """A module that adapters may change: a matrix of a product."""
 
     product: LayerProduct
@@ -43,7 +43,7 @@ class Target:
         return self.product.parts[self.name]
 
 
-def targets_of(products: Sequence[LayerProduct]) -> Mapping[str, Target]:
+def targets_of(products: Sequence[LayerProduct]) -> Mapping[str, LoraTarget]:
     """By name of the module, as the checkpoint names its tensors."""
     return {
         target.part.name.removesuffix(_WEIGHT): target
@@ -52,14 +52,14 @@ def targets_of(products: Sequence[LayerProduct]) -> Mapping[str, Target]:
     }
 
 
-def targets_without_weights(parts: Iterable[TensorPart]) -> Mapping[str, Target]:
+def targets_without_weights(parts: Iterable[TensorPart]) -> Mapping[str, LoraTarget]:
     """The targets of a model that is not loaded, from the tensors of an attention worker.
 
     Their products cannot be called: they serve to check adapters.
     """
     modules = {part.name.removesuffix(_WEIGHT): part for part in parts if _is_matrix(part)}
     return {
-        module: Target(LayerProduct(_NOT_LOADED, {module: part}), module)
+        module: LoraTarget(LayerProduct(_NOT_LOADED, {module: part}), module)
         for module, part in modules.items()
         if _rule_against(module) is None
     }
@@ -84,7 +84,7 @@ def _is_matrix(part: TensorPart) -> bool:
     return is_plain and len(part.shape) == 2
 
 
-def _targets(product: LayerProduct) -> Iterator[Target]:
+def _targets(product: LayerProduct) -> Iterator[LoraTarget]:
     for name, part in product.parts.items():
         if name not in _ROUTERS and _is_matrix(part):
-            yield Target(product, name)
+            yield LoraTarget(product, name)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cluster.core.codec import Count, Message
 from cluster.core.errors import CheckpointError
-from workers.lora.catalog import Target, why_not
+from workers.lora.catalog import LoraTarget, why_not
 from workers.lora.settings import AdapterSettings, read_settings
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -36,7 +36,7 @@ _MAX_HEADER_BYTES = 16 * 1024 * 1024
 class ModuleMatrices:
     """What an adapter adds to a module: ``scale * up @ (down @ x)``."""
 
-    target: Target
+    target: LoraTarget
     down: Tensor
     """A: [rank, in], as stored."""
     up: Tensor
@@ -67,7 +67,7 @@ _ENTRY = msgspec.json.Decoder(_Entry)
 _METADATA = "__metadata__"
 
 
-def read_folder(path: Path, targets: Mapping[str, Target], max_rank: int) -> AdapterFolder:
+def read_folder(path: Path, targets: Mapping[str, LoraTarget], max_rank: int) -> AdapterFolder:
     """Check and read a folder. Raises ``CheckpointError`` naming what is wrong.
 
     ``targets`` by module; see ``catalog.targets_of``.
@@ -134,9 +134,9 @@ def _damaged(reason: str) -> CheckpointError:
 def _checked(
     entries: Mapping[str, _Entry],
     settings: AdapterSettings,
-    targets: Mapping[str, Target],
+    targets: Mapping[str, LoraTarget],
     max_rank: int,
-) -> dict[str, tuple[Target, dict[str, str]]]:
+) -> dict[str, tuple[LoraTarget, dict[str, str]]]:
     """By the adapter's name of a module, in the order of the model: the names of its tensors."""
     by_module: dict[str, dict[str, str]] = {}
     for name, found in entries.items():
@@ -152,7 +152,7 @@ def _checked(
         by_module.setdefault(match["module"], {})[match["side"]] = name
     if not by_module:
         raise CheckpointError(f"{WEIGHTS_FILE} has no tensors")
-    found_targets: dict[str, tuple[Target, dict[str, str]]] = {}
+    found_targets: dict[str, tuple[LoraTarget, dict[str, str]]] = {}
     places = {id(target): place for place, target in enumerate(targets.values())}
     for module, names in by_module.items():
         target = _target(module, targets)
@@ -171,7 +171,7 @@ def _checked(
     return dict(sorted(found_targets.items(), key=lambda item: places[id(item[1][0])]))
 
 
-def _target(module: str, targets: Mapping[str, Target]) -> Target | None:
+def _target(module: str, targets: Mapping[str, LoraTarget]) -> LoraTarget | None:
     """A module by its name; a model of texts may be a part of one of texts and images, and an
     adapter may have been made for either."""
     names = [module]
@@ -182,7 +182,7 @@ def _target(module: str, targets: Mapping[str, Target]) -> Target | None:
     return next((targets[name] for name in names if name in targets), None)
 
 
-def _reason(name: str, targets: Mapping[str, Target]) -> str:
+def _reason(name: str, targets: Mapping[str, LoraTarget]) -> str:
     """What is said of a tensor of another kind."""
     module = name.removeprefix("base_model.model.")
     module = re.sub(r"\.(lora_\w+|base_layer|modules_to_save)\b.*|\.(weight|bias)$", "", module)
@@ -195,7 +195,7 @@ def _check_shapes(
     names: Mapping[str, str],
     entries: Mapping[str, _Entry],
     settings: AdapterSettings,
-    target: Target,
+    target: LoraTarget,
     max_rank: int,
 ) -> None:
     rank = settings.rank_of(module)

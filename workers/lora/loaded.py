@@ -9,7 +9,7 @@ import torch
 
 from cluster.config.lora import LoraSection
 from cluster.core.errors import CheckpointError
-from workers.lora.adapters import Adapter, BatchAdapters, PreparedAdapter, make, prepare
+from workers.lora.adapters import AdapterWeights, BatchAdapters, PreparedAdapter, make, prepare
 from workers.lora.catalog import targets_of
 from workers.lora.folder import WEIGHTS_FILE, read_folder
 from workers.lora.settings import CONFIG_FILE
@@ -22,7 +22,7 @@ class LoadedAdapters:
     def __init__(self, model: AttentionModel, section: LoraSection) -> None:
         self._model = model
         self._section = section
-        self._adapters: dict[str, Adapter] = {}
+        self._adapters: dict[str, AdapterWeights] = {}
 
     def __contains__(self, key: str) -> bool:
         return key in self._adapters

@@ -62,7 +62,7 @@ class Activity:
         """Grows with every iteration of the loop, every exchange of a step and every commit."""
         return self._turns + self._advances
 
-    def turn(self) -> None:
+    def begin_iteration(self) -> None:
         """An iteration of the loop begins, outside a step."""
         self._turns += 1
         self.rows = 0

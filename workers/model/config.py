@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from workers.quantization.formats import WeightFormat
-from workers.quantization.stored import StoredAs
+from workers.quantization.storage_format import StorageFormat
 
 if TYPE_CHECKING:
     from cluster.config.cluster import CombineMode
@@ -238,7 +238,7 @@ class ModelConfig:
     """Classes of a sequence classifier, which has no lm_head; empty for a language model."""
     problem_type: str | None = None
     """Kind of classifier, if the checkpoint names it."""
-    stored: StoredAs | None = None
+    stored: StorageFormat | None = None
     """How matrices are stored that are not in ``dtype``; None: there are none of these."""
     has_tiled_heads: bool = False
     """Query head h uses key head h mod ``num_kv_heads``; else neighbours share one."""

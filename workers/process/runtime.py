@@ -447,7 +447,7 @@ class WorkerRuntime(ABC):
 
     def _guarded_step(self) -> None:
         """Run one step; a lost peer or a new generation ends this generation."""
-        self.activity.turn()
+        self.activity.begin_iteration()
         membership = self.membership
         try:
             if membership.runs:

@@ -71,7 +71,7 @@ class QuantizedMatrix:
         """The matrix [out, in] float32."""
         width = self.shape[1]
         group = self.format.group or width
-        numbers = numbers_of(self.codes, self.format.codes)[:, :width]
+        numbers = decode_codes(self.codes, self.format.codes)[:, :width]
         if self.zeros is not None:
             zeros = self.zeros.float() * 2.0**-self.format.zero_bits
             numbers = numbers - _by_element(zeros, group, width)
@@ -111,7 +111,7 @@ def scale_dtype(form: WeightFormat) -> torch.dtype:
     return _SCALE_DTYPES[form.scales]
 
 
-def numbers_of(codes: Tensor, kind: Codes) -> Tensor:
+def decode_codes(codes: Tensor, kind: Codes) -> Tensor:
     """codes [.., bytes] uint8 -> the numbers that they stand for, float32: of 4 bits two a byte."""
     if kind == "int8":
         return codes.view(torch.int8).float()

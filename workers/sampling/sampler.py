@@ -40,7 +40,7 @@ class DrawFailure(Enum):
 _FAILURES = {NOT_FINITE: DrawFailure.NOT_FINITE, NONE_ALLOWED: DrawFailure.NONE_ALLOWED}
 
 
-class Drawn(Struct, frozen=True):
+class SampledToken(Struct, frozen=True):
     """The result of one row."""
 
     token: int
@@ -72,11 +72,13 @@ def draw_tokens(logits: Tensor, rows: Sequence[SamplingRow], team: Team | None =
 
 def report_drawn(
     logits: Tensor, rows: Sequence[SamplingRow], tokens: Sequence[int], score: Score
-) -> list[Drawn]:
+) -> list[SampledToken]:
     """What ``draw_tokens`` found, with log-probabilities where they are asked for."""
     entries = _entries(logits, rows, tokens, score)
     return [
-        Drawn(token, entries.get(i)) if token >= 0 else Drawn(-1, failure=_FAILURES[token])
+        SampledToken(token, entries.get(i))
+        if token >= 0
+        else SampledToken(-1, failure=_FAILURES[token])
         for i, token in enumerate(tokens)
     ]
 

@@ -29,7 +29,7 @@ _COMPARED_ONE_IN = 8
 
 
 @dataclass(slots=True)
-class _Followed:
+class _SequenceGuesses:
     """What is known of a sequence."""
 
     index: NgramIndex
@@ -48,7 +48,7 @@ class Speculator:
         self._section = section
         self._max_model_len = max_model_len
         self._eos = frozenset(eos_token_ids)
-        self._followed: dict[SequenceState, _Followed] = {}
+        self._followed: dict[SequenceState, _SequenceGuesses] = {}
         self._costs = StepCosts()
         self._num_sequences = 1
         self._price = self._costs.of(1).price(1)
@@ -151,14 +151,14 @@ class Speculator:
             "spec_decode_row_price": self._price,
         }
 
-    def _count(self, followed: _Followed, num_drafted: int, num_accepted: int) -> None:
+    def _count(self, followed: _SequenceGuesses, num_drafted: int, num_accepted: int) -> None:
         self._num_drafts += 1
         self._num_tokens += num_drafted
         for place in range(num_accepted):
             self._accepted[place] += 1
         followed.acceptance.note(num_accepted, int(num_accepted < num_drafted))
 
-    def _follow(self, sequence: SequenceState) -> _Followed | None:
+    def _follow(self, sequence: SequenceState) -> _SequenceGuesses | None:
         """With a guess at what follows its output; None: its request has no guesses."""
         followed = self._find(sequence)
         if followed is not None and followed.guessed_after != len(sequence.output):
@@ -166,7 +166,7 @@ class Speculator:
             followed.guess = self._guess(sequence, followed.index)
         return followed
 
-    def _find(self, sequence: SequenceState) -> _Followed | None:
+    def _find(self, sequence: SequenceState) -> _SequenceGuesses | None:
         followed = self._followed.get(sequence)
         if followed is None:
             reason = unsupported(sequence.request)
@@ -174,7 +174,7 @@ class Speculator:
                 self._report(reason)
                 return None
             section = self._section
-            followed = _Followed(NgramIndex(section.ngram_min, section.ngram_max))
+            followed = _SequenceGuesses(NgramIndex(section.ngram_min, section.ngram_max))
             self._followed[sequence] = followed
         return followed
 

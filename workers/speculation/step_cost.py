@@ -30,14 +30,14 @@ class StepCosts:
     """The lines of one engine."""
 
     def __init__(self) -> None:
-        self._by_size: dict[int, StepCost] = {}
+        self._by_size: dict[int, DecodeStepCost] = {}
 
-    def of(self, num_sequences: int) -> StepCost:
+    def of(self, num_sequences: int) -> DecodeStepCost:
         """That of steps with so many sequences."""
-        return self._by_size.setdefault(max(num_sequences - 1, 0).bit_length(), StepCost())
+        return self._by_size.setdefault(max(num_sequences - 1, 0).bit_length(), DecodeStepCost())
 
 
-class StepCost:
+class DecodeStepCost:
     """One line, from sums over the steps, which decay."""
 
     def __init__(self) -> None:

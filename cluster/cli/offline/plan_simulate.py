@@ -18,9 +18,16 @@ from cluster.cli.terminal.arguments import (
 from cluster.cli.terminal.output import show, table
 from cluster.cli.terminal.progress import Progress
 from cluster.planner.base import PlannedTopology
-from cluster.sizing.replay import POLICIES, Policy, SimulatedWindow, StepCost, load_trace, simulate
+from cluster.sizing.replay import (
+    POLICIES,
+    ExpertStepCost,
+    Policy,
+    SimulatedWindow,
+    load_trace,
+    simulate,
+)
 
-_COST = StepCost()
+_COST = ExpertStepCost()
 
 
 def add_simulate(kinds: Commands) -> None:
@@ -55,7 +62,7 @@ def add_devices(parser: argparse.ArgumentParser, redundant: int = 0) -> None:
 
 def run_simulate(args: argparse.Namespace) -> int:
     """Print each policy's windows."""
-    step = StepCost(
+    step = ExpertStepCost(
         slot_s=args.slot_us * 1e-6,
         token_s=args.token_us * 1e-6,
         expert_bytes=args.expert_bytes,

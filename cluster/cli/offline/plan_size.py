@@ -119,7 +119,7 @@ def _document(choice: PoolChoice) -> dict[str, Any]:
         "batch": choice.batch,
         "num_attention_workers": choice.num_attention,
         "num_expert_workers": choice.num_experts,
-        "touched_experts": choice.touched,
+        "touched_experts": choice.activated,
         "mode": "colocated" if choice.colocated_wins else "disaggregated",
         "tokens_per_s": choice.tokens_per_s,
         **{name: asdict(step) if step is not None else None for name, step in steps.items()},
@@ -139,7 +139,7 @@ def _text(found: Sequence[PoolChoice]) -> str:
     rows = [
         (
             c.batch,
-            f"{c.touched:.1f}",
+            f"{c.activated:.1f}",
             f"{c.num_attention} : {c.num_experts}" if c.disaggregated else "-",
             _step(c.disaggregated),
             _step(c.colocated),

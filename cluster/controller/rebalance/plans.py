@@ -20,7 +20,7 @@ from cluster.planner.base import PlannedTopology, planned_topology
 from cluster.policy.rebalance import LoadNow
 from cluster.sizing.devices import step_cost
 from cluster.sizing.gpus import slowest_gpu
-from cluster.sizing.replay import StepCost
+from cluster.sizing.replay import ExpertStepCost
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class Plans:
         num_slots = cluster.num_slots - cluster.config.workers.recovery_slots
         return planned_topology(cluster.generation.experts, placement, num_slots)
 
-    def step_cost(self) -> StepCost:
+    def step_cost(self) -> ExpertStepCost:
         """Of a step on an expert worker of the cluster."""
         infos = [record.info for record in self._cluster.workers]
         sizes = [int(info.get("expert_bytes", 0)) for info in infos]

@@ -11,8 +11,8 @@ from cluster.planner import mesh
 from cluster.planner.base import Floats, PlannedDevice, PlannedTopology, normalised, slot_arrays
 from cluster.planner.cost import activation, balancedness, expected_peak
 from cluster.planner.edits import Limits
-from cluster.planner.peak import Grid, Tosses, lower_peaks
-from cluster.planner.search import Placed, solve
+from cluster.planner.peak import Grid, ServedDistributions, lower_peaks
+from cluster.planner.search import PlacedBanks, solve
 from tests.cluster.planner.planner_cases import Problem, make_profile, problems
 
 PROPERTY = settings(max_examples=25, deadline=None)
@@ -29,7 +29,7 @@ def limits_of(topology: PlannedTopology, experts: int) -> Limits:
     )
 
 
-def start_of(problem: Problem) -> tuple[Placed, Floats, Limits]:
+def start_of(problem: Problem) -> tuple[PlacedBanks, Floats, Limits]:
     """A random placement with its best shares, the loads, and the limits."""
     profile, topology = problem.profile, problem.topology
     limits = limits_of(topology, len(profile.banks[0].counts))
@@ -39,7 +39,7 @@ def start_of(problem: Problem) -> tuple[Placed, Floats, Limits]:
         plan.placement.banks, topology.capacities(len(profile.banks[0].counts))
     )
     return (
-        Placed(slots=slots, primary=primary, slot_loads=solve(slots, loads, limits.speeds)),
+        PlacedBanks(slots=slots, primary=primary, slot_loads=solve(slots, loads, limits.speeds)),
         loads,
         limits,
     )
@@ -51,26 +51,28 @@ def test_a_gain_is_what_the_expected_peak_loses() -> None:
     start, loads, limits = start_of(problem)
     active = activation(loads, 2, 4)
     grid = Grid.of(limits.speeds, start.slots.shape[2] + 1)
-    tosses = Tosses(slots=start.slots, primary=start.primary, active=active, grid=grid, nodes=None)
-    device = tosses.worst(np.zeros((2, 3), dtype=bool))
+    served = ServedDistributions(
+        slots=start.slots, primary=start.primary, active=active, grid=grid, nodes=None
+    )
+    device = served.worst(np.zeros((2, 3), dtype=bool))
     before = expected_peak(active, start.primary, limits.speeds)
     width, found = start.slots.shape[2], 0
     for b in range(2):
-        for slot, other in np.argwhere(np.isfinite(tosses.gain_of_slots(device)[b])).tolist():
+        for slot, other in np.argwhere(np.isfinite(served.gain_of_slots(device)[b])).tolist():
             primary = start.primary[b : b + 1].copy()
             there = other // width
             gives, takes = start.slots[b, device[b], slot], start.slots[b, there, other % width]
             primary[0, gives] = there if primary[0, gives] == device[b] else primary[0, gives]
             primary[0, takes] = device[b] if start.primary[b, takes] == there else primary[0, takes]
             after = expected_peak(active[b : b + 1], primary, limits.speeds)[0]
-            gain = tosses.gain_of_slots(device)[b, slot, other]
+            gain = served.gain_of_slots(device)[b, slot, other]
             assert gain == pytest.approx(before[b] - after, abs=1e-9)
             found += 1
-        for slot, there in np.argwhere(np.isfinite(tosses.gain_of_primaries(device)[b])).tolist():
+        for slot, there in np.argwhere(np.isfinite(served.gain_of_primaries(device)[b])).tolist():
             primary = start.primary[b : b + 1].copy()
             primary[0, start.slots[b, device[b], slot]] = there
             after = expected_peak(active[b : b + 1], primary, limits.speeds)[0]
-            gain = tosses.gain_of_primaries(device)[b, slot, there]
+            gain = served.gain_of_primaries(device)[b, slot, there]
             assert gain == pytest.approx(before[b] - after, abs=1e-9)
             found += 1
     assert found > 20

@@ -32,7 +32,7 @@ from cluster.policy.rebalance import (
     mixed_balancedness,
     why_impossible,
 )
-from cluster.sizing.replay import StepCost, window_of
+from cluster.sizing.replay import ExpertStepCost, window_of
 from tests.cluster.controller.fakes_cluster import make_members
 
 EXPERTS = 16
@@ -40,7 +40,7 @@ DEVICES = 4
 SHAPES = tuple(BankShape(bank="mlp", layer=i, num_experts=EXPERTS) for i in range(3))
 MEMBERS = make_members(1, DEVICES)[1:]
 SECTION = RebalanceSection(max_move_fraction=0.3)
-STEP = StepCost(slot_s=8e-6, token_s=1e-6, expert_bytes=1000)
+STEP = ExpertStepCost(slot_s=8e-6, token_s=1e-6, expert_bytes=1000)
 
 
 def decided(
@@ -48,7 +48,7 @@ def decided(
     topology: PlannedTopology,
     now: ExpertPlacement,
     section: RebalanceSection = SECTION,
-    step: StepCost = STEP,
+    step: ExpertStepCost = STEP,
 ) -> RebalanceDecision:
     return decide_placement(some, topology, now, section, step)
 

@@ -13,7 +13,7 @@ from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.core.errors import ConfigError
 from cluster.core.load_profile import LoadProfile
 from cluster.planner.base import Floats, PlannedDevice, PlannedTopology
-from cluster.sizing.replay import POLICIES, StepCost, load_trace, simulate
+from cluster.sizing.replay import POLICIES, ExpertStepCost, load_trace, simulate
 from tests.cluster.planner.planner_cases import make_profile
 
 TOPOLOGY = PlannedTopology.uniform(4, num_redundant=1)
@@ -31,11 +31,11 @@ def shifting(windows: int) -> list[LoadProfile]:
 
 def test_a_window_runs_what_was_planned_from_the_one_before() -> None:
     same = [make_profile(loads(0), 4)] * 3
-    for window in simulate(same, TOPOLOGY, "mesh", StepCost()):
+    for window in simulate(same, TOPOLOGY, "mesh", ExpertStepCost()):
         assert window.balancedness > 0.99
         assert window.slots_moved == 0
     changed = [same[0], make_profile(loads(1), 4), make_profile(loads(1), 4)]
-    first, second = simulate(changed, TOPOLOGY, "mesh", StepCost(), max_move_fraction=1.0)
+    first, second = simulate(changed, TOPOLOGY, "mesh", ExpertStepCost(), max_move_fraction=1.0)
     assert first.balancedness < 0.9
     assert first.slots_moved == 0
     assert second.balancedness > 0.98
@@ -44,7 +44,9 @@ def test_a_window_runs_what_was_planned_from_the_one_before() -> None:
 
 def test_policies_move_nothing_little_and_nearly_everything() -> None:
     trace = shifting(6)
-    found = {p: simulate(trace, TOPOLOGY, p, StepCost(expert_bytes=10), 0.1) for p in POLICIES}
+    found = {
+        p: simulate(trace, TOPOLOGY, p, ExpertStepCost(expert_bytes=10), 0.1) for p in POLICIES
+    }
     moved = {p: [w.slots_moved for w in windows] for p, windows in found.items()}
     assert moved["never"] == [0] * 5
     assert all(n <= 0.1 * 2 * 20 for n in moved["mesh"])
@@ -59,7 +61,7 @@ def test_a_step_takes_what_the_slowest_device_takes() -> None:
     """Two devices with one expert each: 0.75 and 0.25 of 100 tokens, top-1."""
     profile = make_profile(np.array([[3.0, 1.0]]), top_k=1)
     topology = PlannedTopology(devices=(PlannedDevice(num_expert_slots=1),) * 2)
-    step = StepCost(slot_s=1.0, token_s=0.01, prefill_tokens=100, decode_tokens=1)
+    step = ExpertStepCost(slot_s=1.0, token_s=0.01, prefill_tokens=100, decode_tokens=1)
     (window,) = simulate([profile] * 2, topology, "never", step)
     assert window.prefill_step_s == pytest.approx(1.0 + 0.75)
     assert window.decode_step_s == pytest.approx(1 - 0.25 * 0.75 + 0.0075)
@@ -69,7 +71,7 @@ def test_a_step_takes_what_the_slowest_device_takes() -> None:
 def test_a_faster_device_takes_less() -> None:
     profile = make_profile(np.array([[3.0, 1.0]]), top_k=1)
     devices = tuple(PlannedDevice(num_expert_slots=1, speed=s) for s in (3.0, 1.0))
-    step = StepCost(slot_s=0.0, token_s=0.01, prefill_tokens=100)
+    step = ExpertStepCost(slot_s=0.0, token_s=0.01, prefill_tokens=100)
     topology = PlannedTopology(devices=devices)
     (window,) = simulate([profile] * 2, topology, "never", step)
     assert window.balancedness == pytest.approx(1.0)
@@ -85,14 +87,14 @@ def test_a_faster_device_takes_less() -> None:
 )
 def test_traces_that_cannot_be_replayed_are_refused(trace: list[LoadProfile], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        simulate(trace, TOPOLOGY, "mesh", StepCost())
+        simulate(trace, TOPOLOGY, "mesh", ExpertStepCost())
 
 
 def test_costs_are_checked() -> None:
     with pytest.raises(ConfigError, match="slot_s"):
-        StepCost(slot_s=-1.0)
+        ExpertStepCost(slot_s=-1.0)
     with pytest.raises(ConfigError, match="decode_tokens"):
-        StepCost(decode_tokens=0)
+        ExpertStepCost(decode_tokens=0)
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ from cluster.sizing.roofline import (
     BankSize,
     DeviceNumbers,
     ModelSize,
+    activated_experts,
     activation_of,
     attention_step,
     colocated_step,
     disaggregated_step,
     distinct_devices,
     expert_step,
-    touched_experts,
 )
 
 DEVICE = DeviceNumbers(
@@ -39,9 +39,9 @@ MODEL = ModelSize(
 
 
 def test_experts_touched_by_a_batch() -> None:
-    assert touched_experts([0.5] * 4, 2) == 3.0
-    assert touched_experts([1.0, 0.0], 5) == 1.0
-    assert touched_experts([0.25], 1) == 0.25
+    assert activated_experts([0.5] * 4, 2) == 3.0
+    assert activated_experts([1.0, 0.0], 5) == 1.0
+    assert activated_experts([0.25], 1) == 0.25
 
 
 def test_a_row_of_olmoe_reaches_5_43_of_8_devices() -> None:
@@ -76,8 +76,8 @@ def test_an_expert_step_reads_what_is_touched_or_computes() -> None:
 
 def test_skewed_experts_are_touched_less() -> None:
     skewed = replace(BANK, activation=(1.0, 1.0, 0.0, 0.0))
-    assert touched_experts(skewed.probabilities, 100) == 2.0
-    assert touched_experts(BANK.probabilities, 100) == pytest.approx(4.0)
+    assert activated_experts(skewed.probabilities, 100) == 2.0
+    assert activated_experts(BANK.probabilities, 100) == pytest.approx(4.0)
 
 
 def test_an_attention_step_reads_weights_and_context() -> None:

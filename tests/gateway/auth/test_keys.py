@@ -23,7 +23,7 @@ from cluster.core.errors import (
 )
 from gateway.auth.auth import KeyRing, make_key_rings
 from gateway.auth.key_file import KeyEntry, KeyFile, KeyLimits, plain_entries, read_key_file
-from gateway.auth.key_limits import Account
+from gateway.auth.key_limits import KeyUsage
 
 HEX = hashlib.sha256(b"three").hexdigest()
 KEYS = [
@@ -209,7 +209,7 @@ def test_a_large_file_is_read_beside_the_loop(tmp_path: Path) -> None:
 
 def test_requests_of_a_key_are_limited_by_the_minute() -> None:
     limits = KeyLimits(requests_per_minute=3)
-    account = Account(KeyEntry(digest=b"a"), limits, 0.0)
+    account = KeyUsage(KeyEntry(digest=b"a"), limits, 0.0)
     for _ in range(3):
         account.enter(0.0)
     with pytest.raises(KeyLimitError, match="3 requests a minute") as caught:
@@ -222,7 +222,7 @@ def test_requests_of_a_key_are_limited_by_the_minute() -> None:
 
 
 def test_a_slow_rate_still_lets_requests_through() -> None:
-    account = Account(KeyEntry(digest=b"a"), KeyLimits(requests_per_minute=0.5), 0.0)
+    account = KeyUsage(KeyEntry(digest=b"a"), KeyLimits(requests_per_minute=0.5), 0.0)
     account.enter(0.0)
     with pytest.raises(KeyLimitError) as caught:
         account.enter(1.0)
@@ -230,7 +230,7 @@ def test_a_slow_rate_still_lets_requests_through() -> None:
 
 
 def test_requests_at_once_are_limited() -> None:
-    account = Account(KeyEntry(digest=b"a"), KeyLimits(max_concurrent=2), 0.0)
+    account = KeyUsage(KeyEntry(digest=b"a"), KeyLimits(max_concurrent=2), 0.0)
     account.enter(0.0)
     account.enter(0.0)
     with pytest.raises(KeyLimitError, match="at most 2"):
@@ -241,7 +241,7 @@ def test_requests_at_once_are_limited() -> None:
 
 def test_the_retry_time_of_a_busy_key_follows_its_requests() -> None:
     """Two at a time, of 20 s each, one beginning 10 s after the other: one ends every 10 s."""
-    account = Account(KeyEntry(digest=b"a"), KeyLimits(max_concurrent=2), 0.0)
+    account = KeyUsage(KeyEntry(digest=b"a"), KeyLimits(max_concurrent=2), 0.0)
     account.enter(0.0)
     account.enter(10.0)
     with pytest.raises(KeyLimitError) as caught:
@@ -256,7 +256,7 @@ def test_the_retry_time_of_a_busy_key_follows_its_requests() -> None:
 
 
 def test_tokens_are_paid_for_when_they_are_known() -> None:
-    account = Account(KeyEntry(digest=b"a"), KeyLimits(tokens_per_minute=60), 0.0)
+    account = KeyUsage(KeyEntry(digest=b"a"), KeyLimits(tokens_per_minute=60), 0.0)
     account.check_tokens(0.0)
     account.spend_tokens(90, 0.0)
     with pytest.raises(KeyLimitError, match="60 tokens a minute") as caught:

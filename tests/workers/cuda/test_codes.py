@@ -12,7 +12,7 @@ from torch import Tensor
 import tests.workers.cuda.device  # noqa: F401 (skips this where there is no Triton)
 from workers.cuda import codes
 from workers.quantization.formats import Codes
-from workers.quantization.matrix import numbers_of
+from workers.quantization.matrix import decode_codes
 
 KINDS: dict[Codes, str] = {"int4": codes.INT4.value, "e2m1": codes.E2M1.value}
 
@@ -74,7 +74,7 @@ def test_every_byte_becomes_its_two_numbers(kind: Codes) -> None:
         group = bytes((first, 255 - first, first + 2, first + 3))
         found = executed(KINDS[kind], {"$4": int.from_bytes(group, "little")})
         low, high = (torch.cat([halves(found[f"${i + j}"]) for j in range(2)]) for i in (0, 2))
-        expected = numbers_of(torch.tensor(list(group), dtype=torch.uint8), kind).view(4, 2)
+        expected = decode_codes(torch.tensor(list(group), dtype=torch.uint8), kind).view(4, 2)
         assert torch.equal(torch.stack((low, high), 1), expected.double())
 
 

@@ -76,7 +76,7 @@ def test_a_step_that_is_wanted_and_does_not_come_stalls_though_the_loop_turns() 
     steps.activity.wants_rows = True
     seen = []
     for _ in range(4):
-        steps.activity.turn()
+        steps.activity.begin_iteration()
         seen.append(steps.beat())
     assert seen == [0.0, 0.5, 1.0, 1.5]
     steps.activity.advance()  # it has committed
@@ -106,5 +106,5 @@ def test_a_turn_ends_the_step() -> None:
     steps = Steps()
     steps.activity.rows = 8
     assert steps.beat() == 0.0
-    steps.activity.turn()
+    steps.activity.begin_iteration()
     assert steps.beat() is None

@@ -11,7 +11,7 @@ from torch import Tensor
 from workers.native.team import Team
 from workers.requests.request import SamplingParams
 from workers.sampling.logits_processors import SamplingRow
-from workers.sampling.sampler import Drawn, Score, draw_tokens, logprob_entries, report_drawn
+from workers.sampling.sampler import SampledToken, Score, draw_tokens, logprob_entries, report_drawn
 
 NEVER = -math.inf
 
@@ -93,6 +93,6 @@ def sample(
     rows: Sequence[SamplingRow],
     team: Team | None = None,
     score: Score = logprob_entries,
-) -> list[Drawn]:
+) -> list[SampledToken]:
     """One token per row of logits [rows, V], drawn and reported; ``team``: by a native kernel."""
     return report_drawn(logits, rows, draw_tokens(logits, rows, team).tolist(), score)

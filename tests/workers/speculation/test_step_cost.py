@@ -6,11 +6,11 @@ import random
 
 import pytest
 
-from workers.speculation.step_cost import StepCost, StepCosts
+from workers.speculation.step_cost import DecodeStepCost, StepCosts
 
 
-def observed(begin_s: float, row_s: float, sizes: list[int]) -> StepCost:
-    cost = StepCost()
+def observed(begin_s: float, row_s: float, sizes: list[int]) -> DecodeStepCost:
+    cost = DecodeStepCost()
     for size in sizes:
         cost.observe(size, begin_s + row_s * size)
     return cost
@@ -31,7 +31,7 @@ def test_price_grows_with_the_number_of_sequences() -> None:
 
 
 def test_a_try_is_made_until_steps_of_different_sizes_are_known() -> None:
-    assert StepCost().price(8) == 0.3
+    assert DecodeStepCost().price(8) == 0.3
     assert observed(5.0, 1.0, [8] * 100).price(8) == pytest.approx(0.3)
 
 
@@ -50,14 +50,14 @@ def test_one_slow_step_does_not_change_the_price_much() -> None:
 
 
 def test_price_stays_within_its_bounds_whatever_steps_take() -> None:
-    rng, cost = random.Random(0), StepCost()
+    rng, cost = random.Random(0), DecodeStepCost()
     for _ in range(2000):
         cost.observe(rng.randrange(1, 80), rng.choice((0.0, rng.random(), 100 * rng.random())))
         assert 0.02 <= cost.price(rng.randrange(1, 80)) <= 1
 
 
 def test_a_slow_step_counts_as_one_of_half_as_long_again_as_expected() -> None:
-    cost = StepCost()
+    cost = DecodeStepCost()
     cost.observe(1, 1.0)  # assumed: 0.7 s, and 0.3 s for each row
     cost.observe(5, 100.0)  # expected: 2.2 s
     assert cost.price(1) == pytest.approx(0.2884, abs=1e-4)

@@ -14,7 +14,7 @@ from typing import Any, cast, get_args
 from cluster.core.errors import CheckpointError
 from workers.model.config import Activation, ModelConfig
 from workers.model.rope import parse_rope
-from workers.quantization.stored import StoredAs, stored_as
+from workers.quantization.storage_format import StorageFormat, parse_storage_format
 
 _MOST: Mapping[str, int] = {
     "num_hidden_layers": 4096,
@@ -183,9 +183,9 @@ class Settings:
                 f"config.json: id2label {names!r} must name the classes 0, 1, .."
             ) from err
 
-    def stored_as(self) -> StoredAs | None:
+    def storage_format(self) -> StorageFormat | None:
         """See ``ModelConfig``; of ``quantization_config``."""
-        return stored_as(self.value("quantization_config"))
+        return parse_storage_format(self.value("quantization_config"))
 
     def check_rest(self, model_type: str) -> tuple[str, ...]:
         """Unknown keys that no family has read, sorted.
@@ -326,7 +326,7 @@ def model_config(
     if defaults.rotary_share is not None:
         settings.value("partial_rotary_factor")
         settings.value("rotary_dim")
-    stored = settings.stored_as()
+    stored = settings.storage_format()
     ignored = () if stored is None else (f"quantization_config.{key}" for key in stored.ignored)
     return ModelConfig(
         model_type=model_type,

@@ -19,7 +19,7 @@ from workers.model.loading import mxfp4, scaled_blocks
 from workers.model.loading.packed_integers import codes_name
 from workers.quantization.formats import GROUP_MULTIPLE, WeightFormat
 from workers.quantization.rounding import FORMATS
-from workers.quantization.stored import StoredAs
+from workers.quantization.storage_format import StorageFormat
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def rounded_form(setting: Quantize, banks: Sequence[BankSpec]) -> WeightFormat |
 
 
 def stored_experts(
-    parts: Sequence[TensorPart], stored: StoredAs | None, dtypes: Mapping[str, str]
+    parts: Sequence[TensorPart], stored: StorageFormat | None, dtypes: Mapping[str, str]
 ) -> StoredExperts:
     """Whether all these matrices are stored in one format that kernels compute with.
 
@@ -133,7 +133,7 @@ def _report(obstacles: Sequence[str]) -> None:
         )
 
 
-def _is_in_codes(part: TensorPart, stored: StoredAs, dtypes: Mapping[str, str]) -> bool:
+def _is_in_codes(part: TensorPart, stored: StorageFormat, dtypes: Mapping[str, str]) -> bool:
     if not dtypes:
         return True
     if stored.method == "fp8":

@@ -27,7 +27,7 @@ from torch import Tensor
 from cluster.core.errors import CheckpointError
 from workers.model.config import TensorPart
 from workers.quantization.matrix import QuantizedMatrix, pack_nibbles
-from workers.quantization.stored import Method, StoredAs
+from workers.quantization.storage_format import Method, StorageFormat
 
 _WEIGHT: Final = ".weight"
 _SUFFIXES: Final[Mapping[Method, tuple[str, str, str]]] = {
@@ -41,7 +41,7 @@ _AWQ_PLACES: Final = (0, 4, 1, 5, 2, 6, 3, 7)
 _INT32_BITS: Final = 32
 
 
-def codes_name(name: str, stored: StoredAs) -> str:
+def codes_name(name: str, stored: StorageFormat) -> str:
     """The tensor that has the codes of a matrix; empty where there can be none."""
     if stored.method not in _SUFFIXES or not name.endswith(_WEIGHT):
         return ""
@@ -53,7 +53,7 @@ def groups_name(name: str) -> str:
     return f"{name.removesuffix(_WEIGHT)}.g_idx"
 
 
-def stored_parts(part: TensorPart, stored: StoredAs) -> list[TensorPart]:
+def stored_parts(part: TensorPart, stored: StorageFormat) -> list[TensorPart]:
     """Codes, scales, and zero points where they are stored. Raises ``CheckpointError``."""
     if len(part.shape) != 2 or part.rows is not None or part.is_transposed:
         raise CheckpointError(
@@ -76,7 +76,7 @@ def stored_parts(part: TensorPart, stored: StoredAs) -> list[TensorPart]:
 
 
 def as_stored(
-    part: TensorPart, stored: StoredAs, tensors: list[Tensor], groups: Tensor | None
+    part: TensorPart, stored: StorageFormat, tensors: list[Tensor], groups: Tensor | None
 ) -> QuantizedMatrix:
     """The same matrix of ``stored_parts``; ``groups`` [in]: ``X.g_idx``, if there is one.
 
@@ -109,7 +109,7 @@ def as_stored(
     )
 
 
-def _codes(packed: Tensor, stored: StoredAs) -> Tensor:
+def _codes(packed: Tensor, stored: StorageFormat) -> Tensor:
     """[out, bytes] uint8, signed."""
     form = stored.form
     if stored.method == "awq":
@@ -121,7 +121,7 @@ def _codes(packed: Tensor, stored: StoredAs) -> Tensor:
     return found ^ (0x88 if form.code_bits == 4 else 0x80)
 
 
-def _integers(packed: Tensor, stored: StoredAs) -> Tensor:
+def _integers(packed: Tensor, stored: StorageFormat) -> Tensor:
     """[n, m / 8] int32 -> [n, m] uint8, unsigned."""
     bits = stored.form.code_bits
     shifts = torch.arange(0, _INT32_BITS, bits, dtype=torch.int32)

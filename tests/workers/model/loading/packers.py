@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from workers.quantization.formats import WeightFormat
-from workers.quantization.matrix import QuantizedMatrix, numbers_of, pack_nibbles
+from workers.quantization.matrix import QuantizedMatrix, decode_codes, pack_nibbles
 from workers.quantization.rounding import quantize
-from workers.quantization.stored import stored_as
+from workers.quantization.storage_format import parse_storage_format
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Neighbours from the lowest bits of an int32 on."""
@@ -24,7 +24,7 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 def unsigned(matrix: QuantizedMatrix) -> tuple[Tensor, Tensor]:
     """Codes [out, in] and zero points [groups, out], both int64 from 0 on."""
     middle = 1 << (matrix.format.code_bits - 1)
-    codes = numbers_of(matrix.codes, matrix.format.codes).long() + middle
+    codes = decode_codes(matrix.codes, matrix.format.codes).long() + middle
     zeros = torch.zeros_like(matrix.scales).long() if matrix.zeros is None else matrix.zeros.long()
     return codes, (zeros + middle).T
 
@@ -119,7 +119,7 @@ def pack_checkpoint(
     """
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
-    stored = stored_as(settings)
+    stored = parse_storage_format(settings)
     assert stored is not None
     found, tensors = {}, load_file(path / "model.safetensors")
     for name, tensor in list(tensors.items()):

@@ -20,7 +20,7 @@ from workers.model.families.base import Family
 from workers.model.loading.checkpoint import Checkpoint
 from workers.model.loading.checkpoint_summary import plan_checkpoint
 from workers.model.loading.expert_form import rounded_form, stored_experts
-from workers.quantization.stored import stored_as
+from workers.quantization.storage_format import parse_storage_format
 from workers.requests.request import Request, SamplingParams
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm"}
@@ -108,12 +108,12 @@ def test_codes_are_not_quantized_again(setting: Quantize, variant: str, form: st
 
 
 def test_codes_that_kernels_cannot_use_may_be_quantized_again() -> None:
-    stored = stored_as({"quant_method": "fp8", "weight_block_size": [12, 12]})
+    stored = parse_storage_format({"quant_method": "fp8", "weight_block_size": [12, 12]})
     part, dtypes = TensorPart(name="x.weight", shape=(24, 24)), {"x.weight": "F8_E4M3"}
     found = stored_experts([part], stored, dtypes)
     assert found.form is None
     assert found.obstacle == "groups of 12 are no multiple of 8"
-    stored = stored_as({"quant_method": "fp8", "weight_block_size": [8, 8]})
+    stored = parse_storage_format({"quant_method": "fp8", "weight_block_size": [8, 8]})
     for own in (replace(part, is_transposed=True), replace(part, shape=(24, 23))):
         found = stored_experts([own], stored, dtypes)
         assert found.form is None

@@ -9,7 +9,7 @@ import pytest
 from cluster.core.errors import CheckpointError
 from tests.workers.quantization.configs import AUTO_ROUND, GPTQ, SETTINGS, group, tensors_config
 from workers.quantization.formats import WeightFormat
-from workers.quantization.stored import StoredAs, stored_as
+from workers.quantization.storage_format import StorageFormat, parse_storage_format
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [64, 128]}
 TUNING = {
@@ -135,33 +135,37 @@ def integers(bits: int, group: int | None, has_zeros: bool) -> WeightFormat:
 )
 def test_what_would_change_the_numbers_is_refused(settings: Any, words: str) -> None:
     with pytest.raises(CheckpointError) as refused:
-        stored_as(settings)
+        parse_storage_format(settings)
     assert words in str(refused.value)
 
 
 EXPECTED = {
-    "gptq": StoredAs(method="gptq", form=integers(4, 8, True), zero_offset=1),
-    "gptq-symmetric": StoredAs(method="gptq", form=integers(4, 8, False), zero_offset=1),
-    "gptq-8-bits-rows": StoredAs(method="gptq", form=integers(8, None, True), zero_offset=1),
-    "gptq-short-group": StoredAs(method="gptq", form=integers(4, 24, True), zero_offset=1),
-    "gptq-v2": StoredAs(method="gptq", form=integers(4, 8, True)),
-    "awq": StoredAs(method="awq", form=integers(4, 8, True)),
-    "awq-symmetric": StoredAs(method="awq", form=integers(4, 8, False)),
-    "auto-round": StoredAs(method="gptq", form=integers(4, 8, True), zero_offset=1),
-    "auto-round-v2": StoredAs(method="gptq", form=integers(8, 8, True)),
-    "auto-round-awq": StoredAs(method="awq", form=integers(4, 8, True)),
-    "awq-short-group": StoredAs(method="awq", form=integers(4, 40, True)),
-    "tensors": StoredAs(method="compressed-tensors", form=integers(4, 8, False)),
-    "tensors-short-group": StoredAs(method="compressed-tensors", form=integers(8, 40, False)),
-    "tensors-zeros-short-group": StoredAs(method="compressed-tensors", form=integers(4, 24, True)),
-    "tensors-zeros": StoredAs(method="compressed-tensors", form=integers(4, 8, True)),
-    "tensors-8-bits-rows": StoredAs(method="compressed-tensors", form=integers(8, None, False)),
+    "gptq": StorageFormat(method="gptq", form=integers(4, 8, True), zero_offset=1),
+    "gptq-symmetric": StorageFormat(method="gptq", form=integers(4, 8, False), zero_offset=1),
+    "gptq-8-bits-rows": StorageFormat(method="gptq", form=integers(8, None, True), zero_offset=1),
+    "gptq-short-group": StorageFormat(method="gptq", form=integers(4, 24, True), zero_offset=1),
+    "gptq-v2": StorageFormat(method="gptq", form=integers(4, 8, True)),
+    "awq": StorageFormat(method="awq", form=integers(4, 8, True)),
+    "awq-symmetric": StorageFormat(method="awq", form=integers(4, 8, False)),
+    "auto-round": StorageFormat(method="gptq", form=integers(4, 8, True), zero_offset=1),
+    "auto-round-v2": StorageFormat(method="gptq", form=integers(8, 8, True)),
+    "auto-round-awq": StorageFormat(method="awq", form=integers(4, 8, True)),
+    "awq-short-group": StorageFormat(method="awq", form=integers(4, 40, True)),
+    "tensors": StorageFormat(method="compressed-tensors", form=integers(4, 8, False)),
+    "tensors-short-group": StorageFormat(method="compressed-tensors", form=integers(8, 40, False)),
+    "tensors-zeros-short-group": StorageFormat(
+        method="compressed-tensors", form=integers(4, 24, True)
+    ),
+    "tensors-zeros": StorageFormat(method="compressed-tensors", form=integers(4, 8, True)),
+    "tensors-8-bits-rows": StorageFormat(
+        method="compressed-tensors", form=integers(8, None, False)
+    ),
 }
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_what_tools_write_is_read(name: str) -> None:
-    assert stored_as(SETTINGS[name]) == EXPECTED[name]
+    assert parse_storage_format(SETTINGS[name]) == EXPECTED[name]
 
 
 @pytest.mark.parametrize(
@@ -286,8 +290,8 @@ def test_what_tools_write_is_read(name: str) -> None:
 def test_keys_that_change_no_number_are_ignored(
     settings: dict[str, Any], more: dict[str, Any]
 ) -> None:
-    stored = stored_as({**settings, **more})
-    assert stored == stored_as(settings)
+    stored = parse_storage_format({**settings, **more})
+    assert stored == parse_storage_format(settings)
     assert stored is not None
     assert set(stored.ignored) <= set(more)
     for key in ("provider", "damp_percent", "iters"):
@@ -306,45 +310,47 @@ def test_keys_that_change_no_number_are_ignored(
     ],
 )
 def test_layouts_of_auto_round(more: dict[str, Any], method: Any, zero_offset: int) -> None:
-    expected = StoredAs(method=method, form=integers(4, 8, True), zero_offset=zero_offset)
-    assert stored_as({**AUTO_ROUND, **more}) == expected
+    expected = StorageFormat(method=method, form=integers(4, 8, True), zero_offset=zero_offset)
+    assert parse_storage_format({**AUTO_ROUND, **more}) == expected
 
 
 def test_a_strategy_that_is_left_out_follows_from_the_group_size() -> None:
     for group_size, strategy in ((8, "group"), (-1, "channel")):
         left_out = tensors_config(strategy=None, group_size=group_size)
-        assert stored_as(left_out) == stored_as(
+        assert parse_storage_format(left_out) == parse_storage_format(
             tensors_config(strategy=strategy, group_size=group_size)
         )
 
 
 def test_symmetric_awq_has_zero_points_that_are_all_alike() -> None:
-    stored = stored_as({**SETTINGS["awq"], "zero_point": False})
-    assert stored == StoredAs(method="awq", form=integers(4, 8, False))
+    stored = parse_storage_format({**SETTINGS["awq"], "zero_point": False})
+    assert stored == StorageFormat(method="awq", form=integers(4, 8, False))
 
 
 def test_nothing_is_stored_otherwise_without_a_word() -> None:
-    assert stored_as(None) is None
-    assert StoredAs(method="awq", form=integers(4, 8, True)).block_rows == 1
+    assert parse_storage_format(None) is None
+    assert StorageFormat(method="awq", form=integers(4, 8, True)).block_rows == 1
 
 
 def test_blocks_of_float8() -> None:
-    stored = stored_as({**FP8, "fmt": "e4m3", "modules_to_not_convert": ["lm_head"]})
+    stored = parse_storage_format({**FP8, "fmt": "e4m3", "modules_to_not_convert": ["lm_head"]})
     assert stored is not None
-    assert stored == stored_as({**FP8, "activation_scheme": "dynamic", "scale_fmt": "ue8m0"})
+    assert stored == parse_storage_format(
+        {**FP8, "activation_scheme": "dynamic", "scale_fmt": "ue8m0"}
+    )
     assert stored.block == (64, 128)
     assert stored.form == WeightFormat(codes="e4m3", group=128)
 
 
 def test_a_later_format_of_gptq_stores_zero_points_as_they_are() -> None:
-    stored = stored_as({**GPTQ, "checkpoint_format": "gptq_v2"})
+    stored = parse_storage_format({**GPTQ, "checkpoint_format": "gptq_v2"})
     assert stored is not None
     assert stored.zero_offset == 0
 
 
 def test_older_names_of_awq() -> None:
     older = {"quant_method": "awq", "w_bit": 4, "q_group_size": 64}
-    assert stored_as(older) == StoredAs(method="awq", form=integers(4, 64, True))
+    assert parse_storage_format(older) == StorageFormat(method="awq", form=integers(4, 64, True))
 
 
 @pytest.mark.parametrize(
@@ -372,12 +378,12 @@ def test_older_names_of_awq() -> None:
 )
 def test_values_at_the_limits_are_refused(settings: Any, words: str) -> None:
     with pytest.raises(CheckpointError) as refused:
-        stored_as(settings)
+        parse_storage_format(settings)
     assert words in str(refused.value)
 
 
 def test_a_block_may_be_a_single_row() -> None:
-    stored = stored_as({**FP8, "weight_block_size": [1, 1]})
+    stored = parse_storage_format({**FP8, "weight_block_size": [1, 1]})
     assert stored is not None
     assert stored.block == (1, 1)
 
@@ -386,4 +392,4 @@ def test_what_nothing_is_assumed_of_must_be_there() -> None:
     settings = tensors_config()
     del settings["config_groups"]["group_0"]["weights"]["symmetric"]
     with pytest.raises(CheckpointError, match="symmetric is missing"):
-        stored_as(settings)
+        parse_storage_format(settings)

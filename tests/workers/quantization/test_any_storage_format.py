@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.core.errors import CheckpointError
-from workers.quantization.stored import StoredAs, stored_as
+from workers.quantization.storage_format import StorageFormat, parse_storage_format
 
 TENSORS = {
     "quant_method": "compressed-tensors",
@@ -84,14 +84,14 @@ def changed(known: dict[str, Any], path: tuple[str | int, ...], value: object) -
 
 def is_read_or_refused(found: Any) -> bool:
     try:
-        return isinstance(stored_as(found), StoredAs) or found is None
+        return isinstance(parse_storage_format(found), StorageFormat) or found is None
     except CheckpointError as err:
         return "quantization_config" in str(err)
 
 
 @pytest.mark.parametrize("known", KNOWN, ids=lambda known: str(known["quant_method"]))
 def test_what_is_known_is_read(known: dict[str, Any]) -> None:
-    assert isinstance(stored_as(known), StoredAs)
+    assert isinstance(parse_storage_format(known), StorageFormat)
 
 
 @given(found=VALUES)

@@ -22,7 +22,7 @@ _AUTO_ROUND_PACKINGS: Mapping[str | None, tuple[Literal["gptq", "awq"], int]] = 
     "auto_round:auto_awq": ("awq", 0),
     "auto_round:awq": ("awq", 0),
 }
-"""Layout, and ``StoredAs.zero_offset``."""
+"""Layout, and ``StorageFormat.zero_offset``."""
 _INTEGER_TYPES = (
     *("int", "int_sym", "int_asym", "rtn_int", "rtn_int_sym", "rtn_int_asym"),
     None,
@@ -31,7 +31,7 @@ _INTEGER_TYPES = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StoredAs:
+class StorageFormat:
     """How matrices are stored that are not in the checkpoint's own dtype."""
 
     method: Method
@@ -51,7 +51,7 @@ class StoredAs:
         return self.block_rows, self.form.group
 
 
-def stored_as(found: object) -> StoredAs | None:
+def parse_storage_format(found: object) -> StorageFormat | None:
     """Read ``quantization_config``; None: there is none.
 
     Raises ``CheckpointError`` that names the key, its value and what it must be.
@@ -72,7 +72,7 @@ def stored_as(found: object) -> StoredAs | None:
     return replace(_READERS[method](keys), ignored=keys.ignored())
 
 
-def _fp8(keys: QuantizationKeys) -> StoredAs:
+def _fp8(keys: QuantizationKeys) -> StorageFormat:
     keys.one_of("fmt", "e4m3", "float8_e4m3fn", None)
     keys.one_of("activation_scheme", "dynamic", None)
     keys.one_of("scale_fmt", "float", "ue8m0", None)  # powers of two in float32: DeepSeek-V3.1
@@ -87,19 +87,21 @@ def _fp8(keys: QuantizationKeys) -> StoredAs:
     if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
         raise CheckpointError(f"{_NAME}: weight_block_size {block!r} must be two positive sizes")
     form = WeightFormat(codes="e4m3", group=sizes[1])
-    return StoredAs(method="fp8", form=form, block_rows=sizes[0])
+    return StorageFormat(method="fp8", form=form, block_rows=sizes[0])
 
 
-def _gptq(keys: QuantizationKeys) -> StoredAs:
+def _gptq(keys: QuantizationKeys) -> StorageFormat:
     form = _of_matrices(keys, bits=(4, 8), is_symmetric=keys.value("sym") is True)
     first, second = (keys.one_of(key, *_GPTQ_FORMATS) for key in ("checkpoint_format", "format"))
     if first and second and first != second:
         raise keys.refused("format", f"{first!r}, as checkpoint_format is")
     keys.one_of("is_marlin_format", False, None)
-    return StoredAs(method="gptq", form=form, zero_offset=int("gptq_v2" not in (first, second)))
+    return StorageFormat(
+        method="gptq", form=form, zero_offset=int("gptq_v2" not in (first, second))
+    )
 
 
-def _awq(keys: QuantizationKeys) -> StoredAs:
+def _awq(keys: QuantizationKeys) -> StorageFormat:
     is_symmetric = keys.one_of("zero_point", True, False, None) is False
     keys.honoured("sym")  # transformers writes the default of GPTQ here
     form = _of_matrices(keys, bits=(4,), is_symmetric=is_symmetric)
@@ -107,14 +109,14 @@ def _awq(keys: QuantizationKeys) -> StoredAs:
         keys.one_of(key, "gemm", None)
     if keys.value("backend") == "llm-awq":  # the others are kernels to load with
         raise keys.refused("backend", "a kernel for version 'gemm'")
-    return StoredAs(method="awq", form=form)
+    return StorageFormat(method="awq", form=form)
 
 
-def _auto_round(keys: QuantizationKeys) -> StoredAs:
+def _auto_round(keys: QuantizationKeys) -> StorageFormat:
     layout, zero_offset = _AUTO_ROUND_PACKINGS[keys.one_of("packing_format", *_AUTO_ROUND_PACKINGS)]
     bits = (4,) if layout == "awq" else (4, 8)
     form = _of_matrices(keys, bits=bits, is_symmetric=keys.value("sym") is True)
-    return StoredAs(method=layout, form=form, zero_offset=zero_offset)
+    return StorageFormat(method=layout, form=form, zero_offset=zero_offset)
 
 
 def _of_matrices(keys: QuantizationKeys, bits: tuple[int, ...], is_symmetric: bool) -> WeightFormat:
@@ -136,7 +138,7 @@ def _of_matrices(keys: QuantizationKeys, bits: tuple[int, ...], is_symmetric: bo
     return _integers(same["bits"], same["group_size"], has_zeros=not is_symmetric)
 
 
-def _compressed_tensors(keys: QuantizationKeys) -> StoredAs:
+def _compressed_tensors(keys: QuantizationKeys) -> StorageFormat:
     keys.one_of("format", "pack-quantized", "mixed-precision")
     keys.one_of("quantization_status", "compressed", "frozen", None)
     keys.one_of("kv_cache_scheme", None, {})
@@ -152,7 +154,7 @@ def _compressed_tensors(keys: QuantizationKeys) -> StoredAs:
     found = {name: _of_group(f"{_NAME}: config_groups.{name}", g) for name, g in groups.items()}
     if len(set(found.values())) > 1:
         raise CheckpointError(f"{_NAME}: config_groups {', '.join(found)} must have equal weights")
-    return StoredAs(method="compressed-tensors", form=next(iter(found.values())))
+    return StorageFormat(method="compressed-tensors", form=next(iter(found.values())))
 
 
 def _of_group(name: str, group: Any) -> WeightFormat:
