@@ -60,18 +60,18 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "workers/engine/leader.py": ("workers/engine/test_leader.py",),
     "workers/engine/micro_batches.py": ("workers/engine/test_micro_batches.py",),
     "workers/engine/prefill_cap.py": ("workers/engine/test_prefill_cap.py",),
-    "workers/engine/scheduler.py": (
-        "workers/engine/test_scheduler.py",
-        "workers/engine/test_scheduler_beams.py",
-        "workers/engine/test_kv_waits.py",
+    "workers/scheduling/scheduler.py": (
+        "workers/scheduling/test_scheduler.py",
+        "workers/scheduling/test_scheduler_beams.py",
+        "workers/scheduling/test_kv_waits.py",
         "workers/engine/test_prefill_cap.py",
         "workers/engine/test_isolation.py",
-        "workers/requests/test_fairness.py",
-        "workers/requests/test_seat_reserve.py",
+        "workers/scheduling/test_fairness.py",
+        "workers/scheduling/test_seat_reserve.py",
     ),
-    "workers/engine/step_plan.py": (
-        "workers/engine/test_step_plan.py",
-        "workers/engine/test_scheduler.py",
+    "workers/scheduling/step_plan.py": (
+        "workers/scheduling/test_step_plan.py",
+        "workers/scheduling/test_scheduler.py",
     ),
     "workers/kv/block_pool.py": ("workers/kv/test_block_pool.py",),
     "workers/kv/eviction.py": ("workers/kv/test_eviction.py",),
@@ -93,7 +93,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     ),
     "workers/requests/sequence.py": (
         "workers/requests/test_sequence.py",
-        "workers/engine/test_scheduler.py",
+        "workers/scheduling/test_scheduler.py",
     ),
     "workers/requests/step_header.py": ("workers/requests/test_step_header.py",),
     "workers/sampling/draws.py": ("workers/sampling/test_sampling.py",),
@@ -122,7 +122,7 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
         "load.fetch_cost < math.inf": "speed: no worker fetches at an infinite cost",
         "lacks > rest": "a fetch of nothing has a cost, and so is never the best",
     },
-    "workers/engine/scheduler.py": {
+    "workers/scheduling/scheduler.py": {
         "limit - missing": "speed: the sum is cut to the limit",
         "max_rows <= 0": "speed: a sequence for which no row is left is not planned",
     },

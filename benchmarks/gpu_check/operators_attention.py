@@ -16,7 +16,6 @@ from benchmarks.gpu_check.compare import LIMITS, Worst
 from benchmarks.gpu_check.section import Place, Report
 from benchmarks.gpu_check.weights import RandomCheckpoint
 from workers.engine.batch import Batch, batch_order
-from workers.engine.step_plan import PlannedRows
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
 from workers.model import fp8
@@ -25,6 +24,7 @@ from workers.model.compute_threads import ComputeThreads
 from workers.model.cuda.blocks import CudaBlocks
 from workers.requests.request import Request, SamplingParams
 from workers.requests.sequence import SequenceState
+from workers.scheduling.step_plan import PlannedRows
 
 CPU = torch.device("cpu")
 BLOCK = 16

@@ -1,8 +1,8 @@
 """What a replica holds of each tenant, and what of it goes before a new request. Pure.
 
-The engines let tenants take turns by tokens over their weight (``workers.requests.fairness``), and
-within a tenant lower priority values go first. Admission follows the same order, so that the queue
-of one tenant does not make the requests of another one wait, or be refused.
+The engines let tenants take turns by tokens over their weight (``workers.scheduling.fairness``),
+and within a tenant lower priority values go first. Admission follows the same order, so that the
+queue of one tenant does not make the requests of another one wait, or be refused.
 """
 
 from __future__ import annotations

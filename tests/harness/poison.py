@@ -15,12 +15,12 @@ from benchmarks.harness.mixed_calls import make_calls
 from benchmarks.harness.serving_cluster import RUNTIMES, ThreadWorkerGroup
 from gateway.core.call import GenerateCall
 from workers.engine.model_runner import StepResult
-from workers.engine.step_plan import StepPlan
 from workers.process.actor import AttentionWorker
 from workers.process.attention_runtime import AttentionRuntime
 from workers.process.runtime import OnDeath, WorkerRuntime
 from workers.process.worker_args import WorkerArgs
 from workers.requests.step_header import StepHeader
+from workers.scheduling.step_plan import StepPlan
 
 POISON = 1020
 """Token that no other prompt of the tests has."""

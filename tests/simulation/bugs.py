@@ -32,7 +32,6 @@ from tests.simulation.feature_bugs import FEATURE_BUGS
 from tests.simulation.planted import MANY, Bug
 from tests.simulation.ray import SimGroup
 from workers.engine.isolation import Isolation
-from workers.engine.scheduler import Scheduler
 from workers.experts.transfer.loading import ExpertLoader
 from workers.kv import prefix_cache
 from workers.kv.transfer.store import KvTransferStore
@@ -40,6 +39,7 @@ from workers.model.loading.mapped import MappedFiles
 from workers.process.runtime import WorkerRuntime
 from workers.requests import block_hash
 from workers.requests.block_hash import chain_hash, root_hash
+from workers.scheduling.scheduler import Scheduler
 
 
 def _no_resubmission() -> AbstractContextManager[object]:

@@ -22,7 +22,6 @@ from tests.simulation.planted import MANY, Bug
 from workers.engine import engine, step_sampler
 from workers.engine.choices import open_choices
 from workers.engine.engine import Engine
-from workers.engine.scheduler import Scheduler
 from workers.kv.tiers import disk
 from workers.kv.tiers.disk import DiskTier
 from workers.kv.tiers.disk_writer import DiskWriter
@@ -30,6 +29,7 @@ from workers.kv.transfer.store import Fetch, KvTransferStore
 from workers.process.gateway_streams import GatewayStreams
 from workers.requests import block_hash
 from workers.requests.block_hash import root_hash
+from workers.scheduling.scheduler import Scheduler
 from workers.speculation.speculator import Speculator
 
 _KILLS = ("kill_worker", "kill_attention")

@@ -36,12 +36,12 @@ from workers.dispatch.expert_server import ExpertServer
 from workers.engine import step_sampler
 from workers.engine.engine import Engine
 from workers.engine.expert_load import Routed
-from workers.engine.step_plan import PlannedRows, StepPlan
 from workers.engine.step_sampler import StepTokens
 from workers.requests.request import TokenLogprob
 from workers.requests.sequence import SequenceState
 from workers.requests.step_header import StepHeader
 from workers.sampling.sampler import SampledToken
+from workers.scheduling.step_plan import PlannedRows, StepPlan
 from workers.transport.frames import FrameHeader, FrameKind
 from workers.transport.sockets import SocketTransport
 from workers.transport.transport import Tag

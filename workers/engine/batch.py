@@ -13,7 +13,6 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 from torch import Tensor
 
-from workers.engine.step_plan import PlannedRows, StepPlan
 from workers.inspection.recorder import BatchRecorder, Capture
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
@@ -34,6 +33,7 @@ from workers.model.host_copies import to_device
 from workers.model.layers import ModelInputs
 from workers.model.state_runs import StateRun
 from workers.requests.sequence import SequenceState
+from workers.scheduling.step_plan import PlannedRows, StepPlan
 
 _KEY_STEP = np.uint64(0x9E3779B97F4A7C15)
 _KEY_MASK = np.uint64((1 << 63) - 1)

@@ -23,7 +23,6 @@ from torch import Tensor
 from workers.cuda.step_graph import KeptSteps, StepGraph
 from workers.dispatch.dispatcher import CapturableDispatcher, CapturedExchanges
 from workers.engine.batch import row_columns
-from workers.engine.step_plan import PlannedRows
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
 from workers.model.attention_batch import AttentionBatch, PagedRows
@@ -31,6 +30,7 @@ from workers.model.host_copies import to_device
 from workers.model.layers import ModelInputs
 from workers.requests.buckets import bucket_of, kept_rows
 from workers.requests.step_header import StepHeader
+from workers.scheduling.step_plan import PlannedRows
 
 _TOKENS, _POSITIONS, _PROMPT_LENGTHS, _SLOTS, _SEATS, _LENGTHS, _IS_ROW, _NUM_COLUMNS = range(8)
 

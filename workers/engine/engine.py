@@ -33,8 +33,6 @@ from workers.engine.expert_load import LoadCounter
 from workers.engine.isolation import Isolation
 from workers.engine.model_runner import ModelRunner, StepResult
 from workers.engine.request_checks import RequestLimits, check_request, check_room
-from workers.engine.scheduler import Scheduler
-from workers.engine.step_plan import PlannedRows, RowsWanted, StepPlan
 from workers.engine.step_sampler import StepSampler, StepTokens
 from workers.kv.block_pool import BlockPool
 from workers.kv.cache import KVCache
@@ -65,6 +63,8 @@ from workers.requests.sequence import NOT_FINITE, Ending, Failure, SequenceState
 from workers.requests.step_header import StepHeader
 from workers.sampling.grammar import CompiledGrammar
 from workers.sampling.sampler import SampledToken
+from workers.scheduling.scheduler import Scheduler
+from workers.scheduling.step_plan import PlannedRows, RowsWanted, StepPlan
 from workers.speculation.speculator import Speculator
 
 _POISONOUS = Failure(

@@ -33,7 +33,6 @@ from workers.engine.batch import (
 from workers.engine.decode_graphs import DecodeGraphs
 from workers.engine.expert_load import Routed
 from workers.engine.native_step import NativeStep, native_step
-from workers.engine.step_plan import PlannedRows, StepPlan, single_rows
 from workers.inspection.recorder import Capture
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
@@ -45,6 +44,7 @@ from workers.model.layers import AttentionModel, Dispatch, Layer, LayerSteps, Mo
 from workers.requests.sequence import SequenceState
 from workers.requests.step_header import StepHeader
 from workers.sampling.best_tokens import finite_rows
+from workers.scheduling.step_plan import PlannedRows, StepPlan, single_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,11 +14,11 @@ from workers.engine.batch import (
     row_chunks,
     row_tokens,
 )
-from workers.engine.step_plan import PlannedRows
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
 from workers.model.families.native_layers import Experts, Flow, NativeLayers, native_layers
 from workers.model.layers import AttentionModel, LayerSteps
+from workers.scheduling.step_plan import PlannedRows
 
 
 class NativeStep:

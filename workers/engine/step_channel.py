@@ -23,8 +23,8 @@ from cluster.core.topology import Generation
 from workers.engine.leader import decide_header
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
-from workers.engine.step_plan import RowsWanted
 from workers.requests.step_header import HEADERS, PROPOSALS, StepHeader, StepProposal
+from workers.scheduling.step_plan import RowsWanted
 from workers.transport.edge_table import StepFrame
 from workers.transport.frames import FrameHeader, FrameKind
 from workers.transport.peer_connections import PeerConnections

@@ -20,7 +20,6 @@ from workers.beams.candidates import (
 )
 from workers.beams.group import ending_tokens
 from workers.engine.model_runner import StepResult
-from workers.engine.step_plan import PlannedRows, StepPlan
 from workers.inspection.buffers import StepRows
 from workers.inspection.inspector import Inspector
 from workers.model.config import BankSpec, ModelConfig
@@ -40,6 +39,7 @@ from workers.sampling.sampler import (
     logprob_entries_alone,
     report_drawn,
 )
+from workers.scheduling.step_plan import PlannedRows, StepPlan
 
 _SCORED_ROWS = 64
 """Prompt rows whose logits are made at a time: 64 x 50304 float32 are 13 MB."""

@@ -26,7 +26,6 @@ from workers.dispatch.dispatcher import TokenDispatcher
 from workers.dispatch.local import LocalDispatcher
 from workers.dispatch.remote import RemoteDispatcher
 from workers.engine.engine import Engine
-from workers.engine.step_plan import RowsWanted
 from workers.engine.step_watchdog import StepWatchdog
 from workers.inspection.buffers import shape_of
 from workers.kv.tiers.tiers import KvTiers
@@ -68,6 +67,7 @@ from workers.requests.step_header import StepHeader
 from workers.requests.wire import Abort, EngineHello, Pause, Paused, Relieve
 from workers.sampling.grammar import CompiledGrammar
 from workers.sampling.grammar_compiler import GrammarCompiler
+from workers.scheduling.step_plan import RowsWanted
 from workers.transport.path_watch import LOOK_S
 from workers.transport.peer_link import Peer
 from workers.transport.transport import DataTransport

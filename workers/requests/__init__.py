@@ -1,4 +1,4 @@
-"""Requests, their outputs and the step header as plain data, on the wire too; whose turn it is.
+"""Requests, their outputs and the step header as plain data, on the wire too.
 
 Imports ``cluster.core`` and numpy; never torch.
 """

@@ -41,8 +41,8 @@ from tests.harness.fault_rows import (
     wait_operation,
     with_model,
 )
-from workers.engine.scheduler import Scheduler
 from workers.requests.sequence import SequenceState
+from workers.scheduling.scheduler import Scheduler
 
 
 def begin_drain(cluster: ServingCluster, worker: str, limit_s: float = 120.0) -> dict[str, Any]:

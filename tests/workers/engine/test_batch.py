@@ -18,7 +18,6 @@ from workers.engine.batch import (
     row_chunks,
     split_rows,
 )
-from workers.engine.step_plan import PlannedRows
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
 from workers.model.attention_batch import group_size
@@ -26,6 +25,7 @@ from workers.model.compute_threads import ComputeThreads
 from workers.model.loading.checkpoint import Checkpoint
 from workers.requests.request import Request, SamplingParams
 from workers.requests.sequence import SequenceState
+from workers.scheduling.step_plan import PlannedRows
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 400

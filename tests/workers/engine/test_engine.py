@@ -25,10 +25,10 @@ from cluster.core.errors import (
 )
 from tests.fakes import TINY_CONFIG, FailingDispatcher, tiny_tensors, write_tiny_checkpoint
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
-from workers.engine.step_plan import RowsWanted
 from workers.requests.request import FinishReason, Request, SamplingParams, TokenOutput
 from workers.requests.step_header import Grant, StepHeader
 from workers.requests.traced import StepParents
+from workers.scheduling.step_plan import RowsWanted
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 

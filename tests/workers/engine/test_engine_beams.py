@@ -31,7 +31,6 @@ from tests.reference.beams import (
 from tests.reference.exact import exact, float_bits
 from tests.reference.goldens import ALL_VARIANTS, MAX_MODEL_LEN, Golden
 from workers.dispatch.dispatcher import TokenDispatcher
-from workers.engine.scheduler import Scheduler
 from workers.requests.request import (
     BeamParams,
     EarlyStopping,
@@ -40,6 +39,7 @@ from workers.requests.request import (
     SamplingParams,
     TokenOutput,
 )
+from workers.scheduling.scheduler import Scheduler
 
 OF_EACH_KIND = (
     *("olmoe-base", "dots1-swa", "jetmoe-tied", "gptoss-base", "deepseekv3-base"),

@@ -21,7 +21,6 @@ from tests.paths import DEMO
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from tests.workers.engine.test_engine import load_of, section_with_blocks
 from tests.workers.engine.test_engine import tokens as tokens_of
-from workers.engine.scheduler import Scheduler
 from workers.requests.request import (
     FinishReason,
     Grammar,
@@ -31,6 +30,7 @@ from workers.requests.request import (
     TokenOutput,
 )
 from workers.requests.sequence import SequenceState
+from workers.scheduling.scheduler import Scheduler
 from workers.speculation.acceptance import Acceptance
 
 NGRAM = SpeculationSection(

@@ -13,7 +13,7 @@ from cluster.core.errors import PeerLostError
 from cluster.core.topology import Generation
 from tests.cluster.controller.fakes_cluster import make_members
 from tests.fakes import FailingDispatcher
-from tests.workers.engine.test_scheduler import Desk, rows
+from tests.workers.scheduling.test_scheduler import Desk, rows
 from workers.engine.isolation import ANSWER_LIMIT_S, Isolation, StepMembers
 from workers.requests.request import (
     FinishReason,

@@ -17,8 +17,8 @@ from tests.fakes import Wakeups
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
 from workers.engine.step_channel import StepChannel
-from workers.engine.step_plan import RowsWanted
 from workers.requests.step_header import HEADERS, PROPOSALS, Grant, StepHeader, StepProposal
+from workers.scheduling.step_plan import RowsWanted
 from workers.transport.frames import FrameHeader, FrameKind
 from workers.transport.peer_connections import PeerConnections
 

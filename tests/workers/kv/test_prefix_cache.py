@@ -7,8 +7,8 @@ import random
 import pytest
 from msgspec.structs import replace
 
-from tests.workers.engine.test_scheduler import Desk, rows
 from tests.workers.kv.hashes import hashes_of
+from tests.workers.scheduling.test_scheduler import Desk, rows
 from workers.kv.turns import TurnUse
 from workers.requests.request import FinishReason, SamplingParams
 from workers.requests.sequence import SequenceState, SequenceStatus

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import msgspec
 import pytest
 
-from tests.workers.engine.test_scheduler import Desk
 from tests.workers.kv.hashes import hashes_of
 from tests.workers.kv.router_index import RouterIndex
+from tests.workers.scheduling.test_scheduler import Desk
 from workers.kv.block_pool import HashChanges
 from workers.kv.contents import BlockContents
 from workers.kv.router_events import BlockContent, EventBatch, RouterFeed

@@ -28,8 +28,8 @@ from workers.dispatch.remote import RemoteDispatcher
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
 from workers.engine.step_channel import StepChannel
-from workers.engine.step_plan import RowsWanted
 from workers.model.layers import Dispatch
+from workers.scheduling.step_plan import RowsWanted
 from workers.transport.collective import CollectiveTransport
 from workers.transport.frames import max_data_bytes
 from workers.transport.handshake import PeerIdentity

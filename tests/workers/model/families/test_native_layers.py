@@ -19,7 +19,6 @@ from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from workers.dispatch.dispatcher import DispatchHandle
 from workers.dispatch.local import LocalDispatcher
 from workers.engine.model_runner import StepResult
-from workers.engine.step_plan import StepPlan
 from workers.metrics.step_timer import StepTimer
 from workers.model.attention_batch import RowChunks
 from workers.model.families.native_layers import Flow
@@ -29,6 +28,7 @@ from workers.requests.inspection import Inspection
 from workers.requests.request import SamplingParams
 from workers.requests.step_header import StepHeader
 from workers.sampling.best_tokens import finite_rows
+from workers.scheduling.step_plan import StepPlan
 
 SCORED = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=3)
 PROMPTS = [tuple(range(3, 40)), (5, 9, 11), tuple(range(60, 40, -1)), (7,)]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from tests.workers.engine.test_scheduler import Desk, rows
 from tests.workers.kv.transfer.test_store import engine_of, request_of
+from tests.workers.scheduling.test_scheduler import Desk, rows
 from workers.requests.block_hash import block_hashes
 from workers.requests.request import SamplingParams
 from workers.requests.sequence import SequenceStatus

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from tests.workers.engine.test_scheduler import Desk, rows
+from tests.workers.scheduling.test_scheduler import Desk, rows
 from workers.requests.request import BeamParams, SamplingParams
 from workers.requests.sequence import SequenceState, SequenceStatus
 

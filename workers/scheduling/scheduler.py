@@ -15,17 +15,17 @@ from operator import attrgetter
 
 from msgspec.structs import replace
 
-from workers.engine.step_plan import PlannedRows, RowsWanted, StepPlan
 from workers.kv.block_pool import BlockPool
 from workers.kv.block_tables import BlockTables
 from workers.kv.prefix_cache import PrefixCache
 from workers.kv.sequence_states import SequenceStates
 from workers.kv.state_slots import StateMove, StateSlots
-from workers.requests.fairness import ServedTokens
-from workers.requests.kv_waits import KvWaits
 from workers.requests.request import FinishReason, Request
-from workers.requests.seat_reserve import RESERVED_ONE_IN, SeatReserve
 from workers.requests.sequence import Ending, SequenceState, SequenceStatus
+from workers.scheduling.fairness import ServedTokens
+from workers.scheduling.kv_waits import KvWaits
+from workers.scheduling.seat_reserve import RESERVED_ONE_IN, SeatReserve
+from workers.scheduling.step_plan import PlannedRows, RowsWanted, StepPlan
 from workers.speculation.speculator import Speculator
 
 _BLOCKS_AHEAD = 2

@@ -9,11 +9,11 @@ import pytest
 from msgspec.structs import replace
 
 from cluster.config.speculation import SpeculationSection
-from workers.engine.scheduler import Scheduler
-from workers.engine.step_plan import RowsWanted, StepPlan
 from workers.kv.block_pool import BlockPool
 from workers.requests.request import BeamParams, FinishReason, Request, SamplingParams
 from workers.requests.sequence import SequenceState, SequenceStatus
+from workers.scheduling.scheduler import Scheduler
+from workers.scheduling.step_plan import RowsWanted, StepPlan
 from workers.speculation.speculator import Speculator
 
 EOS = 2

@@ -6,10 +6,10 @@ import math
 from collections import Counter
 from itertools import count
 
-from workers.engine.scheduler import Scheduler
 from workers.kv.block_pool import BlockPool
 from workers.requests.request import Request, SamplingParams
 from workers.requests.sequence import SequenceState
+from workers.scheduling.scheduler import Scheduler
 
 SEATS = 32
 """Two of which are left free."""

@@ -11,12 +11,12 @@ import random
 
 import pytest
 
-from workers.engine.scheduler import Scheduler
-from workers.engine.step_plan import PlannedRows, StepPlan
 from workers.kv.block_pool import BlockPool
 from workers.kv.state_slots import StateSlots
 from workers.requests.request import Request, SamplingParams
 from workers.requests.sequence import SequenceState, SequenceStatus
+from workers.scheduling.scheduler import Scheduler
+from workers.scheduling.step_plan import PlannedRows, StepPlan
 
 BLOCK = 4
 NEVER = SamplingParams(max_tokens=8, ignore_eos=True)

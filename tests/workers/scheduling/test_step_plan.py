@@ -6,9 +6,9 @@ import math
 
 from msgspec.structs import replace
 
-from workers.engine.step_plan import PlannedRows, StepPlan, single_rows
 from workers.requests.request import Request, SamplingParams
 from workers.requests.sequence import SequenceState
+from workers.scheduling.step_plan import PlannedRows, StepPlan, single_rows
 
 
 def planned(name: str, blocks: list[int], first: int, count: int) -> PlannedRows:

@@ -8,10 +8,10 @@ from collections import Counter
 import pytest
 from msgspec.structs import replace
 
-from tests.workers.engine.test_scheduler import Desk
-from workers.requests.fairness import ServedTokens
+from tests.workers.scheduling.test_scheduler import Desk
 from workers.requests.request import SamplingParams
 from workers.requests.sequence import SequenceState
+from workers.scheduling.fairness import ServedTokens
 
 
 def ask(
