@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import triton
@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.cuda.align import Blocks, align
+from workers.cuda.expert_tiles import TALLEST_BLOCK, num_stages, tile_of
 from workers.cuda.language import MIN_DOT, cast, jit, rounded
 from workers.cuda.weight_tiles import add_product, halves
 from workers.quantization.formats import WeightFormat
@@ -30,39 +31,6 @@ Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
 _UNSORTED_PAIRS = 32
 """Up to so many, each is a block by itself: what a kernel saves that sorts them is less than its
 launch, as 32 of 64 slots are 26 different ones on average, and the L2 cache has the others."""
-_SUM_WIDTH = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How a program's work is cut for blocks of a height."""
-
-    gate_rows: int
-    """Rows of weights that a program multiplies, of gate and up each."""
-    rows: int
-    """The same of other matrices."""
-    row_bytes: int
-    """Bytes of a row of weights that it reads at a time."""
-    warps: int
-    stages: int
-    """Reads under way at once, where shared memory has room for them."""
-
-
-_LOW = Tile(gate_rows=32, rows=64, row_bytes=256, warps=4, stages=4)
-_TILES = {
-    64: Tile(gate_rows=64, rows=128, row_bytes=128, warps=4, stages=3),
-    128: Tile(gate_rows=128, rows=256, row_bytes=128, warps=8, stages=4),
-}
-"""By height of half types; lower blocks have ``_LOW``, as have all of float32. Fastest of 38 forms
-each on an H100 for 64 experts of 2,048 x 1,024 in bfloat16. Products of 32,768 pairs: 506 and 477
-TFLOPS, where ``torch.nn.functional.grouped_mm`` (2.11) makes 350 to 400 and its pairs have to be
-sorted and put back, which takes as long again."""
-_CODED_TILES = dict.fromkeys(_TILES, _TILES[64])
-"""The same of codes, of six forms: more programs become numbers of their codes meanwhile."""
-_TALLEST_BLOCK = {2: 128, 4: 64}
-"""By bytes of a number."""
-_INTERPRETED_SHARED_BYTES = 227 << 10
-"""Of an H100, for the interpreter and for compiling without a device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +67,7 @@ def make_pairs(
     if slots.numel() <= _UNSORTED_PAIRS:
         return Pairs(slots, None, sources, per_row)
     height = MIN_DOT
-    while height < _TALLEST_BLOCK[dtype.itemsize] and slots.numel() > height * num_slots:
+    while height < TALLEST_BLOCK[dtype.itemsize] and slots.numel() > height * num_slots:
         height *= 2
     return Pairs(slots, align(slots, num_slots, height), sources, per_row)
 
@@ -148,86 +116,13 @@ def gate_up(
     2 * inner, 1] -> [P, inner], where rows of pairs without a slot hold anything. All contiguous,
     float32 or a half type, in which the numbers of codes are rounded, too.
     """
-    inner, rows = weights.weights.shape[1] // 2, _tile(pairs, inputs, weights.form).gate_rows
-    numbers = activation.alpha, activation.limit
-    names = {"ACTIVATION": activation.name}
-    return _launch(
-        _gate_up, inputs, weights, biases, pairs, numbers, inner, rows, 2 * rows, **names
-    )
+    return _launch(inputs, weights, biases, pairs, activation)
 
 
 def multiply(inputs: Tensor, weights: Matrices, biases: Tensor | None, pairs: Pairs) -> Tensor:
     """The product of each pair: inputs [N, in], weights [slots, out, in], biases [slots, out, 1]
     -> [P, out]."""
-    rows, width = _tile(pairs, inputs, weights.form).rows, weights.weights.shape[1]
-    return _launch(_multiply, inputs, weights, biases, pairs, (), width, rows, rows)
-
-
-def sum_rows(
-    outputs: Tensor, slots: Tensor, weights: Tensor, rounds_products: bool, dtype: torch.dtype
-) -> Tensor:
-    """The weighted sum over each row's pairs with a slot, in their order, in float32.
-
-    outputs [T * k, out]; slots [T, k] integers, -1 for none; weights [T, k] float32
-    -> [T, out] ``dtype``. ``rounds_products``: weights, and then products of weight and output,
-    are rounded to the type of ``outputs``.
-    """
-    num_rows, top_k = slots.shape
-    width = outputs.shape[1]
-    out = outputs.new_empty(num_rows, width, dtype=dtype)
-    _sum_rows[(num_rows, triton.cdiv(width, _SUM_WIDTH))](
-        outputs,
-        slots,
-        weights,
-        out,
-        slots.stride(0),
-        weights.stride(0),
-        TOP_K=top_k,
-        WIDTH=width,
-        ROUNDS=rounds_products,
-        TILE=_SUM_WIDTH,
-        enable_fp_fusion=False,  # a product is rounded, as in torch
-    )
-    return out
-
-
-def _tile(pairs: Pairs, inputs: Tensor, form: WeightFormat | None) -> Tile:
-    if inputs.itemsize != 2:
-        return _LOW
-    return (_TILES if form is None else _CODED_TILES).get(pairs.height, _LOW)
-
-
-def shared_bytes(device: torch.device) -> int:
-    """What a program can have of shared memory."""
-    if device.type != "cuda":
-        return _INTERPRETED_SHARED_BYTES
-    properties: Any = torch.cuda.get_device_properties(device)
-    found: int = properties.shared_memory_per_block_optin
-    return found
-
-
-def _num_stages(tile: Tile, step: int, matrices: Matrices, height: int, rows_read: int) -> int:
-    """Reads under way at once, of ``step`` columns for ``height`` pairs and ``rows_read`` rows.
-
-    Codes become numbers of shared memory of their own.
-    """
-    room, form = shared_bytes(matrices.weights.device), matrices.form
-    row_bytes = tile.row_bytes
-    if form is not None:
-        room -= rows_read * row_bytes
-        row_bytes = form.row_bytes(step) + _groups_read(form, matrices.width, step) * (
-            form.scale_bytes + form.has_zeros
-        )
-    stage_bytes = height * tile.row_bytes + rows_read * row_bytes
-    return max(1, min(tile.stages, room // stage_bytes))
-
-
-def _groups_read(form: WeightFormat, width: int, step: int) -> int:
-    """Scales of a row that are read with ``step`` codes; see ``weight_tiles``."""
-    group = form.group or width
-    if group >= width or group % step == 0:
-        return 1
-    return step // group if step % group == 0 else step
+    return _launch(inputs, weights, biases, pairs, None)
 
 
 def has_float8(device: torch.device) -> bool:
@@ -236,27 +131,24 @@ def has_float8(device: torch.device) -> bool:
 
 
 def _launch(
-    kernel: Any,
     inputs: Tensor,
     matrices: Matrices,
     biases: Tensor | None,
     pairs: Pairs,
-    numbers: tuple[float, ...],
-    width: int,
-    rows: int,
-    rows_read: int,
-    **more: str,
+    activation: GateActivation | None,
 ) -> Tensor:
-    """``rows``: of outputs of a program; ``rows_read``: of weights for them."""
     weights, form = matrices.weights, matrices.form
     assert form is not None or inputs.dtype == weights.dtype
     assert inputs.is_contiguous()
-    tile = _tile(pairs, inputs, form)
-    step = tile.row_bytes // inputs.itemsize
+    tile = tile_of(pairs.height, inputs.itemsize, form)
+    step, width = tile.row_bytes // inputs.itemsize, weights.shape[1]
+    rows = rows_read = tile.rows
+    if activation is not None:
+        width, rows, rows_read = width // 2, tile.gate_rows, 2 * tile.gate_rows
     num_slots = weights.shape[0]
     slots, blocks, sources = pairs.slots, pairs.blocks, pairs.sources
     out = inputs.new_empty(slots.numel(), width)
-    kernel[(pairs.num_blocks * triton.cdiv(width, rows),)](
+    _multiply[(pairs.num_blocks * triton.cdiv(width, rows),)](
         inputs,
         weights,
         weights if biases is None else biases,
@@ -270,7 +162,8 @@ def _launch(
         num_slots,
         pairs.num_blocks,
         slots.stride(0),
-        *numbers,
+        1.0 if activation is None else activation.alpha,
+        0.0 if activation is None else activation.limit,
         TOP_K=slots.shape[1],
         HAS_BIAS=biases is not None,
         IS_SORTED=blocks is not None,
@@ -287,15 +180,17 @@ def _launch(
         HEIGHT=pairs.height,
         ROWS=rows,
         STEP=step,
+        ACTIVATION="" if activation is None else activation.name,
         num_warps=tile.warps,
-        num_stages=_num_stages(tile, step, matrices, pairs.height, rows_read),
-        **more,
+        num_stages=num_stages(
+            tile, step, pairs.height, rows_read, matrices.width, form, weights.device
+        ),
     )
     return out
 
 
 @partial(jit, any_alignment=["biases", "scales", "zeros", "slots", "order", "table", "sources"])
-def _gate_up(
+def _multiply(
     inputs: tl.pointer_type,
     weights: tl.pointer_type,
     biases: tl.pointer_type,
@@ -329,7 +224,9 @@ def _gate_up(
     STEP: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ) -> None:
-    """A program: the pairs of a block x ``ROWS`` of the gate and of up."""
+    """A program: the pairs of a block x ``ROWS`` of their matrix, or with an activation of the gate
+    and of up."""
+    IS_GATED: tl.constexpr = ACTIVATION != ""
     tiles: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
     block = tl.program_id(0) // tiles
     slot = _slot_of(block, slots, table, num_slots, slots_stride, TOP_K, IS_SORTED)
@@ -338,91 +235,37 @@ def _gate_up(
     pairs, has_pair = _pairs_of(block, order, table, num_blocks, IS_SORTED, HEIGHT)
     rows = _sources_of(pairs, has_pair, sources, HAS_SOURCES, PER_ROW)
     columns = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
-    gate = slot.to(tl.int64) * (2 * WIDTH) + columns
-    up = gate + WIDTH
-    is_column = columns < WIDTH
-    parts = weights, scales, zeros
-    form: tl.constexpr = (CODES, HAS_FLOAT8, HAS_E8M0, HAS_ZEROS, ZERO_BITS)
-    gates = tl.zeros([HEIGHT, ROWS], dtype=tl.float32)
-    ups = tl.zeros([HEIGHT, ROWS], dtype=tl.float32)
-    for start in range(0, DEPTH, STEP):
-        place = start + tl.arange(0, STEP)
-        x = _rows_tile(inputs, rows, has_pair, place, DEPTH, STEP)
-        x = halves(x, CODES, HEIGHT, STEP)
-        gates = add_product(gates, x, parts, gate, is_column, start, form, GROUP, DEPTH, STEP)
-        ups = add_product(ups, x, parts, up, is_column, start, form, GROUP, DEPTH, STEP)
-    dtype = out.dtype.element_ty
-    if HAS_BIAS:
-        own = biases + slot * (2 * WIDTH) + columns
-        gates += tl.load(own, mask=is_column, other=0.0).to(tl.float32)[None, :]
-        ups += tl.load(own + WIDTH, mask=is_column, other=0.0).to(tl.float32)[None, :]
-    gates, ups = rounded(gates, dtype), rounded(ups, dtype)
-    if ACTIVATION == "clamped_swiglu":
-        gates = tl.where(gates > limit, limit, gates)  # NaN stays
-        ups = tl.where(ups > limit, limit, tl.where(ups < -limit, -limit, ups))
-        active = gates / (1.0 + tl.exp(-alpha * gates))
-        ups = ups + 1.0
-    else:
-        active = _activated(gates, ACTIVATION)
-    product = cast(rounded(active, dtype) * rounded(ups, dtype), dtype)
-    _store(out, product, pairs, has_pair, columns, WIDTH)
-
-
-@partial(jit, any_alignment=["biases", "scales", "zeros", "slots", "order", "table", "sources"])
-def _multiply(
-    inputs: tl.pointer_type,
-    weights: tl.pointer_type,
-    biases: tl.pointer_type,
-    scales: tl.pointer_type,
-    zeros: tl.pointer_type,
-    out: tl.pointer_type,
-    slots: tl.pointer_type,
-    order: tl.pointer_type,
-    table: tl.pointer_type,
-    sources: tl.pointer_type,
-    num_slots: tl.tensor,
-    num_blocks: tl.tensor,
-    slots_stride: tl.tensor,
-    TOP_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    IS_SORTED: tl.constexpr,
-    HAS_SOURCES: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    CODES: tl.constexpr,
-    HAS_FLOAT8: tl.constexpr,
-    HAS_E8M0: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    ZERO_BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    DEPTH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    ROWS: tl.constexpr,
-    STEP: tl.constexpr,
-) -> None:
-    """A program: the pairs of a block x ``ROWS`` of their matrix."""
-    tiles: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
-    block = tl.program_id(0) // tiles
-    slot = _slot_of(block, slots, table, num_slots, slots_stride, TOP_K, IS_SORTED)
-    if slot < 0:
-        return
-    pairs, has_pair = _pairs_of(block, order, table, num_blocks, IS_SORTED, HEIGHT)
-    rows = _sources_of(pairs, has_pair, sources, HAS_SOURCES, PER_ROW)
-    columns = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
-    row = slot.to(tl.int64) * WIDTH + columns
+    row = slot.to(tl.int64) * (2 * WIDTH if IS_GATED else WIDTH) + columns
+    up = row + WIDTH
     is_column = columns < WIDTH
     parts = weights, scales, zeros
     form: tl.constexpr = (CODES, HAS_FLOAT8, HAS_E8M0, HAS_ZEROS, ZERO_BITS)
     total = tl.zeros([HEIGHT, ROWS], dtype=tl.float32)
+    ups = total
     for start in range(0, DEPTH, STEP):
         place = start + tl.arange(0, STEP)
         x = _rows_tile(inputs, rows, has_pair, place, DEPTH, STEP)
         x = halves(x, CODES, HEIGHT, STEP)
         total = add_product(total, x, parts, row, is_column, start, form, GROUP, DEPTH, STEP)
+        if IS_GATED:
+            ups = add_product(ups, x, parts, up, is_column, start, form, GROUP, DEPTH, STEP)
     if HAS_BIAS:
-        own = biases + slot * WIDTH + columns
+        own = biases + slot * (2 * WIDTH if IS_GATED else WIDTH) + columns
         total += tl.load(own, mask=is_column, other=0.0).to(tl.float32)[None, :]
-    _store(out, cast(total, out.dtype.element_ty), pairs, has_pair, columns, WIDTH)
+        if IS_GATED:
+            ups += tl.load(own + WIDTH, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    dtype = out.dtype.element_ty
+    if IS_GATED:
+        gates, ups = rounded(total, dtype), rounded(ups, dtype)
+        if ACTIVATION == "clamped_swiglu":
+            gates = tl.where(gates > limit, limit, gates)  # NaN stays
+            ups = tl.where(ups > limit, limit, tl.where(ups < -limit, -limit, ups))
+            active = gates / (1.0 + tl.exp(-alpha * gates))
+            ups = ups + 1.0
+        else:
+            active = _activated(gates, ACTIVATION)
+        total = rounded(active, dtype) * rounded(ups, dtype)
+    _store(out, cast(total, dtype), pairs, has_pair, columns, WIDTH)
 
 
 @jit
@@ -524,33 +367,3 @@ def _store(
 ) -> None:
     address = out + pairs.to(tl.int64)[:, None] * WIDTH + columns[None, :]
     tl.store(address, values, mask=has_pair[:, None] & (columns < WIDTH)[None, :])
-
-
-@partial(jit, any_alignment=["slots", "weights"])
-def _sum_rows(
-    outputs: tl.pointer_type,
-    slots: tl.pointer_type,
-    weights: tl.pointer_type,
-    out: tl.pointer_type,
-    slots_stride: tl.tensor,
-    weights_stride: tl.tensor,
-    TOP_K: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    TILE: tl.constexpr,
-) -> None:
-    """A program: ``TILE`` elements of a row."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    total = tl.zeros([TILE], dtype=tl.float32)
-    for place in range(TOP_K):
-        if tl.load(slots + row * slots_stride + place) >= 0:
-            address = outputs + (row * TOP_K + place) * WIDTH + columns
-            x = tl.load(address, mask=columns < WIDTH, other=0.0).to(tl.float32)
-            factor = tl.load(weights + row * weights_stride + place)
-            if ROUNDS:
-                dtype = outputs.dtype.element_ty
-                total += rounded(x * rounded(factor, dtype), dtype)
-            else:
-                total += x * factor
-    tl.store(out + row * WIDTH + columns, cast(total, out.dtype.element_ty), mask=columns < WIDTH)

@@ -35,7 +35,7 @@ class CudaExperts(StackedWeights):
         dtype: torch.dtype,
     ) -> Tensor:
         """See ``ExpertBank.compute_rows``; a row may also have no slot at all."""
-        from workers.cuda.experts import sum_rows
+        from workers.cuda.row_sums import sum_rows
 
         sources = None
         if self._per_slot_input and inputs.shape[0] != slots.numel():

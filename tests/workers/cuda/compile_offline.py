@@ -16,13 +16,14 @@ from triton.runtime.jit import JITFunction
 
 from tests.workers.cuda.device import SHARED_BYTES
 from tests.workers.quantization.random import FORMATS
-from workers.cuda import experts
+from workers.cuda import expert_tiles, experts
 from workers.cuda.decode_attention import decode
-from workers.cuda.experts import GateActivation, Matrices, gate_up, make_pairs, multiply, sum_rows
+from workers.cuda.experts import GateActivation, Matrices, gate_up, make_pairs, multiply
 from workers.cuda.heads import prepare_heads
 from workers.cuda.norms import norm, sum_and_norm
 from workers.cuda.prefill_attention import prefill
 from workers.cuda.routing import Choice, Scoring, choose
+from workers.cuda.row_sums import sum_rows
 from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import empty_weight, parts_of
 
@@ -123,7 +124,7 @@ def main() -> None:
     capability, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
     is_whole = "all" in sys.argv
     driver.set_active(Offline(capability))
-    experts.shared_bytes = lambda device: SHARED_BYTES[capability]
+    expert_tiles.shared_bytes = lambda device: SHARED_BYTES[capability]
     experts.has_float8 = lambda device: capability >= 89
     JITFunction.__getitem__ = lambda kernel, grid: Compiled(kernel, grid)
     for num_rows in (1, 64, 300, 1100) if is_whole else (1, 1100):

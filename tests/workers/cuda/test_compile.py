@@ -14,10 +14,10 @@ from tests.paths import ROOT
 from tests.workers.cuda.device import SHARED_BYTES
 
 KERNELS = {
-    *("_align", "_count", "_sum_tiles", "_gate_up", "_multiply", "_sum_rows"),
+    *("_align", "_count", "_sum_tiles", "_multiply", "_sum_rows"),
     *("_decode", "_combine", "_prefill", "_prepare", "_norm", "_choose"),
 }
-PRODUCTS = {"_gate_up", "_multiply", "_decode", "_prefill"}
+PRODUCTS = {"_multiply", "_decode", "_prefill"}
 
 
 def compiled(capability: int, dtype: str, folder: Path, *more: str) -> list[dict[str, object]]:

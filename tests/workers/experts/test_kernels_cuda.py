@@ -19,7 +19,7 @@ from tests.workers.experts.plain import (
     reference,
     weights,
 )
-from workers.cuda.experts import sum_rows
+from workers.cuda.row_sums import sum_rows
 from workers.experts.bank import ExpertBank
 from workers.experts.kernels_cuda import CudaExperts
 from workers.model.config import BankSpec, ExchangeSpec
