@@ -192,7 +192,7 @@ def _serve(connected: Connected, device: int, plan: Plan) -> Sizes:
         echo = _echo(connected.transport, shape, num_rows)
         for step in plan.steps(2 * size):
             echo(step)
-        before = dict(server.num_bytes)
+        before = dict(server.counters.num_bytes)
         laps = ExpertLaps()
         server.timer = StepTimer(laps)
         steps = plan.steps(2 * size + 1)
@@ -200,7 +200,7 @@ def _serve(connected: Connected, device: int, plan: Plan) -> Sizes:
             server.run_step(shape.header(step, num_rows, plan.is_prefill))
         experts_us.append(laps.us)
         served = len(steps) * shape.layers
-        found.append({k: (n - before[k]) / served for k, n in server.num_bytes.items()})
+        found.append({k: (n - before[k]) / served for k, n in server.counters.num_bytes.items()})
     wait_for_the_end(connected.transport, shape, plan.steps(2 * len(plan.tokens)).start)
     return Sizes([], experts_us, found)
 

@@ -21,7 +21,6 @@ from tests.simulation.kernel import Kernel
 from tests.simulation.toy_adapters import ToyAdapters
 from tests.simulation.toy_model import (
     Drawing,
-    ToyBank,
     ToyCache,
     ToyResult,
     banks,
@@ -33,6 +32,7 @@ from tests.simulation.toy_model import (
 )
 from workers.dispatch.copies import EpochTables
 from workers.dispatch.expert_server import ExpertServer
+from workers.dispatch.row_serving import ExpertSide, ServedPlace, ServedStep, StaticServing
 from workers.engine import step_sampler
 from workers.engine.engine import Engine
 from workers.engine.expert_load import Routed
@@ -265,23 +265,25 @@ class ToyEngine(Engine):
         self._step_sampler = ToySampler(self._step_sampler.inspector)  # type: ignore[assignment]
 
 
-class ToyExpertServer(ExpertServer):
-    """The expert server, with the toy's exchange."""
+class ToyServing(StaticServing):
+    """The toy's exchange."""
 
     _transport: ToyTransport
+    _step: ServedStep
 
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
+    def __init__(self, side: ExpertSide, transport: Any) -> None:
+        super().__init__(side, transport)
         self._known: dict[int, tuple[torch.Tensor, frozenset[int]]] = {}
 
-    def _serve(self, bank: Any, index: int, micro_batch: int) -> None:
-        ranks = list(self._granted[micro_batch])
-        with self._activity:
+    def serve_place(self, place: ServedPlace) -> None:
+        bank = place.bank
+        ranks = list(self._step.granted[place.micro_batch])
+        with self._side.activity:
             received = self._transport.receive_bytes(Tag(bank.index, 0, 0, "rows"), ranks)
         started = time.monotonic()
         work(0.005)
-        self.slot_seconds += time.monotonic() - started
-        slots: ToyBank = self._slots[bank.index]
+        self._side.counters.slot_seconds += time.monotonic() - started
+        slots: Any = self._side.slots[bank.index]
         contents, filled = slots.values, self._filled_slots(bank.index)
         for rank, (count, data) in zip(ranks, received, strict=True):
             wanted = struct.unpack(f"!{count}H", data)
@@ -293,12 +295,20 @@ class ToyExpertServer(ExpertServer):
 
     def _filled_slots(self, bank: int) -> frozenset[int]:
         """Slots that hold an expert in the step's epoch."""
-        table = self._filled[bank].table
+        table = self._step.filled[bank].table
         known = self._known.get(bank)
         if known is None or known[0] is not table:
             places = enumerate(table.tolist()[:-1])
             known = self._known[bank] = table, frozenset(slot for slot, full in places if full)
         return known[1]
+
+
+class ToyExpertServer(ExpertServer):
+    """The expert server, with the toy's exchange."""
+
+    def _serving_of(self, step: ServedStep) -> ToyServing:
+        self._toy: ToyServing = getattr(self, "_toy", ToyServing(self._side, self._transport))
+        return self._toy
 
 
 __all__ = ["FrameHeader", "FrameKind", "ToyDispatcher", "ToyEngine", "ToyExpertServer", "work"]

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.harness.local_engine import LocalEngine
 from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from workers.dispatch.edge_rows import EdgeRows
-from workers.dispatch.remote import RemoteDispatcher
+from workers.dispatch.row_exchange import StaticExchange
 from workers.requests.request import Request, SamplingParams, TokenOutput
 
 NUM_REQUESTS = 64
@@ -34,9 +34,9 @@ def tokens(outputs: Sequence[TokenOutput]) -> list[int]:
 def limited(monkeypatch: pytest.MonkeyPatch) -> Counter[bool]:
     """Dispatches with fewer rows than granted, and whether a step was complete."""
     found: Counter[bool] = Counter()
-    pick, end_step = RemoteDispatcher._pick_needed, EdgeRows.end_step
+    pick, end_step = StaticExchange._split_needed, EdgeRows.end_step
 
-    def spy_pick(self: RemoteDispatcher, *arguments: Any) -> Any:
+    def spy_pick(self: StaticExchange, *arguments: Any) -> Any:
         found[True] += 1
         return pick(self, *arguments)
 
@@ -45,7 +45,7 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> Counter[bool]:
         found[False] += not is_complete
         return is_complete
 
-    monkeypatch.setattr(RemoteDispatcher, "_pick_needed", spy_pick)
+    monkeypatch.setattr(StaticExchange, "_split_needed", spy_pick)
     monkeypatch.setattr(EdgeRows, "end_step", spy_end)
     return found
 

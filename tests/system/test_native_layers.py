@@ -17,7 +17,7 @@ from cluster.config.cluster import EngineSection
 from tests.reference.exact import exact, mixed_requests
 from tests.reference.goldens import Golden
 from tests.workers.native.builds import NAMES
-from workers.dispatch.native_home import NativeHome
+from workers.dispatch.native_attention_side import NativeExchange
 from workers.model.families.native_layers import Flow, NativeLayers
 from workers.native.exchange import HomeFields
 from workers.transport import peer_connections
@@ -112,9 +112,9 @@ def test_rows_that_were_not_sent_are_kept(
     with contextlib.suppress(BlockingIOError):
         while here.send(bytes(1 << 16)):
             pass
-    prepare, stopped, run = NativeHome.prepare, NativeHome.stopped, NativeLayers.run
+    prepare, stopped, run = NativeExchange.prepare, NativeExchange.stopped, NativeLayers.run
 
-    def spy_prepare(home: NativeHome, *arguments: Any) -> list[list[HomeFields]] | None:
+    def spy_prepare(home: NativeExchange, *arguments: Any) -> list[list[HomeFields]] | None:
         homes = prepare(home, *arguments)
         for frame in home._direct.frames if homes and home._direct else ():
             frame.socket = here.fileno()
@@ -127,14 +127,14 @@ def test_rows_that_were_not_sent_are_kept(
                 torch.full_like(flow.hidden, torch.nan)
         return found
 
-    def spy_stopped(home: NativeHome, result: int) -> None:
+    def spy_stopped(home: NativeExchange, result: int) -> None:
         assert home._direct is not None
         for frame, edge in zip(home._direct.frames, home._direct.edges, strict=True):
             frame.socket = edge.sock.fileno()
         stopped(home, result)
 
-    monkeypatch.setattr(NativeHome, "prepare", spy_prepare)
-    monkeypatch.setattr(NativeHome, "stopped", spy_stopped)
+    monkeypatch.setattr(NativeExchange, "prepare", spy_prepare)
+    monkeypatch.setattr(NativeExchange, "stopped", spy_stopped)
     monkeypatch.setattr(NativeLayers, "run", spy_run)
     with here, there:
         check(golden(variant), (1, 1), num_micro_batches)

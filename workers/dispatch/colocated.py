@@ -23,8 +23,9 @@ from torch import Tensor
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
 from workers.cuda.step_graph import StepGraph
+from workers.dispatch.captured_serving import CapturedServes
 from workers.dispatch.dispatcher import BatchRows, CapturedExchanges, DispatchHandle
-from workers.dispatch.expert_server import CapturedServes, ExpertServer
+from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.recording import RecordingTransport
 from workers.dispatch.remote import CapturedRows, RemoteDispatcher
 from workers.metrics.activity import Activity
@@ -165,12 +166,13 @@ class ColocatedDispatcher:
     @property
     def captured_state(self) -> Hashable:
         """See ``CapturableDispatcher``."""
-        return self._attention.captured_state, self._server.captured_state
+        return self._attention.captured_state, self._server.captured.state
 
     def captured_shape(self, header: StepHeader) -> Hashable:
         """See ``CapturableDispatcher``: with the rows of the other ranks."""
         own = self._attention.rank
-        others = tuple(served for served in self._server.captured_shape(header) if served[0] != own)
+        served = self._server.captured.shape(header)
+        others = tuple(grant for grant in served if grant[0] != own)
         return self._attention.captured_shape(header), others
 
     @contextmanager
@@ -181,8 +183,8 @@ class ColocatedDispatcher:
         header = attention.captured_header(under_way, len(is_row))
         with (
             self._transport.recording(is_row.device, attention.activity, graph),
-            self._server.counting_apart(header) as served,
-            attention.as_captured(header, is_row) as rows,
+            self._server.as_captured(header) as served,
+            attention.as_captured(header, is_row, self._transport) as rows,
         ):
             self._served = (-1, -1)
             yield _Captured(self, served, rows)

@@ -42,13 +42,15 @@ class EdgeRows:
     """What the edges of one attention rank needed. Data thread only."""
 
     def __init__(self) -> None:
+        self.can_limit = False
+        """Edges of this generation may carry fewer rows than the rank has."""
         self._share = 0.0
         self._noted: list[_Noted] = []
         self._found: Tensor | None = None
 
     @property
     def share(self) -> int:
-        """``StepProposal.edge_share``."""
+        """``StepProposal.edge_share``, where edges can be limited."""
         return math.ceil(self._share * WHOLE)
 
     def forget(self) -> None:

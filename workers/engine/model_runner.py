@@ -264,12 +264,14 @@ class ModelRunner:
             finite = _joined([flow.finite for flow in flows])
             return _Outputs([flow.hidden for flow in flows], finite, flows[0].logits)
         assert isinstance(dispatcher, RemoteDispatcher)
-        dispatcher.stopped(stop)
+        exchange = dispatcher.native
+        assert exchange is not None, "native layers stop in exchanges alone"
+        exchange.stopped(stop)
         handles: list[DispatchHandle | None] = [None] * len(flows)
         for i, flow in enumerate(flows):
             if flow.is_waiting:
                 index = native.layers.bank_of(flow.num_begun - 1)
-                handles[i] = dispatcher.waiting(index, i, flow.topk_weights)
+                handles[i] = exchange.pending(index, i, flow.topk_weights)
         rest = [native.rest(*found) for found in zip(flows, parts, strict=True)]
         return _Outputs(self._drive(decodes, routed, rest, handles, turn))
 
@@ -376,7 +378,7 @@ def _experts(
 ) -> Sequence[Experts] | None:
     """For native layers: the experts by micro-batch of so many rows; None: rows are dispatched."""
     if isinstance(dispatcher, RemoteDispatcher):
-        return dispatcher.homes(num_rows)
+        return None if dispatcher.native is None else dispatcher.native.prepare(num_rows)
     experts = dispatcher.experts()
     return None if experts is None else [experts] * len(num_rows)
 

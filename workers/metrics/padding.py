@@ -1,8 +1,9 @@
 """The share of padding in the rows that an expert worker receives and returns.
 
-The static split (``workers.dispatch.remote``) sends every granted row to every expert rank, so that
-no sizes are needed: a row without an expert at a rank is padding there, in dispatch and, where sums
-return, in combine. The exact split and outputs by pair have no padding, nor do transports add any.
+The static exchange (``workers.dispatch.row_exchange``) sends every granted row to every expert
+rank, so that no sizes are needed: a row without an expert at a rank is padding there, in dispatch
+and, where sums return, in combine. The exact exchange and outputs by pair have no padding, nor do
+transports add any.
 """
 
 from __future__ import annotations

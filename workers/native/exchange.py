@@ -1,6 +1,6 @@
 """Exchanges between attention ranks and expert ranks (``c/exchange.h``).
 
-Reference: ``workers.dispatch.remote`` and ``workers.dispatch.expert_server``.
+Reference: ``workers.dispatch.row_exchange`` and ``workers.dispatch.row_serving``.
 """
 
 from __future__ import annotations

@@ -233,7 +233,7 @@ def copies_on_two_devices() -> tuple[BankSpec, ExpertPlacement]:
 
 def token_counts(mesh: Mesh) -> list[list[int]]:
     servers = [mesh[m.name].server for m in mesh.generation.experts]
-    return [cast(list[int], s.token_counts[0].tolist()) for s in servers if s is not None]
+    return [cast(list[int], s.counters.token_counts[0].tolist()) for s in servers if s is not None]
 
 
 def test_decode_rows_use_one_copy_and_prefill_rows_the_shares() -> None:
@@ -286,7 +286,7 @@ def padding(mesh: Mesh) -> list[list[float]]:
     """Ratios of dispatch and combine, by expert rank."""
     servers = [mesh[m.name].server for m in mesh.generation.experts]
     return [
-        [round(value, 6) for value in server.padding.stats().values()]
+        [round(value, 6) for value in server.counters.padding.stats().values()]
         for server in servers
         if server is not None
     ]

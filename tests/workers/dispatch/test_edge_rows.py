@@ -89,9 +89,9 @@ def test_an_edge_carries_so_many_rows_as_the_header_says() -> None:
         for step, limit in enumerate((0, 4), start=1):
             server = mesh["expert-3"].server
             assert server is not None
-            before = dict(server.num_bytes)
+            before = dict(server.counters.num_bytes)
             run(mesh, Work(BANKS, ROWS, make_header(ROWS, limit, step)))
-            sent.append({name: n - before[name] for name, n in server.num_bytes.items()})
+            sent.append({name: n - before[name] for name, n in server.counters.num_bytes.items()})
     row_bytes = 4 * (16 + 24)
     assert [s["combine"] for s in sent] == [17 * row_bytes, 8 * row_bytes]
     assert sent[1]["dispatch"] * 17 == sent[0]["dispatch"] * 8
@@ -119,12 +119,12 @@ def test_rows_are_filled_up_to_the_bucket(nccl: FakeNccl, limit: int) -> None:
         server = mesh["expert-3"].server
         assert server is not None
         for step, bucket in enumerate((12, 16), start=1):
-            before = server.num_bytes["combine"]
+            before = server.counters.num_bytes["combine"]
             header = replace(make_header(ROWS, limit, step), bucket=bucket)
             found = run(mesh, Work(BANKS, ROWS, header))
             assert all(is_complete == is_right for is_complete, is_right in found)
             rows = 2 * min(bucket, limit or bucket)
-            assert server.num_bytes["combine"] - before == rows * 4 * (16 + 24)
+            assert server.counters.num_bytes["combine"] - before == rows * 4 * (16 + 24)
 
 
 def test_partial_sums_over_nccl_come_in_the_type_of_the_model(nccl: FakeNccl) -> None:
@@ -134,7 +134,7 @@ def test_partial_sums_over_nccl_come_in_the_type_of_the_model(nccl: FakeNccl) ->
             assert run(mesh, work) == [(True, True)]
         server = mesh["expert-0"].server
         assert server is not None
-        assert server.num_bytes["combine"] == (12 + 11) * 2 * (16 + 24)
+        assert server.counters.num_bytes["combine"] == (12 + 11) * 2 * (16 + 24)
 
 
 @pytest.mark.parametrize("case", ["as many ranks as experts of a row", "inputs by slot"])

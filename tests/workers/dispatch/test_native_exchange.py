@@ -27,7 +27,7 @@ from cluster.core.errors import GenerationChangedError, PeerLostError
 from tests.workers.dispatch.compiled import BANKS, compiled
 from tests.workers.dispatch.test_dispatch import MODES, Work
 from tests.workers.native.builds import NAMES, team
-from workers.dispatch import native_home, native_server
+from workers.dispatch import native_attention_side, native_expert_side
 from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.local import LocalDispatcher
 from workers.dispatch.remote import RemoteDispatcher
@@ -56,15 +56,18 @@ class Calls:
         self.stops = 0
         """Gathers and exchanges that were left to Python."""
         self.has_stopped = threading.Event()
-        gather, serve = native_home.NativeHome.gather, native_server.NativeServer.serve
+        attention = native_attention_side.NativeExchange
+        gather, serve = attention.receive_outputs, native_expert_side.NativeServing.serve_natively
 
-        def spy_gather(home: native_home.NativeHome, rows: native_home.NativeRows) -> Tensor | None:
+        def spy_gather(
+            home: native_attention_side.NativeExchange, rows: native_attention_side.NativeRows
+        ) -> Tensor | None:
             outputs = gather(home, rows)
             self.gathered += outputs is not None
             self._stop(outputs is None)
             return outputs
 
-        def spy_serve(server: native_server.NativeServer, first: int) -> int:
+        def spy_serve(server: native_expert_side.NativeServing, first: int) -> int:
             after = serve(server, first)
             self.served += after - first
             self._stop(after < len(server.fields))
@@ -77,8 +80,8 @@ class Calls:
             keep_unsent(edges)
 
         monkeypatch.setattr(DirectEdges, "keep_unsent", spy_keep)
-        monkeypatch.setattr(native_home.NativeHome, "gather", spy_gather)
-        monkeypatch.setattr(native_server.NativeServer, "serve", spy_serve)
+        monkeypatch.setattr(attention, "receive_outputs", spy_gather)
+        monkeypatch.setattr(native_expert_side.NativeServing, "serve_natively", spy_serve)
 
     def _stop(self, has_stopped: bool) -> None:
         self.stops += has_stopped
@@ -189,10 +192,10 @@ def test_steps_are_native_and_counted_as_those_of_python(mode: CombineMode, call
             server.timer = StepTimer(Laps(laps))
             run_step_ok(mesh, SAMPLE - 1)
             run_step_ok(mesh, SAMPLE)
-            counts = [c.tolist() for c in server.token_counts]
+            counts = [c.tolist() for c in server.counters.token_counts]
             stats = server.stats()
             assert stats.pop("expert_worker_slot_seconds_total") > 0.0
-            found.append((server.num_bytes, stats, counts, laps))
+            found.append((server.counters.num_bytes, stats, counts, laps))
         assert (calls.gathered, calls.served) == (4 * NUM_EXCHANGES, 4 * NUM_EXCHANGES)
     assert found[0] == found[1]
     assert found[0][3] == ["receive", "experts", "send"] * 2 * NUM_EXCHANGES
@@ -330,12 +333,12 @@ def test_an_interrupt_ends_native_waits() -> None:
 def test_a_slot_without_an_expert_is_blamed_on_its_sender(slot: int, calls: Calls) -> None:
     with native_mesh(1, 1) as mesh:
         dispatcher, server = sides(mesh)
-        tables = dispatcher._built[0][2]
+        tables = dispatcher._maps._built[0][2]
         lie = replace(tables, decode_slots=torch.full_like(tables.decode_slots, slot))
         header = make_header(ROWS[:1])
         rows, ids, weights = make_rows(BANKS[0], ROWS[0], 1, DTYPE)
         dispatcher.begin_step(header, [decodes(ROWS[0])])
-        dispatcher._tables = [lie]
+        dispatcher._maps._decode_slots = [lie.decode_slots]
         dispatcher.dispatch(Dispatch(0, 0, rows, ids, weights))
         with pytest.raises(PeerLostError, match=f"no expert in slot {slot} of bank 0") as caught:
             server.run_step(header)

@@ -98,7 +98,7 @@ def captured(run: Apart) -> list[int]:
     """How many steps each rank has captured."""
     graphs = run.engine.engine.runner.graphs
     assert graphs is not None
-    return [len(graphs._kept), *(len(server._kept) for server in run.apart.servers)]
+    return [len(graphs._kept), *(len(server.captured._kept) for server in run.apart.servers)]
 
 
 @pytest.mark.slow

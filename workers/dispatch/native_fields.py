@@ -1,4 +1,4 @@
-"""What both sides of exchanges by native code share."""
+"""Fields and memory that both sides of exchanges by native code share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from workers.transport.direct import DirectEdges
 def exchange_fields(
     direct: DirectEdges, bank: BankSpec, exchange: int, micro_batch: int, dtype: torch.dtype
 ) -> ExchangeFields:
-    """What both sides tell C of an exchange; ``direct`` must outlive it. Without ``by_pair``."""
+    """``struct exchange`` of both sides, without ``by_pair``; ``direct`` must outlive it."""
     spec = bank.exchanges[exchange]
     num_inputs = bank.top_k if spec.per_slot_input else 1
     fields = ExchangeFields(
@@ -34,15 +34,15 @@ def exchange_fields(
     return fields
 
 
-class Memory:
-    """Bytes that grow when more are needed. What was in them is lost then."""
+class GrowingBuffer:
+    """Memory that grows when more is needed. Its contents are lost then."""
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
         self._num_bytes = self._address = 0
 
     def of(self, num_bytes: int) -> int:
-        """The address of at least so many bytes, valid until more are asked for."""
+        """Address of a buffer of at least ``num_bytes`` bytes. A larger one invalidates it."""
         if num_bytes > self._num_bytes:
             self._num_bytes = num_bytes
             self._bytes = torch.empty(num_bytes, dtype=torch.uint8)

@@ -1,0 +1,112 @@
+"""The expert side of captured steps: on a GPU, of steps whose sizes the header says."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from workers.cuda.step_graph import KeptSteps, StepGraph
+from workers.dispatch.recording import FixedTables, RecordingTransport
+from workers.dispatch.row_serving import ExpertSide, ServedPlace, ServedStep, StaticServing
+from workers.dispatch.slot_use import DeviceSlotUse, SlotNotes
+from workers.requests.step_header import StepHeader
+from workers.transport.transport import DataTransport
+
+
+@dataclass(slots=True)
+class CapturedServes:
+    """What a captured step of an expert rank counts."""
+
+    notes: SlotNotes
+    num_bytes: dict[str, int]
+    """What each replay adds to those of the server."""
+
+
+@dataclass(frozen=True, slots=True)
+class _CapturedStep:
+    graph: StepGraph
+    served: CapturedServes
+
+
+class CapturedServing:
+    """Decides which captured steps of one expert rank are kept, and replays them."""
+
+    def __init__(
+        self, side: ExpertSide, transport: DataTransport, fixed: FixedTables, max_kept_rows: int
+    ) -> None:
+        """``fixed``: the tables that captured steps read; ``max_kept_rows``: see ``KeptSteps``."""
+        self._side = side
+        self._transport = transport
+        self._fixed = fixed
+        self._kept = KeptSteps[_CapturedStep](max_kept_rows)
+        self._step: ServedStep | None = None
+        self._places: Sequence[ServedPlace] = ()
+
+    @property
+    def state(self) -> Hashable:
+        """See ``CapturableDispatcher.captured_state``."""
+        return self._fixed.version, *(bank.version for bank in self._side.slots)
+
+    @staticmethod
+    def shape(header: StepHeader) -> tuple[tuple[int, ...], ...]:
+        """Of all attention ranks: the rank, and its rows by micro-batch."""
+        parts = range(header.num_micro_batches)
+        return tuple((r, *(header.edge_rows(r, part) for part in parts)) for r, _ in header.grants)
+
+    def begin_step(self, step: ServedStep, places: Sequence[ServedPlace]) -> None:
+        """See ``RowServing``."""
+        self._step, self._places = step, places
+
+    def serve(self, first: int) -> int:
+        """See ``RowServing``: all exchanges of a step."""
+        step = self._step
+        assert step is not None, "begin_step comes first"
+        assert first == 0, "a captured step is replayed as a whole"
+        self._kept.keep_only(self.state)
+        num_rows = sum(sum(granted.values()) for granted in step.granted)
+        captured = self._kept.get(
+            self.shape(step.header), num_rows, lambda pool: self._capture(step, pool)
+        )
+        captured.graph.replay()
+        self.count(captured.served)
+        return len(self._places)
+
+    def _capture(self, step: ServedStep, pool: Any) -> _CapturedStep:
+        """Capture a step, after one that compiles and allocates."""
+        self._compute(step, None)
+        graph = StepGraph(self._side.device, pool)
+        with graph.capture():
+            served = self._compute(step, graph)
+        return _CapturedStep(graph, served)
+
+    def _compute(self, step: ServedStep, graph: StepGraph | None) -> CapturedServes:
+        side = self._side
+        recording = RecordingTransport(self._transport, side.device, side.activity, graph)
+        serving = StaticServing(side, recording)
+        with self.capturing(step, serving) as served:
+            for place in self._places:
+                serving.serve_place(place)
+        return served
+
+    @contextmanager
+    def capturing(self, step: ServedStep, serving: StaticServing) -> Iterator[CapturedServes]:
+        """The places that ``serving`` serves within it are captured, and not counted."""
+        use, counters = self._side.use, self._side.counters
+        assert isinstance(use, DeviceSlotUse)
+        num_bytes = dict.fromkeys(counters.num_bytes, 0)
+        use.begin(counters.token_counts)
+        step.timer.pause()
+        captured = replace(step, num_bytes=num_bytes, must_wait=False, is_measured=False)
+        serving.begin_step(captured, ())
+        yield CapturedServes(use.notes, num_bytes)
+
+    def count(self, captured: CapturedServes) -> DeviceSlotUse:
+        """Count a captured step that was replayed; the slots at the end of the step."""
+        use, counters = self._side.use, self._side.counters
+        assert isinstance(use, DeviceSlotUse)
+        use.notes = captured.notes
+        for name, count in captured.num_bytes.items():
+            counters.num_bytes[name] += count
+        return use

@@ -1,0 +1,72 @@
+"""Counters of one expert rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workers.metrics.padding import PaddingRatio
+from workers.model.config import ExchangeSpec
+
+
+class UsedRows(NamedTuple):
+    """What an exchange transferred, and what of it this rank used."""
+
+    num_inputs: int
+    num_rows: int
+    num_rows_here: int
+    """Rows with an expert here."""
+    num_pairs: int
+
+
+class ExpertCounters:
+    """Counts what one expert rank received, computed and returned. Any thread may read."""
+
+    def __init__(self) -> None:
+        self.num_bytes = {"dispatch": 0, "combine": 0}
+        """Bytes of the rows received, and of the outputs sent, since the start."""
+        self.slot_seconds = 0.0
+        """Time in which activated expert slots were computed; not known on a GPU."""
+        self.padding = PaddingRatio()
+        """Padding of the rows from and to the attention ranks, in the steps that are measured."""
+        self.token_counts: list[Tensor] = []
+        """By bank, [slots] int64 on the CPU: pairs that each expert slot has computed."""
+
+    def resize(self, num_slots: Sequence[int]) -> None:
+        """Count at least these slots, by bank. The counters of slots continue."""
+        for bank, wanted in enumerate(num_slots):
+            if bank == len(self.token_counts):
+                self.token_counts.append(torch.zeros(0, dtype=torch.int64))
+            missing = wanted - len(self.token_counts[bank])
+            if missing > 0:
+                self.token_counts[bank] = F.pad(self.token_counts[bank], (0, missing))
+
+    def add_padding(self, exchange: ExchangeSpec, used: UsedRows, by_pair: bool) -> None:
+        """Count the transferred rows without use; outputs by pair are all used."""
+        num_used = used.num_pairs if exchange.per_slot_input else used.num_rows_here
+        self.padding.add("dispatch", used.num_inputs, num_used)
+        if by_pair:
+            self.padding.add("combine", used.num_pairs, used.num_pairs)
+        else:
+            self.padding.add("combine", used.num_rows, used.num_rows_here)
+
+    def stats(self, *, has_slot_seconds: bool) -> dict[str, float]:
+        """Counters of tokens, bytes and padding by metric name without prefix.
+
+        Tokens are pairs of a row and an expert.
+        """
+        num_tokens = sum(int(counts.sum()) for counts in self.token_counts)
+        slot_seconds = {"expert_worker_slot_seconds_total": self.slot_seconds}
+        return {
+            "expert_worker_tokens_total": float(num_tokens),
+            **{
+                f'dispatch_bytes_total{{direction="{direction}"}}': float(count)
+                for direction, count in self.num_bytes.items()
+            },
+            **(slot_seconds if has_slot_seconds else {}),
+            **self.padding.stats(),
+        }

@@ -1,0 +1,120 @@
+"""Which rows go where: the placements of a generation as the slots of each row's experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from cluster.config.cluster import CombineMode
+from cluster.core.placement import BankPlacement, ExpertPlacement
+from cluster.core.topology import Generation
+from workers.dispatch.copies import ChosenCopies, CopyTables, EpochTables
+from workers.dispatch.dispatcher import BatchRows
+from workers.dispatch.recording import FixedTables
+from workers.model.layers import Dispatch
+from workers.native.exchange import sent_slots
+from workers.native.library import Library
+from workers.requests.step_header import StepHeader
+
+
+class ExpertMaps:
+    """Decides which expert slot of which rank serves each pair of a row and an expert."""
+
+    def __init__(
+        self, combine_mode: CombineMode, device: torch.device, library: Library | None
+    ) -> None:
+        """``library``: compiled code, in place of torch, for steps in which no copy is chosen."""
+        self._configured_mode = combine_mode
+        self._device = device
+        self._library = library
+        self.combine_mode = combine_mode
+        """What the expert ranks of this generation return."""
+        self.ranks: tuple[int, ...] = ()
+        """The expert ranks of this generation, in their order."""
+        self._epochs = EpochTables[list[CopyTables]]()
+        self._built: dict[int, tuple[BankPlacement, Mapping[int, int], CopyTables]] = {}
+        self._tables: list[CopyTables] = []
+        self._fixed = FixedTables()
+        self._decode_slots: Sequence[Tensor] = ()
+        self._micro_batches: Sequence[BatchRows] = ()
+        self._is_exact = False
+        self._is_row: Tensor | None = None
+
+    def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
+        """Take the maps of an epoch and drop those of an earlier generation.
+
+        Raises ``ProtocolError`` when the maps use a device that no member has.
+        """
+        device_index = {m.device: i for i, m in enumerate(generation.experts)}
+        tables = [self._table(i, b, device_index) for i, b in enumerate(placement.banks)]
+        self.ranks = tuple(m.rank for m in generation.experts)
+        self.combine_mode = "per_slot" if generation.returns_slots else self._configured_mode
+        self._epochs.add(generation.number, placement.epoch, tables)
+
+    def _table(
+        self, index: int, bank: BankPlacement, device_index: Mapping[int, int]
+    ) -> CopyTables:
+        """The tables of a bank, reused from the last epoch where its maps have not changed."""
+        known = self._built.get(index)
+        if known is None or known[:2] != (bank, device_index):
+            tables = CopyTables.build(bank, device_index, self._device)
+            known = self._built[index] = bank, device_index, tables
+        return known[2]
+
+    def begin_step(
+        self,
+        header: StepHeader,
+        micro_batches: Sequence[BatchRows],
+        is_row: Tensor | None = None,
+    ) -> None:
+        """Use the maps of a step's epoch. Raises ``ProtocolError`` for an unknown epoch.
+
+        is_row [micro-batches, T] int64 of a step that is captured: 0 for a row without a request,
+        which has no slots.
+        """
+        self._tables = self._epochs.begin_step(header)
+        self._micro_batches, self._is_exact, self._is_row = micro_batches, header.exact, is_row
+        self._decode_slots = [own.decode_slots for own in self._tables]
+        if self._device.type == "cuda":  # captured steps read them at one address
+            self._decode_slots = self._fixed.copy_in(self._decode_slots)
+
+    def forget(self, oldest_epoch: int) -> None:
+        """Drop the maps of earlier epochs."""
+        self._epochs.forget(oldest_epoch)
+
+    @property
+    def version(self) -> int:
+        """Changes when ``decode_slots`` are in other memory."""
+        return self._fixed.version
+
+    @property
+    def decode_slots(self) -> Sequence[Tensor]:
+        """By bank, ``CopyTables.decode_slots`` of the step's epoch."""
+        return self._decode_slots
+
+    def choose(
+        self, sent: Dispatch, micro_batch: int, *, with_weights: bool
+    ) -> tuple[Tensor, ChosenCopies | None]:
+        """The slots of a micro-batch's experts, [ranks, T, k] int32; see ``CopyTables.choose``.
+
+        [ranks, T, 2k] with the bits of the weights (float32) after the slots.
+        """
+        tables, decode_slots = self._tables[sent.bank], self._decode_slots[sent.bank]
+        weights = sent.topk_weights if with_weights else None
+        has_choice = self._is_exact and tables.has_choice
+        if self._library is not None and not has_choice:
+            return sent_slots(self._library, decode_slots, sent.topk_ids, weights), None
+        copies = None
+        if has_choice:
+            batch = self._micro_batches[micro_batch]
+            slots, copies = tables.choose(sent.topk_ids, batch.is_prefill, batch.row_key)
+        else:
+            slots = decode_slots[:, sent.topk_ids]
+        if self._is_row is not None:
+            slots = slots.where(self._is_row[micro_batch].unsqueeze(1) != 0, -1)
+        if weights is not None:
+            bits = weights.float().contiguous().view(torch.int32)
+            slots = torch.cat((slots, bits.expand(slots.shape)), dim=2)
+        return slots, copies

@@ -1,0 +1,242 @@
+"""The attention side of an exchange in two native calls. ``StaticExchange`` is the reference.
+
+Native code runs a step if every expert rank gets every row, over sockets, for models in a type that
+the kernels have. It stops where anything is not as expected, and ``StaticExchange`` continues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from workers.dispatch.combine import RemoteHandle, SentRows
+from workers.dispatch.native_fields import GrowingBuffer, exchange_fields
+from workers.dispatch.row_exchange import AttentionSide, StaticExchange
+from workers.model.config import BankSpec
+from workers.model.layers import Dispatch
+from workers.native.exchange import (
+    UNEXPECTED,
+    UNSENT,
+    HomeFields,
+    dispatch_rows,
+    gather_outputs,
+)
+from workers.native.panels import DTYPES
+from workers.native.team import Team
+from workers.requests.step_header import StepHeader
+from workers.transport.direct import DirectEdges
+from workers.transport.transport import DataTransport
+
+
+@dataclass(frozen=True, slots=True)
+class NativeRows:
+    """Rows that native code has sent to all ranks."""
+
+    fields: HomeFields
+    slots_and_weights: Tensor
+    """[ranks, T, k or 2k] int32: slots on each rank, -1: not there, with weights after them;
+    overwritten by the next dispatch of the micro-batch."""
+    weights: Tensor
+    """[T, k]; ``fields`` points to it."""
+    shape: tuple[int, ...]
+    """Of the outputs."""
+
+    @property
+    def slots(self) -> Tensor:
+        """[ranks, T, k]."""
+        return self.slots_and_weights[:, :, : self.weights.shape[1]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeHandle(RemoteHandle):
+    """A dispatch by native code."""
+
+    native: NativeRows
+
+
+class NativeExchange:
+    """Decides how far native code exchanges the rows of one attention rank. Data thread only."""
+
+    def __init__(self, side: AttentionSide, transport: DataTransport, team: Team) -> None:
+        self._side = side
+        self._transport = transport
+        self._static = StaticExchange(side, transport)
+        self._library = team.library
+        self._dtype = side.combiner.dtype
+        self._header: StepHeader | None = None
+        self._direct: DirectEdges | None = None
+        self._fields: dict[tuple[int, int, int], HomeFields] = {}
+        self._sent: dict[int, Tensor] = {}
+        self._received = GrowingBuffer()
+
+    def begin_step(self, header: StepHeader) -> None:
+        """See ``RowExchange``."""
+        self._static.begin_step(header)
+        self._header = header
+        direct = self._transport.direct(self._side.maps.ranks)
+        if direct is not self._direct:
+            self._fields.clear()
+        self._direct = direct
+
+    def dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> RemoteHandle:
+        """See ``RowExchange``."""
+        num_rows = sent.topk_ids.shape[0]
+        if num_rows and num_rows == self._granted(micro_batch):
+            with self._side.activity:
+                native = self.send_rows(bank, sent, micro_batch)
+            if native is not None:
+                weights = sent.topk_weights
+                place = bank, sent.exchange, micro_batch
+                return NativeHandle(*place, num_rows, None, weights, native=native)
+        return self._static.dispatch(bank, sent, micro_batch)
+
+    def gather(self, handle: RemoteHandle) -> Tensor:
+        """See ``RowExchange``."""
+        if isinstance(handle, NativeHandle):
+            with self._side.activity:
+                outputs = self.receive_outputs(handle.native)
+            if outputs is not None:
+                return outputs
+            handle = replace(handle, sent=self._sent_rows(handle.native))
+        return self._static.gather(handle)
+
+    # The rows of single dispatches.
+
+    def send_rows(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> NativeRows | None:
+        """Send the rows of a micro-batch, all that were granted; None: they were not sent.
+
+        Raises as ``DataTransport.post``.
+        """
+        direct = self._direct
+        if direct is None or not direct.are_clear():
+            return None
+        slots = self._side.maps.decode_slots[sent.bank]
+        ids, weights = sent.topk_ids.contiguous(), sent.topk_weights.contiguous()
+        inputs = sent.rows.contiguous()
+        assert ids.dtype == torch.int64
+        assert inputs.dtype == self._dtype
+        num_rows, top_k = ids.shape
+        home = self._home(direct, bank, sent.exchange, micro_batch)
+        num_ranks, home.num_experts = slots.shape
+        width = top_k if home.exchange.by_pair else 2 * top_k
+        out = self._slots_and_weights(num_ranks, num_rows, width, micro_batch)
+        home.slots, home.ids, home.weights = slots.data_ptr(), ids.data_ptr(), weights.data_ptr()
+        home.num_rows, home.weights_dtype = num_rows, DTYPES.index(weights.dtype)
+        home.inputs, home.sent = inputs.data_ptr(), out.data_ptr()
+        if dispatch_rows(self._library, home) == UNSENT:
+            direct.keep_unsent()
+        else:
+            direct.sent()
+        out_width = bank.exchanges[sent.exchange].out_width
+        shape = (num_rows, out_width) if home.is_weighted else (num_rows, top_k, out_width)
+        return NativeRows(home, out, weights, shape)
+
+    def receive_outputs(self, rows: NativeRows) -> Tensor | None:
+        """The outputs of sent rows; None: they are still to be received.
+
+        Raises as ``DataTransport.receive``.
+        """
+        direct, home = self._direct, rows.fields
+        if direct is None or not direct.are_clear():
+            return None
+        num_bytes = self._num_received(home, len(rows.slots_and_weights), *rows.weights.shape)
+        home.received = self._received.of(num_bytes)
+        out = torch.empty(rows.shape, dtype=self._dtype)
+        home.out = out.data_ptr()
+        if gather_outputs(self._library, home) == UNEXPECTED:
+            direct.give_back()
+            return None
+        return out
+
+    def _sent_rows(self, native: NativeRows) -> tuple[SentRows, ...]:
+        """The rows that native code has sent to each rank."""
+        if native.fields.exchange.by_pair:
+            return self._static.pairs_of(native.slots)
+        num_rows = native.slots.shape[1]
+        return tuple(SentRows(rank, None, num_rows) for rank in self._side.maps.ranks)
+
+    # The rows of native layers, which run all exchanges of a step in one call.
+
+    def prepare(self, num_rows: Sequence[int]) -> list[list[HomeFields]] | None:
+        """The exchanges of a step by micro-batch of ``num_rows`` rows and by bank.
+
+        None: the rows of this step must be dispatched one layer after another. All banks have the
+        same top-k. Raises as ``DataTransport.post``.
+        """
+        banks, slots, direct = self._side.banks, self._side.maps.decode_slots, self._direct
+        assert self._header is not None, "begin_step comes first"
+        granted = [self._granted(i) for i in range(self._header.num_micro_batches)]
+        has_others = any(len(bank.exchanges) > 1 for bank in banks)
+        if granted != list(num_rows) or has_others or direct is None or not direct.are_clear():
+            return None
+        num_ranks, (top_k,) = slots[0].shape[0], {bank.top_k for bank in banks}
+        by_micro_batch = []
+        for micro_batch, count in enumerate(num_rows):
+            homes = [self._home(direct, bank, 0, micro_batch) for bank in banks]
+            width = top_k if homes[0].exchange.by_pair else 2 * top_k
+            sent = self._slots_and_weights(num_ranks, count, width, micro_batch)
+            for home, table in zip(homes, slots, strict=True):
+                home.slots, home.num_experts = table.data_ptr(), table.shape[1]
+                home.sent = sent.data_ptr()
+            by_micro_batch.append(homes)
+        most = max(num_rows)  # outputs are added up before others are received
+        received = self._received.of(
+            max(self._num_received(home, num_ranks, most, top_k) for home in by_micro_batch[0])
+        )
+        for homes in by_micro_batch:
+            for home in homes:
+                home.received = received
+        direct.sent()  # so that their paths are watched from now on
+        return by_micro_batch
+
+    def stopped(self, result: int) -> None:
+        """Native layers have stopped; ``result`` says why. Raises ``PeerLostError``."""
+        assert self._direct is not None
+        if result == UNSENT:
+            self._direct.keep_unsent()
+        else:
+            self._direct.give_back()
+
+    def pending(self, bank: int, micro_batch: int, weights: Tensor) -> RemoteHandle:
+        """Rows that native layers have sent before they stopped, to be gathered; weights [T, k]."""
+        spec, num_rows = self._side.banks[bank], len(weights)
+        home, sent = self._fields[bank, 0, micro_batch], self._sent[micro_batch]
+        native = NativeRows(home, sent, weights, (num_rows, spec.exchanges[0].out_width))
+        return NativeHandle(spec, 0, micro_batch, num_rows, None, weights, native=native)
+
+    def _granted(self, micro_batch: int) -> int:
+        assert self._header is not None, "begin_step comes first"
+        return self._header.rows(self._side.rank, micro_batch)
+
+    def _home(
+        self, direct: DirectEdges, bank: BankSpec, exchange: int, micro_batch: int
+    ) -> HomeFields:
+        key, spec = (bank.index, exchange, micro_batch), bank.exchanges[exchange]
+        home = self._fields.get(key)
+        if home is None:
+            home = self._fields[key] = HomeFields(
+                exchange=exchange_fields(direct, bank, exchange, micro_batch, self._dtype),
+                is_weighted=spec.weighted,
+                rounds_products=not bank.float32_weights,
+            )
+        home.exchange.by_pair = spec.returns_pairs(self._side.maps.combine_mode)
+        return home
+
+    def _num_received(self, home: HomeFields, num_ranks: int, num_rows: int, top_k: int) -> int:
+        """Bytes of the outputs of all ranks."""
+        exchange = home.exchange
+        row_bytes = top_k * self._dtype.itemsize if exchange.by_pair else num_ranks * 4
+        return int(num_rows * exchange.out_width * row_bytes)
+
+    def _slots_and_weights(
+        self, num_ranks: int, num_rows: int, width: int, micro_batch: int
+    ) -> Tensor:
+        """Memory for the slots of a micro-batch's rows, [ranks, T, width] int32."""
+        sent = self._sent.get(micro_batch)
+        if sent is None or sent.shape != (num_ranks, num_rows, width):
+            sent = torch.empty(num_ranks, num_rows, width, dtype=torch.int32)
+            self._sent[micro_batch] = sent
+        return sent

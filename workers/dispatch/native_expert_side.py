@@ -1,0 +1,131 @@
+"""The expert side of a step in one native call. ``StaticServing`` is the reference.
+
+Native code serves a step over sockets if it can compute all banks. It stops before an exchange in
+which anything is not as expected, and ``StaticServing`` serves that one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+
+from workers.dispatch.expert_counters import UsedRows
+from workers.dispatch.native_fields import GrowingBuffer, exchange_fields
+from workers.dispatch.row_serving import ExpertSide, ServedPlace, ServedStep, StaticServing
+from workers.native.exchange import UNEXPECTED, UNSENT, ServerFields, memory_bytes, serve_exchanges
+from workers.native.experts import NativeSlots
+from workers.transport.direct import DirectEdges
+from workers.transport.transport import DataTransport
+
+
+class NativeServing:
+    """Decides how far native code serves the exchanges of one expert rank. Data thread only."""
+
+    def __init__(self, side: ExpertSide, transport: DataTransport, static: StaticServing) -> None:
+        self._side = side
+        self._transport = transport
+        self._static = static
+        self._step: ServedStep | None = None
+        self._places: Sequence[ServedPlace] = ()
+        self._direct: DirectEdges | None = None
+        self._rows: list[ctypes.Array[ctypes.c_int64]] = []
+        self._known: dict[tuple[int, int, int], ServerFields] = {}
+        self._slots: list[NativeSlots] = []
+        self._memory = GrowingBuffer()
+        self.fields: list[ServerFields] = []
+        """Of each exchange of the step, with the results of those that were served."""
+
+    def begin_step(self, step: ServedStep, places: Sequence[ServedPlace]) -> None:
+        """See ``RowServing``."""
+        self._static.begin_step(step, places)
+        self._step, self._places = step, places
+        self._slots = slots = []
+        for place in places:
+            own = self._side.slots[place.bank.index].native(place.exchange)
+            if own is None:
+                break
+            slots.append(own)
+        ranks = tuple(step.granted[0])
+        direct = self._transport.direct(ranks) if places and len(slots) == len(places) else None
+        if direct is not self._direct:
+            self._known.clear()
+        self._direct = direct
+        self.fields = []
+        if direct is None:
+            return
+        rows = [[granted.get(rank, 0) for rank in ranks] for granted in step.granted]
+        self._rows = [(ctypes.c_int64 * len(counts))(*counts) for counts in rows]
+        self.fields = [
+            self._prepare(direct, step, place, own)
+            for place, own in zip(places, slots, strict=True)
+        ]
+        self._servers = (ctypes.c_void_p * len(self.fields))(*map(ctypes.addressof, self.fields))
+        library = slots[0].team.library
+        memory = self._memory.of(max(memory_bytes(library, f) for f in self.fields))
+        for fields in self.fields:
+            fields.memory = memory
+
+    def serve(self, first: int) -> int:
+        """See ``RowServing``."""
+        served = self.serve_natively(first)
+        for place, fields in zip(self._places[first:served], self.fields[first:], strict=False):
+            self._note(place, fields)
+        return served if served == len(self._places) else self._static.serve(served)
+
+    def serve_natively(self, first: int) -> int:
+        """Serve exchanges from the first one on; returns the next one, which Python is to serve.
+
+        Raises as ``DataTransport.receive`` and ``post``.
+        """
+        direct = self._direct
+        if direct is None or not direct.are_clear():
+            return first
+        library = self._slots[first].team.library
+        count, result = serve_exchanges(library, self._servers, first)
+        if result == UNSENT:
+            direct.keep_unsent()
+        elif count:
+            direct.sent()
+        if result == UNEXPECTED:  # last, as it may lose an edge on which outputs were sent
+            direct.give_back()
+        return first + count
+
+    def _note(self, place: ServedPlace, served: ServerFields) -> None:
+        """Count what native code has served."""
+        step, counters = self._step, self._side.counters
+        assert step is not None
+        step.num_bytes["dispatch"] += served.received_bytes
+        step.num_bytes["combine"] += served.sent_bytes
+        counters.slot_seconds += (served.computed_ns - served.received_ns) / 1e9
+        ends_ns = {"receive": served.received_ns, "experts": served.computed_ns}
+        step.timer.passed({**ends_ns, "send": served.sent_ns}, *place)
+        if step.is_measured:
+            rows, num_inputs = served.num_rows, served.exchange.num_inputs
+            used = UsedRows(rows * num_inputs, rows, served.num_rows_here, served.num_pairs)
+            exchange = place.bank.exchanges[place.exchange]
+            counters.add_padding(exchange, used, bool(served.exchange.by_pair))
+
+    def _prepare(
+        self, direct: DirectEdges, step: ServedStep, place: ServedPlace, slots: NativeSlots
+    ) -> ServerFields:
+        bank, side = place.bank, self._side
+        filled, counts = step.filled[bank.index].table[:-1], side.counters.token_counts[bank.index]
+        assert filled.dtype == torch.bool
+        assert len(counts) >= len(filled)
+        key = bank.index, place.exchange, place.micro_batch
+        fields = self._known.get(key)
+        if fields is None:
+            common = exchange_fields(direct, bank, *key[1:], side.dtype)
+            fields = self._known[key] = ServerFields(exchange=common)
+        by_pair = bank.exchanges[place.exchange].returns_pairs(step.combine_mode)
+        fields.exchange.by_pair = by_pair
+        fields.team = slots.team.pointer
+        fields.experts = slots.table.fields
+        fields.experts.rounds_products = not bank.float32_weights
+        fields.filled, fields.num_filled = filled.data_ptr(), len(filled)
+        fields.counts = counts.data_ptr()
+        fields.progress = ctypes.addressof(side.activity.native_progress)
+        fields.rows = ctypes.addressof(self._rows[place.micro_batch])
+        return fields

@@ -1,0 +1,237 @@
+"""How rows are exchanged, on the side of an attention rank: over a transport, in messages.
+
+The parts of a message to an expert rank:
+
+    static    slots [n, k] for all n granted rows (-1: another rank), the rows as they are, filled
+              up to the header's bucket; with an edge limit fewer rows, those with an expert there
+              first
+    exact     the same for the rows that have an expert there, counts first
+
+The reply in ``sum`` mode is one partial sum for each row sent, in float32 or rounded to the model's
+type (``DataTransport.sums_are_rounded``), else one output for each (row, slot) pair in row-major
+order. In ``sum`` mode the weights travel beside the slots, as the bits of float32 in the same int32
+part.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workers.dispatch.combine import OutputCombiner, RemoteHandle, SentRows
+from workers.dispatch.dispatcher import must_wait
+from workers.dispatch.edge_rows import EdgeRows
+from workers.dispatch.expert_maps import ExpertMaps
+from workers.metrics.activity import Activity
+from workers.model.config import BankSpec
+from workers.model.layers import Dispatch
+from workers.requests.step_header import StepHeader
+from workers.transport.transport import DataTransport, Expected, Part, RowMessage, Tag
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSide:
+    """What all exchanges of one attention rank share."""
+
+    rank: int
+    banks: tuple[BankSpec, ...]
+    maps: ExpertMaps
+    edge_rows: EdgeRows
+    combiner: OutputCombiner
+    activity: Activity
+
+
+class RowExchange(Protocol):
+    """Sends the rows of one attention rank to the expert ranks, and receives their outputs."""
+
+    def begin_step(self, header: StepHeader) -> None:
+        """Exchange the rows of a step, whose maps the attention side uses already."""
+
+    def dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> RemoteHandle:
+        """See ``TokenDispatcher``."""
+
+    def gather(self, handle: RemoteHandle) -> Tensor:
+        """See ``TokenDispatcher.combine``."""
+
+
+@dataclass(frozen=True, slots=True)
+class _RoutedRows:
+    """Rows with the slots of their experts."""
+
+    inputs: Tensor
+    """[T, width], or [T, k, width] if ``per_slot``."""
+    per_slot: bool
+    meta: Tensor
+    """[ranks, T, k or 2k] int32: slots, and the bits of weights after them."""
+    slots: Tensor
+    """[ranks, T, k]: those of ``meta``."""
+    pairs: Sequence[SentRows]
+    """Pairs by rank, where an output or an input of each travels."""
+
+
+_Split = tuple[list[RowMessage], tuple[SentRows, ...]]
+"""The messages of a dispatch, and the rows that each rank is sent."""
+
+
+class SplitExchange(ABC):
+    """Messages over a transport. A subclass decides which rows each expert rank is sent."""
+
+    is_sized: ClassVar[bool]
+    """The expert ranks do not know how many rows come."""
+
+    def __init__(self, side: AttentionSide, transport: DataTransport) -> None:
+        self._side = side
+        self._transport = transport
+        dtype = side.combiner.dtype
+        self._sums_dtype = dtype if transport.sums_are_rounded else torch.float32
+        self._header: StepHeader | None = None
+        self._must_wait = False
+
+    def begin_step(self, header: StepHeader) -> None:
+        """See ``RowExchange``."""
+        self._header = header
+        self._must_wait = must_wait(header, self._side.banks, self._side.maps.combine_mode)
+
+    def dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> RemoteHandle:
+        """See ``RowExchange``."""
+        assert self._header is not None, "begin_step comes first"
+        side, num_rows = self._side, sent.topk_ids.shape[0]
+        granted = self._header.rows(side.rank, micro_batch)
+        assert num_rows <= granted, f"{num_rows} rows, {granted} granted"
+        weights = sent.topk_weights
+        if not granted:
+            return RemoteHandle(bank, sent.exchange, micro_batch, num_rows, None, weights)
+        exchange = bank.exchanges[sent.exchange]
+        by_pair, per_slot = exchange.returns_pairs(side.maps.combine_mode), exchange.per_slot_input
+        meta, copies = side.maps.choose(sent, micro_batch, with_weights=not by_pair)
+        slots = meta[:, :, : bank.top_k]
+        pairs = self.pairs_of(slots) if by_pair or (self.is_sized and per_slot) else ()
+        rows = _RoutedRows(sent.rows, per_slot, meta, slots, pairs)
+        messages, by_rank = self._split(rows, self._header, micro_batch)
+        tag = Tag(sent.bank, sent.exchange, micro_batch, "rows")
+        with side.activity:  # the buffers may be full
+            self._transport.post(tag, messages, sized=self.is_sized)
+        sent_rows = pairs if by_pair else by_rank
+        return RemoteHandle(
+            bank, sent.exchange, micro_batch, num_rows, copies, weights, tuple(sent_rows)
+        )
+
+    def gather(self, handle: RemoteHandle) -> Tensor:
+        """See ``RowExchange``."""
+        side = self._side
+        exchange = handle.bank.exchanges[handle.exchange]
+        by_pair = exchange.returns_pairs(side.maps.combine_mode)
+        part = Part(exchange.out_width, side.combiner.dtype if by_pair else self._sums_dtype)
+        tag = Tag(handle.bank.index, handle.exchange, handle.micro_batch, "outputs")
+        expected = [Expected(s.rank, (part,), (s.count,)) for s in handle.sent]
+        with side.activity:
+            found = self._transport.receive(tag, expected, sized=False, must_wait=self._must_wait)
+        return side.combiner.combine(handle, [parts[0] for parts in found], by_pair)
+
+    @abstractmethod
+    def _split(self, rows: _RoutedRows, header: StepHeader, micro_batch: int) -> _Split:
+        """Decide which rows each rank is sent, and make its message."""
+
+    def pairs_of(self, slots: Tensor) -> tuple[SentRows, ...]:
+        """The pairs [T * k] that each rank computes; ranks without pairs are left out."""
+        sent = []
+        for rank, own in zip(self._side.maps.ranks, slots, strict=True):
+            places = (own.flatten() >= 0).nonzero().squeeze(1)  # device-to-host sync
+            count = len(places)
+            if count:
+                sent.append(SentRows(rank, None if count == own.numel() else places, count))
+        return tuple(sent)
+
+
+class StaticExchange(SplitExchange):
+    """Every rank is sent equally many rows, which the header says: all, or those that it needs."""
+
+    is_sized = False
+
+    def _split(self, rows: _RoutedRows, header: StepHeader, micro_batch: int) -> _Split:
+        side, meta, inputs = self._side, rows.meta, rows.inputs
+        _, num_rows, top_k = rows.slots.shape
+        num_sent = header.edge_rows(side.rank, micro_batch)
+        if side.edge_rows.can_limit:
+            is_needed = (rows.slots >= 0).any(2)
+            side.edge_rows.note(is_needed, max(header.bucket, num_rows), num_sent)
+            if num_sent < num_rows:
+                return self._split_needed(is_needed, meta, inputs, num_sent)
+        assert num_sent >= num_rows, "edges are limited that cannot be"
+        num_inputs = 1
+        if rows.per_slot:
+            inputs, num_inputs = inputs.flatten(0, 1), top_k
+        meta, inputs = _with_empty_rows(meta, inputs, num_sent - num_rows, num_inputs)
+        ranks = side.maps.ranks
+        messages = [RowMessage(rank, (meta[i], inputs)) for i, rank in enumerate(ranks)]
+        return messages, tuple(SentRows(rank, None, num_sent) for rank in ranks)
+
+    def _split_needed(
+        self, is_needed: Tensor, meta: Tensor, inputs: Tensor, num_sent: int
+    ) -> _Split:
+        """``num_sent`` rows to every rank, those that it needs ([ranks, T] bool) first."""
+        order = is_needed.byte().argsort(dim=1, descending=True, stable=True)
+        places = order[:, :num_sent]
+        chosen = meta.gather(1, places.unsqueeze(2).expand(-1, -1, meta.shape[2]))
+        chosen, picked = _with_empty_rows(chosen, inputs[places], num_sent - places.shape[1])
+        ranks = self._side.maps.ranks
+        messages = [RowMessage(rank, (chosen[i], picked[i])) for i, rank in enumerate(ranks)]
+        return messages, tuple(SentRows(r, places[i], num_sent) for i, r in enumerate(ranks))
+
+
+class ExactExchange(SplitExchange):
+    """Each rank is sent the rows that have an expert there, each row once.
+
+    With an input per slot it is sent the inputs of its pairs.
+    """
+
+    is_sized = True
+
+    def _split(self, rows: _RoutedRows, header: StepHeader, micro_batch: int) -> _Split:
+        here = (rows.slots >= 0).any(2)
+        flat = rows.inputs.flatten(0, 1) if rows.per_slot else rows.inputs
+        own_pairs = {sent.rank: sent.places for sent in rows.pairs}
+        messages, sent_rows = [], []
+        for i, rank in enumerate(self._side.maps.ranks):
+            places = here[i].nonzero().squeeze(1)  # device-to-host sync
+            count = len(places)
+            is_all = count == len(here[i])
+            part = rows.meta[i] if is_all else rows.meta[i][places]
+            inputs = flat[:0]
+            if not rows.per_slot:
+                inputs = flat if is_all else flat[places]
+            elif rank in own_pairs:
+                own = own_pairs[rank]
+                inputs = flat if own is None else flat[own]
+            messages.append(RowMessage(rank, (part, inputs)))
+            if count:
+                sent_rows.append(SentRows(rank, None if is_all else places, count))
+        return messages, tuple(sent_rows)
+
+
+class CapturedExchange(StaticExchange):
+    """The static exchange of a step that is captured: the host reads nothing within it."""
+
+    def begin_step(self, header: StepHeader) -> None:
+        """See ``RowExchange``."""
+        super().begin_step(header)
+        self._must_wait = False
+
+
+def _with_empty_rows(
+    meta: Tensor, rows: Tensor, count: int, num_inputs: int = 1
+) -> tuple[Tensor, Tensor]:
+    """The rows, and ``count`` rows without a request after them, with ``num_inputs`` inputs each.
+
+    A request ended between the proposal and the header, or a bucket is filled up. meta
+    [ranks, n, m], its slots -1 there; rows [.., n * inputs, width].
+    """
+    if not count:
+        return meta, rows
+    return F.pad(meta, (0, 0, 0, count), value=-1), F.pad(rows, (0, 0, 0, count * num_inputs))

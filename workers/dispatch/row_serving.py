@@ -1,0 +1,275 @@
+"""How rows are exchanged, on the side of an expert rank: rows in, one computation for all attention
+ranks, outputs back. ``row_exchange`` is the other side, and has the parts of the messages.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from cluster.config.cluster import CombineMode
+from workers.dispatch.dispatcher import SlotBank
+from workers.dispatch.expert_counters import ExpertCounters, UsedRows
+from workers.dispatch.slot_use import FilledSlots, SlotUse, UsedSlots, joined
+from workers.metrics.activity import Activity
+from workers.metrics.step_timer import StepTimer
+from workers.model.config import BankSpec, ExchangeSpec
+from workers.requests.step_header import StepHeader
+from workers.transport.transport import DataTransport, Expected, Part, RowMessage, Tag
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSide:
+    """What all exchanges of one expert rank share."""
+
+    banks: tuple[BankSpec, ...]
+    slots: Sequence[SlotBank]
+    """By ``BankSpec.index``."""
+    dtype: torch.dtype
+    device: torch.device
+    activity: Activity
+    counters: ExpertCounters
+    use: SlotUse
+
+
+class ServedPlace(NamedTuple):
+    """One exchange of a micro-batch: its place in the step."""
+
+    bank: BankSpec
+    exchange: int
+    micro_batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServedStep:
+    """A step of one expert rank."""
+
+    header: StepHeader
+    combine_mode: CombineMode
+    filled: Sequence[FilledSlots]
+    """By bank, in the step's epoch."""
+    granted: Sequence[dict[int, int]]
+    """By micro-batch: the rows of each attention rank that has any."""
+    num_bytes: dict[str, int]
+    """Where bytes are counted."""
+    timer: StepTimer
+    """Times receive, experts and send."""
+    must_wait: bool
+    is_measured: bool
+
+    def places(self, banks: Sequence[BankSpec]) -> list[ServedPlace]:
+        """All exchanges of the step, in the global order."""
+        return [
+            ServedPlace(bank, exchange.index, micro_batch)
+            for bank in banks
+            for exchange in bank.exchanges
+            for micro_batch, granted in enumerate(self.granted)
+            if granted
+        ]
+
+
+class RowServing(Protocol):
+    """Receives the rows of exchanges, computes them on the expert slots, and returns outputs."""
+
+    def begin_step(self, step: ServedStep, places: Sequence[ServedPlace]) -> None:
+        """Serve these exchanges of a step, in their order."""
+
+    def serve(self, first: int) -> int:
+        """Serve exchanges from the first one on, at least one; returns the next one.
+
+        Raises ``PeerLostError`` and ``GenerationChangedError``.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """The rows of all attention ranks in one exchange, concatenated."""
+
+    ranks: tuple[int, ...]
+    counts: tuple[int, ...]
+    inputs: Tensor
+    """[inputs, in_width] model dtype."""
+    used: UsedSlots
+    """Of all rows."""
+    weights: Tensor | None
+    """[rows, k] float32 where the expert side sums."""
+
+    @property
+    def slots(self) -> Tensor:
+        """[rows, k] int64, -1: not here."""
+        return self.used.slots
+
+    def pairs_by_rank(self) -> tuple[int, ...]:
+        """Pairs of each rank that this rank computes."""
+        if self.used.all_here:
+            return tuple(n * self.slots.shape[1] for n in self.counts)
+        here = self.slots >= 0
+        return tuple(int(part.sum()) for part in torch.split_with_sizes(here, list(self.counts)))
+
+
+class StaticServing:
+    """Messages over a transport; every attention rank sends the rows that the header says."""
+
+    is_sized: ClassVar[bool] = False
+    """See ``SplitExchange``."""
+
+    def __init__(self, side: ExpertSide, transport: DataTransport) -> None:
+        self._side = side
+        self._transport = transport
+        self._sums_dtype = side.dtype if transport.sums_are_rounded else torch.float32
+        self._step: ServedStep | None = None
+        self._places: Sequence[ServedPlace] = ()
+        self._all_pairs: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def begin_step(self, step: ServedStep, places: Sequence[ServedPlace]) -> None:
+        """See ``RowServing``."""
+        self._step, self._places = step, places
+
+    def serve(self, first: int) -> int:
+        """See ``RowServing``: one."""
+        self.serve_place(self._places[first])
+        return first + 1
+
+    def serve_place(self, place: ServedPlace) -> None:
+        """Serve one exchange; raises as ``serve``."""
+        step, side = self._step, self._side
+        assert step is not None, "begin_step comes first"
+        bank, index, micro_batch = place
+        exchange, granted = bank.exchanges[index], step.granted[micro_batch]
+        by_pair = exchange.returns_pairs(step.combine_mode)
+        meta = Part(bank.top_k if by_pair else 2 * bank.top_k, torch.int32)
+        parts = (meta, Part(exchange.in_width, side.dtype))
+        inputs = bank.top_k if exchange.per_slot_input else 1
+        expected = [Expected(r, parts, (n, n * inputs)) for r, n in granted.items()]
+        tag = Tag(bank.index, exchange.index, micro_batch, "rows")
+        with side.activity:
+            received = self._transport.receive(
+                tag, expected, sized=self.is_sized, must_wait=step.must_wait
+            )
+        step.num_bytes["dispatch"] += sum(part.nbytes for parts in received for part in parts)
+        step.timer.lap("receive", *place)
+        started = time.monotonic()
+        filled = step.filled[bank.index]
+        batch = self._join(filled, bank.top_k, exchange, tuple(granted), received)
+        if by_pair:
+            outputs, sizes = self._compute(bank, exchange, batch), batch.pairs_by_rank()
+        else:
+            outputs, sizes = self._sum(bank, exchange, batch), batch.counts
+        chunks = torch.split_with_sizes(outputs, list(sizes)) if len(sizes) > 1 else (outputs,)
+        replies = [
+            RowMessage(rank, (chunk,))
+            for rank, chunk, size in zip(batch.ranks, chunks, sizes, strict=True)
+            if size
+        ]
+        tag = Tag(bank.index, exchange.index, micro_batch, "outputs")
+        side.counters.slot_seconds += time.monotonic() - started
+        step.timer.lap("experts", *place)
+        with side.activity:  # the buffers may be full
+            self._transport.post(tag, replies, sized=False)
+        step.num_bytes["combine"] += sum(part.nbytes for m in replies for part in m.parts)
+        step.timer.lap("send", *place)
+        self._count(filled, batch)
+        if step.is_measured:
+            self._measure_padding(exchange, batch, by_pair)
+
+    def _join(
+        self,
+        filled: FilledSlots,
+        top_k: int,
+        exchange: ExchangeSpec,
+        ranks: tuple[int, ...],
+        received: Sequence[tuple[Tensor, ...]],
+    ) -> _Batch:
+        """Concatenate and check the received rows."""
+        metas = [meta for meta, _ in received]
+        rows = [inputs for _, inputs in received]
+        slots = [meta[:, :top_k].long() for meta in metas]
+        weights = [meta[:, top_k:].view(torch.float32) for meta in metas]
+        batch = _Batch(
+            ranks=ranks,
+            counts=tuple(m.shape[0] for m in metas),
+            inputs=joined(rows),
+            used=self._side.use.check(filled, ranks, slots, self._transport.reject),
+            weights=joined(weights) if weights[0].shape[1] else None,
+        )
+        self._check_inputs(exchange, batch, rows)
+        return batch
+
+    def _check_inputs(self, exchange: ExchangeSpec, batch: _Batch, rows: Sequence[Tensor]) -> None:
+        """The transport has compared the inputs with the header."""
+
+    def _count(self, filled: FilledSlots, batch: _Batch) -> None:
+        self._side.use.count(filled, batch.slots)
+
+    def _pairs(self, slots: Tensor, all_here: bool) -> tuple[Tensor, Tensor]:
+        """Places in the flattened ``slots`` of the pairs for this rank, ascending, and their rows;
+        those of whole batches are cached.
+        """
+        top_k = slots.shape[1]
+        if not all_here:
+            pairs = (slots.flatten() >= 0).nonzero().squeeze(1)  # device-to-host sync
+            return pairs, pairs // top_k
+        known = self._all_pairs.get(top_k)
+        num_pairs = slots.numel()
+        if known is None or known[0].shape[0] < num_pairs:
+            pairs = torch.arange(num_pairs, device=self._side.device)
+            known = self._all_pairs[top_k] = (pairs, pairs // top_k)
+        return known[0][:num_pairs], known[1][:num_pairs]
+
+    def _compute(self, bank: BankSpec, exchange: ExchangeSpec, batch: _Batch) -> Tensor:
+        """[P, out_width] outputs of the pairs for this rank."""
+        side = self._side
+        if not batch.used.any_here:
+            return torch.empty(0, exchange.out_width, dtype=side.dtype, device=side.device)
+        pairs, pair_input = self._pairs(batch.slots, batch.used.all_here)
+        if exchange.per_slot_input:
+            pair_input = self._inputs_of(pairs)
+        flat = batch.slots.flatten()
+        pair_slot = flat if batch.used.all_here else flat[pairs]
+        return side.slots[bank.index].compute(exchange.index, batch.inputs, pair_input, pair_slot)
+
+    def _inputs_of(self, pairs: Tensor) -> Tensor:
+        """The input of each pair, where every slot of a row has one."""
+        return pairs
+
+    def _sum(self, bank: BankSpec, exchange: ExchangeSpec, batch: _Batch) -> Tensor:
+        """[rows, out_width] weighted partial sums."""
+        assert batch.weights is not None
+        if not batch.used.any_here:
+            shape = batch.slots.shape[0], exchange.out_width
+            return torch.zeros(shape, dtype=self._sums_dtype, device=self._side.device)
+        return self._side.slots[bank.index].compute_rows(
+            exchange.index, batch.inputs, batch.slots, batch.weights, self._sums_dtype
+        )
+
+    def _measure_padding(self, exchange: ExchangeSpec, batch: _Batch, by_pair: bool) -> None:
+        num_rows = batch.slots.shape[0]
+        # device-to-host sync unless all rows are here
+        num_here = num_rows if batch.used.all_here else int((batch.slots >= 0).any(1).sum())
+        num_pairs = sum(batch.pairs_by_rank())
+        used = UsedRows(batch.inputs.shape[0], num_rows, num_here, num_pairs)
+        self._side.counters.add_padding(exchange, used, by_pair)
+
+
+class ExactServing(StaticServing):
+    """Every attention rank sends the rows and inputs that have an expert here, counts first."""
+
+    is_sized = True
+
+    def _check_inputs(self, exchange: ExchangeSpec, batch: _Batch, rows: Sequence[Tensor]) -> None:
+        wanted = batch.pairs_by_rank() if exchange.per_slot_input else batch.counts
+        for rank, inputs, number in zip(batch.ranks, rows, wanted, strict=True):
+            if inputs.shape[0] != number:
+                self._transport.reject(rank, f"{inputs.shape[0]} input rows: must be {number}")
+
+    def _inputs_of(self, pairs: Tensor) -> Tensor:
+        return torch.arange(pairs.shape[0], device=self._side.device)
+
+    def _count(self, filled: FilledSlots, batch: _Batch) -> None:
+        super()._count(filled, batch)
+        self._side.use.flush(self._side.counters.token_counts)  # the slots of many rows go
