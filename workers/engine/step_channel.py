@@ -170,7 +170,7 @@ class StepChannel:
                 left = deadline - time.monotonic()
                 if left <= 0 or connections.take_wake():
                     return None
-                connections.awaited = tuple(self.missing())
+                connections.loop.awaited = tuple(self.missing())
                 connections.poll(left)
 
     def _next_header(self) -> StepHeader:

@@ -182,7 +182,7 @@ class WorkerRuntime(ABC):
 
     def _waits_for(self) -> tuple[str, ...]:
         """Peers for which the data thread waits. Control thread."""
-        return self._connections.awaited if self._connections is not None else ()
+        return self._connections.loop.awaited if self._connections is not None else ()
 
     def _problems(self) -> tuple[str, ...]:
         """What keeps parts of this worker from working, for people. Control thread."""

@@ -306,7 +306,7 @@ class CollectiveTransport:
 
         def watch() -> None:
             names = [self._names[item.rank] for item in transfers.items[transfers.num_done :]]
-            self._connections.awaited = tuple(names)
+            self._connections.loop.awaited = tuple(names)
             self._connections.poll()
             if names and time.monotonic() > deadline:
                 raise PeerLostError(names[0], f"no data within {limit:g} s")

@@ -1,36 +1,36 @@
 """All data-plane sockets of a worker: listener, edges, wake-up, one select loop.
 
 There is no I/O thread: the data thread runs the loop whenever it waits. Only ``wake``,
-``interrupt`` and ``leave`` may be called by other threads. An attention rank i opens
-the connections to every expert worker and to the attention ranks below i (colocated workers are
-attention ranks); one TCP connection a pair carries step frames and data frames, both ways.
+``interrupt`` and ``leave`` may be called by other threads. Between two workers that share an edge
+(``EdgeRules``; colocated workers are attention ranks) one TCP connection carries step frames and
+data frames, both ways.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import selectors
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
-from cluster.core.errors import GenerationChangedError, PeerLostError
-from cluster.core.topology import Generation, Member, Role, holds_experts, runs_attention
+from cluster.core.errors import PeerLostError
+from cluster.core.topology import Generation
 from workers.native.frames import WaitingFields
-from workers.transport.acceptor import Acceptor, Pending
+from workers.transport.acceptor import Acceptor
 from workers.transport.direct import DirectEdges
 from workers.transport.edge import Edge
+from workers.transport.edge_rules import EdgeRules
 from workers.transport.edge_table import EdgeTable
-from workers.transport.frames import Frame, FrameHeader, FrameKind
+from workers.transport.frames import Frame, FrameHeader
 from workers.transport.handshake import PeerIdentity
+from workers.transport.interrupts import Interrupts
 from workers.transport.path_watch import LOOK_S
-from workers.transport.socket_io import WakePipe
+from workers.transport.select_loop import SelectLoop, timed_out
 
 _EpollSelector = getattr(selectors, "EpollSelector", type(None))  # Linux has one
 _OPEN_SLICE_S = 0.1
-_DRAIN_ROUNDS = 100
 _SPIN_S = 1e-3
 """How long a worker on a host with a spare core looks for the frames of an exchange before it
 sleeps. Dispatch and combine of one row between two processes take 40 us then, and 130 us with
@@ -68,20 +68,14 @@ class PeerConnections:
         self._max_data_bytes = max_data_bytes
         self._connect_timeout_s = connect_timeout_s
         self._num_threads = num_threads
-        self._members: dict[str, Member] = {}
         self._early: dict[str, Edge] = {}
         self._opening = False
         self._closed = False
-        self._announced = 0
-        self._left = -1
-        self._woken = False
-        self.awaited: tuple[str, ...] = ()
-        """Peers for which the data thread waits now. Any thread may read it."""
         self._selector = selectors.DefaultSelector()
         self._table = EdgeTable(
             self._selector, me.name, _INBOX_FRAMES * max_data_bytes, path_limit_s
         )
-        self._look_at = 0.0
+        self._rules = EdgeRules(me)
         self._acceptor = Acceptor(
             self._selector,
             me,
@@ -90,7 +84,7 @@ class PeerConnections:
             port=port,
             timeout_s=connect_timeout_s,
             answer_limit_s=min(path_limit_s, connect_timeout_s),
-            refusal=self._refusal,
+            refusal=self._rules.refusal,
             opened=self._opened,
         )
         self.address = self._acceptor.address
@@ -99,42 +93,24 @@ class PeerConnections:
         """Open edges by the peer's worker name."""
         self.step_frames = self._table.step_frames
         """Proposals and headers of the current generation, for the step channel."""
-        self._wakeup = WakePipe()
-        self._interrupts = WakePipe()
-        for pipe in (self._wakeup, self._interrupts):
-            self._selector.register(pipe, selectors.EVENT_READ, pipe.drain)
+        self._interrupts = interrupts = Interrupts(self._selector)
+        self.wake, self.take_wake = interrupts.wake, interrupts.take_wake
+        self.interrupt, self.leave = interrupts.interrupt, interrupts.leave
+        self.loop = loop = SelectLoop(
+            self._selector, self._table, self._acceptor, self.check, step_timeout_s
+        )
+        """Where the data thread waits."""
+        self.wait, self.poll, self.awaiting = loop.wait, loop.poll, loop.awaiting
 
-    # Thread-safe calls.
-
-    def wake(self) -> None:
-        """End the current or next ``StepChannel.wait``."""
-        self._woken = True
-        self._wakeup.ring()
-
-    def interrupt(self, generation: int) -> None:
-        """Make waits raise until an announced generation is applied."""
-        self._announced = max(self._announced, generation)
-        self._interrupts.ring()
-
-    def leave(self, generation: int) -> None:
-        """Make the waits of steps raise until a later generation is applied."""
-        self._left = max(self._left, generation)
-        self._interrupts.ring()
-
-    # Everything below: data thread only.
-
-    def take_wake(self) -> bool:
-        """Whether ``wake`` was called since the last time."""
-        woken, self._woken = self._woken, False
-        return woken
+    # Data thread only, all but ``wake``, ``interrupt`` and ``leave``.
 
     def check(self) -> None:
         """Raise ``GenerationChangedError`` or ``PeerLostError`` if there is a reason to."""
-        if self._announced > self.generation.number:
-            raise GenerationChangedError(f"generation {self._announced} was announced")
-        if self._left >= self.generation.number and not self._opening:
-            raise GenerationChangedError(f"generation {self.generation.number} was left")
-        if self._table.lost and not self._opening:
+        self._interrupts.check_announced(self.generation.number)
+        if self._opening:
+            return
+        self._interrupts.check_left(self.generation.number)
+        if self._table.lost:
             raise PeerLostError(*next(iter(self._table.lost.items())))
 
     def apply_generation(self, generation: Generation) -> None:
@@ -145,19 +121,19 @@ class PeerConnections:
         or a peer is in one already.
         """
         self.generation = generation
-        self._members = {m.name: m for m in generation.members if self._shares_edge(m)}
+        names = self._rules.begin_generation(generation)
         self._acceptor.begin_generation(generation.number)
-        self._table.begin_generation(generation.number, frozenset(self._members))
+        self._table.begin_generation(generation.number, names)
         for name, edge in list(self._early.items()):
             if edge.generation <= generation.number:
                 del self._early[name]
                 self._add_edge(edge)
         self._opening = True  # a kept edge that breaks now is opened again
         try:
-            self._drain()
+            self.loop.drain()
             self.wait(
                 self._open_missing,
-                lambda: [n for n in self._members if n not in self.edges],
+                lambda: [member.name for member in self._rules.missing(self.edges)],
                 timeout_s=self._connect_timeout_s,
                 what="no edge",
                 slice_s=_OPEN_SLICE_S,
@@ -208,20 +184,11 @@ class PeerConnections:
                 missing = (name, *(n for n in others if not self._edge(n).inbox))
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise _timed_out(missing, f"no {want.kind.name} of step {want.step} in time")
-                self.awaited = missing
-                self._pump(left)
+                    raise timed_out(missing, f"no {want.kind.name} of step {want.step} in time")
+                self.loop.awaited = missing
+                self.loop.run_once(left)
                 frame = self._table.take(edge, want) if edge.inbox else None
         return frame
-
-    @contextlib.contextmanager
-    def awaiting(self, *names: str) -> Iterator[None]:
-        """The data thread waits for these peers."""
-        self.awaited = names
-        try:
-            yield
-        finally:
-            self.awaited = ()
 
     def direct(self, names: Sequence[str]) -> DirectEdges | None:
         """The edges to some peers, for native code; None where one is missing, or no epoll."""
@@ -230,40 +197,11 @@ class PeerConnections:
             return None
         waiting = WaitingFields(
             epoll=self._selector.fileno(),
-            wake=self._wakeup.fileno(),
+            wake=self._interrupts.wakeup.fileno(),
             limit_ms=round(1000 * LOOK_S),
             spin_ns=round(1e9 * _SPIN_S) if self._has_spare_core() else 0,
         )
         return DirectEdges(self._table, edges, waiting, self._check_all)
-
-    def wait(
-        self,
-        ready: Callable[[], bool],
-        missing: Callable[[], list[str]],
-        *,
-        timeout_s: float | None = None,
-        what: str = "no answer",
-        slice_s: float = 3600.0,
-    ) -> None:
-        """Run the loop until ``ready``. ``missing`` names the peers to blame after the timeout."""
-        limit = self.step_timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + limit
-        with self.awaiting():
-            while True:
-                self.check()
-                if ready():
-                    return
-                left = deadline - time.monotonic()
-                self.awaited = tuple(missing())
-                if left <= 0:
-                    raise _timed_out(self.awaited, f"{what} within {limit:g} s")
-                self._pump(min(left, slice_s))
-
-    def poll(self, timeout_s: float = 0.0) -> None:
-        """Run the loop once, for at most ``timeout_s``; raises as ``check`` does."""
-        self.check()
-        self._pump(timeout_s)
-        self.check()
 
     @property
     def is_settled(self) -> bool:
@@ -282,11 +220,10 @@ class PeerConnections:
         ``GenerationChangedError`` when the next generation has been announced, and what
         ``apply_generation`` raises.
         """
-        if self._announced > self.generation.number:
-            self.check()
+        self._interrupts.check_announced(self.generation.number)
         if is_ready and not self._open_missing():
             timeout_s = min(timeout_s, _OPEN_SLICE_S)
-        self._pump(timeout_s)
+        self.loop.run_once(timeout_s)
 
     def reject(self, name: str, reason: str) -> NoReturn:
         """Close an edge whose peer sent invalid data. Raises ``PeerLostError``."""
@@ -306,7 +243,6 @@ class PeerConnections:
         self.edges.clear()
         self._early.clear()
         self._selector.close()
-        self._wakeup.close()
         self._interrupts.close()
 
     # Edges.
@@ -320,10 +256,6 @@ class PeerConnections:
         num_here = others.count(host)
         return num_here * self._num_threads < len(os.sched_getaffinity(0))
 
-    def _shares_edge(self, member: Member) -> bool:
-        has_attention = member.runs_attention or runs_attention(self.me.role)
-        return member.name != self.me.name and has_attention
-
     def _edge(self, name: str) -> Edge:
         self.check()
         edge = self.edges.get(name)
@@ -333,71 +265,21 @@ class PeerConnections:
 
     def _add_edge(self, edge: Edge) -> None:
         """Use an authenticated connection as the edge to its peer, if that is a member."""
-        if not self._is_member(edge.peer):
+        if not self._rules.is_member(edge.peer):
             self._acceptor.refuse(edge.name, f"not a member of generation {self.generation.number}")
             edge.close()
             return
         self._table.add(edge)
 
-    # The loop.
-
-    def _drain(self) -> None:
-        """Read what has arrived, which reveals kept edges that are broken."""
-        for _ in range(_DRAIN_ROUNDS):
-            if not self._pump(0.0):
-                return
-
-    def _pump(self, timeout_s: float) -> int:
-        """Wait once; returns the number of sockets that were ready."""
-        deadline = self._acceptor.next_deadline
-        if deadline is not None:
-            timeout_s = min(timeout_s, max(deadline - time.monotonic(), 0.0))
-        if not self._table.is_settled:
-            timeout_s = min(timeout_s, LOOK_S)
-        events = self._selector.select(timeout_s)
-        for key, mask in events:
-            if isinstance(key.data, Edge):
-                self._table.serve(key.data, mask)
-            elif isinstance(key.data, Pending):
-                self._acceptor.advance(key.data)
-            else:
-                key.data()
-        if deadline is not None:
-            self._acceptor.expire()
-        self._look()
-        return len(events)
-
-    def _look(self) -> None:
-        """Look at the paths if it is time."""
-        if not self._table.is_settled and (now := time.monotonic()) >= self._look_at:
-            self._look_at = now + LOOK_S
-            self._table.look(now)
-
     def _check_all(self) -> None:
-        self._look()
+        self.loop.look()
         self.check()
-
-    def _refusal(self, peer: PeerIdentity) -> str | None:
-        """Listener: why this peer, which knows the token, cannot have an edge."""
-        number = self.generation.number
-        if peer.generation < number:
-            return f"generation of {peer.name} is {peer.generation}, {self.me.name} is in {number}"
-        if not runs_attention(peer.role) or peer.name == self.me.name:
-            return f"{peer.name} must not connect to {self.me.name}"
-        if peer.generation == number and not self._is_member(peer):
-            return f"{peer.name} rank {peer.rank} is not a member of generation {number}"
-        return None
-
-    def _is_member(self, peer: PeerIdentity) -> bool:
-        member = self._members.get(peer.name)
-        return member is not None and (member.role, member.rank) == (peer.role, peer.rank)
 
     def _open_missing(self) -> bool:
         """Open the edges that this side must open; True when all edges are open."""
-        missing = [m for m in self._members.values() if m.name not in self.edges]
-        for member in missing if runs_attention(self.me.role) else ():
-            if not member.runs_attention or member.rank < self.me.rank:
-                self._acceptor.connect(member)
+        missing = self._rules.missing(self.edges)
+        for member in filter(self._rules.opens, missing):
+            self._acceptor.connect(member)
         return not missing
 
     def _opened(self, sock: socket.socket, peer: PeerIdentity, generation: int) -> None:
@@ -406,7 +288,7 @@ class PeerConnections:
             sock,
             peer,
             generation=generation,
-            kinds=_kinds_between(peer.role, self.me.role),
+            kinds=self._rules.kinds_from(peer.role),
             max_data_bytes=self._max_data_bytes,
         )
         if generation > self.generation.number:
@@ -415,23 +297,3 @@ class PeerConnections:
             self._early[peer.name] = edge  # until apply_generation takes it
         else:
             self._add_edge(edge)
-
-
-def _kinds_between(sender: Role, receiver: Role) -> frozenset[FrameKind]:
-    """What a worker of one role may send to a worker of another."""
-    kinds: set[FrameKind] = set()
-    if runs_attention(sender):
-        kinds.add(FrameKind.HEADER)
-        if runs_attention(receiver):
-            kinds.add(FrameKind.PROPOSAL)
-        if holds_experts(receiver):
-            kinds.add(FrameKind.ROWS)
-    if holds_experts(sender) and runs_attention(receiver):
-        kinds.add(FrameKind.OUTPUTS)
-    return frozenset(kinds)
-
-
-def _timed_out(missing: Sequence[str], reason: str) -> PeerLostError:
-    """An error for the first of the missing peers; its reason names the others."""
-    others = f" (nor from {', '.join(missing[1:])})" if len(missing) > 1 else ""
-    return PeerLostError(missing[0] if missing else "a peer", reason + others)

@@ -106,11 +106,11 @@ def test_a_wait_for_a_header_says_for_whom_it_waits(cluster: Cluster) -> None:
         _wait_until_awaited(connections, name)
         connections.wake()
         assert wait.result(LIMIT_S) is None
-        assert connections.awaited == ()
+        assert connections.loop.awaited == ()
 
 
 def _wait_until_awaited(connections: PeerConnections, name: str) -> None:
-    wait_until(lambda: connections.awaited == (name,), f"a wait for {name}")
+    wait_until(lambda: connections.loop.awaited == (name,), f"a wait for {name}")
 
 
 def test_steps_are_numbered_on_and_on(cluster: Cluster) -> None:

@@ -279,10 +279,10 @@ def test_a_peer_that_dies_is_noticed_at_once(pair: Pair) -> None:
 def test_a_wait_for_a_frame_says_for_whom_it_waits(pair: Pair, pool: ThreadPoolExecutor) -> None:
     home, expert = pair
     wait = pool.submit(expert.receive, "attention-0", rows_frame(), time.monotonic() + LIMIT_S)
-    wait_until(lambda: expert.awaited == ("attention-0",), "the wait")
+    wait_until(lambda: expert.loop.awaited == ("attention-0",), "the wait")
     home.send("expert-0", rows_frame(), [])
     wait.result(LIMIT_S)
-    assert expert.awaited == ()
+    assert expert.loop.awaited == ()
 
 
 def test_a_wait_ends_by_its_time_limit_and_names_the_peer(pair: Pair) -> None:

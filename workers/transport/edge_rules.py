@@ -1,0 +1,70 @@
+"""The membership of a generation, as far as it concerns the edges of one worker."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from cluster.core.topology import Generation, Member, Role, holds_experts, runs_attention
+from workers.transport.frames import FrameKind
+from workers.transport.handshake import PeerIdentity
+
+
+class EdgeRules:
+    """Decides which workers share an edge with this one, who opens it, and what it may carry.
+
+    Attention rank i opens the edges to every expert worker and to the attention ranks below i.
+    """
+
+    def __init__(self, me: PeerIdentity) -> None:
+        self._me = me
+        self._number = 0
+        self._members: dict[str, Member] = {}
+
+    def begin_generation(self, generation: Generation) -> frozenset[str]:
+        """Follow a membership; returns the names of the workers that share an edge."""
+        has_attention = runs_attention(self._me.role)
+        self._number = generation.number
+        self._members = {
+            member.name: member
+            for member in generation.members
+            if member.name != self._me.name and (member.runs_attention or has_attention)
+        }
+        return frozenset(self._members)
+
+    def missing(self, open_edges: Collection[str]) -> list[Member]:
+        """The members whose edges are not open."""
+        return [m for m in self._members.values() if m.name not in open_edges]
+
+    def opens(self, member: Member) -> bool:
+        """Whether this worker opens the edge to a member."""
+        is_below = not member.runs_attention or member.rank < self._me.rank
+        return runs_attention(self._me.role) and is_below
+
+    def is_member(self, peer: PeerIdentity) -> bool:
+        """Whether a peer is one of the members."""
+        member = self._members.get(peer.name)
+        return member is not None and (member.role, member.rank) == (peer.role, peer.rank)
+
+    def refusal(self, peer: PeerIdentity) -> str | None:
+        """Listener: why a peer that knows the token cannot have an edge; None: it can."""
+        me, number = self._me, self._number
+        if peer.generation < number:
+            return f"generation of {peer.name} is {peer.generation}, {me.name} is in {number}"
+        if not runs_attention(peer.role) or peer.name == me.name:
+            return f"{peer.name} must not connect to {me.name}"
+        if peer.generation == number and not self.is_member(peer):
+            return f"{peer.name} rank {peer.rank} is not a member of generation {number}"
+        return None
+
+    def kinds_from(self, sender: Role) -> frozenset[FrameKind]:
+        """Frames that a worker of a role may send to this one."""
+        kinds: set[FrameKind] = set()
+        if runs_attention(sender):
+            kinds.add(FrameKind.HEADER)
+            if runs_attention(self._me.role):
+                kinds.add(FrameKind.PROPOSAL)
+            if holds_experts(self._me.role):
+                kinds.add(FrameKind.ROWS)
+        if holds_experts(sender) and runs_attention(self._me.role):
+            kinds.add(FrameKind.OUTPUTS)
+        return frozenset(kinds)

@@ -1,0 +1,114 @@
+"""The select loop of a worker's data-plane sockets. There is no I/O thread."""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from cluster.core.errors import PeerLostError
+from workers.transport.acceptor import Acceptor, Pending
+from workers.transport.edge import Edge
+from workers.transport.edge_table import EdgeTable
+from workers.transport.path_watch import LOOK_S
+
+_DRAIN_ROUNDS = 100
+
+
+class SelectLoop:
+    """Decides how long the data thread waits for sockets, and which of them it serves."""
+
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        table: EdgeTable,
+        acceptor: Acceptor,
+        check: Callable[[], None],
+        step_timeout_s: float,
+    ) -> None:
+        """``check`` raises if there is a reason to end a wait."""
+        self._selector = selector
+        self._table = table
+        self._acceptor = acceptor
+        self._check = check
+        self._step_timeout_s = step_timeout_s
+        self._look_at = 0.0
+        self.awaited: tuple[str, ...] = ()
+        """Peers for which the data thread waits now. Any thread may read it."""
+
+    @contextlib.contextmanager
+    def awaiting(self, *names: str) -> Iterator[None]:
+        """The data thread waits for these peers."""
+        self.awaited = names
+        try:
+            yield
+        finally:
+            self.awaited = ()
+
+    def wait(
+        self,
+        ready: Callable[[], bool],
+        missing: Callable[[], list[str]],
+        *,
+        timeout_s: float | None = None,
+        what: str = "no answer",
+        slice_s: float = 3600.0,
+    ) -> None:
+        """Run the loop until ``ready``. ``missing`` names the peers to blame after the timeout."""
+        limit = self._step_timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + limit
+        with self.awaiting():
+            while True:
+                self._check()
+                if ready():
+                    return
+                left = deadline - time.monotonic()
+                self.awaited = tuple(missing())
+                if left <= 0:
+                    raise timed_out(self.awaited, f"{what} within {limit:g} s")
+                self.run_once(min(left, slice_s))
+
+    def poll(self, timeout_s: float = 0.0) -> None:
+        """Run the loop once, for at most ``timeout_s``; raises as the waits do."""
+        self._check()
+        self.run_once(timeout_s)
+        self._check()
+
+    def drain(self) -> None:
+        """Read what has arrived, which reveals kept edges that are broken."""
+        for _ in range(_DRAIN_ROUNDS):
+            if not self.run_once(0.0):
+                return
+
+    def run_once(self, timeout_s: float) -> int:
+        """Wait once, without a check; returns the number of sockets that were ready."""
+        deadline = self._acceptor.next_deadline
+        if deadline is not None:
+            timeout_s = min(timeout_s, max(deadline - time.monotonic(), 0.0))
+        if not self._table.is_settled:
+            timeout_s = min(timeout_s, LOOK_S)
+        events = self._selector.select(timeout_s)
+        for key, mask in events:
+            if isinstance(key.data, Edge):
+                self._table.serve(key.data, mask)
+            elif isinstance(key.data, Pending):
+                self._acceptor.advance(key.data)
+            else:
+                key.data()
+        if deadline is not None:
+            self._acceptor.expire()
+        self.look()
+        return len(events)
+
+    def look(self) -> None:
+        """Look at the paths if it is time."""
+        if not self._table.is_settled and (now := time.monotonic()) >= self._look_at:
+            self._look_at = now + LOOK_S
+            self._table.look(now)
+
+
+def timed_out(missing: Sequence[str], reason: str) -> PeerLostError:
+    """An error for the first of the missing peers; its reason names the others."""
+    others = f" (nor from {', '.join(missing[1:])})" if len(missing) > 1 else ""
+    return PeerLostError(missing[0] if missing else "a peer", reason + others)
