@@ -9,28 +9,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from cluster.actors.handoff import hand_off
+from cluster.actors.handoff import Handoff
 from cluster.actors.runner import Runner
 from cluster.actors.tasks import Background
 from cluster.config.cluster import ClusterConfig
 from cluster.controller.controller import Controller
+from cluster.controller.documents import load_document, placement_document, snapshot_before_start
 from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.workers import MODEL_FACTS
 from cluster.core.errors import (
     ConflictError,
     NotReadyError,
     StartError,
-    SupersededError,
 )
 from cluster.core.frames import LowDisk
 from cluster.core.release import RELEASE
 from cluster.core.states import ClusterState
 from cluster.core.watchdog import BEAT_S, start_watchdog
-from cluster.load.view import load_document, placement_report
 from cluster.sizing.start_plan import plan_start
 from cluster.tracing import logs
 from cluster.tracing.gateway_counts import GatewayRecord
@@ -40,16 +37,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NO_BANKS: dict[str, Any] = {"schema": 1, "epoch": 0, "banks": []}
-"""Of a cluster that has no workers yet."""
 STATUS_LIMIT_S = 1.0
 """Longest wait for the numbers of the workers."""
 _STOP_LIMIT_S = 20.0
 _KEEP_LIMIT_S = 5.0
 """Longest wait for a worker that keeps the memory of a command."""
-_RESTORE_LIMIT_S = 60.0
-_RESTORE_PAUSE_S = 1.0
-_MAX_RESTORE_PAUSE_S = 10.0
 
 
 class ControllerActor:
@@ -71,13 +63,9 @@ class ControllerActor:
         self._has_process = self._wants_watchdog = has_process
         self._set_up_log()
         self.runner = Runner(group, self._background)
+        self._gateways = self.runner.gateways
         self._starting = asyncio.Lock()
-        self._may_restore = self._restores = group.was_restarted()
-        self._is_settled = asyncio.Event()  # the cluster is known, or why it is not
-        if self._may_restore:
-            group.call_back("restore")
-        else:
-            self._is_settled.set()
+        self._handoff = Handoff(self.runner, self._set_up_log)
 
     async def start(
         self,
@@ -96,7 +84,7 @@ class ControllerActor:
         begin.
         """
         await self.restore()
-        if self._restores:
+        if self._handoff.is_pending:
             raise StartError("controller", self.runner.failure)
         async with self._starting:
             if self.runner.controller is None:
@@ -117,10 +105,7 @@ class ControllerActor:
         if self._wants_watchdog:
             self._wants_watchdog = False
             self._background.spawn(_beat())
-        if self._may_restore:
-            self._may_restore = False
-            self._background.spawn(self._restore())
-        await self._is_settled.wait()
+        await self._handoff.settle()
 
     async def origin(self) -> dict[str, Any]:
         """What the cluster was started with: ``asked`` and the whole ``config``, with its token.
@@ -129,7 +114,7 @@ class ControllerActor:
         earlier controller cannot be reached.
         """
         await self.restore()
-        if self._restores:
+        if self._handoff.is_pending:
             raise NotReadyError(self.runner.failure)
         async with self._starting:
             controller, plan = self.runner.controller, self.runner.plan
@@ -158,29 +143,23 @@ class ControllerActor:
         requests have.
         """
         await self.restore()
-        polls = self.runner.polls
-        if gateway and polls.begin(gateway):
-            self.runner.note(f"{gateway} is back", "it serves again")
         if gateway:
-            self.runner.host_has(low_disks, host, gateway)
-            self.runner.gateway_uses(gateway, known_version, adapters)
+            self._gateways.asks(gateway, known_version, host, low_disks, adapters)
         try:
             await self._background.wait(lambda: self._version() != known_version, timeout_s)
         finally:
-            polls.end(gateway, time.monotonic())
+            self._gateways.answered(gateway)
         return self._snapshot()
 
     async def gateway_leaves(self, gateway: str) -> None:
         """A gateway ends in order."""
-        if self.runner.polls.leave(gateway):
-            self.runner.gateway_left(gateway)
-            self.runner.note(f"{gateway} has left", "its requests have ended")
+        self._gateways.leaves(gateway)
 
     async def exchange_counts(
         self, records: dict[str, GatewayRecord], times: dict[str, float]
     ) -> dict[str, Any]:
         """Keep what a gateway has counted, and return what others have: see ``GatewayCounts``."""
-        return self.runner.counts.exchange(records, times)
+        return self._gateways.counts.exchange(records, times)
 
     async def streams_paused(self, generation: int, pause_s: float) -> None:
         """A gateway's streams stood still for this time when the generation formed."""
@@ -190,19 +169,16 @@ class ControllerActor:
 
     async def placement(self) -> dict[str, Any]:
         """Maps, current load and balancedness of all banks (``placement --json``)."""
-        cluster = await self._fresh_cluster()
-        if cluster is None:
-            return _NO_BANKS
-        return placement_report(cluster.placement, cluster.load, cluster.profile)
+        return placement_document(await self._fresh_cluster())
 
     async def load(self) -> dict[str, Any]:
         """Tokens by expert and by copy, and the resulting balance (``load --json``)."""
-        return self._load(await self._fresh_cluster())
+        return load_document(await self._fresh_cluster())
 
     async def numbers(self) -> dict[str, Any]:
         """``snapshot`` and ``load``, with the current numbers of every worker."""
         cluster = await self._fresh_cluster()
-        return {"snapshot": self._snapshot(), "load": self._load(cluster)}
+        return {"snapshot": self._snapshot(), "load": load_document(cluster)}
 
     async def begin(self, kind: str, command: dict[str, Any]) -> dict[str, Any]:
         """Begin what a client commands, see ``Commands.begin``; the operation or the adapter.
@@ -254,32 +230,6 @@ class ControllerActor:
             await self._background.wait(lambda: controller.cluster.state is state, _STOP_LIMIT_S)
         await self.runner.stop()
 
-    async def _restore(self) -> None:
-        """Repeat until it succeeds: the workers serve meanwhile."""
-        began_at, pause_s = 0.0, _RESTORE_PAUSE_S
-        term = 0  # claimed once: who is overtaken by another controller must not overtake it again
-        while self._restores:
-            try:
-                async with asyncio.timeout(_RESTORE_LIMIT_S):
-                    term = term or await self._group.claim(self.runner.identity)
-                    began_at = began_at or time.monotonic()
-                    await hand_off(self.runner, term, began_at)
-                self._restores = False
-                if (controller := self.runner.controller) is not None:
-                    self._set_up_log(controller.cluster.config.observability.log_format)
-            except SupersededError as err:
-                self.runner.retire(str(err))
-                self._restores = False
-            except Exception as err:  # any error of Ray
-                logger.warning("not restored: %s", err, exc_info=not isinstance(err, NotReadyError))
-                failure = f"the restarted controller failed: {type(err).__name__}: {err}"
-                self.runner.failure = failure
-            self._is_settled.set()  # after a failure waiting calls get that
-            self._background.notify()
-            if self._restores:
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _MAX_RESTORE_PAUSE_S)
-
     def _set_up_log(self, form: logs.LogForm = "text") -> None:
         if self._has_process:
             logs.set_up("controller", form)
@@ -318,46 +268,18 @@ class ControllerActor:
         if not cluster.is_kept(version):
             raise NotReadyError("no worker has acknowledged the command yet: it may be forgotten")
 
-    def _load(self, cluster: Cluster | None) -> dict[str, Any]:
-        if cluster is None:
-            return {**_NO_BANKS, "model": None, "top_k": 0, "tokens": 0}
-        model = str(cluster.workers.model.get("name"))
-        document = load_document(
-            cluster.placement, cluster.load, cluster.profile, model, cluster.top_k
-        )
-        holders = cluster.workers.by_device(cluster.placement.num_devices)
-        domains = [r.member.domain or r.member.node if r else "" for r in holders]
-        for bank, entry in zip(cluster.placement.banks, document["banks"], strict=True):
-            entry["at_risk"] = bank.num_at_risk(domains)
-        return {**document, "workers": [r.name if r and not r.is_lost else None for r in holders]}
-
     def _snapshot(self) -> dict[str, Any]:
         mine: dict[str, Any] = {"controller_pid": os.getpid(), "release": RELEASE}
         if self.runner.controller is not None:
             return self.runner.controller.snapshot() | mine
         if self.runner.failure:
-            state = ClusterState.RECOVERING if self._restores else ClusterState.STOPPED
+            state = ClusterState.RECOVERING if self._handoff.is_pending else ClusterState.STOPPED
             mine |= {"state": state.value, "error": self.runner.failure}
-        return _snapshot_before_start() | mine
+        return snapshot_before_start() | mine
 
     def _version(self) -> int:
         controller = self.runner.controller
         return controller.cluster.version if controller is not None else 0
-
-
-def _snapshot_before_start() -> dict[str, Any]:
-    """``Controller.snapshot`` of a cluster that has no workers yet."""
-    return {
-        **dict.fromkeys(("version", "term", "generation", "placement_epoch"), 0),
-        **dict.fromkeys(("error", "mode", "rebalance", "results")),
-        "schema": 1,
-        "state": ClusterState.STARTING.value,
-        "mode_reason": "",
-        "experts_complete": False,
-        "model": dict.fromkeys(("name", "path", *MODEL_FACTS)),
-        "workers": [],
-        "history": [],
-    }
 
 
 async def _beat() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cluster.actors.control_server import ControlServer
 from cluster.actors.runner import Runner
@@ -21,6 +21,7 @@ from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import NotReadyError, SupersededError
 from cluster.sizing.start_plan import FoundWorker, StartPlan
+from cluster.tracing.logs import LogForm
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +29,63 @@ _POLL_S = 0.1
 FIND_LIMIT_S = 10.0
 """Longest time in which a worker must answer, to be found."""
 _REDIRECT_S = 0.2
+_RESTORE_LIMIT_S = 60.0
+_RESTORE_PAUSE_S = 1.0
+_MAX_RESTORE_PAUSE_S = 10.0
 
 
-async def hand_off(runner: Runner, term: int, began_at: float) -> None:
+class Handoff:
+    """Decides when calls to a controller actor are answered: at once, or after a restart once the
+    cluster of the earlier controller is known, or why it is not.
+    """
+
+    def __init__(self, runner: Runner, set_up_log: Callable[[LogForm], None]) -> None:
+        """``set_up_log`` gets the form of log records of a cluster that is continued."""
+        self._runner = runner
+        self._set_up_log = set_up_log
+        self.is_pending = runner.group.was_restarted()
+        """The cluster of an earlier controller is not continued yet."""
+        self._has_begun = False
+        self._is_settled = asyncio.Event()
+        if self.is_pending:
+            runner.group.call_back("restore")
+        else:
+            self._is_settled.set()
+
+    async def settle(self) -> None:
+        """Begin, at the first call. Returns once calls can be answered, while retries continue."""
+        if self.is_pending and not self._has_begun:
+            self._has_begun = True
+            self._runner.background.spawn(self._repeat())
+        await self._is_settled.wait()
+
+    async def _repeat(self) -> None:
+        """Repeat until it succeeds: the workers serve meanwhile."""
+        runner, began_at, pause_s = self._runner, 0.0, _RESTORE_PAUSE_S
+        term = 0  # claimed once: a controller that is overtaken must not overtake the other again
+        while self.is_pending:
+            try:
+                async with asyncio.timeout(_RESTORE_LIMIT_S):
+                    term = term or await runner.group.claim(runner.identity)
+                    began_at = began_at or time.monotonic()
+                    await _hand_off(runner, term, began_at)
+                self.is_pending = False
+                if (controller := runner.controller) is not None:
+                    self._set_up_log(controller.cluster.config.observability.log_format)
+            except SupersededError as err:
+                runner.retire(str(err))
+                self.is_pending = False
+            except Exception as err:  # any error of Ray
+                logger.warning("not restored: %s", err, exc_info=not isinstance(err, NotReadyError))
+                runner.failure = f"the restarted controller failed: {type(err).__name__}: {err}"
+            self._is_settled.set()  # after a failure waiting calls get that
+            runner.background.notify()
+            if self.is_pending:
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _MAX_RESTORE_PAUSE_S)
+
+
+async def _hand_off(runner: Runner, term: int, began_at: float) -> None:
     """Continue with the workers of an earlier controller; end them if they have never served.
 
     ``term`` is claimed before. Raises any error of Ray, ``SupersededError``, and ``NotReadyError``

@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.actors.control_server import ControlServer
+from cluster.actors.gateways import Gateways
 from cluster.actors.processor_waits import ProcessorWaits
 from cluster.actors.tasks import Background
 from cluster.config.resources import NodeResources, ids_by_address, resolved_share
@@ -25,10 +26,9 @@ from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.detection import TICK_S
 from cluster.controller.parts.effects import Effect, End, EndAll, Release, Send, Start, Trace
-from cluster.controller.parts.gateway_polls import GatewayPolls
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import CalledAgainError, ExpertMeshError, StartError, SupersededError
-from cluster.core.frames import Alive, ControlFrame, LowDisk, Superseded
+from cluster.core.frames import Alive, ControlFrame, Superseded
 from cluster.core.states import ClusterState
 from cluster.core.topology import Member
 from cluster.policy.node_following import followed_nodes
@@ -36,7 +36,6 @@ from cluster.sizing.start_plan import StartPlan
 from cluster.tracing import logs
 from cluster.tracing.disks import DiskWatch
 from cluster.tracing.exporter import TraceExport, start_traces
-from cluster.tracing.gateway_counts import GatewayCounts
 
 if TYPE_CHECKING:
     from cluster.actors.worker_group import WorkerGroup  # which imports Ray
@@ -66,8 +65,7 @@ class Runner:
         self.server: ControlServer | None = None
         self.plan: StartPlan | None = None
         """With the configuration; None before the start."""
-        self.polls = GatewayPolls()
-        self.counts = GatewayCounts()
+        self.gateways = Gateways(lambda: self.controller, background.notify)
         self.traces: TraceExport | None = None
         self._disks = DiskWatch(lambda: [logs.OUTPUT.folder])
         self._waits = ProcessorWaits()
@@ -277,12 +275,11 @@ class Runner:
             try:
                 self._watch_starvation(controller)
                 self.tell(controller.tick)
-                self.host_has(self._disks.low(time.monotonic()))
+                controller.cluster.host_has(self._disks.low(time.monotonic()))
+                self.background.notify()
             except Exception:  # detection must continue
                 logger.exception("a tick of the controller failed")
-            for gateway in self.polls.take_gone(time.monotonic()):
-                self.gateway_left(gateway)
-                self.note(f"{gateway} is gone: it no longer asks", "its requests end")
+            self.gateways.drop_silent()
 
     def _watch_starvation(self, controller: Controller) -> None:
         """Tell the controller how long late workers of this host waited for a processor."""
@@ -318,28 +315,6 @@ class Runner:
         share = resolved_share(workers)
         followed = followed_nodes(nodes, share, workers.pools, homes, leaving)
         self.tell(partial(controller.following.observe, followed))
-
-    def note(self, cause: str, effect: str) -> None:
-        """Add to the history of the cluster, if there is one."""
-        if self.controller is not None:
-            self.tell(partial(self.controller.cluster.note, cause, effect))
-
-    def host_has(self, low_disks: tuple[LowDisk, ...], host: str = "", reporter: str = "") -> None:
-        """See ``Cluster.host_has``."""
-        if self.controller is not None:
-            self.controller.cluster.host_has(low_disks, host, reporter)
-            self.background.notify()
-
-    def gateway_uses(self, gateway: str, known_version: int, adapters: Collection[str]) -> None:
-        """A gateway knows this snapshot, and its requests have these adapters."""
-        if self.controller is not None:
-            self.controller.adapters.uses.report(gateway, known_version, adapters)
-
-    def gateway_left(self, gateway: str) -> None:
-        """A gateway has gone, and its requests with it."""
-        self.host_has((), "", gateway)
-        if self.controller is not None:
-            self.controller.adapters.uses.leave(gateway)
 
     def _leads(self, controller: Controller) -> bool:
         is_over = controller.cluster.state is ClusterState.STOPPED

@@ -14,41 +14,26 @@ import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import ActorUnavailableError, RayError
 
-from cluster.actors import ray_tools
+from cluster.actors import ray_tools, worker_actor
 from cluster.actors.room import ANY_BUNDLE, Room
+from cluster.actors.worker_actor import WorkerActor
 from cluster.config.cluster import ClusterConfig
 from cluster.config.resources import NodeResources, WorkerShare
 from cluster.config.workers import WorkersSection
-from cluster.core.errors import NotReadyError, StartError, SupersededError, UnknownNameError
-from cluster.core.process import ProcessIdentity, describe_self, kill_process, wait_gone
+from cluster.core.errors import StartError, SupersededError, UnknownNameError
 from cluster.core.topology import Member, Role
 from cluster.policy.places import place_of
 from cluster.sizing.start_plan import FoundWorker, StartPlan
 
 logger = logging.getLogger(__name__)
 
-P = ParamSpec("P")
-T = TypeVar("T")
 _PING_S = 0.5
 _POLL_S = 0.05
-_CALL_LIMIT_S = 5.0
-
-
-@dataclass(slots=True)
-class _Actor:
-    """An existing worker actor."""
-
-    name: str
-    handle: Any
-    node_id: str
-    bundle: int = ANY_BUNDLE
-    process: ProcessIdentity | None = None
 
 
 @dataclass(slots=True)
@@ -61,7 +46,7 @@ class WorkerGroup:
     """Time that a worker's own ``stop`` may take."""
     room: Room = field(default_factory=Room)
     """Reserved for the workers."""
-    _actors: dict[str, _Actor] = field(default_factory=dict)
+    _actors: dict[str, WorkerActor] = field(default_factory=dict)
     _ending: set[asyncio.Future[None]] = field(default_factory=set)
     _term: int = 0
     _identity: str = ""
@@ -99,13 +84,13 @@ class WorkerGroup:
 
         Raises ``TimeoutError`` if Ray does not answer.
         """
-        self._term = await _in_time(ray_tools.claim_term, identity)
+        self._term = await worker_actor.in_time(ray_tools.claim_term, identity)
         self._identity = identity
         return self._term
 
     async def check_term(self) -> None:
         """Raise ``SupersededError`` if another controller has a newer term."""
-        newest = await _in_time(ray_tools.newest_term, self._term, self._identity)
+        newest = await worker_actor.in_time(ray_tools.newest_term, self._term, self._identity)
         if newest:
             raise SupersededError(f"term {newest} is claimed, this controller has {self._term}")
 
@@ -139,11 +124,12 @@ class WorkerGroup:
                 await self.check_term()
                 facts: Any = plan.arguments(member, address)
                 handle = await asyncio.to_thread(create, *facts)  # registers the name at Ray's head
-                actor = self._actors[member.name] = _Actor(member.name, handle, node_id, bundle)
+                actor = WorkerActor(member.name, handle, node_id, bundle)
+                self._actors[member.name] = actor
             if member.name in self._withdrawn:
                 await self.end([member.name])
                 self._check_wanted(member.name)
-            created.append(self._bring_up(actor))
+            created.append(actor.start())
         await _all_or_first_error(created)
 
     async def watch_creation(self, names: Sequence[str], on_process: Callable[[str], None]) -> None:
@@ -169,7 +155,7 @@ class WorkerGroup:
             await asyncio.sleep(_PING_S)
             waiting = [a for a in waiting if not is_connected(a.name)]
             for actor in list(waiting):
-                words = await _death_of(actor)
+                words = await actor.death()
                 if words is not None:
                     waiting.remove(actor)
                     on_died(actor.name, words)
@@ -204,29 +190,14 @@ class WorkerGroup:
         """
         if name not in self._actors:
             raise UnknownNameError(f"no worker {name[:64]!r} runs")
-        try:
-            call = self._actors[name].handle.log.remote(after)
-            found: tuple[int, list[str]] = await asyncio.wait_for(call, _CALL_LIMIT_S)
-        except (RayError, TimeoutError) as err:
-            raise NotReadyError(f"{name} does not answer", "not_ready", 1.0) from err
-        return found
+        return await self._actors[name].log(after)
 
     async def redirect(self, name: str, control_address: str) -> None:
         """Send a found worker the controller's new address.
 
         Raises ``SupersededError``, ``ProcessLookupError`` for one that has died, and Ray's errors.
         """
-        redirect = self._actors[name].handle.redirect
-        call = redirect.remote(control_address, self._term, self._identity)
-        try:
-            await asyncio.wait_for(call, _CALL_LIMIT_S)
-        except ActorUnavailableError:
-            raise
-        except RayActorError as err:
-            raise ProcessLookupError(ray_tools.words_of(err)) from err
-        except RayTaskError as err:
-            _raise_superseded(err)
-            raise
+        await self._actors[name].redirect(control_address, self._term, self._identity)
 
     async def end(self, names: Sequence[str]) -> None:
         """End these workers: by their own ``stop``, then by process id, then by Ray.
@@ -235,7 +206,7 @@ class WorkerGroup:
         """
         self._withdrawn.update(n for n in names if n not in self._actors)  # they may come yet
         actors = [self._actors.pop(n) for n in names if n in self._actors]
-        tasks = [asyncio.ensure_future(self._end_process(a)) for a in actors]
+        tasks = [asyncio.ensure_future(self._end_actor(a)) for a in actors]
         self._ending.update(tasks)
         for actor, task in zip(actors, tasks, strict=True):
             task.add_done_callback(partial(self._ended, actor))
@@ -248,13 +219,13 @@ class WorkerGroup:
         await self.check_term()
         await self.end(self.names())
         await asyncio.gather(*self._ending)
-        await _in_time(ray_tools.free_reserved_room)
+        await worker_actor.in_time(ray_tools.free_reserved_room)
 
     async def release(self, places: Sequence[str]) -> None:
         """Give back the room of places that scaling has removed. Raises ``SupersededError``."""
         await self.check_term()
         async with self._placing:
-            await _in_time(self.room.release, places)
+            await worker_actor.in_time(self.room.release, places)
 
     def _remote_class(self, role: Role) -> Any:
         if role not in self._remote_classes:
@@ -271,11 +242,10 @@ class WorkerGroup:
         try:
             async with asyncio.timeout(limit_s):
                 handle = await asyncio.to_thread(ray.get_actor, name, namespace=ray_tools.NAMESPACE)
-                actor = self._actors[name] = _Actor(name, handle, "")
-                ask: Any = handle.__ray_call__.remote
+                actor = self._actors[name] = WorkerActor(name, handle, "")
                 while True:
                     with contextlib.suppress(ActorUnavailableError):  # this call is lost, no more
-                        answer, actor.process, actor.node_id = await ask(_introduce)
+                        answer = await actor.introduce()
                         break
                     await asyncio.sleep(_POLL_S)
         except (TimeoutError, RayError, ValueError) as err:
@@ -303,93 +273,25 @@ class WorkerGroup:
             "scheduling_strategy": self.room.strategy(place_of(member.name), bundle),
         }
 
-    async def _bring_up(self, actor: _Actor) -> None:
-        try:
-            _, actor.process, actor.node_id = await actor.handle.__ray_call__.remote(_introduce)
-            await actor.handle.start.remote()
-        except RayError as err:
-            raise StartError(actor.name, ray_tools.words_of(err)) from err
+    async def _end_actor(self, actor: WorkerActor) -> None:
+        is_stopped = await actor.stop(self._term, self._identity, self.stop_limit_s)
+        await self.check_term()
+        await actor.kill(is_stopped)
 
-    def _ended(self, actor: _Actor, task: asyncio.Future[None]) -> None:
+    def _ended(self, actor: WorkerActor, task: asyncio.Future[None]) -> None:
         self._ending.discard(task)
         if task.cancelled() or task.exception() is not None:
             self._actors.setdefault(actor.name, actor)  # it may live: another call tries again
 
-    async def _end_process(self, actor: _Actor) -> None:
-        stopped = False
-        try:
-            call = actor.handle.stop.remote(self._term, self._identity)
-            await asyncio.wait_for(call, self.stop_limit_s)
-            stopped = True
-        except (RayError, TimeoutError) as err:
-            _raise_superseded(err)
-            logger.info("%s did not stop by itself: %s", actor.name, type(err).__name__)
-        await self.check_term()
-        if not stopped:
-            await self._kill_by_pid(actor)
-        with contextlib.suppress(RayError, ValueError, TimeoutError):
-            await _in_time(ray.kill, actor.handle, no_restart=True)
-        if stopped and not await self._is_gone(actor):
-            await self._kill_by_pid(actor)
-
-    async def _is_gone(self, actor: _Actor) -> bool:
-        """Whether the process ended; for a remote one its own ``stop`` is trusted."""
-        if actor.process is None or actor.node_id != ray_tools.this_node_id():
-            return True
-        return await asyncio.to_thread(wait_gone, actor.process, 1.0)
-
-    async def _kill_by_pid(self, actor: _Actor) -> None:
-        """SIGKILL on its node: Ray lets a stopped process live for seconds."""
-        if actor.process is None:
-            return
-        if actor.node_id == ray_tools.this_node_id():
-            kill_process(actor.process)
-            await asyncio.to_thread(wait_gone, actor.process, 1.0)
-            return
-        where = NodeAffinitySchedulingStrategy(actor.node_id, soft=False)
-        task = ray.remote(kill_process).options(num_cpus=0, scheduling_strategy=where)
-        with contextlib.suppress(RayError, TimeoutError):
-            killing = await _in_time(task.remote, actor.process)  # exports it to Ray's head
-            await asyncio.wait_for(killing, _CALL_LIMIT_S)
-
-
-def _raise_superseded(err: Exception) -> None:
-    """Raise ``SupersededError`` if a worker has answered with it."""
-    if isinstance(err, RayTaskError) and isinstance(err.cause, SupersededError):
-        raise err.cause from err
-
-
-async def _in_time(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """A blocking call of Ray, in a thread. Raises ``TimeoutError``."""
-    return await asyncio.wait_for(asyncio.to_thread(call, *args, **kwargs), _CALL_LIMIT_S)
-
-
-def _introduce(actor: Any) -> tuple[dict[str, Any], ProcessIdentity, str]:
-    """Runs in a worker: its arguments, its process, its node."""
-    return actor.introduce(), describe_self(), ray_tools.this_node_id()
-
 
 async def _free_names(names: Sequence[str]) -> None:
     """Kill actors of an earlier run with these names. Raises ``StartError`` if one stays."""
-    deadline = asyncio.get_running_loop().time() + _CALL_LIMIT_S
+    deadline = asyncio.get_running_loop().time() + worker_actor.CALL_LIMIT_S
     while taken := sorted(set(names) & set(await asyncio.to_thread(ray_tools.our_actors))):
         if asyncio.get_running_loop().time() > deadline:
             raise StartError(taken[0], "an actor of that name lives and does not end")
         await asyncio.to_thread(ray_tools.kill_actors, taken)
         await asyncio.sleep(_POLL_S)
-
-
-async def _death_of(actor: _Actor) -> str | None:
-    """Ray's reason if the actor is dead; None while it lives, or may live."""
-    try:
-        await asyncio.wait_for(actor.handle.ping.remote(), _CALL_LIMIT_S)
-    except ActorUnavailableError:
-        return None  # the network may recover; a death would be ActorDiedError
-    except (RayActorError, RayTaskError) as err:
-        return ray_tools.words_of(err)  # dead, or its ping gives the reason why it cannot continue
-    except (TimeoutError, RayError):
-        return None  # busy: the start limit covers that
-    return None
 
 
 async def _all_or_first_error(calls: Sequence[Awaitable[None]]) -> None:

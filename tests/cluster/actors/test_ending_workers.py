@@ -13,7 +13,8 @@ import ray
 from ray import NodeID
 from ray.exceptions import RayTaskError
 
-from cluster.actors import ray_tools, worker_group
+from cluster.actors import ray_tools, worker_actor
+from cluster.actors.worker_actor import WorkerActor
 from cluster.actors.worker_group import WorkerGroup
 from cluster.core.errors import SupersededError
 from cluster.core.placement import contiguous
@@ -84,15 +85,15 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Killed:
     monkeypatch.setattr(ray_tools, "newest_term", newest_term)
     monkeypatch.setattr(ray_tools, "claim_term", lambda identity: 1)
     monkeypatch.setattr(ray_tools, "this_node_id", lambda: NODE)
-    monkeypatch.setattr(worker_group, "wait_gone", lambda process, limit_s: True)
-    monkeypatch.setattr(worker_group, "kill_process", found.processes.append)
+    monkeypatch.setattr(worker_actor, "wait_gone", lambda process, limit_s: True)
+    monkeypatch.setattr(worker_actor, "kill_process", found.processes.append)
     monkeypatch.setattr(ray, "kill", kill)
     return found
 
 
 async def _group(handle: Handle) -> WorkerGroup:
     group = WorkerGroup({})
-    actor = worker_group._Actor("expert-0", handle, NODE, process=PROCESS)
+    actor = WorkerActor("expert-0", handle, NODE, process=PROCESS)
     group._actors["expert-0"] = actor
     await group.claim("a controller")
     return group
@@ -165,7 +166,7 @@ def test_an_end_that_fails_does_not_forget_the_next_worker_of_that_name(killed: 
         killed.newest_term = 2
         end = asyncio.ensure_future(group.end(["expert-0"]))
         await asyncio.sleep(0)
-        successor = worker_group._Actor("expert-0", Handle(), NODE, process=PROCESS)
+        successor = WorkerActor("expert-0", Handle(), NODE, process=PROCESS)
         group._actors["expert-0"] = successor
         with pytest.raises(SupersededError):
             await end

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from cluster.actors import ray_tools, worker_group
+from cluster.actors import ray_tools, worker_actor
 from cluster.actors.worker_group import WorkerGroup
 from cluster.core.errors import SupersededError
 
@@ -57,14 +57,14 @@ def test_a_claim_that_comes_through_late_does_not_overtake_its_own_controller(
     tables: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray's head did not answer in time, and the controller has claimed again."""
-    monkeypatch.setattr(worker_group, "_CALL_LIMIT_S", 0.01)
+    monkeypatch.setattr(worker_actor, "CALL_LIMIT_S", 0.01)
 
     async def body() -> None:
         group = WorkerGroup({})
         with pytest.raises(TimeoutError):
             await group.claim("a controller")
         await asyncio.to_thread(tables.num_waiting.acquire)
-        monkeypatch.setattr(worker_group, "_CALL_LIMIT_S", 60.0)
+        monkeypatch.setattr(worker_actor, "CALL_LIMIT_S", 60.0)
         tables.values["term-1"] = b"a controller"  # the second claim, which came through first
         group._term, group._identity = 1, "a controller"
         tables.answers.set()

@@ -1,0 +1,147 @@
+"""One worker actor: how it is called, and how its process ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.actors import ray_tools
+from cluster.actors.room import ANY_BUNDLE
+from cluster.core.errors import NotReadyError, StartError, SupersededError
+from cluster.core.process import ProcessIdentity, describe_self, kill_process, wait_gone
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+CALL_LIMIT_S = 5.0
+"""Longest wait for an answer of Ray or of a worker."""
+
+
+@dataclass(slots=True)
+class WorkerActor:
+    """Decides how far a call of one worker actor may be trusted. Owned by ``WorkerGroup``."""
+
+    name: str
+    handle: Any
+    node_id: str
+    """Id of its node; empty until it has introduced itself."""
+    bundle: int = ANY_BUNDLE
+    """The reserved bundle that it runs in."""
+    process: ProcessIdentity | None = None
+    """None until it has introduced itself."""
+
+    async def introduce(self) -> dict[str, Any]:
+        """Learn its process and node; the arguments that it was made with. Raises Ray's errors."""
+        call: Any = self.handle.__ray_call__.remote
+        arguments: dict[str, Any]
+        arguments, self.process, self.node_id = await call(_introduce)
+        return arguments
+
+    async def start(self) -> None:
+        """Call its ``start``. Raises ``StartError`` with its own words."""
+        try:
+            await self.introduce()
+            await self.handle.start.remote()
+        except RayError as err:
+            raise StartError(self.name, ray_tools.words_of(err)) from err
+
+    async def log(self, after: int) -> tuple[int, list[str]]:
+        """The newest lines of its log. Raises ``NotReadyError`` if it does not answer."""
+        try:
+            call = self.handle.log.remote(after)
+            found: tuple[int, list[str]] = await asyncio.wait_for(call, CALL_LIMIT_S)
+        except (RayError, TimeoutError) as err:
+            raise NotReadyError(f"{self.name} does not answer", "not_ready", 1.0) from err
+        return found
+
+    async def redirect(self, control_address: str, term: int, identity: str) -> None:
+        """Send it the controller's new address.
+
+        Raises ``SupersededError``, ``ProcessLookupError`` if it has died, and Ray's errors.
+        """
+        call = self.handle.redirect.remote(control_address, term, identity)
+        try:
+            await asyncio.wait_for(call, CALL_LIMIT_S)
+        except ActorUnavailableError:
+            raise
+        except RayActorError as err:
+            raise ProcessLookupError(ray_tools.words_of(err)) from err
+        except RayTaskError as err:
+            _raise_superseded(err)
+            raise
+
+    async def death(self) -> str | None:
+        """Ray's reason if it is dead; None while it lives, or may live."""
+        try:
+            await asyncio.wait_for(self.handle.ping.remote(), CALL_LIMIT_S)
+        except ActorUnavailableError:
+            return None  # the network may recover; a death would be ActorDiedError
+        except (RayActorError, RayTaskError) as err:
+            return ray_tools.words_of(err)  # dead, or its ping says why it cannot continue
+        except (TimeoutError, RayError):
+            return None  # busy: the start limit covers that
+        return None
+
+    async def stop(self, term: int, identity: str, limit_s: float) -> bool:
+        """Have it end by itself; whether it did. Raises ``SupersededError``."""
+        try:
+            await asyncio.wait_for(self.handle.stop.remote(term, identity), limit_s)
+        except (RayError, TimeoutError) as err:
+            _raise_superseded(err)
+            logger.info("%s did not stop by itself: %s", self.name, type(err).__name__)
+            return False
+        return True
+
+    async def kill(self, is_stopped: bool) -> None:
+        """End it by Ray, and its process by process id unless that has ended by itself."""
+        if not is_stopped:
+            await self._kill_process()
+        with contextlib.suppress(RayError, ValueError, TimeoutError):
+            await in_time(ray.kill, self.handle, no_restart=True)
+        if is_stopped and not await self._is_gone():
+            await self._kill_process()
+
+    async def _is_gone(self) -> bool:
+        """Whether the process ended; for a remote one its own ``stop`` is trusted."""
+        if self.process is None or self.node_id != ray_tools.this_node_id():
+            return True
+        return await asyncio.to_thread(wait_gone, self.process, 1.0)
+
+    async def _kill_process(self) -> None:
+        """SIGKILL on its node: Ray lets a stopped process live for seconds."""
+        if self.process is None:
+            return
+        if self.node_id == ray_tools.this_node_id():
+            kill_process(self.process)
+            await asyncio.to_thread(wait_gone, self.process, 1.0)
+            return
+        where = NodeAffinitySchedulingStrategy(self.node_id, soft=False)
+        task = ray.remote(kill_process).options(num_cpus=0, scheduling_strategy=where)
+        with contextlib.suppress(RayError, TimeoutError):
+            killing = await in_time(task.remote, self.process)  # exports it to Ray's head
+            await asyncio.wait_for(killing, CALL_LIMIT_S)
+
+
+async def in_time(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Make a blocking call of Ray in a thread. Raises ``TimeoutError``."""
+    return await asyncio.wait_for(asyncio.to_thread(call, *args, **kwargs), CALL_LIMIT_S)
+
+
+def _introduce(actor: Any) -> tuple[dict[str, Any], ProcessIdentity, str]:
+    """Runs in a worker: its arguments, its process, its node."""
+    return actor.introduce(), describe_self(), ray_tools.this_node_id()
+
+
+def _raise_superseded(err: Exception) -> None:
+    """Raise ``SupersededError`` if a worker has answered with it."""
+    if isinstance(err, RayTaskError) and isinstance(err.cause, SupersededError):
+        raise err.cause from err

@@ -1,0 +1,49 @@
+"""Documents about the cluster for clients. Plain data, of a cluster that may not exist yet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.workers import MODEL_FACTS
+from cluster.core.states import ClusterState
+from cluster.load import view
+
+_NO_BANKS: dict[str, Any] = {"schema": 1, "epoch": 0, "banks": []}
+
+
+def placement_document(cluster: Cluster | None) -> dict[str, Any]:
+    """Maps, current load and balancedness of all banks (``placement --json``)."""
+    if cluster is None:
+        return _NO_BANKS
+    return view.placement_report(cluster.placement, cluster.load, cluster.profile)
+
+
+def load_document(cluster: Cluster | None) -> dict[str, Any]:
+    """Tokens by expert and by copy, and the resulting balance (``load --json``)."""
+    if cluster is None:
+        return {**_NO_BANKS, "model": None, "top_k": 0, "tokens": 0}
+    model = str(cluster.workers.model.get("name"))
+    document = view.load_document(
+        cluster.placement, cluster.load, cluster.profile, model, cluster.top_k
+    )
+    holders = cluster.workers.by_device(cluster.placement.num_devices)
+    domains = [r.member.domain or r.member.node if r else "" for r in holders]
+    for bank, entry in zip(cluster.placement.banks, document["banks"], strict=True):
+        entry["at_risk"] = bank.num_at_risk(domains)
+    return {**document, "workers": [r.name if r and not r.is_lost else None for r in holders]}
+
+
+def snapshot_before_start() -> dict[str, Any]:
+    """``Controller.snapshot`` of a cluster that has no workers yet."""
+    return {
+        **dict.fromkeys(("version", "term", "generation", "placement_epoch"), 0),
+        **dict.fromkeys(("error", "mode", "rebalance", "results")),
+        "schema": 1,
+        "state": ClusterState.STARTING.value,
+        "mode_reason": "",
+        "experts_complete": False,
+        "model": dict.fromkeys(("name", "path", *MODEL_FACTS)),
+        "workers": [],
+        "history": [],
+    }
