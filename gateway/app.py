@@ -1,7 +1,8 @@
-"""The gateway as a Ray Serve deployment: HTTP through Serve, gRPC by a server of our own.
+"""The gateway as a Ray Serve deployment: Serve starts, checks and replaces replicas.
 
-Both live in the replica's process and share one ``Gateway``. The gRPC port is bound at once;
-readiness follows the cluster.
+HTTP and gRPC have servers of our own in the replica's process, which share one ``Gateway``. Their
+ports are bound at once; readiness follows the cluster. Ray Serve's own HTTP proxy is one more way
+to the same application where it runs (``--serve-proxy``).
 """
 
 from __future__ import annotations
@@ -34,21 +35,25 @@ from gateway.engines.router import RoutingPolicy
 from gateway.generation.gateway import Gateway
 from gateway.grpc.server import GrpcServer
 from gateway.http.api import HttpApi
+from gateway.http.serve_paths import APP_NAME as APP_NAME
+from gateway.listener.http_listener import HttpListener
+from gateway.offload.malloc_trim import start_returning
 from gateway.protocols import build_public_app
-from gateway.serve_proxy.malloc_trim import start_returning
 from gateway.state.store import open_in_time, open_store
 from gateway.state.sweeper import StateSweeper
 from gateway.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-APP_NAME = "expertmesh"
 DEPLOYMENT_NAME = "gateway"
 _HEAD_NODE = "node:__internal_head__"
-"""Ray's own resource of the head node. Where no node is labelled for the gateway, Serve's HTTP
-proxy listens there, and so must our gRPC server: ``host`` is an address of that node."""
+"""Ray's own resource of the head node, where gateways run if no node is labelled for them: ``host``
+is an address of that node."""
 _SPARE_REQUESTS = 1024
 """Room in Serve beyond our own queue, for probes, scrapes and refused requests."""
+_MAX_CONNECTIONS = 4096
+"""HTTP connections of a replica; one above ends the oldest whose client waits for no answer."""
+_LEAVING_POLL_S = 0.1
 _SWITCH_INTERVAL_S = 0.0005
 """Time for which a thread keeps the interpreter lock while the event loop waits for it. The loop
 gives the lock back at each system call, a dozen times in a small request."""
@@ -94,12 +99,23 @@ class GatewayReplica:
             self._gateway.replicas = RayServeReplicas(self._gateway.answers)
         self._grpc = GrpcServer(self._gateway, section.host, section.grpc_port)
         grpc_port = await self._grpc.start()
+        self._http = HttpListener(
+            build_public_app(self._gateway),
+            section,
+            "HTTP",
+            section.host,
+            section.port,
+            max_connections=_MAX_CONNECTIONS,
+            is_shared=True,  # with other replicas of the host, also the next one
+            trusted_proxies=section.forwarded_allow_ips,
+        )
+        http_port = await self._http.start()
         self._admin = AdminApi(self._gateway, section)
         await self._admin.start()
         host = node if section.host in ("0.0.0.0", "::") else section.host
         self._gateway.addresses = {
             "pid": os.getpid(),
-            "http": f"{host}:{section.port}",
+            "http": f"{host}:{http_port}",
             "grpc": f"{host}:{grpc_port}",
             "admin_http": self._admin.http,
             "admin_grpc": self._admin.grpc,
@@ -114,11 +130,25 @@ class GatewayReplica:
         start_returning()
         gc.freeze()  # a collection goes through what requests made, not through all modules
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
-        logger.info("%s serves gRPC on port %d", name, grpc_port)
+        self._is_ending = False
+        self._leaving = asyncio.create_task(self._share_port_until_leaving())
+        logger.info("%s serves HTTP on port %d, gRPC on port %d", name, http_port, grpc_port)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Called by Serve after the constructor."""
-        return build_public_app(self._gateway, adds_request_id=False)
+        """Called by Serve after the constructor: what its own proxy serves."""
+        return build_public_app(self._gateway, is_behind_serve=True)
+
+    async def check_health(self) -> None:
+        """Called by Serve; a replica whose check fails is replaced. Raises ``RuntimeError``."""
+        if not self._http.is_serving:
+            raise RuntimeError("the HTTP server has ended")
+
+    async def _share_port_until_leaving(self) -> None:
+        """Drained alone, leave new clients to the other replicas of the host."""
+        while not self._gateway.has_left(time.monotonic()):
+            await asyncio.sleep(_LEAVING_POLL_S)
+        if not self._is_ending and self._gateway.limits.num_gateway_replicas > 1:
+            await self._http.stop_accepting()
 
     async def not_ready_reasons(self) -> list[str]:
         """The reasons of ``/ready``, for callers without a client certificate."""
@@ -130,6 +160,7 @@ class GatewayReplica:
 
     async def end(self, stage: EndStage) -> int:
         """End with the whole server: see ``Gateway.end``."""
+        self._is_ending = True
         left = self._gateway.end(stage, time.monotonic())
         if stage == "fail" and not left:
             await self._stop_tracing()  # Ray may be ended before Serve has ended this replica
@@ -149,10 +180,12 @@ class GatewayReplica:
             await self._sampler.stop()
         if hasattr(self, "_batches"):
             await self._batches.stop()
+        if hasattr(self, "_leaving"):
+            self._leaving.cancel()
+        self._gateway.leave(time.monotonic())  # answers close their connections
         await self._cluster.leave()
-        if hasattr(self, "_admin"):
-            await self._admin.stop()
-        await self._grpc.stop()
+        servers = (getattr(self, name, None) for name in ("_http", "_grpc", "_admin"))
+        await asyncio.gather(*(server.stop() for server in servers if server is not None))
         await self._engines.stop()
         await self._gateway.close()
         await self._stop_tracing()
@@ -170,8 +203,8 @@ def build_app(
     ``selector`` are the labels of the ``num_nodes`` nodes that replicas run on, as many on each; by
     default that is the head's.
 
-    Run it with ``serve.run(build_app(config), name=APP_NAME, route_prefix="/")``; see also
-    ``gateway.serve_proxy.middlewares.PROXY_CALLBACK``.
+    Run it with ``serve.run(build_app(config), name=APP_NAME, route_prefix="/")``, or with None for
+    the prefix where Serve's proxy serves other applications alone.
     """
     section = ClusterConfig.from_dict(config).gateway
     deployment: Any = GatewayReplica  # the decorators make it a serve.Deployment

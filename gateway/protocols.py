@@ -22,9 +22,9 @@ ENDPOINTS = (*openapi.ENDPOINTS, *(one for protocol in PROTOCOLS for one in prot
 """All routes, in the order of the interface."""
 
 
-def build_public_app(gateway: Gateway, adds_request_id: bool = True) -> FastAPI:
+def build_public_app(gateway: Gateway, *, is_behind_serve: bool = False) -> FastAPI:
     """The ASGI application of the public port; see ``build_http_app``."""
-    return build_http_app(gateway, adds_request_id, PROTOCOLS)
+    return build_http_app(gateway, PROTOCOLS, is_behind_serve=is_behind_serve)
 
 
 def document(root_path: str = "") -> dict[str, Any]:

@@ -1,12 +1,11 @@
 """What the gateway costs: tokens a second and time to the first token, beside the engine's own.
 
-python -m benchmarks.gateway_cost [--proxy default|haproxy]  prints one proxy's numbers as JSON
+python -m benchmarks.gateway_cost  prints the numbers as JSON
 
 One attention and two expert workers with the bundled model, one client process, all on the same
-cores. The ways alternate: the engine stream itself, gRPC, HTTP through Serve's proxy; single
-requests in an order drawn anew for each, so that work which one request leaves behind falls on all
-ways alike. Serve's default proxy and HAProxy run one after the other, each beside the engine of its
-own run.
+cores. The ways alternate: the engine stream itself, gRPC, HTTP, and HTTP through Ray Serve's own
+proxy; single requests in an order drawn anew for each, so that work which one request leaves behind
+falls on all ways alike.
 
 Where the time goes: of a first token by the gateway's own metrics (mean), of a batch by the CPU
 time of each process.
@@ -20,7 +19,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -44,15 +42,13 @@ from benchmarks.report.quiet import wait_until_quiet
 from benchmarks.report.results import table
 from cluster.launch.local_ray import common_environment
 from cluster.launch.model_source import bundled_checkpoint
-from cluster.launch.serve_proxy import wait_ready
+from cluster.launch.readiness import wait_ready
 from gateway.app import APP_NAME, build_app
 from gateway.observability.metrics import PREFIX
 from protos.inference_pb2 import GenerateRequest
 from protos.inference_pb2_grpc import InferenceStub
 from protos.types_pb2 import SamplingParams, TokenIds
 
-PROXIES = {"default": "Serve's default proxy", "haproxy": "HAProxy mode"}
-"""Names on the command line, and in tables."""
 _ANSWER_LIMIT_S = 120.0
 _PROMPT_TOKENS = 16
 
@@ -76,7 +72,7 @@ class Case:
 QUICK = Case(num_streams=2, new_tokens=4, runs=1, num_single=3, patience_s=0.0)
 """Enough to see that everything runs."""
 
-WAYS = {"engine": "engine stream", "grpc": "gRPC", "http": "HTTP"}
+WAYS = {"engine": "engine stream", "grpc": "gRPC", "http": "HTTP", "serve": "Serve's proxy"}
 """Names in what is found, and in tables."""
 STAGES = ("in the engine", "gateway and engine stream", "client, network and proxy")
 """Of the time to the first token."""
@@ -102,7 +98,7 @@ class Way:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """What one proxy's run found."""
+    """What a run found."""
 
     ways: Numbers
     """``tokens_per_s``, ``first_ms`` and ``first_p99_ms`` of each way."""
@@ -115,7 +111,7 @@ class Found:
 def section(quick: bool) -> str:
     """The section of ``RESULTS.md``."""
     case = QUICK if quick else Case()
-    found = {proxy: _in_a_process(proxy, quick) for proxy in PROXIES}
+    found = measure(case)
     about, where = (" ".join(part.split()) for part in (__doc__ or "").split("\n\n")[2:4])
     words = (
         f"{case.num_streams} streams of {case.new_tokens} tokens, median of {case.runs} batches; "
@@ -125,21 +121,19 @@ def section(quick: bool) -> str:
     return "\n\n".join([*parts, _stages(found), _processes(found)])
 
 
-def _costs(found: Mapping[str, Found]) -> str:
-    rows = []
-    for proxy, run in found.items():
-        engine = run.ways["engine"]
-        for way, numbers in run.ways.items():
-            rows.append(
-                [
-                    f"{PROXIES[proxy]}: {WAYS[way]}",
-                    f"{numbers['tokens_per_s']:.0f}",
-                    f"{numbers['tokens_per_s'] / engine['tokens_per_s']:.2f}",
-                    f"{numbers['first_ms']:.2f} / {numbers['first_p99_ms']:.2f}",
-                    f"{numbers['first_ms'] - engine['first_ms']:.2f}"
-                    f" / {numbers['first_p99_ms'] - engine['first_p99_ms']:.2f}",
-                ]
-            )
+def _costs(found: Found) -> str:
+    engine = found.ways["engine"]
+    rows = [
+        [
+            WAYS[way],
+            f"{numbers['tokens_per_s']:.0f}",
+            f"{numbers['tokens_per_s'] / engine['tokens_per_s']:.2f}",
+            f"{numbers['first_ms']:.2f} / {numbers['first_p99_ms']:.2f}",
+            f"{numbers['first_ms'] - engine['first_ms']:.2f}"
+            f" / {numbers['first_p99_ms'] - engine['first_p99_ms']:.2f}",
+        ]
+        for way, numbers in found.ways.items()
+    ]
     head = [
         "way",
         "tokens/s",
@@ -150,30 +144,27 @@ def _costs(found: Mapping[str, Found]) -> str:
     return table(head, rows)
 
 
-def _stages(found: Mapping[str, Found]) -> str:
+def _stages(found: Found) -> str:
     rows = [
-        [f"{PROXIES[proxy]}: {WAYS[way]}", *(f"{stages[name]:.2f}" for name in STAGES)]
-        for proxy, run in found.items()
-        for way, stages in run.stages.items()
+        [WAYS[way], *(f"{stages[name]:.2f}" for name in STAGES)]
+        for way, stages in found.stages.items()
     ]
     return table(["a first token, ms", *STAGES], rows)
 
 
-def _processes(found: Mapping[str, Found]) -> str:
-    runs = [
-        (f"{PROXIES[p]}: {WAYS[w]}", cpu) for p, run in found.items() for w, cpu in run.cpu.items()
-    ]
-    names = sorted({name for _, cpu in runs for name, ms in cpu.items() if ms >= _LEAST_CPU_MS})
-    rows = [[label, *(f"{cpu.get(name, 0.0):.0f}" for name in names)] for label, cpu in runs]
+def _processes(found: Found) -> str:
+    runs = found.cpu
+    names = sorted({n for cpu in runs.values() for n, ms in cpu.items() if ms >= _LEAST_CPU_MS})
+    rows = [[WAYS[way], *(f"{cpu.get(n, 0.0):.0f}" for n in names)] for way, cpu in runs.items()]
     return table(["CPU ms for 1,000 tokens", *names], rows)
 
 
-def measure(proxy: str, case: Case) -> Found:
-    """One proxy's run."""
+def measure(case: Case) -> Found:
+    """One run of all ways."""
     speeds: defaultdict[str, list[float]] = defaultdict(list)
     firsts: defaultdict[str, list[float]] = defaultdict(list)
     cpu: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
-    with _ways(proxy) as (ways, scrape):
+    with _ways() as (ways, scrape):
         for run in range(case.runs + 1):
             for name, way in ways.items():
                 wait_until_quiet(time.monotonic() + case.patience_s)
@@ -237,9 +228,9 @@ def _prompt(run: int, number: int) -> list[int]:
 
 
 @contextmanager
-def _ways(proxy: str) -> Iterator[tuple[dict[str, Way], Callable[[], dict[str, float]]]]:
+def _ways() -> Iterator[tuple[dict[str, Way], Callable[[], dict[str, float]]]]:
     """All ways to one cluster behind one gateway; and the sums of its histograms, as of now."""
-    port, grpc_port = free_ports(2)
+    port, grpc_port, serve_port = free_ports(3)
     os.environ.update(common_environment())
     plain = make_config(bundled_checkpoint(), 1, 2, engine={"enable_prefix_caching": False})
     gateway = replace(plain.gateway, port=port, grpc_port=grpc_port)
@@ -247,14 +238,16 @@ def _ways(proxy: str) -> Iterator[tuple[dict[str, Way], Callable[[], dict[str, f
     with connected_ray(), serving(RayCluster(config)) as cluster:
         workers = cluster.snapshot()["workers"]
         addresses = [w["engine_address"] for w in workers if w["engine_address"]]
-        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+        options = {"host": "127.0.0.1", "port": serve_port}
+        serve.start(proxy_location="HeadOnly", http_options=options)
         serve.run(build_app(config.to_dict()), name=APP_NAME, route_prefix="/")
         loop = asyncio.new_event_loop()
         try:
-            wait_ready(f"http://127.0.0.1:{port}", gateway, list)
+            for each in (port, serve_port):
+                wait_ready(f"http://127.0.0.1:{each}", gateway, list)
             with EngineClient(addresses) as engine:
                 client = loop.run_until_complete(_GrpcClient.open(grpc_port))
-                http = _HttpClient(port)
+                http, proxied = _HttpClient(port), _HttpClient(serve_port)
                 ways = {
                     "engine": Way(
                         lambda prompts, n: engine.generate(list(prompts), n),
@@ -271,6 +264,12 @@ def _ways(proxy: str) -> Iterator[tuple[dict[str, Way], Callable[[], dict[str, f
                             _together(http.stream, prompts, n)
                         ),
                         http.first_s,
+                    ),
+                    "serve": Way(
+                        lambda prompts, n: loop.run_until_complete(
+                            _together(proxied.stream, prompts, n)
+                        ),
+                        proxied.first_s,
                     ),
                 }
                 yield ways, lambda: _sums(f"http://127.0.0.1:{port}/metrics")
@@ -385,25 +384,10 @@ def _is_token(line: bytes) -> bool:
     return line.startswith(b"data: {")
 
 
-def _in_a_process(proxy: str, quick: bool) -> Found:
-    """``measure`` in a process of its own: Serve reads its mode when it is imported."""
-    command = [sys.executable, "-m", "benchmarks.gateway_cost", "--proxy", proxy]
-    environment = {**os.environ, "RAY_SERVE_ENABLE_HA_PROXY": "01"[proxy == "haproxy"]}
-    done = subprocess.run(
-        [*command, *(["--quick"] if quick else [])],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return Found(**json.loads(done.stdout.splitlines()[-1]))
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gateway_cost", description=__doc__)
-    parser.add_argument("--proxy", choices=list(PROXIES), default="default")
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     options = parser.parse_args(arguments)
-    found = measure(options.proxy, QUICK if options.quick else Case())
+    found = measure(QUICK if options.quick else Case())
     sys.stdout.write(json.dumps(asdict(found)) + "\n")

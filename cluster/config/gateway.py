@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.config.api_keys import hash_key
-from cluster.config.option_metadata import flag
+from cluster.config.option_metadata import bare, flag
 from cluster.core.checks import (
     check,
     check_choice,
@@ -23,6 +23,7 @@ _LIMITS = (
     "request_timeout_s key_max_concurrent key_requests_per_minute key_tokens_per_minute "
     "state_max_bytes state_max_objects"
 )
+_ROOT_PATH = re.compile("(/[A-Za-z0-9._~-]+)*")
 _METRICS_PREFIX = re.compile("[a-zA-Z_:][a-zA-Z0-9_:]*")
 EndStage = Literal["lead", "refuse", "fail"]
 """Stages of a gateway's end: not ready but serving, then refusing new requests, then failing those
@@ -40,6 +41,15 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _is_network(text: str) -> bool:
+    """An address, a network, or ``*`` for all."""
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        return text == "*"
+    return True
 
 
 def reachable_host(host: str) -> str:
@@ -62,8 +72,16 @@ class GatewaySection:
     """HTTP port of the admin service, by default 8001, or a free one if that is in use."""
     admin_grpc_port: int | None = None
     """gRPC port of the admin service, by default 50052, or a free one if that is in use."""
+    serve_proxy: int | None = field(default=None, metadata=bare("8002"))
+    """Port of Ray Serve's own HTTP proxy, for Serve applications beside this one, 0 for a free one;
+    8002 without a value; by default there is no such proxy."""
+    root_path: str = ""
+    """Path under which a proxy in front mounts the HTTP port, such as /llm."""
+    forwarded_allow_ips: tuple[str, ...] = ("127.0.0.1",)
+    """Addresses and networks of proxies whose X-Forwarded headers count, with commas between them;
+    ``*`` is any."""
     num_gateway_replicas: int = 1
-    """Gateway copies behind Ray Serve."""
+    """Gateway copies; those of one host share its ports."""
     routing_policy: RoutingPolicyName = "kv"
     """How an attention worker is picked; ``kv``: by cached prefixes and load."""
     api_keys: tuple[str, ...] = field(default=(), repr=False, metadata=flag("--api-key"))
@@ -151,7 +169,7 @@ class GatewaySection:
 
     def __post_init__(self) -> None:
         taken = set[int]()
-        for name in ("port", "grpc_port", "admin_port", "admin_grpc_port"):
+        for name in ("port", "grpc_port", "admin_port", "admin_grpc_port", "serve_proxy"):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -174,6 +192,14 @@ class GatewaySection:
         needs = "needs tls_cert and tls_key"
         has_ca = self.tls_client_ca is not None
         check(not has_ca or self.has_tls, "tls_client_ca", self.tls_client_ca, needs)
+        rule = "asks clients for no certificate: it cannot be used with tls_client_ca"
+        check(not has_ca or self.serve_proxy is None, "serve_proxy", self.serve_proxy, rule)
+        rule = "must be empty or /, a name, and so on, without / at its end"
+        is_path = _ROOT_PATH.fullmatch(self.root_path) is not None
+        check(is_path, "root_path", self.root_path, rule)
+        for address in self.forwarded_allow_ips:
+            rule = "must be an address, a network or *"
+            check(_is_network(address), "forwarded_allow_ips", address, rule)
         is_name = _METRICS_PREFIX.fullmatch(self.metrics_prefix) is not None
         rule = "must be letters, digits, _ and :, and not begin with a digit"
         check(is_name, "metrics_prefix", self.metrics_prefix, rule)
@@ -190,6 +216,12 @@ class GatewaySection:
             self.admin_host,
             "is public: give --admin-key or --admin-key-file",
         )
+
+    @property
+    def public_ports(self) -> dict[str, int]:
+        """Ports of clients by setting."""
+        ports = {"port": self.port, "grpc_port": self.grpc_port}
+        return ports if self.serve_proxy is None else {**ports, "serve_proxy": self.serve_proxy}
 
     @property
     def has_tls(self) -> bool:

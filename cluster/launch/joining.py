@@ -181,12 +181,12 @@ def _check_ports(plan: LaunchPlan, is_here: bool) -> None:
     from cluster.actors.ray_tools import node_address
 
     section = plan.config.gateway
-    options = running_serve()
-    if options is not None:
+    ports, options = section.public_ports, running_serve()
+    if options is not None and section.serve_proxy is not None:
         check_serve(section, options)
+        del ports["serve_proxy"]  # Serve listens there already
     if is_here and _head_address() == node_address():
-        ports = {"port": section.port} if options is None else {}
-        check_ports(section.host, {**ports, "grpc_port": section.grpc_port})
+        check_ports(section.host, ports)
 
 
 def _head_address() -> str:
@@ -201,20 +201,21 @@ def _head_address() -> str:
 
 
 def check_serve(section: GatewaySection, options: Mapping[str, Any]) -> None:
-    """Raise ``ConfigError`` if the HTTP options of the running Serve are unsuitable."""
-    port = int(options["port"])
-    if port != section.port:
+    """Raise ``ConfigError`` if the running Serve has no proxy as ``serve_proxy`` asks for one."""
+    port = None if options["location"] == "Disabled" else int(options["port"])
+    if port != section.serve_proxy:
         rule = f"differs from {port}, the one HTTP port of Serve on the joined Ray cluster"
-        raise ConfigError("port", section.port, rule)
-    for name, option in (("tls_cert", "ssl_certfile"), ("tls_client_ca", "ssl_ca_certs")):
-        wanted, there = getattr(section, name), options.get(option)
-        if wanted != there:
-            rule = f"differs from {there}, that of Serve on the joined Ray cluster"
-            raise ConfigError(name, wanted, rule)
+        raise ConfigError("serve_proxy", section.serve_proxy, rule)
+    wanted, there = section.tls_cert, options.get("ssl_certfile")
+    if wanted != there:
+        rule = f"differs from {there}, that of Serve on the joined Ray cluster"
+        raise ConfigError("tls_cert", wanted, rule)
 
 
 def running_serve() -> Mapping[str, Any] | None:
-    """HTTP options of the running Serve of the connected Ray; None without Serve."""
+    """HTTP options of the running Serve of the connected Ray, with the ``location`` of its proxies;
+    None without Serve.
+    """
     import ray
     from ray import serve
 
@@ -223,8 +224,8 @@ def running_serve() -> Mapping[str, Any] | None:
     except ValueError:
         return None
     client: Any = serve.context._get_global_client()
-    found: Mapping[str, Any] = client.get_serve_details()["http_options"]
-    return found
+    details: Mapping[str, Any] = client.get_serve_details()
+    return {**details["http_options"], "location": details["proxy_location"]}
 
 
 def check_ray_token(plan: LaunchPlan, nodes: Sequence[NodeResources], address: str) -> None:

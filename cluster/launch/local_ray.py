@@ -48,8 +48,7 @@ _ALLOCATOR = {
 }
 """The raylet's 29 threads each keep freed memory in caches of 8 arenas: 12 MiB that grow for hours,
 with 1.4 MiB in use. One arena without caches holds a constant 7 MiB (soak test). The arenas of
-glibc, one for each of a process's first threads, fragment too: Serve's proxy, with 33 MiB in use,
-grew by 0.1 MiB a minute; with one arena it does not.
+glibc, one for each of a process's first threads, fragment too.
 """
 _SLOW_STARTS = ("timed out during startup", "Timed out waiting for file")
 """Ray's messages about a node or a gcs that took too long."""
@@ -118,24 +117,13 @@ def common_environment() -> dict[str, str]:
         # Ray's own files grow without end otherwise: it writes numbers there every minute
         "RAY_ROTATION_BACKUP_COUNT": "1",
         LIMIT_VARIABLE: os.environ.get(LIMIT_VARIABLE, str(MAX_BYTES)),
-        # see gateway.serve_proxy.middlewares.PROXY_CALLBACK, whose import would take long
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": (
-            "gateway.serve_proxy.middlewares.proxy_middlewares"
-        ),
-        # the third failure has a killed proxy replaced, which Serve would find out in half a minute
-        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         # a proxy that is not ready by then is ended, and Serve with it: five seconds by default,
         # which is too short where cores are busy
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-        # a stream's messages go from the replica to the proxy by gRPC on the proxy's own loop: as
-        # items of a Ray generator each made an object reference and crossed threads, and one stream
-        # on two cores was a fifth slower (``benchmarks/peers/comparison.py``)
-        "RAY_SERVE_PROXY_USE_GRPC": "1",
         # a replica whose loop was busy for 0.1 s, as at its start, was left out, with a warning
         "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1",
-        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         # the gateway runs in its replica's event loop: with two loops, gRPC wakes both for each
-        # event, and each HTTP message changes threads
+        # event
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
     }

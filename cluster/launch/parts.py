@@ -24,7 +24,7 @@ from cluster.core.states import is_gone
 from cluster.launch.joining import JoinedRay, examine, is_deployed
 from cluster.launch.local_ray import PrivateRay, join
 from cluster.launch.plan import LaunchPlan
-from cluster.launch.serve_proxy import wait_ready
+from cluster.launch.readiness import wait_ready
 from cluster.launch.teardown import end_leftovers
 from cluster.tracing import logs
 
@@ -97,6 +97,8 @@ class ClusterParts:
         self._progress("gateway", 0, 0)
         section = self.plan.config.gateway
         wait_ready(self.plan.http_url, section, self._not_ready_reasons)
+        if self.plan.serve_proxy_url:
+            wait_ready(self.plan.serve_proxy_url, section, self._not_ready_reasons)
         found: dict[str, Any] = self._ask_gateway("addresses")
         self.admin = {kind: found[f"admin_{kind}"] for kind in self.admin}
         self._heard_at = time.monotonic()
@@ -224,21 +226,22 @@ class ClusterParts:
         from ray import serve
 
         from gateway.app import APP_NAME, build_app
-        from gateway.auth.tls import serve_options
+        from gateway.auth.tls import tls_files
 
         logs.adopt("ray", "ray.serve")
 
         section = self.plan.config.gateway
         nodes = self._joined.gateway_nodes
-        serve.start(
-            proxy_location="EveryNode" if nodes else "HeadOnly",
-            http_options={"host": section.host, "port": section.port, **serve_options(section)},
-        )
+        location, options, prefix = "Disabled", None, None
+        if section.serve_proxy is not None:
+            location, prefix = "EveryNode" if nodes else "HeadOnly", "/"
+            options = {"host": section.host, "port": section.serve_proxy, **tls_files(section)}
+        serve.start(proxy_location=location, http_options=options)
         if self._joined.found and is_deployed(APP_NAME):
             return
         self._has_app = True
         app = build_app(self.plan.config.to_dict(), self._joined.selector, num_nodes=len(nodes))
-        serve.run(app, name=APP_NAME, route_prefix="/")
+        serve.run(app, name=APP_NAME, route_prefix=prefix)
 
     def _not_ready_reasons(self) -> list[str]:
         """The answer of a gateway replica, asked through Ray."""
@@ -250,12 +253,12 @@ class ClusterParts:
 
     def _ask_gateway(self, method: str) -> Any:
         """The answer of a gateway replica's method. Raises ``StartError``."""
+        from ray import serve
         from ray.exceptions import RayError
 
         from gateway.app import APP_NAME, DEPLOYMENT_NAME
-        from gateway.cluster.client import handle_for_threads
 
-        handle = handle_for_threads(DEPLOYMENT_NAME, APP_NAME)
+        handle: Any = serve.get_deployment_handle(DEPLOYMENT_NAME, APP_NAME)
         try:
             return getattr(handle, method).remote().result(timeout_s=_CALL_LIMIT_S)
         except (RayError, TimeoutError) as err:
@@ -289,10 +292,11 @@ def tell_threads(workers: Iterable[Mapping[str, Any]]) -> str:
 
 def _broadcast(stage: EndStage) -> list[int]:
     """Every replica's number of running requests, of those that answer."""
-    from gateway.app import APP_NAME, DEPLOYMENT_NAME
-    from gateway.cluster.client import handle_for_threads
+    from ray import serve
 
-    handle = handle_for_threads(DEPLOYMENT_NAME, APP_NAME)
+    from gateway.app import APP_NAME, DEPLOYMENT_NAME
+
+    handle: Any = serve.get_deployment_handle(DEPLOYMENT_NAME, APP_NAME)
     response = handle.broadcast("end", stage)
     found = response.results(timeout_s=_TELL_LIMIT_S, return_exceptions=True)
     return [one for one in found if isinstance(one, int)]

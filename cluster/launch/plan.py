@@ -88,13 +88,24 @@ class LaunchPlan:
     @property
     def http_url(self) -> str:
         """Where HTTP clients connect."""
-        scheme = "https" if self.config.gateway.has_tls else "http"
-        return f"{scheme}://{self._reachable}:{self.config.gateway.port}"
+        return f"{self._scheme}://{self._reachable}:{self.config.gateway.port}"
+
+    @property
+    def serve_proxy_url(self) -> str:
+        """Where Ray Serve's own proxy listens; empty without one."""
+        section = self.config.gateway
+        if section.serve_proxy is None:
+            return ""
+        return f"{self._scheme}://{self._reachable}:{section.serve_proxy}"
 
     @property
     def grpc_target(self) -> str:
         """Where gRPC clients connect."""
         return f"{self._reachable}:{self.config.gateway.grpc_port}"
+
+    @property
+    def _scheme(self) -> str:
+        return "https" if self.config.gateway.has_tls else "http"
 
     @property
     def _reachable(self) -> str:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import socket
-from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
-import uvicorn
 from fastapi import FastAPI
 from google.protobuf import json_format
 from google.protobuf.descriptor import FieldDescriptor
@@ -22,14 +17,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from cluster.core.errors import PermissionDeniedError, RequestError, StartError
+from cluster.core.errors import PermissionDeniedError, RequestError
 from gateway.admin.calls import SERVICE, AdminCalls
-from gateway.auth.tls import uvicorn_options
 from gateway.dashboard import http as dashboard
 from gateway.generation.gateway import Gateway
 from gateway.http.api import route_error
-from gateway.http.middleware import OPEN_PATHS, HttpMiddleware, dump_json, read_json
-from gateway.serve_proxy.timed_protocol import HEAD_LIMIT_S, TimedHttpProtocol
+from gateway.http.json_output import dump_json
+from gateway.http.middleware import OPEN_PATHS, HttpMiddleware
+from gateway.http.request_body import read_json
+from gateway.listener.http_listener import HttpListener
 
 ROUTES = (
     ("POST", "/admin/v1/drain", "DrainWorker"),
@@ -49,7 +45,7 @@ ROUTES = (
     ("GET", "/admin/v1/load", "GetExpertLoad"),
 )
 """Method, path and procedure. Parts of a path and of a query are fields of the message."""
-_START_LIMIT_S = 10.0
+MAX_CONNECTIONS = 256
 
 
 def build_admin_app(gateway: Gateway) -> FastAPI:
@@ -166,88 +162,10 @@ async def _health(request: Request) -> Response:
     return Response(status_code=200)
 
 
-class AdminHttpServer:
-    """Serves the application on a port of its own.
-
-    Args:
-        gateway: as for ``build_admin_app``.
-        host: interface.
-        port: 0 takes a free one.
-        shared: several replicas of this host listen on the port.
-    """
-
-    def __init__(self, gateway: Gateway, host: str, port: int, *, shared: bool = False) -> None:
-        self._host, self._wanted_port, self._shared = host, port, shared
-        config = uvicorn.Config(
-            build_admin_app(gateway),
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            ws="none",
-            timeout_graceful_shutdown=1,
-            http=TimedHttpProtocol,
-            **uvicorn_options(gateway.limits),
-        )
-        self._server = _Uvicorn(config)
-        self._task: asyncio.Task[None] | None = None
-
-    async def start(self) -> int:
-        """Bind and serve; returns the port. Raises ``StartError``."""
-        try:
-            listener = _listen(self._host, self._wanted_port, self._shared)
-        except OSError as err:
-            address = f"{self._host}:{self._wanted_port}"
-            raise StartError("admin HTTP", f"cannot bind {address}: {err}") from err
-        port = int(listener.getsockname()[1])
-        self._task = asyncio.create_task(self._server.serve(sockets=[listener]))
-        async with asyncio.timeout(_START_LIMIT_S):
-            while not self._server.started and not self._task.done():
-                await asyncio.sleep(0.01)
-        return port
-
-    async def stop(self) -> None:
-        if self._task is not None:
-            self._server.should_exit = True
-            await self._task
-
-
-class _Uvicorn(uvicorn.Server):
-    """Signals belong to the process that hosts this server; TLS handshakes have a limit of time."""
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """uvicorn's, for sockets that listen."""
-        await self.lifespan.startup()
-        config, loop = self.config, asyncio.get_running_loop()
-        limit_s = HEAD_LIMIT_S if config.ssl is not None else None
-
-        def make_protocol() -> asyncio.Protocol:
-            protocol: asyncio.Protocol = TimedHttpProtocol(
-                config, self.server_state, self.lifespan.state
-            )
-            return protocol
-
-        self.servers = [
-            await loop.create_server(
-                make_protocol,
-                sock=listener,
-                ssl=config.ssl,
-                backlog=config.backlog,
-                ssl_handshake_timeout=limit_s,
-            )
-            for listener in sockets or ()
-        ]
-        self.started = True
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def _listen(host: str, port: int, shared: bool) -> socket.socket:
-    is_ipv6 = ":" in host
-    return socket.create_server(
-        (host, port),
-        family=socket.AF_INET6 if is_ipv6 else socket.AF_INET,
-        reuse_port=shared,
-        dualstack_ipv6=is_ipv6,
-    )
+def admin_http_server(
+    gateway: Gateway, host: str, port: int, *, shared: bool = False
+) -> HttpListener:
+    """Serves ``build_admin_app`` on a port of its own; ``shared`` by replicas of the host."""
+    app, section = build_admin_app(gateway), gateway.limits
+    options: dict[str, Any] = {"max_connections": MAX_CONNECTIONS, "is_shared": shared}
+    return HttpListener(app, section, "admin HTTP", host, port, **options)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.config.gateway import GatewaySection, reachable_host
 from cluster.core.errors import StartError
 from gateway.admin.grpc import AdminGrpcServer
-from gateway.admin.http import AdminHttpServer
+from gateway.admin.http import admin_http_server
 from gateway.generation.gateway import Gateway
+from gateway.listener.http_listener import HttpListener
 
 HTTP_PORT = 8001
 GRPC_PORT = 50052
 
-_Server = AdminHttpServer | AdminGrpcServer
+_Server = HttpListener | AdminGrpcServer
 
 
 @dataclass(eq=False)
@@ -39,7 +41,7 @@ class AdminApi:
         """Bind both ports and serve. Raises ``StartError``."""
         section = self.section
         host = reachable_host(section.admin_host)
-        http = await self._open(AdminHttpServer, section.admin_port, self.http_port)
+        http = await self._open(admin_http_server, section.admin_port, self.http_port)
         grpc = await self._open(AdminGrpcServer, section.admin_grpc_port, self.grpc_port)
         self.http, self.grpc = f"{host}:{http}", f"{host}:{grpc}"
 
@@ -47,7 +49,7 @@ class AdminApi:
         for server in self._servers:
             await server.stop()
 
-    async def _open(self, kind: type[_Server], wanted: int | None, usual: int) -> int:
+    async def _open(self, kind: Callable[..., _Server], wanted: int | None, usual: int) -> int:
         is_shared = bool(wanted) and self.section.num_gateway_replicas > 1
         try:
             return await self._start(kind, usual if wanted is None else wanted, is_shared)
@@ -56,7 +58,7 @@ class AdminApi:
                 raise
             return await self._start(kind, 0, is_shared)
 
-    async def _start(self, kind: type[_Server], port: int, is_shared: bool) -> int:
+    async def _start(self, kind: Callable[..., _Server], port: int, is_shared: bool) -> int:
         server = kind(self.gateway, self.section.admin_host, port, shared=is_shared)
         bound = await server.start()
         self._servers.append(server)

@@ -24,8 +24,8 @@ def bind(server: grpc.aio.Server, address: str, section: GatewaySection) -> int:
     return server.add_secure_port(address, credentials)
 
 
-def serve_options(section: GatewaySection) -> dict[str, str]:
-    """The HTTP options of Ray Serve."""
+def tls_files(section: GatewaySection) -> dict[str, str]:
+    """Options of uvicorn, and of Ray Serve, which has the same."""
     options = {
         "ssl_keyfile": section.tls_key,
         "ssl_certfile": section.tls_cert,
@@ -35,7 +35,7 @@ def serve_options(section: GatewaySection) -> dict[str, str]:
 
 
 def uvicorn_options(section: GatewaySection) -> dict[str, Any]:
-    """The same for a uvicorn of our own, and what Serve leaves out: clients must have one."""
+    """Options of a uvicorn of our own: with authorities, clients must have a certificate."""
     if section.tls_client_ca is None:
-        return dict(serve_options(section))
-    return {**serve_options(section), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+        return dict(tls_files(section))
+    return {**tls_files(section), "ssl_cert_reqs": ssl.CERT_REQUIRED}

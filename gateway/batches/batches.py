@@ -19,9 +19,9 @@ from gateway.batches.shelf import BatchShelf, readable
 from gateway.core.bodies import StrictBody
 from gateway.core.field_checks import check_metadata, require
 from gateway.generation.gateway import Gateway
-from gateway.http.middleware import read_json
 from gateway.http.pages import Page, json_response, tenant
 from gateway.http.parse import parse_body
+from gateway.http.request_body import read_json
 
 PATH = "/v1/batches"
 ONE = f"{PATH}/{{batch_id}}"

@@ -18,8 +18,8 @@ from gateway.batches.shelf import BatchShelf, readable
 from gateway.core.field_checks import require
 from gateway.generation.gateway import Gateway
 from gateway.http.downloads import PiecesResponse
-from gateway.http.middleware import read_body, within_time
 from gateway.http.pages import Page, json_response, tenant
+from gateway.http.request_body import read_body, within_time
 from gateway.state.reader import StoredReader
 
 PATH = "/v1/files"

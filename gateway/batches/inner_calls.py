@@ -17,7 +17,8 @@ from gateway.auth.key_limits import KeyUsage
 from gateway.core.headers import PRIORITY_HEADER
 from gateway.core.request_id import HEADER as REQUEST_ID
 from gateway.generation.gateway import Gateway
-from gateway.http.middleware import HttpMiddleware, dump_json
+from gateway.http.json_output import dump_json
+from gateway.http.middleware import HttpMiddleware
 
 
 class InnerCalls:

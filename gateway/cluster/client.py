@@ -44,25 +44,13 @@ async def find_controller() -> RayController:
     return RayController(handle)
 
 
-def handle_for_threads(deployment: str, app: str) -> Any:
-    """A handle of a deployment for code outside of event loops.
-
-    Serve's proxy has its router in its own event loop (RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP is
-    0), which would be the rule for all handles.
-    """
-    handle: Any = serve.get_deployment_handle(deployment, app)
-    if not handle.is_initialized:  # Serve keeps handles
-        handle._init(_run_router_in_separate_loop=True)
-    return handle
-
-
 class RayServeReplicas:
     """``ServeReplicas`` through a Serve handle. Made in a replica."""
 
     def __init__(self, answers: ReplicaAnswers) -> None:
         self._answers = answers
         context = serve.get_replica_context()
-        self._handle = handle_for_threads(context.deployment, context.app_name)
+        self._handle: Any = serve.get_deployment_handle(context.deployment, context.app_name)
 
     async def ask(self, question: Question, *details: Any) -> dict[str, Any]:
         own = self._answers.answer(question, *details)

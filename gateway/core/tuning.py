@@ -10,8 +10,8 @@ class GatewayTuning:
     """Arguments for programs that embed a gateway."""
 
     leaving_lead_s: float = 10.0
-    """Time from a gateway's not-ready answer to its last new gRPC connection, so that load
-    balancers notice first."""
+    """Time from a gateway's not-ready answer to its last new connection, so that load balancers
+    notice first."""
     stream_wait_s: float = 5.0
     """Time for a serving cluster without an open stream to open one."""
     connection_age_s: float = 600.0

@@ -31,21 +31,12 @@ from gateway.generation.gateway import Gateway, new_call_id
 from gateway.generation.request_trace import note_response_id
 from gateway.http import messages, openapi
 from gateway.http.convert import chat_fields, chat_input, completion_fields
-from gateway.http.middleware import (
-    OPEN_PATHS,
-    HttpMiddleware,
-    Responder,
-    WatchedEndpoint,
-    dump_json,
-    dump_long,
-    path_of,
-    read_json,
-    timeout_header_s,
-    within_time,
-)
+from gateway.http.json_output import dump_json, dump_long
+from gateway.http.middleware import OPEN_PATHS, HttpMiddleware, Responder, WatchedEndpoint, path_of
 from gateway.http.openai_format import AnswerFormat, ChatFormat, CompletionFormat
 from gateway.http.parse import parse_body
 from gateway.http.pooling import PoolingEndpoint
+from gateway.http.request_body import read_json, timeout_header_s, within_time
 from gateway.http.schema import (
     ChatBody,
     CompletionBody,
@@ -54,6 +45,7 @@ from gateway.http.schema import (
     StreamOptions,
     TokenizeBody,
 )
+from gateway.http.serve_paths import SERVE_PATHS, serve_routes
 from gateway.http.sse import SseStream
 from gateway.http.unsupported import check_unbuilt
 from gateway.observability.metrics import CONTENT_TYPE
@@ -79,14 +71,14 @@ class Protocol:
 
 
 def build_http_app(
-    gateway: Gateway, adds_request_id: bool = True, protocols: Sequence[Protocol] = ()
+    gateway: Gateway, protocols: Sequence[Protocol] = (), *, is_behind_serve: bool = False
 ) -> FastAPI:
     """The ASGI application; works under ``/`` and under any prefix (``root_path``).
 
     Args:
         gateway: what is behind it.
-        adds_request_id: see ``HttpMiddleware``.
         protocols: beside those of this folder; see ``gateway.protocols``.
+        is_behind_serve: Ray Serve's proxy adds request ids, and says where it is mounted.
     """
     api = HttpApi(gateway, protocols)
     app = FastAPI(
@@ -97,7 +89,7 @@ def build_http_app(
         redirect_slashes=False,
         exception_handlers={HTTPException: route_error},
     )
-    routes = [*api.routes(), *dashboard.routes(gateway, is_admin=False)]
+    routes = [*api.routes(), *serve_routes(gateway), *dashboard.routes(gateway, is_admin=False)]
     app.router.routes.extend(routes)
     public = frozenset({"/metrics"} if gateway.limits.public_metrics else ())
     app.add_middleware(
@@ -105,8 +97,9 @@ def build_http_app(
         gateway=gateway,
         keys=gateway.keys,
         routes=routes,
-        adds_request_id=adds_request_id,
-        open_paths=OPEN_PATHS | dashboard.open_paths() | public,
+        adds_request_id=not is_behind_serve,
+        root_path="" if is_behind_serve else gateway.limits.root_path,
+        open_paths=OPEN_PATHS | SERVE_PATHS | dashboard.open_paths() | public,
     )
     if gateway.limits.cors_origins:  # outermost: a browser's preflight has no key
         app.add_middleware(

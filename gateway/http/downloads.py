@@ -8,8 +8,7 @@ from typing import Any, Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gateway.core.receipts import WINDOW_BYTES
-from gateway.http.middleware import Responder, run_until_gone
+from gateway.http.middleware import PIECE_BYTES, Responder, run_until_gone
 
 
 class Reader(Protocol):
@@ -54,7 +53,7 @@ class PiecesResponse(Response):
         self._size = size
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        responder = send if isinstance(send, Responder) else Responder(scope, send, receive)
+        responder = send if isinstance(send, Responder) else Responder(send)
         try:
             await run_until_gone(receive, responder, self._send(responder))
         finally:
@@ -70,5 +69,5 @@ class PiecesResponse(Response):
         await responder.body(b"")
 
     async def _read(self) -> bytes:
-        piece: bytes = await self._run(self._reader.read, WINDOW_BYTES)
+        piece: bytes = await self._run(self._reader.read, PIECE_BYTES)
         return piece

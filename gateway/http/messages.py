@@ -25,14 +25,10 @@ from gateway.core.protocols import MESSAGES, error_event
 from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway
 from gateway.generation.generation import Generation
-from gateway.http.middleware import (
-    Responder,
-    WatchedEndpoint,
-    dump_json,
-    timeout_header_s,
-    within_time,
-)
+from gateway.http.json_output import dump_json
+from gateway.http.middleware import Responder, WatchedEndpoint
 from gateway.http.parse import parse_body
+from gateway.http.request_body import timeout_header_s, within_time
 from gateway.http.sse import EventStream
 
 OLDEST_VERSION = "2023-06-01"

@@ -12,7 +12,7 @@ from typing import Any
 from gateway.core.delta import ChoiceDelta, Finish, TokenText, Usage
 from gateway.generation.answer import TextFormat, alternatives, clamp_logprob
 from gateway.generation.generation import Generation
-from gateway.http.middleware import dump_json
+from gateway.http.json_output import dump_json
 from gateway.text.forms.tool_calls import CallDelta, ParsedPiece
 from gateway.text.tokenizer import Tokenizer
 from workers.requests.request import FinishReason, TokenLogprob

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from gateway.auth.auth import CALLER
 from gateway.core.field_checks import require
-from gateway.http.middleware import dump_json
+from gateway.http.json_output import dump_json
 
 Order = Literal["asc", "desc"]
 Listed = TypeVar("Listed")

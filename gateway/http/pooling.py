@@ -25,9 +25,11 @@ from gateway.generation.gateway import Gateway
 from gateway.generation.inspect import MAX_JSON_BYTES, Inspected, InspectFields, Inspecting
 from gateway.generation.pooling import Reader, as_numpy, reading_call
 from gateway.http.convert import given_fields, mask_list, prompt_list
-from gateway.http.middleware import Responder, WatchedEndpoint, dump_long, timeout_header_s
+from gateway.http.json_output import dump_long
+from gateway.http.middleware import Responder, WatchedEndpoint
 from gateway.http.openai_format import pooling_usage
 from gateway.http.parse import parse_body
+from gateway.http.request_body import timeout_header_s
 from gateway.http.schema import CallBody, PromptField
 from gateway.http.unsupported import check_unbuilt
 from workers.requests.inspection import NamedArray

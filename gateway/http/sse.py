@@ -9,7 +9,8 @@ from gateway.core.delta import ChoiceDelta
 from gateway.core.errors import ErrorReport
 from gateway.generation.gateway import Gateway
 from gateway.generation.generation import Generation
-from gateway.http.middleware import Responder, dump_json, dump_long
+from gateway.http.json_output import dump_json, dump_long
+from gateway.http.middleware import Responder
 from gateway.http.openai_format import AnswerFormat, usage_body
 from gateway.http.schema import StreamOptions
 from gateway.offload.long_work import INLINE_SIZE, release

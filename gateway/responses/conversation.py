@@ -17,7 +17,7 @@ from cluster.core.errors import RequestError
 from gateway.core.field_checks import require
 from gateway.core.messages import COMMENTARY_PHASE, PHASE, REASONING_NAMES
 from gateway.core.tool_use import CallArguments
-from gateway.http.middleware import dump_json
+from gateway.http.json_output import dump_json
 from gateway.responses.items import CALLS, INSTRUCTING, OUTPUTS, Item, text_of
 from gateway.responses.tools import ToolName
 from gateway.text.forms.tools import json_object

@@ -20,9 +20,11 @@ from gateway.core.headers import with_headers
 from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway
 from gateway.generation.generation import Generation
-from gateway.http.middleware import Responder, WatchedEndpoint, dump_long, timeout_header_s
+from gateway.http.json_output import dump_long
+from gateway.http.middleware import Responder, WatchedEndpoint
 from gateway.http.pages import Page, json_response
 from gateway.http.parse import parse_body
+from gateway.http.request_body import timeout_header_s
 from gateway.offload.long_work import INLINE_SIZE
 from gateway.responses.conversation import named_as_input
 from gateway.responses.format import OutputFormat

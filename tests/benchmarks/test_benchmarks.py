@@ -345,7 +345,7 @@ def test_growth_and_leaks_are_seen() -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_cost_of_the_gateway_is_measured() -> None:
-    assert "HAProxy mode: HTTP" in gateway_cost.section(quick=True)
+    assert "| Serve's proxy | " in gateway_cost.section(quick=True)
 
 
 def test_being_watched_is_compared_with_the_turns_beside_it() -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import httpx
-import uvicorn
 from starlette.types import ASGIApp
 
 from benchmarks.harness.loop_thread import LoopThread
@@ -24,8 +23,8 @@ from gateway.engines.engine_pool import EnginePool
 from gateway.engines.router import RoutingPolicy
 from gateway.generation.gateway import Gateway
 from gateway.grpc.server import GrpcServer
+from gateway.listener.http_listener import HttpListener
 from gateway.protocols import build_public_app
-from gateway.serve_proxy.bounded_protocol import BoundedHttpProtocol
 from gateway.text.tokenizer import Tokenizer
 from tests.gateway.fakes import (
     CLUSTER_TOKEN,
@@ -173,33 +172,27 @@ class Stack:
         self._closers.append(self.admin.stop)
 
     async def _start_http(self) -> None:
-        self.url, stop = await start_http(build_public_app(self.gateway))
+        self.url, stop = await start_http(build_public_app(self.gateway), self.config.gateway)
         self._closers.append(stop)
 
 
-async def start_http(app: ASGIApp) -> tuple[str, Callable[[], Coroutine[Any, Any, None]]]:
+async def start_http(
+    app: ASGIApp, section: GatewaySection | None = None
+) -> tuple[str, Callable[[], Coroutine[Any, Any, None]]]:
     """Serve an application on a free loopback port; its URL, and what ends it."""
-    config = uvicorn.Config(
+    section = section or GatewaySection()
+    server = HttpListener(
         app,
-        host="127.0.0.1",
-        port=0,
-        log_config=None,
-        lifespan="off",
-        ws="none",
-        http=BoundedHttpProtocol,
-        timeout_graceful_shutdown=1,
+        section,
+        "HTTP",
+        "127.0.0.1",
+        0,
+        max_connections=4096,
+        trusted_proxies=section.forwarded_allow_ips,
     )
-    server = uvicorn.Server(config)
-    task = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-
-    async def stop_http() -> None:
-        server.should_exit = True
-        await asyncio.wait_for(task, WAIT_S)
-
-    return f"http://127.0.0.1:{port}", stop_http
+    port = await server.start()
+    scheme = "https" if section.has_tls else "http"
+    return f"{scheme}://127.0.0.1:{port}", server.stop
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ from typing import Any
 
 from grpc_reflection.v1alpha import reflection
 
-from gateway.serve_proxy.middlewares import PROXY_CALLBACK
 from protos import inference_pb2
 from tests.k8s.checks_network import WORKERS, terms
 from tests.k8s.kuberay import PART_OF, Group, Manifests, quantity
@@ -76,7 +75,6 @@ def variables(m: Manifests) -> Iterator[str]:
         expected = {
             "OMP_NUM_THREADS": "1",
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "5",
-            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": PROXY_CALLBACK,
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         if group.name != "headgroup":

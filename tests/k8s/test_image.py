@@ -60,7 +60,7 @@ def test_what_it_sets_is_what_the_launcher_sets() -> None:
     words = dockerfile.environment(LAST)
     ours = common_environment()
     assert words == {name: ours[name] for name in words}
-    assert "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH" in words
+    assert "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD" in words
 
 
 def test_the_context_is_what_the_package_is_built_of() -> None:

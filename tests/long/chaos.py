@@ -4,12 +4,12 @@ python -m tests.long.chaos [--seed 1] [--minutes 10] [--every 5]
 
 ``expertmesh serve`` with the bundled model, 2 attention and 2 expert workers, 2 gateways. Clients
 (``tests.long.chaos_clients``) ask for answers that are known from before the first fault. Meanwhile
-workers, the controller, gateways and Serve's proxy are killed, workers and the controller are
-stopped for seconds, and the cluster is scaled, drained and rebalanced
+workers, the controller and gateways are killed, workers and the controller are stopped for
+seconds, and the cluster is scaled, drained and rebalanced
 (``tests.long.chaos_faults``). One seed decides the faults and the requests.
 
 A whole answer must have the known tokens, and a broken one their beginning. Calls may break where a
-gateway or the proxy was killed, and only there. Ends with status 1 where that does not hold, where
+gateway was killed, and only there. Ends with status 1 where that does not hold, where
 a worker that nothing has hit ends by an error of its own, or where something is left afterwards.
 """
 

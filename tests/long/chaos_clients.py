@@ -30,8 +30,7 @@ _NUM_CALLS = 24
 _NUM_CLIENTS = 8
 _LIMIT_S = 120.0
 _BROKEN_S = 20.0
-"""Time after the loss of a gateway, or of Serve's proxy, in which streams may break, and calls be
-refused."""
+"""Time after the loss of a gateway in which streams may break, and calls be refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +82,10 @@ class Seen:
     pauses_ms: list[float] = field(default_factory=list)
     """Longest time between two events of each stream."""
     broken_until: float = float("-inf")
-    """Monotonic time up to which calls begin that a lost gateway or proxy may break."""
+    """Monotonic time up to which calls begin that a lost gateway may break."""
 
     def may_break(self) -> None:
-        """A gateway or Serve's proxy is lost now."""
+        """A gateway is lost now."""
         self.broken_until = time.monotonic() + _BROKEN_S
 
     def check(self, kind: str, got: Sequence[Choice], known: Sequence[Choice]) -> None:
@@ -109,11 +108,11 @@ class Seen:
                 self.wrong.append(f"{kind}: {mine.text!r} is no beginning of {right.text!r}")
 
     def broke(self, kind: str, began: float, why: str, is_lost: bool) -> None:
-        """A call failed that began at that monotonic time. Only the loss of a gateway or proxy is
-        a reason, which a slow reader may find late. ``is_lost``: it failed as then: without an end,
+        """A call failed that began at that monotonic time. Only the loss of a gateway is a
+        reason, which a slow reader may find late. ``is_lost``: it failed as then: without an end,
         or unavailable."""
         if is_lost and began < self.broken_until:
-            self.outcomes[f"{kind}: lost with its gateway or proxy"] += 1
+            self.outcomes[f"{kind}: lost with its gateway"] += 1
         else:
             self.outcomes[f"{kind}: failed"] += 1
             self.wrong.append(f"{kind}: {why}"[:300])
@@ -136,7 +135,7 @@ class _AnswerError(Exception):
 
     Args:
         why: the text.
-        is_lost: it may be so where a gateway or proxy is lost.
+        is_lost: it may be so where a gateway is lost.
     """
 
     def __init__(self, why: str, is_lost: bool) -> None:

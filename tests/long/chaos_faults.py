@@ -66,7 +66,6 @@ class Chaos:
             (1, self._kill_controller),
             (1, self._stop_controller),
             (1, self._kill_gateway),
-            (1, self._kill_proxy),
             (4, self._scale),
             (2, self._drain),
             (2, self._rebalance),
@@ -176,12 +175,6 @@ class Chaos:
         self._seen.may_break()
         os.kill(pid, signal.SIGKILL)
         self.done["kill -9 of a gateway"] += 1
-
-    def _kill_proxy(self) -> None:
-        pid = self._draw.choice(self._pids("ray::ProxyActor"))
-        self._seen.may_break()
-        os.kill(pid, signal.SIGKILL)
-        self.done["kill -9 of Serve's proxy"] += 1
 
     def _pids(self, title: str) -> list[int]:
         """Processes of the cluster whose command line begins so."""

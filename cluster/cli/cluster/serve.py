@@ -31,7 +31,6 @@ from cluster.launch import local_ray, state_file
 from cluster.launch.checkpoint_check import CheckpointCheck
 from cluster.launch.model_source import ModelSource, find_model
 from cluster.launch.plan import LaunchPlan, check_ports, tell_differences
-from cluster.launch.serve_proxy import check_haproxy
 from cluster.policy.rebalance import why_impossible
 from gateway.auth.tls_files import check_tls_files
 from gateway.state.folder import check_folder
@@ -202,12 +201,11 @@ def _check_early(values: dict[str, Any], is_private: bool) -> None:
     check_files(values)
     section = build_config(dict(values), ModelSource(folder=Path(), name="model")).gateway
     try:
-        check_haproxy(section, os.environ)
         check_tls_files(section)
         if is_private:
             if section.state_dir is not None:
                 check_folder(Path(section.state_dir))
-            check_ports(section.host, {"port": section.port, "grpc_port": section.grpc_port})
+            check_ports(section.host, section.public_ports)
             admin = {n: getattr(section, n) for n in ("admin_port", "admin_grpc_port")}
             check_ports(section.admin_host, {n: port for n, port in admin.items() if port})
     except ConfigError as err:
@@ -222,6 +220,8 @@ def _ready(
     except CommandError as err:  # a full disk ends no cluster
         note(f"expertmesh: {err}")
     note(f"  cluster {plan.name}, admin http={admin['http']} grpc={admin['grpc']}")
+    if plan.serve_proxy_url:
+        note(f"  Ray Serve's proxy http={plan.serve_proxy_url}")
     if plan.name != state_file.DEFAULT_NAME:
         note(f"  expertmesh status --name {plan.name}  # --name where several clusters run here")
     for hint in call_hints(plan.config, url, grpc, plan.facts.has_tokenizer):

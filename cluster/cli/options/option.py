@@ -19,7 +19,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cluster.cli.terminal.parser import RULES
-from cluster.config.option_metadata import FLAG
+from cluster.config.option_metadata import BARE, FLAG
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _METAVARS = {
@@ -27,7 +27,7 @@ _METAVARS = {
     "MILLISECONDS": "ms",
     "BYTES": "bytes",
     "TOKENS": "tokens len",
-    "PORT": "port",
+    "PORT": "port proxy",
     "HOST": "host",
     "FILE": "file profile template cert key ca",
     "FOLDER": "dir",
@@ -36,6 +36,8 @@ _METAVARS = {
     "NAME": "name",
     "ORIGINS": "origins",
     "ADDRESS": "address",
+    "ADDRESSES": "ips",
+    "PATH": "path",
     "NAME=FOLDER": "modules",
 }
 """What stands for a value in the help, by the last word of the field's name."""
@@ -103,6 +105,8 @@ class ServeOption:
     """What stands for the value; None for a switch and where ``choices`` do."""
     is_secret: bool
     """The value is not shown; the option is one of every command."""
+    bare: str
+    """What the flag means without a value; empty where it needs one."""
 
     @property
     def target(self) -> str:
@@ -129,14 +133,9 @@ class ServeOption:
         """A flag without value."""
         return self.kind is _parse_switch
 
-    @property
-    def may_be_bare(self) -> bool:
-        """A flag that means ``on`` without a value."""
-        return self.kind is _parse_word_of_switch
-
     def is_value(self, text: str) -> bool:
-        """Whether a word is one of the choices, or another spelling of one."""
-        return self.kind(text) in self.choices
+        """Whether a word is a value: one of the choices, another spelling of one, a number."""
+        return self.kind(text) in self.choices if self.choices else text.isdecimal()
 
     @property
     def rule(self) -> str:
@@ -166,7 +165,9 @@ class ServeOption:
             return _bytes_text(int(self.default))
         if isinstance(self.default, float):
             return f"{self.default:g}"
-        return "" if self.default is None or self.default == () else str(self.default)
+        if isinstance(self.default, tuple):
+            return ",".join(self.default)
+        return "" if self.default is None else str(self.default)
 
 
 def _bytes_text(number: int) -> str:
@@ -209,6 +210,7 @@ def _option(section: str, field: dataclasses.Field[Any], hint: Any, text: str) -
         choices=words,
         metavar=_metavar(field.name, kind_of, kind, choices),
         is_secret=is_secret,
+        bare=field.metadata.get(BARE, "on" if kind is _parse_word_of_switch else ""),
     )
 
 

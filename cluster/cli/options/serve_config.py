@@ -180,10 +180,11 @@ def _with_ports(config: ClusterConfig) -> ClusterConfig:
     """Port 0 becomes a free one, another for each."""
     data = config.to_dict()
     section = data["gateway"]
-    for name in ("port", "grpc_port"):
-        while not section[name]:
+    names = ("port", "grpc_port", "serve_proxy")
+    for name in names:
+        while section[name] == 0:
             port = free_port(section["host"])
-            section[name] = port if port not in (section["port"], section["grpc_port"]) else 0
+            section[name] = port if port not in [section[other] for other in names] else 0
     return ClusterConfig.from_dict(data)
 
 

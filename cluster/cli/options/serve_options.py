@@ -86,7 +86,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 def _add(group: argparse._ArgumentGroup, option: ServeOption, text: str) -> None:
     if not option.is_switch:
-        bare: dict[str, Any] = {"nargs": "?", "const": "on"} if option.may_be_bare else {}
+        bare: dict[str, Any] = {}
+        if option.bare:
+            bare = {"nargs": "?", "const": option.kind(option.bare)}
         choices, metavar = option.choices or None, option.metavar
         group.add_argument(
             option.flag, type=option.parse, choices=choices, metavar=metavar, help=text, **bare
@@ -105,9 +107,11 @@ def spell_out(words: Sequence[str]) -> list[str]:
     ``--lora-modules a=x b=y`` it would take the first value alone: they are joined.
     """
     words = _join_modules(words)
-    flags = {option.flag: option for option in OPTIONS if option.may_be_bare}
+    flags = {option.flag: option for option in OPTIONS if option.bare}
     return [
-        f"{word}=on" if word in flags and not flags[word].is_value(following) else word
+        f"{word}={flags[word].bare}"
+        if word in flags and not flags[word].is_value(following)
+        else word
         for word, following in zip(words, [*words, ""][1:], strict=True)
     ]
 

@@ -273,20 +273,20 @@ def test_a_joined_ray_keeps_all_that_is_its_own(
     url = f"http://127.0.0.1:{port}"
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with foreign_ray(short_folder, port) as address:
-        other = str(free_port("127.0.0.1"))
-        refused = run("serve", "--address", address, "--port", other, "--grpc-port", "0")
+        other, own = str(free_port("127.0.0.1")), str(free_port("127.0.0.1"))
+        ports = ["--port", own, "--grpc-port", "0"]
+        refused = run("serve", "--address", address, *ports, "--serve-proxy", other)
         assert refused.returncode == 5
         assert f"differs from {port}" in refused.stderr.splitlines()[-1]  # progress is before it
-        too_many = ["--port", str(port), "--grpc-port", "0", "--cpus-per-worker", "2"]
-        refused = run("serve", "--address", address, *too_many)
+        refused = run("serve", "--address", address, *ports, "--cpus-per-worker", "2")
         assert refused.returncode == 5
         assert "--cpus-per-worker (2) does not fit" in refused.stderr
 
-        joined = ["--address", address, "--port", str(port), "--grpc-port", "0"]
+        joined = ["--address", address, *ports, "--serve-proxy", str(port)]
         auto = ["--mode", "auto", "--cpus-per-worker", "0.5", "--num-expert-workers", "1"]
         servers.append(Server.start(*joined, *auto))
         servers[0].wait_ready()
-        assert generate(url)
+        assert generate(url) == generate(f"http://127.0.0.1:{own}")
         status = json.loads(fetch(f"{url}/cluster/v1/status"))
         assert (status["mode"], len(status["workers"])) == ("colocated", 2)
         assert "1 attention + 1 expert worker" in status["mode_reason"]
@@ -294,7 +294,7 @@ def test_a_joined_ray_keeps_all_that_is_its_own(
         assert servers[0].stop(signal.SIGTERM) == (0, "")
         assert serve_apps(url) == ["other"]
         assert fetch(f"{url}/other") == "other"
-        check_a_cluster_on_its_own(address, ("--port", str(port), "--grpc-port", "0"), url)
+        check_a_cluster_on_its_own(address, ports, f"http://127.0.0.1:{own}")
         assert serve_apps(url) == ["other"]
 
 

@@ -1,25 +1,20 @@
-"""TLS and mutual TLS on all ports that are our own, and what Serve's proxy needs for them."""
+"""TLS and mutual TLS on all ports."""
 
 from __future__ import annotations
 
-import asyncio
-import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import httpx
 import pytest
-import uvicorn
-import uvicorn.config
 
 from cluster.cli.main import main
 from cluster.config.gateway import GatewaySection
-from cluster.core.errors import ConfigError, StartError
-from cluster.launch.serve_proxy import check_haproxy, wait_ready
-from gateway.auth.tls import serve_options
+from cluster.core.errors import ConfigError
+from cluster.launch.readiness import wait_ready
+from gateway.auth.tls import tls_files
 from gateway.auth.tls_files import check_tls_files
-from gateway.serve_proxy.client_certificates import demand_client_certificates
 from protos.admin_pb2 import ListOperationsRequest
 from protos.admin_pb2_grpc import AdminStub
 from protos.inference_pb2 import ListModelsRequest
@@ -61,23 +56,36 @@ def test_grpc_speaks_tls(secured: Stack, certificates: Certificates) -> None:
 def test_a_client_without_tls_is_refused(secured: Stack) -> None:
     with grpc.insecure_channel(secured.grpc_target) as channel, pytest.raises(grpc.RpcError):
         InferenceStub(channel).ListModels(ListModelsRequest(), timeout=WAIT_S)
-    with pytest.raises(httpx.HTTPError):
-        httpx.get(f"http://{secured.admin.http}/health", timeout=WAIT_S)
+    for address in (secured.admin.http, secured.url.removeprefix("https://")):
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(f"http://{address}/health", timeout=WAIT_S)
 
 
-def test_admin_http_speaks_tls(secured: Stack, certificates: Certificates) -> None:
-    url = f"https://{secured.admin.http}/health"
-
-    def get(with_client: bool) -> httpx.Response:
+def test_http_speaks_tls(secured: Stack, certificates: Certificates) -> None:
+    def get(url: str, with_client: bool) -> httpx.Response:
         context = certificates.context(with_client=with_client)
-        return httpx.get(url, verify=context, timeout=WAIT_S)
+        return httpx.get(f"{url}/health", verify=context, timeout=WAIT_S)
 
-    assert get(with_client=True).status_code == 200
-    if not is_mutual(secured):
-        assert get(with_client=False).status_code == 200
-        return
-    with pytest.raises(httpx.HTTPError):
-        get(with_client=False)
+    for url in (f"https://{secured.admin.http}", secured.url):
+        assert get(url, with_client=True).status_code == 200
+        if not is_mutual(secured):
+            assert get(url, with_client=False).status_code == 200
+            continue
+        with pytest.raises(httpx.HTTPError):
+            get(url, with_client=False)
+
+
+def test_the_launcher_waits_without_a_certificate(
+    secured: Stack, certificates: Certificates
+) -> None:
+    reasons = [["loading"], []]
+
+    def ask() -> list[str]:
+        assert is_mutual(secured), "the port itself is asked"
+        return reasons.pop(0)
+
+    wait_ready(secured.url, secured.config.gateway, ask)
+    assert len(reasons) == (0 if is_mutual(secured) else 2)
 
 
 def test_the_command_line_speaks_tls(
@@ -94,87 +102,13 @@ def test_the_command_line_speaks_tls(
     assert "--ca-cert (/nowhere) cannot be read" in capsys.readouterr().err
 
 
-def test_serve_gives_its_proxy_the_files(certificates: Certificates) -> None:
-    assert serve_options(GatewaySection()) == {}
-    assert serve_options(certificates.section(mutual=True)) == {
+def test_http_servers_get_the_files(certificates: Certificates) -> None:
+    assert tls_files(GatewaySection()) == {}
+    assert tls_files(certificates.section(mutual=True)) == {
         "ssl_certfile": str(certificates.server_cert),
         "ssl_keyfile": str(certificates.server_key),
         "ssl_ca_certs": str(certificates.client_ca),
     }
-
-
-def proxy_config(section: GatewaySection) -> uvicorn.Config:
-    """As Serve's proxy makes it."""
-    options = serve_options(section)
-
-    async def app(scope: object, receive: object, send: uvicorn._types.ASGISendCallable) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": [], "trailers": False})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    config = uvicorn.Config(
-        app,
-        host="127.0.0.1",
-        port=0,
-        lifespan="off",
-        log_config=None,
-        ssl_keyfile=options["ssl_keyfile"],
-        ssl_certfile=options["ssl_certfile"],
-        ssl_ca_certs=options.get("ssl_ca_certs"),
-    )
-    config.load()
-    return config
-
-
-def try_proxy(config: uvicorn.Config, section: GatewaySection) -> None:
-    """Start a server as Serve's proxy does, and look at it as the launcher does."""
-
-    async def work() -> None:
-        server = uvicorn.Server(config)
-        task = asyncio.create_task(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        try:
-            url = f"https://127.0.0.1:{port}"
-            await asyncio.to_thread(wait_ready, url, section, list)
-        finally:
-            server.should_exit = True
-            await task
-
-    asyncio.run(asyncio.wait_for(work(), WAIT_S))
-
-
-def test_a_proxy_that_asks_for_no_certificates_is_found_out(certificates: Certificates) -> None:
-    section = certificates.section(mutual=True)
-    config = proxy_config(section)
-    assert config.ssl is not None
-    assert config.ssl.verify_mode is ssl.CERT_NONE, "Serve and uvicorn demand them: drop the hook"
-    with pytest.raises(StartError, match="takes clients without certificates"):
-        try_proxy(config, section)
-
-
-def test_the_hook_makes_the_proxy_ask(
-    certificates: Certificates, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make = uvicorn.config.create_ssl_context
-    monkeypatch.setattr(uvicorn.config, "create_ssl_context", make)  # as it was, afterwards
-    demand_client_certificates.cache_clear()
-    for _ in range(2):
-        demand_client_certificates()
-    for mutual in (False, True):
-        section = certificates.section(mutual=mutual)
-        config = proxy_config(section)
-        assert config.ssl is not None
-        assert config.ssl.verify_mode is (ssl.CERT_REQUIRED if mutual else ssl.CERT_NONE)
-        try_proxy(config, section)
-
-
-def test_haproxy_mode_is_refused_by_name(certificates: Certificates) -> None:
-    section = certificates.section(mutual=False)
-    check_haproxy(section, {})
-    check_haproxy(GatewaySection(), {"RAY_SERVE_ENABLE_HA_PROXY": "1"})
-    with pytest.raises(ConfigError, match=r"HAProxy mode \(RAY_SERVE_ENABLE_HA_PROXY=1\)"):
-        check_haproxy(section, {"RAY_SERVE_ENABLE_HA_PROXY": "1"})
 
 
 def test_files_that_will_not_do_are_refused_by_name(
@@ -201,12 +135,12 @@ def test_files_that_will_not_do_are_refused_by_name(
 
 
 def test_serve_refuses_at_once(
-    certificates: Certificates, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    certificates: Certificates, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["serve", "--dry-run", "--port", "0", "--grpc-port", "0"]
     files = ["--tls-cert", str(certificates.server_cert), "--tls-key"]
     assert main([*words, *files, str(certificates.client_key)]) == 5
     assert "--tls-cert" in capsys.readouterr().err
-    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
-    assert main([*words, *files, str(certificates.server_key)]) == 5
-    assert "HAProxy" in capsys.readouterr().err
+    mutual = [*files, str(certificates.server_key), "--tls-client-ca", str(certificates.client_ca)]
+    assert main([*words, *mutual, "--serve-proxy"]) == 2
+    assert "--serve-proxy (8002) asks clients for no certificate" in capsys.readouterr().err

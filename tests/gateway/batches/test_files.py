@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 import httpx
 import pytest
 
-from gateway.core.receipts import WINDOW_BYTES
 from gateway.core.tuning import GatewayTuning
+from gateway.http.middleware import PIECE_BYTES
 from gateway.state.reader import StoredReader
 from gateway.state.store import StateStore
 from tests.gateway.batches.client import get, headers_of, upload
@@ -69,7 +69,7 @@ def test_a_download_is_in_memory_one_piece_at_a_time(
         for piece in pieces:
             found += piece
     assert found == content
-    assert max(sizes) == WINDOW_BYTES
+    assert max(sizes) == PIECE_BYTES
 
 
 def test_a_damaged_file_is_not_sent_whole(keeper: Stack, tmp_path: Path) -> None:

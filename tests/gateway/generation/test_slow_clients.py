@@ -11,16 +11,13 @@ import grpc
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.core.receipts import RECEIPT, RECEIPTS, STEP_BYTES, WINDOW_BYTES
 from gateway.core.tuning import GatewayTuning
-from gateway.http.middleware import Responder
+from gateway.http.middleware import PIECE_BYTES, Responder
 from gateway.protocols import build_public_app
-from gateway.serve_proxy.receipt_sender import ReceiptSender
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.fakes import MAX_MODEL_LEN
 from tests.gateway.grpc.test_grpc import failure, request_of
-from tests.gateway.serve_proxy.serve_queues import ServeQueues
-from tests.gateway.sse_client import by_choice, parse_events
+from tests.gateway.sse_client import parse_events
 from tests.gateway.stack import WAIT_S, Stack, complete, running_stack
 
 MAX_UNREAD_BYTES = 100_000
@@ -173,95 +170,43 @@ def test_a_stream_that_nobody_reads_ends_over_grpc(slow: Stack) -> None:
         assert details["ErrorInfo"].reason == "slow_client"
 
 
-def test_behind_serve_little_waits_for_a_client_that_does_not_read(slow: Stack) -> None:
-    async def work() -> tuple[bytes, int]:
-        proxy = ServeQueues(build_public_app(slow.gateway))
-        client = Client({"prompt": "x", "stream": True, "logprobs": 5, **LONG})
-        calling = await until_aborted(slow, client, ReceiptSender(proxy))
-        waiting = proxy.num_waiting_bytes
-        client.reads.set()
-        await calling
-        return client.content, waiting
-
-    content, waiting = slow.run(work())
-    check_ends_by_name(content)
-    assert WINDOW_BYTES - STEP_BYTES < waiting < WINDOW_BYTES + STEP_BYTES
-
-
-def test_behind_serve_a_client_that_leaves_at_the_limits_leaves_nothing(slow: Stack) -> None:
-    async def work() -> None:
-        before = asyncio.all_tasks()
-        client = Client({"prompt": "x", "stream": True, "logprobs": 5, **LONG})
-        proxy = ReceiptSender(ServeQueues(build_public_app(slow.gateway)))
-        calling = await until_aborted(slow, client, proxy)
-        client.leave()
-        await calling
-        while asyncio.all_tasks() - before:
-            await asyncio.sleep(0.01)
-
-    num_left = disconnects(slow)
-    slow.run(work())
-    assert disconnects(slow) == num_left + 1
-
-
-def test_behind_serve_a_client_that_reads_gets_everything(slow: Stack) -> None:
-    body = {"prompt": "x", "logprobs": 5, "seed": 3, **LONG}
-
-    async def work() -> bytes:
-        client = Client({**body, "stream": True})
-        client.reads.set()
-        await client.call(ReceiptSender(ServeQueues(build_public_app(slow.gateway))))
-        return client.content
-
-    slow.engine.step_s = 0.001
-    content = slow.run(work())
-    assert len(content) > 2 * WINDOW_BYTES
-    choices = by_choice(parse_events(content.decode()))
-    texts = ["".join(entry["text"] for entry in choices[index]) for index in sorted(choices)]
-    assert texts == [choice["text"] for choice in complete(slow, **body)["choices"]]
-
-
-def test_behind_serve_a_long_answer_comes_in_pieces(slow: Stack) -> None:
-    """Ray takes 4 MiB at a time from a replica."""
+def test_a_long_answer_comes_in_pieces(slow: Stack) -> None:
+    """Each waits until the client has taken the ones before."""
     body = {"prompt": "x", "logprobs": 5, "seed": 3, **LONG}
 
     async def work() -> tuple[bytes, int]:
-        queues, most = ServeQueues(build_public_app(slow.gateway)), 0
+        app, most = build_public_app(slow.gateway), 0
 
         async def measured(scope: Scope, receive: Receive, send: Send) -> None:
             async def count(message: Message) -> None:
                 nonlocal most
-                most = max(most, len(message.get("body", b"")) + queues.num_waiting_bytes)
+                most = max(most, len(message.get("body", b"")))
                 await send(message)
 
-            await queues(scope, receive, count)
+            await app(scope, receive, count)
 
         client = Client(body)
         client.reads.set()
-        await client.call(ReceiptSender(measured))
+        await client.call(measured)
         return client.content, most
 
     content, most = slow.run(work())
-    assert most <= 2 * WINDOW_BYTES < len(content)
+    assert most <= PIECE_BYTES < len(content)
     assert json.loads(content)["choices"] == complete(slow, **body)["choices"]
 
 
-def test_behind_serve_a_long_answer_of_any_route_waits_for_its_client() -> None:
+def test_a_long_answer_of_any_route_comes_in_pieces() -> None:
     """Whole answers of Starlette, as those to GET requests."""
-    content, pieces = bytes(5 * WINDOW_BYTES + 1), list[bytes]()
+    content, pieces = bytes(5 * PIECE_BYTES + 1), list[bytes]()
 
     async def work() -> bool:
-        receipts = asyncio.Queue[Message]()
-
         async def take(message: Message) -> None:
             pieces.append(message["body"])
-            receipts.put_nowait({"type": RECEIPT, "num_bytes": len(message["body"])})
-            assert receipts.qsize() <= 2, "it waits for receipts"
 
-        responder = Responder({"extensions": {RECEIPTS: {}}}, take, receipts.get)
+        responder = Responder(take)
         await responder({"type": "http.response.body", "body": content})
         return responder.is_complete
 
     assert asyncio.run(asyncio.wait_for(work(), WAIT_S))
     assert b"".join(pieces) == content
-    assert max(map(len, pieces)) <= WINDOW_BYTES
+    assert max(map(len, pieces)) <= PIECE_BYTES

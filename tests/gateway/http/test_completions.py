@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gateway.http.middleware import dump_json
+from gateway.http.json_output import dump_json
 from tests.gateway.fakes import BACKEND, EOS, EOS_ID, MAX_MODEL_LEN, saying, tiny_tokenizer
 from tests.gateway.stack import MODEL, WAIT_S, Stack, complete, post
 from workers.requests.request import Grammar, GrammarKind

@@ -10,16 +10,9 @@ import socket
 from collections.abc import Iterator
 
 import pytest
-import uvicorn
-import uvicorn.config
 
 from cluster.config.gateway import GatewaySection
-from gateway.serve_proxy.bounded_protocol import (
-    MAX_HEAD_BYTES,
-    MAX_HEADERS,
-    BoundedHttpProtocol,
-    bound_headers,
-)
+from gateway.listener.bounded_protocol import MAX_HEAD_BYTES, MAX_HEADERS
 from tests.gateway.stack import WAIT_S, Stack, running_stack
 
 
@@ -116,14 +109,6 @@ def test_many_requests_on_one_connection_are_counted_one_by_one(stack: Stack) ->
                 reply = connection.getresponse()
                 assert reply.status == 200, reply.read()
                 reply.read()
-
-
-def test_serve_s_proxy_gets_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uvicorn.config, "HTTP_PROTOCOLS", dict(uvicorn.config.HTTP_PROTOCOLS))
-    bound_headers()
-    config = uvicorn.Config("gateway.generation.gateway:Gateway", log_config=None, ws="none")
-    config.load()
-    assert config.http_protocol_class is BoundedHttpProtocol
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from gateway.engines import engine_pool
 from gateway.generation import gateway as gateway_module
 from gateway.grpc import api, pooling
 from gateway.http import api as http_api
-from gateway.http import middleware, sse
+from gateway.http import json_output, sse
 from gateway.http import pooling as http_pooling
-from gateway.http.middleware import dump_long
+from gateway.http.json_output import dump_long
 from gateway.http.schema import StreamOptions
 from gateway.offload.json_text import MAX_VALUES
 from gateway.offload.long_work import INLINE_SIZE
@@ -230,7 +230,7 @@ def test_pieces_of_an_answer_are_freed_as_it_is_written(monkeypatch: pytest.Monk
             made.append(b"%d," % number)
             yield made[-1]
 
-    monkeypatch.setattr(middleware, "_json_pieces", pieces)
+    monkeypatch.setattr(json_output, "_json_pieces", pieces)
     assert dump_long(None) == b"".join(made)
     assert max(held) <= 1024
 
@@ -241,14 +241,14 @@ def test_a_long_event_is_written_in_short_pieces(
     """As of a streamed answer with ``echo`` and alternatives for each token of the prompt."""
     tops = [{f"t{k}": -k / 3 for k in range(20)} for _ in range(5000)]
     chunk: dict[str, Any] = {"choices": [{"logprobs": {"top_logprobs": tops}}]}
-    expected, write = middleware.dump_json(chunk), middleware.dump_json
+    expected, write = json_output.dump_json(chunk), json_output.dump_json
     sizes: list[int] = []
 
     def note(content: object) -> bytes:
         sizes.append(len(write(content)))
         return write(content)
 
-    monkeypatch.setattr(middleware, "dump_json", note)
+    monkeypatch.setattr(json_output, "dump_json", note)
     monkeypatch.setattr(sse, "dump_json", note)
     formatter: Any = SimpleNamespace(text_chunk=lambda delta: None, chunks=lambda delta: [chunk])
     none: Any = None
@@ -273,7 +273,7 @@ def test_an_answer_is_written_in_short_pieces(monkeypatch: pytest.MonkeyPatch) -
         "l": [],
         "n": None,
     }
-    expected, write = middleware.dump_json(answer), middleware.dump_json
+    expected, write = json_output.dump_json(answer), json_output.dump_json
     sizes: list[int] = []
 
     def note(content: object) -> bytes:
@@ -281,6 +281,6 @@ def test_an_answer_is_written_in_short_pieces(monkeypatch: pytest.MonkeyPatch) -
         sizes.append(len(raw))
         return raw
 
-    monkeypatch.setattr(middleware, "dump_json", note)
+    monkeypatch.setattr(json_output, "dump_json", note)
     assert dump_long(answer) == expected
     assert max(sizes) < 32_768

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gateway.core.tuning import GatewayTuning
-from gateway.http.middleware import dump_json
+from gateway.http.json_output import dump_json
 from tests.gateway.fakes import counting_script, saying
 from tests.gateway.sse_client import by_choice, parse_events, read_events
 from tests.gateway.stack import Stack, complete, post, running_stack

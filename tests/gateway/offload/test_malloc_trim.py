@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from gateway.serve_proxy import malloc_trim
+from gateway.offload import malloc_trim
 
 _HOLD_AND_FREE = """
 import ctypes, time
 import psutil
-from gateway.serve_proxy import malloc_trim
+from gateway.offload import malloc_trim
 
 BLOCK, COUNT = 64 * 1024, 1024
 libc = ctypes.CDLL(None)

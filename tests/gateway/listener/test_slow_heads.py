@@ -13,10 +13,9 @@ import httpx
 import pytest
 
 from cluster.config.gateway import GatewaySection
-from gateway.admin.http import AdminHttpServer
 from gateway.core.tuning import GatewayTuning
-from gateway.serve_proxy import timed_protocol
-from gateway.serve_proxy.timed_protocol import TimedHttpProtocol
+from gateway.listener import timed_protocol
+from gateway.listener.http_listener import HttpListener
 from tests.gateway.stack import WAIT_S, Stack, running_stack
 from tests.harness.certificates import Certificates
 
@@ -117,7 +116,7 @@ def test_silent_connections_keep_no_call_out(quick: Stack, monkeypatch: pytest.M
     """Of too many the oldest ends, and one that is used does not."""
     for name in ("HEAD_LIMIT_S", "IDLE_LIMIT_S"):
         monkeypatch.setattr(timed_protocol, name, WAIT_S)
-    monkeypatch.setattr(timed_protocol, "MAX_CONNECTIONS", 20)
+    monkeypatch.setattr(admin_http(quick), "max_connections", 20)
     with contextlib.ExitStack() as opened:
         silent = [opened.enter_context(connect(quick)) for _ in range(50)]
         check_served(quick)
@@ -141,7 +140,7 @@ def test_connections_that_wait_for_their_client_keep_no_call_out(
 ) -> None:
     for name in ("HEAD_LIMIT_S", "BODY_LIMIT_S", "IDLE_LIMIT_S"):
         monkeypatch.setattr(timed_protocol, name, WAIT_S)
-    monkeypatch.setattr(timed_protocol, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(admin_http(quick), "max_connections", 8)
     with contextlib.ExitStack() as opened:
         for _ in range(8):
             connection = opened.enter_context(connect(quick))
@@ -154,9 +153,11 @@ def test_connections_that_wait_for_their_client_keep_no_call_out(
 
 def num_served(stack: Stack) -> int:
     """Connections of the admin port with a request that the application works on."""
-    http = next(one for one in stack.admin._servers if isinstance(one, AdminHttpServer))
-    found = list(http._server.server_state.connections)
-    return sum(one.serves for one in found if isinstance(one, TimedHttpProtocol))
+    return sum(one.serves for one in admin_http(stack).connections)
+
+
+def admin_http(stack: Stack) -> HttpListener:
+    return next(one for one in stack.admin._servers if isinstance(one, HttpListener))
 
 
 def test_a_slow_answer_has_no_limit(quick: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +182,7 @@ def test_a_slow_answer_has_no_limit(quick: Stack, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_tls_handshake_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.admin.http.HEAD_LIMIT_S", SHORT_S)
+    monkeypatch.setattr("gateway.listener.http_listener.HEAD_LIMIT_S", SHORT_S)
     files = Certificates.make(tmp_path)
     with running_stack(files.section(mutual=False)) as stack, connect(stack) as connection:
         assert received(connection) == b""

@@ -1,4 +1,4 @@
-"""The wait for a gateway behind Serve's proxy; with TLS see ``tests/gateway/auth/test_tls.py``."""
+"""The wait for a gateway; with TLS see ``tests/gateway/auth/test_tls.py``."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import pytest
 
 from cluster.config.gateway import GatewaySection
 from cluster.core.errors import StartError
-from cluster.launch.serve_proxy import wait_ready
+from cluster.launch.readiness import wait_ready
 from tests.cluster.cli.fake_gateway import fake_gateway
 
 PLAIN = GatewaySection()
 
 
 def never() -> list[str]:
-    raise AssertionError("without a CA for clients the proxy itself is asked")
+    raise AssertionError("without a CA for clients its port itself is asked")
 
 
 def test_it_ends_when_the_gateway_is_ready() -> None:

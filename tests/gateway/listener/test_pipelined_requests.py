@@ -14,7 +14,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from cluster.config.gateway import GatewaySection
-from gateway.serve_proxy.bounded_protocol import MAX_WAITING, BoundedHttpProtocol
+from gateway.listener.bounded_protocol import MAX_WAITING, BoundedHttpProtocol
 from tests.gateway.stack import WAIT_S, running_stack, start_http
 from tests.harness.certificates import Certificates
 

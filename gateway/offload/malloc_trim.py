@@ -1,12 +1,8 @@
-"""Return freed memory to the system, in the gateway and inside Serve's proxy.
+"""Return freed memory to the system.
 
 Python frees the memory of a request, and glibc keeps it: glibc returns the end of a heap only, and
-after a burst most free memory lies below. In ten minutes of mixed traffic (``tests/long/soak.py``)
-the proxy had 35 MiB in use throughout, and 3 to 33 MiB free. ``cluster.launch.local_ray`` sets one
-heap for all threads.
-
-Upstream: ray-project/ray#50927 and #37396 were leaks of the proxy, closed since; no issue known
-for memory that glibc keeps.
+after a burst most free memory lies below. ``cluster.launch.local_ray`` sets one heap for all
+threads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``BoundedHttpProtocol`` with limits of time and of connections, for listeners of our own.
+"""``BoundedHttpProtocol`` with limits of time and of connections.
 
 uvicorn closes a connection that is idle after an answer. It waits without end for a first request,
 for the rest of a head, and for a body that nothing reads: each byte stops its timer.
@@ -9,25 +9,31 @@ from __future__ import annotations
 import asyncio
 
 from cluster.core.errors import DeadlineExceededError
-from gateway.serve_proxy.bounded_protocol import BoundedHttpProtocol
+from gateway.listener.bounded_protocol import BoundedHttpProtocol
 
 HEAD_LIMIT_S = 10.0
 """Time for request line and headers, from the first byte or from a new connection on."""
-BODY_LIMIT_S = 75.0
-"""Time for a body; an application that reads it answers sooner (``body_timeout_s``)."""
+BODY_LIMIT_S = 30.0
+"""Time in which a body that is read must grow by ``BODY_STEP_BYTES``, and time for the rest of a
+body whose request is answered. An application that reads the body may answer sooner."""
+BODY_STEP_BYTES = 16 * 1024
 IDLE_LIMIT_S = 75.0
 """Life of a connection between two requests."""
-MAX_CONNECTIONS = 256
-"""Connections of a server; one above ends the oldest whose client waits for no answer."""
 _FLUSH_LIMIT_S = 5.0
 """Time for a client to take the answer that its time is over."""
 
 
 class TimedHttpProtocol(BoundedHttpProtocol):
+    """Decides when a connection that waits for its client has waited for too long."""
+
+    max_connections = 256
+    """Connections of the server; one above ends the oldest whose client waits for no answer."""
     _timer: asyncio.TimerHandle | None = None
     _is_between_requests = False
     _has_begun_head = False
     _has_whole_request = False
+    _num_new_bytes = 0
+    """Bytes of the body since the timer was set."""
     since_s = 0.0
     """When the connection was made, on the loop's clock."""
 
@@ -48,13 +54,14 @@ class TimedHttpProtocol(BoundedHttpProtocol):
         super().connection_made(transport)
         self.since_s = self.loop.time()
         self._wait(HEAD_LIMIT_S)
-        self._end_one_too_many()
+        if len(self.connections) > self.max_connections:
+            self._end_one_too_many()
 
     def _end_one_too_many(self) -> None:
         """End the oldest connection whose client waits for no answer; else this one."""
         protocols = (one for one in self.connections if isinstance(one, TimedHttpProtocol))
         open_ones = [one for one in protocols if not one.transport.is_closing()]
-        if len(open_ones) > MAX_CONNECTIONS:
+        if len(open_ones) > self.max_connections:
             idle = (one for one in open_ones if one.is_idle)
             min(idle, key=lambda one: one.since_s, default=self).transport.abort()
 
@@ -75,6 +82,10 @@ class TimedHttpProtocol(BoundedHttpProtocol):
         self._wait(BODY_LIMIT_S)
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        self._num_new_bytes += len(body)
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
         self._has_whole_request = True
         self._stop_waiting()
@@ -93,6 +104,7 @@ class TimedHttpProtocol(BoundedHttpProtocol):
 
     def _wait(self, limit_s: float) -> None:
         self._stop_waiting()
+        self._num_new_bytes = 0
         self._timer = self.loop.call_later(limit_s, self._end)
 
     def _stop_waiting(self) -> None:
@@ -103,6 +115,10 @@ class TimedHttpProtocol(BoundedHttpProtocol):
     def _end(self) -> None:
         """The time is over."""
         self._timer = None
+        is_in_body = self.serves and not self._has_begun_head
+        if is_in_body and (self.flow.read_paused or self._num_new_bytes >= BODY_STEP_BYTES):
+            self._wait(BODY_LIMIT_S)
+            return
         if self.serves or not self._has_begun_head:
             self.transport.abort()
             return

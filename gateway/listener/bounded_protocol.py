@@ -5,8 +5,8 @@ Without the first bound a client that never ends its headers fills the server's 
 key for it (CVE-2025-48956 in vLLM). Without the last one it sends requests faster than they are
 answered: uvicorn reads on after each answer.
 
-Upstream: Kludex/uvicorn#157 and #1684, closed: the bound exists for h11 only, and Serve's proxy
-uses httptools. No issue known for Serve.
+Upstream: Kludex/uvicorn#157 and #1684, closed: the bound exists for h11 only, which is slower than
+httptools.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import socket
 import uuid
 from collections.abc import Sized
 
-import uvicorn.config
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -94,6 +93,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._answer(b"400 Bad Request", RequestError(rule))
             raise ConnectionAbortedError(rule)  # the parser reads no more
         super().on_headers_complete()
+        if self.expect_100_continue:  # after a refusal its body may follow or not
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         if not self._is_refused:
@@ -158,9 +159,3 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         )
         self.transport.write(b"\r\n".join(lines))
         self.transport.close()
-
-
-def bound_headers() -> None:
-    """Give the bound to all servers that this process makes from now on."""
-    name = f"{BoundedHttpProtocol.__module__}:{BoundedHttpProtocol.__name__}"
-    uvicorn.config.HTTP_PROTOCOLS["auto"] = name

@@ -57,7 +57,7 @@ async def ask(app: Endless, is_read: bool) -> None:
 @pytest.mark.parametrize("is_read", [False, True], ids=["unread", "read"])
 def test_a_client_that_takes_nothing_is_cut(monkeypatch: pytest.MonkeyPatch, is_read: bool) -> None:
     limit_s = WAIT_S if is_read else 0.2
-    monkeypatch.setattr("gateway.serve_proxy.bounded_protocol.STALL_LIMIT_S", limit_s)
+    monkeypatch.setattr("gateway.listener.bounded_protocol.STALL_LIMIT_S", limit_s)
 
     async def work() -> None:
         await ask(Endless(), is_read)

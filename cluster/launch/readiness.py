@@ -1,0 +1,52 @@
+"""The gateway from its clients' side: the launcher waits until it is ready."""
+
+from __future__ import annotations
+
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+
+from cluster.config.gateway import GatewaySection
+from cluster.core.errors import StartError
+
+_POLL_S = 0.1
+_CALL_LIMIT_S = 5.0
+
+
+def wait_ready(
+    url: str, section: GatewaySection, ask: Callable[[], list[str]], limit_s: float = 60.0
+) -> None:
+    """Wait until the gateway is ready and reachable over HTTP.
+
+    Args:
+        url: the gateway's, without a path.
+        section: what it requires of clients.
+        ask: why the gateway is not ready; used where clients need a certificate, which this process
+            does not have.
+        limit_s: time for the gateway to become ready after everything else.
+
+    Raises ``StartError`` after the limit.
+    """
+    deadline = time.monotonic() + limit_s
+    while reasons := _ask_ready(url, section.has_tls) if not section.tls_client_ca else ask():
+        if time.monotonic() > deadline:
+            raise StartError("gateway", f"not ready: {'; '.join(reasons)}")
+        time.sleep(_POLL_S)
+
+
+def _ask_ready(url: str, has_tls: bool) -> list[str]:
+    """Why ``/ready`` does not answer 200; empty if it does."""
+    context = None
+    if has_tls:  # unverified: it is our own server, and the request holds no secret
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    try:
+        with urllib.request.urlopen(f"{url}/ready", timeout=_CALL_LIMIT_S, context=context):
+            return []
+    except urllib.error.HTTPError as err:
+        return [err.read().decode(errors="replace")]
+    except OSError as err:
+        return [str(err)]

@@ -1,0 +1,52 @@
+"""JSON of answers: compact, and of long ones a piece at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from itertools import islice
+
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_PIECE = 4096
+"""Entries of a long list that are written at a time."""
+_JOINED = 1024
+"""Pieces of a long answer that are joined, and freed, at a time."""
+
+
+def dump_json(content: object) -> bytes:
+    """Compact UTF-8 JSON. Raises ``ValueError`` for NaN and infinity."""
+    return _JSON.encode(content).encode()
+
+
+def dump_long(content: object) -> bytes:
+    """The same for an object with long lists, for threads: others run between its pieces."""
+    pieces = _json_pieces(content)
+    # joined as they come: a million small pieces would be freed in one go
+    return b"".join(iter(lambda: b"".join(islice(pieces, _JOINED)), b""))
+
+
+def _has_parts(value: object) -> bool:
+    return isinstance(value, Mapping | list | tuple)
+
+
+def _json_pieces(value: object) -> Iterator[bytes]:
+    if isinstance(value, Mapping) and (len(value) > _PIECE or any(map(_has_parts, value.values()))):
+        yield b"{"
+        for place, (name, inner) in enumerate(value.items()):
+            yield (b"," if place else b"") + dump_json(name) + b":"
+            yield from _json_pieces(inner)
+        yield b"}"
+    elif isinstance(value, list | tuple) and value:
+        yield b"["
+        for start in range(0, len(value), _PIECE):
+            piece = value[start : start + _PIECE]
+            if not any(map(_has_parts, piece)):
+                yield (b"," if start else b"") + dump_json(piece)[1:-1]
+                continue
+            for place, inner in enumerate(piece, start):
+                if place:
+                    yield b","
+                yield from _json_pieces(inner)
+        yield b"]"
+    else:
+        yield dump_json(value)

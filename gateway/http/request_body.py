@@ -1,0 +1,115 @@
+"""What a client sends: its body within the limits of size and time, and its own time limit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from cluster.core.errors import (
+    DeadlineExceededError,
+    RequestError,
+    RequestTooLargeError,
+    UnsupportedParameterError,
+)
+from gateway.core.expect import waits_to_send
+from gateway.core.tuning import GatewayTuning
+from gateway.generation.gateway import Gateway
+from gateway.http.parse import parse_json
+
+MAX_TIMEOUT_MS = 99_999_999_999
+"""Longest time that a client can ask for; the server's own limit is shorter."""
+_DRAIN_FACTOR = 8
+"""A body above the limit is read up to this many times the limit, so that its sender can see the
+answer, and is cut off beyond."""
+Parsed = TypeVar("Parsed")
+"""What an endpoint reads in a body."""
+
+
+async def read_json(
+    request: Request, gateway: Gateway, read: Callable[[dict[str, Any]], Parsed]
+) -> Parsed:
+    """What ``read`` makes of the object in a request's body, within the gateway's limits.
+
+    A large body is parsed and read in a thread.
+
+    Raises:
+        RequestError: not JSON, not declared as JSON, compressed, or nested too deeply.
+        RequestTooLargeError: above the limit.
+        DeadlineExceededError: the client sends too slowly.
+    """
+    given = request.headers.get("content-type", "application/json")
+    kind = given.partition(";")[0].strip()
+    if not (kind.lower() == "application/json" or kind.lower().endswith("+json")):
+        raise RequestError(f"content-type {kind[:64]!r} must be application/json", "content-type")
+    coding = request.headers.get("content-encoding", "identity").strip()
+    if coding.lower() not in ("", "identity"):
+        name = "content-encoding"
+        raise UnsupportedParameterError(f"{name} {coding[:64]!r} is not supported", name)
+    raw = await read_body(request, gateway.limits.max_body_bytes, gateway.tuning)
+    max_depth = gateway.limits.max_json_depth
+    return await gateway.long_work.run(len(raw), lambda: read(parse_json(raw, max_depth)))
+
+
+def timeout_header_s(request: Request) -> float | None:
+    """The client's own time limit. Raises ``RequestError`` for an invalid value."""
+    name = "x-request-timeout-ms"
+    value = request.headers.get(name)
+    if value is None:
+        return None
+    is_number = value.isascii() and value.isdecimal() and len(value) <= len(str(MAX_TIMEOUT_MS))
+    if not (is_number and int(value) > 0):
+        rule = f"must be a whole number from 1 to {MAX_TIMEOUT_MS}"
+        raise RequestError(f"{name} ({value[:32]!r}) {rule}", name)
+    return int(value) / 1000
+
+
+@contextlib.asynccontextmanager
+async def within_time(request: Request, gateway: Gateway) -> AsyncIterator[None]:
+    """Cancel what takes longer than a request may. Raises ``DeadlineExceededError`` then."""
+    limit_s = gateway.timeout_s(timeout_header_s(request))
+    try:
+        async with asyncio.timeout(limit_s):
+            yield
+    except TimeoutError as err:
+        raise DeadlineExceededError("the request's time is over", started=True) from err
+
+
+async def read_body(request: Request, max_bytes: int, tuning: GatewayTuning) -> bytes:
+    """The body. Raises ``RequestTooLargeError``, ``DeadlineExceededError``."""
+    length = request.headers.get("content-length", "")
+    is_too_large = length.isdecimal() and int(length) > max_bytes
+    pieces = request.stream()
+    total = 0
+    if not is_too_large:
+        chunks: list[bytes] = []
+        try:
+            async with asyncio.timeout(tuning.body_timeout_s):
+                async for chunk in pieces:
+                    total += len(chunk)
+                    if total > max_bytes:
+                        break
+                    chunks.append(chunk)
+                else:
+                    return b"".join(chunks)
+        except TimeoutError as err:
+            raise DeadlineExceededError("the body did not come in time") from err
+    if not (is_too_large and waits_to_send(request.headers)):
+        await _drain(pieces, max_bytes * _DRAIN_FACTOR - total, tuning)
+    raise RequestTooLargeError(f"the body is above the limit of {max_bytes} bytes")
+
+
+async def _drain(pieces: AsyncIterator[bytes], max_bytes: int, tuning: GatewayTuning) -> None:
+    """Read to the end, up to a size, or until nothing more comes."""
+    now_s = asyncio.get_running_loop().time
+    end_s = now_s() + tuning.body_timeout_s
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(tuning.drain_pause_s) as limit:
+            async for chunk in pieces:
+                max_bytes -= len(chunk)
+                if max_bytes < 0:
+                    return
+                limit.reschedule(min(end_s, now_s() + tuning.drain_pause_s))
