@@ -28,6 +28,15 @@ import pytest
 
 from tests.paths import ROOT
 
+_SCHEDULING = (
+    "workers/scheduling/test_scheduler.py",
+    "workers/scheduling/test_scheduler_beams.py",
+    "workers/scheduling/test_scheduler_states.py",
+    "workers/scheduling/test_kv_waits.py",
+    "workers/scheduling/test_fairness.py",
+    "workers/scheduling/test_seat_reserve.py",
+    "workers/engine/test_isolation.py",
+)
 TESTS: Mapping[str, tuple[str, ...]] = {
     "cluster/core/placement.py": ("cluster/core/test_placement.py",),
     "cluster/core/load_profile.py": ("cluster/core/test_load_profile.py",),
@@ -60,19 +69,6 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "workers/engine/leader.py": ("workers/engine/test_leader.py",),
     "workers/engine/micro_batches.py": ("workers/engine/test_micro_batches.py",),
     "workers/engine/prefill_cap.py": ("workers/engine/test_prefill_cap.py",),
-    "workers/scheduling/scheduler.py": (
-        "workers/scheduling/test_scheduler.py",
-        "workers/scheduling/test_scheduler_beams.py",
-        "workers/scheduling/test_kv_waits.py",
-        "workers/engine/test_prefill_cap.py",
-        "workers/engine/test_isolation.py",
-        "workers/scheduling/test_fairness.py",
-        "workers/scheduling/test_seat_reserve.py",
-    ),
-    "workers/scheduling/step_plan.py": (
-        "workers/scheduling/test_step_plan.py",
-        "workers/scheduling/test_scheduler.py",
-    ),
     "workers/kv/block_pool.py": ("workers/kv/test_block_pool.py",),
     "workers/kv/eviction.py": ("workers/kv/test_eviction.py",),
     "workers/kv/prefix_cache.py": ("workers/kv/test_prefix_cache.py",),
@@ -99,6 +95,27 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "workers/sampling/draws.py": ("workers/sampling/test_sampling.py",),
     "workers/sampling/logits_processors.py": ("workers/sampling/test_logits_processors.py",),
     "workers/sampling/sampler.py": ("workers/sampling/test_sampling.py",),
+    **dict.fromkeys(
+        (
+            "workers/scheduling/admission.py",
+            "workers/scheduling/block_manager.py",
+            "workers/scheduling/draft_budget.py",
+            "workers/scheduling/preemption.py",
+            "workers/scheduling/queues.py",
+            "workers/scheduling/scheduler.py",
+            "workers/scheduling/seat_reserve.py",
+            "workers/scheduling/short_steps.py",
+            "workers/scheduling/step_intent.py",
+        ),
+        _SCHEDULING,
+    ),
+    "workers/scheduling/fairness.py": ("workers/scheduling/test_fairness.py",),
+    "workers/scheduling/kv_waits.py": ("workers/scheduling/test_kv_waits.py",),
+    "workers/scheduling/step_plan.py": (
+        "workers/scheduling/test_step_plan.py",
+        "workers/scheduling/test_scheduler.py",
+    ),
+    "workers/scheduling/stop_conditions.py": ("workers/scheduling/test_scheduler.py",),
     "workers/speculation/acceptance.py": ("workers/speculation/test_acceptance.py",),
     "workers/speculation/ngram.py": ("workers/speculation/test_ngram.py",),
     "workers/speculation/speculator.py": ("workers/speculation/test_speculator.py",),
@@ -122,9 +139,11 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
         "load.fetch_cost < math.inf": "speed: no worker fetches at an infinite cost",
         "lacks > rest": "a fetch of nothing has a cost, and so is never the best",
     },
+    "workers/scheduling/admission.py": {
+        "max_rows <= 0": "speed: a sequence for which no row is left is not planned",
+    },
     "workers/scheduling/scheduler.py": {
         "limit - missing": "speed: the sum is cut to the limit",
-        "max_rows <= 0": "speed: a sequence for which no row is left is not planned",
     },
     "workers/kv/turn_ages.py": {
         "self._clock = 0": "only differences of times count",

@@ -162,7 +162,7 @@ class _Loop:
         """Count the parts of the steps from now on."""
         engine: Any = self._engine
         clock.follow(engine, "wanted", "schedule")
-        clock.follow(engine._scheduler, "schedule", "schedule")
+        clock.follow(engine._scheduler, "plan", "schedule")
         clock.follow(engine.runner, "run", "batch")
         clock.follow(engine._step_sampler, "draw", "sampling")
         clock.follow(engine, "_commit", "commit")

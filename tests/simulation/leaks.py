@@ -74,7 +74,7 @@ def _left_in_engine(engine: Engine) -> Iterator[str]:
     yield from _named("searches", engine._groups)
     yield from _named("loans", engine.kv_store.tables)
     yield from _named("adapters in use", engine.adapters_in_use)
-    yield from _named("sequences", [*scheduler._running, *scheduler._waiting])
+    yield from _named("sequences", [*scheduler.queues.running, *scheduler.queues.waiting])
     yield from _named("waits for blocks", [*scheduler.kv_waits._waiting])
     yield from _named("requests to ask about", scheduler.kv_waits._unasked)
     yield from _named("suspects", {**isolation._deaths, **isolation._hit})

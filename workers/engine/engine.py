@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 
 import torch
 from msgspec.structs import replace as replace_rows
@@ -64,6 +63,7 @@ from workers.requests.step_header import StepHeader
 from workers.sampling.grammar import CompiledGrammar
 from workers.sampling.sampler import SampledToken
 from workers.scheduling.scheduler import Scheduler
+from workers.scheduling.step_intent import Restriction, StepIntent
 from workers.scheduling.step_plan import PlannedRows, RowsWanted, StepPlan
 from workers.speculation.speculator import Speculator
 
@@ -175,6 +175,8 @@ class Engine:
         self._deadlines = Deadlines()
         self._step_sampler = StepSampler(config, banks, model.head, is_exact, team)
         self._isolation = Isolation()
+        self._intent = StepIntent()
+        """Of the rows that were proposed last."""
         self._to_pause: dict[str, int] = {}
         """Request id -> tokens that each of its choices must have before."""
         self._paused: set[str] = set()
@@ -289,7 +291,7 @@ class Engine:
 
     def sequences_by_adapter(self) -> tuple[Counter[str], Counter[str]]:
         """Running and waiting sequences by the key of their adapter. Any thread may ask."""
-        return self._scheduler.sequences_by_adapter()
+        return self._scheduler.queues.by_adapter()
 
     def _stop_using(self, adapter: str) -> None:
         self._adapter_uses[adapter] -= 1
@@ -324,7 +326,7 @@ class Engine:
 
     def begin_fetch(self, hashes: Sequence[BlockHash], found: Sequence[int]) -> Fetch | None:
         """Get ready for blocks of a prefix that another worker has; see ``KvTransferStore``."""
-        return self.kv_store.begin(hashes, found, num_spare=self._scheduler.num_running)
+        return self.kv_store.begin(hashes, found, num_spare=len(self._scheduler.queues.running))
 
     def take_admissible(self, at_most: int) -> list[tuple[Request, tuple[BlockHash, ...]]]:
         """Requests that fit into the next steps, with the hashes of the full blocks of their
@@ -333,11 +335,10 @@ class Engine:
         prefixes, isolation = self._scheduler.prefixes, self._isolation
         if not prefixes.is_enabled or isolation.is_waiting:
             return []
-        self._restrict(isolation.alone)
-        size = prefixes.block_size
+        restriction, size = self._restriction(isolation.alone), prefixes.block_size
         return [
             (sequence.request, tuple(prefixes.hashes(sequence, sequence.prompt_length // size)))
-            for sequence in self._scheduler.take_admissible(at_most)
+            for sequence in self._scheduler.admission.take_admissible(restriction, at_most)
         ]
 
     def wait_for_kv(self, request_id: str, num_coming: int) -> None:
@@ -356,7 +357,9 @@ class Engine:
 
     def under_pressure(self) -> Request | None:
         """The request that would be preempted first, if that may be soon; else None."""
-        sequence = self._scheduler.under_pressure()
+        if self._intent.restriction.alone is not None:
+            return None
+        sequence = self._scheduler.preemption.under_pressure()
         return None if sequence is None else sequence.request
 
     def note_contents(self) -> BlockContents:
@@ -379,8 +382,8 @@ class Engine:
         if known and known[0].request.attempt >= request.attempt:
             raise RequestError(f"request {request.request_id} is already here", "request_id")
         if not request.attempt:  # else it was let in once, by a worker that is lost
-            scheduler = self._scheduler
-            waiting, tokens = scheduler.num_waiting, scheduler.num_waiting_tokens
+            waiting = len(self._scheduler.queues.waiting)
+            tokens = self._scheduler.admission.num_waiting_tokens
             check_room(request, self._section, waiting, tokens)
 
     # Steps
@@ -388,18 +391,15 @@ class Engine:
     def wanted(self) -> RowsWanted:
         """Rows that the next step could run here."""
         if self._isolation.is_waiting:
-            return RowsWanted(decode_rows=0, prefill_rows=0)
-        return self._wanted(self._isolation.alone)
-
-    def _wanted(self, alone: str | None) -> RowsWanted:
-        self._restrict(alone)
-        wanted = replace(self._scheduler.wanted(), edge_share=self.runner.dispatcher.edge_share)
+            return RowsWanted()
+        self._intent = intent = self._scheduler.intent(self._restriction(self._isolation.alone))
+        wanted = replace(intent.wanted, edge_share=self.runner.dispatcher.edge_share)
         if not self._traced:
             return wanted
-        return replace(wanted, parents=self._traced.parents(chain(*self._scheduler.expected)))
+        return replace(wanted, parents=self._traced.parents(intent.sequences))
 
-    def _restrict(self, alone: str | None) -> None:
-        self._scheduler.restrict(self._isolation.suspects | self._paused, alone)
+    def _restriction(self, alone: str | None) -> Restriction:
+        return Restriction(self._isolation.suspects | self._paused, alone)
 
     def poll(self) -> list[TokenOutput]:
         """Outputs that need no step: choices past their deadline, or complete at receipt."""
@@ -422,8 +422,10 @@ class Engine:
         grant = header.grant(self._rank)
         begin = 0.0 if self._speculator is None else self._clock()
         isolation = self._isolation
-        self._restrict(isolation.alone if header.is_alone else None)
-        plan = self._scheduler.schedule(grant.decode_rows, grant.prefill_rows)
+        # Requests may have been paused or accused since the rows were proposed.
+        restriction = self._restriction(isolation.alone if header.is_alone else None)
+        self._intent = self._intent.under(restriction)
+        plan = self._scheduler.plan(self._intent, grant)
         try:
             self._step_sampler.prepare(plan)
             result = self.runner.run(header, plan)
@@ -528,7 +530,7 @@ class Engine:
         self.cache.clear_slots(StepPlan(tuple(rejected)).cache_slots(self.cache.block_size))
 
     def _note_dispatch(self, plan: StepPlan) -> None:
-        for sequence in self._scheduler.preempted:
+        for sequence in self._scheduler.preemption.preempted:
             sequence.note_preemption(self._clock())
         when = self.runner.first_dispatch
         if when is not None:
@@ -561,7 +563,7 @@ class Engine:
         self._isolation.disconnect()
 
     def _could_run_alone(self, request_id: str) -> bool:
-        wanted = self._wanted(request_id)
+        wanted = self._scheduler.intent(self._restriction(request_id)).wanted
         return bool(wanted.decode_rows or wanted.prefill_rows)
 
     def _attempt(self, request_id: str) -> int:
@@ -662,12 +664,12 @@ class Engine:
     def stats(self) -> dict[str, float]:
         """Gauges and counters by metric name without prefix. Any thread may call it."""
         free, total = self.pool.num_free, self.pool.num_blocks
-        prefixes = self._scheduler.prefixes
-        waiting, deferred = self._scheduler.num_waiting, self._scheduler.num_deferred
-        for_kv = self._scheduler.num_waiting_for_kv
+        scheduler, admission = self._scheduler, self._scheduler.admission
+        prefixes, waiting = scheduler.prefixes, len(scheduler.queues.waiting)
+        deferred, for_kv = admission.num_deferred, admission.num_waiting_for_kv
         others = max(waiting - deferred - for_kv, 0)
         return {
-            "num_requests_running": float(self._scheduler.num_running),
+            "num_requests_running": float(len(scheduler.queues.running)),
             "num_requests_waiting": float(waiting),
             'num_requests_waiting_by_reason{reason="capacity"}': float(others),
             'num_requests_waiting_by_reason{reason="deferred"}': float(deferred),
@@ -679,7 +681,7 @@ class Engine:
             "kv_blocks_kept": float(self.pool.num_kept),
             **self._state_stats(),
             **({} if self._speculator is None else self._speculator.stats()),
-            "num_preemptions_total": float(self._scheduler.num_preemptions),
+            "num_preemptions_total": float(scheduler.preemption.num_preemptions),
             "prefix_cache_queries_total": float(prefixes.num_queried_tokens),
             "prefix_cache_hits_total": float(prefixes.num_hit_tokens),
             "prompt_tokens_cached_total": float(prefixes.num_cached_prompt_tokens),

@@ -74,14 +74,26 @@ class StepPlan:
         ]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepBudget:
+    """What a step of one worker has at most."""
+
+    max_num_seqs: int
+    """Sequences that run."""
+    max_rows: int
+    """Rows, prompts and decodes together."""
+    max_decode_rows: int
+    """Rows of decodes, those of drafts included."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowsWanted:
     """What the next step could run, for the proposal to the leader."""
 
-    decode_rows: int
+    decode_rows: int = 0
     """One per sequence of which only the newest output token is not computed, and those of
     drafts."""
-    prefill_rows: int
+    prefill_rows: int = 0
     """Prompt rows within the token budget."""
     edge_share: int = 0
     """See ``StepProposal``."""

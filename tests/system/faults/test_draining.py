@@ -43,6 +43,7 @@ from tests.harness.fault_rows import (
 )
 from workers.requests.sequence import SequenceState
 from workers.scheduling.scheduler import Scheduler
+from workers.scheduling.step_intent import StepIntent
 
 
 def begin_drain(cluster: ServingCluster, worker: str, limit_s: float = 120.0) -> dict[str, Any]:
@@ -98,8 +99,8 @@ def test_a_stream_that_moves_between_idle_workers_lacks_one_token(
     admitted: list[SequenceState] = []
     admit_ready = Scheduler._admit_ready
 
-    def spy(scheduler: Scheduler, decode_rows: int) -> list[SequenceState]:
-        ready = admit_ready(scheduler, decode_rows)
+    def spy(scheduler: Scheduler, intent: StepIntent, decode_rows: int) -> list[SequenceState]:
+        ready = admit_ready(scheduler, intent, decode_rows)
         admitted.extend(ready)
         return ready
 

@@ -39,7 +39,9 @@ from workers.requests.request import (
     SamplingParams,
     TokenOutput,
 )
+from workers.requests.step_header import Grant
 from workers.scheduling.scheduler import Scheduler
+from workers.scheduling.step_intent import StepIntent
 
 OF_EACH_KIND = (
     *("olmoe-base", "dots1-swa", "jetmoe-tied", "gptoss-base", "deepseekv3-base"),
@@ -482,15 +484,15 @@ def test_idle_beams_run_no_rows_and_give_way(tiny_checkpoint: Path) -> None:
     params = structs.replace(SEARCH, stop_token_ids=(), max_tokens=4)
     engine.add_request(Request(request_id="r", prompt=tuple(range(3, 20)), n=3, params=params))
     seen = Counter[int]()
-    schedule = Scheduler.schedule
+    plan = Scheduler.plan
 
-    def count(self: Scheduler, decode_rows: int, prefill_rows: int) -> object:
-        plan = schedule(self, decode_rows, prefill_rows)
-        seen[len(plan.rows)] += 1
-        return plan
+    def count(self: Scheduler, intent: StepIntent, grant: Grant) -> object:
+        planned = plan(self, intent, grant)
+        seen[len(planned.rows)] += 1
+        return planned
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Scheduler, "schedule", count)
+        patch.setattr(Scheduler, "plan", count)
         while engine.engine.has_work:
             engine.step()
             engine.engine.check_integrity()

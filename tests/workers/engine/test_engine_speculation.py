@@ -30,6 +30,7 @@ from workers.requests.request import (
     TokenOutput,
 )
 from workers.requests.sequence import SequenceState
+from workers.requests.step_header import Grant
 from workers.scheduling.scheduler import Scheduler
 from workers.speculation.acceptance import Acceptance
 
@@ -358,10 +359,10 @@ def test_fewer_rows_than_asked_for_are_used_for_tokens_first(tiny_checkpoint: Pa
         engine.step()
     assert wanted.prefill_rows == 0
     for granted, rows in ((2, [1, 1]), (3, [1, 1, 1])):
-        plan = scheduler.schedule(granted, 0)
+        plan = scheduler.plan(scheduler.intent(), Grant(decode_rows=granted))
         assert [planned.count for planned in plan.rows] == rows
         scheduler.abandon(plan)
-    plan = scheduler.schedule(5, 0)
+    plan = scheduler.plan(scheduler.intent(), Grant(decode_rows=5))
     assert sum(planned.count for planned in plan.rows) == 5
     assert len(plan.rows) == 3
     scheduler.abandon(plan)

@@ -26,6 +26,7 @@ from workers.requests.request import (
 )
 from workers.requests.sequence import SequenceStatus
 from workers.requests.step_header import Grant, StepHeader
+from workers.scheduling.step_intent import Restriction
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 
@@ -220,17 +221,16 @@ def test_a_plan_leaves_out_requests_held_back_or_not_alone() -> None:
     (second,) = desk.add(6)
     (third,) = desk.add(7)
     names = [s.request.request_id for s in (first, second, third)]
-    scheduler = desk.scheduler
-    scheduler.restrict(frozenset(names[:2]))
-    wanted = scheduler.wanted()
+    desk.restriction = Restriction(frozenset(names[:2]))
+    wanted = desk.wanted()
     assert (wanted.decode_rows, wanted.prefill_rows, wanted.is_alone) == (0, 7, False)
-    assert [p.sequence for p in scheduler.schedule(0, 7).rows] == [third]
-    scheduler.restrict(frozenset(names), names[1])
-    wanted = scheduler.wanted()
+    assert [p.sequence for p in desk.grant(0, 7).rows] == [third]
+    desk.restriction = Restriction(frozenset(names), names[1])
+    wanted = desk.wanted()
     assert (wanted.decode_rows, wanted.prefill_rows, wanted.is_alone) == (0, 6, True)
-    assert [p.sequence for p in scheduler.schedule(4, 32).rows] == [second]
-    scheduler.restrict(frozenset(), names[0])
-    assert scheduler.wanted().decode_rows == 1
+    assert [p.sequence for p in desk.grant(4, 32).rows] == [second]
+    desk.restriction = Restriction(frozenset(), names[0])
+    assert desk.wanted().decode_rows == 1
 
 
 @pytest.mark.parametrize("seats", [1, 4])
@@ -240,12 +240,12 @@ def test_a_request_that_must_run_alone_gets_room(seats: int) -> None:
     (other,) = desk.add(16, SamplingParams(max_tokens=4))
     desk.step()
     (suspect,) = desk.add(9, SamplingParams(max_tokens=8))
-    desk.scheduler.restrict(frozenset({"r1"}), "r1")
+    desk.restriction = Restriction(frozenset({"r1"}), "r1")
     assert rows(desk.plan()) == [("r1", 0, 9, False)]
     assert other.status is SequenceStatus.WAITING
     desk.step()
     assert suspect.output == [50]
-    desk.scheduler.restrict()
+    desk.restriction = Restriction()
     while SequenceStatus.FINISHED not in (other.status, suspect.status):
         desk.step()
 
@@ -257,7 +257,7 @@ def test_a_request_that_runs_alone_takes_the_next_block_from_another() -> None:
     desk.step()
     desk.step()
     assert desk.pool.num_free == 0
-    desk.scheduler.restrict(frozenset({"r1"}), "r1")
+    desk.restriction = Restriction(frozenset({"r1"}), "r1")
     assert rows(desk.plan()) == [("r1", 12, 1, True)]
     assert other.status is SequenceStatus.WAITING
 

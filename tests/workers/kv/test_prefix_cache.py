@@ -165,7 +165,7 @@ def test_a_preempted_sequence_tells_that_it_stops() -> None:
     desk.add(7, SamplingParams(max_tokens=12))
     while not left.num_stopped:
         desk.step()
-    assert desk.scheduler.num_preemptions == 1
+    assert desk.scheduler.preemption.num_preemptions == 1
     assert not left.turns
 
 
@@ -173,12 +173,12 @@ def test_what_an_abandoned_plan_found_is_given_back() -> None:
     desk = Desk()
     served(desk, 9, first_token=100)
     (again,) = desk.add(12, ONE, first_token=100)
-    before = (desk.scheduler.wanted(), desk.pool.num_free, len(hashes_of(desk.pool)))
+    before = (desk.wanted(), desk.pool.num_free, len(hashes_of(desk.pool)))
     plan = desk.plan()
     assert desk.pool.num_free < before[1]
     desk.scheduler.abandon(plan)
     desk.scheduler.check_integrity()
-    assert (desk.scheduler.wanted(), desk.pool.num_free, len(hashes_of(desk.pool))) == before
+    assert (desk.wanted(), desk.pool.num_free, len(hashes_of(desk.pool))) == before
     assert desk.scheduler.prefixes.num_hit_tokens == 0
     assert rows(desk.plan()) == rows(plan) == [("r1", 8, 4, False)]
     assert again.num_cached_tokens is None
@@ -210,7 +210,7 @@ def test_a_sequence_that_gave_way_resumes_from_its_blocks(max_tokens: int, kept:
     desk = Desk(num_blocks=6)
     (older,) = desk.add(8, SamplingParams(max_tokens=max_tokens))
     (newest,) = desk.add(11, SamplingParams(max_tokens=4))
-    while older.status is SequenceStatus.RUNNING or not desk.scheduler.num_preemptions:
+    while older.status is SequenceStatus.RUNNING or not desk.scheduler.preemption.num_preemptions:
         desk.step(60 + len(older.output))
     assert newest.output == [60, 61]
     assert rows(desk.plan()) == [("r1", kept, 13 - kept, kept == 12)]
@@ -332,7 +332,7 @@ def test_random_life_on_few_prefixes_keeps_accounts(seed: int) -> None:
         desk.scheduler.check_integrity()
     prefixes = desk.scheduler.prefixes
     assert 0 < prefixes.num_hit_tokens < prefixes.num_queried_tokens
-    assert desk.scheduler.num_preemptions
+    assert desk.scheduler.preemption.num_preemptions
     for sequence in alive:
         desk.scheduler.remove(sequence)
     desk.scheduler.check_integrity()

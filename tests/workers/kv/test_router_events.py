@@ -47,7 +47,7 @@ class Told:
     def serve(self, prompt_length: int, params: SamplingParams = ONE, **more: object) -> None:
         """Run a request to its end."""
         self.desk.add(prompt_length, params, **more)  # type: ignore[arg-type]
-        while self.desk.scheduler.num_running or self.desk.scheduler.num_waiting:
+        while self.desk.scheduler.queues.running or self.desk.scheduler.queues.waiting:
             self.desk.commit(self.desk.plan())
             self.tell()
 

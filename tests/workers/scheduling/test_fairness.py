@@ -90,12 +90,12 @@ def test_priority_orders_the_requests_of_one_tenant_alone() -> None:
     ask(desk, "a", priority=5, new=40)
     desk.step()
     foreign = ask(desk, "b", priority=-9)
-    assert desk.scheduler.wanted().prefill_rows == 0, "no preemption of another tenant's"
+    assert desk.wanted().prefill_rows == 0, "no preemption of another tenant's"
     desk.scheduler.remove(foreign)
     urgent = ask(desk, "a", priority=0)
     desk.step()
-    assert urgent in desk.scheduler.running
-    assert [s.request.priority for s in desk.scheduler.running] == [0, 5]
+    assert urgent in desk.scheduler.queues.running
+    assert [s.request.priority for s in desk.scheduler.queues.running] == [0, 5]
 
 
 def test_an_urgent_request_takes_the_place_of_its_own_tenant() -> None:
@@ -105,20 +105,20 @@ def test_an_urgent_request_takes_the_place_of_its_own_tenant() -> None:
     desk.step()
     urgent = ask(desk, "a")
     desk.step()
-    assert {*others, urgent} == set(desk.scheduler.running)
-    assert low not in desk.scheduler.running
+    assert {*others, urgent} == set(desk.scheduler.queues.running)
+    assert low not in desk.scheduler.queues.running
 
 
 def test_blocks_are_taken_from_the_tenant_with_the_most() -> None:
     desk = Desk(num_blocks=16)
     many = [ask(desk, "many", 8, new=30) for _ in range(3)]
     (one,) = [ask(desk, "one", 8, new=30)]
-    while not desk.scheduler.num_preemptions:
+    while not desk.scheduler.preemption.num_preemptions:
         desk.step()
-        pressed = desk.scheduler.under_pressure()
+        pressed = desk.scheduler.preemption.under_pressure()
         assert pressed is None or pressed.request.tenant == "many"
-    assert one in desk.scheduler.running
-    assert sum(s in desk.scheduler.running for s in many) == 2
+    assert one in desk.scheduler.queues.running
+    assert sum(s in desk.scheduler.queues.running for s in many) == 2
 
 
 def test_no_sequence_is_preempted_that_is_planned_already() -> None:
@@ -126,12 +126,12 @@ def test_no_sequence_is_preempted_that_is_planned_already() -> None:
     for tenant, priority in (("many", 0), ("many", 0), ("many", 0), ("one", 9)):
         ask(desk, tenant, 8, new=30, priority=priority)
     desk.step()
-    while desk.scheduler.num_running:
+    while desk.scheduler.queues.running:
         plan = desk.plan()
-        running = desk.scheduler.running
+        running = desk.scheduler.queues.running
         assert all(planned.sequence in running for planned in plan.rows if planned.is_decode)
         desk.commit(plan)
-    assert desk.scheduler.num_preemptions > 0
+    assert desk.scheduler.preemption.num_preemptions > 0
 
 
 def test_the_tenant_with_the_most_gives_way_whoever_needs_blocks() -> None:
@@ -139,7 +139,7 @@ def test_the_tenant_with_the_most_gives_way_whoever_needs_blocks() -> None:
         desk = Desk(num_blocks=num_blocks)
         many = [ask(desk, "many", 8, new=30) for _ in range(3)]
         (one,) = [ask(desk, "one", 8, new=30)]
-        while not desk.scheduler.num_preemptions:
+        while not desk.scheduler.preemption.num_preemptions:
             desk.step()
-        assert one in desk.scheduler.running, num_blocks
-        assert sum(s in desk.scheduler.running for s in many) == 2
+        assert one in desk.scheduler.queues.running, num_blocks
+        assert sum(s in desk.scheduler.queues.running for s in many) == 2

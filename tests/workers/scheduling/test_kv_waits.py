@@ -17,7 +17,7 @@ LONG = SamplingParams(max_tokens=12, ignore_eos=True)
 
 
 def asked(desk: Desk) -> list[str]:
-    return [sequence.request.request_id for sequence in desk.scheduler.take_admissible(9)]
+    return [sequence.request.request_id for sequence in desk.take_admissible(9)]
 
 
 def test_a_request_is_asked_about_once() -> None:
@@ -38,8 +38,8 @@ def test_nobody_is_asked_about_a_request_without_room() -> None:
     assert asked(desk) == ["r0"]
     desk.step()
     assert asked(desk) == []
-    desk.scheduler.remove(desk.scheduler.running[0])
-    assert desk.scheduler.take_admissible(9) == [second]
+    desk.scheduler.remove(desk.scheduler.queues.running[0])
+    assert desk.take_admissible(9) == [second]
 
 
 def test_a_preempted_request_is_asked_about_anew() -> None:
@@ -49,7 +49,7 @@ def test_a_preempted_request_is_asked_about_anew() -> None:
     assert asked(desk) == ["r0", "r1"]
     while second.status is not SequenceStatus.WAITING or not second.output:
         desk.step()
-    assert desk.scheduler.num_preemptions == 1
+    assert desk.scheduler.preemption.num_preemptions == 1
     while not (found := asked(desk)):
         desk.step()
     assert found == ["r1"]
@@ -60,13 +60,13 @@ def test_others_run_while_one_waits_for_blocks() -> None:
     (first,) = desk.add(5)
     (second,) = desk.add(5)
     desk.scheduler.kv_waits.begin("r0", 0)
-    assert desk.scheduler.num_waiting_for_kv == 1
+    assert desk.scheduler.admission.num_waiting_for_kv == 1
     desk.step()
     assert (first.status, second.status) == (SequenceStatus.WAITING, SequenceStatus.RUNNING)
     desk.scheduler.kv_waits.end("r0")
     desk.step()
     assert first.status is SequenceStatus.RUNNING
-    assert desk.scheduler.num_waiting_for_kv == 0
+    assert desk.scheduler.admission.num_waiting_for_kv == 0
 
 
 def test_one_that_waits_for_blocks_keeps_its_seat_and_its_blocks() -> None:
@@ -96,17 +96,17 @@ def test_others_leave_the_blocks_that_one_needs_beside_those_that_come(
     assert asked(desk) == admissible
     held = desk.pool.allocate(3)
     desk.scheduler.kv_waits.begin("r0", 3)
-    assert desk.scheduler.wanted().prefill_rows == num_rows
+    assert desk.wanted().prefill_rows == num_rows
     desk.pool.release(held)
     desk.scheduler.kv_waits.end("r0")
-    assert desk.scheduler.wanted().prefill_rows == num_rows_after
+    assert desk.wanted().prefill_rows == num_rows_after
 
 
 def test_as_many_are_taken_as_are_wanted() -> None:
     desk = Desk()
     for _ in range(3):
         desk.add(5)
-    found = desk.scheduler.take_admissible(2)
+    found = desk.take_admissible(2)
     assert [s.request.request_id for s in found] == ["r0", "r1"]
     assert asked(desk) == ["r2"]
 
@@ -115,8 +115,8 @@ def test_a_request_with_many_choices_waits_as_one() -> None:
     desk = Desk()
     desk.add(9, n=3)
     desk.scheduler.kv_waits.begin("r0", 0)
-    assert desk.scheduler.num_waiting_for_kv == 1
-    assert desk.scheduler.num_deferred == 2
+    assert desk.scheduler.admission.num_waiting_for_kv == 1
+    assert desk.scheduler.admission.num_deferred == 2
     assert not desk.plan().rows
 
 

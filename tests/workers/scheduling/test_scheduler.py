@@ -9,17 +9,19 @@ import pytest
 from msgspec.structs import replace
 
 from cluster.config.speculation import SpeculationSection
+from tests.workers.scheduling.planner import Planner
 from workers.kv.block_pool import BlockPool
 from workers.requests.request import BeamParams, FinishReason, Request, SamplingParams
 from workers.requests.sequence import SequenceState, SequenceStatus
 from workers.scheduling.scheduler import Scheduler
+from workers.scheduling.step_intent import Restriction
 from workers.scheduling.step_plan import RowsWanted, StepPlan
 from workers.speculation.speculator import Speculator
 
 EOS = 2
 
 
-class Desk:
+class Desk(Planner):
     """A scheduler with 4-token blocks, and the bookkeeping that an engine does around it."""
 
     def __init__(
@@ -35,7 +37,7 @@ class Desk:
     ) -> None:
         self.speculator = speculator
         self.pool = BlockPool(num_blocks, max_kept)
-        self.scheduler = Scheduler(
+        scheduler = Scheduler(
             self.pool,
             block_size=4,
             max_num_seqs=max_num_seqs,
@@ -47,6 +49,7 @@ class Desk:
             speculator=speculator,
             max_draft_rows=4,
         )
+        super().__init__(scheduler)
         self._arrivals = 0
 
     def add(
@@ -88,8 +91,8 @@ class Desk:
         return found
 
     def plan(self) -> StepPlan:
-        wanted = self.scheduler.wanted()
-        plan = self.scheduler.schedule(wanted.decode_rows, wanted.prefill_rows)
+        wanted = self.wanted()
+        plan = self.grant(wanted.decode_rows, wanted.prefill_rows)
         self.scheduler.check_integrity()
         return plan
 
@@ -118,7 +121,7 @@ def test_drafts_get_the_blocks_that_they_need() -> None:
     (sequence,) = desk.add(6, SamplingParams(max_tokens=60))
     lengths = set()
     while sequence.status is not SequenceStatus.FINISHED:
-        wanted = desk.scheduler.wanted()
+        wanted = desk.wanted()
         plan = desk.plan()
         (planned,) = plan.rows
         assert wanted.draft_rows == len(planned.drafts)
@@ -137,7 +140,7 @@ def test_drafts_have_the_rows_that_are_left_beside_the_decodes() -> None:
         desk.add(6, SamplingParams(max_tokens=40))
     found = set[int]()
     for _ in range(8):
-        wanted = desk.scheduler.wanted()
+        wanted = desk.wanted()
         found.add(wanted.draft_rows)
         assert wanted.decode_rows <= 2 + 4
         desk.step()
@@ -147,7 +150,7 @@ def test_drafts_have_the_rows_that_are_left_beside_the_decodes() -> None:
 def test_prompt_is_prefilled_then_decoded_to_its_limit() -> None:
     desk = Desk()
     (sequence,) = desk.add(6, SamplingParams(max_tokens=3))
-    assert desk.scheduler.wanted().prefill_rows == 6
+    assert desk.wanted().prefill_rows == 6
     plan = desk.plan()
     assert rows(plan) == [("r0", 0, 6, False)]
     assert not desk.commit(plan)
@@ -166,7 +169,7 @@ def test_long_prompt_goes_in_chunks_beside_decodes() -> None:
     desk.add(20)
     counts = []
     for _ in range(3):
-        assert desk.scheduler.wanted().prefill_rows <= 7
+        assert desk.wanted().prefill_rows <= 7
         plan = desk.plan()
         counts.append(rows(plan))
         desk.commit(plan)
@@ -181,11 +184,11 @@ def test_grant_may_be_smaller_than_wanted() -> None:
     desk.add(5)
     desk.step()
     desk.add(9)
-    assert desk.scheduler.wanted().decode_rows == 2
-    plan = desk.scheduler.schedule(1, 4)
+    assert desk.wanted().decode_rows == 2
+    plan = desk.grant(1, 4)
     assert rows(plan) == [("r0", 5, 1, True), ("r2", 0, 4, False)]
     desk.commit(plan)
-    plan = desk.scheduler.schedule(0, 0)
+    plan = desk.grant(0, 0)
     assert plan.num_rows == 0
     desk.commit(plan)
 
@@ -196,7 +199,7 @@ def test_a_grant_above_the_budget_of_a_rank_is_cut() -> None:
     desk.add(3)
     desk.step()
     desk.add(20)
-    assert rows(desk.scheduler.schedule(2, 100)) == [
+    assert rows(desk.grant(2, 100)) == [
         ("r0", 3, 1, True),
         ("r1", 3, 1, True),
         ("r2", 0, 6, False),
@@ -209,7 +212,7 @@ def test_a_prompt_for_which_no_row_is_left_is_not_in_the_plan() -> None:
     desk.add(4)
     desk.step()
     assert rows(desk.plan()) == [("r0", 8, 8, False)]
-    assert desk.scheduler.num_waiting == 1
+    assert len(desk.scheduler.queues.waiting) == 1
 
 
 def test_nobody_gives_way_while_no_prompt_row_is_granted() -> None:
@@ -217,8 +220,8 @@ def test_nobody_gives_way_while_no_prompt_row_is_granted() -> None:
     desk.add(4, priority=1)
     desk.step()
     desk.add(4)
-    assert rows(desk.scheduler.schedule(1, 0)) == [("r0", 4, 1, True)]
-    assert desk.scheduler.num_preemptions == 0
+    assert rows(desk.grant(1, 0)) == [("r0", 4, 1, True)]
+    assert desk.scheduler.preemption.num_preemptions == 0
 
 
 def test_nobody_gives_way_to_a_request_that_may_not_run() -> None:
@@ -226,9 +229,9 @@ def test_nobody_gives_way_to_a_request_that_may_not_run() -> None:
     desk.add(4, priority=1)
     desk.step()
     desk.add(4)
-    desk.scheduler.restrict(held={"r1"})
-    assert desk.scheduler.wanted().prefill_rows == 0
-    assert rows(desk.scheduler.schedule(1, 8)) == [("r0", 4, 1, True)]
+    desk.restriction = Restriction(held={"r1"})
+    assert desk.wanted().prefill_rows == 0
+    assert rows(desk.grant(1, 8)) == [("r0", 4, 1, True)]
 
 
 def test_lower_priority_value_runs_first() -> None:
@@ -242,7 +245,7 @@ def test_seats_are_limited() -> None:
     desk = Desk(max_num_seqs=2)
     for _ in range(3):
         desk.add(4)
-    assert desk.scheduler.wanted().prefill_rows == 8
+    assert desk.wanted().prefill_rows == 8
     assert len(desk.plan().rows) == 2
 
 
@@ -253,14 +256,14 @@ def test_newest_gives_way_when_blocks_run_out() -> None:
     desk.step()
     assert desk.pool.num_free == 1  # admission left it for r0
     while oldest.num_tokens < 13:
-        desk.commit(desk.scheduler.schedule(1, 0))
+        desk.commit(desk.grant(1, 0))
     assert desk.pool.num_free == 0
     plan = desk.plan()  # r0 needs a fourth block
     assert rows(plan) == [("r0", 12, 1, True)]
     assert newest.status is SequenceStatus.WAITING
     assert newest.num_computed == 0
     assert newest.output == [50]
-    assert desk.scheduler.num_preemptions == 1
+    assert desk.scheduler.preemption.num_preemptions == 1
     desk.commit(plan)
     while oldest.status is not SequenceStatus.FINISHED:
         desk.step()
@@ -274,28 +277,28 @@ def test_lower_priority_gives_way_before_the_newer() -> None:
     (low,) = desk.add(8, SamplingParams(max_tokens=12), priority=1)
     (old,) = desk.add(8, SamplingParams(max_tokens=12))
     (new,) = desk.add(8, SamplingParams(max_tokens=12))
-    while not desk.scheduler.num_preemptions:
+    while not desk.scheduler.preemption.num_preemptions:
         desk.step()
     assert low.status is SequenceStatus.WAITING
-    assert desk.scheduler.running == [old, new]
+    assert desk.scheduler.queues.running == [old, new]
 
 
 def test_the_next_to_be_preempted_is_named_before_blocks_run_out() -> None:
     desk = Desk(num_blocks=14)
     (first,) = desk.add(8, SamplingParams(max_tokens=40))
     desk.step()
-    assert desk.scheduler.under_pressure() is None
+    assert desk.scheduler.preemption.under_pressure() is None
     (last,) = desk.add(8, SamplingParams(max_tokens=40))
     seen = []
-    while not desk.scheduler.num_preemptions:
+    while not desk.scheduler.preemption.num_preemptions:
         desk.step()
-        seen.append((desk.scheduler.under_pressure(), desk.pool.num_free))
+        seen.append((desk.scheduler.preemption.under_pressure(), desk.pool.num_free))
     assert seen[0][0] is None
     named = [(sequence, free) for sequence, free in seen if sequence is not None]
     assert named[0] == (last, 3), "fewer than two blocks for each"
     assert {sequence for sequence, _ in named} == {last}
-    assert desk.scheduler.running == [first]
-    assert desk.scheduler.under_pressure() is None, "one alone goes on to its end"
+    assert desk.scheduler.queues.running == [first]
+    assert desk.scheduler.preemption.under_pressure() is None, "one alone goes on to its end"
 
 
 def test_a_search_is_not_asked_to_move_before_blocks_run_out() -> None:
@@ -304,9 +307,9 @@ def test_a_search_is_not_asked_to_move_before_blocks_run_out() -> None:
     (first,) = desk.add(8, SamplingParams(max_tokens=40))
     desk.add(8, SamplingParams(max_tokens=40, beams=BeamParams()))
     seen = set()
-    while not desk.scheduler.num_preemptions:
+    while not desk.scheduler.preemption.num_preemptions:
         desk.step()
-        seen.add(desk.scheduler.under_pressure())
+        seen.add(desk.scheduler.preemption.under_pressure())
     assert seen == {None, first}
 
 
@@ -320,7 +323,7 @@ def test_a_sequence_with_output_of_another_worker_goes_before_new_ones() -> None
     desk.scheduler.add(moved)
     while moved.status is SequenceStatus.WAITING:
         desk.step()
-    assert desk.scheduler.running == [moved]
+    assert desk.scheduler.queues.running == [moved]
 
 
 def test_urgent_request_takes_the_seat_of_the_last_with_lower_priority() -> None:
@@ -328,14 +331,14 @@ def test_urgent_request_takes_the_seat_of_the_last_with_lower_priority() -> None
     (first,), (last,) = desk.add(4, priority=1), desk.add(4, priority=1)
     desk.step()
     desk.add(4, priority=1)  # not more urgent: it waits
-    assert desk.scheduler.wanted().prefill_rows == 0
+    assert desk.wanted().prefill_rows == 0
     (urgent,) = desk.add(6)
-    assert desk.scheduler.wanted().prefill_rows == 6
+    assert desk.wanted().prefill_rows == 6
     plan = desk.plan()
     assert rows(plan) == [("r0", 4, 1, True), ("r3", 0, 6, False)]
     assert last.status is SequenceStatus.WAITING
-    assert desk.scheduler.running == [urgent, first]
-    assert desk.scheduler.num_preemptions == 1
+    assert desk.scheduler.queues.running == [urgent, first]
+    assert desk.scheduler.preemption.num_preemptions == 1
 
 
 def test_urgent_request_takes_blocks_only_if_that_is_enough_for_it() -> None:
@@ -379,7 +382,7 @@ def test_admission_leaves_blocks_for_those_that_grow() -> None:
     assert [r[0] for r in rows(plan)] == ["r0", "r1"]  # r2 would take r0's third block
     desk.commit(plan)
     assert rows(desk.plan()) == [("r0", 8, 1, True), ("r2", 0, 8, False)]
-    assert desk.scheduler.num_preemptions == 0
+    assert desk.scheduler.preemption.num_preemptions == 0
 
 
 def test_admission_leaves_no_block_for_a_sequence_that_ends_within_its_own() -> None:
@@ -430,7 +433,7 @@ def test_the_first_is_never_sent_away_and_everyone_ends() -> None:
         assert plan.rows[0].sequence is unfinished[0]
         computed += plan.num_rows
         desk.commit(plan)
-    assert desk.scheduler.num_preemptions > 10
+    assert desk.scheduler.preemption.num_preemptions > 10
     assert computed < 1.5 * sum(s.num_tokens - 1 for s in everyone)
 
 
@@ -452,13 +455,13 @@ def test_abandoned_plan_leaves_everything_as_it_was() -> None:
 def test_abort_frees_blocks_at_once() -> None:
     desk = Desk()
     running, waiting = desk.add(9)[0], desk.add(9)[0]
-    desk.commit(desk.scheduler.schedule(0, 9))
+    desk.commit(desk.grant(0, 9))
     desk.scheduler.remove(waiting)
     desk.scheduler.remove(running)
     desk.scheduler.remove(running)
     assert desk.pool.num_free == desk.pool.num_blocks
-    assert not desk.scheduler.running
-    assert desk.scheduler.num_waiting == 0
+    assert not desk.scheduler.queues.running
+    assert len(desk.scheduler.queues.waiting) == 0
 
 
 @pytest.mark.parametrize(
@@ -517,9 +520,9 @@ def test_choices_share_the_full_blocks_of_their_prompt(enable_prefix_caching: bo
 def test_the_prompt_of_waiting_choices_counts_once() -> None:
     desk = Desk()
     desk.add(10, n=3)
-    assert desk.scheduler.num_waiting == 3
-    assert desk.scheduler.num_deferred == 2
-    assert desk.scheduler.num_waiting_tokens == 10
+    assert len(desk.scheduler.queues.waiting) == 3
+    assert desk.scheduler.admission.num_deferred == 2
+    assert desk.scheduler.admission.num_waiting_tokens == 10
 
 
 @pytest.mark.parametrize(("prompt_length", "num_computed"), [(8, 4), (9, 8), (12, 8), (13, 12)])
@@ -530,9 +533,9 @@ def test_choices_wait_until_all_blocks_that_they_share_are_computed(
     desk = Desk()
     desk.add(prompt_length, n=2)
     for _ in range(num_computed // 4):
-        assert desk.scheduler.num_deferred == 1
-        desk.commit(desk.scheduler.schedule(0, 4))
-    assert desk.scheduler.num_deferred == 0
+        assert desk.scheduler.admission.num_deferred == 1
+        desk.commit(desk.grant(0, 4))
+    assert desk.scheduler.admission.num_deferred == 0
 
 
 def test_choices_of_a_cached_prompt_need_not_wait() -> None:
@@ -540,7 +543,7 @@ def test_choices_of_a_cached_prompt_need_not_wait() -> None:
     desk.add(9, SamplingParams(max_tokens=1), first_token=10)
     desk.step()
     desk.add(10, first_token=10, n=2)
-    assert desk.scheduler.wanted().prefill_rows == 4
+    assert desk.wanted().prefill_rows == 4
     assert rows(desk.plan()) == [("r1", 8, 2, False), ("r1", 8, 2, False)]
 
 
@@ -568,8 +571,8 @@ def test_a_sequence_that_lacks_one_token_is_admitted_as_a_decode() -> None:
     for _ in range(3):
         desk.step()
     (moved,) = desk.add(6, first_token=10, output=tuple(old.output))
-    assert desk.scheduler.wanted() == RowsWanted(decode_rows=2, prefill_rows=0)
-    assert rows(desk.scheduler.schedule(1, 0)) == [("r0", 8, 1, True)], "less was granted"
+    assert desk.wanted() == RowsWanted(decode_rows=2, prefill_rows=0)
+    assert rows(desk.grant(1, 0)) == [("r0", 8, 1, True)], "less was granted"
     assert moved.status is SequenceStatus.WAITING
     plan = desk.plan()
     assert rows(plan) == [("r0", 8, 1, True), ("r1", 8, 1, True)]
@@ -593,7 +596,7 @@ def test_a_prompt_that_takes_all_rows_does_not_keep_a_decode_waiting() -> None:
     desk.add(40)
     desk.step()
     desk.add(6, first_token=10, output=tuple(old.output))
-    assert desk.scheduler.wanted() == RowsWanted(decode_rows=1, prefill_rows=7)
+    assert desk.wanted() == RowsWanted(decode_rows=1, prefill_rows=7)
     assert rows(desk.plan()) == [("r2", 8, 1, True), ("r1", 8, 7, False)]
 
 
@@ -624,10 +627,10 @@ def test_random_life_ends_with_everything_done_and_free(seed: int) -> None:
             alive += desk.add(other.prompt_length, params, first_token=first, output=output)
         if alive and rng.random() < 0.05:
             desk.scheduler.remove(rng.choice(alive))
-        wanted = desk.scheduler.wanted()
+        wanted = desk.wanted()
         is_cut = turn < 300 and rng.random() < 0.3
         granted = rng.randint(0, wanted.prefill_rows) if is_cut else wanted.prefill_rows
-        plan = desk.scheduler.schedule(wanted.decode_rows, granted)
+        plan = desk.grant(wanted.decode_rows, granted)
         desk.scheduler.check_integrity()
         if not is_cut and (wanted.decode_rows or wanted.prefill_rows):
             assert plan.num_rows, "what is wanted can run"

@@ -89,7 +89,7 @@ def test_a_fork_leaves_blocks_for_others_to_grow(num_blocks: int, runs: bool) ->
 def test_a_fork_of_a_preempted_sequence_waits_for_its_prompt() -> None:
     desk = Desk(max_rows=8)
     parent = computed(desk, 6)
-    desk.scheduler._preempt(parent)
+    desk.scheduler.preemption.preempt(parent)
     desk.pool.forget(range(desk.pool.num_blocks))
     child = child_of(parent)
     assert desk.scheduler.fork(parent, child) is None
@@ -100,10 +100,10 @@ def test_a_fork_of_a_preempted_sequence_waits_for_its_prompt() -> None:
 def test_an_idle_sequence_runs_no_rows() -> None:
     desk = Desk()
     sequence = computed(desk, 6)
-    wanted = desk.scheduler.wanted()
+    wanted = desk.wanted()
     assert (wanted.decode_rows, wanted.prefill_rows) == (0, 0)
     assert not desk.plan().rows
-    desk.scheduler._preempt(sequence)
+    desk.scheduler.preemption.preempt(sequence)
     assert not desk.plan().rows
     sequence.append(60)
     assert rows(desk.plan()) == [("r0", 4, 3, False)]
@@ -113,7 +113,7 @@ def test_an_idle_first_choice_is_not_waited_for() -> None:
     desk = Desk()
     parent = computed(desk, 10)
     child = child_of(parent)
-    desk.scheduler._preempt(parent)
+    desk.scheduler.preemption.preempt(parent)
     parent.is_idle = True
     desk.scheduler.fork(parent, child)
     assert [p.sequence for p in desk.plan().rows] == [child]
@@ -128,7 +128,7 @@ def test_an_idle_sequence_gives_way_to_a_waiting_one() -> None:
     (waiting,) = desk.add(16, SamplingParams(max_tokens=2))
     plan = desk.plan()
     assert [p.sequence for p in plan.rows] == [waiting]
-    assert desk.scheduler.preempted == [idle]
+    assert desk.scheduler.preemption.preempted == [idle]
     assert idle.is_idle
 
 
@@ -156,6 +156,6 @@ def test_decodes_that_grow_preempt_idle_sequences_first() -> None:
     (sequence,) = desk.add(4, SamplingParams(max_tokens=16))
     while sequence.status is not SequenceStatus.FINISHED:
         desk.step()
-        assert sequence not in desk.scheduler.preempted
-    assert desk.scheduler.num_preemptions == 1
+        assert sequence not in desk.scheduler.preemption.preempted
+    assert desk.scheduler.preemption.num_preemptions == 1
     assert idle.status is SequenceStatus.WAITING

@@ -11,6 +11,7 @@ import random
 
 import pytest
 
+from tests.workers.scheduling.planner import Planner
 from workers.kv.block_pool import BlockPool
 from workers.kv.state_slots import StateSlots
 from workers.requests.request import Request, SamplingParams
@@ -22,7 +23,7 @@ BLOCK = 4
 NEVER = SamplingParams(max_tokens=8, ignore_eos=True)
 
 
-class Desk:
+class Desk(Planner):
     """A scheduler, and a model whose states are the tokens that made them."""
 
     def __init__(
@@ -36,7 +37,7 @@ class Desk:
     ) -> None:
         self.pool = BlockPool(num_blocks)
         self.states = StateSlots(3 * max_num_seqs + num_cached_states, max_num_seqs)
-        self.scheduler = Scheduler(
+        scheduler = Scheduler(
             self.pool,
             block_size=BLOCK,
             max_num_seqs=max_num_seqs,
@@ -46,6 +47,7 @@ class Desk:
             enable_prefix_caching=enable_prefix_caching,
             states=self.states,
         )
+        super().__init__(scheduler)
         self.contents: dict[int, tuple[int, ...]] = {self.states.zero: ()}
         self.num_computed = 0
         self._arrivals = 0
@@ -66,9 +68,9 @@ class Desk:
         return found
 
     def plan(self) -> StepPlan:
-        wanted = self.scheduler.wanted()
-        plan = self.scheduler.schedule(wanted.decode_rows, wanted.prefill_rows)
-        assert plan.rows or not (self.scheduler.num_running or self.scheduler.num_waiting)
+        wanted = self.wanted()
+        plan = self.grant(wanted.decode_rows, wanted.prefill_rows)
+        assert plan.rows or not (self.scheduler.queues.running or self.scheduler.queues.waiting)
         self.scheduler.check_integrity(plan=plan)
         return plan
 

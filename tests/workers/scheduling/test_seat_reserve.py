@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from itertools import count
 
+from tests.workers.scheduling.planner import Planner
 from workers.kv.block_pool import BlockPool
 from workers.requests.request import Request, SamplingParams
 from workers.requests.sequence import SequenceState
@@ -15,11 +16,11 @@ SEATS = 32
 """Two of which are left free."""
 
 
-class Desk:
+class Desk(Planner):
     """A scheduler whose sequences have one prompt token each."""
 
     def __init__(self, num_blocks: int = 10_000) -> None:
-        self.scheduler = Scheduler(
+        scheduler = Scheduler(
             BlockPool(num_blocks),
             block_size=4,
             max_num_seqs=SEATS,
@@ -28,6 +29,7 @@ class Desk:
             eos_token_ids=(),
             enable_prefix_caching=False,
         )
+        super().__init__(scheduler)
         self._numbers = count()
 
     def add(self, tenant: str, number: int, weight: float = 1.0, prompt: int = 1) -> None:
@@ -46,12 +48,12 @@ class Desk:
     def step(self) -> Counter[str]:
         """One step; running sequences by tenant."""
         self.rows()
-        return Counter(s.request.tenant for s in self.scheduler.running)
+        return Counter(s.request.tenant for s in self.scheduler.queues.running)
 
     def rows(self) -> Counter[str]:
         """One step; its rows by tenant."""
-        wanted = self.scheduler.wanted()
-        plan = self.scheduler.schedule(wanted.decode_rows, wanted.prefill_rows)
+        wanted = self.wanted()
+        plan = self.grant(wanted.decode_rows, wanted.prefill_rows)
         rows: Counter[str] = Counter()
         for planned in plan.rows:
             rows[planned.sequence.request.tenant] += planned.count
@@ -61,7 +63,7 @@ class Desk:
         return rows
 
     def end(self, tenant: str) -> None:
-        for sequence in self.scheduler.running:
+        for sequence in tuple(self.scheduler.queues.running):
             if sequence.request.tenant == tenant:
                 self.scheduler.remove(sequence)
 
@@ -122,7 +124,7 @@ def test_blocks_are_left_free_with_the_seats() -> None:
     desk.step()
     desk.add("a", 100)
     desk.step()
-    free = desk.scheduler.num_running
+    free = len(desk.scheduler.queues.running)
     desk.add("b", 1)
     assert desk.step()["b"] == 2
     assert free == 15  # alone it would have 16
@@ -152,17 +154,17 @@ def test_decodes_give_way_once_where_the_prompt_gets_no_rows() -> None:
     desk.end("b")
     desk.add("b", 1)
     for num_decodes in (0, 20):  # the engine does not commit a plan without rows
-        wanted = desk.scheduler.wanted()
+        wanted = desk.wanted()
         assert wanted.decode_rows == num_decodes
-        assert len(desk.scheduler.schedule(wanted.decode_rows, 0).rows) == num_decodes
+        assert len(desk.grant(wanted.decode_rows, 0).rows) == num_decodes
 
 
 def test_decodes_that_were_granted_before_do_not_give_way() -> None:
     desk = mostly_a()
-    granted = desk.scheduler.wanted()
+    granted = desk.wanted()
     desk.add("b", 1)
-    assert desk.scheduler.wanted().decode_rows == 1
-    plan = desk.scheduler.schedule(granted.decode_rows, granted.prefill_rows)
+    assert desk.wanted().decode_rows == 1
+    plan = desk.grant(granted.decode_rows, granted.prefill_rows)
     assert len(plan.rows) == 21
 
 

@@ -193,7 +193,7 @@ def test_a_turn_may_leave_less_than_its_prompt(copying: Copying) -> None:
     local = copying.local
     local.add_request(request_of())
     local.step()
-    (sequence,) = local.engine._scheduler.running
+    (sequence,) = local.engine._scheduler.queues.running
     copying.copies.go_on()
     hints = KeepHints()
     names = block_hashes(request_of(), 16, None)

@@ -1,0 +1,167 @@
+"""Which waiting sequences are admitted. Pure, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from workers.requests.sequence import SequenceState, SequenceStatus
+from workers.scheduling.block_manager import BlockManager
+from workers.scheduling.fairness import ServedTokens
+from workers.scheduling.kv_waits import KvWaits
+from workers.scheduling.queues import SequenceQueues
+from workers.scheduling.seat_reserve import RESERVED_ONE_IN, SeatReserve
+from workers.scheduling.step_intent import Restriction
+from workers.scheduling.step_plan import StepBudget
+
+_STEPS_AHEAD = 8
+"""Full steps of prompts from which blocks of other places may be on their way at once."""
+
+
+class SequenceAdmission:
+    """Decides which waiting sequences fit into a step, in which order, and admits them.
+
+    Tenants take turns (``fairness``). Of one tenant lower priority values go first, then sequences
+    with output from another worker, then earlier arrivals. An admission leaves a free block for
+    each running sequence that may still grow, so that a sequence is not preempted in the step after
+    its admission.
+    """
+
+    def __init__(
+        self,
+        queues: SequenceQueues,
+        blocks: BlockManager,
+        budget: StepBudget,
+        *,
+        kv_waits: KvWaits,
+        served: ServedTokens,
+        seats: SeatReserve,
+    ) -> None:
+        self._queues = queues
+        self._blocks = blocks
+        self._budget = budget
+        self._kv_waits = kv_waits
+        self._served = served
+        self._seats = seats
+
+    @property
+    def num_deferred(self) -> int:
+        """Waiting sequences that wait until the first choice of their request has its prompt."""
+        return sum(map(self._waits_for_first_choice, self._queues.waiting))
+
+    @property
+    def num_waiting_for_kv(self) -> int:
+        """Waiting sequences, but for deferred ones, whose KV blocks are on their way."""
+        return sum(map(self._waits_for_kv, self._queues.waiting))
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens of waiting sequences, counted once for all choices of a request."""
+        return sum(s.prompt_length for s in self._queues.waiting if s.first_choice is None)
+
+    def take_admissible(self, restriction: Restriction, at_most: int) -> list[SequenceState]:
+        """Waiting sequences that fit into the next steps, one of each request, as long as seats and
+        free blocks last; each is returned once, and again if it is preempted.
+        """
+        if not self._kv_waits.has_unasked:
+            return []
+        able: dict[str, SequenceState] = {}
+        for sequence in self.admissible(restriction, _STEPS_AHEAD * self._budget.max_rows):
+            able.setdefault(sequence.request.request_id, sequence)
+        return [able[name] for name in self._kv_waits.take_unasked(able, at_most)]
+
+    def admissible(self, restriction: Restriction, max_rows: int) -> Iterator[SequenceState]:
+        """Waiting sequences in order, as long as seats, free blocks and rows last.
+
+        Known blocks without a holder count as taken from the free ones by each sequence that would
+        use them. A tenant above its share leaves seats free, and blocks for as many sequences,
+        at most the same part of all blocks.
+        """
+        if not self._queues.waiting:
+            return
+        blocks, running = self._blocks, self._queues.running
+        free = blocks.num_free - blocks.reserve(running)
+        seats = self._budget.max_num_seqs - len(running)
+        left_free = self._seats.seats_left_free(running if restriction.alone is None else ())
+        held_back: set[str] = set()  # tenants
+        for sequence in self._served.in_turn(self._queues.waiting):
+            if seats <= 0 or max_rows <= 0:
+                return
+            num_left, tenant = left_free.of(sequence), sequence.request.tenant
+            if seats > num_left and self._waits_for_kv(sequence):
+                seats -= 1
+                free -= self._num_missing_beside_coming(sequence) + blocks.reserve((sequence,))
+                continue
+            if not self._may_run(sequence, restriction) or seats <= num_left or tenant in held_back:
+                continue
+            known = blocks.known(sequence)
+            if self._waits_for_first_choice(sequence) and not blocks.has_shared(sequence, known):
+                continue
+            spare = min(num_left * blocks.num_of(sequence), blocks.num_blocks // RESERVED_ONE_IN)
+            taken = blocks.num_to_take(sequence, known)
+            if num_left and free - taken < spare:
+                held_back.add(tenant)
+                continue
+            free -= taken
+            if free < 0:
+                return
+            free -= blocks.reserve((sequence,))
+            left_free.take(sequence)
+            seats -= 1
+            max_rows -= blocks.num_to_compute(sequence, known)
+            yield sequence
+
+    def ready(self, restriction: Restriction, max_rows: int) -> list[SequenceState]:
+        """Waiting sequences that would decode, once admitted."""
+        if not any(s.output for s in self._queues.waiting):
+            return []
+        return [s for s in self.admissible(restriction, max_rows) if self.would_decode(s)]
+
+    def would_decode(self, waiting: SequenceState) -> bool:
+        """All but its newest output token are known: it comes from another worker, as a rule."""
+        return bool(waiting.output) and self._blocks.num_to_compute(waiting) == 1
+
+    def first(self, restriction: Restriction) -> SequenceState | None:
+        """The waiting sequence whose turn it is, whether there is room for it or not."""
+        waiting = self._served.in_turn(self._queues.waiting)
+        able = (s for s in waiting if self._may_run(s, restriction))
+        return next((s for s in able if not self._waits_for_first_choice(s)), None)
+
+    def still_fits(self, admissible: SequenceState) -> bool:
+        """Whether there is room for one that was admissible, after others were admitted."""
+        return self._blocks.still_fits(admissible, self._queues.running)
+
+    def admit(self, sequence: SequenceState) -> int:
+        """Let a sequence run with blocks for all its tokens; returns how many were allocated."""
+        num_allocated = self._blocks.admit(sequence)
+        self._queues.remove(sequence)
+        self._kv_waits.forget(sequence.request.request_id)
+        self._queues.run(sequence)
+        return num_allocated
+
+    def has_room_beside(self, parent: SequenceState, child: SequenceState) -> bool:
+        """Whether a fork can run at once."""
+        running = self._queues.running
+        has_seat = len(running) < self._budget.max_num_seqs
+        is_running = parent.status is SequenceStatus.RUNNING
+        return is_running and has_seat and self._blocks.can_fork(child, running)
+
+    def _may_run(self, waiting: SequenceState, restriction: Restriction) -> bool:
+        is_able = not waiting.is_idle and waiting.request.request_id not in self._kv_waits
+        return is_able and restriction.allows(waiting)
+
+    def _waits_for_kv(self, sequence: SequenceState) -> bool:
+        """Its blocks are on their way, and not those of the first choice for it."""
+        is_held = sequence.request.request_id in self._kv_waits
+        return is_held and not self._waits_for_first_choice(sequence)
+
+    def _num_missing_beside_coming(self, sequence: SequenceState) -> int:
+        """Free blocks to keep for one whose other blocks are on their way."""
+        coming = self._kv_waits.num_coming(sequence.request.request_id)
+        return max(self._blocks.num_of(sequence) - coming, 0)
+
+    def _waits_for_first_choice(self, sequence: SequenceState) -> bool:
+        """The first choice of its request is going to compute the prompt's full blocks."""
+        first = sequence.first_choice
+        if first is None or first.is_idle or first.status is SequenceStatus.FINISHED:
+            return False
+        return first.num_computed < self._blocks.num_shared_tokens(sequence)

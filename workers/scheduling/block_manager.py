@@ -1,0 +1,223 @@
+"""Seats, KV blocks and recurrent states of running sequences. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from workers.kv.block_pool import BlockPool
+from workers.kv.block_tables import BlockTables
+from workers.kv.prefix_cache import PrefixCache
+from workers.kv.sequence_states import SequenceStates
+from workers.kv.state_slots import StateMove
+from workers.requests.sequence import SequenceState, SequenceStatus
+from workers.scheduling.step_plan import PlannedRows
+
+
+class BlockManager:
+    """Gives sequences their seat, KV blocks and recurrent states, and takes them back.
+
+    A sequence gets the blocks of all tokens it has when it is admitted, and one more whenever a
+    decode needs it. Blocks that the prefix cache knows are computed already.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        tables: BlockTables,
+        prefixes: PrefixCache,
+        states: SequenceStates | None,
+        max_model_len: int,
+    ) -> None:
+        """``states`` None: the model has no recurrent states."""
+        self._pool = pool
+        self._tables = tables
+        self._prefixes = prefixes
+        self._states = states
+        self._max_model_len = max_model_len
+        self._block_size = prefixes.block_size
+
+    @property
+    def num_free(self) -> int:
+        """Blocks without a holder."""
+        return self._pool.num_free
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pool."""
+        return self._pool.num_blocks
+
+    # What a sequence needs
+
+    def num_of(self, sequence: SequenceState) -> int:
+        """Blocks of all tokens that it has."""
+        return self._blocks(sequence.num_tokens)
+
+    def known(self, waiting: SequenceState) -> list[int]:
+        """Blocks of its prefix that need not be computed."""
+        return self._prefixes.find(waiting)
+
+    def num_to_compute(self, waiting: SequenceState, known: Sequence[int] | None = None) -> int:
+        """Rows that it would run if it were admitted now; ``known``: where that was asked for."""
+        found = self.known(waiting) if known is None else known
+        return waiting.num_tokens - len(found) * self._block_size
+
+    def num_to_take(self, waiting: SequenceState, known: Iterable[int]) -> int:
+        """Free blocks that its admission takes, with the ``known`` ones of its prefix: those of
+        them without a holder are among the free ones.
+        """
+        held = sum(not self._pool.is_free(block) for block in known)
+        return self._blocks(waiting.num_tokens) - held
+
+    def fits_beside(self, waiting: SequenceState, stay: Sequence[SequenceState]) -> bool:
+        """Whether it fits where only the sequences ``stay`` hold blocks."""
+        held = {block for s in stay for block in s.blocks}
+        missing = self._blocks(waiting.num_tokens) - len(held.intersection(self.known(waiting)))
+        return missing <= self._pool.num_blocks - len(held) - self.reserve(stay)
+
+    def num_shared_tokens(self, sequence: SequenceState) -> int:
+        """Tokens of full prompt blocks that choices share; at least one is left to compute."""
+        return (sequence.prompt_length - 1) // self._block_size * self._block_size
+
+    def has_shared(self, sequence: SequenceState, known: Sequence[int]) -> bool:
+        """Whether all blocks that choices share are among the known ones."""
+        return len(known) * self._block_size >= self.num_shared_tokens(sequence)
+
+    def reserve(self, sequences: Iterable[SequenceState]) -> int:
+        """Blocks to leave free at an admission: one for each sequence that may need another."""
+        return sum(map(self._may_grow, sequences))
+
+    def still_fits(self, admissible: SequenceState, running: Sequence[SequenceState]) -> bool:
+        """Whether there are blocks for it though a cached block or a recurrent state of its prefix
+        may be gone since it was found admissible, so that it takes more of them.
+        """
+        missing = self.num_to_take(admissible, self.known(admissible))
+        has_enough = self._pool.can_allocate(missing + len(running))  # each needs one at most
+        return has_enough or self._pool.can_allocate(missing + self.reserve(running))
+
+    def can_grow(self, decoding: Sequence[SequenceState]) -> bool:
+        """Whether there are blocks for the next rows of all these sequences."""
+        has_enough = self._pool.can_allocate(len(decoding))  # each needs one block at most
+        return has_enough or self._pool.can_allocate(sum(map(self._num_missing, decoding)))
+
+    def can_fork(self, child: SequenceState, running: Sequence[SequenceState]) -> bool:
+        """Whether a fork can run at once: as for an admission, others must be able to grow."""
+        return self._pool.can_allocate(1 + self.reserve((*running, child)))
+
+    def _may_grow(self, sequence: SequenceState) -> bool:
+        is_running = sequence.status is SequenceStatus.RUNNING
+        held = len(sequence.blocks) if is_running else self._blocks(sequence.num_tokens)
+        read = sequence.prompt_length + sequence.params.max_tokens - 1  # not the last one drawn
+        return self._blocks(min(read, self._max_model_len)) > held
+
+    def _num_missing(self, decoding: SequenceState) -> int:
+        return self._blocks(decoding.num_tokens) - len(decoding.blocks)
+
+    # What it gets
+
+    def admit(self, sequence: SequenceState) -> int:
+        """Give a seat and blocks for all its tokens; returns how many were allocated."""
+        sequence.seat = self._tables.take_seat()
+        self._extend(sequence, self.known(sequence))
+        self._pool.share(sequence.blocks)
+        self._prefixes.begin(sequence)
+        if self._states is not None:
+            self._states.admit(sequence)
+        sequence.num_computed = len(sequence.blocks) * self._block_size
+        return self.grow(sequence)
+
+    def fork(self, parent: SequenceState, child: SequenceState) -> tuple[int, int] | None:
+        """Give the child what the parent has computed. Returns blocks (from, to) that are to be
+        copied now, if there is one.
+        """
+        child.seat, child.num_computed = self._tables.take_seat(), parent.num_computed
+        num_full = parent.num_computed // self._block_size
+        self._extend(child, parent.blocks[:num_full])
+        self._pool.share(child.blocks)
+        copied = self._pool.allocate(self._blocks(parent.num_computed) - num_full)
+        self._extend(child, copied)
+        self._prefixes.begin(child)
+        if self._states is not None:
+            self._states.fork(parent, child)
+        return (parent.blocks[num_full], copied[0]) if copied else None
+
+    def grow(self, sequence: SequenceState, num_drafts: int = 0) -> int:
+        """Allocate what its tokens and drafts lack; returns how many blocks."""
+        missing = self._blocks(sequence.num_tokens + num_drafts) - len(sequence.blocks)
+        if missing <= 0:  # most decodes go on in their last block
+            return 0
+        self._extend(sequence, self._pool.allocate(missing))
+        return missing
+
+    def num_drafts_that_fit(self, sequence: SequenceState) -> int:
+        """Tokens behind its newest one for which it has blocks, or there are free ones."""
+        most = (len(sequence.blocks) + self._pool.num_free) * self._block_size
+        return most - sequence.num_tokens
+
+    def move(self, sequence: SequenceState, first: int, count: int) -> StateMove | None:
+        """Recurrent states for rows that come next; None: the model has none."""
+        return None if self._states is None else self._states.plan(sequence, first, count)
+
+    def release(self, sequence: SequenceState, *, has_ended: bool = False) -> None:
+        """Take all back: it has ended, or waits from now on."""
+        self._prefixes.release(sequence, has_ended=has_ended)
+        sequence.num_computed = 0
+        if self._states is not None:
+            self._states.release(sequence)
+        if sequence.seat is not None:
+            self._tables.free_seat(sequence.seat)
+            sequence.seat = None
+
+    def commit(self, planned: PlannedRows, *, has_failed: bool) -> None:
+        """Planned rows ran, and ``num_computed`` has counted them: keep the states behind them."""
+        if self._states is not None and planned.states is not None:
+            self._states.commit(planned.sequence, planned.states, has_failed=has_failed)
+
+    def store(self, planned: PlannedRows) -> None:
+        """The tokens of planned rows are known: free what only rejected drafts needed, and let
+        others find the full blocks."""
+        sequence = planned.sequence
+        if planned.drafts:
+            needed = self._blocks(sequence.num_computed)
+            self._pool.release(sequence.blocks[needed:])
+            del sequence.blocks[needed:]
+        self._prefixes.store(sequence, planned.first)
+
+    def abandon(self, planned: PlannedRows) -> None:
+        """Planned rows did not run: take back what the plan gave to a sequence."""
+        sequence = planned.sequence
+        if self._states is not None and planned.states is not None:
+            self._states.abandon(planned.states)
+        if planned.is_admitted:
+            self.release(sequence)
+        elif planned.num_new_blocks:
+            self._pool.release(sequence.blocks[-planned.num_new_blocks :])
+            del sequence.blocks[-planned.num_new_blocks :]
+
+    def check_integrity(
+        self,
+        running: Sequence[SequenceState],
+        others: Iterable[list[int]],
+        planned: Iterable[PlannedRows],
+    ) -> None:
+        """Assert that the holders of blocks are the running sequences and ``others``, and those of
+        states the running sequences and ``planned`` rows."""
+        self._pool.check_integrity([*(s.blocks for s in running), *others])
+        for sequence in running:
+            assert sequence.num_computed <= len(sequence.blocks) * self._block_size
+            assert sequence.seat is not None
+            table = self._tables.array[sequence.seat, : len(sequence.blocks)]
+            assert table.tolist() == sequence.blocks, "a seat has other blocks than its sequence"
+            self._prefixes.check_integrity(sequence)
+        if self._states is not None:
+            states = [s.state for s in running if s.state is not None]
+            states += [rows.states.write for rows in planned if rows.states is not None]
+            self._states.slots.check_integrity(states)
+
+    def _blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
+
+    def _extend(self, sequence: SequenceState, blocks: list[int]) -> None:
+        """Append blocks to the table of a sequence that has a seat."""
+        assert sequence.seat is not None, "only running sequences get blocks"
+        self._tables.put(sequence.seat, len(sequence.blocks), blocks)
+        sequence.blocks += blocks

@@ -1,0 +1,54 @@
+"""How many rows of drafts a step has. Pure, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from msgspec.structs import replace
+
+from workers.requests.sequence import SequenceState
+from workers.scheduling.block_manager import BlockManager
+from workers.scheduling.step_plan import PlannedRows, StepBudget
+from workers.speculation.speculator import Speculator
+
+
+class DraftBudget:
+    """Decides how many drafts a step asks for, and which decodes run those that were granted.
+
+    Drafts have what other rows leave: they preempt nothing, and take only blocks that are free.
+    """
+
+    def __init__(self, speculator: Speculator, blocks: BlockManager, budget: StepBudget) -> None:
+        self._speculator = speculator
+        self._blocks = blocks
+        self._budget = budget
+
+    def num_wanted(
+        self, decoding: Sequence[SequenceState], num_decodes: int, prefill_rows: int
+    ) -> int:
+        """Rows of drafts to ask for beside others."""
+        if not decoding:
+            return 0
+        self._speculator.plan_step(len(decoding))
+        room = min(self._budget.max_decode_rows, self._budget.max_rows - prefill_rows) - num_decodes
+        return max(min(sum(len(self._speculator.draft(s)) for s in decoding), room), 0)
+
+    def add(self, num_decodes: int, decode_rows: int, rows: list[PlannedRows]) -> None:
+        """Give the decodes, the first ``num_decodes`` of ``rows``, drafts: as many rows as are left
+        of those granted and of the budget. The likeliest ones are run, whichever request they are
+        of.
+        """
+        left = min(decode_rows - num_decodes, self._budget.max_rows - sum(r.count for r in rows))
+        if left <= 0:
+            return
+        decodes = rows[:num_decodes]
+        found = self._speculator.draft_all([planned.sequence for planned in decodes], left)
+        for place, (planned, drafts) in enumerate(zip(decodes, found, strict=True)):
+            if fitting := drafts[: self._blocks.num_drafts_that_fit(planned.sequence)]:
+                num_new = self._blocks.grow(planned.sequence, len(fitting))
+                rows[place] = replace(
+                    planned,
+                    count=1 + len(fitting),
+                    num_new_blocks=planned.num_new_blocks + num_new,
+                    drafts=fitting,
+                )

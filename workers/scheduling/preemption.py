@@ -1,0 +1,118 @@
+"""Which running sequence is preempted when blocks run short. Pure, no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from workers.requests.request import Request
+from workers.requests.sequence import SequenceState
+from workers.scheduling.admission import SequenceAdmission
+from workers.scheduling.block_manager import BlockManager
+from workers.scheduling.kv_waits import KvWaits
+from workers.scheduling.queues import SequenceQueues
+from workers.scheduling.step_intent import Restriction
+from workers.scheduling.step_plan import StepBudget
+
+_BLOCKS_AHEAD = 2
+"""Free blocks for each running sequence below which one may be preempted soon: it takes so many
+blocks of steps until they are gone."""
+
+
+class Preemption:
+    """Decides which running sequence loses its blocks, and makes it wait.
+
+    When blocks run short, the last sequence of the tenant with the most is preempted: it recomputes
+    from prompt and output what the cache has lost by then. So the first one always continues, and
+    every sequence ends.
+
+    A waiting sequence that does not fit preempts running ones only where they are of its tenant
+    with a lower priority, or idle, or if it must run alone. A beam is idle while others of its
+    request are still to be computed; if it kept its blocks, beams of several requests could hold
+    those that each of them waits for.
+    """
+
+    def __init__(
+        self,
+        queues: SequenceQueues,
+        blocks: BlockManager,
+        budget: StepBudget,
+        *,
+        admission: SequenceAdmission,
+        kv_waits: KvWaits,
+    ) -> None:
+        self._queues = queues
+        self._blocks = blocks
+        self._budget = budget
+        self._admission = admission
+        self._kv_waits = kv_waits
+        self.num_preemptions = 0
+        self.preempted: list[SequenceState] = []
+        """Sequences that were preempted for the last plan."""
+
+    def under_pressure(self) -> SequenceState | None:
+        """The sequence that would be preempted first of those that can go on elsewhere, if that may
+        be soon; else None. A search would begin anew there.
+        """
+        running = self._queues.running
+        is_short = self._blocks.num_free < _BLOCKS_AHEAD * len(running) and len(running) > 1
+        able = [s for s in running if s.params.beams is None]
+        return _last_of_most(able) if is_short and able else None
+
+    def make_room_for_first(self, restriction: Restriction) -> None:
+        """Preempt sequences until none has to be for the first waiting one."""
+        while (first := self.first_in_need(restriction)) is not None:
+            if restriction.alone is not None:
+                self.preempt_last(restriction)
+                continue
+            lower = [s for s in self._queues.running if _yields(s, first.request)]
+            self.preempt(lower[-1])
+
+    def first_in_need(self, restriction: Restriction) -> SequenceState | None:
+        """The first waiting sequence, if it fits only once lower priorities are preempted, or for
+        one that runs alone all others.
+        """
+        first = self._admission.first(restriction)
+        if first is None:
+            return None
+        running = self._queues.running
+        if restriction.alone is None:
+            stay = [s for s in running if not _yields(s, first.request)]
+        else:
+            stay = [s for s in running if not s.is_idle and restriction.allows(s)]
+        if len(stay) == len(running):
+            return None
+        if first in self._admission.admissible(restriction, self._budget.max_rows):
+            return None
+        return first if self._blocks.fits_beside(first, stay) else None
+
+    def preempt_last(self, restriction: Restriction) -> None:
+        """Preempt an idle sequence, or one that does not run alone, if there is one."""
+        running = self._queues.running
+        idle = [s for s in running if s.is_idle]
+        others = [s for s in running if restriction.alone is None or not restriction.allows(s)]
+        self.preempt(_last_of_most(idle or others or running))
+
+    def preempt(self, victim: SequenceState) -> None:
+        """Make a running sequence wait, without blocks."""
+        self._queues.remove(victim)
+        self._blocks.release(victim)
+        self._queues.wait(victim)
+        self._kv_waits.queue(victim.request.request_id)
+        self.num_preemptions += 1
+        self.preempted.append(victim)
+
+
+def _yields(running: SequenceState, waiting: Request) -> bool:
+    """A running sequence is preempted for a waiting request of the same tenant with higher
+    priority; an idle one for any."""
+    request = running.request
+    has_lower = request.tenant == waiting.tenant and request.priority > waiting.priority
+    return running.is_idle or has_lower
+
+
+def _last_of_most(running: Sequence[SequenceState]) -> SequenceState:
+    """Of the tenant with the most sequences the last; of several tenants the last of all."""
+    counts = Counter(s.request.tenant for s in running)
+    most = max(counts.values())
+    return next(s for s in reversed(running) if counts[s.request.tenant] == most)

@@ -1,0 +1,30 @@
+"""When an output is complete. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from workers.requests.request import FinishReason
+from workers.requests.sequence import Ending, SequenceState
+
+
+class StopConditions:
+    """Decides whether the output so far ends a sequence, and why."""
+
+    def __init__(self, eos_token_ids: Iterable[int], max_model_len: int) -> None:
+        self._eos = frozenset(eos_token_ids)
+        self._max_model_len = max_model_len
+
+    def ending(self, sequence: SequenceState) -> Ending | None:
+        """Why the output so far ends the sequence; None if it does not."""
+        params, output = sequence.params, sequence.output
+        if output and len(output) >= params.min_tokens:
+            if output[-1] in self._eos and not params.ignore_eos:
+                return Ending(reason=FinishReason.STOP)
+            if output[-1] in params.stop_token_ids:
+                return Ending(reason=FinishReason.STOP, stop_token_id=output[-1])
+        if sequence.grammar is not None and sequence.grammar.is_complete:
+            return Ending(reason=FinishReason.STOP)
+        if len(output) >= params.max_tokens or sequence.num_tokens >= self._max_model_len:
+            return Ending(reason=FinishReason.LENGTH)
+        return None
