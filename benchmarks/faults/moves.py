@@ -25,8 +25,8 @@ from benchmarks.harness.cluster_gateway import ClusterGateway, gateway_of
 from benchmarks.harness.serving_cluster import RayCluster, connected_ray, make_config, serving
 from benchmarks.report.quiet import wait_until_quiet
 from benchmarks.report.results import table
+from benchmarks.report.svg import Line, line_chart
 from benchmarks.serving.throughput import TINY, random_model
-from cluster.cli.bench.svg import Line, line_chart
 from gateway.core.call import CallKind, GenerateCall
 from gateway.engines.submission import Submission
 

@@ -24,7 +24,7 @@ from benchmarks.checkpoints.domain_checkpoint import DomainModel, write
 from benchmarks.harness.ray_serving import FOLDER_VARIABLE
 from benchmarks.report.quiet import wait_until_quiet
 from benchmarks.report.results import table
-from cluster.cli.bench.svg import Line, Mark, line_chart
+from benchmarks.report.svg import Line, Mark, line_chart
 from cluster.core.load_profile import LoadProfile
 from cluster.launch.local_ray import make_temp_dir, private_environment
 from cluster.planner import mesh

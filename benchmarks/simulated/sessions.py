@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.report.results import table
+from benchmarks.report.svg import Line, line_chart
 from benchmarks.simulated.agent_trace import agent_sessions
 from benchmarks.simulated.request_trace import BLOCK_TOKENS, TracedRequest, conversations
 from benchmarks.simulated.retention import Cache, TierCache, Use, ideal_blocks, uses_of, working_set
 from benchmarks.simulated.routing import FETCHED_PER_S, TOKENS_PER_S, Reports
-from cluster.cli.bench.svg import Line, line_chart
 from gateway.engines.kv_index import KvIndex
 from gateway.engines.router import (
     FETCH_TOKENS,

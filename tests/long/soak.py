@@ -33,7 +33,7 @@ import psutil
 from benchmarks.harness.processes import name_of
 from benchmarks.harness.server import Served, running_server
 from benchmarks.report.results import table
-from cluster.cli.bench.svg import Line, line_chart
+from benchmarks.report.svg import Line, line_chart
 from cluster.launch.orphans import find_by_files
 from protos.inference_pb2 import GenerateRequest
 from protos.inference_pb2_grpc import InferenceStub

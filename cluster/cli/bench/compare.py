@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.cli.bench.document import numbers_of, require_folders
+from cluster.cli.bench.document import numbers_of
 from cluster.cli.bench.load_options import add_load_options
-from cluster.cli.bench.report import add_report, write_report
 from cluster.cli.bench.side_by_side import measure_both
 from cluster.cli.terminal.arguments import Commands, Number, count
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
@@ -68,7 +67,6 @@ def add_command(kinds: Commands) -> None:
     text = "ratio from which a number counts as worse"
     ratio = Number(kind=float, rule="must be a number, 1 or more", low=1, high=1e300)
     parser.add_argument("--threshold", type=ratio, default=1.05, metavar="NUMBER", help=text)
-    add_report(parser)
     text = "parts of the load on two servers, which take turns; A and B begin by turns"
     parser.add_argument("--rounds", type=count, default=2, help=text)
     parser.add_argument("--b-api-key", metavar="TEXT", help="key of B, which gets no other")
@@ -78,7 +76,6 @@ def add_command(kinds: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print every number's ratio; exits with 1 if one got worse by more than the threshold."""
-    require_folders(args.report)
     are_servers = [_is_url(name) for name in (args.a, args.b)]
     if any(are_servers) != all(are_servers):
         raise CommandError(ExitCode.USAGE, "give two files or two URLs")
@@ -88,7 +85,6 @@ def run(args: argparse.Namespace) -> int:
     document = _document(before["command"], found, args.threshold)
     heads = ("A", "B") if all(are_servers) else ("BEFORE", "AFTER")
     show(args, document, _text(found, args.threshold, heads))
-    write_report(args, {"A": before, "B": after})
     if before.get("interrupted"):
         return ExitCode.INTERRUPTED
     if not args.json:

@@ -31,11 +31,10 @@ def document_of(
     }
 
 
-def require_folders(*files: Path | None) -> None:
+def require_folder(file: Path | None) -> None:
     """Raise ``CommandError`` for a file that could not be written after the measurement."""
-    for file in files:
-        if file is not None and not os.access(file.parent, os.W_OK):
-            raise CommandError(ExitCode.USAGE, f"cannot write {file}: no such folder to write in")
+    if file is not None and not os.access(file.parent, os.W_OK):
+        raise CommandError(ExitCode.USAGE, f"cannot write {file}: no such folder to write in")
 
 
 def tell(args: argparse.Namespace, document: Mapping[str, Any], text: str) -> None:

@@ -85,15 +85,10 @@ async def warm_up(load: Load, target: Target) -> None:
         raise RequestFailed("connection", str(err), ExitCode.UNREACHABLE) from err
 
 
-async def run_load(
-    load: Load, target: Target, tally: Tally, tick: Callable[[], None], begun_s: float = 0.0
-) -> None:
+async def run_load(load: Load, target: Target, tally: Tally, tick: Callable[[], None]) -> None:
     """Send everything and wait for its end; ``tick`` is called after each request.
 
     Times of a request begin when it is sent; ``Tally.late_ms`` has how late that was.
-
-    Args:
-        begun_s: how long earlier parts of the load took.
     """
     seats = asyncio.Semaphore(load.max_concurrency or len(load.arrivals))
     clock = asyncio.get_running_loop().time
@@ -108,14 +103,13 @@ async def run_load(
             prompt = load.prompt(number)
             await asyncio.sleep(max(0.0, start + arrival.due_s - clock()))
             await seats.acquire()
-            sent_s = clock() - start
-            tally.begin(sent_s - arrival.due_s)
-            request = _one(load, arrival.output_len, prompt, target, tally, begun_s + sent_s)
+            tally.begin(clock() - start - arrival.due_s)
+            request = _one(load, arrival.output_len, prompt, target, tally)
             group.create_task(request).add_done_callback(leave)
 
 
 async def _one(
-    load: Load, output_len: int, prompt: list[int], target: Target, tally: Tally, sent_s: float
+    load: Load, output_len: int, prompt: list[int], target: Target, tally: Tally
 ) -> None:
     clock = asyncio.get_running_loop().time
     pieces: list[float] = []
@@ -133,6 +127,6 @@ async def _one(
         tally.fail("connection")
     else:
         if pieces:
-            tally.take(Answer(pieces, clock() - start, len(prompt), tokens, sent_s))
+            tally.take(Answer(pieces, clock() - start, len(prompt), tokens))
         else:
             tally.fail("empty")

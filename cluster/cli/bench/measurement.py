@@ -42,7 +42,7 @@ class Measurement:
         self.load = load
         earlier_s, began = self._duration_s, time.monotonic()
         try:
-            await run_load(part, target, self.tally, tick, earlier_s)
+            await run_load(part, target, self.tally, tick)
         finally:
             self._duration_s = earlier_s + time.monotonic() - began
 
@@ -56,7 +56,6 @@ class Measurement:
             self.tally.results(self._duration_s),
             url=url,
             interrupted=self.is_interrupted,
-            **self.tally.curves(),
         )
 
 

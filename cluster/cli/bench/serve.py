@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.cli.bench import compare
-from cluster.cli.bench.document import add_save, require_folders, shown, tell
+from cluster.cli.bench.document import add_save, require_folder, shown, tell
 from cluster.cli.bench.load import warm_up
 from cluster.cli.bench.load_options import add_load_options, load_of
 from cluster.cli.bench.measurement import Measurement, warn_if_late
-from cluster.cli.bench.report import add_report, write_report
 from cluster.cli.bench.tally import MEASURES
 from cluster.cli.bench.targets import grpc_target, http_target
 from cluster.cli.terminal.arguments import Commands
@@ -37,12 +36,11 @@ def add_command(kinds: Commands) -> None:
     text = "use gRPC, at this address (default: the address that the server reports)"
     parser.add_argument("--grpc", nargs="?", const="", metavar="HOST:PORT", help=text)
     add_save(parser)
-    add_report(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; exits with 1 if a request failed, with 130 after a ctrl-C."""
-    require_folders(args.save, args.report)
+    require_folder(args.save)
     found = Measurement(args)
     try:
         with Progress() as progress:
@@ -53,7 +51,6 @@ def run(args: argparse.Namespace) -> int:
         document = found.document(args.grpc or Client(args).url)
         tell(args, document, _text(document))
         warn_if_late(document)
-        write_report(args, {document["url"]: document})
     if found.is_interrupted:
         return ExitCode.INTERRUPTED
     return ExitCode.FAILED if found.tally.failures else ExitCode.OK

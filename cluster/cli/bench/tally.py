@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.cli.bench.timeline import Timeline
-
 _GROWTH = math.log(1.01)
 """Growth of the buckets: quantiles are exact to half a bucket."""
 MEASURES = ("ttft", "tpot", "itl", "e2e")
@@ -44,14 +42,6 @@ class Distribution:
         parts = {"median": 0.5, "p90": 0.9, "p99": 0.99}
         return {"mean": mean, **{name: self.quantile(part) for name, part in parts.items()}}
 
-    def curve(self) -> list[tuple[float, float]]:
-        """``(number, share of all that do not exceed it)``, in ascending order."""
-        seen, found = 0, []
-        for bucket in sorted(self._buckets):
-            seen += self._buckets[bucket]
-            found.append((math.exp((bucket + 0.5) * _GROWTH), seen / self.count))
-        return found
-
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -63,8 +53,6 @@ class Answer:
     """When the stream ended."""
     prompt_tokens: int
     output_tokens: int
-    sent_s: float = 0.0
-    """When it was sent, since the beginning of the measurement."""
 
     def measures_ms(self) -> dict[str, list[float]]:
         """Milliseconds by measure; ``itl`` has one for each gap."""
@@ -97,7 +85,6 @@ class Tally:
     )
     late_ms: Distribution = field(default_factory=Distribution)
     """How long after its time of arrival each request was sent."""
-    timeline: Timeline = field(default_factory=Timeline)
 
     def begin(self, late_s: float = 0.0) -> None:
         """A request is sent, so long after it was due."""
@@ -122,11 +109,6 @@ class Tally:
                 self.times_ms[name].add(value)
         worst = {name: max(values, default=0.0) for name, values in measures.items()}
         self.good += all(worst[name] <= goal for name, goal in self.goals_ms.items())
-        self.timeline.add_first(answer.sent_s, measures["ttft"][0])
-        self.timeline.add_end(answer.sent_s + answer.end_s)
-        for at_s in answer.pieces_s:  # a piece may be several tokens
-            share = answer.output_tokens / len(answer.pieces_s)
-            self.timeline.add_tokens(answer.sent_s + at_s, share)
 
     @property
     def ended(self) -> int:
@@ -153,8 +135,3 @@ class Tally:
             "sent_late_ms": self.late_ms.summary(),
             **{f"{name}_ms": found.summary() for name, found in self.times_ms.items()},
         }
-
-    def curves(self) -> dict[str, Any]:
-        """``series`` over time, and by measure the ``distributions_ms`` of its times."""
-        curves = {name: found.curve() for name, found in self.times_ms.items()}
-        return {"series": self.timeline.series(), "distributions_ms": curves}

@@ -19,9 +19,6 @@ def test_quantiles_to_half_a_percent() -> None:
     assert summary["p99"] == pytest.approx(990, rel=0.006)
     assert summary["p90"] == pytest.approx(900, rel=0.006)
     assert set(Distribution().summary().values()) == {None}
-    curve = found.curve()
-    assert curve == sorted(curve)
-    assert curve[-1][1] == 1.0
 
 
 def test_memory_does_not_grow_with_the_load() -> None:
@@ -68,12 +65,7 @@ def test_every_request_is_counted_once() -> None:
     assert results["good_requests_per_s"] is None
 
 
-def test_tokens_are_counted_when_they_came() -> None:
+def test_the_time_after_an_arrival_is_counted() -> None:
     tally = Tally({})
     tally.begin(0.25)
-    tally.take(Answer([0.5, 1.0], 1.0, prompt_tokens=3, output_tokens=4, sent_s=1.0))
-    series = tally.curves()["series"]
-    per_s = [round(series["bin_s"] * rate, 6) for rate in series["output_tokens_per_s"]]
-    assert {i * series["bin_s"]: n for i, n in enumerate(per_s) if n} == {1.5: 2, 2.0: 2}
-    assert series["ttft_ms"][int(1.0 / series["bin_s"])] == 500.0
     assert tally.results(2.0)["sent_late_ms"]["mean"] == 250.0
