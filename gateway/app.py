@@ -21,7 +21,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from cluster.config.cluster import ClusterConfig
-from cluster.config.gateway import EndStage
+from cluster.config.gateway import ShutdownStage
 from cluster.tracing import logs
 from cluster.tracing.disks import DiskWatch
 from gateway.admin.service import AdminApi
@@ -158,7 +158,7 @@ class GatewayReplica:
         """The ports of this replica, by name."""
         return self._gateway.addresses
 
-    async def end(self, stage: EndStage) -> int:
+    async def end(self, stage: ShutdownStage) -> int:
         """End with the whole server: see ``Gateway.end``."""
         self._is_ending = True
         left = self._gateway.end(stage, time.monotonic())

@@ -188,10 +188,12 @@ class ControlServer:
         if not isinstance(hello, ControlHello) or not _NAME.fullmatch(hello.worker):
             raise HandshakeError("the first frame is no proper ControlHello")
         proof = TokenProof(self._token, "control", is_caller=False, their_nonce=hello.nonce)
-        challenge = ControlChallenge(nonce=proof.nonce, proof=proof.ours(), release=self._release)
+        challenge = ControlChallenge(
+            nonce=proof.nonce, proof=proof.make_proof(), release=self._release
+        )
         connection.send(encode(challenge))
         answer = decode_hello(await connection.read(MAX_HELLO_BYTES))
-        if not isinstance(answer, ControlProof) or not proof.is_theirs(answer.proof):
+        if not isinstance(answer, ControlProof) or not proof.is_peer_proof(answer.proof):
             raise HandshakeError(f"{hello.worker} does not know the cluster token")
         check_release(hello.release, hello.worker, self._release, "the controller")
         return hello.worker

@@ -24,7 +24,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 
 from cluster.config.resources import NodeResources
 from cluster.core.errors import ConfigError
-from cluster.core.node_labels import Place
+from cluster.core.node_labels import NodeLabels
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def _node_of(entry: Mapping[str, Any]) -> NodeResources:
         address=address,
         cpus=float(entry["Resources"].get("CPU", 0.0)),
         gpus=float(entry["Resources"].get("GPU", 0.0)),
-        place=Place.of(entry.get("Labels") or {}, address),
+        place=NodeLabels.of(entry.get("Labels") or {}, address),
     )
 
 

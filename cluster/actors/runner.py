@@ -27,7 +27,12 @@ from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.detection import TICK_S
 from cluster.controller.parts.effects import Effect, End, EndAll, Release, Send, Start, Trace
 from cluster.controller.parts.settings import ControllerSettings
-from cluster.core.errors import CalledAgainError, ExpertMeshError, StartError, SupersededError
+from cluster.core.errors import (
+    DuplicateRegistrationError,
+    ExpertMeshError,
+    StartError,
+    SupersededError,
+)
 from cluster.core.frames import Alive, ControlFrame, Superseded
 from cluster.core.states import ClusterState
 from cluster.core.topology import Member
@@ -203,7 +208,7 @@ class Runner:
         elif target is not None:
             try:
                 self.tell(partial(target.frame, worker, frame))
-            except CalledAgainError as err:
+            except DuplicateRegistrationError as err:
                 self.retire(str(err))
 
     def on_closed(self, worker: str, reason: str, is_invalid: bool) -> None:

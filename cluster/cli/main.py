@@ -22,7 +22,7 @@ from cluster.cli.cluster import (
     serve,
     top,
 )
-from cluster.cli.cluster.front import Interrupted
+from cluster.cli.cluster.launcher_process import Interrupted
 from cluster.cli.experts import load, placement, rebalance
 from cluster.cli.models import chat, generate, inspection, run_batch, tokenize
 from cluster.cli.offline import completion, config, doctor, plan, version

@@ -25,7 +25,7 @@ _LIMITS = (
 )
 _ROOT_PATH = re.compile("(/[A-Za-z0-9._~-]+)*")
 _METRICS_PREFIX = re.compile("[a-zA-Z_:][a-zA-Z0-9_:]*")
-EndStage = Literal["lead", "refuse", "fail"]
+ShutdownStage = Literal["lead", "refuse", "fail"]
 """Stages of a gateway's end: not ready but serving, then refusing new requests, then failing those
 that still run."""
 MAX_BODY_BYTES = 8 * 1024 * 1024

@@ -17,7 +17,7 @@ from typing import Literal
 from cluster.config.workers import WorkersSection
 from cluster.core.checks import check
 from cluster.core.errors import ConfigError
-from cluster.core.node_labels import Place
+from cluster.core.node_labels import NodeLabels
 
 _GRAIN = 10_000
 """Ray counts resources in ten-thousandths."""
@@ -35,7 +35,7 @@ class NodeResources:
     """CPUs in Ray's accounting."""
     gpus: float = 0.0
     """GPUs in Ray's accounting."""
-    place: Place = field(default_factory=Place)
+    place: NodeLabels = field(default_factory=NodeLabels)
     """What its labels say."""
 
 
@@ -70,7 +70,7 @@ def resolved_share(workers: WorkersSection) -> WorkerShare:
     )
 
 
-def room_on(node: NodeResources, share: WorkerShare) -> int:
+def num_fitting_workers(node: NodeResources, share: WorkerShare) -> int:
     """Workers of this share that fit on the node while nothing runs there; without a share, one."""
     wanted = ((share.gpus, node.gpus), (share.cpus, node.cpus))
     return min((_room([amount], each) for each, amount in wanted if each > 0), default=1)

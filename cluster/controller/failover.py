@@ -30,7 +30,7 @@ from cluster.core.errors import NotReadyError, ProtocolError
 from cluster.core.placement import ExpertPlacement
 from cluster.core.states import WorkerState
 from cluster.core.topology import Generation, Member
-from cluster.policy.failure import Pulse, unheard_hosts
+from cluster.policy.failure import Liveness, unheard_hosts
 
 _NO_GENERATION = Generation(number=0, members=())
 
@@ -98,7 +98,7 @@ class CollectedState:
     def unheard(self, own_host: str, alive: Collection[str]) -> frozenset[str]:
         """Those ``alive`` of the newest generation whose silence may be that of ``own_host``."""
         pulses = [
-            Pulse(name=m.name, heard_at=float(m.name in self.greetings), host=m.node)
+            Liveness(name=m.name, heard_at=float(m.name in self.greetings), host=m.node)
             for m in self.generation.members
             if m.name in alive
         ]

@@ -1,7 +1,7 @@
 """Following the nodes: scalings that the cluster orders itself, as labelled nodes come and go.
 
-``NodeFollowing`` decides; ``Scaling`` carries out, as one operation like that of a client. Workers
-of nodes that leave are drained, and their places removed, by ``Draining``.
+``NodeFollowingPolicy`` decides; ``Scaling`` carries out, as one operation like that of a client.
+Workers of nodes that leave are drained, and their places removed, by ``Draining``.
 
 A client's scaling sets the numbers, too: nodes that are there at its end do not change them any
 more, and the next node that registers adds to them. A restarted controller gets the nodes that are
@@ -20,7 +20,7 @@ from cluster.controller.parts.operations import Operation, OperationState
 from cluster.controller.parts.scales import ScaleCommand
 from cluster.controller.scale import Scaling
 from cluster.core.errors import ConflictError, RequestError
-from cluster.policy.node_following import FollowDecision, FollowedNode, NodeFollowing
+from cluster.policy.node_following import FollowDecision, FollowedNode, NodeFollowingPolicy
 
 LIMIT_S = 600.0
 """Limit of a scaling that the cluster orders itself: as long as a new worker may take to load."""
@@ -34,7 +34,7 @@ class Following:
     def __init__(self, cluster: Cluster, scaling: Scaling) -> None:
         self._cluster = cluster
         self._scaling = scaling
-        self._policy = NodeFollowing()
+        self._policy = NodeFollowingPolicy()
         self._numbers = count(1)
         self._operation: Operation | None = None
         """The scaling under way that was ordered here."""

@@ -14,7 +14,7 @@ from typing import Any
 from cluster.core.codec import Message
 
 
-class Offer(Message, frozen=True, kw_only=True):
+class ArithmeticOffer(Message, frozen=True, kw_only=True):
     """How one worker can compute so that rows do not depend on each other."""
 
     kernels: tuple[str, ...] = ()
@@ -30,13 +30,13 @@ class Offer(Message, frozen=True, kw_only=True):
     exact."""
 
 
-class Agreement(Message, frozen=True, kw_only=True):
+class ArithmeticAgreement(Message, frozen=True, kw_only=True):
     """How the members of a generation compute."""
 
     kernels: str = ""
     """Arithmetic of all products; empty where results are not exact."""
     torch: str = ""
-    """As in ``Offer``."""
+    """As in ``ArithmeticOffer``."""
     reason: str = "no worker has been heard"
     """Why results are not exact; empty where they are."""
 
@@ -49,7 +49,9 @@ class Agreement(Message, frozen=True, kw_only=True):
         return {"exact": self.is_exact, "arithmetic": self.kernels, "reason": self.reason}
 
 
-def agree(offers: Mapping[str, Offer], former: Agreement | None = None) -> Agreement:
+def agree(
+    offers: Mapping[str, ArithmeticOffer], former: ArithmeticAgreement | None = None
+) -> ArithmeticAgreement:
     """The best arithmetic that all workers offer, by name, or why there is none.
 
     ``former`` is that of the generation before; None before the first.
@@ -57,20 +59,22 @@ def agree(offers: Mapping[str, Offer], former: Agreement | None = None) -> Agree
     (dot, fma) and (fma) -> fma;  (dot) and (fma) -> not exact
     """
     if not offers or (former is not None and not former.is_exact):
-        return former or Agreement()
+        return former or ArithmeticAgreement()
     for name, offer in offers.items():
         if not offer.kernels:
-            return Agreement(reason=f"{name} {offer.obstacle}")
+            return ArithmeticAgreement(reason=f"{name} {offer.obstacle}")
     first, *_ = offers
     wanted = (former.kernels,) if former is not None else offers[first].kernels
     common = [k for k in wanted if all(k in offer.kernels for offer in offers.values())]
     if not common:
         other = next(name for name, offer in offers.items() if wanted[-1] not in offer.kernels)
         theirs, ours = offers[other].kernels[0], wanted[0]
-        return Agreement(reason=f"{other} computes with {theirs}, the others with {ours}")
+        return ArithmeticAgreement(reason=f"{other} computes with {theirs}, the others with {ours}")
     torch = former.torch if former is not None else ""
     for name, offer in offers.items():
         if offer.torch and torch and offer.torch != torch:
-            return Agreement(reason=f"torch computes otherwise on {name} ({offer.torch}, {torch})")
+            return ArithmeticAgreement(
+                reason=f"torch computes otherwise on {name} ({offer.torch}, {torch})"
+            )
         torch = torch or offer.torch
-    return Agreement(kernels=common[0], torch=torch, reason="")
+    return ArithmeticAgreement(kernels=common[0], torch=torch, reason="")

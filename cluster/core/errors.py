@@ -26,7 +26,7 @@
         │   ├── HandshakeError    a peer is not one of ours, or was started differently
         │   └── SupersededError   a controller that another one has replaced
         ├── PeerLostError         an edge was reset, closed or timed out
-        ├── MoveGivenUpError      weights on their way to another worker took too long
+        ├── TransferAbortedError  weights on their way to another worker took too long
         └── GenerationChangedError   a new generation interrupts the current step
 
 Exceptions cross process borders: every constructor hands all its arguments to
@@ -69,7 +69,7 @@ class StartError(ExpertMeshError):
         return f"{self.part} did not start: {self.reason}"
 
 
-class _Worded:
+class _TextError:
     """An error whose text is its first argument."""
 
     args: tuple[object, ...]
@@ -82,7 +82,7 @@ class _Worded:
         return self.message
 
 
-class RequestError(_Worded, ExpertMeshError):
+class RequestError(_TextError, ExpertMeshError):
     """The request is wrong: ``param`` names the field, ``code`` is the machine-readable reason."""
 
     default_code = "invalid_value"
@@ -126,7 +126,7 @@ class RequestTooLargeError(ExpertMeshError):
     """The body is larger than the limit."""
 
 
-class LimitReachedError(_Worded, ExpertMeshError):
+class LimitReachedError(_TextError, ExpertMeshError):
     """A limit is exceeded; ``limit`` names it in metrics; retry after ``retry_after_s``.
 
     For ``holds_s`` all requests of the same key would be refused, whatever they ask for.
@@ -162,7 +162,7 @@ class QueueFullError(LimitReachedError):
         super().__init__(message, retry_after_s, limit, holds_s)
 
 
-class NotReadyError(_Worded, ExpertMeshError):
+class NotReadyError(_TextError, ExpertMeshError):
     """The cluster cannot serve now; ``code`` is not_ready, draining or experts_unavailable."""
 
     def __init__(self, message: str, code: str = "not_ready", retry_after_s: float = 1.0) -> None:
@@ -171,7 +171,7 @@ class NotReadyError(_Worded, ExpertMeshError):
         self.retry_after_s = retry_after_s
 
 
-class DeadlineExceededError(_Worded, ExpertMeshError):
+class DeadlineExceededError(_TextError, ExpertMeshError):
     """A time limit passed; ``started`` tells whether the request was already running."""
 
     def __init__(self, message: str, started: bool = False) -> None:
@@ -215,7 +215,7 @@ class SupersededError(ProtocolError):
     """The workers follow another controller; this one must neither order nor end anything."""
 
 
-class CalledAgainError(ProtocolError):
+class DuplicateRegistrationError(ProtocolError):
     """A known worker has lost its connection and registers again; frames may be lost."""
 
 
@@ -239,7 +239,7 @@ class PeerLostError(TransportError):
         return f"lost {self.peer}: {self.reason}"
 
 
-class MoveGivenUpError(TransportError):
+class TransferAbortedError(TransportError):
     """A move of expert weights was given up; what it was to change stays as it is."""
 
 

@@ -27,7 +27,7 @@ DEVICE_SPEED = "expertmesh/device-speed"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class NodeLabels:
     """A node's labels."""
 
     role: str = ""
@@ -40,7 +40,7 @@ class Place:
     """Relative speed of a device."""
 
     @classmethod
-    def of(cls, labels: Mapping[str, str], node: str) -> Place:
+    def of(cls, labels: Mapping[str, str], node: str) -> NodeLabels:
         """Read a node's labels. Raises ``ConfigError`` naming label and node."""
         role = labels.get(ROLE, "")
         if role and role not in ROLES:
@@ -54,7 +54,7 @@ class Place:
         )
 
 
-def selector_for(role: str, places: Iterable[Place]) -> dict[str, str]:
+def selector_for(role: str, places: Iterable[NodeLabels]) -> dict[str, str]:
     """Ray's label selector of the nodes that a role may run on; empty where any will do."""
     labelled = {place.role for place in places if place.role}
     if role in labelled:

@@ -24,11 +24,11 @@ class TokenProof:
         self.their_nonce = their_nonce
         """That of the other side, empty until it is known."""
 
-    def ours(self, words: bytes = b"") -> str:
+    def make_proof(self, words: bytes = b"") -> str:
         """What this side sends to show that it knows the token, and that ``words`` are its own."""
         return self._proof(self._is_caller, words)
 
-    def is_theirs(self, given: str, words: bytes = b"") -> bool:
+    def is_peer_proof(self, given: str, words: bytes = b"") -> bool:
         """Whether the other side, which knows the token, sent this; in constant time."""
         expected = self._proof(not self._is_caller, words)
         return hmac.compare_digest(given.encode(), expected.encode())

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import Literal
 
-from cluster.core.arithmetic import Agreement, Offer, agree
+from cluster.core.arithmetic import ArithmeticAgreement, ArithmeticOffer, agree
 from cluster.core.codec import Message
 
 Role = Literal["attention", "expert", "colocated"]
@@ -54,7 +54,7 @@ class Member(Message, frozen=True, kw_only=True):
     """``host:port`` where it gives out KV blocks, where it runs attention; else empty."""
     store_address: str = ""
     """``host:port`` of the rendezvous store, where it runs attention (collective transport)."""
-    offer: Offer = Offer()
+    offer: ArithmeticOffer = ArithmeticOffer()
     """How it can compute."""
 
     @property
@@ -75,10 +75,10 @@ class Generation(Message, frozen=True, kw_only=True):
     """Generation number, 1 for the first."""
     members: tuple[Member, ...]
     """All workers that take part."""
-    agreement: Agreement = Agreement()
+    agreement: ArithmeticAgreement = ArithmeticAgreement()
     """How they compute."""
 
-    def following(self, members: Sequence[Member]) -> Generation:
+    def successor(self, members: Sequence[Member]) -> Generation:
         """The next generation; number 0 stands for none before the first."""
         former = self.agreement if self.number else None
         agreement = agree({m.name: m.offer for m in members}, former)
@@ -99,7 +99,7 @@ class Generation(Message, frozen=True, kw_only=True):
         """Expert ranks, colocated workers among them."""
         return tuple(sorted((m for m in self.members if m.holds_experts), key=attrgetter("rank")))
 
-    def facing(self, role: Role) -> tuple[Member, ...]:
+    def peers_of(self, role: Role) -> tuple[Member, ...]:
         """Peers of a worker of that role, by rank: the other pool, or all."""
         return self.experts if runs_attention(role) else self.attention
 

@@ -58,7 +58,7 @@ def examine(plan: LaunchPlan, address: str) -> JoinedRay:
 
     nodes = wait_nodes(plan.wait_nodes, plan.start_limit_s)
     gateways = tuple(n for n in nodes if n.place.role == GATEWAY)
-    plan = dataclasses.replace(plan, reach=_reach(plan, gateways))
+    plan = dataclasses.replace(plan, gateway_address=_reach(plan, gateways))
     selector = selector_for(GATEWAY, [n.place for n in gateways]) if gateways else {}
     joined = JoinedRay(
         plan=plan, gateway_nodes=tuple(n.address for n in gateways), selector=selector

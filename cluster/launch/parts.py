@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.actors.controller_client import ask_controller, create_controller
-from cluster.config.gateway import EndStage
+from cluster.config.gateway import ShutdownStage
 from cluster.core.errors import ExpertMeshError, StartError
 from cluster.core.process import ProcessIdentity
 from cluster.core.states import is_gone
@@ -127,7 +127,7 @@ class ClusterParts:
         """Processes of the private Ray on this host."""
         return self._ray.processes() if self._ray is not None and self._is_connected else []
 
-    def tell_gateway(self, stage: EndStage) -> int:
+    def tell_gateway(self, stage: ShutdownStage) -> int:
         """Tell every replica the progress of the end; the number of running requests.
 
         A cluster that existed before is left alone.
@@ -290,7 +290,7 @@ def tell_threads(workers: Iterable[Mapping[str, Any]]) -> str:
     )
 
 
-def _broadcast(stage: EndStage) -> list[int]:
+def _broadcast(stage: ShutdownStage) -> list[int]:
     """Every replica's number of running requests, of those that answer."""
     from ray import serve
 

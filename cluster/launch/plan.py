@@ -62,7 +62,7 @@ class LaunchPlan:
     wait_nodes: int = 0
     """Nodes that the joined Ray must have before anything is planned."""
     start_limit_s: float = START_LIMIT_S
-    reach: str = ""
+    gateway_address: str = ""
     """Where clients reach a gateway that listens on every interface; empty: on this host."""
 
     @property
@@ -110,7 +110,7 @@ class LaunchPlan:
     @property
     def _reachable(self) -> str:
         host = self.config.gateway.host
-        return reachable_host((self.reach or host) if host in EVERY_INTERFACE else host)
+        return reachable_host((self.gateway_address or host) if host in EVERY_INTERFACE else host)
 
 
 def tell_differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:

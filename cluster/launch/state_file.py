@@ -69,7 +69,7 @@ class ClusterRecord:
         return self.host == host_id() and is_running(self.launcher)
 
     @property
-    def is_on_its_own(self) -> bool:
+    def is_detached(self) -> bool:
         """``up`` started it in an existing Ray: no process on this host owns it."""
         return self.joined and self.command == "up" and self.state == "ready"
 
@@ -135,7 +135,7 @@ def all_records() -> Iterator[ClusterRecord]:
 
 def running() -> list[ClusterRecord]:
     """Records of clusters that run, by name."""
-    return [r for r in all_records() if r.is_alive or r.is_on_its_own]
+    return [r for r in all_records() if r.is_alive or r.is_detached]
 
 
 def clean_up_dead() -> list[str]:

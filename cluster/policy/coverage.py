@@ -27,7 +27,7 @@ from cluster.planner.stages import SlotFill, Stage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Holdings:
+class ExpertHoldings:
     """What the workers' memory holds, and what it can take in."""
 
     current: ExpertPlacement
@@ -52,7 +52,9 @@ Missing = Sequence[tuple[int, int]]
 """(index of the bank, expert) of the experts that have no room."""
 
 
-def cover(holdings: Holdings, devices: Collection[int], epoch: int) -> tuple[Stage | None, Missing]:
+def plan_coverage(
+    holdings: ExpertHoldings, devices: Collection[int], epoch: int
+) -> tuple[Stage | None, Missing]:
     """Maps that use only ``devices``, the members' ones, and what these must read first.
 
     ``epoch`` is the new placement's. There is no stage if an expert fits nowhere.
@@ -78,10 +80,10 @@ def cover(holdings: Holdings, devices: Collection[int], epoch: int) -> tuple[Sta
 def stage_on(devices: Collection[int], current: ExpertPlacement, room: int | None) -> Stage:
     """A placement that uses only ``devices``, and what they must load for it.
 
-    ``room`` as in ``Holdings``. Raises ``ConflictError`` if the devices have not enough.
+    ``room`` as in ``ExpertHoldings``. Raises ``ConflictError`` if the devices have not enough.
     """
-    holdings = Holdings(current=current, desired=current, room=room)
-    stage, missing = cover(holdings, devices, current.epoch + 1)
+    holdings = ExpertHoldings(current=current, desired=current, room=room)
+    stage, missing = plan_coverage(holdings, devices, current.epoch + 1)
     if stage is None:
         lacking = f"{len(missing)} experts that only they hold"
         raise ConflictError(f"the other workers have no room for {lacking}")
@@ -94,7 +96,7 @@ def without_devices(
 ) -> ExpertPlacement:
     """A placement without these devices, and without the rows behind the last one that is left.
 
-    ``room`` as in ``Holdings``. Raises ``ConflictError`` if the others have not enough.
+    ``room`` as in ``ExpertHoldings``. Raises ``ConflictError`` if the others have not enough.
     """
     left = set(range(placement.num_devices)) - set(gone)
     return stage_on(left, placement, room).placement.up_to(max(left, default=-1) + 1)
@@ -114,7 +116,7 @@ class FailureDecision:
 
 
 def decide_members(
-    members: Sequence[Member], holdings: Holdings, highest_epoch: int
+    members: Sequence[Member], holdings: ExpertHoldings, highest_epoch: int
 ) -> FailureDecision:
     """How these ``members``, survivors and newcomers, continue.
 
@@ -124,7 +126,7 @@ def decide_members(
     devices = {m.device for m in members if m.holds_experts}
     if holdings.is_local and members:
         devices = {0}
-    stage, missing = cover(holdings, devices, epoch + 1)
+    stage, missing = plan_coverage(holdings, devices, epoch + 1)
     if not any(m.runs_attention for m in members):
         is_complete = stage is not None and not stage.fills
         why = "no attention worker is left"
@@ -162,7 +164,11 @@ class _Bank:
     """One bank, from what is held to what is used."""
 
     def __init__(
-        self, holdings: Holdings, index: int, present: frozenset[int], weights: Sequence[float]
+        self,
+        holdings: ExpertHoldings,
+        index: int,
+        present: frozenset[int],
+        weights: Sequence[float],
     ) -> None:
         self._index = index
         self._desired = holdings.desired.banks[index]
@@ -180,7 +186,7 @@ class _Bank:
         }
         self._rows = [self._used(device, row, wanted) for device, row in enumerate(held)]
 
-    def _held(self, holdings: Holdings, device: int, present: frozenset[int]) -> list[int]:
+    def _held(self, holdings: ExpertHoldings, device: int, present: frozenset[int]) -> list[int]:
         rows = (holdings.joining.get(device) or holdings.current).banks[self._index]
         if device >= rows.num_devices:  # scaling has added it
             return [FREE_SLOT] * len(self._desired.physical_to_logical[device])

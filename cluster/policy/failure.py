@@ -11,7 +11,7 @@ from cluster.core.topology import Member
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pulse:
+class Liveness:
     """The last sign of life of one worker. Times are monotonic seconds."""
 
     name: str
@@ -41,7 +41,7 @@ class PeerReport:
 
 def find_silent(
     now: float,
-    pulses: Sequence[Pulse],
+    pulses: Sequence[Liveness],
     own_host: str,
     limit_s: float,
     *,
@@ -75,7 +75,7 @@ def find_silent(
 
 
 def silent_hosts(
-    now: float, pulses: Sequence[Pulse], own_host: str, limit_s: float
+    now: float, pulses: Sequence[Liveness], own_host: str, limit_s: float
 ) -> frozenset[str]:
     """Workers whose silence may be that of the controller's own host, ``own_host``.
 
@@ -87,7 +87,7 @@ def silent_hosts(
     return unheard_hosts(pulses, own_host, now - min(over, default=math.inf) / 2)
 
 
-def unheard_hosts(pulses: Sequence[Pulse], own_host: str, since: float) -> frozenset[str]:
+def unheard_hosts(pulses: Sequence[Liveness], own_host: str, since: float) -> frozenset[str]:
     """Workers of hosts that were not heard since, if most others were not: two workers or more."""
     away = [p for p in pulses if p.host not in ("", own_host)]
     heard: dict[str, float] = {}

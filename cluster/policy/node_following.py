@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cluster.config.resources import NodeResources, WorkerShare, room_on
+from cluster.config.resources import NodeResources, WorkerShare, num_fitting_workers
 from cluster.core.topology import Role
 from cluster.policy.places import place_of
 
@@ -83,7 +83,7 @@ def followed_nodes(
             node_id=node.node_id,
             address=node.address,
             role=kinds[node.place.role],
-            room=room_on(node, share),
+            room=num_fitting_workers(node, share),
             workers=tuple(sorted(w for w, home in homes.items() if home == node.node_id)),
             leaves=node.node_id in leaving,
         )
@@ -93,7 +93,7 @@ def followed_nodes(
 
 
 @dataclass(slots=True)
-class NodeFollowing:
+class NodeFollowingPolicy:
     """Times of what was seen. Owned by the controller."""
 
     _new_since: dict[str, float] = field(default_factory=dict)

@@ -23,7 +23,7 @@ _FRESH_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pace:
+class StepProgress:
     """The last heartbeat of a member of a running generation."""
 
     name: str
@@ -36,7 +36,7 @@ class Pace:
     """See ``Heartbeat``."""
 
 
-def find_late(now: float, paces: Sequence[Pace]) -> tuple[str, ...]:
+def find_late(now: float, paces: Sequence[StepProgress]) -> tuple[str, ...]:
     """Members for which steps wait; none while a step advances anywhere, or none is wanted.
 
     Those are late that are silent. If none is, a step stalls that an attention worker wants or

@@ -35,7 +35,7 @@ _LEAST_GAIN = 0.015
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LoadNow:
+class CurrentLoad:
     """The load that a decision is made for."""
 
     profile: LoadProfile
@@ -85,7 +85,7 @@ def why_impossible(config: ClusterConfig, num_expert_workers: int) -> str:
 
 
 def decide_placement(
-    load: LoadNow,
+    load: CurrentLoad,
     topology: PlannedTopology,
     current: ExpertPlacement,
     section: RebalanceSection,
@@ -97,7 +97,7 @@ def decide_placement(
 
     Raises ``ConfigError`` if load, devices and placement do not match.
     """
-    scales = _Scales(load, topology, current.packed(), section, step)
+    scales = _CandidateEvaluator(load, topology, current.packed(), section, step)
     time_now = scales.seconds(scales.current)
     found = [scales.weighed(plan, time_now) for plan in scales.candidates()]
     best = max(found, key=lambda d: d.gain_s - d.cost_s)
@@ -107,7 +107,7 @@ def decide_placement(
     return best
 
 
-def mixed_balancedness(placement: ExpertPlacement, load: LoadNow) -> float | None:
+def mixed_balancedness(placement: ExpertPlacement, load: CurrentLoad) -> float | None:
     """Predicted cost of a load: prompts by the shares, decodes by the table; None without load."""
     by_share = expected_loads(placement, load.profile, "prefill")
     by_table = expected_loads(placement, load.profile, "decode")
@@ -117,10 +117,10 @@ def mixed_balancedness(placement: ExpertPlacement, load: LoadNow) -> float | Non
 
 
 @dataclass(frozen=True, slots=True)
-class _Scales:
+class _CandidateEvaluator:
     """Finds and weighs changes for one load."""
 
-    load: LoadNow
+    load: CurrentLoad
     topology: PlannedTopology
     current: ExpertPlacement
     section: RebalanceSection

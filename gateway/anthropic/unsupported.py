@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.core.errors import UnsupportedParameterError
-from gateway.core.field_checks import Neutral, refuse_unbuilt
+from gateway.core.field_checks import Neutral, refuse_unsupported
 
-UNBUILT: Neutral = {
+UNSUPPORTED: Neutral = {
     "container": (),
     "mcp_servers": ([],),
     "fallbacks": ([],),
@@ -26,19 +26,19 @@ _KEEPING_EDITS = "clear_thinking_"
 """Edits that concern reasoning of earlier turns, which is for the chat template to decide."""
 
 
-def check_unbuilt(data: Mapping[str, Any]) -> None:
+def check_unsupported(data: Mapping[str, Any]) -> None:
     """Refuse what is not built, unless its value changes nothing.
 
     Raises:
         UnsupportedParameterError: with the field's name.
     """
-    refuse_unbuilt(data, UNBUILT)
+    refuse_unsupported(data, UNSUPPORTED)
     for place, tool in enumerate(_objects(data.get("tools"))):
         path = f"tools[{place}]"
         kind = tool.get("type")
         if isinstance(kind, str) and kind != "custom":
             _refuse(f"{path}.type", kind, "only custom tools")
-        refuse_unbuilt(tool, _UNBUILT_TOOL, f"{path}.")
+        refuse_unsupported(tool, _UNBUILT_TOOL, f"{path}.")
     thinking = data.get("thinking")
     if isinstance(thinking, Mapping) and thinking.get("type") == _BETWEEN_TOOLS:
         known = "enabled, disabled and adaptive"

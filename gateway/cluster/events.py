@@ -26,7 +26,7 @@ class Event(NamedTuple):
 
 
 @dataclass(slots=True)
-class Change:
+class TracedChange:
     """A change of the cluster that the controller traces; times are of ``time.monotonic``."""
 
     name: str
@@ -43,7 +43,7 @@ class ClusterEvents:
         self._events: deque[Event] = deque(maxlen=_KEPT)
         self._epochs: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=_KEPT)
         self._living: frozenset[str] = frozenset()
-        self._changes: dict[str, Change] = {}
+        self._changes: dict[str, TracedChange] = {}
 
     def take(self, snapshot: Mapping[str, Any], now_s: float) -> None:
         epoch = int(snapshot.get("placement_epoch") or 0)
@@ -65,7 +65,7 @@ class ClusterEvents:
         for change in told:
             span_id, seconds = str(change["span_id"]), change["seconds"]
             if span_id not in self._changes:
-                self._changes[span_id] = Change(change["name"], bytes.fromhex(span_id), now_s)
+                self._changes[span_id] = TracedChange(change["name"], bytes.fromhex(span_id), now_s)
                 going_on.add(span_id)
             known = self._changes[span_id]
             if seconds is None:
@@ -82,7 +82,7 @@ class ClusterEvents:
         known = (epoch for since_s, epoch in reversed(self._epochs) if since_s <= when_s)
         return next(known, self._epochs[0][1])
 
-    def changes(self, began_s: float, ended_s: float) -> Iterator[Change]:
+    def changes(self, began_s: float, ended_s: float) -> Iterator[TracedChange]:
         """Traced changes that went on in a part of this time."""
         return (
             change

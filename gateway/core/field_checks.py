@@ -141,7 +141,7 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
         require(len(value) <= _MAX_VALUE_CHARS, f"metadata.{key}", rule)
 
 
-def refuse_unbuilt(data: Mapping[str, Any], unbuilt: Neutral, path: str = "") -> None:
+def refuse_unsupported(data: Mapping[str, Any], unbuilt: Neutral, path: str = "") -> None:
     """Raise ``UnsupportedParameterError`` for the first field that is set to change anything.
 
     ``path`` stands before its name.

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 from msgspec import structs
 
 from cluster.config.cluster import ClusterConfig
-from cluster.config.gateway import EndStage
+from cluster.config.gateway import ShutdownStage
 from cluster.core.errors import (
     DeadlineExceededError,
     ExpertMeshError,
@@ -210,7 +210,7 @@ class Gateway:
             self._leaves_since_s = now_s
         return self.entrance.num_requests
 
-    def end(self, stage: EndStage, now_s: float) -> int:
+    def end(self, stage: ShutdownStage, now_s: float) -> int:
         """End with the whole server, by stages; returns the number of requests that still run."""
         left = self.leave(now_s)
         if stage != "lead":

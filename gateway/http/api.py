@@ -47,7 +47,7 @@ from gateway.http.schema import (
 )
 from gateway.http.serve_paths import SERVE_PATHS, serve_routes
 from gateway.http.sse import SseStream
-from gateway.http.unsupported import check_unbuilt
+from gateway.http.unsupported import check_unsupported
 from gateway.observability.metrics import CONTENT_TYPE
 from gateway.offload.long_work import release
 from workers.requests.inspection import Pooling
@@ -248,7 +248,7 @@ class HttpApi:
 
 
 def _read_tokenize(data: dict[str, Any]) -> tuple[TokenizeBody, ChatInput | None]:
-    check_unbuilt(data, "tokenize")
+    check_unsupported(data, "tokenize")
     body = parse_body(TokenizeBody, data)
     given_one(prompt=body.prompt, messages=body.messages)
     chat = chat_input(body) if body.prompt is None else None
@@ -272,7 +272,7 @@ class GenerateEndpoint(WatchedEndpoint[_Asked]):
         self._fingerprint = f"expertmesh-{RELEASE}-{gateway.config.fingerprint()}"
 
     def _read(self, request: Request, data: dict[str, Any]) -> _Asked:
-        check_unbuilt(data, self._kind)
+        check_unsupported(data, self._kind)
         body: GenerateBody
         if self._kind == "chat":
             body = parse_body(ChatBody, data)

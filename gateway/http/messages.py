@@ -15,7 +15,7 @@ from gateway.anthropic.blocks import Event, ShownThinking
 from gateway.anthropic.convert import chat_input, message_fields, shows_thinking
 from gateway.anthropic.format import MessageFormat
 from gateway.anthropic.schema import CountTokensBody, MessagesBody, ThinkingParam
-from gateway.anthropic.unsupported import check_unbuilt
+from gateway.anthropic.unsupported import check_unsupported
 from gateway.core.call import ChatInput, GenerateCall
 from gateway.core.delta import ChoiceDelta
 from gateway.core.errors import ErrorReport
@@ -58,7 +58,7 @@ class MessagesEndpoint(WatchedEndpoint[_Asked]):
 
     def _read(self, request: Request, data: dict[str, Any]) -> _Asked:
         _check_version(request)
-        check_unbuilt(data)
+        check_unsupported(data)
         body = parse_body(MessagesBody, data)
         fields = with_headers(message_fields(body), request.headers, timeout_header_s(request))
         return _Asked(fields, bool(body.stream), _shown(body.thinking))
@@ -85,7 +85,7 @@ class CountTokensEndpoint(WatchedEndpoint[tuple[str, ChatInput]]):
 
     def _read(self, request: Request, data: dict[str, Any]) -> tuple[str, ChatInput]:
         _check_version(request)
-        check_unbuilt(data)
+        check_unsupported(data)
         body = parse_body(CountTokensBody, data)
         return body.model, chat_input(body)
 

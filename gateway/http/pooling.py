@@ -31,7 +31,7 @@ from gateway.http.openai_format import pooling_usage
 from gateway.http.parse import parse_body
 from gateway.http.request_body import timeout_header_s
 from gateway.http.schema import CallBody, PromptField
-from gateway.http.unsupported import check_unbuilt
+from gateway.http.unsupported import check_unsupported
 from workers.requests.inspection import NamedArray
 
 
@@ -87,7 +87,7 @@ class PoolingEndpoint(WatchedEndpoint[tuple[Serve, GenerateCall]]):
         self._prepare = prepare
 
     def _read(self, request: Request, data: dict[str, Any]) -> tuple[Serve, GenerateCall]:
-        check_unbuilt(data, "pooling")
+        check_unsupported(data, "pooling")
         body = parse_body(self._kind, data)
         fields = reading_call(**given_fields(body))
         fields = with_headers(fields, request.headers, timeout_header_s(request))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from cluster.core.errors import UnsupportedParameterError
-from gateway.core.field_checks import Neutral, refuse_unbuilt
+from gateway.core.field_checks import Neutral, refuse_unsupported
 
 Endpoint = Literal["completion", "chat", "tokenize", "pooling"]
 
@@ -40,7 +40,7 @@ BEAMS: Neutral = {
 }
 """Fields of beam search, which completions and chat have."""
 _TRUNCATION: Neutral = {"truncate_prompt_tokens": (), "truncation_side": ()}
-UNBUILT: Mapping[Endpoint, Neutral] = {
+UNSUPPORTED: Mapping[Endpoint, Neutral] = {
     "completion": {**_GENERATE, "tools": ([],), "tool_choice": ("none", "auto")},
     "chat": {**_GENERATE, "best_of": ()},
     "tokenize": {**_GENERATE, **BEAMS, "best_of": (), **_TRUNCATION},
@@ -69,21 +69,21 @@ UNBUILT_STRUCTURED: Neutral = {
 _MISPLACED: Mapping[Endpoint, str] = {"chat": "echo", "completion": "chat_template"}
 
 
-def check_unbuilt(data: Mapping[str, Any], endpoint: Endpoint) -> None:
+def check_unsupported(data: Mapping[str, Any], endpoint: Endpoint) -> None:
     """Refuse known fields that are not built, unless their value changes nothing.
 
     Raises:
         UnsupportedParameterError: with the field's name.
     """
-    unbuilt = dict(UNBUILT[endpoint])
+    unbuilt = dict(UNSUPPORTED[endpoint])
     if data.get("tool_choice") == "none":
         unbuilt.pop("tools", None)
     if "best_of" in unbuilt:
         unbuilt["best_of"] = (data.get("n") or 1,)
-    refuse_unbuilt(data, unbuilt)
+    refuse_unsupported(data, unbuilt)
     structured = data.get("structured_outputs")
     if endpoint != "pooling" and isinstance(structured, dict):
-        refuse_unbuilt(structured, UNBUILT_STRUCTURED, "structured_outputs.")
+        refuse_unsupported(structured, UNBUILT_STRUCTURED, "structured_outputs.")
     misplaced = _MISPLACED.get(endpoint)
     if misplaced is not None and data.get(misplaced):
         raise UnsupportedParameterError(f"{misplaced} is not supported for {endpoint}", misplaced)

@@ -35,7 +35,7 @@ from gateway.responses.schema import ResponseBody
 from gateway.responses.stored import References, ResponseStore, StoredItems, id_of, read_items
 from gateway.responses.stream import ResponseStream
 from gateway.responses.turn import Turn, check_size, given_items, make_turn, reference_in
-from gateway.responses.unsupported import check_unbuilt
+from gateway.responses.unsupported import check_unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class ResponseEndpoint(WatchedEndpoint[_Asked]):
         self._store = ResponseStore(gateway.state, gateway.disk)
 
     def _read(self, request: Request, data: dict[str, Any]) -> _Asked:
-        check_unbuilt(data)
+        check_unsupported(data)
         check_size(data)
         body = parse_body(ResponseBody, data)
         is_stored = self._store.stores(body.store)

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.core.errors import UnsupportedParameterError
-from gateway.core.field_checks import Neutral, refuse_unbuilt
+from gateway.core.field_checks import Neutral, refuse_unsupported
 from gateway.http.unsupported import BEAMS, UNBUILT_STRUCTURED
-from gateway.http.unsupported import UNBUILT as UNBUILT_ELSEWHERE
+from gateway.http.unsupported import UNSUPPORTED as UNBUILT_ELSEWHERE
 
-UNBUILT: Neutral = {
+UNSUPPORTED: Neutral = {
     **UNBUILT_ELSEWHERE["chat"],
     **BEAMS,
     "background": (False,),
@@ -58,7 +58,7 @@ MOVED = {
 """Fields of chat completions, and where their values belong here."""
 
 
-def check_unbuilt(data: Mapping[str, Any]) -> None:
+def check_unsupported(data: Mapping[str, Any]) -> None:
     """Refuse what is not built, unless its value changes nothing.
 
     Raises:
@@ -67,11 +67,11 @@ def check_unbuilt(data: Mapping[str, Any]) -> None:
     for name, now in MOVED.items():
         if data.get(name) is not None:
             raise UnsupportedParameterError(f"{name} is not supported: here it is {now}", name)
-    refuse_unbuilt(data, UNBUILT)
+    refuse_unsupported(data, UNSUPPORTED)
     for name, unbuilt in _WITHIN.items():
         inner = data.get(name)
         if isinstance(inner, dict):
-            refuse_unbuilt(inner, unbuilt, f"{name}.")
+            refuse_unsupported(inner, unbuilt, f"{name}.")
     _check_tools(data.get("tools"), "tools")
 
 
@@ -79,6 +79,6 @@ def _check_tools(tools: object, path: str) -> None:
     """Those of a namespace too, which has no namespaces in it."""
     for place, tool in enumerate(tools if isinstance(tools, list) else ()):
         if isinstance(tool, dict):
-            refuse_unbuilt(tool, _OF_TOOL, f"{path}[{place}].")
+            refuse_unsupported(tool, _OF_TOOL, f"{path}[{place}].")
             if path == "tools":
                 _check_tools(tool.get("tools"), f"{path}[{place}].tools")

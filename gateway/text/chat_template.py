@@ -139,7 +139,9 @@ class ChatTemplate:
             role = str(message.get("role"))
             if not self._knows_role(role, tools):
                 place = next(i for i, m in enumerate(messages) if str(m.get("role")) == role)
-                raise self._misfit(f"it has no role {role[:_MOST_SHOWN]!r} (messages[{place}])")
+                raise self._template_error(
+                    f"it has no role {role[:_MOST_SHOWN]!r} (messages[{place}])"
+                )
         return _cut_at_mark(text, messages[-1]) if continue_final_message else text
 
     def _render(
@@ -167,7 +169,7 @@ class ChatTemplate:
             found = found or (text, placed)
         if found is None:
             assert refusal is not None, "every prompt is made or refused"
-            raise self._misfit(refusal) from refusal
+            raise self._template_error(refusal) from refusal
         return found
 
     def _placed(
@@ -248,7 +250,7 @@ class ChatTemplate:
             return None
         return frozenset(place for place, text in enumerate(texts) if text in found)
 
-    def _misfit(self, reason: Exception | str) -> RequestError:
+    def _template_error(self, reason: Exception | str) -> RequestError:
         if self._field is not None:
             return RequestError(f"{self._field} does not fit the messages: {reason}", self._field)
         message = f"messages do not fit the model's chat template: {reason}"

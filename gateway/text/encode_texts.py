@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 import tokenizers
 
-from gateway.text.harmony.marks import Mark, MarkedText
+from gateway.text.harmony.marks import HarmonyPrompt, SpecialToken
 from gateway.text.tokenizer import Tokenizer
 
 LENGTH = struct.Struct("<Q")
@@ -33,7 +33,7 @@ class TextToEncode(msgspec.Struct, frozen=True, kw_only=True):
 
     parts: list[str]
     marks: list[int] | None
-    """Places of marks among the parts of a ``MarkedText``; None: one plain text."""
+    """Places of marks among the parts of a ``HarmonyPrompt``; None: one plain text."""
     add_special_tokens: bool
     start: int | None
     stop: int | None
@@ -45,14 +45,14 @@ class TextToEncode(msgspec.Struct, frozen=True, kw_only=True):
             return self.parts[0]
         marks = frozenset(self.marks)
         parts = enumerate(self.parts)
-        return MarkedText([Mark(part) if i in marks else part for i, part in parts])
+        return HarmonyPrompt([SpecialToken(part) if i in marks else part for i, part in parts])
 
 
 def message_of(text: str, add_special_tokens: bool, kept: slice) -> bytes:
     """The message that asks for a slice of the token ids of a text."""
-    is_marked = isinstance(text, MarkedText)
-    parts = list(text.parts) if isinstance(text, MarkedText) else [text]
-    marks = [i for i, part in enumerate(parts) if isinstance(part, Mark)]
+    is_marked = isinstance(text, HarmonyPrompt)
+    parts = list(text.parts) if isinstance(text, HarmonyPrompt) else [text]
+    marks = [i for i, part in enumerate(parts) if isinstance(part, SpecialToken)]
     content = msgspec.msgpack.encode(
         TextToEncode(
             parts=list(map(str, parts)),

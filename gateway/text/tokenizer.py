@@ -18,7 +18,7 @@ import tokenizers
 from cluster.core.errors import CheckpointError
 from gateway.core.tool_use import ToolForm
 from gateway.text.chat_template import ChatTemplate
-from gateway.text.harmony.marks import MARKS, Mark, MarkedText
+from gateway.text.harmony.marks import MARKS, HarmonyPrompt, SpecialToken
 from gateway.text.harmony.template import HarmonyTemplate
 from gateway.text.tokenizer_files import DEFAULT, TOOL_USE, read_tokenizer_files
 
@@ -87,16 +87,16 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids; special tokens in a text are special, but for those that it calls text."""
-        if isinstance(text, MarkedText):
+        if isinstance(text, HarmonyPrompt):
             return self._encode_marked(text, add_special_tokens)
         if len(text) <= _SHORT_CHARS:
             return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
         found = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return tuple(found[0].ids)
 
-    def _encode_marked(self, text: MarkedText, add_special_tokens: bool) -> tuple[int, ...]:
+    def _encode_marked(self, text: HarmonyPrompt, add_special_tokens: bool) -> tuple[int, ...]:
         """Marks are special tokens, texts hold none."""
-        texts = [part for part in text.parts if not isinstance(part, Mark)]
+        texts = [part for part in text.parts if not isinstance(part, SpecialToken)]
         if len(text) <= _SHORT_CHARS:
             found = [self._plain.encode(one, add_special_tokens=False) for one in texts]
         else:
@@ -104,14 +104,14 @@ class Tokenizer:
         marks = {part: self._mark(part) for part in text.marks}
         encoded = iter(found)
         all_parts = [
-            marks[part] if isinstance(part, Mark) else next(encoded) for part in text.parts
+            marks[part] if isinstance(part, SpecialToken) else next(encoded) for part in text.parts
         ]
         if not add_special_tokens:
             return tuple(number for one in all_parts for number in one.ids)
         whole = tokenizers.Encoding.merge(all_parts, growing_offsets=True)
         return tuple(self._backend.post_process(whole, add_special_tokens=True).ids)
 
-    def _mark(self, mark: Mark) -> tokenizers.Encoding:
+    def _mark(self, mark: SpecialToken) -> tokenizers.Encoding:
         return self._backend.encode(mark, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

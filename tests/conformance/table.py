@@ -10,7 +10,7 @@ import json
 from pydantic import BaseModel
 
 from gateway.anthropic.schema import CountTokensBody, MessagesBody
-from gateway.anthropic.unsupported import UNBUILT as UNBUILT_MESSAGES
+from gateway.anthropic.unsupported import UNSUPPORTED as UNBUILT_MESSAGES
 from gateway.batches.batches import BatchBody
 from gateway.http.pooling import ClassifyBody, EmbeddingsBody, InspectBody, ScoreBody
 from gateway.http.schema import (
@@ -19,11 +19,11 @@ from gateway.http.schema import (
     DetokenizeBody,
     TokenizeBody,
 )
-from gateway.http.unsupported import UNBUILT
+from gateway.http.unsupported import UNSUPPORTED
 from gateway.protocols import ENDPOINTS
 from gateway.responses.schema import ResponseBody
 from gateway.responses.unsupported import MOVED
-from gateway.responses.unsupported import UNBUILT as UNBUILT_RESPONSES
+from gateway.responses.unsupported import UNSUPPORTED as UNBUILT_RESPONSES
 from tests.conformance.open_responses import CASES
 from tests.conformance.recorder import FEATURES, SENT_BY_CLIENTS
 from tests.paths import ROOT
@@ -56,11 +56,11 @@ PROTOCOLS = {
     "/v1/messages": "Messages",
     "/v1/embeddings": "embeddings",
 }
-_OF_POOLING = frozenset(UNBUILT["pooling"])
+_OF_POOLING = frozenset(UNSUPPORTED["pooling"])
 _OF_MESSAGES = frozenset(UNBUILT_MESSAGES)
 _COLUMNS: dict[str, tuple[type[BaseModel], frozenset[str]]] = {
-    "completions": (CompletionBody, frozenset({*UNBUILT["completion"], "chat_template"})),
-    "chat": (ChatBody, frozenset({*UNBUILT["chat"], "echo"})),
+    "completions": (CompletionBody, frozenset({*UNSUPPORTED["completion"], "chat_template"})),
+    "chat": (ChatBody, frozenset({*UNSUPPORTED["chat"], "echo"})),
     "responses": (ResponseBody, frozenset({*UNBUILT_RESPONSES, *MOVED})),
     "messages": (MessagesBody, _OF_MESSAGES),
     "count_tokens": (CountTokensBody, _OF_MESSAGES),
@@ -69,7 +69,7 @@ _COLUMNS: dict[str, tuple[type[BaseModel], frozenset[str]]] = {
     "classify": (ClassifyBody, _OF_POOLING),
     "score": (ScoreBody, _OF_POOLING),
     "inspect": (InspectBody, _OF_POOLING),
-    "tokenize": (TokenizeBody, frozenset(UNBUILT["tokenize"])),
+    "tokenize": (TokenizeBody, frozenset(UNSUPPORTED["tokenize"])),
     "detokenize": (DetokenizeBody, frozenset()),
 }
 

@@ -20,7 +20,7 @@ from cluster.cli.options.serve_options import OPTIONS
 from cluster.config.cluster import ClusterConfig
 from cluster.config.resources import NodeResources
 from cluster.core.errors import ConfigError
-from cluster.core.node_labels import Place
+from cluster.core.node_labels import NodeLabels
 from cluster.core.topology import Member
 from cluster.launch.checkpoint_check import CheckpointFacts, check
 from cluster.launch.model_source import ModelSource
@@ -157,7 +157,7 @@ def ask(m: Manifests) -> Asked:
             address=f"{g.name}-{i}",
             cpus=float(g.start_params()["num-cpus"]),
             gpus=g.limit("nvidia.com/gpu"),
-            place=Place.of(g.labels, g.name),
+            place=NodeLabels.of(g.labels, g.name),
         )
         for g in m.groups
         for i in range(g.replicas)

@@ -221,7 +221,7 @@ def first_words(mutator: Mutator) -> bytes:
     handshake = ConnectorHandshake(me, "a wrong token")
     hello = handshake.start()
     nonce = source.randbytes(16).hex()
-    wrong = TokenProof("a wrong token", "control", is_caller=True, their_nonce=nonce).ours()
+    wrong = TokenProof("a wrong token", "control", is_caller=True, their_nonce=nonce).make_proof()
     frame = FrameHeader(
         FrameKind.ROWS, source.choice((0, 1, 2**31)), 1, length=source.choice((0, 8, 2**31))
     )

@@ -16,7 +16,7 @@ from cluster.actors.controller_actor import ControllerActor
 from cluster.config.resources import NodeResources
 from cluster.config.workers import WorkersSection
 from cluster.core.errors import StartError, SupersededError
-from cluster.core.node_labels import Place
+from cluster.core.node_labels import NodeLabels
 from cluster.core.topology import Member, Role, holds_experts
 from cluster.sizing.start_plan import FoundWorker, StartPlan
 from tests.simulation.actors import ActorLostError, Actors, SimActor, UnavailableError
@@ -103,7 +103,7 @@ class SimRay:
             node_id=node.node_id,
             address=node.host,
             cpus=1.0 if role else 8.0,
-            place=Place(role=role),
+            place=NodeLabels(role=role),
         )
 
     def claim(self) -> int:

@@ -65,11 +65,11 @@ E2M1 = tl.constexpr("""{
 
 
 @jit
-def numbers_of(codes: tl.tensor, CODES: tl.constexpr, HAS_FLOAT8: tl.constexpr) -> tl.tensor:
+def decode_8bit(codes: tl.tensor, CODES: tl.constexpr, HAS_FLOAT8: tl.constexpr) -> tl.tensor:
     """Numbers of codes of 8 bits, uint8, in float32.
 
     ``HAS_FLOAT8``: the device converts float8; else its numbers are so up to the factor of
-    ``whole_scale``.
+    ``decode_scale``.
     """
     if CODES == "int8":
         found = codes.to(tl.int8, bitcast=True).to(tl.float32)
@@ -84,9 +84,9 @@ def numbers_of(codes: tl.tensor, CODES: tl.constexpr, HAS_FLOAT8: tl.constexpr) 
 
 
 @jit
-def halves_of(codes: tl.tensor, CODES: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+def decode_4bit(codes: tl.tensor, CODES: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Numbers of the lower and the upper halves of bytes, uint8, in float32 and up to the factor of
-    ``whole_scale``."""
+    ``decode_scale``."""
     if CODES == "int4":
         low = (codes << 4).to(tl.int8, bitcast=True).to(tl.float32)
         high = (codes & 0xF0).to(tl.int8, bitcast=True).to(tl.float32)
@@ -99,8 +99,8 @@ def halves_of(codes: tl.tensor, CODES: tl.constexpr) -> tuple[tl.tensor, tl.tens
 
 
 @jit
-def whole_scale(scale: tl.tensor, CODES: tl.constexpr) -> tl.tensor:
-    """A scale in float32, times what ``decode_codes`` and ``halves_of`` leave out: a power of two.
+def decode_scale(scale: tl.tensor, CODES: tl.constexpr) -> tl.tensor:
+    """A scale in float32, times the power of two that ``decode_8bit`` and ``decode_4bit`` omit.
     So scales of e2m1 must be below 2**114."""
     if CODES == "int4":
         scale = scale * 0.0625
@@ -112,13 +112,13 @@ def whole_scale(scale: tl.tensor, CODES: tl.constexpr) -> tl.tensor:
 
 
 @jit
-def whole_zero(zero: tl.tensor, CODES: tl.constexpr) -> tl.tensor:
-    """A zero point as the numbers of ``halves_of`` are."""
+def decode_zero_point(zero: tl.tensor, CODES: tl.constexpr) -> tl.tensor:
+    """A zero point as the numbers of ``decode_4bit`` are."""
     return zero * 16.0 if CODES == "int4" else zero
 
 
 @jit
-def bfloat16_halves_of(codes: tl.tensor, CODES: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+def decode_4bit_bfloat16(codes: tl.tensor, CODES: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """The same numbers, whole and in bfloat16, four bytes at a time: not for the interpreter.
 
     A small integer in the last bits of 128 is 128 and itself. e2m1: as ``_of_half`` has it.

@@ -21,7 +21,7 @@ _LEAST_CHOICE = tl.constexpr(-3.0e38)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
+class RoutingParams:
     """How experts are chosen and weighted: fields of ``workers.model.routing.Routing``."""
 
     top_k: int
@@ -32,7 +32,7 @@ class Choice:
 
 
 def choose(
-    logits: Tensor, choice: Choice, correction: Tensor | None, dtype: torch.dtype
+    logits: Tensor, choice: RoutingParams, correction: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Ids [T, k] int64, the best first, and weights [T, k] ``dtype`` of logits [T, E].
 

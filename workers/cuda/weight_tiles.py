@@ -8,13 +8,13 @@ from __future__ import annotations
 import triton.language as tl
 
 from workers.cuda.codes import (
-    bfloat16_halves_of,
     bfloat16_products,
-    halves_of,
-    numbers_of,
+    decode_4bit,
+    decode_4bit_bfloat16,
+    decode_8bit,
+    decode_scale,
+    decode_zero_point,
     power_of,
-    whole_scale,
-    whole_zero,
 )
 from workers.cuda.language import INTERPRETED, cast, dot, jit
 
@@ -62,10 +62,10 @@ def add_product(
         place = start + tl.arange(0, STEP)
         mask = _mask(place, is_row, DEPTH, STEP)
         codes = tl.load(weights + rows[None, :] * DEPTH + place[:, None], mask=mask, other=0)
-        numbers = numbers_of(codes, CODES, form[1])
+        numbers = decode_8bit(codes, CODES, form[1])
         scale, zero = _scales(parts, rows, is_row, start, form, GROUP, DEPTH, STEP, STEP)
         if not form[1]:
-            scale = whole_scale(scale, CODES)
+            scale = decode_scale(scale, CODES)
         total = dot(x[0], cast(_scaled(numbers, scale, zero, form[3]), dtype), total)
     else:
         row_bytes: tl.constexpr = (DEPTH + 1) // 2
@@ -75,12 +75,12 @@ def add_product(
         scale, zero = _scales(parts, rows, is_row, start, form, GROUP, DEPTH, STEP, STEP // 2)
         is_short: tl.constexpr = form[2] or parts[1].dtype.element_ty == tl.bfloat16
         if is_short and not form[3] and dtype == tl.bfloat16 and not INTERPRETED:
-            low, high = bfloat16_halves_of(codes, CODES)
+            low, high = decode_4bit_bfloat16(codes, CODES)
             scale = scale.to(tl.bfloat16)  # as it was
             low, high = _short_product(low, scale), _short_product(high, scale)
         else:
-            low, high = halves_of(codes, CODES)
-            scale, zero = whole_scale(scale, CODES), whole_zero(zero, CODES)
+            low, high = decode_4bit(codes, CODES)
+            scale, zero = decode_scale(scale, CODES), decode_zero_point(zero, CODES)
             low = cast(_scaled(low, scale, zero, form[3]), dtype)
             high = cast(_scaled(high, scale, zero, form[3]), dtype)
         total = dot(x[0], low, total)

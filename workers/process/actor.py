@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import ray
 
-from cluster.core.node_labels import Place
+from cluster.core.node_labels import NodeLabels
 from cluster.core.topology import Role
 from cluster.tracing import logs
 from workers.transport.nccl_environment import set_nccl_environment
@@ -140,7 +140,7 @@ def _on_this_node(member: Mapping[str, Any], host: str) -> dict[str, Any]:
     if member.get("node"):
         return dict(member)
     labels: Any = ray.get_runtime_context().get_node_labels()
-    place = Place.of(labels, host)
+    place = NodeLabels.of(labels, host)
     facts = {"domain": place.domain, "link_class": place.link_class, "speed": place.speed}
     return {**member, **facts}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cluster.core.arithmetic import Agreement, Offer
+from cluster.core.arithmetic import ArithmeticAgreement, ArithmeticOffer
 from workers.experts.slots import torch_experts
 from workers.model.batch_invariant.numerics import arithmetic_of, torch_digest
 from workers.model.config import BankSpec
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 class Exactness:
     """An offer, and what computes."""
 
-    offer: Offer
+    offer: ArithmeticOffer
     threads: int
     """Threads that compute products."""
     torch_threads: int
@@ -47,16 +47,18 @@ class Exactness:
         is_native = team is not None and not torch_reason
         computation = _computation(args, kernels.noting(torch_reason).words)
         if setting == "off":
-            offer = Offer(obstacle="has --deterministic off", computation=computation)
+            offer = ArithmeticOffer(obstacle="has --deterministic off", computation=computation)
         elif setting == "auto" and not is_native:
             what = kernels.words if team is None else "torch, as no kernel has their activation"
-            offer = Offer(obstacle=f"computes experts with {what}", computation=computation)
+            offer = ArithmeticOffer(
+                obstacle=f"computes experts with {what}", computation=computation
+            )
         else:
             torch.set_num_threads(1)  # the digest depends on it, too
             is_alone = args.config.workers.mode == "local"
             libraries = {} if team is None else _libraries(team.library, dtype, is_alone)
             counts = args.member.runs_attention or not is_native
-            offer = Offer(
+            offer = ArithmeticOffer(
                 kernels=tuple(libraries) or ("torch",),
                 torch=torch_digest(with_products=not is_native) if counts else "",
                 is_strict=setting == "on",
@@ -65,7 +67,7 @@ class Exactness:
             return cls(offer, args.threads if libraries else 1, 1, team, libraries)
         return cls(offer, args.threads, args.threads, None, {})
 
-    def follow(self, agreement: Agreement) -> None:
+    def follow(self, agreement: ArithmeticAgreement) -> None:
         """Compute as was agreed; in the best way where results are not exact. Data thread."""
         if self._team is not None:
             best = next(iter(self._libraries.values()))

@@ -71,12 +71,12 @@ class GatewayHandshake(_Handshake):
     def answer(self, challenge: bytes) -> bytes:
         """The proof."""
         self._greet(challenge)
-        return PROOF.encode(GatewayProof(proof=self._proof.ours()))
+        return PROOF.encode(GatewayProof(proof=self._proof.make_proof()))
 
     def finish(self, hello: bytes) -> EngineHello:
         """The hello of a worker that knows the token."""
         facts = ENGINE_HELLO.decode(hello)
-        if not self._proof.is_theirs(facts.proof):
+        if not self._proof.is_peer_proof(facts.proof):
             raise HandshakeError(f"{facts.worker} does not know the cluster token")
         return facts
 
@@ -96,9 +96,9 @@ class WorkerHandshake(_Handshake):
 
     def finish(self, proof: bytes, facts: EngineHello) -> bytes:
         """The hello to a gateway that knows the token."""
-        if not self._proof.is_theirs(PROOF.decode(_bounded(proof)).proof):
+        if not self._proof.is_peer_proof(PROOF.decode(_bounded(proof)).proof):
             raise HandshakeError("the cluster token differs")
-        return ENGINE_HELLO.encode(replace(facts, proof=self._proof.ours()))
+        return ENGINE_HELLO.encode(replace(facts, proof=self._proof.make_proof()))
 
 
 def _bounded(data: bytes) -> bytes:

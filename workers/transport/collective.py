@@ -94,7 +94,7 @@ class CollectiveTransport:
         self._loss = None
         names = [m.name for m in generation.attention]
         names += [m.name for m in generation.experts if m.name not in names]
-        facing = generation.facing(self._connections.me.role)
+        facing = generation.peers_of(self._connections.me.role)
         self._names = {m.rank: m.name for m in facing}
         self._peers = {m.rank: names.index(m.name) for m in facing}
         address = generation.leader.store_address

@@ -124,11 +124,11 @@ class _Handshake:
 
     def _signed(self, words: PeerIdentity | _Refusal) -> bytes:
         data = _WORDS.encode(words)
-        return _pack(_SIGNED.encode(_Signed(words=data, proof=self._proof.ours(data))))
+        return _pack(_SIGNED.encode(_Signed(words=data, proof=self._proof.make_proof(data))))
 
     def _verified(self, message: bytes) -> PeerIdentity | _Refusal:
         signed = _SIGNED.decode(message)
-        if not self._proof.is_theirs(signed.proof, signed.words):
+        if not self._proof.is_peer_proof(signed.proof, signed.words):
             raise HandshakeError("the cluster token differs")
         return _WORDS.decode(signed.words)
 

@@ -47,7 +47,7 @@ class SocketTransport:
 
     def apply_generation(self, generation: Generation) -> None:
         """Learn the names of the other pool; the edges are open already."""
-        self._names = {m.rank: m.name for m in generation.facing(self._connections.me.role)}
+        self._names = {m.rank: m.name for m in generation.peers_of(self._connections.me.role)}
         self._generation = generation.number
         self._mode_flag = PER_SLOT if self._returns_slots or generation.returns_slots else 0
 

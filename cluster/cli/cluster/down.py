@@ -67,7 +67,7 @@ def _end_in(
     """End the cluster in a Ray; False if there was none."""
     _confirm(args, f"the cluster in Ray at {address}")
     names = end_by_name(address)
-    if record is not None and record.is_on_its_own:
+    if record is not None and record.is_detached:
         state_file.remove_record(record.name)
     note(f"ended in Ray at {address}: {', '.join(names) or 'nothing'}")
     return bool(names)

@@ -11,10 +11,10 @@ import time
 import uuid
 from typing import Any
 
+from cluster.cli.terminal.admin_client import AdminClient, find_admin, make_admin_client
 from cluster.cli.terminal.arguments import Commands, add_address_option, add_wait_option, seconds
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.operations import follow_operation
-from cluster.cli.terminal.orders import Orders, find_admin, orders_for
 from cluster.cli.terminal.output import show
 from cluster.core.errors import UNDER_WAY, ConflictError
 
@@ -56,11 +56,11 @@ def run_drain(args: argparse.Namespace) -> int:
         "request_id": uuid.uuid4().hex,
     }
     wait_s = args.deadline + _GRACE_S if args.wait is None else args.wait
-    with orders_for(args) as orders:
+    with make_admin_client(args) as orders:
         return follow_operation(args, orders, _begin(orders, order, args.in_turn), wait_s)
 
 
-def _begin(orders: Orders, order: dict[str, Any], in_turn: bool) -> dict[str, Any]:
+def _begin(orders: AdminClient, order: dict[str, Any], in_turn: bool) -> dict[str, Any]:
     """Begin to drain, ``in_turn`` when other operations have ended: pods may go together.
 
     Raises ``CommandError`` and ``ConflictError``.

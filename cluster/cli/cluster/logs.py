@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.cli.cluster.followed_files import FollowedFile
+from cluster.cli.terminal.admin_client import AdminClient, make_admin_client
 from cluster.cli.terminal.arguments import Commands, add_address_option, count_or_0
 from cluster.cli.terminal.client import Client, find_record, require_whole
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.orders import Orders, orders_for
 from cluster.cli.terminal.output import out, out_json
 from cluster.core.states import is_gone
 from cluster.launch import state_file
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if not (args.worker or args.all):
         return _show_files(args, _launcher_file(args))
     try:
-        with orders_for(args) as orders:
+        with make_admin_client(args) as orders:
             return _show_processes(args, orders)
     except CommandError as err:
         if len(args.worker) != 1 or err.code is ExitCode.UNAUTHORISED:
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         return _show_files(args, _worker_files(args))  # it is lost, or there is no admin port
 
 
-def _show_processes(args: argparse.Namespace, orders: Orders) -> int:
+def _show_processes(args: argparse.Namespace, orders: AdminClient) -> int:
     """The newest lines that each process has in its memory, wherever it runs."""
     seen: dict[str, int] = {}
     found = {}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 
+from cluster.cli.terminal.admin_client import make_admin_client
 from cluster.cli.terminal.arguments import Commands, add_address_option, add_wait_option
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.operations import follow_operation, show_operation
-from cluster.cli.terminal.orders import orders_for
 from cluster.cli.terminal.output import show, table, time_of_day
 
 
@@ -27,7 +27,7 @@ def add_commands(commands: Commands) -> None:
 
 def run_list(args: argparse.Namespace) -> int:
     """Print a line for each operation."""
-    with orders_for(args) as orders:
+    with make_admin_client(args) as orders:
         operations = orders.operations()
     rows = [
         (o["id"], o["target"], o["state"], time_of_day(o["started"]), o["message"] or o["phase"])
@@ -39,18 +39,18 @@ def run_list(args: argparse.Namespace) -> int:
 
 def run_get(args: argparse.Namespace) -> int:
     """Print an operation; ``FAILED`` where it has failed or was cancelled."""
-    with orders_for(args) as orders:
+    with make_admin_client(args) as orders:
         return show_operation(args, orders.operation(args.id))
 
 
 def run_wait(args: argparse.Namespace) -> int:
     """Print an operation once it has ended."""
-    with orders_for(args) as orders:
+    with make_admin_client(args) as orders:
         return follow_operation(args, orders, orders.operation(args.id), args.wait)
 
 
 def run_cancel(args: argparse.Namespace) -> int:
     """Cancel an operation; the command succeeds although the operation does not."""
-    with orders_for(args) as orders:
+    with make_admin_client(args) as orders:
         show_operation(args, orders.cancel(args.id))
     return ExitCode.OK

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import uuid
 
+from cluster.cli.terminal.admin_client import make_admin_client
 from cluster.cli.terminal.arguments import (
     Commands,
     add_address_option,
@@ -14,7 +15,6 @@ from cluster.cli.terminal.arguments import (
 )
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.operations import follow_operation
-from cluster.cli.terminal.orders import orders_for
 
 DEFAULT_LIMIT_S = 300.0
 _GRACE_S = 10.0
@@ -42,5 +42,5 @@ def run_scale(args: argparse.Namespace) -> int:
         raise CommandError(ExitCode.USAGE, "one of --attention and --expert is required")
     order = {**counts, "deadline_s": args.deadline, "request_id": uuid.uuid4().hex}
     wait_s = 2 * args.deadline + _GRACE_S if args.wait is None else args.wait
-    with orders_for(args) as orders:
+    with make_admin_client(args) as orders:
         return follow_operation(args, orders, orders.scale(order), wait_s)

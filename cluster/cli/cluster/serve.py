@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.cli.cluster import dry_run
-from cluster.cli.cluster.front import Front, raise_on_signals
+from cluster.cli.cluster.launcher_process import LauncherProcess, raise_on_signals
 from cluster.cli.options.serve_config import asked_for, build_config, check_files, make_plan
 from cluster.cli.options.serve_options import (
     StartOptions,
@@ -74,7 +74,7 @@ def _is_up(record: state_file.ClusterRecord, args: argparse.Namespace) -> bool:
     address = _start_options(given.values).address
     if address and not record.is_alive:
         return False  # Ray is asked what runs there
-    if not address and record.is_on_its_own:
+    if not address and record.is_detached:
         differences = [f"--address: {record.address}, not a Ray of its own"]
     elif not record.is_alive:
         return False
@@ -123,7 +123,9 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
         if not args.dry_run:  # the launcher imports while the checkpoint is looked at
             state_file.remove_log(name)  # of a start that failed
             undo.callback(log.unlink, missing_ok=True)
-            front = Front(log, environment, lambda *addresses: _ready(args, plan, *addresses))
+            front = LauncherProcess(
+                log, environment, lambda *addresses: _ready(args, plan, *addresses)
+            )
             undo.callback(front.cancel)
         check = CheckpointCheck(
             model.folder,

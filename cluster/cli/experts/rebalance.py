@@ -7,9 +7,9 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+from cluster.cli.terminal.admin_client import make_admin_client
 from cluster.cli.terminal.arguments import Commands, add_address_option, add_wait_option
 from cluster.cli.terminal.operations import follow_operation
-from cluster.cli.terminal.orders import orders_for
 
 DEFAULT_LIMIT_S = 600.0
 
@@ -28,7 +28,7 @@ def add_commands(commands: Commands) -> None:
 def run_rebalance(args: argparse.Namespace) -> int:
     """Order it and wait for its end."""
     order = {"dry_run": args.dry_run, "request_id": uuid.uuid4().hex}
-    with orders_for(args) as orders:
+    with make_admin_client(args) as orders:
         return follow_operation(args, orders, orders.rebalance(order), args.wait)
 
 

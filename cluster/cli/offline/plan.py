@@ -25,7 +25,7 @@ ALGORITHMS = ("mesh", "eplb", "contiguous")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Question:
+class PlanQuery:
     """What ``plan placement`` was asked."""
 
     profile: LoadProfile
@@ -83,7 +83,7 @@ def run_placement(args: argparse.Namespace) -> int:
     return show(args, document, lambda: _text(rows), _headline(question))
 
 
-def ask(args: argparse.Namespace) -> Question:
+def ask(args: argparse.Namespace) -> PlanQuery:
     """The options of the command. Raises ``ConfigError`` for what does not fit together."""
     needs = "needs --current: without one every slot is new"
     limited = args.max_move_fraction is not None
@@ -99,10 +99,10 @@ def ask(args: argparse.Namespace) -> Question:
     options = PlanOptions(
         max_move_fraction=args.max_move_fraction, decode_tokens=args.decode_tokens
     )
-    return Question(profile=profile, topology=topology, current=current, options=options)
+    return PlanQuery(profile=profile, topology=topology, current=current, options=options)
 
 
-def make(algorithm: str, question: Question) -> Plan:
+def make(algorithm: str, question: PlanQuery) -> Plan:
     """The plan of one algorithm."""
     given = (question.profile, question.topology, question.current)
     if algorithm == "mesh":
@@ -110,7 +110,7 @@ def make(algorithm: str, question: Question) -> Plan:
     return eplb.plan(*given) if algorithm == "eplb" else contiguous_plan(*given)
 
 
-def compare(question: Question, made: Mapping[str, Plan]) -> dict[str, Plan]:
+def compare(question: PlanQuery, made: Mapping[str, Plan]) -> dict[str, Plan]:
     """Plans by every algorithm, and the current one; ``made`` are plans computed before."""
     plans = {"current": before(question)} if question.current is not None else {}
     for name in reversed(ALGORITHMS):
@@ -118,7 +118,7 @@ def compare(question: Question, made: Mapping[str, Plan]) -> dict[str, Plan]:
     return plans
 
 
-def before(question: Question) -> Plan:
+def before(question: PlanQuery) -> Plan:
     """The current placement as a plan; the contiguous one if it is unknown."""
     profile, topology = question.profile, question.topology
     if question.current is None:
@@ -131,13 +131,13 @@ def summary(plan: Plan) -> dict[str, Any]:
     return {**plan.to_dict()["predicted"], "move_fraction": plan.move_fraction}
 
 
-def draw(path: Path, question: Question, plan: Plan, algorithm: str) -> None:
+def draw(path: Path, question: PlanQuery, plan: Plan, algorithm: str) -> None:
     """Write the page. Raises ``CommandError``."""
     name = "contiguous" if question.current is None else "current"
     save(path, plan_page.page(question.profile, (name, algorithm), (before(question), plan)))
 
 
-def _headline(question: Question) -> str:
+def _headline(question: PlanQuery) -> str:
     profile, topology = question.profile, question.topology
     return (
         f"{profile.model}: {len(profile.banks)} expert banks on {topology.num_devices} devices, "

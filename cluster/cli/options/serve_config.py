@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.cli.options.serve_options import OPTIONS, Given, read_template
+from cluster.cli.options.serve_options import OPTIONS, GivenOptions, read_template
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.config.cluster import ClusterConfig, section_types
 from cluster.core.checks import check
@@ -67,7 +67,7 @@ def build_config(values: Mapping[str, Any], model: ModelSource) -> ClusterConfig
         raise CommandError(code, str(err)) from err
 
 
-def asked_for(given: Given) -> dict[str, str]:
+def asked_for(given: GivenOptions) -> dict[str, str]:
     """What a user asked for, by flag: two starts that ask for the same are for the same cluster.
 
     Keys are compared by their fingerprints.

@@ -140,7 +140,7 @@ class Setting:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Given:
+class GivenOptions:
     """What is given for a start: by the flag, else by the environment, else by the file."""
 
     model: Setting
@@ -151,7 +151,7 @@ class Given:
     """Their values by target, and keys."""
 
 
-def read_given(args: argparse.Namespace, environment: Mapping[str, str]) -> Given:
+def read_given(args: argparse.Namespace, environment: Mapping[str, str]) -> GivenOptions:
     """All that is given. Raises ``CommandError`` (usage)."""
     file = _read_file(args)
     found: dict[ServeOption, Setting] = {}
@@ -171,7 +171,7 @@ def read_given(args: argparse.Namespace, environment: Mapping[str, str]) -> Give
     )
     bundled = Setting(None, "default: the bundled checkpoint")
     values = {option.target: setting.value for option, setting in found.items()}
-    return Given(
+    return GivenOptions(
         model=next((m for m in models if m.value), bundled),
         settings=found,
         values={**values, **collect_keys(values, environment)},

@@ -7,8 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from cluster.cli.terminal.admin_client import AdminClient
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.orders import Orders
 from cluster.cli.terminal.output import note, show
 from cluster.cli.terminal.progress import Progress
 
@@ -16,7 +16,7 @@ POLL_S = 0.1
 
 
 def follow_operation(
-    args: argparse.Namespace, orders: Orders, operation: dict[str, Any], wait_s: float
+    args: argparse.Namespace, orders: AdminClient, operation: dict[str, Any], wait_s: float
 ) -> int:
     """Show its phases until it ends; only the operation where ``wait_s`` is 0.
 

@@ -416,7 +416,7 @@ class Cluster:
         if self.state is not ClusterState.STARTING:
             self.enter(ClusterState.RECOVERING)
         fresh = tuple(self.workers[m.name].member for m in members)
-        generation = self.generation.following(fresh)
+        generation = self.generation.successor(fresh)
         self.round = self.round.next(generation, self.placement, now)
         if self.highest_epoch > self.placement.epoch:  # workers may know that epoch
             placement = replace(placement, epoch=max(self.highest_epoch + 1, placement.epoch))

@@ -23,7 +23,7 @@ from cluster.core.holders import expert_holders
 from cluster.core.states import ClusterState, WorkerState
 from cluster.core.topology import Member, Role
 from cluster.planner.stages import SlotFill
-from cluster.policy.coverage import Holdings, decide_members, describe_losses
+from cluster.policy.coverage import ExpertHoldings, decide_members, describe_losses
 from cluster.policy.places import place_of
 from cluster.tracing.names import LOST_WORKERS, RECOVERY
 
@@ -236,9 +236,9 @@ class Recovery:
         is_hopeful = are_coming or self._cluster.places.are_due
         self._cluster.enter(ClusterState.RECOVERING if is_hopeful else ClusterState.DEGRADED)
 
-    def _holdings(self, members: Sequence[Member]) -> Holdings:
+    def _holdings(self, members: Sequence[Member]) -> ExpertHoldings:
         workers, load = self._cluster.workers, self._cluster.load.totals()
-        return Holdings(
+        return ExpertHoldings(
             current=self._cluster.placement,
             desired=self._cluster.desired,
             joining={

@@ -11,14 +11,14 @@ from msgspec.structs import replace
 
 from cluster.config.model import ModelSection
 from cluster.core import frames
-from cluster.core.errors import CalledAgainError, ProtocolError
+from cluster.core.errors import DuplicateRegistrationError, ProtocolError
 from cluster.core.placement import ExpertPlacement
 from cluster.core.release import Build, differing_item
 from cluster.core.states import GONE, WorkerState, next_state
 from cluster.core.topology import ADDRESS_FIELDS, NODE_FIELDS, Generation, Member
-from cluster.policy.failure import Pulse
+from cluster.policy.failure import Liveness
 from cluster.policy.places import place_of
-from cluster.policy.progress import Pace
+from cluster.policy.progress import StepProgress
 from cluster.policy.silence import GapWindow
 
 MODEL_FACTS = ("model_type", "dtype", "kv_cache_dtype", "max_model_len", "vocab_size")
@@ -146,13 +146,14 @@ class WorkerRecord:
     def register(self, frame: frames.Register) -> None:
         """The worker called for the first time, with its process id and addresses.
 
-        Raises ``ProtocolError`` for another worker, ``CalledAgainError`` for a second call.
+        Raises ``ProtocolError`` for another worker and ``DuplicateRegistrationError`` for a second
+        call.
         """
         claimed = frame.member
         if claimed.name != self.name:
             raise ProtocolError(f"{self.name} registers as {claimed.name!r}")
         if self.state is not WorkerState.STARTING:
-            raise CalledAgainError(f"{self.name} registers again ({self.state.value})")
+            raise DuplicateRegistrationError(f"{self.name} registers again ({self.state.value})")
         own = (*ADDRESS_FIELDS, "offer", *(() if self.member.node else NODE_FIELDS))
         facts = {key: getattr(claimed, key) for key in own}
         node = self.member.node or claimed.node
@@ -215,9 +216,9 @@ class WorkerRecord:
         self.heard_at = min(now, self.heard_at + silence_s)
         self.progress_at = min(now, self.progress_at + stall_s)
 
-    def pulse(self) -> Pulse:
+    def pulse(self) -> Liveness:
         """Input of the failure policy. Gaps count in a running generation only."""
-        return Pulse(
+        return Liveness(
             name=self.name,
             heard_at=self.heard_at,
             progress_at=self.progress_at,
@@ -227,9 +228,9 @@ class WorkerRecord:
             patience_s=self.gaps.patience_s if self.state is WorkerState.SERVING else math.inf,
         )
 
-    def pace(self) -> Pace:
+    def pace(self) -> StepProgress:
         """Its part in the steps."""
-        return Pace(
+        return StepProgress(
             name=self.name,
             heard_at=self.heard_at,
             runs_attention=self.member.runs_attention,
@@ -321,7 +322,7 @@ class WorkerTable:
         """Workers that are not lost."""
         return [r for r in self if not r.is_lost]
 
-    def pulses(self, loading: bool) -> list[Pulse]:
+    def pulses(self, loading: bool) -> list[Liveness]:
         """The last load progress of the workers that load or have loaded."""
         if loading:
             return [r.pulse() for r in self.alive() if r.state is WorkerState.LOADING]
@@ -341,7 +342,7 @@ class WorkerTable:
         differing = differing_item(measure[0].name, measure[0].build, name, own.build)
         if differing is not None or not own.member.offer.is_strict:
             return differing
-        return generation.following([r.member for r in (*measure, own)]).agreement.reason or None
+        return generation.successor([r.member for r in (*measure, own)]).agreement.reason or None
 
     @property
     def status_complete(self) -> bool:

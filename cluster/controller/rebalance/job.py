@@ -12,7 +12,7 @@ from cluster.controller.parts.traces import OpenTrace
 from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import ExpertPlacement
 from cluster.planner.stages import is_reached
-from cluster.policy.rebalance import LoadNow, RebalanceDecision
+from cluster.policy.rebalance import CurrentLoad, RebalanceDecision
 from cluster.tracing import names
 
 
@@ -30,7 +30,7 @@ class RebalanceCommand(OperationCommand, frozen=True, kw_only=True):
 class Question:
     """Whether to change the placement."""
 
-    load: LoadNow
+    load: CurrentLoad
     operation: Operation | None = None
     """The operation of the client that asked, if any."""
     dry_run: bool = False

@@ -41,7 +41,7 @@ from cluster.load.view import achieved_loads, balancedness_of
 from cluster.planner import mesh
 from cluster.planner.stages import Stage, is_reached, next_stage
 from cluster.policy.rebalance import (
-    LoadNow,
+    CurrentLoad,
     RebalanceDecision,
     decide_placement,
     why_impossible,
@@ -68,7 +68,9 @@ class Rebalancing:
         self._section = cluster.config.rebalance
         self.plans = Plans(cluster, executor)
         """Decisions by operation id, and the shares of the stage under way."""
-        self._looked: tuple[float, LoadNow] | None = None  # rows at the last dry run, and its load
+        self._looked: tuple[float, CurrentLoad] | None = (
+            None  # rows at the last dry run, and its load
+        )
         self._job: RebalanceJob | None = None
         self._problem = ""
         self._last: dict[str, Any] | None = None
@@ -109,11 +111,11 @@ class Rebalancing:
             raise ConflictError("no load has been seen yet")
         return partial(self._start, load, command.dry_run)
 
-    def _start(self, load: LoadNow, dry_run: bool, operation: Operation, now: float) -> None:
+    def _start(self, load: CurrentLoad, dry_run: bool, operation: Operation, now: float) -> None:
         operation.phase = "plan"
         self._ask(Question(load=load, operation=operation, dry_run=dry_run), now)
 
-    def _load_for(self, command: RebalanceCommand) -> LoadNow | None:
+    def _load_for(self, command: RebalanceCommand) -> CurrentLoad | None:
         """Load now; that of the last dry run as long as no step has been counted since.
 
         So a command does what the dry run before it has shown, though a window may have ended.

@@ -17,7 +17,7 @@ from cluster.core.errors import ConfigError
 from cluster.core.placement import ExpertPlacement
 from cluster.load.tracker import Source
 from cluster.planner.base import PlannedTopology, planned_topology
-from cluster.policy.rebalance import LoadNow
+from cluster.policy.rebalance import CurrentLoad
 from cluster.sizing.devices import step_cost
 from cluster.sizing.gpus import slowest_gpu
 from cluster.sizing.replay import ExpertStepCost
@@ -65,7 +65,7 @@ class Plans:
             pending[0].cancel()
         return pending is not None
 
-    def load_now(self, has_ended: bool) -> LoadNow | None:
+    def load_now(self, has_ended: bool) -> CurrentLoad | None:
         """The newest window if it has enough rows, else the average; None without load.
 
         ``has_ended``: a window has just ended; otherwise all load so far is accepted, too.
@@ -85,7 +85,7 @@ class Plans:
         prefill = sum(float(c.sum()) for c in sums.prefill.values())
         decode = sum(float(c.sum()) for c in sums.decode.values())
         total = prefill + decode
-        return LoadNow(profile=profile, prefill_share=prefill / total if total > 0 else 0.0)
+        return CurrentLoad(profile=profile, prefill_share=prefill / total if total > 0 else 0.0)
 
     def plan(self, what: str, work: Callable[[], T], then: Then[T], now: float) -> None:
         """Plan from the present state of the cluster; ``then`` gets the plan at a tick, or now."""

@@ -13,14 +13,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 
-class Mark(str):
+class SpecialToken(str):
     """A special token of the format; the same letters in a plain text are none."""
 
     __slots__ = ()
 
 
-CHANNEL, MESSAGE, CONSTRAIN = Mark("<|channel|>"), Mark("<|message|>"), Mark("<|constrain|>")
-START, END, RETURN, CALL = Mark("<|start|>"), Mark("<|end|>"), Mark("<|return|>"), Mark("<|call|>")
+CHANNEL, MESSAGE, CONSTRAIN = (
+    SpecialToken("<|channel|>"),
+    SpecialToken("<|message|>"),
+    SpecialToken("<|constrain|>"),
+)
+START, END, RETURN, CALL = (
+    SpecialToken("<|start|>"),
+    SpecialToken("<|end|>"),
+    SpecialToken("<|return|>"),
+    SpecialToken("<|call|>"),
+)
 ENDS: tuple[str, ...] = (END, RETURN, CALL)
 MARKS: tuple[str, ...] = (CHANNEL, MESSAGE, CONSTRAIN, START, *ENDS)
 ANALYSIS, COMMENTARY, FINAL = "analysis", "commentary", "final"
@@ -48,22 +57,22 @@ _WORDS = re.compile(
 """What a header says behind its role, in the usual order, perhaps cut off; the group: channel."""
 
 
-class MarkedText(str):
+class HarmonyPrompt(str):
     """A prompt that tells its marks from texts of clients that look like marks."""
 
     parts: tuple[str, ...]
     """Marks and texts in their order."""
 
-    def __new__(cls, parts: Iterable[str]) -> MarkedText:
+    def __new__(cls, parts: Iterable[str]) -> HarmonyPrompt:
         whole = tuple(parts)
         made = super().__new__(cls, "".join(whole))
         made.parts = whole
         return made
 
     @property
-    def marks(self) -> frozenset[Mark]:
+    def marks(self) -> frozenset[SpecialToken]:
         """Those that it has."""
-        return frozenset(part for part in self.parts if isinstance(part, Mark))
+        return frozenset(part for part in self.parts if isinstance(part, SpecialToken))
 
 
 @dataclass(frozen=True, slots=True)

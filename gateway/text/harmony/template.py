@@ -38,7 +38,7 @@ from gateway.text.harmony.marks import (
     MESSAGE,
     ROLE,
     START,
-    MarkedText,
+    HarmonyPrompt,
 )
 
 _EFFORTS = {
@@ -98,7 +98,7 @@ class HarmonyTemplate:
         variables: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         answer_format: AnswerFormat | None = None,
-    ) -> MarkedText:
+    ) -> HarmonyPrompt:
         """The prompt of a conversation.
 
         Args:
@@ -119,7 +119,7 @@ class HarmonyTemplate:
         if continue_final_message:
             turns = _left_open(turns)
         parts = [part for message in [*before, *turns] for part in message]
-        return MarkedText([*parts, START, ROLE] if add_generation_prompt else parts)
+        return HarmonyPrompt([*parts, START, ROLE] if add_generation_prompt else parts)
 
     @staticmethod
     def knows_effort(effort: str | None) -> bool:
@@ -153,7 +153,7 @@ class _Turns:
         if role == "user":
             return [_message(["user"], content)]
         if role not in ("tool", "function"):
-            raise _misfit(f"it has no role {role[:64]!r} (messages[{place}])")
+            raise _template_error(f"it has no role {role[:64]!r} (messages[{place}])")
         header = [f"{FUNCTIONS}{self._function(message, place)} to={ROLE}", CHANNEL, COMMENTARY]
         return [_message(header, content)]
 
@@ -182,7 +182,7 @@ class _Turns:
         given = str(message.get("name") or "")
         name = known or (_checked_name(given, place) if given else self._last_name)
         if not name:
-            raise _misfit(f"messages[{place}] is the result of no call")
+            raise _template_error(f"messages[{place}] is the result of no call")
         return name
 
 
@@ -190,7 +190,7 @@ def _checked_name(name: str, place: int) -> str:
     """A function's name as headers have it."""
     plain = name.removeprefix(FUNCTIONS)
     if not is_name(plain):
-        raise _misfit(f"the function's name in messages[{place}] {NAME_RULE}")
+        raise _template_error(f"the function's name in messages[{place}] {NAME_RULE}")
     return plain
 
 
@@ -263,7 +263,7 @@ def _reasoning(message: _Message, place: int) -> str:
     found = [part.get("text") if isinstance(part, dict) else None for part in parts]
     texts = [text for text in found if isinstance(text, str)]
     if len(texts) != len(parts):
-        raise _misfit(f"the reasoning of messages[{place}] must be a text")
+        raise _template_error(f"the reasoning of messages[{place}] must be a text")
     return "\n".join(texts)
 
 
@@ -279,5 +279,5 @@ def _left_open(turns: list[_Parts]) -> list[_Parts]:
     return [*before, last[:-1]]
 
 
-def _misfit(reason: str) -> RequestError:
+def _template_error(reason: str) -> RequestError:
     return RequestError(f"messages do not fit the model's chat template: {reason}", "messages")

@@ -73,8 +73,8 @@ class Case:
         challenge = await _read(reader)
         assert isinstance(challenge, ControlChallenge)
         proof.their_nonce = challenge.nonce
-        assert proof.is_theirs(challenge.proof) is (token == TOKEN)
-        writer.write(encode(ControlProof(proof=proof.ours())))
+        assert proof.is_peer_proof(challenge.proof) is (token == TOKEN)
+        writer.write(encode(ControlProof(proof=proof.make_proof())))
         return reader, writer
 
     async def still_serves(self) -> None:

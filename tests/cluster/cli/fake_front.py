@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 
-from cluster.cli.cluster.front import Front, raise_on_signals
+from cluster.cli.cluster.launcher_process import LauncherProcess, raise_on_signals
 from cluster.cli.terminal.exit_codes import CommandError
 from cluster.cli.terminal.output import note, out_line
 from cluster.cli.terminal.progress import Progress
@@ -57,7 +57,7 @@ def main() -> int:
     log = state_file.log_path(name)
     environment = {**os.environ, **local_ray.common_environment()}
     module = "tests.cluster.cli.fake_launcher"
-    front = Front(log, environment, lambda *_: out_line(f"ready {folder}"), module, 600.0)
+    front = LauncherProcess(log, environment, lambda *_: out_line(f"ready {folder}"), module, 600.0)
     front.begin(plan)
     try:
         code = front.run(Progress(), detach)

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from cluster.config.gateway import EndStage
+from cluster.config.gateway import ShutdownStage
 from cluster.core.errors import ConfigError, StartError
 from cluster.core.process import ProcessIdentity
 from cluster.launch.launch import main
@@ -69,7 +69,7 @@ class FakeParts(ClusterParts):
     def processes(self) -> list[ProcessIdentity]:
         return find_by_files(self._folder)
 
-    def tell_gateway(self, stage: EndStage) -> int:
+    def tell_gateway(self, stage: ShutdownStage) -> int:
         with stages_path(self.plan.name).open("a") as file:
             print(stage, file=file)
         self._num_running -= 1

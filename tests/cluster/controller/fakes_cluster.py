@@ -18,7 +18,7 @@ from cluster.controller.controller import Controller
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.effects import End, EndAll, Send, Start, Trace
 from cluster.controller.parts.settings import ControllerSettings
-from cluster.core.arithmetic import Offer
+from cluster.core.arithmetic import ArithmeticOffer
 from cluster.core.frames import (
     ControlFrame,
     ExpertsLoaded,
@@ -42,7 +42,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 BUILD = Build(checkpoint_id="demo", config_hash="settings")
-OFFER = Offer(kernels=("dot", "fma"))
+OFFER = ArithmeticOffer(kernels=("dot", "fma"))
 CONFIG = ClusterConfig(model=ModelSection(path="somewhere", served_model_name="demo"))
 BANKS = (
     BankShape(bank="mlp", layer=0, num_experts=8),
@@ -201,7 +201,7 @@ class FakeCluster:
         self.controller.frame(worker, frame, self.now)
 
     def register(
-        self, worker: str, pid: int = 1, build: Build = BUILD, offer: Offer = OFFER
+        self, worker: str, pid: int = 1, build: Build = BUILD, offer: ArithmeticOffer = OFFER
     ) -> None:
         """A worker calls for the first time."""
         address = f"10.0.0.1:{pid}"

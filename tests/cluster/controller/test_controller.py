@@ -10,7 +10,7 @@ import pytest
 from benchmarks.harness.members import member_of
 from cluster.controller.controller import CALL_AGAIN_S
 from cluster.controller.parts.settings import ControllerSettings
-from cluster.core.errors import CalledAgainError, ProtocolError
+from cluster.core.errors import DuplicateRegistrationError, ProtocolError
 from cluster.core.frames import (
     ControlFrame,
     ControlHello,
@@ -438,7 +438,7 @@ def test_a_known_worker_that_registers_again_is_refused_as_such() -> None:
     """Frames may be lost: only the reports of all workers tell what is so."""
     cluster = FakeCluster()
     cluster.register("expert-0")
-    with pytest.raises(CalledAgainError, match="registers again"):
+    with pytest.raises(DuplicateRegistrationError, match="registers again"):
         cluster.register("expert-0")
 
 

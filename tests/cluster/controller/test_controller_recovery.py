@@ -11,7 +11,7 @@ from cluster.controller.controller import Controller
 from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.settings import ControllerSettings
-from cluster.core.arithmetic import Offer
+from cluster.core.arithmetic import ArithmeticOffer
 from cluster.core.codec import to_plain
 from cluster.core.frames import (
     ControllerSnapshot,
@@ -328,7 +328,7 @@ def test_a_replacement_that_does_not_fit_never_meets_the_others(item: str, word:
     assert cluster.known.generation.number == number
 
 
-def replace_expert(offer: Offer) -> FakeCluster:
+def replace_expert(offer: ArithmeticOffer) -> FakeCluster:
     """A cluster of arithmetic dot lost ``expert-1``, and another worker calls in its place."""
     cluster = FakeCluster(1, 3, num_redundant=4)
     cluster.serve()
@@ -344,7 +344,7 @@ def replace_expert(offer: Offer) -> FakeCluster:
 
 
 def test_where_exactness_is_demanded_another_arithmetic_is_refused() -> None:
-    cluster = replace_expert(Offer(kernels=("fma",), is_strict=True))
+    cluster = replace_expert(ArithmeticOffer(kernels=("fma",), is_strict=True))
     record = cluster.known.workers["expert-1.2"]
     assert record.is_lost
     assert record.reason == "expert-1.2 computes with fma, the others with dot"
@@ -352,7 +352,7 @@ def test_where_exactness_is_demanded_another_arithmetic_is_refused() -> None:
 
 
 def test_a_member_of_another_arithmetic_ends_exactness() -> None:
-    cluster = replace_expert(Offer(kernels=("fma",)))
+    cluster = replace_expert(ArithmeticOffer(kernels=("fma",)))
     assert not cluster.known.workers["expert-1.2"].is_lost
     cluster.send("expert-1.2", WorkerReady())
     cluster.answer_loads("expert-1.2")

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from cluster.controller.parts.operations import Operation, OperationState
 from cluster.controller.parts.scales import ScaleCommand
-from cluster.core.arithmetic import Offer
+from cluster.core.arithmetic import ArithmeticOffer
 from cluster.core.codec import from_plain
 from cluster.core.errors import ConflictError, RequestError
 from cluster.core.frames import ExpertsLoaded, LoadExperts, NewGeneration, Shutdown
@@ -179,7 +179,7 @@ def test_a_worker_that_computes_otherwise_takes_the_scaling_back() -> None:
     """As on a host with another CPU, where exact results are demanded."""
     cluster = serving(1, 2, 0)
     operation = scale(cluster, expert=3)
-    cluster.register("expert-2", offer=Offer(kernels=("another",), is_strict=True))
+    cluster.register("expert-2", offer=ArithmeticOffer(kernels=("another",), is_strict=True))
     pass_time(cluster, 0.5)
     assert operation.state is OperationState.FAILED
     assert "expert-2 computes with another, the others with dot" in operation.message

@@ -31,9 +31,9 @@ EXAMPLES = [
     errors.ProtocolError("bad magic"),
     errors.SupersededError("a controller of the older term 2"),
     errors.HandshakeError("another checkpoint"),
-    errors.CalledAgainError("expert-1 registers again"),
+    errors.DuplicateRegistrationError("expert-1 registers again"),
     errors.PeerLostError("expert-1", "reset"),
-    errors.MoveGivenUpError("not done within 3 s"),
+    errors.TransferAbortedError("not done within 3 s"),
     errors.GenerationChangedError("generation 2"),
 ]
 

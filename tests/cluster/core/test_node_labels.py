@@ -7,11 +7,13 @@ import pytest
 from cluster.config.resources import NodeResources, nodes_for, plan_shares
 from cluster.config.workers import WorkersSection
 from cluster.core.errors import ConfigError
-from cluster.core.node_labels import ROLE, Place, selector_for
+from cluster.core.node_labels import ROLE, NodeLabels, selector_for
 
 
 def node(name: str, role: str, cpus: float, gpus: float = 0.0) -> NodeResources:
-    return NodeResources(node_id=name, address=name, cpus=cpus, gpus=gpus, place=Place(role=role))
+    return NodeResources(
+        node_id=name, address=name, cpus=cpus, gpus=gpus, place=NodeLabels(role=role)
+    )
 
 
 HEAD = node("head", "", 0.0)
@@ -22,10 +24,10 @@ ALL = [HEAD, GATEWAY, ATTENTION, *EXPERTS]
 
 
 def test_labels_are_read_and_checked() -> None:
-    place = Place.of({ROLE: "expert", "expertmesh/failure-domain": "rack-7"}, "a")
+    place = NodeLabels.of({ROLE: "expert", "expertmesh/failure-domain": "rack-7"}, "a")
     assert (place.role, place.domain) == ("expert", "rack-7")
     with pytest.raises(ConfigError, match=r"label expertmesh/role of node a \(experts\) must be"):
-        Place.of({ROLE: "experts"}, "a")
+        NodeLabels.of({ROLE: "experts"}, "a")
 
 
 def test_a_role_runs_on_the_nodes_that_are_labelled_for_it() -> None:

@@ -14,8 +14,8 @@ def names(members: tuple[Member, ...]) -> list[str]:
 
 def test_two_pools_face_each_other() -> None:
     generation = Generation(number=1, members=make_members(1, 2))
-    assert names(generation.attention) == names(generation.facing("expert")) == ["attention-0"]
-    assert names(generation.experts) == names(generation.facing("attention"))
+    assert names(generation.attention) == names(generation.peers_of("expert")) == ["attention-0"]
+    assert names(generation.experts) == names(generation.peers_of("attention"))
     assert names(generation.experts) == ["expert-0", "expert-1"]
 
 
@@ -23,7 +23,7 @@ def test_colocated_workers_are_in_both_pools_and_face_all() -> None:
     generation = Generation(number=1, members=members_of({"colocated": 2})[::-1])
     everyone = ["colocated-0", "colocated-1"]
     assert names(generation.attention) == names(generation.experts) == everyone
-    assert names(generation.facing("colocated")) == everyone
+    assert names(generation.peers_of("colocated")) == everyone
     assert generation.leader.name == "colocated-0"
 
 

@@ -22,13 +22,13 @@ from cluster.core.placement import (
 from cluster.core.topology import Generation, Member
 from cluster.planner.stages import SlotFill, Stage
 from cluster.policy.coverage import (
+    ExpertHoldings,
     FailureDecision,
-    Holdings,
     Missing,
-    cover,
     decide_members,
     describe_losses,
     describe_pools,
+    plan_coverage,
     stage_on,
 )
 from tests.cluster.controller.fakes_cluster import BANKS, make_members
@@ -43,15 +43,15 @@ def one_bank(*maps: tuple[int, ...], num_experts: int = 4) -> ExpertPlacement:
     return ExpertPlacement(epoch=1, banks=(bank,))
 
 
-def covered(holdings: Holdings, devices: Collection[int], epoch: int) -> Stage:
-    stage, missing = cover(holdings, devices, epoch)
+def covered(holdings: ExpertHoldings, devices: Collection[int], epoch: int) -> Stage:
+    stage, missing = plan_coverage(holdings, devices, epoch)
     assert stage is not None
     assert not missing
     return stage
 
 
-def missing_on(holdings: Holdings, devices: Collection[int]) -> Missing:
-    stage, missing = cover(holdings, devices, 2)
+def missing_on(holdings: ExpertHoldings, devices: Collection[int]) -> Missing:
+    stage, missing = plan_coverage(holdings, devices, 2)
     assert stage is None
     return missing
 
@@ -67,17 +67,17 @@ def stage_of(decision: FailureDecision) -> Stage:
 
 def test_the_example_of_the_module() -> None:
     desired = one_bank((0, 1), (2, 3), (0, 2))
-    lost = covered(Holdings(current=desired, desired=desired), {0, 2}, 2)
+    lost = covered(ExpertHoldings(current=desired, desired=desired), {0, 2}, 2)
     assert maps_of(lost) == ((0, 1, 3), (-1, -1), (0, 2))
     assert lost.fills == (SlotFill(device=0, bank=0, slot=2, expert=3),)
     assert lost.placement.epoch == 2
-    back = Holdings(current=lost.placement, desired=desired, joining={1: desired})
+    back = ExpertHoldings(current=lost.placement, desired=desired, joining={1: desired})
     assert covered(back, {0, 1, 2}, 3).placement == structs.replace(desired, epoch=3)
 
 
 def test_copies_that_are_left_serve_without_a_load() -> None:
     desired = contiguous(BANKS, 3, num_redundant=3)
-    found = covered(Holdings(current=desired, desired=desired), {0, 2}, 2)
+    found = covered(ExpertHoldings(current=desired, desired=desired), {0, 2}, 2)
     assert found.fills == ()
     for bank in found.placement.banks:
         assert bank.physical_to_logical[1] == (FREE_SLOT,) * 6
@@ -87,9 +87,9 @@ def test_copies_that_are_left_serve_without_a_load() -> None:
 def test_lost_experts_are_spread_by_their_load() -> None:
     desired = one_bank((0, 1, 2, 3, 4, 5), (6,), (7,), num_experts=8)
     load = {("mlp", 0): [50, 10, 10, 10, 10, 10, 0, 0]}
-    found = covered(Holdings(current=desired, desired=desired, expert_load=load), {1, 2}, 2)
+    found = covered(ExpertHoldings(current=desired, desired=desired, expert_load=load), {1, 2}, 2)
     assert maps_of(found) == ((FREE_SLOT,) * 6, (6, 0), (7, 1, 2, 3, 4, 5))
-    even = covered(Holdings(current=desired, desired=desired), {1, 2}, 2)
+    even = covered(ExpertHoldings(current=desired, desired=desired), {1, 2}, 2)
     assert [len(row) for row in maps_of(even)[1:]] == [4, 4]
 
 
@@ -97,14 +97,16 @@ def test_a_shared_expert_is_a_part_of_the_work() -> None:
     """Device 0 has half of experts 0 and 1, device 1 all of expert 2, which weighs more."""
     desired = one_bank((0, 1, FREE_SLOT), (2, FREE_SLOT), (0, 1), (3,))
     load = {("mlp", 0): [10, 10, 14, 2]}
-    found = covered(Holdings(current=desired, desired=desired, expert_load=load), {0, 1, 2}, 2)
+    found = covered(
+        ExpertHoldings(current=desired, desired=desired, expert_load=load), {0, 1, 2}, 2
+    )
     assert maps_of(found) == ((0, 1, 3), (2, FREE_SLOT), (0, 1), (FREE_SLOT,))
 
 
 def test_free_slots_are_no_work() -> None:
     desired = one_bank((FREE_SLOT, 0), (1,), (2,), num_experts=3)
     load = {("mlp", 0): [1, 2, 9]}
-    found = covered(Holdings(current=desired, desired=desired, expert_load=load), {0, 1}, 2)
+    found = covered(ExpertHoldings(current=desired, desired=desired, expert_load=load), {0, 1}, 2)
     assert maps_of(found)[:2] == ((2, 0), (1,))
 
 
@@ -117,7 +119,7 @@ def test_experts_that_lose_their_decode_device_are_divided_evenly() -> None:
         decode_device=(2, 2, 1, 2),
     )
     desired = ExpertPlacement(epoch=1, banks=(bank,))
-    found = covered(Holdings(current=desired, desired=desired), {0, 1}, 2).placement
+    found = covered(ExpertHoldings(current=desired, desired=desired), {0, 1}, 2).placement
     assert found.banks[0].decode_device == (0, 1, 1, 0)
 
 
@@ -125,7 +127,7 @@ def test_copies_that_were_never_desired_share_equally() -> None:
     desired = one_bank((0, 1), (2, 3), (0, 2))
     current = one_bank((0, 1, 3), (FREE_SLOT, FREE_SLOT), (0, 2, 3))
     joining = {1: one_bank((0, 1, 3), (2, FREE_SLOT), (0, 2, 3))}
-    holdings = Holdings(current=current, desired=desired, joining=joining)
+    holdings = ExpertHoldings(current=current, desired=desired, joining=joining)
     found = covered(holdings, {0, 1, 2}, 2).placement
     assert found.banks[0].physical_to_logical == ((0, 1, 3), (2, FREE_SLOT), (0, 2, 3))
     assert found.banks[0].split == ((0.5, 1.0, 0.5), (0.5, 0.0), (0.5, 0.5, 0.5))
@@ -135,7 +137,7 @@ def test_a_failed_load_into_a_slot_that_the_new_worker_lacks_changes_nothing() -
     desired = one_bank((0, 1), (2, 3))
     current = one_bank((0, 1), (2, 3, 0))
     failed = [SlotFill(device=1, bank=0, slot=2, expert=0)]
-    holdings = Holdings(current=current, desired=desired, joining={1: desired}, failed=failed)
+    holdings = ExpertHoldings(current=current, desired=desired, joining={1: desired}, failed=failed)
     assert maps_of(covered(holdings, {0, 1}, 2)) == ((0, 1), (2, 3))
 
 
@@ -154,7 +156,7 @@ def test_a_stage_names_what_the_others_must_load_and_from_whom() -> None:
 
 def test_without_room_the_missing_experts_are_named() -> None:
     desired = one_bank((0, 1), (2, 3))
-    holdings = Holdings(current=desired, desired=desired, room=3)
+    holdings = ExpertHoldings(current=desired, desired=desired, room=3)
     assert missing_on(holdings, {0}) == [(0, 3)]
     assert covered(replace(holdings, room=4), {0}, 2).fills
     assert missing_on(replace(holdings, room=2), {0}) == [(0, 2), (0, 3)]
@@ -163,16 +165,18 @@ def test_without_room_the_missing_experts_are_named() -> None:
 
 def test_free_slots_are_used_first() -> None:
     desired = one_bank((0, FREE_SLOT, 1), (2, 3))
-    found = covered(Holdings(current=desired, desired=desired, room=4), {0}, 2)
+    found = covered(ExpertHoldings(current=desired, desired=desired, room=4), {0}, 2)
     assert maps_of(found)[0] == (0, 2, 1, 3)
 
 
 def test_a_device_that_cannot_load_is_left_out() -> None:
     desired = one_bank((0, 1), (2, 3), (0, 1))
-    first = covered(Holdings(current=desired, desired=desired), {0, 2}, 2)
+    first = covered(ExpertHoldings(current=desired, desired=desired), {0, 2}, 2)
     assert {load.device for load in first.fills} == {0, 2}
     failed = [load for load in first.fills if load.device == 0]
-    again = Holdings(current=first.placement, desired=desired, barred=frozenset({0}), failed=failed)
+    again = ExpertHoldings(
+        current=first.placement, desired=desired, barred=frozenset({0}), failed=failed
+    )
     second = covered(again, {0, 2}, 3)
     assert [load.device for load in second.fills] == [2]
     assert sorted(maps_of(second)[2]) == [0, 1, 2, 3]
@@ -183,13 +187,13 @@ def test_a_device_that_cannot_load_is_left_out() -> None:
 
 def test_what_was_loaded_stays_until_a_desired_copy_is_back() -> None:
     desired = one_bank((0, 1), (2, 3), (4, 5), num_experts=6)
-    lost = covered(Holdings(current=desired, desired=desired), {0}, 2)
+    lost = covered(ExpertHoldings(current=desired, desired=desired), {0}, 2)
     assert maps_of(lost)[0] == (0, 1, 2, 3, 4, 5)
-    first = Holdings(current=lost.placement, desired=desired, joining={2: desired})
+    first = ExpertHoldings(current=lost.placement, desired=desired, joining={2: desired})
     one = covered(first, {0, 2}, 3)
     assert maps_of(one) == ((0, 1, 2, 3), (-1, -1), (4, 5))
     assert one.fills == ()
-    both = Holdings(current=one.placement, desired=desired, joining={1: desired})
+    both = ExpertHoldings(current=one.placement, desired=desired, joining={1: desired})
     assert covered(both, {0, 1, 2}, 4).placement == structs.replace(desired, epoch=4)
 
 
@@ -203,10 +207,10 @@ def test_shares_and_decode_devices_come_back_with_the_copies() -> None:
         decode_device=(1, 0),
     )
     desired = ExpertPlacement(epoch=1, banks=(bank,))
-    lost = covered(Holdings(current=desired, desired=desired), {0}, 2).placement
+    lost = covered(ExpertHoldings(current=desired, desired=desired), {0}, 2).placement
     assert lost.banks[0].split == ((1.0, 1.0), (0.0, 0.0))
     assert lost.banks[0].decode_device == (0, 0)
-    back = covered(Holdings(current=lost, desired=desired, joining={1: desired}), {0, 1}, 3)
+    back = covered(ExpertHoldings(current=lost, desired=desired, joining={1: desired}), {0, 1}, 3)
     assert back.placement == ExpertPlacement(epoch=3, banks=(bank,))
 
 
@@ -225,7 +229,7 @@ def test_any_coming_and_going_keeps_every_expert_somewhere(seed: int) -> None:
         elif absent := sorted(set(range(num_devices)) - present):
             joining[draw.choice(absent)] = desired
             present |= set(joining)
-        holdings = Holdings(current=current, desired=desired, joining=joining)
+        holdings = ExpertHoldings(current=current, desired=desired, joining=joining)
         found = covered(holdings, present, epoch)
         loads = {(load.device, load.bank, load.slot): load.expert for load in found.fills}
         for b, bank in enumerate(found.placement.banks):
@@ -252,7 +256,7 @@ def without(
 ) -> FailureDecision:
     """The decision for the workers that are left."""
     survivors = [m for m in members if m.name not in lost]
-    held = Holdings(current=placement, desired=placement, **holdings)
+    held = ExpertHoldings(current=placement, desired=placement, **holdings)
     return decide_members(survivors, held, highest_epoch)
 
 
@@ -354,7 +358,7 @@ def test_two_workers_lost_at_once_are_both_in_the_cause() -> None:
 
 def test_a_new_worker_brings_its_copies_back() -> None:
     less = stage_of(without(make_members(1, 3), REDUNDANT, "expert-1", highest_epoch=7)).placement
-    holdings = Holdings(current=less, desired=REDUNDANT, joining={1: REDUNDANT})
+    holdings = ExpertHoldings(current=less, desired=REDUNDANT, joining={1: REDUNDANT})
     decision = decide_members(make_members(1, 3), holdings, 8)
     assert stage_of(decision).placement == structs.replace(REDUNDANT, epoch=9)
     assert stage_of(decision).fills == ()

@@ -11,8 +11,8 @@ from msgspec.structs import replace
 
 from benchmarks.harness.members import members_of
 from cluster.policy.failure import (
+    Liveness,
     PeerReport,
-    Pulse,
     confirm_losses,
     find_silent,
     silent_hosts,
@@ -26,8 +26,8 @@ def _pulse(
     *,
     waiting: bool = False,
     running: bool = True,
-) -> Pulse:
-    return Pulse(
+) -> Liveness:
+    return Liveness(
         name=name, heard_at=heard_at, progress_at=progress_at, waiting=waiting, running=running
     )
 
@@ -94,8 +94,8 @@ def test_a_worker_with_a_known_rhythm_is_lost_as_soon_as_its_gaps_explain_no_sil
 def test_workers_that_are_late_together_at_the_controllers_host_have_the_whole_limit(
     here: list[float], expected: str
 ) -> None:
-    def pulse(name: str, silence: float, host: str, running: bool = True) -> Pulse:
-        return Pulse(
+    def pulse(name: str, silence: float, host: str, running: bool = True) -> Liveness:
+        return Liveness(
             name=name,
             heard_at=10.0 - silence,
             progress_at=10.0,
@@ -113,7 +113,7 @@ def test_workers_that_are_late_together_at_the_controllers_host_have_the_whole_l
 
 
 def test_a_loop_has_the_whole_limit_whatever_the_rhythm() -> None:
-    stuck = Pulse(
+    stuck = Liveness(
         name="a", heard_at=10.0, progress_at=8.0, waiting=False, running=True, patience_s=0.3
     )
     assert find_silent(10.0, [stuck], "head", 2.0) == {}
@@ -194,7 +194,7 @@ def test_the_controllers_own_host_is_in_doubt_when_most_others_are_silent(
     heard: dict[str, list[float]], expected: str
 ) -> None:
     pulses = [
-        Pulse(
+        Liveness(
             name=f"{host}-{i}", heard_at=at, progress_at=at, waiting=False, running=True, host=host
         )
         for host, times in heard.items()
@@ -224,7 +224,7 @@ def test_hosts_that_fall_silent_together_are_in_doubt_before_one_is_lost(
     silences: dict[str, float], expected: str
 ) -> None:
     pulses = [
-        Pulse(
+        Liveness(
             name=f"{host}-0",
             heard_at=11.0 - silence,
             progress_at=11.0,

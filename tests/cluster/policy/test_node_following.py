@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from cluster.config.resources import NodeResources, WorkerShare
-from cluster.core.node_labels import Place
+from cluster.core.node_labels import NodeLabels
 from cluster.core.topology import Role
 from cluster.policy.node_following import (
     LOST_S,
@@ -17,7 +17,7 @@ from cluster.policy.node_following import (
     SETTLE_S,
     FollowDecision,
     FollowedNode,
-    NodeFollowing,
+    NodeFollowingPolicy,
     followed_nodes,
 )
 from cluster.policy.places import place_of
@@ -29,7 +29,7 @@ class Seen:
     """A cluster of one attention and two expert workers, each on a node of its own."""
 
     def __init__(self) -> None:
-        self.policy = NodeFollowing()
+        self.policy = NodeFollowingPolicy()
         self.now = 100.0
         self.nodes: dict[str, FollowedNode] = {}
         self.places: dict[str, Role] = {}
@@ -224,7 +224,7 @@ def test_after_a_failure_it_waits_longer_and_longer() -> None:
 )
 def test_as_many_workers_fit_as_their_share_says(share: WorkerShare, room: int) -> None:
     nodes = [
-        NodeResources(node_id=role, address=role, cpus=8.0, gpus=2.0, place=Place(role=role))
+        NodeResources(node_id=role, address=role, cpus=8.0, gpus=2.0, place=NodeLabels(role=role))
         for role in ("", "gateway", "attention", "expert")
     ]
     homes = {"expert-1": "expert", "expert-0": "expert", "attention-0": "elsewhere"}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.policy.progress import SILENT_S, STALL_S, Pace, find_late
+from cluster.policy.progress import SILENT_S, STALL_S, StepProgress, find_late
 
 NOW = 100.0
 
 
-def pace(name: str, stalled_s: float | None = None, *waits_for: str, silent_s: float = 0.1) -> Pace:
-    return Pace(
+def pace(
+    name: str, stalled_s: float | None = None, *waits_for: str, silent_s: float = 0.1
+) -> StepProgress:
+    return StepProgress(
         name=name,
         heard_at=NOW - silent_s,
         runs_attention=not name.startswith("expert"),
@@ -19,7 +21,7 @@ def pace(name: str, stalled_s: float | None = None, *waits_for: str, silent_s: f
     )
 
 
-def late(*paces: Pace) -> tuple[str, ...]:
+def late(*paces: StepProgress) -> tuple[str, ...]:
     return find_late(NOW, paces)
 
 

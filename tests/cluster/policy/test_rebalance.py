@@ -26,7 +26,7 @@ from cluster.planner.base import PlannedTopology, planned_topology
 from cluster.planner.mesh import resolved
 from cluster.planner.stages import held_by
 from cluster.policy.rebalance import (
-    LoadNow,
+    CurrentLoad,
     RebalanceDecision,
     decide_placement,
     mixed_balancedness,
@@ -44,7 +44,7 @@ STEP = ExpertStepCost(slot_s=8e-6, token_s=1e-6, expert_bytes=1000)
 
 
 def decided(
-    some: LoadNow,
+    some: CurrentLoad,
     topology: PlannedTopology,
     now: ExpertPlacement,
     section: RebalanceSection = SECTION,
@@ -77,8 +77,8 @@ def make_config(**workers: Any) -> ClusterConfig:
     )
 
 
-def load(seed: int = 0, skew: float = 0.8, prefill_share: float = 0.3) -> LoadNow:
-    return LoadNow(profile=profile(seed, skew), prefill_share=prefill_share)
+def load(seed: int = 0, skew: float = 0.8, prefill_share: float = 0.3) -> CurrentLoad:
+    return CurrentLoad(profile=profile(seed, skew), prefill_share=prefill_share)
 
 
 def test_a_skewed_load_is_worth_a_move() -> None:
@@ -234,11 +234,11 @@ def test_balancedness_mixes_the_loads_of_prompts_and_decodes() -> None:
     banks = (BankLoad(bank="mlp", layer=0, counts=(8, 0)),)
     some = LoadProfile(model="demo", top_k=1, tokens=8, banks=banks)
     # prompts put 4 tokens on each device, decodes all 8 on the first: 3/4 and 1/4 of both are 5, 3
-    assert mixed_balancedness(placement, LoadNow(profile=some, prefill_share=1.0)) == 1.0
+    assert mixed_balancedness(placement, CurrentLoad(profile=some, prefill_share=1.0)) == 1.0
     assert mixed_balancedness(
-        placement, LoadNow(profile=some, prefill_share=0.75)
+        placement, CurrentLoad(profile=some, prefill_share=0.75)
     ) == pytest.approx(4 / 5)
-    assert mixed_balancedness(placement, LoadNow(profile=some, prefill_share=0.0)) == 0.5
+    assert mixed_balancedness(placement, CurrentLoad(profile=some, prefill_share=0.0)) == 0.5
 
 
 def test_an_even_load_is_left_alone() -> None:
@@ -315,8 +315,8 @@ def test_shares_are_solved_without_touching_slots() -> None:
     for old, new in zip(gaps.banks, better.banks, strict=True):
         assert old.physical_to_logical == new.physical_to_logical
     before, after = (
-        mixed_balancedness(gaps, LoadNow(profile=some, prefill_share=1.0)),
-        mixed_balancedness(better, LoadNow(profile=some, prefill_share=1.0)),
+        mixed_balancedness(gaps, CurrentLoad(profile=some, prefill_share=1.0)),
+        mixed_balancedness(better, CurrentLoad(profile=some, prefill_share=1.0)),
     )
     assert before is not None
     assert after is not None

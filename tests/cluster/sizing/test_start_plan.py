@@ -17,7 +17,7 @@ from cluster.config.resources import NodeResources
 from cluster.config.workers import WorkersSection
 from cluster.core.errors import ConfigError
 from cluster.core.load_profile import BankLoad, LoadProfile, device_loads
-from cluster.core.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS, Place
+from cluster.core.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS, NodeLabels
 from cluster.core.placement import BankShape, contiguous
 from cluster.core.topology import Member
 from cluster.load.view import balancedness_of
@@ -47,7 +47,7 @@ def make_plan(profile: LoadProfile | None = PROFILE, **workers: Any) -> StartPla
     return plan_start(config, BANKS, NODES, profile=profile.to_dict() if profile else None)
 
 
-def members_on(places: Sequence[tuple[str, Place]]) -> list[Member]:
+def members_on(places: Sequence[tuple[str, NodeLabels]]) -> list[Member]:
     """An attention worker, and expert workers at these nodes."""
     attention, *experts = make_members(1, len(places))
     return [
@@ -65,8 +65,8 @@ def members_on(places: Sequence[tuple[str, Place]]) -> list[Member]:
     ]
 
 
-ONE_NODE = [("n0", Place())] * 4
-TWO_NODES = [("n0", Place())] * 2 + [("n1", Place())] * 2
+ONE_NODE = [("n0", NodeLabels())] * 4
+TWO_NODES = [("n0", NodeLabels())] * 2 + [("n1", NodeLabels())] * 2
 
 
 def test_without_a_wish_a_start_is_contiguous() -> None:
@@ -104,7 +104,7 @@ def test_with_rebalancing_on_the_models_own_profile_is_planned_for() -> None:
 
 def test_copies_are_in_two_failure_domains_where_slots_allow() -> None:
     """Nodes are domains unless labels say otherwise; there are 16 slots for 8 experts."""
-    racks = [(f"n{i}", Place(domain=f"rack-{i % 2}")) for i in range(4)]
+    racks = [(f"n{i}", NodeLabels(domain=f"rack-{i % 2}")) for i in range(4)]
     for places in (TWO_NODES, racks):
         members = members_on(places)
         plan = make_plan(None, num_redundant_experts=2).on(members)
@@ -116,7 +116,7 @@ def test_copies_are_in_two_failure_domains_where_slots_allow() -> None:
 
 
 def test_fast_devices_get_more_of_the_load() -> None:
-    places = [("n0", Place(speed=3.0))] * 2 + [("n1", Place())] * 2
+    places = [("n0", NodeLabels(speed=3.0))] * 2 + [("n1", NodeLabels())] * 2
     plan = make_plan(None, num_redundant_experts=2).on(members_on(places))
     for bank in plan.placement.banks:
         assert device_loads(bank, [1] * 8) == pytest.approx((3, 3, 1, 1), rel=0.05)
@@ -138,14 +138,14 @@ def test_a_profile_of_another_model_counts_for_nothing() -> None:
 
 def test_labels_are_read() -> None:
     labels = {FAILURE_DOMAIN: "rack-7", LINK_CLASS: "pod-2", DEVICE_SPEED: "0.5"}
-    assert Place.of(labels, "n0") == Place(domain="rack-7", link_class="pod-2", speed=0.5)
-    assert Place.of({"ray.io/node-id": "x"}, "n0") == Place()
+    assert NodeLabels.of(labels, "n0") == NodeLabels(domain="rack-7", link_class="pod-2", speed=0.5)
+    assert NodeLabels.of({"ray.io/node-id": "x"}, "n0") == NodeLabels()
 
 
 @pytest.mark.parametrize("text", ["fast", "0", "-1", "nan", "inf", ""])
 def test_a_speed_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="device-speed of node n0"):
-        Place.of({DEVICE_SPEED: text}, "n0")
+        NodeLabels.of({DEVICE_SPEED: text}, "n0")
 
 
 def test_only_labelled_nodes_can_be_followed() -> None:
@@ -154,7 +154,7 @@ def test_only_labelled_nodes_can_be_followed() -> None:
         workers=WorkersSection(follow_nodes=True),
     )
     gateway, attention, expert = (
-        NodeResources(node_id=role, address=role, cpus=8.0, place=Place(role=role))
+        NodeResources(node_id=role, address=role, cpus=8.0, place=NodeLabels(role=role))
         for role in ("gateway", "attention", "expert")
     )
     for nodes in (NODES, [gateway, attention, *NODES], [gateway, expert]):

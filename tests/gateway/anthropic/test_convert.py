@@ -10,7 +10,7 @@ import pytest
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.anthropic.convert import chat_input, message_fields
 from gateway.anthropic.schema import CountTokensBody, MessagesBody
-from gateway.anthropic.unsupported import check_unbuilt
+from gateway.anthropic.unsupported import check_unsupported
 from gateway.core.call import GenerateCall
 from gateway.http.parse import parse_body
 
@@ -23,7 +23,7 @@ CACHED = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
 def convert(**fields: Any) -> GenerateCall:
     """The call of a body with one message, unless it is given."""
     body = {"model": "m", "max_tokens": 2048, "messages": [USER], **fields}
-    check_unbuilt(body)
+    check_unsupported(body)
     return message_fields(parse_body(MessagesBody, body))
 
 

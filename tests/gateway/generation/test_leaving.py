@@ -13,7 +13,7 @@ import httpx
 import pytest
 from google.protobuf import json_format
 
-from cluster.config.gateway import EndStage
+from cluster.config.gateway import ShutdownStage
 from gateway.core.tuning import GatewayTuning
 from protos import admin_pb2
 from protos import inference_pb2 as pb
@@ -109,7 +109,7 @@ def test_the_end_of_the_server_comes_in_stages(stack: Stack) -> None:
     stack.wait_for(lambda: end(stack, "fail") == 0, "the ticket to be given back")
 
 
-def end(stack: Stack, stage: EndStage) -> int:
+def end(stack: Stack, stage: ShutdownStage) -> int:
     """Send the gateway a stage of the end; returns the requests that run."""
 
     async def tell() -> int:

@@ -21,9 +21,9 @@ from gateway.http.convert import chat_fields, completion_fields
 from gateway.http.parse import parse_body, parse_json
 from gateway.http.pooling import EmbeddingsBody, InspectBody
 from gateway.http.schema import ChatBody, CompletionBody, DetokenizeBody
-from gateway.http.unsupported import check_unbuilt
+from gateway.http.unsupported import check_unsupported
 from gateway.offload.long_work import NoCollections
-from gateway.responses.unsupported import check_unbuilt as check_unbuilt_response
+from gateway.responses.unsupported import check_unsupported as check_unbuilt_response
 from gateway.text.forms.tools import MAX_TOOLS
 from protos import inference_pb2 as pb
 
@@ -205,7 +205,7 @@ def test_unset_is_none_in_both_codecs() -> None:
 def test_null_is_unset() -> None:
     names = [*CompletionBody.model_fields, *UNBUILT]
     data = {**dict.fromkeys(names), "prompt": "a"}
-    check_unbuilt(data, "completion")
+    check_unsupported(data, "completion")
     assert completion_fields(parse_body(CompletionBody, data)).prompts == ("a",)
 
 
@@ -240,7 +240,7 @@ def test_early_stopping_is_a_truth_value_or_never(given: bool | str, text: str) 
 def test_other_calls_have_no_beams() -> None:
     for name, value in (("use_beam_search", True), ("length_penalty", 2.0)):
         with pytest.raises(UnsupportedParameterError, match=name):
-            check_unbuilt({name: value}, "tokenize")
+            check_unsupported({name: value}, "tokenize")
         with pytest.raises(UnsupportedParameterError, match=name):
             check_unbuilt_response({name: value})
 
@@ -269,18 +269,18 @@ def test_an_assistant_may_have_no_content() -> None:
 @pytest.mark.parametrize("name", UNBUILT)
 def test_fields_that_are_not_built_are_refused_by_name(name: str) -> None:
     with pytest.raises(UnsupportedParameterError) as caught:
-        check_unbuilt({name: UNBUILT[name]}, "completion")
+        check_unsupported({name: UNBUILT[name]}, "completion")
     assert caught.value.param == name
     assert name in caught.value.message
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_neutral_values_are_never_an_error(name: str) -> None:
-    check_unbuilt({name: NEUTRAL[name]}, "chat")
+    check_unsupported({name: NEUTRAL[name]}, "chat")
 
 
 def test_tools_that_may_not_be_called_are_neutral() -> None:
-    check_unbuilt({"tools": UNBUILT["tools"], "tool_choice": "none"}, "chat")
+    check_unsupported({"tools": UNBUILT["tools"], "tool_choice": "none"}, "chat")
 
 
 @pytest.mark.parametrize(("strict", "expected"), [(None, False), (False, False), (True, True)])
@@ -294,22 +294,22 @@ def test_tools_are_strict_where_they_say_so(strict: bool | None, expected: bool)
 
 def test_completions_have_no_tools() -> None:
     with pytest.raises(UnsupportedParameterError, match="tool_choice"):
-        check_unbuilt({"tool_choice": "required"}, "completion")
+        check_unsupported({"tool_choice": "required"}, "completion")
     for name, value in (("truncate_prompt_tokens", 5), ("truncation_side", "left")):
         with pytest.raises(UnsupportedParameterError, match=name):
-            check_unbuilt({name: value}, "tokenize")
+            check_unsupported({name: value}, "tokenize")
 
 
 def test_best_of_is_refused_for_chat_unless_it_is_n() -> None:
-    check_unbuilt({"best_of": 3, "n": 3}, "chat")
+    check_unsupported({"best_of": 3, "n": 3}, "chat")
     with pytest.raises(UnsupportedParameterError, match="best_of"):
-        check_unbuilt({"best_of": 4, "n": 3}, "chat")
+        check_unsupported({"best_of": 4, "n": 3}, "chat")
 
 
 def test_echo_is_refused_for_chat_only() -> None:
-    check_unbuilt({"echo": True}, "completion")
+    check_unsupported({"echo": True}, "completion")
     with pytest.raises(UnsupportedParameterError, match="echo"):
-        check_unbuilt({"echo": True}, "chat")
+        check_unsupported({"echo": True}, "chat")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from gateway.responses.items import ItemIds, read_item, response_of, seal
 from gateway.responses.schema import InputItem, ResponseBody
 from gateway.responses.tools import CustomInput
 from gateway.responses.turn import Turn, make_turn
-from gateway.responses.unsupported import MOVED, UNBUILT
+from gateway.responses.unsupported import MOVED, UNSUPPORTED
 from gateway.text.harmony.template import HarmonyTemplate
 from tests.gateway.fakes import BACKEND, EOS, MAX_MODEL_LEN, saying, tiny_tokenizer
 from tests.gateway.responses.streams import PATH, respond
@@ -475,7 +475,7 @@ def test_wrong_input_is_named(tools: Stack, body: dict[str, Any], param: str, co
     assert not tools.engine.requests
 
 
-@pytest.mark.parametrize("name", [*UNBUILT, *MOVED])
+@pytest.mark.parametrize("name", [*UNSUPPORTED, *MOVED])
 def test_fields_that_are_not_built_are_refused(stack: Stack, name: str) -> None:
     answer = post(stack, PATH, input="x", **{name: {"some": "value"}})
     assert answer.status_code == 400
@@ -485,9 +485,9 @@ def test_fields_that_are_not_built_are_refused(stack: Stack, name: str) -> None:
     assert len(stack.engine.requests) == 1
 
 
-@pytest.mark.parametrize("name", [name for name, neutral in UNBUILT.items() if neutral])
+@pytest.mark.parametrize("name", [name for name, neutral in UNSUPPORTED.items() if neutral])
 def test_neutral_values_are_accepted(stack: Stack, name: str) -> None:
-    fields = {name: UNBUILT[name][0]}
+    fields = {name: UNSUPPORTED[name][0]}
     assert post(stack, PATH, input="x", max_output_tokens=1, **fields).status_code == 200
 
 

@@ -12,7 +12,7 @@ from cluster.core.errors import RequestError
 from gateway.offload.long_work import LongWork, numbers_of
 from gateway.text import encoding
 from gateway.text.encoding import TextEncoder, check_num_tokens
-from gateway.text.harmony.marks import MARKS, Mark, MarkedText
+from gateway.text.harmony.marks import MARKS, HarmonyPrompt, SpecialToken
 from gateway.text.long_texts import LongTexts
 from gateway.text.tokenizer import Tokenizer, load_tokenizer
 from tests.paths import DEMO
@@ -49,7 +49,9 @@ def test_ids_are_the_same(kept: slice, special: bool) -> None:
 
 
 def test_marks_stay_marks() -> None:
-    text = MarkedText([Mark(next(iter(MARKS))), "so it is", Mark(next(iter(MARKS)))])
+    text = HarmonyPrompt(
+        [SpecialToken(next(iter(MARKS))), "so it is", SpecialToken(next(iter(MARKS)))]
+    )
 
     async def encode() -> tuple[int, ...]:
         async with process() as texts:

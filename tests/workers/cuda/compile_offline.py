@@ -22,7 +22,7 @@ from workers.cuda.experts import GateActivation, Matrices, gate_up, make_pairs, 
 from workers.cuda.heads import prepare_heads
 from workers.cuda.norms import norm, sum_and_norm
 from workers.cuda.prefill_attention import prefill
-from workers.cuda.routing import Choice, Scoring, choose
+from workers.cuda.routing import RoutingParams, Scoring, choose
 from workers.cuda.row_sums import sum_rows
 from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import empty_weight, parts_of
@@ -116,7 +116,9 @@ def compile_half(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     sum_and_norm(hidden, hidden, scale, 1e-5)
     scorings: tuple[Scoring, ...] = ("softmax", "softmax_of_best", "sigmoid")
     for scoring in scorings:
-        choice = Choice(top_k=TOP_K, scoring=scoring, is_normed=True, least_sum=0.0, scale=1.0)
+        choice = RoutingParams(
+            top_k=TOP_K, scoring=scoring, is_normed=True, least_sum=0.0, scale=1.0
+        )
         choose(torch.empty(num_rows, SLOTS, dtype=dtype), choice, None, dtype)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.workers.cuda.device import DEVICE
 from workers.cuda.norms import norm, sum_and_norm
-from workers.cuda.routing import Choice, choose
+from workers.cuda.routing import RoutingParams, choose
 from workers.model.cuda.half import CudaHalf, choice_of
 from workers.model.half import AttentionHalf, AttentionShape, DenseProjections
 from workers.model.layers import Linear, rms_norm
@@ -142,7 +142,7 @@ def test_experts_are_those_of_torch(kind: str, has_correction: bool, dtype: torc
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
 def test_a_row_of_nan_has_different_experts_and_no_finite_weight() -> None:
-    choice = Choice(top_k=5, scoring="softmax", is_normed=True, least_sum=0.0, scale=1.0)
+    choice = RoutingParams(top_k=5, scoring="softmax", is_normed=True, least_sum=0.0, scale=1.0)
     logits = drawn(3, 24, dtype=torch.float32)
     logits[1] = torch.nan
     ids, weights = choose(logits, choice, None, torch.float32)

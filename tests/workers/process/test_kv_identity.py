@@ -14,7 +14,7 @@ from benchmarks.harness.local_engine import LocalEngine
 from benchmarks.harness.members import member_of
 from cluster.config.cluster import ClusterConfig
 from cluster.config.model import ModelSection, Quantize
-from cluster.core.arithmetic import Offer
+from cluster.core.arithmetic import ArithmeticOffer
 from cluster.core.topology import Generation, Member
 from tests.workers.kv.transfer.test_store import engine_of
 from workers.process.kv_identity import kv_identity, model_identity, needed_ranks
@@ -22,10 +22,10 @@ from workers.transport.handshake import PeerIdentity
 
 CONFIG = ClusterConfig(model=ModelSection(path="/m", served_model_name="m", quantize="int8"))
 ME = PeerIdentity(name="attention-0", role="attention", rank=0, checkpoint_id="c")
-BOTH = Offer(kernels=("dot 1", "fma 2"), torch="t", computation="avx512_bf16")
-OLD = Offer(kernels=("fma 2",), computation="avx2")
-NONE = Offer(obstacle="computes experts with torch", computation="cuda H100")
-NONE_EITHER = Offer(obstacle="computes experts with torch", computation="cuda L40")
+BOTH = ArithmeticOffer(kernels=("dot 1", "fma 2"), torch="t", computation="avx512_bf16")
+OLD = ArithmeticOffer(kernels=("fma 2",), computation="avx2")
+NONE = ArithmeticOffer(obstacle="computes experts with torch", computation="cuda H100")
+NONE_EITHER = ArithmeticOffer(obstacle="computes experts with torch", computation="cuda L40")
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +33,24 @@ def local(tiny_checkpoint: Path) -> LocalEngine:
     return engine_of(tiny_checkpoint)
 
 
-def members_of(*offers: Offer) -> list[Member]:
+def members_of(*offers: ArithmeticOffer) -> list[Member]:
     """An attention worker with the first offer, expert workers with the others."""
     attention = changed(member_of("attention-0"), offer=offers[0])
     experts = [changed(member_of(f"expert-{n}"), offer=o) for n, o in enumerate(offers[1:])]
     return [attention, *experts]
 
 
-def first_generation(*offers: Offer) -> Generation:
-    return Generation(number=0, members=()).following(members_of(*offers))
+def first_generation(*offers: ArithmeticOffer) -> Generation:
+    return Generation(number=0, members=()).successor(members_of(*offers))
 
 
 @pytest.fixture
 def identity(local: LocalEngine) -> Any:
     def of(
-        *offers: Offer, me: PeerIdentity = ME, config: ClusterConfig = CONFIG, **types: Any
+        *offers: ArithmeticOffer,
+        me: PeerIdentity = ME,
+        config: ClusterConfig = CONFIG,
+        **types: Any,
     ) -> str:
         weights = types.get("quantize", "none"), types.get("dtype", torch.float32)
         return kv_identity(me, config, first_generation(*offers), weights, local.engine.cache)
@@ -72,9 +75,9 @@ def test_blocks_that_are_not_exact_are_never_taken_for_exact(identity: Any) -> N
 
 def test_later_generations_keep_it_until_a_worker_ends_exactness(local: LocalEngine) -> None:
     first = first_generation(BOTH, OLD)
-    second = first.following(members_of(BOTH, BOTH))
-    third = second.following(members_of(BOTH, BOTH, NONE))
-    fourth = third.following(members_of(BOTH, BOTH))
+    second = first.successor(members_of(BOTH, BOTH))
+    third = second.successor(members_of(BOTH, BOTH, NONE))
+    fourth = third.successor(members_of(BOTH, BOTH))
     weights: tuple[Quantize, torch.dtype] = ("none", torch.float32)
     cache = local.engine.cache
     found = [

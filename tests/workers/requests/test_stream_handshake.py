@@ -78,7 +78,7 @@ def test_a_proof_of_another_kind_of_connection_is_refused() -> None:
         hello = Hello(name="g", nonce=proof.nonce, release="1")
         proof.their_nonce = HELLO.decode(worker.challenge(HELLO.encode(hello))).nonce
         with contextlib.nullcontext() if right else pytest.raises(HandshakeError, match="differs"):
-            worker.finish(PROOF.encode(GatewayProof(proof=proof.ours())), FACTS)
+            worker.finish(PROOF.encode(GatewayProof(proof=proof.make_proof())), FACTS)
 
 
 def test_another_release_is_named_by_both_before_any_proof() -> None:

@@ -69,7 +69,7 @@ class PeerSource:
     def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
         """See ``ExpertSource``; an expert is yielded when all its bytes have come and are checked.
 
-        Raises as ``PeerClient`` does, ``MoveGivenUpError``, and ``ProtocolError`` when the peer
+        Raises as ``PeerClient`` does, ``TransferAbortedError``, and ``ProtocolError`` when the peer
         does not hold the expert.
         """
         if self._client is None:

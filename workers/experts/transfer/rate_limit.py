@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from cluster.core.errors import MoveGivenUpError
+from cluster.core.errors import TransferAbortedError
 
 _BURST_S = 0.02
 """Bytes of this time may be taken at once."""
@@ -40,10 +40,10 @@ class RateLimit:
         return max(self._free_at - now, 0.0)
 
     def take(self, num_bytes: int) -> None:
-        """Take bytes and wait until they may be used. Raises ``MoveGivenUpError``."""
+        """Take bytes and wait until they may be used. Raises ``TransferAbortedError``."""
         delay_s = self.delay_s(num_bytes)
         left_s = self._ends_at - self._clock()
         if self._cancelled.wait(max(min(delay_s, left_s), 0.0)):
-            raise MoveGivenUpError("it is not wanted any more")
+            raise TransferAbortedError("it is not wanted any more")
         if delay_s > left_s:
-            raise MoveGivenUpError(f"not done within {self._limit_s:g} s")
+            raise TransferAbortedError(f"not done within {self._limit_s:g} s")

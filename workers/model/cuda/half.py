@@ -23,7 +23,7 @@ from workers.model.layers import LayerContext
 from workers.model.routing import Router, Routes, Routing
 
 if TYPE_CHECKING:
-    from workers.cuda.routing import Choice
+    from workers.cuda.routing import RoutingParams
 
 
 class CudaAttention:
@@ -108,11 +108,11 @@ def _route(router: Router, rows: Tensor, context: LayerContext) -> Routes:
     return Routes(routing.bank, ids, weights)
 
 
-def choice_of(routing: Routing) -> Choice:
+def choice_of(routing: Routing) -> RoutingParams:
     """The same for a kernel, without groups."""
-    from workers.cuda.routing import Choice
+    from workers.cuda.routing import RoutingParams
 
-    return Choice(
+    return RoutingParams(
         top_k=routing.top_k,
         scoring="softmax" if routing.scoring == "float32_softmax" else routing.scoring,
         is_normed=routing.is_normed,

@@ -333,9 +333,9 @@ class ControlClient:
         if not isinstance(challenge, ControlChallenge):
             raise HandshakeError(f"{address} is no controller")
         proof.their_nonce = challenge.nonce
-        if not proof.is_theirs(challenge.proof):
+        if not proof.is_peer_proof(challenge.proof):
             raise HandshakeError(f"{address} does not know the cluster token")
-        sock.sendall(encode(ControlProof(proof=proof.ours())))
+        sock.sendall(encode(ControlProof(proof=proof.make_proof())))
         check_release(challenge.release, "the controller", self._release, self._name)
 
 

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 
-from cluster.core.errors import MoveGivenUpError, TransportError
+from cluster.core.errors import TransferAbortedError, TransportError
 from workers.experts.transfer.rate_limit import RateLimit
 from workers.kv.cache import KVCache
 from workers.kv.tiers.tiers import KvTiers
@@ -132,7 +132,7 @@ class CopyKeeper:
         """Keep a copy; returns the outcome."""
         try:
             return self._fetch(copy)
-        except MoveGivenUpError:
+        except TransferAbortedError:
             return "skipped"
         except TransportError as err:
             logger.warning("KV blocks of %s are not copied: %s", copy.peer.name, err)
@@ -141,7 +141,7 @@ class CopyKeeper:
         return "failed"
 
     def _fetch(self, copy: Copy) -> str:
-        """Fetch what is not here. Raises ``TransportError``, ``MoveGivenUpError``."""
+        """Fetch what is not here. Raises ``TransportError``, ``TransferAbortedError``."""
         fetch = CopyFetch(self._tiers, self._cache, copy.message)
         if fetch.is_whole:
             fetch.renew()

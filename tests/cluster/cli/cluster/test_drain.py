@@ -9,8 +9,8 @@ import pytest
 
 from cluster.cli.cluster.drain import drain_gateway
 from cluster.cli.main import main, make_parser
+from cluster.cli.terminal.admin_client import find_admin
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.orders import find_admin
 from tests.cluster.cli.fake_gateway import STATUS, FakeGateway
 
 pytestmark = pytest.mark.usefixtures("state_home")

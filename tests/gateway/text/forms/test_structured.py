@@ -11,7 +11,7 @@ from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.http.convert import completion_fields
 from gateway.http.parse import parse_body
 from gateway.http.schema import CompletionBody
-from gateway.http.unsupported import check_unbuilt
+from gateway.http.unsupported import check_unsupported
 from gateway.text.forms.structured import MAX_GRAMMAR_BYTES, make_grammar
 from gateway.text.schemas.references import MAX_SCHEMA_DEPTH
 from workers.requests.request import Grammar, GrammarKind
@@ -22,7 +22,7 @@ SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"cons
 def grammar_of(**fields: Any) -> Grammar | None:
     """What a completion with these fields asks for."""
     data = {"prompt": "x", **fields}
-    check_unbuilt(data, "completion")
+    check_unsupported(data, "completion")
     return completion_fields(parse_body(CompletionBody, data)).grammar
 
 

@@ -13,7 +13,7 @@ from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.call import AnswerFormat
 from gateway.core.tool_use import Tool
 from gateway.text.forms.tools import template_call
-from gateway.text.harmony.marks import ENDS, MESSAGE, OPENED, START, Mark, open_message
+from gateway.text.harmony.marks import ENDS, MESSAGE, OPENED, START, SpecialToken, open_message
 from gateway.text.harmony.parser import HarmonyParser
 from gateway.text.harmony.template import HarmonyTemplate
 from tests.gateway.text.harmony.examples import (
@@ -232,10 +232,10 @@ def test_texts_that_look_like_marks_are_texts() -> None:
         answer_format=wanted,
     )
     assert "".join(prompt.parts) == prompt
-    marks = [str(part) for part in prompt.parts if isinstance(part, Mark)]
+    marks = [str(part) for part in prompt.parts if isinstance(part, SpecialToken)]
     num_messages = marks.count(MESSAGE)
     assert num_messages == marks.count(START) - 1 == sum(map(marks.count, ENDS))
-    texts = [part for part in prompt.parts if not isinstance(part, Mark)]
+    texts = [part for part in prompt.parts if not isinstance(part, SpecialToken)]
     assert sum(text.count(forged) for text in texts) == prompt.count(forged) > 8
 
 

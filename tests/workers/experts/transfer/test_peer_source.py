@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.engine_stream import TOKEN
-from cluster.core.errors import HandshakeError, MoveGivenUpError, PeerLostError, ProtocolError
+from cluster.core.errors import HandshakeError, PeerLostError, ProtocolError, TransferAbortedError
 from workers.experts.slots import ExpertSlots
 from workers.experts.sources import CheckpointSource
 from workers.experts.transfer.peer_source import (
@@ -269,13 +269,13 @@ def test_a_move_that_is_given_up_ends_within_a_chunk(
     with closing(connect(server.address, rate=slow)) as client:
         timer = threading.Timer(0.1, cancelled.set)
         timer.start()
-        with pytest.raises(MoveGivenUpError, match="not wanted any more"):
+        with pytest.raises(TransferAbortedError, match="not wanted any more"):
             fetch(client, checkpoint.family.banks[0], 0)
         timer.join()
     late = RateLimit(1.0, limit_s=0.05)
     with (
         closing(connect(server.address, rate=late)) as client,
-        pytest.raises(MoveGivenUpError, match=r"not done within 0.05 s"),
+        pytest.raises(TransferAbortedError, match=r"not done within 0.05 s"),
     ):
         fetch(client, checkpoint.family.banks[0], 0)
 
@@ -290,7 +290,7 @@ def test_a_move_that_was_given_up_before_it_began_opens_no_connection(
         raise AssertionError("connected")
 
     source = PeerSource(refuse, RateLimit(limit_s=TIMEOUT_S, cancelled=given_up))
-    with pytest.raises(MoveGivenUpError):
+    with pytest.raises(TransferAbortedError):
         next(source.weights(checkpoint.family.banks[0], 1, torch.float32))
 
 
@@ -323,5 +323,5 @@ def test_any_source_keeps_to_the_rate(checkpoint: Checkpoint) -> None:
         assert len(list(paced.weights(bank, 1, torch.float32))) == 2
         assert paced.num_bytes == bank.num_bytes(4)
     given_up = CheckpointSource(checkpoint, RateLimit(1.0, limit_s=0.01).take)
-    with closing(given_up), pytest.raises(MoveGivenUpError):
+    with closing(given_up), pytest.raises(TransferAbortedError):
         list(given_up.weights(bank, 1, torch.float32))

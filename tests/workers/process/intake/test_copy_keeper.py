@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.harness.engine_stream import TIMEOUT_S, TOKEN
 from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
-from cluster.core.errors import MoveGivenUpError, PeerLostError, ProtocolError
+from cluster.core.errors import PeerLostError, ProtocolError, TransferAbortedError
 from tests.reference.goldens import Golden
 from tests.workers.kv.tiers.test_disk import tiers_of as with_disk
 from tests.workers.kv.transfer.test_store import engine_of, forget_states, request_of, serve
@@ -242,9 +242,9 @@ def test_what_came_before_an_error_is_kept(link: Link) -> None:
     def count(num_bytes: int) -> None:
         chunks.append(num_bytes)
         if len(chunks) > 6:
-            raise MoveGivenUpError("enough")
+            raise TransferAbortedError("enough")
 
-    with pytest.raises(MoveGivenUpError):
+    with pytest.raises(TransferAbortedError):
         link.fetch(tiers, message_of(names), before_chunk=count)
     assert [tiers.has(name) for name in names[:7]] == [True] * 6 + [False]
     link.settle()

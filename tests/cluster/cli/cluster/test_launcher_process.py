@@ -309,7 +309,7 @@ def test_what_up_starts_in_a_joined_ray_has_no_owner(start_front: StartFront) ->
         assert front.end()[0] == 0
         record = state_file.read_record("one")
         assert record is not None
-        assert record.is_on_its_own
+        assert record.is_detached
         wait_until(lambda: not is_running(record.launcher))
         assert find_by_files(front.folder)
         refused = start_front(join=True, how="refuse")

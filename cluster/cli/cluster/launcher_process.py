@@ -58,7 +58,7 @@ def _signals() -> list[signal.Signals]:
     return numbers
 
 
-class Front:
+class LauncherProcess:
     """One launcher, from spawn to end."""
 
     def __init__(
@@ -165,7 +165,7 @@ class Front:
             record = state_file.read_record(self._plan.name)
             if self._plan.temp_dir:
                 sweep(Path(self._plan.temp_dir), record.processes if record else ())
-            if record is None or not record.is_on_its_own:
+            if record is None or not record.is_detached:
                 state_file.remove_record(self._plan.name)
         if self._signal_count:
             state_file.remove_log(self._plan.name)

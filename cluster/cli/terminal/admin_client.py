@@ -21,7 +21,7 @@ from cluster.core.errors import ExpertMeshError, NotReadyError
 _CALL_LIMIT_S = 10.0
 
 
-class Orders:
+class AdminClient:
     """Orders to one cluster. Operations have the form of the admin port's documents.
 
     Raises ``CommandError``.
@@ -88,17 +88,17 @@ def _quoted(operation_id: str) -> str:
 
 
 @contextlib.contextmanager
-def orders_for(args: argparse.Namespace) -> Iterator[Orders]:
+def make_admin_client(args: argparse.Namespace) -> Iterator[AdminClient]:
     """Through Ray where ``--address`` says so, else the admin port. Raises ``CommandError``."""
     address = args.address
     if not address:
         admin = find_admin(args)
         if admin is not None:
-            yield Orders(admin)
+            yield AdminClient(admin)
             return
         address = os.environ["RAY_ADDRESS"]
     with _joined(address):
-        yield Orders(None)
+        yield AdminClient(None)
 
 
 def find_admin(args: argparse.Namespace, gateway: str | None = None) -> Client | None:
