@@ -52,7 +52,7 @@ class AutoscaleSection:
     """Time over which use is averaged before a pool grows for it."""
     down_s: float = field(default=180.0, metadata=flag("--autoscale-down-s"))
     """Time for which fewer workers must have sufficed before a pool shrinks."""
-    limit_s: float = field(default=300.0, metadata=flag("--autoscale-limit-s"))
+    limit_s: float = field(default=300.0, metadata=INTERNAL)
     """Limit for new workers to serve, after which a scaling is taken back."""
     queue_s: float = field(default=5.0, metadata=INTERNAL)
     """Time over which the queue is averaged."""

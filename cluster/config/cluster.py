@@ -96,7 +96,7 @@ class EngineSection:
     enough."""
     micro_batch_decode_threshold: int = 64
     """Rows of the busiest attention rank from which ``auto`` splits a step of decodes only."""
-    micro_batch_prefill_threshold: int = 256
+    micro_batch_prefill_threshold: int = field(default=256, metadata=INTERNAL)
     """Rows of the busiest attention rank from which ``auto`` splits a step with prompt rows."""
     enforce_eager: bool = False
     """Launch the kernels of decode steps on a GPU one by one, not as captured CUDA graphs."""

@@ -14,15 +14,15 @@ class RebalanceSection:
 
     enable_eplb: bool = False
     """Move experts to where the load is without an order; needs spare expert slots."""
-    interval_s: float = field(default=30.0, metadata=flag("--rebalance-interval-s"))
+    interval_s: float = field(default=30.0, metadata=INTERNAL)
     """Shortest time from the end of one automatic change to the next."""
-    horizon_s: float = field(default=300.0, metadata=flag("--rebalance-horizon-s"))
+    horizon_s: float = field(default=300.0, metadata=INTERNAL)
     """Time that a load is assumed to last: the gain in this time must exceed the cost of moving."""
-    max_move_fraction: float = field(default=0.1, metadata=flag("--rebalance-max-move-fraction"))
+    max_move_fraction: float = field(default=0.1, metadata=INTERNAL)
     """Share of all expert slots that one change may fill."""
     bytes_per_s: float = field(default=100e6, metadata=flag("--rebalance-bytes-per-s"))
     """Rate at which each worker receives weights while the cluster serves."""
-    limit_s: float = field(default=120.0, metadata=flag("--rebalance-limit-s"))
+    limit_s: float = field(default=120.0, metadata=INTERNAL)
     """Limit for each stage of a change, after which the change is given up."""
     slot_cost_pairs: float | None = field(default=None, metadata=INTERNAL)
     """Time of an activated expert slot, in (row, expert) pairs; by default by the roofline."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from cluster.config.option_metadata import INTERNAL
 from cluster.core.checks import check, check_each, is_at_least_1
 
 _ENDPOINT = re.compile(r"tcp://(?P<host>\*|\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):(?P<port>\d{1,5})")
@@ -25,7 +26,7 @@ class KvEventsSection:
     """Where they send missed events again, tcp://*:6557 say; by default nowhere."""
     kv_events_topic: str = ""
     """Topic of the events; llm-d's router expects kv@ADDRESS@MODEL."""
-    kv_events_buffer_steps: int = 10_000
+    kv_events_buffer_steps: int = field(default=10_000, metadata=INTERNAL)
     """Steps whose events are kept to be sent again, and that may wait for one subscriber."""
 
     def __post_init__(self) -> None:

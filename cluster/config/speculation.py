@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from cluster.config.option_metadata import INTERNAL
 from cluster.core.checks import check, check_choice, check_each, is_at_least_1
 
 SpeculativeMethod = Literal["none", "ngram", "mtp"]
@@ -20,9 +21,9 @@ class SpeculationSection:
     ``none``; rows of guesses are run only where that is faster."""
     num_speculative_tokens: int = 8
     """Guessed tokens of a sequence in a step, at most; ``mtp`` guesses one."""
-    ngram_min: int = 2
+    ngram_min: int = field(default=2, metadata=INTERNAL)
     """Last tokens that must have stood together before for ``ngram`` to guess, at least."""
-    ngram_max: int = 5
+    ngram_max: int = field(default=5, metadata=INTERNAL)
     """Last tokens that ``ngram`` compares: of several places it takes the one where most agree."""
 
     def __post_init__(self) -> None:
