@@ -16,9 +16,10 @@ import torch
 from cluster.core.errors import CheckpointError
 from workers.model.config import BankSpec, ModelConfig, TensorPart
 from workers.model.families.base import Loader
-from workers.model.families.parts import mlp_banks, mlp_parts, part
+from workers.model.families.parts import mlp_parts, part
+from workers.model.families.routed_experts import RoutedExperts
 from workers.model.families.settings import Settings
-from workers.model.routing import Router, Routing
+from workers.model.routing import Router
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,17 +44,11 @@ class GroupDefaults:
 class GroupedExperts:
     """The experts and MLPs of all layers, as ``config.json`` describes them."""
 
-    num_experts: int
-    """E: routed experts of a layer."""
-    top_k: int
-    expert_width: int
-    """I: inner width of a routed expert."""
+    routed: RoutedExperts
     num_shared_experts: int
     """Experts that see every token; they are one MLP of so many times the width."""
     dense_width: int
     """Inner width of the MLP of a dense layer."""
-    sparse_layers: tuple[int, ...]
-    """Layers with experts; the others are dense."""
     num_groups: int
     """Groups of neighbouring experts."""
     top_groups: int
@@ -81,17 +76,20 @@ class GroupedExperts:
         """
         if sparse_layers is None:
             sparse_layers = _layers_behind_dense(settings, defaults.num_dense_layers, num_layers)
-        found = cls(
+        routed = RoutedExperts(
             num_experts=settings.integer(
                 "n_routed_experts", defaults.num_experts_key, default=defaults.num_experts
             ),
             top_k=settings.integer("num_experts_per_tok", default=defaults.top_k),
             expert_width=settings.integer("moe_intermediate_size", default=defaults.expert_width),
+            sparse_layers=sparse_layers,
+        )
+        found = cls(
+            routed=routed,
             num_shared_experts=settings.integer(
                 "n_shared_experts", default=defaults.num_shared_experts
             ),
             dense_width=settings.integer("intermediate_size", default=defaults.dense_width),
-            sparse_layers=sparse_layers,
             num_groups=settings.integer("n_group", default=defaults.num_groups),
             top_groups=settings.integer("topk_group", default=defaults.top_groups),
             norm_topk_prob=settings.flag("norm_topk_prob", defaults.norm_topk_prob, null=False),
@@ -103,45 +101,37 @@ class GroupedExperts:
 
     def with_layer(self, layer: int) -> GroupedExperts:
         """The same with experts in one more layer, behind the others."""
-        return replace(self, sparse_layers=(*self.sparse_layers, layer))
+        layers = (*(self.routed.sparse_layers or ()), layer)
+        return replace(self, routed=replace(self.routed, sparse_layers=layers))
 
     def banks(self, config: ModelConfig) -> tuple[BankSpec, ...]:
         """One for each layer that is not dense."""
-        return mlp_banks(
-            config,
-            self.sparse_layers,
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            expert_width=self.expert_width,
-            float32_weights=True,
-        )
+        return self.routed.banks(config, float32_weights=True, aux_copies=0)
 
     def parts(self, layer: int, width: int) -> dict[str, TensorPart]:
         """Tensors of a layer's router, and of the dense MLP or the shared experts: ``gate``, ``up``
         and ``down``.
         """
         prefix = f"model.layers.{layer}.mlp"
-        if layer not in self.sparse_layers:
+        if not self.routed.is_in(layer):
             return mlp_parts(prefix, width, self.dense_width)
-        shared = self.expert_width * self.num_shared_experts
+        shared = self.routed.expert_width * self.num_shared_experts
         parts = {
-            "router": part(f"{prefix}.gate.weight", self.num_experts, width),
+            "router": part(f"{prefix}.gate.weight", self.routed.num_experts, width),
             **mlp_parts(f"{prefix}.shared_experts", width, shared),
         }
         if self.scoring == "sigmoid":
             name = f"{prefix}.gate.e_score_correction_bias"
-            parts["correction"] = part(name, self.num_experts)
+            parts["correction"] = part(name, self.routed.num_experts)
         return parts
 
     def router(self, layer: int, loader: Loader) -> Router | None:
         """None for a dense layer."""
-        if layer not in self.sparse_layers:
+        if not self.routed.is_in(layer):
             return None
-        routing = Routing(
-            bank=self.sparse_layers.index(layer),
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            scoring=self.scoring,
+        routing = self.routed.routing(
+            layer,
+            self.scoring,
             is_normed=self.norm_topk_prob,
             scale=self.scaling_factor,
             num_groups=self.num_groups,
@@ -156,19 +146,20 @@ class GroupedExperts:
 
     def _check(self) -> None:
         """Every token finds its experts in the groups it may use."""
-        size = self.num_experts // self.num_groups
-        if self.num_experts % self.num_groups or (self.num_groups > 1 and size < 2):
+        num_experts, top_k = self.routed.num_experts, self.routed.top_k
+        size = num_experts // self.num_groups
+        if num_experts % self.num_groups or (self.num_groups > 1 and size < 2):
             raise CheckpointError(
-                f"config.json: n_routed_experts {self.num_experts} must be a multiple of "
+                f"config.json: n_routed_experts {num_experts} must be a multiple of "
                 f"n_group {self.num_groups}, with at least 2 experts in a group"
             )
         if self.top_groups > self.num_groups:
             raise CheckpointError(
                 f"config.json: topk_group {self.top_groups} exceeds n_group {self.num_groups}"
             )
-        if self.top_k > self.top_groups * size:
+        if top_k > self.top_groups * size:
             raise CheckpointError(
-                f"config.json: num_experts_per_tok {self.top_k} exceeds the "
+                f"config.json: num_experts_per_tok {top_k} exceeds the "
                 f"{self.top_groups * size} experts of topk_group {self.top_groups} groups"
             )
 

@@ -4,7 +4,7 @@ of an MLP bank.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container
 
 import torch
 from torch import Tensor
@@ -44,35 +44,6 @@ def mlp_exchange(
         expert_width=expert_width,
         activation=activation or config.activation,
         has_bias=has_bias,
-    )
-
-
-def mlp_banks(
-    config: ModelConfig,
-    layers: Iterable[int],
-    *,
-    num_experts: int,
-    top_k: int,
-    expert_width: int,
-    float32_weights: bool = False,
-    aux_copies: int = 0,
-    activation: ClampedSwiglu | None = None,
-    has_bias: bool = False,
-) -> tuple[BankSpec, ...]:
-    """A bank of gated MLPs in each of these layers; see ``BankSpec`` and ``mlp_exchange``."""
-    exchange = mlp_exchange(config, expert_width, activation, has_bias)
-    return tuple(
-        BankSpec(
-            index=index,
-            bank="mlp",
-            layer=layer,
-            num_experts=num_experts,
-            top_k=top_k,
-            exchanges=(exchange,),
-            float32_weights=float32_weights,
-            aux_copies=aux_copies,
-        )
-        for index, layer in enumerate(layers)
     )
 
 

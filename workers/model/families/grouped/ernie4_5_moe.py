@@ -16,14 +16,14 @@ from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
 from workers.model.families.decoder import DecoderLayer, dense_attention_layer
 from workers.model.families.parts import (
-    mlp_banks,
     mlp_parts,
     norm_parts,
     part,
     projection_parts,
 )
-from workers.model.families.settings import Defaults, Heads, Settings, check_top_k, model_config
-from workers.model.routing import Router, Routing
+from workers.model.families.routed_experts import RoutedExperts
+from workers.model.families.settings import Defaults, Heads, Settings, model_config
+from workers.model.routing import Router
 
 _DEFAULTS = Defaults(
     vocab_size=103424,
@@ -43,17 +43,11 @@ _DEFAULTS = Defaults(
 class Ernie45MoeConfig:
     """The numbers that ERNIE 4.5 adds to ``ModelConfig``."""
 
-    num_experts: int
-    """E: routed experts of a layer."""
-    top_k: int
-    expert_width: int
-    """I: inner width of an expert."""
+    experts: RoutedExperts
     num_shared_experts: int
     """Experts that see every token; they are one MLP of so many times the width."""
     dense_width: int
     """Inner width of the MLP of a dense layer."""
-    sparse_layers: tuple[int, ...]
-    """Layers with experts; the others are dense."""
     least_sum: float
     """See ``Routing``."""
 
@@ -63,15 +57,17 @@ def family(config: Mapping[str, Any]) -> Ernie45MoeFamily:
     settings = Settings(config)
     settings.architecture("Ernie4_5_MoeForCausalLM")
     own = Ernie45MoeConfig(
-        num_experts=settings.integer("moe_num_experts", "num_experts", default=64),
-        top_k=settings.integer("moe_k", "num_experts_per_tok", default=6),
-        expert_width=settings.integer("moe_intermediate_size", default=1536),
+        experts=RoutedExperts.read(
+            settings,
+            num_experts=(64, "moe_num_experts", "num_experts"),
+            top_k=(6, "moe_k", "num_experts_per_tok"),
+            expert_width=(1536, "moe_intermediate_size"),
+            sparse_layers=_sparse_layers(settings),
+        ),
         num_shared_experts=settings.integer("moe_num_shared_experts", default=2, least=0),
         dense_width=settings.integer("intermediate_size", default=12288),
-        sparse_layers=_sparse_layers(settings),
         least_sum=settings.real("moe_norm_min", 1e-12),
     )
-    check_top_k("moe_k", own.top_k, "moe_num_experts", own.num_experts)
     heads = Heads.read(
         settings, default_hidden=_DEFAULTS.hidden_size, default_heads=20, default_kv_heads=4
     )
@@ -98,15 +94,7 @@ def _sparse_layers(settings: Settings) -> tuple[int, ...]:
 
 class Ernie45MoeFamily(Family):
     def __init__(self, config: ModelConfig, ernie: Ernie45MoeConfig) -> None:
-        banks = mlp_banks(
-            config,
-            ernie.sparse_layers,
-            num_experts=ernie.num_experts,
-            top_k=ernie.top_k,
-            expert_width=ernie.expert_width,
-            aux_copies=1,
-        )
-        super().__init__(config, banks)
+        super().__init__(config, ernie.experts.banks(config))
         self.ernie = ernie
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
@@ -117,17 +105,17 @@ class Ernie45MoeFamily(Family):
             **norm_parts(prefix, config),
             **projection_parts(f"{prefix}.self_attn", config, has_bias=False),
         }
-        if layer not in own.sparse_layers:
+        if not own.experts.is_in(layer):
             return parts | mlp_parts(f"{prefix}.mlp", width, own.dense_width)
         parts |= {
-            "router": part(f"{prefix}.mlp.gate.weight", own.num_experts, width),
+            "router": part(f"{prefix}.mlp.gate.weight", own.experts.num_experts, width),
             "correction": part(
-                f"{prefix}.mlp.moe_statics.e_score_correction_bias", 1, own.num_experts
+                f"{prefix}.mlp.moe_statics.e_score_correction_bias", 1, own.experts.num_experts
             ),
         }
         if not own.num_shared_experts:
             return parts
-        shared = own.expert_width * own.num_shared_experts
+        shared = own.experts.expert_width * own.num_shared_experts
         return parts | mlp_parts(f"{prefix}.mlp.shared_experts", width, shared)
 
     def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
@@ -135,16 +123,10 @@ class Ernie45MoeFamily(Family):
 
     def _router(self, layer: int, loader: Loader) -> Router | None:
         own = self.ernie
-        if layer not in own.sparse_layers:
+        if not own.experts.is_in(layer):
             return None
-        routing = Routing(
-            bank=own.sparse_layers.index(layer),
-            num_experts=own.num_experts,
-            top_k=own.top_k,
-            scoring="softmax",
-            float32_product=True,
-            is_normed=True,
-            least_sum=own.least_sum,
+        routing = own.experts.routing(
+            layer, "softmax", is_normed=True, float32_product=True, least_sum=own.least_sum
         )
         return Router(
             routing=routing,

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
-from workers.model.families.parts import attention_shape, mlp_banks, part, projection_parts
-from workers.model.families.settings import Defaults, Heads, Settings, check_top_k, model_config
+from workers.model.families.parts import attention_shape, part, projection_parts
+from workers.model.families.routed_experts import RoutedExperts
+from workers.model.families.settings import Defaults, Heads, Settings, model_config
 from workers.model.half import AttendsRows, HeadAttention
 from workers.model.layers import Dispatch, LayerContext, LayerSteps, Linear, Norm
-from workers.model.routing import Router, Routing
+from workers.model.routing import Router
 
 _DEFAULTS = Defaults(
     vocab_size=100352,
@@ -37,11 +38,7 @@ _DEFAULTS = Defaults(
 class FlexOlmoConfig:
     """The numbers that FlexOlmo adds to ``ModelConfig``."""
 
-    num_experts: int
-    """E: routed experts of a layer."""
-    top_k: int
-    expert_width: int
-    """I: inner width of an expert."""
+    experts: RoutedExperts
     norm_topk_prob: bool
     """Weights of the chosen experts are scaled to sum 1."""
     attention_bias: bool
@@ -53,13 +50,15 @@ def family(config: Mapping[str, Any]) -> FlexOlmoFamily:
     settings = Settings(config)
     settings.architecture("FlexOlmoForCausalLM")
     own = FlexOlmoConfig(
-        num_experts=settings.integer("num_experts", "num_local_experts", default=7),
-        top_k=settings.integer("num_experts_per_tok", default=5),
-        expert_width=settings.integer("intermediate_size", default=11008),
+        experts=RoutedExperts.read(
+            settings,
+            num_experts=(7, "num_experts", "num_local_experts"),
+            top_k=(5, "num_experts_per_tok"),
+            expert_width=(11008, "intermediate_size"),
+        ),
         norm_topk_prob=settings.flag("norm_topk_prob", False),
         attention_bias=settings.flag("attention_bias", False),
     )
-    check_top_k("num_experts_per_tok", own.top_k, "num_experts", own.num_experts)
     heads = Heads.read(settings, default_hidden=_DEFAULTS.hidden_size, default_heads=32)
     shared = model_config(settings, model_type="flex_olmo", heads=heads, defaults=_DEFAULTS)
     return FlexOlmoFamily(shared, own)
@@ -89,15 +88,7 @@ class PostNormLayer:
 
 class FlexOlmoFamily(Family):
     def __init__(self, config: ModelConfig, flex_olmo: FlexOlmoConfig) -> None:
-        banks = mlp_banks(
-            config,
-            range(config.num_layers),
-            num_experts=flex_olmo.num_experts,
-            top_k=flex_olmo.top_k,
-            expert_width=flex_olmo.expert_width,
-            aux_copies=1,
-        )
-        super().__init__(config, banks)
+        super().__init__(config, flex_olmo.experts.banks(config))
         self.flex_olmo = flex_olmo
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
@@ -109,18 +100,12 @@ class FlexOlmoFamily(Family):
             "norm2": part(f"{prefix}.post_feedforward_layernorm.weight", width),
             "q_norm": part(f"{attention}.q_norm.weight", q),
             "k_norm": part(f"{attention}.k_norm.weight", kv),
-            "router": part(f"{prefix}.mlp.gate.weight", self.flex_olmo.num_experts, width),
+            "router": part(f"{prefix}.mlp.gate.weight", self.flex_olmo.experts.num_experts, width),
         } | projection_parts(attention, config, self.flex_olmo.attention_bias)
 
     def make_layer(self, layer: int, loader: Loader) -> PostNormLayer:
         own, eps = self.flex_olmo, self.config.rms_norm_eps
-        routing = Routing(
-            bank=layer,
-            num_experts=own.num_experts,
-            top_k=own.top_k,
-            scoring="softmax",
-            is_normed=own.norm_topk_prob,
-        )
+        routing = own.experts.routing(layer, "softmax", is_normed=own.norm_topk_prob)
         heads = HeadAttention(
             shape=attention_shape(self.config),
             qk_norm=loader.tensor("q_norm", "k_norm"),

@@ -15,9 +15,10 @@ from cluster.core.errors import CheckpointError
 from workers.model.config import BankSpec, ClampedSwiglu, ExpertMatrix, ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
 from workers.model.families.decoder import DecoderLayer, dense_attention_layer
-from workers.model.families.parts import mlp_banks, norm_parts, part, projection_parts
-from workers.model.families.settings import Defaults, Heads, Settings, check_top_k, model_config
-from workers.model.routing import Router, Routing
+from workers.model.families.parts import norm_parts, part, projection_parts
+from workers.model.families.routed_experts import RoutedExperts
+from workers.model.families.settings import Defaults, Heads, Settings, model_config
+from workers.model.routing import Router
 from workers.quantization.keys import QuantizationKeys
 
 _DEFAULTS = Defaults(
@@ -44,11 +45,7 @@ _KINDS = ("sliding_attention", "full_attention")
 class GptOssConfig:
     """The numbers that gpt-oss adds to ``ModelConfig``."""
 
-    num_experts: int
-    """E: routed experts of a layer."""
-    top_k: int
-    expert_width: int
-    """I: inner width of an expert."""
+    experts: RoutedExperts
     attention_bias: bool
     """Biases on q, k, v and o."""
     swiglu: ClampedSwiglu
@@ -70,9 +67,12 @@ def family(config: Mapping[str, Any]) -> GptOssFamily:
     settings.architecture("GptOssForCausalLM")
     settings.value("initial_context_length")  # that of rope_scaling
     own = GptOssConfig(
-        num_experts=settings.integer("num_local_experts", "num_experts", default=128),
-        top_k=settings.integer("num_experts_per_tok", "experts_per_token", default=4),
-        expert_width=settings.integer("intermediate_size", default=2880),
+        experts=RoutedExperts.read(
+            settings,
+            num_experts=(128, "num_local_experts", "num_experts"),
+            top_k=(4, "num_experts_per_tok", "experts_per_token"),
+            expert_width=(2880, "intermediate_size"),
+        ),
         attention_bias=settings.flag("attention_bias", True),
         swiglu=ClampedSwiglu(
             alpha=settings.real("swiglu_alpha", 1.702), limit=settings.real("swiglu_limit", 7.0)
@@ -80,7 +80,6 @@ def family(config: Mapping[str, Any]) -> GptOssFamily:
         windows=_windows(settings),
         is_quantized=config.get("quantization_config") is not None,
     )
-    check_top_k("num_experts_per_tok", own.top_k, "num_local_experts", own.num_experts)
     heads = Heads.read(
         settings,
         default_hidden=_DEFAULTS.hidden_size,
@@ -128,16 +127,7 @@ class GptOssFamily(Family):
     has_sinks = True
 
     def __init__(self, config: ModelConfig, gpt_oss: GptOssConfig) -> None:
-        banks = mlp_banks(
-            config,
-            range(config.num_layers),
-            num_experts=gpt_oss.num_experts,
-            top_k=gpt_oss.top_k,
-            expert_width=gpt_oss.expert_width,
-            aux_copies=1,
-            activation=gpt_oss.swiglu,
-            has_bias=True,
-        )
+        banks = gpt_oss.experts.banks(config, activation=gpt_oss.swiglu, has_bias=True)
         super().__init__(config, banks)
         self.gpt_oss = gpt_oss
         self.windows = frozenset(w for w in gpt_oss.windows if w is not None)
@@ -187,18 +177,13 @@ class GptOssFamily(Family):
         return {
             **norm_parts(prefix, config),
             "sinks": part(f"{prefix}.self_attn.sinks", config.num_heads),
-            "router": part(f"{router}.weight", own.num_experts, config.hidden_size),
-            "router_bias": part(f"{router}.bias", own.num_experts),
+            "router": part(f"{router}.weight", own.experts.num_experts, config.hidden_size),
+            "router_bias": part(f"{router}.bias", own.experts.num_experts),
         } | projection_parts(f"{prefix}.self_attn", config, own.attention_bias)
 
     def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
         own = self.gpt_oss
-        routing = Routing(
-            bank=layer,
-            num_experts=own.num_experts,
-            top_k=own.top_k,
-            scoring="softmax_of_best",
-        )
+        routing = own.experts.routing(layer, "softmax_of_best")
         return dense_attention_layer(
             self.config,
             loader,

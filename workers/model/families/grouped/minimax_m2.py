@@ -20,13 +20,13 @@ from workers.model.families.base import Family, Loader
 from workers.model.families.decoder import DecoderLayer, dense_attention_layer
 from workers.model.families.parts import (
     block_sparse_expert,
-    mlp_banks,
     norm_parts,
     part,
     projection_parts,
 )
-from workers.model.families.settings import Defaults, Heads, Settings, check_top_k, model_config
-from workers.model.routing import Router, Routing
+from workers.model.families.routed_experts import RoutedExperts
+from workers.model.families.settings import Defaults, Heads, Settings, model_config
+from workers.model.routing import Router
 
 _DEFAULTS = Defaults(
     vocab_size=200064,
@@ -45,11 +45,7 @@ _HEAD_DIM = 128
 class MiniMaxM2Config:
     """The numbers that MiniMax-M2 adds to ``ModelConfig``."""
 
-    num_experts: int
-    """E: routed experts of a layer."""
-    top_k: int
-    expert_width: int
-    """I: inner width of an expert."""
+    experts: RoutedExperts
 
 
 def family(config: Mapping[str, Any]) -> MiniMaxM2Family:
@@ -57,11 +53,13 @@ def family(config: Mapping[str, Any]) -> MiniMaxM2Family:
     settings = Settings(config)
     settings.architecture("MiniMaxM2ForCausalLM")
     own = MiniMaxM2Config(
-        num_experts=settings.integer("num_local_experts", "num_experts", default=256),
-        top_k=settings.integer("num_experts_per_tok", default=8),
-        expert_width=settings.integer("intermediate_size", default=1536),
+        experts=RoutedExperts.read(
+            settings,
+            num_experts=(256, "num_local_experts", "num_experts"),
+            top_k=(8, "num_experts_per_tok"),
+            expert_width=(1536, "intermediate_size"),
+        ),
     )
-    check_top_k("num_experts_per_tok", own.top_k, "num_local_experts", own.num_experts)
     if any(kind != 1 for kind in settings.value("attn_type_list") or ()):
         raise CheckpointError("config.json: attn_type_list of minimax_m2 must be 1 in every layer")
     heads = Heads.read(
@@ -77,16 +75,7 @@ def family(config: Mapping[str, Any]) -> MiniMaxM2Family:
 
 class MiniMaxM2Family(Family):
     def __init__(self, config: ModelConfig, minimax: MiniMaxM2Config) -> None:
-        banks = mlp_banks(
-            config,
-            range(config.num_layers),
-            num_experts=minimax.num_experts,
-            top_k=minimax.top_k,
-            expert_width=minimax.expert_width,
-            float32_weights=True,
-            aux_copies=1,
-        )
-        super().__init__(config, banks)
+        super().__init__(config, minimax.experts.banks(config, float32_weights=True))
         self.minimax = minimax
 
     def expert_matrices(
@@ -97,7 +86,7 @@ class MiniMaxM2Family(Family):
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
         config, prefix = self.config, f"model.layers.{layer}"
-        width, experts = config.hidden_size, self.minimax.num_experts
+        width, experts = config.hidden_size, self.minimax.experts.num_experts
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         return {
             **norm_parts(prefix, config),
@@ -109,15 +98,8 @@ class MiniMaxM2Family(Family):
 
     def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
         own = self.minimax
-        routing = Routing(
-            bank=layer,
-            num_experts=own.num_experts,
-            top_k=own.top_k,
-            scoring="sigmoid",
-            is_normed=True,
-        )
         router = Router(
-            routing=routing,
+            routing=own.experts.routing(layer, "sigmoid", is_normed=True),
             linear=loader.float32_linear("router"),
             correction=loader.tensor("correction", dtype=torch.float32),
         )

@@ -15,13 +15,13 @@ from workers.model.families.base import Family, Loader
 from workers.model.families.decoder import DecoderLayer, dense_attention_layer
 from workers.model.families.parts import (
     block_sparse_expert,
-    mlp_banks,
     norm_parts,
     part,
     projection_parts,
 )
-from workers.model.families.settings import Defaults, Heads, Settings, check_top_k, model_config
-from workers.model.routing import Router, Routing
+from workers.model.families.routed_experts import RoutedExperts
+from workers.model.families.settings import Defaults, Heads, Settings, model_config
+from workers.model.routing import Router
 
 _DEFAULTS = Defaults(
     vocab_size=32000,
@@ -38,11 +38,7 @@ _DEFAULTS = Defaults(
 class MixtralConfig:
     """The numbers that Mixtral adds to ``ModelConfig``."""
 
-    num_experts: int
-    """E: routed experts of a layer."""
-    top_k: int
-    expert_width: int
-    """I: inner width of an expert."""
+    experts: RoutedExperts
     window: int | None
     """Positions that a token looks at in every layer; None: all."""
 
@@ -53,12 +49,14 @@ def family(config: Mapping[str, Any]) -> MixtralFamily:
     settings.architecture("MixtralForCausalLM")
     has_window = settings.value("sliding_window") is not None
     own = MixtralConfig(
-        num_experts=settings.integer("num_local_experts", "num_experts", default=8),
-        top_k=settings.integer("num_experts_per_tok", default=2),
-        expert_width=settings.integer("intermediate_size", default=14336),
+        experts=RoutedExperts.read(
+            settings,
+            num_experts=(8, "num_local_experts", "num_experts"),
+            top_k=(2, "num_experts_per_tok"),
+            expert_width=(14336, "intermediate_size"),
+        ),
         window=settings.integer("sliding_window") if has_window else None,
     )
-    check_top_k("num_experts_per_tok", own.top_k, "num_local_experts", own.num_experts)
     heads = Heads.read(
         settings, default_hidden=_DEFAULTS.hidden_size, default_heads=32, default_kv_heads=8
     )
@@ -68,15 +66,7 @@ def family(config: Mapping[str, Any]) -> MixtralFamily:
 
 class MixtralFamily(Family):
     def __init__(self, config: ModelConfig, mixtral: MixtralConfig) -> None:
-        banks = mlp_banks(
-            config,
-            range(config.num_layers),
-            num_experts=mixtral.num_experts,
-            top_k=mixtral.top_k,
-            expert_width=mixtral.expert_width,
-            aux_copies=1,
-        )
-        super().__init__(config, banks)
+        super().__init__(config, mixtral.experts.banks(config))
         self.mixtral = mixtral
         self.windows = frozenset(() if mixtral.window is None else (mixtral.window,))
 
@@ -88,7 +78,7 @@ class MixtralFamily(Family):
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
         config, prefix = self.config, f"model.layers.{layer}"
-        width, experts = config.hidden_size, self.mixtral.num_experts
+        width, experts = config.hidden_size, self.mixtral.experts.num_experts
         return {
             **norm_parts(prefix, config),
             "router": part(f"{prefix}.block_sparse_moe.gate.weight", experts, width),
@@ -96,12 +86,7 @@ class MixtralFamily(Family):
 
     def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
         own = self.mixtral
-        routing = Routing(
-            bank=layer,
-            num_experts=own.num_experts,
-            top_k=own.top_k,
-            scoring="softmax_of_best",
-        )
+        routing = own.experts.routing(layer, "softmax_of_best")
         return dense_attention_layer(
             self.config,
             loader,

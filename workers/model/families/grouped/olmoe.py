@@ -14,13 +14,13 @@ from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
 from workers.model.families.decoder import DecoderLayer, dense_attention_layer
 from workers.model.families.parts import (
-    mlp_banks,
     norm_parts,
     part,
     projection_parts,
 )
-from workers.model.families.settings import Defaults, Heads, Settings, check_top_k, model_config
-from workers.model.routing import Router, Routing
+from workers.model.families.routed_experts import RoutedExperts
+from workers.model.families.settings import Defaults, Heads, Settings, model_config
+from workers.model.routing import Router
 
 _DEFAULTS = Defaults(
     vocab_size=50304,
@@ -37,11 +37,7 @@ _DEFAULTS = Defaults(
 class OlmoeConfig:
     """The numbers that OLMoE adds to ``ModelConfig``."""
 
-    num_experts: int
-    """E: routed experts of a layer."""
-    top_k: int
-    expert_width: int
-    """I: inner width of an expert."""
+    experts: RoutedExperts
     norm_topk_prob: bool
     """Weights of the chosen experts are scaled to sum 1."""
     attention_bias: bool
@@ -55,14 +51,16 @@ def family(config: Mapping[str, Any]) -> OlmoeFamily:
     settings = Settings(config)
     settings.architecture("OlmoeForCausalLM")
     own = OlmoeConfig(
-        num_experts=settings.integer("num_experts", "num_local_experts", default=64),
-        top_k=settings.integer("num_experts_per_tok", default=8),
-        expert_width=settings.integer("intermediate_size", default=2048),
+        experts=RoutedExperts.read(
+            settings,
+            num_experts=(64, "num_experts", "num_local_experts"),
+            top_k=(8, "num_experts_per_tok"),
+            expert_width=(2048, "intermediate_size"),
+        ),
         norm_topk_prob=settings.flag("norm_topk_prob", False),
         attention_bias=settings.flag("attention_bias", False),
         clip_qkv=None if config.get("clip_qkv") is None else settings.real("clip_qkv", 1.0),
     )
-    check_top_k("num_experts_per_tok", own.top_k, "num_experts", own.num_experts)
     if any(kind != "full_attention" for kind in settings.value("layer_types") or ()):
         raise CheckpointError("config.json: layer_types of olmoe must all be full_attention")
     shared = model_config(settings, model_type="olmoe", heads=_heads(settings), defaults=_DEFAULTS)
@@ -82,15 +80,7 @@ def _heads(settings: Settings) -> Heads:
 
 class OlmoeFamily(Family):
     def __init__(self, config: ModelConfig, olmoe: OlmoeConfig) -> None:
-        banks = mlp_banks(
-            config,
-            range(config.num_layers),
-            num_experts=olmoe.num_experts,
-            top_k=olmoe.top_k,
-            expert_width=olmoe.expert_width,
-            aux_copies=1,
-        )
-        super().__init__(config, banks)
+        super().__init__(config, olmoe.experts.banks(config))
         self.olmoe = olmoe
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
@@ -101,18 +91,12 @@ class OlmoeFamily(Family):
             **norm_parts(prefix, config),
             "q_norm": part(f"{prefix}.self_attn.q_norm.weight", q),
             "k_norm": part(f"{prefix}.self_attn.k_norm.weight", kv),
-            "router": part(f"{prefix}.mlp.gate.weight", self.olmoe.num_experts, width),
+            "router": part(f"{prefix}.mlp.gate.weight", self.olmoe.experts.num_experts, width),
         } | projection_parts(f"{prefix}.self_attn", config, self.olmoe.attention_bias)
 
     def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
         own = self.olmoe
-        routing = Routing(
-            bank=layer,
-            num_experts=own.num_experts,
-            top_k=own.top_k,
-            scoring="softmax",
-            is_normed=own.norm_topk_prob,
-        )
+        routing = own.experts.routing(layer, "softmax", is_normed=own.norm_topk_prob)
         return dense_attention_layer(
             self.config,
             loader,

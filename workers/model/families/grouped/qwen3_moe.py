@@ -15,21 +15,20 @@ from workers.model.families.decoder import DecoderLayer, dense_attention_layer
 from workers.model.families.parts import (
     head_norm_parts,
     head_norms,
-    mlp_banks,
     mlp_parts,
     norm_parts,
     part,
     projection_parts,
 )
+from workers.model.families.routed_experts import RoutedExperts
 from workers.model.families.settings import (
     Defaults,
     Heads,
     Settings,
-    check_top_k,
     model_config,
     sparse_layers,
 )
-from workers.model.routing import Router, Routing
+from workers.model.routing import Router
 
 _DEFAULTS = Defaults(
     vocab_size=151936, hidden_size=2048, num_layers=24, max_positions=32768, rms_norm_eps=1e-6
@@ -40,15 +39,9 @@ _DEFAULTS = Defaults(
 class Qwen3MoeConfig:
     """The numbers that Qwen3-MoE adds to ``ModelConfig``."""
 
-    num_experts: int
-    """E: routed experts of a layer."""
-    top_k: int
-    expert_width: int
-    """I: inner width of an expert."""
+    experts: RoutedExperts
     dense_width: int
     """Inner width of the MLP of a dense layer."""
-    sparse_layers: tuple[int, ...]
-    """Layers with experts; the others are dense."""
     norm_topk_prob: bool
     """Weights of the chosen experts are scaled to sum 1."""
     attention_bias: bool
@@ -63,18 +56,20 @@ def family(config: Mapping[str, Any]) -> Qwen3MoeFamily:
     settings.architecture("Qwen3MoeForCausalLM")
     width = settings.integer("sliding_window", default=4096)
     own = Qwen3MoeConfig(
-        num_experts=settings.integer("num_experts", "num_local_experts", default=128),
-        top_k=settings.integer("num_experts_per_tok", default=8),
-        expert_width=settings.integer("moe_intermediate_size", default=768),
-        dense_width=settings.integer("intermediate_size", default=6144),
-        sparse_layers=sparse_layers(
-            settings, settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
+        experts=RoutedExperts.read(
+            settings,
+            num_experts=(128, "num_experts", "num_local_experts"),
+            top_k=(8, "num_experts_per_tok"),
+            expert_width=(768, "moe_intermediate_size"),
+            sparse_layers=sparse_layers(
+                settings, settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
+            ),
         ),
+        dense_width=settings.integer("intermediate_size", default=6144),
         norm_topk_prob=settings.flag("norm_topk_prob", False),
         attention_bias=settings.flag("attention_bias", False),
         window=width if settings.flag("use_sliding_window", False) else None,
     )
-    check_top_k("num_experts_per_tok", own.top_k, "num_experts", own.num_experts)
     heads = Heads.read(
         settings, default_hidden=_DEFAULTS.hidden_size, default_heads=32, default_kv_heads=4
     )
@@ -84,15 +79,7 @@ def family(config: Mapping[str, Any]) -> Qwen3MoeFamily:
 
 class Qwen3MoeFamily(Family):
     def __init__(self, config: ModelConfig, qwen3: Qwen3MoeConfig) -> None:
-        banks = mlp_banks(
-            config,
-            qwen3.sparse_layers,
-            num_experts=qwen3.num_experts,
-            top_k=qwen3.top_k,
-            expert_width=qwen3.expert_width,
-            aux_copies=1,
-        )
-        super().__init__(config, banks)
+        super().__init__(config, qwen3.experts.banks(config))
         self.qwen3 = qwen3
         self.windows = frozenset(() if qwen3.window is None else (qwen3.window,))
 
@@ -105,9 +92,9 @@ class Qwen3MoeFamily(Family):
             **head_norm_parts(f"{prefix}.self_attn", config),
             **projection_parts(f"{prefix}.self_attn", config, own.attention_bias),
         }
-        if layer not in own.sparse_layers:
+        if not own.experts.is_in(layer):
             return parts | mlp_parts(f"{prefix}.mlp", width, own.dense_width)
-        return parts | {"router": part(f"{prefix}.mlp.gate.weight", own.num_experts, width)}
+        return parts | {"router": part(f"{prefix}.mlp.gate.weight", own.experts.num_experts, width)}
 
     def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
         return dense_attention_layer(
@@ -120,13 +107,7 @@ class Qwen3MoeFamily(Family):
 
     def _router(self, layer: int, loader: Loader) -> Router | None:
         own = self.qwen3
-        if layer not in own.sparse_layers:
+        if not own.experts.is_in(layer):
             return None
-        routing = Routing(
-            bank=own.sparse_layers.index(layer),
-            num_experts=own.num_experts,
-            top_k=own.top_k,
-            scoring="softmax",
-            is_normed=own.norm_topk_prob,
-        )
+        routing = own.experts.routing(layer, "softmax", is_normed=own.norm_topk_prob)
         return Router(routing=routing, linear=loader.router("router"))

@@ -21,7 +21,6 @@ from workers.model.families.hybrid.settings import HybridExperts
 from workers.model.families.parts import (
     attention_shape,
     head_norm_parts,
-    mlp_banks,
     mlp_parts,
     norm_parts,
     part,
@@ -30,21 +29,13 @@ from workers.model.families.parts import (
 from workers.model.half import HeadAttention
 from workers.model.layers import Norm
 from workers.model.rope import rotation_order
-from workers.model.routing import Router, Routing
+from workers.model.routing import Router
 
 
 class HybridFamily(Family):
     def __init__(self, config: ModelConfig, experts: HybridExperts, has_bias: bool) -> None:
         """``has_bias``: q, k, v and o have biases."""
-        banks = mlp_banks(
-            config,
-            experts.sparse_layers,
-            num_experts=experts.num_experts,
-            top_k=experts.top_k,
-            expert_width=experts.expert_width,
-            aux_copies=1,
-        )
-        super().__init__(config, banks)
+        super().__init__(config, experts.routed.banks(config))
         self.experts = experts
         self._has_bias = has_bias
 
@@ -61,19 +52,19 @@ class HybridFamily(Family):
         config, own = self.config, self.experts
         prefix, width = f"{self.prefix}.layers.{layer}", config.hidden_size
         parts = norm_parts(prefix, config) | self._mixer_parts(prefix, layer)
-        if layer not in own.sparse_layers:
+        if not own.routed.is_in(layer):
             return parts | mlp_parts(f"{prefix}.mlp", width, own.dense_width)
         return {
             **parts,
             **mlp_parts(f"{prefix}.mlp.shared_expert", width, own.shared_width),
             "shared_gate": part(f"{prefix}.mlp.shared_expert_gate.weight", 1, width),
-            "router": part(f"{prefix}.mlp.gate.weight", own.num_experts, width),
+            "router": part(f"{prefix}.mlp.gate.weight", own.routed.num_experts, width),
         }
 
     def make_layer(self, layer: int, loader: Loader) -> HybridLayer:
         spec = self.config.delta_net
         is_recurrent = spec is not None and layer in spec.layers
-        is_sparse = layer in self.experts.sparse_layers
+        is_sparse = self.experts.routed.is_in(layer)
         return HybridLayer(
             mixer=self._recurrent(loader) if is_recurrent else self._attention(loader),
             norm1=self._norm(loader, "norm1"),
@@ -139,13 +130,7 @@ class HybridFamily(Family):
 
     def _router(self, layer: int, loader: Loader) -> Router:
         own = self.experts
-        routing = Routing(
-            bank=own.sparse_layers.index(layer),
-            num_experts=own.num_experts,
-            top_k=own.top_k,
-            scoring="softmax",
-            is_normed=own.norm_topk_prob,
-        )
+        routing = own.routed.routing(layer, "softmax", is_normed=own.norm_topk_prob)
         return Router(routing=routing, linear=loader.router("router"))
 
     def _norm(self, loader: Loader, name: str, order: Tensor | None = None) -> Norm:

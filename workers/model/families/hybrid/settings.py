@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from cluster.core.errors import CheckpointError
 from workers.model.config import DeltaNetSpec, ModelConfig
-from workers.model.families.settings import Settings, check_top_k
+from workers.model.families.routed_experts import RoutedExperts
+from workers.model.families.settings import Settings
 
 LINEAR, FULL = "linear_attention", "full_attention"
 """Kinds of layers in ``layer_types``."""
@@ -16,13 +17,7 @@ LINEAR, FULL = "linear_attention", "full_attention"
 class HybridExperts:
     """The routed and the shared experts of a layer, and the MLP of one without experts."""
 
-    sparse_layers: tuple[int, ...]
-    """Layers with experts; the others are dense."""
-    num_experts: int
-    """E: routed experts of a layer."""
-    top_k: int
-    expert_width: int
-    """I: inner width of a routed expert."""
+    routed: RoutedExperts
     shared_width: int
     """Inner width of the shared expert, which sees every token."""
     dense_width: int
@@ -41,17 +36,18 @@ def read_experts(
     norm_topk_prob: bool,
 ) -> HybridExperts:
     """The keys that the families share; the arguments but the layers are defaults, or fixed."""
-    experts = HybridExperts(
-        sparse_layers=sparse_layers,
-        num_experts=settings.integer("num_experts", default=num_experts),
-        top_k=settings.integer("num_experts_per_tok", default=top_k),
-        expert_width=settings.integer("moe_intermediate_size", default=512),
+    return HybridExperts(
+        routed=RoutedExperts.read(
+            settings,
+            num_experts=(num_experts, "num_experts"),
+            top_k=(top_k, "num_experts_per_tok"),
+            expert_width=(512, "moe_intermediate_size"),
+            sparse_layers=sparse_layers,
+        ),
         shared_width=settings.integer("shared_expert_intermediate_size", default=512),
         dense_width=dense_width,
         norm_topk_prob=norm_topk_prob,
     )
-    check_top_k("num_experts_per_tok", experts.top_k, "num_experts", experts.num_experts)
-    return experts
 
 
 def read_delta_net(settings: Settings, num_layers: int) -> DeltaNetSpec | None:
