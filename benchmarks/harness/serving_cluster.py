@@ -42,10 +42,8 @@ from cluster.launch.teardown import end_leftovers
 from cluster.sizing.start_plan import FoundWorker, StartPlan
 from workers.model.loading.checkpoint import Checkpoint
 from workers.process.actor import ACTOR_CLASSES, WorkerActor
-from workers.process.attention_runtime import AttentionRuntime
-from workers.process.colocated_runtime import ColocatedRuntime
-from workers.process.expert_runtime import ExpertRuntime
-from workers.process.runtime import WorkerRuntime
+from workers.process.roles.attention import AttentionRole
+from workers.process.worker import Worker
 from workers.process.worker_args import WorkerArgs
 from workers.requests.request import Request
 
@@ -222,55 +220,60 @@ class ThreadCluster(ServingCluster):
         return self.thread.run(getattr(self.actor, method)(*arguments))
 
 
-RUNTIMES: Mapping[Role, type[WorkerRuntime]] = {
-    "attention": AttentionRuntime,
-    "expert": ExpertRuntime,
-    "colocated": ColocatedRuntime,
-}
-
-
 class ThreadWorkerGroup(LocalWorkerGroup):
-    """Workers are threads of this process, of the given classes."""
+    """Workers are threads of this process; those of a role may be of another class."""
 
-    def __init__(self, runtimes: Mapping[Role, type[WorkerRuntime]] = RUNTIMES) -> None:
+    def __init__(
+        self,
+        worker_class: type[Worker] = Worker,
+        by_role: Mapping[Role, type[Worker]] | None = None,
+    ) -> None:
         super().__init__()
-        self._classes = runtimes
-        self.runtimes: dict[str, WorkerRuntime] = {}
+        self._worker_class = worker_class
+        self._by_role = by_role or {}
+        self.workers: dict[str, Worker] = {}
         self.deaths: list[str] = []
 
     def names(self) -> list[str]:
-        return list(self.runtimes)
+        return list(self.workers)
 
     async def start(self, members: Sequence[Member], plan: StartPlan, address: str) -> None:
         for member in members:
             args = WorkerArgs.from_plain(*plan.arguments(member, address), "127.0.0.1")
-            runtime = self.make_runtime(member.role, args)
-            self.runtimes[member.name] = runtime
-            runtime.start()
+            worker = self.make_worker(args)
+            self.workers[member.name] = worker
+            worker.start()
 
-    def make_runtime(self, role: Role, args: WorkerArgs) -> WorkerRuntime:
+    def make_worker(self, args: WorkerArgs) -> Worker:
         """One worker; not started yet."""
-        return self._classes[role](args, self.deaths.append)
+        kind = self._by_role.get(args.member.role, self._worker_class)
+        return kind(args, self.deaths.append)
+
+    def attention(self, name: str) -> AttentionRole:
+        """The attention role of a worker that is loaded."""
+        role = self.workers[name].roles.attention
+        assert role is not None
+        return role
 
     async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
         return tuple(
             FoundWorker(
                 name=name,
-                config=runtime.config,
-                num_slots=runtime.args.num_slots,
+                config=worker.config,
+                num_slots=worker.args.num_slots,
             )
-            for name, runtime in self.runtimes.items()
-            if runtime._thread.is_alive()
+            for name, worker in self.workers.items()
+            if worker.is_alive
         )
 
     async def redirect(self, name: str, control_address: str) -> None:
-        self.runtimes[name].redirect(control_address, *self.claimed)
+        self.workers[name].control.redirect(control_address, *self.claimed)
 
     async def end(self, names: Sequence[str]) -> None:
         for name in names:
-            runtime = self.runtimes.pop(name, None)
-            if runtime is not None:
-                await asyncio.to_thread(runtime.stop)
+            worker = self.workers.pop(name, None)
+            if worker is not None:
+                await asyncio.to_thread(worker.stop)
 
 
 class RayCluster(ServingCluster):

@@ -124,26 +124,17 @@ def _end(child: subprocess.Popen[str]) -> None:
 
 def main() -> None:
     """One worker: import, say so, wait for its arguments, run until stdin ends."""
-    from workers.process.attention_runtime import AttentionRuntime
-    from workers.process.colocated_runtime import ColocatedRuntime
-    from workers.process.expert_runtime import ExpertRuntime
-    from workers.process.runtime import WorkerRuntime
+    from workers.process.worker import Worker
     from workers.process.worker_args import WorkerArgs
 
     sys.stdout.write("imported\n")
     sys.stdout.flush()
     config, member, control_address, extra = json.loads(sys.stdin.readline())
     args = WorkerArgs.from_plain(config, member, control_address, extra, "127.0.0.1")
-    kinds: dict[str, type[WorkerRuntime]] = {
-        "attention": AttentionRuntime,
-        "expert": ExpertRuntime,
-        "colocated": ColocatedRuntime,
-    }
-    kind = kinds[sys.argv[1]]
-    runtime = kind(args, lambda reason: os._exit(1))
-    runtime.start()
+    worker = Worker(args, lambda reason: os._exit(1))
+    worker.start()
     sys.stdin.read()
-    runtime.stop()
+    worker.stop()
 
 
 if __name__ == "__main__":

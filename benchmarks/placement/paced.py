@@ -17,8 +17,7 @@ from torch import Tensor
 from workers.experts.slots import ExpertSlots
 from workers.model.config import BankSpec
 from workers.process.actor import ExpertWorker, WorkerActor
-from workers.process.expert_runtime import ExpertRuntime
-from workers.process.runtime import OnDeath
+from workers.process.worker import OnDeath, Worker
 from workers.process.worker_args import WorkerArgs
 
 
@@ -93,7 +92,7 @@ def paced_worker(time_taken: ComputeTime) -> type[WorkerActor]:
     class PacedWorker(ExpertWorker):
         """An expert worker that holds and moves weights, and waits where others compute."""
 
-        def _make_runtime(self, args: WorkerArgs, on_death: OnDeath) -> ExpertRuntime:
-            return ExpertRuntime(args, on_death, banks_of)
+        def _make_worker(self, args: WorkerArgs, on_death: OnDeath) -> Worker:
+            return Worker(args, on_death, banks_of)
 
     return PacedWorker

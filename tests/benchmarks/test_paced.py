@@ -75,7 +75,8 @@ def test_an_actor_class_takes_its_times_to_another_process() -> None:
         control_address="127.0.0.1:1",
         host="127.0.0.1",
     )
-    runtime = sent._make_runtime(sent.__new__(sent), args, lambda reason: None)
-    assert runtime.banks_of is not None
-    made = runtime.banks_of(ExpertSlots([SPEC], 2, torch.float32, torch.device("cpu")))
+    worker = sent._make_worker(sent.__new__(sent), args, lambda reason: None)
+    worker.control.close()
+    assert worker.banks_of is not None
+    made = worker.banks_of(ExpertSlots([SPEC], 2, torch.float32, torch.device("cpu")))
     assert [bank.time_taken for bank in made if isinstance(bank, PacedBank)] == [time_taken]

@@ -17,17 +17,15 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from benchmarks.harness.serving_cluster import RUNTIMES, ThreadCluster, ThreadWorkerGroup
+from benchmarks.harness.serving_cluster import ThreadCluster, ThreadWorkerGroup
 from cluster.core.errors import PeerLostError
 from cluster.core.states import ClusterState
-from cluster.core.topology import Generation, Member, Role
+from cluster.core.topology import Generation, Member
 from workers.model.config import BankSpec
-from workers.process.attention_runtime import AttentionRuntime
-from workers.process.colocated_runtime import ColocatedRuntime
-from workers.process.expert_runtime import ExpertRuntime
-from workers.process.runtime import WorkerRuntime
+from workers.process.worker import Worker
 from workers.process.worker_args import WorkerArgs
 from workers.requests.step_header import StepHeader
+from workers.transport.peer_connections import PeerConnections
 from workers.transport.transport import DataTransport, Expected, RowMessage, Tag
 
 
@@ -144,41 +142,29 @@ class FailingTransport:
         raise PeerLostError(peer, f"injected at {fault}")
 
 
-class Failing(WorkerRuntime):
+class FailingWorker(Worker):
     """A worker whose transport fails."""
 
     faults: Faults
     """Set before the start."""
 
-    def _open_transport(self) -> DataTransport:
-        return FailingTransport(super()._open_transport(), self.member.name, self.faults)
-
-
-class FailingAttention(Failing, AttentionRuntime):
-    """Of this role."""
-
-
-class FailingExpert(Failing, ExpertRuntime):
-    """Of this role."""
-
-
-class FailingColocated(Failing, ColocatedRuntime):
-    """Of this role."""
+    def open_transport(self, connections: PeerConnections) -> DataTransport:
+        inner = super().open_transport(connections)
+        return FailingTransport(inner, self.member.name, self.faults)
 
 
 class FailingWorkerGroup(ThreadWorkerGroup):
     """Threads whose transports fail."""
 
     def __init__(self, faults: Faults) -> None:
-        kinds = (FailingAttention, FailingExpert, FailingColocated)
-        super().__init__(dict(zip(RUNTIMES, kinds, strict=True)))
+        super().__init__(FailingWorker)
         self._faults = faults
 
-    def make_runtime(self, role: Role, args: WorkerArgs) -> WorkerRuntime:
-        runtime = super().make_runtime(role, args)
-        assert isinstance(runtime, Failing)
-        runtime.faults = self._faults
-        return runtime
+    def make_worker(self, args: WorkerArgs) -> Worker:
+        worker = super().make_worker(args)
+        assert isinstance(worker, FailingWorker)
+        worker.faults = self._faults
+        return worker
 
 
 def renew_on_fault(cluster: ThreadCluster, faults: Faults) -> None:

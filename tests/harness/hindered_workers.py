@@ -18,8 +18,8 @@ from msgspec.structs import replace
 from cluster.core.errors import CheckpointError
 from cluster.core.topology import Member, Role
 from workers.process.actor import ACTOR_CLASSES, ExpertWorker, WorkerActor
-from workers.process.expert_runtime import ExpertRuntime
-from workers.process.runtime import OnDeath, WorkerRuntime
+from workers.process.context import WorkerContext
+from workers.process.worker import OnDeath, Worker
 from workers.process.worker_args import WorkerArgs
 
 _SLOW_READ_S = 0.1
@@ -40,24 +40,25 @@ class Hindrance(StrEnum):
     """It computes in an arithmetic that no other worker has."""
 
 
-class HinderedExpert(ExpertRuntime):
+class HinderedExpert(Worker):
     """An expert worker that looks for the files when it starts."""
 
     def _is(self, hindrance: Hindrance) -> bool:
         return (Path(self.config.model.path) / hindrance).exists()
 
-    def _announce(self) -> Member:
-        member = super()._announce()
+    def announce(self, context: WorkerContext, member: Member) -> Member:
+        member = super().announce(context, member)
         if self._is(Hindrance.OTHER_CPU):
             member = replace(member, offer=replace(member.offer, kernels=("another",)))
         return member
 
-    def _load(self) -> dict[str, Any]:
+    def load(self, context: WorkerContext) -> dict[str, Any]:
         until = time.monotonic() + _HELD_LIMIT_S
         while self._is(Hindrance.HELD) and time.monotonic() < until:
             time.sleep(_LOOK_S)
         is_slow, is_broken = self._is(Hindrance.SLOW_DISK), self._is(Hindrance.BROKEN_DISK)
-        borrow = self.checkpoint.borrow
+        checkpoint = context.model.checkpoint
+        borrow = checkpoint.borrow
 
         def hindered(*arguments: Any) -> Any:
             if is_broken:
@@ -65,14 +66,14 @@ class HinderedExpert(ExpertRuntime):
             time.sleep(_SLOW_READ_S * is_slow)
             return borrow(*arguments)
 
-        self.checkpoint.borrow = hindered  # type: ignore[method-assign, assignment]
-        return super()._load()
+        checkpoint.borrow = hindered  # type: ignore[method-assign, assignment]
+        return super().load(context)
 
 
 class HinderedWorker(ExpertWorker):
     """Its actor."""
 
-    def _make_runtime(self, args: WorkerArgs, on_death: OnDeath) -> WorkerRuntime:
+    def _make_worker(self, args: WorkerArgs, on_death: OnDeath) -> Worker:
         return HinderedExpert(args, on_death)
 
 

@@ -12,12 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.harness.mixed_calls import make_calls
-from benchmarks.harness.serving_cluster import RUNTIMES, ThreadWorkerGroup
+from benchmarks.harness.serving_cluster import ThreadWorkerGroup
 from gateway.core.call import GenerateCall
 from workers.engine.model_runner import StepResult
 from workers.process.actor import AttentionWorker
-from workers.process.attention_runtime import AttentionRuntime
-from workers.process.runtime import OnDeath, WorkerRuntime
+from workers.process.context import WorkerContext
+from workers.process.worker import OnDeath, Worker
 from workers.process.worker_args import WorkerArgs
 from workers.requests.step_header import StepHeader
 from workers.scheduling.step_plan import StepPlan
@@ -32,17 +32,17 @@ def poisonous_call(num_tokens: int = 20) -> GenerateCall:
     return replace(call, prompts=((5, POISON, 7),))
 
 
-class PoisonedAttention(AttentionRuntime):
+class PoisonedAttention(Worker):
     """Calls ``kill`` before it runs a step with a poisonous request: by default it dies itself."""
 
     def kill(self) -> None:
         """As ``kill -9`` does."""
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def _load(self) -> dict[str, Any]:
-        info = super()._load()
-        assert self._engine is not None
-        runner = self._engine.runner
+    def load(self, context: WorkerContext) -> dict[str, Any]:
+        info = super().load(context)
+        assert self.roles.attention is not None
+        runner = self.roles.attention.engine.runner
         run = runner.run
 
         def run_poisoned(header: StepHeader, plan: StepPlan) -> StepResult | None:
@@ -57,7 +57,7 @@ class PoisonedAttention(AttentionRuntime):
 class PoisonedWorker(AttentionWorker):
     """Its actor."""
 
-    def _make_runtime(self, args: WorkerArgs, on_death: OnDeath) -> WorkerRuntime:
+    def _make_worker(self, args: WorkerArgs, on_death: OnDeath) -> Worker:
         return PoisonedAttention(args, on_death)
 
 
@@ -71,7 +71,7 @@ class PoisonedGroup(ThreadWorkerGroup):
             def kill(self) -> None:
                 kill(group)
 
-        super().__init__({**RUNTIMES, "attention": Attention})
+        super().__init__(by_role={"attention": Attention})
 
 
 def raise_poison(group: ThreadWorkerGroup) -> None:
@@ -84,5 +84,5 @@ def stop_an_expert_worker(group: ThreadWorkerGroup) -> None:
 
     Never one that takes the place of another: it may not be in the step yet.
     """
-    name = min(n for n in group.runtimes if n.startswith("expert-") and "." not in n)
-    group.runtimes.pop(name).stop()
+    name = min(n for n in group.workers if n.startswith("expert-") and "." not in n)
+    group.workers.pop(name).stop()

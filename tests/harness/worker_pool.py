@@ -13,10 +13,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from benchmarks.harness.serving_cluster import RUNTIMES, ThreadWorkerGroup
+from benchmarks.harness.serving_cluster import ThreadWorkerGroup
 from cluster.core.topology import Member
 from cluster.sizing.start_plan import StartPlan
-from workers.process.runtime import WorkerRuntime
+from workers.process.worker import Worker
 from workers.process.worker_args import WorkerArgs
 
 _LIMIT_S = 120.0
@@ -83,22 +83,22 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    runtime: WorkerRuntime | None = None
+    worker: Worker | None = None
     for line in sys.stdin:
         message = json.loads(line)
-        if runtime is not None:
-            runtime.stop()
-            runtime = None
+        if worker is not None:
+            worker.stop()
+            worker = None
         if message is None:
             sys.stdout.write("stopped\n")
             sys.stdout.flush()
             continue
         config, member, control_address, extra = message
         args = WorkerArgs.from_plain(config, member, control_address, extra, "127.0.0.1")
-        runtime = RUNTIMES[args.member.role](args, lambda reason: os._exit(1))
-        runtime.start()
-    if runtime is not None:
-        runtime.stop()
+        worker = Worker(args, lambda reason: os._exit(1))
+        worker.start()
+    if worker is not None:
+        worker.stop()
 
 
 if __name__ == "__main__":

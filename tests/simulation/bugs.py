@@ -36,7 +36,7 @@ from workers.experts.transfer.loading import ExpertLoader
 from workers.kv import prefix_cache
 from workers.kv.transfer.store import KvTransferStore
 from workers.model.loading.mapped import MappedFiles
-from workers.process.runtime import WorkerRuntime
+from workers.process.control_side import ControlSide
 from workers.requests import block_hash
 from workers.requests.block_hash import chain_hash, root_hash
 from workers.scheduling.scheduler import Scheduler
@@ -210,7 +210,7 @@ def _stale_end() -> Iterator[None]:
     async def check(self: SimGroup) -> None:
         pass
 
-    unguarded = mock.patch.object(WorkerRuntime, "follow", return_value=None)
+    unguarded = mock.patch.object(ControlSide, "follow", return_value=None)
     alive = mock.patch.object(SimGroup, "end_this_process", return_value=None)
     with unguarded, alive, mock.patch.object(SimGroup, "check_term", check):
         yield

@@ -6,7 +6,6 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from tests.simulation.features import USES
-from workers.process.attention_runtime import AttentionRuntime
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -51,8 +50,8 @@ def occurrences(world: World) -> Counter[str]:
         found[_FAILED] += world.kv_disk.num_failed
         found["wrong bytes of workers' disks"] += world.kv_disk.num_rotten
     for worker in world.ray.actors.workers.values():
-        if isinstance(worker.runtime, AttentionRuntime):
-            for name, value in worker.runtime._stats().items():
+        if (role := worker.worker.roles.attention) is not None:
+            for name, value in role.stats().items():
                 for what, begin in _METRICS.items():
                     found[what] += int(value) if name.startswith(begin) else 0
     return found

@@ -159,7 +159,7 @@ class Faults:
 
     def _kill_next(self, place: str) -> None:
         for worker in self._workers():
-            if worker.name.startswith(f"{place}.") and worker.runtime.membership.runs:
+            if worker.name.startswith(f"{place}.") and worker.worker.membership.runs:
                 with suppress(_NothingToHitError):
                     self._kill(worker.process)
                     return
@@ -539,8 +539,8 @@ class Faults:
 
     def _witnesses(self) -> list[Process]:
         """Living workers that know a generation, and that another controller would find."""
-        living = (w for w in self._workers() if not w.runtime.lifetime.is_ending)
-        return [w.process for w in living if w.runtime.membership.generation.number]
+        living = (w for w in self._workers() if not w.worker.lifetime.is_ending)
+        return [w.process for w in living if w.worker.membership.generation.number]
 
     def _processes(self) -> list[Process]:
         """All of them, controllers that Ray has given up included."""

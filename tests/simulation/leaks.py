@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Set
 from typing import TYPE_CHECKING
 
-from workers.process.attention_runtime import AttentionRuntime
+from workers.process.roles.attention import AttentionRole
 
 if TYPE_CHECKING:
     from tests.simulation.gateways import SimGateway
@@ -26,9 +26,11 @@ def leaks(world: World) -> list[str]:
     found = []
     names = {g.name for g in world.gateways if not g.process.is_dead}
     for worker in world.ray.actors.workers.values():
-        if isinstance(worker.runtime, AttentionRuntime):
-            left = [*_left_at_worker(worker.runtime), *_streams(worker.runtime, names)]
-            found += [f"{worker.name} has {what}" for what in left]
+        if not worker.args.member.runs_attention:
+            continue
+        role = worker.worker.roles.attention
+        left = ["no engine"] if role is None else [*_left_at_worker(role), *_streams(role, names)]
+        found += [f"{worker.name} has {what}" for what in left]
     if world.state is not None:
         found += _named("open files of stored objects", [*world.state.handles])
     if world.kv_disk is not None:
@@ -40,28 +42,23 @@ def leaks(world: World) -> list[str]:
     return found
 
 
-def _left_at_worker(runtime: AttentionRuntime) -> Iterator[str]:
-    engine = runtime._engine
-    if engine is None:
-        yield "no engine"
-        return
-    yield from _left_in_engine(engine)
-    yield from _named("owners", runtime._owners)
-    for intake in runtime._intakes:
-        yield from _named(f"jobs of {type(intake).__name__}", list(intake._all_jobs()))
-    if runtime._copy_keeper is not None and (
-        count := runtime._copy_keeper.stats()["session_copies_waiting"]
+def _left_at_worker(role: AttentionRole) -> Iterator[str]:
+    yield from _left_in_engine(role.engine)
+    yield from _named("owners", role.outputs.owners)
+    for waiting in role.intake.waiting:
+        yield from _named(f"jobs of {type(waiting).__name__}", list(waiting._all_jobs()))
+    if role.copy_keeper is not None and (
+        count := role.copy_keeper.stats()["session_copies_waiting"]
     ):
         yield f"{count:g} copies that wait"
-    if runtime._tiers is not None and not runtime._tiers.copies.is_idle:
+    if role.tiers is not None and not role.tiers.copies.is_idle:
         yield "turns that are copied"
 
 
-def _streams(runtime: AttentionRuntime, living: Set[str]) -> Iterator[str]:
+def _streams(role: AttentionRole, living: Set[str]) -> Iterator[str]:
     """Streams of gateways that have died; each has one to a living gateway at most."""
-    if runtime._stream is not None:
-        streams = [name.partition("#")[0] for name in runtime._stream._streams._streams]
-        yield from _named("dead streams", [*(Counter(streams) - Counter(living))])
+    streams = [name.partition("#")[0] for name in role._stream._streams._streams]
+    yield from _named("dead streams", [*(Counter(streams) - Counter(living))])
 
 
 def _left_in_engine(engine: Engine) -> Iterator[str]:

@@ -48,17 +48,17 @@ def fenced_after_s(num_attention: int) -> float:
         leader = world.ray.actors.workers["attention-0"]
         began = world.kernel.now
         world.faults._isolate(leader.process.host, CUT_S)
-        world._run_until(began + CUT_S, lambda: leader.runtime.membership.is_fenced)
+        world._run_until(began + CUT_S, lambda: leader.worker.membership.is_fenced)
         return world.kernel.now - began
 
 
 def run_without_controller(num_attention: int) -> bool:
     """Whether all workers still run when the controller was out of reach for some time."""
     with idle_world(num_attention) as world:
-        runtimes = [worker.runtime for worker in world.ray.actors.workers.values()]
+        workers = [worker.worker for worker in world.ray.actors.workers.values()]
         world.faults._isolate(HEAD, CUT_S)
         world._run_until(world.kernel.now + CUT_S - 1.0)
-        return all(runtime.membership.runs for runtime in runtimes)
+        return all(worker.membership.runs for worker in workers)
 
 
 def ends_of_a_hold() -> tuple[float, int, int, bool]:

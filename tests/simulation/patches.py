@@ -22,13 +22,12 @@ import workers.dispatch.expert_server
 import workers.experts.transfer.loading
 import workers.experts.transfer.rate_limit
 import workers.kv.transfer.lender
-import workers.process.attention_runtime
 import workers.process.control.control_client
 import workers.process.engine_server
-import workers.process.expert_part
-import workers.process.expert_runtime
 import workers.process.intake.waiting
-import workers.process.runtime
+import workers.process.roles.experts
+import workers.process.roles.loading
+import workers.process.worker
 import workers.transport.acceptor
 import workers.transport.peer_connections
 import workers.transport.peer_link
@@ -44,9 +43,9 @@ from tests.simulation.polling import SimSelectors, SimSockets
 from tests.simulation.streams import SimChannel, SimGrpcServer, SimRunner
 from tests.simulation.threads import SimExecutor, SimFuture, SimThreading
 from tests.simulation.toy_adapters import ToyAdapters
-from tests.simulation.toy_steps import ToyEngine, ToyExpertServer
+from tests.simulation.toy_steps import ToyDispatcher, ToyEngine, ToyExpertServer, ToyTransport
 from tests.simulation.toy_text import ToyGrammars
-from tests.simulation.worker import ToyModel
+from tests.simulation.worker import ToyModel, ToySlots
 from workers.dispatch.expert_server import ExpertServer
 from workers.engine.engine import Engine
 from workers.model.compute_threads import ComputeThreads
@@ -80,6 +79,12 @@ def _identify(args: Any, checkpoint: Any) -> PeerIdentity:
     )
 
 
+def _open_toy_transport(args: Any, connections: Any) -> ToyTransport:
+    return ToyTransport(
+        connections, combine_mode=args.config.engine.combine_mode, device=args.device
+    )
+
+
 def _getpid() -> int:
     kernel = Kernel.current
     assert kernel is not None
@@ -87,23 +92,26 @@ def _getpid() -> int:
 
 
 _SINGLE: list[tuple[str, str, Any]] = [
-    ("workers.process.runtime", "Checkpoint", ToyCheckpoint),
-    ("workers.process.runtime", "resolve_dtype", lambda *args: torch.float32),
-    ("workers.process.runtime", "identify", _identify),
-    ("workers.process.runtime", "collapse_weights", lambda *args: None),
+    ("workers.process.context", "Checkpoint", ToyCheckpoint),
+    ("workers.process.context", "resolve_dtype", lambda *args: torch.float32),
+    ("workers.process.worker", "identify", _identify),
+    ("workers.process.worker", "collapse_weights", lambda *args: None),
     (
-        "workers.process.runtime",
+        "workers.process.context",
         "ComputeThreads",
         SimpleNamespace(for_threads=lambda count, device_type: ComputeThreads(count)),
     ),
-    ("workers.process.runtime", "start_kernels", lambda *args: Kernels(None, "")),
-    ("workers.process.runtime", "thread_cpu_clock", lambda: float),
-    ("workers.process.runtime", "os", SimpleNamespace(getpid=_getpid)),
-    ("workers.process.attention_runtime", "load_attention_model", lambda *args: ToyModel()),
-    ("workers.process.attention_runtime", "GrammarCompiler", ToyGrammars),
-    ("workers.process.attention_runtime", "Engine", ToyEngine),
+    ("workers.process.worker", "start_kernels", lambda *args: Kernels(None, "")),
+    ("workers.process.worker", "thread_cpu_clock", lambda: float),
+    ("workers.process.worker", "os", SimpleNamespace(getpid=_getpid)),
+    ("workers.process.roles.loading", "load_attention_model", lambda *args: ToyModel()),
+    ("workers.process.roles.loading", "GrammarCompiler", ToyGrammars),
+    ("workers.process.roles.loading", "Engine", ToyEngine),
     ("workers.engine.engine", "LoadedAdapters", ToyAdapters),
-    ("workers.process.expert_part", "ExpertServer", ToyExpertServer),
+    ("workers.process.roles.loading", "RemoteDispatcher", ToyDispatcher),
+    ("workers.process.roles.experts", "ExpertServer", ToyExpertServer),
+    ("workers.process.roles.experts", "make_slots", ToySlots),
+    ("workers.process.worker", "open_transport", _open_toy_transport),
     ("workers.experts.transfer.loading", "torch", SimpleNamespace(set_num_threads=int)),
     ("workers.kv.transfer.lender", "Future", SimFuture),
     ("workers.model.loading.mapped", "safe_open", SimReader),

@@ -285,7 +285,7 @@ class SimGroup:
             name=actor.name,
             config=worker.args.config,
             num_slots=worker.args.num_slots,
-            has_called=worker.runtime.has_called,
+            has_called=worker.worker.control.has_called,
         )
 
     async def _introduce(self, actor: SimActor) -> None:

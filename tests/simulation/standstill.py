@@ -71,7 +71,7 @@ class StandingWorld(World):
             return
         self.stood_at = self.kernel.now
         if self.computes:
-            self._expert().runtime.activity.cpu_s = self.kernel.monotonic
+            self._expert().worker.activity.cpu_s = self.kernel.monotonic
             process.stall_s += LASTS_S
         else:
             process.pause()
@@ -79,7 +79,7 @@ class StandingWorld(World):
 
     def _is_busy(self) -> bool:
         return any(
-            worker.runtime.activity.wants_rows
+            worker.worker.activity.wants_rows
             for worker in self.ray.actors.workers.values()
             if worker.args.member.runs_attention
         )

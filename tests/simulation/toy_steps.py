@@ -85,7 +85,9 @@ class ToyDispatcher:
 
     edge_share = 0
 
-    def __init__(self, transport: ToyTransport, rank: int, activity: Any, timer: Any) -> None:
+    def __init__(
+        self, transport: ToyTransport, specs: Any, *, rank: int, activity: Any, timer: Any, **_: Any
+    ) -> None:
         self._transport, self._rank, self._activity = transport, rank, activity
         self._timer = timer
         self._epochs = EpochTables[list[Places]]()

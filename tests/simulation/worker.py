@@ -1,4 +1,4 @@
-"""Worker processes: the product's runtimes, with the toy model behind them."""
+"""Worker processes: the product's workers, with the toy model behind them."""
 
 from __future__ import annotations
 
@@ -14,21 +14,19 @@ from cluster.sizing.start_plan import WorkerArguments
 from tests.simulation.kernel import Kernel, Process
 from tests.simulation.network import network
 from tests.simulation.toy_model import ToyBank, banks
-from tests.simulation.toy_steps import ToyDispatcher, ToyTransport
 from workers.experts.slots import ExpertSlots
 from workers.model.side_stream import SideStream
-from workers.process.attention_runtime import AttentionRuntime
-from workers.process.expert_runtime import ExpertRuntime
-from workers.process.runtime import WorkerRuntime
+from workers.process.context import WorkerContext
+from workers.process.worker import Worker
 from workers.process.worker_args import WorkerArgs
-from workers.transport.transport import DataTransport
 
 
 class ToySlots(ExpertSlots):
     """Slots of numbers, which report a write to a slot that a step may read."""
 
-    def __init__(self, num_slots: int, runtime: WorkerRuntime) -> None:
-        self._runtime = runtime
+    def __init__(self, context: WorkerContext) -> None:
+        self._worker = context
+        num_slots = context.args.num_slots
         made: Any = tuple(ToyBank(spec, num_slots, self._written) for spec in banks())
         self.banks = made
         self._contents = [{} for _ in made]
@@ -38,43 +36,19 @@ class ToySlots(ExpertSlots):
 
     def _written(self, bank: int, slot: int) -> None:
         """A matrix is stored in a slot, or a slot is given back."""
-        membership, kernel = self._runtime.membership, Kernel.current
+        membership, kernel = self._worker.membership, Kernel.current
         if not membership.runs or kernel is None or kernel.is_over:
             return
         slots = membership.epochs.current.banks[bank].physical_to_logical
-        device = self._runtime.member.device
+        device = self._worker.member.device
         if slot < len(slots[device]) and slots[device][slot] >= 0:
             kernel.failures.append(
-                f"{self._runtime.member.name} writes slot {slot} of bank {bank}, which is in force"
+                f"{self._worker.member.name} writes slot {slot} of bank {bank}, which is in force"
             )
 
 
-class _Toy:
-    """What both roles replace of their runtime."""
-
-    def _open_transport(self: Any) -> DataTransport:
-        args = self.args
-        return ToyTransport(
-            self.connections, combine_mode=args.config.engine.combine_mode, device=args.device
-        )
-
-    def _expert_slots(self: Any) -> ExpertSlots:
-        return ToySlots(self.args.num_slots, self)
-
-
-class SimAttention(_Toy, AttentionRuntime):
-    """An attention worker."""
-
-    def _remote_dispatcher(self, transport: Any) -> Any:
-        return ToyDispatcher(transport, self.member.rank, self.activity, self._timer)
-
-
-class SimExpert(_Toy, ExpertRuntime):
-    """An expert worker."""
-
-
 class SimWorker:
-    """A Ray actor that hosts a worker: its process and its runtime."""
+    """A Ray actor that hosts a worker: its process and the worker."""
 
     def __init__(
         self, kernel: Kernel, host: str, pid: int, member: Member, arguments: WorkerArguments
@@ -82,9 +56,8 @@ class SimWorker:
         self.name = member.name
         self.process = Process(kernel, member.name, host, pid)
         self.args = WorkerArgs.from_plain(*arguments, host)
-        role = SimAttention if member.role == "attention" else SimExpert
         before, kernel.process = kernel.process, self.process
-        self.runtime: WorkerRuntime = role(self._args_here(), self._die)
+        self.worker = Worker(self._args_here(), self._die)
         kernel.process = before
         if kernel.kv_disk is not None:
             self.process.on_death.append(partial(kernel.kv_disk.close_of, self.process))
@@ -101,9 +74,11 @@ class SimWorker:
             if method == "introduce":
                 return self.args
             if method == "stop":
-                self.runtime.follow(*args)
-                return self.runtime.stop()
-            return getattr(self.runtime, method)(*args)
+                self.worker.control.follow(*args)
+                return self.worker.stop()
+            if method == "redirect":
+                return self.worker.control.redirect(*args)
+            return getattr(self.worker, method)(*args)
         finally:
             kernel.process = before
 
@@ -118,7 +93,7 @@ class SimWorker:
     def _die(self, reason: str) -> None:
         """The worker ends itself."""
         kernel = self.process.kernel
-        if self.runtime.has_called:  # one that finds no controller at its start ends again
+        if self.worker.control.has_called:  # one that finds no controller at its start ends again
             kernel.deaths[self.name] = reason
         self.process.kill(f"its own end: {reason}")
         kernel.this_fiber().park()

@@ -224,12 +224,12 @@ class World:
         """Generations that could commit a step: all their members live and run them."""
         running: dict[tuple[int, tuple[str, ...]], int] = {}
         for worker in self.ray.actors.workers.values():
-            membership = worker.runtime.membership
+            membership = worker.worker.membership
             if membership.runs and not worker.is_dead:
                 generation = membership.generation
                 key = generation.number, self._names_of(generation)
                 running[key] = running.get(key, 0) + 1
-                highest_step = worker.runtime.channel.highest_step
+                highest_step = worker.worker.membership._channel.highest_step
                 if highest_step > self.highest_step:
                     self.highest_step = highest_step
         return {key for key, count in running.items() if count == len(key[1])}

@@ -135,8 +135,8 @@ def test_loaded_and_unloaded_while_others_run(
 
 def nums_loaded(cluster: ThreadCluster) -> list[int]:
     """Adapters of each worker that runs attention."""
-    runtimes: list[Any] = [cluster.group.runtimes[f"attention-{i}"] for i in range(2)]
-    return [len(runtime._engine.adapters.keys) for runtime in runtimes]
+    roles = [cluster.group.attention(f"attention-{i}") for i in range(2)]
+    return [len(role.engine.adapters.keys) for role in roles]
 
 
 def test_what_cannot_be_loaded_changes_nothing(

@@ -19,7 +19,7 @@ from cluster.config.cluster import EngineSection
 from tests.reference.exact import exact, mixed_requests
 from tests.workers.native.builds import NAMES, library
 from workers.native.team import Kernels, Team
-from workers.process import runtime
+from workers.process import worker
 
 BEST = NAMES[0] if NAMES else ""
 KernelsOf = Callable[[dict[str, str]], None]
@@ -42,7 +42,7 @@ def kernels_of(monkeypatch: pytest.MonkeyPatch) -> KernelsOf:
         def start(count: int, why_torch: str = "") -> Kernels:
             return kernels(by_name.get(threading.current_thread().name, BEST), count)
 
-        monkeypatch.setattr(runtime, "start_kernels", start)
+        monkeypatch.setattr(worker, "start_kernels", start)
 
     return choose
 

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.fakes import Wakeups
-from workers.process.runtime import IDLE_WAIT_S
+from workers.process.data_plane import IDLE_WAIT_S
 from workers.requests.request import Request, SamplingParams
 
 WATCHED_S = 2.5
@@ -37,8 +37,8 @@ def test_an_idle_cluster_sleeps(tiny_checkpoint: Path, mode: str) -> None:
         for i in range(NUM_REQUESTS):
             stream.finish([Request(request_id=f"r{i}", prompt=(5, 6, 7), params=params)])
         cluster.wait(lambda _: sum(expert_work(cluster)) == NUM_REQUESTS * PAIRS)
-        runtimes, started = cluster.group.runtimes, time.monotonic()
-        wakeups = {name: Wakeups(runtime.connections) for name, runtime in runtimes.items()}
+        workers, started = cluster.group.workers, time.monotonic()
+        wakeups = {n: Wakeups(worker.membership._connections) for n, worker in workers.items()}
         threading.Event().wait(WATCHED_S)
         woken = {name: found.count for name, found in wakeups.items()}
         watched_s = time.monotonic() - started

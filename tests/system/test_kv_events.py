@@ -12,7 +12,6 @@ from benchmarks.harness.stalls import wait_until
 from tests.harness.kv_subscriber import Subscriber
 from tests.workers.kv.hashes import hashes_of
 from tests.workers.kv.router_index import RouterIndex
-from workers.process.attention_runtime import AttentionRuntime
 from workers.requests.block_hash import SHORT_BYTES
 from workers.requests.request import Request, SamplingParams
 
@@ -65,12 +64,10 @@ def test_a_router_knows_what_each_attention_worker_has(tiny_checkpoint: Path) ->
             )
             stream.finish([request])
             stream.close()
-            runtime = cluster.group.runtimes[f"attention-{rank}"]
-            assert isinstance(runtime, AttentionRuntime)
-            assert runtime._engine is not None
+            engine = cluster.group.attention(f"attention-{rank}").engine
             names = {
                 int.from_bytes(block_hash[:SHORT_BYTES], "big")
-                for block_hash in hashes_of(runtime._engine.pool)
+                for block_hash in hashes_of(engine.pool)
             }
             address = f"tcp://127.0.0.1:{events + rank}", f"tcp://127.0.0.1:{replay + rank}"
             index = _index_with(names, address, config.engine.block_size_tokens)

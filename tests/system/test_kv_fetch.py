@@ -13,7 +13,6 @@ from msgspec.structs import replace
 
 from benchmarks.harness.engine_stream import TIMEOUT_S
 from benchmarks.harness.serving_cluster import (
-    RUNTIMES,
     RayCluster,
     ServingCluster,
     ThreadCluster,
@@ -27,9 +26,9 @@ from gateway.engines.router import RoutingPolicy
 from tests.reference.exact import exact
 from tests.reference.goldens import Golden
 from tests.system.test_kv_routing import Front
-from workers.engine.engine import Engine
 from workers.kv.transfer.fetch_cost import FetchCost
-from workers.process.attention_runtime import AttentionRuntime
+from workers.process.context import WorkerContext
+from workers.process.worker import Worker
 from workers.requests.request import FinishReason, Request, SamplingParams, TokenOutput
 
 PROMPT_TOKENS = 100
@@ -46,22 +45,24 @@ class CheapFetches(FetchCost):
         return 0.01
 
 
-class EagerRuntime(AttentionRuntime):
-    """Fetches wherever it can."""
+class EagerWorker(Worker):
+    """An attention worker that fetches wherever it can."""
 
-    def _lend_blocks(self, engine: Engine) -> None:
-        super()._lend_blocks(engine)
-        self._fetches.cost = CheapFetches()
+    def load(self, context: WorkerContext) -> dict[str, Any]:
+        info = super().load(context)
+        assert self.roles.attention is not None
+        self.roles.attention.fetches.cost = CheapFetches()
+        return info
 
     def stop_lending(self) -> None:
         """Its blocks cannot be reached."""
-        self._kv_server.close()
+        self._listeners.kv_server.close()
 
 
 def eager(path: Path, **model: Any) -> ThreadCluster:
     """Two attention workers and one expert worker."""
     config = make_config(path, num_attention=2, num_experts=1, engine=ENGINE, **model)
-    return ThreadCluster(config, ThreadWorkerGroup({**RUNTIMES, "attention": EagerRuntime}))
+    return ThreadCluster(config, ThreadWorkerGroup(by_role={"attention": EagerWorker}))
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +170,9 @@ def test_a_peer_that_died_does_no_harm(tiny_checkpoint: Path) -> None:
     threads = eager(tiny_checkpoint)
     with serving(threads):
         answer(threads, 0, request_of(4))
-        runtime = threads.group.runtimes["attention-0"]
-        assert isinstance(runtime, EagerRuntime)
-        runtime.stop_lending()
+        worker = threads.group.workers["attention-0"]
+        assert isinstance(worker, EagerWorker)
+        worker.stop_lending()
         outputs = answer(threads, 1, request_of(4, 1, kv_peer="attention-0"))
         assert outputs[0].num_cached_tokens == 0
         wait_idle(threads)

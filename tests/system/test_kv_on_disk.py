@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.harness.serving_cluster import (
-    RUNTIMES,
     ThreadCluster,
     ThreadWorkerGroup,
     make_config,
@@ -20,8 +19,7 @@ from tests.system.test_exact_by_default import (
     needs_two,
     results,
 )
-from tests.system.test_kv_fetch import CACHED, EagerRuntime, answer, request_of
-from workers.process.attention_runtime import AttentionRuntime
+from tests.system.test_kv_fetch import CACHED, EagerWorker, answer, request_of
 
 __all__ = ["kernels_of"]
 
@@ -31,7 +29,7 @@ MIB = 2**20
 def cluster_of(checkpoint: Path, folder: Path, dtype: str) -> ThreadCluster:
     tiers = {"kv_host_bytes": MIB, "kv_disk_bytes": 16 * MIB, "kv_disk_dir": str(folder)}
     config = make_config(checkpoint, 1, 1, dtype=dtype, kv_tiers=tiers)
-    return ThreadCluster(config, ThreadWorkerGroup({**RUNTIMES, "attention": EagerRuntime}))
+    return ThreadCluster(config, ThreadWorkerGroup(by_role={"attention": EagerWorker}))
 
 
 def serve_once(checkpoint: Path, folder: Path, dtype: str = "bfloat16") -> tuple[str, object, int]:
@@ -39,9 +37,7 @@ def serve_once(checkpoint: Path, folder: Path, dtype: str = "bfloat16") -> tuple
     with served(cluster_of(checkpoint, folder, dtype)) as cluster:
         outputs = answer(cluster, 0, request_of(100))
         assert isinstance(cluster, ThreadCluster)
-        runtime = cluster.group.runtimes["attention-0"]
-        assert isinstance(runtime, AttentionRuntime)
-        tiers = runtime._tiers
+        tiers = cluster.group.attention("attention-0").tiers
         assert tiers is not None
         wait_until(lambda: tiers.copies.is_idle, "copies of KV blocks")
         assert tiers.tiers.wait_written(60.0)

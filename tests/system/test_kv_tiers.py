@@ -11,7 +11,6 @@ from msgspec.structs import replace
 
 from benchmarks.harness.engine_stream import TIMEOUT_S
 from benchmarks.harness.serving_cluster import (
-    RUNTIMES,
     ThreadCluster,
     ThreadWorkerGroup,
     make_config,
@@ -23,14 +22,14 @@ from tests.reference.exact import exact
 from tests.system.test_kv_fetch import (
     CACHED,
     ENGINE,
-    EagerRuntime,
+    EagerWorker,
     answer,
     request_of,
     wait_idle,
 )
 from tests.system.test_kv_routing import Front
 from workers.kv.tiers.tiers import Held
-from workers.process.attention_runtime import AttentionRuntime
+from workers.process.roles.attention import AttentionRole
 from workers.requests.request import FinishReason
 
 MIB = 2**20
@@ -49,20 +48,18 @@ def cluster(
     config = make_config(
         tiny_checkpoint, num_attention=2, num_experts=1, engine=engine, kv_tiers=tiers
     )
-    threads = ThreadCluster(config, ThreadWorkerGroup({**RUNTIMES, "attention": EagerRuntime}))
+    threads = ThreadCluster(config, ThreadWorkerGroup(by_role={"attention": EagerWorker}))
     with serving(threads):
         yield threads
 
 
-def runtime_of(cluster: ThreadCluster, rank: int) -> AttentionRuntime:
-    found = cluster.group.runtimes[f"attention-{rank}"]
-    assert isinstance(found, AttentionRuntime)
-    return found
+def role_of(cluster: ThreadCluster, rank: int) -> AttentionRole:
+    return cluster.group.attention(f"attention-{rank}")
 
 
 def settle(cluster: ThreadCluster, rank: int) -> None:
     """Wait until all that was left is in the tiers."""
-    tiers = runtime_of(cluster, rank)._tiers
+    tiers = role_of(cluster, rank).tiers
     assert tiers is not None
     wait_until(lambda: tiers.copies.is_idle, "copies of KV blocks")
     assert tiers.tiers.wait_written(60.0)
@@ -76,7 +73,7 @@ def evict(cluster: ThreadCluster, rank: int, first: int) -> None:
 
 
 def restored(cluster: ThreadCluster, rank: int, tier: str) -> float:
-    stats = runtime_of(cluster, rank)._stats()
+    stats = role_of(cluster, rank).stats()
     return stats[f'kv_restore_tokens_total{{tier="{tier}"}}']
 
 
@@ -174,7 +171,7 @@ def test_a_request_that_shares_a_beginning_gets_the_rest_as_well(
 
 def hold_reads(cluster: ThreadCluster, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """The first worker reads nothing from its tiers before this is set."""
-    lower, may_read = runtime_of(cluster, 0)._tiers, threading.Event()
+    lower, may_read = role_of(cluster, 0).tiers, threading.Event()
     assert lower is not None
     read = lower.tiers.read
 
@@ -187,7 +184,7 @@ def hold_reads(cluster: ThreadCluster, monkeypatch: pytest.MonkeyPatch) -> threa
 
 
 def waiting_for_kv(cluster: ThreadCluster) -> float:
-    return runtime_of(cluster, 0)._stats()['num_requests_waiting_by_reason{reason="kv"}']
+    return role_of(cluster, 0).stats()['num_requests_waiting_by_reason{reason="kv"}']
 
 
 def test_a_peer_fetches_what_only_a_tier_has(cluster: ThreadCluster) -> None:

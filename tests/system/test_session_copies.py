@@ -13,7 +13,6 @@ import pytest
 from benchmarks.checkpoints.random_checkpoint import TINY, write
 from benchmarks.harness.cluster_gateway import Answer, ClusterGateway, gateway_of
 from benchmarks.harness.serving_cluster import (
-    RUNTIMES,
     WAIT_LIMIT_S,
     ThreadCluster,
     ThreadWorkerGroup,
@@ -29,10 +28,9 @@ from tests.harness.conversation import (
 )
 from tests.harness.fault_rows import quiet_config, whole, with_model
 from workers.model.families.registry import FAMILIES
-from workers.process.attention_runtime import AttentionRuntime
-from workers.process.colocated_runtime import ColocatedRuntime
+from workers.process.context import WorkerContext
 from workers.process.intake import kv_restores
-from workers.process.runtime import WorkerRuntime
+from workers.process.worker import Worker
 
 TIERS = {"kv_host_bytes": 64 << 20}
 STATES = "qwen3_next"
@@ -45,23 +43,26 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_restores, "LEAST_LIMIT_S", WAIT_LIMIT_S)
 
 
-class _Mortal(AttentionRuntime):
-    """Dies between two steps when it is told to."""
+class _Mortal(Worker):
+    """A worker with attention that dies between two steps when it is told to."""
 
     must_die = False
 
     def die(self) -> None:
         self.must_die = True
-        self.connections.wake()
+        self._interrupts.wake()
 
-    def _between_steps(self) -> None:
-        if self.must_die:
-            raise RuntimeError("it dies here")
-        super()._between_steps()
+    def load(self, context: WorkerContext) -> dict[str, Any]:
+        info = super().load(context)
+        between_steps = self.roles.between_steps
 
+        def die_between_steps() -> None:
+            if self.must_die:
+                raise RuntimeError("it dies here")
+            between_steps()
 
-class _MortalColocated(_Mortal, ColocatedRuntime):
-    pass
+        self.roles.between_steps = die_between_steps  # type: ignore[method-assign]
+        return info
 
 
 @contextmanager
@@ -72,21 +73,17 @@ def mortal(
     num_experts = 2 if mode == "colocated" else 1
     config = quiet_config(2, num_experts, mode=mode, kv_tiers=dict(tiers))
     config = config if model is None else with_model(config, model)
-    classes: Mapping[Any, type[WorkerRuntime]] = {
-        **RUNTIMES,
-        "attention": _Mortal,
-        "colocated": _MortalColocated,
-    }
-    cluster = ThreadCluster(config, ThreadWorkerGroup(classes))
+    group = ThreadWorkerGroup(by_role={"attention": _Mortal, "colocated": _Mortal})
+    cluster = ThreadCluster(config, group)
     with serving(cluster), gateway_of(cluster) as gateway:
         yield cluster, gateway
 
 
 def kill(cluster: ThreadCluster, name: str) -> None:
     """A worker dies; another one takes its place."""
-    runtime = cluster.group.runtimes[name]
-    assert isinstance(runtime, _Mortal)
-    runtime.die()
+    worker = cluster.group.workers[name]
+    assert isinstance(worker, _Mortal)
+    worker.die()
     wait_lost(cluster, name)
 
 

@@ -7,14 +7,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
 from benchmarks.checkpoints.adapters import random_adapter, target_shapes
 from benchmarks.harness.serving_cluster import (
-    RUNTIMES,
     ThreadCluster,
     ThreadWorkerGroup,
     make_config,
@@ -23,8 +21,8 @@ from benchmarks.harness.serving_cluster import (
 from benchmarks.harness.stalls import wait_until
 from gateway.text.tokenizer import load_tokenizer
 from tests.paths import DEMO
-from workers.process.attention_runtime import AttentionRuntime
 from workers.process.intake.grammar_compilations import GrammarCompilations
+from workers.process.worker import Worker
 from workers.requests.request import FinishReason, Grammar, GrammarKind, Request, SamplingParams
 from workers.sampling.grammar import CompiledGrammar
 
@@ -37,7 +35,7 @@ WAIT_S = 120.0
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[ThreadCluster]:
     """1 attention and 2 expert workers with the bundled model."""
-    group = ThreadWorkerGroup({**RUNTIMES, "attention": CompilingRuntime})
+    group = ThreadWorkerGroup(by_role={"attention": CompilingWorker})
     cluster = ThreadCluster(make_config(DEMO, dtype="float32"), group)
     with serving(cluster):
         yield cluster
@@ -67,26 +65,28 @@ class SlowCompiler:
         return self._compile(grammar, owner)
 
 
-class CompilingRuntime(AttentionRuntime):
+class CompilingWorker(Worker):
     """Its compiler can be slow for a time."""
 
     @contextmanager
     def slowed(self) -> Iterator[SlowCompiler]:
-        usual, slow = self._compilations, SlowCompiler(self._grammars.compile)
-        self._compilations = GrammarCompilations(
-            slow.compile, self.connections.wake, clock=lambda: slow.now
+        assert self.roles.attention is not None
+        intake = self.roles.attention.intake
+        usual, slow = intake.compilations, SlowCompiler(intake.compilations._compile)
+        intake.compilations = GrammarCompilations(
+            slow.compile, self._interrupts.wake, clock=lambda: slow.now
         )
         yield slow
         slow.may_end.set()
-        self._compilations = usual
+        intake.compilations = usual
 
 
 @pytest.fixture
 def slow(cluster: ThreadCluster) -> Iterator[SlowCompiler]:
     """The worker's compilations with a compiler that is slow for some."""
-    runtime = cluster.group.runtimes["attention-0"]
-    assert isinstance(runtime, CompilingRuntime)
-    with runtime.slowed() as slow:
+    worker = cluster.group.workers["attention-0"]
+    assert isinstance(worker, CompilingWorker)
+    with worker.slowed() as slow:
         yield slow
 
 
@@ -110,16 +110,16 @@ def test_a_request_uses_its_adapter_while_its_grammar_is_compiled(
 ) -> None:
     folder = random_adapter(target_shapes(DEMO)).write(tmp_path / "sql")
     key = cluster.call("begin", "load_adapter", {"name": "sql", "path": str(folder)})["key"]
-    runtime: Any = cluster.group.runtimes["attention-0"]
+    role = cluster.group.attention("attention-0")
     stream = cluster.stream()
     adapted = replace(request("adapted", "slow and adapted"), adapter=key)
     stream.send(adapted)
     assert slow.begun.wait(WAIT_S)
-    wait_until(lambda: runtime._adapters_in_use() == (key,), "the request is counted")
+    wait_until(lambda: role.adapters_in_use() == (key,), "the request is counted")
     slow.may_end.set()
     assert stream.collect([adapted])["adapted"].reasons == [FinishReason.STOP]
     stream.close()
-    wait_until(lambda: runtime._adapters_in_use() == (), "the end of the request")
+    wait_until(lambda: role.adapters_in_use() == (), "the end of the request")
     assert cluster.call("begin", "unload_adapter", {"name": "sql"}) == {"key": key}
 
 

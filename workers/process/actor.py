@@ -1,9 +1,9 @@
-"""The Ray actors of the three roles. Each one hosts a worker runtime and ends with its process.
+"""The Ray actors of the three roles. Each one hosts a worker and ends with its process.
 
 SIGTERM, which the processes of a node receive when the node shuts down, asks the controller to
 drain the worker.
 
-Runtimes are imported in the worker's own process: an actor class travels as a reference to its
+Workers are imported in their own process: an actor class travels as a reference to its
 module, and the launcher and the controller, which import this module, must not import torch.
 """
 
@@ -13,7 +13,6 @@ import logging
 import os
 import signal
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
@@ -26,7 +25,7 @@ from cluster.tracing import logs
 from workers.transport.nccl_environment import set_nccl_environment
 
 if TYPE_CHECKING:
-    from workers.process.runtime import OnDeath, WorkerRuntime
+    from workers.process.worker import OnDeath, Worker
     from workers.process.worker_args import WorkerArgs
 
 logger = logging.getLogger(__name__)
@@ -35,8 +34,8 @@ EXIT_CODE = 1
 """Exit code of a worker that failed."""
 
 
-class WorkerActor(ABC):
-    """Ray methods around a runtime: to start, find and end it; all else goes over sockets."""
+class WorkerActor:
+    """Ray methods around a worker: to start, find and end it; all else goes over sockets."""
 
     def __init__(
         self,
@@ -52,26 +51,28 @@ class WorkerActor(ABC):
         here = _on_this_node(member, host)
         args = WorkerArgs.from_plain(config, here, control_address, extra, host)
         logs.set_up(args.member.name, args.config.observability.log_format)
-        self._runtime = self._make_runtime(args, _die)
+        self._worker = self._make_worker(args, _die)
         signal.signal(signal.SIGTERM, self._on_sigterm)  # Ray's own handler ends the process
 
-    @abstractmethod
-    def _make_runtime(self, args: WorkerArgs, on_death: OnDeath) -> WorkerRuntime:
-        """Import and build the runtime of this role."""
+    def _make_worker(self, args: WorkerArgs, on_death: OnDeath) -> Worker:
+        """Import and build the worker."""
+        from workers.process.worker import Worker
+
+        return Worker(args, on_death)
 
     def start(self) -> None:
         """Begin to load and to serve; returns at once."""
-        self._runtime.start()
+        self._worker.start()
 
     def ping(self) -> str:
         """The worker's name; an answer shows that the process lives."""
-        return self._runtime.member.name
+        return self._worker.member.name
 
     def introduce(self) -> dict[str, Any]:
         """Facts that a restarted controller needs before this worker can connect to it."""
-        args = self._runtime.args
+        args = self._worker.args
         facts = {"config": args.config.to_dict(), "num_slots": args.num_slots}
-        return {**facts, "has_called": self._runtime.has_called}
+        return {**facts, "has_called": self._worker.control.has_called}
 
     def log(self, after: int) -> tuple[int, list[str]]:
         """The newest lines of this process's log; see ``RecentLines.since``."""
@@ -82,19 +83,19 @@ class WorkerActor(ABC):
 
         Raises ``NotReadyError`` before the first connection, and ``SupersededError``.
         """
-        self._runtime.redirect(control_address, term, controller)
+        self._worker.control.redirect(control_address, term, controller)
 
     def stop(self, term: int, controller: str) -> None:
         """End serving; the caller ends the process. Raises ``SupersededError``."""
-        self._runtime.follow(term, controller)
-        self._runtime.stop()
+        self._worker.control.follow(term, controller)
+        self._worker.stop()
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         """Ask for a drain; with nothing to drain, or at the second signal, end at once."""
         threading.Thread(target=self._leave, daemon=True).start()  # no lock in a handler
 
     def _leave(self) -> None:
-        if self._runtime.request_drain():
+        if self._worker.control.request_drain(self._worker.lifetime):
             logger.warning("%s got SIGTERM and asks to be drained", self.ping())
         else:
             _die("SIGTERM")
@@ -103,28 +104,13 @@ class WorkerActor(ABC):
 class AttentionWorker(WorkerActor):
     """Serves requests: embeddings, attention, KV cache, router, sampling."""
 
-    def _make_runtime(self, args: WorkerArgs, on_death: OnDeath) -> WorkerRuntime:
-        from workers.process.attention_runtime import AttentionRuntime
-
-        return AttentionRuntime(args, on_death)
-
 
 class ExpertWorker(WorkerActor):
     """Computes its expert slots for the rows that attention workers dispatch."""
 
-    def _make_runtime(self, args: WorkerArgs, on_death: OnDeath) -> WorkerRuntime:
-        from workers.process.expert_runtime import ExpertRuntime
-
-        return ExpertRuntime(args, on_death)
-
 
 class ColocatedWorker(WorkerActor):
     """Serves requests, and computes its expert slots for all ranks."""
-
-    def _make_runtime(self, args: WorkerArgs, on_death: OnDeath) -> WorkerRuntime:
-        from workers.process.colocated_runtime import ColocatedRuntime
-
-        return ColocatedRuntime(args, on_death)
 
 
 ACTOR_CLASSES: Final[Mapping[Role, type[WorkerActor]]] = {

@@ -15,6 +15,39 @@ from workers.transport.handshake import PeerIdentity
 from workers.transport.peer_connections import PeerConnections
 from workers.transport.sockets import SocketTransport
 
+IDLE_WAIT_S = 1.0
+"""Longest sleep of the data thread."""
+
+
+class StepInterrupts:
+    """Ends the waits of the data thread for its peers, once connections are open. Any thread."""
+
+    def __init__(self) -> None:
+        self._connections: PeerConnections | None = None
+
+    def attach(self, connections: PeerConnections) -> None:
+        """The connections are open; what was interrupted before has not begun."""
+        self._connections = connections
+
+    def wake(self) -> None:
+        """End a wait for the next step."""
+        if self._connections is not None:
+            self._connections.wake()
+
+    def interrupt(self, generation: int) -> None:
+        """End a step: a generation of this number follows."""
+        if self._connections is not None:
+            self._connections.interrupt(generation)
+
+    def leave(self, fence: int) -> None:
+        """End the steps of all generations up to this one."""
+        if self._connections is not None:
+            self._connections.leave(fence)
+
+    def awaited(self) -> tuple[str, ...]:
+        """Peers for which the data thread waits."""
+        return () if self._connections is None else self._connections.loop.awaited
+
 
 def identify(args: WorkerArgs, checkpoint: Checkpoint) -> PeerIdentity:
     """The identity of this worker in a handshake."""

@@ -18,7 +18,7 @@ from cluster.core.frames import (
     SnapshotKept,
 )
 from workers.process.control.membership import Membership
-from workers.process.expert_part import ExpertPart
+from workers.process.roles.experts import ExpertRole
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,7 +26,7 @@ class Orders:
     """Those of one worker. ``take`` and ``report`` belong to the control thread."""
 
     membership: Membership
-    experts: Callable[[], ExpertPart | None]
+    experts: Callable[[], ExpertRole | None]
     """The expert slots, when they are filled."""
     send: Callable[[ControlFrame], None]
     """Send to the controller."""
@@ -73,7 +73,7 @@ class Orders:
         while self._frames:
             yield self._frames.popleft()
 
-    def _free_experts(self, experts: ExpertPart, frame: RunGeneration) -> None:
+    def _free_experts(self, experts: ExpertRole, frame: RunGeneration) -> None:
         """Free experts that another worker holds in the new generation."""
         order = self.membership.announced
         if order is not None and order.generation.number == frame.generation:

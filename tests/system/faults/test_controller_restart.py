@@ -54,7 +54,7 @@ def same_beginnings(calm: dict[str, Result], hit: dict[str, Result]) -> bool:
 
 def steps(cluster: ThreadCluster) -> int:
     """Highest step that the attention worker has seen."""
-    return cluster.group.runtimes["attention-0"].channel.highest_step
+    return cluster.group.workers["attention-0"].membership._channel.highest_step
 
 
 class Amid(NamedTuple):
@@ -126,9 +126,9 @@ def test_a_controller_that_was_overtaken_takes_no_worker_back(tiny_checkpoint: P
     with serving(cluster):
         cluster.crash_controller()
         cluster.restore()
-        worker = cluster.group.runtimes["expert-0"]
+        worker = cluster.group.workers["expert-0"]
         with pytest.raises(SupersededError, match="older term 1"):
-            worker.redirect("127.0.0.1:1", 1, "the first controller")
+            worker.control.redirect("127.0.0.1:1", 1, "the first controller")
         cluster.wait(lambda s: s["state"] == "SERVING")
         server = cluster.actor.runner.server
         assert server is not None
@@ -139,7 +139,7 @@ def test_a_worker_that_dies_with_the_controller_is_found_missing(tiny_checkpoint
     cluster = cluster_of(tiny_checkpoint)
     with serving(cluster):
         stream, calm, asked = crash_amid_requests(cluster)
-        cluster.group.runtimes["expert-1"].stop()
+        cluster.group.workers["expert-1"].stop()
         cluster.restore()
         results = stream.collect(asked)
         snapshot = cluster.wait(lambda s: s["generation"] >= 3 and s["state"] == "SERVING")
@@ -189,7 +189,7 @@ def test_an_isolated_worker_stops_by_itself_until_it_is_called(
         address = cluster.worker("attention-0")["engine_address"]
         cluster.crash_controller()
         for name in ("expert-0", "expert-1"):
-            cluster.group.runtimes[name]._fence("for this test")  # it runs no further step
+            cluster.group.workers[name].control._fence("for this test")  # it runs no further step
         stream.send(requests("hit")[0])
         stream.wait_ended()
         refused = EngineStream(address)

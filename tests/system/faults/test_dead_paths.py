@@ -36,7 +36,7 @@ def test_streams_go_on_without_the_path(
     with serving(cluster):
         stream = cluster.stream()
         expected = stream.finish([REQUEST])["r"].tokens
-        edges = cluster.group.runtimes[receiver].connections.edges
+        edges = cluster.group.workers[receiver].membership._connections.edges
         lose_all_to(edges[sender].sock)
         assert stream.finish([REQUEST])["r"].tokens == expected
         causes = [entry["cause"] for entry in cluster.snapshot()["history"]]

@@ -88,7 +88,7 @@ def test_drained_workers_leave_no_trace_in_the_answers() -> None:
         ]
         assert not [c for c in causes if c.startswith("lost")]
         assert isinstance(cluster, ThreadCluster)
-        assert not {"attention-0", "expert-1"} & set(cluster.group.runtimes)
+        assert not {"attention-0", "expert-1"} & set(cluster.group.workers)
 
 
 @pytest.mark.parametrize("has_states", [False, True])

@@ -36,7 +36,7 @@ from tests.harness.fault_rows import (
 def test_a_colocated_worker_of_threads_that_leads() -> None:
     cluster = ThreadCluster(quiet_config(0, 3, mode="colocated", num_redundant=22))
     with serving(cluster):
-        played = play(cluster, SMALL, random.Random(0), cluster.group.runtimes["colocated-0"].stop)
+        played = play(cluster, SMALL, random.Random(0), cluster.group.workers["colocated-0"].stop)
         assert played.num_resubmitted > 0
         loss, *_, gain = entries_since({"generation": 1}, whole(cluster))
         assert "go on with 2 colocated workers" in loss["effect"]
@@ -47,7 +47,7 @@ def test_the_one_worker_of_threads() -> None:
     """Its successor brings all experts with it."""
     cluster = ThreadCluster(quiet_config(1, 1, mode="local"))
     with serving(cluster):
-        played = play(cluster, SMALL, random.Random(0), cluster.group.runtimes["attention-0"].stop)
+        played = play(cluster, SMALL, random.Random(0), cluster.group.workers["attention-0"].stop)
         assert played.num_resubmitted > 0
         whole(cluster)
 

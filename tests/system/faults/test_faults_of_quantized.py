@@ -33,7 +33,7 @@ def test_a_worker_of_threads(role: str) -> None:
         before = cluster.snapshot()
 
         def stop_one() -> None:
-            cluster.group.runtimes[serving_name(cluster, role, 1)].stop()
+            cluster.group.workers[serving_name(cluster, role, 1)].stop()
 
         play_until(cluster, SMALL, random.Random(2), stop_one, was_disturbed)
         assert entries_since(before, whole(cluster))

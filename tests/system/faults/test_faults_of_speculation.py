@@ -73,7 +73,7 @@ def test_a_worker_of_threads(role: str, monkeypatch: pytest.MonkeyPatch) -> None
     config = quiet_config(2, 3, mode=mode, num_redundant=22)
     cluster = ThreadCluster(with_drafts(config))
     with serving(cluster):
-        before, victim = cluster.snapshot(), cluster.group.runtimes[f"{role}-1"]
+        before, victim = cluster.snapshot(), cluster.group.workers[f"{role}-1"]
         play(cluster, SMALL, random.Random(2), victim.stop)
         assert num_drafted(cluster) > 0
         assert entries_since(before, whole(cluster))
@@ -89,7 +89,7 @@ def test_a_worker_of_threads_that_predicts(
     config = quiet_config(2, 3, mode=mode, num_redundant=2)
     cluster = ThreadCluster(with_predictions(config, predicting))
     with serving(cluster):
-        before, victim = cluster.snapshot(), cluster.group.runtimes[f"{role}-1"]
+        before, victim = cluster.snapshot(), cluster.group.workers[f"{role}-1"]
         play(cluster, SMALL, random.Random(2), victim.stop, predicting)
         assert num_drafted(cluster) > 0
         assert entries_since(before, whole(cluster))

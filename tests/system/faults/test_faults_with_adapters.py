@@ -114,13 +114,13 @@ def test_a_worker_of_threads(role: str, modules: tuple[str, ...]) -> None:
     cluster = ThreadCluster(with_adapters(quiet_config(2, 2, num_redundant=64), modules))
 
     def stop_one() -> None:
-        cluster.group.runtimes[serving_name(cluster, role, 1)].stop()
+        cluster.group.workers[serving_name(cluster, role, 1)].stop()
 
     with serving(cluster):
         play_until(cluster, SMALL, modules, stop_one)
         if role == "attention":
-            runtime: Any = cluster.group.runtimes[serving_name(cluster, role, 1)]
-            assert len(runtime._engine.adapters.keys) == 2
+            attention = cluster.group.attention(serving_name(cluster, role, 1))
+            assert len(attention.engine.adapters.keys) == 2
 
 
 LAYOUTS: dict[str, tuple[tuple[int, int], dict[str, Any], str]] = {

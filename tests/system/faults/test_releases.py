@@ -15,7 +15,6 @@ from cluster.core.errors import HandshakeError
 from cluster.core.frames import ControlFrame, Heartbeat, StatusReply
 from cluster.core.release import RELEASE
 from workers.process.control.control_client import ControlClient
-from workers.process.data_plane import identify
 from workers.requests.request import Request, SamplingParams
 from workers.transport.handshake import ConnectorHandshake
 
@@ -60,8 +59,8 @@ def come_as_worker(cluster: ThreadCluster) -> str:
 
 def come_as_peer(cluster: ThreadCluster) -> str:
     """A worker of another release opens an edge to a worker; its error."""
-    there, here = cluster.group.runtimes["expert-0"], cluster.group.runtimes["attention-0"]
-    me = replace(identify(here.args, here.checkpoint), release=OTHER)
+    there = cluster.group.workers["expert-0"]
+    me = replace(cluster.group.attention("attention-0")._context.me, release=OTHER)
     handshake = ConnectorHandshake(me, TOKEN)
     host, _, port = there.member.data_address.rpartition(":")
     with socket.create_connection((host, int(port)), timeout=10.0) as sock:

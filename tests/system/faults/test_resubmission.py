@@ -25,7 +25,8 @@ from gateway.generation.inspect import InspectFields, Inspecting
 from gateway.generation.pooling import Reader, reading_call
 from tests.harness.fault_rows import blocks_held, quiet_config
 from tests.harness.poison import POISON, PoisonedGroup
-from workers.process.expert_runtime import ExpertRuntime
+from workers.process.context import WorkerContext
+from workers.process.worker import Worker
 
 LIMIT_S = 120.0
 
@@ -196,13 +197,22 @@ class HeldGroup(PoisonedGroup):
         super().__init__(DieAt(number))
         let_go = self.let_go = threading.Event()
 
-        class Expert(ExpertRuntime):
-            def _enter(self, generation: Generation, placement: ExpertPlacement) -> None:
-                if generation.number > 1:
-                    assert let_go.wait(LIMIT_S)
-                super()._enter(generation, placement)
+        class Expert(Worker):
+            def load(self, context: WorkerContext) -> dict[str, Any]:
+                info = super().load(context)
+                role = self.roles.experts
+                assert role is not None
+                enter = role.enter
 
-        self._classes = {**self._classes, "expert": Expert}
+                def enter_late(generation: Generation, placement: ExpertPlacement) -> None:
+                    if generation.number > 1:
+                        assert let_go.wait(LIMIT_S)
+                    enter(generation, placement)
+
+                role.enter = enter_late  # type: ignore[method-assign]
+                return info
+
+        self._by_role = {**self._by_role, "expert": Expert}
 
 
 def test_deadlines_and_cancellation_hold_while_recovering() -> None:

@@ -20,7 +20,6 @@ from benchmarks.harness.serving_cluster import (
 )
 from benchmarks.harness.stalls import wait_until
 from cluster.core.errors import ConflictError, RequestError
-from cluster.core.topology import Role
 from tests.harness.fault_rows import (
     FULL,
     SMALL,
@@ -32,7 +31,8 @@ from tests.harness.fault_rows import (
     undisturbed,
     wait_operation,
 )
-from workers.process.runtime import WorkerRuntime
+from workers.process.context import WorkerContext
+from workers.process.worker import Worker
 from workers.process.worker_args import WorkerArgs
 
 
@@ -91,7 +91,7 @@ def test_two_pools_grow_and_shrink_under_load(transport: str) -> None:
         go_through(cluster, SMALL, TO_AND_FRO)
         assert serving_roles(cluster) == ["attention", "expert", "expert"]
         assert isinstance(cluster, ThreadCluster)
-        assert len(cluster.group.runtimes) == 3
+        assert len(cluster.group.workers) == 3
         assert {"attention-1", "expert-2"} <= set(cluster.group.released)
 
 
@@ -122,15 +122,15 @@ class FailingGroup(ThreadWorkerGroup):
 
     is_broken = False
 
-    def make_runtime(self, role: Role, args: WorkerArgs) -> WorkerRuntime:
-        runtime = super().make_runtime(role, args)
+    def make_worker(self, args: WorkerArgs) -> Worker:
+        worker = super().make_worker(args)
         if self.is_broken:
 
-            def fail() -> dict[str, Any]:
+            def fail(context: WorkerContext) -> dict[str, Any]:
                 raise OSError("the disk is gone")
 
-            runtime._load = fail  # type: ignore[method-assign]
-        return runtime
+            worker.load = fail  # type: ignore[method-assign]
+        return worker
 
 
 def test_a_worker_that_cannot_load_leaves_the_cluster_as_it_was() -> None:
@@ -144,10 +144,10 @@ def test_a_worker_that_cannot_load_leaves_the_cluster_as_it_was() -> None:
         assert cluster.snapshot()["state"] == "SERVING"
         assert cluster.snapshot()["generation"] == 1
         assert cluster.call("placement")["banks"] == before["banks"]
-        wait_until(lambda: len(group.runtimes) == 3, "the end of the new workers", 30.0)
+        wait_until(lambda: len(group.workers) == 3, "the end of the new workers", 30.0)
         group.is_broken = False
         assert scale(cluster, expert=3)["state"] == "SUCCEEDED"
-        assert "expert-2.2" in group.runtimes
+        assert "expert-2.2" in group.workers
 
 
 @pytest.mark.slow

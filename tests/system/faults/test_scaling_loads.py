@@ -14,7 +14,6 @@ import pytest
 from benchmarks.harness.cluster_gateway import ClusterGateway, gateway_of
 from benchmarks.harness.mixed_calls import make_calls
 from benchmarks.harness.serving_cluster import (
-    RUNTIMES,
     RayCluster,
     ServingCluster,
     ThreadCluster,
@@ -50,7 +49,7 @@ def config_of(checkpoint: Path, config: ClusterConfig) -> ClusterConfig:
 
 
 def threads(checkpoint: Path) -> ThreadCluster:
-    group = ThreadWorkerGroup({**RUNTIMES, "expert": HinderedExpert})
+    group = ThreadWorkerGroup(by_role={"expert": HinderedExpert})
     return ThreadCluster(config_of(checkpoint, quiet_config(1, 2)), group)
 
 

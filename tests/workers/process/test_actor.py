@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,41 +13,36 @@ from cluster.core.errors import SupersededError
 from tests.paths import ROOT
 from workers.process.actor import WorkerActor
 from workers.process.control.lease import TermGuard
-from workers.process.runtime import OnDeath, WorkerRuntime
-from workers.process.worker_args import WorkerArgs
 from workers.transport.nccl_environment import NCCL_ENVIRONMENT
 
 
-class Runtime:
+class StoppableWorker:
     """Knows its newest controller, and when it was stopped."""
 
     def __init__(self) -> None:
-        self.follow = TermGuard().check
+        self.control = SimpleNamespace(follow=TermGuard().check)
         self.num_stops = 0
 
     def stop(self) -> None:
         self.num_stops += 1
 
 
-class Worker(WorkerActor):
+class Actor(WorkerActor):
     """An actor outside of Ray."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime  # type: ignore[assignment]
-
-    def _make_runtime(self, args: WorkerArgs, on_death: OnDeath) -> WorkerRuntime:
-        raise NotImplementedError
+    def __init__(self, worker: StoppableWorker) -> None:
+        self._worker = worker  # type: ignore[assignment]
 
 
 def test_a_worker_stops_for_its_newest_controller_only() -> None:
-    runtime = Runtime()
-    worker = Worker(runtime)
-    runtime.follow(2, "newer")
+    worker = StoppableWorker()
+    actor = Actor(worker)
+    worker.control.follow(2, "newer")
     with pytest.raises(SupersededError):
-        worker.stop(1, "older")
-    assert runtime.num_stops == 0
-    worker.stop(2, "newer")
-    assert runtime.num_stops == 1
+        actor.stop(1, "older")
+    assert worker.num_stops == 0
+    actor.stop(2, "newer")
+    assert worker.num_stops == 1
 
 
 SHOW_ENVIRONMENT_AT_THE_IMPORT_OF_TORCH = """

@@ -25,8 +25,8 @@ from cluster.core.placement import FREE_SLOT, contiguous
 from cluster.core.topology import Generation
 from tests.cluster.controller.fakes_cluster import BANKS
 from workers.process.control.membership import Membership, MembershipHooks, Standing
+from workers.process.control_side import ControlSide
 from workers.process.lifetime import Lifetime
-from workers.process.runtime import WorkerRuntime
 
 MAPS = contiguous(BANKS, 1, 1)
 FULL = tuple(maps.physical_to_logical[0] for maps in MAPS.banks)
@@ -134,12 +134,8 @@ def test_a_worker_belongs_to_its_generation_while_no_step_runs() -> None:
     world, sent = World(), list[ControlFrame]()
 
     def asks_for_drain() -> bool:
-        runtime: Any = SimpleNamespace(
-            membership=world.membership,
-            control=SimpleNamespace(send=sent.append),
-            lifetime=Lifetime(),
-        )
-        return WorkerRuntime.request_drain(runtime)
+        side: Any = SimpleNamespace(membership=world.membership, send=sent.append)
+        return ControlSide.request_drain(side, Lifetime())
 
     assert not asks_for_drain()
     world.announce(1)

@@ -1,0 +1,149 @@
+"""What the roles of one worker share: model files, arithmetic, connections, the control side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cluster.config.cluster import ClusterConfig
+from cluster.config.model import Quantize
+from cluster.core.checks import check
+from cluster.core.frames import ControlFrame
+from cluster.core.topology import Member
+from workers.engine.step_channel import StepChannel
+from workers.experts.slots import torch_experts
+from workers.metrics.activity import Activity
+from workers.metrics.step_timer import StepTimer, TimingSink
+from workers.model.compute_threads import ComputeThreads
+from workers.model.families.base import Family
+from workers.model.loading.checkpoint import Checkpoint
+from workers.model.loading.config_file import resolve_dtype
+from workers.model.loading.expert_form import rounded_form
+from workers.native.team import Kernels
+from workers.process.control.membership import Membership
+from workers.process.exactness import Exactness
+from workers.process.worker_args import WorkerArgs
+from workers.quantization.formats import WeightFormat
+from workers.transport.handshake import PeerIdentity
+from workers.transport.peer_connections import PeerConnections
+from workers.transport.peer_link import Peer, PeerServer
+from workers.transport.transport import DataTransport
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes of weights that are loaded, and all bytes to load."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSetup:
+    """The checkpoint of a worker, and with what it computes."""
+
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    kernels: Kernels
+    exactness: Exactness
+    compute_threads: ComputeThreads
+    quantize: Quantize
+    """How experts are kept: as they are stored where kernels of ours compute them."""
+
+    @classmethod
+    def of(cls, args: WorkerArgs, kernels: Kernels, progress: Progress) -> ModelSetup:
+        """Read the headers of the checkpoint. Raises ``CheckpointError``."""
+        section, device_type = args.config.model, args.device.type
+        has_kernels = device_type == "cuda" or kernels.team is not None
+        quantize = section.quantize if has_kernels or section.quantize != "auto" else "none"
+        checkpoint = Checkpoint(
+            Path(section.path),
+            progress,
+            quantize,
+            has_predictor=args.config.speculation.has_predictor,
+        )
+        banks = checkpoint.family.banks
+        dtype = resolve_dtype(section.dtype, checkpoint.family.config)
+        exactness = Exactness.of(args, kernels, banks, dtype)
+        if args.member.holds_experts:
+            kernels = kernels.noting(torch_experts(banks, dtype))
+        return cls(
+            checkpoint=checkpoint,
+            dtype=dtype,
+            kernels=kernels,
+            exactness=exactness,
+            compute_threads=ComputeThreads.for_threads(exactness.torch_threads, device_type),
+            quantize=quantize,
+        )
+
+    @property
+    def family(self) -> Family:
+        """The model."""
+        return self.checkpoint.family
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as people write it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def form_of_products(self, config: ClusterConfig) -> WeightFormat | None:
+        """In which products that are no experts are quantized; None: in the model dtype."""
+        section = config.model
+        if section.quantize_layers == "experts":
+            return None
+        has_kernels = self.kernels.team is not None
+        rule = f"needs compiled kernels, this worker has {self.kernels.words}"
+        check(has_kernels, "quantize_layers", section.quantize_layers, rule)
+        return rounded_form(section.quantize, ())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerContext:
+    """Everything that the roles of one worker share; all parts are open."""
+
+    args: WorkerArgs
+    member: Member
+    """This worker, without the addresses of the listeners of its roles."""
+    me: PeerIdentity
+    model: ModelSetup
+    membership: Membership
+    send: Callable[[ControlFrame], None]
+    """Send to the controller."""
+    contact_at: Callable[[], float]
+    """Returns the monotonic time of the newest heartbeat that a controller has acknowledged."""
+    connections: PeerConnections
+    channel: StepChannel
+    transport: DataTransport
+    activity: Activity
+    timing_sinks: Sequence[TimingSink]
+    cleanup: ExitStack
+    """Closed when the worker ends; data thread only."""
+
+    @property
+    def config(self) -> ClusterConfig:
+        """The cluster's configuration."""
+        return self.args.config
+
+    @property
+    def family(self) -> Family:
+        """The model."""
+        return self.model.family
+
+    def new_timer(self) -> StepTimer:
+        """A timer of steps whose laps go to the metrics and traces of this worker."""
+        return StepTimer(*self.timing_sinks)
+
+    def kv_peer(self, name: str) -> Peer | None:
+        """The KV server of another member of this generation; None for any other name."""
+        members = self.membership.generation.members
+        found = next((m for m in members if m.name == name), None)
+        if found is None or not found.kv_address or name == self.member.name:
+            return None
+        token = self.config.cluster_token
+        return Peer(name=name, address=found.kv_address, me=self.me, token=token)
+
+    def open_peer_server(self, what: str, key_bytes: int) -> PeerServer:
+        """A listener for other workers of the cluster, open until this worker ends."""
+        token, host = self.config.cluster_token, self.args.host
+        server = PeerServer(self.me, token, host=host, what=what, key_bytes=key_bytes)
+        self.cleanup.callback(server.close)
+        return server

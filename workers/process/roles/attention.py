@@ -1,0 +1,231 @@
+"""The attention role: requests, KV cache, scheduler, and the model without its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from cluster.core.placement import ExpertPlacement
+from cluster.core.topology import Generation
+from workers.dispatch.dispatcher import TokenDispatcher
+from workers.engine.engine import Engine
+from workers.kv.block_pool import HashChanges
+from workers.kv.transfer.lender import KvLender
+from workers.metrics.step_timer import StepTimer
+from workers.process.context import WorkerContext
+from workers.process.intake.adapters import AdapterIntake
+from workers.process.intake.commands import (
+    AddRequest,
+    Command,
+    CopyAsked,
+    GatewayGone,
+    PrefetchAsked,
+)
+from workers.process.intake.copy_keeper import CopyKeeper
+from workers.process.intake.grammar_compilations import GrammarCompilations
+from workers.process.intake.kv_fetches import KvFetches
+from workers.process.intake.lower_tiers import LowerTiers, open_tiers
+from workers.process.intake.request_intake import RequestIntake
+from workers.process.kv_identity import kv_identity, model_identity, needed_ranks
+from workers.process.kv_publisher import KvPublisher
+from workers.process.roles.attention_listeners import AttentionListeners
+from workers.process.roles.engine_steps import EngineSteps
+from workers.process.roles.gateway_outputs import GatewayOutputs
+from workers.requests.request import SoloStep, TokenOutput
+from workers.requests.wire import Abort, Pause
+from workers.sampling.grammar_compiler import GrammarCompiler
+
+
+class AttentionRole:
+    """Serves requests: decides in which order the commands of gateways, requests that wait, steps
+    and their outputs take turns.
+    """
+
+    def __init__(
+        self,
+        context: WorkerContext,
+        listeners: AttentionListeners,
+        engine: Engine,
+        dispatcher: TokenDispatcher,
+        grammars: GrammarCompiler,
+        timer: StepTimer,
+    ) -> None:
+        section, wake = context.config.engine, context.connections.wake
+        self.engine = engine
+        self._context = context
+        self._dispatcher = dispatcher
+        self.inbox = listeners.inbox
+        """Commands of gateways."""
+        self._stream = listeners.stream
+        limit_s = section.kv_fetch_limit_s if section.enable_prefix_caching else 0.0
+        self.fetches = KvFetches(engine, context.kv_peer, wake, limit_s)
+        context.cleanup.callback(self.fetches.close)
+        self.tiers = _open_lower_tiers(context, engine, self.fetches)
+        """Copies of blocks in host memory and on disk; None: there are none."""
+        self.copy_keeper = _open_copy_keeper(context, engine, self.tiers)
+        """Keeps copies of other workers' blocks; None: it keeps none."""
+        lower = None if self.tiers is None else self.tiers.tiers
+        self._kv_lender = KvLender(engine.kv_store, wake, tiers=lower)
+        listeners.kv_server.start(self._kv_lender)
+        self.adapters = AdapterIntake(engine, wake)
+        context.cleanup.callback(self.adapters.close)
+        self._publish_contents = _open_kv_publisher(context, engine, lambda: self.adapters.names)
+        compilations = GrammarCompilations(grammars.compile, wake)
+        context.cleanup.callback(compilations.close)
+        self.outputs = GatewayOutputs(engine, self._stream)
+        self.intake = RequestIntake(
+            engine,
+            self.outputs,
+            grammars,
+            compilations,
+            self.fetches,
+            None if self.tiers is None else self.tiers.restores,
+            self._has_peers,
+        )
+        self._steps = EngineSteps(
+            context, engine, self._stream, timer, self.intake.wait_s, lambda: self.fetches.cost
+        )
+        engine.runner.on_compute = self._stream.release
+        listeners.begin(engine, keeps_copies=self.copy_keeper is not None)
+
+    def enter(self, generation: Generation, placement: ExpertPlacement) -> None:
+        """Take the maps of a generation whose edges are open."""
+        context = self._context
+        context.model.exactness.follow(generation.agreement)
+        self._dispatcher.set_placement(placement, generation)
+        if self.tiers is not None:
+            how = (context.model.quantize, context.model.dtype), self.engine.cache
+            self.tiers.tiers.use(kv_identity(context.me, context.config, generation, *how))
+
+    def begin_steps(self, generation: int) -> None:
+        """This generation runs: accept gateways."""
+        self.engine.generation_runs()
+        self._steps.begin()
+        self._stream.admit_streams(generation)
+
+    def between_steps(self) -> None:
+        """Handle the gateways' commands, and send outputs that need no step."""
+        self._kv_lender.answer()
+        for command in self.inbox.take():
+            self._handle(command)
+        if self.tiers is not None:
+            self.tiers.copies.go_on()
+        self.intake.advance()
+        self.outputs.publish_prefetched(self.fetches.take_prefetched())
+        if (kept := self.adapters.go_on()) is not None:
+            self._context.send(kept)
+        self._emit(self.engine.poll())
+        self.outputs.solo_steps.report(self.outputs.owners)
+        self.outputs.report_paused()
+        if not self._context.membership.runs:
+            self._stream.release()
+
+    def run_step(self) -> None:
+        """Wait for a step and run it, or return after a wake-up."""
+        self._steps.run(self._end_step)
+
+    def _end_step(self, outputs: list[TokenOutput]) -> None:
+        self._emit(outputs)
+        if self._has_peers():
+            self.outputs.ask_for_relief()
+
+    def _has_peers(self) -> bool:
+        return len(self._context.membership.generation.attention) > 1
+
+    def _handle(self, command: Command) -> None:
+        match command:
+            case AddRequest():
+                self.intake.receive(command)
+            case PrefetchAsked():
+                self.fetches.prefetch(command)
+            case CopyAsked():
+                if self.copy_keeper is not None:
+                    self.copy_keeper.put(command.message)
+            case GatewayGone():
+                self.intake.drop_gateway(command.gateway)
+                self.outputs.drop_gateway(command.gateway)
+            case _:
+                self._take(command.gateway, command.message)
+
+    def _take(self, gateway: str, message: Abort | Pause | SoloStep) -> None:
+        if isinstance(message, Abort):
+            self.intake.abort(gateway, message)
+        elif isinstance(message, SoloStep):
+            self.outputs.solo_steps.acknowledge(gateway, message)
+        elif self.outputs.owners.get(message.request_id) != gateway:
+            return  # it is no longer in the engine, or not yet
+        elif message.is_over:
+            self.engine.resume(message.request_id)
+        else:
+            self.engine.pause(message.request_id, message.num_tokens)
+
+    def _emit(self, outputs: list[TokenOutput]) -> None:
+        """Send each gateway the outputs of its requests, and all gateways the changed KV blocks."""
+        if self._context.config.engine.enable_prefix_caching:
+            changes = self.engine.pool.take_changes()
+            held = changes if self.tiers is None else self.tiers.changes(changes, self.engine)
+            self.outputs.publish_kv(held, self.fetches.fetch_cost)
+            self._publish_contents(changes)
+        self.outputs.emit(outputs)
+
+    # Numbers: control thread
+
+    def stats(self) -> dict[str, float]:
+        """Gauges and counters for heartbeats."""
+        stats = {**self.engine.stats(), **self.fetches.stats()}
+        if self.tiers is not None:
+            stats |= self.tiers.stats()
+        if self.copy_keeper is not None:
+            stats |= self.copy_keeper.stats()
+        return stats | self.adapters.stats(self.intake.count_waiting(stats))
+
+    def adapters_in_use(self) -> tuple[str, ...]:
+        """Keys of adapters that requests here have."""
+        return tuple(sorted({*self.engine.adapters_in_use, *self.intake.adapters()}))
+
+
+def _open_lower_tiers(
+    context: WorkerContext, engine: Engine, fetches: KvFetches
+) -> LowerTiers | None:
+    """Begin to copy blocks into lower tiers, and to restore them, if there are any."""
+    section, share = context.config.kv_tiers, context.config.engine.kv_kept_share
+    known, member = context.membership, context.member
+    tiers = open_tiers(
+        *(section, engine.cache, share, member.rank, model_identity(context.me)),
+        lambda: needed_ranks(known.generation, known.places, member.node),
+    )
+    if tiers is None:
+        return None
+    lower = LowerTiers.of(tiers, engine, fetches.cost, context.connections.wake)
+    context.cleanup.callback(lower.close)
+    return lower
+
+
+def _open_copy_keeper(
+    context: WorkerContext, engine: Engine, lower: LowerTiers | None
+) -> CopyKeeper | None:
+    """Begin to keep copies of other workers' blocks, if that is wanted."""
+    section, wake = context.config.kv_tiers, context.connections.wake
+    if lower is None or not section.session_copies:
+        return None
+    rate = section.session_copy_bytes_per_s
+    keeper = CopyKeeper(lower.tiers, engine.cache, context.kv_peer, wake, rate)
+    context.cleanup.callback(keeper.close)
+    keeper.start()
+    return keeper
+
+
+def _open_kv_publisher(
+    context: WorkerContext, engine: Engine, names: Callable[[], Mapping[str, str]]
+) -> Callable[[HashChanges], None]:
+    """Begin to tell routers of other projects what is cached, if the configuration asks for it.
+
+    Returns what publishes changes; ``names``: of adapters by key, for any thread.
+    """
+    section, size = context.config.kv_events, context.config.engine.block_size_tokens
+    if section.kv_events_endpoint is None:
+        return lambda changes: None
+    contents = engine.note_contents()
+    publisher = KvPublisher(section, context.member.rank, size, names)
+    context.cleanup.callback(publisher.close)
+    publisher.start()
+    return lambda changes: publisher.publish(changes, contents.take())

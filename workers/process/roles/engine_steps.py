@@ -1,0 +1,135 @@
+"""The steps of an attention worker, in the protocol of all ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from cluster.core.errors import PeerLostError, TransportError
+from workers.engine.engine import Engine
+from workers.engine.step_watchdog import StepWatchdog
+from workers.kv.transfer.fetch_cost import FetchCost
+from workers.metrics.step_timer import StepTimer
+from workers.process.context import WorkerContext
+from workers.process.data_plane import IDLE_WAIT_S
+from workers.process.engine_server import EngineServer
+from workers.requests.request import TokenOutput
+from workers.requests.step_header import StepHeader
+from workers.scheduling.step_plan import RowsWanted
+from workers.transport.path_watch import LOOK_S
+
+_MEASURED_ROWS = 32
+"""Prompt rows of a step from which on its time measures the speed of prefill."""
+_COMMIT_SHARE = 0.25
+"""Share of the lease after which an idle leader without a controller runs an empty step."""
+
+
+class EngineSteps:
+    """Decides when this rank proposes a step, how long it waits, and when a step is overdue."""
+
+    def __init__(
+        self,
+        context: WorkerContext,
+        engine: Engine,
+        stream: EngineServer,
+        timer: StepTimer,
+        wait_s: Callable[[float], float],
+        cost: Callable[[], FetchCost],
+    ) -> None:
+        """``wait_s`` shortens a wait for a step to the next time at which there is work between
+        steps; ``cost`` learns how fast prompts are computed.
+        """
+        self._context = context
+        self._engine = engine
+        self._stream = stream
+        self._timer = timer
+        self._wait_s = wait_s
+        self._cost = cost
+        self._watchdog = StepWatchdog(context.config.transport.detection_limit_s)
+        self._has_more = False
+        """Work was left after the last step."""
+
+    def begin(self) -> None:
+        """A generation runs: no step was wanted in it so far."""
+        self._watchdog.begin()
+
+    def run(self, emit: Callable[[list[TokenOutput]], None]) -> None:
+        """Wait for a step and run it, or return after a wake-up.
+
+        Its outputs go to ``emit``, and are sent while the next step computes, if one follows.
+        Raises ``TransportError``.
+        """
+        try:
+            self._run_next(emit)
+        except TransportError:
+            self._stream.release()
+            raise
+        if not self._has_more:
+            self._stream.release()
+
+    def _run_next(self, emit: Callable[[list[TokenOutput]], None]) -> None:
+        engine, channel, activity = self._engine, self._context.channel, self._context.activity
+        membership = self._context.membership
+        wanted = engine.wanted()
+        activity.is_idle = not engine.has_work
+        activity.wants_rows = wanted.decode_rows + wanted.prefill_rows > 0
+        channel.propose(wanted, even_empty=self._needs_a_commit())
+        if not channel.has_header:
+            self._stream.release()
+        header = channel.wait(self._wait_s(self._idle_s()))
+        if self._context.connections.is_settled:
+            membership.confirm()
+        if header is None:
+            self._check_overdue(wanted)
+            return
+        activity.is_idle = False
+        activity.rows = header.decode_rows + header.prefill_rows
+        stall_s = time.monotonic() - membership.last_commit if self._has_more else 0.0
+        membership.follow_epoch(header, stall_s)
+        self._has_more = False
+        outputs = self._step(header)
+        membership.committed(is_shared=bool(activity.rows) or not channel.is_leader)
+        activity.advance()
+        self._has_more = engine.has_work
+        self._stream.release()  # a step without rows has not computed
+        self._stream.hold()
+        emit(outputs)
+
+    def _step(self, header: StepHeader) -> list[TokenOutput]:
+        begin = time.monotonic()
+        outputs = self._engine.step(header)
+        if (rows := header.grant(self._context.member.rank).prefill_rows) >= _MEASURED_ROWS:
+            self._cost().observe_prefill(rows, time.monotonic() - begin)
+        self._timer.end_step("sample")
+        return outputs
+
+    def _check_overdue(self, wanted: RowsWanted) -> None:
+        """Raises ``PeerLostError`` when no step has come for too long, although rows are wanted."""
+        channel = self._context.channel
+        waited_s = self._watchdog.overdue_s(
+            wants=wanted.decode_rows + wanted.prefill_rows > 0,
+            leads=channel.is_leader,
+            last_rows=channel.last_rows,
+            last_commit=self._context.membership.last_commit,
+            now=time.monotonic(),
+        )
+        missing = channel.missing()
+        if waited_s is None or not missing:
+            return
+        reason = f"no step for {waited_s:.1f} s, waits for {', '.join(missing)}"
+        raise PeerLostError(missing[0], reason, is_late=True)
+
+    def _idle_s(self) -> float:
+        """Longest wait for a header.
+
+        After an empty step it is short: a leader must see whether all ranks have its header.
+        """
+        membership = self._context.membership
+        if membership.last_shared_commit < membership.last_commit:
+            return LOOK_S
+        return min(IDLE_WAIT_S, self._context.config.transport.lease_s * _COMMIT_SHARE)
+
+    def _needs_a_commit(self) -> bool:
+        """The controller is silent: an empty step renews the leases of all workers."""
+        known = max(self._context.contact_at(), self._context.membership.last_commit)
+        return time.monotonic() - known > self._context.config.transport.lease_s * _COMMIT_SHARE

@@ -1,0 +1,185 @@
+"""The experts role: expert slots, the server of their rows, the loader of further experts."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from msgspec.structs import replace
+
+from cluster.core.frames import LoadExperts
+from cluster.core.placement import ExpertPlacement
+from cluster.core.topology import Generation
+from workers.dispatch.dispatcher import SlotBank
+from workers.dispatch.expert_server import ExpertServer
+from workers.experts.slots import ExpertSlots
+from workers.experts.speed import blank_bank, slots_per_second
+from workers.experts.transfer.loading import ExpertLoader
+from workers.experts.transfer.peer_source import GIVE_UP, ExpertLender
+from workers.process.context import WorkerContext
+from workers.process.data_plane import IDLE_WAIT_S
+from workers.process.gpu_room import captured_sizes, check_room_for_slots
+from workers.process.roles.expert_sources import ExpertSources
+from workers.process.warm_up import warm_experts
+from workers.requests.buckets import kept_rows
+from workers.transport.peer_link import PeerServer
+from workers.transport.transport import DataTransport
+
+logger = logging.getLogger(__name__)
+
+BanksOf = Callable[[ExpertSlots], Sequence[SlotBank]]
+"""Makes the banks that compute steps from a worker's slots. The default is the slots themselves."""
+
+
+class ExpertRole:
+    """Decides which experts are in this worker's slots, as the controller orders, and serves them.
+
+    In a worker without attention it also runs the steps.
+    """
+
+    def __init__(
+        self,
+        context: WorkerContext,
+        transport: DataTransport,
+        weights: PeerServer,
+        banks_of: BanksOf | None = None,
+    ) -> None:
+        """Fill the slots as the first placement says, and serve their experts to other workers by
+        ``weights``. Raises ``CheckpointError``.
+        """
+        args, family = context.args, context.family
+        assert args.placement is not None, "a worker with experts is started with a placement"
+        self._context = context
+        self.slots = slots = make_slots(context)
+        self._given_up = threading.Event()
+        self._busy_s = 0.0
+        self._num_steps = 0
+        self._sources = ExpertSources(context, slots)
+        self._sources.load(args.placement)
+        warm_experts(args, slots, transport.sums_are_rounded)
+        self.server = ExpertServer(
+            transport,
+            banks_of(slots) if banks_of is not None else slots.banks,
+            family.banks,
+            device_index=args.member.device,
+            combine_mode=args.config.engine.combine_mode,
+            dtype=context.model.dtype,
+            device=args.device,
+            activity=context.activity,
+            timer=context.new_timer(),
+            max_kept_rows=kept_rows(captured_sizes(args, family))
+            * args.config.workers.num_attention_ranks,
+        )
+        weights.start(ExpertLender(slots))
+        membership, can_grow = context.membership, args.device.type == "cpu"
+        self._loader = ExpertLoader(
+            slots,
+            self._sources.by_kind,
+            context.send,
+            obstacle=partial(membership.obstacle, args.member.device),
+            max_slots=None if can_grow else args.num_slots,
+            min_slots=args.num_slots,
+        )
+        context.cleanup.callback(self.close)
+
+    def order(self, order: LoadExperts) -> None:
+        """Load experts in the background. Control thread.
+
+        Orders with a ``limit_s`` are moves: unfinished moves are given up by an order of kind
+        ``give up``, or by ``give_up_moves``.
+        """
+        if order.source.get("kind") == GIVE_UP:
+            self.give_up_moves()
+            return
+        self._loader.order(replace(order, source={**order.source, GIVE_UP: self._given_up}))
+
+    def give_up_moves(self) -> None:
+        """Give up unfinished moves. Control thread."""
+        given_up, self._given_up = self._given_up, threading.Event()
+        given_up.set()
+
+    def keep_only(self, placement: ExpertPlacement) -> None:
+        """A generation runs with ``placement``: free the other slots. Control thread."""
+        device = self._context.args.member.device
+        self._loader.keep_only([bank.physical_to_logical[device] for bank in placement.banks])
+
+    def enter(self, generation: Generation, placement: ExpertPlacement) -> None:
+        """Take the maps of a generation whose edges are open."""
+        self._context.model.exactness.follow(generation.agreement)
+        self.server.set_placement(placement, generation)
+
+    def run_step(self) -> None:
+        """Wait for a step and serve its rows, or return after a wake-up."""
+        activity, membership = self._context.activity, self._context.membership
+        activity.is_idle = True
+        header = self._context.channel.wait(IDLE_WAIT_S)
+        activity.is_idle = False
+        if header is None:
+            return
+        activity.rows = header.decode_rows + header.prefill_rows
+        membership.follow_epoch(header)
+        started = time.monotonic()
+        self.server.run_step(header)
+        self.server.timer.end_step()
+        membership.committed(is_shared=True)
+        activity.advance()
+        self._busy_s += membership.last_commit - started
+        self._num_steps += 1
+
+    def facts(self) -> dict[str, float]:
+        """For ``WorkerReady``: slots, bytes of an expert of the largest bank, speed if measured."""
+        sizes = (b.spec.num_bytes(b.dtype.itemsize) for b in self.slots.banks)
+        found: dict[str, float] = {
+            "num_slots": self._context.args.num_slots,
+            "expert_bytes": max(sizes, default=0),
+        }
+        if self._context.args.config.workers.device_speed == "measured":
+            found["device_speed"] = self._speed()
+        return found
+
+    def _speed(self) -> float:
+        """Slots a second of the first bank; the device is otherwise idle at this time."""
+        bank, filled = self.slots.banks[0], sorted(self.slots.contents(0))
+        if not filled:
+            bank, filled = blank_bank(bank), [0]
+        return slots_per_second(bank.compute, bank.spec, filled, bank.dtype, bank.device)
+
+    def stats(self) -> dict[str, float]:
+        """Gauges and counters for heartbeats; called on the control thread."""
+        return {
+            "expert_worker_slots": float(max((b.num_slots for b in self.slots.banks), default=0)),
+            **{
+                f'expert_weights_read_bytes_total{{source="{kind}"}}': float(num_bytes)
+                for kind, num_bytes in self._sources.read_bytes.items()
+            },
+            **self.server.stats(),
+        }
+
+    def step_stats(self) -> dict[str, float]:
+        """Those of the steps that this role runs; called on the control thread."""
+        return {
+            "expert_worker_busy_seconds_total": self._busy_s,
+            "steps_total": float(self._num_steps),
+        }
+
+    def close(self) -> None:
+        self.give_up_moves()
+        self._loader.close()
+
+
+def make_slots(context: WorkerContext) -> ExpertSlots:
+    """Empty slots. Raises ``ConfigError`` where a GPU is too small for them."""
+    args, model = context.args, context.model
+    check_room_for_slots(args, context.family, model.dtype)
+    return ExpertSlots(
+        context.family.banks,
+        args.num_slots,
+        model.dtype,
+        args.device,
+        model.compute_threads,
+        args.config.engine.deterministic == "on",
+        model.kernels.team,
+    )

@@ -1,0 +1,95 @@
+"""What an attention worker sends to gateways."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from cluster.core.errors import ExpertMeshError, QueueFullError
+from workers.engine.engine import Engine
+from workers.kv.block_pool import HashChanges
+from workers.process.engine_server import EngineServer
+from workers.process.intake.solo_steps import SoloStepReporter
+from workers.process.step_messages import step_messages
+from workers.requests.request import Queued, Request, StepOutput, TokenOutput
+from workers.requests.sequence import Failure, failed
+from workers.requests.wire import Paused, Prefetched, Relieve
+
+_RELIEF_PAUSE_S = 0.1
+"""Time between two requests that a worker asks to be moved."""
+
+
+class GatewayOutputs:
+    """Decides which gateway gets which message: it knows the owner of each request of the engine.
+
+    All methods belong to the engine's thread.
+    """
+
+    def __init__(self, engine: Engine, stream: EngineServer) -> None:
+        self._engine = engine
+        self._stream = stream
+        self.owners: dict[str, str] = {}
+        """Gateways by request, of the requests that the engine has."""
+        self.solo_steps = SoloStepReporter(engine, stream.publish)
+        self._relief_at = 0.0
+        """Monotonic time at which it last asked to have a request moved."""
+
+    def accept(self, gateway: str, request: Request) -> None:
+        """The engine has a request now."""
+        self.owners[request.request_id] = gateway
+        queued = Queued(request_id=request.request_id, attempt=request.attempt)
+        self._stream.publish(gateway, queued)
+
+    def refuse(self, gateway: str, request: Request, err: ExpertMeshError) -> None:
+        """End every choice of a refused request with the error."""
+        code = "queue_full" if isinstance(err, QueueFullError) else getattr(err, "code", "")
+        failure = Failure(str(err), code, getattr(err, "param", None))
+        outputs = tuple(failed(request, choice, failure) for choice in range(max(request.n, 1)))
+        self._stream.publish(gateway, StepOutput(outputs=outputs))
+
+    def emit(self, outputs: Iterable[TokenOutput]) -> None:
+        """Send each gateway the outputs of its requests."""
+        outputs = tuple(outputs)
+        for gateway, message in step_messages(outputs, self.owners):
+            self._stream.publish(gateway, message)
+        for output in outputs:
+            if output.finish_reason is not None:
+                self.forget_ended(output.request_id)
+
+    def publish_prefetched(self, answers: Iterable[tuple[str, Prefetched]]) -> None:
+        """Tell gateways which requests have their blocks here."""
+        for gateway, answer in answers:
+            self._stream.publish(gateway, answer)
+
+    def publish_kv(self, changes: HashChanges, fetch_cost: float) -> None:
+        """Tell all gateways which blocks are cached, and what fetching costs."""
+        self._stream.publish_kv(changes, fetch_cost, self._engine.pool.num_free)
+
+    def report_paused(self) -> None:
+        """Tell gateways which requests are paused, behind their last outputs."""
+        for request_id in self._engine.take_paused():
+            self._stream.publish(self.owners[request_id], Paused(request_id=request_id))
+            self._stream.release()
+
+    def ask_for_relief(self) -> None:
+        """Have a request move where another worker has room, before it must be preempted."""
+        pressed, now = self._engine.under_pressure(), time.monotonic()
+        if pressed is None or now < self._relief_at + _RELIEF_PAUSE_S:
+            return
+        owner = self.owners.get(pressed.request_id)
+        if owner is not None:
+            self._relief_at = now
+            message = Relieve(request_id=pressed.request_id, attempt=pressed.attempt)
+            self._stream.publish(owner, message)
+
+    def forget_ended(self, request_id: str) -> None:
+        """Drop the owner of a request that has ended."""
+        if not self._engine.has_request(request_id):
+            self.owners.pop(request_id, None)
+
+    def drop_gateway(self, gateway: str) -> None:
+        """End the requests of a gateway that has gone."""
+        for request_id in [r for r, owner in self.owners.items() if owner == gateway]:
+            self._engine.abort(request_id)
+            del self.owners[request_id]
+        self.solo_steps.drop_gateway(gateway)

@@ -1,0 +1,80 @@
+"""The roles of one worker: attention, experts, or both."""
+
+from __future__ import annotations
+
+from cluster.core.frames import KeepAdapters, SlotContents
+from cluster.core.load_report import LoadReport
+from cluster.core.placement import ExpertPlacement
+from cluster.core.topology import Generation
+from workers.process.roles.attention import AttentionRole
+from workers.process.roles.experts import ExpertRole
+
+
+class Roles:
+    """Brings each event of a worker to the role that it concerns, once its weights are loaded.
+
+    Where a worker has both roles, attention runs the steps, and its dispatcher serves the rows of
+    others in them.
+    """
+
+    def __init__(self) -> None:
+        self.attention: AttentionRole | None = None
+        self.experts: ExpertRole | None = None
+
+    # Data thread
+
+    def enter(self, generation: Generation, placement: ExpertPlacement) -> None:
+        """Take the maps of a generation whose edges are open."""
+        if (leading := self.attention or self.experts) is not None:
+            leading.enter(generation, placement)
+
+    def begin_steps(self, generation: int) -> None:
+        """This generation runs: accept clients."""
+        if self.attention is not None:
+            self.attention.begin_steps(generation)
+
+    def lose_members(self) -> None:
+        """Members of the last generation died; the last step was given up."""
+        if self.attention is not None:
+            self.attention.engine.worker_died()
+
+    def keep_adapters(self, order: KeepAdapters) -> None:
+        """Have these adapters; only workers that run attention are asked to."""
+        if self.attention is not None:
+            self.attention.adapters.take(order)
+
+    def between_steps(self) -> None:
+        """Work at the start of every iteration, in a generation or not."""
+        if self.attention is not None:
+            self.attention.between_steps()
+
+    def run_step(self) -> None:
+        """Wait for a step and run it, or return after a wake-up."""
+        if (leading := self.attention or self.experts) is not None:
+            leading.run_step()
+
+    # Control thread
+
+    def slots(self) -> SlotContents:
+        """What the expert slots hold; none where there are none, or while they are filled."""
+        return () if self.experts is None else self.experts.slots.rows()
+
+    def stats(self) -> dict[str, float]:
+        """Gauges and counters for heartbeats."""
+        found = {} if self.experts is None else self.experts.stats()
+        if self.attention is not None:
+            return found | self.attention.stats()
+        return found if self.experts is None else found | self.experts.step_stats()
+
+    def load_report(self) -> LoadReport | None:
+        """Counted load of the experts; None where this worker counts none."""
+        return None if self.attention is None else self.attention.engine.load.report()
+
+    def adapters_in_use(self) -> tuple[str, ...]:
+        """Keys of adapters that requests here have."""
+        return () if self.attention is None else self.attention.adapters_in_use()
+
+    def problems(self, worker: str) -> tuple[str, ...]:
+        """What keeps parts of this worker from working, for people."""
+        tiers = None if self.attention is None else self.attention.tiers
+        return () if tiers is None else tiers.problems(worker)

@@ -1,0 +1,238 @@
+"""One worker without its Ray actor: its control side, its roles, and the data thread.
+
+The data thread loads the weights and then loops over the controller's frames and, while a
+generation runs, a step. The control client's thread only queues frames and reads counters.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from msgspec.structs import replace
+
+from cluster.core.errors import GenerationChangedError, PeerLostError
+from cluster.core.frames import KeepAdapters, Register, Shutdown, WorkerReady
+from cluster.core.topology import Member
+from cluster.tracing.exporter import start_traces
+from workers.engine.micro_batches import MicroBatchRule
+from workers.engine.prefill_cap import PrefillCap
+from workers.engine.step_channel import StepChannel
+from workers.experts.transfer.peer_source import KEY
+from workers.metrics.activity import Activity, thread_cpu_clock
+from workers.metrics.step_metrics import StepMetrics
+from workers.metrics.step_timer import TimingSink
+from workers.metrics.step_trace import StepTrace
+from workers.metrics.traced_steps import StepSpans
+from workers.model.huge_pages import collapse_weights
+from workers.native.team import start_kernels
+from workers.process.context import ModelSetup, WorkerContext
+from workers.process.control.membership import Standing
+from workers.process.control_side import ControlSide
+from workers.process.data_plane import (
+    IDLE_WAIT_S,
+    StepInterrupts,
+    identify,
+    open_connections,
+    open_transport,
+)
+from workers.process.gpu_room import captured_sizes
+from workers.process.lifetime import STOP_TIMEOUT_S, Lifetime
+from workers.process.roles.attention_listeners import AttentionListeners
+from workers.process.roles.experts import BanksOf
+from workers.process.roles.loading import load_attention, load_experts
+from workers.process.roles.roles import Roles
+from workers.process.worker_args import WorkerArgs
+from workers.transport.collective import CollectiveTransport
+from workers.transport.peer_connections import PeerConnections
+from workers.transport.transport import DataTransport
+
+logger = logging.getLogger(__name__)
+
+OnDeath = Callable[[str], None]
+"""Called with the reason, on the data thread, when a worker fails."""
+_WAITS = {"attention": "combine", "expert": "receive", "colocated": "receive"}
+"""Timing of a step in which a worker waits for others, by role."""
+
+
+class Worker:
+    """Starts one worker, runs its data thread, and ends it."""
+
+    def __init__(
+        self, args: WorkerArgs, on_death: OnDeath, banks_of: BanksOf | None = None
+    ) -> None:
+        self.args = args
+        self.banks_of = banks_of
+        self.config = args.config
+        is_local = args.config.workers.mode == "local"
+        self._step_metrics = StepMetrics(None if is_local else _WAITS[args.member.role])
+        self.member = replace(args.member, pid=os.getpid(), node=args.member.node or args.host)
+        self._on_death = on_death
+        self._cleanup = ExitStack()
+        self.activity = Activity()
+        self.lifetime = Lifetime()
+        self.roles = Roles()
+        self._interrupts = StepInterrupts()
+        self.control = ControlSide(
+            args,
+            roles=self.roles,
+            activity=self.activity,
+            step_metrics=self._step_metrics,
+            interrupts=self._interrupts,
+            on_failed=self._die,
+        )
+        self.membership = self.control.membership
+        self._thread = threading.Thread(target=self._main, name=self.member.name, daemon=True)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the data thread runs."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Start the data thread; returns at once."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the loop and wait for it."""
+        self.lifetime.stop()
+        self._interrupts.interrupt(self.membership.generation.number + 1)
+        self._thread.join(STOP_TIMEOUT_S)
+
+    def _main(self) -> None:
+        self.activity.cpu_s = thread_cpu_clock()
+        self._cleanup.callback(self.control.close)
+        try:
+            context = self.open()
+            info = self.load(context)
+            checkpoint, device = context.model.checkpoint, self.args.device
+            collapse_weights(device.type, checkpoint.loaded_bytes, self.activity.advance)
+            self.control.send(WorkerReady(info=info))
+            megabytes = checkpoint.loaded_bytes // 10**6
+            logger.info("%s has loaded %d MB of weights", self.member.name, megabytes)
+            while self._take_orders():
+                self.roles.between_steps()
+                self._run_step(context.connections)
+        except Exception as err:
+            logger.exception("%s cannot continue", self.member.name)
+            self._die(f"{type(err).__name__}: {err}")
+            return
+        finally:
+            self._cleanup.close()
+        if not self.lifetime.is_stopped_in_time():
+            self._on_death("told to end")
+
+    def open(self) -> WorkerContext:
+        """Reach the controller, read the checkpoint's headers, open the listeners, register."""
+        args = self.args
+        kernels = start_kernels(args.threads, args.why_torch)
+        self.control.start()
+        model = ModelSetup.of(args, kernels, self.control.reports.loading)
+        self.member = replace(self.member, offer=model.exactness.offer)
+        me = identify(args, model.checkpoint)
+        connections = open_connections(args, me, model.checkpoint, model.dtype)
+        self._cleanup.callback(connections.close)
+        self._interrupts.attach(connections)
+        channel = StepChannel(
+            connections,
+            prefill_cap=PrefillCap.of(args.config.engine),
+            micro_batches=MicroBatchRule.of(args.config.engine, args.config.workers),
+            buckets=captured_sizes(args, model.family),
+        )
+        transport = self.open_transport(connections)
+        self._cleanup.callback(transport.close)
+        self.membership.join(connections, channel, transport)
+        context = WorkerContext(
+            args=args,
+            member=self.member,
+            me=me,
+            model=model,
+            membership=self.membership,
+            send=self.control.send,
+            contact_at=lambda: self.control.contact_at,
+            connections=connections,
+            channel=channel,
+            transport=transport,
+            activity=self.activity,
+            timing_sinks=self._open_timing_sinks(),
+            cleanup=self._cleanup,
+        )
+        self.member = self.announce(context, replace(self.member, data_address=connections.address))
+        info = {"threads": model.exactness.threads, "kernels": model.kernels.words}
+        info |= args.device_facts
+        self.control.send(Register(member=self.member, build=me.build, info=info))
+        return context
+
+    def open_transport(self, connections: PeerConnections) -> DataTransport:
+        """Open the transport; the address of its store, if any, goes to the other members."""
+        transport = open_transport(self.args, connections)
+        if isinstance(transport, CollectiveTransport):
+            self.member = replace(self.member, store_address=transport.store_address)
+        return transport
+
+    def announce(self, context: WorkerContext, member: Member) -> Member:
+        """Open the listeners of the roles; returns the member with their addresses."""
+        if member.holds_experts:
+            self._weights = context.open_peer_server("weights", KEY.size)
+            member = replace(member, weights_address=self._weights.address)
+        if member.runs_attention:
+            self._listeners = AttentionListeners(context)
+            self.control.on_fenced = self._listeners.stream.close_streams
+            member = self._listeners.announce(member)
+        return member
+
+    def load(self, context: WorkerContext) -> dict[str, Any]:
+        """Read the weights of the roles; returns the facts for ``WorkerReady``."""
+        if not self.member.runs_attention:
+            return load_experts(context, self.roles, self._weights, self.banks_of)
+        weights = self._weights if self.member.holds_experts else None
+        return load_attention(context, self.roles, self._listeners, weights, self.banks_of)
+
+    def _open_timing_sinks(self) -> list[TimingSink]:
+        """Metrics; also a timeline and spans, where the configuration asks for them."""
+        section, name = self.config.observability, self.member.name
+        sinks: list[TimingSink] = [self._step_metrics]
+        if (trace := StepTrace.of(section, name)) is not None:
+            self._cleanup.callback(trace.close)
+            sinks.append(trace)
+        if (traces := start_traces(section.otlp_endpoint, name)) is not None:
+            self._cleanup.callback(traces.stop)
+            rank = None if self.member.holds_experts else self.member.rank
+            sinks.append(StepSpans(traces.record_below, name, rank))
+        return sinks
+
+    def _run_step(self, connections: PeerConnections) -> None:
+        """Run one step; a lost peer or a new generation ends this generation."""
+        self.activity.begin_iteration()
+        membership = self.membership
+        try:
+            if membership.runs:
+                self.roles.run_step()
+            else:
+                self.activity.is_idle, self.activity.wants_rows = True, False
+                connections.rest(IDLE_WAIT_S, is_ready=membership.standing is Standing.READY)
+        except GenerationChangedError:
+            membership.leave()
+        except PeerLostError as err:
+            membership.lose(err)
+
+    def _take_orders(self) -> bool:
+        """Carry out the controller's orders; False if this worker ends."""
+        for frame in self.control.orders.pending():
+            if isinstance(frame, Shutdown):
+                self.lifetime.end()
+            elif isinstance(frame, KeepAdapters):
+                self.roles.keep_adapters(frame)
+            else:
+                self.membership.handle(frame)
+        return not self.lifetime.is_ending
+
+    def _die(self, reason: str) -> None:
+        if self.lifetime.is_ending:
+            return
+        self.control.fail(reason)
+        self._on_death(reason)
