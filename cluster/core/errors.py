@@ -127,16 +127,10 @@ class RequestTooLargeError(ExpertMeshError):
 
 
 class LimitReachedError(_TextError, ExpertMeshError):
-    """A limit is exceeded; ``limit`` names it in metrics; retry after ``retry_after_s``.
+    """A limit is exceeded; ``limit`` names it in metrics; retry after ``retry_after_s``."""
 
-    For ``holds_s`` all requests of the same key would be refused, whatever they ask for.
-    """
-
-    def __init__(
-        self, message: str, retry_after_s: float, limit: str, holds_s: float = 0.0
-    ) -> None:
-        super().__init__(message, retry_after_s, limit, holds_s)
-        self.holds_s = holds_s
+    def __init__(self, message: str, retry_after_s: float, limit: str) -> None:
+        super().__init__(message, retry_after_s, limit)
         self.retry_after_s = retry_after_s
         self.limit = limit
 
@@ -152,14 +146,8 @@ class QueueFullError(LimitReachedError):
     at an attention worker.
     """
 
-    def __init__(
-        self,
-        message: str,
-        retry_after_s: float = 1.0,
-        limit: str = "queue_full",
-        holds_s: float = 0.0,
-    ) -> None:
-        super().__init__(message, retry_after_s, limit, holds_s)
+    def __init__(self, message: str, retry_after_s: float = 1.0, limit: str = "queue_full") -> None:
+        super().__init__(message, retry_after_s, limit)
 
 
 class NotReadyError(_TextError, ExpertMeshError):

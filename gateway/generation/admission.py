@@ -14,7 +14,6 @@ from gateway.generation.tenant_queues import Ask, TenantQueue, tokens_ahead
 
 _UNKNOWN_RATE_RETRY_S = 5.0
 """Before the first request has finished."""
-_MOST_HOLDS_S = 0.1
 _BURST_S = 1.0
 """Time for which a queue that forms after a calm time takes requests whatever their wait: a batch
 that comes at once waits, it is not refused."""
@@ -151,12 +150,6 @@ class Admission:
             and self.num_tokens + ask.num_tokens <= 1.5 * self.max_tokens
             and self.num_bytes + ask.num_bytes <= 1.5 * self.max_prompt_bytes
         )
-
-    @property
-    def holds_s(self) -> float:
-        """Time until the next request leaves, before which a refusal holds; a moment at most."""
-        rate = self._rate.requests_per_s
-        return min(_MOST_HOLDS_S, 1 / rate) if rate else _MOST_HOLDS_S
 
     def retry_after_s(self, num_requests: int) -> float:
         """Estimated time until ``num_requests`` have left."""

@@ -58,9 +58,7 @@ class Entrance:
             admission.check(ask, now_s)
         except QueueFullError as err:
             self._metrics.admission_rejections.labels(err.limit).inc()
-            is_least = ask.num_requests == ask.num_tokens == 1
-            holds_s = admission.holds_s if is_least else 0.0
-            raise QueueFullError(err.message, err.retry_after_s, err.limit, holds_s) from err
+            raise
         if admission.queue_time_s(ask) > deadline_s - now_s:
             self._metrics.admission_rejections.labels("deadline").inc()
             raise DeadlineExceededError("the queue is longer than the request's time", False)

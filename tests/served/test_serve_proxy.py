@@ -27,7 +27,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/responses": {"input": "hi", "max_output_tokens": 4, "temperature": 0},
     "/v1/messages": {**CHAT, "model": "expertmesh-demo"},
     "/v1/embeddings": {"input": "hi"},
-    "/classify": {"input": "hi"},
+    "/classify": {"input": "hi", "labels": ["a", "b"]},
     "/score": {"queries": "hi", "documents": ["hi", "ho"]},
     "/tokenize": {"prompt": "hi"},
     "/detokenize": {"tokens": [5, 6]},

@@ -16,7 +16,9 @@ from starlette.types import Receive, Scope, Send
 
 from benchmarks.harness.distributed import free_ports
 from cluster.config.gateway import GatewaySection
+from gateway.listener import timed_protocol
 from gateway.listener.http_listener import HttpListener
+from gateway.listener.timed_protocol import BODY_STEP_BYTES
 from tests.gateway.stack import WAIT_S, Stack, running_stack, start_http
 
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n"
@@ -152,8 +154,8 @@ class Waiting:
         more = True
         while more:
             message = await receive()
-            self.num_bytes += len(message["body"])
-            more = message["more_body"]
+            self.num_bytes += len(message.get("body", b""))
+            more = message.get("more_body", False)
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
@@ -181,6 +183,55 @@ def test_nothing_is_read_while_the_application_reads_nothing() -> None:
         await stop()
 
     asyncio.run(asyncio.wait_for(work(), 2 * WAIT_S))
+
+
+@pytest.mark.parametrize(
+    ("piece", "answer"),
+    [(BODY_STEP_BYTES, b"HTTP/1.1 204"), (10, b"")],
+    ids=["it grows", "it hardly grows"],
+)
+def test_a_body_must_make_progress(
+    monkeypatch: pytest.MonkeyPatch, piece: int, answer: bytes
+) -> None:
+    monkeypatch.setattr(timed_protocol, "BODY_LIMIT_S", 0.4)
+    num_pieces = 10
+
+    async def work() -> None:
+        app = Waiting()
+        app.may_read.set()
+        url, stop = await start_http(app)
+        reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(url).port)
+        size = num_pieces * piece
+        writer.write(GET.replace(b"GET", b"POST") + b"content-length: %d\r\n\r\n" % size)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(num_pieces):
+                writer.write(b"x" * piece)
+                await writer.drain()
+                await asyncio.sleep(0.1)
+            received = await asyncio.wait_for(reader.readline(), WAIT_S)
+            assert received.startswith(answer)
+            assert answer or not received
+        writer.close()
+        await stop()
+
+    asyncio.run(asyncio.wait_for(work(), WAIT_S))
+
+
+def test_a_connection_that_sends_nothing_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timed_protocol, "HEAD_LIMIT_S", 0.2)
+
+    async def work() -> None:
+        url, stop = await start_http(Waiting())
+        connected = [
+            await asyncio.open_connection("127.0.0.1", urlsplit(url).port) for _ in range(50)
+        ]
+        for reader, writer in connected:
+            with contextlib.suppress(ConnectionError):
+                assert await asyncio.wait_for(reader.read(), WAIT_S) == b""
+            writer.close()
+        await stop()
+
+    asyncio.run(asyncio.wait_for(work(), WAIT_S))
 
 
 @pytest.fixture(scope="module")
