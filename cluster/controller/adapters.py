@@ -10,16 +10,15 @@ worker is to have, so that it can be given at any time, also by a restarted cont
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
-from msgspec.structs import replace
-
+from cluster.config.cluster import ClusterConfig
 from cluster.config.lora import (
     MAX_PATH,
     MAX_TENANT,
     MAX_TENANTS,
     NAME_RULE,
+    LoraSection,
     are_tenants,
     is_folder_path,
     is_name,
@@ -30,8 +29,8 @@ from cluster.controller.parts.memory import KeptAdapter
 from cluster.controller.parts.workers import WorkerRecord
 from cluster.core.codec import Message
 from cluster.core.errors import ConflictError, ModelNotFoundError, RequestError
-from cluster.core.frames import Adapter, AdaptersKept, KeepAdapters
-from cluster.core.states import AdapterState, ClusterState, WorkerState, next_state
+from cluster.core.frames import AdaptersKept, KeepAdapters
+from cluster.core.states import AdapterState, ClusterState, WorkerState
 
 LOAD_LIMIT_S = 120.0
 """Time in which all workers must have an adapter, and in which a new worker must have all."""
@@ -59,13 +58,42 @@ class AdapterLoadCommand(Message, frozen=True, kw_only=True):
     tenants: tuple[str, ...] = ()
     """Names of the keys that may use it; none: every caller may."""
 
+    def check(self, config: ClusterConfig) -> None:
+        """Raise ``RequestError`` if the configuration does not allow such an adapter."""
+        if not is_name(self.name):
+            raise RequestError(f"lora_name ({self.name[:128]!r}) {NAME_RULE}", "lora_name")
+        if why := self._path_error(config.lora):
+            raise RequestError(f"lora_path ({self.path[:128]!r}) {why}", "lora_path")
+        if why := self._tenants_error(config.gateway.asks_for_keys):
+            raise RequestError(f"tenants ({len(self.tenants)} of them) {why}", "tenants")
+        if self.name == config.model.served_model_name:
+            raise RequestError(f"lora_name ({self.name}) is the name of the model", "lora_name")
+
+    def _path_error(self, lora: LoraSection) -> str:
+        """Why an adapter must not be loaded from the path; empty if it may."""
+        if not is_folder_path(self.path):
+            return f"must be an absolute path of at most {MAX_PATH} characters"
+        if lora.allows(self.path):
+            return ""
+        roots = ", ".join(lora.roots) or "none is named"
+        return f"must be in a folder of --lora-roots, without '..' ({roots})"
+
+    def _tenants_error(self, has_keys: bool) -> str:
+        """Why an adapter cannot belong to the tenants; empty if it can."""
+        if not are_tenants(self.tenants):
+            return f"must be at most {MAX_TENANTS} names of at most {MAX_TENANT} characters"
+        if not self.tenants or has_keys:
+            return ""
+        return "need api_key or api_key_file: without keys there are no tenants"
+
 
 class Adapters:
-    """See the module. One thread; ``now`` is in monotonic seconds."""
+    """Decides which adapters each worker loads and frees; ``now`` is in monotonic seconds."""
 
     def __init__(self, cluster: Cluster) -> None:
         """Those of the configuration are to be loaded."""
         self._cluster = cluster
+        self._table = cluster.adapters
         self._number = 0
         self._answers: dict[str, int] = {}
         """By worker, the newest order that it has carried out."""
@@ -79,28 +107,13 @@ class Adapters:
         """Adapters of requests that are at gateways."""
         self._retry_at = 0.0
         for module in cluster.config.lora.adapters:
-            order = AdapterLoadCommand(name=module.name, path=module.path, tenants=module.tenants)
-            self._add(order, cluster.began_at)
+            self._add(module.name, module.path, module.tenants, cluster.began_at)
 
     # ---- questions ------------------------------------------------------------------------
 
-    def to_list(self) -> list[dict[str, Any]]:
-        """All of them, fit for JSON."""
-        return [
-            {
-                "name": kept.adapter.name,
-                "key": kept.adapter.key,
-                "path": kept.adapter.path,
-                "state": kept.state.value,
-                "lacking": list(kept.lacking),
-                "tenants": list(kept.adapter.tenants),
-            }
-            for kept in self._cluster.adapters.values()
-        ]
-
     def is_settled(self, key: str) -> bool:
         """Whether it is known how a load ended."""
-        kept = self._cluster.adapters.get(key)
+        kept = self._table.by_key.get(key)
         return kept is None or kept.state is not AdapterState.LOADING
 
     def error(self, key: str) -> str:
@@ -114,30 +127,23 @@ class Adapters:
         """
         if error := self.error(key):
             raise RequestError(f"lora_path: {error}", "lora_path")
-        return next((entry for entry in self.to_list() if entry["key"] == key), {})
+        return next((entry for entry in self._table.to_list() if entry["key"] == key), {})
 
     # ---- orders ---------------------------------------------------------------------------
 
-    def load(self, order: AdapterLoadCommand, now: float) -> str:
+    def load(self, command: AdapterLoadCommand, now: float) -> str:
         """Begin to load an adapter; its key. Raises ``RequestError`` and ``ConflictError``."""
-        cluster, name = self._cluster, order.name
-        if not is_name(name):
-            raise RequestError(f"lora_name ({name[:128]!r}) {NAME_RULE}", "lora_name")
-        if why := self._path_error(order.path):
-            raise RequestError(f"lora_path ({order.path[:128]!r}) {why}", "lora_path")
-        if why := self._tenants_error(order.tenants):
-            raise RequestError(f"tenants ({len(order.tenants)} of them) {why}", "tenants")
-        if name == cluster.config.model.served_model_name:
-            raise RequestError(f"lora_name ({name}) is the name of the model", "lora_name")
-        if self._named(name) is not None:
+        cluster, name = self._cluster, command.name
+        command.check(cluster.config)
+        if self._table.named(name) is not None:
             raise RequestError(f"lora_name ({name}) is loaded already, or loading", "lora_name")
-        limit = cluster.config.lora.max_loras
-        if len(cluster.adapters) >= limit:
-            states = ", ".join(f"{k.adapter.name} {k.state.value}" for k in self._kept())
+        limit, known = cluster.config.lora.max_loras, self._table.by_key.values()
+        if len(known) >= limit:
+            states = ", ".join(f"{k.adapter.name} {k.state.value}" for k in known)
             raise ConflictError(f"at most {limit} (max_loras) adapters may be loaded: {states}")
         if not cluster.takes_orders:
             raise ConflictError(f"the cluster is {cluster.state.value}")
-        kept = self._add(order, now)
+        kept = self._add(name, command.path, command.tenants, now)
         cluster.remember()
         self._order_all()
         return kept.adapter.key
@@ -147,7 +153,7 @@ class Adapters:
 
         Raises ``ModelNotFoundError`` and ``ConflictError``.
         """
-        kept = self._named(name)
+        kept = self._table.named(name)
         if kept is None:
             raise ModelNotFoundError(f"the adapter {name[:128]!r} does not exist", "lora_name")
         if kept.state is not AdapterState.READY:
@@ -159,10 +165,10 @@ class Adapters:
 
     def restore(self, now: float) -> None:
         """Workers go on under a new controller: it cannot know which orders they had."""
-        self._since = dict.fromkeys(self._cluster.adapters, now)
-        for kept in self._kept(AdapterState.UNLOADING):
+        self._since = dict.fromkeys(self._table.by_key, now)
+        for kept in self._table.in_state(AdapterState.UNLOADING):
             self.uses.retire(kept.adapter.key, self._cluster.version)
-        if self._cluster.has_ordered_adapters:
+        if self._table.was_ordered:
             members = {m.name for m in self._cluster.round.members}
             for record in self._workers():
                 record.awaits_adapters = record.name not in members
@@ -170,7 +176,7 @@ class Adapters:
 
     def registered(self, record: WorkerRecord) -> None:
         """A new worker loads weights: adapters come after them."""
-        if record.member.runs_attention and self._cluster.adapters:
+        if record.member.runs_attention and self._table.by_key:
             record.awaits_adapters = True
             self._order(record)
 
@@ -179,21 +185,17 @@ class Adapters:
         name, errors = record.name, dict(frame.errors)
         if frame.number < self._number:
             return ""
-        for key, digest in frame.digests.items():
-            if (kept := self._cluster.adapters.get(key)) is None:
-                continue
-            known = kept.adapter.digest or digest
-            if known != digest:
-                errors[key] = "its files are not those that other workers have read"
-            adapter = replace(kept.adapter, digest=known)
-            self._cluster.adapters[key] = replace(kept, adapter=adapter)
+        for key in self._table.compare_digests(frame.digests):
+            errors[key] = "its files are not those that other workers have read"
         self._answers[name] = frame.number
         is_new, record.awaits_adapters = record.awaits_adapters, False
         if is_new:
             self._cluster.touch()  # gateways may send it requests
-        news = self._note_lacking(name, errors)
+        changed = self._table.note_lacking(name, errors)
+        if changed:  # gateways send it no request for these
+            self._cluster.remember()
         words = [
-            self._failed(name, key, error, now, is_new=is_new, is_news=key in news)
+            self._failed(name, key, error, now, is_new=is_new, is_news=key in changed)
             for key, error in errors.items()
         ]
         self._settle(now)
@@ -202,7 +204,7 @@ class Adapters:
     def tick(self, now: float) -> dict[str, str]:
         """Time has passed; returns workers that did not answer in time, with the reason."""
         self._settle(now)  # workers that did not answer may be lost
-        for kept in self._kept(AdapterState.LOADING):
+        for kept in self._table.in_state(AdapterState.LOADING):
             if not self._is_starting and now >= self._since[kept.adapter.key] + LOAD_LIMIT_S:
                 asked = [r for r in self._workers() if self._answers.get(r.name, 0) < kept.number]
                 names = ", ".join(r.name for r in asked) or "any worker"
@@ -210,7 +212,7 @@ class Adapters:
                 self._drop(kept, error, now)
         self._retry(now)
         in_use = {key for record in self._workers() for key in record.adapters}
-        for kept in self._kept(AdapterState.UNLOADING):
+        for kept in self._table.in_state(AdapterState.UNLOADING):
             key = kept.adapter.key
             if key in in_use or self.uses.may_use(key) or not self._cluster.runs:
                 self._since[key] = now
@@ -226,7 +228,7 @@ class Adapters:
         alive = {record.name for record in self._workers()}
         return [
             f"{worker} serves without the adapter {kept.adapter.name}, which it could not load"
-            for kept in self._kept(AdapterState.READY)
+            for kept in self._table.in_state(AdapterState.READY)
             for worker in kept.lacking
             if worker in alive
         ]
@@ -249,66 +251,25 @@ class Adapters:
         """Those that run attention, and live."""
         return [r for r in self._cluster.workers.alive() if r.member.runs_attention]
 
-    def _kept(self, state: AdapterState | None = None) -> list[KeptAdapter]:
-        found = self._cluster.adapters.values()
-        return [kept for kept in found if state is None or kept.state is state]
-
-    def _named(self, name: str) -> KeptAdapter | None:
-        """The adapter of a name, but for one that is on its way out."""
-        return next(
-            (
-                kept
-                for kept in self._kept()
-                if kept.adapter.name == name and kept.state is not AdapterState.UNLOADING
-            ),
-            None,
-        )
-
     def _settle(self, now: float) -> None:
         """Adapters that all workers have may be named from now on."""
         cluster = self._cluster
         asked = [r for r in self._workers() if r.may_join or self._is_starting]
-        for kept in self._kept(AdapterState.LOADING):
+        for kept in self._table.in_state(AdapterState.LOADING):
             answers = [self._answers.get(r.name, 0) >= kept.number for r in asked]
             if asked and all(answers):
-                self._enter(kept, AdapterState.READY)
+                self._table.enter(kept, AdapterState.READY)
                 cluster.note(f"adapter {kept.adapter.name} is loaded", "requests may name it", now)
                 cluster.remember()
 
-    def _path_error(self, path: str) -> str:
-        """Why an adapter must not be loaded from a path; empty if it may."""
-        if not is_folder_path(path):
-            return f"must be an absolute path of at most {MAX_PATH} characters"
-        lora = self._cluster.config.lora
-        if lora.allows(path):
-            return ""
-        roots = ", ".join(lora.roots) or "none is named"
-        return f"must be in a folder of --lora-roots, without '..' ({roots})"
-
-    def _tenants_error(self, tenants: tuple[str, ...]) -> str:
-        """Why an adapter cannot belong to these tenants; empty if it can."""
-        if not are_tenants(tenants):
-            return f"must be at most {MAX_TENANTS} names of at most {MAX_TENANT} characters"
-        is_open = bool(tenants) and not self._cluster.config.gateway.asks_for_keys
-        return "need api_key or api_key_file: without keys there are no tenants" if is_open else ""
-
-    def _add(self, order: AdapterLoadCommand, now: float) -> KeptAdapter:
-        name = order.name
+    def _add(self, name: str, path: str, tenants: tuple[str, ...], now: float) -> KeptAdapter:
         self._number = next(self._cluster.order_numbers)
-        key = f"{name}@{self._number}"
-        adapter = Adapter(key=key, name=name, path=order.path, tenants=order.tenants)
-        kept = KeptAdapter(adapter=adapter, state=AdapterState.LOADING, number=self._number)
-        self._cluster.adapters[adapter.key] = kept
-        self._cluster.has_ordered_adapters = True
-        self._since[adapter.key] = now
+        kept = self._table.add(name, path, tenants, self._number)
+        self._since[kept.adapter.key] = now
         return kept
 
-    def _enter(self, kept: KeptAdapter, state: AdapterState) -> None:
-        changed = replace(kept, state=next_state(kept.state, state))
-        self._cluster.adapters[kept.adapter.key] = changed
-
     def _retire(self, kept: KeptAdapter, now: float) -> None:
-        self._enter(kept, AdapterState.UNLOADING)
+        self._table.enter(kept, AdapterState.UNLOADING)
         self._since[kept.adapter.key] = now
         self._cluster.note(
             f"adapter {kept.adapter.name} is unloaded", "no request may name it", now
@@ -324,7 +285,7 @@ class Adapters:
 
         ``is_new``: the worker has not joined the others. ``is_news``: it did not lack it before.
         """
-        kept = self._cluster.adapters.get(key)
+        kept = self._table.by_key.get(key)
         if kept is None:
             return ""
         if self._is_starting:
@@ -336,24 +297,11 @@ class Adapters:
             self._cluster.note(words, "other workers run its requests", now)
         return ""
 
-    def _note_lacking(self, worker: str, errors: Collection[str]) -> list[str]:
-        """Gateways send no request to a worker that could not load its adapter; returns adapters
-        that it did not lack before.
-        """
-        news = []
-        for key, kept in self._cluster.adapters.items():
-            if (key in errors) != (worker in kept.lacking):
-                others = tuple(name for name in kept.lacking if name != worker)
-                lacking = (*others, worker) if key in errors else others
-                self._cluster.adapters[key] = replace(kept, lacking=lacking)
-                self._cluster.remember()
-                news.append(key)
-        return news
-
     def _drop(self, kept: KeptAdapter, error: str, now: float) -> None:
         """Workers free it."""
         key = kept.adapter.key
-        del self._cluster.adapters[key], self._since[key]
+        del self._since[key]
+        self._table.remove(key)
         self.uses.forget(key)
         if error:
             self._errors = dict([*self._errors.items(), (key, error)][-_KEPT_ERRORS:])
@@ -369,5 +317,5 @@ class Adapters:
                 self._order(record)
 
     def _order(self, record: WorkerRecord) -> None:
-        adapters = tuple(kept.adapter for kept in self._kept())
+        adapters = tuple(kept.adapter for kept in self._table.by_key.values())
         self._cluster.send(KeepAdapters(number=self._number, adapters=adapters), record.name)

@@ -148,13 +148,10 @@ class Controller:
     def lost(self, reasons: Mapping[str, str], now: float) -> None:
         """Declare workers (name -> reason) lost."""
         cluster = self.cluster
-        fresh = {n: r for n, r in reasons.items() if not cluster.workers[n].is_lost}
-        if not fresh:
+        if not (fresh := cluster.workers.lose(reasons, now)):
             return
-        self.detection.lost(now)
         for name, reason in fresh.items():
             logger.warning("lost %s: %s", name, reason)
-            cluster.workers[name].enter(WorkerState.LOST, reason)
             cluster.round.drop_reports(name)
         cluster.remember()  # before any generation without them
         if cluster.state is ClusterState.STARTING:
@@ -240,18 +237,23 @@ class Controller:
             "term": cluster.term,
             "generation": cluster.round.number,
             "placement_epoch": cluster.placement.epoch,
-            "experts_complete": cluster.experts_complete,
+            "experts_complete": cluster.membership.experts_complete,
             "late_workers": list(cluster.late),
             "results": cluster.generation.agreement.to_dict(),
             "model": dict(cluster.workers.model),
             "rebalance": self.rebalancing.to_dict(),
             "autoscale": self.autoscaling.to_dict(),
-            "adapters": self.adapters.to_list(),
+            "adapters": cluster.adapters.to_list(),
             "workers": [r.to_dict(cluster.num_slots) for r in cluster.workers],
             "problems": [
                 *([f"{STEPS_WAIT} {', '.join(cluster.late)}"] if cluster.late else ()),
                 *self.recovery.problems(self.detection.last_tick),
-                *describe_low(cluster.low_disks()),
+                *describe_low(
+                    [
+                        *cluster.disks.reported(),
+                        *((r.member.node, d) for r in cluster.workers.alive() for d in r.low_disks),
+                    ]
+                ),
                 *(problem for r in cluster.workers.alive() for problem in r.problems),
                 *self.adapters.problems(),
             ],

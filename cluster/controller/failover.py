@@ -18,8 +18,9 @@ from msgspec.structs import replace
 
 from cluster.controller.adapters import Adapters
 from cluster.controller.drain.draining import Draining
-from cluster.controller.parts.cluster import Cluster, GenerationRound, Phase
+from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.effects import End
+from cluster.controller.parts.membership import GenerationRound, Phase
 from cluster.controller.parts.memory import Memory
 from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.workers import WorkerTable
@@ -222,12 +223,11 @@ def continue_with(
     drain, scale = memory.drain, memory.scale
     cluster.history.restore(memory.history)
     _restore_workers(cluster.workers, collected)
-    cluster.round = GenerationRound(collected.generation, now, answers=collected.answers)
-    cluster.highest_epoch = collected.highest_epoch
-    cluster.desired = memory.desired or cluster.desired
+    known = GenerationRound(collected.generation, now, answers=collected.answers)
+    cluster.membership.restore(known, collected.highest_epoch)
+    cluster.membership.desired = memory.desired or cluster.desired
     cluster.known_nodes = memory.known_nodes
-    cluster.adapters = {kept.adapter.key: kept for kept in memory.adapters}
-    cluster.has_ordered_adapters = memory.has_ordered_adapters
+    cluster.adapters.restore(memory.adapters, memory.has_ordered_adapters)
     for record in list(cluster.workers.alive()):  # before they meet the others
         if why := cluster.workers.misfit(record.name, collected.generation):
             record.enter(WorkerState.LOST, why)
@@ -262,7 +262,7 @@ def _go_on(collected: CollectedState, cluster: Cluster, recovery: Recovery, now:
         if m.name not in collected.greetings or workers[m.name].is_lost
     ]
     if not missing and collected.is_intact and not cluster.round.missing(cluster.placement):
-        cluster.experts_complete = True
+        cluster.membership.experts_complete = True
         cluster.round.enter(Phase.RUNNING)
         cluster.places.joined(cluster.round.members)
         recovery.show_running()

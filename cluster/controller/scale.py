@@ -179,7 +179,7 @@ class Scaling:
             load = cluster.load.totals()
             counts = {key: load.counts(key).tolist() for key in load.prefill}
             num_slots = cluster.num_slots - cluster.config.workers.recovery_slots
-            cluster.desired = grow(cluster.desired, devices, counts, num_slots)
+            cluster.membership.desired = grow(cluster.desired, devices, counts, num_slots)
         self._enter(scale, ScaleStep.START)
 
     def _finish(self, scale: Scale, now: float) -> dict[str, str]:
@@ -234,7 +234,7 @@ class Scaling:
         cluster = self._cluster
         new = [place for place in scale.added if cluster.places.is_new(place)]
         if scale.before is not None and len(new) == len(scale.added):
-            cluster.desired = scale.before
+            cluster.membership.desired = scale.before
         cluster.scale = None
         ended = self._remove(new, f"the scaling was given up: {text}")
         cluster.operations.end(scale.operation, state, text, now)
@@ -249,7 +249,7 @@ class Scaling:
         gone = before - cluster.places.devices()
         if gone & set(range(cluster.desired.num_devices)):
             with suppress(ConflictError):  # no room: the next generation decides
-                cluster.desired = without_devices(gone, cluster.desired, cluster.room)
+                cluster.membership.desired = without_devices(gone, cluster.desired, cluster.room)
         return {n: why for n in newest if n in cluster.workers and not cluster.workers[n].is_lost}
 
     def _enter(self, scale: Scale, step: ScaleStep) -> None:

@@ -93,6 +93,7 @@ class Clients:
         controller = self._world.ray.controller
         found = controller.actor.runner.controller if controller is not None else None
         if found is not None and found.cluster.state is ClusterState.SERVING:
-            known = [a["name"] for a in found.adapters.to_list() if a["state"] != "UNLOADING"]
+            entries = found.cluster.adapters.to_list()
+            known = [a["name"] for a in entries if a["state"] != "UNLOADING"]
             for name in sorted(ADAPTERS.keys() - {*known}):
                 self._world.faults.command("load_adapter", {"name": name, "path": ADAPTERS[name]})

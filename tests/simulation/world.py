@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from cluster.config.cluster import ClusterConfig
-from cluster.controller.parts.cluster import Phase
+from cluster.controller.parts.membership import Phase
 from cluster.controller.parts.recovery import Problem
 from cluster.core.states import ClusterState
 from cluster.core.topology import Generation

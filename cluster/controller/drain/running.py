@@ -224,7 +224,7 @@ class RunningDrain:
         placement = stage.placement if stage is not None else cluster.placement
         if drain.removes_places and stage is not None:
             gone = {cluster.workers[name].member.device for name in drain.names}
-            cluster.desired = without_devices(gone, cluster.desired, cluster.room)
+            cluster.membership.desired = without_devices(gone, cluster.desired, cluster.room)
             placement = placement.up_to(cluster.desired.num_devices)
         drain.enter(DrainStep.LEAVE)
         members = [m for m in cluster.round.members if m.name not in drain.names]

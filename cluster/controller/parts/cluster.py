@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 from itertools import count
 from typing import Any
 
 from msgspec.structs import replace
 
 from cluster.config.cluster import ClusterConfig
+from cluster.controller.parts.adapter_table import AdapterTable
 from cluster.controller.parts.drains import Drain
 from cluster.controller.parts.effects import Effect, Release, Send
-from cluster.controller.parts.host_disks import differ
-from cluster.controller.parts.memory import History, KeptAdapter, LostWorker, Memory
+from cluster.controller.parts.host_disks import HostDisks
+from cluster.controller.parts.membership import GenerationRound, Membership, Phase
+from cluster.controller.parts.memory import History, LostWorker, Memory
 from cluster.controller.parts.metrics import ControllerMetrics, MoveReason
 from cluster.controller.parts.operations import Operations
 from cluster.controller.parts.scales import Scale
@@ -34,19 +34,16 @@ from cluster.core.codec import to_plain
 from cluster.core.frames import (
     ControlFrame,
     ControllerSnapshot,
-    GenerationReady,
     LowDisk,
     NewGeneration,
     RunGeneration,
 )
 from cluster.core.load_profile import LoadProfile
-from cluster.core.placement import FREE_SLOT, ExpertPlacement
+from cluster.core.placement import ExpertPlacement
 from cluster.core.states import ClusterState, WorkerState, next_state
 from cluster.core.topology import Generation, Member
 from cluster.load.tracker import LoadTracker
-from cluster.planner.stages import SlotFill
 from cluster.policy.coverage import describe_members
-from cluster.policy.failure import PeerReport
 from cluster.policy.places import NodeIds, Places
 from cluster.tracing import names
 
@@ -56,93 +53,6 @@ _LEFT_OPERATIONS = 16
 """Operations that the next controller gets."""
 _VERSIONS_OF_A_TERM = 1_000_000
 """Distance between the terms, so that a restarted controller never repeats a version."""
-
-
-class Phase(Enum):
-    """Of the newest generation."""
-
-    FORMING = "forming"
-    """Announced to its members."""
-    RUNNING = "running"
-    """Its members run steps."""
-    STALLED = "stalled"
-    """Cannot run; its members wait for the next generation."""
-
-
-_PHASES = {Phase.FORMING: {Phase.RUNNING, Phase.STALLED}, Phase.RUNNING: {Phase.STALLED}}
-
-
-@dataclass(slots=True)
-class GenerationRound:
-    """The newest generation and its members' answers; number 0 before the first."""
-
-    generation: Generation
-    began_at: float
-    """Monotonic time of its announcement."""
-    phase: Phase = Phase.FORMING
-    answers: dict[str, GenerationReady] = field(default_factory=dict)
-    """By name, of the members that have opened their edges."""
-    reports: list[PeerReport] = field(default_factory=list)
-    """Of members that lost another."""
-    loaded: list[SlotFill] = field(default_factory=list)
-    """What members have loaded since it began."""
-    joins: frozenset[str] = frozenset()
-    """Members without which the others ran just before."""
-    before: ExpertPlacement | None = None
-    """The placement in which they ran, which their slots still hold; None where nobody joins."""
-
-    @property
-    def number(self) -> int:
-        return self.generation.number
-
-    @property
-    def members(self) -> tuple[Member, ...]:
-        """All workers that take part."""
-        return self.generation.members
-
-    def late(self) -> list[str]:
-        """Members that have not answered."""
-        return [m.name for m in self.members if m.name not in self.answers]
-
-    def missing(self, placement: ExpertPlacement) -> list[SlotFill]:
-        """Experts that the maps name, and that are not where they should be by the answers."""
-        loaded = {(f.bank, f.device, f.slot, f.expert) for f in self.loaded}
-        return [
-            SlotFill(bank=bank, device=member.device, slot=slot, expert=expert)
-            for member in self.generation.experts
-            for bank, slot, expert in placement.missing(
-                member.device, self.answers[member.name].slots
-            )
-            if (bank, member.device, slot, expert) not in loaded
-        ]
-
-    @property
-    def first_step(self) -> int:
-        """The step number after the highest that any member has seen."""
-        return max((a.highest_step for a in self.answers.values()), default=0) + 1
-
-    @property
-    def highest_epoch(self) -> int:
-        """Highest placement epoch in the answers so far."""
-        return max((a.highest_epoch for a in self.answers.values()), default=0)
-
-    def next(
-        self, generation: Generation, placement: ExpertPlacement, now: float
-    ) -> GenerationRound:
-        """The round of the next generation; ``placement`` is the one in force."""
-        names = frozenset(m.name for m in generation.members)
-        joins, before = self.joins & names, self.before
-        if self.phase is not Phase.FORMING:
-            known, before = {m.name for m in self.members}, placement
-            joins = names - known if self.phase is Phase.RUNNING else frozenset()
-        return GenerationRound(generation, now, joins=joins, before=before if joins else None)
-
-    def enter(self, phase: Phase) -> None:
-        self.phase = next_state(self.phase, phase, _PHASES)
-
-    def drop_reports(self, name: str) -> None:
-        """Forget reports by and about a lost worker."""
-        self.reports = [r for r in self.reports if name not in (r.reporter, r.suspect)]
 
 
 class Cluster:
@@ -191,20 +101,11 @@ class Cluster:
         """That of the memory which workers were last told to keep."""
         self.order_numbers = count((term << 32) + 1)
         """Numbers of load orders and requests, each used once in the life of the cluster."""
-        self.placement = placement
-        """The placement in force, or of the generation that is being formed."""
-        self.desired = placement
-        """The placement of the whole cluster; rebalancing changes it."""
         self.places = Places(members)
-        self.highest_epoch = 0
-        """Highest placement epoch of any change so far, whether or not it came into force."""
-        self.experts_complete = False
-        """Every expert had a slot when the newest generation was formed."""
-        self.round = GenerationRound(Generation(number=0, members=()), now, Phase.STALLED)
-        """The newest generation and its answers; number 0 before the first."""
         self.late: tuple[str, ...] = ()
         """Workers for which steps wait that are wanted, or for which a generation waits."""
         self.workers = WorkerTable(members, model=config.model, now=now)
+        self.membership = Membership(placement, self.workers, self.places, now)
         self.history = History(wall_time_offset_s)
         self.load = LoadTracker(config.load, now)
         """Expert load."""
@@ -214,21 +115,32 @@ class Cluster:
         """The drain under way."""
         self.scale: Scale | None = None
         """The scaling under way."""
-        self.adapters: dict[str, KeptAdapter] = {}
-        """By key."""
-        self.has_ordered_adapters = False
-        """Workers may have adapters."""
-        self._low_disks: dict[str, list[tuple[str, LowDisk]]] = {}
-        """(host, disk) by who reports them: the controller's process and gateways."""
+        self.adapters = AdapterTable()
+        self.disks = HostDisks()
         self.traces = ChangeTraces(identity, config.observability.otlp_endpoint is not None)
         self.notes = notes or {}
 
     # ---- questions ------------------------------------------------------------------------
 
     @property
+    def round(self) -> GenerationRound:
+        """The newest generation and its answers, see ``Membership``."""
+        return self.membership.round
+
+    @property
     def generation(self) -> Generation:
         """The newest generation; number 0 before the first."""
-        return self.round.generation
+        return self.membership.round.generation
+
+    @property
+    def placement(self) -> ExpertPlacement:
+        """The placement in force, see ``Membership``."""
+        return self.membership.placement
+
+    @property
+    def desired(self) -> ExpertPlacement:
+        """The placement of the whole cluster, see ``Membership``."""
+        return self.membership.desired
 
     @property
     def is_up(self) -> bool:
@@ -255,11 +167,6 @@ class Cluster:
         """Workers that scaling adds and that have not been in a generation that ran."""
         added = self.scale.added if self.scale else ()
         return frozenset(self.places.workers_of(p for p in added if self.places.is_new(p)))
-
-    def low_disks(self) -> list[tuple[str, LowDisk]]:
-        """(host, disk) of all hosts, as often as somebody there reports it."""
-        others = [found for disks in self._low_disks.values() for found in disks]
-        return others + [(r.member.node, d) for r in self.workers.alive() for d in r.low_disks]
 
     def unready_workers(self) -> list[str]:
         """Those of the new workers that others still wait for."""
@@ -308,11 +215,8 @@ class Cluster:
 
     def host_has(self, low_disks: tuple[LowDisk, ...], host: str = "", reporter: str = "") -> None:
         """The nearly full disks of a host, by a gateway; by default those of the controller's."""
-        before = self._low_disks.pop(reporter, [])
-        if differ((disk for _, disk in before), low_disks):
+        if self.disks.report(low_disks, host or self.host, reporter):
             self.touch()
-        if low_disks:
-            self._low_disks[reporter] = [(host or self.host, disk) for disk in low_disks]
 
     def remember(self) -> None:
         """Make the workers keep the state that a restarted controller needs, before they get any
@@ -340,8 +244,8 @@ class Cluster:
             drain=self.drain,
             scale=self.scale,
             known_nodes=self.known_nodes,
-            adapters=tuple(self.adapters.values()),
-            has_ordered_adapters=self.has_ordered_adapters,
+            adapters=tuple(self.adapters.by_key.values()),
+            has_ordered_adapters=self.adapters.was_ordered,
         )
 
     def nodes_alive(self, nodes: NodeIds, now: float) -> None:
@@ -356,19 +260,6 @@ class Cluster:
             self.places.remove(names)
             self.effects.append(Release(names))
             self.remember()
-
-    def come_into_force(self, placement: ExpertPlacement) -> None:
-        """A step of the running generation names the placement's epoch.
-
-        A whole cluster keeps it as the desired one; a placement made by a drain is temporary.
-        """
-        self.placement = placement
-        rows = [bank.physical_to_logical for bank in placement.banks]
-        devices = self.places.devices() or {0}  # local mode
-        uses_all = all(any(set(row[d]) - {FREE_SLOT} for row in rows) for d in devices)
-        if uses_all and self.places.is_full(self.round.members):
-            self.desired = placement
-        self.touch()
 
     def moved(self, reason: MoveReason, num_slots: int, num_bytes: int, seconds: float) -> None:
         """Weights have moved, see ``ControllerMetrics.moved``."""
@@ -415,23 +306,17 @@ class Cluster:
         """Announce the next generation to all its members."""
         if self.state is not ClusterState.STARTING:
             self.enter(ClusterState.RECOVERING)
-        fresh = tuple(self.workers[m.name].member for m in members)
-        generation = self.generation.successor(fresh)
-        self.round = self.round.next(generation, self.placement, now)
-        if self.highest_epoch > self.placement.epoch:  # workers may know that epoch
-            placement = replace(placement, epoch=max(self.highest_epoch + 1, placement.epoch))
-        self.placement = placement
+        self.membership.form(members, placement, now)
         self.touch()
-        self._stand_by()
         order = NewGeneration(
             term=self.term,
             controller=self.identity,
-            generation=generation,
-            placement=placement,
+            generation=self.generation,
+            placement=self.placement,
             drained=[r.name for r in self.workers if r.state is WorkerState.DRAINED],
             places=self.places.names(),
         )
-        self.send(order, *(m.name for m in fresh))
+        self.send(order, *(m.name for m in self.generation.members))
 
     def reform(self, cause: str, now: float) -> None:
         """Have all members form a generation with the placement in force."""
@@ -446,27 +331,7 @@ class Cluster:
             placement = replace(self.placement, epoch=formed.highest_epoch + 1)
             self.form(formed.members, placement, now)
             return False
-        self.experts_complete = True
-        formed.enter(Phase.RUNNING)
-        formed.joins, formed.before = frozenset(), None  # the others free what they kept
-        for member in formed.members:
-            record = self.workers[member.name]
-            record.progress_at = record.heard_at = now
-            record.stalled_s = None
-            record.enter(WorkerState.SERVING)
+        self.membership.run(now)
         order = RunGeneration(generation=formed.number, first_step=formed.first_step)
         self.send(order, *(m.name for m in formed.members))
         return True
-
-    def stall(self, members: Sequence[Member], now: float) -> None:
-        """No generation can run: keep these members for a later one."""
-        survivors = replace(self.generation, members=tuple(members))
-        self.round = GenerationRound(survivors, now, Phase.STALLED)
-        self._stand_by()
-
-    def _stand_by(self) -> None:
-        """Serving members become ready: they run no steps until the next RunGeneration."""
-        for member in self.round.members:
-            record = self.workers[member.name]
-            if record.state is WorkerState.SERVING:
-                record.enter(WorkerState.READY)

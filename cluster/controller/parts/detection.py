@@ -10,7 +10,8 @@ import logging
 import math
 from collections.abc import Collection, Iterator, Mapping
 
-from cluster.controller.parts.cluster import Cluster, Phase
+from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.membership import Phase
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.controller.parts.workers import WorkerRecord
 from cluster.core.frames import Heartbeat, PeerLost
@@ -50,8 +51,6 @@ class Detection:
         self._gaps: dict[str, GapWindow] = {}
         self._starting: frozenset[str] = frozenset()
         """Hosts where workers start, as of the last tick; empty text: one is not known yet."""
-        self._lost_at = -math.inf
-        """Time of the last loss of a worker."""
         self._held = frozenset[str]()
         """Who is silent with most other hosts."""
         self._ran_at = self._busy_at = cluster.began_at
@@ -215,10 +214,6 @@ class Detection:
         for lost in self._find_lost(now, held):
             yield {name: reason for name, reason in lost.items() if name not in held}
 
-    def lost(self, now: float) -> None:
-        """A worker was declared lost, for any reason."""
-        self._lost_at = now
-
     def _find_lost(self, now: float, held: frozenset[str]) -> Iterator[Mapping[str, str]]:
         limit, cluster = self._limits.detection_limit_s, self._cluster
         yield self._late_starts(now)
@@ -226,7 +221,7 @@ class Detection:
         starts = cluster.state is ClusterState.STARTING
         for loading, most in ((True, early), (False, early if starts else limit)):
             pulses = cluster.workers.pulses(loading)
-            is_wary = now - self._lost_at < _WARY_S
+            is_wary = now - cluster.workers.lost_at < _WARY_S
             yield find_silent(now, pulses, cluster.host, most, is_wary=is_wary)
         if held:  # others wait for these, too
             self._ran_at = self._busy_at = now

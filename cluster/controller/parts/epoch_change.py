@@ -74,7 +74,7 @@ class EpochChange:
         """Bytes loaded so far."""
         self.num_loaded = 0
         """Experts that are in their slots."""
-        cluster.highest_epoch = epoch = max(cluster.placement.epoch, cluster.highest_epoch) + 1
+        epoch = cluster.membership.next_epoch()
         self.stage = replace(stage, placement=structs.replace(stage.placement, epoch=epoch))
         self._cluster = cluster
         self._limit_s = limit_s
@@ -132,7 +132,8 @@ class EpochChange:
                 self._ready(name, frame)
             case EpochSwitched() if self.state is ChangeState.SWITCH and self._is_ours(frame):
                 self._enter(ChangeState.DONE)
-                self._cluster.come_into_force(self.stage.placement)
+                self._cluster.membership.activate(self.stage.placement)
+                self._cluster.touch()
 
     def _loaded(self, name: str, frame: ExpertsLoaded, now: float) -> None:
         """A worker has carried out a load order, or failed to."""

@@ -18,6 +18,27 @@ def differ(before: Iterable[LowDisk], now: Iterable[LowDisk]) -> bool:
     return {disk.folder for disk in before} != {disk.folder for disk in now}
 
 
+class HostDisks:
+    """Decides whether a report of nearly full disks is new; workers report theirs elsewhere."""
+
+    def __init__(self) -> None:
+        self._disks: dict[str, list[tuple[str, LowDisk]]] = {}
+
+    def report(self, low_disks: Iterable[LowDisk], host: str, reporter: str) -> bool:
+        """The nearly full disks of a host; whether they are others than at its last report.
+
+        ``reporter`` is a gateway, or empty for the controller's own process.
+        """
+        found, before = tuple(low_disks), self._disks.pop(reporter, [])
+        if found:
+            self._disks[reporter] = [(host, disk) for disk in found]
+        return differ((disk for _, disk in before), found)
+
+    def reported(self) -> list[tuple[str, LowDisk]]:
+        """(host, disk) of all reports."""
+        return [entry for disks in self._disks.values() for entry in disks]
+
+
 def describe_low(disks: Iterable[tuple[str, LowDisk]]) -> list[str]:
     """For people, of (host, disk); a folder that several workers of a host report is in once."""
     least: dict[tuple[str, str], int] = {}

@@ -13,9 +13,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
-from cluster.controller.parts.cluster import Cluster, Phase
+from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.effects import Start
 from cluster.controller.parts.expert_load_commands import ExpertLoadCommand, ExpertLoadCommands
+from cluster.controller.parts.membership import Phase
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.controller.parts.traces import OpenTrace
 from cluster.core.frames import ExpertsLoaded, GenerationReady
@@ -94,7 +95,7 @@ class Recovery:
             self._lost |= {m.name: m.role for m in members if m.name in gone}
             survivors = [m for m in members if m.name not in gone]
             if self._cluster.round.before is not None and gone.keys() <= self._cluster.round.joins:
-                self._cluster.placement = self._cluster.round.before  # nobody loads anything
+                self._cluster.membership.placement = self._cluster.round.before  # no worker loads
             self._go_on(survivors, describe_losses(gone), now)
 
     def ready(self, now: float) -> None:
@@ -181,9 +182,9 @@ class Recovery:
         """Form a generation of these members, or stall."""
         cluster = self._cluster
         decision = decide_members(members, self._holdings(members), cluster.round.highest_epoch)
-        cluster.experts_complete = decision.experts_complete
+        cluster.membership.experts_complete = decision.experts_complete
         if decision.stage is None:
-            cluster.stall(members, now)
+            cluster.membership.stall(members, now)
             cluster.note(cause, decision.effect, now)
             self._settle()
             cluster.remember()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -276,6 +276,8 @@ class WorkerTable:
     def __init__(self, members: Sequence[Member], *, model: ModelSection, now: float) -> None:
         """Attention workers add more facts of the model when they are ready."""
         self._records: dict[str, WorkerRecord] = {}
+        self.lost_at = -math.inf
+        """Monotonic time of the last loss."""
         for member in members:
             self.add(member, now)
         names = {"name": model.served_model_name, "path": model.path}
@@ -299,6 +301,14 @@ class WorkerTable:
         lost = [name for name, record in self._records.items() if record.is_lost]
         for name in lost[:-_MAX_LOST]:
             del self._records[name]
+
+    def lose(self, reasons: Mapping[str, str], now: float) -> dict[str, str]:
+        """Declare workers lost; those (name -> reason) that were not lost before."""
+        fresh = {n: r for n, r in reasons.items() if not self._records[n].is_lost}
+        for name, reason in fresh.items():
+            self._records[name].enter(WorkerState.LOST, reason)
+            self.lost_at = now
+        return fresh
 
     def forget(self, now: float) -> None:
         """Drop workers that are gone for ``_FORGET_S``: lost ones once they have a successor."""

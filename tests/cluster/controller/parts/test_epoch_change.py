@@ -7,8 +7,9 @@ from typing import TypeVar
 import pytest
 from msgspec.structs import replace
 
-from cluster.controller.parts.cluster import Cluster, GenerationRound
+from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.epoch_change import ChangeState, EpochChange
+from cluster.controller.parts.membership import GenerationRound
 from cluster.core.frames import (
     ControlFrame,
     EpochReady,
@@ -50,7 +51,8 @@ class Host(Cluster):
 
     def begin(self, number: int, members: tuple[Member, ...]) -> None:
         """A generation begins."""
-        self.round = GenerationRound(Generation(number=number, members=members), 100.0)
+        generation = Generation(number=number, members=members)
+        self.membership.restore(GenerationRound(generation, 100.0), 0)
 
     def orders(self) -> list[tuple[str, LoadExperts]]:
         """All load orders so far, each with the worker that it was sent to."""

@@ -1,0 +1,192 @@
+"""The generations of a cluster, and the placements that their members run.
+
+The life of a generation:
+
+    form ─▶ NewGeneration to every member ─▶ GenerationReady from all, their slots hold the maps'
+        ─▶ run ─▶ RunGeneration(first step above the highest step of any member)
+
+A further loss before the end forms the next generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from msgspec.structs import replace
+
+from cluster.controller.parts.workers import WorkerTable
+from cluster.core.frames import GenerationReady
+from cluster.core.placement import FREE_SLOT, ExpertPlacement
+from cluster.core.states import WorkerState, next_state
+from cluster.core.topology import Generation, Member
+from cluster.planner.stages import SlotFill
+from cluster.policy.failure import PeerReport
+from cluster.policy.places import Places
+
+
+class Phase(Enum):
+    """State of the newest generation."""
+
+    FORMING = "forming"
+    """Announced to its members."""
+    RUNNING = "running"
+    """Its members run steps."""
+    STALLED = "stalled"
+    """Cannot run; its members wait for the next generation."""
+
+
+_PHASES = {Phase.FORMING: {Phase.RUNNING, Phase.STALLED}, Phase.RUNNING: {Phase.STALLED}}
+
+
+@dataclass(slots=True)
+class GenerationRound:
+    """The newest generation and its members' answers; number 0 before the first."""
+
+    generation: Generation
+    began_at: float
+    """Monotonic time of its announcement."""
+    phase: Phase = Phase.FORMING
+    answers: dict[str, GenerationReady] = field(default_factory=dict)
+    """By name, of the members that have opened their edges."""
+    reports: list[PeerReport] = field(default_factory=list)
+    """Of members that lost another."""
+    loaded: list[SlotFill] = field(default_factory=list)
+    """What members have loaded since it began."""
+    joins: frozenset[str] = frozenset()
+    """Members without which the others ran just before."""
+    before: ExpertPlacement | None = None
+    """The placement in which they ran, which their slots still hold; None where nobody joins."""
+
+    @property
+    def number(self) -> int:
+        return self.generation.number
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """All workers that take part."""
+        return self.generation.members
+
+    def late(self) -> list[str]:
+        """Members that have not answered."""
+        return [m.name for m in self.members if m.name not in self.answers]
+
+    def missing(self, placement: ExpertPlacement) -> list[SlotFill]:
+        """Experts that the maps name, and that are not where they should be by the answers."""
+        loaded = {(f.bank, f.device, f.slot, f.expert) for f in self.loaded}
+        return [
+            SlotFill(bank=bank, device=member.device, slot=slot, expert=expert)
+            for member in self.generation.experts
+            for bank, slot, expert in placement.missing(
+                member.device, self.answers[member.name].slots
+            )
+            if (bank, member.device, slot, expert) not in loaded
+        ]
+
+    @property
+    def first_step(self) -> int:
+        """The step number after the highest that any member has seen."""
+        return max((a.highest_step for a in self.answers.values()), default=0) + 1
+
+    @property
+    def highest_epoch(self) -> int:
+        """Highest placement epoch in the answers so far."""
+        return max((a.highest_epoch for a in self.answers.values()), default=0)
+
+    def next(
+        self, generation: Generation, placement: ExpertPlacement, now: float
+    ) -> GenerationRound:
+        """The round of the next generation; ``placement`` is the one in force."""
+        names = frozenset(m.name for m in generation.members)
+        joins, before = self.joins & names, self.before
+        if self.phase is not Phase.FORMING:
+            known, before = {m.name for m in self.members}, placement
+            joins = names - known if self.phase is Phase.RUNNING else frozenset()
+        return GenerationRound(generation, now, joins=joins, before=before if joins else None)
+
+    def enter(self, phase: Phase) -> None:
+        self.phase = next_state(self.phase, phase, _PHASES)
+
+    def drop_reports(self, name: str) -> None:
+        """Forget reports by and about a lost worker."""
+        self.reports = [r for r in self.reports if name not in (r.reporter, r.suspect)]
+
+
+class Membership:
+    """Decides which generation is the newest and which placement is in force.
+
+    Parts that only read these take them from ``Cluster``.
+    """
+
+    def __init__(
+        self, placement: ExpertPlacement, workers: WorkerTable, places: Places, now: float
+    ) -> None:
+        self._workers = workers
+        self._places = places
+        self.placement = placement
+        """The placement in force, or of the generation that is being formed."""
+        self.desired = placement
+        """The placement of the whole cluster; rebalancing changes it."""
+        self.round = GenerationRound(Generation(number=0, members=()), now, Phase.STALLED)
+        """The newest generation and its answers; number 0 before the first."""
+        self.experts_complete = False
+        """Every expert had a slot when the newest generation was formed."""
+        self._highest_epoch = 0
+
+    def restore(self, collected: GenerationRound, highest_epoch: int) -> None:
+        """Continue with the generation of an earlier controller."""
+        self.round, self._highest_epoch = collected, highest_epoch
+
+    def next_epoch(self) -> int:
+        """A placement epoch that no worker knows, whether or not it comes into force."""
+        self._highest_epoch = max(self.placement.epoch, self._highest_epoch) + 1
+        return self._highest_epoch
+
+    def activate(self, placement: ExpertPlacement) -> None:
+        """A step of the running generation names the placement's epoch.
+
+        A whole cluster keeps it as the desired one; a placement made by a drain is temporary.
+        """
+        self.placement = placement
+        rows = [bank.physical_to_logical for bank in placement.banks]
+        devices = self._places.devices() or {0}  # local mode
+        uses_all = all(any(set(row[d]) - {FREE_SLOT} for row in rows) for d in devices)
+        if uses_all and self._places.is_full(self.round.members):
+            self.desired = placement
+
+    def form(self, members: Sequence[Member], placement: ExpertPlacement, now: float) -> None:
+        """Begin the next generation, of these members."""
+        fresh = tuple(self._workers[m.name].member for m in members)
+        generation = self.round.generation.successor(fresh)
+        self.round = self.round.next(generation, self.placement, now)
+        if self._highest_epoch > self.placement.epoch:  # workers may know that epoch
+            epoch = max(self._highest_epoch + 1, placement.epoch)
+            placement = replace(placement, epoch=epoch)
+        self.placement = placement
+        self._stand_by()
+
+    def run(self, now: float) -> None:
+        """The members of the newest generation serve."""
+        formed = self.round
+        self.experts_complete = True
+        formed.enter(Phase.RUNNING)
+        formed.joins, formed.before = frozenset(), None  # the others free what they kept
+        for member in formed.members:
+            record = self._workers[member.name]
+            record.progress_at = record.heard_at = now
+            record.stalled_s = None
+            record.enter(WorkerState.SERVING)
+
+    def stall(self, members: Sequence[Member], now: float) -> None:
+        """No generation can run: keep these members for a later one."""
+        survivors = replace(self.round.generation, members=tuple(members))
+        self.round = GenerationRound(survivors, now, Phase.STALLED)
+        self._stand_by()
+
+    def _stand_by(self) -> None:
+        """Serving members become ready: they run no steps until the next RunGeneration."""
+        for member in self.round.members:
+            record = self._workers[member.name]
+            if record.state is WorkerState.SERVING:
+                record.enter(WorkerState.READY)

@@ -1,0 +1,150 @@
+"""Which part of the controller changes which record: all others only read it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import cluster.controller
+
+ROOT = Path(cluster.controller.__file__).parent
+RESTORES = "failover.py"
+"""Continues for an earlier controller: it may write what it restores."""
+
+FIELDS = {
+    # of the cluster
+    "drain": "drain/running.py",
+    "scale": "scale.py",
+    "late": "parts/detection.py",
+    "known_nodes": "follow.py",
+    "error": "controller.py",
+    "state": "controller.py",
+    # of the membership: its properties in ``Cluster`` have no setter
+    "placement": "parts/recovery.py",
+    "desired": "drain/running.py scale.py",
+    "experts_complete": "parts/recovery.py",
+    # of the newest generation
+    "answers": "parts/recovery.py",
+    "loaded": "parts/recovery.py",
+    "joins": "parts/membership.py",
+    # of a worker
+    "awaits_adapters": "adapters.py",
+    "drains": "drain/running.py",
+    "operation": "drain/running.py",
+    "started_with": "parts/recovery.py",
+    "disconnected": "controller.py",
+    "call_again_by": "controller.py",
+    "has_process": "controller.py",
+    "since": "controller.py",
+    "asked": "controller.py",
+    "kept_version": "controller.py",
+    "gaps": "parts/detection.py",
+    "starved_s": "parts/detection.py",
+    "mismatch": "parts/detection.py",
+    "heard_at": "parts/detection.py parts/membership.py",
+    "progress_at": "parts/membership.py",
+    "stalled_s": "parts/membership.py",
+    "gone_at": "parts/workers.py",
+    # of a running operation
+    "result": "drain/running.py scale.py rebalance/loop.py",
+    "generation": "drain/running.py scale.py",
+    "phase": "parts/drains.py parts/scales.py rebalance/loop.py",
+    "progress": "parts/drains.py parts/scales.py",
+    "outcome": "drain/running.py scale.py",
+    "before": "drain/running.py scale.py parts/membership.py",
+    "copied_in": "drain/running.py",
+    "removes_places": "drain/running.py",
+    "added": "scale.py",
+    "change": "rebalance/loop.py",
+    # of records with one owner
+    "seconds": "parts/traces.py",
+    "num_open": "parts/gateway_polls.py",
+    "answered_at": "parts/gateway_polls.py",
+}
+"""Field of another object -> the modules that may assign it."""
+
+CALLS = {
+    "membership": {
+        "form": "parts/cluster.py",
+        "run": "parts/cluster.py",
+        "stall": "parts/recovery.py",
+        "activate": "parts/epoch_change.py",
+        "next_epoch": "parts/epoch_change.py",
+        "restore": RESTORES,
+    },
+    "places": {
+        "lost": "parts/recovery.py",
+        "joined": "parts/recovery.py",
+        "take_due": "parts/recovery.py",
+        "cordon": "drain/running.py",
+        "reopen": "drain/running.py",
+        "remove": "drain/running.py parts/cluster.py",
+        "add": "scale.py",
+        "nodes_alive": "parts/cluster.py",
+        "restore": RESTORES,
+    },
+    "workers": {
+        "add": "parts/recovery.py",
+        "lose": "controller.py",
+        "forget": "controller.py",
+        "learn_model": "controller.py",
+    },
+}
+"""Record of the cluster -> its methods that change it -> the modules that may call them."""
+
+
+def trees() -> Iterator[tuple[str, ast.AST]]:
+    """The modules of the controller: path below its folder, and syntax tree."""
+    for path in sorted(ROOT.rglob("*.py")):
+        yield path.relative_to(ROOT).as_posix(), ast.parse(path.read_text())
+
+
+def foreign_fields(tree: ast.AST) -> Iterator[str]:
+    """Names of the fields of other objects that a module assigns."""
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if isinstance(node, ast.AugAssign | ast.AnnAssign):
+            targets = [node.target]
+        for target in targets:
+            for each in target.elts if isinstance(target, ast.Tuple) else [target]:
+                field = each.value if isinstance(each, ast.Subscript) else each
+                is_own = isinstance(field, ast.Attribute) and ast.unparse(field.value) == "self"
+                if isinstance(field, ast.Attribute) and not is_own:
+                    yield field.attr
+
+
+def changing_calls(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """(record, method) of the calls that change a record."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            record = ast.unparse(node.func.value).rpartition(".")[2].removeprefix("_")
+            if node.func.attr in CALLS.get(record, {}):
+                yield record, node.func.attr
+
+
+def test_each_field_of_another_object_is_assigned_by_its_owner() -> None:
+    wrong = [
+        (module, field)
+        for module, tree in trees()
+        for field in foreign_fields(tree)
+        if module not in (*FIELDS.get(field, "").split(), RESTORES)
+    ]
+    assert not wrong
+
+
+def test_records_are_changed_by_the_part_that_decides_on_them() -> None:
+    found = {(module, *call) for module, tree in trees() for call in changing_calls(tree)}
+    wrong = [
+        (module, record, method)
+        for module, record, method in found
+        if module not in (*CALLS[record][method].split(), RESTORES)
+    ]
+    assert not wrong
+
+
+def test_every_entry_is_in_use() -> None:
+    assigned = {field for _, tree in trees() for field in foreign_fields(tree)}
+    called = {call for _, tree in trees() for call in changing_calls(tree)}
+    assert FIELDS.keys() <= assigned
+    assert {(record, m) for record, methods in CALLS.items() for m in methods} <= called
