@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from cluster.cli.main import make_parser
+from cluster.cli.options.serve_options import OPTIONS
 from cluster.launch.model_source import bundled_checkpoint
 from docs.generate.command_line import leaves
 from docs.generate.markdown import code, prose, table
@@ -56,6 +57,11 @@ def test_a_generated_page_is_current(page: str) -> None:
 def test_every_command_has_a_section() -> None:
     sections = re.findall(r"^## (.+)$", text_of("command-line.md"), re.M)
     assert sections == ["Every command", *(name for name, _ in leaves(make_parser()))]
+
+
+def test_every_option_of_serve_has_a_reason() -> None:
+    flags = set(re.findall(r"--(?:no-)?([a-z][a-z0-9-]*)", text_of("configuration.md")))
+    assert [option.flag for option in OPTIONS if option.key not in flags] == []
 
 
 def test_every_route_has_a_section() -> None:
