@@ -9,7 +9,6 @@ product is in the model's dtype; here it is float32, as those of the other sigmo
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,24 +40,15 @@ _DEFAULTS = Defaults(
 _HEAD_DIM = 128
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MiniMaxM2Config:
-    """The numbers that MiniMax-M2 adds to ``ModelConfig``."""
-
-    experts: RoutedExperts
-
-
 def family(config: Mapping[str, Any]) -> MiniMaxM2Family:
     """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
     settings = Settings(config)
     settings.architecture("MiniMaxM2ForCausalLM")
-    own = MiniMaxM2Config(
-        experts=RoutedExperts.read(
-            settings,
-            num_experts=(256, "num_local_experts", "num_experts"),
-            top_k=(8, "num_experts_per_tok"),
-            expert_width=(1536, "intermediate_size"),
-        ),
+    experts = RoutedExperts.read(
+        settings,
+        num_experts=(256, "num_local_experts", "num_experts"),
+        top_k=(8, "num_experts_per_tok"),
+        expert_width=(1536, "intermediate_size"),
     )
     if any(kind != 1 for kind in settings.value("attn_type_list") or ()):
         raise CheckpointError("config.json: attn_type_list of minimax_m2 must be 1 in every layer")
@@ -70,13 +60,13 @@ def family(config: Mapping[str, Any]) -> MiniMaxM2Family:
         default_head_dim=_HEAD_DIM,
     )
     shared = model_config(settings, model_type="minimax_m2", heads=heads, defaults=_DEFAULTS)
-    return MiniMaxM2Family(shared, own)
+    return MiniMaxM2Family(shared, experts)
 
 
 class MiniMaxM2Family(Family):
-    def __init__(self, config: ModelConfig, minimax: MiniMaxM2Config) -> None:
-        super().__init__(config, minimax.experts.banks(config, float32_weights=True))
-        self.minimax = minimax
+    def __init__(self, config: ModelConfig, experts: RoutedExperts) -> None:
+        super().__init__(config, experts.banks(config, float32_weights=True))
+        self.experts = experts
 
     def expert_matrices(
         self, bank: BankSpec, exchange: int, expert: int, names: Container[str]
@@ -86,7 +76,7 @@ class MiniMaxM2Family(Family):
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
         config, prefix = self.config, f"model.layers.{layer}"
-        width, experts = config.hidden_size, self.minimax.experts.num_experts
+        width, experts = config.hidden_size, self.experts.num_experts
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         return {
             **norm_parts(prefix, config),
@@ -97,9 +87,8 @@ class MiniMaxM2Family(Family):
         } | projection_parts(f"{prefix}.self_attn", config, has_bias=False)
 
     def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
-        own = self.minimax
         router = Router(
-            routing=own.experts.routing(layer, "sigmoid", is_normed=True),
+            routing=self.experts.routing(layer, "sigmoid", is_normed=True),
             linear=loader.float32_linear("router"),
             correction=loader.tensor("correction", dtype=torch.float32),
         )

@@ -7,7 +7,6 @@ stay float32 in a bfloat16 model; here they are rounded, as those of the other s
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from workers.model.config import BankSpec, ExpertMatrix, ModelConfig, TensorPart
@@ -34,41 +33,31 @@ _DEFAULTS = Defaults(
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MixtralConfig:
-    """The numbers that Mixtral adds to ``ModelConfig``."""
-
-    experts: RoutedExperts
-    window: int | None
-    """Positions that a token looks at in every layer; None: all."""
-
-
 def family(config: Mapping[str, Any]) -> MixtralFamily:
     """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
     settings = Settings(config)
     settings.architecture("MixtralForCausalLM")
     has_window = settings.value("sliding_window") is not None
-    own = MixtralConfig(
-        experts=RoutedExperts.read(
-            settings,
-            num_experts=(8, "num_local_experts", "num_experts"),
-            top_k=(2, "num_experts_per_tok"),
-            expert_width=(14336, "intermediate_size"),
-        ),
-        window=settings.integer("sliding_window") if has_window else None,
+    experts = RoutedExperts.read(
+        settings,
+        num_experts=(8, "num_local_experts", "num_experts"),
+        top_k=(2, "num_experts_per_tok"),
+        expert_width=(14336, "intermediate_size"),
     )
+    window = settings.integer("sliding_window") if has_window else None
     heads = Heads.read(
         settings, default_hidden=_DEFAULTS.hidden_size, default_heads=32, default_kv_heads=8
     )
     shared = model_config(settings, model_type="mixtral", heads=heads, defaults=_DEFAULTS)
-    return MixtralFamily(shared, own)
+    return MixtralFamily(shared, experts, window)
 
 
 class MixtralFamily(Family):
-    def __init__(self, config: ModelConfig, mixtral: MixtralConfig) -> None:
-        super().__init__(config, mixtral.experts.banks(config))
-        self.mixtral = mixtral
-        self.windows = frozenset(() if mixtral.window is None else (mixtral.window,))
+    def __init__(self, config: ModelConfig, experts: RoutedExperts, window: int | None) -> None:
+        """``window``: positions that a token looks at in every layer; None: all."""
+        super().__init__(config, experts.banks(config))
+        self.experts, self.window = experts, window
+        self.windows = frozenset(() if window is None else (window,))
 
     def expert_matrices(
         self, bank: BankSpec, exchange: int, expert: int, names: Container[str]
@@ -78,18 +67,17 @@ class MixtralFamily(Family):
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
         config, prefix = self.config, f"model.layers.{layer}"
-        width, experts = config.hidden_size, self.mixtral.experts.num_experts
+        width, experts = config.hidden_size, self.experts.num_experts
         return {
             **norm_parts(prefix, config),
             "router": part(f"{prefix}.block_sparse_moe.gate.weight", experts, width),
         } | projection_parts(f"{prefix}.self_attn", config, has_bias=False)
 
     def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
-        own = self.mixtral
-        routing = own.experts.routing(layer, "softmax_of_best")
+        routing = self.experts.routing(layer, "softmax_of_best")
         return dense_attention_layer(
             self.config,
             loader,
             router=Router(routing=routing, linear=loader.router("router")),
-            window=own.window,
+            window=self.window,
         )
