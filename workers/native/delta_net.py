@@ -8,24 +8,17 @@ import torch
 from torch import Tensor
 
 from workers.native.panels import DTYPES
+from workers.native.structure import fields
 from workers.native.team import Team, check
 
 
 class DeltaNetFields(ctypes.Structure):
     """``struct delta_net``."""
 
-    _fields_ = (
-        ("dtype", ctypes.c_int64),
-        ("num_key_heads", ctypes.c_int64),
-        ("num_value_heads", ctypes.c_int64),
-        ("key_dim", ctypes.c_int64),
-        ("value_dim", ctypes.c_int64),
-        ("kernel", ctypes.c_int64),
-        ("eps", ctypes.c_float),
-        ("conv", ctypes.c_void_p),
-        ("rate", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("norm", ctypes.c_void_p),
+    _fields_ = fields(
+        "int64: dtype num_key_heads num_value_heads key_dim value_dim kernel",
+        "float: eps",
+        "pointer: conv rate bias norm",
     )
 
     @property
@@ -48,13 +41,9 @@ class DeltaNetFields(ctypes.Structure):
 class DeltaRowsFields(ctypes.Structure):
     """``struct delta_rows``."""
 
-    _fields_ = (
-        ("projected", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("states", ctypes.c_void_p),
-        ("runs", ctypes.c_void_p),
-        ("chains", ctypes.c_void_p),
-        ("num_chains", ctypes.c_int64),
+    _fields_ = fields(
+        "pointer: projected out states runs chains",
+        "int64: num_chains",
     )
 
 

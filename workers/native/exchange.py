@@ -14,6 +14,7 @@ from workers.native.experts import CallFields
 from workers.native.frames import FrameFields, PlaceFields
 from workers.native.library import Library
 from workers.native.panels import DTYPES
+from workers.native.structure import fields
 from workers.native.team import check
 
 UNEXPECTED, UNSENT = 5, 6
@@ -23,61 +24,40 @@ UNEXPECTED, UNSENT = 5, 6
 class ExchangeFields(ctypes.Structure):
     """``struct exchange``."""
 
-    _fields_ = (
+    _fields_ = fields(
         ("place", PlaceFields),
-        ("waiting", ctypes.c_void_p),
+        "pointer: waiting",
         ("frames", ctypes.POINTER(FrameFields)),
-        ("num_peers", ctypes.c_int64),
-        ("dtype", ctypes.c_int64),
-        ("top_k", ctypes.c_int64),
-        ("num_inputs", ctypes.c_int64),
-        ("in_bytes", ctypes.c_int64),
-        ("out_width", ctypes.c_int64),
-        ("by_pair", ctypes.c_int64),
+        "int64: num_peers dtype top_k num_inputs in_bytes out_width by_pair",
     )
 
 
 class HomeFields(ctypes.Structure):
     """``struct exchange_home``."""
 
-    _fields_ = (
+    _fields_ = fields(
         ("exchange", ExchangeFields),
-        ("num_experts", ctypes.c_int64),
-        ("slots", ctypes.c_void_p),
-        ("is_weighted", ctypes.c_int64),
-        ("rounds_products", ctypes.c_int64),
-        ("num_rows", ctypes.c_int64),
-        ("ids", ctypes.c_void_p),
-        ("weights", ctypes.c_void_p),
-        ("weights_dtype", ctypes.c_int64),
-        ("inputs", ctypes.c_void_p),
-        ("sent", ctypes.c_void_p),
-        ("received", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
+        "int64: num_experts",
+        "pointer: slots",
+        "int64: is_weighted rounds_products num_rows",
+        "pointer: ids weights",
+        "int64: weights_dtype",
+        "pointer: inputs sent received out",
     )
 
 
 class ServerFields(ctypes.Structure):
     """``struct exchange_server``."""
 
-    _fields_ = (
+    _fields_ = fields(
         ("exchange", ExchangeFields),
-        ("team", ctypes.c_void_p),
+        "pointer: team",
         ("experts", CallFields),
-        ("filled", ctypes.c_void_p),
-        ("num_filled", ctypes.c_int64),
-        ("rows", ctypes.c_void_p),
-        ("counts", ctypes.c_void_p),
-        ("progress", ctypes.c_void_p),
-        ("memory", ctypes.c_void_p),
-        ("num_rows", ctypes.c_int64),
-        ("num_rows_here", ctypes.c_int64),
-        ("num_pairs", ctypes.c_int64),
-        ("received_bytes", ctypes.c_int64),
-        ("sent_bytes", ctypes.c_int64),
-        ("received_ns", ctypes.c_int64),
-        ("computed_ns", ctypes.c_int64),
-        ("sent_ns", ctypes.c_int64),
+        "pointer: filled",
+        "int64: num_filled",
+        "pointer: rows counts progress memory",
+        "int64: num_rows num_rows_here num_pairs received_bytes sent_bytes received_ns",
+        "int64: computed_ns sent_ns",
     )
 
 

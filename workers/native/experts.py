@@ -9,13 +9,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from workers.native.panels import DTYPES
 from workers.native.quantized import FormFields, form_fields, weight_bytes
+from workers.native.structure import fields
 from workers.native.team import Team, check
 from workers.quantization.formats import WeightFormat
 
@@ -75,38 +76,22 @@ class ExpertShape:
 class CallFields(ctypes.Structure):
     """``struct experts_call``."""
 
-    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
-        ("dtype", ctypes.c_int64),
-        ("is_gated", ctypes.c_int64),
-        ("in_width", ctypes.c_int64),
-        ("inner_width", ctypes.c_int64),
-        ("out_width", ctypes.c_int64),
-        ("num_slots", ctypes.c_int64),
+    _fields_ = fields(
+        "int64: dtype is_gated in_width inner_width out_width num_slots",
         ("form", FormFields),
-        ("first", ctypes.c_void_p),
-        ("second", ctypes.c_void_p),
-        ("first_bias", ctypes.c_void_p),
-        ("second_bias", ctypes.c_void_p),
-        ("activation", ctypes.c_int64),
-        ("alpha", ctypes.c_double),
-        ("limit", ctypes.c_double),
-        ("inputs", ctypes.c_void_p),
-        ("num_inputs", ctypes.c_int64),
-        ("inputs_by", ctypes.c_int64),
-        ("input_of", ctypes.c_void_p),
-        ("slots", ctypes.c_void_p),
-        ("slot_of", ctypes.c_void_p),
-        ("num_rows", ctypes.c_int64),
-        ("top_k", ctypes.c_int64),
-        ("slots_stride", ctypes.c_int64),
-        ("weights", ctypes.c_void_p),
-        ("weights_stride", ctypes.c_int64),
-        ("rounds_products", ctypes.c_int64),
-        ("sums_dtype", ctypes.c_int64),
-        ("others", ctypes.c_void_p),
-        ("adds", ctypes.c_int64),
-        ("out", ctypes.c_void_p),
-    ]
+        "pointer: first second first_bias second_bias",
+        "int64: activation",
+        "double: alpha limit",
+        "pointer: inputs",
+        "int64: num_inputs inputs_by",
+        "pointer: input_of slots slot_of",
+        "int64: num_rows top_k slots_stride",
+        "pointer: weights",
+        "int64: weights_stride rounds_products sums_dtype",
+        "pointer: others",
+        "int64: adds",
+        "pointer: out",
+    )
 
 
 class SlotTable:

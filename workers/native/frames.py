@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 
+from workers.native.structure import fields
+
 HEADER_BYTES = 36
 END_OF_STREAM = -1
 """``FrameFields.error`` where the peer has closed."""
@@ -16,45 +18,37 @@ END_OF_STREAM = -1
 class StepFields(ctypes.Structure):
     """``struct step``."""
 
-    _fields_ = (
-        ("generation", ctypes.c_int64),
-        ("number", ctypes.c_int64),
-        ("flags", ctypes.c_int64),
+    _fields_ = fields(
+        "int64: generation number flags",
     )
 
 
 class PlaceFields(ctypes.Structure):
     """``struct place``."""
 
-    _fields_ = (
-        ("step", ctypes.c_void_p),
-        ("bank", ctypes.c_int64),
-        ("exchange", ctypes.c_int64),
-        ("micro_batch", ctypes.c_int64),
+    _fields_ = fields(
+        "pointer: step",
+        "int64: bank exchange micro_batch",
     )
 
 
 class WaitingFields(ctypes.Structure):
     """``struct waiting``."""
 
-    _fields_ = (
-        ("epoll", ctypes.c_int64),
-        ("wake", ctypes.c_int64),
-        ("limit_ms", ctypes.c_int64),
-        ("spin_ns", ctypes.c_int64),
+    _fields_ = fields(
+        "int64: epoll wake limit_ms spin_ns",
     )
 
 
 class FrameFields(ctypes.Structure):
     """``struct frame``."""
 
-    _fields_ = (
-        ("socket", ctypes.c_int64),
+    _fields_ = fields(
+        "int64: socket",
         ("counts", ctypes.c_int64 * 2),
         ("bytes", ctypes.c_int64 * 2),
         ("parts", ctypes.c_void_p * 2),
-        ("done", ctypes.c_int64),
-        ("error", ctypes.c_int64),
+        "int64: done error",
         ("header", ctypes.c_uint8 * HEADER_BYTES),
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 
 from workers.native.matrix import MatrixFields
+from workers.native.structure import fields
 from workers.native.team import Team, check
 
 SCORINGS = ("softmax", "softmax_of_best", "sigmoid", "float32_softmax")
@@ -25,17 +26,10 @@ NO_WINDOW = 1 << 40
 class RoutingFields(ctypes.Structure):
     """``struct routing``."""
 
-    _fields_ = (
-        ("num_experts", ctypes.c_int32),
-        ("top_k", ctypes.c_int32),
-        ("scoring", ctypes.c_int32),
-        ("is_normed", ctypes.c_int32),
-        ("float32_product", ctypes.c_int32),
-        ("num_groups", ctypes.c_int32),
-        ("top_groups", ctypes.c_int32),
-        ("scale", ctypes.c_float),
-        ("least_sum", ctypes.c_float),
-        ("correction", ctypes.c_void_p),
+    _fields_ = fields(
+        "int32: num_experts top_k scoring is_normed float32_product num_groups top_groups",
+        "float: scale least_sum",
+        "pointer: correction",
     )
 
 
@@ -48,22 +42,10 @@ class RouterFields(ctypes.Structure):
 class HalfFields(ctypes.Structure):
     """``struct half``."""
 
-    _fields_ = (
-        ("dtype", ctypes.c_int64),
-        ("hidden_size", ctypes.c_int64),
-        ("num_heads", ctypes.c_int64),
-        ("num_kv_heads", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64),
-        ("window", ctypes.c_int64),
-        ("qk_norm", ctypes.c_int64),
-        ("latent_rank", ctypes.c_int64),
-        ("eps", ctypes.c_double),
-        ("scale", ctypes.c_double),
-        ("clip", ctypes.c_double),
-        ("sinks", ctypes.c_void_p),
-        ("norm1", ctypes.c_void_p),
-        ("norm2", ctypes.c_void_p),
-        ("qk_norm_weights", ctypes.c_void_p),
+    _fields_ = fields(
+        "int64: dtype hidden_size num_heads num_kv_heads head_dim window qk_norm latent_rank",
+        "double: eps scale clip",
+        "pointer: sinks norm1 norm2 qk_norm_weights",
         ("qkv", MatrixFields),
         ("output", MatrixFields),
         ("query_router", RouterFields),
@@ -74,35 +56,21 @@ class HalfFields(ctypes.Structure):
 class BatchFields(ctypes.Structure):
     """``struct half_batch``."""
 
-    _fields_ = (
-        ("num_rows", ctypes.c_int64),
-        ("cos", ctypes.c_void_p),
-        ("sin", ctypes.c_void_p),
-        ("wave_stride", ctypes.c_int64),
-        ("waves_by_position", ctypes.c_int64),
-        ("chunks", ctypes.c_void_p),
-        ("num_chunks", ctypes.c_int64),
-        ("max_length", ctypes.c_int64),
-        ("num_blocks", ctypes.c_int64),
-        ("block_size", ctypes.c_int64),
-        ("cache_dtype", ctypes.c_int64),
+    _fields_ = fields(
+        "int64: num_rows",
+        "pointer: cos sin",
+        "int64: wave_stride waves_by_position",
+        "pointer: chunks",
+        "int64: num_chunks max_length num_blocks block_size cache_dtype",
     )
 
 
 class RowsFields(ctypes.Structure):
     """``struct half_rows``."""
 
-    _fields_ = (
-        ("hidden", ctypes.c_void_p),
-        ("cache", ctypes.c_void_p),
-        ("normed", ctypes.c_void_p),
-        ("projected", ctypes.c_void_p),
-        ("queries", ctypes.c_void_p),
-        ("attended", ctypes.c_void_p),
-        ("mixed", ctypes.c_void_p),
-        ("logits", ctypes.c_void_p),
-        ("topk_ids", ctypes.c_void_p),
-        ("topk_weights", ctypes.c_void_p),
+    _fields_ = fields(
+        "pointer: hidden cache normed projected queries attended mixed logits topk_ids",
+        "pointer: topk_weights",
     )
 
 

@@ -13,6 +13,7 @@ from workers.native.exchange import UNEXPECTED
 from workers.native.experts import CallFields
 from workers.native.half import HalfFields
 from workers.native.matrix import MatrixFields
+from workers.native.structure import fields
 from workers.native.team import Team, check
 
 NO_BANK = -1
@@ -22,10 +23,10 @@ NO_BANK = -1
 class LayerFields(ctypes.Structure):
     """``struct layer``."""
 
-    _fields_ = (
+    _fields_ = fields(
         ("half", HalfFields),
-        ("cache", ctypes.c_void_p),
-        ("bank", ctypes.c_int64),
+        "pointer: cache",
+        "int64: bank",
         ("mlp", CallFields),
     )
 
@@ -33,13 +34,13 @@ class LayerFields(ctypes.Structure):
 class StackFields(ctypes.Structure):
     """``struct stack``."""
 
-    _fields_ = (
-        ("embedding", ctypes.c_void_p),
-        ("vocab_size", ctypes.c_int64),
+    _fields_ = fields(
+        "pointer: embedding",
+        "int64: vocab_size",
         ("layers", ctypes.POINTER(LayerFields)),
-        ("num_layers", ctypes.c_int64),
-        ("norm", ctypes.c_void_p),
-        ("eps", ctypes.c_double),
+        "int64: num_layers",
+        "pointer: norm",
+        "double: eps",
         ("head", MatrixFields),
     )
 
@@ -47,34 +48,18 @@ class StackFields(ctypes.Structure):
 class LayerEnds(ctypes.Structure):
     """``struct layer_ends``: monotonic nanoseconds, 0 for a part that has not ended."""
 
-    _fields_ = (
-        ("attention", ctypes.c_int64),
-        ("dispatch", ctypes.c_int64),
-        ("mlp", ctypes.c_int64),
-        ("combine", ctypes.c_int64),
+    _fields_ = fields(
+        "int64: attention dispatch mlp combine",
     )
 
 
 class FlowFields(ctypes.Structure):
     """``struct flow``."""
 
-    _fields_ = (
-        ("batch", ctypes.c_void_p),
-        ("tokens", ctypes.c_void_p),
-        ("hidden", ctypes.c_void_p),
-        ("is_finite", ctypes.c_void_p),
-        ("logits", ctypes.c_void_p),
-        ("normed", ctypes.c_void_p),
-        ("others", ctypes.c_void_p),
-        ("topk_ids", ctypes.c_void_p),
-        ("topk_weights", ctypes.c_void_p),
-        ("routed", ctypes.c_void_p),
-        ("experts", ctypes.c_void_p),
-        ("homes", ctypes.c_void_p),
-        ("ends", ctypes.c_void_p),
-        ("next", ctypes.c_int64),
-        ("is_waiting", ctypes.c_int64),
-        ("is_done", ctypes.c_int64),
+    _fields_ = fields(
+        "pointer: batch tokens hidden is_finite logits normed others topk_ids topk_weights routed",
+        "pointer: experts homes ends",
+        "int64: next is_waiting is_done",
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from workers.native.panels import DTYPES, PANEL, unpack
 from workers.native.quantized import FormFields, form_fields, pack_weight, unpack_quantized
+from workers.native.structure import fields
 from workers.native.team import Team, check
 from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix, Weight
@@ -17,12 +18,9 @@ from workers.quantization.matrix import QuantizedMatrix, Weight
 class MatrixFields(ctypes.Structure):
     """``struct matrix``."""
 
-    _fields_ = (
-        ("panels", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("outputs", ctypes.c_int64),
-        ("inputs", ctypes.c_int64),
-        ("dtype", ctypes.c_int64),
+    _fields_ = fields(
+        "pointer: panels bias",
+        "int64: outputs inputs dtype",
         ("form", FormFields),
     )
 

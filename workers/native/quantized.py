@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from workers.native.panels import (
     packed_bytes,
     unpack_rows,
 )
+from workers.native.structure import fields
 from workers.native.team import Team
 from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix, Weight
@@ -35,13 +35,9 @@ _WHOLE_ROW = 1 << 40
 class FormFields(ctypes.Structure):
     """``struct form``."""
 
-    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
-        ("codes", ctypes.c_int64),
-        ("scales", ctypes.c_int64),
-        ("has_zeros", ctypes.c_int64),
-        ("zero_bits", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-    ]
+    _fields_ = fields(
+        "int64: codes scales has_zeros zero_bits group",
+    )
 
 
 def form_fields(form: WeightFormat | None) -> FormFields:
