@@ -41,22 +41,15 @@ class BegunCommand:
     """Longest wait until it is settled; the answer follows in any case."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Commands:
     """Decides which part carries out a command, and when its client is answered."""
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        draining: Draining,
-        scaling: Scaling,
-        rebalancing: Rebalancing,
-        adapters: Adapters,
-    ) -> None:
-        self._cluster = cluster
-        self._draining = draining
-        self._scaling = scaling
-        self._rebalancing = rebalancing
-        self._adapters = adapters
+    cluster: Cluster
+    draining: Draining
+    scaling: Scaling
+    rebalancing: Rebalancing
+    adapters: Adapters
 
     def begin(self, kind: str, fields: Mapping[str, Any], now: float) -> BegunCommand:
         """Begin a command, or find what the same command began.
@@ -73,37 +66,37 @@ class Commands:
 
         match kind:
             case "drain":
-                return BegunCommand(self._draining.begin(read(DrainCommand), now).to_dict)
+                return BegunCommand(self.draining.begin(read(DrainCommand), now).to_dict)
             case "scale":
-                return BegunCommand(self._scaling.begin(read(ScaleCommand), now).to_dict)
+                return BegunCommand(self.scaling.begin(read(ScaleCommand), now).to_dict)
             case "rebalance":
-                operation = self._rebalancing.begin(read(RebalanceCommand), now)
+                operation = self.rebalancing.begin(read(RebalanceCommand), now)
                 return BegunCommand(
                     operation.to_dict,
-                    lambda: not self._rebalancing.plans.waits(operation.id),
+                    lambda: not self.rebalancing.plans.waits(operation.id),
                     _PLAN_LIMIT_S,
                 )
             case "load_adapter":
-                key = self._adapters.load(read(AdapterLoadCommand), now)
+                key = self.adapters.load(read(AdapterLoadCommand), now)
                 return BegunCommand(
-                    lambda: self._adapters.answer(key),
-                    lambda: self._adapters.is_settled(key),
+                    lambda: self.adapters.answer(key),
+                    lambda: self.adapters.is_settled(key),
                     _ADAPTER_LIMIT_S,
                 )
             case "unload_adapter":
-                key = self._adapters.unload(read(AdapterUnloadCommand).name, now)
+                key = self.adapters.unload(read(AdapterUnloadCommand).name, now)
                 return BegunCommand(lambda: {"key": key})
         raise RequestError(f"kind ({kind[:64]!r}) is no kind of command", "kind")
 
     def cancel(self, operation_id: str, now: float) -> Operation:
         """Undo an operation. Raises ``UnknownNameError``; ``ConflictError`` if it is too late."""
-        operation = self._cluster.operations.find(operation_id)
+        operation = self.cluster.operations.find(operation_id)
         match operation.kind:
             case "drain":
-                self._draining.cancel(operation, now)
+                self.draining.cancel(operation, now)
             case "scale":
-                self._scaling.cancel(operation, now)
+                self.scaling.cancel(operation, now)
             case _:
-                self._rebalancing.cancel(operation, now)
-        self._cluster.remember()  # the next controller must not continue it
+                self.rebalancing.cancel(operation, now)
+        self.cluster.remember()  # the next controller must not continue it
         return operation

@@ -52,8 +52,13 @@ class Controller:
         self.autoscaling = Autoscaling(self.cluster, self.scaling)
         self.following = Following(self.cluster, self.scaling)
         self.adapters = Adapters(self.cluster)
-        parts = (self.draining, self.scaling, self.rebalancing, self.adapters)
-        self.commands = Commands(self.cluster, *parts)
+        self.commands = Commands(
+            cluster=self.cluster,
+            draining=self.draining,
+            scaling=self.scaling,
+            rebalancing=self.rebalancing,
+            adapters=self.adapters,
+        )
 
     # ---- events ---------------------------------------------------------------------------
 

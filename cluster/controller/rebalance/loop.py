@@ -13,51 +13,41 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.epoch_change import ChangeState, EpochChange
-from cluster.controller.parts.metrics import RebalanceOutcome
 from cluster.controller.parts.operation_start import start_operation
 from cluster.controller.parts.operations import Operation, OperationState
 from cluster.controller.rebalance.job import (
     Question,
     RebalanceCommand,
-    RebalanceJob,
     answer,
-    by_load,
     describe,
     percent,
     result_of,
 )
 from cluster.controller.rebalance.plans import CHANGED, Plans
+from cluster.controller.rebalance.running import RunningRebalance
 from cluster.core.errors import ConflictError
-from cluster.core.frames import ControlFrame, EpochSwitched
-from cluster.core.placement import ExpertPlacement
+from cluster.core.frames import ControlFrame
 from cluster.load.tracker import LoadWindow
 from cluster.load.view import achieved_loads, balancedness_of
-from cluster.planner import mesh
-from cluster.planner.stages import Stage, is_reached, next_stage
 from cluster.policy.rebalance import (
     CurrentLoad,
     RebalanceDecision,
     decide_placement,
     why_impossible,
 )
-from cluster.tracing.names import REBALANCE
 
 logger = logging.getLogger(__name__)
 
 _AUTOMATIC = "automatic decision"
-_SHARES = "shares of a stage"
-MAX_STAGES = 64
-"""Stages after which a change ends with what it has achieved."""
 
 
 class Rebalancing:
-    """Changes of the cluster's placement by load, one after the other. Owned by the controller.
+    """Decides whether the placement is changed by load, one change at a time. Owned by the
+    controller.
 
     ``now`` is in monotonic seconds.
     """
@@ -68,17 +58,23 @@ class Rebalancing:
         self._section = cluster.config.rebalance
         self.plans = Plans(cluster, executor)
         """Decisions by operation id, and the shares of the stage under way."""
-        self._looked: tuple[float, CurrentLoad] | None = (
-            None  # rows at the last dry run, and its load
-        )
-        self._job: RebalanceJob | None = None
+        self._looked: tuple[float, CurrentLoad] | None = None
+        """Rows at the last dry run, and its load."""
+        self._newest: RunningRebalance | None = None
+        self._ended: RunningRebalance | None = None
+        """The change before the newest one."""
         self._problem = ""
-        self._last: dict[str, Any] | None = None
-        """Report of the last change; its end is ``_rested_at``."""
-        self._is_proved = True
-        """Its effect is known, or there is none."""
-        self._rested_at = cluster.began_at
         self._seen_windows = 0
+
+    @property
+    def _job(self) -> RunningRebalance | None:
+        """The change under way."""
+        return self._newest if self._newest is not None and not self._newest.is_over else None
+
+    @property
+    def _last(self) -> RunningRebalance | None:
+        """The last change that has ended."""
+        return self._ended if self._job is not None else self._newest
 
     @property
     def impossible(self) -> str:
@@ -136,27 +132,21 @@ class Rebalancing:
             return
         if job is None or job.asked.operation is not operation:
             raise ConflictError(f"{operation.id} has ended")
-        if not self._give_up(job, "cancelled"):
+        if not job.abandon("cancelled", "cancelled", now):
             raise ConflictError(f"{operation.id} is at its switch: try again")
-        self._end(job, "cancelled", "cancelled", now)
 
     # ---- events ---------------------------------------------------------------------------
 
     def frame(self, name: str, frame: ControlFrame, now: float) -> None:
         """A frame of a worker about the change under way."""
-        job = self._job
-        if job is None or job.change is None:
-            return  # a switch that an earlier controller has ordered shows in heartbeats
-        job.change.frame(name, frame, now)
-        if isinstance(frame, EpochSwitched) and job.change.state is ChangeState.DONE:
-            self._cluster.metrics.switched(frame.stall_s)
-        self._advance(job, now)
+        if (job := self._job) is not None:
+            job.frame(name, frame, now)  # else an earlier controller ordered the switch
 
     def tick(self, now: float) -> None:
         """Time has passed: continue a change, or check whether one pays."""
         self.plans.tick(now)
         if self._job is not None:
-            self._watch(self._job, now)
+            self._job.tick(now)
             return
         windows = self._cluster.load
         if windows.num_windows == self._seen_windows:
@@ -177,15 +167,14 @@ class Rebalancing:
     def to_dict(self) -> dict[str, Any]:
         """The section of rebalancing in ``status``."""
         job = self._job
-        change = job.change if job is not None else None
         return {
             "automatic": self._section.enable_eplb,
             "possible": not self.impossible,
             "reason": self.impossible,
             "problem": self._problem,
             "phase": job.phase if job is not None else "",
-            "loading": change.loading if change is not None else [],
-            "last": self._last,
+            "loading": job.loading if job is not None else [],
+            "last": self._last.report if self._last is not None else None,
         }
 
     # ---- deciding -------------------------------------------------------------------------
@@ -223,119 +212,31 @@ class Rebalancing:
 
     def _follow(self, decision: RebalanceDecision, asked: Question, now: float) -> bool:
         """Start a change, or count why there is none; an order does not wait for the interval."""
+        rested_at = self._last.ended_at if self._last is not None else self._cluster.began_at
         if decision.action == "none":
             self._cluster.metrics.decided("skipped_gain")
-        elif asked.operation is None and now - self._rested_at < self._section.interval_s:
+        elif asked.operation is None and now - rested_at < self._section.interval_s:
             self._cluster.metrics.decided("skipped_churn")
         else:
-            opened = self._cluster.begin_trace(REBALANCE)
-            job = RebalanceJob(decision=decision, asked=asked, began_at=now, opened=opened)
-            self._job = job
             logger.info("rebalance: %s", describe(decision))
-            self._next(job, now)
+            self._ended = self._newest
+            self._newest = RunningRebalance(decision, asked, self._cluster, self.plans, now)
+            self._newest.begin_stage(now)
             return True
         return False
-
-    def _watch(self, job: RebalanceJob, now: float) -> None:
-        """Check whether the change is in time, or must be abandoned."""
-        running = self._cluster.operations.running
-        if running is not None and running.kind in ("drain", "scale"):
-            reason = f"{running.id} goes first"
-            if self._give_up(job, reason):
-                self._end(job, "failed", reason, now)
-                return
-        if job.change is not None:
-            job.change.tick(now)
-        self._advance(job, now)
-
-    def _give_up(self, job: RebalanceJob, reason: str) -> bool:
-        """False if it is too late."""
-        if self.plans.drop(_SHARES):
-            return True
-        return job.change is not None and job.change.cancel(reason)
-
-    def _advance(self, job: RebalanceJob, now: float) -> None:
-        """Begin the next stage after a finished one."""
-        change = job.change
-        if change is None or not change.is_over:
-            if job.asked.operation is not None:
-                job.asked.operation.phase = job.phase
-            return
-        job.stage_over()
-        if change.state is ChangeState.FAILED:
-            self._end(job, "failed", change.reason, now)
-        else:
-            self._next(job, now)
-
-    def _next(self, job: RebalanceJob, now: float) -> None:
-        """Begin the next stage, or end."""
-        cluster, target = self._cluster, job.decision.target
-        devices = frozenset(m.device for m in cluster.generation.experts)
-        stage = next_stage(cluster.placement, target, cluster.num_slots, devices)
-        if stage is None and job.num_stages == 0 and is_reached(cluster.placement, target):
-            shared = cluster.placement.with_shares(target)  # shares and decode devices only
-            self._begin_stage(job, Stage(fills=(), placement=shared), now)
-        elif stage is None or job.num_stages >= MAX_STAGES:
-            self._finish(job, now)
-        else:
-            topology = self.plans.topology(stage.placement)
-            work = partial(mesh.resolved, job.asked.load.profile, topology, stage.placement)
-            self.plans.plan(_SHARES, work, partial(self._stage_shared, job, stage), now)
-
-    def _stage_shared(
-        self, job: RebalanceJob, stage: Stage, plan: Future[ExpertPlacement], error: str, now: float
-    ) -> None:
-        if error:
-            self._end(job, "failed", f"no shares can be planned: {error}", now)
-        else:
-            self._begin_stage(job, replace(stage, placement=plan.result()), now)
-
-    def _begin_stage(self, job: RebalanceJob, stage: Stage, now: float) -> None:
-        limit_s, bytes_per_s = self._section.limit_s, self._section.bytes_per_s
-        job.change = EpochChange(
-            self._cluster, stage, now, limit_s=limit_s, bytes_per_s=bytes_per_s
-        )
-        self._advance(job, now)
-
-    def _finish(self, job: RebalanceJob, now: float) -> None:
-        if job.num_stages:
-            summary = job.summary(self._cluster.placement, now)
-            text = f"{summary}, {by_load(job.asked.load.profile)}"
-            self._end(job, "applied", text, now)
-        else:
-            self._end(job, "failed", "no slot is free to begin with", now)
-
-    def _end(self, job: RebalanceJob, outcome: RebalanceOutcome, text: str, now: float) -> None:
-        if job.change is not None:
-            job.stage_over()
-        self._job = None
-        self._rested_at, self._is_proved = now, outcome != "applied"
-        self._cluster.metrics.decided(outcome)
-        self._cluster.moved("rebalance", job.num_moved, job.num_bytes, now - job.began_at)
-        self._last = job.report(outcome, text, self._cluster.placement.epoch, now)
-        error = "failed" if outcome == "failed" else ""
-        found = job.attributes(self._last)
-        self._cluster.end_trace(job.opened, self._last["seconds"], found, error)
-        effect = text if outcome == "applied" else f"{outcome}: {text}; the epoch in force stays"
-        operation = job.asked.operation
-        order = "" if operation is None else f" ({operation.id})"
-        self._cluster.note(f"rebalance{order}", effect, now)
-        if operation is not None:
-            states = {"applied": OperationState.SUCCEEDED, "cancelled": OperationState.CANCELLED}
-            state = states.get(outcome, OperationState.FAILED)
-            self._cluster.operations.end(operation, state, text, now)
 
     def _prove(self, window: LoadWindow, now: float) -> None:
         """Record the effect of a change, from the first whole window in it."""
         last, placement = self._last, self._cluster.placement
-        if self._is_proved or last is None or window.began_at < self._rested_at:
+        if last is None or last.report is None or last.is_proved or window.began_at < last.ended_at:
             return
-        self._is_proved = True
-        if not window.epoch == placement.epoch == last["epoch"]:
+        last.is_proved = True
+        if not window.epoch == placement.epoch == last.report["epoch"]:
             return  # the placement changed again before a window ended
         found = balancedness_of(list(achieved_loads(placement, self._cluster.load).values()))
-        last["balancedness"]["achieved"] = found
-        before, predicted = (last["balancedness"][name] for name in ("before", "predicted"))
+        balancedness = last.report["balancedness"]
+        balancedness["achieved"] = found
+        before, predicted = balancedness["before"], balancedness["predicted"]
         effect = (
             f"balancedness {percent(found)} in the first window of load of epoch "
             f"{placement.epoch}; {percent(before)} before, {percent(predicted)} predicted"

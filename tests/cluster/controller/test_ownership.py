@@ -49,14 +49,14 @@ FIELDS = {
     # of a running operation
     "result": "drain/running.py scale.py rebalance/loop.py",
     "generation": "drain/running.py scale.py",
-    "phase": "parts/drains.py parts/scales.py rebalance/loop.py",
+    "phase": "parts/drains.py parts/scales.py rebalance/loop.py rebalance/running.py",
     "progress": "parts/drains.py parts/scales.py",
     "outcome": "drain/running.py scale.py",
     "before": "drain/running.py scale.py parts/membership.py",
     "copied_in": "drain/running.py",
     "removes_places": "drain/running.py",
     "added": "scale.py",
-    "change": "rebalance/loop.py",
+    "is_proved": "rebalance/loop.py",
     # of records with one owner
     "seconds": "parts/traces.py",
     "num_open": "parts/gateway_polls.py",

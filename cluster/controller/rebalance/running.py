@@ -1,0 +1,228 @@
+"""One change of the placement by load: its stages, and what it has achieved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.epoch_change import ChangeState, EpochChange
+from cluster.controller.parts.metrics import RebalanceOutcome
+from cluster.controller.parts.operations import OperationState
+from cluster.controller.rebalance.job import Question, by_load, percent
+from cluster.controller.rebalance.plans import Plans
+from cluster.core.frames import ControlFrame, EpochSwitched
+from cluster.core.placement import ExpertPlacement
+from cluster.planner import mesh
+from cluster.planner.stages import Stage, is_reached, next_stage
+from cluster.policy.rebalance import RebalanceDecision
+from cluster.tracing import names
+
+_SHARES = "shares of a stage"
+MAX_STAGES = 64
+"""Stages after which a change ends with what it has achieved."""
+
+
+class RunningRebalance:
+    """Decides the next stage of one change. Owned by ``Rebalancing``; the controller acts."""
+
+    def __init__(
+        self,
+        decision: RebalanceDecision,
+        asked: Question,
+        cluster: Cluster,
+        plans: Plans,
+        now: float,
+    ) -> None:
+        self.decision = decision
+        self.asked = asked
+        self.began_at = now
+        """Monotonic seconds."""
+        self.change: EpochChange | None = None
+        """The stage under way."""
+        self.num_stages = 0
+        """Stages that are in force."""
+        self.num_moved = 0
+        """Slots that were filled."""
+        self.num_bytes = 0
+        """Bytes that moved."""
+        self.report: dict[str, Any] | None = None
+        """The field ``last`` of rebalancing in ``status``; None while the change runs."""
+        self.ended_at = 0.0
+        """Monotonic seconds."""
+        self.is_proved = True
+        """The effect of the ended change is known, or there is none."""
+        self._cluster = cluster
+        self._plans = plans
+        self._opened = cluster.begin_trace(names.REBALANCE)
+
+    @property
+    def is_over(self) -> bool:
+        """The change was applied, has failed or was cancelled."""
+        return self.report is not None
+
+    @property
+    def loading(self) -> list[dict[str, str]]:
+        """The transfers under way, see ``EpochChange``."""
+        return self.change.loading if self.change is not None else []
+
+    @property
+    def phase(self) -> str:
+        """Current phase, for people."""
+        change = self.change
+        if change is None:
+            return "plan"
+        loads = f" ({change.num_loaded} of {len(change.stage.fills)})"
+        is_loading = change.state is ChangeState.LOAD
+        return f"stage {self.num_stages + 1}: {change.state.value}{loads if is_loading else ''}"
+
+    def frame(self, name: str, frame: ControlFrame, now: float) -> None:
+        """A frame of a worker about the stage under way."""
+        if (change := self.change) is None:
+            return
+        change.frame(name, frame, now)
+        if isinstance(frame, EpochSwitched) and change.state is ChangeState.DONE:
+            self._cluster.metrics.switched(frame.stall_s)
+        self._advance(now)
+
+    def tick(self, now: float) -> None:
+        """Check whether the change is in time, or must be abandoned."""
+        running = self._cluster.operations.running
+        if running is not None and running.kind in ("drain", "scale"):
+            reason = f"{running.id} goes first"
+            if self.abandon("failed", reason, now):
+                return
+        if self.change is not None:
+            self.change.tick(now)
+        self._advance(now)
+
+    def abandon(self, outcome: RebalanceOutcome, reason: str, now: float) -> bool:
+        """End the change before its next stage is in force; False if it is too late."""
+        is_planning = self._plans.drop(_SHARES)
+        if is_planning or (self.change is not None and self.change.cancel(reason)):
+            self._end(outcome, reason, now)
+            return True
+        return False
+
+    def _advance(self, now: float) -> None:
+        """Begin the next stage after a finished one."""
+        change = self.change
+        if change is None or not change.is_over:
+            if self.asked.operation is not None:
+                self.asked.operation.phase = self.phase
+            return
+        self._stage_over()
+        if change.state is ChangeState.FAILED:
+            self._end("failed", change.reason, now)
+        else:
+            self.begin_stage(now)
+
+    def begin_stage(self, now: float) -> None:
+        """Begin the next stage, or end."""
+        cluster, target = self._cluster, self.decision.target
+        devices = frozenset(m.device for m in cluster.generation.experts)
+        stage = next_stage(cluster.placement, target, cluster.num_slots, devices)
+        if stage is None and self.num_stages == 0 and is_reached(cluster.placement, target):
+            shared = cluster.placement.with_shares(target)  # shares and decode devices only
+            self._start_stage(Stage(fills=(), placement=shared), now)
+        elif stage is None or self.num_stages >= MAX_STAGES:
+            self._finish(now)
+        else:
+            topology = self._plans.topology(stage.placement)
+            work = partial(mesh.resolved, self.asked.load.profile, topology, stage.placement)
+            self._plans.plan(_SHARES, work, partial(self._stage_shared, stage), now)
+
+    def _stage_shared(
+        self, stage: Stage, plan: Future[ExpertPlacement], error: str, now: float
+    ) -> None:
+        if error:
+            self._end("failed", f"no shares can be planned: {error}", now)
+        else:
+            self._start_stage(replace(stage, placement=plan.result()), now)
+
+    def _start_stage(self, stage: Stage, now: float) -> None:
+        section = self._cluster.config.rebalance
+        self.change = EpochChange(
+            self._cluster, stage, now, limit_s=section.limit_s, bytes_per_s=section.bytes_per_s
+        )
+        self._advance(now)
+
+    def _finish(self, now: float) -> None:
+        if self.num_stages:
+            summary = self._summary(now)
+            text = f"{summary}, {by_load(self.asked.load.profile)}"
+            self._end("applied", text, now)
+        else:
+            self._end("failed", "no slot is free to begin with", now)
+
+    def _end(self, outcome: RebalanceOutcome, text: str, now: float) -> None:
+        if self.change is not None:
+            self._stage_over()
+        self.ended_at, self.is_proved = now, outcome != "applied"
+        self._cluster.metrics.decided(outcome)
+        self._cluster.moved("rebalance", self.num_moved, self.num_bytes, now - self.began_at)
+        self.report = self._report(outcome, text, self._cluster.placement.epoch, now)
+        error = "failed" if outcome == "failed" else ""
+        found = self._attributes(self.report)
+        self._cluster.end_trace(self._opened, self.report["seconds"], found, error)
+        effect = text if outcome == "applied" else f"{outcome}: {text}; the epoch in force stays"
+        operation = self.asked.operation
+        order = "" if operation is None else f" ({operation.id})"
+        self._cluster.note(f"rebalance{order}", effect, now)
+        if operation is not None:
+            states = {"applied": OperationState.SUCCEEDED, "cancelled": OperationState.CANCELLED}
+            state = states.get(outcome, OperationState.FAILED)
+            self._cluster.operations.end(operation, state, text, now)
+
+    def _stage_over(self) -> None:
+        """Add up the results of the stage that has ended."""
+        assert self.change is not None, "a stage was under way"
+        self.num_bytes += self.change.num_bytes
+        if self.change.state is ChangeState.DONE:
+            self.num_stages += 1
+            self.num_moved += len(self.change.stage.fills)
+        self.change = None
+
+    def _summary(self, now: float) -> str:
+        """Summary of all stages, for people."""
+        decision = self.decision
+        is_whole = is_reached(self._cluster.placement, decision.target)
+        whole = "" if is_whole else ", as far as the slots allow"
+        if self.num_moved > decision.num_moves:  # stages may use a slot before its last expert
+            whole += f", {self.num_moved - decision.num_moves} of them on the way"
+        return (
+            f"filled {self.num_moved} slots in {self.num_stages} epochs ({self.num_bytes} bytes, "
+            f"{now - self.began_at:.1f} s){whole}; balancedness "
+            f"{percent(decision.balancedness_now)} before, {percent(decision.balancedness_then)} "
+            "predicted after it"
+        )
+
+    def _report(self, outcome: str, text: str, epoch: int, now: float) -> dict[str, Any]:
+        """The field ``last`` of rebalancing in ``status``."""
+        return {
+            "outcome": outcome,
+            "text": text,
+            "epoch": epoch,
+            "slots_moved": self.num_moved,
+            "bytes": self.num_bytes,
+            "seconds": round(now - self.began_at, 3),
+            "balancedness": {
+                "before": self.decision.balancedness_now,
+                "predicted": self.decision.balancedness_then,
+                "achieved": None,
+            },
+        }
+
+    def _attributes(self, report: Mapping[str, Any]) -> dict[str, Any]:
+        """Attributes of the trace of the ended change; ``report`` as above."""
+        return {
+            names.OUTCOME: report["outcome"],
+            names.PLACEMENT_EPOCH: report["epoch"],
+            names.SLOTS: self.num_moved,
+            names.BYTES: self.num_bytes,
+            names.BALANCEDNESS_BEFORE: self.decision.balancedness_now,
+            names.BALANCEDNESS_PREDICTED: self.decision.balancedness_then,
+        }
