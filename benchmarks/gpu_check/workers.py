@@ -337,9 +337,9 @@ def _serve_home(worker: _Worker, pipe: Connection) -> None:
         lost_at = time.monotonic()
         times["notice_s"] = lost_at - served.step_began
         pipe.send(("found", worker.channel.highest_step + 1))
-        engine.engine.worker_died()
+        engine.engine.requests.worker_died()
         worker.enter(pipe, remote)
-        engine.engine.generation_runs()
+        engine.engine.requests.isolation.begin()
         times["entered_s"] = time.monotonic() - lost_at
         served.step(worker)
         times["served_s"] = time.monotonic() - lost_at

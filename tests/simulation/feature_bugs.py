@@ -19,7 +19,8 @@ from gateway.state.record import encode
 from gateway.state.store import StateStore
 from gateway.text.detokenizer import StopStrings
 from tests.simulation.planted import MANY, Bug
-from workers.engine import engine, step_sampler
+from workers.engine import engine_requests, step_sampler
+from workers.engine.active_requests import ActiveRequests
 from workers.engine.choices import open_choices
 from workers.engine.engine import Engine
 from workers.kv.tiers import disk
@@ -172,7 +173,7 @@ def _one_adapter() -> AbstractContextManager[object]:
 
 def _kept_use() -> AbstractContextManager[object]:
     """An adapter counts as in use by requests that have ended."""
-    return mock.patch.object(Engine, "_stop_using", return_value=None)
+    return mock.patch.object(ActiveRequests, "_stop_using", return_value=None)
 
 
 @contextmanager
@@ -185,7 +186,7 @@ def _fresh_grammar() -> Iterator[None]:
             sequence.grammar = None if grammar is None else grammar.start()
         return found
 
-    with mock.patch.object(engine, "open_choices", begin):
+    with mock.patch.object(engine_requests, "open_choices", begin):
         yield
 
 

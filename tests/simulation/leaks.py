@@ -62,21 +62,22 @@ def _streams(role: AttentionRole, living: Set[str]) -> Iterator[str]:
 
 
 def _left_in_engine(engine: Engine) -> Iterator[str]:
-    stats, scheduler, isolation = engine.stats(), engine._scheduler, engine._isolation
+    stats, scheduler, requests = engine.stats(), engine._scheduler, engine.requests
+    isolation, paused = requests.isolation, requests._paused
     if held := stats["kv_blocks_total"] - stats["kv_blocks_free"]:
         yield f"{held:g} blocks that are held"
     if taken := engine._section.max_num_seqs - len(scheduler.tables._free):
         yield f"{taken} seats that are taken"
-    yield from _named("requests", engine._requests)
-    yield from _named("searches", engine._groups)
+    yield from _named("requests", requests._active)
+    yield from _named("searches", requests._searches._groups)
     yield from _named("loans", engine.kv_store.tables)
-    yield from _named("adapters in use", engine.adapters_in_use)
+    yield from _named("adapters in use", requests.adapters_in_use)
     yield from _named("sequences", [*scheduler.queues.running, *scheduler.queues.waiting])
     yield from _named("waits for blocks", [*scheduler.kv_waits._waiting])
     yield from _named("requests to ask about", scheduler.kv_waits._unasked)
     yield from _named("suspects", {**isolation._deaths, **isolation._hit})
     yield from _named("offers to run alone", [*filter(None, [isolation._solo])])
-    yield from _named("paused requests", [*engine._paused, *engine._to_pause])
+    yield from _named("paused requests", [*paused.names, *paused._asked])
     yield from _named("sequences that are sampled", engine._step_sampler._processors)
     if engine._speculator is not None:
         yield from _named("sequences with drafts", engine._speculator._followed)

@@ -261,10 +261,11 @@ class ToyEngine(Engine):
         more["clock"] = time.monotonic
         super().__init__(dispatcher=dispatcher, rank=rank, **more)  # type: ignore[arg-type]
         cache: Any = ToyCache(self.pool.num_blocks, self.cache.block_size)
-        self.cache = self.kv_store.cache = cache
+        self.cache = self._memory.cache = self.kv_store.cache = cache
         adapters: Any = self.adapters
         self.runner = ToyRunner(cache, dispatcher, rank, adapters)  # type: ignore[assignment]
-        self._step_sampler = ToySampler(self._step_sampler.inspector)  # type: ignore[assignment]
+        sampler: Any = ToySampler(self._step_sampler.inspector)
+        self._step_sampler = self.requests._sampler = sampler
 
 
 class ToyServing(StaticServing):

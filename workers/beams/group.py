@@ -24,6 +24,10 @@ class BeamStep:
     """Beams without a continuation; at the end all."""
     forks: list[tuple[SequenceState, SequenceState]]
     """(parent, child); the parent goes on itself, too."""
+    outputs: list[TokenOutput]
+    """What the client gets, at the end: choice 0 is the best."""
+    is_over: bool
+    """The search has ended."""
 
 
 @dataclass(slots=True, eq=False)
@@ -45,7 +49,7 @@ class BeamGroup:
         """The candidates of all beams are known."""
         return len(self._candidates) == len(self.beams)
 
-    def advance(self, now: float) -> BeamStep:
+    def advance(self, now: float, eos: Collection[int]) -> BeamStep:
         """Continue the search. Sequences that go on have their next token then."""
         found = self.search.advance([self._candidates[beam] for beam in self.beams])
         self._candidates.clear()
@@ -63,11 +67,11 @@ class BeamGroup:
             beam.append(one.token)
             beams.append(beam)
         self.beams = beams or self.beams
-        return BeamStep(ended, forks)
-
-    def outputs(self, now: float, eos: Collection[int]) -> list[TokenOutput]:
-        """What the client gets in the end: choice 0 is the best."""
-        return [self._output(place, one, now, eos) for place, one in enumerate(self.search.ended)]
+        outputs = list[TokenOutput]()
+        if self.search.is_over:
+            best = enumerate(self.search.ended)
+            outputs = [self._output(place, one, now, eos) for place, one in best]
+        return BeamStep(ended, forks, outputs, self.search.is_over)
 
     def _output(self, place: int, one: EndedBeam, now: float, eos: Collection[int]) -> TokenOutput:
         params, tokens, lead = self.request.params, one.path.tokens(), self.beams[0]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 from cluster.config.cluster import EngineSection
 from cluster.core.errors import ContextLengthError, QueueFullError, RequestError
+from workers.model.config import ModelConfig
 from workers.requests.prompt_embeds import PromptEmbeds
 from workers.requests.request import Request
 
@@ -27,6 +29,21 @@ class RequestLimits:
     """Elements of an embedding; 0 if not known."""
     is_classifier: bool = False
     """The model has no lm_head: nothing can be drawn or scored."""
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, section: EngineSection, max_model_len: int, num_blocks: int
+    ) -> Self:
+        """Those of a model in an engine."""
+        return cls(
+            vocab_size=config.vocab_size,
+            eos_token_ids=tuple(config.eos_token_ids),
+            max_model_len=max_model_len,
+            block_size=section.block_size_tokens,
+            num_blocks=num_blocks,
+            hidden_size=config.hidden_size,
+            is_classifier=bool(config.labels),
+        )
 
 
 def check_request(request: Request, limits: RequestLimits) -> None:

@@ -396,18 +396,18 @@ def test_a_paused_request_stands_still_and_goes_on(tiny_checkpoint: Path) -> Non
     engine.engine.add_request(request)
     engine.engine.add_request(structs.replace(request, request_id="b", n=1))
     first = engine.step()
-    engine.engine.pause("a", 3 + 3)
-    engine.engine.pause("unknown")
+    engine.engine.requests.pause("a", 3 + 3)
+    engine.engine.requests.pause("unknown")
     first += engine.step()
-    assert engine.engine.take_paused() == [], "5 tokens"
+    assert engine.engine.requests.take_paused() == [], "5 tokens"
     first += engine.step()
-    assert engine.engine.take_paused() == ["a"]
-    assert engine.engine.take_paused() == []
+    assert engine.engine.requests.take_paused() == ["a"]
+    assert engine.engine.requests.take_paused() == []
     assert {o.request_id for o in engine.step()} == {"b"}
     engine.engine.abort("b")
     assert engine.engine.wanted() == RowsWanted(decode_rows=0, prefill_rows=0)
     assert engine.engine.has_work
-    engine.engine.resume("a")
+    engine.engine.requests.resume("a")
     found = [o for o in first if o.request_id == "a"]
     while engine.engine.has_work:
         found += engine.step()
@@ -420,11 +420,11 @@ def test_a_newer_attempt_is_not_paused(tiny_checkpoint: Path) -> None:
     engine = LocalEngine(tiny_checkpoint)
     request = Request(request_id="a", prompt=(5, 6, 7), params=GREEDY)
     engine.engine.add_request(request)
-    engine.engine.pause("a")
-    assert engine.engine.take_paused() == ["a"]
-    engine.engine.pause("a")
+    engine.engine.requests.pause("a")
+    assert engine.engine.requests.take_paused() == ["a"]
+    engine.engine.requests.pause("a")
     outputs = engine.run([structs.replace(request, attempt=1)])
-    assert engine.engine.take_paused() == []
+    assert engine.engine.requests.take_paused() == []
     assert len(tokens(outputs["a", 0])) == 12
 
 
@@ -432,8 +432,8 @@ def test_a_request_that_may_run_alone_is_not_paused(tiny_checkpoint: Path) -> No
     engine = LocalEngine(tiny_checkpoint)
     request = Request(request_id="a", prompt=(5, 6, 7), params=GREEDY, num_deaths=2)
     engine.engine.add_request(request)
-    engine.engine.pause("a")
-    assert engine.engine.take_paused() == []
+    engine.engine.requests.pause("a")
+    assert engine.engine.requests.take_paused() == []
 
 
 def test_not_a_number_fails_that_request_alone(tmp_path: Path) -> None:
@@ -521,7 +521,7 @@ def test_full_queue_refuses_more(tiny_checkpoint: Path) -> None:
         engine.engine.add_request(Request(request_id="2", prompt=(5,), params=GREEDY))
     moved = Request(request_id="3", prompt=(5,), params=GREEDY, attempt=1)
     engine.engine.add_request(moved)  # it was let in once
-    assert engine.engine.has_request("3")
+    assert "3" in engine.engine.requests
 
 
 def test_prompt_tokens_that_wait_are_limited(tiny_checkpoint: Path) -> None:

@@ -426,7 +426,7 @@ def test_an_aborted_search_frees_all_and_a_choice_of_it_cannot_end(tiny_checkpoi
         assert not engine.step()
     assert engine.engine.stats()["num_requests_running"] == request.n
     engine.engine.abort(request.request_id, (0,))
-    assert engine.engine.has_request(request.request_id)
+    assert request.request_id in engine.engine.requests
     engine.engine.abort(request.request_id)
     engine.engine.check_integrity()
     assert not engine.engine.has_work

@@ -293,16 +293,16 @@ class Cluster:
         self.peers.fail_at = 0
         with pytest.raises(PeerLostError):
             self.engine.step(header)
-        self.engine.worker_died()
+        self.engine.requests.worker_died()
         return self.engine.poll()
 
     def run_alone(self) -> list[SoloStep | Queued]:
         """Answer as a gateway does, until nothing is left to answer; returns the messages."""
         seen: list[SoloStep | Queued] = []
-        while messages := self.engine.take_solo_steps():
+        while messages := self.engine.requests.take_solo_steps():
             for message in messages:
                 if isinstance(message, SoloStep):
-                    self.engine.acknowledge_solo_step(message)
+                    self.engine.requests.isolation.acknowledge(message)
             seen += messages
         return seen
 
@@ -313,14 +313,14 @@ def test_an_engine_runs_suspects_alone_and_fails_the_one_that_kills(tiny_checkpo
     for name in "ab":
         engine.add_request(Request(request_id=name, prompt=(5, 6, 7), params=GREEDY, n=2))
     cluster.step(dies=True)
-    assert engine.take_solo_steps() == []
+    assert engine.requests.take_solo_steps() == []
     cluster.step(dies=True)
     engine.add_request(Request(request_id="c", prompt=(8, 9), params=GREEDY))
-    assert engine.take_solo_steps() == [SoloStep(request_id="a", attempt=0)]
+    assert engine.requests.take_solo_steps() == [SoloStep(request_id="a", attempt=0)]
     assert engine.wanted().prefill_rows == 0  # nothing runs before it is recorded
-    engine.acknowledge_solo_step(SoloStep(request_id="a", attempt=1))
-    assert engine.take_solo_steps() == []
-    engine.acknowledge_solo_step(SoloStep(request_id="a", attempt=0))
+    engine.requests.isolation.acknowledge(SoloStep(request_id="a", attempt=1))
+    assert engine.requests.take_solo_steps() == []
+    engine.requests.isolation.acknowledge(SoloStep(request_id="a", attempt=0))
     assert engine.wanted().prefill_rows == 0
     cluster.run_alone()
     outputs = cluster.step()
@@ -358,14 +358,14 @@ def test_a_gateway_learns_that_an_offer_without_an_answer_is_withdrawn(
     cluster.step(dies=True)
     engine.add_request(Request(request_id="c", prompt=(8, 9), params=GREEDY))
     offer = SoloStep(request_id="a", attempt=0)
-    assert engine.take_solo_steps() == [offer]
+    assert engine.requests.take_solo_steps() == [offer]
     now[0] = ANSWER_LIMIT_S
-    assert engine.take_solo_steps() == [Queued(request_id="a", attempt=0)]
+    assert engine.requests.take_solo_steps() == [Queued(request_id="a", attempt=0)]
     assert {output.request_id for output in cluster.step()} == {"c"}
-    assert engine.take_solo_steps() == [SoloStep(request_id="b", attempt=0)]
-    engine.acknowledge_solo_step(offer)  # too late
-    assert engine.take_solo_steps() == []
-    engine.acknowledge_solo_step(SoloStep(request_id="b", attempt=0))
+    assert engine.requests.take_solo_steps() == [SoloStep(request_id="b", attempt=0)]
+    engine.requests.isolation.acknowledge(offer)  # too late
+    assert engine.requests.take_solo_steps() == []
+    engine.requests.isolation.acknowledge(SoloStep(request_id="b", attempt=0))
     cluster.run_alone()
     assert {output.request_id for output in cluster.step()} == {"b"}
 

@@ -53,9 +53,9 @@ def test_a_search_fails_whose_adapter_is_unloaded(tiny_checkpoint: Path, tmp_pat
     local.add_request(Request(request_id="r", prompt=(3, 4), params=SEARCH, n=3, adapter="a@1"))
     for _ in range(3):
         assert not local.step()
-    local.engine.drop_adapter("a@1")
+    local.engine.requests.drop_adapter("a@1")
     outputs = local.engine.poll()
     assert [(o.choice, o.error_code) for o in outputs] == [(c, "model_not_found") for c in range(3)]
     assert not local.engine.has_work
-    assert not local.engine.adapters_in_use
+    assert not local.engine.requests.adapters_in_use
     local.engine.check_integrity()

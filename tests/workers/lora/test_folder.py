@@ -229,9 +229,9 @@ def test_running_requests_fail_with_their_adapter(tiny_checkpoint: Path, tmp_pat
     for name, key in (("one", "a"), ("other", "")):
         engine.add_request(Request(request_id=name, prompt=(1, 2), params=params, adapter=key))
     local.step()
-    engine.drop_adapter("a")
+    engine.requests.drop_adapter("a")
     (failed,) = [o for o in engine.poll() if o.error]
     assert (failed.request_id, failed.error_code) == ("one", "model_not_found")
     assert "a" not in engine.adapters
-    assert engine.has_request("other")
+    assert "other" in engine.requests
     engine.check_integrity()

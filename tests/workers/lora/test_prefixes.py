@@ -38,7 +38,7 @@ def test_prefixes_are_shared_with_the_same_adapter_alone(
     assert len({tokens for _, tokens in first.values()}) == 3
     for key, (_, tokens) in first.items():
         assert serve(key) == (32, tokens)
-    local.engine.drop_adapter("a@1")
+    local.engine.requests.drop_adapter("a@1")
     load("a@3", 3)  # another one under the same name
     cached, tokens = serve("a@3")
     assert cached == 0

@@ -78,7 +78,7 @@ class AdapterIntake:
         self._names = {key: adapter.name for key, adapter in wanted.items()}
         for key in self._engine.adapters.keys:
             if key not in wanted:
-                self._engine.drop_adapter(key)
+                self._engine.requests.drop_adapter(key)
         if self._build is not None and self._build[0] not in wanted:
             self._build = None
         for key in [key for key in self._reads if key not in wanted]:
@@ -121,7 +121,7 @@ class AdapterIntake:
         """By state and name."""
         names = self._names
         by_state = dict(
-            zip(("running", "waiting"), self._engine.sequences_by_adapter(), strict=True)
+            zip(("running", "waiting"), self._engine.requests.sequences_by_adapter(), strict=True)
         )
         by_state["waiting"].update(waiting)
         counts: Counter[tuple[str, str]] = Counter()

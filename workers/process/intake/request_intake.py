@@ -141,7 +141,7 @@ class RequestIntake:
         """A request whose beginning came for another one may wait for the rest."""
         engine = self._engine
         name, num_free = restored.request.request_id, engine.pool.num_free
-        if engine.has_request(name) and (
+        if name in engine.requests and (
             (restored.has_joined and self._restore(restored)) or self._fetches.put(restored)
         ):
             engine.wait_for_kv(name, num_free - engine.pool.num_free)

@@ -24,16 +24,16 @@ class SoloStepReporter:
 
     def report(self, owners: Mapping[str, str]) -> None:
         """Send what the engine has to say. ``owners``: gateways by request."""
-        for message in self.engine.take_solo_steps():
+        for message in self.engine.requests.take_solo_steps():
             self._gateway = owners.get(message.request_id, self._gateway)
             self.publish(self._gateway, message)
 
     def acknowledge(self, gateway: str, solo_step: SoloStep) -> None:
         """A gateway has recorded a stage."""
         if gateway == self._gateway:
-            self.engine.acknowledge_solo_step(solo_step)
+            self.engine.requests.isolation.acknowledge(solo_step)
 
     def drop_gateway(self, gateway: str) -> None:
         """A gateway has gone: others run without its acknowledgement."""
         if gateway == self._gateway:
-            self.engine.end_solo_step()
+            self.engine.requests.isolation.disconnect()

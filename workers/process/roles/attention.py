@@ -98,7 +98,7 @@ class AttentionRole:
 
     def begin_steps(self, generation: int) -> None:
         """This generation runs: accept gateways."""
-        self.engine.generation_runs()
+        self.engine.requests.isolation.begin()
         self._steps.begin()
         self._stream.admit_streams(generation)
 
@@ -154,9 +154,9 @@ class AttentionRole:
         elif self.outputs.owners.get(message.request_id) != gateway:
             return  # it is no longer in the engine, or not yet
         elif message.is_over:
-            self.engine.resume(message.request_id)
+            self.engine.requests.resume(message.request_id)
         else:
-            self.engine.pause(message.request_id, message.num_tokens)
+            self.engine.requests.pause(message.request_id, message.num_tokens)
 
     def _emit(self, outputs: list[TokenOutput]) -> None:
         """Send each gateway the outputs of its requests, and all gateways the changed KV blocks."""
@@ -180,7 +180,7 @@ class AttentionRole:
 
     def adapters_in_use(self) -> tuple[str, ...]:
         """Keys of adapters that requests here have."""
-        return tuple(sorted({*self.engine.adapters_in_use, *self.intake.adapters()}))
+        return tuple(sorted({*self.engine.requests.adapters_in_use, *self.intake.adapters()}))
 
 
 def _open_lower_tiers(

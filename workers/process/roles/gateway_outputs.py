@@ -67,7 +67,7 @@ class GatewayOutputs:
 
     def report_paused(self) -> None:
         """Tell gateways which requests are paused, behind their last outputs."""
-        for request_id in self._engine.take_paused():
+        for request_id in self._engine.requests.take_paused():
             self._stream.publish(self.owners[request_id], Paused(request_id=request_id))
             self._stream.release()
 
@@ -84,7 +84,7 @@ class GatewayOutputs:
 
     def forget_ended(self, request_id: str) -> None:
         """Drop the owner of a request that has ended."""
-        if not self._engine.has_request(request_id):
+        if request_id not in self._engine.requests:
             self.owners.pop(request_id, None)
 
     def drop_gateway(self, gateway: str) -> None:

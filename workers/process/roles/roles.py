@@ -36,7 +36,7 @@ class Roles:
     def lose_members(self) -> None:
         """Members of the last generation died; the last step was given up."""
         if self.attention is not None:
-            self.attention.engine.worker_died()
+            self.attention.engine.requests.worker_died()
 
     def keep_adapters(self, order: KeepAdapters) -> None:
         """Have these adapters; only workers that run attention are asked to."""

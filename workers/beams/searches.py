@@ -1,0 +1,59 @@
+"""The beam searches of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from msgspec.structs import replace
+
+from workers.beams.group import BeamGroup, BeamStep, new_group
+from workers.requests.request import TokenLogprob, TokenOutput
+from workers.requests.sequence import Failure, SequenceState
+
+
+class BeamSearches:
+    """Decides what becomes of requests that search with beams, once all their beams are known."""
+
+    def __init__(self, eos_token_ids: Collection[int]) -> None:
+        self._eos = frozenset(eos_token_ids)
+        self._groups: dict[str, BeamGroup] = {}
+
+    def __contains__(self, request_id: str) -> bool:
+        """Whether a request searches, and its search goes on."""
+        return request_id in self._groups
+
+    def enter(self, sequence: SequenceState) -> None:
+        """The first sequence of a request that was received; nothing if it does not search."""
+        if (group := new_group(sequence, self._eos)) is not None:
+            self._groups[sequence.request.request_id] = group
+
+    def forget(self, request_id: str) -> None:
+        """The request has ended."""
+        self._groups.pop(request_id, None)
+
+    def take(
+        self, sequence: SequenceState, candidates: Sequence[TokenLogprob], now: float
+    ) -> BeamStep | None:
+        """What may follow a beam is known; the step of its search once it is for all of them, else
+        None, as where another beam has failed.
+        """
+        group = self._groups.get(sequence.request.request_id)
+        if group is None:
+            return None
+        group.take(sequence, candidates)
+        if not group.is_complete:
+            return None
+        step = group.advance(now, self._eos)
+        if step.is_over:
+            self.forget(sequence.request.request_id)
+        return step
+
+    def fail(self, sequence: SequenceState, failure: Failure, now: float) -> list[TokenOutput]:
+        """End a search with a beam that failed: without it no output can be found. None, if it has
+        ended with another beam.
+        """
+        group = self._groups.pop(sequence.request.request_id, None)
+        if group is None:
+            return []
+        error = sequence.error(failure, now)
+        return [replace(error, choice=place, index=0) for place in range(group.request.n)]

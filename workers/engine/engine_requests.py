@@ -1,0 +1,287 @@
+"""The requests of an engine, from their receipt to their last outputs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import chain
+
+from cluster.config.cluster import EngineSection
+from cluster.core.errors import ModelNotFoundError, RequestError
+from workers.beams.group import BeamStep
+from workers.beams.searches import BeamSearches
+from workers.engine.active_requests import ActiveRequests
+from workers.engine.choices import open_choices
+from workers.engine.deadlines import Deadlines
+from workers.engine.engine_stats import EngineStats
+from workers.engine.isolation import Isolation
+from workers.engine.kv_memory import KvMemory
+from workers.engine.paused_requests import PausedRequests
+from workers.engine.request_checks import RequestLimits, check_request, check_room
+from workers.engine.step_sampler import StepSampler, StepTokens
+from workers.lora.loaded import LoadedAdapters
+from workers.metrics.traced_steps import TracedRequests
+from workers.requests.block_hash import BlockHash
+from workers.requests.classifier import pooled
+from workers.requests.request import FinishReason, Queued, Request, SoloStep, TokenOutput
+from workers.requests.sequence import Ending, Failure, SequenceState
+from workers.sampling.grammar import CompiledGrammar
+from workers.sampling.sampler import SampledToken
+from workers.scheduling.scheduler import Scheduler
+from workers.scheduling.step_intent import Restriction
+from workers.speculation.speculator import Speculator
+
+_POISONOUS = Failure(
+    "a third worker in a row was lost with this request, which was alone in its step",
+    "poisonous_request",
+)
+"""The request is at fault, as far as can be known; see ``workers.engine.isolation``."""
+
+
+class EngineRequests:
+    """Decides when a request enters the engine and when it leaves it, and makes its outputs."""
+
+    def __init__(
+        self,
+        *,
+        scheduler: Scheduler,
+        sampler: StepSampler,
+        speculator: Speculator | None,
+        memory: KvMemory,
+        adapters: LoadedAdapters,
+        stats: EngineStats,
+        section: EngineSection,
+        limits: RequestLimits,
+        pad_token_id: int | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self._scheduler = scheduler
+        self._sampler = sampler
+        self._speculator = speculator
+        self._memory = memory
+        self._adapters = adapters
+        self._stats = stats
+        self._section = section
+        self._limits = limits
+        self._pad = pad_token_id
+        self._clock = clock
+        self._active = ActiveRequests()
+        self._searches = BeamSearches(limits.eos_token_ids)
+        self._deadlines = Deadlines()
+        self._paused = PausedRequests()
+        self._outputs: list[TokenOutput] = []
+        self.isolation = Isolation()
+        """Which request runs alone, as far as gateways and other workers know."""
+        self.traced = TracedRequests()
+        """Those whose steps have spans."""
+
+    def __contains__(self, request_id: str) -> bool:
+        """Whether a choice of this request waits or runs."""
+        return request_id in self._active
+
+    @property
+    def is_idle(self) -> bool:
+        """There are no requests, and no outputs that ``take_outputs`` would return."""
+        return not (self._active or self._outputs)
+
+    @property
+    def adapters_in_use(self) -> tuple[str, ...]:
+        """Keys of those that requests have. Any thread may ask."""
+        return self._active.adapters
+
+    def sequences_by_adapter(self) -> tuple[Counter[str], Counter[str]]:
+        """Running and waiting sequences by the key of their adapter. Any thread may ask."""
+        return self._scheduler.queues.by_adapter()
+
+    def restriction(self, alone: str | None) -> Restriction:
+        """Which requests may have rows; ``alone``: the only one, held back or not."""
+        return Restriction(self.isolation.suspects | self._paused.names, alone)
+
+    # Beginnings
+
+    def add(
+        self,
+        request: Request,
+        received: float | None,
+        grammar: CompiledGrammar | None,
+        hashes: Sequence[BlockHash],
+    ) -> None:
+        """See ``Engine.add_request``."""
+        check_request(request, self._limits)
+        if self._limits.is_classifier and request.inspection is None:
+            request, whole = pooled(request, self._pad), request
+            hashes = hashes if request is whole else ()
+        self._check(request)
+        now = self._clock() if received is None else received
+        grammars = open_choices(request, grammar, self._active.num_received, now)
+        first, *_ = grammars
+        first.block_hashes += hashes  # other choices have them from the first
+        self.abort(request.request_id)
+        self._active.enter(request, tuple(grammars))
+        self._searches.enter(first)
+        self.isolation.enter(request.request_id, request.num_deaths)
+        self.traced.enter(request)
+        self._stats.count("prompt_tokens_total", len(request.prompt))
+        for sequence, state in grammars.items():
+            self._sampler.start(sequence, state)
+            self._scheduler.add(sequence)
+            self._deadlines.add(sequence)
+            ending = self._scheduler.ending(sequence) if sequence.output else None
+            if ending is not None:  # an earlier attempt had completed it
+                self._scheduler.remove(sequence)
+                self._emit(sequence, ending, now)
+
+    def _check(self, request: Request) -> None:
+        """Raise where the engine does not serve a request, or has no room for it."""
+        if request.adapter and request.adapter not in self._adapters:
+            raise ModelNotFoundError("the adapter of the request is not loaded any more")
+        self._sampler.inspector.check(request)
+        if self._active.attempt(request.request_id) >= request.attempt:
+            raise RequestError(f"request {request.request_id} is already here", "request_id")
+        if not request.attempt:  # else it was let in once, by a worker that is lost
+            waiting = len(self._scheduler.queues.waiting)
+            tokens = self._scheduler.admission.num_waiting_tokens
+            check_room(request, self._section, waiting, tokens)
+
+    # Pauses, and workers that die
+
+    def pause(self, request_id: str, num_tokens: int = 0) -> None:
+        """Plan no rows of a request any more, once each of its choices has so many tokens with the
+        prompt; it keeps its blocks, unless it is preempted. Unknown ids are ignored.
+        """
+        if request_id in self._active:
+            self._paused.ask(request_id, num_tokens)
+
+    def resume(self, request_id: str) -> None:
+        """Plan rows of a paused request again."""
+        self._paused.forget(request_id)
+
+    def take_paused(self) -> list[str]:
+        """Requests that are paused from now on; none that may be about to run alone."""
+        return self._paused.take(self._active.num_tokens, self.isolation.suspects)
+
+    def worker_died(self) -> None:
+        """Another worker of the generation is lost; the request that ran alone then fails."""
+        culprit = self.isolation.die()
+        if culprit is not None:
+            self._fail_all(self._active.sequences(culprit), _POISONOUS, self._clock())
+
+    def take_solo_steps(self) -> list[SoloStep | Queued]:
+        """Stages of solo steps to report to gateways; see ``Isolation``."""
+        attempt, now = self._active.attempt, self._clock()
+        return self.isolation.advance(self._could_run_alone, attempt, now)
+
+    def _could_run_alone(self, request_id: str) -> bool:
+        wanted = self._scheduler.intent(self.restriction(request_id)).wanted
+        return bool(wanted.decode_rows or wanted.prefill_rows)
+
+    # Ends and outputs
+
+    def abort(self, request_id: str, choices: Sequence[int] = ()) -> None:
+        """See ``Engine.abort``."""
+        if choices and request_id in self._searches:
+            return
+        for sequence in self._active.sequences(request_id):
+            if not choices or sequence.choice in choices:
+                self._scheduler.remove(sequence)
+                self._end(sequence, FinishReason.ABORT)
+
+    def drop_adapter(self, key: str) -> None:
+        """Forget an adapter; requests that still have it fail."""
+        failure = Failure("the adapter of the request was unloaded", "model_not_found", "model")
+        found = chain(*map(self._active.sequences, self._active))
+        self._fail_all([s for s in found if s.request.adapter == key], failure, self._clock())
+        self._adapters.remove(key)
+
+    def end_late(self, now: float) -> None:
+        """Fail choices that are past their deadline."""
+        for sequence in self._deadlines.late(now):
+            message = f"not done within {sequence.request.deadline_ms} ms"
+            self._fail_all([sequence], Failure(message, "deadline_exceeded"), now)
+
+    def emit_step(
+        self, tokens: StepTokens, endings: Mapping[SequenceState, Ending], now: float
+    ) -> None:
+        """Queue the outputs of a committed step, and go on with searches."""
+        for sequence in (s for s in tokens.complete if s not in tokens.candidates):
+            drawn, classes = tokens.drawn.get(sequence, ()), tokens.classes.get(sequence, ())
+            self._emit(sequence, endings.get(sequence), now, drawn, classes)
+        for sequence, failure in tokens.failed.items():
+            self._fail(sequence, failure, now)
+        for sequence, candidates in tokens.candidates.items():
+            if (step := self._searches.take(sequence, candidates, now)) is not None:
+                self._go_on(step)
+
+    def take_outputs(self) -> list[TokenOutput]:
+        """What was queued since the last call."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def _emit(
+        self,
+        sequence: SequenceState,
+        ending: Ending | None,
+        now: float,
+        drawn: Sequence[SampledToken] = (),
+        classes: tuple[float, ...] = (),
+    ) -> None:
+        new = tuple(one.token for one in drawn)
+        logprobs = tuple(one.logprob for one in drawn if one.logprob is not None)
+        arrays = self._sampler.inspector.arrays(sequence) if ending else ()
+        self._outputs.append(sequence.take_output(now, ending, new, logprobs, classes, arrays))
+        if ending is not None:
+            self._end(sequence, ending.reason)
+
+    def _fail_all(self, sequences: Collection[SequenceState], failure: Failure, now: float) -> None:
+        for sequence in sequences:
+            self._scheduler.remove(sequence)
+            self._fail(sequence, failure, now)
+
+    def _fail(self, sequence: SequenceState, failure: Failure, now: float) -> None:
+        """The last output of a sequence that runs no more; of a search with all its beams."""
+        if sequence.params.beams is None:
+            self._outputs.append(sequence.error(failure, now))
+            self._end(sequence, FinishReason.ERROR)
+        elif outputs := self._searches.fail(sequence, failure, now):
+            self._end_search(outputs)
+            for beam in self._active.sequences(sequence.request.request_id):
+                self._scheduler.remove(beam)
+                self._drop(beam)
+
+    def _go_on(self, step: BeamStep) -> None:
+        """The beams of a request after a step of its search."""
+        for beam in step.ended:
+            self._scheduler.remove(beam, has_ended=step.is_over)
+        copied = [self._fork(parent, child) for parent, child in step.forks]
+        self._memory.cache.copy_blocks([pair for pair in copied if pair is not None])
+        self._end_search(step.outputs)
+        for beam in step.ended:
+            self._drop(beam)
+
+    def _fork(self, parent: SequenceState, child: SequenceState) -> tuple[int, int] | None:
+        """Add a beam that begins where another one is."""
+        self._active.add(child)
+        self._sampler.start(child, None)
+        self._deadlines.add(child)
+        return self._scheduler.fork(parent, child)
+
+    def _end_search(self, outputs: Sequence[TokenOutput]) -> None:
+        self._outputs += outputs
+        self._stats.count("generation_tokens_total", sum(len(o.token_ids) for o in outputs))
+        self._stats.count_ends(o.finish_reason for o in outputs if o.finish_reason)
+
+    def _end(self, sequence: SequenceState, reason: FinishReason) -> None:
+        self._stats.count_ends([reason])
+        self._drop(sequence)
+
+    def _drop(self, sequence: SequenceState) -> None:
+        self._sampler.end(sequence)
+        if self._speculator is not None:
+            self._speculator.forget(sequence)
+        if self._active.remove(sequence):
+            request_id = sequence.request.request_id
+            self._searches.forget(request_id)
+            self.traced.forget(request_id)
+            self._scheduler.kv_waits.forget(request_id)
+            self.isolation.forget(request_id)
+            self._paused.forget(request_id)
