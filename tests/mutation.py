@@ -103,7 +103,6 @@ TESTS: Mapping[str, tuple[str, ...]] = {
             "workers/scheduling/preemption.py",
             "workers/scheduling/queues.py",
             "workers/scheduling/scheduler.py",
-            "workers/scheduling/seat_reserve.py",
             "workers/scheduling/short_steps.py",
             "workers/scheduling/step_intent.py",
         ),
@@ -111,6 +110,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     ),
     "workers/scheduling/fairness.py": ("workers/scheduling/test_fairness.py",),
     "workers/scheduling/kv_waits.py": ("workers/scheduling/test_kv_waits.py",),
+    "workers/scheduling/seat_reserve.py": ("workers/scheduling/test_seat_reserve.py",),
     "workers/scheduling/step_plan.py": (
         "workers/scheduling/test_step_plan.py",
         "workers/scheduling/test_scheduler.py",

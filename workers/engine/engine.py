@@ -76,7 +76,7 @@ class Engine:
 
         ``is_exact``: what is drawn from a row does not depend on other rows, to the last bit.
         ``max_model_len`` None takes the checkpoint's context. The model must have been loaded with
-        at least so many positions. ``team`` draws tokens with a native kernel; None: torch does.
+        at least that many positions. ``team`` draws tokens with a native kernel; None: torch does.
         """
         self._section = section
         self._has_predictor = config.has_predictor
@@ -189,7 +189,7 @@ class Engine:
         ]
 
     def wait_for_kv(self, request_id: str, num_coming: int) -> None:
-        """Do not admit a request before ``kv_came``: so many blocks for it are on their way."""
+        """Do not admit a request before ``kv_came``: ``num_coming`` blocks are on their way."""
         self._scheduler.kv_waits.begin(request_id, num_coming)
 
     def kv_came(self, request_id: str) -> None:

@@ -146,7 +146,7 @@ class EngineRequests:
     # Pauses, and workers that die
 
     def pause(self, request_id: str, num_tokens: int = 0) -> None:
-        """Plan no rows of a request any more, once each of its choices has so many tokens with the
+        """Plan no rows of a request any more, once each of its choices has ``num_tokens`` with the
         prompt; it keeps its blocks, unless it is preempted. Unknown ids are ignored.
         """
         if request_id in self._active:

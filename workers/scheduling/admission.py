@@ -50,7 +50,7 @@ class SequenceAdmission:
 
     @property
     def num_waiting_for_kv(self) -> int:
-        """Waiting sequences, but for deferred ones, whose KV blocks are on their way."""
+        """Waiting sequences whose KV blocks are on their way; not those that are deferred."""
         return sum(map(self._waits_for_kv, self._queues.waiting))
 
     @property

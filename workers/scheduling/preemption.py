@@ -15,8 +15,8 @@ from workers.scheduling.step_intent import Restriction
 from workers.scheduling.step_plan import StepBudget
 
 _BLOCKS_AHEAD = 2
-"""Free blocks for each running sequence below which one may be preempted soon: it takes so many
-blocks of steps until they are gone."""
+"""Free blocks for each running sequence below which one may be preempted soon: decodes take them
+within that many blocks of steps."""
 
 
 class Preemption:

@@ -202,8 +202,8 @@ class Scheduler:
         drawn: Mapping[SequenceState, Sequence[int]],
         failed: Collection[SequenceState],
     ) -> dict[SequenceState, Ending]:
-        """The plan ran. ``drawn`` has the token of each sequence that drew one; several, if its
-        drafts but for the last of them are the first of these tokens. Only the last may end it.
+        """The plan ran. ``drawn`` has the token of each sequence that drew one; several, if all
+        of them before the last are its first drafts. Only the last may end it.
 
         Returns the sequences that ended, with the reason; their blocks are free. ``failed`` ones
         end without a token, and the prefix cache never gets what they computed in this plan.

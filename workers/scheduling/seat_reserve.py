@@ -41,12 +41,17 @@ class SeatReserve:
 
     def above_share(self, running: Iterable[SequenceState]) -> set[str]:
         """Tenants that have more than one sequence, and more than their share of those that run."""
-        if len(self._seen) < 2:
+        if self._has_one:
             return set()
         counts = Counter(s.request.tenant for s in running)
         one_more = counts.total() + 1
         shares = self._shares()
         return {t for t, count in counts.items() if count > max(1.0, shares.get(t, 1.0) * one_more)}
+
+    @property
+    def _has_one(self) -> bool:
+        """Only one tenant, if any, has sequences: all seats are for it."""
+        return len(self._seen) < 2
 
     def _shares(self) -> dict[str, float]:
         whole = sum(weight for _, weight in self._seen.values())
@@ -54,9 +59,8 @@ class SeatReserve:
 
     def seats_left_free(self, running: Iterable[SequenceState]) -> SeatsLeftFree:
         """For a plan, in which these sequences run already."""
-        has_others = self._num_free > 0 and len(self._seen) > 1
-        counts = Counter(s.request.tenant for s in running) if has_others else Counter[str]()
-        return SeatsLeftFree(self._num_free if has_others else 0, self._shares(), counts)
+        counts = Counter[str]() if self._has_one else Counter(s.request.tenant for s in running)
+        return SeatsLeftFree(self._num_free, self._shares(), counts)
 
 
 class SeatsLeftFree:

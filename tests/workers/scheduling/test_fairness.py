@@ -134,7 +134,7 @@ def test_no_sequence_is_preempted_that_is_planned_already() -> None:
     assert desk.scheduler.preemption.num_preemptions > 0
 
 
-def test_the_tenant_with_the_most_gives_way_whoever_needs_blocks() -> None:
+def test_the_tenant_with_the_most_is_preempted_whichever_needs_blocks() -> None:
     for num_blocks in range(12, 20):
         desk = Desk(num_blocks=num_blocks)
         many = [ask(desk, "many", 8, new=30) for _ in range(3)]

@@ -31,7 +31,7 @@ def test_a_request_is_asked_about_once() -> None:
     assert asked(desk) == ["r2"]
 
 
-def test_nobody_is_asked_about_a_request_without_room() -> None:
+def test_a_request_without_room_is_not_asked_about() -> None:
     desk = Desk(max_num_seqs=1)
     desk.add(5, LONG)
     (second,) = desk.add(5)

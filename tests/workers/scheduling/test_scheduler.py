@@ -215,7 +215,7 @@ def test_a_prompt_for_which_no_row_is_left_is_not_in_the_plan() -> None:
     assert len(desk.scheduler.queues.waiting) == 1
 
 
-def test_nobody_gives_way_while_no_prompt_row_is_granted() -> None:
+def test_nothing_is_preempted_while_no_prompt_row_is_granted() -> None:
     desk = Desk(max_num_seqs=1)
     desk.add(4, priority=1)
     desk.step()
@@ -224,7 +224,7 @@ def test_nobody_gives_way_while_no_prompt_row_is_granted() -> None:
     assert desk.scheduler.preemption.num_preemptions == 0
 
 
-def test_nobody_gives_way_to_a_request_that_may_not_run() -> None:
+def test_nothing_is_preempted_for_a_request_that_may_not_run() -> None:
     desk = Desk(max_num_seqs=1)
     desk.add(4, priority=1)
     desk.step()

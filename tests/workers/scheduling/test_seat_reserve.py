@@ -6,11 +6,14 @@ import math
 from collections import Counter
 from itertools import count
 
+import pytest
+
 from tests.workers.scheduling.planner import Planner
 from workers.kv.block_pool import BlockPool
 from workers.requests.request import Request, SamplingParams
 from workers.requests.sequence import SequenceState
 from workers.scheduling.scheduler import Scheduler
+from workers.scheduling.seat_reserve import SeatReserve
 
 SEATS = 32
 """Two of which are left free."""
@@ -199,3 +202,90 @@ def test_prompts_of_who_gives_way_run_beside_the_first_token() -> None:
     desk.add("b", 1, prompt=12)
     desk.add("a", 1, prompt=3)
     assert desk.rows() == {"b": 13, "a": 3}
+
+
+def sequence_of(tenant: str, weight: float = 1.0) -> SequenceState:
+    request = Request(
+        request_id="r", prompt=(5,), params=SamplingParams(), tenant=tenant, weight=weight
+    )
+    return SequenceState(request, 0, 0, math.inf)
+
+
+def reserve_of(num_seats: int = SEATS, **weights: float) -> SeatReserve:
+    """A reserve that knows these tenants since step 0."""
+    reserve = SeatReserve(num_seats)
+    for tenant, weight in weights.items():
+        reserve.note(sequence_of(tenant, weight))
+    return reserve
+
+
+def running(names: str) -> list[SequenceState]:
+    """A sequence for each tenant, one letter each."""
+    return [sequence_of(name) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("names", "above"),
+    [("", set()), ("a", set()), ("aa", {"a"}), ("aab", set()), ("aaab", {"a"}), ("aaabbb", set())],
+)
+def test_above_its_share_is_who_has_more_than_one_and_more_than_that_of_one_more(
+    names: str, above: set[str]
+) -> None:
+    """Of two equal ones: more than 1.5 of 3, 2 of 4, 2.5 of 5, 3.5 of 7."""
+    assert reserve_of(a=1, b=1).above_share(running(names)) == above
+
+
+def test_shares_are_those_of_the_weights() -> None:
+    reserve = reserve_of(a=3, b=1)
+    assert reserve.above_share(running("aaa")) == set()
+    assert reserve.above_share(running("aaaabb")) == {"b"}
+    assert reserve_of(a=1).above_share(running("aaa")) == set(), "alone it has all"
+
+
+@pytest.mark.parametrize(
+    ("num_seats", "names", "num_free"),
+    [
+        (32, "", {"a": 0, "b": 0}),
+        (32, "a", {"a": 2, "b": 0}),
+        (32, "ab", {"a": 0, "b": 0}),
+        (32, "aab", {"a": 2, "b": 0}),
+        (31, "aab", {"a": 1, "b": 0}),
+        (16, "aab", {"a": 1, "b": 0}),
+        (15, "aab", {"a": 0, "b": 0}),
+    ],
+)
+def test_one_in_sixteen_seats_is_left_free_by_who_has_its_share(
+    num_seats: int, names: str, num_free: dict[str, int]
+) -> None:
+    left = reserve_of(num_seats, a=1, b=1).seats_left_free(running(names))
+    assert {tenant: left.of(sequence_of(tenant)) for tenant in "ab"} == num_free
+
+
+def test_a_seat_that_is_taken_counts() -> None:
+    left = reserve_of(a=1, b=1).seats_left_free(running("b"))
+    left.take(sequence_of("a"))
+    assert left.of(sequence_of("a")) == 0
+    left.take(sequence_of("a"))
+    assert left.of(sequence_of("a")) == 2
+
+
+def test_a_tenant_alone_leaves_no_seat_free() -> None:
+    left = reserve_of(a=1).seats_left_free(running("aaaa"))
+    left.take(sequence_of("a"))
+    assert left.of(sequence_of("a")) == 0
+
+
+@pytest.mark.parametrize(
+    ("noted_at", "num_steps", "is_known"),
+    [(0, 1999, True), (0, 2000, False), (999, 2000, False), (1000, 2000, True)],
+)
+def test_a_tenant_without_sequences_is_known_for_a_thousand_steps(
+    noted_at: int, num_steps: int, is_known: bool
+) -> None:
+    reserve = SeatReserve(SEATS)
+    for step in range(num_steps):
+        if step == noted_at:
+            reserve.note(sequence_of("a"))
+        reserve.note(sequence_of("b"))
+        reserve.count_step()
+    assert reserve.above_share(running("bb")) == ({"b"} if is_known else set())
