@@ -119,7 +119,7 @@ def _drain(
     )
     streams = gateway.stream([call], f"drained-{seed}")
     streams.wait_tokens(case.tokens_before)
-    (worker,) = (c.worker for c in gateway.engines.clients if c.submissions())
+    (worker,) = (c.worker for c in gateway.engines.clients if c.submissions)
     with _resubmissions(gateway) as moved_at:
         ordered_at = time.monotonic()
         Site(cluster, rng).drain(worker)

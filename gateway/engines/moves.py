@@ -22,14 +22,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+from msgspec.structs import replace
+
+from gateway.engines.assignment_queue import AssignmentQueue
 from gateway.engines.engine_client import EngineClient
+from gateway.engines.request_router import RequestRouter
 from gateway.engines.submission import Submission
-from workers.requests.wire import Paused, Prefetched
+from gateway.engines.worker_registry import WorkerRegistry
+from workers.requests.wire import Pause, Paused, Prefetch, Prefetched
 
 logger = logging.getLogger(__name__)
 
@@ -83,21 +89,17 @@ class Moves:
     """All moves of a gateway. Event loop only.
 
     Args:
-        has_other: whether another worker can run a request.
-        pick: the worker that a request should move to; None while there is none.
-        go_over: takes a request from its worker, and gives it to another one, which lacks so many
-            of its newest tokens; to any one, where that is None.
+        workers: tells which workers can run a request.
+        router: chooses the worker that a request moves to.
+        assignments: takes a request from its worker, and gives it to another one.
     """
 
     def __init__(
-        self,
-        has_other: Callable[[Submission], bool],
-        pick: Callable[[Submission], EngineClient | None],
-        go_over: Callable[[Submission, EngineClient | None, int], None],
+        self, workers: WorkerRegistry, router: RequestRouter, assignments: AssignmentQueue
     ) -> None:
-        self._has_other = has_other
-        self._pick = pick
-        self._go_over = go_over
+        self._workers = workers
+        self._router = router
+        self._assignments = assignments
         self._waiting: dict[EngineClient, deque[Submission]] = {}
         """By worker that is drained, its requests that have not begun to move."""
         self._moves: dict[str, _Move] = {}
@@ -107,18 +109,17 @@ class Moves:
 
     def begin(self, source: EngineClient) -> None:
         """Move all requests of a worker."""
-        entries = source.submissions()
+        entries = source.submissions
         waiting = (e for e in entries if e.request.request_id not in self._moves)
         self._waiting[source] = deque(waiting)
         self._start_next(source)
 
-    def relieve(self, entry: Submission, source: EngineClient, target: EngineClient) -> None:
+    def relieve(self, entry: Submission, source: EngineClient) -> None:
         """Move a request of a worker that runs out of blocks; one at a time."""
-        can_move = any(entry.outputs) and entry.request.prompt_embeds is None
-        if can_move and source not in self._waiting and not self._num_moving(source):
-            move = _Move(entry, source, target)
-            self._moves[entry.request.request_id] = move
-            self._prefetch(move)
+        if not _can_move(entry) or source in self._waiting or self._num_moving(source):
+            return
+        if (target := self._router.pick_with_free_kv(entry, source)) is not None:
+            self._begin_move(entry, source, target)
 
     def end(self, worker: str) -> None:
         """A worker is not drained any more, or its stream has ended."""
@@ -129,9 +130,19 @@ class Moves:
         for move in [m for m in self._moves.values() if m.target.worker == worker]:
             self._begin_again(move)
 
-    def prefetched(self, target: EngineClient, message: Prefetched) -> None:
-        """A worker has fetched what it could."""
+    def take(self, client: EngineClient, message: Prefetched | Paused) -> None:
+        """A worker has fetched what it could, or computes no more of a request, whose outputs have
+        all been delivered.
+        """
         move = self._moves.get(message.request_id)
+        if isinstance(message, Prefetched):
+            self._note_prefetched(move, client, message)
+        elif move is not None and move.source is client and move.stage is _Stage.PAUSED:
+            self._finish(move)
+
+    def _note_prefetched(
+        self, move: _Move | None, target: EngineClient, message: Prefetched
+    ) -> None:
         fetches = (_Stage.BLOCKS, _Stage.LAST_BLOCK)
         if move is None or move.target is not target or move.stage not in fetches:
             return
@@ -147,12 +158,6 @@ class Moves:
             self._look_for_block(move)
         else:
             self._pause(move)
-
-    def paused(self, source: EngineClient, message: Paused) -> None:
-        """A worker computes no more of a request, whose outputs have all been delivered."""
-        move = self._moves.get(message.request_id)
-        if move is not None and move.source is source and move.stage is _Stage.PAUSED:
-            self._finish(move)
 
     def note_token(self, entry: Submission) -> None:
         """A worker has sent a token of a request, which is about to be delivered."""
@@ -174,21 +179,24 @@ class Moves:
             entry = waiting.popleft()
             if entry.stream is not source:
                 continue  # it has ended meanwhile
-            if not self._has_other(entry):
+            if not self._workers.can_any_run(entry):
                 staying.append(entry)
                 continue
-            if not any(entry.outputs) or entry.request.prompt_embeds is not None:
-                self._go_over(entry, None, 0)  # nothing was computed yet, or too much would be sent
+            if not _can_move(entry):
+                self._assignments.move(entry, None, 0)
                 continue
-            target = self._pick(entry)
+            target = self._router.pick(entry, self._workers.ready)
             assert target is not None, "there is another worker"
-            move = self._moves[entry.request.request_id] = _Move(entry, source, target)
-            self._prefetch(move)
+            self._begin_move(entry, source, target)
         if waiting is not None and staying:
             waiting.extend(staying)
             if source not in self._retrying:
                 self._retrying.add(source)
                 asyncio.get_running_loop().call_later(_RETRY_S, self._retry, source)
+
+    def _begin_move(self, entry: Submission, source: EngineClient, target: EngineClient) -> None:
+        move = self._moves[entry.request.request_id] = _Move(entry, source, target)
+        self._prefetch(move)
 
     def _retry(self, source: EngineClient) -> None:
         self._retrying.discard(source)
@@ -197,7 +205,9 @@ class Moves:
     def _prefetch(self, move: _Move) -> None:
         move.num_rounds += 1
         move.lengths = tuple(map(len, move.entry.outputs))
-        move.target.prefetch(move.entry, move.source.worker)
+        message = move.entry.message(time.monotonic())
+        request = replace(message, kv_peer=move.source.worker)
+        move.target.stream.send(Prefetch(request=request))
         self._set_timer(move, _ANSWER_LIMIT_S, self._finish)
 
     def _look_for_block(self, move: _Move) -> None:
@@ -213,14 +223,16 @@ class Moves:
     def _pause(self, move: _Move, num_tokens: int = 0) -> None:
         if not self._is_over(move):
             move.stage = _Stage.PAUSED
-            move.source.pause(move.entry, num_tokens)
+            name = move.entry.request.request_id
+            move.source.stream.send(Pause(request_id=name, num_tokens=num_tokens))
             self._set_timer(move, _PAUSE_LIMIT_S, self._finish)
 
     def _stay(self, move: _Move) -> None:
         """Give a move up; its worker goes on with the request."""
         self._forget(move)
         if move.stage is _Stage.PAUSED:
-            move.source.resume(move.entry)
+            name = move.entry.request.request_id
+            move.source.stream.send(Pause(request_id=name, is_over=True))
 
     def _begin_again(self, move: _Move) -> None:
         """Its other worker is gone; where it may stay, it does."""
@@ -240,7 +252,7 @@ class Moves:
             self._stay(move)
             return
         self._forget(move)
-        self._go_over(move.entry, target, move.num_new)
+        self._assignments.move(move.entry, target, move.num_new)
         self._start_next(move.source)
 
     def _must_leave(self, move: _Move) -> bool:
@@ -270,9 +282,14 @@ class Moves:
         self._moves.pop(move.entry.request.request_id, None)
 
 
+def _can_move(entry: Submission) -> bool:
+    """Whether blocks go with it: something was computed, and not too much must be sent again."""
+    return any(entry.outputs) and entry.request.prompt_embeds is None
+
+
 def _are_idle(move: _Move) -> bool:
     """Neither worker has another request of this gateway: they begin no step meanwhile."""
-    return move.source.num_requests + move.target.num_requests == 1
+    return len(move.source.submissions) + len(move.target.submissions) == 1
 
 
 def _length(entry: Submission) -> int:

@@ -12,7 +12,7 @@ worker is known to have, and from the workers that there are, so all gateways ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -21,6 +21,7 @@ from msgspec.structs import replace
 from gateway.engines.engine_client import EngineClient
 from gateway.engines.kv_index import KvIndex
 from gateway.engines.submission import Submission
+from gateway.engines.worker_registry import WorkerRegistry
 from workers.requests.block_hash import SHORT_BYTES, BlockHash, sequence_hashes
 from workers.requests.request import Request
 from workers.requests.wire import EngineHello, KeepCopy
@@ -62,12 +63,12 @@ class SessionCopies:
     """Has the blocks of sessions copied. Event loop only.
 
     Args:
-        clients: gives the streams to workers that take requests.
+        workers: the streams to workers that take requests.
         index: which worker has which blocks.
     """
 
-    def __init__(self, clients: Callable[[], Sequence[EngineClient]], index: KvIndex) -> None:
-        self._clients = clients
+    def __init__(self, workers: WorkerRegistry, index: KvIndex) -> None:
+        self._workers = workers
         self._index = index
 
     def note_prompt(self, entry: Submission, source: EngineClient) -> None:
@@ -89,7 +90,7 @@ class SessionCopies:
         at_least: int = 0,
     ) -> None:
         """Ask for a copy, if so many blocks are missing there."""
-        others = {c.worker: c for c in self._clients() if c is not source and _can_keep(c)}
+        others = {c.worker: c for c in self._workers.ready if c is not source and _can_keep(c)}
         if not others:
             return
         key = _key(entry.request, entry.block_hashes or hashes)
@@ -105,7 +106,7 @@ class SessionCopies:
         keeper = pick_keeper(keepers, len(entry.block_hashes or ()), key)
         assert keeper is not None, "there are other workers"
         if len(hashes) - keeper.num_known >= at_least:
-            others[keeper.name].keep_copy(_message(entry, source.worker, hashes))
+            others[keeper.name].stream.send(_message(entry, source.worker, hashes))
 
 
 def _can_keep(client: EngineClient) -> bool:

@@ -74,5 +74,5 @@ class Entrance:
                 max_wait_s=limits.max_queue_wait_s or math.inf,
             )
         share = -(-self._max_num_seqs // limits.num_gateway_replicas)
-        self.admission.capacity = self._engines.num_places(share)
+        self.admission.capacity = self._engines.workers.num_places(share)
         return self.admission

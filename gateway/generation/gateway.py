@@ -322,7 +322,7 @@ class Gateway:
         # what cannot enter is refused before it costs a tokenization
         self.entrance.require_room(ask, facts.max_model_len, deadline_s)
         call, made = await make(facts)
-        if not self.engines.has_adapter(adapter):
+        if not self.engines.workers.has_adapter(adapter):
             raise NotReadyError(f"no worker could load the adapter {call.model}: ask again later")
         if caller is not None:
             caller.check_tokens(time.monotonic())

@@ -70,7 +70,7 @@ class Conversation:
 
         async def find() -> str:
             clients = self._gateway.engines.clients
-            (name,) = (client.worker for client in clients if client.num_requests)
+            (name,) = (client.worker for client in clients if client.submissions)
             return name
 
         return self._gateway.run(find())

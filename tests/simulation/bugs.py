@@ -191,7 +191,7 @@ def _no_retry() -> AbstractContextManager[object]:
     """Requests that wait for a worker stay where they are when a stream opens."""
 
     async def announce(self: EnginePool, client: EngineClient) -> None:
-        await client.connected.wait()
+        await client.stream.connected.wait()
         self._notify()
 
     return mock.patch.object(EnginePool, "_announce", announce)

@@ -97,14 +97,14 @@ def _left_at_gateway(gateway: SimGateway) -> Iterator[str]:
         yield f"{admission.num_requests} requests, {admission.num_places} places admitted"
     if admission is not None and (admission.num_tokens or admission._queues):
         yield f"{admission.num_tokens} tokens admitted, of {[*admission._queues]}"
-    yield from _named("submissions without a worker", pool._waiting)
-    yield from _named("accused submissions", pool._accused)
-    yield from _named("moves", pool._moves._moves)
+    yield from _named("submissions without a worker", pool.assignments.waiting)
+    yield from _named("accused submissions", pool.disconnects.suspects)
+    yield from _named("moves", pool.moves._moves)
     yield from _named(
-        "drained workers with requests", [q for q in pool._moves._waiting.values() if q]
+        "drained workers with requests", [q for q in pool.moves._waiting.values() if q]
     )
-    for client in pool._clients.values():
-        yield from _named(f"submissions at {client.worker}", client.submissions())
+    for client in pool.workers.clients.values():
+        yield from _named(f"submissions at {client.worker}", client.submissions)
         if client.load.queued_tokens or client.load.num_decoding:
             load = client.load
             yield f"{load.queued_tokens} tokens, {load.num_decoding} decodes at {client.worker}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from typing import Any, Self
 
 import grpc
@@ -13,12 +14,13 @@ from msgspec import structs
 from cluster.core.errors import ExpertMeshError
 from cluster.core.release import RELEASE
 from gateway.cluster.view import AttentionEndpoint
-from gateway.engines.engine_client import PING_S, EngineClient, StreamEnd
+from gateway.engines.engine_client import EngineClient
+from gateway.engines.engine_stream import PING_S, EngineStream, StreamEnd
+from gateway.engines.stream_events import RequestChange, RequestEvent, StreamEvent, StreamEvents
 from gateway.engines.submission import RequestStage, Submission
 from tests.gateway.fakes import CLUSTER_TOKEN, ScriptedEngine
 from tests.gateway.stack import WAIT_S
 from tests.workers.process.test_gateway_silence import FACTS
-from workers.requests.block_hash import KvEvents
 from workers.requests.request import (
     FinishReason,
     Request,
@@ -30,7 +32,7 @@ from workers.requests.request import (
     TokenOutput,
 )
 from workers.requests.stream_handshake import WorkerHandshake
-from workers.requests.wire import TO_ENGINE, Abort, Paused, Prefetched, ToEngine
+from workers.requests.wire import TO_ENGINE, Abort, ToEngine
 
 
 class ListSink:
@@ -47,47 +49,28 @@ class ListSink:
         self.errors.append(error)
 
 
-class ListOwner:
-    """Keeps the calls of a stream to its owner."""
+class EventLog:
+    """Keeps the events of a stream."""
 
     def __init__(self) -> None:
-        self.returned: list[str] = []
-        self.settled: list[str] = []
-        self.computed_prompts: list[str] = []
-        self.kv: list[KvEvents] = []
-        self.knows_kv = True
-        self.num_places = 0
+        self.changes: list[tuple[RequestChange, str]] = []
+        self.events = StreamEvents(self._handle)
 
-    def take_back(self, entry: Submission, reason: str) -> None:
-        self.returned.append(reason)
+    def _handle(self, event: StreamEvent) -> None:
+        if isinstance(event, RequestEvent):
+            self.changes.append((event.change, event.entry.request.request_id))
 
-    def take_kv(self, worker: str, events: KvEvents) -> bool:
-        self.kv.append(events)
-        return self.knows_kv
+    def requests(self, change: RequestChange) -> list[str]:
+        """Requests with this change."""
+        return [name for one, name in self.changes if one is change]
 
-    def settle(self, entry: Submission, worker: str) -> None:
-        self.settled.append(entry.request.request_id)
+    @property
+    def settled(self) -> list[str]:
+        return self.requests(RequestChange.PROMPT_SETTLED)
 
-    def computed(self, client: EngineClient, entry: Submission) -> None:
-        self.computed_prompts.append(entry.request.request_id)
-
-    def note_token(self, entry: Submission, now_s: float) -> None:
-        pass
-
-    def prefetched(self, client: EngineClient, message: Prefetched) -> None:
-        pass
-
-    def paused(self, client: EngineClient, message: Paused) -> None:
-        pass
-
-    def relieve(self, client: EngineClient, entry: Submission) -> None:
-        pass
-
-    def released(self, entry: Submission) -> None:
-        pass
-
-    def place_waiting(self) -> None:
-        self.num_places += 1
+    @property
+    def computed_prompts(self) -> list[str]:
+        return self.requests(RequestChange.PROMPT_COMPUTED)
 
 
 def _client(attempt: int = 1, n: int = 2) -> tuple[EngineClient, ListSink]:
@@ -99,14 +82,15 @@ def _client(attempt: int = 1, n: int = 2) -> tuple[EngineClient, ListSink]:
 
 
 def _client_to(address: str, token: str, ping_s: float = PING_S) -> EngineClient:
-    return _new_client(ListOwner(), address, token, ping_s)
+    return _new_client(EventLog(), address, token, ping_s)
 
 
 def _new_client(
-    owner: ListOwner, address: str = "nowhere:1", token: str = "t", ping_s: float = PING_S
+    log: EventLog, address: str = "nowhere:1", token: str = "t", ping_s: float = PING_S
 ) -> EngineClient:
     endpoint = AttentionEndpoint("attention-0", address, 1)
-    return EngineClient(endpoint, token=token, gateway="gateway-0", owner=owner, ping_s=ping_s)
+    stream = EngineStream(endpoint, token=token, gateway="gateway-0", ping_s=ping_s)
+    return EngineClient(stream, log.events)
 
 
 def _output(
@@ -124,13 +108,13 @@ def _output(
 
 
 def _step(client: EngineClient, *outputs: TokenOutput) -> None:
-    client.take_step(StepOutput(outputs=outputs))
+    client.take(StepOutput(outputs=outputs))
 
 
 async def _sent(client: EngineClient, count: int) -> list[ToEngine]:
     """The first messages to the worker after the handshake."""
-    messages, worker = client.messages(), WorkerHandshake("t", "attention-0", RELEASE)
-    client.take_challenge(worker.challenge(await anext(messages)))
+    messages, worker = client.stream.messages(), WorkerHandshake("t", "attention-0", RELEASE)
+    client.stream.take_challenge(worker.challenge(await anext(messages)))
     worker.finish(await anext(messages), FACTS)
     return [TO_ENGINE.decode(await anext(messages)) for _ in range(count)]
 
@@ -155,16 +139,18 @@ def test_first_tokens_are_handed_over_first() -> None:
     assert [token for o in sink.outputs for token in o.token_ids] == [5, 7, 6, 8, 9]
 
 
-def test_a_gap_means_another_attempt() -> None:
-    owner, sink = ListOwner(), ListSink()
-    client = _new_client(owner)
+def test_a_gap_means_another_attempt(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    log, sink = EventLog(), ListSink()
+    client = _new_client(log)
     params = SamplingParams(max_tokens=10)
     request = Request(request_id="r", prompt=(1, 2, 3), params=params, n=2, attempt=1)
     entry = Submission(request, sink, 1000.0)
     client.submit(entry)
     _step(client, _output(0, 0, 5), _output(1, 0, 6))
     _step(client, _output(0, 2, 7), _output(1, 1, 8))  # index 1 of choice 0 is missing
-    assert owner.returned == ["outputs are missing"]
+    assert log.requests(RequestChange.RETURNED) == ["r"]
+    assert "outputs are missing" in caplog.text
     assert client.take_submissions() == []
     assert not sink.errors
     sent = asyncio.run(_sent(client, 2))
@@ -245,9 +231,12 @@ def test_choices_that_ended_are_not_asked_for_again() -> None:
         (1, "invalid_value", False),
     ],
 )
-def test_what_another_worker_can_do_is_handed_back(attempt: int, code: str, is_back: bool) -> None:
-    owner = ListOwner()
-    client = _new_client(owner)
+def test_what_another_worker_can_do_is_handed_back(
+    attempt: int, code: str, is_back: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    log = EventLog()
+    client = _new_client(log)
     sink = ListSink()
     request = Request(request_id="r", prompt=(1,), params=SamplingParams(), n=2, attempt=attempt)
     client.submit(Submission(request, sink, 1000.0))
@@ -258,7 +247,8 @@ def test_what_another_worker_can_do_is_handed_back(attempt: int, code: str, is_b
         error_code=code,
     )
     _step(client, error, structs.replace(error, choice=1))
-    assert owner.returned == (["in its words"] if is_back else [])
+    assert log.requests(RequestChange.RETURNED) == (["r"] if is_back else [])
+    assert ("in its words" in caplog.text) is is_back
     assert len(sink.outputs) == (0 if is_back else 2)
 
 
@@ -270,7 +260,7 @@ def test_a_wrong_token_is_refused() -> None:
         refused = await asyncio.wait_for(wrong.run(), WAIT_S)
         right = _client_to(engine.address, CLUSTER_TOKEN)
         task = asyncio.create_task(right.run())
-        await asyncio.wait_for(right.connected.wait(), WAIT_S)
+        await asyncio.wait_for(right.stream.connected.wait(), WAIT_S)
         await engine.stop()
         return refused, await asyncio.wait_for(task, WAIT_S)
 
@@ -287,7 +277,7 @@ def test_a_worker_of_another_release_is_refused_by_name() -> None:
         client = _client_to(engine.address, CLUSTER_TOKEN)
         end = await asyncio.wait_for(client.run(), WAIT_S)
         assert client.hello is None
-        assert not client.connected.is_set()
+        assert not client.stream.connected.is_set()
         await engine.stop()
         assert not end.has_died
         return end.reason
@@ -365,41 +355,41 @@ def test_a_cancellation_that_meets_the_end_of_the_call_is_kept(
 
 
 def test_the_load_is_what_is_under_way() -> None:
-    owner, sink = ListOwner(), ListSink()
-    client = _new_client(owner)
+    log, sink = EventLog(), ListSink()
+    client = _new_client(log)
     request = Request(request_id="r", prompt=(1,) * 50, params=SamplingParams(max_tokens=9), n=2)
     entry = Submission(request, sink, 1000.0, missing_tokens=34)
     client.submit(entry)
     load = client.load
-    assert (load.queued_tokens, load.num_decoding, owner.settled) == (34, 0, [])
+    assert (load.queued_tokens, load.num_decoding, log.settled) == (34, 0, [])
     _step(client, _output(0, 0, 5, attempt=0))
-    assert (load.queued_tokens, load.num_decoding, owner.settled) == (0, 2, ["r"])
+    assert (load.queued_tokens, load.num_decoding, log.settled) == (0, 2, ["r"])
     _step(client, _output(1, 0, 5, attempt=0, end=True))
     assert load.num_decoding == 1
     client.abort("r")
-    assert (load.queued_tokens, load.num_decoding, owner.settled) == (0, 0, ["r"])
+    assert (load.queued_tokens, load.num_decoding, log.settled) == (0, 0, ["r"])
     client.submit(Submission(structs.replace(request, request_id="s"), sink, 1000.0))
     client.submit(Submission(request, sink, 1000.0, missing_tokens=7))
     assert load.queued_tokens == 7
     assert len(client.take_submissions()) == 2
-    assert (load.queued_tokens, load.num_decoding, owner.settled) == (0, 0, ["r", "s", "r"])
+    assert (load.queued_tokens, load.num_decoding, log.settled) == (0, 0, ["r", "s", "r"])
 
 
 def test_a_prompt_is_computed_once_and_only_where_its_request_goes_on() -> None:
-    owner = ListOwner()
-    client = _new_client(owner)
+    log = EventLog()
+    client = _new_client(log)
     params = SamplingParams(max_tokens=10)
     request = Request(request_id="r", prompt=(1, 2, 3), params=params)
     client.submit(Submission(request, ListSink(), 1000.0))
     _step(client, _output(0, 0, 5, attempt=0))
     _step(client, _output(0, 1, 6, attempt=0))
-    assert owner.computed_prompts == ["r"]
+    assert log.computed_prompts == ["r"]
     _step(client, _output(0, 2, 7, attempt=0, end=True))
     client.submit(Submission(request, ListSink(), 1000.0))
     _step(client, _output(0, 0, 5, attempt=0, end=True))
     client.submit(Submission(request, ListSink(), 1000.0))
     client.abort("r")
-    assert owner.computed_prompts == ["r"]
+    assert log.computed_prompts == ["r"]
 
 
 def _solo(stage: SoloStage, attempt: int = 1) -> SoloStep:
@@ -412,11 +402,11 @@ def test_a_request_runs_alone_only_while_its_step_is_certain_and_not_over() -> N
     async def work() -> None:
         client, _ = _client()
         entry = client._submissions["r"]
-        client._outgoing.get_nowait()  # the request
+        client.stream._outgoing.get_nowait()  # the request
         seen = []
         for stage in SoloStage:
-            await client._take(_solo(stage))
-            seen.append((entry.stage, client._outgoing.get_nowait()))
+            client.take(_solo(stage))
+            seen.append((entry.stage, client.stream._outgoing.get_nowait()))
         assert seen == [
             (RequestStage.SENT, _solo(SoloStage.OFFERED)),
             (RequestStage.ALONE, _solo(SoloStage.CERTAIN)),
@@ -438,9 +428,9 @@ def test_a_worker_that_waits_for_an_acknowledgement_gets_one(
     async def work() -> None:
         client, _ = _client()
         entry = client._submissions["r"]
-        client._outgoing.get_nowait()  # the request
-        await client._take(_solo(stage, attempt=0))
+        client.stream._outgoing.get_nowait()  # the request
+        client.take(_solo(stage, attempt=0))
         assert entry.stage is RequestStage.SENT
-        assert client._outgoing.empty() is not is_answered
+        assert client.stream._outgoing.empty() is not is_answered
 
     asyncio.run(work())

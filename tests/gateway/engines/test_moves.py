@@ -267,8 +267,8 @@ def press(workers: Workers, free_tokens: int) -> None:
     def call() -> None:
         source, target = pool.clients
         target.load.free_tokens = free_tokens
-        for entry in source.submissions():
-            pool.relieve(source, entry)
+        for entry in source.submissions:
+            pool.moves.relieve(entry, source)
 
     workers.stack.call(call)
 

@@ -364,7 +364,7 @@ def test_a_request_that_waits_in_an_engine_does_not_fail(workers: Workers) -> No
 
     def has_it() -> bool:
         (client,) = workers.stack.engines.clients
-        return len(client.requests_at(RequestStage.QUEUED)) == 1
+        return [e.stage for e in client.submissions] == [RequestStage.QUEUED]
 
     engine = add()
     answer = start(lambda: complete(workers.stack, prompt="x", max_tokens=4))
@@ -462,8 +462,8 @@ def _lose_twice(workers: Workers) -> tuple[ScriptedEngine, Future[Any]]:
     workers.stack.wait_for(lambda: bool(second.stuck), "the second attempt")
     third = workers.add(script=ALPHABET, pause_after=0)
     workers.stop(second)
-    pool = workers.stack.engines  # the second worker may live: its connection is lost
-    workers.stack.wait_for(lambda: len(pool._waiting) == 1, "the end of the second stream")
+    queue = workers.stack.engines.assignments  # the second worker may live: its connection is lost
+    workers.stack.wait_for(lambda: len(queue.waiting) == 1, "the end of the second stream")
     workers.publish("DEGRADED")
     workers.stack.wait_for(lambda: bool(third.stuck), "the third attempt")
     assert [request.num_deaths for request in third.requests] == [2]

@@ -294,5 +294,5 @@ def test_an_adapter_that_no_worker_could_load_is_not_unknown(
 async def _change(stack: Stack, adapters: list[dict[str, Any]]) -> None:
     stack.controller.change(adapters=adapters)
     key, lacks = "sql@0", bool(adapters[0].get("lacking"))
-    while stack.gateway.engines.has_adapter(key) is lacks:
+    while stack.gateway.engines.workers.has_adapter(key) is lacks:
         await asyncio.sleep(0.001)

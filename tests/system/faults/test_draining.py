@@ -116,7 +116,7 @@ def test_a_stream_that_moves_between_idle_workers_lacks_one_token(
         expected = gateway.answer(calls)
         streams = gateway.stream(calls, "moved")
         streams.wait_tokens(1)
-        (worker,) = (c.worker for c in gateway.engines.clients if c.submissions())
+        (worker,) = (c.worker for c in gateway.engines.clients if c.submissions)
         began = time.monotonic()
         drain(cluster, worker)
         check_answers(streams.finish(), expected)
@@ -154,7 +154,7 @@ def test_a_beam_search_begins_anew_at_another_worker() -> None:
         assert len(expected) == 3
         moved = pool.submit(gateway.run, answer(gateway.gateway))
         cluster.wait(lambda snapshot: num_running(snapshot) == 3, fresh=True)
-        (worker,) = (c.worker for c in gateway.engines.clients if c.submissions())
+        (worker,) = (c.worker for c in gateway.engines.clients if c.submissions)
         drain(cluster, worker)
         assert moved.result(LIMIT_S) == expected
         assert gateway.num_resubmitted == 1

@@ -1,0 +1,137 @@
+"""Requests without a worker: when each is sent, and in which order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from cluster.core.errors import RequestFailedError
+from gateway.core.replay import ReplayCause
+from gateway.engines.disconnects import DisconnectResolver
+from gateway.engines.engine_client import EngineClient
+from gateway.engines.request_router import RequestRouter
+from gateway.engines.submission import Submission
+from gateway.engines.worker_registry import WorkerRegistry
+
+logger = logging.getLogger(__name__)
+
+_REFUSED_RETRY_S = 0.1
+"""Time before a request that a worker handed back may go to the same worker again."""
+
+
+class AssignmentQueue:
+    """Decides when a request is sent to a worker, and sends it. Event loop only.
+
+    Args:
+        workers: the open streams.
+        router: chooses the worker.
+        disconnects: tells which workers may live though their connection was lost.
+        on_resubmit: called when a request continues at another worker.
+    """
+
+    def __init__(
+        self,
+        workers: WorkerRegistry,
+        router: RequestRouter,
+        disconnects: DisconnectResolver,
+        on_resubmit: Callable[[Submission], None],
+    ) -> None:
+        self._workers = workers
+        self._router = router
+        self._disconnects = disconnects
+        self._on_resubmit = on_resubmit
+        self.waiting: list[Submission] = []
+        """Requests without a worker."""
+        self._is_scheduled = False
+
+    def add(self, entry: Submission) -> None:
+        """Assign a new request in the next turn of the event loop, with those that arrive now."""
+        self.waiting.append(entry)
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self.schedule()
+
+    def schedule(self, delay_s: float = 0.0) -> None:
+        """Assign the waiting requests later."""
+        loop = asyncio.get_running_loop()
+        if delay_s:
+            loop.call_later(delay_s, self.assign_waiting)
+        else:
+            loop.call_soon(self.assign_waiting)
+
+    def reassign(self, entries: Iterable[Submission]) -> None:
+        """Assign requests that have lost their worker, with all that wait."""
+        self.waiting.extend(entries)
+        self.assign_waiting()
+
+    def take_back(self, entry: Submission) -> None:
+        """Assign a request again that its worker has handed back."""
+        entry.replay_cause = ReplayCause.HANDED_BACK
+        self.waiting.append(entry)
+        has_other = entry.num_returns == 1 and len(self._workers.ready) > 1
+        self.schedule(0.0 if has_other else _REFUSED_RETRY_S)
+
+    def move(self, entry: Submission, target: EngineClient | None, num_new: int) -> None:
+        """Move a request from its worker to another one, which has the KV blocks of all but its
+        newest tokens, or to any.
+        """
+        source = entry.stream
+        assert isinstance(source, EngineClient), "it moves while it has a worker"
+        source.give_up(entry)
+        entry.replay_cause = ReplayCause.HANDED_BACK if target is None else ReplayCause.MOVED
+        if target is None or target.worker in self._workers.leaving:
+            self.reassign([entry])
+            return
+        with self._isolate(entry):
+            entry.kv_peer, entry.missing_tokens = "", num_new
+            self._submit(entry, target, time.monotonic())
+
+    def assign_waiting(self) -> None:
+        """Send the requests that wait for a worker, and may be sent now."""
+        self._is_scheduled = False
+        waiting, self.waiting = self.waiting, []
+        now_s, ready = time.monotonic(), self._workers.ready
+        unresolved = self._disconnects.unresolved(now_s)
+        has_lone_request = any(e.must_be_sent_alone for e in waiting) and any(
+            entry.may_kill_on_receipt for entry in self._workers.submissions
+        )
+        by_cost: list[tuple[int, Submission]] = []
+        for entry in waiting:
+            with self._isolate(entry):
+                by_cost.append((self._router.num_missing(entry, ready), entry))
+        for _, entry in sorted(by_cost, key=lambda pair: pair[0]):
+            if not entry.is_waiting or now_s >= entry.deadline_s:
+                continue
+            is_second_lone = entry.must_be_sent_alone and has_lone_request
+            has_to_wait = is_second_lone or entry.awaits_verdict(unresolved)
+            with self._isolate(entry):
+                client = None if has_to_wait else self._router.pick(entry, ready)
+                if client is None:
+                    self.waiting.append(entry)
+                    continue
+                has_lone_request = has_lone_request or entry.must_be_sent_alone
+                self._submit(entry, client, now_s)
+
+    def _submit(self, entry: Submission, client: EngineClient, now_s: float) -> None:
+        self._router.kv.expect(client.worker, entry.prompt_hashes)
+        is_again = entry.was_sent
+        if is_again:
+            entry.next_attempt(now_s)
+        client.submit(entry)
+        if is_again:
+            self._on_resubmit(entry)
+
+    @contextlib.contextmanager
+    def _isolate(self, entry: Submission) -> Iterator[None]:
+        """An error fails this request alone: the others are still placed."""
+        try:
+            yield
+        except Exception as err:
+            name = entry.request.request_id
+            logger.exception("request %s cannot be placed", name)
+            entry.abort()
+            entry.close()
+            entry.sink.fail(RequestFailedError(f"request {name} cannot be placed: {err}"))

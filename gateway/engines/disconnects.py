@@ -1,0 +1,80 @@
+"""Requests of workers to which the connection was lost: a worker may have died, or may live."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+
+from cluster.core.errors import NotReadyError, PoisonousRequestError
+from gateway.core.replay import ReplayCause
+from gateway.engines.engine_stream import StreamEnd
+from gateway.engines.submission import Submission
+
+logger = logging.getLogger(__name__)
+
+_VERDICT_LIMIT_S = 10.0
+"""Time for which a request waits to learn whether a worker lives."""
+
+
+class DisconnectResolver:
+    """Decides which requests of a lost connection continue, and which one killed its worker."""
+
+    def __init__(self) -> None:
+        self.suspects: list[tuple[Submission, str]] = []
+        """Requests whose last worker seems to have died of them, and why: they fail once it is
+        known to be dead, and continue if only the connection was lost."""
+        self._unresolved: dict[str, float] = {}
+        """Workers to which the connection was lost, and which may live; ``time.monotonic``."""
+        self._is_stopping = False
+
+    def stop(self) -> None:
+        """The gateway ends: requests that lose their worker fail."""
+        self._is_stopping = True
+
+    def note_end(self, worker: str) -> None:
+        """A stream has ended; the worker may live."""
+        self._unresolved.setdefault(worker, time.monotonic())
+
+    def unresolved(self, now_s: float) -> list[str]:
+        """Workers that may live, as far as requests wait to learn it."""
+        return [w for w, at_s in self._unresolved.items() if now_s - at_s < _VERDICT_LIMIT_S]
+
+    def lose(self, worker: str, lost: Iterable[Submission], end: StreamEnd) -> list[Submission]:
+        """Requests that continue, of those that a worker had when its stream ended."""
+        lost, continuing = list(lost), []
+        has_suspect = any(entry.may_kill_on_receipt for entry in lost)
+        for entry in lost:
+            name = entry.request.request_id
+            if self._is_stopping:
+                reason = f"the gateway ends ({end.reason})"
+                entry.sink.fail(NotReadyError(reason, "not_ready", 1.0))
+                continue
+            logger.warning("request %s was lost with %s: %s", name, worker, end.reason)
+            has_died_with = end.has_died and (entry.may_kill_on_receipt or not has_suspect)
+            if (cause := entry.lose() if has_died_with else None) is not None:
+                self.suspects.append((entry, f"{cause}: {end.reason}"))
+                continue
+            entry.replay_cause = ReplayCause.LOST if end.has_died else ReplayCause.HANDED_BACK
+            continuing.append(entry)
+        return continuing
+
+    def resolve(self, worker: str, has_died: bool) -> list[Submission]:
+        """Resolve a lost connection: the worker is now known to be alive or dead.
+
+        Returns the suspects that continue, since it lives.
+        """
+        self._unresolved.pop(worker, None)
+        suspects, self.suspects, continuing = self.suspects, [], []
+        for entry, why in suspects:
+            if entry.last_worker != worker:
+                self.suspects.append((entry, why))
+            elif self._is_stopping:
+                entry.sink.fail(NotReadyError("the gateway ends", "not_ready", 1.0))
+            elif not has_died:
+                continuing.append(entry)
+            elif entry.is_waiting:
+                entry.close()
+                name = entry.request.request_id
+                entry.sink.fail(PoisonousRequestError(f"request {name}: {why}"))
+        return continuing

@@ -1,0 +1,169 @@
+"""The gRPC stream to one attention worker: handshake, messages, pings, and why it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
+
+import grpc
+
+from cluster.core.errors import ProtocolError
+from cluster.core.release import RELEASE
+from gateway.cluster.view import AttentionEndpoint
+from workers.requests.stream_handshake import GatewayHandshake
+from workers.requests.wire import (
+    FROM_ENGINE,
+    MAX_MESSAGE_BYTES,
+    PATH,
+    TO_ENGINE,
+    EngineHello,
+    FromEngine,
+    Ping,
+    ToEngine,
+)
+
+PING_S = 1.0
+"""Time between two pings."""
+SILENCE_LIMIT_S = 5.0
+"""Time without a message, answers to pings included, after which a worker is dropped."""
+_CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+_Call = grpc.aio.StreamStreamCall[bytes, bytes]
+
+
+_OWN_END = frozenset(
+    {
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.UNAUTHENTICATED,
+    }
+)
+"""Status of a stream that a living worker has ended: it may not serve, or drops this gateway."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEnd:
+    """Why a stream ended."""
+
+    reason: str
+    has_died: bool
+    """For all that is known, the worker is gone."""
+
+
+class EngineStream:
+    """One stream, from its hello to its end; decides whether the worker is still connected.
+
+    Args:
+        endpoint: the worker.
+        token: the cluster token.
+        gateway: name of this replica.
+        silence_limit_s: see ``SILENCE_LIMIT_S``.
+        ping_s: see ``PING_S``.
+        release: of this replica; workers of another one are refused.
+    """
+
+    def __init__(
+        self,
+        endpoint: AttentionEndpoint,
+        *,
+        token: str,
+        gateway: str,
+        silence_limit_s: float = SILENCE_LIMIT_S,
+        ping_s: float = PING_S,
+        release: str = RELEASE,
+    ) -> None:
+        self.endpoint = endpoint
+        self.hello: EngineHello | None = None
+        """The worker's hello; None before it, and after the end."""
+        self.connected = asyncio.Event()
+        """Set when the hello came."""
+        self._handshake = GatewayHandshake(token, gateway, release)
+        self._proof: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._silence_limit_s = silence_limit_s
+        self._ping_s = ping_s
+        self._outgoing: asyncio.Queue[ToEngine | None] = asyncio.Queue()
+        self._heard_s = time.monotonic()
+        self._is_silent = False
+
+    def send(self, message: ToEngine) -> None:
+        """Queue a message to the worker; never waits."""
+        self._outgoing.put_nowait(message)
+
+    async def run(self, take: Callable[[FromEngine], Awaitable[None]]) -> StreamEnd:
+        """Pass each message to ``take`` until the stream ends; returns why. Cancel it to end it."""
+        end = await self._run(take)
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # gRPC swallows one that meets a call's end
+            raise asyncio.CancelledError
+        return end
+
+    async def _run(self, take: Callable[[FromEngine], Awaitable[None]]) -> StreamEnd:
+        self._heard_s = time.monotonic()
+        async with grpc.aio.insecure_channel(
+            self.endpoint.address, options=_CHANNEL_OPTIONS
+        ) as channel:
+            call = channel.stream_stream(PATH, bytes, bytes)(self.messages())
+            pinger = asyncio.create_task(self._ping(call))
+            try:
+                await self._read(call, take)
+                return StreamEnd("the worker closed the stream", has_died=True)
+            except grpc.aio.AioRpcError as err:
+                reason = f"{err.code().name}: {err.details()}"
+                return StreamEnd(reason, has_died=err.code() not in _OWN_END)
+            except ProtocolError as err:
+                return StreamEnd(str(err), has_died=False)
+            except asyncio.CancelledError:
+                if self._is_silent:  # read() reports our own call.cancel() in this way
+                    reason = f"no sign of life for {self._silence_limit_s} s"
+                    return StreamEnd(reason, has_died=True)
+                raise
+            finally:
+                self.hello = None
+                pinger.cancel()
+                call.cancel()
+                self._proof.put_nowait(None)  # gRPC's task that waits for messages ends
+                self._outgoing.put_nowait(None)
+
+    async def _read(self, call: _Call, take: Callable[[FromEngine], Awaitable[None]]) -> None:
+        if isinstance(data := await call.read(), bytes):
+            self.take_challenge(data)
+        if isinstance(data := await call.read(), bytes):
+            self.hello = self._handshake.finish(data)
+            self.connected.set()
+        while isinstance(data := await call.read(), bytes):
+            self._heard_s = time.monotonic()
+            await take(FROM_ENGINE.decode(data))
+
+    def take_challenge(self, challenge: bytes) -> None:
+        """Prove the token. Raises ``HandshakeError``."""
+        self._proof.put_nowait(self._handshake.answer(challenge))
+
+    async def messages(self) -> AsyncGenerator[bytes]:
+        """Messages to the worker, encoded."""
+        yield self._handshake.start()
+        if (proof := await self._proof.get()) is not None:
+            yield proof
+        while (message := await self._outgoing.get()) is not None:
+            yield TO_ENGINE.encode(message)
+
+    async def _ping(self, call: _Call) -> None:
+        number = 0
+        while True:
+            began_s = time.monotonic()
+            await asyncio.sleep(self._ping_s)
+            late_s = time.monotonic() - began_s - self._ping_s
+            if late_s > self._ping_s:  # this process stalled: messages may wait unread
+                self._heard_s += late_s
+            if time.monotonic() - self._heard_s > self._silence_limit_s:
+                self._is_silent = True
+                call.cancel()
+                return
+            number += 1
+            self.send(Ping(number=number))

@@ -1,0 +1,88 @@
+"""Chooses the worker of each request from what is known of workers, KV blocks and sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gateway.engines.engine_client import EngineClient
+from gateway.engines.kv_index import KvIndex
+from gateway.engines.router import RoutingPolicy, pick_worker, route_by_kv
+from gateway.engines.session_affinity import SessionAffinity
+from gateway.engines.submission import Submission
+from gateway.engines.worker_registry import WorkerRegistry
+from workers.requests.block_hash import block_hashes
+
+ROOM_FACTOR = 4
+"""A worker takes a request from one that runs short of blocks if it has room for the request's
+tokens this many times: others may take much of the room before the request arrives, and it must not
+move back soon."""
+
+
+class RequestRouter:
+    """Decides which worker a request goes to.
+
+    Args:
+        workers: the workers to choose from.
+        policy: how a worker is picked.
+    """
+
+    def __init__(self, workers: WorkerRegistry, policy: RoutingPolicy) -> None:
+        self._workers = workers
+        self._policy = policy
+        self._num_routed = 0
+        self.kv = KvIndex()
+        """Which worker has which blocks."""
+        self._affinity = SessionAffinity()
+
+    def pick(self, entry: Submission, ready: Sequence[EngineClient]) -> EngineClient | None:
+        """The worker for a request, which has its adapter; its last one only if there is no
+        other."""
+        clients = {c.worker: c for c in ready if self._workers.can_run(entry, c)}
+        if len(clients) > 1:
+            clients.pop(entry.last_worker, None)
+        if not clients:
+            return None
+        loads, tokens = [client.load for client in clients.values()], entry.num_known_tokens
+        if self._policy is RoutingPolicy.KV:
+            size = self._name_blocks(entry, ready[0])
+            hashes = entry.prompt_hashes
+            home = self._affinity.get(entry.request)
+            choice = route_by_kv(self.kv, hashes, loads, self._num_routed, tokens, size, home)
+        else:
+            for client in clients.values():
+                client.load.outstanding_tokens = client.outstanding_tokens
+            choice = pick_worker(loads, self._policy, self._num_routed)
+        self._num_routed += 1
+        entry.missing_tokens = max(tokens - choice.cached_tokens, 0)
+        entry.kv_peer = choice.peer
+        self._affinity.put(entry.request, choice.load.name)
+        return clients[choice.load.name]
+
+    def pick_with_free_kv(self, entry: Submission, source: EngineClient) -> EngineClient | None:
+        """The worker with the most room for a request of one that runs out of blocks."""
+        needed = ROOM_FACTOR * entry.num_known_tokens
+        others = (
+            c
+            for c in self._workers.ready
+            if c is not source and c.load.free_tokens >= needed and self._workers.can_run(entry, c)
+        )
+        return max(others, key=lambda client: client.load.free_tokens, default=None)
+
+    def num_missing(self, entry: Submission, ready: Sequence[EngineClient]) -> int:
+        """Tokens of a request that no worker has cached; sets the hashes of its blocks."""
+        tokens = entry.num_known_tokens
+        if self._policy is not RoutingPolicy.KV or not ready:
+            return tokens
+        block_size = self._name_blocks(entry, ready[0])
+        matches = self.kv.matches(entry.prompt_hashes)
+        return tokens - block_size * max(matches.values(), default=0)
+
+    def _name_blocks(self, entry: Submission, client: EngineClient) -> int:
+        """Set its prompt's hashes; returns the tokens of a block."""
+        hello = client.hello
+        assert hello is not None, "only workers that said hello take requests"
+        block_size = hello.kv_block_size
+        if block_size and not entry.prompt_hashes:
+            limit = hello.kv_length_matters_above
+            entry.set_hashes(block_hashes(entry.request, block_size, limit))
+        return block_size
