@@ -14,8 +14,8 @@ from starlette.routing import BaseRoute, Route
 
 from cluster.batches.requests import ENDPOINTS
 from cluster.core.errors import ConflictError, RequestError, UnknownNameError
-from gateway.batches.objects import ENDED, WINDOW_S, Batch
-from gateway.batches.shelf import BatchShelf, readable
+from gateway.batches.batch_store import BatchStore
+from gateway.batches.objects import ENDED, WINDOW_S, Batch, readable
 from gateway.core.bodies import StrictBody
 from gateway.core.field_checks import check_metadata, require
 from gateway.generation.gateway import Gateway
@@ -50,13 +50,13 @@ class BatchRoutes:
 
     Args:
         gateway: the replica.
-        shelf: its batches.
+        batches: its batches.
     """
 
-    def __init__(self, gateway: Gateway, shelf: BatchShelf) -> None:
+    def __init__(self, gateway: Gateway, batches: BatchStore) -> None:
         self._gateway = gateway
         self._disk = gateway.disk
-        self._shelf = shelf
+        self._batches = batches
 
     def routes(self) -> list[BaseRoute]:
         """The routes."""
@@ -75,14 +75,14 @@ class BatchRoutes:
         rule = f"({body.completion_window[:32]!r}) must be 24h"
         require(body.completion_window == "24h", "completion_window", rule)
         check_metadata(body.metadata or {})
-        owner, shelf = tenant(), self._shelf
-        file = await self._disk.run(shelf.get_file, owner, body.input_file_id)
+        owner, batches = tenant(), self._batches
+        file = await self._disk.run(batches.files.get, owner, body.input_file_id)
         if file is None:
             message = f"input_file_id ({body.input_file_id[:64]!r}) names no file"
             raise RequestError(message, "input_file_id")
         now_s, expiry = int(time.time()), body.output_expires_after
         batch = Batch(
-            id=shelf.new_batch_id(),
+            id=batches.new_id(),
             endpoint=body.endpoint,
             input_file_id=body.input_file_id,
             created_at=now_s,
@@ -90,20 +90,20 @@ class BatchRoutes:
             metadata=body.metadata,
             output_ttl_s=expiry.seconds if expiry is not None else None,
         )
-        await self._disk.run(shelf.make, owner, batch, file[1])
+        await self._disk.run(batches.make, owner, batch, file[1])
         return json_response(batch.shown())
 
     async def list(self, request: Request) -> Response:
         """A page of the batches, the newest first."""
         page = Page.of(request.query_params, _MOST_LISTED, _LISTED)
-        owner, shelf = tenant(), self._shelf
+        owner, batches = tenant(), self._batches
 
         def read(batch_id: str) -> dict[str, Any] | None:
-            batch = readable(shelf.get, owner, batch_id)
+            batch = readable(batches.get, owner, batch_id)
             return None if batch is None else batch.shown()
 
         def read_all() -> dict[str, Any]:
-            return page.read(shelf.list_batches(owner), read)
+            return page.read(batches.list_ids(owner), read)
 
         return json_response(await self._disk.run(read_all))
 
@@ -116,13 +116,13 @@ class BatchRoutes:
         batch = await self._find(request)
         if batch.status in ENDED:
             raise ConflictError(f"the batch is {batch.status} already")
-        await self._disk.run(self._shelf.cancel, batch.id)
+        await self._disk.run(self._batches.cancel, batch.id)
         asked = msgspec.structs.replace(batch, status="cancelling", cancelling_at=int(time.time()))
         return json_response(asked.shown())
 
     async def _find(self, request: Request) -> Batch:
         batch_id = request.path_params["batch_id"]
-        found = await self._disk.run(self._shelf.get, tenant(), batch_id)
+        found = await self._disk.run(self._batches.get, tenant(), batch_id)
         if found is None:
             raise UnknownNameError(f"there is no batch {batch_id[:64]!r}")
         return found

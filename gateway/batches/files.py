@@ -12,9 +12,9 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from cluster.core.errors import RequestError, UnknownNameError
+from gateway.batches.file_store import FileStore
 from gateway.batches.forms import FormPart, read_form
-from gateway.batches.objects import FileFacts
-from gateway.batches.shelf import BatchShelf, readable
+from gateway.batches.objects import FileFacts, readable
 from gateway.core.field_checks import require
 from gateway.generation.gateway import Gateway
 from gateway.http.downloads import PiecesResponse
@@ -35,13 +35,13 @@ class FileRoutes:
 
     Args:
         gateway: the replica.
-        shelf: its files.
+        files: its files.
     """
 
-    def __init__(self, gateway: Gateway, shelf: BatchShelf) -> None:
+    def __init__(self, gateway: Gateway, files: FileStore) -> None:
         self._gateway = gateway
         self._disk = gateway.disk
-        self._shelf = shelf
+        self._files = files
         self._seats = asyncio.Semaphore(gateway.tuning.max_uploads)
 
     def routes(self) -> list[BaseRoute]:
@@ -59,9 +59,7 @@ class FileRoutes:
         async with within_time(request, self._gateway), self._seats:
             form = await _read_form(request, self._gateway)
             file_id, facts = await self._disk.run(
-                partial(
-                    self._shelf.put_file, tenant(), form.filename, form.content, ttl_s=form.ttl_s
-                )
+                partial(self._files.put, tenant(), form.filename, form.content, ttl_s=form.ttl_s)
             )
         return json_response(facts.shown(file_id))
 
@@ -69,23 +67,23 @@ class FileRoutes:
         """A page of the files, the newest first."""
         purpose = request.query_params.get("purpose")
         page = Page.of(request.query_params, _MOST_LISTED, _MOST_LISTED)
-        owner, shelf = tenant(), self._shelf
+        owner, files = tenant(), self._files
 
         def read(file_id: str) -> dict[str, Any] | None:
-            facts = readable(shelf.get_facts, owner, file_id)
+            facts = readable(files.facts, owner, file_id)
             if facts is None or purpose not in (None, facts.purpose):
                 return None
             return facts.shown(file_id)
 
         def read_all() -> dict[str, Any]:
-            return page.read(shelf.list_files(owner), read)
+            return page.read(files.list_ids(owner), read)
 
         return json_response(await self._disk.run(read_all))
 
     async def get(self, request: Request) -> Response:
         """What is known of a file."""
         file_id = request.path_params["file_id"]
-        facts = await self._disk.run(self._shelf.get_facts, tenant(), file_id)
+        facts = await self._disk.run(self._files.facts, tenant(), file_id)
         if facts is None:
             raise _unknown(file_id)
         return json_response(facts.shown(file_id))
@@ -94,7 +92,7 @@ class FileRoutes:
         """A file's bytes."""
         file_id = request.path_params["file_id"]
         disk = self._disk
-        found = await disk.run(self._shelf.open_file, tenant(), file_id, release=_close)
+        found = await disk.run(self._files.open, tenant(), file_id, release=_close)
         if found is None:
             raise _unknown(file_id)
         facts, reader = found
@@ -103,7 +101,7 @@ class FileRoutes:
     async def delete(self, request: Request) -> Response:
         """Remove a file; batches that were made of it have copies."""
         file_id = request.path_params["file_id"]
-        if not await self._disk.run(self._shelf.delete_file, tenant(), file_id):
+        if not await self._disk.run(self._files.delete, tenant(), file_id):
             raise _unknown(file_id)
         return json_response({"id": file_id, "object": "file", "deleted": True})
 

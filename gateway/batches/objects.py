@@ -5,12 +5,18 @@ Source of the names: https://developers.openai.com/api/reference/resources/batch
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+import logging
+from collections.abc import Callable
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 
 from gateway.core.errors import StorageError
 from gateway.state.store import ObjectKind
+
+logger = logging.getLogger(__name__)
+
+Stored = TypeVar("Stored")
 
 FILES: Final = ObjectKind("files", "file")
 BATCHES: Final = ObjectKind("batches", "batch")
@@ -130,3 +136,14 @@ def decode_batch(raw: bytes, batch_id: str) -> Batch:
         return msgspec.json.decode(raw, type=Batch)
     except (msgspec.MsgspecError, UnicodeDecodeError) as err:
         raise StorageError(f"the stored batch {batch_id} is damaged") from err
+
+
+def readable(
+    read: Callable[[str, str], Stored | None], tenant: str, object_id: str
+) -> Stored | None:
+    """What ``read`` returns; None, and a line in the log, for a damaged object."""
+    try:
+        return read(tenant, object_id)
+    except StorageError as err:
+        logger.error("%s is left out of a list: %s", object_id, err)
+        return None

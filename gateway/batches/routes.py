@@ -8,9 +8,9 @@ from starlette.routing import BaseRoute, Route
 
 from cluster.core.errors import UnsupportedParameterError
 from gateway.batches import answers
+from gateway.batches.batch_store import BatchStore
 from gateway.batches.batches import BatchBody, BatchRoutes
 from gateway.batches.files import FileRoutes
-from gateway.batches.shelf import BatchShelf
 from gateway.generation.gateway import Gateway
 from gateway.http.downloads import PiecesResponse
 from gateway.http.openapi import Endpoint
@@ -59,8 +59,11 @@ def routes(gateway: Gateway) -> list[BaseRoute]:
     if gateway.state is None:
         paths = dict.fromkeys(endpoint.path for endpoint in ENDPOINTS)
         return [Route(path, _refuse, methods=["GET", "POST", "DELETE"]) for path in paths]
-    shelf = BatchShelf(gateway.state)
-    return [*FileRoutes(gateway, shelf).routes(), *BatchRoutes(gateway, shelf).routes()]
+    batches = BatchStore(gateway.state)
+    return [
+        *FileRoutes(gateway, batches.files).routes(),
+        *BatchRoutes(gateway, batches).routes(),
+    ]
 
 
 async def _refuse(request: Request) -> Response:

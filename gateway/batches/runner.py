@@ -19,9 +19,9 @@ from starlette.routing import BaseRoute, Route
 
 from cluster.batches.answers import AnswerFile, InUseError
 from cluster.disk.threads import END_S, DiskThreads
+from gateway.batches.batch_store import BatchStore, PendingBatch, WorkPart
 from gateway.batches.objects import ENDED
-from gateway.batches.running import BatchTuning, RunningBatch, is_passing
-from gateway.batches.shelf import BatchShelf, Work
+from gateway.batches.running import BatchTuning, RunningBatch, is_transient
 from gateway.core.errors import KeyFullError
 from gateway.generation.gateway import Gateway
 
@@ -58,7 +58,7 @@ class BatchRunner:
         self._gateway = gateway
         self._routes = [route for route in routes if isinstance(route, Route)]
         self._tuning = tuning or BatchTuning()
-        self._shelf = BatchShelf(gateway.state) if gateway.state is not None else None
+        self._batches = BatchStore(gateway.state) if gateway.state is not None else None
         self._runs: dict[str, _Run] = {}
         self._pauses: dict[str, _Pause] = {}
         self._threads = DiskThreads(
@@ -69,8 +69,8 @@ class BatchRunner:
 
     def start(self) -> None:
         """Begin to look for batches; does nothing without a state folder."""
-        if self._shelf is not None:
-            self._task = asyncio.create_task(self._look(self._shelf))
+        if self._batches is not None:
+            self._task = asyncio.create_task(self._look(self._batches))
 
     async def stop(self) -> None:
         """End; other gateways go on with what runs here."""
@@ -80,18 +80,20 @@ class BatchRunner:
         if tasks:
             await asyncio.wait(tasks, timeout=END_S)  # a disk that hangs does not end them
 
-    async def _look(self, shelf: BatchShelf) -> None:
+    async def _look(self, batches: BatchStore) -> None:
         while True:
             try:
-                await self._disk(shelf.sweep)
-                waiting = await self._disk(shelf.waiting)
+                await self._disk(batches.sweep)
+                waiting = await self._disk(batches.waiting)
             except Exception as err:
-                logger.error("batches cannot be looked for: %s", err, exc_info=not is_passing(err))
+                logger.error(
+                    "could not read the pending batches: %s", err, exc_info=not is_transient(err)
+                )
             else:
-                self._take(shelf, waiting)
+                self._take(batches, waiting)
             await asyncio.sleep(self._tuning.look_s)
 
-    def _take(self, shelf: BatchShelf, waiting: Sequence[Work]) -> None:
+    def _take(self, batches: BatchStore, waiting: Sequence[PendingBatch]) -> None:
         """Run those batches that do not run here already, as far as there are seats."""
         names = {work.batch_id for work in waiting}
         self._pauses = {name: one for name, one in self._pauses.items() if name in names}
@@ -101,7 +103,7 @@ class BatchRunner:
             is_early = name in self._pauses and now_s < self._pauses[name].ends_s
             if name in self._runs or is_early or not self._has_seat(work.tenant):
                 continue
-            task = asyncio.create_task(self._run(shelf, work))
+            task = asyncio.create_task(self._run(batches, work))
             self._runs[name] = _Run(work.tenant, task)
             task.add_done_callback(partial(self._ended, name))
 
@@ -114,13 +116,13 @@ class BatchRunner:
         is_seated = any(run.tenant == tenant for run in self._runs.values())
         return num_left > (is_seated and not self._gateway.keys.is_open)
 
-    async def _run(self, shelf: BatchShelf, work: Work) -> None:
+    async def _run(self, batches: BatchStore, work: PendingBatch) -> None:
         try:
-            await self._run_alone(shelf, work)
+            await self._run_alone(batches, work)
         except Exception as err:
             self._pause(work.batch_id, err)
-            is_bug = not is_passing(err)
-            logger.error("batch %s stands still: %s", work.batch_id, err, exc_info=is_bug)
+            is_bug = not is_transient(err)
+            logger.error("batch %s is paused: %s", work.batch_id, err, exc_info=is_bug)
 
     def _pause(self, name: str, err: Exception) -> None:
         """Retry less and less often; a full key costs nothing, and may have room at any time."""
@@ -130,19 +132,19 @@ class BatchRunner:
         length_s = min(length_s, self._tuning.max_retry_s)
         self._pauses[name] = _Pause(time.monotonic() + length_s, length_s)
 
-    async def _run_alone(self, shelf: BatchShelf, work: Work) -> None:
+    async def _run_alone(self, batches: BatchStore, work: PendingBatch) -> None:
         """Run a batch to its end, unless another gateway does."""
         stack = contextlib.ExitStack()
         try:
-            files = await self._disk(partial(_open, stack, shelf, work.batch_id))
-            batch = await self._disk(partial(shelf.take, work))
+            files = await self._disk(partial(_open, stack, batches, work.batch_id))
+            batch = await self._disk(partial(batches.take, work))
             if batch is None:
                 return
             if batch.status not in ENDED:
                 disk = self._disk
-                run = RunningBatch(self._gateway, shelf, work.tenant, batch, *files, disk)
+                run = RunningBatch(self._gateway, batches, work.tenant, batch, *files, disk)
                 await run.run(self._routes, self._tuning)
-            await self._disk(partial(shelf.end, work.batch_id))
+            await self._disk(partial(batches.end, work.batch_id))
         except InUseError:
             return
         finally:
@@ -150,9 +152,9 @@ class BatchRunner:
 
 
 def _open(
-    stack: contextlib.ExitStack, shelf: BatchShelf, batch_id: str
+    stack: contextlib.ExitStack, batches: BatchStore, batch_id: str
 ) -> tuple[AnswerFile, AnswerFile]:
     """The files of answers and of failures. Raises what ``AnswerFile`` raises."""
-    paths = shelf.answers(batch_id), shelf.failures(batch_id)
+    paths = (batches.path(batch_id, part) for part in (WorkPart.ANSWERS, WorkPart.FAILURES))
     answers, failures = (stack.enter_context(AnswerFile(path, is_private=True)) for path in paths)
     return answers, failures

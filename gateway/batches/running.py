@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,15 +18,15 @@ from cluster.batches.requests import BatchLimits, BatchRequest, LineError, Reque
 from cluster.batches.run import BatchAnswer, BatchRun, RunInThread, UnreachableError
 from cluster.core.errors import ConflictError, RequestError
 from gateway.auth.key_limits import KeyUsage
+from gateway.batches.batch_store import BatchStore, WorkPart
 from gateway.batches.inner_calls import InnerCalls
 from gateway.batches.objects import ENDED, Batch, BatchProblem, BatchStatus, RequestCounts
-from gateway.batches.shelf import BatchShelf
 from gateway.core.errors import StorageError, StorageFullError
 from gateway.generation.gateway import Gateway
 
 logger = logging.getLogger(__name__)
 
-PASSING = (StorageError, OSError)
+TRANSIENT_ERRORS = (StorageError, OSError)
 """Errors of the disk: a batch stands still until they are over."""
 _NEVER_S = float("inf")
 _FULL_SHARE = 0.9
@@ -59,7 +58,7 @@ class RunningBatch:
 
     Args:
         gateway: it answers.
-        shelf: where the batch is.
+        batches: where the batch is.
         tenant: whose it is.
         batch: as it was stored last.
         answers: its answers so far.
@@ -70,7 +69,7 @@ class RunningBatch:
     def __init__(
         self,
         gateway: Gateway,
-        shelf: BatchShelf,
+        batches: BatchStore,
         tenant: str,
         batch: Batch,
         answers: AnswerFile,
@@ -78,7 +77,8 @@ class RunningBatch:
         disk: RunInThread,
     ) -> None:
         self._gateway = gateway
-        self._shelf = shelf
+        self._batches = batches
+        self._files = batches.files
         self._tenant = tenant
         self._batch = batch
         self._answers = answers
@@ -86,7 +86,7 @@ class RunningBatch:
         self._disk = disk
 
     async def run(self, routes: Sequence[Route], tuning: BatchTuning) -> None:
-        """Run what is left, and store the end. Raises ``PASSING`` where that cannot be now."""
+        """Run what is left, and store the end. Raises ``TRANSIENT_ERRORS``: try again later."""
         if self._batch.finalizing_at is None:
             problem = await self._ask_all(routes, tuning)
             if problem is not None and not (self._answers.done or self._failures.done):
@@ -98,7 +98,7 @@ class RunningBatch:
     async def _ask_all(self, routes: Sequence[Route], tuning: BatchTuning) -> BatchProblem | None:
         """Ask until nothing is left, or the batch is to end. Returns what went wrong."""
         limits = BatchLimits(endpoints=(self._batch.endpoint,))
-        path = self._shelf.requests(self._batch.id)
+        path = self._batches.path(self._batch.id, WorkPart.REQUESTS)
         try:
             requests = await self._disk(partial(RequestFile.check, path, limits))
             account = await self._account()
@@ -152,14 +152,14 @@ class RunningBatch:
     async def _is_over(self) -> bool:
         """Whether the batch is to end though requests are left; False while it cannot be known."""
         try:
-            return await self._disk(partial(self._shelf.is_over, self._batch))
-        except PASSING as err:  # answers that wait for the disk are kept
+            return await self._disk(partial(self._batches.is_over, self._batch))
+        except TRANSIENT_ERRORS as err:  # answers that wait for the disk are kept
             logger.error("whether batch %s is to end cannot be known: %s", self._batch.id, err)
             return False
 
     def _check_size(self) -> None:
         """Raise ``RequestError`` where more answers would not fit into one file."""
-        most = int(_FULL_SHARE * self._shelf.max_bytes)
+        most = int(_FULL_SHARE * self._files.max_bytes)
         if max(self._answers.num_bytes, self._failures.num_bytes) > most:
             message = f"the answers have more than {most} bytes: make several batches of the rest"
             raise RequestError(message, None, "answers_too_large")
@@ -173,8 +173,8 @@ class RunningBatch:
         if isinstance(error, RequestError):
             return _problem(error)
         if isinstance(error, ConflictError):
-            return damage(error)
-        if is_passing(error):
+            return damaged_output_error(error)
+        if is_transient(error):
             raise error
         logger.error("batch %s fails", self._batch.id, exc_info=error)
         message = "the server failed at a request: its log says why"
@@ -206,20 +206,20 @@ class RunningBatch:
         if counts != self._batch.request_counts:
             try:
                 await self._save(self._batch.status, request_counts=counts)
-            except PASSING as err:  # answers that wait for the disk are kept
+            except TRANSIENT_ERRORS as err:  # answers that wait for the disk are kept
                 logger.error("the counts of batch %s cannot be stored: %s", self._batch.id, err)
 
     async def _finalize(self, problem: BatchProblem | None) -> None:
         """No more is asked: from now on the batch only ends, also after a kill."""
-        shelf, now_s, counts = self._shelf, int(time.time()), self._counts
-        is_cancelled = await self._disk(partial(shelf.is_cancelled, self._batch.id))
+        files, now_s, counts = self._files, int(time.time()), self._counts
+        is_cancelled = await self._disk(partial(self._batches.is_cancelled, self._batch.id))
         is_cancelled = is_cancelled and not counts.is_all
         await self._save(
             "finalizing",
             finalizing_at=now_s,
             request_counts=counts,
-            output_file_id=shelf.new_file_id() if self._answers.done else None,
-            error_file_id=shelf.new_file_id() if self._failures.done else None,
+            output_file_id=files.new_id() if self._answers.done else None,
+            error_file_id=files.new_id() if self._failures.done else None,
             cancelling_at=now_s if is_cancelled else None,
             errors=[problem] if problem is not None else [],
         )
@@ -231,50 +231,51 @@ class RunningBatch:
         """
         batch = self._batch
         try:
-            await self._put(batch.output_file_id, self._shelf.answers(batch.id), "output")
-            await self._put(batch.error_file_id, self._shelf.failures(batch.id), "errors")
+            await self._put(batch.output_file_id, WorkPart.ANSWERS, "output")
+            await self._put(batch.error_file_id, WorkPart.FAILURES, "errors")
         except StorageFullError as err:
-            if not await self._disk(partial(self._shelf.has_expired, batch)):
+            if not await self._disk(partial(self._batches.has_expired, batch)):
                 raise
             problem = BatchProblem(code="storage_full", message=str(err))
             await self._save("failed", errors=[problem], output_file_id=None, error_file_id=None)
             return
         await self._save(_end_of(batch))
 
-    async def _put(self, file_id: str | None, path: Path, what: str) -> None:
+    async def _put(self, file_id: str | None, part: WorkPart, what: str) -> None:
         if file_id is None:
             return
         batch = self._batch
 
         def put() -> None:
             name = f"{batch.id}_{what}.jsonl"
-            self._shelf.put_output(self._tenant, name, path, file_id, batch.output_ttl_s)
+            path = self._batches.path(batch.id, part)
+            self._files.put_output(self._tenant, name, path, file_id, batch.output_ttl_s)
 
         await self._disk(put)
 
     async def _save(self, status: BatchStatus, **changed: Any) -> None:
-        batch = moved(self._batch, status, **changed)
-        await self._disk(partial(self._shelf.save, self._tenant, batch))
+        batch = with_status(self._batch, status, **changed)
+        await self._disk(partial(self._batches.save, self._tenant, batch))
         self._batch = batch
 
 
-def moved(batch: Batch, status: BatchStatus, **changed: Any) -> Batch:
+def with_status(batch: Batch, status: BatchStatus, **changed: Any) -> Batch:
     """A batch with another status, and other changes."""
     if status in ENDED:
         changed[f"{status}_at"] = int(time.time())
     return msgspec.structs.replace(batch, status=status, **changed)
 
 
-def damage(error: ConflictError) -> BatchProblem:
+def damaged_output_error(error: ConflictError) -> BatchProblem:
     """What a client is told of answers that cannot be read."""
     return BatchProblem(code="answers_damaged", message=str(error))
 
 
-def is_passing(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether errors of the disk are all that went wrong."""
     if isinstance(error, BaseExceptionGroup):
-        return all(map(is_passing, error.exceptions))
-    return isinstance(error, PASSING)
+        return all(map(is_transient, error.exceptions))
+    return isinstance(error, TRANSIENT_ERRORS)
 
 
 def _problem(error: RequestError) -> BatchProblem:

@@ -19,10 +19,11 @@ import pytest
 from cluster.batches.requests import BatchRequest
 from cluster.batches.run import BatchAnswer, answer_line
 from cluster.config.gateway import GatewaySection
+from gateway.batches.batch_store import BatchStore, WorkPart
+from gateway.batches.file_store import FileStore
 from gateway.batches.objects import BATCHES, Batch
 from gateway.batches.runner import BatchRunner
-from gateway.batches.running import BatchTuning, moved
-from gateway.batches.shelf import BatchShelf
+from gateway.batches.running import BatchTuning, with_status
 from gateway.core.errors import KeyFullError, StorageError
 from gateway.state.store import StateStore
 from tests.cluster.batches.files import line
@@ -201,20 +202,20 @@ KINDS = pytest.mark.parametrize("kinds", [FEW_FAULTS, pytest.param(FAULTS, marks
 
 @KINDS
 def test_a_batch_survives_every_fault_of_its_disk(tmp_path: Path, kinds: Sequence[Fault]) -> None:
-    """A shelf after a fault at each of its calls: a batch is there as a whole, or can be made."""
+    """A store after a fault at each of its calls: a batch is there as a whole, or can be made."""
     batch = Batch(id="", endpoint="", input_file_id="", created_at=0, expires_at=1)
     for folder, fault in each_fault(tmp_path, kinds=kinds):
-        shelf = shelf_in(folder)
-        made = msgspec.structs.replace(batch, id=shelf.new_batch_id())
+        store = BatchStore(state_in(folder))
+        made = msgspec.structs.replace(batch, id=store.new_id())
         with FaultyFiles(folder, fault), contextlib.suppress(StorageError, OSError, Killed):
-            shelf.make("a", made, b"requests")
-        shelf = shelf_in(folder)
-        found = shelf.get("a", made.id)
+            store.make("a", made, b"requests")
+        store = BatchStore(state_in(folder))
+        found = store.get("a", made.id)
         if found is None:
-            shelf.make("a", made, b"requests")
-        assert shelf.get("a", made.id) == made, fault
-        assert [work.batch_id for work in shelf.waiting()] == [made.id], fault
-        assert shelf.requests(made.id).read_bytes() == b"requests", fault
+            store.make("a", made, b"requests")
+        assert store.get("a", made.id) == made, fault
+        assert [work.batch_id for work in store.waiting()] == [made.id], fault
+        assert store.path(made.id, WorkPart.REQUESTS).read_bytes() == b"requests", fault
 
 
 @KINDS
@@ -225,41 +226,41 @@ def test_answers_are_stored_as_a_whole_or_stay(tmp_path: Path, kinds: Sequence[F
         (folder / "answers").write_bytes(content)
 
     for folder, fault in each_fault(tmp_path, prepare, kinds):
-        shelf = shelf_in(folder / "state")
-        file_id, path = shelf.new_file_id(), folder / "answers"
+        files = FileStore(state_in(folder / "state"))
+        file_id, path = files.new_id(), folder / "answers"
         with FaultyFiles(folder, fault), contextlib.suppress(StorageError, Killed):
-            shelf.put_output("a", "out", path, file_id, None)
+            files.put_output("a", "out", path, file_id, None)
         assert path.read_bytes() == content
-        found = shelf.get_file("a", file_id)
+        found = files.get("a", file_id)
         assert found is None or found[1] == content, fault
-        shelf.put_output("a", "out", path, file_id, None)
-        found = shelf.get_file("a", file_id)
+        files.put_output("a", "out", path, file_id, None)
+        found = files.get("a", file_id)
         assert found is not None
         assert found[1] == content, fault
 
 
-def shelf_in(folder: Path) -> BatchShelf:
-    return BatchShelf(StateStore(folder, max_objects=10, max_bytes=1 << 20, ttl_s=1e9))
+def state_in(folder: Path) -> StateStore:
+    return StateStore(folder, max_objects=10, max_bytes=1 << 20, ttl_s=1e9)
 
 
 def test_a_full_key_is_asked_without_reading_the_answers(tmp_path: Path) -> None:
-    shelf, path = shelf_in(tmp_path / "state"), tmp_path / "answers"
+    files, path = FileStore(state_in(tmp_path / "state")), tmp_path / "answers"
     for _ in range(3):
-        shelf.put_file("a", "x", b"x" * 300_000)
+        files.put("a", "x", b"x" * 300_000)
     path.write_bytes(b"x" * 400_000)
     calls = Counter[str]()
     with FaultyFiles(tmp_path, on_call=lambda call: calls.update([call.name])):
         for _ in range(5):
             with pytest.raises(KeyFullError):
-                shelf.put_output("a", "out", path, shelf.new_file_id(), None)
+                files.put_output("a", "out", path, files.new_id(), None)
     assert calls["read"] == calls["write"] == 0
 
 
 def test_a_file_is_read_in_pieces(tmp_path: Path) -> None:
-    shelf, content = shelf_in(tmp_path), bytes(range(256)) * 2000
-    file_id, facts = shelf.put_file("a", "x", content)
-    assert shelf.open_file("b", file_id) is None
-    opened = shelf.open_file("a", file_id)
+    files, content = FileStore(state_in(tmp_path)), bytes(range(256)) * 2000
+    file_id, facts = files.put("a", "x", content)
+    assert files.open("b", file_id) is None
+    opened = files.open("a", file_id)
     assert opened is not None
     with opened[1] as reader:
         assert opened[0] == facts
@@ -269,7 +270,7 @@ def test_a_file_is_read_in_pieces(tmp_path: Path) -> None:
     raw = path.read_bytes()
     for damaged in (raw[:-1], raw[:-1] + b"?", raw + b"?"):
         path.write_bytes(damaged)
-        opened = shelf.open_file("a", file_id)
+        opened = files.open("a", file_id)
         assert opened is not None
         with opened[1] as reader, pytest.raises(StorageError, match="damaged"):
             all(reader.read(1000) for _ in range(len(raw)))
@@ -369,18 +370,18 @@ def test_a_batch_that_cannot_be_made_leaves_nothing(keeper: Stack) -> None:
 def test_a_maker_that_was_killed_leaves_nothing(keeper: Stack) -> None:
     made = make_batch(keeper, lines_of(IDS))
     object_file(keeper, made["id"]).unlink()
-    shelf = BatchShelf(state_of(keeper))
+    batches = BatchStore(state_of(keeper))
     runner = start_runner(keeper)
-    keeper.wait_for(lambda: shelf.answers(made["id"]).exists())
-    assert shelf.is_waiting(made["id"])  # its maker may be at work
+    keeper.wait_for(lambda: batches.path(made["id"], WorkPart.ANSWERS).exists())
+    assert batches.is_waiting(made["id"])  # its maker may be at work
     stop_runner(keeper, runner)
-    (work,) = shelf.waiting()
-    ahead = BatchShelf(state_of(keeper), clock=lambda: 2e10)
+    (work,) = batches.waiting()
+    ahead = BatchStore(state_of(keeper), clock=lambda: 2e10)
     assert ahead.take(work) is None
-    assert shelf.is_waiting(made["id"]), "a clock that is ahead ends no batch"
+    assert batches.is_waiting(made["id"]), "a clock that is ahead ends no batch"
     state_of(keeper).disk_time_s = lambda: 2e10
-    assert shelf.take(work) is None
-    assert not shelf.is_waiting(made["id"])
+    assert batches.take(work) is None
+    assert not batches.is_waiting(made["id"])
 
 
 def test_a_clock_that_is_ahead_ends_no_batch(keeper: Stack) -> None:
@@ -393,12 +394,12 @@ def test_a_clock_that_is_ahead_ends_no_batch(keeper: Stack) -> None:
         ttl_s=section.state_ttl_s,
         clock=lambda: time.time() + 400 * 24 * 3600.0,
     )
-    ahead = BatchShelf(store, clock=lambda: time.time() + 400 * 24 * 3600.0)
+    ahead = BatchStore(store, clock=lambda: time.time() + 400 * 24 * 3600.0)
     (work,) = ahead.waiting()
     assert ahead.take(work) is None
     ahead.sweep()
     store.sweep()
-    batch = BatchShelf(state_of(keeper)).take(work)
+    batch = BatchStore(state_of(keeper)).take(work)
     assert batch is not None
     assert not ahead.is_over(batch)
     runner = start_runner(keeper)
@@ -410,15 +411,15 @@ def test_a_clock_that_is_ahead_ends_no_batch(keeper: Stack) -> None:
 def test_a_batch_outlives_its_window(tmp_path: Path) -> None:
     now_s = 1e9
     store = StateStore(tmp_path, max_objects=10, max_bytes=1 << 20, ttl_s=60.0, clock=lambda: now_s)
-    shelf = BatchShelf(store, clock=lambda: now_s)
-    batch_id = shelf.new_batch_id()
+    batches = BatchStore(store, clock=lambda: now_s)
+    batch_id = batches.new_id()
     batch = Batch(
         id=batch_id, endpoint="/v1/completions", input_file_id="", created_at=0, expires_at=0
     )
-    shelf.make("a", batch, b"x")
+    batches.make("a", batch, b"x")
     now_s += 24 * 3600.0
     assert store.list_ids(BATCHES, "a") == [batch_id]
-    shelf.save("a", moved(batch, "completed"))
+    batches.save("a", with_status(batch, "completed"))
     now_s += 60.0
     assert store.list_ids(BATCHES, "a") == []
 
@@ -435,8 +436,8 @@ def test_a_key_that_is_taken_away_ends_its_batches(tmp_path: Path) -> None:
         runner = start_runner(stack)
         wait_status(stack, made["id"], "in_progress", KEYS[0])
         keys.write_text(KEYS[1])
-        shelf = BatchShelf(state_of(stack))
-        stack.wait_for(lambda: not shelf.is_waiting(made["id"]))
+        batches = BatchStore(state_of(stack))
+        stack.wait_for(lambda: not batches.is_waiting(made["id"]))
         stack.engine.is_paused = False
         keys.write_text("\n".join(KEYS))
         path = f"/v1/batches/{made['id']}"
