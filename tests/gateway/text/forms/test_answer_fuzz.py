@@ -21,7 +21,8 @@ import tokenizers
 from gateway.core.thinking import Thinking
 from gateway.core.tool_use import ToolForm, ToolUse
 from gateway.text.detokenizer import make_detokenizer
-from gateway.text.forms.answer_parser import MAX_WAITING_CHARS, AnswerParser
+from gateway.text.forms.answer_parser import AnswerParser
+from gateway.text.forms.lookahead import MAX_WAITING_CHARS
 from gateway.text.forms.tool_calls import ParsedPiece
 from gateway.text.harmony.marks import MARKS as HARMONY_MARKS
 from gateway.text.harmony.marks import MESSAGE, OPENED

@@ -10,8 +10,9 @@ import pytest
 from gateway.core.thinking import Thinking, thinking_after
 from gateway.core.tool_use import CallArguments, Tool, ToolForm, ToolUse
 from gateway.text.chat_template import ChatTemplate
-from gateway.text.forms.answer_parser import MAX_WAITING_CHARS, AnswerParser
+from gateway.text.forms.answer_parser import AnswerParser
 from gateway.text.forms.call_syntax import SYNTAXES
+from gateway.text.forms.lookahead import MAX_WAITING_CHARS
 from gateway.text.forms.tool_calls import CallDelta, ParsedPiece, TextDelta
 from tests.gateway.text.forms.examples import MARKS, USE, WEATHER, read, written
 
