@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Set
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workers.process.roles.attention import AttentionRole
 
@@ -45,7 +45,9 @@ def leaks(world: World) -> list[str]:
 def _left_at_worker(role: AttentionRole) -> Iterator[str]:
     yield from _left_in_engine(role.engine)
     yield from _named("owners", role.outputs.owners)
-    for waiting in role.intake.waiting:
+    yield from _named("requests on their way", role.intake._requests)
+    parts: list[Any] = [role.intake.compilations, *role.intake._sources]
+    for waiting in parts:
         yield from _named(f"jobs of {type(waiting).__name__}", list(waiting._all_jobs()))
     if role.copy_keeper is not None and (
         count := role.copy_keeper.stats()["session_copies_waiting"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from workers.requests.block_hash import BlockHash
 from workers.requests.request import Request, SoloStep
@@ -21,10 +21,6 @@ class AddRequest:
     """Monotonic seconds at which the stream delivered it."""
     hashes: tuple[BlockHash, ...] = ()
     """Of the full KV blocks of its prompt, in order; none where requests share no blocks."""
-    is_queued: bool = field(default=False, kw_only=True)
-    """The engine has the request already, and lets it wait for blocks."""
-    has_joined: bool = field(default=False, kw_only=True)
-    """It waits for blocks that are on their way for another request, too."""
 
 
 @dataclass(frozen=True, slots=True)

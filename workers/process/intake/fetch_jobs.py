@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from workers.kv.transfer.store import Fetch, KvTransferStore
-from workers.process.intake.commands import AddRequest
+from workers.process.intake.intake_request import IntakeRequest
 from workers.process.intake.waiting import Job, WaitingRequests
 from workers.requests.block_hash import BlockHash
 
@@ -39,21 +39,20 @@ class FetchJobs(WaitingRequests):
         """The job that fills this block."""
         return next((job for job in self._running if job.fetch.lacks(first_missing)), None)
 
-    def _wait_for(self, job: FetchJob | None, command: AddRequest) -> bool:
+    def _wait_for(self, job: FetchJob | None, waiting: IntakeRequest) -> bool:
         """Let a request wait for a job; False where there is none, or it is late."""
         if job is None or job.is_late:
             return False
-        job.waiting.append(command)
-        self._count()
+        job.waiting.append(waiting)
         return True
 
-    def _take_ended(self, store: KvTransferStore) -> tuple[list[FetchJob], list[AddRequest]]:
+    def _take_ended(self, store: KvTransferStore) -> tuple[list[FetchJob], list[IntakeRequest]]:
         """Jobs that are over, and the requests that wait no more, in the order of their jobs.
 
         What a job has filled can be found from now on. Requests do not wait for a late job, whose
         blocks stay held until its thread ends; one without a thread yet does not begin any more.
         """
-        now, ended, found = self._clock(), list[FetchJob](), list[AddRequest]()
+        now, ended, found = self._clock(), list[FetchJob](), list[IntakeRequest]()
         for job in tuple(self._running):
             is_done = job.transfer.done() or (now >= job.deadline_s and job.transfer.cancel())
             if is_done:

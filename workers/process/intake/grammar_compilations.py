@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from cluster.core.errors import ExpertMeshError, RequestError, RequestFailedError
-from workers.process.intake.commands import AddRequest
+from workers.process.intake.intake_request import IntakeRequest
 from workers.process.intake.waiting import Job, WaitingRequests
 from workers.requests.request import Grammar
 from workers.sampling.grammar import CompiledGrammar
@@ -38,7 +38,7 @@ _MAX_THREADS = 16
 class CompiledRequest:
     """A request whose wait is over."""
 
-    command: AddRequest
+    waiting: IntakeRequest
     compiled: CompiledGrammar | None
     """Its grammar; None after an error."""
     error: ExpertMeshError | None = None
@@ -66,8 +66,6 @@ class GrammarCompilations(WaitingRequests):
         clock: monotonic seconds.
     """
 
-    reason = "grammar"
-
     def __init__(
         self,
         compile: Callable[[Grammar, str], CompiledGrammar],
@@ -79,20 +77,19 @@ class GrammarCompilations(WaitingRequests):
         self._pending: deque[_Job] = deque()
         self._running: list[_Job] = []
 
-    def put(self, command: AddRequest) -> None:
+    def put(self, waiting: IntakeRequest) -> None:
         """Let a request with a grammar wait."""
-        grammar = command.request.params.grammar
+        request, grammar = waiting.request, waiting.request.params.grammar
         assert grammar is not None, "only requests with a grammar wait"
-        is_new, owner = not command.request.attempt, command.request.cache_salt
+        is_new, owner = not request.attempt, request.cache_salt
         known = self._all_jobs()
         same = (job for job in known if (job.grammar, job.owner) == (grammar, owner))
         job = next((job for job in same if not (is_new and job.is_late)), None)
         if job is None:
             job = _Job(grammar=grammar, owner=owner)
             self._pending.append(job)
-        job.waiting.append(command)
+        job.waiting.append(waiting)
         self._start_jobs()
-        self._count()
 
     def take(self) -> list[CompiledRequest]:
         """Requests whose wait is over, in the order in which their compilations began."""
@@ -104,22 +101,21 @@ class GrammarCompilations(WaitingRequests):
                 ended, job.waiting = job.waiting, []
             elif now >= job.deadline_s:
                 compiled, error = None, self._too_slow(job.grammar)
-                ended = [command for command in job.waiting if not command.request.attempt]
-                job.waiting = [command for command in job.waiting if command.request.attempt]
+                ended = [waiting for waiting in job.waiting if not waiting.request.attempt]
+                job.waiting = [waiting for waiting in job.waiting if waiting.request.attempt]
                 job.deadline_s = math.inf
             else:
                 continue
-            found += [CompiledRequest(command, compiled, error) for command in ended]
+            found += [CompiledRequest(waiting, compiled, error) for waiting in ended]
             if not job.waiting:
                 self._running.remove(job)
         self._start_jobs()
-        self._count()
         return found
 
     def _all_jobs(self) -> tuple[_Job, ...]:
         return (*self._pending, *self._running)
 
-    def _keep(self, is_wanted: Callable[[AddRequest], bool]) -> None:
+    def _keep(self, is_wanted: Callable[[IntakeRequest], bool]) -> None:
         super()._keep(is_wanted)
         self._pending = deque(job for job in self._pending if job.waiting)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -24,8 +25,9 @@ from workers.kv.cache import KVCache
 from workers.kv.transfer.fetch_cost import FetchCost
 from workers.kv.transfer.store import Fetch, StateFetch
 from workers.metrics.histogram import TRANSFER_BUCKETS, Histogram
-from workers.process.intake.commands import AddRequest, PrefetchAsked
+from workers.process.intake.commands import PrefetchAsked
 from workers.process.intake.fetch_jobs import FetchJob, FetchJobs
+from workers.process.intake.intake_request import IntakeRequest
 from workers.process.intake.waiting import Job
 from workers.requests.block_hash import BlockHash, state_key
 from workers.requests.request import Request
@@ -79,7 +81,7 @@ class KvFetches(FetchJobs):
         self._jobs: list[_Job] = []
         self._prefetches: list[_Prefetch] = []
         """Those that are not done, oldest first."""
-        self._ready: list[AddRequest] = []
+        self._ready: list[IntakeRequest] = []
         """Requests whose prefetches are done."""
         self._prefetched: list[tuple[str, Prefetched]] = []
         self.cost = FetchCost()
@@ -92,30 +94,36 @@ class KvFetches(FetchJobs):
     def fetch_cost(self) -> float:
         return self.cost.ratio(self._clock()) if self._limit_s else math.inf
 
-    def put(self, command: AddRequest) -> bool:
+    num_free_jobs = sys.maxsize
+    """See ``KvSource``; requests with a prefix more than may be fetched do not wait."""
+
+    def limit_s(self, num_tokens: int) -> float:
+        """Longest wait for the blocks of a prompt."""
+        return self._limit_s
+
+    def put(self, waiting: IntakeRequest) -> bool:
         """Let a request wait for blocks; False where there is nothing to wait for.
 
         It replaces an older attempt that waits here.
         """
-        request = command.request
-        self._keep(lambda waiting: waiting.request.request_id != request.request_id)
+        request = waiting.request
+        super().drop(waiting.name)
         if (prefetch := self._prefetch_of(request)) is not None:
-            prefetch.waiting.append(command)
+            prefetch.waiting.append(waiting)
             prefetch.deadline_s = self._clock() + self._limit_s
-            self._count()
             return True
         peer = self._peers(request.kv_peer) if self.fetch_cost < 1 else None
         if peer is None:
             return False
-        hashes = self._engine.kv_store.usable(request, command.hashes)
+        hashes = self._engine.kv_store.usable(request, waiting.hashes)
         found = self._engine.pool.find(hashes)
         num_usable = self._engine.kv_store.num_usable(hashes, len(found))
         if num_usable == len(hashes):
             return False
         job = self._with(hashes[num_usable]) or self._begin(hashes, found, peer)
-        return self._wait_for(job, command)
+        return self._wait_for(job, waiting)
 
-    def take(self) -> list[AddRequest]:
+    def take(self) -> list[IntakeRequest]:
         """Requests whose wait is over, in the order in which it began."""
         ended, found = self._take_ended(self._engine.kv_store)
         self._jobs = [job for job in self._jobs if job not in ended]
@@ -129,7 +137,6 @@ class KvFetches(FetchJobs):
         self._go_on_ahead()
         found += self._ready
         self._ready = []
-        self._count()
         return found
 
     def prefetch(self, asked: PrefetchAsked) -> None:
@@ -144,12 +151,13 @@ class KvFetches(FetchJobs):
         done, self._prefetched = self._prefetched, []
         return done
 
-    def drop(self, request_id: str, choices: Sequence[int] = ()) -> None:
-        super().drop(request_id, choices)
-        if not choices:
-            self._keep_prefetches(lambda asked: asked.request.request_id != request_id)
+    def drop(self, name: str) -> None:
+        """Forget a request if it waits here, and what is fetched ahead of it."""
+        super().drop(name)
+        self._keep_prefetches(lambda asked: asked.request.request_id != name)
 
     def drop_gateway(self, gateway: str) -> None:
+        """Forget the requests of a gateway, and what is fetched ahead of others of it."""
         super().drop_gateway(gateway)
         self._keep_prefetches(lambda asked: asked.gateway != gateway)
 

@@ -12,7 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -24,8 +24,8 @@ from workers.kv.transfer.fetch_cost import FetchCost
 from workers.kv.transfer.restore_cost import RestoreCost
 from workers.kv.transfer.store import Fetch
 from workers.metrics.histogram import TRANSFER_BUCKETS, Histogram
-from workers.process.intake.commands import AddRequest
 from workers.process.intake.fetch_jobs import FetchJob, FetchJobs
+from workers.process.intake.intake_request import IntakeRequest
 from workers.requests.block_hash import BlockHash, state_key
 
 logger = logging.getLogger(__name__)
@@ -111,31 +111,34 @@ class KvRestores(FetchJobs):
         self._num_tokens: Counter[str] = Counter()
         self._num_bytes: Counter[str] = Counter()
 
-    def put(self, command: AddRequest) -> bool:
+    def put(self, waiting: IntakeRequest) -> bool:
         """Let a request wait for blocks; False where there is nothing to wait for."""
-        request, store = command.request, self._store
-        hashes = store.usable(request, command.hashes)
+        request, store = waiting.request, self._store
+        hashes = store.usable(request, waiting.hashes)
         found = self._engine.pool.find(hashes)
         num_usable = store.num_usable(hashes, len(found))
         if num_usable == len(hashes):
             return False
         job = self._with(hashes[num_usable])
-        command = replace(command, has_joined=job is not None)
+        waiting.has_joined = job is not None
         if job is None:
             end = self._best_end(hashes, len(found), num_usable, bool(request.kv_peer))
             job = self._begin(hashes[:end], found[:end]) if end > num_usable else None
-        return self._wait_for(job, command)
+        return self._wait_for(job, waiting)
+
+    def limit_s(self, num_tokens: int) -> float:
+        """Longest useful wait for the blocks of so many tokens: as long as computing them takes."""
+        return max(LEAST_LIMIT_S, self._computing.compute_s(num_tokens) or 0.0) + _GRACE_S
 
     @property
     def num_free_jobs(self) -> int:
         """Prefixes that may wait to be restored beside those that do."""
         return MAX_JOBS - len(self._jobs)
 
-    def take(self) -> list[AddRequest]:
+    def take(self) -> list[IntakeRequest]:
         """Requests whose wait is over, in the order in which it began."""
         ended, found = self._take_ended(self._store)
         self._jobs = [job for job in self._jobs if job not in ended]
-        self._count()
         return found
 
     def stats(self) -> dict[str, float]:
@@ -194,10 +197,10 @@ class KvRestores(FetchJobs):
         if fetch is None:
             return None
         tokens = len(fetch.missing) * self._store.cache.block_size
-        limit_s = max(LEAST_LIMIT_S, self._computing.compute_s(tokens) or 0.0)
-        end_s = self._clock() + limit_s
+        deadline_s = self._clock() + self.limit_s(tokens)
+        end_s = deadline_s - _GRACE_S
         transfer = self._start(partial(self._restore, fetch, end_s))
-        job = FetchJob(fetch=fetch, transfer=transfer, deadline_s=end_s + _GRACE_S)
+        job = FetchJob(fetch=fetch, transfer=transfer, deadline_s=deadline_s)
         self._jobs.append(job)
         return job
 

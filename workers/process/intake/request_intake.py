@@ -1,28 +1,34 @@
-"""The road of a request from its gateway to the engine.
+"""The walk of a request from its gateway to the engine, and to its KV blocks.
 
-A request may wait for KV blocks that are fetched ahead of it, and for its grammar; in the engine it
-may wait for blocks of a lower tier or of a peer, once there is room for it.
+    receive ─▶ blocks that are fetched ahead of it ─▶ its grammar ─▶ the engine's queue
+                 ─▶ there is room for it: each source of KV blocks in turn ─▶ it may be admitted
+
+``workers.process.intake.intake_request`` names the states. A request waits for KV blocks until one
+limit of time, whichever sources it waits for; what has not come by then is computed.
 """
 
 from __future__ import annotations
 
-import sys
+import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from cluster.core.errors import ExpertMeshError, NotReadyError, QueueFullError, RequestError
 from workers.engine.engine import Engine
 from workers.process.intake.commands import AddRequest
 from workers.process.intake.grammar_compilations import GrammarCompilations
+from workers.process.intake.intake_request import IntakeRequest, IntakeState
 from workers.process.intake.kv_fetches import KvFetches
-from workers.process.intake.kv_restores import KvRestores
-from workers.process.intake.waiting import WaitingRequests, count_waiting, stale_error
+from workers.process.intake.kv_source import KvSource
 from workers.requests.request import Request
 from workers.requests.wire import Abort
 from workers.sampling.grammar import CompiledGrammar
 from workers.sampling.grammar_compiler import GrammarCompiler
+
+_REASONS = {IntakeState.WAITS_FOR_KV: "kv", IntakeState.COMPILES_GRAMMAR: "grammar"}
+"""For metrics."""
 
 
 class RequestOwners(Protocol):
@@ -41,7 +47,7 @@ class RequestOwners(Protocol):
 
 
 class RequestIntake:
-    """Decides for what a request waits before the engine runs it.
+    """Decides for what a request waits, and when it waits no longer.
 
     All methods belong to the engine's thread, except where they say otherwise.
     """
@@ -53,130 +59,200 @@ class RequestIntake:
         grammars: GrammarCompiler,
         compilations: GrammarCompilations,
         fetches: KvFetches,
-        restores: KvRestores | None,
-        has_peers: Callable[[], bool],
+        sources: Sequence[KvSource],
+        may_have_blocks: Callable[[], bool],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``has_peers``: whether this generation has another worker with KV blocks."""
+        """``sources`` of KV blocks in the order in which they are asked; ``fetches``, one of them,
+        also brings blocks ahead of requests. ``may_have_blocks``: whether any source may have some.
+        """
         self._engine = engine
         self._owners = owners
         self._grammars = grammars
         self.compilations = compilations
         self._fetches = fetches
-        self._restores = restores
-        self._has_peers = has_peers
+        self._sources = tuple(sources)
+        self._may_have_blocks = may_have_blocks
+        self._clock = clock
+        self._requests: dict[str, IntakeRequest] = {}
+        """By id: those that are neither queued nor refused."""
+        self._num_waiting: Counter[tuple[str, str]] = Counter()
+        """Choices of requests that the engine does not have, by reason and key of the adapter.
+        Never changed but replaced: other threads may read it."""
 
     @property
-    def waiting(self) -> tuple[WaitingRequests, ...]:
-        """Where requests may wait before the engine runs them. Any thread."""
-        known = (self.compilations, self._fetches)
-        return known if self._restores is None else (*known, self._restores)
+    def _parts(self) -> tuple[GrammarCompilations | KvSource, ...]:
+        """Everything for which requests wait."""
+        return (self.compilations, *self._sources)
+
+    # Before the engine has it
 
     def receive(self, command: AddRequest) -> None:
-        """Hand a request to the engine. It may wait here for KV blocks that are fetched ahead of
-        it, and for its grammar."""
-        request = command.request
-        name, is_expected = request.request_id, self._fetches.expects(request)
-        if (stale := stale_error(request, self.waiting)) is not None:
-            self._owners.refuse(command.gateway, request, stale)
+        """Take a request of a gateway; it replaces an older attempt that waits here."""
+        request, name = command.request, command.request.request_id
+        new = IntakeRequest(command.gateway, request, command.received, command.hashes)
+        known = self._requests.get(name)
+        if known is not None and known.request.attempt > request.attempt:
+            attempt = known.request.attempt
+            stale = f"request {name} is here already, with attempt {attempt}"
+            self._refuse(new, RequestError(stale, "request_id"))
             return
-        for waiting in self.waiting:  # an older attempt
-            if not (is_expected and waiting is self._fetches):
-                waiting.drop(name)
+        is_expected = self._fetches.expects(request)
+        for each in self._parts:
+            if not (is_expected and each is self._fetches):  # it finds the older attempt itself
+                each.drop(name)
         self._engine.kv_came(name)  # it may stay, where the engine refuses this one
-        if not (is_expected and self._fetches.put(command)):
-            self._prepare(command)
+        self._requests[name] = new
+        if not (is_expected and self._ask(new, [self._fetches])):
+            self._prepare(new)
+
+    def _prepare(self, waiting: IntakeRequest) -> None:
+        grammar, owner = waiting.request.params.grammar, waiting.request.cache_salt
+        compiled = None if grammar is None else self._grammars.cached(grammar, owner)
+        if grammar is None or compiled is not None:
+            self._queue(waiting, compiled)
+        else:
+            waiting.enter(IntakeState.COMPILES_GRAMMAR)
+            self.compilations.put(waiting)
+
+    def _queue(self, waiting: IntakeRequest, grammar: CompiledGrammar | None) -> None:
+        request = waiting.request
+        try:
+            self._engine.add_request(request, waiting.received, grammar, waiting.hashes)
+        except (RequestError, QueueFullError, NotReadyError) as err:
+            self._refuse(waiting, err)
+            return
+        self._leave(waiting, IntakeState.QUEUED)
+        self._owners.accept(waiting.gateway, request)
+
+    def _refuse(self, waiting: IntakeRequest, err: ExpertMeshError) -> None:
+        self._leave(waiting, IntakeState.REFUSED)
+        self._owners.refuse(waiting.gateway, waiting.request, err)
+
+    def _leave(self, waiting: IntakeRequest, state: IntakeState) -> None:
+        waiting.enter(state)
+        if self._requests.get(waiting.name) is waiting:
+            del self._requests[waiting.name]
+
+    # While there is room for it
+
+    def _ask_for_blocks(self) -> None:
+        """Let requests for which there is room wait for the KV blocks that the pool lacks."""
+        if not self._may_have_blocks():
+            return
+        at_most = min(source.num_free_jobs for source in self._sources)
+        for request, hashes in self._engine.take_admissible(at_most):
+            name = request.request_id
+            if name in self._requests:
+                continue  # a newer attempt
+            queued = IntakeRequest(
+                *(self._owners.owners[name], request, self._clock(), hashes),
+                state=IntakeState.QUEUED,
+                is_in_engine=True,
+            )
+            if self._ask(queued, self._sources):
+                self._requests[name] = queued
+
+    def _ask(self, waiting: IntakeRequest, sources: Sequence[KvSource]) -> bool:
+        """Let a request wait for the first of the sources that has blocks of it, if any has."""
+        num_free, waiting.has_joined = self._engine.pool.num_free, False
+        if not any(source.put(waiting) for source in sources):
+            return False
+        if waiting.state is not IntakeState.WAITS_FOR_KV:
+            num_tokens = len(waiting.request.prompt)
+            limit_s = max(source.limit_s(num_tokens) for source in self._sources)
+            waiting.kv_deadline_s = self._clock() + limit_s
+        waiting.enter(IntakeState.WAITS_FOR_KV)
+        if waiting.is_in_engine:
+            self._engine.wait_for_kv(waiting.name, num_free - self._engine.pool.num_free)
+        return True
+
+    def _end_wait(self, waiting: IntakeRequest, left: Sequence[KvSource]) -> None:
+        """Nothing more comes from a source; those that are ``left`` may have the rest."""
+        if not waiting.is_in_engine:
+            self._prepare(waiting)
+            return
+        has_time = self._clock() < waiting.kv_deadline_s
+        if has_time and waiting.name in self._engine.requests and self._ask(waiting, left):
+            return
+        self._engine.kv_came(waiting.name)
+        self._leave(waiting, IntakeState.QUEUED)
+
+    # Events
 
     def advance(self) -> None:
         """Move on the requests whose wait is over, and those for which there is room."""
-        if self._restores is not None:
-            for restored in self._restores.take():
-                self._end_restore(restored)
-        for ready in self._fetches.take():
-            self._end_fetch(ready)
+        for index, source in enumerate(self._sources):
+            for waiting in source.take():
+                # What another request brought may be a part only: the source has the rest.
+                self._end_wait(waiting, self._sources[index + (not waiting.has_joined) :])
+        self._end_late_waits()
         for done in self.compilations.take():
             if done.error is None:
-                self._add(done.command, done.compiled)
+                self._queue(done.waiting, done.compiled)
             else:
-                self._owners.refuse(done.command.gateway, done.command.request, done.error)
-        self._bring_blocks()
+                self._refuse(done.waiting, done.error)
+        self._ask_for_blocks()
+        self._count()
+
+    def _end_late_waits(self) -> None:
+        now = self._clock()
+        for waiting in tuple(self._requests.values()):
+            if waiting.state is IntakeState.WAITS_FOR_KV and now >= waiting.kv_deadline_s:
+                for source in self._sources:
+                    source.drop(waiting.name)
+                self._end_wait(waiting, ())
 
     def abort(self, gateway: str, abort: Abort) -> None:
         """End a request of this gateway, or some of its choices."""
-        for waiting in self.waiting:
-            if waiting.owner(abort.request_id) == gateway:
-                waiting.drop(abort.request_id, abort.choices)
-        if self._owners.owners.get(abort.request_id) == gateway:
-            self._engine.abort(abort.request_id, abort.choices)
-            self._owners.forget_ended(abort.request_id)
+        name, waiting = abort.request_id, self._requests.get(abort.request_id)
+        if waiting is not None and waiting.gateway == gateway:
+            if abort.choices:
+                waiting.close(abort.choices)
+            else:
+                self._drop(waiting)
+        if self._owners.owners.get(name) == gateway:
+            self._engine.abort(name, abort.choices)
+            self._owners.forget_ended(name)
 
     def drop_gateway(self, gateway: str) -> None:
         """End the requests of a gateway that wait here."""
-        for waiting in self.waiting:
-            waiting.drop_gateway(gateway)
+        for waiting in [w for w in self._requests.values() if w.gateway == gateway]:
+            self._drop(waiting)
+        for source in self._sources:
+            source.drop_gateway(gateway)
+
+    def _drop(self, waiting: IntakeRequest) -> None:
+        del self._requests[waiting.name]
+        for each in self._parts:
+            each.drop(waiting.name)
 
     def wait_s(self, at_most_s: float) -> float:
         """Seconds until the time of a request that waits is over, if that is sooner."""
-        return min(waiting.wait_s(at_most_s) for waiting in self.waiting)
+        deadlines = (waiting.kv_deadline_s for waiting in self._requests.values())
+        own_s = max(0.0, min(deadlines, default=math.inf) - self._clock())
+        return min(own_s, *(each.wait_s(at_most_s) for each in self._parts))
 
-    def _bring_blocks(self) -> None:
-        """Let requests for which there is room wait for KV blocks of a tier, then for those of a
-        peer."""
-        if self._restores is None and not self._has_peers():
-            return
-        engine = self._engine
-        at_most = sys.maxsize if self._restores is None else self._restores.num_free_jobs
-        for request, hashes in engine.take_admissible(at_most):
-            name, num_free = request.request_id, engine.pool.num_free
-            if any(waiting.owner(name) is not None for waiting in self.waiting):
-                continue  # a newer attempt
-            gateway = self._owners.owners[name]
-            queued = AddRequest(gateway, request, time.monotonic(), hashes, is_queued=True)
-            if self._restore(queued) or self._fetches.put(queued):
-                engine.wait_for_kv(name, num_free - engine.pool.num_free)
+    # Numbers: any thread
 
-    def _restore(self, queued: AddRequest) -> bool:
-        return self._restores is not None and self._restores.put(queued)
-
-    def _end_restore(self, restored: AddRequest) -> None:
-        """A request whose beginning came for another one may wait for the rest."""
-        engine = self._engine
-        name, num_free = restored.request.request_id, engine.pool.num_free
-        if name in engine.requests and (
-            (restored.has_joined and self._restore(restored)) or self._fetches.put(restored)
-        ):
-            engine.wait_for_kv(name, num_free - engine.pool.num_free)
-        else:
-            engine.kv_came(name)
-
-    def _end_fetch(self, fetched: AddRequest) -> None:
-        if fetched.is_queued:
-            self._engine.kv_came(fetched.request.request_id)
-        else:
-            self._prepare(fetched)
-
-    def _prepare(self, command: AddRequest) -> None:
-        grammar, owner = command.request.params.grammar, command.request.cache_salt
-        compiled = None if grammar is None else self._grammars.cached(grammar, owner)
-        if grammar is None or compiled is not None:
-            self._add(command, compiled)
-        else:
-            self.compilations.put(command)
-
-    def _add(self, command: AddRequest, grammar: CompiledGrammar | None) -> None:
-        request = command.request
-        try:
-            self._engine.add_request(request, command.received, grammar, command.hashes)
-        except (RequestError, QueueFullError, NotReadyError) as err:
-            self._owners.refuse(command.gateway, request, err)
-            return
-        self._owners.accept(command.gateway, request)
-
-    # Numbers: control thread
+    def _count(self) -> None:
+        found: Counter[tuple[str, str]] = Counter()
+        for waiting in self._requests.values():
+            if not waiting.is_in_engine:
+                found[_REASONS[waiting.state], waiting.request.adapter] += waiting.request.n
+        self._num_waiting = found
 
     def count_waiting(self, stats: dict[str, float]) -> Counter[str]:
         """Add the choices that wait to the gauges; returns them by key of their adapter."""
-        return count_waiting(stats, self.waiting)
+        by_adapter: Counter[str] = Counter()
+        for reason in _REASONS.values():
+            stats.setdefault(f'num_requests_waiting_by_reason{{reason="{reason}"}}', 0.0)
+        for (reason, adapter), count in self._num_waiting.items():
+            by_adapter[adapter] += count
+            stats["num_requests_waiting"] += count
+            stats[f'num_requests_waiting_by_reason{{reason="{reason}"}}'] += count
+        return by_adapter
 
     def adapters(self) -> frozenset[str]:
         """Keys of the adapters of requests that wait here."""
-        return frozenset[str]().union(*(waiting.adapters for waiting in self.waiting))
+        return frozenset(adapter for _, adapter in self._num_waiting if adapter)

@@ -78,8 +78,8 @@ class AttentionRole:
             grammars,
             compilations,
             self.fetches,
-            None if self.tiers is None else self.tiers.restores,
-            self._has_peers,
+            [self.fetches] if self.tiers is None else [self.tiers.restores, self.fetches],
+            lambda: self.tiers is not None or self._has_peers(),
         )
         self._steps = EngineSteps(
             context, engine, self._stream, timer, self.intake.wait_s, lambda: self.fetches.cost

@@ -11,12 +11,12 @@ import pytest
 from msgspec import structs
 
 from cluster.core.errors import RequestError, RequestFailedError
-from workers.process.intake.commands import AddRequest
 from workers.process.intake.grammar_compilations import (
     COMPILE_LIMIT_S,
     MAX_COMPILING,
     GrammarCompilations,
 )
+from workers.process.intake.intake_request import IntakeRequest
 from workers.requests.request import Grammar, GrammarKind, Request, SamplingParams
 
 WAIT_S = 60.0
@@ -24,10 +24,10 @@ WAIT_S = 60.0
 
 def command(
     name: str, text: str, gateway: str = "g", attempt: int = 0, n: int = 1, **more: Any
-) -> AddRequest:
+) -> IntakeRequest:
     params = SamplingParams(grammar=Grammar(kind=GrammarKind.REGEX, text=text))
     request = Request(request_id=name, prompt=(1,), params=params, attempt=attempt, n=n, **more)
-    return AddRequest(gateway, request, 0.0)
+    return IntakeRequest(gateway, request, 0.0)
 
 
 @dataclass
@@ -90,7 +90,7 @@ def waiting(workshop: Workshop) -> Iterator[GrammarCompilations]:
 
 
 def names(waiting: GrammarCompilations) -> list[str]:
-    return [done.command.request.request_id for done in waiting.take()]
+    return [done.waiting.request.request_id for done in waiting.take()]
 
 
 def test_a_request_comes_out_with_its_grammar(
@@ -103,7 +103,7 @@ def test_a_request_comes_out_with_its_grammar(
     assert str(done.compiled) == "compiled x"
     assert done.error is None
     assert waiting.take() == []
-    assert waiting.num_waiting == 0
+    assert waiting.names == []
 
 
 def test_equal_grammars_are_compiled_once(workshop: Workshop, waiting: GrammarCompilations) -> None:
@@ -128,43 +128,12 @@ def test_no_tenant_waits_for_a_grammar_of_another_one(
     assert workshop.begun == ["x", "x"]
 
 
-def test_the_attempt_of_a_request_that_waits_is_known(
-    workshop: Workshop, waiting: GrammarCompilations
-) -> None:
-    waiting.put(command("a", "x", attempt=3))
-    assert (waiting.attempt("a"), waiting.attempt("b")) == (3, -1)
-
-
-def test_requests_use_their_adapters_while_they_wait(
-    workshop: Workshop, waiting: GrammarCompilations
-) -> None:
-    for name, adapter in (("a", "sql@1"), ("b", ""), ("c", "chat@2")):
-        plain = command(name, name)
-        waiting.put(replace(plain, request=structs.replace(plain.request, adapter=adapter)))
-    assert waiting.adapters == {"sql@1", "chat@2"}
-    waiting.drop("c")
-    assert waiting.adapters == {"sql@1"}
-    workshop.finish("a")
-    assert names(waiting) == ["a"]
-    assert waiting.adapters == frozenset()
-
-
 def test_a_slow_grammar_holds_up_no_other(workshop: Workshop, waiting: GrammarCompilations) -> None:
     waiting.put(command("slow", "x"))
     waiting.put(command("quick", "y"))
     workshop.finish("y")
     assert names(waiting) == ["quick"]
-    assert waiting.num_waiting == 1
-
-
-def test_choices_that_wait_are_counted_by_adapter(waiting: GrammarCompilations) -> None:
-    waiting.put(command("a", "x", n=2, adapter="sql@1"))
-    waiting.put(command("b", "x", adapter="sql@1"))
-    waiting.put(command("c", "y"))
-    assert waiting.by_adapter == {"sql@1": 3, "": 1}
-    assert waiting.num_waiting == 4
-    waiting.drop("a")
-    assert waiting.by_adapter == {"sql@1": 1, "": 1}
+    assert waiting.names == ["slow"]
 
 
 def test_a_grammar_over_its_time_is_refused_by_name(
@@ -197,7 +166,7 @@ def test_a_resumed_request_waits_as_long_as_its_grammar_takes(
     workshop.wait_started(2)
     workshop.now += COMPILE_LIMIT_S
     assert names(waiting) == ["newer"]
-    assert waiting.num_waiting == 2
+    assert sorted(waiting.names) == ["late", "resumed"]
     workshop.finish("x")
     assert workshop.woken.acquire(timeout=WAIT_S)
     assert names(waiting) == ["resumed", "late"]
@@ -239,11 +208,12 @@ def test_a_choice_that_is_aborted_while_its_request_waits_never_runs(
     """A gateway finds a stop string in what an earlier worker had sent."""
     resumed = command("a", "x", attempt=1)
     request = structs.replace(resumed.request, n=4, closed_choices=(2,))
-    waiting.put(replace(resumed, request=request))
+    resumed = replace(resumed, request=request)
+    waiting.put(resumed)
     waiting.put(command("b", "x"))
-    waiting.drop("a", (0,))
+    resumed.close((0,))
     workshop.finish("x")
-    assert [done.command.request.closed_choices for done in waiting.take()] == [(0, 2), ()]
+    assert [done.waiting.request.closed_choices for done in waiting.take()] == [(0, 2), ()]
 
 
 def test_aborted_requests_and_lost_gateways_are_forgotten(
@@ -251,11 +221,9 @@ def test_aborted_requests_and_lost_gateways_are_forgotten(
 ) -> None:
     for name, text, gateway in (("a", "x", "g"), ("b", "x", "h"), ("c", "y", "h"), ("d", "z", "h")):
         waiting.put(command(name, text, gateway))
-    assert waiting.owner("c") == "h"
-    assert waiting.owner("nobody") is None
     waiting.drop("c")
     waiting.drop_gateway("h")
-    assert waiting.num_waiting == 1
+    assert waiting.names == ["a"]
     workshop.finish("x")
     workshop.finish("y")
     assert names(waiting) == ["a"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import threading
 import time
@@ -241,15 +240,15 @@ def test_requests_with_one_prefix_share_a_restore(tiered: Tiered) -> None:
     commands = [add(request_of(name)) for name in "abc"]
     assert all(tiered.restores.put(command) for command in commands)
     tiered.restores.drop("b")
-    assert tiered.restores.num_waiting == 2
-    assert tiered.restores.owner("c") == "g"
+    assert tiered.restores.names == ["a", "c"]
     found: list[object] = []
     while len(found) < 2:
         assert tiered.woken.wait(TIMEOUT_S)
         tiered.woken.clear()
         found += tiered.restores.take()
-    assert found == [commands[0], dataclasses.replace(commands[2], has_joined=True)]
-    assert tiered.restores.num_waiting == 0
+    assert found == [commands[0], commands[2]]
+    assert [command.has_joined for command in commands] == [False, True, True]
+    assert tiered.restores.names == []
 
 
 def test_a_restore_that_is_late_holds_nobody_up(
