@@ -202,7 +202,7 @@ class TimedDispatcher(ABC):
             (end_ns, name, bank, micro_batch)
             for micro_batch, of_banks in enumerate(ends)
             for bank, found in zip(self._banks, of_banks, strict=True)
-            for name, _ in LayerEnds._fields_
+            for name, *_ in LayerEnds._fields_
             if (end_ns := getattr(found, name))
         ]
         for end_ns, name, bank, micro_batch in sorted(parts, key=itemgetter(0)):

@@ -8,18 +8,13 @@ import torch
 from torch import Tensor
 
 from workers.native.panels import DTYPES
-from workers.native.structure import fields
+from workers.native.structs import c_struct
 from workers.native.team import Team, check
 
 
+@c_struct("delta_net.h", "delta_net")
 class DeltaNetFields(ctypes.Structure):
     """``struct delta_net``."""
-
-    _fields_ = fields(
-        "int64: dtype num_key_heads num_value_heads key_dim value_dim kernel",
-        "float: eps",
-        "pointer: conv rate bias norm",
-    )
 
     @property
     def conv_width(self) -> int:
@@ -38,13 +33,9 @@ class DeltaNetFields(ctypes.Structure):
         return int((self.kernel - 1) * self.conv_width + matrices)
 
 
+@c_struct("delta_net.h", "delta_rows")
 class DeltaRowsFields(ctypes.Structure):
     """``struct delta_rows``."""
-
-    _fields_ = fields(
-        "pointer: projected out states runs chains",
-        "int64: num_chains",
-    )
 
 
 def run_delta_net(

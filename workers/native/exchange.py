@@ -14,51 +14,26 @@ from workers.native.experts import CallFields
 from workers.native.frames import FrameFields, PlaceFields
 from workers.native.library import Library
 from workers.native.panels import DTYPES
-from workers.native.structure import fields
+from workers.native.structs import c_struct
 from workers.native.team import check
 
 UNEXPECTED, UNSENT = 5, 6
 """``enum result``: the caller goes on where native code has stopped."""
 
 
+@c_struct("exchange.h", "exchange", place=PlaceFields, frames=ctypes.POINTER(FrameFields))
 class ExchangeFields(ctypes.Structure):
     """``struct exchange``."""
 
-    _fields_ = fields(
-        ("place", PlaceFields),
-        "pointer: waiting",
-        ("frames", ctypes.POINTER(FrameFields)),
-        "int64: num_peers dtype top_k num_inputs in_bytes out_width by_pair",
-    )
 
-
+@c_struct("exchange.h", "exchange_home", exchange=ExchangeFields)
 class HomeFields(ctypes.Structure):
     """``struct exchange_home``."""
 
-    _fields_ = fields(
-        ("exchange", ExchangeFields),
-        "int64: num_experts",
-        "pointer: slots",
-        "int64: is_weighted rounds_products num_rows",
-        "pointer: ids weights",
-        "int64: weights_dtype",
-        "pointer: inputs sent received out",
-    )
 
-
+@c_struct("exchange.h", "exchange_server", exchange=ExchangeFields, experts=CallFields)
 class ServerFields(ctypes.Structure):
     """``struct exchange_server``."""
-
-    _fields_ = fields(
-        ("exchange", ExchangeFields),
-        "pointer: team",
-        ("experts", CallFields),
-        "pointer: filled",
-        "int64: num_filled",
-        "pointer: rows counts progress memory",
-        "int64: num_rows num_rows_here num_pairs received_bytes sent_bytes received_ns",
-        "int64: computed_ns sent_ns",
-    )
 
 
 def dispatch_rows(library: Library, home: HomeFields) -> int:

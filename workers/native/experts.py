@@ -16,7 +16,7 @@ from torch import Tensor
 
 from workers.native.panels import DTYPES
 from workers.native.quantized import FormFields, form_fields, weight_bytes
-from workers.native.structure import fields
+from workers.native.structs import c_struct
 from workers.native.team import Team, check
 from workers.quantization.formats import WeightFormat
 
@@ -73,25 +73,9 @@ class ExpertShape:
         return weight_bytes(self.matrices[matrix], self.stored_as(matrix), form, is_gated)
 
 
+@c_struct("experts.h", "experts_call", form=FormFields)
 class CallFields(ctypes.Structure):
     """``struct experts_call``."""
-
-    _fields_ = fields(
-        "int64: dtype is_gated in_width inner_width out_width num_slots",
-        ("form", FormFields),
-        "pointer: first second first_bias second_bias",
-        "int64: activation",
-        "double: alpha limit",
-        "pointer: inputs",
-        "int64: num_inputs inputs_by",
-        "pointer: input_of slots slot_of",
-        "int64: num_rows top_k slots_stride",
-        "pointer: weights",
-        "int64: weights_stride rounds_products sums_dtype",
-        "pointer: others",
-        "int64: adds",
-        "pointer: out",
-    )
 
 
 class SlotTable:

@@ -8,49 +8,30 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 
-from workers.native.structure import fields
+from workers.native.structs import c_struct
 
-HEADER_BYTES = 36
 END_OF_STREAM = -1
 """``FrameFields.error`` where the peer has closed."""
 
 
+@c_struct("frames.h", "step")
 class StepFields(ctypes.Structure):
     """``struct step``."""
 
-    _fields_ = fields(
-        "int64: generation number flags",
-    )
 
-
+@c_struct("frames.h", "place")
 class PlaceFields(ctypes.Structure):
     """``struct place``."""
 
-    _fields_ = fields(
-        "pointer: step",
-        "int64: bank exchange micro_batch",
-    )
 
-
+@c_struct("frames.h", "waiting")
 class WaitingFields(ctypes.Structure):
     """``struct waiting``."""
 
-    _fields_ = fields(
-        "int64: epoll wake limit_ms spin_ns",
-    )
 
-
+@c_struct("frames.h", "frame")
 class FrameFields(ctypes.Structure):
     """``struct frame``."""
-
-    _fields_ = fields(
-        "int64: socket",
-        ("counts", ctypes.c_int64 * 2),
-        ("bytes", ctypes.c_int64 * 2),
-        ("parts", ctypes.c_void_p * 2),
-        "int64: done error",
-        ("header", ctypes.c_uint8 * HEADER_BYTES),
-    )
 
     def came(self) -> bytes:
         """What was received of it."""

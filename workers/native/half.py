@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 
 from workers.native.matrix import MatrixFields
-from workers.native.structure import fields
+from workers.native.structs import c_struct
 from workers.native.team import Team, check
 
 SCORINGS = ("softmax", "softmax_of_best", "sigmoid", "float32_softmax")
@@ -23,55 +23,36 @@ NO_WINDOW = 1 << 40
 """Positions of a window that is none."""
 
 
+@c_struct("routing.h", "routing")
 class RoutingFields(ctypes.Structure):
     """``struct routing``."""
 
-    _fields_ = fields(
-        "int32: num_experts top_k scoring is_normed float32_product num_groups top_groups",
-        "float: scale least_sum",
-        "pointer: correction",
-    )
 
-
+@c_struct("half.h", "router", matrix=MatrixFields, routing=RoutingFields)
 class RouterFields(ctypes.Structure):
     """``struct router``."""
 
-    _fields_ = (("matrix", MatrixFields), ("routing", RoutingFields))
 
-
+@c_struct(
+    "half.h",
+    "half",
+    qkv=MatrixFields,
+    output=MatrixFields,
+    query_router=RouterFields,
+    router=RouterFields,
+)
 class HalfFields(ctypes.Structure):
     """``struct half``."""
 
-    _fields_ = fields(
-        "int64: dtype hidden_size num_heads num_kv_heads head_dim window qk_norm latent_rank",
-        "double: eps scale clip",
-        "pointer: sinks norm1 norm2 qk_norm_weights",
-        ("qkv", MatrixFields),
-        ("output", MatrixFields),
-        ("query_router", RouterFields),
-        ("router", RouterFields),
-    )
 
-
+@c_struct("half.h", "half_batch")
 class BatchFields(ctypes.Structure):
     """``struct half_batch``."""
 
-    _fields_ = fields(
-        "int64: num_rows",
-        "pointer: cos sin",
-        "int64: wave_stride waves_by_position",
-        "pointer: chunks",
-        "int64: num_chunks max_length num_blocks block_size cache_dtype",
-    )
 
-
+@c_struct("half.h", "half_rows")
 class RowsFields(ctypes.Structure):
     """``struct half_rows``."""
-
-    _fields_ = fields(
-        "pointer: hidden cache normed projected queries attended mixed logits topk_ids",
-        "pointer: topk_weights",
-    )
 
 
 def run_half(

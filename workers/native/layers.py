@@ -13,54 +13,31 @@ from workers.native.exchange import UNEXPECTED
 from workers.native.experts import CallFields
 from workers.native.half import HalfFields
 from workers.native.matrix import MatrixFields
-from workers.native.structure import fields
+from workers.native.structs import c_struct
 from workers.native.team import Team, check
 
 NO_BANK = -1
 """Of a layer without routed experts."""
 
 
+@c_struct("layers.c", "layer", half=HalfFields, mlp=CallFields)
 class LayerFields(ctypes.Structure):
     """``struct layer``."""
 
-    _fields_ = fields(
-        ("half", HalfFields),
-        "pointer: cache",
-        "int64: bank",
-        ("mlp", CallFields),
-    )
 
-
+@c_struct("layers.c", "stack", layers=ctypes.POINTER(LayerFields), head=MatrixFields)
 class StackFields(ctypes.Structure):
     """``struct stack``."""
 
-    _fields_ = fields(
-        "pointer: embedding",
-        "int64: vocab_size",
-        ("layers", ctypes.POINTER(LayerFields)),
-        "int64: num_layers",
-        "pointer: norm",
-        "double: eps",
-        ("head", MatrixFields),
-    )
 
-
+@c_struct("layers.c", "layer_ends")
 class LayerEnds(ctypes.Structure):
     """``struct layer_ends``: monotonic nanoseconds, 0 for a part that has not ended."""
 
-    _fields_ = fields(
-        "int64: attention dispatch mlp combine",
-    )
 
-
+@c_struct("layers.c", "flow")
 class FlowFields(ctypes.Structure):
     """``struct flow``."""
-
-    _fields_ = fields(
-        "pointer: batch tokens hidden is_finite logits normed others topk_ids topk_weights routed",
-        "pointer: experts homes ends",
-        "int64: next is_waiting is_done",
-    )
 
 
 def run_layers(

@@ -9,20 +9,15 @@ from torch import Tensor
 
 from workers.native.panels import DTYPES, PANEL, unpack
 from workers.native.quantized import FormFields, form_fields, pack_weight, unpack_quantized
-from workers.native.structure import fields
+from workers.native.structs import c_struct
 from workers.native.team import Team, check
 from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix, Weight
 
 
+@c_struct("matrix.h", "matrix", form=FormFields)
 class MatrixFields(ctypes.Structure):
     """``struct matrix``."""
-
-    _fields_ = fields(
-        "pointer: panels bias",
-        "int64: outputs inputs dtype",
-        ("form", FormFields),
-    )
 
 
 class Matrix:

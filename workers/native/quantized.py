@@ -20,7 +20,7 @@ from workers.native.panels import (
     packed_bytes,
     unpack_rows,
 )
-from workers.native.structure import fields
+from workers.native.structs import c_struct
 from workers.native.team import Team
 from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix, Weight
@@ -32,12 +32,9 @@ _WHOLE_ROW = 1 << 40
 """Elements that no row has."""
 
 
+@c_struct("layout.h", "form")
 class FormFields(ctypes.Structure):
     """``struct form``."""
-
-    _fields_ = fields(
-        "int64: codes scales has_zeros zero_bits group",
-    )
 
 
 def form_fields(form: WeightFormat | None) -> FormFields:

@@ -6,7 +6,7 @@
 #include "frames.h"
 #include "numbers.h"
 
-// What both sides know of an exchange. Mirrored by `ExchangeFields` in exchange.py, as all below.
+// What both sides know of an exchange: `ExchangeFields` in exchange.py; all below have theirs.
 struct exchange {
     struct place place;
     const struct waiting *waiting;

@@ -14,7 +14,7 @@ enum activation {
     CLAMPED_SWIGLU = 1  // gate * sigmoid(alpha * gate) * (up + 1), within limits
 };
 
-// Mirrored by `CallFields` in experts.py. A place is an element of `slots`, a pair a place that has a
+// Fields of `CallFields` in experts.py. A place is an element of `slots`, a pair a place that has a
 // slot; pairs are counted in the order of places.
 struct experts_call {
     int64_t dtype, is_gated, in_width, inner_width, out_width, num_slots;

@@ -8,7 +8,7 @@
 enum { HEADER_BYTES = 36, FRAME_PARTS = 2 };
 enum frame_kind { ROWS = 3, OUTPUTS = 4 };
 
-// The step of a frame. Mirrored by `StepFields` in frames.py, as all below.
+// The step of a frame. Fields of `StepFields` in frames.py; all below have theirs.
 struct step {
     int64_t generation, number, flags;
 };

@@ -8,7 +8,7 @@
 #include "linear.h"
 #include "norm.h"
 
-// Mirrored by `LayerFields` in layers.py, as all below. Calls are complete but for rows.
+// Fields of `LayerFields` in layers.py; all below have theirs. Calls are complete but for rows.
 struct layer {
     struct half half;
     void *cache;

@@ -16,7 +16,7 @@ enum codes { PLAIN = 0, INT8 = 1, FLOAT8 = 2, INT4 = 3, FLOAT4 = 4 };  // PLAIN:
 
 enum scales { SCALES_FLOAT32 = 0, SCALES_BFLOAT16 = 1, SCALES_FLOAT16 = 2, SCALES_E8M0 = 3 };
 
-// Mirrored by `FormFields` in quantized.py. All 0: weights are in the type of the rows.
+// Fields of `FormFields` in quantized.py. All 0: weights are in the type of the rows.
 struct form {
     int64_t codes, scales, has_zeros;
     int64_t zero_bits;  // of a zero point: behind the point

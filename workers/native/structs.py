@@ -1,0 +1,71 @@
+"""Layouts of the structs in ``c/``, read from the sources that a library is built from."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, TypeVar
+
+from workers.native.build import SOURCES
+
+Fields = TypeVar("Fields", bound=ctypes.Structure)
+
+_SCALARS: dict[str, Any] = {
+    "int64_t": ctypes.c_int64,
+    "int32_t": ctypes.c_int32,
+    "uint8_t": ctypes.c_uint8,
+    "double": ctypes.c_double,
+    "float": ctypes.c_float,
+}
+_DECLARATION = re.compile(r"(?:const )?((?:struct )?\w+) ([^;]+);")
+_DECLARATOR = re.compile(r"([* ]|const )*(\w+)(?:\[(\w+)\])?")
+
+
+def c_struct(file: str, name: str, **types: Any) -> Callable[[type[Fields]], type[Fields]]:
+    """Give a class the fields of ``struct name`` of a file in ``c/``.
+
+    ``types``: those of the fields that are structs, and of pointers that are not ``c_void_p``.
+    """
+
+    def with_fields(kind: type[Fields]) -> type[Fields]:
+        kind._fields_ = list(_fields_of(_source(file), name, types))
+        return kind
+
+    return with_fields
+
+
+@cache
+def _source(file: str) -> str:
+    """A file without comments, words one space apart."""
+    return " ".join(re.sub(r"//.*", "", (SOURCES / file).read_text()).split())
+
+
+def _fields_of(source: str, name: str, types: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and types of a struct's fields. Raises ``LookupError`` for what is not known."""
+    body = re.search(rf"struct {name} {{ ([^}}]*)}};", source)
+    if body is None:
+        raise LookupError(f"there is no struct {name}")
+    for declaration in _DECLARATION.finditer(body[1]):
+        plain, declarators = declaration.groups()
+        for declarator in declarators.split(","):
+            found = _DECLARATOR.fullmatch(declarator.strip())
+            if found is None:
+                raise LookupError(f"struct {name}: {declarator} is not understood")
+            field, count = found[2], found[3]
+            is_pointer = "*" in declarator
+            kind = types.get(field) or (ctypes.c_void_p if is_pointer else _SCALARS.get(plain))
+            if kind is None:
+                raise LookupError(f"struct {name}: {plain} {field} has no type")
+            yield field, kind if count is None else kind * _constant(source, count)
+
+
+def _constant(source: str, name: str) -> int:
+    """A number, or the value that an enum gives to a name."""
+    if name.isdigit():
+        return int(name)
+    found = re.search(rf"\b{name} = (\d+)", source)
+    if found is None:
+        raise LookupError(f"{name} has no value")
+    return int(found[1])
