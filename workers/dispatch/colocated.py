@@ -71,17 +71,12 @@ class LoopbackTransport:
         received = iter(found)
         return [self._own.pop(tag) if e.rank == self._rank else next(received) for e in expected]
 
-    @contextmanager
     def recording(
         self, device: torch.device, activity: Activity, graph: StepGraph | None
-    ) -> Iterator[None]:
+    ) -> LoopbackTransport:
         """Record the messages of and to other ranks; see ``RecordingTransport``."""
-        live = self._inner
-        self._inner = RecordingTransport(live, device, activity, graph)
-        try:
-            yield
-        finally:
-            self._inner = live
+        inner = RecordingTransport(self._inner, device, activity, graph)
+        return LoopbackTransport(inner, self._rank)
 
     def direct(self, ranks: Sequence[int]) -> None:
         """See ``DataTransport``."""
@@ -181,10 +176,10 @@ class ColocatedDispatcher:
         under_way, attention = self._header, self._attention
         assert under_way is not None, "begin_step comes first"
         header = attention.captured_header(under_way, len(is_row))
+        transport = self._transport.recording(is_row.device, attention.activity, graph)
         with (
-            self._transport.recording(is_row.device, attention.activity, graph),
-            self._server.as_captured(header) as served,
-            attention.as_captured(header, is_row, self._transport) as rows,
+            self._server.as_captured(header, transport) as served,
+            attention.as_captured(header, is_row, transport) as rows,
         ):
             self._served = (-1, -1)
             yield _Captured(self, served, rows)
@@ -193,7 +188,7 @@ class ColocatedDispatcher:
     def replayed(self, served: CapturedServes) -> None:
         """A captured step of this rank was replayed."""
         self._is_replayed = True
-        self._server.replayed(served)
+        self._server.captured.count(served).copy()
 
 
 @dataclass(frozen=True, slots=True)

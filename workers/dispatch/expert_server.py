@@ -83,6 +83,7 @@ class ExpertServer:
         self._native = NativeServing(side, transport, self._static)
         self.captured = CapturedServing(side, transport, self._fixed, max_kept_rows)
         """On a GPU: the steps that are captured."""
+        self._called = self._static
         self._step: ServedStep | None = None
         self._is_captured = False
 
@@ -129,8 +130,8 @@ class ExpertServer:
 
     def begin_step(self, header: StepHeader) -> None:
         """Start a step; ``serve`` follows for each exchange. Raises as ``run_step``."""
-        step = self._begin(header)
-        self._called(step).begin_step(step, ())
+        self._called = self._exact if header.exact else self._static
+        self._called.begin_step(self._begin(header), ())
 
     def serve(self, bank: int, exchange: int) -> None:
         """Serve the micro-batches of one exchange; raises as ``run_step``."""
@@ -139,27 +140,24 @@ class ExpertServer:
         for micro_batch, granted in enumerate(step.granted):
             if granted:
                 self.timer.mark()
-                self._called(step).serve_place(ServedPlace(spec, exchange, micro_batch))
+                self._called.serve_place(ServedPlace(spec, exchange, micro_batch))
         is_last = (bank, exchange) == (len(self._banks) - 1, len(spec.exchanges) - 1)
         if is_last and not self._is_captured:
             self._end_step()
 
-    def _called(self, step: ServedStep) -> StaticServing:
-        return self._exact if step.header.exact else self._static
-
     @contextmanager
-    def as_captured(self, header: StepHeader) -> Iterator[CapturedServes]:
-        """On a GPU: the step whose exchanges are served within it is captured, and not counted."""
+    def as_captured(self, header: StepHeader, transport: DataTransport) -> Iterator[CapturedServes]:
+        """On a GPU: the step whose exchanges are served within it is captured, and not counted.
+
+        ``transport`` records its messages; ``begin_step`` follows.
+        """
         self._step, self._is_captured = self._step_of(header, is_measured=False), True
+        self._called = StaticServing(self._side, transport)
         try:
-            with self.captured.capturing(self._step, self._static) as served:
+            with self.captured.capturing(self._step, self._called) as served:
                 yield served
         finally:
             self._is_captured = False
-
-    def replayed(self, captured: CapturedServes) -> None:
-        """A step captured by ``as_captured`` was replayed; ``end_replay`` follows."""
-        self.captured.count(captured).copy()
 
     def end_replay(self) -> None:
         """Count, and raise what was put off; the host has waited for what came after the replay."""

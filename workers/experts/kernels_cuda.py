@@ -6,22 +6,11 @@ import torch
 from torch import Tensor
 
 from workers.experts.stacked import StackedWeights
-from workers.model.config import ClampedSwiglu, ExchangeSpec
-from workers.model.side_stream import SideStream
+from workers.model.config import ClampedSwiglu
 
 
 class CudaExperts(StackedWeights):
     """Our own kernels; tests on CPUs run them in Triton's interpreter."""
-
-    def __init__(
-        self,
-        exchange: ExchangeSpec,
-        dtype: torch.dtype,
-        device: torch.device,
-        side: SideStream | None = None,
-    ) -> None:
-        super().__init__(exchange, dtype, device, side)
-        self._per_slot_input = exchange.per_slot_input
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
         return self._compute(inputs, pair_slot.unsqueeze(1), pair_input, 1)
@@ -37,11 +26,10 @@ class CudaExperts(StackedWeights):
         """See ``ExpertBank.compute_rows``; a row may also have no slot at all."""
         from workers.cuda.row_sums import sum_rows
 
-        sources = None
-        if self._per_slot_input and inputs.shape[0] != slots.numel():
+        sources, per_slot = None, self._exchange.per_slot_input
+        if per_slot and inputs.shape[0] != slots.numel():
             sources = (slots.flatten() >= 0).cumsum(0) - 1
-        per_row = 1 if self._per_slot_input else slots.shape[1]
-        outputs = self._compute(inputs, slots, sources, per_row)
+        outputs = self._compute(inputs, slots, sources, 1 if per_slot else slots.shape[1])
         return sum_rows(outputs, slots, weights, not float32_weights, dtype)
 
     def _compute(
