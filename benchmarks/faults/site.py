@@ -84,10 +84,10 @@ class Site:
 
     def _rebalances(self) -> bool:
         """Others would change how copies share their load, and leave nothing to move."""
-        plan = ray.get(self.cluster.actor.rebalance.remote({"dry_run": True}))
+        plan = ray.get(self.cluster.actor.begin.remote("rebalance", {"dry_run": True}))
         if plan["result"]["action"] != "move":
             return False
-        begun = ray.get(self.cluster.actor.rebalance.remote({}))
+        begun = ray.get(self.cluster.actor.begin.remote("rebalance", {}))
         return bool(begun["state"] == "RUNNING")
 
     def change_checkpoint(self) -> None:
