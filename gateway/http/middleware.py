@@ -46,6 +46,8 @@ class Responder:
         self._send = send
         self.is_started = False
         self.is_complete = False
+        self.is_cut_off = False
+        """The client left before the end."""
         self.status = 0
         """HTTP status; 0 before the start."""
 
@@ -208,7 +210,7 @@ async def run_until_gone(
         ClientGoneError: the client left; ``work`` was cancelled.
     """
     task = asyncio.create_task(work)
-    watch = asyncio.create_task(_wait_gone(receive))
+    watch = asyncio.create_task(_wait_gone(receive, responder))
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done() and not responder.is_complete:
@@ -217,6 +219,8 @@ async def run_until_gone(
                 await task
             raise ClientGoneError("the client closed the connection")
         await task
+        if responder.is_cut_off:  # what came last was dropped
+            raise ClientGoneError("the client closed the connection")
     finally:  # after a cancel nothing may be awaited here: both end by themselves
         watch.cancel()
         task.cancel()
@@ -243,9 +247,10 @@ class WatchedEndpoint(ABC, Generic[Parsed]):
         """Serve what ``_read`` returned."""
 
 
-async def _wait_gone(receive: Receive) -> None:
+async def _wait_gone(receive: Receive, responder: Responder) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    responder.is_cut_off = not responder.is_complete
 
 
 def path_of(scope: Scope) -> str:
