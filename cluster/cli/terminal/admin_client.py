@@ -33,15 +33,15 @@ class AdminClient:
 
     def drain(self, order: Mapping[str, Any]) -> dict[str, Any]:
         """Begin the operation of a ``DrainWorkerRequest`` with these fields."""
-        return self._call("drain", _with_limit(order), "drain", order)
+        return self._begin("drain", _with_limit(order), order)
 
     def scale(self, order: Mapping[str, Any]) -> dict[str, Any]:
         """Begin the operation of a ``ScaleRequest`` with these fields."""
-        return self._call("scale", _with_limit(order), "scale", order)
+        return self._begin("scale", _with_limit(order), order)
 
     def rebalance(self, order: Mapping[str, Any]) -> dict[str, Any]:
         """Begin the operation of a ``RebalanceRequest`` with these fields."""
-        return self._call("rebalance", dict(order), "rebalance", order)
+        return self._begin("rebalance", dict(order), order)
 
     def cancel(self, operation_id: str) -> dict[str, Any]:
         path = f"operations/{_quoted(operation_id)}/cancel"
@@ -65,6 +65,14 @@ class AdminClient:
             query = urllib.parse.urlencode({"process": process, "after": after})
             found = self._admin.get(f"/admin/v1/log?{query}")
         return int(found["number"]), list(found["lines"])
+
+    def _begin(
+        self, kind: str, command: dict[str, Any], order: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Begin an operation at the controller, or at the admin port."""
+        if self._admin is None:
+            return _document(_ask("begin", kind, command))
+        return self._call("begin", command, kind, order)
 
     def _call(
         self, method: str, argument: Any, path: str, body: Mapping[str, Any] | None = None
