@@ -26,7 +26,7 @@ from gateway.core.delta import ChoiceDelta, TokenText
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.submission import Submission
 from gateway.generation.gateway import Gateway
-from gateway.generation.generation import Generation
+from gateway.generation.running_call import RunningCall
 from gateway.text.tokenizer import load_tokenizer
 from workers.requests.request import FinishReason
 
@@ -138,7 +138,7 @@ class ClusterGateway:
         begun()
         return streams.finish()
 
-    async def begin(self, call: GenerateCall, name: str) -> Generation:
+    async def begin(self, call: GenerateCall, name: str) -> RunningCall:
         """Begin a call of one prompt and one choice (on the event loop)."""
         return await self._gateway.start(replace(call, timeout_s=LIMIT_S), name)
 
@@ -152,7 +152,7 @@ class ClusterGateway:
         Calls that are under way at the same time need another ``name``.
         """
 
-        async def begin() -> list[Generation]:
+        async def begin() -> list[RunningCall]:
             return [await self.begin(call, f"{name}-{i}") for i, call in enumerate(calls)]
 
         streams = Streams([Answer() for _ in calls])
@@ -197,7 +197,7 @@ class Streams:
         self.ends.result(LIMIT_S)
         return self.answers
 
-    async def collect(self, running: Sequence[Generation]) -> None:
+    async def collect(self, running: Sequence[RunningCall]) -> None:
         """Take in what comes, to the ends."""
         pairs = zip(running, self.answers, strict=True)
         try:
@@ -206,7 +206,7 @@ class Streams:
             with self._changed:
                 self._changed.notify_all()
 
-    async def _collect(self, generation: Generation, answer: Answer) -> None:
+    async def _collect(self, generation: RunningCall, answer: Answer) -> None:
         with generation:
             while not generation.is_finished:
                 for delta in await generation.next():

@@ -1,4 +1,4 @@
-"""Generations as Anthropic's messages, whole and as events."""
+"""Running calls as Anthropic's messages, whole and as events."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from typing import Any
 from gateway.anthropic.blocks import BlockWriter, Event, ShownThinking, blocks_of
 from gateway.core.delta import ChoiceDelta, Finish, Usage
 from gateway.generation.answer import TextFormat
-from gateway.generation.generation import Generation
+from gateway.generation.running_call import RunningCall
 from gateway.text.tokenizer import Tokenizer
 from workers.requests.request import FinishReason
 
 
 class MessageFormat(TextFormat):
-    """The one choice of a generation as a message.
+    """The one choice of a running call as a message.
 
     Args:
-        generation: the source of the answer.
+        running: the source of the answer.
         tokenizer: of the model.
         thinking: what the client sees of reasoning.
     """
 
     def __init__(
-        self, generation: Generation, tokenizer: Tokenizer | None, thinking: ShownThinking
+        self, running: RunningCall, tokenizer: Tokenizer | None, thinking: ShownThinking
     ) -> None:
-        super().__init__(generation.call, tokenizer)
+        super().__init__(running.call, tokenizer)
         self._head = {
-            "id": generation.call_id,
+            "id": running.call_id,
             "type": "message",
             "role": "assistant",
-            "model": generation.call.model,
+            "model": running.call.model,
         }
         self._blocks = BlockWriter(thinking)
         self._ending: Event = {}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from cluster.core.errors import QueueFullError
 from gateway.core.errors import clamp_retry_s
 from gateway.generation.drain_rate import DrainRate
-from gateway.generation.tenant_queues import Ask, TenantQueue, tokens_ahead
+from gateway.generation.tenant_queues import CallDemand, TenantQueue, tokens_ahead
 
 _UNKNOWN_RATE_RETRY_S = 5.0
 """Before the first request has finished."""
@@ -29,13 +29,13 @@ class Ticket:
     """A place in the queue; give it back with ``release``, more than once does no harm."""
 
     admission: Admission
-    ask: Ask
+    demand: CallDemand
     since_s: float
     is_held: bool = True
 
     def retry_after_s(self) -> float:
         """Estimated time until there is room for another call of this size."""
-        return self.admission.retry_after_s(self.ask.num_requests)
+        return self.admission.retry_after_s(self.demand.num_requests)
 
     def release(self, now_s: float, was_served: bool = True) -> None:
         """Not ``was_served``: it has left without using the engines, and says nothing of their
@@ -80,52 +80,52 @@ class Admission:
         """Choices beyond what the engines run at once."""
         return max(0, self.num_places - self.capacity)
 
-    def admit(self, ask: Ask, now_s: float) -> Ticket:
+    def admit(self, demand: CallDemand, now_s: float) -> Ticket:
         """Take a place for one call. Raises ``QueueFullError`` with a retry time.
 
         A full queue still takes a call of a tenant with at most half of its equal share.
         """
-        self.check(ask, now_s)
-        queue = self._queues.setdefault(ask.tenant, TenantQueue())
-        queue.weight = ask.weight
-        self._add(ask, 1, now_s)
-        return Ticket(self, ask, now_s)
+        self.check(demand, now_s)
+        queue = self._queues.setdefault(demand.tenant, TenantQueue())
+        queue.weight = demand.weight
+        self._add(demand, 1, now_s)
+        return Ticket(self, demand, now_s)
 
-    def check(self, ask: Ask, now_s: float) -> None:
+    def check(self, demand: CallDemand, now_s: float) -> None:
         """Raise ``QueueFullError`` where ``admit`` would. A call of which little is known yet asks
         for little."""
-        has_share = self._has_share(ask)
-        over = self.num_requests + ask.num_requests - self.max_requests
+        has_share = self._has_share(demand)
+        over = self.num_requests + demand.num_requests - self.max_requests
         if over > 0 and not has_share:
             raise QueueFullError(
                 f"the queue is full: {self.num_requests} requests, at most {self.max_requests} "
                 "(max_queue)",
                 self.retry_after_s(over),
             )
-        is_long = self.num_tokens + ask.num_tokens > self.max_tokens
+        is_long = self.num_tokens + demand.num_tokens > self.max_tokens
         if self.num_requests and is_long and not has_share:
             raise QueueFullError(
                 f"the queue is full: {self.num_tokens} tokens, and this request needs "
-                f"{ask.num_tokens} more, at most {self.max_tokens} (max_queue_tokens)",
-                self._tokens_retry_s(self.num_tokens + ask.num_tokens - self.max_tokens),
+                f"{demand.num_tokens} more, at most {self.max_tokens} (max_queue_tokens)",
+                self._tokens_retry_s(self.num_tokens + demand.num_tokens - self.max_tokens),
                 "queue_tokens",
             )
-        num_bytes = self.num_bytes + ask.num_bytes
-        is_big = self.num_bytes and ask.num_bytes and num_bytes > self.max_prompt_bytes
+        num_bytes = self.num_bytes + demand.num_bytes
+        is_big = self.num_bytes and demand.num_bytes and num_bytes > self.max_prompt_bytes
         if is_big and not has_share:
             raise QueueFullError(
                 f"the queue is full: {self.num_bytes} bytes of embeddings, and this request needs "
-                f"{ask.num_bytes} more, at most {self.max_prompt_bytes}",
+                f"{demand.num_bytes} more, at most {self.max_prompt_bytes}",
                 self.retry_after_s(1),
             )
-        self._check_wait(ask, now_s)
+        self._check_wait(demand, now_s)
 
-    def _check_wait(self, ask: Ask, now_s: float) -> None:
-        wait_s = self.queue_time_s(ask)
+    def _check_wait(self, demand: CallDemand, now_s: float) -> None:
+        wait_s = self.queue_time_s(demand)
         is_burst = self._rate.saturated_for_s(now_s) <= _BURST_S
         stands = self._rate.stands_for_s(now_s) > self.max_wait_s
         limit_s = self.max_wait_s * (_STANDING_SHARE if stands else 1)
-        if wait_s <= limit_s or ask.priority > 0 or is_burst:
+        if wait_s <= limit_s or demand.priority > 0 or is_burst:
             return
         raise QueueFullError(
             f"the queue is full: requests would wait {wait_s:.1f} s, at most {limit_s:.3g} s "
@@ -134,21 +134,21 @@ class Admission:
             "queue_wait",
         )
 
-    def _has_share(self, ask: Ask) -> bool:
+    def _has_share(self, demand: CallDemand) -> bool:
         """With these it holds at most half of an equal share of the queue, which then exceeds its
         limits by at most half.
         """
-        own = self._queues.get(ask.tenant, TenantQueue())
-        num_others = len(self._queues) - (ask.tenant in self._queues)
+        own = self._queues.get(demand.tenant, TenantQueue())
+        num_others = len(self._queues) - (demand.tenant in self._queues)
         part = 0.5 / (num_others + 1)
         return (
             num_others > 0
-            and own.num_requests + ask.num_requests <= part * self.max_requests
-            and own.num_tokens + ask.num_tokens <= part * self.max_tokens
-            and own.num_bytes + ask.num_bytes <= part * self.max_prompt_bytes
-            and self.num_requests + ask.num_requests <= 1.5 * self.max_requests
-            and self.num_tokens + ask.num_tokens <= 1.5 * self.max_tokens
-            and self.num_bytes + ask.num_bytes <= 1.5 * self.max_prompt_bytes
+            and own.num_requests + demand.num_requests <= part * self.max_requests
+            and own.num_tokens + demand.num_tokens <= part * self.max_tokens
+            and own.num_bytes + demand.num_bytes <= part * self.max_prompt_bytes
+            and self.num_requests + demand.num_requests <= 1.5 * self.max_requests
+            and self.num_tokens + demand.num_tokens <= 1.5 * self.max_tokens
+            and self.num_bytes + demand.num_bytes <= 1.5 * self.max_prompt_bytes
         )
 
     def retry_after_s(self, num_requests: int) -> float:
@@ -161,7 +161,7 @@ class Admission:
         rate = self._rate.tokens_per_s
         return clamp_retry_s(num_tokens / rate) if rate else self.retry_after_s(1)
 
-    def queue_time_s(self, ask: Ask) -> float:
+    def queue_time_s(self, demand: CallDemand) -> float:
         """Time until a new request would run; 0 while it is not known.
 
         The engines serve what waits at the rate at which tokens leave. Until that is measured they
@@ -174,7 +174,7 @@ class Admission:
             rate = self.capacity * (self._rate.tokens_per_place_s or 0.0)
         if not rate:
             return 0.0
-        return tokens_ahead(self._queues, self.capacity, ask.tenant, ask.priority) / rate
+        return tokens_ahead(self._queues, self.capacity, demand.tenant, demand.priority) / rate
 
     def _usual_rate(self) -> float | None:
         """Requests finished per second if those held now take as long as others before did."""
@@ -182,20 +182,20 @@ class Admission:
         return self.num_requests / held_s if held_s else None
 
     def _release(self, ticket: Ticket, now_s: float, was_served: bool) -> None:
-        ask, was_saturated = ticket.ask, self._rate.is_running
-        self._add(ask, -1, now_s)
+        demand, was_saturated = ticket.demand, self._rate.is_running
+        self._add(demand, -1, now_s)
         if was_served:
             held_s = now_s - ticket.since_s
-            self._rate.note(ask, held_s, was_saturated)
+            self._rate.note(demand, held_s, was_saturated)
 
-    def _add(self, ask: Ask, sign: int, now_s: float) -> None:
-        queue = self._queues[ask.tenant]
-        queue.add(ask, sign)
+    def _add(self, demand: CallDemand, sign: int, now_s: float) -> None:
+        queue = self._queues[demand.tenant]
+        queue.add(demand, sign)
         if not queue.by_priority:
-            del self._queues[ask.tenant]
-        self.num_requests += sign * ask.num_requests
-        self.num_places += sign * ask.num_places
-        self.num_tokens += sign * ask.num_tokens
-        self.num_bytes += sign * ask.num_bytes
+            del self._queues[demand.tenant]
+        self.num_requests += sign * demand.num_requests
+        self.num_places += sign * demand.num_places
+        self.num_tokens += sign * demand.num_tokens
+        self.num_bytes += sign * demand.num_bytes
         is_full = self.num_requests >= self.max_requests
         self._rate.advance(now_s, self.num_waiting > 0 or is_full)

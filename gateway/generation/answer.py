@@ -1,4 +1,4 @@
-"""A generation's choices put together, and the names and log-probabilities of tokens."""
+"""A running call's choices put together, and the names and log-probabilities of tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import groupby
 from gateway.core.call import GenerateCall
 from gateway.core.delta import ChoiceDelta, Finish
 from gateway.core.tool_use import ToolForm
-from gateway.generation.generation import Generation
+from gateway.generation.running_call import RunningCall
 from gateway.text.forms.answer_parser import AnswerParser
 from gateway.text.forms.call_ids import known_ids
 from gateway.text.forms.tool_calls import ParsedPiece
@@ -22,14 +22,14 @@ LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot express."""
 
 
-async def collect(generation: Generation) -> list[ChoiceDelta]:
-    """Run a generation to its end; its choices by index. Raises what ``next`` raises."""
+async def collect(running: RunningCall) -> list[ChoiceDelta]:
+    """Run a call to its end; its choices by index. Raises what ``next`` raises."""
     pieces: dict[int, list[ChoiceDelta]] = {}
-    while deltas := await generation.next():
+    while deltas := await running.next():
         for delta in deltas:
             pieces.setdefault(delta.index, []).append(delta)
     choices = [_join(pieces[index]) for index in sorted(pieces)]
-    call = generation.call
+    call = running.call
     return _keep_best(choices, call) if call.is_ranked else choices
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 
-from gateway.generation.tenant_queues import Ask
+from gateway.generation.tenant_queues import CallDemand
 
 _WINDOW = 128
 """Requests over which the rate is measured."""
@@ -55,13 +55,13 @@ class DrainRate:
         """The same, where an earlier queue that was gone for over a second does not count."""
         return 0.0 if self._since_s is None else now_s - self._stands_since_s
 
-    def note(self, ask: Ask, held_s: float, was_saturated: bool) -> None:
+    def note(self, demand: CallDemand, held_s: float, was_saturated: bool) -> None:
         """Requests of a call have left that was held for so long."""
-        each = ask.num_tokens // ask.num_requests
-        self._held.extend([(held_s, held_s * ask.num_choices, each)] * ask.num_requests)
+        each = demand.num_tokens // demand.num_requests
+        self._held.extend([(held_s, held_s * demand.num_choices, each)] * demand.num_requests)
         if not was_saturated:
             return
-        for _ in range(ask.num_requests):
+        for _ in range(demand.num_requests):
             if len(self._left) == _WINDOW:
                 self._num_tokens -= self._left[1][1]
             self._left.append((self._clock_s, each))

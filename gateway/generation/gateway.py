@@ -1,4 +1,4 @@
-"""The gateway behind both codecs: validated calls in, running generations out.
+"""The gateway behind both codecs: validated calls in, running calls out.
 
 ``Gateway.start`` is the life of a request up to the engine: validate, tokenize, admit, pick a
 worker, hand over. HTTP and gRPC are two thin codecs over it.
@@ -55,13 +55,13 @@ from gateway.engines.engine_pool import EnginePool
 from gateway.engines.router import RoutingPolicy
 from gateway.engines.submission import Submission
 from gateway.generation import request_log
-from gateway.generation.entrance import Entrance
-from gateway.generation.generation import Generation
-from gateway.generation.output_queue import OutputQueue, RunningCalls
+from gateway.generation.admission_controller import AdmissionController
+from gateway.generation.output_queue import CallRegistry, OutputQueue
 from gateway.generation.prompts import PromptMaker
 from gateway.generation.readiness import check_serving, server_ends, unready_reasons
 from gateway.generation.request_trace import TRACE, note_error, traced
-from gateway.generation.tenant_queues import Ask
+from gateway.generation.running_call import RunningCall
+from gateway.generation.tenant_queues import CallDemand
 from gateway.generation.tracing import start_tracing
 from gateway.generation.validate import make_requests
 from gateway.observability.metrics import GatewayMetrics
@@ -141,7 +141,7 @@ class Gateway:
         self.adapters = AdapterCatalog()
         self.created = int(time.time())
         self.addresses: dict[str, Any] = {}
-        self.running = RunningCalls()
+        self.running = CallRegistry()
         self.metrics = GatewayMetrics(
             self.model_name,
             lambda: self.cluster.snapshot,
@@ -177,7 +177,7 @@ class Gateway:
         self._leaves_since_s: float | None = None
         self._takes_calls = True
         seats = config.engine.max_num_seqs
-        self.entrance = Entrance(config.gateway, seats, engines, self.metrics)
+        self.admission = AdmissionController(config.gateway, seats, engines, self.metrics)
         self._hello: EngineHello | None = None
         self._facts: ModelFacts | None = None
         self._draw_seed = _seed_source(config.engine.seed, name)
@@ -208,7 +208,7 @@ class Gateway:
         """Never be ready again; returns the number of requests that still run here."""
         if self._leaves_since_s is None:
             self._leaves_since_s = now_s
-        return self.entrance.num_requests
+        return self.admission.num_requests
 
     def end(self, stage: ShutdownStage, now_s: float) -> int:
         """End with the whole server, by stages; returns the number of requests that still run."""
@@ -261,7 +261,7 @@ class Gateway:
         most = self.limits.request_timeout_s
         return most if wanted_s is None else min(wanted_s, most)
 
-    async def start(self, call: GenerateCall, call_id: str) -> Generation:
+    async def start(self, call: GenerateCall, call_id: str) -> RunningCall:
         """Validate a call and hand it to the engines.
 
         Raises:
@@ -278,7 +278,7 @@ class Gateway:
                 trace.fields = call
             return await self._start(call, call_id, adapter, partial(self._make, call), held)
 
-    async def start_call(self, call: GenerateCall, call_id: str, make: MakeRequests) -> Generation:
+    async def start_call(self, call: GenerateCall, call_id: str, make: MakeRequests) -> RunningCall:
         """Hand a call to the engines that ``make`` validates. Raises what ``start`` raises."""
         with ExitStack() as held:
             adapter = self._hold_adapter(call.model, held)
@@ -311,29 +311,29 @@ class Gateway:
         adapter: str,
         make: MakeRequests,
         held: ExitStack,
-    ) -> Generation:
+    ) -> RunningCall:
         """``held``: closed at the end of the call."""
         started_s = time.monotonic()
         deadline_s = started_s + self.timeout_s(call.timeout_s)
         facts, caller = self.require_facts(), CALLER.get()
-        ask = Ask(priority=call.priority or 0)
+        demand = CallDemand(priority=call.priority or 0)
         if caller is not None:
-            ask = replace(ask, tenant=caller.entry.tenant, weight=caller.entry.weight)
+            demand = replace(demand, tenant=caller.entry.tenant, weight=caller.entry.weight)
         # what cannot enter is refused before it costs a tokenization
-        self.entrance.require_room(ask, facts.max_model_len, deadline_s)
+        self.admission.require_room(demand, facts.max_model_len, deadline_s)
         call, made = await make(facts)
         if not self.engines.workers.has_adapter(adapter):
             raise NotReadyError(f"no worker could load the adapter {call.model}: ask again later")
         if caller is not None:
             caller.check_tokens(time.monotonic())
         requests = complete_requests(call, made, call_id, adapter, caller)
-        generation = Generation(
+        running = RunningCall(
             replace(call, model=call.model or self.model_name),
             requests,
             call_id,
             created=int(time.time()),
             queue=OutputQueue(self.tuning.max_unread_bytes, self.tuning.unread_limit_s),
-            ticket=self.entrance.admit(Ask.of(requests), facts.max_model_len, deadline_s),
+            ticket=self.admission.admit(CallDemand.of(requests), facts.max_model_len, deadline_s),
             deadline_s=deadline_s,
             tokenizer=self.tokenizer,
             eos_token_ids=facts.eos_token_ids,
@@ -344,20 +344,20 @@ class Gateway:
             caller=caller,
             free=self.long_work.free,
         )
-        generation.held = held.pop_all()
+        running.held = held.pop_all()
         try:
             if (trace := TRACE.get()) is not None:
-                trace.generation = generation
+                trace.running = running
             if (line := request_log.CURRENT.get()) is not None:
-                line.generation = generation
-            generation.held.callback(self.running.remove, generation.queue)
+                line.running = running
+            running.held.callback(self.running.remove, running.queue)
             for name in filter(None, (call_id, REQUEST_ID.get())):
-                self.running.add(name, generation.queue)
-            await self._hand_over(generation)
+                self.running.add(name, running.queue)
+            await self._hand_over(running)
         except BaseException:
-            generation.close()
+            running.close()
             raise
-        return generation
+        return running
 
     def report_error(self, error: Exception, request_id: str) -> ErrorReport:
         """``error`` as the client sees it: counted, logged and noted in the request's trace."""
@@ -452,17 +452,17 @@ class Gateway:
         is_whole = is_operator(self.keys)
         return check_serving(self.cluster.snapshot, self.cluster.refusal, is_whole)
 
-    async def _hand_over(self, generation: Generation) -> None:
-        requests = generation.requests
+    async def _hand_over(self, running: RunningCall) -> None:
+        requests = running.requests
         num_tokens = sum(len(request.prompt) for request in requests)
         hashes = await self.long_work.run(num_tokens, self._name_blocks, requests)
         for place, (request, names) in enumerate(zip(requests, hashes, strict=True), 1):
-            await self._assign(traced(request), generation, names)
+            await self._assign(traced(request), running, names)
             if not place % _REQUESTS_PER_PASS:
                 await asyncio.sleep(0)
         for _ in range(_PASSES_TO_SEND):
             await asyncio.sleep(0)
-        generation.handed_over()
+        running.handed_over()
 
     def _name_blocks(self, requests: Sequence[Request]) -> list[Sequence[BlockHash]]:
         """Hashes of the KV blocks of each prompt, where requests are routed by them."""
@@ -473,18 +473,18 @@ class Gateway:
         return [block_hashes(one, size, limit) if size else () for one in requests]
 
     async def _assign(
-        self, request: Request, generation: Generation, hashes: Sequence[BlockHash]
+        self, request: Request, running: RunningCall, hashes: Sequence[BlockHash]
     ) -> None:
-        deadline_s = generation.deadline_s
+        deadline_s = running.deadline_s
         no_stream_s: float | None = None
         while True:
             now_s = time.monotonic()
-            generation.queue.check()
+            running.queue.check()
             can_go = self._check_serving()
             if can_go:
-                entry = self.engines.assign(request, generation.queue, deadline_s, hashes)
+                entry = self.engines.assign(request, running.queue, deadline_s, hashes)
                 if entry is not None:
-                    generation.assigned(request.request_id, entry)
+                    running.assigned(request.request_id, entry)
                     return
             if now_s >= deadline_s:
                 waited = "" if can_go else ": the cluster is recovering"

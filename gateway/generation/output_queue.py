@@ -113,7 +113,7 @@ def _size(output: TokenOutput) -> int:
     return _OUTPUT_BYTES + tops
 
 
-class RunningCalls:
+class CallRegistry:
     """The calls of this replica that have not ended, by the names that clients know them by.
 
     Several calls may have the same name: clients choose ``x-request-id``.

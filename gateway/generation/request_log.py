@@ -10,7 +10,7 @@ import time
 from contextvars import ContextVar
 from typing import Any, Literal
 
-from gateway.generation.generation import Generation
+from gateway.generation.running_call import RunningCall
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class RequestLog:
         """``name``: the route or the procedure."""
         self._port, self._name = port, name
         self._began_s = time.monotonic()
-        self.generation: Generation | None = None
+        self.running: RunningCall | None = None
         """What it made the engines do; None where it was refused, or asks for no text."""
         CURRENT.set(self)
 
@@ -33,14 +33,14 @@ class RequestLog:
         now_s = time.monotonic()
         fields: dict[str, Any] = {"port": self._port, "route": self._name, "status": status}
         fields["ms"] = _ms(now_s - self._began_s)
-        if (generation := self.generation) is not None:
-            usage = generation.usage
+        if (running := self.running) is not None:
+            usage = running.usage
             fields["prompt_tokens"] = usage.prompt_tokens
             fields["output_tokens"] = usage.completion_tokens
             if usage.cached_tokens is not None:
                 fields["cached_tokens"] = usage.cached_tokens
-            if (first_s := generation.first_token_s) is not None:
-                fields["ttft_ms"] = _ms(first_s - generation.started_s)
+            if (first_s := running.first_token_s) is not None:
+                fields["ttft_ms"] = _ms(first_s - running.started_s)
         logger.info("request ended", extra=fields)
 
 

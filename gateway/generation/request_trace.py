@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from cluster.tracing.exporter import Span, SpanId
 from gateway.core.call import GenerateCall
-from gateway.generation.generation import Generation
+from gateway.generation.running_call import RunningCall
 from workers.requests.request import Request
 from workers.requests.traced import StepParents
 
@@ -26,7 +26,7 @@ Port = Literal["http", "grpc"]
 
 @dataclass(slots=True)
 class RequestTrace:
-    """One request: the times that its spans are made of are in its generation."""
+    """One request: the times that its spans are made of are in its running."""
 
     operation: str
     port: Port
@@ -39,7 +39,7 @@ class RequestTrace:
     """Called once it is over."""
     fields: GenerateCall | None = None
     """What was asked for, once it is known to be within its limits; None for embeddings."""
-    generation: Generation | None = None
+    running: RunningCall | None = None
     response_id: str | None = None
     """Id of the answer, where it is not the call's."""
     error: str = ""
@@ -54,7 +54,7 @@ class RequestTrace:
     """By prompt, the ids that the span of its decode will have."""
 
     def end(self, error: str = "") -> None:
-        """The request is over and its generation closed; ``error`` is one that has no answer.
+        """The request is over and its call closed; ``error`` is one that has no answer.
 
         Its spans are made in the loop's next iteration: over gRPC the answer is still to be sent.
         """

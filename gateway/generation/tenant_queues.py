@@ -14,7 +14,7 @@ from workers.requests.request import Request
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ask:
+class CallDemand:
     """What a call needs, and whose it is."""
 
     num_requests: int = 1
@@ -32,7 +32,7 @@ class Ask:
     """Of one tenant lower values go first."""
 
     @classmethod
-    def of(cls, requests: Sequence[Request]) -> Ask:
+    def of(cls, requests: Sequence[Request]) -> CallDemand:
         """What the requests of a call need; at least one."""
         first = requests[0]
         num_tokens = sum(len(one.prompt) + one.n * one.params.max_tokens for one in requests)
@@ -53,7 +53,7 @@ class Ask:
 
 
 @dataclass(slots=True)
-class Held:
+class HeldDemand:
     """Requests, their places at the engines, and what they may need together."""
 
     num_requests: int = 0
@@ -61,11 +61,11 @@ class Held:
     num_tokens: int = 0
     num_bytes: int = 0
 
-    def add(self, ask: Ask, sign: int) -> None:
-        self.num_requests += sign * ask.num_requests
-        self.num_places += sign * ask.num_places
-        self.num_tokens += sign * ask.num_tokens
-        self.num_bytes += sign * ask.num_bytes
+    def add(self, demand: CallDemand, sign: int) -> None:
+        self.num_requests += sign * demand.num_requests
+        self.num_places += sign * demand.num_places
+        self.num_tokens += sign * demand.num_tokens
+        self.num_bytes += sign * demand.num_bytes
 
 
 @dataclass(slots=True)
@@ -73,7 +73,7 @@ class TenantQueue:
     """One tenant's requests, running or waiting."""
 
     weight: float = 1.0
-    by_priority: dict[int, Held] = field(default_factory=dict)
+    by_priority: dict[int, HeldDemand] = field(default_factory=dict)
 
     @property
     def num_requests(self) -> int:
@@ -91,12 +91,12 @@ class TenantQueue:
     def num_bytes(self) -> int:
         return sum(held.num_bytes for held in self.by_priority.values())
 
-    def add(self, ask: Ask, sign: int) -> None:
+    def add(self, demand: CallDemand, sign: int) -> None:
         """One call more, or one less with a sign of -1."""
-        held = self.by_priority.setdefault(ask.priority, Held())
-        held.add(ask, sign)
+        held = self.by_priority.setdefault(demand.priority, HeldDemand())
+        held.add(demand, sign)
         if not held.num_requests:
-            del self.by_priority[ask.priority]
+            del self.by_priority[demand.priority]
 
     def waiting_tokens(self, num_running: float, priority: int | None = None) -> float:
         """Tokens of those that wait while the first ``num_running`` run, up to a priority."""

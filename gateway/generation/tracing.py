@@ -1,7 +1,7 @@
 """Traces of requests: kept while a request runs, made into spans once it is over.
 
 ``HttpMiddleware`` and ``GrpcCall`` begin a ``RequestTrace`` and end it; ``Gateway`` adds the call's
-fields and its ``Generation``. The spans are made of times that are measured anyway, once the
+fields and its ``RunningCall``. The spans are made of times that are measured anyway, once the
 request is over. Only the request's own span begins before its first prompt goes to an engine:
 workers make spans of their steps below it. Without tracing a request costs one check.
 
@@ -46,8 +46,8 @@ from cluster.tracing.exporter import (
 from gateway.cluster.events import ClusterEvents, Event
 from gateway.core.call import CallKind, GenerateCall
 from gateway.generation.choices import Choice, Prompt
-from gateway.generation.generation import Generation
 from gateway.generation.request_trace import TRACE, Port, RequestTrace
+from gateway.generation.running_call import RunningCall
 from workers.requests.traced import StepParents
 
 logger = logging.getLogger(__name__)
@@ -127,18 +127,18 @@ class Tracing:
 
     def record(self, trace: RequestTrace) -> None:
         """Complete the span of a request that has ended, and make its children."""
-        root, generation = trace.span or self._start(trace), trace.generation
+        root, running = trace.span or self._start(trace), trace.running
         if not root.is_recording():
             return  # not sampled
-        if generation is not None:
-            root.set_attributes(_answered(generation, self.model, trace.response_id))
+        if running is not None:
+            root.set_attributes(_answered(running, self.model, trace.response_id))
             if self.decode is not None:
-                root.set_attributes(_content(trace.fields, generation, self.decode))
-            for change in self.cluster_events.changes(generation.admitted_s, trace.ended_s):
+                root.set_attributes(_content(trace.fields, running, self.decode))
+            for change in self.cluster_events.changes(running.admitted_s, trace.ended_s):
                 add_link(root, change.span_id, {names.CHANGE: change.name})
         set_error(root, trace.error)
-        if generation is not None:
-            _Children(self, set_span_in_context(root), trace.day_ns).record(trace, generation)
+        if running is not None:
+            _Children(self, set_span_in_context(root), trace.day_ns).record(trace, running)
         root.end(trace.day_ns + round(trace.ended_s * 1e9))
 
     def _start(self, trace: RequestTrace) -> Span:
@@ -199,16 +199,16 @@ class _Children:
     day_ns: int
     """The time of day at 0.0 s."""
 
-    def record(self, trace: RequestTrace, generation: Generation) -> None:
+    def record(self, trace: RequestTrace, running: RunningCall) -> None:
         """Prompt by prompt, each in the order of time."""
-        admitted_s, heard_s = generation.admitted_s, generation.queue.oldest_s
-        closed_s = generation.closed_s or trace.ended_s
+        admitted_s, heard_s = running.admitted_s, running.queue.oldest_s
+        closed_s = running.closed_s or trace.ended_s
         request: Attributes = {names.REQUEST_ID: trace.request_id}
-        self._span(names.TOKENIZE, generation.started_s, admitted_s, request)
-        for index, prompt in enumerate(islice(generation.prompts, MAX_PROMPTS)):
+        self._span(names.TOKENIZE, running.started_s, admitted_s, request)
+        for index, prompt in enumerate(islice(running.prompts, MAX_PROMPTS)):
             span_id = trace.decodes[index] if index < len(trace.decodes) else None
             self._record_prompt(prompt, admitted_s, closed_s, request, span_id)
-        if generation.makes_text and heard_s and not trace.error:
+        if running.makes_text and heard_s and not trace.error:
             self._span(names.DETOKENIZE, heard_s, closed_s, request)
 
     def _record_prompt(
@@ -294,12 +294,12 @@ def _requested(fields: GenerateCall | None) -> Attributes:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _answered(generation: Generation, model: str, response_id: str | None) -> Attributes:
-    usage = generation.usage
-    finishes = [choice.finish for prompt in generation.prompts for choice in prompt.choices]
+def _answered(running: RunningCall, model: str, response_id: str | None) -> Attributes:
+    usage = running.usage
+    finishes = [choice.finish for prompt in running.prompts for choice in prompt.choices]
     return {
-        names.REQUEST_MODEL: generation.call.model,
-        names.RESPONSE_ID: response_id or generation.call_id,
+        names.REQUEST_MODEL: running.call.model,
+        names.RESPONSE_ID: response_id or running.call_id,
         names.RESPONSE_MODEL: model,
         names.FINISH_REASONS: [finish.reason.value for finish in finishes if finish is not None],
         names.INPUT_TOKENS: usage.prompt_tokens,
@@ -307,7 +307,7 @@ def _answered(generation: Generation, model: str, response_id: str | None) -> At
     }
 
 
-def _content(fields: GenerateCall | None, generation: Generation, decode: Decode) -> Attributes:
+def _content(fields: GenerateCall | None, running: RunningCall, decode: Decode) -> Attributes:
     if fields is not None and fields.chat is not None:
         asked = [
             _message(str(message.get("role")), str(message.get("content") or ""))
@@ -316,13 +316,13 @@ def _content(fields: GenerateCall | None, generation: Generation, decode: Decode
     else:
         asked = [
             _message("user", decode(request.prompt) if text is None else text)
-            for index, request in enumerate(generation.requests)
-            for text in (generation.call.prompt_text(index),)
+            for index, request in enumerate(running.requests)
+            for text in (running.call.prompt_text(index),)
         ]
     answered = [
         _message("assistant", decode(choice.token_ids))
         | {"finish_reason": choice.finish.reason.value if choice.finish else "error"}
-        for prompt in generation.prompts
+        for prompt in running.prompts
         for choice in prompt.choices
     ]
     return {names.INPUT_MESSAGES: _json(asked), names.OUTPUT_MESSAGES: _json(answered)}

@@ -12,7 +12,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from gateway.core.field_checks import check_stream
 from gateway.generation.answer import collect
 from gateway.generation.gateway import new_call_id
-from gateway.generation.generation import Generation
+from gateway.generation.running_call import RunningCall
 from gateway.grpc.call import GrpcCall
 from gateway.grpc.convert import grpc_chat_input, grpc_fields, input_of, optional
 from gateway.grpc.format import GrpcFormat
@@ -29,26 +29,26 @@ class InferenceProcedures(PoolingProcedures):
     """All procedures, by their names in the service."""
 
     async def Generate(self, request: pb.GenerateRequest, call: GrpcCall) -> pb.GenerateResponse:
-        with await self._start(request, call) as generation:
-            choices = await collect(generation)
-            call.set_usage(generation.usage)
-            formatter = GrpcFormat(generation, self._gateway.tokenizer, call.request_id)
+        with await self._start(request, call) as running:
+            choices = await collect(running)
+            call.set_usage(running.usage)
+            formatter = GrpcFormat(running, self._gateway.tokenizer, call.request_id)
             call.answer_size = sum(choice.size for choice in choices)
             whole = formatter.whole
             long_work = self._gateway.long_work
-            return await long_work.run(call.answer_size, whole, choices, generation.usage)
+            return await long_work.run(call.answer_size, whole, choices, running.usage)
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, call: GrpcCall
     ) -> AsyncGenerator[pb.GenerateChunk]:
-        with await self._start(request, call, streams=True) as generation:
+        with await self._start(request, call, streams=True) as running:
             await call.send_id()  # while the engine works at the first token
-            formatter = GrpcFormat(generation, self._gateway.tokenizer, call.request_id)
-            while deltas := await generation.next():
+            formatter = GrpcFormat(running, self._gateway.tokenizer, call.request_id)
+            while deltas := await running.next():
                 for delta in deltas:
                     yield formatter.chunk(delta)
-                generation.sent()
-            call.set_usage(generation.usage)
+                running.sent()
+            call.set_usage(running.usage)
 
     async def Tokenize(self, request: pb.TokenizeRequest, call: GrpcCall) -> pb.TokenizeResponse:
         gateway = self._gateway
@@ -96,7 +96,7 @@ class InferenceProcedures(PoolingProcedures):
 
     async def _start(
         self, request: pb.GenerateRequest, call: GrpcCall, streams: bool = False
-    ) -> Generation:
+    ) -> RunningCall:
         fields = call.with_headers(await call.convert(grpc_fields, request))
         if streams:
             check_stream(fields)

@@ -1,4 +1,4 @@
-"""Generations as the messages of ``expertmesh.v1``."""
+"""Running calls as the messages of ``expertmesh.v1``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from gateway.core.delta import ChoiceDelta, Finish, TokenText, Usage
 from gateway.generation.answer import TextFormat, alternatives, clamp_logprob
-from gateway.generation.generation import Generation
+from gateway.generation.running_call import RunningCall
 from gateway.text.tokenizer import Tokenizer
 from protos import inference_pb2 as pb
 from protos import types_pb2
@@ -19,19 +19,17 @@ _REASONS = {
 
 
 class GrpcFormat(TextFormat):
-    """Messages of one generation.
+    """Messages of one running call.
 
     Args:
-        generation: the source of the answer.
+        running: the source of the answer.
         tokenizer: names tokens; None names them by number.
         request_id: the client's name for it.
     """
 
-    def __init__(
-        self, generation: Generation, tokenizer: Tokenizer | None, request_id: str
-    ) -> None:
-        super().__init__(generation.call, tokenizer)
-        self._prompt = generation.requests[0].prompt
+    def __init__(self, running: RunningCall, tokenizer: Tokenizer | None, request_id: str) -> None:
+        super().__init__(running.call, tokenizer)
+        self._prompt = running.requests[0].prompt
         self._request_id = request_id
 
     def whole(self, choices: Sequence[ChoiceDelta], usage: Usage) -> pb.GenerateResponse:

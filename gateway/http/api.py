@@ -295,17 +295,17 @@ class GenerateEndpoint(WatchedEndpoint[_Asked]):
         if request_id is not None:
             answer_id = f"{call_id.partition('-')[0]}-{check_request_id(request_id)}"
             note_response_id(answer_id)
-        with await self._gateway.start(fields, call_id) as generation:
+        with await self._gateway.start(fields, call_id) as running:
             for name in filter(None, (request_id, answer_id)):
-                self._gateway.running.add(name, generation.queue)
+                self._gateway.running.add(name, running.queue)
             formatter: AnswerFormat = self._format(
-                generation, self._gateway.tokenizer, self._fingerprint, answer_id
+                running, self._gateway.tokenizer, self._fingerprint, answer_id
             )
             if stream_options is None:
-                choices = await collect(generation)
+                choices = await collect(running)
                 size = sum(choice.size for choice in choices)
                 whole = await self._gateway.long_work.run(
-                    size, _dump_whole, formatter, choices, generation.usage
+                    size, _dump_whole, formatter, choices, running.usage
                 )
                 await responder.json(whole)
                 return
@@ -317,7 +317,7 @@ class GenerateEndpoint(WatchedEndpoint[_Asked]):
                 request_id=request.state.request_id,
                 options=stream_options,
             )
-            await stream.send(generation)
+            await stream.send(running)
 
 
 def _dump_whole(formatter: AnswerFormat, choices: list[ChoiceDelta], usage: Usage) -> bytes:

@@ -24,7 +24,7 @@ from gateway.core.headers import with_headers
 from gateway.core.protocols import MESSAGES, error_event
 from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway
-from gateway.generation.generation import Generation
+from gateway.generation.running_call import RunningCall
 from gateway.http.json_output import dump_json
 from gateway.http.middleware import Responder, WatchedEndpoint
 from gateway.http.parse import parse_body
@@ -65,11 +65,11 @@ class MessagesEndpoint(WatchedEndpoint[_Asked]):
 
     async def _answer(self, request: Request, parsed: _Asked, responder: Responder) -> None:
         fields, streams, shown = parsed
-        with await self._gateway.start(fields, f"msg_{uuid.uuid4().hex}") as generation:
-            formatter = MessageFormat(generation, self._gateway.tokenizer, shown)
+        with await self._gateway.start(fields, f"msg_{uuid.uuid4().hex}") as running:
+            formatter = MessageFormat(running, self._gateway.tokenizer, shown)
             if not streams:
-                (choice,) = await collect(generation)
-                await responder.json(formatter.whole(choice, generation.usage))
+                (choice,) = await collect(running)
+                await responder.json(formatter.whole(choice, running.usage))
                 return
             stream = MessageStream(
                 gateway=self._gateway,
@@ -77,7 +77,7 @@ class MessagesEndpoint(WatchedEndpoint[_Asked]):
                 formatter=formatter,
                 request_id=request.state.request_id,
             )
-            await stream.send(generation)
+            await stream.send(running)
 
 
 class CountTokensEndpoint(WatchedEndpoint[tuple[str, ChatInput]]):
@@ -106,26 +106,26 @@ class MessageStream(EventStream):
     formatter: MessageFormat
     has_started: bool = False
 
-    def _events(self, generation: Generation, deltas: list[ChoiceDelta]) -> bytes:
-        events = self._start(generation)
+    def _events(self, running: RunningCall, deltas: list[ChoiceDelta]) -> bytes:
+        events = self._start(running)
         events += [event for delta in deltas for event in self.formatter.events(delta)]
         return self._dump(events)
 
-    def _ping(self, generation: Generation) -> bytes:
-        return self._dump([*self._start(generation), _PING])
+    def _ping(self, running: RunningCall) -> bytes:
+        return self._dump([*self._start(running), _PING])
 
-    async def _ending(self, generation: Generation) -> bytes:
-        return self._dump(self.formatter.end(generation.usage))
+    async def _ending(self, running: RunningCall) -> bytes:
+        return self._dump(self.formatter.end(running.usage))
 
     def _failure(self, report: ErrorReport) -> bytes:
         self.gateway.metrics.sse_events.inc()
         return error_event(MESSAGES, report, self.request_id)
 
-    def _start(self, generation: Generation) -> list[Event]:
+    def _start(self, running: RunningCall) -> list[Event]:
         if self.has_started:
             return []
         self.has_started = True
-        return [self.formatter.start(generation.usage)]
+        return [self.formatter.start(running.usage)]
 
     def _dump(self, events: Sequence[Event]) -> bytes:
         self.gateway.metrics.sse_events.inc(len(events))

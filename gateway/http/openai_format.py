@@ -1,4 +1,4 @@
-"""Generations as OpenAI's bodies: completions and chat, whole and in chunks."""
+"""Running calls as OpenAI's bodies: completions and chat, whole and in chunks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from gateway.core.delta import ChoiceDelta, Finish, TokenText, Usage
 from gateway.generation.answer import TextFormat, alternatives, clamp_logprob
-from gateway.generation.generation import Generation
+from gateway.generation.running_call import RunningCall
 from gateway.http.json_output import dump_json
 from gateway.text.forms.tool_calls import CallDelta, ParsedPiece
 from gateway.text.tokenizer import Tokenizer
@@ -25,10 +25,10 @@ class AnswerFormat(TextFormat, ABC):
     """One endpoint's bodies.
 
     Args:
-        generation: the source of the answer.
+        running: the source of the answer.
         tokenizer: names tokens; None names them by number.
         fingerprint: ``system_fingerprint``.
-        answer_id: ``id``; None is the generation's own.
+        answer_id: ``id``; None is the call's own.
     """
 
     object = ""
@@ -38,15 +38,15 @@ class AnswerFormat(TextFormat, ABC):
 
     def __init__(
         self,
-        generation: Generation,
+        running: RunningCall,
         tokenizer: Tokenizer | None,
         fingerprint: str,
         answer_id: str | None = None,
     ) -> None:
-        super().__init__(generation.call, tokenizer)
-        self._requests = generation.requests
+        super().__init__(running.call, tokenizer)
+        self._requests = running.requests
         self._waiting: dict[int, list[TokenText]] = {}  # tokens that may be part of a call
-        fields = generation.call
+        fields = running.call
         self._adds_to_text = (
             fields.num_logprobs is not None
             or fields.return_token_ids
@@ -55,9 +55,9 @@ class AnswerFormat(TextFormat, ABC):
         )
         self._around_text: dict[int, tuple[bytes, bytes]] = {}
         self._head = {
-            "id": answer_id or generation.call_id,
-            "created": generation.created,
-            "model": generation.call.model,
+            "id": answer_id or running.call_id,
+            "created": running.created,
+            "model": running.call.model,
             "system_fingerprint": fingerprint,
         }
 

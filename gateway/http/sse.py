@@ -1,4 +1,4 @@
-"""Server-sent events: a generation piece by piece."""
+"""Server-sent events: a running call piece by piece."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gateway.core.delta import ChoiceDelta
 from gateway.core.errors import ErrorReport
 from gateway.generation.gateway import Gateway
-from gateway.generation.generation import Generation
+from gateway.generation.running_call import RunningCall
 from gateway.http.json_output import dump_json, dump_long
 from gateway.http.middleware import Responder
 from gateway.http.openai_format import AnswerFormat, usage_body
@@ -32,31 +32,31 @@ class EventStream(ABC):
     responder: Responder
     request_id: str
 
-    async def send(self, generation: Generation) -> None:
-        """Send a generation piece by piece until its end.
+    async def send(self, running: RunningCall) -> None:
+        """Send a running call piece by piece until its end.
 
         Errors before the first byte are raised, for an ordinary error response; later ones are sent
         as events.
         """
         ping_after_s = self.gateway.tuning.ping_after_s
-        deltas = await generation.next(ping_after_s)
+        deltas = await running.next(ping_after_s)
         await self.responder.start(200, _HEADERS)
         try:
             if opening := self._opening():
                 await self.responder.body(opening, more=True)
-            while deltas or not generation.is_finished:
+            while deltas or not running.is_finished:
                 size = sum(delta.size for delta in deltas)
                 content = (
-                    await self.gateway.long_work.run(size, self._events, generation, deltas)
+                    await self.gateway.long_work.run(size, self._events, running, deltas)
                     if deltas
-                    else self._ping(generation)
+                    else self._ping(running)
                 )
                 if content:
                     await self.responder.body(content, more=True)
                 if deltas:
-                    generation.sent()
-                deltas = await generation.next(ping_after_s)
-            ending = await self._ending(generation)
+                    running.sent()
+                deltas = await running.next(ping_after_s)
+            ending = await self._ending(running)
         except Exception as err:
             ending = self._failure(self.gateway.report_error(err, self.request_id))
         await self.responder.body(ending)
@@ -65,16 +65,16 @@ class EventStream(ABC):
         """What comes first."""
         return b""
 
-    def _ping(self, generation: Generation) -> bytes:
+    def _ping(self, running: RunningCall) -> bytes:
         """What keeps a silent connection open."""
         return _PING
 
     @abstractmethod
-    def _events(self, generation: Generation, deltas: list[ChoiceDelta]) -> bytes:
+    def _events(self, running: RunningCall, deltas: list[ChoiceDelta]) -> bytes:
         """The events of new pieces; empty where nothing is certain yet."""
 
     @abstractmethod
-    async def _ending(self, generation: Generation) -> bytes:
+    async def _ending(self, running: RunningCall) -> bytes:
         """What comes last where all went well."""
 
     @abstractmethod
@@ -93,7 +93,7 @@ class SseStream(EventStream):
     formatter: AnswerFormat
     options: StreamOptions
 
-    def _events(self, generation: Generation, deltas: list[ChoiceDelta]) -> bytes:
+    def _events(self, running: RunningCall, deltas: list[ChoiceDelta]) -> bytes:
         content = b""
         with_usage = self.options.continuous_usage_stats
         for delta in deltas:
@@ -103,16 +103,16 @@ class SseStream(EventStream):
             is_long = delta.size > INLINE_SIZE  # the prompt's tokens with their alternatives
             for chunk in self.formatter.chunks(delta):
                 if with_usage:
-                    chunk["usage"] = usage_body(generation.usage)
+                    chunk["usage"] = usage_body(running.usage)
                 content += self._event(dump_long(chunk) if is_long else dump_json(chunk))
                 if is_long:
                     release(chunk)
         return content
 
-    async def _ending(self, generation: Generation) -> bytes:
+    async def _ending(self, running: RunningCall) -> bytes:
         if not self.options.include_usage:
             return DONE
-        return self._event(dump_json(self.formatter.usage_chunk(generation.usage))) + DONE
+        return self._event(dump_json(self.formatter.usage_chunk(running.usage))) + DONE
 
     def _failure(self, report: ErrorReport) -> bytes:
         return self._event(dump_json(report.body())) + DONE

@@ -19,7 +19,7 @@ from gateway.core.errors import StorageError
 from gateway.core.headers import with_headers
 from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway
-from gateway.generation.generation import Generation
+from gateway.generation.running_call import RunningCall
 from gateway.http.json_output import dump_long
 from gateway.http.middleware import Responder, WatchedEndpoint
 from gateway.http.pages import Page, json_response
@@ -94,15 +94,15 @@ class ResponseEndpoint(WatchedEndpoint[_Asked]):
         response_id = turn.ids.response_id
         with (
             named_as_input(turn.paths),
-            await self._gateway.start(fields, response_id) as generation,
+            await self._gateway.start(fields, response_id) as running,
         ):
             tools = turn.tools
             builder = OutputBuilder(turn.ids, tools.custom, turn.seals_reasoning, tools.namespaced)
-            output = OutputFormat(generation.call, self._gateway.tokenizer, builder)
-            resource = ResourceFormat(generation, turn.head, is_stored)
+            output = OutputFormat(running.call, self._gateway.tokenizer, builder)
+            resource = ResourceFormat(running, turn.head, is_stored)
             complete = self._completion(body, turn, output, builder, resource)
             if not body.stream:
-                whole = await _whole(generation, output, complete)
+                whole = await _whole(running, output, complete)
                 await responder.json(msgspec.json.encode(whole))
                 return
             stream = ResponseStream(
@@ -114,7 +114,7 @@ class ResponseEndpoint(WatchedEndpoint[_Asked]):
                 resource=resource,
                 complete=complete,
             )
-            await stream.send(generation)
+            await stream.send(running)
 
     async def _stored_turn(self, body: ResponseBody, references: References) -> Turn:
         """The turn of a body that refers to stored items, which count as a body does."""
@@ -174,10 +174,10 @@ def _references(body: ResponseBody) -> list[str]:
 
 
 async def _whole(
-    generation: Generation, output: OutputFormat, complete: Callable[[Finish], Awaitable[Resource]]
+    running: RunningCall, output: OutputFormat, complete: Callable[[Finish], Awaitable[Resource]]
 ) -> Resource:
-    """The response of a generation that is not streamed."""
-    (choice,) = await collect(generation)
+    """The response of a call that is not streamed."""
+    (choice,) = await collect(running)
     output.feed([choice])
     assert choice.finish is not None, "it has ended"
     return await complete(choice.finish)

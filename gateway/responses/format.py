@@ -1,4 +1,4 @@
-"""A generation as items and events: its text is divided token by token.
+"""A running call as items and events: its text is divided token by token.
 
 So the items, their order and the tokens that belong to them are the same whether an answer is
 streamed or not, and however its tokens come together.

@@ -9,7 +9,7 @@ from typing import Any
 
 from gateway.core.delta import Finish, Usage
 from gateway.core.errors import ErrorReport
-from gateway.generation.generation import Generation
+from gateway.generation.running_call import RunningCall
 from gateway.responses.items import Item
 from workers.requests.request import FinishReason
 
@@ -22,12 +22,12 @@ class ResourceFormat:
     """Writes the response object of one request, at its beginning and its end.
 
     Args:
-        generation: the answer.
+        running: the answer.
         head: of ``Turn``.
         is_stored: it will be stored.
     """
 
-    generation: Generation
+    running: RunningCall
     head: Mapping[str, Any]
     is_stored: bool
 
@@ -53,7 +53,7 @@ class ResourceFormat:
             "completed_at": None if is_cut else int(time.time()),
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "store": is_stored,
-            "usage": usage_body(self.generation.usage, num_reasoning),
+            "usage": usage_body(self.running.usage, num_reasoning),
         }
 
     def failed(self, output: Sequence[Item], report: ErrorReport) -> Resource:
@@ -63,14 +63,14 @@ class ResourceFormat:
 
     def _resource(self, status: str, output: Sequence[Item]) -> Resource:
         return {
-            "id": self.generation.call_id,
+            "id": self.running.call_id,
             "object": "response",
-            "created_at": self.generation.created,
+            "created_at": self.running.created,
             "completed_at": None,
             "status": status,
             "error": None,
             "incomplete_details": None,
-            "model": self.generation.call.model,
+            "model": self.running.call.model,
             "output": list(output),
             "usage": None,
             "store": self.is_stored,

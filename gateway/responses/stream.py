@@ -10,7 +10,7 @@ import msgspec
 
 from gateway.core.delta import ChoiceDelta, Finish
 from gateway.core.errors import ErrorReport
-from gateway.generation.generation import Generation
+from gateway.generation.running_call import RunningCall
 from gateway.http.sse import DONE, EventStream
 from gateway.responses.format import OutputFormat
 from gateway.responses.output import Event, OutputBuilder
@@ -42,12 +42,12 @@ class ResponseStream(EventStream):
         names = ("response.created", "response.in_progress")
         return self._written({"type": name, "response": response} for name in names)
 
-    def _events(self, generation: Generation, deltas: list[ChoiceDelta]) -> bytes:
+    def _events(self, running: RunningCall, deltas: list[ChoiceDelta]) -> bytes:
         for delta in deltas:
             self._state.finish = delta.finish
         return self._written(joined(self.output.feed(deltas)))
 
-    async def _ending(self, generation: Generation) -> bytes:
+    async def _ending(self, running: RunningCall) -> bytes:
         assert self._state.finish is not None, "the choice has ended"
         response = await self.complete(self._state.finish)
         ended = {"type": f"response.{response['status']}", "response": response}

@@ -118,7 +118,7 @@ class Stack:
 
     def wait_no_requests(self) -> None:
         """Wait until every request has given its place in the queue back."""
-        admission = self.gateway.entrance.admission
+        admission = self.gateway.admission.admission
         assert admission is not None
         self.wait_for(lambda: admission.num_requests == 0, "free places in the queue")
 

@@ -16,8 +16,8 @@ from gateway.core.call import CallKind, GenerateCall
 from gateway.core.model import ModelFacts
 from gateway.engines.engine_pool import EnginePool
 from gateway.generation.gateway import Gateway
-from gateway.generation.generation import Generation
 from gateway.generation.output_queue import OutputQueue
+from gateway.generation.running_call import RunningCall
 from tests.simulation.asks import Ask
 from tests.simulation.kernel import Kernel, Process
 from tests.simulation.network import Pipe
@@ -96,7 +96,7 @@ class SimGateway:
         outcome.finish(error, time.monotonic(), deadline_s)
         self.on_over(outcome)
 
-    async def _start(self, outcome: Outcome, deadline_s: float) -> Generation:
+    async def _start(self, outcome: Outcome, deadline_s: float) -> RunningCall:
         """Begin a call, again if the cluster cannot serve it now."""
         ask = outcome.ask
         _OUTCOME.set(outcome)

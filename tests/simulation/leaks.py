@@ -93,7 +93,7 @@ def _left_in_engine(engine: Engine) -> Iterator[str]:
 
 def _left_at_gateway(gateway: SimGateway) -> Iterator[str]:
     product = gateway._gateway
-    pool, admission = product.engines, product.entrance.admission
+    pool, admission = product.engines, product.admission.admission
     yield from _named("running calls", product.running._names)
     if admission is not None and (admission.num_requests or admission.num_places):
         yield f"{admission.num_requests} requests, {admission.num_places} places admitted"

@@ -13,7 +13,7 @@ import pytest
 from cluster.config.gateway import GatewaySection
 from cluster.core.release import RELEASE
 from gateway.core.tuning import GatewayTuning
-from gateway.generation.tenant_queues import Ask
+from gateway.generation.tenant_queues import CallDemand
 from gateway.text.tokenizer import Tokenizer
 from tests.gateway.fakes import ScriptedEngine, attention_entry, expert_entry, tiny_backend
 from tests.gateway.stack import WAIT_S, Stack, complete, post, running_stack
@@ -351,7 +351,7 @@ def test_a_gateway_that_stood_still_blames_no_worker() -> None:
 
 def test_a_queue_that_is_longer_than_the_time_refuses_at_once(moody: Stack) -> None:
     complete(moody, prompt="x", max_tokens=1)
-    admission = moody.gateway.entrance.admission
+    admission = moody.gateway.admission.admission
     assert admission is not None
     waiting = []
 
@@ -360,9 +360,9 @@ def test_a_queue_that_is_longer_than_the_time_refuses_at_once(moody: Stack) -> N
         admission.max_wait_s = math.inf
         now_s = time.monotonic()
         capacity = moody.config.workers.num_attention_ranks * moody.config.engine.max_num_seqs
-        running = Ask(num_requests=capacity, num_tokens=capacity)
+        running = CallDemand(num_requests=capacity, num_tokens=capacity)
         waiting.append(admission.admit(running, now_s - 10.0))
-        waiting.extend(admission.admit(Ask(), now_s - 10.0) for _ in range(12))
+        waiting.extend(admission.admit(CallDemand(), now_s - 10.0) for _ in range(12))
         for age_s in range(8):
             waiting.pop().release(now_s - 9.0 + age_s)
 

@@ -1,4 +1,4 @@
-"""Spans of a generation, where no gateway is needed to tell what they must be."""
+"""Spans of a running, where no gateway is needed to tell what they must be."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from gateway.core.delta import Finish, Usage
 from gateway.engines.submission import Submission
 from gateway.generation.admission import Admission
 from gateway.generation.choices import Choice
-from gateway.generation.generation import Generation
 from gateway.generation.output_queue import OutputQueue
 from gateway.generation.request_trace import RequestTrace
-from gateway.generation.tenant_queues import Ask
+from gateway.generation.running_call import RunningCall
+from gateway.generation.tenant_queues import CallDemand
 from gateway.generation.tracing import MAX_PROMPTS, Tracing
 from gateway.observability.metrics import GatewayMetrics
 from tests.gateway.fakes import TIMINGS, expert_entry, tiny_tokenizer
@@ -40,28 +40,30 @@ def draw(choice: Choice) -> None:
     choice.first_timings = TIMINGS
 
 
-def answer(generation: Generation) -> None:
+def answer(running: RunningCall) -> None:
     """All choices end after two tokens."""
-    for prompt in generation.prompts:
+    for prompt in running.prompts:
         for choice in prompt.choices:
             draw(choice)
             choice.finish = FINISH
 
 
-def generation_of(num_prompts: int, n: int) -> Generation:
+def generation_of(num_prompts: int, n: int) -> RunningCall:
     """A call that began at 100 s, was admitted at 101 s and closed at 105 s."""
     params = SamplingParams(max_tokens=2)
     requests = [
         Request(request_id=f"cmpl-1-{index}", prompt=(1,), params=params, n=n)
         for index in range(num_prompts)
     ]
-    generation = Generation(
+    running = RunningCall(
         GenerateCall(kind=CallKind.COMPLETION, model="tiny", n=n),
         requests,
         "cmpl-1",
         created=0,
         queue=OutputQueue(1 << 20),
-        ticket=Admission(99, 999, 99).admit(Ask(num_requests=num_prompts, num_tokens=2), 100.0),
+        ticket=Admission(99, 999, 99).admit(
+            CallDemand(num_requests=num_prompts, num_tokens=2), 100.0
+        ),
         deadline_s=200.0,
         tokenizer=tiny_tokenizer(),
         eos_token_ids=(),
@@ -69,18 +71,18 @@ def generation_of(num_prompts: int, n: int) -> Generation:
         started_s=100.0,
         admitted_s=101.0,
     )
-    for prompt in generation.prompts:
+    for prompt in running.prompts:
         request = Request(request_id="r", prompt=(1,), params=params, n=n)
-        sink = generation.queue
+        sink = running.queue
         prompt.submission = Submission(request, sink, 200.0, last_worker="attention-0")
-    generation.queue.oldest_s, generation.closed_s = 104.0, 105.0
-    return generation
+    running.queue.oldest_s, running.closed_s = 104.0, 105.0
+    return running
 
 
-def trace_of(generation: Generation, error: str = "") -> RequestTrace:
+def trace_of(running: RunningCall, error: str = "") -> RequestTrace:
     """A request that began at 100 s and ended at 105 s."""
     trace = RequestTrace("text_completion", "http", "r", {}, lambda trace: None, lambda trace: None)
-    trace.generation, trace.error = generation, error
+    trace.running, trace.error = running, error
     trace.began_s, trace.ended_s = 100.0, 105.0
     return trace
 
@@ -102,7 +104,7 @@ class Part:
 
 
 def parts(
-    run: Callable[[Generation], None] = answer,
+    run: Callable[[RunningCall], None] = answer,
     *,
     num_prompts: int = 1,
     n: int = 1,
@@ -110,12 +112,12 @@ def parts(
     cluster_events: ClusterEvents | None = None,
 ) -> Sequence[Part]:
     """The children of a request's span, in the order of their making; seconds since its begin."""
-    generation, kept = generation_of(num_prompts, n), KeptSpans()
-    run(generation)
+    running, kept = generation_of(num_prompts, n), KeptSpans()
+    run(running)
     addresses = {"http": "127.0.0.1:8000"}
     events = cluster_events or ClusterEvents()
     tracing = Tracing(kept.export, "tiny", lambda: addresses, None, events)
-    tracing.record(trace_of(generation, error))
+    tracing.record(trace_of(running, error))
     *children, root = kept.spans
     began_ns, ended_ns = times_ns(root)
     assert ended_ns - began_ns == 5_000_000_000
@@ -148,8 +150,8 @@ def test_a_request_without_work_waited() -> None:
 
 
 def test_a_prompt_that_is_only_read_has_no_output() -> None:
-    def read(generation: Generation) -> None:
-        for prompt in generation.prompts:
+    def read(running: RunningCall) -> None:
+        for prompt in running.prompts:
             prompt.choices[0].finish = FINISH
 
     found = {part.name: part.seconds for part in parts(read)}
@@ -159,9 +161,9 @@ def test_a_prompt_that_is_only_read_has_no_output() -> None:
 
 
 def test_a_broken_off_output_is_decoded_to_the_end_of_the_request() -> None:
-    def break_off(generation: Generation) -> None:
-        answer(generation)
-        next(iter(generation.prompts)).choices[0].finish = None
+    def break_off(running: RunningCall) -> None:
+        answer(running)
+        next(iter(running.prompts)).choices[0].finish = None
 
     decode = parts(break_off, n=2, error="internal_error")[-1]
     assert (decode.name, decode.seconds) == ("expertmesh.decode", (2.0, 5.0))
@@ -173,9 +175,9 @@ def test_events_are_in_the_order_of_time() -> None:
         worker = {**expert_entry(0), "state": state}
         cluster_events.take({"placement_epoch": epoch, "workers": [worker]}, when_s)
 
-    def replay(generation: Generation) -> None:
-        answer(generation)
-        for prompt in generation.prompts:
+    def replay(running: RunningCall) -> None:
+        answer(running)
+        for prompt in running.prompts:
             assert prompt.submission is not None
             prompt.submission.replays_s.append(103.5)
 
@@ -214,10 +216,10 @@ def test_a_request_links_to_the_changes_that_went_on_meanwhile() -> None:
     seen.take({"changes": [before, whole]}, 90.0)
     seen.take({"changes": [{**before, "seconds": 9.0}, whole]}, 99.0)
     seen.take({"changes": [whole, {**during, "seconds": 0.5}]}, 103.0)
-    generation = generation_of(1, 1)
-    answer(generation)
+    running = generation_of(1, 1)
+    answer(running)
     tracing = Tracing(kept.export, "tiny", dict, None, seen)
-    tracing.record(trace_of(generation))
+    tracing.record(trace_of(running))
     found = {
         link.context.trace_id.to_bytes(16, "big") + link.context.span_id.to_bytes(8, "big"): dict(
             link.attributes or {}
@@ -233,10 +235,10 @@ def test_a_request_links_to_the_changes_that_went_on_meanwhile() -> None:
 def test_workers_make_spans_below_the_request_and_its_decode() -> None:
     kept = KeptSpans()
     tracing = Tracing(kept.export, "tiny", dict, None)
-    generation = generation_of(MAX_PROMPTS + 1, 1)
-    answer(generation)
-    trace = trace_of(generation)
-    parents = [tracing.parents(trace) for _ in generation.prompts]
+    running = generation_of(MAX_PROMPTS + 1, 1)
+    answer(running)
+    trace = trace_of(running)
+    parents = [tracing.parents(trace) for _ in running.prompts]
     assert parents[-1] is None, "it is one prompt too many"
     tracing.record(trace)
     *children, root = kept.spans

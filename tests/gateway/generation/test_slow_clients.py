@@ -115,8 +115,8 @@ def test_a_stream_that_nobody_reads_ends_over_http(slow: Stack) -> None:
     async def work() -> bytes:
         client = Client({"prompt": "x", "stream": True, **LONG})
         calling = await until_aborted(slow, client, build_public_app(slow.gateway))
-        assert slow.gateway.entrance.admission is not None
-        assert slow.gateway.entrance.admission.num_requests == 0
+        assert slow.gateway.admission.admission is not None
+        assert slow.gateway.admission.admission.num_requests == 0
         client.reads.set()
         await calling
         return client.content

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.generation.tenant_queues import Ask, TenantQueue, share_places, tokens_ahead
+from gateway.generation.tenant_queues import CallDemand, TenantQueue, share_places, tokens_ahead
 
 
 def queue(num_requests: int, weight: float = 1.0, priority: int = 0) -> TenantQueue:
     """Requests of ten tokens each."""
     made = TenantQueue(weight)
-    made.add(Ask(num_requests=num_requests, num_tokens=10 * num_requests, priority=priority), 1)
+    made.add(
+        CallDemand(num_requests=num_requests, num_tokens=10 * num_requests, priority=priority), 1
+    )
     return made
 
 
@@ -35,7 +37,7 @@ def test_another_tenant_gets_as_much_meanwhile_by_weight() -> None:
 
 def test_lower_priority_values_run_and_go_first() -> None:
     own = queue(3)
-    ask = Ask(num_requests=10, num_tokens=100, priority=5)
+    ask = CallDemand(num_requests=10, num_tokens=100, priority=5)
     own.add(ask, 1)
     assert tokens_ahead({"a": own}, 4, "a", 0) == 0
     assert tokens_ahead({"a": own}, 4, "a", 5) == pytest.approx(90)

@@ -14,7 +14,7 @@ from gateway.core.call import CallKind, ChatInput, GenerateCall
 from gateway.core.field_checks import check_fields
 from gateway.core.model import ModelFacts
 from gateway.generation.gateway import complete_requests
-from gateway.generation.tenant_queues import Ask
+from gateway.generation.tenant_queues import CallDemand
 from gateway.generation.validate import check_token_ids, make_requests
 from workers.requests.request import Request
 
@@ -282,6 +282,6 @@ def test_requests_are_named_after_the_call() -> None:
     requests = complete_requests(call, _finish(call, (1, 2), (3,)), "cmpl-1", "", None)
     assert [request.request_id for request in requests] == ["cmpl-1-0", "cmpl-1-1"]
     assert [request.prompt for request in requests] == [(1, 2), (3,)]
-    need = Ask.of(requests)
+    need = CallDemand.of(requests)
     assert (need.num_requests, need.num_places) == (2, 4)
     assert need.num_tokens == 3 + 4 * 16

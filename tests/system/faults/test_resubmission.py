@@ -254,6 +254,6 @@ async def recover_slowly(gateway: Gateway, cluster: ThreadCluster, group: HeldGr
     group.let_go.set()
     for choices, usage in await asyncio.gather(*patient):
         assert usage.completion_tokens == len(choices[0].tokens) >= 100
-    admission = gateway.entrance.admission
+    admission = gateway.admission.admission
     assert admission is not None
     assert admission.num_requests == 0

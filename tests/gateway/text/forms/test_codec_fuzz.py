@@ -20,7 +20,7 @@ from gateway.anthropic.format import MessageFormat
 from gateway.core.call import CallKind, ChatInput, GenerateCall
 from gateway.core.delta import ChoiceDelta, Finish, TokenText, Usage
 from gateway.core.tool_use import ToolForm
-from gateway.generation.generation import Generation
+from gateway.generation.running_call import RunningCall
 from gateway.http.openai_format import ChatFormat
 from gateway.responses.format import OutputFormat
 from gateway.responses.items import ItemIds
@@ -73,13 +73,13 @@ def deltas_of(tokens: Sequence[str], cut: Sequence[int], reason: FinishReason) -
     return deltas
 
 
-def generation_of(case: Case) -> Generation:
+def generation_of(case: Case) -> RunningCall:
     """What formats read of a generation."""
     requests = [Request(prompt=(1,))]
     known = SimpleNamespace(
         call=call_of(case), requests=requests, call_id="x", usage=_USAGE, created=0
     )
-    return cast(Generation, known)
+    return cast(RunningCall, known)
 
 
 # ---- what clients make of each protocol -------------------------------------------------------

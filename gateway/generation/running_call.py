@@ -1,6 +1,6 @@
 """A running call: engine outputs in, pieces of text for the client out.
 
-A ``Generation`` must be closed, best with ``with``: closing it is immediate, ends whatever still
+A ``RunningCall`` must be closed, best with ``with``: closing it is immediate, ends whatever still
 runs in the engines and gives its place in the queue back, whether the client got everything, left,
 or was too late.
 """
@@ -51,7 +51,7 @@ _NO_WORKER_RETRY_S = 2.0
 
 
 @dataclass(eq=False)
-class Generation(AbstractContextManager["Generation"]):
+class RunningCall(AbstractContextManager["RunningCall"]):
     """See the module. Made by ``Gateway.start``. Times are those of ``time.monotonic``."""
 
     call: GenerateCall

@@ -9,11 +9,11 @@ from cluster.config.gateway import GatewaySection
 from cluster.core.errors import DeadlineExceededError, QueueFullError
 from gateway.engines.engine_pool import EnginePool
 from gateway.generation.admission import Admission, Ticket
-from gateway.generation.tenant_queues import Ask
+from gateway.generation.tenant_queues import CallDemand
 from gateway.observability.metrics import GatewayMetrics
 
 
-class Entrance:
+class AdmissionController:
     """Refuses calls for which there is no room, and counts them.
 
     Args:
@@ -42,11 +42,11 @@ class Entrance:
         """Requests that the replica holds."""
         return self.admission.num_requests if self.admission else 0
 
-    def admit(self, ask: Ask, max_model_len: int, deadline_s: float) -> Ticket:
+    def admit(self, demand: CallDemand, max_model_len: int, deadline_s: float) -> Ticket:
         """Take a place. Raises what ``require_room`` raises."""
-        return self.require_room(ask, max_model_len, deadline_s).admit(ask, time.monotonic())
+        return self.require_room(demand, max_model_len, deadline_s).admit(demand, time.monotonic())
 
-    def require_room(self, ask: Ask, max_model_len: int, deadline_s: float) -> Admission:
+    def require_room(self, demand: CallDemand, max_model_len: int, deadline_s: float) -> Admission:
         """Raise unless a call could enter now, and would run before its deadline.
 
         Raises:
@@ -55,11 +55,11 @@ class Entrance:
         """
         admission, now_s = self._now(max_model_len), time.monotonic()
         try:
-            admission.check(ask, now_s)
+            admission.check(demand, now_s)
         except QueueFullError as err:
             self._metrics.admission_rejections.labels(err.limit).inc()
             raise
-        if admission.queue_time_s(ask) > deadline_s - now_s:
+        if admission.queue_time_s(demand) > deadline_s - now_s:
             self._metrics.admission_rejections.labels("deadline").inc()
             raise DeadlineExceededError("the queue is longer than the request's time", False)
         return admission
