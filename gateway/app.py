@@ -93,10 +93,10 @@ class GatewayReplica:
         self._gateway = Gateway(
             settings, tokenizer, self._cluster, self._engines, name, state=state
         )
-        self._cluster.adapters = lambda: self._gateway.adapters.in_use
+        self._cluster.adapters = lambda: self._gateway.model.adapters.in_use
         await open_in_time(state, self._gateway.disk)
         if section.num_gateway_replicas > 1:
-            self._gateway.replicas = RayServeReplicas(self._gateway.answers)
+            self._gateway.status.replicas = RayServeReplicas(self._gateway.status.answers)
         self._grpc = GrpcServer(self._gateway, section.host, section.grpc_port)
         grpc_port = await self._grpc.start()
         self._http = HttpListener(
@@ -113,7 +113,7 @@ class GatewayReplica:
         self._admin = AdminApi(self._gateway, section)
         await self._admin.start()
         host = node if section.host in ("0.0.0.0", "::") else section.host
-        self._gateway.addresses = {
+        self._gateway.status.addresses = {
             "pid": os.getpid(),
             "http": f"{host}:{http_port}",
             "grpc": f"{host}:{grpc_port}",
@@ -152,11 +152,11 @@ class GatewayReplica:
 
     async def not_ready_reasons(self) -> list[str]:
         """The reasons of ``/ready``, for callers without a client certificate."""
-        return self._gateway.not_ready_reasons()
+        return self._gateway.readiness.not_ready_reasons()
 
     async def addresses(self) -> dict[str, Any]:
         """The ports of this replica, by name."""
-        return self._gateway.addresses
+        return self._gateway.status.addresses
 
     async def end(self, stage: ShutdownStage) -> int:
         """End with the whole server: see ``Gateway.end``."""
@@ -168,7 +168,7 @@ class GatewayReplica:
 
     async def answer_replica(self, question: Question, *details: Any) -> tuple[str, Any]:
         """Answer a question that one replica asks all of them."""
-        return self._gateway.answers.answer(question, *details)
+        return self._gateway.status.answers.answer(question, *details)
 
     async def __del__(self) -> None:
         """Called by Serve when the replica ends."""

@@ -50,7 +50,7 @@ async def serve(config: ClusterConfig, snapshot: dict[str, Any]) -> None:
     tokenizer = load_tokenizer(config.model.path)
     gateway = Gateway(config, tokenizer, view, EnginePool(TOKEN, "second"), "second")
     view.start()
-    while gateway.not_ready_reasons() or not gateway.facts:
+    while gateway.readiness.not_ready_reasons() or not gateway.model.facts:
         await asyncio.sleep(0.01)
     waiting = set(range(NUM_STREAMS))
 

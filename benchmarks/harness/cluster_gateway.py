@@ -96,7 +96,7 @@ class ClusterGateway:
         self._gateway = Gateway(config, tokenizer, self._view, self._engines, "gateway")
         self._engines.on_resubmit = self._count_resubmitted
         self._view.start()
-        while self._gateway.not_ready_reasons() or not self._has_all_streams():
+        while self._gateway.readiness.not_ready_reasons() or not self._has_all_streams():
             await asyncio.sleep(0.01)
 
     @property
@@ -112,7 +112,7 @@ class ClusterGateway:
     def _has_all_streams(self) -> bool:
         """To every attention worker, so that each gets its share of what is asked first."""
         expected = attention_endpoints(self._view.snapshot or {})
-        return len(self._engines.clients) == len(expected) and self._gateway.facts is not None
+        return len(self._engines.clients) == len(expected) and self._gateway.model.facts is not None
 
     @property
     def engines(self) -> EnginePool:

@@ -180,7 +180,7 @@ class AdminCalls:
         if not 0 < len(names) <= MAX_ABORTED:
             rule = f"request_ids ({len(names)} of them) must be 1 to {MAX_ABORTED}"
             raise RequestError(rule, "request_ids")
-        return pb.AbortRequestsResponse(aborted=await self._gateway.abort_calls(names))
+        return pb.AbortRequestsResponse(aborted=await self._gateway.status.abort_calls(names))
 
     # ---- adapters -------------------------------------------------------------------------
 
@@ -198,7 +198,7 @@ class AdminCalls:
         self, request: pb.UnloadLoraAdapterRequest
     ) -> pb.UnloadLoraAdapterResponse:
         """Unload an adapter; no replica takes requests that name it then."""
-        if not self._gateway.adapters.may_unload(request.lora_name):
+        if not self._gateway.model.adapters.may_unload(request.lora_name):
             raise ModelNotFoundError(
                 f"the adapter {request.lora_name[:128]!r} does not exist", "lora_name"
             )
@@ -210,7 +210,7 @@ class AdminCalls:
         self, request: pb.ListLoraAdaptersRequest
     ) -> pb.ListLoraAdaptersResponse:
         """Those that the caller may use, also on their way in or out; paths for operators."""
-        snapshot = self._gateway.adapters.without_others(await self._ask("snapshot"))
+        snapshot = self._gateway.model.adapters.without_others(await self._ask("snapshot"))
         found = snapshot.get("adapters", ())
         if not is_operator(self._gateway.admin_keys):
             found = [{**adapter, "path": ""} for adapter in found]
@@ -219,7 +219,7 @@ class AdminCalls:
     async def _wait_replicas(self, knows: Callable[[list[str]], bool]) -> None:
         """Until every replica knows; it is not worth an error if one does not say so."""
         for _ in range(_MAX_LOOKS):
-            answers = (await self._gateway.replicas.ask("adapters")).values()
+            answers = (await self._gateway.status.replicas.ask("adapters")).values()
             if all(map(knows, answers)):
                 return
             await asyncio.sleep(_LOOK_S)

@@ -133,7 +133,7 @@ class RunningBatch:
 
         async def send(request: BatchRequest) -> BatchAnswer:
             self._check_size()
-            if self._gateway.is_leaving:
+            if self._gateway.readiness.is_leaving:
                 raise UnreachableError("this gateway is about to stop")
             return await calls.send(request)
 

@@ -37,12 +37,12 @@ class PageData:
         how browsers reach the gateway's own ports, whatever is in front of this one.
         """
         snapshot, replicas = await asyncio.gather(
-            self._snapshot.get(), self._gateway.replicas.ask("summary")
+            self._snapshot.get(), self._gateway.status.replicas.ask("summary")
         )
         described = [one["describe"] for one in replicas.values()]
         is_whole = is_operator(self._keys)
         ended = self._gateway.counts.ended(replicas).values()
-        status = self._gateway.status_of(snapshot, described, is_whole)
+        status = self._gateway.status.combine(snapshot, described, is_whole)
         return {
             "schema": 1,
             "time": time.time(),
@@ -61,7 +61,7 @@ class PageData:
 
         A client's key gets none of the numbers that follow from experts.
         """
-        rings = await self._gateway.replicas.ask("samples", after_s)
+        rings = await self._gateway.status.replicas.ask("samples", after_s)
         ended = self._gateway.counts.ended(rings).values()
         past = [[s for s in one["samples"] if s["time"] > after_s] for one in ended]
         samples: list[Sample] = merge_samples(rings.values(), past)

@@ -18,7 +18,10 @@ now_s = time.time
 
 
 class Sampler:
-    """Fills ``gateway.samples``; raises no error, and logs one until a sample was taken again."""
+    """Fills ``gateway.status.samples``.
+
+    It raises no error, and logs one until a sample was taken again.
+    """
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -41,15 +44,15 @@ class Sampler:
             await asyncio.wait_for(gateway.numbers.refresh(), PERIOD_S / 2)
         families = gateway.metrics.own_samples(SAMPLED)
         view = gateway.cluster
-        gateway.samples.add(now_s(), families, view.snapshot, view.known_load)
+        gateway.status.samples.add(now_s(), families, view.snapshot, view.known_load)
         await self._share()
 
     async def _share(self) -> None:
         """Keep what this gateway has counted, and exchange it for what others have."""
         gateway, counts = self._gateway, self._gateway.counts
-        samples = gateway.samples.after(counts.times().get(gateway.name, 0.0))
+        samples = gateway.status.samples.after(counts.times().get(gateway.name, 0.0))
         if samples:
-            summary = gateway.summary()
+            summary = gateway.status.summary()
             record = GatewayRecord(
                 time=samples[-1]["time"],
                 created=summary["created"],

@@ -66,7 +66,7 @@ class Reader:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self.model_name = gateway.model_name
+        self.model_name = gateway.model.name
 
     async def embed(
         self, prompts: Sequence[PromptInput], pooling: str | None, call: GenerateCall

@@ -1,13 +1,76 @@
-"""Whether the cluster can serve requests, by the controller's snapshot. Pure."""
+"""Whether requests can be served, by the controller's snapshot and by what this replica does."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
 from cluster.core.errors import NotReadyError
-from gateway.cluster.view import Snapshot
+from gateway.auth.auth import KeyRing, is_operator
+from gateway.cluster.view import ClusterView, Snapshot
+from gateway.engines.engine_pool import EnginePool
 
 _SERVING = ("SERVING", "DEGRADED")
+
+
+class Readiness:
+    """Decides whether this replica takes requests, and whether load balancers send it any.
+
+    Args:
+        cluster: follows the controller.
+        engines: streams to the attention workers.
+        keys: tell operators from clients, who see less of an error.
+        leaving_lead_s: see ``GatewayTuning``.
+    """
+
+    def __init__(
+        self, cluster: ClusterView, engines: EnginePool, keys: KeyRing, leaving_lead_s: float
+    ) -> None:
+        self._cluster = cluster
+        self._engines = engines
+        self._keys = keys
+        self._leaving_lead_s = leaving_lead_s
+        self._leaves_since_s: float | None = None
+        self.takes_calls = True
+        """False: new calls are refused."""
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether the gateway is about to stop; it still serves requests that arrive."""
+        return self._leaves_since_s is not None
+
+    def leave(self, now_s: float) -> None:
+        """Never be ready again."""
+        if self._leaves_since_s is None:
+            self._leaves_since_s = now_s
+
+    def has_left(self, now_s: float) -> bool:
+        """Whether load balancers had ``leaving_lead_s`` to notice that the gateway leaves."""
+        since_s = self._leaves_since_s
+        return since_s is not None and now_s >= since_s + self._leaving_lead_s
+
+    def not_ready_reasons(self, is_whole: bool = True) -> list[str]:
+        """Why new requests cannot be served now; empty when they can.
+
+        Without ``is_whole`` as a client's key shows it.
+        """
+        if self.is_leaving:
+            return ["this gateway is about to stop"]
+        snapshot = self._cluster.snapshot
+        reasons = unready_reasons(snapshot, self._cluster.refusal, is_whole)
+        if snapshot is not None and not self._engines.clients:
+            reasons.append("no attention worker has an open stream")
+        return reasons
+
+    def require_serving(self) -> None:
+        """Raise ``NotReadyError`` unless a new call can be served, now or soon."""
+        if not self.takes_calls:
+            raise server_ends()
+        self.check_serving()
+
+    def check_serving(self) -> bool:
+        """See the function; errors say what the caller may see."""
+        is_whole = is_operator(self._keys)
+        return check_serving(self._cluster.snapshot, self._cluster.refusal, is_whole)
 
 
 def unready_reasons(

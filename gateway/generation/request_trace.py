@@ -26,7 +26,7 @@ Port = Literal["http", "grpc"]
 
 @dataclass(slots=True)
 class RequestTrace:
-    """One request: the times that its spans are made of are in its running."""
+    """One request: the times that its spans are made of are in its running call."""
 
     operation: str
     port: Port

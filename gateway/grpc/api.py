@@ -65,7 +65,7 @@ class InferenceProcedures(PoolingProcedures):
             names = [tokenizer.token_text(i) for i in ids] if request.return_token_strs else []
             return pb.TokenizeResponse(
                 count=len(ids),
-                max_model_len=gateway.facts.max_model_len if gateway.facts else 0,
+                max_model_len=gateway.model.facts.max_model_len if gateway.model.facts else 0,
                 tokens=ids,
                 token_strs=names,
             )
@@ -85,13 +85,13 @@ class InferenceProcedures(PoolingProcedures):
         self, request: pb.GetModelInfoRequest, call: GrpcCall
     ) -> types_pb2.ModelInfo:
         await self._check_model(request, call)
-        return self._model(request.model or self._gateway.model_name)
+        return self._model(request.model or self._gateway.model.name)
 
     async def ListModels(
         self, request: pb.ListModelsRequest, call: GrpcCall
     ) -> pb.ListModelsResponse:
         """The served model first, then its adapters."""
-        names = [self._gateway.model_name, *self._gateway.adapters.names()]
+        names = [self._gateway.model.name, *self._gateway.model.adapters.names()]
         return pb.ListModelsResponse(models=map(self._model, names))
 
     async def _start(
@@ -103,17 +103,17 @@ class InferenceProcedures(PoolingProcedures):
         return await self._gateway.start(fields, new_call_id(fields.kind))
 
     async def _check_model(self, request: NamesModel, call: GrpcCall) -> None:
-        self._gateway.check_model(await call.convert(lambda: request.model or None))
+        self._gateway.model.adapter_of(await call.convert(lambda: request.model or None))
 
     def _model(self, name: str) -> types_pb2.ModelInfo:
         gateway = self._gateway
-        facts, tokenizer = gateway.facts, gateway.tokenizer
+        facts, tokenizer = gateway.model.facts, gateway.tokenizer
         info = types_pb2.ModelInfo(
             id=name,
             owned_by="expertmesh",
-            created=gateway.created,
-            root=gateway.model_name,
-            parent="" if name == gateway.model_name else gateway.model_name,
+            created=gateway.status.created,
+            root=gateway.model.name,
+            parent="" if name == gateway.model.name else gateway.model.name,
             has_tokenizer=tokenizer is not None,
             has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,
             has_tools=gateway.prompts.has_tools,

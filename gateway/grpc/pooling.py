@@ -90,7 +90,7 @@ class PoolingProcedures:
     def _head(self, request: PoolingRequest, call: GrpcCall, usage: Usage) -> dict[str, Any]:
         """What all answers have; sends the usage as trailing metadata, too."""
         call.set_usage(usage)
-        return {"model": request.model or self._gateway.model_name, "usage": usage_message(usage)}
+        return {"model": request.model or self._gateway.model.name, "usage": usage_message(usage)}
 
 
 def grpc_inspect_fields(request: pb.InspectRequest) -> InspectFields:

@@ -150,22 +150,22 @@ class HttpApi:
 
     async def list_models(self, request: Request) -> Response:
         """The served model first, then its adapters."""
-        names = [self._gateway.model_name, *self._gateway.adapters.names()]
+        names = [self._gateway.model.name, *self._gateway.model.adapters.names()]
         return _answer({"object": "list", "data": [*map(self._model, names)]})
 
     async def get_model(self, request: Request) -> Response:
         name = request.path_params["model"]
-        self._gateway.check_model(name)
+        self._gateway.model.adapter_of(name)
         return _answer(self._model(name))
 
     async def tokenize(self, request: Request) -> Response:
         gateway = self._gateway
         body, chat = await read_json(request, gateway, _read_tokenize)
         async with within_time(request, gateway):
-            gateway.check_model(body.model)
+            gateway.model.adapter_of(body.model)
             ids = await gateway.prompts.tokenize(body.prompt or "", chat, body.add_special_tokens)
             tokenizer = gateway.prompts.require_tokenizer("prompt")
-            facts = gateway.facts
+            facts = gateway.model.facts
             head = {"count": len(ids), "max_model_len": facts.max_model_len if facts else None}
 
             def render() -> bytes:
@@ -178,7 +178,7 @@ class HttpApi:
         gateway = self._gateway
         body = await read_json(request, gateway, partial(parse_body, DetokenizeBody))
         async with within_time(request, gateway):
-            gateway.check_model(body.model)
+            gateway.model.adapter_of(body.model)
             text = await gateway.prompts.decode(body.tokens, gateway.require_facts())
             return _answer(await gateway.long_work.run(len(text), dump_json, {"prompt": text}))
 
@@ -187,7 +187,7 @@ class HttpApi:
 
     async def ready(self, request: Request) -> Response:
         """Whether new requests can be served."""
-        reasons = self._gateway.not_ready_reasons(is_operator(self._gateway.keys))
+        reasons = self._gateway.readiness.not_ready_reasons(is_operator(self._gateway.keys))
         status = 503 if reasons else 200
         return _answer({"ready": not reasons, "reasons": reasons}, status)
 
@@ -198,18 +198,18 @@ class HttpApi:
                 "version": RELEASE,
                 "ray": installed_version("ray"),
                 "torch": installed_version("torch"),
-                "model": gateway.model_name,
+                "model": gateway.model.name,
                 "placement_epoch": gateway.placement_epoch,
             }
         )
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus metrics of all replicas and workers; by expert or layer for operators."""
-        content = await self._gateway.render_metrics(is_operator(self._gateway.keys))
+        content = await self._gateway.status.render_metrics(is_operator(self._gateway.keys))
         return Response(content, headers={"content-type": CONTENT_TYPE})
 
     async def status(self, request: Request) -> Response:
-        return _answer(await self._gateway.status(is_operator(self._gateway.keys)))
+        return _answer(await self._gateway.status.read(is_operator(self._gateway.keys)))
 
     async def placement(self, request: Request) -> Response:
         """Which device holds which copy of which expert."""
@@ -233,15 +233,15 @@ class HttpApi:
 
     def _model(self, name: str) -> dict[str, Any]:
         gateway = self._gateway
-        facts = gateway.facts
+        facts = gateway.model.facts
         known = (gateway.cluster.snapshot or {}).get("model") or {}
         return {
             "id": name,
             "object": "model",
-            "created": gateway.created,
+            "created": gateway.status.created,
             "owned_by": "expertmesh",
-            "root": gateway.model_name,
-            "parent": None if name == gateway.model_name else gateway.model_name,
+            "root": gateway.model.name,
+            "parent": None if name == gateway.model.name else gateway.model.name,
             "max_model_len": facts.max_model_len if facts else known.get("max_model_len"),
             "embedding_pooling": [kind.value for kind in Pooling],
         }

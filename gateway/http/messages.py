@@ -94,7 +94,7 @@ class CountTokensEndpoint(WatchedEndpoint[tuple[str, ChatInput]]):
     ) -> None:
         model, chat = parsed
         async with within_time(request, self._gateway):
-            self._gateway.check_model(model)
+            self._gateway.model.adapter_of(model)
             count = await self._gateway.prompts.count_tokens(chat)
         await responder.json({"input_tokens": count})
 

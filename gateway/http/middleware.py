@@ -191,7 +191,7 @@ class HttpMiddleware:
                     headers["request-id"] = request_id
                 headers["openai-processing-ms"] = str(int((time.monotonic() - started_s) * 1000))
                 headers["openai-version"] = "2020-10-01"
-                if self.gateway.is_leaving:
+                if self.gateway.readiness.is_leaving:
                     headers["connection"] = "close"  # so that the client changes gateways
                 headers["x-expertmesh-placement-epoch"] = str(self.gateway.placement_epoch)
                 if self.gateway.limits.debug_headers:

@@ -107,7 +107,7 @@ class PoolingEndpoint(WatchedEndpoint[tuple[Serve, GenerateCall]]):
             "/classify": (ClassifyBody, partial(_classify, reader)),
             "/score": (ScoreBody, partial(_score, reader)),
             "/v1/score": (ScoreBody, partial(_score, reader)),
-            "/v1/inspect": (InspectBody, partial(_inspect, inspecting, gateway.model_name)),
+            "/v1/inspect": (InspectBody, partial(_inspect, inspecting, gateway.model.name)),
         }
         return {path: cls(gateway, *one) for path, one in served.items()}
 

@@ -209,7 +209,7 @@ def test_the_same_conversation_has_the_same_outcome(stack: Stack, name: str) -> 
     """Of the bundled model."""
     bodies = TALKS[name].bodies()
     outcomes = {
-        path: OUTCOMES[path](sent(stack, path, body | {"model": stack.gateway.model_name}))
+        path: OUTCOMES[path](sent(stack, path, body | {"model": stack.gateway.model.name}))
         for path, body in bodies.items()
     }
     assert outcomes[RESPONSES] == outcomes[CHAT]
@@ -248,7 +248,7 @@ def _plain(request: Request) -> Request:
 def test_streams_have_the_same_text(stack: Stack) -> None:
     texts = {}
     for path, body in TALKS["more turns"].bodies().items():
-        body |= {"model": stack.gateway.model_name, "stream": True}
+        body |= {"model": stack.gateway.model.name, "stream": True}
         texts[path] = _streamed(stack.http.post(path, json=body).text)
     assert texts[CHAT]
     assert set(texts.values()) == {texts[CHAT]}

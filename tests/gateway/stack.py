@@ -114,7 +114,7 @@ class Stack:
         """Let the cluster be ready."""
         workers = [attention_entry(self.engine), expert_entry(0), expert_entry(1)]
         self.call(lambda: self.controller.change(state="SERVING", workers=workers))
-        self.wait_for(lambda: not self.gateway.not_ready_reasons(), "readiness")
+        self.wait_for(lambda: not self.gateway.readiness.not_ready_reasons(), "readiness")
 
     def wait_no_requests(self) -> None:
         """Wait until every request has given its place in the queue back."""

@@ -54,7 +54,7 @@ class StandingWorld(World):
         stood_s = self.kernel.now - self.stood_at if self.stood_at else 0.0
         name = self._expert().name
         for gateway in self.gateways:
-            reasons = gateway._gateway.not_ready_reasons()
+            reasons = gateway._gateway.readiness.not_ready_reasons()
             must_be_ready = self.computes or not stood_s or stood_s > LASTS_S + FALL_S
             if must_be_ready and reasons:
                 raise Broken(f"{stood_s:.2f} s: not ready: {reasons}")

@@ -72,7 +72,7 @@ def tokens_of(gateway: ClusterGateway, golden: Golden, name: str | None) -> list
 
 
 def wait_named(gateway: ClusterGateway, *names: str) -> None:
-    wait_until(lambda: set(gateway.core.adapters.names()) == set(names), "the gateway knows")
+    wait_until(lambda: set(gateway.core.model.adapters.names()) == set(names), "the gateway knows")
 
 
 @pytest.mark.parametrize(("pools", "workers"), LAYOUTS)

@@ -50,7 +50,7 @@ def stack() -> Iterator[Stack]:
         address = cluster.worker("attention-0")["engine_address"]
         entry = {**attention_entry(stack.engine), "engine_address": address}
         stack.call(lambda: stack.controller.change(state="SERVING", workers=[entry]))
-        stack.wait_for(lambda: not stack.gateway.not_ready_reasons(), "readiness")
+        stack.wait_for(lambda: not stack.gateway.readiness.not_ready_reasons(), "readiness")
         yield stack
 
 

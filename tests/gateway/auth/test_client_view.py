@@ -37,7 +37,7 @@ SECRETS = ("10.9.8.7", "4321", PATH, "host-b", "engine_address", "node", "pid", 
 
 def prepare(stack: Stack) -> None:
     """Give the cluster what must not be shown."""
-    stack.gateway.addresses = dict(ADDRESSES)
+    stack.gateway.status.addresses = dict(ADDRESSES)
     problem = f"the disk of {PATH} on 10.9.8.7 is nearly full"
     history = [{"generation": 1, "time": 0.0, "cause": "node 10.9.8.7", "effect": problem}]
     adapters = [{"name": "a", "key": "a@0", "path": PATH, "state": "READY"}]
@@ -206,7 +206,9 @@ def test_a_client_s_key_lists_and_unloads_its_adapters_only(without_admin: Stack
     assert known is not None
     adapters = known["adapters"]
     without_admin.call(lambda: without_admin.controller.change(adapters=[*adapters, theirs]))
-    without_admin.wait_for(lambda: "b@1" in without_admin.gateway.adapters.keys, "the adapter")
+    without_admin.wait_for(
+        lambda: "b@1" in without_admin.gateway.model.adapters.keys, "the adapter"
+    )
     with httpx.Client(base_url=url, headers=CLIENT, timeout=WAIT_S) as client:
         listed = client.get("/admin/v1/lora_adapters").json()["adapters"]
         assert [(one["lora_name"], one["lora_path"]) for one in listed] == [("a", "")]
@@ -221,7 +223,7 @@ def test_a_client_s_key_lists_and_unloads_its_adapters_only(without_admin: Stack
 def test_the_reason_of_a_cluster_that_fails_is_the_operator_s(keyed: Stack) -> None:
     """Also of readiness, which needs no key."""
     keyed.call(lambda: keyed.controller.change(state="STARTING"))
-    keyed.wait_for(lambda: bool(keyed.gateway.not_ready_reasons()), "the state")
+    keyed.wait_for(lambda: bool(keyed.gateway.readiness.not_ready_reasons()), "the state")
     asked = {"prompt": "x", "max_tokens": 1}
     answers = [keyed.http.get("/ready")]
     answers += [
@@ -229,7 +231,7 @@ def test_the_reason_of_a_cluster_that_fails_is_the_operator_s(keyed: Stack) -> N
         for headers in (CLIENT, ROOT)
     ]
     keyed.call(lambda: keyed.controller.change(state="SERVING"))
-    keyed.wait_for(lambda: not keyed.gateway.not_ready_reasons(), "the state")
+    keyed.wait_for(lambda: not keyed.gateway.readiness.not_ready_reasons(), "the state")
     assert [answer.status_code for answer in answers] == [503, 503, 503]
     shown = [[secret for secret in SECRETS[:3] if secret in answer.text] for answer in answers]
     assert shown == [[], [], ["10.9.8.7", PATH]]

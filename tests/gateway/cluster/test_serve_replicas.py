@@ -19,7 +19,7 @@ class TwoReplicas:
     """``ServeReplicas`` whose second replica has scripted answers."""
 
     def __init__(self, stack: Stack) -> None:
-        self._answers = stack.gateway.answers
+        self._answers = stack.gateway.status.answers
         self.other: dict[str, Any] = {
             "describe": {"name": OTHER},
             "abort": ["theirs"],
@@ -38,7 +38,7 @@ def pair() -> Iterator[tuple[Stack, TwoReplicas]]:
     section = GatewaySection(request_timeout_s=WAIT_S, num_gateway_replicas=2)
     with running_stack(section) as stack:
         complete(stack, prompt="hello", max_tokens=3)
-        stack.gateway.replicas = peers = TwoReplicas(stack)
+        stack.gateway.status.replicas = peers = TwoReplicas(stack)
         yield stack, peers
 
 
@@ -72,7 +72,7 @@ def test_every_number_is_reported_once(pair: tuple[Stack, TwoReplicas]) -> None:
 def test_requests_of_other_replicas_are_ended(pair: tuple[Stack, TwoReplicas]) -> None:
     stack, peers = pair
     names = ["theirs", "nobody-s"]
-    assert stack.run(stack.gateway.abort_calls(names)) == ["theirs"]
+    assert stack.run(stack.gateway.status.abort_calls(names)) == ["theirs"]
     assert peers.asked[-1] == ("abort", names)
 
 

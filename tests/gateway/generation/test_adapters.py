@@ -164,16 +164,16 @@ def test_the_adapter_of_a_request_is_in_use_while_its_prompt_is_made(
         if is_loaded_again:
             await stack.controller.load_adapter({"name": "sql", "path": "/adapters/other"})
         wanted = ["sql@1"] if is_loaded_again else []
-        while gateway.adapters.keys != wanted:
+        while gateway.model.adapters.keys != wanted:
             await asyncio.sleep(0.001)
-        assert gateway.adapters.in_use == ("sql@0",)
+        assert gateway.model.adapters.in_use == ("sql@0",)
         complete, prompts = await gateway.prompts.make(call, facts)
         return complete, make_requests(complete, prompts, facts, lambda: 0, ())
 
     generation = stack.run(gateway.start_call(call, "c", make))
     assert [request.adapter for request in generation.requests] == ["sql@0"]
     stack.call(generation.close)
-    assert gateway.adapters.in_use == ()
+    assert gateway.model.adapters.in_use == ()
 
 
 def test_a_refused_request_uses_no_adapter(stack: Stack, admin: httpx.Client) -> None:
@@ -181,7 +181,7 @@ def test_a_refused_request_uses_no_adapter(stack: Stack, admin: httpx.Client) ->
     call = GenerateCall(kind=CallKind.COMPLETION, model="sql", prompts=(tuple(HELLO),), n=0)
     with pytest.raises(RequestError):
         stack.run(stack.gateway.start(call, "c"))
-    assert stack.gateway.adapters.in_use == ()
+    assert stack.gateway.model.adapters.in_use == ()
 
 
 class OtherReplica:
@@ -199,8 +199,8 @@ def test_unload_waits_for_replicas_that_know_more_than_this_one(
     stack: Stack, admin: httpx.Client
 ) -> None:
     load(admin)
-    stack.gateway.replicas = other = OtherReplica()
-    stack.gateway.adapters.follow({})  # its snapshot is an old one
+    stack.gateway.status.replicas = other = OtherReplica()
+    stack.gateway.model.adapters.follow({})  # its snapshot is an old one
     answer = admin.post("/v1/unload_lora_adapter", json={"lora_name": "sql"})
     assert answer.status_code == 200
     assert other.num_asked == 3
@@ -267,12 +267,12 @@ def test_the_controller_learns_which_adapters_calls_have(stack: Stack, admin: ht
     """Also of calls that wait for a worker here."""
     load(admin)
     gateway = stack.gateway
-    found = [gateway.adapters.in_use]
+    found = [gateway.model.adapters.in_use]
     fields = GenerateCall(kind=CallKind.COMPLETION, model="sql", prompts=(tuple(HELLO),))
     generation = stack.run(gateway.start(fields, "c"))
-    found.append(gateway.adapters.in_use)
+    found.append(gateway.model.adapters.in_use)
     stack.call(generation.close)
-    found.append(gateway.adapters.in_use)
+    found.append(gateway.model.adapters.in_use)
     assert found == [(), ("sql@0",), ()]
 
 

@@ -120,5 +120,5 @@ def end(stack: Stack, stage: ShutdownStage) -> int:
 
 def test_one_that_is_not_asked_keeps_its_connections(stack: Stack) -> None:
     assert "connection" not in post(stack, "/v1/completions", prompt="y", max_tokens=1).headers
-    assert not stack.gateway.is_leaving
+    assert not stack.gateway.readiness.is_leaving
     assert takes_grpc(stack)

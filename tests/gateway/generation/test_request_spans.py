@@ -1,4 +1,4 @@
-"""Spans of a running, where no gateway is needed to tell what they must be."""
+"""Spans of a running call, where no gateway is needed to tell what they must be."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def traced_stack(collector: Collector) -> Iterator[Stack]:
     section = ObservabilitySection(otlp_endpoint=collector.endpoint)
     with running_stack(observability=section) as stack:
         http = stack.url.rpartition("/")[2]
-        stack.gateway.addresses = {"http": http, "grpc": stack.grpc_target}
+        stack.gateway.status.addresses = {"http": http, "grpc": stack.grpc_target}
         yield stack
 
 

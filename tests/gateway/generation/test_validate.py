@@ -13,7 +13,7 @@ from cluster.core.errors import ContextLengthError, RequestError
 from gateway.core.call import CallKind, ChatInput, GenerateCall
 from gateway.core.field_checks import check_fields
 from gateway.core.model import ModelFacts
-from gateway.generation.gateway import complete_requests
+from gateway.generation.request_maker import complete_requests
 from gateway.generation.tenant_queues import CallDemand
 from gateway.generation.validate import check_token_ids, make_requests
 from workers.requests.request import Request

@@ -28,7 +28,7 @@ def ports_of(gateway: ClusterGateway) -> Iterator[tuple[str, AdminApi]]:
     """The public HTTP port, and the admin ports that its status names."""
     admin = AdminApi(gateway.core, GatewaySection(admin_port=0, admin_grpc_port=0))
     gateway.run(admin.start())
-    gateway.core.addresses = {"admin_http": admin.http, "admin_grpc": admin.grpc}
+    gateway.core.status.addresses = {"admin_http": admin.http, "admin_grpc": admin.grpc}
     url, stop = gateway.run(start_http(build_public_app(gateway.core)))
     try:
         yield url, admin

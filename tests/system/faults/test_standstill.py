@@ -20,8 +20,10 @@ def test_readiness_falls_by_rank_and_rises_when_steps_commit_again() -> None:
         streams = gateway.stream(make_calls(2, 100))
         reason = ["steps wait for expert rank 1 (expert-1)"]
         with stopped(cluster.worker("expert-1")["pid"]):
-            wait_until(lambda: gateway.core.not_ready_reasons() == reason, "readiness to fall")
+            wait_until(
+                lambda: gateway.core.readiness.not_ready_reasons() == reason, "readiness to fall"
+            )
             assert cluster.snapshot()["problems"] == ["steps wait for expert-1"]
-        wait_until(lambda: not gateway.core.not_ready_reasons(), "readiness to rise")
+        wait_until(lambda: not gateway.core.readiness.not_ready_reasons(), "readiness to rise")
         assert all(answer.num_tokens >= 100 for answer in streams.finish())
         assert cluster.snapshot()["generation"] == 1

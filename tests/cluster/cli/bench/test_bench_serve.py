@@ -256,7 +256,7 @@ def test_keys_and_tls_and_the_address_that_the_server_tells(tmp_path: Path) -> N
     files = Certificates.make(tmp_path)
     section = files.section(mutual=True, api_keys=("k",))
     with running_stack(section) as stack:
-        stack.gateway.addresses = {"grpc": stack.grpc_target}
+        stack.gateway.status.addresses = {"grpc": stack.grpc_target}
         asked = ["--url", stack.url, "bench", "serve", *SMALL]
         tls = ["--ca-cert", str(files.server_ca), "--client-cert", str(files.client_cert)]
         tls += ["--client-key", str(files.client_key), "--grpc"]

@@ -1,0 +1,93 @@
+"""From a checked call to the engine's requests."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeAlias
+
+from msgspec.structs import replace
+
+from gateway.auth.key_limits import KeyUsage
+from gateway.core.call import GenerateCall
+from gateway.core.model import ModelFacts
+from gateway.generation.prompts import PromptMaker
+from gateway.generation.validate import make_requests
+from gateway.offload.long_work import LongWork
+from workers.requests.request import Request
+
+MakeRequests: TypeAlias = Callable[[ModelFacts], Awaitable[tuple[GenerateCall, Sequence[Request]]]]
+"""Validates a call against the served model: the call with what its prompts say of the answer, and
+its requests, one a prompt."""
+
+
+class RequestMaker:
+    """Decides the prompts and the sampling parameters of a call's requests.
+
+    Args:
+        prompts: tokenizes.
+        long_work: runs what takes long.
+        seed: base of the seeds of calls without one; see ``_seed_source``.
+        name: of the replica.
+    """
+
+    def __init__(self, prompts: PromptMaker, long_work: LongWork, seed: int, name: str) -> None:
+        self._prompts = prompts
+        self._long_work = long_work
+        self._draw_seed = _seed_source(seed, name)
+
+    async def make(
+        self, call: GenerateCall, facts: ModelFacts
+    ) -> tuple[GenerateCall, list[Request]]:
+        """See ``MakeRequests``. Raises ``RequestError``."""
+        complete, prompts = await self._prompts.make(call, facts)
+        bad_words = await self._prompts.bad_words(complete)
+        size = sum(map(len, prompts)) + len(complete.allowed_token_ids or ())
+        requests = await self._long_work.run(
+            size, make_requests, complete, prompts, facts, self._draw_seed, bad_words
+        )
+        if complete.stop:
+            self._prompts.require_tokenizer("stop")
+        if complete.grammar is not None:
+            self._prompts.require_tokenizer(complete.grammar.field)
+        return complete, requests
+
+
+def complete_requests(
+    call: GenerateCall,
+    requests: Sequence[Request],
+    call_id: str,
+    adapter: str,
+    caller: KeyUsage | None,
+) -> list[Request]:
+    """The requests of a call, named ``call_id``-i, with what they do not have from their prompts.
+
+    Args:
+        call: the checked call.
+        requests: one a prompt.
+        call_id: name of the call.
+        adapter: key of the adapter that it names; empty for the served model itself.
+        caller: whose it is; None without keys.
+    """
+    shared: dict[str, Any] = {
+        "n": call.num_drawn,
+        "priority": call.priority or 0,
+        "cache_salt": call.cache_salt or "",
+        "session": call.session,
+        "cache_ttl_s": call.cache_ttl,
+        "adapter": adapter,
+    }
+    if caller is not None:
+        shared |= {"tenant": caller.entry.tenant, "weight": caller.entry.weight}
+        # No other tenant finds, or can detect, the cached prefixes of this salt.
+        shared["cache_salt"] = f"{shared['tenant']}\0{shared['cache_salt']}"
+    return [
+        replace(request, request_id=f"{call_id}-{index}", **shared)
+        for index, request in enumerate(requests)
+    ]
+
+
+def _seed_source(base: int, name: str) -> Callable[[], int]:
+    """Draws seeds; from a base other than 0 the same ones in every run of a replica."""
+    source = random.Random(f"{base}/{name}") if base else random.SystemRandom()
+    return lambda: source.getrandbits(63)

@@ -1,0 +1,117 @@
+"""What any replica answers for all of them: state, metrics, calls that must end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from cluster.config.gateway import GatewaySection
+from gateway.auth.adapter_catalog import AdapterCatalog
+from gateway.cluster.client_view import client_status
+from gateway.cluster.numbers import ClusterNumbers
+from gateway.cluster.serve_replicas import ReplicaAnswers, ServeReplicas
+from gateway.cluster.view import Snapshot
+from gateway.generation.output_queue import CallRegistry
+from gateway.observability.metrics import GatewayMetrics
+from gateway.observability.samples import TOTALS, SampleRing, total
+
+
+class ServiceStatus:
+    """Decides what all replicas together answer, and what of it a caller may see.
+
+    Args:
+        name: of the replica.
+        limits: of the gateway.
+        numbers: of the workers.
+        metrics: of the replica.
+        adapters: those that a caller may see.
+        running: calls that other replicas may ask this one to end.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        limits: GatewaySection,
+        numbers: ClusterNumbers,
+        metrics: GatewayMetrics,
+        adapters: AdapterCatalog,
+        running: CallRegistry,
+    ) -> None:
+        self.name = name
+        self.created = int(time.time())
+        """Unix time, seconds."""
+        self.addresses: dict[str, Any] = {}
+        """Process id and ports of this replica; ``app`` fills them in."""
+        self.samples = SampleRing()
+        self._limits = limits
+        self._numbers = numbers
+        self._metrics = metrics
+        self._adapters = adapters
+        self.answers = ReplicaAnswers(
+            name,
+            {
+                "describe": self.describe,
+                "metrics": metrics.own_families,
+                "summary": self.summary,
+                "samples": self.samples.after,
+                "abort": running.abort,
+                "adapters": lambda: adapters.keys,
+            },
+        )
+        self.replicas: ServeReplicas = self.answers
+
+    async def read(self, is_whole: bool = True) -> dict[str, Any]:
+        """The cluster's state with all replicas in it, as ``status --json`` prints it.
+
+        Without ``is_whole`` as a client's key shows it.
+        """
+        found, replicas = await asyncio.gather(
+            self._numbers.snapshot(), self.replicas.ask("describe")
+        )
+        return self.combine(found, replicas.values(), is_whole)
+
+    def combine(
+        self,
+        snapshot: Snapshot | None,
+        replicas: Iterable[Mapping[str, Any]],
+        is_whole: bool = True,
+    ) -> dict[str, Any]:
+        """The status, of a snapshot and of what replicas answered to ``describe``.
+
+        Without adapters that the caller may not use.
+        """
+        status = self._adapters.without_others(snapshot or {"state": "STARTING"})
+        status |= {"schema": 1, "gateway": list(replicas)}
+        return status if is_whole else client_status(status, not self._limits.asks_for_admin_keys)
+
+    async def abort_calls(self, names: Sequence[str]) -> list[str]:
+        """End calls of any replica by their clients' names; returns the names that were found."""
+        answers = (await self.replicas.ask("abort", list(names))).values()
+        return [name for name in dict.fromkeys(names) if any(name in found for found in answers)]
+
+    async def render_metrics(self, is_whole: bool = True) -> bytes:
+        """The exposition of all replicas and workers: each number once.
+
+        Without ``is_whole`` as a client's key shows it; without series that name adapters that the
+        caller may not use.
+        """
+        replicas = None
+        if self._limits.num_gateway_replicas == 1:
+            await self._numbers.refresh()
+        else:
+            replicas, _ = await asyncio.gather(
+                self.replicas.ask("metrics"), self._numbers.refresh()
+            )
+        return self._adapters.without_series_of_others(self._metrics.render(replicas, is_whole))
+
+    def describe(self) -> dict[str, Any]:
+        """This replica's entry in the status."""
+        return {"name": self.name, **self.addresses}
+
+    def summary(self) -> dict[str, Any]:
+        """What ``describe`` says, start and totals of this replica."""
+        families = self._metrics.own_samples(TOTALS)
+        totals = {name: total(families, name) for name in TOTALS}
+        return {"describe": self.describe(), "totals": totals, "created": self.created}
