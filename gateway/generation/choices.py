@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from gateway.core.delta import Finish, TokenText
+from gateway.core.call import GenerateCall
+from gateway.core.delta import Finish, TokenText, Usage
 from gateway.engines.submission import Submission
-from gateway.text.detokenizer import ChoiceText
+from gateway.text.answer_region import AnswerRegion
+from gateway.text.detokenizer import ChoiceText, StopStrings, make_detokenizer
+from gateway.text.tokenizer import Tokenizer
 from workers.requests.inspection import NamedArray
-from workers.requests.request import PromptLogprobs, Request, Timings, TokenLogprob
+from workers.requests.request import (
+    FinishReason,
+    PromptLogprobs,
+    Request,
+    Timings,
+    TokenLogprob,
+    TokenOutput,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +53,41 @@ class Choice:
         submission = self.prompt.submission
         return submission.outputs[self.number] if submission else ()
 
+    def feed(self, output: TokenOutput, hidden_ends: Collection[int | None]) -> str | int | None:
+        """Add tokens to the text; returns the stop string or token that has ended it, if one did.
+
+        The last token has no text if it is one of ``hidden_ends``.
+        """
+        last = len(output.token_ids) - 1
+        for place, token_id in enumerate(output.token_ids):
+            logprob = output.logprobs[place] if output.logprobs else None
+            hidden = place == last and token_id in hidden_ends
+            stopped = self.text.feed(token_id, logprob, hidden)
+            if stopped is not None:
+                return stopped
+        return None
+
+    def end(
+        self,
+        reason: FinishReason,
+        stop_reason: str | int | None,
+        timings: Timings | None = None,
+        beam_score: float | None = None,
+    ) -> None:
+        """It has ended: see ``Finish``."""
+        usage = Usage(
+            prompt_tokens=len(self.prompt.request.prompt),
+            completion_tokens=self.text.num_tokens,
+            cached_tokens=self.prompt.cached_tokens,
+        )
+        self.finish = Finish(
+            reason=reason,
+            stop_reason=stop_reason,
+            usage=usage,
+            timings=timings,
+            beam_score=beam_score,
+        )
+
 
 @dataclass(slots=True, eq=False)
 class Prompt:
@@ -66,3 +111,37 @@ class Prompt:
     def waits_for_logprobs(self) -> bool:
         """Nothing is sent before the engine has reported the log-probabilities of the prompt."""
         return self.request.params.prompt_logprobs is not None and self.scores is None
+
+
+def make_prompt(
+    call: GenerateCall,
+    index: int,
+    request: Request,
+    tokenizer: Tokenizer | None,
+    caches_prefixes: bool,
+) -> Prompt:
+    """The state of a prompt before its first output; without a tokenizer no text is made."""
+    prompt = Prompt(index, request, 0 if caches_prefixes else None)
+    before = () if request.prompt_embeds is not None else request.prompt
+    for number in range(request.n):
+        detokenizer = None
+        if tokenizer is not None:
+            detokenizer = make_detokenizer(tokenizer, call.skip_special_tokens, before)
+        text = ChoiceText(
+            detokenizer,
+            StopStrings(call.stop, call.include_stop_str_in_output),
+            request.params.min_tokens,
+            _answer_region(call),
+            call.stop_token_ids if call.stops_in_answer else (),
+        )
+        prompt.choices.append(Choice(prompt, number, text))
+    return prompt
+
+
+def _answer_region(call: GenerateCall) -> AnswerRegion | None:
+    """Where stops count in a choice; None: everywhere."""
+    if not call.stops_in_answer:
+        return None
+    if call.thinking is not None:
+        return AnswerRegion.after_thinking(call.thinking)
+    return AnswerRegion.of_harmony(call.open_message)
