@@ -15,7 +15,7 @@ from typing import Any
 
 import tokenizers
 
-from cluster.core.errors import CheckpointError
+from cluster.core.errors import CheckpointError, RequestError
 from gateway.core.tool_use import ToolForm
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.harmony.marks import MARKS, HarmonyPrompt, SpecialToken
@@ -154,6 +154,15 @@ class Tokenizer:
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes([int(token[3:5], 16)])
         return token.replace("\u2581", " ").encode()
+
+
+def require_tokenizer(tokenizer: Tokenizer | None, param: str) -> Tokenizer:
+    """The tokenizer. Raises ``RequestError`` about a field without one."""
+    if tokenizer is None:
+        raise RequestError(
+            "the model has no tokenizer: only token ids can be used, not text", param
+        )
+    return tokenizer
 
 
 def load_tokenizer(folder: str, chat_template: str | None = None) -> Tokenizer | None:

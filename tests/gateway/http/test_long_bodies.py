@@ -16,7 +16,7 @@ from google.protobuf import json_format
 from cluster.config.gateway import GatewaySection
 from gateway.core.bodies import StrictBody
 from gateway.engines import request_router
-from gateway.generation import gateway as gateway_module
+from gateway.generation import request_submitter
 from gateway.grpc import api, pooling
 from gateway.http import api as http_api
 from gateway.http import json_output, sse
@@ -187,7 +187,7 @@ def test_prompts_are_hashed_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None
     def refuse(*_: object) -> NoReturn:
         raise AssertionError("hashed on the event loop")
 
-    monkeypatch.setattr(gateway_module, "block_hashes", note)
+    monkeypatch.setattr(request_submitter, "block_hashes", note)
     monkeypatch.setattr(request_router, "block_hashes", refuse)
     with running_stack(serving=False) as stack:
         stack.engine.kv_block_size = 16

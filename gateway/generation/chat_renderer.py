@@ -1,0 +1,114 @@
+"""Conversations to prompts, by the model's chat template or by the client's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.core.errors import RequestError, UnsupportedParameterError
+from gateway.core.call import ChatInput
+from gateway.core.field_checks import check_chat
+from gateway.core.tool_use import ToolForm
+from gateway.text.chat_template import ChatTemplate
+from gateway.text.client_templates import ClientTemplates, TemplateAnswer
+from gateway.text.harmony.template import HarmonyTemplate
+from gateway.text.render_template import PARAM
+from gateway.text.tokenizer import Tokenizer, require_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RenderedChat:
+    """The prompt of a conversation, and what is known of its answer."""
+
+    text: str
+    form: ToolForm
+    """How the answer's calls are written."""
+    has_thinking: bool
+    """The answer may have reasoning between marks of its own."""
+
+
+class ChatRenderer:
+    """Decides which template renders a conversation, and with which variables.
+
+    Args:
+        tokenizer: has the model's template; None where the checkpoint has none.
+        trusts_templates: render chat templates that clients send.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, trusts_templates: bool) -> None:
+        self._tokenizer = tokenizer
+        self._trusts_templates = trusts_templates
+        self._client_templates = ClientTemplates()
+
+    async def render(self, chat: ChatInput) -> RenderedChat:
+        """The prompt of a conversation. Raises ``RequestError`` without a chat template."""
+        check_chat(chat)
+        opens_turn = chat.add_generation_prompt
+        options: dict[str, Any] = {
+            "add_generation_prompt": not chat.continue_final_message
+            if opens_turn is None
+            else opens_turn,
+            "continue_final_message": bool(chat.continue_final_message),
+            "tools": None if chat.tools is None else chat.tools.for_template(),
+        }
+        own = require_tokenizer(self._tokenizer, "messages").chat_template
+        if chat.template is not None:
+            variables = {} if own is None else own.variables
+            options["variables"] = _variables(chat, chat.reasoning_effort)
+            return await self._render_foreign(chat, chat.template, variables, options)
+        if own is None:
+            raise RequestError("the model has no chat template: use completions", "messages")
+        form, effort = _check_tools(chat, own), chat.reasoning_effort
+        if isinstance(own, HarmonyTemplate):
+            options["answer_format"] = chat.answer_format
+            effort = effort if own.knows_effort(effort) else None
+        options["variables"] = _variables(chat, effort)
+        text = await asyncio.to_thread(own.render, chat.messages, **options)
+        return RenderedChat(text=text, form=form, has_thinking=own.has_thinking)
+
+    async def _render_foreign(
+        self,
+        chat: ChatInput,
+        source: str,
+        variables: Mapping[str, str],
+        options: Mapping[str, Any],
+    ) -> RenderedChat:
+        if not self._trusts_templates:
+            needs = "the server was started without --trust-request-chat-template"
+            raise UnsupportedParameterError(f"chat_template is not supported: {needs}", PARAM)
+        found = await self._client_templates.render(source, variables, chat.messages, options)
+        form = _check_tools(chat, found)
+        if found.error is not None:
+            raise found.error
+        return RenderedChat(text=found.text or "", form=form, has_thinking=found.has_thinking)
+
+
+def _variables(chat: ChatInput, effort: str | None) -> Mapping[str, Any]:
+    """Those of the template; ``reasoning_effort`` is also a field of its own."""
+    given = chat.template_kwargs
+    if effort is None or given.get("reasoning_effort") is not None:
+        return given
+    return {**given, "reasoning_effort": effort}
+
+
+def _check_tools(
+    chat: ChatInput, template: ChatTemplate | HarmonyTemplate | TemplateAnswer
+) -> ToolForm:
+    """How the template's model calls tools (any form where the conversation has none).
+
+    Raises:
+        UnsupportedParameterError: the conversation has tools, and the template none.
+    """
+    form = template.tool_form
+    if chat.tools is not None and (form is None or not template.has_tools):
+        takes = "tools in no known form" if template.has_tools else "no tools"
+        reason = f"tools is not supported: the model's chat template takes {takes}"
+        raise UnsupportedParameterError(reason, "tools")
+    for place, message in enumerate(chat.messages):
+        if not template.has_tools and message.get("tool_calls"):
+            name = f"messages[{place}].tool_calls"
+            reason = f"{name} is not supported: the model's chat template takes no tools"
+            raise UnsupportedParameterError(reason, name)
+    return form or ToolForm.HERMES

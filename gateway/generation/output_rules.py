@@ -1,0 +1,102 @@
+"""What the answer to a conversation follows, and how it is read: a grammar, calls, reasoning."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gateway.core.call import ChatInput, GenerateCall
+from gateway.core.thinking import BEGIN, END, Thinking, thinking_after
+from gateway.core.tool_use import ToolForm
+from gateway.generation.chat_renderer import RenderedChat
+from gateway.text.encoding import EncodedText
+from gateway.text.forms.answer_grammar import answer_grammar
+from gateway.text.harmony.grammar import harmony_grammar
+from gateway.text.harmony.marks import ENDS, MESSAGE, START, open_header, open_message
+from gateway.text.tokenizer import Tokenizer
+
+_LAST_TOKENS = 16
+"""Tokens of a prompt that end with the mark of reasoning and white space, if it ends so."""
+
+
+def apply_output_rules(
+    call: GenerateCall,
+    chat: ChatInput,
+    rendered: RenderedChat,
+    encoded: EncodedText,
+    tokenizer: Tokenizer,
+) -> GenerateCall:
+    """The call, with how the answer to its prompt is written: grammar, form of calls, reasoning.
+
+    Args:
+        call: the call.
+        chat: its conversation.
+        rendered: the prompt of that.
+        encoded: its tokens, or those that are left of them.
+        tokenizer: knows the marks around calls and reasoning.
+    """
+    ids, is_cut = encoded.ids, len(encoded.ids) < encoded.num_tokens
+    if rendered.form is ToolForm.HARMONY:
+        return _with_channels(call, _open_message(rendered.text, ids, is_cut, tokenizer), tokenizer)
+    thinking = None
+    if rendered.has_thinking:
+        thinking = _thinking(chat, rendered.text, ids, is_cut, tokenizer)
+    return _with_form(call, rendered.form, thinking, tokenizer)
+
+
+def _with_channels(call: GenerateCall, opened: str, tokenizer: Tokenizer) -> GenerateCall:
+    """The call of an answer in the Harmony format, with the grammar that it follows.
+
+    Args:
+        opened: the message that the prompt leaves open.
+    """
+    special_ids = tokenizer.special_ids
+    return replace(
+        call,
+        grammar=harmony_grammar(call.tools, special_ids, call.grammar, opened),
+        tool_form=ToolForm.HARMONY,
+        open_message=opened,
+        skip_special_tokens=False,
+    )
+
+
+def _with_form(
+    call: GenerateCall, form: ToolForm, thinking: Thinking | None, tokenizer: Tokenizer
+) -> GenerateCall:
+    """The call of any other answer."""
+    use = call.tools
+    if use is None and thinking is None:
+        return call
+    has_marks = thinking is not None and not {BEGIN, END}.isdisjoint(tokenizer.special_ids)
+    return replace(
+        call,
+        grammar=answer_grammar(use, form, tokenizer.mark_ids, call.grammar, thinking),
+        tool_form=None if use is None else form,
+        thinking=thinking,
+        skip_special_tokens=call.skip_special_tokens and use is None and not has_marks,
+    )
+
+
+def _thinking(
+    chat: ChatInput, text: str, ids: tuple[int, ...], is_cut: bool, tokenizer: Tokenizer
+) -> Thinking | None:
+    """Where the reasoning of the answer to a prompt begins; ``is_cut``: some tokens are not in
+    ``ids``."""
+    last = chat.messages[-1] if chat.continue_final_message else None
+    shown = None if last is None else str(last.get("content") or "")
+    if is_cut and ids:
+        text = tokenizer.decode(ids[-_LAST_TOKENS:], False)
+    return thinking_after(text, shown)
+
+
+def _open_message(text: str, ids: tuple[int, ...], is_cut: bool, tokenizer: Tokenizer) -> str:
+    """The message that a prompt in the Harmony format leaves open.
+
+    Args:
+        text: the whole prompt.
+        ids: its tokens, or those that are left of them.
+        is_cut: some are not.
+    """
+    special_ids = tokenizer.special_ids
+    if all(mark in special_ids for mark in (START, MESSAGE, *ENDS)):
+        return tokenizer.decode(open_header(ids, special_ids), skip_special_tokens=False)
+    return open_message(tokenizer.decode(ids, skip_special_tokens=False) if is_cut else text)
