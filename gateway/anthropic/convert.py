@@ -43,7 +43,7 @@ _TOOL_NAMES = FieldNames(name="name", parameters="input_schema")
 _Message = dict[str, Any]
 
 
-def message_fields(body: MessagesBody) -> GenerateCall:
+def message_call(body: MessagesBody) -> GenerateCall:
     """The call of a body. Raises ``RequestError``."""
     _check_thinking(body.thinking, body.max_tokens)
     grammar = _grammar(body)

@@ -14,7 +14,7 @@ from gateway.generation.answer import collect
 from gateway.generation.gateway import new_call_id
 from gateway.generation.running_call import RunningCall
 from gateway.grpc.call import GrpcCall
-from gateway.grpc.convert import grpc_chat_input, grpc_fields, input_of, optional
+from gateway.grpc.convert import grpc_call, grpc_chat_input, input_of, optional
 from gateway.grpc.format import GrpcFormat
 from gateway.grpc.pooling import PoolingProcedures
 from gateway.offload.long_work import numbers_of
@@ -97,7 +97,7 @@ class InferenceProcedures(PoolingProcedures):
     async def _start(
         self, request: pb.GenerateRequest, call: GrpcCall, streams: bool = False
     ) -> RunningCall:
-        fields = call.with_headers(await call.convert(grpc_fields, request))
+        fields = call.with_headers(await call.convert(grpc_call, request))
         if streams:
             check_stream(fields)
         return await self._gateway.start(fields, new_call_id(fields.kind))

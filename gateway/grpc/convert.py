@@ -24,7 +24,7 @@ from workers.requests.request import Grammar
 _SCALARS = (str, int, float)
 
 
-def grpc_fields(request: pb.GenerateRequest) -> GenerateCall:
+def grpc_call(request: pb.GenerateRequest) -> GenerateCall:
     source = input_of(request, "input")
     embeds = _grpc_embeds(request) if source == "embeddings" else None
     sampling, options = request.sampling_params, request.output_options

@@ -30,7 +30,7 @@ from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway, new_call_id
 from gateway.generation.request_trace import note_response_id
 from gateway.http import messages, openapi
-from gateway.http.convert import chat_fields, chat_input, completion_fields
+from gateway.http.convert import chat_call, chat_input, completion_call
 from gateway.http.json_output import dump_json, dump_long
 from gateway.http.middleware import OPEN_PATHS, HttpMiddleware, Responder, WatchedEndpoint, path_of
 from gateway.http.openai_format import AnswerFormat, ChatFormat, CompletionFormat
@@ -258,7 +258,7 @@ def _read_tokenize(data: dict[str, Any]) -> tuple[TokenizeBody, ChatInput | None
 class _Asked(NamedTuple):
     """One call. The body itself is freed where it was read: it may consist of many objects."""
 
-    fields: GenerateCall
+    call: GenerateCall
     stream: StreamOptions | None
     """None: the answer is whole."""
     request_id: str | None
@@ -276,26 +276,26 @@ class GenerateEndpoint(WatchedEndpoint[_Asked]):
         body: GenerateBody
         if self._kind == "chat":
             body = parse_body(ChatBody, data)
-            fields = chat_fields(body)
+            call = chat_call(body)
         else:
             body = parse_body(CompletionBody, data)
-            fields = completion_fields(body)
+            call = completion_call(body)
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options needs stream to be true", "stream_options")
         if body.stream:
-            check_stream(fields)
-        fields = with_headers(fields, request.headers, timeout_header_s(request))
+            check_stream(call)
+        call = with_headers(call, request.headers, timeout_header_s(request))
         options = (body.stream_options or StreamOptions()) if body.stream else None
-        return _Asked(fields, options, body.request_id)
+        return _Asked(call, options, body.request_id)
 
     async def _answer(self, request: Request, parsed: _Asked, responder: Responder) -> None:
-        fields, stream_options, request_id = parsed
-        call_id = new_call_id(fields.kind)
+        call, stream_options, request_id = parsed
+        call_id = new_call_id(call.kind)
         answer_id = None
         if request_id is not None:
             answer_id = f"{call_id.partition('-')[0]}-{check_request_id(request_id)}"
             note_response_id(answer_id)
-        with await self._gateway.start(fields, call_id) as running:
+        with await self._gateway.start(call, call_id) as running:
             for name in filter(None, (request_id, answer_id)):
                 self._gateway.running.add(name, running.queue)
             formatter: AnswerFormat = self._format(

@@ -34,12 +34,12 @@ _DURATIONS = ("24h",)
 """Values of ``prompt_cache_retention`` that name one."""
 
 
-def completion_fields(body: CompletionBody) -> GenerateCall:
+def completion_call(body: CompletionBody) -> GenerateCall:
     prompts = prompt_list(body.prompt)
     return GenerateCall(kind=CallKind.COMPLETION, prompts=prompts, **_common_fields(body))
 
 
-def chat_fields(body: ChatBody) -> GenerateCall:
+def chat_call(body: ChatBody) -> GenerateCall:
     if body.top_logprobs and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
     fields = {**_common_fields(body), "logprobs": _chat_logprobs(body)}

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.routing import Route
 
 from gateway.anthropic.blocks import Event, ShownThinking
-from gateway.anthropic.convert import chat_input, message_fields, shows_thinking
+from gateway.anthropic.convert import chat_input, message_call, shows_thinking
 from gateway.anthropic.format import MessageFormat
 from gateway.anthropic.schema import CountTokensBody, MessagesBody, ThinkingParam
 from gateway.anthropic.unsupported import check_unsupported
@@ -48,7 +48,7 @@ def routes(gateway: Gateway) -> list[Route]:
 class _Asked(NamedTuple):
     """One call. The body itself is freed where it was read: it may consist of many objects."""
 
-    fields: GenerateCall
+    call: GenerateCall
     streams: bool
     thinking: ShownThinking
 
@@ -60,12 +60,12 @@ class MessagesEndpoint(WatchedEndpoint[_Asked]):
         _check_version(request)
         check_unsupported(data)
         body = parse_body(MessagesBody, data)
-        fields = with_headers(message_fields(body), request.headers, timeout_header_s(request))
-        return _Asked(fields, bool(body.stream), _shown(body.thinking))
+        call = with_headers(message_call(body), request.headers, timeout_header_s(request))
+        return _Asked(call, bool(body.stream), _shown(body.thinking))
 
     async def _answer(self, request: Request, parsed: _Asked, responder: Responder) -> None:
-        fields, streams, shown = parsed
-        with await self._gateway.start(fields, f"msg_{uuid.uuid4().hex}") as running:
+        call, streams, shown = parsed
+        with await self._gateway.start(call, f"msg_{uuid.uuid4().hex}") as running:
             formatter = MessageFormat(running, self._gateway.tokenizer, shown)
             if not streams:
                 (choice,) = await collect(running)

@@ -89,15 +89,15 @@ class PoolingEndpoint(WatchedEndpoint[tuple[Serve, GenerateCall]]):
     def _read(self, request: Request, data: dict[str, Any]) -> tuple[Serve, GenerateCall]:
         check_unsupported(data, "pooling")
         body = parse_body(self._kind, data)
-        fields = reading_call(**given_fields(body))
-        fields = with_headers(fields, request.headers, timeout_header_s(request))
-        return self._prepare(body), fields
+        call = reading_call(**given_fields(body))
+        call = with_headers(call, request.headers, timeout_header_s(request))
+        return self._prepare(body), call
 
     async def _answer(
         self, request: Request, parsed: tuple[Serve, GenerateCall], responder: Responder
     ) -> None:
-        serve, fields = parsed
-        await responder.json(await serve(fields))
+        serve, call = parsed
+        await responder.json(await serve(call))
 
     @classmethod
     def all(cls, gateway: Gateway) -> dict[str, PoolingEndpoint]:
@@ -115,8 +115,8 @@ class PoolingEndpoint(WatchedEndpoint[tuple[Serve, GenerateCall]]):
 def _inspect(inspecting: Inspecting, model_name: str, body: InspectBody) -> Serve:
     wanted, name = _inspect_fields(body), body.model or model_name
 
-    async def serve(fields: GenerateCall) -> bytes:
-        async with inspecting.inspect(wanted, fields, MAX_JSON_BYTES) as found:
+    async def serve(call: GenerateCall) -> bytes:
+        async with inspecting.inspect(wanted, call, MAX_JSON_BYTES) as found:
             return await asyncio.to_thread(lambda: dump_long(_inspect_answer(found, name)))
 
     return serve
@@ -125,8 +125,8 @@ def _inspect(inspecting: Inspecting, model_name: str, body: InspectBody) -> Serv
 def _embeddings(reader: Reader, body: EmbeddingsBody) -> Serve:
     prompts = prompt_list(body.input)
 
-    async def serve(fields: GenerateCall) -> bytes:
-        found = await reader.embed(prompts, body.pooling, fields)
+    async def serve(call: GenerateCall) -> bytes:
+        found = await reader.embed(prompts, body.pooling, call)
         is_text = body.encoding_format == "base64"
         vectors = (
             base64.b64encode(vector.tobytes()).decode() if is_text else vector.tolist()
@@ -141,8 +141,8 @@ def _embeddings(reader: Reader, body: EmbeddingsBody) -> Serve:
 def _classify(reader: Reader, body: ClassifyBody) -> Serve:
     prompts, masks = prompt_list(body.input), mask_list(body.attention_mask)
 
-    async def serve(fields: GenerateCall) -> bytes:
-        found = await reader.classify(prompts, tuple(body.labels or ()), masks, fields)
+    async def serve(call: GenerateCall) -> bytes:
+        found = await reader.classify(prompts, tuple(body.labels or ()), masks, call)
         return await _list("classify", map(asdict, found.rows), body, reader, found.usage)
 
     return serve
@@ -155,8 +155,8 @@ def _score(reader: Reader, body: ScoreBody) -> Serve:
     )
     queries, documents = (prompt_list(getattr(body, name)) for name in names)
 
-    async def serve(fields: GenerateCall) -> bytes:
-        found = await reader.score(queries, documents, fields, names)
+    async def serve(call: GenerateCall) -> bytes:
+        found = await reader.score(queries, documents, call, names)
         rows = [{"object": "score", "score": score} for score in found.rows]
         return await _list("score", rows, body, reader, found.usage)
 

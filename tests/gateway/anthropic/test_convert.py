@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
-from gateway.anthropic.convert import chat_input, message_fields
+from gateway.anthropic.convert import chat_input, message_call
 from gateway.anthropic.schema import CountTokensBody, MessagesBody
 from gateway.anthropic.unsupported import check_unsupported
 from gateway.core.call import GenerateCall
@@ -24,7 +24,7 @@ def convert(**fields: Any) -> GenerateCall:
     """The call of a body with one message, unless it is given."""
     body = {"model": "m", "max_tokens": 2048, "messages": [USER], **fields}
     check_unsupported(body)
-    return message_fields(parse_body(MessagesBody, body))
+    return message_call(parse_body(MessagesBody, body))
 
 
 def messages_of(*messages: dict[str, Any], **fields: Any) -> list[dict[str, Any]]:

@@ -16,8 +16,8 @@ from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.bodies import StrictBody
 from gateway.core.call import CallKind, GenerateCall
 from gateway.core.field_checks import MAX_MESSAGES, MAX_PARTS, check_fields
-from gateway.grpc.convert import grpc_fields
-from gateway.http.convert import chat_fields, completion_fields
+from gateway.grpc.convert import grpc_call
+from gateway.http.convert import chat_call, completion_call
 from gateway.http.parse import parse_body, parse_json
 from gateway.http.pooling import EmbeddingsBody, InspectBody
 from gateway.http.schema import ChatBody, CompletionBody, DetokenizeBody
@@ -128,8 +128,8 @@ def test_a_body_and_a_message_give_the_same_call() -> None:
         },
         message,
     )
-    fields = completion_fields(parse_body(CompletionBody, {**data, "prompt": [1, 2]}))
-    assert grpc_fields(message) == fields
+    fields = completion_call(parse_body(CompletionBody, {**data, "prompt": [1, 2]}))
+    assert grpc_call(message) == fields
     for name in (*OPTIONS, *sampling, *KEEPING):
         assert getattr(fields, name) is not getattr(GenerateCall(kind=fields.kind), name), name
 
@@ -159,12 +159,12 @@ def test_a_body_and_a_message_give_the_same_call() -> None:
 def test_structured_output_is_the_same_in_both_codecs(
     http: dict[str, Any], grpc: dict[str, Any] | None
 ) -> None:
-    fields = completion_fields(parse_body(CompletionBody, {"prompt": "a", **http}))
+    fields = completion_call(parse_body(CompletionBody, {"prompt": "a", **http}))
     message = json_format.ParseDict(
         {"text": "a", "sampling_params": grpc or http}, pb.GenerateRequest()
     )
     assert fields.grammar is not None
-    assert grpc_fields(message) == fields
+    assert grpc_call(message) == fields
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_structured_output_is_the_same_in_both_codecs(
 )
 def test_chat_logprobs_with_named_tokens(data: dict[str, Any], param: int | None) -> None:
     body = parse_body(ChatBody, {"messages": [], **data})
-    assert chat_fields(body).logprobs == param
+    assert chat_call(body).logprobs == param
 
 
 def test_a_chat_body_and_a_message_give_the_same_call() -> None:
@@ -192,13 +192,13 @@ def test_a_chat_body_and_a_message_give_the_same_call() -> None:
     message = pb.GenerateRequest()
     chat = {"messages": messages, **options}
     json_format.ParseDict({"messages": chat, "sampling_params": SAMPLING}, message)
-    expected = dataclasses.replace(chat_fields(body), logprobs_name="logprobs")
-    assert grpc_fields(message) == expected
+    expected = dataclasses.replace(chat_call(body), logprobs_name="logprobs")
+    assert grpc_call(message) == expected
 
 
 def test_unset_is_none_in_both_codecs() -> None:
-    http = completion_fields(parse_body(CompletionBody, {"prompt": "a"}))
-    grpc = grpc_fields(pb.GenerateRequest(text="a"))
+    http = completion_call(parse_body(CompletionBody, {"prompt": "a"}))
+    grpc = grpc_call(pb.GenerateRequest(text="a"))
     assert http == grpc == GenerateCall(kind=CallKind.COMPLETION, prompts=("a",))
 
 
@@ -206,7 +206,7 @@ def test_null_is_unset() -> None:
     names = [*CompletionBody.model_fields, *UNBUILT]
     data = {**dict.fromkeys(names), "prompt": "a"}
     check_unsupported(data, "completion")
-    assert completion_fields(parse_body(CompletionBody, data)).prompts == ("a",)
+    assert completion_call(parse_body(CompletionBody, data)).prompts == ("a",)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_null_is_unset() -> None:
     ],
 )
 def test_prompts_of_all_forms(prompt: Any, prompts: Any) -> None:
-    assert completion_fields(parse_body(CompletionBody, {"prompt": prompt})).prompts == prompts
+    assert completion_call(parse_body(CompletionBody, {"prompt": prompt})).prompts == prompts
 
 
 @pytest.mark.parametrize(("given", "text"), [(False, "false"), (True, "true"), ("never", "never")])
@@ -229,7 +229,7 @@ def test_early_stopping_is_a_truth_value_or_never(given: bool | str, text: str) 
     body = parse_body(CompletionBody, {"prompt": "x", "early_stopping": given})
     message = pb.GenerateRequest(text="x")
     message.sampling_params.early_stopping = text
-    assert completion_fields(body).early_stopping == grpc_fields(message).early_stopping == text
+    assert completion_call(body).early_stopping == grpc_call(message).early_stopping == text
     wrongs: tuple[object, ...] = ("true", 1, [], {})
     for wrong in wrongs:
         with pytest.raises(RequestError, match=r"^early_stopping must be false, true or") as found:
@@ -247,21 +247,21 @@ def test_other_calls_have_no_beams() -> None:
 
 def test_max_completion_tokens_wins() -> None:
     data = {"messages": [], "max_tokens": 1, "max_completion_tokens": 2}
-    fields = chat_fields(parse_body(ChatBody, data))
+    fields = chat_call(parse_body(ChatBody, data))
     assert (fields.max_tokens, fields.max_tokens_name) == (2, "max_completion_tokens")
 
 
 def test_text_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     data = {"messages": [{"role": "user", "content": parts}]}
-    chat = chat_fields(parse_body(ChatBody, data)).chat
+    chat = chat_call(parse_body(ChatBody, data)).chat
     assert chat is not None
     assert chat.messages[0]["content"] == "a\nb"
 
 
 def test_an_assistant_may_have_no_content() -> None:
     data = {"messages": [{"role": "assistant", "content": None, "tool_calls": None, "x": 1}]}
-    chat = chat_fields(parse_body(ChatBody, data)).chat
+    chat = chat_call(parse_body(ChatBody, data)).chat
     assert chat is not None
     assert chat.messages == ({"role": "assistant", "content": "", "x": 1},)
 
@@ -287,7 +287,7 @@ def test_tools_that_may_not_be_called_are_neutral() -> None:
 def test_tools_are_strict_where_they_say_so(strict: bool | None, expected: bool) -> None:
     function = {"name": "f", "parameters": {"type": "object"}, "strict": strict}
     tools = [{"type": "function", "function": function}]
-    use = chat_fields(parse_body(ChatBody, {"messages": [SAID], "tools": tools})).tools
+    use = chat_call(parse_body(ChatBody, {"messages": [SAID], "tools": tools})).tools
     assert use is not None
     assert [tool.is_strict for tool in use.tools] == [expected]
 
@@ -321,7 +321,7 @@ def test_echo_is_refused_for_chat_only() -> None:
 )
 def test_messages_that_are_not_built_are_refused(message: dict[str, Any], param: str) -> None:
     with pytest.raises(UnsupportedParameterError) as caught:
-        chat_fields(parse_body(ChatBody, {"messages": [message]}))
+        chat_call(parse_body(ChatBody, {"messages": [message]}))
     assert caught.value.param == param
 
 
@@ -341,7 +341,7 @@ def test_messages_that_are_not_built_are_refused(message: dict[str, Any], param:
 def test_message_fields_that_are_not_built(data: dict[str, Any], name: str) -> None:
     message = json_format.ParseDict(data, pb.GenerateRequest())
     with pytest.raises(UnsupportedParameterError) as caught:
-        check_fields(grpc_fields(message), GatewaySection())
+        check_fields(grpc_call(message), GatewaySection())
     assert caught.value.param == name
 
 
@@ -447,7 +447,7 @@ def test_entries_of_messages_are_counted_first(
 ) -> None:
     message = json_format.ParseDict({"messages": chat}, pb.GenerateRequest())
     with pytest.raises(RequestError, match=words) as caught:
-        grpc_fields(message)
+        grpc_call(message)
     assert caught.value.param == param
 
 
@@ -493,9 +493,9 @@ def test_refusals_of_earlier_answers_are_text() -> None:
         body = ChatBody.model_validate(
             {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", **message}]}
         )
-        chat = chat_fields(body).chat
+        chat = chat_call(body).chat
         assert chat is not None
         assert chat.messages[1]["content"] == "No.\nI cannot."
     user = {"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}
     with pytest.raises(UnsupportedParameterError, match="'refusal' are not supported"):
-        chat_fields(ChatBody.model_validate({"messages": [user]}))
+        chat_call(ChatBody.model_validate({"messages": [user]}))

@@ -136,7 +136,7 @@ MESSAGES: Mapping[str, tuple[Any, dict[str, Any], Any, str]] = {
         pb.GenerateRequest,
         {"text": "a", "sampling_params": {"max_tokens": 1, "stop_token_ids": [1] * 20_000}},
         api,
-        "grpc_fields",
+        "grpc_call",
     ),
     "Detokenize": (pb.DetokenizeRequest, {"tokens": [1] * 20_000}, api, "numbers_of"),
     "Inspect": (

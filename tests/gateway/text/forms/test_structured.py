@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
-from gateway.http.convert import completion_fields
+from gateway.http.convert import completion_call
 from gateway.http.parse import parse_body
 from gateway.http.schema import CompletionBody
 from gateway.http.unsupported import check_unsupported
@@ -23,7 +23,7 @@ def grammar_of(**fields: Any) -> Grammar | None:
     """What a completion with these fields asks for."""
     data = {"prompt": "x", **fields}
     check_unsupported(data, "completion")
-    return completion_fields(parse_body(CompletionBody, data)).grammar
+    return completion_call(parse_body(CompletionBody, data)).grammar
 
 
 def nested(depth: int) -> dict[str, Any]:
