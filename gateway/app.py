@@ -145,7 +145,7 @@ class GatewayReplica:
 
     async def _share_port_until_leaving(self) -> None:
         """Drained alone, leave new clients to the other replicas of the host."""
-        while not self._gateway.has_left(time.monotonic()):
+        while not self._gateway.readiness.has_left(time.monotonic()):
             await asyncio.sleep(_LEAVING_POLL_S)
         if not self._is_ending and self._gateway.limits.num_gateway_replicas > 1:
             await self._http.stop_accepting()

@@ -213,9 +213,9 @@ class Reader:
             return call, requests
 
         call_id = f"{prefix}-{uuid.uuid4().hex}"
-        with await self._gateway.start_call(call, call_id, make_checked) as generation:
-            found = await generation.read()
-            return found, generation.usage
+        with await self._gateway.start_call(call, call_id, make_checked) as running:
+            found = await running.read()
+            return found, running.usage
 
 
 def _check_total(what: str, num_tokens: int, field: str) -> None:

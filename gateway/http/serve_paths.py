@@ -22,10 +22,10 @@ def serve_routes(gateway: Gateway) -> list[BaseRoute]:
 
     async def health(request: Request) -> Response:
         """Whether a load balancer may send requests here: until the gateway leaves."""
-        return _LEAVING if gateway.is_leaving else PlainTextResponse("success")
+        return _LEAVING if gateway.readiness.is_leaving else PlainTextResponse("success")
 
     async def routes(request: Request) -> Response:
         """The application by its prefix."""
-        return _LEAVING if gateway.is_leaving else JSONResponse({"/": APP_NAME})
+        return _LEAVING if gateway.readiness.is_leaving else JSONResponse({"/": APP_NAME})
 
     return [Route(HEALTH_PATH, health), Route(ROUTES_PATH, routes)]
