@@ -24,15 +24,11 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import islice
 from typing import Any
 
 from cluster.config.observability import ObservabilitySection
 from cluster.tracing import names
 from cluster.tracing.exporter import (
-    AttributeValue,
-    Context,
     Span,
     SpanId,
     SpanKind,
@@ -43,9 +39,9 @@ from cluster.tracing.exporter import (
     set_error,
     set_span_in_context,
 )
-from gateway.cluster.events import ClusterEvents, Event
+from gateway.cluster.events import ClusterEvents
 from gateway.core.call import CallKind, GenerateCall
-from gateway.generation.choices import Choice, Prompt
+from gateway.generation.call_spans import MAX_PROMPTS, Attributes, CallSpans
 from gateway.generation.request_trace import TRACE, Port, RequestTrace
 from gateway.generation.running_call import RunningCall
 from workers.requests.traced import StepParents
@@ -64,8 +60,6 @@ OPERATIONS: Mapping[str, str] = {
 }
 """Paths and procedures that are traced; conversations over gRPC are chats too."""
 _HEADERS = ("traceparent", "tracestate")
-MAX_PROMPTS = 16
-"""Prompts of a request that have spans, the first ones."""
 _REQUESTED = {
     names.MAX_TOKENS: "max_tokens",
     names.TEMPERATURE: "temperature",
@@ -77,7 +71,6 @@ _REQUESTED = {
     names.CHOICE_COUNT: "n",
 }
 """Attributes that are fields, as the client has set them."""
-Attributes = dict[str, AttributeValue]
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -138,7 +131,9 @@ class Tracing:
                 add_link(root, change.span_id, {names.CHANGE: change.name})
         set_error(root, trace.error)
         if running is not None:
-            _Children(self, set_span_in_context(root), trace.day_ns).record(trace, running)
+            parent = set_span_in_context(root)
+            spans = CallSpans(self.export, self.cluster_events, parent, trace.day_ns)
+            spans.record(trace, running)
         root.end(trace.day_ns + round(trace.ended_s * 1e9))
 
     def _start(self, trace: RequestTrace) -> Span:
@@ -188,91 +183,6 @@ def start_tracing(
         return None
     export = load_exporter(section.otlp_endpoint)(instance)
     return Tracing(export, model, addresses, decode if section.trace_content else None)
-
-
-@dataclass(frozen=True, slots=True)
-class _Children:
-    """Makes the children of a request's span."""
-
-    tracing: Tracing
-    parent: Context
-    day_ns: int
-    """The time of day at 0.0 s."""
-
-    def record(self, trace: RequestTrace, running: RunningCall) -> None:
-        """Prompt by prompt, each in the order of time."""
-        admitted_s, heard_s = running.admitted_s, running.queue.oldest_s
-        closed_s = running.closed_s or trace.ended_s
-        request: Attributes = {names.REQUEST_ID: trace.request_id}
-        self._span(names.TOKENIZE, running.started_s, admitted_s, request)
-        for index, prompt in enumerate(islice(running.prompts, MAX_PROMPTS)):
-            span_id = trace.decodes[index] if index < len(trace.decodes) else None
-            self._record_prompt(prompt, admitted_s, closed_s, request, span_id)
-        if running.makes_text and heard_s and not trace.error:
-            self._span(names.DETOKENIZE, heard_s, closed_s, request)
-
-    def _record_prompt(
-        self,
-        prompt: Prompt,
-        admitted_s: float,
-        closed_s: float,
-        request: Attributes,
-        span_id: SpanId | None,
-    ) -> None:
-        attributes = {
-            **request,
-            names.WORKER: prompt.submission.worker if prompt.submission else "",
-            names.PLACEMENT_EPOCH: self.tracing.cluster_events.epoch_at(admitted_s),
-        }
-        chunks = _chunks(prompt.choices[0], admitted_s)
-        self._span(names.QUEUE, admitted_s, chunks[0][0] if chunks else closed_s, attributes)
-        cached = {} if prompt.cached_tokens is None else {names.CACHED_TOKENS: prompt.cached_tokens}
-        for chunk in chunks:
-            self._span(names.PREFILL, *chunk, attributes | cached)
-        begins_s = [c.first_token_s for c in prompt.choices if c.first_token_s is not None]
-        if begins_s:
-            self._record_decode(prompt, min(begins_s), closed_s, attributes, span_id)
-
-    def _record_decode(
-        self,
-        prompt: Prompt,
-        began_s: float,
-        closed_s: float,
-        attributes: Attributes,
-        span_id: SpanId | None,
-    ) -> None:
-        is_over = all(choice.finish is not None for choice in prompt.choices)
-        last_s = max(choice.last_token_s or 0.0 for choice in prompt.choices)
-        ended_s = last_s if is_over else closed_s
-        preempted_s = [when_s for choice in prompt.choices for when_s in _preemptions(choice)]
-        replays_s = prompt.submission.replays_s if prompt.submission else ()
-        events = [
-            Event(began_s, names.FIRST_TOKEN),
-            *(Event(when_s, names.PREEMPTED) for when_s in preempted_s),
-            *(Event(when_s, names.REPLAYED) for when_s in replays_s),
-            *self.tracing.cluster_events.between(began_s, ended_s),
-        ]
-        preemptions = {names.PREEMPTIONS: len(preempted_s)}
-        self._span(names.DECODE, began_s, ended_s, attributes | preemptions, events, span_id)
-
-    def _span(
-        self,
-        name: str,
-        began_s: float,
-        ended_s: float,
-        attributes: Attributes,
-        events: Iterable[Event] = (),
-        span_id: SpanId | None = None,
-    ) -> None:
-        export, began_ns = self.tracing.export, self._ns(began_s)
-        start = export.tracer.start_span if span_id is None else partial(export.start_as, span_id)
-        span = start(name, self.parent, attributes=attributes, start_time=began_ns)
-        for event in sorted(events, key=lambda event: event.when_s):
-            span.add_event(event.name, event.attributes, self._ns(event.when_s))
-        span.end(self._ns(max(began_s, ended_s)))
-
-    def _ns(self, when_s: float) -> int:
-        return self.day_ns + round(when_s * 1e9)
 
 
 def _operation(trace: RequestTrace) -> str:
@@ -334,31 +244,3 @@ def _message(role: str, text: str) -> dict[str, object]:
 
 def _json(content: object) -> str:
     return json.dumps(content, ensure_ascii=False)
-
-
-def _chunks(choice: Choice, admitted_s: float) -> list[tuple[float, float]]:
-    """When each chunk of the prompt began and ended.
-
-    The engine has another clock: its times are shifted so that its first token is drawn when the
-    token came here, or, where none was, so that it received the prompt when it was admitted.
-    """
-    timings, received_s = choice.first_timings or choice.last_timings, admitted_s
-    if timings is None:
-        return []
-    if choice.first_token_s is not None:
-        received_s = choice.first_token_s - timings.first_token_s
-    ends_s = (*timings.prefill_s[1:], timings.first_token_s)
-    return [
-        (max(admitted_s, received_s + began_s), max(admitted_s, received_s + ended_s))
-        for began_s, ended_s in zip(timings.prefill_s, ends_s, strict=False)
-    ]
-
-
-def _preemptions(choice: Choice) -> list[float]:
-    timings, output_s = choice.last_timings, choice.last_token_s
-    if timings is None:
-        timings, output_s = choice.first_timings, choice.first_token_s
-    if timings is None or output_s is None:
-        return []
-    received_s = output_s - timings.finished_s
-    return [received_s + after_s for after_s in timings.preempted_s]

@@ -15,12 +15,13 @@ from gateway.core.call import CallKind, GenerateCall
 from gateway.core.delta import Finish, Usage
 from gateway.engines.submission import Submission
 from gateway.generation.admission import Admission
+from gateway.generation.call_spans import MAX_PROMPTS
 from gateway.generation.choices import Choice
 from gateway.generation.output_queue import OutputQueue
 from gateway.generation.request_trace import RequestTrace
 from gateway.generation.running_call import RunningCall
 from gateway.generation.tenant_queues import CallDemand
-from gateway.generation.tracing import MAX_PROMPTS, Tracing
+from gateway.generation.tracing import Tracing
 from gateway.observability.metrics import GatewayMetrics
 from tests.gateway.fakes import TIMINGS, expert_entry, tiny_tokenizer
 from tests.harness.kept_spans import KeptSpans, times_ns
