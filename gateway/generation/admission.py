@@ -138,7 +138,7 @@ class Admission:
         """With these it holds at most half of an equal share of the queue, which then exceeds its
         limits by at most half.
         """
-        own = self._queues.get(demand.tenant, TenantQueue())
+        own = self._queues.get(demand.tenant, TenantQueue()).total
         num_others = len(self._queues) - (demand.tenant in self._queues)
         part = 0.5 / (num_others + 1)
         return (

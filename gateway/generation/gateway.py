@@ -183,8 +183,15 @@ class Gateway:
         most = self.limits.request_timeout_s
         return most if wanted_s is None else min(wanted_s, most)
 
-    async def start(self, call: GenerateCall, call_id: str) -> RunningCall:
+    async def start(
+        self, call: GenerateCall, call_id: str, make: MakeRequests | None = None
+    ) -> RunningCall:
         """Validate a call and hand it to the engines.
+
+        Args:
+            call: what a client asks for.
+            call_id: its name.
+            make: validates it and makes its requests, where it draws no text; None draws one.
 
         Raises:
             RequestError: it is wrong (and its subclasses).
@@ -193,26 +200,14 @@ class Gateway:
             DeadlineExceededError: its time was over before an engine had it.
         """
         with ExitStack() as held:
-            adapter = self._hold_adapter(call.model, held)
-            check_fields(call, self.limits)
-            call = with_hint(call, self.limits)
-            if (trace := TRACE.get()) is not None:
-                trace.fields = call
-            make = partial(self.requests.make, call)
+            adapter = self.model.hold_adapter(call.model, held)
+            if make is None:
+                check_fields(call, self.limits)
+                call = with_hint(call, self.limits)
+                make = partial(self.requests.make, call)
+                if (trace := TRACE.get()) is not None:
+                    trace.fields = call
             return await self._start(call, call_id, adapter, make, held)
-
-    async def start_call(self, call: GenerateCall, call_id: str, make: MakeRequests) -> RunningCall:
-        """Hand a call to the engines that ``make`` validates. Raises what ``start`` raises."""
-        with ExitStack() as held:
-            adapter = self._hold_adapter(call.model, held)
-            return await self._start(call, call_id, adapter, make, held)
-
-    def _hold_adapter(self, model: str | None, held: ExitStack) -> str:
-        """Key of the adapter that a call names, which stays loaded until ``held`` is closed."""
-        adapter, adapters = self.model.adapter_of(model), self.model.adapters
-        adapters.begin(held, adapter)
-        held.callback(adapters.end, held)
-        return adapter
 
     async def _start(
         self,

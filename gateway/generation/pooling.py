@@ -1,6 +1,6 @@
 """Calls that read prompts and draw nothing: embeddings, classification, scores.
 
-They are ordinary calls for admission, deadlines and the engines; see ``Gateway.start_call``. A
+They are ordinary calls for admission, deadlines and the engines; see ``Gateway.start``. A
 score is a sum or a mean of natural log-probabilities of tokens, given all tokens before them.
 """
 
@@ -213,7 +213,7 @@ class Reader:
             return call, requests
 
         call_id = f"{prefix}-{uuid.uuid4().hex}"
-        with await self._gateway.start_call(call, call_id, make_checked) as running:
+        with await self._gateway.start(call, call_id, make_checked) as running:
             found = await running.read()
             return found, running.usage
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from cluster.core.errors import ModelNotFoundError, NotReadyError
 from gateway.auth.adapter_catalog import AdapterCatalog
 from gateway.core.model import ModelFacts, model_facts
@@ -54,3 +56,10 @@ class ServedModel:
         if (key := self.adapters.find(name)) is None:
             raise ModelNotFoundError(f"the model {name[:128]!r} does not exist")
         return key
+
+    def hold_adapter(self, name: str | None, held: ExitStack) -> str:
+        """What ``adapter_of`` returns; the adapter stays loaded until ``held`` is closed."""
+        adapter = self.adapter_of(name)
+        self.adapters.begin(held, adapter)
+        held.callback(self.adapters.end, held)
+        return adapter

@@ -74,27 +74,14 @@ class TenantQueue:
 
     weight: float = 1.0
     by_priority: dict[int, HeldDemand] = field(default_factory=dict)
-
-    @property
-    def num_requests(self) -> int:
-        return sum(held.num_requests for held in self.by_priority.values())
-
-    @property
-    def num_places(self) -> int:
-        return sum(held.num_places for held in self.by_priority.values())
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(held.num_tokens for held in self.by_priority.values())
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(held.num_bytes for held in self.by_priority.values())
+    total: HeldDemand = field(default_factory=HeldDemand)
+    """Of all priorities."""
 
     def add(self, demand: CallDemand, sign: int) -> None:
         """One call more, or one less with a sign of -1."""
         held = self.by_priority.setdefault(demand.priority, HeldDemand())
         held.add(demand, sign)
+        self.total.add(demand, sign)
         if not held.num_requests:
             del self.by_priority[demand.priority]
 
@@ -118,8 +105,8 @@ def share_places(queues: Mapping[str, TenantQueue], capacity: float) -> dict[str
     """
     places: dict[str, float] = {}
     left, weights = capacity, sum(queue.weight for queue in queues.values())
-    for name, queue in sorted(queues.items(), key=lambda i: i[1].num_places / i[1].weight):
-        places[name] = min(float(queue.num_places), left * queue.weight / weights)
+    for name, queue in sorted(queues.items(), key=lambda i: i[1].total.num_places / i[1].weight):
+        places[name] = min(float(queue.total.num_places), left * queue.weight / weights)
         left -= places[name]
         weights -= queue.weight
     return places

@@ -118,7 +118,7 @@ class SimGateway:
                 cache_salt=ask.cache_salt,
             )
             try:
-                return await self._gateway.start_call(call, ask.name, make)
+                return await self._gateway.start(call, ask.name, make)
             except (NotReadyError, ModelNotFoundError, QueueFullError):
                 if left_s <= 0:
                     raise

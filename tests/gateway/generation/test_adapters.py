@@ -170,7 +170,7 @@ def test_the_adapter_of_a_request_is_in_use_while_its_prompt_is_made(
         complete, prompts = await gateway.prompts.make(call, facts)
         return complete, make_requests(complete, prompts, facts, lambda: 0, ())
 
-    generation = stack.run(gateway.start_call(call, "c", make))
+    generation = stack.run(gateway.start(call, "c", make))
     assert [request.adapter for request in generation.requests] == ["sql@0"]
     stack.call(generation.close)
     assert gateway.model.adapters.in_use == ()
