@@ -28,7 +28,7 @@ from gateway.admin.service import AdminApi
 from gateway.batches.runner import BatchRunner
 from gateway.cluster.client import RayServeReplicas, find_controller
 from gateway.cluster.serve_replicas import Question
-from gateway.cluster.view import ClusterView
+from gateway.cluster.view import SnapshotFollower
 from gateway.dashboard.sampler import Sampler
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.router import RoutingPolicy
@@ -83,7 +83,7 @@ class GatewayReplica:
         )
         node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         disks = DiskWatch(lambda: [logs.OUTPUT.folder])
-        self._cluster = ClusterView(
+        self._cluster = SnapshotFollower(
             find_controller, name, host=node, low_disks=lambda: disks.low(time.monotonic())
         )
         policy = RoutingPolicy(settings.gateway.routing_policy)

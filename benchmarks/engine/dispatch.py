@@ -37,7 +37,7 @@ from cluster.cli.terminal.output import note, table
 from workers.metrics.step_timer import StepTimer
 from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
-from workers.transport.transport import DataTransport, Expected, Part, RowMessage, Tag
+from workers.transport.transport import DataTransport, Expected, PartShape, RowMessage, Tag
 
 LEFT_OUT = 5
 """One in so many steps comes first and does not count."""
@@ -157,7 +157,7 @@ def _send(connected: Connected, rank: int, plan: Plan) -> Sizes:
         weights, ids = torch.rand(num_rows, shape.num_experts, generator=draw).topk(shape.top_k)
         us: dict[str, list[float]] = {"wire": [], "dispatch": [], "combine": []}
         messages = [RowMessage(r, (ids.to(torch.int32), rows)) for r in range(shape.expert_ranks)]
-        part = (Part(shape.width, DTYPE),)
+        part = (PartShape(shape.width, DTYPE),)
         expected = [Expected(r, part, (num_rows,)) for r in range(shape.expert_ranks)]
         for step in plan.steps(2 * size):
             transport.begin_step(shape.header(step, num_rows))
@@ -207,7 +207,7 @@ def _serve(connected: Connected, device: int, plan: Plan) -> Sizes:
 
 def _echo(transport: DataTransport, shape: Shape, num_rows: int) -> Callable[[int], None]:
     """A step of the transport alone: rows of every attention rank come, as many go back."""
-    parts = (Part(shape.top_k, torch.int32), Part(shape.width, DTYPE))
+    parts = (PartShape(shape.top_k, torch.int32), PartShape(shape.width, DTYPE))
     ranks = range(shape.attention_ranks)
     expected = [Expected(rank, parts, (num_rows, num_rows)) for rank in ranks]
     outputs = torch.ones(num_rows, shape.width, dtype=DTYPE)

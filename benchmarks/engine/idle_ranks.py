@@ -25,7 +25,7 @@ from workers.transport.frames import max_data_bytes
 from workers.transport.handshake import PeerIdentity
 from workers.transport.peer_connections import PeerConnections
 from workers.transport.sockets import SocketTransport
-from workers.transport.transport import DataTransport, Expected, Part, Tag
+from workers.transport.transport import DataTransport, Expected, PartShape, Tag
 
 CPU = torch.device("cpu")
 DTYPE = torch.bfloat16
@@ -216,7 +216,7 @@ def remote_dispatcher(connected: Connected, rank: int, shape: Shape) -> RemoteDi
 def wait_for_the_end(transport: DataTransport, shape: Shape, step: int) -> None:
     """The last outputs may still wait to be sent: the other side closes when it has them."""
     expected = [
-        Expected(rank, (Part(1, torch.int32),), (1,)) for rank in range(shape.attention_ranks)
+        Expected(rank, (PartShape(1, torch.int32),), (1,)) for rank in range(shape.attention_ranks)
     ]
     try:
         transport.begin_step(shape.header(step, 1))

@@ -21,8 +21,13 @@ from workers.kv.block_tables import BlockTables
 from workers.model import fp8
 from workers.model.attention import attend
 from workers.model.attention_batch import AttentionBatch, RowChunks
+from workers.model.attention_sublayer import (
+    AttentionShape,
+    RoutedProjections,
+    SublayerStages,
+    TorchAttentionSublayer,
+)
 from workers.model.compute_threads import ComputeThreads
-from workers.model.half import AttentionHalf, AttentionShape, HalfStages, RoutedProjections
 from workers.model.layers import LayerContext
 from workers.model.native.blocks import NativeBlocks
 from workers.model.routing import Router, Routing
@@ -101,12 +106,12 @@ class _Attention:
         return time.thread_time() - began
 
 
-def _stages(case: Case, team: Team) -> HalfStages:
+def _stages(case: Case, team: Team) -> SublayerStages:
     """A half whose attention can be run alone: that of routed projections."""
     blocks = NativeBlocks(team)
     routing = Routing(bank=0, num_experts=2, top_k=1, scoring="softmax", is_normed=False)
     weight = torch.zeros(2, _HIDDEN, dtype=_DTYPE)
-    half = AttentionHalf(
+    half = TorchAttentionSublayer(
         shape=AttentionShape(
             num_heads=case.num_heads,
             num_kv_heads=case.num_kv_heads,
@@ -123,7 +128,7 @@ def _stages(case: Case, team: Team) -> HalfStages:
         router=None,
         attend=attend,
     )
-    return cast(HalfStages, blocks.half(half))
+    return cast(SublayerStages, blocks.half(half))
 
 
 def _context(case: Case, tables: BlockTables, cache: Tensor) -> LayerContext:

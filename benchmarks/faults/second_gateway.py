@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.harness.engine_stream import TOKEN
 from benchmarks.harness.mixed_calls import make_calls
 from cluster.config.cluster import ClusterConfig
-from gateway.cluster.view import ClusterView, ControllerCall
+from gateway.cluster.view import ControllerCall, SnapshotFollower
 from gateway.engines.engine_pool import EnginePool
 from gateway.generation.gateway import Gateway
 from gateway.text.tokenizer import load_tokenizer
@@ -46,7 +46,7 @@ async def serve(config: ClusterConfig, snapshot: dict[str, Any]) -> None:
     async def find() -> Standstill:
         return controller
 
-    view = ClusterView(find)
+    view = SnapshotFollower(find)
     tokenizer = load_tokenizer(config.model.path)
     gateway = Gateway(config, tokenizer, view, EnginePool(TOKEN, "second"), "second")
     view.start()

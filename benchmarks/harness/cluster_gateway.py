@@ -16,9 +16,9 @@ from benchmarks.harness.loop_thread import LoopThread
 from benchmarks.harness.serving_cluster import ServingCluster, ThreadCluster
 from gateway.cluster.client import find_controller
 from gateway.cluster.view import (
-    ClusterView,
     ControllerCall,
     ControllerCalls,
+    SnapshotFollower,
     attention_endpoints,
 )
 from gateway.core.call import GenerateCall
@@ -90,7 +90,7 @@ class ClusterGateway:
                 return _LocalController(self._cluster)
             return await find_controller()
 
-        self._view = ClusterView(find)
+        self._view = SnapshotFollower(find)
         self._engines = EnginePool(TOKEN, "gateway")
         tokenizer = load_tokenizer(config.model.path)
         self._gateway = Gateway(config, tokenizer, self._view, self._engines, "gateway")

@@ -33,7 +33,7 @@ from workers.model.loading.checkpoint import Checkpoint
 from workers.model.loading.config_file import resolve_dtype
 from workers.model.loading.expert_form import rounded_form
 from workers.native.team import start_kernels
-from workers.requests.inspection import Inspection, NamedArray
+from workers.requests.inspection import InspectionParams, NamedArray
 from workers.requests.request import (
     FinishReason,
     Request,
@@ -179,13 +179,15 @@ class LocalEngine:
         return [result.class_logits for result in results]
 
     def inspect(
-        self, prompts: Sequence[Sequence[int]], wanted: Inspection | Sequence[Inspection]
+        self,
+        prompts: Sequence[Sequence[int]],
+        wanted: InspectionParams | Sequence[InspectionParams],
     ) -> list[dict[str, Tensor]]:
         """Look at prompts together; for each, arrays by name (see ``workers.requests.inspection``).
 
         Raises ``RequestError``, ``QueueFullError`` and ``RequestFailedError``.
         """
-        each = [wanted] * len(prompts) if isinstance(wanted, Inspection) else wanted
+        each = [wanted] * len(prompts) if isinstance(wanted, InspectionParams) else wanted
         requests = [
             replace(self._request(prompt, SamplingParams(max_tokens=0)), inspection=one)
             for prompt, one in zip(prompts, each, strict=True)

@@ -27,7 +27,7 @@ CALL_LIMIT_S = 5.0
 
 
 @dataclass(slots=True)
-class WorkerActor:
+class ActorCalls:
     """Decides how far a call of one worker actor may be trusted. Owned by ``WorkerGroup``."""
 
     name: str

@@ -21,7 +21,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 
 from cluster.actors import ray_tools, worker_actor
 from cluster.actors.room import ANY_BUNDLE, Room
-from cluster.actors.worker_actor import WorkerActor
+from cluster.actors.worker_actor import ActorCalls
 from cluster.config.cluster import ClusterConfig
 from cluster.config.resources import NodeResources, WorkerShare
 from cluster.config.workers import WorkersSection
@@ -46,7 +46,7 @@ class WorkerGroup:
     """Time that a worker's own ``stop`` may take."""
     room: Room = field(default_factory=Room)
     """Reserved for the workers."""
-    _actors: dict[str, WorkerActor] = field(default_factory=dict)
+    _actors: dict[str, ActorCalls] = field(default_factory=dict)
     _ending: set[asyncio.Future[None]] = field(default_factory=set)
     _term: int = 0
     _identity: str = ""
@@ -124,7 +124,7 @@ class WorkerGroup:
                 await self.check_term()
                 facts: Any = plan.arguments(member, address)
                 handle = await asyncio.to_thread(create, *facts)  # registers the name at Ray's head
-                actor = WorkerActor(member.name, handle, node_id, bundle)
+                actor = ActorCalls(member.name, handle, node_id, bundle)
                 self._actors[member.name] = actor
             if member.name in self._withdrawn:
                 await self.end([member.name])
@@ -242,7 +242,7 @@ class WorkerGroup:
         try:
             async with asyncio.timeout(limit_s):
                 handle = await asyncio.to_thread(ray.get_actor, name, namespace=ray_tools.NAMESPACE)
-                actor = self._actors[name] = WorkerActor(name, handle, "")
+                actor = self._actors[name] = ActorCalls(name, handle, "")
                 while True:
                     with contextlib.suppress(ActorUnavailableError):  # this call is lost, no more
                         answer = await actor.introduce()
@@ -273,12 +273,12 @@ class WorkerGroup:
             "scheduling_strategy": self.room.strategy(place_of(member.name), bundle),
         }
 
-    async def _end_actor(self, actor: WorkerActor) -> None:
+    async def _end_actor(self, actor: ActorCalls) -> None:
         is_stopped = await actor.stop(self._term, self._identity, self.stop_limit_s)
         await self.check_term()
         await actor.kill(is_stopped)
 
-    def _ended(self, actor: WorkerActor, task: asyncio.Future[None]) -> None:
+    def _ended(self, actor: ActorCalls, task: asyncio.Future[None]) -> None:
         self._ending.discard(task)
         if task.cancelled() or task.exception() is not None:
             self._actors.setdefault(actor.name, actor)  # it may live: another call tries again

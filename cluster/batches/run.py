@@ -13,7 +13,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
-from cluster.batches.answers import LINE_ID, AnswerFile, is_success
+from cluster.batches.answer_file import LINE_ID, AnswerFile, is_success
 from cluster.batches.requests import BatchRequest, RequestFile
 from cluster.core.errors import ConflictError
 from cluster.disk.threads import to_its_end

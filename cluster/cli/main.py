@@ -27,7 +27,7 @@ from cluster.cli.experts import load, placement, rebalance
 from cluster.cli.models import chat, generate, inspection, run_batch, tokenize
 from cluster.cli.offline import completion, config, doctor, plan, version
 from cluster.cli.options.serve_options import as_typed, spell_out, unknown_variables
-from cluster.cli.terminal.arguments import Commands, seconds
+from cluster.cli.terminal.arguments import CommandParsers, seconds
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import give_up_stdout, note
 from cluster.cli.terminal.parser import Parser
@@ -59,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     common = _common(argparse.SUPPRESS, argparse.SUPPRESS)
     lines = [_DESCRIPTION]
     for heading, modules in _GROUPS.items():
-        commands = Commands(subparsers, common)
+        commands = CommandParsers(subparsers, common)
         for module in modules:
             module.add_commands(commands)
         lines += [f"\n{heading}:", *commands.lines]

@@ -25,7 +25,7 @@ from gateway.batches.objects import (
     BATCHES,
     ENDED,
     WINDOW_S,
-    Batch,
+    StoredBatch,
     decode_batch,
 )
 from gateway.core.errors import KeyFullError, StorageError
@@ -75,7 +75,7 @@ class BatchStore:
         """Id of a new batch."""
         return self._state.new_id(BATCHES)
 
-    def make(self, tenant: str, batch: Batch, requests: bytes) -> None:
+    def make(self, tenant: str, batch: StoredBatch, requests: bytes) -> None:
         """Store a new batch, to be run. Raises ``StorageFullError``.
 
         Killed at any time, this leaves no batch that nobody runs.
@@ -105,12 +105,12 @@ class BatchStore:
                 f"the limit is {max_bytes}: wait until some have ended, or cancel them"
             )
 
-    def save(self, tenant: str, batch: Batch) -> None:
+    def save(self, tenant: str, batch: StoredBatch) -> None:
         """Store how a batch is now: for whoever runs it. Raises ``StorageFullError``."""
         ttl_s = self._state.ttl_s + (0 if batch.status in ENDED else WINDOW_S)
         self._state.put(BATCHES, tenant, batch.id, msgspec.json.encode(batch), ttl_s)
 
-    def get(self, tenant: str, batch_id: str) -> Batch | None:
+    def get(self, tenant: str, batch_id: str) -> StoredBatch | None:
         """A batch; None where the tenant has no such one."""
         found = self._state.get(BATCHES, tenant, batch_id)
         if found is None:
@@ -152,7 +152,7 @@ class BatchStore:
         """Whether the batch has not ended."""
         return self.path(batch_id, WorkPart.ENTRY).exists()
 
-    def take(self, work: PendingBatch) -> Batch | None:
+    def take(self, work: PendingBatch) -> StoredBatch | None:
         """The batch of an entry, for the process that has its file of answers open.
 
         None where it has just ended, is being made, or has expired by the clock of this gateway
@@ -166,11 +166,11 @@ class BatchStore:
             self.end(work.batch_id)
         return batch
 
-    def is_over(self, batch: Batch) -> bool:
+    def is_over(self, batch: StoredBatch) -> bool:
         """Whether a batch is to end though requests are left."""
         return self.is_cancelled(batch.id) or self.has_expired(batch)
 
-    def has_expired(self, batch: Batch) -> bool:
+    def has_expired(self, batch: StoredBatch) -> bool:
         """Whether the time of a batch is over, also by the clock of the file system."""
         window_s = batch.expires_at - batch.created_at
         return self._clock() >= batch.expires_at and self._age_s(batch.id) >= window_s

@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, Route
 from cluster.batches.requests import ENDPOINTS
 from cluster.core.errors import ConflictError, RequestError, UnknownNameError
 from gateway.batches.batch_store import BatchStore
-from gateway.batches.objects import ENDED, WINDOW_S, Batch, readable
+from gateway.batches.objects import ENDED, WINDOW_S, StoredBatch, readable
 from gateway.core.bodies import StrictBody
 from gateway.core.field_checks import check_metadata, require
 from gateway.generation.gateway import Gateway
@@ -81,7 +81,7 @@ class BatchRoutes:
             message = f"input_file_id ({body.input_file_id[:64]!r}) names no file"
             raise RequestError(message, "input_file_id")
         now_s, expiry = int(time.time()), body.output_expires_after
-        batch = Batch(
+        batch = StoredBatch(
             id=batches.new_id(),
             endpoint=body.endpoint,
             input_file_id=body.input_file_id,
@@ -120,7 +120,7 @@ class BatchRoutes:
         asked = msgspec.structs.replace(batch, status="cancelling", cancelling_at=int(time.time()))
         return json_response(asked.shown())
 
-    async def _find(self, request: Request) -> Batch:
+    async def _find(self, request: Request) -> StoredBatch:
         batch_id = request.path_params["batch_id"]
         found = await self._disk.run(self._batches.get, tenant(), batch_id)
         if found is None:

@@ -58,7 +58,7 @@ class FileFacts(msgspec.Struct, frozen=True, kw_only=True):
         }
 
 
-class BatchProblem(msgspec.Struct, frozen=True, kw_only=True):
+class BatchError(msgspec.Struct, frozen=True, kw_only=True):
     """Why a batch failed."""
 
     code: str
@@ -80,7 +80,7 @@ class RequestCounts(msgspec.Struct, frozen=True, kw_only=True):
         return self.completed + self.failed >= self.total
 
 
-class Batch(msgspec.Struct, frozen=True, kw_only=True):
+class StoredBatch(msgspec.Struct, frozen=True, kw_only=True):
     """A batch. Times are Unix times, seconds; None: not reached."""
 
     id: str
@@ -88,7 +88,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     input_file_id: str
     completion_window: Literal["24h"] = "24h"
     status: BatchStatus = "validating"
-    errors: list[BatchProblem] = []
+    errors: list[BatchError] = []
     output_file_id: str | None = None
     error_file_id: str | None = None
     created_at: int
@@ -130,10 +130,10 @@ def decode_file(raw: bytes, file_id: str) -> tuple[FileFacts, bytes]:
         raise StorageError(f"the stored file {file_id} is damaged") from err
 
 
-def decode_batch(raw: bytes, batch_id: str) -> Batch:
+def decode_batch(raw: bytes, batch_id: str) -> StoredBatch:
     """The batch in an object. Raises ``StorageError``."""
     try:
-        return msgspec.json.decode(raw, type=Batch)
+        return msgspec.json.decode(raw, type=StoredBatch)
     except (msgspec.MsgspecError, UnicodeDecodeError) as err:
         raise StorageError(f"the stored batch {batch_id} is damaged") from err
 

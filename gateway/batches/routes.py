@@ -7,7 +7,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from cluster.core.errors import UnsupportedParameterError
-from gateway.batches import answers
+from gateway.batches import batch_types
 from gateway.batches.batch_store import BatchStore
 from gateway.batches.batches import BatchBody, BatchRoutes
 from gateway.batches.files import FileRoutes
@@ -26,27 +26,27 @@ ENDPOINTS = (
     Endpoint(
         "/v1/files",
         "Store a file: multipart/form-data with file and purpose",
-        answers.StoredFile,
+        batch_types.StoredFile,
         statuses=(400, 408, 413, 429, 504),
         verb="post",
     ),
     Endpoint(
         "/v1/files",
         "Stored files",
-        answers.FileList,
+        batch_types.FileList,
         statuses=(400,),
         query=(_PURPOSE, *_LISTING),
     ),
-    Endpoint(_FILE, "One file", answers.StoredFile, statuses=(400, 404)),
-    Endpoint(_FILE, "Remove a file", answers.DeletedFile, statuses=(400, 404), verb="delete"),
+    Endpoint(_FILE, "One file", batch_types.StoredFile, statuses=(400, 404)),
+    Endpoint(_FILE, "Remove a file", batch_types.DeletedFile, statuses=(400, 404), verb="delete"),
     Endpoint(f"{_FILE}/content", "A file's bytes", media=PiecesResponse, statuses=(400, 404)),
-    Endpoint("/v1/batches", "Answer a file of requests", answers.BatchObject, BatchBody),
-    Endpoint("/v1/batches", "Batches", answers.BatchList, statuses=(400,), query=_LISTING),
-    Endpoint(_BATCH, "One batch", answers.BatchObject, statuses=(400, 404)),
+    Endpoint("/v1/batches", "Answer a file of requests", batch_types.BatchObject, BatchBody),
+    Endpoint("/v1/batches", "Batches", batch_types.BatchList, statuses=(400,), query=_LISTING),
+    Endpoint(_BATCH, "One batch", batch_types.BatchObject, statuses=(400, 404)),
     Endpoint(
         f"{_BATCH}/cancel",
         "End a batch",
-        answers.BatchObject,
+        batch_types.BatchObject,
         statuses=(404, 409),
         verb="post",
     ),

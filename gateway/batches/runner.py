@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from starlette.routing import BaseRoute, Route
 
-from cluster.batches.answers import AnswerFile, InUseError
+from cluster.batches.answer_file import AnswerFile, InUseError
 from cluster.disk.threads import END_S, DiskThreads
 from gateway.batches.batch_store import BatchStore, PendingBatch, WorkPart
 from gateway.batches.objects import ENDED

@@ -13,14 +13,14 @@ from typing import Any
 import msgspec
 from starlette.routing import Route
 
-from cluster.batches.answers import AnswerFile
+from cluster.batches.answer_file import AnswerFile
 from cluster.batches.requests import BatchLimits, BatchRequest, LineError, RequestFile
 from cluster.batches.run import BatchAnswer, BatchRun, RunInThread, UnreachableError
 from cluster.core.errors import ConflictError, RequestError
 from gateway.auth.key_limits import KeyUsage
 from gateway.batches.batch_store import BatchStore, WorkPart
 from gateway.batches.inner_calls import InnerCalls
-from gateway.batches.objects import ENDED, Batch, BatchProblem, BatchStatus, RequestCounts
+from gateway.batches.objects import ENDED, BatchError, BatchStatus, RequestCounts, StoredBatch
 from gateway.core.errors import StorageError, StorageFullError
 from gateway.generation.gateway import Gateway
 
@@ -71,7 +71,7 @@ class RunningBatch:
         gateway: Gateway,
         batches: BatchStore,
         tenant: str,
-        batch: Batch,
+        batch: StoredBatch,
         answers: AnswerFile,
         failures: AnswerFile,
         disk: RunInThread,
@@ -95,7 +95,7 @@ class RunningBatch:
             await self._finalize(problem)
         await self._finish()
 
-    async def _ask_all(self, routes: Sequence[Route], tuning: BatchTuning) -> BatchProblem | None:
+    async def _ask_all(self, routes: Sequence[Route], tuning: BatchTuning) -> BatchError | None:
         """Ask until nothing is left, or the batch is to end. Returns what went wrong."""
         limits = BatchLimits(endpoints=(self._batch.endpoint,))
         path = self._batches.path(self._batch.id, WorkPart.REQUESTS)
@@ -164,7 +164,7 @@ class RunningBatch:
             message = f"the answers have more than {most} bytes: make several batches of the rest"
             raise RequestError(message, None, "answers_too_large")
 
-    def _failure(self, error: BaseException | None) -> BatchProblem | None:
+    def _failure(self, error: BaseException | None) -> BatchError | None:
         """Why no more can be asked. Raises ``error`` where it passes."""
         while isinstance(error, BaseExceptionGroup) and len(set(map(type, error.exceptions))) == 1:
             error = error.exceptions[0]  # requests that run beside each other fail alike
@@ -178,7 +178,7 @@ class RunningBatch:
             raise error
         logger.error("batch %s fails", self._batch.id, exc_info=error)
         message = "the server failed at a request: its log says why"
-        return BatchProblem(code="internal_error", message=message)
+        return BatchError(code="internal_error", message=message)
 
     async def _account(self) -> KeyUsage | None:
         """The client's. Raises ``RequestError`` where its key is not known any more."""
@@ -209,7 +209,7 @@ class RunningBatch:
             except TRANSIENT_ERRORS as err:  # answers that wait for the disk are kept
                 logger.error("the counts of batch %s cannot be stored: %s", self._batch.id, err)
 
-    async def _finalize(self, problem: BatchProblem | None) -> None:
+    async def _finalize(self, problem: BatchError | None) -> None:
         """No more is asked: from now on the batch only ends, also after a kill."""
         files, now_s, counts = self._files, int(time.time()), self._counts
         is_cancelled = await self._disk(partial(self._batches.is_cancelled, self._batch.id))
@@ -236,7 +236,7 @@ class RunningBatch:
         except StorageFullError as err:
             if not await self._disk(partial(self._batches.has_expired, batch)):
                 raise
-            problem = BatchProblem(code="storage_full", message=str(err))
+            problem = BatchError(code="storage_full", message=str(err))
             await self._save("failed", errors=[problem], output_file_id=None, error_file_id=None)
             return
         await self._save(_end_of(batch))
@@ -259,16 +259,16 @@ class RunningBatch:
         self._batch = batch
 
 
-def with_status(batch: Batch, status: BatchStatus, **changed: Any) -> Batch:
+def with_status(batch: StoredBatch, status: BatchStatus, **changed: Any) -> StoredBatch:
     """A batch with another status, and other changes."""
     if status in ENDED:
         changed[f"{status}_at"] = int(time.time())
     return msgspec.structs.replace(batch, status=status, **changed)
 
 
-def damaged_output_error(error: ConflictError) -> BatchProblem:
+def damaged_output_error(error: ConflictError) -> BatchError:
     """What a client is told of answers that cannot be read."""
-    return BatchProblem(code="answers_damaged", message=str(error))
+    return BatchError(code="answers_damaged", message=str(error))
 
 
 def is_transient(error: BaseException) -> bool:
@@ -278,12 +278,12 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, TRANSIENT_ERRORS)
 
 
-def _problem(error: RequestError) -> BatchProblem:
+def _problem(error: RequestError) -> BatchError:
     line = error.line if isinstance(error, LineError) else None
-    return BatchProblem(code=error.code, message=error.message, param=error.param, line=line)
+    return BatchError(code=error.code, message=error.message, param=error.param, line=line)
 
 
-def _end_of(batch: Batch) -> BatchStatus:
+def _end_of(batch: StoredBatch) -> BatchStatus:
     """The status of a batch whose files are stored."""
     if batch.errors:
         return "failed"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gateway.cluster.recent import Recent
-from gateway.cluster.view import ClusterView, Snapshot
+from gateway.cluster.view import Snapshot, SnapshotFollower
 
 
 class ClusterNumbers:
@@ -17,7 +17,7 @@ class ClusterNumbers:
             changed, and many callers cost no more than one; 0: each call collects.
     """
 
-    def __init__(self, cluster: ClusterView, age_s: float) -> None:
+    def __init__(self, cluster: SnapshotFollower, age_s: float) -> None:
         self._cluster = cluster
         self.age_s = age_s
         self._snapshot = Recent(cluster.fresh, age_s)

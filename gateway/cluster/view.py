@@ -78,7 +78,7 @@ class AttentionEndpoint:
 
 
 @dataclass(slots=True)
-class ClusterView:
+class SnapshotFollower:
     """Follows the controller; every consumer reads ``snapshot``.
 
     Args:

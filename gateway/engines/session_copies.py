@@ -32,7 +32,7 @@ copying them twice in parts costs more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Keeper:
+class CopyTarget:
     """A worker that could keep copies."""
 
     name: str
@@ -42,7 +42,7 @@ class Keeper:
     """Blocks of the sequence, from the first on, that it has."""
 
 
-def pick_keeper(keepers: Sequence[Keeper], num_prompt: int, key: str) -> Keeper | None:
+def pick_keeper(keepers: Sequence[CopyTarget], num_prompt: int, key: str) -> CopyTarget | None:
     """The worker for copies of a sequence whose prompt has so many blocks; None: there is none.
 
     Those on another host come first, then those that have half of the prompt: they have kept the
@@ -52,7 +52,7 @@ def pick_keeper(keepers: Sequence[Keeper], num_prompt: int, key: str) -> Keeper 
     Example: of b with 0 of 8 blocks and c with 7, both on other hosts, c keeps the copies.
     """
 
-    def rank(keeper: Keeper) -> tuple[bool, bool, bytes]:
+    def rank(keeper: CopyTarget) -> tuple[bool, bool, bytes]:
         weight = blake2b(f"{keeper.name}\0{key}".encode(), digest_size=8).digest()
         return keeper.is_elsewhere, 2 * keeper.num_known >= num_prompt, weight
 
@@ -96,7 +96,7 @@ class SessionCopies:
         key = _key(entry.request, entry.block_hashes or hashes)
         known = self._index.matches([name[:SHORT_BYTES] for name in hashes])
         keepers = [
-            Keeper(
+            CopyTarget(
                 name=name,
                 is_elsewhere=client.node != source.node,
                 num_known=known.get(name, 0),

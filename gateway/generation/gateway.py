@@ -29,8 +29,8 @@ from cluster.tracing.gateway_counts import GatewayCounts
 from gateway.auth.auth import CALLER, make_key_rings
 from gateway.cluster.numbers import ClusterNumbers
 from gateway.cluster.view import (
-    ClusterView,
     Snapshot,
+    SnapshotFollower,
     attention_endpoints,
     living_workers,
 )
@@ -83,7 +83,7 @@ class Gateway:
         self,
         config: ClusterConfig,
         tokenizer: Tokenizer | None,
-        cluster: ClusterView,
+        cluster: SnapshotFollower,
         engines: EnginePool,
         name: str = "gateway",
         tuning: GatewayTuning | None = None,

@@ -29,7 +29,7 @@ from gateway.generation.pooling import (
 from gateway.generation.validate import check_prompts
 from workers.requests.inspection import (
     IGNORED_LABEL,
-    Inspection,
+    InspectionParams,
     ModelShape,
     NamedArray,
     check_inspection,
@@ -178,7 +178,7 @@ def _prompt(
             labels = _labels(fields.labels[index], mask) if fields.labels else kept
         if fields.wants("logits"):
             places = _positions(fields.logits_to_keep, len(kept))
-    inspection = Inspection(
+    inspection = InspectionParams(
         logits=places,
         labels=labels,
         hidden_states=fields.wants("hidden_states"),

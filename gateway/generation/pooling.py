@@ -24,7 +24,7 @@ from gateway.generation.choices import Found
 from gateway.generation.gateway import Gateway
 from gateway.generation.validate import check_context, check_prompts
 from workers.requests.classifier import pooled_position
-from workers.requests.inspection import IGNORED_LABEL, Inspection, NamedArray, Pooling
+from workers.requests.inspection import IGNORED_LABEL, InspectionParams, NamedArray, Pooling
 from workers.requests.request import Request
 
 MAX_JOINED_TOKENS = 4 * 1024 * 1024
@@ -78,7 +78,7 @@ class Reader:
         kinds = {kind.value: kind for kind in Pooling}
         wanted = pooling or Pooling.LAST.value
         require(wanted in kinds, "pooling", f"({wanted[:32]!r}) must be last or mean")
-        inspection = Inspection(embedding=kinds[wanted])
+        inspection = InspectionParams(embedding=kinds[wanted])
 
         async def make(facts: ModelFacts) -> list[Request]:
             ids = await self._ids(prompts, facts, call, "input")
@@ -231,7 +231,7 @@ def scored_prompt(before: tuple[int, ...], behind: tuple[int, ...], field: str) 
     if not before:
         raise RequestError(f"{field} must not be empty", field)
     labels = (IGNORED_LABEL,) * len(before) + behind
-    return Request(prompt=before + behind, inspection=Inspection(labels=labels))
+    return Request(prompt=before + behind, inspection=InspectionParams(labels=labels))
 
 
 def keep_unmasked(

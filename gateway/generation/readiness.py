@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from cluster.core.errors import NotReadyError
 from gateway.auth.auth import KeyRing, is_operator
-from gateway.cluster.view import ClusterView, Snapshot
+from gateway.cluster.view import Snapshot, SnapshotFollower
 from gateway.engines.engine_pool import EnginePool
 
 _SERVING = ("SERVING", "DEGRADED")
@@ -23,7 +23,7 @@ class Readiness:
     """
 
     def __init__(
-        self, cluster: ClusterView, engines: EnginePool, keys: KeyRing, leaving_lead_s: float
+        self, cluster: SnapshotFollower, engines: EnginePool, keys: KeyRing, leaving_lead_s: float
     ) -> None:
         self._cluster = cluster
         self._engines = engines

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from cluster.core.errors import DeadlineExceededError, NotReadyError
-from gateway.cluster.view import ClusterView
+from gateway.cluster.view import SnapshotFollower
 from gateway.engines.engine_pool import EnginePool
 from gateway.generation.readiness import Readiness
 from gateway.generation.request_trace import traced
@@ -40,7 +40,7 @@ class RequestSubmitter:
     def __init__(
         self,
         engines: EnginePool,
-        cluster: ClusterView,
+        cluster: SnapshotFollower,
         readiness: Readiness,
         long_work: LongWork,
         stream_wait_s: float,

@@ -33,7 +33,7 @@ from gateway.http import messages, openapi
 from gateway.http.convert import chat_call, chat_input, completion_call
 from gateway.http.json_output import dump_json, dump_long
 from gateway.http.middleware import OPEN_PATHS, HttpMiddleware, Responder, WatchedEndpoint, path_of
-from gateway.http.openai_format import AnswerFormat, ChatFormat, CompletionFormat
+from gateway.http.openai_format import ChatFormat, CompletionFormat, OpenAIFormat
 from gateway.http.parse import parse_body
 from gateway.http.pooling import PoolingEndpoint
 from gateway.http.request_body import read_json, timeout_header_s, within_time
@@ -298,7 +298,7 @@ class GenerateEndpoint(WatchedEndpoint[_Asked]):
         with await self._gateway.start(call, call_id) as running:
             for name in filter(None, (request_id, answer_id)):
                 self._gateway.running.add(name, running.queue)
-            formatter: AnswerFormat = self._format(
+            formatter: OpenAIFormat = self._format(
                 running, self._gateway.tokenizer, self._fingerprint, answer_id
             )
             if stream_options is None:
@@ -320,7 +320,7 @@ class GenerateEndpoint(WatchedEndpoint[_Asked]):
             await stream.send(running)
 
 
-def _dump_whole(formatter: AnswerFormat, choices: list[ChoiceDelta], usage: Usage) -> bytes:
+def _dump_whole(formatter: OpenAIFormat, choices: list[ChoiceDelta], usage: Usage) -> bytes:
     """The JSON of an answer; frees ``choices`` and all that it makes."""
     body = formatter.whole(choices, usage)
     raw = dump_long(body)

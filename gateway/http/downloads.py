@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.http.middleware import PIECE_BYTES, Responder, run_until_gone
 
 
-class Reader(Protocol):
+class ContentReader(Protocol):
     """A content, read from its begin to its end; its calls block."""
 
     def read(self, num_bytes: int) -> bytes:
@@ -39,7 +39,7 @@ class PiecesResponse(Response):
 
     def __init__(
         self,
-        reader: Reader,
+        reader: ContentReader,
         size: int,
         status_code: int = 200,
         *,

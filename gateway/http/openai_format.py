@@ -21,7 +21,7 @@ _MARK = secrets.token_hex(16)
 """Stands for a text that is not known yet."""
 
 
-class AnswerFormat(TextFormat, ABC):
+class OpenAIFormat(TextFormat, ABC):
     """One endpoint's bodies.
 
     Args:
@@ -115,7 +115,7 @@ class AnswerFormat(TextFormat, ABC):
         return entries
 
 
-class CompletionFormat(AnswerFormat):
+class CompletionFormat(OpenAIFormat):
     """``/v1/completions``."""
 
     object = "text_completion"
@@ -163,7 +163,7 @@ class CompletionFormat(AnswerFormat):
         return top
 
 
-class ChatFormat(AnswerFormat):
+class ChatFormat(OpenAIFormat):
     """``/v1/chat/completions``."""
 
     object = "chat.completion"

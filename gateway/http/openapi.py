@@ -17,9 +17,9 @@ from pydantic import BaseModel, TypeAdapter
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from cluster.core.release import RELEASE
-from gateway.anthropic.answers import AnthropicError, MessageAnswer, MessageEvent, TokenCount
+from gateway.anthropic.message_types import AnthropicError, MessageAnswer, MessageEvent, TokenCount
 from gateway.anthropic.schema import CountTokensBody, MessagesBody
-from gateway.http import answers
+from gateway.http import http_types
 from gateway.http.pooling import ClassifyBody, EmbeddingsBody, InspectBody, ScoreBody
 from gateway.http.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
@@ -48,22 +48,23 @@ class Endpoint:
     """The method; by default that of a route with such a body."""
     query: tuple[tuple[str, str, tuple[tuple[str, Any], ...]], ...] = ()
     """Parameters in the URL: name, what it is, members of its schema."""
-    error: type = answers.Error
+    error: type = http_types.Error
 
     @property
     def method(self) -> str:
         return self.verb or ("get" if self.body is None else "post")
 
 
-_COMPLETION = (answers.Completion, CompletionBody, (answers.CompletionChunk, answers.Error))
-_CHAT = (answers.ChatCompletion, ChatBody, (answers.ChatCompletionChunk, answers.Error))
+_COMPLETION_EVENTS = (http_types.CompletionChunk, http_types.Error)
+_COMPLETION = (http_types.Completion, CompletionBody, _COMPLETION_EVENTS)
+_CHAT = (http_types.ChatCompletion, ChatBody, (http_types.ChatCompletionChunk, http_types.Error))
 _MESSAGES = (MessageAnswer, MessagesBody, (MessageEvent, AnthropicError))
-_READY = (answers.Readiness, None, (), JSONResponse, (503,))
-_VIEW = (answers.ClusterView, None, (), JSONResponse, (503,))
+_READY = (http_types.Readiness, None, (), JSONResponse, (503,))
+_VIEW = (http_types.ClusterView, None, (), JSONResponse, (503,))
 
 ENDPOINTS: tuple[Endpoint, ...] = (
-    Endpoint("/v1/models", "The served model", answers.ModelList),
-    Endpoint("/v1/models/{model}", "One model by name", answers.Model, statuses=(404,)),
+    Endpoint("/v1/models", "The served model", http_types.ModelList),
+    Endpoint("/v1/models/{model}", "One model by name", http_types.Model, statuses=(404,)),
     Endpoint("/v1/completions", "Text after prompts", *_COMPLETION),
     Endpoint("/v1/chat/completions", "The next message of a conversation", *_CHAT),
     Endpoint("/v1/messages", "The same in Anthropic's protocol", *_MESSAGES, error=AnthropicError),
@@ -74,23 +75,23 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         CountTokensBody,
         error=AnthropicError,
     ),
-    Endpoint("/v1/embeddings", "Vectors of prompts", answers.Embeddings, EmbeddingsBody),
-    Endpoint("/classify", "Classes of prompts", answers.Classifications, ClassifyBody),
-    Endpoint("/score", "Scores of documents", answers.Scores, ScoreBody),
-    Endpoint("/v1/score", "Scores of documents", answers.Scores, ScoreBody),
-    Endpoint("/v1/inspect", "Arrays from inside the model", answers.Inspection, InspectBody),
-    Endpoint("/tokenize", "Text to token ids", answers.Tokens, TokenizeBody),
-    Endpoint("/detokenize", "Token ids to text", answers.Text, DetokenizeBody),
+    Endpoint("/v1/embeddings", "Vectors of prompts", http_types.Embeddings, EmbeddingsBody),
+    Endpoint("/classify", "Classes of prompts", http_types.Classifications, ClassifyBody),
+    Endpoint("/score", "Scores of documents", http_types.Scores, ScoreBody),
+    Endpoint("/v1/score", "Scores of documents", http_types.Scores, ScoreBody),
+    Endpoint("/v1/inspect", "Arrays from inside the model", http_types.Inspection, InspectBody),
+    Endpoint("/tokenize", "Text to token ids", http_types.Tokens, TokenizeBody),
+    Endpoint("/detokenize", "Token ids to text", http_types.Text, DetokenizeBody),
     Endpoint("/health", "The process is alive", media=Response),
     Endpoint("/ready", "Whether requests can be served", *_READY),
     Endpoint("/v2/health/live", "Same as /health", media=Response),
     Endpoint("/v2/health/ready", "Same as /ready", *_READY),
-    Endpoint("/version", "Versions of the server", answers.Version),
+    Endpoint("/version", "Versions of the server", http_types.Version),
     Endpoint("/metrics", "Prometheus metrics", media=PlainTextResponse),
-    Endpoint("/cluster/v1/status", "The cluster's state", answers.ClusterView),
+    Endpoint("/cluster/v1/status", "The cluster's state", http_types.ClusterView),
     Endpoint("/cluster/v1/placement", "Which device holds which copy of which expert", *_VIEW),
     Endpoint("/cluster/v1/load", "Tokens by expert", *_VIEW),
-    Endpoint("/cluster/v1/events", "What happened to the cluster", answers.ClusterView),
+    Endpoint("/cluster/v1/events", "What happened to the cluster", http_types.ClusterView),
     Endpoint(PATH, "This document"),
 )
 """The routes of this folder, in the order of the interface; other protocols add theirs."""
@@ -188,8 +189,8 @@ def _responses(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
         found["content"] = {"text/event-stream": {"schema": _STRING, "x-events": event}}
     responses: dict[int | str, dict[str, Any]] = {200: found}
     for status in sorted({*(_OF_GET if endpoint.body is None else _ERRORS), *endpoint.statuses}):
-        is_readiness = status == 503 and endpoint.answer is answers.Readiness
-        schema = _ref(answers.Readiness if is_readiness else endpoint.error)
+        is_readiness = status == 503 and endpoint.answer is http_types.Readiness
+        schema = _ref(http_types.Readiness if is_readiness else endpoint.error)
         content = {"application/json": {"schema": schema}}
         responses[status] = {"description": _ERRORS[status], "content": content}
     return responses

@@ -11,7 +11,7 @@ from gateway.generation.gateway import Gateway
 from gateway.generation.running_call import RunningCall
 from gateway.http.json_output import dump_json, dump_long
 from gateway.http.middleware import Responder
-from gateway.http.openai_format import AnswerFormat, usage_body
+from gateway.http.openai_format import OpenAIFormat, usage_body
 from gateway.http.schema import StreamOptions
 from gateway.offload.long_work import INLINE_SIZE, release
 
@@ -90,7 +90,7 @@ class EventStream(ABC):
 class SseStream(EventStream):
     """A stream of OpenAI's chunks."""
 
-    formatter: AnswerFormat
+    formatter: OpenAIFormat
     options: StreamOptions
 
     def _events(self, running: RunningCall, deltas: list[ChoiceDelta]) -> bytes:

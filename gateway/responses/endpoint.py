@@ -26,15 +26,21 @@ from gateway.http.pages import Page, json_response
 from gateway.http.parse import parse_body
 from gateway.http.request_body import timeout_header_s
 from gateway.offload.long_work import INLINE_SIZE
+from gateway.responses.checked_request import (
+    CheckedRequest,
+    check_size,
+    given_items,
+    make_turn,
+    reference_in,
+)
 from gateway.responses.conversation import named_as_input
 from gateway.responses.format import OutputFormat
 from gateway.responses.items import Item, ItemIds
 from gateway.responses.output import OutputBuilder
 from gateway.responses.resource import Resource, ResourceFormat
 from gateway.responses.schema import ResponseBody
-from gateway.responses.stored import References, ResponseStore, StoredItems, id_of, read_items
+from gateway.responses.stored import ResponseStore, StoredItems, StoredReferences, id_of, read_items
 from gateway.responses.stream import ResponseStream
-from gateway.responses.turn import Turn, check_size, given_items, make_turn, reference_in
 from gateway.responses.unsupported import check_unsupported
 
 logger = logging.getLogger(__name__)
@@ -63,8 +69,8 @@ class _Asked:
 
     body: ResponseBody
     is_stored: bool
-    references: References
-    turn: Turn | None
+    references: StoredReferences
+    turn: CheckedRequest | None
     """None where stored items belong to it, which are still to be read."""
 
 
@@ -80,7 +86,7 @@ class ResponseEndpoint(WatchedEndpoint[_Asked]):
         check_size(data)
         body = parse_body(ResponseBody, data)
         is_stored = self._store.stores(body.store)
-        references = References.to(_references(body))
+        references = StoredReferences.to(_references(body))
         if body.previous_response_id is not None or references.counts:
             return _Asked(body, is_stored, references, None)
         turn = self._make_turn(body)
@@ -116,7 +122,9 @@ class ResponseEndpoint(WatchedEndpoint[_Asked]):
             )
             await stream.send(running)
 
-    async def _stored_turn(self, body: ResponseBody, references: References) -> Turn:
+    async def _stored_turn(
+        self, body: ResponseBody, references: StoredReferences
+    ) -> CheckedRequest:
         """The turn of a body that refers to stored items, which count as a body does."""
         most_bytes = self._gateway.limits.max_body_bytes
         history = StoredItems([], 0)
@@ -134,7 +142,7 @@ class ResponseEndpoint(WatchedEndpoint[_Asked]):
         body: ResponseBody,
         history: Sequence[Item] = (),
         referenced: Mapping[str, Item] | None = None,
-    ) -> Turn:
+    ) -> CheckedRequest:
         turn = make_turn(body, ItemIds(self._store.new_id()), history, referenced)
         # written once, not in each event
         encode = msgspec.json.encode
@@ -144,7 +152,7 @@ class ResponseEndpoint(WatchedEndpoint[_Asked]):
     def _completion(
         self,
         body: ResponseBody,
-        turn: Turn,
+        turn: CheckedRequest,
         output: OutputFormat,
         builder: OutputBuilder,
         resource: ResourceFormat,

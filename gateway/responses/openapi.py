@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gateway.http.openapi import Endpoint
-from gateway.responses import answers
+from gateway.responses import response_types
 from gateway.responses.schema import ResponseBody
 
 _LISTING = (
@@ -19,34 +19,34 @@ ENDPOINTS = (
     Endpoint(
         "/v1/responses",
         "The next items of a conversation",
-        answers.ResponseObject,
+        response_types.ResponseObject,
         ResponseBody,
-        answers.EVENTS,
+        response_types.EVENTS,
     ),
     Endpoint(
         "/v1/responses/{response_id}",
         "One stored response",
-        answers.ResponseObject,
+        response_types.ResponseObject,
         statuses=(400, 404),
     ),
     Endpoint(
         "/v1/responses/{response_id}",
         "Remove a stored response",
-        answers.DeletedResponse,
+        response_types.DeletedResponse,
         statuses=(404,),
         verb="delete",
     ),
     Endpoint(
         "/v1/responses/{response_id}/cancel",
         "Refused: a stored response is complete",
-        answers.ResponseObject,
+        response_types.ResponseObject,
         statuses=(400, 404),
         verb="post",
     ),
     Endpoint(
         "/v1/responses/{response_id}/input_items",
         "What the model was given for a stored response",
-        answers.ItemList,
+        response_types.ItemList,
         statuses=(400, 404),
         query=_LISTING,
     ),

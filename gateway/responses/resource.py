@@ -23,7 +23,7 @@ class ResourceFormat:
 
     Args:
         running: the answer.
-        head: of ``Turn``.
+        head: of ``CheckedRequest``.
         is_stored: it will be stored.
     """
 

@@ -75,7 +75,7 @@ def id_of(item: msgspec.Raw) -> str:
     return msgspec.json.decode(item, type=_Named).id
 
 
-class References(NamedTuple):
+class StoredReferences(NamedTuple):
     """References to stored items."""
 
     counts: Mapping[str, int]
@@ -176,7 +176,7 @@ class ResponseStore:
 
         return await asyncio.to_thread(read)
 
-    async def items(self, wanted: References, path: str, most_bytes: int) -> dict[str, Item]:
+    async def items(self, wanted: StoredReferences, path: str, most_bytes: int) -> dict[str, Item]:
         """The stored ones of some items, by id. Raises ``RequestError``.
 
         Args:

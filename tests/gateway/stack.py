@@ -17,7 +17,7 @@ from cluster.config.gateway import GatewaySection
 from cluster.config.model import ModelSection
 from cluster.config.observability import ObservabilitySection
 from gateway.admin.service import AdminApi
-from gateway.cluster.view import ClusterView, ControllerCalls
+from gateway.cluster.view import ControllerCalls, SnapshotFollower
 from gateway.core.tuning import GatewayTuning
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.router import RoutingPolicy
@@ -137,7 +137,7 @@ class Stack:
         async def find() -> ControllerCalls:
             return self.controller
 
-        cluster = ClusterView(find)
+        cluster = SnapshotFollower(find)
         self.engines = EnginePool(
             CLUSTER_TOKEN,
             "gateway-test",

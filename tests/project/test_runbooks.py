@@ -12,7 +12,7 @@ import pytest
 from cluster.cli.main import make_parser
 from cluster.cli.options.serve_options import spell_out
 from cluster.controller.parts.host_disks import NEARLY_FULL
-from cluster.controller.parts.recovery import Problem
+from cluster.controller.parts.recovery import RecoveryProblem
 from cluster.core.states import ClusterState
 from cluster.policy.progress import STEPS_WAIT
 from docs.generate.pages import PAGES as GENERATED
@@ -57,7 +57,7 @@ def test_every_state_has_its_section() -> None:
 def test_every_problem_of_status_has_its_section() -> None:
     problems = text_of(RUNBOOKS[0]).partition("## Problems")[2].partition("\n## ")[0]
     sections = re.findall(r"^### (.+)$", problems, re.M)
-    known = [*(problem.value for problem in Problem), NEARLY_FULL, STEPS_WAIT]
+    known = [*(problem.value for problem in RecoveryProblem), NEARLY_FULL, STEPS_WAIT]
     assert sorted(sections) == sorted(known)
 
 

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from workers.model.attention_sublayer import DenseProjections, TorchAttentionSublayer
 from workers.model.config import BankSpec, ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
 from workers.model.families.decoder import DecoderLayer
 from workers.model.families.parts import attention_shape, mlp_exchange, part, projection_parts
-from workers.model.families.settings import Defaults, Heads, Settings, model_config
-from workers.model.half import AttentionHalf, DenseProjections
+from workers.model.families.settings import AttentionHeads, Defaults, Settings, model_config
 from workers.model.routing import Router, Routing
 
 CONFIG: Mapping[str, Any] = {
@@ -54,7 +54,7 @@ def family(config: Mapping[str, Any]) -> ToyFamily:
         expert_width=settings.integer("intermediate_size"),
     )
     hidden, heads = settings.integer("hidden_size"), settings.integer("num_attention_heads")
-    shape = Heads(
+    shape = AttentionHeads(
         num_heads=heads,
         num_kv_heads=settings.integer("num_key_value_heads"),
         head_dim=hidden // heads,
@@ -96,7 +96,7 @@ class ToyFamily(Family):
             top_k=self.toy.top_k,
             scoring="softmax_of_best",
         )
-        half = AttentionHalf(
+        half = TorchAttentionSublayer(
             shape=attention_shape(self.config),
             norm1=loader.tensor("norm1"),
             projections=DenseProjections(

@@ -15,7 +15,7 @@ from protos import inference_pb2 as pb
 from protos import types_pb2
 from protos.inference_pb2_grpc import InferenceStub
 from tests.system.test_pooling_served import chunks_by_name, inputs
-from workers.requests.inspection import Inspection, Pooling
+from workers.requests.inspection import InspectionParams, Pooling
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("unharmed")]
 
@@ -36,7 +36,7 @@ def answer(server: Served, path: str, **fields: Any) -> dict[str, Any]:
 
 
 def test_embeddings(server: Served, stub: InferenceStub, local: LocalEngine) -> None:
-    want = local.inspect([IDS], Inspection(embedding=Pooling.MEAN))[0]["embedding"].numpy()
+    want = local.inspect([IDS], InspectionParams(embedding=Pooling.MEAN))[0]["embedding"].numpy()
     body = answer(server, "/v1/embeddings", input=IDS, pooling="mean")
     assert np.abs(np.array(body["data"][0]["embedding"]) - want).max() < 1e-4
     message = stub.Embed(pb.EmbedRequest(input=inputs(IDS), pooling="mean"), timeout=WAIT_S)
@@ -44,7 +44,7 @@ def test_embeddings(server: Served, stub: InferenceStub, local: LocalEngine) -> 
 
 
 def test_scores_and_labels(server: Served, stub: InferenceStub, local: LocalEngine) -> None:
-    logits = local.inspect([IDS], Inspection(logits=tuple(range(len(IDS)))))[0]["logits"]
+    logits = local.inspect([IDS], InspectionParams(logits=tuple(range(len(IDS)))))[0]["logits"]
     logprobs = logits.log_softmax(-1)
     want = [logprobs[i, IDS[i + 1]].item() for i in (4, 5)]
     body = answer(server, "/score", queries=IDS[:5], documents=IDS[5:])
@@ -67,7 +67,7 @@ def test_inspections(server: Served, stub: InferenceStub, local: LocalEngine) ->
     chunks = list(stub.Inspect(request, timeout=WAIT_S))
     arrays = chunks_by_name(chunks)
     names = ("logits", "hidden_states", "attentions")
-    wanted = Inspection(
+    wanted = InspectionParams(
         logits=tuple(range(len(IDS))), labels=tuple(IDS), hidden_states=True, attentions=True
     )
     want = local.inspect([IDS], wanted)[0]

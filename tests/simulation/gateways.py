@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.config.cluster import ClusterConfig
 from cluster.core.errors import ExpertMeshError, ModelNotFoundError, NotReadyError, QueueFullError
-from gateway.cluster.view import ClusterView
+from gateway.cluster.view import SnapshotFollower
 from gateway.core.call import CallKind, GenerateCall
 from gateway.core.model import ModelFacts
 from gateway.engines.engine_pool import EnginePool
@@ -66,7 +66,7 @@ class SimGateway:
         if kernel.state is not None:
             kernel.state.may_block = self.process
             self.process.on_death.append(partial(kernel.state.close_of, self.process))
-        view, engines = ClusterView(self._find), EnginePool(config.cluster_token, self.name)
+        view, engines = SnapshotFollower(self._find), EnginePool(config.cluster_token, self.name)
         self._gateway = Gateway(config, _TOKENIZER, view, engines, self.name)
         kernel.process = before
         if kernel.state is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.config.cluster import ClusterConfig
 from cluster.controller.parts.membership import Phase
-from cluster.controller.parts.recovery import Problem
+from cluster.controller.parts.recovery import RecoveryProblem
 from cluster.core.states import ClusterState
 from cluster.core.topology import Generation
 from tests.simulation.clients import Clients
@@ -215,7 +215,7 @@ class World:
         controller = self.ray.controller
         found = controller.actor.runner.controller if controller is not None else None
         for problem in found.recovery.problems(0.0) if found is not None else ():
-            name, _, why = problem.partition(f" {Problem.CANNOT_LOAD}")
+            name, _, why = problem.partition(f" {RecoveryProblem.CANNOT_LOAD}")
             worker = self.ray.actors.ever.get(name)
             if why and worker is not None and worker.process.host not in self.faults.unreadable:
                 raise Broken(problem)
@@ -327,7 +327,7 @@ class World:
 
     def _is_left_out(self, problem: str) -> bool:
         """A place is left out because its host could not read the checkpoint."""
-        name, _, why = problem.partition(f" {Problem.LEFT_OUT}")
+        name, _, why = problem.partition(f" {RecoveryProblem.LEFT_OUT}")
         return bool(why) and self.ray.actors.ever[name].process.host in self.faults.unreadable
 
     def _state(self, controller: SimController | None) -> Any:

@@ -28,7 +28,7 @@ from tests.system.test_kv_fetch import (
     wait_idle,
 )
 from tests.system.test_kv_routing import Front
-from workers.kv.tiers.tiers import Held
+from workers.kv.tiers.tiers import TierItem
 from workers.process.roles.attention import AttentionRole
 from workers.requests.request import FinishReason
 
@@ -175,7 +175,7 @@ def hold_reads(cluster: ThreadCluster, monkeypatch: pytest.MonkeyPatch) -> threa
     assert lower is not None
     read = lower.tiers.read
 
-    def slow(name: bytes) -> Held | None:
+    def slow(name: bytes) -> TierItem | None:
         assert may_read.wait(TIMEOUT_S)
         return read(name)
 

@@ -26,7 +26,7 @@ from tests.gateway.stack import MODEL, Stack, post
 from tests.harness.served_stack import stack_over
 from tests.paths import DEMO
 from tests.reference.goldens import load_golden
-from workers.requests.inspection import Inspection, Pooling
+from workers.requests.inspection import InspectionParams, Pooling
 
 _LOADED = load_tokenizer(str(DEMO))
 assert _LOADED is not None
@@ -71,7 +71,7 @@ def inputs(*prompts: str | list[int]) -> list[pb.Input]:
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_embeddings(stack: Stack, stub: InferenceStub, local: LocalEngine, pooling: str) -> None:
-    found = local.inspect(IDS, Inspection(embedding=Pooling(pooling)))
+    found = local.inspect(IDS, InspectionParams(embedding=Pooling(pooling)))
     want = np.stack([arrays["embedding"].numpy() for arrays in found])
     body = answer(stack, "/v1/embeddings", input=TEXTS, pooling=pooling)
     got = np.array([row["embedding"] for row in body["data"]], dtype=np.float32)
@@ -99,7 +99,7 @@ def test_the_openai_client_reads_embeddings(stack: Stack, local: LocalEngine) ->
     """It asks for base64, and decodes it itself."""
     client = openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0)
     got = client.embeddings.create(model=MODEL, input=TEXTS[0])
-    want = local.inspect(IDS[:1], Inspection(embedding=Pooling.LAST))[0]["embedding"]
+    want = local.inspect(IDS[:1], InspectionParams(embedding=Pooling.LAST))[0]["embedding"]
     assert np.abs(np.array(got.data[0].embedding) - want.numpy()).max() < 1e-4
 
 
@@ -111,7 +111,7 @@ def test_score_is_the_mean_log_probability_of_the_document(
     want = []
     for document in tokens:
         ids = [*IDS[0], *document]
-        logits = local.inspect([ids], Inspection(logits=tuple(range(len(ids)))))[0]["logits"]
+        logits = local.inspect([ids], InspectionParams(logits=tuple(range(len(ids)))))[0]["logits"]
         places = range(len(IDS[0]) - 1, len(ids) - 1)
         values = [
             logits[p].log_softmax(-1)[t].item() for p, t in zip(places, document, strict=True)
@@ -253,7 +253,7 @@ def test_inspect_gives_everything_the_same_by_both_codecs() -> None:
 
 def test_inspect_keeps_logits_and_labels_as_asked(stack: Stack, local: LocalEngine) -> None:
     ids = IDS[1]
-    whole = local.inspect([ids], Inspection(logits=tuple(range(len(ids)))))[0]["logits"]
+    whole = local.inspect([ids], InspectionParams(logits=tuple(range(len(ids)))))[0]["logits"]
     for keep, places in ((2, [len(ids) - 2, len(ids) - 1]), ([0, 3], [0, 3]), (0, range(len(ids)))):
         (row,) = answer(
             stack, "/v1/inspect", token_ids=ids, outputs=["logits"], logits_to_keep=keep
@@ -280,7 +280,7 @@ def test_the_command_prints_what_it_is_asked_for(
     joined = ",".join(map(str, ids))
     assert run("--ids", joined, "--json", "--output", "logits") == ExitCode.OK
     document = json.loads(capsys.readouterr().out)
-    want = local.inspect([ids], Inspection(logits=tuple(range(len(ids)))))[0]["logits"]
+    want = local.inspect([ids], InspectionParams(logits=tuple(range(len(ids)))))[0]["logits"]
     assert (document["schema"], document["token_ids"]) == (1, ids)
     assert (torch.tensor(document["data"][0]["logits"]) - want).abs().max() < 1e-3
     assert run("--ids", joined, "--bank", "mlp:3") == ExitCode.OK

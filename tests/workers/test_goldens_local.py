@@ -35,7 +35,7 @@ from tests.reference.parity import (
     router_kinds,
 )
 from tests.workers.native.builds import NAMES, library
-from workers.requests.inspection import Inspection
+from workers.requests.inspection import InspectionParams
 
 KERNELS: tuple[Kernels, ...] = ("auto", "torch")
 INSTRUCTIONS: tuple[str, ...] = (*NAMES, "torch")
@@ -154,7 +154,7 @@ def test_a_float32_checkpoint_in_bfloat16_is_its_rounded_self(
     save_file(rounded, tmp_path / "model.safetensors")
     shutil.copy(expected.path / "config.json", tmp_path)
     wanted = [
-        Inspection(logits=tuple(range(len(prompt))), router_logits=True)
+        InspectionParams(logits=tuple(range(len(prompt))), router_logits=True)
         for prompt in expected.prompts
     ]
     found = [

@@ -2,8 +2,8 @@
 norms, clip, rotation, and the way into the KV cache.
 
 With few rows each of these operators would take a launch of its own, and of all of them together
-the launches are the cost. Reference: ``workers.model.half.AttentionHalf.attend_rows``, with the
-same roundings.
+the launches are the cost. Reference: ``attend_rows`` of ``TorchAttentionSublayer`` in
+``workers.model.attention_sublayer``, with the same roundings.
 """
 
 from __future__ import annotations

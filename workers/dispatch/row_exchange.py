@@ -32,7 +32,7 @@ from workers.metrics.activity import Activity
 from workers.model.config import BankSpec
 from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
-from workers.transport.transport import DataTransport, Expected, Part, RowMessage, Tag
+from workers.transport.transport import DataTransport, Expected, PartShape, RowMessage, Tag
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class SplitExchange(ABC):
         side = self._side
         exchange = handle.bank.exchanges[handle.exchange]
         by_pair = exchange.returns_pairs(side.maps.combine_mode)
-        part = Part(exchange.out_width, side.combiner.dtype if by_pair else self._sums_dtype)
+        part = PartShape(exchange.out_width, side.combiner.dtype if by_pair else self._sums_dtype)
         tag = Tag(handle.bank.index, handle.exchange, handle.micro_batch, "outputs")
         expected = [Expected(s.rank, (part,), (s.count,)) for s in handle.sent]
         with side.activity:

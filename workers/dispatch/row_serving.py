@@ -20,7 +20,7 @@ from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec, ExchangeSpec
 from workers.requests.step_header import StepHeader
-from workers.transport.transport import DataTransport, Expected, Part, RowMessage, Tag
+from workers.transport.transport import DataTransport, Expected, PartShape, RowMessage, Tag
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +142,8 @@ class StaticServing:
         bank, index, micro_batch = place
         exchange, granted = bank.exchanges[index], step.granted[micro_batch]
         by_pair = exchange.returns_pairs(step.combine_mode)
-        meta = Part(bank.top_k if by_pair else 2 * bank.top_k, torch.int32)
-        parts = (meta, Part(exchange.in_width, side.dtype))
+        meta = PartShape(bank.top_k if by_pair else 2 * bank.top_k, torch.int32)
+        parts = (meta, PartShape(exchange.in_width, side.dtype))
         inputs = bank.top_k if exchange.per_slot_input else 1
         expected = [Expected(r, parts, (n, n * inputs)) for r, n in granted.items()]
         tag = Tag(bank.index, exchange.index, micro_batch, "rows")

@@ -24,7 +24,7 @@ from workers.quantization.matrix import Weight
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Held:
+class LoadedExpert:
     """One loading of an expert."""
 
     expert: int
@@ -65,7 +65,7 @@ class ExpertSlots:
         )
         self.banks = tuple(ExpertBank(spec, num_slots, dtype, device, make) for spec in banks)
         """By ``BankSpec.index``."""
-        self._contents = [dict[int, Held]() for _ in banks]
+        self._contents = [dict[int, LoadedExpert]() for _ in banks]
 
     def contents(self, bank: int) -> dict[int, int]:
         """Slot -> logical expert whose weights are complete there."""
@@ -115,16 +115,16 @@ class ExpertSlots:
         for exchange, matrix, weight in source.weights(target.spec, expert, target.dtype):
             target.store(slot, exchange, matrix, weight, is_idle)
             yield
-        self._contents[bank][slot] = Held(expert)
+        self._contents[bank][slot] = LoadedExpert(expert)
 
-    def forget(self, bank: int, slot: int) -> Held | None:
+    def forget(self, bank: int, slot: int) -> LoadedExpert | None:
         """Hold nothing there from now on; the weights stay. Returns what was held.
 
         Comes before the last look at who needs the slot: ``contents`` no longer names it then.
         """
         return self._contents[bank].pop(slot, None)
 
-    def restore(self, bank: int, slot: int, held: Held | None) -> None:
+    def restore(self, bank: int, slot: int, held: LoadedExpert | None) -> None:
         """Undo ``forget``."""
         if held is not None:
             self._contents[bank][slot] = held

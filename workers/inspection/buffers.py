@@ -16,7 +16,13 @@ from torch import Tensor
 
 from workers.inspection.recorder import Capture, RouterRows
 from workers.model.config import BankSpec, ModelConfig
-from workers.requests.inspection import Inspection, ModelShape, NamedArray, Pooling, RouterShape
+from workers.requests.inspection import (
+    InspectionParams,
+    ModelShape,
+    NamedArray,
+    Pooling,
+    RouterShape,
+)
 
 
 def shape_of(config: ModelConfig, banks: Sequence[BankSpec]) -> ModelShape:
@@ -61,7 +67,11 @@ class InspectionBuffers:
     """Buffers of one request's inspection."""
 
     def __init__(
-        self, inspection: Inspection, length: int, config: ModelConfig, banks: Sequence[BankSpec]
+        self,
+        inspection: InspectionParams,
+        length: int,
+        config: ModelConfig,
+        banks: Sequence[BankSpec],
     ) -> None:
         self._inspection = inspection
         self._length = length

@@ -16,7 +16,7 @@ from workers.inspection.recorder import Capture
 from workers.model.config import BankSpec, ModelConfig
 from workers.requests.inspection import (
     IGNORED_LABEL,
-    Inspection,
+    InspectionParams,
     NamedArray,
     check_inspection,
     num_bytes,
@@ -133,7 +133,7 @@ class Inspector:
         return num_bytes(request.inspection, len(request.prompt), self._shape)
 
     def _kept(
-        self, inspection: Inspection, places: Sequence[int], found: Tensor
+        self, inspection: InspectionParams, places: Sequence[int], found: Tensor
     ) -> dict[int, Tensor]:
         wanted = set(inspection.logits)
         return {
@@ -143,7 +143,7 @@ class Inspector:
         }
 
     def _scored(
-        self, inspection: Inspection, places: Sequence[int], found: Tensor
+        self, inspection: InspectionParams, places: Sequence[int], found: Tensor
     ) -> dict[int, float]:
         """Log-probability of the label behind each place, by the label's position."""
         behind = {p: _label(inspection, p + 1) for p in places}
@@ -155,12 +155,12 @@ class Inspector:
         return {places[i] + 1: e.logprob for i, e in zip(kept, entries, strict=True)}
 
 
-def _label(inspection: Inspection, position: int) -> int:
+def _label(inspection: InspectionParams, position: int) -> int:
     labels = inspection.labels
     return labels[position] if position < len(labels) else IGNORED_LABEL
 
 
-def _wanted_rows(inspection: Inspection, first: int, last: int) -> list[int]:
+def _wanted_rows(inspection: InspectionParams, first: int, last: int) -> list[int]:
     """Positions from ``first`` to ``last`` - 1 that need logits, ascending."""
     wanted = {place for place in inspection.logits if first <= place < last}
     wanted.update(p for p in range(first, last) if _label(inspection, p + 1) != IGNORED_LABEL)

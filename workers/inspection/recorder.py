@@ -14,7 +14,7 @@ from torch import Tensor
 
 from workers.model.attention import attention_map
 from workers.model.attention_batch import AttentionBatch
-from workers.requests.inspection import Inspection
+from workers.requests.inspection import InspectionParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class RouterRows:
 class Capture:
     """Neighbouring rows of one sequence in one micro-batch; all on the CPU."""
 
-    inspection: Inspection
+    inspection: InspectionParams
     first: int
     """Position of the first row in its sequence."""
     row: int

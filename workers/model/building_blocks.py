@@ -14,10 +14,15 @@ import torch
 from torch import Tensor
 
 from workers.model.attention import attend
+from workers.model.attention_sublayer import (
+    HeadAttention,
+    RowAttention,
+    StagedSublayer,
+    TorchAttentionSublayer,
+)
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import Activation, ModelConfig
 from workers.model.delta_net import DeltaNet, Mix, TorchDeltaNet
-from workers.model.half import AttendsRows, AttentionHalf, HeadAttention, StagedHalf
 from workers.model.latent import HeadProducts, TorchHeadProducts
 from workers.model.layers import (
     Attend,
@@ -73,11 +78,11 @@ class BuildingBlocks:
         """The norm behind the layers, with a weight [H]."""
         return partial(rms_norm, weight=weight, eps=eps)
 
-    def half(self, half: AttentionHalf) -> StagedHalf:
+    def half(self, half: TorchAttentionSublayer) -> StagedSublayer:
         """The attention half of a layer, made of products of these blocks."""
         return half
 
-    def heads(self, attention: HeadAttention, dtype: torch.dtype) -> AttendsRows:
+    def heads(self, attention: HeadAttention, dtype: torch.dtype) -> RowAttention:
         """Attention of a layer that is not a half; ``dtype`` of the model."""
         return attention
 

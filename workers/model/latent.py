@@ -130,7 +130,7 @@ class LinearHeadProducts:
 
 
 AttendRows = Callable[[Tensor, Tensor, LayerContext], Tensor]
-"""``AttendsRows.attend_rows`` of absorbed queries and latent vectors [T, (A + 1) * (R + P)]."""
+"""``RowAttention.attend_rows`` of absorbed queries and latent vectors [T, (A + 1) * (R + P)]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

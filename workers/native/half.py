@@ -1,6 +1,6 @@
 """The attention half of a layer on a CPU (``c/half.h``).
 
-Reference: ``workers.model.half``.
+Reference: ``workers.model.attention_sublayer``.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class Library:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class LibraryChoice:
     """The kernels of this machine."""
 
     library: Library | None
@@ -99,7 +99,7 @@ def find_library(
     folder: Path | None = None,
     environ: Mapping[str, str] = os.environ,
     cpu_info: Path = CPU_INFO,
-) -> Found:
+) -> LibraryChoice:
     """The best library that this processor runs, built first where that is needed.
 
     An instruction set whose library cannot be made gives way to the next one. Raises
@@ -108,11 +108,11 @@ def find_library(
     reasons: list[str] = []
     for wanted in runnable(cpu_info, environ):
         try:
-            return Found(load_library(wanted, folder, environ), "; ".join(reasons))
+            return LibraryChoice(load_library(wanted, folder, environ), "; ".join(reasons))
         except (BuildError, OSError) as err:
             reasons.append(f"no library for {wanted.name}: {err}")
     machine = f"{platform.machine()} on {sys.platform}" if not has_kernels() else "no AVX2"
-    return Found(
+    return LibraryChoice(
         None, "; ".join(reasons) or f"{machine}: kernels are for x86-64 with AVX2 on Linux"
     )
 

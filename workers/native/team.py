@@ -7,7 +7,7 @@ import os
 import weakref
 from dataclasses import dataclass, replace
 
-from workers.native.library import Found, Library, find_library
+from workers.native.library import Library, LibraryChoice, find_library
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Kernels:
 
 def start_kernels(num_threads: int, why_torch: str = "") -> Kernels:
     """A team with the best kernels of this machine, where ``why_torch`` has nothing against it."""
-    found = Found(None, why_torch) if why_torch else find_library()
+    found = LibraryChoice(None, why_torch) if why_torch else find_library()
     is_surprise = found.library is None and not why_torch
     logger.log(logging.WARNING if is_surprise else logging.INFO, "kernels: %s", found.words)
     return Kernels(Team(found.library, num_threads) if found.library else None, found.words)

@@ -1,6 +1,6 @@
 """Which internal values of the model a request may ask for, and their size. Pure.
 
-A ``Request`` carries an ``Inspection``; its result is a tuple of ``NamedArray`` on the request's
+A ``Request`` carries ``InspectionParams``; the result is a tuple of ``NamedArray`` on the request's
 last output:
 
     logits [P, V]             hidden_states [L + 1, T, H]      embedding [H]
@@ -33,7 +33,7 @@ class Pooling(Enum):
     MEAN = "mean"
 
 
-class Inspection(Message, frozen=True, kw_only=True, array_like=True):
+class InspectionParams(Message, frozen=True, kw_only=True, array_like=True):
     """Internal values to return from one pass over a prompt."""
 
     logits: tuple[int, ...] = ()
@@ -117,12 +117,12 @@ class ModelShape:
         return any(bank.aux_copies for bank in self.banks)
 
 
-def num_bytes(inspection: Inspection, length: int, shape: ModelShape) -> int:
+def num_bytes(inspection: InspectionParams, length: int, shape: ModelShape) -> int:
     """Bytes of the result of a prompt of ``length`` tokens."""
     return 4 * sum(_elements(inspection, length, shape))
 
 
-def _elements(inspection: Inspection, length: int, shape: ModelShape) -> Iterator[int]:
+def _elements(inspection: InspectionParams, length: int, shape: ModelShape) -> Iterator[int]:
     yield len(inspection.logits) * shape.num_logits + len(inspection.labels)
     if inspection.embedding is not None:
         yield shape.hidden_size
@@ -136,7 +136,7 @@ def _elements(inspection: Inspection, length: int, shape: ModelShape) -> Iterato
         yield 2 * bank.num_experts * inspection.aux
 
 
-def check_inspection(inspection: Inspection, length: int, shape: ModelShape) -> None:
+def check_inspection(inspection: InspectionParams, length: int, shape: ModelShape) -> None:
     """Raise ``RequestError`` naming field, value and rule for impossible outputs."""
     if inspection.attentions and length > MAX_ATTENTION_TOKENS:
         raise RequestError(
@@ -156,7 +156,7 @@ def check_inspection(inspection: Inspection, length: int, shape: ModelShape) -> 
         )
 
 
-def _check_positions(inspection: Inspection, length: int) -> None:
+def _check_positions(inspection: InspectionParams, length: int) -> None:
     places = inspection.logits
     if places and not 0 <= places[0] <= places[-1] < length:
         raise RequestError(

@@ -11,7 +11,7 @@ from enum import Enum
 from itertools import chain
 
 from cluster.core.codec import Codec, Count, Message
-from workers.requests.inspection import Inspection, NamedArray
+from workers.requests.inspection import InspectionParams, NamedArray
 from workers.requests.prompt_embeds import PromptEmbeds
 from workers.requests.traced import StepParents
 
@@ -160,7 +160,7 @@ class Request(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     cache_ttl_s: float | None = None
     """Time after its end for which its blocks are kept before others; 0: nobody will use them
     again; None: it does not say."""
-    inspection: Inspection | None = None
+    inspection: InspectionParams | None = None
     """Internal values to return beside tokens; only with ``n`` 1 and ``max_tokens`` 0."""
     prompt_embeds: PromptEmbeds | None = None
     """What the model reads in place of the prompt's tokens, which are zeros then."""

@@ -35,7 +35,7 @@ class Tag(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PartShape:
     """Shape of one part: rows of ``width`` elements."""
 
     width: int
@@ -61,7 +61,7 @@ class Expected:
     """A message that one rank is to send."""
 
     rank: int
-    parts: tuple[Part, ...]
+    parts: tuple[PartShape, ...]
     counts: tuple[int, ...]
     """Rows of each part; where the message is ``sized``, the most rows."""
 

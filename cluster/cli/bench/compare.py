@@ -13,7 +13,7 @@ from typing import Any
 from cluster.cli.bench.document import numbers_of
 from cluster.cli.bench.load_options import add_load_options
 from cluster.cli.bench.side_by_side import measure_both
-from cluster.cli.terminal.arguments import Commands, Number, count
+from cluster.cli.terminal.arguments import CommandParsers, Number, count
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, show, table
 
@@ -59,7 +59,7 @@ class Change:
         return self.better == "lower" and self.ratio > threshold
 
 
-def add_command(kinds: Commands) -> None:
+def add_command(kinds: CommandParsers) -> None:
     text = "two saved documents, or two servers under the same load; exits with 1 if B is worse"
     parser = kinds.add("compare", run, text)
     for name, what in (("A", "of --save or --json, or a server"), ("B", "of the same kind")):

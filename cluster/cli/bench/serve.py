@@ -14,7 +14,7 @@ from cluster.cli.bench.load_options import add_load_options, load_of
 from cluster.cli.bench.measurement import Measurement, warn_if_late
 from cluster.cli.bench.tally import MEASURES
 from cluster.cli.bench.targets import grpc_target, http_target
-from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.arguments import CommandParsers
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.output import table
@@ -24,13 +24,13 @@ _NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "E2E latency"}
 _COLUMNS = ("mean", "median", "p90", "p99")
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     kinds = commands.add_group("bench", "measure a server")
     add_command(kinds)
     compare.add_command(kinds)
 
 
-def add_command(kinds: Commands) -> None:
+def add_command(kinds: CommandParsers) -> None:
     parser = kinds.add("serve", run, "load on a running server, streamed completions")
     add_load_options(parser)
     text = "use gRPC, at this address (default: the address that the server reports)"

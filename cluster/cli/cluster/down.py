@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from cluster.cli.terminal.arguments import Commands, seconds
+from cluster.cli.terminal.arguments import CommandParsers, seconds
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, out_json
 from cluster.cli.terminal.progress import Progress
@@ -24,7 +24,7 @@ _POLL_S = 0.1
 _END_LIMIT_S = 120.0
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     parser = commands.add("down", run, "end a cluster that up started")
     parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
     parser.add_argument(

@@ -12,7 +12,12 @@ import uuid
 from typing import Any
 
 from cluster.cli.terminal.admin_client import AdminClient, find_admin, make_admin_client
-from cluster.cli.terminal.arguments import Commands, add_address_option, add_wait_option, seconds
+from cluster.cli.terminal.arguments import (
+    CommandParsers,
+    add_address_option,
+    add_wait_option,
+    seconds,
+)
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.operations import follow_operation
 from cluster.cli.terminal.output import show
@@ -24,7 +29,7 @@ _GRACE_S = 10.0
 """Time past its own deadline in which an operation must have ended."""
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     kinds = commands.add_group("drain", "empty workers or a gateway; no request fails")
     for what, text in (("worker", "empty a worker and end it"), ("node", "the same for a node")):
         parser = kinds.add(what, run_drain, text)

@@ -6,14 +6,14 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.arguments import CommandParsers
 from cluster.cli.terminal.client import Client, require_whole
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.output import show
 from cluster.core.states import WorkerState, is_gone
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     health = commands.add("health", run_health, "exits 0 if all is well and 4 if not, for probes")
     health.add_argument(
         "--node", metavar="NAME", help="only its workers: are they loaded and in the generation"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.cli.experts.rebalance import describe
-from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.arguments import CommandParsers
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.output import colour, note, show, table, time_of_day
@@ -18,7 +18,7 @@ WATCH_INTERVAL_S = 1.0
 _COLOURS = {"SERVING": "green", "DEGRADED": "yellow", "RECOVERING": "yellow", "STOPPED": "red"}
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     status = commands.add("status", run_status, "state; exits 0 only when ready")
     status.add_argument("--watch", action="store_true", help="again and again until interrupted")
     commands.add("workers", run_workers, "one line for each worker")

@@ -16,7 +16,7 @@ from typing import Any
 
 from cluster.cli.cluster.followed_files import FollowedFile
 from cluster.cli.terminal.admin_client import AdminClient, make_admin_client
-from cluster.cli.terminal.arguments import Commands, add_address_option, count_or_0
+from cluster.cli.terminal.arguments import CommandParsers, add_address_option, count_or_0
 from cluster.cli.terminal.client import Client, find_record, require_whole
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import out, out_json
@@ -31,7 +31,7 @@ _TICK_S = 0.25
 _POLL_S = 0.5
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     parser = commands.add("logs", run, "what workers of any host, or the launcher, have logged")
     parser.add_argument(
         "worker", nargs="*", metavar="WORKER", help="as in workers, or controller; none: launcher"

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from cluster.cli.terminal.arguments import Commands, Number, count_or_0, positive
+from cluster.cli.terminal.arguments import CommandParsers, Number, count_or_0, positive
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note
 from cluster.core.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS, ROLE, ROLES
@@ -45,7 +45,7 @@ _LIMITS = {
 """Ray notices a silent host after 6 to 9 s; without these it takes 65 s."""
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     node = commands.add("node", run_node, "make this host a part of a Ray cluster of several hosts")
     which = node.add_mutually_exclusive_group(required=True)
     which.add_argument("--head", action="store_true", help="the first host")

@@ -6,13 +6,13 @@ import argparse
 import math
 
 from cluster.cli.terminal.admin_client import make_admin_client
-from cluster.cli.terminal.arguments import Commands, add_address_option, add_wait_option
+from cluster.cli.terminal.arguments import CommandParsers, add_address_option, add_wait_option
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.operations import follow_operation, show_operation
 from cluster.cli.terminal.output import show, table, time_of_day
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     kinds = commands.add_group("operations", "list, get, wait for or cancel changes")
     every = kinds.add("list", run_list, "the last operations, newest last")
     get = kinds.add("get", run_get, "how far an operation is")

@@ -7,7 +7,7 @@ import uuid
 
 from cluster.cli.terminal.admin_client import make_admin_client
 from cluster.cli.terminal.arguments import (
-    Commands,
+    CommandParsers,
     add_address_option,
     add_wait_option,
     count,
@@ -21,7 +21,7 @@ _GRACE_S = 10.0
 """Time past its own deadlines in which an operation must have ended."""
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     scale = commands.add("scale", run_scale, "change how many workers there are; no request fails")
     scale.add_argument("--attention", type=count, metavar="N", help="attention workers")
     text = "expert workers, in colocated mode all workers"

@@ -21,7 +21,7 @@ from cluster.cli.options.serve_options import (
     read_given,
     without_keys,
 )
-from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.arguments import CommandParsers
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, show
 from cluster.cli.terminal.progress import Progress
@@ -36,7 +36,7 @@ from gateway.auth.tls_files import check_tls_files
 from gateway.state.folder import check_folder
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     serve = commands.add("serve", run_serve, "start a cluster and stay in the foreground")
     add_serve_options(serve)
     up = commands.add("up", run_up, "start a cluster in the background, return when it is ready")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.cli.terminal.arguments import Commands, seconds
+from cluster.cli.terminal.arguments import CommandParsers, seconds
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.output import out, out_json, out_line, table
@@ -29,7 +29,7 @@ Numbers = Mapping[tuple[str, str], float]
 """(name, worker, empty for the cluster) -> value, over all other labels."""
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     parser = commands.add("top", run, "how busy the workers are")
     parser.add_argument(
         "--interval",

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.cli.terminal.arguments import Commands, count
+from cluster.cli.terminal.arguments import CommandParsers, count
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import save, show, table
@@ -19,7 +19,7 @@ VIEWS = ("total", "window", "average")
 DEFAULT_TOP = 4
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     load = commands.add("load", run_load, "which experts the tokens choose")
     load.add_argument("--top", type=count, default=DEFAULT_TOP, help="busiest experts")
     text = "since the start, the newest window, or the exponential average"

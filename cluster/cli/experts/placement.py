@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.cli.terminal.arguments import Commands, count_or_0
+from cluster.cli.terminal.arguments import CommandParsers, count_or_0
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import has_colours, shade, show, table
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     placement = commands.add("placement", run_placement, "which expert is where")
     placement.add_argument("--layer", type=count_or_0, metavar="N", help="one layer only")
 

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.cli.terminal.admin_client import make_admin_client
-from cluster.cli.terminal.arguments import Commands, add_address_option, add_wait_option
+from cluster.cli.terminal.arguments import CommandParsers, add_address_option, add_wait_option
 from cluster.cli.terminal.operations import follow_operation
 
 DEFAULT_LIMIT_S = 600.0
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     rebalance = commands.add(
         "rebalance", run_rebalance, "move experts to where the load is, while the cluster serves"
     )

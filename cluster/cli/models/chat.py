@@ -7,13 +7,13 @@ import sys
 from collections.abc import Iterator
 
 from cluster.cli.models.generate import INTERRUPTED, add_sampling, sampling_of, stream_text
-from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.arguments import CommandParsers
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, out_json
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     parser = commands.add("chat", run, "talk to the model")
     parser.add_argument("message", nargs="?", help="say this alone (a conversation: a line each)")
     parser.add_argument("--system", metavar="TEXT", help="system message")

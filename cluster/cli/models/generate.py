@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.cli.terminal.arguments import Commands, Number, add_model_option, count, fraction
+from cluster.cli.terminal.arguments import CommandParsers, Number, add_model_option, count, fraction
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import out, out_json
@@ -17,7 +17,7 @@ INTERRUPTED = "interrupted"
 _WORD = 2**63
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     parser = commands.add("generate", run, "complete a text")
     parser.add_argument("text", help="prompt, - reads it from stdin")
     add_sampling(parser)

@@ -13,7 +13,7 @@ from cluster.cli.models.tokenize import (
     model_field,
     tokens_of,
 )
-from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.arguments import CommandParsers
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, out_json, out_line, table
@@ -22,7 +22,7 @@ SHOWN = ("logprobs", "loss", "routes")
 """Outputs that the table for people is made of."""
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     parser = commands.add("inspect", run, "look inside for given tokens")
     add_text_or_ids(parser)
     shown = ", ".join(SHOWN)

@@ -10,10 +10,10 @@ from typing import Any
 
 import aiohttp
 
-from cluster.batches.answers import AnswerFile
+from cluster.batches.answer_file import AnswerFile
 from cluster.batches.requests import BatchRequest, RequestFile
 from cluster.batches.run import BatchAnswer, BatchCounts, BatchRun, UnreachableError
-from cluster.cli.terminal.arguments import MAX_COUNT, Commands, Number, count, seconds
+from cluster.cli.terminal.arguments import MAX_COUNT, CommandParsers, Number, count, seconds
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, show
@@ -27,7 +27,7 @@ _REFUSED = (401, 403)
 """Statuses that every request would get."""
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     parser = commands.add("run-batch", run, "answer a file of requests")
     parser.add_argument("requests", type=Path, help="requests, one JSON object a line")
     text = "answers, as they come; what it has already is not asked again"

@@ -6,13 +6,13 @@ import argparse
 import sys
 from typing import Any
 
-from cluster.cli.terminal.arguments import Commands, add_model_option
+from cluster.cli.terminal.arguments import CommandParsers, add_model_option
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, out_json, out_line, table
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     parser = commands.add("tokenize", run, "tokens of a text, and back")
     add_text_or_ids(parser)
 

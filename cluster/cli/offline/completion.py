@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.arguments import CommandParsers
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.output import out
 
@@ -14,7 +14,7 @@ bash: expertmesh completion bash > ~/.local/share/bash-completion/completions/ex
 zsh:  expertmesh completion zsh > "${fpath[1]}/_expertmesh\""""
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     parser = commands.add("completion", run, "a shell's script that completes commands and options")
     parser.add_argument("shell", choices=SHELLS, help="shell")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -10,7 +10,7 @@ from typing import Any
 from cluster.cli.options.option import ServeOption, parse_bytes
 from cluster.cli.options.serve_config import build_config
 from cluster.cli.options.serve_options import OPTIONS, Setting, add_settings, read_given
-from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.arguments import CommandParsers
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.output import out, out_json, out_line, table
 from cluster.launch.model_source import ModelSource
@@ -19,7 +19,7 @@ _HIDDEN = "(given, not shown)"
 _NOBODY = "default"
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     parser = commands.add("config", run, "values that serve would take; starts nothing")
     parser.add_argument(
         "--show-origin",

@@ -23,7 +23,7 @@ from cluster.cli.offline.host_limits import (
     examine_threads,
 )
 from cluster.cli.offline.version import versions
-from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.arguments import CommandParsers
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.output import colour, note, show
 from cluster.cli.terminal.progress import Progress
@@ -36,7 +36,7 @@ from cluster.launch.model_source import bundled_checkpoint
 from cluster.launch.plan import check_ports, count_cpus, count_gpus
 
 if TYPE_CHECKING:
-    from workers.native.library import Found
+    from workers.native.library import LibraryChoice
 
 MIN_MEMORY_BYTES = 3 << 30
 DEFAULT_PORTS = {"port": 8000, "grpc_port": 50051}
@@ -50,7 +50,7 @@ print(json.dumps({"cuda": has_cuda, "cuda_version": torch.version.cuda, "nccl": 
 """
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     commands.add("doctor", run, "examine this host")
 
 
@@ -120,7 +120,7 @@ def examine_kernels() -> Finding:
         return finding("kernels", False, str(err))
 
 
-def kernels_finding(found: Found) -> Finding:
+def kernels_finding(found: LibraryChoice) -> Finding:
     """Without kernels torch computes, more slowly."""
     is_best = found.library is not None and not found.reason
     return finding("kernels", is_best, found.words, otherwise="warn")

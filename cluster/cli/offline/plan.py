@@ -12,7 +12,7 @@ from typing import Any
 from cluster.cli.offline import plan_page
 from cluster.cli.offline.plan_simulate import add_devices, add_simulate
 from cluster.cli.offline.plan_size import add_size
-from cluster.cli.terminal.arguments import Commands, count, fraction_or_0, positive
+from cluster.cli.terminal.arguments import CommandParsers, count, fraction_or_0, positive
 from cluster.cli.terminal.output import save, show, table
 from cluster.core.checks import check
 from cluster.core.load_profile import LoadProfile, load_profile
@@ -37,14 +37,14 @@ class PlanQuery:
     options: PlanOptions
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     kinds = commands.add_group("plan", "plan offline; changes nothing")
     add_placement(kinds)
     add_size(kinds)
     add_simulate(kinds)
 
 
-def add_placement(kinds: Commands) -> None:
+def add_placement(kinds: CommandParsers) -> None:
     parser = kinds.add("placement", run_placement, "which device should hold which expert")
     add_devices(parser)
     text = "load profile; several are added up"

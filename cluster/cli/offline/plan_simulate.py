@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 
 from cluster.cli.terminal.arguments import (
-    Commands,
+    CommandParsers,
     count,
     count_or_0,
     fraction_or_0,
@@ -30,7 +30,7 @@ from cluster.sizing.replay import (
 _COST = ExpertStepCost()
 
 
-def add_simulate(kinds: Commands) -> None:
+def add_simulate(kinds: CommandParsers) -> None:
     parser = kinds.add(
         "simulate", run_simulate, "replay a changing load under policies of re-planning"
     )

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.cli.terminal.arguments import Commands, count, fraction, not_negative, positive
+from cluster.cli.terminal.arguments import CommandParsers, count, fraction, not_negative, positive
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, show, table
 from cluster.config.resources import WorkerShare
@@ -32,7 +32,7 @@ two pools        with m micro-batches: max(m x attention, m x experts, one micro
 one pool         m x (attention + experts), or one with its exchange, whichever is longer"""
 
 
-def add_size(kinds: Commands) -> None:
+def add_size(kinds: CommandParsers) -> None:
     parser = kinds.add("size", run_size, "how many attention and expert workers, by the roofline")
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="folder or hub id; config.json alone will do"

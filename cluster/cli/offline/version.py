@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import platform
 
-from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.arguments import CommandParsers
 from cluster.cli.terminal.output import show
 from cluster.core.release import RELEASE, installed_version
 
 PACKAGES = ("ray", "torch", "grpcio", "fastapi")
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandParsers) -> None:
     commands.add("version", run, "show versions")
 
 

@@ -32,7 +32,7 @@ class _HelpFormatter(argparse.HelpFormatter):
         return f"{text} (default: {shown})"
 
 
-class Commands:
+class CommandParsers:
     """Commands of one level. All have the arguments of ``common``."""
 
     def __init__(self, subparsers: Any, common: argparse.ArgumentParser) -> None:
@@ -50,10 +50,10 @@ class Commands:
         parser.set_defaults(run=run, command_parser=parser)
         return parser
 
-    def add_group(self, name: str, text: str) -> Commands:
+    def add_group(self, name: str, text: str) -> CommandParsers:
         """Add a command that has subcommands; returns their registry."""
         parser = self._add(name, text)
-        return Commands(parser.add_subparsers(metavar="WHAT", required=True), self._common)
+        return CommandParsers(parser.add_subparsers(metavar="WHAT", required=True), self._common)
 
     def _add(self, name: str, text: str, **options: Any) -> argparse.ArgumentParser:
         self.lines.append(f"  {name:<12}{text}")

@@ -23,7 +23,7 @@ from cluster.controller.parts.adapter_table import AdapterTable
 from cluster.controller.parts.drains import Drain
 from cluster.controller.parts.effects import Effect, Release, Send
 from cluster.controller.parts.host_disks import HostDisks
-from cluster.controller.parts.membership import GenerationRound, Membership, Phase
+from cluster.controller.parts.membership import GenerationRound, MemberRecords, Phase
 from cluster.controller.parts.memory import History, LostWorker, Memory
 from cluster.controller.parts.metrics import ControllerMetrics, MoveReason
 from cluster.controller.parts.operations import Operations
@@ -105,7 +105,7 @@ class Cluster:
         self.late: tuple[str, ...] = ()
         """Workers for which steps wait that are wanted, or for which a generation waits."""
         self.workers = WorkerTable(members, model=config.model, now=now)
-        self.membership = Membership(placement, self.workers, self.places, now)
+        self.membership = MemberRecords(placement, self.workers, self.places, now)
         self.history = History(wall_time_offset_s)
         self.load = LoadTracker(config.load, now)
         """Expert load."""
@@ -124,7 +124,7 @@ class Cluster:
 
     @property
     def round(self) -> GenerationRound:
-        """The newest generation and its answers, see ``Membership``."""
+        """The newest generation and its answers, see ``MemberRecords``."""
         return self.membership.round
 
     @property
@@ -134,12 +134,12 @@ class Cluster:
 
     @property
     def placement(self) -> ExpertPlacement:
-        """The placement in force, see ``Membership``."""
+        """The placement in force, see ``MemberRecords``."""
         return self.membership.placement
 
     @property
     def desired(self) -> ExpertPlacement:
-        """The placement of the whole cluster, see ``Membership``."""
+        """The placement of the whole cluster, see ``MemberRecords``."""
         return self.membership.desired
 
     @property

@@ -113,7 +113,7 @@ class GenerationRound:
         self.reports = [r for r in self.reports if name not in (r.reporter, r.suspect)]
 
 
-class Membership:
+class MemberRecords:
     """Decides which generation is the newest and which placement is in force.
 
     Parts that only read these take them from ``Cluster``.

@@ -34,7 +34,7 @@ _ROOM_WAIT_S = 10.0
 _MAX_RETRY_S = 60.0
 
 
-class Problem(StrEnum):
+class RecoveryProblem(StrEnum):
     """What keeps a cluster from being whole; follows the name of a worker or a place."""
 
     CANNOT_LOAD = "cannot load experts"
@@ -65,15 +65,16 @@ class Recovery:
         """What keeps the cluster from being whole, for people."""
         names = {r.member.device: r.name for r in self._cluster.workers.alive()}
         found = [
-            f"{names.get(device, f'device {device}')} {Problem.CANNOT_LOAD}: {error}"
+            f"{names.get(device, f'device {device}')} {RecoveryProblem.CANNOT_LOAD}: {error}"
             for device, error in sorted(self._barred.items())
         ]
         closed = self._cluster.places.closed
-        found += [f"{name} {Problem.LEFT_OUT}: {place.why}" for name, place in closed.items()]
+        left_out = RecoveryProblem.LEFT_OUT
+        found += [f"{name} {left_out}: {place.why}" for name, place in closed.items()]
         for record in self._cluster.workers.alive():
             waits = record.state is WorkerState.STARTING and not record.has_process
             if waits and record.started_with is not None and now - record.since > _ROOM_WAIT_S:
-                found.append(f"{record.name} {Problem.WAITS_FOR_ROOM}")
+                found.append(f"{record.name} {RecoveryProblem.WAITS_FOR_ROOM}")
         return found
 
     # ---- events ---------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from enum import Enum, auto
 
 from gateway.core.thinking import BEGIN, END, Thinking
 from gateway.core.tool_use import ToolForm, ToolUse
-from gateway.text.forms.call_arguments import ArgumentsState, CallArguments
+from gateway.text.forms.arguments_reader import ArgumentsReader, ArgumentsState
 from gateway.text.forms.call_ids import CallIds
 from gateway.text.forms.call_syntax import SYNTAXES, CallSyntax, Slot
 from gateway.text.forms.lookahead import Lookahead
@@ -82,7 +82,7 @@ class AnswerParser:
         self._breaks = ""  # at the end of reasoning so far
         self._ahead = Lookahead()
         pairs = self._syntax.pairs if self._syntax is not None else None
-        self._arguments = CallArguments(pairs, self._tools, self._ahead)
+        self._arguments = ArgumentsReader(pairs, self._tools, self._ahead)
         self._passed = ""  # since a mark: text, if no call follows
         self.num_begun = 0
         """Calls whose name is known."""

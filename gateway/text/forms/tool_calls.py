@@ -21,7 +21,7 @@ class CallDelta:
 
 
 @dataclass(frozen=True, slots=True)
-class TextDelta:
+class ParsedText:
     """A piece of text."""
 
     text: str
@@ -36,7 +36,7 @@ class ParsedPiece:
     calls: tuple[CallDelta, ...] = ()
     reasoning: str = ""
     """What the model says to itself, where its form tells that apart."""
-    parts: tuple[TextDelta | CallDelta, ...] = field(default=(), compare=False)
+    parts: tuple[ParsedText | CallDelta, ...] = field(default=(), compare=False)
     """The same in the order of the answer; empty where there is but one kind."""
 
     def joined(self) -> ParsedPiece:
@@ -48,11 +48,11 @@ class ParsedPiece:
             calls.append(replace(first, arguments=arguments))
         return replace(self, calls=tuple(calls))
 
-    def in_order(self) -> tuple[TextDelta | CallDelta, ...]:
+    def in_order(self) -> tuple[ParsedText | CallDelta, ...]:
         """Its parts as the model wrote them."""
         if self.parts:
             return self.parts
-        texts = (TextDelta(self.reasoning, True), TextDelta(self.content))
+        texts = (ParsedText(self.reasoning, True), ParsedText(self.content))
         return (*(text for text in texts if text.text), *self.calls)
 
 
@@ -60,17 +60,17 @@ class PieceBuilder:
     """Puts a piece together, in the order in which its parts are found."""
 
     def __init__(self) -> None:
-        self._parts: list[TextDelta | CallDelta] = []
+        self._parts: list[ParsedText | CallDelta] = []
 
     def add_text(self, text: str, is_reasoning: bool = False) -> None:
         if text:
-            self._parts.append(TextDelta(text, is_reasoning))
+            self._parts.append(ParsedText(text, is_reasoning))
 
     def add_call(self, call: CallDelta) -> None:
         self._parts.append(call)
 
     def piece(self) -> ParsedPiece:
-        texts = [part for part in self._parts if isinstance(part, TextDelta)]
+        texts = [part for part in self._parts if isinstance(part, ParsedText)]
         calls = tuple(part for part in self._parts if isinstance(part, CallDelta))
         content = "".join(part.text for part in texts if not part.is_reasoning)
         reasoning = "".join(part.text for part in texts if part.is_reasoning)

@@ -20,7 +20,7 @@ from gateway.text.schemas.references import (
     MAX_LEVELS,
     MAX_SCHEMA_DEPTH,
     References,
-    Target,
+    ReferenceTarget,
     base_of,
     inner_schemas,
     is_too_deep,
@@ -145,7 +145,7 @@ class _Cleaner:
     tool: Tool
     is_strict: bool
     references: References = field(init=False)
-    _targets: list[Target] = field(default_factory=list)
+    _targets: list[ReferenceTarget] = field(default_factory=list)
     _numbers: dict[int, int] = field(default_factory=dict)
     _num_nodes: int = 0
 
@@ -263,7 +263,7 @@ class _Cleaner:
             self._targets.append(target)
         found["$ref"] = f"{DEFINITION}{number}"
 
-    def _end_of(self, reference: str, base: Mapping[str, Any]) -> Target | None:
+    def _end_of(self, reference: str, base: Mapping[str, Any]) -> ReferenceTarget | None:
         """The first target that is more than a reference; None where they lead in a circle."""
         seen: set[int] = set()
         target = self.references.find(reference, base)

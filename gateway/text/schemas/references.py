@@ -25,7 +25,7 @@ CONTENTS = frozenset({"enum", "const", "default", "examples"})
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ReferenceTarget:
     """What a reference names."""
 
     schema: Any
@@ -43,9 +43,9 @@ class References:
     def __init__(self, root: Mapping[str, Any]) -> None:
         self.root = root
         self._root_id = _text(root.get("$id")) or _text(root.get("id"))
-        self._by_id: dict[str, Target] | None = None
+        self._by_id: dict[str, ReferenceTarget] | None = None
 
-    def find(self, reference: str, base: Mapping[str, Any] | None = None) -> Target | None:
+    def find(self, reference: str, base: Mapping[str, Any] | None = None) -> ReferenceTarget | None:
         """The target of ``#/$defs/a%20b`` or ``#name``, for example; None where there is none."""
         base = self.root if base is None else base
         address, _, fragment = reference.partition("#")
@@ -56,12 +56,12 @@ class References:
             base = found.schema
         fragment = unquote(fragment)
         if not fragment or fragment == "/":
-            return Target(base, base)
+            return ReferenceTarget(base, base)
         if fragment.startswith("/"):
             return self._at(fragment, base)
         return self._named(f"#{fragment}")
 
-    def _at(self, pointer: str, base: Mapping[str, Any]) -> Target | None:
+    def _at(self, pointer: str, base: Mapping[str, Any]) -> ReferenceTarget | None:
         found: Any = base
         for step in pointer[1:].split("/"):
             name = step.replace("~1", "/").replace("~0", "~")
@@ -72,16 +72,16 @@ class References:
             else:
                 return None
             base = base_of(found, base)
-        return Target(found, base) if isinstance(found, (Mapping, bool)) else None
+        return ReferenceTarget(found, base) if isinstance(found, (Mapping, bool)) else None
 
-    def _named(self, address: str) -> Target | None:
+    def _named(self, address: str) -> ReferenceTarget | None:
         """By ``$id`` (of the whole schema or a part) or, as ``#name``, by ``$anchor``."""
         if self._by_id is None:
             self._by_id = dict(self._names())
         known = self._by_id
         return known.get(address) or known.get(urljoin(self._root_id, address))
 
-    def _names(self) -> Iterator[tuple[str, Target]]:
+    def _names(self) -> Iterator[tuple[str, ReferenceTarget]]:
         waiting: list[tuple[Any, Mapping[str, Any]]] = [(self.root, self.root)]
         while waiting:
             schema, base = waiting.pop()
@@ -89,11 +89,11 @@ class References:
                 base = base_of(schema, base)
                 for key in ("$id", "id"):
                     if name := _text(schema.get(key)):
-                        yield name, Target(schema, base)
-                        yield urljoin(self._root_id, name), Target(schema, base)
+                        yield name, ReferenceTarget(schema, base)
+                        yield urljoin(self._root_id, name), ReferenceTarget(schema, base)
                 for key in ("$anchor", "$dynamicAnchor"):
                     if name := _text(schema.get(key)):
-                        yield f"#{name}", Target(schema, base)
+                        yield f"#{name}", ReferenceTarget(schema, base)
             waiting += ((inner, base) for inner in _inner(schema))
 
 
@@ -129,8 +129,8 @@ class _Graph:
 
     def __init__(self, references: References) -> None:
         self._numbers: dict[int, int] = {}
-        self._targets: list[Target] = []
-        self._number(Target(references.root, references.root))
+        self._targets: list[ReferenceTarget] = []
+        self._number(ReferenceTarget(references.root, references.root))
         self.levels: list[int] = []
         """Of each: objects within each other, references not followed."""
         self.leads_to: list[list[int]] = []
@@ -138,13 +138,13 @@ class _Graph:
         while self.visits_left > 0 and len(self.levels) < len(self._targets):
             self._read(self._targets[len(self.levels)], references)
 
-    def _number(self, target: Target) -> int:
+    def _number(self, target: ReferenceTarget) -> int:
         number = self._numbers.setdefault(id(target.schema), len(self._targets))
         if number == len(self._targets):
             self._targets.append(target)
         return number
 
-    def _read(self, target: Target, references: References) -> None:
+    def _read(self, target: ReferenceTarget, references: References) -> None:
         deepest, named = 0, []
         waiting: list[tuple[Any, Mapping[str, Any], int]] = [(target.schema, target.base, 1)]
         while waiting and self.visits_left > 0:

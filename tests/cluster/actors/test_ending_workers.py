@@ -14,7 +14,7 @@ from ray import NodeID
 from ray.exceptions import RayTaskError
 
 from cluster.actors import ray_tools, worker_actor
-from cluster.actors.worker_actor import WorkerActor
+from cluster.actors.worker_actor import ActorCalls
 from cluster.actors.worker_group import WorkerGroup
 from cluster.core.errors import SupersededError
 from cluster.core.placement import contiguous
@@ -93,7 +93,7 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Killed:
 
 async def _group(handle: Handle) -> WorkerGroup:
     group = WorkerGroup({})
-    actor = WorkerActor("expert-0", handle, NODE, process=PROCESS)
+    actor = ActorCalls("expert-0", handle, NODE, process=PROCESS)
     group._actors["expert-0"] = actor
     await group.claim("a controller")
     return group
@@ -166,7 +166,7 @@ def test_an_end_that_fails_does_not_forget_the_next_worker_of_that_name(killed: 
         killed.newest_term = 2
         end = asyncio.ensure_future(group.end(["expert-0"]))
         await asyncio.sleep(0)
-        successor = WorkerActor("expert-0", Handle(), NODE, process=PROCESS)
+        successor = ActorCalls("expert-0", Handle(), NODE, process=PROCESS)
         group._actors["expert-0"] = successor
         with pytest.raises(SupersededError):
             await end

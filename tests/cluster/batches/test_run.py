@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.batches import run
-from cluster.batches.answers import AnswerFile
+from cluster.batches.answer_file import AnswerFile
 from cluster.batches.requests import BatchRequest, RequestFile
 from cluster.batches.run import BatchAnswer, BatchCounts, BatchRun, UnreachableError
 from cluster.core.errors import ConflictError

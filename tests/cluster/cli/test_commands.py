@@ -28,7 +28,7 @@ from cluster.launch.plan import count_cpus
 from tests.cluster.cli.fake_gateway import EVENTS, PARTIAL, PLACEMENT, STATUS, FakeGateway
 from tests.cluster.launch.test_state_file import record
 from tests.paths import ROOT
-from workers.native.library import Found
+from workers.native.library import LibraryChoice
 
 pytestmark = pytest.mark.usefixtures("state_home")
 
@@ -356,7 +356,7 @@ def test_doctor_looks_at_everything(state_home: Path, capsys: pytest.CaptureFixt
 
 def test_doctor_warns_of_a_host_without_kernels() -> None:
     """Torch computes there: it is no reason to fail."""
-    found = kernels_finding(Found(None, "no compiler"))
+    found = kernels_finding(LibraryChoice(None, "no compiler"))
     assert found == Finding(what="kernels", verdict="warn", text="torch (no compiler)")
 
 

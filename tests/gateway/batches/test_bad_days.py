@@ -21,7 +21,7 @@ from cluster.batches.run import BatchAnswer, answer_line
 from cluster.config.gateway import GatewaySection
 from gateway.batches.batch_store import BatchStore, WorkPart
 from gateway.batches.file_store import FileStore
-from gateway.batches.objects import BATCHES, Batch
+from gateway.batches.objects import BATCHES, StoredBatch
 from gateway.batches.runner import BatchRunner
 from gateway.batches.running import BatchTuning, with_status
 from gateway.core.errors import KeyFullError, StorageError
@@ -203,7 +203,7 @@ KINDS = pytest.mark.parametrize("kinds", [FEW_FAULTS, pytest.param(FAULTS, marks
 @KINDS
 def test_a_batch_survives_every_fault_of_its_disk(tmp_path: Path, kinds: Sequence[Fault]) -> None:
     """A store after a fault at each of its calls: a batch is there as a whole, or can be made."""
-    batch = Batch(id="", endpoint="", input_file_id="", created_at=0, expires_at=1)
+    batch = StoredBatch(id="", endpoint="", input_file_id="", created_at=0, expires_at=1)
     for folder, fault in each_fault(tmp_path, kinds=kinds):
         store = BatchStore(state_in(folder))
         made = msgspec.structs.replace(batch, id=store.new_id())
@@ -413,7 +413,7 @@ def test_a_batch_outlives_its_window(tmp_path: Path) -> None:
     store = StateStore(tmp_path, max_objects=10, max_bytes=1 << 20, ttl_s=60.0, clock=lambda: now_s)
     batches = BatchStore(store, clock=lambda: now_s)
     batch_id = batches.new_id()
-    batch = Batch(
+    batch = StoredBatch(
         id=batch_id, endpoint="/v1/completions", input_file_id="", created_at=0, expires_at=0
     )
     batches.make("a", batch, b"x")

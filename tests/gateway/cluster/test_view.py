@@ -12,7 +12,7 @@ from cluster.core.errors import NotReadyError
 from cluster.core.frames import LowDisk
 from cluster.core.release import RELEASE
 from gateway.cluster import view
-from gateway.cluster.view import POLL_TIMEOUT_S, ClusterView, ControllerCalls
+from gateway.cluster.view import POLL_TIMEOUT_S, ControllerCalls, SnapshotFollower
 
 
 class Answers:
@@ -32,7 +32,7 @@ def test_an_answer_that_a_newer_one_has_overtaken_is_dropped() -> None:
 
         newer, older = ({"term": 1, "version": v, "release": RELEASE} for v in (8, 7))
         restarted = {"term": 2, "version": 9, "release": RELEASE}
-        found = ClusterView(find, _controller=Answers(newer, older, restarted, newer))
+        found = SnapshotFollower(find, _controller=Answers(newer, older, restarted, newer))
         assert await found.fresh() == newer
         assert await found.fresh() == newer
         assert await found.fresh() == restarted
@@ -58,7 +58,7 @@ def test_a_search_that_ray_does_not_answer_is_the_only_one(
             await answers.wait()
             return Answers({"term": 1, "version": 7, "release": RELEASE})
 
-        found = ClusterView(find)
+        found = SnapshotFollower(find)
         found.start()
         while len(caplog.records) < 3:
             await asyncio.sleep(0)
@@ -87,7 +87,7 @@ def test_it_asks_under_its_name_and_says_when_it_leaves() -> None:
             return Controller()
 
         low = (LowDisk(folder="/logs", free_bytes=1),)
-        found = ClusterView(find, "gateway-7", host="10.0.0.9", low_disks=lambda: low)
+        found = SnapshotFollower(find, "gateway-7", host="10.0.0.9", low_disks=lambda: low)
         found.adapters = lambda: ("sql@1",)
         found.start()
         await is_asked.wait()
@@ -114,7 +114,7 @@ def test_a_controller_of_another_release_is_refused_by_name_and_once(
             num_searches += 1
             return Answers(ours if num_searches > 3 else other)
 
-        found = ClusterView(find, "gateway-7", "1.1.1")
+        found = SnapshotFollower(find, "gateway-7", "1.1.1")
         found.start()
         while num_searches < 3:
             await asyncio.sleep(0)
@@ -137,7 +137,7 @@ def test_no_order_is_given_to_a_controller_of_another_release() -> None:
             raise AssertionError("it does not follow")
 
         other = {"term": 1, "version": 7, "release": "9.9.9"}
-        found = ClusterView(find, "gateway-7", "1.1.1", _controller=Answers(other))
+        found = SnapshotFollower(find, "gateway-7", "1.1.1", _controller=Answers(other))
         assert await found.fresh() is None
         with pytest.raises(NotReadyError, match=r"release 9\.9\.9 of the controller, 1\.1\.1 of"):
             await found.ask("begin", "rebalance", {})

@@ -10,7 +10,7 @@ import pytest
 from cluster.config.cluster import EngineSection
 from cluster.config.gateway import GatewaySection
 from gateway.engines import session_copies
-from gateway.engines.session_copies import Keeper, pick_keeper
+from gateway.engines.session_copies import CopyTarget, pick_keeper
 from tests.gateway.engines.test_resubmission import ALPHABET, Workers, start, workers
 from tests.gateway.fakes import ScriptedEngine
 from tests.gateway.stack import WAIT_S, complete, running_stack
@@ -30,8 +30,8 @@ def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_copies, "MANY_BLOCKS", 1)
 
 
-def keepers(*names: str, num_known: int = 0) -> list[Keeper]:
-    return [Keeper(name=name, is_elsewhere=False, num_known=num_known) for name in names]
+def keepers(*names: str, num_known: int = 0) -> list[CopyTarget]:
+    return [CopyTarget(name=name, is_elsewhere=False, num_known=num_known) for name in names]
 
 
 def test_the_only_other_worker_keeps_the_copies_and_without_one_nobody_does() -> None:
@@ -73,14 +73,14 @@ def test_a_worker_with_half_of_the_blocks_keeps_the_rest(num_known: int, stays: 
     first = pick_keeper(others, 8, "s")
     assert first is not None
     (known, *_) = (keeper for keeper in others if keeper is not first)
-    has_some = Keeper(name=known.name, is_elsewhere=False, num_known=num_known)
+    has_some = CopyTarget(name=known.name, is_elsewhere=False, num_known=num_known)
     found = pick_keeper([has_some, *(k for k in others if k is not known)], 8, "s")
     assert found is not None
     assert (found.name == known.name) is stays
 
 
 def test_another_host_comes_first() -> None:
-    there = Keeper(name="d", is_elsewhere=True, num_known=0)
+    there = CopyTarget(name="d", is_elsewhere=True, num_known=0)
     for number in range(20):
         others = [*keepers("a", "b", num_known=8), there]
         assert pick_keeper(others, 8, f"session-{number}") is there

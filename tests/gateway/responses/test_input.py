@@ -10,11 +10,11 @@ import pytest
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.messages import PHASE
 from gateway.http.parse import parse_body
+from gateway.responses.checked_request import CheckedRequest, make_turn
 from gateway.responses.conversation import Conversation, named_as_input
 from gateway.responses.items import ItemIds, read_item, response_of, seal
 from gateway.responses.schema import InputItem, ResponseBody
 from gateway.responses.tools import CustomInput
-from gateway.responses.turn import Turn, make_turn
 from gateway.responses.unsupported import MOVED, UNSUPPORTED
 from gateway.text.harmony.template import HarmonyTemplate
 from tests.gateway.fakes import BACKEND, EOS, MAX_MODEL_LEN, saying, tiny_tokenizer
@@ -35,7 +35,7 @@ THOUGHT = {
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 
 
-def turn_of(**body: Any) -> Turn:
+def turn_of(**body: Any) -> CheckedRequest:
     return make_turn(parse_body(ResponseBody, body), ItemIds(RESPONSE_ID))
 
 

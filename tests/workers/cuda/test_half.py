@@ -12,8 +12,12 @@ from torch import Tensor
 from tests.workers.cuda.device import DEVICE
 from workers.cuda.norms import norm, sum_and_norm
 from workers.cuda.routing import RoutingParams, choose
-from workers.model.cuda.half import CudaHalf, choice_of
-from workers.model.half import AttentionHalf, AttentionShape, DenseProjections
+from workers.model.attention_sublayer import (
+    AttentionShape,
+    DenseProjections,
+    TorchAttentionSublayer,
+)
+from workers.model.cuda.cuda_sublayer import CudaAttentionSublayer, choice_of
 from workers.model.layers import Linear, rms_norm
 from workers.model.routing import Router, Routing
 
@@ -30,7 +34,7 @@ def drawn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 def half(
     shape: AttentionShape, qk_norm: Tensor | None, seen: list[tuple[Tensor, ...]]
-) -> AttentionHalf:
+) -> TorchAttentionSublayer:
     """One whose attention notes what it is given."""
     width = shape.num_heads * shape.head_dim
     nothing = torch.zeros(1, 1)
@@ -40,7 +44,7 @@ def half(
         seen.append((queries.clone(), keys.clone(), values.clone()))
         return queries.reshape(-1, width)
 
-    return AttentionHalf(
+    return TorchAttentionSublayer(
         shape=shape,
         norm1=nothing,
         projections=DenseProjections(qkv=Linear(nothing), output=Linear(nothing)),
@@ -79,8 +83,8 @@ def test_heads_are_those_of_torch_and_in_the_cache(
     seen: list[tuple[Tensor, ...]] = []
     described = half(shape, qk_norm, seen)
     described.attend_rows(rows, cache, context)
-    monkeypatch.setattr("workers.model.cuda.half.attend_written", described.attend)
-    CudaHalf(described).attend_rows(rows, cache, context)
+    monkeypatch.setattr("workers.model.cuda.cuda_sublayer.attend_written", described.attend)
+    CudaAttentionSublayer(described).attend_rows(rows, cache, context)
     for want, got in zip(*seen, strict=True):
         assert got.shape == want.shape
         assert (got.float() - want.float()).abs().max() <= LIMITS[dtype]

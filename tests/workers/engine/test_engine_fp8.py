@@ -17,7 +17,7 @@ from tests.reference.exact import exact
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from tests.reference.parity import record
 from tests.workers.kv.transfer.test_store import NUM_BLOCKS, PROMPT, copy, request_of, serve
-from workers.requests.inspection import Inspection
+from workers.requests.inspection import InspectionParams
 from workers.requests.request import Request, SamplingParams
 
 FAMILIES = ["olmoe-norm-gqa-clip", "dots1-groups", "jetmoe-tied", "deepseekv3-base"]
@@ -122,7 +122,7 @@ def _other_request(number: int) -> Request:
 def test_attention_maps_are_those_of_the_keys_that_are_kept(
     tiny_checkpoint: Path, kernels: Kernels
 ) -> None:
-    wanted = Inspection(attentions=True)
+    wanted = InspectionParams(attentions=True)
     found = [
         LocalEngine(
             tiny_checkpoint, dtype="float32", section=section, max_model_len=128, kernels=kernels

@@ -28,7 +28,7 @@ from tests.workers.engine.test_engine import tokens as tokens_of
 from tests.workers.engine.test_engine_speculation import plain, prompts, spec
 from workers.model.loading.checkpoint import Checkpoint
 from workers.model.loading.checkpoint_summary import check_checkpoint
-from workers.requests.inspection import Inspection
+from workers.requests.inspection import InspectionParams
 from workers.requests.request import Request, SamplingParams, TokenOutput
 from workers.requests.sequence import SequenceState
 from workers.speculation.acceptance import Acceptance
@@ -129,7 +129,7 @@ def test_its_experts_have_a_load_of_their_own(model: Path) -> None:
 
 
 def test_inspections_do_not_see_it(model: Path) -> None:
-    wanted = Inspection(attentions=True, hidden_states=True, router_logits=True)
+    wanted = InspectionParams(attentions=True, hidden_states=True, router_logits=True)
     text = prompts(1)[0][:12]
     found, expected = (
         engine.inspect([text], wanted)[0]

@@ -24,7 +24,7 @@ from workers.inspection.inspector import Inspector
 from workers.requests.inspection import (
     IGNORED_LABEL,
     MAX_ATTENTION_TOKENS,
-    Inspection,
+    InspectionParams,
     ModelShape,
     Pooling,
     num_bytes,
@@ -63,8 +63,8 @@ def has_aux(variant: str) -> bool:
     return not variant.startswith(("dots1", "glm4", "deepseek"))
 
 
-def everything(prompt: tuple[int, ...], aux: bool) -> Inspection:
-    return Inspection(
+def everything(prompt: tuple[int, ...], aux: bool) -> InspectionParams:
+    return InspectionParams(
         logits=tuple(range(len(prompt))),
         labels=prompt,
         embedding=Pooling.MEAN,
@@ -128,7 +128,7 @@ def test_bfloat16_is_near_golden(golden: Callable[[str], Golden], variant: str) 
     found = engine.inspect(
         expected.prompts,
         [
-            Inspection(logits=tuple(range(len(p))), labels=p, hidden_states=True, routes=True)
+            InspectionParams(logits=tuple(range(len(p))), labels=p, hidden_states=True, routes=True)
             for p in expected.prompts
         ],
     )
@@ -223,7 +223,7 @@ def test_attention_maps_equal_those_of_transformers(
     command = [sys.executable, "-c", code, str(expected.path), str(target), str(list(prompt))]
     subprocess.run(command, check=True, capture_output=True, env=environment, timeout=540)
     engine = LocalEngine(expected.path, dtype="float32", section=CHUNKED)
-    found = engine.inspect([prompt], Inspection(attentions=True))[0]["attentions"]
+    found = engine.inspect([prompt], InspectionParams(attentions=True))[0]["attentions"]
     assert (found - torch.load(target)).abs().max() < 1e-4
 
 
@@ -238,7 +238,7 @@ def test_auxiliary_loss_in_both_spellings(
     ids, mask = (expected.tensors[f"batch.{n}"] for n in ("input_ids", "attention_mask"))
     kept = mask.bool() if is_masked else torch.ones_like(mask, dtype=torch.bool)
     rows = [row[keep].tolist() for row, keep in zip(ids, kept, strict=True)]
-    found = engine.inspect(rows, Inspection(aux=True))
+    found = engine.inspect(rows, InspectionParams(aux=True))
     names = [f"{bank.bank}:{bank.layer}" for bank in engine.banks]
     sums = [{name: arrays[f"aux:{name}"].numpy() for name in names} for arrays in found]
     losses = aux_loss(sums, [len(row) for row in rows], shape_of(engine.config, engine.banks).banks)
@@ -252,14 +252,14 @@ def test_auxiliary_loss_in_both_spellings(
 def test_last_state_comes_from_the_prefix_cache_where_it_can(tiny_checkpoint: Path) -> None:
     engine = LocalEngine(tiny_checkpoint, section=EngineSection(block_size_tokens=4))
     prompt = tuple(range(3, 33))
-    states = engine.inspect([prompt], Inspection(hidden_states=True))[0]["hidden_states"]
+    states = engine.inspect([prompt], InspectionParams(hidden_states=True))[0]["hidden_states"]
     hits = "prefix_cache_hits_total"
     assert engine.engine.stats()[hits] == 0
-    last = engine.inspect([prompt], Inspection(embedding=Pooling.LAST))[0]["embedding"]
+    last = engine.inspect([prompt], InspectionParams(embedding=Pooling.LAST))[0]["embedding"]
     assert engine.engine.stats()[hits] == 28
     assert (last - states[-1, -1]).abs().max() < 1e-5
     label = (IGNORED_LABEL,) * 21 + prompt[21:22] + (IGNORED_LABEL,) * 8
-    scored = engine.inspect([prompt], Inspection(labels=label))[0]["logprobs"]
+    scored = engine.inspect([prompt], InspectionParams(labels=label))[0]["logprobs"]
     assert engine.engine.stats()[hits] == 28 + 20  # the label's logits are those of position 20
     want = engine.logits(states[-1, 20:21]).log_softmax(-1)[0, prompt[21]]
     assert abs(scored[21] - want) < 1e-5
@@ -327,9 +327,9 @@ def test_what_cannot_be_had_is_refused(tiny_checkpoint: Path) -> None:
     engine = LocalEngine(tiny_checkpoint, max_model_len=512)
     prompt = (5,) * 40
     for wanted, text in {
-        Inspection(labels=(1, 2)): "labels has 2 entries for 40 tokens",
-        Inspection(labels=(96,) * 40): "labels has 96, it must be -100 or 0 to 95",
-        Inspection(logits=(3, 40)): "positions 3 to 40 cannot be had of 40 tokens",
+        InspectionParams(labels=(1, 2)): "labels has 2 entries for 40 tokens",
+        InspectionParams(labels=(96,) * 40): "labels has 96, it must be -100 or 0 to 95",
+        InspectionParams(logits=(3, 40)): "positions 3 to 40 cannot be had of 40 tokens",
     }.items():
         with pytest.raises(RequestError, match=text):
             engine.inspect([prompt], wanted)
@@ -337,14 +337,14 @@ def test_what_cannot_be_had_is_refused(tiny_checkpoint: Path) -> None:
     with pytest.raises(
         RequestError, match="attentions of 257 tokens cannot be had, at most of 256"
     ):
-        engine.inspect([long], Inspection(attentions=True))
+        engine.inspect([long], InspectionParams(attentions=True))
     with pytest.raises(RequestError, match="needs n 1, max_tokens 0"):
         engine.add_request(
             Request(
                 request_id="x",
                 prompt=prompt,
                 params=SamplingParams(max_tokens=1),
-                inspection=Inspection(aux=True),
+                inspection=InspectionParams(aux=True),
             )
         )
     assert not engine.engine.has_work
@@ -355,7 +355,7 @@ def test_sizes_are_bounded_together(tiny_checkpoint: Path) -> None:
     inspector = Inspector(
         engine.config, engine.banks, engine.logits, logprob_entries, max_held_bytes=50_000
     )
-    request = _request("a", (5,) * 100, Inspection(hidden_states=True))
+    request = _request("a", (5,) * 100, InspectionParams(hidden_states=True))
     sequence = SequenceState(request, choice=0, arrival=0, deadline=0.0)
     inspector.check(request)
     inspector.start(sequence)
@@ -375,13 +375,13 @@ def test_sizes() -> None:
         num_labels=0,
         banks=(),
     )
-    assert num_bytes(Inspection(logits=(1, 2), labels=(1,) * 7), 7, shape) == 4 * (2 * 96 + 7)
-    assert num_bytes(Inspection(hidden_states=True), 7, shape) == 4 * 3 * 7 * 10
-    assert num_bytes(Inspection(attentions=True), 7, shape) == 4 * 1 * 4 * 49
+    assert num_bytes(InspectionParams(logits=(1, 2), labels=(1,) * 7), 7, shape) == 4 * (2 * 96 + 7)
+    assert num_bytes(InspectionParams(hidden_states=True), 7, shape) == 4 * 3 * 7 * 10
+    assert num_bytes(InspectionParams(attentions=True), 7, shape) == 4 * 1 * 4 * 49
 
 
 def _request(
-    name: str, prompt: tuple[int, ...], wanted: Inspection | None, priority: int = 0
+    name: str, prompt: tuple[int, ...], wanted: InspectionParams | None, priority: int = 0
 ) -> Request:
     params = SamplingParams(max_tokens=0 if wanted else 4, ignore_eos=True, temperature=0.0)
     return Request(

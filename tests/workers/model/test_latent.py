@@ -12,10 +12,17 @@ from torch import Tensor
 
 from benchmarks.harness.local_engine import LocalEngine
 from tests.reference.goldens import MAX_MODEL_LEN, NUM_NEW_TOKENS, Golden
-from tests.workers.model.native.test_half import CASES, WHOLE, Chunk, in_chunks, make, serve
+from tests.workers.model.native.test_native_sublayer import (
+    CASES,
+    WHOLE,
+    Chunk,
+    in_chunks,
+    make,
+    serve,
+)
 from workers.model import latent
+from workers.model.attention_sublayer import TorchAttentionSublayer
 from workers.model.building_blocks import BuildingBlocks
-from workers.model.half import AttentionHalf
 from workers.model.latent import LatentProjections, LatentShape, TorchHeadProducts
 from workers.model.layers import Linear
 from workers.requests.request import Request, SamplingParams
@@ -35,10 +42,10 @@ class Counting(TorchHeadProducts):
         return super().expand(latents, first, last)
 
 
-def made(blocks: BuildingBlocks) -> tuple[AttentionHalf, LatentProjections]:
+def made(blocks: BuildingBlocks) -> tuple[TorchAttentionSublayer, LatentProjections]:
     """The half, and its projections."""
     half = make(CASE, torch.float32, blocks)
-    assert isinstance(half, AttentionHalf)
+    assert isinstance(half, TorchAttentionSublayer)
     assert isinstance(half.projections, LatentProjections)
     return half, half.projections
 

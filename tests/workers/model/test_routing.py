@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.workers.native.builds import NAMES, library
 from workers.model.layers import Linear
-from workers.model.native.half import routing_fields
+from workers.model.native.native_sublayer import routing_fields
 from workers.model.routing import Router, Routing, Scoring
 
 GAP = 1e-4

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.paths import ROOT
-from tests.workers.model.native.test_half import CASES, WHOLE, make, serve
+from tests.workers.model.native.test_native_sublayer import CASES, WHOLE, make, serve
 from tests.workers.native.builds import NAMES, library
 from workers.model.native.blocks import NativeBlocks
 from workers.native.build import ZIG_ARGUMENTS, InstructionSet

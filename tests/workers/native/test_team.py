@@ -14,7 +14,7 @@ import torch
 from tests.workers.native.builds import NAMES, library
 from workers.native import team as team_module
 from workers.native.experts import ExpertShape, SlotTable, expert_pairs
-from workers.native.library import Found
+from workers.native.library import LibraryChoice
 from workers.native.matrix import Matrix
 from workers.native.panels import pack
 from workers.native.team import Team, start_kernels
@@ -65,7 +65,8 @@ def test_the_best_library_of_the_machine_is_started() -> None:
 def test_torch_computes_where_something_is_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert start_kernels(2, "as configured").words == "torch (as configured)"
     assert start_kernels(2, "as configured").team is None
-    monkeypatch.setattr(team_module, "find_library", lambda: Found(None, "there is no C compiler"))
+    choice = LibraryChoice(None, "there is no C compiler")
+    monkeypatch.setattr(team_module, "find_library", lambda: choice)
     assert start_kernels(2).words == "torch (there is no C compiler)"
 
 

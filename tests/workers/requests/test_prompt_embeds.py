@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
 from cluster.core.errors import RequestError
-from workers.requests.inspection import Inspection
+from workers.requests.inspection import InspectionParams
 from workers.requests.prompt_embeds import PromptEmbeds, read_embeds
 from workers.requests.request import Request, SamplingParams
 
@@ -24,7 +24,7 @@ SECTIONS = {
 
 
 def embeds_of(engine: LocalEngine, prompt: tuple[int, ...]) -> PromptEmbeds:
-    states = engine.inspect([prompt], Inspection(hidden_states=True))[0]["hidden_states"]
+    states = engine.inspect([prompt], InspectionParams(hidden_states=True))[0]["hidden_states"]
     return read_embeds(tuple(states.shape[1:]), states[0].numpy().tobytes())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from workers.requests.inspection import Inspection
+from workers.requests.inspection import InspectionParams
 from workers.requests.request import (
     MAX_NOTED,
     FinishReason,
@@ -110,7 +110,7 @@ def test_a_sequence_that_fails_before_its_first_step_was_in_the_queue_till_then(
 def test_what_must_be_computed_is_not_taken_from_a_cache() -> None:
     assert num_reusable(make_request()) == 2  # the last token's logits are needed
     assert num_reusable(make_request(SCORING)) == 0
-    assert num_reusable(make_request(inspection=Inspection(logits=(1,)))) == 1
+    assert num_reusable(make_request(inspection=InspectionParams(logits=(1,)))) == 1
 
 
 def test_a_sequence_that_resumes_reuses_all_but_its_newest_token() -> None:
@@ -119,5 +119,7 @@ def test_a_sequence_that_resumes_reuses_all_but_its_newest_token() -> None:
     assert scoring.num_reusable == 0
     scoring.append(20)  # the prompt was scored before
     assert scoring.num_reusable == 3
-    inspected = SequenceState(make_request(inspection=Inspection(logits=(1,))), 0, 0, math.inf)
+    inspected = SequenceState(
+        make_request(inspection=InspectionParams(logits=(1,))), 0, 0, math.inf
+    )
     assert inspected.num_reusable == 1

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.core.errors import ProtocolError
 from workers.requests.block_hash import KvEvents
-from workers.requests.inspection import Inspection, NamedArray, Pooling, RouterShape
+from workers.requests.inspection import InspectionParams, NamedArray, Pooling, RouterShape
 from workers.requests.prompt_embeds import PromptEmbeds
 from workers.requests.request import (
     FinishReason,
@@ -77,7 +77,7 @@ def test_request_with_everything_set_survives_the_wire() -> None:
         deadline_ms=1234,
         priority=-3,
         cache_salt="tenant é",
-        inspection=Inspection(
+        inspection=InspectionParams(
             logits=(0, 2),
             labels=(-100, 2, 3),
             embedding=Pooling.MEAN,

@@ -26,7 +26,7 @@ USABLE: Final = "kv_tier_usable"
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class TierItem:
     """An item that can be read."""
 
     tier: str
@@ -131,12 +131,12 @@ class KvTiers:
                 break
         return found
 
-    def read(self, name: bytes) -> Held | None:
+    def read(self, name: bytes) -> TierItem | None:
         """A block's or state's bytes, from the fastest tier that can give them."""
         for tier in self.tiers:
             data = tier.read(name)
             if data is not None:
-                return Held(tier.name, data)
+                return TierItem(tier.name, data)
         return None
 
     def take_touched(self) -> list[bytes]:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import torch
 
 from workers.model.attention import attend
+from workers.model.attention_sublayer import (
+    HeadAttention,
+    RowAttention,
+    StagedSublayer,
+    TorchAttentionSublayer,
+)
 from workers.model.building_blocks import BuildingBlocks
 from workers.model.config import ModelConfig
 from workers.model.cuda.attention import attend_in_place
-from workers.model.cuda.half import CudaAttention, CudaHalf
-from workers.model.half import AttendsRows, AttentionHalf, HeadAttention, StagedHalf
+from workers.model.cuda.cuda_sublayer import CudaAttention, CudaAttentionSublayer
 from workers.model.layers import Attend
 
 
 class CudaBlocks(BuildingBlocks):
     """The parts of torch, but for the attention half of a layer."""
 
-    def half(self, half: AttentionHalf) -> StagedHalf:
-        return CudaHalf(half)
+    def half(self, half: TorchAttentionSublayer) -> StagedSublayer:
+        return CudaAttentionSublayer(half)
 
-    def heads(self, attention: HeadAttention, dtype: torch.dtype) -> AttendsRows:
+    def heads(self, attention: HeadAttention, dtype: torch.dtype) -> RowAttention:
         return CudaAttention(attention)
 
     def attention(self, config: ModelConfig, dtype: torch.dtype) -> Attend:

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from workers.model.attention_sublayer import (
+    AttentionSublayer,
+    DenseProjections,
+    TorchAttentionSublayer,
+)
 from workers.model.config import ModelConfig
 from workers.model.families.base import Loader
 from workers.model.families.parts import attention_shape, rotation_rows
-from workers.model.half import AttentionHalf, DenseProjections, Half
 from workers.model.layers import Dispatch, LayerContext, LayerSteps, Mlp
 from workers.model.routing import Router
 
@@ -18,7 +22,7 @@ from workers.model.routing import Router
 class DecoderLayer:
     """h + attention(norm1(h)), then + experts(norm2(.)) and + mlp(norm2(.)), or one of the two."""
 
-    half: Half
+    half: AttentionSublayer
     mlp: Mlp | None = None
     """The MLP of a layer without routed experts, or the shared experts of one with them."""
     bias: Tensor | None = None
@@ -50,13 +54,13 @@ def dense_attention_layer(
     """A layer whose projections all rows share, of the usual short names of its tensors.
 
     ``gate``, ``up`` and ``down``, if they are there, are its MLP; ``router`` None: it has no
-    experts. ``qk_norm`` is that of ``AttentionHalf``, in the checkpoint's order of rows.
+    experts. ``qk_norm`` is that of ``TorchAttentionSublayer``, in the checkpoint's order of rows.
     """
     order = rotation_rows(config)
     if qk_norm is not None and order is not None:
         rows = order[: qk_norm.numel()].to(qk_norm.device)
         qk_norm = qk_norm.flatten().index_select(0, rows).view_as(qk_norm)
-    half = AttentionHalf(
+    half = TorchAttentionSublayer(
         shape=attention_shape(config, clip=clip, window=window),
         norm1=loader.tensor("norm1"),
         projections=DenseProjections(

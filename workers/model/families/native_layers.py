@@ -18,7 +18,7 @@ from torch import Tensor
 
 from workers.model.families.decoder import DecoderLayer
 from workers.model.layers import AttentionModel, Embedding, Layer, TableEmbedding
-from workers.model.native.half import NativeHalf
+from workers.model.native.native_sublayer import NativeAttentionSublayer
 from workers.model.native.products import NativeLinear, NativeMlp, NativeNorm
 from workers.native.exchange import HomeFields
 from workers.native.experts import LocalExperts
@@ -40,7 +40,7 @@ Experts = LocalExperts | Sequence[HomeFields]
 class _Parts:
     """What a layer is made of."""
 
-    half: NativeHalf
+    half: NativeAttentionSublayer
     mlp: NativeMlp | None
 
 
@@ -204,7 +204,7 @@ def _parts(layer: Layer) -> _Parts | None:
     if not isinstance(layer, DecoderLayer) or layer.bias is not None:
         return None
     half, mlp = layer.half, layer.mlp
-    if not isinstance(half, NativeHalf) or not half.is_one_call:
+    if not isinstance(half, NativeAttentionSublayer) or not half.is_one_call:
         return None
     if mlp is None or isinstance(mlp, NativeMlp):
         return _Parts(half, mlp)

@@ -9,6 +9,7 @@ from collections.abc import Container
 import torch
 from torch import Tensor
 
+from workers.model.attention_sublayer import AttentionShape
 from workers.model.config import (
     BankSpec,
     ClampedSwiglu,
@@ -17,7 +18,6 @@ from workers.model.config import (
     ModelConfig,
     TensorPart,
 )
-from workers.model.half import AttentionShape
 from workers.model.rope import rotation_order
 
 

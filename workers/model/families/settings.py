@@ -226,7 +226,7 @@ class Defaults:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Heads:
+class AttentionHeads:
     """The shape of attention, which every family spells in its own way."""
 
     num_heads: int
@@ -244,7 +244,7 @@ class Heads:
         default_heads: int,
         default_kv_heads: int | None = None,
         default_head_dim: int | None = None,
-    ) -> Heads:
+    ) -> AttentionHeads:
         """The usual keys.
 
         ``default_kv_heads`` None: as many as there are query heads; ``default_head_dim`` None: the
@@ -302,7 +302,7 @@ def model_config(
     settings: Settings,
     *,
     model_type: str,
-    heads: Heads,
+    heads: AttentionHeads,
     defaults: Defaults,
     activation_keys: Sequence[str] = ("hidden_act",),
     is_classifier: bool = False,

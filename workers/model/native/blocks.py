@@ -12,19 +12,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from workers.model.attention_sublayer import (
+    HeadAttention,
+    RowAttention,
+    StagedSublayer,
+    TorchAttentionSublayer,
+)
 from workers.model.building_blocks import BuildingBlocks
 from workers.model.config import Activation
 from workers.model.delta_net import DeltaNet, Mix
-from workers.model.half import (
-    AttendsRows,
-    AttentionHalf,
-    HeadAttention,
-    StagedHalf,
-)
 from workers.model.latent import HeadProducts
 from workers.model.layers import Embedding, Linear, Mlp, Norm, TableEmbedding
 from workers.model.native.delta_net import NativeDeltaNet
-from workers.model.native.half import NativeAttention, NativeHalf
+from workers.model.native.native_sublayer import NativeAttention, NativeAttentionSublayer
 from workers.model.native.products import NativeHeadProducts, NativeLinear, NativeMlp, NativeNorm
 from workers.model.rope import Rope, RopeConfig
 from workers.native.team import Team
@@ -73,10 +73,10 @@ class NativeBlocks(BuildingBlocks):
     def norm(self, weight: Tensor, eps: float) -> Norm:
         return NativeNorm(self._team, weight, eps)
 
-    def half(self, half: AttentionHalf) -> StagedHalf:
-        return NativeHalf(self._team, half)
+    def half(self, half: TorchAttentionSublayer) -> StagedSublayer:
+        return NativeAttentionSublayer(self._team, half)
 
-    def heads(self, attention: HeadAttention, dtype: torch.dtype) -> AttendsRows:
+    def heads(self, attention: HeadAttention, dtype: torch.dtype) -> RowAttention:
         return NativeAttention(self._team, attention, dtype)
 
     def delta_net(self, net: DeltaNet) -> Mix:

@@ -1,4 +1,4 @@
-// The attention half of a layer; `workers/model/half.py` is its reference.
+// The attention half of a layer; `workers/model/attention_sublayer.py` is its reference.
 #ifndef HALF_H
 #define HALF_H
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from gateway.core.tool_use import Tool, ToolForm, ToolUse
-from gateway.text.forms.tool_calls import CallDelta, ParsedPiece, TextDelta
+from gateway.text.forms.tool_calls import CallDelta, ParsedPiece, ParsedText
 
 WEATHER: dict[str, Any] = {
     "type": "object",
@@ -208,8 +208,8 @@ def in_order(parsed: Iterable[ParsedPiece]) -> list[tuple[str, str]]:
     return found
 
 
-def _named(part: TextDelta | CallDelta, names: dict[int, str]) -> tuple[str, str]:
-    if isinstance(part, TextDelta):
+def _named(part: ParsedText | CallDelta, names: dict[int, str]) -> tuple[str, str]:
+    if isinstance(part, ParsedText):
         return ("reasoning" if part.is_reasoning else "content"), part.text
     assert (part.name is None) is (part.call_id is None)
     if part.name is not None:

@@ -13,7 +13,7 @@ from gateway.text.chat_template import ChatTemplate
 from gateway.text.forms.answer_parser import AnswerParser
 from gateway.text.forms.call_syntax import SYNTAXES
 from gateway.text.forms.lookahead import MAX_WAITING_CHARS
-from gateway.text.forms.tool_calls import CallDelta, ParsedPiece, TextDelta
+from gateway.text.forms.tool_calls import CallDelta, ParsedPiece, ParsedText
 from tests.gateway.text.forms.examples import MARKS, USE, WEATHER, read, written
 
 FORMS = sorted(SYNTAXES, key=lambda form: form.name)
@@ -379,9 +379,9 @@ def test_parts_come_in_the_order_of_the_answer() -> None:
     call = written(ToolForm.GLM, [("now", {})])
     piece = AnswerParser(ToolForm.GLM, USE, Thinking.OPEN).feed(f"a</think>b{call}c", True)
     assert (piece.reasoning, piece.content) == ("a", "bc")
-    kinds = [part.text if isinstance(part, TextDelta) else part.index for part in piece.in_order()]
+    kinds = [part.text if isinstance(part, ParsedText) else part.index for part in piece.in_order()]
     assert kinds == ["a", "b", 0, 0, "c"]
-    assert ParsedPiece("b", (), "a").in_order() == (TextDelta("a", True), TextDelta("b"))
+    assert ParsedPiece("b", (), "a").in_order() == (ParsedText("a", True), ParsedText("b"))
 
 
 def test_the_weather_schema_is_one() -> None:

@@ -19,7 +19,7 @@ from workers.kv.transfer.fetch_cost import FORGET_S, UNMEASURED_COST, FetchCost
 from workers.kv.transfer.lender import KvLender, LentItem
 from workers.kv.transfer.store import Fetch, LentState, StateFetch
 from workers.requests.block_hash import block_hashes, state_key
-from workers.requests.inspection import Inspection
+from workers.requests.inspection import InspectionParams
 from workers.requests.request import Request, SamplingParams, TokenOutput
 
 PARAMS = SamplingParams(max_tokens=6, temperature=0.0, logprobs=2, ignore_eos=True)
@@ -224,7 +224,7 @@ def test_what_must_be_computed_is_not_fetched(tiny_checkpoint: Path) -> None:
     engine = engine_of(tiny_checkpoint).engine
     scored = request_of(params=replace(PARAMS, prompt_logprobs=1))
     assert begin(engine, scored) is None
-    assert begin(engine, request_of(inspection=Inspection(logits=(0,)))) is None
+    assert begin(engine, request_of(inspection=InspectionParams(logits=(0,)))) is None
     assert begin(engine, replace(request_of(), prompt=PROMPT[:16])) is None
 
 

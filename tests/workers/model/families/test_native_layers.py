@@ -24,7 +24,7 @@ from workers.model.attention_batch import RowChunks
 from workers.model.families.native_layers import Flow
 from workers.model.layers import Dispatch
 from workers.model.loading.checkpoint import Checkpoint
-from workers.requests.inspection import Inspection
+from workers.requests.inspection import InspectionParams
 from workers.requests.request import SamplingParams
 from workers.requests.step_header import StepHeader
 from workers.sampling.best_tokens import finite_rows
@@ -226,7 +226,7 @@ def test_other_layers_have_exchanges(golden: Callable[[str], Golden], variant: s
 
 def test_what_looks_between_layers_has_exchanges(golden: Callable[[str], Golden]) -> None:
     engine, dispatcher = open_engine(golden("olmoe-base"))
-    engine.inspect(PROMPTS[:1], Inspection(hidden_states=True))
+    engine.inspect(PROMPTS[:1], InspectionParams(hidden_states=True))
     assert dispatcher.num_exchanges > 0
 
 

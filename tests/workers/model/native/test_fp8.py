@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.workers.model.native.test_half import (
+from tests.workers.model.native.test_native_sublayer import (
     BLOCK,
     CASES,
     LENGTHS,
@@ -25,8 +25,8 @@ from tests.workers.model.native.test_half import (
 )
 from tests.workers.native.builds import NAMES, team
 from workers.model import fp8
+from workers.model.attention_sublayer import SublayerStages
 from workers.model.building_blocks import BuildingBlocks
-from workers.model.half import HalfStages
 from workers.model.layers import LayerContext
 from workers.model.native.blocks import NativeBlocks
 
@@ -58,7 +58,7 @@ def test_rows_are_those_of_torch(name: str, dtype: torch.dtype, case: Case) -> N
 def test_values_of_all_sizes_are_stored_as_by_torch(name: str) -> None:
     """Values are stored as they are given: neither rotated nor normalised."""
     case, dtype = CASES["jetmoe"], torch.float32
-    half = cast(HalfStages, make(case, dtype, NativeBlocks(team(name))))
+    half = cast(SublayerStages, make(case, dtype, NativeBlocks(team(name))))
     generator = torch.Generator().manual_seed(3)
     count, width = LENGTHS[0], case.num_kv_heads * case.head_dim
     rows = torch.randn(count, (case.num_heads + 2 * case.num_kv_heads) * 16, generator=generator)

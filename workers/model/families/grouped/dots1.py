@@ -22,7 +22,7 @@ from workers.model.families.parts import (
     norm_parts,
     projection_parts,
 )
-from workers.model.families.settings import Defaults, Heads, Settings, model_config
+from workers.model.families.settings import AttentionHeads, Defaults, Settings, model_config
 
 _DEFAULTS = Defaults(
     vocab_size=152064, hidden_size=4608, num_layers=62, max_positions=2048, rms_norm_eps=1e-6
@@ -51,7 +51,7 @@ def family(config: Mapping[str, Any]) -> Dots1Family:
         attention_bias=settings.flag("attention_bias", False),
         windows=windows,
     )
-    heads = Heads.read(settings, default_hidden=_DEFAULTS.hidden_size, default_heads=32)
+    heads = AttentionHeads.read(settings, default_hidden=_DEFAULTS.hidden_size, default_heads=32)
     shared = model_config(settings, model_type="dots1", heads=heads, defaults=_DEFAULTS)
     return Dots1Family(shared, own)
 

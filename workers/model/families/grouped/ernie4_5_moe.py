@@ -22,7 +22,7 @@ from workers.model.families.parts import (
     projection_parts,
 )
 from workers.model.families.routed_experts import RoutedExperts
-from workers.model.families.settings import Defaults, Heads, Settings, model_config
+from workers.model.families.settings import AttentionHeads, Defaults, Settings, model_config
 from workers.model.routing import Router
 
 _DEFAULTS = Defaults(
@@ -68,7 +68,7 @@ def family(config: Mapping[str, Any]) -> Ernie45MoeFamily:
         dense_width=settings.integer("intermediate_size", default=12288),
         least_sum=settings.real("moe_norm_min", 1e-12),
     )
-    heads = Heads.read(
+    heads = AttentionHeads.read(
         settings, default_hidden=_DEFAULTS.hidden_size, default_heads=20, default_kv_heads=4
     )
     shared = model_config(settings, model_type="ernie4_5_moe", heads=heads, defaults=_DEFAULTS)

@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
+from workers.model.attention_sublayer import HeadAttention, RowAttention
 from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
 from workers.model.families.parts import attention_shape, part, projection_parts
 from workers.model.families.routed_experts import RoutedExperts
-from workers.model.families.settings import Defaults, Heads, Settings, model_config
-from workers.model.half import AttendsRows, HeadAttention
+from workers.model.families.settings import AttentionHeads, Defaults, Settings, model_config
 from workers.model.layers import Dispatch, LayerContext, LayerSteps, Linear, Norm
 from workers.model.routing import Router
 
@@ -59,7 +59,7 @@ def family(config: Mapping[str, Any]) -> FlexOlmoFamily:
         norm_topk_prob=settings.flag("norm_topk_prob", False),
         attention_bias=settings.flag("attention_bias", False),
     )
-    heads = Heads.read(settings, default_hidden=_DEFAULTS.hidden_size, default_heads=32)
+    heads = AttentionHeads.read(settings, default_hidden=_DEFAULTS.hidden_size, default_heads=32)
     shared = model_config(settings, model_type="flex_olmo", heads=heads, defaults=_DEFAULTS)
     return FlexOlmoFamily(shared, own)
 
@@ -68,7 +68,7 @@ def family(config: Mapping[str, Any]) -> FlexOlmoFamily:
 class PostNormLayer:
     """h + norm1(attention(h)), then + norm2(experts(.))."""
 
-    heads: AttendsRows
+    heads: RowAttention
     qkv: Linear
     output: Linear
     norm1: Norm

@@ -23,7 +23,7 @@ from workers.model.families.parts import (
     projection_parts,
 )
 from workers.model.families.predictor import predicting
-from workers.model.families.settings import Defaults, Heads, Settings, model_config
+from workers.model.families.settings import AttentionHeads, Defaults, Settings, model_config
 
 _DEFAULTS = Defaults(
     vocab_size=151552,
@@ -59,7 +59,7 @@ def family(config: Mapping[str, Any]) -> Glm4MoeFamily:
         attention_bias=settings.flag("attention_bias", False),
         use_qk_norm=settings.flag("use_qk_norm", False),
     )
-    heads = Heads.read(
+    heads = AttentionHeads.read(
         settings, default_hidden=_DEFAULTS.hidden_size, default_heads=96, default_kv_heads=8
     )
     shared = model_config(settings, model_type="glm4_moe", heads=heads, defaults=_DEFAULTS)

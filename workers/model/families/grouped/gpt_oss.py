@@ -17,7 +17,7 @@ from workers.model.families.base import Family, Loader
 from workers.model.families.decoder import DecoderLayer, dense_attention_layer
 from workers.model.families.parts import norm_parts, part, projection_parts
 from workers.model.families.routed_experts import RoutedExperts
-from workers.model.families.settings import Defaults, Heads, Settings, model_config
+from workers.model.families.settings import AttentionHeads, Defaults, Settings, model_config
 from workers.model.routing import Router
 from workers.quantization.keys import QuantizationKeys
 
@@ -80,7 +80,7 @@ def family(config: Mapping[str, Any]) -> GptOssFamily:
         windows=_windows(settings),
         is_quantized=config.get("quantization_config") is not None,
     )
-    heads = Heads.read(
+    heads = AttentionHeads.read(
         settings,
         default_hidden=_DEFAULTS.hidden_size,
         default_heads=64,

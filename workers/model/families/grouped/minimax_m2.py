@@ -24,7 +24,7 @@ from workers.model.families.parts import (
     projection_parts,
 )
 from workers.model.families.routed_experts import RoutedExperts
-from workers.model.families.settings import Defaults, Heads, Settings, model_config
+from workers.model.families.settings import AttentionHeads, Defaults, Settings, model_config
 from workers.model.routing import Router
 
 _DEFAULTS = Defaults(
@@ -52,7 +52,7 @@ def family(config: Mapping[str, Any]) -> MiniMaxM2Family:
     )
     if any(kind != 1 for kind in settings.value("attn_type_list") or ()):
         raise CheckpointError("config.json: attn_type_list of minimax_m2 must be 1 in every layer")
-    heads = Heads.read(
+    heads = AttentionHeads.read(
         settings,
         default_hidden=_DEFAULTS.hidden_size,
         default_heads=48,

@@ -19,7 +19,7 @@ from workers.model.families.parts import (
     projection_parts,
 )
 from workers.model.families.routed_experts import RoutedExperts
-from workers.model.families.settings import Defaults, Heads, Settings, model_config
+from workers.model.families.settings import AttentionHeads, Defaults, Settings, model_config
 from workers.model.routing import Router
 
 _DEFAULTS = Defaults(
@@ -45,7 +45,7 @@ def family(config: Mapping[str, Any]) -> MixtralFamily:
         expert_width=(14336, "intermediate_size"),
     )
     window = settings.integer("sliding_window") if has_window else None
-    heads = Heads.read(
+    heads = AttentionHeads.read(
         settings, default_hidden=_DEFAULTS.hidden_size, default_heads=32, default_kv_heads=8
     )
     shared = model_config(settings, model_type="mixtral", heads=heads, defaults=_DEFAULTS)

@@ -19,7 +19,7 @@ from workers.model.families.parts import (
     projection_parts,
 )
 from workers.model.families.routed_experts import RoutedExperts
-from workers.model.families.settings import Defaults, Heads, Settings, model_config
+from workers.model.families.settings import AttentionHeads, Defaults, Settings, model_config
 from workers.model.routing import Router
 
 _DEFAULTS = Defaults(
@@ -67,8 +67,8 @@ def family(config: Mapping[str, Any]) -> OlmoeFamily:
     return OlmoeFamily(shared, own)
 
 
-def _heads(settings: Settings) -> Heads:
-    heads = Heads.read(settings, default_hidden=_DEFAULTS.hidden_size, default_heads=16)
+def _heads(settings: Settings) -> AttentionHeads:
+    heads = AttentionHeads.read(settings, default_hidden=_DEFAULTS.hidden_size, default_heads=16)
     hidden = settings.integer("hidden_size", default=_DEFAULTS.hidden_size)
     if heads.head_dim * heads.num_heads != hidden:
         raise CheckpointError(

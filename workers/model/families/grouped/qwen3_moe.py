@@ -22,8 +22,8 @@ from workers.model.families.parts import (
 )
 from workers.model.families.routed_experts import RoutedExperts
 from workers.model.families.settings import (
+    AttentionHeads,
     Defaults,
-    Heads,
     Settings,
     model_config,
     sparse_layers,
@@ -70,7 +70,7 @@ def family(config: Mapping[str, Any]) -> Qwen3MoeFamily:
         attention_bias=settings.flag("attention_bias", False),
         window=width if settings.flag("use_sliding_window", False) else None,
     )
-    heads = Heads.read(
+    heads = AttentionHeads.read(
         settings, default_hidden=_DEFAULTS.hidden_size, default_heads=32, default_kv_heads=4
     )
     shared = model_config(settings, model_type="qwen3_moe", heads=heads, defaults=_DEFAULTS)

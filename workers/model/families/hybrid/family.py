@@ -7,6 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from workers.model.attention_sublayer import HeadAttention
 from workers.model.config import DeltaNetSpec, ModelConfig, TensorPart
 from workers.model.delta_net import DeltaNet
 from workers.model.families.base import Family, Loader
@@ -26,7 +27,6 @@ from workers.model.families.parts import (
     part,
     projection_parts,
 )
-from workers.model.half import HeadAttention
 from workers.model.layers import Norm
 from workers.model.rope import rotation_order
 from workers.model.routing import Router

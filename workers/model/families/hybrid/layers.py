@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from workers.model.attention_sublayer import AttentionShape, RowAttention
 from workers.model.delta_net import Mix
-from workers.model.half import AttendsRows, AttentionShape
 from workers.model.layers import (
     Dispatch,
     LayerContext,
@@ -47,7 +47,7 @@ class Float32Norm:
 class GatedAttention:
     """Attention whose values are multiplied by a sigmoid before the output projection."""
 
-    heads: AttendsRows
+    heads: RowAttention
     shape: AttentionShape
     project: Linear
     """H -> (2A + 2K) * D: rows of q, k, v, then gates [A * D]."""

@@ -22,7 +22,7 @@ from workers.model.families.hybrid.settings import (
     read_experts,
 )
 from workers.model.families.parts import part
-from workers.model.families.settings import Defaults, Heads, Settings, model_config
+from workers.model.families.settings import AttentionHeads, Defaults, Settings, model_config
 
 _DEFAULTS = Defaults(
     vocab_size=248320,
@@ -52,7 +52,7 @@ def family(config: Mapping[str, Any]) -> Qwen35MoeFamily:
     )
     spec = read_delta_net(settings, num_layers)
     has_bias = settings.flag("attention_bias", False)
-    heads = Heads.read(
+    heads = AttentionHeads.read(
         settings,
         default_hidden=_DEFAULTS.hidden_size,
         default_heads=16,

@@ -19,8 +19,8 @@ from workers.model.families.hybrid.family import HybridFamily
 from workers.model.families.hybrid.settings import check_activation, read_delta_net, read_experts
 from workers.model.families.parts import part
 from workers.model.families.settings import (
+    AttentionHeads,
     Defaults,
-    Heads,
     Settings,
     model_config,
     sparse_layers,
@@ -51,7 +51,7 @@ def family(config: Mapping[str, Any]) -> Qwen3NextFamily:
     )
     spec = read_delta_net(settings, num_layers)
     has_bias = settings.flag("attention_bias", False)
-    heads = Heads.read(
+    heads = AttentionHeads.read(
         settings,
         default_hidden=_DEFAULTS.hidden_size,
         default_heads=16,

@@ -17,7 +17,7 @@ from cluster.core.errors import CheckpointError
 from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Loader
 from workers.model.families.parts import part
-from workers.model.families.settings import Defaults, Heads, Settings, model_config
+from workers.model.families.settings import AttentionHeads, Defaults, Settings, model_config
 from workers.model.latent import LatentProjections, LatentShape
 from workers.model.layers import LayerContext, Linear, Norm
 from workers.model.rope import context_scale, rope_parameters, rotation_order
@@ -83,7 +83,7 @@ class LatentAttention:
         return model_config(
             settings,
             model_type=model_type,
-            heads=Heads(
+            heads=AttentionHeads(
                 num_heads=shape.num_heads, num_kv_heads=1, head_dim=shape.rank + shape.rotated_dim
             ),
             defaults=defaults,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from workers.model.attention_sublayer import AttentionShape, TorchAttentionSublayer
 from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
 from workers.model.families.decoder import DecoderLayer
@@ -9,7 +10,6 @@ from workers.model.families.grouped_experts import GroupedExperts
 from workers.model.families.latent.attention import LatentAttention
 from workers.model.families.parts import norm_parts
 from workers.model.families.predictor import predicting
-from workers.model.half import AttentionHalf, AttentionShape
 
 
 class LatentFamily(Family):
@@ -37,7 +37,7 @@ class LatentFamily(Family):
 
     def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
         config, norm1 = self.config, loader.tensor("norm1")
-        half = AttentionHalf(
+        half = TorchAttentionSublayer(
             shape=AttentionShape(
                 num_heads=config.num_heads,
                 num_kv_heads=config.num_kv_heads,

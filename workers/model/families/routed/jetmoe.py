@@ -12,16 +12,22 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from workers.model.attention_sublayer import (
+    OUTPUT_EXCHANGE,
+    QUERY_EXCHANGE,
+    RoutedProjections,
+    TorchAttentionSublayer,
+)
 from workers.model.config import BankSpec, ExchangeSpec, ExpertMatrix, ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
 from workers.model.families.decoder import DecoderLayer
 from workers.model.families.parts import attention_shape, mlp_exchange, part
-from workers.model.families.settings import Defaults, Heads, Settings, check_top_k, model_config
-from workers.model.half import (
-    OUTPUT_EXCHANGE,
-    QUERY_EXCHANGE,
-    AttentionHalf,
-    RoutedProjections,
+from workers.model.families.settings import (
+    AttentionHeads,
+    Defaults,
+    Settings,
+    check_top_k,
+    model_config,
 )
 from workers.model.routing import Router, Routing
 
@@ -66,7 +72,7 @@ def family(config: Mapping[str, Any]) -> JetMoeFamily:
     shared = model_config(
         settings,
         model_type="jetmoe",
-        heads=Heads(
+        heads=AttentionHeads(
             num_heads=num_kv_heads * own.top_k,
             num_kv_heads=num_kv_heads,
             head_dim=settings.integer("kv_channels", "head_dim", default=128),
@@ -131,7 +137,7 @@ class JetMoeFamily(Family):
         }
 
     def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
-        half = AttentionHalf(
+        half = TorchAttentionSublayer(
             shape=attention_shape(self.config, eps=_BLOCK_EPS),
             norm1=loader.tensor("norm1"),
             projections=RoutedProjections(

@@ -20,17 +20,17 @@ from workers.model.attention_batch import (
     Workspace,
     chunk_mask,
 )
-from workers.model.building_blocks import BuildingBlocks
-from workers.model.compute_threads import ComputeThreads
-from workers.model.half import (
-    AttentionHalf,
+from workers.model.attention_sublayer import (
     AttentionShape,
+    AttentionSublayer,
     DenseProjections,
-    Half,
-    HalfOutput,
     HalfSteps,
     RoutedProjections,
+    SublayerOutput,
+    TorchAttentionSublayer,
 )
+from workers.model.building_blocks import BuildingBlocks
+from workers.model.compute_threads import ComputeThreads
 from workers.model.latent import LatentProjections, LatentShape
 from workers.model.layers import Dispatch, LayerContext
 from workers.model.native.blocks import NativeBlocks
@@ -117,7 +117,7 @@ CASES = {
 }
 
 
-def make(case: Case, dtype: torch.dtype, blocks: BuildingBlocks) -> Half:
+def make(case: Case, dtype: torch.dtype, blocks: BuildingBlocks) -> AttentionSublayer:
     """The same random half from any blocks."""
     generator = torch.Generator().manual_seed(1)
 
@@ -180,7 +180,7 @@ def make(case: Case, dtype: torch.dtype, blocks: BuildingBlocks) -> Half:
     if qk_norm is not None and case.qk_norm == "width":
         qk_norm = qk_norm.flatten()
     return blocks.half(
-        AttentionHalf(
+        TorchAttentionSublayer(
             shape=AttentionShape(
                 num_heads=heads,
                 num_kv_heads=kv_heads,
@@ -228,14 +228,14 @@ WHOLE = [[(i, 0, n)] for i, n in enumerate(LENGTHS)]
 """Each sequence alone, at once."""
 
 
-def run_experts(steps: HalfSteps) -> HalfOutput:
+def run_experts(steps: HalfSteps) -> SublayerOutput:
     """Drive a half; experts of its projections are sums that do not mix rows."""
     outputs: Tensor | None = None
     while True:
         try:
             sent = next(steps) if outputs is None else steps.send(outputs)
         except StopIteration as stop:
-            result: HalfOutput = stop.value
+            result: SublayerOutput = stop.value
             return result
         assert isinstance(sent, Dispatch)
         assert next(steps) is None
@@ -248,7 +248,7 @@ def run_experts(steps: HalfSteps) -> HalfOutput:
 
 
 def serve(
-    half: Half,
+    half: AttentionSublayer,
     case: Case,
     dtype: torch.dtype,
     batches: Sequence[Sequence[Chunk]],

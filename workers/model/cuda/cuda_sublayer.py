@@ -9,16 +9,16 @@ from torch import Tensor
 
 from workers.model import fp8
 from workers.model.attention import write_rows
-from workers.model.cuda.attention import attend_written
-from workers.model.half import (
-    AttentionHalf,
+from workers.model.attention_sublayer import (
     DenseProjections,
-    HalfOutput,
     HalfSteps,
     HeadAttention,
     RoutedProjections,
+    SublayerOutput,
+    TorchAttentionSublayer,
     staged_steps,
 )
+from workers.model.cuda.attention import attend_written
 from workers.model.layers import LayerContext
 from workers.model.routing import Router, Routes, Routing
 
@@ -33,7 +33,7 @@ class CudaAttention:
         self._attention = attention
 
     def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """See ``AttendsRows``."""
+        """See ``RowAttention``."""
         from workers.cuda.heads import prepare_heads
 
         shape, batch = self._attention.shape, self._attention.batch(context)
@@ -56,15 +56,15 @@ class CudaAttention:
         return attend_written(heads.queries, keys, values, cache, batch)
 
 
-class CudaHalf(CudaAttention):
-    """See ``AttentionHalf``, which is its reference: the same up to the order of sums."""
+class CudaAttentionSublayer(CudaAttention):
+    """See ``TorchAttentionSublayer``, which is its reference: the same up to the order of sums."""
 
-    def __init__(self, half: AttentionHalf) -> None:
+    def __init__(self, half: TorchAttentionSublayer) -> None:
         super().__init__(half)
         self._half = half
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> HalfSteps:
-        """See ``Half``."""
+        """See ``AttentionSublayer``."""
         from workers.cuda.norms import norm
 
         half, parts = self._half, self._half.projections
@@ -83,14 +83,14 @@ class CudaHalf(CudaAttention):
         normed = norm(hidden, self._half.norm1, self._half.shape.eps)
         return normed, _route(parts.router, normed, context)
 
-    def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> HalfOutput:
+    def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> SublayerOutput:
         """See ``HalfStages``."""
         from workers.cuda.norms import sum_and_norm
 
         half = self._half
         hidden, normed = sum_and_norm(hidden, projected, half.norm2, half.shape.eps)
         routes = None if half.router is None else _route(half.router, normed, context)
-        return HalfOutput(hidden, normed, routes)
+        return SublayerOutput(hidden, normed, routes)
 
 
 def _route(router: Router, rows: Tensor, context: LayerContext) -> Routes:

@@ -10,13 +10,13 @@ import math
 import torch
 from torch import Tensor
 
-from workers.model.half import (
-    AttentionHalf,
+from workers.model.attention_sublayer import (
     DenseProjections,
-    HalfOutput,
     HalfSteps,
     HeadAttention,
     RoutedProjections,
+    SublayerOutput,
+    TorchAttentionSublayer,
     staged_steps,
 )
 from workers.model.layers import LayerContext, Linear
@@ -56,7 +56,7 @@ class NativeAttention:
         self._dtype = dtype
 
     def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """See ``AttendsRows``."""
+        """See ``RowAttention``."""
         shape = self._attention.shape
         if context.native is None:
             return self._attention.attend_rows(rows, cache, context)
@@ -88,10 +88,10 @@ class NativeAttention:
         run_half(self.team, self.fields, context.native, rows, stages)
 
 
-class NativeHalf(NativeAttention):
-    """``AttentionHalf`` in one native call, or in three around the exchanges of projections."""
+class NativeAttentionSublayer(NativeAttention):
+    """The sublayer in one native call, or in three around the exchanges of projections."""
 
-    def __init__(self, team: Team, half: AttentionHalf) -> None:
+    def __init__(self, team: Team, half: TorchAttentionSublayer) -> None:
         """``half`` has native products."""
         super().__init__(team, half, half.norm1.dtype)
         _add_half(self.fields, half)
@@ -110,7 +110,7 @@ class NativeHalf(NativeAttention):
         return isinstance(self._half.projections, DenseProjections)
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> HalfSteps:
-        """See ``Half``."""
+        """See ``AttentionSublayer``."""
         if context.native is None:
             return (yield from self._half.forward(hidden, cache, context))
         shape, parts = self._half.shape, self._half.projections
@@ -126,7 +126,7 @@ class NativeHalf(NativeAttention):
 
     def _adapted(
         self, parts: DenseProjections, hidden: Tensor, cache: Tensor, context: LayerContext
-    ) -> HalfOutput:
+    ) -> SublayerOutput:
         """The half of rows to whose projections adapters add something: equal to the bit for those
         to which they add nothing."""
         normed = norm_rows(self.team, hidden.clone(), self._half.norm1, self._half.shape.eps)
@@ -148,14 +148,14 @@ class NativeHalf(NativeAttention):
         rows = RowsFields(hidden=hidden.data_ptr(), normed=normed.data_ptr())
         return normed, self._routed(self._half.projections.router, normed, rows, ENTER, context)
 
-    def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> HalfOutput:
+    def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> SublayerOutput:
         """See ``HalfStages``."""
         projected = projected.contiguous()
         return self._leave(hidden, RowsFields(mixed=projected.data_ptr()), LEAVE, context)
 
     def _leave(
         self, hidden: Tensor, rows: RowsFields, stages: int, context: LayerContext
-    ) -> HalfOutput:
+    ) -> SublayerOutput:
         """Run stages up to the last one."""
         hidden = hidden.contiguous()
         normed = torch.empty_like(hidden)
@@ -163,8 +163,8 @@ class NativeHalf(NativeAttention):
         router = self._half.router
         if router is None:
             self._run(context, rows, stages)
-            return HalfOutput(hidden, normed, None)
-        return HalfOutput(hidden, normed, self._routed(router, normed, rows, stages, context))
+            return SublayerOutput(hidden, normed, None)
+        return SublayerOutput(hidden, normed, self._routed(router, normed, rows, stages, context))
 
     def _routed(
         self,
@@ -213,7 +213,7 @@ def _attention_fields(attention: HeadAttention, dtype: torch.dtype) -> HalfField
     )
 
 
-def _add_half(fields: HalfFields, half: AttentionHalf) -> None:
+def _add_half(fields: HalfFields, half: TorchAttentionSublayer) -> None:
     """Add what stands around attention in a half, whose memory it is."""
     norm1, norm2, parts = half.norm1, half.norm2, half.projections
     assert norm1.is_contiguous()

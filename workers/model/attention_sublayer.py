@@ -3,8 +3,8 @@
     norm, q/k/v projections, q/k norms, clip, rotation, attention, output projection, residual,
     second norm, router
 
-An ``AttentionHalf`` describes the half of one layer by weights and a few numbers, in the same way
-for all families, and computes it with torch. Where attention itself is a mixture of experts
+``TorchAttentionSublayer`` describes the half of one layer by weights and a few numbers, in the same
+way for all families, and computes it with torch. Where attention itself is a mixture of experts
 (JetMoE), its exchanges are inside the half.
 """
 
@@ -70,7 +70,7 @@ class HeadAttention:
     """[A] float32: see ``AttentionBatch.sinks``."""
 
     def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """See ``AttendsRows``."""
+        """See ``RowAttention``."""
         shape, limit, batch = self.shape, self.shape.clip, self.batch(context)
         if shape.latent_rank is not None:
             heads = rows.view(len(rows), -1, shape.head_dim)
@@ -137,7 +137,7 @@ class RoutedProjections:
 
 
 @dataclass(frozen=True, slots=True)
-class HalfOutput:
+class SublayerOutput:
     """What an attention half passes to the rest of its layer."""
 
     hidden: Tensor
@@ -148,18 +148,18 @@ class HalfOutput:
     """None in a layer without routed experts."""
 
 
-HalfSteps = Generator[Any, Tensor, HalfOutput]
+HalfSteps = Generator[Any, Tensor, SublayerOutput]
 """Like ``LayerSteps``; yields nothing unless projections are routed."""
 
 
-class Half(Protocol):
+class AttentionSublayer(Protocol):
     """The attention half of one layer, however it is computed."""
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> HalfSteps:
         """hidden [T, H], which may be changed; cache is this layer's part of ``KVCache``."""
 
 
-class AttendsRows(Protocol):
+class RowAttention(Protocol):
     """Attention from projected rows to what they have attended to: ``HeadAttention`` with torch,
     or another implementation."""
 
@@ -171,7 +171,7 @@ class AttendsRows(Protocol):
         """
 
 
-class HalfStages(AttendsRows, Protocol):
+class SublayerStages(RowAttention, Protocol):
     """The parts of a half that are computed one by one, as its projections are routed or latent.
 
     Routed: ``enter``, an exchange, ``attend_rows``, an exchange, ``leave``. Latent: a latent
@@ -181,16 +181,16 @@ class HalfStages(AttendsRows, Protocol):
     def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:
         """The first norm [T, H], and the experts of the projections."""
 
-    def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> HalfOutput:
+    def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> SublayerOutput:
         """Residual stream and projected outputs of attention, each [T, H], to the half's output."""
 
 
-class StagedHalf(Half, HalfStages, Protocol):
+class StagedSublayer(AttentionSublayer, SublayerStages, Protocol):
     """A half as a whole, and in parts."""
 
 
 def staged_steps(
-    stages: HalfStages,
+    stages: SublayerStages,
     shape: AttentionShape,
     parts: RoutedProjections | LatentProjections,
     hidden: Tensor,
@@ -205,7 +205,7 @@ def staged_steps(
 
 
 def _routed_steps(
-    stages: HalfStages,
+    stages: SublayerStages,
     shape: AttentionShape,
     parts: RoutedProjections,
     hidden: Tensor,
@@ -232,7 +232,7 @@ def _routed_steps(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionHalf(HeadAttention):
+class TorchAttentionSublayer(HeadAttention):
     """The attention half of one layer, described, and computed with torch."""
 
     norm1: Tensor
@@ -244,7 +244,7 @@ class AttentionHalf(HeadAttention):
     """None in a layer without routed experts."""
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> HalfSteps:
-        """See ``Half``."""
+        """See ``AttentionSublayer``."""
         parts = self.projections
         if not isinstance(parts, DenseProjections):
             return (yield from staged_steps(self, self.shape, parts, hidden, cache, context))
@@ -253,15 +253,15 @@ class AttentionHalf(HeadAttention):
         return self.leave(hidden, projected, context)
 
     def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:
-        """See ``HalfStages``."""
+        """See ``SublayerStages``."""
         assert isinstance(self.projections, RoutedProjections)
         normed = rms_norm(hidden, self.norm1, self.shape.eps)
         return normed, self.projections.router.route(normed, context.attention.recorder)
 
-    def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> HalfOutput:
-        """See ``HalfStages``."""
+    def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> SublayerOutput:
+        """See ``SublayerStages``."""
         hidden = hidden + projected
         normed = rms_norm(hidden, self.norm2, self.shape.eps)
         recorder = context.attention.recorder
         routes = None if self.router is None else self.router.route(normed, recorder)
-        return HalfOutput(hidden, normed, routes)
+        return SublayerOutput(hidden, normed, routes)

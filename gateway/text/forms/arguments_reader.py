@@ -29,7 +29,7 @@ class ArgumentsState(Enum):
     """Something else: the arguments are broken off."""
 
 
-class CallArguments:
+class ArgumentsReader:
     """Reads the arguments of one call after another; decides where they end.
 
     Args:

@@ -1,4 +1,4 @@
-"""``cluster.batches.answers``."""
+"""``cluster.batches.answer_file``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cluster.batches.answers import AnswerFile, InUseError
+from cluster.batches.answer_file import AnswerFile, InUseError
 from cluster.core.errors import ConflictError
 from tests.cluster.batches.files import read_lines, write_lines
 from tests.harness.faulty_files import Fault, FaultyFiles, FileCall, Killed, each_fault

@@ -9,7 +9,7 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from gateway.http.answers import ChatToken, Count, ErrorReason
+from gateway.http.http_types import ChatToken, Count, ErrorReason
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
@@ -73,8 +73,15 @@ class CallOutputItem(TypedDict):
 
 
 OutputItem = MessageItem | ReasoningItem | FunctionCallItem | CustomCallItem
-InputDetails = TypedDict("InputDetails", {"cached_tokens": Count, "cache_write_tokens": Literal[0]})
-ReasoningTokens = TypedDict("ReasoningTokens", {"reasoning_tokens": Count})
+
+
+class InputDetails(TypedDict):
+    cached_tokens: Count
+    cache_write_tokens: Literal[0]
+
+
+class ReasoningTokens(TypedDict):
+    reasoning_tokens: Count
 
 
 class ResponseUsage(TypedDict):
@@ -93,7 +100,8 @@ class FunctionTool(TypedDict):
     strict: bool
 
 
-CustomFormat = TypedDict("CustomFormat", {"type": Literal["text"]})
+class CustomFormat(TypedDict):
+    type: Literal["text"]
 
 
 class CustomTool(TypedDict):
@@ -123,10 +131,23 @@ class ShownText(TypedDict):
     verbosity: Literal["low", "medium", "high"]
 
 
-ShownReasoning = TypedDict("ShownReasoning", {"effort": str | None, "summary": str | None})
-IncompleteDetails = TypedDict("IncompleteDetails", {"reason": Literal["max_output_tokens"]})
-ShownName = TypedDict("ShownName", {"type": Literal["function", "custom"], "name": str})
-ResponseError = TypedDict("ResponseError", {"code": str, "message": str})
+class ShownReasoning(TypedDict):
+    effort: str | None
+    summary: str | None
+
+
+class IncompleteDetails(TypedDict):
+    reason: Literal["max_output_tokens"]
+
+
+class ShownName(TypedDict):
+    type: Literal["function", "custom"]
+    name: str
+
+
+class ResponseError(TypedDict):
+    code: str
+    message: str
 
 
 class ShownChoice(TypedDict):

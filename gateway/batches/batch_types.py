@@ -10,7 +10,7 @@ from typing import Literal
 from typing_extensions import TypedDict
 
 from gateway.batches.objects import BatchStatus
-from gateway.http.answers import Count
+from gateway.http.http_types import Count
 
 
 class StoredFile(TypedDict):

@@ -36,7 +36,7 @@ _FORMAT = FormatNames("text.format", "text.format.schema")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Turn:
+class CheckedRequest:
     """One request, checked as far as it can be without the model."""
 
     fields: GenerateCall
@@ -87,7 +87,7 @@ def make_turn(
     ids: ItemIds,
     history: Sequence[Item] = (),
     referenced: Mapping[str, Item] | None = None,
-) -> Turn:
+) -> CheckedRequest:
     """What a body asks for.
 
     Args:
@@ -111,7 +111,7 @@ def make_turn(
         path = "input" if isinstance(body.input, str) else f"input[{place}]"
         conversation.add(item, path)
     require(bool(new_items or history), "input", "must not be empty")
-    return Turn(
+    return CheckedRequest(
         fields=_fields(body, conversation, tools),
         head=_head(body),
         paths=conversation.paths,

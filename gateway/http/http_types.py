@@ -18,11 +18,20 @@ BeamScore = Annotated[
 ]
 FinishReason = Literal["stop", "length", "tool_calls"]
 
-ErrorReason = TypedDict(
-    "ErrorReason", {"message": str, "type": str, "param": str | None, "code": str | None}
-)
-Error = TypedDict("Error", {"error": ErrorReason})
-CachedTokens = TypedDict("CachedTokens", {"cached_tokens": Count})
+
+class ErrorReason(TypedDict):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(TypedDict):
+    error: ErrorReason
+
+
+class CachedTokens(TypedDict):
+    cached_tokens: Count
 
 
 class PoolingUsage(TypedDict):
@@ -46,10 +55,17 @@ class Model(TypedDict):
     embedding_pooling: list[Literal["last", "mean"]]
 
 
-ModelList = TypedDict("ModelList", {"object": Literal["list"], "data": list[Model]})
-PromptLogprob = TypedDict(
-    "PromptLogprob", {"logprob": Logprob, "rank": Count, "decoded_token": str}
-)
+class ModelList(TypedDict):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class PromptLogprob(TypedDict):
+    logprob: Logprob
+    rank: Count
+    decoded_token: str
+
+
 PromptLogprobs = list[dict[str, PromptLogprob] | None] | None
 
 
@@ -117,10 +133,24 @@ class ChatToken(NamedToken):
     top_logprobs: list[NamedToken]
 
 
-ChatLogprobs = TypedDict("ChatLogprobs", {"content": list[ChatToken]})
-Function = TypedDict("Function", {"name": str, "arguments": str})
-ToolCall = TypedDict("ToolCall", {"id": str, "type": Literal["function"], "function": Function})
-FunctionDelta = TypedDict("FunctionDelta", {"arguments": str, "name": NotRequired[str]})
+class ChatLogprobs(TypedDict):
+    content: list[ChatToken]
+
+
+class Function(TypedDict):
+    name: str
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionDelta(TypedDict):
+    arguments: str
+    name: NotRequired[str]
 
 
 class ToolCallDelta(TypedDict):
@@ -184,11 +214,20 @@ class Tokens(TypedDict):
     token_strs: list[str] | None
 
 
-Text = TypedDict("Text", {"prompt": str})
-Score = TypedDict("Score", {"object": Literal["score"], "index": Count, "score": float})
-Embedding = TypedDict(
-    "Embedding", {"object": Literal["embedding"], "index": Count, "embedding": list[float] | str}
-)
+class Text(TypedDict):
+    prompt: str
+
+
+class Score(TypedDict):
+    object: Literal["score"]
+    index: Count
+    score: float
+
+
+class Embedding(TypedDict):
+    object: Literal["embedding"]
+    index: Count
+    embedding: list[float] | str
 
 
 class Classification(TypedDict):
@@ -219,10 +258,15 @@ class Scores(PoolingHead):
     data: list[Score]
 
 
-BankRoutes = TypedDict(
-    "BankRoutes", {"bank": str, "layer": Count}
-)  # open: docs/reference/outputs.md
-RouterLogits = TypedDict("RouterLogits", {"bank": str, "layer": Count, "logits": list[Any]})
+class BankRoutes(TypedDict):
+    bank: str
+    layer: Count  # open: docs/reference/outputs.md
+
+
+class RouterLogits(TypedDict):
+    bank: str
+    layer: Count
+    logits: list[Any]
 
 
 class InspectedPrompt(TypedDict):
@@ -246,8 +290,13 @@ class Inspection(TypedDict):
     aux_loss: NotRequired[dict[str, float]]
 
 
-ClusterView = TypedDict("ClusterView", {"schema": Literal[1]})  # open: docs/reference/processes.md
-Readiness = TypedDict("Readiness", {"ready": bool, "reasons": list[str]})
+class ClusterView(TypedDict):
+    schema: Literal[1]  # open: docs/reference/processes.md
+
+
+class Readiness(TypedDict):
+    ready: bool
+    reasons: list[str]
 
 
 class Version(TypedDict):
