@@ -25,7 +25,7 @@ from cluster.core.errors import StartError
 from cluster.core.release import RELEASE
 from cluster.core.topology import Role
 from cluster.launch.local_ray import PrivateRay
-from workers.process.actor import ACTOR_CLASSES, WorkerActor
+from workers.process.worker.actor import ACTOR_CLASSES, WorkerActor
 from workers.requests.request import Request, SamplingParams, StepOutput
 from workers.requests.stream_handshake import GatewayHandshake
 from workers.requests.wire import (

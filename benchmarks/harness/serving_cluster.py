@@ -41,9 +41,9 @@ from cluster.launch import local_ray
 from cluster.launch.teardown import end_leftovers
 from cluster.sizing.start_plan import FoundWorker, StartPlan
 from workers.model.loading.checkpoint import Checkpoint
-from workers.process.actor import ACTOR_CLASSES, WorkerActor
 from workers.process.roles.attention import AttentionRole
-from workers.process.worker import Worker
+from workers.process.worker.actor import ACTOR_CLASSES, WorkerActor
+from workers.process.worker.worker import Worker
 from workers.process.worker_args import WorkerArgs
 from workers.requests.request import Request
 

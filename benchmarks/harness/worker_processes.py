@@ -124,7 +124,7 @@ def _end(child: subprocess.Popen[str]) -> None:
 
 def main() -> None:
     """One worker: import, say so, wait for its arguments, run until stdin ends."""
-    from workers.process.worker import Worker
+    from workers.process.worker.worker import Worker
     from workers.process.worker_args import WorkerArgs
 
     sys.stdout.write("imported\n")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from workers.experts.slots import ExpertSlots
 from workers.model.config import BankSpec
-from workers.process.actor import ExpertWorker, WorkerActor
-from workers.process.worker import OnDeath, Worker
+from workers.process.worker.actor import ExpertWorker, WorkerActor
+from workers.process.worker.worker import OnDeath, Worker
 from workers.process.worker_args import WorkerArgs
 
 

@@ -31,7 +31,7 @@ from benchmarks.harness.ray_serving import (
 from benchmarks.placement.paced import ComputeTime, paced_worker
 from cluster.core.topology import Role
 from cluster.launch.local_ray import PrivateRay
-from workers.process.actor import WorkerActor
+from workers.process.worker.actor import WorkerActor
 from workers.requests.request import Request, SamplingParams, StepOutput
 
 _POLL_S = 0.1

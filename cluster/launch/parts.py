@@ -178,7 +178,7 @@ class ClusterParts:
 
         from cluster.actors.ray_tools import words_of
         from cluster.actors.worker_group import WorkerGroup
-        from workers.process.actor import ACTOR_CLASSES
+        from workers.process.worker.actor import ACTOR_CLASSES
 
         group = WorkerGroup(ACTOR_CLASSES)
         self._controller = create_controller(group, selector=self._joined.selector)

@@ -13,7 +13,7 @@ from cluster.config.cluster import ClusterConfig
 from cluster.core.topology import Member
 from workers.experts.slots import ExpertSlots
 from workers.model.config import BankSpec, ExchangeSpec
-from workers.process.actor import ExpertWorker
+from workers.process.worker.actor import ExpertWorker
 from workers.process.worker_args import WorkerArgs
 
 SPEC = BankSpec(

@@ -22,7 +22,7 @@ from cluster.core.errors import PeerLostError
 from cluster.core.states import ClusterState
 from cluster.core.topology import Generation, Member
 from workers.model.config import BankSpec
-from workers.process.worker import Worker
+from workers.process.worker.worker import Worker
 from workers.process.worker_args import WorkerArgs
 from workers.requests.step_header import StepHeader
 from workers.transport.peer_connections import PeerConnections

@@ -17,9 +17,9 @@ from msgspec.structs import replace
 
 from cluster.core.errors import CheckpointError
 from cluster.core.topology import Member, Role
-from workers.process.actor import ACTOR_CLASSES, ExpertWorker, WorkerActor
 from workers.process.context import WorkerContext
-from workers.process.worker import OnDeath, Worker
+from workers.process.worker.actor import ACTOR_CLASSES, ExpertWorker, WorkerActor
+from workers.process.worker.worker import OnDeath, Worker
 from workers.process.worker_args import WorkerArgs
 
 _SLOW_READ_S = 0.1

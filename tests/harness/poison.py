@@ -15,9 +15,9 @@ from benchmarks.harness.mixed_calls import make_calls
 from benchmarks.harness.serving_cluster import ThreadWorkerGroup
 from gateway.core.call import GenerateCall
 from workers.engine.model_runner import StepResult
-from workers.process.actor import AttentionWorker
 from workers.process.context import WorkerContext
-from workers.process.worker import OnDeath, Worker
+from workers.process.worker.actor import AttentionWorker
+from workers.process.worker.worker import OnDeath, Worker
 from workers.process.worker_args import WorkerArgs
 from workers.requests.step_header import StepHeader
 from workers.scheduling.step_plan import StepPlan

@@ -17,7 +17,7 @@ from benchmarks.harness.serving_cluster import ThreadCluster, ThreadWorkerGroup
 from cluster.config.cluster import ClusterConfig
 from workers.process.context import WorkerContext
 from workers.process.intake.commands import Command
-from workers.process.worker import Worker
+from workers.process.worker.worker import Worker
 from workers.requests.request import TokenOutput
 from workers.requests.step_header import StepHeader
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from benchmarks.harness.serving_cluster import ThreadWorkerGroup
 from cluster.core.topology import Member
 from cluster.sizing.start_plan import StartPlan
-from workers.process.worker import Worker
+from workers.process.worker.worker import Worker
 from workers.process.worker_args import WorkerArgs
 
 _LIMIT_S = 120.0

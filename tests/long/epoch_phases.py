@@ -14,8 +14,8 @@ from typing import Final
 
 from cluster.core.frames import ControlFrame
 from cluster.core.topology import Role
-from workers.process.actor import WorkerActor
-from workers.process.worker import OnDeath, Worker
+from workers.process.worker.actor import WorkerActor
+from workers.process.worker.worker import OnDeath, Worker
 from workers.process.worker_args import WorkerArgs
 
 

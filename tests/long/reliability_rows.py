@@ -28,7 +28,7 @@ from cluster.core.topology import Role
 from cluster.policy.silence import WINDOW_S
 from tests.long.epoch_phases import PHASE_CLASSES
 from tests.long.reliability_report import FaultRow
-from workers.process.actor import ACTOR_CLASSES, WorkerActor
+from workers.process.worker.actor import ACTOR_CLASSES, WorkerActor
 
 DETECTION_LIMIT_S = 2.0
 FREEZE_S = 3.5

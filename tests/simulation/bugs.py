@@ -36,7 +36,7 @@ from workers.experts.transfer.loading import ExpertLoader
 from workers.kv import prefix_cache
 from workers.kv.transfer.store import KvTransferStore
 from workers.model.loading.mapped import MappedFiles
-from workers.process.control_side import ControlSide
+from workers.process.worker.control_side import ControlSide
 from workers.requests import block_hash
 from workers.requests.block_hash import chain_hash, root_hash
 from workers.scheduling.scheduler import Scheduler

@@ -27,7 +27,7 @@ import workers.process.engine_server
 import workers.process.intake.waiting
 import workers.process.roles.experts
 import workers.process.roles.loading
-import workers.process.worker
+import workers.process.worker.worker
 import workers.transport.acceptor
 import workers.transport.peer_connections
 import workers.transport.peer_link
@@ -94,16 +94,16 @@ def _getpid() -> int:
 _SINGLE: list[tuple[str, str, Any]] = [
     ("workers.process.context", "Checkpoint", ToyCheckpoint),
     ("workers.process.context", "resolve_dtype", lambda *args: torch.float32),
-    ("workers.process.worker", "identify", _identify),
-    ("workers.process.worker", "collapse_weights", lambda *args: None),
+    ("workers.process.worker.worker", "identify", _identify),
+    ("workers.process.worker.worker", "collapse_weights", lambda *args: None),
     (
         "workers.process.context",
         "ComputeThreads",
         SimpleNamespace(for_threads=lambda count, device_type: ComputeThreads(count)),
     ),
-    ("workers.process.worker", "start_kernels", lambda *args: Kernels(None, "")),
-    ("workers.process.worker", "thread_cpu_clock", lambda: float),
-    ("workers.process.worker", "os", SimpleNamespace(getpid=_getpid)),
+    ("workers.process.worker.worker", "start_kernels", lambda *args: Kernels(None, "")),
+    ("workers.process.worker.worker", "thread_cpu_clock", lambda: float),
+    ("workers.process.worker.worker", "os", SimpleNamespace(getpid=_getpid)),
     ("workers.process.roles.loading", "load_attention_model", lambda *args: ToyModel()),
     ("workers.process.roles.loading", "GrammarCompiler", ToyGrammars),
     ("workers.process.roles.loading", "Engine", ToyEngine),
@@ -111,7 +111,7 @@ _SINGLE: list[tuple[str, str, Any]] = [
     ("workers.process.roles.loading", "RemoteDispatcher", ToyDispatcher),
     ("workers.process.roles.experts", "ExpertServer", ToyExpertServer),
     ("workers.process.roles.experts", "make_slots", ToySlots),
-    ("workers.process.worker", "open_transport", _open_toy_transport),
+    ("workers.process.worker.worker", "open_transport", _open_toy_transport),
     ("workers.experts.transfer.loading", "torch", SimpleNamespace(set_num_threads=int)),
     ("workers.kv.transfer.lender", "Future", SimFuture),
     ("workers.model.loading.mapped", "safe_open", SimReader),

@@ -17,7 +17,7 @@ from tests.simulation.toy_model import ToyBank, banks
 from workers.experts.slots import ExpertSlots
 from workers.model.side_stream import SideStream
 from workers.process.context import WorkerContext
-from workers.process.worker import Worker
+from workers.process.worker.worker import Worker
 from workers.process.worker_args import WorkerArgs
 
 

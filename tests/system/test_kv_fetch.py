@@ -28,7 +28,7 @@ from tests.reference.goldens import Golden
 from tests.system.test_kv_routing import Front
 from workers.kv.transfer.fetch_cost import FetchCost
 from workers.process.context import WorkerContext
-from workers.process.worker import Worker
+from workers.process.worker.worker import Worker
 from workers.requests.request import FinishReason, Request, SamplingParams, TokenOutput
 
 PROMPT_TOKENS = 100

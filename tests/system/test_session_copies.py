@@ -30,7 +30,7 @@ from tests.harness.fault_rows import quiet_config, whole, with_model
 from workers.model.families.registry import FAMILIES
 from workers.process.context import WorkerContext
 from workers.process.intake import kv_restores
-from workers.process.worker import Worker
+from workers.process.worker.worker import Worker
 
 TIERS = {"kv_host_bytes": 64 << 20}
 STATES = "qwen3_next"

@@ -22,7 +22,7 @@ from benchmarks.harness.stalls import wait_until
 from gateway.text.tokenizer import load_tokenizer
 from tests.paths import DEMO
 from workers.process.intake.grammar_compilations import GrammarCompilations
-from workers.process.worker import Worker
+from workers.process.worker.worker import Worker
 from workers.requests.request import FinishReason, Grammar, GrammarKind, Request, SamplingParams
 from workers.sampling.grammar import CompiledGrammar
 

@@ -1,8 +1,8 @@
 """A controller among workers that exist only here: their rules, without data, sockets or time.
 
 ``World`` holds what lives: at most one controller (or the failover to a restarted one) and
-workers that follow ``workers/process/worker.py``. Frames wait in inboxes until somebody has them
-taken, so that every order of events can be made.
+workers that follow ``workers/process/worker/worker.py``. Frames wait in inboxes until a test takes
+them, so that every order of events can be made.
 """
 
 from __future__ import annotations

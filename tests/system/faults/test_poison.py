@@ -37,7 +37,7 @@ from tests.harness.poison import (
     raise_poison,
     stop_an_expert_worker,
 )
-from workers.process.actor import ACTOR_CLASSES, WorkerActor
+from workers.process.worker.actor import ACTOR_CLASSES, WorkerActor
 
 
 def find_the_poison(cluster: ServingCluster, form: Form) -> None:

@@ -26,7 +26,7 @@ from gateway.generation.pooling import Reader, reading_call
 from tests.harness.fault_rows import blocks_held, quiet_config
 from tests.harness.poison import POISON, PoisonedGroup
 from workers.process.context import WorkerContext
-from workers.process.worker import Worker
+from workers.process.worker.worker import Worker
 
 LIMIT_S = 120.0
 

@@ -32,7 +32,7 @@ from tests.harness.fault_rows import (
     wait_operation,
 )
 from workers.process.context import WorkerContext
-from workers.process.worker import Worker
+from workers.process.worker.worker import Worker
 from workers.process.worker_args import WorkerArgs
 
 

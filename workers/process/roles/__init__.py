@@ -1,4 +1,4 @@
 """The roles of a worker: attention serves requests, experts compute rows; a worker has one or both.
 
-Imports all of ``workers`` except ``workers.process.worker``.
+Imports all of ``workers`` except ``workers.process.worker.worker``.
 """

@@ -25,8 +25,8 @@ from cluster.core.placement import FREE_SLOT, contiguous
 from cluster.core.topology import Generation
 from tests.cluster.controller.fakes_cluster import BANKS
 from workers.process.control.membership import Membership, MembershipHooks, Standing
-from workers.process.control_side import ControlSide
-from workers.process.lifetime import Lifetime
+from workers.process.worker.control_side import ControlSide
+from workers.process.worker.lifetime import Lifetime
 
 MAPS = contiguous(BANKS, 1, 1)
 FULL = tuple(maps.physical_to_logical[0] for maps in MAPS.banks)

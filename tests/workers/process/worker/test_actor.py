@@ -11,8 +11,8 @@ import pytest
 
 from cluster.core.errors import SupersededError
 from tests.paths import ROOT
-from workers.process.actor import WorkerActor
 from workers.process.control.lease import TermGuard
+from workers.process.worker.actor import WorkerActor
 from workers.transport.nccl_environment import NCCL_ENVIRONMENT
 
 
@@ -54,7 +54,7 @@ class Finder:
             print(json.dumps(dict(os.environ)), flush=True)
             os._exit(0)
 
-from workers.process.actor import AttentionWorker
+from workers.process.worker.actor import AttentionWorker
 sys.meta_path.insert(0, Finder())
 AttentionWorker({}, {}, "", {})
 """

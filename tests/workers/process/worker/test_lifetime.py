@@ -2,8 +2,8 @@
 
 import pytest
 
-from workers.process import lifetime
-from workers.process.lifetime import Lifetime
+from workers.process.worker import lifetime
+from workers.process.worker.lifetime import Lifetime
 
 
 def test_a_worker_asks_for_a_drain_once() -> None:

@@ -18,9 +18,9 @@ from workers.process.control.lease import Lease
 from workers.process.control.membership import Membership, MembershipHooks
 from workers.process.control.reports import WorkerReports
 from workers.process.data_plane import StepInterrupts
-from workers.process.lifetime import Lifetime
-from workers.process.orders import Orders
 from workers.process.roles.roles import Roles
+from workers.process.worker.controller_commands import ControllerCommands
+from workers.process.worker.lifetime import Lifetime
 from workers.process.worker_args import WorkerArgs
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class ControlSide:
                 slots=roles.slots,
             ),
         )
-        self.orders = Orders(
+        self.orders = ControllerCommands(
             membership=self.membership,
             experts=lambda: roles.experts,
             send=self.send,

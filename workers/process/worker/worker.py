@@ -32,7 +32,6 @@ from workers.model.huge_pages import collapse_weights
 from workers.native.team import start_kernels
 from workers.process.context import ModelSetup, WorkerContext
 from workers.process.control.membership import Standing
-from workers.process.control_side import ControlSide
 from workers.process.data_plane import (
     IDLE_WAIT_S,
     StepInterrupts,
@@ -41,11 +40,12 @@ from workers.process.data_plane import (
     open_transport,
 )
 from workers.process.gpu_room import captured_sizes
-from workers.process.lifetime import STOP_TIMEOUT_S, Lifetime
 from workers.process.roles.attention_listeners import AttentionListeners
 from workers.process.roles.experts import BanksOf
 from workers.process.roles.loading import load_attention, load_experts
 from workers.process.roles.roles import Roles
+from workers.process.worker.control_side import ControlSide
+from workers.process.worker.lifetime import STOP_TIMEOUT_S, Lifetime
 from workers.process.worker_args import WorkerArgs
 from workers.transport.collective import CollectiveTransport
 from workers.transport.peer_connections import PeerConnections

@@ -22,7 +22,7 @@ from workers.process.roles.experts import ExpertRole
 
 
 @dataclass(kw_only=True, slots=True)
-class Orders:
+class ControllerCommands:
     """Those of one worker. ``take`` and ``report`` belong to the control thread."""
 
     membership: Membership

@@ -25,7 +25,7 @@ from cluster.tracing import logs
 from workers.transport.nccl_environment import set_nccl_environment
 
 if TYPE_CHECKING:
-    from workers.process.worker import OnDeath, Worker
+    from workers.process.worker.worker import OnDeath, Worker
     from workers.process.worker_args import WorkerArgs
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class WorkerActor:
 
     def _make_worker(self, args: WorkerArgs, on_death: OnDeath) -> Worker:
         """Import and build the worker."""
-        from workers.process.worker import Worker
+        from workers.process.worker.worker import Worker
 
         return Worker(args, on_death)
 
