@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from cluster.config.cluster import EngineSection
+from cluster.config.lora import LoraSection
 from cluster.config.model import Quantize, QuantizeLayers
 from cluster.config.speculation import SpeculationSection
 from cluster.config.workers import Kernels
@@ -74,6 +75,7 @@ class LocalEngine:
         device: str = "cpu",
         section: EngineSection | None = None,
         speculation: SpeculationSection | None = None,
+        lora: LoraSection | None = None,
         max_model_len: int | None = None,
         num_micro_batches: int = 1,
         num_threads: int | None = None,
@@ -151,6 +153,7 @@ class LocalEngine:
             dispatcher=self.dispatcher,
             section=section,
             speculation=speculation,
+            lora=lora,
             max_model_len=max_model_len,
             compute_threads=compute_threads,
             team=team,

@@ -19,7 +19,7 @@ from cluster.config.cluster import EngineSection
 from tests.reference.exact import exact, mixed_requests
 from tests.workers.native.builds import NAMES, library
 from workers.native.team import Kernels, Team
-from workers.process import worker
+from workers.process.worker import worker
 
 BEST = NAMES[0] if NAMES else ""
 KernelsOf = Callable[[dict[str, str]], None]

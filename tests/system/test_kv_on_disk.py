@@ -51,10 +51,10 @@ def test_another_expert_worker_changes_the_arithmetic_of_the_blocks(
     tiny_checkpoint: Path, tmp_path: Path, kernels_of: KernelsOf
 ) -> None:
     """The attention worker can compute in both ways; the expert worker decides."""
-    kernels_of({"expert-0": "avx512"})
+    kernels_of({"attention-0": "avx512_bf16", "expert-0": "avx512"})
     arithmetic, _, _ = serve_once(tiny_checkpoint, tmp_path / "kv")
     assert arithmetic.startswith("bfloat16-fma ")
-    kernels_of({})
+    kernels_of({"attention-0": "avx512_bf16", "expert-0": "avx512_bf16"})
     expected = serve_once(tiny_checkpoint, tmp_path / "empty")
     assert expected[0].startswith("bfloat16-dot ")
     assert serve_once(tiny_checkpoint, tmp_path / "kv") == expected

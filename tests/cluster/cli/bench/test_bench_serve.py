@@ -259,11 +259,11 @@ def test_keys_and_tls_and_the_address_that_the_server_tells(tmp_path: Path) -> N
         stack.gateway.status.addresses = {"grpc": stack.grpc_target}
         asked = ["--url", stack.url, "bench", "serve", *SMALL]
         tls = ["--ca-cert", str(files.server_ca), "--client-cert", str(files.client_cert)]
-        tls += ["--client-key", str(files.client_key), "--grpc"]
+        tls += ["--client-key", str(files.client_key)]
+        assert main([*asked, *tls, "--api-key", "k", "--grpc"]) == ExitCode.OK
         assert main([*asked, *tls, "--api-key", "k"]) == ExitCode.OK
-        assert main([*asked, "--api-key", "k"]) == ExitCode.OK
-        for protocol in ([*tls, stack.grpc_target], []):
-            assert main([*asked, *protocol, "--api-key", "x"]) == ExitCode.UNAUTHORISED
+        for protocol in (["--grpc", stack.grpc_target], []):
+            assert main([*asked, *tls, *protocol, "--api-key", "x"]) == ExitCode.UNAUTHORISED
         assert main([*asked, "--api-key", "k", "--grpc"]) == ExitCode.UNREACHABLE
         assert len(stack.engine.requests) == 2 * 6
 

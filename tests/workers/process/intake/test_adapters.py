@@ -36,16 +36,15 @@ class Intake:
     """An intake, and what wakes it."""
 
     def __init__(self, checkpoint: Path) -> None:
-        self.local = LocalEngine(checkpoint)
-        self.engine = self.local.engine
-        self.allow("/")
+        self._checkpoint = checkpoint
         self.num_wakes = 0
-        self.intake = AdapterIntake(self.engine, self._wake)
+        self.allow("/")
 
     def allow(self, *roots: str) -> None:
-        """Adapters may be in these folders."""
-        runner, section = self.engine.runner, LoraSection(lora_roots=roots)
-        self.engine.adapters = runner.adapters = LoadedAdapters(runner.model, section)
+        """Start an engine whose adapters may be in these folders."""
+        self.local = LocalEngine(self._checkpoint, lora=LoraSection(lora_roots=roots))
+        self.engine = self.local.engine
+        self.intake = AdapterIntake(self.engine, self._wake)
 
     def _wake(self) -> None:
         self.num_wakes += 1

@@ -10,21 +10,25 @@ from workers.requests.request import Queued, SoloStage, SoloStep
 
 
 class ListEngine:
-    """Has messages for gateways, and keeps what it is told."""
+    """Has messages for gateways, and records acknowledgements and disconnections.
+
+    Its requests and their isolation are the object itself.
+    """
 
     def __init__(self) -> None:
         self.messages: list[SoloStep | Queued] = []
         self.acknowledged: list[SoloStep] = []
         self.num_ended = 0
+        self.requests = self.isolation = self
 
     def take_solo_steps(self) -> list[SoloStep | Queued]:
         messages, self.messages = self.messages, []
         return messages
 
-    def acknowledge_solo_step(self, solo_step: SoloStep) -> None:
+    def acknowledge(self, solo_step: SoloStep) -> None:
         self.acknowledged.append(solo_step)
 
-    def end_solo_step(self) -> None:
+    def disconnect(self) -> None:
         self.num_ended += 1
 
 
