@@ -1,4 +1,4 @@
-"""The HTTP routes. Requests come in as OpenAI's bodies and leave as calls to ``Gateway``."""
+"""The HTTP routes. They convert OpenAI request bodies into calls to ``Gateway``."""
 
 from __future__ import annotations
 
@@ -56,29 +56,29 @@ _EXPOSED_HEADERS = (
     *(REQUEST_ID, "retry-after", "retry-after-ms", "x-should-retry", "openai-processing-ms"),
     *("openai-version", "x-expertmesh-placement-epoch", "x-expertmesh-replica", "request-id"),
 )
-"""Headers of an answer that a web page may read."""
+"""Response headers that CORS lets a web page read."""
 _ADMIN_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-"""Ends of paths that other servers have beside these."""
+"""Ends of paths that other servers offer on this port, and that are on the admin port here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """A protocol that has a folder of its own, on the same port."""
+    """A protocol on the same port that is implemented in a separate folder."""
 
     routes: Callable[[Gateway], Sequence[BaseRoute]]
     endpoints: tuple[openapi.Endpoint, ...]
-    """What the routes are, for the OpenAPI document."""
+    """Descriptions of the routes for the OpenAPI document."""
 
 
 def build_http_app(
     gateway: Gateway, protocols: Sequence[Protocol] = (), *, is_behind_serve: bool = False
 ) -> FastAPI:
-    """The ASGI application; works under ``/`` and under any prefix (``root_path``).
+    """Build the ASGI application; it works under ``/`` and under any prefix (``root_path``).
 
     Args:
-        gateway: what is behind it.
-        protocols: beside those of this folder; see ``gateway.protocols``.
-        is_behind_serve: Ray Serve's proxy adds request ids, and says where it is mounted.
+        gateway: the gateway that serves the calls.
+        protocols: additional protocols; see ``gateway.protocols``.
+        is_behind_serve: whether Ray Serve's proxy adds request ids and sets ``root_path``.
     """
     api = HttpApi(gateway, protocols)
     app = FastAPI(
@@ -149,7 +149,7 @@ class HttpApi:
         ]
 
     async def list_models(self, request: Request) -> Response:
-        """The served model first, then its adapters."""
+        """List the served model, then its adapters."""
         names = [self._gateway.model.name, *self._gateway.model.adapters.names()]
         return _answer({"object": "list", "data": [*map(self._model, names)]})
 
@@ -186,7 +186,7 @@ class HttpApi:
         return Response(status_code=200)
 
     async def ready(self, request: Request) -> Response:
-        """Whether new requests can be served."""
+        """Respond 200 if new requests can be served, else 503 with the reasons."""
         reasons = self._gateway.readiness.not_ready_reasons(is_operator(self._gateway.keys))
         status = 503 if reasons else 200
         return _answer({"ready": not reasons, "reasons": reasons}, status)
@@ -204,7 +204,10 @@ class HttpApi:
         )
 
     async def metrics(self, request: Request) -> Response:
-        """Prometheus metrics of all replicas and workers; by expert or layer for operators."""
+        """Return Prometheus metrics of all replicas and workers.
+
+        Only operators receive the metrics by expert and layer.
+        """
         content = await self._gateway.status.render_metrics(is_operator(self._gateway.keys))
         return Response(content, headers={"content-type": CONTENT_TYPE})
 
@@ -212,12 +215,12 @@ class HttpApi:
         return _answer(await self._gateway.status.read(is_operator(self._gateway.keys)))
 
     async def placement(self, request: Request) -> Response:
-        """Which device holds which copy of which expert."""
+        """Return the device of each copy of each expert."""
         check_operator(self._gateway.keys, NUMBERS_BY_EXPERT)
         return _answer(await self._gateway.numbers.placement())
 
     async def load(self, request: Request) -> Response:
-        """Tokens by expert and by copy, and what balance they made."""
+        """Return the number of tokens by expert and by copy, and the resulting balance."""
         check_operator(self._gateway.keys, NUMBERS_BY_EXPERT)
         return _answer(await self._gateway.numbers.load())
 
@@ -227,7 +230,7 @@ class HttpApi:
         return _answer({"schema": 1, "events": snapshot.get("history", [])})
 
     async def openapi(self, request: Request) -> Response:
-        """This interface, for machines."""
+        """Return the OpenAPI document of this interface."""
         root_path = str(request.scope.get("root_path") or "")
         return _answer(openapi.document(root_path, self._endpoints))
 
@@ -256,11 +259,11 @@ def _read_tokenize(data: dict[str, Any]) -> tuple[TokenizeBody, ChatInput | None
 
 
 class _Asked(NamedTuple):
-    """One call. The body itself is freed where it was read: it may consist of many objects."""
+    """A parsed call. It has no reference to the body, so that a large body is freed early."""
 
     call: GenerateCall
     stream: StreamOptions | None
-    """None: the answer is whole."""
+    """None if the response is not streamed."""
     request_id: str | None
 
 
@@ -321,7 +324,7 @@ class GenerateEndpoint(WatchedEndpoint[_Asked]):
 
 
 def _dump_whole(formatter: OpenAIFormat, choices: list[ChoiceDelta], usage: Usage) -> bytes:
-    """The JSON of an answer; frees ``choices`` and all that it makes."""
+    """Return the JSON of a response; frees ``choices`` and all temporary objects."""
     body = formatter.whole(choices, usage)
     raw = dump_long(body)
     release(body)
@@ -332,20 +335,20 @@ def _dump_whole(formatter: OpenAIFormat, choices: list[ChoiceDelta], usage: Usag
 def _answer(
     content: object, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """A JSON response; ``content`` may be bytes that are JSON already."""
+    """Return a JSON response; ``content`` may be bytes that are JSON already."""
     raw = content if isinstance(content, bytes) else dump_json(content)
     return Response(raw, status, headers, media_type="application/json")
 
 
 async def route_error(request: Request, error: HTTPException) -> Response:
-    """Unknown paths and methods get the error object too."""
+    """Return the error object for an unknown path or method."""
     path = request.url.path[:256]
     if error.status_code == 405:
         message = f"{request.method} is not allowed for {path}"
     else:
         message = f"{request.method} {path} does not exist"
         if path.endswith(_ADMIN_PATHS):
-            message += " here: the admin port has it"
+            message += " on this port: use the admin port"
     report = report_error(RouteError(message, error.status_code))
     headers = {**report.headers(), **(error.headers or {})}
     body = error_body(path_of(request.scope), report, getattr(request.state, "request_id", ""))

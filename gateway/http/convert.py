@@ -1,4 +1,4 @@
-"""HTTP bodies to the one call type."""
+"""Convert HTTP bodies into ``GenerateCall``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from workers.requests.request import Grammar
 
 _OPTIONAL_FIELDS = ("name", "tool_call_id", *REASONING_NAMES)
 _DURATIONS = ("24h",)
-"""Values of ``prompt_cache_retention`` that name one."""
+"""Values of ``prompt_cache_retention`` that are durations."""
 
 
 def completion_call(body: CompletionBody) -> GenerateCall:
@@ -51,12 +51,12 @@ def chat_call(body: ChatBody) -> GenerateCall:
 
 def _chat_logprobs(body: ChatBody) -> int | None:
     if not body.logprobs or (body.top_logprobs is None and body.logprob_token_ids):
-        return None  # logprob_token_ids alone say what is reported
+        return None  # logprob_token_ids alone select the reported tokens
     return body.top_logprobs or 0
 
 
 def chat_input(body: ChatBody | TokenizeBody) -> ChatInput:
-    """The conversation of a body with ``messages``."""
+    """Return the conversation of a body with ``messages``."""
     effort = body.reasoning_effort
     return ChatInput(
         messages=tuple(
@@ -102,7 +102,7 @@ def _common_fields(body: GenerateBody) -> dict[str, Any]:
 
 
 def sampling_fields(body: SamplingBody) -> dict[str, Any]:
-    """The fields of a call that a body gives, but for its grammar."""
+    """Return the call fields that a body sets, without the grammar."""
     fields = given_fields(body)
     if isinstance(body.stop, str):
         fields["stop"] = (body.stop,)
@@ -110,7 +110,7 @@ def sampling_fields(body: SamplingBody) -> dict[str, Any]:
 
 
 def retention_hint(body: RetentionBody) -> float | None:
-    """The ``cache_ttl_hint`` of a body. Raises ``RequestError``."""
+    """Return the ``cache_ttl_hint`` of a body. Raises ``RequestError`` for an invalid duration."""
     options = body.prompt_cache_options
     if options is not None and options.ttl is not None:
         return seconds_of(options.ttl, "prompt_cache_options.ttl")
@@ -119,7 +119,7 @@ def retention_hint(body: RetentionBody) -> float | None:
 
 
 def given_fields(body: CallBody) -> dict[str, Any]:
-    """The set fields of a body that a call has by the same name."""
+    """Return the fields of a body that are not None and have the same name in a call."""
     return {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in body
@@ -135,7 +135,7 @@ def _grammar(
 
 
 def constraints_of(structured: StructuredOutputsBody | None) -> dict[str, Any]:
-    """``structured_outputs`` by name."""
+    """Return the fields of ``structured_outputs`` by name."""
     return {name.rstrip("_"): value for name, value in structured or ()}
 
 
@@ -150,7 +150,7 @@ def prompt_list(
 
 
 def mask_list(mask: list[int] | list[list[int]] | None) -> tuple[tuple[int, ...], ...]:
-    """Masks by prompt; one list of numbers is that of one prompt."""
+    """Return the mask of each prompt; a flat list is the mask of the only prompt."""
     if not mask:
         return ()
     if isinstance(mask[0], int):
@@ -166,7 +166,7 @@ def _logit_bias(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
 
 
 def _template_message(message: Message, place: int) -> dict[str, Any]:
-    """A message as the chat template sees it: content is one string."""
+    """Return a message for the chat template, with its content as one string."""
     path = f"messages[{place}]"
     extra = message.model_extra or {}
     for name in ("function_call", "audio"):

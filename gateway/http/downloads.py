@@ -1,4 +1,4 @@
-"""Long contents that are read and sent in pieces."""
+"""Responses with long contents, which are read and sent in pieces."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from gateway.http.middleware import PIECE_BYTES, Responder, run_until_gone
 
 
 class ContentReader(Protocol):
-    """A content, read from its begin to its end; its calls block."""
+    """Reads a content sequentially; its methods block."""
 
     def read(self, num_bytes: int) -> bytes:
-        """At most ``num_bytes`` more bytes; empty at the end."""
+        """Return the next bytes, at most ``num_bytes``; empty at the end."""
 
     def close(self) -> None:
-        """Release it."""
+        """Release the content."""
 
 
 class PiecesResponse(Response):
-    """A content of known size. One piece of it is in memory at a time: the next one is read once
-    the client has taken this one.
+    """Sends a content of known size. One piece is in memory at a time: the next piece is read when
+    the client has read the current one.
 
-    An error of the reader after the first piece cuts the connection, as the size was announced.
+    The size is sent first, so an error of the reader after the first piece closes the connection.
 
     Args:
-        reader: closed at the end.
-        size: bytes of the content.
-        status_code: of HTTP.
-        run: runs the reader's calls away from the event loop.
-        run_later: the same for its end, which is not waited for.
+        reader: the content; it is closed at the end.
+        size: length of the content in bytes.
+        status_code: HTTP status.
+        run: runs ``reader.read`` outside the event loop.
+        run_later: runs ``reader.close`` outside the event loop, without waiting for it.
     """
 
     media_type = "application/octet-stream"

@@ -1,6 +1,6 @@
-"""Types of HTTP answers, for the OpenAPI document; all but two allow no other fields.
+"""Types of HTTP response bodies, for the OpenAPI document. Only two types allow other fields.
 
-Handlers build plain dicts; a test fails on a field that is not here.
+Handlers build plain dicts; a test fails if a response has a field that is not declared here.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing_extensions import TypedDict
 
 Count = Annotated[int, Field(ge=0)]
 Logprob = Annotated[float, Field(ge=-9999.0, le=0.0)]
-Reasoning = Annotated[str, Field(description="what the model says to itself")]
+Reasoning = Annotated[str, Field(description="the reasoning of the model")]
 BeamScore = Annotated[
-    float, Field(description="log-probability over the length to the power of `length_penalty`")
+    float, Field(description="log-probability divided by the length to the power `length_penalty`")
 ]
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -260,7 +260,7 @@ class Scores(PoolingHead):
 
 class BankRoutes(TypedDict):
     bank: str
-    layer: Count  # open: docs/reference/outputs.md
+    layer: Count  # has further fields: docs/reference/outputs.md
 
 
 class RouterLogits(TypedDict):
@@ -291,7 +291,7 @@ class Inspection(TypedDict):
 
 
 class ClusterView(TypedDict):
-    schema: Literal[1]  # open: docs/reference/processes.md
+    schema: Literal[1]  # has further fields: docs/reference/processes.md
 
 
 class Readiness(TypedDict):

@@ -1,4 +1,4 @@
-"""JSON of answers: compact, and of long ones a piece at a time."""
+"""Write responses as compact JSON; long responses are written in pieces."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from itertools import islice
 
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _PIECE = 4096
-"""Entries of a long list that are written at a time."""
+"""Maximum number of entries of a long list that are written at a time."""
 _JOINED = 1024
-"""Pieces of a long answer that are joined, and freed, at a time."""
+"""Number of pieces of a long response that are joined, and freed, at a time."""
 
 
 def dump_json(content: object) -> bytes:
-    """Compact UTF-8 JSON. Raises ``ValueError`` for NaN and infinity."""
+    """Return compact UTF-8 JSON. Raises ``ValueError`` for NaN and infinity."""
     return _JSON.encode(content).encode()
 
 
 def dump_long(content: object) -> bytes:
-    """The same for an object with long lists, for threads: others run between its pieces."""
+    """Like ``dump_json``, in small pieces: other threads can run between two pieces."""
     pieces = _json_pieces(content)
-    # joined as they come: a million small pieces would be freed in one go
+    # joined in steps: freeing a million small pieces in a single step would block other threads
     return b"".join(iter(lambda: b"".join(islice(pieces, _JOINED)), b""))
 
 

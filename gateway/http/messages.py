@@ -1,4 +1,4 @@
-"""The routes of Anthropic's Messages."""
+"""The routes of Anthropic's Messages API."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from gateway.http.request_body import timeout_header_s, within_time
 from gateway.http.sse import EventStream
 
 OLDEST_VERSION = "2023-06-01"
-"""Of the header ``anthropic-version``, which may be absent: events had another form before. What
-the version of 2026-10-21 took away, such as ``temperature``, is taken here with all versions."""
+"""Oldest supported value of the optional header ``anthropic-version``: earlier versions use another
+event format. Fields that version 2026-10-21 removed, such as ``temperature``, remain accepted."""
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _PING: Event = {"type": "ping"}
 
@@ -46,7 +46,7 @@ def routes(gateway: Gateway) -> list[Route]:
 
 
 class _Asked(NamedTuple):
-    """One call. The body itself is freed where it was read: it may consist of many objects."""
+    """A parsed call. It has no reference to the body, so that a large body is freed early."""
 
     call: GenerateCall
     streams: bool
@@ -101,7 +101,7 @@ class CountTokensEndpoint(WatchedEndpoint[tuple[str, ChatInput]]):
 
 @dataclass(kw_only=True, slots=True)
 class MessageStream(EventStream):
-    """Named events, of which the last one ends the message."""
+    """Sends named events; the last event ends the message."""
 
     formatter: MessageFormat
     has_started: bool = False

@@ -1,7 +1,7 @@
-"""The steps of every HTTP request, whatever its route.
+"""The processing that all HTTP routes share.
 
-``HttpMiddleware`` gives each request an id, checks its key, counts it, and turns every exception
-into the error object. ``run_until_gone`` ends work whose client has left.
+``HttpMiddleware`` gives each request an id, checks its key, counts it, and converts every exception
+into the error object. ``run_until_gone`` cancels work when its client disconnects.
 """
 
 from __future__ import annotations
@@ -31,23 +31,24 @@ from gateway.http.json_output import dump_json
 from gateway.http.request_body import Parsed, read_json
 
 PIECE_BYTES = 256 * 1024
-"""Longest part of an answer that is sent at a time: the next one waits for the client."""
+"""Largest piece of a response that is sent at a time; the next piece waits for the client."""
 OPEN_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})
 _METHODS = frozenset(
     {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}
 )
-"""Counted by name; any other counts as ``other``. Source: RFC 9110, section 9; RFC 5789."""
+"""Methods that metrics count by name; others count as ``other``.
+Source: RFC 9110, section 9; RFC 5789."""
 
 
 class Responder:
-    """Sends one response, and knows how far it has got."""
+    """Sends one response and tracks its progress."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self.is_started = False
         self.is_complete = False
         self.is_cut_off = False
-        """The client left before the end."""
+        """Whether the client disconnected before the end of the response."""
         self.status = 0
         """HTTP status; 0 before the start."""
 
@@ -80,14 +81,14 @@ class Responder:
         await self._pieces(raw)
 
     async def _pieces(self, content: bytes) -> None:
-        """The rest of an answer; each piece waits until the client has taken most of the others."""
+        """Send the rest of the body; each piece waits until the client has read most of it."""
         for start in range(0, max(len(content), 1), PIECE_BYTES):
             end = start + PIECE_BYTES
             await self.body(content[start:end], more=end < len(content))
 
 
 class RouteNames:
-    """Names of routes for metrics: as many as there are routes, for any paths of clients."""
+    """Maps request paths to route names for metrics, so that the number of labels is bounded."""
 
     def __init__(self, routes: Sequence[BaseRoute]) -> None:
         known = [route for route in routes if isinstance(route, Route)]
@@ -95,7 +96,7 @@ class RouteNames:
         self._patterns = [route for route in known if route.param_convertors]
 
     def of(self, path: str) -> str:
-        """For example ``/v1/models/{model}``; ``other`` where there is no route."""
+        """Return the route of a path, for example ``/v1/models/{model}``, or ``other``."""
         if path in self._fixed:
             return path
         found = (one.path_format for one in self._patterns if one.path_regex.match(path))
@@ -108,17 +109,17 @@ class HttpMiddleware:
 
     app: ASGIApp
     gateway: Gateway
-    """Gives metrics and the placement epoch."""
+    """Source of the metrics and the placement epoch."""
     keys: KeyRing
-    """The keys of the port."""
+    """The API keys of the port."""
     routes: InitVar[Sequence[BaseRoute]]
-    """Counted by path or pattern; any other path counts as ``other``."""
+    """Routes that metrics count by path or pattern; any other path counts as ``other``."""
     adds_request_id: bool = True
-    """False behind Ray Serve's proxy, which adds the header to every answer itself."""
+    """False if Ray Serve's proxy adds the header to every response."""
     open_paths: frozenset[str] = OPEN_PATHS
-    """Served without a key."""
+    """Paths that need no API key."""
     root_path: str = ""
-    """Where a proxy in front mounts the application; empty leaves it to the server."""
+    """Prefix under which a reverse proxy mounts the application; empty keeps the server's value."""
 
     def __post_init__(self, routes: Sequence[BaseRoute]) -> None:
         self._names = RouteNames(routes)
@@ -175,7 +176,7 @@ class HttpMiddleware:
         self, error: Exception, path: str, request_id: str, responder: Responder
     ) -> None:
         report = self.gateway.report_error(error, request_id)
-        if not responder.is_started:  # else too late: streams send their errors as events
+        if not responder.is_started:  # later errors are sent as events by the streams
             body = error_body(path, report, request_id)
             await responder.json(body, report.http_status, report.headers())
 
@@ -192,7 +193,7 @@ class HttpMiddleware:
                 headers["openai-processing-ms"] = str(int((time.monotonic() - started_s) * 1000))
                 headers["openai-version"] = "2020-10-01"
                 if self.gateway.readiness.is_leaving:
-                    headers["connection"] = "close"  # so that the client changes gateways
+                    headers["connection"] = "close"  # so that the client connects to another one
                 headers["x-expertmesh-placement-epoch"] = str(self.gateway.placement_epoch)
                 if self.gateway.limits.debug_headers:
                     headers["x-expertmesh-replica"] = self.gateway.name
@@ -207,7 +208,7 @@ async def run_until_gone(
     """Run ``work`` while the client is connected.
 
     Raises:
-        ClientGoneError: the client left; ``work`` was cancelled.
+        ClientGoneError: the client disconnected; ``work`` was cancelled.
     """
     task = asyncio.create_task(work)
     watch = asyncio.create_task(_wait_gone(receive, responder))
@@ -219,15 +220,15 @@ async def run_until_gone(
                 await task
             raise ClientGoneError("the client closed the connection")
         await task
-        if responder.is_cut_off:  # what came last was dropped
+        if responder.is_cut_off:  # the last messages were dropped
             raise ClientGoneError("the client closed the connection")
-    finally:  # after a cancel nothing may be awaited here: both end by themselves
+    finally:  # do not await here, this task may be cancelled: both tasks end by themselves
         watch.cancel()
         task.cancel()
 
 
 class WatchedEndpoint(ABC, Generic[Parsed]):
-    """A POST route whose work ends when its client leaves, as an ASGI application."""
+    """ASGI application of a POST route; its work is cancelled when the client disconnects."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -240,11 +241,14 @@ class WatchedEndpoint(ABC, Generic[Parsed]):
 
     @abstractmethod
     def _read(self, request: Request, data: dict[str, Any]) -> Parsed:
-        """Check the object in a body; of a large body in a thread. Raises ``RequestError``."""
+        """Parse and check the JSON object of a body. Large bodies are parsed in a thread.
+
+        Raises ``RequestError``.
+        """
 
     @abstractmethod
     async def _answer(self, request: Request, parsed: Parsed, responder: Responder) -> None:
-        """Serve what ``_read`` returned."""
+        """Serve the request that ``_read`` parsed."""
 
 
 async def _wait_gone(receive: Receive, responder: Responder) -> None:
@@ -254,7 +258,7 @@ async def _wait_gone(receive: Receive, responder: Responder) -> None:
 
 
 def path_of(scope: Scope) -> str:
-    """The path without the mount prefix, which a proxy in front may or may not have removed."""
+    """Return the path without the mount prefix, which a reverse proxy may already have removed."""
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
     rest = path.removeprefix(root)
     return path if rest and not rest.startswith("/") else rest or "/"

@@ -1,4 +1,4 @@
-"""Running calls as OpenAI's bodies: completions and chat, whole and in chunks."""
+"""Format running calls as OpenAI response bodies: completions and chat, whole and in chunks."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from gateway.text.tokenizer import Tokenizer
 from workers.requests.request import FinishReason, TokenLogprob
 
 _MARK = secrets.token_hex(16)
-"""Stands for a text that is not known yet."""
+"""Placeholder for text in a chunk that is prepared before the text is known."""
 
 
 class OpenAIFormat(TextFormat, ABC):
-    """One endpoint's bodies.
+    """Builds the response bodies of one endpoint.
 
     Args:
-        running: the source of the answer.
-        tokenizer: names tokens; None names them by number.
-        fingerprint: ``system_fingerprint``.
-        answer_id: ``id``; None is the call's own.
+        running: the call.
+        tokenizer: gives the text of tokens; None shows token ids instead.
+        fingerprint: the value of ``system_fingerprint``.
+        answer_id: the value of ``id``; None uses the id of the call.
     """
 
     object = ""
     chunk_object = ""
     shows_usage = False
-    """Chunks have a ``usage``, which is null in all but the last one."""
+    """Whether chunks have a ``usage`` field, which is null except in the last chunk."""
 
     def __init__(
         self,
@@ -62,20 +62,20 @@ class OpenAIFormat(TextFormat, ABC):
         }
 
     def whole(self, choices: Sequence[ChoiceDelta], usage: Usage) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
+        """Return the body of a response that is not streamed."""
         body = {**self._head, "object": self.object, "choices": list(map(self._choice, choices))}
         return {**body, "usage": usage_body(usage)}
 
     @abstractmethod
     def _choice(self, choice: ChoiceDelta) -> dict[str, Any]:
-        """One choice of ``whole``."""
+        """Return one entry of ``choices`` in ``whole``."""
 
     @abstractmethod
     def chunks(self, delta: ChoiceDelta) -> list[dict[str, Any]]:
-        """The chunks of a choice's delta."""
+        """Return the chunks of a delta of one choice."""
 
     def text_chunk(self, delta: ChoiceDelta) -> bytes | None:
-        """The JSON of a delta's one chunk where only the text is new; None for any other."""
+        """Return the JSON of the delta's chunk if only its text is new, else None."""
         if self._adds_to_text or delta.is_first or delta.finish is not None or not delta.text:
             return None
         around = self._around_text.get(delta.index)
@@ -95,7 +95,7 @@ class OpenAIFormat(TextFormat, ABC):
     def _prompt_logprobs(
         self, entries: Sequence[TokenLogprob | None] | None
     ) -> list[dict[str, Any] | None] | None:
-        """One object a prompt token, by token id; None for the first one."""
+        """Return an object by token id for each prompt token; None for the first token."""
         wanted = self.call.prompt_logprobs
         if wanted is None or entries is None:
             return None
@@ -265,7 +265,7 @@ def usage_body(usage: Usage) -> dict[str, Any]:
 
 
 def pooling_usage(usage: Usage) -> dict[str, Any]:
-    """The ``usage`` object of a call that draws nothing."""
+    """Return the ``usage`` object of a call that samples no tokens."""
     body = usage_body(usage)
     del body["completion_tokens"]
     return body

@@ -1,7 +1,7 @@
-"""The OpenAPI document of the HTTP interface, by FastAPI from the types of bodies and answers.
+"""The OpenAPI document of the HTTP interface, which FastAPI builds from the types of the bodies.
 
-Served at ``/openapi.json``. Paths are relative to the route prefix, which ``servers`` names. The
-admin interface is not in it: it has a port of its own.
+Served at ``/openapi.json``. Paths are relative to the route prefix in ``servers``. The admin
+interface is not included: it has a separate port.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ _REF = "#/components/schemas/{model}"
 _STRING = {"type": "string"}
 _IN_PATH = re.compile(r"\{(\w+)\}")
 _OPEN = {"ClusterView", "BankRoutes"}
-"""Answers that may have further fields."""
+"""Response types that may have further fields."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     path: str
-    """Below the route prefix."""
+    """Path relative to the route prefix."""
     summary: str
     answer: type | None = None
     body: type[BaseModel] | None = None
-    """JSON of a POST; None has none."""
+    """Type of the JSON request body; None without a body."""
     events: tuple[type, ...] = ()
-    """Kinds of server-sent events of an answer with ``stream``."""
+    """Types of the server-sent events of a streamed response."""
     media: type[Response] = JSONResponse
     statuses: tuple[int, ...] = ()
-    """Beside those that all routes of its method share."""
+    """Status codes in addition to the common ones of the method."""
     verb: Literal["", "post", "delete"] = ""
-    """The method; by default that of a route with such a body."""
+    """The HTTP method; empty is POST for a route with a body and GET without one."""
     query: tuple[tuple[str, str, tuple[tuple[str, Any], ...]], ...] = ()
-    """Parameters in the URL: name, what it is, members of its schema."""
+    """Query parameters: name, description, members of the schema."""
     error: type = http_types.Error
 
     @property
@@ -65,23 +65,23 @@ _VIEW = (http_types.ClusterView, None, (), JSONResponse, (503,))
 ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("/v1/models", "The served model", http_types.ModelList),
     Endpoint("/v1/models/{model}", "One model by name", http_types.Model, statuses=(404,)),
-    Endpoint("/v1/completions", "Text after prompts", *_COMPLETION),
-    Endpoint("/v1/chat/completions", "The next message of a conversation", *_CHAT),
-    Endpoint("/v1/messages", "The same in Anthropic's protocol", *_MESSAGES, error=AnthropicError),
+    Endpoint("/v1/completions", "Complete prompts", *_COMPLETION),
+    Endpoint("/v1/chat/completions", "Generate the next message of a conversation", *_CHAT),
+    Endpoint("/v1/messages", "Anthropic Messages", *_MESSAGES, error=AnthropicError),
     Endpoint(
         "/v1/messages/count_tokens",
-        "Tokens of a conversation",
+        "Count the tokens of a conversation",
         TokenCount,
         CountTokensBody,
         error=AnthropicError,
     ),
-    Endpoint("/v1/embeddings", "Vectors of prompts", http_types.Embeddings, EmbeddingsBody),
-    Endpoint("/classify", "Classes of prompts", http_types.Classifications, ClassifyBody),
-    Endpoint("/score", "Scores of documents", http_types.Scores, ScoreBody),
-    Endpoint("/v1/score", "Scores of documents", http_types.Scores, ScoreBody),
-    Endpoint("/v1/inspect", "Arrays from inside the model", http_types.Inspection, InspectBody),
-    Endpoint("/tokenize", "Text to token ids", http_types.Tokens, TokenizeBody),
-    Endpoint("/detokenize", "Token ids to text", http_types.Text, DetokenizeBody),
+    Endpoint("/v1/embeddings", "Embed prompts", http_types.Embeddings, EmbeddingsBody),
+    Endpoint("/classify", "Classify prompts", http_types.Classifications, ClassifyBody),
+    Endpoint("/score", "Score documents for queries", http_types.Scores, ScoreBody),
+    Endpoint("/v1/score", "Score documents for queries", http_types.Scores, ScoreBody),
+    Endpoint("/v1/inspect", "Return inner arrays of the model", http_types.Inspection, InspectBody),
+    Endpoint("/tokenize", "Convert text to token ids", http_types.Tokens, TokenizeBody),
+    Endpoint("/detokenize", "Convert token ids to text", http_types.Text, DetokenizeBody),
     Endpoint("/health", "The process is alive", media=Response),
     Endpoint("/ready", "Whether requests can be served", *_READY),
     Endpoint("/v2/health/live", "Same as /health", media=Response),
@@ -89,31 +89,31 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("/version", "Versions of the server", http_types.Version),
     Endpoint("/metrics", "Prometheus metrics", media=PlainTextResponse),
     Endpoint("/cluster/v1/status", "The cluster's state", http_types.ClusterView),
-    Endpoint("/cluster/v1/placement", "Which device holds which copy of which expert", *_VIEW),
-    Endpoint("/cluster/v1/load", "Tokens by expert", *_VIEW),
-    Endpoint("/cluster/v1/events", "What happened to the cluster", http_types.ClusterView),
+    Endpoint("/cluster/v1/placement", "The device of each copy of each expert", *_VIEW),
+    Endpoint("/cluster/v1/load", "Number of tokens by expert", *_VIEW),
+    Endpoint("/cluster/v1/events", "Recent events of the cluster", http_types.ClusterView),
     Endpoint(PATH, "This document"),
 )
-"""The routes of this folder, in the order of the interface; other protocols add theirs."""
+"""The routes of this folder in the order of the document; other protocols add more."""
 _ERRORS = {
-    400: "The request is wrong: error.param names the field",
-    401: "No key, or one that is not known",
-    403: "The key does not allow this",
-    404: "No such model",
-    408: "The request's time was over before it began",
-    409: "An operator ended the request",
-    413: "The body is above the limit",
-    429: "The server or the key is at its limit: see Retry-After",
-    500: "A mistake of the server",
+    400: "The request is invalid: error.param names the field",
+    401: "The API key is missing or unknown",
+    403: "The API key does not permit this request",
+    404: "The model does not exist",
+    408: "The request timed out before it started",
+    409: "An operator aborted the request",
+    413: "The body is larger than the limit",
+    429: "The server or the API key is at its limit: see Retry-After",
+    500: "Internal server error",
     503: "The server cannot serve requests now: see Retry-After",
-    504: "The request's time was over while it ran",
+    504: "The request timed out while it was running",
 }
 _OF_GET = (401, 403, 500)
 _HEADERS: tuple[tuple[str, str, dict[str, str]], ...] = (
-    ("x-request-id", "Names the request; one that is not fit is replaced", _STRING),
-    ("x-request-timeout-ms", "The client's time limit", {**_STRING, "pattern": "^[0-9]{1,11}$"}),
+    ("x-request-id", "Id of the request; an invalid id is replaced", _STRING),
+    ("x-request-timeout-ms", "Timeout in ms", {**_STRING, "pattern": "^[0-9]{1,11}$"}),
     ("x-priority", "Lower runs first", {**_STRING, "pattern": "^[+-]?[0-9]{1,10}$"}),
-    ("x-session-id", "Calls that go on from each other", {**_STRING, "pattern": "^[!-~]{1,256}$"}),
+    ("x-session-id", "Id of the conversation", {**_STRING, "pattern": "^[!-~]{1,256}$"}),
 )
 _ANSWER_HEADERS = (
     *("x-request-id", "openai-processing-ms", "openai-version"),
@@ -122,7 +122,7 @@ _ANSWER_HEADERS = (
 
 
 def document(root_path: str = "", endpoints: tuple[Endpoint, ...] = ENDPOINTS) -> dict[str, Any]:
-    """The document of some routes."""
+    """Return the OpenAPI document of the given routes."""
     return {**_document(endpoints), "servers": [{"url": root_path or "/"}]}
 
 
@@ -132,7 +132,7 @@ def _document(endpoints: tuple[Endpoint, ...]) -> dict[str, Any]:
         title="expertmesh",
         version=RELEASE,
         description="OpenAI's protocol and Anthropic's Messages for a mixture-of-experts model. "
-        "Unknown fields are ignored; known ones that are not built are refused by name.",
+        "Unknown fields are ignored; known fields that are not supported are rejected by name.",
         separate_input_output_schemas=False,
     )
     for endpoint in endpoints:
@@ -155,7 +155,7 @@ def _document(endpoints: tuple[Endpoint, ...]) -> dict[str, Any]:
 
 
 def _schemas(types: Iterable[type]) -> dict[str, Any]:
-    """Schemas of types, and of those in them, by name."""
+    """Return the schemas of the given types, and of the types that they contain, by name."""
     adapters: list[tuple[str, Literal["validation"], TypeAdapter[Any]]] = [
         (one.__name__, "validation", TypeAdapter(one))
         for one in sorted(types, key=lambda one: one.__name__)
@@ -168,7 +168,7 @@ def _add(app: FastAPI, endpoint: Endpoint) -> None:
     words = endpoint.path.strip("/").translate(str.maketrans("/{}.", "____"))
     app.add_api_route(
         endpoint.path,
-        lambda: None,  # only described: gateway.http.api serves the route
+        lambda: None,  # for the document only: gateway.http.api serves the route
         methods=[endpoint.method],
         operation_id=f"{endpoint.method}_{words}",
         summary=endpoint.summary,
@@ -184,7 +184,7 @@ def _responses(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
         "description": endpoint.summary,
         "headers": {name: {"schema": _STRING, "required": True} for name in _ANSWER_HEADERS},
     }
-    if endpoint.events:  # all but OpenAI's last one, [DONE]
+    if endpoint.events:  # all events except the final [DONE] of OpenAI
         event = {"anyOf": [*map(_ref, endpoint.events)]}
         found["content"] = {"text/event-stream": {"schema": _STRING, "x-events": event}}
     responses: dict[int | str, dict[str, Any]] = {200: found}

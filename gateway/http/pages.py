@@ -1,4 +1,4 @@
-"""Pages of long lists, and answers with one JSON object."""
+"""Pagination of lists, and responses with one JSON document."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Listed = TypeVar("Listed")
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Which part of a list a client wants."""
+    """The pagination parameters of a list request."""
 
     limit: int
     after: str | None
-    """The id before the first one."""
+    """Id of the entry that precedes the page; None starts at the first entry."""
     order: Order
-    """By time."""
+    """Sort order by creation time."""
 
     @classmethod
     def of(cls, query: Mapping[str, str], most: int, default: int) -> Self:
-        """From the query of a URL: ``limit`` (1 to ``most``), ``after``, ``order``.
+        """Read ``limit`` (1 to ``most``), ``after`` and ``order`` from the query of a URL.
 
-        Raises ``RequestError``.
+        Raises ``RequestError`` for an invalid value.
         """
         order, limit = query.get("order", "desc"), query.get("limit", str(default))
         require(order in ("asc", "desc"), "order", f"({order[:32]!r}) must be asc or desc")
@@ -43,31 +43,31 @@ class Page:
     def ordered(
         self, found: Sequence[Listed], id_of: Callable[[Listed], str] = str
     ) -> Sequence[Listed]:
-        """Of entries from the oldest to the newest those from the page's begin on.
+        """Sort the entries, which are given oldest first, and drop all up to ``after``.
 
-        ``id_of`` gives the id of an entry; entries may be ids. Raises ``RequestError`` where
-        ``after`` is none of them.
+        ``id_of`` returns the id of an entry; by default the entries are ids. Raises
+        ``RequestError`` if no entry has the id ``after``.
         """
         entries = list(found) if self.order == "asc" else list(reversed(found))
         if self.after is None:
             return entries
         ids = list(map(id_of, entries))
-        rule = f"({self.after[:64]!r}) is not the id of one of them"
+        rule = f"({self.after[:64]!r}) must be the id of an entry of the list"
         require(self.after in ids, "after", rule)
         return entries[ids.index(self.after) + 1 :]
 
     def read(
         self, ids: Sequence[str], read: Callable[[str], Mapping[str, Any] | None]
     ) -> dict[str, Any]:
-        """The page of the objects that have these ids, from the oldest to the newest.
+        """Return the page of the objects with the given ids, which are ordered oldest first.
 
-        ``read`` returns None for one that is not there any more, or not to be listed.
+        ``read`` returns None for an object that no longer exists or must not be listed.
         """
         present = (one for one in map(read, self.ordered(ids)) if one is not None)
         return self.document(list(islice(present, self.limit + 1)))
 
     def document(self, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The page of what was found, which may be more."""
+        """Return the response body for the first ``limit`` entries of ``found``."""
         data = found[: self.limit]
         return {
             "object": "list",
@@ -79,12 +79,12 @@ class Page:
 
 
 def json_response(content: object) -> Response:
-    """An answer with one JSON document; ``content`` may be bytes that are JSON already."""
+    """Return a JSON response; ``content`` may be bytes that are JSON already."""
     raw = content if isinstance(content, bytes) else dump_json(content)
     return Response(raw, media_type="application/json")
 
 
 def tenant() -> str:
-    """Whose objects the running request means: its key's; without keys there is one owner."""
+    """Return the tenant of the current request's API key; empty if no keys are configured."""
     caller = CALLER.get()
     return "" if caller is None else caller.entry.tenant

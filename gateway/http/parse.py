@@ -1,4 +1,4 @@
-"""JSON to the typed fields of HTTP bodies."""
+"""Parse JSON into the typed fields of HTTP bodies."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ _SHAPES = {
     "schema": "must be a JSON schema: an object, or its JSON text",
     "json": "must be a JSON schema: an object, or its JSON text",
 }
-"""What a field with several types may be."""
+"""Error text for each field that accepts several types."""
 _MOST_ENTRIES = {
     "tools": MAX_TOOLS,
     "logit_bias": MAX_ENTRIES["logit_bias"],
 }
-"""Lengths that are checked before the entries are."""
+"""Maximum lengths, checked before the entries are validated."""
 
 
 def parse_json(raw: bytes, max_depth: int) -> dict[str, Any]:
-    """The object in a body.
+    """Return the JSON object in a body.
 
     Raises:
-        RequestError: not JSON, not an object, nested too deeply, or of too many values.
+        RequestError: the body is not JSON, not an object, too deeply nested or has too many values.
     """
     try:
         text = raw.decode(json.detect_encoding(raw))
@@ -63,7 +63,7 @@ def parse_json(raw: bytes, max_depth: int) -> dict[str, Any]:
             check_writable(data)
     except RecursionError as err:
         raise _too_deep(max_depth) from err
-    except ValueError as err:  # also undecodable bytes, lone surrogates, integers without end
+    except ValueError as err:  # also undecodable bytes, lone surrogates, integers that are too long
         reason = "not readable"
         if isinstance(err, json.JSONDecodeError):
             reason = f"{err.msg} at line {err.lineno}, column {err.colno}"
@@ -76,7 +76,7 @@ def parse_json(raw: bytes, max_depth: int) -> dict[str, Any]:
 
 
 def parse_body(kind: type[Body], data: Mapping[str, Any]) -> Body:
-    """The typed fields of a body. Raises ``RequestError`` for the first that is wrong."""
+    """Validate a body. Raises ``RequestError`` for the first invalid field."""
     for name, most in _MOST_ENTRIES.items():
         value = data.get(name)
         if name in kind.model_fields and isinstance(value, list | dict):
@@ -91,7 +91,7 @@ def parse_body(kind: type[Body], data: Mapping[str, Any]) -> Body:
 
 
 def _num_parts(messages: Sequence[object]) -> int:
-    """Fields of all messages, parts of their contents and calls that they made."""
+    """Total number of fields, content parts and tool calls of the messages."""
     named = [message for message in messages if isinstance(message, dict)]
     inner = [message.get(name) for message in named for name in ("content", "tool_calls")]
     return sum(map(len, named)) + sum(len(one) for one in inner if isinstance(one, list))
@@ -122,9 +122,9 @@ def _field_path(location: Sequence[str | int]) -> str:
         if isinstance(part, int):
             path += f"[{part}]"
         elif part.startswith(TAG):
-            continue  # one type of several, by which errors are not named
+            continue  # a tag of a union type, which error texts leave out
         elif part.isidentifier() and part not in ("str", "int", "bool"):
             path += f".{part}" if path else part
         else:
-            break  # the name of one type of several
+            break  # a member of a union type
     return path

@@ -1,4 +1,4 @@
-"""Embeddings, classification, scores and inspections over HTTP."""
+"""HTTP endpoints for embeddings, classification, scores and inspection."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ class InspectBody(CallBody):
 
 
 _LISTED_VALUES = 16_384
-"""Numbers of an array that one call makes a list of."""
+"""Maximum number of array elements that one call converts to a list."""
 Serve = Callable[[GenerateCall], Awaitable[bytes]]
-"""Serves a body that was read; the JSON of its answer."""
+"""Serves a parsed body and returns the response as JSON."""
 
 
 class PoolingEndpoint(WatchedEndpoint[tuple[Serve, GenerateCall]]):
-    """Bodies of a kind; ``prepare`` takes what it needs from a large one in a thread."""
+    """Serves bodies of type ``kind``; ``prepare`` converts a large body in a thread."""
 
     def __init__(
         self, gateway: Gateway, kind: type[CallBody], prepare: Callable[[Any], Serve]
@@ -166,7 +166,7 @@ def _score(reader: Reader, body: ScoreBody) -> Serve:
 async def _list(
     prefix: str, rows: Iterable[dict[str, Any]], body: CallBody, reader: Reader, usage: Usage
 ) -> bytes:
-    """The JSON of an answer with a row for each prompt; ``rows`` are made in a thread."""
+    """Return the JSON of a response with one row per prompt; a thread iterates over ``rows``."""
 
     def write() -> bytes:
         return dump_long(
@@ -198,7 +198,8 @@ def _inspect_fields(body: InspectBody) -> InspectFields:
 def _label_rows(
     labels: Sequence[float] | Sequence[Sequence[float]], prompts: Sequence[Sequence[int]]
 ) -> tuple[tuple[float, ...], ...]:
-    """Labels by prompt. One list of numbers is that of one prompt, or has one for each."""
+    """Return the labels of each prompt. A flat list has the labels of the only prompt, or one label
+    per prompt."""
     rows = tuple(tuple(one) for one in labels if isinstance(one, Sequence))
     if rows or not labels:
         return rows
@@ -239,7 +240,7 @@ def _row(arrays: Sequence[NamedArray]) -> dict[str, Any]:
 
 
 def _listed(values: NDArray[Any]) -> Any:
-    """Nested lists of an array; other threads run between its rows."""
+    """Convert an array to nested lists, row by row so that other threads can run."""
     is_small = values.ndim < 2 or values.size <= _LISTED_VALUES
     return values.tolist() if is_small else [_listed(row) for row in values]
 

@@ -1,4 +1,4 @@
-"""What a client sends: its body within the limits of size and time, and its own time limit."""
+"""Read request bodies within the limits of size and time, and the client's timeout header."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from gateway.generation.gateway import Gateway
 from gateway.http.parse import parse_json
 
 MAX_TIMEOUT_MS = 99_999_999_999
-"""Longest time that a client can ask for; the server's own limit is shorter."""
+"""Largest timeout that a client can request; the server's limit is shorter."""
 _DRAIN_FACTOR = 8
-"""A body above the limit is read up to this many times the limit, so that its sender can see the
-answer, and is cut off beyond."""
+"""A body above the limit is read up to this multiple of the limit, so that the client can read the
+response; beyond that the connection is closed."""
 Parsed = TypeVar("Parsed")
-"""What an endpoint reads in a body."""
+"""The result of an endpoint's body parser."""
 
 
 async def read_json(
     request: Request, gateway: Gateway, read: Callable[[dict[str, Any]], Parsed]
 ) -> Parsed:
-    """What ``read`` makes of the object in a request's body, within the gateway's limits.
+    """Read the JSON object of a request body and return ``read(object)``.
 
-    A large body is parsed and read in a thread.
+    A large body is parsed in a thread.
 
     Raises:
-        RequestError: not JSON, not declared as JSON, compressed, or nested too deeply.
-        RequestTooLargeError: above the limit.
+        RequestError: the body is not JSON, not declared as JSON, compressed, or nested too deeply.
+        RequestTooLargeError: the body is above the size limit.
         DeadlineExceededError: the client sends too slowly.
     """
     given = request.headers.get("content-type", "application/json")
@@ -55,7 +55,7 @@ async def read_json(
 
 
 def timeout_header_s(request: Request) -> float | None:
-    """The client's own time limit. Raises ``RequestError`` for an invalid value."""
+    """Return the client's timeout, None without one. Raises ``RequestError`` if it is invalid."""
     name = "x-request-timeout-ms"
     value = request.headers.get(name)
     if value is None:
@@ -69,7 +69,7 @@ def timeout_header_s(request: Request) -> float | None:
 
 @contextlib.asynccontextmanager
 async def within_time(request: Request, gateway: Gateway) -> AsyncIterator[None]:
-    """Cancel what takes longer than a request may. Raises ``DeadlineExceededError`` then."""
+    """Limit the time of the enclosed block. Raises ``DeadlineExceededError`` when it is over."""
     limit_s = gateway.timeout_s(timeout_header_s(request))
     try:
         async with asyncio.timeout(limit_s):
@@ -79,7 +79,7 @@ async def within_time(request: Request, gateway: Gateway) -> AsyncIterator[None]
 
 
 async def read_body(request: Request, max_bytes: int, tuning: GatewayTuning) -> bytes:
-    """The body. Raises ``RequestTooLargeError``, ``DeadlineExceededError``."""
+    """Return the body. Raises ``RequestTooLargeError`` or ``DeadlineExceededError``."""
     length = request.headers.get("content-length", "")
     is_too_large = length.isdecimal() and int(length) > max_bytes
     pieces = request.stream()
@@ -96,14 +96,14 @@ async def read_body(request: Request, max_bytes: int, tuning: GatewayTuning) -> 
                 else:
                     return b"".join(chunks)
         except TimeoutError as err:
-            raise DeadlineExceededError("the body did not come in time") from err
+            raise DeadlineExceededError("the body did not arrive in time") from err
     if not (is_too_large and waits_to_send(request.headers)):
         await _drain(pieces, max_bytes * _DRAIN_FACTOR - total, tuning)
     raise RequestTooLargeError(f"the body is above the limit of {max_bytes} bytes")
 
 
 async def _drain(pieces: AsyncIterator[bytes], max_bytes: int, tuning: GatewayTuning) -> None:
-    """Read to the end, up to a size, or until nothing more comes."""
+    """Read until the body ends, exceeds ``max_bytes``, or pauses for too long."""
     now_s = asyncio.get_running_loop().time
     end_s = now_s() + tuning.body_timeout_s
     with contextlib.suppress(TimeoutError):

@@ -1,7 +1,7 @@
-"""The types of HTTP bodies.
+"""The types of HTTP request bodies.
 
-Types are strict (``"5"`` is not a number) and unknown fields are ignored; values are checked later,
-once for both codecs, in ``gateway/core/field_checks.py``.
+Types are strict (``"5"`` is not a number) and unknown fields are ignored. Values are checked later,
+for HTTP and gRPC alike, in ``gateway/core/field_checks.py``.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pydantic import ConfigDict, Field
 from gateway.core.bodies import Items, StrictBody, Whole
 
 TAG = "is "
-"""Begins the name of one type of several that a function tells apart (pydantic's ``Tag``)."""
+"""Prefix of the tags of union types that a function discriminates (pydantic's ``Tag``)."""
 PromptField = str | Items[int] | Items[str] | Items[Items[int]]
-"""One prompt or several, as text or token ids."""
+"""One or more prompts, as text or token ids."""
 
 
 class Part(StrictBody):
@@ -24,19 +24,19 @@ class Part(StrictBody):
     type: str
     text: str | None = None
     refusal: str | None = Field(
-        default=None, description="of type `refusal`, in an assistant's message, in place of `text`"
+        default=None, description="replaces `text` in a `refusal` part of an assistant message"
     )
 
 
 class CalledFunction(StrictBody):
-    """Which function was called, and with what: JSON text."""
+    """Name of the called function, and its arguments as JSON text."""
 
     name: str
     arguments: str = "{}"
 
 
 class MessageCall(StrictBody):
-    """A call that an assistant's message made."""
+    """A tool call of an assistant message."""
 
     id: str | None = None
     type: Literal["function"] = "function"
@@ -44,7 +44,7 @@ class MessageCall(StrictBody):
 
 
 class Message(StrictBody):
-    """One message; fields that are not named here go to the chat template as they are."""
+    """One message; unknown fields are passed to the chat template unchanged."""
 
     model_config = ConfigDict(extra="allow")
     role: str
@@ -53,14 +53,14 @@ class Message(StrictBody):
     tool_calls: Items[MessageCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: Any = Field(
-        default=None, description="of an assistant's message: what the model said to itself"
+        default=None, description="the reasoning of the model, in an assistant message"
     )
-    reasoning: Any = Field(default=None, description="another name of `reasoning_content`")
-    thinking: Any = Field(default=None, description="another name of `reasoning_content`")
+    reasoning: Any = Field(default=None, description="alias of `reasoning_content`")
+    thinking: Any = Field(default=None, description="alias of `reasoning_content`")
 
 
 class StreamOptions(StrictBody):
-    """What a stream carries beside the text."""
+    """Additional data of a stream."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -69,14 +69,16 @@ class StreamOptions(StrictBody):
 class JsonSchemaBody(StrictBody):
     """``response_format.json_schema``."""
 
-    name: Any = Field(default=None, description="gpt-oss: shown with the schema")
-    description: Any = Field(default=None, description="gpt-oss: shown with the schema")
+    name: Any = Field(default=None, description="gpt-oss: part of the prompt, with the schema")
+    description: Any = Field(
+        default=None, description="gpt-oss: part of the prompt, with the schema"
+    )
     schema_: dict[str, Any] | str | None = Field(default=None, alias="schema")
 
 
 class FunctionBody(StrictBody):
-    """A function that may be called. Arguments follow the schema; what a grammar cannot express of
-    it is refused with ``strict``, and has no effect without."""
+    """A function that the model may call. Its arguments match the schema. Keywords that a grammar
+    cannot express are rejected if ``strict`` is set, and ignored otherwise."""
 
     name: str
     description: str | None = None
@@ -98,7 +100,7 @@ class FunctionName(StrictBody):
 
 
 class ToolChoiceBody(StrictBody):
-    """A ``tool_choice`` that names the function."""
+    """A ``tool_choice`` that names a function."""
 
     type: Literal["function"]
     function: FunctionName
@@ -112,7 +114,7 @@ class ResponseFormatBody(StrictBody):
 
 
 class StructuredOutputsBody(StrictBody):
-    """``structured_outputs``, with the names of vLLM."""
+    """``structured_outputs``, with the field names of vLLM."""
 
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: str | None = None
@@ -122,7 +124,7 @@ class StructuredOutputsBody(StrictBody):
 
 
 class CallBody(StrictBody):
-    """Fields of every call to the model."""
+    """Fields of all calls to the model."""
 
     model: str | None = None
     add_special_tokens: bool | None = None
@@ -131,7 +133,7 @@ class CallBody(StrictBody):
 
 
 class ConversationBody(StrictBody):
-    """How messages are rendered."""
+    """Fields that control how messages are rendered."""
 
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -139,7 +141,7 @@ class ConversationBody(StrictBody):
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: Any = Field(
         default=None,
-        description="a text sets that variable of the template; gpt-oss: low, medium, high",
+        description="a string sets this variable of the template; gpt-oss: low, medium, high",
     )
     tools: Items[ToolBody] | None = None
 
@@ -147,32 +149,32 @@ class ConversationBody(StrictBody):
 class PromptCacheOptionsBody(StrictBody):
     """``prompt_cache_options``."""
 
-    mode: str | None = Field(default=None, description="no effect: all prefixes are cached")
+    mode: str | None = Field(default=None, description="ignored: all prefixes are cached")
     ttl: str | None = Field(
-        default=None, description="`30m`, for example: as `cache_ttl`, lowered to its limit"
+        default=None, description="as `cache_ttl`, for example `30m`; lowered to the limit"
     )
 
 
 class RetentionBody(StrictBody):
-    """For how long, and with which other calls, a call's KV is of use."""
+    """Fields that tell how long a call's KV cache is kept and which calls share it."""
 
     cache_ttl: float | None = Field(
-        default=None, description="seconds to keep its KV; 0: nobody uses it again"
+        default=None, description="seconds to keep the KV cache of the call; 0: it is not reused"
     )
     session_id: str | None = Field(
-        default=None, description="calls that go on from each other; else header `x-session-id`"
+        default=None, description="id of the conversation; default: header `x-session-id`"
     )
     prompt_cache_key: str | None = Field(
-        default=None, description="the same; `session_id` is taken where both are set"
+        default=None, description="alias of `session_id`, which takes precedence"
     )
     prompt_cache_options: PromptCacheOptionsBody | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = Field(
-        default=None, description="`24h` without a `ttl`: as that"
+        default=None, description="`24h` sets that `ttl` unless one is given"
     )
 
 
 class SamplingBody(CallBody):
-    """How tokens are drawn; the same in every protocol of OpenAI's."""
+    """Sampling fields that all OpenAI protocols share."""
 
     min_tokens: Whole | None = None
     temperature: float | None = None

@@ -1,4 +1,4 @@
-"""The paths under which Ray Serve's proxy answers load balancers and KubeRay, on our own port."""
+"""The health and route paths of Ray Serve's proxy, for load balancers and KubeRay, on our port."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ HEALTH_PATH = "/-/healthz"
 ROUTES_PATH = "/-/routes"
 SERVE_PATHS = frozenset({HEALTH_PATH, ROUTES_PATH})
 APP_NAME = "expertmesh"
-"""The Serve application."""
+"""Name of the Serve application."""
 _LEAVING = PlainTextResponse("This node is being drained.", 503)
-"""Serve's words."""
+"""The response of Serve's proxy during a drain."""
 
 
 def serve_routes(gateway: Gateway) -> list[BaseRoute]:
-    """Answers as of a Serve proxy whose only application is mounted at ``/``."""
+    """Return routes that respond like a Serve proxy with one application, mounted at ``/``."""
 
     async def health(request: Request) -> Response:
-        """Whether a load balancer may send requests here: until the gateway leaves."""
+        """Respond 200 while a load balancer may send requests, and 503 once the gateway drains."""
         return _LEAVING if gateway.readiness.is_leaving else PlainTextResponse("success")
 
     async def routes(request: Request) -> Response:
-        """The application by its prefix."""
+        """Return the application by route prefix."""
         return _LEAVING if gateway.readiness.is_leaving else JSONResponse({"/": APP_NAME})
 
     return [Route(HEALTH_PATH, health), Route(ROUTES_PATH, routes)]

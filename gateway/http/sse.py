@@ -1,4 +1,4 @@
-"""Server-sent events: a running call piece by piece."""
+"""Streams of server-sent events for running calls."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _PING = b": ping\n\n"
 
 @dataclass(kw_only=True, slots=True)
 class EventStream(ABC):
-    """One stream: its target, and what a protocol writes into it."""
+    """Sends the output of one call; subclasses write the events of a protocol."""
 
     gateway: Gateway
     responder: Responder
     request_id: str
 
     async def send(self, running: RunningCall) -> None:
-        """Send a running call piece by piece until its end.
+        """Send the output of a running call as it arrives, until the call ends.
 
-        Errors before the first byte are raised, for an ordinary error response; later ones are sent
-        as events.
+        Errors before the first byte are raised and become an ordinary error response; later errors
+        are sent as events.
         """
         ping_after_s = self.gateway.tuning.ping_after_s
         deltas = await running.next(ping_after_s)
@@ -62,24 +62,24 @@ class EventStream(ABC):
         await self.responder.body(ending)
 
     def _opening(self) -> bytes:
-        """What comes first."""
+        """Return bytes to send before the first events."""
         return b""
 
     def _ping(self, running: RunningCall) -> bytes:
-        """What keeps a silent connection open."""
+        """Return bytes that keep an idle connection open."""
         return _PING
 
     @abstractmethod
     def _events(self, running: RunningCall, deltas: list[ChoiceDelta]) -> bytes:
-        """The events of new pieces; empty where nothing is certain yet."""
+        """Return the events of new deltas; empty while the text may still change."""
 
     @abstractmethod
     async def _ending(self, running: RunningCall) -> bytes:
-        """What comes last where all went well."""
+        """Return the last bytes of a stream without an error."""
 
     @abstractmethod
     def _failure(self, report: ErrorReport) -> bytes:
-        """What comes last where it did not."""
+        """Return the last bytes of a stream that failed."""
 
     def _event(self, data: bytes, name: bytes = b"") -> bytes:
         self.gateway.metrics.sse_events.inc()
@@ -88,7 +88,7 @@ class EventStream(ABC):
 
 @dataclass(kw_only=True, slots=True)
 class SseStream(EventStream):
-    """A stream of OpenAI's chunks."""
+    """A stream of OpenAI chunks."""
 
     formatter: OpenAIFormat
     options: StreamOptions
@@ -100,7 +100,7 @@ class SseStream(EventStream):
             if not with_usage and (text_chunk := self.formatter.text_chunk(delta)) is not None:
                 content += self._event(text_chunk)
                 continue
-            is_long = delta.size > INLINE_SIZE  # the prompt's tokens with their alternatives
+            is_long = delta.size > INLINE_SIZE  # for example with the logprobs of a long prompt
             for chunk in self.formatter.chunks(delta):
                 if with_usage:
                     chunk["usage"] = usage_body(running.usage)

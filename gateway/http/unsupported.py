@@ -1,4 +1,4 @@
-"""Known fields of other servers that are refused by name."""
+"""Known fields of other servers that are rejected by name."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BEAMS: Neutral = {
     "length_penalty": (1, 1.0),
     "early_stopping": (False,),
 }
-"""Fields of beam search, which completions and chat have."""
+"""Fields of beam search, which only completions and chat support."""
 _TRUNCATION: Neutral = {"truncate_prompt_tokens": (), "truncation_side": ()}
 UNSUPPORTED: Mapping[Endpoint, Neutral] = {
     "completion": {**_GENERATE, "tools": ([],), "tool_choice": ("none", "auto")},
@@ -58,22 +58,22 @@ UNSUPPORTED: Mapping[Endpoint, Neutral] = {
         "mm_processor_kwargs": ({},),
     },
 }
-"""Known fields that are not built, each with the values that change nothing; null never does."""
+"""Unsupported fields, each with the values that have no effect; null never has an effect."""
 UNBUILT_STRUCTURED: Neutral = {
     "structural_tag": (False,),
     "whitespace_pattern": (False,),
     "disable_any_whitespace": (False,),
     "disable_additional_properties": (False,),
 }
-"""The same within ``structured_outputs``."""
+"""Unsupported fields of ``structured_outputs``, each with the values that have no effect."""
 _MISPLACED: Mapping[Endpoint, str] = {"chat": "echo", "completion": "chat_template"}
 
 
 def check_unsupported(data: Mapping[str, Any], endpoint: Endpoint) -> None:
-    """Refuse known fields that are not built, unless their value changes nothing.
+    """Reject known fields that are not supported, unless their value has no effect.
 
     Raises:
-        UnsupportedParameterError: with the field's name.
+        UnsupportedParameterError: a field is not supported; the error names it.
     """
     unbuilt = dict(UNSUPPORTED[endpoint])
     if data.get("tool_choice") == "none":
