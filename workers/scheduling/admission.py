@@ -1,4 +1,4 @@
-"""Which waiting sequences are admitted. Pure, no torch."""
+"""Admission of waiting sequences to a step. Pure, no torch."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from workers.scheduling.step_intent import Restriction
 from workers.scheduling.step_plan import StepBudget
 
 _STEPS_AHEAD = 8
-"""Full steps of prompts from which blocks of other places may be on their way at once."""
+"""Number of full steps of prompt rows for which KV blocks may be fetched at the same time."""
 
 
 class SequenceAdmission:
     """Decides which waiting sequences fit into a step, in which order, and admits them.
 
-    Tenants take turns (``fairness``). Of one tenant lower priority values go first, then sequences
-    with output from another worker, then earlier arrivals. An admission leaves a free block for
-    each running sequence that may still grow, so that a sequence is not preempted in the step after
-    its admission.
+    Tenants take turns (``fairness``). Within a tenant, lower priority values go first, then
+    sequences that already have output from another worker, then earlier arrivals. An admission
+    leaves one free block for each running sequence that may still grow, so that a sequence is not
+    preempted in the step after its admission.
     """
 
     def __init__(
@@ -45,22 +45,26 @@ class SequenceAdmission:
 
     @property
     def num_deferred(self) -> int:
-        """Waiting sequences that wait until the first choice of their request has its prompt."""
+        """Number of waiting sequences that wait for the first choice of their request to compute
+        its prompt.
+        """
         return sum(map(self._waits_for_first_choice, self._queues.waiting))
 
     @property
     def num_waiting_for_kv(self) -> int:
-        """Waiting sequences whose KV blocks are on their way; not those that are deferred."""
+        """Number of waiting sequences that wait for a transfer of KV blocks, without deferred
+        ones."""
         return sum(map(self._waits_for_kv, self._queues.waiting))
 
     @property
     def num_waiting_tokens(self) -> int:
-        """Prompt tokens of waiting sequences, counted once for all choices of a request."""
+        """Number of prompt tokens of waiting sequences, counted once for all choices of a
+        request."""
         return sum(s.prompt_length for s in self._queues.waiting if s.first_choice is None)
 
     def take_admissible(self, restriction: Restriction, at_most: int) -> list[SequenceState]:
-        """Waiting sequences that fit into the next steps, one of each request, as long as seats and
-        free blocks last; each is returned once, and again if it is preempted.
+        """Return waiting sequences that fit into the next steps, one for each request, within the
+        seats and free blocks. Each is returned once, and once more after each preemption.
         """
         if not self._kv_waits.has_unasked:
             return []
@@ -70,11 +74,11 @@ class SequenceAdmission:
         return [able[name] for name in self._kv_waits.take_unasked(able, at_most)]
 
     def admissible(self, restriction: Restriction, max_rows: int) -> Iterator[SequenceState]:
-        """Waiting sequences in order, as long as seats, free blocks and rows last.
+        """Yield waiting sequences in order, within the seats, the free blocks and ``max_rows``.
 
-        Known blocks without a holder count as taken from the free ones by each sequence that would
-        use them. A tenant above its share leaves seats free, and blocks for as many sequences,
-        at most the same part of all blocks.
+        A cached block without a holder counts as a free block that the sequence takes. A tenant
+        above its share leaves seats free, and blocks for that number of sequences, but at most the
+        same fraction of all blocks.
         """
         if not self._queues.waiting:
             return
@@ -111,27 +115,31 @@ class SequenceAdmission:
             yield sequence
 
     def ready(self, restriction: Restriction, max_rows: int) -> list[SequenceState]:
-        """Waiting sequences that would decode, once admitted."""
+        """Waiting sequences that would decode right after their admission."""
         if not any(s.output for s in self._queues.waiting):
             return []
         return [s for s in self.admissible(restriction, max_rows) if self.would_decode(s)]
 
     def would_decode(self, waiting: SequenceState) -> bool:
-        """All but its newest output token are known: it comes from another worker, as a rule."""
+        """Whether only its newest output token is missing from the cache, as for a sequence that
+        usually arrives from another worker.
+        """
         return bool(waiting.output) and self._blocks.num_to_compute(waiting) == 1
 
     def first(self, restriction: Restriction) -> SequenceState | None:
-        """The waiting sequence whose turn it is, whether there is room for it or not."""
+        """The waiting sequence that is next in turn, whether it fits or not."""
         waiting = self._served.in_turn(self._queues.waiting)
         able = (s for s in waiting if self._may_run(s, restriction))
         return next((s for s in able if not self._waits_for_first_choice(s)), None)
 
     def still_fits(self, admissible: SequenceState) -> bool:
-        """Whether there is room for one that was admissible, after others were admitted."""
+        """Whether an admissible sequence still fits after other admissions."""
         return self._blocks.still_fits(admissible, self._queues.running)
 
     def admit(self, sequence: SequenceState) -> int:
-        """Let a sequence run with blocks for all its tokens; returns how many were allocated."""
+        """Move a sequence to the running ones with blocks for all its tokens; returns the number of
+        blocks that were allocated.
+        """
         num_allocated = self._blocks.admit(sequence)
         self._queues.remove(sequence)
         self._kv_waits.forget(sequence.request.request_id)
@@ -139,7 +147,7 @@ class SequenceAdmission:
         return num_allocated
 
     def has_room_beside(self, parent: SequenceState, child: SequenceState) -> bool:
-        """Whether a fork can run at once."""
+        """Whether the forked sequence ``child`` can run in the next step."""
         running = self._queues.running
         has_seat = len(running) < self._budget.max_num_seqs
         is_running = parent.status is SequenceStatus.RUNNING
@@ -150,17 +158,20 @@ class SequenceAdmission:
         return is_able and restriction.allows(waiting)
 
     def _waits_for_kv(self, sequence: SequenceState) -> bool:
-        """Its blocks are on their way, and not those of the first choice for it."""
+        """Whether the sequence waits for a transfer of KV blocks rather than for its first
+        choice."""
         is_held = sequence.request.request_id in self._kv_waits
         return is_held and not self._waits_for_first_choice(sequence)
 
     def _num_missing_beside_coming(self, sequence: SequenceState) -> int:
-        """Free blocks to keep for one whose other blocks are on their way."""
+        """Number of free blocks to keep for a sequence besides the blocks that are being
+        fetched."""
         coming = self._kv_waits.num_coming(sequence.request.request_id)
         return max(self._blocks.num_of(sequence) - coming, 0)
 
     def _waits_for_first_choice(self, sequence: SequenceState) -> bool:
-        """The first choice of its request is going to compute the prompt's full blocks."""
+        """Whether the first choice of its request has yet to compute the full blocks of the
+        prompt."""
         first = sequence.first_choice
         if first is None or first.is_idle or first.status is SequenceStatus.FINISHED:
             return False

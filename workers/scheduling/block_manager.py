@@ -14,10 +14,10 @@ from workers.scheduling.step_plan import PlannedRows
 
 
 class BlockManager:
-    """Gives sequences their seat, KV blocks and recurrent states, and takes them back.
+    """Allocates and frees the seat, KV blocks and recurrent states of each sequence.
 
-    A sequence gets the blocks of all tokens it has when it is admitted, and one more whenever a
-    decode needs it. Blocks that the prefix cache knows are computed already.
+    At admission a sequence gets the blocks of all its tokens, and one more whenever a decode needs
+    it. Blocks in the prefix cache need no computation.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class BlockManager:
         states: SequenceStates | None,
         max_model_len: int,
     ) -> None:
-        """``states`` None: the model has no recurrent states."""
+        """``states`` is None if the model has no recurrent states."""
         self._pool = pool
         self._tables = tables
         self._prefixes = prefixes
@@ -38,84 +38,92 @@ class BlockManager:
 
     @property
     def num_free(self) -> int:
-        """Blocks without a holder."""
+        """Number of blocks without a holder."""
         return self._pool.num_free
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the pool."""
+        """Number of blocks of the pool."""
         return self._pool.num_blocks
 
-    # What a sequence needs
+    # Queries
 
     def num_of(self, sequence: SequenceState) -> int:
-        """Blocks of all tokens that it has."""
+        """Number of blocks that hold all its tokens."""
         return self._blocks(sequence.num_tokens)
 
     def known(self, waiting: SequenceState) -> list[int]:
-        """Blocks of its prefix that need not be computed."""
+        """Cached blocks of its prefix, which need not be computed."""
         return self._prefixes.find(waiting)
 
     def num_to_compute(self, waiting: SequenceState, known: Sequence[int] | None = None) -> int:
-        """Rows that it would run if it were admitted now; ``known``: where that was asked for."""
+        """Number of rows that it would compute if it were admitted now. ``known``: the result of
+        ``known(waiting)``, if the caller has it.
+        """
         found = self.known(waiting) if known is None else known
         return waiting.num_tokens - len(found) * self._block_size
 
     def num_to_take(self, waiting: SequenceState, known: Iterable[int]) -> int:
-        """Free blocks that its admission takes, with the ``known`` ones of its prefix: those of
-        them without a holder are among the free ones.
+        """Number of free blocks that its admission takes, including the ``known`` blocks without a
+        holder.
         """
         held = sum(not self._pool.is_free(block) for block in known)
         return self._blocks(waiting.num_tokens) - held
 
     def fits_beside(self, waiting: SequenceState, stay: Sequence[SequenceState]) -> bool:
-        """Whether it fits where only the sequences ``stay`` hold blocks."""
+        """Whether the sequence fits if only the sequences ``stay`` hold blocks."""
         held = {block for s in stay for block in s.blocks}
         missing = self._blocks(waiting.num_tokens) - len(held.intersection(self.known(waiting)))
         return missing <= self._pool.num_blocks - len(held) - self.reserve(stay)
 
     def num_shared_tokens(self, sequence: SequenceState) -> int:
-        """Tokens of full prompt blocks that choices share; at least one is left to compute."""
+        """Number of tokens in the full prompt blocks that choices share, which leaves at least one
+        token to compute.
+        """
         return (sequence.prompt_length - 1) // self._block_size * self._block_size
 
     def has_shared(self, sequence: SequenceState, known: Sequence[int]) -> bool:
-        """Whether all blocks that choices share are among the known ones."""
+        """Whether ``known`` contains all blocks that choices share."""
         return len(known) * self._block_size >= self.num_shared_tokens(sequence)
 
     def reserve(self, sequences: Iterable[SequenceState]) -> int:
-        """Blocks to leave free at an admission: one for each sequence that may need another."""
+        """Number of blocks to leave free at an admission: one for each sequence that may need
+        another.
+        """
         return sum(map(self._may_grow, sequences))
 
     def still_fits(self, admissible: SequenceState, running: Sequence[SequenceState]) -> bool:
-        """Whether there are blocks for it though a cached block or a recurrent state of its prefix
-        may be gone since it was found admissible, so that it takes more of them.
+        """Whether an admissible sequence still fits. A cached block or recurrent state of its
+        prefix may have been evicted since, so that it needs more blocks.
         """
         missing = self.num_to_take(admissible, self.known(admissible))
         has_enough = self._pool.can_allocate(missing + len(running))  # each needs one at most
         return has_enough or self._pool.can_allocate(missing + self.reserve(running))
 
     def can_grow(self, decoding: Sequence[SequenceState]) -> bool:
-        """Whether there are blocks for the next rows of all these sequences."""
+        """Whether enough blocks are free for the next rows of all these sequences."""
         has_enough = self._pool.can_allocate(len(decoding))  # each needs one block at most
         return has_enough or self._pool.can_allocate(sum(map(self._num_missing, decoding)))
 
     def can_fork(self, child: SequenceState, running: Sequence[SequenceState]) -> bool:
-        """Whether a fork can run at once: as for an admission, others must be able to grow."""
+        """Whether a fork can run in the next step. As for an admission, others must be able to
+        grow.
+        """
         return self._pool.can_allocate(1 + self.reserve((*running, child)))
 
     def _may_grow(self, sequence: SequenceState) -> bool:
         is_running = sequence.status is SequenceStatus.RUNNING
         held = len(sequence.blocks) if is_running else self._blocks(sequence.num_tokens)
-        read = sequence.prompt_length + sequence.params.max_tokens - 1  # not the last one drawn
+        read = sequence.prompt_length + sequence.params.max_tokens - 1  # the last token is not read
         return self._blocks(min(read, self._max_model_len)) > held
 
     def _num_missing(self, decoding: SequenceState) -> int:
         return self._blocks(decoding.num_tokens) - len(decoding.blocks)
 
-    # What it gets
+    # Changes
 
     def admit(self, sequence: SequenceState) -> int:
-        """Give a seat and blocks for all its tokens; returns how many were allocated."""
+        """Assign a seat and blocks for all its tokens; returns the number of blocks allocated."""
         sequence.seat = self._tables.take_seat()
         self._extend(sequence, self.known(sequence))
         self._pool.share(sequence.blocks)
@@ -126,8 +134,8 @@ class BlockManager:
         return self.grow(sequence)
 
     def fork(self, parent: SequenceState, child: SequenceState) -> tuple[int, int] | None:
-        """Give the child what the parent has computed. Returns blocks (from, to) that are to be
-        copied now, if there is one.
+        """Share the computed blocks of ``parent`` with ``child``. Returns the (source, destination)
+        blocks that the caller must copy now, or None.
         """
         child.seat, child.num_computed = self._tables.take_seat(), parent.num_computed
         num_full = parent.num_computed // self._block_size
@@ -141,24 +149,26 @@ class BlockManager:
         return (parent.blocks[num_full], copied[0]) if copied else None
 
     def grow(self, sequence: SequenceState, num_drafts: int = 0) -> int:
-        """Allocate what its tokens and drafts lack; returns how many blocks."""
+        """Allocate the blocks that its tokens and drafts lack; returns the number of blocks
+        allocated.
+        """
         missing = self._blocks(sequence.num_tokens + num_drafts) - len(sequence.blocks)
-        if missing <= 0:  # most decodes go on in their last block
+        if missing <= 0:  # most decodes continue in their last block
             return 0
         self._extend(sequence, self._pool.allocate(missing))
         return missing
 
     def num_drafts_that_fit(self, sequence: SequenceState) -> int:
-        """Tokens behind its newest one for which it has blocks, or there are free ones."""
+        """Number of draft tokens that fit into its own blocks and the free ones."""
         most = (len(sequence.blocks) + self._pool.num_free) * self._block_size
         return most - sequence.num_tokens
 
     def move(self, sequence: SequenceState, first: int, count: int) -> StateMove | None:
-        """Recurrent states for rows that come next; None: the model has none."""
+        """Reserve recurrent states for the next rows; None if the model has none."""
         return None if self._states is None else self._states.plan(sequence, first, count)
 
     def release(self, sequence: SequenceState, *, has_ended: bool = False) -> None:
-        """Take all back: it has ended, or waits from now on."""
+        """Free the seat, blocks and states of a sequence that has ended or is preempted."""
         self._prefixes.release(sequence, has_ended=has_ended)
         sequence.num_computed = 0
         if self._states is not None:
@@ -168,13 +178,16 @@ class BlockManager:
             sequence.seat = None
 
     def commit(self, planned: PlannedRows, *, has_failed: bool) -> None:
-        """Planned rows ran, and ``num_computed`` has counted them: keep the states behind them."""
+        """Record that planned rows ran, and keep the recurrent states after them. ``num_computed``
+        must include the rows already.
+        """
         if self._states is not None and planned.states is not None:
             self._states.commit(planned.sequence, planned.states, has_failed=has_failed)
 
     def store(self, planned: PlannedRows) -> None:
-        """The tokens of planned rows are known: free what only rejected drafts needed, and let
-        others find the full blocks."""
+        """Free the blocks that only rejected drafts used, and add the full blocks to the prefix
+        cache.
+        """
         sequence = planned.sequence
         if planned.drafts:
             needed = self._blocks(sequence.num_computed)
@@ -183,7 +196,7 @@ class BlockManager:
         self._prefixes.store(sequence, planned.first)
 
     def abandon(self, planned: PlannedRows) -> None:
-        """Planned rows did not run: take back what the plan gave to a sequence."""
+        """Free what the plan allocated for rows that did not run."""
         sequence = planned.sequence
         if self._states is not None and planned.states is not None:
             self._states.abandon(planned.states)
@@ -199,14 +212,15 @@ class BlockManager:
         others: Iterable[list[int]],
         planned: Iterable[PlannedRows],
     ) -> None:
-        """Assert that the holders of blocks are the running sequences and ``others``, and those of
-        states the running sequences and ``planned`` rows."""
+        """Assert that the running sequences and ``others`` hold all blocks in use, and that the
+        running sequences and ``planned`` rows hold all recurrent states in use.
+        """
         self._pool.check_integrity([*(s.blocks for s in running), *others])
         for sequence in running:
             assert sequence.num_computed <= len(sequence.blocks) * self._block_size
             assert sequence.seat is not None
             table = self._tables.array[sequence.seat, : len(sequence.blocks)]
-            assert table.tolist() == sequence.blocks, "a seat has other blocks than its sequence"
+            assert table.tolist() == sequence.blocks, "block table and sequence differ"
             self._prefixes.check_integrity(sequence)
         if self._states is not None:
             states = [s.state for s in running if s.state is not None]

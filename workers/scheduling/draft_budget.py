@@ -1,4 +1,4 @@
-"""How many rows of drafts a step has. Pure, no torch."""
+"""The number of draft rows in a step. Pure, no torch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from workers.speculation.speculator import Speculator
 
 
 class DraftBudget:
-    """Decides how many drafts a step asks for, and which decodes run those that were granted.
+    """Decides how many draft rows a step requests and which decodes use the granted ones.
 
-    Drafts have what other rows leave: they preempt nothing, and take only blocks that are free.
+    Drafts use the rows that are left over. They preempt no sequence and take only free blocks.
     """
 
     def __init__(self, speculator: Speculator, blocks: BlockManager, budget: StepBudget) -> None:
@@ -26,7 +26,7 @@ class DraftBudget:
     def num_wanted(
         self, decoding: Sequence[SequenceState], num_decodes: int, prefill_rows: int
     ) -> int:
-        """Rows of drafts to ask for beside others."""
+        """Number of draft rows to request in addition to the decode and prefill rows."""
         if not decoding:
             return 0
         self._speculator.plan_step(len(decoding))
@@ -34,9 +34,8 @@ class DraftBudget:
         return max(min(sum(len(self._speculator.draft(s)) for s in decoding), room), 0)
 
     def add(self, num_decodes: int, decode_rows: int, rows: list[PlannedRows]) -> None:
-        """Give the decodes, the first ``num_decodes`` of ``rows``, drafts: as many rows as are left
-        of those granted and of the budget. The likeliest ones are run, whichever request they are
-        of.
+        """Add drafts to the decodes, which are the first ``num_decodes`` of ``rows``, within the
+        granted rows and the budget. The most likely drafts are added, regardless of their sequence.
         """
         left = min(decode_rows - num_decodes, self._budget.max_rows - sum(r.count for r in rows))
         if left <= 0:

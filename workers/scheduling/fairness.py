@@ -1,10 +1,10 @@
-"""Whose turn it is: tenants share a worker by the tokens that it has served them. Pure.
+"""Fair sharing of a worker between tenants, by the tokens served to each. Pure.
 
-The waiting sequence of the tenant that was served least, for its weight, goes first. A tenant that
-comes back after a pause begins where the least served of the others is: what it did not use is
-gone.
-Source: the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI
-2024); here rows of prompts and of decodes count the same, and cached tokens do not count.
+The next waiting sequence is one of the tenant with the fewest served tokens, relative to its
+weight. A tenant that returns after a pause starts at the lowest count of the active tenants: unused
+service is not saved up. Source: the virtual token counter of Sheng et al., "Fairness in Serving
+Large Language Models" (OSDI 2024). Here, prompt and decode rows count the same, and cached tokens
+do not count.
 """
 
 from __future__ import annotations
@@ -17,41 +17,43 @@ from workers.requests.sequence import SequenceState
 
 
 class ServedTokens:
-    """Tokens by tenant, over the tenant's weight; only their differences matter."""
+    """Served tokens by tenant, divided by its weight; only the differences matter."""
 
     def __init__(self) -> None:
         self._served: dict[str, float] = {}
         self._active: Counter[str] = Counter()
-        """Sequences by tenant."""
+        """Number of sequences by tenant."""
 
     def enter(self, sequence: SequenceState) -> None:
-        """A tenant has one more sequence, which waits or runs."""
+        """Count a new sequence of a tenant, waiting or running."""
         tenant = sequence.request.tenant
         if tenant not in self._active:
             least = min((self._served.get(other, 0.0) for other in self._active), default=None)
-            kept = {} if least is None else self._served  # alone it is owed nothing, and owes none
-            # those that have left behind the others are as good as new when they come back
+            kept = {} if least is None else self._served  # without others, no tenant is ahead
+            # a tenant that left with a lower count would start at the lowest count anyway
             self._served = {t: x for t, x in kept.items() if x >= (least or 0.0)}
             self._served[tenant] = max(self._served.get(tenant, 0.0), least or 0.0)
         self._active[tenant] += 1
 
     def leave(self, sequence: SequenceState) -> None:
-        """A sequence of a tenant has ended."""
+        """Remove an ended sequence of a tenant."""
         tenant = sequence.request.tenant
         self._active[tenant] -= 1
         if not self._active[tenant]:
             del self._active[tenant]
 
     def charge(self, sequence: SequenceState, num_rows: int) -> None:
-        """Rows of a sequence have been computed."""
+        """Count computed rows of a sequence."""
         if len(self._active) > 1:
             tenant, weight = sequence.request.tenant, sequence.request.weight
             self._served[tenant] = self._served.get(tenant, 0.0) + num_rows / weight
 
     def in_turn(self, ordered: Sequence[SequenceState]) -> Iterator[SequenceState]:
-        """The sequences as tenants take turns, each tenant's in the given order.
+        """Yield the sequences in the order in which tenants take turns, each tenant's in the given
+        order.
 
-        Example: a was served 12 tokens less than b, all prompts have 8 tokens: a, a, b, a, b, ...
+        Example: tenant a was served 12 tokens less than b, all prompts have 8 tokens: a, a, b, a,
+        b, ...
         """
         if len(self._active) <= 1:
             yield from ordered

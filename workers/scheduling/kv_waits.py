@@ -1,8 +1,8 @@
-"""Waiting requests whose KV blocks may come from elsewhere before they are admitted. Pure.
+"""Waiting requests and the transfers of KV blocks for them. Pure.
 
-Blocks are brought into the pool when there is room for their request, and not when it comes: a
-pool that is full of running sequences has none, and in a long queue the blocks would be gone again
-before its turn.
+The transfer starts when the request fits into the pool, not on its arrival. A pool full of running
+sequences has no free blocks, and in a long queue the blocks would be evicted before the request is
+admitted.
 """
 
 from __future__ import annotations
@@ -14,44 +14,46 @@ from itertools import islice
 
 @dataclass(slots=True)
 class KvWaits:
-    """By request id. Each time a request is queued it is taken once, to be asked about."""
+    """Transfer state by request id. A request is returned once each time that it is queued."""
 
     _unasked: set[str] = field(default_factory=set)
     _waiting: dict[str, int] = field(default_factory=dict)
 
     @property
     def has_unasked(self) -> bool:
-        """Whether there are requests that were not taken."""
+        """Whether there are requests that ``take_unasked`` has not returned."""
         return bool(self._unasked)
 
     def __contains__(self, request_id: str) -> bool:
-        """Whether a request waits for blocks: it is not admitted meanwhile."""
+        """Whether a request waits for a transfer and cannot be admitted."""
         return request_id in self._waiting
 
     def num_coming(self, request_id: str) -> int:
-        """Blocks of the pool that are held for a request meanwhile."""
+        """Number of blocks of the pool that are held for the transfer of a request."""
         return self._waiting.get(request_id, 0)
 
     def queue(self, request_id: str) -> None:
-        """A request has come, or was preempted."""
+        """Record that a request was queued or preempted."""
         self._unasked.add(request_id)
 
     def take_unasked(self, admissible: Iterable[str], at_most: int) -> list[str]:
-        """Those of the next requests that were not taken, in order."""
+        """Return up to ``at_most`` requests of ``admissible`` that were not returned before, in
+        order.
+        """
         new = (name for name in dict.fromkeys(admissible) if name in self._unasked)
         found = [*islice(new, at_most)]
         self._unasked.difference_update(found)
         return found
 
     def begin(self, request_id: str, num_coming: int) -> None:
-        """Blocks are on their way."""
+        """Record that a transfer of ``num_coming`` blocks has started."""
         self._waiting[request_id] = num_coming
 
     def end(self, request_id: str) -> None:
-        """They have come, or do not come any more."""
+        """Record that the transfer has ended or failed."""
         self._waiting.pop(request_id, None)
 
     def forget(self, request_id: str) -> None:
-        """A request runs, or has ended."""
+        """Forget a request that runs or has ended."""
         self._unasked.discard(request_id)
         self._waiting.pop(request_id, None)

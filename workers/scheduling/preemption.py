@@ -1,4 +1,4 @@
-"""Which running sequence is preempted when blocks run short. Pure, no torch."""
+"""Preemption of running sequences when blocks run short. Pure, no torch."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from workers.scheduling.step_intent import Restriction
 from workers.scheduling.step_plan import StepBudget
 
 _BLOCKS_AHEAD = 2
-"""Free blocks for each running sequence below which one may be preempted soon: decodes take them
-within that many blocks of steps."""
+"""Free blocks for each running sequence below which a preemption is likely soon: decodes take them
+within that number of blocks of steps."""
 
 
 class Preemption:
     """Decides which running sequence loses its blocks, and makes it wait.
 
-    When blocks run short, the last sequence of the tenant with the most is preempted: it recomputes
-    from prompt and output what the cache has lost by then. So the first one always continues, and
-    every sequence ends.
+    When blocks run short, the last sequence of the tenant with the most sequences is preempted. It
+    recomputes the part of its prompt and output that was evicted from the cache. So the first
+    sequence always continues, and every sequence ends.
 
-    A waiting sequence that does not fit preempts running ones only where they are of its tenant
-    with a lower priority, or idle, or if it must run alone. A beam is idle while others of its
-    request are still to be computed; if it kept its blocks, beams of several requests could hold
-    those that each of them waits for.
+    A waiting sequence that does not fit preempts only running sequences of its tenant with a lower
+    priority, idle sequences, and, if it must run alone, all others. A beam is idle while other
+    beams of its request are still to be computed. If idle beams kept their blocks, beams of several
+    requests could deadlock on them.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class Preemption:
         self._kv_waits = kv_waits
         self.num_preemptions = 0
         self.preempted: list[SequenceState] = []
-        """Sequences that were preempted for the last plan."""
+        """Sequences that were preempted for the latest plan."""
 
     def under_pressure(self) -> SequenceState | None:
-        """The sequence that would be preempted first of those that can go on elsewhere, if that may
-        be soon; else None. A search would begin anew there.
+        """The next sequence to preempt among those that can move to another worker, if a preemption
+        is likely soon; else None. A beam search cannot move, as it would restart there.
         """
         running = self._queues.running
         is_short = self._blocks.num_free < _BLOCKS_AHEAD * len(running) and len(running) > 1
@@ -60,7 +60,7 @@ class Preemption:
         return _last_of_most(able) if is_short and able else None
 
     def make_room_for_first(self, restriction: Restriction) -> None:
-        """Preempt sequences until none has to be for the first waiting one."""
+        """Preempt sequences until the first waiting one needs no further preemption."""
         while (first := self.first_in_need(restriction)) is not None:
             if restriction.alone is not None:
                 self.preempt_last(restriction)
@@ -69,8 +69,8 @@ class Preemption:
             self.preempt(lower[-1])
 
     def first_in_need(self, restriction: Restriction) -> SequenceState | None:
-        """The first waiting sequence, if it fits only once lower priorities are preempted, or for
-        one that runs alone all others.
+        """The first waiting sequence, if it fits only after a preemption of lower priorities, or of
+        all others if it runs alone.
         """
         first = self._admission.first(restriction)
         if first is None:
@@ -87,14 +87,16 @@ class Preemption:
         return first if self._blocks.fits_beside(first, stay) else None
 
     def preempt_last(self, restriction: Restriction) -> None:
-        """Preempt an idle sequence, or one that does not run alone, if there is one."""
+        """Preempt an idle sequence or, in a step for one request, a sequence of another request; if
+        there is neither, any running sequence.
+        """
         running = self._queues.running
         idle = [s for s in running if s.is_idle]
         others = [s for s in running if restriction.alone is None or not restriction.allows(s)]
         self.preempt(_last_of_most(idle or others or running))
 
     def preempt(self, victim: SequenceState) -> None:
-        """Make a running sequence wait, without blocks."""
+        """Move a running sequence to the waiting ones and free its blocks."""
         self._queues.remove(victim)
         self._blocks.release(victim)
         self._queues.wait(victim)
@@ -104,15 +106,18 @@ class Preemption:
 
 
 def _yields(running: SequenceState, waiting: Request) -> bool:
-    """A running sequence is preempted for a waiting request of the same tenant with higher
-    priority; an idle one for any."""
+    """Whether a waiting request preempts a running sequence: an idle one, or one of the same tenant
+    with a lower priority.
+    """
     request = running.request
     has_lower = request.tenant == waiting.tenant and request.priority > waiting.priority
     return running.is_idle or has_lower
 
 
 def _last_of_most(running: Sequence[SequenceState]) -> SequenceState:
-    """Of the tenant with the most sequences the last; of several tenants the last of all."""
+    """The last sequence of the tenant with the most sequences; the last of all if several tenants
+    have the most.
+    """
     counts = Counter(s.request.tenant for s in running)
     most = max(counts.values())
     return next(s for s in reversed(running) if counts[s.request.tenant] == most)

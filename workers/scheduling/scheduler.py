@@ -1,9 +1,10 @@
-"""Which rows run in the next step: continuous batching with chunked prefill. Pure, no torch.
+"""The scheduler: continuous batching with chunked prefill. Pure, no torch.
 
-The rows of an intent go to the leader; a plan is made from what the step header grants, and then
-either committed (the model ran to its last layer) or abandoned (a peer was lost): only a commit
-changes what sequences have computed and produced. Preemption is the exception: planning preempts at
-once, which costs a recomputation but never changes a token.
+A worker proposes the rows of an intent to the leader. The scheduler makes a plan from the rows that
+the step header grants. A plan is either committed (the model ran to its last layer) or abandoned (a
+peer was lost). Only a commit changes the computed rows and the output of sequences. Preemption is
+the exception: it takes effect while planning, which costs a recomputation but never changes a
+token.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ _UNRESTRICTED = Restriction()
 
 
 class Scheduler:
-    """Plans steps: decodes first, then prompts in turn, as far as rows are granted.
+    """Plans steps: decodes first, then prompts in turn, within the granted rows.
 
-    ``SequenceAdmission`` decides which waiting sequences it may use, ``Preemption`` which running
-    ones make room, ``ShortSteps`` which decodes are left out, ``DraftBudget`` how many drafts run.
-    At admission a sequence gets the blocks of all tokens it has, so only decodes can run short of
-    blocks later.
+    ``SequenceAdmission`` decides which waiting sequences may run, ``Preemption`` which running ones
+    must wait, ``ShortSteps`` which decodes are left out, ``DraftBudget`` how many drafts run. At
+    admission a sequence gets the blocks of all its tokens, so only decodes can run short of blocks
+    later.
     """
 
     def __init__(
@@ -62,8 +63,8 @@ class Scheduler:
     ) -> None:
         """``length_matters_above``: see ``ModelConfig.length_matters_above``.
 
-        ``states``: slots of a model with recurrent states. ``speculator`` names drafts for decodes,
-        ``max_draft_rows`` of them beside ``max_num_seqs`` rows.
+        ``states``: the slots of a model with recurrent states. ``speculator`` proposes drafts for
+        decodes, of which ``max_draft_rows`` run in addition to ``max_num_seqs`` rows.
         """
         self.prefixes = PrefixCache(
             pool=pool,
@@ -72,13 +73,13 @@ class Scheduler:
             length_matters_above=length_matters_above,
             states=states,
         )
-        """Finds tokens that were computed before. Other modules read its counters."""
+        """Finds cached prefixes. Other modules read its counters."""
         self.tables = BlockTables(max_num_seqs, -(-max_model_len // block_size))
-        """The blocks of running sequences, by ``SequenceState.seat``."""
+        """Block tables of running sequences, by ``SequenceState.seat``."""
         self.kv_waits = KvWaits()
-        """Waiting requests whose blocks may come from elsewhere."""
+        """Waiting requests whose KV blocks may be fetched."""
         self.queues = SequenceQueues()
-        """The sequences, to be read by others."""
+        """The waiting and running sequences. Other modules only read them."""
         self._budget = budget = StepBudget(
             max_num_seqs=max_num_seqs,
             max_rows=max_num_batched_tokens,
@@ -92,9 +93,9 @@ class Scheduler:
         self.admission = SequenceAdmission(
             *own, kv_waits=self.kv_waits, served=self._served, seats=self._seats
         )
-        """Which waiting sequences may run. Other modules read its counters."""
+        """Admits waiting sequences. Other modules read its counters."""
         self.preemption = Preemption(*own, admission=self.admission, kv_waits=self.kv_waits)
-        """Which running sequences must wait. Other modules read its counters."""
+        """Preempts running sequences. Other modules read its counters."""
         self._short_steps = ShortSteps(self._seats)
         self._drafts = None if speculator is None else DraftBudget(speculator, *own[1:])
         self._stop_conditions = StopConditions(eos_token_ids, max_model_len)
@@ -102,17 +103,17 @@ class Scheduler:
     # Sequences
 
     def add(self, sequence: SequenceState) -> None:
-        """Queue a sequence behind those of its priority."""
+        """Queue a sequence after the others of its priority."""
         self.kv_waits.queue(sequence.request.request_id)
         self._served.enter(sequence)
         self._seats.note(sequence)
         self.queues.wait(sequence)
 
     def fork(self, parent: SequenceState, child: SequenceState) -> tuple[int, int] | None:
-        """Between steps: ``child`` begins with what ``parent`` has computed; both know one token
-        more. Returns blocks (from, to) that are to be copied now, if there is one.
+        """Start ``child`` with the computed tokens of ``parent``, between steps; both have one more
+        token. Returns the (source, destination) blocks that the caller must copy now, or None.
 
-        It runs beside its parent where there is room, else it waits and finds what is cached.
+        If the child fits, it runs in the next step. Else it waits and uses the cached blocks later.
         """
         if not self.admission.has_room_beside(parent, child):
             self.add(child)
@@ -124,8 +125,9 @@ class Scheduler:
         return copied
 
     def remove(self, sequence: SequenceState, *, has_ended: bool = True) -> None:
-        """End a sequence between steps; its blocks are free at once. Not ``has_ended``: others of
-        its request go on, and what the request says of its blocks is not for these.
+        """End a sequence between steps and free its blocks. ``has_ended`` False: other sequences of
+        its request continue, and the retention that the request asks for does not apply to these
+        blocks.
         """
         if sequence.status is SequenceStatus.FINISHED:
             return
@@ -136,13 +138,13 @@ class Scheduler:
         sequence.status = SequenceStatus.FINISHED
 
     def ending(self, sequence: SequenceState) -> Ending | None:
-        """Why the output so far ends the sequence; None if it does not."""
+        """The reason for which the output so far ends the sequence; None if it does not."""
         return self._stop_conditions.ending(sequence)
 
     # Steps
 
     def intent(self, restriction: Restriction = _UNRESTRICTED) -> StepIntent:
-        """What the next step would run if all its rows were granted."""
+        """Rows that the next step would run if all were granted."""
         decoding, prefilling = self._runnable(restriction)
         blocks, admission, max_rows = self._blocks, self.admission, self._budget.max_rows
         decodes, missing = len(decoding), sum(s.num_missing for s in prefilling)
@@ -173,14 +175,14 @@ class Scheduler:
         return StepIntent(restriction, wanted, left_out, (decoding, prefilling, ready, admissible))
 
     def plan(self, intent: StepIntent, grant: Grant) -> StepPlan:
-        """Choose rows within what was granted, and allocate their blocks."""
+        """Choose rows within the grant and allocate their blocks."""
         restriction = intent.restriction
         self.preemption.preempted.clear()
         ready = self._admit_ready(intent, grant.decode_rows)
         admissible: list[SequenceState] = []
         if grant.prefill_rows > 0:
             self.preemption.make_room_for_first(restriction)
-            # Decodes leave them blocks: see BlockManager.reserve.
+            # BlockManager.reserve keeps blocks free for the decodes.
             able = self.admission.admissible(restriction, grant.prefill_rows)
             admissible = [s for s in able if not self._is_left_out(s, intent)]
         decoding, prefilling = self._make_room(intent, grant.decode_rows)
@@ -202,11 +204,12 @@ class Scheduler:
         drawn: Mapping[SequenceState, Sequence[int]],
         failed: Collection[SequenceState],
     ) -> dict[SequenceState, Ending]:
-        """The plan ran. ``drawn`` has the token of each sequence that drew one; several, if all
-        of them before the last are its first drafts. Only the last may end it.
+        """Apply a plan that ran. ``drawn`` has the sampled tokens of each sequence that got one. If
+        there are several, all except the last equal its first drafts. Only the last may end it.
 
-        Returns the sequences that ended, with the reason; their blocks are free. ``failed`` ones
-        end without a token, and the prefix cache never gets what they computed in this plan.
+        Returns the sequences that ended, with the reason; their blocks are free. The ``failed``
+        ones end without a token, and the prefix cache never gets the blocks they computed in this
+        plan.
         """
         endings: dict[SequenceState, Ending] = {}
         self._seats.count_step()
@@ -219,7 +222,9 @@ class Scheduler:
         return endings
 
     def abandon(self, plan: StepPlan) -> None:
-        """The plan did not run: free its blocks, and let the sequences it admitted wait again."""
+        """Undo a plan that did not run: free its blocks and return the sequences it admitted to the
+        waiting ones.
+        """
         for planned in plan.rows:
             self._blocks.abandon(planned)
             if planned.is_admitted:
@@ -229,10 +234,10 @@ class Scheduler:
     def check_integrity(
         self, others: Iterable[list[int]] = (), plan: StepPlan | None = None
     ) -> None:
-        """Assert that the pool's holders are exactly the block tables of all running sequences and
-        of ``others``, and that the prefix cache has the right hashes of their blocks.
+        """Assert that exactly the block tables of all running sequences and of ``others`` hold the
+        blocks of the pool, and that the prefix cache has the right hashes of their blocks.
 
-        ``plan``: one that is neither committed nor abandoned.
+        ``plan``: a plan that is neither committed nor abandoned.
         """
         planned = () if plan is None else plan.rows
         self._blocks.check_integrity(self.queues.running, others, planned)
@@ -245,7 +250,7 @@ class Scheduler:
     def _runnable(
         self, restriction: Restriction
     ) -> tuple[list[SequenceState], list[SequenceState]]:
-        """Running sequences that may be planned, in order: those that decode, and the others."""
+        """Running sequences that may be planned, in order: the decoding ones, and the others."""
         decoding: list[SequenceState] = []
         prefilling: list[SequenceState] = []
         is_open = restriction.is_open
@@ -258,7 +263,7 @@ class Scheduler:
         return intent.leaves_out(waiting) and self.admission.would_decode(waiting)
 
     def _admit_ready(self, intent: StepIntent, decode_rows: int) -> list[SequenceState]:
-        """Admit sequences that would decode, as many as were granted beside the running ones."""
+        """Admit sequences that would decode, up to the granted rows that the running ones leave."""
         found = self.admission.ready(intent.restriction, self._budget.max_rows)
         ready = [s for s in found if not intent.leaves_out(s)]
         if ready:
@@ -275,9 +280,9 @@ class Scheduler:
     def _make_room(
         self, intent: StepIntent, decode_rows: int
     ) -> tuple[list[SequenceState], list[SequenceState]]:
-        """Preempt sequences until there are blocks for the next rows of those that decode.
+        """Preempt sequences until blocks are free for the next rows of the decoding ones.
 
-        Returns the first ``decode_rows`` of these, and those that do not decode.
+        Returns the first ``decode_rows`` decoding sequences, and the sequences that do not decode.
         """
         is_short = bool(intent.without_decodes)
         while True:
@@ -298,7 +303,9 @@ class Scheduler:
         return PlannedRows(sequence, first, 1, True, num_new, is_admitted, states)
 
     def _prompt_rows(self, sequence: SequenceState, limit: int) -> PlannedRows | None:
-        """Up to ``limit`` rows of a prompt (or of a recomputation); None where it does not fit."""
+        """Plan up to ``limit`` rows of a prompt (or of a recomputation); None if the sequence does
+        not fit.
+        """
         is_admitted = sequence.status is SequenceStatus.WAITING
         if is_admitted and not self.admission.still_fits(sequence):
             return None
@@ -310,7 +317,7 @@ class Scheduler:
     def _commit_rows(
         self, planned: PlannedRows, tokens: Sequence[int], has_failed: bool
     ) -> Ending | None:
-        """Returns how the sequence ended, if it did."""
+        """Returns how the sequence ended, or None."""
         sequence, draws_token = planned.sequence, planned.draws_token
         if sequence.num_cached_tokens is None:
             self.prefixes.count(sequence, planned.first)

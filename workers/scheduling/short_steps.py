@@ -1,4 +1,4 @@
-"""Steps without the decodes of a tenant, for first tokens of others. Pure, no torch."""
+"""Steps without the decodes of one tenant, for earlier first tokens of others. Pure, no torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from workers.scheduling.seat_reserve import SeatReserve
 
 
 class ShortSteps:
-    """Decides which tenants' decodes a step leaves out, so that first tokens of others come soon.
+    """Decides which tenants' decodes a step leaves out, to shorten the first-token time of others.
 
-    A tenant with more than its share that has most of the rows is left out of one step: a step
-    without its decodes is short, and first tokens of others do not wait for a long one. Never in
-    two steps in a row.
+    A step leaves out the decodes of a tenant that is above its share and has most of the rows. Such
+    a step is short, so first tokens of other tenants do not wait for a long one. Two steps in a row
+    are never short.
     """
 
     def __init__(self, seats: SeatReserve) -> None:
@@ -27,9 +27,9 @@ class ShortSteps:
         others: Sequence[SequenceState],
         num_missing: int,
     ) -> Set[str]:
-        """Tenants without decodes in the next step.
+        """Tenants whose decodes the next step leaves out.
 
-        ``others``: sequences that would compute ``num_missing`` rows of prompts beside the decodes.
+        ``others``: sequences that would compute ``num_missing`` prompt rows in the same step.
         """
         if self._was_short or not others:
             return frozenset()
@@ -41,5 +41,5 @@ class ShortSteps:
         return above if is_shorter else frozenset()
 
     def note(self, is_short: bool) -> None:
-        """A step was planned, with decodes left out or not."""
+        """Record whether the planned step leaves out decodes."""
         self._was_short = is_short

@@ -1,7 +1,7 @@
-"""What the next step of a worker is meant to run, before it is granted rows. Pure.
+"""Rows that a worker wants to run in the next step, before any are granted. Pure.
 
-intent = scheduler.intent(restriction)     the rows of ``intent.wanted`` go to the leader
-plan = scheduler.plan(intent, grant)       once the step header has granted some of them
+intent = scheduler.intent(restriction)     the worker sends ``intent.wanted`` to the leader
+plan = scheduler.plan(intent, grant)       once the step header has granted some of the rows
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class Restriction:
     """Which requests may have rows in a step."""
 
     held: Set[str] = frozenset()
-    """Ids of those that may not."""
+    """Ids of requests that may not have rows."""
     alone: str | None = None
-    """The only one that may, ``held`` or not; None: there is none."""
+    """Id of the only request that may have rows, even if it is in ``held``; None: no such limit."""
 
     @property
     def is_open(self) -> bool:
-        """All requests may have rows."""
+        """Whether all requests may have rows."""
         return not self.held and self.alone is None
 
     def allows(self, sequence: SequenceState) -> bool:
@@ -36,25 +36,25 @@ class Restriction:
 
 @dataclass(frozen=True, slots=True)
 class StepIntent:
-    """The rows that the next step would run if all were granted."""
+    """Rows that the next step would run if all were granted."""
 
     restriction: Restriction = field(default_factory=Restriction)
     wanted: RowsWanted = field(default_factory=RowsWanted)
-    """For the proposal to the leader."""
+    """The numbers of rows for the proposal to the leader."""
     without_decodes: Set[str] = frozenset()
-    """Tenants whose decodes are left out of the step: see ``ShortSteps``."""
+    """Tenants whose decodes the step leaves out; see ``ShortSteps``."""
     groups: tuple[Sequence[SequenceState], ...] = ()
-    """The sequences that the rows are of: those that decode, and others."""
+    """The sequences of the rows: the decoding ones first, then the others."""
 
     @property
     def sequences(self) -> Iterator[SequenceState]:
-        """All of ``groups``."""
+        """All sequences of ``groups``."""
         return chain(*self.groups)
 
     def leaves_out(self, sequence: SequenceState) -> bool:
-        """Whether the step runs no decode of a sequence."""
+        """Whether the step leaves out the decodes of a sequence."""
         return sequence.request.tenant in self.without_decodes
 
     def under(self, restriction: Restriction) -> StepIntent:
-        """The same for what the restriction is when the rows are granted."""
+        """This intent with the restriction that applies when the rows are granted."""
         return replace(self, restriction=restriction)

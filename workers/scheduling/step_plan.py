@@ -1,4 +1,4 @@
-"""The rows of a step: those that could run on a rank, and those that are planned. Pure."""
+"""The rows of a step, as wanted and as planned. Pure."""
 
 from __future__ import annotations
 
@@ -13,29 +13,32 @@ from workers.requests.traced import Parents
 
 
 class PlannedRows(Struct, frozen=True):
-    """Neighbouring rows of one sequence in a plan. Its block table covers them already."""
+    """Consecutive rows of one sequence in a plan. Its block table already covers them."""
 
     sequence: SequenceState
     first: int
     count: int
     is_decode: bool
-    """A row that continues an output, and rows of ``drafts``."""
+    """True for a row that continues an output and its ``drafts``."""
     num_new_blocks: int
-    """Blocks at the end of the block table that this plan allocated after the admission."""
+    """Number of blocks at the end of the block table that this plan allocated after the admission.
+    """
     is_admitted: bool
-    """The sequence was waiting before this plan."""
+    """Whether this plan admitted the sequence."""
     states: StateMove | None = None
-    """Its recurrent states; None: the model has none."""
+    """Recurrent states of the rows; None if the model has none."""
     drafts: tuple[int, ...] = ()
-    """Guesses at the tokens behind the newest one: those of the last rows."""
+    """Draft tokens of the last rows: guesses at the tokens after the newest one."""
 
     @property
     def draws_token(self) -> bool:
-        """The last row but ``drafts`` is the newest token: its logits give the next one."""
+        """Whether the last row before ``drafts`` is the newest token, whose logits give the next
+        one.
+        """
         return self.first + self.count - len(self.drafts) == self.sequence.num_tokens
 
     def one_by_one(self) -> Iterator[PlannedRows]:
-        """Decode rows, each as an entry of its own: to the model every one is a decode."""
+        """Yield each row as a separate entry, because the model treats every row as a decode."""
         for row in range(self.count):
             first = row + len(self.drafts) - self.count
             drafts = self.drafts[first : first + 1] if first >= 0 else ()
@@ -43,7 +46,7 @@ class PlannedRows(Struct, frozen=True):
 
 
 def single_rows(planned: Sequence[PlannedRows]) -> Sequence[PlannedRows]:
-    """Entries for the model: those with drafts are taken apart, in place."""
+    """Entries for the model; an entry with drafts is split into one per row."""
     if not any(rows.drafts for rows in planned):
         return planned
     return [one for rows in planned for one in (rows.one_by_one() if rows.drafts else (rows,))]
@@ -54,7 +57,7 @@ class StepPlan:
     """The rows of one step."""
 
     rows: tuple[PlannedRows, ...]
-    """Decodes first, each part in the order of priority and arrival."""
+    """The decodes, then the prompt rows, each in the order of priority and arrival."""
 
     @property
     def num_rows(self) -> int:
@@ -62,7 +65,7 @@ class StepPlan:
 
     @property
     def request_ids(self) -> dict[str, None]:
-        """The requests of its rows, in order."""
+        """Ids of the requests of the rows, in order."""
         return dict.fromkeys(r.sequence.request.request_id for r in self.rows)
 
     def cache_slots(self, block_size: int) -> list[int]:
@@ -76,30 +79,29 @@ class StepPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepBudget:
-    """What a step of one worker has at most."""
+    """Limits of a step of one worker."""
 
     max_num_seqs: int
-    """Sequences that run."""
+    """Maximum number of running sequences."""
     max_rows: int
-    """Rows, prompts and decodes together."""
+    """Maximum number of rows, prompts and decodes together."""
     max_decode_rows: int
-    """Rows of decodes, those of drafts included."""
+    """Maximum number of decode rows, including drafts."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowsWanted:
-    """What the next step could run, for the proposal to the leader."""
+    """Rows that the next step could run, for the proposal to the leader."""
 
     decode_rows: int = 0
-    """One per sequence of which only the newest output token is not computed, and those of
-    drafts."""
+    """One row per sequence that lacks only its newest output token, and the draft rows."""
     prefill_rows: int = 0
     """Prompt rows within the token budget."""
     edge_share: int = 0
     """See ``StepProposal``."""
     is_alone: bool = False
-    """They are one request's, and no other's may be in the step on any rank."""
+    """Whether the rows belong to one request that must have the step on all ranks for itself."""
     parents: Parents = ()
     """See ``StepProposal``."""
     draft_rows: int = 0
-    """Of the decode rows those of drafts."""
+    """Number of draft rows among the decode rows."""
