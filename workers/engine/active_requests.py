@@ -1,4 +1,4 @@
-"""The requests of an engine, from their receipt to the end of their last sequences. Pure."""
+"""The requests of an engine, from arrival to the end of their last sequences. Pure."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from workers.requests.sequence import SequenceState
 
 
 class ActiveRequests:
-    """Knows which sequences each request has, and which adapters requests use.
+    """Tracks the sequences of each request and the adapters that requests use.
 
-    It belongs to the engine's thread; any thread may read ``adapters``.
+    Only the engine's thread may use it, except for ``adapters``, which any thread may read.
     """
 
     def __init__(self) -> None:
         self._sequences: dict[str, list[SequenceState]] = {}
         self._adapter_uses: Counter[str] = Counter()
-        """Requests by adapter."""
+        """Number of requests by adapter."""
         self.num_received = 0
-        """Requests so far."""
+        """Number of requests received so far."""
 
     def __contains__(self, request_id: str) -> bool:
         """Whether a sequence of this request waits or runs."""
         return request_id in self._sequences
 
     def __iter__(self) -> Iterator[str]:
-        """The ids of those that are here now; they may end meanwhile."""
+        """Iterate over a copy of the request ids; requests may end during the iteration."""
         return iter(tuple(self._sequences))
 
     def __bool__(self) -> bool:
@@ -35,21 +35,21 @@ class ActiveRequests:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Keys of adapters that requests have."""
+        """Keys of the adapters that requests use."""
         return tuple(key for key in tuple(self._adapter_uses) if key)
 
     def enter(self, request: Request, sequences: Sequence[SequenceState]) -> None:
-        """A request was received that is not here."""
+        """Add a new request with its sequences."""
         self._sequences[request.request_id] = list(sequences)
         self._adapter_uses[request.adapter] += 1
         self.num_received += 1
 
     def add(self, sequence: SequenceState) -> None:
-        """A request that is here has one more sequence."""
+        """Add a sequence to a known request."""
         self._sequences[sequence.request.request_id].append(sequence)
 
     def remove(self, sequence: SequenceState) -> bool:
-        """A sequence has ended; returns whether it was the last one of its request."""
+        """Remove an ended sequence; returns whether it was the last one of its request."""
         request_id = sequence.request.request_id
         left = self._sequences[request_id]
         left.remove(sequence)
@@ -60,16 +60,16 @@ class ActiveRequests:
         return True
 
     def sequences(self, request_id: str) -> tuple[SequenceState, ...]:
-        """Those of a request that have not ended; none of a request that is not here."""
+        """Sequences of a request that have not ended; empty for an unknown request."""
         return tuple(self._sequences.get(request_id, ()))
 
     def attempt(self, request_id: str) -> int:
-        """Of a request that is here; -1 for any other."""
+        """Attempt number of a known request; -1 for an unknown one."""
         known = self._sequences.get(request_id)
         return known[0].request.attempt if known else -1
 
     def num_tokens(self, request_id: str) -> int:
-        """Tokens with the prompt that each choice of a request has at least."""
+        """Smallest number of tokens, including the prompt, of the choices of a request."""
         return min(s.num_tokens for s in self._sequences[request_id])
 
     def _stop_using(self, adapter: str) -> None:

@@ -1,4 +1,4 @@
-"""Forms the micro-batches of a step: planned rows to the tensors that the model reads."""
+"""Builds the micro-batches of a step: the tensors that the model reads, from planned rows."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ _KEY_MASK = np.uint64((1 << 63) - 1)
 
 
 def batch_order(planned: PlannedRows) -> int:
-    """Sort key: decodes come first, those of about the same length together."""
+    """Sort key: decodes first, ordered by length; prompts keep their order after them."""
     return group_size(len(planned.sequence.blocks)) if planned.is_decode else sys.maxsize
 
 
 def split_rows(
     planned: Sequence[PlannedRows], num_first: int
 ) -> tuple[list[PlannedRows], list[PlannedRows]]:
-    """The first ``num_first`` rows, and the rest."""
+    """Split planned rows into the first ``num_first`` rows and the rest."""
     first: list[PlannedRows] = []
     second: list[PlannedRows] = []
     left = num_first
@@ -64,15 +64,15 @@ def split_rows(
 
 
 def num_decodes(planned: Sequence[PlannedRows]) -> int:
-    """Decode rows, which come first."""
+    """Number of decode rows, which are the first ones."""
     return sum(rows.is_decode for rows in planned)
 
 
 class PlannedBatchRows:
-    """``BatchRows`` of planned rows, made when they are asked for: few steps do."""
+    """``BatchRows`` of planned rows, computed on first use, because few steps read them."""
 
     def __init__(self, planned: Sequence[PlannedRows], device: torch.device) -> None:
-        """``planned`` in ``batch_order``."""
+        """``planned`` must be in ``batch_order``."""
         self._planned, self._device = planned, device
 
     @cached_property
@@ -94,12 +94,12 @@ class Batch:
     """The tensors of one micro-batch, built on the CPU and moved to the device in one copy.
 
     Args:
-        planned: its rows in ``batch_order``.
-        cache: where their keys and values are.
-        tables: the blocks of their sequences.
-        device: where the model is.
-        is_native: native kernels read it; see ``AttentionBatch.chunks``.
-        adapters: those of its rows, and others.
+        planned: rows of the micro-batch in ``batch_order``.
+        cache: the KV cache that the rows read and write.
+        tables: block tables of the sequences.
+        device: device of the model.
+        is_native: whether native kernels read the batch; see ``AttentionBatch.chunks``.
+        adapters: loaded adapters, including those of the rows.
     """
 
     def __init__(
@@ -113,10 +113,10 @@ class Batch:
     ) -> None:
         self._device = device
         self.captures = _captures(planned)
-        """By sequence, what inspections record."""
+        """Sequences whose requests inspect the model, with their captures."""
         decode_rows = num_decodes(planned)
         staging = [*row_columns(planned, tables, cache.block_size)]
-        # Attention maps are made of chunks of prompts, by torch in any case.
+        # Torch always computes attention maps, from chunks of prompts.
         is_whole = is_native or cache.is_read_in_place
         in_pieces = () if is_whole and not self.captures else planned
         groups = self._stage_decodes(in_pieces[:decode_rows], cache, tables, staging)
@@ -128,7 +128,7 @@ class Batch:
         tokens, positions, prompt_lengths, slots = (next(tensors) for _ in range(4))
         recorder = BatchRecorder([c for _, c in self.captures]) if self.captures else None
         self.inputs: ModelInputs | None = None
-        """What the model reads; None without rows."""
+        """Inputs of the model; None without rows."""
         if planned:
             decodes = tuple(self._decode_group(g, tensors, cache.block_size) for g in groups)
             prefills = tuple(self._chunks(chunks, decode_rows, tensors))
@@ -149,7 +149,7 @@ class Batch:
             self.inputs = ModelInputs(tokens, positions, prompt_lengths, attention, given, own)
 
     def _paged(self, planned: Sequence[PlannedRows], tables: BlockTables) -> PagedRows:
-        """The block tables, lengths and first rows of all sequences, moved in one copy."""
+        """Move the block tables, lengths and first rows of all sequences in one copy."""
         ends = np.cumsum([rows.count for rows in planned]).tolist()
         lengths = [rows.first + rows.count for rows in planned]
         width = max(len(rows.sequence.blocks) for rows in planned)
@@ -171,7 +171,9 @@ class Batch:
         tables: BlockTables,
         staging: list[NDArray[np.int64]],
     ) -> list[tuple[int, int]]:
-        """Add each group's padded block tables and lengths; returns the groups' row ranges."""
+        """Append each group's padded block tables and lengths to ``staging``; returns the row
+        ranges of the groups.
+        """
         num_blocks = [rows.first // cache.block_size + 1 for rows in planned]
         sizes = [group_size(number) for number in num_blocks]
         groups = runs(sizes, cache.blocks_per_piece)
@@ -204,12 +206,12 @@ class Batch:
 
 
 def row_chunks(planned: Sequence[PlannedRows], tables: BlockTables) -> RowChunks:
-    """The rows for native kernels."""
+    """The row chunks that native kernels read."""
     num_rows = 0
     places: list[int] = []
     for rows in planned:
         assert rows.sequence.seat is not None, "planned sequences run"
-        if rows.drafts and num_rows:  # it goes on with the chunk before, of the same sequence
+        if rows.drafts and num_rows:  # continues the previous chunk of the same sequence
             places[-3] += rows.count
         else:
             places += (num_rows, rows.count, rows.first, tables.address(rows.sequence.seat))
@@ -225,7 +227,7 @@ def row_chunks(planned: Sequence[PlannedRows], tables: BlockTables) -> RowChunks
 def state_rows(
     planned: Sequence[PlannedRows], num_decodes: int, device: torch.device
 ) -> StateRows | None:
-    """The runs between recurrent states, the decodes first; None: the model has no states."""
+    """Runs between recurrent states, those of decodes first; None if the model has no states."""
     if not planned or planned[0].states is None:
         return None
     by_sequence = [*_state_runs(planned)]
@@ -237,7 +239,7 @@ def state_rows(
 
 
 def _state_runs(planned: Sequence[PlannedRows]) -> Iterator[list[StateRun]]:
-    """Those of each sequence."""
+    """Yield the runs of each sequence."""
     begin = 0
     for rows in planned:
         assert rows.states is not None, "all sequences have states, or none"
@@ -249,7 +251,7 @@ def _state_runs(planned: Sequence[PlannedRows]) -> Iterator[list[StateRun]]:
 def given_rows(
     planned: Sequence[PlannedRows], device: torch.device
 ) -> Iterator[tuple[int, Tensor]]:
-    """``ModelInputs.given``."""
+    """Yield the entries of ``ModelInputs.given``."""
     row = 0
     for rows in planned:
         embeds = rows.sequence.request.prompt_embeds
@@ -260,18 +262,18 @@ def given_rows(
 
 
 def reads_inside(planned: Sequence[PlannedRows]) -> bool:
-    """Whether a request inspects the inside of the model."""
+    """Whether any request inspects the model's internal tensors."""
     inspections = (rows.sequence.request.inspection for rows in planned)
     return any(found is not None and found.reads_inside for found in inspections)
 
 
 def has_adapters(planned: Sequence[PlannedRows]) -> bool:
-    """Whether a row has an adapter."""
+    """Whether any row uses an adapter."""
     return any(rows.sequence.request.adapter for rows in planned)
 
 
 def _captures(planned: Sequence[PlannedRows]) -> list[tuple[SequenceState, Capture]]:
-    """One for each entry whose request inspects the inside of the model."""
+    """Captures for the entries whose requests inspect the model's internal tensors."""
     found: list[tuple[SequenceState, Capture]] = []
     row = 0
     for rows in planned:
@@ -283,7 +285,7 @@ def _captures(planned: Sequence[PlannedRows]) -> list[tuple[SequenceState, Captu
 
 
 def _moved(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> Iterator[Tensor]:
-    """The arrays in order, copied to the device together, as views of one tensor."""
+    """Copy the arrays to the device together and return views of one tensor, in order."""
     joined = to_device(np.concatenate(arrays), device)
     return iter(torch.split(joined, [len(array) for array in arrays]))
 
@@ -293,7 +295,7 @@ def _array(values: Sequence[int | None]) -> NDArray[np.int64]:
 
 
 def row_tokens(planned: Sequence[PlannedRows]) -> NDArray[np.int64]:
-    """Token ids of all rows."""
+    """Input token ids of all rows."""
     tokens: list[int] = []
     for rows in planned:
         if rows.is_decode:
@@ -306,9 +308,10 @@ def row_tokens(planned: Sequence[PlannedRows]) -> NDArray[np.int64]:
 def next_tokens(
     planned: StepPlan, first_row: Sequence[int], drawn: Mapping[SequenceState, Sequence[int]]
 ) -> NDArray[np.int64]:
-    """[num_rows]: the token behind each row's own, 0 where none is known.
+    """[num_rows] int64: the token after the one of each row, 0 if it is not known.
 
-    ``first_row`` by entry of the plan; ``drawn``: of the newest token's row, and of drafts.
+    ``first_row`` is the first row of each entry of the plan. ``drawn`` has the sampled tokens of
+    each sequence: for the newest token's row, and for drafts.
     """
     found = np.zeros(planned.num_rows, dtype=np.int64)
     for rows, row in zip(planned.rows, first_row, strict=False):
@@ -344,9 +347,11 @@ def _prompt_lengths(planned: Sequence[PlannedRows]) -> list[int]:
 
 
 def _by_row(planned: Sequence[PlannedRows], *entries: Sequence[int | None]) -> NDArray[np.int64]:
-    """[1 + len(entries), T]: positions of all rows, and what each entry of the plan has."""
+    """[1 + len(entries), T] int64: positions of all rows, and for each row the values of its plan
+    entry.
+    """
     columns = np.array([[rows.first for rows in planned], *entries], dtype=np.int64)
-    if num_decodes(planned) < len(planned):  # else there is one row for each entry
+    if num_decodes(planned) < len(planned):  # else each entry has one row
         counts = _array([rows.count for rows in planned])
         firsts = np.cumsum(counts) - counts
         columns = np.repeat(columns, counts, axis=1)

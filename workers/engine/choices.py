@@ -1,4 +1,4 @@
-"""The choices of a request that an engine has to serve. Pure."""
+"""Sequences for the choices of a request. Pure."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from workers.sampling.grammar import CompiledGrammar, GrammarState
 def open_choices(
     request: Request, grammar: CompiledGrammar | None, arrival: int, now: float
 ) -> dict[SequenceState, GrammarState | None]:
-    """One sequence per open choice, with its own grammar; the others wait for the first. Beams
-    begin as one sequence.
+    """Create one sequence per open choice, with its own grammar state. The others wait for the
+    first one. A beam search starts with one sequence.
 
-    ``grammar`` is the request's own, compiled; ``arrival`` is the order of receipt, ``now`` its
-    time in monotonic seconds. Raises ``RequestError`` where an output does not follow the grammar.
+    ``grammar`` is the compiled grammar of the request. ``arrival`` is its number in the order of
+    receipt, ``now`` the time of receipt in monotonic seconds. Raises ``RequestError`` if an earlier
+    output does not match the grammar.
     """
     assert (grammar is None) is (request.params.grammar is None), "compiled before it is added"
     deadline = now + request.deadline_ms / 1000 if request.deadline_ms else math.inf

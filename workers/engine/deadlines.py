@@ -1,4 +1,4 @@
-"""Which sequences are past their deadline, without a look at all of them. Pure."""
+"""Finds sequences that are past their deadline, without a scan of all sequences. Pure."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import math
 from workers.requests.sequence import SequenceState, SequenceStatus
 
 _LEAST_REBUILT = 256
-"""Entries from which on those of sequences that have ended are dropped."""
+"""Minimum number of entries at which entries of ended sequences are removed."""
 
 
 class Deadlines:
-    """The deadlines of sequences, the next one first.
+    """A heap of the deadlines of sequences.
 
-    A sequence that has ended stays until its time comes, or until there are twice as many entries
-    as when they were last looked through.
+    The entry of an ended sequence stays until its deadline, or until the number of entries has
+    doubled since the last cleanup.
     """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, SequenceState]] = []  # the number decides between equals
+        self._heap: list[tuple[float, int, SequenceState]] = []  # the number breaks ties
         self._num_added = 0
         self._limit = _LEAST_REBUILT
 
     def __len__(self) -> int:
-        """Entries, those of sequences that have ended included."""
+        """Number of entries, including those of ended sequences."""
         return len(self._heap)
 
     def add(self, sequence: SequenceState) -> None:
-        """Watch a sequence, if it has a deadline."""
+        """Add a sequence, if it has a deadline."""
         if sequence.deadline == math.inf:
             return
         if len(self._heap) >= self._limit:
@@ -39,7 +39,7 @@ class Deadlines:
         self._num_added += 1
 
     def late(self, now: float) -> list[SequenceState]:
-        """Sequences that are past their deadline and have not ended, each once."""
+        """Remove and return the sequences that are past their deadline and have not ended."""
         found: list[SequenceState] = []
         while self._heap and self._heap[0][0] <= now:
             sequence = heapq.heappop(self._heap)[2]

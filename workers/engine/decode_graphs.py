@@ -1,10 +1,11 @@
-"""Decode steps on a GPU as CUDA graphs: the host launches all kernels of a step at once.
+"""Decode steps as CUDA graphs: the host launches all kernels of a step with one call.
 
-Launched one by one, the some hundred kernels of a step cost the host more than they cost the GPU. A
-step is captured once for each of a few numbers of rows, its bucket, and replayed for every step
-that fits; missing rows are padding, which writes to a block of its own. What a step changes is at
-fixed addresses: its numbers come in one copy, and of the block tables what is new. With experts on
-other workers a step is a graph for each piece between two exchanges (``StepGraph``).
+Launched one by one, the several hundred kernels of a step take the host longer than the GPU. A step
+is captured once per bucket (a number of rows) and replayed for every step that fits. The missing
+rows are padding, which writes to a KV block of its own. The inputs of a step are at fixed
+addresses: its integers are copied at once, and only changes of the block tables are copied. If
+other workers have the experts, a step has one graph for each part between two exchanges
+(``StepGraph``).
 
 Source: buckets as in vLLM and SGLang.
 """
@@ -35,32 +36,32 @@ from workers.scheduling.step_plan import PlannedRows
 _TOKENS, _POSITIONS, _PROMPT_LENGTHS, _SLOTS, _SEATS, _LENGTHS, _IS_ROW, _NUM_COLUMNS = range(8)
 
 Compute = Callable[[Sequence[ModelInputs]], tuple[Tensor, Sequence[Tensor]]]
-"""All layers of a model, for the rows of each micro-batch: hidden states [T, H] of all of them, and
-by bank the chosen experts [T, k] int64."""
+"""Runs all layers of a model for the rows of each micro-batch. Returns the hidden states [T, H] of
+all rows, and the chosen experts [T, k] int64 by bank."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeOutput:
-    """What the layers gave for the rows of a step."""
+    """Outputs of the layers for the rows of a step."""
 
     hidden: Tensor
-    """[T, H], overwritten by the next step."""
+    """[T, H]; the next step overwrites it."""
     topk_ids: Sequence[Tensor]
-    """By bank: [T, k] int64."""
+    """Chosen experts by bank: [T, k] int64."""
 
 
 @dataclass(frozen=True, slots=True)
 class _CapturedStep:
-    """T: rows of all micro-batches, as many as the bucket has in each."""
+    """A captured step. T is the number of rows of all micro-batches, each padded to the bucket."""
 
     staging: NDArray[np.int64]
-    """[columns, T] in memory of the host that a copy may read later."""
+    """[columns, T] in host memory that an asynchronous copy may still read."""
     numbers: Tensor
     """[columns, T] int64 on the device."""
     graph: StepGraph
     hidden: Tensor
     topk_ids: Tensor
-    """[sum of k over the banks, T] int64: the banks' transposed, one under the other."""
+    """[sum of k over the banks, T] int64: the transposed ids of the banks, concatenated."""
     exchanges: CapturedExchanges
 
 
@@ -68,14 +69,14 @@ class DecodeGraphs:
     """The graphs of one model and its KV cache. Data thread only.
 
     Args:
-        compute: all layers, with rows exchanged by the dispatcher; may wait for nothing.
-        model: what names the model; where that changes, graphs are captured anew.
-        dispatcher: of the engine.
-        cache: where keys and values are; must be read in place.
-        tables: the blocks of sequences.
-        top_k: of each bank.
+        compute: runs all layers, with exchanges through the dispatcher. Must not synchronize.
+        model: returns a key of the model; if the key changes, graphs are captured again.
+        dispatcher: the engine's dispatcher.
+        cache: the KV cache, which must be read in place.
+        tables: block tables of the sequences.
+        top_k: number of chosen experts of each bank.
         buckets: numbers of rows, ascending.
-        rank: of the attention worker.
+        rank: rank of the attention worker.
     """
 
     def __init__(
@@ -103,22 +104,24 @@ class DecodeGraphs:
         num_seats, max_blocks = tables.array.shape
         self._scratch_seat, self._max_blocks = num_seats, max_blocks
         self._blocks: Tensor | None = None
-        """[num_seats + 1, max_blocks] int32 on the device: the tables, while graphs are in use."""
+        """[num_seats + 1, max_blocks] int32: block tables on the device; None before the first use.
+        """
 
     def can_run(self, header: StepHeader, num_rows: int) -> bool:
-        """Whether ``run`` takes a step of so many decode rows of this rank."""
+        """Whether ``run`` can run a step with ``num_rows`` decode rows on this rank."""
         return num_rows > 0 and self._dispatcher.can_capture(header) and self._size(header) > 0
 
     def capture(self) -> None:
-        """Capture the steps of one micro-batch, before the first step.
+        """Capture the steps of one micro-batch before the first step.
 
-        The dispatcher must not need one under way. The others share the memory of the largest.
+        The dispatcher must be able to capture between steps. Smaller graphs share the memory of the
+        largest.
         """
         for size in reversed(self._buckets):
             self._step(size, 1, None)
 
     def run(self, header: StepHeader, parts: Sequence[Sequence[PlannedRows]]) -> DecodeOutput:
-        """Run the decode rows of each micro-batch, in a step that the dispatcher has begun."""
+        """Run the decode rows of each micro-batch in a step that the dispatcher has begun."""
         self._refresh_tables()
         size = self._size(header)
         step = self._step(size, len(parts), self._dispatcher.captured_shape(header))
@@ -128,13 +131,13 @@ class DecodeGraphs:
         step.numbers.copy_(torch.from_numpy(step.staging), non_blocking=True)
         step.graph.replay()
         step.exchanges.replayed()
-        # The next step overwrites them, and those of this one are counted later.
+        # Cloned: the next step overwrites the ids before they are counted.
         ids = _without_padding(step.topk_ids, 1, size, parts).clone()
         hidden = _without_padding(step.hidden, 0, size, parts)
         return DecodeOutput(hidden, [own.t() for own in torch.split(ids, self._top_k)])
 
     def _size(self, header: StepHeader) -> int:
-        """The bucket of a step; 0: it has more rows than any."""
+        """The bucket of a step; 0 if the step has more rows than the largest bucket."""
         return header.bucket or bucket_of(header.rows(self._rank, 0), self._buckets)
 
     def _step(self, size: int, num_parts: int, shape: Hashable) -> _CapturedStep:
@@ -146,7 +149,7 @@ class DecodeGraphs:
         )
 
     def _refresh_tables(self) -> Tensor:
-        """The block tables on the device, as they are now."""
+        """Copy the changes of the block tables to the device and return the device tensor."""
         if self._blocks is None:
             scratch = np.full((1, self._max_blocks), self._cache.scratch_block, dtype=np.int32)
             whole = np.concatenate([self._tables.array, scratch])
@@ -159,7 +162,7 @@ class DecodeGraphs:
         return self._blocks
 
     def _fill(self, staging: NDArray[np.int64], planned: Sequence[PlannedRows]) -> None:
-        """Write the numbers of a step; rows without a request have a token 0 of their own."""
+        """Write the inputs of a step. Each padding row has token 0 and no request."""
         count = len(planned)
         if count:
             columns = row_columns(planned, self._tables, self._cache.block_size)
@@ -175,7 +178,7 @@ class DecodeGraphs:
         staging[[_PROMPT_LENGTHS, _LENGTHS], count:] = 1
 
     def _capture(self, size: int, num_parts: int, pool: Any) -> _CapturedStep:
-        """Capture a step, after one that compiles and allocates."""
+        """Capture a step after one normal run, which compiles kernels and allocates memory."""
         memory = torch.empty(_NUM_COLUMNS, num_parts * size, dtype=torch.int64)
         if torch.cuda.is_available():
             memory = memory.pin_memory()
@@ -191,13 +194,13 @@ class DecodeGraphs:
         return _CapturedStep(staging, numbers, graph, hidden, topk_ids, exchanges)
 
     def _layers(self, numbers: Tensor, blocks: Tensor, num_parts: int) -> tuple[Tensor, Tensor]:
-        """``hidden`` and ``topk_ids`` of a step."""
+        """Compute ``hidden`` and ``topk_ids`` of a step."""
         parts = torch.chunk(numbers, num_parts, dim=1)
         hidden, ids = self._compute([self._inputs(part, blocks) for part in parts])
         return hidden, torch.cat([own.t() for own in ids])
 
     def _inputs(self, numbers: Tensor, blocks: Tensor) -> ModelInputs:
-        """Of one micro-batch: numbers [columns, bucket]."""
+        """Model inputs of one micro-batch, from ``numbers`` [columns, bucket]."""
         size, device = numbers.shape[1], self._device
         tokens, positions, prompt_lengths, slots, seats, lengths, _ = numbers
         paged = PagedRows(
@@ -217,6 +220,6 @@ class DecodeGraphs:
 def _without_padding(
     rows: Tensor, dim: int, size: int, parts: Sequence[Sequence[PlannedRows]]
 ) -> Tensor:
-    """Of T rows along ``dim`` those with a request; ``size`` of each micro-batch."""
+    """Remove the padding rows of ``rows`` along ``dim``; each micro-batch has ``size`` rows."""
     found = [rows.narrow(dim, i * size, len(part)) for i, part in enumerate(parts)]
     return found[0] if len(found) == 1 else torch.cat(found, dim=dim)

@@ -1,8 +1,8 @@
 """The engine of one attention worker: schedule, run, sample, commit, emit.
 
-A step changes no sequence before the model ran to its last layer and the tokens are drawn: when a
-peer is lost in the middle, every sequence stays as it was, and the step can run again with the same
-result. The engine belongs to one thread; other threads may only read ``stats`` and the number of
+A step changes no sequence before the model has run to its last layer and the tokens are sampled. If
+a peer is lost during the step, every sequence is unchanged and the step can run again with the same
+result. Only one thread may use the engine; other threads may read ``stats`` and the number of
 blocks.
 """
 
@@ -53,7 +53,7 @@ from workers.speculation.speculator import Speculator
 
 
 class Engine:
-    """Requests in, tokens out, one step at a time."""
+    """Turns requests into tokens, one step at a time."""
 
     def __init__(
         self,
@@ -72,11 +72,12 @@ class Engine:
         is_exact: bool = False,
         lora: LoraSection | None = None,
     ) -> None:
-        """Allocates the KV cache on the model's device. Raises ``ConfigError``.
+        """Allocate the KV cache on the model's device. Raises ``ConfigError``.
 
-        ``is_exact``: what is drawn from a row does not depend on other rows, to the last bit.
-        ``max_model_len`` None takes the checkpoint's context. The model must have been loaded with
-        at least that many positions. ``team`` draws tokens with a native kernel; None: torch does.
+        ``is_exact``: the token sampled from a row does not depend on other rows, to the last bit.
+        ``max_model_len`` None uses the context length of the checkpoint. The model must have been
+        loaded with at least that number of positions. ``team`` samples tokens with a native kernel;
+        None uses torch.
         """
         self._section = section
         self._has_predictor = config.has_predictor
@@ -96,7 +97,7 @@ class Engine:
             config, section, self.max_model_len, memory, self._speculator, speculation
         )
         self.adapters = LoadedAdapters(model, lora or LoraSection())
-        """Those that requests may name."""
+        """Adapters that requests may name."""
         self.runner = ModelRunner(
             model=model,
             adapters=self.adapters,
@@ -121,13 +122,13 @@ class Engine:
             clock=clock,
         )
         self._intent = StepIntent()
-        """Of the rows that were proposed last."""
+        """The intent of the latest proposal."""
         self.load = LoadCounter(banks, self.cache.side)
-        """Tokens by expert and copy, of committed steps."""
+        """Tokens by expert and copy in committed steps."""
         self.use(dispatcher)
 
     def use(self, dispatcher: TokenDispatcher) -> None:
-        """Exchange rows through this dispatcher from now on; there must be no requests."""
+        """Exchange rows through ``dispatcher``. The engine must have no requests."""
         assert not self.has_work
         tables, runner = self._scheduler.tables, self.runner
         tables.forget_changes()
@@ -158,26 +159,26 @@ class Engine:
     ) -> None:
         """Queue a request received at ``received`` (on this engine's clock; None: now).
 
-        ``grammar`` is the request's own, compiled; ``hashes`` are those of the prompt's first full
-        blocks, where they are known already. A newer attempt at a known request replaces the
-        older one. Raises ``RequestError`` for a request that can never run and ``QueueFullError``
-        when too much waits; then nothing has changed.
+        ``grammar`` is the compiled grammar of the request; ``hashes`` are known hashes of the first
+        full blocks of the prompt. A newer attempt of a known request replaces the older one. Raises
+        ``RequestError`` for a request that can never run and ``QueueFullError`` if the queue is
+        full, without a change of state.
         """
         self.requests.add(request, received, grammar, hashes)
 
     def abort(self, request_id: str, choices: Sequence[int] = ()) -> None:
-        """End a request, or some of its choices, without any output; frees blocks at once. A beam
-        search ends as a whole or not at all.
+        """End a request, or some of its choices, without any output, and free its blocks. A beam
+        search can only end as a whole.
         """
         self.requests.abort(request_id, choices)
 
     def begin_fetch(self, hashes: Sequence[BlockHash], found: Sequence[int]) -> Fetch | None:
-        """Get ready for blocks of a prefix that another worker has; see ``KvTransferStore``."""
+        """Prepare to fetch blocks of a prefix that another worker has; see ``KvTransferStore``."""
         return self.kv_store.begin(hashes, found, num_spare=len(self._scheduler.queues.running))
 
     def take_admissible(self, at_most: int) -> list[tuple[Request, tuple[BlockHash, ...]]]:
-        """Requests that fit into the next steps, with the hashes of the full blocks of their
-        prompts; each is returned once, and again if it is preempted.
+        """Return requests that fit into the next steps, with the hashes of the full blocks of their
+        prompts. Each is returned once, and once more after each preemption.
         """
         prefixes, isolation = self._scheduler.prefixes, self.requests.isolation
         if not prefixes.is_enabled or isolation.is_waiting:
@@ -189,28 +190,28 @@ class Engine:
         ]
 
     def wait_for_kv(self, request_id: str, num_coming: int) -> None:
-        """Do not admit a request before ``kv_came``: ``num_coming`` blocks are on their way."""
+        """Hold back a request until ``kv_came``, while ``num_coming`` blocks are fetched."""
         self._scheduler.kv_waits.begin(request_id, num_coming)
 
     def kv_came(self, request_id: str) -> None:
-        """Nothing is on its way for a request any more. Unknown ids are ignored."""
+        """End the wait of a request for KV blocks. Unknown ids are ignored."""
         self._scheduler.kv_waits.end(request_id)
 
     def keep_in(self, tiers: KvTiers, wake: Callable[[], None]) -> TurnCopies:
-        """Begin to copy what turns leave into lower tiers; see ``TurnCopies``."""
+        """Start to copy the blocks of ended turns into lower tiers; see ``TurnCopies``."""
         copies = TurnCopies(self.kv_store, tiers, wake)
         self._memory.tiers, self._scheduler.prefixes.listener = tiers, copies
         return copies
 
     def under_pressure(self) -> Request | None:
-        """The request that would be preempted first, if that may be soon; else None."""
+        """The next request to preempt, if a preemption is likely soon; else None."""
         if self._intent.restriction.alone is not None:
             return None
         sequence = self._scheduler.preemption.under_pressure()
         return None if sequence is None else sequence.request
 
     def note_contents(self) -> BlockContents:
-        """Begin to note what new cached blocks hold."""
+        """Start to record the contents of new cached blocks."""
         contents = BlockContents(
             pool=self.pool,
             block_size=self._section.block_size_tokens,
@@ -227,7 +228,7 @@ class Engine:
     # Steps
 
     def wanted(self) -> RowsWanted:
-        """Rows that the next step could run here."""
+        """Rows that the next step could run on this worker."""
         requests, isolation = self.requests, self.requests.isolation
         if isolation.is_waiting:
             return RowsWanted()
@@ -238,7 +239,8 @@ class Engine:
         return replace(wanted, parents=requests.traced.parents(intent.sequences))
 
     def poll(self) -> list[TokenOutput]:
-        """Outputs that need no step: choices past their deadline, or complete at receipt."""
+        """Return outputs that need no step: of choices past their deadline, or complete at
+        receipt."""
         now = self._clock()
         self.pool.advance(now)
         self.requests.end_late(now)
@@ -246,15 +248,16 @@ class Engine:
 
     @torch.inference_mode()
     def step(self, header: StepHeader) -> list[TokenOutput]:
-        """Run what the header grants this rank, and return the outputs, those of ``poll`` included.
+        """Run the rows that the header grants this rank, and return the outputs, including those of
+        ``poll``.
 
-        Takes part in the exchanges of a grant also when there is nothing left to run. Raises
-        ``TransportError`` with the plan abandoned and all sequences as they were.
+        Takes part in the exchanges of a grant even if no rows are left to run. Raises
+        ``TransportError`` with the plan abandoned and all sequences unchanged.
         """
         grant = header.grant(self._rank)
         begin = 0.0 if self._speculator is None else self._clock()
         requests, isolation = self.requests, self.requests.isolation
-        # Requests may have been paused or accused since the rows were proposed.
+        # Since the proposal, requests may have been paused or become suspects.
         restriction = requests.restriction(isolation.alone if header.is_alone else None)
         self._intent = self._intent.under(restriction)
         plan = self._scheduler.plan(self._intent, grant)
@@ -288,7 +291,7 @@ class Engine:
     def _predict(
         self, plan: StepPlan, result: StepResult | None, tokens: StepTokens | None
     ) -> StepResult | None:
-        """Run the predictor on all rows of a step, for drafts of the next one."""
+        """Run the predictor on all rows of a step, to get drafts for the next one."""
         drawn = {} if tokens is None else tokens.drawn
         ids = {s: [one.token for one in found] for s, found in drawn.items()}
         first_row = () if result is None else result.first_row
@@ -301,12 +304,12 @@ class Engine:
         return replace(result, routed=predicted.routed)
 
     def _abandon(self, plan: StepPlan) -> None:
-        """Leave all sequences as they were before the step."""
+        """Undo the plan: all sequences are as before the step."""
         self._memory.clear_planned(plan)
         self._scheduler.abandon(plan)
 
     def _commit(self, epoch: int, plan: StepPlan, result: StepResult, tokens: StepTokens) -> None:
-        """Make the step count, and queue its outputs."""
+        """Commit the step and queue its outputs."""
         now = self._clock()
         broken = [s for s, failure in tokens.failed.items() if failure is NOT_FINITE]
         dirty = self._memory.forget(broken)
@@ -342,7 +345,7 @@ class Engine:
             for planned in plan.rows:
                 planned.sequence.note_dispatch(when)
 
-    # Numbers
+    # Statistics
 
     def stats(self) -> dict[str, float]:
         """Gauges and counters by metric name without prefix. Any thread may call it."""
@@ -356,7 +359,9 @@ class Engine:
 def _speculator(
     config: ModelConfig, section: SpeculationSection, max_model_len: int
 ) -> Speculator | None:
-    """None where nothing guesses. Raises ``ConfigError`` for a model without a way back."""
+    """The speculator; None if speculation is off. Raises ``ConfigError`` for a model with recurrent
+    states, which cannot be rolled back.
+    """
     if not section.is_on:
         return None
     rule = "must be none: the model has recurrent states, which rejected tokens would change"

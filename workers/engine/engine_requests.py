@@ -1,4 +1,4 @@
-"""The requests of an engine, from their receipt to their last outputs."""
+"""The requests of an engine, from arrival to their last outputs."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _POISONOUS = Failure(
     "a third worker in a row was lost with this request, which was alone in its step",
     "poisonous_request",
 )
-"""The request is at fault, as far as can be known; see ``workers.engine.isolation``."""
+"""The request is the likely cause of the crash; see ``workers.engine.isolation``."""
 
 
 class EngineRequests:
-    """Decides when a request enters the engine and when it leaves it, and makes its outputs."""
+    """Adds requests to the engine, ends them, and creates their outputs."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class EngineRequests:
         self.isolation = Isolation()
         """Which request runs alone, as far as gateways and other workers know."""
         self.traced = TracedRequests()
-        """Those whose steps have spans."""
+        """Requests whose steps have trace spans."""
 
     def __contains__(self, request_id: str) -> bool:
         """Whether a choice of this request waits or runs."""
@@ -81,23 +81,23 @@ class EngineRequests:
 
     @property
     def is_idle(self) -> bool:
-        """There are no requests, and no outputs that ``take_outputs`` would return."""
+        """Whether there are no requests and no outputs that ``take_outputs`` would return."""
         return not (self._active or self._outputs)
 
     @property
     def adapters_in_use(self) -> tuple[str, ...]:
-        """Keys of those that requests have. Any thread may ask."""
+        """Keys of the adapters that requests use. Any thread may read it."""
         return self._active.adapters
 
     def sequences_by_adapter(self) -> tuple[Counter[str], Counter[str]]:
-        """Running and waiting sequences by the key of their adapter. Any thread may ask."""
+        """Numbers of running and waiting sequences by adapter key. Any thread may call it."""
         return self._scheduler.queues.by_adapter()
 
     def restriction(self, alone: str | None) -> Restriction:
-        """Which requests may have rows; ``alone``: the only one, held back or not."""
+        """Which requests may have rows. ``alone``: the only one, even if it is held back."""
         return Restriction(self.isolation.suspects | self._paused.names, alone)
 
-    # Beginnings
+    # Arrival
 
     def add(
         self,
@@ -115,7 +115,7 @@ class EngineRequests:
         now = self._clock() if received is None else received
         grammars = open_choices(request, grammar, self._active.num_received, now)
         first, *_ = grammars
-        first.block_hashes += hashes  # other choices have them from the first
+        first.block_hashes += hashes  # other choices copy them from the first
         self.abort(request.request_id)
         self._active.enter(request, tuple(grammars))
         self._searches.enter(first)
@@ -127,41 +127,42 @@ class EngineRequests:
             self._scheduler.add(sequence)
             self._deadlines.add(sequence)
             ending = self._scheduler.ending(sequence) if sequence.output else None
-            if ending is not None:  # an earlier attempt had completed it
+            if ending is not None:  # an earlier attempt completed it
                 self._scheduler.remove(sequence)
                 self._emit(sequence, ending, now)
 
     def _check(self, request: Request) -> None:
-        """Raise where the engine does not serve a request, or has no room for it."""
+        """Raise if the engine cannot serve a request or has no room for it."""
         if request.adapter and request.adapter not in self._adapters:
-            raise ModelNotFoundError("the adapter of the request is not loaded any more")
+            raise ModelNotFoundError("the adapter of the request is no longer loaded")
         self._sampler.inspector.check(request)
         if self._active.attempt(request.request_id) >= request.attempt:
             raise RequestError(f"request {request.request_id} is already here", "request_id")
-        if not request.attempt:  # else it was let in once, by a worker that is lost
+        if not request.attempt:  # else a lost worker has already admitted it
             waiting = len(self._scheduler.queues.waiting)
             tokens = self._scheduler.admission.num_waiting_tokens
             check_room(request, self._section, waiting, tokens)
 
-    # Pauses, and workers that die
+    # Pauses and deaths of workers
 
     def pause(self, request_id: str, num_tokens: int = 0) -> None:
-        """Plan no rows of a request any more, once each of its choices has ``num_tokens`` with the
-        prompt; it keeps its blocks, unless it is preempted. Unknown ids are ignored.
+        """Stop planning rows of a request once each of its choices has ``num_tokens`` tokens,
+        including the prompt. It keeps its blocks unless it is preempted. Unknown ids are ignored.
         """
         if request_id in self._active:
             self._paused.ask(request_id, num_tokens)
 
     def resume(self, request_id: str) -> None:
-        """Plan rows of a paused request again."""
+        """Resume a paused request."""
         self._paused.forget(request_id)
 
     def take_paused(self) -> list[str]:
-        """Requests that are paused from now on; none that may be about to run alone."""
+        """Return the requests that become paused now, except those that may be about to run
+        alone."""
         return self._paused.take(self._active.num_tokens, self.isolation.suspects)
 
     def worker_died(self) -> None:
-        """Another worker of the generation is lost; the request that ran alone then fails."""
+        """Record that another worker of the generation was lost; a request that ran alone fails."""
         culprit = self.isolation.die()
         if culprit is not None:
             self._fail_all(self._active.sequences(culprit), _POISONOUS, self._clock())
@@ -175,7 +176,7 @@ class EngineRequests:
         wanted = self._scheduler.intent(self.restriction(request_id)).wanted
         return bool(wanted.decode_rows or wanted.prefill_rows)
 
-    # Ends and outputs
+    # Completion and outputs
 
     def abort(self, request_id: str, choices: Sequence[int] = ()) -> None:
         """See ``Engine.abort``."""
@@ -187,7 +188,7 @@ class EngineRequests:
                 self._end(sequence, FinishReason.ABORT)
 
     def drop_adapter(self, key: str) -> None:
-        """Forget an adapter; requests that still have it fail."""
+        """Remove an adapter; requests that still use it fail."""
         failure = Failure("the adapter of the request was unloaded", "model_not_found", "model")
         found = chain(*map(self._active.sequences, self._active))
         self._fail_all([s for s in found if s.request.adapter == key], failure, self._clock())
@@ -202,7 +203,7 @@ class EngineRequests:
     def emit_step(
         self, tokens: StepTokens, endings: Mapping[SequenceState, Ending], now: float
     ) -> None:
-        """Queue the outputs of a committed step, and go on with searches."""
+        """Queue the outputs of a committed step and advance beam searches."""
         for sequence in (s for s in tokens.complete if s not in tokens.candidates):
             drawn, classes = tokens.drawn.get(sequence, ()), tokens.classes.get(sequence, ())
             self._emit(sequence, endings.get(sequence), now, drawn, classes)
@@ -213,7 +214,7 @@ class EngineRequests:
                 self._go_on(step)
 
     def take_outputs(self) -> list[TokenOutput]:
-        """What was queued since the last call."""
+        """Return the outputs queued since the last call."""
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -238,7 +239,9 @@ class EngineRequests:
             self._fail(sequence, failure, now)
 
     def _fail(self, sequence: SequenceState, failure: Failure, now: float) -> None:
-        """The last output of a sequence that runs no more; of a search with all its beams."""
+        """Queue the error output of a sequence that was removed; for a beam search, end all its
+        beams.
+        """
         if sequence.params.beams is None:
             self._outputs.append(sequence.error(failure, now))
             self._end(sequence, FinishReason.ERROR)
@@ -249,7 +252,7 @@ class EngineRequests:
                 self._drop(beam)
 
     def _go_on(self, step: BeamStep) -> None:
-        """The beams of a request after a step of its search."""
+        """Apply a step of a beam search to the beams of the request."""
         for beam in step.ended:
             self._scheduler.remove(beam, has_ended=step.is_over)
         copied = [self._fork(parent, child) for parent, child in step.forks]
@@ -259,7 +262,7 @@ class EngineRequests:
             self._drop(beam)
 
     def _fork(self, parent: SequenceState, child: SequenceState) -> tuple[int, int] | None:
-        """Add a beam that begins where another one is."""
+        """Add a beam that continues from another beam."""
         self._active.add(child)
         self._sampler.start(child, None)
         self._deadlines.add(child)

@@ -1,4 +1,4 @@
-"""The numbers of one engine."""
+"""Metrics of one engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from workers.speculation.speculator import Speculator
 
 
 class EngineStats:
-    """Counts steps, tokens and endings, and reads the gauges of an engine's parts.
+    """Counts steps, tokens and finish reasons, and reads the gauges of an engine's components.
 
     Any thread may call ``read``.
     """
@@ -37,16 +37,16 @@ class EngineStats:
         self._ended = Counter(dict.fromkeys(FinishReason, 0))
 
     def count(self, name: str, number: int = 1) -> None:
-        """Add to one of the counters of steps and tokens."""
+        """Add to a counter of steps or tokens."""
         self._counters[name] += number
 
     def count_step(self, num_rows: int) -> None:
-        """A step was committed."""
+        """Count a committed step."""
         self._counters["steps_total"] += 1
         self._iteration_tokens.observe(num_rows)
 
     def count_ends(self, reasons: Iterable[FinishReason]) -> None:
-        """Choices have ended."""
+        """Count ended choices."""
         self._ended.update(reasons)
 
     def read(self) -> dict[str, float]:

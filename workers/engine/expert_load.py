@@ -1,9 +1,9 @@
-"""Expert load of an attention rank: what its routers chose in committed steps.
+"""Expert load of an attention rank: the experts that its routers chose in committed steps.
 
-A step only leaves its tensors here. They are counted in bulk, many steps in one operation for each
-bank, mostly by the thread that reports them, so the step itself spends almost no time on them. On a
-GPU the counts stay on the device until they are reported, and no step waits for them. Padding is
-never counted, as routers do not see it, nor is a step that failed.
+A step only queues its tensors. They are counted in bulk, many steps in one operation for each bank,
+mostly by the thread that reports the counts, so a step spends almost no time on them. On a GPU the
+counts stay on the device until the report, and no step waits for them. Padding rows and failed
+steps are not counted.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from workers.model.host_copies import to_host
 from workers.model.side_stream import SideStream
 
 _MAX_STEPS = 256
-"""Steps from which on the data thread makes them counts."""
+"""Number of queued steps from which the data thread counts them."""
 _MAX_ROWS = 4096
-"""Rows from which on it does: 12 MB with 61 layers of top-6."""
+"""Number of queued rows from which the data thread counts them: 12 MB with 61 layers of top-6."""
 
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """What the rows of one micro-batch chose in one bank. Decode rows come first."""
+    """Experts chosen by the rows of one micro-batch in one bank. Decode rows are first."""
 
     topk_ids: Tensor
     """[rows, top_k] int64, never changed later."""
     copies: ChosenCopies | None
-    """Which copy of its expert serves a prompt row; None: the first."""
+    """Which copy of the expert serves each prompt row; None: the first copy."""
     num_decodes: int
 
 
@@ -57,18 +57,18 @@ class _Step:
 
 @dataclass(frozen=True, slots=True)
 class _Counts:
-    """Steps of an epoch, counted on their device."""
+    """Counts of the steps of one epoch, on their device."""
 
     epoch: int
     num_rows: int
     decode: Sequence[Tensor]
-    """By bank: [experts] int64."""
+    """Counts of decode rows by bank: [experts] int64."""
     prefill: Sequence[Tensor]
-    """By bank: [experts, copies] int64."""
+    """Counts of prompt rows by bank: [experts, copies] int64."""
 
 
 class LoadCounter:
-    """Tokens by expert and copy. ``add`` belongs to the data thread; any thread may read."""
+    """Counts tokens by expert and copy. ``add`` is for the data thread; any thread may read."""
 
     def __init__(self, banks: Sequence[BankSpec], side: SideStream) -> None:
         self._banks = tuple(banks)
@@ -81,7 +81,7 @@ class LoadCounter:
         self._rows = 0
 
     def add(self, epoch: int, num_rows: int, routed: Sequence[Sequence[Routed]]) -> None:
-        """A step of an epoch is committed; ``routed`` is [bank][micro-batch]."""
+        """Queue a committed step; ``routed`` is indexed [bank][micro-batch]."""
         self._side.note_steps()
         self._pending.append(_Step(epoch, num_rows, routed))
         self._num_steps += 1
@@ -93,7 +93,7 @@ class LoadCounter:
             self._pending += counts
 
     def flush(self) -> None:
-        """Count what was added so far."""
+        """Count all queued steps."""
         with self._lock, self._side.work():
             found = self._take()
             self._side.follow_noted()
@@ -104,7 +104,7 @@ class LoadCounter:
                 self._count(counts, arrays)
 
     def report(self) -> LoadReport:
-        """All counts at this moment."""
+        """Return all counts, after a flush."""
         self.flush()
         with self._lock:
             banks = zip(self._banks, self._counts, strict=True)
@@ -115,7 +115,7 @@ class LoadCounter:
             )
 
     def _take(self) -> list[_Step | _Counts]:
-        """What is there; another thread may take, too."""
+        """Take all queued entries. Another thread may take some at the same time."""
         found = []
         with suppress(IndexError):
             while True:
@@ -123,11 +123,11 @@ class LoadCounter:
         return found
 
     def _fold(self, found: Sequence[_Step | _Counts]) -> list[_Counts]:
-        """One for each epoch in a row, without a wait."""
+        """Sum consecutive entries of the same epoch, without a device synchronization."""
         return [self._sum(tuple(group)) for _, group in groupby(found, lambda each: each.epoch)]
 
     def _sum(self, members: Sequence[_Step | _Counts]) -> _Counts:
-        """Of one epoch."""
+        """Sum entries of one epoch."""
         counts = [member for member in members if isinstance(member, _Counts)]
         steps = [member for member in members if isinstance(member, _Step)]
         if steps:
@@ -147,20 +147,22 @@ class LoadCounter:
         return reduce(_added, counts)
 
     def _count(self, counts: _Counts, arrays: Iterator[NDArray[np.int64]]) -> None:
-        """``arrays``: its tensors on the host, and those that follow."""
+        """Add ``counts`` to the totals. Takes its arrays, on the host, from the iterator
+        ``arrays``.
+        """
         if counts.epoch > self._epoch:
             self._epoch = counts.epoch
             self._counts = [
                 replace(BankCounts.zeros(old.num_experts), prefill=old.prefill, decode=old.decode)
                 for old in self._counts
             ]
-        is_late = counts.epoch < self._epoch  # two threads took steps at once
+        is_late = counts.epoch < self._epoch  # two threads took steps concurrently
         self._rows += counts.num_rows
         decodes = [next(arrays) for _ in counts.decode]
         prefills = [next(arrays) for _ in counts.prefill]
         for bank, (decode, prefill) in enumerate(zip(decodes, prefills, strict=True)):
             old = self._counts[bank]
-            # New arrays: reports keep the old ones.
+            # New arrays, because reports keep the old ones.
             new = replace(old, prefill=old.prefill + prefill.sum(1), decode=old.decode + decode)
             if not is_late:
                 new = replace(
@@ -181,19 +183,19 @@ def _added(one: _Counts, other: _Counts) -> _Counts:
 
 
 def _wide_sum(one: Tensor, other: Tensor) -> Tensor:
-    """[experts, copies] with as many copies as the wider one."""
+    """Sum of two counts, [experts, copies], padded to the larger number of copies."""
     width = max(one.shape[1], other.shape[1])
     return F.pad(one, (0, width - one.shape[1])) + F.pad(other, (0, width - other.shape[1]))
 
 
 def _tally_decodes(routed: Sequence[Routed], num_experts: int) -> Tensor:
-    """[num_experts] int64 pairs of decode rows."""
+    """[num_experts] int64: numbers of (row, expert) pairs of decode rows."""
     found = [r.topk_ids[: r.num_decodes] for r in routed if r.num_decodes]
     return _tally(found, num_experts, routed)
 
 
 def _tally_copies(routed: Sequence[Routed], num_experts: int) -> Tensor:
-    """[num_experts, copies] int64 pairs of prompt rows."""
+    """[num_experts, copies] int64: numbers of (row, expert) pairs of prompt rows."""
     prompts = [r for r in routed if r.num_decodes < len(r.topk_ids)]
     most = max((r.copies.num_copies for r in prompts if r.copies is not None), default=1)
     keys = [_prompt_keys(r, most) for r in prompts]
@@ -201,7 +203,7 @@ def _tally_copies(routed: Sequence[Routed], num_experts: int) -> Tensor:
 
 
 def _prompt_keys(routed: Routed, num_copies: int) -> Tensor:
-    """Expert times ``num_copies`` plus copy, of the prompt rows' pairs."""
+    """``expert * num_copies + copy`` for each (row, expert) pair of the prompt rows."""
     experts = routed.topk_ids[routed.num_decodes :] * num_copies
     if routed.copies is None:
         return experts
@@ -209,12 +211,13 @@ def _prompt_keys(routed: Routed, num_copies: int) -> Tensor:
 
 
 def _tally(parts: Sequence[Tensor], size: int, routed: Sequence[Routed]) -> Tensor:
-    """[size] int64, on the device of ``routed``: how often each number is in the tensors."""
+    """[size] int64, on the device of ``routed``: number of occurrences of each index in
+    ``parts``."""
     if not parts:
         device = routed[0].topk_ids.device if routed else None
         return torch.zeros(size, dtype=torch.int64, device=device)
     joined = torch.cat([part.flatten() for part in parts])
     if joined.is_cpu:
         return torch.bincount(joined, minlength=size)
-    # Not ``bincount``, which waits for the device.
+    # ``bincount`` would synchronize with the device.
     return joined.new_zeros(size).index_add_(0, joined, torch.ones_like(joined))

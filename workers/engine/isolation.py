@@ -1,17 +1,17 @@
-"""Finds the request that kills workers: requests whose steps lost a worker later run alone.
+"""Finds a request that crashes workers, by running suspects alone.
 
     two deaths with it in the step, none of its rows committed between: a suspect, held back
-      ─▶ a solo step is offered to its gateway, which acknowledges that it hears of it
+      ─▶ a solo step is offered to its gateway, which acknowledges the offer
       ─▶ the step is certain: the gateway records that the request runs alone, and acknowledges
            ─▶ one step alone, cluster-wide
                 ─▶ it commits: cleared
-                ─▶ a third worker dies: it is failed by name
+                ─▶ a third worker dies: the request fails with an error
       ─▶ the step is over: the gateway records that, and acknowledges; others run again
 
-When an expert worker dies, the request stays here; when this worker dies, the gateway knows from
-its record which request ran. So that the record is right at any time, nothing runs here between a
-change and its acknowledgement. Only an offer has a time limit, and the gateway records nothing for
-it. A gateway that goes away takes its request with it. Pure; the time is passed in.
+If an expert worker dies, the request stays in this engine. If this worker dies, the gateway knows
+from its record which request ran. To keep the record correct at all times, nothing runs on this
+worker between a change and its acknowledgement. Only an offer has a time limit, and the gateway
+records nothing for it. If a gateway disconnects, its requests end. Pure; times are passed in.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from cluster.core.topology import Generation
 from workers.requests.request import MAX_DEATHS, Queued, SoloStage, SoloStep
 
 ANSWER_LIMIT_S = 1.0
-"""Time that a gateway has to answer an offer; then other requests run, and it is repeated."""
+"""Time limit for a gateway to acknowledge an offer. Then other requests run, and the offer is
+repeated."""
 
 
 @dataclass(slots=True)
@@ -35,7 +36,7 @@ class _Solo:
     offered_s: float
     stage: SoloStage = SoloStage.OFFERED
     is_acknowledged: bool = False
-    """The gateway has recorded that the step is certain: it may run."""
+    """The gateway has recorded that the step is certain, so the request may run."""
 
     @property
     def message(self) -> SoloStep:
@@ -43,24 +44,26 @@ class _Solo:
 
 
 class StepMembers:
-    """The members of the last generation that ran: no step ran with other workers."""
+    """The members of the last generation that ran. Only these workers took part in its steps."""
 
     def __init__(self) -> None:
         self._names: frozenset[str] = frozenset()
 
     def run(self, generation: Generation) -> None:
-        """Steps of this generation run from now on."""
+        """Record that the steps of this generation start."""
         self._names = frozenset(m.name for m in generation.members)
 
     def died(self, generation: Generation, drained: Collection[str]) -> frozenset[str]:
-        """Workers that are missing in the next generation and were not drained. Each once."""
+        """Workers that are missing in the next generation and were not drained. Each is returned
+        once.
+        """
         kept = self._names & {m.name for m in generation.members}
         gone, self._names = self._names - kept, kept
         return gone - frozenset(drained)
 
 
 class Isolation:
-    """Deaths by request, and which request runs alone."""
+    """Counts deaths of workers by request, and selects the request that runs alone."""
 
     def __init__(self) -> None:
         self._deaths: dict[str, int] = {}  # since the last commit of its rows
@@ -75,23 +78,23 @@ class Isolation:
 
     @property
     def is_waiting(self) -> bool:
-        """Nothing runs here until a gateway acknowledges a stage of a solo step."""
+        """Whether a stage of a solo step is not acknowledged, so that nothing may run."""
         return self._solo is not None and not self._solo.is_acknowledged
 
     @property
     def alone(self) -> str | None:
-        """The request that runs alone."""
+        """The request that runs alone, or None."""
         solo = self._solo
         return solo.request_id if solo is not None and solo.is_acknowledged else None
 
     def enter(self, request_id: str, num_deaths: int) -> None:
-        """A request was received, with the deaths that its gateway has counted."""
+        """Add a request with the number of deaths that its gateway has counted."""
         self.forget(request_id)
         if num_deaths:
             self._deaths[request_id] = num_deaths
 
     def forget(self, request_id: str) -> None:
-        """The request has ended here."""
+        """Remove a request that has ended."""
         self._deaths.pop(request_id, None)
         self._hit.pop(request_id, None)
         if self._solo is None or self._solo.request_id != request_id:
@@ -102,15 +105,17 @@ class Isolation:
             self._end()
 
     def give_up(self, request_ids: Iterable[str]) -> None:
-        """The step of these requests did not commit."""
+        """Record that the step of these requests did not commit."""
         self._hit.update(dict.fromkeys(request_ids))
 
     def begin(self) -> None:
-        """A generation runs: deaths in the steps before it have been counted."""
+        """Record that a generation starts: deaths in earlier steps have been counted."""
         self._hit.clear()
 
     def die(self) -> str | None:
-        """Another worker died; returns the request that was alone in the step, to be failed."""
+        """Count the death of another worker; returns the request that was alone in the step and
+        must fail.
+        """
         hit, self._hit = self._hit, {}
         for request_id in hit:
             self._deaths[request_id] = self._deaths.get(request_id, 0) + 1
@@ -118,7 +123,7 @@ class Isolation:
         return alone if alone in hit else None
 
     def commit(self, request_ids: Collection[str]) -> None:
-        """The step of these requests committed."""
+        """Record that the step of these requests committed."""
         if not (self._deaths or self._hit):
             return
         alone = self.alone
@@ -133,8 +138,9 @@ class Isolation:
     ) -> list[SoloStep | Queued]:
         """Withdraw an offer that is too old, or make one; returns the new messages to gateways.
 
-        ``can_run``: whether a request could run now. ``attempt``: of a request that is here. The
-        request of an offer that was withdrawn is queued again, and has the next offer after others.
+        ``can_run``: whether a request could run now. ``attempt``: returns the attempt number of a
+        known request. The request of a withdrawn offer is queued again; other suspects get the next
+        offer.
         """
         solo = self._solo
         if solo is None:
@@ -150,10 +156,10 @@ class Isolation:
         return messages
 
     def acknowledge(self, solo_step: SoloStep) -> None:
-        """A gateway has received this stage of a solo step, and recorded it."""
+        """Record that a gateway has received and recorded this stage of a solo step."""
         solo = self._solo
         if solo is None or solo_step != solo.message:
-            return  # of an offer that was withdrawn
+            return  # the offer was withdrawn
         if solo.stage is SoloStage.OFFERED:
             solo.stage = SoloStage.CERTAIN
             self._messages.append(solo.message)
@@ -163,14 +169,14 @@ class Isolation:
             self._solo = None
 
     def disconnect(self) -> None:
-        """The gateway of the solo step has gone: it acknowledges nothing more."""
+        """Record that the gateway of the solo step disconnected and will not acknowledge."""
         self._solo = None
         self._messages.clear()
 
     def _end(self) -> None:
-        """The solo step is over, and its gateway must know before others run."""
+        """End the solo step; its gateway must know before other requests run."""
         solo = self._solo
-        assert solo is not None, "a step that is over was offered"
+        assert solo is not None, "a solo step ends only after its offer"
         if solo.stage is not SoloStage.OVER:
             solo.stage, solo.is_acknowledged = SoloStage.OVER, False
             self._messages.append(solo.message)

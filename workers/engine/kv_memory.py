@@ -1,4 +1,4 @@
-"""The KV blocks and recurrent states of one engine, in memory and in its accounts."""
+"""The KV blocks and recurrent states of one engine: tensors and accounting."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from workers.scheduling.step_plan import PlannedRows, StepPlan
 
 
 class KvMemory:
-    """Allocates KV blocks and recurrent states, and cleans those that may hold NaN.
+    """Allocates KV blocks and recurrent states, and clears those that may contain NaN.
 
-    What a broken step wrote must not be read by a block's next holder, nor be found again.
+    After a step with NaN or infinity, the next holder of a block must not read its values, and the
+    prefix cache must not find them.
     """
 
     def __init__(
@@ -34,14 +35,14 @@ class KvMemory:
         max_model_len: int,
         compute_threads: ComputeThreads,
     ) -> None:
-        """On the model's device. Raises ``ConfigError``."""
+        """Allocate on the model's device. Raises ``ConfigError``."""
         kind, itemsize = section.kv_cache_dtype, model.dtype.itemsize
         token_bytes = config.kv_vectors_per_token * kv_vector_bytes(kind, config.head_dim, itemsize)
         num_blocks = section.num_kv_blocks(token_bytes, max_model_len)
         has_states = config.delta_net is not None
         states = StateSlots(section.num_states, section.max_num_seqs) if has_states else None
         self.states = states
-        """Which recurrent states are free; None: the model has none."""
+        """Slots of recurrent states; None if the model has none."""
         self.cache = KVCache(
             config=config,
             num_blocks=num_blocks,
@@ -53,20 +54,22 @@ class KvMemory:
             num_states=0 if states is None else states.num_slots,
         )
         self.pool = BlockPool(num_blocks, int(num_blocks * section.kv_kept_share))
-        """Which blocks are free, and what the others hold."""
+        """Free blocks, and the contents of the others."""
         self.store = KvTransferStore(self.pool, self.cache, states)
-        """Blocks that other workers fetch, and that are fetched from them."""
+        """Blocks to send to other workers, and blocks being fetched from them."""
         self.tiers: KvTiers | None = None
-        """Lower tiers, once there are some."""
+        """Lower tiers; None until they are set."""
 
     def clear_planned(self, plan: StepPlan) -> None:
-        """Clear what the rows of a plan may have written."""
+        """Clear the cache slots that the rows of a plan may have written."""
         self.cache.clear_slots(plan.cache_slots(self.cache.block_size))
 
     def clear_rejected(
         self, broken: Sequence[PlannedRows], drawn: Mapping[SequenceState, Sequence[int]]
     ) -> None:
-        """Clear what rejected drafts wrote, where it may be NaN: later rows meet it masked."""
+        """Clear the cache slots of rejected drafts in ``broken`` entries, as later rows would read
+        NaN, though masked.
+        """
         rejected = [
             replace(rows, first=rows.first + kept, count=rows.count - kept)
             for rows in broken
@@ -75,7 +78,7 @@ class KvMemory:
         self.clear_planned(StepPlan(tuple(rejected)))
 
     def forget(self, broken: Sequence[SequenceState]) -> Collection[int]:
-        """Let no request find what sequences computed; returns their blocks."""
+        """Remove the blocks of broken sequences from the prefix cache; returns these blocks."""
         dirty = {block for sequence in broken for block in sequence.blocks}
         self.pool.forget(dirty)
         if self.states is not None:
@@ -86,5 +89,7 @@ class KvMemory:
         return dirty
 
     def clear_free(self, dirty: Collection[int]) -> None:
-        """Clear those of these blocks that are free: their next holder must not read them."""
+        """Clear the blocks of ``dirty`` that are free, so that their next holder does not read
+        them.
+        """
         self.cache.clear([block for block in dirty if self.pool.is_free(block)])

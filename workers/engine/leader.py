@@ -1,4 +1,4 @@
-"""The leader's policy: how many rows each attention rank runs in a step. Pure."""
+"""The leader's policy: the number of rows of each attention rank in a step. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from workers.requests.step_header import WHOLE, Grant, StepHeader, StepProposal
 from workers.requests.traced import MAX_TRACED, Parents
 
 _ROUNDING = 8
-"""Limits of edges are multiples of it: buffers have few sizes then."""
+"""Edge limits are multiples of this, so that buffers have few sizes."""
 
 
 def decide_header(
@@ -28,14 +28,14 @@ def decide_header(
     buckets: Sequence[int] = (),
     even_empty: bool = False,
 ) -> StepHeader | None:
-    """The header of ``step``; None while there is nothing to run, unless ``even_empty``.
+    """Decide the header of ``step``; None if there is nothing to run, unless ``even_empty``.
 
-    ``proposals`` are those of all attention ranks of the generation. Decode rows are always
-    granted. Prefill rows are capped at ``max_prefill_rows`` over all ranks; among the ranks that
-    want some, the first to be served rotates with the step number, so none starves. The rule
-    ``micro_batches`` applies to the granted rows. A proposal that must be alone gets the step for
-    itself; among several, the choice rotates in the same way. Where no rank has prefill rows, they
-    are filled up to one of ``buckets``, and rows on an edge are limited (``limit_edges``).
+    ``proposals`` has one entry for each attention rank of the generation. Decode rows are always
+    granted. Prefill rows are capped at ``max_prefill_rows`` over all ranks. The first rank to get
+    prefill rows rotates with the step number, so that no rank starves. ``micro_batches`` is applied
+    to the granted rows. A proposal that must be alone gets the whole step; among several, the
+    choice rotates in the same way. If no rank has prefill rows, decode rows are padded to one of
+    ``buckets`` and the rows on an edge are limited (``limit_edges``).
 
         4 ranks want 300 prefill rows each, cap 512, step 6: rank 2 gets 300, rank 3 gets 212
     """
@@ -75,7 +75,7 @@ def decide_header(
     bucket = bucket_of(most, buckets) if most else 0
     header = replace(header, bucket=bucket) if bucket else header
     limit = limit_edges([(header.edge_rows(rank, 0), proposals[rank].edge_share) for rank in order])
-    if bucket and limit:  # few sizes, as each is captured apart
+    if bucket and limit:  # few sizes, because each is a separate capture
         limit = bucket_of(limit, buckets)
         limit = limit if limit < bucket else 0
     return replace(header, edge_limit=limit) if limit else header
@@ -92,10 +92,11 @@ def _grant(proposal: StepProposal, prefill_rows: int) -> Grant:
 def _share_spans(
     asked: Sequence[tuple[int, Parents]], step: int
 ) -> tuple[tuple[int, Parents], ...]:
-    """Of the spans that ranks ask for those that the step has: ``MAX_TRACED`` over all ranks.
+    """Choose the trace spans of a step from those that ranks request, at most ``MAX_TRACED`` over
+    all ranks.
 
-    A worker of experts makes all of them. Every rank has its first before any has its second; the
-    rank that begins rotates with the step number.
+    Each expert worker creates all of them. Every rank gets its first span before any rank gets its
+    second; the first rank rotates with the step number.
     """
     if not any(parents for _, parents in asked):
         return ()
@@ -110,12 +111,12 @@ def _share_spans(
 
 
 def limit_edges(ranks: Sequence[tuple[int, int]]) -> int:
-    """Rows of a micro-batch to send each expert rank at most (``StepHeader.edge_limit``).
+    """Maximum rows of a micro-batch for each expert rank (``StepHeader.edge_limit``).
 
-    ``ranks``: rows in a micro-batch, and ``StepProposal.edge_share``, of each attention rank. Room
-    for the largest need of late and two standard deviations of a Poisson distribution, as the need
-    varies like a sum of independent choices. 0, no limit, where that saves less than a quarter of
-    the rows, or would limit a rank whose share is not known.
+    ``ranks``: the rows in a micro-batch and the ``StepProposal.edge_share`` of each attention rank.
+    The limit is the largest recent need plus two standard deviations of a Poisson distribution, as
+    the need varies like a sum of independent choices. The result is 0, no limit, if a limit would
+    save less than a quarter of the rows or would apply to a rank with an unknown share.
     """
     needed = max((-(-rows * share // WHOLE) for rows, share in ranks), default=0)
     limit = needed + math.ceil(2 * math.sqrt(needed))

@@ -1,8 +1,9 @@
 """When the leader splits a step into two micro-batches. Pure.
 
-While the experts work on one, attention works on the other. The price: every micro-batch calls each
-layer's operations and reads its experts again, so a small batch is slower in two parts.
-``benchmarks/serving/micro_batches.py`` measures where two begin to pay.
+While the expert workers compute one micro-batch, the attention workers compute the other. The cost:
+every micro-batch runs each layer's operations and reads the expert weights again, so two small
+micro-batches are slower than one. ``benchmarks/serving/micro_batches.py`` measures the break-even
+point.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from cluster.config.workers import WorkersSection
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatchRule:
-    """The leader's policy."""
+    """The leader's policy for the number of micro-batches."""
 
     setting: NumMicroBatches = 1
-    """``auto`` decides by the rows of each step, a number is kept for all of them."""
+    """``auto`` decides by the rows of each step; a number applies to all steps."""
     decode_threshold: int = 0
-    """Rows of the busiest attention rank from which ``auto`` splits a step of decodes only."""
+    """Rows of the busiest attention rank from which ``auto`` splits a step without prompt rows."""
     prefill_threshold: int = 0
-    """The same for a step in which any rank has prompt rows."""
+    """Rows of the busiest attention rank from which ``auto`` splits a step with prompt rows."""
 
     @classmethod
     def of(cls, engine: EngineSection, workers: WorkersSection) -> MicroBatchRule:
-        """What a configuration asks for.
+        """Create the rule for a configuration.
 
-        Without separate expert workers there is nothing to overlap with, and workers that share a
-        core alternate anyway: ``auto`` is 1 then. ``workers`` has its shares resolved.
+        Without separate expert workers there is nothing to overlap, and workers that share a core
+        take turns anyway; in both cases ``auto`` means 1. ``workers`` must have resolved shares.
         """
         setting = engine.num_micro_batches
         if setting == "auto" and not _can_overlap(workers):

@@ -1,9 +1,9 @@
-"""One step of the model: from planned rows to the final hidden states of each, or to logits.
+"""Runs one step of the model: from planned rows to their final hidden states, or to logits.
 
 The runner drives one generator per micro-batch (see ``workers.model.layers``): it dispatches the
-exchanges that a layer yields, and resumes the layer with the combined outputs. Where nothing looks
-between the layers, native code runs all of them in one call, with the exchanges. A step changes
-nothing but the KV of the rows it runs, which no step reads before this one is committed.
+exchanges that a layer yields, and resumes the layer with the combined outputs. If nothing reads
+values between the layers, native code runs all layers in one call, including the exchanges. A step
+changes only the KV of its rows, which no other step reads before the commit.
 """
 
 from __future__ import annotations
@@ -56,36 +56,36 @@ class StepResult:
     first_row: tuple[int, ...]
     """Row of ``hidden`` where each entry of ``plan.rows`` begins."""
     finite: Tensor
-    """[num_rows] bool: no NaN or infinity in these rows of ``hidden``."""
+    """[num_rows] bool: whether the row of ``hidden`` has no NaN or infinity."""
     logits: Tensor | None
-    """[num_rows, V] of all rows of ``hidden``; None: the head has not run."""
+    """[num_rows, V] for all rows of ``hidden``; None if the head has not run."""
     finish: Callable[[], None]
-    """Waits for the messages of the step. Comes before the host reads a tensor of these, or one
-    that was computed of them. Raises ``TransportError``."""
+    """Waits for the messages of the step. Call it before the host reads one of these tensors, or a
+    tensor computed from them. Raises ``TransportError``."""
     routed: tuple[tuple[Routed, ...], ...]
-    """[bank][micro-batch]: the experts that were chosen."""
+    """The chosen experts, indexed [bank][micro-batch]."""
     captures: Mapping[SequenceState, Sequence[Capture]]
-    """What was recorded for sequences whose requests inspect the inside of the model."""
+    """Captures for sequences whose requests inspect the model's internal tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Predicted:
-    """What the predictor made of the rows of a plan."""
+    """Outputs of the predictor for the rows of a plan."""
 
     hidden: Tensor
     """[num_rows, hidden_size] for the head, in the order of ``StepResult.hidden``."""
     routed: tuple[tuple[Routed, ...], ...]
-    """``StepResult.routed`` with its bank."""
+    """``StepResult.routed`` including the predictor's bank."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Outputs:
-    """What the layers of a step have made."""
+    """Outputs of the layers of a step."""
 
     hidden: list[Tensor]
-    """[T, H] by micro-batch."""
+    """Hidden states [T, H] by micro-batch."""
     finite: Tensor | None = None
-    """``StepResult.finite``; None: not computed."""
+    """``StepResult.finite``; None if not computed."""
     logits: Tensor | None = None
     """See ``StepResult``."""
 
@@ -95,32 +95,31 @@ class ModelRunner:
     """Runs plans on one attention rank, over any ``TokenDispatcher``."""
 
     model: AttentionModel
-    """May be replaced."""
+    """The model; it may be replaced between steps."""
     cache: KVCache
     tables: BlockTables
     banks: Sequence[BankSpec]
     dispatcher: TokenDispatcher
     rank: int = 0
     first_dispatch: float | None = None
-    """Monotonic seconds of the latest step's first dispatch, also when the step failed.
-
-    Where there is none, the begin of its layers."""
+    """Monotonic time of the latest step's first dispatch, even if the step failed; without a
+    dispatch, the start of its layers."""
     on_compute: Callable[[], None] = lambda: None
-    """Called at that time."""
+    """Called at the time of ``first_dispatch``."""
     advance_s: float = 0.1
-    """Native layers report their progress after the one in which this time is over."""
+    """Interval in seconds at which native layers report progress, checked after each layer."""
     graphs: DecodeGraphs | None = None
-    """Run decode steps on a GPU, over the dispatcher."""
+    """Runs decode steps as CUDA graphs; None without graphs."""
     adapters: LoadedAdapters | None = None
-    """Those that rows may have."""
+    """Adapters that rows may use."""
     _parts: Sequence[Sequence[PlannedRows]] = ()
     """Rows of the latest step by micro-batch."""
     _known: tuple[AttentionModel | None, Sequence[Layer]] = None, ()
     _native_step: NativeStep | None = None
-    """Made of the model and the layers in ``_known``."""
+    """Native step for the model and layers in ``_known``."""
 
     def run(self, header: StepHeader, plan: StepPlan) -> StepResult | None:
-        """Run a plan; None when it has no rows. Raises ``TransportError``.
+        """Run a plan; None if it has no rows. Raises ``TransportError``.
 
         Takes part in every exchange of a micro-batch that was granted rows, even if the plan has
         fewer rows than granted, or none.
@@ -164,10 +163,10 @@ class ModelRunner:
     def predict(
         self, result: StepResult | None, next_tokens: NDArray[np.int64]
     ) -> Predicted | None:
-        """Run the predictor behind the layers of the latest step, which had rows granted.
+        """Run the predictor on the outputs of the latest step, which must have granted rows.
 
-        next_tokens [num_rows]: the token behind each row's own, in the order of rows. None where
-        the plan has no rows: like the others, this rank takes part in the exchanges. Raises
+        next_tokens [num_rows]: the token after the one of each row, in the order of rows. Returns
+        None if the plan has no rows; this rank still takes part in the exchanges. Raises
         ``TransportError``.
         """
         banks = [bank for bank in self.banks if self._is_predictors(bank)]
@@ -191,10 +190,10 @@ class ModelRunner:
     def _prediction(
         self, part: Sequence[PlannedRows], hidden: Tensor, tokens: Tensor
     ) -> LayerSteps:
-        """Of the rows of a micro-batch."""
+        """The predictor's layers for the rows of a micro-batch."""
         model, cache = self.model, self.cache.predictor
         inputs = self._batch(part).inputs
-        assert inputs is not None, "there are rows"
+        assert inputs is not None, "the micro-batch has rows"
         assert model.predictor is not None
         assert cache is not None
         attention = replace(inputs.attention, recorder=None)
@@ -207,12 +206,13 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_graphs(self) -> None:
-        """Capture what decode steps replay, if that can be before a step."""
+        """Capture the graphs of decode steps, if the dispatcher allows it before a step."""
         if self.graphs is not None and isinstance(self.dispatcher, LocalDispatcher):
             self.graphs.capture()
 
     def _fits_graph(self, header: StepHeader, plan: StepPlan) -> bool:
-        """All rows are decodes, and nothing looks between the layers."""
+        """Whether a graph can run the step: all rows are decodes without inspections or
+        adapters."""
         return (
             self.graphs is not None
             and self.graphs.can_run(header, plan.num_rows)
@@ -223,9 +223,9 @@ class ModelRunner:
         )
 
     def compute(self, inputs: Sequence[ModelInputs]) -> tuple[Tensor, list[Tensor]]:
-        """All layers for the decode rows of each micro-batch.
+        """Run all layers for the decode rows of each micro-batch.
 
-        Hidden states [T, H] of all of them, and by bank the experts [T, k].
+        Returns the hidden states [T, H] of all rows, and the chosen experts [T, k] by bank.
         """
         routed: list[list[Routed]] = [[] for _ in self.banks]
         flows = [self.model.forward(part, self.cache.by_layer) for part in inputs]
@@ -237,9 +237,9 @@ class ModelRunner:
     ) -> _Outputs | None:
         """Run all layers of the micro-batches in one native call.
 
-        A single micro-batch of decodes has its logits from there too. Where native code stops in an
-        exchange, the rest of the layers is run one by one. None: something looks between the
-        layers.
+        A single micro-batch of decodes also gets its logits from this call. If native code stops in
+        an exchange, the remaining layers run one by one. Returns None if values are read between
+        the layers or native code cannot run the step.
         """
         native, dispatcher = self._native(), self.dispatcher
         if native is None or not all(parts) or any(map(reads_inside, parts)):
@@ -265,7 +265,7 @@ class ModelRunner:
             return _Outputs([flow.hidden for flow in flows], finite, flows[0].logits)
         assert isinstance(dispatcher, RemoteDispatcher)
         exchange = dispatcher.native
-        assert exchange is not None, "native layers stop in exchanges alone"
+        assert exchange is not None, "native layers stop only in exchanges"
         exchange.stopped(stop)
         handles: list[DispatchHandle | None] = [None] * len(flows)
         for i, flow in enumerate(flows):
@@ -276,7 +276,7 @@ class ModelRunner:
         return _Outputs(self._drive(decodes, routed, rest, handles, turn))
 
     def _native(self) -> NativeStep | None:
-        """The model's layers for native calls, if such a call can run all of them."""
+        """The native step for the current model; None if native code cannot run all layers."""
         known = self.model, self.model.layers
         if any(new is not old for new, old in zip(known, self._known, strict=True)):
             self._known = known
@@ -303,10 +303,11 @@ class ModelRunner:
     ) -> list[Tensor]:
         """Resume the micro-batches alternately until all have ended; returns their hidden states.
 
-        With two, the experts work on one while the other is in attention here:
-        dispatch(l, 0), dispatch(l, 1), combine(l, 0), dispatch(l+1, 0), combine(l, 1), ..
-        ``decodes``: their decode rows. ``handles`` of those that have dispatched rows already,
-        whose flows take their outputs first; ``first``: whose turn it is.
+        With two, the experts compute one while attention computes the other: dispatch(l, 0),
+        dispatch(l, 1), combine(l, 0), dispatch(l+1, 0), combine(l, 1), .. ``decodes``: number of
+        decode rows of each. ``handles``: pending dispatches of micro-batches that have already sent
+        rows; their flows first take these outputs. ``first``: index of the micro-batch to resume
+        first.
         """
         under_way = dict(enumerate(handles or [None] * len(flows)))
         for micro_batch, handle in under_way.items():
@@ -325,10 +326,10 @@ class ModelRunner:
             except StopIteration as stop:
                 results[micro_batch] = stop.value
                 continue
-            assert isinstance(sent, Dispatch), "a layer waits for rows that it did not send"
+            assert isinstance(sent, Dispatch), "a layer must send rows before it waits"
             under_way[micro_batch] = handle = self._dispatch(sent, micro_batch)
-            waits = next(flow) is None  # runs the layer's overlapped computation
-            assert waits, "a layer sends rows before it took the outputs of the last ones"
+            waits = next(flow) is None  # runs the computation that overlaps the exchange
+            assert waits, "a layer must take the outputs before it sends rows"
             if sent.exchange == 0:
                 chosen = Routed(sent.topk_ids, handle.copies, decodes[micro_batch])
                 routed[sent.bank].append(chosen)
@@ -369,14 +370,14 @@ class ModelRunner:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Rows of all micro-batches; no copy of a single one's."""
+    """Concatenate the rows of all micro-batches, without a copy if there is only one."""
     return parts[0] if len(parts) == 1 else torch.cat([part for part in parts if len(part)])
 
 
 def _experts(
     dispatcher: LocalDispatcher | RemoteDispatcher, num_rows: Sequence[int]
 ) -> Sequence[Experts] | None:
-    """For native layers: the experts by micro-batch of so many rows; None: rows are dispatched."""
+    """The experts of each micro-batch for native layers; None if rows must be dispatched."""
     if isinstance(dispatcher, RemoteDispatcher):
         return None if dispatcher.native is None else dispatcher.native.prepare(num_rows)
     experts = dispatcher.experts()
@@ -384,7 +385,9 @@ def _experts(
 
 
 def _idle(banks: Sequence[BankSpec], model: AttentionModel) -> LayerSteps:
-    """All exchanges of a step without a row: peers expect them where rows were granted."""
+    """Take part in all exchanges of a step without rows, because peers expect a message if rows
+    were granted.
+    """
     for bank in banks:
         ids = torch.empty((0, bank.top_k), dtype=torch.int64, device=model.device)
         weights = torch.empty((0, bank.top_k), dtype=model.dtype, device=model.device)

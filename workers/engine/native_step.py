@@ -1,4 +1,4 @@
-"""Steps in native code: their micro-batches, and what is left of them where they stop."""
+"""Steps in native code: their micro-batches, and the remaining work if native code stops."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from workers.scheduling.step_plan import PlannedRows
 
 
 class NativeStep:
-    """Steps of one model in native code."""
+    """Prepares steps of one model for native code."""
 
     def __init__(
         self, model: AttentionModel, layers: NativeLayers, cache: KVCache, tables: BlockTables
     ) -> None:
         self.layers = layers
-        """Those of the model."""
+        """The native layers of the model."""
         self._model, self._cache, self._tables = model, cache, tables
 
     def flows(
@@ -36,7 +36,7 @@ class NativeStep:
     ) -> list[Flow]:
         """The micro-batches of a step before its first layer, each with its experts.
 
-        A single one of decode rows gets logits: each of its rows draws a token.
+        A single micro-batch of decode rows gets logits, because each of its rows samples a token.
         """
         has_logits = len(parts) == 1 and num_decodes(parts[0]) == len(parts[0])
         pairs = zip(parts, experts, strict=True)
@@ -61,13 +61,14 @@ class NativeStep:
         )
 
     def rest(self, flow: Flow, part: Sequence[PlannedRows]) -> LayerSteps:
-        """What native layers have left of a micro-batch, which waits for outputs first if it has
-        sent rows."""
+        """Run the layers that native code left of a micro-batch. If it has sent rows, it first
+        waits for their outputs.
+        """
         if flow.is_done:
             return flow.hidden
         model, caches = self._model, self._cache.by_layer
         inputs = Batch(part, self._cache, self._tables, model.device, model.is_native).inputs
-        assert inputs is not None, "there are rows"
+        assert inputs is not None, "the micro-batch has rows"
         context = model.context(inputs, caches)
         if flow.is_waiting:
             outputs = yield
@@ -77,6 +78,6 @@ class NativeStep:
 
 
 def native_step(model: AttentionModel, cache: KVCache, tables: BlockTables) -> NativeStep | None:
-    """None where a layer has parts that native calls lack."""
+    """The native step of a model; None if a layer has parts that native code does not support."""
     layers = native_layers(model, cache.by_layer)
     return None if layers is None else NativeStep(model, layers, cache, tables)

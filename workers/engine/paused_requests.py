@@ -1,4 +1,4 @@
-"""Requests whose gateways move them to another worker. Pure."""
+"""Requests that are paused because their gateways move them to another worker. Pure."""
 
 from __future__ import annotations
 
@@ -6,31 +6,32 @@ from collections.abc import Callable, Set
 
 
 class PausedRequests:
-    """Decides from when on a request that is to be paused has no rows."""
+    """Decides when a request that is to be paused gets no more rows."""
 
     def __init__(self) -> None:
         self._asked: dict[str, int] = {}
-        """Request id -> tokens that each of its choices must have before."""
+        """Request id -> number of tokens that each of its choices must reach first."""
         self._names: set[str] = set()
 
     @property
     def names(self) -> Set[str]:
-        """Those that are paused."""
+        """Ids of paused requests."""
         return self._names
 
     def ask(self, request_id: str, num_tokens: int) -> None:
-        """Pause a request once each of its choices has ``num_tokens`` with the prompt."""
+        """Pause a request once each of its choices has ``num_tokens`` tokens, including the
+        prompt."""
         self._asked[request_id] = num_tokens
 
     def forget(self, request_id: str) -> None:
-        """It goes on, or has ended."""
+        """Forget a request that continues or has ended."""
         self._asked.pop(request_id, None)
         self._names.discard(request_id)
 
     def take(self, num_tokens: Callable[[str], int], not_now: Set[str]) -> list[str]:
-        """Requests that are paused from now on, none of ``not_now``.
+        """Return the requests that become paused now, except those in ``not_now``.
 
-        ``num_tokens``: those that each of a request's choices has.
+        ``num_tokens``: returns the number of tokens that each choice of a request has.
         """
         names = self._asked.keys() - not_now
         found = [name for name in names if num_tokens(name) >= self._asked[name]]

@@ -1,10 +1,10 @@
-"""How many prompt rows a step may have while others decode. Pure: times are passed in.
+"""The number of prompt rows in a step while other sequences decode. Pure: times are passed in.
 
 A step ends for all ranks together, so a long chunk of one prompt delays every stream of the
-cluster. With a target for the inter-token latency the leader learns from its own steps what decode
-steps and prompt rows cost, and grants as many prompt rows as fit into the target. A row costs less
-the more rows there are (the experts are read anyway), and more the longer the context: the estimate
-follows the sizes that are being granted, a step at a time.
+cluster. With a target for the inter-token latency, the leader learns the cost of decode steps and
+prompt rows from its own steps, and grants the number of prompt rows that fits into the target. A
+row costs less in a larger chunk (the expert weights are read anyway), and more in a longer context.
+The estimate therefore follows the granted sizes, step by step.
 """
 
 from __future__ import annotations
@@ -14,37 +14,40 @@ from typing import Self
 from cluster.config.cluster import EngineSection
 
 _AIM = 0.9
-"""Part of the target: each chunk of a long prompt costs a few percent more than the last."""
+"""Fraction of the target to use: each chunk of a long prompt costs a few percent more than the
+last."""
 _NEW_SHARE = 0.5
 """Weight of the newest step in an estimate."""
 _MOST_TIMES = 2.0
-"""Limit of a step's time in multiples of the expected one: one slow step is not a trend."""
+"""Limit of an observed time, as a multiple of the expected one: one slow step is not a trend."""
 _FAR_ABOVE = 1.5
-"""In targets: a longer step halves the cap, independent of the estimate."""
+"""Multiple of the target; a longer step reduces the cap, regardless of the estimate."""
 
 
 class PrefillCap:
-    """The leader's policy, with its estimates of the time of steps.
+    """The leader's cap on prompt rows, with its estimates of step times.
 
     The cap at most doubles from one step to the next.
     """
 
     def __init__(self, *, max_rows: int, min_rows: int = 1, target_s: float | None = None) -> None:
-        """``max_rows`` is the budget of one rank, ``min_rows`` what a step may always have.
+        """``max_rows`` is the budget of one rank, ``min_rows`` the number that is always allowed.
 
-        Without ``target_s`` all ranks together get the budget of one while any sequence decodes.
+        Without ``target_s``, all ranks together get the budget of one rank while any sequence
+        decodes.
         """
         self._max_rows = max_rows
         self._min_rows = min(min_rows, max_rows)
         self._target_s = target_s
-        self._decode_s: dict[int, float] = {}  # time of steps by size of their decode rows
-        self._prefill_s = 0.0  # time that prompt rows took, and their number: both decay
+        self._decode_s: dict[int, float] = {}  # step time by ``_size`` of the decode rows
+        self._prefill_s = 0.0  # time and number of prompt rows, both decaying
         self._prefill_rows = 0.0
         self._fitting_rows = self._min_rows
 
     @classmethod
     def of(cls, engine: EngineSection) -> Self:
-        """What a configuration asks for: a step may always have a block of prompt rows."""
+        """Create the cap for a configuration. A step may always have one KV block of prompt
+        rows."""
         target_ms = engine.itl_target_ms
         return cls(
             max_rows=engine.max_num_batched_tokens,
@@ -53,7 +56,9 @@ class PrefillCap:
         )
 
     def rows(self, decode_rows: int, num_ranks: int) -> int:
-        """Prompt rows of the next step over all ranks, of which ``decode_rows`` decode."""
+        """Number of prompt rows of the next step over all ranks, which has ``decode_rows`` decode
+        rows.
+        """
         if not decode_rows:
             return self._max_rows * num_ranks
         if self._target_s is None:
@@ -67,7 +72,9 @@ class PrefillCap:
         return max(self._min_rows, most)
 
     def observe(self, decode_rows: int, prefill_rows: int, seconds: float) -> None:
-        """A step took ``seconds`` from its header to the next proposals of all ranks."""
+        """Learn from a step that took ``seconds`` from its header to the next proposals of all
+        ranks.
+        """
         if self._target_s is None or not decode_rows + prefill_rows:
             return
         if not prefill_rows:
@@ -77,7 +84,7 @@ class PrefillCap:
         if not decode_rows:
             return
         size = _size(decode_rows)
-        if size in self._decode_s:  # without the prompt rows it would not have taken longer
+        if size in self._decode_s:  # an upper bound without prompt rows
             self._decode_s[size] = min(self._decode_s[size], seconds)
         if seconds <= self._target_s:
             self._fitting_rows = max(self._fitting_rows, prefill_rows)
@@ -101,7 +108,7 @@ class PrefillCap:
         return self._prefill_s / self._prefill_rows if self._prefill_rows else 0.0
 
     def _decode_time(self, decode_rows: int) -> float:
-        """Expected time of a step of these decode rows alone, from the nearest known size."""
+        """Expected time of a step with only these decode rows, from the nearest known size."""
         if not decode_rows or not self._decode_s:
             return 0.0
         size = _size(decode_rows)
@@ -109,5 +116,6 @@ class PrefillCap:
 
 
 def _size(decode_rows: int) -> int:
-    """1, 2, 3 .. 4, 5 .. 8 rows and so on cost about the same."""
+    """Size class of a number of rows with about the same cost: 1, 2, 3 .. 4, 5 .. 8 rows and so
+    on."""
     return (decode_rows - 1).bit_length()

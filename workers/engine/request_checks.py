@@ -1,4 +1,4 @@
-"""Checks of a request before an engine allocates anything for it. Pure."""
+"""Validation of a request before an engine allocates anything for it. Pure."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from workers.requests.request import Request
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RequestLimits:
-    """Sizes of one engine."""
+    """Limits of one engine."""
 
     vocab_size: int
-    """Token ids are below it."""
+    """Token ids must be less than this."""
     max_model_len: int
-    """Tokens of prompt and output together."""
+    """Maximum tokens of prompt and output together."""
     block_size: int
     """Tokens of a KV block."""
     num_blocks: int
     eos_token_ids: tuple[int, ...] = ()
-    """The model's own ends."""
+    """End-of-sequence tokens of the model."""
     hidden_size: int = 0
     """Elements of an embedding; 0 if not known."""
     is_classifier: bool = False
-    """The model has no lm_head: nothing can be drawn or scored."""
+    """Whether the model is a classifier without lm_head, which cannot sample or score tokens."""
 
     @classmethod
     def of(
         cls, config: ModelConfig, section: EngineSection, max_model_len: int, num_blocks: int
     ) -> Self:
-        """Those of a model in an engine."""
+        """Limits of a model in an engine."""
         return cls(
             vocab_size=config.vocab_size,
             eos_token_ids=tuple(config.eos_token_ids),
@@ -47,7 +47,7 @@ class RequestLimits:
 
 
 def check_request(request: Request, limits: RequestLimits) -> None:
-    """Raise ``RequestError`` naming field, value and rule for what can never run."""
+    """Raise ``RequestError`` with field, value and rule for a request that can never run."""
     params, length = request.params, len(request.prompt)
     _require(length > 0, "prompt must not be empty", "prompt")
     if request.prompt_embeds is not None:
@@ -128,7 +128,7 @@ def _check_length(length: int, max_tokens: int, limits: RequestLimits) -> None:
             f"{length} and max_tokens is {max_tokens}",
             "prompt",
         )
-    in_cache = max(length + max_tokens - 1, length)  # the last token is never read
+    in_cache = max(length + max_tokens - 1, length)  # the last token is not cached
     need = -(-in_cache // limits.block_size)
     if need > limits.num_blocks:
         raise ContextLengthError(
@@ -139,7 +139,7 @@ def _check_length(length: int, max_tokens: int, limits: RequestLimits) -> None:
 
 
 def check_room(request: Request, section: EngineSection, waiting: int, tokens: int) -> None:
-    """Raise ``QueueFullError`` when too many sequences or prompt tokens are waiting."""
+    """Raise ``QueueFullError`` if too many sequences or prompt tokens are waiting."""
     limit, most = section.max_waiting, section.max_waiting_tokens
     if waiting and waiting + request.n > limit:
         raise QueueFullError(f"{waiting} sequences are waiting, at most {limit} (max_waiting) may")

@@ -5,10 +5,10 @@
     header = channel.wait(timeout)            header = channel.wait(timeout)
     run the step                              serve the step
 
-Without work, all ranks are blocked in ``wait``. A rank that receives a request calls
-``connections.wake()`` (from its other thread), leaves ``wait`` with None, and proposes again for
-the same step: the header follows at once. If the header of that step was already on its way, the
-rank runs its zero rows and proposes for the next step.
+Without work, all ranks are blocked in ``wait``. If a rank receives a request, its other thread
+calls ``connections.wake()``. The rank returns from ``wait`` with None and proposes again for the
+same step, and the header follows. If the header of that step was sent before, the rank runs its
+zero rows and proposes for the next step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Ranks:
 
     generation: Generation
     leader: str
-    """Name of the lowest."""
+    """Name of the worker with the lowest rank."""
     by_name: dict[str, int]
     in_order: list[int]
 
@@ -47,7 +47,7 @@ class _Ranks:
 
 
 class StepChannel:
-    """One worker's end of the step protocol. Data thread only."""
+    """One worker's side of the step protocol. Data thread only."""
 
     def __init__(
         self,
@@ -57,9 +57,9 @@ class StepChannel:
         micro_batches: MicroBatchRule,
         buckets: Sequence[int] = (),
     ) -> None:
-        """The leader's policies: ``prefill_cap`` limits the prefill rows of a step over all ranks,
-        ``micro_batches`` decides on the split of a step, and decode rows are filled up to one of
-        ``buckets``.
+        """``prefill_cap``, ``micro_batches`` and ``buckets`` are the leader's policies: the limit
+        of prefill rows over all ranks, the split of a step, and the sizes to which decode rows are
+        padded.
         """
         self._connections = connections
         self._prefill_cap = prefill_cap
@@ -71,18 +71,18 @@ class StepChannel:
         self.last_rows = 0
         """Rows of all ranks in the newest header."""
         self.highest_epoch = 0
-        """Highest placement epoch that a header named."""
+        """Highest placement epoch of all headers received."""
         self._next_step = 1
         self._epoch = 0
         self._oldest_epoch = 0
         self._decided_epoch = 0
         self._proposals: dict[int, StepProposal] = {}
         self._headers: deque[StepHeader] = deque()
-        self._timed: tuple[StepHeader, float] | None = None  # the step under way, and its start
+        self._timed: tuple[StepHeader, float] | None = None  # the running step and its start time
 
     @property
     def has_header(self) -> bool:
-        """``wait`` returns at once."""
+        """Whether ``wait`` would return a header without waiting."""
         return bool(self._headers)
 
     @property
@@ -92,23 +92,25 @@ class StepChannel:
 
     @property
     def _ranks(self) -> _Ranks:
-        """Of the current generation."""
+        """Ranks of the current generation."""
         generation = self._connections.generation
         if self._known.generation is not generation:
             self._known = _Ranks.of(generation)
         return self._known
 
     def missing(self) -> list[str]:
-        """The workers for which the next header waits: ranks without a proposal, or the leader."""
+        """Names of the workers that the next header waits for: ranks without a proposal, or the
+        leader.
+        """
         if not self.is_leader:
             return [self._ranks.leader]
         return [name for name, rank in self._ranks.by_name.items() if rank not in self._proposals]
 
     def start_generation(self, first_step: int, epoch: int) -> None:
-        """Drop everything of the old generation; steps go on at ``first_step``.
+        """Drop all state of the old generation; the next step is ``first_step``.
 
         Call it after ``connections.apply_generation``. ``epoch`` is the authoritative placement
-        epoch; the leader puts it into its headers.
+        epoch, which the leader puts into its headers.
         """
         self._next_step = first_step
         self.last_rows = 0
@@ -119,23 +121,23 @@ class StepChannel:
         self.set_epoch(epoch, epoch)
 
     def set_epoch(self, epoch: int, oldest_epoch: int) -> None:
-        """Leader: epoch of the headers from now on.
+        """Leader: set the placement epoch of the next headers.
 
-        The next header follows when all ranks have proposed, even if no rank wants a row.
+        The next header is sent when all ranks have proposed, even if no rank wants a row.
         """
         self._epoch = epoch
         self._oldest_epoch = oldest_epoch
 
     def propose(self, wanted: RowsWanted, *, even_empty: bool = False) -> None:
-        """Attention ranks: propose rows for the next step; replaces the proposal before.
+        """Attention ranks: propose rows for the next step, replacing an earlier proposal.
 
-        With ``even_empty`` the leader runs a step without rows once all ranks have proposed.
-        Raises as ``connections.send`` does.
+        With ``even_empty`` the leader runs a step without rows once all ranks have proposed. Raises
+        the errors of ``connections.send``.
         """
         connections = self._connections
         self._take_step_frames()
         if self._headers:
-            return  # the step is already decided: propose again after it
+            return  # the step is already decided; the rank proposes again after it
         proposal = StepProposal(
             generation=connections.generation.number,
             step=self._next_step,
@@ -155,7 +157,7 @@ class StepChannel:
             self._send(self._ranks.leader, FrameKind.PROPOSAL, proposal, data)
 
     def wait(self, timeout_s: float) -> StepHeader | None:
-        """The next header; None after ``timeout_s`` or when ``connections.wake`` was called.
+        """Wait for the next header; None after ``timeout_s`` or after ``connections.wake``.
 
         Raises ``PeerLostError`` and ``GenerationChangedError``.
         """
@@ -202,7 +204,7 @@ class StepChannel:
         header = HEADERS.decode(data)
         self._check_place(frame.header, header.generation, header.step)
         if sender.name != ranks.leader:
-            raise ProtocolError(f"step header from {sender.name}, which does not lead")
+            raise ProtocolError(f"step header from {sender.name}, which is not the leader")
         expected = self._headers[-1].step + 1 if self._headers else self._next_step
         if header.step != expected:
             raise ProtocolError(f"step header {header.step}: must be {expected}")
@@ -211,7 +213,7 @@ class StepChannel:
 
     def _check_place(self, frame: FrameHeader, generation: int, step: int) -> None:
         if (generation, step) != (frame.generation, frame.step):
-            raise ProtocolError("step message and its frame name different steps")
+            raise ProtocolError("a step message and its frame have different steps")
 
     def _take_proposal(self, proposal: StepProposal) -> None:
         decided = self._headers[-1].step if self._headers else self._next_step - 1
@@ -224,7 +226,7 @@ class StepChannel:
             self._decide()
 
     def _decide(self, even_empty: bool = False) -> None:
-        """Leader: publish the header of the next step if there is one."""
+        """Leader: send the header of the next step if there is one."""
         if len(self._proposals) < len(self._ranks.by_name):
             return
         self._observe_step()
@@ -253,7 +255,9 @@ class StepChannel:
         self._timed = (header, time.monotonic())
 
     def _observe_step(self) -> None:
-        """Leader: all ranks have proposed again, so the step before is over everywhere."""
+        """Leader: record the time of the previous step, which is over because all ranks proposed
+        again.
+        """
         if self._timed is None:
             return
         (header, start), self._timed = self._timed, None

@@ -1,6 +1,6 @@
-"""From a step's final hidden states to tokens, prompt logprobs, classes and inspections.
+"""Turns a step's final hidden states into tokens, prompt logprobs, classes and inspections.
 
-Nothing here changes a sequence: the engine commits the results, or drops them.
+Nothing here changes a sequence: the engine commits or drops the results.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from workers.sampling.sampler import (
 from workers.scheduling.step_plan import PlannedRows, StepPlan
 
 _SCORED_ROWS = 64
-"""Prompt rows whose logits are made at a time: 64 x 50304 float32 are 13 MB."""
+"""Number of prompt rows scored at a time: logits of 64 x 50304 float32 are 13 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,30 +50,32 @@ class StepTokens:
     """Tokens and scores of a step, before the commit."""
 
     complete: dict[SequenceState, int] = field(default_factory=dict)
-    """Sequences whose newest token was in the step, and its row: they draw one, or are scored."""
+    """Sequences whose newest token was in the step, and its row. They sample a token or are scored.
+    """
     drawn: dict[SequenceState, list[SampledToken]] = field(default_factory=dict)
-    """One token, and those behind drafts that equal the tokens before."""
+    """One token, and the tokens after drafts that equal the preceding tokens."""
     scored: dict[SequenceState, list[TokenLogprob]] = field(default_factory=dict)
     failed: dict[SequenceState, Failure] = field(default_factory=dict)
-    """Sequences that cannot go on; no other field has them."""
+    """Sequences that fail; no other field contains them."""
     classes: dict[SequenceState, tuple[float, ...]] = field(default_factory=dict)
-    """Logits by class, of prompts whose last row was in the step of a classifier."""
+    """Logits by class for prompts whose last row was in the step; classifiers only."""
     inspected: dict[SequenceState, StepRows] = field(default_factory=dict)
     broken: list[PlannedRows] = field(default_factory=list)
-    """Entries with drafts of which a row, perhaps of a rejected one, has NaN or infinity."""
+    """Entries with drafts that have NaN or infinity in any row, even in one of a rejected draft."""
     candidates: dict[SequenceState, list[TokenLogprob]] = field(default_factory=dict)
-    """What may follow the beams that are complete; ``drawn`` has them, too, and means nothing."""
+    """Candidate tokens for complete beams. ``drawn`` contains these beams too, with tokens to
+    ignore."""
     predicted: dict[SequenceState, int] = field(default_factory=dict)
-    """The token that the predictor expects behind those drawn."""
+    """The token that the predictor expects after the sampled ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class _SampledRows:
-    """Neighbouring rows that tokens of one sequence are drawn from."""
+    """Consecutive rows from which tokens of one sequence are sampled."""
 
     sequence: SequenceState
     first: int
-    """Row of its newest token."""
+    """Row of the newest token."""
     drafts: tuple[int, ...]
 
     @property
@@ -84,7 +86,7 @@ class _SampledRows:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Rows of logits, how tokens are drawn from them, and what was drawn."""
+    """Rows of logits, the sampling parameters of each, and the sampled tokens."""
 
     logits: Tensor
     rows: Sequence[SamplingRow]
@@ -95,11 +97,11 @@ class StepSampler:
     """Samples and scores the steps of one engine.
 
     Args:
-        config: the model's numbers.
+        config: the model's configuration.
         banks: its expert banks.
-        logits: head of the model: [rows, H] -> [rows, V], or classes.
-        is_exact: every row in memory of its own.
-        team: draws tokens with a native kernel; None: torch does.
+        logits: the head of the model: [rows, H] -> [rows, V], or classes.
+        is_exact: whether each row must be computed in memory of its own.
+        team: samples tokens with a native kernel; None uses torch.
     """
 
     def __init__(
@@ -119,10 +121,10 @@ class StepSampler:
         self._processors: dict[SequenceState, LogitsProcessors] = {}
         self._mask_thread = ThreadPoolExecutor(1, "grammar-masks")
         self.inspector = Inspector(config, banks, logits, self._score)
-        """Reads the inside of the model for inspections."""
+        """Records internal tensors of the model for inspections."""
 
     def start(self, sequence: SequenceState, grammar: GrammarState | None) -> None:
-        """Follow a sequence until ``end``; ``grammar`` is its own."""
+        """Track a sequence until ``end``; ``grammar`` is its own state."""
         self._processors[sequence] = LogitsProcessors(sequence, self._eos, grammar)
         self.inspector.start(sequence)
 
@@ -131,14 +133,14 @@ class StepSampler:
         self.inspector.end(sequence)
 
     def prepare(self, plan: StepPlan) -> None:
-        """Begin with what ``draw`` needs and the model does not compute: masks of grammars."""
+        """Start to compute the grammar masks that ``draw`` needs, while the model runs."""
         for planned in plan.rows:
             grammar = self._processors[planned.sequence].grammar
             if grammar is not None and (planned.is_decode or planned.draws_token):
                 grammar.prepare(self._mask_thread)
 
     def draw(self, plan: StepPlan, result: StepResult) -> StepTokens:
-        """Tokens of a plan that ran to its last layer. Changes nothing."""
+        """Sample the tokens of a plan that ran to its last layer. Changes no sequence."""
         tokens = StepTokens()
         for planned, first_row in zip(plan.rows, result.first_row, strict=True):
             sequence = planned.sequence
@@ -159,9 +161,9 @@ class StepSampler:
         predicted: Tensor,
         drawn: Mapping[SequenceState, Sequence[int]],
     ) -> dict[SequenceState, int]:
-        """The best token of the predictor behind the last token drawn of each sequence.
+        """The predictor's best token after the last sampled token of each sequence.
 
-        predicted [num_rows, H]: its hidden states, in the order of ``result.hidden``.
+        predicted [num_rows, H]: the predictor's hidden states, in the order of ``result.hidden``.
         """
         places = {}
         for planned, first_row in zip(plan.rows, result.first_row, strict=True):
@@ -178,7 +180,7 @@ class StepSampler:
     def _read(
         self, tokens: StepTokens, planned: PlannedRows, first_row: int, result: StepResult
     ) -> bool:
-        """Score and inspect prompt rows; False where a state or a logit is NaN or infinity."""
+        """Score and inspect prompt rows; False if a hidden state or a logit is NaN or infinity."""
         sequence = planned.sequence
         result.finish()
         if not result.finite[first_row : first_row + planned.count].all():  # device-to-host sync
@@ -200,9 +202,9 @@ class StepSampler:
     def _score_prompt(
         self, planned: PlannedRows, hidden: Tensor, first_row: int
     ) -> list[TokenLogprob] | None:
-        """Logprobs of the prompt tokens behind these rows that have none yet.
+        """Logprobs of the prompt tokens after these rows that have none yet.
 
-        None when a logit is NaN or infinity.
+        None if a logit is NaN or infinity.
         """
         sequence = planned.sequence
         prompt = sequence.request.prompt
@@ -221,15 +223,17 @@ class StepSampler:
         return entries
 
     def _draw(self, tokens: StepTokens, plan: StepPlan, result: StepResult) -> None:
-        """A token for every complete sequence that may have one; drops those with broken rows.
+        """Sample a token for every complete sequence that may have one; drop those with broken
+        rows.
 
-        Tokens come to the host together with what is known of all rows: the step waits once.
+        Tokens and the ``finite`` flags of all rows are copied to the host together, so the step
+        synchronizes once.
         """
         sampled = self._sampled(tokens.complete, plan)
         rows = [row for one in sampled for row in self._processors[one.sequence].rows(one.drafts)]
         places = [place for one in sampled for place in one.places]
         logits = self._logits_of(places, result) if sampled else None
-        result.finish()  # a draw may read numbers of the device
+        result.finish()  # sampling may read values from the device
         fetched = [result.finite]
         if logits is not None:
             fetched.append(draw_tokens(logits, rows, self._team))
@@ -253,7 +257,7 @@ class StepSampler:
         self._report(tokens, sampled, kept, _Rows(logits, rows, drawn))
 
     def _sampled(self, complete: Mapping[SequenceState, int], plan: StepPlan) -> list[_SampledRows]:
-        """The rows that tokens are drawn from, in the order of rows."""
+        """The rows from which tokens are sampled, in ascending order."""
         found = [
             _SampledRows(planned.sequence, complete[planned.sequence], planned.drafts)
             for planned in plan.rows
@@ -268,7 +272,7 @@ class StepSampler:
         kept: Sequence[range],
         drawn: _Rows,
     ) -> None:
-        """Take the ``kept`` tokens of each sequence, with logprobs where they are asked for."""
+        """Record the ``kept`` tokens of each sequence, with logprobs if they are requested."""
         places = [place for own in kept for place in own]
         rows, ids = [drawn.rows[place] for place in places], [drawn.tokens[p] for p in places]
         found = iter(report_drawn(_some(drawn.logits, places), rows, ids, self._score))
@@ -292,7 +296,9 @@ class StepSampler:
     def _search(
         self, tokens: StepTokens, beams: Mapping[SequenceState, int], logits: Tensor
     ) -> None:
-        """Candidates of beams, by their rows of the logits; those of a request together."""
+        """Find the candidates of beams, from their rows of the logits, for all beams of a request
+        together.
+        """
         by_request: dict[str, list[SequenceState]] = {}
         for sequence in beams:
             by_request.setdefault(sequence.request.request_id, []).append(sequence)
@@ -309,13 +315,13 @@ class StepSampler:
             tokens.candidates.update(zip(sequences, found, strict=True))
 
     def _logits_of(self, rows: Sequence[int], result: StepResult) -> Tensor:
-        """[rows, V] of rows in ascending order."""
+        """Logits [rows, V] of rows in ascending order."""
         if result.logits is not None:
             return _some(result.logits, rows)
         return self._logits(_some(result.hidden, rows))
 
     def _classify(self, tokens: StepTokens, hidden: Tensor) -> None:
-        """Logits by class of prompts at their ends."""
+        """Compute the class logits of complete prompts."""
         if not self._is_classifier or not tokens.complete:
             return
         ends = list(tokens.complete.values())
@@ -323,11 +329,11 @@ class StepSampler:
         for sequence, row in zip(tuple(tokens.complete), rows, strict=True):
             if not all(map(math.isfinite, row)):
                 self._fail(tokens, sequence, NOT_FINITE)
-            elif sequence.request.inspection is None:  # it runs all tokens, not those up to a pad
+            elif sequence.request.inspection is None:  # an inspection ignores padding
                 tokens.classes[sequence] = tuple(row)
 
     def _failure(self, sequence: SequenceState, failure: DrawFailure) -> Failure:
-        """The client's error for a draw without a token."""
+        """The client's error if no token could be sampled."""
         if failure is not DrawFailure.NONE_ALLOWED:
             return NOT_FINITE
         where = f"position {len(sequence.output)} of the output"
@@ -343,11 +349,11 @@ class StepSampler:
 
 
 def num_accepted(drafts: Sequence[int], drawn: Sequence[int], is_finite: Sequence[bool]) -> int:
-    """Drafts that are the tokens drawn before them, up to the first that is not.
+    """Number of leading drafts that equal the tokens sampled before them.
 
-    ``drawn`` has a token, or a failure, of the newest token's row and of each draft's. A draft
-    whose own row gave no token is run again as a newest token. So tokens and errors are those that
-    steps of one row would give.
+    ``drawn`` has a token, or a failure, for the row of the newest token and of each draft. If the
+    row of a draft gave no token, the draft is run again as a newest token. So tokens and errors
+    equal those of steps with one row.
 
         drafts 5 6 7, drawn 5 6 9 4: two are accepted, and the step gives 5 6 9
     """
@@ -361,7 +367,7 @@ def num_accepted(drafts: Sequence[int], drawn: Sequence[int], is_finite: Sequenc
 
 
 def _some(x: Tensor, rows: Sequence[int]) -> Tensor:
-    """These rows of x [T, ..]; no copy of all of them in their order."""
+    """Select rows of x [T, ..], without a copy if they are all rows in order."""
     if rows == list(range(len(x))):
         return x
     return x[to_device(rows, x.device)]

@@ -1,7 +1,8 @@
-"""Rows that are wanted, and no step: the last resort where no edge breaks and no worker stalls.
+"""Detects that a rank has rows to run but no step starts.
 
-The leader waits for proposals, the others wait for it; so they have twice its time. A peer may
-still run the step before, whose rows take time.
+It is the last resort if no edge breaks and no worker stalls. The leader waits for proposals and the
+other ranks wait for the leader, so they have twice its time limit. A peer may still run the
+previous step, whose rows take time.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from workers.metrics.activity import ROW_LIMIT_S
 
 LIMITS = 2.0
-"""Detection limits within which a step of no rows must follow."""
+"""Number of detection limits within which a step without rows must follow."""
 
 
 class StepWatchdog:
@@ -22,9 +23,9 @@ class StepWatchdog:
     def overdue_s(
         self, *, wants: bool, leads: bool, last_rows: int, last_commit: float, now: float
     ) -> float | None:
-        """Time for which this rank has waited for a step, if it is too long.
+        """Time for which this rank has waited for a step, or None if it is within the limit.
 
-        ``last_rows`` are those of the step before, of all ranks.
+        ``last_rows`` are the rows of all ranks in the previous step.
         """
         if not wants:
             self._wanted_at = None
@@ -36,5 +37,5 @@ class StepWatchdog:
         return waited_s if waited_s > limit_s else None
 
     def begin(self) -> None:
-        """A generation runs: nothing was wanted in it so far."""
+        """Reset at the start of a generation, in which no rows were wanted yet."""
         self._wanted_at = None

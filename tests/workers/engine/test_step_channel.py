@@ -278,7 +278,7 @@ def test_a_wrong_proposal_closes_the_edge(
 @pytest.mark.parametrize(
     ("sender", "ranks", "step", "reason"),
     [
-        (1, (0, 1), 1, "from attention-1, which does not lead"),
+        (1, (0, 1), 1, "from attention-1, which is not the leader"),
         (0, (0, 1), 3, "step header 3: must be 1"),
         (0, (0, 1, 2), 1, "grants ranks"),
     ],

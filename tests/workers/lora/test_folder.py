@@ -215,7 +215,7 @@ def test_requests_with_an_unknown_adapter_are_refused(tiny_checkpoint: Path) -> 
     request = Request(
         request_id="r", prompt=(1, 2), params=SamplingParams(max_tokens=2), adapter="gone"
     )
-    with pytest.raises(ModelNotFoundError, match="is not loaded any more"):
+    with pytest.raises(ModelNotFoundError, match="is no longer loaded"):
         engine.add_request(request)
     assert not engine.has_work
 
