@@ -1,4 +1,4 @@
-"""An answer as content blocks: reasoning, text and calls, each begun and ended in its turn."""
+"""Write the output of a model as a sequence of content blocks: reasoning, text and calls."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from gateway.text.forms.tool_calls import CallDelta, ParsedPiece
 
 Event = dict[str, Any]
 ShownThinking = Literal["all", "omitted", "none"]
-"""What a client sees of reasoning: all of it, empty blocks, or no blocks."""
+"""The reasoning that a client receives: all text, empty blocks, or no blocks."""
 _OWN_PREFIX, _PREFIX = "call_", "toolu_"
 
 
 @dataclass(slots=True)
 class _Open:
-    """The block that is being written."""
+    """The block that is not complete yet."""
 
     kind: Literal["text", "thinking", "tool_use"]
     seal: Any = None
-    """Digest of reasoning so far."""
+    """Hash object of the reasoning text so far; None for other blocks."""
 
 
 class BlockWriter:
-    """Turns the parts of an answer into events.
+    """Converts the parsed pieces of the output into events.
 
-    White space alone makes no text block: models write some between their reasoning and a call.
+    White space alone is not a text block: models write it between reasoning and a call.
     """
 
     def __init__(self, thinking: ShownThinking) -> None:
@@ -38,7 +38,7 @@ class BlockWriter:
         self._space = ""
 
     def feed(self, parsed: ParsedPiece) -> list[Event]:
-        """Events of a piece of the answer."""
+        """Return the events of a parsed piece."""
         events: list[Event] = []
         for part in parsed.in_order():
             if isinstance(part, CallDelta):
@@ -50,7 +50,7 @@ class BlockWriter:
         return events
 
     def end(self) -> list[Event]:
-        """What ends the last block."""
+        """Return the events that end the open block."""
         block, self._open = self._open, None
         if block is None:
             return []
@@ -95,7 +95,7 @@ class BlockWriter:
     def _begin(
         self, kind: Literal["text", "thinking", "tool_use"], block: Event, is_new: bool = False
     ) -> list[Event]:
-        """End a block of another kind, or any with ``is_new``, and begin this one."""
+        """Begin a block, unless one of the same kind is open and ``is_new`` is False."""
         if self._open is not None and self._open.kind == kind and not is_new:
             return []
         events = self.end()
@@ -110,9 +110,9 @@ class BlockWriter:
 
 
 def blocks_of(events: Iterable[Event]) -> list[Event]:
-    """The blocks that the events of a whole answer make.
+    """Build the content blocks from the events of a whole message.
 
-    The input of a call that the answer's end cut is empty.
+    The input of an incomplete call is empty.
     """
     blocks: list[Event] = []
     inputs: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""Bodies of Anthropic's Messages to the one call type."""
+"""Convert bodies of Anthropic's Messages into ``GenerateCall``."""
 
 from __future__ import annotations
 
@@ -35,16 +35,17 @@ from workers.requests.request import Grammar
 
 LEAST_BUDGET_TOKENS = 1024
 _EFFORTS = {"max": "xhigh"}
-"""Anthropic's efforts by other names of the same."""
+"""Effort names of Anthropic that have another name here."""
 _CHOICES = {"any": "required", "tool": None}
 _BILLING = "x-anthropic-billing-header:"
-"""Begins a system block that Claude Code adds, other in each request, about itself alone."""
+"""Prefix of a system block of Claude Code. It is removed: it differs in each request and has no
+meaning for the model."""
 _TOOL_NAMES = FieldNames(name="name", parameters="input_schema")
 _Message = dict[str, Any]
 
 
 def message_call(body: MessagesBody) -> GenerateCall:
-    """The call of a body. Raises ``RequestError``."""
+    """Convert a body into a call. Raises ``RequestError``."""
     _check_thinking(body.thinking, body.max_tokens)
     grammar = _grammar(body)
     chat = chat_input(body, grammar)
@@ -68,7 +69,7 @@ def message_call(body: MessagesBody) -> GenerateCall:
 
 
 def chat_input(body: CountTokensBody, grammar: Grammar | None = None) -> ChatInput:
-    """The conversation of a body. Raises ``RequestError``."""
+    """Return the conversation of a body. Raises ``RequestError``."""
     check_references(body)
     messages = _joined(_messages(body))
     continues = bool(messages) and messages[-1]["role"] == "assistant"
@@ -95,7 +96,7 @@ def chat_input(body: CountTokensBody, grammar: Grammar | None = None) -> ChatInp
 
 
 def shows_thinking(thinking: ThinkingParam | None) -> bool:
-    """The client asks for reasoning."""
+    """Whether the client requests reasoning."""
     return thinking is not None and thinking.type != "disabled"
 
 
@@ -163,7 +164,7 @@ def _tool(tool: ToolParam, place: int) -> Tool:
 
 
 def _messages(body: CountTokensBody) -> list[_Message]:
-    """As chat templates read them: results of tools are messages of their own."""
+    """Return messages for chat templates; each tool result is a separate message."""
     found: list[_Message] = []
     system = _system([b for b in body.system or () if not _is_billing(b)], "system")
     if system["content"]:
@@ -216,7 +217,7 @@ def _result(block: Block, path: str, tools: Mapping[str, ToolParam]) -> _Message
 
 
 def _contents(blocks: Sequence[Block], path: str, tools: Mapping[str, ToolParam]) -> str:
-    """Texts, and the tools that references name."""
+    """Return the text of blocks, with references replaced by tool declarations."""
     named = [(block, f"{path}[{place}]") for place, block in enumerate(blocks)]
     lines = []
     for is_reference, group in groupby(named, key=lambda pair: pair[0].type == REFERENCE):
@@ -240,7 +241,7 @@ def _answer(blocks: Sequence[Block], path: str) -> _Message:
             case "thinking":
                 thoughts.append(block.thinking or "")
             case "redacted_thinking":
-                pass  # no model of this server wrote it, and none can read it
+                pass  # encrypted by another server: models of this server cannot read it
             case "tool_use":
                 calls.append(_call(block, own))
             case _:
@@ -259,13 +260,13 @@ def _call(block: Block, path: str) -> dict[str, Any]:
         text = json.dumps(block.input or {}, ensure_ascii=False, allow_nan=False)
     except ValueError as err:
         name = f"{path}.input"
-        raise RequestError(f"{name} holds a value that JSON cannot say", name) from err
+        raise RequestError(f"{name} contains a value that JSON cannot represent", name) from err
     function = {"name": block.name, "arguments": CallArguments(block.input or {}, text)}
     return {"id": block.id, "type": "function", "function": function}
 
 
 def _texts(blocks: Sequence[Block], path: str) -> str:
-    """The text of blocks that can be texts only."""
+    """Return the text of blocks; raises for blocks that are not text."""
     return "\n".join(_only_text(block, f"{path}[{i}]") for i, block in enumerate(blocks))
 
 
@@ -286,7 +287,7 @@ def _misplaced(block: Block, path: str, role: str) -> RequestError:
     if block.type in ("text", "thinking", "redacted_thinking", "tool_use", "tool_result"):
         name = f"{path}.type"
         return RequestError(f"{name} {block.type!r} cannot be in a message of role {role}", name)
-    return _unbuilt(block, path, "see the reference for those that are")
+    return _unbuilt(block, path, "see the reference for the supported types")
 
 
 def _unbuilt(block: Block, path: str, known: str) -> UnsupportedParameterError:
@@ -295,7 +296,7 @@ def _unbuilt(block: Block, path: str, known: str) -> UnsupportedParameterError:
 
 
 def _joined(messages: Sequence[_Message]) -> list[_Message]:
-    """Neighbours of one role as one turn, but for results, which are of one call each."""
+    """Merge consecutive messages of the same role, except tool results."""
     found: list[_Message] = []
     for role, group in groupby(messages, key=itemgetter("role")):
         neighbours = list(group)
@@ -304,7 +305,7 @@ def _joined(messages: Sequence[_Message]) -> list[_Message]:
 
 
 def _merged(messages: Sequence[_Message]) -> _Message:
-    """One message with all texts and calls of several."""
+    """Return one message with the texts and calls of all ``messages``."""
     both: _Message = {}
     for message in messages:
         both |= message

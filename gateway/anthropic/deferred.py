@@ -1,8 +1,8 @@
-"""Tools with ``defer_loading``, which the model sees and calls once it has looked for them.
+"""Tools with ``defer_loading``, which the model sees and calls after a search for tools.
 
-Clients have a tool that finds tools; its result has references in place of text. Such a tool is
-shown at that place of the conversation, not among the others at its beginning: the prompt before it
-stays the same, and cached.
+Clients offer a tool that searches for tools; its result has references in place of text. The
+declaration of a referenced tool is inserted at the reference, not at the beginning of the prompt,
+so that the prompt before it does not change and remains cached.
 """
 
 from __future__ import annotations
@@ -17,14 +17,11 @@ from gateway.core.field_checks import require
 
 REFERENCE = "tool_reference"
 MAX_REFERRED_CHARS = 8 * 1024 * 1024
-"""Characters of the tools that all references of a request name, each as often as it is named."""
+"""Maximum number of characters of all referenced tools; repeated references count each time."""
 
 
 def check_references(body: CountTokensBody) -> None:
-    """Raise ``RequestError`` for references whose tools make too long a text together.
-
-    Many references may name one tool.
-    """
+    """Raise ``RequestError`` if the declarations of all references are too long in total."""
     tools = {tool.name: tool for tool in body.tools or ()}
     counts = Counter(block.tool_name for block in _references(body))
     named = [(tools[name], count) for name, count in counts.items() if name in tools]
@@ -34,7 +31,7 @@ def check_references(body: CountTokensBody) -> None:
 
 
 def offered_tools(body: CountTokensBody) -> list[tuple[int, ToolParam]]:
-    """The tools that may be called, with their places in ``tools``."""
+    """Return the tools that may be called, with their indices in ``tools``."""
     named = {block.tool_name for block in _references(body)}
     tools = enumerate(body.tools or ())
     return [(i, tool) for i, tool in tools if not tool.defer_loading or tool.name in named]
@@ -49,15 +46,15 @@ def _references(body: CountTokensBody) -> Iterator[Block]:
 def shown_references(
     blocks: Sequence[Block], paths: Sequence[str], tools: Mapping[str, ToolParam]
 ) -> str:
-    """What the model reads in place of references that follow each other.
+    """Return the text that replaces consecutive references.
 
     Args:
         blocks: the references.
-        paths: of the blocks.
-        tools: of the body, by name.
+        paths: the field of each block, for errors.
+        tools: the tools of the body by name.
 
     Raises:
-        RequestError: names the field.
+        RequestError: a reference is invalid; the error names the field.
     """
     lines = [_shown(block, path, tools) for block, path in zip(blocks, paths, strict=True)]
     return "\n".join(["<functions>", *lines, "</functions>"])

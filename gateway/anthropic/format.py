@@ -1,4 +1,4 @@
-"""Running calls as Anthropic's messages, whole and as events."""
+"""Format running calls as Anthropic messages, whole and as events."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from workers.requests.request import FinishReason
 
 
 class MessageFormat(TextFormat):
-    """The one choice of a running call as a message.
+    """Formats the only choice of a running call as a message.
 
     Args:
-        running: the source of the answer.
-        tokenizer: of the model.
-        thinking: what the client sees of reasoning.
+        running: the call.
+        tokenizer: the tokenizer of the model.
+        thinking: the part of the reasoning that the client receives.
     """
 
     def __init__(
@@ -35,18 +35,18 @@ class MessageFormat(TextFormat):
         self._ending: Event = {}
 
     def whole(self, choice: ChoiceDelta, usage: Usage) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
+        """Return the body of a response that is not streamed."""
         content = blocks_of(self.events(choice))
         return {**self._head, "content": content, **self._ending, "usage": usage_body(usage)}
 
     def start(self, usage: Usage) -> Event:
-        """The first event."""
+        """Return the first event."""
         empty: Event = {"content": [], "stop_reason": None, "stop_sequence": None}
         message = {**self._head, **empty, "usage": usage_body(usage)}
         return {"type": "message_start", "message": message}
 
     def events(self, delta: ChoiceDelta) -> list[Event]:
-        """Events of the blocks in a piece of the answer."""
+        """Return the events of the blocks in a delta."""
         parsed, is_call = self._parse(delta)
         events = self._blocks.feed(parsed)
         if delta.finish is None:
@@ -55,7 +55,7 @@ class MessageFormat(TextFormat):
         return events + self._blocks.end()
 
     def end(self, usage: Usage) -> list[Event]:
-        """The last events."""
+        """Return the last events."""
         counts = usage_body(usage)
         del counts["service_tier"]
         change = {"type": "message_delta", "delta": self._ending, "usage": counts}
@@ -75,7 +75,7 @@ class MessageFormat(TextFormat):
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
-    """Tokens of the prompt that were cached are counted apart from the others."""
+    """Return the ``usage`` object; ``input_tokens`` excludes cached prompt tokens."""
     cached = usage.cached_tokens or 0
     return {
         "input_tokens": usage.prompt_tokens - cached,

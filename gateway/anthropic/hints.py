@@ -1,4 +1,4 @@
-"""What a body says of the use of its KV: ``cache_control``, and the session in ``metadata``."""
+"""Read the KV cache hints of a body: ``cache_control``, and the session id in ``metadata``."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from gateway.core.retention import seconds_of
 _DEFAULT_TTL = "5m"
 _TTLS = (_DEFAULT_TTL, "1h")
 _MAX_USER_ID_CHARS = 1024
-"""Longest ``user_id`` in which a session is looked for."""
+"""Longest ``user_id`` that is searched for a session id."""
 _SESSION = re.compile(rf"[0-9A-Za-z-]{{1,{MAX_NAME_CHARS}}}")
 _OLD_USER_ID = re.compile(r"user_.*_session_([0-9A-Za-z-]+)", re.DOTALL)
 
 
 def longest_ttl(body: MessagesBody) -> float | None:
-    """Seconds that the longest ``cache_control`` asks for; None without any.
+    """Return the longest TTL of all ``cache_control`` objects in seconds; None without any.
 
     Raises:
-        RequestError: names the field.
+        RequestError: a TTL is invalid; the error names the field.
     """
     return max((_seconds(one, name) for one, name in _controls(body)), default=None)
 
 
 def session_of(body: MessagesBody) -> str | None:
-    """The session in ``metadata.user_id``, as Claude Code has it there; None where it has none."""
+    """Return the session id in ``metadata.user_id``, in the format of Claude Code, or None."""
     user_id = body.metadata.user_id if body.metadata else None
     if user_id is None or len(user_id) > _MAX_USER_ID_CHARS:
         return None
@@ -55,7 +55,7 @@ def _seconds(control: CacheControlParam, name: str) -> float:
 
 
 def _controls(body: MessagesBody) -> Iterator[tuple[CacheControlParam, str]]:
-    """Each, and the field that it is in."""
+    """Yield each ``cache_control`` object with the name of its field."""
     if body.cache_control is not None:
         yield body.cache_control, "cache_control"
     for place, tool in enumerate(body.tools or ()):

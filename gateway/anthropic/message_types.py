@@ -1,4 +1,4 @@
-"""Types of the answers of Anthropic's Messages, for the OpenAPI document."""
+"""Types of the response bodies of Anthropic's Messages, for the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class AnthropicError(TypedDict):
 
 
 class MessageUsage(TypedDict):
-    input_tokens: Annotated[int, Field(ge=0, description="that were not cached")]
-    cache_creation_input_tokens: Annotated[int, Field(description="0: caching costs nothing")]
+    input_tokens: Annotated[int, Field(ge=0, description="prompt tokens that were not cached")]
+    cache_creation_input_tokens: Annotated[int, Field(description="always 0: caching is free")]
     cache_read_input_tokens: Count
     output_tokens: Count
     service_tier: NotRequired[Literal["standard"]]

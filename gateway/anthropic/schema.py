@@ -1,7 +1,7 @@
-"""The types of the bodies of Anthropic's Messages.
+"""The types of the request bodies of Anthropic's Messages.
 
-Values are checked later, with those of the other protocols (``gateway/core/field_checks.py``), and
-blocks and tools that are not built are refused by name in ``convert``.
+Values are checked later, for all protocols alike, in ``gateway/core/field_checks.py``. ``convert``
+rejects unsupported blocks and tools by name.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ def _as_blocks(value: Any) -> Any:
 
 
 class CacheControlParam(StrictBody):
-    """That the prompt up to here will be used again."""
+    """Marks the prompt up to this block for reuse."""
 
     type: Literal["ephemeral"]
     ttl: str | None = Field(default=None, description="`5m` (default) or `1h`: see `cache_ttl`")
 
 
 class Block(StrictBody):
-    """A part of a message; which fields it has depends on its type."""
+    """A part of a message; its type determines its fields."""
 
     type: str = Field(
         description="`text`, `tool_use`, `tool_result`, `tool_reference`, `thinking`, "
         "`redacted_thinking` or `mid_conv_system`"
     )
     text: str | None = None
-    id: str | None = Field(default=None, description="of `tool_use`")
-    name: str | None = Field(default=None, description="of `tool_use`: the function")
-    input: dict[str, Any] | None = Field(default=None, description="of `tool_use`")
-    tool_use_id: str | None = Field(default=None, description="of `tool_result`")
+    id: str | None = Field(default=None, description="`tool_use`")
+    name: str | None = Field(default=None, description="`tool_use`: name of the function")
+    input: dict[str, Any] | None = Field(default=None, description="`tool_use`")
+    tool_use_id: str | None = Field(default=None, description="`tool_result`")
     content: Blocks | None = Field(
         default=None,
-        description="of `tool_result` and `mid_conv_system`: text blocks; of `tool_result` also "
+        description="`tool_result` and `mid_conv_system`: text blocks; `tool_result` also "
         "`tool_reference`",
     )
     tool_name: str | None = Field(
-        default=None, description="of `tool_reference`: a tool that is shown here"
+        default=None, description="`tool_reference`: name of the tool to insert here"
     )
-    is_error: bool | None = Field(default=None, description="of `tool_result`")
+    is_error: bool | None = Field(default=None, description="`tool_result`")
     thinking: str | None = None
     cache_control: CacheControlParam | None = None
 
@@ -52,7 +52,7 @@ class Block(StrictBody):
 Blocks = Annotated[
     Items[Block], BeforeValidator(_as_blocks, json_schema_input_type=str | list[Block])
 ]
-"""Blocks, or a text that stands for one text block."""
+"""A list of blocks, or a string, which is equivalent to one text block."""
 
 
 class MessageParam(StrictBody):
@@ -63,25 +63,25 @@ class MessageParam(StrictBody):
 
 
 class ToolParam(StrictBody):
-    """A function that may be called."""
+    """A function that the model may call."""
 
     name: str
-    type: str | None = Field(default=None, description="`custom`; others are refused")
+    type: str | None = Field(default=None, description="`custom`; other types are rejected")
     description: str | None = None
     input_schema: dict[str, Any] | None = Field(
         default=None, description="JSON schema of an object; required"
     )
     strict: bool | None = Field(
-        default=None, description="refuse a schema that a grammar cannot express"
+        default=None, description="reject a schema that a grammar cannot express"
     )
     defer_loading: bool | None = Field(
-        default=None, description="not shown, and not called, before a `tool_reference` names it"
+        default=None, description="hide the tool until a `tool_reference` names it"
     )
     cache_control: CacheControlParam | None = None
 
 
 class ToolChoiceParam(StrictBody):
-    """What may or must be called."""
+    """The tools that may or must be called."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
@@ -89,36 +89,36 @@ class ToolChoiceParam(StrictBody):
 
 
 class ThinkingParam(StrictBody):
-    """Whether the model reasons first, and what of that is shown."""
+    """Whether the model reasons first, and whether the client receives the reasoning."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: Whole | None = Field(default=None, description="checked, and not enforced")
+    budget_tokens: Whole | None = Field(default=None, description="checked but not enforced")
     display: Literal["summarized", "omitted"] | None = Field(
-        default=None, description="`summarized` shows all of it"
+        default=None, description="`summarized` returns all reasoning"
     )
 
 
 class OutputFormatParam(StrictBody):
-    """What the answer must follow."""
+    """JSON schema that the output must match."""
 
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
 class OutputConfigParam(StrictBody):
-    """How the model answers."""
+    """Options of the model's output."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = Field(
-        default=None, description="the template's variable `reasoning_effort`; `max` is `xhigh`"
+        default=None, description="sets the template's `reasoning_effort`; `max` sets `xhigh`"
     )
     format: OutputFormatParam | None = None
 
 
 class MetadataParam(StrictBody):
-    """About the request."""
+    """``metadata``."""
 
     user_id: str | None = Field(
-        default=None, description="a session is read from the ids that Claude Code sends"
+        default=None, description="ids in the format of Claude Code contain the session id"
     )
 
 
@@ -147,18 +147,21 @@ class MessagesBody(CountTokensBody):
     top_p: float | None = None
     top_k: Whole | None = None
     output_format: OutputFormatParam | None = Field(
-        default=None, description="older name of `output_config.format`"
+        default=None, description="deprecated alias of `output_config.format`"
     )
     cache_control: CacheControlParam | None = None
     metadata: MetadataParam | None = None
     cache_ttl: float | None = Field(
         default=None,
-        description="seconds to keep its KV; 0: nobody uses it again; else as `cache_control` says",
+        description="seconds to keep the KV cache of the call; 0: it is not reused; default: the "
+        "longest `cache_control`",
     )
     session_id: str | None = Field(
-        default=None, description="calls that go on from each other; else that in `metadata`"
+        default=None, description="id of the conversation; default: the id in `metadata`"
     )
-    priority: Whole | None = Field(default=None, description="lower runs first; else `x-priority`")
+    priority: Whole | None = Field(
+        default=None, description="lower runs first; default: `x-priority`"
+    )
 
 
 Block.model_rebuild()

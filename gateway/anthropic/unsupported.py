@@ -1,4 +1,4 @@
-"""Known fields of Anthropic's protocol that are refused by name."""
+"""Known fields of Anthropic's protocol that are rejected by name."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ UNSUPPORTED: Neutral = {
     "inference_geo": (),
     "speed": ("standard",),
 }
-"""Fields that are not built, each with the values that change nothing; null never does."""
+"""Unsupported fields, each with the values that have no effect; null never has an effect."""
 _UNBUILT_TOOL: Neutral = {
     "allowed_callers": (["direct"], []),
     "input_examples": ([],),
 }
-"""The same within ``tools``."""
+"""Unsupported fields of ``tools``, each with the values that have no effect."""
 _BETWEEN_TOOLS = "between_tools"
 _KEEPING_EDITS = "clear_thinking_"
-"""Edits that concern reasoning of earlier turns, which is for the chat template to decide."""
+"""Prefix of edits that concern reasoning of earlier turns; the chat template handles it."""
 
 
 def check_unsupported(data: Mapping[str, Any]) -> None:
-    """Refuse what is not built, unless its value changes nothing.
+    """Reject unsupported fields, unless their value has no effect.
 
     Raises:
-        UnsupportedParameterError: with the field's name.
+        UnsupportedParameterError: a field is not supported; the error names it.
     """
     refuse_unsupported(data, UNSUPPORTED)
     for place, tool in enumerate(_objects(data.get("tools"))):
@@ -53,7 +53,7 @@ def check_unsupported(data: Mapping[str, Any]) -> None:
 
 
 def _objects(value: object) -> Sequence[Mapping[str, Any]]:
-    """The objects in a list; empty for anything else, which the types of bodies refuse."""
+    """Return the objects in a list; empty for other values, which the body types reject."""
     return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
 
 

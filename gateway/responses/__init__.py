@@ -1,4 +1,4 @@
-"""OpenAI's Responses protocol: items in, items and events out, and responses that are stored.
+"""OpenAI's Responses API: converts items to calls and calls to items and events; stores responses.
 
 Imports ``gateway.http``, ``gateway.state`` and the floors below.
 """

@@ -1,4 +1,4 @@
-"""A body to the one call type, and to what its response says of the request."""
+"""Convert a body into a call and into the request fields that its response repeats."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ INCLUDABLE = (
     "web_search_call.action.sources",
     "web_search_call.results",
 )
-"""Values of ``include``; those behind the second are about items that are not here."""
+"""Values of ``include``. Only the first two have an effect: other items are not supported."""
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 SUMMARIES = ("auto", "concise", "detailed", "none")
 VERBOSITIES = ("low", "medium", "high")
@@ -37,15 +37,15 @@ _FORMAT = FormatNames("text.format", "text.format.schema")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckedRequest:
-    """One request, checked as far as it can be without the model."""
+    """One request after all checks that need no model."""
 
     fields: GenerateCall
     head: Mapping[str, Any]
-    """What the response repeats of the request."""
+    """Fields of the request that the response repeats."""
     paths: Sequence[str]
-    """Of ``Conversation``."""
+    """``Conversation.paths``."""
     history: Sequence[Item]
-    """Items of the responses before."""
+    """Items of the previous responses."""
     new_items: Sequence[Item]
     """Items of the body."""
     ids: ItemIds
@@ -54,10 +54,7 @@ class CheckedRequest:
 
 
 def check_size(data: Mapping[str, Any]) -> None:
-    """Raise ``RequestError`` for more items, or parts of them, than a request may have.
-
-    Called before the items are parsed.
-    """
+    """Raise ``RequestError`` for too many items, fields or parts, before they are parsed."""
     given = data.get("input")
     if not isinstance(given, list):
         return
@@ -70,14 +67,14 @@ def check_size(data: Mapping[str, Any]) -> None:
 
 
 def given_items(body: ResponseBody) -> Sequence[InputItem]:
-    """``input`` as items."""
+    """Return ``input`` as items."""
     if isinstance(body.input, str):
         return [InputItem(role="user", content=body.input)]
     return body.input or ()
 
 
 def reference_in(item: InputItem) -> str | None:
-    """The id in an ``item_reference``, whose type may be left out; None for other items."""
+    """Return the id in an ``item_reference`` (its type is optional); None for other items."""
     is_bare = item.type is None and item.role is None and item.content is None
     return item.id if item.type == REFERENCE or is_bare else None
 
@@ -88,16 +85,16 @@ def make_turn(
     history: Sequence[Item] = (),
     referenced: Mapping[str, Item] | None = None,
 ) -> CheckedRequest:
-    """What a body asks for.
+    """Check a body and convert it into a request.
 
     Args:
-        body: its types are right.
-        ids: makes the ids of the response's items.
-        history: items of the responses before.
-        referenced: items by the ids in ``item_reference``.
+        body: the parsed body.
+        ids: creates the ids of the items.
+        history: items of the previous responses.
+        referenced: stored items by the ids in ``item_reference``.
 
     Raises:
-        RequestError: names the field.
+        RequestError: a field is invalid; the error names it.
     """
     _check(body)
     tools = read_tools(body)
@@ -124,7 +121,7 @@ def make_turn(
 
 
 def _check(body: ResponseBody) -> None:
-    """Values that no other module checks."""
+    """Check the values that no other module checks."""
     if body.input is None and body.previous_response_id is None:
         raise RequestError("input is required", "input", "missing_required_parameter")
     for place, value in enumerate(body.include or ()):
@@ -158,7 +155,7 @@ def _read_items(body: ResponseBody, ids: ItemIds, referenced: Mapping[str, Item]
             items.append(read_item(given, path, ids))
             continue
         found = referenced.get(wanted)
-        rule = f"({wanted[:64]!r}) names no stored item"
+        rule = f"({wanted[:64]!r}) must be the id of a stored item"
         require(found is not None, f"{path}.id", rule)
         assert found is not None, "required"
         items.append(found)
@@ -197,7 +194,7 @@ def _fields(body: ResponseBody, conversation: Conversation, tools: OfferedTools)
 
 
 def _head(body: ResponseBody) -> dict[str, Any]:
-    """What was asked for, and the defaults of what was not."""
+    """Return the fields that the response repeats, with defaults for fields that are not set."""
     text, reasoning = body.text, body.reasoning
     wanted = text.format if text is not None else None
     shown: dict[str, Any] = {"type": wanted.type if wanted else "text"}

@@ -1,8 +1,8 @@
-"""Items of a conversation to the messages that chat templates see.
+"""Convert the items of a conversation into messages for chat templates.
 
-What an assistant did in a row is as few messages as templates can tell it in: reasoning, then
-words, then calls are one message. Instructions at the beginning are one ``system`` message, since
-many templates take no more than one, and none of the role ``developer``.
+Consecutive items of the assistant are merged into as few messages as templates can express:
+reasoning, then text, then calls are one message. Instructions at the beginning are one ``system``
+message, since many templates accept only one and do not know the role ``developer``.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from gateway.text.forms.tools import json_object
 
 _REASONING = REASONING_NAMES[0]
 _JOINED = {"content": "\n\n", _REASONING: "\n"}
-"""Fields of a message that are lists of texts until it is finished, and their separators."""
+"""Message fields that are lists of texts until ``finish`` joins them, with their separators."""
 _MESSAGES = re.compile(r"\bmessages(?:\[(\d+)\](?:\.tool_calls)?)?")
 
 
 @dataclass(slots=True)
 class Conversation:
-    """Messages, and the fields of the body that they come from."""
+    """Messages, and the names of the body fields that contain them."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)
-    """Not finished: see ``finish``."""
+    """Messages before ``finish`` joins their texts."""
     paths: list[str] = field(default_factory=list)
-    """By message, for errors: ``instructions``, ``input[3]``, ``previous_response_id``."""
+    """Field of each message: ``instructions``, ``input[3]`` or ``previous_response_id``."""
     _calls: dict[str, str] = field(default_factory=dict)
     """Types of calls by ``call_id``."""
     _is_turn_open: bool = False
-    """The last message is an assistant's, of a turn that may go on."""
+    """Whether the next item of the assistant may extend the last message."""
 
     def instruct(self, text: str, path: str) -> None:
-        """Add instructions; those at the beginning are one message."""
+        """Add instructions; all instructions at the beginning are one message."""
         if len(self.messages) == 1 and self.messages[0]["role"] == "system":
             self.messages[0]["content"].append(text)
         else:
             self._add({"role": "system", "content": [text]}, path)
 
     def finish(self) -> tuple[dict[str, Any], ...]:
-        """All messages. Texts that became one are joined here, once, however many they are."""
+        """Join the texts of each message and return all messages."""
         for message in self.messages:
             for name, separator in _JOINED.items():
                 if isinstance(pieces := message.get(name), list):
@@ -57,19 +57,19 @@ class Conversation:
         return tuple(self.messages)
 
     def add(self, item: Item, path: str) -> None:
-        """Add an item. Raises ``RequestError`` if it does not fit those before it."""
+        """Add an item. Raises ``RequestError`` if it does not fit the previous items."""
         kind = item["type"]
         if kind == "message":
             self._add_message(item, path)
         elif kind == "reasoning":
             self._add_reasoning(text_of(item), path)
         elif kind in CALLS:
-            if item.get("status") != "incomplete":  # the response's end cut it: nobody made it
+            if item.get("status") != "incomplete":  # a cut-off call was not executed
                 self._add_call(item, path)
         else:
             call_id = item["call_id"]
             is_known = self._calls.get(call_id) == OUTPUTS[kind]
-            rule = f"({call_id[:64]!r}) is of no {OUTPUTS[kind]} before it"
+            rule = f"({call_id[:64]!r}) must be the call_id of an earlier {OUTPUTS[kind]}"
             require(is_known, f"{path}.call_id", rule)
             output = {"role": "tool", "tool_call_id": call_id, "content": item["output"]}
             self._add(output, path)
@@ -114,21 +114,21 @@ class Conversation:
         self._calls[item["call_id"]] = item["type"]
 
     def _turn(self, path: str, can_take: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """The assistant's message that the next item belongs to."""
+        """Return the assistant message for the next item: the last one if it fits, or a new one."""
         last = self.messages[-1] if self._is_turn_open else None
         if last is not None and can_take(last):
             return last
         if last is not None and last["content"] and not last.get("tool_calls"):
-            last.setdefault(PHASE, COMMENTARY_PHASE)  # more of its turn follows
+            last.setdefault(PHASE, COMMENTARY_PHASE)  # more items of its turn follow
         return self._add({"role": "assistant", "content": ""}, path)
 
 
 @contextmanager
 def named_as_input(paths: Sequence[str]) -> Iterator[None]:
-    """Errors about messages name the fields that the messages come from.
+    """Replace message indices in errors by the names of the body fields.
 
     Args:
-        paths: of ``Conversation``.
+        paths: ``Conversation.paths``.
     """
     try:
         yield

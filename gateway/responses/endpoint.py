@@ -1,4 +1,4 @@
-"""The routes of Responses: make one, read it again, remove it."""
+"""The routes of Responses: create, read and delete responses."""
 
 from __future__ import annotations
 
@@ -48,11 +48,10 @@ logger = logging.getLogger(__name__)
 PATH = "/v1/responses"
 ONE = f"{PATH}/{{response_id}}"
 _MOST_LISTED, _LISTED = 100, 20
-"""Items of one page at most, and by default."""
+"""Maximum and default number of items in a page."""
 
 
 def routes(gateway: Gateway) -> list[BaseRoute]:
-    """The routes."""
     api = StoredResponses(ResponseStore(gateway.state, gateway.disk))
     return [
         Route(PATH, ResponseEndpoint(gateway), methods=["POST"]),
@@ -65,13 +64,13 @@ def routes(gateway: Gateway) -> list[BaseRoute]:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A body whose types are right."""
+    """A parsed body."""
 
     body: ResponseBody
     is_stored: bool
     references: StoredReferences
     turn: CheckedRequest | None
-    """None where stored items belong to it, which are still to be read."""
+    """The checked request; None if it refers to stored items, which are read later."""
 
 
 class ResponseEndpoint(WatchedEndpoint[_Asked]):
@@ -125,14 +124,17 @@ class ResponseEndpoint(WatchedEndpoint[_Asked]):
     async def _stored_turn(
         self, body: ResponseBody, references: StoredReferences
     ) -> CheckedRequest:
-        """The turn of a body that refers to stored items, which count as a body does."""
+        """Return the request of a body that refers to stored items.
+
+        The body size limit also applies to the stored items.
+        """
         most_bytes = self._gateway.limits.max_body_bytes
         history = StoredItems([], 0)
         if body.previous_response_id is not None:
             history = await self._store.previous(body.previous_response_id, most_bytes)
         most_bytes -= history.num_bytes
         referenced = await self._store.items(references, "input", most_bytes)
-        # in the thread: it joins all texts
+        # run in the thread: joining all texts takes long
         size = INLINE_SIZE + 1
         make = self._make_turn
         return await self._gateway.long_work.run(size, make, body, history.items, referenced)
@@ -144,7 +146,7 @@ class ResponseEndpoint(WatchedEndpoint[_Asked]):
         referenced: Mapping[str, Item] | None = None,
     ) -> CheckedRequest:
         turn = make_turn(body, ItemIds(self._store.new_id()), history, referenced)
-        # written once, not in each event
+        # encoded once, not in each event
         encode = msgspec.json.encode
         head = {name: msgspec.Raw(encode(value)) for name, value in turn.head.items()}
         return replace(turn, head=head)
@@ -157,7 +159,7 @@ class ResponseEndpoint(WatchedEndpoint[_Asked]):
         builder: OutputBuilder,
         resource: ResourceFormat,
     ) -> Callable[[Finish], Awaitable[Resource]]:
-        """What makes the response at its end, and stores it."""
+        """Return a function that builds the response at its end and stores it."""
 
         async def complete(finish: Finish) -> Resource:
             items, num_reasoning = builder.items, output.num_reasoning_tokens
@@ -169,7 +171,7 @@ class ResponseEndpoint(WatchedEndpoint[_Asked]):
             except StorageError as err:
                 if body.store:
                     raise
-                logger.warning("response %s is not stored: %s", response["id"], err)
+                logger.warning("could not store response %s: %s", response["id"], err)
                 return resource.ended(items, finish, num_reasoning, False)
             return response
 
@@ -177,14 +179,14 @@ class ResponseEndpoint(WatchedEndpoint[_Asked]):
 
 
 def _references(body: ResponseBody) -> list[str]:
-    """Ids in references to stored items."""
+    """Return the ids in references to stored items."""
     return [one for item in given_items(body) if (one := reference_in(item)) is not None]
 
 
 async def _whole(
     running: RunningCall, output: OutputFormat, complete: Callable[[Finish], Awaitable[Resource]]
 ) -> Resource:
-    """The response of a call that is not streamed."""
+    """Return the response of a call that is not streamed."""
     (choice,) = await collect(running)
     output.feed([choice])
     assert choice.finish is not None, "it has ended"
@@ -199,7 +201,9 @@ class StoredResponses:
 
     async def get(self, request: Request) -> Response:
         if request.query_params.get("stream", "false").lower() not in ("false", "0"):
-            raise UnsupportedParameterError("stream is not supported for a stored one", "stream")
+            raise UnsupportedParameterError(
+                "stream is not supported for a stored response", "stream"
+            )
         found = await self._store.get(request.path_params["response_id"])
         return json_response(bytes(found.response))
 
@@ -209,14 +213,14 @@ class StoredResponses:
         return json_response({"id": response_id, "object": "response", "deleted": True})
 
     async def cancel(self, request: Request) -> Response:
-        """Responses are stored when they are complete: there is nothing to cancel."""
+        """Reject the request: a stored response is complete and cannot be cancelled."""
         response_id = request.path_params["response_id"]
         await self._store.get(response_id)
         message = f"response_id ({response_id}): only responses with background can be cancelled"
         raise RequestError(message, "response_id")
 
     async def list_input(self, request: Request) -> Response:
-        """What the model was given for a response, the last item first."""
+        """Return a page of the input items of a response, by default the last item first."""
         page = Page.of(request.query_params, _MOST_LISTED, _LISTED)
         found = await self._store.get(request.path_params["response_id"])
 

@@ -1,7 +1,7 @@
-"""A running call as items and events: its text is divided token by token.
+"""Format a running call as items and events. Its text is split at token boundaries.
 
-So the items, their order and the tokens that belong to them are the same whether an answer is
-streamed or not, and however its tokens come together.
+Therefore the items, their order and their tokens do not depend on streaming or on the number of
+tokens in each delta.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from workers.requests.request import FinishReason, TokenLogprob
 
 
 class OutputFormat(TextFormat):
-    """Feeds what a choice says to an ``OutputBuilder``.
+    """Parses a choice and passes the pieces to an ``OutputBuilder``.
 
     Args:
         call: the call; it has one choice.
-        tokenizer: names tokens.
-        builder: makes the items.
+        tokenizer: gives the text of tokens.
+        builder: builds the items.
     """
 
     def __init__(
@@ -36,15 +36,15 @@ class OutputFormat(TextFormat):
         super().__init__(call, tokenizer)
         self._builder = builder
         self._num_chars = 0
-        """Of the text that was parsed."""
+        """Number of characters parsed."""
         self._raw = ""
-        """The end of that text, of which nothing was made yet."""
+        """The end of the parsed text, which is not part of an item yet."""
         self._tokens: deque[TokenText] = deque()
-        """Tokens of that end, and those whose text is still to come."""
+        """Tokens of ``_raw`` and of the text that follows."""
         self.num_reasoning_tokens = 0
 
     def feed(self, deltas: Iterable[ChoiceDelta]) -> list[Event]:
-        """The events of the next pieces."""
+        """Return the events of the next deltas."""
         return [event for delta in deltas for event in self._feed(delta)]
 
     def _feed(self, delta: ChoiceDelta) -> Iterator[Event]:
@@ -60,14 +60,14 @@ class OutputFormat(TextFormat):
             yield from self._builder.end(has_ended, is_call)
 
     def _split(self, text: str) -> list[str]:
-        """A piece of text, cut where its tokens begin."""
+        """Split a piece of text at the start of its tokens."""
         start, end = self._num_chars, self._num_chars + len(text)
         cuts = {token.text_offset for token in self._tokens if start < token.text_offset < end}
         places = [start, *sorted(cuts), end] if text else []
         return [text[a - start : b - start] for a, b in pairwise(places)]
 
     def _take(self, text: str, parsed: ParsedPiece) -> Iterator[Event]:
-        """The events of what a token turned out to be."""
+        """Add ``text`` with its parsed pieces and return the events."""
         self._num_chars += len(text)
         self._raw += text
         for part in parsed.in_order():
@@ -83,7 +83,10 @@ class OutputFormat(TextFormat):
             self._forget(self._num_chars)
 
     def _claim(self, text: str) -> list[TokenText]:
-        """The tokens of a text that was made of the end of ``_raw``; marks before it have none."""
+        """Drop ``_raw`` up to the end of ``text`` and return the tokens of ``text``.
+
+        Tokens of delimiters before ``text`` are dropped.
+        """
         before = self._num_chars - len(self._raw)
         place = self._raw.rfind(text)
         start = before + max(place, 0)
@@ -91,9 +94,9 @@ class OutputFormat(TextFormat):
         return [token for token, token_end in self._forget(end) if token_end > start]
 
     def _forget(self, end: int) -> list[tuple[TokenText, int]]:
-        """Drop the text before ``end``; the tokens that begin there, and where each ends.
+        """Drop the text before ``end`` and return the tokens that start in it, with their ends.
 
-        A token without text is the first part of the character that the next one completes.
+        A token without text is the first part of a character that the next token completes.
         """
         self._raw = self._raw[len(self._raw) - (self._num_chars - end) :]
         dropped = []

@@ -1,7 +1,7 @@
-"""Items of conversations: from bodies to the form in which they are returned and stored.
+"""Convert the items of a body into the format in which they are returned and stored.
 
 An item is a JSON object with ``type`` and ``id``: a message, a call, the output of a call, or
-reasoning. Ids of items contain that of their response, so that ``item_reference`` finds them.
+reasoning. The id of an item contains the id of its response, so that ``item_reference`` finds it.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from gateway.core.field_checks import require
 from gateway.responses.schema import InputItem, InputPart
 
 Item = dict[str, Any]
-"""One item, as it is returned."""
+"""One item as returned to clients."""
 INSTRUCTING = frozenset({"system", "developer"})
-"""Roles of messages that instruct the model; both are the same."""
+"""Roles of messages with instructions; both have the same effect."""
 ROLES = ("user", "assistant", *sorted(INSTRUCTING))
 PHASES = ("commentary", "final_answer")
 CALLS = {"function_call": "arguments", "custom_tool_call": "input"}
-"""Types of calls, and the field that has what the tool gets."""
+"""Types of calls, with the field that contains the input of the tool."""
 OUTPUTS = {
     "function_call_output": "function_call",
     "custom_tool_call_output": "custom_tool_call",
 }
-"""Types of outputs, and those of their calls."""
+"""Types of outputs, with the types of their calls."""
 PREFIXES = {
     "message": "msg",
     "reasoning": "rs",
@@ -43,32 +43,32 @@ _ID = re.compile(rf"(?:{'|'.join(PREFIXES.values())})_([0-9a-f]{{32}})[0-9a-f]{{
 _TEXT_PARTS = frozenset({"input_text", "output_text", "text"})
 _INPUT_PARTS = ("input_image", "input_file", "input_audio", "input_video")
 _SEALED = "expertmesh.1."
-"""Begins ``encrypted_content``. It is not secret: clients get the same text in ``content``, and
-some return only this."""
+"""Prefix of ``encrypted_content``, which is not secret: clients receive the same text in
+``content``, and some clients send only ``encrypted_content`` back."""
 
 
 @dataclass(slots=True)
 class ItemIds:
-    """Makes the ids of a response's items."""
+    """Creates the ids of a response's items."""
 
     response_id: str
     _number: int = field(default=0, init=False)
 
     def new(self, kind: str) -> str:
-        """For example ``msg_``, the 32 digits of the response, and six of the item."""
+        """Create an id: a prefix (``msg_``), 32 digits of the response, 6 digits of the item."""
         self._number += 1
         digits = self.response_id.partition("_")[2]
         return f"{PREFIXES[kind]}_{digits}{self._number:06x}"
 
 
 def response_of(item_id: str) -> str | None:
-    """Id of the response that an item came with; None for ids that others made."""
+    """Return the id of the response that contains an item; None for ids of other servers."""
     found = _ID.fullmatch(item_id)
     return f"resp_{found[1]}" if found else None
 
 
 def read_item(given: InputItem, path: str, ids: ItemIds) -> Item:
-    """An item of a body, with an id. Raises ``RequestError``."""
+    """Check an item of a body and return it with an id. Raises ``RequestError``."""
     kind = given.type or "message"
     if kind not in PREFIXES:
         raise UnsupportedParameterError(
@@ -98,19 +98,19 @@ def read_item(given: InputItem, path: str, ids: ItemIds) -> Item:
 
 
 def text_of(item: Item) -> str:
-    """The text of a message, or what the model said to itself in reasoning."""
+    """Return the text of a message or of a reasoning item."""
     parts: Sequence[Item] = item.get("content") or ()
     return "\n".join(part["text"] for part in parts)
 
 
 def seal(text: str) -> str:
-    """``encrypted_content`` of reasoning."""
+    """Return the ``encrypted_content`` of reasoning text."""
     return _SEALED + base64.urlsafe_b64encode(text.encode()).decode()
 
 
 def _unseal(sealed: str, path: str) -> str:
     name = f"{path}.encrypted_content"
-    require(sealed.startswith(_SEALED), name, "is not of this server")
+    require(sealed.startswith(_SEALED), name, "must be text that this server returned")
     try:
         raw = base64.b64decode(sealed.removeprefix(_SEALED), altchars=b"-_", validate=True)
         return raw.decode()
@@ -136,12 +136,12 @@ def _message(given: InputItem, path: str) -> Item:
 
 
 def output_part(text: str, logprobs: Sequence[Item] = ()) -> Item:
-    """The one part of an assistant's message."""
+    """Return the content part of an assistant message."""
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
 
 
 def _reasoning(given: InputItem, path: str) -> Item:
-    """Its text is in ``content``, or else in ``encrypted_content``, or else in ``summary``."""
+    """Read reasoning text from ``content``, else ``encrypted_content``, else ``summary``."""
     summary = [_part_text(part, f"{path}.summary", "reasoning") for part in given.summary or ()]
     if given.content:
         text = _text(given.content, f"{path}.content", "reasoning")
@@ -159,14 +159,17 @@ def _reasoning(given: InputItem, path: str) -> Item:
 
 
 def _text(content: str | Sequence[InputPart] | None, path: str, role: str = "") -> str:
-    """A content as one text; its parts are lines, as in chat completions."""
+    """Return a content as one text; its parts are joined by newlines, as in chat completions."""
     if isinstance(content, str):
         return content
     return "\n".join(_part_text(part, path, role) for part in content or ())
 
 
 def _part_text(part: InputPart, path: str, role: str) -> str:
-    """The text of a part. ``role`` is a message's, or ``reasoning``, or empty for outputs."""
+    """Return the text of a part.
+
+    ``role`` is the role of a message, ``reasoning``, or empty for the output of a call.
+    """
     if part.type in _INPUT_PARTS:
         raise UnsupportedParameterError(
             f"{path}: parts of type {part.type} are not supported, only text", path

@@ -9,46 +9,46 @@ from gateway.responses.schema import ResponseBody
 _LISTING = (
     (
         "limit",
-        "Items at most, 20 by default",
+        "Maximum number of items, 20 by default",
         (("type", "integer"), ("minimum", 1), ("maximum", 100)),
     ),
     ("order", "asc or desc (default)", (("type", "string"), ("pattern", "^(asc|desc)$"))),
-    ("after", "An item's id: those behind it", (("type", "string"),)),
+    ("after", "Id of the item before the first item", (("type", "string"),)),
 )
 ENDPOINTS = (
     Endpoint(
         "/v1/responses",
-        "The next items of a conversation",
+        "Generate the next items of a conversation",
         response_types.ResponseObject,
         ResponseBody,
         response_types.EVENTS,
     ),
     Endpoint(
         "/v1/responses/{response_id}",
-        "One stored response",
+        "Return a stored response",
         response_types.ResponseObject,
         statuses=(400, 404),
     ),
     Endpoint(
         "/v1/responses/{response_id}",
-        "Remove a stored response",
+        "Delete a stored response",
         response_types.DeletedResponse,
         statuses=(404,),
         verb="delete",
     ),
     Endpoint(
         "/v1/responses/{response_id}/cancel",
-        "Refused: a stored response is complete",
+        "Always rejected: a stored response is complete",
         response_types.ResponseObject,
         statuses=(400, 404),
         verb="post",
     ),
     Endpoint(
         "/v1/responses/{response_id}/input_items",
-        "What the model was given for a stored response",
+        "List the input items of a stored response",
         response_types.ItemList,
         statuses=(400, 404),
         query=_LISTING,
     ),
 )
-"""In the order of the interface."""
+"""The routes in the order of the OpenAPI document."""

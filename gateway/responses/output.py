@@ -1,7 +1,7 @@
-"""A choice's pieces as items and events.
+"""Build the output items of a choice and the matching stream events.
 
-``OutputBuilder`` is fed what a choice turned out to be, in order, and makes one item after the
-other: reasoning, messages, calls. The events that it returns tell a stream's client the same.
+``OutputBuilder`` receives the parsed pieces of a choice in order and builds its items: reasoning,
+messages and calls. The events that it returns describe these items to a streaming client.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from gateway.responses.tools import CustomInput, ToolName
 from gateway.text.forms.tool_calls import CallDelta
 
 Event = dict[str, Any]
-"""One server-sent event, but for its ``sequence_number``."""
+"""One server-sent event without its ``sequence_number``."""
 _COMPLETED, _INCOMPLETE, _IN_PROGRESS = "completed", "incomplete", "in_progress"
 
 
 class OpenItem(ABC):
-    """An item that is being written.
+    """An item that is not complete yet.
 
     Args:
-        item_id: its id.
-        output_index: its place in ``output``.
+        item_id: id of the item.
+        output_index: index of the item in ``output``.
     """
 
     kind = ""
@@ -48,11 +48,11 @@ class OpenItem(ABC):
 
     @abstractmethod
     def item(self, status: str) -> Item:
-        """The item as it is now."""
+        """Return the item with the text so far."""
 
     @abstractmethod
     def _ending(self) -> list[Event]:
-        """Events before the item's own end."""
+        """Return the events that precede ``response.output_item.done``."""
 
     def _told(self, what: str, status: str) -> Event:
         return {
@@ -63,10 +63,10 @@ class OpenItem(ABC):
 
 
 class _OfOnePart(OpenItem):
-    """An item whose text is its only part."""
+    """An item with one part, its text."""
 
     event = ""
-    """Begins the names of its text's events."""
+    """Prefix of the types of its text events."""
 
     def __init__(self, item_id: str, output_index: int) -> None:
         super().__init__(item_id, output_index)
@@ -88,7 +88,7 @@ class _OfOnePart(OpenItem):
 
     @abstractmethod
     def _part(self) -> Item:
-        """The part as it is now."""
+        """Return the part with the text so far."""
 
     def _ending(self) -> list[Event]:
         done = {"type": "response.content_part.done", **self._part_place, "part": self._part()}
@@ -177,7 +177,7 @@ class _CustomCall(_Call):
 
 @dataclass(slots=True)
 class _Held:
-    """White space between items, which belongs to an item if more of it comes."""
+    """White space between items, which becomes part of an item if more text of its kind follows."""
 
     kind: str
     text: str = ""
@@ -185,15 +185,15 @@ class _Held:
 
 
 class OutputBuilder:
-    """Makes the output of one response.
+    """Builds the output of one response.
 
-    White space alone makes no item: it is between the marks of a model's format.
+    White space alone is not an item: models write it between the delimiters of their format.
 
     Args:
-        ids: makes the ids of items.
-        custom: the model's names of custom tools.
-        seals_reasoning: ``include`` has ``reasoning.encrypted_content``.
-        namespaced: by the model's name, tools of namespaces.
+        ids: creates the ids of items.
+        custom: names of custom tools as the model sees them.
+        seals_reasoning: whether ``include`` has ``reasoning.encrypted_content``.
+        namespaced: tools of namespaces, by name as the model sees them.
     """
 
     def __init__(
@@ -211,12 +211,12 @@ class OutputBuilder:
         self._held: _Held | None = None
         self._call_index = -1
         self.items: list[Item] = []
-        """Those that are complete."""
+        """Complete items."""
         self.reasoning: list[str] = []
-        """The text of each reasoning item."""
+        """Texts of the complete reasoning items."""
 
     def add_text(self, text: str, logprobs: Sequence[Item] = ()) -> list[Event]:
-        """Words for the user."""
+        """Add message text and return its events."""
         item, events = self._take_over(_Message.kind, text, tuple(logprobs))
         if item is None:
             return events
@@ -225,7 +225,7 @@ class OutputBuilder:
         return [*events, *item.add(held.text + text, [*held.logprobs, *logprobs])]
 
     def add_reasoning(self, text: str) -> list[Event]:
-        """What the model says to itself."""
+        """Add reasoning text and return its events."""
         item, events = self._take_over(_Reasoning.kind, text, ())
         if item is None:
             return events
@@ -233,7 +233,7 @@ class OutputBuilder:
         return [*events, *item.add(self._release().text + text)]
 
     def add_call(self, piece: CallDelta) -> list[Event]:
-        """A piece of a call."""
+        """Add a piece of a tool call and return its events."""
         events: list[Event] = []
         if piece.index != self._call_index:
             self._call_index, name = piece.index, piece.name or ""
@@ -246,14 +246,14 @@ class OutputBuilder:
         return events + self._open.add(piece.arguments)
 
     def end(self, has_ended: bool, has_calls: bool) -> list[Event]:
-        """The choice is over.
+        """End the choice and return the last events.
 
         Args:
-            has_ended: by itself; else its last item is not complete.
-            has_calls: its last call is complete, however it ended.
+            has_ended: whether the model ended the choice; if not, a last text item is incomplete.
+            has_calls: whether the last call is complete.
         """
         events: list[Event] = []
-        if self._open is None and not self.items:  # an answer is at least an empty message
+        if self._open is None and not self.items:  # an output has at least an empty message
             held = self._release()
             message = self._new(_Message.kind)
             assert isinstance(message, _Message)
@@ -264,7 +264,7 @@ class OutputBuilder:
         return events + self._end(_COMPLETED if is_whole else _INCOMPLETE)
 
     def output(self) -> list[Item]:
-        """The items so far, also one that is not complete."""
+        """Return all items, including one that is not complete."""
         return self.items + ([self._open.item(_INCOMPLETE)] if self._open is not None else [])
 
     @property
@@ -274,7 +274,10 @@ class OutputBuilder:
     def _take_over(
         self, kind: str, text: str, logprobs: tuple[Item, ...]
     ) -> tuple[OpenItem | None, list[Event]]:
-        """The open item of a kind, after those that end here; None where the text is held back."""
+        """Return the open item of ``kind`` and the events of opening it.
+
+        The item is None if ``text`` is only white space that could be between two items.
+        """
         if self._held is None or self._held.kind != kind:
             self._held = _Held(kind)
         if self._open is not None and self._open.kind == kind:
@@ -297,7 +300,7 @@ class OutputBuilder:
         return _Reasoning(item_id, index, self._seals_reasoning)
 
     def _begin(self, item: OpenItem) -> list[Event]:
-        """End the open item, and open another one."""
+        """Close the open item and open ``item``."""
         events = self._end(_COMPLETED)
         self._open = item
         return events + item.open()

@@ -1,4 +1,4 @@
-"""The response object: one answer with what was asked for."""
+"""The response object: the output of one request with the parameters of the request."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Resource = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ResourceFormat:
-    """Writes the response object of one request, at its beginning and its end.
+    """Builds the response object of one request, at its start and its end.
 
     Args:
-        running: the answer.
-        head: of ``CheckedRequest``.
-        is_stored: it will be stored.
+        running: the call.
+        head: ``CheckedRequest.head``.
+        is_stored: whether the response will be stored.
     """
 
     running: RunningCall
@@ -32,19 +32,19 @@ class ResourceFormat:
     is_stored: bool
 
     def begun(self) -> Resource:
-        """Before anything was generated."""
+        """Return the response object before the first token."""
         return self._resource("in_progress", [])
 
     def ended(
         self, output: Sequence[Item], finish: Finish, num_reasoning: int, is_stored: bool
     ) -> Resource:
-        """At the end of the choice.
+        """Return the response object at the end of the choice.
 
         Args:
             output: all items.
-            finish: why it ended.
-            num_reasoning: tokens of reasoning.
-            is_stored: see the class; storing may have failed.
+            finish: why the choice ended.
+            num_reasoning: number of reasoning tokens.
+            is_stored: whether the response is stored; storing it may have failed.
         """
         is_cut = finish.reason is FinishReason.LENGTH
         found = self._resource("incomplete" if is_cut else "completed", output)
@@ -57,7 +57,7 @@ class ResourceFormat:
         }
 
     def failed(self, output: Sequence[Item], report: ErrorReport) -> Resource:
-        """Where it could not be generated to its end."""
+        """Return the response object of a request that failed."""
         error = {"code": _error_code(report), "message": report.message}
         return {**self._resource("failed", output), "store": False, "error": error}
 
@@ -79,7 +79,7 @@ class ResourceFormat:
 
 
 def usage_body(usage: Usage, num_reasoning: int) -> dict[str, Any]:
-    """``usage`` of a response. What a prefix cache keeps of a prompt is not counted."""
+    """Return the ``usage`` of a response. Tokens written to the prefix cache count as 0."""
     cached = {"cached_tokens": usage.cached_tokens or 0, "cache_write_tokens": 0}
     return {
         "input_tokens": usage.prompt_tokens,
@@ -91,7 +91,7 @@ def usage_body(usage: Usage, num_reasoning: int) -> dict[str, Any]:
 
 
 def _error_code(report: ErrorReport) -> str:
-    """The protocol's words for the errors that clients treat in their own way."""
+    """Return the error code of the protocol, which clients handle by value."""
     if report.http_status == 429:
         return "rate_limit_exceeded"
     return "server_error" if report.http_status >= 500 else report.code

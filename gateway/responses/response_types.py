@@ -1,6 +1,6 @@
-"""Types of the answers and events of Responses, for the OpenAPI document.
+"""Types of the response bodies and events of Responses, for the OpenAPI document.
 
-Handlers build plain dicts; a test fails on a field that is not here.
+Handlers build plain dicts; a test fails if a response has a field that is not declared here.
 """
 
 from __future__ import annotations
@@ -285,4 +285,4 @@ EVENTS = (
     *(LifecycleEvent, ItemEvent, PartEvent, TextDelta, TextDone),
     *(CallInputDelta, CallInputDone, ErrorEvent),
 )
-"""Kinds of server-sent events."""
+"""Types of server-sent events."""

@@ -1,4 +1,4 @@
-"""The types of the bodies of Responses, strict as those of ``gateway.http.schema``."""
+"""The types of request bodies of Responses; they are strict, like ``gateway.http.schema``."""
 
 from __future__ import annotations
 
@@ -12,91 +12,93 @@ from gateway.http.schema import TAG, RetentionBody, SamplingBody
 
 
 class InputPart(StrictBody):
-    """One part of a content: ``input_text``, ``output_text``, ``text``, ``refusal``,
-    ``reasoning_text`` or ``summary_text``."""
+    """One content part: ``input_text``, ``output_text``, ``text``, ``refusal``, ``reasoning_text``
+    or ``summary_text``."""
 
     type: str
     text: str | None = None
-    refusal: str | None = Field(default=None, description="of type `refusal`, in place of `text`")
+    refusal: str | None = Field(default=None, description="replaces `text` in a `refusal` part")
 
 
 class InputItem(StrictBody):
-    """One item of a conversation; which fields are needed depends on its type."""
+    """One item of a conversation; its type determines the required fields."""
 
     type: str | None = Field(
         default=None,
         description="`message` (default), `function_call`, `function_call_output`, "
         "`custom_tool_call`, `custom_tool_call_output`, `reasoning` or `item_reference`",
     )
-    id: str | None = Field(default=None, description="of an `item_reference`: a stored item")
-    role: str | None = Field(default=None, description="of a message")
+    id: str | None = Field(default=None, description="`item_reference`: id of a stored item")
+    role: str | None = Field(default=None, description="messages")
     content: str | Items[InputPart] | None = Field(
-        default=None, description="of a message, or of reasoning"
+        default=None, description="messages and reasoning"
     )
     phase: str | None = Field(
-        default=None, description="of an assistant's message: `commentary` or `final_answer`"
+        default=None, description="assistant messages: `commentary` or `final_answer`"
     )
-    call_id: str | None = Field(default=None, description="of calls and their outputs")
+    call_id: str | None = Field(default=None, description="calls and their outputs")
     status: str | None = Field(
-        default=None, description="`incomplete` of a call: it was cut, and nobody made it"
+        default=None, description="calls: an `incomplete` call is cut off and is ignored"
     )
-    name: str | None = Field(default=None, description="of calls")
-    namespace: str | None = Field(default=None, description="of calls: that of the tool")
-    arguments: str | None = Field(default=None, description="of a function call: JSON text")
-    input: str | None = Field(default=None, description="of a custom tool's call")
-    output: str | Items[InputPart] | None = Field(default=None, description="of outputs of calls")
-    summary: Items[InputPart] | None = Field(default=None, description="of reasoning")
+    name: str | None = Field(default=None, description="calls: name of the tool")
+    namespace: str | None = Field(default=None, description="calls: namespace of the tool")
+    arguments: str | None = Field(default=None, description="function calls: JSON text")
+    input: str | None = Field(default=None, description="calls of custom tools")
+    output: str | Items[InputPart] | None = Field(default=None, description="outputs of calls")
+    summary: Items[InputPart] | None = Field(default=None, description="reasoning")
     encrypted_content: str | None = Field(
-        default=None, description="of reasoning: as this server returned it"
+        default=None, description="reasoning: unchanged text that this server returned"
     )
 
 
 class ToolFormatBody(StrictBody):
-    """The form of a custom tool's input."""
+    """The format of a custom tool's input."""
 
     type: str
 
 
 class OfferedToolBody(StrictBody):
-    """A function, a custom tool, whose input is any text, or a namespace of both. Arguments follow
-    the schema; what a grammar cannot express of it is refused with ``strict``, and has no effect
-    without."""
+    """A function, a custom tool (its input is any text) or a namespace of both. Arguments match the
+    schema. Keywords that a grammar cannot express are rejected if ``strict`` is set, and ignored
+    otherwise."""
 
     type: str = Field(description="`function`, `custom` or `namespace`")
     name: str | None = None
     description: str | None = None
-    parameters: dict[str, Any] | None = Field(default=None, description="of a function")
+    parameters: dict[str, Any] | None = Field(default=None, description="functions: JSON schema")
     strict: bool | None = None
-    format: ToolFormatBody | None = Field(default=None, description="of a custom tool: `text`")
+    format: ToolFormatBody | None = Field(default=None, description="custom tools: `text`")
     tools: Items[OfferedToolBody] | None = Field(
-        default=None, description="of a namespace: functions and custom tools"
+        default=None, description="namespaces: functions and custom tools"
     )
 
 
 class NamedToolBody(StrictBody):
-    """One tool by its name."""
+    """A reference to a tool by name."""
 
     type: str
     name: str | None = None
 
 
 class ChosenToolBody(StrictBody):
-    """The tool that must be called, or (``allowed_tools``) those that may be."""
+    """The tool that must be called, or (``allowed_tools``) the tools that may be called."""
 
     type: str = Field(description="`function`, `custom` or `allowed_tools`")
     name: str | None = None
-    mode: str | None = Field(default=None, description="of `allowed_tools`: `auto` or `required`")
-    tools: Items[NamedToolBody] | None = Field(default=None, description="of `allowed_tools`")
+    mode: str | None = Field(default=None, description="`allowed_tools`: `auto` or `required`")
+    tools: Items[NamedToolBody] | None = Field(default=None, description="`allowed_tools`")
 
 
 class TextFormatBody(StrictBody):
     """``text.format``."""
 
     type: str = Field(description="`text`, `json_object` or `json_schema`")
-    name: Any = Field(default=None, description="gpt-oss: shown with the schema")
-    description: Any = Field(default=None, description="gpt-oss: shown with the schema")
+    name: Any = Field(default=None, description="gpt-oss: part of the prompt, with the schema")
+    description: Any = Field(
+        default=None, description="gpt-oss: part of the prompt, with the schema"
+    )
     schema_: dict[str, Any] | str | None = Field(default=None, alias="schema")
-    strict: bool | None = Field(default=None, description="no effect: schemas are always followed")
+    strict: bool | None = Field(default=None, description="ignored: schemas are always enforced")
 
 
 class TextBody(StrictBody):
@@ -104,7 +106,7 @@ class TextBody(StrictBody):
 
     format: TextFormatBody | None = None
     verbosity: str | None = Field(
-        default=None, description="`low`, `medium` or `high`: sets that variable of the template"
+        default=None, description="`low`, `medium` or `high`: sets this variable of the template"
     )
 
 
@@ -115,9 +117,9 @@ class ReasoningBody(StrictBody):
         default=None, description="sets the template's variable `reasoning_effort`"
     )
     summary: str | None = Field(
-        default=None, description="no effect: reasoning is returned as it is, not summarized"
+        default=None, description="ignored: reasoning is returned in full, without a summary"
     )
-    generate_summary: str | None = Field(default=None, description="another name of `summary`")
+    generate_summary: str | None = Field(default=None, description="alias of `summary`")
 
 
 class StreamOptionsBody(StrictBody):
@@ -136,7 +138,7 @@ InputField = Annotated[
     Annotated[str, Tag(f"{TAG}text")] | Annotated[Items[InputItem], Tag(f"{TAG}items")],
     Discriminator(_kind_of_input),
 ]
-"""A text, or items; errors name the item."""
+"""A string or a list of items; errors name the item."""
 
 
 class ResponseBody(RetentionBody, SamplingBody):
@@ -148,18 +150,20 @@ class ResponseBody(RetentionBody, SamplingBody):
         "tool_choice": "must be none, auto, required or name a tool",
     }
     input: InputField | None = None
-    instructions: str | None = Field(default=None, description="before all items; not carried over")
+    instructions: str | None = Field(
+        default=None, description="precede all items; not carried over to the next response"
+    )
     previous_response_id: str | None = Field(
-        default=None, description="a stored response, whose conversation goes on"
+        default=None, description="id of the stored response that this request continues"
     )
     store: bool | None = Field(
-        default=None, description="by default whether the server has a folder for that"
+        default=None, description="default: true if the server has a state folder"
     )
     tools: Items[OfferedToolBody] | None = None
     tool_choice: str | ChosenToolBody | None = None
     parallel_tool_calls: bool | None = None
     max_tool_calls: Whole | None = Field(
-        default=None, description="no effect: it is about built-in tools, which are not here"
+        default=None, description="ignored: it limits built-in tools, which are not supported"
     )
     text: TextBody | None = None
     reasoning: ReasoningBody | None = None

@@ -1,4 +1,4 @@
-"""Responses in the state folder, by the key of their client."""
+"""Responses in the state folder, separated by tenant."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from gateway.responses.resource import Resource
 from gateway.state.store import ObjectKind, StateStore
 
 KIND = ObjectKind("responses", "resp", drops_oldest=True)
-"""A client that never looks at what was stored for it still gets its answers."""
+"""Stored responses. If the store is full, the oldest are deleted so that new requests succeed."""
 MAX_REFERRED = 256
-"""Responses whose items one request may refer to."""
+"""Maximum number of responses that the item references of one request may name."""
 _NEEDS = "is not supported: the server was started without --state-dir"
 
 
 class StoredResponse(msgspec.Struct, frozen=True, kw_only=True):
-    """A response, and the conversation before it: each one can be continued by itself.
+    """A response with the whole conversation before it, so that it can be continued independently.
 
-    What it holds is JSON text, so that its size is known before any of it is read.
+    The fields are JSON text, so that their size is known before they are decoded.
     """
 
     response: msgspec.Raw
     history: list[msgspec.Raw]
-    """Items of the responses before it."""
+    """Items of the previous responses."""
     input: list[msgspec.Raw]
-    """Items of its own request."""
+    """Items of the request."""
 
     @property
     def conversation(self) -> list[msgspec.Raw]:
-        """All items, its output too."""
+        """All items, including the output."""
         output = msgspec.json.decode(self.response, type=_Output).output
         return [*self.history, *self.input, *output]
 
@@ -56,7 +56,7 @@ class _Named(msgspec.Struct):
 def stored_response(
     response: Resource, history: Iterable[Item], new_items: Iterable[Item]
 ) -> StoredResponse:
-    """What is stored of a response; other threads run between the items."""
+    """Encode a response item by item, so that other threads can run in between."""
     encode = msgspec.json.encode
     return StoredResponse(
         response=msgspec.Raw(encode(response)),
@@ -66,12 +66,12 @@ def stored_response(
 
 
 def read_items(items: Iterable[msgspec.Raw]) -> list[Item]:
-    """Stored items; other threads run between them."""
+    """Decode stored items one by one, so that other threads can run in between."""
     return [msgspec.json.decode(item) for item in items]
 
 
 def id_of(item: msgspec.Raw) -> str:
-    """The id of a stored item."""
+    """Return the id of a stored item."""
     return msgspec.json.decode(item, type=_Named).id
 
 
@@ -81,11 +81,11 @@ class StoredReferences(NamedTuple):
     counts: Mapping[str, int]
     """Number of references by id of the item."""
     response_ids: Collection[str]
-    """The responses that the items came with."""
+    """Ids of the responses that contain the items."""
 
     @classmethod
     def to(cls, ids: Iterable[str]) -> Self:
-        """References to some items, of which some may be repeated."""
+        """Create references to the items ``ids``, which may contain duplicates."""
         counts = Counter(ids)
         return cls(counts, dict.fromkeys(filter(None, map(response_of, counts))))
 
@@ -93,11 +93,11 @@ class StoredReferences(NamedTuple):
 class StoredItems(NamedTuple):
     items: list[Item]
     num_bytes: int
-    """Of their JSON."""
+    """Length of their JSON in bytes."""
 
 
 def check_bytes(name: str, num_bytes: int, most_bytes: int) -> None:
-    """Raise ``RequestError`` for stored items above a limit; a body may name an item many times."""
+    """Raise ``RequestError`` if the stored items that field ``name`` refers to are too large."""
     rule = f"refers to {num_bytes} bytes of stored items, at most {most_bytes} are allowed"
     require(num_bytes <= most_bytes, name, rule)
 
@@ -108,11 +108,11 @@ def _named_items(stored: StoredResponse, names: Collection[str]) -> dict[str, ms
 
 
 class ResponseStore:
-    """The stored responses of whoever sends the running request.
+    """The stored responses of the tenant of the current request.
 
     Args:
-        store: None stores nothing.
-        disk: threads for it.
+        store: the state folder; None disables storage.
+        disk: threads for access to the store.
     """
 
     def __init__(self, store: StateStore | None, disk: DiskThreads) -> None:
@@ -120,16 +120,16 @@ class ResponseStore:
         self._disk = disk
 
     def stores(self, wanted: bool | None) -> bool:
-        """Whether a response is stored, as ``store`` asks for it.
+        """Whether a response is stored, given the request's field ``store``.
 
-        Raises ``UnsupportedParameterError`` where it must be and cannot be.
+        Raises ``UnsupportedParameterError`` if ``store`` is true but storage is disabled.
         """
         if wanted and self._store is None:
             raise UnsupportedParameterError(f"store {_NEEDS}", "store")
         return self._store is not None and wanted is not False
 
     def new_id(self) -> str:
-        """Id of a new response."""
+        """Create the id of a new response."""
         if self._store is None:
             return f"{KIND.prefix}_{uuid.uuid4().hex}"
         return self._store.new_id(KIND)
@@ -137,7 +137,7 @@ class ResponseStore:
     async def save(
         self, response: Resource, history: Sequence[Item], new_items: Sequence[Item]
     ) -> None:
-        """Raises ``StorageError``."""
+        """Store a response. Raises ``StorageError``."""
         store, owner = self._known, tenant()
 
         def write() -> None:
@@ -147,25 +147,25 @@ class ResponseStore:
         await self._disk.run(write)
 
     async def get(self, response_id: str) -> StoredResponse:
-        """Raises ``UnknownNameError``."""
+        """Return a stored response. Raises ``UnknownNameError`` if it does not exist."""
         found = await self._find(response_id)
         if found is None:
             raise UnknownNameError(f"there is no response {response_id[:64]!r}")
         return found
 
     async def previous(self, response_id: str, most_bytes: int) -> StoredItems:
-        """The conversation that a request continues. Raises ``RequestError``.
+        """Return the conversation that a request continues. Raises ``RequestError``.
 
         Args:
-            response_id: of its last response.
-            most_bytes: that its items may have as JSON.
+            response_id: id of the last response of the conversation.
+            most_bytes: maximum size of the items as JSON.
         """
         name = "previous_response_id"
         if self._store is None:
             raise UnsupportedParameterError(f"{name} {_NEEDS}", name)
         found = await self._find(response_id)
         if found is None:
-            message = f"{name} ({response_id[:64]!r}) names no stored response"
+            message = f"{name} ({response_id[:64]!r}) must be the id of a stored response"
             raise RequestError(message, name, "previous_response_not_found")
 
         def read() -> StoredItems:
@@ -177,12 +177,12 @@ class ResponseStore:
         return await asyncio.to_thread(read)
 
     async def items(self, wanted: StoredReferences, path: str, most_bytes: int) -> dict[str, Item]:
-        """The stored ones of some items, by id. Raises ``RequestError``.
+        """Return the referenced items that are stored, by id. Raises ``RequestError``.
 
         Args:
-            wanted: the items.
-            path: the field that names them.
-            most_bytes: that the items may have as JSON, each as often as it is named.
+            wanted: the references.
+            path: name of the field that has the references.
+            most_bytes: maximum size of the items as JSON; repeated references count each time.
         """
         counts, response_ids = wanted
         if counts and self._store is None:
@@ -204,14 +204,14 @@ class ResponseStore:
         return await asyncio.to_thread(read) if found else {}
 
     async def delete(self, response_id: str) -> None:
-        """Raises ``UnknownNameError``."""
+        """Delete a stored response. Raises ``UnknownNameError`` if it does not exist."""
         store = self._store
         if store is None or not await self._disk.run(store.delete, KIND, tenant(), response_id):
             raise UnknownNameError(f"there is no response {response_id[:64]!r}")
 
     @property
     def _known(self) -> StateStore:
-        assert self._store is not None, "stores() was asked before"
+        assert self._store is not None, "save() requires that stores() returned True"
         return self._store
 
     async def _find(self, response_id: str) -> StoredResponse | None:

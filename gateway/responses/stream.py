@@ -1,4 +1,4 @@
-"""The events of one response, as they are sent."""
+"""Stream the events of one response."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gateway.responses.resource import Resource, ResourceFormat
 
 @dataclass(kw_only=True, slots=True)
 class _Numbers:
-    """What changes while a stream is sent."""
+    """Mutable state of a stream."""
 
     sequence: int = 0
     """``sequence_number`` of the next event."""
@@ -28,13 +28,13 @@ class _Numbers:
 
 @dataclass(kw_only=True, slots=True)
 class ResponseStream(EventStream):
-    """A stream of one response's events, each with its number."""
+    """A stream of the numbered events of one response."""
 
     builder: OutputBuilder
     output: OutputFormat
     resource: ResourceFormat
     complete: Callable[[Finish], Awaitable[Resource]]
-    """The response at the end; stores it."""
+    """Builds and stores the complete response."""
     _state: _Numbers = field(default_factory=_Numbers)
 
     def _opening(self) -> bytes:
@@ -73,7 +73,7 @@ class ResponseStream(EventStream):
 
 
 def joined(events: Sequence[Event]) -> list[Event]:
-    """The same events, with those as one that go on with the same text."""
+    """Merge consecutive delta events of the same item."""
     found: list[Event] = []
     for (kind, _), group in groupby(events, key=lambda e: (e["type"], e.get("item_id"))):
         pieces = list(group)

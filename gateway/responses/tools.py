@@ -1,8 +1,8 @@
-"""Tools of a body, and which of them may be called.
+"""Tools of a body, and the choice of the tools that may be called.
 
-A custom tool takes any text. The model sees it as a function with the one argument ``input``, which
-``custom_input`` reads again. A tool of a namespace has a name of both for the model,
-``mcp__files__read`` for example; in items they are apart, as Codex needs them.
+A custom tool takes any text. The model sees it as a function with one argument ``input``, and
+``custom_input`` extracts this argument. For a tool of a namespace the model sees the name of the
+namespace and the tool, for example ``mcp__files__read``; items have two fields, as Codex requires.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NAMES = FieldNames(name="name", parameters="parameters")
 
 @dataclass(frozen=True, slots=True)
 class ToolName:
-    """What a call's item says of its tool."""
+    """Name of a tool in the item of a call."""
 
     name: str
     namespace: str | None = None
@@ -49,13 +49,13 @@ class ToolName:
 
 @dataclass(frozen=True, slots=True)
 class _Offer:
-    """One tool of a body, and the namespace that it is in."""
+    """One tool of a body, with its namespace."""
 
     tool: OfferedToolBody
     path: str
     namespace: str | None = None
     preface: str | None = None
-    """What its namespace is about, with the first of its tools."""
+    """Description of the namespace; only its first tool has it."""
 
     @property
     def name(self) -> ToolName:
@@ -64,18 +64,18 @@ class _Offer:
 
 @dataclass(frozen=True, slots=True)
 class OfferedTools:
-    """What a body says of tools."""
+    """The tools of a body."""
 
     use: ToolUse | None
-    """None offers none to the model."""
+    """Tools and tool choice for the model; None without tools."""
     custom: frozenset[str]
-    """The model's names of custom tools."""
+    """Names of custom tools as the model sees them."""
     namespaced: Mapping[str, ToolName]
-    """By the model's name, tools of namespaces."""
+    """Tools of namespaces, by name as the model sees them."""
 
 
 def read_tools(body: ResponseBody) -> OfferedTools:
-    """The tools of a body. Raises ``RequestError`` with the field's name."""
+    """Read the tools of a body. Raises ``RequestError`` with the name of an invalid field."""
     offers = list(_offers(body))
     tools = [_tool(offer) for offer in offers]
     custom = frozenset(one.name.for_model for one in offers if one.tool.type == "custom")
@@ -141,7 +141,7 @@ def _tool(offer: _Offer) -> Tool:
         )
     if tool.format is not None and tool.format.type != "text":
         raise UnsupportedParameterError(
-            f"{path}.format: the form {tool.format.type[:32]!r} is not supported, only text",
+            f"{path}.format: the format {tool.format.type[:32]!r} is not supported, only text",
             f"{path}.format",
         )
     return Tool(name=name, description=description, parameters=_CUSTOM_PARAMETERS)
@@ -157,20 +157,20 @@ def _allowed(tools: Sequence[NamedToolBody], custom: frozenset[str]) -> tuple[st
 
 
 def _named(kind: str, name: str | None, custom: frozenset[str], path: str) -> str:
-    """The name in a reference to a tool."""
+    """Check a reference to a tool and return the name."""
     if kind not in KINDS:
         message = f"{path}.type: tools of type {kind[:64]!r} are not supported"
         raise UnsupportedParameterError(message, f"{path}.type")
     if name is None:
         message = f"{path}.name is required"
         raise RequestError(message, f"{path}.name", "missing_required_parameter")
-    rule = f"({name[:64]!r}) is not the name of a tool of type {kind}"
+    rule = f"({name[:64]!r}) must be the name of a tool of type {kind}"
     require((name in custom) is (kind == "custom"), f"{path}.name", rule)
     return name
 
 
 def shown_tools(body: ResponseBody) -> list[dict[str, Any]]:
-    """``tools`` of the response."""
+    """Return ``tools`` of the response."""
     return [_shown(tool) for tool in body.tools or ()]
 
 
@@ -184,7 +184,7 @@ def _shown(tool: OfferedToolBody) -> dict[str, Any]:
 
 
 def shown_choice(body: ResponseBody) -> str | dict[str, Any]:
-    """``tool_choice`` of the response."""
+    """Return ``tool_choice`` of the response."""
     choice = body.tool_choice
     if isinstance(choice, ChosenToolBody):
         return choice.model_dump(exclude_none=True)
@@ -192,7 +192,7 @@ def shown_choice(body: ResponseBody) -> str | dict[str, Any]:
 
 
 class CustomInput:
-    """Reads the text in the arguments of a custom tool's call, as they come."""
+    """Extracts the input text from the arguments of a custom tool call, incrementally."""
 
     def __init__(self) -> None:
         self._waiting = ""
@@ -200,7 +200,7 @@ class CustomInput:
         self._is_over = False
 
     def feed(self, arguments: str) -> str:
-        """The text that is certain now."""
+        """Add a piece of the arguments and return the input text that is complete."""
         self._waiting += arguments
         if not self._is_open:
             found = _OPENING.match(self._waiting)
@@ -222,7 +222,7 @@ class CustomInput:
 
 
 def _end_of_character(text: str, place: int) -> int:
-    """Where the character at ``place`` of a JSON string ends; 0 where the rest is to come."""
+    """Return the end of the character at ``place`` of a JSON string; 0 if it is incomplete."""
     if text[place] != "\\":
         return place + 1
     escape = _ESCAPE.match(text, place)
@@ -231,10 +231,10 @@ def _end_of_character(text: str, place: int) -> int:
     end = escape.end()
     if not _HIGH_SURROGATE.match(escape[0]) or text[end : end + 1] not in ("", "\\"):
         return end
-    low = _ESCAPE.match(text, end)  # the other half of the character
+    low = _ESCAPE.match(text, end)  # the low surrogate
     return 0 if low is None else low.end()
 
 
 def custom_input(arguments: str) -> str:
-    """The text in the whole arguments of a custom tool's call."""
+    """Return the input text in the complete arguments of a custom tool call."""
     return CustomInput().feed(arguments)

@@ -1,4 +1,4 @@
-"""Known fields of the protocol, and of its neighbours, that are refused by name."""
+"""Known fields of this protocol and of similar protocols that are rejected by name."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ UNSUPPORTED: Neutral = {
     "truncation_side": (),
     "request_id": (),
 }
-"""Fields of a body that are not built."""
+"""Unsupported fields of a body, each with the values that have no effect."""
 _WITHIN: Mapping[str, Neutral] = {
     "structured_outputs": UNBUILT_STRUCTURED,
     "reasoning": {"context": ("auto",), "mode": ("standard",)},
     "stream_options": {"include_obfuscation": (False,)},
     "prompt_cache_options": {"prewarm": (False,)},
 }
-"""Fields of its objects."""
+"""Unsupported fields of the objects in a body."""
 _OF_TOOL: Neutral = {
     "async": (False,),
     "defer_loading": (False,),
@@ -55,18 +55,18 @@ MOVED = {
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
 }
-"""Fields of chat completions, and where their values belong here."""
+"""Fields of chat completions, with the Responses field that replaces each."""
 
 
 def check_unsupported(data: Mapping[str, Any]) -> None:
-    """Refuse what is not built, unless its value changes nothing.
+    """Reject unsupported fields, unless their value has no effect.
 
     Raises:
-        UnsupportedParameterError: with the field's name.
+        UnsupportedParameterError: a field is not supported; the error names it.
     """
     for name, now in MOVED.items():
         if data.get(name) is not None:
-            raise UnsupportedParameterError(f"{name} is not supported: here it is {now}", name)
+            raise UnsupportedParameterError(f"{name} is not supported: use {now}", name)
     refuse_unsupported(data, UNSUPPORTED)
     for name, unbuilt in _WITHIN.items():
         inner = data.get(name)
@@ -76,7 +76,7 @@ def check_unsupported(data: Mapping[str, Any]) -> None:
 
 
 def _check_tools(tools: object, path: str) -> None:
-    """Those of a namespace too, which has no namespaces in it."""
+    """Check tools and the tools of namespaces; a namespace contains no namespaces."""
     for place, tool in enumerate(tools if isinstance(tools, list) else ()):
         if isinstance(tool, dict):
             refuse_unsupported(tool, _OF_TOOL, f"{path}[{place}].")
