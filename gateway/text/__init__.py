@@ -1,5 +1,5 @@
-"""Text to tokens and back: tokenizer, chat templates, tools, structured output.
+"""Conversion between text and tokens: tokenizer, chat templates, tools, structured output.
 
-``forms`` has the forms of answers, ``harmony`` the format of gpt-oss. Imports ``gateway.core``,
+``forms`` has the tool call formats, ``harmony`` the format of gpt-oss. Imports ``gateway.core``,
 ``gateway.offload``, ``cluster.core.errors``, ``workers.requests``, tokenizers and jinja2.
 """

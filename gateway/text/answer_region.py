@@ -1,4 +1,4 @@
-"""Where the answer begins in a text that comes in pieces: stops count there alone."""
+"""Find the answer in a text that arrives in pieces. Stop strings apply only to the answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gateway.core.thinking import BEGIN, END, Thinking
 from gateway.text.harmony.marks import ENDS, MESSAGE, START
 
 _MAX_MARK_CHARS = 256
-"""Longest mark that is looked for across pieces; a header of Harmony may hold a content type."""
+"""Longest delimiter that is found across pieces; a Harmony header may contain a content type."""
 _END_OF_REASONING = re.compile(re.escape(END))
 _END_OF_MESSAGE = re.compile("|".join(map(re.escape, (*ENDS, START))))
 _MESSAGE_OR_CALL = re.compile(
@@ -27,9 +27,13 @@ class AnswerRegion:
         may_have_none: bool,
         skips_breaks: bool,
     ) -> None:
-        """``begins``: the mark before the answer. ``ends``: a mark within it, behind which more
-        reasoning and more of the answer may follow. ``may_have_none``: a text that does not begin
-        with ``<think>`` is all answer. ``skips_breaks``: line breaks after the mark are no answer.
+        """Create a region.
+
+        Args:
+            begins: delimiter before the answer.
+            ends: delimiter after which reasoning and another part of the answer may follow.
+            may_have_none: whether a text that does not begin with ``<think>`` is all answer.
+            skips_breaks: whether line breaks after ``begins`` are not part of the answer.
         """
         self._begins = begins
         self._ends = ends
@@ -38,17 +42,17 @@ class AnswerRegion:
         self._has_mark = False
         self._seen = ""
         self.is_open = False
-        """The answer has begun."""
+        """Whether the current position is in the answer."""
 
     @classmethod
     def after_thinking(cls, thinking: Thinking) -> AnswerRegion:
-        """Of a text with reasoning between ``<think>`` and ``</think>``."""
+        """Create the region of a text with reasoning between ``<think>`` and ``</think>``."""
         is_possible = thinking is Thinking.POSSIBLE
         return cls(_END_OF_REASONING, may_have_none=is_possible, skips_breaks=True)
 
     @classmethod
     def of_harmony(cls, open_message: str) -> AnswerRegion:
-        """Of a text in the Harmony format, whose prompt leaves this header open."""
+        """Create the region of a Harmony text; the prompt ends with the header ``open_message``."""
         found = cls(_MESSAGE_OR_CALL, _END_OF_MESSAGE, may_have_none=False, skips_breaks=False)
         found.is_open = open_message.endswith(MESSAGE) and bool(
             _MESSAGE_OR_CALL.search(open_message)
@@ -56,7 +60,10 @@ class AnswerRegion:
         return found
 
     def split(self, new: str) -> list[tuple[str, bool]]:
-        """The parts of a piece, each with whether it is of the answer. What is undecided waits."""
+        """Split a piece into parts, each with whether it is in the answer.
+
+        Text that cannot be decided yet is held back.
+        """
         if self._is_undecided:
             self._seen += new
             words = self._seen.lstrip()
@@ -73,7 +80,7 @@ class AnswerRegion:
         return [part for part in parts if part[0]]
 
     def _part_of_answer(self, new: str) -> int:
-        """Characters of the answer at the start of a text; its end may be the answer's."""
+        """Return the number of characters at the start of ``new`` that are in the answer."""
         if self._ends is None:
             return len(new)
         place = self._find(self._ends, new)
@@ -83,7 +90,7 @@ class AnswerRegion:
         return place
 
     def _part_before(self, new: str) -> int:
-        """Characters before the answer at the start of a text."""
+        """Return the number of characters at the start of ``new`` that precede the answer."""
         place = 0 if self._has_mark else self._find(self._begins, new)
         if place is None:
             return len(new)
@@ -96,7 +103,7 @@ class AnswerRegion:
         return place
 
     def _find(self, mark: re.Pattern[str], new: str) -> int | None:
-        """Where a mark ends that may have begun in earlier pieces; None: not yet."""
+        """Return the end of the delimiter in ``new``, or None; it may begin in earlier pieces."""
         text = self._seen + new
         match = mark.search(text)
         place = None if match is None else match.end() - len(self._seen)
@@ -104,7 +111,7 @@ class AnswerRegion:
         return place
 
     def flush(self) -> str:
-        """Text that still waits, at the end; it is of the answer."""
+        """Return the text that is still held back at the end; it is in the answer."""
         if not self._is_undecided:
             return ""
         self._is_undecided, self.is_open = False, True

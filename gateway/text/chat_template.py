@@ -1,7 +1,7 @@
-"""Chat templates: a conversation rendered to a prompt, in a sandbox.
+"""Chat templates: render a conversation to a prompt in a sandbox.
 
-The template comes with the checkpoint (Jinja, as transformers defines it) and sees the messages,
-the special tokens and the client's ``chat_template_kwargs``.
+The template is part of the checkpoint (Jinja, as transformers defines it). Its variables are the
+messages, the special tokens and the client's ``chat_template_kwargs``.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ _MARK = "expertmesh-end-of-final-message "
 _USUAL_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _MOST_SHOWN = 64
 _MOST_LEADING = 8
-"""Roles at a conversation's start that a template is tried with."""
+"""Maximum number of leading instruction roles that a template is probed with."""
 _ASSISTANT = "assistant"
 
 
 class _GenerationTag(Extension):
-    """``{% generation %}`` marks the assistant's words for training; here it is transparent."""
+    """Ignores ``{% generation %}``, which marks the text of the assistant for training."""
 
     tags = {"generation"}  # noqa: RUF012  (the name and type are Jinja's)
 
@@ -62,13 +62,13 @@ class _GenerationTag(Extension):
 
 
 class ChatTemplate:
-    """A compiled template.
+    """A compiled chat template.
 
     Args:
         source: Jinja text.
         variables: special tokens by name (``bos_token`` and so on).
-        field: the request's field that brought it; None for the model's own.
-        tool_use: another template for conversations with tools.
+        field: the request field that contains the template; None for the model's template.
+        tool_use: source of a separate template for conversations with tools.
 
     Raises:
         CheckpointError: the text is not a template.
@@ -101,9 +101,9 @@ class ChatTemplate:
         own, other = "tools" in names, self._tool_use
         self.has_tools: bool = own if other is None else other.has_tools
         self.tool_form: ToolForm | None = self._find_form() if other is None else other.tool_form
-        """How the model calls them; None where it has none, or the form is not known."""
+        """Format of the model's tool calls; None without tools or if the format is unknown."""
         self.has_thinking: bool = END in source or (other is not None and other.has_thinking)
-        """The model may write reasoning before its answers."""
+        """Whether the model may write reasoning before its answer."""
 
     def render(
         self,
@@ -114,13 +114,13 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The prompt of a conversation.
+        """Render a conversation to a prompt.
 
-        System and developer messages that the template does not take where they are have another
-        place in it: see ``gateway.text.instructions``.
+        System and developer messages are moved if the template does not accept them at their
+        position: see ``gateway.text.instructions``.
 
         Raises:
-            RequestError: the template refuses the conversation.
+            RequestError: the template rejects the conversation.
         """
         if tools is not None and self._tool_use is not None:
             return self._tool_use.render(
@@ -150,8 +150,11 @@ class ChatTemplate:
         values: Mapping[str, Any],
         tools: Sequence[Mapping[str, Any]] | None,
     ) -> tuple[str, Sequence[Mapping[str, Any]]]:
-        """The prompt and the messages in it; with instructions in other places if the template
-        refuses them: the first prompt that has all of them, or else the first."""
+        """Render the conversation and return the prompt with the messages that it contains.
+
+        If the template rejects the conversation, other positions of the instructions are tried.
+        The result is the first prompt that contains all instructions, else the first prompt.
+        """
         found: tuple[str, Sequence[Mapping[str, Any]]] | None = None
         refusal: Exception | None = None
         tried: list[Sequence[Mapping[str, Any]]] = []
@@ -168,14 +171,14 @@ class ChatTemplate:
                 return text, placed
             found = found or (text, placed)
         if found is None:
-            assert refusal is not None, "every prompt is made or refused"
+            assert refusal is not None, "every attempt gives a prompt or an error"
             raise self._template_error(refusal) from refusal
         return found
 
     def _placed(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
     ) -> Iterator[Sequence[Mapping[str, Any]]]:
-        """The conversation with its instructions in places that templates take; the best first."""
+        """Yield variants of the conversation with instructions at other positions, best first."""
         yield self._fitting(messages, tools)
         yield with_late_ones_as_user(with_one_at_the_start(messages))
         together = with_all_at_the_start(messages)
@@ -189,7 +192,7 @@ class ChatTemplate:
     def _fitting(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
     ) -> Sequence[Mapping[str, Any]]:
-        """The conversation with instructions in places whose texts the template shows."""
+        """Move instructions to positions at which the template includes their text."""
         leading = leading_roles(messages)[:_MOST_LEADING]
         if leading and leading != (SYSTEM,) and not self._shows_all((*leading, USER), tools):
             messages, leading = with_one_at_the_start(messages), (SYSTEM,)
@@ -202,15 +205,16 @@ class ChatTemplate:
         return messages if is_shown or not leading else with_all_as_user(messages)
 
     def _find_form(self) -> ToolForm | None:
-        """Harmony is the form of all answers, also where the template takes no tools."""
+        """Return the tool call format; Harmony is detected even without support for tools."""
         shown = (form for form in ToolForm if form.is_shown_by(self._source))
         return next((f for f in shown if self.has_tools or f is ToolForm.HARMONY), None)
 
     def _knows_role(self, role: str, tools: Sequence[Mapping[str, Any]] | None) -> bool:
-        """Whether the template has this role; a template may also refuse it itself.
+        """Whether the template supports a role.
 
-        Roles beyond the usual ones must be named in the template. Since many templates leave out
-        what they do not know, a message with the role must show in the prompt, if messages do.
+        The template must name roles other than the usual ones. Since many templates skip messages
+        with unknown roles, the text of a probe message with the role must be in the prompt, unless
+        the template includes no messages at all.
         """
         if role not in _USUAL_ROLES and f"'{role}'" not in self._source.replace('"', "'"):
             return False
@@ -222,14 +226,14 @@ class ChatTemplate:
         return any(spoken) or not spoken or not self._shows_all((USER,), tools)
 
     def _shows_all(self, roles: tuple[str, ...], tools: Sequence[Mapping[str, Any]] | None) -> bool:
-        """Whether the template takes messages of these roles and shows all their texts."""
+        """Whether the template accepts messages with these roles and includes all their texts."""
         shown = self._shown(roles, tools)
         return shown is not None and len(shown) == len(roles)
 
     def _shown(
         self, roles: tuple[str, ...], tools: Sequence[Mapping[str, Any]] | None
     ) -> frozenset[int] | None:
-        """Which messages of these roles the template shows; None where it refuses them."""
+        """Return the indices of the roles that the template includes; None if it rejects them."""
         key = (roles, bool(tools))
         if key not in self._probed:
             self._probed[key] = self._probe(roles, tools)
@@ -258,7 +262,7 @@ class ChatTemplate:
 
 
 def _with_mark(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message with a mark after its text, by which the text's end is found in the prompt."""
+    """Append a mark to the text of a message, so that its end can be found in the prompt."""
     content = message.get("content")
     if not isinstance(content, str) or not content:
         raise _cannot_continue()
@@ -266,11 +270,11 @@ def _with_mark(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cut_at_mark(text: str, marked: Mapping[str, Any]) -> str:
-    """The prompt up to the end of the last message's text, which the model is to go on with.
+    """Cut the prompt at the end of the last message's text, which the model continues.
 
-    The mark ends with a space: where the template removes it, it would have removed white space at
-    the end of the text, too. Source: ``continue_final_message`` of transformers, which differs in
-    that it also removes white space of the template where the text is nothing else.
+    The mark ends with a space: if the template removes this space, it would also have removed white
+    space at the end of the text. Source: ``continue_final_message`` of transformers, which also
+    removes white space of the template if the text is only white space.
     """
     content = marked["content"].removesuffix(_MARK)
     place = text.rfind(_MARK.rstrip())
@@ -278,7 +282,7 @@ def _cut_at_mark(text: str, marked: Mapping[str, Any]) -> str:
         raise _cannot_continue()
     if text.startswith(_MARK, place):
         return text[:place]
-    num_spaces = len(content) - len(content.rstrip()) if content.strip() else 0  # gone already
+    num_spaces = len(content) - len(content.rstrip()) if content.strip() else 0  # as it stripped
     return text[: place - num_spaces]
 
 

@@ -1,7 +1,7 @@
-"""Chat templates that clients send, if the server allows them: each runs in its own process.
+"""Chat templates that clients send, if the server allows them.
 
-See ``render_template`` for its limits. A process an answer also means that no template leaves
-anything behind for the next.
+Each rendering runs in a new process, so that a template cannot affect the next one. See
+``render_template`` for the limits of the process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gateway.text.render_template import CPU_LIMIT_S, PARAM
 
 MAX_AT_ONCE = 2
 MAX_WAITING = 16
-"""Requests that may wait for one."""
+"""Maximum number of requests that wait for a process."""
 _WALL_LIMIT_S = 20.0
 _RETRY_S = 2.0
 
@@ -30,13 +30,13 @@ _RETRY_S = 2.0
 class TemplateAnswer:
     has_tools: bool
     tool_form: ToolForm | None
-    """How the model calls them; None where it has none, or the form is not known."""
+    """Format of the model's tool calls; None without tools or if the format is unknown."""
     has_thinking: bool
-    """The model may write reasoning before its answers."""
+    """Whether the model may write reasoning before its answer."""
     text: str | None
-    """The prompt; None where ``error`` says why there is none."""
+    """The prompt; None if ``error`` is set."""
     error: RequestError | None = None
-    """Why the template refuses the conversation."""
+    """Why the template rejects the conversation."""
 
 
 class ClientTemplates:
@@ -51,14 +51,14 @@ class ClientTemplates:
         messages: Sequence[Mapping[str, Any]],
         options: Mapping[str, Any],
     ) -> TemplateAnswer:
-        """What the template makes of a conversation; ``options`` are those of ``ChatTemplate``.
+        """Render a conversation; ``options`` are the arguments of ``ChatTemplate.render``.
 
         Raises:
-            RequestError: it is no template, or needs too much time or memory.
-            QueueFullError: too many are asked for at once.
+            RequestError: the template is invalid, or needs too much time or memory.
+            QueueFullError: too many requests wait.
         """
         if self._num_waiting >= MAX_WAITING:
-            message = f"{MAX_WAITING} chat templates of clients wait"
+            message = f"{MAX_WAITING} chat templates of clients are waiting"
             raise QueueFullError(message, _RETRY_S, "chat_templates")
         asked = {
             "source": source,
@@ -87,7 +87,7 @@ class ClientTemplates:
 
 def _run(asked: Mapping[str, Any]) -> dict[str, Any]:
     words = [sys.executable, "-m", "gateway.text.render_template"]
-    path = os.pathsep.join(filter(None, sys.path))  # ours: the process has no environment but that
+    path = os.pathsep.join(filter(None, sys.path))  # the only variable of the new environment
     try:
         done = subprocess.run(
             words,

@@ -1,7 +1,7 @@
-"""From tokens to text as they come: whole characters only, stop strings, offsets.
+"""Incremental detokenization with whole characters, stop strings and offsets.
 
-``Detokenizer`` turns tokens into text without ever showing half a character; ``ChoiceText`` adds
-stop strings, which it finds across token boundaries by holding back what could become one.
+``Detokenizer`` converts tokens into text and never returns part of a character. ``ChoiceText`` adds
+stop strings; it holds back text that may be the start of one, to find them across token boundaries.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from gateway.text.tokenizer import Tokenizer
 from workers.requests.request import TokenLogprob
 
 _MAX_PENDING_TOKENS = 8
-"""Tokens that may wait for the rest of a character (a character has four bytes at most)."""
+"""Maximum number of tokens that wait for the rest of a character (at most four bytes)."""
 _MAX_PREFIX = 2 * _MAX_PENDING_TOKENS
-"""Tokens before that decide about a token's text."""
+"""Maximum number of preceding tokens that affect the text of a token."""
 
 
 class Detokenizer(Protocol):
     """Incremental decoding of one token list."""
 
     def feed(self, token_id: int) -> str:
-        """Text that is certain now that this token is there; may be empty."""
+        """Add a token and return the text that is final; it may be empty."""
 
     def flush(self) -> str:
-        """What still waited at the end: a broken character, as U+FFFD."""
+        """Return the rest at the end: U+FFFD for an incomplete character."""
 
 
 class ByteDetokenizer:
-    """For byte-level vocabularies: equal to decoding the whole list, whatever the tokens are."""
+    """Detokenizer for byte-level vocabularies. The result equals decoding the whole list."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
@@ -49,15 +49,15 @@ class ByteDetokenizer:
 
 
 class WindowDetokenizer:
-    """For any other vocabulary: the difference between two decodings of a short window.
+    """Detokenizer for other vocabularies: the difference between two decodings of a short window.
 
-    Source: the scheme of Hugging Face text-generation-inference (``decode_token``); the window
-    starts with the end of the prompt, so that a leading space survives.
+    Source: the scheme of Hugging Face text-generation-inference (``decode_token``). The window
+    starts with the end of the prompt, so that a leading space is kept.
 
     Args:
-        tokenizer: the vocabulary.
-        skip_special_tokens: leave special tokens out of the text.
-        before: the last tokens before the first one that is fed.
+        tokenizer: the tokenizer.
+        skip_special_tokens: omit special tokens from the text.
+        before: the tokens before the first call of ``feed``.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class WindowDetokenizer:
         return self._decode(self._prefix + self._pending)[len(before) :]
 
     def _accept(self, new: str) -> str:
-        # a token without text of its own may give the next one a space
+        # a token without text may add a space to the next token
         self._prefix = self._pending if new else (self._prefix + self._pending)[-_MAX_PREFIX:]
         self._pending = []
         return new
@@ -102,7 +102,7 @@ def make_detokenizer(
 def place_tokens(
     detokenizer: Detokenizer | None, ids: Sequence[int], logprobs: Sequence[TokenLogprob | None]
 ) -> tuple[str, list[TokenText]]:
-    """The text of a whole prompt, empty without ``detokenizer``, and where its tokens stand."""
+    """Return the text of a prompt (empty without ``detokenizer``) and its tokens with offsets."""
     text = ""
     placed = []
     for place, token_id in enumerate(ids):
@@ -112,10 +112,10 @@ def place_tokens(
 
 
 def aligned(given: str, text: str, tokens: Sequence[TokenText]) -> tuple[str, list[TokenText]]:
-    """Tokens that were placed in ``text``, placed in the text that they were made of.
+    """Convert token offsets in the decoded ``text`` into offsets in the original text ``given``.
 
-    What is decoded may have more in front: special tokens, and a space that some tokenizers add.
-    Some decoders leave out a space of the first token.
+    The decoded text may start with special tokens, or with a space that some tokenizers add. Some
+    decoders omit a space of the first token.
     """
     is_end = text.endswith(given) or given.endswith(text)
     shift = len(text) - len(given) if is_end else 0
@@ -131,23 +131,23 @@ def aligned(given: str, text: str, tokens: Sequence[TokenText]) -> tuple[str, li
 
 
 class StopStrings:
-    """Finds the first stop string to end, and holds back what may become one.
+    """Finds the stop string that ends first, and holds back text that may be the start of one.
 
-    The result does not depend on how the text was cut into pieces: of several matches the one that
-    ends first wins, of those that end together the longest.
+    The result does not depend on how the text is split into pieces: the match that ends first wins,
+    and of matches with the same end the longest wins.
     """
 
     def __init__(self, strings: Sequence[str], include: bool = False) -> None:
         self._strings = tuple(strings)
         self.is_included = include
-        """The text has the stop that ended it."""
+        """Whether the text includes the stop string that ended it."""
         self.held = ""
-        """Text that is not certain yet: a proper prefix of a stop string, or empty."""
+        """Text that is held back: a proper prefix of a stop string, or empty."""
 
     def feed(self, new: str, can_stop: bool = True) -> tuple[str, str | None]:
-        """Text that is certain after ``new``, and the stop string that ended it, if any.
+        """Add ``new``; return the text that is final and the stop string that ended it, or None.
 
-        With ``can_stop`` False a stop string that ends within ``new`` is ordinary text.
+        If ``can_stop`` is False, a stop string that ends within ``new`` is ordinary text.
         """
         if not self._strings:
             return new, None
@@ -161,7 +161,7 @@ class StopStrings:
         return text[:keep], None
 
     def flush(self) -> str:
-        """What was held back, at the end."""
+        """Return the text that is held back at the end."""
         held, self.held = self.held, ""
         return held
 
@@ -185,17 +185,17 @@ class StopStrings:
 
 
 class ChoiceText:
-    """The text of one choice as its tokens come in.
+    """The text of one choice, built token by token.
 
-    Tokens whose text is still open (half a character, a possible stop string) wait, with their
-    log-probabilities, for the next piece of text.
+    Tokens with incomplete text (part of a character, a possible stop string) are held back with
+    their logprobs until the next piece of text.
 
     Args:
-        detokenizer: None makes no text at all.
-        stop: where the text ends.
-        min_tokens: tokens before a stop counts.
-        region: where the answer is, in which alone stops count; None: the whole text.
-        stop_ids: tokens that end the text; those that the engine does not know.
+        detokenizer: None produces no text.
+        stop: the stop strings.
+        min_tokens: minimum number of tokens before a stop takes effect.
+        region: the part of the text in which stops take effect; None for the whole text.
+        stop_ids: stop tokens that the engine does not know.
     """
 
     def __init__(
@@ -215,14 +215,14 @@ class ChoiceText:
         self._text = ""
         self._tokens: list[TokenText] = []
         self.num_tokens = 0
-        """Tokens that count, up to and with the one that completed a stop string."""
+        """Number of tokens, including the one that completed a stop string."""
 
     def feed(
         self, token_id: int, logprob: TokenLogprob | None, hidden: bool = False
     ) -> str | int | None:
-        """Add a token; returns the stop string that it completed or the stop token that it is.
+        """Add a token; return the stop string or the stop token that ends the text, or None.
 
-        A ``hidden`` token (one that ended the choice) counts but has no text.
+        A ``hidden`` token (which ended the choice) counts but has no text.
         """
         self.num_tokens += 1
         self._tokens.append(TokenText(token_id, self._decoded_chars, logprob))
@@ -242,7 +242,7 @@ class ChoiceText:
         return stopped
 
     def finish(self) -> None:
-        """Settle what still waits: the end came without a stop string of its own."""
+        """Release the text that is held back: the choice ended without a stop string."""
         if self._detokenizer is not None:
             stopped = self._add(self._detokenizer.flush())
             if stopped is None and self._region is not None:
@@ -251,7 +251,7 @@ class ChoiceText:
                 self._text += self._stop.flush()
 
     def take(self, always: bool = False) -> tuple[str, tuple[TokenText, ...]]:
-        """Text and tokens that are ready; nothing while there is no text, unless ``always``."""
+        """Return the text and tokens that are ready. Without text, tokens need ``always``."""
         if not self._text and not always and self._detokenizer is not None:
             return "", ()
         text, self._text = self._text, ""

@@ -1,11 +1,11 @@
-"""A program that tokenizes long texts, in a process of its own. ``long_texts`` starts it.
+"""A program that tokenizes long texts in a separate process. ``long_texts`` starts it.
 
-The library makes one string a token, and the interpreter lock is held while these are read and
-freed: a text of 8 MiB stopped the gateway for half a second and took a gigabyte.
+The tokenizers library creates one string per token and holds the GIL while it reads and frees
+them: a text of 8 MiB blocked the gateway for half a second and used 1 GiB of memory.
 
-A message is a length of 8 bytes and that many bytes: a ``TextToEncode`` in msgpack. The reply is
-the number of all token ids and the length of the rest, 8 bytes each, then the wanted ids, 4 bytes
-each. The program ends with its input.
+A message is a length (8 bytes) followed by a ``TextToEncode`` in msgpack. The reply is the total
+number of token ids (8 bytes), the length of the rest in bytes (8 bytes), and the requested ids
+(4 bytes each). The program exits at the end of its input.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ from gateway.text.tokenizer import Tokenizer
 LENGTH = struct.Struct("<Q")
 REPLY = struct.Struct("<QQ")
 ID_TYPE = "I"
-"""Of ``array``: token ids in messages."""
+"""Type code of ``array`` for token ids in messages."""
 
 
 class TextToEncode(msgspec.Struct, frozen=True, kw_only=True):
-    """A text, and which of its token ids are wanted."""
+    """A text to tokenize, and the requested slice of its token ids."""
 
     parts: list[str]
     marks: list[int] | None
-    """Places of marks among the parts of a ``HarmonyPrompt``; None: one plain text."""
+    """Indices of the special tokens in the parts of a ``HarmonyPrompt``; None for a plain text."""
     add_special_tokens: bool
     start: int | None
+    """Start of the slice."""
     stop: int | None
-    """A slice of the token ids."""
+    """End of the slice."""
 
     @property
     def text(self) -> str:
@@ -49,7 +50,7 @@ class TextToEncode(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def message_of(text: str, add_special_tokens: bool, kept: slice) -> bytes:
-    """The message that asks for a slice of the token ids of a text."""
+    """Return the message that requests the slice ``kept`` of the token ids of a text."""
     is_marked = isinstance(text, HarmonyPrompt)
     parts = list(text.parts) if isinstance(text, HarmonyPrompt) else [text]
     marks = [i for i, part in enumerate(parts) if isinstance(part, SpecialToken)]

@@ -1,4 +1,4 @@
-"""Texts to token ids, away from the event loop: in threads, or in a process for long ones."""
+"""Encode texts to token ids outside the event loop: in threads, or in a process for long texts."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ from gateway.text.long_texts import LONG_CHARS, LongTexts
 from gateway.text.tokenizer import Tokenizer
 
 MAX_TOKENS = MAX_ENTRIES
-"""Tokens of one text where no model's context is the limit. A body has no more token ids."""
+"""Maximum number of tokens of a text that no context length limits, as for ids in a body."""
 _INLINE_CHARS = 2048
 """Longer texts are tokenized in a thread."""
 
 
 class EncodedText(NamedTuple):
     ids: tuple[int, ...]
-    """Those that were wanted."""
+    """The requested slice of the token ids."""
     num_tokens: int
-    """Of the whole text."""
+    """Number of tokens of the whole text."""
 
 
 class TextEncoder:
-    """Args:
-    tokenizer: encodes the texts.
-    long_work: takes what holds the interpreter lock.
+    """Encodes prompts.
+
+    Args:
+        tokenizer: encodes the texts.
+        long_work: runs work that holds the GIL.
     """
 
     def __init__(self, tokenizer: Tokenizer, long_work: LongWork) -> None:
@@ -40,7 +42,7 @@ class TextEncoder:
     async def encode(
         self, prompts: Sequence[str | tuple[int, ...]], add_special_tokens: bool, kept: slice
     ) -> list[EncodedText]:
-        """A slice of the token ids of each text. Of prompts that are token ids, the same slice."""
+        """Return the slice ``kept`` of the token ids of each prompt."""
         long_texts = self._long_texts
         if long_texts is None or all(len(one) <= LONG_CHARS for one in _texts(prompts)):
             return await self._encode_here(prompts, add_special_tokens, kept)
@@ -70,13 +72,13 @@ class TextEncoder:
         return EncodedText(prompt[kept], len(prompt))
 
     async def stop(self) -> None:
-        """End the process."""
+        """Stop the process."""
         if self._long_texts is not None:
             await self._long_texts.stop()
 
 
 def check_num_tokens(name: str, count: int) -> None:
-    """Raise ``RequestError`` for more than ``MAX_TOKENS``."""
+    """Raise ``RequestError`` if ``count`` exceeds ``MAX_TOKENS``."""
     if count > MAX_TOKENS:
         raise RequestError(f"{name} has {count} tokens, at most {MAX_TOKENS} are allowed", name)
 

@@ -1,9 +1,9 @@
-"""System and developer messages where a chat template does not take them.
+"""Move system and developer messages that a chat template does not accept.
 
-Many templates have one system message, at the start, and refuse any other place or leave its text
-out; some have none, and most know no ``developer``. Clients send several, and late ones. The text
-must reach the model all the same: several at the start become one, and those that have no place
-become part of the user's turn beside them.
+Many templates accept one system message at the start and reject or skip any other; some accept
+none, and most do not know the role ``developer``. Clients send several, also late in the
+conversation. So that their text reaches the model, instructions at the start are merged, and
+instructions that the template does not accept become part of an adjacent user message.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ SYSTEM, DEVELOPER, USER = "system", "developer", "user"
 _TOOL = "tool"
 INSTRUCTING = frozenset({SYSTEM, DEVELOPER})
 _BETWEEN = "\n\n"
-"""Text between two texts that become one."""
+"""Separator between texts that are merged."""
 
 Message = Mapping[str, Any]
 
 
 def leading_roles(messages: Sequence[Message]) -> tuple[str, ...]:
-    """Roles of the instructions at the start of a conversation."""
+    """Return the roles of the instructions at the start of a conversation."""
     return tuple(m["role"] for m in takewhile(_is_instruction, messages))
 
 
 def late_roles(messages: Sequence[Message]) -> frozenset[str]:
-    """Roles of instructions after the start."""
+    """Return the roles of instructions after the start."""
     rest = messages[len(leading_roles(messages)) :]
     return frozenset(m["role"] for m in rest if _is_instruction(m))
 
 
 def with_one_at_the_start(messages: Sequence[Message]) -> list[Message]:
-    """The instructions at the start as one system message."""
+    """Merge the instructions at the start into one system message."""
     number = len(leading_roles(messages))
     if number == 0:
         return list(messages)
@@ -42,23 +42,23 @@ def with_one_at_the_start(messages: Sequence[Message]) -> list[Message]:
 
 
 def with_all_at_the_start(messages: Sequence[Message]) -> list[Message]:
-    """All instructions as one system message, wherever they are."""
+    """Merge all instructions into one system message at the start."""
     instructions = [m for m in messages if _is_instruction(m)]
     rest = [m for m in messages if not _is_instruction(m)]
     return with_one_at_the_start([*instructions, *rest])
 
 
 def with_late_ones_as_user(messages: Sequence[Message]) -> list[Message]:
-    """Instructions after the start as the user's words."""
+    """Convert instructions after the start into user text."""
     number = len(leading_roles(messages))
     return [*messages[:number], *with_all_as_user(messages[number:])]
 
 
 def with_all_as_user(messages: Sequence[Message]) -> list[Message]:
-    """Instructions as the user's words: before those that follow, or else after others.
+    """Convert instructions into user text: before the next user message, else after the last one.
 
-    Turns of the user on both sides become one, since some templates take no two. Results of tools
-    stay next to their calls.
+    User messages on both sides are merged, since some templates reject consecutive ones. Tool
+    results stay next to their calls.
     """
     turns, waiting = _Turns(), list[str]()
     for message in messages:
@@ -78,19 +78,19 @@ def with_all_as_user(messages: Sequence[Message]) -> list[Message]:
 
 
 class _Turns:
-    """Messages; texts of the user that become one are joined once, however many they are."""
+    """Collects messages and merges consecutive user texts; ``finish`` joins them once."""
 
     def __init__(self) -> None:
         self._messages: list[Message] = []
         self._texts: list[list[str] | None] = []
-        """Of each message; None where it stays as it is."""
+        """User texts of each message; None for messages that are not changed."""
 
     def add(self, message: Message) -> None:
         self._messages.append(message)
         self._texts.append([message["content"]] if _is_text_of_user(message) else None)
 
     def say(self, texts: Sequence[str], message: Message | None = None) -> None:
-        """Add to the user's turn at the end, or else as a turn of its own, like ``message``."""
+        """Append texts to the last user message, else add them as a copy of ``message``."""
         if not texts:
             return
         if self._texts and (last := self._texts[-1]) is not None:
@@ -113,7 +113,7 @@ def _is_instruction(message: Message) -> bool:
 
 
 def shows_instructions(text: str, messages: Sequence[Message]) -> bool:
-    """Whether a prompt has the instructions of a conversation, in their order."""
+    """Whether a prompt contains the instructions of a conversation in order."""
     place = 0
     for message in filter(_is_instruction, messages):
         words = message["content"].strip()

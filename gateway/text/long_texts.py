@@ -1,4 +1,4 @@
-"""Tokenizes long texts in another process, one at a time; see ``encode_texts``."""
+"""Tokenize long texts in another process, one at a time; see ``encode_texts``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from cluster.core.errors import RequestFailedError
 from gateway.text.encode_texts import ID_TYPE, REPLY, message_of
 
 LONG_CHARS = 262_144
-"""Longer texts are tokenized in the process."""
+"""Longer texts are tokenized in the process, shorter ones in a thread."""
 
 
 class LongTexts:
-    """The process, which starts with the first long text and stays.
+    """Client of the process, which starts for the first long text and keeps running.
 
     Args:
-        file: ``tokenizer.json``.
+        file: path of ``tokenizer.json``.
     """
 
     def __init__(self, file: Path) -> None:
@@ -30,15 +30,16 @@ class LongTexts:
     async def encode(
         self, text: str, add_special_tokens: bool, kept: slice
     ) -> tuple[array[int], int]:
-        """A slice of the token ids of a text, and the number of all. A cancelled call ends the
-        process.
+        """Return the slice ``kept`` of the token ids of a text, and the total number of ids.
+
+        Cancelling the call kills the process.
 
         Raises:
             RequestFailedError: the process ended.
         """
         async with self._turn:
             process = self._process or await self._start()
-            self._process = None  # in use: what ends this call ends the process
+            self._process = None  # in use: an exception in this call kills the process
             try:
                 message = await asyncio.to_thread(message_of, text, add_special_tokens, kept)
                 found = await _ask(process, message)
@@ -50,7 +51,7 @@ class LongTexts:
             return found
 
     async def stop(self) -> None:
-        """End the process."""
+        """Stop the process."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()

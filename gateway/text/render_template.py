@@ -1,9 +1,9 @@
-"""A program that renders one chat template of a client, in a process of its own.
+"""A program that renders one chat template of a client in a separate process.
 
-Jinja's sandbox keeps a template from our objects, not from loops without end or texts without end:
-the process has a limit of processor time and of memory. It reads a JSON object from its standard
-input (fields of ``ask``) and writes one: ``has_tools``, ``tool_form``, ``has_thinking``, and
-``text`` or ``error`` with ``param``. ``client_templates`` starts it.
+Jinja's sandbox protects Python objects but does not stop endless loops or texts, so the process has
+limits on CPU time and memory. It reads a JSON object from standard input (``source``,
+``variables``, ``messages``, ``options``) and writes one: ``has_tools``, ``tool_form``,
+``has_thinking``, and ``text`` or ``error`` with ``param``. ``client_templates`` starts it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from cluster.core.errors import CheckpointError, RequestError
 from gateway.text.chat_template import ChatTemplate
 
 CPU_LIMIT_S = 3
-"""Processor time, the start of the interpreter included."""
+"""CPU time limit in seconds, including the start of the interpreter."""
 MEMORY_LIMIT_BYTES = 1024**3
 MAX_TEXT_CHARS = 16 * 1024 * 1024
-"""Longest prompt in an answer."""
+"""Maximum length of the prompt."""
 PARAM = "chat_template"
-"""The field that brings the template."""
+"""The request field that contains the template."""
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:

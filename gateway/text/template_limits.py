@@ -1,7 +1,7 @@
-"""A Jinja sandbox in which a template cannot run or grow without end.
+"""A Jinja sandbox that limits the run time and the output size of templates.
 
-Jinja's own sandbox keeps a template from our objects only. Here every pass of a loop looks at the
-time, and texts that operators, filters and the template itself make are measured.
+Jinja's sandbox only protects Python objects from a template. Here each loop iteration also checks
+the time, and the sizes of texts from operators, filters and the template are limited.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 TIME_LIMIT_S = 10.0
-"""Longest time for one prompt."""
+"""Maximum time to render one prompt."""
 MAX_CHARS = 16 * 1024 * 1024
-"""Longest prompt, and longest text or list within it."""
+"""Maximum length of a prompt, and of a text or list within a template."""
 _CHECK_EVERY = 256
 _TICK, _JOIN = "bounded_tick", "bounded_join"
 _MAX_POWER_BITS = 4096
-BoundedTemplate = jinja2.Template  # noqa: TID251  # of the environment below
+BoundedTemplate = jinja2.Template  # noqa: TID251  # made by the environment below
 _GROWING_FILTERS = ("center", "indent", "join", "replace", "format", "wordwrap")
-"""Filters whose result may be much longer than what they get."""
+"""Filters that can return a much longer text than their input."""
 
 
 @dataclass(slots=True)
@@ -39,7 +39,7 @@ _BUDGET: contextvars.ContextVar[_Budget | None] = contextvars.ContextVar("budget
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """Raises ``TemplateRuntimeError`` where a template exceeds a limit."""
+    """A sandbox that raises ``TemplateRuntimeError`` if a template exceeds a limit."""
 
     intercepted_binops = frozenset({"*", "**", "+"})
 
@@ -50,7 +50,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             self.filters[name] = _measured(self.filters[name])
 
     def bounded(self, source: str) -> BoundedTemplate:
-        """A template whose loops and joins are watched. Raises ``TemplateError``."""
+        """Compile a template with checks in its loops and joins. Raises ``TemplateError``."""
         return self.from_string(_Watched().visit(self.parse(source)))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -64,7 +64,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 def render(template: BoundedTemplate, values: Mapping[str, Any]) -> str:
-    """The text of a template of ``BoundedEnvironment``. Raises what the template raises."""
+    """Render a template of ``BoundedEnvironment``. Raises the exceptions of the template."""
     token = _BUDGET.set(_Budget(time.monotonic() + TIME_LIMIT_S))
     try:
         return "".join(_pieces(template, values))
@@ -81,7 +81,7 @@ def _pieces(template: BoundedTemplate, values: Mapping[str, Any]) -> Iterator[st
 
 
 class _Watched(NodeTransformer):
-    """Adds the calls that watch a template to its syntax tree."""
+    """Adds calls that check the limits to the syntax tree of a template."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -118,7 +118,7 @@ def _measured(apply: Any) -> Any:
         _check(max(numbers, default=0) <= MAX_CHARS, "a width")
         return _sized(apply(*args, **options))
 
-    for name, value in vars(apply).items():  # what Jinja passes it
+    for name, value in vars(apply).items():  # attributes that tell Jinja which arguments to pass
         setattr(applied, name, value)
     return applied
 

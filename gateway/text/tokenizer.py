@@ -1,7 +1,7 @@
-"""The checkpoint's tokenizer, without transformers: ``tokenizer.json`` and its config file.
+"""The checkpoint's tokenizer, loaded without transformers from ``tokenizer.json`` and its config.
 
-Text to ids, ids to text, and the exact bytes that each token stands for. The chat template is in
-``gateway/text/chat_template.py``.
+Converts text to ids and ids to text, and returns the exact bytes of each token. The chat template
+is in ``gateway/text/chat_template.py``.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from gateway.text.tokenizer_files import DEFAULT, TOOL_USE, read_tokenizer_files
 
 logger = logging.getLogger(__name__)
 _NORMALIZER_SHRINK = 4
-"""A normalizer may shorten text (NFC); the quick length check leaves this much room for it."""
+"""Factor by which a normalizer may shorten text (NFC); the quick length check allows for it."""
 _REPLACED = (
-    "prompts of chats are written in the Harmony format by this server, not by the checkpoint's "
-    "chat template; --chat-template with its file takes that template"
+    "the server writes chat prompts in the Harmony format and does not use the chat template of "
+    "the checkpoint; pass its file as --chat-template to use it"
 )
 _NO_DEFAULT = "{{ raise_exception('the checkpoint has a template for tools only') }}"
 _SHORT_CHARS = 2048
-"""Longer texts and lists go the library's way for batches, the only one that releases the lock."""
+"""Longer texts and lists use the batch methods of the library: only they release the GIL."""
 
 
 class Tokenizer:
-    """Thread-safe; what is long is encoded and decoded without the interpreter lock.
+    """Encodes and decodes text. Thread-safe; long texts are processed without the GIL.
 
     Args:
-        backend: what ``tokenizer.json`` describes.
-        chat_template: how a conversation becomes a prompt; None if the checkpoint has none.
-        file: what ``backend`` was read from; None if it is from no file.
+        backend: the tokenizer described by ``tokenizer.json``.
+        chat_template: renders a conversation to a prompt; None if the checkpoint has none.
+        file: the file of ``backend``; None if it was not read from a file.
     """
 
     def __init__(
@@ -62,31 +62,34 @@ class Tokenizer:
 
     @property
     def special_ids(self) -> dict[str, int]:
-        """Special tokens by their text."""
+        """Ids of the special tokens by text."""
         return {self._added[number]: number for number in self._special}
 
     @property
     def mark_ids(self) -> dict[str, int]:
-        """Tokens that grammars know by their number, by their text: see ``_is_mark``."""
+        """Ids by text of the tokens that grammars refer to by id; see ``_is_mark``."""
         return {text: number for number, text in self._added.items() if self._is_mark(number)}
 
     def _is_mark(self, number: int) -> bool:
-        """Special tokens, and others that look like a tag: llguidance takes both for no text."""
+        """Whether llguidance treats a token as special: special tokens and tokens like ``<a>``."""
         text = self._added[number]
         return number in self._special or (text.startswith("<") and text.endswith(">"))
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
-        """The same, for texts whose special tokens are text like any other.
+        """A tokenizer that encodes special tokens in a text as plain text.
 
-        It is a second tokenizer, since the library's switch is for all threads at once.
+        It is a separate object because the option of the library applies to all threads.
         """
         made = tokenizers.Tokenizer.from_str(self._backend.to_str())
         made.encode_special_tokens = True
         return made
 
     def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """Token ids; special tokens in a text are special, but for those that it calls text."""
+        """Return the token ids of a text.
+
+        Special tokens are recognized, except in the text parts of a ``HarmonyPrompt``.
+        """
         if isinstance(text, HarmonyPrompt):
             return self._encode_marked(text, add_special_tokens)
         if len(text) <= _SHORT_CHARS:
@@ -95,7 +98,7 @@ class Tokenizer:
         return tuple(found[0].ids)
 
     def _encode_marked(self, text: HarmonyPrompt, add_special_tokens: bool) -> tuple[int, ...]:
-        """Marks are special tokens, texts hold none."""
+        """Encode special tokens as such and the other parts as plain text."""
         texts = [part for part in text.parts if not isinstance(part, SpecialToken)]
         if len(text) <= _SHORT_CHARS:
             found = [self._plain.encode(one, add_special_tokens=False) for one in texts]
@@ -115,29 +118,29 @@ class Tokenizer:
         return self._backend.encode(mark, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of a whole list of ids; ids without a token are left out."""
+        """Return the text of a complete list of ids; unknown ids are skipped."""
         if len(ids) <= _SHORT_CHARS:
             return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
         found = self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
         return str(found[0])
 
     def is_surely_longer_than(self, text: str, num_tokens: int) -> bool:
-        """Whether a text cannot have as few tokens, judged by its length alone."""
+        """Whether a text must have more than ``num_tokens`` tokens, given its length alone."""
         return len(text) > num_tokens * self.max_token_chars * _NORMALIZER_SHRINK
 
     def is_special(self, token_id: int) -> bool:
-        """Whether a token is one that readers do not want to see (eos, for example)."""
+        """Whether a token is a special token (for example eos)."""
         return token_id in self._special
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to the text, exactly; half a character is possible."""
+        """Return the exact bytes that a token adds to the text; they may be part of a character."""
         known = self._bytes.get(token_id)
         if known is None:
             known = self._bytes[token_id] = self._make_bytes(token_id)
         return known
 
     def token_text(self, token_id: int) -> str:
-        """A token for people to read; broken characters are U+FFFD."""
+        """Return the text of a token; incomplete characters become U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def _make_bytes(self, token_id: int) -> bytes:
@@ -157,7 +160,7 @@ class Tokenizer:
 
 
 def require_tokenizer(tokenizer: Tokenizer | None, param: str) -> Tokenizer:
-    """The tokenizer. Raises ``RequestError`` about a field without one."""
+    """Return the tokenizer. Raises ``RequestError`` for the field ``param`` if there is none."""
     if tokenizer is None:
         raise RequestError(
             "the model has no tokenizer: only token ids can be used, not text", param
@@ -166,14 +169,14 @@ def require_tokenizer(tokenizer: Tokenizer | None, param: str) -> Tokenizer:
 
 
 def load_tokenizer(folder: str, chat_template: str | None = None) -> Tokenizer | None:
-    """The tokenizer of a checkpoint; None where the folder has no ``tokenizer.json``.
+    """Load the tokenizer of a checkpoint; None if the folder has no ``tokenizer.json``.
 
     Args:
         folder: the checkpoint.
-        chat_template: Jinja text that replaces the checkpoint's own.
+        chat_template: Jinja text that replaces the chat template of the checkpoint.
 
     Raises:
-        CheckpointError: a file is there but cannot be read.
+        CheckpointError: a file exists but cannot be read.
     """
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
@@ -185,14 +188,14 @@ def load_tokenizer(folder: str, chat_template: str | None = None) -> Tokenizer |
     tokenizer = Tokenizer(backend, file=path)
     tokenizer.chat_template = _load_template(Path(folder), chat_template, tokenizer.special_ids)
     if isinstance(tokenizer.chat_template, HarmonyTemplate):
-        tokenizer.encode(tokenizer.chat_template.render([]))  # the first takes a second
+        tokenizer.encode(tokenizer.chat_template.render([]))  # the first call takes a second
     return tokenizer
 
 
 def _load_template(
     folder: Path, override: str | None, special_ids: Mapping[str, int]
 ) -> ChatTemplate | HarmonyTemplate | None:
-    """The override; else our own for a model of the Harmony format; else the checkpoint's."""
+    """Return ``override``, else our Harmony template if it fits, else the checkpoint's template."""
     files = read_tokenizer_files(folder)
     variables = files.tokens
     if override:
@@ -220,10 +223,10 @@ def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
 
 @lru_cache(maxsize=1)
 def _byte_level_table() -> dict[str, int]:
-    """The printable character that stands for each byte in a byte-level vocabulary.
+    """Return the byte for each printable character of a byte-level vocabulary.
 
-    Source: GPT-2's ``bytes_to_unicode``: printable Latin-1 bytes stand for themselves, the others
-    follow from U+0100 on. For example ``Ġ`` (U+0120) is the space.
+    Source: GPT-2's ``bytes_to_unicode``: printable Latin-1 bytes map to themselves, other bytes to
+    U+0100 and above. For example the space maps to ``Ġ`` (U+0120).
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -1,7 +1,7 @@
-"""Special tokens that no file of a checkpoint says: the defaults of the tokenizer's class.
+"""Default special tokens by tokenizer class, for tokens that the checkpoint's files do not define.
 
-The class is the one that ``tokenizer_config.json`` or ``config.json`` names, as in transformers 5
-(``AutoTokenizer.from_pretrained``), which has further rules by the type of a model.
+``tokenizer_config.json`` or ``config.json`` names the class, as in transformers 5
+(``AutoTokenizer.from_pretrained``), which has additional rules by model type.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _DEFAULTS: Mapping[str, Mapping[str, str]] = {
 def class_tokens(
     tokenizer_config: Mapping[str, Any], config: Mapping[str, Any], *, is_byte_level: bool
 ) -> Mapping[str, str]:
-    """Special tokens by name; empty for the plain class and for one that is not known."""
+    """Return special tokens by name; empty for the generic class and for unknown classes."""
     named = tokenizer_config.get("tokenizer_class") or config.get("tokenizer_class")
     name = str(named).removesuffix("Fast")
     if name == "LlamaTokenizer" and is_byte_level:
-        return {}  # the class is for SentencePiece, so transformers takes the plain one
+        return {}  # the class is for SentencePiece, so transformers uses the generic class
     return _DEFAULTS.get(name, {})

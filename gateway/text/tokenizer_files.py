@@ -1,14 +1,14 @@
-"""The files of a checkpoint that say how a tokenizer is used: chat templates, special tokens.
+"""Read chat templates and special tokens from the files of a checkpoint.
 
-The same files take effect as in transformers 5 (``PreTrainedTokenizerBase._from_pretrained``):
+The precedence of the files is as in transformers 5 (``PreTrainedTokenizerBase._from_pretrained``):
 
-- Files of templates (``chat_template.jinja``, ``additional_chat_templates/NAME.jinja``) come before
-  the entry ``chat_template`` of ``tokenizer_config.json``, a text or several templates by name.
-  The same entry of ``chat_template.json``, which processors of older releases wrote, comes last.
-- ``special_tokens_map.json`` comes before ``tokenizer_config.json``, unless the latter has
+- Template files (``chat_template.jinja``, ``additional_chat_templates/NAME.jinja``) override the
+  entry ``chat_template`` of ``tokenizer_config.json``, which is a text or several named templates.
+  The entry in ``chat_template.json``, which older processors wrote, has the lowest precedence.
+- ``special_tokens_map.json`` overrides ``tokenizer_config.json``, unless the latter has
   ``added_tokens_decoder``.
-- A special token that no file says is the one of the tokenizer's class.
-- Models may have special tokens of their own, ``image_token`` for example, beside the usual ones or
+- A special token that is missing in all files is the default of the tokenizer class.
+- Models may define additional special tokens, for example ``image_token``, as top-level entries or
   in an object.
 """
 
@@ -24,28 +24,28 @@ from cluster.core.errors import CheckpointError
 from gateway.text.tokenizer_classes import class_tokens
 
 DEFAULT, TOOL_USE = "default", "tool_use"
-"""Names of templates: the one for all conversations, and the one for those with tools."""
+"""Names of templates: for all conversations, and for conversations with tools."""
 _ENTRY = "chat_template"
 _FIELDS = ("name", "template")
 _TOKEN = "_token"
-"""End of the names that templates have for special tokens, such as ``bos_token``."""
+"""Suffix of the names of special tokens in templates, for example ``bos_token``."""
 _USUAL = frozenset(f"{name}{_TOKEN}" for name in ["bos", "eos", "unk", "sep", "pad", "cls", "mask"])
 _OWN, _EXTRA = "model_specific_special_tokens", "extra_special_tokens"
-"""Objects with further ones by name; the second, and texts by name, replace the first."""
+"""Objects with additional tokens by name. ``_EXTRA``, and top-level entries, replace ``_OWN``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerFiles:
-    """What the files of a folder say."""
+    """Chat templates and special tokens of a checkpoint."""
 
     templates: Mapping[str, str]
     """Jinja texts by name."""
     tokens: Mapping[str, str]
-    """Special tokens by the names that templates have for them."""
+    """Texts of special tokens by their name in templates."""
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
-    """Read the files that are there. Raises ``CheckpointError`` for one that cannot be read."""
+    """Read the files that exist. Raises ``CheckpointError`` if one of them cannot be read."""
     config = _read_json(folder / "tokenizer_config.json")
     is_byte_level = '"ByteLevel"' in _read(folder / "tokenizer.json")
     model = _read_json(folder / "config.json")
@@ -67,7 +67,7 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
 
 
 def _is_own(name: str, token: Any) -> bool:
-    """Whether a token of ``tokenizer_config.json`` is one of the model's own."""
+    """Whether an entry of ``tokenizer_config.json`` is an additional special token."""
     return name.endswith(_TOKEN) and name not in _USUAL and isinstance(token, str)
 
 
@@ -83,7 +83,7 @@ def _template_files(folder: Path) -> dict[str, str]:
 
 
 def _templates_of(entry: Any) -> dict[str, str]:
-    """The entry ``chat_template`` of ``tokenizer_config.json``: a text, or several by name."""
+    """Parse the entry ``chat_template``: one text, or several templates by name."""
     if isinstance(entry, str):
         return {DEFAULT: entry}
     if isinstance(entry, dict):
@@ -97,14 +97,14 @@ def _templates_of(entry: Any) -> dict[str, str]:
 
 
 def _content(token: Any) -> str | None:
-    """The text of a special token, which may be described by an object."""
+    """Return the text of a special token, which may be given as an object."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object; empty without the file."""
+    """Return the JSON object in a file; empty if the file does not exist."""
     if not path.is_file():
         return {}
     try:
