@@ -1,4 +1,4 @@
-"""OpenAI's Harmony format, in which gpt-oss reads and writes: prompts, grammars, answers.
+"""OpenAI's Harmony format of gpt-oss: prompts, grammars and parsers of answers.
 
 May import ``gateway.core``, ``gateway.text.forms``, ``cluster.core.errors`` and
 ``workers.requests``.

@@ -1,9 +1,9 @@
-"""Functions as Harmony prompts declare them: a namespace in the manner of TypeScript.
+"""Declarations of functions in Harmony prompts: a namespace in the syntax of TypeScript.
 
 Source: "Harmony response format" (OpenAI, 2025), docs/format.md and the examples of functions in
-test-data of https://github.com/openai/harmony. Unlike the library there, every line of a
-description is a comment, ``anyOf`` is declared as ``oneOf`` is, references are resolved, and lists
-of choices have parentheses.
+test-data of https://github.com/openai/harmony. Unlike in that library, every line of a description
+is a comment, ``anyOf`` is declared like ``oneOf``, references are resolved, and arrays of unions
+have parentheses.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PLAIN = {"integer": "number"} | {n: n for n in ("string", "number", "boolean", 
 
 
 def declare_functions(tools: Sequence[Mapping[str, Any]]) -> str:
-    """The section ``# Tools`` of a developer message; ``tools`` are in OpenAI's form."""
+    """Return the section ``# Tools`` of a developer message; ``tools`` has OpenAI's format."""
     lines = ["# Tools", "", "## functions", "", "namespace functions {", ""]
     for function in (tool["function"] for tool in tools):
         lines += comment(function.get("description"))
@@ -29,13 +29,13 @@ def declare_functions(tools: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _arguments(schema: Schema) -> str:
-    """What stands between the parentheses; nothing where a function takes no arguments."""
+    """Return the parameter list of a function; empty if it takes no arguments."""
     has_any = schema.has_properties or schema.has_variants
     return f"_: {_described(schema, _type(schema, ''))}" if has_any else ""
 
 
 def _described(schema: Schema, shown: str) -> str:
-    """A type, below the description of an object."""
+    """Return a type, preceded by its description if it is an object."""
     lines = comment(schema.get("description")) if schema.has_properties else []
     return "\n".join([*lines, shown])
 
@@ -45,7 +45,7 @@ def _type(schema: Schema, indent: str) -> str:
 
 
 def _choices(schema: Schema, indent: str) -> list[str]:
-    """The types of which a value has one, each once; at least one."""
+    """Return the members of the union type of a schema, without duplicates; at least one."""
     if values := schema.values:
         types = [_json(value) for value in values]
     elif variants := schema.variants:
@@ -56,7 +56,7 @@ def _choices(schema: Schema, indent: str) -> list[str]:
 
 
 def _of_kind(kind: str, schema: Schema, indent: str) -> str:
-    """The type of the values of one kind."""
+    """Return the type of values with the JSON type ``kind``."""
     if kind == ARRAY:
         return _array(schema, indent)
     if kind == OBJECT and schema.has_properties:
@@ -83,7 +83,7 @@ def _object(schema: Schema, indent: str) -> str:
 
 
 def _property(key: str, schema: Schema, indent: str) -> list[str]:
-    """The lines of one property, without the indent of their beginnings."""
+    """Return the lines of one property, without indentation."""
     lines = [*comment(schema.get("title")), "//"] if schema.get("title") else []
     lines += comment(schema.get("description"))
     if examples := schema.entries("examples"):
@@ -106,7 +106,7 @@ def _variant(variant: Schema, owner: Schema, indent: str) -> str:
 
 
 def _default(schema: Schema) -> str:
-    """A note of the default; empty without one. A choice of an ``enum`` has no quotes."""
+    """Return a note with the default value, or an empty text. ``enum`` values have no quotes."""
     if "default" not in schema.data:
         return ""
     value = schema.data["default"]
@@ -115,7 +115,7 @@ def _default(schema: Schema) -> str:
 
 
 def comment(text: object) -> list[str]:
-    """The lines of a text as comments."""
+    """Return the lines of a text as comments."""
     return [f"// {line}".rstrip() for line in str(text).splitlines()] if text else []
 
 

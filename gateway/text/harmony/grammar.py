@@ -1,7 +1,7 @@
-"""What an answer in the Harmony format must follow.
+"""Grammars of answers in the Harmony format.
 
-Reasoning and words before calls may always come first; tools limit the calls, and structured output
-limits the text of the channel ``final``. Marks are special tokens, which text cannot hold.
+Reasoning, and text before calls, is always allowed; tools constrain the calls, and structured
+output constrains the text of the channel ``final``. Text cannot contain special tokens.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ def harmony_grammar(
     answer: Grammar | None,
     opened: str = OPENED,
 ) -> Grammar | None:
-    """The grammar of an answer; None: anything. It allows one call at most, the last message.
+    """Return the grammar of an answer; None allows any text. Only the last message may be a call.
 
-    A vocabulary without the marks has no grammar but ``answer``.
+    If the vocabulary lacks the special tokens of the format, the grammar is ``answer``.
 
     Args:
-        use: what may be called; None: there are no tools.
-        special_ids: special tokens by text.
-        answer: what the text of the channel ``final`` must follow.
-        opened: the prompt's open message, as ``HarmonyParser`` takes it.
+        use: the tools; None without tools.
+        special_ids: ids of the special tokens by text.
+        answer: grammar of the text of the channel ``final``.
+        opened: the open message of the prompt, as for ``HarmonyParser``.
 
     Raises:
-        RequestError: the tools are too large, or cannot go with ``answer`` or this vocabulary;
-            or the prompt ends within a header.
+        RequestError: the tools are too large, or cannot be combined with ``answer`` or this
+            vocabulary; or the prompt ends within a header.
     """
     if use is not None:
         check_goes_with_tools(answer)
@@ -83,7 +83,7 @@ def harmony_grammar(
 def _without_marks(use: ToolUse | None, answer: Grammar | None) -> Grammar | None:
     if use is None:
         return answer
-    reason = "needs a model with the marks of its format"
+    reason = "needs a model with the special tokens of the Harmony format"
     require(not use.must_call, "tool_choice", reason)
     if answer is not None:
         raise RequestError(f"{answer.field} with tools {reason}", answer.field)
@@ -91,7 +91,7 @@ def _without_marks(use: ToolUse | None, answer: Grammar | None) -> Grammar | Non
 
 
 def _start(use: ToolUse | None, special_ids: Mapping[str, int], opened: str) -> list[str]:
-    """Where an answer begins: with a header, its ``<|start|>``, or within a message's text."""
+    """Return the start rules: an answer begins with ``<|start|>``, a header or message text."""
     must_call = use is not None and use.must_call
     ends = ["final"] * (not must_call) + ["call"] * (use is not None)
     turn = f"turn: before* ({' | '.join(ends)})"

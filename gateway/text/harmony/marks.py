@@ -1,7 +1,7 @@
-"""The marks of the Harmony format, and what the header of a message says.
+"""The special tokens of the Harmony format, and the headers of messages.
 
-A message is ``<|start|>HEADER<|message|>TEXT<|end|>``. The last one of an answer ends with
-``<|return|>``, a call with ``<|call|>``. A header is a role, a channel and, in a call, a recipient.
+A message is ``<|start|>HEADER<|message|>TEXT<|end|>``. The last message of an answer ends with
+``<|return|>``, a call with ``<|call|>``. A header: role, channel and, in calls, recipient.
 
 Source: "Harmony response format" (OpenAI, 2025), https://github.com/openai/harmony.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 
 class SpecialToken(str):
-    """A special token of the format; the same letters in a plain text are none."""
+    """A special token of the format; equal letters in a plain text are not a special token."""
 
     __slots__ = ()
 
@@ -34,16 +34,16 @@ ENDS: tuple[str, ...] = (END, RETURN, CALL)
 MARKS: tuple[str, ...] = (CHANNEL, MESSAGE, CONSTRAIN, START, *ENDS)
 ANALYSIS, COMMENTARY, FINAL = "analysis", "commentary", "final"
 CHANNELS = (ANALYSIS, COMMENTARY, FINAL)
-"""What the model says to itself; calls, and words for the user before them; its answer."""
+"""Channels: reasoning; calls, and text for the user before them; the answer."""
 ROLE = "assistant"
 ROLES = (ROLE, "system", "developer", "user", "tool")
 OPENED = f"{START}{ROLE}"
-"""How prompts end whose answer begins with a header."""
+"""End of a prompt if the answer begins with a header."""
 FUNCTIONS = "functions."
-"""Before the name of a function that a message calls."""
+"""Prefix of the name of a called function."""
 
 _SIGNS = r"[^\w<=\[\]{}()\"'`]{0,64}"
-"""White space, and signs such as ``??`` that models write into headers now and then."""
+"""White space, and characters such as ``??`` that models sometimes write into headers."""
 _CHANNEL_NAME = re.compile(rf"{re.escape(CHANNEL)}{_SIGNS}(\w+)")
 _RECIPIENT = re.compile(r"\bto=\s*([\w.:/-]+)")
 _ROLE_WORD = re.compile(r"[\w.:-]*")
@@ -54,14 +54,14 @@ _WORDS = re.compile(
     rf"{_TO}(?:{_SIGNS}{re.escape(CHANNEL)}\s*(?:{_SIGNS}(?=\w))?(\w*))?{_TO}"
     rf"(?:{_SIGNS}{re.escape(CONSTRAIN)}\s*\w*)?\s*"
 )
-"""What a header says behind its role, in the usual order, perhaps cut off; the group: channel."""
+"""A header after its role, in the usual order, possibly incomplete. The group is the channel."""
 
 
 class HarmonyPrompt(str):
-    """A prompt that tells its marks from texts of clients that look like marks."""
+    """A prompt that distinguishes special tokens from client texts that look like them."""
 
     parts: tuple[str, ...]
-    """Marks and texts in their order."""
+    """Special tokens and texts in order."""
 
     def __new__(cls, parts: Iterable[str]) -> HarmonyPrompt:
         whole = tuple(parts)
@@ -71,41 +71,41 @@ class HarmonyPrompt(str):
 
     @property
     def marks(self) -> frozenset[SpecialToken]:
-        """Those that it has."""
+        """Special tokens of the prompt."""
         return frozenset(part for part in self.parts if isinstance(part, SpecialToken))
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a header says."""
+    """The parsed header of a message."""
 
     channel: str
-    """Empty where it names none."""
+    """Name of the channel; empty without one."""
     recipient: str
-    """Whom the message is for; empty: for the user."""
+    """Recipient of the message; empty for the user."""
 
     @property
     def is_content(self) -> bool:
-        """The message is for the user."""
+        """Whether the message is text for the user."""
         return not self.recipient and self.channel != ANALYSIS
 
 
 def read_header(text: str) -> Header:
-    """The parts of a header, in any order."""
+    """Parse a header; its parts may be in any order."""
     channel, recipient = _CHANNEL_NAME.search(text), _RECIPIENT.search(text)
     return Header(channel[1] if channel else "", recipient[1] if recipient else "")
 
 
 def text_in_header(header: str, has_role: bool, is_whole: bool) -> str:
-    """What in ``header`` is no header's word: text of a message whose marks are not all there.
+    """Return message text in ``header``, for messages that lack some of their special tokens.
 
     For example ``<|channel|>analysis I must refuse`` has the text ``I must refuse``. One more word,
-    behind a recipient or in a whole header, is the type of the text; signs alone are nothing.
+    after a recipient or in a complete header, is the type of the text and is skipped.
 
     Args:
-        header: up to the mark that ends it.
-        has_role: it begins with a role.
-        is_whole: that mark is ``<|message|>``.
+        header: the header up to the special token that ends it.
+        has_role: whether it begins with a role.
+        is_whole: whether ``<|message|>`` ends it.
     """
     place = _role_end(header) if has_role else 0
     while (words := _WORDS.match(header, place)) and words.end() > place:
@@ -130,15 +130,15 @@ def _begins_one_of(names: tuple[str, ...], text: str) -> bool:
 
 
 def without_signs(text: str) -> str:
-    """A text without white space and signs at its start."""
+    """Return a text without white space and signs at its start."""
     return re.sub(_SIGNS, "", text.lstrip(), count=1)
 
 
 def open_message(prompt: str) -> str:
-    """The header of the message that a prompt leaves open, from ``<|start|>`` on.
+    """Return the header of the open message at the end of a prompt, including ``<|start|>``.
 
-    It ends with ``<|message|>`` where an answer goes on with the message's text; it is empty where
-    no message is open.
+    It ends with ``<|message|>`` if the answer continues the text of this message. It is empty if
+    the prompt has no open message.
     """
     place = prompt.rfind(START)
     if place < 0 or any(prompt.find(end, place) >= 0 for end in ENDS):
@@ -148,11 +148,11 @@ def open_message(prompt: str) -> str:
 
 
 def open_header(ids: Sequence[int], special_ids: Mapping[str, int]) -> Sequence[int]:
-    """The same of a prompt's tokens, where marks are tokens and texts that look like them are not.
+    """Like ``open_message`` for token ids: texts that look like special tokens are ignored.
 
     Args:
-        ids: the prompt.
-        special_ids: special tokens by text, the marks among them.
+        ids: the token ids of the prompt.
+        special_ids: ids of the special tokens by text, including ``MARKS``.
     """
     ends = {special_ids[end] for end in ENDS}
     place = len(ids) - 1

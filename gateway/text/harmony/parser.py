@@ -1,8 +1,8 @@
-"""Divides an answer in the Harmony format into content, reasoning and calls, as the text comes in.
+"""Incremental parser that splits an answer in the Harmony format into content, reasoning and calls.
 
-An answer is a row of messages, ``<|channel|>NAME<|message|>TEXT<|end|><|start|>assistant``, and the
-last one ends with ``<|return|>`` or ``<|call|>``. Text on the channel ``analysis`` is reasoning; a
-message to an offered function is a call; any other text for the user is content.
+An answer is a sequence of messages, ``<|channel|>NAME<|message|>TEXT<|end|><|start|>assistant``;
+the last one ends with ``<|return|>`` or ``<|call|>``. Text on the channel ``analysis`` is
+reasoning; a message to an offered function is a call; any other text for the user is content.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from gateway.text.harmony.marks import (
 )
 
 MAX_HEADER_CHARS = 256
-"""What is longer without a mark is text, so that no client waits for its end."""
+"""Maximum length of a header. A longer one is text, so that clients do not wait for its end."""
 _PIECE_CHARS = 4096
-"""Read at a time, so that the work is in proportion to the text, however many messages it has."""
+"""Number of characters read at a time, so that the work is linear in the length of the text."""
 _TEXT_ENDS = (*ENDS, START)
 _HEADER_ENDS = (MESSAGE, *_TEXT_ENDS)
 _WINDOW_CHARS = MAX_HEADER_CHARS + max(map(len, _HEADER_ENDS))
 _FIRST_WORDS = (*MARKS, "to=")
-"""How a header behind its role can begin."""
+"""Possible beginnings of a header after its role."""
 
 
 class _State(Enum):
@@ -54,15 +54,15 @@ def _text_state(header: Header) -> _State:
 
 
 class HarmonyParser:
-    """Reads one answer. The result does not depend on how the text was cut into pieces.
+    """Parses one answer. The result does not depend on how the text is split into pieces.
 
     ``<|channel|>analysis<|message|>Look.<|end|><|start|>assistant<|channel|>final<|message|>Yes.``
-    is the reasoning ``Look.`` and the content ``Yes.`` No text is lost but for words that a header
-    may hold: what no mark or header explains is content, and so is an answer without marks.
+    is the reasoning ``Look.`` and the content ``Yes.`` No text is lost, except words of a header:
+    text outside of messages is content, and so is an answer without special tokens.
 
     Args:
-        names: functions that may be called. A message to any other is reasoning.
-        opened: the prompt's open message (``marks.open_message``), which the answer goes on with.
+        names: functions that may be called. A message to any other function is reasoning.
+        opened: the open message of the prompt (``marks.open_message``), which the answer continues.
     """
 
     def __init__(self, names: Collection[str] = (), opened: str = OPENED) -> None:
@@ -71,30 +71,30 @@ class HarmonyParser:
         self._waiting = opened.removeprefix(OPENED).removeprefix(START)
         self._state = _State.HEADER if opened else _State.BETWEEN
         self._has_role = not opened.startswith(OPENED)
-        """The header that is read begins with a role."""
+        """Whether the current header begins with a role."""
         self._may_be_text = opened == OPENED
-        """What comes is a header, or an answer without any."""
+        """Whether the answer may have no header."""
         self._arguments: list[str] = []
         self.num_begun = 0
-        """Calls whose name is known."""
+        """Number of calls with a known name."""
         self.num_complete = 0
-        """Calls whose arguments are all there."""
+        """Number of calls with complete arguments."""
         if opened.endswith(MESSAGE):
             self._waiting = ""
             self._state = _text_state(read_header(opened))
 
     @property
     def has_calls(self) -> bool:
-        """There are calls, and the last one is complete."""
+        """Whether there are calls and the last one is complete."""
         return 0 < self.num_complete == self.num_begun
 
     def feed(self, text: str, is_last: bool = False, ends_with_mark: bool = False) -> ParsedPiece:
-        """What is certain after ``text``.
+        """Add ``text`` and return the parsed output that is final.
 
         Args:
             text: the next piece.
-            is_last: nothing waits any more.
-            ends_with_mark: the model ended the answer with a mark, which is not in the text.
+            is_last: whether the answer ends; no text is held back.
+            ends_with_mark: whether the answer ended with a special token, which is not in the text.
         """
         found = PieceBuilder()
         for start in range(0, max(len(text), 1), _PIECE_CHARS):
@@ -111,7 +111,7 @@ class HarmonyParser:
             pass
 
     def _step(self, found: PieceBuilder, is_last: bool) -> bool:
-        """Read on; whether there may be more."""
+        """Parse the next part; return whether another call may parse more."""
         if self._state is _State.BETWEEN:
             return self._read_between(is_last)
         if self._state is _State.HEADER:
@@ -119,7 +119,7 @@ class HarmonyParser:
         return self._read_text(found, is_last)
 
     def _read_between(self, is_last: bool) -> bool:
-        """Up to the next header, or to text that has none."""
+        """Read up to the next header, or up to text without a header."""
         text = self._waiting
         if mark := next((mark for mark in _TEXT_ENDS if text.startswith(mark)), ""):
             self._waiting = text[len(mark) :]
@@ -140,7 +140,7 @@ class HarmonyParser:
         self._state, self._has_role, self._may_be_text = _State.HEADER, has_role, False
 
     def _read_header(self, found: PieceBuilder, is_last: bool) -> bool:
-        """Up to the text of a message."""
+        """Read up to the text of a message."""
         if self._may_be_text and not _may_begin(self._waiting):
             self._state = _State.CONTENT
             return True
@@ -170,7 +170,7 @@ class HarmonyParser:
             self._state = _text_state(header)
 
     def _begin_cut(self, header: str, found: PieceBuilder) -> None:
-        """A call whose header the answer's end cuts has begun, if its function is known."""
+        """Begin a call with a header that the end of the answer cuts, if its function is known."""
         recipient = read_header(header).recipient
         begun = recipient.removeprefix(FUNCTIONS)
         name = name_of_cut(begun, header, self._names) if begun != recipient else ""
@@ -183,7 +183,7 @@ class HarmonyParser:
         self._arguments = []
 
     def _take_from_header(self, header: str, is_whole: bool, found: PieceBuilder) -> _State:
-        """Give what is text in a header; which text that is."""
+        """Add the text in a header to ``found`` and return the state for such text."""
         has_marks = is_whole or CHANNEL in header or CONSTRAIN in header
         is_text = self._may_be_text and not has_marks
         text = header if is_text else text_in_header(header, self._has_role, is_whole)
@@ -192,7 +192,7 @@ class HarmonyParser:
         return state
 
     def _read_text(self, found: PieceBuilder, is_last: bool) -> bool:
-        """Text of the message that is certain; whether the message ends there."""
+        """Read the text of a message that is final; return whether the message ends."""
         text, mark, rest = cut(self._waiting, _TEXT_ENDS)
         if not mark and not is_last and (kept := overlap(text, _TEXT_ENDS)):
             text, rest = text[:-kept], text[-kept:]
@@ -208,7 +208,7 @@ class HarmonyParser:
         return bool(mark)
 
     def _end_call(self, found: PieceBuilder, has_mark: bool) -> None:
-        """A call with its mark is complete; without it, if its arguments are."""
+        """End a call. It is complete if its end token is present or its arguments are complete."""
         if has_mark and not "".join(self._arguments).strip():
             self._take("{}", found)
         self.num_complete += has_mark or _is_object("".join(self._arguments))
@@ -222,18 +222,17 @@ class HarmonyParser:
 
 
 def _begins_header(text: str) -> bool:
-    """Whether a header, behind its role, begins so for certain."""
+    """Whether a text is the beginning of a header after its role."""
     return text.lstrip().startswith(_FIRST_WORDS)
 
 
 def _may_begin(text: str) -> bool:
-    """Whether a header, behind its role, may begin so."""
+    """Whether a text may become the beginning of a header after its role."""
     words = without_signs(text)
     return any(words.startswith(first) or first.startswith(words) for first in _FIRST_WORDS)
 
 
 def _is_object(text: str) -> bool:
-    """Whether a text is a JSON object."""
     try:
         return isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):

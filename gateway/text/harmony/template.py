@@ -1,12 +1,12 @@
-"""A conversation as a prompt in the Harmony format.
+"""Render a conversation to a prompt in the Harmony format.
 
 The prompt begins with a system message about the model. The client's ``system`` and ``developer``
 messages are instructions in a developer message, which also declares the tools. Reasoning is
 repeated until the model's next answer on the channel ``final``, since calls belong to it.
-Calls are written as the model writes them, with the client's own JSON text. An assistant's message
-of the phase ``commentary`` is on that channel.
+Calls are written as the model writes them, with the JSON text of the client. An assistant message
+with the phase ``commentary`` is on the channel ``commentary``.
 
-The prompt tells its marks from the texts of clients: no text becomes a message of its own.
+The prompt distinguishes special tokens from client texts, so that no text can create a message.
 
 Source: "Harmony response format" (OpenAI, 2025), https://github.com/openai/harmony.
 """
@@ -49,7 +49,7 @@ _EFFORTS = {
     "high": "high",
     "xhigh": "high",
 }
-"""The model's efforts by OpenAI's."""
+"""Reasoning efforts of the model by effort in OpenAI's API."""
 _EFFORT = "reasoning_effort"
 _DEFAULTS = {
     "model_identity": "You are ChatGPT, a large language model trained by OpenAI.",
@@ -63,7 +63,7 @@ _UNNAMED = "response"
 _INSTRUCTING = ("system", "developer")
 _Message = Mapping[str, Any]
 _Parts = list[str]
-"""A message of the prompt: marks and texts in their order, the last two its text and its end."""
+"""A message of the prompt: special tokens and texts in order; the last two are text and end."""
 
 
 def _today() -> str:
@@ -71,17 +71,17 @@ def _today() -> str:
 
 
 class HarmonyTemplate:
-    """Takes the place of a ``ChatTemplate`` for models of this format.
+    """Replaces ``ChatTemplate`` for models with this format.
 
     Args:
         variables: special tokens by name, for templates of clients.
-        today: the date in prompts; by default that of UTC.
+        today: returns the date in prompts; by default the date in UTC.
     """
 
     has_tools = True
     tool_form = ToolForm.HARMONY
     has_thinking = False
-    """Reasoning has a channel of its own."""
+    """False: reasoning has a separate channel and no ``<think>`` tags."""
 
     def __init__(
         self, variables: Mapping[str, str] | None = None, today: Callable[[], str] = _today
@@ -99,13 +99,13 @@ class HarmonyTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         answer_format: AnswerFormat | None = None,
     ) -> HarmonyPrompt:
-        """The prompt of a conversation.
+        """Render a conversation to a prompt.
 
         Args:
             variables: ``reasoning_effort``, ``model_identity``, ``knowledge_cutoff`` and
-                ``conversation_start_date``; None is as if absent, and an empty text leaves out the
+                ``conversation_start_date``; None sets the default, and an empty text omits the
                 line.
-            answer_format: what is shown of ``response_format``.
+            answer_format: the schema of ``response_format`` that the prompt shows.
 
         Raises:
             RequestError: a message or variable does not fit the format.
@@ -127,10 +127,10 @@ class HarmonyTemplate:
 
 
 class _Turns:
-    """Renders messages behind the first instructions, one after the other.
+    """Renders the messages after the first instructions.
 
     Args:
-        kept_from: place of the first message whose reasoning is repeated.
+        kept_from: index of the first message that is rendered with its reasoning.
     """
 
     def __init__(self, kept_from: int) -> None:
@@ -177,7 +177,7 @@ class _Turns:
         return _message(header, arguments.text.strip() or "{}", CALL)
 
     def _function(self, message: _Message, place: int) -> str:
-        """Whose result a message is: of the call that it names, else of the last call."""
+        """Return the function of a result: by call id, by name, or the last called function."""
         known = self._names.get(message.get("tool_call_id") or "")
         given = str(message.get("name") or "")
         name = known or (_checked_name(given, place) if given else self._last_name)
@@ -187,7 +187,7 @@ class _Turns:
 
 
 def _checked_name(name: str, place: int) -> str:
-    """A function's name as headers have it."""
+    """Return the name of a function without the prefix of headers."""
     plain = name.removeprefix(FUNCTIONS)
     if not is_name(plain):
         raise _template_error(f"the function's name in messages[{place}] {NAME_RULE}")
@@ -223,7 +223,7 @@ def _developer(
     tools: Sequence[Mapping[str, Any]],
     answer_format: AnswerFormat | None,
 ) -> tuple[_Parts, ...]:
-    """The message of the first instructions, the tools and the answer's format, if any is there."""
+    """Return the message with the first instructions, tools and answer format, if there are any."""
     texts = [str(message["content"]) for message in messages[: _num_instructions(messages)]]
     sections = [_INSTRUCTIONS, *texts] if any(texts) else []
     if tools:
@@ -240,7 +240,7 @@ def _format_sections(wanted: AnswerFormat) -> list[str]:
 
 
 def _num_instructions(messages: Sequence[_Message]) -> int:
-    """Messages at the beginning that instruct."""
+    """Return the number of instruction messages at the beginning."""
     return sum(1 for _ in takewhile(lambda message: message.get("role") in _INSTRUCTING, messages))
 
 
@@ -252,12 +252,12 @@ def _is_answer(message: _Message) -> bool:
 
 
 def _is_commentary(message: _Message) -> bool:
-    """Whether a message was not the last one of its turn."""
+    """Whether more messages of the same turn followed a message."""
     return message.get(PHASE) == COMMENTARY_PHASE
 
 
 def _reasoning(message: _Message, place: int) -> str:
-    """A text, or the texts of a list of parts, as ``content`` has them."""
+    """Return the reasoning of a message, which is a text or a list of text parts."""
     found = next(filter(None, map(message.get, REASONING_NAMES)), "")
     parts = found if isinstance(found, list) else [{"type": "text", "text": found}]
     found = [part.get("text") if isinstance(part, dict) else None for part in parts]
@@ -272,7 +272,7 @@ def _message(header: Sequence[str], text: str, end: str = END) -> _Parts:
 
 
 def _left_open(turns: list[_Parts]) -> list[_Parts]:
-    """The turns without the end of the last one."""
+    """Return the messages without the end token of the last one."""
     *before, last = turns or [[""]]
     has_text = last[-1] == END and bool(last[-2])
     require(has_text, "continue_final_message", "needs a final message with content")

@@ -1,7 +1,7 @@
-"""A clean schema as the alternatives that its values choose from.
+"""Expand a clean schema into alternatives: a value matches the schema if it matches one of them.
 
 ``{"anyOf": [A, B], "allOf": [C]}`` has the alternatives ``A and C``, ``B and C``: each is a tuple
-of pieces that all hold. Pieces have no ``$ref``, ``anyOf``, ``oneOf`` or ``allOf``.
+of pieces that a value must match. Pieces have no ``$ref``, ``anyOf``, ``oneOf`` or ``allOf``.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _KINDS: Mapping[type, str] = {
 
 
 class UnfollowedError(Exception):
-    """A schema is not followed; the message is a keyword, or the reason."""
+    """A schema cannot be expressed as a grammar; the message is a keyword or the reason."""
 
 
 def alternatives(schema: Any, clean: CleanSchema, is_strict: bool) -> list[Alternative]:
-    """The alternatives of a part of a schema.
+    """Return the alternatives of a part of a schema.
 
     Raises:
-        UnfollowedError: there are too many, or, if strict, those of a ``oneOf`` may overlap.
+        UnfollowedError: there are too many, or, if strict, members of a ``oneOf`` may overlap.
     """
     try:
         return _Expansion(clean, is_strict).of(schema, frozenset())
@@ -53,11 +53,11 @@ class _Expansion:
         self._num_circles = 0
 
     def of(self, schema: Any, above: frozenset[str]) -> list[Alternative]:
-        """Alternatives of a schema.
+        """Return the alternatives of a schema.
 
         Args:
-            schema: clean.
-            above: references that lead here with no value in between; again they add nothing.
+            schema: a clean schema.
+            above: references being expanded at the same value; repeating them adds nothing.
         """
         self._use(1)
         if not isinstance(schema, Mapping):
@@ -72,7 +72,7 @@ class _Expansion:
         return found
 
     def _own_piece(self, schema: Piece) -> Alternative:
-        """A schema without applicators; the same object each time, so that it is known again."""
+        """Return a schema without applicators, cached so that pieces are compared by identity."""
         if id(schema) not in self._own:
             own = {key: value for key, value in schema.items() if key not in _APPLICATORS}
             self._own[id(schema)] = (own,)
@@ -92,7 +92,7 @@ class _Expansion:
         return found
 
     def _named(self, name: str, above: frozenset[str]) -> list[Alternative]:
-        """Alternatives of a definition; kept where they do not depend on what leads here."""
+        """Return the alternatives of a definition; cached unless they depend on ``above``."""
         if name in above:
             self._num_circles += 1
             return []
@@ -124,7 +124,7 @@ def _distinct(some: Iterable[Alternative]) -> list[Alternative]:
 
 
 def _check_apart(groups: Sequence[Sequence[Alternative]]) -> None:
-    """Raise ``UnfollowedError`` where a value may fit two members of a ``oneOf``."""
+    """Raise ``UnfollowedError`` if a value may match two members of a ``oneOf``."""
     for place, some in enumerate(groups):
         others = [one for group in groups[place + 1 :] for one in group]
         if not all(are_apart(one, other) for one in some for other in others):
@@ -132,8 +132,11 @@ def _check_apart(groups: Sequence[Sequence[Alternative]]) -> None:
 
 
 def are_apart(one: Alternative, other: Alternative) -> bool:
-    """Whether no value is known to fit both: by type, by values, by those of a property, or since
-    one has a property that the other does not allow."""
+    """Whether two alternatives are known to be disjoint.
+
+    They differ in types, in values, in the values of a property, or one requires a property that
+    the other forbids.
+    """
     if kinds_of_alternative(one).isdisjoint(kinds_of_alternative(other)):
         return True
     some, more = _only_values(one), _only_values(other)
@@ -150,7 +153,7 @@ def are_apart(one: Alternative, other: Alternative) -> bool:
 
 
 def _needs_more(one: Alternative, other: Alternative) -> bool:
-    """Whether all values of the first are objects with a property that the second forbids."""
+    """Whether ``one`` requires objects with a property that ``other`` forbids."""
     if kinds_of_alternative(one) != {"object"}:
         return False
     required = {name for piece in one for name in piece.get("required", ())}
@@ -167,7 +170,7 @@ def _only_values(alternative: Alternative) -> list[Any] | None:
 
 
 def _tags(alternative: Alternative) -> dict[str, list[Any]]:
-    """Values of required properties that have but a few."""
+    """Return the allowed values of required properties with ``enum`` or ``const``, by name."""
     required = {name for piece in alternative for name in piece.get("required", ())}
     return {
         name: values
@@ -183,12 +186,12 @@ def _tags(alternative: Alternative) -> dict[str, list[Any]]:
 
 
 def kind_of(value: object) -> str:
-    """The type of a JSON value."""
+    """Return the JSON type of a value."""
     return _KINDS.get(type(value), "null")
 
 
 def kinds_of_alternative(alternative: Alternative) -> frozenset[str]:
-    """Types of the values that an alternative allows; ``number`` comes with ``integer``."""
+    """Return the JSON types that an alternative allows; ``number`` includes ``integer``."""
     found = frozenset(TYPES)
     for piece in alternative:
         named = piece.get("type", TYPES)
@@ -199,7 +202,7 @@ def kinds_of_alternative(alternative: Alternative) -> frozenset[str]:
 
 
 def values_of(piece: Piece) -> list[Any] | None:
-    """The only values; None where there are others."""
+    """Return the values of ``const`` or ``enum``; None without them."""
     if "const" in piece:
         return [piece["const"]]
     return piece.get("enum")

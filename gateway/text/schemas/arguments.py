@@ -1,7 +1,7 @@
-"""The arguments of a function, one by one, as its schema has them.
+"""The individual arguments of a function, derived from its schema.
 
-A schema may say in several ways which arguments go together (``anyOf`` at its root, for example):
-each way is a ``Shape``.
+A schema may allow several sets of arguments (for example with ``anyOf`` at its root): each set is a
+``Shape``.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from gateway.text.schemas.clean_schema import CleanSchema, unfollowed
 from gateway.text.schemas.one_of import argument_schema
 
 _MAX_ARGUMENTS = 2000
-"""Of all shapes; a grammar has no room for more."""
+"""Maximum number of arguments of all shapes; the size of grammars is limited."""
 _KEY = "arguments"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """One set of arguments that go together; the schemas are clean."""
+    """One set of arguments that may be given together; all schemas are clean."""
 
     properties: Mapping[str, Any]
     required: frozenset[str] = frozenset()
     patterns: Mapping[str, Any]
-    """Schemas of other arguments, by a pattern of their names."""
+    """Schemas of additional arguments by a pattern of their names."""
     others: Any = False
-    """Schema of all others; False: there are none."""
+    """Schema of all other arguments; False forbids them."""
     least: int = 0
-    """Arguments that there must be."""
+    """Minimum number of arguments."""
     most: int | None = None
-    """Arguments that there may be; None: any number."""
+    """Maximum number of arguments; None for no limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """What a function takes."""
+    """The arguments of a function."""
 
     clean: CleanSchema
     shapes: Sequence[Shape]
 
     def schema_of(self, name: str) -> Any:
-        """What one argument is in any of the shapes."""
+        """Return the schema of one argument in any of the shapes."""
         found = [s.properties[name] for s in self.shapes if name in s.properties]
         if not found:
             others = ((*shape.patterns.values(), shape.others) for shape in self.shapes)
@@ -61,17 +61,18 @@ class Arguments:
 
 
 def arguments_of(tool: Tool, is_strict: bool) -> Arguments:
-    """The arguments of a tool.
+    """Return the arguments of a tool.
 
     Args:
-        tool: its schema is an object's.
-        is_strict: refuse what is not followed; otherwise arguments may be any then.
+        tool: a tool with the schema of an object.
+        is_strict: whether to reject a schema that a grammar cannot express; if False, such a
+            schema allows any arguments.
 
     Raises:
-        RequestError: it is strict, and not followed.
+        RequestError: ``is_strict``, and a grammar cannot express the schema.
     """
     if (known := tool.derived.get(_KEY)) is not None:
-        assert isinstance(known, Arguments), "this module puts it there"
+        assert isinstance(known, Arguments), "only this module sets it"
         return known
     found = _arguments(tool, is_strict)
     tool.derived[_KEY] = found
@@ -96,7 +97,7 @@ def _arguments(tool: Tool, is_strict: bool) -> Arguments:
 
 
 def _shape(pieces: Alternative, is_strict: bool) -> Shape | None:
-    """What all pieces together allow; None: nothing."""
+    """Return the arguments that all pieces allow; None if no value can match them."""
     names = dict.fromkeys(chain(*(piece.get("properties", {}) for piece in pieces)))
     required = dict.fromkeys(chain(*(piece.get("required", ()) for piece in pieces)))
     speaking = [p for p in pieces if "additionalProperties" in p or p.get("patternProperties")]
@@ -127,7 +128,7 @@ def _shape(pieces: Alternative, is_strict: bool) -> Shape | None:
 
 
 def _of_piece(piece: Piece, name: str) -> Any:
-    """What a piece says of an argument."""
+    """Return the schema of an argument in a piece."""
     if name in piece.get("properties", {}):
         return piece["properties"][name]
     if piece.get("patternProperties"):
@@ -136,7 +137,7 @@ def _of_piece(piece: Piece, name: str) -> Any:
 
 
 def _all_of(schemas: Sequence[Any]) -> Any:
-    """One schema for several that all hold."""
+    """Combine schemas that a value must all match."""
     if any(schema is False for schema in schemas):
         return False
     known = {id(schema): schema for schema in schemas if schema is not True}
@@ -151,10 +152,10 @@ def _check_followed(
     names: Mapping[str, Any],
     speaking: Sequence[Piece],
 ) -> None:
-    """Raise ``UnfollowedError`` for what a shape cannot say."""
+    """Raise ``UnfollowedError`` for keywords that a ``Shape`` cannot express."""
     has_patterns = any(piece.get("patternProperties") for piece in pieces)
     if has_patterns and (names or len(speaking) > 1):
-        raise UnfollowedError("patternProperties is not followed beside properties")
+        raise UnfollowedError("patternProperties is not supported together with properties")
     for piece in pieces:
         if values_of(piece) is not None:
-            raise UnfollowedError("enum and const of all arguments are not followed")
+            raise UnfollowedError("enum and const of the whole arguments are not supported")

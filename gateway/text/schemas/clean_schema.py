@@ -1,8 +1,8 @@
-"""Schemas of arguments as grammars take them: only keywords that are followed, references resolved.
+"""Clean schemas of arguments for grammars: only supported keywords, with references resolved.
 
-Clients send what their tools emit: notes for people, formats that a registry of their own knows,
-keywords of other drafts, references of every kind. With ``strict`` what cannot be followed is
-refused by name; without, it has no effect, so that such a schema refuses no request.
+Clients send schemas with annotations, custom formats, keywords of other drafts and references of
+every kind. With ``strict``, a keyword that a grammar cannot express is rejected by name; without
+``strict`` it is ignored, so that the request succeeds.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from gateway.text.schemas.references import (
 
 TYPES = ("null", "boolean", "number", "integer", "string", "array", "object")
 DEFINITION = "#/$defs/"
-"""Begins every reference of a clean schema."""
+"""Prefix of every reference of a clean schema."""
 _MAX_NODES = 10_000
-"""Schemas in one, repeated for each reference to a schema within another."""
+"""Maximum number of schemas within a schema, counted again for each reference."""
 _MAX_VALUES = 5000
-"""Of an ``enum``."""
+"""Maximum number of values of an ``enum``."""
 _REFUSED = frozenset(
     {
         *("not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems"),
@@ -40,13 +40,13 @@ _REFUSED = frozenset(
         *("unevaluatedItems", "unevaluatedProperties", "$dynamicRef", "$recursiveRef"),
     }
 )
-"""Keywords that limit values and that grammars do not follow."""
+"""Keywords that constrain values and that grammars cannot express."""
 _NAMING = frozenset({"then", "else", "dependencies", "dependentSchemas"})
-"""Of these, keywords whose schemas may name further arguments."""
+"""Keywords of ``_REFUSED`` with schemas that may name additional arguments."""
 _OPENING = frozenset(
     {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
 )
-"""Keywords that may allow arguments which ``properties`` does not name."""
+"""Keywords that may allow arguments in addition to ``properties``."""
 _NEUTRAL: Mapping[str, Any] = MappingProxyType(
     {
         "uniqueItems": False,
@@ -55,30 +55,30 @@ _NEUTRAL: Mapping[str, Any] = MappingProxyType(
         "propertyNames": {"type": "string"},
     }
 )
-"""Values of such keywords that limit nothing."""
+"""Values of keywords of ``_REFUSED`` that have no effect."""
 _NOT_REGULAR = re.compile(r"\(\?(?:=|!|<=|<!|>)|\\[1-9kbBG]")
-"""Look-around, atomic groups, references to groups, and bounds of words."""
+"""Look-around, atomic groups, back-references and word boundaries."""
 _LOWER_BOUNDS = ("minimum", "exclusiveMinimum")
 BOUNDS = (*_LOWER_BOUNDS, "maximum", "exclusiveMaximum")
 _HIGHEST = 2**63 - 1024
-"""The compiler reads bounds as float64, and this is the last one that an integer of 64 bits is."""
+"""Largest float64 within the int64 range; the compiler reads bounds as float64."""
 _ANY = MappingProxyType[str, Any]({})
 
 
 class _Unfit(Exception):
-    """A keyword's value is wrong; the message is the rule."""
+    """The value of a keyword is invalid; the message is the rule."""
 
 
 @dataclass(frozen=True, slots=True)
 class CleanSchema:
-    """A schema of a function's arguments."""
+    """A clean schema of a function's arguments."""
 
     root: Mapping[str, Any]
     definitions: Mapping[str, Any]
-    """What references name, by the text behind ``DEFINITION``."""
+    """Targets of references by the text after ``DEFINITION``."""
 
     def document(self, schema: Any) -> dict[str, Any]:
-        """A part of it as a schema of its own, with the definitions that it needs."""
+        """Return a part of the schema as a complete schema with its definitions."""
         if not isinstance(schema, Mapping):
             return {} if schema else {"not": {}}
         needed: dict[str, Any] = {}
@@ -91,7 +91,7 @@ class CleanSchema:
         return {**schema, "$defs": needed} if needed else dict(schema)
 
     def resolved(self, schema: Any) -> Any:
-        """What a schema that is nothing but a reference names."""
+        """Return the target if ``schema`` is only a reference, else ``schema``."""
         for _ in range(len(self.definitions)):
             if not isinstance(schema, Mapping) or list(schema) != ["$ref"]:
                 break
@@ -100,10 +100,10 @@ class CleanSchema:
 
 
 def closed(schema: Any) -> Mapping[str, Any]:
-    """A clean schema without arguments that it does not name, unless it says otherwise itself.
+    """Forbid additional arguments in a clean schema unless a keyword may allow them.
 
-    JSON schema allows any others, and small models make use of that without end. Those that only
-    ``required`` names are of any type.
+    JSON Schema allows additional properties by default, and small models then generate them
+    endlessly. Arguments that only ``required`` names may be of any type.
     """
     if not isinstance(schema, Mapping):
         return _ANY
@@ -116,14 +116,14 @@ def closed(schema: Any) -> Mapping[str, Any]:
 
 
 def clean_schema(tool: Tool, is_strict: bool) -> CleanSchema:
-    """The schema of a tool's arguments.
+    """Return the clean schema of a tool's arguments.
 
     Args:
-        tool: as the client offers it.
-        is_strict: refuse what is not followed.
+        tool: the tool of the client.
+        is_strict: whether to reject keywords that a grammar cannot express.
 
     Raises:
-        RequestError: it is strict, and not followed.
+        RequestError: ``is_strict``, and a grammar cannot express the schema.
     """
     cleaner = _Cleaner(tool, is_strict)
     if is_too_deep(cleaner.references):
@@ -135,7 +135,7 @@ def clean_schema(tool: Tool, is_strict: bool) -> CleanSchema:
 
 
 def unfollowed(tool: Tool, path: Sequence[str], rule: str) -> RequestError:
-    """The error of a strict tool; ``path`` leads to the keyword that is not followed."""
+    """Return the error for a strict tool; ``path`` leads to the unsupported keyword."""
     place = ".".join(path) or "the schema"
     return RequestError(f"{tool.path} of {tool.name!r}: {place} {rule} (strict is true)", tool.path)
 
@@ -166,7 +166,7 @@ class _Cleaner:
     def _schema(
         self, given: Any, base: Mapping[str, Any], path: tuple[str, ...], depth: int
     ) -> Any:
-        """A schema, a dict or a bool."""
+        """Return a clean schema, which is a dict or a bool."""
         self._num_nodes += 1
         is_much = self._num_nodes > _MAX_NODES or depth > MAX_SCHEMA_DEPTH
         if is_much or not isinstance(given, (Mapping, bool)):
@@ -204,7 +204,7 @@ class _Cleaner:
     ) -> None:
         if key in _REFUSED:
             if not (key in _NEUTRAL and value == _NEUTRAL[key]):
-                self._refuse((*path, key), "is not followed by grammars")
+                self._refuse((*path, key), "cannot be expressed as a grammar")
             if key in _NAMING:
                 found.setdefault("additionalProperties", True)
         elif key in _PLAIN:
@@ -223,10 +223,10 @@ class _Cleaner:
         elif key == "additionalItems":
             found["items"] = inner(value, key)
         elif key == "$ref":
-            found[key] = value  # holds the keyword's place
+            found[key] = value  # keeps the order of the keywords
             if not isinstance(value, str):
                 del found[key]
-                raise _Unfit("must be a text")
+                raise _Unfit("must be a string")
 
     def _by_name(
         self, key: str, value: Any, inner: Callable[..., Any], path: tuple[str, ...]
@@ -236,7 +236,7 @@ class _Cleaner:
         found: dict[str, Any] = {}
         for name, one in value.items():
             if key == "patternProperties" and not is_regular(name):
-                self._refuse((*path, key, name), "is no regular expression that grammars follow")
+                self._refuse((*path, key, name), "must be a pattern that a grammar can express")
             else:
                 found[name] = inner(one, key, name)
         return found
@@ -256,7 +256,9 @@ class _Cleaner:
         target = self._end_of(reference, base)
         if target is None:
             del found["$ref"]
-            self._refuse((*path, "$ref"), f"({reference[:64]!r}) names no part of the schema")
+            self._refuse(
+                (*path, "$ref"), f"({reference[:64]!r}) must refer to a part of the schema"
+            )
             return
         number = self._numbers.setdefault(id(target.schema), len(self._targets))
         if number == len(self._targets):
@@ -264,7 +266,7 @@ class _Cleaner:
         found["$ref"] = f"{DEFINITION}{number}"
 
     def _end_of(self, reference: str, base: Mapping[str, Any]) -> ReferenceTarget | None:
-        """The first target that is more than a reference; None where they lead in a circle."""
+        """Follow a chain of references to its final target; None if the chain is a cycle."""
         seen: set[int] = set()
         target = self.references.find(reference, base)
         while target is not None and id(target.schema) not in seen:
@@ -283,12 +285,12 @@ class _Cleaner:
 
 
 def is_regular(pattern: object) -> bool:
-    """Whether a pattern uses nothing beyond automata, which grammars are."""
+    """Whether a pattern is a regular expression that an automaton can match."""
     return isinstance(pattern, str) and _NOT_REGULAR.search(pattern) is None
 
 
 def _references_in(schema: Any) -> list[str]:
-    """Names of definitions."""
+    """Return the names of the definitions that a schema refers to."""
     found: list[str] = []
     waiting = [schema]
     while waiting:
@@ -323,8 +325,10 @@ def _number(value: Any) -> int | float | bool:
 
 
 def within_range(key: str, bound: Any) -> Any:
-    """A bound of numbers that the compiler of grammars takes: it fails on those beyond the integers
-    of 64 bits. A bound is only moved so that fewer numbers are left."""
+    """Limit a bound to the int64 range: the grammar compiler fails on other bounds.
+
+    A bound is moved only so that it allows fewer numbers.
+    """
     if not isinstance(bound, (int, float)):
         return bound
     return max(bound, -_HIGHEST) if key in _LOWER_BOUNDS else min(bound, _HIGHEST)
@@ -338,7 +342,7 @@ def _factor(value: Any) -> int | float:
 
 def _pattern(value: Any) -> str:
     if not is_regular(value):
-        raise _Unfit("is no regular expression that grammars follow")
+        raise _Unfit("must be a pattern that a grammar can express")
     return str(value)
 
 
@@ -367,4 +371,4 @@ _PLAIN: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
         **dict.fromkeys(("minProperties", "maxProperties"), _count),
     }
 )
-"""From a value to what a grammar follows; None: nothing."""
+"""Functions that check and convert the value of a keyword; None removes the keyword."""

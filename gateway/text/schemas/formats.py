@@ -1,4 +1,4 @@
-"""Formats of texts that JSON schemas name.
+"""Text formats of JSON Schema as regular expressions.
 
 Sources: RFC 3339, 5321 (without quoted names), 1123, 2673, 4291, 4122 and 3986 (any path).
 """
@@ -53,16 +53,16 @@ FORMATS = MappingProxyType(
         "uri": rf"[a-zA-Z][a-zA-Z0-9+\-.]*:(?:{_CHAR}|/)+(?:\?{_QUERY})?(?:#{_QUERY})?",
     }
 )
-"""Those that the compiler of grammars knows, as regular expressions."""
+"""Formats that the grammar compiler supports, as regular expressions."""
 
 
 def is_known(name: object) -> bool:
-    """Whether a format limits texts. Any other is a note (JSON Schema 2020-12, validation, 7)."""
+    """Whether a format constrains texts; others are annotations (JSON Schema, validation, 7)."""
     return isinstance(name, str) and name in FORMATS
 
 
 def without_notes(schema: Any) -> Any:
-    """A schema without formats that are notes."""
+    """Remove the formats that are annotations from a schema."""
     return without_keywords(schema, _is_note)
 
 

@@ -1,6 +1,6 @@
-"""``oneOf`` as ``anyOf`` where no value fits two of its members, which may be references.
+"""Replace ``oneOf`` by ``anyOf`` if its members are disjoint. Members may be references.
 
-The compiler of grammars sees that members are apart only where it needs to follow no reference.
+The grammar compiler detects disjoint members only if it does not have to follow references.
 """
 
 from __future__ import annotations
@@ -16,24 +16,22 @@ from gateway.text.schemas.clean_schema import BOUNDS, CleanSchema, clean_schema,
 from gateway.text.schemas.references import BY_NAME, CONTENTS, References
 
 _MAX_COMPARED = 400
-"""Pairs of members without a tag in a schema; a ``oneOf`` with further ones is left as it is."""
+"""Maximum number of compared pairs of members without a tag; further ``oneOf`` are not changed."""
 _MAX_TAGS = 16
-"""Required properties of which one may be the tag."""
+"""Maximum number of required properties that are tried as the tag."""
 _MAX_STEPS = 64
-"""References that only name another one."""
+"""Maximum length of a chain of references."""
 Resolve = Callable[[Any], Any]
-"""From a schema to the one that it names, if it is nothing but a reference."""
+"""Returns the target of a schema that consists of a reference; other schemas are unchanged."""
 
 
 def with_any_of(schema: Any, resolve: Resolve) -> Any:
-    """The same schema, in which members that are apart need not be compared again, and bounds are
-    such as the compiler takes."""
+    """Replace ``oneOf`` with disjoint members, and limit bounds to the range of the compiler."""
     return _Rewriting(resolve).of(schema)
 
 
 def argument_schema(tool: Tool, is_strict: bool) -> CleanSchema:
-    """As ``clean_schema`` finds it, as far as a compiler that refuses what it does not follow can
-    follow it."""
+    """Return ``clean_schema(tool)``; if strict, rewritten so that a strict compiler accepts it."""
     clean = clean_schema(tool, is_strict)
     if not is_strict:
         return clean
@@ -44,7 +42,7 @@ def argument_schema(tool: Tool, is_strict: bool) -> CleanSchema:
 
 
 def resolver(schema: Mapping[str, Any]) -> Resolve:
-    """References of a schema as a client sends it."""
+    """Return a function that resolves the references of a client's schema."""
     references = References(schema)
 
     def resolve(one: Any) -> Any:
@@ -101,7 +99,7 @@ class _Rewriting:
 
 
 def _have_tag(pieces: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether all are objects with a property whose values, texts, tell them apart."""
+    """Whether all members are objects with a tag: a required property with distinct texts."""
     if any(list(piece.get("type", ())) != ["object"] for piece in pieces):
         return False
     for name in islice(pieces[0].get("required", ()), _MAX_TAGS):
@@ -112,7 +110,7 @@ def _have_tag(pieces: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _texts(piece: Mapping[str, Any], name: str) -> frozenset[str]:
-    """The only values of a required property, if they are texts."""
+    """Return the allowed values of a required property if all are texts, else an empty set."""
     if name not in piece.get("required", ()):
         return frozenset()
     values = values_of(piece["properties"].get(name, {})) or []
@@ -133,7 +131,7 @@ def _properties(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _limits(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Keywords that tell members apart, where their values are such as JSON Schema has them."""
+    """Return the keywords that distinguish members, without invalid values."""
     found = {"const": schema["const"]} if "const" in schema else {}
     if isinstance(values := schema.get("enum"), list):
         found["enum"] = values

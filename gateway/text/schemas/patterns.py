@@ -1,7 +1,7 @@
-"""Regular expressions of JSON schemas as grammars take them.
+"""Convert regular expressions of JSON schemas for grammars.
 
-Schemas search a text for a pattern of ECMA 262; grammars match whole texts, in the syntax of
-Rust's ``regex``, and know no anchors.
+Schemas search a text for an ECMA 262 pattern; grammars match whole texts, use the syntax of Rust's
+``regex`` and do not support anchors.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ _CLASSES = {
     "W": "[^A-Za-z0-9_]",
     "/": "/",
 }
-"""Escapes that Rust reads in another way, which takes all of Unicode."""
+"""ASCII replacements of escapes that match all of Unicode in Rust."""
 _PART = re.compile(r"\\.|\[\^?\]?|.", re.DOTALL)
 _PART_OF_CLASS = re.compile(r"\\.|.", re.DOTALL)
 _QUANTIFIER = re.compile(r"(?:[*+?]|\{[0-9]+(?:,[0-9]*)?\})")
 
 
 def full_match(pattern: str) -> str | None:
-    """A pattern that matches the whole of each text in which ``pattern`` is found.
+    """Return a pattern that matches exactly the texts in which ``pattern`` is found.
 
-    For example ``^a|b$`` gives ``(?:a(?s:.*)|(?s:.*)b)``. None: it has anchors within groups.
+    For example ``^a|b$`` gives ``(?:a(?s:.*)|(?s:.*)b)``. None if it has anchors within groups.
     """
     branches, depth, is_class, is_behind_quantifier = [""], 0, False, False
     starts, ends = [False], [False]
@@ -39,7 +39,7 @@ def full_match(pattern: str) -> str | None:
             is_class = part != "]"
             branches[-1] += _in_class(part)
         elif ends[-1] and not (part == "|" and depth == 0):
-            return None  # something stands behind "$"
+            return None  # the pattern continues after "$"
         elif part.startswith("["):
             is_class = True
             branches[-1] += part.replace("]", "\\]")
@@ -56,7 +56,7 @@ def full_match(pattern: str) -> str | None:
             starts.append(False)
             ends.append(False)
         elif part == "?" and was_quantifier:
-            pass  # lazy or not is the same for whole texts
+            pass  # lazy quantifiers make no difference for whole texts
         else:
             depth += {"(": 1, ")": -1}.get(part, 0)
             branches[-1] += _escaped(part)
@@ -69,9 +69,10 @@ def full_match(pattern: str) -> str | None:
 
 
 def without(end: str) -> str:
-    """A pattern of the texts that do not hold ``end``, whose first character is in it but once.
+    """Return a pattern of the texts that do not contain ``end``.
 
-    For example ``[^<]*(?:<(?:|[^<p][^<]*))*`` for ``<p``.
+    ``end`` must contain its first character only once. For example ``<p`` gives
+    ``[^<]*(?:<(?:|[^<p][^<]*))*``.
     """
     first, rest = _literal(end[0]), end[1:]
     inner = ""
@@ -83,7 +84,7 @@ def without(end: str) -> str:
 
 
 def in_grammar(pattern: str) -> str:
-    """A regular expression between slashes: ``a/b`` is ``/a\\/b/``."""
+    """Return a regular expression between slashes: ``a/b`` becomes ``/a\\/b/``."""
     parts: list[str] = []
     is_escaped = False
     for char in pattern:
@@ -98,7 +99,7 @@ def _escaped(part: str) -> str:
 
 
 def _in_class(part: str) -> str:
-    """A part of a class: brackets and doubled signs have a meaning of their own in Rust."""
+    """Escape a part of a class: brackets, ``&&`` and ``~~`` have another meaning in Rust."""
     return f"\\{part}" if part in ("[", "&", "~") else _escaped(part)
 
 

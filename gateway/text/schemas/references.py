@@ -1,7 +1,7 @@
-"""Where the references within one JSON schema lead.
+"""Resolve the references within one JSON schema.
 
-Source: JSON Schema 2020-12, core, sections 8.2 and 9.2, and draft 7, section 8. Only schemas of
-the same document are known; no address is fetched.
+Source: JSON Schema 2020-12, core, sections 8.2 and 9.2, and draft 7, section 8. Only references
+into the same document are supported; no URL is fetched.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from typing import Any
 from urllib.parse import unquote, urljoin
 
 MAX_SCHEMA_DEPTH = 32
-"""Levels of objects and lists in a JSON schema, references not followed."""
+"""Maximum nesting of objects and lists in a JSON schema without following references."""
 MAX_LEVELS = 500
-"""Objects and lists within each other, references followed. The compiler of grammars follows them
-by recursion, and 1,800 levels fit its stack."""
+"""Maximum nesting of objects and lists with references. The grammar compiler follows references
+recursively, and its stack holds 1,800 levels."""
 _MAX_VISITS = 20_000
-"""Objects and lists that are looked at; what needs more is too deep as well."""
+"""Maximum number of visited objects and lists; a schema with more counts as too deep."""
 BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
-"""Keywords whose values are schemas by name."""
+"""Keywords with values that are schemas by name."""
 CONTENTS = frozenset({"enum", "const", "default", "examples"})
-"""Keywords whose values are no schemas."""
+"""Keywords with values that are not schemas."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceTarget:
-    """What a reference names."""
+    """The target of a reference."""
 
     schema: Any
     base: Mapping[str, Any]
-    """The schema whose pointers (``#/...``) its own references are."""
+    """The schema to which pointers (``#/...``) within ``schema`` are relative."""
 
 
 class References:
-    """Finds the schemas that references name.
+    """Resolves references.
 
     Args:
         root: the whole schema.
@@ -46,7 +46,7 @@ class References:
         self._by_id: dict[str, ReferenceTarget] | None = None
 
     def find(self, reference: str, base: Mapping[str, Any] | None = None) -> ReferenceTarget | None:
-        """The target of ``#/$defs/a%20b`` or ``#name``, for example; None where there is none."""
+        """Return the target of a reference, for example ``#/$defs/a%20b`` or ``#name``, or None."""
         base = self.root if base is None else base
         address, _, fragment = reference.partition("#")
         if address:
@@ -75,7 +75,7 @@ class References:
         return ReferenceTarget(found, base) if isinstance(found, (Mapping, bool)) else None
 
     def _named(self, address: str) -> ReferenceTarget | None:
-        """By ``$id`` (of the whole schema or a part) or, as ``#name``, by ``$anchor``."""
+        """Find a schema or a part of it by ``$id`` or, with a leading ``#``, by ``$anchor``."""
         if self._by_id is None:
             self._by_id = dict(self._names())
         known = self._by_id
@@ -98,17 +98,16 @@ class References:
 
 
 def base_of(schema: Any, base: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The schema that pointers within ``schema`` begin at, which is within ``base``."""
+    """Return the schema to which pointers within ``schema`` are relative: itself or ``base``."""
     name = _text(schema.get("$id")) if isinstance(schema, Mapping) else ""
     return schema if name and not name.startswith("#") else base
 
 
 def is_too_deep(references: References) -> bool:
-    """Whether some way through a schema may be longer than ``MAX_LEVELS``, in whatever order a
-    compiler follows its references, if it follows each once.
+    """Whether the nesting may exceed ``MAX_LEVELS`` if each reference is followed once.
 
-    A way passes through a group of schemas that refer to each other only once, so that the levels
-    of all of the group are a bound.
+    A path enters a group of schemas that refer to each other (a strongly connected component) only
+    once, so the sum of the levels in the group is an upper bound.
     """
     graph = _Graph(references)
     if graph.visits_left <= 0:
@@ -125,14 +124,14 @@ def is_too_deep(references: References) -> bool:
 
 
 class _Graph:
-    """The schemas that references name, the whole schema among them, by number."""
+    """The graph of references; its numbered nodes are the whole schema and all targets."""
 
     def __init__(self, references: References) -> None:
         self._numbers: dict[int, int] = {}
         self._targets: list[ReferenceTarget] = []
         self._number(ReferenceTarget(references.root, references.root))
         self.levels: list[int] = []
-        """Of each: objects within each other, references not followed."""
+        """Nesting of each node without following references."""
         self.leads_to: list[list[int]] = []
         self.visits_left = _MAX_VISITS
         while self.visits_left > 0 and len(self.levels) < len(self._targets):
@@ -165,7 +164,7 @@ class _Graph:
         self.leads_to.append(named)
 
     def groups(self) -> Iterator[set[int]]:
-        """Schemas that refer to each other, each group after those that it leads to.
+        """Yield the strongly connected components, each after the components that it refers to.
 
         Source: R. Tarjan, Depth-first search and linear graph algorithms (1972), without recursion.
         """
@@ -202,12 +201,12 @@ class _Graph:
 
 
 def _inner(schema: Any) -> Iterator[Any]:
-    """Schemas in a schema, and lists of them."""
+    """Yield the schemas, and lists of schemas, directly within a schema."""
     return inner_schemas(schema, CONTENTS)
 
 
 def inner_schemas(schema: Any, contents: Collection[str]) -> Iterator[Any]:
-    """What lies in a schema or a list of schemas, but for the keywords ``contents``."""
+    """Yield the values directly within a schema or list, except those of keywords ``contents``."""
     if isinstance(schema, list):
         yield from schema
     elif isinstance(schema, Mapping):
@@ -219,9 +218,9 @@ def inner_schemas(schema: Any, contents: Collection[str]) -> Iterator[Any]:
 
 
 def without_keywords(schema: Any, is_unwanted: Callable[[Mapping[str, Any], str], bool]) -> Any:
-    """A schema or a list of them without some keywords, also in all schemas inside.
+    """Remove keywords from a schema (or a list of schemas) and from all schemas within it.
 
-    ``is_unwanted`` gets a schema and one of its keywords.
+    ``is_unwanted(schema, keyword)`` returns whether to remove a keyword.
     """
     if isinstance(schema, list):
         return [without_keywords(one, is_unwanted) for one in schema]

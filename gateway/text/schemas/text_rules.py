@@ -1,4 +1,4 @@
-"""What a clean schema says of texts, for forms that write them without quotes."""
+"""Constraints of a clean schema on texts, for tool call formats that write them without quotes."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from gateway.text.schemas.patterns import full_match, in_grammar, without
 
 @dataclass(frozen=True, slots=True)
 class TextRule:
-    """Texts that follow all of its parts."""
+    """Constraints that a text must all match."""
 
     values: tuple[str, ...] | None = None
-    """The only texts; None: any."""
+    """The allowed texts; None allows any text."""
     patterns: tuple[str, ...] = ()
-    """Each matches the whole text."""
+    """Regular expressions that must each match the whole text."""
 
     @property
     def is_any(self) -> bool:
         return self.values is None and not self.patterns
 
     def expression(self, end: str) -> str:
-        """Of a grammar; the texts do not hold ``end``."""
+        """Return a grammar expression of the allowed texts that do not contain ``end``."""
         parts = list(map(in_grammar, self.patterns))
         holds_end = self.values is None or any(end in value for value in self.values)
         if self.values is not None:
@@ -41,10 +41,10 @@ class TextRule:
 
 
 def text_rules(found: Sequence[Alternative], is_strict: bool) -> list[TextRule]:
-    """What texts may be: one of the rules holds; none: no text is allowed.
+    """Return the rules of which a text must match at least one; empty if no text is allowed.
 
     Raises:
-        UnfollowedError: if strict, a pattern cannot be followed.
+        UnfollowedError: ``is_strict``, and a pattern is not supported.
     """
     texts = (one for one in found if "string" in kinds_of_alternative(one))
     rules = list(dict.fromkeys(_rule(one, is_strict) for one in texts))
@@ -64,7 +64,7 @@ def _rule(pieces: Alternative, is_strict: bool) -> TextRule:
             if matching is not None:
                 patterns.append(matching)
             elif is_strict:
-                raise UnfollowedError("pattern has anchors within groups, which is not followed")
+                raise UnfollowedError("pattern has anchors within groups, which is not supported")
         if "format" in piece:
             patterns.append(FORMATS[piece["format"]])
         least = max(least, piece.get("minLength", 0))

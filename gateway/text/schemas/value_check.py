@@ -1,7 +1,7 @@
-"""Whether a value follows a clean schema, to tell texts from other values in what a model wrote.
+"""Check whether a value matches a clean schema, to tell texts from other values in model output.
 
-Patterns and formats of texts are not looked at. The work is bounded; what needs more is taken to
-follow.
+Patterns and formats of texts are not checked. The work is bounded: beyond the limit a value counts
+as matching.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class ValueCheck:
     """Checks one value.
 
     Args:
-        clean: of which the schemas are parts.
+        clean: the clean schema that contains the schemas to check.
     """
 
     def __init__(self, clean: CleanSchema) -> None:
@@ -29,7 +29,7 @@ class ValueCheck:
         self._steps_left = _MAX_STEPS
 
     def fits(self, value: Any, schema: Any) -> bool:
-        """Whether a value follows a schema."""
+        """Whether a value matches a schema."""
         try:
             return self._fits(value, schema)
         except RecursionError:
@@ -116,5 +116,5 @@ def _fits_limits(value: Any, schema: Mapping[str, Any]) -> bool:
 
 
 def _same(value: Any, other: Any) -> bool:
-    """``True`` and 1 are not the same."""
+    """Whether two JSON values are equal; unlike in Python, ``True`` and 1 differ."""
     return isinstance(value, bool) is isinstance(other, bool) and bool(value == other)
