@@ -1,4 +1,4 @@
-"""What the roles of one worker share: model files, arithmetic, connections, the control side."""
+"""Objects that the roles of one worker share: model files, kernels, connections, control side."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from workers.transport.peer_link import Peer, PeerServer
 from workers.transport.transport import DataTransport
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes of weights that are loaded, and all bytes to load."""
+"""Called with the loaded and the total bytes of weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSetup:
-    """The checkpoint of a worker, and with what it computes."""
+    """The checkpoint of a worker, and its compute settings."""
 
     checkpoint: Checkpoint
     dtype: torch.dtype
@@ -47,7 +47,7 @@ class ModelSetup:
     exactness: Exactness
     compute_threads: ComputeThreads
     quantize: Quantize
-    """How experts are kept: as they are stored where kernels of ours compute them."""
+    """Expert quantization; ``none`` instead of ``auto`` if the worker has no kernels of ours."""
 
     @classmethod
     def of(cls, args: WorkerArgs, kernels: Kernels, progress: Progress) -> ModelSetup:
@@ -77,16 +77,16 @@ class ModelSetup:
 
     @property
     def family(self) -> Family:
-        """The model."""
+        """The model family."""
         return self.checkpoint.family
 
     @property
     def dtype_name(self) -> str:
-        """The dtype as people write it."""
+        """Name of the dtype without ``torch.``."""
         return str(self.dtype).removeprefix("torch.")
 
     def form_of_products(self, config: ClusterConfig) -> WeightFormat | None:
-        """In which products that are no experts are quantized; None: in the model dtype."""
+        """Quantization format of the matrices outside experts; None for the model dtype."""
         section = config.model
         if section.quantize_layers == "experts":
             return None
@@ -98,18 +98,18 @@ class ModelSetup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerContext:
-    """Everything that the roles of one worker share; all parts are open."""
+    """Objects that the roles of one worker share; all of them are open."""
 
     args: WorkerArgs
     member: Member
-    """This worker, without the addresses of the listeners of its roles."""
+    """This worker, without the addresses of its roles' listeners."""
     me: PeerIdentity
     model: ModelSetup
     membership: Membership
     send: Callable[[ControlFrame], None]
-    """Send to the controller."""
+    """Sends a frame to the controller."""
     contact_at: Callable[[], float]
-    """Returns the monotonic time of the newest heartbeat that a controller has acknowledged."""
+    """Returns the monotonic time of the newest acknowledged heartbeat."""
     connections: PeerConnections
     channel: StepChannel
     transport: DataTransport
@@ -125,15 +125,15 @@ class WorkerContext:
 
     @property
     def family(self) -> Family:
-        """The model."""
+        """The model family."""
         return self.model.family
 
     def new_timer(self) -> StepTimer:
-        """A timer of steps whose laps go to the metrics and traces of this worker."""
+        """Create a step timer that reports to the metrics and traces of this worker."""
         return StepTimer(*self.timing_sinks)
 
     def kv_peer(self, name: str) -> Peer | None:
-        """The KV server of another member of this generation; None for any other name."""
+        """The KV server of another member of this generation; None for other names."""
         members = self.membership.generation.members
         found = next((m for m in members if m.name == name), None)
         if found is None or not found.kv_address or name == self.member.name:
@@ -142,7 +142,7 @@ class WorkerContext:
         return Peer(name=name, address=found.kv_address, me=self.me, token=token)
 
     def open_peer_server(self, what: str, key_bytes: int) -> PeerServer:
-        """A listener for other workers of the cluster, open until this worker ends."""
+        """Open a listener for other workers, which closes when this worker ends."""
         token, host = self.config.cluster_token, self.args.host
         server = PeerServer(self.me, token, host=host, what=what, key_bytes=key_bytes)
         self.cleanup.callback(server.close)

@@ -16,17 +16,17 @@ from workers.transport.peer_connections import PeerConnections
 from workers.transport.sockets import SocketTransport
 
 IDLE_WAIT_S = 1.0
-"""Longest sleep of the data thread."""
+"""Longest wait of the idle data thread."""
 
 
 class StepInterrupts:
-    """Ends the waits of the data thread for its peers, once connections are open. Any thread."""
+    """Interrupts waits of the data thread for peers, once connections are open. Any thread."""
 
     def __init__(self) -> None:
         self._connections: PeerConnections | None = None
 
     def attach(self, connections: PeerConnections) -> None:
-        """The connections are open; what was interrupted before has not begun."""
+        """Set the open connections. Earlier interrupts have no effect."""
         self._connections = connections
 
     def wake(self) -> None:
@@ -35,22 +35,22 @@ class StepInterrupts:
             self._connections.wake()
 
     def interrupt(self, generation: int) -> None:
-        """End a step: a generation of this number follows."""
+        """Interrupt the step, because the generation of this number follows."""
         if self._connections is not None:
             self._connections.interrupt(generation)
 
     def leave(self, fence: int) -> None:
-        """End the steps of all generations up to this one."""
+        """Interrupt the steps of all generations up to ``fence``."""
         if self._connections is not None:
             self._connections.leave(fence)
 
     def awaited(self) -> tuple[str, ...]:
-        """Peers for which the data thread waits."""
+        """Names of the peers that the data thread waits for."""
         return () if self._connections is None else self._connections.loop.awaited
 
 
 def identify(args: WorkerArgs, checkpoint: Checkpoint) -> PeerIdentity:
-    """The identity of this worker in a handshake."""
+    """Identity of this worker for handshakes."""
     return PeerIdentity(
         name=args.member.name,
         role=args.member.role,
@@ -63,7 +63,7 @@ def identify(args: WorkerArgs, checkpoint: Checkpoint) -> PeerIdentity:
 
 
 def expert_form(checkpoint: Checkpoint) -> str:
-    """How experts are kept, for people; empty: in the model dtype."""
+    """Description of the expert quantization formats; empty for the model dtype."""
     forms = {e.form for bank in checkpoint.family.banks for e in bank.exchanges} - {None}
     return ", ".join(sorted(map(str, forms)))
 
@@ -71,7 +71,7 @@ def expert_form(checkpoint: Checkpoint) -> str:
 def open_connections(
     args: WorkerArgs, me: PeerIdentity, checkpoint: Checkpoint, dtype: torch.dtype
 ) -> PeerConnections:
-    """The worker's data-plane sockets; frames are bounded by the largest possible step."""
+    """Open the data-plane sockets. The frame limit is the size of the largest possible step."""
     engine, transport = args.config.engine, args.config.transport
     return PeerConnections(
         me,
@@ -93,7 +93,7 @@ def open_connections(
 def open_transport(
     args: WorkerArgs, connections: PeerConnections
 ) -> SocketTransport | CollectiveTransport:
-    """The transport that the configuration names, or that follows from the workers' GPUs."""
+    """Open the configured transport, or the default one for the workers' GPUs."""
     if not args.config.is_collective:
         return SocketTransport(
             connections, combine_mode=args.config.engine.combine_mode, device=args.device

@@ -1,9 +1,8 @@
 """The engine stream: one bidirectional gRPC stream for each gateway replica.
 
-The server runs an asyncio loop in its own thread; the engine loop runs in another one. Commands go
-to the engine loop through ``Inbox``. The engine loop calls the ``publish`` methods of
-``EngineServer`` with outputs, solo steps and changes of KV blocks, and opens and closes the
-streams.
+The server runs an asyncio loop in its own thread. Commands go to the engine's thread through
+``Inbox``. The engine's thread calls the ``publish`` methods of ``EngineServer`` with outputs, solo
+steps and changes of KV blocks, and opens and closes the streams.
 """
 
 from __future__ import annotations
@@ -55,11 +54,11 @@ from workers.requests.wire import (
 logger = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S = 5.0
-"""Limit for each message of the handshake."""
+"""Time limit for each message of the handshake."""
 HANDSHAKE_LIMIT_S = 10.0
-"""Limit for the whole handshake, also of a caller that does not read; gRPC's for its own part."""
+"""Time limit for the whole handshake, and for gRPC's own handshake."""
 MAX_HANDSHAKES = 32
-"""Streams without a proof at a time."""
+"""Maximum number of unfinished handshakes."""
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -70,15 +69,15 @@ _OPTIONS = (
     ("grpc.max_allowed_incoming_connections", 1024),
     ("grpc.max_concurrent_streams", 64),
 )
-"""Sizes of messages, and limits for connections that come to no stream."""
+"""Message sizes, and limits for connections that open no stream."""
 START_TIMEOUT_S = 10.0
-"""Time that the server thread has to come up or to end."""
+"""Time limit for the start and the end of the server thread."""
 _FREE_SHARE = 0.25
-"""Change of the number of free blocks that gateways learn at once."""
+"""Relative change of the number of free blocks that is sent without delay."""
 _ABORT_LIMIT_S = 1.0
-"""Limit for sending a gateway that it is dropped; its connection may be blocked."""
+"""Time limit for the last message to a dropped gateway, whose connection may be blocked."""
 OneGateway: TypeAlias = StepOutput | SoloStep | Queued | Prefetched | Paused | Relieve
-"""Messages about requests of one gateway."""
+"""Messages for the gateway of one request."""
 _MAY_NOT_SERVE = "this worker may not serve now"
 _Context = grpc.aio.ServicerContext[bytes, bytes]
 
@@ -89,10 +88,10 @@ class EngineServer:
     Args:
         host: interface to bind to.
         token: cluster token that both sides prove.
-        inbox: where requests and aborts go.
-        facts: returns the model's limits, for the answer to a gateway's hello.
+        inbox: receives requests and aborts.
+        facts: returns the model's limits, for the reply to a gateway's hello.
         silence_limit_s: a gateway that has pinged and then sends nothing for this time is dropped.
-        release: of this worker; gateways of another one are refused.
+        release: release of this worker; gateways of another release are refused.
     """
 
     def __init__(
@@ -122,40 +121,40 @@ class EngineServer:
         self._stopping = asyncio.Event()
 
     def start(self) -> str:
-        """Bind and serve; returns ``host:port``. Raises ``OSError`` when that fails."""
+        """Bind and serve; returns ``host:port``. Raises ``OSError`` if that fails."""
         self._thread.start()
         if not self._started.wait(START_TIMEOUT_S) or not self._port:
             raise OSError(f"the engine stream could not be served on {self._host}")
         return f"{self._host}:{self._port}"
 
     def hold(self) -> None:
-        """Keep what is published from now on until ``release``.
+        """Hold back published messages until ``release``, in order.
 
-        For an engine's thread that will soon compute without Python's lock: until then the server's
-        thread would take the lock from it. Order is kept.
+        The engine's thread calls it before a computation outside the interpreter lock. Until then,
+        the server's thread would compete for the lock.
         """
         self._is_held = True
 
     def release(self) -> None:
-        """Send what is held, and what is published from now on (any thread)."""
+        """Send the held messages, and later ones as they are published (any thread)."""
         self._is_held = False
         if self._calls:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._run_calls)
 
     def publish(self, gateway: str, message: OneGateway) -> None:
-        """Send a message to one gateway (any thread). A closed stream is ignored.
+        """Send a message to one gateway (any thread); ignored if its stream is closed.
 
         The server's thread encodes it.
         """
         self._publish(self._streams.send, gateway, message)
 
     def publish_kv(self, changes: HashChanges, fetch_cost: float, num_free: int) -> None:
-        """Publish the cached blocks, the fetch cost and the free blocks to all gateways (any
+        """Send changed cached blocks, the fetch cost and the free blocks to all gateways (any
         thread).
 
-        A change of the others alone is sent with the next blocks, and to new gateways; one of the
-        free blocks by a quarter at once.
+        A change of only the cost or the free blocks waits for the next change of blocks, except a
+        change of the free blocks by a quarter.
         """
         known = self._kv.num_free
         has_changed = abs(num_free - known) > _FREE_SHARE * max(num_free, known)
@@ -163,7 +162,7 @@ class EngineServer:
             self._publish(self._tell_kv, changes, fetch_cost, num_free, has_changed)
 
     def close_streams(self, fence: int) -> None:
-        """Generations up to ``fence`` may no longer serve (any thread).
+        """Stop serving generations up to ``fence`` (any thread).
 
         Every gateway's stream ends, and new ones are refused until a later generation is admitted.
         """
@@ -180,7 +179,7 @@ class EngineServer:
     async def _stream(
         self, messages: AsyncIterator[bytes], context: _Context
     ) -> AsyncIterator[bytes]:
-        """One gateway's stream, from its hello to its end."""
+        """Serve one gateway's stream, from its hello to its end."""
         task = asyncio.current_task()
         assert task is not None, "gRPC runs every handler in a task"
         if len(self._handshakes) >= MAX_HANDSHAKES:
@@ -208,7 +207,7 @@ class EngineServer:
             if stream.error:
                 await context.abort(grpc.StatusCode.ABORTED, stream.error)
         except asyncio.CancelledError:
-            if stream.error:  # dropped: a cancelled handler sends no status
+            if stream.error:  # dropped; a cancelled handler would send no status
                 with contextlib.suppress(TimeoutError):
                     end = context.abort(grpc.StatusCode.ABORTED, stream.error)
                     await asyncio.wait_for(end, _ABORT_LIMIT_S)
@@ -233,7 +232,7 @@ class EngineServer:
             stream.close(error)
 
     def _hashes(self, message: ToEngine) -> tuple[tuple[BlockHash, ...], ...]:
-        """For ``GatewayStreams.take``, so that the engine's thread need not make them."""
+        """Block hashes for ``GatewayStreams.take``, to relieve the engine's thread."""
         facts = self._facts()
         size, limit = facts.kv_block_size, facts.kv_length_matters_above
         match message:
@@ -255,7 +254,7 @@ class EngineServer:
             looked_at = now
 
     def _end_handshakes(self, now: float) -> None:
-        """End those of callers that do not read: they wait for the caller alone."""
+        """Cancel handshakes whose callers do not read."""
         for task, since in list(self._handshakes.items()):
             if now - since > HANDSHAKE_LIMIT_S:
                 del self._handshakes[task]
@@ -293,7 +292,7 @@ class EngineServer:
             while self._calls:
                 self._calls.popleft()()
         finally:
-            if self._calls:  # one has failed: the others follow nevertheless
+            if self._calls:  # one call has failed; the others still run
                 self._loop.call_soon(self._run_calls)
 
     def _run(self) -> None:
@@ -320,7 +319,7 @@ class EngineServer:
 
 
 def _tune_listener(port: int) -> None:
-    """Tune the sockets that gRPC will accept: they begin with the options of its listener."""
+    """Tune the listener's socket; sockets that gRPC accepts inherit the options."""
     with contextlib.suppress(OSError, psutil.Error):
         for each in psutil.Process().net_connections("tcp"):
             if each.status == psutil.CONN_LISTEN and each.laddr.port == port:
@@ -329,8 +328,8 @@ def _tune_listener(port: int) -> None:
 
 
 async def _next(messages: AsyncIterator[bytes]) -> bytes:
-    """The next message of a handshake."""
+    """Receive the next message of a handshake."""
     try:
         return await asyncio.wait_for(anext(messages), HELLO_TIMEOUT_S)
     except (TimeoutError, StopAsyncIteration) as err:
-        raise HandshakeError("a hello must come first") from err
+        raise HandshakeError("the first message must be a hello") from err

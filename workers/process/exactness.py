@@ -1,7 +1,7 @@
-"""What a worker offers for exact results, and the libraries of kernels with which it can keep it.
+"""The offer of a worker for exact results, and the kernel libraries that keep it.
 
-Compiled kernels compute each row by itself. Torch does so only in forms that cost speed
-(``workers.model.batch_invariant``), so it is offered where exact results are demanded.
+Compiled kernels compute each row independently. Torch does so only in slower variants
+(``workers.model.batch_invariant``), which are used only if exact results are required.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Exactness:
-    """An offer, and what computes."""
+    """The arithmetic offer of a worker, and its kernels and threads."""
 
     offer: ArithmeticOffer
     threads: int
-    """Threads that compute products."""
+    """Number of threads that compute matrix products."""
     torch_threads: int
-    """Threads of torch: one where results may be exact, as it splits sums by their number."""
+    """Number of torch threads: 1 if results may be exact, as torch splits sums by this number."""
     _team: Team | None
     _libraries: Mapping[str, Library]
-    """By arithmetic, best first; empty without a team."""
+    """Libraries by arithmetic, best first; empty without a team."""
 
     @classmethod
     def of(
         cls, args: WorkerArgs, kernels: Kernels, banks: Sequence[BankSpec], dtype: torch.dtype
     ) -> Exactness:
-        """What a worker with these experts can offer. Builds the libraries that are missing."""
+        """Determine the offer of a worker with these experts, and build missing libraries."""
         setting, team = args.config.engine.deterministic, kernels.team
         torch_reason = torch_experts(banks, dtype)
         is_native = team is not None and not torch_reason
@@ -54,7 +54,7 @@ class Exactness:
                 obstacle=f"computes experts with {what}", computation=computation
             )
         else:
-            torch.set_num_threads(1)  # the digest depends on it, too
+            torch.set_num_threads(1)  # the digest depends on it
             is_alone = args.config.workers.mode == "local"
             libraries = {} if team is None else _libraries(team.library, dtype, is_alone)
             counts = args.member.runs_attention or not is_native
@@ -68,21 +68,22 @@ class Exactness:
         return cls(offer, args.threads, args.threads, None, {})
 
     def follow(self, agreement: ArithmeticAgreement) -> None:
-        """Compute as was agreed; in the best way where results are not exact. Data thread."""
+        """Use the agreed kernels, or the best ones if results are not exact. Data thread."""
         if self._team is not None:
             best = next(iter(self._libraries.values()))
             self._team.use(self._libraries.get(agreement.kernels, best))
 
 
 def _computation(args: WorkerArgs, kernels: str) -> str:
-    """What a worker computes with, as far as its bits depend on it."""
+    """Description of the hardware and software that the bits of results depend on."""
     device = args.device_facts.get("gpu", args.device.type)
     torch_name = f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
     return f"{device}, {kernels}, {torch_name}, {args.threads} threads"
 
 
 def _libraries(own: Library, dtype: torch.dtype, is_alone: bool) -> dict[str, Library]:
-    """Libraries by arithmetic, ``own`` first; of other arithmetics unless the worker is alone.
+    """Libraries by arithmetic, ``own`` first. Other arithmetics are added unless the worker is
+    alone.
 
     Only bfloat16 has others, see ``arithmetic_of``.
     """

@@ -1,11 +1,11 @@
-"""The open engine streams of one worker: what waits for each gateway, and when a stream ends.
+"""The open engine streams of one worker: pending messages and the end of each stream.
 
-A stream that has ended takes no more commands, and sends nothing after what it could not send: a
-gateway never misses a message in the middle. Belongs to the loop of ``engine_server``; times are
+An ended stream accepts no commands, and sends nothing after a message that it could not send, so a
+gateway never misses a message in the middle. For the loop of ``engine_server`` only; times are
 passed in, as monotonic seconds.
 
-Gateways ping their streams. The requests of a gateway that stops pinging are dropped: its process
-or host is stopped, with all sockets open. Other callers of the engine stream, which never pinged,
+Gateways ping their streams. If a gateway stops pinging, its process or host is stopped with all
+sockets open, and its requests are dropped. Other callers of the engine stream, which never ping,
 may stay silent.
 """
 
@@ -42,30 +42,30 @@ logger = logging.getLogger(__name__)
 GATEWAY_SILENCE_LIMIT_S = 5.0
 """Longest silence of a gateway, which pings every second."""
 LOOKS_PER_LIMIT = 5
-"""Checks within one limit."""
+"""Number of checks within one silence limit."""
 MAX_STEPS_BEHIND = 4096
-"""Messages that may wait for one gateway; a gateway further behind loses its stream."""
+"""Maximum number of pending messages of a gateway; above it, the gateway loses its stream."""
 
 
 class GatewayStream:
-    """One gateway's stream. ``cancel`` ends its handler, which may be blocked by the gateway."""
+    """One gateway's stream. ``cancel`` ends its handler, which the gateway may block."""
 
     def __init__(self, name: str, cancel: Callable[[], object]) -> None:
         self.name = name
         self.cancel = cancel
         self.error = ""
-        """Why this side ends it; empty: it does not, or the worker ends."""
+        """The reason for which the worker ends the stream; empty if there is none."""
         self.heard_at: float | None = None
         """Time of the last message; None before the first ping."""
         self._queue: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_STEPS_BEHIND + 1)
         self._is_closed = False
 
     async def next(self) -> bytes | None:
-        """The next message to the gateway; None after the last one."""
+        """Wait for the next message to the gateway; None after the last one."""
         return await self._queue.get()
 
     def put(self, message: bytes) -> bool:
-        """Queue a message, unless the stream is closed; False when too many wait."""
+        """Queue a message, unless the stream is closed; False if the queue is full."""
         if self._is_closed:
             return True
         if self._queue.qsize() >= MAX_STEPS_BEHIND:
@@ -74,7 +74,7 @@ class GatewayStream:
         return True
 
     def close(self, error: str = "") -> None:
-        """End the stream after the messages that wait; only the first reason counts."""
+        """End the stream after the pending messages; only the first reason counts."""
         if not self._is_closed:
             self._is_closed, self.error = True, error
             self._queue.put_nowait(None)
@@ -84,7 +84,7 @@ class GatewayStreams:
     """The open streams by name.
 
     Args:
-        inbox: where the gateways' commands go.
+        inbox: receives the gateways' commands.
         silence_limit_s: a gateway that has pinged and then sends nothing for this time is dropped.
     """
 
@@ -97,7 +97,7 @@ class GatewayStreams:
         """Time between two calls of ``drop_silent``."""
 
     def open(self, gateway: str, cancel: Callable[[], object]) -> GatewayStream:
-        """A new stream, under a name of its own."""
+        """Add a stream with a unique name."""
         stream = GatewayStream(f"{gateway}#{next(self._numbers)}", cancel)
         self._streams[stream.name] = stream
         return stream
@@ -109,12 +109,10 @@ class GatewayStreams:
         now: float,
         hashes: tuple[tuple[BlockHash, ...], ...] = (),
     ) -> None:
-        """A message of a gateway.
+        """Handle a message of a gateway; ignored if its stream has ended.
 
-        A request comes with the ``hashes`` of its prompt's KV blocks, one to be prefetched with
-        those of each open choice.
-
-        What a gateway sent before its stream ended, and was read after that, is for nobody.
+        ``hashes`` are the hashes of KV blocks: of the prompt for a request, and of each open choice
+        for a prefetch.
         """
         if self._streams.get(stream.name) is not stream:
             return
@@ -133,7 +131,7 @@ class GatewayStreams:
                 self.send(stream.name, message)
 
     def send(self, name: str, message: FromEngine) -> None:
-        """Encode and put a message; one that cannot be encoded ends its stream."""
+        """Encode and queue a message. If it cannot be encoded, its stream ends."""
         stream = self._streams.get(name)
         if stream is None:
             return
@@ -146,31 +144,31 @@ class GatewayStreams:
         self.put(name, data)
 
     def put(self, name: str, message: bytes) -> None:
-        """Send a message; a gateway too far behind is dropped. A stream that ended is ignored."""
+        """Queue an encoded message. A full queue drops the gateway; an ended stream is ignored."""
         stream = self._streams.get(name)
         if stream is not None and not stream.put(message):
             self._drop(stream, f"{MAX_STEPS_BEHIND} messages behind")
 
     def put_all(self, message: bytes) -> None:
-        """Send a message to every gateway."""
+        """Queue an encoded message for every gateway."""
         for name in tuple(self._streams):
             self.put(name, message)
 
     def close_all(self, error: str = "") -> None:
-        """End every stream after the messages that wait."""
+        """End every stream after its pending messages."""
         for stream in self._streams.values():
             stream.close(error)
 
     def forget(self, stream: GatewayStream) -> None:
-        """The stream has ended: its requests end, once."""
+        """Remove an ended stream, and end its requests once."""
         if self._streams.pop(stream.name, None) is not None:
             self._inbox.put(GatewayGone(stream.name))
 
     def drop_silent(self, now: float, looked_at: float) -> None:
-        """Drop gateways that are silent; a message to one could block its stream for ever.
+        """Drop silent gateways; a message to one could block its stream indefinitely.
 
-        ``looked_at`` is the time of the last check. If this process was stopped in between,
-        messages of that time may still be unread.
+        ``looked_at`` is the time of the last check. If this process was stopped since then,
+        messages may still be unread.
         """
         late_s = now - looked_at - self.pause_s
         for stream in tuple(self._streams.values()):

@@ -1,4 +1,4 @@
-"""Memory of a worker's GPU: for expert slots, and for the KV that weights and steps leave."""
+"""Memory of a worker's GPU: expert slots, and the KV cache in the rest after weights and steps."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from workers.transport.collective import CollectiveTransport
 from workers.transport.transport import DataTransport
 
 _HIDDEN_ROWS = 16
-"""Rows in float32, each as wide as the residual stream, that a layer keeps for a row of a step."""
+"""Number of float32 rows of the model's width that a layer needs for each row of a step."""
 _PAIR_ROWS = 6
-"""The same for each (row, expert) pair: its input, inner products, output, and their sum."""
+"""Number of such rows for each (row, expert) pair: input, inner products, output, and sum."""
 _LOGIT_BYTES = 32
-"""For each logit: float32 copies of the sampler's stages, and sorted indices."""
+"""Bytes per logit: float32 copies of the sampler's stages, and sorted indices."""
 _ATTENTION_BYTES = 1 << 30
-"""Blocks that attention gathers, and copies of them in float32."""
+"""Bytes of blocks that attention gathers, and of their float32 copies."""
 _GRAPH_BYTES = 16 << 20
-"""Of one captured step beside its tensors: some hundred nodes, each with its arguments."""
+"""Bytes of one captured step without its tensors: several hundred nodes with arguments."""
 _NCCL_BYTES = 128 << 20
-"""Buffers of NCCL for one peer: 16 channels of 4.5 MiB, and as much for the way back on some."""
+"""Bytes of NCCL buffers for one peer: 16 channels of 4.5 MiB, on some for both directions."""
 
 
 def step_bytes(
@@ -40,7 +40,7 @@ def step_bytes(
     section: EngineSection,
     max_draft_rows: int = 0,
 ) -> int:
-    """Most memory that a step takes for a time; a bound, in round numbers."""
+    """Upper bound of the temporary memory of a step, in bytes."""
     top_k = max((bank.top_k for bank in banks), default=0)
     rows = section.max_num_batched_tokens * (_HIDDEN_ROWS + _PAIR_ROWS * top_k)
     logits = (section.max_num_seqs + max_draft_rows) * config.vocab_size
@@ -48,13 +48,13 @@ def step_bytes(
 
 
 def expert_step_bytes(config: ModelConfig, banks: Sequence[BankSpec], num_rows: int) -> int:
-    """The same on an expert worker, for rows of all attention workers."""
+    """Upper bound for an expert worker, for rows of all attention workers, in bytes."""
     top_k = max((bank.top_k for bank in banks), default=0)
     return num_rows * (2 + _PAIR_ROWS * top_k) * config.hidden_size * 4
 
 
 def captured_sizes(args: WorkerArgs, family: Family) -> tuple[int, ...]:
-    """Rows of the steps that are captured on the cluster's GPUs; none where none can be."""
+    """Buckets of the captured steps on the cluster's GPUs; empty if steps cannot be captured."""
     section, config = args.config.engine, family.config
     is_local = args.config.workers.mode == "local"
     is_read = not is_local and returns_pairs(family.banks, section.combine_mode)
@@ -68,7 +68,7 @@ def captured_sizes(args: WorkerArgs, family: Family) -> tuple[int, ...]:
 def graph_bytes(
     config: ModelConfig, banks: Sequence[BankSpec], buckets: Sequence[int], num_peers: int
 ) -> int:
-    """Of all captured steps: rows that are sent to each peer, and received, keep their memory."""
+    """Bytes of all captured steps, which keep the rows sent to and received from each peer."""
     if not buckets:
         return 0
     each = kept_rows(buckets) * config.hidden_size * 4 * 2
@@ -76,7 +76,7 @@ def graph_bytes(
 
 
 def block_bytes(section: EngineSection, config: ModelConfig, dtype: torch.dtype) -> int:
-    """Of one KV block."""
+    """Bytes of one KV block."""
     vector_bytes = kv_vector_bytes(section.kv_cache_dtype, config.head_dim, dtype.itemsize)
     return config.kv_vectors_per_token * vector_bytes * section.block_size_tokens
 
@@ -84,10 +84,10 @@ def block_bytes(section: EngineSection, config: ModelConfig, dtype: torch.dtype)
 def section_for_gpu(
     args: WorkerArgs, family: Family, dtype: torch.dtype, transport: DataTransport
 ) -> EngineSection:
-    """The engine's section, on a GPU with the ``kv_cache_bytes`` that its memory leaves.
+    """The engine's section; on a GPU, with the ``kv_cache_bytes`` that its memory leaves.
 
-    All weights are loaded, and expert slots have their memory whether filled or not. Raises
-    ``ConfigError`` where no block fits.
+    All weights must be loaded. Expert slots have their memory whether filled or not. Raises
+    ``ConfigError`` if no block fits.
     """
     section, workers, config = args.config.engine, args.config.workers, family.config
     if args.device.type != "cuda":
@@ -107,7 +107,7 @@ def section_for_gpu(
 
 
 def check_room_for_states(args: WorkerArgs, family: Family) -> None:
-    """Raise ``ConfigError`` where a GPU is too small for the recurrent states of all sequences."""
+    """Raise ``ConfigError`` if a GPU is too small for the recurrent states of all sequences."""
     if args.device.type != "cuda":
         return
     section, workers = args.config.engine, args.config.workers
@@ -118,14 +118,14 @@ def check_room_for_states(args: WorkerArgs, family: Family) -> None:
 
 
 def _state_bytes(section: EngineSection, config: ModelConfig) -> int:
-    """Of all slots, and of the state before any token."""
+    """Bytes of all state slots, and of the state before the first token."""
     return (section.num_states + 1) * config.state_bytes
 
 
 def _reserves(
     args: WorkerArgs, family: Family, steps: int, num_peers: int, is_nccl: bool
 ) -> dict[str, int]:
-    """Bytes that are taken after the start, by what for; ``steps``: of one."""
+    """Bytes that are used after the start, by purpose; ``steps`` is the bound of one step."""
     buckets = captured_sizes(args, family)
     return {
         "steps": steps,
@@ -135,7 +135,7 @@ def _reserves(
 
 
 def check_room_for_slots(args: WorkerArgs, family: Family, dtype: torch.dtype) -> None:
-    """Raise ``ConfigError`` where a GPU is too small for the worker's expert slots."""
+    """Raise ``ConfigError`` if a GPU is too small for the worker's expert slots."""
     if args.device.type != "cuda":
         return
     section, workers, config = args.config.engine, args.config.workers, family.config

@@ -1,9 +1,10 @@
-"""What the contents of a KV block depend on beside its tokens, and which ranks need blocks on disk.
+"""The identity of KV blocks apart from tokens, and the ranks that need blocks on disk.
 
-Blocks on disk outlive the processes that compute them. The identity names all that decides their
-bits: checkpoint, release, options, types, and what the members of the generation have agreed on.
-In an exact generation that agreement decides what every worker computes, attention and experts;
-in any other one the bits depend on each member, so all their ways of computing are part of it.
+Blocks on disk outlive the processes that compute them. The identity contains everything that
+determines their bits: checkpoint, release, options, types, and the agreement of the generation's
+members. In an exact generation the agreement determines the results of every worker, attention and
+experts. In any other generation the bits depend on each member, so the identity contains the
+computation of every member.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from workers.transport.handshake import PeerIdentity
 
 
 def model_identity(me: PeerIdentity) -> str:
-    """How the identity of blocks of this checkpoint begins."""
+    """Prefix of the identities of all blocks of this checkpoint."""
     return f"checkpoint {me.checkpoint_id}\n"
 
 
@@ -31,9 +32,9 @@ def kv_identity(
     weights: tuple[Quantize, torch.dtype],
     cache: KVCache,
 ) -> str:
-    """The identity of blocks that a worker computes in a generation, for people too.
+    """Identity of the blocks that a worker computes in a generation, as readable text.
 
-    ``weights``: how the worker quantizes, and its dtype, where the configuration says ``auto``.
+    ``weights``: the worker's quantization and dtype, with ``auto`` resolved.
     """
     items = (
         f"release {me.release}",
@@ -57,9 +58,9 @@ def _arithmetic(generation: Generation) -> str:
 def needed_ranks(
     generation: Generation, places: Collection[str], node: str
 ) -> frozenset[int] | None:
-    """Ranks whose blocks on the disk of a node are of use; None: it is not known yet.
+    """Ranks whose blocks on the disk of ``node`` are still needed; None if not known yet.
 
-    These are the attention ranks of that node, and those of places whose worker is to come.
+    These are the attention ranks of that node, and the ranks of places without a worker.
     ``places``: names of the cluster's places (``attention-1``), filled or not.
     """
     if not generation.number or not places:

@@ -1,17 +1,17 @@
-"""Publishes which KV blocks are cached, over ZeroMQ, for routers of other projects.
+"""Publishes the cached KV blocks over ZeroMQ, for routers of other projects.
 
 A message has three frames: topic, number (8 bytes, big-endian) and a batch of
-``workers.kv.router_events``. Numbers go up by one, also those of a worker that replaces another one
-but for a gap: they begin with the time, in microseconds. So a subscriber sees that it missed what
-came at the start, that all blocks are to be forgotten, even if it connected again later.
-Subscribers that miss one ask the replay socket for all from a number on: an empty frame and the
-number. They get the messages that are kept, each behind an empty frame, and then one with the
-number -1 and no payload, as from vLLM 0.33.
+``workers.kv.router_events``. Numbers increase by one. Those of a replacement worker start with the
+time in microseconds, which leaves a gap. So even a subscriber that connects later notices that it
+missed the first message, which clears all blocks. Subscribers that miss a message request a replay
+from a number on at the replay socket, with an empty frame and the number. They get the stored
+messages, each after an empty frame, and then a message with the number -1 and no payload, as in
+vLLM 0.33.
 
-The engine's thread only puts changes into a list and rings; a thread of its own makes the events
-and sends them. ZeroMQ drops messages for a subscriber that is too far behind, and this thread never
-waits for one. Where it cannot keep up itself, or its port is not free, routers are told to forget
-all blocks.
+The engine's thread only appends changes to a list and wakes this module's thread, which creates the
+events and sends them. ZeroMQ drops messages for a slow subscriber, and the thread never waits for
+one. If the thread itself is too slow, or its port is not free, routers are told to clear all
+blocks.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_WAITING = 10_000
-"""Steps whose changes may wait for the thread."""
+"""Maximum number of steps whose changes wait for the thread."""
 _RETRY_S = 1.0
-"""Time between two attempts to open the sockets: the worker before may still hold a port."""
+"""Time between two attempts to open the sockets, as the previous worker may still hold a port."""
 _STOP_S = 5.0
 _MAX_QUESTION_BYTES = 1024
-"""Longest frame that anybody may send; a connection with a longer one is closed."""
+"""Longest frame that a peer may send; a connection with a longer one is closed."""
 _END = (-1).to_bytes(8, "big", signed=True)
 _Change = tuple[HashChanges, Mapping[BlockHash, BlockContent]]
 
 
 @dataclass(slots=True)
 class _Sockets:
-    """Open sockets, and how to wait on them."""
+    """Open sockets and their poller."""
 
     events: zmq.Socket[bytes]
     replay: zmq.Socket[bytes] | None
@@ -62,10 +62,10 @@ class KvPublisher:
     """The publisher of one attention worker.
 
     Args:
-        section: where, and how much is kept; it names an endpoint.
+        section: configuration with an endpoint.
         rank: the attention rank.
         block_size: tokens of a block.
-        adapters: gives the names of adapters by key; any thread may ask.
+        adapters: returns adapter names by key; called on any thread.
         clock: seconds since 1970.
     """
 
@@ -77,7 +77,7 @@ class KvPublisher:
         adapters: Callable[[], Mapping[str, str]] = dict,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Raises ``ConfigError`` where ZeroMQ's package is missing."""
+        """Raises ``ConfigError`` if the ZeroMQ package is missing."""
         self._zmq = _load_zmq(section)
         self._section = section
         self._rank = rank
@@ -85,7 +85,7 @@ class KvPublisher:
         self._feed = RouterFeed(block_size, adapters)
         self._lock = threading.Lock()
         self._changes: list[_Change] = []
-        self._must_clear = True  # routers may know blocks of the worker before
+        self._must_clear = True  # routers may know blocks of the previous worker
         self._number = int(1e6 * clock())
         self._sent: deque[tuple[bytes, bytes]] = deque(maxlen=section.kv_events_buffer_steps)
         self._encode = msgspec.msgpack.Encoder().encode
@@ -98,7 +98,7 @@ class KvPublisher:
         self._thread.start()
 
     def publish(self, changes: HashChanges, contents: Mapping[BlockHash, BlockContent]) -> None:
-        """Changes of a step, see ``RouterFeed.change``. Engine's thread; never waits."""
+        """Queue the changes of a step, see ``RouterFeed.change``. Engine's thread; never waits."""
         if not (changes.stored or changes.removed or contents):
             return
         with self._lock:
@@ -109,7 +109,7 @@ class KvPublisher:
         self._wakeup.ring()
 
     def close(self) -> None:
-        """End the thread; what waits for subscribers is dropped."""
+        """End the thread and drop pending messages."""
         self._is_ending.set()
         self._wakeup.ring()
         if self._thread.ident is not None:
@@ -126,12 +126,12 @@ class KvPublisher:
                     self._send_changes(sockets.events)
                     self._answer(sockets)
             except Exception:
-                logger.exception("KV events end")
+                logger.exception("the publisher of KV events failed")
             finally:
                 context.destroy(linger=0)
 
     def _open(self, context: zmq.Context[Any]) -> _Sockets | None:
-        """Bind or connect; None if that cannot be now, after a pause."""
+        """Bind or connect; None after a pause if that fails."""
         api, section, rank = self._zmq, self._section, self._rank
         assert section.kv_events_endpoint is not None
         opened: list[zmq.Socket[bytes]] = []
@@ -143,7 +143,7 @@ class KvPublisher:
             self._attach(events, endpoint_of(section.kv_events_endpoint, rank))
             replay = None
             if section.kv_events_replay_endpoint is not None:
-                # a whole replay fits: ZeroMQ learns late what a subscriber has read
+                # room for a whole replay: ZeroMQ notices late that a subscriber has read
                 replay = self._socket(context, api.ROUTER, 2 * (section.kv_events_buffer_steps + 1))
                 opened.append(replay)
                 self._attach(replay, endpoint_of(section.kv_events_replay_endpoint, rank))
@@ -151,7 +151,7 @@ class KvPublisher:
         except api.ZMQError as err:
             for each in opened:
                 each.close(linger=0)
-            logger.warning("KV events wait: %s", err)
+            logger.warning("could not open the sockets for KV events: %s", err)
             self._is_ending.wait(_RETRY_S)
             return None
         return _Sockets(events, replay, poller)
@@ -187,10 +187,10 @@ class KvPublisher:
         message = self._number.to_bytes(8, "big"), self._encode(batch)
         self._number += 1
         self._sent.append(message)
-        socket.send_multipart((self._topic, *message))  # dropped for those too far behind
+        socket.send_multipart((self._topic, *message))  # ZeroMQ drops it for slow subscribers
 
     def _answer(self, sockets: _Sockets) -> None:
-        """Wait for changes or a question, and answer it."""
+        """Wait for changes or a replay request, and answer the request."""
         ready = dict(sockets.poller.poll())
         self._wakeup.drain()
         replay = sockets.replay
@@ -198,7 +198,7 @@ class KvPublisher:
             return
         caller, *question = replay.recv_multipart()
         if len(question) != 2 or question[0] or len(question[1]) != 8:
-            logger.warning("a question for KV events has %d frames", len(question))
+            logger.warning("ignored a replay request for KV events with %d frames", len(question))
             return
         first = int.from_bytes(question[1], "big")
         for number, payload in self._sent:

@@ -1,4 +1,4 @@
-"""The messages that bring a step's outputs to the gateways. Pure."""
+"""The messages with a step's outputs for gateways. Pure."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from workers.requests.request import StepOutput, TokenOutput
 def step_messages(
     outputs: Iterable[TokenOutput], owners: Mapping[str, str]
 ) -> Iterator[tuple[str, StepOutput]]:
-    """(gateway, message), in the order of the outputs for each gateway.
+    """Yield (gateway, message) pairs, in the order of the outputs for each gateway.
 
-    ``owners`` has the gateway of each request; outputs of other requests are for nobody. An output
-    with arrays is a message of its own, and so are the outputs of a beam search together: they may
-    be as long as a message can be.
+    ``owners`` has the gateway of each request; outputs of other requests are dropped. An output
+    with arrays gets its own message, and so do the outputs of each beam search: both may be as long
+    as a message can be.
     """
     by_gateway: defaultdict[str, list[TokenOutput]] = defaultdict(list)
     for output in outputs:

@@ -1,9 +1,9 @@
-"""A worker's first steps, before it says that it is ready.
+"""Warm-up steps, before a worker reports readiness.
 
-The first step of each kind is slow on a GPU: kernels are loaded or compiled, libraries take their
-memory. In a generation that would look like a dead worker. So each role computes here what its
-steps compute, without the other workers: attention with experts that return zeros. What is compiled
-for a size, or for a way to divide the work, is compiled for all of them.
+On a GPU the first step of each kind is slow: kernels are loaded or compiled, and libraries allocate
+memory. In a generation that would look like a dead worker. So each role runs its computations here
+without other workers; for attention, the experts return zeros. Kernels that are specialized by size
+or work division are compiled in all variants.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from workers.requests.request import Request, SamplingParams
 from workers.requests.step_header import Grant, StepHeader
 
 MakeEngine = Callable[..., Engine]
-"""Makes an engine, given its ``section`` and ``dispatcher``."""
+"""Creates an engine from its ``section`` and ``dispatcher``."""
 _NUM_TOKENS = 3
-"""Tokens of each sequence: two steps of decodes follow the prompts."""
+"""Number of tokens of each sequence: after the prompt, two decode steps."""
 
 
 class BlankDispatcher(LocalDispatcher):
@@ -42,10 +42,10 @@ class BlankDispatcher(LocalDispatcher):
         super().__init__((), banks)
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
-        """Zeros have no place."""
+        """Ignored: the zeros do not depend on placement."""
 
     def experts(self) -> None:
-        """Native layers have none."""
+        """None: native layers get no experts."""
 
     def _dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> LocalHandle:
         exchange, (num_rows, top_k) = bank.exchanges[sent.exchange], sent.topk_ids.shape
@@ -61,11 +61,11 @@ def warm_attention(
     make_engine: MakeEngine,
     dispatcher: TokenDispatcher,
 ) -> None:
-    """The largest step of prompts, decodes of as many sequences as there may be, and of one; every
-    captured step, and every form of the attention kernels.
+    """Run the largest prefill step, decodes of ``max_num_seqs`` sequences and of one, every
+    captured step, and every variant of the attention kernels.
 
-    Only on a GPU. ``dispatcher`` is used where it needs no other worker. The engine's memory is
-    free again at the end, for the KV of the one that serves.
+    Only on a GPU. ``dispatcher`` is used if it needs no other worker. The engine's memory is freed
+    at the end, for the KV cache of the serving engine.
     """
     if args.device.type != "cuda":
         return
@@ -86,17 +86,17 @@ def warm_attention(
     engine = make_engine(section=own, dispatcher=experts)
     _run(engine, [_request(i, length) for i in range(most)])
     _run(engine, [_request(0, 1)])
-    if family.config.latent_rank is not None:  # long chunks take another form of attention
+    if family.config.latent_rank is not None:  # long chunks use another attention variant
         _run(engine, [_request(0, max(1, min(section.max_num_batched_tokens, longest)))])
     runner = engine.runner
-    if isinstance(experts, BlankDispatcher):  # else those that serve are captured before they do
+    if isinstance(experts, BlankDispatcher):  # else the serving engine captures before it serves
         runner.capture_graphs()
     _warm_attention(engine, family, section.block_size_tokens)
-    runner.graphs = None  # they and the engine refer to each other
+    runner.graphs = None  # breaks a reference cycle with the engine
 
 
 def _warm_attention(engine: Engine, family: Family, block_size: int) -> None:
-    """Every form of the kernels, which read no latent cache."""
+    """Run every variant of the attention kernels, which do not read a latent cache."""
     config, model = family.config, engine.runner.model
     if config.latent_rank is not None:
         return
@@ -106,7 +106,7 @@ def _warm_attention(engine: Engine, family: Family, block_size: int) -> None:
 
 
 def _request(number: int, length: int) -> Request:
-    """Every other one is drawn at random, so that both ways to a token are taken."""
+    """A request; every second one samples at random, so that both sampling paths run."""
     params = SamplingParams(
         max_tokens=_NUM_TOKENS, temperature=float(number % 2), top_p=0.9, seed=number
     )
@@ -133,10 +133,10 @@ def _run(engine: Engine, requests: Sequence[Request]) -> None:
 
 
 def warm_experts(args: WorkerArgs, slots: ExpertSlots, sums_are_rounded: bool) -> None:
-    """Every exchange of every bank, for one row, for twice as many as long as that is less than a
-    worker's largest step, and for that. Only on a GPU.
+    """Run every exchange of every bank with 1, 2, 4, .. rows, up to a worker's largest step. Only
+    on a GPU.
 
-    So each height of a block of rows is met, as they double, too. ``sums_are_rounded``: see
+    This covers each row-block height, as heights double, too. ``sums_are_rounded``: see
     ``DataTransport``.
     """
     if args.device.type != "cuda":
@@ -149,7 +149,7 @@ def warm_experts(args: WorkerArgs, slots: ExpertSlots, sums_are_rounded: bool) -
 
 
 def _compute(bank: ExpertBank, rows: int, sums_dtype: torch.dtype) -> None:
-    """Outputs of pairs, and their sums where the bank has them; all pairs are slot 0's."""
+    """Compute the outputs of pairs, and their sums if the bank has them; all pairs use slot 0."""
     top_k, device = bank.spec.top_k, bank.device
     ids = torch.zeros((rows, top_k), dtype=torch.int64, device=device)
     pairs = torch.arange(ids.numel(), device=device)

@@ -1,4 +1,4 @@
-"""The arguments of a worker: plain data from ``cluster.actors.worker_group``."""
+"""The arguments of a worker, built from plain data of ``cluster.actors.worker_group``."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class WorkerArgs:
     """Interface that this worker's sockets bind to."""
     threads: int = 1
     placement: ExpertPlacement | None = None
-    """First placement, where this worker holds experts."""
+    """First placement, if this worker holds experts."""
     num_slots: int = 0
-    """Expert slots per bank, where this worker holds experts."""
+    """Expert slots per bank, if this worker holds experts."""
     holders: tuple[ExpertHolder, ...] = ()
     """Serving workers that hold some of these experts; none at the start of a cluster."""
 
@@ -60,19 +60,19 @@ class WorkerArgs:
 
     @property
     def why_torch(self) -> str:
-        """Why the compiled kernels must not compute; empty where they may."""
+        """The reason for not using compiled kernels; empty if they may be used."""
         if self.config.workers.kernels == "torch":
             return "as configured"
         return "on CUDA" if self.config.workers.device == "cuda" else ""
 
     @property
     def device(self) -> torch.device:
-        """Device of this worker. Ray shows a worker only its own GPU, which is the first."""
+        """Device of this worker. Ray exposes only the worker's own GPU, which is the first."""
         return torch.device("cuda:0" if self.config.workers.device == "cuda" else "cpu")
 
     @property
     def device_facts(self) -> dict[str, Any]:
-        """For ``Register``: host and device, and of a GPU what planning asks for."""
+        """For ``Register``: host and device; for a GPU also its type and bandwidth."""
         facts: dict[str, Any] = {"host": socket.gethostname(), "device": str(self.device)}
         if self.device.type == "cuda":
             facts["gpu"], facts["gpu_bandwidth_bytes_s"] = gpu_facts(self.device)

@@ -230,7 +230,10 @@ def test_a_port_that_is_taken_is_tried_again(caplog: pytest.LogCaptureFixture) -
     ):
         publisher = KvPublisher(section, 0, SIZE)
         publisher.start()
-        wait_until(lambda: "KV events wait: Address already in use" in caplog.text, "a refusal")
+        wait_until(
+            lambda: "sockets for KV events: Address already in use" in caplog.text,
+            "a refusal",
+        )
     with subscribe(section) as subscriber:
         follow(subscriber, index, Chain(publisher))
     publisher.close()

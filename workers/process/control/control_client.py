@@ -1,11 +1,11 @@
-"""A worker's end of the control socket: one thread that talks to the controller.
+"""A worker's end of the control socket, with its own thread.
 
-The thread sends queued frames and heartbeats, answers status requests, and hands everything else
-to ``on_frame``. When the connection breaks, the client reports it once and reconnects; it then
-first sends what a restarted controller needs: registration, readiness, report.
+The thread sends queued frames and heartbeats, answers status requests, and passes all other frames
+to ``on_frame``. If the connection breaks, the client logs it and reconnects. It then first sends
+the frames that a restarted controller needs: registration, readiness, report.
 
-The thread also watches the lease, so a worker cannot outlive it: when it fails, ``on_failed`` ends
-the worker.
+The thread also checks the lease, so a worker cannot outlive it. If the thread fails, ``on_failed``
+ends the worker.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _PREFIX_BYTES = 4
 _CHUNK_BYTES = 1 << 16
 _RETRY_S = 0.1
 _REFUSED_S = 0.5
-_RETRY_LIMIT_S = 1.0  # short, so that the lease is looked at in between
+_RETRY_LIMIT_S = 1.0  # short, so that the lease is checked in between
 _FLUSH_S = 1.0
 _ALIVE = encode(Alive())
 
@@ -64,8 +64,8 @@ _ALIVE = encode(Alive())
 class ControlClient:
     """Connection of one worker to the controller. ``send`` may be called from any thread.
 
-    ``on_frame`` gets every frame but acknowledgements and status requests, on the client's thread:
-    it hands over and returns. ``heartbeat`` and ``status`` are called there too, and are cheap.
+    ``on_frame`` gets every frame except acknowledgements and status requests, on the client's
+    thread, and must return quickly, like ``heartbeat`` and ``status``, which are called there too.
     """
 
     def __init__(
@@ -85,9 +85,8 @@ class ControlClient:
         on_failed: Callable[[str], None] = lambda reason: None,
         release: str = RELEASE,
     ) -> None:
-        """``address`` is ``host:port``. ``worker_report`` says where this worker stands, for a new
-        connection; it is called on the client's thread. ``on_failed`` gets the reason when that
-        thread ends by an error.
+        """``address`` is ``host:port``. ``worker_report`` returns the worker's state for a new
+        connection, on the client's thread. ``on_failed`` gets the reason if that thread fails.
 
         The client sets the ``token`` of the reply that ``status`` returns.
         """
@@ -118,8 +117,8 @@ class ControlClient:
     def start(self) -> None:
         """Connect, prove the token, start the thread.
 
-        Raises ``PeerLostError`` when the controller cannot be reached in time, ``HandshakeError``
-        when it does not know the token or is of another release.
+        Raises ``PeerLostError`` if the controller cannot be reached in time, ``HandshakeError`` if
+        it has another token or release.
         """
         try:
             self._first = self._connect(self._connect_timeout_s)
@@ -135,11 +134,11 @@ class ControlClient:
         return self._lease.contact_at
 
     def follow(self, term: int, controller: str) -> None:
-        """Obey a controller by another way (any thread). Raises ``SupersededError``."""
+        """Check the term of a controller's Ray call (any thread). Raises ``SupersededError``."""
         self._guard.check(term, controller)
 
     def redirect(self, address: str) -> None:
-        """A new controller listens at ``address``: connect there instead (any thread)."""
+        """Connect to a new controller at ``address`` (any thread)."""
         with self._lock:
             if address == self._address:
                 return
@@ -156,7 +155,7 @@ class ControlClient:
         self._wakeup.ring()
 
     def close(self) -> None:
-        """Send what is queued, close the connection, end the thread."""
+        """Send queued frames, close the connection, end the thread."""
         self._closing = True
         self._wakeup.ring()
         if self._first is None:
@@ -164,15 +163,15 @@ class ControlClient:
         elif self._thread is not threading.current_thread():
             self._thread.join(timeout=_FLUSH_S + self._heartbeat_s + 1.0)
 
-    # ---- the thread -----------------------------------------------------------------------
+    # ---- the client's thread --------------------------------------------------------------
 
     def _run(self) -> None:
-        """Talk until closed; connect again whenever the connection breaks."""
+        """Exchange frames until closed; reconnect whenever the connection breaks."""
         _raise_priority()
         try:
             self._serve()
         except Exception as err:
-            logger.exception("the control thread of %s cannot go on", self._name)
+            logger.exception("the control thread of %s failed", self._name)
             self._closing = True
             self._on_failed(f"{type(err).__name__}: {err}")
         finally:
@@ -189,7 +188,7 @@ class ControlClient:
             connected = self._connect_again()
 
     def _talk_or_fail(self, sock: socket.socket) -> str:
-        """``_talk``, which also reports a callback's unexpected error as the worker's failure."""
+        """Call ``_talk``, and report an unexpected error of a callback as the worker's failure."""
         try:
             if sock is not self._first:
                 self._greet()
@@ -201,7 +200,7 @@ class ControlClient:
             raise
 
     def _talk(self, sock: socket.socket) -> str:
-        """Exchange frames over one connection; returns why it ended."""
+        """Exchange frames over one connection; returns the reason for its end."""
         sock.setblocking(False)
         incoming, outgoing = bytearray(), bytearray()
         next_beat = self._heartbeat_at = time.monotonic()
@@ -212,13 +211,13 @@ class ControlClient:
             try:
                 while True:
                     if self._is_redirected:
-                        raise SupersededError("a new controller has called")
+                        raise SupersededError("a new controller has taken over")
                     now = time.monotonic()
                     self._lease.check(now)
                     if now >= next_beat:
                         outgoing += self._sign_of_life(now)
                         next_beat = min(now + self._alive_s, self._heartbeat_at)
-                    is_closing = self._closing  # read first: all of the queue was sent before it
+                    is_closing = self._closing  # read before the queue is emptied
                     while self._queue:
                         outgoing += self._queue.popleft()
                     if outgoing:
@@ -247,7 +246,7 @@ class ControlClient:
                 return str(err) or type(err).__name__
 
     def _sign_of_life(self, now: float) -> bytes:
-        """A heartbeat when it is due, else as little as possible."""
+        """The next heartbeat if it is due, else the shortest frame."""
         if now < self._heartbeat_at:
             return _ALIVE
         self._heartbeat_at = now + self._heartbeat_s
@@ -278,17 +277,17 @@ class ControlClient:
         else:
             self._on_frame(frame)
 
-    # ---- connecting -----------------------------------------------------------------------
+    # ---- connection -----------------------------------------------------------------------
 
     def _connect_again(self) -> socket.socket | None:
-        """A new connection, whenever there is a controller again; None when closed meanwhile."""
+        """Reconnect as soon as a controller is reachable; None if closed while waiting."""
         while not self._closing:
             self._lease.check(time.monotonic())
             try:
                 sock = self._connect(min(self._connect_timeout_s, _RETRY_LIMIT_S))
             except PeerLostError as err:
                 logger.debug("no controller yet: %s", err)
-            except ProtocolError as err:  # another program may have the port by now
+            except ProtocolError as err:  # another program may use the port
                 logger.warning("the controller's handshake failed: %s", err)
                 self._wakeup.wait(_REFUSED_S)
             else:
@@ -297,8 +296,8 @@ class ControlClient:
         return None
 
     def _greet(self) -> None:
-        """Queue what a restarted controller needs first."""
-        with self._lock:  # what was queued for the old connection has lost its meaning
+        """Queue the frames that a restarted controller needs first."""
+        with self._lock:  # frames for the old connection are obsolete
             self._queue.clear()
             greeting = [*self._greeting.values(), *self._worker_report()]
             self._queue.extend(encode(f) for f in greeting)
@@ -324,14 +323,14 @@ class ControlClient:
         return sock
 
     def _handshake(self, sock: socket.socket, address: str, deadline: float) -> None:
-        """The worker's side of the mutual proof; both sides then know both releases."""
+        """The worker's side of the mutual proof, in which both sides exchange their releases."""
         proof = TokenProof(self._token, "control", is_caller=True)
         hello = ControlHello(worker=self._name, nonce=proof.nonce, release=self._release)
         sock.sendall(encode(hello))
         length = frame_length(bytes(receive_bytes(sock, _PREFIX_BYTES, deadline)), MAX_HELLO_BYTES)
         challenge = decode_hello(bytes(receive_bytes(sock, length, deadline)))
         if not isinstance(challenge, ControlChallenge):
-            raise HandshakeError(f"{address} is no controller")
+            raise HandshakeError(f"{address} is not a controller")
         proof.their_nonce = challenge.nonce
         if not proof.is_peer_proof(challenge.proof):
             raise HandshakeError(f"{address} does not know the cluster token")
@@ -340,10 +339,10 @@ class ControlClient:
 
 
 def _raise_priority() -> None:
-    """Let the calling thread run before others of this host, where it may.
+    """Give the calling thread real-time priority, if permitted.
 
-    Real-time priority needs CAP_SYS_NICE or RLIMIT_RTPRIO. Threads and processes that this thread
-    starts do not inherit it.
+    This needs CAP_SYS_NICE or RLIMIT_RTPRIO. Threads and processes that this thread starts do not
+    inherit it.
     """
     if hasattr(os, "sched_setscheduler"):  # Linux
         policy = os.SCHED_RR | os.SCHED_RESET_ON_FORK
@@ -352,7 +351,7 @@ def _raise_priority() -> None:
 
 
 def _finish(sock: socket.socket) -> None:
-    """Let the peer take what was sent: a close with unread input would reset the connection."""
+    """Wait until the peer has read all: a close with unread input resets the connection."""
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_WR)
         sock.settimeout(_FLUSH_S)

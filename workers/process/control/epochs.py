@@ -1,4 +1,4 @@
-"""The placement epochs that a worker may run: the current one, and those that may follow."""
+"""The placement epochs that a worker may run: the current one and announced ones."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from workers.experts.transfer.loading import Obstacle, SlotOrder
 
 
 class EpochPlacements:
-    """Placements by epoch, of one generation. Data thread, but for ``obstacle``."""
+    """Placements of one generation by epoch. Data thread only, except ``obstacle``."""
 
     def __init__(self) -> None:
         self.current = ExpertPlacement(epoch=0, banks=())
         self._coming: dict[int, ExpertPlacement] = {}
 
     def start(self, placement: ExpertPlacement) -> None:
-        """Begin a generation with a placement; earlier ones are dropped."""
+        """Start a generation with a placement; earlier ones are dropped."""
         self.current = placement
         self._coming.clear()
 
     def learn(self, frame: NewEpoch) -> ExpertPlacement:
-        """Note a placement that may follow, and return it.
+        """Record an announced placement, and return it.
 
-        Raises ``ProtocolError`` when it does not build on a known one.
+        Raises ``ProtocolError`` if it does not build on a known one.
         """
         known = {self.current.epoch: self.current, **self._coming}
-        base = known.get(frame.base_epoch)  # a header on the way may name it
+        base = known.get(frame.base_epoch)  # a header in transit may name it
         if base is None:
             raise ProtocolError(
                 f"epoch {frame.epoch} follows {frame.base_epoch}, but {self.current.epoch} runs"
@@ -38,7 +38,7 @@ class EpochPlacements:
         banks = list(base.banks)
         for place, maps in frame.banks:
             if place not in range(len(banks)):
-                raise ProtocolError(f"no maps of an epoch: there is no bank {place}")
+                raise ProtocolError(f"the maps of an epoch name bank {place}, which does not exist")
             _check_place(maps, banks[place])
             banks[place] = maps
         placement = replace(self.current, epoch=frame.epoch, banks=tuple(banks))
@@ -46,7 +46,7 @@ class EpochPlacements:
         return placement
 
     def reach(self, epoch: int) -> bool:
-        """Take the epoch of a step header; returns whether it is new.
+        """Switch to the epoch of a step header; returns whether it is new.
 
         Raises ``ProtocolError`` for an unknown epoch.
         """
@@ -62,10 +62,11 @@ class EpochPlacements:
     def obstacle(
         self, device: int, orders: Iterable[SlotOrder], epoch: int, announced: int
     ) -> Obstacle | None:
-        """What keeps these slots from being written, by an order of a controller that believes
-        ``epoch`` to be in force. ``announced`` is the newest epoch of a generation. Any thread.
+        """The reason not to write these slots by a command of a controller that believes ``epoch``
+        to be current, or None. ``announced`` is the newest epoch of a generation. Any thread.
 
-        A step may read every slot that the current epoch names, or one that may follow by then.
+        A step may read every slot that the current epoch or an announced epoch up to ``epoch``
+        names.
         """
         current, coming = self.current, dict(self._coming)
         if epoch < current.epoch:

@@ -1,4 +1,4 @@
-"""The bond between a worker and its controller: the lease, and the controller's term."""
+"""A worker's lease and its check of the controller's term."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from cluster.core.errors import SupersededError
 
 
 class Lease:
-    """When a worker stops that can neither reach the controller nor commit a step with others.
+    """Stops a worker that can neither reach the controller nor commit a step with others.
 
     Times are monotonic seconds; one thread only.
 
-    An acknowledgement renews the lease from the time its *heartbeat was sent*: the controller
-    counts its own limit from the arrival of that heartbeat, which is later. An acknowledgement that
-    waited in a socket while this process was stopped renews nothing.
+    An acknowledgement renews the lease from the time at which its *heartbeat was sent*: the
+    controller counts its own limit from the later arrival of that heartbeat. An acknowledgement
+    that waited in a socket while this process was stopped renews nothing.
     """
 
     def __init__(
@@ -26,8 +26,8 @@ class Lease:
         on_expired: Callable[[str], None] = lambda reason: None,
     ) -> None:
         """``limit_s``, the longest time without controller and commit, is below twice the detection
-        limit. ``last_commit`` returns the time of the last committed step in which others took
-        part; ``on_expired`` is called once when the lease runs out.
+        limit. ``last_commit`` returns the time of the last committed step that others took part in.
+        ``on_expired`` is called once when the lease expires.
         """
         self._limit_s = limit_s
         self._last_commit = last_commit
@@ -39,20 +39,20 @@ class Lease:
         """Time at which the newest acknowledged heartbeat was sent, or of the first connection."""
 
     def beat(self, now: float) -> int:
-        """The number of a heartbeat that is sent now."""
+        """Record a heartbeat that is sent now, and return its number."""
         self._number += 1
         self._sent_at[self._number] = now
         return self._number
 
     def acknowledged(self, number: int) -> None:
-        """The controller has acknowledged a heartbeat, and with it all earlier ones."""
+        """Record the acknowledgement of a heartbeat, which covers all earlier ones."""
         if number in self._sent_at:
             self.contact_at = self._sent_at[number]
             self._is_expired = False
         self._sent_at = {n: at for n, at in self._sent_at.items() if n > number}
 
     def check(self, now: float) -> None:
-        """Call ``on_expired`` once if the lease has run out."""
+        """Call ``on_expired`` once if the lease has expired."""
         silence = now - max(self.contact_at, self._last_commit())
         if silence > self._limit_s and not self._is_expired:
             self._is_expired = True
@@ -60,7 +60,7 @@ class Lease:
 
 
 class TermGuard:
-    """Accepts only the newest controller: the highest term, and one controller a term.
+    """Accepts only the newest controller: the highest term, and one controller per term.
 
     Any thread.
     """
@@ -72,7 +72,7 @@ class TermGuard:
         self._lock = threading.Lock()
 
     def check(self, term: int, controller: str) -> None:
-        """Note a controller. Raises ``SupersededError`` when it is not the newest."""
+        """Record a controller. Raises ``SupersededError`` if it is not the newest."""
         with self._lock:
             if term < self.term:
                 raise SupersededError(f"a controller of the older term {term}, not {self.term}")

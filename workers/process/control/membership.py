@@ -1,12 +1,12 @@
-"""A worker's membership: its generation, the maps, and whether steps run.
+"""A worker's membership: its generation, its placement maps, and whether steps run.
 
-    NewGeneration ─▶ edges open, maps taken ─▶ GenerationReady
+    NewGeneration ─▶ edges open, maps applied ─▶ GenerationReady
         ─▶ RunGeneration ─▶ steps; epochs follow one another
-        ─▶ a peer is lost, the lease runs out, or the next generation is announced
+        ─▶ a peer is lost, the lease expires, or the next generation is announced
 
-The data thread does all of this. The control thread reports the state to a controller, and raises
-the fence: the highest generation that the worker may not run (any more). As the fence only grows,
-and a generation runs only above it, the two threads need no order.
+The data thread makes these transitions. The control thread reports the state to a controller and
+raises the fence: the highest generation that the worker must not run. As the fence only grows, and
+a generation runs only above it, the two threads need no lock.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ logger = logging.getLogger(__name__)
 
 
 class Standing(Enum):
-    """Where a worker stands in its newest generation. The value is for people."""
+    """State of a worker in its newest generation. The values are readable."""
 
     OUTSIDE = "outside"
-    """No steps: before the first generation, after a loss, behind the fence."""
+    """No steps run: before the first generation, after a loss, or below the fence."""
     OPENING = "opens its edges"
     READY = "ready"
-    """``GenerationReady`` is sent."""
+    """``GenerationReady`` has been sent."""
     RUNNING = "runs"
 
 
@@ -68,42 +68,43 @@ _NEXT = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MembershipHooks:
-    """Actions of the worker; all but ``send`` run on the data thread."""
+    """Callbacks to the worker; all except ``send`` and ``slots`` run on the data thread."""
 
     send: Callable[[ControlFrame], None]
-    """Send to the controller."""
+    """Sends a frame to the controller."""
     enter: Callable[[Generation, ExpertPlacement], None]
-    """Take the maps of a generation whose edges are open."""
+    """Applies the maps of a generation with open edges."""
     lose_members: Callable[[Set[str]], None]
-    """Members of the last generation died; the last step was given up."""
+    """Members of the last generation died, and the last step was abandoned."""
     begin_steps: Callable[[], None]
-    """A generation runs."""
+    """Called when a generation starts to run."""
     slots: Callable[[], SlotContents] = tuple
-    """What the expert slots hold; any thread."""
+    """Returns the contents of the expert slots; any thread."""
 
 
 class Membership:
-    """See the module. ``join`` comes before the first frame."""
+    """The membership of one worker. Call ``join`` before the first frame."""
 
     def __init__(self, name: str, hooks: MembershipHooks) -> None:
         self.generation = Generation(number=0, members=())
-        """Newest generation that this worker has taken."""
+        """Newest generation that this worker has entered."""
         self.announced: NewGeneration | None = None
         """Newest announced generation; set by ``announce``."""
         self.places: tuple[str, ...] = ()
-        """Places of the cluster, as the controller last named them; set by the control thread."""
+        """Places of the cluster in the controller's last message; set by the control thread."""
         self.epochs = EpochPlacements()
         self.standing = Standing.OUTSIDE
-        """Written by the data thread alone."""
+        """Only the data thread writes it."""
         self.fence = -1
-        """Highest generation that must not run: the lease ran out in it. Written by the control
-        thread alone, and never lowered."""
+        """Highest generation that must not run, because the lease expired in it. Only the control
+        thread writes it, and it never decreases."""
         self._known_epoch = 0
         self._switch: SwitchEpoch | None = None
         self.last_commit = time.monotonic()
         """Monotonic time of the last committed step."""
         self.last_shared_commit = self.last_commit
-        """That of the last one in which others took part, as far as is known: renews the lease."""
+        """Time of the last commit in which others took part, as far as known; it renews the
+        lease."""
         self._name = name
         self._hooks = hooks
         self._loss: PeerLost | None = None
@@ -112,30 +113,30 @@ class Membership:
     def join(
         self, connections: PeerConnections, channel: StepChannel, transport: DataTransport
     ) -> None:
-        """The data plane is open."""
+        """Set the open data plane."""
         self._connections = connections
         self._channel = channel
         self._transport = transport
 
     @property
     def is_fenced(self) -> bool:
-        """The lease ran out in this generation or later."""
+        """Whether the lease expired in this generation or later."""
         return self.generation.number <= self.fence
 
     @property
     def runs(self) -> bool:
-        """Steps of the newest generation run."""
+        """Whether steps of the newest generation run."""
         return self.standing is Standing.RUNNING and not self.is_fenced
 
     @property
     def is_member(self) -> bool:
-        """It belongs to a generation, whether steps run now or the next one is on its way."""
+        """Whether the worker belongs to a generation, even if the next one is being formed."""
         return self.generation.number > 0 and not self.is_fenced
 
     # ---- the control thread -----------------------------------------------------------------
 
     def announce(self, frame: ControlFrame) -> None:
-        """An order has arrived, which the data thread will handle."""
+        """Record a command that the data thread will handle."""
         match frame:
             case ControllerSnapshot():
                 self.places = frame.places
@@ -148,7 +149,7 @@ class Membership:
                 self._switch = frame
 
     def raise_fence(self) -> int:
-        """The lease ran out: no generation that is known here runs; returns the fence."""
+        """Fence all known generations after the lease expired; returns the fence."""
         order = self.announced
         announced = order.generation.number if order is not None else 0
         self.fence = max(self.fence, self.generation.number, announced)
@@ -157,9 +158,9 @@ class Membership:
     def worker_report(self, memory: dict[str, Any]) -> list[ControlFrame]:
         """State of this worker, for a restarted controller.
 
-        A leader that was ordered to switch the epoch, and has not done so yet, does not count as
-        running: the new controller knows nothing of that order. ``memory`` is the
-        snapshot that the previous controller left.
+        A leader with a command to switch the epoch that it has not carried out does not count as
+        running, as the new controller does not know the command. ``memory`` is the snapshot that
+        the previous controller left.
         """
         order, loss = self.announced, self._loss
         number = self.generation.number
@@ -188,7 +189,7 @@ class Membership:
     # ---- the loader's thread ------------------------------------------------------------------
 
     def obstacle(self, device: int, orders: Iterable[SlotOrder], epoch: int) -> Obstacle | None:
-        """What keeps expert slots from being written; see ``EpochPlacements``."""
+        """The reason for which expert slots must not be written; see ``EpochPlacements``."""
         order = self.announced
         announced = order.placement.epoch if order is not None else 0
         return self.epochs.obstacle(device, orders, epoch, announced)
@@ -208,7 +209,7 @@ class Membership:
                 self._switch_epoch(frame)
 
     def follow_epoch(self, header: StepHeader, stall_s: float = 0.0) -> None:
-        """Note the epoch of a step; the leader reports a new one to the controller.
+        """Record the epoch of a step; the leader reports a new one to the controller.
 
         ``stall_s`` is the time for which work has waited for this header.
         """
@@ -223,13 +224,13 @@ class Membership:
             )
 
     def committed(self, *, is_shared: bool) -> None:
-        """A step has committed, or the steps begin; ``is_shared``: others took part."""
+        """Record a committed step, or the start of steps. ``is_shared``: others took part."""
         self.last_commit = time.monotonic()
         if is_shared:
             self.confirm()
 
     def confirm(self) -> None:
-        """The hosts of all others have the header of the last step."""
+        """Record that all peers' hosts have received the header of the last step."""
         self.last_shared_commit = self.last_commit
 
     def lose(self, err: PeerLostError) -> None:
@@ -243,14 +244,14 @@ class Membership:
         self._hooks.send(self._loss)
 
     def leave(self) -> None:
-        """The steps end: a new generation is announced, or the fence was raised."""
+        """Stop the steps, because a new generation is announced or the fence was raised."""
         self._enter(Standing.OUTSIDE)
 
     def _enter(self, standing: Standing) -> None:
         self.standing = next_state(self.standing, standing, _NEXT)
 
     def _take_generation(self, frame: NewGeneration) -> None:
-        """Abandon the step under way, open the edges of the new generation, report readiness."""
+        """Abandon the running step, open the edges of the new generation, report readiness."""
         generation = frame.generation
         if generation.number <= self.generation.number:
             return
@@ -284,14 +285,14 @@ class Membership:
         if frame.generation != self.generation.number or self.standing is not Standing.READY:
             return
         if self.is_fenced:
-            logger.warning("%s may not run generation %d any more", self._name, frame.generation)
+            logger.warning("%s may no longer run generation %d", self._name, frame.generation)
             self.leave()
         elif lacking := self._num_lacking():
             logger.error(
                 "%s does not run generation %d: %d of its experts are not in their slots",
                 *(self._name, frame.generation, lacking),
             )
-            self.leave()  # heartbeats say so, and the controller forms the next one
+            self.leave()  # heartbeats report it, and the controller forms the next one
         else:
             self._channel.start_generation(frame.first_step, self.epochs.current.epoch)
             self.committed(is_shared=True)
@@ -300,14 +301,14 @@ class Membership:
             self._enter(Standing.RUNNING)
 
     def _num_lacking(self) -> int:
-        """Experts of the maps in force that are not in this worker's slots."""
+        """Number of experts in the current maps that are missing from this worker's slots."""
         own = next((m for m in self.generation.experts if m.name == self._name), None)
         if own is None:
             return 0
         return len(list(self.epochs.current.missing(own.device, self._hooks.slots())))
 
     def _learn_epoch(self, frame: NewEpoch) -> None:
-        """Prepare the maps of an epoch that may follow."""
+        """Prepare the maps of an announced epoch."""
         if frame.generation != self.generation.number:
             return
         error = ""
@@ -319,6 +320,6 @@ class Membership:
         self._hooks.send(ready)
 
     def _switch_epoch(self, frame: SwitchEpoch) -> None:
-        """Leader: name the epoch in the next header, which is sent when all ranks have proposed."""
+        """Leader: put the epoch into the next header, sent when all ranks have proposed."""
         if frame.generation == self.generation.number and self.runs:
             self._channel.set_epoch(frame.epoch, frame.oldest_epoch)

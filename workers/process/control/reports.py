@@ -1,4 +1,4 @@
-"""Reports of a worker to the controller: progress of loading, heartbeats, status."""
+"""Reports of a worker to the controller: load progress, heartbeats, status."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from workers.metrics.activity import Activity
 from workers.process.control.membership import Membership
 
 PROGRESS_EVERY_S = 0.2
-"""Least time between two reports of loading progress."""
+"""Minimum time between two reports of load progress."""
 
 
 @dataclass(kw_only=True, slots=True)
 class WorkerReports:
-    """Makes the reports of one worker. Control thread, but for ``loading``."""
+    """Creates the reports of one worker. Control thread only, except ``loading``."""
 
     membership: Membership
     activity: Activity
     stats: Callable[[], dict[str, float]]
     """Gauges and counters by metric name without prefix."""
     load: Callable[[], LoadReport | None]
-    """Counted load of the experts; None where this worker counts none."""
+    """Expert load; None if this worker does not count it."""
     load_every_s: float
-    """Least time between two heartbeats with a load report."""
+    """Minimum time between two heartbeats with a load report."""
     send: Callable[[ControlFrame], None]
     disks: DiskWatch
-    """Of this host."""
+    """Watches the disks of this host."""
     adapters_in_use: Callable[[], tuple[str, ...]] = tuple
-    """Keys of adapters that requests have."""
+    """Keys of the adapters that requests use."""
     waits_for: Callable[[], tuple[str, ...]] = tuple
-    """Peers for which the data thread waits."""
+    """Names of the peers that the data thread waits for."""
     problems: Callable[[], tuple[str, ...]] = tuple
-    """What keeps parts of this worker from working, for people."""
+    """Readable problems of parts of this worker."""
     _progress_sent_at: float = 0.0
     _load_sent_at: float = 0.0
     _rows_sent: int = 0
 
     def loading(self, loaded_bytes: int, total_bytes: int) -> None:
-        """Report the progress of loading, now and then and at the end. Data thread."""
+        """Report the load progress periodically and at the end. Data thread."""
         self.activity.advance()
         now = time.monotonic()
         if loaded_bytes >= total_bytes or now - self._progress_sent_at >= PROGRESS_EVERY_S:
@@ -50,7 +50,7 @@ class WorkerReports:
             self.send(LoadProgress(loaded_bytes=loaded_bytes, total_bytes=total_bytes))
 
     def heartbeat(self) -> Heartbeat:
-        """State of the data thread, statistics, and the load report when it is due."""
+        """State of the data thread, metrics, and the load report if it is due."""
         membership, activity = self.membership, self.activity
         now = time.monotonic()
         due = now - self._load_sent_at >= self.load_every_s
@@ -73,7 +73,7 @@ class WorkerReports:
         )
 
     def status(self) -> StatusReply:
-        """Answer to a question of the controller."""
+        """Reply to a status request of the controller."""
         return StatusReply(token=0, stats=self.stats(), expert_load=self.load())
 
     def _new_load(self) -> LoadReport | None:

@@ -1,7 +1,7 @@
-"""Adapters on their way into the engine: read by threads, made ready between steps.
+"""Loading of adapters: threads read them, the engine's thread builds them between steps.
 
-One is read at a time. A thread that hangs, in a folder of a dead file server for example, holds up
-the others until an order drops its adapter, and never the end of the process.
+One is read at a time. A thread that hangs, for example on a dead file server, blocks the other
+adapters until a command drops its adapter. It never blocks the end of the process.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from workers.lora.adapters import PreparedAdapter
 logger = logging.getLogger(__name__)
 
 _TURN_S = 0.02
-"""Time between two steps in which adapters are made ready."""
+"""Time between two steps in which adapters are built."""
 _END = object()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Read:
-    """An adapter that is read, or will be."""
+    """An adapter that is being read, or will be."""
 
     adapter: Adapter
     found: Future[PreparedAdapter] = field(default_factory=Future)
 
 
 class AdapterIntake:
-    """Carries out the controller's newest order. Methods belong to the engine's thread.
+    """Carries out the controller's newest command. Methods are for the engine's thread.
 
     Args:
-        engine: has the adapters.
-        wake: called, by any thread, when there is something to do.
+        engine: holds the adapters.
+        wake: called, on any thread, when there is work.
         clock: monotonic seconds.
     """
 
@@ -56,21 +56,21 @@ class AdapterIntake:
         self._order: KeepAdapters | None = None
         self._number = -1
         self._reads: dict[str, _Read] = {}
-        """By key, in the order of the order."""
+        """By key, in the order of the command."""
         self._build: tuple[str, Iterator[None]] | None = None
-        """What is made ready."""
+        """Key and remaining build steps of the adapter that is being built."""
         self._names: Mapping[str, str] = {}
-        """By key; never changed but replaced."""
+        """Names by key; the mapping is replaced, never changed."""
         self._digests: dict[str, str] = {}
         self._errors: dict[str, str] = {}
 
     @property
     def names(self) -> Mapping[str, str]:
-        """Names by key. Any thread may ask."""
+        """Names by key. Any thread may read it."""
         return self._names
 
     def take(self, order: KeepAdapters) -> None:
-        """Free what is not named any more, and begin to read what is missing."""
+        """Free adapters that the command does not name, and start to read missing ones."""
         if order.number <= self._number:
             return
         self._order, self._number = order, order.number
@@ -82,7 +82,7 @@ class AdapterIntake:
         if self._build is not None and self._build[0] not in wanted:
             self._build = None
         for key in [key for key in self._reads if key not in wanted]:
-            del self._reads[key]  # its thread, if it has one, ends by itself
+            del self._reads[key]  # a running thread ends by itself
         self._digests = {k: digest for k, digest in self._digests.items() if k in wanted}
         self._errors.clear()  # another try
         for key, adapter in wanted.items():
@@ -91,7 +91,7 @@ class AdapterIntake:
         self._begin_next()
 
     def go_on(self) -> AdaptersKept | None:
-        """Make ready what is read, for a short time; the answer once the order is carried out."""
+        """Build read adapters for a short time; returns the reply once the command is complete."""
         end = self._clock() + _TURN_S
         while self._clock() < end and self._has_step():
             pass
@@ -104,9 +104,10 @@ class AdapterIntake:
         return AdaptersKept(number=number, digests=dict(self._digests), errors=dict(self._errors))
 
     def stats(self, waiting: Mapping[str, int]) -> dict[str, float]:
-        """Gauges by metric name without prefix, with 0 for an adapter that no request has.
+        """Gauges by metric name without prefix, with 0 for an unused adapter.
 
-        ``waiting`` are choices by key that the engine does not have yet. Any thread may call it.
+        ``waiting``: number of choices by adapter key that the engine does not have yet. Any thread
+        may call it.
         """
         loaded = self._engine.adapters
         counts = self._num_sequences(waiting) if loaded.keys else {}
@@ -118,7 +119,7 @@ class AdapterIntake:
         }
 
     def _num_sequences(self, waiting: Mapping[str, int]) -> Counter[tuple[str, str]]:
-        """By state and name."""
+        """Number of sequences by state and adapter name."""
         names = self._names
         by_state = dict(
             zip(("running", "waiting"), self._engine.requests.sequences_by_adapter(), strict=True)
@@ -127,16 +128,16 @@ class AdapterIntake:
         counts: Counter[tuple[str, str]] = Counter()
         for key in self._engine.adapters.keys:
             for state, found in by_state.items():
-                # A name that is loaded again has two keys until the old one is free.
+                # A name that was loaded again has two keys until the old one is freed.
                 counts[state, names.get(key, key)] += found[key]
         return counts
 
     def close(self) -> None:
-        """Read nothing more; what is being read ends by itself."""
+        """Start no further reads; a running read ends by itself."""
         self._reads.clear()
 
     def _has_step(self) -> bool:
-        """Take one step, if there is any."""
+        """Run one build step; False if there is none."""
         key = self._next()
         if key is None:
             return False
@@ -144,13 +145,13 @@ class AdapterIntake:
             self._step(key)
         except CheckpointError as err:
             self._give_up(key, str(err))
-        except Exception as err:  # memory that is missing, for example: the worker serves on
+        except Exception as err:  # for example out of memory; the worker continues to serve
             logger.exception("the adapter %s cannot be loaded", key)
             self._give_up(key, f"{type(err).__name__}: {first_line(err)}")
         return True
 
     def _next(self) -> str | None:
-        """The adapter that is made ready, or the next one."""
+        """The key of the adapter to build: the current one, or the next that was read."""
         if self._build is not None:
             return self._build[0]
         return next((key for key, read in self._reads.items() if read.found.done()), None)
@@ -168,7 +169,7 @@ class AdapterIntake:
         self._errors[key] = error
 
     def _begin_next(self) -> None:
-        """Begin to read the next adapter, unless one is being read."""
+        """Start to read the next adapter, unless one is being read."""
         if any(read.found.running() for read in self._reads.values()):
             return
         read = next((r for r in self._reads.values() if not r.found.done()), None)
@@ -178,7 +179,7 @@ class AdapterIntake:
             threading.Thread(target=self._read, args=(read,), name=name, daemon=True).start()
 
     def _read(self, read: _Read) -> None:
-        """In a thread of its own."""
+        """Read an adapter, in its own thread."""
         try:
             path = Path(read.adapter.path)
             self._engine.adapters.check_place(path)

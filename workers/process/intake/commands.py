@@ -1,4 +1,4 @@
-"""Commands from the engine streams to the engine loop, and the inbox that carries them."""
+"""Commands from the engine streams to the engine's thread, and their queue."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ class AddRequest:
     gateway: str
     request: Request
     received: float
-    """Monotonic seconds at which the stream delivered it."""
+    """Monotonic time in seconds at which the stream delivered it."""
     hashes: tuple[BlockHash, ...] = ()
-    """Of the full KV blocks of its prompt, in order; none where requests share no blocks."""
+    """Hashes of the full KV blocks of the prompt, in order; empty if blocks are not shared."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrefetchAsked:
-    """A gateway will move a request here, and wants its KV blocks to be here before."""
+    """A gateway will move a request to this worker and wants its KV blocks fetched first."""
 
     gateway: str
     request: Request
     chains: tuple[tuple[BlockHash, ...], ...]
-    """Hashes of the full KV blocks of each open choice; none where requests share no blocks."""
+    """Hashes of the full KV blocks of each open choice; empty if blocks are not shared."""
 
 
 @dataclass(frozen=True, slots=True)
 class CopyAsked:
-    """A gateway wants copies of another worker's blocks to be kept here."""
+    """A gateway wants this worker to keep copies of another worker's blocks."""
 
     gateway: str
     message: KeepCopy
@@ -43,7 +43,7 @@ class CopyAsked:
 
 @dataclass(frozen=True, slots=True)
 class MessageTaken:
-    """A gateway aborts or pauses a request, or has noted which one runs the next step alone."""
+    """A gateway aborts or pauses a request, or acknowledges a solo step."""
 
     gateway: str
     message: Abort | Pause | SoloStep
@@ -51,7 +51,7 @@ class MessageTaken:
 
 @dataclass(frozen=True, slots=True)
 class GatewayGone:
-    """A gateway's stream ended: its requests are aborted."""
+    """A gateway's stream ended, so its requests are aborted."""
 
     gateway: str
 
@@ -60,7 +60,7 @@ Command = AddRequest | PrefetchAsked | CopyAsked | MessageTaken | GatewayGone
 
 
 class Inbox:
-    """Commands from the streams to the engine loop; ``wake`` is called after each."""
+    """Queue of commands from the streams to the engine's thread; calls ``wake`` after each."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._commands: deque[Command] = deque()
@@ -72,5 +72,5 @@ class Inbox:
         self._wake()
 
     def take(self) -> list[Command]:
-        """All commands that wait now (engine loop only)."""
+        """Remove and return all queued commands (engine's thread only)."""
         return [self._commands.popleft() for _ in range(len(self._commands))]

@@ -1,4 +1,4 @@
-"""Fetches the blocks of one sequence from another worker, into the tiers below the pool."""
+"""Fetches the blocks of one sequence from another worker into the lower tiers."""
 
 from __future__ import annotations
 
@@ -19,41 +19,42 @@ from workers.requests.wire import KeepCopy
 from workers.transport.peer_link import MAX_ITEMS, PeerClient, view_bytes
 
 BATCH_BLOCKS = 16
-"""Blocks that the other worker holds at once."""
+"""Number of blocks that the other worker pins at once."""
 
 
 @dataclass(slots=True)
 class CopyFetch:
-    """One copy on its way."""
+    """The fetch of one copy."""
 
     tiers: KvTiers
     cache: KVCache
-    """Says what a block and a state look like."""
+    """Defines the shapes of a block and a state."""
     message: KeepCopy
     num_blocks: int = 0
-    """Blocks that have come and are kept."""
+    """Number of blocks received and stored."""
     num_bytes: int = 0
-    """Bytes that have come."""
+    """Number of bytes received."""
     _names: Sequence[BlockHash] = ()
-    """Blocks that are of use: all, or those up to a state."""
+    """Useful blocks: all, or those up to a state."""
     _state: Tensor | None = None
-    """A state that has come, behind the last of them."""
+    """A received state after the last of these blocks."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether all that is wanted is here, in host memory."""
+        """Whether host memory has all requested blocks and the state."""
         names, has = self.message.hashes, self.tiers.host.has
         is_state_here = not self.cache.states or has(state_key(names[-1]))
         return is_state_here and all(map(has, names))
 
     def renew(self) -> None:
-        """All is here: a turn has used it."""
+        """Mark the blocks as used by a turn, as all are in host memory."""
         self.tiers.end(self.tiers.begin(self._use(self.message.hashes)))
 
     def run(self, client: PeerClient) -> None:
-        """Fetch what is not here, as far as the other worker has it and there is room.
+        """Fetch missing blocks, as far as the other worker has them and they fit.
 
-        Raises ``TransportError``, and what ``client`` raises before chunks; what came is kept.
+        Raises ``TransportError``, and errors of the client's ``before_chunk``; received blocks are
+        kept.
         """
         self._names = self.message.hashes
         if self.cache.states:
@@ -84,15 +85,16 @@ class CopyFetch:
         )
 
     def _states_of(self, names: Sequence[BlockHash]) -> list[BlockHash]:
-        """Blocks behind which the state is kept: the last one, and the last two that are here, as a
-        next turn may part from this one where its prompt ended."""
+        """Blocks after which states are kept: the last one, and the last two with a known state, as
+        the next turn may diverge where the prompt of this turn ended.
+        """
         if not self.cache.states:
             return []
         known = [name for name in names[:-1] if self.tiers.host.has(state_key(name))]
         return [*known[-2:], names[-1]]
 
     def _receive_state(self, client: PeerClient) -> None:
-        """Get the last state that the other worker has behind those that are here."""
+        """Fetch the last state that the other worker has after the known ones."""
         names, has = self._names, self.tiers.host.has
         num_known = next((n for n in range(len(names), 0, -1) if has(state_key(names[n - 1]))), 0)
         first = max(num_known, len(names) - MAX_ITEMS)
@@ -111,7 +113,7 @@ class CopyFetch:
         self.num_bytes += data.nbytes
 
     def _receive_blocks(self, client: PeerClient, turn: TierTurn) -> bool:
-        """Get the blocks that are not in host memory; False: not all of them are there now."""
+        """Load the blocks that are not in host memory; False if some are still missing."""
         for first, end in self._missing():
             if self.tiers.has(self._names[first]):  # on disk
                 is_here = self._raise_block(turn, first)
@@ -126,7 +128,7 @@ class CopyFetch:
         return held is not None and self._put(turn, place, held.data)
 
     def _receive_batch(self, client: PeerClient, turn: TierTurn, first: int, end: int) -> bool:
-        """Fetch blocks ``first`` to ``end`` - 1; False: some did not come, or have no room."""
+        """Fetch blocks ``first`` to ``end`` - 1; False if some were not sent or did not fit."""
         buffer = torch.empty(self.cache.block_shape, dtype=self.cache.dtype)
         num_before = self.num_blocks
 
@@ -143,8 +145,9 @@ class CopyFetch:
         return self.tiers.put(turn, self._names[place], parent, data)
 
     def _missing(self) -> Iterator[tuple[int, int]]:
-        """First and end of each run of blocks that are not in host memory: one that is on disk, or
-        a batch of others at most."""
+        """Yield first and end of each run of blocks outside host memory: a single block on disk, or
+        a batch of missing blocks.
+        """
         has, host, names = self.tiers.has, self.tiers.host, self._names
         places = [place for place, name in enumerate(names) if not host.has(name)]
         while places:

@@ -1,13 +1,13 @@
-"""Copies of other workers' KV blocks, which this one keeps in host memory until they are wanted.
+"""Copies of other workers' KV blocks, which this worker keeps in host memory for later turns.
 
-A gateway names the blocks of a session's turn and the worker that has computed them. A thread reads
-those that are not in host memory from that worker, at a limited rate, so that neither of the two
-waits for it: the other worker holds a few blocks at a time between two steps, and goes on. Its own
-blocks stay the ones to keep there (``is_spare``). What does not come, or has no room, is computed
-if the session ever comes here.
+A gateway names the blocks of a session's turn and the worker that computed them. A thread fetches
+the blocks that are not in host memory, at a limited rate, so that neither worker waits: the other
+worker pins a few blocks at a time between two steps, and keeps its own as the main copy
+(``is_spare``). Blocks that are not sent or do not fit are computed if the session continues on this
+worker.
 
-With a model of recurrent states the last state of the sequence comes first, as it decides how many
-blocks are of use.
+For a model with recurrent states, the last state of the sequence is fetched first, as it decides
+how many blocks are useful.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from workers.transport.peer_link import Peer, PeerClient
 logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 15.0
-"""Longest wait for bytes of the other worker, which answers between two steps."""
+"""Time limit for data of the other worker, which replies between two steps."""
 _STOP_S = 1.0
-"""Longest wait for the thread at the end; it ends with its wait for bytes at the latest."""
+"""Time limit for joining the thread; it ends at the latest after its wait for data."""
 OUTCOMES = ("whole", "part", "failed", "skipped")
-"""What became of copies: all blocks are here; the other worker lacks some, or there is no room; it
-cannot be reached, or sent something else; too many waited."""
+"""Outcomes of copies: all blocks are stored; the other worker lacks some, or they do not fit; it
+cannot be reached, or sent invalid data; too many copies were queued."""
 
 
 class CopyKeeper:
-    """See the module. Any thread may call the methods, none of which waits but ``close``.
+    """Keeps session copies. Any thread may call the methods; only ``close`` waits.
 
     Args:
-        tiers: get the blocks.
-        cache: says what a block and a state look like.
-        peers: how to reach the KV server of a worker by name; None for an unknown one.
-        wake: called, by another thread, when blocks have come.
-        bytes_per_s: rate at which blocks are received.
+        tiers: store the blocks.
+        cache: defines the shapes of a block and a state.
+        peers: returns the KV server of a worker by name; None for an unknown one.
+        wake: called on another thread when blocks have arrived.
+        bytes_per_s: rate limit of received blocks.
     """
 
     def __init__(
@@ -77,17 +77,17 @@ class CopyKeeper:
         self._thread.start()
 
     def put(self, message: KeepCopy) -> None:
-        """Keep copies of these blocks, when the copies that wait are here."""
+        """Queue a copy of these blocks."""
         peer = self._peers(message.source)
         with self._changed:
-            if peer is None:  # it has left meanwhile
+            if peer is None:  # it has left the generation
                 self._outcomes["failed"] += 1
                 return
             self._outcomes["skipped"] += self._queue.put(Copy(message, peer))
             self._changed.notify()
 
     def close(self) -> None:
-        """End the thread; what waits is not kept."""
+        """End the thread and drop queued copies."""
         self._is_ending.set()
         with self._changed:
             self._changed.notify()
@@ -120,7 +120,7 @@ class CopyKeeper:
             self._wake()
 
     def _next(self) -> Copy | None:
-        """Wait for a copy to fetch; None: this worker ends."""
+        """Wait for a copy to fetch; None if this worker ends."""
         with self._changed:
             while not self._is_ending.is_set():
                 if (copy := self._queue.take()) is not None:
@@ -129,19 +129,19 @@ class CopyKeeper:
         return None
 
     def _try(self, copy: Copy) -> str:
-        """Keep a copy; returns the outcome."""
+        """Fetch a copy; returns the outcome."""
         try:
             return self._fetch(copy)
         except TransferAbortedError:
             return "skipped"
         except TransportError as err:
-            logger.warning("KV blocks of %s are not copied: %s", copy.peer.name, err)
+            logger.warning("could not copy KV blocks of %s: %s", copy.peer.name, err)
         except Exception:
-            logger.exception("KV blocks of %s are not copied", copy.peer.name)
+            logger.exception("could not copy KV blocks of %s", copy.peer.name)
         return "failed"
 
     def _fetch(self, copy: Copy) -> str:
-        """Fetch what is not here. Raises ``TransportError``, ``TransferAbortedError``."""
+        """Fetch missing blocks. Raises ``TransportError``, ``TransferAbortedError``."""
         fetch = CopyFetch(self._tiers, self._cache, copy.message)
         if fetch.is_whole:
             fetch.renew()

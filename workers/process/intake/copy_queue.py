@@ -1,4 +1,4 @@
-"""Copies that a worker was asked to keep and has not begun to fetch. Pure; single-threaded."""
+"""Copies that a worker has to keep and has not started to fetch. Pure; single-threaded."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from workers.requests.wire import KeepCopy
 from workers.transport.peer_link import Peer
 
 MAX_WAITING = 64
-"""Copies of one tenant that wait; the oldest gives way to a new one."""
+"""Maximum number of queued copies of a tenant; a new one replaces the oldest."""
 MAX_TENANTS = 1024
-"""Tenants whose copies wait; those of others are not kept meanwhile."""
+"""Maximum number of tenants with queued copies; copies of further tenants are skipped."""
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A sequence's blocks, and the worker that has them."""
+    """Blocks of a sequence, and the worker that has them."""
 
     message: KeepCopy
     peer: Peer
@@ -26,8 +26,8 @@ class Copy:
 class CopyQueue:
     """Tenants take turns, each with its oldest copy.
 
-    A turn of a session has the blocks of the turns before: where a copy is a part of another one,
-    only the longer one waits.
+    A turn of a session includes the blocks of earlier turns. If a copy is a prefix of another one,
+    only the longer one is queued.
     """
 
     _tenants: OrderedDict[str, list[Copy]] = field(default_factory=OrderedDict)
@@ -36,7 +36,7 @@ class CopyQueue:
         return sum(map(len, self._tenants.values()))
 
     def put(self, copy: Copy) -> int:
-        """Add a copy; returns how many will not be kept for want of room."""
+        """Add a copy; returns the number of copies that are skipped because the queue is full."""
         tenant, names = copy.message.tenant, copy.message.names
         waiting = self._tenants.get(tenant)
         if waiting is None:
@@ -55,7 +55,7 @@ class CopyQueue:
         return num_skipped
 
     def take(self) -> Copy | None:
-        """The next one; None: none waits."""
+        """Remove and return the next copy, or None."""
         if not self._tenants:
             return None
         tenant, waiting = self._tenants.popitem(last=False)

@@ -1,4 +1,4 @@
-"""Requests that wait while threads fill blocks for them: from a peer, or from a lower tier."""
+"""Requests that wait while threads fill blocks for them, from a peer or from a lower tier."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from workers.requests.block_hash import BlockHash
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class FetchJob(Job):
-    """Blocks that a thread fills."""
+    """A job whose thread fills blocks."""
 
     fetch: Fetch
     transfer: Future[None]
 
     @property
     def is_late(self) -> bool:
-        """Its time is over, though its thread has not ended."""
+        """Whether its deadline has passed before its thread ended."""
         return self.deadline_s == math.inf
 
 
 class FetchJobs(WaitingRequests):
-    """Jobs by the prefix that they fill. All methods belong to the engine's thread."""
+    """Jobs by the prefix that they fill. All methods are for the engine's thread."""
 
     @property
     @abstractmethod
@@ -36,21 +36,21 @@ class FetchJobs(WaitingRequests):
         """Jobs that have not been taken, oldest first."""
 
     def _with(self, first_missing: BlockHash) -> FetchJob | None:
-        """The job that fills this block."""
+        """The job that fills this block, or None."""
         return next((job for job in self._running if job.fetch.lacks(first_missing)), None)
 
     def _wait_for(self, job: FetchJob | None, waiting: IntakeRequest) -> bool:
-        """Let a request wait for a job; False where there is none, or it is late."""
+        """Let a request wait for a job; False if there is none, or it is late."""
         if job is None or job.is_late:
             return False
         job.waiting.append(waiting)
         return True
 
     def _take_ended(self, store: KvTransferStore) -> tuple[list[FetchJob], list[IntakeRequest]]:
-        """Jobs that are over, and the requests that wait no more, in the order of their jobs.
+        """Remove and return ended jobs, and the requests whose wait is over, in order of jobs.
 
-        What a job has filled can be found from now on. Requests do not wait for a late job, whose
-        blocks stay held until its thread ends; one without a thread yet does not begin any more.
+        The blocks of an ended job can be found from then on. Requests do not wait for a late job,
+        and its blocks stay held until its thread ends. A late job without a thread is cancelled.
         """
         now, ended, found = self._clock(), list[FetchJob](), list[IntakeRequest]()
         for job in tuple(self._running):

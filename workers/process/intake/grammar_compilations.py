@@ -1,11 +1,11 @@
-"""Requests that wait until their grammar is compiled, so that the engine never compiles.
+"""Requests that wait for the compilation of their grammar, which the engine never does itself.
 
-A few grammars are compiled at a time; llguidance releases the interpreter lock meanwhile. A thread
-cannot be stopped: a compilation over its time limit keeps its thread, its requests are refused and
-the next grammar starts. llguidance bounds its own work, so the thread ends by itself.
+A few grammars are compiled at a time; llguidance releases the interpreter lock. A thread cannot be
+stopped: a compilation over its time limit keeps its thread, its requests are refused and the next
+grammar starts. llguidance bounds its own work, so the thread ends by itself.
 
 Grammars of resumed requests (attempt above 0) were compiled in time at another worker. They have no
-limit: many are compiled again at once, while prompts are computed.
+limit, as many are compiled at once after a move, while prompts are computed.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from workers.sampling.grammar import CompiledGrammar
 logger = logging.getLogger(__name__)
 
 COMPILE_LIMIT_S = 2.0
-"""Time that a grammar may take to compile."""
+"""Time limit for the compilation of a grammar."""
 MAX_COMPILING = 2
-"""Grammars that are compiled at the same time, those over their time limit not counted."""
+"""Maximum number of concurrent compilations, without those over their time limit."""
 _MAX_THREADS = 16
 
 
@@ -48,21 +48,21 @@ class CompiledRequest:
 class _Job(Job):
     grammar: Grammar
     owner: str
-    """``cache_salt`` of its requests: none waits for a grammar of another tenant."""
+    """``cache_salt`` of its requests: no request waits for a grammar of another tenant."""
     compiling: Future[CompiledGrammar] | None = None
 
     @property
     def is_late(self) -> bool:
-        """Its time is over; only resumed requests wait for it."""
+        """Whether its deadline has passed; only resumed requests still wait for it."""
         return self.compiling is not None and self.deadline_s == math.inf
 
 
 class GrammarCompilations(WaitingRequests):
-    """See the module. All methods belong to the engine's thread.
+    """Compiles grammars in threads. All methods are for the engine's thread.
 
     Args:
-        compile: makes a grammar for an owner in another thread; raises ``RequestError``.
-        wake: called, by any thread, when there is something to take.
+        compile: compiles a grammar for an owner in another thread; raises ``RequestError``.
+        wake: called, on any thread, when there is something to take.
         clock: monotonic seconds.
     """
 
@@ -78,7 +78,7 @@ class GrammarCompilations(WaitingRequests):
         self._running: list[_Job] = []
 
     def put(self, waiting: IntakeRequest) -> None:
-        """Let a request with a grammar wait."""
+        """Queue a request with a grammar."""
         request, grammar = waiting.request, waiting.request.params.grammar
         assert grammar is not None, "only requests with a grammar wait"
         is_new, owner = not request.attempt, request.cache_salt
@@ -92,7 +92,7 @@ class GrammarCompilations(WaitingRequests):
         self._start_jobs()
 
     def take(self) -> list[CompiledRequest]:
-        """Requests whose wait is over, in the order in which their compilations began."""
+        """Requests whose wait is over, in the order in which their compilations started."""
         now, found = self._clock(), []
         for job in tuple(self._running):
             assert job.compiling is not None, "a running job has been started"

@@ -1,9 +1,9 @@
-"""A request on its road to the engine, and the states of that road.
+"""A request before it enters the engine, and its states.
 
     RECEIVED ─▶ WAITS_FOR_KV ─▶ COMPILES_GRAMMAR ─▶ QUEUED ⇄ WAITS_FOR_KV
         └──────────────┴────────────────┴─────────▶ REFUSED
 
-A request waits for KV blocks before it is queued only where they are fetched ahead of it.
+A request waits for KV blocks before it is queued only if they are prefetched.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from workers.requests.request import Request
 
 
 class IntakeState(Enum):
-    """Where a request is. The value is for people."""
+    """State of a request. The values are readable."""
 
     RECEIVED = "received"
     WAITS_FOR_KV = "waits for KV blocks"
     COMPILES_GRAMMAR = "compiles its grammar"
     QUEUED = "queued"
-    """The engine has it, and may admit it."""
+    """The engine has the request and may admit it."""
     REFUSED = "refused"
 
 
@@ -52,22 +52,22 @@ _NEXT: Transitions[IntakeState] = {
 
 @dataclass(slots=True, eq=False)
 class IntakeRequest:
-    """A request that the engine does not have yet, or lets wait for KV blocks."""
+    """A request that the engine does not have yet, or that waits in it for KV blocks."""
 
     gateway: str
     request: Request
     received: float
-    """Monotonic seconds at which the stream delivered it."""
+    """Monotonic time in seconds at which the stream delivered it."""
     hashes: tuple[BlockHash, ...] = ()
-    """Of the full KV blocks of its prompt, in order; none where requests share no blocks."""
+    """Hashes of the full KV blocks of the prompt, in order; empty if blocks are not shared."""
     state: IntakeState = IntakeState.RECEIVED
     is_in_engine: bool = False
     """Whether the engine has the request already."""
     kv_deadline_s: float = math.inf
-    """Time on the clock at which it stops to wait for KV blocks, wherever they are; set at the
-    begin of its first wait."""
+    """Time on the clock at which the request stops waiting for KV blocks of any source; set at the
+    start of its first wait."""
     has_joined: bool = False
-    """It waits for blocks that a source brings for another request; written by the source."""
+    """Whether it waits for blocks that a source loads for another request; set by the source."""
 
     @property
     def name(self) -> str:
@@ -75,10 +75,10 @@ class IntakeRequest:
         return self.request.request_id
 
     def enter(self, state: IntakeState) -> None:
-        """Change the state. Raises ``StateError`` where it cannot follow."""
+        """Change the state. Raises ``StateError`` for an invalid transition."""
         self.state = next_state(self.state, state, _NEXT)
 
     def close(self, choices: Iterable[int]) -> None:
-        """Do not run these choices."""
+        """Mark these choices as closed, so that they do not run."""
         closed = tuple(sorted({*self.request.closed_choices, *choices}))
         self.request = structs.replace(self.request, closed_choices=closed)

@@ -1,9 +1,9 @@
 """Requests that wait for KV blocks of their prompt from a peer, while the engine runs others.
 
-A few prefixes are fetched at a time, straight into blocks that are held for them. When a fetch
-fails or takes too long, the engine computes the missing blocks. Blocks of a request that still
-decodes at the peer can be fetched ahead of it (``prefetch``); a request that comes before they are
-here waits for them.
+A few prefixes are fetched at a time, directly into blocks that are held for them. If a fetch fails
+or takes too long, the engine computes the missing blocks. Blocks of a request that still decodes on
+the peer can be fetched before it moves (``prefetch``). If the request arrives first, it waits for
+them.
 """
 
 from __future__ import annotations
@@ -37,32 +37,32 @@ from workers.transport.peer_link import MAX_ITEMS, Peer, PeerClient, view_bytes
 logger = logging.getLogger(__name__)
 
 MAX_FETCHING = 4
-"""Prefixes that are fetched at the same time; requests with other prefixes compute theirs."""
+"""Maximum number of concurrent fetches; requests with other prefixes compute theirs."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class _Prefetch(Job):
-    """Blocks that are fetched ahead of their request, which waits here once it has come."""
+    """Blocks that are fetched before their request arrives; once it arrives, it waits here."""
 
     asked: PrefetchAsked
     num_begun: int = 0
-    """Chains that are fetched, or need not be."""
+    """Number of chains that were started or need no fetch."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class _Job(FetchJob):
     ahead_of: _Prefetch | None = None
-    """The request for which it fetches, where none waits."""
+    """The prefetch that it belongs to, if any."""
 
 
 class KvFetches(FetchJobs):
-    """See the module. All methods belong to the engine's thread.
+    """Fetches KV blocks from peers. All methods are for the engine's thread.
 
     Args:
         engine: owns the blocks.
-        peers: how to reach the KV server of a worker by name; None for an unknown peer.
-        wake: called, by any thread, when there is something to take.
-        limit_s: longest wait; 0: nothing is fetched.
+        peers: returns the KV server of a worker by name; None for an unknown peer.
+        wake: called, on any thread, when there is something to take.
+        limit_s: longest wait; 0 disables fetches.
         clock: monotonic seconds.
     """
 
@@ -80,12 +80,12 @@ class KvFetches(FetchJobs):
         self._limit_s = limit_s
         self._jobs: list[_Job] = []
         self._prefetches: list[_Prefetch] = []
-        """Those that are not done, oldest first."""
+        """Prefetches that are not complete, oldest first."""
         self._ready: list[IntakeRequest] = []
-        """Requests whose prefetches are done."""
+        """Requests whose prefetches are complete."""
         self._prefetched: list[tuple[str, Prefetched]] = []
         self.cost = FetchCost()
-        """What fetching costs, as measured."""
+        """Measured cost of fetches."""
         self._seconds = Histogram(TRANSFER_BUCKETS)
         self._num_bytes = 0
         self._num_failed = 0
@@ -95,14 +95,14 @@ class KvFetches(FetchJobs):
         return self.cost.ratio(self._clock()) if self._limit_s else math.inf
 
     num_free_jobs = sys.maxsize
-    """See ``KvSource``; requests with a prefix more than may be fetched do not wait."""
+    """See ``KvSource``; requests above the limit of fetches do not wait."""
 
     def limit_s(self, num_tokens: int) -> float:
         """Longest wait for the blocks of a prompt."""
         return self._limit_s
 
     def put(self, waiting: IntakeRequest) -> bool:
-        """Let a request wait for blocks; False where there is nothing to wait for.
+        """Let a request wait for blocks; False if it need not wait.
 
         It replaces an older attempt that waits here.
         """
@@ -124,7 +124,7 @@ class KvFetches(FetchJobs):
         return self._wait_for(job, waiting)
 
     def take(self) -> list[IntakeRequest]:
-        """Requests whose wait is over, in the order in which it began."""
+        """Requests whose wait is over, in the order in which it started."""
         ended, found = self._take_ended(self._engine.kv_store)
         self._jobs = [job for job in self._jobs if job not in ended]
         for job in self._jobs:
@@ -140,24 +140,24 @@ class KvFetches(FetchJobs):
         return found
 
     def prefetch(self, asked: PrefetchAsked) -> None:
-        """Fetch the blocks of a request that comes later; ``take_prefetched`` tells when."""
+        """Fetch the blocks of a request that will arrive; ``take_prefetched`` reports the end."""
         self._prefetches.append(_Prefetch(asked=asked))
         self._go_on_ahead()
 
     def take_prefetched(self) -> list[tuple[str, Prefetched]]:
-        """(gateway, answer) of the requests whose blocks are here, as far as they could come; none
-        for requests that have come themselves.
+        """Return (gateway, reply) pairs of completed prefetches, without requests that have
+        arrived.
         """
         done, self._prefetched = self._prefetched, []
         return done
 
     def drop(self, name: str) -> None:
-        """Forget a request if it waits here, and what is fetched ahead of it."""
+        """Forget a request that waits here, and its prefetch."""
         super().drop(name)
         self._keep_prefetches(lambda asked: asked.request.request_id != name)
 
     def drop_gateway(self, gateway: str) -> None:
-        """Forget the requests of a gateway, and what is fetched ahead of others of it."""
+        """Forget the requests of a gateway, and its prefetches."""
         super().drop_gateway(gateway)
         self._keep_prefetches(lambda asked: asked.gateway != gateway)
 
@@ -177,12 +177,12 @@ class KvFetches(FetchJobs):
         return self._jobs
 
     def expects(self, request: Request) -> bool:
-        """Whether blocks of a request that has just come are fetched ahead of it."""
+        """Whether there is a prefetch for an arriving request."""
         return any(p.asked.request.request_id == request.request_id for p in self._prefetches)
 
     def _prefetch_of(self, request: Request) -> _Prefetch | None:
-        """The prefetch of a request that has just come; older attempts' are given up, and those
-        from workers that are gone.
+        """The prefetch of an arriving request. Prefetches of older attempts and from lost workers
+        are dropped.
         """
         found = None
         for prefetch in tuple(self._prefetches):
@@ -199,7 +199,7 @@ class KvFetches(FetchJobs):
         self._prefetches = [p for p in self._prefetches if p.waiting or is_wanted(p.asked)]
 
     def _go_on_ahead(self) -> None:
-        """Begin the next fetches of requests that come later, the oldest first."""
+        """Start the next fetches of prefetches, the oldest first."""
         for prefetch in tuple(self._prefetches):
             if any(job.ahead_of is prefetch for job in self._jobs):
                 continue
@@ -213,10 +213,10 @@ class KvFetches(FetchJobs):
                 self._prefetched.append((prefetch.asked.gateway, answer))
 
     def _begin_next(self, prefetch: _Prefetch) -> bool:
-        """Begin to fetch its next chain; False without a free thread, or where none is missing.
+        """Start to fetch its next chain; False if no thread is free or no chain is missing.
 
-        What fetching costs does not matter here: nobody waits for it. A chain for which there is
-        no room will be computed.
+        The cost of the fetch does not matter here, as no request waits for it. A chain that does
+        not fit will be computed.
         """
         chains, request = prefetch.asked.chains, prefetch.asked.request
         peer = self._peers(request.kv_peer) if self._limit_s else None
@@ -231,7 +231,7 @@ class KvFetches(FetchJobs):
         return False
 
     def _begin(self, hashes: Sequence[BlockHash], found: Sequence[int], peer: Peer) -> _Job | None:
-        """Start to fetch what is missing of a prefix; None where nothing is, or without room."""
+        """Fetch the missing part of a prefix; None if nothing is missing or it does not fit."""
         if len(self._jobs) >= MAX_FETCHING:
             return None
         end = self._engine.kv_store.num_usable(hashes, len(found)) + MAX_ITEMS
@@ -255,16 +255,16 @@ class KvFetches(FetchJobs):
 
         try:
             with closing(PeerClient(peer, deadline_s - began_s, deadline_s=deadline_s)) as client:
-                if fetch.state is not None:  # before the blocks: it decides how many are of use
+                if fetch.state is not None:  # first, as it decides how many blocks are useful
                     self._num_bytes += _receive_state(client, fetch, fetch.state, cache)
                 if fetch.wanted:
                     client.fetch("a KV block", fetch.wanted, [view_bytes(buffer)], keep)
         except TransportError as err:
             self._num_failed += 1
-            logger.warning("KV blocks of %s are computed instead: %s", peer.name, err)
+            logger.warning("could not fetch KV blocks of %s: %s", peer.name, err)
         except Exception:
             self._num_failed += 1
-            logger.exception("KV blocks of %s are computed instead", peer.name)
+            logger.exception("could not fetch KV blocks of %s", peer.name)
         took_s = self._clock() - began_s
         self._seconds.observe(took_s)
         self._num_bytes += fetch.num_filled * buffer.nbytes
@@ -272,9 +272,9 @@ class KvFetches(FetchJobs):
 
 
 def _receive_state(client: PeerClient, fetch: Fetch, state: StateFetch, cache: KVCache) -> int:
-    """Ask for the last state of a prefix that the peer has, and fill the slot with it.
+    """Fetch the last state of a prefix that the peer has, into the slot.
 
-    Returns the bytes of the state, 0 where none came.
+    Returns the bytes of the state, or 0 if the peer has none.
     """
     place, data = torch.zeros(1, dtype=torch.int64), torch.empty(cache.state_shape)
     keys = [*map(state_key, fetch.hashes[state.num_known :])]

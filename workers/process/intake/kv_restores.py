@@ -1,8 +1,8 @@
 """Requests that wait for KV blocks of their prompt from this worker's lower tiers.
 
-A few prefixes are restored at a time, straight into blocks that are held for them, as far as that
-is cheaper than computing them, as measured. What a tier cannot give, or not in time, is fetched or
-computed.
+A few prefixes are restored at a time, directly into blocks that are held for them, as far as that
+is cheaper than computing them, as measured. Blocks that a tier cannot provide in time are fetched
+or computed.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from workers.requests.block_hash import BlockHash, state_key
 logger = logging.getLogger(__name__)
 
 MAX_RESTORING = 4
-"""Prefixes that are restored at the same time."""
+"""Maximum number of concurrent restores."""
 MAX_JOBS = 32
-"""Those and the ones that wait for them; requests with other prefixes compute theirs."""
+"""Maximum number of running and queued restores; other requests compute their prefixes."""
 LEAST_LIMIT_S = 2.0
-"""A restore may take as long as computing the same tokens would, its wait for a thread included,
-but at least so long."""
+"""Minimum time limit of a restore. Otherwise the limit is the time to compute the same tokens; it
+includes the wait for a thread."""
 _GRACE_S = 0.5
-"""Time after its limit in which a restore's thread ends by itself."""
+"""Time after its limit in which a restore's thread should end by itself."""
 
 
 @dataclass(slots=True)
 class _Read:
-    """What was read from a tier."""
+    """Amount of data read from a tier."""
 
     num_bytes: int = 0
     num_blocks: int = 0
@@ -51,7 +51,7 @@ class _Read:
 
 
 class _Reads:
-    """Reads items until a time, and measures each with the write that follows it."""
+    """Reads items until a deadline, and measures each together with the write that follows."""
 
     def __init__(self, tiers: KvTiers, clock: Callable[[], float], end_s: float) -> None:
         self.by_tier: dict[str, _Read] = {}
@@ -62,7 +62,7 @@ class _Reads:
         self._since_s = clock()
 
     def take(self, name: bytes) -> Tensor | None:
-        """The bytes of an item; None where no tier has it, or the time is over."""
+        """Read an item; None if no tier has it, or the time is over."""
         self._since_s = self._clock()
         held = self._tiers.read(name) if self._since_s < self._end_s else None
         if held is None:
@@ -72,20 +72,20 @@ class _Reads:
         return held.data
 
     def note_written(self, *, is_block: bool) -> None:
-        """What was taken last is in its place."""
+        """Record that the last item was written to the cache."""
         read = self.by_tier[self._tier]
         read.num_blocks += is_block
         read.seconds += self._clock() - self._since_s
 
 
 class KvRestores(FetchJobs):
-    """See the module. All methods belong to the engine's thread.
+    """Restores KV blocks from lower tiers. All methods are for the engine's thread.
 
     Args:
         engine: owns the blocks.
-        tiers: what may be restored.
-        computing: knows how fast prompts are computed, and blocks of a peer fetched.
-        wake: called, by any thread, when there is something to take.
+        tiers: hold the blocks that may be restored.
+        computing: measured speed of prefill and of fetches from peers.
+        wake: called, on any thread, when there is something to take.
         clock: monotonic seconds.
     """
 
@@ -105,14 +105,14 @@ class KvRestores(FetchJobs):
         cache = engine.kv_store.cache
         self._block_bytes, self._state_bytes = cache.block_bytes, cache.state_bytes
         self.cost = RestoreCost(computing, self._block_bytes / cache.block_size)
-        """What restoring costs, as measured."""
+        """Measured cost of restores."""
         self._jobs: list[FetchJob] = []
         self._seconds = {name: Histogram(TRANSFER_BUCKETS) for name in tiers.names}
         self._num_tokens: Counter[str] = Counter()
         self._num_bytes: Counter[str] = Counter()
 
     def put(self, waiting: IntakeRequest) -> bool:
-        """Let a request wait for blocks; False where there is nothing to wait for."""
+        """Let a request wait for blocks; False if it need not wait."""
         request, store = waiting.request, self._store
         hashes = store.usable(request, waiting.hashes)
         found = self._engine.pool.find(hashes)
@@ -127,16 +127,16 @@ class KvRestores(FetchJobs):
         return self._wait_for(job, waiting)
 
     def limit_s(self, num_tokens: int) -> float:
-        """Longest useful wait for the blocks of so many tokens: as long as computing them takes."""
+        """Longest useful wait for the blocks of ``num_tokens`` tokens: the time to compute them."""
         return max(LEAST_LIMIT_S, self._computing.compute_s(num_tokens) or 0.0) + _GRACE_S
 
     @property
     def num_free_jobs(self) -> int:
-        """Prefixes that may wait to be restored beside those that do."""
+        """Number of further prefixes that may be queued."""
         return MAX_JOBS - len(self._jobs)
 
     def take(self) -> list[IntakeRequest]:
-        """Requests whose wait is over, in the order in which it began."""
+        """Requests whose wait is over, in the order in which it started."""
         ended, found = self._take_ended(self._store)
         self._jobs = [job for job in self._jobs if job not in ended]
         return found
@@ -161,9 +161,10 @@ class KvRestores(FetchJobs):
     def _best_end(
         self, hashes: Sequence[BlockHash], num_found: int, num_usable: int, has_peer: bool
     ) -> int:
-        """Blocks of the prefix with which most time is saved; ``num_usable``: none would be.
+        """Number of blocks of the prefix whose restore saves most time; ``num_usable`` if none
+        does.
 
-        A peer that has more than all tiers here goes first where it is cheaper.
+        If a peer has more than all local tiers and is cheaper, it is preferred.
         """
         now_s, store, cost = self._clock(), self._store, self.cost
         names = self._tiers.names
@@ -181,7 +182,7 @@ class KvRestores(FetchJobs):
         return num_usable if is_dearer else end
 
     def _state_cost(self, name: BlockHash, now_s: float) -> float:
-        """Of the state behind a block, 0 where it is here; infinite where nobody has it."""
+        """Cost of the state after a block: 0 if the pool has it, infinite if no tier has it."""
         states = self._store.states
         if states is None or states.num_known((name,)):
             return 0.0
@@ -189,8 +190,7 @@ class KvRestores(FetchJobs):
         return math.inf if tier is None else self.cost.tokens(tier, self._state_bytes, now_s)
 
     def _begin(self, hashes: Sequence[BlockHash], found: Sequence[int]) -> FetchJob | None:
-        """Start to restore what is missing of a prefix; None where there is no room, or a disk does
-        not answer."""
+        """Restore the missing part of a prefix; None if it does not fit, or a restore is late."""
         if len(self._jobs) >= MAX_JOBS or any(job.is_late for job in self._jobs):
             return None
         fetch = self._engine.begin_fetch(hashes, found)
@@ -222,12 +222,12 @@ class KvRestores(FetchJobs):
                 cache.write_block(block, data.view(cache.dtype).view(cache.block_shape))
                 reads.note_written(is_block=True)
                 fetch.num_filled += 1
-        except Exception:  # memory that is missing, for example: the rest is computed
-            logger.exception("KV blocks are not restored")
+        except Exception:  # for example out of memory; the rest is computed
+            logger.exception("could not restore KV blocks")
         self._observe(reads)
 
     def _observe(self, reads: _Reads) -> None:
-        """From the thread that has read."""
+        """Record the measurements, on the thread that has read."""
         for tier, found in reads.by_tier.items():
             self._seconds[tier].observe(found.seconds)
             self._num_bytes[tier] += found.num_bytes

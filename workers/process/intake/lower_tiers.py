@@ -1,4 +1,4 @@
-"""The lower tiers of a worker, as its loop uses them: copies on their way in, restores."""
+"""The lower tiers of a worker, with the copies into them and the restores from them."""
 
 from __future__ import annotations
 
@@ -33,37 +33,37 @@ OPEN_LIMIT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class LowerTiers:
-    """See the module. All methods belong to the engine's thread but ``stats``."""
+    """The lower tiers of a worker. All methods except ``stats`` are for the engine's thread."""
 
     tiers: KvTiers
     copies: TurnCopies
-    """What turns leave, on its way in."""
+    """Copies the blocks of ended turns into the tiers."""
     restores: KvRestores
-    """Requests that wait for blocks."""
+    """Requests that wait for restored blocks."""
 
     @classmethod
     def of(
         cls, tiers: KvTiers, engine: Engine, computing: FetchCost, wake: Callable[[], None]
     ) -> LowerTiers:
-        """Begin to fill the tiers; ``wake`` is called, by any thread, when there is work here."""
+        """Start to fill the tiers; ``wake`` is called, on any thread, when there is work."""
         copies = engine.keep_in(tiers, wake)
         return cls(tiers, copies, KvRestores(engine, tiers, computing, wake))
 
     def changes(self, changes: HashChanges, engine: Engine) -> HashChanges:
-        """Changes of what pool and tiers hold, for gateways."""
+        """Changes of the blocks in the pool and the tiers, for gateways."""
         return held_changes(changes, engine.pool, self.tiers)
 
     def stats(self) -> dict[str, float]:
-        """By metric name without prefix. Any thread may call it."""
+        """Metrics by name without prefix. Any thread may call it."""
         return {**self.tiers.stats(), **self.restores.stats()}
 
     def problems(self, worker: str) -> tuple[str, ...]:
-        """What does not work, for people. Any thread may call it."""
+        """Readable problems of the tiers. Any thread may call it."""
         problem = self.tiers.problem
         return (f"{worker} keeps no KV blocks on disk: {problem}",) if problem else ()
 
     def close(self) -> None:
-        """Copy and restore nothing more; what is on disk stays."""
+        """Stop copies and restores; the blocks on disk stay."""
         self.restores.close()
         self.copies.close()
         self.tiers.close()
@@ -77,13 +77,13 @@ def open_tiers(
     model: str = "",
     needed: Callable[[], Collection[int] | None] = lambda: None,
 ) -> KvTiers | None:
-    """The tiers of one attention worker; None: it has none.
+    """Open the lower tiers of one attention worker; None if there are none.
 
-    The tier on disk is used once ``KvTiers.use`` has named what blocks are computed with. A disk
-    that cannot be used, or does not answer in ``OPEN_LIMIT_S``, keeps no worker from serving.
-    ``kept_share``: of a tier's blocks, those that requests may have kept before others. ``model``:
-    how the identities of this checkpoint begin. ``needed``: ranks whose folders stay, None while
-    they are not known. Raises ``ConfigError`` for sizes that cannot be.
+    The disk tier is used once ``KvTiers.use`` has set the identity of blocks. A disk that fails or
+    does not respond within ``OPEN_LIMIT_S`` does not keep the worker from serving. ``kept_share``:
+    fraction of a tier's blocks that requests may retain. ``model``: identity prefix of this
+    checkpoint. ``needed``: returns the ranks whose folders stay, None if not known yet. Raises
+    ``ConfigError`` for invalid sizes.
     """
     if not section.kv_host_bytes:
         return None
@@ -125,7 +125,7 @@ def _check_memory(host_bytes: int) -> None:
 
 
 def _check_disk(num_bytes: int, folder: ClaimedFolder) -> None:
-    """Release the folder and raise ``ConfigError`` or ``OSError`` where the disk is too small."""
+    """Release the folder and raise ``ConfigError`` or ``OSError`` if the disk is too small."""
     try:
         size = shutil.disk_usage(folder.path).total
         rule = f"must not exceed the file system of kv_disk_dir ({size} bytes)"

@@ -1,10 +1,10 @@
-"""The walk of a request from its gateway to the engine, and to its KV blocks.
+"""The path of a request from its gateway to the engine, and its waits for KV blocks.
 
-    receive ─▶ blocks that are fetched ahead of it ─▶ its grammar ─▶ the engine's queue
-                 ─▶ there is room for it: each source of KV blocks in turn ─▶ it may be admitted
+    receive ─▶ prefetched blocks ─▶ its grammar ─▶ the engine's queue
+                 ─▶ if it fits: each source of KV blocks in turn ─▶ it may be admitted
 
-``workers.process.intake.intake_request`` names the states. A request waits for KV blocks until one
-limit of time, whichever sources it waits for; what has not come by then is computed.
+``workers.process.intake.intake_request`` names the states. A request has one time limit for its
+waits for KV blocks of all sources; the engine computes the blocks that are still missing.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from workers.sampling.grammar import CompiledGrammar
 from workers.sampling.grammar_compiler import GrammarCompiler
 
 _REASONS = {IntakeState.WAITS_FOR_KV: "kv", IntakeState.COMPILES_GRAMMAR: "grammar"}
-"""For metrics."""
+"""Reasons in metrics."""
 
 
 class RequestOwners(Protocol):
-    """Knows which gateway has which request of the engine, and answers it."""
+    """Tracks the gateway of each request in the engine, and sends replies to it."""
 
     owners: dict[str, str]
 
     def accept(self, gateway: str, request: Request) -> None:
-        """The engine has a request now."""
+        """Record that the engine has a request."""
 
     def refuse(self, gateway: str, request: Request, err: ExpertMeshError) -> None:
-        """A request ends with an error."""
+        """End a request with an error."""
 
     def forget_ended(self, request_id: str) -> None:
-        """Drop the owner of a request if it has ended."""
+        """Remove the owner of a request if it has ended."""
 
 
 class RequestIntake:
-    """Decides for what a request waits, and when it waits no longer.
+    """Decides what a request waits for, and when its wait ends.
 
-    All methods belong to the engine's thread, except where they say otherwise.
+    All methods are for the engine's thread, unless they state otherwise.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class RequestIntake:
         may_have_blocks: Callable[[], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``sources`` of KV blocks in the order in which they are asked; ``fetches``, one of them,
-        also brings blocks ahead of requests. ``may_have_blocks``: whether any source may have some.
+        """``sources`` of KV blocks are tried in order; ``fetches``, one of them, also prefetches
+        blocks. ``may_have_blocks``: whether any source may have blocks.
         """
         self._engine = engine
         self._owners = owners
@@ -75,20 +75,20 @@ class RequestIntake:
         self._may_have_blocks = may_have_blocks
         self._clock = clock
         self._requests: dict[str, IntakeRequest] = {}
-        """By id: those that are neither queued nor refused."""
+        """Requests by id that are neither queued nor refused."""
         self._num_waiting: Counter[tuple[str, str]] = Counter()
-        """Choices of requests that the engine does not have, by reason and key of the adapter.
-        Never changed but replaced: other threads may read it."""
+        """Number of choices that the engine does not have, by reason and adapter key. The counter
+        is replaced, never changed, as other threads may read it."""
 
     @property
     def _parts(self) -> tuple[GrammarCompilations | KvSource, ...]:
-        """Everything for which requests wait."""
+        """All components that requests wait for."""
         return (self.compilations, *self._sources)
 
-    # Before the engine has it
+    # Before the engine has the request
 
     def receive(self, command: AddRequest) -> None:
-        """Take a request of a gateway; it replaces an older attempt that waits here."""
+        """Receive a request of a gateway; it replaces an older attempt that waits here."""
         request, name = command.request, command.request.request_id
         new = IntakeRequest(command.gateway, request, command.received, command.hashes)
         known = self._requests.get(name)
@@ -99,9 +99,9 @@ class RequestIntake:
             return
         is_expected = self._fetches.expects(request)
         for each in self._parts:
-            if not (is_expected and each is self._fetches):  # it finds the older attempt itself
+            if not (is_expected and each is self._fetches):  # it replaces the older attempt itself
                 each.drop(name)
-        self._engine.kv_came(name)  # it may stay, where the engine refuses this one
+        self._engine.kv_came(name)  # the older attempt stays if the engine refuses this one
         self._requests[name] = new
         if not (is_expected and self._ask(new, [self._fetches])):
             self._prepare(new)
@@ -134,10 +134,10 @@ class RequestIntake:
         if self._requests.get(waiting.name) is waiting:
             del self._requests[waiting.name]
 
-    # While there is room for it
+    # KV blocks of requests that fit
 
     def _ask_for_blocks(self) -> None:
-        """Let requests for which there is room wait for the KV blocks that the pool lacks."""
+        """Let requests that fit wait for the KV blocks that the pool lacks."""
         if not self._may_have_blocks():
             return
         at_most = min(source.num_free_jobs for source in self._sources)
@@ -154,7 +154,7 @@ class RequestIntake:
                 self._requests[name] = queued
 
     def _ask(self, waiting: IntakeRequest, sources: Sequence[KvSource]) -> bool:
-        """Let a request wait for the first of the sources that has blocks of it, if any has."""
+        """Let a request wait for the first source that has blocks of it; False if none has."""
         num_free, waiting.has_joined = self._engine.pool.num_free, False
         if not any(source.put(waiting) for source in sources):
             return False
@@ -168,7 +168,7 @@ class RequestIntake:
         return True
 
     def _end_wait(self, waiting: IntakeRequest, left: Sequence[KvSource]) -> None:
-        """Nothing more comes from a source; those that are ``left`` may have the rest."""
+        """End a wait for a source; the sources in ``left`` may have the remaining blocks."""
         if not waiting.is_in_engine:
             self._prepare(waiting)
             return
@@ -181,10 +181,10 @@ class RequestIntake:
     # Events
 
     def advance(self) -> None:
-        """Move on the requests whose wait is over, and those for which there is room."""
+        """Advance the requests whose wait is over, and those that fit into the pool."""
         for index, source in enumerate(self._sources):
             for waiting in source.take():
-                # What another request brought may be a part only: the source has the rest.
+                # A job for another request may load only a part; the source may have the rest.
                 self._end_wait(waiting, self._sources[index + (not waiting.has_joined) :])
         self._end_late_waits()
         for done in self.compilations.take():
@@ -228,12 +228,12 @@ class RequestIntake:
             each.drop(waiting.name)
 
     def wait_s(self, at_most_s: float) -> float:
-        """Seconds until the time of a request that waits is over, if that is sooner."""
+        """Seconds until the next deadline of a waiting request, at most ``at_most_s``."""
         deadlines = (waiting.kv_deadline_s for waiting in self._requests.values())
         own_s = max(0.0, min(deadlines, default=math.inf) - self._clock())
         return min(own_s, *(each.wait_s(at_most_s) for each in self._parts))
 
-    # Numbers: any thread
+    # Statistics: any thread
 
     def _count(self) -> None:
         found: Counter[tuple[str, str]] = Counter()
@@ -243,7 +243,7 @@ class RequestIntake:
         self._num_waiting = found
 
     def count_waiting(self, stats: dict[str, float]) -> Counter[str]:
-        """Add the choices that wait to the gauges; returns them by key of their adapter."""
+        """Add the waiting choices to the gauges; returns their number by adapter key."""
         by_adapter: Counter[str] = Counter()
         for reason in _REASONS.values():
             stats.setdefault(f'num_requests_waiting_by_reason{{reason="{reason}"}}', 0.0)
@@ -254,5 +254,5 @@ class RequestIntake:
         return by_adapter
 
     def adapters(self) -> frozenset[str]:
-        """Keys of the adapters of requests that wait here."""
+        """Keys of the adapters of waiting requests."""
         return frozenset(adapter for _, adapter in self._num_waiting if adapter)

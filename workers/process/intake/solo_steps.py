@@ -1,4 +1,4 @@
-"""Stages of solo steps, between the engine and the gateway of the request that runs alone."""
+"""Reports the stages of solo steps between the engine and the gateway of the request."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from workers.requests.request import Queued, SoloStep
 
 @dataclass(slots=True)
 class SoloStepReporter:
-    """Sends stages to the gateway, and hands its acknowledgements to the engine.
+    """Sends stages to the gateway, and passes its acknowledgements to the engine.
 
-    All methods belong to the engine's thread.
+    All methods are for the engine's thread.
     """
 
     engine: Engine
     publish: Callable[[str, SoloStep | Queued], None]
     """Sends a message to a gateway, by its name."""
     _gateway: str = ""
-    """That of the last solo step; its request may have ended."""
+    """Gateway of the last solo step; its request may have ended."""
 
     def report(self, owners: Mapping[str, str]) -> None:
-        """Send what the engine has to say. ``owners``: gateways by request."""
+        """Send the engine's new stages. ``owners``: gateways by request."""
         for message in self.engine.requests.take_solo_steps():
             self._gateway = owners.get(message.request_id, self._gateway)
             self.publish(self._gateway, message)
 
     def acknowledge(self, gateway: str, solo_step: SoloStep) -> None:
-        """A gateway has recorded a stage."""
+        """Pass on the acknowledgement of a stage."""
         if gateway == self._gateway:
             self.engine.requests.isolation.acknowledge(solo_step)
 
     def drop_gateway(self, gateway: str) -> None:
-        """A gateway has gone: others run without its acknowledgement."""
+        """Handle a lost gateway: other requests run without its acknowledgement."""
         if gateway == self._gateway:
             self.engine.requests.isolation.disconnect()

@@ -1,4 +1,4 @@
-"""Requests that wait for work in other threads: a compilation, or blocks that are brought."""
+"""Requests that wait for work in other threads: a compilation, or the transfer of blocks."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Job:
 
 
 class WaitingRequests(ABC):
-    """Requests by the job they wait for. Methods belong to the engine's thread.
+    """Requests by the job they wait for. Methods are for the engine's thread.
 
     Args:
-        wake: called, by any thread, when a job has ended.
+        wake: called, on any thread, when a job has ended.
         clock: monotonic seconds.
-        name: of the threads.
-        max_threads: jobs that run at the same time.
+        name: prefix of the thread names.
+        max_threads: maximum number of concurrent jobs.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class WaitingRequests(ABC):
         """Jobs that have not been taken."""
 
     def wait_s(self, at_most_s: float) -> float:
-        """Seconds until a deadline, if that is sooner than ``at_most_s``."""
+        """Seconds until the next deadline, at most ``at_most_s``."""
         deadline_s = min((job.deadline_s for job in self._all_jobs()), default=math.inf)
         return min(at_most_s, max(0.0, deadline_s - self._clock()))
 
     def drop(self, name: str) -> None:
-        """Forget a request if it waits here."""
+        """Forget a request that waits here."""
         self._keep(lambda waiting: waiting.name != name)
 
     def drop_gateway(self, gateway: str) -> None:
@@ -63,7 +63,7 @@ class WaitingRequests(ABC):
         self._keep(lambda waiting: waiting.gateway != gateway)
 
     def close(self) -> None:
-        """Start no further job; jobs that run end by themselves."""
+        """Start no further job; running jobs end by themselves."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _start(self, work: Callable[[], Result]) -> Future[Result]:

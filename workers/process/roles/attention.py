@@ -36,9 +36,7 @@ from workers.sampling.grammar_compiler import GrammarCompiler
 
 
 class AttentionRole:
-    """Serves requests: decides in which order the commands of gateways, requests that wait, steps
-    and their outputs take turns.
-    """
+    """Serves requests: interleaves gateway commands, waiting requests, steps and outputs."""
 
     def __init__(
         self,
@@ -54,15 +52,15 @@ class AttentionRole:
         self._context = context
         self._dispatcher = dispatcher
         self.inbox = listeners.inbox
-        """Commands of gateways."""
+        """Queue of gateway commands."""
         self._stream = listeners.stream
         limit_s = section.kv_fetch_limit_s if section.enable_prefix_caching else 0.0
         self.fetches = KvFetches(engine, context.kv_peer, wake, limit_s)
         context.cleanup.callback(self.fetches.close)
         self.tiers = _open_lower_tiers(context, engine, self.fetches)
-        """Copies of blocks in host memory and on disk; None: there are none."""
+        """Lower tiers in host memory and on disk; None without tiers."""
         self.copy_keeper = _open_copy_keeper(context, engine, self.tiers)
-        """Keeps copies of other workers' blocks; None: it keeps none."""
+        """Keeps copies of other workers' blocks; None if session copies are off."""
         lower = None if self.tiers is None else self.tiers.tiers
         self._kv_lender = KvLender(engine.kv_store, wake, tiers=lower)
         listeners.kv_server.start(self._kv_lender)
@@ -88,7 +86,7 @@ class AttentionRole:
         listeners.begin(engine, keeps_copies=self.copy_keeper is not None)
 
     def enter(self, generation: Generation, placement: ExpertPlacement) -> None:
-        """Take the maps of a generation whose edges are open."""
+        """Apply the maps of a generation with open edges."""
         context = self._context
         context.model.exactness.follow(generation.agreement)
         self._dispatcher.set_placement(placement, generation)
@@ -97,7 +95,7 @@ class AttentionRole:
             self.tiers.tiers.use(kv_identity(context.me, context.config, generation, *how))
 
     def begin_steps(self, generation: int) -> None:
-        """This generation runs: accept gateways."""
+        """Accept gateways, as this generation runs."""
         self.engine.requests.isolation.begin()
         self._steps.begin()
         self._stream.admit_streams(generation)
@@ -152,7 +150,7 @@ class AttentionRole:
         elif isinstance(message, SoloStep):
             self.outputs.solo_steps.acknowledge(gateway, message)
         elif self.outputs.owners.get(message.request_id) != gateway:
-            return  # it is no longer in the engine, or not yet
+            return  # the engine does not have it
         elif message.is_over:
             self.engine.requests.resume(message.request_id)
         else:
@@ -167,7 +165,7 @@ class AttentionRole:
             self._publish_contents(changes)
         self.outputs.emit(outputs)
 
-    # Numbers: control thread
+    # Statistics: control thread
 
     def stats(self) -> dict[str, float]:
         """Gauges and counters for heartbeats."""
@@ -179,14 +177,14 @@ class AttentionRole:
         return stats | self.adapters.stats(self.intake.count_waiting(stats))
 
     def adapters_in_use(self) -> tuple[str, ...]:
-        """Keys of adapters that requests here have."""
+        """Keys of the adapters that requests use."""
         return tuple(sorted({*self.engine.requests.adapters_in_use, *self.intake.adapters()}))
 
 
 def _open_lower_tiers(
     context: WorkerContext, engine: Engine, fetches: KvFetches
 ) -> LowerTiers | None:
-    """Begin to copy blocks into lower tiers, and to restore them, if there are any."""
+    """Open the lower tiers, with copies and restores; None without tiers."""
     section, share = context.config.kv_tiers, context.config.engine.kv_kept_share
     known, member = context.membership, context.member
     tiers = open_tiers(
@@ -203,7 +201,7 @@ def _open_lower_tiers(
 def _open_copy_keeper(
     context: WorkerContext, engine: Engine, lower: LowerTiers | None
 ) -> CopyKeeper | None:
-    """Begin to keep copies of other workers' blocks, if that is wanted."""
+    """Start to keep copies of other workers' blocks; None if session copies are off."""
     section, wake = context.config.kv_tiers, context.connections.wake
     if lower is None or not section.session_copies:
         return None
@@ -217,9 +215,10 @@ def _open_copy_keeper(
 def _open_kv_publisher(
     context: WorkerContext, engine: Engine, names: Callable[[], Mapping[str, str]]
 ) -> Callable[[HashChanges], None]:
-    """Begin to tell routers of other projects what is cached, if the configuration asks for it.
+    """Start to publish KV events for routers of other projects, if configured.
 
-    Returns what publishes changes; ``names``: of adapters by key, for any thread.
+    Returns a function that publishes changes. ``names``: returns adapter names by key on any
+    thread.
     """
     section, size = context.config.kv_events, context.config.engine.block_size_tokens
     if section.kv_events_endpoint is None:

@@ -16,18 +16,18 @@ from workers.requests.wire import EngineHello
 
 
 class AttentionListeners:
-    """Opens the engine stream and the KV server, before the weights are loaded, and says to
-    gateways what this worker serves.
+    """Opens the engine stream and the KV server before the weights are loaded, and describes the
+    worker to gateways.
     """
 
     def __init__(self, context: WorkerContext) -> None:
-        """Raises ``OSError`` when a listener cannot be opened."""
+        """Raises ``OSError`` if a listener cannot be opened."""
         args, token = context.args, context.config.cluster_token
         self._hello = _hello_of(context)
         self._membership = context.membership
         self._block_size = context.config.engine.block_size_tokens
         self.inbox = Inbox(context.connections.wake)
-        """Commands of gateways."""
+        """Queue of gateway commands."""
         self.stream = EngineServer(
             args.host,
             token,
@@ -38,18 +38,18 @@ class AttentionListeners:
         self._address = self.stream.start()
         context.cleanup.callback(self.stream.stop)
         self.kv_server = context.open_peer_server("kv-blocks", HASH_BYTES)
-        """Lends KV blocks to other workers, once it is started."""
+        """Sends KV blocks to other workers, once it is started."""
 
     def announce(self, member: Member) -> Member:
         """The member with the addresses of these listeners."""
         return replace(member, engine_address=self._address, kv_address=self.kv_server.address)
 
     def hello(self) -> EngineHello:
-        """The answer to a gateway's hello. Any thread."""
+        """The reply to a gateway's hello. Any thread."""
         return replace(self._hello, generation=self._membership.generation.number)
 
     def begin(self, engine: Engine, *, keeps_copies: bool) -> None:
-        """The weights are loaded: say what the engine can hold."""
+        """Add the engine's capacity to the hello, once the weights are loaded."""
         self._hello = replace(
             self._hello,
             max_model_len=engine.max_model_len,
@@ -59,7 +59,7 @@ class AttentionListeners:
 
 
 def _hello_of(context: WorkerContext) -> EngineHello:
-    """What is known before the engine is."""
+    """The hello before the engine exists."""
     config, section = context.family.config, context.config.engine
     return EngineHello(
         worker=context.member.name,

@@ -1,4 +1,4 @@
-"""The steps of an attention worker, in the protocol of all ranks."""
+"""The steps of an attention worker, in the step protocol of all ranks."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from workers.scheduling.step_plan import RowsWanted
 from workers.transport.path_watch import LOOK_S
 
 _MEASURED_ROWS = 32
-"""Prompt rows of a step from which on its time measures the speed of prefill."""
+"""Number of prompt rows from which the time of a step measures the prefill speed."""
 _COMMIT_SHARE = 0.25
-"""Share of the lease after which an idle leader without a controller runs an empty step."""
+"""Fraction of the lease after which an idle leader without a controller runs an empty step."""
 
 
 class EngineSteps:
@@ -36,8 +36,8 @@ class EngineSteps:
         wait_s: Callable[[float], float],
         cost: Callable[[], FetchCost],
     ) -> None:
-        """``wait_s`` shortens a wait for a step to the next time at which there is work between
-        steps; ``cost`` learns how fast prompts are computed.
+        """``wait_s`` limits a wait for a step to the time of the next work between steps; ``cost``
+        learns the prefill speed.
         """
         self._context = context
         self._engine = engine
@@ -47,10 +47,10 @@ class EngineSteps:
         self._cost = cost
         self._watchdog = StepWatchdog(context.config.transport.detection_limit_s)
         self._has_more = False
-        """Work was left after the last step."""
+        """Whether work was left after the last step."""
 
     def begin(self) -> None:
-        """A generation runs: no step was wanted in it so far."""
+        """Reset at the start of a generation, in which no step was wanted yet."""
         self._watchdog.begin()
 
     def run(self, emit: Callable[[list[TokenOutput]], None]) -> None:
@@ -104,7 +104,7 @@ class EngineSteps:
         return outputs
 
     def _check_overdue(self, wanted: RowsWanted) -> None:
-        """Raises ``PeerLostError`` when no step has come for too long, although rows are wanted."""
+        """Raise ``PeerLostError`` if rows are wanted but no step has started for too long."""
         channel = self._context.channel
         waited_s = self._watchdog.overdue_s(
             wants=wanted.decode_rows + wanted.prefill_rows > 0,
@@ -122,7 +122,7 @@ class EngineSteps:
     def _idle_s(self) -> float:
         """Longest wait for a header.
 
-        After an empty step it is short: a leader must see whether all ranks have its header.
+        After an empty step it is short: a leader must check whether all ranks received its header.
         """
         membership = self._context.membership
         if membership.last_shared_commit < membership.last_commit:
@@ -130,6 +130,6 @@ class EngineSteps:
         return min(IDLE_WAIT_S, self._context.config.transport.lease_s * _COMMIT_SHARE)
 
     def _needs_a_commit(self) -> bool:
-        """The controller is silent: an empty step renews the leases of all workers."""
+        """Whether the controller is silent, so that an empty step must renew all leases."""
         known = max(self._context.contact_at(), self._context.membership.last_commit)
         return time.monotonic() - known > self._context.config.transport.lease_s * _COMMIT_SHARE

@@ -1,4 +1,4 @@
-"""From where the experts of a worker are read: the checkpoint, and other workers."""
+"""Sources of a worker's experts: the checkpoint, and other workers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class ExpertSources:
-    """Decides from where each expert is read, and counts the bytes by the kind of their source."""
+    """Chooses the source of each expert, and counts the bytes by kind of source."""
 
     def __init__(self, context: WorkerContext, slots: ExpertSlots) -> None:
         self._args = context.args
@@ -31,15 +31,15 @@ class ExpertSources:
         self._checkpoint = context.model.checkpoint
         self._slots = slots
         self.read_bytes = Counter({CHECKPOINT: 0, PEER: 0})
-        """By kind of the source."""
+        """Bytes by kind of source."""
         self.by_kind: Mapping[str, OpenSource] = {
             CHECKPOINT: self._open_checkpoint,
             PEER: self._open_peer,
         }
-        """Sources of further experts."""
+        """Sources of experts that are loaded later."""
 
     def load(self, placement: ExpertPlacement) -> None:
-        """Load the first experts, from other workers where these are faster than the disk."""
+        """Load the first experts, from other workers if these are faster than the disk."""
         counted = self._counted(CHECKPOINT)
         own = self._slots.checkpoint_source(self._checkpoint, counted, is_idle=True)
         device, source = self._args.member.device, self._first_source(own)
@@ -66,7 +66,7 @@ class ExpertSources:
     def _counted(
         self, kind: str, take: Callable[[int], None] = lambda num_bytes: None
     ) -> Callable[[int], None]:
-        """``take``, which counts the bytes that it gets."""
+        """Wrap ``take`` to count its bytes."""
 
         def counted(num_bytes: int) -> None:
             self.read_bytes[kind] += num_bytes
@@ -75,7 +75,7 @@ class ExpertSources:
         return counted
 
     def _rate(self, source: Mapping[str, Any]) -> RateLimit:
-        """The limit from an order's ``bytes_per_s`` and ``limit_s``; both may be missing."""
+        """The limit from a command's ``bytes_per_s`` and ``limit_s``; both may be missing."""
         bytes_per_s, limit_s = source.get("bytes_per_s"), source.get("limit_s")
         return RateLimit(
             float(bytes_per_s) if bytes_per_s else None,

@@ -31,11 +31,11 @@ from workers.transport.transport import DataTransport
 logger = logging.getLogger(__name__)
 
 BanksOf = Callable[[ExpertSlots], Sequence[SlotBank]]
-"""Makes the banks that compute steps from a worker's slots. The default is the slots themselves."""
+"""Creates the banks that compute steps from a worker's slots; by default, the slots themselves."""
 
 
 class ExpertRole:
-    """Decides which experts are in this worker's slots, as the controller orders, and serves them.
+    """Loads experts into this worker's slots, as the controller commands, and serves them.
 
     In a worker without attention it also runs the steps.
     """
@@ -47,7 +47,7 @@ class ExpertRole:
         weights: PeerServer,
         banks_of: BanksOf | None = None,
     ) -> None:
-        """Fill the slots as the first placement says, and serve their experts to other workers by
+        """Fill the slots by the first placement, and send their experts to other workers through
         ``weights``. Raises ``CheckpointError``.
         """
         args, family = context.args, context.family
@@ -88,8 +88,8 @@ class ExpertRole:
     def order(self, order: LoadExperts) -> None:
         """Load experts in the background. Control thread.
 
-        Orders with a ``limit_s`` are moves: unfinished moves are given up by an order of kind
-        ``give up``, or by ``give_up_moves``.
+        Commands with a ``limit_s`` are migrations. A command of kind ``give up``, or
+        ``give_up_moves``, cancels unfinished ones.
         """
         if order.source.get("kind") == GIVE_UP:
             self.give_up_moves()
@@ -97,17 +97,17 @@ class ExpertRole:
         self._loader.order(replace(order, source={**order.source, GIVE_UP: self._given_up}))
 
     def give_up_moves(self) -> None:
-        """Give up unfinished moves. Control thread."""
+        """Cancel unfinished migrations. Control thread."""
         given_up, self._given_up = self._given_up, threading.Event()
         given_up.set()
 
     def keep_only(self, placement: ExpertPlacement) -> None:
-        """A generation runs with ``placement``: free the other slots. Control thread."""
+        """Free the slots that are unused in ``placement``, which runs now. Control thread."""
         device = self._context.args.member.device
         self._loader.keep_only([bank.physical_to_logical[device] for bank in placement.banks])
 
     def enter(self, generation: Generation, placement: ExpertPlacement) -> None:
-        """Take the maps of a generation whose edges are open."""
+        """Apply the maps of a generation with open edges."""
         self._context.model.exactness.follow(generation.agreement)
         self.server.set_placement(placement, generation)
 
@@ -141,7 +141,7 @@ class ExpertRole:
         return found
 
     def _speed(self) -> float:
-        """Slots a second of the first bank; the device is otherwise idle at this time."""
+        """Slots per second of the first bank; the device is otherwise idle at this time."""
         bank, filled = self.slots.banks[0], sorted(self.slots.contents(0))
         if not filled:
             bank, filled = blank_bank(bank), [0]
@@ -159,7 +159,7 @@ class ExpertRole:
         }
 
     def step_stats(self) -> dict[str, float]:
-        """Those of the steps that this role runs; called on the control thread."""
+        """Metrics of the steps that this role runs; called on the control thread."""
         return {
             "expert_worker_busy_seconds_total": self._busy_s,
             "steps_total": float(self._num_steps),
@@ -171,7 +171,7 @@ class ExpertRole:
 
 
 def make_slots(context: WorkerContext) -> ExpertSlots:
-    """Empty slots. Raises ``ConfigError`` where a GPU is too small for them."""
+    """Create empty slots. Raises ``ConfigError`` if a GPU is too small for them."""
     args, model = context.args, context.model
     check_room_for_slots(args, context.family, model.dtype)
     return ExpertSlots(

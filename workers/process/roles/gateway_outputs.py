@@ -1,4 +1,4 @@
-"""What an attention worker sends to gateways."""
+"""Messages of an attention worker to gateways."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from workers.requests.sequence import Failure, failed
 from workers.requests.wire import Paused, Prefetched, Relieve
 
 _RELIEF_PAUSE_S = 0.1
-"""Time between two requests that a worker asks to be moved."""
+"""Minimum time between two requests to move a request."""
 
 
 class GatewayOutputs:
-    """Decides which gateway gets which message: it knows the owner of each request of the engine.
+    """Sends each message to its gateway, by the owner of each request of the engine.
 
-    All methods belong to the engine's thread.
+    All methods are for the engine's thread.
     """
 
     def __init__(self, engine: Engine, stream: EngineServer) -> None:
         self._engine = engine
         self._stream = stream
         self.owners: dict[str, str] = {}
-        """Gateways by request, of the requests that the engine has."""
+        """Gateways by request id, for the requests in the engine."""
         self.solo_steps = SoloStepReporter(engine, stream.publish)
         self._relief_at = 0.0
-        """Monotonic time at which it last asked to have a request moved."""
+        """Monotonic time at which it last asked to move a request."""
 
     def accept(self, gateway: str, request: Request) -> None:
-        """The engine has a request now."""
+        """Record that the engine has a request."""
         self.owners[request.request_id] = gateway
         queued = Queued(request_id=request.request_id, attempt=request.attempt)
         self._stream.publish(gateway, queued)
@@ -57,22 +57,22 @@ class GatewayOutputs:
                 self.forget_ended(output.request_id)
 
     def publish_prefetched(self, answers: Iterable[tuple[str, Prefetched]]) -> None:
-        """Tell gateways which requests have their blocks here."""
+        """Tell gateways that the blocks of their requests have been prefetched."""
         for gateway, answer in answers:
             self._stream.publish(gateway, answer)
 
     def publish_kv(self, changes: HashChanges, fetch_cost: float) -> None:
-        """Tell all gateways which blocks are cached, and what fetching costs."""
+        """Tell all gateways the cached blocks and the cost of fetching."""
         self._stream.publish_kv(changes, fetch_cost, self._engine.pool.num_free)
 
     def report_paused(self) -> None:
-        """Tell gateways which requests are paused, behind their last outputs."""
+        """Tell gateways which requests are paused, after their last outputs."""
         for request_id in self._engine.requests.take_paused():
             self._stream.publish(self.owners[request_id], Paused(request_id=request_id))
             self._stream.release()
 
     def ask_for_relief(self) -> None:
-        """Have a request move where another worker has room, before it must be preempted."""
+        """Ask a gateway to move a request before it must be preempted."""
         pressed, now = self._engine.under_pressure(), time.monotonic()
         if pressed is None or now < self._relief_at + _RELIEF_PAUSE_S:
             return
@@ -83,12 +83,12 @@ class GatewayOutputs:
             self._stream.publish(owner, message)
 
     def forget_ended(self, request_id: str) -> None:
-        """Drop the owner of a request that has ended."""
+        """Remove the owner of a request that has ended."""
         if request_id not in self._engine.requests:
             self.owners.pop(request_id, None)
 
     def drop_gateway(self, gateway: str) -> None:
-        """End the requests of a gateway that has gone."""
+        """End the requests of a lost gateway."""
         for request_id in [r for r, owner in self.owners.items() if owner == gateway]:
             self._engine.abort(request_id)
             del self.owners[request_id]

@@ -1,4 +1,4 @@
-"""Loads the roles of a worker, in the order in which they need each other."""
+"""Loads the roles of a worker, in the order of their dependencies."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _load_model(context: WorkerContext) -> AttentionModel:
 
 
 def _local_dispatcher(context: WorkerContext, timer: StepTimer) -> LocalDispatcher:
-    """All experts are in this process."""
+    """A dispatcher for a worker with all experts in its process."""
     slots = make_slots(context)
     slots.load_all(context.model.checkpoint)
     return LocalDispatcher(slots.banks, context.family.banks, context.activity, timer)

@@ -11,9 +11,9 @@ from workers.process.roles.experts import ExpertRole
 
 
 class Roles:
-    """Brings each event of a worker to the role that it concerns, once its weights are loaded.
+    """Passes each event of a worker to the role that it concerns, once its weights are loaded.
 
-    Where a worker has both roles, attention runs the steps, and its dispatcher serves the rows of
+    If a worker has both roles, attention runs the steps, and its dispatcher serves the rows of
     others in them.
     """
 
@@ -24,22 +24,22 @@ class Roles:
     # Data thread
 
     def enter(self, generation: Generation, placement: ExpertPlacement) -> None:
-        """Take the maps of a generation whose edges are open."""
+        """Apply the maps of a generation with open edges."""
         if (leading := self.attention or self.experts) is not None:
             leading.enter(generation, placement)
 
     def begin_steps(self, generation: int) -> None:
-        """This generation runs: accept clients."""
+        """Accept clients, as this generation runs."""
         if self.attention is not None:
             self.attention.begin_steps(generation)
 
     def lose_members(self) -> None:
-        """Members of the last generation died; the last step was given up."""
+        """Handle the death of members of the last generation; the last step was abandoned."""
         if self.attention is not None:
             self.attention.engine.requests.worker_died()
 
     def keep_adapters(self, order: KeepAdapters) -> None:
-        """Have these adapters; only workers that run attention are asked to."""
+        """Load these adapters; only workers that run attention get this command."""
         if self.attention is not None:
             self.attention.adapters.take(order)
 
@@ -56,7 +56,7 @@ class Roles:
     # Control thread
 
     def slots(self) -> SlotContents:
-        """What the expert slots hold; none where there are none, or while they are filled."""
+        """Contents of the expert slots; empty without slots, or while they are filled."""
         return () if self.experts is None else self.experts.slots.rows()
 
     def stats(self) -> dict[str, float]:
@@ -67,14 +67,14 @@ class Roles:
         return found if self.experts is None else found | self.experts.step_stats()
 
     def load_report(self) -> LoadReport | None:
-        """Counted load of the experts; None where this worker counts none."""
+        """Expert load; None if this worker does not count it."""
         return None if self.attention is None else self.attention.engine.load.report()
 
     def adapters_in_use(self) -> tuple[str, ...]:
-        """Keys of adapters that requests here have."""
+        """Keys of the adapters that requests use."""
         return () if self.attention is None else self.attention.adapters_in_use()
 
     def problems(self, worker: str) -> tuple[str, ...]:
-        """What keeps parts of this worker from working, for people."""
+        """Readable problems of parts of this worker."""
         tiers = None if self.attention is None else self.attention.tiers
         return () if tiers is None else tiers.problems(worker)

@@ -1,10 +1,10 @@
 """The Ray actors of the three roles. Each one hosts a worker and ends with its process.
 
-SIGTERM, which the processes of a node receive when the node shuts down, asks the controller to
-drain the worker.
+On SIGTERM, which the processes of a node receive when the node shuts down, the actor asks the
+controller to drain the worker.
 
-Workers are imported in their own process: an actor class travels as a reference to its
-module, and the launcher and the controller, which import this module, must not import torch.
+Workers are imported in their own process: an actor class is pickled as a reference to its module,
+and the launcher and the controller, which import this module, must not import torch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EXIT_CODE = 1
 
 
 class WorkerActor:
-    """Ray methods around a worker: to start, find and end it; all else goes over sockets."""
+    """Ray methods to start, find and end a worker; all other communication uses sockets."""
 
     def __init__(
         self,
@@ -61,11 +61,11 @@ class WorkerActor:
         return Worker(args, on_death)
 
     def start(self) -> None:
-        """Begin to load and to serve; returns at once."""
+        """Start to load and to serve; returns at once."""
         self._worker.start()
 
     def ping(self) -> str:
-        """The worker's name; an answer shows that the process lives."""
+        """The worker's name; a reply shows that the process is alive."""
         return self._worker.member.name
 
     def introduce(self) -> dict[str, Any]:
@@ -86,12 +86,12 @@ class WorkerActor:
         self._worker.control.redirect(control_address, term, controller)
 
     def stop(self, term: int, controller: str) -> None:
-        """End serving; the caller ends the process. Raises ``SupersededError``."""
+        """Stop serving; the caller ends the process. Raises ``SupersededError``."""
         self._worker.control.follow(term, controller)
         self._worker.stop()
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        """Ask for a drain; with nothing to drain, or at the second signal, end at once."""
+        """Ask for a drain; if nothing can be drained, or at the second signal, end at once."""
         threading.Thread(target=self._leave, daemon=True).start()  # no lock in a handler
 
     def _leave(self) -> None:
@@ -122,7 +122,7 @@ ACTOR_CLASSES: Final[Mapping[Role, type[WorkerActor]]] = {
 
 
 def _on_this_node(member: Mapping[str, Any], host: str) -> dict[str, Any]:
-    """A member with the labels of its node, if it was started before that was known."""
+    """A member with the labels of its node, if they were unknown when it was created."""
     if member.get("node"):
         return dict(member)
     labels: Any = ray.get_runtime_context().get_node_labels()
@@ -132,6 +132,6 @@ def _on_this_node(member: Mapping[str, Any], host: str) -> dict[str, Any]:
 
 
 def _die(reason: str) -> None:
-    """End the process: peers and Ray must see at once that this worker is gone."""
+    """End the process, so that peers and Ray notice at once that this worker has ended."""
     logger.error("worker ends: %s", reason)
     os._exit(EXIT_CODE)

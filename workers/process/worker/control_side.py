@@ -1,4 +1,4 @@
-"""A worker's side of the controller: membership, lease, orders and reports on one socket."""
+"""A worker's side of the control plane: membership, lease, commands and reports on one socket."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 
 class ControlSide:
-    """Decides until when a worker may serve, and brings it the controller's orders.
+    """Decides how long a worker may serve, and passes it the controller's commands.
 
-    Any thread may call the methods, unless they say otherwise.
+    Any thread may call the methods, unless they state otherwise.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class ControlSide:
         interrupts: StepInterrupts,
         on_failed: Callable[[str], None],
     ) -> None:
-        """``on_failed`` gets the reason when the thread of the socket ends by an error."""
+        """``on_failed`` gets the reason if the thread of the socket fails."""
         name, config = args.member.name, args.config
         self._name = name
         self._roles = roles
         self._interrupts = interrupts
         self.has_called = False
-        """Whether it has reached a controller."""
+        """Whether the worker has reached a controller."""
         self.on_fenced: Callable[[int], None] = lambda fence: None
         """Called with the highest generation that may no longer serve. Control thread."""
         self.membership = Membership(
@@ -108,45 +108,45 @@ class ControlSide:
         return self._client.contact_at
 
     def start(self) -> None:
-        """Reach the controller. Raises ``PeerLostError`` and ``HandshakeError``."""
+        """Connect to the controller. Raises ``PeerLostError`` and ``HandshakeError``."""
         self._client.start()
         self.has_called = True
 
     def send(self, frame: ControlFrame) -> None:
-        """Send to the controller."""
+        """Send a frame to the controller."""
         self._client.send(frame)
 
     def close(self) -> None:
-        """Send what is queued and end the connection."""
+        """Send queued frames and close the connection."""
         self._client.close()
 
     def fail(self, reason: str) -> None:
-        """Tell the controller, if it was reached, that this worker ends."""
+        """Report to the controller, if connected, that this worker ends."""
         if self.has_called:
             self.send(WorkerFailed(reason=reason))
             self.close()
 
     def follow(self, term: int, controller: str) -> None:
-        """A controller orders by a call of Ray. Raises ``SupersededError``."""
+        """Check a controller that calls through Ray. Raises ``SupersededError``."""
         if self.has_called:
             self._client.follow(term, controller)
 
     def redirect(self, address: str, term: int, controller: str) -> None:
         """Connect to a restarted controller. Raises ``SupersededError``, ``NotReadyError``."""
         if not self.has_called:
-            raise NotReadyError(f"{self._name} has not called a controller yet")
+            raise NotReadyError(f"{self._name} has not connected to a controller yet")
         self.follow(term, controller)
         self._client.redirect(address)
 
     def request_drain(self, lifetime: Lifetime) -> bool:
-        """Ask for a drain; False outside a generation, or when already asked."""
+        """Ask for a drain; False outside a generation, or if already asked."""
         if not self.membership.is_member or not lifetime.leave():
             return False
         self.send(DrainRequest())
         return True
 
     def _begin_steps(self) -> None:
-        """A generation runs. Data thread."""
+        """Start the steps of a generation. Data thread."""
         generation = self.membership.generation
         logs.CONTEXT.generation = generation.number
         names = ", ".join(m.name for m in generation.members)
@@ -154,12 +154,12 @@ class ControlSide:
         self._roles.begin_steps(generation.number)
 
     def _lose_members(self, names: Set[str]) -> None:
-        """Members of the last generation died; the last step was given up. Data thread."""
+        """Handle the death of members of the last generation. Data thread."""
         logger.info("%s continues without %s", self._name, ", ".join(sorted(names)))
         self._roles.lose_members()
 
     def _fence(self, reason: str) -> None:
-        """The lease ran out: leave this generation. Control thread."""
+        """Leave this generation after the lease expired. Control thread."""
         logger.warning("%s is fenced: %s", self._name, reason)
         fence = self.membership.raise_fence()
         self.on_fenced(fence)

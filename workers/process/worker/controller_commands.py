@@ -1,4 +1,4 @@
-"""The controller's orders, on their way from the control thread to the data thread."""
+"""The controller's commands, passed from the control thread to the data thread."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from workers.process.roles.experts import ExpertRole
 
 @dataclass(kw_only=True, slots=True)
 class ControllerCommands:
-    """Those of one worker. ``take`` and ``report`` belong to the control thread."""
+    """Controller commands for one worker. ``take`` and ``report``: control thread only."""
 
     membership: Membership
     experts: Callable[[], ExpertRole | None]
-    """The expert slots, when they are filled."""
+    """Returns the experts role, or None until its slots are filled."""
     send: Callable[[ControlFrame], None]
-    """Send to the controller."""
+    """Sends a frame to the controller."""
     wake: Callable[[], None]
-    """End a wait of the data thread."""
+    """Ends a wait of the data thread."""
     interrupt: Callable[[int], None]
-    """End a step of the data thread: a generation of this number is to come."""
+    """Ends a step of the data thread, because a generation of this number will follow."""
     _frames: deque[ControlFrame] = field(default_factory=deque)
     _memory: dict[str, Any] = field(default_factory=dict)
 
     def take(self, frame: ControlFrame) -> None:
-        """Keep a frame for the data thread, and interrupt its wait where the frame demands it."""
+        """Queue a frame for the data thread, and interrupt its wait if the frame requires it."""
         experts = self.experts()
         if isinstance(frame, LoadExperts):
             if experts is not None:
@@ -69,7 +69,7 @@ class ControllerCommands:
         return self.membership.worker_report(self._memory)
 
     def pending(self) -> Iterator[ControlFrame]:
-        """Take the frames that wait, oldest first. Data thread."""
+        """Remove and yield the queued frames, oldest first. Data thread."""
         while self._frames:
             yield self._frames.popleft()
 

@@ -1,9 +1,9 @@
-"""How far the process of a worker is from its end.
+"""Phases of a worker process.
 
     ACTIVE ──▶ LEAVING ──▶ ENDING
        └──────────────────────▲
 
-It never goes back. The data thread, calls of Ray and a signal to end move it on.
+It never goes back. The data thread, Ray calls and a signal change the phase.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from cluster.core.states import Transitions, next_state
 STOP_TIMEOUT_S = 5.0
 """Longest wait for the end of the data thread."""
 _CALL_LIMIT_S = 2.0
-"""Time in which the controller ends the process of a worker that it has told to end."""
+"""Time in which the controller ends the process of a worker after a command to end."""
 
 
 class Life(Enum):
-    """What the process is about to do. The value is for people."""
+    """Phase of a worker process. The values are readable."""
 
     ACTIVE = "active"
     LEAVING = "asks for a drain"
@@ -37,7 +37,7 @@ _NEXT: Transitions[Life] = {
 
 
 class Lifetime:
-    """See the module. All methods may be called on any thread."""
+    """The phase of a worker process. Any thread may call the methods."""
 
     def __init__(self) -> None:
         self._life = Life.ACTIVE
@@ -46,11 +46,11 @@ class Lifetime:
 
     @property
     def is_ending(self) -> bool:
-        """The process ends: its data thread stops, and a failure is no news."""
+        """Whether the process ends: its data thread stops, and failures are no longer reported."""
         return self._life is Life.ENDING
 
     def leave(self) -> bool:
-        """The worker is about to ask for a drain; False if it has asked before, or ends."""
+        """Mark the worker as leaving; False if it is leaving already, or ends."""
         with self._lock:
             if self._life is not Life.ACTIVE:
                 return False
@@ -58,15 +58,15 @@ class Lifetime:
             return True
 
     def end(self) -> None:
-        """The process ends; again is nothing."""
+        """Mark the process as ending. Idempotent."""
         with self._lock:
             self._life = next_state(self._life, Life.ENDING, _NEXT)
 
     def stop(self) -> None:
-        """The same, and the caller ends the process."""
+        """Mark the process as ending and stopped; the caller ends the process."""
         self.end()
         self._stopped.set()
 
     def is_stopped_in_time(self) -> bool:
-        """Wait for a call of ``stop``; False if the controller that said so must have been lost."""
+        """Wait for a call of ``stop``; False if the controller must be lost."""
         return self._stopped.wait(_CALL_LIMIT_S)

@@ -1,7 +1,7 @@
 """One worker without its Ray actor: its control side, its roles, and the data thread.
 
-The data thread loads the weights and then loops over the controller's frames and, while a
-generation runs, a step. The control client's thread only queues frames and reads counters.
+The data thread loads the weights. Then it loops: it handles the controller's frames and, while a
+generation runs, runs a step. The control client's thread only queues frames and reads counters.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 OnDeath = Callable[[str], None]
 """Called with the reason, on the data thread, when a worker fails."""
 _WAITS = {"attention": "combine", "expert": "receive", "colocated": "receive"}
-"""Timing of a step in which a worker waits for others, by role."""
+"""Lap of a step in which a worker waits for others, by role."""
 
 
 class Worker:
@@ -98,7 +98,7 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the loop and wait for it."""
+        """End the loop and join the data thread."""
         self.lifetime.stop()
         self._interrupts.interrupt(self.membership.generation.number + 1)
         self._thread.join(STOP_TIMEOUT_S)
@@ -124,10 +124,10 @@ class Worker:
         finally:
             self._cleanup.close()
         if not self.lifetime.is_stopped_in_time():
-            self._on_death("told to end")
+            self._on_death("ended by the controller")
 
     def open(self) -> WorkerContext:
-        """Reach the controller, read the checkpoint's headers, open the listeners, register."""
+        """Connect to the controller, read checkpoint headers, open listeners, register."""
         args = self.args
         kernels = start_kernels(args.threads, args.why_torch)
         self.control.start()
@@ -193,7 +193,7 @@ class Worker:
         return load_attention(context, self.roles, self._listeners, weights, self.banks_of)
 
     def _open_timing_sinks(self) -> list[TimingSink]:
-        """Metrics; also a timeline and spans, where the configuration asks for them."""
+        """Metrics, and a timeline and spans if configured."""
         section, name = self.config.observability, self.member.name
         sinks: list[TimingSink] = [self._step_metrics]
         if (trace := StepTrace.of(section, name)) is not None:
@@ -221,7 +221,7 @@ class Worker:
             membership.lose(err)
 
     def _take_orders(self) -> bool:
-        """Carry out the controller's orders; False if this worker ends."""
+        """Carry out the controller's commands; False if this worker ends."""
         for frame in self.control.orders.pending():
             if isinstance(frame, Shutdown):
                 self.lifetime.end()

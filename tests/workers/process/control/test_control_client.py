@@ -281,7 +281,7 @@ def test_a_new_controller_that_calls_gets_everything(
     if not is_first_gone:
         assert first.next(Superseded) == Superseded(term=1)
         assert first.closed.get(timeout=LIMIT_S)[0] == "expert-0"
-        assert lost.get(timeout=LIMIT_S) == "a new controller has called"
+        assert lost.get(timeout=LIMIT_S) == "a new controller has taken over"
         first.close()
     second.next(Heartbeat)
     second.next(Heartbeat)
@@ -349,7 +349,7 @@ def test_what_answers_without_being_a_controller_is_passed_over(
         with connection:
             connection.sendall(b"HTTP/1.1 400 Bad Request")
             client.redirect(server.address)
-            assert lost.get(timeout=LIMIT_S) == "a new controller has called"
+            assert lost.get(timeout=LIMIT_S) == "a new controller has taken over"
     while not server.frames.empty():
         server.frames.get()
     server.next(Heartbeat)

@@ -403,7 +403,7 @@ def test_an_error_of_ours_ends_one_copy_only(
             wait_counts(copies, link, {"failed": 1})
         copies.put(message_of(names[:4]))
         wait_counts(copies, link, {"failed": 1, "whole": 1})
-    assert "KV blocks of attention-0 are not copied" in caplog.text
+    assert "could not copy KV blocks of attention-0" in caplog.text
 
 
 def test_peers_that_hang_up_are_named(link: Link) -> None:
