@@ -1,4 +1,4 @@
-"""The forms that answers take: grammars that clients ask for, and calls of tools.
+"""Tool call formats and structured output: parsers and grammars of answers.
 
 May import ``gateway.core``, ``cluster.core.errors`` and ``workers.requests``.
 """

@@ -1,6 +1,6 @@
-"""What an answer must follow: calls that are well-formed, structured output, reasoning before both.
+"""Grammars of answers: well-formed tool calls or structured output, after optional reasoning.
 
-Harmony has grammars of its own (``gateway.text.harmony.grammar``).
+Harmony has separate grammars (``gateway.text.harmony.grammar``).
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ def answer_grammar(
     answer: Grammar | None,
     thinking: Thinking | None = None,
 ) -> Grammar | None:
-    """The grammar of an answer: free text (or ``answer``) or calls; None: anything.
+    """Return the grammar of an answer: free text (or ``answer``) or calls; None allows any text.
 
     Args:
-        use: what may be called, and whether something must be; None: nothing.
-        form: how.
-        mark_ids: tokens that grammars know by their number; their text can be written in no other
-            way.
-        answer: what the answer must follow where it is not a call.
-        thinking: where reasoning begins, which is free.
+        use: the tools, and whether one must be called; None without tools.
+        form: format of the calls.
+        mark_ids: ids by text of the tokens that grammars refer to by id; no other tokens can give
+            these texts.
+        answer: grammar of an answer that is not a call.
+        thinking: where unconstrained reasoning begins; None without reasoning.
 
     Raises:
-        RequestError: the tools are too large, or ``answer`` cannot go with tools.
+        RequestError: the tools are too large, or cannot be combined with ``answer``.
     """
     if use is None and (answer is None or thinking is None):
         return answer
@@ -73,10 +73,10 @@ def answer_grammar(
 def _thought(
     thinking: Thinking | None, mark_ids: Mapping[str, int], is_free: bool
 ) -> tuple[str, list[str]]:
-    """What stands before all else, and its rules.
+    """Return an expression for reasoning at the start of the answer, and its rules.
 
     Args:
-        is_free: free text may follow, which may be reasoning as well if its marks are letters.
+        is_free: whether free text may follow; it covers reasoning with tags that are not tokens.
     """
     needed = END if thinking is Thinking.OPEN else BEGIN
     if thinking is None or (is_free and needed not in mark_ids):
@@ -93,7 +93,7 @@ def _thought(
 def _calls(
     use: ToolUse, syntax: CallSyntax, mark_ids: Mapping[str, int], answer: Grammar | None
 ) -> tuple[str, list[Rule | str]]:
-    """What an answer with tools is, and its rules."""
+    """Return an expression for an answer with tools, and its rules."""
     first = mark(syntax.mark, mark_ids)
     begin, next_begin = (
         mark(text.strip(), mark_ids) for text in (syntax.begin, syntax.next_begin or syntax.begin)
@@ -113,7 +113,7 @@ def _calls(
 
 
 def _rules(use: ToolUse, syntax: CallSyntax, mark_ids: Mapping[str, int]) -> list[Rule]:
-    """The rule ``call``: a call without the mark before it."""
+    """Return the rule ``call`` (a call without its first delimiter) and the rules that it uses."""
     around: dict[str, tuple[str, str]] = {}
     for tool in use.allowed:
         slots = {Slot.NAME: json.dumps(tool.name), Slot.NUMBER: _NUMBER, Slot.BREAK: BREAK}

@@ -1,10 +1,10 @@
-"""Divides an answer into reasoning, words for the user and calls, as the text comes in.
+"""Incremental parser that splits an answer into reasoning, content and tool calls.
 
-    text ──mark──▶ [section ▶] head ──▶ arguments ──▶ tail ──▶ behind a call ──▶ text
-      ▲  what is no head of an offered function is text: its mark, then what stands behind it
+    text ─delimiter─▶ [section ▶] head ──▶ arguments ──▶ tail ──▶ after a call ──▶ text
+      ▲  without the head of an offered function, the delimiter and the rest are text
       └──────────────────────────────┘
 
-Harmony has a parser of its own (``gateway.text.harmony.parser``).
+Harmony has a separate parser (``gateway.text.harmony.parser``).
 """
 
 from __future__ import annotations
@@ -30,38 +30,38 @@ from gateway.text.forms.marks import (
 from gateway.text.forms.tool_calls import CallDelta, ParsedPiece, PieceBuilder
 
 _PIECE_CHARS = 4096
-"""Read at a time, so that the work is in proportion to the text."""
+"""Number of characters read at a time, so that the work is linear in the length of the text."""
 
 
 class _State(Enum):
     START = auto()
-    """Where reasoning may begin."""
+    """At the start, where reasoning may begin."""
     TEXT = auto()
     BEFORE_CALL = auto()
-    """In a section."""
+    """In a section, before a call or the end of the section."""
     HEAD = auto()
     ARGUMENTS = auto()
     TAIL = auto()
     AFTER_CALL = auto()
-    """Where there are no sections."""
+    """After a call, in formats without sections."""
 
 
 class AnswerParser:
-    """Reads one answer. The result does not depend on how the text was cut into pieces.
+    """Parses one answer. The result does not depend on how the text is split into pieces.
 
     For example ``<think>Hm.</think>On it. <tool_call>\\n{"name": "f", "arguments": {"a": 1}}\\n
     </tool_call>`` is the reasoning ``Hm.``, the content ``On it. `` and one call of ``f``. Line
-    breaks next to the marks of reasoning do not belong to it. The head of a call ends reasoning.
+    breaks next to the reasoning tags are not part of the reasoning. The head of a call ends it.
 
-    No text is lost: a mark without the head of a call behind it is text, also if the answer's end
-    cuts it, unless the answer must be a call. Arguments are passed on as they come: a call whose
-    arguments do not end is not complete, and text that breaks them off is content.
+    No text is lost: a delimiter without the head of a call is text, also if the end of the answer
+    cuts it, unless the answer must be a call. Arguments are returned as they arrive: a call with
+    unfinished arguments is incomplete, and text that interrupts them is content.
 
     Args:
-        form: how calls are written; None reads none.
-        use: what may be called.
-        thinking: where reasoning begins; None: there is none.
-        used_ids: those of the conversation's calls.
+        form: format of the calls; None parses no calls.
+        use: the tools.
+        thinking: where reasoning begins; None without reasoning.
+        used_ids: ids of the calls in the conversation.
     """
 
     def __init__(
@@ -79,23 +79,23 @@ class AnswerParser:
         self._state = _State.TEXT if thinking is None else _State.START
         self._is_reasoning = False
         self._skips_breaks = False
-        self._breaks = ""  # at the end of reasoning so far
+        self._breaks = ""  # line breaks at the end of the reasoning so far
         self._ahead = Lookahead()
         pairs = self._syntax.pairs if self._syntax is not None else None
         self._arguments = ArgumentsReader(pairs, self._tools, self._ahead)
-        self._passed = ""  # since a mark: text, if no call follows
+        self._passed = ""  # text since a delimiter, which is content if no call follows
         self.num_begun = 0
-        """Calls whose name is known."""
+        """Number of calls with a known name."""
         self.num_complete = 0
-        """Calls whose arguments are all there."""
+        """Number of calls with complete arguments."""
 
     @property
     def has_calls(self) -> bool:
-        """There are calls, and the last one is complete."""
+        """Whether there are calls and the last one is complete."""
         return 0 < self.num_complete == self.num_begun
 
     def feed(self, text: str, is_last: bool = False) -> ParsedPiece:
-        """What is certain after ``text``; with ``is_last`` nothing waits any more."""
+        """Add ``text`` and return the final output; with ``is_last``, no text is held back."""
         found = PieceBuilder()
         for start in range(0, max(len(text), 1), _PIECE_CHARS):
             piece = text[start : start + _PIECE_CHARS]
@@ -108,7 +108,7 @@ class AnswerParser:
         return found.piece()
 
     def _step(self, found: PieceBuilder) -> bool:
-        """Read on; whether the state changed, so that there may be more."""
+        """Parse the next part; return whether another call may parse more."""
         match self._state:
             case _State.START:
                 return self._read_start()
@@ -153,7 +153,7 @@ class AnswerParser:
 
     @property
     def _keeps_marks(self) -> bool:
-        """A mark that the answer's end cuts is text."""
+        """Whether a delimiter that the end of the answer cuts is text."""
         return self._is_reasoning or not self._must_call
 
     def _take(self, text: str, found: PieceBuilder) -> None:
@@ -171,15 +171,15 @@ class AnswerParser:
     def _end_reasoning(self) -> None:
         self._is_reasoning, self._skips_breaks, self._breaks = False, True, ""
 
-    # ---- the marks of calls ------------------------------------------------------------------
+    # ---- the delimiters of calls -------------------------------------------------------------
 
     @property
     def _form(self) -> CallSyntax:
-        assert self._syntax is not None, "without a form no mark is looked for"
+        assert self._syntax is not None, "only formats with a syntax have delimiters"
         return self._syntax
 
     def _read_before_call(self, found: PieceBuilder) -> bool:
-        """Up to the mark of a call, or to the section's end."""
+        """Read up to the delimiter of a call, or up to the end of the section."""
         form, is_first = self._form, bool(self._passed)
         begin = form.begin if is_first or not form.next_begin else form.next_begin
         marks = [begin.strip()] + [form.section_end] * (not is_first)
@@ -245,10 +245,10 @@ class AnswerParser:
         self.num_begun += 1
 
     def _fail(self, found: PieceBuilder, is_cut: bool) -> None:
-        """Go on with text: what looked like a call is none.
+        """Continue with text: the delimiter did not begin a call.
 
         Args:
-            is_cut: the answer's end cuts it.
+            is_cut: whether the end of the answer cuts the possible call.
         """
         if is_cut and not self._keeps_marks:
             self._ahead.text = ""
@@ -270,7 +270,7 @@ class AnswerParser:
         return True
 
     def _read_after_call(self) -> bool:
-        """White space is text only where more text follows."""
+        """Read up to the next call or text; white space is text only if more text follows."""
         if self._ahead.skip(self._form.begin):
             self._passed, self._state = self._form.begin, _State.HEAD
             return True
@@ -283,7 +283,7 @@ class AnswerParser:
 
 
 def _look_ahead(reading: Reading, text: str, ahead: tuple[str, ...]) -> Outcome:
-    """Whether a head is whole, and one of some texts stands behind it."""
+    """Return the outcome of a head, which one of the texts ``ahead`` must follow."""
     if reading.outcome is not Outcome.WHOLE:
         return reading.outcome
     behind = text[reading.end :].lstrip()

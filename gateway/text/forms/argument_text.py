@@ -1,4 +1,4 @@
-"""Where arguments end in a text that comes in pieces: a JSON object, or one value."""
+"""Find the end of arguments in a text that arrives in pieces: a JSON object, or one value."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gateway.text.forms.call_syntax import PairSyntax
 from gateway.text.forms.marks import cut, overlap
 
 _STRING_REST = re.compile(r'(?:[^"\\]|\\.)*("?)', re.DOTALL)
-"""Of a JSON string, up to its end or to an escape that is cut."""
+"""The rest of a JSON string, up to its end or to an incomplete escape."""
 
 
 class ObjectEnd:
@@ -21,7 +21,7 @@ class ObjectEnd:
         self._is_escaped = False
 
     def read(self, text: str) -> tuple[str, bool]:
-        """What of a text belongs to the object, and whether that ends there."""
+        """Return the part of ``text`` in the object, and whether the object ends with it."""
         for place, char in enumerate(text):
             if self._is_string:
                 if self._is_escaped:
@@ -42,7 +42,7 @@ class ObjectEnd:
 
 
 class ArgumentText:
-    """One value of the arguments that are written one by one."""
+    """Reads one value, for formats that write arguments one by one."""
 
     def __init__(self, writer: ValueWriter, syntax: PairSyntax) -> None:
         self._writer = writer
@@ -50,11 +50,11 @@ class ArgumentText:
         self._has_breaks = syntax.has_breaks
         self._is_begun = not syntax.has_breaks
         self._is_json: bool | None = None  # not known yet
-        self._held = ""  # JSON, whose strings may hold the mark
+        self._held = ""  # JSON text; its strings may contain the delimiter
         self._strings = _StringsEnd()
 
     def read(self, text: str, is_last: bool) -> tuple[str, str, bool]:
-        """The text that is left, the JSON text of the rest, and whether the value ends there."""
+        """Return the unread text, the JSON of the read text, and whether the value ends."""
         if not self._is_begun and (text or is_last):
             text, self._is_begun = text.removeprefix("\n"), True
         if self._is_json is None:
@@ -71,12 +71,12 @@ class ArgumentText:
         marks = (self._end, f"\n{self._end}") if self._has_breaks else (self._end,)
         kept = overlap(value, marks)
         certain, rest = value[: len(value) - kept], value[len(value) - kept :]
-        if is_last:  # a mark that the answer's end cuts is no part of the value
+        if is_last:  # an incomplete delimiter at the end of the answer is not part of the value
             return "", self._writer.feed(certain) + self._writer.give_up(), False
         return rest, self._writer.feed(certain), False
 
     def _read_json(self, text: str, is_last: bool) -> tuple[str, str, bool]:
-        """The same for JSON; where its strings do not end, the first mark ends the value."""
+        """Like ``read``, for JSON. If a string does not end, the first delimiter ends the value."""
         held = self._held + text
         place = self._strings.find(held, self._end)
         if place < 0 and not is_last:
@@ -92,14 +92,14 @@ class ArgumentText:
 
 
 class _StringsEnd:
-    """Finds a mark outside of the strings of a JSON text that grows."""
+    """Finds a delimiter outside of the strings of a JSON text that grows."""
 
     def __init__(self) -> None:
         self._place = 0
         self._is_string = False
 
     def find(self, text: str, mark: str) -> int:
-        """Where the mark begins; -1: nowhere yet."""
+        """Return the position of the delimiter, or -1 if the text does not contain it yet."""
         while self._place < len(text):
             if self._is_string:
                 quote = _STRING_REST.match(text, self._place)

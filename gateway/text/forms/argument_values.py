@@ -1,4 +1,4 @@
-"""Values of arguments that a model writes as plain text, as the JSON that their schema asks for."""
+"""Convert argument values that a model writes as plain text into JSON that matches their schema."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from gateway.text.schemas.text_rules import text_rules
 from gateway.text.schemas.value_check import ValueCheck
 
 _WORDS = {"True": "true", "False": "false", "None": "null"}
-"""How templates that are not careful show earlier arguments, and models learn to write them."""
+"""Python literals that some templates show for earlier arguments, and that models then write."""
 _ALL = frozenset(TYPES)
 ANY_OPENING = "*"
 _JSON_OPENINGS = '{["-0123456789tfn'
-"""A JSON value begins with one of these."""
+"""Possible first characters of a JSON value."""
 
 
 class ValueReader:
-    """What the arguments of one function mean.
+    """Creates writers for the arguments of one function.
 
     Args:
         tool: the function.
@@ -38,11 +38,11 @@ class ValueReader:
         self._known = arguments_of(tool, is_strict=False)
 
     def writer(self, name: str, said: str | None = None) -> ValueWriter:
-        """What writes an argument.
+        """Return the writer of an argument.
 
         Args:
-            name: of the argument.
-            said: ``true`` or ``false``: the call says whether it is a text; None: it does not say.
+            name: name of the argument.
+            said: ``true`` or ``false`` if the call states whether it is a text, else None.
         """
         schema = self._known.schema_of(name)
         kinds, openings = self._kinds(schema)
@@ -54,7 +54,7 @@ class ValueReader:
         return writer
 
     def _kinds(self, schema: Any) -> tuple[frozenset[str], str]:
-        """Types of which a value may be, and what only JSON can begin with."""
+        """Return the allowed types, and the first characters that only JSON values can have."""
         try:
             found = alternatives(schema, self._known.clean, is_strict=False)
             rules = text_rules(found, is_strict=False)
@@ -68,23 +68,23 @@ class ValueReader:
 
 
 class ValueWriter(ABC):
-    """Writes one value as JSON while its text comes in; the cuts of the text do not matter."""
+    """Converts one value to JSON incrementally; the result does not depend on the pieces."""
 
     json_openings = ""
-    """A text that begins with one of these is JSON, whose strings may hold any mark;
-    ``ANY_OPENING``: any text is."""
+    """First characters that identify JSON, whose strings may contain any delimiter; with
+    ``ANY_OPENING``, every text is JSON."""
 
     @abstractmethod
     def feed(self, text: str) -> str:
-        """The JSON text that is certain."""
+        """Add ``text`` and return the JSON text that is final."""
 
     @abstractmethod
     def finish(self) -> str:
-        """The rest, at the value's end."""
+        """Return the rest at the end of the value."""
 
     @abstractmethod
     def give_up(self) -> str:
-        """The rest, where the answer ends within the value."""
+        """Return the rest if the answer ends within the value."""
 
 
 class _TextWriter(ValueWriter):
@@ -103,12 +103,12 @@ class _TextWriter(ValueWriter):
 
 
 class _AnyWriter(ValueWriter):
-    """What a text means is known at its end only.
+    """Writer of a value that is not always a text; it returns JSON at the end of the value.
 
     Args:
-        kinds: types of which the value may be.
-        fits: whether a value follows the schema.
-        is_json: the call says that it is no text.
+        kinds: allowed types of the value.
+        fits: returns whether a value matches the schema.
+        is_json: whether the call states that the value is not a text.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class _AnyWriter(ValueWriter):
         return self._to_json("".join(self._pieces))
 
     def give_up(self) -> str:
-        """The beginning of the value, which is of the type that its first character tells."""
+        """Return the incomplete value; its first character determines the type."""
         text = "".join(self._pieces)
         plain = text.strip()
         is_json = "string" not in self._kinds or self.json_openings == ANY_OPENING
@@ -136,7 +136,7 @@ class _AnyWriter(ValueWriter):
         return _dump(text)[:-1]
 
     def _to_json(self, text: str) -> str:
-        """JSON text of a value: the text itself if that is of a fitting type, else a string."""
+        """Return the JSON of a value: the text if it is JSON of an allowed type, else a string."""
         plain = text.strip()
         for written in (plain, _WORDS.get(plain, plain)):
             try:
@@ -148,8 +148,11 @@ class _AnyWriter(ValueWriter):
         return _dump(text)
 
     def _takes(self, value: Any) -> bool:
-        """Whether a text is read as this value. One that may be a string without quotes is read
-        as one with them only where it may be anything."""
+        """Whether to read a text as the JSON ``value``.
+
+        A text in quotes is read as a JSON string only if every type is allowed, or if the call
+        states that the value is JSON.
+        """
         if isinstance(value, str):
             return self._kinds >= _ALL or (self._reads_strings and "string" in self._kinds)
         kind = kind_of(value)

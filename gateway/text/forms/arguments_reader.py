@@ -1,4 +1,4 @@
-"""The arguments of a call, as JSON text: an object, or values that are written one by one."""
+"""Read the arguments of a call as JSON text, from a JSON object or from individual values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gateway.text.forms.marks import Outcome, overlap, read_parts
 
 
 class ArgumentsState(Enum):
-    """What stands next in a call."""
+    """The next part of the text of a call."""
 
     OBJECT = auto()
     """The rest of a JSON object."""
@@ -24,18 +24,18 @@ class ArgumentsState(Enum):
     VALUE = auto()
     """The rest of a value."""
     COMPLETE = auto()
-    """Something else: all arguments are there."""
+    """Text after the arguments, which are complete."""
     BROKEN = auto()
-    """Something else: the arguments are broken off."""
+    """Text that interrupts the arguments, which are incomplete."""
 
 
 class ArgumentsReader:
-    """Reads the arguments of one call after another; decides where they end.
+    """Reads the arguments of successive calls and finds their ends.
 
     Args:
-        pairs: how values are written one by one; None: as a JSON object.
-        tools: the functions, by name.
-        ahead: the text.
+        pairs: format of individual values; None if arguments are a JSON object.
+        tools: the functions by name.
+        ahead: the text to read.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ArgumentsReader:
         self.state = ArgumentsState.COMPLETE
 
     def begin(self, name: str) -> None:
-        """The head of a call of this function was read."""
+        """Start to read the arguments of a call of the function ``name``."""
         if self._pairs is None:
             self._json, self.state = ObjectEnd(), ArgumentsState.OBJECT
         else:
@@ -60,7 +60,7 @@ class ArgumentsReader:
             self._has_pairs, self.state = False, ArgumentsState.PAIR
 
     def read(self) -> str:
-        """Read on; returns the JSON text that became certain."""
+        """Read the next part and return the JSON text that is final."""
         if self._pairs is None:
             return self._read_object()
         if self.state is ArgumentsState.VALUE:
@@ -75,7 +75,7 @@ class ArgumentsReader:
         return piece
 
     def _read_value(self) -> str:
-        assert self._value is not None, "the state says so"
+        assert self._value is not None, "the state is VALUE"
         ahead = self._ahead
         ahead.text, written, is_end = self._value.read(ahead.text, ahead.is_last)
         if is_end:
@@ -83,7 +83,7 @@ class ArgumentsReader:
         return written
 
     def _read_pair(self, pairs: PairSyntax) -> str:
-        """Up to the next value, or to the end of the arguments."""
+        """Read up to the next value, or up to the end of the arguments."""
         ahead = self._ahead
         if ahead.skip(pairs.close):
             self.state = ArgumentsState.COMPLETE
@@ -114,6 +114,6 @@ class ArgumentsReader:
 
 
 def _without_mark(key: str, pairs: PairSyntax) -> str:
-    """The name of an argument without the beginning of the mark behind it."""
+    """Return the name of an argument without a partial delimiter at its end."""
     end = str(pairs.head[pairs.head.index(Slot.KEY) + 1]).strip()
     return key[: len(key) - overlap(key, (end,))]

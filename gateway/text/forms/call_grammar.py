@@ -1,4 +1,4 @@
-"""Parts of the grammars of answers with calls, in the language of llguidance."""
+"""Rules of grammars for answers with tool calls, in the Lark syntax of llguidance."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ FIELD = "tools"
 ANY_TEXT = r"/(.|\n)*/"
 _OPTIONS = "x-guidance"
 _COMPACT = {"whitespace_pattern": " "}
-"""White space between the parts of arguments: small models may otherwise write nothing else."""
+"""Limits white space within arguments: small models may otherwise write it endlessly."""
 _LENIENT = {"lenient": True}
-"""What a grammar cannot express of a schema has no effect."""
+"""Ignores keywords of a schema that a grammar cannot express."""
 _ANY_OBJECT = {"type": "object"}
 _COUNTS = frozenset({"minProperties", "maxProperties"})
 _OBJECT = frozenset({"type", "properties", "additionalProperties"})
-"""Keywords of a schema that is an object's by itself."""
+"""Keywords that make a schema describe an object on its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,33 +37,33 @@ class Rule:
     name: str
     body: str
     label: str = ""
-    """What it is about, for messages. Empty: it compiles, whatever a client sends."""
+    """Name of the client's part for error messages; empty if the rule always compiles."""
     fallback: str | None = None
-    """A body in its place where it does not compile; None refuses the request."""
+    """Replacement if the body does not compile; None rejects the request."""
 
     def __str__(self) -> str:
         return f"{self.name}: {self.body}"
 
 
 ArgumentRules = Callable[[Tool, int], list[Rule]]
-"""From a tool and its place to the rule ``args_PLACE`` and those that it names."""
+"""Returns, for a tool and its index PLACE, the rule ``args_PLACE`` and the rules that it uses."""
 
 
 def check_goes_with_tools(answer: Grammar | None) -> None:
-    """Raise ``RequestError`` for a grammar of answers that cannot be one of two choices."""
+    """Raise ``RequestError`` for a grammar that cannot be combined with tools."""
     if answer is not None and answer.kind is not GrammarKind.JSON_SCHEMA:
         raise RequestError(f"{answer.field} cannot go with tools", answer.field)
 
 
 def mark(text: str, mark_ids: Mapping[str, int]) -> str:
-    """A mark that is a token by its number, any other text as it is."""
+    """Return the expression for a text: a token by its id, any other text as a literal."""
     return f"<[{mark_ids[text]}]>" if text in mark_ids else json.dumps(text)
 
 
 def up_to(text: str, mark_ids: Mapping[str, int], rule: str) -> tuple[str, list[str]]:
-    """What any text up to a mark, and the mark, is called; the rules that this needs.
+    """Return an expression for any text up to and with the delimiter ``text``, and its rules.
 
-    The rule ``TEXT`` must be there. Texts cannot hold a mark that is a token.
+    The grammar must define the rule ``TEXT``, which cannot contain a delimiter that is a token.
     """
     if text in mark_ids:
         return f"TEXT {mark(text, mark_ids)}", []
@@ -71,7 +71,7 @@ def up_to(text: str, mark_ids: Mapping[str, int], rule: str) -> tuple[str, list[
 
 
 def object_rules(tool: Tool, place: int) -> list[Rule]:
-    """Arguments as a JSON object."""
+    """Return the rules for arguments as a JSON object."""
     clean = argument_schema(tool, tool.is_strict)
     root = closed(clean.resolved(clean.root))
     schema = {"type": "object", **clean.document(root)}
@@ -87,17 +87,17 @@ def call_rules(
     around: Mapping[str, tuple[str, str]],
     arguments: ArgumentRules = object_rules,
 ) -> list[Rule]:
-    """The rule ``call`` and those that it names.
+    """Return the rule ``call`` and the rules that it uses.
 
-    Where they are too large, tools that are not strict take any arguments, the largest first.
+    If the rules are too large, tools that are not strict accept any arguments, the largest first.
 
     Args:
-        tools: what may be called.
-        around: what stands before and behind the arguments of each, by name.
-        arguments: how arguments are written.
+        tools: the tools that may be called.
+        around: expressions before and after the arguments of each tool, by name.
+        arguments: creates the rules for arguments.
 
     Raises:
-        RequestError: the schemas are too large, or a strict one is not followed.
+        RequestError: the schemas are too large, or a grammar cannot express a strict one.
     """
     calls = [Rule("call", " | ".join(f"call_{place}" for place in range(len(tools))))]
     for place, tool in enumerate(tools):
@@ -117,12 +117,12 @@ def call_rules(
 
 
 def label_of(tool: Tool, part: str = "") -> str:
-    """What a rule of a tool is about, for messages."""
+    """Return the label of a rule for error messages."""
     return f"{tool.path} of {tool.name!r}{part and ': '}{part}"
 
 
 def lark_grammar(rules: Sequence[Rule | str], field: str) -> Grammar:
-    """The grammar of all rules."""
+    """Combine rules into a grammar."""
     parts = tuple(
         GrammarPart(rule=rule.name, label=rule.label, fallback=rule.fallback)
         for rule in rules
@@ -137,7 +137,7 @@ def _size(rules: Sequence[Rule]) -> int:
 
 
 def json_rule(schema: Mapping[str, Any], is_strict: bool = True) -> str:
-    """A JSON text that follows a clean schema."""
+    """Return an expression for JSON text that matches a clean schema."""
     options = _COMPACT if is_strict else {**_COMPACT, **_LENIENT}
     followed = schema if is_strict else without_keywords(schema, _is_uncounted)
     plain = {**followed, _OPTIONS: options}
@@ -145,8 +145,9 @@ def json_rule(schema: Mapping[str, Any], is_strict: bool = True) -> str:
 
 
 def _is_uncounted(schema: Mapping[str, Any], keyword: str) -> bool:
-    """Whether it limits the number of keys where the compiler would count others alone: where keys
-    that have names may be left out, and others are allowed.
+    """Whether ``keyword`` limits the number of keys in a way that the compiler miscounts.
+
+    It counts only additional keys, which is wrong if named keys are optional.
     """
     if keyword not in _COUNTS or schema.get("additionalProperties") is False:
         return False
@@ -155,7 +156,7 @@ def _is_uncounted(schema: Mapping[str, Any], keyword: str) -> bool:
 
 
 def answer_rule(answer: Grammar) -> str:
-    """The rule ``answer``: what structured output asks for."""
+    """Return the rule ``answer`` for structured output."""
     match answer.kind:
         case GrammarKind.JSON_SCHEMA:
             return f"answer: {json_rule(json.loads(answer.text))}"

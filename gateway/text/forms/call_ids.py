@@ -1,8 +1,8 @@
-"""Ids of calls, in the form that a model's chat template asks for.
+"""Ids of tool calls, in the format that a model's chat template requires.
 
-Templates of Mistral refuse ids that are not nine letters and digits. Kimi K2 writes
-``functions.NAME:NUMBER`` itself, where numbers count the calls of the whole conversation, and reads
-the same text as the id of a result. Other templates show no ids, or any.
+Templates of Mistral reject ids that are not nine letters and digits. Kimi K2 writes
+``functions.NAME:NUMBER``, where numbers count the calls of the whole conversation, and expects the
+same text as the id of a result. Other templates show no ids, or accept any.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _FITTING = {ToolForm.MISTRAL: _MISTRAL, ToolForm.KIMI: _KIMI}
 
 
 class CallIds:
-    """Makes ids, each once.
+    """Creates unique ids.
 
     Args:
-        form: of the calls; None, as most forms: any ids.
-        used: ids of the conversation.
+        form: format of the calls; None and most formats allow any ids.
+        used: existing ids in the conversation.
     """
 
     def __init__(self, form: ToolForm | None = None, used: Iterable[str] = ()) -> None:
@@ -42,11 +42,11 @@ class CallIds:
             self._take(one)
 
     def new(self, name: str, number: str | None = None) -> str:
-        """The id of the next call.
+        """Create the id of the next call.
 
         Args:
-            name: of its function.
-            number: as the model wrote it (Kimi); taken unless a call has it.
+            name: name of the function.
+            number: number that the model wrote (Kimi); used unless another call has it.
         """
         if self._form is ToolForm.KIMI:
             return self._numbered(name, number)
@@ -56,7 +56,7 @@ class CallIds:
         return found
 
     def fitting(self, given: str | None, name: str) -> str:
-        """An id for an earlier call whose client calls it ``given``; the same for each answer."""
+        """Return an id for an earlier call, derived from the client's id ``given``."""
         pattern = _FITTING.get(self._form) if self._form is not None else None
         is_free = given is not None and given not in self._used
         if given is not None and is_free and (pattern is None or pattern.fullmatch(given)):
@@ -69,7 +69,7 @@ class CallIds:
         return found
 
     def _take(self, call_id: str) -> None:
-        """A call has this id."""
+        """Record that a call has this id."""
         self._used.add(call_id)
         if written := _KIMI.fullmatch(call_id):
             self._next_number = max(self._next_number, int(written[1]) + 1)
@@ -80,7 +80,7 @@ class CallIds:
         return f"call_{uuid.uuid4().hex[:24]}"
 
     def _derived(self, given: str) -> str:
-        """Nine letters and digits, others each time."""
+        """Return nine letters and digits that no other call has, derived from ``given``."""
         while True:
             attempt = self._num_derived.get(given, 0)
             self._num_derived[given] = attempt + 1
@@ -98,7 +98,7 @@ class CallIds:
 
 
 def known_ids(messages: Sequence[Mapping[str, Any]], form: ToolForm | None) -> Collection[str]:
-    """Ids of the calls in a conversation, as its template sees them."""
+    """Return the ids of the calls in a conversation as its template sees them."""
     shown = with_fitting_ids(messages, form)
     named = [call.get("id") for message in shown for call in _calls(message)]
     return {one for one in named if isinstance(one, str)}
@@ -107,9 +107,9 @@ def known_ids(messages: Sequence[Mapping[str, Any]], form: ToolForm | None) -> C
 def with_fitting_ids(
     messages: Sequence[Mapping[str, Any]], form: ToolForm | None
 ) -> Sequence[Mapping[str, Any]]:
-    """Messages with ids in the form that a template asks for; each result keeps its call.
+    """Replace call ids that the template rejects, in calls and results.
 
-    Results whose ids several calls have are theirs in turn.
+    If several calls have the same id, results are assigned to them in order.
     """
     if form not in _FITTING:
         return messages

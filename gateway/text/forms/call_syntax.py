@@ -1,8 +1,8 @@
-"""The marks of calls, form by form, for what reads calls and for the grammars that they follow.
+"""The syntax of tool calls in each format, for the parser and for grammars.
 
-A call is its mark, a head that names the function, the arguments and a tail. Some forms have a
-section around all calls. White space in these texts is what models write between the marks; what
-reads a call takes any, or none.
+A call consists of a delimiter, a head that names the function, the arguments and a tail. Some
+formats have a section around all calls. The texts contain the white space that models write between
+delimiters; the parser accepts any white space, or none.
 
 Sources: chat templates of Qwen3-Coder, GLM-4.6 and 4.7, DeepSeek V3, V3.1 and V3.2, Kimi K2 and
 MiniMax-M2.
@@ -19,18 +19,18 @@ from gateway.core.tool_use import ToolForm
 
 
 class Slot(Enum):
-    """A part of a call that is not the same in all."""
+    """A variable part of a call."""
 
     NAME = auto()
-    """Of a function."""
+    """Name of a function."""
     NUMBER = auto()
     """Digits."""
     KEY = auto()
-    """Name of an argument, up to the text behind it."""
+    """Name of an argument, up to the text that follows."""
     IS_TEXT = auto()
-    """``true`` or ``false``: the value is a text."""
+    """``true`` or ``false``: whether the value is a text."""
     BREAK = auto()
-    """A line break that some versions of a model write."""
+    """Optional line break, which some versions of a model write."""
 
 
 Part = str | Slot
@@ -38,51 +38,51 @@ Part = str | Slot
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairSyntax:
-    """Arguments that are written one by one, each with a name and a value."""
+    """Syntax of arguments that are written one by one, each with a name and a value."""
 
     head: tuple[Part, ...]
-    """What stands before a value."""
+    """Text before a value."""
     end: str
-    """Behind a value, which cannot hold it."""
+    """Delimiter after a value, which cannot contain it."""
     close: str
-    """Behind the last value."""
+    """Delimiter after the last value."""
     has_breaks: bool = False
-    """A line break before a value and one behind it do not belong to it."""
+    """Whether a line break before a value, and one after it, are not part of the value."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CallSyntax:
-    """How calls are written in one form."""
+    """Syntax of calls in one format."""
 
     section: str = ""
-    """Mark before all calls."""
+    """Delimiter before all calls; empty without one."""
     begin: str
-    """Mark before a call."""
+    """Delimiter before a call."""
     next_begin: str = ""
-    """In place of ``begin`` before all calls but the first; empty: the same."""
+    """Delimiter before all calls except the first; empty means ``begin``."""
     head: tuple[Part, ...]
-    """Between mark and arguments."""
+    """Text between delimiter and arguments."""
     pairs: PairSyntax | None = None
-    """None: the arguments are a JSON object."""
+    """Syntax of individual arguments; None if the arguments are a JSON object."""
     tail: tuple[Part, ...] = ()
-    """Behind the arguments."""
+    """Text after the arguments."""
     section_end: str = ""
-    """Mark behind all calls."""
+    """Delimiter after all calls."""
     has_ids: bool = False
-    """The head, as Kimi writes it, is also the call's id."""
+    """Whether the head is also the id of the call, as Kimi writes it."""
 
     @property
     def mark(self) -> str:
-        """The first mark of all calls."""
+        """The first delimiter of an answer with calls."""
         return self.section or self.begin
 
     @property
     def ahead(self) -> tuple[str, ...]:
-        """What stands behind a head, white space left out."""
+        """Texts that may follow a head, without white space."""
         if self.pairs is None:
             return ("{",)
         first = self.pairs.head[0]
-        assert isinstance(first, str), "arguments begin with a mark"
+        assert isinstance(first, str), "arguments begin with a delimiter"
         return first, self.pairs.close
 
 
@@ -164,4 +164,4 @@ SYNTAXES: Mapping[ToolForm, CallSyntax] = MappingProxyType(
         ),
     }
 )
-"""All forms but Harmony, which has a parser and a grammar of its own."""
+"""All formats except Harmony, which has a separate parser and grammar."""

@@ -1,4 +1,4 @@
-"""The undecided end of an answer's text, which grows as the text comes in."""
+"""The undecided end of an answer's text, which grows as text arrives."""
 
 from __future__ import annotations
 
@@ -7,49 +7,49 @@ from collections.abc import Sequence
 from gateway.text.forms.marks import may_begin
 
 MAX_WAITING_CHARS = 512
-"""What is longer without being a head, or what else a form asks for, is text, so that no client
-waits for its end."""
+"""Maximum length of a call head or another delimiter; longer text is content, so that clients do
+not wait for its end."""
 
 
 class Lookahead:
-    """Text that is not decided yet; decides how long it may wait for more."""
+    """Text that is not parsed yet; decides whether to wait for more text."""
 
     def __init__(self) -> None:
         self.text = ""
         self.is_last = False
-        """The answer's end is known: no more text comes."""
+        """Whether the answer has ended, so that no text follows."""
 
     @property
     def window(self) -> str:
-        """What is looked at, so that all cuts of a text lead to the same decisions."""
+        """The text to examine; its limit makes decisions independent of the pieces."""
         return self.text[:MAX_WAITING_CHARS]
 
     @property
     def words(self) -> str:
-        """The window from its first word on."""
+        """The window without leading white space."""
         return self.window.lstrip()
 
     @property
     def has_room(self) -> bool:
-        """What is not whole could have become so."""
+        """Whether the text is shorter than the window, so that an incomplete match may complete."""
         return len(self.text) < MAX_WAITING_CHARS
 
     @property
     def waits(self) -> bool:
-        """What is not whole may still become so."""
+        """Whether an incomplete match may still complete: more text may follow."""
         return not self.is_last and self.has_room
 
     def may_begin(self, marks: Sequence[str]) -> bool:
-        """Whether the words are the beginning of one of these marks, but not all of it."""
+        """Whether ``words`` is a proper prefix of one of the delimiters ``marks``."""
         return may_begin(self.words, marks)
 
     def skip(self, mark: str) -> bool:
-        """Drop a mark, with white space before it, if it comes next."""
+        """Drop a delimiter and the white space before it if it is next; return whether it was."""
         if not self.words.startswith(mark):
             return False
         self.text = self.text.lstrip()[len(mark) :]
         return True
 
     def drop(self, num_chars: int | None = None) -> None:
-        """Drop the first characters; all of them without a number."""
+        """Drop the first ``num_chars`` characters; None drops all."""
         self.text = "" if num_chars is None else self.text[num_chars:]

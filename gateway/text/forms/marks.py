@@ -1,4 +1,4 @@
-"""Marks in texts that come piece by piece."""
+"""Find delimiters in texts that arrive in pieces."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TRUTHS = ("true", "false")
 
 
 def cut(text: str, marks: Sequence[str]) -> tuple[str, str, str]:
-    """The text before the first of some marks, the mark, and the rest; all is text without one."""
+    """Split a text at the first delimiter: text before it, delimiter (or empty), rest."""
     places = [(place, mark) for mark in marks if (place := text.find(mark)) >= 0]
     if not places:
         return text, "", ""
@@ -27,24 +27,24 @@ def cut(text: str, marks: Sequence[str]) -> tuple[str, str, str]:
 
 
 def overlap(text: str, marks: Sequence[str]) -> int:
-    """Characters at the end of a text that may begin a mark."""
+    """Return the number of characters at the end of a text that may begin a delimiter."""
     most = max(map(len, marks), default=1) - 1
     sizes = range(min(most, len(text)), 0, -1)
     return next((n for n in sizes if any(mark.startswith(text[-n:]) for mark in marks)), 0)
 
 
 def may_begin(text: str, marks: Sequence[str]) -> bool:
-    """Whether a text is the beginning of a mark, but not all of it."""
+    """Whether a text is a proper prefix of a delimiter."""
     return any(len(text) < len(mark) and mark.startswith(text) for mark in marks)
 
 
 def name_of_cut(begun: str, text: str, names: Collection[str]) -> str:
-    """The function in a head that the answer's end cuts; empty where it may be several.
+    """Return the function in a head that the end of the answer cuts; empty if it is ambiguous.
 
     Args:
-        begun: its name, or the beginning of it.
+        begun: the name of the function or its beginning.
         text: the head so far.
-        names: of the functions.
+        names: names of the functions.
     """
     if begun in names and not text.endswith(begun):
         return begun
@@ -55,24 +55,24 @@ def name_of_cut(begun: str, text: str, names: Collection[str]) -> str:
 class Outcome(Enum):
     WHOLE = auto()
     PARTIAL = auto()
-    """The text ends before the parts do."""
+    """The text ends before the parts are complete."""
     BROKEN = auto()
-    """The text is another."""
+    """The text does not match."""
 
 
 @dataclass(slots=True)
 class Reading:
-    """How far a text is what its parts say."""
+    """Result of matching the beginning of a text with parts of a call."""
 
     outcome: Outcome
     end: int
-    """Characters of the text that whole parts took."""
+    """Number of characters that complete parts matched."""
     slots: dict[Slot, str] = field(default_factory=dict)
-    """What stood there; of the last one the beginning, where the text ends in it."""
+    """Text of each variable part; the last one may be incomplete."""
 
 
 def read_parts(parts: Sequence[Part], text: str) -> Reading:
-    """Compare the beginning of a text with parts; white space does not count.
+    """Match the beginning of a text with parts of a call, ignoring white space.
 
     For example ``("<f=", NAME, ">")`` and ``"<f=now> x"`` give ``WHOLE``, 7, ``NAME: "now"``.
     """
@@ -136,5 +136,5 @@ def _skip_space(text: str, place: int) -> int:
 
 @cache
 def _bare(literal: str) -> str:
-    """A text without white space."""
+    """Return a text without white space."""
     return "".join(literal.split())

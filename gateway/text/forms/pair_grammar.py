@@ -1,7 +1,7 @@
-"""Grammars of arguments that are written one by one.
+"""Grammars for formats that write arguments one by one.
 
-Strings stand as they are, up to the mark behind a value; other values are JSON. Both follow all
-that grammars of JSON follow of a schema.
+Strings are written without quotes up to the delimiter after the value; other values are JSON. Both
+support the same schema keywords as grammars of JSON.
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ from gateway.text.schemas.text_rules import TextRule, text_rules
 BREAK = "BREAK?"
 BREAK_RULE = r"BREAK: /[ \n]/"
 _MAX_COUNTED = 1000
-"""Rules that count arguments, of one shape, and the greatest number of arguments."""
+"""Maximum number of rules that count arguments for a shape, and of counted arguments."""
 _TEXT, _NO_TEXT = '"true"', '"false"'
 _ANY_TEXT = "VALUE"
 _OTHER_KEY = r"/[^\s\x00-\x1f\"<>\x7f]([^\x00-\x1f\"<>\x7f]{0,62}[^\s\x00-\x1f\"<>\x7f])?/"
-"""Names of arguments that a schema allows and does not name: what no mark holds, and no blanks at
-the ends."""
+"""Names of additional arguments: no characters of delimiters, and no spaces at the ends."""
 
 
 def written(parts: tuple[Part, ...], mark_ids: Mapping[str, int], slots: Mapping[Slot, str]) -> str:
-    """Parts of a call as a grammar has them; ``slots`` are expressions."""
+    """Return a grammar expression for parts of a call; ``slots`` has the variable parts."""
     return " ".join(
         slots[part] if isinstance(part, Slot) else mark(part, mark_ids) for part in parts
     )
@@ -45,26 +44,26 @@ def written(parts: tuple[Part, ...], mark_ids: Mapping[str, int], slots: Mapping
 
 @dataclass(frozen=True, slots=True)
 class PairRules:
-    """Makes the rules of the arguments of each tool."""
+    """Creates the rules for the arguments of each tool."""
 
     syntax: PairSyntax
     mark_ids: Mapping[str, int]
 
     def shared(self) -> list[Rule]:
-        """Rules that those of all tools name."""
+        """Return the rules that all tools share."""
         return [Rule(_ANY_TEXT, self.text(TextRule().expression(self.syntax.end)))]
 
     def of(self, tool: Tool, place: int) -> list[Rule]:
-        """The rule ``args_PLACE`` and those that it names.
+        """Return the rule ``args_PLACE`` and the rules that it uses.
 
         Raises:
-            RequestError: the tool is strict, and its schema not followed.
+            RequestError: the tool is strict, and a grammar cannot express its schema.
         """
         known = arguments_of(tool, tool.is_strict)
         return _ToolRules(self, tool, place, known).make()
 
     def text(self, expression: str) -> str:
-        """A terminal: texts, and what of the mark behind them are letters."""
+        """Return a terminal: texts, with the delimiter after them unless it is a token."""
         end = self.syntax.end
         behind = "\n" if self.syntax.has_breaks else ""
         behind += "" if end in self.mark_ids else end
@@ -72,7 +71,7 @@ class PairRules:
 
     @property
     def behind_text(self) -> str:
-        """The mark behind a text, where it is a token."""
+        """The delimiter after a text if it is a token, else empty."""
         return mark(self.syntax.end, self.mark_ids) if self.syntax.end in self.mark_ids else ""
 
     @property
@@ -82,7 +81,7 @@ class PairRules:
 
     @property
     def says_kind(self) -> bool:
-        """Each argument says whether it is a text."""
+        """Whether the format states for each argument if it is a text."""
         return Slot.IS_TEXT in self.syntax.head
 
     def head(self, key: str, truth: str) -> str:
@@ -94,7 +93,7 @@ class PairRules:
 
 @dataclass(slots=True)
 class _ToolRules:
-    """The rules of one tool; each schema, and each argument, is written once."""
+    """The rules of one tool, without duplicates of schemas and arguments."""
 
     pairs: PairRules
     tool: Tool
@@ -102,7 +101,7 @@ class _ToolRules:
     known: Arguments
     _rules: list[Rule] = field(default_factory=list)
     _names: dict[str, str] = field(default_factory=dict)
-    """Of rules by their body."""
+    """Names of rules by body."""
 
     def make(self) -> list[Rule]:
         shapes = list(dict.fromkeys(map(self._shape, self.known.shapes)))
@@ -111,7 +110,7 @@ class _ToolRules:
         return [Rule(f"args_{self.place}", body), *self._rules]
 
     def _shape(self, shape: Shape) -> str:
-        """All arguments, in the order of the schema."""
+        """Return an expression for the arguments of a shape, in the order of the schema."""
         names = [
             (
                 self._named("arg", self._argument(json.dumps(key), schema, key)),
@@ -144,10 +143,11 @@ class _ToolRules:
         return " ".join(parts) or '""'
 
     def _counted(self, shape: Shape, names: Sequence[tuple[str, bool]], others: str) -> str:
-        """Arguments of a limited number, as rules for what may follow so many; empty where none of
-        the limits matters, or, if not strict, where they cannot be followed.
+        """Return an expression that limits the number of arguments; its rules count them.
 
-        For example two of which one is needed are ``a: arg_0 a1 | arg_1``, ``a1: arg_1?``.
+        Empty if the limits have no effect, or if the tool is not strict and a grammar cannot
+        express them. For example, two arguments with at least one required give
+        ``a: arg_0 a1 | arg_1``, ``a1: arg_1?``.
         """
         least, most = shape.least, shape.most
         fits = most is None or (not others and most >= len(names))
@@ -179,7 +179,7 @@ class _ToolRules:
         return self._named("arg", self._argument(name, schema, about))
 
     def _argument(self, key: str, schema: Any, about: str) -> str:
-        """An argument; ``key`` is its name, an expression."""
+        """Return an expression for an argument; ``key`` is an expression for its name."""
         pairs, text, value = self.pairs, *self._values(schema, about)
         ways: dict[str, list[str]] = {}
         if text:
@@ -191,7 +191,7 @@ class _ToolRules:
         return " | ".join(f"{head} ({' | '.join(each)})" for head, each in ways.items())
 
     def _values(self, schema: Any, about: str) -> tuple[str, str]:
-        """Rules of a value as a text and as JSON; empty: it cannot be one."""
+        """Return the rules for a value as text and as JSON; an empty one is not possible."""
         clean, is_strict = self.known.clean, self.tool.is_strict
         try:
             found = alternatives(schema, clean, is_strict)
@@ -222,7 +222,7 @@ class _ToolRules:
             raise unfollowed(self.tool, path, rule)
 
     def _named(self, kind: str, body: str, label: str = "", fallback: str | None = None) -> str:
-        """The name of a rule; ``kind`` begins it. In capitals, it is a terminal."""
+        """Add a rule and return its name, which starts with ``kind``; terminals are upper case."""
         if body not in self._names:
             name = f"{kind}_{self.place}_{len(self._names)}"
             self._names[body] = name
@@ -231,7 +231,7 @@ class _ToolRules:
 
 
 def _rest(count: int, least: int, most: int | None, others: str) -> str | None:
-    """What may follow ``count`` arguments that have names of their own; None: too few are left."""
+    """Return an expression for the arguments after ``count`` named ones; None if too few remain."""
     low, high = max(0, least - count), "" if most is None else str(most - count)
     if not others or high == "0":
         return None if low else '""'
@@ -239,5 +239,5 @@ def _rest(count: int, least: int, most: int | None, others: str) -> str | None:
 
 
 def _implied(kinds: frozenset[str]) -> frozenset[str]:
-    """Types within another one."""
+    """Return the types that other types in ``kinds`` include."""
     return frozenset({"integer"}) if "number" in kinds else frozenset()

@@ -1,7 +1,7 @@
-"""JSON schemas of arguments: one kind of value at a time, references resolved.
+"""Read JSON schemas of arguments for declarations, with references resolved.
 
-What is read is bounded whatever a schema says: a reference to itself is of any type, and so is
-what lies deeper than a schema may be, or repeats too much text.
+The work is bounded for every schema: recursive references, parts that are nested too deeply and
+references that repeat too much text count as schemas of any type.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ ANY, NULL, ARRAY, OBJECT = "any", "null", "array", "object"
 
 
 class Definitions:
-    """What the references of one schema mean; only those into the schema itself are known."""
+    """Resolves references within one schema."""
 
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._references = References(root)
         self._chars_left = MAX_GRAMMAR_BYTES
-        """Of schemas that references may still repeat."""
+        """Remaining number of characters that references may repeat."""
 
     def find(self, reference: str) -> Mapping[str, Any] | None:
-        """The schema at ``#/$defs/name``, for example; None where there is none, or no room."""
+        """Return the schema at a reference, for example ``#/$defs/name``.
+
+        None if it does not exist or the limit on repeated text is reached.
+        """
         target = self._references.find(reference)
         found = None if target is None else target.schema
         if not isinstance(found, Mapping) or self._chars_left <= 0:
@@ -37,24 +40,24 @@ class Definitions:
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """A schema, or a part of one; what is wrong in it is as if it were not there."""
+    """A schema, or a part of one; invalid keywords are ignored."""
 
     data: Mapping[str, Any]
     definitions: Definitions
     references: tuple[str, ...] = ("#", "")
-    """Those that lead here."""
+    """References that were followed to reach this schema."""
     depth: int = 0
 
     @staticmethod
     def of(data: Mapping[str, Any]) -> Schema:
-        """A whole schema."""
+        """Create the object for a whole schema."""
         return Schema(data, Definitions(data))._resolved()
 
     def get(self, name: str) -> Any:
         return self.data.get(name)
 
     def entries(self, name: str) -> list[Any]:
-        """A list in the schema; empty where there is none."""
+        """Return the list at a keyword; empty without one."""
         found = self.data.get(name)
         return found if isinstance(found, list) else []
 
@@ -69,16 +72,16 @@ class Schema:
 
     @property
     def properties(self) -> dict[str, Schema]:
-        """By name; each reference in them is followed anew."""
+        """Properties by name, with references resolved."""
         if not self.has_properties:
             return {}
         return {name: self._inner(value) for name, value in self.data["properties"].items()}
 
     @property
     def variants(self) -> list[Schema]:
-        """Schemas of which a value follows one.
+        """Schemas of which a value matches one.
 
-        An object with properties has none: its variants say which of them go together.
+        Empty for an object with properties: its variants only combine properties.
         """
         if not self.has_variants:
             return []
@@ -86,18 +89,18 @@ class Schema:
 
     @property
     def item(self) -> Schema | None:
-        """What an array has; None: anything."""
+        """Schema of array items; None for any item."""
         found = self.data.get("items")
         return self._inner(found) if isinstance(found, Mapping) else None
 
     @property
     def values(self) -> list[Any]:
-        """The only values; empty where there are others."""
+        """Values of ``enum`` or ``const``; empty without them."""
         return self.entries("enum") or ([self.data["const"]] if "const" in self.data else [])
 
     @property
     def kinds(self) -> list[str]:
-        """Names of types, each once. A schema that has parts of one type only is of that type."""
+        """Names of types without duplicates; without ``type``, inferred from other keywords."""
         named = self.get("type")
         if isinstance(named, list):
             return list(dict.fromkeys(kind for kind in named if isinstance(kind, str)))
@@ -109,7 +112,7 @@ class Schema:
 
     @property
     def may_be_null(self) -> bool:
-        """It says so beside its type."""
+        """Whether ``nullable`` is true."""
         return self.get("nullable") is True
 
     @property
@@ -121,7 +124,7 @@ class Schema:
         return Schema(known, self.definitions, self.references, self.depth + 1)._resolved()
 
     def _resolved(self) -> Schema:
-        """The schema that a reference names, with what stands beside the reference."""
+        """Resolve ``$ref``; keywords next to the reference override the target."""
         schema = self
         while isinstance(reference := schema.get("$ref"), str):
             beside = {name: value for name, value in schema.data.items() if name != "$ref"}

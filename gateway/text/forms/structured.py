@@ -1,8 +1,7 @@
-"""Structured output as clients ask for it, to the one ``Grammar`` that an engine follows.
+"""Convert structured output requests into a ``Grammar`` for the engine.
 
-Both codecs come through here: ``response_format`` (OpenAI) and ``structured_outputs`` (vLLM). What
-can be checked without a vocabulary is checked now; the engine compiles the grammar, and may still
-refuse it.
+Handles ``response_format`` (OpenAI) and ``structured_outputs`` (vLLM) of HTTP and gRPC. Checks that
+need no vocabulary are made here; the engine compiles the grammar and may still reject it.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ from gateway.text.schemas.references import MAX_LEVELS, MAX_SCHEMA_DEPTH, Refere
 from workers.requests.request import Grammar, GrammarKind
 
 MAX_GRAMMAR_BYTES = 64 * 1024
-"""UTF-8 bytes of a schema (as compact JSON), regular expression, list of choices or grammar."""
+"""Maximum UTF-8 size of a schema (compact JSON), regular expression, list of choices or grammar."""
 _ANY_OBJECT = '{"type":"object"}'
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
 
 @dataclass(frozen=True, slots=True)
 class FormatNames:
-    """What a protocol calls the format of answers, for messages."""
+    """Field names of the output format in a protocol, for error messages."""
 
     field: str = "response_format"
     schema: str = "response_format.json_schema.schema"
 
 
 CHAT_NAMES = FormatNames()
-"""Of completions and chat."""
+"""Field names in completions and chat."""
 
 
 def make_grammar(
@@ -45,17 +44,17 @@ def make_grammar(
     constraints: Mapping[str, Any],
     names: FormatNames = CHAT_NAMES,
 ) -> Grammar | None:
-    """The grammar of an output; None where its text is free.
+    """Return the grammar of an output; None if its text is not constrained.
 
     Args:
-        format_type: ``response_format.type``; None is unset.
+        format_type: ``response_format.type``; None if it is not set.
         format_schema: ``response_format.json_schema.schema``: an object, or its JSON text.
-        constraints: ``structured_outputs`` by name; None is unset.
-        names: of the fields that the format came from.
+        constraints: ``structured_outputs`` by name; None for fields that are not set.
+        names: field names of the protocol.
 
     Raises:
-        RequestError: a value is wrong or too large, or several are set.
-        UnsupportedParameterError: a format that is not built.
+        RequestError: a value is invalid or too large, or several fields are set.
+        UnsupportedParameterError: the format is not supported.
     """
     found = _from_structured(constraints)
     formatted = None if format_type is None else _from_format(format_type, format_schema, names)
@@ -66,10 +65,10 @@ def make_grammar(
 
 
 def schema_grammar(schema: Any, field: str) -> Grammar:
-    """The grammar of a JSON text that follows a schema: an object, or its JSON text.
+    """Return the grammar of JSON texts that match ``schema``: an object, or its JSON text.
 
     Raises:
-        RequestError: about ``field``.
+        RequestError: the schema is invalid; the error names ``field``.
     """
     if isinstance(schema, str):
         _check_size(schema, field)
@@ -85,7 +84,7 @@ def schema_grammar(schema: Any, field: str) -> Grammar:
         text = json.dumps(schema, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         text.encode()
     except ValueError as err:
-        raise RequestError(f"{field} holds a value that JSON cannot say", field) from err
+        raise RequestError(f"{field} contains a value that JSON cannot represent", field) from err
     return _grammar(GrammarKind.JSON_SCHEMA, text, field)
 
 
@@ -95,13 +94,13 @@ def make_answer_format(
     description: object = None,
     names: FormatNames = CHAT_NAMES,
 ) -> AnswerFormat | None:
-    """What a prompt may show of ``response_format``; None where that has no schema.
+    """Return the part of ``response_format`` for the prompt; None if it has no schema.
 
     Args:
-        grammar: of ``make_grammar``.
-        name: of ``response_format.json_schema``, like ``description``; no effect if not a text.
-        description: of what is wanted.
-        names: as ``make_grammar`` has them.
+        grammar: the result of ``make_grammar``.
+        name: ``response_format.json_schema.name``; ignored if it is not a text.
+        description: ``response_format.json_schema.description``; ignored if it is not a text.
+        names: field names of the protocol.
     """
     if grammar is None or grammar.field != names.schema:
         return None

@@ -1,4 +1,4 @@
-"""What a piece of an answer turns out to be: words for the user, reasoning, calls of functions."""
+"""Parsed pieces of an answer: content, reasoning and tool calls."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from itertools import groupby
 
 @dataclass(frozen=True, slots=True)
 class CallDelta:
-    """A piece of one call. The first has id and name; the arguments of all are to be joined."""
+    """A piece of one call; the arguments of a call are the concatenation of its pieces."""
 
     index: int
-    """Which call of the answer."""
+    """Index of the call in the answer."""
     arguments: str
     """A piece of JSON text."""
     call_id: str | None = None
-    """In the first piece."""
+    """Id of the call in its first piece, else None."""
     name: str | None = None
-    """In the first piece."""
+    """Name of the function in the first piece of a call, else None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +30,17 @@ class ParsedText:
 
 @dataclass(frozen=True, slots=True)
 class ParsedPiece:
-    """What a piece of text turned out to be."""
+    """The parsed output for a piece of text."""
 
     content: str
     calls: tuple[CallDelta, ...] = ()
     reasoning: str = ""
-    """What the model says to itself, where its form tells that apart."""
+    """Reasoning text, if the format of the model separates it."""
     parts: tuple[ParsedText | CallDelta, ...] = field(default=(), compare=False)
-    """The same in the order of the answer; empty where there is but one kind."""
+    """All parts in the order of the answer; may be empty if there is only one kind."""
 
     def joined(self) -> ParsedPiece:
-        """The same with one piece for each call: of several, clients make several calls."""
+        """Merge the pieces of each call: clients would read several pieces as several calls."""
         calls: list[CallDelta] = []
         for _, pieces in groupby(self.calls, key=lambda call: call.index):
             first, *rest = pieces
@@ -49,7 +49,7 @@ class ParsedPiece:
         return replace(self, calls=tuple(calls))
 
     def in_order(self) -> tuple[ParsedText | CallDelta, ...]:
-        """Its parts as the model wrote them."""
+        """Return the parts in the order in which the model wrote them."""
         if self.parts:
             return self.parts
         texts = (ParsedText(self.reasoning, True), ParsedText(self.content))
@@ -57,7 +57,7 @@ class ParsedPiece:
 
 
 class PieceBuilder:
-    """Puts a piece together, in the order in which its parts are found."""
+    """Builds a ``ParsedPiece`` from its parts in order."""
 
     def __init__(self) -> None:
         self._parts: list[ParsedText | CallDelta] = []

@@ -1,4 +1,4 @@
-"""Tools that a request offers to a model, checked, and the calls of earlier answers."""
+"""Check the tools of a request, and read the tool calls of earlier messages."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from gateway.text.schemas.references import MAX_SCHEMA_DEPTH
 MAX_TOOLS = 128
 NAME_RULE = "must be 1 to 128 letters, digits, _, . or -"
 MAX_SHOWN_DEPTH = 64
-"""Levels of a schema that is not strict. What is below those of a strict one is of any type."""
+"""Maximum nesting of a schema that is not strict; grammars ignore it below ``MAX_SCHEMA_DEPTH``."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _SHOWN_CHARS = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FieldNames:
-    """What a protocol calls the parts of an entry of ``tools``, for messages."""
+    """Field names of an entry of ``tools`` in a protocol, for error messages."""
 
     name: str = "function.name"
     parameters: str = "function.parameters"
     entries: Sequence[str] = ()
-    """Names of the entries, where they are not ``tools[0]`` and so on."""
+    """Names of the entries; empty means ``tools[0]`` and so on."""
 
 
 def make_tool_use(
@@ -41,18 +41,18 @@ def make_tool_use(
     among: Collection[str] = (),
     names: FieldNames | None = None,
 ) -> ToolUse | None:
-    """What was asked for, checked; None where the model is to know of no tool.
+    """Check the tools of a request; return None if the model must not see any tool.
 
     Args:
-        tools: those offered.
+        tools: the offered tools.
         choice: ``none``, ``auto`` or ``required``; None is ``auto`` with tools, else ``none``.
-        name: the one that must be called, in place of ``choice``.
+        name: the tool that must be called; it replaces ``choice``.
         is_parallel: ``parallel_tool_calls``.
-        among: names of those that may be called; empty allows all.
-        names: of the protocol; None is OpenAI's.
+        among: names of the tools that may be called; empty allows all.
+        names: field names of the protocol; None uses OpenAI's.
 
     Raises:
-        RequestError: names the field.
+        RequestError: a field is invalid; the error names it.
     """
     field = "tool_choice"
     known = ("none", "auto", "required")
@@ -74,7 +74,7 @@ def make_tool_use(
 
 
 def _checked(tools: Sequence[Tool], names: FieldNames) -> list[Tool]:
-    """The tools with the names of their fields. Raises ``RequestError``."""
+    """Check the tools and set their ``path``. Raises ``RequestError``."""
     check_length("tools", len(tools), MAX_TOOLS)
     found: list[Tool] = []
     seen: set[str] = set()
@@ -91,7 +91,7 @@ def _checked(tools: Sequence[Tool], names: FieldNames) -> list[Tool]:
 
 
 def _check_schema(tool: Tool) -> None:
-    """Depth, and that a type of the whole schema is that of an object."""
+    """Check the nesting of a schema, and that it describes an object."""
     schema = tool.parameters or {}
     kind = schema.get("type", "object")
     is_object = "object" in kind if isinstance(kind, list) else kind == "object"
@@ -102,12 +102,12 @@ def _check_schema(tool: Tool) -> None:
 
 
 def is_name(text: str) -> bool:
-    """Whether a function may be called so."""
+    """Whether a text is a valid function name."""
     return _NAME.fullmatch(text) is not None
 
 
 def template_call(call_id: str | None, name: str, arguments: str, path: str) -> dict[str, Any]:
-    """A call of an earlier answer; templates read its arguments as an object."""
+    """Return a call of an earlier message for templates, which read its arguments as an object."""
     value = json_object(arguments, f"{path}.function.arguments")
     function = {"name": name, "arguments": CallArguments(value, arguments)}
     named = {} if call_id is None else {"id": call_id}
@@ -115,7 +115,7 @@ def template_call(call_id: str | None, name: str, arguments: str, path: str) -> 
 
 
 def json_object(text: str, name: str) -> dict[str, Any]:
-    """The object in a JSON text. Raises ``RequestError``."""
+    """Return the object in a JSON text. Raises ``RequestError`` if it is not an object."""
     if not text.strip():
         return {}
     try:

@@ -1,7 +1,8 @@
 """The special tokens of the Harmony format, and the headers of messages.
 
 A message is ``<|start|>HEADER<|message|>TEXT<|end|>``. The last message of an answer ends with
-``<|return|>``, a call with ``<|call|>``. A header: role, channel and, in calls, recipient.
+``<|return|>``, a call with ``<|call|>``. A header consists of a role, a channel and, in calls, a
+recipient.
 
 Source: "Harmony response format" (OpenAI, 2025), https://github.com/openai/harmony.
 """

@@ -121,12 +121,12 @@ _SCHEMA = "response_format.json_schema.schema"
         (
             {"structured_outputs": {"json": '{"const": "\\ud800"}'}},
             "structured_outputs.json",
-            "cannot say",
+            "cannot represent",
         ),
         (
             {"structured_outputs": {"json": '{"const": NaN}'}},
             "structured_outputs.json",
-            "cannot say",
+            "cannot represent",
         ),
         (
             {"structured_outputs": {"json": nested(MAX_SCHEMA_DEPTH + 1)}},
