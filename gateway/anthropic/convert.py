@@ -38,8 +38,7 @@ _EFFORTS = {"max": "xhigh"}
 """Effort names of Anthropic that have another name here."""
 _CHOICES = {"any": "required", "tool": None}
 _BILLING = "x-anthropic-billing-header:"
-"""Prefix of a system block of Claude Code. It is removed: it differs in each request and has no
-meaning for the model."""
+"""Prefix of a system block that Claude Code adds. It differs in each request and is removed."""
 _TOOL_NAMES = FieldNames(name="name", parameters="input_schema")
 _Message = dict[str, Any]
 

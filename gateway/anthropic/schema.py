@@ -32,19 +32,19 @@ class Block(StrictBody):
         "`redacted_thinking` or `mid_conv_system`"
     )
     text: str | None = None
-    id: str | None = Field(default=None, description="`tool_use`")
-    name: str | None = Field(default=None, description="`tool_use`: name of the function")
-    input: dict[str, Any] | None = Field(default=None, description="`tool_use`")
-    tool_use_id: str | None = Field(default=None, description="`tool_result`")
+    id: str | None = Field(default=None, description="in `tool_use`")
+    name: str | None = Field(default=None, description="in `tool_use`: name of the function")
+    input: dict[str, Any] | None = Field(default=None, description="in `tool_use`")
+    tool_use_id: str | None = Field(default=None, description="in `tool_result`")
     content: Blocks | None = Field(
         default=None,
-        description="`tool_result` and `mid_conv_system`: text blocks; `tool_result` also "
+        description="in `tool_result` and `mid_conv_system`: text blocks; in `tool_result` also "
         "`tool_reference`",
     )
     tool_name: str | None = Field(
-        default=None, description="`tool_reference`: name of the tool to insert here"
+        default=None, description="in `tool_reference`: name of the tool to insert here"
     )
-    is_error: bool | None = Field(default=None, description="`tool_result`")
+    is_error: bool | None = Field(default=None, description="in `tool_result`")
     thinking: str | None = None
     cache_control: CacheControlParam | None = None
 
@@ -153,15 +153,12 @@ class MessagesBody(CountTokensBody):
     metadata: MetadataParam | None = None
     cache_ttl: float | None = Field(
         default=None,
-        description="seconds to keep the KV cache of the call; 0: it is not reused; default: the "
-        "longest `cache_control`",
+        description="seconds to keep the KV cache; 0: no reuse; default: longest `cache_control`",
     )
     session_id: str | None = Field(
         default=None, description="id of the conversation; default: the id in `metadata`"
     )
-    priority: Whole | None = Field(
-        default=None, description="lower runs first; default: `x-priority`"
-    )
+    priority: Whole | None = Field(default=None, description="lower runs first; else `x-priority`")
 
 
 Block.model_rebuild()

@@ -149,7 +149,6 @@ class HttpApi:
         ]
 
     async def list_models(self, request: Request) -> Response:
-        """List the served model, then its adapters."""
         names = [self._gateway.model.name, *self._gateway.model.adapters.names()]
         return _answer({"object": "list", "data": [*map(self._model, names)]})
 
@@ -204,10 +203,7 @@ class HttpApi:
         )
 
     async def metrics(self, request: Request) -> Response:
-        """Return Prometheus metrics of all replicas and workers.
-
-        Only operators receive the metrics by expert and layer.
-        """
+        """Return metrics of all replicas and workers; by expert or layer only for operators."""
         content = await self._gateway.status.render_metrics(is_operator(self._gateway.keys))
         return Response(content, headers={"content-type": CONTENT_TYPE})
 
@@ -230,7 +226,6 @@ class HttpApi:
         return _answer({"schema": 1, "events": snapshot.get("history", [])})
 
     async def openapi(self, request: Request) -> Response:
-        """Return the OpenAPI document of this interface."""
         root_path = str(request.scope.get("root_path") or "")
         return _answer(openapi.document(root_path, self._endpoints))
 

@@ -36,8 +36,7 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/read
 _METHODS = frozenset(
     {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}
 )
-"""Methods that metrics count by name; others count as ``other``.
-Source: RFC 9110, section 9; RFC 5789."""
+"""Others are counted as ``other`` in metrics. Source: RFC 9110, section 9; RFC 5789."""
 
 
 class Responder:
@@ -241,14 +240,11 @@ class WatchedEndpoint(ABC, Generic[Parsed]):
 
     @abstractmethod
     def _read(self, request: Request, data: dict[str, Any]) -> Parsed:
-        """Parse and check the JSON object of a body. Large bodies are parsed in a thread.
-
-        Raises ``RequestError``.
-        """
+        """Check the JSON object of a body, in a thread if it is large. Raises ``RequestError``."""
 
     @abstractmethod
     async def _answer(self, request: Request, parsed: Parsed, responder: Responder) -> None:
-        """Serve the request that ``_read`` parsed."""
+        """Serve the request; ``parsed`` is the result of ``_read``."""
 
 
 async def _wait_gone(receive: Receive, responder: Responder) -> None:

@@ -198,8 +198,7 @@ def _inspect_fields(body: InspectBody) -> InspectFields:
 def _label_rows(
     labels: Sequence[float] | Sequence[Sequence[float]], prompts: Sequence[Sequence[int]]
 ) -> tuple[tuple[float, ...], ...]:
-    """Return the labels of each prompt. A flat list has the labels of the only prompt, or one label
-    per prompt."""
+    """Return labels by prompt. A flat list is for the only prompt, or has one label per prompt."""
     rows = tuple(tuple(one) for one in labels if isinstance(one, Sequence))
     if rows or not labels:
         return rows

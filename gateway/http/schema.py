@@ -69,10 +69,8 @@ class StreamOptions(StrictBody):
 class JsonSchemaBody(StrictBody):
     """``response_format.json_schema``."""
 
-    name: Any = Field(default=None, description="gpt-oss: part of the prompt, with the schema")
-    description: Any = Field(
-        default=None, description="gpt-oss: part of the prompt, with the schema"
-    )
+    name: Any = Field(default=None, description="gpt-oss: in the prompt, with the schema")
+    description: Any = Field(default=None, description="gpt-oss: in the prompt, with the schema")
     schema_: dict[str, Any] | str | None = Field(default=None, alias="schema")
 
 

@@ -124,10 +124,7 @@ class ResponseEndpoint(WatchedEndpoint[_Asked]):
     async def _stored_turn(
         self, body: ResponseBody, references: StoredReferences
     ) -> CheckedRequest:
-        """Return the request of a body that refers to stored items.
-
-        The body size limit also applies to the stored items.
-        """
+        """Check a body that refers to stored items; the body size limit includes these items."""
         most_bytes = self._gateway.limits.max_body_bytes
         history = StoredItems([], 0)
         if body.previous_response_id is not None:
@@ -179,7 +176,6 @@ class ResponseEndpoint(WatchedEndpoint[_Asked]):
 
 
 def _references(body: ResponseBody) -> list[str]:
-    """Return the ids in references to stored items."""
     return [one for item in given_items(body) if (one := reference_in(item)) is not None]
 
 

@@ -83,10 +83,7 @@ class OutputFormat(TextFormat):
             self._forget(self._num_chars)
 
     def _claim(self, text: str) -> list[TokenText]:
-        """Drop ``_raw`` up to the end of ``text`` and return the tokens of ``text``.
-
-        Tokens of delimiters before ``text`` are dropped.
-        """
+        """Return the tokens of ``text``; drop ``_raw`` and its tokens up to the end of ``text``."""
         before = self._num_chars - len(self._raw)
         place = self._raw.rfind(text)
         start = before + max(place, 0)

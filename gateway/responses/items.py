@@ -166,10 +166,7 @@ def _text(content: str | Sequence[InputPart] | None, path: str, role: str = "") 
 
 
 def _part_text(part: InputPart, path: str, role: str) -> str:
-    """Return the text of a part.
-
-    ``role`` is the role of a message, ``reasoning``, or empty for the output of a call.
-    """
+    """Return a part's text; ``role`` is a message's role, ``reasoning`` or empty (call outputs)."""
     if part.type in _INPUT_PARTS:
         raise UnsupportedParameterError(
             f"{path}: parts of type {part.type} are not supported, only text", path

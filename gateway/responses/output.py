@@ -274,10 +274,7 @@ class OutputBuilder:
     def _take_over(
         self, kind: str, text: str, logprobs: tuple[Item, ...]
     ) -> tuple[OpenItem | None, list[Event]]:
-        """Return the open item of ``kind`` and the events of opening it.
-
-        The item is None if ``text`` is only white space that could be between two items.
-        """
+        """Return the open item of ``kind`` (None if ``text`` is held back) and its new events."""
         if self._held is None or self._held.kind != kind:
             self._held = _Held(kind)
         if self._open is not None and self._open.kind == kind:

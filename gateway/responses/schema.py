@@ -28,26 +28,26 @@ class InputItem(StrictBody):
         description="`message` (default), `function_call`, `function_call_output`, "
         "`custom_tool_call`, `custom_tool_call_output`, `reasoning` or `item_reference`",
     )
-    id: str | None = Field(default=None, description="`item_reference`: id of a stored item")
-    role: str | None = Field(default=None, description="messages")
+    id: str | None = Field(default=None, description="in `item_reference`: id of a stored item")
+    role: str | None = Field(default=None, description="in messages")
     content: str | Items[InputPart] | None = Field(
-        default=None, description="messages and reasoning"
+        default=None, description="in messages and reasoning"
     )
     phase: str | None = Field(
-        default=None, description="assistant messages: `commentary` or `final_answer`"
+        default=None, description="in assistant messages: `commentary` or `final_answer`"
     )
-    call_id: str | None = Field(default=None, description="calls and their outputs")
+    call_id: str | None = Field(default=None, description="in calls and their outputs")
     status: str | None = Field(
-        default=None, description="calls: an `incomplete` call is cut off and is ignored"
+        default=None, description="in calls: an `incomplete` call was cut off and is ignored"
     )
-    name: str | None = Field(default=None, description="calls: name of the tool")
-    namespace: str | None = Field(default=None, description="calls: namespace of the tool")
-    arguments: str | None = Field(default=None, description="function calls: JSON text")
-    input: str | None = Field(default=None, description="calls of custom tools")
-    output: str | Items[InputPart] | None = Field(default=None, description="outputs of calls")
-    summary: Items[InputPart] | None = Field(default=None, description="reasoning")
+    name: str | None = Field(default=None, description="in calls: name of the tool")
+    namespace: str | None = Field(default=None, description="in calls: namespace of the tool")
+    arguments: str | None = Field(default=None, description="in function calls: JSON text")
+    input: str | None = Field(default=None, description="in calls of custom tools")
+    output: str | Items[InputPart] | None = Field(default=None, description="in outputs of calls")
+    summary: Items[InputPart] | None = Field(default=None, description="in reasoning")
     encrypted_content: str | None = Field(
-        default=None, description="reasoning: unchanged text that this server returned"
+        default=None, description="in reasoning: unchanged text that this server returned"
     )
 
 
@@ -65,11 +65,13 @@ class OfferedToolBody(StrictBody):
     type: str = Field(description="`function`, `custom` or `namespace`")
     name: str | None = None
     description: str | None = None
-    parameters: dict[str, Any] | None = Field(default=None, description="functions: JSON schema")
+    parameters: dict[str, Any] | None = Field(
+        default=None, description="for functions: JSON schema"
+    )
     strict: bool | None = None
-    format: ToolFormatBody | None = Field(default=None, description="custom tools: `text`")
+    format: ToolFormatBody | None = Field(default=None, description="for custom tools: `text`")
     tools: Items[OfferedToolBody] | None = Field(
-        default=None, description="namespaces: functions and custom tools"
+        default=None, description="for namespaces: functions and custom tools"
     )
 
 
@@ -85,18 +87,16 @@ class ChosenToolBody(StrictBody):
 
     type: str = Field(description="`function`, `custom` or `allowed_tools`")
     name: str | None = None
-    mode: str | None = Field(default=None, description="`allowed_tools`: `auto` or `required`")
-    tools: Items[NamedToolBody] | None = Field(default=None, description="`allowed_tools`")
+    mode: str | None = Field(default=None, description="for `allowed_tools`: `auto` or `required`")
+    tools: Items[NamedToolBody] | None = Field(default=None, description="for `allowed_tools`")
 
 
 class TextFormatBody(StrictBody):
     """``text.format``."""
 
     type: str = Field(description="`text`, `json_object` or `json_schema`")
-    name: Any = Field(default=None, description="gpt-oss: part of the prompt, with the schema")
-    description: Any = Field(
-        default=None, description="gpt-oss: part of the prompt, with the schema"
-    )
+    name: Any = Field(default=None, description="gpt-oss: in the prompt, with the schema")
+    description: Any = Field(default=None, description="gpt-oss: in the prompt, with the schema")
     schema_: dict[str, Any] | str | None = Field(default=None, alias="schema")
     strict: bool | None = Field(default=None, description="ignored: schemas are always enforced")
 
@@ -150,9 +150,7 @@ class ResponseBody(RetentionBody, SamplingBody):
         "tool_choice": "must be none, auto, required or name a tool",
     }
     input: InputField | None = None
-    instructions: str | None = Field(
-        default=None, description="precede all items; not carried over to the next response"
-    )
+    instructions: str | None = Field(default=None, description="before all items; not carried over")
     previous_response_id: str | None = Field(
         default=None, description="id of the stored response that this request continues"
     )

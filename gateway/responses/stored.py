@@ -71,7 +71,6 @@ def read_items(items: Iterable[msgspec.Raw]) -> list[Item]:
 
 
 def id_of(item: msgspec.Raw) -> str:
-    """Return the id of a stored item."""
     return msgspec.json.decode(item, type=_Named).id
 
 
@@ -129,7 +128,6 @@ class ResponseStore:
         return self._store is not None and wanted is not False
 
     def new_id(self) -> str:
-        """Create the id of a new response."""
         if self._store is None:
             return f"{KIND.prefix}_{uuid.uuid4().hex}"
         return self._store.new_id(KIND)

@@ -27,13 +27,9 @@ class AnswerRegion:
         may_have_none: bool,
         skips_breaks: bool,
     ) -> None:
-        """Create a region.
-
-        Args:
-            begins: delimiter before the answer.
-            ends: delimiter after which reasoning and another part of the answer may follow.
-            may_have_none: whether a text that does not begin with ``<think>`` is all answer.
-            skips_breaks: whether line breaks after ``begins`` are not part of the answer.
+        """``begins``: delimiter before the answer. ``ends``: delimiter after which reasoning and
+        more of the answer may follow. ``may_have_none``: a text without ``<think>`` at its start is
+        all answer. ``skips_breaks``: line breaks after ``begins`` are not part of the answer.
         """
         self._begins = begins
         self._ends = ends
@@ -60,10 +56,7 @@ class AnswerRegion:
         return found
 
     def split(self, new: str) -> list[tuple[str, bool]]:
-        """Split a piece into parts, each with whether it is in the answer.
-
-        Text that cannot be decided yet is held back.
-        """
+        """Split a piece into (part, is answer); undecided text is held back until more arrives."""
         if self._is_undecided:
             self._seen += new
             words = self._seen.lstrip()

@@ -26,12 +26,7 @@ class EncodedText(NamedTuple):
 
 
 class TextEncoder:
-    """Encodes prompts.
-
-    Args:
-        tokenizer: encodes the texts.
-        long_work: runs work that holds the GIL.
-    """
+    """Encodes prompts; ``long_work`` runs work that holds the GIL."""
 
     def __init__(self, tokenizer: Tokenizer, long_work: LongWork) -> None:
         self._tokenizer = tokenizer
@@ -72,7 +67,7 @@ class TextEncoder:
         return EncodedText(prompt[kept], len(prompt))
 
     async def stop(self) -> None:
-        """Stop the process."""
+        """Stop the process for long texts."""
         if self._long_texts is not None:
             await self._long_texts.stop()
 

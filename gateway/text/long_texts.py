@@ -51,7 +51,6 @@ class LongTexts:
             return found
 
     async def stop(self) -> None:
-        """Stop the process."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()

@@ -86,10 +86,7 @@ class Tokenizer:
         return made
 
     def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """Return the token ids of a text.
-
-        Special tokens are recognized, except in the text parts of a ``HarmonyPrompt``.
-        """
+        """Return token ids; special tokens in the texts of a ``HarmonyPrompt`` are plain text."""
         if isinstance(text, HarmonyPrompt):
             return self._encode_marked(text, add_special_tokens)
         if len(text) <= _SHORT_CHARS:

@@ -148,11 +148,8 @@ class _AnyWriter(ValueWriter):
         return _dump(text)
 
     def _takes(self, value: Any) -> bool:
-        """Whether to read a text as the JSON ``value``.
-
-        A text in quotes is read as a JSON string only if every type is allowed, or if the call
-        states that the value is JSON.
-        """
+        """Whether to read a text as the JSON ``value``. A quoted text is a JSON string only if all
+        types are allowed or the call states that the value is JSON."""
         if isinstance(value, str):
             return self._kinds >= _ALL or (self._reads_strings and "string" in self._kinds)
         kind = kind_of(value)

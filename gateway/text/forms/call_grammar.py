@@ -117,12 +117,10 @@ def call_rules(
 
 
 def label_of(tool: Tool, part: str = "") -> str:
-    """Return the label of a rule for error messages."""
     return f"{tool.path} of {tool.name!r}{part and ': '}{part}"
 
 
 def lark_grammar(rules: Sequence[Rule | str], field: str) -> Grammar:
-    """Combine rules into a grammar."""
     parts = tuple(
         GrammarPart(rule=rule.name, label=rule.label, fallback=rule.fallback)
         for rule in rules

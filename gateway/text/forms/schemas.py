@@ -26,10 +26,7 @@ class Definitions:
         """Remaining number of characters that references may repeat."""
 
     def find(self, reference: str) -> Mapping[str, Any] | None:
-        """Return the schema at a reference, for example ``#/$defs/name``.
-
-        None if it does not exist or the limit on repeated text is reached.
-        """
+        """Return the target of a reference; None if it is absent or beyond the size limit."""
         target = self._references.find(reference)
         found = None if target is None else target.schema
         if not isinstance(found, Mapping) or self._chars_left <= 0:
@@ -50,7 +47,6 @@ class Schema:
 
     @staticmethod
     def of(data: Mapping[str, Any]) -> Schema:
-        """Create the object for a whole schema."""
         return Schema(data, Definitions(data))._resolved()
 
     def get(self, name: str) -> Any:
@@ -112,7 +108,6 @@ class Schema:
 
     @property
     def may_be_null(self) -> bool:
-        """Whether ``nullable`` is true."""
         return self.get("nullable") is True
 
     @property

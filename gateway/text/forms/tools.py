@@ -102,7 +102,6 @@ def _check_schema(tool: Tool) -> None:
 
 
 def is_name(text: str) -> bool:
-    """Whether a text is a valid function name."""
     return _NAME.fullmatch(text) is not None
 
 

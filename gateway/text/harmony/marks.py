@@ -72,7 +72,6 @@ class HarmonyPrompt(str):
 
     @property
     def marks(self) -> frozenset[SpecialToken]:
-        """Special tokens of the prompt."""
         return frozenset(part for part in self.parts if isinstance(part, SpecialToken))
 
 

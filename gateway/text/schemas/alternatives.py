@@ -132,11 +132,8 @@ def _check_apart(groups: Sequence[Sequence[Alternative]]) -> None:
 
 
 def are_apart(one: Alternative, other: Alternative) -> bool:
-    """Whether two alternatives are known to be disjoint.
-
-    They differ in types, in values, in the values of a property, or one requires a property that
-    the other forbids.
-    """
+    """Whether two alternatives are known to be disjoint: by type, by values, by the values of a
+    property, or because one requires a property that the other forbids."""
     if kinds_of_alternative(one).isdisjoint(kinds_of_alternative(other)):
         return True
     some, more = _only_values(one), _only_values(other)

@@ -325,10 +325,8 @@ def _number(value: Any) -> int | float | bool:
 
 
 def within_range(key: str, bound: Any) -> Any:
-    """Limit a bound to the int64 range: the grammar compiler fails on other bounds.
-
-    A bound is moved only so that it allows fewer numbers.
-    """
+    """Limit a bound to the int64 range, so that the grammar compiler accepts it; a bound is moved
+    only in the direction that allows fewer numbers."""
     if not isinstance(bound, (int, float)):
         return bound
     return max(bound, -_HIGHEST) if key in _LOWER_BOUNDS else min(bound, _HIGHEST)

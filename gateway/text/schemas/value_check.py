@@ -29,7 +29,6 @@ class ValueCheck:
         self._steps_left = _MAX_STEPS
 
     def fits(self, value: Any, schema: Any) -> bool:
-        """Whether a value matches a schema."""
         try:
             return self._fits(value, schema)
         except RecursionError:
