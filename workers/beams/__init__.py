@@ -1,4 +1,4 @@
-"""Beam search: which outputs it keeps, what may follow them, and which sequences its beams are.
+"""Beam search: retained outputs, candidate tokens, and the sequences of beams.
 
 Imports ``workers.requests``, ``workers.model`` and torch.
 """

@@ -1,4 +1,4 @@
-"""The tokens that may follow beams, from logits."""
+"""Candidate tokens of beams, from logits."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _MASKED = float("-inf")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CandidatesWanted:
-    """What beams of one request need of a step."""
+    """Parameters for the candidates of one request's beams in a step."""
 
     width: int
     """Number of beams."""
     ending: tuple[int, ...]
     """Tokens that end the text."""
     may_end: bool
-    """The text is long enough for these."""
+    """Whether the text is long enough to end."""
     num_top: int | None = None
-    """Alternatives to report for each token; None reports none."""
+    """Number of alternatives to report for each token; None reports none."""
 
 
 def beam_candidates(logits: Tensor, wanted: CandidatesWanted) -> list[list[TokenLogprob]]:
-    """For each row of logits [rows, V] the ``width`` best tokens, and the ``width`` best of those
-    that do not end the text, each once, the best first.
+    """Candidates for each row of logits [rows, V], the best first: the ``width`` best tokens, and
+    the ``width`` best tokens that do not end the text, without duplicates.
     """
     logits = logits.float()
     normalizer = logits.logsumexp(-1, keepdim=True)
@@ -46,7 +46,7 @@ def beam_candidates(logits: Tensor, wanted: CandidatesWanted) -> list[list[Token
 
 
 def beam_candidates_alone(logits: Tensor, wanted: CandidatesWanted) -> list[list[TokenLogprob]]:
-    """``beam_candidates`` with each row in memory of its own; see ``logprob_entries_alone``."""
+    """``beam_candidates`` with each row in its own memory; see ``logprob_entries_alone``."""
     each = (beam_candidates(row.clone().unsqueeze(0), wanted) for row in logits)
     return list(chain.from_iterable(each))
 
@@ -65,7 +65,7 @@ def _row(
     ranked = sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))
     if wanted.num_top is None:
         return [TokenLogprob(token_id=token, logprob=value) for token, value in ranked]
-    greater = (*others, *ends)  # with all tokens that are more probable than one of ``found``
+    greater = (*others, *ends)  # contains all tokens that are more probable than one of ``found``
     return [
         TokenLogprob(
             token_id=token,

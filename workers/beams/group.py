@@ -1,9 +1,9 @@
-"""The beam searches of an engine: which sequences are the beams of a request, and what it found.
+"""The beams of a request: its sequences, and the step of its search.
 
-A beam is a sequence without an output of its own for the client. Once the candidates of all beams
-of a request are known, the search says which go on: the first continuation of a beam stays in its
-sequence, every other one is a fork with the KV blocks of its parent, and a beam without a
-continuation ends.
+A beam is a sequence without output to the client. Once the candidates of all beams of a request are
+known, the search selects the continuations. The first continuation of a beam stays in its sequence,
+every other one is a fork that shares the KV blocks of its parent, and a beam without a continuation
+ends.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from workers.requests.sequence import SequenceState
 
 @dataclass(frozen=True, slots=True)
 class BeamStep:
-    """What becomes of the beams of a request."""
+    """Result of a search step for the beams of a request."""
 
     ended: list[SequenceState]
-    """Beams without a continuation; at the end all."""
+    """Beams without a continuation; all beams at the end."""
     forks: list[tuple[SequenceState, SequenceState]]
-    """(parent, child); the parent goes on itself, too."""
+    """(parent, child) pairs; the parent continues as well."""
     outputs: list[TokenOutput]
-    """What the client gets, at the end: choice 0 is the best."""
+    """Outputs for the client, at the end; choice 0 is the best."""
     is_over: bool
-    """The search has ended."""
+    """Whether the search has ended."""
 
 
 @dataclass(slots=True, eq=False)
@@ -40,17 +40,17 @@ class BeamGroup:
     _candidates: dict[SequenceState, Sequence[TokenLogprob]] = field(default_factory=dict)
 
     def take(self, sequence: SequenceState, candidates: Sequence[TokenLogprob]) -> None:
-        """A beam's row was computed: it is idle until those of the others are."""
+        """Record the candidates of a beam, which is idle until those of all beams are known."""
         self._candidates[sequence] = candidates
         sequence.is_idle = True
 
     @property
     def is_complete(self) -> bool:
-        """The candidates of all beams are known."""
+        """Whether the candidates of all beams are known."""
         return len(self._candidates) == len(self.beams)
 
     def advance(self, now: float, eos: Collection[int]) -> BeamStep:
-        """Continue the search. Sequences that go on have their next token then."""
+        """Run a step of the search, and append the next token to each continuing sequence."""
         found = self.search.advance([self._candidates[beam] for beam in self.beams])
         self._candidates.clear()
         parents = [self.beams[one.parent] for one in found]
@@ -94,7 +94,7 @@ class BeamGroup:
 
 
 def new_group(sequence: SequenceState, eos: Collection[int]) -> BeamGroup | None:
-    """The search of a request with its one sequence; None where tokens are drawn."""
+    """The search of a request, from its first sequence; None if it samples tokens."""
     request, beams = sequence.request, sequence.params.beams
     if beams is None:
         return None
@@ -115,7 +115,7 @@ def ending_tokens(request: Request, eos: Collection[int]) -> tuple[int, ...]:
 
 
 def _fork(parent: SequenceState, output: list[int], choice: int) -> SequenceState:
-    """Another sequence with ``output``, what the parent had before its next token."""
+    """A sequence with ``output``, the parent's output before its next token."""
     return replace(
         parent,
         choice=choice,

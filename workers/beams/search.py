@@ -1,10 +1,10 @@
-"""Which outputs a beam search keeps. Pure: the candidates of a step in, the beams of the next out.
+"""Beam search over candidates: from a step's candidates to the next beams. Pure.
 
 Source: ``_beam_search`` of transformers' ``generation/utils.py`` (release 5). Each step ranks the
-continuations of all beams by log-probability. Of the best, as many as there are beams, those that
-end the text are kept as ended, if they are among the best by score; the beams of the next step are
-the best that do not end it. The order of equal ones is defined here: the better beam first, then
-the lower token.
+continuations of all beams by log-probability. Among the first ``width`` of them, continuations that
+end the text become ended outputs, if their scores are among the best. The next beams are the best
+continuations that do not end the text. Ties are broken here by the better beam, then by the lower
+token.
 
     2 beams of log-probability -1.0 and -1.2, continuations by token (2 is eos):
         beam 0: 7 -0.1, 2 -0.4        beam 1: 5 -0.1, 2 -3.0
@@ -23,10 +23,10 @@ from workers.requests.request import BeamParams, EarlyStopping, TokenLogprob
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Path:
-    """Tokens of an output, newest first; beams share those that they have in common."""
+    """Tokens of an output as a linked list, newest first; beams share their common prefix."""
 
     newest: TokenLogprob | None = None
-    """None before the first."""
+    """The newest token; None for an empty output."""
     before: Path | None = None
     total: float = 0.0
     """Log-probability of all tokens."""
@@ -34,11 +34,11 @@ class Path:
     """Number of tokens."""
 
     def add(self, token: TokenLogprob) -> Path:
-        """This path and one token more."""
+        """This path extended by a token."""
         return Path(token, self, self.total + token.logprob, self.length + 1)
 
     def tokens(self) -> tuple[TokenLogprob, ...]:
-        """All tokens, the first one first."""
+        """All tokens in order."""
         found: list[TokenLogprob] = []
         path: Path | None = self
         while path is not None and path.newest is not None:
@@ -49,11 +49,11 @@ class Path:
 
 @dataclass(frozen=True, slots=True)
 class EndedBeam:
-    """An output that is complete."""
+    """A complete output."""
 
     path: Path
     score: float
-    """Its log-probability over its length to the power of ``length_penalty``."""
+    """Log-probability divided by the length to the power of ``length_penalty``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +61,19 @@ class NextBeam:
     """A beam of the next step."""
 
     parent: int
-    """Place of the beam that it continues."""
+    """Index of the beam that it continues."""
     token: int
-    """What it adds."""
+    """The token that it appends."""
 
 
 class BeamSearch:
     """The beams of one request.
 
     Args:
-        params: of the search.
-        width: number of beams. A single one takes the best token each time, and ends with the
-            first token that ends the text, as transformers does.
-        max_tokens: tokens of an output at most.
+        params: parameters of the search.
+        width: number of beams. A single beam takes the best token each time, and ends with the
+            first token that ends the text, as in transformers.
+        max_tokens: maximum tokens of an output.
         ending: tokens that end the text.
     """
 
@@ -86,19 +86,19 @@ class BeamSearch:
         self._ending = ending
         self._running = [Path()]
         self.ended: list[EndedBeam] = []
-        """The best of those that are complete, by score; as many as there are beams at the end."""
+        """The best complete outputs by score; ``width`` of them at the end."""
         self.is_over = False
 
     @property
     def num_running(self) -> int:
-        """Beams that are not complete."""
+        """Number of running beams."""
         return len(self._running)
 
     def advance(self, candidates: Sequence[Sequence[TokenLogprob]]) -> list[NextBeam]:
-        """One step; the beams after it, the best first, none at the end.
+        """Run one step; returns the next beams, the best first, or none at the end.
 
-        ``candidates`` of each beam in its order: its most probable tokens, as many as there are
-        beams, and as many of those that do not end the text.
+        ``candidates`` has, for each beam in order, its ``width`` most probable tokens, and the
+        ``width`` most probable tokens that do not end the text.
         """
         ranked = sorted(
             (-(path.total + token.logprob), place, token.token_id, token)
@@ -119,7 +119,7 @@ class BeamSearch:
         return [] if self.is_over else [NextBeam(p, token.token_id) for p, token in chosen]
 
     def _keep(self, paths: Sequence[Path]) -> None:
-        """Complete outputs: the best stay."""
+        """Add complete outputs and keep the best."""
         found = [EndedBeam(path, self._score(path.total, path.length)) for path in paths]
         self.ended = sorted([*self.ended, *found], key=lambda one: -one.score)[: self._width]
 
@@ -128,7 +128,7 @@ class BeamSearch:
         return total / divisor
 
     def _ends_now(self) -> bool:
-        """Whether there are enough ended outputs, and the best beam would not be among them."""
+        """Whether enough outputs have ended, and the best beam could not join them."""
         if len(self.ended) < self._width:
             return False
         params, best = self._params, self._running[0]

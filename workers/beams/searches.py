@@ -12,30 +12,30 @@ from workers.requests.sequence import Failure, SequenceState
 
 
 class BeamSearches:
-    """Decides what becomes of requests that search with beams, once all their beams are known."""
+    """Runs the beam searches of requests, one step once all their candidates are known."""
 
     def __init__(self, eos_token_ids: Collection[int]) -> None:
         self._eos = frozenset(eos_token_ids)
         self._groups: dict[str, BeamGroup] = {}
 
     def __contains__(self, request_id: str) -> bool:
-        """Whether a request searches, and its search goes on."""
+        """Whether a request has a running search."""
         return request_id in self._groups
 
     def enter(self, sequence: SequenceState) -> None:
-        """The first sequence of a request that was received; nothing if it does not search."""
+        """Start the search of a request with its first sequence; no effect if it samples tokens."""
         if (group := new_group(sequence, self._eos)) is not None:
             self._groups[sequence.request.request_id] = group
 
     def forget(self, request_id: str) -> None:
-        """The request has ended."""
+        """Forget an ended request."""
         self._groups.pop(request_id, None)
 
     def take(
         self, sequence: SequenceState, candidates: Sequence[TokenLogprob], now: float
     ) -> BeamStep | None:
-        """What may follow a beam is known; the step of its search once it is for all of them, else
-        None, as where another beam has failed.
+        """Record the candidates of a beam. Returns the step of its search once the candidates of
+        all beams are known; else None, also after the failure of another beam.
         """
         group = self._groups.get(sequence.request.request_id)
         if group is None:
@@ -49,8 +49,8 @@ class BeamSearches:
         return step
 
     def fail(self, sequence: SequenceState, failure: Failure, now: float) -> list[TokenOutput]:
-        """End a search with a beam that failed: without it no output can be found. None, if it has
-        ended with another beam.
+        """End a search after the failure of a beam, as no output can be found without it. Returns
+        no outputs if the search has ended already.
         """
         group = self._groups.pop(sequence.request.request_id, None)
         if group is None:

@@ -1,4 +1,4 @@
-"""Records values inside a forward pass for requests that ask for them.
+"""Records internal values of a forward pass for requests with an inspection.
 
 Imports ``workers.model``, ``workers.sampling`` and ``workers.requests``.
 """

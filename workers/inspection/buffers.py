@@ -26,7 +26,7 @@ from workers.requests.inspection import (
 
 
 def shape_of(config: ModelConfig, banks: Sequence[BankSpec]) -> ModelShape:
-    """The numbers that the sizes of results depend on; a predictor's bank has no part in them."""
+    """Dimensions that the result sizes depend on, without the predictor's bank."""
     return ModelShape(
         hidden_size=config.hidden_size,
         num_layers=config.num_layers,
@@ -49,18 +49,18 @@ def shape_of(config: ModelConfig, banks: Sequence[BankSpec]) -> ModelShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepRows:
-    """One step's results for one sequence."""
+    """Results of one step for one sequence."""
 
     first: int
     """Position of its first row."""
     hidden: Tensor
     """[count, H] after the final norm."""
     logits: Mapping[int, Tensor]
-    """[V] float32 by position, where asked for."""
+    """Logits [V] float32 by position, if requested."""
     logprobs: Mapping[int, float]
-    """By position of the label."""
+    """Log-probabilities by position of the label."""
     captures: Sequence[Capture]
-    """Recorded inside the model, in the order of positions."""
+    """Recorded internal values, in the order of positions."""
 
 
 class InspectionBuffers:
@@ -95,7 +95,7 @@ class InspectionBuffers:
         self._next = max(self._next, rows_found.first + len(rows_found.hidden))
 
     def arrays(self) -> Iterator[NamedArray]:
-        """All results, once the last row is in."""
+        """All results, after the last row."""
         if self._logits:
             places = sorted(self._logits)
             yield _named("logits", torch.stack([self._logits[i] for i in places]).numpy())
@@ -114,12 +114,12 @@ class InspectionBuffers:
         kind = self._inspection.embedding
         if kind is Pooling.MEAN:
             for row in rows_found.hidden[skip:].double().cpu():
-                self._sum += row  # one by one: the same sum in any chunks
+                self._sum += row  # one by one, so that chunks do not change the sum
         elif kind is Pooling.LAST and rows_found.first + len(rows_found.hidden) == self._length:
             self._sum = rows_found.hidden[-1].double().cpu()
 
     def _add_capture(self, capture: Capture, begin: int) -> None:
-        """Rows from position ``begin`` on."""
+        """Add the rows from position ``begin`` on."""
         skip, end = begin - capture.first, capture.first + capture.count
         if skip >= capture.count:
             return
@@ -137,7 +137,7 @@ class InspectionBuffers:
             self._add_router(self._banks[index], rows, skip, own)
 
     def _by_head(self, found: Tensor) -> Tensor:
-        """[K, A / K, n, keys] to [A, n, keys] in the model's own order of heads."""
+        """Reshape [K, A / K, n, keys] to [A, n, keys], in the model's own order of heads."""
         return (found.transpose(0, 1) if self._config.has_tiled_heads else found).flatten(0, 1)
 
     def _add_router(self, bank: BankSpec, found: RouterRows, skip: int, own: slice) -> None:
@@ -155,12 +155,12 @@ class InspectionBuffers:
             chosen = ids.flatten().long()
             sums = self._aux.setdefault(f"aux:{name}", np.zeros((2, bank.num_experts)))
             sums[0] += torch.bincount(chosen, minlength=bank.num_experts).numpy()
-            # row after row: the same sum in any chunks
+            # row by row, so that chunks do not change the sum
             rows = np.vstack((sums[1], scores.softmax(-1).double().numpy()))
             sums[1] = np.add.accumulate(rows, axis=0)[-1]
 
     def _array(self, name: str, *shape: int, dtype: type = np.float32) -> NDArray[Any]:
-        """The buffer of that name; zeros at first."""
+        """The buffer with this name, initially zeros."""
         if name not in self._arrays:
             self._arrays[name] = np.zeros(shape, dtype=dtype)
         return self._arrays[name]

@@ -1,6 +1,6 @@
 """Inspections of an engine: admission, the results of each step, buffers.
 
-Buffers change at commit only: results are read in the step, and added when the step commits.
+Buffers change only at commit: a step reads results, and the commit adds them.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from workers.requests.sequence import SequenceState
 from workers.sampling.sampler import all_finite
 
 _ROWS = 64
-"""Rows whose logits are made at a time."""
+"""Number of rows whose logits are computed at a time."""
 
 Score = Callable[[Tensor, Sequence[int], Sequence[int]], list[TokenLogprob]]
 """Like ``sampler.logprob_entries``."""
 
 
 class Inspector:
-    """Checks inspections, bounds what they hold, and reads steps for them.
+    """Checks inspections, limits their memory, and reads their results from steps.
 
     Args:
-        config: the model's numbers.
+        config: the model's configuration.
         banks: its expert banks.
         logits: head of the model: [rows, H] -> [rows, V].
-        score: makes log-probabilities of given tokens.
-        max_held_bytes: that the inspections held by an engine may return together.
+        score: computes log-probabilities of given tokens.
+        max_held_bytes: maximum result size of all inspections in the engine.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Inspector:
 
         Raises:
             RequestError: it can never be served.
-            QueueFullError: the inspections held now leave no room for it.
+            QueueFullError: it does not fit beside the current inspections.
         """
         inspection = request.inspection
         if inspection is None:
@@ -81,7 +81,7 @@ class Inspector:
             raise QueueFullError(f"inspections hold {held} bytes, at most {most} may be held")
 
     def start(self, sequence: SequenceState) -> None:
-        """Hold buffers for a request that was checked, if it has an inspection."""
+        """Create buffers for a checked request, if it has an inspection."""
         inspection, length = sequence.request.inspection, sequence.prompt_length
         if inspection is not None:
             self._buffers[sequence] = InspectionBuffers(
@@ -97,19 +97,19 @@ class Inspector:
         self._buffers[sequence].add(rows_found)
 
     def arrays(self, sequence: SequenceState) -> tuple[NamedArray, ...]:
-        """All results, once the last row is in; empty without an inspection."""
+        """All results, after the last row; empty without an inspection."""
         buffers = self._buffers.get(sequence)
         return () if buffers is None else tuple(buffers.arrays())
 
     def read(
         self, request: Request, first: int, hidden: Tensor, captures: Sequence[Capture]
     ) -> StepRows | None:
-        """A step's results: ``hidden`` [count, H] are the final states from position ``first`` on.
+        """A step's results; ``hidden`` [count, H] are the final states from position ``first`` on.
 
-        None when a logit is NaN or infinity. Changes nothing.
+        None if a logit is NaN or infinity. Changes nothing.
         """
         inspection = request.inspection
-        assert inspection is not None, "asked for"
+        assert inspection is not None, "the request has an inspection"
         rows = _wanted_rows(inspection, first, first + len(hidden))
         logits: dict[int, Tensor] = {}
         logprobs: dict[int, float] = {}
@@ -145,7 +145,7 @@ class Inspector:
     def _scored(
         self, inspection: InspectionParams, places: Sequence[int], found: Tensor
     ) -> dict[int, float]:
-        """Log-probability of the label behind each place, by the label's position."""
+        """Log-probability of the label after each position, by the label's position."""
         behind = {p: _label(inspection, p + 1) for p in places}
         kept = [i for i, p in enumerate(places) if behind[p] != IGNORED_LABEL]
         if not kept:

@@ -1,7 +1,7 @@
-"""Records the inside of a forward pass for the rows whose requests ask for it.
+"""Records internal values of a forward pass for rows whose requests ask for them.
 
-A ``BatchRecorder`` sees one micro-batch and keeps, for each ``Capture`` in it, the rows of one
-sequence. Captures are made anew in each step, so a step that fails leaves nothing behind.
+A ``BatchRecorder`` handles one micro-batch and keeps, for each ``Capture``, the rows of one
+sequence. Each step creates new captures, so a failed step leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ class RouterRows:
 
 @dataclass(slots=True)
 class Capture:
-    """Neighbouring rows of one sequence in one micro-batch; all on the CPU."""
+    """Consecutive rows of one sequence in one micro-batch; all values are on the CPU."""
 
     inspection: InspectionParams
     first: int
     """Position of the first row in its sequence."""
     row: int
-    """Place of the first row in the micro-batch."""
+    """Index of the first row in the micro-batch."""
     count: int
     hidden: list[Tensor] = field(default_factory=list)
-    """[n, H] float32, one for each state that ``Recorder.hidden`` names."""
+    """[n, H] float32 for each state that ``Recorder.hidden`` gets."""
     routers: dict[int, RouterRows] = field(default_factory=dict)
     maps: list[Tensor] = field(default_factory=list)
-    """[K, A / K, n, keys] float32, one a layer."""
+    """[K, A / K, n, keys] float32 for each layer."""
 
     def rows_of(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A copy of its rows on the CPU."""

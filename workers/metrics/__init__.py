@@ -1,4 +1,4 @@
-"""What a worker measures of its steps: histograms, timelines, padding, activity.
+"""Measurements of a worker's steps: histograms, timelines, padding, activity.
 
 Imports ``workers.model``, ``workers.requests`` and ``cluster.core``.
 """

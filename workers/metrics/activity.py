@@ -1,11 +1,12 @@
-"""What a heartbeat reports of the data thread: its progress, and for whom it waits.
+"""Data-thread state for heartbeats: progress counters, waits, and stalled time.
 
 A step may take longer than the detection limit (a long prefill on a cold cache), so progress is
-also counted within steps, at each exchange with the experts. One exchange may take longer, too:
-in a step, CPU time of the data thread counts as progress, for a time that grows with the rows.
+also counted within steps, at each exchange with the experts. Even one exchange may take longer.
+Within a step, CPU time of the data thread therefore counts as progress, for a time that grows with
+the rows.
 
-The loop turns also while it waits for a step, so its turns show that the thread lives, and not that
-steps advance: ``stalled_s`` leaves them out.
+The loop also iterates while it waits for a step, so iterations show that the thread is alive, not
+that steps advance. ``stalled_s`` ignores them.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import time
 from collections.abc import Callable
 
 ROW_LIMIT_S = 0.25
-"""Time between two exchanges that each row of a step may take: large experts on a slow CPU."""
+"""Time between two exchanges that each row of a step may take, for large experts on a slow CPU."""
 _MIN_CPU_S = 0.001
-"""CPU time between two heartbeats from which on the data thread computes."""
+"""CPU time between two heartbeats from which the data thread counts as computing."""
 
 
 def thread_cpu_clock() -> Callable[[], float]:
-    """The CPU time of this thread, for any thread to ask. Raises ``OSError`` after its end."""
+    """A clock of this thread's CPU time for any thread; raises ``OSError`` after its end."""
     clock = time.pthread_getcpuclockid(threading.get_ident())
     return lambda: time.clock_gettime(clock)
 
@@ -33,24 +34,24 @@ class Activity:
 
     def __init__(self) -> None:
         self._turns = 0
-        """Iterations of the loop."""
+        """Number of iterations of the loop."""
         self._advances = 0
-        """Exchanges of steps, and commits."""
+        """Number of exchanges of steps, and of commits."""
         self.native_progress = ctypes.c_int64()
-        """The same, of exchanges that native code has served."""
+        """Number of exchanges that native code has served."""
         self.is_waiting = False
-        """The data thread waits for a peer within a step (``with activity:``)."""
+        """Whether the data thread waits for a peer within a step (``with activity:``)."""
         self.is_idle = True
-        """The data thread has no work."""
+        """Whether the data thread has no work."""
         self.rows = 0
-        """Rows of the step under way; 0 outside a step."""
+        """Rows of the running step; 0 outside a step."""
         self.wants_rows = False
-        """The data thread waits for a step with rows of its own."""
+        """Whether the data thread waits for a step with rows of its own."""
         self.stalled_s: float | None = None
-        """Time for which a step that is wanted or under way has not advanced, as of the last
-        heartbeat; None without such a step."""
+        """Time for which a wanted or running step has not advanced, at the last heartbeat; None
+        without such a step."""
         self.cpu_s: Callable[[], float] = float
-        """The CPU time of the data thread, which sets it when it begins; zero before."""
+        """CPU clock of the data thread, which sets it at its start; zero before."""
         self._cpu_seen_s = 0.0
         self._seen = -1
         self._seen_at = 0.0
@@ -59,20 +60,20 @@ class Activity:
 
     @property
     def progress(self) -> int:
-        """Grows with every iteration of the loop, every exchange of a step and every commit."""
+        """Counter of loop iterations, exchanges of steps, and commits."""
         return self._turns + self._advances
 
     def begin_iteration(self) -> None:
-        """An iteration of the loop begins, outside a step."""
+        """Begin an iteration of the loop, outside a step."""
         self._turns += 1
         self.rows = 0
 
     def advance(self) -> None:
-        """A step has advanced, or what the data thread does outside of steps."""
+        """Count progress of a step, or of work outside steps."""
         self._advances += 1
 
     def observe(self, now: float) -> int:
-        """The progress for a heartbeat, which counts computing, too. Control thread."""
+        """Progress for a heartbeat, including computation. Control thread."""
         cpu_s = self._cpu_seen_s
         with contextlib.suppress(OSError):  # the thread has ended
             cpu_s = self.cpu_s()

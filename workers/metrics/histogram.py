@@ -16,7 +16,7 @@ class Histogram:
     """Counts by bucket. One thread observes, any thread may read."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
-        """``bounds`` are inclusive upper bounds, ascending; what is above has a bucket too."""
+        """``bounds`` are inclusive upper bounds, ascending; greater values have a bucket too."""
         self._bounds = tuple(bounds)
         self._counts = [0] * (len(self._bounds) + 1)
         self._sum = 0.0
@@ -27,9 +27,9 @@ class Histogram:
         self._sum += value
 
     def stats(self, name: str, label: str = "") -> dict[str, float]:
-        """Cumulative counts, number and sum, named as in Prometheus' text format.
+        """Cumulative counts, count and sum, named as in Prometheus' text format.
 
-        ``label`` is one more label of each, as ``name="value"``.
+        ``label`` is an additional label, as ``name="value"``.
         """
         names = self._names.get((name, label))
         if names is None:
@@ -38,7 +38,7 @@ class Histogram:
         return dict(zip(names, (*totals, totals[-1], self._sum), strict=True))
 
     def _series(self, name: str, label: str) -> tuple[str, ...]:
-        """Names of the cumulative counts, of the number and of the sum."""
+        """Names of the cumulative counts, the count and the sum."""
         more, only = (f"{label},", f"{{{label}}}") if label else ("", "")
         buckets = (f'{name}_bucket{{{more}le="{bound}"}}' for bound in (*self._bounds, "+Inf"))
         return (*buckets, f"{name}_count{only}", f"{name}_sum{only}")

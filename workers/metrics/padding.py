@@ -1,19 +1,19 @@
 """The share of padding in the rows that an expert worker receives and returns.
 
 The static exchange (``workers.dispatch.row_exchange``) sends every granted row to every expert
-rank, so that no sizes are needed: a row without an expert at a rank is padding there, in dispatch
-and, where sums return, in combine. The exact exchange and outputs by pair have no padding, nor do
-transports add any.
+rank, so that no sizes are needed. A row without an expert on a rank is padding there, in dispatch
+and, if sums are returned, in combine. The exact exchange and outputs by pair have no padding, and
+transports add none.
 """
 
 from __future__ import annotations
 
 MEMORY = 0.99
-"""Weight of what came before, for each exchange that is counted."""
+"""Weight of earlier exchanges for each new one."""
 
 
 class PaddingRatio:
-    """Share of padding in the rows of the latest exchanges, by direction.
+    """Share of padding in the rows of recent exchanges, by direction.
 
     An exponential average over rows, of about ``1 / (1 - MEMORY)`` exchanges. The data thread adds,
     any thread reads.
@@ -23,13 +23,13 @@ class PaddingRatio:
         self._sums = dict.fromkeys(("dispatch", "combine"), (0.0, 0.0))
 
     def add(self, direction: str, num_rows: int, num_used: int) -> None:
-        """An exchange of ``num_rows``, of which ``num_used`` were no padding."""
+        """Add an exchange of ``num_rows`` rows, of which ``num_used`` were used."""
         rows, padding = self._sums[direction]
         padding = MEMORY * padding + num_rows - num_used
         self._sums[direction] = (MEMORY * rows + num_rows, padding)
 
     def ratio(self, direction: str) -> float:
-        """0 for no padding, and before the first exchange; less than 1."""
+        """Ratio from 0 to less than 1; 0 before the first exchange."""
         rows, padding = self._sums[direction]
         return padding / rows if rows else 0.0
 

@@ -1,4 +1,4 @@
-"""What the steps of a worker are made of, as histograms: one step in ``SAMPLE`` is measured.
+"""Histograms of the parts of a worker's steps; one step in ``SAMPLE`` is measured.
 
 All workers measure the same steps, with ``workers.metrics.step_timer``.
 """
@@ -11,7 +11,7 @@ from workers.metrics.histogram import Histogram
 from workers.requests.step_header import StepHeader
 
 SAMPLE = 8
-"""Steps of which one is measured."""
+"""One in this number of steps is measured."""
 BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Upper bounds, seconds."""
 HISTOGRAMS = {
@@ -20,21 +20,21 @@ HISTOGRAMS = {
     "combine": "combine_seconds",
     "experts": "expert_compute_seconds",
 }
-"""Names of the histograms by timing; all have the label ``phase``."""
+"""Names of the histograms by lap; all have the label ``phase``."""
 BUBBLE = "bubble_seconds"
-"""Histogram of the waits for other workers; it has the label, too."""
+"""Histogram of the waits for other workers; it also has the label."""
 
 
 def is_measured(header: StepHeader) -> bool:
-    """Whether a step is one of those, on all workers."""
+    """Whether a step is measured, on all workers."""
     return header.step % SAMPLE == 0
 
 
 class StepMetrics:
-    """``TimingSink`` that keeps histograms. The data thread writes, any thread reads.
+    """``TimingSink`` with histograms. The data thread writes, any thread reads.
 
     Args:
-        wait: name of the timings in which the worker waits for others; their sum over a step is
+        wait: name of the laps in which the worker waits for others; their sum over a step is
             its bubble.
     """
 

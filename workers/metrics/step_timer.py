@@ -1,8 +1,8 @@
-"""What one worker does in a step, timed: laps between marks, handed to sinks.
+"""Times the laps of one worker's steps, and passes them to sinks.
 
     attention worker   attention, dispatch, combine; sample      (its dispatcher)
     expert worker      receive, experts, send                    (its expert server)
-    colocated worker   all of them, those of the experts within combine
+    colocated worker   all of them; the experts' laps are within combine
 
 ``attention``, ``experts`` and ``sample`` are the time between two calls, the others are calls.
 """
@@ -21,17 +21,17 @@ class TimingSink(Protocol):
     """Receives timings; ``StepTrace`` and ``StepMetrics`` are sinks."""
 
     def begin_step(self, header: StepHeader) -> bool:
-        """Whether the sink takes the timings of this step."""
+        """Begin a step; returns whether the sink takes its timings."""
 
     def add(self, name: str, start_ns: int, end_ns: int, place: dict[str, Any]) -> None:
-        """One timing, in ``time.monotonic_ns``; ``place`` names step, layer, bank and so on."""
+        """Add a timing, in ``time.monotonic_ns``; ``place`` has the step, layer, bank and so on."""
 
     def flush(self) -> None:
-        """The step has ended."""
+        """End the step."""
 
 
 class StepTimer:
-    """Times the laps of a worker's steps. Without a sink that takes a step, laps read no clock."""
+    """Times the laps of a worker's steps. If no sink takes a step, laps do not read the clock."""
 
     def __init__(self, *sinks: TimingSink, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._all = sinks
@@ -48,17 +48,18 @@ class StepTimer:
         self._begin_ns = self._last_ns = self._clock_ns()
 
     def pause(self) -> None:
-        """Take no more timings until the next ``begin_step``."""
+        """Ignore laps until the next ``begin_step``."""
         self._sinks = ()
 
     @property
     def is_recording(self) -> bool:
-        """A sink takes this step."""
+        """Whether a sink takes this step."""
         return bool(self._sinks)
 
     def mark(self, now_ns: int | None = None) -> None:
-        """Start a lap, now or at a time of ``time.monotonic_ns``; the time since the last one is
-        not recorded."""
+        """Start a lap, now or at a time of ``time.monotonic_ns``; the time since the last is
+        ignored.
+        """
         if self._sinks:
             self._last_ns = self._clock_ns() if now_ns is None else now_ns
 
@@ -70,7 +71,7 @@ class StepTimer:
     def passed(
         self, ends_ns: Mapping[str, int], bank: BankSpec, exchange: int, micro_batch: int
     ) -> None:
-        """End laps of one exchange, one after the other, at times of ``time.monotonic_ns``."""
+        """End successive laps of one exchange at times of ``time.monotonic_ns``."""
         for name, end_ns in ends_ns.items() if self._sinks else ():
             self._end_lap(name, _place(bank, exchange, micro_batch), end_ns)
 
@@ -93,7 +94,7 @@ class StepTimer:
         self._sinks = ()
 
     def _end_lap(self, name: str, place: dict[str, Any], now_ns: int) -> None:
-        assert self._header is not None, "begin_step comes first"
+        assert self._header is not None, "begin_step must be called first"
         for sink in self._sinks:
             sink.add(name, self._last_ns, now_ns, {"step": self._header.step, **place})
         self._last_ns = now_ns

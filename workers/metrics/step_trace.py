@@ -1,8 +1,8 @@
-"""A timeline of a worker's steps in a file: Chrome trace events, which Perfetto opens.
+"""A timeline of a worker's steps in a file of Chrome trace events, for Perfetto.
 
-Every worker writes its own file; open the files of all workers together. Times are those of
-CLOCK_MONOTONIC, which all processes of a host share. The JSON array is closed when the worker
-ends; viewers accept an open one.
+Every worker writes its own file; open the files of all workers together. Times are from
+CLOCK_MONOTONIC, which all processes of a host share. The JSON array is closed when the worker ends;
+viewers accept an open one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class StepTrace:
     """
 
     def __init__(self, folder: Path, worker: str, max_bytes: int) -> None:
-        """Begin a file. Raises ``ConfigError`` when ``folder`` is not writable."""
+        """Create a file. Raises ``ConfigError`` if ``folder`` is not writable."""
         self._worker = worker
         self._max_bytes = max_bytes
         self._path = folder / f"{worker}-{os.getpid()}{SUFFIX}"
@@ -49,7 +49,7 @@ class StepTrace:
 
     @classmethod
     def of(cls, section: ObservabilitySection, worker: str) -> StepTrace | None:
-        """The trace that the configuration asks for, if any. Raises ``ConfigError`` as above."""
+        """The configured trace, or None. Raises ``ConfigError`` as the constructor does."""
         if section.trace_dir is None:
             return None
         return cls(Path(section.trace_dir), worker, section.trace_max_bytes)
@@ -58,7 +58,7 @@ class StepTrace:
         return True
 
     def add(self, name: str, start_ns: int, end_ns: int, place: dict[str, Any]) -> None:
-        """Keep a timing as an event; ``flush`` writes it."""
+        """Queue a timing as an event, which ``flush`` writes."""
         event = {
             "ph": "X",
             "name": name,
@@ -72,8 +72,9 @@ class StepTrace:
         self._events.append(f",\n{json.dumps(event)}")
 
     def flush(self) -> None:
-        """Write the events so far. While the disk refuses them they are dropped, and the file keeps
-        the events before them; the work continues."""
+        """Write the queued events. If the disk refuses them they are dropped, and the work
+        continues.
+        """
         events, self._events = self._events, []
         if not events:
             return
@@ -85,7 +86,7 @@ class StepTrace:
                 self._begin_file()
             self._records.append("".join(events).encode())
         except OSError as err:
-            if not self._is_refused:  # once, until events are written again
+            if not self._is_refused:  # log once until events are written again
                 logger.warning("%s: the trace leaves out steps: %s", self._worker, err)
             self._is_refused = True
         else:

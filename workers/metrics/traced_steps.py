@@ -1,14 +1,13 @@
-"""Spans of the steps of requests that are traced: which steps have them, and what is in them.
+"""Trace spans for the steps of traced requests.
 
     step of a request                     has spans
     rows of its prompt                    every one
-    its 1st, 2nd, 4th, 8th, .. decode     yes, so that a long answer has few of them all over
+    its 1st, 2nd, 4th, 8th, .. decode     yes, so that a long output has a few throughout
     more than ``MAX_STEPS`` in all        no
 
-An attention worker proposes, and the step's header names, the parents: spans of requests below
-which those of the step are. Then every worker of experts, and the attention worker itself, records
-one span of its part below each. Where no request is traced, a step costs two looks at empty
-containers.
+An attention worker proposes parent spans of requests, and the step's header contains them. Every
+expert worker, and the attention worker itself, then records one span of its part of the step below
+each parent. Without traced requests, a step costs two checks of empty containers.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from workers.requests.step_header import StepHeader
 from workers.requests.traced import MAX_TRACED
 
 MAX_STEPS = 32
-"""Steps of a request, at one worker, that have spans."""
+"""Maximum number of steps of a request with spans, on one worker."""
 
 
 class TracedRequests:
-    """The traced requests of an engine, and how many of their steps may still have spans."""
+    """The traced requests of an engine, and the number of their steps that may still have spans."""
 
     def __init__(self) -> None:
         self._left: dict[str, int] = {}
@@ -45,7 +44,7 @@ class TracedRequests:
         self._left.pop(request_id, None)
 
     def parents(self, expected: Iterable[SequenceState]) -> tuple[SpanIdBytes, ...]:
-        """The spans above those of a step with these sequences; ``MAX_TRACED`` at most."""
+        """Parent spans for a step with these sequences; at most ``MAX_TRACED``."""
         found: dict[SpanIdBytes, None] = {}
         for sequence in expected:
             if self._left.get(sequence.request.request_id, 0) > 0 and _has_spans(sequence):
@@ -55,7 +54,7 @@ class TracedRequests:
         return tuple(found)
 
     def ran(self, header: StepHeader, rank: int, planned: Iterable[SequenceState]) -> None:
-        """A step has run with these sequences on this rank."""
+        """Count a step that has run with these sequences on this rank."""
         parents = parents_of(header, rank)
         if parents:
             for name in {s.request.request_id for s in planned if _is_named(s, parents)}:
@@ -63,7 +62,7 @@ class TracedRequests:
 
 
 class RecordSpan(Protocol):
-    """``TraceExport.record_below``; times are those of ``time.monotonic_ns``."""
+    """``TraceExport.record_below``; times are from ``time.monotonic_ns``."""
 
     def __call__(
         self, parent: SpanIdBytes, name: str, began_ns: int, ended_ns: int, found: Mapping[str, Any]
@@ -71,13 +70,13 @@ class RecordSpan(Protocol):
 
 
 class StepSpans:
-    """``TimingSink`` that makes spans of the steps whose header asks for them. Data thread only.
+    """``TimingSink`` that creates spans for steps with parents in the header. Data thread only.
 
     Args:
-        record: takes the spans.
-        worker: name of this one.
-        rank: the attention rank whose requests' steps it has spans of; None: all ranks', as a
-            worker that holds experts computes for all.
+        record: records the spans.
+        worker: name of this worker.
+        rank: the attention rank whose parents are used; None for all ranks, as a worker that
+            holds experts computes for all.
     """
 
     def __init__(self, record: RecordSpan, worker: str, rank: int | None) -> None:
@@ -104,7 +103,7 @@ class StepSpans:
 
     def flush(self) -> None:
         header = self._header
-        assert header is not None, "begin_step comes first"
+        assert header is not None, "begin_step must be called first"
         seconds = {f"{names.SECONDS}.{name}": ns / 1e9 for name, ns in self._ns.items()}
         found = {
             names.WORKER: self._worker,
@@ -120,7 +119,7 @@ class StepSpans:
 
 
 def parents_of(header: StepHeader, rank: int | None) -> tuple[SpanIdBytes, ...]:
-    """The spans above those of one attention rank's part of the step; None: of all ranks'."""
+    """Parent spans for one attention rank's part of the step; None for all ranks."""
     return tuple(
         parent
         for asking, parents in header.parents
@@ -136,7 +135,7 @@ def _has_spans(sequence: SequenceState) -> bool:
 
 def _parent(sequence: SequenceState) -> SpanIdBytes:
     parents = sequence.request.step_parents
-    assert parents is not None, "only traced requests are looked at"
+    assert parents is not None, "only traced requests have parents"
     return parents.decode if sequence.output and sequence.num_missing == 1 else parents.prefill
 
 

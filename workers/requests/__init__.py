@@ -1,4 +1,4 @@
-"""Requests, their outputs and the step header as plain data, on the wire too.
+"""Requests, their outputs and the step header as plain data, also on the wire.
 
 Imports ``cluster.core`` and numpy; never torch.
 """

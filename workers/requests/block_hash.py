@@ -1,7 +1,7 @@
-"""Names of KV blocks: a hash covers a block's tokens and all that stand before them.
+"""Hashes of KV blocks: each covers a block's tokens and all tokens before them.
 
-Workers find cached blocks by them, gateways learn by them which worker has which prefix. Both ends
-need the same names, so only this module makes them. Pure; no torch.
+Workers find cached blocks by hash, and gateways learn which worker has which prefix. Both sides
+need equal hashes, so only this module computes them. Pure; no torch.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from cluster.core.codec import Count, Message
 from workers.requests.request import Request
 
 BlockHash = bytes
-"""32 bytes, blake2b: equal hashes count as equal tokens, so collisions must not occur."""
+"""32 bytes, blake2b. Equal hashes are taken as equal tokens, so collisions must not occur."""
 HASH_BYTES = 32
 SHORT_BYTES = 8
-"""Bytes of a hash in ``KvEvents``: a collision costs a detour there, never a wrong block."""
+"""Bytes of a hash in ``KvEvents``. A collision there costs a detour, never a wrong block."""
 
 
 def root_hash(salt: str, owner: str = "", length: int = 0, adapter: str = "") -> BlockHash:
-    """What the first block of a sequence is chained to: its tenant, or one request (``owner``).
+    """Root that a sequence's first block is chained to: of its tenant, or of one request
+    (``owner``).
 
-    ``length`` is that of the prompt where keys depend on it, else 0. ``adapter`` is the key of one
-    load of the adapter that the keys and values are made with.
+    ``length`` is the prompt length if keys depend on it, else 0. ``adapter`` is the key of one load
+    of the adapter that keys and values are computed with.
     """
     person = b"kv owner" if owner else b"kv salt"
     own = length.to_bytes(8, "little") if length else b""
@@ -37,24 +38,24 @@ def root_hash(salt: str, owner: str = "", length: int = 0, adapter: str = "") ->
 
 
 def chain_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
-    """Hash of a full block behind ``parent``: the root, or the block before it."""
+    """Hash of a full block after ``parent``: the root, or the previous block."""
     data = parent + struct.pack(f"<{len(token_ids)}I", *token_ids)
     return blake2b(data, digest_size=HASH_BYTES, person=b"kv block").digest()
 
 
 def state_key(block_hash: BlockHash) -> bytes:
-    """Name of the recurrent state behind a block, where workers exchange blocks and states.
+    """Key of the recurrent state after a block, when workers exchange blocks and states.
 
-    It has the size of a block's hash and equals one only by a collision. Of such a name the
-    function returns the hash again.
+    It has the size of a block hash and equals one only by a collision. The function is its own
+    inverse.
     """
     return bytes((block_hash[0] ^ 0xFF,)) + block_hash[1:]
 
 
 def request_root(request: Request, length_matters_above: int | None, owner: str = "") -> BlockHash:
-    """The root of a request's blocks.
+    """Root of a request's blocks.
 
-    ``length_matters_above``: see ``ModelConfig``; ``owner`` keeps the blocks to one request.
+    ``length_matters_above``: see ``ModelConfig``; ``owner`` restricts the blocks to one request.
     """
     embeds, length = request.prompt_embeds, len(request.prompt)
     matters = length_matters_above is not None and length > length_matters_above
@@ -81,10 +82,10 @@ def sequence_hashes(
     length_matters_above: int | None,
     prompt: Sequence[BlockHash] = (),
 ) -> tuple[BlockHash, ...]:
-    """Hashes of the full blocks of a choice, prompt and output so far; ``prompt`` are those of the
-    full blocks of its prompt, where they are known.
+    """Hashes of the full blocks of a choice, prompt and output so far; ``prompt`` has known hashes
+    of full prompt blocks.
 
-    Its newest token has keys and values only once the step has ended that draws the next one.
+    Its newest token has keys and values only after the step that samples the next token.
     """
     known = list(prompt)
     parent = known[-1] if known else request_root(request, length_matters_above)
@@ -107,15 +108,15 @@ class KvEvents(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """A worker's message to gateways: changes of the blocks in its prefix cache."""
 
     number: int
-    """One more than that of the message before; a gap means that messages were lost."""
+    """Number of the previous message plus one; a gap means that messages were lost."""
     is_whole: bool = False
-    """``stored`` are all blocks: the gateway drops what it knew before."""
+    """``stored`` contains all blocks, and replaces the gateway's knowledge."""
     stored: tuple[bytes, ...] = ()
     """Short hashes of new blocks."""
     removed: tuple[bytes, ...] = ()
-    """Short hashes of blocks that are gone."""
+    """Short hashes of removed blocks."""
     fetch_cost: float = math.inf
-    """Prompt tokens that the worker computes in the time in which it fetches the blocks of one from
-    a peer; infinite: it fetches none."""
+    """Number of prompt tokens that the worker computes in the time to fetch the blocks of one token
+    from a peer; infinite if it fetches none."""
     num_free: Count = 0
-    """Blocks that it can give to requests, those of cached prefixes included."""
+    """Blocks available to requests, including those of cached prefixes."""

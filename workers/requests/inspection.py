@@ -1,4 +1,4 @@
-"""Which internal values of the model a request may ask for, and their size. Pure.
+"""Internal values of the model that a request may ask for, and their size. Pure.
 
 A ``Request`` carries ``InspectionParams``; the result is a tuple of ``NamedArray`` on the request's
 last output:
@@ -19,11 +19,11 @@ from cluster.core.codec import Message
 from cluster.core.errors import RequestError
 
 IGNORED_LABEL = -100
-"""A label that counts for nothing."""
+"""Label of a token that is not scored."""
 MAX_INSPECT_BYTES = 32 * 1024 * 1024
-"""Largest result of one prompt."""
+"""Maximum size of the result of one prompt."""
 MAX_ATTENTION_TOKENS = 256
-"""Longest prompt whose attention maps can be asked for."""
+"""Maximum length of a prompt with attention maps."""
 
 
 class Pooling(Enum):
@@ -37,21 +37,22 @@ class InspectionParams(Message, frozen=True, kw_only=True, array_like=True):
     """Internal values to return from one pass over a prompt."""
 
     logits: tuple[int, ...] = ()
-    """Positions, ascending, whose logits are wanted; a classifier's prompt has one."""
+    """Positions whose logits to return, ascending; a classifier's prompt has one."""
     labels: tuple[int, ...] = ()
-    """One per token: its log-probability given the tokens before it; -100 is ignored."""
+    """One label per token: returns its log-probability after the tokens before it; -100 is
+    ignored."""
     embedding: Pooling | None = None
-    """One vector of the final hidden states."""
+    """Pool the final hidden states into one vector."""
     hidden_states: bool = False
-    """Embeddings, then after each layer but the last, then after the final norm."""
+    """Embeddings, then the states after each layer except the last, then after the final norm."""
     router_logits: bool = False
     """Logits of every bank's router."""
     routes: bool = False
-    """Chosen experts and their weights, of every bank."""
+    """Chosen experts and their weights in every bank."""
     attentions: bool = False
-    """Softmax of the scores, of every layer and query head."""
+    """Attention probabilities of every layer and query head."""
     aux: bool = False
-    """For each bank: tokens that chose an expert, and the sum of its probabilities."""
+    """For each bank: number of tokens that chose an expert, and the sum of its probabilities."""
 
     @property
     def reads_routers(self) -> bool:
@@ -59,11 +60,11 @@ class InspectionParams(Message, frozen=True, kw_only=True, array_like=True):
 
     @property
     def reads_inside(self) -> bool:
-        """More is needed than the final hidden states."""
+        """Whether more is needed than the final hidden states."""
         return self.hidden_states or self.reads_routers or self.attentions
 
     def first_position(self, length: int) -> int:
-        """The first of ``length`` tokens that must be computed, not found in a cache."""
+        """Index of the first of ``length`` tokens that must be computed, not read from a cache."""
         if self.reads_inside or self.embedding is Pooling.MEAN:
             return 0
         scored = (max(i - 1, 0) for i, label in enumerate(self.labels) if label != IGNORED_LABEL)
@@ -71,14 +72,14 @@ class InspectionParams(Message, frozen=True, kw_only=True, array_like=True):
 
 
 class NamedArray(Message, frozen=True, kw_only=True, array_like=True):
-    """Numbers in row-major order, little-endian."""
+    """A named array in row-major order, little-endian."""
 
     name: str
     dtype: str
     """``float32`` or ``int32``."""
     shape: tuple[int, ...]
     data: bytes
-    """Four bytes an element."""
+    """Four bytes per element."""
 
 
 class RouterShape(Message, frozen=True, kw_only=True, array_like=True):
@@ -93,19 +94,19 @@ class RouterShape(Message, frozen=True, kw_only=True, array_like=True):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
-    """The numbers of a model that sizes depend on."""
+    """Dimensions of a model that the result sizes depend on."""
 
     hidden_size: int
     num_layers: int
     num_attention_layers: int
-    """Layers that have attention, and so attention maps."""
+    """Number of layers with attention, and therefore with attention maps."""
     num_heads: int
-    """A: query heads."""
+    """Number of query heads (A)."""
     vocab_size: int
     num_labels: int
-    """Classes of a classifier; 0 for a language model."""
+    """Number of classes of a classifier; 0 for a language model."""
     banks: tuple[RouterShape, ...]
-    """Banks in the order of their use."""
+    """Banks in the order in which they run."""
 
     @property
     def num_logits(self) -> int:
@@ -113,7 +114,7 @@ class ModelShape:
 
     @property
     def has_aux_loss(self) -> bool:
-        """Its family defines an auxiliary loss."""
+        """Whether its family defines an auxiliary loss."""
         return any(bank.aux_copies for bank in self.banks)
 
 
@@ -137,10 +138,10 @@ def _elements(inspection: InspectionParams, length: int, shape: ModelShape) -> I
 
 
 def check_inspection(inspection: InspectionParams, length: int, shape: ModelShape) -> None:
-    """Raise ``RequestError`` naming field, value and rule for impossible outputs."""
+    """Raise ``RequestError`` with field, value and rule for impossible outputs."""
     if inspection.attentions and length > MAX_ATTENTION_TOKENS:
         raise RequestError(
-            f"attentions of {length} tokens cannot be had, at most of {MAX_ATTENTION_TOKENS}",
+            f"attentions of {length} tokens are too many, at most {MAX_ATTENTION_TOKENS}",
             "outputs",
         )
     if inspection.aux and not shape.has_aux_loss:
@@ -160,7 +161,7 @@ def _check_positions(inspection: InspectionParams, length: int) -> None:
     places = inspection.logits
     if places and not 0 <= places[0] <= places[-1] < length:
         raise RequestError(
-            f"logits of positions {places[0]} to {places[-1]} cannot be had of {length} tokens",
+            f"positions {places[0]} to {places[-1]} are out of range for {length} tokens",
             "logits_to_keep",
         )
 

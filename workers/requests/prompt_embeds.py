@@ -1,4 +1,4 @@
-"""A prompt of embeddings in place of tokens. Pure: bytes and a shape, nothing is unpickled."""
+"""A prompt given as embeddings instead of tokens. Pure: bytes and a shape, no unpickling."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PromptEmbeds(Message, frozen=True, array_like=True):
     """Vectors that replace the embeddings of the prompt's tokens."""
 
     width: Annotated[int, Meta(ge=1)]
-    """Numbers a token: the model's hidden size."""
+    """Elements per token: the model's hidden size."""
     data: bytes
     """[tokens, width] float32, little-endian, row-major."""
 
@@ -31,11 +31,11 @@ class PromptEmbeds(Message, frozen=True, array_like=True):
 
     @property
     def digest(self) -> str:
-        """Names its content: prefixes of equal prompts only are shared."""
+        """Hash of the content: only equal prompts share prefixes."""
         return hashlib.sha256(self.data).hexdigest()
 
     def rows(self, first: int, last: int) -> NDArray[np.float32]:
-        """[last - first, width] of tokens first .. last - 1."""
+        """Embeddings [last - first, width] of tokens first .. last - 1."""
         size = 4 * self.width
         return np.frombuffer(self.data[first * size : last * size], dtype="<f4").reshape(
             -1, self.width
@@ -43,7 +43,7 @@ class PromptEmbeds(Message, frozen=True, array_like=True):
 
 
 def read_embeds(shape: Sequence[int], data: bytes) -> PromptEmbeds:
-    """The prompt of a message. Raises ``RequestError`` naming value and rule."""
+    """Validate the prompt of a message. Raises ``RequestError`` with value and rule."""
     name = "embeddings"
     given = list(shape)[:4]
     if len(shape) != 2 or min(shape) < 1:

@@ -1,7 +1,7 @@
-"""A request as the engine knows it, and what comes back for it.
+"""A request as the engine sees it, and its outputs.
 
-These are the core types behind both codecs (HTTP and gRPC): validation and defaults live in the
-gateway, all later code uses ``Request``, ``TokenOutput`` and ``StepOutput``.
+These are the core types behind both codecs (HTTP and gRPC). The gateway validates and sets
+defaults; all later code uses ``Request``, ``TokenOutput`` and ``StepOutput``.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from workers.requests.prompt_embeds import PromptEmbeds
 from workers.requests.traced import StepParents
 
 MAX_DEATHS = 2
-"""Deaths of workers with a request after which it runs alone."""
+"""Number of deaths of workers with a request after which it runs alone."""
 
 
 class FinishReason(Enum):
-    """Why a choice ended."""
+    """Reason for the end of a choice."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -38,160 +38,160 @@ class GrammarKind(Enum):
 
 
 class GrammarPart(Message, frozen=True, kw_only=True, array_like=True):
-    """A rule of a Lark grammar that a client's schema decides; it names no other rules."""
+    """A rule of a Lark grammar that comes from a client's schema; it refers to no other rules."""
 
     rule: str
-    """Its name: it is the line ``NAME: BODY`` of the text."""
+    """Name of the rule, which is the line ``NAME: BODY`` of the text."""
     label: str
-    """What it is about, for messages."""
+    """Description for error messages."""
     fallback: str | None = None
-    """The body in its place where it does not compile; None: the grammar is refused."""
+    """Body to use if the rule does not compile; None refuses the grammar."""
 
 
 class Grammar(Message, frozen=True, kw_only=True, array_like=True):
-    """What the output must follow. Hashable: equal ones are compiled once."""
+    """A grammar for the output. Hashable, so that equal ones are compiled once."""
 
     kind: GrammarKind
     text: str
     """A JSON schema, a regular expression, a JSON list of strings, or a Lark grammar."""
     field: str = "structured_outputs"
-    """The client's field that it came from, for messages."""
+    """The client's field that contained it, for error messages."""
     parts: tuple[GrammarPart, ...] = ()
-    """Rules that may not compile."""
+    """Rules that may fail to compile."""
 
 
 class EarlyStopping(Enum):
-    """When a beam search ends that has as many ended outputs as beams."""
+    """When a beam search ends after it has found ``n`` ended outputs."""
 
     HEURISTIC = "false"
-    """Once no beam would be better than the worst of them if it ended now."""
+    """When no beam would be better than the worst of them if it ended now."""
     FULL = "true"
-    """At once."""
+    """Immediately."""
     NEVER = "never"
-    """Once no beam can become better than the worst of them."""
+    """When no beam can become better than the worst of them."""
 
 
 class BeamParams(Message, frozen=True, kw_only=True, array_like=True):
     """A search for the most probable outputs; the request's ``n`` is the number of beams.
 
-    Nothing is drawn, and nothing is delivered before the end: choice 0 is the best output then.
+    No tokens are sampled, and no output is sent before the end, when choice 0 is the best output.
     """
 
     length_penalty: float = 1.0
-    """An output's score is its log-probability over its tokens to the power of this."""
+    """The score of an output is its log-probability divided by its length to this power."""
     early_stopping: EarlyStopping = EarlyStopping.HEURISTIC
 
 
 class SamplingParams(Message, frozen=True, kw_only=True, array_like=True):
-    """How tokens are drawn, in the order of docs/reference/sampling.md. Values are validated."""
+    """Sampling parameters, in the order of docs/reference/sampling.md. Values are validated."""
 
     max_tokens: Count = 16
-    """New tokens at most; 0 scores the prompt only."""
+    """Maximum number of new tokens; 0 only scores the prompt."""
     min_tokens: Count = 0
-    """New tokens before eos or a stop token id may be drawn."""
+    """Number of new tokens before eos or a stop token id may be sampled."""
     temperature: float = 1.0
     """0 is argmax, ties to the lowest id."""
     top_p: float = 1.0
     """Smallest set of tokens with this probability mass, (0, 1]."""
     top_k: Count = 0
-    """Most probable tokens kept; 0 is off."""
+    """Number of most probable tokens to keep; 0 is off."""
     min_p: float = 0.0
-    """Tokens below this share of the best token's probability are dropped, [0, 1]."""
+    """Tokens below this fraction of the best token's probability are dropped, [0, 1]."""
     repetition_penalty: float = 1.0
-    """Over prompt and output tokens, (0, 2]."""
+    """Applied to prompt and output tokens, (0, 2]."""
     frequency_penalty: float = 0.0
-    """Times the token's count in the output, [-2, 2]."""
+    """Multiplied by the token's count in the output, [-2, 2]."""
     presence_penalty: float = 0.0
-    """Once for a token that is in the output, [-2, 2]."""
+    """Applied once to each token in the output, [-2, 2]."""
     logit_bias: tuple[tuple[Count, float], ...] = ()
     """(token id, bias) pairs added to the logits."""
     stop_token_ids: tuple[Count, ...] = ()
-    """Tokens that end the choice, beside the model's eos."""
+    """Tokens that end the choice, in addition to the model's eos."""
     ignore_eos: bool = False
     """Do not end at the model's eos."""
     seed: int = 0
-    """Drawn at admission where the client gave none, so that the engine always has one."""
+    """Chosen randomly at admission if the client gives none, so that the engine always has one."""
     logprobs: Count | None = None
-    """Alternatives to report per new token; None reports nothing, 0 the drawn token only."""
+    """Alternatives to report per new token; None reports nothing, 0 only the sampled token."""
     prompt_logprobs: Count | None = None
-    """The same for prompt tokens."""
+    """Number of alternatives to report per prompt token."""
     logprob_token_ids: tuple[Count, ...] = ()
-    """Tokens to report per new token in place of the most probable ones; needs ``logprobs``."""
+    """Tokens to report per new token instead of the most probable ones; needs ``logprobs``."""
     allowed_token_ids: tuple[Count, ...] = ()
-    """Tokens that may be drawn; empty allows all."""
+    """Tokens that may be sampled; empty allows all."""
     bad_words: tuple[tuple[Count, ...], ...] = ()
-    """Token sequences that must not be in the output; none is empty."""
+    """Non-empty token sequences that must not be in the output."""
     grammar: Grammar | None = None
     beams: BeamParams | None = None
-    """None: tokens are drawn. Otherwise only ``max_tokens``, ``min_tokens``, ``stop_token_ids``,
-    ``ignore_eos`` and ``logprobs`` have an effect."""
+    """Beam search parameters; None for sampling. In a search, only ``max_tokens``, ``min_tokens``,
+    ``stop_token_ids``, ``ignore_eos`` and ``logprobs`` have an effect."""
 
 
 class Request(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """One prompt with ``n`` choices."""
 
     request_id: str = ""
-    """Unique in the cluster; the gateway sets it when it admits the call, with the call's tenant,
-    adapter and session."""
+    """Unique in the cluster. The gateway sets it at admission, with the tenant, adapter and
+    session."""
     prompt: tuple[Count, ...]
     """Token ids, never empty."""
     params: SamplingParams = SamplingParams(max_tokens=0)
-    """The same for all choices; choice j draws with (seed, j, position). By default the prompt is
-    only read."""
+    """Parameters of all choices; choice j samples with (seed, j, position). By default the prompt
+    is only read."""
     n: Count = 1
     attempt: Count = 0
-    """Grows with each resubmission; tokens of an older attempt are dropped by the gateway."""
+    """Increases with each resubmission; the gateway drops tokens of an older attempt."""
     output_so_far: tuple[tuple[Count, ...], ...] = ()
-    """By choice, tokens that an earlier attempt already delivered."""
+    """Tokens that an earlier attempt already delivered, by choice."""
     closed_choices: tuple[Count, ...] = ()
-    """Choices that have ended in an earlier attempt; at least one of the ``n`` has not."""
+    """Choices that ended in an earlier attempt; at least one choice is open."""
     num_deaths: Count = 0
-    """Workers that died with it since it last had a token."""
+    """Number of workers that died with it since its last token."""
     kv_peer: str = ""
-    """Worker from which blocks of the prompt may be fetched; empty: none."""
+    """Worker that blocks of the prompt may be fetched from; empty for none."""
     deadline_ms: Count = 0
-    """Milliseconds left to live when it was sent; 0 is no limit."""
+    """Remaining milliseconds when it was sent; 0 for no limit."""
     priority: int = 0
-    """Lower runs first."""
+    """Requests with a lower value run first."""
     cache_salt: str = ""
-    """Requests share cached prefixes with those of the same salt only."""
+    """Only requests with equal salts share cached prefixes."""
     session: str = ""
-    """Session of the tenant to which it belongs, with the requests before it; empty: none."""
+    """Session of the tenant that the request continues; empty for none."""
     cache_ttl_s: float | None = None
-    """Time after its end for which its blocks are kept before others; 0: nobody will use them
-    again; None: it does not say."""
+    """Time in seconds for which its blocks are retained after its end; 0: they will not be used
+    again; None: unspecified."""
     inspection: InspectionParams | None = None
-    """Internal values to return beside tokens; only with ``n`` 1 and ``max_tokens`` 0."""
+    """Internal values to return in addition to tokens; only with ``n`` 1 and ``max_tokens`` 0."""
     prompt_embeds: PromptEmbeds | None = None
-    """What the model reads in place of the prompt's tokens, which are zeros then."""
+    """Embeddings that replace the prompt's tokens, which are then zeros."""
     tenant: str = ""
-    """Whose it is: tenants take turns, and ``priority`` orders the requests of one."""
+    """Tenants take turns; ``priority`` orders the requests of one tenant."""
     weight: float = 1.0
-    """The tenant's share is in proportion to it."""
+    """The tenant's share is proportional to its weight."""
     step_parents: StepParents | None = None
-    """The spans above those of its steps; None: it is not traced."""
+    """Parent spans for its steps; None if it is not traced."""
     adapter: str = ""
-    """Key of a loaded adapter, with which its rows are computed; empty: none."""
+    """Key of the adapter for its rows; empty for none."""
 
     @property
     def is_kept(self) -> bool:
-        """Its blocks are wanted after its end: it names a session or a time to keep them."""
+        """Whether its blocks are retained after its end: it has a session or a retention time."""
         return bool(self.session) if self.cache_ttl_s is None else self.cache_ttl_s > 0
 
 
 class SoloStage(Enum):
-    """How far a step with the rows of one request alone is."""
+    """Stage of a step that runs rows of only one request."""
 
     OFFERED = "offered"
-    """Until the gateway has acknowledged it, the worker may withdraw it."""
+    """The worker may withdraw the step until the gateway has acknowledged it."""
     CERTAIN = "certain"
-    """It runs once the gateway has recorded that, and nothing else runs before."""
+    """The step runs once the gateway has recorded it, and nothing else runs before."""
     OVER = "over"
-    """It has ended; others run once the gateway has recorded that."""
+    """The step has ended; other requests run once the gateway has recorded that."""
 
 
 class SoloStep(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """A stage of a step with the rows of one request alone, and the gateway's acknowledgement.
+    """A stage of a solo step, and the gateway's acknowledgement of it.
 
     See ``workers.engine.isolation``.
     """
@@ -209,36 +209,36 @@ class Queued(Message, frozen=True, kw_only=True, array_like=True, tag=True):
 
 
 class TokenLogprob(Message, frozen=True, kw_only=True, array_like=True, gc=False):
-    """Log-probabilities at one position, of the model's distribution before any processing.
+    """Log-probabilities at one position, from the model's distribution before any processing.
 
-    It has few objects, none of which Python's collector visits: a prompt has 100,000 of them.
+    It has few objects, and Python's garbage collector skips all of them: a prompt has 100,000.
     """
 
     token_id: int
-    """The token that stands at the position."""
+    """The token at the position."""
     logprob: float
-    """Its natural log-probability."""
+    """Natural log-probability of the token."""
     rank: int = 0
     """1 for the most probable token."""
     top_ids: tuple[int, ...] = ()
     """The most probable tokens, best first, or ``logprob_token_ids``."""
     top_logprobs: tuple[float, ...] = ()
-    """Of ``top_ids``."""
+    """Log-probabilities of ``top_ids``."""
 
     @property
     def top(self) -> tuple[tuple[int, float], ...]:
-        """``top_ids`` with their ``top_logprobs``."""
+        """Pairs of ``top_ids`` and ``top_logprobs``."""
         return tuple(zip(self.top_ids, self.top_logprobs, strict=True))
 
 
 _PIECE_ENTRIES = 256
-"""Positions of a prompt that one call of the decoder reads: 20 alternatives each take 3 ms."""
+"""Prompt positions per call of the decoder: with 20 alternatives each they take 3 ms."""
 
 
 class PromptLogprobs(Message, frozen=True, kw_only=True, array_like=True):
-    """Log-probabilities of a prompt's tokens, encoded: a long prompt has 100,000 of them.
+    """Encoded log-probabilities of a prompt's tokens: a long prompt has 100,000 of them.
 
-    A decoder holds the interpreter lock, so it reads them piece by piece, in any thread.
+    The decoder holds the interpreter lock, so it decodes one piece at a time, on any thread.
     """
 
     pieces: tuple[bytes, ...]
@@ -260,7 +260,7 @@ _ENTRIES: Codec[tuple[TokenLogprob | None, ...]] = Codec(
     tuple[TokenLogprob | None, ...], "log-probabilities"
 )
 MAX_NOTED = 64
-"""Most times of one kind that are reported for a choice."""
+"""Maximum number of reported times of one kind for a choice."""
 
 
 class Timings(Message, frozen=True, kw_only=True, array_like=True):
@@ -271,11 +271,11 @@ class Timings(Message, frozen=True, kw_only=True, array_like=True):
     first_token_s: float = 0.0
     """From receipt to the commit of the first token."""
     finished_s: float = 0.0
-    """From receipt to the end, or to the output that carries these timings."""
+    """From receipt to the end, or to the output with these timings."""
     prefill_s: tuple[float, ...] = ()
-    """From receipt to the first dispatch of each chunk of the prompt; ``MAX_NOTED`` at most."""
+    """From receipt to the first dispatch of each chunk of the prompt; at most ``MAX_NOTED``."""
     preempted_s: tuple[float, ...] = ()
-    """From receipt to each preemption; ``MAX_NOTED`` at most."""
+    """From receipt to each preemption; at most ``MAX_NOTED``."""
 
 
 class TokenOutput(Message, frozen=True, kw_only=True, array_like=True):
@@ -289,33 +289,33 @@ class TokenOutput(Message, frozen=True, kw_only=True, array_like=True):
     token_ids: tuple[int, ...] = ()
     """New tokens (usually one)."""
     logprobs: tuple[TokenLogprob, ...] = ()
-    """One entry per new token where asked for."""
+    """One entry per new token if requested."""
     prompt_logprobs: PromptLogprobs | None = None
-    """Once, on the first output of choice 0."""
+    """Set once, on the first output of choice 0."""
     num_cached_tokens: int | None = None
-    """On the choice's first output: prompt tokens that were found in the prefix cache."""
+    """Number of prompt tokens found in the prefix cache; set on the choice's first output."""
     class_logits: tuple[float, ...] = ()
-    """By class, from a sequence classifier; on the last output."""
+    """Logits by class of a sequence classifier; set on the last output."""
     finish_reason: FinishReason | None = None
     """Set on the last output of the choice."""
     stop_token_id: int | None = None
     """The stop token id that ended it; None for eos or other reasons."""
     error: str | None = None
-    """What went wrong, with finish_reason ERROR."""
+    """Error message, with finish_reason ERROR."""
     error_code: str = ""
     """Machine-readable reason, with finish_reason ERROR."""
     error_param: str | None = None
-    """The request's field at fault, if one is."""
+    """The request's field that caused the error, if any."""
     timings: Timings | None = None
-    """On the choice's first output and on its last one."""
+    """Set on the choice's first and last output."""
     arrays: tuple[NamedArray, ...] = ()
-    """On the last output: what the request's inspection found."""
+    """Results of the request's inspection; set on the last output."""
     score: float | None = None
-    """Of an output that a beam search found."""
+    """Score of an output of a beam search."""
 
 
 class StepOutput(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """All outputs of one step for one gateway."""
 
     outputs: tuple[TokenOutput, ...]
-    """In the order of their commit."""
+    """Outputs in the order of their commit."""

@@ -1,4 +1,4 @@
-"""One choice of a request as the engine serves it, from receipt to end. Pure."""
+"""One choice of a request in the engine, from receipt to end. Pure."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from workers.requests.request import (
 
 
 class OutputGrammar(Protocol):
-    """A grammar that an output must follow, in the state after that output."""
+    """State of a grammar after an output."""
 
     def advance(self, token: int) -> None:
         """Add an output token; called at commit only."""
 
     @property
     def is_complete(self) -> bool:
-        """Nothing can be added to the output."""
+        """Whether no token can be added to the output."""
 
 
 class SequenceStatus(Enum):
-    """Where the scheduler has a sequence."""
+    """State of a sequence in the scheduler."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -43,85 +43,85 @@ class SequenceStatus(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ending:
-    """Why a sequence ended."""
+    """Reason for the end of a sequence."""
 
     reason: FinishReason
-    """As the client sees it."""
+    """The reason reported to the client."""
     stop_token_id: int | None = None
-    """The stop token id that ended it, not for eos."""
+    """The stop token id that ended it; None for eos."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a sequence cannot go on."""
+    """Reason for which a sequence failed."""
 
     message: str
-    """For the client."""
+    """Message for the client."""
     code: str
     param: str | None = None
-    """The request's field at fault, if one is."""
+    """The request's field that caused the failure, if any."""
 
 
 NOT_FINITE = Failure("the model's output was not finite (NaN or infinity)", "internal_error")
-"""The model's fault."""
+"""The failure for model outputs with NaN or infinity."""
 
 
 @dataclass(slots=True, eq=False)
 class SequenceState:
-    """One choice of a request: prompt, output so far, its place in the scheduler, its times.
+    """One choice of a request: prompt, output so far, scheduling state, times.
 
     ``Scheduler`` changes tokens, blocks and status; the engine changes the rest.
     """
 
     request: Request
-    """The request of which this is a choice."""
+    """The request that this choice belongs to."""
     choice: int
     arrival: int
     """Order of receipt in this engine."""
     deadline: float
-    """Monotonic seconds; infinity for none."""
+    """Monotonic time in seconds; infinity for none."""
     received: float = 0.0
-    """Monotonic seconds."""
+    """Monotonic time of receipt in seconds."""
     output: list[int] = field(default_factory=list)
-    """Tokens produced so far, those of earlier attempts included."""
+    """Output tokens so far, including those of earlier attempts."""
     grammar: OutputGrammar | None = None
-    """State after ``output``; None without a grammar."""
+    """Grammar state after ``output``; None without a grammar."""
     num_computed: int = 0
-    """Positions from 0 on that have keys and values in the cache."""
+    """Number of positions from 0 on with keys and values in the cache."""
     blocks: list[int] = field(default_factory=list)
-    """Block table; this sequence is one holder of each block."""
+    """Block table. The sequence is one holder of each block."""
     state: int | None = None
-    """Slot of its recurrent state after ``num_computed`` tokens; None: no tokens, or no such
-    model."""
+    """Slot of its recurrent state after ``num_computed`` tokens; None without tokens, or if the
+    model has no states."""
     branch: int = 0
-    """Tokens in blocks that were known at its admission, if the state behind them was not."""
+    """Number of tokens in blocks cached at its admission, if the state after them was not."""
     latest_state: bytes | None = None
-    """Hash of the block whose state was kept as this sequence's latest; its next one replaces it.
-    None: there is none to replace, as none was kept, or another sequence had kept the same."""
+    """Hash of the block whose state was retained as its latest; the next one replaces it. None if
+    there is none to replace: none was retained, or another sequence retained the same."""
     seat: int | None = None
-    """Row of ``BlockTables`` with the same blocks; None while it does not run."""
+    """Row of ``BlockTables`` for its blocks; None while it does not run."""
     status: SequenceStatus = SequenceStatus.WAITING
     first_choice: SequenceState | None = None
     """First open choice of the request, which shares its full prompt blocks; None for itself."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained hashes of its first full blocks; extended as needed."""
     num_cached_tokens: int | None = None
-    """Prompt tokens that its first admission found in the prefix cache; None before."""
+    """Number of prompt tokens that its first admission found in the prefix cache; None before."""
     prefills: list[float] = field(default_factory=list)
-    """Monotonic seconds of the first dispatch of each prompt chunk, ``MAX_NOTED`` at most."""
+    """Monotonic times of the first dispatch of each prompt chunk, at most ``MAX_NOTED``."""
     preemptions: list[float] = field(default_factory=list)
-    """Monotonic seconds of each preemption, ``MAX_NOTED`` at most."""
+    """Monotonic times of preemptions, at most ``MAX_NOTED``."""
     first_token: float | None = None
-    """Monotonic seconds of the commit of its first new token."""
+    """Monotonic time of the commit of its first new token."""
     is_idle: bool = False
-    """A beam that waits for the others of its request: what may follow it is known."""
+    """Whether it is a beam with known candidates that waits for the other beams of its request."""
     scores_prompt: bool = field(init=False)
-    """Choice 0 of a request that asks for ``prompt_logprobs`` and has no output yet at receipt."""
+    """Whether it is choice 0 of a request with ``prompt_logprobs`` and no output at receipt."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
-    """Entries so far, the first prompt token's is None."""
+    """Entries so far; None for the first prompt token."""
     prompt_length: int = field(init=False)
     key: int = field(init=False)
-    """63-bit hash of (request, choice); with a position it names a row."""
+    """63-bit hash of (request, choice); with a position it identifies a row."""
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.request.prompt)
@@ -136,30 +136,30 @@ class SequenceState:
 
     @property
     def order(self) -> tuple[int, bool, int, int]:
-        """Smaller goes first: priority, output from another worker, arrival, choice."""
+        """Sort key: priority, output from another worker, arrival, choice; smaller is earlier."""
         is_new = not any(self.request.output_so_far)
         return (self.request.priority, is_new, self.arrival, self.choice)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens known: prompt and output."""
+        """Number of tokens of prompt and output."""
         return self.prompt_length + len(self.output)
 
     @property
     def num_missing(self) -> int:
-        """Rows to run before the next token can be drawn."""
+        """Number of rows to run before the next token can be sampled."""
         return self.num_tokens - self.num_computed
 
     @property
     def is_decoding(self) -> bool:
-        """Only its newest output token is missing from the cache."""
+        """Whether only its newest output token is missing from the cache."""
         return bool(self.output) and self.num_missing == 1
 
     @property
     def num_reusable(self) -> int:
-        """Tokens from the first on that need not be computed if a cache knows them.
+        """Number of leading tokens that need no computation if they are cached.
 
-        The newest one always is: the next token is drawn from its logits.
+        The newest token always does: the next one is sampled from its logits.
         """
         scores_now = self.scores_prompt and not self.output
         if scores_now or self.request.inspection is not None:
@@ -183,7 +183,7 @@ class SequenceState:
         return (*self.request.prompt[first:], *self.output[: last - length])
 
     def note_dispatch(self, when: float) -> None:
-        """Rows of the prompt were dispatched, if there is no new token yet."""
+        """Record a dispatch of prompt rows, unless it has a new token."""
         if self.first_token is None and len(self.prefills) < MAX_NOTED:
             self.prefills.append(when)
 
@@ -200,7 +200,7 @@ class SequenceState:
         class_logits: tuple[float, ...] = (),
         arrays: tuple[NamedArray, ...] = (),
     ) -> TokenOutput:
-        """What the client gets after a commit; ``output`` has the new tokens already."""
+        """The output for the client after a commit; ``output`` already has the new tokens."""
         is_first = self.first_token is None
         if is_first:
             self.first_token = now
@@ -222,7 +222,7 @@ class SequenceState:
         )
 
     def error(self, failure: Failure, now: float) -> TokenOutput:
-        """The last output of a sequence that failed."""
+        """The last output of a failed sequence."""
         found = failed(self.request, self.choice, failure)
         return replace(found, index=len(self.output), timings=self.timings(now))
 
@@ -240,7 +240,7 @@ class SequenceState:
 
 
 def failed(request: Request, choice: int, failure: Failure) -> TokenOutput:
-    """The only output of a choice."""
+    """The only output of a choice that failed."""
     return TokenOutput(
         request_id=request.request_id,
         attempt=request.attempt,
@@ -254,7 +254,7 @@ def failed(request: Request, choice: int, failure: Failure) -> TokenOutput:
 
 
 def num_reusable(request: Request) -> int:
-    """Prompt tokens from the first on that need not be computed if a cache knows them."""
+    """Number of leading prompt tokens that need no computation if they are cached."""
     if request.params.prompt_logprobs is not None:
         return 0
     if request.inspection is not None:

@@ -1,7 +1,7 @@
-"""The step header and the proposals from which it is made.
+"""The step header and the proposals it is made from.
 
-After each step every attention rank proposes what it wants to run next; the leader (the lowest
-attention rank) decides (``workers.engine.leader``) and publishes one header to all ranks.
+After each step, every attention rank proposes the rows it wants to run next. The leader (the lowest
+attention rank) decides (``workers.engine.leader``) and sends one header to all ranks.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from cluster.core.codec import Codec, Count, Message
 from workers.requests.traced import MAX_TRACED, Parents
 
 MAX_ROWS = 1 << 24
-"""Rows that one rank can name in a proposal or be granted; no worker sends more."""
+"""Maximum number of rows that a rank can propose or be granted."""
 Rows = Annotated[int, Meta(ge=0, le=MAX_ROWS)]
 Step = Annotated[int, Meta(ge=0)]
 WHOLE = 1000
-"""Shares are in thousandths: this one is all rows."""
+"""Shares are in thousandths; this one stands for all rows."""
 Share = Annotated[int, Meta(ge=0, le=WHOLE)]
 
 
 class StepProposal(Message, frozen=True, kw_only=True, array_like=True):
-    """What one attention rank wants to run in one step."""
+    """Proposal of one attention rank for one step."""
 
     generation: Count
     step: Step
-    """A later proposal of a rank for the same step replaces the earlier one."""
+    """Number of the step. A later proposal of a rank for the same step replaces the earlier one."""
     rank: Count
     decode_rows: Rows
-    """Rows of sequences that lack only their newest output token, and of drafts."""
+    """Rows of sequences that lack only their newest output token, and draft rows."""
     prefill_rows: Rows
     edge_share: Share = 0
-    """Largest share of its decode rows, in thousandths, that one expert rank needed of late; 0: not
-    known, so none of its rows may be left out."""
+    """Largest share of its decode rows, in thousandths, that one expert rank needed recently; 0 if
+    unknown, in which case no rows may be left out."""
     is_alone: bool = False
-    """They are one request's, which must be in a step with no other."""
+    """Whether the rows belong to one request, which must have the step for itself."""
     parents: Parents = ()
-    """Spans of the traced requests with rows in the step, below which its spans are."""
+    """Parent spans for the spans of the step, from traced requests with rows in it."""
     draft_rows: Rows = 0
-    """Of the decode rows those of drafts."""
+    """Number of draft rows among the decode rows."""
 
     @property
     def num_rows(self) -> int:
@@ -53,7 +53,7 @@ class Grant(Message, frozen=True, kw_only=True, array_like=True):
     decode_rows: Rows = 0
     prefill_rows: Rows = 0
     draft_rows: Rows = 0
-    """Of the decode rows those of drafts, as it proposed."""
+    """Number of draft rows among the decode rows, as proposed."""
 
     @property
     def num_rows(self) -> int:
@@ -61,7 +61,7 @@ class Grant(Message, frozen=True, kw_only=True, array_like=True):
 
     @property
     def num_decodes(self) -> int:
-        """Sequences that decode."""
+        """Number of decoding sequences."""
         return self.decode_rows - self.draft_rows
 
 
@@ -69,32 +69,32 @@ _NO_GRANT = Grant()
 
 
 class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
-    """The leader's decision on one step: the same on every rank."""
+    """The leader's decision on one step, equal on every rank."""
 
     generation: Count
     step: Step
-    """Global step number: tags messages, grows over generations."""
+    """Global step number, which tags messages and increases across generations."""
     epoch: Count
-    """Placement epoch that the step runs in."""
+    """Placement epoch of the step."""
     oldest_epoch: Count
     """Oldest placement epoch that may still run; older weights may be overwritten."""
     grants: tuple[tuple[Count, Grant], ...]
-    """(attention rank, rows) of all attention ranks, by rank."""
+    """(attention rank, rows) for all attention ranks, by rank."""
     num_micro_batches: Annotated[int, Meta(ge=1, le=2)] = 1
-    """Micro-batch 0 of two takes the first ceil(n/2) rows of each rank."""
+    """Number of micro-batches. Of two, the first has ceil(n/2) rows of each rank."""
     exact: bool = False
-    """True: edges carry only the rows that are needed; False: every edge carries all rows, or as
-    many as ``edge_limit`` says."""
+    """True: edges carry only the needed rows. False: every edge carries all rows, or ``edge_limit``
+    rows."""
     edge_limit: Rows = 0
-    """Where ``exact`` is False: rows of a micro-batch on an edge at most, needed ones first; 0: no
+    """If ``exact`` is False: maximum rows of a micro-batch on an edge, needed ones first; 0 for no
     limit."""
     bucket: Rows = 0
-    """Where ``exact`` is False: a micro-batch with rows is filled up to so many on every rank, as
-    it is in captured steps; 0: it is not."""
+    """If ``exact`` is False: number of rows to which every non-empty micro-batch is padded on every
+    rank, as in captured steps; 0 for no padding."""
     is_alone: bool = False
-    """The step has rows of one request only."""
+    """Whether the step has rows of one request only."""
     parents: tuple[tuple[Count, Parents], ...] = ()
-    """(attention rank, spans below which those of its part are) of ranks that asked for spans."""
+    """(attention rank, parent spans for its part of the step), for ranks that request spans."""
 
     def __post_init__(self) -> None:
         """Raises ``ValueError``, which the codec reports as a ``ProtocolError``."""
@@ -113,7 +113,7 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
             raise ValueError(f"parents must be at most {MAX_TRACED}")
 
     def grant(self, rank: int) -> Grant:
-        """Rows of one attention rank; none for a rank that the header does not name."""
+        """Rows of one attention rank; none for a rank without a grant."""
         for other, grant in self.grants:
             if other == rank:
                 return grant
@@ -121,7 +121,7 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
 
     @property
     def decode_rows(self) -> int:
-        """Decode rows of all ranks."""
+        """Number of decode rows of all ranks."""
         rows = 0
         for _, grant in self.grants:
             rows += grant.decode_rows
@@ -129,7 +129,7 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
 
     @property
     def prefill_rows(self) -> int:
-        """Prompt rows of all ranks."""
+        """Number of prompt rows of all ranks."""
         rows = 0
         for _, grant in self.grants:
             rows += grant.prefill_rows
@@ -137,18 +137,19 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
 
     @property
     def num_decodes(self) -> int:
-        """Sequences of all ranks that decode."""
+        """Number of decoding sequences of all ranks."""
         return sum(grant.num_decodes for _, grant in self.grants)
 
     def rows(self, rank: int, micro_batch: int) -> int:
-        """Rows of one attention rank in one micro-batch."""
+        """Number of rows of one attention rank in one micro-batch."""
         total = self.grant(rank).num_rows
         first = total if self.num_micro_batches == 1 else -(-total // 2)
         return first if micro_batch == 0 else total - first
 
     def edge_rows(self, rank: int, micro_batch: int) -> int:
-        """Rows of one micro-batch that an attention rank sends each expert rank; in an exact step,
-        the most that it may send."""
+        """Number of rows of one micro-batch that an attention rank sends to each expert rank; in an
+        exact step, the maximum.
+        """
         rows = self.rows(rank, micro_batch)
         if rows and self.bucket:
             rows = self.bucket

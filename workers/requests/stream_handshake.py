@@ -1,4 +1,4 @@
-"""How a gateway and an attention worker authenticate on the engine stream: bytes in, bytes out.
+"""Authentication between a gateway and an attention worker on the engine stream; no I/O.
 
     gateway                                      attention worker
     Hello (name, nonce, release)         ->
@@ -7,7 +7,7 @@
                                          <-      EngineHello (proof, facts)
 
 Neither side sends the token. Until the other side has proved that it knows the token, a side sends
-its name, its release, a nonce and a proof; the gateway proves first.
+only its name, its release, a nonce and a proof. The gateway proves first.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from cluster.core.release import check_release
 from workers.requests.wire import ENGINE_HELLO, EngineHello
 
 MAX_HELLO_BYTES = 4096
-"""Longest message before the proof."""
+"""Maximum size of a message before the proof."""
 
 
 class Hello(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
-    """A side's first message. Fields of another release are ignored, so that it can be named."""
+    """A side's first message. Unknown fields are ignored, so that errors can name the release."""
 
     name: str
     nonce: str = ""
@@ -43,7 +43,7 @@ PROOF: Codec[GatewayProof] = Codec(GatewayProof, "a gateway's proof", HandshakeE
 
 
 class _Handshake:
-    """What both sides share."""
+    """State of both sides of the handshake."""
 
     is_caller = False
 
@@ -65,16 +65,16 @@ class GatewayHandshake(_Handshake):
     is_caller = True
 
     def start(self) -> bytes:
-        """The first bytes to send."""
+        """The first message to send."""
         return HELLO.encode(self._mine)
 
     def answer(self, challenge: bytes) -> bytes:
-        """The proof."""
+        """Verify the worker's hello and return the proof."""
         self._greet(challenge)
         return PROOF.encode(GatewayProof(proof=self._proof.make_proof()))
 
     def finish(self, hello: bytes) -> EngineHello:
-        """The hello of a worker that knows the token."""
+        """Decode the hello of a worker and check that it knows the token."""
         facts = ENGINE_HELLO.decode(hello)
         if not self._proof.is_peer_proof(facts.proof):
             raise HandshakeError(f"{facts.worker} does not know the cluster token")
@@ -86,16 +86,16 @@ class WorkerHandshake(_Handshake):
 
     @property
     def gateway(self) -> str:
-        """The name that the gateway gives itself."""
+        """The name in the gateway's hello."""
         return self._theirs.name
 
     def challenge(self, hello: bytes) -> bytes:
-        """The answer to a gateway's first bytes."""
+        """The reply to a gateway's hello."""
         self._greet(hello)
         return HELLO.encode(self._mine)
 
     def finish(self, proof: bytes, facts: EngineHello) -> bytes:
-        """The hello to a gateway that knows the token."""
+        """Check that the gateway knows the token, and return the worker's hello."""
         if not self._proof.is_peer_proof(PROOF.decode(_bounded(proof)).proof):
             raise HandshakeError("the cluster token differs")
         return ENGINE_HELLO.encode(replace(facts, proof=self._proof.make_proof()))

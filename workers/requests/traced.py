@@ -1,6 +1,6 @@
-"""Below which spans those of a request's steps are: sent with a sampled request, and with a step.
+"""Parent spans for the spans of steps, sent with each sampled request and with each step.
 
-What is not sampled has none.
+Requests that are not sampled have none.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from msgspec import Meta
 from cluster.core.codec import Message, SpanIdBytes
 
 MAX_TRACED = 4
-"""Requests whose spans one step has, over all ranks."""
+"""Maximum number of traced requests in one step, over all ranks."""
 Parents = Annotated[tuple[SpanIdBytes, ...], Meta(max_length=MAX_TRACED)]
-"""Spans of requests, below which the spans of a step are."""
+"""Parent spans of the spans of a step."""
 
 
 class StepParents(Message, frozen=True, array_like=True):
-    """The spans of one request below which those of its steps are."""
+    """The parent spans of one request for the spans of its steps."""
 
     prefill: SpanIdBytes
-    """Of the steps that run rows of its prompt."""
+    """Parent for steps that run rows of its prompt."""
     decode: SpanIdBytes
-    """Of its other steps."""
+    """Parent for its other steps."""

@@ -26,13 +26,13 @@ from workers.requests.request import Queued, Request, SoloStep, StepOutput
 SERVICE = "expertmesh.v1.Engine"
 METHOD = "Stream"
 PATH = f"/{SERVICE}/{METHOD}"
-"""Path of the gRPC call; requests and answers are bytes."""
+"""Path of the gRPC call; requests and responses are bytes."""
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-"""Longest message in either direction."""
+"""Maximum message size in both directions."""
 
 
 class EngineHello(Message, frozen=True, kw_only=True):
-    """What a gateway must know before it can validate a request."""
+    """Facts that a gateway needs to validate a request."""
 
     worker: str
     proof: str = ""
@@ -43,7 +43,7 @@ class EngineHello(Message, frozen=True, kw_only=True):
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     max_kv_tokens: int
-    """Tokens that the whole KV pool holds; 0 while the weights load."""
+    """Number of tokens that the KV pool holds; 0 while the weights load."""
     dtype: str
     model_type: str
     hidden_size: int
@@ -53,61 +53,61 @@ class EngineHello(Message, frozen=True, kw_only=True):
     num_heads: int
     labels: tuple[str, ...] = ()
     pad_token_id: int | None = None
-    """Token that a classifier does not take for the last one."""
+    """Pad token; a classifier does not classify it."""
     problem_type: str = ""
-    """A classifier's kind of labels; empty where the checkpoint names none."""
+    """A classifier's problem type; empty if the checkpoint has none."""
     banks: tuple[RouterShape, ...] = ()
     kv_block_size: int = 0
-    """Tokens of a KV block; 0: requests share none."""
+    """Tokens of a KV block; 0 if requests share no blocks."""
     kv_length_matters_above: int | None = None
     """See ``ModelConfig.length_matters_above``."""
     keeps_copies: bool = False
-    """It takes ``KeepCopy``: it has host memory for KV blocks."""
+    """Whether it accepts ``KeepCopy``: it has host memory for KV blocks."""
 
 
 class Prefetch(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """A request that decodes at its ``kv_peer`` will move here: fetch its KV blocks now.
+    """Tells a worker to fetch the KV blocks of a request that will move to it from its ``kv_peer``.
 
-    The other worker goes on meanwhile. ``Prefetched`` is the answer.
+    The other worker continues to decode. ``Prefetched`` is the reply.
     """
 
     request: Request
-    """With the output so far of all its choices."""
+    """The request, with the output so far of all its choices."""
 
 
 class Prefetched(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """The blocks that a ``Prefetch`` asked for are here, as far as they could be fetched."""
+    """The blocks of a ``Prefetch`` are here, as far as they could be fetched."""
 
     request_id: str
     attempt: Count
 
 
 class Pause(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """A request is about to leave for another worker. Once each of its choices has ``num_tokens``,
-    no further step runs rows of it.
+    """Pauses a request that will move to another worker, once each of its choices has
+    ``num_tokens``.
 
-    ``Paused`` is the answer, after the last of its outputs. So the other worker need not compute a
-    token that is already being computed here. A request that may be about to run alone goes on,
-    without an answer.
+    The reply is ``Paused``, after the last of its outputs, so that the other worker need not
+    compute a token that this one is computing. A request that may be about to run alone continues
+    without a reply.
     """
 
     request_id: str
     num_tokens: Count = 0
-    """With the prompt."""
+    """Number of tokens, including the prompt."""
     is_over: bool = False
-    """It stays after all, and goes on; without an answer."""
+    """Whether to resume the request instead; there is no reply."""
 
 
 class Paused(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """All outputs of the request were sent, and no step computes more."""
+    """All outputs of the request have been sent, and no step computes more."""
 
     request_id: str
 
 
 class Relieve(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """The worker runs out of KV blocks, and would soon preempt this request.
+    """The worker is short of KV blocks and will soon preempt this request.
 
-    It does so unless another worker has room, to which the gateway moves the request.
+    The gateway can move the request to a worker with free blocks first.
     """
 
     request_id: str
@@ -119,40 +119,40 @@ class Abort(Message, frozen=True, kw_only=True, array_like=True, tag=True):
 
     request_id: str
     choices: tuple[int, ...] = ()
-    """None named: all."""
+    """Choices to end; empty for all."""
 
 
 class Ping(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """Comes back as it was sent."""
+    """Returned unchanged by the receiver."""
 
     number: int
 
 
 class KvResync(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """A gateway missed ``KvEvents``: the worker answers with all blocks."""
+    """Sent by a gateway that missed ``KvEvents``; the worker replies with all blocks."""
 
 
 class KeepCopy(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """Another worker has computed blocks that are wanted later: keep copies in host memory.
+    """Tells a worker to keep copies of another worker's blocks in host memory.
 
-    There is no answer: ``KvEvents`` name the blocks that have come. The worker reads those that it
-    lacks from ``source``, when it can.
+    There is no reply: ``KvEvents`` contain the received blocks. The worker reads the blocks that it
+    lacks from ``source`` when it can.
     """
 
     source: str
     """Name of the worker that has the blocks."""
     names: bytes
-    """Hashes of the blocks of one sequence, from its first on, joined."""
+    """Concatenated hashes of the blocks of one sequence, from the first on."""
     num_prompt: Count
-    """Blocks of them that the prompt had."""
+    """Number of these blocks that belong to the prompt."""
     tenant: str = ""
-    """Whose they are."""
+    """Tenant of the sequence."""
     session: str = ""
     """As in ``Request``, like the next two."""
     cache_ttl_s: float | None = None
     priority: int = 0
     may_outlive: bool = True
-    """Whether the hashes mean the same after a restart; those of adapters do not."""
+    """Whether the hashes stay valid after a restart; hashes of adapters do not."""
 
     def __post_init__(self) -> None:
         if not self.names or len(self.names) % HASH_BYTES:
@@ -160,7 +160,7 @@ class KeepCopy(Message, frozen=True, kw_only=True, array_like=True, tag=True):
 
     @property
     def hashes(self) -> tuple[BlockHash, ...]:
-        """The hashes one by one."""
+        """The separate hashes."""
         ends = range(HASH_BYTES, len(self.names) + 1, HASH_BYTES)
         return tuple(self.names[end - HASH_BYTES : end] for end in ends)
 

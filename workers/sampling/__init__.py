@@ -1,4 +1,4 @@
-"""From logits to tokens: logits processors, grammars, the sampler.
+"""Sampling of tokens from logits: logits processors, grammars, the sampler.
 
 Imports ``workers.requests``, ``workers.native``, torch and llguidance.
 """

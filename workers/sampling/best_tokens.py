@@ -1,7 +1,7 @@
-"""The best token of each row of logits, and whether all numbers of a row are finite.
+"""The best token of each row of logits, and whether all logits of a row are finite.
 
-On a CPU the logits' bits are compared as integers, without a copy in float32: those of positive
-floats have the order of the floats, and infinity and NaN are the largest of either sign.
+On a CPU the bits of the logits are compared as integers, without a float32 copy. The bits of
+positive floats have the order of the floats, and infinity and NaN are the largest of either sign.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ Bits = NDArray[np.signedinteger[Any]]
 _INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 """Signed integers of the same size."""
 _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F80_0000}
-"""Bits of plus infinity; those of NaN are above."""
+"""Bits of plus infinity; the bits of NaN are greater."""
 _UNSIGNED = {2: np.uint16, 4: np.uint32}
-"""By bytes."""
+"""Unsigned integer type by size in bytes."""
 
 
 def best_tokens(logits: Tensor) -> Tensor:
-    """[rows] int64: the best token of logits [rows, V], the lowest id of several.
+    """[rows] int64: the best token of each row of logits [rows, V]; the lowest id of several.
 
-    Any token for a row with NaN.
+    The token of a row with NaN is arbitrary.
     """
     if logits.device.type != "cpu":
         return logits.argmax(-1)
@@ -33,7 +33,7 @@ def best_tokens(logits: Tensor) -> Tensor:
 
 
 def finite_rows(logits: Tensor) -> Tensor:
-    """[rows] bool: no logit of [rows, V] is NaN or infinity."""
+    """[rows] bool: whether a row of [rows, V] has no NaN or infinity."""
     if logits.device.type != "cpu":
         # A sum is finite only if all its terms are; float32 has room for large sums.
         return torch.isfinite(logits.sum(-1, dtype=torch.float32))
@@ -42,7 +42,7 @@ def finite_rows(logits: Tensor) -> Tensor:
 
 
 def best_of_finite(logits: Tensor) -> Tensor:
-    """``best_tokens``, but -1 for rows that are not finite."""
+    """``best_tokens``, with -1 for rows that are not finite."""
     if logits.device.type != "cpu":
         return torch.where(finite_rows(logits), best_tokens(logits), -1)
     bits = _bits(logits)
@@ -52,7 +52,7 @@ def best_of_finite(logits: Tensor) -> Tensor:
 
 
 def _best(logits: Tensor, bits: Bits) -> tuple[NDArray[np.int64], Bits]:
-    """Best token of each row, and the largest of its bits."""
+    """Best token of each row, and the largest bits of each row."""
     tokens = bits.argmax(-1)
     largest: Bits = bits[np.arange(len(bits)), tokens]
     for row in (largest <= 0).nonzero()[0]:  # negative floats have the opposite order
@@ -61,8 +61,8 @@ def _best(logits: Tensor, bits: Bits) -> tuple[NDArray[np.int64], Bits]:
 
 
 def _is_finite(bits: Bits, largest: Bits, infinity: int) -> NDArray[np.bool_]:
-    """``finite_rows`` of bits [rows, V], where the largest of each row are known."""
-    unsigned = bits.view(_UNSIGNED[bits.itemsize])  # negative floats are above the others
+    """``finite_rows`` of bits [rows, V], given the largest of each row."""
+    unsigned = bits.view(_UNSIGNED[bits.itemsize])  # negative floats are greater than the others
     sign = 1 << (8 * bits.itemsize - 1)
     found: NDArray[np.bool_] = (largest < infinity) & (unsigned.max(-1) < sign + infinity)
     return found

@@ -1,19 +1,19 @@
-"""The draw of a token from a row of logits: by a native kernel, or by torch, its reference.
+"""Sampling of a token from a row of logits, by a native kernel or by torch, its reference.
 
-The weight of a token is 2 ** t for t = (logit - best logit) * log2(e) / temperature, as a whole
-number of units of 2 ** -40. Whole numbers have the same sum in any order, and all else is done with
-each number alone, by operations that IEEE 754 defines to the last bit. So a row's token depends
-neither on its batch nor on the number of threads, nor on whether the kernel draws it
-(``workers/native/c/draw.c``) or torch on any device. Tokens of less than 2 ** -41 (5e-13) of the
-best token's weight are never drawn.
+The weight of a token is 2 ** t for t = (logit - best logit) * log2(e) / temperature, as an integer
+in units of 2 ** -40. Integers have the same sum in any order, and all other operations are
+elementwise and defined by IEEE 754 to the last bit. So a row's token depends neither on its batch
+nor on the number of threads, nor on whether the kernel (``workers/native/c/draw.c``) or torch on
+any device samples it. Tokens with less than 2 ** -41 (5e-13) of the best token's weight are never
+sampled.
 
 Limits drop the tokens below a floor of t, so tokens that tie with the last one kept are kept too.
 
-Logits of a row that is served alone and in a batch may differ by rounding, and a token is drawn at
-the edge of its interval now and then. One number for the whole cumulative distribution meets an
-edge of any of V tokens: at a rounding of 2e-6 that changed 1 of 8000 tokens (V = 1024) or 1 of 400
-(V = 50304). A walk down a tree of 16 branches a node, with a number for each level, meets 15 edges
-a level: 1 of 400000.
+Logits of a row alone and in a batch may differ by rounding, which changes the sampled token if the
+random number is at the edge of its interval. With one number for the whole cumulative distribution,
+the edges of all V tokens count: at a rounding error of 2e-6, 1 of 8000 tokens (V = 1024) or 1 of
+400 (V = 50304) changed. A walk down a tree with 16 branches per node and one number per level meets
+15 edges per level: 1 of 400000 changed.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from workers.sampling.best_tokens import best_of_finite, best_tokens
 from workers.sampling.logits_processors import SamplingRow
 
 NOT_FINITE, NONE_ALLOWED = -1, -2
-"""In place of a token: NaN or infinity in the logits; all tokens are masked."""
+"""Returned instead of a token: NaN or infinity in the logits; all tokens are masked."""
 _MASK64 = (1 << 64) - 1
 _BRANCHES = 16
-"""Branches of a node in the walk that draws a token."""
+"""Branches of a node in the tree walk."""
 _FIRST_CANDIDATES = 256
-"""Best tokens looked at for top_p before all are sorted."""
+"""Number of best tokens to try for top_p before all are sorted."""
 _LOG2_E = math.log2(math.e)
 _LEAST_SCALE = float(np.finfo(np.float32).tiny)
-"""Of the hottest temperatures; a masked logit times 0 would not be a number."""
+"""Smallest scale, for the highest temperatures; a masked logit times 0 would be NaN."""
 _WEIGHT_BITS = 40
 _COEFFICIENTS = (
     0.0013264723820611835,
@@ -53,18 +53,18 @@ _COEFFICIENTS = (
     0.6931470036506653,
     1.0,
 )
-"""Of 2 ** x for x in [-0.5, 0.5], the highest power first: float32 numbers, see ``c/weights.h``."""
+"""Polynomial of 2 ** x for x in [-0.5, 0.5], highest power first; see ``c/weights.h``."""
 _CACHED_LOGITS = 1 << 18
-"""Logits that a CPU works on at a time: they and their weights stay in its caches."""
+"""Number of logits that a CPU processes at a time, so that they and their weights stay in cache."""
 
 
 def draw(
     logits: Tensor, rows: Sequence[SamplingRow], is_masked: bool = False, team: Team | None = None
 ) -> Tensor:
-    """Tokens [rows] int64 of logits [rows, V], or ``NOT_FINITE`` or ``NONE_ALLOWED``.
+    """Sample tokens [rows] int64 from logits [rows, V], or ``NOT_FINITE`` or ``NONE_ALLOWED``.
 
-    ``is_masked``: logits of minus infinity must not be drawn, and the others are finite. The kernel
-    draws where there is a ``team`` and it has the type of the logits.
+    ``is_masked``: logits of minus infinity must not be sampled, and the others are finite. The
+    kernel is used if there is a ``team`` and the kernel supports the dtype.
     """
     how = _draw_rows(rows)
     if team is not None and can_draw(logits):
@@ -78,20 +78,20 @@ def draw(
     for first in range(0, len(drawn), size):
         part = drawn[first : first + size]
         places = to_device(part, logits.device)
-        most = best[places].clamp(min=0).unsqueeze(1)  # of a row that fails, any
+        most = best[places].clamp(min=0).unsqueeze(1)  # arbitrary for a failed row
         values = logits[places]
         tokens[places] = _draw(values.float() - values.gather(1, most).float(), how[part])
     return torch.where(best < 0, best, tokens)
 
 
 def _draw_rows(rows: Sequence[SamplingRow]) -> NDArray[Any]:
-    """[rows] ``DRAW_ROW``."""
+    """Rows in the kernel's layout: [rows] ``DRAW_ROW``."""
     found = [(r.params.seed & _MASK64, r.choice, r.index, *_limits(r)) for r in rows]
     return np.array(found, dtype=DRAW_ROW)
 
 
 def _limits(row: SamplingRow) -> tuple[float, float, float, int]:
-    """top_p, scale, floor and top_k."""
+    """The row's top_p, scale, floor and top_k."""
     params = row.params
     if row.is_greedy:
         return 1.0, 0.0, 0.0, 0
@@ -100,14 +100,14 @@ def _limits(row: SamplingRow) -> tuple[float, float, float, int]:
 
 
 def _best_allowed(logits: Tensor) -> Tensor:
-    """[rows]: the best token of masked logits [rows, V]."""
+    """[rows]: the best token of masked logits [rows, V], or ``NONE_ALLOWED``."""
     best = best_tokens(logits)
     values = logits.gather(1, best.unsqueeze(1)).squeeze(1)
     return torch.where(torch.isfinite(values), best, NONE_ALLOWED)
 
 
 def _draw(below: Tensor, how: NDArray[Any]) -> Tensor:
-    """Tokens [rows] of float32 logits [rows, V] from which the best one is subtracted."""
+    """Sample tokens [rows] from float32 logits [rows, V] minus the best one."""
     numbers = _numbers(how, below)
     t = below.mul_(numbers.scale)
     floor = _floors(t, how, numbers)
@@ -119,7 +119,7 @@ def _draw(below: Tensor, how: NDArray[Any]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Numbers:
-    """How tokens are drawn from float32 numbers t, on the device."""
+    """Sampling parameters for float32 values t, on the device."""
 
     top_p: Tensor
     """[rows, 1] float64."""
@@ -130,11 +130,11 @@ class _Numbers:
     top_k: Tensor
     """[rows, 1] int64; 0: no limit."""
     uniform: Tensor
-    """[rows, levels] float64: ``uniforms`` of each level of the walk."""
+    """[rows, levels] float64: ``uniforms`` for each level of the walk."""
 
 
 def _numbers(how: NDArray[Any], like: Tensor) -> _Numbers:
-    """The numbers of ``DRAW_ROW`` [rows] in one copy to the device of logits [rows, V]."""
+    """Copy the parameters of ``DRAW_ROW`` [rows] to the device of logits [rows, V] at once."""
     vocab_size, num_levels = like.shape[1], 1
     while _BRANCHES**num_levels < vocab_size:
         num_levels += 1
@@ -147,7 +147,7 @@ def _numbers(how: NDArray[Any], like: Tensor) -> _Numbers:
 
 
 def token_weights(t: Tensor) -> Tensor:
-    """int64: 2 ** (t + 40) of float32 numbers t up to 0, within 2e-7, as ``c/weights.h`` has it."""
+    """int64: 2 ** (t + 40) of float32 values t up to 0, within 2e-7, as in ``c/weights.h``."""
     t = t.clamp(min=-2.0 - _WEIGHT_BITS)
     whole = t.round()
     rest = t.sub_(whole)
@@ -160,7 +160,7 @@ def token_weights(t: Tensor) -> Tensor:
 
 
 def _floors(t: Tensor, how: NDArray[Any], numbers: _Numbers) -> Tensor | None:
-    """[rows, 1]: tokens of a lower t are dropped; None: no row drops any."""
+    """[rows, 1]: tokens with a lower t are dropped; None if no row drops any."""
     has_top_p = bool((how["top_p"] < 1).any())
     if has_top_p or (how["top_k"] > 0).any():
         return torch.maximum(numbers.floor, _truncations(t, how["top_k"], numbers, has_top_p))
@@ -168,7 +168,7 @@ def _floors(t: Tensor, how: NDArray[Any], numbers: _Numbers) -> Tensor | None:
 
 
 def _truncations(t: Tensor, top_k: NDArray[np.int64], numbers: _Numbers, has_top_p: bool) -> Tensor:
-    """[rows, 1]: the lowest t that top_k, then top_p keep."""
+    """[rows, 1]: the lowest t kept by top_k, then by top_p."""
     vocab_size = t.shape[1]
     limits = top_k[top_k < vocab_size]
     is_off = numbers.top_p >= 1
@@ -190,9 +190,9 @@ def _truncations(t: Tensor, top_k: NDArray[np.int64], numbers: _Numbers, has_top
 
 
 def _descend(cumulative: Tensor, numbers: Tensor) -> Tensor:
-    """Tokens [rows] under sums of weights [rows, V] int64, with ``_Numbers.uniform``.
+    """Tokens [rows] for cumulative weights [rows, V] int64, with ``_Numbers.uniform``.
 
-    Each level splits the interval of tokens that is left into 16 and picks one by its weight.
+    Each level splits the remaining interval of tokens into 16 and selects one by its weight.
     """
     device, vocab_size, num_levels = cumulative.device, cumulative.shape[1], numbers.shape[1]
     first = torch.zeros(len(cumulative), 1, dtype=torch.int64, device=device)
@@ -203,14 +203,14 @@ def _descend(cumulative: Tensor, numbers: Tensor) -> Tensor:
         below = cumulative.gather(1, (edges - 1).clamp_(min=0)).masked_fill_(edges == 0, 0)
         low, weight = below[:, :1], below[:, -1:] - below[:, :1]
         part = (numbers[:, level : level + 1] * weight.double()).long()
-        target = low + torch.minimum(part, weight - 1)  # rounding must not reach the next one
+        target = low + torch.minimum(part, weight - 1)  # rounding must not reach the next token
         branch = torch.searchsorted(below[:, 1:].contiguous(), target, right=True)
         first = edges.gather(1, branch)
     return first.squeeze(1)
 
 
 def uniforms(values: NDArray[np.uint64], num_levels: int) -> NDArray[np.float64]:
-    """[rows, num_levels] numbers in [0, 1) for seed, choice and index [rows, 3], for all releases.
+    """[rows, num_levels] numbers in [0, 1) from seed, choice and index [rows, 3]; never changed.
 
     Source: splitmix64 (Steele, Lea and Flood 2014), chained over the three values and the level.
     """
@@ -222,7 +222,7 @@ def uniforms(values: NDArray[np.uint64], num_levels: int) -> NDArray[np.float64]
 
 
 def _splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Modulo 2 ** 64, as numpy computes."""
+    """One step of splitmix64, modulo 2 ** 64."""
     z = state + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,14 +1,14 @@
-"""A grammar along an output: which tokens may come next, and whether any may.
+"""A grammar state for an output: the tokens that may come next, and whether any may.
 
-The parser is llguidance. A ``GrammarState`` is a function of (grammar, output tokens) alone: asking
-for a mask changes nothing, only ``advance`` does, and that is called at commit. So a step that is
-run again, a preemption or a resubmission with the output so far all find the same state; and the
-mask of a step's token can be found on another thread while the step computes its logits.
+The parser is llguidance. A ``GrammarState`` depends only on the grammar and the output tokens.
+Computing a mask does not change it; only ``advance`` does, which is called at commit. So a repeated
+step, a preemption and a resubmission with the output so far all have the same state. The mask of a
+step can be computed on another thread while the step computes its logits.
 
-States of one compiled grammar share a lexer, which caches its states; that makes masks cheap. But a
-lexer that reached a limit, or a bug, fails for all of them: so a state that fails builds a lexer of
-its own and follows its output again. Only a failure there is due to the output itself. The compiler
-does not use the shared lexer for later requests.
+States of one compiled grammar share a lexer with a cache, which makes masks cheap. But a lexer that
+has reached a limit or a bug fails for all of them. A state that fails therefore creates its own
+lexer and replays its output. Only a failure after that is caused by the output itself. The compiler
+does not use the failed lexer for later requests.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from cluster.core.errors import RequestError
 from workers.requests.request import Grammar, GrammarKind
 
 _MAX_RENEWED_CHARS = 8192
-"""Longer grammars are not compiled again: it would hold up the engine's thread."""
+"""Longer grammars are not compiled again, which would block the engine's thread."""
 _MAX_MESSAGE_CHARS = 300
 
 
 @dataclass(frozen=True, slots=True)
 class TokenMask:
-    """Which tokens may come next."""
+    """The tokens that may come next."""
 
     allowed: Tensor
     """[V] bool on the CPU."""
     must_end: bool
-    """Nothing but an end of the text is possible."""
+    """Whether only the end of the text is possible."""
 
 
 class MaskReader:
-    """Asks parsers for masks. For any thread.
+    """Reads masks from parsers. For any thread.
 
     Args:
         vocab_size: of the model.
@@ -54,7 +54,7 @@ class MaskReader:
         self._eos = np.array(eos_token_ids, dtype=np.int64)
 
     def read(self, matcher: llguidance.LLMatcher) -> TokenMask:
-        """The mask of a matcher's state; all False where it failed."""
+        """The mask of a matcher's state; all False if the matcher failed."""
         words = np.zeros(-(-self._vocab_size // 32), dtype=np.uint32)
         matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         bits = np.unpackbits(words.view(np.uint8), count=self._vocab_size, bitorder="little")
@@ -67,10 +67,10 @@ class MaskReader:
 
 
 class GrammarState:
-    """A grammar along one choice's output. Belongs to the engine's thread.
+    """State of a grammar after one choice's output. For the engine's thread.
 
-    Between ``prepare`` and the next ``mask`` or ``advance``, its parser belongs to the thread that
-    finds the mask.
+    Between ``prepare`` and the next ``mask`` or ``advance``, only the thread that computes the mask
+    may use the parser.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class GrammarState:
         self._prepared: Future[TokenMask] | None = None
 
     def prepare(self, pool: Executor) -> None:
-        """Begin to find the next mask on another thread, if that has not begun."""
+        """Start to compute the next mask on another thread, if not started."""
         if self._prepared is None:
             self._prepared = pool.submit(self._find_mask)
 
     def mask(self) -> TokenMask:
-        """Which tokens may come next; changes nothing."""
+        """The tokens that may come next. Does not change the state."""
         return self._find_mask() if self._prepared is None else self._prepared.result()
 
     def _find_mask(self) -> TokenMask:
@@ -108,16 +108,16 @@ class GrammarState:
 
     @property
     def is_complete(self) -> bool:
-        """The output follows the grammar, and nothing can be added to it."""
+        """Whether the output matches the grammar, and no token can be added."""
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
     @property
     def error(self) -> str | None:
-        """Why no token can follow; None without an error."""
+        """The parser's error; None without an error."""
         return shorten(self._matcher.get_error()) if self._matcher.is_error() else None
 
     def _renew(self) -> bool:
-        """Try once with a lexer of its own; whether that helped."""
+        """Retry once with a separate lexer; returns whether that helped."""
         if self._has_own_lexer:
             return False
         self._has_own_lexer = True
@@ -130,19 +130,19 @@ class GrammarState:
 
 @dataclass(slots=True, eq=False)
 class CompiledGrammar:
-    """A grammar that outputs can be started from; made by ``GrammarCompiler``."""
+    """A compiled grammar, from which states are created; made by ``GrammarCompiler``."""
 
     grammar: Grammar
     matcher: llguidance.LLMatcher
     """The state before any token."""
     masks: MaskReader
     make_matcher: Callable[[], llguidance.LLMatcher]
-    """Compiles the grammar once more."""
+    """Compiles the grammar again."""
     is_spoiled: bool = False
-    """The shared lexer has failed."""
+    """Whether the shared lexer has failed."""
 
     def start(self, output: Sequence[int] = ()) -> GrammarState:
-        """State after the tokens ``output``. Raises ``RequestError`` if they do not follow it."""
+        """State after the tokens ``output``. Raises ``RequestError`` if they do not match."""
         state = GrammarState(self, self.matcher.deep_copy(), output)
         if not self.replay(state._matcher, output) and not state._renew():
             message = "output_so_far does not follow the request's grammar"
@@ -150,14 +150,14 @@ class CompiledGrammar:
         return state
 
     def renew(self) -> llguidance.LLMatcher | None:
-        """The state before any token, with a lexer of its own; None where that would take long."""
+        """The state before any token, with a separate lexer; None if the grammar is too long."""
         self.is_spoiled = True
         return self.make_matcher() if len(self.grammar.text) <= _MAX_RENEWED_CHARS else None
 
     def replay(self, matcher: llguidance.LLMatcher, output: Sequence[int]) -> bool:
-        """Add the tokens of an output; whether all could be.
+        """Add the tokens of an output; returns whether all could be added.
 
-        Lark grammars may count tokens (``max_tokens``): masks are asked for as the first time.
+        Lark grammars may count tokens (``max_tokens``), so masks are computed as in the first run.
         """
         if self.grammar.kind is not GrammarKind.LARK:
             return not output or bool(matcher.consume_tokens(list(output)))
@@ -169,7 +169,7 @@ class CompiledGrammar:
 
 
 def shorten(reason: str) -> str:
-    """A parser's message for clients: one line, which may otherwise quote a whole grammar."""
+    """Shorten a parser's message, which may quote a whole grammar, to one line for clients."""
     reason = reason.replace("<non-verbose/>", "").partition("<backtrace>")[0]
     line = " ".join(reason.split())
     return line if len(line) <= _MAX_MESSAGE_CHARS else f"{line[:_MAX_MESSAGE_CHARS]}..."

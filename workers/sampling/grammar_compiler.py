@@ -1,8 +1,9 @@
 """Compiles the grammars of requests.
 
-The size of a grammar is bounded by the gateway (``gateway/text/forms/structured.py``). llguidance
-counts its own work and gives up beyond a limit, in compiling as in masking, so that no grammar runs
-without end. ``workers/process/intake/grammar_compilations.py`` runs it outside the engine's thread.
+The gateway limits the size of a grammar (``gateway/text/forms/structured.py``). llguidance counts
+its own work and fails beyond a limit, in compilation and in masks, so that no grammar runs
+indefinitely. ``workers/process/intake/grammar_compilations.py`` calls it outside the engine's
+thread.
 """
 
 from __future__ import annotations
@@ -23,28 +24,28 @@ from workers.requests.request import Grammar, GrammarKind, GrammarPart
 from workers.sampling.grammar import CompiledGrammar, MaskReader, shorten
 
 CACHED_GRAMMARS = 64
-"""Compiled grammars that a worker keeps, the latest used."""
+"""Number of compiled grammars that a worker caches, the most recently used."""
 _MAX_ITEMS_A_STEP = 50_000
-"""Parser items for one mask. A hostile grammar that reaches it takes up to 0.2 s, once."""
+"""Limit of parser items per mask. A hostile grammar that reaches it takes up to 0.2 s, once."""
 _MAX_ITEMS_IN_ROW = 8_000
-"""Parser items at one place of the text; an object with 600 optional properties has 2400."""
+"""Limit of parser items at one position; an object with 600 optional properties has 2400."""
 _MAX_LEXER_STATES = 30_000
-"""States of a lexer, which all outputs of a grammar share; so many took 3 MB."""
+"""Limit of lexer states, which all outputs of a grammar share; this number took 3 MB."""
 _MAX_FIRST_MASK_S = 0.1
-"""CPU time of the first mask; 0.01 s is much."""
+"""Limit of the CPU time of the first mask; 0.01 s is much."""
 _NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
-"""Lets the model choose tokens where only one text is possible. With ``%ignore``, llguidance 1.9
-looks for the end of such a text for ever, as in ``start: "x" " y"`` and ``%ignore / +/``."""
+"""Lets the model choose tokens even where only one text is possible. With ``%ignore``, llguidance
+1.9 searches the end of such a text endlessly, as in ``start: "x" " y"`` and ``%ignore / +/``."""
 _OPTIONS = "x-guidance"
-"""Where a schema carries options for llguidance."""
+"""Key of a schema with options for llguidance."""
 _KNOWN_OPTIONS = ("whitespace_flexible", "coerce_one_of", "lenient")
-"""Those that clients may set; separators with blanks lead to the endless search, too."""
+"""Options that clients may set; separators with blanks would cause the endless search, too."""
 _WHITE_SPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,32}"
-"""Between the parts of a JSON text, unless its schema says otherwise: blanks, or a new line."""
+"""White space in JSON text unless the schema specifies it: blanks, or a new line."""
 
 
 class GrammarCompiler:
-    """Compiles grammars for one vocabulary, and keeps the latest ones. Any thread may call it.
+    """Compiles grammars for one vocabulary and caches them. Any thread may call it.
 
     Args:
         folder: the checkpoint; its ``tokenizer.json`` is read by ``prepare``, or for the first
@@ -52,7 +53,7 @@ class GrammarCompiler:
         vocab_size: of the model.
         eos_token_ids: tokens that end the text.
         cache_size: see ``CACHED_GRAMMARS``.
-        max_lexer_states: states of a grammar's lexer.
+        max_lexer_states: limit of states of a grammar's lexer.
     """
 
     def __init__(
@@ -88,10 +89,10 @@ class GrammarCompiler:
             self._load_tokenizer("structured_outputs")
 
     def cached(self, grammar: Grammar, owner: str = "") -> CompiledGrammar | None:
-        """A grammar that was compiled for this owner before, if it is still here and fit for use.
+        """A cached grammar of this owner, unless its lexer has failed; else None.
 
-        ``owner`` is the ``cache_salt`` of a request: the time that its grammar takes does not tell
-        which grammars others use.
+        ``owner`` is the ``cache_salt`` of a request, so that compile times do not reveal the
+        grammars of others.
         """
         with self._lock:
             known = self._cache.get((owner, grammar))
@@ -106,7 +107,7 @@ class GrammarCompiler:
         ``owner`` as in ``cached``.
 
         Raises:
-            RequestError: it is wrong, can never be followed, or is too complex.
+            RequestError: the grammar is invalid, can never be matched, or is too complex.
             UnsupportedParameterError: this model's tokenizer cannot be used for grammars.
         """
         if known := self.cached(grammar, owner):
@@ -120,7 +121,7 @@ class GrammarCompiler:
         return compiled
 
     def _evict(self) -> None:
-        """Drop the grammar that was not used for longest, of the owner with most grammars."""
+        """Evict the least recently used grammar of the owner with the most grammars."""
         counts = Counter(owner for owner, _ in self._cache)
         largest = max(counts.values())
         oldest = next(key for key in self._cache if counts[key[0]] == largest)
@@ -136,7 +137,7 @@ class GrammarCompiler:
         return self._compile_text(grammar, weaker)
 
     def _compile_text(self, grammar: Grammar, text: str) -> CompiledGrammar:
-        """``grammar`` with ``text`` in place of its own."""
+        """Compile ``grammar`` with ``text`` instead of its own."""
         tokenizer = self._load_tokenizer(grammar.field)
         try:
             source = _to_source(grammar.kind, text)
@@ -150,11 +151,11 @@ class GrammarCompiler:
         return CompiledGrammar(grammar, matcher, self._masks, make)
 
     def _weakened(self, grammar: Grammar) -> str:
-        """The text with fallbacks in place of parts that do not compile; of all parts, if each of
-        them compiles alone.
+        """The text with fallbacks for the parts that do not compile; for all parts, if each of them
+        compiles alone.
 
         Raises:
-            RequestError: a part that has none does not compile.
+            RequestError: a part without a fallback does not compile.
         """
         lines = grammar.text.split("\n")
         places = {line.partition(":")[0]: place for place, line in enumerate(lines)}
@@ -165,7 +166,7 @@ class GrammarCompiler:
         return "\n".join(lines)
 
     def _fits(self, part: GrammarPart, line: str) -> bool:
-        """Whether a part compiles. Raises ``RequestError`` where it does not and must."""
+        """Whether a part compiles. Raises ``RequestError`` if it does not and has no fallback."""
         alone = Grammar(kind=GrammarKind.LARK, text="", field=part.label)
         try:
             self._compile_text(alone, f"start: {part.rule}\n{line}\n")
@@ -176,14 +177,14 @@ class GrammarCompiler:
         return True
 
     def _try_first_mask(self, grammar: Grammar, matcher: llguidance.LLMatcher) -> None:
-        """Refuse what cannot be followed, or would hold up the engine's thread."""
+        """Refuse a grammar that cannot be matched, or would block the engine's thread."""
         probe = matcher.deep_copy()
         started_s = time.thread_time()
         mask = self._masks.read(probe)
         if probe.is_error() or not bool(mask.allowed.any()):
-            raise _refuse(grammar, probe.get_error() or "no token can begin it")
+            raise _refuse(grammar, probe.get_error() or "no token can start it")
         if time.thread_time() - started_s > _MAX_FIRST_MASK_S:
-            raise _refuse(grammar, "finding the tokens that can begin it takes too much work")
+            raise _refuse(grammar, "finding the tokens that can start it takes too much work")
 
     def _load_tokenizer(self, field: str) -> llguidance.LLTokenizer:
         with self._loading:
@@ -207,7 +208,7 @@ class GrammarCompiler:
 
 
 def _to_source(kind: GrammarKind, text: str) -> str:
-    """What llguidance compiles. Raises ``ValueError``."""
+    """Convert to llguidance's source format. Raises ``ValueError``."""
     matcher = llguidance.LLMatcher
     if kind is GrammarKind.JSON_SCHEMA:
         return _json_source(text)
@@ -220,7 +221,7 @@ def _to_source(kind: GrammarKind, text: str) -> str:
 
 
 def _json_source(schema: str) -> str:
-    """With bounded white space: a small model may otherwise write nothing else, for ever."""
+    """Source with bounded white space, as a small model may otherwise write it endlessly."""
     value = json.loads(schema)
     options = value.pop(_OPTIONS, None) or {}
     if not isinstance(options, dict) or not all(

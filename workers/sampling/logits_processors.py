@@ -1,10 +1,10 @@
-"""Logits processors: penalties, bias and masks that change logits before a token is drawn.
+"""Logits processors: penalties, bias and masks that change logits before sampling.
 
 They run on float32 in this order: repetition, frequency and presence penalty, ``logit_bias``, then
-the masks. Each mask sets logits to minus infinity, so their order does not matter: all tokens but
-``allowed_token_ids``, the ends of ``bad_words``, the ending tokens below ``min_tokens``, and the
-tokens that the grammar does not allow. Where a grammar allows nothing but the end of the text, the
-text ends whatever the other masks say.
+the masks. Each mask sets logits to minus infinity, so their order does not matter. Masked are
+tokens outside ``allowed_token_ids``, the last tokens of ``bad_words``, the ending tokens below
+``min_tokens``, and tokens that the grammar does not allow. If a grammar allows only the end of the
+text, the other masks are ignored.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _LARGEST_LOGIT = 1e30
 """Bound of logits after penalties; divided by any temperature it is still finite."""
 _MASKED = float("-inf")
 _MORE_TOKENS = 64
-"""Least room for tokens that an output has for the first time; it doubles each time."""
+"""Minimum capacity to add for new tokens of an output; the arrays double each time."""
 _GREEDY_BELOW = 1e-5
-"""Temperatures below are taken for 0."""
+"""Lower temperatures count as 0."""
 
 
 class TokenCounts:
-    """How often a sequence has each token, for penalties. Arrays that grow with the output."""
+    """Counts of a sequence's tokens, for penalties, in arrays that grow with the output."""
 
     def __init__(
         self, params: SamplingParams, prompt: Iterable[int], output: Sequence[int]
     ) -> None:
-        """``output`` is the sequence's own list: tokens that are added to it later count too."""
+        """``output`` is the sequence's own list; tokens appended later count too."""
         known = dict.fromkeys(prompt) if params.repetition_penalty != 1.0 else {}
         self._place = {token: place for place, token in enumerate(known)}
         self._tokens: NDArray[np.int64] = np.array(list(known), dtype=np.int64)
@@ -46,7 +46,7 @@ class TokenCounts:
         self._num_counted = 0
 
     def _count(self, token: int) -> None:
-        """One more of a token in the output."""
+        """Count a token of the output."""
         place = self._place.setdefault(token, len(self._place))
         if place == len(self._tokens):
             room = len(self._tokens) + _MORE_TOKENS
@@ -56,9 +56,9 @@ class TokenCounts:
         self._in_output[place] += 1
 
     def arrays(self, drafted: Sequence[int] = ()) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The tokens, each once, and how often each is in the output; not to be kept.
+        """The distinct tokens, and their counts in the output. Do not keep the arrays.
 
-        ``drafted``: tokens that may follow it, and count too.
+        ``drafted``: tokens after the output, which count too.
         """
         for token in self._output[self._num_counted :]:
             self._count(token)
@@ -69,7 +69,7 @@ class TokenCounts:
     def _with(
         self, drafted: Sequence[int], tokens: NDArray[np.int64], in_output: NDArray[np.float32]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Copies of the arrays, with more tokens."""
+        """Copies of the arrays that include the ``drafted`` tokens."""
         new = [token for token in dict.fromkeys(drafted) if token not in self._place]
         place = self._place | dict(
             zip(new, range(len(tokens), len(tokens) + len(new)), strict=True)
@@ -84,7 +84,7 @@ class BadWords:
     """Token sequences that must not be in an output: the last token is masked after the others.
 
     For example, with (4, 5) and (6,) token 6 is always masked, and 5 after a 4. As in vLLM, only
-    the output counts: a word that begins in the prompt may be completed.
+    the output counts: a word that starts in the prompt may be completed.
     """
 
     def __init__(self, words: Iterable[tuple[int, ...]]) -> None:
@@ -107,34 +107,34 @@ class BadWords:
 
 
 class SamplingRow(Struct, frozen=True):
-    """One row of logits that a token is drawn from."""
+    """One row of logits that a token is sampled from."""
 
     params: SamplingParams
     choice: int
     """Index of the choice in its request."""
     index: int
-    """Place of the new token in the choice's output."""
+    """Position of the new token in the choice's output."""
     counts: TokenCounts | None = None
-    """Set where penalties are used."""
+    """Token counts; None without penalties."""
     banned_tokens: tuple[int, ...] = ()
-    """Tokens that must not be drawn now (``min_tokens``, ``bad_words``)."""
+    """Tokens that must not be sampled now (``min_tokens``, ``bad_words``)."""
     grammar: GrammarState | None = None
     drafted: tuple[int, ...] = ()
-    """Tokens between the output and the new one, which is drawn as if they were accepted."""
+    """Draft tokens between the output and the new token, which are assumed to be accepted."""
 
     @property
     def is_greedy(self) -> bool:
-        """The best token is taken."""
+        """Whether the best token is taken."""
         return self.params.temperature < _GREEDY_BELOW
 
     @property
     def takes_best(self) -> bool:
-        """The best token of the logits as they are, without logprobs, is all that is asked for."""
+        """Whether only the best token of the unchanged logits is needed, without logprobs."""
         return self.is_greedy and self.params.logprobs is None and self.is_plain
 
     @property
     def is_plain(self) -> bool:
-        """Logits are used as they are."""
+        """Whether the logits are used unchanged."""
         params = self.params
         return (
             self.counts is None
@@ -146,7 +146,7 @@ class SamplingRow(Struct, frozen=True):
 
 
 class LogitsProcessors:
-    """The processors of one sequence, which follow its output."""
+    """The processors of one sequence, updated with its output."""
 
     def __init__(
         self,
@@ -163,15 +163,15 @@ class LogitsProcessors:
             self._counts = TokenCounts(params, sequence.request.prompt, sequence.output)
         self._bad_words = BadWords(params.bad_words) if params.bad_words else None
         self.grammar = grammar
-        """State after the output; None without a grammar."""
+        """Grammar state after the output; None without a grammar."""
 
     def rows(self, drafts: tuple[int, ...]) -> list[SamplingRow]:
-        """How the next token is drawn, and those behind each of ``drafts``; with no grammar."""
-        assert not drafts or self.grammar is None, "a grammar does not follow drafts"
+        """Rows for the next token and the token after each of ``drafts``; not with a grammar."""
+        assert not drafts or self.grammar is None, "drafts are not supported with a grammar"
         return [self.row(drafts[:count]) for count in range(len(drafts) + 1)]
 
     def row(self, drafted: tuple[int, ...] = ()) -> SamplingRow:
-        """How the token behind the output and ``drafted`` is drawn."""
+        """Row for the token after the output and ``drafted``."""
         sequence = self._sequence
         index = len(sequence.output) + len(drafted)
         banned = self._banned(index, drafted)
@@ -185,7 +185,7 @@ class LogitsProcessors:
         if index < params.min_tokens:
             banned = (() if params.ignore_eos else self._eos) + params.stop_token_ids
         if params.ignore_eos and self.grammar is not None:
-            banned += self._eos  # only a grammar that is complete may end it
+            banned += self._eos  # only a complete grammar may end the output
         if self._bad_words is not None:
             output = self._sequence.output
             banned += self._bad_words.banned([*output, *drafted] if drafted else output)
@@ -195,7 +195,7 @@ class LogitsProcessors:
 def apply_processors(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Logits [rows, V] after each row's processors, float32 unless no row has any.
 
-    The given logits stay as they are.
+    The input is not changed.
     """
     if all(row.is_plain for row in rows):
         return logits
@@ -208,7 +208,7 @@ def apply_processors(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def penalize(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
-    """Repetition, frequency and presence penalty, in place: contiguous float32 logits [rows, V]."""
+    """Apply repetition, frequency and presence penalty in place to contiguous float32 [rows, V]."""
     places: list[NDArray[np.int64]] = []
     columns: list[NDArray[np.float32]] = []
     for number, row in enumerate(rows):
@@ -234,7 +234,7 @@ def penalize(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
 
 
 def _apply(row: SamplingRow, values: Tensor) -> None:
-    """Change one row [V] in place, after its penalties."""
+    """Apply bias and masks to one row [V] in place."""
     params = row.params
     if params.logit_bias:
         ids, bias = zip(*params.logit_bias, strict=True)

@@ -1,9 +1,9 @@
-"""From logits to tokens. Pure: what is drawn depends on a row's logits, parameters and history.
+"""Sampling from logits to tokens. Pure: a token depends on a row's logits, parameters and history.
 
-Penalties, bias and masks come first (``workers/sampling/logits_processors.py``); then temperature,
+Penalties, bias and masks are first (``workers/sampling/logits_processors.py``); then temperature,
 top_k, top_p, min_p and the draw (``workers/sampling/draws.py``). At temperature 0 the best token is
-taken, ties to the lowest id. Randomness is a few uniform numbers that are a function of (seed,
-choice, index of the token) alone: the batch, restarts and other machines do not change it.
+taken, with ties to the lowest id. Randomness is a few uniform numbers that depend only on (seed,
+choice, index of the token), not on the batch, restarts or the machine.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from workers.sampling.logits_processors import SamplingRow, apply_processors
 Score = Callable[
     [Tensor, Sequence[int], Sequence[int], Sequence[Sequence[int]]], list[TokenLogprob]
 ]
-"""``logprob_entries`` or its like."""
+"""``logprob_entries`` or a function with the same signature."""
 
 
 class DrawFailure(Enum):
-    """Why no token could be drawn."""
+    """Reason for which no token could be sampled."""
 
     NOT_FINITE = "not_finite"
     NONE_ALLOWED = "none_allowed"
@@ -41,12 +41,12 @@ _FAILURES = {NOT_FINITE: DrawFailure.NOT_FINITE, NONE_ALLOWED: DrawFailure.NONE_
 
 
 class SampledToken(Struct, frozen=True):
-    """The result of one row."""
+    """Result of sampling one row."""
 
     token: int
     """The token; -1 after a failure."""
     logprob: TokenLogprob | None = None
-    """Where asked for."""
+    """Log-probabilities if requested."""
     failure: DrawFailure | None = None
     """NaN or infinity in the logits, or every token is masked; None for a token."""
 
@@ -54,7 +54,7 @@ class SampledToken(Struct, frozen=True):
 def draw_tokens(logits: Tensor, rows: Sequence[SamplingRow], team: Team | None = None) -> Tensor:
     """One token per row of logits [rows, V] (model dtype): [rows] int64, failures as in ``draw``.
 
-    ``team``: with a native kernel. Only rows with processors are copied.
+    ``team``: uses a native kernel. Only rows with processors are copied.
     """
     changed = [i for i, row in enumerate(rows) if not row.is_plain]
     if not changed:
@@ -73,7 +73,7 @@ def draw_tokens(logits: Tensor, rows: Sequence[SamplingRow], team: Team | None =
 def report_drawn(
     logits: Tensor, rows: Sequence[SamplingRow], tokens: Sequence[int], score: Score
 ) -> list[SampledToken]:
-    """What ``draw_tokens`` found, with log-probabilities where they are asked for."""
+    """Results of ``draw_tokens``, with log-probabilities if requested."""
     entries = _entries(logits, rows, tokens, score)
     return [
         SampledToken(token, entries.get(i))
@@ -84,7 +84,7 @@ def report_drawn(
 
 
 def _some(logits: Tensor, rows: Sequence[int]) -> Tensor:
-    """These rows of logits [rows, V]; no copy of all of them."""
+    """Select rows of logits [rows, V], without a copy if all are selected."""
     return logits if len(rows) == len(logits) else logits[to_device(rows, logits.device)]
 
 
@@ -96,7 +96,7 @@ def all_finite(logits: Tensor) -> bool:
 def _entries(
     logits: Tensor, rows: Sequence[SamplingRow], tokens: Sequence[int], score: Score
 ) -> dict[int, TokenLogprob]:
-    """Logprobs of the drawn tokens by row, where asked for."""
+    """Logprobs of the sampled tokens by row, if requested."""
     asked = [
         i
         for i, row in enumerate(rows)
@@ -122,7 +122,7 @@ def logprob_entries(
 ) -> list[TokenLogprob]:
     """Logprobs of given tokens [rows] under raw logits [rows, V], with rank and the best few.
 
-    A row that has ``named`` tokens reports those, in their order, in place of the best.
+    A row with ``named`` tokens reports those, in their order, instead of the best.
     """
     logits = logits.float()
     normalizer = logits.logsumexp(-1, keepdim=True)
@@ -158,10 +158,10 @@ def logprob_entries_alone(
     num_top: Sequence[int],
     named: Sequence[Sequence[int]] | None = None,
 ) -> list[TokenLogprob]:
-    """``logprob_entries`` with each row in memory of its own.
+    """``logprob_entries`` with each row in its own memory.
 
-    Some functions of torch compute the last elements of a tensor with another formula than the
-    others, so a row must not share its tensor with other rows.
+    Some torch functions use another formula for the last elements of a tensor, so a row must not
+    share its tensor with other rows.
     """
     named = named or [()] * len(tokens)
     return [

@@ -1,16 +1,16 @@
-"""How often guesses at a sequence's next token were right of late. Pure."""
+"""Acceptance rate of the recent guesses at a sequence's next token. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 _MEMORY = 0.95
-"""Weight of what came before, for each guess that is counted: about the last 20 count."""
+"""Weight of earlier guesses for each new one: about the last 20 count."""
 
 
 @dataclass(slots=True)
 class Acceptance:
-    """Of one sequence. Begins with one right guess of two."""
+    """Acceptance rate of one sequence. Starts with one right guess of two."""
 
     _right: float = 1.0
     _all: float = 2.0
@@ -21,17 +21,17 @@ class Acceptance:
         return self._right / self._all
 
     def note(self, num_right: int, num_wrong: int) -> None:
-        """Count guesses that were compared with the tokens drawn, each after right ones only."""
+        """Count guesses that were compared with sampled tokens, each after right ones only."""
         count = num_right + num_wrong
         kept = _MEMORY**count
         self._right = max(kept * self._right + num_right, 1e-3)
         self._all = max(kept * self._all + count, self._right + 1e-3)
 
     def num_worth(self, price: float, most: int) -> int:
-        """Rows of guesses that pay, up to ``most``: the n-th gives a token with probability
-        ``share`` to the power n, and costs ``price`` tokens.
+        """Number of guesses worth running, up to ``most``: the n-th yields a token with probability
+        ``share ** n``, and costs ``price`` tokens.
 
-        Share 0.8, price 0.3: 5 rows, as 0.8 ** 5 is 0.33 and 0.8 ** 6 is 0.26.
+        Example: with share 0.8 and price 0.3, 5 rows, as 0.8 ** 5 is 0.33 and 0.8 ** 6 is 0.26.
         """
         count, chance = 0, self.share
         while count < most and chance > price:

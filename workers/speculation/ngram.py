@@ -1,8 +1,8 @@
-"""Guesses at the next tokens of a text from earlier places where it had the same tokens. Pure.
+"""Guesses at the next tokens of a text, from earlier positions after the same tokens. Pure.
 
 Source: prompt lookup decoding (Saxena 2023), as in vLLM's n-gram method. Texts are not searched:
-each place remembers the one before it that ends with the same few tokens, so a guess costs the same
-for a long text as for a short one. A text takes at most 125 bytes of memory a token.
+each position stores the previous one that ends with the same few tokens, so the cost of a guess
+does not depend on the length of the text. A text takes at most 125 bytes of memory per token.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from collections.abc import Iterable
 
 _TOKEN_BITS = 32
 _MOST_PLACES = 16
-"""Earlier places that are compared, the latest first."""
+"""Number of earlier positions to compare, the latest first."""
 
 
 class NgramIndex:
-    """A text that grows, and its n-grams.
+    """A growing text and its n-grams.
 
-    For example, with ``least`` 2: after 5 6 7 8 5 6 the guess is 7 8 5 6 7 8 .., as the text went
-    on so after the first 5 6.
+    For example, with ``least`` 2: after 5 6 7 8 5 6 the guess is 7 8 5 6 7 8 .., which followed the
+    first 5 6.
     """
 
     def __init__(self, least: int, most: int) -> None:
-        """``least`` last tokens must agree; of several places the one wins where most agree, up to
-        ``most``, and then the latest.
+        """``least`` last tokens must agree. Of several positions, the one with the longest
+        agreement (up to ``most`` tokens) is used, and of these the latest.
         """
         self._least, self._most = least, most
         self._mask = (1 << _TOKEN_BITS * least) - 1
@@ -37,7 +37,7 @@ class NgramIndex:
         return len(self._tokens)
 
     def extend(self, tokens: Iterable[int]) -> None:
-        """The text goes on with these tokens."""
+        """Append these tokens to the text."""
         end, key, latest = len(self._tokens), self._key, self._latest
         for token in tokens:
             end += 1
@@ -51,18 +51,18 @@ class NgramIndex:
         self._key = key
 
     def guess(self, count: int) -> tuple[int, ...]:
-        """The next ``count`` tokens, if the text repeats itself; else none."""
+        """Guess the next ``count`` tokens if the text repeats itself; else none."""
         place = self._best_place()
         if not place:
             return ()
         last = place + count
         found = self._tokens[place:last]
-        while len(found) < count:  # the place is so near that its continuation is being guessed
+        while len(found) < count:  # the continuation reaches the end of the text, so it repeats
             found += found[: count - len(found)]
         return tuple(found)
 
     def _best_place(self) -> int:
-        """The end of the earlier n-gram to go on from; 0: none."""
+        """The end of the earlier n-gram to continue from; 0 if there is none."""
         place = self._before[-1] if self._before else 0
         best = longest = 0
         for _ in range(_MOST_PLACES):
@@ -77,7 +77,7 @@ class NgramIndex:
         return best
 
     def _num_agreeing(self, place: int) -> int:
-        """Tokens before ``place`` that equal the last ones."""
+        """Number of tokens before ``place`` that equal the last ones."""
         tokens, count = self._tokens, self._least
         most = min(self._most, place)
         while count < most and tokens[place - count - 1] == tokens[-count - 1]:

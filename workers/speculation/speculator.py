@@ -1,7 +1,7 @@
-"""Guesses for the sequences of one engine: which to run, and what became of them. Pure.
+"""Guesses for the sequences of one engine: which to run, and their acceptance. Pure.
 
-A guess costs next to nothing to know, so it is compared with the token drawn also where it was not
-run: a sequence whose guesses did not pay gets rows again as soon as they would.
+A guess is cheap to compute, so it is compared with the sampled token even if it was not run. A
+sequence with bad guesses gets draft rows again as soon as they are worth it.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from workers.speculation.step_cost import StepCosts
 logger = logging.getLogger(__name__)
 
 _INDEXED_AT_ONCE = 4096
-"""Tokens of a sequence that a step adds to its index, about a millisecond."""
+"""Number of tokens of a sequence that a step adds to its index; takes about a millisecond."""
 
 
 _COMPARED_ONE_IN = 8
-"""Of a prediction layer's guesses those that are made for a sequence whose guesses do not pay."""
+"""One in this number of a predictor's guesses is made for a sequence whose guesses do not pay."""
 
 
 @dataclass(slots=True)
 class _SequenceGuesses:
-    """What is known of a sequence."""
+    """State of one sequence."""
 
     index: NgramIndex
     acceptance: Acceptance = field(default_factory=Acceptance)
     guess: tuple[int, ...] = ()
-    """Next tokens after an output of ``guessed_after`` tokens."""
+    """Guessed tokens after an output of ``guessed_after`` tokens."""
     guessed_after: int = -1
 
 
 class Speculator:
-    """Belongs to the engine's thread; other threads may read ``stats``."""
+    """Guesses tokens for the engine's thread; other threads may read ``stats``."""
 
     def __init__(
         self, section: SpeculationSection, max_model_len: int, eos_token_ids: Collection[int]
@@ -56,17 +56,17 @@ class Speculator:
         self._num_planned = 0
         self._reported: set[str] = set()  # reasons why requests have no guesses
         self._num_drafts = self._num_tokens = self._num_withheld = 0
-        self._accepted = [0] * section.max_draft_tokens  # by place in the draft
+        self._accepted = [0] * section.max_draft_tokens  # by position in the draft
 
     def plan_step(self, num_sequences: int) -> None:
-        """The next step has decodes of so many sequences, one at least."""
+        """Prepare a step with decodes of ``num_sequences`` sequences, at least one."""
         self._num_sequences = count = num_sequences + self._num_elsewhere
         self._price = self._costs.of(count).price(count)
         self._num_planned += 1
 
     def draft(self, sequence: SequenceState) -> tuple[int, ...]:
-        """Tokens to run behind its newest one, as they are likely to follow; none if that does not
-        pay. The same until its output grows, or the next call of ``plan_step``.
+        """Likely tokens to run after its newest one; empty if that does not pay. The result stays
+        the same until its output grows or ``plan_step`` is called.
         """
         followed = self._follow(sequence)
         if followed is None or not followed.guess:
@@ -75,9 +75,9 @@ class Speculator:
         return guess[: followed.acceptance.num_worth(self._price, len(guess))]
 
     def draft_all(self, sequences: Sequence[SequenceState], most: int) -> list[tuple[int, ...]]:
-        """``draft`` of each, cut to ``most`` tokens in all: those likeliest to be accepted.
+        """``draft`` of each, cut to the ``most`` tokens that are most likely to be accepted.
 
-        Equal ones take turns from step to step.
+        Ties take turns from step to step.
         """
         drafts = [self.draft(sequence) for sequence in sequences]
         if sum(map(len, drafts)) <= most:
@@ -96,7 +96,7 @@ class Speculator:
         return [draft[: kept[i]] for i, draft in enumerate(drafts)]
 
     def commit(self, sequence: SequenceState, drafts: Sequence[int], tokens: Sequence[int]) -> None:
-        """A decode with these ``drafts`` gave ``tokens``; call it when the output has them."""
+        """Record that a decode with ``drafts`` gave ``tokens``, after the output has them."""
         followed = self._followed.get(sequence)
         if followed is None:
             return
@@ -109,8 +109,8 @@ class Speculator:
             followed.acceptance.note(int(is_right), int(not is_right))
 
     def wants_prediction(self, sequence: SequenceState) -> bool:
-        """Whether it is worth the model's head to know what the model expects behind its output:
-        it would be run, or a few are compared in case that is about to change.
+        """Whether the model's prediction after its output is worth the cost of the head: it would
+        be run, or is one of the few that are compared to detect a change.
         """
         followed = self._find(sequence)
         if followed is None:
@@ -119,21 +119,21 @@ class Speculator:
         return is_probe or followed.acceptance.num_worth(self._price, 1) > 0
 
     def note_prediction(self, sequence: SequenceState, token: int) -> None:
-        """The model itself expects this token behind the output."""
+        """Record the token that the predictor expects after the output."""
         followed = self._find(sequence)
         if followed is not None:
             followed.guess = self._cut(sequence, (token,))
             followed.guessed_after = len(sequence.output)
 
     def observe_step(self, num_rows: int, num_elsewhere: int, seconds: float) -> None:
-        """A step of decodes took so long: ``num_rows`` of all ranks, drafts included, and
-        ``num_elsewhere`` sequences of other ranks.
+        """Record the time of a decode step with ``num_rows`` rows of all ranks, including drafts,
+        and ``num_elsewhere`` sequences of other ranks.
         """
         self._num_elsewhere = num_elsewhere
         self._costs.of(self._num_sequences).observe(num_rows, seconds)
 
     def forget(self, sequence: SequenceState) -> None:
-        """The sequence has ended."""
+        """Forget an ended sequence."""
         self._followed.pop(sequence, None)
 
     def stats(self) -> dict[str, float]:
@@ -159,7 +159,7 @@ class Speculator:
         followed.acceptance.note(num_accepted, int(num_accepted < num_drafted))
 
     def _follow(self, sequence: SequenceState) -> _SequenceGuesses | None:
-        """With a guess at what follows its output; None: its request has no guesses."""
+        """The state of a sequence with a current guess; None if its request has no guesses."""
         followed = self._find(sequence)
         if followed is not None and followed.guessed_after != len(sequence.output):
             followed.guessed_after = len(sequence.output)
@@ -179,7 +179,7 @@ class Speculator:
         return followed
 
     def _guess(self, sequence: SequenceState, index: NgramIndex) -> tuple[int, ...]:
-        """By its n-grams, if those are used."""
+        """Guess from its n-grams, if these are used."""
         if self._section.has_predictor:
             return ()
         first, last = len(index), sequence.num_tokens
@@ -190,13 +190,13 @@ class Speculator:
         return self._cut(sequence, guess) if guess else ()
 
     def _cut(self, sequence: SequenceState, guess: tuple[int, ...]) -> tuple[int, ...]:
-        """Up to where the output must end."""
+        """Cut a guess at the position where the output must end."""
         left = sequence.params.max_tokens - len(sequence.output)
         left = min(left, self._max_model_len - sequence.num_tokens)
         guess = guess[: max(left - 1, 0)]
         ends = self._eos.union(sequence.params.stop_token_ids)
         stop = next((place for place, token in enumerate(guess) if token in ends), None)
-        return guess[:stop]  # the output would end there: no row has to follow
+        return guess[:stop]  # the output would end there, so no row must follow
 
     def _report(self, reason: str) -> None:
         if reason not in self._reported:
@@ -205,7 +205,7 @@ class Speculator:
 
 
 def unsupported(request: Request) -> str:
-    """What of a request rules out guesses; empty for nothing."""
+    """The feature of a request that rules out guesses; empty if there is none."""
     if request.params.grammar is not None:
         return "a grammar"
     if request.params.beams is not None:

@@ -1,13 +1,13 @@
-"""What one more row costs a decode step, in tokens. Pure: times are passed in.
+"""The cost of one more row in a decode step, in tokens. Pure: times are passed in.
 
-The time of a step is taken for a straight line over its rows, a + b * rows, fitted to the latest
-steps. n sequences without guesses give n tokens in a + b * n seconds. A further row takes b
-seconds, in which they would have given b * n / (a + b * n) tokens: that is its price. A guess pays
-where its chance to be right is higher. So it pays with few sequences, where a step mostly reads
-weights, and ceases to pay where rows are what takes the time. No line fits few and many sequences
-at once, so there is one for each size of a batch: 1, 2, 3 .. 4, 5 .. 8 sequences and so on.
+The time of a step is modeled as a linear function of its rows, a + b * rows, fitted to recent
+steps. n sequences without guesses yield n tokens in a + b * n seconds. A further row takes b
+seconds, in which they would have yielded b * n / (a + b * n) tokens: its price. A guess pays if its
+probability of being right is higher. So it pays with few sequences, where a step mostly reads
+weights, and no longer pays where rows dominate the time. No line fits few and many sequences at
+once, so there is one for each size class: 1, 2, 3 .. 4, 5 .. 8 sequences and so on.
 
-The rows of all sequences are alike in this, so the rule raises the tokens a second of a whole
+The rows of all sequences have equal cost, so the rule raises the tokens per second of a whole
 batch, not only those of the sequence with guesses.
 """
 
@@ -16,29 +16,29 @@ from __future__ import annotations
 _MEMORY = 0.98
 """Weight of earlier steps for each new one: about the last 50 count."""
 _FIRST_PRICE = 0.3
-"""What is assumed where no steps of different sizes are known. They are forgotten after a while, so
-rows that did not pay are tried again now and then."""
+"""Assumed price while no steps of different sizes are known. Old steps are forgotten, so rows that
+did not pay are tried again from time to time."""
 _FIRST_WEIGHT = 8.0
-"""Of that assumption, in squares of rows: as much as eight steps with a row more than others have,
-or two with two more."""
+"""Weight of that assumption, in squared rows: eight steps with one row more than others, or two
+with two more."""
 _LEAST_PRICE = 0.02
 _MOST_TIMES = 1.5
-"""Limit of a step's time in multiples of the expected one: one slow step is not a trend."""
+"""Limit of a step's time, as a multiple of the expected one: one slow step is not a trend."""
 
 
 class StepCosts:
-    """The lines of one engine."""
+    """The cost lines of one engine."""
 
     def __init__(self) -> None:
         self._by_size: dict[int, DecodeStepCost] = {}
 
     def of(self, num_sequences: int) -> DecodeStepCost:
-        """That of steps with so many sequences."""
+        """The cost line of steps with ``num_sequences`` sequences."""
         return self._by_size.setdefault(max(num_sequences - 1, 0).bit_length(), DecodeStepCost())
 
 
 class DecodeStepCost:
-    """One line, from sums over the steps, which decay."""
+    """A cost line, fitted from decaying sums over the steps."""
 
     def __init__(self) -> None:
         self._weight = 0.0
@@ -46,7 +46,7 @@ class DecodeStepCost:
         self._rows_rows = self._rows_seconds = 0.0
 
     def observe(self, num_rows: int, seconds: float) -> None:
-        """A step of ``num_rows`` decode rows of all ranks, and no others, took so long."""
+        """Record the time of a step with ``num_rows`` rows of all ranks, all of them decodes."""
         if self._seconds:
             begin, slope = self._line()
             seconds = min(seconds, _MOST_TIMES * (begin + slope * num_rows))
@@ -57,7 +57,7 @@ class DecodeStepCost:
         self._rows_seconds = _MEMORY * self._rows_seconds + num_rows * seconds
 
     def price(self, num_sequences: int) -> float:
-        """Tokens that a row more must give, with so many sequences (at least one): 0.02 to 1."""
+        """Tokens that one more row must yield, with ``num_sequences`` (at least one): 0.02 to 1."""
         if not self._seconds:
             return _FIRST_PRICE
         begin, slope = self._line()
@@ -65,7 +65,7 @@ class DecodeStepCost:
         return min(max(price, _LEAST_PRICE), 1.0)
 
     def _line(self) -> tuple[float, float]:
-        """Seconds of no row, and of each row; both at least 0."""
+        """Seconds of a step without rows, and of each row; both at least 0."""
         rows, seconds = self._rows / self._weight, self._seconds / self._weight
         squares = max(self._rows_rows - self._rows * rows, 0.0)
         products = self._rows_seconds - self._rows * seconds

@@ -133,7 +133,7 @@ INSPECT: list[tuple[dict[str, Any], pb.InspectRequest, str, str]] = [
         {"token_ids": [5] * 257, "outputs": ["attentions"]},
         _inspect([5] * 257, "attentions"),
         "outputs",
-        "attentions of 257 tokens cannot be had, at most of 256",
+        "attentions of 257 tokens are too many, at most 256",
     ),
     (
         {"token_ids": [5], "outputs": ["aux_loss"]},
@@ -174,7 +174,7 @@ INSPECT: list[tuple[dict[str, Any], pb.InspectRequest, str, str]] = [
         {"token_ids": [5, 6], "outputs": ["logits"], "logits_to_keep": [1, 2]},
         _inspect([5, 6], "logits", logits_positions=[1, 2]),
         "logits_to_keep",
-        "positions 1 to 2 cannot be had of 2 tokens",
+        "positions 1 to 2 are out of range for 2 tokens",
     ),
     (
         {"token_ids": [5, 6], "outputs": ["loss"], "labels": [5, 10**18]},

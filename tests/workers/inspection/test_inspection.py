@@ -329,14 +329,12 @@ def test_what_cannot_be_had_is_refused(tiny_checkpoint: Path) -> None:
     for wanted, text in {
         InspectionParams(labels=(1, 2)): "labels has 2 entries for 40 tokens",
         InspectionParams(labels=(96,) * 40): "labels has 96, it must be -100 or 0 to 95",
-        InspectionParams(logits=(3, 40)): "positions 3 to 40 cannot be had of 40 tokens",
+        InspectionParams(logits=(3, 40)): "positions 3 to 40 are out of range for 40 tokens",
     }.items():
         with pytest.raises(RequestError, match=text):
             engine.inspect([prompt], wanted)
     long = (5,) * (MAX_ATTENTION_TOKENS + 1)
-    with pytest.raises(
-        RequestError, match="attentions of 257 tokens cannot be had, at most of 256"
-    ):
+    with pytest.raises(RequestError, match="attentions of 257 tokens are too many, at most 256"):
         engine.inspect([long], InspectionParams(attentions=True))
     with pytest.raises(RequestError, match="needs n 1, max_tokens 0"):
         engine.add_request(
