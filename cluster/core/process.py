@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -50,3 +51,18 @@ def wait_gone(process: ProcessIdentity, limit_s: float) -> bool:
             return False
         time.sleep(_POLL_S)
     return True
+
+
+def count_cpus() -> int:
+    """Cores that this process may use: affinity and container limit, at least 1."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        cores = os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass  # no such limit here
+    return max(1, cores)

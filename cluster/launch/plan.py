@@ -191,21 +191,6 @@ def _bind(host: str, port: int) -> socket.socket:
     return probe
 
 
-def count_cpus() -> int:
-    """Cores that this process may use: affinity and container limit, at least 1."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on Linux
-        cores = os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass  # no such limit here
-    return max(1, cores)
-
-
 def count_gpus() -> int:
     """NVIDIA devices that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -70,5 +70,5 @@ class ChoiceDelta:
     @property
     def size(self) -> int:
         """About the bytes of its JSON."""
-        entries = (self.tokens, self.echo_tokens, self.prompt_logprobs or ())
-        return len(self.text) + _ENTRY_BYTES * sum(map(len, entries))
+        num_entries = len(self.tokens) + len(self.echo_tokens) + len(self.prompt_logprobs or ())
+        return len(self.text) + _ENTRY_BYTES * num_entries

@@ -45,12 +45,12 @@ class CallMetrics:
         num_computed = len(prompt.request.prompt) - num_cached
         engine.observe("request_prefill_kv_computed_tokens", num_computed)
 
-    def observe_arrival(self, choice: Choice, output: TokenOutput) -> None:
-        """Tokens of a choice have come; notes when they did."""
+    def observe_arrival(self, choice: Choice, output: TokenOutput, now_s: float) -> None:
+        """Tokens of a choice arrived at ``now_s``."""
         count = len(output.token_ids)
         if not count:
             return
-        now_s, engine = time.monotonic(), self._engine(choice.prompt)
+        engine = self._engine(choice.prompt)
         if not self._has_token:
             engine.observe("time_to_first_token_seconds", now_s - self._started_s)
             self._has_token = True
@@ -95,9 +95,9 @@ class CallMetrics:
         """An engine has refused a request of the call, whose queue is full."""
         self._metrics.admission_rejections.labels(limit).inc()
 
-    def observe_lag(self, since_s: float) -> None:
-        """Outputs that came at ``since_s`` are on their way to the client."""
-        self._metrics.stream_lag.observe(time.monotonic() - since_s)
+    def observe_lag(self, arrival_s: float) -> None:
+        """Outputs that have waited since ``arrival_s`` were written to the client's connection."""
+        self._metrics.stream_lag.observe(time.monotonic() - arrival_s)
 
     def _engine(self, prompt: Prompt) -> EngineMetrics:
         submission = prompt.submission

@@ -23,6 +23,7 @@ from cluster.core.errors import (
     KeyLimitError,
     NotReadyError,
 )
+from cluster.core.process import count_cpus
 from cluster.disk.threads import DiskThreads
 from cluster.tracing import logs
 from cluster.tracing.gateway_counts import GatewayCounts
@@ -115,7 +116,7 @@ class Gateway:
         """Threads of requests that use ``state``."""
         logs.CONTEXT.request_id = REQUEST_ID.get
         self.model = ServedModel(config.model.served_model_name, engines)
-        self.running = CallRegistry()
+        self.running = CallRegistry(count_cpus())
         self.metrics = GatewayMetrics(
             self.model.name,
             lambda: self.cluster.snapshot,
@@ -237,7 +238,11 @@ class Gateway:
             requests,
             call_id,
             created=int(time.time()),
-            queue=OutputQueue(self.tuning.max_unread_bytes, self.tuning.unread_limit_s),
+            queue=OutputQueue(
+                self.tuning.max_unread_bytes,
+                self.tuning.unread_limit_s,
+                self.running.interval_s,
+            ),
             ticket=self.admission.admit(CallDemand.of(requests), facts.max_model_len, deadline_s),
             deadline_s=deadline_s,
             tokenizer=self.tokenizer,

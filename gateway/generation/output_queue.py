@@ -17,6 +17,11 @@ _LOGPROB_BYTES = 170
 _TOP_BYTES = 120
 """Memory of an output, of the log-probability of its token, and of each alternative (measured)."""
 
+_EVENTS_PER_CPU_S = 1250
+"""Events a second and processor of the host; one takes about 0.1 ms at the gateway, as much at a
+client (``benchmarks.gateway_cost``)."""
+_MAX_INTERVAL_S = 0.02
+
 
 class OutputQueue:
     """The engines' outputs of one call that the client has not received yet.
@@ -27,6 +32,8 @@ class OutputQueue:
             beams, and arrays, come once, and do not count.
         limit_s: time for which outputs may wait and none is taken; then it ends in the same way
             when the next one comes.
+        interval_s: shortest time between two ``take`` calls that return outputs; the last output
+            of a choice ends it. See ``CallRegistry.interval_s``.
         clock: in seconds; None: ``time.monotonic``.
     """
 
@@ -34,10 +41,12 @@ class OutputQueue:
         self,
         max_bytes: int,
         limit_s: float = math.inf,
+        interval_s: Callable[[], float] = lambda: 0.0,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self._max_bytes = max_bytes
         self._limit_s = limit_s
+        self._interval_s = interval_s
         self._clock = clock or time.monotonic
         self._num_bytes = 0
         self.on_overflow: Callable[[], None] = lambda: None
@@ -45,24 +54,35 @@ class OutputQueue:
         self._outputs: deque[TokenOutput] = deque()
         self._error: ExpertMeshError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self.arrivals_s: list[float] = []
+        """Arrival of each output of the last ``take``, on ``clock``."""
         self.oldest_s = 0.0
-        """When the first output of the last ``take`` came, on ``clock``."""
-        self._first_s = 0.0
+        """Arrival of the oldest output of the last ``take`` that returned outputs; 0 before."""
+        self._waiting_s: list[float] = []
+        self._last_take_s = -math.inf
 
     def put(self, output: TokenOutput) -> None:
-        now = self._clock()
-        if not self._outputs:
-            self._first_s = now
+        """Add an output; one that finds no room ends the call."""
+        now_s = self._clock()
         self._num_bytes += _size(output)
         is_full = self._num_bytes > self._max_bytes
-        if self._outputs and (is_full or now - self._first_s > self._limit_s):
+        if self._outputs and (is_full or now_s - self._waiting_s[0] > self._limit_s):
             self._outputs.clear()
+            self._waiting_s.clear()
             why = "reads too slowly" if is_full else f"has read nothing for {self._limit_s:g} s"
             self.fail(SlowClientError(f"the client {why}"))
             self.on_overflow()
             return
         self._outputs.append(output)
-        self._wake()
+        self._waiting_s.append(now_s)
+        if self._waiter is None:
+            return
+        wait_s = self._last_take_s + self._interval_s() - now_s
+        if wait_s <= 0 or output.finish_reason is not None:
+            self._wake()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self._wake)
 
     def fail(self, error: ExpertMeshError) -> None:
         """End the call with an error; only the first one counts."""
@@ -84,22 +104,27 @@ class OutputQueue:
             await self._wait(timeout_s)
         taken = list(self._outputs)
         self._outputs.clear()
+        self.arrivals_s, self._waiting_s = self._waiting_s, []
         self._num_bytes = 0
-        self.oldest_s = self._first_s
-        if self._error is not None and not taken:
+        if taken:
+            self.oldest_s, self._last_take_s = self.arrivals_s[0], self._clock()
+        elif self._error is not None:
             raise self._error
         return taken
 
     async def _wait(self, timeout_s: float) -> None:
-        """Until something comes; once for every token, so without ``asyncio.timeout``."""
+        """Until an output may be taken; for every event, so without ``asyncio.timeout``."""
         loop = asyncio.get_running_loop()
         self._waiter = loop.create_future()
-        timer = loop.call_later(timeout_s, self._wake)
+        end = loop.call_later(timeout_s, self._wake)
         try:
             await self._waiter
         finally:
-            timer.cancel()
+            end.cancel()
             self._waiter = None
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -117,13 +142,25 @@ class CallRegistry:
     """The calls of this replica that have not ended, by the names that clients know them by.
 
     Several calls may have the same name: clients choose ``x-request-id``.
+
+    Args:
+        num_cpus: processors of the host that this process may use.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_cpus: int) -> None:
         self._names: defaultdict[OutputQueue, set[str]] = defaultdict(set)
+        self._max_events_per_s = num_cpus * _EVENTS_PER_CPU_S
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def interval_s(self) -> float:
+        """Time that a call's outputs are collected before its client gets them in one event.
+
+        Events of all calls take at most about a tenth of the host's processors, which workers may
+        share; no token waits longer than ``_MAX_INTERVAL_S``.
+        """
+        return min(len(self._names) / self._max_events_per_s, _MAX_INTERVAL_S)
 
     def add(self, name: str, queue: OutputQueue) -> None:
         """Give a call one more name."""

@@ -165,8 +165,9 @@ class RunningCall(AbstractContextManager["RunningCall"]):
 
     async def _take_all(self, timeout_s: float) -> None:
         try:
-            for output in await self.queue.take(timeout_s):
-                self._take(output)
+            outputs = await self.queue.take(timeout_s)
+            for output, arrival_s in zip(outputs, self.queue.arrivals_s, strict=True):
+                self._take(output, arrival_s)
         except (RequestAbortedError, SlowClientError):
             raise
         except ExpertMeshError:
@@ -215,7 +216,7 @@ class RunningCall(AbstractContextManager["RunningCall"]):
     def _all_choices(self) -> Iterable[Choice]:
         return (choice for prompt in self._prompts.values() for choice in prompt.choices)
 
-    def _take(self, output: TokenOutput) -> None:
+    def _take(self, output: TokenOutput, arrival_s: float) -> None:
         prompt = self._prompts[output.request_id]
         if output.prompt_logprobs is not None and prompt.scores is None:
             prompt.scores = output.prompt_logprobs
@@ -235,7 +236,7 @@ class RunningCall(AbstractContextManager["RunningCall"]):
             prompt.found = Found(output.arrays, output.class_logits)
         self._changed[choice] = None
         self._has_token = self._has_token or bool(output.token_ids)
-        self._metrics.observe_arrival(choice, output)
+        self._metrics.observe_arrival(choice, output, arrival_s)
         num_before = choice.text.num_tokens
         stopped = choice.feed(output, self._hidden_ends(output))
         self._metrics.count_generated(choice, choice.text.num_tokens - num_before)

@@ -53,7 +53,7 @@ class PiecesResponse(Response):
         self._size = size
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        responder = send if isinstance(send, Responder) else Responder(send)
+        responder = Responder.of(scope, send)
         try:
             await run_until_gone(receive, responder, self._send(responder))
         finally:

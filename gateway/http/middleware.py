@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from typing import Any, Generic
 
@@ -38,12 +38,16 @@ _METHODS = frozenset(
 )
 """Others are counted as ``other`` in metrics. Source: RFC 9110, section 9; RFC 5789."""
 
+_RESPONDER = "responder"
+"""Key of the scope's state."""
+
 
 class Responder:
     """Sends one response and tracks its progress."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, add_headers: Callable[[Message], None] | None = None) -> None:
         self._send = send
+        self._add_headers = add_headers
         self.is_started = False
         self.is_complete = False
         self.is_cut_off = False
@@ -51,8 +55,16 @@ class Responder:
         self.status = 0
         """HTTP status; 0 before the start."""
 
+    @classmethod
+    def of(cls, scope: Scope, send: Send) -> Responder:
+        """The responder of ``HttpMiddleware``, without the layers below it; else a new one."""
+        shared = scope.get("state", {}).get(_RESPONDER)
+        return shared if isinstance(shared, cls) else cls(send)
+
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            if self._add_headers is not None:
+                self._add_headers(message)
             self.is_started = True
             self.status = message["status"]
         elif message["type"] == "http.response.body":
@@ -68,7 +80,8 @@ class Responder:
         await self({"type": "http.response.start", "status": status, "headers": raw})
 
     async def body(self, content: bytes, more: bool = False) -> None:
-        await self({"type": "http.response.body", "body": content, "more_body": more})
+        message = {"type": "http.response.body", "body": content, "more_body": more}
+        await (self._send(message) if more else self(message))
 
     async def json(
         self, content: object, status: int = 200, headers: Mapping[str, str] | None = None
@@ -134,7 +147,8 @@ class HttpMiddleware:
         scope.setdefault("state", {})["request_id"] = request_id
         REQUEST_ID.set(request_id)
         path = path_of(scope)
-        responder = Responder(self._with_headers(send, path, request_id))
+        responder = Responder(send, self._headers_of(path, request_id))
+        scope["state"][_RESPONDER] = responder
         route = self._names.of(path)
         line = RequestLog("http", route) if scope["method"] == "POST" else None
         tracing, trace = self.gateway.tracing, None
@@ -179,26 +193,25 @@ class HttpMiddleware:
             body = error_body(path, report, request_id)
             await responder.json(body, report.http_status, report.headers())
 
-    def _with_headers(self, send: Send, path: str, request_id: str) -> Send:
+    def _headers_of(self, path: str, request_id: str) -> Callable[[Message], None]:
+        """Return a function that adds the headers of every response to its first message."""
         started_s = time.monotonic()
 
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                if self.adds_request_id:
-                    headers[HEADER] = request_id
-                if is_messages(path):
-                    headers["request-id"] = request_id
-                headers["openai-processing-ms"] = str(int((time.monotonic() - started_s) * 1000))
-                headers["openai-version"] = "2020-10-01"
-                if self.gateway.readiness.is_leaving:
-                    headers["connection"] = "close"  # so that the client connects to another one
-                headers["x-expertmesh-placement-epoch"] = str(self.gateway.placement_epoch)
-                if self.gateway.limits.debug_headers:
-                    headers["x-expertmesh-replica"] = self.gateway.name
-            await send(message)
+        def add_headers(message: Message) -> None:
+            headers = MutableHeaders(scope=message)
+            if self.adds_request_id:
+                headers[HEADER] = request_id
+            if is_messages(path):
+                headers["request-id"] = request_id
+            headers["openai-processing-ms"] = str(int((time.monotonic() - started_s) * 1000))
+            headers["openai-version"] = "2020-10-01"
+            if self.gateway.readiness.is_leaving:
+                headers["connection"] = "close"  # so that the client connects to another one
+            headers["x-expertmesh-placement-epoch"] = str(self.gateway.placement_epoch)
+            if self.gateway.limits.debug_headers:
+                headers["x-expertmesh-replica"] = self.gateway.name
 
-        return send_with_headers
+        return add_headers
 
 
 async def run_until_gone(
@@ -235,7 +248,7 @@ class WatchedEndpoint(ABC, Generic[Parsed]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         parsed = await read_json(request, self._gateway, lambda data: self._read(request, data))
-        responder = send if isinstance(send, Responder) else Responder(send)
+        responder = Responder.of(scope, send)
         await run_until_gone(receive, responder, self._answer(request, parsed, responder))
 
     @abstractmethod

@@ -20,6 +20,7 @@ from gateway.core.replay import ReplayCause
 from gateway.observability import vllm_names
 from gateway.observability.cluster_metrics import cluster_families
 from gateway.observability.load_metrics import load_families
+from gateway.observability.unlocked_histogram import UnlockedHistogram
 from workers.requests.request import FinishReason, Timings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -82,7 +83,7 @@ class GatewayMetrics:
         )
         counters = {name: count(name, text, labels) for name, text in _ENGINE_COUNTERS.items()}
         histograms = {
-            name: Histogram(name, text, labels, registry=registry, buckets=buckets)
+            name: UnlockedHistogram(name, text, labels, registry=registry, buckets=buckets)
             for name, (text, buckets) in _ENGINE_HISTOGRAMS.items()
         }
         make_engine = partial(EngineMetrics, success, counters, histograms)
@@ -117,12 +118,12 @@ class GatewayMetrics:
         for cause in ReplayCause:
             self.requests_replayed.labels(cause.value)
             self.tokens_recomputed.labels(cause.value)
-        self.stream_lag = Histogram(
+        self.stream_lag = UnlockedHistogram(
             "gateway_stream_lag_seconds",
             "Time from a token's arrival at the gateway to its sending",
             registry=registry,
             buckets=_ITL_BUCKETS,
-        )
+        ).labels()
         self._own = {
             f"{f.name}_total" if f.type == "counter" else f.name for f in registry.collect()
         }
@@ -228,7 +229,7 @@ class EngineMetrics:
         self,
         success: Counter,
         counters: Mapping[str, Counter],
-        histograms: Mapping[str, Histogram],
+        histograms: Mapping[str, UnlockedHistogram],
         engine: str,
     ) -> None:
         self._success = {r.value: success.labels(engine, r.value) for r in FinishReason}

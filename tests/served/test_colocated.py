@@ -16,8 +16,8 @@ from benchmarks.harness.local_engine import LocalEngine
 from benchmarks.harness.server import WAIT_S, Served, command, running_server
 from benchmarks.harness.stalls import Limit
 from cluster.config.cluster import EngineSection
+from cluster.core.process import count_cpus
 from cluster.launch.model_source import bundled_checkpoint
-from cluster.launch.plan import count_cpus
 from workers.requests.request import SamplingParams
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness.server import running_server
+from cluster.core.process import count_cpus
 from cluster.launch.parts import tell_threads
-from cluster.launch.plan import count_cpus
 
 pytestmark = pytest.mark.ray
 

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from benchmarks.harness.server import WAIT_S, Served
+from cluster.core.process import count_cpus
 from cluster.launch.orphans import find_by_files
-from cluster.launch.plan import count_cpus
 
 pytestmark = pytest.mark.ray
 

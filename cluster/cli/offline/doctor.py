@@ -30,10 +30,11 @@ from cluster.cli.terminal.progress import Progress
 from cluster.config.resources import NodeResources, plan_shares
 from cluster.config.workers import WorkersSection
 from cluster.core.errors import CheckpointError, ConfigError, StartError
+from cluster.core.process import count_cpus
 from cluster.launch import state_file
 from cluster.launch.local_ray import OBJECT_STORE_BYTES, make_temp_dir
 from cluster.launch.model_source import bundled_checkpoint
-from cluster.launch.plan import check_ports, count_cpus, count_gpus
+from cluster.launch.plan import check_ports, count_gpus
 
 if TYPE_CHECKING:
     from workers.native.library import LibraryChoice

@@ -15,9 +15,10 @@ from cluster.config.cluster import ClusterConfig, section_types
 from cluster.core.checks import check
 from cluster.core.errors import ConfigError
 from cluster.core.load_profile import load_profile
+from cluster.core.process import count_cpus
 from cluster.launch.checkpoint_check import CheckpointFacts
 from cluster.launch.model_source import ModelSource
-from cluster.launch.plan import LaunchPlan, count_cpus, count_gpus, free_port
+from cluster.launch.plan import LaunchPlan, count_gpus, free_port
 from cluster.sizing.start_plan import fits, plan_start
 from gateway.auth.key_file import read_key_file
 

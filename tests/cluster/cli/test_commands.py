@@ -21,10 +21,10 @@ from cluster.cli.main import main
 from cluster.cli.offline.doctor import examine_kernels, kernels_finding
 from cluster.cli.offline.finding import Finding
 from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.core.process import count_cpus
 from cluster.core.release import RELEASE
 from cluster.launch import state_file
 from cluster.launch.orphans import host_id, identify
-from cluster.launch.plan import count_cpus
 from tests.cluster.cli.fake_gateway import EVENTS, PARTIAL, PLACEMENT, STATUS, FakeGateway
 from tests.cluster.launch.test_state_file import record
 from tests.paths import ROOT

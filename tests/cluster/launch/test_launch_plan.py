@@ -15,11 +15,11 @@ from cluster.config.model import ModelSection
 from cluster.config.workers import WorkersSection
 from cluster.core.codec import from_plain
 from cluster.core.errors import ConfigError
+from cluster.core.process import count_cpus
 from cluster.launch.checkpoint_check import CheckpointFacts
 from cluster.launch.plan import (
     LaunchPlan,
     check_ports,
-    count_cpus,
     count_gpus,
     free_port,
 )

@@ -10,7 +10,7 @@ import pytest
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.core.errors import ConfigError
-from cluster.launch.plan import count_cpus
+from cluster.core.process import count_cpus
 from cluster.launch.state_file import log_path
 from gateway.state.folder import check_folder, open_folder
 from tests.fakes import TINY_CONFIG, tiny_tensors, write_tiny_checkpoint
