@@ -171,9 +171,8 @@ class Batch:
         tables: BlockTables,
         staging: list[NDArray[np.int64]],
     ) -> list[tuple[int, int]]:
-        """Append each group's padded block tables and lengths to ``staging``; returns the row
-        ranges of the groups.
-        """
+        """Append each group's padded tables and lengths to ``staging``; returns their row
+        ranges."""
         num_blocks = [rows.first // cache.block_size + 1 for rows in planned]
         sizes = [group_size(number) for number in num_blocks]
         groups = runs(sizes, cache.blocks_per_piece)
@@ -310,8 +309,7 @@ def next_tokens(
 ) -> NDArray[np.int64]:
     """[num_rows] int64: the token after the one of each row, 0 if it is not known.
 
-    ``first_row`` is the first row of each entry of the plan. ``drawn`` has the sampled tokens of
-    each sequence: for the newest token's row, and for drafts.
+    ``first_row`` by entry of the plan; ``drawn``: sampled tokens after the newest token and drafts.
     """
     found = np.zeros(planned.num_rows, dtype=np.int64)
     for rows, row in zip(planned.rows, first_row, strict=False):
@@ -347,9 +345,7 @@ def _prompt_lengths(planned: Sequence[PlannedRows]) -> list[int]:
 
 
 def _by_row(planned: Sequence[PlannedRows], *entries: Sequence[int | None]) -> NDArray[np.int64]:
-    """[1 + len(entries), T] int64: positions of all rows, and for each row the values of its plan
-    entry.
-    """
+    """[1 + len(entries), T]: positions of all rows, and the values of each row's plan entry."""
     columns = np.array([[rows.first for rows in planned], *entries], dtype=np.int64)
     if num_decodes(planned) < len(planned):  # else each entry has one row
         counts = _array([rows.count for rows in planned])

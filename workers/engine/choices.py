@@ -15,9 +15,8 @@ def open_choices(
     """Create one sequence per open choice, with its own grammar state. The others wait for the
     first one. A beam search starts with one sequence.
 
-    ``grammar`` is the compiled grammar of the request. ``arrival`` is its number in the order of
-    receipt, ``now`` the time of receipt in monotonic seconds. Raises ``RequestError`` if an earlier
-    output does not match the grammar.
+    ``grammar`` is the request's compiled grammar, ``arrival`` its number in the order of receipt,
+    ``now`` the monotonic time. Raises ``RequestError`` if an earlier output does not match.
     """
     assert (grammar is None) is (request.params.grammar is None), "compiled before it is added"
     deadline = now + request.deadline_ms / 1000 if request.deadline_ms else math.inf

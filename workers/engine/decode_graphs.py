@@ -2,10 +2,9 @@
 
 Launched one by one, the several hundred kernels of a step take the host longer than the GPU. A step
 is captured once per bucket (a number of rows) and replayed for every step that fits. The missing
-rows are padding, which writes to a KV block of its own. The inputs of a step are at fixed
-addresses: its integers are copied at once, and only changes of the block tables are copied. If
-other workers have the experts, a step has one graph for each part between two exchanges
-(``StepGraph``).
+rows are padding, which writes to its own KV block. The inputs are at fixed addresses: integers are
+copied at once, block tables only where they changed. If other workers have the experts, a step has
+one graph for each part between two exchanges (``StepGraph``).
 
 Source: buckets as in vLLM and SGLang.
 """
@@ -104,8 +103,7 @@ class DecodeGraphs:
         num_seats, max_blocks = tables.array.shape
         self._scratch_seat, self._max_blocks = num_seats, max_blocks
         self._blocks: Tensor | None = None
-        """[num_seats + 1, max_blocks] int32: block tables on the device; None before the first use.
-        """
+        """[num_seats + 1, max_blocks] int32: block tables on the device; None until used."""
 
     def can_run(self, header: StepHeader, num_rows: int) -> bool:
         """Whether ``run`` can run a step with ``num_rows`` decode rows on this rank."""
@@ -114,8 +112,8 @@ class DecodeGraphs:
     def capture(self) -> None:
         """Capture the steps of one micro-batch before the first step.
 
-        The dispatcher must be able to capture between steps. Smaller graphs share the memory of the
-        largest.
+        The dispatcher must support this between steps. Smaller graphs share the largest one's
+        memory.
         """
         for size in reversed(self._buckets):
             self._step(size, 1, None)

@@ -75,9 +75,8 @@ class Engine:
         """Allocate the KV cache on the model's device. Raises ``ConfigError``.
 
         ``is_exact``: the token sampled from a row does not depend on other rows, to the last bit.
-        ``max_model_len`` None uses the context length of the checkpoint. The model must have been
-        loaded with at least that number of positions. ``team`` samples tokens with a native kernel;
-        None uses torch.
+        ``max_model_len`` None uses the checkpoint's context; the model must have been loaded with
+        that number of positions. ``team`` samples with a native kernel; None uses torch.
         """
         self._section = section
         self._has_predictor = config.has_predictor
@@ -239,8 +238,7 @@ class Engine:
         return replace(wanted, parents=requests.traced.parents(intent.sequences))
 
     def poll(self) -> list[TokenOutput]:
-        """Return outputs that need no step: of choices past their deadline, or complete at
-        receipt."""
+        """Return outputs that need no step: choices past their deadline or complete at receipt."""
         now = self._clock()
         self.pool.advance(now)
         self.requests.end_late(now)
@@ -248,8 +246,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self, header: StepHeader) -> list[TokenOutput]:
-        """Run the rows that the header grants this rank, and return the outputs, including those of
-        ``poll``.
+        """Run the granted rows, and return the outputs, including those of ``poll``.
 
         Takes part in the exchanges of a grant even if no rows are left to run. Raises
         ``TransportError`` with the plan abandoned and all sequences unchanged.
@@ -359,9 +356,7 @@ class Engine:
 def _speculator(
     config: ModelConfig, section: SpeculationSection, max_model_len: int
 ) -> Speculator | None:
-    """The speculator; None if speculation is off. Raises ``ConfigError`` for a model with recurrent
-    states, which cannot be rolled back.
-    """
+    """The speculator, or None. Raises ``ConfigError`` for a model with recurrent states."""
     if not section.is_on:
         return None
     rule = "must be none: the model has recurrent states, which rejected tokens would change"

@@ -157,8 +157,7 @@ class EngineRequests:
         self._paused.forget(request_id)
 
     def take_paused(self) -> list[str]:
-        """Return the requests that become paused now, except those that may be about to run
-        alone."""
+        """Return the requests that become paused now, except possible solo requests."""
         return self._paused.take(self._active.num_tokens, self.isolation.suspects)
 
     def worker_died(self) -> None:
@@ -239,9 +238,7 @@ class EngineRequests:
             self._fail(sequence, failure, now)
 
     def _fail(self, sequence: SequenceState, failure: Failure, now: float) -> None:
-        """Queue the error output of a sequence that was removed; for a beam search, end all its
-        beams.
-        """
+        """Queue the error of a removed sequence; for a beam search, end all its beams."""
         if sequence.params.beams is None:
             self._outputs.append(sequence.error(failure, now))
             self._end(sequence, FinishReason.ERROR)

@@ -147,9 +147,7 @@ class LoadCounter:
         return reduce(_added, counts)
 
     def _count(self, counts: _Counts, arrays: Iterator[NDArray[np.int64]]) -> None:
-        """Add ``counts`` to the totals. Takes its arrays, on the host, from the iterator
-        ``arrays``.
-        """
+        """Add ``counts`` to the totals; ``arrays`` yields its tensors as host arrays."""
         if counts.epoch > self._epoch:
             self._epoch = counts.epoch
             self._counts = [
@@ -211,8 +209,7 @@ def _prompt_keys(routed: Routed, num_copies: int) -> Tensor:
 
 
 def _tally(parts: Sequence[Tensor], size: int, routed: Sequence[Routed]) -> Tensor:
-    """[size] int64, on the device of ``routed``: number of occurrences of each index in
-    ``parts``."""
+    """[size] int64 on the device of ``routed``: occurrences of each index in ``parts``."""
     if not parts:
         device = routed[0].topk_ids.device if routed else None
         return torch.zeros(size, dtype=torch.int64, device=device)

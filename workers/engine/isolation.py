@@ -23,8 +23,7 @@ from cluster.core.topology import Generation
 from workers.requests.request import MAX_DEATHS, Queued, SoloStage, SoloStep
 
 ANSWER_LIMIT_S = 1.0
-"""Time limit for a gateway to acknowledge an offer. Then other requests run, and the offer is
-repeated."""
+"""Time limit to acknowledge an offer. Then other requests run, and the offer is repeated."""
 
 
 @dataclass(slots=True)
@@ -54,9 +53,7 @@ class StepMembers:
         self._names = frozenset(m.name for m in generation.members)
 
     def died(self, generation: Generation, drained: Collection[str]) -> frozenset[str]:
-        """Workers that are missing in the next generation and were not drained. Each is returned
-        once.
-        """
+        """Return, once, the workers that the next generation lacks and that were not drained."""
         kept = self._names & {m.name for m in generation.members}
         gone, self._names = self._names - kept, kept
         return gone - frozenset(drained)
@@ -113,9 +110,7 @@ class Isolation:
         self._hit.clear()
 
     def die(self) -> str | None:
-        """Count the death of another worker; returns the request that was alone in the step and
-        must fail.
-        """
+        """Count the death of another worker; returns the request that ran alone and must fail."""
         hit, self._hit = self._hit, {}
         for request_id in hit:
             self._deaths[request_id] = self._deaths.get(request_id, 0) + 1
@@ -138,9 +133,8 @@ class Isolation:
     ) -> list[SoloStep | Queued]:
         """Withdraw an offer that is too old, or make one; returns the new messages to gateways.
 
-        ``can_run``: whether a request could run now. ``attempt``: returns the attempt number of a
-        known request. The request of a withdrawn offer is queued again; other suspects get the next
-        offer.
+        ``can_run``: whether a request could run now. ``attempt``: returns its attempt number. The
+        request of a withdrawn offer is queued again, and other suspects get the next offer.
         """
         solo = self._solo
         if solo is None:

@@ -23,8 +23,7 @@ from workers.scheduling.step_plan import PlannedRows, StepPlan
 class KvMemory:
     """Allocates KV blocks and recurrent states, and clears those that may contain NaN.
 
-    After a step with NaN or infinity, the next holder of a block must not read its values, and the
-    prefix cache must not find them.
+    Values of a broken step must not be read by a block's next holder, nor found in the cache.
     """
 
     def __init__(
@@ -67,9 +66,7 @@ class KvMemory:
     def clear_rejected(
         self, broken: Sequence[PlannedRows], drawn: Mapping[SequenceState, Sequence[int]]
     ) -> None:
-        """Clear the cache slots of rejected drafts in ``broken`` entries, as later rows would read
-        NaN, though masked.
-        """
+        """Clear cache slots of rejected drafts in ``broken``: later rows would read NaN."""
         rejected = [
             replace(rows, first=rows.first + kept, count=rows.count - kept)
             for rows in broken
@@ -89,7 +86,5 @@ class KvMemory:
         return dirty
 
     def clear_free(self, dirty: Collection[int]) -> None:
-        """Clear the blocks of ``dirty`` that are free, so that their next holder does not read
-        them.
-        """
+        """Clear the free blocks of ``dirty``, so that their next holder does not read them."""
         self.cache.clear([block for block in dirty if self.pool.is_free(block)])

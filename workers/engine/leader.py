@@ -92,11 +92,10 @@ def _grant(proposal: StepProposal, prefill_rows: int) -> Grant:
 def _share_spans(
     asked: Sequence[tuple[int, Parents]], step: int
 ) -> tuple[tuple[int, Parents], ...]:
-    """Choose the trace spans of a step from those that ranks request, at most ``MAX_TRACED`` over
-    all ranks.
+    """Choose the parent spans of a step, at most ``MAX_TRACED`` over all ranks.
 
-    Each expert worker creates all of them. Every rank gets its first span before any rank gets its
-    second; the first rank rotates with the step number.
+    Each expert worker creates spans for all of them. Every rank gets its first span before any rank
+    gets its second; the first rank rotates with the step number.
     """
     if not any(parents for _, parents in asked):
         return ()

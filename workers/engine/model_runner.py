@@ -211,8 +211,7 @@ class ModelRunner:
             self.graphs.capture()
 
     def _fits_graph(self, header: StepHeader, plan: StepPlan) -> bool:
-        """Whether a graph can run the step: all rows are decodes without inspections or
-        adapters."""
+        """Whether a graph can run the step: only decodes, no inspections or adapters."""
         return (
             self.graphs is not None
             and self.graphs.can_run(header, plan.num_rows)
@@ -304,10 +303,9 @@ class ModelRunner:
         """Resume the micro-batches alternately until all have ended; returns their hidden states.
 
         With two, the experts compute one while attention computes the other: dispatch(l, 0),
-        dispatch(l, 1), combine(l, 0), dispatch(l+1, 0), combine(l, 1), .. ``decodes``: number of
-        decode rows of each. ``handles``: pending dispatches of micro-batches that have already sent
-        rows; their flows first take these outputs. ``first``: index of the micro-batch to resume
-        first.
+        dispatch(l, 1), combine(l, 0), dispatch(l+1, 0), combine(l, 1), .. ``decodes``: decode rows
+        of each. ``handles``: pending dispatches; their flows take these outputs first. ``first``:
+        index of the micro-batch to resume first.
         """
         under_way = dict(enumerate(handles or [None] * len(flows)))
         for micro_batch, handle in under_way.items():
@@ -385,9 +383,7 @@ def _experts(
 
 
 def _idle(banks: Sequence[BankSpec], model: AttentionModel) -> LayerSteps:
-    """Take part in all exchanges of a step without rows, because peers expect a message if rows
-    were granted.
-    """
+    """Take part in all exchanges without rows, as peers expect the granted ones."""
     for bank in banks:
         ids = torch.empty((0, bank.top_k), dtype=torch.int64, device=model.device)
         weights = torch.empty((0, bank.top_k), dtype=model.dtype, device=model.device)

@@ -61,9 +61,8 @@ class NativeStep:
         )
 
     def rest(self, flow: Flow, part: Sequence[PlannedRows]) -> LayerSteps:
-        """Run the layers that native code left of a micro-batch. If it has sent rows, it first
-        waits for their outputs.
-        """
+        """Run the layers that native code left of a micro-batch; sent rows first get their
+        outputs."""
         if flow.is_done:
             return flow.hidden
         model, caches = self._model, self._cache.by_layer

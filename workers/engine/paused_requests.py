@@ -19,8 +19,7 @@ class PausedRequests:
         return self._names
 
     def ask(self, request_id: str, num_tokens: int) -> None:
-        """Pause a request once each of its choices has ``num_tokens`` tokens, including the
-        prompt."""
+        """Pause a request once each choice has ``num_tokens`` tokens, including the prompt."""
         self._asked[request_id] = num_tokens
 
     def forget(self, request_id: str) -> None:

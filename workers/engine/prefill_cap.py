@@ -14,8 +14,7 @@ from typing import Self
 from cluster.config.cluster import EngineSection
 
 _AIM = 0.9
-"""Fraction of the target to use: each chunk of a long prompt costs a few percent more than the
-last."""
+"""Fraction of the target to use: each chunk of a long prompt costs more than the last."""
 _NEW_SHARE = 0.5
 """Weight of the newest step in an estimate."""
 _MOST_TIMES = 2.0
@@ -33,8 +32,7 @@ class PrefillCap:
     def __init__(self, *, max_rows: int, min_rows: int = 1, target_s: float | None = None) -> None:
         """``max_rows`` is the budget of one rank, ``min_rows`` the number that is always allowed.
 
-        Without ``target_s``, all ranks together get the budget of one rank while any sequence
-        decodes.
+        Without ``target_s``, all ranks share the budget of one while any sequence decodes.
         """
         self._max_rows = max_rows
         self._min_rows = min(min_rows, max_rows)
@@ -46,8 +44,7 @@ class PrefillCap:
 
     @classmethod
     def of(cls, engine: EngineSection) -> Self:
-        """Create the cap for a configuration. A step may always have one KV block of prompt
-        rows."""
+        """Create the cap for a configuration; ``min_rows`` is one KV block."""
         target_ms = engine.itl_target_ms
         return cls(
             max_rows=engine.max_num_batched_tokens,
@@ -56,9 +53,7 @@ class PrefillCap:
         )
 
     def rows(self, decode_rows: int, num_ranks: int) -> int:
-        """Number of prompt rows of the next step over all ranks, which has ``decode_rows`` decode
-        rows.
-        """
+        """Number of prompt rows in the next step over all ranks, beside ``decode_rows``."""
         if not decode_rows:
             return self._max_rows * num_ranks
         if self._target_s is None:
@@ -72,9 +67,7 @@ class PrefillCap:
         return max(self._min_rows, most)
 
     def observe(self, decode_rows: int, prefill_rows: int, seconds: float) -> None:
-        """Learn from a step that took ``seconds`` from its header to the next proposals of all
-        ranks.
-        """
+        """Learn from a step; ``seconds`` are from its header to the next proposals of all ranks."""
         if self._target_s is None or not decode_rows + prefill_rows:
             return
         if not prefill_rows:
@@ -116,6 +109,5 @@ class PrefillCap:
 
 
 def _size(decode_rows: int) -> int:
-    """Size class of a number of rows with about the same cost: 1, 2, 3 .. 4, 5 .. 8 rows and so
-    on."""
+    """Class of row counts with about the same cost: 1, 2, 3 .. 4, 5 .. 8 and so on."""
     return (decode_rows - 1).bit_length()

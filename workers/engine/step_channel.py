@@ -99,9 +99,7 @@ class StepChannel:
         return self._known
 
     def missing(self) -> list[str]:
-        """Names of the workers that the next header waits for: ranks without a proposal, or the
-        leader.
-        """
+        """The workers that the next header waits for: ranks without a proposal, or the leader."""
         if not self.is_leader:
             return [self._ranks.leader]
         return [name for name, rank in self._ranks.by_name.items() if rank not in self._proposals]
@@ -255,9 +253,7 @@ class StepChannel:
         self._timed = (header, time.monotonic())
 
     def _observe_step(self) -> None:
-        """Leader: record the time of the previous step, which is over because all ranks proposed
-        again.
-        """
+        """Leader: record the time of the previous step once all ranks have proposed again."""
         if self._timed is None:
             return
         (header, start), self._timed = self._timed, None

@@ -50,8 +50,7 @@ class StepTokens:
     """Tokens and scores of a step, before the commit."""
 
     complete: dict[SequenceState, int] = field(default_factory=dict)
-    """Sequences whose newest token was in the step, and its row. They sample a token or are scored.
-    """
+    """Sequences with their newest token in the step, and its row, to sample or score."""
     drawn: dict[SequenceState, list[SampledToken]] = field(default_factory=dict)
     """One token, and the tokens after drafts that equal the preceding tokens."""
     scored: dict[SequenceState, list[TokenLogprob]] = field(default_factory=dict)
@@ -63,8 +62,7 @@ class StepTokens:
     broken: list[PlannedRows] = field(default_factory=list)
     """Entries with drafts that have NaN or infinity in any row, even in one of a rejected draft."""
     candidates: dict[SequenceState, list[TokenLogprob]] = field(default_factory=dict)
-    """Candidate tokens for complete beams. ``drawn`` contains these beams too, with tokens to
-    ignore."""
+    """Candidate tokens for complete beams; ``drawn`` has these beams too, to be ignored."""
     predicted: dict[SequenceState, int] = field(default_factory=dict)
     """The token that the predictor expects after the sampled ones."""
 
@@ -223,11 +221,9 @@ class StepSampler:
         return entries
 
     def _draw(self, tokens: StepTokens, plan: StepPlan, result: StepResult) -> None:
-        """Sample a token for every complete sequence that may have one; drop those with broken
-        rows.
+        """Sample a token for every complete sequence; drop sequences with broken rows.
 
-        Tokens and the ``finite`` flags of all rows are copied to the host together, so the step
-        synchronizes once.
+        Tokens and ``finite`` flags are copied to the host together, so the step synchronizes once.
         """
         sampled = self._sampled(tokens.complete, plan)
         rows = [row for one in sampled for row in self._processors[one.sequence].rows(one.drafts)]
@@ -296,9 +292,7 @@ class StepSampler:
     def _search(
         self, tokens: StepTokens, beams: Mapping[SequenceState, int], logits: Tensor
     ) -> None:
-        """Find the candidates of beams, from their rows of the logits, for all beams of a request
-        together.
-        """
+        """Find the candidates of beams from their rows of the logits, request by request."""
         by_request: dict[str, list[SequenceState]] = {}
         for sequence in beams:
             by_request.setdefault(sequence.request.request_id, []).append(sequence)

@@ -1,8 +1,7 @@
 """Detects that a rank has rows to run but no step starts.
 
-It is the last resort if no edge breaks and no worker stalls. The leader waits for proposals and the
-other ranks wait for the leader, so they have twice its time limit. A peer may still run the
-previous step, whose rows take time.
+The last resort if no edge breaks and no worker stalls. The leader waits for proposals, and the
+others wait for it, with twice its limit. A peer may still run the rows of the previous step.
 """
 
 from __future__ import annotations

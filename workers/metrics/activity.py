@@ -1,9 +1,8 @@
 """Data-thread state for heartbeats: progress counters, waits, and stalled time.
 
 A step may take longer than the detection limit (a long prefill on a cold cache), so progress is
-also counted within steps, at each exchange with the experts. Even one exchange may take longer.
-Within a step, CPU time of the data thread therefore counts as progress, for a time that grows with
-the rows.
+also counted within steps, at each exchange with the experts. For even longer exchanges, CPU time of
+the data thread counts within a step, for a time that grows with the rows.
 
 The loop also iterates while it waits for a step, so iterations show that the thread is alive, not
 that steps advance. ``stalled_s`` ignores them.

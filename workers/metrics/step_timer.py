@@ -57,9 +57,7 @@ class StepTimer:
         return bool(self._sinks)
 
     def mark(self, now_ns: int | None = None) -> None:
-        """Start a lap, now or at a time of ``time.monotonic_ns``; the time since the last is
-        ignored.
-        """
+        """Start a lap, now or at a time of ``time.monotonic_ns``, without recording the last."""
         if self._sinks:
             self._last_ns = self._clock_ns() if now_ns is None else now_ns
 

@@ -72,9 +72,7 @@ class StepTrace:
         self._events.append(f",\n{json.dumps(event)}")
 
     def flush(self) -> None:
-        """Write the queued events. If the disk refuses them they are dropped, and the work
-        continues.
-        """
+        """Write the queued events, or drop them if the disk refuses them."""
         events, self._events = self._events, []
         if not events:
             return

@@ -82,8 +82,7 @@ def _computation(args: WorkerArgs, kernels: str) -> str:
 
 
 def _libraries(own: Library, dtype: torch.dtype, is_alone: bool) -> dict[str, Library]:
-    """Libraries by arithmetic, ``own`` first. Other arithmetics are added unless the worker is
-    alone.
+    """Libraries by arithmetic, ``own`` first; only ``own`` if the worker is alone.
 
     Only bfloat16 has others, see ``arithmetic_of``.
     """

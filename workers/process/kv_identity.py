@@ -1,10 +1,9 @@
 """The identity of KV blocks apart from tokens, and the ranks that need blocks on disk.
 
-Blocks on disk outlive the processes that compute them. The identity contains everything that
-determines their bits: checkpoint, release, options, types, and the agreement of the generation's
-members. In an exact generation the agreement determines the results of every worker, attention and
-experts. In any other generation the bits depend on each member, so the identity contains the
-computation of every member.
+Blocks on disk outlive the processes that compute them. The identity contains all that determines
+their bits: checkpoint, release, options, types, and the agreement of the generation's members. In
+an exact generation the agreement determines the results of every worker. In any other one the bits
+depend on each member, so the identity contains all members' computations.
 """
 
 from __future__ import annotations

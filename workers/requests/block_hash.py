@@ -22,8 +22,7 @@ SHORT_BYTES = 8
 
 
 def root_hash(salt: str, owner: str = "", length: int = 0, adapter: str = "") -> BlockHash:
-    """Root that a sequence's first block is chained to: of its tenant, or of one request
-    (``owner``).
+    """Root of a sequence's hash chain: of its tenant, or of one request (``owner``).
 
     ``length`` is the prompt length if keys depend on it, else 0. ``adapter`` is the key of one load
     of the adapter that keys and values are computed with.

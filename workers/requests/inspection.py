@@ -39,8 +39,7 @@ class InspectionParams(Message, frozen=True, kw_only=True, array_like=True):
     logits: tuple[int, ...] = ()
     """Positions whose logits to return, ascending; a classifier's prompt has one."""
     labels: tuple[int, ...] = ()
-    """One label per token: returns its log-probability after the tokens before it; -100 is
-    ignored."""
+    """One label per token, to return its log-probability after earlier tokens; -100 is ignored."""
     embedding: Pooling | None = None
     """Pool the final hidden states into one vector."""
     hidden_states: bool = False

@@ -147,8 +147,8 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
         return first if micro_batch == 0 else total - first
 
     def edge_rows(self, rank: int, micro_batch: int) -> int:
-        """Number of rows of one micro-batch that an attention rank sends to each expert rank; in an
-        exact step, the maximum.
+        """Rows of one micro-batch that an attention rank sends to each expert rank; the maximum in
+        an exact step.
         """
         rows = self.rows(rank, micro_batch)
         if rows and self.bucket:

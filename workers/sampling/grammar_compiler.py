@@ -1,9 +1,8 @@
 """Compiles the grammars of requests.
 
 The gateway limits the size of a grammar (``gateway/text/forms/structured.py``). llguidance counts
-its own work and fails beyond a limit, in compilation and in masks, so that no grammar runs
-indefinitely. ``workers/process/intake/grammar_compilations.py`` calls it outside the engine's
-thread.
+its own work and fails beyond a limit, in compilation and in masks, so no grammar runs indefinitely.
+``workers/process/intake/grammar_compilations.py`` runs it outside the engine's thread.
 """
 
 from __future__ import annotations

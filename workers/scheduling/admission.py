@@ -45,21 +45,17 @@ class SequenceAdmission:
 
     @property
     def num_deferred(self) -> int:
-        """Number of waiting sequences that wait for the first choice of their request to compute
-        its prompt.
-        """
+        """Number of sequences that wait for the prompt of their request's first choice."""
         return sum(map(self._waits_for_first_choice, self._queues.waiting))
 
     @property
     def num_waiting_for_kv(self) -> int:
-        """Number of waiting sequences that wait for a transfer of KV blocks, without deferred
-        ones."""
+        """Number of sequences that wait for a transfer of KV blocks, without deferred ones."""
         return sum(map(self._waits_for_kv, self._queues.waiting))
 
     @property
     def num_waiting_tokens(self) -> int:
-        """Number of prompt tokens of waiting sequences, counted once for all choices of a
-        request."""
+        """Number of waiting prompt tokens, counted once for all choices of a request."""
         return sum(s.prompt_length for s in self._queues.waiting if s.first_choice is None)
 
     def take_admissible(self, restriction: Restriction, at_most: int) -> list[SequenceState]:
@@ -121,9 +117,7 @@ class SequenceAdmission:
         return [s for s in self.admissible(restriction, max_rows) if self.would_decode(s)]
 
     def would_decode(self, waiting: SequenceState) -> bool:
-        """Whether only its newest output token is missing from the cache, as for a sequence that
-        usually arrives from another worker.
-        """
+        """Whether only its newest output token is uncached, as usual after a move."""
         return bool(waiting.output) and self._blocks.num_to_compute(waiting) == 1
 
     def first(self, restriction: Restriction) -> SequenceState | None:
@@ -137,9 +131,7 @@ class SequenceAdmission:
         return self._blocks.still_fits(admissible, self._queues.running)
 
     def admit(self, sequence: SequenceState) -> int:
-        """Move a sequence to the running ones with blocks for all its tokens; returns the number of
-        blocks that were allocated.
-        """
+        """Move a sequence to the running ones, and return the number of blocks allocated."""
         num_allocated = self._blocks.admit(sequence)
         self._queues.remove(sequence)
         self._kv_waits.forget(sequence.request.request_id)
@@ -158,20 +150,17 @@ class SequenceAdmission:
         return is_able and restriction.allows(waiting)
 
     def _waits_for_kv(self, sequence: SequenceState) -> bool:
-        """Whether the sequence waits for a transfer of KV blocks rather than for its first
-        choice."""
+        """Whether the sequence waits for KV blocks rather than for its first choice."""
         is_held = sequence.request.request_id in self._kv_waits
         return is_held and not self._waits_for_first_choice(sequence)
 
     def _num_missing_beside_coming(self, sequence: SequenceState) -> int:
-        """Number of free blocks to keep for a sequence besides the blocks that are being
-        fetched."""
+        """Number of free blocks to keep for a sequence besides those being fetched."""
         coming = self._kv_waits.num_coming(sequence.request.request_id)
         return max(self._blocks.num_of(sequence) - coming, 0)
 
     def _waits_for_first_choice(self, sequence: SequenceState) -> bool:
-        """Whether the first choice of its request has yet to compute the full blocks of the
-        prompt."""
+        """Whether its request's first choice has yet to compute the prompt's full blocks."""
         first = sequence.first_choice
         if first is None or first.is_idle or first.status is SequenceStatus.FINISHED:
             return False

@@ -57,9 +57,7 @@ class BlockManager:
         return self._prefixes.find(waiting)
 
     def num_to_compute(self, waiting: SequenceState, known: Sequence[int] | None = None) -> int:
-        """Number of rows that it would compute if it were admitted now. ``known``: the result of
-        ``known(waiting)``, if the caller has it.
-        """
+        """Number of rows to compute if admitted now; ``known``: its cached blocks, if available."""
         found = self.known(waiting) if known is None else known
         return waiting.num_tokens - len(found) * self._block_size
 
@@ -77,9 +75,7 @@ class BlockManager:
         return missing <= self._pool.num_blocks - len(held) - self.reserve(stay)
 
     def num_shared_tokens(self, sequence: SequenceState) -> int:
-        """Number of tokens in the full prompt blocks that choices share, which leaves at least one
-        token to compute.
-        """
+        """Number of tokens in the prompt blocks that choices share; at least one token is left."""
         return (sequence.prompt_length - 1) // self._block_size * self._block_size
 
     def has_shared(self, sequence: SequenceState, known: Sequence[int]) -> bool:
@@ -87,9 +83,7 @@ class BlockManager:
         return len(known) * self._block_size >= self.num_shared_tokens(sequence)
 
     def reserve(self, sequences: Iterable[SequenceState]) -> int:
-        """Number of blocks to leave free at an admission: one for each sequence that may need
-        another.
-        """
+        """Number of blocks to leave free at an admission: one for each that may grow."""
         return sum(map(self._may_grow, sequences))
 
     def still_fits(self, admissible: SequenceState, running: Sequence[SequenceState]) -> bool:
@@ -106,9 +100,7 @@ class BlockManager:
         return has_enough or self._pool.can_allocate(sum(map(self._num_missing, decoding)))
 
     def can_fork(self, child: SequenceState, running: Sequence[SequenceState]) -> bool:
-        """Whether a fork can run in the next step. As for an admission, others must be able to
-        grow.
-        """
+        """Whether a fork can run in the next step, and the others can still grow."""
         return self._pool.can_allocate(1 + self.reserve((*running, child)))
 
     def _may_grow(self, sequence: SequenceState) -> bool:
@@ -149,9 +141,7 @@ class BlockManager:
         return (parent.blocks[num_full], copied[0]) if copied else None
 
     def grow(self, sequence: SequenceState, num_drafts: int = 0) -> int:
-        """Allocate the blocks that its tokens and drafts lack; returns the number of blocks
-        allocated.
-        """
+        """Allocate missing blocks for its tokens and drafts; returns their number."""
         missing = self._blocks(sequence.num_tokens + num_drafts) - len(sequence.blocks)
         if missing <= 0:  # most decodes continue in their last block
             return 0
@@ -178,16 +168,12 @@ class BlockManager:
             sequence.seat = None
 
     def commit(self, planned: PlannedRows, *, has_failed: bool) -> None:
-        """Record that planned rows ran, and keep the recurrent states after them. ``num_computed``
-        must include the rows already.
-        """
+        """Keep the recurrent states after planned rows that ``num_computed`` includes already."""
         if self._states is not None and planned.states is not None:
             self._states.commit(planned.sequence, planned.states, has_failed=has_failed)
 
     def store(self, planned: PlannedRows) -> None:
-        """Free the blocks that only rejected drafts used, and add the full blocks to the prefix
-        cache.
-        """
+        """Free blocks of rejected drafts, and add the full blocks to the prefix cache."""
         sequence = planned.sequence
         if planned.drafts:
             needed = self._blocks(sequence.num_computed)
@@ -212,8 +198,8 @@ class BlockManager:
         others: Iterable[list[int]],
         planned: Iterable[PlannedRows],
     ) -> None:
-        """Assert that the running sequences and ``others`` hold all blocks in use, and that the
-        running sequences and ``planned`` rows hold all recurrent states in use.
+        """Assert that the running sequences and ``others`` hold the blocks in use, and the running
+        sequences and ``planned`` rows the states.
         """
         self._pool.check_integrity([*(s.blocks for s in running), *others])
         for sequence in running:

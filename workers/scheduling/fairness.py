@@ -49,11 +49,9 @@ class ServedTokens:
             self._served[tenant] = self._served.get(tenant, 0.0) + num_rows / weight
 
     def in_turn(self, ordered: Sequence[SequenceState]) -> Iterator[SequenceState]:
-        """Yield the sequences in the order in which tenants take turns, each tenant's in the given
-        order.
+        """Yield the sequences as tenants take turns, each tenant's in the given order.
 
-        Example: tenant a was served 12 tokens less than b, all prompts have 8 tokens: a, a, b, a,
-        b, ...
+        Example: a was served 12 tokens less than b, all prompts have 8 tokens: a, a, b, a, b, ...
         """
         if len(self._active) <= 1:
             yield from ordered

@@ -37,9 +37,7 @@ class KvWaits:
         self._unasked.add(request_id)
 
     def take_unasked(self, admissible: Iterable[str], at_most: int) -> list[str]:
-        """Return up to ``at_most`` requests of ``admissible`` that were not returned before, in
-        order.
-        """
+        """Return up to ``at_most`` requests not returned before, in order."""
         new = (name for name in dict.fromkeys(admissible) if name in self._unasked)
         found = [*islice(new, at_most)]
         self._unasked.difference_update(found)

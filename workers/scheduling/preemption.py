@@ -87,9 +87,7 @@ class Preemption:
         return first if self._blocks.fits_beside(first, stay) else None
 
     def preempt_last(self, restriction: Restriction) -> None:
-        """Preempt an idle sequence or, in a step for one request, a sequence of another request; if
-        there is neither, any running sequence.
-        """
+        """Preempt an idle sequence, else one that may not run in a solo step, else any."""
         running = self._queues.running
         idle = [s for s in running if s.is_idle]
         others = [s for s in running if restriction.alone is None or not restriction.allows(s)]
@@ -106,8 +104,8 @@ class Preemption:
 
 
 def _yields(running: SequenceState, waiting: Request) -> bool:
-    """Whether a waiting request preempts a running sequence: an idle one, or one of the same tenant
-    with a lower priority.
+    """Whether a waiting request preempts a running sequence, which must be idle, or of the same
+    tenant with a lower priority.
     """
     request = running.request
     has_lower = request.tenant == waiting.tenant and request.priority > waiting.priority
@@ -115,9 +113,7 @@ def _yields(running: SequenceState, waiting: Request) -> bool:
 
 
 def _last_of_most(running: Sequence[SequenceState]) -> SequenceState:
-    """The last sequence of the tenant with the most sequences; the last of all if several tenants
-    have the most.
-    """
+    """The last sequence of the tenants with the most sequences."""
     counts = Counter(s.request.tenant for s in running)
     most = max(counts.values())
     return next(s for s in reversed(running) if counts[s.request.tenant] == most)

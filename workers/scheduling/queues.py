@@ -14,10 +14,9 @@ class SequenceQueues:
 
     def __init__(self) -> None:
         self.waiting: list[SequenceState] = []
-        """Waiting sequences in the order of ``SequenceState.order``. Only this class changes the
-        list."""
+        """Waiting sequences, by ``SequenceState.order``; only this class changes the list."""
         self.running: list[SequenceState] = []
-        """Running sequences, which have a seat, in the same order. Only this class changes the
+        """Running sequences, which have a seat, by the same order; only this class changes the
         list."""
 
     def by_adapter(self) -> tuple[Counter[str], Counter[str]]:

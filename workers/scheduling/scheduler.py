@@ -1,10 +1,9 @@
 """The scheduler: continuous batching with chunked prefill. Pure, no torch.
 
-A worker proposes the rows of an intent to the leader. The scheduler makes a plan from the rows that
-the step header grants. A plan is either committed (the model ran to its last layer) or abandoned (a
-peer was lost). Only a commit changes the computed rows and the output of sequences. Preemption is
-the exception: it takes effect while planning, which costs a recomputation but never changes a
-token.
+The leader gets the rows of an intent, and a plan is made from the rows that the step header grants.
+A plan is either committed (the model ran to its last layer) or abandoned (a peer was lost). Only a
+commit changes the computed rows and outputs of sequences, except for preemption: it takes effect in
+planning, which costs a recomputation but never changes a token.
 """
 
 from __future__ import annotations
@@ -125,9 +124,8 @@ class Scheduler:
         return copied
 
     def remove(self, sequence: SequenceState, *, has_ended: bool = True) -> None:
-        """End a sequence between steps and free its blocks. ``has_ended`` False: other sequences of
-        its request continue, and the retention that the request asks for does not apply to these
-        blocks.
+        """End a sequence between steps and free its blocks. ``has_ended`` False: its request
+        continues with other sequences, and its retention does not apply to these blocks.
         """
         if sequence.status is SequenceStatus.FINISHED:
             return
@@ -207,9 +205,8 @@ class Scheduler:
         """Apply a plan that ran. ``drawn`` has the sampled tokens of each sequence that got one. If
         there are several, all except the last equal its first drafts. Only the last may end it.
 
-        Returns the sequences that ended, with the reason; their blocks are free. The ``failed``
-        ones end without a token, and the prefix cache never gets the blocks they computed in this
-        plan.
+        Returns the ended sequences, with the reason; their blocks are free. The ``failed`` ones end
+        without a token, and their blocks of this plan never enter the prefix cache.
         """
         endings: dict[SequenceState, Ending] = {}
         self._seats.count_step()
@@ -222,9 +219,7 @@ class Scheduler:
         return endings
 
     def abandon(self, plan: StepPlan) -> None:
-        """Undo a plan that did not run: free its blocks and return the sequences it admitted to the
-        waiting ones.
-        """
+        """Undo a plan that did not run: free its blocks and un-admit its sequences."""
         for planned in plan.rows:
             self._blocks.abandon(planned)
             if planned.is_admitted:
@@ -303,9 +298,7 @@ class Scheduler:
         return PlannedRows(sequence, first, 1, True, num_new, is_admitted, states)
 
     def _prompt_rows(self, sequence: SequenceState, limit: int) -> PlannedRows | None:
-        """Plan up to ``limit`` rows of a prompt (or of a recomputation); None if the sequence does
-        not fit.
-        """
+        """Plan up to ``limit`` rows of a prompt or recomputation; None if it does not fit."""
         is_admitted = sequence.status is SequenceStatus.WAITING
         if is_admitted and not self.admission.still_fits(sequence):
             return None

@@ -21,8 +21,7 @@ class PlannedRows(Struct, frozen=True):
     is_decode: bool
     """True for a row that continues an output and its ``drafts``."""
     num_new_blocks: int
-    """Number of blocks at the end of the block table that this plan allocated after the admission.
-    """
+    """Number of blocks that this plan added to the block table after the admission."""
     is_admitted: bool
     """Whether this plan admitted the sequence."""
     states: StateMove | None = None
@@ -32,9 +31,7 @@ class PlannedRows(Struct, frozen=True):
 
     @property
     def draws_token(self) -> bool:
-        """Whether the last row before ``drafts`` is the newest token, whose logits give the next
-        one.
-        """
+        """Whether the last row before ``drafts`` is the newest token, so that it gives the next."""
         return self.first + self.count - len(self.drafts) == self.sequence.num_tokens
 
     def one_by_one(self) -> Iterator[PlannedRows]:

@@ -65,8 +65,7 @@ class EpochPlacements:
         """The reason not to write these slots by a command of a controller that believes ``epoch``
         to be current, or None. ``announced`` is the newest epoch of a generation. Any thread.
 
-        A step may read every slot that the current epoch or an announced epoch up to ``epoch``
-        names.
+        A step may read the slots of the current epoch and of announced epochs up to ``epoch``.
         """
         current, coming = self.current, dict(self._coming)
         if epoch < current.epoch:

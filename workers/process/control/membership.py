@@ -103,8 +103,7 @@ class Membership:
         self.last_commit = time.monotonic()
         """Monotonic time of the last committed step."""
         self.last_shared_commit = self.last_commit
-        """Time of the last commit in which others took part, as far as known; it renews the
-        lease."""
+        """Time of the last commit known to be shared with others; it renews the lease."""
         self._name = name
         self._hooks = hooks
         self._loss: PeerLost | None = None

@@ -106,8 +106,7 @@ class AdapterIntake:
     def stats(self, waiting: Mapping[str, int]) -> dict[str, float]:
         """Gauges by metric name without prefix, with 0 for an unused adapter.
 
-        ``waiting``: number of choices by adapter key that the engine does not have yet. Any thread
-        may call it.
+        ``waiting``: choices by adapter key outside the engine. Any thread may call it.
         """
         loaded = self._engine.adapters
         counts = self._num_sequences(waiting) if loaded.keys else {}

@@ -53,8 +53,7 @@ class CopyFetch:
     def run(self, client: PeerClient) -> None:
         """Fetch missing blocks, as far as the other worker has them and they fit.
 
-        Raises ``TransportError``, and errors of the client's ``before_chunk``; received blocks are
-        kept.
+        Raises ``TransportError``, and errors of ``before_chunk``; received blocks are kept.
         """
         self._names = self.message.hashes
         if self.cache.states:
@@ -86,7 +85,7 @@ class CopyFetch:
 
     def _states_of(self, names: Sequence[BlockHash]) -> list[BlockHash]:
         """Blocks after which states are kept: the last one, and the last two with a known state, as
-        the next turn may diverge where the prompt of this turn ended.
+        a next turn may diverge at the end of the prompt.
         """
         if not self.cache.states:
             return []
@@ -145,8 +144,8 @@ class CopyFetch:
         return self.tiers.put(turn, self._names[place], parent, data)
 
     def _missing(self) -> Iterator[tuple[int, int]]:
-        """Yield first and end of each run of blocks outside host memory: a single block on disk, or
-        a batch of missing blocks.
+        """Yield first and end of runs of blocks outside host memory: one block on disk, or a batch
+        of missing blocks.
         """
         has, host, names = self.tiers.has, self.tiers.host, self._names
         places = [place for place, name in enumerate(names) if not host.has(name)]

@@ -161,8 +161,7 @@ class KvRestores(FetchJobs):
     def _best_end(
         self, hashes: Sequence[BlockHash], num_found: int, num_usable: int, has_peer: bool
     ) -> int:
-        """Number of blocks of the prefix whose restore saves most time; ``num_usable`` if none
-        does.
+        """Number of blocks whose restore saves most time; ``num_usable`` if none does.
 
         If a peer has more than all local tiers and is cheaper, it is preferred.
         """

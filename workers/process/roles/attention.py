@@ -217,8 +217,7 @@ def _open_kv_publisher(
 ) -> Callable[[HashChanges], None]:
     """Start to publish KV events for routers of other projects, if configured.
 
-    Returns a function that publishes changes. ``names``: returns adapter names by key on any
-    thread.
+    Returns a function that publishes changes. ``names`` returns adapter names; any thread.
     """
     section, size = context.config.kv_events, context.config.engine.block_size_tokens
     if section.kv_events_endpoint is None:
