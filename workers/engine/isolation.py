@@ -64,7 +64,7 @@ class Isolation:
 
     def __init__(self) -> None:
         self._deaths: dict[str, int] = {}  # since the last commit of its rows
-        self._hit: dict[str, None] = {}  # in a step that was given up, not committed since
+        self._hit: dict[str, None] = {}  # in an abandoned step, not committed since
         self._solo: _Solo | None = None
         self._messages: list[SoloStep | Queued] = []
 

@@ -99,7 +99,9 @@ def _check_embeds(request: Request, embeds: PromptEmbeds, limits: RequestLimits)
     is_whole = len(embeds.data) == 4 * width * len(request.prompt)
     _require(is_whole, f"{name} must have one row for each token of the prompt", name)
     is_plain = params.prompt_logprobs is None and params.repetition_penalty == 1.0
-    _require(is_plain, f"{name} cannot go with prompt_logprobs or repetition_penalty", name)
+    _require(
+        is_plain, f"{name} cannot be combined with prompt_logprobs or repetition_penalty", name
+    )
 
 
 def _check_beams(request: Request, limits: RequestLimits) -> None:

@@ -85,7 +85,7 @@ class StepTrace:
             self._records.append("".join(events).encode())
         except OSError as err:
             if not self._is_refused:  # log once until events are written again
-                logger.warning("%s: the trace leaves out steps: %s", self._worker, err)
+                logger.warning("%s: could not write steps to the trace: %s", self._worker, err)
             self._is_refused = True
         else:
             self._is_refused = False

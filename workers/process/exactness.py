@@ -95,7 +95,7 @@ def _libraries(own: Library, dtype: torch.dtype, is_alone: bool) -> dict[str, Li
         try:
             library = load_library(wanted)
         except (BuildError, OSError) as err:
-            logger.warning("no other arithmetic by %s: %s", wanted.name, err)
+            logger.warning("could not load the kernel library %s: %s", wanted.name, err)
             continue
         return {**found, arithmetic_of(library, dtype): library}
     return found

@@ -123,7 +123,7 @@ class ModelWorker:
             return None
         error = self.disk_error
         if work.epoch < self.epoch:
-            error = f"ordered in epoch {work.epoch}, {self.epoch} is in force"
+            error = f"commanded in epoch {work.epoch}, but epoch {self.epoch} is current"
         if not error:
             self.contents |= {(bank, slot): expert for bank, slot, expert in work.experts}
         return ExpertsLoaded(order=work.order, error=error)

@@ -69,7 +69,9 @@ class EpochPlacements:
         """
         current, coming = self.current, dict(self._coming)
         if epoch < current.epoch:
-            return Obstacle(f"ordered in epoch {epoch}, {current.epoch} is in force", False)
+            return Obstacle(
+                f"commanded in epoch {epoch}, but epoch {current.epoch} is current", False
+            )
         work = tuple(orders)
         for maps in (current, *(m for e, m in coming.items() if e <= epoch)):
             for bank, slot, expert in work:
@@ -83,4 +85,4 @@ class EpochPlacements:
 
 def _check_place(found: BankPlacement, old: BankPlacement) -> None:
     if (found.bank, found.layer, found.num_experts) != (old.bank, old.layer, old.num_experts):
-        raise ProtocolError(f"maps of bank {found.bank} layer {found.layer} in a wrong place")
+        raise ProtocolError(f"maps of bank {found.bank} layer {found.layer} at a wrong index")

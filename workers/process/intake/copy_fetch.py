@@ -105,7 +105,7 @@ class CopyFetch:
             return
         if not 0 <= int(place) < len(keys):
             raise ProtocolError(
-                f"a recurrent state from {client.peer} has place {int(place)} among "
+                f"a recurrent state from {client.peer} has index {int(place)} among "
                 f"{len(keys)} keys"
             )
         self._names, self._state = names[: first + int(place) + 1], as_bytes(data)

@@ -282,7 +282,7 @@ def _receive_state(client: PeerClient, fetch: Fetch, state: StateFetch, cache: K
         return 0
     if not 0 <= int(place) < len(keys):
         raise ProtocolError(
-            f"a recurrent state from {client.peer} has place {int(place)} among {len(keys)} keys"
+            f"a recurrent state from {client.peer} has index {int(place)} among {len(keys)} keys"
         )
     cache.write_state(state.slot, data)
     state.num_before = state.num_known + int(place) + 1

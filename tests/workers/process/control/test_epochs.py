@@ -69,7 +69,7 @@ def test_a_generation_begins_anew(maps: EpochPlacements) -> None:
     ("bad", "message"),
     [
         (frame(4, base=3), "follows 3, but 1 runs"),
-        (frame(4, place=0), "in a wrong place"),
+        (frame(4, place=0), "at a wrong index"),
         (frame(4, place=5), "no maps"),
         (frame(4, place=-1), "no maps"),
     ],
@@ -108,7 +108,7 @@ def test_an_order_of_who_does_not_know_the_epoch_in_force_is_refused(
     maps.learn(moved_to(FREE, 5, 2))
     assert maps.reach(2)
     found = maps.obstacle(0, [(1, FREE, 6)], 1, 1)
-    assert found == Obstacle("ordered in epoch 1, 2 is in force", passes=False)
+    assert found == Obstacle("commanded in epoch 1, but epoch 2 is current", passes=False)
 
 
 @pytest.mark.parametrize("expert", [(HELD + 1) % 8, -1])

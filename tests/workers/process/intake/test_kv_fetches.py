@@ -395,7 +395,7 @@ def test_a_state_of_none_of_the_keys_is_refused(
         found.wait()
         assert fetches.take() == [wanted]
         assert failures(fetches) == 1
-    assert f"has place {place} among {NUM_BLOCKS} keys" in caplog.text
+    assert f"has index {place} among {NUM_BLOCKS} keys" in caplog.text
     found.check_free()
     assert serve(target, request_of("target"))[0].num_cached_tokens == 0
 
