@@ -84,7 +84,7 @@ def test_what_is_refused(tiny_checkpoint: Path) -> None:
         (request_of(embeds, prompt=(0,) * 29), "one row for each token"),
         (
             request_of(embeds, params=replace(PARAMS, repetition_penalty=1.1)),
-            "cannot go with prompt_logprobs or repetition_penalty",
+            "cannot be combined with prompt_logprobs or repetition_penalty",
         ),
     ):
         with pytest.raises(RequestError, match=text):
