@@ -1,6 +1,6 @@
-"""The engine and the Ray actors that run it, all in folders.
+"""The engine and the Ray actors that run it.
 
-Floors, from the ground up: ``requests``, ``native``, ``cuda``; ``model``, ``transport``,
-``metrics``; ``kv``, ``sampling``, ``experts``, ``dispatch``, ``inspection``; ``engine``;
-``process``. Ray and gRPC are imported in ``process`` only.
+Layers, from the lowest to the highest: ``requests``, ``native``, ``cuda``; ``model``,
+``transport``, ``metrics``; ``kv``, ``sampling``, ``experts``, ``dispatch``, ``inspection``;
+``engine``; ``process``. Only ``process`` imports Ray and gRPC.
 """

@@ -1,4 +1,4 @@
-"""KV blocks of one attention worker: the pool, the tensors, the prefix cache, eviction.
+"""KV blocks of one attention worker: block pool, cache tensors, prefix cache and eviction.
 
 Imports ``workers.model`` and ``workers.requests``.
 """

@@ -1,8 +1,8 @@
-"""Accounting of KV blocks and their contents. Pure; the tensors are in ``workers.kv.cache``.
+"""Reference counts and hashes of KV blocks. Pure; the tensors are in ``workers.kv.cache``.
 
 A block with known contents can be found by its hash, which covers its tokens and all tokens before
-them. It keeps its hash without a holder, until it is allocated for something else: blocks without a
-hash are allocated first, then those that ``workers.kv.eviction`` names.
+them. A free block keeps its hash until it is allocated again. Blocks without a hash are allocated
+first, then blocks in the order of ``workers.kv.eviction``.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from workers.requests.block_hash import BlockHash
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HashChanges:
-    """Changes of the hashes that can be found, since the last call of ``take_changes``."""
+    """Hashes that were stored and removed since the last call of ``take_changes``."""
 
     stored: tuple[BlockHash, ...]
-    """New ones, oldest first."""
+    """New hashes, oldest first."""
     removed: tuple[BlockHash, ...]
-    """Gone ones, oldest first."""
+    """Removed hashes, oldest first."""
 
 
 class BlockPool:
     """Reference-counted blocks 0 .. num_blocks - 1. A block without a holder is free."""
 
     def __init__(self, num_blocks: int, max_kept: int = 0) -> None:
-        """``max_kept``: free blocks that requests may have kept before others."""
+        """``max_kept``: limit of free blocks that requests may keep longer than others."""
         self.num_blocks = num_blocks
         self._holders = [0] * num_blocks
         self._hashes: list[BlockHash | None] = [None] * num_blocks
@@ -43,16 +43,16 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks without a holder, with a hash or without."""
+        """Number of blocks without a holder, with or without a hash."""
         return len(self._blank) + self._num_known
 
     @property
     def num_kept(self) -> int:
-        """Free blocks that a request asked to keep before others."""
+        """Number of free blocks that a request asked to keep longer than others."""
         return self._order.num_kept
 
     def advance(self, now_s: float) -> None:
-        """The time, for blocks that are kept for a while; it never goes back."""
+        """Set the monotonic time, at which the keep time of blocks may expire."""
         self._order.advance(now_s)
 
     def can_allocate(self, count: int) -> bool:
@@ -62,7 +62,7 @@ class BlockPool:
         return self._holders[block] == 0
 
     def allocate(self, count: int) -> list[int]:
-        """Take free blocks for one holder; hashes of those that had one are forgotten."""
+        """Take free blocks for one holder and remove their hashes."""
         assert self.can_allocate(count), f"{count} blocks of {self.num_free} free ones"
         blocks = [self._take_free() for _ in range(count)]
         for block in blocks:
@@ -70,31 +70,31 @@ class BlockPool:
         return blocks
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Add a holder to blocks that have one already, or were just found."""
+        """Add a holder to blocks that have one already, or that ``find`` just returned."""
         for block in blocks:
             self._hold(block)
             if (block_hash := self._hashes[block]) is not None:
                 self._order.find(block_hash)
 
     def hold(self, blocks: Iterable[int]) -> None:
-        """Add a holder to found blocks while they are copied; does not count as a use."""
+        """Add a holder to found blocks while they are copied. This does not count as a use."""
         for block in blocks:
             self._hold(block)
 
     def lend(self, blocks: Iterable[int]) -> None:
-        """Another worker has copies of these blocks of a prefix: they are evicted first."""
+        """Mark blocks of a prefix as copied by another worker, so that they are evicted first."""
         hashes = [self._hashes[block] for block in blocks]
         self._order.lend([block_hash for block_hash in hashes if block_hash is not None])
 
     def begin(self, hashes: Sequence[BlockHash], hints: KeepHints = NO_HINTS) -> Turn:
-        """A request begins whose prompt has these full blocks, known ones and others."""
+        """Begin the turn of a request. ``hashes``: all full blocks of its prompt, in order."""
         return self._order.begin(hashes, hints)
 
     def release(self, blocks: Sequence[int], turn: Turn | None = None) -> None:
         """Drop one holder of each block of a table; blocks without holders become free.
 
-        The table's end becomes free first: a block cannot be found without those before it.
-        ``turn`` is what ``begin`` returned, at the end of a request.
+        The last block of the table becomes free first, since it is useless without the blocks
+        before it. ``turn``: the result of ``begin`` if a request ends.
         """
         for block in reversed(blocks):
             assert self._holders[block] > 0, f"block {block} is free already"
@@ -112,10 +112,10 @@ class BlockPool:
         if turn is not None:
             self._order.end(turn)
 
-    # What blocks hold
+    # Contents of blocks
 
     def find(self, hashes: Iterable[BlockHash]) -> list[int]:
-        """Blocks of the longest run of known hashes from the first on. Changes nothing."""
+        """Return the blocks of the longest known prefix of ``hashes``. Changes nothing."""
         found: list[int] = []
         for block_hash in hashes:
             block = self._by_hash.get(block_hash)
@@ -129,19 +129,19 @@ class BlockPool:
         return block_hash in self._by_hash
 
     def hash_of(self, block: int) -> BlockHash | None:
-        """The hash by which a block can be found."""
+        """Return the hash by which a block can be found, or None."""
         return self._hashes[block]
 
     def was_found(self, block: int) -> bool:
-        """Whether a block with a hash was shared since it got it."""
+        """Whether a block was shared since its hash was stored."""
         block_hash = self._hashes[block]
         return block_hash is not None and self._order.was_found(block_hash)
 
     def store(self, block: int, block_hash: BlockHash, parent: BlockHash | None = None) -> None:
-        """A held block's contents are final: it can be found from now on.
+        """Make a held block with final contents findable by its hash.
 
-        ``parent`` is the hash of the block before it, if there is one. If another block has the
-        same contents, that one stays the one to find.
+        ``parent``: the hash of the block before it, if any. If another block has the same
+        contents, ``find`` continues to return the other block.
         """
         assert self._holders[block], f"block {block} is free"
         assert self._hashes[block] in (None, block_hash), f"block {block} changed its contents"
@@ -156,7 +156,7 @@ class BlockPool:
             self._stored[block_hash] = None
 
     def forget(self, blocks: Iterable[int]) -> None:
-        """The contents of these blocks must not be found."""
+        """Remove the hashes of these blocks, so that their contents cannot be found."""
         for block in blocks:
             if self._hashes[block] is None:
                 continue
@@ -166,9 +166,9 @@ class BlockPool:
                 self._blank.append(block)
 
     def take_changes(self) -> HashChanges:
-        """Hashes stored and removed since the last call; a hash that was both is left out.
+        """Return hashes stored and removed since the last call, except those that were both.
 
-        For an index of the workers that hold a prefix. Unread changes stay within the pool's size.
+        They feed an index of the workers that hold a prefix. The size of the pool bounds them.
         """
         changes = HashChanges(stored=tuple(self._stored), removed=tuple(self._removed))
         self._stored.clear()
@@ -176,8 +176,8 @@ class BlockPool:
         return changes
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
-        """Assert that holders are exactly the given block tables, the rest is free, and every
-        hash leads to the one block that has it."""
+        """Assert that the holders are exactly ``tables``, that all other blocks are free, and that
+        each hash maps to the block that has it."""
         found = [0] * self.num_blocks
         for table in tables:
             assert len(set(table)) == len(table), "a block table names a block twice"
@@ -192,8 +192,8 @@ class BlockPool:
         assert all(self._hashes[b] is None for b in self._blank), "a blank block has a hash"
         assert len(known) == self._num_known, "free blocks with a hash are miscounted"
         self._order.check_integrity([h for h, block in by_hash.items() if found[block]])
-        assert self._stored.keys() <= by_hash.keys(), "a stored hash is gone"
-        assert self._removed.keys().isdisjoint(by_hash), "a removed hash is there"
+        assert self._stored.keys() <= by_hash.keys(), "a stored hash is missing"
+        assert self._removed.keys().isdisjoint(by_hash), "a removed hash is present"
 
     def _take_free(self) -> int:
         if self._blank:

@@ -1,6 +1,6 @@
-"""The paged KV cache: the tensors of all layers.
+"""Tensors of the paged KV cache for all layers.
 
-``workers.kv.block_pool`` accounts for the blocks.
+``workers.kv.block_pool`` tracks which blocks are in use.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from workers.model.side_stream import SideStream
 
 
 class KVCache:
-    """Keys and values of all layers, and the recurrent states of those that have them instead.
+    """Keys and values of the attention layers, and recurrent states of the other layers.
 
-    One block more than the pool knows, always zero: null. One state more, too: before any token.
+    The tensors have one block more than the pool, the null block, which is always zero. They also
+    have one state more, the zero state before any token.
     """
 
     def __init__(
@@ -39,12 +40,13 @@ class KVCache:
         kv_cache_dtype: KvCacheDType = "auto",
         num_states: int = 0,
     ) -> None:
-        """``dtype`` is that of the model; see ``EngineSection.kv_cache_dtype``.
+        """Allocate the tensors.
 
-        ``num_states``: slots of a model with recurrent states.
+        ``dtype``: the model's; see ``EngineSection.kv_cache_dtype``. ``num_states``: number of
+        state slots of a model with recurrent states.
         """
         self.side = SideStream(device)
-        """For threads that read and write blocks."""
+        """Stream of the threads that read and write blocks."""
         is_fp8 = kv_cache_dtype == "fp8"
         row_size = fp8.row_bytes(config.head_dim) if is_fp8 else config.head_dim
         self.block_size = block_size
@@ -52,7 +54,7 @@ class KVCache:
         """Pads block tables; never written."""
         num_spare = 2 if device.type == "cuda" else 1
         self.scratch_block = num_blocks + num_spare - 1
-        """Rows without a request write here, on a GPU; elsewhere there are none."""
+        """On a GPU, padding rows (without a request) write to this block."""
         self.layers: tuple[Tensor, ...] = tuple(
             torch.zeros(
                 (config.kv_vectors_per_layer, num_blocks + num_spare, block_size, row_size),
@@ -61,28 +63,29 @@ class KVCache:
             )
             for _ in range(config.num_kv_caches)
         )
-        """By layer with keys and values, not by layer of the model (see ``by_layer``), the
-        predictor's last:
+        """One tensor for each layer with keys and values (unlike ``by_layer``, which has one for
+        each model layer); the predictor's is last.
         [2 * num_kv_heads, num_blocks + 1, block_size, D], keys before values, or one latent vector;
         in an fp8 cache rows of ``workers.model.fp8`` in place of D elements."""
         self.states = _states(config.delta_net, num_states, device)
-        """By layer with a recurrent state: [num_states + 1, values] float32, the last one zero."""
+        """One tensor for each layer with a recurrent state: [num_states + 1, values] float32; the
+        last state is zero."""
         self.by_layer = _in_order(config, self.layers, self.states)
-        """What each layer of the model gets: its part of ``layers`` or of ``states``."""
+        """Tensor of each layer of the model: an element of ``layers`` or of ``states``."""
         self.predictor = self.layers[-1] if config.has_predictor else None
-        """What its predictor gets."""
+        """Tensor of the model's predictor."""
         self._dtype = dtype
         self.has_plain_heads = not is_fp8 and config.latent_rank is None
-        """Blocks hold keys and values of heads as they are: the only ones with kernels for GPUs."""
+        """Whether blocks hold unquantized keys and values by head, as the GPU kernels need."""
         self.is_read_in_place = device.type == "cuda" and self.has_plain_heads
-        """Kernels on a GPU attend to blocks where they are; see ``AttentionBatch.paged``."""
+        """Whether GPU kernels read blocks in place; see ``AttentionBatch.paged``."""
         self.compute_threads = compute_threads
         self.workspaces = tuple(Workspace(dtype, device) for _ in range(compute_threads.count))
-        """Scratch memory of each compute thread, for the blocks that a step gathers."""
+        """Scratch memory of each compute thread, for gathered blocks."""
 
     @cached_property
     def blocks_per_piece(self) -> int:
-        """Blocks of decode rows to gather at a time."""
+        """Number of blocks of decode rows that are gathered at a time."""
         layer = self.layers[0]
         piece = PIECE_BYTES if layer.device.type == "cpu" else GPU_PIECE_BYTES
         return piece // (layer[:, 0].numel() * self._dtype.itemsize)
@@ -95,7 +98,6 @@ class KVCache:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of a block's data."""
         return self.layers[0].dtype
 
     @property
@@ -105,38 +107,36 @@ class KVCache:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block's data."""
         return math.prod(self.block_shape) * self.dtype.itemsize
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of one state's data."""
         return math.prod(self.state_shape) * torch.float32.itemsize
 
     def read_state(self, slot: int) -> Tensor:
-        """A copy of a state in CPU memory (any thread, while the slot has a holder)."""
+        """Copy a state to CPU memory. Any thread may call it while the slot has a holder."""
         with self.side.work():
             return self.side.to_host(torch.stack([layer[slot] for layer in self.states]))
 
     def write_state(self, slot: int, data: Tensor) -> None:
-        """Fill a slot (any thread that holds it, before it can be found)."""
+        """Fill a slot. Any thread that holds the slot may call it before the state is stored."""
         with self.side.work():
             for layer, part in zip(self.states, self.side.to_device(data), strict=True):
                 layer[slot] = part
 
     def read_block(self, block: int) -> Tensor:
-        """A copy of a block's data in CPU memory (any thread, while the block has a holder)."""
+        """Copy a block to CPU memory. Any thread may call it while the block has a holder."""
         with self.side.work():
             return self.side.to_host(torch.stack([layer[:, block] for layer in self.layers]))
 
     def write_block(self, block: int, data: Tensor) -> None:
-        """Fill a block (any thread that holds it, before it can be found)."""
+        """Fill a block. Any thread that holds the block may call it before its hash is stored."""
         with self.side.work():
             for layer, part in zip(self.layers, self.side.to_device(data), strict=True):
                 layer[:, block] = part
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks, (from, to) each, of sequences between two steps."""
+        """Copy blocks, given as (source, target) pairs. Call it between two steps."""
         if pairs:
             device = self.layers[0].device
             sources, targets = (to_device(part, device) for part in zip(*pairs, strict=True))
@@ -144,14 +144,14 @@ class KVCache:
                 layer[:, targets] = layer[:, sources]
 
     def clear_slots(self, slots: Sequence[int]) -> None:
-        """Zero single slots (block * block_size + offset), as ``clear`` does whole blocks."""
+        """Zero single cache slots (block * block_size + offset); see ``clear``."""
         if slots:
             places = to_device(slots, self.layers[0].device)
             for layer in self.layers:
                 layer.view(layer.shape[0], -1, layer.shape[3])[:, places] = 0
 
     def clear(self, blocks: Sequence[int]) -> None:
-        """Zero blocks that may hold NaN or infinity: a masked value still meets 0 * NaN."""
+        """Zero blocks that may hold NaN or infinity, as a masked value still gives 0 * NaN."""
         if blocks:
             places = to_device(blocks, self.layers[0].device)
             for layer in self.layers:
@@ -168,7 +168,7 @@ def _states(spec: DeltaNetSpec | None, num_states: int, device: torch.device) ->
 def _in_order(
     config: ModelConfig, layers: Sequence[Tensor], states: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """The parts of all layers of the model."""
+    """Return the tensor of each layer of the model, in the order of the layers."""
     if config.delta_net is None:
         return tuple(layers[: config.num_layers])
     found = dict(zip(config.kv_layers, layers, strict=True))

@@ -1,4 +1,4 @@
-"""What newly cached blocks hold, for routers of other projects. Engine's thread only."""
+"""Contents of newly cached blocks, for routers of other projects. Engine thread only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from workers.requests.sequence import SequenceState
 
 @dataclass(kw_only=True, slots=True)
 class BlockContents:
-    """Collects contents until they are taken; nobody has it where nobody wants to know."""
+    """Collects the contents of new blocks until they are taken. Absent without KV events."""
 
     pool: BlockPool
     block_size: int
@@ -21,10 +21,10 @@ class BlockContents:
     """See ``ModelConfig.length_matters_above``."""
     _new: dict[BlockHash, BlockContent] = field(default_factory=dict)
     _came: set[BlockHash] = field(default_factory=set)
-    """Blocks of other workers, whose tokens are not known yet."""
+    """Blocks fetched from other workers; their tokens are not known yet."""
 
     def came(self, hashes: Sequence[BlockHash]) -> None:
-        """Blocks came from another worker under these hashes."""
+        """Note the hashes of blocks fetched from another worker."""
         self._came.update(hashes)
         if len(self._came) > self.pool.num_blocks:
             self._came = {name for name in self._came if self.pool.is_known(name)}
@@ -32,12 +32,12 @@ class BlockContents:
     def note(
         self, sequence: SequenceState, hashes: Sequence[BlockHash], first: int, end: int
     ) -> None:
-        """Blocks ``first`` to ``end`` - 1 of a sequence are cached, under their hashes."""
+        """Note that blocks ``first`` to ``end`` - 1 of a sequence are cached."""
         for place in range(first, end):
             self._new[hashes[place]] = self._content(sequence, hashes, place)
 
     def note_found(self, sequence: SequenceState, hashes: Sequence[BlockHash]) -> None:
-        """A sequence uses its first blocks, which were found under these hashes."""
+        """Note that a sequence uses cached blocks with these hashes, from its first block on."""
         if self._came:
             for place, name in enumerate(hashes):
                 if name in self._came:
@@ -45,7 +45,7 @@ class BlockContents:
                     self._new[name] = self._content(sequence, hashes, place)
 
     def take(self) -> dict[BlockHash, BlockContent]:
-        """What was noted since the last call."""
+        """Return the contents noted since the last call, by hash."""
         new, self._new = self._new, {}
         return new
 

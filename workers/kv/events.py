@@ -1,4 +1,4 @@
-"""Messages to gateways about the blocks that can be found at a worker. Pure; single-threaded."""
+"""Messages to gateways about the cached blocks of a worker. Pure; single-threaded."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from workers.requests.block_hash import SHORT_BYTES, KvEvents
 
 
 class KvFeed:
-    """Numbers the changes, and keeps the complete list for new gateways and missed messages."""
+    """Numbers the changes and stores the full list for new gateways and missed messages."""
 
     def __init__(self) -> None:
         self._known: dict[bytes, None] = {}
         self._number = 0
         self.fetch_cost = math.inf
-        """See ``KvEvents``; part of every message, like the next one."""
+        """Part of every message, like ``num_free``; see ``KvEvents``."""
         self.num_free = 0
 
     def change(self, changes: HashChanges) -> KvEvents:
-        """The next message to all gateways that have the complete list."""
+        """Return the next message to all gateways that have the full list."""
         stored = tuple(block_hash[:SHORT_BYTES] for block_hash in changes.stored)
         removed = tuple(block_hash[:SHORT_BYTES] for block_hash in changes.removed)
         for name in removed:
@@ -35,7 +35,7 @@ class KvFeed:
         )
 
     def whole(self) -> KvEvents:
-        """All blocks, as of the latest change."""
+        """Return a message with all blocks."""
         return KvEvents(
             number=self._number,
             is_whole=True,

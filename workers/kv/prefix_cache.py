@@ -1,4 +1,4 @@
-"""Which blocks of a sequence were computed before: for itself, another choice or another request.
+"""Prefix cache: finds blocks that an earlier sequence, or the sequence itself, has computed.
 
 Full blocks become known when the step that completed them is committed. Requests with the same salt
 share common prefixes. Without ``enable_prefix_caching`` only the choices of one request share its
@@ -19,22 +19,24 @@ from workers.requests.sequence import SequenceState
 
 
 class TurnListener(Protocol):
-    """Learns what sequences leave. The names of a prompt's blocks are the first of its turn's."""
+    """Callbacks about the blocks that sequences leave. A turn's names begin with its prompt's."""
 
     def prompt_done(self, sequence: SequenceState, use: TurnUse) -> None:
         """All blocks of the prompt are computed; the sequence holds them while it runs."""
 
     def ended(self, sequence: SequenceState, use: TurnUse) -> None:
-        """A sequence ends and leaves this; its blocks are free next, but for those that others
-        hold."""
+        """A sequence ends and leaves the blocks of ``use``.
+
+        They become free after this call, except those that other sequences hold.
+        """
 
     def stopped(self, sequence: SequenceState) -> None:
-        """A sequence runs no more and leaves no turn: it may run again, or was given up."""
+        """A sequence stops and leaves no turn: it was preempted or aborted."""
 
 
 @dataclass(kw_only=True, slots=True)
 class PrefixCache:
-    """Finds and stores the blocks of sequences in a pool, and counts what that saved."""
+    """Finds and stores the blocks of sequences in a pool, and counts the tokens found."""
 
     pool: BlockPool
     block_size: int
@@ -42,24 +44,25 @@ class PrefixCache:
     length_matters_above: int | None = None
     """See ``ModelConfig.length_matters_above``."""
     states: StateSlots | None = None
-    """Of a model with recurrent states: blocks are of use up to a state that is known."""
+    """Slots of a model with recurrent states, which can use blocks only up to a known state."""
     contents: BlockContents | None = None
-    """Gets what new blocks hold; None: nobody wants to know."""
+    """Receives the contents of new blocks; None if KV events are disabled."""
     listener: TurnListener | None = None
-    """None: there are no lower tiers."""
+    """None if there are no lower tiers."""
     num_queried_tokens: int = 0
     """Tokens of sequences at their first admission."""
     num_hit_tokens: int = 0
-    """Those of them that were found."""
+    """Tokens found at the first admission of their sequence."""
     num_cached_prompt_tokens: int = 0
-    """Prompt tokens that were found, counted once a request."""
+    """Prompt tokens that were found, counted once for each request."""
     _turns: dict[SequenceState, Turn] = field(default_factory=dict)
-    """Of sequences that run."""
+    """Turns of running sequences."""
 
     def find(self, sequence: SequenceState) -> list[int]:
-        """Known blocks from its first token on, as far as it can go on from. Changes nothing.
+        """Return the known blocks, from the first on, that a sequence can reuse. Changes nothing.
 
-        Leaves out tokens that it must compute itself: see ``SequenceState.num_reusable``.
+        Tokens that the sequence must compute itself are excluded; see
+        ``SequenceState.num_reusable``.
         """
         hashes = self._reusable(sequence)
         found = self.pool.find(hashes)
@@ -68,12 +71,12 @@ class PrefixCache:
         return found
 
     def known_hashes(self, sequence: SequenceState) -> list[BlockHash]:
-        """Hashes of its known blocks, with a known state behind them or without."""
+        """Return the hashes of its known blocks, whether or not their state is known."""
         hashes = self._reusable(sequence)
         return hashes[: len(self.pool.find(hashes))]
 
     def begin(self, sequence: SequenceState) -> None:
-        """A sequence runs from now on, with the blocks that were found."""
+        """Begin the turn of an admitted sequence."""
         if not self.is_enabled:
             return
         request = sequence.request
@@ -87,7 +90,7 @@ class PrefixCache:
         self._turns[sequence] = self.pool.begin(hashes, hints)
 
     def release(self, sequence: SequenceState, *, has_ended: bool) -> None:
-        """It runs no more: it has ended, or waits again. Its blocks have one holder less."""
+        """Drop the sequence's hold on its blocks, because it has ended or was preempted."""
         turn = self._turns.pop(sequence, None)
         if turn is not None and self.listener is not None:
             if has_ended:
@@ -95,13 +98,16 @@ class PrefixCache:
             else:
                 self.listener.stopped(sequence)
         if turn is not None and not has_ended:
-            turn = self.pool.begin(())  # no turn of a session, and wanted whatever it says
+            turn = self.pool.begin(())  # without the session and the keep time of the request
         self.pool.release(sequence.blocks, turn)
         sequence.blocks.clear()
 
     def _use(self, sequence: SequenceState, hints: KeepHints) -> TurnUse:
-        """What a sequence leaves. With recurrent states up to the last one that is known, and the
-        last one that the same prompt can use."""
+        """Return the blocks and states that a sequence leaves.
+
+        With recurrent states, the blocks end at the last known state; the states are that one and
+        the last one that the same prompt can use.
+        """
         size, prompt = self.block_size, sequence.prompt_length
         names, states = self.hashes(sequence, sequence.num_computed // size), list[BlockHash]()
         if self.states is not None:
@@ -120,9 +126,9 @@ class PrefixCache:
         )
 
     def store(self, sequence: SequenceState, first: int) -> None:
-        """Positions ``first`` to ``num_computed`` - 1 were committed: their full blocks are known.
+        """Store the full blocks of the committed positions ``first`` to ``num_computed`` - 1.
 
-        A first block that was only partly full before is among them.
+        They include a first block that was partly full before.
         """
         begin, end = first // self.block_size, sequence.num_computed // self.block_size
         if begin == end:
@@ -163,7 +169,7 @@ class PrefixCache:
             self.num_cached_prompt_tokens += sequence.num_cached_tokens
 
     def check_integrity(self, sequence: SequenceState) -> None:
-        """Assert that each of its blocks that can be found has the hash of its tokens."""
+        """Assert that each findable block of the sequence has the hash of its tokens."""
         for place, block in enumerate(sequence.blocks):
             known = self.pool.hash_of(block)
             if known is not None:
@@ -171,19 +177,19 @@ class PrefixCache:
                 assert known == self.hashes(sequence, place + 1)[place]
 
     def _reusable(self, sequence: SequenceState) -> list[BlockHash]:
-        """Hashes of the blocks that it need not compute if they are known."""
+        """Return the hashes of the blocks that a sequence may reuse if they are known."""
         count = min(sequence.num_reusable // self.block_size, self.num_shared(sequence))
         return self.hashes(sequence, count)
 
     def num_shared(self, sequence: SequenceState) -> int:
-        """Full blocks from the first on that others may share."""
+        """Number of full blocks, from the first on, that other sequences may share."""
         if not self.is_enabled and sequence.request.n == 1:
             return 0
         tokens = sequence.num_tokens if self.is_enabled else sequence.prompt_length
         return tokens // self.block_size
 
     def hashes(self, sequence: SequenceState, count: int) -> list[BlockHash]:
-        """Hashes of the first ``count`` blocks; cached, as known tokens never change."""
+        """Return the hashes of the first ``count`` blocks; cached, as tokens never change."""
         known, size = sequence.block_hashes, self.block_size
         if not known and sequence.first_choice is not None:
             known += sequence.first_choice.block_hashes[: sequence.prompt_length // size]

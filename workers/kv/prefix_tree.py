@@ -1,4 +1,4 @@
-"""Which cached blocks build on which. Pure."""
+"""Tree of the cached blocks by prefix. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection, KeysView
 
 
 class PrefixTree:
-    """Knows the cached blocks by name, and of each one the blocks that continue its prefix."""
+    """Cached blocks by name, each with its parent and the blocks that continue its prefix."""
 
     def __init__(self) -> None:
         self._parents: dict[bytes, bytes | None] = {}
@@ -14,24 +14,23 @@ class PrefixTree:
 
     @property
     def names(self) -> KeysView[bytes]:
-        """All blocks."""
         return self._parents.keys()
 
     def __contains__(self, name: bytes) -> bool:
         return name in self._parents
 
     def children(self, name: bytes) -> Collection[bytes]:
-        """Blocks that build on this one directly."""
+        """Return the blocks that build on this one directly."""
         return self._children.get(name, ())
 
     def add(self, name: bytes, parent: bytes | None) -> None:
-        """A block has contents now, which build on ``parent``."""
+        """Add a block with contents that build on ``parent``."""
         self._parents[name] = parent
         if parent is not None:
             self._children.setdefault(parent, set()).add(name)
 
     def remove(self, name: bytes) -> None:
-        """A block's contents are gone; those that build on it stay."""
+        """Remove a block. The blocks that build on it stay."""
         parent = self._parents.pop(name)
         if parent is not None:
             self._children[parent].discard(name)
@@ -39,7 +38,7 @@ class PrefixTree:
                 del self._children[parent]
 
     def check_integrity(self) -> None:
-        """Assert that children and parents agree."""
+
         children: dict[bytes, set[bytes]] = {}
         for name, parent in self._parents.items():
             if parent is not None:

@@ -1,14 +1,14 @@
-"""How likely cached prefixes are to be used again, by kind and age, as learned while serving. Pure.
+"""Learned probabilities that cached prefixes are used again, by kind and age. Pure.
 
 A prefix is a *turn*: the blocks that one request used last. Its age is the number of blocks that
-were freed since. Ages are counted in bins, each twice as wide as the one before: of the turns of
-one kind that reach a bin, a part is used again there. From these parts follows the value of keeping
-a turn: the most that its chance of being used again can be, beside the time for which it is kept.
-What has the least value is evicted first.
+were freed since. Ages are counted in bins, each twice as wide as the one before. The fraction of
+turns of a kind that are reused in each bin gives the value of keeping a turn: the maximum, over all
+keep times, of the probability of reuse divided by the expected keep time. The turn with the least
+value is evicted first.
 
-Source of the index: Gittins, "Bandit Processes and Dynamic Allocation Indices" (1979); of learned
-reuse by class and age: Beckmann et al., "LHD: Improving Cache Hit Rate by Maximizing Hit Density"
-(NSDI 2018). Here an object is a turn of a chat, and what was evicted is observed as well.
+Sources: the index is from Gittins, "Bandit Processes and Dynamic Allocation Indices" (1979);
+learned reuse by class and age is from Beckmann et al., "LHD: Improving Cache Hit Rate by Maximizing
+Hit Density" (NSDI 2018). Here an object is a turn of a chat, and evicted turns are observed too.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from dataclasses import dataclass, field
 FIRST_BIN = 64
 """Width of the first bin, in blocks freed. Within a bin, older turns have less value."""
 NUM_BINS = 28
-"""Bins: the last one begins beyond what a worker frees in days."""
+"""Number of bins: the last one begins after more blocks than a worker frees in days."""
 NEW_RATE = 0.2
-"""Part of new turns that is used again in each bin, until it is learned: any value means least
-recently used first."""
+"""Initial fraction of new turns that are reused in each bin. Until it is learned, any value means
+least recently used first."""
 USED_RATE = 4 / 11
-"""The same of turns that continue others: twice the value at the same age, as a chat that was
-continued once is twice as likely to be continued again (on the Mooncake trace 0.6 against 0.24
-within ten minutes)."""
+"""Initial rate of turns that continue others. It gives twice the value at the same age, as a chat
+that was continued once is twice as likely to be continued again (on the Mooncake trace 0.6 against
+0.24 within ten minutes)."""
 _PRIOR_TURNS = 20.0
-"""Turns for which the initial rates count."""
+"""Weight of the initial rates, in turns."""
 _MAX_TURNS = 4096.0
 """Turns of a kind after which all its counts are halved."""
 _REFRESH = 128
-"""Counted turns after which values are computed anew."""
+"""Counted turns after which values are recomputed."""
 _DEPTHS = 5
-"""Kinds by the number of turns before: 0, 1, 2 or 3, 4 to 7, more."""
+"""Number of kinds by the number of earlier turns: 0, 1, 2 or 3, 4 to 7, more."""
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class _Kind:
     scores: list[float] = field(default_factory=list)
     """Value of a turn times its age, by bin."""
     num_counted: int = 0
-    """Since the scores were computed."""
+    """Turns counted since the scores were computed."""
 
     def compute(self) -> None:
         prior = _PRIOR_TURNS
@@ -62,10 +62,10 @@ class _Kind:
 
 
 class ReuseRates:
-    """Learned rates of all kinds of turns, and the values that follow from them."""
+    """Learned rates of all kinds of turns, and the values computed from them."""
 
     def __init__(self, used_rate: float = USED_RATE) -> None:
-        """``used_rate`` ``NEW_RATE`` makes no difference between kinds before they are learned."""
+        """With ``used_rate`` equal to ``NEW_RATE``, all kinds have the same initial rate."""
         rates = [NEW_RATE, *[used_rate] * (_DEPTHS - 1)]
         self._kinds = [_Kind(rate) for _ in (False, True) for rate in rates]
         for kind in self._kinds:
@@ -73,11 +73,11 @@ class ReuseRates:
 
     @staticmethod
     def kind(num_before: int, *, has_session: bool) -> int:
-        """The kind of a turn with so many turns before it, of a named session or not."""
+        """Return the kind of a turn that continues ``num_before`` turns."""
         return min(num_before.bit_length(), _DEPTHS - 1) + (_DEPTHS if has_session else 0)
 
     def note_reached(self, kind: int, age_bin: int) -> None:
-        """A turn has reached this age."""
+        """Count a turn that has reached ``age_bin``."""
         found = self._kinds[kind]
         found.reached[age_bin] += 1
         found.num_counted += 1
@@ -85,11 +85,11 @@ class ReuseRates:
             found.forget_half()
 
     def note_reused(self, kind: int, age_bin: int) -> None:
-        """A turn of this age is used again, whether its blocks are still here or not."""
+        """Count a turn that is used again in ``age_bin``, even if its blocks were evicted."""
         self._kinds[kind].reused[age_bin] += 1
 
     def value(self, kind: int, age_bin: int, age: int) -> float:
-        """Value of a turn of this age, which is in this bin: higher ones are kept longer."""
+        """Return the value of a turn in ``age_bin``. Turns of a higher value are kept longer."""
         found = self._kinds[kind]
         if found.num_counted >= _REFRESH:
             found.compute()
@@ -97,21 +97,20 @@ class ReuseRates:
 
 
 def bin_end(age_bin: int) -> int:
-    """Age at which a turn leaves a bin for the next one."""
+    """Return the age at which a turn moves to the next bin."""
     return FIRST_BIN << age_bin
 
 
 def bin_of(age: int) -> int:
-    """The bin of an age."""
     return min((age // FIRST_BIN).bit_length(), NUM_BINS - 1)
 
 
 def _score(parts: list[float], first: int) -> float:
-    """Most uses for each block freed while a turn that has reached bin ``first`` is kept, times the
-    width of that bin.
+    """Return the maximum number of uses for each block freed while a turn that has reached bin
+    ``first`` is kept, times the width of that bin.
 
-    Example: parts 0.5 and 0 from bins of widths 1 and 1 on: keeping it for one bin gives 0.5 uses
-    in a mean of 0.75 (those used again leave after half of the bin); for both, 0.5 in 1.25.
+    Example: ``parts`` are 0.5 and 0, in bins of width 1. Keeping a turn for one bin gives 0.5 uses
+    in a mean time of 0.75, as reused turns leave after half of the bin; for both, 0.5 in 1.25.
     """
     best = kept = uses = 0.0
     alive, width = 1.0, 1.0

@@ -1,12 +1,12 @@
-"""Events about cached KV blocks for routers of other projects, in vLLM's form. Pure.
+"""Events about cached KV blocks for routers of other projects, in vLLM's format. Pure.
 
 A batch is a msgpack array of its time, its events and the publisher's rank; an event is a map with
-its kind in ``type``. That is the form of vLLM 0.24 to 0.33; until 0.23 an event was an array.
-Dynamo's router and llm-d's read both. Block hashes are integers of 64 bits, as vLLM sends them
-unless it is told to send bytes: routers take them as names, and hash the tokens themselves.
+its kind in ``type``. This is the format of vLLM 0.24 to 0.33; until 0.23 an event was an array.
+The routers of Dynamo and llm-d read both. Block hashes are integers of 64 bits, which is vLLM's
+default; routers use them as names, and hash the tokens themselves.
 
-Source: ``vllm/distributed/kv_events.py`` of vLLM 0.33. Here a block is named by the first 64 bits
-of its own hash, and always on ``GPU``, as of vLLM on CPUs.
+Source: ``vllm/distributed/kv_events.py`` of vLLM 0.33. Here the name of a block is the first 64
+bits of our hash, and the medium is always ``GPU``, as it is for vLLM on CPUs.
 """
 
 from __future__ import annotations
@@ -22,22 +22,21 @@ from workers.requests.block_hash import SHORT_BYTES, BlockHash
 from workers.requests.request import Request
 
 MEDIUM = "GPU"
-"""Where attention reads the blocks from."""
+"""Memory from which attention reads the blocks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockContent:
-    """What a cached block holds."""
+    """Tokens of a cached block, and the other inputs of its hash."""
 
     parent: BlockHash | None
-    """Hash of the block before it; None for the first one."""
+    """Hash of the block before it; None for the first block."""
     token_ids: tuple[int, ...]
-    """Its tokens."""
     extra: tuple[str, ...] = ()
-    """What its hash covers beside tokens and adapter, in the first block: tenant and salt, digest
-    of given embeddings, length of the prompt where keys depend on it."""
+    """In the first block, inputs of the hash other than tokens and adapter: tenant and salt, digest
+    of given embeddings, and the prompt length if keys depend on it."""
     adapter: str = ""
-    """Key of the adapter that its keys and values are made with; empty: none."""
+    """Key of the adapter that computed the keys and values; empty without an adapter."""
 
 
 class RouterEvent(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
@@ -45,24 +44,24 @@ class RouterEvent(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defa
 
 
 class BlockStored(RouterEvent, frozen=True, kw_only=True):
-    """Blocks that are cached from now on, each behind the one before."""
+    """New cached blocks, each the successor of the one before."""
 
     block_hashes: list[int]
     parent_block_hash: int | None
-    """Of the block before the first one."""
+    """Hash of the block before the first one."""
     token_ids: list[int]
-    """Of all blocks, in order."""
+    """Tokens of all blocks, in order."""
     block_size: int
     lora_id: int | None
-    """Not used any more: None."""
+    """Deprecated; always None."""
     medium: str | None
     lora_name: str | None
     extra_keys: list[tuple[str, ...] | None] | None = None
-    """By block, what the hash covers beside tokens."""
+    """For each block, inputs of the hash other than tokens."""
 
 
 class BlockRemoved(RouterEvent, frozen=True, kw_only=True):
-    """Blocks that are not cached any more."""
+    """Blocks that are no longer cached."""
 
     block_hashes: list[int]
     medium: str | None
@@ -86,7 +85,7 @@ class EventBatch(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tru
 
 
 def extra_of(request: Request, length_matters_above: int | None) -> tuple[str, ...]:
-    """``BlockContent.extra`` of a request's first block: see ``request_root``."""
+    """Return ``BlockContent.extra`` of a request's first block; see ``request_root``."""
     embeds, length = request.prompt_embeds, len(request.prompt)
     matters = length_matters_above is not None and length > length_matters_above
     found = (
@@ -98,14 +97,14 @@ def extra_of(request: Request, length_matters_above: int | None) -> tuple[str, .
 
 
 class RouterFeed:
-    """Makes events of changes, and knows which blocks routers have been told of.
+    """Converts changes of the cache to events and tracks the blocks that were announced.
 
-    A block that came from another worker is told of when a request first uses it: only then are its
-    tokens known here.
+    A block fetched from another worker is announced when a request first uses it, as its tokens are
+    unknown before.
 
     Args:
-        block_size: tokens of a block.
-        adapters: gives the names of adapters by key.
+        block_size: number of tokens of a block.
+        adapters: returns the names of adapters by key.
     """
 
     def __init__(self, block_size: int, adapters: Callable[[], Mapping[str, str]] = dict) -> None:
@@ -115,7 +114,7 @@ class RouterFeed:
         self._untold: set[BlockHash] = set()
 
     def clear(self) -> list[Event]:
-        """Routers are to forget all blocks, and those that are cached now stay unknown to them."""
+        """Return an event that clears all blocks. Blocks cached now are not announced again."""
         self._told.clear()
         self._untold.clear()
         return [AllBlocksCleared()]
@@ -123,8 +122,11 @@ class RouterFeed:
     def change(
         self, changes: HashChanges, contents: Mapping[BlockHash, BlockContent]
     ) -> list[Event]:
-        """The events of a step: ``contents`` are those of new blocks, as far as they are known, and
-        of blocks from other workers that were used first."""
+        """Return the events of a step.
+
+        ``contents``: the known contents of new blocks, and of blocks fetched from other workers
+        that a request used for the first time.
+        """
         self._untold.update(h for h in changes.stored if h not in contents)
         first_used = [h for h in contents if h in self._untold]
         self._untold.difference_update(first_used)
@@ -140,7 +142,7 @@ class RouterFeed:
     def _stored(
         self, hashes: Sequence[BlockHash], contents: Mapping[BlockHash, BlockContent]
     ) -> Iterator[BlockStored]:
-        """Chains of blocks, an event each."""
+        """Yield one event for each chain of consecutive blocks."""
         chain: list[BlockHash] = []
         for block_hash in hashes:
             content = contents[block_hash]

@@ -1,9 +1,9 @@
-"""Which recurrent states running sequences read, write and leave for others. Pure.
+"""Assignment of recurrent states to running sequences and to the prefix cache. Pure.
 
-A state is kept where a later prompt can go on from it: behind the last full block that a prompt
-like this one would reuse, behind the last full block of each chunk and of an output so far, and
-where the known blocks of a prompt ended but no state was known: other prompts are likely to branch
-off there. Of one sequence, a state that is kept because it is the latest replaces the one before.
+A state is stored where a later prompt can continue from it: after the last full block that the same
+prompt would reuse, after the last full block of each chunk and of the output so far, and where the
+known blocks of a prompt ended without a known state, as other prompts are likely to branch there.
+The latest state of a sequence replaces its previous latest state.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from workers.requests.sequence import SequenceState
 
 @dataclass(frozen=True, slots=True)
 class SequenceStates:
-    """See the module."""
+    """Plans and commits the state slots of running sequences."""
 
     slots: StateSlots
     prefixes: PrefixCache
     """Finds blocks up to a state in the same ``slots``."""
 
     def admit(self, sequence: SequenceState) -> None:
-        """It has the blocks that were found, and goes on from the state behind them."""
+        """Take the state after the found blocks of an admitted sequence."""
         num_found = len(sequence.blocks)
         hashes = self.prefixes.known_hashes(sequence)
         sequence.state = self.slots.take(hashes[num_found - 1]) if num_found else None
@@ -32,13 +32,13 @@ class SequenceStates:
         sequence.branch = num_known * self.prefixes.block_size if num_known > num_found else 0
 
     def fork(self, parent: SequenceState, child: SequenceState) -> None:
-        """The child goes on from the parent's state."""
+        """Share the parent's state with the child."""
         if parent.state is not None:
             self.slots.share(parent.state)
         child.state = parent.state
 
     def plan(self, sequence: SequenceState, first: int, count: int) -> StateMove:
-        """Slots for rows ``first`` to ``first`` + ``count`` - 1, which come next."""
+        """Allocate slots for the next rows, ``first`` to ``first`` + ``count`` - 1."""
         last, kept = first + count, []
         for tokens in sorted(self._wanted(sequence, first, last)):
             slot = self.slots.allocate_extra() if tokens < last else None
@@ -48,7 +48,7 @@ class SequenceStates:
         return StateMove(first, read, last, self.slots.allocate(), tuple(kept))
 
     def commit(self, sequence: SequenceState, move: StateMove, *, has_failed: bool) -> None:
-        """The rows ran. What a failed sequence computed must not be found."""
+        """Apply a move after its rows ran. States of a failed sequence are not stored."""
         if sequence.state is not None:
             self.slots.release(sequence.state)
         sequence.state = move.write
@@ -58,20 +58,20 @@ class SequenceStates:
             self.slots.release_extra(slot)
 
     def abandon(self, move: StateMove) -> None:
-        """The rows did not run."""
+        """Free the slots of a move whose rows did not run."""
         self.slots.release(move.write)
         for _, slot in move.kept:
             self.slots.release_extra(slot)
 
     def release(self, sequence: SequenceState) -> None:
-        """It does not run any more."""
+        """Release the state of a sequence that no longer runs."""
         if sequence.state is not None:
             self.slots.release(sequence.state)
         sequence.state = None
         sequence.branch = 0
 
     def _wanted(self, sequence: SequenceState, first: int, last: int) -> set[int]:
-        """Tokens behind which a state is kept, if it may be found there."""
+        """Return the numbers of tokens after which a state is stored, if it may be found there."""
         size = self.prefixes.block_size
         if last // size == first // size:
             return set()  # most decodes
@@ -82,7 +82,7 @@ class SequenceStates:
         return {tokens for tokens in found if first < tokens <= min(last, limit)}
 
     def _prompt_end(self, sequence: SequenceState) -> int:
-        """Tokens that a prompt like this one need not compute."""
+        """Number of tokens that the same prompt can reuse."""
         size = self.prefixes.block_size
         return (sequence.prompt_length - 1) // size * size
 

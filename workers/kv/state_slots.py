@@ -1,9 +1,9 @@
-"""Accounting of recurrent states. Pure; the tensors are in ``workers.kv.cache``.
+"""Reference counts of recurrent states. Pure; the tensors are in ``workers.kv.cache``.
 
-A slot holds the state of one sequence after some of its tokens. A step that fails is run again, so
-it never changes a state that it reads: it reads one slot and writes another one, and at commit the
-sequence leaves the first for the second. A state behind a full KV block can be found by the hash of
-that block, as long as its slot is not needed for something else.
+A slot holds the state of one sequence after some of its tokens. A failed step is run again, so a
+step never overwrites a state that it reads: it reads one slot and writes another, and at commit the
+sequence releases the first. The state after a full KV block can be found by the hash of that block
+until its slot is reallocated.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from workers.model.state_runs import StateRun
 from workers.requests.block_hash import BlockHash
 
 _IN_A_STEP = 2
-"""Slots of a running sequence: what a step reads, and what it writes."""
+"""Slots of a running sequence in a step: one is read and one is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,21 +25,21 @@ class StateMove:
     """The states of one sequence in a step."""
 
     first: int
-    """Position of the first row, the number of tokens behind the state that is read."""
+    """Position of the first row, which is the number of tokens before the state that is read."""
     read: int
-    """Its slot."""
+    """Slot of the state that is read."""
     last: int
     """One past the position of the last row."""
     write: int
-    """Slot of the state after it, held for the sequence."""
+    """Slot of the state after the last row, held for the sequence."""
     kept: tuple[tuple[int, int], ...] = ()
-    """(tokens, slot) of states between the two, ascending, held for this step."""
+    """(tokens, slot) of intermediate states to store, ascending, held for this step."""
 
     def runs(self, first: int, last: int) -> Iterator[StateRun]:
-        """The runs of the rows at positions ``first`` to ``last`` - 1, counted by position.
+        """Yield the runs of the rows at positions ``first`` to ``last`` - 1.
 
-        Rows may be cut anywhere, for two micro-batches: the state there is in the slot that is
-        written in the end.
+        Rows may be split anywhere between two micro-batches; the state there is in the slot
+        ``write``.
         """
         slots = {self.first: self.read, **dict(self.kept), self.last: self.write}
         cuts = [first, *(p for p in slots if first < p < last), last]
@@ -49,14 +49,14 @@ class StateMove:
 
 
 class StateSlots:
-    """Slots 0 .. num_slots - 1, each with a count of holders.
+    """Reference-counted slots 0 .. num_slots - 1.
 
-    Running sequences always get what a step needs. Whoever else holds a slot takes one of those
-    that are left: there may be none.
+    Slots for running sequences are reserved. All other holders (extra) use the remaining slots,
+    which may be exhausted.
     """
 
     def __init__(self, num_slots: int, max_num_seqs: int) -> None:
-        """At least two slots for each of ``max_num_seqs`` sequences."""
+        """``num_slots`` must be at least two for each of ``max_num_seqs`` sequences."""
         assert num_slots >= _IN_A_STEP * max_num_seqs
         self.num_slots = num_slots
         self.zero = self.num_slots
@@ -64,37 +64,37 @@ class StateSlots:
         self._pool = BlockPool(self.num_slots)
         self._num_spare = self.num_slots - _IN_A_STEP * max_num_seqs
         self.extra: list[int] = []
-        """Slots that are held for others than running sequences, once for each holder."""
+        """Slots held for other purposes than running sequences, once for each holder."""
 
     @property
     def num_free(self) -> int:
-        """Slots without a holder."""
+        """Number of slots without a holder."""
         return self._pool.num_free
 
-    # Of running sequences
+    # Slots of running sequences
 
     def allocate(self) -> int:
-        """A slot for one running sequence, which has at most two at a time."""
+        """Allocate a slot for one running sequence, which has at most two at a time."""
         return self._pool.allocate(1)[0]
 
     def take(self, block_hash: BlockHash) -> int:
-        """The slot of a known state, for one running sequence."""
+        """Hold the slot of a known state for one running sequence."""
         found = self._pool.find((block_hash,))
         self._pool.share(found)
         return found[0]
 
     def share(self, slot: int) -> None:
-        """One more running sequence goes on from the state of another."""
+        """Add a running sequence as a holder of another sequence's state."""
         self._pool.share((slot,))
 
     def release(self, slot: int) -> None:
-        """A running sequence leaves a slot."""
+        """Release a running sequence's slot."""
         self._pool.release((slot,))
 
-    # Of others
+    # Extra slots
 
     def allocate_extra(self) -> int | None:
-        """A slot for somebody else; None where none is left."""
+        """Allocate an extra slot. None if no slot is left."""
         if len(self.extra) == self._num_spare:
             return None
         slot = self._pool.allocate(1)[0]
@@ -102,7 +102,7 @@ class StateSlots:
         return slot
 
     def hold_extra(self, block_hash: BlockHash) -> int | None:
-        """The slot of a state that is copied; None where it is not known, or no slot is left."""
+        """Hold the slot of a state to copy. None if it is not known or no slot is left."""
         found = self._pool.find((block_hash,))
         if not found or len(self.extra) == self._num_spare:
             return None
@@ -111,41 +111,41 @@ class StateSlots:
         return found[0]
 
     def release_extra(self, slot: int) -> None:
-        """The holder of an extra slot leaves it."""
+        """Release an extra slot."""
         self.extra.remove(slot)
         self._pool.release((slot,))
 
-    # What slots hold
+    # Contents of slots
 
     def num_known(self, hashes: Sequence[BlockHash]) -> int:
-        """Blocks of a prefix up to the last one whose state is known; 0: none is."""
+        """Number of blocks of a prefix up to the last known state, or 0 without a known state."""
         counts = range(len(hashes), 0, -1)
         return next((count for count in counts if self._pool.is_known(hashes[count - 1])), 0)
 
     def store(self, slot: int, block_hash: BlockHash) -> bool:
-        """A held slot has the state behind a block: it can be found from now on.
+        """Make the state in a held slot findable by the hash of its block.
 
-        False where another slot has the same state.
+        Returns False if another slot has the same state.
         """
         is_new = not self._pool.is_known(block_hash)
         self._pool.store(slot, block_hash)
         return is_new
 
     def lend(self, slot: int) -> None:
-        """Another worker has a copy of this state: it is evicted first."""
+        """Mark a state as copied by another worker, so that it is evicted first."""
         self._pool.lend((slot,))
 
     def drop(self, block_hash: BlockHash) -> None:
-        """Forget a state that nobody has found, and that a later one replaces."""
+        """Forget a replaced state unless another sequence has found it."""
         found = self._pool.find((block_hash,))
         if found and not self._pool.was_found(found[0]):
             self._pool.forget(found)
 
     def forget(self, hashes: Iterable[BlockHash]) -> None:
-        """The states behind these blocks must not be found."""
+        """Remove the states after these blocks, so that they cannot be found."""
         for block_hash in hashes:
             self._pool.forget(self._pool.find((block_hash,)))
 
     def check_integrity(self, held: Iterable[int]) -> None:
-        """Assert that the holders are exactly these sequences' slots, and the extra ones."""
+        """Assert that the holders are exactly the slots ``held`` by sequences, and ``extra``."""
         self._pool.check_integrity([[slot] for slot in (*held, *self.extra)])

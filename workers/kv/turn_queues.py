@@ -1,7 +1,4 @@
-"""Turns with free blocks, in the order of their eviction. Pure.
-
-See ``workers.kv.eviction`` for the order.
-"""
+"""Queues of turns with free blocks, in eviction order (see ``workers.kv.eviction``). Pure."""
 
 from __future__ import annotations
 
@@ -14,14 +11,14 @@ from workers.kv.turns import Turn, TurnQueue
 
 
 class TurnQueues:
-    """Decides which turn's blocks are evicted next, and which turns are kept before others.
+    """Chooses the turn to evict next and limits the blocks that are kept longer than others.
 
     At most ``max_kept`` blocks are kept, in equal parts by tenant.
     """
 
     def __init__(self, ages: TurnAges, max_kept: int) -> None:
         self.num_kept = 0
-        """Free blocks that are kept before others."""
+        """Number of free blocks that are kept longer than others."""
         self._max_kept = max_kept
         self._ages = ages
         self._now_s = 0.0
@@ -37,13 +34,13 @@ class TurnQueues:
             yield from queue
 
     def advance(self, now_s: float) -> None:
-        """The time, for turns that are kept for a while; it never goes back."""
+        """Set the monotonic time, and stop keeping turns whose keep time has expired."""
         self._now_s = now_s
         while self._expiring and self._expiring[0][0] <= now_s:
             self._keep_no_longer(heappop(self._expiring)[2])
 
     def end(self, turn: Turn) -> None:
-        """A turn has ended, with all its blocks: it waits for its eviction from now on."""
+        """Queue an ended turn for eviction."""
         keep_s = turn.hints.keep_s
         turn.is_kept = bool(keep_s)
         self.choose_again()
@@ -56,7 +53,7 @@ class TurnQueues:
             self._limit_kept()
 
     def put(self, turn: Turn, name: bytes) -> None:
-        """A block of a turn is free."""
+        """Add a free block to a turn."""
         turn.blocks[name] = None
         if turn.queue is not None:
             self.num_kept += turn.is_kept
@@ -65,7 +62,7 @@ class TurnQueues:
         self._limit_kept()
 
     def remove(self, turn: Turn, name: bytes) -> None:
-        """A block of a turn is not free any more."""
+        """Remove a block from a turn because it is no longer free."""
         if turn.queue is not None:
             self.num_kept -= turn.is_kept
         del turn.blocks[name]
@@ -73,17 +70,17 @@ class TurnQueues:
             self._unfile(turn)
 
     def victim(self) -> Turn:
-        """The turn whose blocks are evicted next; the same one until its last block is gone."""
+        """Return the turn to evict next. It stays the victim until its last block is evicted."""
         if self._victim is None:
             self._victim = self._least()
         return self._victim
 
     def choose_again(self) -> None:
-        """Choose the victim anew: a turn is added."""
+        """Choose a new victim at the next call of ``victim``, because a turn is added."""
         self._victim = None
 
     def move_aged(self) -> None:
-        """Move the turns that have left the bins of their ages."""
+        """Move turns that are older than their bin to the queue of the next bin."""
         for turn in self._ages.due():
             is_by_age = turn.queue is not None and turn.queue is self._cell_of(turn)
             if is_by_age:
@@ -93,7 +90,7 @@ class TurnQueues:
                 self._file(turn)
 
     def check_integrity(self) -> None:
-        """Assert that kept blocks are counted, and not too many."""
+        """Assert that the count of kept blocks is right and within the limit."""
         num_kept = sum(map(_num_blocks, self._kept.values()))
         assert num_kept == self.num_kept, "kept blocks are miscounted"
         assert num_kept <= self._max_kept, "too many blocks are kept"
@@ -134,7 +131,7 @@ class TurnQueues:
         return best or self._least_kept()
 
     def _least_kept(self) -> Turn:
-        """The turn of the tenant with the most kept blocks."""
+        """Return the first turn of the lowest priority of the tenant with the most kept blocks."""
         queue = max(self._kept.values(), key=_num_blocks)
         return max(queue, key=lambda turn: turn.hints.priority)  # the first of equals
 

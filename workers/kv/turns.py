@@ -1,4 +1,4 @@
-"""Turns: what one request leaves in the cache, and what it says of it. Plain data."""
+"""Turns, the blocks that one request leaves in the cache, and keep hints. Plain data."""
 
 from __future__ import annotations
 
@@ -11,40 +11,39 @@ from workers.requests.block_hash import state_key
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeepHints:
-    """What a request says of the blocks that it leaves."""
+    """Hints of a request about keeping the blocks that it leaves."""
 
     tenant: str = ""
-    """Whose request it is."""
     session: str = ""
-    """Session of the tenant to which it belongs; empty: it names none."""
+    """Session of the tenant; empty if the request has none."""
     keep_s: float | None = None
-    """Time for which its blocks are kept before others; 0: nobody will use them again; None: it
-    does not say."""
+    """Seconds for which blocks are kept longer than others; 0: they will not be used again; None:
+    no hint."""
     priority: int = 0
-    """Of the request: blocks of lower values are kept longer."""
+    """Priority of the request: blocks of lower values are kept longer."""
 
 
 NO_HINTS = KeepHints()
-"""Of requests that say nothing."""
+"""Hints of a request without any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TurnUse:
-    """A turn's use of a prefix."""
+    """Blocks and states of a prefix that a turn uses."""
 
     names: Sequence[bytes]
-    """Of all its full blocks, in order."""
+    """Names of all full blocks, in order."""
     num_prompt: int
-    """Blocks of them that its prompt had; a next turn has those, too."""
+    """Number of blocks of the prompt, which a next turn has too."""
     hints: KeepHints
     states: Sequence[bytes] = ()
-    """Those of the blocks behind which the recurrent state is kept as well."""
+    """Names of the blocks after which the recurrent state is kept as well."""
     may_outlive: bool = True
-    """Whether the names mean the same after a restart; those of adapters do not."""
+    """Whether the names stay valid after a restart. Names of blocks with an adapter do not."""
 
     @property
     def items(self) -> list[tuple[bytes, bytes | None]]:
-        """All blocks and states, each with its parent, in the order in which they are put."""
+        """All blocks and states with their parents, in the order in which they are put."""
         parents = (None, *self.names)
         blocks = list(zip(self.names, parents, strict=False))
         return [*blocks, *((state_key(name), name) for name in self.states)]
@@ -52,7 +51,7 @@ class TurnUse:
 
 @dataclass(slots=True, eq=False)
 class Turn:
-    """One request's use of a prefix, and the free blocks whose last use it was.
+    """One request's use of a prefix, and the free blocks that it used last.
 
     ``TurnAges`` and ``TurnQueues`` fill all fields after the first four.
     """
@@ -61,22 +60,22 @@ class Turn:
     kind: int
     """See ``ReuseRates.kind``."""
     num_before: int = 0
-    """Turns that it continues."""
+    """Number of turns that it continues."""
     tail: bytes | None = None
-    """Last block of its prompt, which a next turn uses again; None: nothing is learned from it."""
+    """Last block of the prompt, which a next turn reuses; None if the turn is not observed."""
     blocks: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
-    """In the order in which they were freed: ends of prefixes first."""
+    """Free blocks in the order in which they were freed: ends of prefixes first."""
     freed: int = -1
-    """When it ended, in blocks freed; -1: it has not."""
+    """Count of freed blocks when the turn ended; -1 while it runs."""
     age_bin: int = -1
-    """Bin of its age; -1: it does not age."""
+    """Bin of its age; -1 if it does not age."""
     is_kept: bool = False
-    """Its blocks are kept before others."""
+    """Whether its blocks are kept longer than others."""
     is_over: bool = False
-    """It was used again, or is forgotten: nothing more is learned from it."""
+    """Whether observation ended, because the turn was reused or forgotten."""
     queue: OrderedDict[Turn, None] | None = None
-    """Where it waits for its eviction; None: it has no free blocks."""
+    """Eviction queue that has the turn; None without free blocks."""
 
 
 TurnQueue = OrderedDict[Turn, None]
-"""Turns that are evicted in this order."""
+"""Turns in the order of their eviction."""

@@ -174,7 +174,7 @@ def test_a_beginning_with_another_end_is_kept_after_one_end_is_forgotten() -> No
 def test_the_check_sees_a_block_that_is_held_and_free() -> None:
     order = order_of("ab")
     order.check_integrity([])
-    with pytest.raises(AssertionError, match="may be given up"):
+    with pytest.raises(AssertionError, match="a held block is evictable"):
         order.check_integrity([b"a"])
     order.hold(b"a")
     with pytest.raises(AssertionError, match="not all blocks"):

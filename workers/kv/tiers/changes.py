@@ -1,4 +1,4 @@
-"""What gateways learn of a worker's blocks, wherever the worker has them."""
+"""Changes of a worker's blocks in pool and tiers, as reported to gateways."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from workers.kv.tiers.tiers import KvTiers
 
 
 def held_changes(changes: HashChanges, pool: BlockPool, tiers: KvTiers) -> HashChanges:
-    """``changes`` of the pool, as those of pool and tiers: a block is gone once nothing has it.
+    """Merge the ``changes`` of the pool with the changes of the tiers.
 
-    Engine's thread. A block that was stored before may be named again.
+    A block is removed when neither the pool nor a tier has it. A block may be reported as stored
+    repeatedly. Engine thread only.
     """
-    touched = tiers.take_touched()  # before a look at what is there: later ones come next time
+    touched = tiers.take_touched()  # before has(): later changes are taken by the next call
     elsewhere = [name for name in touched if not pool.is_known(name)]
     removed = (*changes.removed, *elsewhere)
     return HashChanges(

@@ -1,11 +1,11 @@
-"""The tier on local disk: files in a folder that one process has for itself (``folders``).
+"""Tier on local disk: files in a folder that one process has locked (``folders``).
 
-A file ``TENANT/NAME.kv`` is one KV block or state, a header and its bytes. TENANT is a digest of
-the tenant's name, NAME the item's in hex. The header has a digest of the identity (all that the
-bytes depend on beside the tokens), the item's parent and a checksum of name, identity, parent and
-bytes, so that a torn, flipped or renamed file is detected, and one that was computed otherwise: it
-counts as a miss, and is deleted before the next one is written. A file appears under its name when
-it is complete.
+A file ``TENANT/NAME.kv`` contains one KV block or state: a header and the data. TENANT is a digest
+of the tenant's name, NAME the item's name in hex. The header has a digest of the identity
+(everything besides the tokens that determines the data), the item's parent and a checksum of name,
+identity, parent and data. So a truncated, corrupt, renamed or differently computed file is
+detected: it counts as a miss and is deleted before the next write. Files are renamed to their
+names when they are complete.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ logger = logging.getLogger(__name__)
 _MAGIC: Final = b"kv block 2\n"
 _IDENTITY_BYTES: Final = 16
 _HEADER: Final = struct.Struct(f"!11s{_IDENTITY_BYTES}sB{HASH_BYTES}sQ32s")
-"""Magic, digest of the identity, 1 with a parent, the parent, bytes of data, SHA-256."""
+"""Magic, digest of the identity, 1 with a parent, the parent, size of the data, SHA-256."""
 _WRONG_SIZE: Final = "its size is wrong"
 _NO_PARENT: Final = bytes(HASH_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
 class _StoredItem:
-    """A file of an earlier process."""
+    """Header fields of a file that an earlier process wrote."""
 
     name: bytes
     identity: bytes
@@ -58,9 +58,9 @@ class _StoredItem:
 
 
 class DiskTier(Tier):
-    """Files in a folder; see the module. It has items once ``use`` has named their identity.
+    """Tier of files in a folder. It has no items until ``use`` sets their identity.
 
-    One thread calls ``use``, puts items and erases their files; any may read and forget them.
+    One thread calls ``use``, puts items and erases files. Any thread may read and forget items.
     """
 
     name: ClassVar[str] = "disk"
@@ -72,14 +72,14 @@ class DiskTier(Tier):
         max_kept: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Find what is in the folder, which belongs to this object from now on.
+        """Scan the folder, which this object then owns.
 
-        An entry that cannot be read is left out. Raises ``OSError`` where the folder cannot be.
+        Unreadable entries are skipped. Raises ``OSError`` if the folder cannot be read.
         """
         super().__init__(capacity_bytes, max_kept, clock)
         self.folder = folder
         self.failure = ""
-        """Why the last item could not be written; empty once one could be."""
+        """Error of the last write; empty if it succeeded."""
         self._identity = b""
         self._tenants: dict[bytes, str] = {}
         self._unerased: deque[Path] = deque()
@@ -91,7 +91,7 @@ class DiskTier(Tier):
             raise
 
     def use(self, identity: str) -> None:
-        """Go on with the items of this identity; all others are deleted."""
+        """Use the stored items of this identity and delete all others."""
         digest = hashlib.sha256(identity.encode()).digest()[:_IDENTITY_BYTES]
         if digest == self._identity:
             return
@@ -107,17 +107,17 @@ class DiskTier(Tier):
             self._note_failure(err)
 
     def close(self) -> None:
-        """Let another process have the folder; the files stay. The thread that puts has ended."""
+        """Unlock the folder and keep the files. The thread that puts items must have ended."""
         self.erase()
         self.folder.release()
 
     @property
     def num_unerased(self) -> int:
-        """Files of items that are gone."""
+        """Number of files of evicted or forgotten items."""
         return len(self._unerased)
 
     def erase(self) -> None:
-        """Delete them; belongs to the thread that puts items."""
+        """Delete the files of evicted and forgotten items. Call it on the thread that puts."""
         while self._unerased:
             path = self._unerased.popleft()
             if self._is_item(path):
@@ -125,7 +125,7 @@ class DiskTier(Tier):
             try:
                 path.unlink(missing_ok=True)
             except OSError as err:
-                logger.warning("a KV block on disk is not deleted: %s", err)
+                logger.warning("could not delete a KV block on disk: %s", err)
 
     def begin(self, use: TurnUse) -> TierTurn:
         return super().begin(
@@ -164,7 +164,7 @@ class DiskTier(Tier):
         try:
             return _content(self._path(tenant, name), name, self._identity)
         except (OSError, ValueError) as err:
-            if self.has(name):  # else it was given up while it was read
+            if self.has(name):  # else it was evicted during the read
                 self.num_broken += 1
                 logger.warning("KV block %s on disk is broken: %s", name.hex(), err)
                 self.forget((name,))
@@ -179,7 +179,7 @@ class DiskTier(Tier):
         return self.folder.path / tenant / f"{name.hex()}{SUFFIX}"
 
     def _is_item(self, path: Path) -> bool:
-        """Whether an item that is here has this file."""
+        """Whether ``path`` is the file of an item in this tier."""
         try:
             name = bytes.fromhex(path.stem)
         except ValueError:
@@ -194,9 +194,9 @@ class DiskTier(Tier):
     # Files of an earlier process
 
     def _scan(self) -> dict[bytes, _StoredItem]:
-        """Items by name. What is no item, as far as its beginning shows, is to be deleted.
+        """Return items by name. Files without a valid header are marked for deletion.
 
-        Raises ``OSError`` where the folder cannot be read.
+        Raises ``OSError`` if the folder cannot be read.
         """
         self._unerased.extend(self.folder.path.glob(f"*{UNFINISHED}"))
         stored: dict[bytes, _StoredItem] = {}
@@ -212,12 +212,12 @@ class DiskTier(Tier):
             else:
                 stored[item.name] = item
         if first is not None:
-            what = "KV blocks on disk are broken: %d, of which the first is %r (%s)"
+            what = "KV blocks on disk are broken: %d; the first is %r (%s)"
             logger.warning(what, self.num_broken, *first)
         return stored
 
     def _take_over(self, stored: dict[bytes, _StoredItem]) -> None:
-        """Go on with complete prefixes, as if the latest file had been used last."""
+        """Enter items whose prefixes are complete, the latest file as the most recently used."""
         own = {n: item for n, item in stored.items() if item.identity == self._identity}
         lost: set[bytes] = set()
         for item in sorted(own.values(), key=lambda item: item.modified_s):
@@ -226,12 +226,12 @@ class DiskTier(Tier):
         self._unerased.extend(others)
         if stored:
             num = len(self._here)
-            logger.info("%d KV blocks were found on disk, %d are of no use", num, len(others))
+            logger.info("found %d usable KV blocks on disk, and %d others", num, len(others))
 
     def _enter_behind_parents(
         self, item: _StoredItem, found: dict[bytes, _StoredItem], lost: set[bytes]
     ) -> None:
-        """``lost``: items without a beginning, which are not followed twice."""
+        """Enter an item after its missing parents. ``lost``: items known to lack a parent."""
         chain = [item]
         while (parent := chain[-1].parent) is not None and not self.has(parent):
             if parent not in found or parent in lost or len(chain) > len(found):
@@ -242,7 +242,7 @@ class DiskTier(Tier):
             self._enter_found(each)
 
     def _enter_found(self, item: _StoredItem) -> None:
-        """A file counts as a turn of its own, from which nothing is learned."""
+        """Enter a file as a turn of its own, which is not observed."""
         use = TurnUse(names=(), num_prompt=0, hints=KeepHints(tenant=item.tenant))
         with self._lock:
             turn = self._order.begin(use, self._clock())
@@ -269,7 +269,7 @@ def _header(name: bytes, identity: bytes, parent: bytes | None, data: memoryview
 
 
 def _content(path: Path, name: bytes, identity: bytes) -> Tensor:
-    """The bytes of an item. Raises ``OSError``, and ``ValueError`` where they are others."""
+    """Read the data of an item. Raises ``OSError``, and ``ValueError`` if it is corrupt."""
     with FileIO(path, opener=_open_file) as file:
         head = file.read(_HEADER.size)
         _, parent, size = _parsed(head)
@@ -280,7 +280,7 @@ def _content(path: Path, name: bytes, identity: bytes) -> Tensor:
         while done < size:
             count = file.readinto(view[done:])
             if not count:
-                raise ValueError("it is cut off")
+                raise ValueError("it is truncated")
             done += count
     if _header(name, identity, parent, view) != head:
         raise ValueError("its checksum differs")
@@ -288,7 +288,7 @@ def _content(path: Path, name: bytes, identity: bytes) -> Tensor:
 
 
 def _parsed(head: bytes) -> tuple[bytes, bytes | None, int]:
-    """Digest of the identity, parent, and bytes of data. Raises ``ValueError``."""
+    """Return identity digest, parent and data size of a header. Raises ``ValueError``."""
     if len(head) != _HEADER.size or not head.startswith(_MAGIC):
         raise ValueError("it has no header")
     _, identity, has_parent, parent, size, _ = _HEADER.unpack(head)
@@ -296,24 +296,24 @@ def _parsed(head: bytes) -> tuple[bytes, bytes | None, int]:
 
 
 def _stored_item(entry: os.DirEntry[str]) -> _StoredItem:
-    """A file of an earlier process, by its beginning.
+    """Read the header of a file that an earlier process wrote.
 
-    Raises ``OSError`` where it cannot be read, and ``ValueError`` where it is no item.
+    Raises ``OSError`` if it cannot be read, and ``ValueError`` if it is not an item.
     """
     path = Path(entry.path)
     with FileIO(path, opener=_open_file) as file:
         facts = os.fstat(file.fileno())
         if not stat.S_ISREG(facts.st_mode):
-            raise OSError(errno.EINVAL, "it is no file", entry.path)
+            raise OSError(errno.EINVAL, "it is not a regular file", entry.path)
         identity, parent, size = _parsed(file.read(_HEADER.size))
     if facts.st_size != _HEADER.size + size:
         raise ValueError(_WRONG_SIZE)
     name = bytes.fromhex(path.stem)
-    if name.hex() != path.stem:  # spaces, large letters: it is not the file of this item
-        raise ValueError("its name is no item's")
+    if name.hex() != path.stem:  # spaces or capitals, which fromhex accepts
+        raise ValueError("its name is not the name of an item")
     return _StoredItem(name, identity, parent, size, path.parent.name, facts.st_mtime)
 
 
 def _open_file(path: str, flags: int) -> int:
-    """Open a file, and wait for no other process where it is a pipe; links are not followed."""
+    """Open a file without following links, and without blocking if it is a pipe."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -1,10 +1,10 @@
-"""The thread that opens the disk tier, writes turns to it, and deletes its files.
+"""Thread that opens the disk tier, writes turns to it and deletes files.
 
-    opening ─▶ open ─▶ identity named ─▶ in use: turns are written, items may be read
-       └─ an error: another try after ``RETRY_S``; the worker serves without the tier
+    opening ─▶ open ─▶ identity set ─▶ in use: turns are written, items may be read
+       └─ error: retry after ``RETRY_S``; the worker serves without the tier
 
-All calls into the file system but reads of items are made here, so that a disk that hangs holds up
-this thread alone.
+Only this thread accesses the file system, except for reads of items. A disk that hangs therefore
+blocks no other thread.
 """
 
 from __future__ import annotations
@@ -24,24 +24,26 @@ from workers.kv.turns import TurnUse
 logger = logging.getLogger(__name__)
 
 MAX_WAITING = 256
-"""Turns that may wait for the disk; the oldest are left out first."""
+"""Limit of turns that wait for the disk; the oldest ones are skipped first."""
 RETRY_S = 60.0
-"""Time between two tries to open the disk, and between two looks for abandoned folders."""
+"""Interval between tries to open the disk, and between sweeps of abandoned folders."""
 SLOW_S = 10.0
-"""Time in one operation of the disk after which the worker reports it."""
+"""Duration of one disk operation after which the worker reports a problem."""
 _STOP_S = 5.0
 
 
 def no_sweep() -> None:
-    """There are no folders of others."""
+    """Delete nothing: there are no folders of other processes."""
 
 
 class DiskWriter:
-    """See the module. Any thread may call the methods; none but ``close`` and the waits waits.
+    """Opens and writes the disk tier on its own thread.
+
+    Any thread may call the methods. Only ``close`` and the ``wait_`` methods block.
 
     Args:
-        host: has the bytes of turns.
-        open_disk: opens the tier. Raises ``OSError``, and ``ConfigError`` where it never can be.
+        host: tier that has the data of turns.
+        open_disk: opens the tier. Raises ``OSError``, or ``ConfigError`` if it can never be opened.
         sweep: deletes abandoned folders. Raises ``OSError``.
         clock: monotonic seconds.
     """
@@ -61,7 +63,7 @@ class DiskWriter:
         """The tier, while it is in use."""
         self._opened: DiskTier | None = None
         self._error: Exception | None = None
-        """Why the last try to open it failed."""
+        """Error of the last try to open the tier."""
         self._identity: str | None = None
         self._used_identity: str | None = None
         self._waiting: deque[TurnUse] = deque()
@@ -77,7 +79,7 @@ class DiskWriter:
 
     @property
     def problem(self) -> str:
-        """Why blocks are not kept on disk, for people; empty if they are."""
+        """Reason why blocks are not stored on disk, as text; empty without a problem."""
         since_s, opened = self._busy_since_s, self._opened
         if opened is None and self._error is not None:
             return str(self._error)
@@ -86,9 +88,9 @@ class DiskWriter:
         return "" if opened is None else opened.failure
 
     def wait_opened(self, timeout_s: float) -> None:
-        """Wait until the first try to open the disk has ended, or the time is over.
+        """Wait until the first try to open the disk has ended, or ``timeout_s`` has elapsed.
 
-        Raises ``ConfigError`` where the disk can never be opened as configured.
+        Raises ``ConfigError`` if the disk can never be opened as configured.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._num_tries, timeout_s)
@@ -96,13 +98,13 @@ class DiskWriter:
                 raise self._error
 
     def use(self, identity: str) -> None:
-        """What blocks are computed with from now on: items of another identity are deleted."""
+        """Set the identity of new blocks. Items of another identity are deleted."""
         with self._changed:
             self._identity = identity
             self._changed.notify_all()
 
     def put(self, use: TurnUse) -> None:
-        """Copy the blocks of a turn to disk, after those that wait."""
+        """Queue the blocks of a turn to be copied to disk."""
         with self._changed:
             if self._opened is None and self._num_tries:
                 return  # there is no disk now
@@ -114,10 +116,10 @@ class DiskWriter:
             self._changed.notify_all()
 
     def forget(self, names: Collection[bytes]) -> None:
-        """These items, which host memory has forgotten, must not be read from the disk any more."""
+        """Forget items on the disk. Host memory must have forgotten them before."""
         self._num_forgets += 1  # after host memory, before the disk: see _copy
         with self._changed:
-            if self.disk is None:  # it may find them in its folder
+            if self.disk is None:  # its folder may contain them
                 self._forgotten.update(names)
             else:
                 self.disk.forget(names)
@@ -125,24 +127,24 @@ class DiskWriter:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Write no more; the turn under way is cut short."""
+        """Stop writing, even within a turn, and close the tier."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
         self._thread.join(_STOP_S)
-        # A thread that is alive may write yet: the folder stays its own.
+        # A thread that is still alive may still write, so the folder stays locked.
         if not self._thread.is_alive() and self._opened is not None:
             self._opened.close()
 
     def wait_written(self, timeout_s: float) -> bool:
-        """Wait until nothing is left to do; False where it takes longer. For tests."""
+        """Wait until no work is left; False after ``timeout_s``. For tests."""
         with self._changed:
             return self._changed.wait_for(
                 lambda: self._busy_since_s is None and not self._has_work(), timeout_s
             )
 
     def wait_usable(self, timeout_s: float) -> bool:
-        """Wait until the disk is in use; False where it takes longer. For tests."""
+        """Wait until the disk is in use; False after ``timeout_s``. For tests."""
         with self._changed:
             return self._changed.wait_for(lambda: self.disk is not None, timeout_s)
 
@@ -161,8 +163,8 @@ class DiskWriter:
         while self._wait():
             try:
                 self._go_on(self._opened)
-            except Exception:  # memory that is missing, for example: the next turn is written
-                logger.exception("KV blocks are not written to disk")
+            except Exception:  # out of memory, for example: continue with the next turn
+                logger.exception("could not write KV blocks to disk")
 
     def _try_open(self) -> DiskTier | None:
         before, self._error = self._error, None
@@ -187,7 +189,7 @@ class DiskWriter:
         return bool(is_changed or self._waiting or self._opened.num_unerased)
 
     def _wait(self) -> bool:
-        """Wait for something to do; False: the end."""
+        """Wait for work; False if the writer is closed."""
         with self._changed:
             self._end_operation()
             left_s = max(self._sweep_at_s - self._clock(), 0.0)
@@ -197,7 +199,7 @@ class DiskWriter:
             return not self._is_closed
 
     def _go_on(self, disk: DiskTier) -> None:
-        """Take the identity, delete what was forgotten, and write the next turn, oldest first."""
+        """Apply a new identity, delete files of forgotten items, and write the oldest turn."""
         with self._changed:
             identity = self._identity
         if identity is not None and identity != self._used_identity:
@@ -225,10 +227,10 @@ class DiskWriter:
         try:
             self._sweep()
         except OSError as err:
-            logger.warning("abandoned KV blocks on disk are not deleted: %s", err)
+            logger.warning("could not delete abandoned KV blocks on disk: %s", err)
 
     def _write(self, disk: DiskTier, turn: TierTurn) -> None:
-        """Copy what the disk lacks of a turn's blocks, as far as host memory has them."""
+        """Copy a turn's blocks that the disk lacks, up to the first one missing in host memory."""
         for name, parent in turn.use.items:
             if self._is_closed or not (disk.has(name) or self._copy(disk, turn, name, parent)):
                 break
@@ -236,12 +238,12 @@ class DiskWriter:
     def _copy(self, disk: DiskTier, turn: TierTurn, name: bytes, parent: bytes | None) -> bool:
         num_forgets = self._num_forgets
         data = self._host.read(name)
-        # Bytes that host memory had before this look were not computed with a newer identity.
+        # Data that was read before this check was not computed with a newer identity.
         if data is None or self._identity != self._used_identity:
             return False
         if not disk.put(turn, name, parent, data):
             return False
-        if self._num_forgets != num_forgets:  # this one, maybe, before it was on disk
+        if self._num_forgets != num_forgets:  # perhaps this item, before it was on disk
             disk.forget((name,))
             return False
         return True

@@ -1,11 +1,12 @@
-"""Folders on local disk, each of one worker process at a time.
+"""Folders on local disk, each locked by one worker process at a time.
 
-    DIR/3/lock          locked by the process that has folder 3
-    DIR/3/identity      what the keys and values in it depend on, for people
-    DIR/3/TENANT/...    items: see ``workers.kv.tiers.disk``
+    DIR/3/lock          locked by the process that uses folder 3
+    DIR/3/identity      readable description of the configuration that the items depend on
+    DIR/3/TENANT/...    items; see ``workers.kv.tiers.disk``
 
-A worker takes the folder of its rank if it can be used and no other process has it, and else the
-next one. Locks end with their processes. A folder that no process has and no rank needs is deleted.
+A worker takes the folder of its rank if it is usable and not locked, else the next such folder. The
+operating system releases the lock of a process that ends. Folders that no process has locked and
+no rank needs are deleted.
 """
 
 from __future__ import annotations
@@ -24,37 +25,37 @@ from typing import Final
 logger = logging.getLogger(__name__)
 
 SUFFIX: Final = ".kv"
-"""Of files of items."""
+"""Suffix of item files."""
 UNFINISHED: Final = ".new"
-"""Of files that are being written."""
+"""Suffix of files that are being written."""
 MAX_FOLDERS: Final = 1024
-"""Folders that are looked at for a free one."""
+"""Number of folders that are tried."""
 UNUSED_S: Final = 7 * 24 * 3600.0
-"""Time without a process after which a folder of another model is deleted."""
+"""Time without a lock after which a folder of another model is deleted."""
 _LOCK: Final = "lock"
 _IDENTITY: Final = "identity"
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimedFolder:
-    """A folder that no other process has."""
+    """A folder that this process has locked."""
 
     path: Path
     lock_file: int
 
     def describe(self, identity: str) -> None:
-        """Write what the items in it depend on. Raises ``OSError``."""
+        """Write the identity of the items to a file. Raises ``OSError``."""
         (self.path / _IDENTITY).write_text(identity)
 
     def release(self) -> None:
-        """Let others have it."""
+        """Unlock the folder."""
         os.close(self.lock_file)
 
 
 def claim_folder(base: Path, rank: int) -> ClaimedFolder:
-    """The folder of a rank, or the next one that can be used.
+    """Lock the folder of a rank, or the next usable one.
 
-    Raises ``OSError`` where there is none, with the error of the first one that cannot be used.
+    Raises ``OSError`` if there is none: the error of the first unusable folder.
     """
     base.mkdir(parents=True, exist_ok=True)
     error: OSError | None = None
@@ -70,17 +71,17 @@ def claim_folder(base: Path, rank: int) -> ClaimedFolder:
             return claimed
     if error is not None:
         raise error
-    raise OSError(errno.EBUSY, f"other processes have all {MAX_FOLDERS} folders", str(base))
+    raise OSError(errno.EBUSY, f"other processes use all {MAX_FOLDERS} folders", str(base))
 
 
 def delete_abandoned(
     base: Path, needed: Collection[int], model: str, now_s: float | None = None
 ) -> list[int]:
-    """Delete folders that no process has and no rank needs; returns their numbers.
+    """Delete folders that no process has locked and no rank needs; return their numbers.
 
-    ``model``: how the identity of folders of this model begins. Other clusters may use ``base``
-    too: a folder of another model is deleted only once no process has had it for ``UNUSED_S``.
-    ``now_s`` are seconds since the epoch. Raises ``OSError`` where ``base`` cannot be read.
+    ``model``: prefix of the identity of this model's folders. Other clusters may use ``base`` too,
+    so a folder of another model is deleted only if it was not locked for ``UNUSED_S``.
+    ``now_s``: seconds since the epoch. Raises ``OSError`` if ``base`` cannot be read.
     """
     now_s = time.time() if now_s is None else now_s
     numbers = sorted(int(name) for name in os.listdir(base) if name.isdecimal())
@@ -93,15 +94,14 @@ def delete_abandoned(
             if _delete(folder, model, now_s):
                 deleted.append(number)
         except OSError as err:
-            logger.warning("the KV blocks in %s cannot be deleted: %s", folder, err)
+            logger.warning("could not delete the KV blocks in %s: %s", folder, err)
     return deleted
 
 
 def item_entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Entries of ``folder`` that have an item's name, whatever they are.
+    """Yield entries with the suffix of items in ``folder``; they may not be regular files.
 
-    Raises ``OSError`` where the folder cannot be read; a tenant's folder that cannot be is left
-    out.
+    Unreadable tenant folders are skipped. Raises ``OSError`` if ``folder`` cannot be read.
     """
     with os.scandir(folder) as tenants:
         names = [entry.path for entry in tenants if entry.is_dir(follow_symlinks=False)]
@@ -110,13 +110,13 @@ def item_entries(folder: Path) -> Iterator[os.DirEntry[str]]:
             with os.scandir(tenant) as entries:
                 items = [entry for entry in entries if entry.name.endswith(SUFFIX)]
         except OSError as err:
-            logger.warning("KV blocks on disk cannot be read: %s", err)
+            logger.warning("could not read KV blocks on disk: %s", err)
             continue
         yield from items
 
 
 def _lock(folder: Path, *, create: bool) -> ClaimedFolder | None:
-    """Lock a folder; None: another process has it. Raises ``OSError``."""
+    """Lock a folder. None if another process has locked it. Raises ``OSError``."""
     while True:
         if create:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def _lock(folder: Path, *, create: bool) -> ClaimedFolder | None:
         except OSError:
             os.close(lock_file)
             raise
-        os.close(lock_file)  # another process has deleted the folder meanwhile
+        os.close(lock_file)  # another process has just deleted the folder
 
 
 def _is_current(path: Path, lock_file: int) -> bool:
@@ -145,7 +145,7 @@ def _is_current(path: Path, lock_file: int) -> bool:
 
 
 def _delete(folder: Path, model: str, now_s: float) -> bool:
-    """Delete an abandoned folder; False where it is not one. Raises ``OSError``."""
+    """Delete a folder if it is abandoned, else return False. Raises ``OSError``."""
     try:
         claimed = _lock(folder, create=False)
     except FileNotFoundError:
@@ -160,12 +160,12 @@ def _delete(folder: Path, model: str, now_s: float) -> bool:
         _delete_files(folder)
     finally:
         claimed.release()
-    logger.info("the KV blocks in %s are deleted: no worker needs them", folder)
+    logger.info("deleted the KV blocks in %s, which no worker needs", folder)
     return True
 
 
 def _delete_files(folder: Path) -> None:
-    """Delete items, and the folders that are empty then: files of others stay."""
+    """Delete items, then empty folders. Foreign files stay."""
     _unlink(entry.path for entry in item_entries(folder))
     _unlink(folder.glob(f"*{UNFINISHED}"))
     for tenant in folder.iterdir():
@@ -181,7 +181,7 @@ def _unlink(paths: Iterable[str | Path]) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder if it is empty. Raises ``OSError`` for any other reason."""
+    """Remove a folder if it is empty. Raises ``OSError`` for other failures."""
     try:
         folder.rmdir()
     except OSError as err:

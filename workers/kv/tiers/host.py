@@ -1,4 +1,4 @@
-"""The tier in host memory."""
+"""Tier in host memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from workers.kv.tiers.tier import Tier
 
 
 class HostTier(Tier):
-    """Bytes in memory of this process. What is read stays valid after the item has gone."""
+    """Items in memory of this process. Data returned by ``read`` stays valid after eviction."""
 
     name: ClassVar[str] = "host"
 
@@ -27,7 +27,7 @@ class HostTier(Tier):
         self._data: dict[bytes, Tensor] = {}
 
     def _write(self, turn: TierTurn, name: bytes, parent: bytes | None, data: Tensor) -> bool:
-        # Pinned memory is taken in powers of two, and is for transfers.
+        # Pinned memory is allocated in powers of two and reserved for transfers.
         self._data[name] = data.clone() if data.is_pinned() else data
         return True
 

@@ -1,9 +1,9 @@
-"""What one tier holds, and in which order it gives it up. Pure; single-threaded.
+"""Index and eviction order of the items of one tier. Pure; single-threaded.
 
-The tier is bounded by bytes. Items are KV blocks by hash, and recurrent states by the ``state_key``
-of the block before them, which is their parent. The part of a tenant is an equal one: where others
-need room, whoever has more than that gives up items first, by worth (``workers.kv.eviction``). A
-tenant without a turn for ``IDLE_S`` has no part.
+The tier has a limit in bytes. Items are KV blocks by hash, and recurrent states by the
+``state_key`` of the block before them, which is their parent. All tenants have equal shares. If the
+tier is full, items of a tenant with more than its share are evicted first, by value
+(``workers.kv.eviction``). A tenant without a turn for ``IDLE_S`` has no share.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from workers.kv.turns import Turn, TurnUse
 from workers.requests.block_hash import state_key
 
 IDLE_S = 3600.0
-"""Time without a turn after which a tenant's items are given up before others'."""
+"""Time without a turn after which a tenant's items are evicted before others'."""
 
 
 @dataclass(slots=True, eq=False)
 class TierTurn:
-    """A turn whose blocks are put into a tier. They stay there until it ends."""
+    """A turn that puts items into a tier. They are not evicted before the turn ends."""
 
     use: TurnUse
     turn: Turn
     held: dict[bytes, int] = field(default_factory=dict)
-    """Items of the turn that are in the tier, in order, each with its number there."""
+    """Items of the turn that are in the tier, in order, each with its number in the tier."""
 
 
 class TierOrder:
-    """Items by name, with their sizes; see the module.
+    """Items by name, with their sizes, owners and holders.
 
-    Example: 100 bytes, tenant a has 60 of them and b has 30. An item of 20 for b: a gives up one,
-    since it has more than 50.
+    Example: the capacity is 100 bytes; tenant a has 60 and b has 30. If b adds an item of 20 bytes,
+    an item of a is evicted, as a has more than its share of 50.
     """
 
     def __init__(self, capacity_bytes: int, max_kept: int = 0) -> None:
-        """``max_kept``: items that one tenant's turns may have kept before others."""
+        """``max_kept``: limit of items that one tenant's turns may keep longer than others."""
         self.capacity_bytes = capacity_bytes
         self.num_bytes = 0
-        """Of all items."""
+        """Size of all items."""
         self._max_kept = max_kept
         self._now_s = 0.0
         self._orders: dict[str, EvictionOrder] = {}
@@ -63,25 +63,24 @@ class TierOrder:
 
     @property
     def names(self) -> list[bytes]:
-        """All items."""
         return list(self._sizes)
 
     @property
     def num_kept(self) -> int:
-        """Items that turns asked to keep before others."""
+        """Number of items that turns asked to keep longer than others."""
         return sum(order.num_kept for order in self._orders.values())
 
     def bytes_of(self, tenant: str) -> int:
-        """Bytes of a tenant's items."""
+        """Return the size of a tenant's items in bytes."""
         return self._bytes[tenant]
 
     def num_known(self, names: Sequence[bytes]) -> int:
-        """Items from the first on that are here."""
+        """Number of items, from the first name on, that the tier has."""
         known = self._sizes
         return next((i for i, name in enumerate(names) if name not in known), len(names))
 
     def begin(self, use: TurnUse, now_s: float) -> TierTurn:
-        """A turn uses a prefix: what is here of it stays until the turn ends."""
+        """Begin a turn and hold the items of its prefix until the turn ends."""
         self._now_s = max(now_s, self._now_s)
         for order in self._orders.values():
             order.advance(self._now_s)
@@ -93,15 +92,14 @@ class TierOrder:
         return begun
 
     def extend(self, turn: TierTurn, use: TurnUse) -> None:
-        """A turn that began with the first blocks of its prefix uses all of this: what is here of
-        it stays until the turn ends."""
+        """Replace the use of a turn by a longer one, and hold its items until the turn ends."""
         turn.use = use
         self._hold_known(turn)
 
     def add(self, turn: TierTurn, name: bytes, parent: bytes | None, size: int) -> bool:
-        """Make an item known, and hold it for the turn. Others may give way: see ``take_gone``.
+        """Add an item and hold it for the turn. This may evict others; see ``take_gone``.
 
-        False where its parent is not here, or where not enough may give way.
+        Returns False if the parent is missing, or if not enough bytes can be evicted.
         """
         if name in self._sizes:
             if turn.held.get(name) != self._numbers[name]:
@@ -121,16 +119,16 @@ class TierOrder:
         return True
 
     def take_gone(self) -> list[bytes]:
-        """Items that gave way since the last call."""
+        """Return the items evicted since the last call."""
         gone, self._gone = self._gone, []
         return gone
 
     def end(self, turn: TierTurn) -> None:
-        """A turn's items may give way from now on, its last ones first."""
+        """Release a turn's items, so that they can be evicted, the last ones first."""
         tenant = turn.use.hints.tenant
         for name, number in reversed(turn.held.items()):
             if self._numbers.get(name) != number:
-                continue  # forgotten meanwhile
+                continue  # forgotten during the turn
             self._holders[name] -= 1
             if not self._holders[name]:
                 del self._holders[name]
@@ -140,7 +138,7 @@ class TierOrder:
         self._order_of(tenant).end(turn.turn)
 
     def forget(self, name: bytes) -> None:
-        """An item is gone, or must not be used."""
+        """Remove an item, because it is lost or must not be used."""
         size, owner = self._sizes.pop(name), self._owners.pop(name)
         del self._numbers[name]
         self._orders[owner].forget(name)
@@ -153,9 +151,9 @@ class TierOrder:
                 table.pop(owner, None)
 
     def check_integrity(self) -> None:
-        """Assert that all counts are right, and every item but the held ones may give way."""
+        """Assert that all counts are right, and that all items except held ones are evictable."""
         assert self.num_bytes == sum(self._sizes.values()) == self._bytes.total()
-        assert self.num_bytes <= self.capacity_bytes, "a tier holds too much"
+        assert self.num_bytes <= self.capacity_bytes, "a tier exceeds its capacity"
         assert self._owners.keys() == self._sizes.keys(), "an item has no owner"
         assert self._holders.keys() <= self._sizes.keys(), "an unknown item is held"
         free = [n for n in self._sizes if n not in self._holders]
@@ -189,7 +187,7 @@ class TierOrder:
         turn.held[name] = self._numbers[name]
 
     def _make_room(self, tenant: str, size: int) -> bool:
-        """Give up items until ``size`` bytes are free; False: not so many may be."""
+        """Evict items until ``size`` bytes are free, or return False if that is not possible."""
         held = self.num_bytes - self._free_bytes.total()
         if held + size > self.capacity_bytes:
             return False
@@ -203,7 +201,7 @@ class TierOrder:
         return True
 
     def _who_gives(self, tenant: str) -> str | None:
-        """Whose item is given up for one of ``tenant``; None: nobody's may be."""
+        """Return the tenant from which an item is evicted for ``tenant``, or None."""
         able = [t for t, free in self._free_bytes.items() if free > 0]
         part = self.capacity_bytes / len({tenant, *(+self._bytes)})
         able = [t for t in able if t == tenant or self._is_idle(t) or self._bytes[t] > part]

@@ -1,4 +1,4 @@
-"""One tier: what it holds, behind a lock, so that any thread may use it."""
+"""Base class of tiers: thread-safe stores of KV blocks and states."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from workers.requests.block_hash import state_key
 
 
 class Tier(ABC):
-    """Items by name, each the bytes of one KV block or state. Any thread may call it.
+    """Items by name, each the data of one KV block or state. Any thread may call the methods.
 
-    A turn puts what it leaves between ``begin`` and ``end``, from the first block of its prefix on.
-    Bytes that are in a tier do not change.
+    A turn puts its items between ``begin`` and ``end``, from the first block of its prefix on. The
+    data of an item never changes.
     """
 
     name: ClassVar[str]
-    """In metrics."""
+    """Name in metrics."""
 
     def __init__(
         self,
@@ -31,13 +31,13 @@ class Tier(ABC):
         max_kept: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``max_kept``: items that one tenant's turns may have kept before others."""
+        """``max_kept``: limit of items that one tenant's turns may keep longer than others."""
         self.capacity_bytes = capacity_bytes
         self.num_skipped = 0
-        """Blocks that turns left and that are not here at their end: they were gone before they
-        could be copied, nothing gave way to them, or they could not be written."""
+        """Number of blocks of ended turns that the tier lacks: they left the pool before they were
+        copied, no other item could be evicted for them, or a write failed."""
         self.num_broken = 0
-        """Items that could not be read, or were not what had been written."""
+        """Number of items that could not be read or were corrupt."""
         self._clock = clock
         self._lock = threading.Lock()
         self._order = TierOrder(capacity_bytes, max_kept)
@@ -54,26 +54,28 @@ class Tier(ABC):
         return name in self._here
 
     def is_state(self, name: bytes) -> bool:
-        """Whether an item that is here is a recurrent state."""
+        """Whether the tier has this item and it is a recurrent state."""
         return name in self._states
 
     def bytes_of(self, tenant: str) -> int:
-        """Bytes of a tenant's items."""
+        """Return the size of a tenant's items in bytes."""
         return self._order.bytes_of(tenant)
 
     def begin(self, use: TurnUse) -> TierTurn:
-        """A turn has used this prefix; what is here of it stays until ``end``."""
+        """Begin a turn and hold the items of its prefix until ``end``."""
         with self._lock:
             return self._order.begin(use, self._clock())
 
     def extend(self, turn: TierTurn, use: TurnUse) -> None:
-        """A turn that began with the first blocks of its prefix uses all of this."""
+        """Replace the use of a turn by a longer one."""
         with self._lock:
             self._order.extend(turn, use)
 
     def put(self, turn: TierTurn, name: bytes, parent: bytes | None, data: Tensor) -> bool:
-        """Keep an item behind ``parent``, the one before it: uint8 in CPU memory, not to be changed
-        from now on. False where it cannot be; then no later one of the turn can, either.
+        """Store an item as the successor of ``parent``.
+
+        ``data``: uint8 in CPU memory, which must not change afterwards. Returns False if the item
+        cannot be stored; then no later item of the turn can be stored either.
         """
         with self._lock:
             is_kept = self._order.add(turn, name, parent, data.numel())
@@ -88,17 +90,17 @@ class Tier(ABC):
         return is_kept
 
     def end(self, turn: TierTurn) -> None:
-        """The turn's items may give way to others from now on."""
+        """Make the turn's items evictable."""
         with self._lock:
             self._order.end(turn)
         self.num_skipped += sum(name not in self._here for name, _ in turn.use.items)
 
     def read(self, name: bytes) -> Tensor | None:
-        """The bytes of an item, uint8 in CPU memory; None where it is not here, or broken."""
+        """Return the data of an item, uint8 in CPU memory. None if it is missing or corrupt."""
         return self._read(name) if self.has(name) else None
 
     def forget(self, names: Iterable[bytes]) -> None:
-        """These items must not be read any more."""
+        """Remove these items, so that they cannot be read."""
         with self._lock:
             known = [name for name in names if name in self._order]
             for name in known:
@@ -106,33 +108,35 @@ class Tier(ABC):
             self._erase(self._leave(known))
 
     def take_touched(self) -> list[bytes]:
-        """Blocks that came or went since the last call."""
+        """Return blocks that were added or removed since the last call."""
         with self._lock:
             touched, self._touched = self._touched, {}
         return list(touched)
 
     def check_integrity(self) -> None:
-        """Assert that all counts are right; for tests, while no thread puts anything."""
+        """Assert that all counts are right. For tests, while no thread puts items."""
         with self._lock:
             self._order.check_integrity()
-            assert self._here == set(self._order.names), "items and bytes differ"
-            assert self._states <= self._here, "a state is not here"
+            assert self._here == set(self._order.names), "readable and known items differ"
+            assert self._states <= self._here, "a state is missing"
 
     @abstractmethod
     def _write(self, turn: TierTurn, name: bytes, parent: bytes | None, data: Tensor) -> bool:
-        """Store the bytes of an item; False where they cannot be."""
+        """Store the data of an item; False if that fails."""
 
     @abstractmethod
     def _read(self, name: bytes) -> Tensor | None:
-        """The bytes of an item; None where they are gone or broken."""
+        """Return the data of an item; None if it is missing or corrupt."""
 
     @abstractmethod
     def _erase(self, names: Sequence[bytes]) -> None:
-        """Give back the room of these items. Under the lock, so that none is put again before: it
-        must not wait for a disk."""
+        """Free the memory of these items.
+
+        Called with the lock held, so that no item is put again before. Must not wait for a disk.
+        """
 
     def _enter(self, name: bytes, *, is_written: bool) -> None:
-        """An item that was added has its bytes now, or never will."""
+        """Make an added item readable, or remove it if its write failed."""
         with self._lock:
             is_known = name in self._order
             if is_known and is_written:
@@ -144,7 +148,7 @@ class Tier(ABC):
             self._erase((name,))
 
     def _show(self, name: bytes) -> None:
-        """An item can be read from now on."""
+        """Make an item readable."""
         self._here.add(name)
         if name not in self._states:
             self._touched[name] = None

@@ -1,8 +1,8 @@
 """All lower tiers of one attention worker, the fastest first.
 
-Each tier has copies of what the tiers above it hold, as far as it has room and time. A turn's
-blocks are put into host memory; when it ends, a thread copies them to disk from there. Any thread
-may call all methods; none but ``read`` and ``close`` waits for a disk.
+A tier has copies of items of the tiers above it, as its capacity and speed permit. A turn's blocks
+are put into host memory; when the turn ends, a thread copies them from there to disk. Any thread
+may call all methods. Only ``read`` and ``close`` wait for a disk.
 """
 
 from __future__ import annotations
@@ -30,69 +30,69 @@ class TierItem:
     """An item that can be read."""
 
     tier: str
-    """The fastest tier that has it."""
+    """Name of the fastest tier that has it."""
     data: Tensor
-    """Its bytes, uint8 in CPU memory; not to be changed."""
+    """Data, uint8 in CPU memory; must not be changed."""
 
 
 class KvTiers:
-    """See the module."""
+    """The host tier and the optional disk tier."""
 
     def __init__(self, host: HostTier, writer: DiskWriter | None = None) -> None:
-        """``writer`` has the tier on disk, if any, and belongs to this object from now on."""
+        """``writer``: writer of the disk tier, if configured; this object then owns it."""
         self.host = host
         self._writer = writer
         self.names = (host.name,) if writer is None else (host.name, DiskTier.name)
-        """Of all tiers that there may be."""
+        """Names of all configured tiers."""
 
     @property
     def tiers(self) -> tuple[Tier, ...]:
-        """Those in use, the fastest first."""
+        """Tiers in use, the fastest first."""
         disk = None if self._writer is None else self._writer.disk
         return (self.host,) if disk is None else (self.host, disk)
 
     @property
     def problem(self) -> str:
-        """Why a tier is not used, for people; empty if all are."""
+        """Reason why a tier is not in use, as text; empty if all are in use."""
         return "" if self._writer is None else self._writer.problem
 
     def use(self, identity: str) -> None:
-        """What blocks are computed with from now on, beside their tokens."""
+        """Set the identity of new blocks: everything besides tokens that determines the data."""
         if self._writer is not None:
             self._writer.use(identity)
 
     def close(self) -> None:
-        """Write no more; the turn under way is cut short."""
+        """Stop writing, even within a turn, and close the tiers."""
         if self._writer is not None:
             self._writer.close()
 
-    # Blocks that come in
+    # Writing
 
     def begin(self, use: TurnUse) -> TierTurn:
-        """A turn has used this prefix, here or at another worker: its blocks may be put."""
+        """Begin to put the blocks of a turn, which ran here or at another worker."""
         return self.host.begin(use)
 
     def extend(self, turn: TierTurn, use: TurnUse) -> None:
-        """A turn that began with the first blocks of its prefix uses all of this."""
+        """Replace the use of a turn by a longer one."""
         self.host.extend(turn, use)
 
     def put(self, turn: TierTurn, name: bytes, parent: bytes | None, data: Tensor) -> bool:
-        """Keep a block of the turn, those before it first; for blocks of other workers as well.
+        """Store a block of the turn after its predecessors; also for blocks of other workers.
 
-        ``data`` are its bytes, uint8 in CPU memory, which nobody changes any more. A state has the
-        ``state_key`` of its block as its name, and the block as its parent. False where it cannot
-        be kept: the later ones of the turn cannot, either.
+        ``data``: uint8 in CPU memory, which must not change afterwards. The name of a state is the
+        ``state_key`` of its block, and its parent is the block. Returns False if the item cannot
+        be stored; then no later item of the turn can be stored either.
         """
         return self.host.put(turn, name, parent, data)
 
     def end(self, turn: TierTurn) -> None:
-        """The turn's blocks are put, as far as they could be; must follow every ``begin``."""
+        """End a turn after its blocks are put. Every ``begin`` needs an ``end``."""
         self.host.end(turn)
         if self._writer is not None and turn.use.may_outlive:
             self._writer.put(turn.use)
 
     def forget(self, names: Iterable[bytes]) -> None:
-        """The contents of these blocks, and the states behind them, must not be found."""
+        """Remove these blocks, and the states after them, from all tiers."""
         known = [item for name in names for item in (name, state_key(name))]
         if not known:
             return
@@ -100,27 +100,27 @@ class KvTiers:
         if self._writer is not None:
             self._writer.forget(known)
 
-    # What is held
+    # Reading
 
     def has(self, name: bytes) -> bool:
         """Whether a tier has this block or state."""
         return any(tier.has(name) for tier in self.tiers)
 
     def tier_of(self, name: bytes) -> str | None:
-        """The fastest tier that has it; None: none does."""
+        """Return the name of the fastest tier that has an item, or None."""
         return next((tier.name for tier in self.tiers if tier.has(name)), None)
 
     def run(self, names: Sequence[bytes]) -> Sequence[bytes]:
-        """Those of these blocks, from the first on, that a tier has."""
+        """Return the longest prefix of ``names`` in which a tier has each block."""
         known = (i for i, name in enumerate(names) if not self.has(name) or self.is_state(name))
         return names[: next(known, len(names))]
 
     def is_state(self, name: bytes) -> bool:
-        """Whether it is a recurrent state that a tier has."""
+        """Whether a tier has this item and it is a recurrent state."""
         return any(tier.is_state(name) for tier in self.tiers)
 
     def tiers_of(self, names: Sequence[bytes]) -> list[str]:
-        """The fastest tier of each of these blocks, up to the first that no tier has."""
+        """Return the fastest tier of each block, up to the first block that no tier has."""
         found: list[str] = []
         for name in names:
             for tier in self.tiers:
@@ -132,7 +132,7 @@ class KvTiers:
         return found
 
     def read(self, name: bytes) -> TierItem | None:
-        """A block's or state's bytes, from the fastest tier that can give them."""
+        """Read a block or state from the fastest tier that can read it, or return None."""
         for tier in self.tiers:
             data = tier.read(name)
             if data is not None:
@@ -140,11 +140,11 @@ class KvTiers:
         return None
 
     def take_touched(self) -> list[bytes]:
-        """Blocks that came into a tier or left it since the last call."""
+        """Return blocks that were added to or removed from a tier since the last call."""
         return list(dict.fromkeys(name for tier in self.tiers for name in tier.take_touched()))
 
     def stats(self) -> dict[str, float]:
-        """Gauges and counters by metric name without prefix."""
+        """Return gauges and counters by metric name without prefix."""
         found: dict[str, float] = {}
         for tier in self.tiers:
             name = tier.name
@@ -160,5 +160,5 @@ class KvTiers:
         return found
 
     def wait_written(self, timeout_s: float) -> bool:
-        """Wait until no turn waits for the disk; False where it takes longer. For tests."""
+        """Wait until no turn waits for the disk; False after ``timeout_s``. For tests."""
         return self._writer is None or self._writer.wait_written(timeout_s)

@@ -1,5 +1,5 @@
-"""KV blocks that leave the pool and come in: to and from other workers, and lower tiers.
+"""Transfer of KV blocks between the pool, other workers and lower tiers.
 
-Imports ``workers.kv``, its ``tiers`` and ``workers.requests``. ``workers.process.intake`` makes the
+Imports ``workers.kv``, its ``tiers`` and ``workers.requests``. ``workers.process.intake`` opens the
 connections.
 """

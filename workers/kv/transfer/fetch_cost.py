@@ -1,20 +1,20 @@
-"""What fetching KV blocks costs beside computing them, as measured. Pure."""
+"""Measured cost of fetching KV blocks, relative to computing them. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 UNMEASURED_COST = 0.1
-"""Cost until both rates are measured: most links are faster than most models."""
+"""Relative cost until both rates are measured: most links are faster than most models."""
 FORGET_S = 60.0
-"""Age after which a measurement of the link no longer counts, so that it is tried again."""
+"""Age after which a measurement of the link is discarded, so that the link is tried again."""
 _MEMORY = 0.8
-"""Weight of a measurement after the next one."""
+"""Factor by which each new measurement reduces the weight of the earlier ones."""
 
 
 @dataclass(slots=True)
 class Rate:
-    """What is done in a second, tokens or bytes, over the latest measurements."""
+    """Tokens or bytes per second, averaged over the latest measurements."""
 
     amount: float = 0.0
     seconds: float = 0.0
@@ -24,14 +24,14 @@ class Rate:
         self.seconds = self.seconds * _MEMORY + seconds
 
     def time_of(self, amount: float) -> float | None:
-        """Seconds for so much; None: nothing is measured."""
+        """Return the seconds that ``amount`` takes, or None without a measurement."""
         return amount * self.seconds / max(self.amount, 1.0) if self.seconds else None
 
 
 class FetchCost:
-    """Rates at which one worker computes prompts, and fetches their blocks from others.
+    """Rates at which one worker computes prompts, and fetches their blocks from other workers.
 
-    Any thread may call it: a value read is at worst one measurement old.
+    Any thread may call the methods: a result is at most one measurement out of date.
     """
 
     def __init__(self) -> None:
@@ -40,20 +40,20 @@ class FetchCost:
         self._fetched_s = 0.0
 
     def observe_prefill(self, tokens: int, seconds: float) -> None:
-        """Prompt tokens that a step computed."""
+        """Record the prompt tokens that a step computed."""
         self._prefill.observe(tokens, seconds)
 
     def observe_fetch(self, tokens: int, seconds: float, now_s: float) -> None:
-        """Tokens whose blocks came: after a failure fewer than were asked for, or none."""
+        """Record the tokens of fetched blocks: after a failure fewer than requested, or none."""
         if now_s - self._fetched_s > FORGET_S:
             self._fetch = Rate()
         self._fetch.observe(tokens, seconds)
         self._fetched_s = now_s
 
     def ratio(self, now_s: float) -> float:
-        """Prompt tokens that are computed in the time that fetching one token takes.
+        """Return the prompt tokens that are computed in the time of fetching one token.
 
-        Example: 1,000 tokens a second computed and 8,000 fetched: 0.125.
+        Example: computing 1,000 tokens a second and fetching 8,000 gives 0.125.
         """
         fetch_s, token_s = self._fetch.time_of(1), self.compute_s(1)
         if not fetch_s or not token_s or now_s - self._fetched_s > FORGET_S:
@@ -61,5 +61,5 @@ class FetchCost:
         return fetch_s / token_s
 
     def compute_s(self, tokens: int) -> float | None:
-        """Seconds in which so many prompt tokens are computed; None: not measured."""
+        """Return the seconds to compute ``tokens`` prompt tokens, or None without a measurement."""
         return self._prefill.time_of(tokens)

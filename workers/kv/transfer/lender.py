@@ -1,7 +1,7 @@
-"""Lends blocks and recurrent states to other workers.
+"""Provides blocks and recurrent states to other workers.
 
-``KvLender`` serves the threads of the KV server: they ask, and the engine's thread holds the blocks
-between two steps. What only a lower tier has is lent as well.
+The threads of the KV server request items from ``KvLender``, and the engine thread holds the blocks
+between two steps. Items that only a lower tier has are provided as well.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from workers.kv.transfer.store import KvTransferStore, LentState
 
 @dataclass(frozen=True, slots=True)
 class LentCopy:
-    """A block, or a state, in a lower tier."""
+    """A block or state in a lower tier."""
 
     name: bytes
     place: int | None = None
-    """Of a state's key among those that were asked for; None: it is a block."""
+    """Index of a state's key among the requested keys; None for a block."""
 
 
 LentItem = int | LentState | LentCopy
-"""A block, or a state."""
+"""A block in the pool, a state in a slot, or either in a lower tier."""
 
 
 @dataclass(slots=True)
 class KvLender:
-    """``Lender`` of a store. ``answer`` belongs to the engine's thread, the rest to others."""
+    """Provides items of a store. Only the engine thread calls ``answer``; others the rest."""
 
     store: KvTransferStore
     wake: Callable[[], None]
-    """Called when the engine's thread should answer."""
+    """Called when the engine thread should call ``answer``."""
     timeout_s: float = 10.0
-    """Longest wait for the engine's thread: a step may be long."""
+    """Longest wait for the engine thread, as a step may be long."""
     tiers: KvTiers | None = None
-    """Lends what the pool has not, too; None: there are none."""
+    """Lower tiers, which provide items that the pool lacks."""
     _asked: deque[tuple[Sequence[bytes], Future[list[LentItem]]]] = field(default_factory=deque)
     _returned: deque[tuple[list[LentItem], int]] = field(default_factory=deque)
 
     def borrow(self, keys: Sequence[bytes]) -> list[LentItem]:
-        """Blocks, or one state; nothing where the engine's thread does not answer in time."""
+        """Acquire blocks or one state. Empty if the engine thread does not respond in time."""
         items: Future[list[LentItem]] = Future()
         self._asked.append((keys, items))
         self.wake()
@@ -64,10 +64,13 @@ class KvLender:
         return (cache.read_block(item),)
 
     def _read_copy(self, copy: LentCopy) -> tuple[Tensor, ...]:
-        """Raises ``ConnectionError`` where it has gone: the client takes what came before."""
+        """Read an item of a tier.
+
+        Raises ``ConnectionError`` if it was evicted; the client uses the items received before.
+        """
         held = None if self.tiers is None else self.tiers.read(copy.name)
         if held is None:
-            raise ConnectionAbortedError(f"KV block {copy.name.hex()} is gone")
+            raise ConnectionAbortedError(f"KV block {copy.name.hex()} was evicted")
         data = (held.data,)
         return data if copy.place is None else (torch.tensor([copy.place]), *data)
 
@@ -77,7 +80,7 @@ class KvLender:
             self.wake()
 
     def answer(self) -> None:
-        """Take back what was returned, and lend what was asked for."""
+        """Release the returned items, then acquire items for the waiting requests."""
         while self._returned:
             self._end(*self._returned.popleft())
         while self._asked:
@@ -93,7 +96,7 @@ class KvLender:
         return self._lend_state(keys)
 
     def _lend_state(self, keys: Sequence[bytes]) -> list[LentItem]:
-        """The last of these states that is known, in the pool or in a tier."""
+        """Acquire the last of these states that the pool or a tier has."""
         state, tiers = self.store.lend_state(keys), self.tiers
         places = range(len(keys) - 1, -1 if state is None else state.place, -1)
         place = next((p for p in places if tiers is not None and tiers.is_state(keys[p])), None)

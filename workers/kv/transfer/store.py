@@ -1,14 +1,14 @@
-"""Blocks that leave one worker's pool for another's, and blocks that come in.
+"""Transfer of blocks and recurrent states between the pools of two workers.
 
-``KvTransferStore`` belongs to the engine's thread, like the pool. A held block that has a hash does
-not change. An item of the transfer (``workers.transport.peer_link``) is one block: its part of each
-layer's cache, layer by layer. Its key is the hash, which covers tokens and tenant: a worker that
-does not know it gets no block.
+Only the engine thread uses ``KvTransferStore``, like the pool. A held block with a hash does not
+change. An item of the transfer (``workers.transport.peer_link``) is one block: its part of the
+cache of each layer, in order. Its key is the hash, which covers tokens and tenant: a worker that
+does not know the hash cannot fetch the block.
 
-Blocks of a model with recurrent states are of use up to a state that is known. A worker asks for a
-state first, by the ``state_key`` of each block behind which one would help, and gets the last of
-these states that the peer has: one item, whose data is the place of its key, int64, and the state,
-[layers, values] in float32. Then it asks for the blocks up to that state.
+A model with recurrent states can use blocks only up to a known state. A worker first requests a
+state: it sends the ``state_key`` of each block after which a state would help. It receives the last
+of these states that the peer has, as one item: the index of its key, int64, and the state,
+[layers, values] float32. Then it requests the blocks up to that state.
 """
 
 from __future__ import annotations
@@ -28,54 +28,53 @@ from workers.requests.sequence import num_reusable
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class StateFetch:
-    """A recurrent state on its way in."""
+    """A recurrent state that is being fetched."""
 
     slot: int
-    """Slot to fill, held meanwhile."""
+    """Slot to fill, held during the fetch."""
     num_known: int
-    """Blocks of the prefix up to the last one whose state was here at the beginning; 0: none was.
-    A state that helps is behind a later one."""
+    """Number of blocks up to the last state that was known when the fetch began, or 0. Only the
+    state of a later block is useful."""
     num_before: int = 0
-    """Blocks of the prefix up to the state that came, 0: none has come; written by the thread that
-    fills the slot."""
+    """Number of blocks up to the fetched state, or 0; written by the thread that fills the slot."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Fetch:
-    """Blocks on their way in. They are held, and cannot be found before the end."""
+    """Blocks that are being fetched. They are held, and can be found only after the fetch."""
 
     hashes: tuple[BlockHash, ...]
     """Hashes of the prefix, from the first block of the sequence on."""
     found: list[int]
-    """Blocks that are here already, held meanwhile."""
+    """Blocks that the pool had when the fetch began, held during the fetch."""
     num_usable: int
-    """Blocks of ``found`` that were of use at the beginning: all, or those up to a known state."""
+    """Number of usable blocks of ``found`` when the fetch began: all, or up to a known state."""
     blocks: list[int]
     """Blocks for the rest of the prefix."""
     num_filled: int = 0
-    """How many of ``blocks`` are filled, in order; written by the thread that fills them."""
+    """Number of ``blocks`` that are filled, in order; written by the thread that fills them."""
     state: StateFetch | None = None
-    """None: the model has no states, or that behind the whole prefix is here."""
+    """None if the model has no states, or if the state of the whole prefix is known."""
 
     def lacks(self, block_hash: BlockHash) -> bool:
-        """Whether a block of the prefix was of no use at the beginning."""
+        """Whether a block of the prefix was not usable when the fetch began."""
         return block_hash in self.hashes[self.num_usable :]
 
     @property
     def missing(self) -> tuple[BlockHash, ...]:
-        """Blocks of the prefix that were not here at the beginning."""
+        """Hashes of the prefix that the pool lacked when the fetch began."""
         return self.hashes[len(self.found) :]
 
     @property
     def wanted(self) -> tuple[BlockHash, ...]:
-        """Those of them that are of use: all, or those up to a state that is here or has come."""
+        """The missing hashes that are useful: all, or up to the last known or fetched state."""
         if self.state is None:
             return self.missing
         return self.hashes[len(self.found) : max(self.state.num_known, self.state.num_before)]
 
     @property
     def num_gained(self) -> int:
-        """Blocks that need not be computed because of what has come."""
+        """Number of blocks that the fetch saves from being computed."""
         if self.state is None:
             return self.num_filled
         num_here = len(self.found) + self.num_filled
@@ -89,24 +88,24 @@ class LentState:
 
     slot: int
     place: int
-    """Of its key among those that were asked for."""
+    """Index of its key among the requested keys."""
 
 
 @dataclass(slots=True)
 class KvTransferStore:
-    """See the module."""
+    """Holds blocks and states during a transfer to or from another worker or a tier."""
 
     pool: BlockPool
     cache: KVCache
     states: StateSlots | None = None
-    """Of a model with recurrent states."""
+    """Slots of a model with recurrent states."""
     contents: BlockContents | None = None
-    """Learns which blocks have come; None: nobody wants to know."""
+    """Receives the hashes of fetched blocks; None if KV events are disabled."""
     tables: list[list[int]] = field(default_factory=list)
-    """Blocks that are held here."""
+    """Lists of blocks that are held for transfers."""
 
     def lend(self, keys: Sequence[BlockHash]) -> list[int]:
-        """Hold the blocks of the longest known run from the first key on."""
+        """Hold and return the blocks of the longest known prefix of ``keys``."""
         blocks = self.pool.find(keys)
         if blocks:
             self.pool.hold(blocks)
@@ -115,14 +114,14 @@ class KvTransferStore:
         return blocks
 
     def end_loan(self, blocks: list[int], num_kept: int) -> None:
-        """Release what was lent; another worker has copies of the first ``num_kept`` now."""
+        """Release blocks. Another worker has copies of the first ``num_kept`` now."""
         self.pool.lend(blocks[:num_kept])
         self._release(blocks)
         broken = [b for b in blocks if self.pool.hash_of(b) is None and self.pool.is_free(b)]
-        self.cache.clear(broken)  # forgotten while on loan: they may hold NaN
+        self.cache.clear(broken)  # forgotten while held: they may contain NaN
 
     def lend_state(self, keys: Sequence[bytes]) -> LentState | None:
-        """Hold the last of these states that is known; None: none is, or no slot is left."""
+        """Hold the last known state of ``keys``. None if none is known or no slot is left."""
         if self.states is None:
             return None
         hashes = [*map(state_key, keys)]
@@ -134,27 +133,27 @@ class KvTransferStore:
         return LentState(slot, count - 1)
 
     def end_state_loan(self, state: LentState, *, is_kept: bool) -> None:
-        """Release a state that was lent; ``is_kept``: another worker has a copy of it now."""
-        assert self.states is not None, "a state was lent"
+        """Release a state. ``is_kept``: another worker has a copy of it now."""
+        assert self.states is not None, "the store has no states"
         if is_kept:
             self.states.lend(state.slot)
         self.states.release_extra(state.slot)
 
     def usable(self, request: Request, hashes: Sequence[BlockHash]) -> Sequence[BlockHash]:
-        """Those of the hashes of a prompt's full blocks that it need not compute."""
+        """Return the hashes of a prompt's full blocks that it may reuse."""
         return hashes[: max(num_reusable(request), 0) // self.cache.block_size]
 
     def num_usable(self, hashes: Sequence[BlockHash], num_found: int) -> int:
-        """Of the first ``num_found`` blocks of a prefix, which are here, those that are of use."""
+        """Number of usable blocks among the first ``num_found`` blocks of a prefix."""
         return num_found if self.states is None else self.states.num_known(hashes[:num_found])
 
     def begin(
         self, hashes: Sequence[BlockHash], found: Sequence[int], num_spare: int
     ) -> Fetch | None:
-        """Hold the blocks of a prefix that are ``found`` here, and blocks for the rest.
+        """Hold the ``found`` blocks of a prefix and allocate blocks for the rest.
 
-        None where nothing is missing, or fewer blocks are free than the fetch needs with
-        ``num_spare`` left to other requests, or no slot for a state.
+        None if nothing is missing, if the fetch would leave fewer than ``num_spare`` free blocks,
+        or if no slot for a state is left.
         """
         num_usable = self.num_usable(hashes, len(found))
         num_missing = len(hashes) - len(found)
@@ -182,7 +181,7 @@ class KvTransferStore:
         return fetch
 
     def end(self, fetch: Fetch) -> None:
-        """Publish the filled blocks under their hashes, and release all."""
+        """Store the filled blocks under their hashes, and release all blocks."""
         parents = (None, *fetch.hashes)[len(fetch.found) :]
         filled = fetch.blocks[: fetch.num_filled]
         for block, name, parent in zip(filled, fetch.missing, parents, strict=False):

@@ -1,9 +1,9 @@
-"""Copies what turns leave from the pool into the tiers, without holding up a step.
+"""Copies the blocks of turns from the pool into the tiers, without blocking a step.
 
-When a prompt is computed, and when its turn ends, the engine's thread only notes the names of the
-blocks. Between steps it holds some of those that the tiers lack, and a thread of its own copies
-them: those of a prompt while its sequence runs, as nothing can take them meanwhile, and those of
-the output after its end. Blocks that are gone by then are left out.
+When a prompt is computed, and when its turn ends, the engine thread only notes the names of the
+blocks. Between steps it holds some of the blocks that the tiers lack, and a copier thread copies
+them. Blocks of the prompt are copied while the sequence runs, as they cannot be evicted then;
+blocks of the output after its end. Blocks evicted before the copy starts are skipped.
 """
 
 from __future__ import annotations
@@ -27,57 +27,57 @@ from workers.requests.sequence import SequenceState
 logger = logging.getLogger(__name__)
 
 MAX_HELD = 64
-"""Blocks of a turn that are held and copied at a time."""
+"""Limit of blocks of a turn that are held and copied at a time."""
 MAX_BATCHES = 8
-"""Turns whose blocks are held at a time: there may be no other time before the end of a step."""
+"""Limit of turns with held blocks: new blocks can be held only between two steps."""
 _FREE_SHARE = 8
-"""Of the free blocks one in so many is held at most, for turns that have ended."""
+"""At most one in ``_FREE_SHARE`` free blocks is held for turns that have ended."""
 _RUNNING_SHARE = 0.5
-"""Part of host memory that turns hold while they run, at most."""
+"""Largest fraction of host memory that running turns hold."""
 MAX_TURNS = 1024
-"""Turns that may wait; later ones are left out."""
+"""Limit of waiting turns; later turns are skipped."""
 
 
 @dataclass(slots=True, eq=False)
 class _Copy:
-    """A turn whose blocks are copied."""
+    """A turn to copy, and its progress."""
 
     use: TurnUse
-    """Of its prompt while its sequence runs."""
+    """Blocks to copy: those of the prompt while the sequence runs."""
     has_ended: bool
-    """Its sequence runs no more."""
+    """Whether the sequence no longer runs."""
     is_busy: bool = False
-    """A batch of its blocks is on the way."""
+    """Whether a batch of its blocks is being copied."""
     is_left: bool = False
-    """It is done: all was kept that could be."""
+    """Whether copying has ended, completely or because no more can be stored."""
     turn: TierTurn | None = None
-    """Of the executor's thread; None: it has not begun."""
+    """Set and used by the copier thread; None before the first batch."""
     num_done: int = 0
-    """Blocks from the first on that are in the tiers."""
+    """Number of blocks, from the first on, that are in the tiers."""
     num_states_done: int = 0
-    """States from the first on that are, or cannot be."""
+    """Number of states, from the first on, that are in the tiers or cannot be copied."""
 
 
 @dataclass(slots=True, eq=False)
 class _Batch:
-    """What is held and copied, or the end of a turn."""
+    """Held blocks, or a state, that are being copied; empty at the end of a turn."""
 
     copy: _Copy
     names: Sequence[BlockHash]
-    """Of its blocks."""
+    """Names of the blocks."""
     blocks: list[int]
     state: LentState | None
     work: Future[bool]
-    """Whether more of the turn can be kept."""
+    """Returns whether more of the turn can be stored."""
 
 
 class TurnCopies:
-    """See the module. All methods belong to the engine's thread.
+    """Copies turns to the tiers on its own thread. Call all methods on the engine thread.
 
     Args:
         store: holds blocks of the pool, and states.
-        tiers: where they go.
-        wake: called, by another thread, when ``go_on`` should be.
+        tiers: destination of the copies.
+        wake: called by the copier thread when ``go_on`` should be called.
     """
 
     def __init__(self, store: KvTransferStore, tiers: KvTiers, wake: Callable[[], None]) -> None:
@@ -86,16 +86,16 @@ class TurnCopies:
         self._wake = wake
         self._waiting: deque[_Copy] = deque()
         self._running: dict[SequenceState, _Copy] = {}
-        """Copies of those that run; they may wait as well."""
+        """Copies of running sequences, whether or not in ``_waiting``."""
         self._batches: deque[_Batch] = deque()
-        """Oldest first, as they are copied."""
+        """Oldest first, the order in which they are copied."""
         self._on_way: set[BlockHash] = set()
-        """Their blocks."""
+        """Blocks of the batches."""
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-copier")
 
     @property
     def is_idle(self) -> bool:
-        """Nothing is copied, and nothing waits."""
+        """Whether no turn is being copied or waits."""
         return not self._batches and not self._waiting
 
     def prompt_done(self, sequence: SequenceState, use: TurnUse) -> None:
@@ -114,13 +114,13 @@ class TurnCopies:
         self._go_on_with(copy)
 
     def stopped(self, sequence: SequenceState) -> None:
-        """See ``TurnListener``. What is copied of its prompt stays."""
+        """See ``TurnListener``. Copied blocks of the prompt stay in the tiers."""
         if (copy := self._running.pop(sequence, None)) is not None:
             copy.has_ended = True
             self._go_on_with(copy)
 
     def _may_hold(self, use: TurnUse) -> bool:
-        """Whether host memory, from which nothing of a running turn gives way, has room for it."""
+        """Whether a running turn fits into host memory, where its blocks are not evictable."""
         num_blocks = sum(len(copy.use.names) for copy in self._running.values()) + len(use.names)
         num_bytes = num_blocks * self._store.cache.block_bytes
         return num_bytes <= self._tiers.host.capacity_bytes * _RUNNING_SHARE
@@ -131,8 +131,8 @@ class TurnCopies:
         self._wake()
 
     def _note(self, use: TurnUse) -> None:
-        """A turn has ended of which nothing was copied before."""
-        if use.hints.keep_s == 0:  # nobody will use them again: what is here is only let go
+        """Queue an ended turn of which no block was copied before."""
+        if use.hints.keep_s == 0:  # not needed again: only make copies in the tiers evictable
             num_here = len(self._tiers.tiers_of(use.names))
             use = replace(use, names=use.names[:num_here], states=())
         if len(self._waiting) == MAX_TURNS:
@@ -141,7 +141,7 @@ class TurnCopies:
         self._go_on_with(_Copy(use, has_ended=True))
 
     def go_on(self) -> None:
-        """Let go of what is copied, and hold the next blocks."""
+        """Release copied blocks and hold the next ones."""
         while self._batches and self._batches[0].work.done():
             self._end_batch(self._batches.popleft())
         for copy in [copy for copy in self._waiting if not copy.is_busy]:
@@ -150,19 +150,21 @@ class TurnCopies:
             self._begin_batch(copy)
 
     def close(self) -> None:
-        """Copy nothing more."""
+        """Cancel waiting copies and stop the thread."""
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _begin_batch(self, copy: _Copy) -> None:
-        """Hold and copy the next blocks of a turn. Where there are none, end it, or let it go on
-        when it has ended."""
+        """Hold and copy the next blocks of a turn.
+
+        Without more blocks, the turn ends; a running turn waits for its end.
+        """
         names, host = copy.use.names, self._tiers.host
         while copy.num_done < len(names) and host.has(names[copy.num_done]):
             copy.num_done += 1
         if copy.num_done < len(names) and names[copy.num_done] in self._on_way:
             return  # another turn has the same beginning
         blocks, state = self._lend_next(copy)
-        is_over = not blocks and state is None  # all is there, or gone
+        is_over = not blocks and state is None  # all are copied or evicted
         if is_over and not copy.has_ended:
             self._waiting.remove(copy)
             return
@@ -175,7 +177,7 @@ class TurnCopies:
         self._batches.append(_Batch(copy, held, blocks, state, work))
 
     def _lend_next(self, copy: _Copy) -> tuple[list[int], LentState | None]:
-        """The next blocks, or the next state once they are done."""
+        """Hold the next blocks, or the next state after all blocks are copied."""
         use, host = copy.use, self._tiers.host
         if copy.num_done < len(use.names):
             most = min(self._num_spare(), MAX_HELD) if copy.has_ended else MAX_HELD
@@ -188,7 +190,7 @@ class TurnCopies:
         return [], None
 
     def _num_spare(self) -> int:
-        """Blocks to hold at most for another turn that has ended; one at least."""
+        """Return how many blocks may be held for another ended turn, at least one."""
         held = sum(len(batch.blocks) for batch in self._batches if batch.copy.has_ended)
         return max((self._store.pool.num_free + held) // _FREE_SHARE - held, 1)
 
@@ -214,7 +216,7 @@ class TurnCopies:
         blocks: list[int],
         state: LentState | None,
     ) -> bool:
-        """In the executor's thread; False where the turn has ended, as no more can be kept."""
+        """Copy a batch, on the copier thread. False if no more of the turn can be stored."""
         cache = self._store.cache
         try:
             turn = self._begun(copy)
@@ -226,8 +228,8 @@ class TurnCopies:
                 name = copy.use.states[copy.num_states_done - 1]
                 if not self._put(turn, state_key(name), name, cache.read_state(state.slot)):
                     return self._end(copy)
-        except Exception:  # memory that is missing, for example: the worker serves on
-            logger.exception("KV blocks are not kept")
+        except Exception:  # out of memory, for example: the worker continues to serve
+            logger.exception("could not copy KV blocks to the tiers")
             return self._end(copy)
         return True
 
@@ -240,11 +242,11 @@ class TurnCopies:
         return copy.turn
 
     def _end(self, copy: _Copy) -> bool:
-        """In the executor's thread: what is not in the tiers now is left out."""
+        """End a turn, on the copier thread. Blocks that are not in the tiers now are skipped."""
         try:
             self._tiers.end(self._begun(copy))
         except Exception:  # as above
-            logger.exception("what a turn has kept is not let go")
+            logger.exception("the copy of a turn to the tiers could not be finished")
         return False
 
     def _put(self, turn: TierTurn, name: bytes, parent: bytes | None, data: Tensor) -> bool:
@@ -252,5 +254,5 @@ class TurnCopies:
 
 
 def as_bytes(data: Tensor) -> Tensor:
-    """The memory of a contiguous tensor, as the tiers keep it."""
+    """View a contiguous tensor as bytes (uint8), the data type of the tiers."""
     return data.view(torch.uint8).flatten()

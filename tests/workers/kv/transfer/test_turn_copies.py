@@ -312,7 +312,7 @@ def test_a_peer_gets_what_only_a_tier_has(copying: Copying) -> None:
     lender.answer()
     copying.engine.check_integrity()
     copying.tiers.forget(names)
-    with pytest.raises(ConnectionError, match="is gone"):
+    with pytest.raises(ConnectionError, match="was evicted"):
         lender.read(lent[-1])
 
 
