@@ -1,4 +1,4 @@
-"""Connections between workers: sockets or torch.distributed, frames, handshakes.
+"""Connections between workers over sockets or torch.distributed, with frames and handshakes.
 
 Imports ``cluster.core``, ``cluster.config``, ``workers.requests`` and ``workers.model``.
 """

@@ -1,4 +1,4 @@
-"""The listener, and connections that are no edges yet: connecting, or in the handshake."""
+"""Listener, and connections that are not edges yet: connecting, or in the handshake."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from workers.transport.handshake import ConnectorHandshake, ListenerHandshake, P
 logger = logging.getLogger(__name__)
 
 MAX_PENDING = 16
-"""Connections without proof of the token at one time; one more closes the oldest."""
+"""Limit of connections without proof of the token; one more closes the oldest."""
 _CONNECT_ATTEMPTS = 3
 _RETRY_S = 0.1
 _READ_BYTES = 4096
@@ -29,7 +29,7 @@ _READ_BYTES = 4096
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A connection that is connecting, or in the handshake. Nothing here blocks.
+    """A connection that is connecting or in the handshake. No method blocks.
 
     The owner watches ``sock`` for ``events``, calls ``step`` when it is ready, and drops the
     connection at ``deadline``.
@@ -42,9 +42,9 @@ class Pending:
     member: Member | None
     """The member to connect to; None for an accepted connection."""
     deadline: float
-    """Monotonic time by which it must be an edge."""
+    """Monotonic time at which it is dropped unless it is an edge."""
     out: bytes
-    """To be sent."""
+    """Bytes to send."""
     is_connecting: bool
 
     @property
@@ -52,9 +52,9 @@ class Pending:
         return selectors.EVENT_WRITE if self.out else selectors.EVENT_READ
 
     def step(self) -> bool:
-        """Continue as far as the socket allows; whether the handshake is over and all is sent.
+        """Continue as far as the socket allows; return whether the handshake is complete and sent.
 
-        Raises ``OSError`` when the address does not answer, ``HandshakeError`` otherwise.
+        Raises ``OSError`` if the address does not respond, and ``HandshakeError`` otherwise.
         """
         if self.is_connecting:
             code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -90,8 +90,8 @@ class Pending:
 class Acceptor:
     """Opens and accepts connections on the owner's selector. Data thread only.
 
-    Invalid data, silence or a wrong token ends one connection and nothing else. At most
-    ``MAX_PENDING`` connections that have not proved the token are kept; the oldest is closed.
+    Invalid data, a timeout or a wrong token closes only that connection. At most ``MAX_PENDING``
+    connections without proof of the token are kept; then the oldest is closed.
     """
 
     def __init__(
@@ -107,13 +107,15 @@ class Acceptor:
         refusal: Callable[[PeerIdentity], str | None],
         opened: Callable[[socket.socket, PeerIdentity, int], None],
     ) -> None:
-        """``refusal`` returns why a peer that knows the token cannot be accepted (None: it can);
-        ``opened`` gets the socket, the identity of the peer, and the generation of the edge. A
-        connection must be an edge within ``timeout_s``; another host answers within
+        """Open the listener.
+
+        ``refusal`` returns the reason to refuse a peer that knows the token, or None. ``opened`` is
+        called with the socket, the peer's identity and the generation of the edge. A connection
+        must become an edge within ``timeout_s``, and its host must respond within
         ``answer_limit_s``.
         """
         self.generation = 0
-        """Generation that this worker is in."""
+        """Current generation of this worker."""
         self._selector = selector
         self._me = me
         self._token = token
@@ -130,13 +132,13 @@ class Acceptor:
 
     @property
     def next_deadline(self) -> float | None:
-        """Monotonic time at which ``expire`` has something to do."""
+        """Monotonic time of the next call of ``expire``; None without connections."""
         if not self._pending:
             return None
         return min(p.deadline for p in self._pending.values())
 
     def begin_generation(self, number: int) -> None:
-        """Drop connections that were begun for an older generation, and reset the counts."""
+        """Drop connections opened for an older generation, and reset the counts of attempts."""
         self.generation = number
         self._attempts.clear()
         for pending in list(self._pending.values()):
@@ -144,17 +146,17 @@ class Acceptor:
                 self._drop(pending)
 
     def connect(self, member: Member) -> None:
-        """Begin to open the edge to ``member`` unless that is under way or was just tried.
+        """Begin to open the edge to ``member`` unless it is being opened or was just tried.
 
-        Raises ``PeerLostError`` when the address does not answer, and when the handshake broke off
-        too often (a wrong token ends it without an answer).
+        Raises ``PeerLostError`` if the address does not respond, or if the handshake was closed by
+        the peer too often (a wrong token closes it without a message).
         """
         if any(p.member == member for p in self._pending.values()):
             return
         count, not_before = self._attempts.get(member.name, (0, 0.0))
         now = time.monotonic()
         if count >= _CONNECT_ATTEMPTS:
-            reason = "it breaks off the handshake: does it have the same cluster token?"
+            reason = "it closes the handshake: does it have the same cluster token?"
             raise PeerLostError(member.name, reason)
         if now < not_before:
             return
@@ -184,13 +186,13 @@ class Acceptor:
         self._add(sock, handshake, f"{address[0]}:{address[1]}", None)
 
     def refuse(self, name: str, reason: str) -> None:
-        """Log a connection that does not become an edge."""
+        """Log that a connection is refused."""
         logger.warning("%s: connection with %s refused: %s", self._me.name, name, reason)
 
     def expire(self) -> None:
-        """Drop the connections whose deadline has passed.
+        """Drop connections after their deadline.
 
-        Raises ``PeerLostError`` when the other host does not answer.
+        Raises ``PeerLostError`` if the host of a member does not respond.
         """
         now = time.monotonic()
         for pending in [p for p in self._pending.values() if p.deadline <= now]:
@@ -202,10 +204,10 @@ class Acceptor:
             self._drop(pending)
 
     def advance(self, pending: Pending) -> None:
-        """Continue with a connection whose socket is ready.
+        """Continue a connection after its socket became ready.
 
-        Raises as ``connect`` does, ``PeerLostError`` also when the peer refuses this worker, and
-        ``GenerationChangedError`` when it does so in a later generation.
+        Raises ``PeerLostError`` if the address does not respond or the peer refuses this worker,
+        and ``GenerationChangedError`` if the peer refuses it in a later generation.
         """
         if pending.sock not in self._pending:
             return
@@ -231,7 +233,7 @@ class Acceptor:
             self._selector.modify(pending.sock, pending.events, pending)
 
     def close(self) -> None:
-        """Close the listener and everything that is no edge yet."""
+        """Close the listener and all connections that are not edges yet."""
         for pending in list(self._pending.values()):
             self._drop(pending)
         self._selector.unregister(self._listener)
@@ -281,7 +283,7 @@ class Acceptor:
 
 
 def _start_connect(address: str) -> socket.socket:
-    """Begin to connect to ``host:port`` without waiting. Raises ``OSError``."""
+    """Begin a nonblocking connect to ``host:port``. Raises ``OSError``."""
     info = socket.getaddrinfo(*split_address(address), type=socket.SOCK_STREAM)[0]
     sock = socket.socket(info[0], info[1])
     sock.setblocking(False)

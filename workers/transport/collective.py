@@ -1,7 +1,7 @@
-"""The transport over torch.distributed: NCCL on GPUs, gloo in CPU tests, one code for both.
+"""Transport over torch.distributed: NCCL on GPUs, gloo in CPU tests, with the same code.
 
-Sends and receives go along the attention-expert edges only. Step headers and the detection of lost
-peers stay on the peer connections. gloo and its store have no authentication: both listen on the
+It carries only messages between attention and expert ranks. Step headers and the detection of lost
+peers use the peer connections. gloo and its store have no authentication: both listen on the
 cluster interface only.
 """
 
@@ -39,17 +39,18 @@ from workers.transport.world import (
 
 _JOIN_S = 1.0
 _COUNTS = 2
-"""Number of the message that carries the counts, after those of the two parts."""
+"""Number of the message that carries the counts, after the numbers of the two parts."""
 _MAX_AHEAD, _MAX_MESSAGES_AHEAD = 4, 64
-"""Receives that the host does not wait for, and of captured steps their messages. By then it has
-given the device some hundred launches: two to four layers, or for each message of captured ones
-four copies and orders. A stream takes about a thousand. One that waits for a lost peer would take
-no more, and the host, held up in a launch, could not give up the world."""
+"""Limits of pending receives, and of their messages in captured steps, for which only the device
+waits. At these limits the host has enqueued some hundred launches (two to four layers, or four
+copies and orders for each message of a captured step). A stream accepts about a thousand. If it
+were full because it waits for a lost peer, the host would block in a launch and could not abandon
+the world."""
 _WORLDS: Final[Mapping[Backend, type[World]]] = {"gloo": GlooWorld, "nccl": NcclWorld}
 
 
 class CollectiveTransport:
-    """``DataTransport`` of one worker over a world that is rebuilt with every generation."""
+    """``DataTransport`` of one worker over a world that is rebuilt for every generation."""
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class CollectiveTransport:
         self._names: dict[int, str] = {}
         self._sends: deque[Transfers] = deque()
         self._ordered: deque[Transfers] = deque()
-        """Receives for which only the device waits so far."""
+        """Receives for which so far only the device waits."""
         self._may_be_captured = False
         self._loss: PeerLostError | None = None
         self._store = (
@@ -99,7 +100,7 @@ class CollectiveTransport:
         self._peers = {m.rank: names.index(m.name) for m in facing}
         address = generation.leader.store_address
         if not address:
-            raise PeerLostError(generation.leader.name, "it announces no rendezvous store")
+            raise PeerLostError(generation.leader.name, "it has no rendezvous store address")
         self._world = world = _WORLDS[self._backend](self._seat(generation.number, names))
         try:
             self._build(world, address)
@@ -108,7 +109,7 @@ class CollectiveTransport:
             raise
 
     def _seat(self, generation: int, names: Sequence[str]) -> Seat:
-        """This worker's place among the members' names, which are in the order of the ranks."""
+        """Return this worker's setup. ``names``: the members' names in the order of the ranks."""
         role = self._connections.me.role
         sends: tuple[Direction, ...] = ("rows",) if runs_attention(role) else ("outputs",)
         receives: tuple[Direction, ...] = ("outputs",) if runs_attention(role) else ("rows",)
@@ -129,7 +130,7 @@ class CollectiveTransport:
         )
 
     def _build(self, world: World, address: str) -> None:
-        """Connect the world on another thread, so that an interrupt ends the wait for it."""
+        """Connect the world on another thread, so that an interrupt can end the wait."""
         failures: list[Exception] = []
         finished = threading.Event()
 
@@ -150,9 +151,9 @@ class CollectiveTransport:
             self._await_cause(f"no process group {world.seat.prefix}: {first_line(err)}")
 
     def _await_cause(self, reason: str) -> NoReturn:
-        """A member has gone, most likely: the edges, or the controller, soon say which.
+        """Wait for the edges or the controller to report which member was lost.
 
-        Raises as the waits do, at last for the first peer.
+        Raises as the waits do; after the timeout, for the first peer.
         """
         self._connections.wait(
             lambda: False,
@@ -171,14 +172,14 @@ class CollectiveTransport:
         )
 
     def begin_step(self, header: StepHeader) -> None:
-        """See ``DataTransport``. Waits for the sends of the last step, which end with it."""
+        """See ``DataTransport``. Waits for the sends of the last step."""
         self._ordered.clear()
         self._may_be_captured = header.bucket > 0
         while self._sends:
             self._wait(self._sends.popleft())
 
     def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
-        """See ``DataTransport``. Counts go first where ``sized``; empty parts are not sent."""
+        """See ``DataTransport``. Counts are sent first if ``sized``; empty parts are not sent."""
         self._drop_sent()
         items = []
         for message in messages:
@@ -187,7 +188,7 @@ class CollectiveTransport:
                 items.append(self._item(message.rank, tag, _COUNTS, counts))
             for i, part in enumerate(message.parts):
                 if part.numel():
-                    # The caller may write into its rows before they are sent; outputs are ours.
+                    # The caller may overwrite rows before they are sent, but not outputs.
                     data = part.clone() if tag.direction == "rows" else part
                     items.append(self._item(message.rank, tag, i, data.contiguous()))
         if items:
@@ -234,7 +235,7 @@ class CollectiveTransport:
         self._connections.reject(self._names[rank], reason)
 
     def close(self) -> None:
-        """Abandon the world and give its waiter thread a moment to end it."""
+        """Abandon the world and wait up to ``_JOIN_S`` for its threads to end."""
         world = self._world
         self._abandon()
         if world is not None:
@@ -271,7 +272,7 @@ class CollectiveTransport:
         try:
             self._connections.check()
         except BaseException:
-            self._abandon()  # the device may wait for what never comes
+            self._abandon()  # the device may wait for a message that is never sent
             raise
         world = self._live_world()
         try:
@@ -291,12 +292,12 @@ class CollectiveTransport:
 
     @property
     def _is_far_ahead(self) -> bool:
-        if self._may_be_captured:  # others wait at once
+        if self._may_be_captured:  # count messages instead of receives
             return sum(len(each.items) for each in self._ordered) > _MAX_MESSAGES_AHEAD
         return len(self._ordered) > _MAX_AHEAD
 
     def _drop_sent(self) -> None:
-        """Let go of the memory of sends that are over, in the order in which they started."""
+        """Free the memory of completed sends, in the order in which they started."""
         while self._sends and self._live_world().is_over(self._sends[0]):
             self._check(self._sends.popleft())
 
@@ -324,12 +325,12 @@ class CollectiveTransport:
         self._check(transfers)
 
     def _check(self, transfers: Transfers) -> None:
-        """Give up the world if one of these transfers has failed."""
+        """Abandon the world if one of these transfers has failed."""
         if transfers.error:
             self._fail(transfers.items[transfers.num_done].rank, transfers.error)
 
     def _live_world(self) -> World:
-        """The world; a step that uses one that was given up has lost the same peer."""
+        """Return the world. After it was abandoned, raise ``PeerLostError`` for the same peer."""
         if self._world is not None:
             return self._world
         if self._loss is not None:

@@ -1,8 +1,8 @@
-"""Edges that native code sends and receives on by itself, and what comes back to Python.
+"""Edges on which native code sends and receives frames itself.
 
-Native code handles whole frames that are as expected. For all else there is one way: bytes that the
-kernel did not take are kept on their edge to be sent, received bytes are given back to their edge
-as if they had just arrived, and ``PeerConnections`` goes on.
+Native code handles only complete frames with the expected header. In all other cases Python
+continues: unsent bytes are queued on their edge, received bytes are returned to their edge as if
+they had just arrived, and ``PeerConnections`` handles them.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class DirectEdges:
         """``check`` raises as ``PeerConnections.check``."""
         self.edges = tuple(edges)
         self.step = StepFields()
-        """For C: the step under way."""
+        """Current step, read by C."""
         self.waiting = waiting
-        """For C: how to wait, and for how long before Python goes on."""
+        """Parameters of waits in C, among them the time limit after which C returns."""
         self.frames = (FrameFields * len(self.edges))()
-        """For C: a frame of each edge."""
+        """One frame for each edge, shared with C."""
         for frame, edge in zip(self.frames, self.edges, strict=True):
             frame.socket = edge.sock.fileno()
         self._table = table
@@ -40,11 +40,11 @@ class DirectEdges:
 
     @property
     def are_open(self) -> bool:
-        """None of these edges was closed."""
+        """Whether none of these edges was closed."""
         return all(edge.interest for edge in self.edges)
 
     def are_clear(self) -> bool:
-        """No bytes of these edges wait in this process: native code may go on with them now.
+        """Whether this process has no pending bytes of these edges, so that native code may run.
 
         Raises as the waits do.
         """
@@ -52,12 +52,12 @@ class DirectEdges:
         return all(edge.is_clear for edge in self.edges)
 
     def sent(self) -> None:
-        """All frames were sent whole."""
+        """Note that all frames were sent completely."""
         for edge in self.edges:
             self._table.sent(edge)
 
     def keep_unsent(self) -> None:
-        """Not all were. Raises ``PeerLostError`` where a peer is lost."""
+        """Queue the unsent rest of the frames. Raises ``PeerLostError`` if a peer is lost."""
         for edge, frame in zip(self.edges, self.frames, strict=True):
             if frame.error:
                 self._table.lose(edge, f"cannot send: {os.strerror(frame.error)}")
@@ -67,7 +67,7 @@ class DirectEdges:
         self._check()
 
     def give_back(self) -> None:
-        """Not all frames came as expected."""
+        """Return received bytes to their edges after an unexpected or incomplete frame."""
         for edge, frame in zip(self.edges, self.frames, strict=True):
             if frame.done:
                 self._table.give_back(edge, frame.came())

@@ -1,4 +1,4 @@
-"""One connection between two members: frames out, frames in, nothing ever blocks."""
+"""Nonblocking connection between two members that sends and receives frames."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from workers.transport.handshake import PeerIdentity
 
 _READ = selectors.EVENT_READ
 _MAX_BUFFERS = 64
-"""Buffers of one system call."""
+"""Limit of buffers in one system call."""
 
 
 class Edge:
-    """An authenticated TCP connection. Used by the data thread only.
+    """An authenticated TCP connection. Data thread only.
 
-    A begun frame stays in the out-buffer until it is sent, even if its step is given up; the
-    receiver drops frames of an older generation. Bytes that the kernel does not take at once are
-    copied, so callers may reuse their memory when ``send`` returns.
+    A partly sent frame stays queued even if its step is aborted; the receiver drops frames of an
+    older generation. Bytes that the kernel does not accept immediately are copied, so callers may
+    reuse their memory when ``send`` returns.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Edge:
         """Data frames of the current generation, in the order of arrival."""
         self.inbox_bytes = 0
         self.out_bytes = 0
-        """Bytes that wait to be sent."""
+        """Number of queued bytes to send."""
         self.interest = 0
         """Events that the selector watches."""
         self._kinds = kinds
@@ -61,12 +61,12 @@ class Edge:
 
     @property
     def is_clear(self) -> bool:
-        """No byte waits in this process, and the edge is read."""
+        """Whether no bytes are pending in this process and the edge is being read."""
         is_waiting = self.inbox or self._out or self._have or self._given_back
         return self.interest == _READ and self._header is None and not is_waiting
 
     def send(self, buffers: Sequence[memoryview | bytes]) -> None:
-        """Send what the kernel takes now and keep a copy of the rest. Raises ``OSError``."""
+        """Send what the kernel accepts now and queue a copy of the rest. Raises ``OSError``."""
         if self._out:
             self.flush()
         sent = 0 if self._out else self._send_now(buffers)
@@ -74,7 +74,7 @@ class Edge:
             self.keep(buffers, sent)
 
     def keep(self, buffers: Sequence[memoryview | bytes], sent: int = 0) -> None:
-        """Send a copy of ``buffers`` later, but for the first ``sent`` bytes."""
+        """Queue a copy of ``buffers``, without the first ``sent`` bytes."""
         for buffer in buffers:
             if sent < len(buffer):
                 rest = memoryview(bytes(memoryview(buffer)[sent:]))
@@ -83,7 +83,7 @@ class Edge:
             sent = max(sent - len(buffer), 0)
 
     def flush(self) -> None:
-        """Send waiting bytes as far as the kernel takes them. Raises ``OSError``."""
+        """Send queued bytes as far as the kernel accepts them. Raises ``OSError``."""
         while self._out:
             sent = self._send_now(tuple(islice(self._out, _MAX_BUFFERS)))
             if not sent:
@@ -101,16 +101,16 @@ class Edge:
                 self._out.popleft()
 
     def _send_now(self, buffers: Sequence[memoryview | bytes]) -> int:
-        """Bytes that the kernel takes."""
+        """Send and return the number of bytes that the kernel accepted."""
         try:
             return self.sock.sendmsg(buffers)
         except BlockingIOError:
             return 0
 
     def read(self) -> Frame | None:
-        """The next frame if it is complete by now; call again for more.
+        """Return the next frame if it is complete, else None; call again for more.
 
-        Raises ``ProtocolError`` on a bad header and ``OSError`` when the connection has ended.
+        Raises ``ProtocolError`` for an invalid header and ``OSError`` if the connection has ended.
         """
         while True:
             if self._have < len(self._view):
@@ -131,13 +131,13 @@ class Edge:
             self._begin_payload(FrameHeader.decode(self._head, self._max_data_bytes))
 
     def give_back(self, data: bytes) -> None:
-        """Let ``read`` begin with these bytes; the last ones were read to their end."""
+        """Let ``read`` begin with ``data``. Data that was given back before must be used up."""
         assert not self._given_back
         self._given_back = memoryview(data)
 
     @property
     def has_given_back(self) -> bool:
-        """``read`` has not yet read all of what was given back."""
+        """Whether ``read`` has not yet used all data that was given back."""
         return bool(self._given_back)
 
     def _receive(self, view: memoryview) -> int:
@@ -155,7 +155,7 @@ class Edge:
         self._view, self._have = self._payload.data, 0
 
     def put(self, frame: Frame) -> None:
-        """Queue a data frame for the data thread."""
+        """Add a data frame to the inbox."""
         self.inbox.append(frame)
         self.inbox_bytes += frame.header.length
 
@@ -166,7 +166,7 @@ class Edge:
         return frame
 
     def close(self) -> None:
-        """Close the connection; the rest of a frame under way is dropped."""
+        """Close the connection and drop queued bytes."""
         self._out.clear()
         self.out_bytes = 0
         self.sock.close()

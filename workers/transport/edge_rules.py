@@ -1,4 +1,4 @@
-"""The membership of a generation, as far as it concerns the edges of one worker."""
+"""Rules for the edges of one worker, derived from the membership of a generation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from workers.transport.handshake import PeerIdentity
 
 
 class EdgeRules:
-    """Decides which workers share an edge with this one, who opens it, and what it may carry.
+    """Decides which workers share an edge with this one, which side opens it, and its frame kinds.
 
     Attention rank i opens the edges to every expert worker and to the attention ranks below i.
     """
@@ -21,7 +21,7 @@ class EdgeRules:
         self._members: dict[str, Member] = {}
 
     def begin_generation(self, generation: Generation) -> frozenset[str]:
-        """Follow a membership; returns the names of the workers that share an edge."""
+        """Set the membership; return the names of the workers that share an edge with this one."""
         has_attention = runs_attention(self._me.role)
         self._number = generation.number
         self._members = {
@@ -32,7 +32,7 @@ class EdgeRules:
         return frozenset(self._members)
 
     def missing(self, open_edges: Collection[str]) -> list[Member]:
-        """The members whose edges are not open."""
+        """Return the members without an open edge."""
         return [m for m in self._members.values() if m.name not in open_edges]
 
     def opens(self, member: Member) -> bool:
@@ -46,7 +46,7 @@ class EdgeRules:
         return member is not None and (member.role, member.rank) == (peer.role, peer.rank)
 
     def refusal(self, peer: PeerIdentity) -> str | None:
-        """Listener: why a peer that knows the token cannot have an edge; None: it can."""
+        """Return the listener's reason to refuse a peer that knows the token, or None."""
         me, number = self._me, self._number
         if peer.generation < number:
             return f"generation of {peer.name} is {peer.generation}, {me.name} is in {number}"
@@ -57,7 +57,7 @@ class EdgeRules:
         return None
 
     def kinds_from(self, sender: Role) -> frozenset[FrameKind]:
-        """Frames that a worker of a role may send to this one."""
+        """Return the kinds of frames that a worker of role ``sender`` may send to this one."""
         kinds: set[FrameKind] = set()
         if runs_attention(sender):
             kinds.add(FrameKind.HEADER)

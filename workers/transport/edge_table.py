@@ -1,4 +1,4 @@
-"""The open edges of one worker: watched events, incoming frames, dropped frames, lost peers."""
+"""Table of the open edges of one worker. It reads and drops frames and records lost peers."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _WRITE = selectors.EVENT_WRITE
 
 
 class StepFrame(NamedTuple):
-    """A proposal or a header as it came in."""
+    """A received proposal or step header with its sender."""
 
     sender: PeerIdentity
     frame: Frame
 
 
 class EdgeTable:
-    """All edges of one worker on its selector. Nothing here waits or raises on a bad peer.
+    """All edges of one worker on its selector. No method waits, or raises because of a peer.
 
-    Reading from a peer stops while more than ``max_inbox_bytes`` of its data wait to be taken.
-    An edge is lost when its peer's host acknowledges nothing for ``path_limit_s``.
+    Reading from a peer pauses while its inbox has more than ``max_inbox_bytes``. An edge is lost if
+    the peer's host acknowledges nothing for ``path_limit_s``.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class EdgeTable:
         path_limit_s: float,
     ) -> None:
         self.edges: dict[str, Edge] = {}
-        """By the peer's worker name."""
+        """Open edges by the peer's worker name."""
         self.lost: dict[str, str] = {}
-        """Reasons of the edges that broke in this generation, by worker name."""
+        """Reasons why edges broke in this generation, by worker name."""
         self.step_frames: deque[StepFrame] = deque()
         """Proposals and headers of the current generation."""
         self.generation = 0
@@ -58,7 +58,7 @@ class EdgeTable:
         self._owner = owner
 
     def begin_generation(self, number: int, members: frozenset[str]) -> None:
-        """Close edges to all but ``members``, and drop all frames received so far."""
+        """Close edges to workers other than ``members``, and drop all received frames."""
         self.generation = number
         self.lost.clear()
         self.step_frames.clear()
@@ -70,7 +70,7 @@ class EdgeTable:
                 self.close(edge)
 
     def add(self, edge: Edge) -> None:
-        """Take a new edge; it replaces an older one to the same peer."""
+        """Add a new edge, which replaces an older one to the same peer."""
         old = self.edges.get(edge.name)
         if old is not None:
             self.close(old)
@@ -94,7 +94,7 @@ class EdgeTable:
         edge.interest = wanted
 
     def close(self, edge: Edge) -> None:
-        """Close an edge on purpose."""
+        """Close an edge without recording its peer as lost."""
         if edge.interest:
             self._selector.unregister(edge.sock)
             edge.interest = 0
@@ -105,25 +105,25 @@ class EdgeTable:
             del self.edges[edge.name]
 
     def lose(self, edge: Edge, reason: str) -> None:
-        """Close an edge that broke, or whose peer sent invalid data."""
+        """Close an edge that broke or carried invalid data, and record its peer as lost."""
         logger.warning("%s: edge to %s closed: %s", self._owner, edge.name, reason)
         self.close(edge)
         self.lost.setdefault(edge.name, reason)
 
     @property
     def is_settled(self) -> bool:
-        """No edge has bytes that were not acknowledged when it was looked at."""
+        """Whether the last look found no edge with unacknowledged bytes."""
         return not self._paths
 
     def sent(self, edge: Edge) -> None:
-        """Bytes were sent on an edge: its path is looked at from now on."""
+        """Start to watch the path of an edge on which bytes were sent."""
         if edge not in self._paths:
             self._paths[edge] = PathWatch(self._path_limit_s)
         if edge.out_bytes or edge.interest != _READ:
             self.watch(edge)
 
     def look(self, now: float) -> None:
-        """Lose the edges whose path is dead, and stop looking at those without bytes under way."""
+        """Lose edges with a dead path, and stop watching edges without unacknowledged bytes."""
         for edge, path in list(self._paths.items()):
             state = path_state(edge.sock)
             reason = path.look(state, now) if state is not None else None
@@ -133,7 +133,7 @@ class EdgeTable:
                 self._paths.pop(edge, None)
 
     def serve(self, edge: Edge, events: int) -> None:
-        """The selector says that the edge is ready."""
+        """Handle selector ``events`` of an edge."""
         if events & _WRITE and edge.interest:
             try:
                 edge.flush()
@@ -159,13 +159,13 @@ class EdgeTable:
                 self.watch(edge)
 
     def give_back(self, edge: Edge, data: bytes) -> None:
-        """Read bytes of an edge that native code has received and cannot use."""
+        """Process bytes of an edge that native code has received but cannot use."""
         edge.give_back(data)
         while edge.has_given_back and edge.interest:
             self.read(edge)
 
     def take(self, edge: Edge, want: FrameHeader) -> Frame | None:
-        """The next data frame if it has come; a wrong one closes the edge."""
+        """Return the next data frame, or None before its arrival. A wrong one closes the edge."""
         while edge.inbox:
             frame = edge.pop()
             if edge.interest != _READ:
@@ -175,7 +175,7 @@ class EdgeTable:
                 continue
             if (got.kind, got.step, *got[3:7]) == (want.kind, want.step, *want[3:7]):
                 return frame
-            self.lose(edge, f"protocol error: {_place(got)} came instead of {_place(want)}")
+            self.lose(edge, f"protocol error: {_place(got)} arrived instead of {_place(want)}")
         return None
 
     def _file(self, edge: Edge, frame: Frame) -> None:

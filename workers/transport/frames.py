@@ -1,8 +1,8 @@
 """Frames on an edge: a fixed header of 36 bytes, then a payload of bounded length.
 
-A data frame (ROWS, OUTPUTS) carries up to two parts one after the other, 4-byte items first; the
-header counts the rows of each. Step frames carry ``StepProposal`` or ``StepHeader``. Every field
-is checked before a byte of the payload is read.
+A data frame (ROWS, OUTPUTS) carries up to two consecutive parts, 4-byte items first; the header
+has the number of rows of each. Step frames carry ``StepProposal`` or ``StepHeader``. All header
+fields are checked before the payload is read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VERSION: Final = 1
 _HEADER: Final = struct.Struct("!4sBBIQBHBBIIIx")
 HEADER_BYTES: Final = _HEADER.size
 MAX_STEP_FRAME_BYTES: Final = 1 << 20
-"""Payload limit of step frames: a header of 65535 ranks fits."""
+"""Payload limit of step frames, enough for a header of 65535 ranks."""
 
 
 class FrameKind(IntEnum):
@@ -52,23 +52,23 @@ class FrameHeader(NamedTuple):
     flags: int = 0
     """EXACT, PER_SLOT."""
     bank: int = 0
-    """``BankSpec.index`` (it names the layer too)."""
+    """``BankSpec.index``, which also identifies the layer."""
     exchange: int = 0
     """``ExchangeSpec.index``."""
     micro_batch: int = 0
     """0 or 1."""
     counts: tuple[int, int] = (0, 0)
-    """Rows of each part of a data frame."""
+    """Number of rows of each part of a data frame."""
     length: int = 0
-    """Bytes of the payload."""
+    """Size of the payload in bytes."""
 
     def encode(self) -> bytes:
-        """The 36 bytes on the wire."""
+        """Return the 36 bytes of the header."""
         return _HEADER.pack(MAGIC, VERSION, *self[:7], *self.counts, self.length)
 
     @classmethod
     def decode(cls, data: bytes | bytearray | memoryview, max_data_bytes: int) -> FrameHeader:
-        """Inverse of ``encode``. Raises ``ProtocolError`` naming the field that is wrong."""
+        """Inverse of ``encode``. Raises ``ProtocolError`` that names the invalid field."""
         fields = _HEADER.unpack(data)
         magic, version, number, generation, step, flags = fields[:6]
         bank, exchange, micro_batch, first, second, length = fields[6:]
@@ -78,9 +78,9 @@ class FrameHeader(NamedTuple):
             raise ProtocolError(f"frame version {version}: must be {VERSION}")
         kind = _KINDS.get(number)
         if kind is None:
-            raise ProtocolError(f"frame kind {number} is not known")
+            raise ProtocolError(f"frame kind {number} is unknown")
         if flags & ~(EXACT | PER_SLOT):
-            raise ProtocolError(f"frame flags {flags:#x} are not known")
+            raise ProtocolError(f"frame flags {flags:#x} are unknown")
         if micro_batch > 1:
             raise ProtocolError(f"frame micro-batch {micro_batch}: must be 0 or 1")
         limit = max_data_bytes if kind in DATA_KINDS else MAX_STEP_FRAME_BYTES
@@ -91,19 +91,19 @@ class FrameHeader(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """A whole frame as received."""
+    """A complete received frame."""
 
     header: FrameHeader
     payload: NDArray[np.uint8]
-    """Its bytes, in memory of their own."""
+    """Owns its memory."""
 
 
 def max_data_bytes(
     banks: Sequence[BankSpec], max_rows: int, itemsize: int, combine_mode: CombineMode
 ) -> int:
-    """Largest payload of a data frame: ``max_rows`` rows of one rank through the widest bank.
+    """Return the largest payload of a data frame: ``max_rows`` rows of one rank in any bank.
 
-    ``itemsize`` is that of the model dtype in bytes.
+    ``itemsize``: size of the model dtype in bytes.
     """
     largest = 0
     for bank in banks:

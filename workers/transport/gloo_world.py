@@ -1,9 +1,9 @@
-"""The world over gloo, for CPUs.
+"""World over gloo, for CPUs.
 
-Properties of gloo's send and receive that make the waiter threads here necessary: a
-``wait`` that times out closes the connection, so a wait cannot be sliced; ``is_completed`` never
-becomes true without one; ``abort`` does not end one. So threads of the world wait in full, the
-data thread watches them and the connections, and leaves an abandoned world and its buffers to them.
+Three properties of gloo's send and receive require waiter threads: a ``wait`` that times out closes
+the connection, so a wait cannot be split into short ones; ``is_completed`` never becomes true
+without a wait; ``abort`` does not end a wait. So waiter threads wait for the full time limit, and
+the data thread watches them and the connections. The threads own the buffers of an abandoned world.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from workers.transport.world import WATCH_S, Item, Seat, Transfer, Transfers, Wo
 
 
 class GlooWorld(World):
-    """One group for all channels: gloo's transfers do not wait for each other."""
+    """World with one group for all channels, as gloo's transfers do not wait for each other."""
 
     def __init__(self, seat: Seat) -> None:
         super().__init__(seat)
@@ -51,7 +51,7 @@ class GlooWorld(World):
     def _drop(self, groups: list[Any]) -> None:
         groups.clear()
         for waiter in self._waiters.values():
-            waiter.put(None)  # it drops the last references when it is free
+            waiter.put(None)  # the thread drops the last references after its current wait
 
     def join(self, timeout_s: float) -> None:
         for waiter in self._waiters.values():
@@ -68,7 +68,7 @@ class _Waiter:
         self._thread.start()
 
     def put(self, transfers: Transfers | None) -> None:
-        """None ends the thread."""
+        """Queue transfers to wait for, or None to end the thread."""
         self._queue.put(transfers)
 
     def join(self, timeout_s: float) -> None:

@@ -1,4 +1,4 @@
-"""How two workers authenticate: the cluster token first, then identity and configuration.
+"""Handshake of two workers: first they prove the cluster token, then compare configurations.
 
     connector                                   listener
     hello(nonce)                        ->
@@ -6,13 +6,13 @@
     proof, identity                     ->
                                         <-      proof, identity   |   refusal: a short reason
 
-A proof is HMAC-SHA256 under the token over both nonces and the sender's own words, with the
-sender's side in it, so that no proof can be reflected. Until the connector has proved the token it
-learns only a random nonce. Each message: 4 bytes magic, 2 bytes length, then a message of
+A proof is HMAC-SHA256 under the token over both nonces, the sender's message and the sender's side
+of the connection, so that no proof can be reflected. Until the connector has proved the token it
+receives only a random nonce. Each message: 4 bytes magic, 2 bytes length, then a message of
 ``cluster.core.codec``.
 
-Both classes are plain state machines, bytes in and bytes out: ``acceptor`` and ``peer_link`` move
-the bytes.
+Both classes are state machines that take and return bytes; ``acceptor`` and ``peer_link`` send and
+receive them.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from cluster.core.release import Build, differing_item
 from cluster.core.topology import Role
 
 MAX_HELLO_BYTES: Final = 4096
-"""Most bytes of one handshake message."""
+"""Limit of the size of one handshake message."""
 _PREFIX: Final = struct.Struct("!4sH")
 _MAGIC: Final = b"EMhs"
 
 
 class PeerIdentity(Build, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=False):
-    """The identity of a worker in a handshake.
+    """Identity of a worker in a handshake.
 
-    Fields of another release are ignored, so that it can be named.
+    Unknown fields of another release are ignored, so that an error can name the release.
     """
 
     name: str
@@ -47,11 +47,11 @@ class PeerIdentity(Build, frozen=True, kw_only=True, tag=True, forbid_unknown_fi
     rank: int
     """Rank in its pool."""
     generation: int = 0
-    """Generation that it is in, or that it connects for."""
+    """Current generation of the worker, or the generation for which it connects."""
 
     @property
     def build(self) -> Build:
-        """What must be equal on all workers."""
+        """The fields that must be equal on all workers."""
         return Build(**{name: getattr(self, name) for name in Build.__struct_fields__})
 
 
@@ -74,12 +74,12 @@ class _Signed(Message, frozen=True, kw_only=True):
 _NONCE: Codec[_Nonce] = Codec(_Nonce, "a nonce", HandshakeError)
 _SIGNED: Codec[_Signed] = Codec(_Signed, "a proof", HandshakeError)
 _WORDS: Codec[PeerIdentity | _Refusal] = Codec(
-    PeerIdentity | _Refusal, "the words of a handshake", HandshakeError
+    PeerIdentity | _Refusal, "the content of a handshake", HandshakeError
 )
 
 
 class _Handshake:
-    """What both sides share: framing, nonces, proofs."""
+    """Base class of both sides: framing, nonces and proofs."""
 
     is_caller = False
 
@@ -88,12 +88,12 @@ class _Handshake:
         self._proof = TokenProof(token, "data", is_caller=self.is_caller)
         self._received = bytearray()
         self.peer: PeerIdentity | None = None
-        """Set as soon as the peer has proved the token."""
+        """Set when the peer has proved the token."""
         self.done = False
-        """True when both sides have agreed."""
+        """Whether the handshake is complete."""
 
     def feed(self, data: bytes) -> bytes:
-        """Take received bytes, return bytes to send. Raises ``HandshakeError``."""
+        """Process received bytes and return bytes to send. Raises ``HandshakeError``."""
         self._received += data
         answer = b""
         while not self.done and (message := self._next_message()) is not None:
@@ -139,11 +139,11 @@ class ListenerHandshake(_Handshake):
     def __init__(
         self, me: PeerIdentity, token: str, refuse: Callable[[PeerIdentity], str | None]
     ) -> None:
-        """``refuse`` returns why a peer that knows the token cannot be accepted, None if it can."""
+        """``refuse`` returns the reason to refuse a peer that knows the token, or None."""
         super().__init__(me, token)
         self._refuse = refuse
         self.refusal: str | None = None
-        """Why the peer was refused; the answer to it is still to be sent."""
+        """Reason why the peer is refused; set before the refusal is sent."""
 
     def _handle(self, message: bytes) -> bytes:
         if not self._proof.their_nonce:
@@ -165,12 +165,12 @@ class ConnectorHandshake(_Handshake):
 
     is_caller = True
     has_verdict = False
-    """The listener has proved the token, and the two do not match: a retry is useless."""
+    """Whether the listener has proved the token, so that a retry after an error is useless."""
     is_outdated = False
-    """The listener has refused, and is in a later generation."""
+    """Whether the listener has refused this worker and is in a later generation."""
 
     def start(self) -> bytes:
-        """The first bytes to send."""
+        """Return the first bytes to send."""
         return self._hello()
 
     def _handle(self, message: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""What other threads may do to the waits of the data thread."""
+"""Interrupts of the data thread's waits by other threads."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from workers.transport.socket_io import WakePipe
 
 
 class Interrupts:
-    """Decides whether a wait of the data thread must end for a reason other than its sockets.
+    """Ends waits of the data thread for reasons other than its sockets.
 
-    ``wake``, ``interrupt`` and ``leave`` may be called by any thread, all else by the data thread.
+    Any thread may call ``wake``, ``interrupt`` and ``leave``; only the data thread may call the
+    other methods.
     """
 
     def __init__(self, selector: selectors.BaseSelector) -> None:
@@ -19,7 +20,7 @@ class Interrupts:
         self._left = -1
         self._woken = False
         self.wakeup = WakePipe()
-        """Rings at ``wake``: it ends a wait for steps, and not one within a step."""
+        """Rung by ``wake``, which ends waits for the next step, but not waits within a step."""
         self._interrupts = WakePipe()
         for pipe in (self.wakeup, self._interrupts):
             selector.register(pipe, selectors.EVENT_READ, pipe.drain)
@@ -30,22 +31,22 @@ class Interrupts:
         self.wakeup.ring()
 
     def interrupt(self, generation: int) -> None:
-        """Make waits raise until an announced generation is applied."""
+        """Make waits raise until the announced generation is applied."""
         self._announced = max(self._announced, generation)
         self._interrupts.ring()
 
     def leave(self, generation: int) -> None:
-        """Make the waits of steps raise until a later generation is applied."""
+        """Make waits of steps raise until a generation after ``generation`` is applied."""
         self._left = max(self._left, generation)
         self._interrupts.ring()
 
     def take_wake(self) -> bool:
-        """Whether ``wake`` was called since the last time."""
+        """Whether ``wake`` was called since the last call."""
         woken, self._woken = self._woken, False
         return woken
 
     def check_announced(self, generation: int) -> None:
-        """Raise ``GenerationChangedError`` if a later generation than this one was announced."""
+        """Raise ``GenerationChangedError`` if a later generation was announced."""
         if self._announced > generation:
             raise GenerationChangedError(f"generation {self._announced} was announced")
 
@@ -55,6 +56,6 @@ class Interrupts:
             raise GenerationChangedError(f"generation {generation} was left")
 
     def close(self) -> None:
-        """Calls have no effect afterwards."""
+        """Close the pipes. Later calls have no effect."""
         self.wakeup.close()
         self._interrupts.close()

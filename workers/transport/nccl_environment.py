@@ -1,8 +1,8 @@
 """Environment variables of torch's NCCL groups; this module does not import torch.
 
-By default a watchdog thread of each group ends the process when a peer has died, which is what the
-other workers must survive. torch reads the variables when a group is made, some of them once in a
-process (``torch/csrc/distributed/c10d``, ``ProcessGroupNCCL`` and ``NCCLUtils``).
+By default a watchdog thread of each group ends the process after the death of a peer, which the
+other workers must survive. torch reads the variables when a group is created, some of them once in
+a process (``torch/csrc/distributed/c10d``, ``ProcessGroupNCCL`` and ``NCCLUtils``).
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from types import MappingProxyType
 from typing import Final
 
 CONNECT_LIMIT_S: Final = 60
-"""Longest wait for a communicator to connect, or to be aborted, which no thread can interrupt."""
+"""Longest wait for a communicator to connect or to be aborted, which cannot be interrupted."""
 NCCL_ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType(
     {
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # errors end neither communicators nor the process
         "TORCH_NCCL_BLOCKING_WAIT": "0",  # ``wait`` only orders the stream
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
-        "TORCH_NCCL_ENABLE_MONITORING": "0",  # no abort of a process whose watchdog stands still
+        "TORCH_NCCL_ENABLE_MONITORING": "0",  # do not abort the process if its watchdog stalls
         "TORCH_NCCL_NONBLOCKING_TIMEOUT": str(CONNECT_LIMIT_S),
-        "TORCH_NCCL_PROPAGATE_ERROR": "0",  # the store may be that of a dead worker
+        "TORCH_NCCL_PROPAGATE_ERROR": "0",  # the worker with the store may be dead
         "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",  # else a failed group is kept for a minute
     }
 )
 
 
 def set_nccl_environment() -> None:
-    """Set the variables in this process, before torch is imported; without CUDA they do nothing."""
+    """Set the variables in this process. Call it before torch is imported; no effect on CPUs."""
     os.environ.update(NCCL_ENVIRONMENT)

@@ -1,10 +1,10 @@
-"""The world over NCCL, for GPUs.
+"""World over NCCL, for GPUs.
 
-Transfers run on the stream of their group. It waits for what the current stream was given before
-they start, and torch keeps their memory from being used again until it has passed them. The current
-stream is ordered after them by ``order``, or when ``is_over`` has found them complete.
-Communicators are nonblocking (``config.blocking = 0``): one that connects, or waits for a peer that
-has died, can be aborted.
+Transfers run on the stream of their group. They start after the work that was enqueued on the
+current stream before, and torch does not reuse their memory until they are complete. The current
+stream is ordered after them by ``order``, or when ``is_over`` finds them complete. Communicators
+are nonblocking (``config.blocking = 0``): one that connects, or waits for a dead peer, can be
+aborted.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 50e-6
 _HEAD_START_S = 0.1
-"""Seconds at most that the abort of an earlier group is ahead: NCCL sets the flag that ends its
-kernels before it waits for them."""
+"""Longest wait for the abort of an earlier group: NCCL sets the flag that ends its kernels before
+it waits for them."""
 
 
 class NcclWorld(World):
-    """One group, and so one communicator, per channel."""
+    """World with one group, and so one communicator, for each channel."""
 
     def __init__(self, seat: Seat) -> None:
         super().__init__(seat)
@@ -74,10 +74,10 @@ class NcclWorld(World):
         return True
 
     def order(self, transfers: Transfers) -> bool:
-        """See ``World``. Their memory may be used again after what the stream was given so far."""
+        """See ``World``. Their memory may be reused after the work enqueued so far."""
         try:
             works = {id(transfer.work): transfer.work for transfer in transfers.items}
-            for work in works.values():  # those that started together have one
+            for work in works.values():  # transfers that started together share one
                 _order_after(work)
             for transfer in transfers.items:
                 transfer.tensor = None
@@ -94,11 +94,11 @@ class NcclWorld(World):
                 next_watch = time.monotonic() + WATCH_S
 
     def _drop(self, groups: list[Any]) -> None:
-        """Abort each on a thread, where its destructor runs, too, soon after those before it.
+        """Abort each group, in order, on a thread that also runs its destructor.
 
-        One after another they may wait for each other for ever (pytorch#119797): an abort may wait
-        for all kernels of the device, and those of the other communicators end only with theirs.
-        NCCL's ``_group_start`` would not help: it holds for a thread, and ``abort`` has its own.
+        Sequential aborts can deadlock (pytorch#119797): an abort may wait for all kernels of the
+        device, and kernels of another communicator end only when that one is aborted. NCCL's
+        ``_group_start`` does not help: it applies to one thread, and ``abort`` runs on its own.
         """
         earlier: list[threading.Thread] = []
         while groups:
@@ -116,18 +116,18 @@ class NcclWorld(World):
 
 
 def _order_after(work: Work) -> None:
-    """Let the current CUDA stream wait, and not the host. Raises ``RuntimeError`` for a failure."""
+    """Let the current CUDA stream wait, not the host. Raises ``RuntimeError`` after a failure."""
     if has_failed(work):
         raise RuntimeError("NCCL reports an error of the connection")
     work.wait()  # does not block: the world has no blocking waits
 
 
 def _abort(group: Any, earlier: Sequence[threading.Thread]) -> None:
-    """Abort a group after those that are being aborted on threads, as far as they are quick."""
+    """Abort a group after the ``earlier`` aborts, but wait at most ``_HEAD_START_S`` for them."""
     deadline = time.monotonic() + _HEAD_START_S
     for reaper in earlier:
         reaper.join(max(0.0, deadline - time.monotonic()))
     try:
         group.abort()
     except RuntimeError as err:
-        logger.warning("an NCCL group was not aborted: %s", first_line(err))
+        logger.warning("could not abort an NCCL group: %s", first_line(err))

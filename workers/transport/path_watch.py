@@ -1,8 +1,8 @@
-"""Dead paths between two hosts: bytes that the peer's kernel does not acknowledge.
+"""Detection of dead network paths: bytes that the peer's kernel does not acknowledge.
 
-A peer that computes reads nothing, but its kernel acknowledges what arrives, so unacknowledged
-bytes show a broken path and never a busy peer. Whoever waits for a peer in a step has sent it a
-frame, or somebody else has and waits, too; so no extra pings are needed, in either direction.
+A peer that computes reads nothing, but its kernel acknowledges arriving bytes. So unacknowledged
+bytes indicate a broken path, never a busy peer. A worker that waits for a peer in a step has sent
+it a frame, or another waiting worker has, so no pings are needed.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ import sys
 from typing import NamedTuple
 
 LOOK_S = 0.25
-"""Time between two looks at an edge."""
+"""Interval between two looks at an edge."""
 _MIN_RETRANSMITS = 3
-"""A pause of this whole host, in which no timer ran, is no silence of the peer."""
+"""Minimum of retransmits, so that a pause of this host, without timers, is not counted."""
 _INFO_BYTES = 128
 
 
 class PathState(NamedTuple):
-    """What the kernel knows of one TCP connection."""
+    """Kernel state of one TCP connection."""
 
     retransmits: int
-    """Time-outs in a row without an acknowledgement."""
+    """Consecutive time-outs without an acknowledgement."""
     unacknowledged: int
-    """Segments under way. A peer whose buffers are full has none."""
+    """Segments sent but not acknowledged; none if the peer's buffers are full."""
     acknowledged_bytes: int
 
 
 def path_state(sock: socket.socket) -> PathState | None:
-    """The state of a TCP connection; None where the system does not tell.
+    """Return the state of a TCP connection, or None if the system does not report it.
 
-    Source: ``struct tcp_info`` in ``include/uapi/linux/tcp.h``, whose fields keep their places.
+    Source: ``struct tcp_info`` in ``include/uapi/linux/tcp.h``, which has stable field offsets.
     """
     if sys.platform != "linux":
         return None
@@ -45,14 +45,14 @@ def path_state(sock: socket.socket) -> PathState | None:
 
 
 class PathWatch:
-    """Looks at one connection now and then. Pure: state and monotonic time are passed in."""
+    """Looks at one connection periodically. Pure: state and monotonic time are arguments."""
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
         self._stuck: tuple[int, float] | None = None
 
     def look(self, state: PathState, now: float) -> str | None:
-        """Why the path is dead, if it is: nothing was acknowledged for longer than the limit."""
+        """Return why the path is dead (no acknowledgement within the limit), or None."""
         if not state.unacknowledged:
             self._stuck = None
         elif self._stuck is None or self._stuck[0] != state.acknowledged_bytes:
@@ -63,5 +63,5 @@ class PathWatch:
 
     @property
     def is_settled(self) -> bool:
-        """All bytes were acknowledged at the last look."""
+        """Whether all bytes were acknowledged at the last look."""
         return self._stuck is None

@@ -1,9 +1,8 @@
-"""All data-plane sockets of a worker: listener, edges, wake-up, one select loop.
+"""All data-plane sockets of a worker: listener, edges, wake-up pipe and one select loop.
 
-There is no I/O thread: the data thread runs the loop whenever it waits. Only ``wake``,
-``interrupt`` and ``leave`` may be called by other threads. Between two workers that share an edge
-(``EdgeRules``; colocated workers are attention ranks) one TCP connection carries step frames and
-data frames, both ways.
+There is no I/O thread: the data thread runs the loop whenever it waits. Other threads may call only
+``wake``, ``interrupt`` and ``leave``. Two workers that share an edge (``EdgeRules``; colocated
+workers are attention ranks) have one TCP connection for step frames and data frames, both ways.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from workers.transport.select_loop import SelectLoop, timed_out
 _EpollSelector = getattr(selectors, "EpollSelector", type(None))  # Linux has one
 _OPEN_SLICE_S = 0.1
 _SPIN_S = 1e-3
-"""How long a worker on a host with a spare core looks for the frames of an exchange before it
-sleeps. Dispatch and combine of one row between two processes take 40 us then, and 130 us with
-sleep, on two cores of an AMD EPYC that do nothing else. With the gateway on them, the decode rate
-over HTTP at batch 1 / 8 / 32 is 1.36 / 1.16 / 1.15 times as high without spinning."""
+"""Time for which a worker on a host with a spare core polls for the frames of an exchange before it
+sleeps. Dispatch and combine of one row between two processes then take 40 us, and 130 us with
+sleep, on two otherwise idle cores of an AMD EPYC. If the gateway runs on the same cores, the decode
+rate over HTTP at batch 1 / 8 / 32 is 1.36 / 1.16 / 1.15 times as high without polling."""
 _INBOX_FRAMES = 4
-"""Largest data frames that may wait in an inbox, or to be sent, before the peer is held back."""
+"""Limit of an inbox or send queue, in data frames of the largest size."""
 
 
 class PeerConnections:
@@ -58,9 +57,9 @@ class PeerConnections:
     ) -> None:
         """Open the listener on ``host`` (the cluster interface), by default on a free port.
 
-        ``max_data_bytes`` bounds a data frame (``frames.max_data_bytes``). A peer whose host
-        acknowledges nothing for ``path_limit_s`` is lost. ``num_threads``: with which each worker
-        of the host computes.
+        ``max_data_bytes``: limit of a data frame (``frames.max_data_bytes``). A peer is lost if its
+        host acknowledges nothing for ``path_limit_s``. ``num_threads``: number of compute threads
+        of each worker on the host.
         """
         self.me = me
         self.step_timeout_s = step_timeout_s
@@ -99,13 +98,13 @@ class PeerConnections:
         self.loop = loop = SelectLoop(
             self._selector, self._table, self._acceptor, self.check, step_timeout_s
         )
-        """Where the data thread waits."""
+        """Loop in which the data thread waits."""
         self.wait, self.poll, self.awaiting = loop.wait, loop.poll, loop.awaiting
 
-    # Data thread only, all but ``wake``, ``interrupt`` and ``leave``.
+    # Data thread only, except ``wake``, ``interrupt`` and ``leave``.
 
     def check(self) -> None:
-        """Raise ``GenerationChangedError`` or ``PeerLostError`` if there is a reason to."""
+        """Raise ``GenerationChangedError`` or ``PeerLostError`` if waits must end."""
         self._interrupts.check_announced(self.generation.number)
         if self._opening:
             return
@@ -114,11 +113,11 @@ class PeerConnections:
             raise PeerLostError(*next(iter(self._table.lost.items())))
 
     def apply_generation(self, generation: Generation) -> None:
-        """Follow a membership: close edges to former members, keep the others, open missing ones.
+        """Close edges to former members, keep the other edges, and open missing ones.
 
         Returns when every edge is open. Raises ``PeerLostError`` if one does not open in time or a
-        peer refuses us, ``GenerationChangedError`` if a newer generation is announced meanwhile,
-        or a peer is in one already.
+        peer refuses this worker, and ``GenerationChangedError`` if a newer generation is announced
+        during the call, or a peer is already in one.
         """
         self.generation = generation
         names = self._rules.begin_generation(generation)
@@ -142,10 +141,10 @@ class PeerConnections:
             self._opening = False
 
     def send(self, name: str, header: FrameHeader, parts: Sequence[memoryview | bytes]) -> None:
-        """Send a frame; bytes that the kernel does not take go out during later waits.
+        """Send a frame; bytes that the kernel does not accept are sent during later waits.
 
-        Blocks only while more than a few frames wait for that peer, reading all the while. Raises
-        ``PeerLostError`` if the edge is gone.
+        Blocks, while reading from all peers, if more than ``_INBOX_FRAMES`` frames are queued for
+        this peer. Raises ``PeerLostError`` if the edge is lost.
         """
         edge = self._edge(name)
         try:
@@ -165,11 +164,11 @@ class PeerConnections:
     def receive(
         self, name: str, want: FrameHeader, deadline: float, others: Sequence[str] = ()
     ) -> Frame:
-        """The next data frame from a peer, which must be the one that ``want`` describes.
+        """Wait for the next data frame from a peer, which must match ``want``.
 
         Only kind, step, bank, exchange, micro-batch and flags are compared. Raises
-        ``PeerLostError`` when the edge breaks, carries something else, or ``deadline`` passes;
-        the reason then names those of ``others`` that are missing too.
+        ``PeerLostError`` if the edge breaks or carries a different frame, or after ``deadline``;
+        then the reason also names the peers of ``others`` without a frame.
         """
         edge = self._edge(name)
         frame = self._table.take(edge, want) if edge.inbox else None
@@ -191,7 +190,7 @@ class PeerConnections:
         return frame
 
     def direct(self, names: Sequence[str]) -> DirectEdges | None:
-        """The edges to some peers, for native code; None where one is missing, or no epoll."""
+        """Return edges for native code. None if one is missing, or if the system lacks epoll."""
         edges = [self.edges[name] for name in names if name in self.edges]
         if len(edges) < len(names) or not isinstance(self._selector, _EpollSelector):
             return None
@@ -205,20 +204,20 @@ class PeerConnections:
 
     @property
     def is_settled(self) -> bool:
-        """The hosts of all peers have acknowledged what was sent, when it was last looked at."""
+        """Whether at the last look all peers' hosts had acknowledged all sent bytes."""
         return self._table.is_settled
 
     def begin_step(self, step: int) -> None:
-        """Data frames of earlier steps are dropped from now on."""
+        """Set the current step. Data frames of earlier steps are dropped."""
         self._table.current_step = step
 
     def rest(self, timeout_s: float, *, is_ready: bool = False) -> None:
-        """Run the loop once although a peer is lost: for the time until the next generation.
+        """Run the loop once even if a peer is lost. Call it until the next generation.
 
-        Before a generation for which this worker ``is_ready``, edges that break are opened again:
-        a peer may have closed one that was kept here, and waits for another. Raises
-        ``GenerationChangedError`` when the next generation has been announced, and what
-        ``apply_generation`` raises.
+        If this worker ``is_ready`` for the generation, broken edges are opened again: a peer may
+        have closed an edge that was kept here, and waits for a new one. Raises
+        ``GenerationChangedError`` if the next generation was announced, and the errors of
+        ``apply_generation``.
         """
         self._interrupts.check_announced(self.generation.number)
         if is_ready and not self._open_missing():
@@ -233,7 +232,7 @@ class PeerConnections:
         raise PeerLostError(name, f"protocol error: {reason}")
 
     def close(self) -> None:
-        """Close all connections, for good. Closing twice does no harm."""
+        """Close all connections. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -248,7 +247,7 @@ class PeerConnections:
     # Edges.
 
     def _has_spare_core(self) -> bool:
-        """This host has more cores than its workers compute with."""
+        """Whether this host has more cores than its workers use for compute threads."""
         host, *others = (
             address.rpartition(":")[0]
             for address in (self.address, *(m.data_address for m in self.generation.members))
@@ -276,14 +275,14 @@ class PeerConnections:
         self.check()
 
     def _open_missing(self) -> bool:
-        """Open the edges that this side must open; True when all edges are open."""
+        """Open the edges that this side must open; return whether all edges are open."""
         missing = self._rules.missing(self.edges)
         for member in filter(self._rules.opens, missing):
             self._acceptor.connect(member)
         return not missing
 
     def _opened(self, sock: socket.socket, peer: PeerIdentity, generation: int) -> None:
-        """Take an edge from the acceptor; its generation may not be known here yet."""
+        """Take an edge from the acceptor, possibly of a generation not applied here yet."""
         edge = Edge(
             sock,
             peer,

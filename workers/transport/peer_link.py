@@ -1,14 +1,14 @@
-"""Bulk data between two workers, beside the data plane: no step waits for it.
+"""Bulk transfers between two workers, separate from the data plane, so that no step waits for them.
 
     client                                      server
-    handshake (cluster token, checkpoint, configuration), then for every question:
+    handshake (cluster token, checkpoint, configuration), then for each request:
     u16 count, the keys of items          ->
-                                          <-    u16 count of items from the first on that are held,
-                                                u64 bytes of each, for each of them 16 bytes
-                                                checksum and the data
+                                          <-    u16 count of available items from the first on,
+                                                u64 size of each, then for each item a checksum of
+                                                16 bytes and the data
     u16 count of the items that were kept ->        (0 of spare copies)
 
-All keys of a server have one length, and so have all items of an answer. The checksum covers key
+All keys of a server have the same length, and so have all items of a reply. The checksum covers key
 and data, so that a flipped bit or a wrong item is detected. Both sides know the size of an item,
 and nothing is unpickled. A server serves a few connections at a time, each in its own thread.
 """
@@ -37,26 +37,26 @@ from workers.transport.socket_io import receive_bytes, receive_exactly, time_lef
 logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 32
-"""Connections that a server serves at the same time: several workers copy from one, and requests
-fetch from it meanwhile."""
+"""Limit of concurrent connections of a server: several workers may copy from one while requests
+fetch from it."""
 COUNT: Final = struct.Struct("!H")
-"""Items asked for, and items kept."""
+"""Number of requested items, or of kept items."""
 MAX_ITEMS: Final = 2**16 - 1
-"""Items that a client may ask for at once."""
+"""Limit of items in one request."""
 ANSWER: Final = struct.Struct("!HQ")
-"""Items that follow, bytes of each."""
+"""Head of a reply: number of items, and size of each in bytes."""
 CHECKSUM_BYTES: Final = 16
 CHUNK_BYTES: Final = 256 * 1024
-"""Bytes that are sent or received at once."""
+"""Bytes that are sent or received at a time."""
 _IDLE_S = 30.0
-"""Longest silence of a client between two messages, and longest time for a chunk of an answer."""
+"""Limit of a client's silence between two messages, and of the time for a chunk of a reply."""
 _HANDSHAKE_S = 10.0
-"""Longest handshake of a client, and wait for the end of a server."""
+"""Limit of a client's handshake, and of the wait for the end of a server."""
 _READ_BYTES = 4096
 
 
 def checksum(key: bytes, parts: Sequence[memoryview]) -> bytes:
-    """16 bytes over an item's key and data."""
+    """Return the 16-byte checksum of an item's key and data."""
     digest = hashlib.blake2b(key, digest_size=CHECKSUM_BYTES)
     for part in parts:
         digest.update(part)
@@ -64,13 +64,13 @@ def checksum(key: bytes, parts: Sequence[memoryview]) -> bytes:
 
 
 def view_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, without a copy."""
+    """View the memory of a contiguous CPU tensor without a copy."""
     return tensor.view(torch.uint8).flatten().numpy().data
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peer:
-    """A server of another worker, and how to prove that we belong to its cluster."""
+    """Address of another worker's server, and the credentials to connect to it."""
 
     name: str
     address: str
@@ -81,7 +81,7 @@ class Peer:
 
 
 class PeerClient:
-    """A connection to the server of one peer. One thread uses it; every wait has a limit.
+    """A connection to the server of one peer. Not thread-safe; every wait has a limit.
 
     An exception of ``fetch`` leaves the connection unusable.
     """
@@ -96,11 +96,11 @@ class PeerClient:
     ) -> None:
         """Connect and prove the token.
 
-        ``timeout_s`` limits the connecting and every wait for bytes; ``deadline_s`` is the
-        ``time.monotonic`` at which everything must be done. ``before_chunk`` is called with the
+        ``timeout_s`` limits the connect and every wait for bytes; ``deadline_s`` is the
+        ``time.monotonic`` at which all fetches must be done. ``before_chunk`` is called with the
         size of a chunk before it is received, and may raise.
 
-        Raises ``PeerLostError`` when the peer cannot be reached, ``HandshakeError`` when it belongs
+        Raises ``PeerLostError`` if the peer cannot be reached, and ``HandshakeError`` if it belongs
         to another cluster.
         """
         self.peer = peer.name
@@ -133,14 +133,14 @@ class PeerClient:
         *,
         is_spare: bool = False,
     ) -> int:
-        """Receive the longest run of items that the peer holds; returns how many came.
+        """Receive the longest prefix of ``keys`` that the peer has; return the number of items.
 
-        Each item is received into ``parts``, checked, and given to ``keep`` by its place in
-        ``keys``. ``what`` names the items in errors. With ``is_spare`` the copies are spare ones:
-        for the peer it is as if none had been kept.
+        Each item is received into ``parts`` and checked; then ``keep`` is called with its index in
+        ``keys``. ``what`` names the items in errors. With ``is_spare``, the client reports to the
+        peer that no item was kept.
 
-        Raises ``PeerLostError`` when the connection breaks or is too slow, and ``ProtocolError``
-        when an item is damaged or not what was asked for; earlier items were kept.
+        Raises ``PeerLostError`` if the connection breaks or is too slow, and ``ProtocolError`` if
+        an item is damaged or not the requested one; earlier items were kept.
         """
         try:
             self._sock.sendall(COUNT.pack(len(keys)) + b"".join(keys))
@@ -179,20 +179,20 @@ Item = TypeVar("Item")
 
 
 class Lender(Protocol[Item]):
-    """Holds what a ``PeerServer`` serves. Any thread may call it."""
+    """Provides the items of a ``PeerServer``. Any thread may call the methods."""
 
     def borrow(self, keys: Sequence[bytes]) -> list[Item]:
-        """Items of the longest run of keys from the first on; they do not change meanwhile."""
+        """Acquire the longest available prefix of ``keys``. Items do not change until released."""
 
     def read(self, item: Item) -> Sequence[Tensor]:
-        """The data of a borrowed item, contiguous in CPU memory."""
+        """Return the data of an acquired item, contiguous in CPU memory."""
 
     def give_back(self, items: list[Item], num_kept: int) -> None:
-        """Return what was borrowed; the other worker has copies of the first ``num_kept`` items."""
+        """Release acquired items; the other worker has copies of the first ``num_kept``."""
 
 
 class PeerServer:
-    """One listener on a free port, open from the start; it serves from ``start`` on."""
+    """Server of items on a free port. It listens at once and serves after ``start``."""
 
     def __init__(
         self, me: PeerIdentity, token: str, *, host: str, what: str, key_bytes: int
@@ -212,7 +212,7 @@ class PeerServer:
         self._thread = threading.Thread(target=self._accept, name=f"{what}-server", daemon=True)
 
     def start(self, lender: Lender[Any]) -> None:
-        """Begin to accept connections, and to serve the items of ``lender``."""
+        """Start to accept connections and to serve the items of ``lender``."""
         self._lender = lender
         self._thread.start()
 
@@ -268,8 +268,8 @@ class PeerServer:
                     self._open.discard(sock)
 
     def _answer(self, sock: socket.socket) -> None:
-        """Serve one question. Raises ``OSError`` when the connection is over."""
-        assert self._lender is not None, "start comes first"
+        """Serve one request. Raises ``OSError`` if the connection has ended."""
+        assert self._lender is not None, "start was not called"
         keys = self._read_keys(sock)
         items, num_kept = self._lender.borrow(keys), 0
         try:
@@ -300,7 +300,8 @@ def shake_hands(
 ) -> None:
     """Run a handshake on a blocking socket.
 
-    Raises ``HandshakeError`` when the peer is not one of ours, ``OSError`` when it is gone or slow.
+    Raises ``HandshakeError`` if the peer belongs to another cluster, and ``OSError`` if the
+    connection breaks or is too slow.
     """
     deadline = time.monotonic() + timeout_s
     if isinstance(handshake, ConnectorHandshake):

@@ -1,4 +1,4 @@
-"""The select loop of a worker's data-plane sockets. There is no I/O thread."""
+"""Select loop of a worker's data-plane sockets. There is no I/O thread."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DRAIN_ROUNDS = 100
 
 
 class SelectLoop:
-    """Decides how long the data thread waits for sockets, and which of them it serves."""
+    """Waits for sockets on the data thread and handles the ready ones."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class SelectLoop:
         check: Callable[[], None],
         step_timeout_s: float,
     ) -> None:
-        """``check`` raises if there is a reason to end a wait."""
+        """``check`` raises if waits must end."""
         self._selector = selector
         self._table = table
         self._acceptor = acceptor
@@ -39,7 +39,7 @@ class SelectLoop:
 
     @contextlib.contextmanager
     def awaiting(self, *names: str) -> Iterator[None]:
-        """The data thread waits for these peers."""
+        """Publish the peers for which the data thread waits, within the context."""
         self.awaited = names
         try:
             yield
@@ -55,7 +55,7 @@ class SelectLoop:
         what: str = "no answer",
         slice_s: float = 3600.0,
     ) -> None:
-        """Run the loop until ``ready``. ``missing`` names the peers to blame after the timeout."""
+        """Run the loop until ``ready``. ``missing`` returns the peers to name after the timeout."""
         limit = self._step_timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + limit
         with self.awaiting():
@@ -70,19 +70,19 @@ class SelectLoop:
                 self.run_once(min(left, slice_s))
 
     def poll(self, timeout_s: float = 0.0) -> None:
-        """Run the loop once, for at most ``timeout_s``; raises as the waits do."""
+        """Run the loop once, for at most ``timeout_s``. Raises as ``wait`` does."""
         self._check()
         self.run_once(timeout_s)
         self._check()
 
     def drain(self) -> None:
-        """Read what has arrived, which reveals kept edges that are broken."""
+        """Read all pending data, which detects broken edges."""
         for _ in range(_DRAIN_ROUNDS):
             if not self.run_once(0.0):
                 return
 
     def run_once(self, timeout_s: float) -> int:
-        """Wait once, without a check; returns the number of sockets that were ready."""
+        """Wait once, without ``check``; return the number of ready sockets."""
         deadline = self._acceptor.next_deadline
         if deadline is not None:
             timeout_s = min(timeout_s, max(deadline - time.monotonic(), 0.0))
@@ -102,13 +102,13 @@ class SelectLoop:
         return len(events)
 
     def look(self) -> None:
-        """Look at the paths if it is time."""
+        """Look at the paths if ``LOOK_S`` has elapsed."""
         if not self._table.is_settled and (now := time.monotonic()) >= self._look_at:
             self._look_at = now + LOOK_S
             self._table.look(now)
 
 
 def timed_out(missing: Sequence[str], reason: str) -> PeerLostError:
-    """An error for the first of the missing peers; its reason names the others."""
+    """Return an error for the first missing peer; its reason names the other ones."""
     others = f" (nor from {', '.join(missing[1:])})" if len(missing) > 1 else ""
     return PeerLostError(missing[0] if missing else "a peer", reason + others)

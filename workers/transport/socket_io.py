@@ -1,4 +1,4 @@
-"""Helpers of all socket loops: reads of an exact size, and a wake-up from other threads."""
+"""Helpers for sockets: reads of an exact size, and a pipe to wake a selecting thread."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _DRAIN_BYTES = 4096
 
 
 def receive_exactly(sock: socket.socket, view: memoryview, deadline_s: float | None = None) -> None:
-    """Fill ``view`` from a blocking socket, by ``deadline_s`` (``time.monotonic``) if there is one.
+    """Fill ``view`` from a blocking socket before ``deadline_s`` (``time.monotonic``), if given.
 
-    Raises ``ConnectionError`` at the end of the stream and ``TimeoutError``, both ``OSError``.
+    Raises ``ConnectionError`` at the end of the stream, and ``TimeoutError``.
     """
     done = 0
     while done < len(view):
@@ -25,14 +25,14 @@ def receive_exactly(sock: socket.socket, view: memoryview, deadline_s: float | N
 
 
 def receive_bytes(sock: socket.socket, size: int, deadline_s: float | None = None) -> bytearray:
-    """``size`` bytes, as ``receive_exactly`` receives them."""
+    """Receive ``size`` bytes as ``receive_exactly`` does."""
     data = bytearray(size)
     receive_exactly(sock, memoryview(data), deadline_s)
     return data
 
 
 def time_left(deadline_s: float) -> float:
-    """Seconds until a monotonic time. Raises ``TimeoutError`` when it has passed."""
+    """Return the seconds until a monotonic time. Raises ``TimeoutError`` if it has passed."""
     left = deadline_s - time.monotonic()
     if left <= 0:
         raise TimeoutError("timed out")
@@ -40,7 +40,7 @@ def time_left(deadline_s: float) -> float:
 
 
 class WakePipe:
-    """Ends the select of the thread that watches it; any thread may ring it."""
+    """Pipe that ends the select of the thread that watches it. Any thread may ring it."""
 
     def __init__(self) -> None:
         self._read, self._write = socket.socketpair()
@@ -48,16 +48,16 @@ class WakePipe:
         self._write.setblocking(False)
 
     def fileno(self) -> int:
-        """What a selector watches for reading."""
+        """File descriptor that a selector watches for reading."""
         return self._read.fileno()
 
     def ring(self) -> None:
         """Wake the watching thread; does nothing after ``close``."""
-        with contextlib.suppress(OSError):  # full: it wakes anyway; closed: no thread watches
+        with contextlib.suppress(OSError):  # full: the thread wakes anyway; closed: none watches
             self._write.send(b"w")
 
     def drain(self) -> None:
-        """Forget the rings so far."""
+        """Discard all rings so far."""
         with contextlib.suppress(BlockingIOError):
             while self._read.recv(_DRAIN_BYTES):
                 pass

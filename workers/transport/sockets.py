@@ -1,7 +1,7 @@
-"""The transport over the worker's own TCP connections: the default on CPUs.
+"""Transport over the worker's own TCP connections, the default on CPUs.
 
-Closing a connection aborts its messages, a reset reveals a lost peer, and the edges between
-survivors outlive a generation.
+Closing a connection aborts its messages, a reset reveals a lost peer, and edges between surviving
+workers stay open when the generation changes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _KINDS = {"rows": FrameKind.ROWS, "outputs": FrameKind.OUTPUTS}
 
 
 class SocketTransport:
-    """Messages as frames on the peer connections. Tensors of a GPU go through host memory."""
+    """Sends messages as frames on the peer connections. GPU tensors are copied via host memory."""
 
     sums_are_rounded = False
     """See ``DataTransport``."""
@@ -46,13 +46,13 @@ class SocketTransport:
         self._direct_names: list[str] = []
 
     def apply_generation(self, generation: Generation) -> None:
-        """Learn the names of the other pool; the edges are open already."""
+        """Set the names of the other pool's workers. Their edges must be open."""
         self._names = {m.rank: m.name for m in generation.peers_of(self._connections.me.role)}
         self._generation = generation.number
         self._mode_flag = PER_SLOT if self._returns_slots or generation.returns_slots else 0
 
     def begin_step(self, header: StepHeader) -> None:
-        """See ``DataTransport``; frames of earlier steps are dropped from now on."""
+        """See ``DataTransport``. Frames of earlier steps are dropped."""
         self._step = header.step
         self._connections.begin_step(header.step)
         self._flags = self._mode_flag | (EXACT if header.exact else 0)
@@ -81,7 +81,7 @@ class SocketTransport:
     def receive(
         self, tag: Tag, expected: Sequence[Expected], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
-        """See ``DataTransport``; waits in any case."""
+        """See ``DataTransport``. Always waits."""
         deadline = time.monotonic() + self._connections.step_timeout_s
         want = self._header(tag)
         received = []
@@ -93,13 +93,13 @@ class SocketTransport:
         return received
 
     def finish_step(self) -> None:
-        """See ``DataTransport``; nothing is left to wait for."""
+        """Do nothing, as ``receive`` has waited; see ``DataTransport``."""
 
     def reject(self, rank: int, reason: str) -> NoReturn:
         self._connections.reject(self._names[rank], reason)
 
     def close(self) -> None:
-        """There is nothing to close: the connections belong to ``PeerConnections``."""
+        """Do nothing: the connections belong to ``PeerConnections``."""
 
     def _header(self, tag: Tag, counts: tuple[int, int] = (0, 0), length: int = 0) -> FrameHeader:
         return FrameHeader(
@@ -115,7 +115,7 @@ class SocketTransport:
         )
 
     def _check(self, item: Expected, header: FrameHeader, sized: bool) -> None:
-        """Compare counts and length with what is expected, before anything is allocated."""
+        """Compare counts and length with the expected ones before memory is allocated."""
         counts = header.counts[: len(item.parts)]
         length = 0
         for part, count, limit in zip(item.parts, counts, item.counts, strict=True):
@@ -132,7 +132,7 @@ class SocketTransport:
             size = count * part.width
             if size:
                 tensor = torch.frombuffer(frame.payload, dtype=part.dtype, count=size, offset=first)
-            else:  # of which torch makes no view
+            else:  # torch.frombuffer does not accept an empty buffer
                 tensor = torch.empty(0, dtype=part.dtype)
             first += count * part.row_bytes
             tensors.append(tensor.view(count, part.width).to(self._device))
@@ -140,8 +140,8 @@ class SocketTransport:
 
 
 def _memory(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, which must live as long.
+    """View the memory of a contiguous CPU tensor, which must outlive the result.
 
-    Fewer calls than by way of numpy: between kernels every call of torch finds cold caches.
+    This makes fewer calls than a view by numpy; between kernels, calls to torch find cold caches.
     """
     return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()))

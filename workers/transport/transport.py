@@ -1,7 +1,7 @@
-"""The interface of a transport: messages between the two pools.
+"""Interface of a transport, which carries messages between the two pools.
 
-A message has one or two two-dimensional tensors (parts), 4-byte items first. A ``Tag`` is its place
-in the step; between two ranks, messages follow the global order of the step. Ranks in this
+A message has one or two two-dimensional tensors (parts), 4-byte items first. Its ``Tag`` is its
+position in the step; between two ranks, messages follow the global order of the step. Ranks in this
 interface are ranks in the *other* pool.
 """
 
@@ -22,7 +22,7 @@ Direction = Literal["rows", "outputs"]
 
 
 class Tag(NamedTuple):
-    """Place of a message in a step."""
+    """Position of a message in a step."""
 
     bank: int
     """``BankSpec.index``."""
@@ -39,7 +39,7 @@ class PartShape:
     """Shape of one part: rows of ``width`` elements."""
 
     width: int
-    """Elements of a row."""
+    """Number of elements in a row."""
     dtype: torch.dtype
 
     @property
@@ -58,12 +58,12 @@ class RowMessage:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """A message that one rank is to send."""
+    """A message that one rank will send."""
 
     rank: int
     parts: tuple[PartShape, ...]
     counts: tuple[int, ...]
-    """Rows of each part; where the message is ``sized``, the most rows."""
+    """Number of rows of each part; the maximum if the message is ``sized``."""
 
 
 class DataTransport(Protocol):
@@ -74,43 +74,43 @@ class DataTransport(Protocol):
     """
 
     sums_are_rounded: bool
-    """Partial sums travel in the model's type, not in float32: half the bytes, for another
-    rounding. The same on all workers of a cluster."""
+    """Whether partial sums are sent in the model's dtype instead of float32, with half the bytes
+    and one more rounding. Equal on all workers of a cluster."""
 
     def begin_step(self, header: StepHeader) -> None:
-        """Start a step, to which the messages that follow belong."""
+        """Start a step. Later messages belong to it."""
 
     def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
-        """Send at once, and wait only where buffers are full; the tensors may be reused afterwards.
+        """Send messages, and wait only if buffers are full. The tensors may be reused afterwards.
 
-        ``sized``: the receivers do not know the counts, so they travel along.
+        ``sized``: send the counts too, as the receivers do not know them.
         """
 
     def receive(
         self, tag: Tag, expected: Sequence[Expected], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
-        """One message from each of the ranks; the parts are on the transport's device.
+        """Receive one message from each rank; the parts are on the transport's device.
 
-        Waits for them where it ``must_wait``, as the host reads what is computed of them before
-        ``finish_step``. Else it may return before they have come, with tensors that work on the
-        device finds filled; where the header has a bucket, before many have come.
+        With ``must_wait`` it waits for the messages, as the host reads results before
+        ``finish_step``. Otherwise it may return before they arrive, with tensors that are filled
+        before later work on the device reads them; if the header has a bucket, many receives may
+        be pending.
         """
 
     def finish_step(self) -> None:
-        """Wait for all messages that were received in the step, before the host reads anything.
+        """Wait for all messages of the step. Call it before the host reads results.
 
-        Raises as ``receive``: what was computed of them is not to be used then.
+        Raises as ``receive``; then the results must not be used.
         """
 
     def direct(self, ranks: Sequence[int]) -> DirectEdges | None:
-        """The edges to some ranks, for native code in the step that has begun; None: there are
-        none."""
+        """Return the edges to some ranks for native code in the current step, or None."""
 
     def reject(self, rank: int, reason: str) -> NoReturn:
         """Close the edge to a rank that sent invalid data. Raises ``PeerLostError``."""
 
     def apply_generation(self, generation: Generation) -> None:
-        """Follow a new membership, after the peer connections. Raises as the waits do."""
+        """Apply a new membership, after the peer connections did. Raises as the waits do."""
 
     def close(self) -> None:
-        """Release everything; the transport is not used again."""
+        """Release all resources. The transport cannot be used afterwards."""

@@ -1,7 +1,7 @@
-"""One torch.distributed world per generation: what gloo's and NCCL's have in common.
+"""Base class of the torch.distributed world of one generation, over gloo or NCCL.
 
-A world is built on a thread of its own and given up by another: ``abandon`` reaches all groups that
-exist by then, and those that are made later are dropped at once.
+A world is built on its own thread and abandoned by another: ``abandon`` drops all existing groups,
+and groups that are created later are dropped immediately.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from workers.transport.transport import Direction
 
 Backend = Literal["gloo", "nccl"]
 Channel = tuple[Direction, bool]
-"""What is sent, and whether from a lower rank of the world to a higher one."""
+"""Direction of the messages, and whether they go from a lower to a higher rank of the world."""
 ONE_WAY: tuple[Channel, ...] = (("rows", True), ("outputs", False))
 """Channels of two pools: attention ranks come first in the world."""
 BOTH_WAYS: tuple[Channel, ...] = (*ONE_WAY, ("rows", False), ("outputs", True))
 """Channels of colocated workers."""
 WATCH_S = 0.05
-"""Time between two calls of ``watch`` in a wait."""
+"""Interval between two calls of ``watch`` in a wait."""
 _GREETING = 1 << 30
-"""Tag of the first exchange, above those of messages."""
-_GIVEN_UP = "the process groups were given up"
+"""Tag of the first exchange, larger than the tags of messages."""
+_GIVEN_UP = "the process groups were abandoned"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Seat:
-    """The place of one worker in a world."""
+    """Rank, peers and settings of one worker in a world."""
 
     prefix: str
-    """Of the world's keys in the store."""
+    """Prefix of the world's keys in the store."""
     rank: int
     size: int
     peers: tuple[int, ...]
-    """Ranks in the world of the other pool."""
+    """World ranks of the other pool."""
     channels: tuple[Channel, ...]
     sends: tuple[Direction, ...]
-    """What this worker sends to its peers."""
+    """Directions in which this worker sends to its peers."""
     receives: tuple[Direction, ...]
     host: str
     """Interface of the sockets."""
@@ -57,7 +57,7 @@ class Seat:
 
 
 class Item(NamedTuple):
-    """A send or receive that is to start."""
+    """A send or receive to start."""
 
     rank: int
     """Rank in the other pool."""
@@ -69,13 +69,13 @@ class Item(NamedTuple):
 
 @dataclass(slots=True)
 class Transfer:
-    """One send or receive under way."""
+    """One send or receive that was started."""
 
     rank: int
     """Rank in the other pool."""
     work: Work
     tensor: Tensor | None
-    """Kept alive until the end, or until the device is ordered after it."""
+    """Kept alive until the transfer ends, or until the device stream is ordered after it."""
 
 
 @dataclass(slots=True)
@@ -84,11 +84,11 @@ class Transfers:
 
     items: Sequence[Transfer]
     num_done: int = 0
-    """Transfers that are complete."""
+    """Number of complete transfers."""
     error: str = ""
-    """Why the next transfer failed; empty if it did not."""
+    """Error of the next transfer; empty if it has not failed."""
     finished: threading.Event = field(default_factory=threading.Event)
-    """Gloo: set when all are complete or one has failed."""
+    """Gloo only: set when all transfers are complete or one has failed."""
 
 
 class World(ABC):
@@ -96,7 +96,7 @@ class World(ABC):
 
     Each channel has its own group, so that transfers of two channels cannot wait for each other on
     one CUDA stream. Within a channel the highest rank only sends or only receives, so it never
-    waits for the others, nor, by induction, does the next one.
+    waits for the other ranks, nor, by induction, does the next one.
     """
 
     def __init__(self, seat: Seat) -> None:
@@ -108,20 +108,20 @@ class World(ABC):
     # ---- the thread that builds it ----------------------------------------------------------
 
     def connect(self, store: Store) -> None:
-        """Connect to all other members, which ``store`` names. Blocks.
+        """Connect to all other members through ``store``. Blocks.
 
-        Collective: all members of the generation must call it. Raises ``RuntimeError``, also when
-        the world is abandoned meanwhile.
+        Collective: all members of the generation must call it. Raises ``RuntimeError``, also if
+        the world is abandoned during the call.
         """
         self._connect(store)
         self._greet()
 
     @abstractmethod
     def _connect(self, store: Store) -> None:
-        """Make the groups and publish each one."""
+        """Create the groups and publish each one."""
 
     def _publish(self, channels: Sequence[Channel], group: Any) -> None:
-        """Let ``abandon`` know of a group; drop it if that was called before."""
+        """Register a group for ``abandon``, or drop it if the world is already abandoned."""
         with self._lock:
             if not self._is_abandoned:
                 self._groups |= dict.fromkeys(channels, group)
@@ -130,10 +130,10 @@ class World(ABC):
         raise RuntimeError(_GIVEN_UP)
 
     def _greet(self) -> None:
-        """Exchange one element on every edge: no connection is left to be made by a step.
+        """Exchange one element on every edge, so that no step has to open a connection.
 
-        A send or receive that connects may block until the peer takes part, so all workers go
-        through the channels in the same order.
+        A send or receive that connects may block until the peer participates, so all workers
+        iterate over the channels in the same order.
         """
         seat = self.seat
         deadline = time.monotonic() + seat.step_timeout_s
@@ -167,7 +167,7 @@ class World(ABC):
         return up + self._start_on((direction, False), is_send, items)
 
     def _start_on(self, channel: Channel, is_send: bool, items: Sequence[Item]) -> list[Transfers]:
-        """Start those of the sends or receives that go along one channel, if there are any."""
+        """Start the sends or receives of one channel, if any."""
         part = [i for i in items if ((i.peer > self.seat.rank) == is_send) == channel[1]]
         if not part:
             return []
@@ -185,20 +185,21 @@ class World(ABC):
         """Whether all are complete, or one has failed (``error``). Does not wait."""
 
     def order(self, transfers: Transfers) -> bool:
-        """Let the current stream of the device wait for them, but not the host.
+        """Let the device's current stream, but not the host, wait for the transfers.
 
-        False, and nothing has happened, where a device has no such order. ``error`` as ``is_over``.
+        Sets ``error`` as ``is_over`` does. Returns False without an effect if the device has no
+        streams.
         """
         return False
 
     @abstractmethod
     def wait(self, transfers: Transfers, watch: Callable[[], None]) -> None:
-        """Wait until they are over; ``watch``, called every 50 ms, ends the wait by raising."""
+        """Wait until they are over. ``watch``, called every 50 ms, may raise to end the wait."""
 
     # ---- any thread -------------------------------------------------------------------------
 
     def abandon(self) -> None:
-        """Give up the world and its transfers under way; returns at once."""
+        """Abandon the world and its pending transfers. Does not wait."""
         with self._lock:
             self._is_abandoned = True
             channels = sorted(self._groups, key=self._abort_order)
@@ -207,21 +208,24 @@ class World(ABC):
         self._drop(groups)
 
     def _abort_order(self, channel: Channel) -> tuple[bool, bool]:
-        """Sort key: channels on which this worker sends come first, so that nothing is sent that
-        was computed of what never came; among those, outputs before rows."""
+        """Return the sort key of channels in ``abandon``.
+
+        Channels on which this worker sends are first (outputs before rows), so that no results of
+        data that never arrived are sent.
+        """
         return channel[0] not in self.seat.sends, channel[0] == "rows"
 
     @abstractmethod
     def _drop(self, groups: list[Any]) -> None:
-        """End groups, in this order, without waiting for them; takes them out of the list."""
+        """End groups, in this order, without waiting for them; remove them from the list."""
 
     @abstractmethod
     def join(self, timeout_s: float) -> None:
-        """Wait for the threads of an abandoned world: a process must not end before them."""
+        """Wait for the threads of an abandoned world, which must end before the process."""
 
 
 def listen_store(host: str, port: int, timeout_s: float) -> TCPStore:
-    """The rendezvous store of an attention worker, on one interface; port 0 is a free one."""
+    """Open the rendezvous store of an attention worker on ``host``; port 0 is a free port."""
     listener = socket.create_server((host, port))
     return TCPStore(
         host,

@@ -253,7 +253,7 @@ def test_a_split_that_differs_from_the_headers_is_refused() -> None:
         running = start_home(mesh, make_header((NUM_ROWS,), exact=True))
         server = mesh["expert-0"].server
         assert server is not None
-        with pytest.raises(PeerLostError, match=r"flags 1 came instead of .* flags 0"):
+        with pytest.raises(PeerLostError, match=r"flags 1 arrived instead of .* flags 0"):
             server.run_step(make_header((NUM_ROWS,), exact=False))
         with pytest.raises(PeerLostError):
             running.result(LIMIT_S)
