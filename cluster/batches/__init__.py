@@ -1,1 +1,1 @@
-"""Files of requests and of their answers, one JSON object a line, in OpenAI's batch format."""
+"""Files of requests and their responses, one JSON object per line, in OpenAI's batch format."""

@@ -1,4 +1,4 @@
-"""The answers of a batch, in a file that grows: they survive errors of the disk and kills."""
+"""Append-only file with the responses of a batch, which survives disk errors and kills."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from cluster.disk.files import RecordFile, sync_folder, write_all
 logger = logging.getLogger(__name__)
 
 LINE_ID = "batch_req_"
-"""Begins the id of an answer, with which its line begins."""
+"""Prefix of a response's id, with which its line begins."""
 _BEGIN = f'{{"id": "{LINE_ID}'.encode()
 _OPEN = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 _PROBE_BYTES = 64 * 1024
 _MAX_BEGINS = 8
-"""Places in a damaged line at which an answer is looked for."""
+"""Most positions in a damaged line at which a response is searched."""
 
 
 class InUseError(ConflictError):
@@ -31,34 +31,34 @@ class InUseError(ConflictError):
 
 
 class AnswerFile:
-    """Lines with the answers to requests, of which each has one at most.
+    """File of response lines, at most one for each request.
 
-    After an error the file is cut to its whole lines. What a killed process left is repaired when
-    the file is opened again: a part of a line is removed, each whole line stays. Lines that are not
-    safe on the disk yet are also in memory, and are written again where a sync fails. One process
-    at a time has the file open (``flock(2)``).
+    After an error the file is cut to its whole lines. When the file is opened again, the remains of
+    a killed process are repaired: a partial line is removed, each whole line stays. Lines that are
+    not synced yet are also kept in memory, and are written again if a sync fails. One process at a
+    time can have the file open (``flock(2)``).
     """
 
     def __init__(self, path: Path, *, is_private: bool = False) -> None:
-        """Opens or makes the file.
+        """Open or create the file.
 
         Args:
-            path: of the file.
-            is_private: nothing but this class writes it, so that every line that is no answer is
-                damage. Otherwise only parts of answers are.
+            path: path of the file.
+            is_private: only this class writes the file, so that every line without a response is
+                damage. Otherwise only partial responses are.
 
         Raises:
-            InUseError: another process has it.
-            ConflictError: it is not a file of answers; it stays as it is.
-            OSError: it cannot be read, or not be repaired; it has all its answers.
+            InUseError: another process has it open.
+            ConflictError: it is not a file of responses; it is left unchanged.
+            OSError: it cannot be read or repaired; it keeps all its responses.
         """
         self._path = path
         self._is_private = is_private
         self._fd = os.open(path, _OPEN, 0o644)
         self.done = set[str]()
-        """The requests, by their ids, that have an answer."""
+        """Ids of the requests that have a response."""
         self.num_failed = 0
-        """Answers that are no success."""
+        """Number of responses with an error."""
         try:
             self._lock(self._fd)
             lines = list(self._read())
@@ -80,30 +80,28 @@ class AnswerFile:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all answers."""
+        """Bytes of all responses."""
         return self._records.num_bytes
 
     def append(self, custom_id: str, line: Mapping[str, Any]) -> None:
-        """Add an answer. Raises ``OSError``: the file has the answers before it."""
+        """Append a response. Raises ``OSError``; the file then has the responses before it."""
         assert custom_id not in self.done, custom_id
         text = json.dumps(line, ensure_ascii=False, allow_nan=False)
-        raw = text.encode(errors="backslashreplace") + b"\n"  # half a surrogate pair as an escape
+        raw = text.encode(errors="backslashreplace") + b"\n"  # escapes lone surrogates
         self._write_doubtful()
         self._records.append(raw)
         self._unsynced.append(raw)
         self._note(custom_id, line)
 
     def check_room(self) -> None:
-        """Raise ``OSError`` where the disk has no room for more answers."""
+        """Raise ``OSError`` if the disk has no space for more responses."""
         self._write_doubtful()
         before = self.num_bytes
-        self._records.append(
-            bytes(_PROBE_BYTES)
-        )  # zeros at the end are cut off by the next opening
+        self._records.append(bytes(_PROBE_BYTES))  # the next opening removes zeros at the end
         self._records.cut(before)
 
     def sync(self) -> None:
-        """Wait until answers are on the disk. Raises ``OSError``: a later call tries again."""
+        """Wait until the responses are on disk. Raises ``OSError``: a later call tries again."""
         self._write_doubtful()
         if not self._unsynced:
             return
@@ -119,13 +117,13 @@ class AnswerFile:
         self._num_synced_bytes = self.num_bytes
 
     def close(self) -> None:
-        """Sync, and let others open the file."""
+        """Sync, and let other processes open the file."""
         with contextlib.suppress(OSError):
             self.sync()
         os.close(self._fd)
 
     def _lock(self, fd: int) -> None:
-        """Raise ``InUseError`` unless this process has the file at the path for itself."""
+        """Raise ``InUseError`` unless this process can lock the file at the path."""
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_there = os.path.samestat(os.fstat(fd), os.stat(self._path))
@@ -135,7 +133,7 @@ class AnswerFile:
             raise InUseError(f"{self._path.name} is being written by another process")
 
     def _read(self) -> Iterator[_Line]:
-        """The answers in the file, noted as they are found. Raises ``ConflictError``."""
+        """Read the responses in the file and record each. Raises ``ConflictError``."""
         with open(self._fd, "rb", closefd=False) as file:
             begin = 0
             for number, raw in enumerate(file, 1):
@@ -154,7 +152,7 @@ class AnswerFile:
                 begin += len(raw)
 
     def _repair(self, lines: list[_Line]) -> None:
-        """Remove from the file all but these lines. Raises ``OSError``."""
+        """Remove everything except these lines from the file. Raises ``OSError``."""
         num_bytes = sum(line.num_bytes for line in lines)
         if lines and lines[-1].end != num_bytes:
             logger.warning("%s is repaired: it has damaged lines", self._path.name)
@@ -162,7 +160,7 @@ class AnswerFile:
         self._records.cut(num_bytes)
 
     def _rewrite(self, lines: list[_Line]) -> None:
-        """Put a file with these lines in place of this one, which is whole until then."""
+        """Replace the file by one with these lines; it stays whole until then."""
         path = Path(os.path.realpath(self._path))
         draft = path.with_name(f"{path.name}.new")
         fd = os.open(draft, _OPEN | os.O_TRUNC, os.fstat(self._fd).st_mode & 0o777)
@@ -184,7 +182,7 @@ class AnswerFile:
         os.close(old)
 
     def _write_doubtful(self) -> None:
-        """Write again what a failed sync may have lost: the disk forgets such errors."""
+        """Write lines again that a failed sync may have lost: the disk forgets such errors."""
         if self._is_doubtful:
             self._records.cut(self._num_synced_bytes)
             self._records.append(b"".join(self._unsynced))
@@ -197,7 +195,7 @@ class AnswerFile:
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """The place of an answer in the file."""
+    """The position of a response in the file."""
 
     begin: int
     num_bytes: int
@@ -209,29 +207,29 @@ class _Line:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The answer at the end of a line."""
+    """The response at the end of a line."""
 
     begin: int
-    """Bytes before it."""
+    """Number of bytes before it."""
     answer: dict[str, Any]
 
 
 def is_success(status: int) -> bool:
-    """Whether an HTTP status says that a request was served."""
+    """Whether an HTTP status means success."""
     return 200 <= status < 300
 
 
 def _is_part(line: bytes) -> bool:
-    """Whether a line without a whole answer begins as one does.
+    """Whether a line without a whole response begins like one.
 
-    Zeros behind it are what some file systems leave when a machine fails.
+    Some file systems leave trailing zeros when a machine fails.
     """
     part = line.rstrip(b"\0")
     return part.startswith(_BEGIN) or (_BEGIN.startswith(part) and not line.endswith(b"\n"))
 
 
 def _answer_in(line: bytes) -> _Found | None:
-    """The answer in a line, which may have a part of another one before it."""
+    """The response in a line, which may be preceded by a part of another one."""
     if not line.endswith(b"\n"):
         return None
     begin = 0

@@ -17,19 +17,19 @@ from cluster.core.checks import is_deeper
 from cluster.core.errors import RequestError
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
-"""Where a request of a batch may go."""
+"""Endpoints to which a request of a batch may be sent."""
 MAX_REQUESTS = 50_000
-"""Of a file; OpenAI's limit."""
+"""Most requests of a file; OpenAI's limit."""
 MAX_ID_CHARS = 512
 _FIELDS = frozenset({"custom_id", "method", "url", "body"})
 _MAX_DEPTH = 128
-"""Objects and arrays of a line within each other; servers have lower limits for bodies."""
+"""Deepest nesting of objects and arrays in a line; servers have lower limits for bodies."""
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """What a batch file may have."""
+    """Limits of a batch file."""
 
     endpoints: Sequence[str] = ENDPOINTS
     max_requests: int = MAX_REQUESTS
@@ -41,37 +41,37 @@ class BatchRequest:
     """One line of a batch file."""
 
     custom_id: str
-    """The client's name for it, which its answer has too."""
+    """The client's name for it, repeated in its response."""
     url: str
     """One of the endpoints."""
     body: dict[str, Any]
 
 
 class LineError(RequestError):
-    """A line of a batch file is wrong."""
+    """A line of a batch file is invalid."""
 
     def __init__(self, message: str, param: str | None, code: str, line: int) -> None:
         super().__init__(message, param, code)
         self.args = (message, param, code, line)
         self.line = line
-        """From 1."""
+        """Number of the line, counted from 1."""
 
 
 class RequestFile:
-    """A batch file that was checked as a whole, and is read line by line."""
+    """A batch file that was validated as a whole and is read line by line."""
 
     def __init__(self, path: Path, places: array[int], ids: frozenset[str]) -> None:
         self._path = path
         self._places = places
         self.ids = ids
-        """Of its requests."""
+        """``custom_id`` of each request."""
 
     @classmethod
     def check(cls, path: Path, limits: BatchLimits | None = None) -> Self:
-        """Read all of a file once.
+        """Read and validate a whole file.
 
         Raises:
-            RequestError: the first line that is wrong (``LineError``), or there is no request.
+            RequestError: for the first invalid line (``LineError``), or if there is no request.
             OSError: the file cannot be read.
         """
         limits = limits or BatchLimits()
@@ -100,7 +100,7 @@ class RequestFile:
         return len(self._places)
 
     def requests(self) -> Iterator[BatchRequest]:
-        """All, in the order of their lines. Raises ``RequestError`` if the file changed."""
+        """Yield all requests in file order. Raises ``RequestError`` if the file has changed."""
         with self._path.open("rb") as file:
             for number, place in enumerate(self._places, 1):
                 file.seek(place)
@@ -108,7 +108,7 @@ class RequestFile:
 
 
 def read_request(line: bytes, number: int, endpoints: Sequence[str] | None) -> BatchRequest:
-    """The request in a line; ``endpoints`` None: any. Raises ``RequestError``."""
+    """Parse the request in a line; ``endpoints`` None allows any. Raises ``RequestError``."""
     found = _parsed(line, number)
     if not isinstance(found, dict):
         raise _wrong(number, "", "must be an object")
@@ -131,15 +131,15 @@ def read_request(line: bytes, number: int, endpoints: Sequence[str] | None) -> B
 
 
 def _parsed(line: bytes, number: int) -> Any:
-    """The value of a line: one that can be written as JSON again. Raises ``RequestError``."""
+    """Parse a line, whose value can be written as JSON again. Raises ``RequestError``."""
     try:
         text = line.decode("utf-8-sig")
         found = json.loads(text, parse_constant=_refuse_constant)
         if _SURROGATE_ESCAPE.search(text):
-            json.dumps(found, ensure_ascii=False).encode()  # half a pair is not text
+            json.dumps(found, ensure_ascii=False).encode()  # fails for a lone surrogate
     except RecursionError as err:
         raise _too_deep(number) from err
-    except ValueError as err:  # also undecodable bytes, and integers without end
+    except ValueError as err:  # also undecodable bytes and integers with too many digits
         raise _wrong(number, "", "is not JSON") from err
     if text.count("{") + text.count("[") > _MAX_DEPTH and is_deeper(found, _MAX_DEPTH):
         raise _too_deep(number)

@@ -1,4 +1,4 @@
-"""Run a batch: send what has no answer yet, some requests at a time, and write the answers."""
+"""Runs a batch: sends its unanswered requests, several at a time, and writes the responses."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _FULL, _AWAY = frozenset({408, 429}), frozenset({502, 503})
-"""Statuses of servers that are full (408: too long, the request's time was over before it began),
-and of those that cannot serve now."""
+"""Statuses of servers that are full (408: the request timed out before it started), and of servers
+that cannot serve now."""
 _FIRST_WAIT_S, _MAX_WAIT_S = 0.5, 30.0
 _READ_AHEAD = 16
-"""Requests that are read at a time."""
+"""Requests that are read ahead."""
 _SYNC_S = 1.0
-"""At most as much work is lost with the machine."""
+"""Time between two syncs; a machine failure loses at most the work since the last one."""
 
 
 class UnreachableError(Exception):
-    """No answer came: the connection failed or broke."""
+    """No response arrived: the connection failed or broke."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchAnswer:
-    """What a server says to a request."""
+    """A server's response to a request."""
 
     status: int
     """HTTP status."""
     body: Any
     request_id: str = ""
     retry_after_s: float | None = None
-    """When to ask again, if the server says that."""
+    """Seconds after which to retry, if the server sent them."""
 
 
 Send = Callable[[BatchRequest], Awaitable[BatchAnswer]]
@@ -53,7 +53,7 @@ Send = Callable[[BatchRequest], Awaitable[BatchAnswer]]
 
 
 class RunInThread(Protocol):
-    """Runs a call of a disk in a thread, to its end even when the caller is cancelled."""
+    """Runs a disk call in a thread, to its end even if the caller is cancelled."""
 
     async def __call__(self, call: Callable[[], Result], /) -> Result: ...
 
@@ -65,7 +65,7 @@ async def in_own_thread(call: Callable[[], Result]) -> Result:
 
 @dataclass(slots=True)
 class BatchCounts:
-    """How far a batch is."""
+    """Progress of a batch."""
 
     total: int
     completed: int = 0
@@ -73,34 +73,34 @@ class BatchCounts:
 
     @property
     def left(self) -> int:
-        """Requests without an answer."""
+        """Requests without a response."""
         return self.total - self.completed - self.failed
 
 
 @dataclass
 class BatchRun:
-    """One batch, from what its file of answers has to its end.
+    """Runs one batch: continues from its response file and ends when every request has a response.
 
-    A request whose answer is not in the file when the process dies is sent again: it may run twice,
-    but has one answer. While the disk refuses answers, they wait in memory and nothing more is
-    sent. Raises ``ConflictError`` where the files answer another batch.
+    If the process dies before a response is written, the request is sent again: it may run twice,
+    but has one response. While the disk rejects responses, they wait in memory and no request is
+    sent. Raises ``ConflictError`` if the files belong to another batch.
     """
 
     requests: RequestFile
     answers: AnswerFile
     errors: AnswerFile
-    """Of answers that are no success; may be the same as ``answers``."""
+    """File of failed responses; may be the same as ``answers``."""
     send: Send
     concurrency: int
     """Requests that run at a time."""
     give_up_s: float
-    """A batch ends when nothing could be reached for so long."""
+    """Time without any reachable server after which the batch fails."""
     on_progress: Callable[[BatchCounts], None] = lambda counts: None
     clock: Callable[[], float] = time.monotonic
     in_thread: RunInThread = in_own_thread
-    """Runs everything that waits for the disk."""
+    """Runs every call that waits for the disk."""
     disk_limit_s: float = 0.0
-    """Longest time for which answers wait for a disk that refuses them."""
+    """Longest time that responses wait for a disk that rejects them."""
     counts: BatchCounts = field(init=False)
     _reached_s: float = field(init=False)
     _read: deque[BatchRequest] = field(init=False, default_factory=deque)
@@ -116,16 +116,16 @@ class BatchRun:
         self._reached_s = self.clock()
 
     async def run(self) -> None:
-        """Returns when each request has an answer.
+        """Run until each request has a response.
 
-        Raises, in an ``ExceptionGroup`` where requests were being sent:
-            UnreachableError: nothing could be reached for ``give_up_s``.
-            OSError: answers could not be written for ``disk_limit_s``.
+        Raises, in an ``ExceptionGroup`` if requests were being sent:
+            UnreachableError: no server could be reached for ``give_up_s``.
+            OSError: responses could not be written for ``disk_limit_s``.
         """
         left = self._left()
         self.on_progress(self.counts)
         if self.counts.left:
-            await self._write(self._check_room)  # before anything is spent
+            await self._write(self._check_room)  # before any request is sent
         try:
             async with asyncio.TaskGroup() as group:
                 syncs = group.create_task(self._sync_often())
@@ -185,9 +185,9 @@ class BatchRun:
         return self.clock() - self._reached_s > self.give_up_s
 
     async def _write(self, call: Callable[[], None]) -> None:
-        """Make a call that writes, again and again while the disk refuses it.
+        """Make a write call, and retry it while the disk rejects it.
 
-        Others that write wait meanwhile. Raises ``OSError`` after ``disk_limit_s``.
+        Other writes wait meanwhile. Raises ``OSError`` after ``disk_limit_s``.
         """
         async with self._writing:
             wait_s, failed_s = _FIRST_WAIT_S, None
@@ -199,7 +199,7 @@ class BatchRun:
                     failed_s = now_s if failed_s is None else failed_s
                     if now_s - failed_s >= self.disk_limit_s:
                         raise
-                    logger.error("answers of a batch wait for the disk: %s", err)
+                    logger.error("responses of a batch wait for the disk: %s", err)
                 else:
                     return
                 await asyncio.sleep(wait_s)
@@ -220,7 +220,7 @@ class BatchRun:
 
 
 def answer_line(request: BatchRequest, answer: BatchAnswer) -> dict[str, Any]:
-    """A line of the file of answers, in OpenAI's format."""
+    """One line of the response file, in OpenAI's format."""
     return {
         "id": f"{LINE_ID}{uuid.uuid4().hex}",
         "custom_id": request.custom_id,

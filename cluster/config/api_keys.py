@@ -1,4 +1,4 @@
-"""API keys are kept as SHA-256 digests. The keys themselves leave no command line or file.
+"""Hashes of API keys: only SHA-256 digests of the keys are kept in files and command lines.
 
 Keys are random and long, so a plain hash is enough: they cannot be found by trial.
 """
@@ -13,20 +13,20 @@ _PREFIX = "sha256:"
 
 
 def hash_key(key: str) -> str:
-    """``sha256:`` and 64 hex digits; what is of that form is a digest already."""
+    """``sha256:`` and the 64 hex digits of the key's digest; a hashed key is returned unchanged."""
     return key if is_hashed(key) else f"{_PREFIX}{digest_of(key).hex()}"
 
 
 def is_hashed(key: str) -> bool:
-    """Whether a text is a digest in the form of ``hash_key``."""
+    """Whether a text is a hashed key, as ``hash_key`` returns it."""
     return _HASHED.fullmatch(key) is not None
 
 
 def digest_of(key: str) -> bytes:
-    """SHA-256 of a key, [32] bytes. A client's key is never taken for a digest."""
+    """SHA-256 of a key, [32] bytes. Hashes a client's key even if it looks like a hashed key."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 def stored_digest(hashed: str) -> bytes:
-    """The bytes of what ``hash_key`` returned."""
+    """The digest in a hashed key, [32] bytes."""
     return bytes.fromhex(hashed.removeprefix(_PREFIX))

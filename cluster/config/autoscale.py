@@ -1,4 +1,4 @@
-"""The configuration's section for pools that follow the load: limits, targets and times."""
+"""Configuration of the autoscaler: pool limits, targets and times."""
 
 from __future__ import annotations
 
@@ -15,51 +15,51 @@ AutoscaleMode = Literal["off", "dry-run", "on"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolLimits:
-    """How many workers a pool may have, both inclusive."""
+    """Smallest and largest number of workers of a pool, both inclusive."""
 
     least: int
     most: int
 
     def clamp(self, count: int) -> int:
-        """The nearest allowed number."""
+        """The allowed number nearest to ``count``."""
         return max(self.least, min(self.most, count))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AutoscaleSection:
-    """Whether the pools follow the load, and within what limits."""
+    """Whether the autoscaler runs, and within which limits."""
 
     autoscale: AutoscaleMode = "off"
-    """Scale the pools by load without an order, within the limits below; ``dry-run`` only records
-    what it would do."""
+    """Scale the pools by load automatically, within the limits below; ``dry-run`` only records
+    the decisions."""
     min_attention_workers: int | None = None
-    """Least attention workers that ``autoscale`` leaves, by default those of the start."""
+    """Smallest number of attention workers with ``autoscale``, by default the number at start."""
     max_attention_workers: int | None = None
-    """Most attention workers that ``autoscale`` starts, by default those of the start."""
+    """Largest number of attention workers with ``autoscale``, by default the number at start."""
     min_expert_workers: int | None = None
-    """Least expert workers that ``autoscale`` leaves, by default those of the start; in colocated
-    mode all workers."""
+    """Smallest number of expert workers with ``autoscale``, by default the number at start; in
+    colocated mode of all workers."""
     max_expert_workers: int | None = None
-    """Most expert workers that ``autoscale`` starts, by default those of the start; in colocated
-    mode all workers."""
+    """Largest number of expert workers with ``autoscale``, by default the number at start; in
+    colocated mode of all workers."""
     queue_target: float = field(default=1.0, metadata=flag("--autoscale-queue-target"))
-    """Sequences that may wait at each attention worker; above, the pool grows at once."""
+    """Waiting sequences for each attention worker above which the pool grows at once."""
     kv_target: float = field(default=0.7, metadata=flag("--autoscale-kv-target"))
-    """Share of KV blocks, and of ``max_num_seqs``, to be in use at each attention worker."""
+    """Target share of KV blocks, and of ``max_num_seqs``, in use at each attention worker."""
     slot_time_target: float = field(default=0.6, metadata=flag("--autoscale-slot-time-target"))
-    """Share of the time in which each expert worker is to compute activated expert slots."""
+    """Target share of the time in which each expert worker computes activated expert slots."""
     up_s: float = field(default=30.0, metadata=flag("--autoscale-up-s"))
-    """Time over which use is averaged before a pool grows for it."""
+    """Time over which use is averaged before a pool grows."""
     down_s: float = field(default=180.0, metadata=flag("--autoscale-down-s"))
     """Time for which fewer workers must have sufficed before a pool shrinks."""
     limit_s: float = field(default=300.0, metadata=INTERNAL)
-    """Limit for new workers to serve, after which a scaling is taken back."""
+    """Time limit for new workers to serve; after it the scale operation is rolled back."""
     queue_s: float = field(default=5.0, metadata=INTERNAL)
     """Time over which the queue is averaged."""
     sample_s: float = field(default=1.0, metadata=INTERNAL)
-    """Time between two looks at the workers' numbers."""
+    """Time between two samples of the workers' stats."""
     retry_s: float = field(default=60.0, metadata=INTERNAL)
-    """Pause after a failed scaling; doubled by each further failure."""
+    """Pause after a failed scale operation; each further failure doubles it."""
 
     def __post_init__(self) -> None:
         check_choice("autoscale", self.autoscale, AutoscaleMode)
@@ -73,7 +73,7 @@ class AutoscaleSection:
         check(self.down_s >= self.up_s, "autoscale_down_s", self.down_s, rule)
 
     def limits(self, pools: Mapping[Role, int]) -> dict[Role, PoolLimits]:
-        """The limits of each pool; ``pools`` has the numbers of the start."""
+        """The limits of each pool. ``pools``: role -> number of workers at start."""
         found = {}
         for role, start in pools.items():
             least, most = self._given(role)
@@ -81,7 +81,7 @@ class AutoscaleSection:
         return found
 
     def check_pools(self, mode: str, pools: Mapping[Role, int]) -> None:
-        """Raise ``ConfigError`` where the pools of the start do not go with this section."""
+        """Raise ``ConfigError`` if the pools at start contradict this section."""
         if self.autoscale == "off" or mode == "auto":  # checked again once the mode is chosen
             return
         rule = "must be off in local mode: one worker holds everything"

@@ -1,12 +1,12 @@
 """Configuration: one frozen dataclass per component, composed into ``ClusterConfig``.
 
-Values are checked where they are built; a rule that is broken raises ``ConfigError`` with the
-field, the value and the rule. ``to_dict`` and ``from_dict`` carry a config between processes. The
-engine's section is here, each other one in the module of its subject beside this one.
+Values are checked in ``__post_init__``; an invalid value raises ``ConfigError`` with the field, the
+value and the rule. ``to_dict`` and ``from_dict`` carry a config between processes. This module has
+the engine's section; each other section has a module of its own in this folder.
 
 The options of ``serve`` are made from the fields: the docstring below a field is the help of its
-option, the field's type, name and default say how its text is read and shown. ``INTERNAL`` fields
-have no option, ``flag`` gives an option another name than the field's.
+option; the field's type, name and default determine how its text is parsed and shown. ``INTERNAL``
+fields have no option; ``flag`` gives an option another name than the field's.
 """
 
 from __future__ import annotations
@@ -51,57 +51,57 @@ _MAX_DEFAULT_KV_BYTES = 1024**3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSection:
-    """Budgets and switches of one attention worker's engine."""
+    """Limits and switches of the engine of one attention worker."""
 
     block_size_tokens: int = field(default=16, metadata=INTERNAL)
     """Tokens in one KV block."""
     kv_cache_bytes: int | None = None
-    """KV memory of each attention worker, for example 512M; by default on a GPU what
-    gpu_memory_utilization leaves, on CPUs room for 16 full contexts, 64 MiB to 1 GiB."""
+    """KV memory of each attention worker, for example 512M; by default on a GPU the rest of
+    gpu_memory_utilization, on CPUs the size of 16 full contexts, 64 MiB to 1 GiB."""
     gpu_memory_utilization: float = 0.9
-    """Share of a worker's GPU for weights, steps and KV, where the size of KV is not given."""
+    """Share of a worker's GPU for weights, steps and KV, unless the size of KV is given."""
     kv_cache_dtype: KvCacheDType = "auto"
     """Type of keys and values: ``auto`` takes the model's; ``fp8`` is e4m3 with a scale for each
-    vector, about twice as many blocks as in bfloat16, at the price of accuracy."""
+    vector, about twice as many blocks as in bfloat16 with less accuracy."""
     max_num_seqs: int = 64
-    """Sequences in one step of one attention worker."""
+    """Most sequences in one step of one attention worker."""
     max_num_batched_tokens: int = 512
-    """Rows (tokens) in one step of one attention worker."""
+    """Most rows (tokens) in one step of one attention worker."""
     itl_target_ms: float | None = None
-    """Longest step while a request decodes: prompts are cut so that no step takes longer. By
-    default ``max_num_batched_tokens`` alone cuts them."""
+    """Longest step while a request decodes: prompts are split into chunks so that no step takes
+    longer. By default only ``max_num_batched_tokens`` limits the chunks."""
     max_waiting: int = 1024
-    """Sequences (choices of requests) of one attention worker that may wait."""
+    """Most sequences (choices of requests) that may wait at one attention worker."""
     max_waiting_tokens: int | None = None
-    """Prompt tokens of one attention worker that may wait, by default without limit."""
+    """Most prompt tokens that may wait at one attention worker, by default without limit."""
     enable_prefix_caching: bool = True
-    """Keep the KV of past requests for others that begin with the same tokens."""
+    """Keep the KV of past requests for requests that begin with the same tokens."""
     kv_kept_share: float = 0.5
-    """Share of the KV blocks that requests may have kept before others (their field cache_ttl), in
-    equal parts by API key."""
+    """Share of the KV blocks that requests may protect from eviction (their field cache_ttl),
+    divided equally among API keys."""
     num_cached_states: int = 32
-    """Recurrent states that are kept for prompts with a known beginning, beside three for each of
-    ``max_num_seqs`` (two without prefix caching); of models with such states only."""
+    """Recurrent states that are kept for prompts with a known prefix, in addition to three for each
+    of ``max_num_seqs`` (two without prefix caching); only for models with recurrent states."""
     kv_fetch_limit_s: float = 2.0
-    """Longest time that a request waits for KV blocks of another attention worker; 0 fetches
-    none."""
+    """Longest time that a request waits for KV blocks of another attention worker; 0 disables
+    fetches."""
     combine_mode: CombineMode = field(default="sum", metadata=INTERNAL)
-    """``per_slot`` makes results independent of the placement, at the price of more traffic. Exact
-    generations with several expert ranks have it anyway."""
+    """``per_slot`` makes results independent of the placement, with more traffic. Exact generations
+    with several expert ranks always use it."""
     deterministic: Deterministic = "auto"
-    """A request's tokens and logprobs are bitwise equal for any batch, layout and history: where
-    all workers can (``auto``), or else no start (``on``), which implies CPUs."""
+    """Tokens and logprobs of a request are bitwise equal for any batch, layout, history: ``auto``
+    if all workers support it; ``on`` implies CPUs and fails the start unless they all do."""
     num_micro_batches: NumMicroBatches = "auto"
-    """Parts of a step that are in flight at once: 1, 2, or ``auto``: 2 in steps that are large
-    enough."""
+    """Micro-batches of a step that are in flight at once: 1, 2, or ``auto``: 2 in large enough
+    steps."""
     micro_batch_decode_threshold: int = 64
-    """Rows of the busiest attention rank from which ``auto`` splits a step of decodes only."""
+    """Rows of the busiest attention rank from which ``auto`` splits a decode-only step."""
     micro_batch_prefill_threshold: int = field(default=256, metadata=INTERNAL)
     """Rows of the busiest attention rank from which ``auto`` splits a step with prompt rows."""
     enforce_eager: bool = False
     """Launch the kernels of decode steps on a GPU one by one, not as captured CUDA graphs."""
     seed: int = 0
-    """Base of the seeds of requests without one."""
+    """Base of the seeds for requests without a seed."""
 
     def __post_init__(self) -> None:
         check_choice("kv_cache_dtype", self.kv_cache_dtype, KvCacheDType)
@@ -133,16 +133,17 @@ class EngineSection:
 
     @property
     def num_states(self) -> int:
-        """Recurrent states of one attention worker whose model has them: of each sequence what a
-        step reads and writes and, with prefix caching, what is kept behind its last full block; and
-        those of prefixes.
+        """Recurrent states of one attention worker if the model has recurrent states.
+
+        Each sequence has the states that a step reads and writes and, with prefix caching, the
+        state after its last full block. The rest are states of prefixes.
         """
         return (3 if self.enable_prefix_caching else 2) * self.max_num_seqs + self.num_cached_states
 
     def num_kv_blocks(self, bytes_per_token: int, max_model_len: int) -> int:
-        """KV blocks of one attention worker, with the default of CPUs.
+        """KV blocks of one attention worker, with the default size for CPUs.
 
-        Raises ``ConfigError`` if its memory does not hold even one.
+        Raises ``ConfigError`` if the memory is too small for one block.
         """
         each = bytes_per_token * self.block_size_tokens
         budget = self.kv_cache_bytes
@@ -156,7 +157,7 @@ class EngineSection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterConfig:
-    """Everything one expertmesh cluster is started with."""
+    """The whole configuration of one expertmesh cluster."""
 
     model: ModelSection
     """Checkpoint."""
@@ -173,19 +174,19 @@ class ClusterConfig:
     load: LoadSection = field(default_factory=LoadSection)
     """Expert load."""
     rebalance: RebalanceSection = field(default_factory=RebalanceSection)
-    """Changes of the placement while serving."""
+    """Changes of the expert placement while serving."""
     autoscale: AutoscaleSection = field(default_factory=AutoscaleSection)
-    """Pools that follow the load."""
+    """Autoscaling of the pools."""
     lora: LoraSection = field(default_factory=LoraSection)
     """Adapters."""
     gateway: GatewaySection = field(default_factory=GatewaySection)
-    """HTTP and gRPC."""
+    """HTTP and gRPC servers."""
     kv_events: KvEventsSection = field(default_factory=KvEventsSection)
-    """Events about cached KV blocks for other projects' routers."""
+    """Events about cached KV blocks for the routers of other projects."""
     kv_tiers: KvTiersSection = field(default_factory=KvTiersSection)
     """Copies of KV blocks outside the pool."""
     cluster_token: str = field(default="", repr=False)
-    """Shared secret of the workers' sockets, drawn at start."""
+    """Shared secret of the workers' sockets, generated at start."""
 
     def __post_init__(self) -> None:
         if self.engine.deterministic == "on":
@@ -225,19 +226,19 @@ class ClusterConfig:
 
     @property
     def max_decode_rows(self) -> int:
-        """Decode rows in a step of one attention worker, those of guesses included."""
+        """Decode rows in a step of one attention worker, including rows of drafts."""
         return self.engine.max_num_seqs + self.speculation.max_draft_rows
 
     @property
     def is_collective(self) -> bool:
-        """Whether torch.distributed carries the data, where device and shares are resolved."""
+        """Whether torch.distributed carries the data. Needs resolved devices and shares."""
         gpus = self.workers.gpus_per_worker or 0.0
         has_gpus = self.workers.device == "cuda" and gpus >= 1
         kind = self.transport.transport
         return kind == "collective" or (kind == "auto" and has_gpus)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON."""
+        """The configuration as plain data that JSON can represent."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -253,10 +254,10 @@ class ClusterConfig:
         return cls(**values)
 
     def kv_fingerprint(self) -> str:
-        """Hash of the options that the contents of a KV block depend on (12 hex digits).
+        """Hash of the options that determine the contents of a KV block (12 hex digits).
 
-        Blocks on disk outlive a process; budgets may be others then. The rest of their identity is
-        what the workers agree on: ``workers.process.kv_identity``.
+        Blocks on disk outlive a process and stay valid if memory limits change. The rest of their
+        identity is agreed among the workers: see ``workers.process.kv_identity``.
         """
         engine = self.engine
         return _hash_of(
@@ -277,7 +278,7 @@ class ClusterConfig:
         )
 
     def fingerprint(self) -> str:
-        """Hash of all that must be equal on every worker (12 hex digits)."""
+        """Hash of all values that must be equal on every worker (12 hex digits)."""
         shared = {
             "engine": dataclasses.asdict(self.engine),
             "speculation": dataclasses.asdict(self.speculation),
@@ -296,7 +297,7 @@ def _hash_of(values: Mapping[str, Any]) -> str:
 
 
 def section_types() -> dict[str, Any]:
-    """The class of each section, by name."""
+    """Map from section name to the class of the section."""
     hints = get_type_hints(ClusterConfig)
     return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
 

@@ -1,4 +1,4 @@
-"""The configuration's sections for expert load: how it is followed, when experts move for it."""
+"""Configuration of expert load: how it is measured, and when experts are rebalanced."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from cluster.core.checks import check_each, is_at_least_1, is_not_negative, is_p
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RebalanceSection:
-    """When experts move to where the load is."""
+    """When and how fast experts are rebalanced."""
 
     enable_eplb: bool = False
-    """Move experts to where the load is without an order; needs spare expert slots."""
+    """Rebalance experts by load automatically; needs spare expert slots."""
     interval_s: float = field(default=30.0, metadata=INTERNAL)
     """Shortest time from the end of one automatic change to the next."""
     horizon_s: float = field(default=300.0, metadata=INTERNAL)
-    """Time that a load is assumed to last: the gain in this time must exceed the cost of moving."""
+    """Time that a load is assumed to last: the gain in this time must exceed the migration cost."""
     max_move_fraction: float = field(default=0.1, metadata=INTERNAL)
     """Share of all expert slots that one change may fill."""
     bytes_per_s: float = field(default=100e6, metadata=flag("--rebalance-bytes-per-s"))
     """Rate at which each worker receives weights while the cluster serves."""
     limit_s: float = field(default=120.0, metadata=INTERNAL)
-    """Limit for each stage of a change, after which the change is given up."""
+    """Time limit for each stage of a change; after it the change is aborted."""
     slot_cost_pairs: float | None = field(default=None, metadata=INTERNAL)
-    """Time of an activated expert slot, in (row, expert) pairs; by default by the roofline."""
+    """Cost of an activated expert slot, in (row, expert) pairs; by default from the roofline."""
 
     def __post_init__(self) -> None:
         rates = "interval_s horizon_s bytes_per_s limit_s"
@@ -38,16 +38,16 @@ class RebalanceSection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadSection:
-    """How expert load is followed."""
+    """How expert load is measured and averaged."""
 
     report_s: float = field(default=2.0, metadata=INTERNAL)
     """Time between two reports of an attention worker to the controller."""
     window_s: float = field(default=10.0, metadata=INTERNAL)
-    """Length of a window."""
+    """Length of one window."""
     num_windows: int = field(default=60, metadata=INTERNAL)
-    """Windows that are kept."""
+    """Number of windows that are kept."""
     half_life_s: float = field(default=60.0, metadata=INTERNAL)
-    """Time with load after which a window weighs half in the exponential average."""
+    """Half-life of a window's weight in the exponential average, counted in time with load."""
 
     def __post_init__(self) -> None:
         check_each(self, "report_s window_s half_life_s", is_positive, "must be positive")

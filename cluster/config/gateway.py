@@ -1,4 +1,4 @@
-"""The configuration's section for the gateway: ports, keys, TLS, limits of a request."""
+"""Configuration of the gateway: ports, keys, TLS and request limits."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _LIMITS = (
 _ROOT_PATH = re.compile("(/[A-Za-z0-9._~-]+)*")
 _METRICS_PREFIX = re.compile("[a-zA-Z_:][a-zA-Z0-9_:]*")
 ShutdownStage = Literal["lead", "refuse", "fail"]
-"""Stages of a gateway's end: not ready but serving, then refusing new requests, then failing those
-that still run."""
+"""Stages of a gateway's shutdown: ``lead`` serves but is not ready, ``refuse`` also rejects new
+requests, ``fail`` also fails the running requests."""
 MAX_BODY_BYTES = 8 * 1024 * 1024
 """Default limit of an HTTP body."""
 MAX_TTL_S = 10 * 365 * 24 * 3600
@@ -36,7 +36,7 @@ RoutingPolicyName = Literal["kv", "least-loaded", "round-robin"]
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this host reaches a server on the interface; an empty one is all interfaces."""
+    """Whether only this host can reach a server on the interface; empty means all interfaces."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -44,7 +44,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _is_network(text: str) -> bool:
-    """An address, a network, or ``*`` for all."""
+    """Whether a text is an address, a network, or ``*`` for all."""
     try:
         ipaddress.ip_network(text)
     except ValueError:
@@ -53,17 +53,17 @@ def _is_network(text: str) -> bool:
 
 
 def reachable_host(host: str) -> str:
-    """Where this host reaches a server that was bound to an interface, as in a URL."""
+    """Host part of a URL at which this host reaches a server bound to the interface ``host``."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatewaySection:
-    """Ports, keys, TLS and limits of requests."""
+    """Ports, keys, TLS and request limits of the gateway."""
 
     host: str = "127.0.0.1"
-    """Interface of HTTP and gRPC."""
+    """Interface that HTTP and gRPC listen on."""
     port: int = 8000
     """HTTP port, 0 for a free one."""
     grpc_port: int = 50051
@@ -73,51 +73,52 @@ class GatewaySection:
     admin_grpc_port: int | None = None
     """gRPC port of the admin service, by default 50052, or a free one if that is in use."""
     serve_proxy: int | None = field(default=None, metadata=bare("8002"))
-    """Port of Ray Serve's own HTTP proxy, for Serve applications beside this one, 0 for a free one;
-    8002 without a value; by default there is no such proxy."""
+    """Port of Ray Serve's own HTTP proxy, for other Serve applications, 0 for a free one; 8002
+    without a value; by default there is no such proxy."""
     root_path: str = ""
-    """Path under which a proxy in front mounts the HTTP port, such as /llm."""
+    """Path under which a reverse proxy mounts the HTTP port, such as /llm."""
     forwarded_allow_ips: tuple[str, ...] = ("127.0.0.1",)
-    """Addresses and networks of proxies whose X-Forwarded headers count, with commas between them;
-    ``*`` is any."""
+    """Addresses and networks of proxies from which X-Forwarded headers are trusted, separated by
+    commas; ``*`` is any."""
     num_gateway_replicas: int = 1
-    """Gateway copies; those of one host share its ports."""
+    """Number of gateway replicas; replicas on one host share its ports."""
     routing_policy: RoutingPolicyName = "kv"
-    """How an attention worker is picked; ``kv``: by cached prefixes and load."""
+    """Policy that picks an attention worker; ``kv``: by cached prefixes and load."""
     api_keys: tuple[str, ...] = field(default=(), repr=False, metadata=flag("--api-key"))
-    """Keys that clients must present, kept as digests; none and no file: none is asked for."""
+    """Keys that clients must present, kept as digests; without keys and file none is required."""
     api_key_file: str | None = None
-    """File of keys that clients must present, one a line, or YAML with names and limits; read again
-    when it changes."""
+    """File of keys that clients must present, one per line, or YAML with names and limits; it is
+    read again when it changes."""
     key_max_concurrent: int | None = 256
-    """Requests of one key that a serve replica runs at once, unless the file has another limit."""
+    """Requests of one key that a serve replica runs at once, unless the file sets another limit."""
     key_requests_per_minute: float | None = None
-    """Requests of one key in a minute, in each serve replica; by default without limit."""
+    """Requests of one key per minute in each serve replica; by default without limit."""
     key_tokens_per_minute: float | None = None
-    """Prompt and output tokens of one key in a minute, in each serve replica; by default without
+    """Prompt and output tokens of one key per minute in each serve replica; by default without
     limit."""
     admin_host: str = "127.0.0.1"
-    """Interface of both admin ports."""
+    """Interface that both admin ports listen on."""
     admin_keys: tuple[str, ...] = field(default=(), repr=False, metadata=flag("--admin-key"))
-    """Keys of the admin ports, kept as digests; none and no file: the other keys, on loopback."""
+    """Keys of the admin ports, kept as digests; if none are given: the API keys, on loopback."""
     admin_key_file: str | None = None
-    """File of keys of the admin ports, in the form of ``api_key_file``."""
+    """File of keys of the admin ports, in the format of ``api_key_file``."""
     tls_cert: str | None = None
-    """PEM certificate, with its chain: TLS on every port."""
+    """PEM certificate with its chain; enables TLS on every port."""
     tls_key: str | None = None
     """PEM key of the certificate, not encrypted."""
     tls_client_ca: str | None = None
-    """PEM authorities: clients must have a certificate of one of them (mutual TLS)."""
+    """PEM file of certificate authorities; clients must present a certificate of one of them
+    (mutual TLS)."""
     allow_unauthenticated: bool = False
     """Allow a public host without keys."""
     public_metrics: bool = False
-    """Ask for no key at ``/metrics``."""
+    """Serve ``/metrics`` without a key."""
     cors_origins: tuple[str, ...] = ()
-    """Origins of web pages that may call from a browser, with commas between them; ``*`` is any."""
+    """Origins of web pages that may call from a browser, separated by commas; ``*`` is any."""
     debug_headers: bool = False
-    """Name the serve replica in its answers."""
+    """Name the serve replica in a header of each response."""
     trust_request_chat_template: bool = False
-    """Render the chat templates that clients send; a template can keep a core busy without end."""
+    """Render chat templates sent by clients; a template can keep a core busy indefinitely."""
     max_body_bytes: int = MAX_BODY_BYTES
     """Largest HTTP body."""
     max_json_depth: int = 64
@@ -135,37 +136,37 @@ class GatewaySection:
     max_logprobs: int = 20
     """Alternatives reported for a token."""
     max_cache_ttl_s: float = 3600.0
-    """Longest time for which a request may have its KV kept before others (its field cache_ttl)."""
+    """Longest time for which a request may protect its KV from eviction (its field cache_ttl)."""
     max_queue: int = 1024
     """Requests that a serve replica holds at once, running or waiting."""
     max_queue_tokens: int | None = None
     """Prompt and output tokens that these requests may need together, by default ``max_queue``
-    contexts."""
+    times the context length."""
     max_queue_wait_s: float = 3.0
-    """Expected wait above which no more requests of a key are taken; 0 for no limit. Once a queue
-    has stood for longer than that, a third of it is the limit. Requests with a priority above 0
-    wait as long as it takes."""
+    """Expected wait above which further requests of a key are rejected; 0 for no limit. A queue
+    older than that reduces the limit to a third. Requests with a priority above 0 wait without
+    this limit."""
     request_timeout_s: float = 600.0
-    """Longest life of a request, waiting included."""
+    """Longest duration of a request, waiting included."""
     state_dir: str | None = None
-    """Folder of stored responses, the same one for all gateways; by default nothing is stored."""
+    """Folder of stored responses, shared by all gateways; by default nothing is stored."""
     state_ttl_s: float = 30 * 24 * 3600.0
     """Time after which a stored object is removed."""
     state_max_bytes: int = 1 << 30
-    """Bytes of the stored objects of one kind and key."""
+    """Most bytes of the stored objects of one kind and key."""
     state_max_objects: int = 10_000
-    """Stored objects of one kind and key."""
+    """Most stored objects of one kind and key."""
     drain_lead_s: float = 5.0
-    """Time after SIGTERM in which requests are served without being ready, for load balancers to
-    notice."""
+    """Time after SIGTERM in which the gateway serves requests but is not ready, so that load
+    balancers notice."""
     drain_timeout_s: float = 120.0
-    """Time after that for running requests to end, while no more are accepted."""
+    """Time after that for running requests to finish, while new ones are rejected."""
     metrics_all_experts: bool = False
     """Count the tokens of every expert in ``/metrics``, not only of the busiest of each layer."""
     metrics_prefix: str = "expertmesh:"
     """Prefix of the names in ``/metrics``."""
     vllm_metric_names: bool = False
-    """Give ``/metrics`` what vLLM has too, under vLLM's names as well, for its dashboards."""
+    """Also export the metrics that vLLM has under vLLM's names, for its dashboards."""
 
     def __post_init__(self) -> None:
         taken = set[int]()
@@ -219,21 +220,21 @@ class GatewaySection:
 
     @property
     def public_ports(self) -> dict[str, int]:
-        """Ports of clients by setting."""
+        """Ports for clients by setting."""
         ports = {"port": self.port, "grpc_port": self.grpc_port}
         return ports if self.serve_proxy is None else {**ports, "serve_proxy": self.serve_proxy}
 
     @property
     def has_tls(self) -> bool:
-        """All ports speak TLS."""
+        """Whether all ports use TLS."""
         return self.tls_cert is not None
 
     @property
     def asks_for_keys(self) -> bool:
-        """Clients must present a key."""
+        """Whether clients must present a key."""
         return bool(self.api_keys) or self.api_key_file is not None
 
     @property
     def asks_for_admin_keys(self) -> bool:
-        """The admin ports have keys of their own."""
+        """Whether the admin ports have keys of their own."""
         return bool(self.admin_keys) or self.admin_key_file is not None

@@ -1,4 +1,4 @@
-"""How much of a GPU is for keys and values, once the weights are there. Plain values."""
+"""Memory of a GPU that is left for keys and values once the weights are loaded."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import dataclass
 from cluster.core.checks import check
 
 _CONTEXT_BYTES = 1 << 30
-"""Most that a process takes of a GPU beside its tensors: CUDA itself and loaded kernels. Where
-processes share a GPU, none can tell how much of the rest is its own."""
+"""Most bytes that a process takes of a GPU beyond its tensors: the CUDA context and loaded kernels.
+A process on a shared GPU cannot tell how much of the remaining use is its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuMemory:
-    """Of one worker's GPU, its weights loaded."""
+    """Memory of one worker's GPU after its weights are loaded."""
 
     total_bytes: int
     free_bytes: int
-    """Of nobody, now."""
+    """Bytes of the GPU that no process uses."""
     own_bytes: int
-    """Of this process's tensors."""
+    """Bytes of the tensors of this process."""
     share: float = 1.0
-    """Of the GPU that the worker may use: ``gpus_per_worker``."""
+    """Share of the GPU that the worker may use: ``gpus_per_worker``."""
 
     @property
     def used_bytes(self) -> int:
-        """In use, so far as it counts against this worker's share."""
+        """Bytes in use that count against this worker's share."""
         if self.share == 1.0:
             return self.total_bytes - self.free_bytes
         return self.own_bytes + _CONTEXT_BYTES
@@ -41,10 +41,10 @@ def kv_budget(
     block_bytes: int,
     state_bytes: int = 0,
 ) -> int:
-    """Bytes for keys and values, at least those of one block; ``asked_bytes`` where they fit.
+    """Bytes for keys and values, at least one block; ``asked_bytes`` if they fit.
 
-    ``reserves``: bytes by what they are for, which steps take later. ``state_bytes``: of recurrent
-    states, which are taken beside KV. Raises ``ConfigError``.
+    ``reserves``: bytes that steps allocate later, by purpose. ``state_bytes``: bytes of recurrent
+    states, which are allocated separately from KV. Raises ``ConfigError``.
 
     Example: 80 GB, 16 of them used, 4 reserved, utilization 0.9: 72 - 16 - 4 = 52 GB.
     """
@@ -76,7 +76,7 @@ def check_slots(
     free_bytes: int,
     reserves: Mapping[str, int],
 ) -> None:
-    """Raise ``ConfigError`` where a GPU has no room for a worker's expert slots.
+    """Raise ``ConfigError`` if a GPU has too little memory for a worker's expert slots.
 
     ``reserves`` as in ``kv_budget``.
     """

@@ -1,4 +1,4 @@
-"""In which numbers keys and values are kept, and how many bytes they take."""
+"""Data type of the KV cache, and the bytes that a key or a value takes in it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 KvCacheDType = Literal["auto", "fp8"]
 FP8_SCALE_BYTES = 1
-"""Of the scale that each fp8 vector has of its own; see ``workers.model.fp8``."""
+"""Bytes of the scale of one fp8 vector; see ``workers.model.fp8``."""
 
 
 def kv_vector_bytes(kind: KvCacheDType, head_dim: int, itemsize: int) -> int:

@@ -1,4 +1,4 @@
-"""The configuration's section for KV events: other projects' routers learn what is cached."""
+"""Configuration of KV events, which report cached blocks to the routers of other projects."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _MAX_TOPIC = 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KvEventsSection:
-    """Events about cached KV blocks, over ZeroMQ in vLLM's form."""
+    """Events about cached KV blocks, over ZeroMQ in vLLM's format."""
 
     kv_events_endpoint: str | None = None
-    """Where attention workers publish which KV blocks are cached, with their tokens, for other
-    projects' routers: tcp://*:5557 listens, at one port more for each rank; a host is connected
-    to. Anybody who reaches the port reads the prompts."""
+    """Endpoint at which attention workers publish cached KV blocks with their tokens, for the
+    routers of other projects: tcp://*:5557 listens, and each further rank uses the next port; with
+    a host name the worker connects. Any client that reaches the port can read the prompts."""
     kv_events_replay_endpoint: str | None = None
-    """Where they send missed events again, tcp://*:6557 say; by default nowhere."""
+    """Endpoint that replays missed events, for example tcp://*:6557; by default none."""
     kv_events_topic: str = ""
     """Topic of the events; llm-d's router expects kv@ADDRESS@MODEL."""
     kv_events_buffer_steps: int = field(default=10_000, metadata=INTERNAL)
-    """Steps whose events are kept to be sent again, and that may wait for one subscriber."""
+    """Steps whose events are kept for replay, and that may wait for one subscriber."""
 
     def __post_init__(self) -> None:
         for name in ("kv_events_endpoint", "kv_events_replay_endpoint"):
@@ -44,7 +44,7 @@ class KvEventsSection:
         check_each(self, "kv_events_buffer_steps", is_at_least_1, "must be at least 1")
 
     def check_ranks(self, num_ranks: int) -> None:
-        """Raise ``ConfigError`` if so many attention workers have not all a port of their own."""
+        """Raise ``ConfigError`` unless ``num_ranks`` attention workers each get separate ports."""
         ports: list[int] = []
         for name in ("kv_events_endpoint", "kv_events_replay_endpoint"):
             value = getattr(self, name)
@@ -65,7 +65,7 @@ _NEEDS_EVENTS = "needs kv_events_endpoint"
 
 
 def does_listen(endpoint: str) -> bool:
-    """Whether subscribers connect to an endpoint; else it is a router's, which is connected to."""
+    """Whether the worker listens on the endpoint; otherwise it connects to a router there."""
     host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
     if host == "*":
         return True
@@ -77,7 +77,7 @@ def does_listen(endpoint: str) -> bool:
 
 
 def endpoint_of(endpoint: str, rank: int) -> str:
-    """The endpoint of an attention rank: where it listens, its own port."""
+    """The endpoint of attention rank ``rank``; a listening rank has a port of its own."""
     if not does_listen(endpoint):
         return endpoint
     head, _, port = endpoint.rpartition(":")

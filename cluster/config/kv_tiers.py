@@ -1,4 +1,4 @@
-"""The configuration's section for copies of KV blocks outside the pool."""
+"""Configuration of the tiers that copy KV blocks to host memory and disk."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ MAX_PATH = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KvTiersSection:
-    """Copies of KV blocks in host memory and on local disk."""
+    """Copies of KV blocks in host memory and on a local disk."""
 
     kv_host_bytes: int = 0
-    """Host memory of each attention worker for copies of KV blocks that its pool gives up, 8G say;
-    they are restored where that is cheaper than computing them, as measured."""
+    """Host memory of each attention worker for copies of evicted KV blocks, for example 8G; a block
+    is restored if that is measured to be cheaper than computing it."""
     kv_disk_bytes: int = 0
-    """Disk of each attention worker for copies of KV blocks; at least ``kv_host_bytes``. A worker
-    goes on with what an earlier one of its rank has left there."""
+    """Disk space of each attention worker for copies of KV blocks; at least ``kv_host_bytes``. A
+    worker reuses the copies that an earlier worker of its rank has left."""
     kv_disk_dir: str | None = None
-    """Folder on a local disk of every node, for the copies on disk. They are as confidential as the
+    """Folder on a local disk of every node for the copies. They are as confidential as the
     prompts."""
     session_copies: bool = True
     """Copy the KV of sessions to the host memory of a second attention worker (``kv_host_bytes``),
-    where they go on when the first one is lost."""
+    where the sessions continue if the first worker is lost."""
     session_copy_bytes_per_s: float = 100e6
     """Rate at which each worker receives such copies."""
 

@@ -1,4 +1,4 @@
-"""Adapters: which are loaded at the start, and how many and how large they may be."""
+"""Configuration of LoRA adapters: which are loaded at start, and how many and how large."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class LoraModule:
     name: str
     path: str
     tenants: tuple[str, ...] = ()
-    """Names of the keys that may use it; none: every caller may."""
+    """Names of the keys that may use it; if empty, every caller may."""
 
     @classmethod
     def parse(cls, text: str) -> LoraModule:
-        """``NAME=FOLDER`` or ``NAME@KEY+KEY=FOLDER``, whatever its parts are."""
+        """Parse ``NAME=FOLDER`` or ``NAME@KEY+KEY=FOLDER`` without checking the parts."""
         head, _, path = text.partition("=")
         name, mark, tenants = head.partition("@")
         return cls(name=name, path=path, tenants=tuple(tenants.split("+")) if mark else ())
 
     def __str__(self) -> str:
-        """As ``parse`` takes it."""
+        """The text that ``parse`` takes."""
         mark = f"@{'+'.join(self.tenants)}" if self.tenants else ""
         return f"{self.name}{mark}={self.path}"
 
@@ -46,13 +46,13 @@ class LoraSection:
     """Low-rank adapters (LoRA) of the model."""
 
     lora_modules: tuple[str, ...] = ()
-    """Adapters to load at the start, several with commas or as words of their own; with
+    """Adapters to load at the start, separated by commas or as separate words; with
     NAME@KEY+KEY=FOLDER only the keys of these names may use one."""
     lora_roots: tuple[str, ...] = ()
-    """Folders in which adapters may be loaded while serving; by default those that hold the
-    adapters of lora_modules, and every folder where no keys are configured."""
+    """Folders from which adapters may be loaded while serving; by default the parent folders of
+    the adapters of lora_modules, and every folder if no keys are configured."""
     max_loras: int = 8
-    """Adapters that may be loaded at once; 0 loads none."""
+    """Most adapters that may be loaded at once; 0 disables adapters."""
     max_lora_rank: int = 64
     """Largest rank of an adapter."""
 
@@ -84,8 +84,8 @@ class LoraSection:
 
     @property
     def roots(self) -> tuple[str, ...]:
-        """Folders in which an adapter may be loaded while serving: ``lora_roots``, or those that
-        hold the adapters named at the start.
+        """Folders from which an adapter may be loaded while serving: ``lora_roots``, or the parent
+        folders of the adapters to load at the start.
         """
         if self.lora_roots:
             return self.lora_roots
@@ -93,7 +93,7 @@ class LoraSection:
         return tuple(dict.fromkeys(str(p) for p in parents if len(p.parts) > 1))
 
     def allows(self, path: str) -> bool:
-        """Whether an adapter may be loaded from this path. Links count as they are named."""
+        """Whether an adapter may be loaded from this path. Symbolic links are not resolved."""
         folder = PurePosixPath(path)
         is_plain = is_folder_path(path) and ".." not in folder.parts
         named = {path for _, path in self.modules}
@@ -101,13 +101,13 @@ class LoraSection:
 
 
 def are_tenants(names: Collection[str]) -> bool:
-    """Whether these may be the tenants of an adapter."""
+    """Whether ``names`` may be the tenants of an adapter."""
     is_each = all(0 < len(name) <= MAX_TENANT and name.isprintable() for name in names)
     return is_each and len(names) <= MAX_TENANTS
 
 
 def is_folder_path(path: str) -> bool:
-    """Whether this is an absolute path."""
+    """Whether ``path`` is an absolute path of at most ``MAX_PATH`` characters."""
     return len(path) <= MAX_PATH and PurePosixPath(path).is_absolute() and "\0" not in path
 
 

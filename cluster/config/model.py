@@ -1,4 +1,4 @@
-"""Options of the checkpoint and of how its numbers are kept."""
+"""Options of the checkpoint and of its quantization."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ QuantizeLayers = Literal["experts", "all"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSection:
-    """Which checkpoint is served, and how its numbers are kept."""
+    """The checkpoint that is served, and the types of its weights."""
 
     path: str = field(metadata=INTERNAL)
     """Local folder of the checkpoint (a hub id is resolved to one before this is built)."""
     served_model_name: str
-    """Name that clients use, by default that of the checkpoint's folder or hub id."""
+    """Name that clients use, by default the name of the checkpoint's folder or hub id."""
     dtype: DType = "auto"
-    """Compute type; ``auto`` takes the checkpoint's own."""
+    """Compute dtype; ``auto`` takes the checkpoint's own."""
     quantize: Quantize = "auto"
-    """How workers keep routed experts: ``auto`` as the checkpoint stores them, ``none`` in the
-    compute type, ``int8`` and ``int4`` quantized while they are loaded."""
+    """Format of routed experts in workers: ``auto`` as stored in the checkpoint, ``none`` in the
+    compute dtype, ``int8`` and ``int4`` quantized during loading."""
     quantize_layers: QuantizeLayers = "experts"
-    """What ``quantize`` ``int8`` and ``int4`` are for: routed experts, or all products."""
+    """Weights that ``quantize`` ``int8`` and ``int4`` apply to: routed experts, or all matrices."""
     max_model_len: int | None = None
     """Context limit in tokens, by default the checkpoint's own."""
     chat_template: str | None = None
-    """Jinja text (as an option: its file, too) instead of the checkpoint's chat template."""
+    """Jinja text (as an option also a file) that replaces the checkpoint's chat template."""
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DType)

@@ -16,15 +16,15 @@ class ObservabilitySection:
     """Traces of steps and of requests, and logs."""
 
     log_format: Literal["text", "json"] = "text"
-    """Form of log records; ``json`` is an object a line, with the request and the generation."""
+    """Format of log records; ``json`` is one object per line with the request and generation."""
     trace_dir: str | None = None
-    """Folder, on each worker's own host, for a timeline of its steps, for Perfetto."""
+    """Folder on each worker's own host for a timeline of its steps, readable with Perfetto."""
     trace_max_bytes: int = 64 * 1024 * 1024
-    """Size at which a worker begins a new timeline; it keeps the one before."""
+    """Size at which a worker starts a new timeline; it keeps the previous one."""
     otlp_endpoint: str | None = None
-    """OpenTelemetry collector (OTLP over gRPC) for traces of requests, http://HOST:4317 say."""
+    """OpenTelemetry collector (OTLP over gRPC) for request traces, for example http://HOST:4317."""
     trace_content: bool = False
-    """Put prompts and outputs into the traces of requests."""
+    """Include prompts and outputs in request traces."""
 
     def __post_init__(self) -> None:
         url = self.otlp_endpoint

@@ -1,4 +1,4 @@
-"""Metadata of configuration fields: the name of their command line option, and its bare form."""
+"""Metadata of configuration fields: the name of the command line option and its bare value."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 FLAG = "flag"
-"""Key of the name."""
+"""Key of the option's name."""
 BARE = "bare"
-"""Key of the value of an option without a value."""
+"""Key of the value that an option has if it is given without a value."""
 INTERNAL: Mapping[str, str] = MappingProxyType({FLAG: ""})
 """Metadata of a field without an option."""
 
 
 def flag(name: str) -> Mapping[str, str]:
-    """Metadata of a field whose option has another name; ``name`` has its dashes."""
+    """Metadata of a field whose option is called ``name``, which includes the dashes."""
     return MappingProxyType({FLAG: name})
 
 
 def bare(value: str) -> Mapping[str, str]:
-    """Metadata of a field whose option means ``value`` where none is given."""
+    """Metadata of a field whose option may be given without a value and then means ``value``."""
     return MappingProxyType({BARE: value})

@@ -1,9 +1,9 @@
-"""CPU and GPU accounting: what each worker gets of the cluster's resources. Plain values.
+"""CPU and GPU accounting: each worker's share of the cluster's resources. Plain values.
 
-Ray's CPUs only decide where a worker fits; ``WorkerShare.threads`` decides what it computes with.
+Ray's CPUs only decide where a worker fits; ``WorkerShare.threads`` is the number of threads.
 
-Example, one node of 2 CPUs: of 3 workers each reserves 0.6666 CPUs and computes with one thread;
-one worker alone reserves 2 CPUs and computes with two threads.
+Example: on one node of 2 CPUs, 3 workers each reserve 0.6666 CPUs and compute with one thread; one
+worker alone reserves 2 CPUs and computes with two threads.
 """
 
 from __future__ import annotations
@@ -20,48 +20,48 @@ from cluster.core.errors import ConfigError
 from cluster.core.node_labels import NodeLabels
 
 _GRAIN = 10_000
-"""Ray counts resources in ten-thousandths."""
+"""Ray counts resources in units of 1/10,000."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeResources:
-    """What one live node of the Ray cluster has."""
+    """Resources of one live node of the Ray cluster."""
 
     node_id: str
-    """Ray's id."""
+    """Ray's node id."""
     address: str
-    """IP address, for people and for ordering."""
+    """IP address, for messages and for ordering."""
     cpus: float
     """CPUs in Ray's accounting."""
     gpus: float = 0.0
     """GPUs in Ray's accounting."""
     place: NodeLabels = field(default_factory=NodeLabels)
-    """What its labels say."""
+    """The expertmesh labels of the node."""
 
 
 def ids_by_address(nodes: Sequence[NodeResources]) -> dict[str, frozenset[str]]:
-    """Ids of the nodes at each address; a host that came back may be two nodes for a while."""
+    """Ids of the nodes at each address; a host that rejoins may be two nodes for a while."""
     addresses = {n.address for n in nodes}
     return {a: frozenset(n.node_id for n in nodes if n.address == a) for a in addresses}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerShare:
-    """What Ray sets aside for each worker."""
+    """Resources that Ray reserves for each worker."""
 
     cpus: float
-    """CPUs, may be a fraction; 0 only where the cluster has none to give."""
+    """CPUs, may be a fraction; 0 only if the cluster has none left."""
     gpus: float
     """GPUs, may be a fraction."""
     device: Literal["cpu", "cuda"]
-    """What the workers compute on."""
+    """Device on which the workers compute."""
     threads: int = 1
-    """Compute threads of one worker, at least one: all its whole cores. The gateway, the controller
-    and Ray have no core of their own, as their work is small."""
+    """Compute threads of one worker, at least one: its share's whole cores. The gateway, the
+    controller and Ray have no cores of their own, as their load is small."""
 
 
 def resolved_share(workers: WorkersSection) -> WorkerShare:
-    """The share in a configuration that workers were started with: nothing is ``auto`` there."""
+    """The share in the configuration of a started cluster, in which no value is ``auto``."""
     return WorkerShare(
         cpus=workers.cpus_per_worker or 0.0,
         gpus=workers.gpus_per_worker or 0.0,
@@ -71,15 +71,15 @@ def resolved_share(workers: WorkersSection) -> WorkerShare:
 
 
 def num_fitting_workers(node: NodeResources, share: WorkerShare) -> int:
-    """Workers of this share that fit on the node while nothing runs there; without a share, one."""
+    """Workers of this share that fit on the empty node; one if the share is zero."""
     wanted = ((share.gpus, node.gpus), (share.cpus, node.cpus))
     return min((_room([amount], each) for each, amount in wanted if each > 0), default=1)
 
 
 def nodes_for(role: str, nodes: Sequence[NodeResources]) -> tuple[NodeResources, ...]:
-    """Nodes that a role may run on: those labelled for it, else those that are labelled for none.
+    """Nodes that a role may run on: nodes labelled for it, otherwise nodes without a role label.
 
-    Equal to the selector of ``node_labels.selector_for``.
+    Equivalent to the selector of ``node_labels.selector_for``.
     """
     mine = tuple(n for n in nodes if n.place.role == role)
     return mine or tuple(n for n in nodes if not n.place.role)
@@ -90,7 +90,7 @@ _Pools = Mapping[tuple[NodeResources, ...], int]
 
 
 def _pools(workers: WorkersSection, nodes: Sequence[NodeResources]) -> _Pools:
-    """Roles that run on the same nodes are one pool."""
+    """Group the roles that run on the same nodes into one pool."""
     counts: Counter[tuple[NodeResources, ...]] = Counter()
     for role, number in workers.pools.items():
         counts[nodes_for(role, nodes)] += number
@@ -100,11 +100,11 @@ def _pools(workers: WorkersSection, nodes: Sequence[NodeResources]) -> _Pools:
 def plan_shares(
     workers: WorkersSection, nodes: Sequence[NodeResources], free_cpus: float | None = None
 ) -> WorkerShare:
-    """Each worker's share; defaults are made to fit, explicit values are checked.
+    """Compute each worker's share: fit the defaults to the nodes, and check explicit values.
 
-    ``free_cpus`` is what other users of a joined cluster leave, read before anything of ours runs
-    there; None when all is ours. Raises ``ConfigError`` naming field, value and the available
-    amount.
+    ``free_cpus``: CPUs that other users of a joined cluster leave, read before expertmesh starts
+    anything there; None if all CPUs are available. Raises ``ConfigError`` with field, value and the
+    available amount.
     """
     pools = _pools(workers, nodes)
     gpus = _gpu_share(workers, pools)
@@ -116,7 +116,7 @@ def plan_shares(
         total = sum(n.cpus for n in nodes)
         if free_cpus is not None and 0 <= free_cpus < total:
             cpus = _round_down(cpus * free_cpus / total)
-            # others that reserve less than half a core in all, as coordinators do, rarely compute
+            # other users that reserve under half a core in all, as coordinators do, rarely compute
             cores = _round_down(cores * round(free_cpus) / total)
     return WorkerShare(
         cpus=cpus,
@@ -127,7 +127,7 @@ def plan_shares(
 
 
 def _gpu_share(workers: WorkersSection, pools: _Pools) -> float:
-    """GPUs of one worker: explicit, or a whole one where there are enough, or a fraction."""
+    """GPUs of one worker: the explicit value, a whole GPU if there are enough, or a fraction."""
     asked = workers.gpus_per_worker
     if workers.device == "cpu":
         if asked:
@@ -141,7 +141,7 @@ def _gpu_share(workers: WorkersSection, pools: _Pools) -> float:
     largest = [_largest_share([n.gpus for n in p], count) for p, count in pools.items()]
     share = min(1.0, *largest)
     if workers.device == "auto":
-        # NCCL refuses two ranks on one GPU, so a fraction is taken only when it is asked for.
+        # NCCL rejects two ranks on one GPU, so a fraction needs an explicit request.
         return 1.0 if share == 1.0 else 0.0
     if share == 0:
         raise ConfigError("device", "cuda", "needs GPUs in the Ray cluster, it has none")
@@ -149,7 +149,7 @@ def _gpu_share(workers: WorkersSection, pools: _Pools) -> float:
 
 
 def _check_fit(kind: Literal["cpus", "gpus"], value: float, pools: _Pools) -> None:
-    """Refuse a value of which a pool's workers do not fit on its nodes (each is on one node)."""
+    """Reject a value if a pool's workers, each on one node, do not fit on the pool's nodes."""
     for nodes, count in pools.items():
         amounts = [float(getattr(n, kind)) for n in nodes]
         there = ", ".join(f"{n.address}: {a:g}" for n, a in zip(nodes, amounts, strict=True))
@@ -163,9 +163,9 @@ def _check_fit(kind: Literal["cpus", "gpus"], value: float, pools: _Pools) -> No
 
 
 def _largest_share(amounts: Sequence[float], num_workers: int) -> float:
-    """Largest equal share of which ``num_workers`` fit when each lies on one node.
+    """Largest share for which ``num_workers`` workers fit, each on one node.
 
-    Some node is used up exactly, so the answer is an amount divided by a whole number.
+    It uses up some node exactly, so it is one of the amounts divided by an integer.
     """
     candidates = {
         _round_down(amount / parts) for amount in amounts for parts in range(1, num_workers + 1)
@@ -174,7 +174,7 @@ def _largest_share(amounts: Sequence[float], num_workers: int) -> float:
 
 
 def _room(amounts: Sequence[float], share: float) -> int:
-    """Workers of ``share`` that fit on nodes of these amounts."""
+    """Number of workers of ``share`` that fit on nodes with these amounts."""
     grains = max(1, round(share * _GRAIN))
     return sum(round(amount * _GRAIN) // grains for amount in amounts)
 

@@ -1,4 +1,4 @@
-"""The configuration's section for speculative decoding."""
+"""Configuration of speculative decoding."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ SpeculativeMethod = Literal["none", "ngram", "mtp"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeculationSection:
-    """Whether steps run guesses at the next tokens, which are kept where they are right."""
+    """Whether steps run drafts of the next tokens, which are kept if the model agrees."""
 
     speculative_method: SpeculativeMethod = "none"
-    """``ngram`` guesses that a text goes on as after the same tokens earlier in prompt or output,
-    ``mtp`` with the layer of the checkpoint that predicts further tokens. Tokens are those of
-    ``none``; rows of guesses are run only where that is faster."""
+    """``ngram`` drafts the tokens that followed the same tokens earlier in the prompt or output;
+    ``mtp`` drafts with the checkpoint's layer that predicts further tokens. The output tokens equal
+    those of ``none``; drafts are run only if that is faster."""
     num_speculative_tokens: int = 8
-    """Guessed tokens of a sequence in a step, at most; ``mtp`` guesses one."""
+    """Most draft tokens of a sequence in a step; ``mtp`` drafts one."""
     ngram_min: int = field(default=2, metadata=INTERNAL)
-    """Last tokens that must have stood together before for ``ngram`` to guess, at least."""
+    """Fewest last tokens that must have occurred together before for ``ngram`` to draft."""
     ngram_max: int = field(default=5, metadata=INTERNAL)
-    """Last tokens that ``ngram`` compares: of several places it takes the one where most agree."""
+    """Most last tokens that ``ngram`` compares; the position with the longest match wins."""
 
     def __post_init__(self) -> None:
         check_choice("speculative_method", self.speculative_method, SpeculativeMethod)
@@ -38,15 +38,15 @@ class SpeculationSection:
 
     @property
     def has_predictor(self) -> bool:
-        """The model is loaded with its layer that predicts further tokens."""
+        """Whether the model is loaded with its layer that predicts further tokens."""
         return self.speculative_method == "mtp"
 
     @property
     def max_draft_tokens(self) -> int:
-        """Guessed tokens of a sequence in a step, at most."""
+        """Most draft tokens of a sequence in a step."""
         return 1 if self.has_predictor else self.num_speculative_tokens
 
     @property
     def max_draft_rows(self) -> int:
-        """Decode rows of a step beyond one for each of ``max_num_seqs`` sequences."""
+        """Decode rows of a step in addition to one for each of ``max_num_seqs`` sequences."""
         return self.num_speculative_tokens if self.is_on else 0

@@ -13,18 +13,18 @@ Transport = Literal["auto", "sockets", "collective"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransportSection:
-    """The data plane and the detection of failures."""
+    """The data plane and failure detection."""
 
     transport: Transport = "auto"
-    """The data plane; ``auto`` is ``collective`` where each worker has a GPU, else ``sockets``."""
+    """The data plane; ``auto`` is ``collective`` if each worker has a GPU, else ``sockets``."""
     detection_limit_s: float = 2.0
-    """Time without progress and heartbeats after which a worker is declared lost, at the latest."""
+    """Longest time without progress and heartbeats before a worker is declared lost."""
     heartbeat_s: float = field(default=0.5, metadata=INTERNAL)
     """Time between two heartbeats of a worker."""
     connect_timeout_s: float = field(default=10.0, metadata=INTERNAL)
-    """Limit for opening one edge, handshake included."""
+    """Time limit for opening one edge, including the handshake."""
     step_timeout_s: float = field(default=60.0, metadata=INTERNAL)
-    """Limit for one wait on a peer within a step, when nothing else reports its loss."""
+    """Time limit for one wait on a peer within a step if nothing else reports its loss."""
 
     def __post_init__(self) -> None:
         check_choice("transport", self.transport, Transport)
@@ -35,11 +35,11 @@ class TransportSection:
 
     @property
     def alive_s(self) -> float:
-        """Time between two signs of life of a worker, heartbeats among them."""
+        """Time between two signs of life of a worker, including heartbeats."""
         return min(self.heartbeat_s, max(0.1, self.detection_limit_s / 20))
 
     @property
     def lease_s(self) -> float:
-        """Time without controller and committed step after which a worker stops. It may be declared
-        lost earlier: no step commits without it then."""
+        """Time without controller and committed step after which a worker stops. The controller may
+        declare it lost earlier, because no step commits without it."""
         return 1.8 * self.detection_limit_s

@@ -1,4 +1,4 @@
-"""Options of the worker pools: their numbers, and what each worker may use."""
+"""Options of the worker pools: their sizes, and the resources of each worker."""
 
 from __future__ import annotations
 
@@ -24,46 +24,47 @@ Kernels = Literal["auto", "torch"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkersSection:
-    """How many workers there are, and what each of them may use."""
+    """Number of workers, and the resources of each."""
 
     mode: Mode = "disaggregated"
     """``disaggregated``: two pools; ``colocated``: every worker runs attention and holds experts;
-    ``local``: one worker holds all; ``auto``: one of the first two, chosen at the start."""
+    ``local``: one worker does both; ``auto``: one of the first two, chosen at start."""
     mode_reason: str = field(default="", metadata=INTERNAL)
-    """Why ``auto`` chose this mode; empty where it was asked for."""
+    """Why ``auto`` chose this mode; empty if the mode was given."""
     num_attention_workers: int | None = None
     """Attention ranks, by default 1, in colocated mode ``num_expert_workers``."""
     num_expert_workers: int = 2
     """Expert ranks, in colocated mode all workers; without effect in local mode."""
     num_redundant_experts: int = 0
-    """Spare expert slots per expert worker and bank."""
+    """Spare expert slots of each expert worker and bank."""
     recovery_slots: int = 0
-    """Expert slots per expert worker and bank that are kept free for recovery."""
+    """Expert slots of each expert worker and bank that are kept free for recovery."""
     device: Device = "auto"
-    """What workers compute on; ``auto`` takes CUDA where every worker can have a share of a GPU."""
+    """Device of the workers; ``auto`` takes CUDA if every worker can have a share of a GPU."""
     kernels: Kernels = "auto"
-    """What computes on CPUs: ``auto`` takes the compiled kernels where they can be built, else
-    torch; ``torch`` takes torch."""
+    """Kernels on CPUs: ``auto`` takes the compiled kernels if they can be built, else torch;
+    ``torch`` always takes torch."""
     cpus_per_worker: float | None = None
-    """CPUs that Ray sets aside for a worker, fractions allowed; by default equal shares. A worker
-    computes with as many threads as it has whole CPUs, at least one."""
+    """CPUs that Ray reserves for a worker, fractions allowed; by default equal shares. A worker
+    computes with one thread for each whole CPU, at least one."""
     has_equal_cpus: bool = field(default=False, metadata=INTERNAL)
-    """``cpus_per_worker`` was not given: it is an equal share of all CPUs."""
+    """Whether ``cpus_per_worker`` was left out and is an equal share of all CPUs."""
     threads_per_worker: int = field(default=1, metadata=INTERNAL)
-    """Compute threads of a worker, filled by ``cluster.sizing.start_plan.plan_start``."""
+    """Compute threads of a worker, set by ``cluster.sizing.start_plan.plan_start``."""
     gpus_per_worker: float | None = None
-    """GPUs that Ray sets aside for a worker, at most 1, fractions allowed; by default 1 on CUDA,
-    else 0."""
+    """GPUs that Ray reserves for a worker, at most 1, fractions allowed; by default 1 on CUDA, else
+    0."""
     placement_file: str | None = None
-    """Placement to start with instead of the contiguous one."""
+    """File of the placement to start with, by default the contiguous placement."""
     load_profile: str | None = None
-    """Load profile to plan the first placement for; with ``enable_eplb`` by default the model's."""
+    """Load profile that the first placement is planned for; with ``enable_eplb`` by default the
+    model's."""
     follow_nodes: bool = False
-    """Numbers of workers follow the nodes that are labelled for their role: a node that registers
-    gets as many as fit, and those of a node that leaves are drained, their places removed."""
+    """Pool sizes follow the nodes labelled for a role: a new node gets as many workers as fit; the
+    workers of a node that leaves are drained and their places removed."""
     device_speed: DeviceSpeed = "given"
-    """Speeds that expert load is in proportion to: ``given`` by labels of the workers' nodes, or
-    ``measured`` by each worker when it has loaded."""
+    """Worker speeds that expert load is proportional to: ``given`` by node labels, or ``measured``
+    by each worker after loading."""
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, Mode)
@@ -99,14 +100,14 @@ class WorkersSection:
 
     @property
     def num_attention_ranks(self) -> int:
-        """Workers that hold requests."""
+        """Number of workers that run attention."""
         if self.num_attention_workers is not None:
             return self.num_attention_workers
         return self.num_expert_workers if self.mode == "colocated" else 1
 
     @property
     def pools(self) -> dict[Role, int]:
-        """Workers of each role that are started."""
+        """Workers to start, by role."""
         match self.mode:
             case "colocated":
                 return {"colocated": self.num_expert_workers}

@@ -1,4 +1,4 @@
-"""Files and disks: contents that stay whole, and threads for calls that wait for a disk.
+"""Files that are written atomically, and threads for calls that wait for a disk.
 
 Imports the standard library alone.
 """

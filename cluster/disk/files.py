@@ -1,7 +1,7 @@
-"""Files that stay whole on a full disk, on a failing one, and when the process is killed.
+"""Files that stay consistent if the disk is full or fails, or the process is killed.
 
-``RecordFile`` appends whole records. ``new_file`` and ``replace_file`` write a content aside and
-rename it into its place: readers see the old content or the new one.
+``RecordFile`` appends whole records. ``new_file`` and ``replace_file`` write a temporary file and
+rename it: readers see the old content or the new one.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
 class RecordFile:
-    """Appends records to an open file, each as a whole.
+    """Appends records to an open file, each completely or not at all.
 
-    After an error the file is cut to the records before it. Where that fails too, it is cut before
+    After an error the file is cut to the records before it; if that fails too, it is cut before
     the next record is written.
 
     Args:
         fd: descriptor of a file that was opened for appending (``O_APPEND``).
-        num_bytes: size of the records that the file has.
+        num_bytes: bytes of the records already in the file.
     """
 
     def __init__(self, fd: int, num_bytes: int = 0) -> None:
         self._fd = fd
         self._is_torn = False
         self.num_bytes = num_bytes
-        """Size of all records."""
+        """Bytes of all records in the file."""
 
     def append(self, record: bytes) -> None:
-        """Raises ``OSError``: the file has the records before this one."""
+        """Append a record. Raises ``OSError``; the file then has the records before this one."""
         if self._is_torn:
             self.cut(self.num_bytes)
         self._is_torn = True
@@ -49,14 +49,14 @@ class RecordFile:
         self._is_torn = False
 
     def cut(self, num_bytes: int) -> None:
-        """Keep the records in the first ``num_bytes`` bytes. Raises ``OSError``."""
+        """Truncate the file to its first ``num_bytes`` bytes. Raises ``OSError``."""
         self.num_bytes, self._is_torn = num_bytes, True
         os.ftruncate(self._fd, num_bytes)
         self._is_torn = False
 
 
 def write_all(fd: int, content: bytes) -> None:
-    """Write every byte. Raises ``OSError``, also after a part was written."""
+    """Write all bytes. Raises ``OSError``, also after a part was written."""
     left = memoryview(content)
     while left:
         num_written = os.write(fd, left)
@@ -67,9 +67,9 @@ def write_all(fd: int, content: bytes) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path, mode: int = 0o600) -> Iterator[int]:
-    """The descriptor of a new file, which is synced at the end of the ``with`` block.
+    """Create a file and yield its descriptor; it is synced at the end of the ``with`` block.
 
-    After an error there is no such file. Raises ``OSError``.
+    After an error the file does not exist. Raises ``OSError``.
     """
     fd = os.open(path, _NEW, mode)
     try:
@@ -85,10 +85,10 @@ def new_file(path: Path, mode: int = 0o600) -> Iterator[int]:
 
 
 def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
-    """Write a file that has its old content or the new one, whatever fails.
+    """Replace a file's content atomically.
 
-    A link stays a link. A pipe or a device is written to. ``mode`` is that of a new file; an
-    existing one keeps its own. Raises ``OSError``.
+    A symbolic link stays a link; a pipe or a device is written to directly. ``mode`` applies to a
+    new file; an existing one keeps its own. Raises ``OSError``.
     """
     path = Path(os.path.realpath(path))
     try:
@@ -113,7 +113,7 @@ def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make new names in a folder safe on the disk. Raises ``OSError``."""
+    """Sync a folder, so that its new file names survive a crash. Raises ``OSError``."""
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -1,7 +1,7 @@
 """Threads for calls that wait for a disk.
 
-A disk that hangs holds these threads and no others: asyncio's own threads are for work that ends.
-The threads are daemons, so that a call that never ends does not keep the process from ending.
+A hanging disk blocks only these threads; asyncio's own threads stay free for other work. They are
+daemons, so that a hanging call does not keep the process from ending.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 END_S = 5.0
-"""Time for calls of a disk to end when their gateway ends."""
+"""Time for disk calls to end when their gateway ends."""
 _IDLE_S = 5.0
-"""Time after which a thread without work ends."""
+"""Time after which an idle thread ends."""
 
 
 async def to_its_end(work: Awaitable[Result]) -> Result:
-    """The result of work that continues when this is cancelled: it is waited for even then."""
+    """Await ``work`` and return its result. A cancellation waits until ``work`` has ended."""
     future = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
         await asyncio.wait([future])
         if not future.cancelled():
-            future.exception()  # seen: the cancellation is what the caller learns
+            future.exception()  # mark as retrieved: the caller gets the cancellation
         raise
 
 
 class DiskThreads:
-    """A bounded number of threads for the calls of one disk. One event loop may use it.
+    """A bounded number of threads for the calls of one disk, used by one event loop.
 
     Args:
-        what: the subject of its errors: "the state folder".
+        what: subject of its error messages, such as "the state folder".
         max_threads: calls that run at a time.
         max_waiting: calls that may wait for a thread.
-        limit_s: longest time of a call, from when it is asked for.
-        error: what is raised for calls whose time is over, with a message.
+        limit_s: longest time of a call, waiting included.
+        error: makes the exception of a timed-out call from its message.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class DiskThreads:
         self._limit_s = limit_s
         self._error = error
         self._executor = _DaemonExecutor(what, max_threads)
-        self._late: list[_Job] = []  # that ran when their time was over
+        self._late: list[_Job] = []  # running jobs that have timed out
 
     async def run(
         self,
@@ -71,11 +71,11 @@ class DiskThreads:
         *args: Any,
         release: Callable[[Result], object] | None = None,
     ) -> Result:
-        """The result of a call. Raises what it raises, and ``error`` when its time is over, when
-        every thread has a call whose time is over, or when too many calls wait.
+        """Run a call in a thread and return its result. Raises the call's exception; raises
+        ``error`` on a timeout, if a timed-out call blocks every thread, or if too many calls wait.
 
-        A call that runs cannot be stopped: it may still have its effect. ``release`` closes, in one
-        of the threads, a result that comes when its caller has gone.
+        A running call cannot be stopped: it may still have its effect. If the caller no longer
+        waits when the result arrives, ``release`` closes the result in one of the threads.
         """
         self._check_room()
         job = _Job(partial(call, *args))
@@ -86,7 +86,7 @@ class DiskThreads:
             is_taken = future.done()
         finally:
             if not is_taken:
-                future.cancel()  # a call that waits for a thread does not begin
+                future.cancel()  # a call that waits for a thread must not start
                 self._late.append(job)
                 if release is not None and job.has_found(release):
                     self._executor.submit(release, job.found)
@@ -98,11 +98,11 @@ class DiskThreads:
         return found
 
     def run_later(self, call: Callable[[], object]) -> None:
-        """Make a call in one of the threads, without waiting for its end."""
+        """Run a call in one of the threads without waiting for it."""
         self._executor.submit(call)
 
     async def run_to_end(self, call: Callable[..., Result], *args: Any) -> Result:
-        """The result of a call that has no limit of time; it ends before a cancellation does."""
+        """Run a call without a time limit and return its result; a cancellation waits for it."""
         return await to_its_end(self._start(_Job(partial(call, *args))))
 
     def _start(self, job: _Job) -> asyncio.Future[Any]:
@@ -121,7 +121,7 @@ class DiskThreads:
 
 
 class _Job:
-    """A call and its state; its thread changes the state."""
+    """A call and its state; the thread that runs it changes the state."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self._call = call
@@ -129,7 +129,7 @@ class _Job:
         self._release: Callable[[Any], object] | None = None
         self.is_running = False
         self.found: Any = None
-        """The result, once there is one."""
+        """The result once the call has returned."""
 
     def run(self) -> Any:
         self.is_running = True
@@ -144,16 +144,16 @@ class _Job:
             self.is_running = False
 
     def has_found(self, release: Callable[[Any], object]) -> bool:
-        """Whether there is a result already; else it is released when it comes."""
+        """Whether the result has arrived; if not, ``release`` is called when it arrives."""
         with self._changed:
             self._release = release
             return self.found is not None
 
 
 class _DaemonExecutor(Executor):
-    """Starts threads as they are needed; they end when there is no work.
+    """Starts threads on demand; they end when idle.
 
-    ``ThreadPoolExecutor`` joins its threads at the end of the process.
+    Unlike ``ThreadPoolExecutor`` it does not join its threads when the process ends.
     """
 
     def __init__(self, name: str, max_threads: int) -> None:
@@ -163,7 +163,7 @@ class _DaemonExecutor(Executor):
         self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._num_threads = self._num_idle = 0
         self.num_calls = 0
-        """Calls that run or wait, also those that were cancelled while they waited."""
+        """Calls that run or wait, including calls that were cancelled while waiting."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future = Future[Any]()
@@ -179,7 +179,7 @@ class _DaemonExecutor(Executor):
     def _work(self) -> None:
         while (taken := self._take()) is not None:
             self._run(*taken)
-            del taken  # nothing is kept while the thread waits
+            del taken  # release the call and its result while the thread waits
             with self._changed:
                 self.num_calls -= 1
 
@@ -195,7 +195,7 @@ class _DaemonExecutor(Executor):
             future.set_result(found)
 
     def _take(self) -> tuple[Future[Any], Callable[[], Any]] | None:
-        """The next call; None where none has come for ``_IDLE_S``: the thread ends."""
+        """The next call; None after ``_IDLE_S`` without one, so that the thread ends."""
         with self._changed:
             self._num_idle += 1
             has_work = self._changed.wait_for(lambda: bool(self._waiting), _IDLE_S)

@@ -1,7 +1,7 @@
-"""Checks a checkpoint before anything starts, in a short-lived process of its own.
+"""Check of a checkpoint in a short-lived child process, before anything else starts.
 
-The check compares every tensor with the model and therefore imports torch: a second and 300 MB that
-the front process must not keep. ``python -m cluster.launch.checkpoint_check FOLDER`` prints one
+The check compares every tensor with the model and therefore imports torch, which costs a second and
+300 MB that the CLI process avoids. ``python -m cluster.launch.checkpoint_check FOLDER`` prints one
 JSON object.
 """
 
@@ -37,52 +37,52 @@ _MAX_RANK = "--max-lora-rank"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointFacts:
-    """Facts about a checkpoint, and about torch here, that a start needs."""
+    """Facts about a checkpoint, and about torch on this host, that a start needs."""
 
     model_type: str
     dtype: str
     """The dtype of ``--dtype auto``."""
     context_tokens: int
-    """Context in tokens."""
+    """Context length in tokens."""
     kv_vectors_per_token: int
-    """Keys and values that the KV cache keeps of one token, over all layers and heads."""
+    """Key and value vectors of one token in the KV cache, over all layers and heads."""
     head_dim: int
-    """Numbers of each of them."""
+    """Length of each of these vectors."""
     state_bytes: int = 0
-    """Of a sequence's recurrent state, over all layers that have one; 0: there are none."""
+    """Bytes of a sequence's recurrent states over all layers; 0 if the model has none."""
     attention_values: int
     """Weights that an attention rank reads in each step."""
     attention_weights: int
     """Weights that an attention rank holds."""
     banks: tuple[dict[str, Any], ...]
-    """Expert banks in the order of their use: ``bank``, ``layer`` and the numbers of a
+    """Expert banks in the order of their use: ``bank``, ``layer`` and the fields of a
     ``cluster.sizing.roofline.BankSize``."""
     torch_has_cuda: bool
-    """Whether the installed torch can use a GPU at all."""
+    """Whether the installed torch supports CUDA."""
     gpu: str = ""
     """Name of this host's first GPU; empty without one."""
     gpu_bandwidth_bytes_s: float = 0.0
-    """Of its memory; 0 where it does not say."""
+    """Memory bandwidth of that GPU; 0 if the GPU does not report it."""
     ignored_keys: tuple[str, ...] = ()
-    """Keys of ``config.json`` without effect here."""
+    """Keys of ``config.json`` that expertmesh ignores."""
     has_tokenizer: bool = True
-    """Whether the folder has a tokenizer; without one requests give token ids."""
+    """Whether the folder has a tokenizer; without one, requests must contain token ids."""
     has_weights: bool = True
     """Whether the folder has weights; a start needs them, a plan does not."""
 
     def itemsize(self, dtype: str) -> int:
-        """Bytes of a number in a compute dtype; ``auto`` is the checkpoint's own."""
+        """Bytes of a value in a compute dtype; ``auto`` is the checkpoint's own."""
         return _ITEMSIZES[self.dtype if dtype == "auto" else dtype]
 
     def kv_bytes_per_token(self, dtype: str, kv_cache_dtype: KvCacheDType = "auto") -> int:
-        """Bytes that the KV cache keeps of one token."""
+        """Bytes of one token in the KV cache."""
         each = kv_vector_bytes(kv_cache_dtype, self.head_dim, self.itemsize(dtype))
         return self.kv_vectors_per_token * each
 
     def size(
         self, dtype: str, profile: LoadProfile | None, kv_cache_dtype: KvCacheDType = "auto"
     ) -> ModelSize:
-        """The model in numbers, with the experts' loads where they are known."""
+        """Sizes of the model, with the experts' loads if ``profile`` has them."""
         return ModelSize(
             banks=bank_sizes(self.banks, profile),
             attention_values=self.attention_values,
@@ -93,7 +93,7 @@ class CheckpointFacts:
 
 
 class CheckpointCheck:
-    """A running check; begun early so that it overlaps with other work."""
+    """A running check, started early so that it overlaps with other work."""
 
     def __init__(
         self,
@@ -104,9 +104,13 @@ class CheckpointCheck:
         has_predictor: bool = False,
         lora: LoraSection | None = None,
     ) -> None:
-        """``allow_bare``: a folder without weights is enough, for a plan; ``quantize`` as in
-        ``ModelSection``; ``has_predictor``: the model is served with the layer that predicts
-        further tokens; ``lora``: the adapters that are loaded at the start.
+        """Start the check of ``folder``.
+
+        Args:
+            allow_bare: accept a folder without weights, as plans do.
+            quantize: as in ``ModelSection``.
+            has_predictor: the model is served with the layer that predicts further tokens.
+            lora: adapters that are loaded at the start.
         """
         flags = {_ALLOW_BARE: allow_bare, _HAS_PREDICTOR: has_predictor}
         given = (flag for flag, is_set in flags.items() if is_set)
@@ -153,9 +157,8 @@ def check(
 ) -> CheckpointFacts:
     """Compare config and headers with the model; read the tokenizer and adapters.
 
-    ``allow_bare``: a folder without any weights is enough; ``quantize`` as in ``ModelSection``;
-    ``has_predictor`` and ``lora``: see ``CheckpointCheck``. Raises ``CheckpointError``, and
-    ``ConfigError`` where the model cannot be quantized.
+    ``allow_bare``, ``quantize``, ``has_predictor`` and ``lora`` are as in ``CheckpointCheck``.
+    Raises ``CheckpointError``, and ``ConfigError`` if the model cannot be quantized.
     """
     import torch
 
@@ -221,7 +224,7 @@ def check(
 
 
 def main() -> None:
-    """Entry point of the check's process."""
+    """Entry point of the check process."""
     try:
         parser = argparse.ArgumentParser()
         parser.add_argument("folder", type=Path)

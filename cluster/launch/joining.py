@@ -1,6 +1,6 @@
-"""What a launcher finds in an existing Ray: its nodes, its Serve, a cluster of ours.
+"""Inspection of an existing Ray cluster: its nodes, its Serve, a running expertmesh cluster.
 
-Options that the joined Ray makes impossible are refused here, before anything is created.
+Options that the joined Ray cannot satisfy are rejected here, before anything is created.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ _POLL_S = 0.2
 _ANSWER_LIMIT_S = 60.0
 _CALL_LIMIT_S = 10.0
 _FREE_LIMIT_S = 10.0
-"""Ray counts what ended actors held as free once its nodes have reported it, ten times a second."""
+"""Time for Ray to count ended actors' resources as free; nodes report them ten times a second."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class JoinedRay:
-    """What was found, and the plan adapted to it."""
+    """State of the joined Ray cluster, and the plan adapted to it."""
 
     plan: LaunchPlan
     """The plan with mode and addresses resolved."""
     gateway_nodes: tuple[str, ...] = ()
-    """Addresses of the nodes that are labelled for the gateway; empty: it runs on Ray's head."""
+    """Addresses of the nodes labelled for the gateway; if empty, it runs on Ray's head node."""
     selector: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Labels of those nodes, for Ray."""
+    """Label selector of those nodes, for Ray."""
     free_cpus: float | None = None
-    """CPUs that the other users of the joined Ray left before anything of ours was started; None
-    for a Ray of our own."""
+    """CPUs that other users of the joined Ray left before expertmesh started anything; None for a
+    private Ray."""
     found: bool = False
-    """The cluster that the plan asks for runs or starts already."""
+    """Whether the planned cluster is already running or starting."""
 
 
 def examine(plan: LaunchPlan, address: str) -> JoinedRay:
@@ -79,9 +79,9 @@ def examine(plan: LaunchPlan, address: str) -> JoinedRay:
 
 
 def wait_nodes(count: int, limit_s: float) -> tuple[NodeResources, ...]:
-    """The live nodes, once there are ``count``.
+    """Wait until Ray has ``count`` live nodes, and return them.
 
-    Raises ``StartError`` after the limit, and ``ConfigError`` for an invalid label of ours.
+    Raises ``StartError`` after ``limit_s``, and ``ConfigError`` for an invalid expertmesh label.
     """
     from cluster.actors.ray_tools import cluster_nodes
 
@@ -100,7 +100,7 @@ def _free_cpus() -> float:
 
 
 def _reserved_cpus() -> float:
-    """CPUs of live nodes that our placement groups hold."""
+    """CPUs of live nodes that expertmesh's placement groups reserve."""
     from ray.util.placement_group import placement_group_table
 
     from cluster.actors.ray_tools import WORKERS_GROUP, cluster_nodes
@@ -116,9 +116,9 @@ def _reserved_cpus() -> float:
 
 
 def wait_free_cpus(wanted: float, limit_s: float, count: Callable[[], float] = _free_cpus) -> None:
-    """Wait until Ray counts so many CPUs as free, and say so where it does not within the limit.
+    """Wait until Ray counts ``wanted`` CPUs as free, and log a warning after ``limit_s``.
 
-    Other users of the Ray may have taken some meanwhile.
+    Other users of the Ray cluster may have taken some of them.
     """
     deadline = time.monotonic() + limit_s
     while (free := count()) < wanted - 1e-3:  # sums of fractions
@@ -129,9 +129,9 @@ def wait_free_cpus(wanted: float, limit_s: float, count: Callable[[], float] = _
 
 
 def _running_config(plan: LaunchPlan) -> ClusterConfig | None:
-    """What the running cluster was started with; None if its start failed.
+    """Configuration of the running cluster; None if its start failed.
 
-    Raises ``ConfigError`` if that differs from the present request.
+    Raises ``ConfigError`` if it differs from the present request.
     """
     try:
         origin = ask_controller("origin", limit_s=_ANSWER_LIMIT_S)
@@ -139,7 +139,7 @@ def _running_config(plan: LaunchPlan) -> ClusterConfig | None:
     except NotReadyError as err:
         raise StartError("controller", f"runs and does not answer: {err}") from err
     if origin["config"] is None or state == "STOPPED":
-        logger.info("ending what a start that failed has left")
+        logger.info("ending the remains of a failed start")
         wanted = _free_cpus() + _reserved_cpus()
         end_leftovers()
         wait_free_cpus(wanted, _FREE_LIMIT_S)
@@ -163,9 +163,9 @@ def _resolve(plan: LaunchPlan, nodes: tuple[NodeResources, ...], free_cpus: floa
 
 
 def _reach(plan: LaunchPlan, gateways: tuple[NodeResources, ...]) -> str:
-    """Address at which clients find the gateway if ``host`` is every interface; else empty.
+    """Address of the gateway for clients if ``host`` is every interface, else empty.
 
-    Raises ``ConfigError`` for a ``host`` that is unreachable from outside the gateway's node.
+    Raises ``ConfigError`` if ``host`` cannot be reached from outside the gateway's node.
     """
     host = plan.config.gateway.host
     if host in EVERY_INTERFACE:
@@ -177,7 +177,7 @@ def _reach(plan: LaunchPlan, gateways: tuple[NodeResources, ...]) -> str:
 
 
 def _check_ports(plan: LaunchPlan, is_here: bool) -> None:
-    """Refuse an unsuitable Serve in the joined Ray, and ports in use on this host."""
+    """Reject an unsuitable Serve in the joined Ray, and ports in use on this host."""
     from cluster.actors.ray_tools import node_address
 
     section = plan.config.gateway
@@ -190,7 +190,7 @@ def _check_ports(plan: LaunchPlan, is_here: bool) -> None:
 
 
 def _head_address() -> str:
-    """IP address of the live node of Ray's head; this node's if there is none."""
+    """IP address of Ray's live head node, or of this node if there is none."""
     import ray
 
     from cluster.actors.ray_tools import HEAD_NODE, node_address
@@ -201,7 +201,7 @@ def _head_address() -> str:
 
 
 def check_serve(section: GatewaySection, options: Mapping[str, Any]) -> None:
-    """Raise ``ConfigError`` if the running Serve has no proxy as ``serve_proxy`` asks for one."""
+    """Raise ``ConfigError`` unless the running Serve has the proxy ``serve_proxy`` describes."""
     port = None if options["location"] == "Disabled" else int(options["port"])
     if port != section.serve_proxy:
         rule = f"differs from {port}, the one HTTP port of Serve on the joined Ray cluster"
@@ -213,8 +213,8 @@ def check_serve(section: GatewaySection, options: Mapping[str, Any]) -> None:
 
 
 def running_serve() -> Mapping[str, Any] | None:
-    """HTTP options of the running Serve of the connected Ray, with the ``location`` of its proxies;
-    None without Serve.
+    """HTTP options of the connected Ray's running Serve, with the ``location`` of its proxies; None
+    without Serve.
     """
     import ray
     from ray import serve
@@ -229,18 +229,18 @@ def running_serve() -> Mapping[str, Any] | None:
 
 
 def check_ray_token(plan: LaunchPlan, nodes: Sequence[NodeResources], address: str) -> None:
-    """Refuse a Ray of several hosts without authentication."""
+    """Reject a Ray of several hosts without authentication."""
     is_lax = plan.config.gateway.allow_unauthenticated or len({n.address for n in nodes}) < 2
     if not is_lax and allows_unauthenticated(address):
-        rule = "lets anybody on the network run code: start Ray on every host with token "
+        rule = "lets every host of the network run code: start Ray on every host with token "
         rule += "authentication (RAY_AUTH_MODE=token), or say --allow-unauthenticated"
         raise ConfigError("address", address, rule)
 
 
 def allows_unauthenticated(address: str) -> bool:
-    """Whether a Ray accepts calls without a token, judged by its GCS at ``address``.
+    """Whether a Ray accepts calls without a token, tested at its GCS at ``address``.
 
-    This process cannot know it: a Ray without tokens accepts a client with one.
+    The client of this process cannot tell: a Ray without tokens accepts a client with one.
     """
     import grpc
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
@@ -257,7 +257,7 @@ def allows_unauthenticated(address: str) -> bool:
 
 
 def is_deployed(app: str) -> bool:
-    """Whether the Serve of the connected Ray has or deploys this application."""
+    """Whether the connected Ray's Serve runs or deploys the application ``app``."""
     from ray import serve
     from ray.serve.schema import ApplicationStatus
 

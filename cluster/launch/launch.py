@@ -1,12 +1,12 @@
-"""The launcher: the process that owns a cluster. It starts the parts, watches them, ends them.
+"""The launcher: the process that owns a cluster. It starts, watches and ends the parts.
 
 ``expertmesh serve`` and ``up`` run it as ``python -m cluster.launch.launch`` in a session of its
-own. It reads one ``LaunchPlan`` from stdin and writes one JSON event a line to stdout:
+own. It reads one ``LaunchPlan`` from stdin and writes one JSON event per line to stdout:
 ``progress``, ``note``, ``ready``, ``failed``, ``stopped``. It ends on SIGTERM, on the word
-``drain`` after the running requests have ended, and when stdin closes without an earlier word
-``detach``: a killed front process takes its cluster along. Everything it starts is below it or in
-its private Ray; a joined Ray stays. ``up`` in a joined Ray is the exception: there no process owns
-the cluster, and the launcher exits as soon as it is ready.
+``drain`` after the running requests have ended, and when stdin closes unless the word ``detach``
+was sent before: a killed CLI process ends its cluster too. Everything it starts is a descendant or
+runs in its private Ray; a joined Ray keeps running. ``up`` in a joined Ray is the exception: there
+no process owns the cluster, and the launcher exits as soon as it is ready.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from cluster.tracing import logs
 logger = logging.getLogger("cluster.launch.launch")  # its __name__ is "__main__"
 
 DETACH = "detach"
-"""Word on stdin after which the launcher survives its front process."""
+"""Word on stdin after which the launcher survives the CLI process."""
 DRAIN = "drain"
 """Word on stdin after which the launcher stops once the running requests have ended."""
 _WATCH_S = 1.0
@@ -49,11 +49,11 @@ _DRAIN_POLL_S = 0.1
 
 
 class _StopRequested(BaseException):
-    """Raised on the main thread while starting; no ``except Exception`` may swallow it."""
+    """Raised on the main thread during the start; no ``except Exception`` may catch it."""
 
 
 class EventSink:
-    """Events for the front process, which may have ended."""
+    """Writes events for the CLI process, which may have ended."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -65,11 +65,11 @@ class EventSink:
                 self._stream.write(json.dumps({"event": event, **fields}) + "\n")
                 self._stream.flush()
             except (OSError, ValueError):
-                logger.info("the front process does not read event %s", event)
+                logger.info("the CLI process does not read event %s", event)
 
 
 class Launcher:
-    """One start, from plan to end."""
+    """One run of the launcher, from plan to end."""
 
     def __init__(self, plan: LaunchPlan, events: EventSink, make_parts: type[ClusterParts]) -> None:
         self._plan = plan
@@ -82,7 +82,7 @@ class Launcher:
         self._stage = ""
 
     def run(self) -> int:
-        """Start, wait for the end, stop; the exit status."""
+        """Start, wait for the end, stop; return the exit status."""
         self._install_handlers()
         status, has_left = 1, False
         try:
@@ -92,7 +92,7 @@ class Launcher:
                 self._drain()
             has_left = self._leaves
         except _StopRequested:
-            logger.info("asked to stop while starting")
+            logger.info("stop requested during the start")
             status = 0
         except ExpertMeshError as err:
             refused = isinstance(err, ConfigError)
@@ -108,11 +108,11 @@ class Launcher:
         return status
 
     def request_stop(self) -> None:
-        """Stop soon; called from any thread."""
+        """Request a stop. May be called on any thread."""
         os.kill(os.getpid(), signal.SIGTERM)  # the handler runs on the main thread
 
     def request_drain(self) -> None:
-        """Stop once the running requests have ended; called from any thread."""
+        """Request a stop after the running requests have ended. May be called on any thread."""
         self._drains = True
         self.request_stop()
 
@@ -134,11 +134,11 @@ class Launcher:
 
     @property
     def _leaves(self) -> bool:
-        """``up`` in a joined Ray: what was started continues without this process."""
+        """Whether the cluster continues without this process: ``up`` in a joined Ray."""
         return bool(self._plan.address) and self._plan.command == "up"
 
     def _watch(self) -> int:
-        """Wait until a stop is requested or the cluster is lost; the exit status."""
+        """Wait until a stop is requested or the cluster is lost; return the exit status."""
         while not self._stop.wait(_WATCH_S):
             lost = self._parts.find_loss()
             if lost is not None:
@@ -147,7 +147,7 @@ class Launcher:
         return 0
 
     def _drain(self) -> None:
-        """Let load balancers send clients elsewhere, let requests end; a second stop aborts."""
+        """Let load balancers redirect clients, then let requests end. A second stop aborts."""
         section = self._parts.plan.config.gateway
         logger.info("draining")
         self._parts.tell_gateway("lead")
@@ -161,7 +161,7 @@ class Launcher:
             self._hurry.wait(min(_DRAIN_POLL_S, left_s))
 
     def _end(self, status: int, has_left: bool) -> None:
-        """End everything in order, within a limit; kill the rest."""
+        """End everything in order, within a time limit; kill the rest."""
         if not has_left:
             helper = threading.Thread(target=self._parts.stop_services, daemon=True)
             helper.start()
@@ -181,7 +181,7 @@ class Launcher:
 
     def _record(self, state: RecordState, address: str) -> None:
         if self._leaves and state != "ready":
-            return  # nothing on this host needs clean-up, and an earlier record stays true
+            return  # nothing on this host needs clean-up, and an earlier record stays valid
         plan = self._parts.plan
         me = identify(os.getpid())
         assert me is not None
@@ -204,7 +204,7 @@ class Launcher:
 
     def _install_handlers(self) -> None:
         signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front process forwards it as SIGTERM
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the CLI process forwards it as SIGTERM
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -217,18 +217,18 @@ class Launcher:
 
 
 def _follow_front(stream: TextIO, launcher: Launcher) -> None:
-    """Stop when the front process has ended, unless it detached before."""
+    """Stop when the CLI process has ended, unless it detached before."""
     for line in stream:
         if line.strip() == DETACH:
             return
         if line.strip() == DRAIN:
             launcher.request_drain()
-    logger.info("the front process is gone")
+    logger.info("the CLI process has ended")
     launcher.request_stop()
 
 
 def _take_stdout() -> TextIO:
-    """Our events keep the real stdout; any other output goes to the log."""
+    """Return the real stdout for events, and redirect all other output to the log."""
     events = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return events
@@ -243,7 +243,7 @@ def main(
     warm_up()
     line = sys.stdin.readline()
     if not line:
-        sys.exit(0)  # refused or killed before anything was started
+        sys.exit(0)  # rejected or killed before anything was started
     plan = from_plain(json.loads(line), LaunchPlan)
     logs.set_up("launcher", plan.config.observability.log_format)
     logs.OUTPUT.take(log_path(plan.name))

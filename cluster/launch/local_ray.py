@@ -1,7 +1,7 @@
-"""A private Ray: its environment, folder, start and end. Nothing here touches another Ray.
+"""A private Ray: its environment, folder, start and end. Other Ray clusters are not touched.
 
-``ray.init(address="local")`` in the launcher: the kernel ends gcs, raylet and monitor with the
-launcher, the raylet's workers follow; what outlives them (two agents) is found by its files.
+``ray.init(address="local")`` runs in the launcher: the kernel ends gcs, raylet and monitor with the
+launcher, and the raylet's workers follow. Two agents outlive them and are found by their files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cluster.tracing.output_files import LIMIT_VARIABLE, MAX_BYTES
 logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
-"""No tensor goes through Ray; its smallest object store is 75 MiB."""
+"""Smallest size that works is 75 MiB. No tensor is sent through Ray's object store."""
 START_ATTEMPTS = 3
 _SYSTEM_CONFIG = {
     "worker_niceness": 0,
@@ -37,10 +37,10 @@ _SYSTEM_CONFIG = {
     "maximum_gcs_destroyed_actor_cached_count": 64,
     "maximum_gcs_dead_worker_cached_count": 64,
 }
-"""Ray's default niceness of workers is 15: other load on this host would stop the heartbeats.
+"""Ray's default niceness of workers is 15, so that other load on this host would delay heartbeats.
 Ray also records every call of an actor by default: its gcs grew by 17% in half an hour of traffic
-(``tests/long/soak.py``), and no part of expertmesh reads these records. It keeps 100,000 actors and
-1,000 processes that have ended, of which only the newest are asked for."""
+(``tests/long/soak.py``), and expertmesh does not read these records. Ray keeps 100,000 actors and
+1,000 processes that have ended, of which expertmesh reads only the newest."""
 _ALLOCATOR = {
     "RAY_JEMALLOC_PROFILE": "raylet",
     "RAY_JEMALLOC_CONF": "narenas:1,tcache:false",
@@ -57,19 +57,19 @@ _KNOCK_LIMIT_S = 5.0
 _KNOCK_AGAIN_S = 0.5
 _SOCKET_PATH_LIMIT = 107
 _RAY_PATH_CHARS = 75
-"""What Ray adds to its folder for its longest socket path."""
+"""Characters that Ray appends to its folder for its longest socket path."""
 
 
 def make_temp_dir() -> Path:
-    """A new folder for one private Ray, readable by this user only, with short socket paths.
+    """Create a folder for one private Ray, readable by this user only, with short socket paths.
 
-    Ray opens its own folder to every user, therefore it gets ``ray`` inside this one.
+    Ray makes its own folder readable by every user, therefore it gets ``ray`` inside this one.
     """
     return Path(tempfile.mkdtemp(prefix="em-", dir=temp_base()))
 
 
 def temp_base() -> str:
-    """Where such folders are. Raises ``StartError``."""
+    """Parent folder of these folders. Raises ``StartError``."""
     for base in (tempfile.gettempdir(), "/tmp"):
         if os.access(base, os.W_OK) and len(base) + _RAY_PATH_CHARS < _SOCKET_PATH_LIMIT:
             return base
@@ -79,7 +79,7 @@ def temp_base() -> str:
 def private_environment(folder: Path) -> dict[str, str]:
     """Environment of a launcher with a private Ray; writes the token that its Ray requires.
 
-    Ray reads these when it is imported, so they are set before the process begins.
+    Ray reads it on import, so it must be set before the process starts.
     """
     token = folder / "token"
     replace_file(token, secrets.token_hex(32).encode(), mode=0o600)
@@ -110,17 +110,17 @@ def common_environment() -> dict[str, str]:
         "PYTHONPATH": f"{source}{os.pathsep}{path}" if path else source,
         "PYTHONUNBUFFERED": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        # nobody reads what Ray's log monitor sends (``log_to_driver``), and it kept up to 200 files
-        # of ended workers open: four more with every scaling up and down
+        # Ray's log monitor (``log_to_driver``) is not used, but kept up to 200 files of ended
+        # workers open: four more with every scale-up and scale-down
         "RAY_LOG_MONITOR_MAX_OPEN_FILES": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-        # Ray's own files grow without end otherwise: it writes numbers there every minute
+        # Ray's own files would grow without limit: it writes statistics there every minute
         "RAY_ROTATION_BACKUP_COUNT": "1",
         LIMIT_VARIABLE: os.environ.get(LIMIT_VARIABLE, str(MAX_BYTES)),
-        # a proxy that is not ready by then is ended, and Serve with it: five seconds by default,
-        # which is too short where cores are busy
+        # Serve ends a proxy that is not ready in time, and itself with it: the default of five
+        # seconds is too short on busy cores
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-        # a replica whose loop was busy for 0.1 s, as at its start, was left out, with a warning
+        # Serve skipped a replica with a warning if its loop was busy for 0.1 s, as at its start
         "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1",
         # the gateway runs in its replica's event loop: with two loops, gRPC wakes both for each
         # event
@@ -134,11 +134,11 @@ class PrivateRay:
     """The Ray of one cluster, running in and below this process, on the loopback interface."""
 
     folder: Path
-    """``folder`` is from ``make_temp_dir``; ``stop`` removes it."""
+    """Folder made by ``make_temp_dir``; ``stop`` removes it."""
 
     def start(self, num_cpus: int, num_gpus: int | None) -> str:
-        """Start it and connect; Ray's address. Call on the main thread, which must live on:
-        the kernel ends Ray's processes with the thread that started them.
+        """Start Ray, connect to it and return its address. Call on the main thread, which must
+        stay alive: the kernel ends Ray's processes with the thread that started them.
         """
         from cluster.actors.ray_tools import NAMESPACE
 
@@ -154,11 +154,11 @@ class PrivateRay:
         return str(context.address_info["gcs_address"])
 
     def processes(self) -> list[ProcessIdentity]:
-        """Its running processes."""
+        """Running processes of this Ray."""
         return find_by_files(self.folder)
 
     def stop(self) -> None:
-        """End it, with all actors, and remove its folder."""
+        """End Ray with all its actors, and remove its folder."""
         import ray
 
         ray.shutdown()
@@ -166,11 +166,11 @@ class PrivateRay:
 
 
 def begin(folder: Path, **options: Any) -> Any:
-    """``ray.init`` of a new Ray with its files in ``folder``; returns its context.
+    """Call ``ray.init`` for a new Ray with its files in ``folder``; return its context.
 
-    Ray gives its node 30 s to start, which no setting changes and a busy machine may exceed; and it
+    Ray gives its node 30 s to start, which no setting changes and a busy host may exceed. It also
     forks with Python code in the child, which may deadlock on locks of other threads. A failed
-    attempt is cleaned up here, and the next one begins.
+    attempt is cleaned up and retried.
     """
     import ray
 
@@ -187,14 +187,14 @@ def begin(folder: Path, **options: Any) -> Any:
         except Exception as err:  # the type that Ray raises
             if not attempts_left or not any(reason in str(err) for reason in _SLOW_STARTS):
                 raise
-            logger.warning("Ray did not start in its time, beginning again: %s", err)
+            logger.warning("Ray did not start in time, starting it again: %s", err)
             end_all(find_by_files(folder), _END_LIMIT_S)
             _forget(err)
     raise AssertionError("the last attempt returns or raises")
 
 
 def _forget(err: Exception) -> None:
-    """Release the processes in its frames: Ray never waited for them, and they are ended."""
+    """Release the ended processes in the error's frames, which Ray never waits for."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         err.__traceback__ = None
@@ -202,9 +202,9 @@ def _forget(err: Exception) -> None:
 
 
 def join(address: str, patience_s: float = 0.0, sleep: Callable[[float], None] = time.sleep) -> str:
-    """Connect to an existing Ray; its address.
+    """Connect to an existing Ray and return its address.
 
-    Raises ``ConnectionError`` if nothing has listened there for ``patience_s``, or if Ray refuses.
+    Raises ``ConnectionError`` if nothing listens there for ``patience_s``, or if Ray refuses.
     """
     import ray
 
@@ -223,7 +223,7 @@ def join(address: str, patience_s: float = 0.0, sleep: Callable[[float], None] =
 def _knock(address: str, deadline: float, sleep: Callable[[float], None]) -> None:
     """Wait until the address accepts connections; Ray itself would retry for minutes."""
     if "/" in address or not address.rpartition(":")[2].isdigit():
-        return  # auto: Ray finds it by its processes
+        return  # auto: Ray finds its address by its processes
     while True:
         try:
             socket.create_connection(split_address(address), _KNOCK_LIMIT_S).close()

@@ -1,4 +1,4 @@
-"""From the user's name of a model to a folder on this host: bundled, local, or from a hub."""
+"""Resolves the user's name of a model to a folder on this host: bundled, local, or from a hub."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from pathlib import Path
 from cluster.core.errors import CheckpointError, first_line
 
 BUNDLED_NAME = "expertmesh-demo"
-"""Name of the checkpoint that comes with the package."""
+"""Name of the bundled checkpoint."""
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
-"""Files of a hub repository that are fetched."""
+"""Files of a hub repository that are downloaded."""
 PROGRESS_INTERVAL_S = 5.0
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSource:
-    """A model on this host."""
+    """A model in a folder on this host."""
 
     folder: Path
-    """Folder of its files."""
+    """Folder with the model's files."""
     name: str
     """Default of the served name."""
 
 
 def find_model(text: str | None, say: Callable[[str], None]) -> ModelSource:
-    """The bundled checkpoint (None), a folder, or a hub id, which is downloaded.
+    """Resolve the bundled checkpoint (None), a folder, or a hub id, which is downloaded.
 
-    ``say`` gets lines for people. Raises ``CheckpointError``.
+    ``say`` prints a line of progress. Raises ``CheckpointError``.
     """
     if text is None:
         return ModelSource(folder=bundled_checkpoint(), name=BUNDLED_NAME)
@@ -49,7 +49,7 @@ def find_model(text: str | None, say: Callable[[str], None]) -> ModelSource:
 
 
 def bundled_checkpoint() -> Path:
-    """Folder of the checkpoint that comes with the package."""
+    """Folder of the bundled checkpoint."""
     folder = Path(str(resources.files("workers.demo"))) / "checkpoint"
     if not (folder / "config.json").is_file():
         raise CheckpointError("the bundled checkpoint is missing from this installation")
@@ -57,9 +57,9 @@ def bundled_checkpoint() -> Path:
 
 
 def download(hub_id: str, say: Callable[[str], None]) -> Path:
-    """Fetch a repository of the hub (``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HOME`` are followed).
+    """Download a repository of the hub (``HF_ENDPOINT``, ``HF_TOKEN`` and ``HF_HOME`` apply).
 
-    Raises ``CheckpointError`` with the hub's own words.
+    Raises ``CheckpointError`` with the hub's own message.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -1,4 +1,4 @@
-"""Processes that a killed cluster left behind: found by their files, and killed."""
+"""Finds and kills the processes that a killed cluster left running."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _END_LIMIT_S = 3.0
 
 
 def identify(pid: int) -> ProcessIdentity | None:
-    """The process with this pid now; None if there is none."""
+    """The process that has this pid now; None if there is none."""
     try:
         return ProcessIdentity(pid=pid, started_at=psutil.Process(pid).create_time())
     except psutil.Error:
@@ -25,7 +25,7 @@ def identify(pid: int) -> ProcessIdentity | None:
 
 
 def host_id() -> str:
-    """This host and its process table; pids of another one mean nothing here."""
+    """Identifier of this host and its process table, within which pids are valid."""
     try:
         table = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -36,8 +36,8 @@ def host_id() -> str:
 def find_by_files(folder: Path) -> list[ProcessIdentity]:
     """Processes of this user that have a file open below ``folder`` or name it as an argument.
 
-    Every process of a private Ray writes its log below the Ray's own folder. That holds even
-    when it is an orphan and has overwritten its command line and environment with a title.
+    Every process of a private Ray writes its log below the Ray's own folder, even an orphan that
+    has overwritten its command line and environment with a title.
     """
     prefix = f"{folder}/"
     pids = [p.pid for p in psutil.process_iter() if p.pid != os.getpid() and _belongs(p, prefix)]
@@ -54,7 +54,7 @@ def _belongs(process: psutil.Process, prefix: str) -> bool:
 
 
 def end_all(processes: Iterable[ProcessIdentity], timeout_s: float) -> list[ProcessIdentity]:
-    """Kill them and wait; the ones that still run after ``timeout_s``."""
+    """Kill the processes, wait, and return the ones that still run after ``timeout_s``."""
     running = [p for p in processes if is_running(p)]
     for process in running:
         kill_process(process)
@@ -66,9 +66,9 @@ def end_all(processes: Iterable[ProcessIdentity], timeout_s: float) -> list[Proc
 
 
 def sweep(folder: Path, recorded: Sequence[ProcessIdentity]) -> int:
-    """End what is left of a private Ray and remove its folder; number of ended processes.
+    """End the remaining processes of a private Ray, remove its folder, and return their number.
 
-    Two rounds, because a dying raylet may still start a worker.
+    Two rounds are needed because a dying raylet may still start a worker.
     """
     ended = 0
     for _ in range(2):

@@ -1,6 +1,6 @@
-"""The parts of one cluster: Ray, controller with workers, gateway. Their start, and their end.
+"""Start and end of the parts of one cluster: Ray, controller with workers, gateway.
 
-Composition root: the only place that knows the classes of workers, controller and gateway at once.
+Composition root: the only module that knows the classes of workers, controller and gateway.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _TELL_LIMIT_S = 1.0
 _LAST_WORDS_S = 1.0
 _DEAD_LIMIT_S = 5.0
 _JOIN_PATIENCE_S = 30.0
-"""Time that a Ray to join has to accept connections, as it may be starting."""
+"""Time for a joined Ray to accept connections, as it may be starting."""
 
 ProgressFn = Callable[[str, int, int], None]
-"""Called with stage, done, total (0 when unknown)."""
+"""Called with stage, done, total (0 if unknown)."""
 
 
 class ClusterParts:
@@ -49,11 +49,11 @@ class ClusterParts:
 
     def __init__(self, plan: LaunchPlan, progress: ProgressFn) -> None:
         self.plan = plan
-        """The plan; from ``start_ray`` on adapted to the joined Ray."""
+        """The plan; ``start_ray`` adapts it to the joined Ray."""
         self.compute_threads = ""
-        """What the workers compute with, in words; filled by ``start_services``."""
+        """Description of the workers' compute threads; set by ``start_services``."""
         self.admin = {"http": "", "grpc": ""}
-        """``host:port`` of a gateway's admin ports; filled by ``start_services``."""
+        """``host:port`` of a gateway's admin ports; set by ``start_services``."""
         self._progress = progress
         self._ray = PrivateRay(folder=Path(plan.temp_dir)) if plan.temp_dir else None
         self._joined = JoinedRay(plan=plan)
@@ -63,9 +63,9 @@ class ClusterParts:
         self._heard_at = 0.0
 
     def start_ray(self) -> str:
-        """Start the private Ray or join the given one; its address. Main thread only.
+        """Start the private Ray or join the given one; return its address. Main thread only.
 
-        Raises ``ConfigError`` if the joined one is unsuitable, ``StartError`` if there is none.
+        Raises ``ConfigError`` if the joined Ray is unsuitable, ``StartError`` if there is none.
         """
         self._progress("ray", 0, 0)
         loader = threading.Thread(target=_import_services, daemon=True)
@@ -84,9 +84,9 @@ class ClusterParts:
         return address
 
     def start_services(self) -> None:
-        """Start controller with workers, and the gateway; returns when clients can call.
+        """Start the controller with workers, and the gateway; return when clients can call.
 
-        Raises ``StartError`` with the failing part's own words.
+        Raises ``StartError`` with the failing part's own message.
         """
         self._progress("workers", 0, 0)
         pool = ThreadPoolExecutor(2)
@@ -106,7 +106,7 @@ class ClusterParts:
     def find_loss(self) -> str | None:
         """Why the cluster cannot continue; None while it can.
 
-        Ray restarts a killed controller within seconds, and the workers serve meanwhile: no loss.
+        A killed controller is no loss: Ray restarts it in seconds, and the workers serve meanwhile.
         """
         import ray
         from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
@@ -119,7 +119,7 @@ class ClusterParts:
         except (RayError, GetTimeoutError) as err:
             logger.warning("the controller does not answer: %s", err)
             if isinstance(err, ActorDiedError):
-                limit_s = _DEAD_LIMIT_S  # it was ended for good
+                limit_s = _DEAD_LIMIT_S  # Ray does not restart it
         lost = time.monotonic() - self._heard_at > limit_s
         return "the controller is lost, see the log" if lost else None
 
@@ -128,9 +128,9 @@ class ClusterParts:
         return self._ray.processes() if self._ray is not None and self._is_connected else []
 
     def tell_gateway(self, stage: ShutdownStage) -> int:
-        """Tell every replica the progress of the end; the number of running requests.
+        """Tell every replica the stage of the shutdown; return the number of running requests.
 
-        A cluster that existed before is left alone.
+        Has no effect on a cluster that existed before.
         """
         if not self._has_app or not self._heard_at:
             return 0
@@ -141,8 +141,8 @@ class ClusterParts:
     def stop_services(self) -> None:
         """End the Serve app, the workers and the controller, in this order.
 
-        Running requests end with an error that says so. A cluster that existed before is left
-        alone.
+        Running requests end with an error that names the shutdown. Has no effect on a cluster that
+        existed before.
         """
         if not self._is_connected or self._joined.found:
             return
@@ -156,7 +156,7 @@ class ClusterParts:
             _attempt("ending the controller", end_leftovers)
 
     def stop_ray(self) -> None:
-        """End the private Ray, or leave the joined one."""
+        """End the private Ray, or disconnect from the joined one."""
         if self._ray is not None:
             _attempt("ending Ray", self._ray.stop)
         elif self._is_connected:
@@ -244,7 +244,7 @@ class ClusterParts:
         serve.run(app, name=APP_NAME, route_prefix=prefix)
 
     def _not_ready_reasons(self) -> list[str]:
-        """The answer of a gateway replica, asked through Ray."""
+        """Reasons for which a gateway replica is not ready, requested through Ray."""
         try:
             reasons: list[str] = self._ask_gateway("not_ready_reasons")
         except StartError as err:
@@ -252,7 +252,7 @@ class ClusterParts:
         return reasons
 
     def _ask_gateway(self, method: str) -> Any:
-        """The answer of a gateway replica's method. Raises ``StartError``."""
+        """Call a method of a gateway replica and return its result. Raises ``StartError``."""
         from ray import serve
         from ray.exceptions import RayError
 
@@ -273,8 +273,8 @@ class ClusterParts:
 
 
 def tell_threads(workers: Iterable[Mapping[str, Any]]) -> str:
-    """In words, of workers with ``threads`` and ``state``, without those that have not loaded or
-    are gone.
+    """Describe the compute threads of ``workers``, dicts with ``threads`` and ``state``. Workers
+    that have not loaded or have ended are left out.
 
     2, 1 and 1 threads -> "1 worker with 2 compute threads, 2 workers with 1 compute thread each"
     """
@@ -291,7 +291,7 @@ def tell_threads(workers: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _broadcast(stage: ShutdownStage) -> list[int]:
-    """Every replica's number of running requests, of those that answer."""
+    """Tell every replica the stage; return the number of running requests of each that responds."""
     from ray import serve
 
     from gateway.app import APP_NAME, DEPLOYMENT_NAME
@@ -303,18 +303,18 @@ def _broadcast(stage: ShutdownStage) -> list[int]:
 
 
 def warm_up() -> None:
-    """Import what every start needs, while the front process still checks the request."""
+    """Import what every start needs, while the CLI process still checks the request."""
     import ray  # noqa: F401
 
 
 def _import_services() -> None:
-    """Import the rest while Ray's processes come up; errors show again where it is used."""
+    """Import the rest while Ray's processes start; an import error is raised again at its use."""
     with contextlib.suppress(ImportError):
         import gateway.app  # noqa: F401
 
 
 def _wait_all(futures: Iterable[Future[None]]) -> None:
-    """Wait for all; the first error is raised at once. Short waits let signals through."""
+    """Wait for all futures; raise the first error at once. Short waits let signals through."""
     pending = set(futures)
     while pending:
         done, pending = wait(pending, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
@@ -323,7 +323,7 @@ def _wait_all(futures: Iterable[Future[None]]) -> None:
 
 
 def _attempt(what: str, action: Callable[[], Any]) -> None:
-    """One step of the end; a failure is logged, and the next step follows."""
+    """Run one step of the shutdown; log a failure, so that the next step runs."""
     try:
         action()
     except Exception:

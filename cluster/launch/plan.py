@@ -1,7 +1,7 @@
 """The input of one start, and all checks that need no process.
 
-Nothing here imports Ray or torch, allocates, or starts a process: a request that cannot be met
-costs the user well under a second.
+Nothing here imports Ray or torch, allocates, or starts a process, so that an invalid request fails
+in well under a second.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from cluster.sizing.gpus import gpu_numbers
 from cluster.sizing.mode_choice import resolve_mode
 
 _PORTS = (20_000, 30_000)
-"""Above the ports of Ray's workers, below those of Kubernetes and of outgoing connections."""
+"""Range above the ports of Ray's workers, below the Kubernetes node ports and ephemeral ports."""
 _PORT_TRIES = 50
 START_LIMIT_S = 1800.0
 """Longest start; large checkpoints on slow disks take minutes."""
 EVERY_INTERFACE = ("0.0.0.0", "::")
-"""Hosts that stand for every interface."""
+"""Hosts that mean every interface."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LaunchPlan:
-    """The input of a launcher, which gets it as JSON."""
+    """The input of a launcher, sent to it as JSON."""
 
     command: Command
     """``serve`` or ``up``."""
     name: str
     """Name of the state file."""
     asked: dict[str, str]
-    """The user's options by flag, so that a second ``up`` can compare."""
+    """The user's options by flag, so that a second ``up`` can compare them."""
     config: ClusterConfig
     facts: CheckpointFacts
     profile: dict[str, Any] | None
-    """Expert load that the checkpoint includes, if any."""
+    """Expert load profile of the checkpoint, if it has one."""
     address: str
     """Ray cluster to join; empty for a private one."""
     temp_dir: str
@@ -60,14 +60,14 @@ class LaunchPlan:
     num_gpus: int
     """GPUs of the private Ray."""
     wait_nodes: int = 0
-    """Nodes that the joined Ray must have before anything is planned."""
+    """Nodes that the joined Ray must have before planning."""
     start_limit_s: float = START_LIMIT_S
     gateway_address: str = ""
-    """Where clients reach a gateway that listens on every interface; empty: on this host."""
+    """Address for clients of a gateway that listens on every interface; empty: this host."""
 
     @property
     def private_nodes(self) -> tuple[NodeResources, ...]:
-        """Resources of a private Ray: those of this host."""
+        """Resources of this host as the node of a private Ray."""
         cpus, gpus = float(self.num_cpus), float(self.num_gpus)
         return (NodeResources(node_id="", address="here", cpus=cpus, gpus=gpus),)
 
@@ -87,12 +87,12 @@ class LaunchPlan:
 
     @property
     def http_url(self) -> str:
-        """Where HTTP clients connect."""
+        """URL for HTTP clients."""
         return f"{self._scheme}://{self._reachable}:{self.config.gateway.port}"
 
     @property
     def serve_proxy_url(self) -> str:
-        """Where Ray Serve's own proxy listens; empty without one."""
+        """URL of Ray Serve's own proxy; empty without one."""
         section = self.config.gateway
         if section.serve_proxy is None:
             return ""
@@ -100,7 +100,7 @@ class LaunchPlan:
 
     @property
     def grpc_target(self) -> str:
-        """Where gRPC clients connect."""
+        """``host:port`` for gRPC clients."""
         return f"{self._reachable}:{self.config.gateway.grpc_port}"
 
     @property
@@ -114,7 +114,7 @@ class LaunchPlan:
 
 
 def tell_differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
-    """Options in which a running cluster and a new request differ, by flag."""
+    """Options that differ between a running cluster and a new request, one text for each."""
     flags = sorted({*there, *here})
     return [
         f"{flag}: {there.get(flag) or 'default'}, not {here.get(flag) or 'default'}"
@@ -138,9 +138,9 @@ def check_ports(host: str, ports: Mapping[str, int]) -> None:
 
 
 def _holder(port: int) -> str:
-    """`` by python3 (pid 7)``: the process that listens on a port; empty if it cannot be seen.
+    """`` by python3 (pid 7)``: the process that listens on a port; empty if it cannot be read.
 
-    For a recorded cluster of this host its name.
+    If the port belongs to a recorded cluster of this host, the text names the cluster.
     """
     for record in all_records():
         if port in (split_address(record.http)[1], split_address(record.grpc)[1]):
@@ -156,7 +156,7 @@ def _holder(port: int) -> str:
 
 
 def free_port(host: str) -> int:
-    """A free port, if possible outside the range of the system's own choice.
+    """A free port, if possible outside the kernel's range of ephemeral ports.
 
     The port is opened only after Ray and the workers, which open many ports of that range.
     """
@@ -178,13 +178,13 @@ def _lowest_ephemeral_port() -> int:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A plain bind, without SO_REUSEPORT: any existing listener makes it fail."""
+    """Bind a socket without SO_REUSEPORT, so that any existing listener makes it fail."""
     family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     probe = socket.socket(family, kind, number)
     try:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # no wait for old connections
         probe.bind(address)
-        probe.listen(1)  # with SO_REUSEADDR a bind alone succeeds beside a socket that listens
+        probe.listen(1)  # with SO_REUSEADDR, only listen fails if another socket listens
     except OSError:
         probe.close()
         raise
@@ -192,7 +192,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def count_gpus() -> int:
-    """NVIDIA devices that this process may use."""
+    """Number of NVIDIA devices that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([d for d in visible.split(",") if d.strip() and d.strip() != "-1"])

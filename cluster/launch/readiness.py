@@ -1,4 +1,4 @@
-"""The gateway from its clients' side: the launcher waits until it is ready."""
+"""Readiness probe of the gateway, with which the launcher waits for the end of a start."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def wait_ready(
     """Wait until the gateway is ready and reachable over HTTP.
 
     Args:
-        url: the gateway's, without a path.
-        section: what it requires of clients.
-        ask: why the gateway is not ready; used where clients need a certificate, which this process
-            does not have.
+        url: URL of the gateway, without a path.
+        section: its configuration.
+        ask: returns why the gateway is not ready; used if clients need a certificate, which this
+            process does not have.
         limit_s: time for the gateway to become ready after everything else.
 
     Raises ``StartError`` after the limit.
@@ -37,7 +37,7 @@ def wait_ready(
 
 
 def _ask_ready(url: str, has_tls: bool) -> list[str]:
-    """Why ``/ready`` does not answer 200; empty if it does."""
+    """Why ``/ready`` does not respond with 200; empty if it does."""
     context = None
     if has_tls:  # unverified: it is our own server, and the request holds no secret
         context = ssl.create_default_context()

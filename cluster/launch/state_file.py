@@ -1,7 +1,7 @@
 """The record of a running cluster: ``$XDG_STATE_HOME/expertmesh/<name>.json``.
 
-The file exists from before the first process starts until the last one has ended, so that a later
-command finds the cluster, and a later start cleans up after a killed one.
+The file is written before the first process starts and removed after the last one has ended, so
+that a later command finds the cluster, and a later start cleans up after a killed one.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ RecordState = Literal["starting", "ready"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterRecord:
-    """One cluster that was started on this host."""
+    """A cluster that was started on this host."""
 
     name: str
     """Name of the file."""
     command: Command
-    """``serve`` ends with its front process, ``up`` does not."""
+    """``serve`` ends with the CLI process, ``up`` does not."""
     state: RecordState
     """``ready`` once clients can call it."""
     launcher: ProcessIdentity
     """Process that owns the cluster."""
     asked: dict[str, str]
-    """Its options by flag, so that a second ``up`` can compare."""
+    """The user's options by flag, so that a second ``up`` can compare them."""
     http: str
     """URL of the HTTP port."""
     grpc: str
@@ -50,7 +50,7 @@ class ClusterRecord:
     address: str
     """Ray's address; empty until Ray runs."""
     joined: bool
-    """Ray existed before and stays."""
+    """Whether Ray existed before the cluster and keeps running after it."""
     temp_dir: str
     """Folder of the private Ray; empty when joined."""
     host: str
@@ -58,30 +58,30 @@ class ClusterRecord:
     processes: tuple[ProcessIdentity, ...] = ()
     """Processes that the launcher started on this host."""
     schema: Literal[1] = 1
-    """Version of this form."""
+    """Version of the file format."""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.http})"
 
     @property
     def is_alive(self) -> bool:
-        """Whether its launcher runs here; False for a record of another host."""
+        """Whether its launcher runs on this host; False for a record of another host."""
         return self.host == host_id() and is_running(self.launcher)
 
     @property
     def is_detached(self) -> bool:
-        """``up`` started it in an existing Ray: no process on this host owns it."""
+        """Whether ``up`` started it in an existing Ray, so that no process on this host owns it."""
         return self.joined and self.command == "up" and self.state == "ready"
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of the file: the fields, with those that people and scripts read first."""
+        """The content of the file: the fields, the most useful first."""
         ports = {"http": split_address(self.http)[1], "grpc": split_address(self.grpc)[1]}
         pids = {"launcher": self.launcher.pid, "others": [p.pid for p in self.processes]}
         return {**asdict(self), "ports": ports, "pids": pids}
 
 
 def state_dir() -> Path:
-    """Folder of all records, made when missing."""
+    """Folder of all records; created if it does not exist."""
     base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
     folder = Path(base) / "expertmesh"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -89,31 +89,31 @@ def state_dir() -> Path:
 
 
 def record_path(name: str) -> Path:
-    """File of a cluster. Raises ``ConfigError`` on a name that is no file name."""
+    """File of a cluster's record. Raises ``ConfigError`` if ``name`` is no valid file name."""
     if not _NAME.fullmatch(name):
         raise ConfigError("name", name, "must be letters, digits, dot, dash or underscore")
     return state_dir() / f"{name}.json"
 
 
 def log_path(name: str) -> Path:
-    """Log of the launcher of a cluster; kept for one start."""
+    """Log of a cluster's launcher; the next start overwrites it."""
     return record_path(name).with_suffix(".log")
 
 
 def remove_log(name: str) -> None:
-    """Remove the launcher's log, and what was rotated."""
+    """Remove the launcher's log and its rotated files."""
     for path in (log_path(name), previous(log_path(name))):
         path.unlink(missing_ok=True)
 
 
 def write_record(record: ClusterRecord) -> None:
-    """Write the record, readable by its owner only. Raises ``OSError``: the old one stays."""
+    """Write the record, readable by its owner only. Raises ``OSError`` and keeps the old file."""
     text = json.dumps(record.to_dict(), indent=1) + "\n"
     replace_file(record_path(record.name), text.encode(), mode=0o600)
 
 
 def read_record(name: str) -> ClusterRecord | None:
-    """The record of that name; None without a readable one."""
+    """The record of that name; None if there is no readable one."""
     try:
         return from_plain(json.loads(record_path(name).read_text()), ClusterRecord)
     except (OSError, ValueError, ProtocolError):
@@ -121,7 +121,7 @@ def read_record(name: str) -> ClusterRecord | None:
 
 
 def remove_record(name: str) -> None:
-    """Forget a cluster."""
+    """Remove the record of a cluster."""
     record_path(name).unlink(missing_ok=True)
 
 
@@ -134,12 +134,12 @@ def all_records() -> Iterator[ClusterRecord]:
 
 
 def running() -> list[ClusterRecord]:
-    """Records of clusters that run, by name."""
+    """Records of running clusters, by name."""
     return [r for r in all_records() if r.is_alive or r.is_detached]
 
 
 def clean_up_dead() -> list[str]:
-    """Clean up after killed launchers; one line of text for each cluster."""
+    """Clean up after killed launchers; return one line of text for each cluster."""
     lines = []
     for record in all_records():
         if record.is_alive or record.joined or record.host != host_id():

@@ -1,7 +1,7 @@
-"""Ends our app and actors in a joined Ray: ``python -m cluster.launch.teardown ADDRESS``.
+"""Ends expertmesh's app and actors in a joined Ray: ``python -m cluster.launch.teardown ADDRESS``.
 
-For ``down`` when no launcher owns them, or it has ended. Nothing else in that Ray is touched. Exits
-with 3 if nothing listens at the address.
+``down`` uses it if no launcher owns them, or the launcher has ended. Nothing else in that Ray is
+touched. Exits with 3 if nothing listens at the address.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _STOP_LIMIT_S = 20.0
 
 
 def end_joined(address: str) -> list[str]:
-    """End them by name; the names of the actors that were found.
+    """End the app and actors by name; return the names of the actors that were found.
 
     Raises ``ConnectionError`` without a Ray.
     """
@@ -43,10 +43,10 @@ def end_joined(address: str) -> list[str]:
 
 
 def end_leftovers() -> list[str]:
-    """End all actors of our namespace and free their room; returns their names.
+    """End all actors of expertmesh's namespace and free their resources; return their names.
 
-    The controller ends first, as it would replace the others. For ``down`` without a controller,
-    and for the remains of an earlier run.
+    The controller ends first, as it would replace the others. Used by ``down`` without a
+    controller, and to clean up after an earlier run.
     """
     from cluster.actors.ray_tools import free_reserved_room, kill_actors, our_actors
 

@@ -1,6 +1,6 @@
-"""Numbers of devices and links for ``cluster.sizing.roofline``, with where they come from.
+"""Characteristics of devices and links for ``cluster.sizing.roofline``, with their sources.
 
-Those of GPUs are in ``cluster.sizing.gpus``.
+GPUs are in ``cluster.sizing.gpus``.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ CPU_CORE = DeviceNumbers(
     latency_s=50e-6,
     message_s=50e-6,
 )
-"""One core of a server. Measured on an AMD EPYC with torch 2.13, one thread: bfloat16 weights are
-read at 11 GB/s by products with few rows of an expert (29 GB/s is the most, with large matrices
-that oneDNN prepacked); a product of 256 x 2048 x 2048 runs at 98 GFLOPS in float32 and 155 in
-bfloat16; loopback TCP moves 6 GB/s in large frames, and a small frame from one Python process to
-another costs some 50 us on each end and as much between."""
+"""One core of a server. Measured on an AMD EPYC with torch 2.13, one thread: expert products with
+few rows read bfloat16 weights at 11 GB/s (29 GB/s is the maximum, with large matrices that oneDNN
+prepacked); a product of 256 x 2048 x 2048 runs at 98 GFLOPS in float32 and 155 in bfloat16;
+loopback TCP transfers 6 GB/s in large frames, and a small frame from one Python process to another
+costs about 50 us at each end and as much between."""
 NETWORK_LATENCY_S = 100e-6
-"""From host to host, through the kernel's TCP."""
+"""Latency between two hosts, through the kernel's TCP."""
 CPU_NETWORK_BYTES_S = 1.25e9
-"""10 GbE: what hosts without GPUs commonly have."""
+"""10 GbE, common for hosts without GPUs."""
 GPU_NETWORK_BYTES_S = 50e9
 """One 400 Gbit/s adapter for each GPU."""
 _DECODE_ROWS = 16
-"""Rows of a decode step, where the load does not say."""
+"""Rows of a decode step if the load does not specify them."""
 
 
 def worker_numbers(
     share: WorkerShare, num_nodes: int, gpu: DeviceNumbers = UNKNOWN_GPU
 ) -> DeviceNumbers:
-    """What one worker with that share can do; between several nodes the network is the link."""
+    """Characteristics of one worker with that share; nodes are linked by the network."""
     on_gpu = share.device == "cuda"
     device = gpu if on_gpu else CPU_CORE
     device = device.share(share.gpus if on_gpu else share.cpus or 1.0)
@@ -58,12 +58,12 @@ def step_cost(
     dtype: str,
     gpu: DeviceNumbers = UNKNOWN_GPU,
 ) -> ExpertStepCost:
-    """By the roofline of the device: a slot's weights are read, each pair is two
-    operations a weight. ``rebalance.slot_cost_pairs`` replaces the time of a slot. The policy uses
-    ratios only, so that a part of a device counts as a whole one.
+    """Cost of an expert step by the device's roofline: a slot's weights are read, and each pair is
+    two operations per weight. ``rebalance.slot_cost_pairs`` replaces the time of a slot. The policy
+    uses ratios only, so a part of a device counts as a whole one.
 
-    ``expert_bytes``: of the largest expert; ``dtype``: as workers name it; ``gpu``: of workers on
-    CUDA.
+    ``expert_bytes``: of the largest expert; ``dtype``: as workers name it; ``gpu``: the GPU of
+    workers on CUDA.
     """
     device = gpu if config.workers.device == "cuda" else CPU_CORE
     weights = expert_bytes / (4 if dtype == "float32" else 2)

@@ -1,7 +1,8 @@
-"""Numbers of GPUs by their names: from data sheets, but for the bandwidth that a GPU itself names.
+"""GPU characteristics by model name, from the data sheets; the bandwidth is the value that the GPU
+reports.
 
-Sources are NVIDIA's data sheets of the products. Products of bfloat16 are without sparsity, half
-of what most sheets print. A link is one direction: half of NVLink's number, or of PCIe's where a
+Sources are NVIDIA's data sheets of the products. Rates of bfloat16 products are without sparsity,
+half of what most sheets print. A link is one direction: half of NVLink's rate, or of PCIe's if a
 GPU has no NVLink. Latencies are typical of grouped NCCL sends on one host.
 """
 
@@ -20,7 +21,7 @@ H100 = DeviceNumbers(
     latency_s=10e-6,
     message_s=2e-6,
 )
-"""SXM: 3.35 TB/s of HBM3, 989 TFLOPS, NVLink of 900 GB/s. Stands for unknown GPUs, too."""
+"""SXM: 3.35 TB/s of HBM3, 989 TFLOPS, NVLink of 900 GB/s. Also used for unknown GPUs."""
 A100 = replace(
     H100, name="NVIDIA A100", bandwidth_bytes_s=2.039e12, flops_s=312e12, link_bytes_s=300e9
 )
@@ -29,7 +30,7 @@ H200 = replace(H100, name="NVIDIA H200", bandwidth_bytes_s=4.8e12)
 """SXM: HBM3e at 4.8 TB/s, otherwise an H100."""
 _PCIE_4 = 32e9
 _KNOWN = {
-    # a part of the name as CUDA gives it; the first that fits counts
+    # a part of the name that CUDA reports; the first match counts
     "A100": A100,
     "H100 NVL": replace(H100, bandwidth_bytes_s=3.9e12, flops_s=835e12, link_bytes_s=300e9),
     "H100 PCIe": replace(H100, bandwidth_bytes_s=2.0e12, flops_s=756e12, link_bytes_s=300e9),
@@ -44,17 +45,17 @@ _KNOWN = {
 
 
 def _contains(words: list[str], part: list[str]) -> bool:
-    """Whether the words of ``part`` are all there; ``A100-SXM4-80GB`` is an ``A100``, too."""
+    """Whether ``words`` contains all of ``part``; ``A100-SXM4-80GB`` is an ``A100``, too."""
     products = {word.partition("-")[0] for word in words} | set(words)
     return products.issuperset(part)
 
 
 def gpu_numbers(name: str, bandwidth_bytes_s: float = 0.0) -> DeviceNumbers:
-    """Numbers of a GPU by the name that CUDA gives it, such as ``NVIDIA H100 80GB HBM3``.
+    """Characteristics of a GPU by the name that CUDA reports, such as ``NVIDIA H100 80GB HBM3``.
 
-    ``bandwidth_bytes_s`` is what the GPU itself says, 0 if nothing: memory differs between the
-    versions of a product. An unknown GPU, or none (an empty name), gets the numbers of an H100, and
-    a name that says so.
+    ``bandwidth_bytes_s`` is the value that the GPU reports, 0 if none: memory differs between the
+    versions of a product. An unknown GPU, or none (an empty name), gets the numbers of an H100 and
+    a name that states this.
     """
     words = name.split()
     wanted = (part for part in _KNOWN if _contains(words, part.split()))
@@ -67,10 +68,10 @@ def gpu_numbers(name: str, bandwidth_bytes_s: float = 0.0) -> DeviceNumbers:
 
 
 UNKNOWN_GPU = gpu_numbers("")
-"""Where nothing is known of the GPUs."""
+"""Used if the GPU is unknown."""
 
 
 def slowest_gpu(facts: Iterable[tuple[str, float]]) -> DeviceNumbers:
-    """Of GPUs by name and bandwidth (see ``gpu_numbers``): each step waits for its last worker."""
+    """The slowest of GPUs given by name and bandwidth: each step waits for its last worker."""
     gpus = [gpu_numbers(*known) for known in facts]
     return min(gpus, key=lambda gpu: gpu.bandwidth_bytes_s, default=UNKNOWN_GPU)

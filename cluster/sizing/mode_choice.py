@@ -1,8 +1,7 @@
-"""``--mode auto``: which of two layouts serves a model faster on the same workers, and why. Pure.
+"""``--mode auto``: chooses the layout that serves a model faster on the same workers. Pure.
 
-The workers that were asked for are given either to two pools or to one: 1 attention and 2 expert
-workers against 3 colocated ones. The faster decode step of a full batch wins
-(``cluster.sizing.roofline``).
+The given workers form either two pools or one: 1 attention and 2 expert workers, or 3 colocated
+ones. The layout with the faster decode step of a full batch wins (``cluster.sizing.roofline``).
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from cluster.sizing.roofline import (
 )
 
 _CONTEXT_SHARE = 0.5
-"""A sequence is on average half as long as the limit."""
+"""Average length of a sequence, as a share of the limit."""
 
 
 def resolve_mode(
@@ -41,8 +40,8 @@ def resolve_mode(
 ) -> ClusterConfig:
     """The configuration with ``auto`` replaced by a mode, for workers on these nodes.
 
-    ``max_model_len`` is the model's own limit, for a configuration without one; ``gpu`` is what
-    workers on CUDA have. Raises ``ConfigError`` as ``plan_shares`` does.
+    ``max_model_len`` is the model's own limit, used if the configuration has none; ``gpu`` is the
+    GPU of workers on CUDA. Raises ``ConfigError`` as ``plan_shares`` does.
     """
     share = plan_shares(config.workers, nodes, free_cpus)
     context = _CONTEXT_SHARE * (config.model.max_model_len or max_model_len)
@@ -64,9 +63,9 @@ def choose_mode(
     context_tokens: float,
     device: DeviceNumbers,
 ) -> WorkersSection:
-    """The pools of the faster layout, with the mode and its reason; equal is disaggregated.
+    """The pools of the faster layout, with the mode and its reason; disaggregated if equal.
 
-    Both layouts have the same number of workers, and the same ``batch``.
+    Both layouts have the same number of workers and the same ``batch``.
     """
     total = workers.num_attention_ranks + workers.num_expert_workers
     obstacle = _obstacle(workers, size, total)
@@ -96,7 +95,7 @@ def choose_mode(
 def bank_sizes(
     banks: Sequence[Mapping[str, Any]], profile: LoadProfile | None
 ) -> tuple[BankSize, ...]:
-    """Plain numbers of banks (``bank``, ``layer`` and fields of ``BankSize``), with their load."""
+    """Convert banks (``bank``, ``layer`` and fields of ``BankSize``) and add their load."""
     found = []
     for bank in banks:
         numbers = {name: value for name, value in bank.items() if name not in ("bank", "layer")}
@@ -118,7 +117,7 @@ def _obstacle(workers: WorkersSection, size: ModelSize, total: int) -> str:
 def _reason(
     apart: StepTime, together: StepTime, batch: int, context_tokens: float, device: DeviceNumbers
 ) -> str:
-    """One line: the winner, both predictions, and their parts."""
+    """One line of text: the winner, both predictions, and their parts."""
     is_colocated = together.step_s < apart.step_s
     first, second = (together, apart) if is_colocated else (apart, together)
     price = "; two pools would buy elasticity and failure isolation, not speed" * is_colocated

@@ -1,6 +1,6 @@
-"""How many workers should run attention and how many hold experts, by the roofline. Pure.
+"""Sizes of the attention and the expert pool, by the roofline. Pure.
 
-For each batch every split of the workers into two pools is compared with all of them colocated.
+For each batch, every split of the workers into two pools is compared with one colocated pool.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from cluster.sizing.roofline import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolChoice:
-    """The answer for one batch."""
+    """The best pool sizes for one batch."""
 
     batch: int
     """Rows of a decode step, over all attention ranks."""
     num_attention: int
-    """Attention workers of the best two pools; 0 where two pools are impossible."""
+    """Attention workers of the best two pools; 0 if two pools are impossible."""
     num_experts: int
     """Expert workers of the best two pools."""
     disaggregated: StepTime | None
-    """Decode step of the best two pools; None where these are impossible."""
+    """Decode step of the best two pools; None if two pools are impossible."""
     colocated: StepTime | None
-    """Decode step of one pool; None with more workers than experts."""
+    """Decode step of one pool; None if there are more workers than experts."""
     activated: float
-    """Experts that the batch touches in a layer, mean over the banks."""
+    """Experts that the batch activates in a layer, mean over the banks."""
 
     @property
     def best(self) -> StepTime:
-        """The faster one; equal is disaggregated."""
+        """The faster layout; disaggregated if equal."""
         found = [s for s in (self.disaggregated, self.colocated) if s is not None]
         return min(found, key=lambda step: step.step_s)
 
@@ -49,7 +49,7 @@ class PoolChoice:
 
     @property
     def tokens_per_s(self) -> float:
-        """Decoded tokens a second of the faster one, over all requests."""
+        """Decoded tokens per second of the faster layout, over all requests."""
         return self.batch / self.best.step_s
 
 
@@ -64,8 +64,8 @@ def size_pools(
 ) -> list[PoolChoice]:
     """The best pools of ``num_workers`` for each batch.
 
-    No expert pool is larger than the experts of a bank. Raises ``ConfigError`` for counts that
-    make no sense.
+    No expert pool has more workers than a bank has experts. Raises ``ConfigError`` for invalid
+    counts.
     """
     experts = min((b.num_experts for b in model.banks), default=0)
     check(experts > 0, "model", "no expert bank", "must have experts")

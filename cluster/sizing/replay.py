@@ -1,7 +1,7 @@
-"""Replay of a changing load without a cluster: what each policy of re-planning would have achieved.
+"""Replay of a changing load without a cluster, which compares policies of replanning.
 
 A trace is a list of load profiles, one for each window of time. Each window runs under the
-placement that was planned from the window before, since a real cluster knows a load only
+placement that was planned from the previous window, since a real cluster knows a load only
 afterwards.
 """
 
@@ -26,18 +26,18 @@ from cluster.planner.assess import placed_groups
 from cluster.planner.base import Floats, Plan, PlannedTopology, PlanOptions, relative_speeds
 
 Policy = Literal["never", "eplb", "mesh"]
-"""``never`` keeps the plan (by mesh) for the first window; the others re-plan each time."""
+"""``never`` keeps the first window's plan (by mesh); the others replan for each window."""
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertStepCost:
-    """Costs of a device's part of a layer and of a move."""
+    """Costs of a device's part of a layer, and of moving an expert."""
 
     slot_s: float = 10e-6
-    """Seconds for each activated expert slot: reading its weights."""
+    """Seconds to read the weights of one activated expert slot."""
     token_s: float = 35e-9
-    """Seconds for each (token, expert) pair: computing it."""
+    """Seconds to compute one (token, expert) pair."""
     expert_bytes: int = 34_603_008
     prefill_tokens: int = 8192
     """Tokens of a prefill step, over all attention ranks."""
@@ -56,19 +56,19 @@ class SimulatedWindow:
     """One window under one policy."""
 
     balancedness: float
-    """Mean over layers, under the window's own load."""
+    """Mean over layers, for the window's own load."""
     prefill_step_s: float
-    """Experts' part of a prefill step, over all layers."""
+    """Seconds of the experts in a prefill step, over all layers."""
     decode_step_s: float
-    """The same of a decode step."""
+    """Seconds of the experts in a decode step, over all layers."""
     slots_moved: int
-    """Slots that changed between the window before and this one."""
+    """Expert slots that changed between the previous window and this one."""
     bytes_moved: int
-    """Bytes that moved for it."""
+    """Bytes of the experts that moved into these slots."""
 
 
 def load_trace(path: Path) -> list[LoadProfile]:
-    """A file with one load profile a line. Raises ``ConfigError`` with the line that is wrong."""
+    """Read a file with one load profile per line. Raises ``ConfigError`` with the invalid line."""
     try:
         lines = [line for line in path.read_text().splitlines() if line.strip()]
     except (OSError, ValueError) as err:
@@ -90,9 +90,9 @@ def simulate(
     step: ExpertStepCost,
     max_move_fraction: float = 0.05,
 ) -> list[SimulatedWindow]:
-    """All windows but the first, which only serves to plan from.
+    """Simulate all windows except the first, which is only used for planning.
 
-    Raises ``ConfigError`` for less than two windows or windows of different models.
+    Raises ``ConfigError`` for fewer than two windows or windows of different models.
     """
     check(len(trace) >= 2, "trace", len(trace), "must have at least 2 windows")
     shapes = {profile.shape() for profile in trace}
@@ -131,7 +131,7 @@ def window_of(
 ) -> SimulatedWindow:
     """The cost of a window under a placement: the sum over banks of the slowest device.
 
-    ``moved`` is the number of slots that changed before it.
+    ``moved`` is the number of expert slots that changed before the window.
     """
     balance, prefill_s, decode_s = 0.0, 0.0, 0.0
     for group in placed_groups(load, topology, placement, "placement"):
@@ -154,7 +154,7 @@ def window_of(
 
 
 def _prefill_s(slot_loads: Floats, speeds: Floats, top_k: int, step: ExpertStepCost) -> float:
-    """Seconds of some banks: in each the device whose slots and tokens take longest, by speed."""
+    """Seconds of the slowest device, summed over banks; ``speeds`` are relative."""
     active = (1.0 - (1.0 - np.minimum(slot_loads * top_k, 1.0)) ** step.prefill_tokens).sum(2)
     tokens = slot_loads.sum(2) * top_k * step.prefill_tokens
     seconds = (step.slot_s * active + step.token_s * tokens) / relative_speeds(speeds)

@@ -1,14 +1,14 @@
-"""Roofline formulas: how long one decode step takes, by model, devices and layout. Pure.
+"""Roofline formulas for the time of a decode step, by model, devices and layout. Pure.
 
     experts activated by B rows   u(B) = sum over experts of 1 - (1 - p)^B
     expert step     max(u(B) x bytes / bandwidth, 2 x B x k x params / flops) / devices / balance
     attention step  (weights + B x context x KV bytes) / bandwidth
     exchange        rows x distinct devices per row x bytes / link, there and back, and latencies
 
-With m micro-batches of B / m rows the experts of two pools work on one while attention works on
-another: the step is the longest of m x attention, m x experts, and one micro-batch's way through
-everything. Full overlap needs m >= 2 (1 + Tcomm / Texpert), and each micro-batch reads its weights
-again. Colocated workers do both parts one after the other, and hide only the exchange.
+With m micro-batches of B / m rows, the experts of two pools work on one while attention works on
+another: the step is the longest of m x attention, m x experts, and the time of one micro-batch from
+start to end. Full overlap needs m >= 2 (1 + Tcomm / Texpert), and each micro-batch reads its
+weights again. Colocated workers run attention, then experts, and overlap only the exchange.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 MAX_MICRO_BATCHES = 2
-"""What the engine can have in flight."""
+"""Most micro-batches that the engine has in flight."""
 SUM_BYTES = 4
-"""Of one number of a partial sum: float32. That NCCL sends the model's type is left out."""
+"""Bytes of an element of a partial sum: float32. NCCL sends the model's dtype; this is ignored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceNumbers:
-    """What one worker can do. ``cluster.sizing.devices`` has values with their sources."""
+    """Characteristics of one worker. ``cluster.sizing.devices`` has values with their sources."""
 
     name: str
     bandwidth_bytes_s: float
-    """Weights and KV read from memory, bytes a second."""
+    """Rate at which weights and KV are read from memory, in bytes per second."""
     flops_s: float
-    """Dense products in the model's dtype, operations a second."""
+    """Rate of dense products in the model's dtype, in operations per second."""
     link_bytes_s: float
-    """Between two workers, one direction, bytes a second."""
+    """Rate between two workers, one direction, in bytes per second."""
     latency_s: float
-    """From one worker's send to another's wake-up, seconds."""
+    """Seconds from one worker's send to another's wake-up."""
     message_s: float
-    """Work that one message costs each of its ends, seconds."""
+    """Seconds of work that one message costs each of its ends."""
 
     def share(self, part: float) -> DeviceNumbers:
-        """What a worker has that owns ``part`` of the device; its link and latency stay."""
+        """A worker that owns ``part`` of the device; its link and latency do not change."""
         return replace(
             self,
             bandwidth_bytes_s=self.bandwidth_bytes_s * part,
@@ -50,56 +50,56 @@ class DeviceNumbers:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BankSize:
-    """The numbers of one expert bank."""
+    """Sizes of one expert bank."""
 
     num_experts: int
     top_k: int
     expert_values: int
     num_exchanges: int = 1
     in_values: int
-    """Elements of a row on the way to the experts, over all exchanges."""
+    """Elements of a row sent to the experts, over all exchanges."""
     out_values: int
-    """Elements on the way back."""
+    """Elements returned from the experts."""
     expert_bytes: int = 0
-    """Of one expert that is kept quantized; 0: all values have the size of a weight."""
+    """Bytes of one quantized expert; 0 if all its values have the size of a weight."""
     activation: tuple[float, ...] = ()
-    """``[expert]`` -> share of the rows that choose it, sums to ``top_k``; empty: all alike."""
+    """``[expert]`` -> share of the rows that choose it, sums to ``top_k``; empty if equal."""
 
     def kept_bytes(self, itemsize: int) -> int:
-        """Of one expert in a worker's memory; ``itemsize`` is that of the model dtype."""
+        """Bytes of one expert in a worker's memory. ``itemsize``: bytes of the model's dtype."""
         return self.expert_bytes or self.expert_values * itemsize
 
     @property
     def probabilities(self) -> tuple[float, ...]:
-        """``activation``, with defaults where it is unknown."""
+        """``activation``, or equal shares if it is unknown."""
         return self.activation or (self.top_k / self.num_experts,) * self.num_experts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSize:
-    """What the formulas need to know of a model."""
+    """Sizes of a model that the formulas use."""
 
     banks: tuple[BankSize, ...]
     attention_values: int
-    """Weights that an attention rank reads in each step: all but the experts and the embedding."""
+    """Weights that an attention rank reads in each step: all except experts and embedding."""
     kv_bytes_per_token: int
     """Bytes of the keys and values of one token, over all layers."""
     state_bytes: int = 0
-    """Of a sequence's recurrent state, which each step reads and writes."""
+    """Bytes of a sequence's recurrent state, which each step reads and writes."""
     itemsize: int
     """Bytes of a weight and of a dispatched row's element."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
-    """A predicted decode step; the parts are those of one micro-batch, in seconds."""
+    """A predicted decode step. The times of its parts, in seconds, are for one micro-batch."""
 
     layout: str
-    """For people: ``1 attention + 2 expert workers``."""
+    """Text such as ``1 attention + 2 expert workers``."""
     num_micro_batches: int
     """1 or 2, whichever is faster."""
     attention_s: float
-    """Attention and everything that is not experts."""
+    """Attention and everything else except experts."""
     experts_s: float
     """Experts of the most loaded worker."""
     exchange_s: float
@@ -137,7 +137,7 @@ def expert_step(
     device: DeviceNumbers,
     balancedness: float = 1.0,
 ) -> float:
-    """Seconds of one bank for ``batch`` rows of all ranks, on the most loaded of the devices."""
+    """Seconds of one bank for ``batch`` rows of all ranks, on the most loaded device."""
     activated = activated_experts(bank.probabilities, batch)
     read_s = activated * bank.kept_bytes(itemsize) / device.bandwidth_bytes_s
     compute_s = 2.0 * batch * bank.top_k * bank.expert_values / device.flops_s
@@ -147,7 +147,7 @@ def expert_step(
 def attention_step(
     model: ModelSize, batch: float, context_tokens: float, device: DeviceNumbers
 ) -> float:
-    """Seconds of everything but experts for ``batch`` rows of one rank, over all layers."""
+    """Seconds of everything except experts for ``batch`` rows of one rank, over all layers."""
     kv_bytes = batch * context_tokens * model.kv_bytes_per_token
     read_bytes = model.attention_values * model.itemsize + kv_bytes + 2 * batch * model.state_bytes
     return read_bytes / device.bandwidth_bytes_s
@@ -171,7 +171,7 @@ def disaggregated_step(
         attention_s += _message_s(model, num_experts, device)
         experts_s = _experts(model, rows, num_experts, device, balancedness)
         experts_s += _message_s(model, num_attention, device)
-        # the busiest link is that of the smaller pool: all rows pass through each pool
+        # the smaller pool has the busiest link: all rows pass through each pool
         narrow = min(num_attention, num_experts)
         exchange_s = _exchange(model, rows / narrow, num_experts, 1.0, device)
         return StepTime(
@@ -195,7 +195,7 @@ def colocated_step(
     device: DeviceNumbers,
     balancedness: float = 1.0,
 ) -> StepTime:
-    """A decode step of ``batch`` rows on workers that do both; own rows need no link."""
+    """A decode step of ``batch`` rows on colocated workers; a worker's own rows need no link."""
     others = num_workers - 1
 
     def micro_batches(m: int) -> StepTime:
@@ -220,20 +220,20 @@ def colocated_step(
 
 
 def _fastest(micro_batches: Callable[[int], StepTime]) -> StepTime:
-    """The step with the better number of micro-batches; equal is fewer."""
+    """The step with the better number of micro-batches; the smaller number if equal."""
     steps = map(micro_batches, range(1, MAX_MICRO_BATCHES + 1))
     return min(steps, key=lambda step: step.step_s)
 
 
 def _message_s(model: ModelSize, num_peers: int, device: DeviceNumbers) -> float:
-    """Work of a micro-batch's messages to and from all peers."""
+    """Seconds of work for a micro-batch's messages to and from all peers."""
     return 2 * num_peers * sum(b.num_exchanges for b in model.banks) * device.message_s
 
 
 def _experts(
     model: ModelSize, batch: float, num_devices: int, device: DeviceNumbers, balancedness: float
 ) -> float:
-    """All banks, one after the other."""
+    """Seconds of all banks in sequence."""
     return sum(
         expert_step(
             bank,
@@ -250,7 +250,7 @@ def _experts(
 def _exchange(
     model: ModelSize, rows: float, num_devices: int, away: float, device: DeviceNumbers
 ) -> float:
-    """Dispatch and combine of all banks over one worker's link; ``away`` is what leaves it."""
+    """Seconds of dispatch and combine over one worker's link; ``away``: share over the link."""
     seconds = 0.0
     for bank in model.banks:
         copies = rows * distinct_devices(bank.num_experts, bank.top_k, num_devices) * away
@@ -262,9 +262,9 @@ def _exchange(
 
 
 def activation_of(counts: Sequence[float], top_k: int) -> tuple[float, ...]:
-    """``BankSize.activation`` of an expert load; empty where nothing was counted.
+    """``BankSize.activation`` of an expert load; empty if the counts are zero.
 
-    No expert is chosen twice for a row, so that none exceeds 1.
+    A row chooses an expert at most once, so that no share exceeds 1.
     """
     total = sum(counts)
     return tuple(min(1.0, top_k * c / total) for c in counts) if total > 0 else ()

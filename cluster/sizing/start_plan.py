@@ -1,6 +1,6 @@
 """The plan of a start: placement, shares of resources, slots, and the arguments of each worker.
 
-And what a restarted controller finds of it.
+``FoundWorker`` describes a running worker for a restarted controller.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from cluster.planner import mesh
 from cluster.planner.base import PlannedDevice, PlannedTopology, planned_device
 
 WorkerArguments = tuple[dict[str, Any], dict[str, Any], str, dict[str, Any]]
-"""Configuration, member, the controller's address, and the rest: plain data."""
+"""Configuration, member, the controller's address, and further arguments, as plain data."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoundWorker:
-    """A worker of an earlier controller."""
+    """A worker that an earlier controller started."""
 
     name: str
     config: ClusterConfig
-    """The cluster's configuration, shares resolved."""
+    """The cluster's configuration with resolved shares."""
     num_slots: int
-    """Expert slots per bank; 0 where it holds no experts."""
+    """Expert slots per bank; 0 if it holds no experts."""
     has_called: bool = True
-    """It has called a controller, and so may have been in a generation."""
+    """Whether it has connected to a controller, and so may have been in a generation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,14 +44,14 @@ class StartPlan:
     """Everything that is decided before the first worker is created."""
 
     config: ClusterConfig
-    """The configuration with device and shares resolved, as the workers get it."""
+    """The configuration for the workers, with resolved device and shares."""
     placement: ExpertPlacement
     num_slots: int
-    """Expert slots per bank of each expert worker: the fullest planned one and the spare ones."""
+    """Expert slots per bank of each expert worker: the most that are planned, and spare slots."""
     load: LoadProfile | None = None
-    """Expected load; None when the workers run already."""
+    """Expected load; None if the workers are running already."""
     holders: tuple[ExpertHolder, ...] = ()
-    """Serving workers that hold experts of a new one."""
+    """Serving workers that hold experts of a new worker."""
 
     @property
     def share(self) -> WorkerShare:
@@ -59,7 +59,7 @@ class StartPlan:
         return resolved_share(self.config.workers)
 
     def on(self, members: Sequence[Member]) -> StartPlan:
-        """The plan with a placement for the members, once their nodes are known."""
+        """The plan with a placement for ``members``, whose nodes are known now."""
         holders = sorted((m for m in members if m.holds_experts), key=lambda m: m.device)
         devices = [planned_device(m) for m in holders]
         if not devices or self.load is None:
@@ -84,8 +84,8 @@ def plan_start(
 ) -> StartPlan:
     """Plan the start; ``banks`` are dicts with ``bank``, ``layer`` and ``num_experts``.
 
-    ``profile`` is the expected load. The nodes of the devices are not known yet: see
-    ``StartPlan.on``. Raises ``ConfigError`` for what model or nodes cannot do. Nothing is created.
+    ``profile`` is the expected load. The devices' nodes are not known yet: see ``StartPlan.on``.
+    Raises ``ConfigError`` for requests that the model or nodes cannot satisfy. Creates nothing.
     """
     assert config.workers.mode != "auto", "the mode is decided before the start"
     _check_labels(config, nodes)
@@ -94,7 +94,7 @@ def plan_start(
     somewhere = [PlannedDevice()] * config.workers.num_expert_workers
     placement = first_placement(config, expected, somewhere)
     slots = max((len(s) for b in placement.banks for s in b.physical_to_logical), default=0)
-    # Sums of torch are split by the number of threads.
+    # the number of threads determines how torch splits sums
     needs_one = config.engine.deterministic == "on" and config.workers.kernels == "torch"
     workers = replace(
         config.workers,
@@ -113,7 +113,7 @@ def plan_start(
 
 
 def _check_labels(config: ClusterConfig, nodes: Sequence[NodeResources]) -> None:
-    """Refuse to follow nodes that are not labelled: they would say no number of any role."""
+    """Reject following nodes without role labels, as they would imply no number of workers."""
     labelled = {node.place.role for node in nodes}
     for role in config.workers.pools if config.workers.follow_nodes else ():
         rule = f"needs nodes that are labelled {ROLE}={role}, and there are none"
@@ -121,7 +121,7 @@ def _check_labels(config: ClusterConfig, nodes: Sequence[NodeResources]) -> None
 
 
 def fits(profile: LoadProfile, banks: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a profile has exactly these banks, with as many experts."""
+    """Whether a profile has exactly these banks and their numbers of experts."""
     wanted = {(b["bank"], b["layer"], b["num_experts"]) for b in banks}
     return {(b.bank, b.layer, len(b.counts)) for b in profile.banks} == wanted
 
@@ -129,7 +129,7 @@ def fits(profile: LoadProfile, banks: Sequence[Mapping[str, Any]]) -> bool:
 def expected_load(
     config: ClusterConfig, banks: Sequence[Mapping[str, Any]], profile: Mapping[str, Any] | None
 ) -> LoadProfile:
-    """The profile, its banks in the model's order; an even load without a matching profile."""
+    """The profile with its banks in the model's order; an even load without a matching profile."""
     known = LoadProfile.from_dict(profile) if profile else None
     if known is not None and not fits(known, banks):
         known = None
@@ -149,10 +149,10 @@ def expected_load(
 def first_placement(
     config: ClusterConfig, load: LoadProfile, devices: Sequence[PlannedDevice]
 ) -> ExpertPlacement:
-    """The placement file's, or one planned for the load, or the contiguous one.
+    """The placement of the file, or one planned for the load, or the contiguous one.
 
     It is planned if a load profile was given, if one exists and rebalancing is on, if devices with
-    spare slots are in several failure domains, and if devices differ in speed. Local mode has one
+    spare slots are in several failure domains, or if devices differ in speed. Local mode has one
     device. Raises ``ConfigError``.
     """
     workers = config.workers

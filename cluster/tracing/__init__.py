@@ -1,5 +1,5 @@
-"""Spans of requests and of cluster changes, log records, the files and disks that they fill, and
-what gateways have counted.
+"""Spans of requests and cluster changes, log records, rotation of files, checks of disks, and the
+counts of gateways.
 
-Nobody else imports OpenTelemetry. Imports ``cluster.core``.
+No other folder imports OpenTelemetry. Imports ``cluster.core``.
 """

@@ -1,4 +1,4 @@
-"""Disks that are nearly full: logs and timelines end there, while requests go on."""
+"""Detection of nearly full disks, on which logs and timelines stop while requests continue."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ LOW_BYTES = 64 * 1024 * 1024
 LOW_PART = 20
 """A disk is nearly full with less than 64 MiB and less than 5% (one part in 20) of free space."""
 LOOK_S = 2.0
-"""Least time between two looks."""
+"""Shortest time between two checks."""
 
 
 def low_disks(
     folders: Sequence[Path], look: Callable[[Path], os.statvfs_result] = os.statvfs
 ) -> tuple[LowDisk, ...]:
-    """Folders on disks that are nearly full; one that cannot be looked at is left out."""
+    """Folders on nearly full disks; a folder that cannot be checked is left out."""
     found = []
     for folder in folders:
         try:
@@ -34,10 +34,10 @@ def low_disks(
 
 
 class DiskWatch:
-    """Looks at the disks of some folders, now and then. One thread asks, and never waits.
+    """Checks the disks of some folders periodically. One thread calls it, and never waits.
 
-    A look at a disk whose server has gone (NFS) may never end, so each one has a thread of its own,
-    and the next one begins once it has ended.
+    A check may hang if the disk's server is lost (NFS), so each check runs in a thread of its own,
+    and the next one starts after it has ended.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class DiskWatch:
         folders: Callable[[], Iterable[Path | None]],
         look: Callable[[Sequence[Path]], tuple[LowDisk, ...]] = low_disks,
     ) -> None:
-        """``folders`` as they are at a look; None: there is no such folder."""
+        """``folders`` is called before each check; None entries in its result are skipped."""
         self._folders = folders
         self._look = look
         self._found: tuple[LowDisk, ...] = ()
@@ -53,7 +53,7 @@ class DiskWatch:
         self._looking: threading.Thread | None = None
 
     def low(self, now: float) -> tuple[LowDisk, ...]:
-        """Those that are nearly full, as of the last look that has ended; it may begin another one.
+        """Nearly full disks according to the last finished check. May start another check.
 
         ``now`` is in monotonic seconds.
         """

@@ -1,6 +1,6 @@
 """The tracer of a process, and the export of its spans.
 
-OpenTelemetry's SDK and its exporter (the extra ``otel``) are loaded only for an endpoint.
+OpenTelemetry's SDK and its exporter (the extra ``otel``) are imported only if an endpoint is set.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 
 __all__ = ["AttributeValue", "Context", "Span", "SpanKind", "Tracer", "set_span_in_context"]
-"""What other folders use of OpenTelemetry's API."""
+"""Names of OpenTelemetry's API that other folders use."""
 
 logger = logging.getLogger(__name__)
 
 _STOP_S = 1.0
 _CHOSEN: ContextVar[SpanId | None] = ContextVar("_CHOSEN", default=None)
-"""Id of the next span, where others have to know it before it is made."""
+"""Id of the next span if it had to be known before the span starts."""
 
 
 @dataclass(frozen=True, slots=True)
 class SpanId:
-    """The id of a sampled span, in all traces: others may name it before, or after, it is made.
+    """The id of a sampled span, unique over all traces, which may be used before the span starts.
 
-    Between processes it is ``SPAN_ID_BYTES`` bytes.
+    Its serialized form has ``SPAN_ID_BYTES`` bytes.
     """
 
     trace_id: int
     number: int
-    """The span's own id."""
+    """The span id within its trace."""
 
     @classmethod
     def of(cls, span: Span) -> SpanId:
@@ -81,10 +81,10 @@ class SpanId:
 
 
 class TraceExport:
-    """A tracer whose spans a thread of the SDK exports: ending a span never waits.
+    """A tracer with a background export thread of the SDK, so that ending a span never waits.
 
     Args:
-        provider: the SDK's. Its ids become those of this class.
+        provider: the SDK's provider. Its id generator is replaced.
     """
 
     def __init__(self, provider: TracerProvider) -> None:
@@ -93,12 +93,12 @@ class TraceExport:
         self._provider = provider
 
     def new_id(self, span: Span) -> SpanId:
-        """The id of a later span in the trace of ``span``."""
+        """Reserve the id of a later span in the trace of ``span``."""
         trace_id = span.get_span_context().trace_id
         return SpanId(trace_id, self._provider.id_generator.generate_span_id())
 
     def start_as(self, span_id: SpanId, name: str, parent: Context, **options: Any) -> Span:
-        """A span with this id; options as in ``Tracer.start_span``."""
+        """Start a span with this id; options as in ``Tracer.start_span``."""
         token = _CHOSEN.set(span_id)
         try:
             return self.tracer.start_span(name, parent, **options)
@@ -113,9 +113,9 @@ class TraceExport:
         error: str = "",
         span_id: bytes = b"",
     ) -> None:
-        """Record what has ended just now as a trace of its own. Attributes of None are unknown.
+        """Record something that has just ended as a trace of its own. None attributes are left out.
 
-        ``span_id`` empty: a new one.
+        ``span_id`` empty: a new id.
         """
         now_ns = time.time_ns()
         known = {name: value for name, value in attributes.items() if value is not None}
@@ -130,7 +130,7 @@ class TraceExport:
     def record_below(
         self, parent: bytes, name: str, began_ns: int, ended_ns: int, found: Mapping[str, Any]
     ) -> None:
-        """Record a span below one of another process; times are of ``time.monotonic_ns``."""
+        """Record a child span of another process's span; times are of ``time.monotonic_ns``."""
         day_ns = time.time_ns() - time.monotonic_ns()
         above = NonRecordingSpan(SpanId.from_bytes(parent).context)
         span = self.tracer.start_span(
@@ -142,14 +142,14 @@ class TraceExport:
         span.end(day_ns + ended_ns)
 
     def stop(self) -> None:
-        """Export what is left, for a second at most; later spans are dropped."""
+        """Export the remaining spans within a second; later spans are dropped."""
         stopper = threading.Thread(target=self._provider.shutdown, daemon=True)
         stopper.start()
         stopper.join(_STOP_S)
 
 
 def _chosen_ids() -> RandomIdGenerator:
-    """Ids of ``_CHOSEN`` where it has some, else random ones."""
+    """Id generator that returns the id in ``_CHOSEN`` if set, else a random one."""
     from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 
     class ChosenIds(RandomIdGenerator):
@@ -165,12 +165,12 @@ def _chosen_ids() -> RandomIdGenerator:
 
 
 def load_exporter(endpoint: str) -> Callable[[str], TraceExport]:
-    """The function that starts the export to ``endpoint`` (https is TLS), given the name of this
-    process, over OTLP.
+    """Import the exporter; return the function that starts the export to ``endpoint`` (https is
+    TLS) over OTLP, given the name of this process.
 
-    A collector that is slow, gone or wrong costs spans and nothing else. The SDK's own variables
-    are in force beside ours (``OTEL_TRACES_SAMPLER``, ``OTEL_EXPORTER_OTLP_HEADERS``,
-    ``OTEL_BSP_...``). Raises ``ConfigError`` where its packages are missing.
+    A slow, missing or wrong collector costs only spans. The SDK's own variables also apply
+    (``OTEL_TRACES_SAMPLER``, ``OTEL_EXPORTER_OTLP_HEADERS``, ``OTEL_BSP_...``). Raises
+    ``ConfigError`` if its packages are missing.
     """
     try:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -195,20 +195,20 @@ def load_exporter(endpoint: str) -> Callable[[str], TraceExport]:
 
 
 def start_traces(endpoint: str | None, instance: str) -> TraceExport | None:
-    """The export of this process; None without an endpoint, or without the packages for it."""
+    """The export of this process; None without an endpoint or without the required packages."""
     if endpoint is None:
         return None
     try:
         return load_exporter(endpoint)(instance)
     except ConfigError as err:
-        logger.warning("%s has no traces: %s", instance, err)
+        logger.warning("%s does not export traces: %s", instance, err)
         return None
 
 
 def parent_of(headers: Mapping[str, Sequence[str]]) -> Context:
-    """The parent named by ``traceparent`` and ``tracestate``, each with every value that came.
+    """The parent that ``traceparent`` and ``tracestate`` name; each may have several values.
 
-    An invalid one counts as absent (W3C Trace Context).
+    Invalid headers count as absent (W3C Trace Context).
     """
     if len(headers.get("traceparent", ())) != 1:
         return Context()
@@ -216,7 +216,7 @@ def parent_of(headers: Mapping[str, Sequence[str]]) -> Context:
 
 
 def add_link(span: Span, span_id: bytes, attributes: Mapping[str, AttributeValue]) -> None:
-    """Link a span to one of another process."""
+    """Link a span to a span of another process."""
     span.add_link(SpanId.from_bytes(span_id).context, attributes)
 
 

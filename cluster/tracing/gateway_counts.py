@@ -1,7 +1,7 @@
-"""What the gateways of a cluster have counted, kept by each of them and by the controller.
+"""Counters and samples of a cluster's gateways, kept by each gateway and by the controller.
 
-The gateways and the controller tell each other what is new, so that the history and the totals of
-the web page outlive any one of these processes. Pure; times are seconds since 1970.
+The gateways and the controller exchange new records, so that the history and the totals of the web
+page outlive any one of these processes. Pure; times are seconds since 1970.
 """
 
 from __future__ import annotations
@@ -10,32 +10,32 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
 KEPT_S = 600.0
-"""Age of the oldest sample, counted from the newest of all."""
+"""Age of the oldest sample, relative to the newest of all."""
 MAX_GATEWAYS = 64
-"""Gateways whose records are kept; those that counted last."""
+"""Most gateways whose records are kept; the most recent ones stay."""
 
 
 class GatewayRecord(TypedDict):
-    """What one gateway has counted."""
+    """Counters and samples of one gateway."""
 
     time: float
-    """Of the count."""
+    """Time of the record."""
     created: float
     """When the gateway started."""
     totals: dict[str, float]
     """Counters by name."""
     samples: list[dict[str, Any]]
-    """Each with its ``time``, the oldest first: see ``gateway.observability.samples.Sample``."""
+    """Samples with their ``time``, oldest first: see ``gateway.observability.samples.Sample``."""
 
 
 class GatewayCounts:
-    """The records of gateways, by name: of those that run and of those that have ended."""
+    """Records of running and ended gateways, by name."""
 
     def __init__(self) -> None:
         self._records: dict[str, GatewayRecord] = {}
 
     def merge(self, records: Mapping[str, GatewayRecord]) -> None:
-        """Take in newer records; their samples follow those that are known."""
+        """Merge newer records; append their samples to the known ones."""
         for name, record in records.items():
             known = self._records.get(name)
             samples = known["samples"] if known else []
@@ -46,7 +46,7 @@ class GatewayCounts:
         self._forget()
 
     def after(self, times: Mapping[str, float]) -> dict[str, GatewayRecord]:
-        """The records that are newer than ``times``, by gateway, with the newer samples alone."""
+        """The records that are newer than ``times``, by gateway, with only the newer samples."""
         return {
             name: {
                 **record,
@@ -63,15 +63,15 @@ class GatewayCounts:
     def exchange(
         self, records: Mapping[str, GatewayRecord], times: Mapping[str, float]
     ) -> dict[str, Any]:
-        """Take in the records of a gateway that has those of ``times``.
+        """Merge the records of a gateway, which has the records of ``times``.
 
-        Returns ``records`` that it lacks, and ``times`` of all that are here now.
+        Returns the ``records`` that it lacks, and the ``times`` of all records here.
         """
         self.merge(records)
         return {"records": self.after(times), "times": self.times()}
 
     def ended(self, running: Iterable[str]) -> dict[str, GatewayRecord]:
-        """Records of the gateways that are not among ``running``."""
+        """Records of gateways that are not in ``running``."""
         known = set(running)
         return {name: record for name, record in self._records.items() if name not in known}
 

@@ -1,4 +1,4 @@
-"""The thread that writes the log of a process: a disk that hangs holds this thread alone."""
+"""The thread that writes the log of a process, so that a hanging disk blocks no other thread."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import TextIO
 logger = logging.getLogger(__name__)
 
 LIMIT_S = 0.5
-"""Longest wait for a line."""
+"""Longest wait for a line to be written."""
 MAX_WAITING = 10_000
-"""Lines that may wait for the disk; later ones are lost."""
+"""Most lines that wait for the disk; further lines are lost."""
 
 
 class LineWriter:
-    """Writes lines in their order. Any thread may call it.
+    """Writes lines in order. May be called on any thread.
 
     A line is written when ``put`` returns, so that the last lines of a process are in its log. An
-    event loop waits for none; other threads wait ``LIMIT_S`` at most, and not again before the disk
-    has written what waits.
+    event loop does not wait; other threads wait ``LIMIT_S`` at most, and not again until the disk
+    has written the waiting lines.
 
     Args:
-        write: writes a line to a stream; raises nothing.
+        write: writes a line to a stream; must not raise.
     """
 
     def __init__(self, write: Callable[[TextIO, str], None]) -> None:
@@ -39,7 +39,7 @@ class LineWriter:
 
     def put(self, stream: TextIO, line: str) -> None:
         """Write a line."""
-        if sys.is_finalizing():  # there are no more threads
+        if sys.is_finalizing():  # threads have ended
             self._write(stream, line)
             return
         with self._changed:
@@ -48,7 +48,7 @@ class LineWriter:
                 return
             self._waiting.append((stream, line))
             self._num_put += 1
-            if self._thread is None or not self._thread.is_alive():  # none is, after a fork
+            if self._thread is None or not self._thread.is_alive():  # no thread survives a fork
                 self._thread = Thread(target=self._run, name="log-writer", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
@@ -56,7 +56,7 @@ class LineWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the lines so far are written; see the class."""
+        """Wait until all lines so far are written; see the class."""
         with self._changed:
             if not self._is_late and current_thread() is not self._thread:
                 last = self._num_put
@@ -78,11 +78,11 @@ class LineWriter:
                     num_lost, self._num_lost = self._num_lost, 0
                 self._changed.notify_all()
             if num_lost:
-                logger.warning("%d lines are lost: the disk of the log did not answer", num_lost)
+                logger.warning("%d lines are lost: the disk of the log did not respond", num_lost)
 
 
 def _has_event_loop() -> bool:
-    """Whether this thread runs one."""
+    """Whether this thread runs an event loop."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

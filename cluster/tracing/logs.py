@@ -1,7 +1,7 @@
-"""Log records of every process: one form, with the request and the generation that they are about.
+"""Log records of every process in one format, with the request and generation they belong to.
 
-Records go to stderr, which Ray leads to a file of the process, and the newest ones stay in memory,
-from where ``expertmesh logs`` reads them on any host. Of other libraries only warnings are kept.
+Records go to stderr, which Ray redirects to a file of the process. The newest ones stay in memory,
+where ``expertmesh logs`` reads them on any host. Other libraries log only warnings.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from cluster.tracing.output_files import OutputFiles
 
 LogForm = Literal["text", "json"]
 PACKAGES = ("cluster", "workers", "gateway")
-"""Whose records of level INFO are kept."""
+"""Packages that log at level INFO."""
 MAX_LINES = 2000
-"""Newest lines that stay in memory."""
+"""Most lines that stay in memory."""
 MAX_LINE_CHARACTERS = 4000
-"""Of a record; what is longer is cut."""
+"""Longest text of a record; the rest is cut off."""
 _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-"""Attributes of any record; others are fields of ours."""
+"""Standard attributes of a record; other attributes are ``extra`` fields."""
 
 
 class Context:
-    """What all records of this process have in common."""
+    """Fields that all records of this process share."""
 
     def __init__(self) -> None:
         self.process = ""
         """Name of the worker, the gateway or the controller."""
         self.generation = 0
-        """The one that runs; 0: none yet."""
+        """The running generation; 0 before the first."""
         self.request_id: Callable[[], str] = lambda: ""
         """Id of the request that the running code serves."""
 
@@ -46,7 +46,7 @@ CONTEXT = Context()
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
-    """A record as plain data, with the ``extra`` fields of its call; ``ts``: seconds since 1970."""
+    """A record as plain data with the ``extra`` fields of its call; ``ts``: seconds since 1970."""
     found: dict[str, Any] = {
         "ts": round(record.created, 6),
         "level": record.levelname,
@@ -64,7 +64,7 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
 
 
 class JsonFormatter(logging.Formatter):
-    """A JSON object in a line for each record."""
+    """Formats each record as one line with a JSON object."""
 
     def format(self, record: logging.LogRecord) -> str:
         return json.dumps(fields_of(record), default=str, ensure_ascii=False)
@@ -87,7 +87,7 @@ class TextFormatter(logging.Formatter):
 
 
 class RecentLines(logging.StreamHandler[TextIO]):
-    """Writes each record, and keeps the newest lines. Any thread; see ``LineWriter``."""
+    """Writes each record and keeps the newest lines. Thread-safe; see ``LineWriter``."""
 
     def __init__(self, size: int = MAX_LINES, stream: TextIO | None = None) -> None:
         """``stream`` None: stderr."""
@@ -96,18 +96,18 @@ class RecentLines(logging.StreamHandler[TextIO]):
         self._number = 0
         self._guard = threading.Lock()
         self.output = OutputFiles()
-        """Where the lines go, if these are files of Ray's: they are rotated."""
+        """Files of Ray's that the lines are written to, if any; they are rotated."""
         self._writer = LineWriter(self._write)
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """As all handlers do, without their lock: a thread may wait here."""
+        """Handle a record without the handler's lock, because a thread may wait here."""
         if is_wanted := bool(self.filter(record)):
             self.emit(record)
         return is_wanted
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            # what is no text, as a file's name may be, is shown by its bytes
+            # text that cannot be encoded, as in file names, is shown as escaped bytes
             line = self.format(record).encode("utf-8", "backslashreplace").decode()
         except Exception:  # as in logging's own handlers
             self.handleError(record)
@@ -118,35 +118,35 @@ class RecentLines(logging.StreamHandler[TextIO]):
         self._writer.put(self.stream, f"{line}{self.terminator}")
 
     def flush(self) -> None:
-        """Wait until the lines so far are written, unless the disk hangs."""
+        """Wait until all lines so far are written, unless the disk hangs."""
         self._writer.wait()
 
     def _write(self, stream: TextIO, line: str) -> None:
-        with contextlib.suppress(Exception):  # a full disk ends no process
+        with contextlib.suppress(Exception):  # a full disk must not end the process
             self.output.rotate()
         with contextlib.suppress(Exception):
             stream.write(line)
             stream.flush()
 
     def since(self, number: int, at_most: int = MAX_LINES) -> tuple[int, list[str]]:
-        """The newest lines after the first ``number`` ones, and how many there were in all."""
+        """The newest lines after the first ``number`` ones, and the total number of lines."""
         with self._guard:
             wanted = min(self._number - number, len(self._lines), at_most)
             return self._number, list(self._lines)[len(self._lines) - max(wanted, 0) :]
 
 
 RECENT = RecentLines()
-"""Of this process."""
+"""The handler of this process."""
 OUTPUT = RECENT.output
 
 
 def set_up(process: str, form: LogForm = "text", stream: TextIO | None = None) -> None:
-    """Give the records of this process their form; a later call replaces an earlier one.
+    """Set the log format of this process; a later call replaces an earlier one.
 
     Args:
-        process: its name.
-        form: JSON for machines.
-        stream: None: stderr.
+        process: name of the process.
+        form: ``text``, or ``json`` for machines.
+        stream: output stream; None: stderr.
     """
     CONTEXT.process = process
     RECENT.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
@@ -161,7 +161,7 @@ def set_up(process: str, form: LogForm = "text", stream: TextIO | None = None) -
 
 
 def adopt(*libraries: str) -> None:
-    """Write the warnings of libraries with handlers of their own in the form of this module."""
+    """Format the warnings of libraries that have handlers of their own as in this module."""
     for name in libraries:
         logger = logging.getLogger(name)
         logger.setLevel(logging.WARNING)

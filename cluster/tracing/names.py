@@ -1,7 +1,7 @@
-"""Every name in a trace.
+"""Names of all spans, attributes and events in traces.
 
-Names of requests follow OpenTelemetry's conventions for generative AI, which are still in
-development: this is the one place to follow them in. Our own begin with ``expertmesh.``.
+Names for requests follow OpenTelemetry's conventions for generative AI, which are still in
+development: follow their changes here. Our own names begin with ``expertmesh.``.
 """
 
 PROVIDER = "expertmesh"
@@ -17,11 +17,11 @@ DECODE = "expertmesh.decode"
 DETOKENIZE = "expertmesh.detokenize"
 """Child spans of a request."""
 STEP_SPAN = "expertmesh.step"
-"""Of one worker's part in a step of a request, below the request's span or its ``DECODE``."""
+"""Span of one worker's part in a step of a request, below the request's span or its ``DECODE``."""
 REBALANCE = "expertmesh.rebalance"
 MIGRATION = "expertmesh.migration"
 RECOVERY = "expertmesh.recovery"
-"""Changes of the cluster, each a trace of its own."""
+"""Spans of cluster changes, each a trace of its own."""
 
 OPERATION_NAME = "gen_ai.operation.name"
 PROVIDER_NAME = "gen_ai.provider.name"
@@ -42,7 +42,7 @@ INPUT_TOKENS = "gen_ai.usage.input_tokens"
 OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
 INPUT_MESSAGES = "gen_ai.input.messages"
 OUTPUT_MESSAGES = "gen_ai.output.messages"
-"""The last two with ``--trace-content`` only."""
+"""The last two are present only with ``--trace-content``."""
 ERROR_TYPE = "error.type"
 SERVER_ADDRESS = "server.address"
 SERVER_PORT = "server.port"
@@ -60,14 +60,14 @@ BALANCEDNESS_BEFORE = "expertmesh.balancedness.before"
 BALANCEDNESS_PREDICTED = "expertmesh.balancedness.predicted"
 LOST_WORKERS = "expertmesh.lost_workers"
 CHANGE = "expertmesh.change"
-"""Of a link from a request to a change of the cluster: the name of its span."""
+"""Attribute of a link from a request to a cluster change: the name of the change's span."""
 STEP = "expertmesh.step"
 GENERATION = "expertmesh.generation"
 PREFILL_ROWS = "expertmesh.rows.prefill"
 DECODE_ROWS = "expertmesh.rows.decode"
 """Rows of all attention ranks in the step."""
 SECONDS = "expertmesh.seconds"
-"""Time in all laps of one name in a step, as in ``expertmesh.seconds.dispatch``."""
+"""Prefix of the time of all laps with one name in a step, as ``expertmesh.seconds.dispatch``."""
 
 FIRST_TOKEN = "first_token"
 PREEMPTED = "preempted"

@@ -1,9 +1,9 @@
-"""The files behind this process's standard output and error: they are rotated.
+"""Rotation of the files that this process's standard output and error are written to.
 
-The launcher has one for both streams. Ray gives every process of its own two files. Where it is to
-rotate them (``RAY_ROTATION_MAX_BYTES``) it puts a pipe and a thread of the same process before
-them, and what is in the pipe is lost when the process is killed or crashes. So here the streams are
-redirected to their files again.
+The launcher has one file for both streams; Ray gives each of its processes two. If Ray rotates them
+(``RAY_ROTATION_MAX_BYTES``), it inserts a pipe and a thread of the same process, and the contents
+of the pipe are lost when the process crashes or is killed. Therefore this module redirects the
+streams to their files.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import stat
 from pathlib import Path
 
 MAX_BYTES = 16 * 1024 * 1024
-"""Size at which a new file begins; the one before is kept."""
+"""Size at which a new file is started; the previous one is kept."""
 LIMIT_VARIABLE = "RAY_ROTATION_MAX_BYTES"
-"""Ray's own variable: it sets another size; 0, or less, is no rotation."""
+"""Ray's own variable for another size; 0 or less disables rotation."""
 _OPEN = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-"""Everybody may write to a folder of Ray's in ``/tmp``: a link there must lead nowhere."""
+"""Every user may write to a folder of Ray's in ``/tmp``, so symbolic links are not followed."""
 _STREAMS = {1: ".out", 2: ".err"}
-"""Descriptors of the streams, and how Ray ends the names of their files."""
+"""Descriptors of the streams, and Ray's suffixes of their files."""
 _DESCRIPTORS = Path("/proc/self/fd")
 
 
 class OutputFiles:
-    """The files of this process's streams. One thread at a time may call it."""
+    """The files of this process's streams. Not thread-safe."""
 
     def __init__(self) -> None:
         self._streams: dict[Path, tuple[int, ...]] = {}
@@ -33,16 +33,16 @@ class OutputFiles:
 
     @property
     def folder(self) -> Path | None:
-        """Where they are; None where the streams are no files that it knows."""
+        """Folder of the files; None if the streams are not known files."""
         return next((path.parent for path in self._streams), None)
 
     @property
     def of_errors(self) -> Path | None:
-        """The file of standard error; None where it is none that it knows."""
+        """The file of standard error; None if it is not a known file."""
         return next((path for path, streams in self._streams.items() if 2 in streams), None)
 
     def redirect_streams(self) -> None:
-        """Redirect the streams to the files that Ray has opened for this process, if any."""
+        """Redirect the streams to the files that Ray opened for this process, if any."""
         self._max_bytes = _limit(os.environ.get(LIMIT_VARIABLE, ""))
         for stream, suffix in _STREAMS.items():
             with contextlib.suppress(OSError):
@@ -51,16 +51,16 @@ class OutputFiles:
                     self._streams[path] = (stream,)
 
     def take(self, path: Path) -> None:
-        """Rotate this file of ours, if both streams lead there."""
+        """Rotate this file of the launcher if both streams are written to it."""
         with contextlib.suppress(OSError):
             if all(os.path.samestat(os.fstat(stream), path.stat()) for stream in _STREAMS):
                 self._streams[path] = tuple(_STREAMS)
 
     def rotate(self) -> None:
-        """Start new files in place of those that have reached their size.
+        """Start new files in place of files that have reached their size.
 
-        On a full disk the old ones go on. A log record is what causes a look at both files: one
-        that other code fills grows until then.
+        On a full disk the old ones continue. Only log records trigger the check: a file that other
+        code fills grows until the next record.
         """
         if self._max_bytes is None:
             return
@@ -71,16 +71,16 @@ class OutputFiles:
 
 
 def previous(path: Path) -> Path:
-    """Name of the file before one; of a file of Ray's, as Ray gives it."""
+    """Name of a file's previous version, following Ray's scheme for files of Ray's."""
     if path.suffix in _STREAMS.values():
         return path.with_name(f"{path.stem}.1{path.suffix}")
     return path.with_name(f"{path.name}.1")
 
 
 def _limit(text: str) -> int | None:
-    """Bytes of a file, by the value of ``LIMIT_VARIABLE``; None: no limit, by Ray's rule.
+    """Size limit in bytes from the value of ``LIMIT_VARIABLE``; None: no limit, as in Ray.
 
-    What is no number counts as unset: Ray's own processes refuse to start with it.
+    A value that is not a number counts as unset: Ray's own processes do not start with it.
     """
     try:
         num_bytes = int(text)
@@ -90,9 +90,9 @@ def _limit(text: str) -> int | None:
 
 
 def _start_new_file(streams: tuple[int, ...], path: Path) -> None:
-    """Raises ``OSError``: the streams write to their file, at its path.
+    """Start a new file. Raises ``OSError``; the streams then still write to the file at its path.
 
-    The new file is made before the old one is renamed.
+    The new file is created before the old one is renamed.
     """
     new = path.with_name(f"{path.name}.new")
     new.unlink(missing_ok=True)
@@ -123,15 +123,15 @@ def _redirect(stream: int, path: Path) -> None:
 
 
 def _file_of(stream: int, suffix: str) -> Path | None:
-    """The file behind a stream: its own, or the one that Ray's thread writes.
+    """The file of a stream: its own, or the one that Ray's thread writes.
 
-    Raises ``OSError`` where the stream is closed, or where there is no ``/proc``.
+    Raises ``OSError`` if the stream is closed or there is no ``/proc``.
     """
     own = f"-{os.getpid()}{suffix}"
     is_file = stat.S_ISREG(os.fstat(stream).st_mode)
     candidates = [_DESCRIPTORS / str(stream)] if is_file else list(_DESCRIPTORS.iterdir())
     for descriptor in candidates:
-        with contextlib.suppress(OSError):  # it has just been closed
+        with contextlib.suppress(OSError):  # closed in the meantime
             if (path := descriptor.readlink()).name.endswith(own):
                 return path
     return None
