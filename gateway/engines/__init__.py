@@ -1,4 +1,4 @@
-"""The attention workers as the gateway sees them: streams, routing, resubmission.
+"""Client side of the attention workers: streams, routing and resubmission of requests.
 
 Imports ``gateway.core``, ``gateway.cluster``, ``workers.requests`` and grpcio.
 """

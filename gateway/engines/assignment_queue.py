@@ -1,4 +1,4 @@
-"""Requests without a worker: when each is sent, and in which order."""
+"""Queue of the requests that wait for a worker."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from gateway.engines.worker_registry import WorkerRegistry
 logger = logging.getLogger(__name__)
 
 _REFUSED_RETRY_S = 0.1
-"""Time before a request that a worker handed back may go to the same worker again."""
+"""Delay before a request returns to the worker that handed it back."""
 
 
 class AssignmentQueue:
-    """Decides when a request is sent to a worker, and sends it. Event loop only.
+    """Decides when to send each request to a worker, and sends it. Event loop only.
 
     Args:
         workers: the open streams.
         router: chooses the worker.
-        disconnects: tells which workers may live though their connection was lost.
+        disconnects: knows the workers that may be alive although their connection was lost.
         on_resubmit: called when a request continues at another worker.
     """
 
@@ -48,14 +48,14 @@ class AssignmentQueue:
         self._is_scheduled = False
 
     def add(self, entry: Submission) -> None:
-        """Assign a new request in the next turn of the event loop, with those that arrive now."""
+        """Assign a new request, with all that arrive in this iteration of the event loop."""
         self.waiting.append(entry)
         if not self._is_scheduled:
             self._is_scheduled = True
             self.schedule()
 
     def schedule(self, delay_s: float = 0.0) -> None:
-        """Assign the waiting requests later."""
+        """Assign the waiting requests after ``delay_s``."""
         loop = asyncio.get_running_loop()
         if delay_s:
             loop.call_later(delay_s, self.assign_waiting)
@@ -63,20 +63,20 @@ class AssignmentQueue:
             loop.call_soon(self.assign_waiting)
 
     def reassign(self, entries: Iterable[Submission]) -> None:
-        """Assign requests that have lost their worker, with all that wait."""
+        """Assign requests that have lost their worker, and all waiting requests."""
         self.waiting.extend(entries)
         self.assign_waiting()
 
     def take_back(self, entry: Submission) -> None:
-        """Assign a request again that its worker has handed back."""
+        """Assign a request that its worker has handed back to a worker again."""
         entry.replay_cause = ReplayCause.HANDED_BACK
         self.waiting.append(entry)
         has_other = entry.num_returns == 1 and len(self._workers.ready) > 1
         self.schedule(0.0 if has_other else _REFUSED_RETRY_S)
 
     def move(self, entry: Submission, target: EngineClient | None, num_new: int) -> None:
-        """Move a request from its worker to another one, which has the KV blocks of all but its
-        newest tokens, or to any.
+        """Move a request from its worker to ``target``, which must compute its newest ``num_new``
+        tokens; None: to any worker.
         """
         source = entry.stream
         assert isinstance(source, EngineClient), "it moves while it has a worker"
@@ -90,7 +90,7 @@ class AssignmentQueue:
             self._submit(entry, target, time.monotonic())
 
     def assign_waiting(self) -> None:
-        """Send the requests that wait for a worker, and may be sent now."""
+        """Send all waiting requests that a worker can take now, the cheapest first."""
         self._is_scheduled = False
         waiting, self.waiting = self.waiting, []
         now_s, ready = time.monotonic(), self._workers.ready
@@ -126,7 +126,7 @@ class AssignmentQueue:
 
     @contextlib.contextmanager
     def _isolate(self, entry: Submission) -> Iterator[None]:
-        """An error fails this request alone: the others are still placed."""
+        """Fail only ``entry`` on an error, so that the other requests are still assigned."""
         try:
             yield
         except Exception as err:

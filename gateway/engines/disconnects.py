@@ -1,4 +1,4 @@
-"""Requests of workers to which the connection was lost: a worker may have died, or may live."""
+"""Requests of lost connections: whether their workers died is not known at first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gateway.engines.submission import Submission
 logger = logging.getLogger(__name__)
 
 _VERDICT_LIMIT_S = 10.0
-"""Time for which a request waits to learn whether a worker lives."""
+"""Longest time that a request waits until a worker is known to be alive or dead."""
 
 
 class DisconnectResolver:
@@ -22,26 +22,26 @@ class DisconnectResolver:
 
     def __init__(self) -> None:
         self.suspects: list[tuple[Submission, str]] = []
-        """Requests whose last worker seems to have died of them, and why: they fail once it is
-        known to be dead, and continue if only the connection was lost."""
+        """Requests that may have killed their last worker, each with the reason. They fail when the
+        worker is known to be dead, and continue if only the connection was lost."""
         self._unresolved: dict[str, float] = {}
-        """Workers to which the connection was lost, and which may live; ``time.monotonic``."""
+        """By worker that may be alive, the ``time.monotonic`` at which its connection was lost."""
         self._is_stopping = False
 
     def stop(self) -> None:
-        """The gateway ends: requests that lose their worker fail."""
+        """Fail requests that lose their worker from this call on: the gateway shuts down."""
         self._is_stopping = True
 
     def note_end(self, worker: str) -> None:
-        """A stream has ended; the worker may live."""
+        """Record that the stream to ``worker`` has ended; the worker may be alive."""
         self._unresolved.setdefault(worker, time.monotonic())
 
     def unresolved(self, now_s: float) -> list[str]:
-        """Workers that may live, as far as requests wait to learn it."""
+        """Workers that may be alive and that requests still wait for."""
         return [w for w, at_s in self._unresolved.items() if now_s - at_s < _VERDICT_LIMIT_S]
 
     def lose(self, worker: str, lost: Iterable[Submission], end: StreamEnd) -> list[Submission]:
-        """Requests that continue, of those that a worker had when its stream ended."""
+        """Handle the requests of a stream that ended; return the requests that continue."""
         lost, continuing = list(lost), []
         has_suspect = any(entry.may_kill_on_receipt for entry in lost)
         for entry in lost:
@@ -62,7 +62,7 @@ class DisconnectResolver:
     def resolve(self, worker: str, has_died: bool) -> list[Submission]:
         """Resolve a lost connection: the worker is now known to be alive or dead.
 
-        Returns the suspects that continue, since it lives.
+        Returns the suspects that continue because the worker is alive.
         """
         self._unresolved.pop(worker, None)
         suspects, self.suspects, continuing = self.suspects, [], []

@@ -1,9 +1,8 @@
-"""The requests of one attention worker: submissions and aborts out, each step's tokens in.
+"""The requests of one attention worker: sends submissions and aborts, receives tokens.
 
-One ``EngineClient`` serves one stream. It hands every output to the sink of its request, once:
-outputs of an older attempt and repeated indexes are dropped. Whatever concerns more than one
-request becomes an event (``stream_events``). ``engine_pool`` handles the events: it decides how
-many streams there are, and which worker continues the requests of a lost stream.
+One ``EngineClient`` serves one stream. It passes each output to the sink of its request exactly
+once, and drops outputs of older attempts and repeated indexes. Changes that concern more than one
+request become events (``stream_events``), which ``engine_pool`` handles.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from workers.requests.wire import Abort, EngineHello, FromEngine, Paused, Prefet
 logger = logging.getLogger(__name__)
 
 _SHORT_OF_KV = 0.125
-"""Share of free KV blocks below which they bound what a worker runs, not its seats."""
+"""Share of free KV blocks below which they limit the running requests, not the seats."""
 
 
 class EngineClient:
-    """Requests of one worker; decides which outputs are new, and what the worker's load is.
+    """The requests of one worker; decides which outputs are new, and computes the worker's load.
 
     Args:
         stream: the stream to the worker.
@@ -46,7 +45,7 @@ class EngineClient:
         self.node = stream.endpoint.node
         self.stream = stream
         self.load = WorkerLoad(name=self.worker)
-        """What it has to do for this gateway; ``outstanding_tokens`` apart."""
+        """Work of this gateway at the worker, without ``outstanding_tokens``."""
         self._events = events
         self._submissions: dict[str, Submission] = {}
 
@@ -66,7 +65,7 @@ class EngineClient:
         return list(self._submissions.values())
 
     async def run(self) -> StreamEnd:
-        """Take the worker's messages until the stream ends; returns why. Cancel it to end it."""
+        """Handle the worker's messages until the stream ends; cancel it to end the stream."""
         return await self.stream.run(self._take_message)
 
     async def _take_message(self, message: FromEngine) -> None:
@@ -75,7 +74,7 @@ class EngineClient:
             await asyncio.sleep(0)  # clients get these outputs before the next message
 
     def submit(self, entry: Submission) -> None:
-        """Hand a request over; its outputs go to its sink."""
+        """Send a request to the worker; its outputs go to its sink."""
         entry.stream, entry.was_sent, entry.is_computing = self, True, True
         entry.engine = self.stream.endpoint.engine
         self._submissions[entry.request.request_id] = entry
@@ -83,12 +82,12 @@ class EngineClient:
         self.stream.send(entry.message(time.monotonic()))
 
     def give_up(self, entry: Submission) -> None:
-        """A request of this worker continues elsewhere."""
+        """Abort a request here, because it continues at another worker."""
         self.stream.send(Abort(request_id=entry.request.request_id))
         self._release(entry)
 
     def abort(self, request_id: str, choices: Sequence[int] = ()) -> None:
-        """End a request, or some of its choices, at once; never waits. Unknown ids are ignored."""
+        """End a request, or some of its choices; does not wait. Unknown ids are ignored."""
         entry = self._submissions.get(request_id)
         if entry is None:
             return
@@ -100,7 +99,7 @@ class EngineClient:
         self.stream.send(Abort(request_id=request_id, choices=tuple(choices)))
 
     def num_places(self, max_num_seqs: int) -> int:
-        """Requests of this gateway that the worker runs at once, at most ``max_num_seqs``."""
+        """Number of sequences of this gateway that the worker can run, at most ``max_num_seqs``."""
         hello, load = self.hello, self.load
         if hello is None or not hello.kv_block_size or not load.num_decoding:
             return max_num_seqs
@@ -108,7 +107,7 @@ class EngineClient:
         return min(load.num_decoding, max_num_seqs) if is_short else max_num_seqs
 
     def take_submissions(self) -> list[Submission]:
-        """The requests that were not finished, which are no longer this client's."""
+        """Remove and return the unfinished requests."""
         taken = self.submissions
         for entry in taken:
             self._release(entry)
@@ -118,7 +117,7 @@ class EngineClient:
         self._events.put(RequestEvent(change, self, entry))
 
     def _count(self, entry: Submission) -> None:
-        """Update the request's part in the load."""
+        """Update the request's share of the load."""
         now = (0, 0)
         if entry.stream is self:
             is_new, choices = entry.is_computing, len(entry.open_choices)
@@ -163,7 +162,7 @@ class EngineClient:
     def _note_solo_step(self, solo_step: SoloStep) -> None:
         """Record a stage of a request's solo step, and acknowledge it.
 
-        The request is the cause of a death only while its step is certain and not over.
+        The request counts as the cause of a worker's death only between ``CERTAIN`` and ``OVER``.
         """
         entry = self._submissions.get(solo_step.request_id)
         is_here = entry is not None and entry.attempt == solo_step.attempt
@@ -184,9 +183,9 @@ class EngineClient:
             self._report(RequestChange.QUEUED_ALONE, entry)
 
     def _take_step(self, step: StepOutput) -> None:
-        """Hand the outputs of a step to their sinks.
+        """Pass the outputs of a step to their sinks.
 
-        First tokens go before others, so that they do not wait for all running streams.
+        First tokens are passed first, so that they do not wait for all running streams.
         """
         now_s = time.monotonic()
         entries = []
@@ -198,7 +197,7 @@ class EngineClient:
             self._events.put(TokensReceived(entries, now_s))
 
     def _take_output(self, entry: Submission, output: TokenOutput) -> bool:
-        """Deliver what is new of an output; whether it has new tokens."""
+        """Deliver the new tokens of an output; return whether there are any."""
         if output.attempt != entry.attempt or output.choice not in entry.open_choices:
             return False  # of an older attempt, or of a choice that was ended here
         repeated = len(entry.outputs[output.choice]) - output.index

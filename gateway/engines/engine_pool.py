@@ -1,8 +1,8 @@
 """All streams of this replica: one to each attention worker of the current generation.
 
-The requests of a stream that ends continue at another worker, with their output so far. Those of a
-worker that is drained move before, with their KV blocks (``moves``). Without any worker they wait
-here, each up to its deadline: then its ``Generation`` ends it.
+The requests of a stream that ends continue at another worker, with their output so far. Requests
+of a worker that is drained move earlier, with their KV blocks (``moves``). If no worker is
+connected, requests wait here until their deadline, at which their ``RunningCall`` ends them.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ _RETRY_S = 0.2
 
 
 class EnginePool:
-    """Keeps the streams and hands requests to them; decides which streams there are.
+    """Keeps one stream to each listed worker, and assigns requests to the workers.
 
     Args:
         token: the cluster token.
         gateway: name of this replica.
-        policy: how a worker is picked.
-        silence_limit_s: as for ``EngineStream``.
-        ping_s: as for ``EngineStream``.
+        policy: routing policy.
+        silence_limit_s: see ``EngineStream``.
+        ping_s: see ``EngineStream``.
     """
 
     def __init__(
@@ -74,10 +74,10 @@ class EnginePool:
         self._keepers: dict[AttentionEndpoint, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self.workers = WorkerRegistry()
-        """The workers, and which of them can run what."""
+        """The connected workers and the requests that each can run."""
         self._router = RequestRouter(self.workers, policy)
         self.disconnects = DisconnectResolver()
-        """Requests that a lost connection leaves in doubt."""
+        """Resolves the requests of lost connections."""
         self.on_resubmit: Callable[[Submission], None] = lambda entry: None
         """Called when a request moves to another worker."""
         self.assignments = AssignmentQueue(
@@ -86,7 +86,7 @@ class EnginePool:
         """Requests without a worker."""
         self._copies = SessionCopies(self.workers, self.kv)
         self.pauses = Pauses()
-        """How long streams stood still at changes of the generation."""
+        """Pauses of streams at changes of the generation."""
         self.moves = Moves(self.workers, self._router, self.assignments)
         """Requests that move while they decode."""
 
@@ -97,14 +97,14 @@ class EnginePool:
 
     @property
     def kv(self) -> KvIndex:
-        """Which worker has which blocks."""
+        """Index of the KV blocks of all workers."""
         return self._router.kv
 
     def update(self, endpoints: Sequence[AttentionEndpoint], living: Collection[str] = ()) -> None:
         """Open streams to new workers, and drop the streams of workers that are no longer listed.
 
-        Those among them that are ``living`` count as leaving, not as dying. Requests of workers
-        that are listed as leaving move to others.
+        Dropped workers that are in ``living`` did not die. Requests of workers that are listed as
+        leaving move to other workers.
         """
         workers = self.workers
         before, known = workers.leaving, workers.lacking
@@ -134,11 +134,11 @@ class EnginePool:
         deadline_s: float,
         hashes: Sequence[BlockHash] = (),
     ) -> Submission | None:
-        """Hand a request to a worker; None while no stream is open.
+        """Assign a request to a worker; None while no stream is open.
 
-        ``hashes`` name its KV blocks, where they are known. ``deadline_s`` is the
-        ``time.monotonic`` at which the request is given up. Requests that arrive together are
-        routed together, the one with the fewest tokens to compute first.
+        ``hashes`` are the hashes of its KV blocks, if known. ``deadline_s`` is the
+        ``time.monotonic`` at which the request ends. Requests that arrive together are routed
+        together, the request with the fewest tokens to compute first.
         """
         if not self.clients:
             return None
@@ -161,7 +161,7 @@ class EnginePool:
         await asyncio.gather(*keepers, return_exceptions=True)
 
     async def _keep(self, endpoint: AttentionEndpoint) -> None:
-        """One stream after the other to the same worker, as long as it is listed."""
+        """Reconnect to a worker as long as it is listed."""
         clients = self.workers.clients
         while True:
             client = clients[endpoint.name] = EngineClient(self._connect(endpoint), self._events)
@@ -188,7 +188,7 @@ class EnginePool:
         self._changed = asyncio.Event()
 
     def _lose(self, client: EngineClient, end: StreamEnd) -> None:
-        """A stream is unusable: other workers continue its requests."""
+        """Assign the requests of an ended stream to other workers."""
         self.kv.drop(client.worker)
         self.moves.end(client.worker)
         lost = client.take_submissions()

@@ -1,4 +1,4 @@
-"""The gRPC stream to one attention worker: handshake, messages, pings, and why it ends."""
+"""The gRPC stream to one attention worker: handshake, messages, pings and end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from workers.requests.wire import (
 PING_S = 1.0
 """Time between two pings."""
 SILENCE_LIMIT_S = 5.0
-"""Time without a message, answers to pings included, after which a worker is dropped."""
+"""Time without a message (ping replies included) after which a worker is dropped."""
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -45,7 +45,7 @@ _OWN_END = frozenset(
         grpc.StatusCode.UNAUTHENTICATED,
     }
 )
-"""Status of a stream that a living worker has ended: it may not serve, or drops this gateway."""
+"""Status codes with which a living worker ends a stream: it cannot serve, or drops this gateway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +54,11 @@ class StreamEnd:
 
     reason: str
     has_died: bool
-    """For all that is known, the worker is gone."""
+    """True if the worker probably died."""
 
 
 class EngineStream:
-    """One stream, from its hello to its end; decides whether the worker is still connected.
+    """One stream to a worker; decides whether the worker is still connected.
 
     Args:
         endpoint: the worker.
@@ -66,7 +66,7 @@ class EngineStream:
         gateway: name of this replica.
         silence_limit_s: see ``SILENCE_LIMIT_S``.
         ping_s: see ``PING_S``.
-        release: of this replica; workers of another one are refused.
+        release: version of this replica; workers of another version are refused.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class EngineStream:
         self.hello: EngineHello | None = None
         """The worker's hello; None before it, and after the end."""
         self.connected = asyncio.Event()
-        """Set when the hello came."""
+        """Set when the hello has arrived."""
         self._handshake = GatewayHandshake(token, gateway, release)
         self._proof: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._silence_limit_s = silence_limit_s
@@ -93,14 +93,14 @@ class EngineStream:
         self._is_silent = False
 
     def send(self, message: ToEngine) -> None:
-        """Queue a message to the worker; never waits."""
+        """Queue a message to the worker; does not wait."""
         self._outgoing.put_nowait(message)
 
     async def run(self, take: Callable[[FromEngine], Awaitable[None]]) -> StreamEnd:
-        """Pass each message to ``take`` until the stream ends; returns why. Cancel it to end it."""
+        """Pass each message to ``take`` until the stream ends; cancel it to end the stream."""
         end = await self._run(take)
         task = asyncio.current_task()
-        if task is not None and task.cancelling():  # gRPC swallows one that meets a call's end
+        if task is not None and task.cancelling():  # gRPC loses it if the call ends now
             raise asyncio.CancelledError
         return end
 
@@ -128,7 +128,7 @@ class EngineStream:
                 self.hello = None
                 pinger.cancel()
                 call.cancel()
-                self._proof.put_nowait(None)  # gRPC's task that waits for messages ends
+                self._proof.put_nowait(None)  # ends gRPC's task that waits for messages
                 self._outgoing.put_nowait(None)
 
     async def _read(self, call: _Call, take: Callable[[FromEngine], Awaitable[None]]) -> None:
@@ -142,11 +142,11 @@ class EngineStream:
             await take(FROM_ENGINE.decode(data))
 
     def take_challenge(self, challenge: bytes) -> None:
-        """Prove the token. Raises ``HandshakeError``."""
+        """Queue the proof of the token. Raises ``HandshakeError``."""
         self._proof.put_nowait(self._handshake.answer(challenge))
 
     async def messages(self) -> AsyncGenerator[bytes]:
-        """Messages to the worker, encoded."""
+        """Encoded messages to the worker."""
         yield self._handshake.start()
         if (proof := await self._proof.get()) is not None:
             yield proof
@@ -159,7 +159,7 @@ class EngineStream:
             began_s = time.monotonic()
             await asyncio.sleep(self._ping_s)
             late_s = time.monotonic() - began_s - self._ping_s
-            if late_s > self._ping_s:  # this process stalled: messages may wait unread
+            if late_s > self._ping_s:  # this process stalled: messages may be unread
                 self._heard_s += late_s
             if time.monotonic() - self._heard_s > self._silence_limit_s:
                 self._is_silent = True

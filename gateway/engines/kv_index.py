@@ -1,11 +1,11 @@
-"""Which attention worker holds which prefix, from their block events. Pure.
+"""Index of cached prefixes by attention worker, built from the workers' block events. Pure.
 
-A block is named by the hash of its tokens and of all tokens before, so one table serves all
-workers: hash -> bits, one for each worker that has the block. A worker that has a block has those
-before it (the pool evicts the ends of sequences first), so a search may skip blocks.
+A block is named by the hash of its tokens and of all tokens before it, so one table serves all
+workers: hash -> bit set of the workers that have the block. A worker that has a block also has the
+blocks before it (the pool evicts the ends of sequences first), so a search may skip blocks.
 
-Blocks of a prompt that was just routed to a worker are expected there before its events arrive:
-requests with the same beginning often arrive together.
+The blocks of a prompt count as expected at a worker from its routing on, before the events
+arrive: requests with a common prefix often arrive together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from workers.requests.block_hash import KvEvents
 
 _LEAP = 16
-"""Blocks that the search skips while all workers with the first of them have the last."""
+"""Number of blocks that the search skips if all workers with the first one have the last one."""
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class _Worker:
 
 
 class KvIndex:
-    """The blocks of all workers. Hashes are the short ones of ``block_hash``."""
+    """The blocks of all workers, by the short hashes of ``block_hash``."""
 
     def __init__(self) -> None:
         self._holders: dict[bytes, int] = {}
@@ -39,9 +39,9 @@ class KvIndex:
         self._names: dict[int, str] = {}
 
     def apply(self, worker: str, events: KvEvents) -> bool:
-        """Apply a message; False if messages before it were missed: the complete list is needed.
+        """Apply a message; return False if earlier messages are missing.
 
-        Until the complete list arrives, the old entries stay.
+        The old entries stay until the worker sends its complete list.
         """
         known = self._workers.get(worker)
         if events.is_whole:
@@ -56,13 +56,13 @@ class KvIndex:
         return True
 
     def expect(self, worker: str, hashes: Sequence[bytes]) -> None:
-        """These blocks will be computed there; undone by ``settle``."""
+        """Expect that a worker will compute these blocks; ``settle`` undoes it."""
         if (known := self._workers.get(worker)) is not None:
             known.expected.update(hashes)
             self._hold(known, hashes)
 
     def settle(self, worker: str, hashes: Sequence[bytes]) -> None:
-        """The blocks are computed, or never will be; events have reported them."""
+        """Undo ``expect``: the worker has reported the blocks, or will not compute them."""
         if (known := self._workers.get(worker)) is None:
             return
         for name in hashes:
@@ -74,16 +74,14 @@ class KvIndex:
                 known.expected[name] -= 1
 
     def drop(self, worker: str) -> None:
-        """A worker has left, with its blocks."""
+        """Remove a worker with its blocks."""
         if (known := self._workers.pop(worker, None)) is not None:
             self._everyone &= ~known.bit
             for name in known.reported | known.expected.keys():
                 self._clear(name, known.bit)
 
     def matches(self, hashes: Sequence[bytes]) -> dict[str, int]:
-        """Blocks from the first on that each worker has; workers without any are left out.
-
-        Workers come in the order of their blocks, the fewest first.
+        """Number of leading blocks of ``hashes`` by worker, the fewest first, without zeros.
 
         Example: a has blocks 1 to 3, b has block 1: hashes of blocks 1, 2, 9 give a 2, b 1.
         """
@@ -109,9 +107,10 @@ class KvIndex:
         return found
 
     def best_holder(self, hashes: Sequence[bytes], matches: dict[str, int]) -> tuple[str, int]:
-        """The worker with the longest prefix to fetch, by its events, not by expectation.
+        """Worker with the longest prefix that can be fetched, and its length in blocks.
 
-        ``matches`` are those of ``hashes``, in their order. None without blocks.
+        Only reported blocks count, not expected ones. ``matches`` is the unchanged result of
+        ``matches(hashes)``. Returns ("", 0) if no worker has blocks.
 
         Example: a has reported 2 of 3 blocks and is about to compute the third, b has reported 1:
         a, 2.
@@ -127,7 +126,7 @@ class KvIndex:
         return best, most
 
     def _note(self, workers: int, depth: int, found: dict[str, int]) -> None:
-        """Note a depth for each of these bits."""
+        """Record ``depth`` for each worker of a bit set."""
         names = self._names
         while workers:
             bit = workers & -workers
@@ -135,7 +134,7 @@ class KvIndex:
             workers ^= bit
 
     def _add(self, worker: str) -> _Worker:
-        bit = ~self._everyone & (self._everyone + 1)  # the lowest that is not taken
+        bit = ~self._everyone & (self._everyone + 1)  # the lowest free bit
         self._everyone |= bit
         self._workers[worker] = known = _Worker(bit)
         self._names[bit] = worker

@@ -1,21 +1,21 @@
-"""Requests that move to another worker while they decode, with their KV blocks.
+"""Moves of decoding requests to another worker, with their KV blocks.
 
 A worker that is drained keeps its stream until its requests have left:
 
-    Prefetch to another worker ─▶ it fetches the blocks, the first worker decodes on ─▶ Prefetched
-        ─▶ again, if many tokens came meanwhile
+    Prefetch to the target ─▶ it fetches the blocks while the source decodes ─▶ Prefetched
+        ─▶ repeated if the source has generated many tokens since
         ─▶ once more for the block that the step in progress completes
-        ─▶ Pause to the first worker, which ends its step ─▶ Paused ─▶ the request goes over
+        ─▶ Pause to the source, which ends its step ─▶ Paused ─▶ the request is sent to the target
 
-So does a request that its worker would have to preempt, where another worker has room.
+A request that its worker would have to preempt moves in the same way, if another worker has enough
+free KV blocks; it does not wait for a full block.
 
-The other worker computes the few tokens behind that block: the pause of a stream does not grow with
-its length. Where the two workers have nothing else to do, the pause begins with the block, which
-comes at once: a single token is left then. Where they have, they answer only between steps, and the
-request decodes on until the block is there. A request of a worker that runs out of blocks waits for
-no full one. When either worker dies, or blocks do not come, the request continues as always, from
-its tokens. Source of the idea: Llumnix (OSDI 2024), section 4.2, which copies the last blocks while
-nobody decodes.
+The target computes the few tokens after the last full block, so the pause of a stream does not grow
+with its length. If both workers are otherwise idle, the pause begins with the fetch of that block,
+and a single token is left to compute. If they are busy, they reply only between steps, and the
+request decodes until the block has been fetched. If either worker dies or the blocks do not
+arrive, the request is replayed from its tokens. Source of the idea: Llumnix (OSDI 2024), section
+4.2, which copies the last blocks while the request is paused.
 """
 
 from __future__ import annotations
@@ -40,47 +40,47 @@ from workers.requests.wire import Pause, Paused, Prefetch, Prefetched
 logger = logging.getLogger(__name__)
 
 MAX_MOVING = 4
-"""Requests of one worker that are on their way at the same time: each adds rows to a step of the
-other worker, and requests that go over together delay each other."""
+"""Concurrent moves from one worker: each adds rows to a step of its target, and requests that
+arrive together delay each other."""
 MAX_LEFT_TOKENS = 32
-"""Tokens since the last ``Prefetch`` up to which a move goes on to its last block."""
+"""Largest number of tokens since the last ``Prefetch`` at which a move fetches its last block."""
 MAX_ROUNDS = 4
-"""Prefetches of one move, however many tokens come meanwhile."""
+"""Largest number of ``Prefetch`` messages of one move."""
 _ANSWER_LIMIT_S = 5.0
 """Longest wait for ``Prefetched``."""
 _BLOCK_LIMIT_S = 2.0
 """Longest wait for a full block."""
 _PAUSE_LIMIT_S = 2.0
-"""Longest wait for ``Paused``, for a step or two; then the request goes over all the same."""
+"""Longest wait for ``Paused``, which takes one or two steps; then the request moves without it."""
 _RETRY_S = 0.2
-"""Pause while no other worker can run a request."""
+"""Retry interval while no other worker can run a request."""
 
 
 class _Stage(Enum):
-    """What a move waits for."""
+    """The event that a move waits for."""
 
-    BLOCKS = "the blocks that were full when it began, and those that came meanwhile"
-    FULL_BLOCK = "the last token of a block, whose keys and values the step in progress computes"
-    LAST_BLOCK = "that block"
-    PAUSED = "the end of its worker's last step with it; then the request goes over"
+    BLOCKS = "the fetch of the full blocks"
+    FULL_BLOCK = "the last token of a block, which the step in progress computes"
+    LAST_BLOCK = "the fetch of that block"
+    PAUSED = "the end of the source's last step with the request"
 
 
 @dataclass(slots=True, eq=False)
 class _Move:
-    """One request on its way."""
+    """A running move of one request."""
 
     entry: Submission
     source: EngineClient
     target: EngineClient
     lengths: tuple[int, ...] = ()
-    """Of the output of each choice at the last ``Prefetch``."""
+    """Output length of each choice at the last ``Prefetch``."""
     num_rounds: int = 0
     stage: _Stage = _Stage.BLOCKS
     timer: asyncio.TimerHandle | None = None
 
     @property
     def num_new(self) -> int:
-        """Tokens since the last ``Prefetch`` that another worker must compute."""
+        """Tokens since the last ``Prefetch``, which the target must compute."""
         entry = self.entry
         return sum(len(entry.outputs[c]) - self.lengths[c] for c in entry.open_choices)
 
@@ -89,9 +89,9 @@ class Moves:
     """All moves of a gateway. Event loop only.
 
     Args:
-        workers: tells which workers can run a request.
-        router: chooses the worker that a request moves to.
-        assignments: takes a request from its worker, and gives it to another one.
+        workers: the connected workers and the requests that each can run.
+        router: chooses the target of a move.
+        assignments: reassigns a request from its worker to the target.
     """
 
     def __init__(
@@ -101,28 +101,28 @@ class Moves:
         self._router = router
         self._assignments = assignments
         self._waiting: dict[EngineClient, deque[Submission]] = {}
-        """By worker that is drained, its requests that have not begun to move."""
+        """By drained worker, its requests that have not begun to move."""
         self._moves: dict[str, _Move] = {}
-        """By request id."""
+        """Running moves by request id."""
         self._retrying: set[EngineClient] = set()
-        """Workers that are drained and have requests that no other worker can run."""
+        """Drained workers with requests that no other worker can run."""
 
     def begin(self, source: EngineClient) -> None:
-        """Move all requests of a worker."""
+        """Begin to move all requests of a worker."""
         entries = source.submissions
         waiting = (e for e in entries if e.request.request_id not in self._moves)
         self._waiting[source] = deque(waiting)
         self._start_next(source)
 
     def relieve(self, entry: Submission, source: EngineClient) -> None:
-        """Move a request of a worker that runs out of blocks; one at a time."""
+        """Move a request of a worker that runs out of KV blocks, one request at a time."""
         if not _can_move(entry) or source in self._waiting or self._num_moving(source):
             return
         if (target := self._router.pick_with_free_kv(entry, source)) is not None:
             self._begin_move(entry, source, target)
 
     def end(self, worker: str) -> None:
-        """A worker is not drained any more, or its stream has ended."""
+        """End the moves of a worker that is no longer drained, or that has lost its stream."""
         for source in [s for s in self._waiting if s.worker == worker]:
             del self._waiting[source]
         for move in [m for m in self._moves.values() if m.source.worker == worker]:
@@ -131,8 +131,9 @@ class Moves:
             self._begin_again(move)
 
     def take(self, client: EngineClient, message: Prefetched | Paused) -> None:
-        """A worker has fetched what it could, or computes no more of a request, whose outputs have
-        all been delivered.
+        """Advance a move whose target has fetched the blocks, or whose source has paused the
+        request
+        and delivered all its outputs.
         """
         move = self._moves.get(message.request_id)
         if isinstance(message, Prefetched):
@@ -160,25 +161,25 @@ class Moves:
             self._pause(move)
 
     def note_token(self, entry: Submission) -> None:
-        """A worker has sent a token of a request, which is about to be delivered."""
+        """Check for a full block after a token that is about to be delivered."""
         move = self._moves.get(entry.request.request_id)
         if move is not None and move.stage is _Stage.FULL_BLOCK:
             asyncio.get_running_loop().call_soon(self._look_for_block, move)
 
     def drop(self, entry: Submission) -> None:
-        """A request has ended, or left its worker."""
+        """Drop the move of a request that has ended or left its worker."""
         if (move := self._moves.get(entry.request.request_id)) is not None:
             self._forget(move)
             self._start_next(move.source)
 
     def _start_next(self, source: EngineClient) -> None:
-        """Begin moves of a worker's requests, as many as may be on their way."""
+        """Begin moves of a worker's requests, up to ``MAX_MOVING`` in all."""
         waiting = self._waiting.get(source)
         staying: list[Submission] = []
         while waiting and self._num_moving(source) < MAX_MOVING:
             entry = waiting.popleft()
             if entry.stream is not source:
-                continue  # it has ended meanwhile
+                continue  # it has ended
             if not self._workers.can_any_run(entry):
                 staying.append(entry)
                 continue
@@ -211,7 +212,7 @@ class Moves:
         self._set_timer(move, _ANSWER_LIMIT_S, self._finish)
 
     def _look_for_block(self, move: _Move) -> None:
-        """Let the request go over if its newest token completes a block."""
+        """Begin the last fetch if the newest token completes a block."""
         if move.stage is _Stage.FULL_BLOCK and not self._is_over(move):
             size, length = _block_size(move.target), _length(move.entry)
             if size and length % size == 0:
@@ -228,14 +229,14 @@ class Moves:
             self._set_timer(move, _PAUSE_LIMIT_S, self._finish)
 
     def _stay(self, move: _Move) -> None:
-        """Give a move up; its worker goes on with the request."""
+        """Cancel a move; the source continues with the request."""
         self._forget(move)
         if move.stage is _Stage.PAUSED:
             name = move.entry.request.request_id
             move.source.stream.send(Pause(request_id=name, is_over=True))
 
     def _begin_again(self, move: _Move) -> None:
-        """Its other worker is gone; where it may stay, it does."""
+        """Cancel a move whose target was lost; begin another one if the source is drained."""
         self._stay(move)
         waiting = self._waiting.get(move.source)
         if waiting is not None:
@@ -243,7 +244,7 @@ class Moves:
             self._start_next(move.source)
 
     def _finish(self, move: _Move) -> None:
-        """The request goes over; to any worker if its blocks are not known to be at this one."""
+        """Send the request to the target, or to any worker if the target may lack its blocks."""
         if self._is_over(move):
             return
         are_there = move.stage is not _Stage.BLOCKS and move.target.hello is not None
@@ -256,11 +257,11 @@ class Moves:
         self._start_next(move.source)
 
     def _must_leave(self, move: _Move) -> bool:
-        """Its worker is drained; else it stays where the move fails."""
+        """Whether the source is drained; otherwise the request stays there if the move fails."""
         return move.source in self._waiting
 
     def _is_over(self, move: _Move) -> bool:
-        """It was given up, or the request has ended meanwhile, or its worker was lost."""
+        """Whether the move was cancelled, the request has ended, or its worker was lost."""
         if self._moves.get(move.entry.request.request_id) is not move:
             return True
         is_over = move.entry.stream is not move.source
@@ -283,21 +284,21 @@ class Moves:
 
 
 def _can_move(entry: Submission) -> bool:
-    """Whether blocks go with it: something was computed, and not too much must be sent again."""
+    """Whether a request has computed blocks, and no prompt embeddings that must be sent again."""
     return any(entry.outputs) and entry.request.prompt_embeds is None
 
 
 def _are_idle(move: _Move) -> bool:
-    """Neither worker has another request of this gateway: they begin no step meanwhile."""
+    """Whether neither worker has another request of this gateway, so that no other step begins."""
     return len(move.source.submissions) + len(move.target.submissions) == 1
 
 
 def _length(entry: Submission) -> int:
-    """Tokens of its shortest choice that goes on, with the prompt."""
+    """Number of tokens of the shortest open choice, with the prompt."""
     shortest = min((len(entry.outputs[c]) for c in entry.open_choices), default=0)
     return len(entry.request.prompt) + shortest
 
 
 def _block_size(client: EngineClient) -> int:
-    """Tokens of a KV block; 0 without a prefix cache, or before the hello."""
+    """Tokens per KV block; 0 without a prefix cache, or before the hello."""
     return client.hello.kv_block_size if client.hello is not None else 0

@@ -1,13 +1,13 @@
-"""How long streams stood still when the cluster changed, by the times of their tokens. Pure."""
+"""Pauses of streams at changes of the cluster, from the arrival times of their tokens. Pure."""
 
 from __future__ import annotations
 
 from collections import deque
 
 LEAST_S = 0.02
-"""Gaps between a stream's tokens that are looked at."""
+"""Shortest gap between two tokens of a stream that counts."""
 LATE_S = 1.0
-"""A change may become known here only after streams have gone on."""
+"""Longest delay of a snapshot: streams may have resumed before it arrives."""
 _KEPT = 1024
 
 
@@ -21,7 +21,7 @@ class Pauses:
         self._longest_s = self._reported_s = 0.0
 
     def change(self, generation: int, now_s: float) -> bool:
-        """A snapshot names this generation; whether there may be a pause to report."""
+        """Record the generation of a snapshot; return whether a pause may have to be reported."""
         if generation <= self._generation:
             return False
         is_first = not self._generation
@@ -32,7 +32,7 @@ class Pauses:
         return not is_first
 
     def token(self, last_s: float, now_s: float) -> None:
-        """A stream got a token, after its last one."""
+        """Record the time of a stream's token, and of the token before it."""
         length = now_s - last_s
         if length < LEAST_S:
             return
@@ -41,7 +41,7 @@ class Pauses:
             self._longest_s = max(self._longest_s, length)
 
     def take(self) -> tuple[int, float] | None:
-        """Generation and pause to report, each longer pause once."""
+        """Generation and longest pause if it has grown since the last call, otherwise None."""
         if self._longest_s <= self._reported_s:
             return None
         self._reported_s = self._longest_s

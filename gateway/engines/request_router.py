@@ -1,4 +1,4 @@
-"""Chooses the worker of each request from what is known of workers, KV blocks and sessions."""
+"""Chooses the worker of each request from the load, KV blocks and sessions of the workers."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from gateway.engines.worker_registry import WorkerRegistry
 from workers.requests.block_hash import block_hashes
 
 ROOM_FACTOR = 4
-"""A worker takes a request from one that runs short of blocks if it has room for the request's
-tokens this many times: others may take much of the room before the request arrives, and it must not
-move back soon."""
+"""Free KV tokens that the target of a move needs, as a multiple of the request's tokens: other
+requests may take blocks before it arrives, and it must not move back soon."""
 
 
 class RequestRouter:
-    """Decides which worker a request goes to.
+    """Decides which worker runs a request.
 
     Args:
         workers: the workers to choose from.
-        policy: how a worker is picked.
+        policy: routing policy.
     """
 
     def __init__(self, workers: WorkerRegistry, policy: RoutingPolicy) -> None:
@@ -31,12 +30,11 @@ class RequestRouter:
         self._policy = policy
         self._num_routed = 0
         self.kv = KvIndex()
-        """Which worker has which blocks."""
+        """Index of the KV blocks of all workers."""
         self._affinity = SessionAffinity()
 
     def pick(self, entry: Submission, ready: Sequence[EngineClient]) -> EngineClient | None:
-        """The worker for a request, which has its adapter; its last one only if there is no
-        other."""
+        """Worker that can run a request; its last worker only if there is no other."""
         clients = {c.worker: c for c in ready if self._workers.can_run(entry, c)}
         if len(clients) > 1:
             clients.pop(entry.last_worker, None)
@@ -59,7 +57,8 @@ class RequestRouter:
         return clients[choice.load.name]
 
     def pick_with_free_kv(self, entry: Submission, source: EngineClient) -> EngineClient | None:
-        """The worker with the most room for a request of one that runs out of blocks."""
+        """Other worker with the most free KV tokens for a request of ``source``, if any has
+        enough."""
         needed = ROOM_FACTOR * entry.num_known_tokens
         others = (
             c
@@ -69,7 +68,7 @@ class RequestRouter:
         return max(others, key=lambda client: client.load.free_tokens, default=None)
 
     def num_missing(self, entry: Submission, ready: Sequence[EngineClient]) -> int:
-        """Tokens of a request that no worker has cached; sets the hashes of its blocks."""
+        """Number of tokens of a request that no worker has cached; sets its block hashes."""
         tokens = entry.num_known_tokens
         if self._policy is not RoutingPolicy.KV or not ready:
             return tokens
@@ -78,7 +77,7 @@ class RequestRouter:
         return tokens - block_size * max(matches.values(), default=0)
 
     def _name_blocks(self, entry: Submission, client: EngineClient) -> int:
-        """Set its prompt's hashes; returns the tokens of a block."""
+        """Set the block hashes of the prompt; return the number of tokens per block."""
         hello = client.hello
         assert hello is not None, "only workers that said hello take requests"
         block_size = hello.kv_block_size

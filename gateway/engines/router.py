@@ -1,4 +1,4 @@
-"""Picks the attention worker of a request. Pure: loads in, a choice out."""
+"""Routing policies: pick the attention worker of a request. Pure."""
 
 from __future__ import annotations
 
@@ -16,59 +16,59 @@ class RoutingPolicy(Enum):
     LEAST_LOADED = "least-loaded"
     """Fewest outstanding tokens."""
     ROUND_ROBIN = "round-robin"
-    """One worker after the other."""
+    """The workers in turn."""
 
 
 MISSING_WEIGHT = 1.25
-"""Cost of a prompt token to compute, in tokens of waiting. Above 1, since it also delays all later
-requests, and leaves one more copy of its block in the caches. On the Mooncake trace
+"""Cost of computing a prompt token, in tokens of waiting. Above 1, since it also delays all later
+requests and stores one more copy of its block in the caches. On the Mooncake trace
 (``benchmarks/simulated/routing.py``) the mean time to the first token is flat from 1 to 3; larger
 values make bursts with a common prefix wait longer.
 """
 DECODE_TOKENS = 64
-"""Cost of a decoding sequence for a prompt, in prompt tokens that are computed before it."""
+"""Delay that a decoding sequence adds to a prompt, in prompt tokens."""
 HOME_TOKENS = 64
-"""Preference for the worker that served the last request of a session, in prompt tokens: it has
-more of the session than full blocks of its prompt, and the next request will look there as well."""
+"""Preference for the worker that served the last request of a session, in prompt tokens: it caches
+more of the session than the full blocks of this prompt, for this request and the next ones."""
 FETCH_TOKENS = 32
 """Fixed cost of fetching blocks from a peer, in prompt tokens."""
 
 
 @dataclass(kw_only=True, slots=True)
 class WorkerLoad:
-    """The work that this gateway has given to one worker."""
+    """Work of this gateway at one worker."""
 
     name: str
     outstanding_tokens: int = 0
     """Outstanding prompt and output tokens."""
     queued_tokens: float = 0
-    """Prompt tokens that it must still compute."""
+    """Prompt tokens that the worker has not computed yet."""
     num_decoding: int = 0
-    """Sequences that decode."""
+    """Number of decoding sequences."""
     fetch_cost: float = math.inf
-    """Prompt tokens that it computes in the time in which it fetches one from a peer."""
+    """Time to fetch one token from a peer, in prompt tokens computed in that time."""
     free_tokens: int = 0
-    """Tokens for which it has room, as of its last message."""
+    """Tokens that fit in its free KV blocks, by its last message."""
 
 
 @dataclass(frozen=True, slots=True)
 class KvPeer:
-    """The worker with the longest cached part of a prompt."""
+    """Worker with the longest cached prefix of a prompt."""
 
     name: str
     tokens: int
-    """Leading prompt tokens that can be fetched from it."""
+    """Number of leading prompt tokens that can be fetched from it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The route of a request."""
+    """Chosen worker of a request, with its cached tokens."""
 
     load: WorkerLoad
     cached_tokens: int = 0
-    """Prompt tokens that it need not compute, including fetched ones."""
+    """Prompt tokens that the worker does not compute, including fetched tokens."""
     peer: str = ""
-    """The worker from which it fetches some of them."""
+    """Worker from which it fetches some of them; empty if none."""
 
 
 def pick_worker(
@@ -80,20 +80,20 @@ def pick_worker(
     peer: KvPeer | None = None,
     home: str = "",
 ) -> Route:
-    """The worker for the next request.
+    """Pick the worker of the next request.
 
     Args:
-        loads: the workers that can take requests, one at least, in a fixed order.
-        policy: how to choose.
-        num_routed: number of requests routed so far; decides round-robin and equal loads.
+        loads: the workers that can take requests, at least one, in a fixed order.
+        policy: routing policy.
+        num_routed: number of requests routed so far; used for round-robin and ties.
         prompt_tokens: length of the request's prompt.
-        cached_tokens: by worker, the cached prompt tokens (workers without any may be left out).
-        peer: from which another worker could fetch a part of the prompt.
-        home: the worker that served the last request of the session; empty: none.
+        cached_tokens: number of cached prompt tokens by worker; 0 for missing workers.
+        peer: worker from which another one can fetch a prefix of the prompt.
+        home: worker that served the last request of the session; empty if none.
 
-    The cost that ``kv`` minimises is in prompt tokens: those to wait for, and those to compute. A
-    worker may fetch from the peer while it computes others, so that only the longer of both delays
-    the request; but the time of fetching is added as well, since it keeps links and memory busy.
+    The ``kv`` policy minimises a cost in prompt tokens: the tokens to wait for plus the tokens to
+    compute. A worker fetches from the peer while it computes other prompts, so only the longer of
+    both delays the request; the fetch is added all the same, since it uses links and memory.
 
     Example: loads a=5, b=2, c=2 and num_routed 3 give c with least-loaded (b and c alternate) and
     a with round-robin (3 mod 3 = 0).
@@ -126,7 +126,7 @@ def route_by_kv(
     block_size: int,
     home: str = "",
 ) -> Route:
-    """``pick_worker`` by ``kv``, for a prompt whose full blocks have these (short) hashes."""
+    """Call ``pick_worker`` with the ``kv`` policy; ``hashes``: short hashes of the full blocks."""
     matches = index.matches(hashes)
     cached = {worker: count * block_size for worker, count in matches.items()}
     peer = None
@@ -146,7 +146,7 @@ def _prefer(home: str, loads: Sequence[WorkerLoad], costs: list[float]) -> None:
 def _fetch_costs(
     loads: Sequence[WorkerLoad], waits: Sequence[float], missing: Sequence[int], rest: int
 ) -> list[float]:
-    """Costs with a fetch of all tokens but ``rest``; infinite where no more are missing."""
+    """Costs if all but ``rest`` tokens are fetched; infinite for workers that lack no more."""
     costs = []
     for load, wait, lacks in zip(loads, waits, missing, strict=True):
         took = FETCH_TOKENS + (lacks - rest) * load.fetch_cost
@@ -159,7 +159,7 @@ def _route(load: WorkerLoad, known: Mapping[str, int]) -> Route:
 
 
 def _best(loads: Sequence[WorkerLoad], costs: Sequence[float], num_routed: int) -> WorkerLoad:
-    """The one with the least cost; equal ones alternate."""
+    """The worker with the lowest cost; workers with equal costs alternate."""
     least = min(costs)
     if costs.count(least) == 1:
         return loads[costs.index(least)]

@@ -1,4 +1,4 @@
-"""Which worker served a session last. Pure."""
+"""The last worker of each session. Pure."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections import OrderedDict
 from workers.requests.request import Request
 
 MAX_SESSIONS = 8192
-"""Sessions of one tenant that are remembered, those that were used last."""
+"""Number of remembered sessions per tenant, the most recently used ones."""
 
 
 class SessionAffinity:
-    """Workers by tenant and session."""
+    """The last worker by tenant and session."""
 
     def __init__(self) -> None:
         self._workers: dict[str, OrderedDict[str, str]] = {}
 
     def get(self, request: Request) -> str:
-        """The worker of the last request of the same session; empty: it has none, or is new."""
+        """Worker of the session's last request; empty without a session, or for a new one."""
         workers = self._workers.get(request.tenant)
         return "" if workers is None else workers.get(request.session, "")
 
     def put(self, request: Request, worker: str) -> None:
-        """A request goes to a worker."""
+        """Record the worker of a request."""
         if not request.session:
             return
         workers = self._workers.setdefault(request.tenant, OrderedDict())

@@ -1,13 +1,14 @@
-"""Copies of the KV blocks of sessions at a second worker: a session survives the loss of its own.
+"""Copies of the KV blocks of sessions at a second worker, so that the loss of one worker does not
+lose the cached session.
 
-A request whose blocks are wanted later (``Request.is_kept``) leaves them at the worker that has
-computed them. When it has ended, another worker is told which blocks these are. If that one lacks
-many blocks of the prompt, it is told already when the prompt is computed. It reads those that it
-lacks from the first worker, in the background, and keeps them in host memory. Its block events tell
-all gateways: requests go there by themselves when the first worker is lost or drained.
+A request with ``Request.is_kept`` leaves its blocks at the worker that has computed them. When the
+request ends, the gateway sends the names of the blocks to a second worker; if that worker lacks
+many blocks of the prompt, it does so as soon as the prompt is computed. The second worker reads the
+missing blocks from the first one in the background and keeps them in host memory. Its block events
+inform all gateways, which route the session there when the first worker is lost or drained.
 
-Nothing is remembered here. The choice follows from the session's name, from the blocks that each
-worker is known to have, and from the workers that there are, so all gateways make the same one.
+This module keeps no state. The choice depends only on the session's name, the known blocks of each
+worker, and the set of workers, so all gateways choose the same worker.
 """
 
 from __future__ import annotations
@@ -27,27 +28,27 @@ from workers.requests.request import Request
 from workers.requests.wire import EngineHello, KeepCopy
 
 MANY_BLOCKS = 64
-"""Blocks of a prompt that are copied before the end of its request: few ones are soon computed, and
-copying them twice in parts costs more."""
+"""Missing prompt blocks from which they are copied before the request ends. Fewer blocks are soon
+computed again, and copying in two parts costs more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CopyTarget:
-    """A worker that could keep copies."""
+    """A worker that can keep copies."""
 
     name: str
     is_elsewhere: bool
-    """On another host than the worker that has the blocks."""
+    """Whether it is on another host than the worker that has the blocks."""
     num_known: int
-    """Blocks of the sequence, from the first on, that it has."""
+    """Number of leading blocks of the sequence that it has."""
 
 
 def pick_keeper(keepers: Sequence[CopyTarget], num_prompt: int, key: str) -> CopyTarget | None:
-    """The worker for copies of a sequence whose prompt has so many blocks; None: there is none.
+    """Pick the worker for copies of a sequence with ``num_prompt`` prompt blocks; None if none can.
 
-    Those on another host come first, then those that have half of the prompt: they have kept the
-    turns before. Equal ones share the keys by rendezvous hashing, so that the keys of one that is
-    lost spread over the others, and all other keys stay where they are.
+    Workers on another host are preferred, then workers that have half of the prompt, since they
+    keep the earlier turns. Ties are resolved by rendezvous hashing: the keys of a lost worker
+    spread over the remaining workers, and all other keys keep their worker.
 
     Example: of b with 0 of 8 blocks and c with 7, both on other hosts, c keeps the copies.
     """
@@ -60,11 +61,11 @@ def pick_keeper(keepers: Sequence[CopyTarget], num_prompt: int, key: str) -> Cop
 
 
 class SessionCopies:
-    """Has the blocks of sessions copied. Event loop only.
+    """Requests copies of the blocks of sessions. Event loop only.
 
     Args:
-        workers: the streams to workers that take requests.
-        index: which worker has which blocks.
+        workers: the connected workers.
+        index: the KV blocks of all workers.
     """
 
     def __init__(self, workers: WorkerRegistry, index: KvIndex) -> None:
@@ -72,12 +73,12 @@ class SessionCopies:
         self._index = index
 
     def note_prompt(self, entry: Submission, source: EngineClient) -> None:
-        """A worker has computed a request's prompt."""
+        """Copy the blocks of a long prompt that ``source`` has computed."""
         if entry.block_hashes:
             self._copy(entry, source, entry.block_hashes, at_least=MANY_BLOCKS)
 
     def note_end(self, entry: Submission, source: EngineClient) -> None:
-        """A request has ended at a worker."""
+        """Copy the blocks of a request that has ended at ``source``."""
         if entry.block_hashes is not None and source.hello is not None:
             for hashes in _computed(entry, entry.block_hashes, source.hello):
                 self._copy(entry, source, hashes)
@@ -89,7 +90,7 @@ class SessionCopies:
         hashes: Sequence[BlockHash],
         at_least: int = 0,
     ) -> None:
-        """Ask for a copy, if so many blocks are missing there."""
+        """Request a copy if the chosen worker lacks ``at_least`` blocks."""
         others = {c.worker: c for c in self._workers.ready if c is not source and _can_keep(c)}
         if not others:
             return
@@ -116,7 +117,7 @@ def _can_keep(client: EngineClient) -> bool:
 def _computed(
     entry: Submission, prompt: Sequence[BlockHash], hello: EngineHello
 ) -> Iterator[Sequence[BlockHash]]:
-    """By choice, the full blocks whose keys and values are there: of all tokens but the newest."""
+    """Full blocks of each choice with computed keys and values (all tokens except the newest)."""
     size, limit = hello.kv_block_size, hello.kv_length_matters_above
     request = replace(entry.request, output_so_far=tuple(map(tuple, entry.outputs)))
     for choice, tokens in enumerate(request.output_so_far):
@@ -126,7 +127,7 @@ def _computed(
 
 
 def _key(request: Request, hashes: Sequence[BlockHash]) -> str:
-    """What tells sessions apart: the name, or the prompt of one without a name."""
+    """Key of a session: its name, or the last block hash if it has no name."""
     return f"{request.tenant}\0{request.session or hashes[-1].hex()}"
 
 

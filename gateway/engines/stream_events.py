@@ -1,4 +1,4 @@
-"""Events of the streams to the workers, which the pool handles."""
+"""Events of the worker streams, which ``EnginePool`` handles."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 class RequestChange(Enum):
-    """What has happened to a request at its worker."""
+    """Change of a request at its worker."""
 
-    QUEUED_ALONE = "the engine has it, and it had to be sent alone: another one may be sent"
-    PROMPT_SETTLED = "its prompt is computed, or will not be computed there"
+    QUEUED_ALONE = "the engine has received a request that was sent alone"
+    PROMPT_SETTLED = "its prompt is computed, or the worker will not compute it"
     PROMPT_COMPUTED = "its prompt is computed, and the worker continues with it"
-    KV_PRESSURE = "the worker runs out of KV blocks, and would preempt it soon"
-    RETURNED = "the worker will not finish it, and another one can"
+    KV_PRESSURE = "the worker runs out of KV blocks and would soon preempt it"
+    RETURNED = "the worker has handed it back, and another worker can run it"
     RELEASED = "it has left its worker, or has ended"
 
 
@@ -38,7 +38,7 @@ class RequestEvent:
 
 @dataclass(slots=True)
 class TokensReceived:
-    """A step of a worker brought tokens of these requests."""
+    """Requests that received tokens in a step of a worker."""
 
     entries: Sequence[Submission]
     now_s: float
@@ -46,7 +46,7 @@ class TokensReceived:
 
 @dataclass(slots=True)
 class MessageReceived:
-    """A message of a worker that the pool handles: of KV blocks, and of requests that move."""
+    """A message of a worker about KV blocks or about a request that moves."""
 
     client: EngineClient
     message: KvEvents | Prefetched | Paused
@@ -56,7 +56,7 @@ StreamEvent = RequestEvent | TokensReceived | MessageReceived
 
 
 class StreamEvents:
-    """The events of all streams; decides their order: one that is put while another is handled is
+    """Queue of the events of all streams: an event that is put while another one is handled is
     handled after it.
     """
 

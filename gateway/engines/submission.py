@@ -1,8 +1,7 @@
-"""The record around a request in the engines: its attempts, the output so far, its worker.
+"""The state of a request at the engines: its attempts, its output so far and its worker.
 
-A lost worker loses nothing that was delivered: the message of the next attempt carries the output
-so far, and tokens of older attempts, or repeated ones, are dropped. Pure apart from its own state;
-the time is passed in.
+The loss of a worker loses no delivered tokens: the message of the next attempt contains the output
+so far, and repeated tokens and tokens of older attempts are dropped. Pure: callers pass the time.
 """
 
 from __future__ import annotations
@@ -20,34 +19,34 @@ from workers.requests.block_hash import SHORT_BYTES, BlockHash
 from workers.requests.request import MAX_DEATHS, FinishReason, Request, TokenOutput
 
 _HANDED_BACK = frozenset({"not_ready", "draining"})
-"""Error codes of requests that a worker hands back and another one can serve."""
+"""Error codes with which a worker hands back a request that another worker can serve."""
 MAX_RETURNS_WITHOUT_ADAPTER = 3
-"""Returns by workers that lack its adapter, after which a request fails."""
+"""A request fails after it was returned this often by workers that lack its adapter."""
 MAX_SILENT_DEATHS = 2
-"""Deaths before a worker has said that it has the request, after which it is sent alone."""
+"""Number of workers that died before they acknowledged a request, after which it is sent alone."""
 MAX_SILENT_DEATHS_IN_ALL = 5
-"""Such deaths after which a request fails."""
+"""Number of such deaths after which a request fails."""
 
 
 class RequestStage(Enum):
-    """How far a request is at its worker."""
+    """Progress of a request at its worker."""
 
     SENT = "sent"
-    """It is on its way, or waits for its grammar or for KV blocks; the worker never says so."""
+    """Sent, but not acknowledged: in transit, or waiting for its grammar or KV blocks."""
     QUEUED = "queued"
-    """The engine has it."""
+    """The engine has queued it."""
     ALONE = "alone"
-    """It runs a step alone."""
+    """It runs a solo step."""
 
 
 class OutputSink(Protocol):
     """Receives the outputs of one request."""
 
     def put(self, output: TokenOutput) -> None:
-        """An output of a choice."""
+        """Receive an output of a choice."""
 
     def fail(self, error: ExpertMeshError) -> None:
-        """The request failed."""
+        """Receive the error of a failed request."""
 
 
 class AssignedStream(Protocol):
@@ -58,61 +57,61 @@ class AssignedStream(Protocol):
         """The worker's name."""
 
     def abort(self, request_id: str, choices: Sequence[int] = ()) -> None:
-        """Abort the request there, or some of its choices."""
+        """Abort the request at the worker, or some of its choices."""
 
 
 @dataclass(slots=True, eq=False)
 class Submission:
-    """One request from its first assignment to its end: what may change of it.
+    """One request with its mutable state, from its first assignment to its end.
 
-    ``message`` puts both together for a worker.
+    ``message`` combines both for a worker.
     """
 
     request: Request
-    """As the gateway made it; it never changes."""
+    """The request of the first attempt; never changed."""
     sink: OutputSink
-    """Where its outputs go."""
+    """Receives its outputs."""
     deadline_s: float
     """``time.monotonic`` of its deadline."""
     attempt: int = field(init=False)
-    """Number of the attempt that is under way; outputs name it."""
+    """Number of the current attempt; outputs contain it."""
     open_choices: set[int] = field(init=False)
     """Choices that have not ended."""
     outputs: list[list[int]] = field(init=False)
-    """By choice, the delivered tokens, which the next attempt carries."""
+    """Delivered tokens by choice; the next attempt starts with them."""
     stream: AssignedStream | None = None
     """The worker that runs it; None while it waits for one."""
     last_worker: str = ""
-    """Its last worker, which handed it back or was lost."""
+    """The last worker that handed it back or was lost."""
     engine: str = ""
-    """Index of the attention worker that it was last sent to."""
+    """Index of the last attention worker."""
     stage: RequestStage = RequestStage.SENT
-    """How far it is at its worker, as the worker has said."""
+    """Progress at its worker, as the worker has reported it."""
     deaths: dict[str, bool] = field(default_factory=dict)
-    """Workers that died while they had it, since its last token: after two it runs alone. Whether
-    they died before they said that they had it, and none has said so since."""
+    """Workers that died with the request since its last token; after two deaths it runs alone. The
+    value: whether the worker died, and no later worker has acknowledged the request either."""
     num_returns: int = 0
-    """Number of times it was handed back since its last token."""
+    """Number of times that workers handed it back since its last token."""
     replay_cause: ReplayCause = ReplayCause.LOST
-    """Why it left its last worker."""
+    """Reason why it left its last worker."""
     was_sent: bool = False
-    """It was sent to a worker before: the next one gets a new attempt."""
+    """Whether it was sent to a worker; the next worker then gets a new attempt."""
     replays_s: list[float] = field(default_factory=list)
     """``time.monotonic`` of each attempt after the first."""
     last_token_s: float = 0.0
     """``time.monotonic`` of its last token; 0 before the first."""
     prompt_hashes: Sequence[bytes] = ()
-    """Names of the prompt's full KV blocks, for routing."""
+    """Short hashes of the prompt's full KV blocks, for routing."""
     block_hashes: Sequence[BlockHash] | None = None
-    """The same in full length; None: its blocks are not copied."""
+    """Full hashes of the same blocks; None if they are not copied."""
     missing_tokens: int = 0
-    """Prompt tokens that its worker must compute, by the KV index."""
+    """Prompt tokens that its worker must compute, according to the KV index."""
     kv_peer: str = ""
-    """Worker from which its worker may fetch blocks of the prompt; empty: none."""
+    """Worker from which its worker may fetch prompt blocks; empty if none."""
     is_computing: bool = False
-    """Its worker has sent no output yet."""
+    """Whether its worker has not sent an output yet."""
     counted: tuple[int, int] = (0, 0)
-    """Its part of its worker's load: prompt tokens to compute, sequences that decode."""
+    """Its share of its worker's load: prompt tokens to compute, decoding sequences."""
 
     def __post_init__(self) -> None:
         choices = self.request.n
@@ -122,13 +121,13 @@ class Submission:
         self.outputs = [list(ids) for ids in so_far] or [[] for _ in range(choices)]
 
     def set_hashes(self, hashes: Sequence[BlockHash]) -> None:
-        """Name the full KV blocks of its prompt."""
+        """Set the hashes of the prompt's full KV blocks."""
         self.prompt_hashes = [name[:SHORT_BYTES] for name in hashes]
         self.block_hashes = hashes if self.request.is_kept else None
 
     @property
     def is_waiting(self) -> bool:
-        """It is not finished, and no worker runs it."""
+        """Whether it is unfinished and has no worker."""
         return self.stream is None and bool(self.open_choices)
 
     @property
@@ -137,7 +136,7 @@ class Submission:
 
     @property
     def outstanding_tokens(self) -> int:
-        """Tokens that this request may still need: its prompt and its remaining outputs."""
+        """Tokens that this request may still need: its prompt and its remaining output."""
         missing = self.request.params.max_tokens * len(self.open_choices)
         done = sum(len(self.outputs[choice]) for choice in self.open_choices)
         is_started = any(self.outputs)
@@ -145,27 +144,28 @@ class Submission:
 
     @property
     def num_known_tokens(self) -> int:
-        """Tokens that another worker must recompute: each choice's output, and the prompt once."""
+        """Tokens that another worker must recompute: the prompt, and the output of each open
+        choice."""
         return len(self.request.prompt) + sum(len(self.outputs[c]) for c in self.open_choices)
 
     @property
     def worker(self) -> str:
-        """Its current or last worker; empty if none."""
+        """Name of its current or last worker; empty if none."""
         return self.last_worker if self.stream is None else self.stream.worker
 
     def abort(self, choices: Sequence[int] = ()) -> None:
-        """Abort it, or some of its choices; never waits, no effect after its end."""
+        """Abort it, or some of its choices; does not wait, and has no effect after its end."""
         if self.stream is not None:
             self.stream.abort(self.request.request_id, choices)
         else:
             self.close(choices)
 
     def close(self, choices: Sequence[int] = ()) -> None:
-        """These choices (none named: all) need no more output."""
+        """Mark these choices, or all if empty, as needing no further output."""
         self.open_choices.difference_update(choices or tuple(self.open_choices))
 
     def deliver(self, output: TokenOutput) -> None:
-        """Pass these tokens to the sink."""
+        """Record an output and pass it to the sink."""
         self.outputs[output.choice].extend(output.token_ids)
         self.num_returns = 0
         if output.token_ids:
@@ -176,42 +176,44 @@ class Submission:
 
     @property
     def num_silent_deaths(self) -> int:
-        """Workers that died before they said that they had it, since one has said so."""
+        """Workers that died before they acknowledged it, since the last acknowledgement."""
         return sum(self.deaths.values())
 
     @property
     def must_be_sent_alone(self) -> bool:
-        """It may kill workers on receipt: no other such request is on its way meanwhile."""
+        """Whether it may kill workers on receipt, so that only one such request is sent at a
+        time."""
         return self.num_silent_deaths >= MAX_SILENT_DEATHS
 
     @property
     def may_kill_on_receipt(self) -> bool:
-        """If its worker dies now, it is the likely cause, not a request that the engine has."""
+        """Whether this request, not a queued one, is the likely cause if its worker dies now."""
         return self.must_be_sent_alone and self.stage is RequestStage.SENT
 
     def awaits_verdict(self, unjudged: Collection[str]) -> bool:
-        """It would run alone, but one of these workers, an ``unjudged`` one, may not have died."""
+        """Whether it would run alone, but one of its dead workers is ``unjudged``: maybe alive."""
         return self.num_deaths >= MAX_DEATHS and not self.deaths.keys().isdisjoint(unjudged)
 
     def reach(self, stage: RequestStage) -> None:
-        """Its worker says how far it is; a step alone is over when it is cleared."""
+        """Record an acknowledged stage; ``clear`` ends a solo step."""
         self.stage = stage
         self.deaths = dict.fromkeys(self.deaths, False)
 
     def clear(self) -> None:
-        """A step with it has committed: it did not cause earlier deaths."""
+        """Forget earlier deaths, since a step with the request has completed."""
         self.stage = RequestStage.QUEUED
         self.deaths.clear()
 
     def acquit(self, worker: str) -> None:
-        """A worker lives after all: only a connection to it was lost."""
+        """Retract a recorded death: only the connection to the worker was lost."""
         self.deaths.pop(worker, None)
 
     def lose(self) -> str | None:
-        """Its last worker died; why this request is the cause, None if it may run again.
+        """Record the death of its last worker; return why this request is the cause, or None.
 
-        A worker does not report which requests a step has: one that only waits counts the death,
-        too, and runs alone in the end. Only then it may fail.
+        Workers do not report the requests of a step, so a request that only waited counts the
+        death,
+        too. It fails only if a worker dies in its solo step, or repeatedly on receipt.
         """
         self.deaths[self.last_worker] = self.stage is RequestStage.SENT
         if self.stage is RequestStage.ALONE:
@@ -221,7 +223,7 @@ class Submission:
         return f"{self.num_silent_deaths} workers in a row were lost when they received it"
 
     def is_handed_back(self, output: TokenOutput) -> bool:
-        """Whether an output says that the worker cannot continue while another one may."""
+        """Whether an output means that the worker cannot continue, but another worker may."""
         if output.finish_reason is FinishReason.ABORT:
             return True
         is_full = output.error_code == "queue_full" and self.attempt > 0
@@ -231,7 +233,7 @@ class Submission:
         return is_refused and (is_full or may_be_elsewhere or output.error_code in _HANDED_BACK)
 
     def message(self, now_s: float) -> Request:
-        """The request of the current attempt, with the output so far and the time that is left."""
+        """The request of the current attempt, with the output so far and the remaining time."""
         closed = set(range(self.request.n)) - self.open_choices
         return replace(
             self.request,
@@ -244,14 +246,14 @@ class Submission:
         )
 
     def next_attempt(self, now_s: float) -> None:
-        """Begin another attempt, at another worker."""
+        """Begin another attempt."""
         self.replays_s.append(now_s)
         self.stage = RequestStage.SENT
         self.attempt += 1
 
 
 def without_first(output: TokenOutput, count: int) -> TokenOutput:
-    """An output without its first ``count`` tokens, which were delivered before."""
+    """The output without its first ``count`` tokens."""
     return replace(
         output,
         index=output.index + min(count, len(output.token_ids)),
