@@ -121,6 +121,31 @@ def test_a_request_that_waits_for_room_is_restored_when_there_is_some(
     wait_idle(cluster)
 
 
+def test_a_request_that_preempts_others_is_restored(cluster: ThreadCluster) -> None:
+    """Lower priorities hold the pool, and do not end before its blocks are there."""
+    expected = exact(answer(cluster, 0, request_of(700)))
+    settle(cluster, 0)
+    evict(cluster, 0, 710)
+    stream = cluster.stream(0)
+    longer = replace(request_of(700).params, max_tokens=12)  # 7 of 16 blocks each
+    others = [replace(request_of(seed, params=longer), priority=1) for seed in (720, 721)]
+    for other in others:
+        stream.send(other)
+    seen = [stream.next()]
+    while len({output.request_id for output in seen}) < len(others):
+        seen.append(stream.next())
+    before = role_of(cluster, 0).stats()["num_preemptions_total"]
+    again = request_of(700, 1)
+    stream.send(again)
+    stream.put_back(seen)
+    found = stream.collect([*others, again])[again.request_id].outputs
+    stream.close()
+    assert found[0].num_cached_tokens == CACHED
+    assert exact(found) == expected
+    assert role_of(cluster, 0).stats()["num_preemptions_total"] > before
+    wait_idle(cluster)
+
+
 def test_the_same_request_again_does_not_hold_up_the_first_one(
     cluster: ThreadCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -185,7 +185,7 @@ class Engine:
         restriction, size = self.requests.restriction(isolation.alone), prefixes.block_size
         return [
             (sequence.request, tuple(prefixes.hashes(sequence, sequence.prompt_length // size)))
-            for sequence in self._scheduler.admission.take_admissible(restriction, at_most)
+            for sequence in self._scheduler.take_admissible(restriction, at_most)
         ]
 
     def wait_for_kv(self, request_id: str, num_coming: int) -> None:
@@ -335,7 +335,7 @@ class Engine:
         self.requests.emit_step(tokens, endings, now)
 
     def _note_dispatch(self, plan: StepPlan) -> None:
-        for sequence in self._scheduler.preemption.preempted:
+        for sequence in self._scheduler.preemption.take_preempted():
             sequence.note_preemption(self._clock())
         when = self.runner.first_dispatch
         if when is not None:

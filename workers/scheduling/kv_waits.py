@@ -24,6 +24,10 @@ class KvWaits:
         """Whether there are requests that ``take_unasked`` has not returned."""
         return bool(self._unasked)
 
+    def is_unasked(self, request_id: str) -> bool:
+        """Whether ``take_unasked`` has not returned a request since it was queued."""
+        return request_id in self._unasked
+
     def __contains__(self, request_id: str) -> bool:
         """Whether a request waits for a transfer and cannot be admitted."""
         return request_id in self._waiting

@@ -48,7 +48,7 @@ class Preemption:
         self._kv_waits = kv_waits
         self.num_preemptions = 0
         self.preempted: list[SequenceState] = []
-        """Sequences that were preempted for the latest plan."""
+        """Sequences preempted since the last ``take_preempted``."""
 
     def under_pressure(self) -> SequenceState | None:
         """The next sequence to preempt among those that can move to another worker, if a preemption
@@ -58,6 +58,19 @@ class Preemption:
         is_short = self._blocks.num_free < _BLOCKS_AHEAD * len(running) and len(running) > 1
         able = [s for s in running if s.params.beams is None]
         return _last_of_most(able) if is_short and able else None
+
+    def take_preempted(self) -> list[SequenceState]:
+        """Return the sequences preempted since the last call."""
+        taken, self.preempted = self.preempted, []
+        return taken
+
+    def make_room_for_unasked(self, restriction: Restriction) -> None:
+        """Preempt sequences for the first waiting one if it is new and does not run alone."""
+        if not self._kv_waits.has_unasked or restriction.alone is not None:
+            return
+        first = self.first_in_need(restriction)
+        if first is not None and self._kv_waits.is_unasked(first.request.request_id):
+            self.make_room_for_first(restriction)
 
     def make_room_for_first(self, restriction: Restriction) -> None:
         """Preempt sequences until the first waiting one needs no further preemption."""

@@ -135,6 +135,16 @@ class Scheduler:
         self._blocks.release(sequence, has_ended=has_ended)
         sequence.status = SequenceStatus.FINISHED
 
+    def take_admissible(self, restriction: Restriction, at_most: int) -> list[SequenceState]:
+        """Return waiting sequences that fit into the next steps; see ``SequenceAdmission``. Call it
+        between steps.
+
+        If the first waiting sequence fits only after a preemption, the preemption happens here:
+        its KV blocks can then be brought into the freed blocks before it is admitted.
+        """
+        self.preemption.make_room_for_unasked(restriction)
+        return self.admission.take_admissible(restriction, at_most)
+
     def ending(self, sequence: SequenceState) -> Ending | None:
         """The reason for which the output so far ends the sequence; None if it does not."""
         return self._stop_conditions.ending(sequence)
@@ -175,7 +185,6 @@ class Scheduler:
     def plan(self, intent: StepIntent, grant: Grant) -> StepPlan:
         """Choose rows within the grant and allocate their blocks."""
         restriction = intent.restriction
-        self.preemption.preempted.clear()
         ready = self._admit_ready(intent, grant.decode_rows)
         admissible: list[SequenceState] = []
         if grant.prefill_rows > 0:

@@ -27,4 +27,4 @@ class Planner:
         return self.scheduler.plan(self._intent.under(self.restriction), grant)
 
     def take_admissible(self, at_most: int) -> list[SequenceState]:
-        return self.scheduler.admission.take_admissible(self.restriction, at_most)
+        return self.scheduler.take_admissible(self.restriction, at_most)

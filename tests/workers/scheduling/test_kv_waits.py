@@ -42,6 +42,36 @@ def test_a_request_without_room_is_not_asked_about() -> None:
     assert desk.take_admissible(9) == [second]
 
 
+def test_a_request_that_needs_a_preemption_gets_its_blocks_before_it_is_asked_about() -> None:
+    desk = Desk(num_blocks=6)
+    (low,) = desk.add(15, LONG, priority=1)
+    assert asked(desk) == ["r0"]
+    desk.step()
+    (high,) = desk.add(15, LONG)
+    assert asked(desk) == ["r1"]
+    assert low.status is SequenceStatus.WAITING
+    desk.scheduler.kv_waits.begin("r1", 2)
+    held = desk.pool.allocate(2)
+    assert desk.wanted().prefill_rows == 0, "the blocks that it lacks are left for it"
+    desk.pool.release(held)
+    desk.scheduler.kv_waits.end("r1")
+    assert [row[0] for row in rows(desk.plan())] == ["r1"]
+    assert desk.scheduler.preemption.take_preempted() == [low]
+    assert desk.scheduler.preemption.take_preempted() == []
+    assert high.status is SequenceStatus.RUNNING
+
+
+def test_a_request_that_was_asked_about_preempts_in_the_plan_alone() -> None:
+    desk = Desk(num_blocks=6)
+    (low,) = desk.add(15, LONG, priority=1)
+    desk.step()
+    desk.add(15, LONG)
+    desk.scheduler.kv_waits.take_unasked(["r1"], 1)
+    assert asked(desk) == []
+    assert low.status is SequenceStatus.RUNNING
+    assert [row[0] for row in rows(desk.plan())] == ["r1"]
+
+
 def test_a_preempted_request_is_asked_about_anew() -> None:
     desk = Desk(num_blocks=6)
     desk.add(7, LONG)
