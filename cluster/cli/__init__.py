@@ -1,4 +1,4 @@
-"""The command line ``expertmesh``: ``main``, and a folder for each group of commands in its help.
+"""The command line ``expertmesh``: ``main``, and a folder for each group of commands.
 
 Imports everything; torch only behind a function.
 """

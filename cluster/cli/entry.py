@@ -1,4 +1,4 @@
-"""Entry point of the installed command: Ctrl-C ends it quietly even while its modules are imported.
+"""Entry point of the installed command: Ctrl-C ends it quietly even during its imports.
 
 Imports nothing before it runs.
 """
@@ -9,7 +9,7 @@ _INTERRUPTED = 130
 
 
 def main() -> int:
-    """Run one command; its exit code."""
+    """Run one command and return its exit code."""
     try:
         from cluster.cli.main import main as run
 

@@ -1,4 +1,4 @@
-"""Entry point ``expertmesh``: parses the command line and maps every end to an exit code."""
+"""Entry point ``expertmesh``: parses the command line and maps every outcome to an exit code."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _GROUPS = {
     "offline": (plan, config, doctor, version, completion),
     "measuring": (bench,),
 }
-"""Modules that register commands, under the headings of the help."""
+"""Modules that register commands, by heading of the help."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -70,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _common(absent: object, off: object) -> argparse.ArgumentParser:
-    """Options that every command takes. A second set must not overwrite what the first has set."""
+    """Options of every command. The second set must not overwrite values of the first."""
     common = argparse.ArgumentParser(add_help=False)
     options = common.add_argument_group("everywhere")
     for flag, metavar, text in (
@@ -101,7 +101,7 @@ def _common(absent: object, off: object) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code."""
+    """Run one command and return its exit code."""
     args = make_parser().parse_args(spell_out(sys.argv[1:] if argv is None else argv))
     for line in unknown_variables(os.environ):
         note(f"expertmesh: warning: {line}")
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, Interrupted):
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
-        # the reader of the output is gone: write nothing more, not even at exit
+        # the reader of the output has ended: write nothing more, not even at exit
         give_up_stdout()
         return 128 + signal.SIGPIPE
 

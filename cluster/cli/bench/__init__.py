@@ -1,4 +1,4 @@
-"""The commands below ``bench``: how fast a server is, and two saved measurements compared.
+"""The commands below ``bench``: measure a server, and compare two saved measurements.
 
 Imports ``cluster.cli.terminal``, ``protos``, aiohttp and grpcio.
 """

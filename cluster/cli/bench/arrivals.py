@@ -1,4 +1,4 @@
-"""When requests are sent and how long they are: drawn at random, or read from a trace."""
+"""Arrival times and lengths of requests: random, or read from a trace."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from pathlib import Path
 from typing import Any
 
 MAX_TOKENS = 10_000_000
-"""Of a prompt or an answer in a trace: more than any model takes."""
+"""Longest prompt or output in a trace: more than any model takes."""
 BLOCK_TOKENS = 512
 """Tokens of a block in ``hash_ids``. Source: README of Mooncake's open traces."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request, without its content."""
+    """One request without its content."""
 
     due_s: float
-    """When it is sent, since the first one."""
+    """Seconds from the first request until it is sent."""
     input_len: int
     """Tokens of its prompt."""
     output_len: int
-    """Tokens of its answer."""
+    """Tokens of its output."""
     blocks: Sequence[int] = ()
-    """Names of the prompt's blocks in order: prompts share the blocks that they begin with."""
+    """Ids of the prompt's blocks in order: prompts share the blocks that they begin with."""
     block_len: int = BLOCK_TOKENS
     """Tokens of each of ``blocks``."""
 
     def prompt(self, vocab_size: int, seed: str) -> list[int]:
-        """Its tokens; ``seed`` draws what is not in ``blocks``."""
+        """Tokens of the prompt; ``seed`` generates the tokens outside ``blocks``."""
         shared = [
             token
             for block in self.blocks
@@ -46,7 +46,7 @@ class Arrival:
 
 
 def _tokens(seed: str, vocab_size: int, number: int) -> list[int]:
-    """By numpy: the event loop that draws them also takes the times of the streams under way."""
+    """Random tokens from numpy, which is fast: the same event loop takes the streams' times."""
     import numpy as np  # slow to import
 
     draw = np.random.default_rng(list(seed.encode()))
@@ -70,14 +70,14 @@ def poisson(
 def read_trace(
     path: Path, number: int | None, *, speed: float = 1.0, length: float = 1.0
 ) -> list[Arrival]:
-    """The requests of a trace, in order of time.
+    """Read the requests of a trace, in order of time.
 
     Args:
         path: JSON lines with ``timestamp`` (milliseconds), ``input_length``, ``output_length`` and
-            perhaps ``hash_ids``, as Mooncake publishes them; or, where the name ends in ``.csv``,
+            optionally ``hash_ids``, as Mooncake publishes them; or, if the name ends in ``.csv``,
             ``TIMESTAMP,ContextTokens,GeneratedTokens``, as Azure does.
-        number: take only so many, the first ones in time; None: all.
-        speed: how many times as fast as it was recorded.
+        number: take only the first ``number`` requests in time; None: all.
+        speed: factor of the recorded speed.
         length: factor of all numbers of tokens, each of which stays above 0.
 
     Raises ``ValueError`` with the number of the request, and ``OSError``.
@@ -101,7 +101,7 @@ def read_trace(
 
 
 def _first(rows: Iterator[Arrival], number: int | None) -> list[Arrival]:
-    """In order of time; no more are held in memory than are wanted."""
+    """The first ``number`` requests in order of time; no more are held in memory."""
     if number is None:
         return sorted(rows, key=_due_s)
     return heapq.nsmallest(number, rows, key=_due_s)
@@ -127,7 +127,7 @@ def _mooncake_rows(file: Iterable[str]) -> Iterator[Arrival]:
 
 
 def _azure_rows(file: Iterable[str]) -> Iterator[Arrival]:
-    """A few of its requests have generated nothing: they ask for one token."""
+    """Rows of an Azure trace. A few requests have generated no token: they get one."""
     for place, row in enumerate(csv.DictReader(file), 1):
         with _names_request(place):
             when = datetime.fromisoformat(row["TIMESTAMP"])
@@ -137,7 +137,7 @@ def _azure_rows(file: Iterable[str]) -> Iterator[Arrival]:
 
 
 def _length(name: str, value: Any) -> int:
-    """A number of tokens, called ``name`` in the trace. Raises ``ValueError``."""
+    """Parse a number of tokens, called ``name`` in the trace. Raises ``ValueError``."""
     if type(value) is not int or not 0 < value <= MAX_TOKENS:
         raise ValueError(f"{name} ({value}) must be a whole number from 1 to {MAX_TOKENS}")
     return value
@@ -145,7 +145,7 @@ def _length(name: str, value: Any) -> int:
 
 @contextmanager
 def _names_request(place: int) -> Iterator[None]:
-    """Errors of reading a request become a ``ValueError`` with its number."""
+    """Convert errors of reading a request to a ``ValueError`` with its number."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as err:

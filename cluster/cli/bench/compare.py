@@ -1,4 +1,4 @@
-"""``bench compare``: two saved documents of one command, or two servers, number by number."""
+"""``bench compare``: compares two saved documents of one command, or two servers."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from cluster.cli.terminal.output import note, show, table
 
 _HIGHER = ("_per_s", "successful")
 _LOWER = ("_ms", "_us", "_s", "failed", "failures", "unfinished", "_bytes")
-"""Endings of names of which the higher or the lower number is better; others are only shown."""
+"""Name endings of values for which higher or lower is better; other values are only shown."""
 _COMMANDS = ("bench ", "benchmarks.")
-"""First part of the names of commands that write documents."""
+"""Prefixes of the names of commands that write documents."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One number in both documents."""
+    """One value in both documents."""
 
     name: str
-    """Its place: names with dots."""
+    """Path of the value: names joined by dots."""
     before: float
     after: float
 
     @property
     def better(self) -> str:
-        """``higher``, ``lower``, or neither: by the innermost name that says so."""
-        if self.name.startswith("sent_late_ms."):  # of the client
+        """``higher``, ``lower`` or empty: decided by the innermost name with a known ending."""
+        if self.name.startswith("sent_late_ms."):  # a property of the client
             return "neither"
         for name in reversed(self.name.split(".")):
             if name.endswith(_HIGHER):
@@ -47,13 +47,13 @@ class Change:
 
     @property
     def ratio(self) -> float:
-        """After over before."""
+        """``after`` divided by ``before``."""
         if self.before == self.after:
             return 1.0
         return self.after / self.before if self.before else math.inf
 
     def is_worse(self, threshold: float) -> bool:
-        """By more than the threshold."""
+        """Whether the value got worse by more than the threshold."""
         if self.better == "higher":
             return self.ratio * threshold < 1.0
         return self.better == "lower" and self.ratio > threshold
@@ -67,7 +67,7 @@ def add_command(kinds: CommandParsers) -> None:
     text = "ratio from which a number counts as worse"
     ratio = Number(kind=float, rule="must be a number, 1 or more", low=1, high=1e300)
     parser.add_argument("--threshold", type=ratio, default=1.05, metavar="NUMBER", help=text)
-    text = "parts of the load on two servers, which take turns; A and B begin by turns"
+    text = "parts of the load, which the two servers run in turn; A and B alternate as first"
     parser.add_argument("--rounds", type=count, default=2, help=text)
     parser.add_argument("--b-api-key", metavar="TEXT", help="key of B, which gets no other")
     parser.add_argument("--b-model", metavar="NAME", help="served model of B (default: as of A)")
@@ -75,7 +75,7 @@ def add_command(kinds: CommandParsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print every number's ratio; exits with 1 if one got worse by more than the threshold."""
+    """Print every value's ratio; exits with 1 if one got worse by more than the threshold."""
     are_servers = [_is_url(name) for name in (args.a, args.b)]
     if any(are_servers) != all(are_servers):
         raise CommandError(ExitCode.USAGE, "give two files or two URLs")
@@ -106,7 +106,7 @@ def _read_both(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
-    """All numbers of both documents; a number that one of them lacks counts as 0 there."""
+    """All values of both documents; a value that one of them lacks counts as 0 there."""
     old, new = dict(numbers_of(before)), dict(numbers_of(after))
     counter = "failures."  # by code: a missing one is 0
     shared = [n for n in {**old, **new} if n.startswith(counter) or (n in old and n in new)]
@@ -114,7 +114,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A document of ``bench``. Raises ``CommandError``."""
+    """Read a document of ``bench``. Raises ``CommandError``."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         is_ours = document["schema"] == 1 and str(document["command"]).startswith(_COMMANDS)
@@ -137,7 +137,7 @@ def _note_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> No
 
 
 def _document(command: str, found: list[Change], threshold: float) -> dict[str, Any]:
-    """JSON has no infinity: the ratio to nothing is null."""
+    """JSON has no infinity, so a ratio to zero is null."""
     numbers = {
         change.name: {
             "before": change.before,

@@ -21,7 +21,7 @@ def add_save(parser: argparse.ArgumentParser) -> None:
 def document_of(
     command: str, options: Mapping[str, Any], results: Mapping[str, Any], **more: Any
 ) -> dict[str, Any]:
-    """A document: ``options`` of the command, and measured ``results``."""
+    """Make a document from a command's ``options`` and its measured ``results``."""
     return {
         "schema": 1,
         "command": command,
@@ -32,20 +32,20 @@ def document_of(
 
 
 def require_folder(file: Path | None) -> None:
-    """Raise ``CommandError`` for a file that could not be written after the measurement."""
+    """Raise ``CommandError`` before the measurement if ``file`` could not be written after it."""
     if file is not None and not os.access(file.parent, os.W_OK):
         raise CommandError(ExitCode.USAGE, f"cannot write {file}: no such folder to write in")
 
 
 def tell(args: argparse.Namespace, document: Mapping[str, Any], text: str) -> None:
-    """Print the document or the text, and save the document where that is asked for."""
+    """Print the document or the text, and save the document with ``--save``."""
     show(args, document, text)
     if args.save is not None:
         save(args.save, json.dumps(document, indent=1) + "\n")
 
 
 def numbers_of(document: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, float]]:
-    """All numbers in a document's results, by their names with dots."""
+    """All numbers in a document's results, by names joined with dots."""
     for key, value in document.items():
         if isinstance(value, Mapping):
             yield from numbers_of(value, f"{inside}{key}.")
@@ -54,12 +54,12 @@ def numbers_of(document: Mapping[str, Any], inside: str = "") -> Iterator[tuple[
 
 
 def shown(value: float | None, digits: int = 2) -> str:
-    """A number for people."""
+    """A number as text."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _rounded(value: Any) -> Any:
-    """Six digits of every measured number: more than any clock resolves."""
+    """Round every measured number to six digits, which exceed the resolution of clocks."""
     if isinstance(value, Mapping):
         return {key: _rounded(inner) for key, inner in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):

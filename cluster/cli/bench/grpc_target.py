@@ -29,7 +29,7 @@ _EXITS = {
 
 
 class GrpcTarget:
-    """See ``Target``. One channel for all requests."""
+    """Sends completions over gRPC on one channel; see ``Target``."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class GrpcTarget:
         cache_salt: str,
         timeout_s: float,
     ) -> None:
-        """``tls_files`` are ``ca_cert``, ``client_cert``, ``client_key``; None is plain text."""
+        """``tls_files``: ``ca_cert``, ``client_cert`` and ``client_key``; None: plain text."""
         if tls_files is None:
             self._channel = grpc.aio.insecure_channel(address)
         else:
@@ -54,7 +54,7 @@ class GrpcTarget:
         self._timeout_s = timeout_s
 
     async def vocab_size(self) -> int:
-        """Tokens of the model. Raises ``RequestFailed``."""
+        """Size of the model's vocabulary. Raises ``RequestFailed``."""
         request = pb.GetModelInfoRequest(model=self._model)
         try:
             info = await self._stub.GetModelInfo(
@@ -97,7 +97,7 @@ def _credentials(files: Mapping[str, str | None]) -> grpc.ChannelCredentials:
 
 
 def _failure(err: grpc.aio.AioRpcError) -> RequestFailed:
-    """A status without details comes from this side: the server was not reached."""
+    """Convert a gRPC error. A status without details is from the client: no server was reached."""
     code = err.code()
     exit_code = _EXITS.get(code, ExitCode.FAILED)
     metadata: Any = err.trailing_metadata() or ()

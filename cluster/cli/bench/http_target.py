@@ -16,10 +16,10 @@ _MAX_ERROR_BYTES = 1 << 16
 
 
 class HttpTarget:
-    """See ``Target``. Every request has a connection of its own."""
+    """Sends completions over HTTP, each on a connection of its own; see ``Target``."""
 
     def __init__(self, client: Client, model: str | None, cache_salt: str) -> None:
-        """Called in the event loop of the requests."""
+        """Must be called in the event loop of the requests."""
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, force_close=True, ssl=client.tls or True),
             headers=client.headers,
@@ -37,7 +37,7 @@ class HttpTarget:
     async def complete(
         self, prompt: Sequence[int], max_tokens: int, saw: Callable[[], None]
     ) -> int:
-        """See ``Target``. A piece is an event with text: a token that has none yet comes later."""
+        """See ``Target``. A piece is an event with text; tokens without text are counted later."""
         body = {"prompt": prompt, "max_tokens": max_tokens, **self._fields}
         try:
             async with self._session.post(self._url, json=body) as answer:
@@ -54,7 +54,7 @@ class HttpTarget:
 
 
 async def _count_tokens(lines: aiohttp.StreamReader, saw: Callable[[], None]) -> int:
-    """Tokens of a complete stream of events."""
+    """Count the tokens of a complete event stream."""
     tokens, is_whole = 0, False
     async for line in lines:
         if not line.startswith(b"data:"):
@@ -77,7 +77,7 @@ async def _count_tokens(lines: aiohttp.StreamReader, saw: Callable[[], None]) ->
 
 
 def _refused(status: int, body: bytes) -> RequestFailed:
-    """From an answer with an error object."""
+    """The error of a response with an error object."""
     err = refusal(status, body)
     try:
         reason = f"{status} {json.loads(body)['error']['code']}"

@@ -1,4 +1,4 @@
-"""A load of streamed completions: sends requests on a schedule and counts their outcomes."""
+"""A workload of streamed completions: sends requests on a schedule and counts the outcomes."""
 
 from __future__ import annotations
 
@@ -13,56 +13,56 @@ from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 
 
 class RequestFailed(CommandError):
-    """A request without a complete answer; it ends the command where nothing can be measured."""
+    """A request without a complete response; ends the command if nothing can be measured."""
 
     def __init__(self, reason: str, message: str, code: ExitCode = ExitCode.FAILED) -> None:
         super().__init__(code, message)
         self.reason = reason
-        """What failures are counted by."""
+        """Key by which failures are counted."""
 
 
 class Target(Protocol):
-    """A server, by one of its protocols."""
+    """A server, called over one of its protocols."""
 
     async def complete(
         self, prompt: Sequence[int], max_tokens: int, saw: Callable[[], None]
     ) -> int:
-        """Stream a completion and call ``saw`` for each piece; returns the number of tokens.
+        """Stream a completion, call ``saw`` for each piece and return the number of tokens.
 
         Raises ``RequestFailed``, ``TimeoutError`` and ``OSError``.
         """
 
     async def close(self) -> None:
-        """Let go of all connections."""
+        """Close all connections."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
-    """What is sent."""
+    """Requests to send, and how."""
 
     arrivals: Sequence[Arrival]
-    """In order of time."""
+    """The requests in order of time."""
     max_concurrency: int | None
-    """Requests under way; more wait in the client, and are late. None: no limit (an open loop)."""
+    """Most concurrent requests; others wait in the client and are late. None: an open loop."""
     vocab_size: int
-    """Prompts are drawn from these tokens."""
+    """Vocabulary size; prompts are random tokens below it."""
     seed: int
-    """Same seed, same prompts."""
+    """Seed of the prompts."""
     timeout_s: float
-    """Limit of one request."""
+    """Time limit of one request."""
     first: int = 0
-    """Number of the first request in the load that this is a part of."""
+    """Index of the first request within the whole load, if this is a part of one."""
 
     def prompt(self, number: int) -> list[int]:
-        """Tokens of the request of this index in ``arrivals``."""
+        """Tokens of the request with this index in ``arrivals``."""
         return self.arrivals[number].prompt(self.vocab_size, f"{self.seed} {self.first + number}")
 
     def warm_up_prompt(self) -> list[int]:
-        """As long as the first prompt, and another one."""
+        """A different prompt with the length of the first one."""
         return replace(self.arrivals[0], blocks=()).prompt(self.vocab_size, f"{self.seed} -1")
 
     def parts(self, number: int) -> list[Load]:
-        """At most so many loads of about as many requests, one behind another in time."""
+        """At most ``number`` consecutive loads with about equal numbers of requests."""
         size = -(-len(self.arrivals) // number)
         found = []
         for first in range(0, len(self.arrivals), size):
@@ -74,7 +74,7 @@ class Load:
 
 
 async def warm_up(load: Load, target: Target) -> None:
-    """One request that does not count. Raises ``RequestFailed``: nothing can be measured."""
+    """Send one request that is not counted. Raises ``RequestFailed`` if the server fails it."""
     try:
         async with asyncio.timeout(load.timeout_s):
             await target.complete(load.warm_up_prompt(), load.arrivals[0].output_len, lambda: None)
@@ -86,9 +86,9 @@ async def warm_up(load: Load, target: Target) -> None:
 
 
 async def run_load(load: Load, target: Target, tally: Tally, tick: Callable[[], None]) -> None:
-    """Send everything and wait for its end; ``tick`` is called after each request.
+    """Send all requests and wait for their end; ``tick`` is called after each request.
 
-    Times of a request begin when it is sent; ``Tally.late_ms`` has how late that was.
+    Times of a request begin when it is sent; ``Tally.late_ms`` records how late that was.
     """
     seats = asyncio.Semaphore(load.max_concurrency or len(load.arrivals))
     clock = asyncio.get_running_loop().time

@@ -1,4 +1,4 @@
-"""Options that describe a load, and the load that they ask for."""
+"""Options that describe a workload, and its construction from them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from cluster.cli.terminal.arguments import add_model_option, count, positive, po
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 
 LIMIT_S = 600.0
-"""Limit of one request without ``--timeout``."""
+"""Time limit of one request without ``--timeout``."""
 _NUM_PROMPTS = 100
 _AT_ONCE = 256
-"""Requests under way where all are due at the beginning: a server has a limit for each key."""
+"""Most concurrent requests if all are sent at once: a server has a limit for each key."""
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
-    """What is sent and when; ``load_of`` reads it."""
+    """Add the options of requests and arrival times, which ``load_of`` reads."""
     add_model_option(parser)
     text = f"requests (default: {_NUM_PROMPTS}, or those of the trace)"
     parser.add_argument("--num-prompts", type=count, help=text)
@@ -29,10 +29,10 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--request-rate", type=positive_or_inf, default=math.inf, metavar="NUMBER", help=text
     )
-    text = "arrivals and lengths of this file: JSON lines as Mooncake's, or .csv as Azure's"
+    text = "take arrivals and lengths from a file: JSON lines as Mooncake's, or .csv as Azure's"
     parser.add_argument("--trace", type=Path, metavar="FILE", help=text)
     for name, text in (
-        ("speed", "so many times as fast as the trace"),
+        ("speed", "factor of the trace's speed"),
         ("length", "factor of the trace's numbers of tokens"),
     ):
         parser.add_argument(
@@ -68,7 +68,7 @@ def _goal(text: str) -> tuple[str, float]:
 
 
 def load_of(args: argparse.Namespace, vocab_size: int) -> Load:
-    """The load, with prompts of these tokens. Raises ``CommandError`` for a bad trace."""
+    """Make the load, with prompts of these tokens. Raises ``CommandError`` for a bad trace."""
     is_at_once = args.trace is None and not math.isfinite(args.request_rate)
     return Load(
         arrivals=_arrivals(args),
@@ -98,7 +98,7 @@ def _arrivals(args: argparse.Namespace) -> list[Arrival]:
 
 
 def options_of(args: argparse.Namespace, load: Load) -> dict[str, Any]:
-    """The settings that a document names."""
+    """The settings that a document lists."""
     settings: dict[str, Any] = {
         "num_prompts": len(load.arrivals),
         "max_concurrency": load.max_concurrency,

@@ -1,4 +1,4 @@
-"""What a load found at one server: complete, or cut by an interrupt."""
+"""Results of a workload at one server: complete, or cut off by an interrupt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cluster.cli.terminal.progress import Progress
 
 _TICK_S = 0.2
 _LATE_MS = 10.0
-"""A tenth of the requests sent later than this is worth a warning."""
+"""Warn if more than a tenth of the requests are sent later than this."""
 
 
 class Measurement:
@@ -32,7 +32,7 @@ class Measurement:
         self._shown_at = 0.0
 
     async def run(self, load: Load, part: Load, target: Target, progress: Progress) -> None:
-        """Run a part of the load. A bar shows how many of all its requests have ended."""
+        """Run a part of the load. A bar shows how many requests of the whole load have ended."""
 
         def tick() -> None:
             if time.monotonic() - self._shown_at >= _TICK_S:
@@ -47,7 +47,7 @@ class Measurement:
             self._duration_s = earlier_s + time.monotonic() - began
 
     def document(self, url: str) -> dict[str, Any]:
-        """As ``bench serve`` prints it, once a part has begun."""
+        """The document of ``bench serve``; needs a part that has begun."""
         assert self.load is not None
         protocol = "http" if getattr(self._args, "grpc", None) is None else "grpc"
         return document_of(
@@ -60,7 +60,7 @@ class Measurement:
 
 
 def warn_if_late(document: Mapping[str, Any]) -> None:
-    """Say so where requests were not sent when they were due."""
+    """Print a warning if requests were sent late."""
     late_ms = document["results"]["sent_late_ms"]["p90"]
     is_open = document["options"].get("request_rate") or "trace" in document["options"]
     if is_open and late_ms is not None and late_ms > _LATE_MS:

@@ -1,4 +1,4 @@
-"""``bench serve``: puts load on a running server and measures latency and throughput."""
+"""``bench serve``: runs a workload on a server and measures latency and throughput."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def _measure(args: argparse.Namespace, found: Measurement, progress: Progr
 
 
 def _text(document: Mapping[str, Any]) -> str:
-    """Rows, then a table of times."""
+    """Rows of totals, followed by a table of times."""
     results = document["results"]
     rows = [
         ("Successful requests", results["successful"]),

@@ -1,4 +1,4 @@
-"""The same load on two servers, in turns: what else happens on the machines meets both alike."""
+"""One workload on two servers in turn, so that other activity on the machines affects both."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from cluster.cli.terminal.progress import Progress
 def measure_both(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Documents of ``bench serve`` for the servers ``args.a`` and ``args.b``.
 
-    After a ctrl-C they have what was found so far, if each server had a turn. Raises
-    ``CommandError``, also where a server does not answer at all.
+    After a ctrl-C they have the results so far, if each server had a turn. Raises ``CommandError``,
+    also if a server does not respond at all.
     """
     a_args = _settings(args, url=args.a)
     b_args = _settings(args, url=args.b, model=args.b_model or args.model)
@@ -57,7 +57,7 @@ async def _measure(
         for each, client in servers:
             opened.append(http_target(each, client))
             stack.push_async_callback(opened[-1][0].close)
-        # Both get the same prompts, which must be tokens of both models.
+        # both get the same prompts, whose tokens must exist in both models
         load = load_of(servers[0][0], min(vocab_size for _, vocab_size in opened))
         for target, _ in opened:
             progress.update("warming up")

@@ -1,4 +1,4 @@
-"""Sums of a load test in memory that does not grow with it. Pure: no clock, no sockets."""
+"""Statistics of a workload in memory of constant size. Pure: no clock, no sockets."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _GROWTH = math.log(1.01)
-"""Growth of the buckets: quantiles are exact to half a bucket."""
+"""Growth factor of the buckets: quantiles are exact to half a bucket."""
 MEASURES = ("ttft", "tpot", "itl", "e2e")
-"""First token, each token after it, gaps between pieces of a stream, the whole request."""
+"""Time to first token, time per further token, gaps between stream pieces, whole request."""
 
 
 class Distribution:
-    """Positive numbers: their mean exactly, their quantiles to half a percent."""
+    """Distribution of positive numbers with an exact mean and quantiles exact to half a percent."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -28,7 +28,7 @@ class Distribution:
         self._buckets[math.floor(math.log(max(value, 1e-9)) / _GROWTH)] += 1
 
     def quantile(self, part: float) -> float | None:
-        """The least number that ``part`` of all do not exceed; None without numbers."""
+        """The smallest number that ``part`` of all do not exceed; None without numbers."""
         left = max(1, math.ceil(part * self.count))
         for bucket in sorted(self._buckets):
             left -= self._buckets[bucket]
@@ -45,17 +45,17 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One request that was answered, in seconds since it was sent."""
+    """Times of one completed request, in seconds since it was sent."""
 
     pieces_s: Sequence[float]
-    """When each piece of the stream came."""
+    """Arrival time of each piece of the stream."""
     end_s: float
-    """When the stream ended."""
+    """End of the stream."""
     prompt_tokens: int
     output_tokens: int
 
     def measures_ms(self) -> dict[str, list[float]]:
-        """Milliseconds by measure; ``itl`` has one for each gap."""
+        """Milliseconds by measure; ``itl`` has one value for each gap."""
         first, last = self.pieces_s[0], self.pieces_s[-1]
         gaps = [b - a for a, b in zip(self.pieces_s, self.pieces_s[1:], strict=False)]
         found = {
@@ -72,7 +72,7 @@ class Tally:
     """Outcomes of the requests so far."""
 
     goals_ms: Mapping[str, float]
-    """By measure: what a request must not exceed to be good, in none of its gaps for ``itl``."""
+    """Upper limits of a good request by measure; for ``itl`` of each of its gaps."""
     successful: int = 0
     good: int = 0
     prompt_tokens: int = 0
@@ -84,21 +84,21 @@ class Tally:
         default_factory=lambda: {name: Distribution() for name in MEASURES}
     )
     late_ms: Distribution = field(default_factory=Distribution)
-    """How long after its time of arrival each request was sent."""
+    """Delay of each request's sending after its arrival time."""
 
     def begin(self, late_s: float = 0.0) -> None:
-        """A request is sent, so long after it was due."""
+        """Record that a request is sent, ``late_s`` after its arrival time."""
         self.late_ms.add(1e3 * late_s)
         self.in_flight += 1
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
 
     def fail(self, code: str) -> None:
-        """A request failed."""
+        """Record a failed request."""
         self.in_flight -= 1
         self.failures[code] += 1
 
     def take(self, answer: Answer) -> None:
-        """A request was answered."""
+        """Record a completed request."""
         self.in_flight -= 1
         self.successful += 1
         self.prompt_tokens += answer.prompt_tokens
@@ -112,11 +112,11 @@ class Tally:
 
     @property
     def ended(self) -> int:
-        """Requests that came to an end, good or bad."""
+        """Number of requests that have ended, completed or failed."""
         return self.successful + sum(self.failures.values())
 
     def results(self, duration_s: float) -> dict[str, Any]:
-        """The document's numbers; what is still under way is ``unfinished``."""
+        """The values of the document; requests that still run are ``unfinished``."""
         span = max(duration_s, 1e-9)
         both = self.prompt_tokens + self.output_tokens
         return {

@@ -1,4 +1,4 @@
-"""The server that a load goes to, and the tokens of its model."""
+"""Makes the target of a workload, and determines the vocabulary of its model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from cluster.cli.terminal.tls import tls_files
 
 
 def http_target(args: argparse.Namespace, client: Client) -> tuple[Target, int]:
-    """A server with OpenAI's protocol, and its vocabulary: given, or as expertmesh reports it.
+    """A server with OpenAI's protocol, and its vocabulary size: given, or reported by expertmesh.
 
-    Called in the event loop of the requests. Raises ``CommandError``.
+    Must be called in the event loop of the requests. Raises ``CommandError``.
     """
     from cluster.cli.bench.http_target import HttpTarget  # slow to import
 
@@ -27,7 +27,7 @@ def http_target(args: argparse.Namespace, client: Client) -> tuple[Target, int]:
 
 
 async def grpc_target(args: argparse.Namespace, client: Client) -> tuple[Target, int]:
-    """expertmesh's own protocol, at the address of ``--grpc`` or the one that HTTP reports.
+    """A server with expertmesh's own protocol, at the address of ``--grpc`` or reported over HTTP.
 
     Raises ``CommandError``.
     """
@@ -50,7 +50,7 @@ async def grpc_target(args: argparse.Namespace, client: Client) -> tuple[Target,
 
 
 def _new_salt() -> str:
-    """The same prompts as in an earlier run must be computed anew."""
+    """A random salt, so that no cached prefix of an earlier run is reused."""
     return f"bench-{uuid.uuid4().hex}"
 
 

@@ -1,4 +1,5 @@
 """Commands that start, stop, watch and change a cluster.
 
-Imports ``terminal``, ``options`` and ``experts`` beside it, ``cluster.launch`` and floors below.
+Imports ``terminal``, ``options`` and ``experts`` of this package, ``cluster.launch`` and layers
+below.
 """

@@ -34,12 +34,12 @@ def add_commands(commands: CommandParsers) -> None:
         metavar="SECONDS",
         help="time to end by itself, after which it is killed",
     )
-    text = "end the cluster in this Ray, also one started elsewhere"
+    text = "end the cluster in this Ray, even if it was started on another host"
     parser.add_argument("--address", metavar="ADDRESS", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
-    """End it; nothing to end is no error."""
+    """End the cluster; succeeds if there is none."""
     name = args.name or os.environ.get("EXPERTMESH_NAME") or state_file.DEFAULT_NAME
     record = state_file.read_record(name)
     address = args.address or ("" if record else os.environ.get("RAY_ADDRESS", ""))
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 def _end_in(
     args: argparse.Namespace, address: str, record: state_file.ClusterRecord | None
 ) -> bool:
-    """End the cluster in a Ray; False if there was none."""
+    """End the cluster in a Ray; return False if there was none."""
     _confirm(args, f"the cluster in Ray at {address}")
     names = end_by_name(address)
     if record is not None and record.is_detached:
@@ -74,7 +74,7 @@ def _end_in(
 
 
 def _confirm(args: argparse.Namespace, what: str) -> None:
-    """Ask on a terminal; a script has already decided. Raises ``CommandError``."""
+    """Ask for confirmation on a terminal; scripts are not asked. Raises ``CommandError``."""
     if args.yes or not sys.stdin.isatty():
         return
     sys.stderr.write(f"end {what}? [y/N] ")
@@ -84,7 +84,7 @@ def _confirm(args: argparse.Namespace, what: str) -> None:
 
 
 def end_cluster(record: state_file.ClusterRecord, limit_s: float) -> None:
-    """Ask the launcher to stop, wait, and end what is left. Raises ``CommandError``."""
+    """Request the launcher to stop, wait, and end the rest. Raises ``CommandError``."""
     if record.is_alive:
         os.kill(record.launcher.pid, signal.SIGTERM)
         if not _wait_for_end(record, limit_s):
@@ -105,7 +105,7 @@ def end_cluster(record: state_file.ClusterRecord, limit_s: float) -> None:
 
 
 def _wait_for_end(record: state_file.ClusterRecord, limit_s: float) -> bool:
-    """Whether the launcher ended within that time."""
+    """Whether the launcher ends within ``limit_s``."""
     deadline = time.monotonic() + limit_s
     with Progress(lines=False) as progress:
         while is_running(record.launcher) and time.monotonic() < deadline:
@@ -115,9 +115,9 @@ def _wait_for_end(record: state_file.ClusterRecord, limit_s: float) -> bool:
 
 
 def end_by_name(address: str) -> list[str]:
-    """End our app and actors in a Ray, in a process that may import it; the names of the actors.
+    """End expertmesh's app and actors in a Ray; return the names of the actors.
 
-    Raises ``CommandError``.
+    Runs in a child process that may import Ray. Raises ``CommandError``.
     """
     command = [sys.executable, "-m", "cluster.launch.teardown", address]
     environment = {**os.environ, **local_ray.common_environment()}

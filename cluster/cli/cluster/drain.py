@@ -1,7 +1,7 @@
 """``drain``: empty workers or a gateway before they are stopped; no request fails.
 
-A worker's drain is an operation of the controller. A gateway's is its own: it is asked how many
-requests it still has until there are none.
+The drain of a worker is an operation of the controller. A gateway drains itself: the command polls
+its number of requests until there are none.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cluster.core.errors import UNDER_WAY, ConflictError
 DEFAULT_LIMIT_S = 120.0
 _POLL_S = 0.1
 _GRACE_S = 10.0
-"""Time past its own deadline in which an operation must have ended."""
+"""Time after its own deadline within which an operation must end."""
 
 
 def add_commands(commands: CommandParsers) -> None:
@@ -53,7 +53,7 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def run_drain(args: argparse.Namespace) -> int:
-    """Order a drain and wait for its end."""
+    """Start a drain and wait for its end."""
     order = {
         args.what: args.target,
         "deadline_s": args.deadline,
@@ -66,7 +66,7 @@ def run_drain(args: argparse.Namespace) -> int:
 
 
 def _begin(orders: AdminClient, order: dict[str, Any], in_turn: bool) -> dict[str, Any]:
-    """Begin to drain, ``in_turn`` when other operations have ended: pods may go together.
+    """Start a drain; ``in_turn`` waits for other operations, as pods may be stopped together.
 
     Raises ``CommandError`` and ``ConflictError``.
     """
@@ -83,7 +83,7 @@ def _begin(orders: AdminClient, order: dict[str, Any], in_turn: bool) -> dict[st
 
 
 def drain_gateway(args: argparse.Namespace, quiet_s: float = 12.0) -> int:
-    """Ask a gateway to leave until it has had no request for ``quiet_s``, which is longer than its
+    """Drain a gateway until it has had no request for ``quiet_s``, which is longer than its
     ``leaving_lead_s``. Raises ``CommandError``.
     """
     admin = find_admin(args, args.gateway)

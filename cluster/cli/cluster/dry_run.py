@@ -1,4 +1,4 @@
-"""``--dry-run``: everything that a start decides and checks, and nothing started."""
+"""``--dry-run``: shows all decisions and checks of a start without starting anything."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OPEN = "decided by the nodes of the Ray cluster, once it is joined"
 def describe(plan: LaunchPlan) -> dict[str, Any]:
     """The document of ``--dry-run --json``.
 
-    What depends on the nodes of a Ray cluster that would be joined is None or empty.
+    Values that depend on the nodes of a Ray cluster to be joined are None or empty.
     """
     facts = plan.facts
     blocks = num_kv_blocks(plan.config, facts)
@@ -70,7 +70,7 @@ def describe(plan: LaunchPlan) -> dict[str, Any]:
 
 
 def _weights(role: Role, rank: int, start: StartPlan, facts: CheckpointFacts, itemsize: int) -> int:
-    """Bytes that a worker keeps: everything but experts, the experts of its slots, or both."""
+    """Bytes of the weights of a worker: all except experts, the experts of its slots, or both."""
     mode = start.config.workers.mode
     held = 0
     if holds_experts(role) or mode == "local":
@@ -82,7 +82,7 @@ def _weights(role: Role, rank: int, start: StartPlan, facts: CheckpointFacts, it
 
 
 def text(document: Mapping[str, Any], address: str) -> str:
-    """The document for people; ``address`` is that of the Ray to join."""
+    """The document as text; ``address`` is the address of the Ray to join."""
     reason = document["mode_reason"]
     shares = f"as the nodes of {address} allow, once it is joined"
     if document["device"] is not None:
@@ -90,7 +90,7 @@ def text(document: Mapping[str, Any], address: str) -> str:
             f"{document['cpus_per_worker']:g} CPUs, {document['gpus_per_worker']:g} GPUs, "
             f"{document['threads_per_worker']} compute threads a worker, on {document['device']}"
         )
-    tokens = document["kv_cache_tokens"] or "as many as the GPU has room for,"
+    tokens = document["kv_cache_tokens"] or "as many as fit on the GPU,"
     each = document["kv_bytes_per_token"]
     kind = "" if document["kv_cache_dtype"] == "auto" else f" ({document['kv_cache_dtype']})"
     lines = [

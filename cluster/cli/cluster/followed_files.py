@@ -1,4 +1,4 @@
-"""Log files that are read while others write, and rotate, them."""
+"""Log files that are read while other processes write and rotate them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import BinaryIO
 
 
 class FollowedFile:
-    """Text of one file, as it grows. A file that replaces it under its name is read after it.
+    """Text of one growing file. A file that replaces it under its name is read after it.
 
-    The file stays open: what was written before a rotation is found after it, too. Close it.
+    The file stays open, so that text written before a rotation is read too. Must be closed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,7 +28,7 @@ class FollowedFile:
             self._file = None
 
     def read(self) -> str:
-        """The text since the last call; invalid bytes become U+FFFD. Never waits for more."""
+        """The text since the last call; invalid bytes become U+FFFD. Does not block."""
         newest = self._newest()
         data = self._rest()
         if newest is not None:
@@ -38,11 +38,11 @@ class FollowedFile:
         return self._decoder.decode(data)
 
     def _newest(self) -> BinaryIO | None:
-        """The file that has the name now; None where that is the open one, or there is none."""
+        """The file that has the name now; None if it is the open one or does not exist."""
         try:
             found = self._path.open("rb")
         except FileNotFoundError:
-            return None  # the next one is about to come
+            return None  # the next file is about to be created
         if self._file is None or not os.path.sameopenfile(self._file.fileno(), found.fileno()):
             return found
         found.close()
@@ -52,5 +52,5 @@ class FollowedFile:
         if self._file is None:
             return b""
         if os.fstat(self._file.fileno()).st_size < self._file.tell():
-            self._file.seek(0)  # it was emptied
+            self._file.seek(0)  # the file was truncated
         return self._file.read()

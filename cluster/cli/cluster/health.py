@@ -1,4 +1,4 @@
-"""``health``: yes or no, for probes: the workers of a node serve, or the cluster does."""
+"""``health``: probes whether the cluster, or the workers of a node, are serving."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from cluster.core.states import WorkerState, is_gone
 
 
 def add_commands(commands: CommandParsers) -> None:
-    health = commands.add("health", run_health, "exits 0 if all is well and 4 if not, for probes")
+    health = commands.add("health", run_health, "exits 0 if healthy and 4 if not, for probes")
     health.add_argument(
         "--node", metavar="NAME", help="only its workers: are they loaded and in the generation"
     )
 
 
 def run_health(args: argparse.Namespace) -> int:
-    """Print and return whether all is well; what cannot be reached is not."""
+    """Print and return whether all is healthy; an unreachable server is not."""
     client = Client(args)
     if args.node is None:
         answer = client.get("/ready", any_status=True)
@@ -37,10 +37,10 @@ def run_health(args: argparse.Namespace) -> int:
 
 
 def why_not(node: str, workers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is wrong with the workers of a node, by its address; empty if nothing is.
+    """Why the workers on a node, given by its address, are not healthy; empty if they are.
 
-    A worker that is ``SERVING`` has its weights, and takes part in the running generation and so in
-    the placement epoch that its leader goes by.
+    A worker that is ``SERVING`` has its weights, takes part in the running generation and so uses
+    the placement epoch of its leader.
     """
     mine = [w for w in workers if w["node"] == node and not is_gone(w["state"])]
     if not mine:

@@ -20,13 +20,13 @@ _COLOURS = {"SERVING": "green", "DEGRADED": "yellow", "RECOVERING": "yellow", "S
 
 def add_commands(commands: CommandParsers) -> None:
     status = commands.add("status", run_status, "state; exits 0 only when ready")
-    status.add_argument("--watch", action="store_true", help="again and again until interrupted")
+    status.add_argument("--watch", action="store_true", help="repeat until interrupted")
     commands.add("workers", run_workers, "one line for each worker")
     commands.add("events", run_events, "what happened to the cluster")
 
 
 def run_status(args: argparse.Namespace) -> int:
-    """Print the state; ``NOT_READY`` unless clients are served now."""
+    """Print the state; ``NOT_READY`` unless the cluster serves clients now."""
     while True:
         client = Client(args)
         status: dict[str, Any] = client.get("/cluster/v1/status")
@@ -93,7 +93,7 @@ def _note_partial(status: Mapping[str, Any]) -> None:
 
 
 def _workers_text(status: Mapping[str, Any]) -> str:
-    """A table of the workers that live, and one of those that have gone, with the reason."""
+    """A table of the live workers, and one of the ended ones with the reason."""
     header = ("NAME", "ROLE", "RANK", "STATE", "NODE", "PID", "THREADS", "HOLDS")
     names = ("name", "role", "rank", "state", "node", "pid", "threads")
     workers = status.get("workers", ())

@@ -1,7 +1,7 @@
-"""The front process of ``serve`` and ``up``: spawns the launcher, shows its events, ends it.
+"""The CLI process of ``serve`` and ``up``: spawns the launcher, shows its events, ends it.
 
-The launcher owns the cluster. Between the two there is a pipe each way: if this process dies, the
-launcher sees it and stops; if the launcher dies, this process ends what was left.
+The launcher owns the cluster. A pipe each way connects the two: if this process dies, the launcher
+notices and stops; if the launcher dies, this process ends the rest of the cluster.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from cluster.launch.orphans import sweep
 from cluster.launch.plan import LaunchPlan
 
 PARENT_VARIABLE = "EXPERTMESH_PARENT"
-"""Process id that ``make serve`` passes down: a killed make must not leave a server behind."""
+"""Process id that ``make serve`` passes down, so that a killed make leaves no server running."""
 _TICK_S = 0.25
 _QUIET_TICK_S = 1.0
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM before there is a launcher to stop."""
+    """SIGINT or SIGTERM arrived before there is a launcher to stop."""
 
 
 def raise_on_signals() -> None:
-    """Until a launcher runs, a signal ends the command by ``Interrupted``.
+    """Until a launcher runs, make a signal end the command by ``Interrupted``.
 
-    Also where the shell started us with SIGINT ignored, as it does for ``command &``.
+    Also if the shell started this process with SIGINT ignored, as it does for ``command &``.
     """
 
     def handle(number: int, frame: FrameType | None) -> NoReturn:
@@ -69,11 +69,11 @@ class LauncherProcess:
         module: str = "cluster.launch.launch",
         stop_limit_s: float = 9.0,
     ) -> None:
-        """Spawn it; it imports what it needs and waits for ``begin``.
+        """Spawn the launcher, which imports its modules and waits for ``begin``.
 
-        ``on_ready`` is called with the URL of HTTP, the ``host:port`` of gRPC, and those of the
-        admin ports by kind. Force follows ``stop_limit_s`` after the first signal, or after the end
-        of the running requests.
+        ``on_ready`` is called with the HTTP URL, the gRPC ``host:port`` and the admin addresses by
+        kind. The launcher is killed ``stop_limit_s`` after the first signal, or after the end of
+        the running requests.
         """
         self._on_ready = on_ready
         self._log = log
@@ -82,7 +82,7 @@ class LauncherProcess:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", module],
                 env=dict(environment),
-                cwd="/",  # Ray puts it on the workers' import path: no folder of the user's there
+                cwd="/",  # Ray adds it to the workers' import path: not a user's folder
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -99,14 +99,14 @@ class LauncherProcess:
         self._detaches = False
 
     def begin(self, plan: LaunchPlan) -> None:
-        """Send the plan: from now on there is something to end."""
+        """Send the plan; afterwards the launcher must be stopped."""
         self._plan = plan
         for number in _signals():
             signal.signal(number, self._on_signal)
         self._tell(json.dumps(asdict(plan)))
 
     def cancel(self) -> None:
-        """Nothing was begun: end the launcher."""
+        """End the launcher before ``begin``."""
         self._child.kill()
         self._close_pipes()
         self._child.wait()
@@ -114,8 +114,8 @@ class LauncherProcess:
     def run(self, progress: Progress, detach: bool) -> ExitCode:
         """Show progress until ready; then follow the cluster to its end, or ``detach`` from it.
 
-        A signal is handled at once; the deadline that it sets is looked at every tick. Raises
-        ``CommandError`` where the launcher has failed.
+        A signal is handled at once; the deadline that it sets is checked in every tick. Raises
+        ``CommandError`` if the launcher failed.
         """
         assert self._child.stdout is not None
         self._detaches = detach
@@ -157,7 +157,7 @@ class LauncherProcess:
                 self._stopped = True
 
     def _ended(self) -> ExitCode:
-        """The launcher is gone; what it could not end itself is ended here."""
+        """End everything that the ended launcher has left running."""
         assert self._plan is not None
         self._child.wait()
         self._close_pipes()
@@ -177,7 +177,7 @@ class LauncherProcess:
     def _leave(self) -> None:
         self._tell(DETACH)
         self._close_pipes()
-        self._child.returncode = 0  # no warning about a child that is meant to stay
+        self._child.returncode = 0  # suppress the warning about a child that keeps running
 
     def _close_pipes(self) -> None:
         for pipe in (self._child.stdin, self._child.stdout):
@@ -210,12 +210,12 @@ class LauncherProcess:
         self._tell(DRAIN)
 
     def _enforce_deadline(self) -> None:
-        """Second signal, or an end that takes too long: the pipe's end follows at once."""
+        """After a second signal or a timeout, kill the launcher; its pipe closes then."""
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self._child.kill()
 
     def _follow_parent(self) -> None:
-        """End with the parent process, if ``PARENT_VARIABLE`` names it (make does)."""
+        """End with the parent process if ``PARENT_VARIABLE`` names one, as make does."""
         parent = os.environ.get(PARENT_VARIABLE)
         if parent and parent != str(os.getppid()) and self._signal_count == 0:
             os.kill(os.getpid(), signal.SIGINT)

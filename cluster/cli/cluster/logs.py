@@ -1,7 +1,7 @@
-"""``logs``: what workers have logged, on any host, or the launcher of a cluster.
+"""``logs``: shows the logs of workers on any host, or of a cluster's launcher.
 
-Processes that run keep their newest lines in memory, and the admin port or Ray fetches them. Of a
-worker that has ended its files are read, on its host.
+Running processes keep their newest lines in memory, which are fetched through the admin port or
+Ray. The logs of an ended worker are read from its files, on its host.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cluster.tracing.output_files import previous
 
 DEFAULT_LINES = 100
 JOINED_RAY = Path("/tmp/ray")
-"""Default folder of a Ray that we have joined."""
+"""Default folder of a joined Ray."""
 _TICK_S = 0.25
 _POLL_S = 0.5
 
@@ -38,7 +38,7 @@ def add_commands(commands: CommandParsers) -> None:
     )
     parser.add_argument("--all", action="store_true", help="the controller and all workers")
     parser.add_argument("--tail", type=count_or_0, default=DEFAULT_LINES, help="lines of each")
-    parser.add_argument("--follow", action="store_true", help="go on until interrupted")
+    parser.add_argument("--follow", action="store_true", help="continue until interrupted")
     add_address_option(parser)
 
 
@@ -52,11 +52,11 @@ def run(args: argparse.Namespace) -> int:
     except CommandError as err:
         if len(args.worker) != 1 or err.code is ExitCode.UNAUTHORISED:
             raise
-        return _show_files(args, _worker_files(args))  # it is lost, or there is no admin port
+        return _show_files(args, _worker_files(args))  # a lost worker, or no admin port
 
 
 def _show_processes(args: argparse.Namespace, orders: AdminClient) -> int:
-    """The newest lines that each process has in its memory, wherever it runs."""
+    """Print the newest lines in the memory of each process, on any host."""
     seen: dict[str, int] = {}
     found = {}
     for name in _processes(args):
@@ -66,7 +66,7 @@ def _show_processes(args: argparse.Namespace, orders: AdminClient) -> int:
     while args.follow and not args.json:
         time.sleep(_POLL_S)
         for name in _processes(args):
-            with contextlib.suppress(CommandError):  # it has just ended, or is slow
+            with contextlib.suppress(CommandError):  # the process has just ended, or is slow
                 seen[name], lines = orders.log(name, seen.get(name, 0))
                 _print_lines(lines)
     return ExitCode.OK
@@ -77,7 +77,7 @@ def _last(lines: Sequence[str], count: int) -> Sequence[str]:
 
 
 def _print(args: argparse.Namespace, kind: str, found: Mapping[str, Sequence[str]]) -> None:
-    """Lines by the name of their ``process`` or ``file``."""
+    """Print lines by ``process`` or ``file``, which ``kind`` names."""
     if args.json:
         out_json({"schema": 1, "logs": [{kind: name, "lines": found[name]} for name in found]})
         return
@@ -91,7 +91,7 @@ def _print_lines(lines: Iterable[str]) -> None:
 
 
 def _processes(args: argparse.Namespace) -> list[str]:
-    """The names that were given, or all that run now."""
+    """The names given on the command line, or all running processes."""
     if not args.all:
         return list(args.worker)
     workers = Client(args).get("/cluster/v1/status")["workers"]
@@ -99,7 +99,7 @@ def _processes(args: argparse.Namespace) -> list[str]:
 
 
 def _show_files(args: argparse.Namespace, files: Mapping[Path, str]) -> int:
-    """``files`` with the text that is older than what is in them."""
+    """Print ``files``: paths, each with the older text of its rotated file."""
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(FollowedFile(path)) for path in files]
         texts = {str(p): files[p] + file.read() for p, file in zip(files, opened, strict=True)}
@@ -113,7 +113,7 @@ def _show_files(args: argparse.Namespace, files: Mapping[Path, str]) -> int:
 def appended(
     files: Sequence[FollowedFile], sleep: Callable[[float], None] = time.sleep
 ) -> Iterator[str]:
-    """Text added to files from now on, without end."""
+    """Yield text appended to files, without end."""
     while True:
         sleep(_TICK_S)
         for file in files:
@@ -124,7 +124,7 @@ def appended(
 def _launcher_file(args: argparse.Namespace) -> dict[Path, str]:
     given = args.name or os.environ.get("EXPERTMESH_NAME")
     path = state_file.log_path(given or state_file.DEFAULT_NAME)
-    if not path.exists():  # of a cluster that has ended, too
+    if not path.exists():  # also true for a cluster that has ended
         record = find_record(args)
         if record is None:
             message = f"no cluster called {state_file.DEFAULT_NAME} was started on this host"
@@ -134,9 +134,9 @@ def _launcher_file(args: argparse.Namespace) -> dict[Path, str]:
 
 
 def _worker_files(args: argparse.Namespace) -> dict[Path, str]:
-    """Each with the text of the rotated one before it.
+    """Map from each file to the text of its rotated predecessor.
 
-    Raises ``CommandError`` for a worker that is unknown, or of another host.
+    Raises ``CommandError`` for a worker that is unknown or on another host.
     """
     status = Client(args).get("/cluster/v1/status")
     require_whole(status, "the processes of workers")
@@ -162,6 +162,6 @@ def _worker_files(args: argparse.Namespace) -> dict[Path, str]:
 
 
 def _text(path: Path) -> str:
-    """All of a file; nothing where there is none."""
+    """All text of a file; empty if it does not exist."""
     with FollowedFile(path) as file:
         return file.read()

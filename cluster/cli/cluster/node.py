@@ -1,7 +1,7 @@
-"""``node``: makes this host a part of a Ray cluster: ``ray start`` with expertmesh's settings.
+"""``node``: adds this host to a Ray cluster by ``ray start`` with expertmesh's settings.
 
 expertmesh node --head --role gateway             on the first host
-expertmesh node --join HOST --role expert         on every other
+expertmesh node --join HOST --role expert         on every other host
 expertmesh up --address auto --wait-nodes N       once, on any of them
 """
 
@@ -23,7 +23,7 @@ from cluster.launch import local_ray, state_file
 
 DEFAULT_PORT = 6379
 TOKEN_FILE = "ray-token"
-"""File with the token of the Ray that ``node`` starts, beside the records of clusters."""
+"""File with the token of the Ray that ``node`` starts, in the folder of cluster records."""
 _LABELS = {
     "role": ROLE,
     "failure_domain": FAILURE_DOMAIN,
@@ -39,17 +39,17 @@ _LIMITS = {
     "RAY_health_check_failure_threshold": "3",
     # after SIGTERM: time for the workers to hand over their requests and experts
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "120",
-    # hosts outlive a head that comes back
+    # hosts outlive a head that restarts
     "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
 }
-"""Ray notices a silent host after 6 to 9 s; without these it takes 65 s."""
+"""Ray detects a silent host after 6 to 9 s; without these settings after 65 s."""
 
 
 def add_commands(commands: CommandParsers) -> None:
     node = commands.add("node", run_node, "make this host a part of a Ray cluster of several hosts")
     which = node.add_mutually_exclusive_group(required=True)
-    which.add_argument("--head", action="store_true", help="the first host")
-    which.add_argument("--join", metavar="HOST[:PORT]", help="another one; where the first is")
+    which.add_argument("--head", action="store_true", help="this is the first host")
+    which.add_argument("--join", metavar="HOST[:PORT]", help="address of the first host")
     node.add_argument(
         "--port", type=_PORT, default=DEFAULT_PORT, metavar="PORT", help="of the head"
     )
@@ -78,13 +78,13 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def _speed(text: str) -> str:
-    """The text of a number: Ray keeps labels."""
+    """Check that ``text`` is a number and return it as text, as Ray requires for labels."""
     positive(text)
     return text
 
 
 def run_node(args: argparse.Namespace) -> int:
-    """Become ``ray start``. Raises ``CommandError``."""
+    """Replace this process by ``ray start``. Raises ``CommandError``."""
     environment = node_environment(args, os.environ)
     command = ray_start(args)
     if args.verbose:
@@ -96,7 +96,7 @@ def run_node(args: argparse.Namespace) -> int:
 
 
 def ray_start(args: argparse.Namespace) -> list[str]:
-    """The command that the options stand for."""
+    """The command line of ``ray start`` for the options."""
     words = [sys.executable, "-m", "ray.scripts.scripts", "start"]
     if args.head:
         words += ["--head", f"--port={args.port}", "--include-dashboard=false"]
@@ -119,23 +119,23 @@ def ray_start(args: argparse.Namespace) -> list[str]:
 
 
 def redis_password(given: Mapping[str, str]) -> list[str]:
-    """Ray takes the password as an option only, which users of the host see in its processes."""
+    """The option for the Redis password; other users of the host can see it in the processes."""
     password = given.get("RAY_REDIS_PASSWORD")
     return [f"--redis-password={password}"] if password else []
 
 
 def node_environment(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, str]:
-    """Environment of ``ray start``: what the user has set wins over our limits; and the token.
+    """Environment of ``ray start``: the token, and our limits unless the user has set them.
 
-    Raises ``CommandError`` where there is no token.
+    Raises ``CommandError`` if there is no token.
     """
     ours = local_ray.common_environment()
-    python_path = {"PYTHONPATH": ours["PYTHONPATH"]}  # with the user's in it
+    python_path = {"PYTHONPATH": ours["PYTHONPATH"]}  # includes the user's value
     return {**ours, **_LIMITS, **given, **python_path, **_token(args, given)}
 
 
 def _token(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, str]:
-    """How Ray finds the token; a head without one makes one. What the user has set stays."""
+    """Variables of the token, which a head creates if missing. The user's values take priority."""
     if given.get("RAY_AUTH_MODE", "token") != "token":
         note("RAY_AUTH_MODE is not token: clients that reach Ray's ports can run code here")
         return {}

@@ -1,4 +1,4 @@
-"""``operations``: changes of the cluster that take time: list, look at, wait for, cancel them."""
+"""``operations``: list, show, wait for or cancel long-running changes of the cluster."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cluster.cli.terminal.output import show, table, time_of_day
 def add_commands(commands: CommandParsers) -> None:
     kinds = commands.add_group("operations", "list, get, wait for or cancel changes")
     every = kinds.add("list", run_list, "the last operations, newest last")
-    get = kinds.add("get", run_get, "how far an operation is")
+    get = kinds.add("get", run_get, "progress of an operation")
     waiting = kinds.add("wait", run_wait, "show an operation's phases until it has ended")
     add_wait_option(waiting, math.inf)
-    cancel = kinds.add("cancel", run_cancel, "give an operation up, where it can be undone")
+    cancel = kinds.add("cancel", run_cancel, "cancel an operation, if it can be undone")
     for parser in (get, waiting, cancel):
         parser.add_argument("id", metavar="ID", help="as drain and rebalance print it")
     for parser in (every, get, waiting, cancel):
@@ -38,7 +38,7 @@ def run_list(args: argparse.Namespace) -> int:
 
 
 def run_get(args: argparse.Namespace) -> int:
-    """Print an operation; ``FAILED`` where it has failed or was cancelled."""
+    """Print an operation; returns ``FAILED`` if it failed or was cancelled."""
     with make_admin_client(args) as orders:
         return show_operation(args, orders.operation(args.id))
 
@@ -50,7 +50,7 @@ def run_wait(args: argparse.Namespace) -> int:
 
 
 def run_cancel(args: argparse.Namespace) -> int:
-    """Cancel an operation; the command succeeds although the operation does not."""
+    """Cancel an operation; succeeds although the operation does not."""
     with make_admin_client(args) as orders:
         show_operation(args, orders.cancel(args.id))
     return ExitCode.OK

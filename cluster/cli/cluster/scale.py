@@ -1,4 +1,4 @@
-"""``scale``: add workers, or empty some and end them, while the others serve."""
+"""``scale``: add workers, or drain and end some of them, while the others serve."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cluster.cli.terminal.operations import follow_operation
 
 DEFAULT_LIMIT_S = 300.0
 _GRACE_S = 10.0
-"""Time past its own deadlines in which an operation must have ended."""
+"""Time after its own deadlines within which an operation must end."""
 
 
 def add_commands(commands: CommandParsers) -> None:
@@ -26,7 +26,7 @@ def add_commands(commands: CommandParsers) -> None:
     scale.add_argument("--attention", type=count, metavar="N", help="attention workers")
     text = "expert workers, in colocated mode all workers"
     scale.add_argument("--expert", type=count, metavar="N", help=text)
-    text = "new workers that do not serve by then go; others have as long to leave"
+    text = "new workers that do not serve after this time are removed; a drain has as long"
     scale.add_argument(
         "--deadline", type=seconds, default=DEFAULT_LIMIT_S, metavar="SECONDS", help=text
     )
@@ -35,7 +35,7 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def run_scale(args: argparse.Namespace) -> int:
-    """Order it and wait for its end. Raises ``CommandError``."""
+    """Start the operation and wait for its end. Raises ``CommandError``."""
     counts = {"attention": args.attention, "expert": args.expert}
     counts = {pool: number for pool, number in counts.items() if number is not None}
     if not counts:

@@ -1,4 +1,4 @@
-"""``serve`` and ``up``: check the request, start the launcher, say when clients can call."""
+"""``serve`` and ``up``: check the request, start the launcher, report when clients can call."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    """Serve until a signal."""
+    """Serve in the foreground until a signal."""
     name = args.name or os.environ.get("EXPERTMESH_NAME") or f"serve-{os.getpid()}"
     record = state_file.read_record(name)
     if record is not None and record.is_alive and not args.dry_run:
@@ -53,7 +53,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def run_up(args: argparse.Namespace) -> int:
-    """Start in the background, unless a cluster of that name and these settings runs already."""
+    """Start in the background, unless a cluster with this name and these settings runs already."""
     name = args.name or os.environ.get("EXPERTMESH_NAME") or state_file.DEFAULT_NAME
     raise_on_signals()
     with _one_at_a_time(name):
@@ -66,14 +66,14 @@ def run_up(args: argparse.Namespace) -> int:
 
 
 def _is_up(record: state_file.ClusterRecord, args: argparse.Namespace) -> bool:
-    """Whether the recorded cluster runs and is the requested one; False: the launcher finds out.
+    """Whether the recorded cluster runs and is the requested one; False if the launcher must check.
 
-    Raises ``CommandError`` where it is another one.
+    Raises ``CommandError`` if it is another one.
     """
     given = read_given(args, os.environ)
     address = _start_options(given.values).address
     if address and not record.is_alive:
-        return False  # Ray is asked what runs there
+        return False  # the launcher checks what runs in Ray
     if not address and record.is_detached:
         differences = [f"--address: {record.address}, not a Ray of its own"]
     elif not record.is_alive:
@@ -91,7 +91,7 @@ def _is_up(record: state_file.ClusterRecord, args: argparse.Namespace) -> bool:
 
 @contextlib.contextmanager
 def _one_at_a_time(name: str) -> Iterator[None]:
-    """Two ``up`` of one name: the second waits, and finds the cluster of the first."""
+    """Serialize two ``up`` of one name: the second waits and finds the first one's cluster."""
     with state_file.record_path(name).with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -115,13 +115,13 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
     progress = Progress()
     model = find_model(given.model.value, note)
     config = build_config(given.values, model)
-    with contextlib.ExitStack() as undo:  # of what exists before the plan is sent
+    with contextlib.ExitStack() as undo:  # ends what exists before the plan is sent
         log = state_file.log_path(name)
         temp_dir, environment = _make_environment(undo, is_private=not address)
 
         front = None
-        if not args.dry_run:  # the launcher imports while the checkpoint is looked at
-            state_file.remove_log(name)  # of a start that failed
+        if not args.dry_run:  # the launcher imports its modules during the checkpoint check
+            state_file.remove_log(name)  # of a failed start
             undo.callback(log.unlink, missing_ok=True)
             front = LauncherProcess(
                 log, environment, lambda *addresses: _ready(args, plan, *addresses)
@@ -188,17 +188,17 @@ def _tell_rebalancing(plan: LaunchPlan) -> None:
 
 
 def _start_options(values: Mapping[str, Any]) -> StartOptions:
-    """With the address of the Ray cluster from the environment, unless an option sets it."""
+    """The options, with the Ray address from the environment unless an option sets it."""
     given = {target: value for target, value in values.items() if "." not in target}
     address = given.pop("address", None) or os.environ.get("RAY_ADDRESS")
     return StartOptions(address=address, **given)
 
 
 def _check_early(values: dict[str, Any], is_private: bool) -> None:
-    """Ports and the shape of every setting, before a model is looked for or fetched.
+    """Check ports and the shape of every setting before a model is searched or downloaded.
 
-    The ports of a joined Ray are the launcher's to look at: they may be on another host, or in use
-    by the very cluster that is asked for.
+    The launcher checks the ports of a joined Ray: they may be on another host, or used by the very
+    cluster that is requested.
     """
     check_files(values)
     section = build_config(dict(values), ModelSource(folder=Path(), name="model")).gateway
@@ -219,7 +219,7 @@ def _ready(
 ) -> None:
     try:
         _print_ready(args, plan.name, url, grpc)
-    except CommandError as err:  # a full disk ends no cluster
+    except CommandError as err:  # a full disk must not end the cluster
         note(f"expertmesh: {err}")
     note(f"  cluster {plan.name}, admin http={admin['http']} grpc={admin['grpc']}")
     if plan.serve_proxy_url:
@@ -233,7 +233,7 @@ def _ready(
 
 
 def call_hints(config: ClusterConfig, url: str, grpc: str, has_tokenizer: bool) -> tuple[str, ...]:
-    """How to call a server: with curl, grpcurl and Python; with token ids without a tokenizer."""
+    """Example calls of a server with curl, grpcurl and Python; with token ids if no tokenizer."""
     section = config.gateway
     key = " -H 'Authorization: Bearer KEY'" if section.asks_for_keys else ""
     model = config.model.served_model_name

@@ -1,4 +1,4 @@
-"""``top``: how busy each worker is, again and again."""
+"""``top``: shows periodically how busy each worker is."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _ROWS = {
     "colocated": "iteration_tokens_total_sum",
     "expert": "expert_worker_tokens_total",
 }
-"""What a worker of a role counts: tokens of its steps, or rows for its experts."""
+"""Counter of a worker by role: tokens of its steps, or rows for its experts."""
 _CLEAR = "\x1b[H\x1b[J"
 
 Numbers = Mapping[tuple[str, str], float]
-"""(name, worker, empty for the cluster) -> value, over all other labels."""
+"""(name, worker or empty for the cluster) -> value, summed over all other labels."""
 
 
 def add_commands(commands: CommandParsers) -> None:
@@ -39,15 +39,15 @@ def add_commands(commands: CommandParsers) -> None:
         help="time that rates are measured over",
     )
     parser.add_argument(
-        "--once", action="store_true", help="a single table, as where stdout is no terminal"
+        "--once", action="store_true", help="print a single table, as if stdout is no terminal"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a table, and a new one over it until interrupted."""
+    """Print a table and redraw it until interrupted."""
     client = Client(args)
     is_once = args.once or args.json or not sys.stdout.isatty()
-    client.get("/cluster/v1/status")  # from here on with the key that shows most
+    client.get("/cluster/v1/status")  # makes the client use the key that shows most
     before, then = read_numbers(client.get_text("/metrics")), time.monotonic()
     while True:
         time.sleep(args.interval)
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_numbers(text: str) -> dict[tuple[str, str], float]:
-    """The series of an exposition, added up by name and worker."""
+    """Parse a Prometheus exposition and sum its series by name and worker."""
     found: dict[tuple[str, str], float] = {}
     for name, labels, value in _SERIES.findall(text):
         key = (name, dict(_LABEL.findall(labels)).get("worker", ""))
@@ -76,7 +76,7 @@ def read_numbers(text: str) -> dict[tuple[str, str], float]:
 def busy(
     status: Mapping[str, Any], before: Numbers, now: Numbers, seconds: float
 ) -> dict[str, Any]:
-    """The document, from two scrapes that are ``seconds`` apart."""
+    """The document for two scrapes that are ``seconds`` apart."""
 
     def rate(name: str, worker: str = "") -> float | None:
         at = (name, worker)
@@ -97,7 +97,7 @@ def busy(
         }
         for w in status["workers"]
     ]
-    # What attention works on: rows of prompts and of answers, as they are computed.
+    # Attention computes rows of prompts and of outputs.
     computed = [w["rows_per_s"] or 0.0 for w in workers if w["kv_usage"] is not None]
     return {
         "schema": 1,

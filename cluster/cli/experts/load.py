@@ -1,4 +1,4 @@
-"""``load``: which experts a running cluster's tokens choose, and how well that is balanced."""
+"""``load``: shows which experts a running cluster's tokens choose, and their balance."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def run_load(args: argparse.Namespace) -> int:
-    """Print the load; with ``--save`` write it too."""
+    """Print the load, and write it with ``--save``."""
     if args.merge and args.save is None:
         raise CommandError(ExitCode.USAGE, "--merge needs --save")
     document = Client(args).get("/cluster/v1/load")
@@ -70,7 +70,7 @@ def _save(profile: LoadProfile, path: Path, merge: bool) -> None:
 
 
 def _text(document: Mapping[str, Any], view: str, top: int) -> str:
-    """A line for each bank: its busiest experts, and the balance of the workers."""
+    """One line for each bank: its busiest experts, and the balance of the workers."""
     header = ("LAYER", "BANK", f"BUSIEST OF {view.upper()}", "PREFILL", "DECODE", "EXPECTED")
     rows = [_row(bank, view, top) for bank in document["banks"]]
     whole = document.get("phases", {})

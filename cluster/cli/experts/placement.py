@@ -1,4 +1,4 @@
-"""``placement``: which expert slot of which worker holds which expert."""
+"""``placement``: shows which expert slot of which worker holds which expert."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _text(client: Client, document: Mapping[str, Any], colours: bool) -> str:
 
 
 def _marked(bank: Mapping[str, Any], colours: bool) -> list[list[str]]:
-    """Text of each slot of each device; with ``colours`` on a ground by the load of a copy."""
+    """Text of each slot of each device; ``colours`` shades a copy by its load."""
     devices: Sequence[Sequence[int]] = bank["physical_to_logical"]
     copies = Counter(expert for slots in devices for expert in slots)
     load: Sequence[float] = bank["load"]

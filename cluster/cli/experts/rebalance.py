@@ -1,4 +1,4 @@
-"""``rebalance``: move experts to where the load is, or predict the gain."""
+"""``rebalance``: moves experts according to the load, or predicts the gain."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def run_rebalance(args: argparse.Namespace) -> int:
-    """Order it and wait for its end."""
+    """Start the operation and wait for its end."""
     order = {"dry_run": args.dry_run, "request_id": uuid.uuid4().hex}
     with make_admin_client(args) as orders:
         return follow_operation(args, orders, orders.rebalance(order), args.wait)
 
 
 def describe(rebalance: Mapping[str, Any]) -> str:
-    """One line for ``status``."""
+    """One line of text for ``status``."""
     if not rebalance["possible"]:
         return f"not possible: {rebalance['reason']}"
     words = "automatic" if rebalance["automatic"] else "by order (--enable-eplb: automatic)"

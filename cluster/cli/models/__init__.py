@@ -1,4 +1,4 @@
-"""Commands that talk to the served model: generate, chat, tokenize, inspect.
+"""Commands that call the served model: generate, chat, tokenize, inspect.
 
 Imports ``cluster.cli.terminal``.
 """

@@ -1,4 +1,4 @@
-"""``chat``: a conversation, its answers streamed to stdout."""
+"""``chat``: a conversation with outputs streamed to stdout."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print each answer as it comes; with ``--json`` all messages as one document at the end.
+    """Print each output as it arrives; with ``--json`` all messages as one document at the end.
 
-    In a conversation Ctrl-C ends the running answer. On a terminal an answer that fails leaves the
+    In a conversation Ctrl-C ends the running output. On a terminal, a failed output leaves the
     conversation as it was before the message.
     """
     messages: list[dict[str, str]] = []
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _said(args: argparse.Namespace) -> Iterator[str]:
-    """What the user says: the message, or lines up to the end of stdin."""
+    """The user's messages: the argument, or lines of stdin."""
     if args.message is not None:
         yield args.message
         return

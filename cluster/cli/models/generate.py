@@ -13,7 +13,7 @@ from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import out, out_json
 
 INTERRUPTED = "interrupted"
-"""Finish reason of an answer that the user has ended."""
+"""Finish reason of an output that the user has interrupted."""
 _WORD = 2**63
 
 
@@ -24,7 +24,7 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add the options of sampling."""
+    """Add the sampling options."""
     add_model_option(parser)
     parser.add_argument("--max-tokens", type=count, default=64, help="longest answer")
     heat = Number(kind=float, rule="must be a number from 0 to 100", low=0, high=100)
@@ -47,7 +47,7 @@ def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the text as it comes; with ``--json`` one document at the end."""
+    """Print the text as it arrives; with ``--json`` one document at the end."""
     prompt = sys.stdin.read() if args.text == "-" else args.text
     if not prompt:
         raise CommandError(ExitCode.USAGE, "the prompt is empty: at least one character is needed")
@@ -61,9 +61,9 @@ def run(args: argparse.Namespace) -> int:
 def stream_text(
     client: Client, path: str, body: dict[str, Any], show: bool, *, may_interrupt: bool = False
 ) -> dict[str, Any]:
-    """The whole ``text``, its ``finish_reason`` and the ``usage``; shows the text as it comes.
+    """Stream a completion; return ``text``, ``finish_reason`` and ``usage``. ``show`` prints it.
 
-    ``may_interrupt``: Ctrl-C ends the answer with the finish reason ``INTERRUPTED``. Raises
+    ``may_interrupt``: Ctrl-C ends the output with the finish reason ``INTERRUPTED``. Raises
     ``CommandError``, also for a stream without an end.
     """
     answer: dict[str, Any] = {"text": "", "finish_reason": None, "usage": None}

@@ -1,4 +1,4 @@
-"""``inspect``: log-probability and experts of each token of a text."""
+"""``inspect``: shows the log-probability and experts of each token of a text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, out_json, out_line, table
 
 SHOWN = ("logprobs", "loss", "routes")
-"""Outputs that the table for people is made of."""
+"""Outputs shown in the table."""
 
 
 def add_commands(commands: CommandParsers) -> None:
@@ -33,7 +33,7 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a line for each token; with ``--json`` the whole answer."""
+    """Print a line for each token; with ``--json`` the whole response."""
     check_text_or_ids(args)
     if args.output and not args.json:
         raise CommandError(ExitCode.USAGE, "--output needs --json")
@@ -70,7 +70,7 @@ def _lines(
     logprobs: Sequence[float | None],
     bank: Mapping[str, Any],
 ) -> list[tuple[object, ...]]:
-    """By token: what it is, how probable it was, and its experts, the heaviest first."""
+    """One row per token: the token, its log-probability, and its experts, the heaviest first."""
     rows: list[tuple[object, ...]] = []
     for place, (token, logprob) in enumerate(zip(ids, logprobs, strict=True)):
         pairs = zip(bank["topk_weights"][place], bank["topk_ids"][place], strict=True)

@@ -1,4 +1,4 @@
-"""``run-batch``: the requests of a file, through a running cluster, into a file of answers."""
+"""``run-batch``: sends the requests of a file to a running cluster and writes the responses."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _CONCURRENCY = 32
 _GIVE_UP_S = 600.0
 _PRIORITY = 1
 _REFUSED = (401, 403)
-"""Statuses that every request would get."""
+"""Statuses that every further request would also get."""
 
 
 def add_commands(commands: CommandParsers) -> None:
     parser = commands.add("run-batch", run, "answer a file of requests")
     parser.add_argument("requests", type=Path, help="requests, one JSON object a line")
-    text = "answers, as they come; what it has already is not asked again"
+    text = "file for the responses; requests that it already answers are not sent again"
     parser.add_argument("answers", type=Path, help=text)
     text = "requests at a time"
     parser.add_argument("--concurrency", type=count, default=_CONCURRENCY, help=text)
@@ -42,7 +42,7 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns ``FAILED`` where a request has an answer that is no success."""
+    """Return ``FAILED`` if a request got an error."""
     try:
         counts = asyncio.run(_run(args))
     except RequestError as err:
@@ -80,7 +80,7 @@ async def _run(args: argparse.Namespace) -> BatchCounts:
                 note(f"{batch.counts.total - batch.counts.left} requests have answers already")
             try:
                 await batch.run()
-            except ExceptionGroup as group:  # Python 3.11.3 puts what ``except*`` raises in a group
+            except ExceptionGroup as group:  # Python 3.11.3 wraps what ``except*`` raises
                 error = group.exceptions[0]
                 if isinstance(error, UnreachableError):
                     text = f"{error}; {_told(batch.counts)}, the rest by the same command"
@@ -110,7 +110,7 @@ class _Sender:
         await self._session.close()
 
     async def send(self, request: BatchRequest) -> BatchAnswer:
-        """See ``Send``. Raises ``CommandError`` where no request would be served."""
+        """See ``Send``. Raises ``CommandError`` if no request would be served."""
         try:
             async with self._session.post(self._url + request.url, json=request.body) as answer:
                 text = await answer.read()

@@ -1,4 +1,4 @@
-"""``tokenize``: the tokens of a text, or the text of tokens."""
+"""``tokenize``: shows the tokens of a text, or the text of tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def add_text_or_ids(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that give a command its tokens, and ``--model``."""
+    """Add the arguments for a text or token ids, and ``--model``."""
     parser.add_argument("text", nargs="?", help="text, - reads it from stdin")
     parser.add_argument("--ids", type=_ids, metavar="5,6,7", help="token ids in place of a text")
     add_model_option(parser)
@@ -32,18 +32,18 @@ def _ids(text: str) -> list[int]:
 
 
 def check_text_or_ids(args: argparse.Namespace) -> None:
-    """Raises ``CommandError`` unless one of the two is given."""
+    """Raise ``CommandError`` unless either a text or ids are given."""
     if (args.text is None) is (args.ids is None):
         raise CommandError(ExitCode.USAGE, "one of a text and --ids is required")
 
 
 def model_field(args: argparse.Namespace) -> dict[str, str]:
-    """The field ``model`` of a request, where ``--model`` is given."""
+    """The field ``model`` of a request, if ``--model`` is given."""
     return {} if args.model is None else {"model": args.model}
 
 
 def tokens_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The gateway's answer at ``/tokenize`` for the text."""
+    """The gateway's response at ``/tokenize`` for the text."""
     text = sys.stdin.read() if args.text == "-" else args.text
     body = {"prompt": text, "return_token_strs": True, **model_field(args)}
     answer: dict[str, Any] = Client(args).run_model("/tokenize", body)
@@ -51,7 +51,7 @@ def tokens_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a line for each token, or the text; with ``--json`` the whole answer."""
+    """Print a line for each token, or the text; with ``--json`` the whole response."""
     check_text_or_ids(args)
     if args.ids is not None:
         answer = Client(args).run_model("/detokenize", {"tokens": args.ids, **model_field(args)})

@@ -1,4 +1,4 @@
-"""``completion``: a script with which a shell completes commands and options."""
+"""``completion``: prints a shell script that completes commands and options."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ zsh:  expertmesh completion zsh > "${fpath[1]}/_expertmesh\""""
 
 
 def add_commands(commands: CommandParsers) -> None:
-    parser = commands.add("completion", run, "a shell's script that completes commands and options")
+    parser = commands.add("completion", run, "shell script that completes commands and options")
     parser.add_argument("shell", choices=SHELLS, help="shell")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _DESCRIPTION
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the script, made from the whole command line."""
-    import shtab  # only here: every command would wait for it
+    """Print the script for all commands."""
+    import shtab  # imported here to keep other commands fast
 
     for action in args.whole._actions:
-        if action.help == argparse.SUPPRESS:  # the list of commands, which the help has by heading
+        if action.help == argparse.SUPPRESS:  # the help lists the commands by heading instead
             action.help = None
     out(f"{shtab.complete(args.whole, args.shell)}\n")
     return ExitCode.OK

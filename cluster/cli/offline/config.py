@@ -1,4 +1,4 @@
-"""``config``: what ``serve`` or ``up`` would take with these flags, variables and file."""
+"""``config``: shows the values that ``serve`` takes from flags, variables and the file."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def add_commands(commands: CommandParsers) -> None:
     parser.add_argument(
         "--show-origin",
         action="store_true",
-        help="say where each value comes from: flag, variable, file or default",
+        help="show the origin of each value: flag, variable, file or default",
     )
     add_settings(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print them, as a file for ``--config`` without ``--show-origin``.
+    """Print the values; without ``--show-origin`` as a file for ``--config``.
 
-    Raises ``CommandError`` where ``serve`` would.
+    Raises ``CommandError`` if ``serve`` would.
     """
     given = read_given(args, os.environ)
     build_config(given.values, ModelSource(folder=Path(), name="model"))
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.show_origin:
         out_line(table(("OPTION", "VALUE", "ORIGIN"), [(n, _text(v), o) for n, v, o in rows]))
     else:
-        import yaml  # other commands start without it
+        import yaml  # imported here to keep other commands fast
 
         known = {n: v for n, v, _ in rows if v is not None and v != _HIDDEN}
         out(yaml.safe_dump(known, sort_keys=False))
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shown(option: ServeOption, setting: Setting) -> Any:
-    """Its value, fit to be shown."""
+    """The value in a form that may be shown."""
     value = setting.value
     if option.is_secret:
         value = _HIDDEN if value else None

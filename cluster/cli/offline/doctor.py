@@ -1,4 +1,4 @@
-"""``doctor``: does this host have what serving needs?"""
+"""``doctor``: checks whether this host has everything that serving needs."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ print(json.dumps({"cuda": has_cuda, "cuda_version": torch.version.cuda, "nccl": 
 
 
 def add_commands(commands: CommandParsers) -> None:
-    commands.add("doctor", run, "examine this host")
+    commands.add("doctor", run, "check this host")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print all findings; ``FAILED`` when one is bad."""
+    """Print all findings; returns ``FAILED`` if one is bad."""
     findings = []
     with Progress(lines=False) as progress:
         for place, examine in enumerate(EXAMINATIONS, 1):
@@ -109,7 +109,7 @@ def examine_cpu() -> Finding:
 
 
 def examine_kernels() -> Finding:
-    """Builds them where they are not built yet, as a worker would."""
+    """Check the compiled kernels, and build them if necessary, as a worker would."""
     from workers.native.build import compilers
     from workers.native.library import InstructionsError, find_library, is_built
 
@@ -122,7 +122,7 @@ def examine_kernels() -> Finding:
 
 
 def kernels_finding(found: LibraryChoice) -> Finding:
-    """Without kernels torch computes, more slowly."""
+    """A warning if there are no kernels: torch then computes, more slowly."""
     is_best = found.library is not None and not found.reason
     return finding("kernels", is_best, found.words, otherwise="warn")
 
@@ -155,7 +155,7 @@ def examine_ports() -> Finding:
 
 
 def examine_gpu() -> Finding:
-    """Devices, and what torch makes of them."""
+    """Check the GPUs, and whether torch can use them."""
     count = count_gpus()
     if count == 0:
         return finding("gpu", True, "no NVIDIA GPU: the CPU path is used")
@@ -168,7 +168,7 @@ def examine_gpu() -> Finding:
 
 
 def examine_nccl() -> Finding:
-    """What workers on GPUs exchange tokens over; its variables change how."""
+    """Check NCCL, over which workers on GPUs exchange tokens; show the variables that change it."""
     if count_gpus() == 0:
         return finding("nccl", True, "not needed: workers on CPUs exchange tokens over sockets")
     found, problem = _probe_torch()
@@ -180,7 +180,7 @@ def examine_nccl() -> Finding:
 
 @cache
 def _probe_torch() -> tuple[dict[str, Any], str]:
-    """What torch finds, or why it says nothing; in a child, since importing it takes seconds."""
+    """Facts about torch, or an error text; in a child process, since the import takes seconds."""
     command = [sys.executable, "-c", _TORCH_PROBE]
     try:
         probe = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_S)

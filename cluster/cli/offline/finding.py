@@ -1,4 +1,4 @@
-"""One line of what ``doctor`` finds."""
+"""One line of the output of ``doctor``."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ Verdict = Literal["ok", "warn", "bad"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One line of the examination."""
+    """Result of one check."""
 
     what: str
-    """What was looked at."""
+    """Subject of the check."""
     verdict: Verdict
-    """``bad``: ``serve`` would not work."""
+    """``bad`` means that ``serve`` would not work."""
     text: str
-    """What was found, and what helps."""
+    """Result of the check, and a remedy."""
 
 
 def finding(
     what: str, is_ok: bool, text: str, *, fix: str = "", otherwise: Verdict = "bad"
 ) -> Finding:
-    """What was looked at; ``fix`` follows the text where it is not ok."""
+    """Make the finding for ``what``; ``fix`` is appended to the text unless ``is_ok``."""
     if is_ok:
         return Finding(what=what, verdict="ok", text=text)
     return Finding(what=what, verdict=otherwise, text=f"{text}: {fix}" if fix else text)

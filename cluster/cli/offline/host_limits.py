@@ -1,4 +1,4 @@
-"""What the system allows the processes of this host: threads, files, huge pages, disk."""
+"""System limits of this host's processes: threads, open files, huge pages, disk."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cluster.launch.local_ray import temp_base
 MIN_THREADS = 1000
 """The demo's processes have about 400 on 2 cores; many pools grow with the cores."""
 MIN_FILES = 4096
-"""A gateway has about 80 files and a connection for each request, of which 1,024 may wait."""
+"""A gateway has about 80 files and one connection per request, of which 1,024 may wait."""
 WANTED_FILES = 65536
-"""What is advised where the limit is lower than ``MIN_FILES``."""
+"""Recommended limit if the present one is below ``MIN_FILES``."""
 MIN_FREE_SHARE = 0.05
-"""Below it Ray no longer writes objects to disk. Source: ``local_fs_capacity_threshold`` of Ray."""
+"""Ray writes no objects to a disk with less. Source: ``local_fs_capacity_threshold`` of Ray."""
 _WAYS = {
     "/proc/sys/kernel/threads-max": "as root: sysctl kernel.threads-max",
     "ulimit -u": "docker run --ulimit nproc, systemd's LimitNPROC, limits.conf",
@@ -29,7 +29,7 @@ _HUGE_PAGES = Path("sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def examine_threads(root: Path = Path("/")) -> Finding:
-    """The fewest that the kernel, the user's limit and the control groups still allow."""
+    """Check how many threads the kernel, the user's limit and the control groups still allow."""
     running = list(_threads())
     free = {
         "/proc/sys/kernel/threads-max": _kernel_threads(root, running),
@@ -51,7 +51,7 @@ def _kernel_threads(root: Path, running: Iterable[tuple[int, int]]) -> int | Non
 
 
 def _user_threads(running: Iterable[tuple[int, int]]) -> int | None:
-    """It counts all threads of this user; root has no limit."""
+    """Threads left by the user's limit, which counts all threads of this user; none for root."""
     limit, user = resource.getrlimit(resource.RLIMIT_NPROC)[0], os.getuid()
     if user == 0 or limit == resource.RLIM_INFINITY:
         return None
@@ -59,7 +59,7 @@ def _user_threads(running: Iterable[tuple[int, int]]) -> int | None:
 
 
 def _threads() -> Iterator[tuple[int, int]]:
-    """User and number of threads of each process that this one sees."""
+    """User id and number of threads of each visible process."""
     import psutil
 
     for process in psutil.process_iter(["num_threads", "uids"]):
@@ -68,7 +68,7 @@ def _threads() -> Iterator[tuple[int, int]]:
 
 
 def _group_threads(root: Path) -> int | None:
-    """Of all groups from this process's own up to the root. Source: cgroups(7), pids controller."""
+    """Fewest threads left by the process's control group and its ancestors. Source: cgroups(7)."""
     free = []
     for folder in _groups(root):
         limit, used = _number(folder / "pids.max"), _number(folder / "pids.current")
@@ -78,7 +78,7 @@ def _group_threads(root: Path) -> int | None:
 
 
 def _groups(root: Path) -> Iterator[Path]:
-    """Folders of the control groups that count this process, of either version."""
+    """Folders of the control groups that count this process, for cgroups v1 and v2."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -93,7 +93,7 @@ def _groups(root: Path) -> Iterator[Path]:
 
 
 def _number(path: Path) -> int | None:
-    """What a file of the kernel says; None without a file or a limit."""
+    """The number in a kernel file; None if there is no file or no limit."""
     try:
         text = path.read_text().strip()
     except OSError:
@@ -116,7 +116,7 @@ def examine_files() -> Finding:
 
 
 def examine_huge_pages(root: Path = Path("/")) -> Finding:
-    """Small batches are bound by memory: see ``workers.model.huge_pages``."""
+    """Check huge pages: small batches are memory-bound, see ``workers.model.huge_pages``."""
     path = root / _HUGE_PAGES
     try:
         found = re.search(r"\[(\w+)\]", path.read_text())

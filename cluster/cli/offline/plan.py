@@ -1,4 +1,4 @@
-"""``plan``: placements and sizes computed offline from a saved load profile, without a cluster."""
+"""``plan``: computes placements and sizes from a saved load profile, without a cluster."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ ALGORITHMS = ("mesh", "eplb", "contiguous")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanQuery:
-    """What ``plan placement`` was asked."""
+    """Input of ``plan placement``."""
 
     profile: LoadProfile
     """Load to plan for."""
     topology: PlannedTopology
     """Devices to plan for."""
     current: ExpertPlacement | None
-    """What is placed now."""
+    """The current placement."""
     options: PlanOptions
 
 
@@ -47,17 +47,17 @@ def add_commands(commands: CommandParsers) -> None:
 def add_placement(kinds: CommandParsers) -> None:
     parser = kinds.add("placement", run_placement, "which device should hold which expert")
     add_devices(parser)
-    text = "load profile; several are added up"
+    text = "load profile; several profiles are added"
     parser.add_argument("--profile", type=Path, required=True, action="append", help=text)
-    text = "relative speed of each device, with commas"
+    text = "relative speed of each device, separated by commas"
     parser.add_argument("--speeds", type=numbers, metavar="NUMBER,...", help=text)
     parser.add_argument("--current", type=Path, help="placement to start from")
-    text = "share of the slots that may change"
+    text = "share of the expert slots that may change"
     parser.add_argument("--max-move-fraction", type=fraction_or_0, help=text)
     parser.add_argument("--decode-tokens", type=count, default=16, help="rows of a decode step")
     parser.add_argument("--algorithm", choices=ALGORITHMS, default="mesh", help="of the plan")
-    parser.add_argument("--compare", action="store_true", help="all algorithms side by side")
-    parser.add_argument("--plot", type=Path, help="draw before and after as HTML")
+    parser.add_argument("--compare", action="store_true", help="show all algorithms side by side")
+    parser.add_argument("--plot", type=Path, help="draw the placements before and after as HTML")
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -84,7 +84,7 @@ def run_placement(args: argparse.Namespace) -> int:
 
 
 def ask(args: argparse.Namespace) -> PlanQuery:
-    """The options of the command. Raises ``ConfigError`` for what does not fit together."""
+    """Read the options of the command. Raises ``ConfigError`` for inconsistent ones."""
     needs = "needs --current: without one every slot is new"
     limited = args.max_move_fraction is not None
     fraction = args.max_move_fraction
@@ -103,7 +103,7 @@ def ask(args: argparse.Namespace) -> PlanQuery:
 
 
 def make(algorithm: str, question: PlanQuery) -> Plan:
-    """The plan of one algorithm."""
+    """Compute the plan of one algorithm."""
     given = (question.profile, question.topology, question.current)
     if algorithm == "mesh":
         return mesh.plan(*given, question.options)
@@ -111,7 +111,7 @@ def make(algorithm: str, question: PlanQuery) -> Plan:
 
 
 def compare(question: PlanQuery, made: Mapping[str, Plan]) -> dict[str, Plan]:
-    """Plans by every algorithm, and the current one; ``made`` are plans computed before."""
+    """Plans of every algorithm and the current one; ``made`` has plans computed before."""
     plans = {"current": before(question)} if question.current is not None else {}
     for name in reversed(ALGORITHMS):
         plans[name] = made[name] if name in made else make(name, question)
@@ -119,7 +119,7 @@ def compare(question: PlanQuery, made: Mapping[str, Plan]) -> dict[str, Plan]:
 
 
 def before(question: PlanQuery) -> Plan:
-    """The current placement as a plan; the contiguous one if it is unknown."""
+    """The current placement as a plan, or the contiguous one if it is unknown."""
     profile, topology = question.profile, question.topology
     if question.current is None:
         return contiguous_plan(profile, topology)
@@ -127,12 +127,12 @@ def before(question: PlanQuery) -> Plan:
 
 
 def summary(plan: Plan) -> dict[str, Any]:
-    """Predicted numbers of a plan, for ``--json``."""
+    """Predicted stats of a plan, for ``--json``."""
     return {**plan.to_dict()["predicted"], "move_fraction": plan.move_fraction}
 
 
 def draw(path: Path, question: PlanQuery, plan: Plan, algorithm: str) -> None:
-    """Write the page. Raises ``CommandError``."""
+    """Write the HTML page. Raises ``CommandError``."""
     name = "contiguous" if question.current is None else "current"
     save(path, plan_page.page(question.profile, (name, algorithm), (before(question), plan)))
 

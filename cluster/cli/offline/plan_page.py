@@ -1,4 +1,4 @@
-"""The page that ``plan placement --plot`` writes: one HTML file that needs nothing else."""
+"""Self-contained HTML page that ``plan placement --plot`` writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEMPLATE = Path(__file__).with_name("plan_page.html")
 
 
 def page(profile: LoadProfile, names: tuple[str, str], plans: tuple[Plan, Plan]) -> str:
-    """The page for two placements of the same banks; the second is the one that is planned."""
+    """The page for two placements of the same banks; the second one is the new plan."""
     planned = plans[1]
     data = {
         "names": names,
@@ -49,7 +49,7 @@ def _find(plan: Plan, load: BankLoad) -> BankPlacement:
 
 
 def _copies(bank: BankPlacement) -> list[list[list[float]]]:
-    """[device][copy] -> expert, share of its prefill tokens, 1 where it serves decode steps."""
+    """[device][copy] -> expert, share of its prefill tokens, 1 if it serves decode steps."""
     return [
         [
             [expert, round(share, 5), int(bank.decode_device[expert] == device)]

@@ -1,4 +1,4 @@
-"""``plan simulate``: the gain of re-planning under a load that changes."""
+"""``plan simulate``: simulates the gain of replanning under a changing load."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ _COST = ExpertStepCost()
 
 def add_simulate(kinds: CommandParsers) -> None:
     parser = kinds.add(
-        "simulate", run_simulate, "replay a changing load under policies of re-planning"
+        "simulate", run_simulate, "replay a changing load under policies of replanning"
     )
     add_devices(parser, redundant=1)
-    text = "load profiles, one a line"
+    text = "file of load profiles, one per line"
     parser.add_argument("--trace", type=Path, required=True, help=text)
     parser.add_argument("--policy", choices=POLICIES, help="one policy only (default: all)")
-    text = "share of the slots that mesh may change a window"
+    text = "share of the expert slots that mesh may change per window"
     parser.add_argument("--max-move-fraction", type=fraction_or_0, default=0.05, help=text)
     cost = parser.add_argument_group("times and sizes of a device; defaults: dots.llm1 on an H100")
-    text = "time of an activated slot"
+    text = "time of an activated expert slot"
     cost.add_argument("--slot-us", type=not_negative, default=_COST.slot_s * 1e6, help=text)
     text = "time of a token in an expert"
     cost.add_argument("--token-us", type=not_negative, default=_COST.token_s * 1e6, help=text)
@@ -52,7 +52,7 @@ def add_simulate(kinds: CommandParsers) -> None:
 
 
 def add_devices(parser: argparse.ArgumentParser, redundant: int = 0) -> None:
-    """Add the options of the devices that are planned for."""
+    """Add the options of the devices to plan for."""
     parser.add_argument("--devices", type=count, required=True, help="expert workers")
     text = "hosts that the devices are spread over"
     parser.add_argument("--nodes", type=count, default=1, help=text)
@@ -61,7 +61,7 @@ def add_devices(parser: argparse.ArgumentParser, redundant: int = 0) -> None:
 
 
 def run_simulate(args: argparse.Namespace) -> int:
-    """Print each policy's windows."""
+    """Print the windows of each policy."""
     step = ExpertStepCost(
         slot_s=args.slot_us * 1e-6,
         token_s=args.token_us * 1e-6,
@@ -86,7 +86,7 @@ def run_simulate(args: argparse.Namespace) -> int:
 
 
 def _text(found: Mapping[Policy, Sequence[SimulatedWindow]]) -> str:
-    """Every window under every policy, then the means."""
+    """Every window under every policy, followed by the means."""
     head = (
         "WINDOW",
         "POLICY",

@@ -1,4 +1,4 @@
-"""``plan size``: how many attention and expert workers, and whether one pool would be faster."""
+"""``plan size``: sizes of the attention and expert pools, and whether one pool is faster."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ experts touched  u(B) = sum over experts of 1 - (1 - p)^B
 experts          max(u(B) x bytes / bandwidth, 2 x B x k x params / flops) / workers / balancedness
 attention        (weights + B x context x KV bytes) / bandwidth
 exchange         rows x distinct workers a row x bytes / link + latencies, there and back
-two pools        with m micro-batches: max(m x attention, m x experts, one micro-batch's whole way)
+two pools        with m micro-batches: max(m x attention, m x experts, one micro-batch's total time)
 one pool         m x (attention + experts), or one with its exchange, whichever is longer"""
 
 
 def add_size(kinds: CommandParsers) -> None:
     parser = kinds.add("size", run_size, "how many attention and expert workers, by the roofline")
     parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="folder or hub id; config.json alone will do"
+        "model", nargs="?", metavar="MODEL", help="folder or hub id; config.json is sufficient"
     )
     parser.add_argument("--workers", type=count, required=True, help="workers in all")
     text = "rows of decode steps"
@@ -44,13 +44,13 @@ def add_size(kinds: CommandParsers) -> None:
     parser.add_argument("--profile", type=Path, help="load profile, for experts of unequal load")
     parser.add_argument("--balancedness", type=fraction, default=1.0, help="of the placement")
     hardware = parser.add_argument_group("hardware of a worker")
-    text = "of a worker; by default CUDA with --gpu or where this host has a GPU, else CPU"
+    text = "type of device; by default CUDA with --gpu or if this host has a GPU, else CPU"
     hardware.add_argument("--device", choices=("cpu", "cuda"), help=text)
     hardware.add_argument(
         "--gpu",
         metavar="NAME",
-        help="of a CUDA worker: A100, H100, H200, B200, L40S, L4; by default this host's; without "
-        "one H100",
+        help="GPU of a CUDA worker: A100, H100, H200, B200, L40S, L4; by default this host's, or "
+        "H100",
     )
     hardware.add_argument("--cores", type=positive, default=1.0, help="cores of a CPU worker")
     hardware.add_argument(
@@ -103,7 +103,7 @@ def run_size(args: argparse.Namespace) -> int:
 
 
 def given_numbers(args: argparse.Namespace) -> dict[str, Any]:
-    """Numbers of a worker that replace those of its device."""
+    """Characteristics given as options, which replace those of the device."""
     given = {
         "bandwidth_bytes_s": (args.bandwidth_gb_s, 1e9),
         "flops_s": (args.tflops, 1e12),

@@ -1,4 +1,4 @@
-"""``version``: what is installed."""
+"""``version``: shows the installed versions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """Installed version by package; None where it is missing."""
+    """Installed version by package; None if it is not installed."""
     installed = {name: installed_version(name) for name in PACKAGES}
     return {"python": platform.python_version(), **installed}
 

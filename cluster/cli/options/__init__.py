@@ -1,5 +1,5 @@
 """Options of ``serve`` and ``up``: flags, environment variables and files become a configuration.
 
-Imports ``cluster.cli.terminal``, ``cluster.launch`` and the floors below, and of ``gateway`` what
-checks options: key files, TLS files, tools.
+Imports ``cluster.cli.terminal``, ``cluster.launch`` and layers below, and from ``gateway`` the
+checks of options: key files, TLS files, tools.
 """

@@ -1,6 +1,6 @@
 """The options of ``serve``, made from the dataclasses of the configuration.
 
-A field gives its option the name, the default and, by its type, the way from text to value. The
+A field determines its option's name and default, and its type how text becomes a value. The
 docstring below the field is the option's help.
 """
 
@@ -40,12 +40,12 @@ _METAVARS = {
     "PATH": "path",
     "NAME=FOLDER": "modules",
 }
-"""What stands for a value in the help, by the last word of the field's name."""
+"""Metavar in the help, by the last word of the field's name."""
 _BYTES = re.compile(r"([+-]?\d+(?:\.\d+)?(?=[KMGT])|[+-]?\d+)([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
 def parse_bytes(text: str) -> int:
-    """``4096``, ``64M``, ``2GiB``: a number of bytes. Raises ``ValueError``."""
+    """Parse a number of bytes: ``4096``, ``64M``, ``2GiB``. Raises ``ValueError``."""
     match = _BYTES.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{text} is not a number of bytes")
@@ -63,7 +63,7 @@ def _parse_switch(text: str) -> bool:
 
 
 def _parse_word_of_switch(text: str) -> str:
-    """``on`` and ``off`` also as a switch spells them; YAML reads the words themselves so."""
+    """Parse a choice; other spellings of a switch mean ``on`` and ``off``, as they do in YAML."""
     return {True: "on", False: "off", None: text}[_SWITCH.get(text.lower())]
 
 
@@ -88,7 +88,7 @@ class ServeOption:
     """One option of ``serve``."""
 
     flag: str
-    """With its dashes."""
+    """The flag, including the dashes."""
     section: str
     """Section of the configuration; empty for options of the launcher alone."""
     field: str
@@ -96,21 +96,21 @@ class ServeOption:
     help: str
     """Docstring of the field."""
     default: Any
-    """Default of the field; None for a required one."""
+    """Default of the field; None if it is required."""
     kind: Callable[[str], Any]
-    """From text to value; raises ``ValueError``."""
+    """Converts text to a value; raises ``ValueError``."""
     choices: tuple[str, ...]
-    """Allowed words; empty for any text."""
+    """Allowed values; empty if any text is allowed."""
     metavar: str | None
-    """What stands for the value; None for a switch and where ``choices`` do."""
+    """Placeholder for the value in the help; None for a switch and with ``choices``."""
     is_secret: bool
-    """The value is not shown; the option is one of every command."""
+    """Whether the value is hidden; such an option belongs to every command."""
     bare: str
-    """What the flag means without a value; empty where it needs one."""
+    """Value of the flag if it is given without one; empty if it needs a value."""
 
     @property
     def target(self) -> str:
-        """``section.field``; the bare field without a section."""
+        """``section.field``, or the field alone without a section."""
         return f"{self.section}.{self.field}" if self.section else self.field
 
     @property
@@ -125,27 +125,27 @@ class ServeOption:
 
     @property
     def variable(self) -> str:
-        """Name in the environment."""
+        """Name of the environment variable."""
         return f"EXPERTMESH_{self.dest.upper()}"
 
     @property
     def is_switch(self) -> bool:
-        """A flag without value."""
+        """Whether the option is a flag without a value."""
         return self.kind is _parse_switch
 
     def is_value(self, text: str) -> bool:
-        """Whether a word is a value: one of the choices, another spelling of one, a number."""
+        """Whether a text is a value: a choice, another spelling of one, or a number."""
         return self.kind(text) in self.choices if self.choices else text.isdecimal()
 
     @property
     def rule(self) -> str:
-        """What a text must be, in words."""
+        """The rule for a text, as in error messages."""
         if self.choices:
             return f"must be one of {', '.join(self.choices)}"
         return _RULES.get(self.kind, "is not valid")
 
     def parse(self, text: str) -> Any:
-        """The value of a text. Raises ``argparse.ArgumentTypeError`` with the rule it breaks."""
+        """Convert a text. Raises ``argparse.ArgumentTypeError`` with the violated rule."""
         try:
             return self.kind(text)
         except ValueError as err:
@@ -153,12 +153,12 @@ class ServeOption:
 
     @property
     def is_path(self) -> bool:
-        """The value is a path."""
+        """Whether the value is a path."""
         return self.metavar in ("FILE", "FOLDER")
 
     @property
     def shown_default(self) -> str:
-        """For people; empty where the default is None or nothing."""
+        """The default as text; empty if it is None or empty."""
         if self.is_switch:
             return "on" if self.default else "off"
         if self.kind is parse_bytes and self.default:
@@ -176,7 +176,7 @@ def _bytes_text(number: int) -> str:
 
 
 def options_of(section: str, kind: type) -> tuple[ServeOption, ...]:
-    """Options of the fields of a dataclass, but of the internal ones."""
+    """Options for the fields of a dataclass, except internal ones."""
     docs, hints = dict(_docstrings(kind)), get_type_hints(kind)
     return tuple(
         _option(section, field, hints[field.name], docs[field.name])
@@ -223,7 +223,7 @@ def _metavar(name: str, hint: Any, kind: Any, choices: tuple[Any, ...]) -> str |
 
 
 def _docstrings(kind: type) -> Iterator[tuple[str, str]]:
-    """Fields of a class and the docstrings below them, which Python does not keep."""
+    """Fields of a class and the docstrings below them, read from its source."""
     tree = ast.parse(inspect.getsource(sys.modules[kind.__module__]))
     body = next(
         n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == kind.__name__
@@ -235,7 +235,7 @@ def _docstrings(kind: type) -> Iterator[tuple[str, str]]:
 
 
 def help_text(option: ServeOption, flags: Mapping[str, str]) -> str:
-    """A docstring as argparse's help: names of fields become flags, the default is added."""
+    """A docstring as argparse help: field names become flags, and the default is added."""
     text = re.sub(r"``(.+?)``", lambda m: flags.get(m[1], m[1]), option.help).removesuffix(".")
     shown = option.shown_default
     return (f"{text} (default: {shown})" if shown else text).replace("%", "%%")

@@ -1,4 +1,4 @@
-"""From option values to the configuration and the plan of a start."""
+"""Builds the configuration and the plan of a start from option values."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from gateway.auth.key_file import read_key_file
 logger = logging.getLogger(__name__)
 
 REFUSED_FIELDS = ("host", "admin_host")
-"""Settings whose rules are about this host or its safety, not about how a flag is written."""
+"""Settings whose rules concern this host or its safety, not the syntax of a flag."""
 _KEY_FIELDS = ("api_keys", "api_key_file", "admin_keys", "admin_key_file")
 _HEARTBEATS_PER_LIMIT = 4
 _MAX_HEARTBEAT_S = 0.5
 
 
 def check_files(values: Mapping[str, Any]) -> None:
-    """Raise ``CommandError`` (usage) unless every named file can be read, before any other rule."""
+    """Raise ``CommandError`` (usage) unless every named file can be read. Runs first."""
     for option in OPTIONS:
         path = values.get(option.target)
         if option.metavar == "FILE" and option.field != "chat_template" and path:
@@ -45,7 +45,7 @@ def check_files(values: Mapping[str, Any]) -> None:
 
 
 def build_config(values: Mapping[str, Any], model: ModelSource) -> ClusterConfig:
-    """The configuration of option values by target.
+    """Build the configuration from option values by target.
 
     Raises ``CommandError``: usage for a value that no start could take, refused for an unsafe one.
     """
@@ -58,7 +58,7 @@ def build_config(values: Mapping[str, Any], model: ModelSource) -> ClusterConfig
     _add_files(sections)
     _add_heartbeat(sections["transport"])
     if not any(sections["gateway"].get(name) for name in _KEY_FIELDS):
-        sections["lora"].setdefault("lora_roots", ("/",))  # no caller is to be kept apart
+        sections["lora"].setdefault("lora_roots", ("/",))  # without keys all callers are equal
     try:
         _check_key_files(sections["gateway"])
         _check_exporter(sections["observability"].get("otlp_endpoint"))
@@ -69,7 +69,7 @@ def build_config(values: Mapping[str, Any], model: ModelSource) -> ClusterConfig
 
 
 def asked_for(given: GivenOptions) -> dict[str, str]:
-    """What a user asked for, by flag: two starts that ask for the same are for the same cluster.
+    """The user's options by flag: two starts with equal options are for the same cluster.
 
     Keys are compared by their fingerprints.
     """
@@ -84,7 +84,7 @@ def asked_for(given: GivenOptions) -> dict[str, str]:
 
 
 def _sections(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Values by section and field; bare names are not the configuration's."""
+    """Values by section and field, without targets that belong to no section."""
     sections: dict[str, dict[str, Any]] = {name: {} for name in section_types()}
     for target, value in values.items():
         section, _, field = target.partition(".")
@@ -94,22 +94,22 @@ def _sections(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _check_key_files(gateway: Mapping[str, Any]) -> None:
-    """Raise ``ConfigError`` where a serve replica, which reads these files, would find no key."""
+    """Raise ``ConfigError`` if a serve replica would find no key in these files."""
     for name in ("api_key_file", "admin_key_file"):
         path = gateway.get(name)
         check(path is None or bool(read_key_file(path, name)), name, path, "holds no key")
 
 
 def _check_exporter(endpoint: str | None) -> None:
-    """Raise ``ConfigError`` without the packages that gateways need to send traces."""
+    """Raise ``ConfigError`` without the packages that gateways need to export traces."""
     if endpoint is not None:
-        from cluster.tracing.exporter import load_exporter  # OpenTelemetry only where it is used
+        from cluster.tracing.exporter import load_exporter  # imports OpenTelemetry only if needed
 
         load_exporter(endpoint)
 
 
 def _add_files(sections: dict[str, dict[str, Any]]) -> None:
-    """Read the chat template; make other paths absolute, as workers have other folders."""
+    """Read the chat template; make other paths absolute, as workers run in other folders."""
     model = sections["model"]
     if "chat_template" in model:
         model["chat_template"] = read_template(model["chat_template"])
@@ -125,20 +125,20 @@ def _add_files(sections: dict[str, dict[str, Any]]) -> None:
 
 
 def _absolute_module(module: str) -> str:
-    """``NAME=FOLDER``, if it is that."""
+    """Make the folder in ``NAME=FOLDER`` absolute; other text is returned unchanged."""
     name, _, folder = module.partition("=")
     return f"{name}={Path(folder).absolute()}" if folder else module
 
 
 def _add_heartbeat(transport: dict[str, Any]) -> None:
-    """Make heartbeats so frequent that several fit into the detection limit."""
+    """Set a heartbeat interval of which several fit into the detection limit."""
     limit = transport.get("detection_limit_s", 0.0)
     if limit > 0:
         transport["heartbeat_s"] = min(_MAX_HEARTBEAT_S, limit / _HEARTBEATS_PER_LIMIT)
 
 
 def make_plan(config: ClusterConfig, facts: CheckpointFacts, **values: Any) -> LaunchPlan:
-    """The last checks, now that the model is known; ``values`` are other fields of the plan.
+    """Run the last checks with the model's facts and make the plan with the fields ``values``.
 
     Raises ``CommandError`` (refused).
     """
@@ -161,7 +161,7 @@ def make_plan(config: ClusterConfig, facts: CheckpointFacts, **values: Any) -> L
             num_gpus=num_gpus,
             **values,
         )
-        if plan.temp_dir:  # a joined cluster's resources are known only once it is joined
+        if plan.temp_dir:  # the resources of a joined cluster are known only after joining
             plan = plan.resolved(plan.private_nodes)
             plan_start(plan.config, facts.banks, plan.private_nodes, profile=plan.profile)
     except ConfigError as err:
@@ -178,7 +178,7 @@ def num_kv_blocks(config: ClusterConfig, facts: CheckpointFacts) -> int:
 
 
 def _with_ports(config: ClusterConfig) -> ClusterConfig:
-    """Port 0 becomes a free one, another for each."""
+    """Replace each port 0 by a different free port."""
     data = config.to_dict()
     section = data["gateway"]
     names = ("port", "grpc_port", "serve_proxy")
@@ -190,9 +190,9 @@ def _with_ports(config: ClusterConfig) -> ClusterConfig:
 
 
 def _profile(config: ClusterConfig, banks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The expert load to expect: that of the given profile, else of the checkpoint's own.
+    """The expected load: the given profile, else the checkpoint's own.
 
-    Raises ``ConfigError`` for a given file that cannot be read or is of another model.
+    Raises ``ConfigError`` for a given file that cannot be read or belongs to another model.
     """
     given = config.workers.load_profile
     if given is not None:

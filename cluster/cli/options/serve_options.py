@@ -1,6 +1,6 @@
-"""The options of ``serve`` and ``up``: values of flags, environment, file, in this order.
+"""The options of ``serve`` and ``up``: values from flags, environment and file, in this order.
 
-Where none of the three sets an option, the default of the configuration holds.
+If none of the three sets an option, the default of the configuration applies.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from cluster.launch.plan import START_LIMIT_S
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StartOptions:
-    """How a cluster is started; two starts of the same cluster may differ here."""
+    """How a cluster is started; may differ between two starts of the same cluster."""
 
     address: str | None = None
     """Ray cluster to join instead of a private one (RAY_ADDRESS)."""
     wait_nodes: int = 0
-    """Number of nodes that the joined Ray cluster must have first."""
+    """Number of nodes that the joined Ray cluster must have before the start."""
     start_timeout: float = START_LIMIT_S
-    """Limit of the start in seconds."""
+    """Time limit of the start in seconds."""
 
     def __post_init__(self) -> None:
         check_each(self, "wait_nodes", is_not_negative, "must not be negative")
@@ -48,9 +48,9 @@ _VARIABLES = {
         *("CA_CERT", "CLIENT_CERT", "CLIENT_KEY", "MAX_INSTRUCTIONS", "PARENT"),
     )
 }
-"""Variables that are not those of an option of ``serve``."""
+"""Variables that do not belong to an option of ``serve``."""
 _OF_SERVICE = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT(_\d+_(TCP|UDP)\w*)?$")
-"""Kubernetes sets such variables in every pod, for Services such as ``expertmesh-gateway``."""
+"""Variables that Kubernetes sets in every pod for Services such as ``expertmesh-gateway``."""
 _MODULES = "--lora-modules"
 """The option that takes several words."""
 _KEY_VARIABLES = {
@@ -62,7 +62,7 @@ OPTIONS = tuple(option for name, kind in _SECTIONS.items() for option in options
 
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
-    """Add MODEL, every option and ``--dry-run``; absent ones stay None."""
+    """Add MODEL, every option and ``--dry-run``; absent ones are None."""
     add_settings(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, show the plan, start nothing"
@@ -70,13 +70,13 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add MODEL and every option, in groups by section; absent ones stay None."""
+    """Add MODEL and every option, grouped by section; absent ones are None."""
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="folder or hub id (default: the bundled one)"
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with values of these options")
     flags = {option.field: option.flag for option in OPTIONS}
-    here = [option for option in OPTIONS if not option.is_secret]  # every command has those
+    here = [option for option in OPTIONS if not option.is_secret]  # main adds the secret ones
     for name, options in itertools.groupby(here, lambda option: option.section):
         text = (_SECTIONS[name].__doc__ or "").split("\n")[0]
         group = parser.add_argument_group(name or "start", text)
@@ -103,8 +103,8 @@ def _add(group: argparse._ArgumentGroup, option: ServeOption, text: str) -> None
 def spell_out(words: Sequence[str]) -> list[str]:
     """``--deterministic MODEL`` -> ``--deterministic=on MODEL``.
 
-    argparse would take the next word of the command line as the value, whatever it is. Of
-    ``--lora-modules a=x b=y`` it would take the first value alone: they are joined.
+    Otherwise argparse would take any following word as the value. Of ``--lora-modules a=x b=y`` it
+    would take the first value alone, so the values are joined.
     """
     words = _join_modules(words)
     flags = {option.flag: option for option in OPTIONS if option.bare}
@@ -136,23 +136,23 @@ class Setting:
 
     value: Any
     origin: str
-    """The flag, the variable or the file."""
+    """The flag, the variable or the file that set it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GivenOptions:
-    """What is given for a start: by the flag, else by the environment, else by the file."""
+    """Values given for a start: by the flag, else by the environment, else by the file."""
 
     model: Setting
     """MODEL; None for the bundled one."""
     settings: Mapping[ServeOption, Setting]
-    """Without the options that none of the three sets."""
+    """Options that one of the three sets, with their values."""
     values: dict[str, Any]
-    """Their values by target, and keys."""
+    """The values by target, and the keys."""
 
 
 def read_given(args: argparse.Namespace, environment: Mapping[str, str]) -> GivenOptions:
-    """All that is given. Raises ``CommandError`` (usage)."""
+    """Read all given values. Raises ``CommandError`` (usage)."""
     file = _read_file(args)
     found: dict[ServeOption, Setting] = {}
     for option in OPTIONS:
@@ -179,7 +179,7 @@ def read_given(args: argparse.Namespace, environment: Mapping[str, str]) -> Give
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """A line for each ``EXPERTMESH_*`` variable that no command reads."""
+    """One line of text for each ``EXPERTMESH_*`` variable that no command reads."""
     known = {*_VARIABLES, *_KEY_VARIABLES.values(), *(option.variable for option in OPTIONS)}
     return [
         f"{name} is set, but is no variable of expertmesh{suggestion(name, known)}"
@@ -189,11 +189,11 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
 
 
 def as_typed(message: str, args: argparse.Namespace, environment: Mapping[str, str]) -> str:
-    """An error about settings, with the names under which the user has given them.
+    """An error message about settings, with the names under which the user has given them.
 
     max_num_seqs (0) must be above 0 -> --max-num-seqs (0) must be above 0
     """
-    if not hasattr(args, "config"):  # no command with the options of serve
+    if not hasattr(args, "config"):  # a command without the options of serve
         return with_flags(message, args)
     try:
         in_file = _read_file(args)
@@ -222,9 +222,9 @@ def as_typed(message: str, args: argparse.Namespace, environment: Mapping[str, s
 def collect_keys(
     values: Mapping[str, Any], environment: Mapping[str, str]
 ) -> dict[str, tuple[str, ...]]:
-    """The keys of the options among ``values``, and more from the environment, hashed.
+    """Hash the keys among ``values`` and further keys from the environment.
 
-    ``EXPERTMESH_API_KEYS`` and ``EXPERTMESH_ADMIN_KEYS`` hold keys with commas between them.
+    ``EXPERTMESH_API_KEYS`` and ``EXPERTMESH_ADMIN_KEYS`` hold keys separated by commas.
     """
     found = {}
     for target, variable in _KEY_VARIABLES.items():
@@ -236,19 +236,19 @@ def collect_keys(
 
 
 def without_keys(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment for processes that need no keys."""
+    """An environment without keys, for processes that do not need them."""
     names = {f"EXPERTMESH_{kind}_KEY{s}" for kind in ("API", "ADMIN") for s in ("", "S")}
     return {name: value for name, value in environment.items() if name not in names}
 
 
 def _read_file(args: argparse.Namespace) -> dict[str, str]:
-    """Texts of ``--config FILE`` by the names of the options, with underscores, and ``model``.
+    """Texts in ``--config FILE`` by option name, with underscores, and ``model``.
 
-        model: /models/OLMoE-1B-7B
-        num-expert-workers: 4
-        kv-cache-bytes: 8G
+    model: /models/OLMoE-1B-7B
+    num-expert-workers: 4
+    kv-cache-bytes: 8G
 
-    Raises ``CommandError`` (usage) for a file that cannot be read or that sets anything else.
+    Raises ``CommandError`` (usage) for a file that cannot be read or has other names.
     """
     if not args.config:
         return {}
@@ -282,7 +282,7 @@ def _refusal(path: str, rule: str) -> CommandError:
 
 
 def _parse(option: ServeOption, text: str, origin: str) -> Any:
-    """A value given by a variable or the file; ``origin`` names this source in errors."""
+    """Parse a value of a variable or the file, which ``origin`` names in errors."""
     try:
         value = option.kind(text)
     except ValueError as err:
@@ -293,8 +293,8 @@ def _parse(option: ServeOption, text: str, origin: str) -> Any:
 
 
 def read_template(text: str) -> str:
-    """A chat template: the content of a file, or Jinja text as it is."""
-    from gateway.text.chat_template import ChatTemplate  # Jinja, which reading commands do without
+    """A chat template: the content of a file, or the Jinja text itself."""
+    from gateway.text.chat_template import ChatTemplate  # imports Jinja, which few commands need
 
     source = text
     if "{" not in text and "\n" not in text:

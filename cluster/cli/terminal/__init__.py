@@ -1,4 +1,4 @@
-"""What all commands share: output, exit codes, progress, the HTTP client of a running cluster.
+"""Helpers of all commands: output, exit codes, progress, the HTTP client of a running cluster.
 
-Imports ``cluster.launch`` and the floors below, and Ray; no command.
+Imports ``cluster.launch`` and layers below, and Ray; no command.
 """

@@ -1,7 +1,7 @@
-"""Orders that change a cluster, sent to its admin port or through Ray.
+"""Client of the operations that change a cluster, through its admin port or through Ray.
 
 The admin port listens on the loopback interface of a gateway's host. From other hosts a command
-calls the controller as a Ray driver: users of that Ray have every right on the cluster anyway.
+calls the controller as a Ray driver: users of that Ray have full control of the cluster anyway.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CALL_LIMIT_S = 10.0
 
 
 class AdminClient:
-    """Orders to one cluster. Operations have the form of the admin port's documents.
+    """Starts operations of one cluster. Operations have the format of the admin port's documents.
 
     Raises ``CommandError``.
     """
@@ -32,15 +32,15 @@ class AdminClient:
         self._admin = admin
 
     def drain(self, order: Mapping[str, Any]) -> dict[str, Any]:
-        """Begin the operation of a ``DrainWorkerRequest`` with these fields."""
+        """Start the operation of a ``DrainWorkerRequest`` with these fields."""
         return self._begin("drain", _with_limit(order), order)
 
     def scale(self, order: Mapping[str, Any]) -> dict[str, Any]:
-        """Begin the operation of a ``ScaleRequest`` with these fields."""
+        """Start the operation of a ``ScaleRequest`` with these fields."""
         return self._begin("scale", _with_limit(order), order)
 
     def rebalance(self, order: Mapping[str, Any]) -> dict[str, Any]:
-        """Begin the operation of a ``RebalanceRequest`` with these fields."""
+        """Start the operation of a ``RebalanceRequest`` with these fields."""
         return self._begin("rebalance", dict(order), order)
 
     def cancel(self, operation_id: str) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class AdminClient:
         return found
 
     def log(self, process: str, after: int) -> tuple[int, list[str]]:
-        """How many lines a process has logged, and the newest after the first ``after`` ones."""
+        """Number of lines that a process has logged, and the newest after the first ``after``."""
         if self._admin is None:
             found = _ask("log", process, after)
         else:
@@ -69,7 +69,7 @@ class AdminClient:
     def _begin(
         self, kind: str, command: dict[str, Any], order: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Begin an operation at the controller, or at the admin port."""
+        """Start an operation at the controller or the admin port."""
         if self._admin is None:
             return _document(_ask("begin", kind, command))
         return self._call("begin", command, kind, order)
@@ -87,7 +87,7 @@ class AdminClient:
 
 
 def _with_limit(order: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields as the controller calls them."""
+    """The fields with the controller's names."""
     return {"limit_s" if k == "deadline_s" else k: v for k, v in order.items()}
 
 
@@ -97,7 +97,7 @@ def _quoted(operation_id: str) -> str:
 
 @contextlib.contextmanager
 def make_admin_client(args: argparse.Namespace) -> Iterator[AdminClient]:
-    """Through Ray where ``--address`` says so, else the admin port. Raises ``CommandError``."""
+    """A client through Ray with ``--address``, else the admin port. Raises ``CommandError``."""
     address = args.address
     if not address:
         admin = find_admin(args)
@@ -110,9 +110,9 @@ def make_admin_client(args: argparse.Namespace) -> Iterator[AdminClient]:
 
 
 def find_admin(args: argparse.Namespace, gateway: str | None = None) -> Client | None:
-    """The admin port; None where it is out of reach from this host and Ray is not.
+    """The admin port; None if this host can reach only the cluster's Ray.
 
-    ``gateway`` names one of several; the port of ``--admin-url`` goes before it.
+    ``gateway`` names one of several gateways; ``--admin-url`` takes priority.
     """
     given = args.admin_url or os.environ.get("EXPERTMESH_ADMIN_URL")
     if given:
@@ -132,7 +132,7 @@ def find_admin(args: argparse.Namespace, gateway: str | None = None) -> Client |
         names = ", ".join(str(g.get("name")) for g in gateways)
         raise CommandError(ExitCode.REFUSED, f"there is no {gateway}, but {names}")
     address = found[0].get("admin_http") if found else None
-    if found and "admin_port" in found[0]:  # shown to clients where their keys open the port
+    if found and "admin_port" in found[0]:  # shown to clients with a key for the admin port
         address = f"127.0.0.1:{found[0]['admin_port']}"
     if not address:
         require_whole(status, "the address of its admin port")
@@ -148,12 +148,12 @@ def find_admin(args: argparse.Namespace, gateway: str | None = None) -> Client |
 
 
 def _document(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The controller's plain data of an operation as the admin port shows them."""
+    """Convert the controller's data of an operation to the admin port's format."""
     return {**{k: v for k, v in found.items() if k != "result"}, found["kind"]: found["result"]}
 
 
 def _ask(method: str, *arguments: Any) -> Any:
-    """The controller's answer. Raises ``CommandError``."""
+    """Call the controller and return its reply. Raises ``CommandError``."""
     from cluster.actors.controller_client import ask_controller
 
     try:

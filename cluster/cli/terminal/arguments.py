@@ -1,4 +1,4 @@
-"""How commands are registered, and the arguments that several of them have."""
+"""Registration of commands, and arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Kind = TypeVar("Kind", int, float)
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Names a value by its type where no metavar does, and shows the default."""
+    """Names a value by its type unless there is a metavar, and shows the default."""
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         kind = action.type.kind if isinstance(action.type, Number) else action.type
@@ -36,7 +36,7 @@ class CommandParsers:
     """Commands of one level. All have the arguments of ``common``."""
 
     def __init__(self, subparsers: Any, common: argparse.ArgumentParser) -> None:
-        """``subparsers`` is what ``ArgumentParser.add_subparsers`` returns."""
+        """``subparsers``: result of ``ArgumentParser.add_subparsers``."""
         self._subparsers = subparsers
         self._common = common
         self.lines: list[str] = []
@@ -45,13 +45,13 @@ class CommandParsers:
     def add(
         self, name: str, run: Callable[[argparse.Namespace], int], text: str
     ) -> argparse.ArgumentParser:
-        """A command; ``run`` returns its exit code."""
+        """Add a command; ``run`` returns its exit code."""
         parser = self._add(name, text, parents=[self._common])
         parser.set_defaults(run=run, command_parser=parser)
         return parser
 
     def add_group(self, name: str, text: str) -> CommandParsers:
-        """Add a command that has subcommands; returns their registry."""
+        """Add a command that has subcommands, and return their registry."""
         parser = self._add(name, text)
         return CommandParsers(parser.add_subparsers(metavar="WHAT", required=True), self._common)
 
@@ -65,16 +65,16 @@ class CommandParsers:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Number(Generic[Kind]):
-    """From an option's text to a number from ``low`` to ``high``, both of them allowed."""
+    """Converts an option's text to a number from ``low`` to ``high``, both inclusive."""
 
     kind: type[Kind]
     rule: str
-    """What a text must be."""
+    """The rule for a text, as in error messages."""
     low: float = -math.inf
     high: float = math.inf
 
     def __call__(self, text: str) -> Kind:
-        """Raises ``argparse.ArgumentTypeError`` with the rule."""
+        """Convert a text. Raises ``argparse.ArgumentTypeError`` with the rule."""
         with contextlib.suppress(ValueError):
             value = self.kind(text)
             if self.low <= value <= self.high and text.isascii() and "_" not in text:
@@ -85,7 +85,7 @@ class Number(Generic[Kind]):
 MAX_COUNT = 2**31 - 1
 _LEAST = math.ulp(0.0)
 _MAX_S = 1e9
-"""Longest time limit; sockets and events refuse numbers that are a little larger."""
+"""Longest time limit; sockets and events reject slightly larger numbers."""
 positive = Number(kind=float, rule="must be a number above 0", low=_LEAST, high=1e300)
 positive_or_inf = Number(kind=float, rule="must be a number above 0, or inf", low=_LEAST)
 not_negative = Number(kind=float, rule="must be a number, 0 or more", low=0, high=1e300)
@@ -105,7 +105,7 @@ count_or_0 = Number(
 def add_wait_option(
     parser: argparse.ArgumentParser, default: float | None, shown: str = "no limit"
 ) -> None:
-    """``--wait``: how long the command waits; ``shown`` describes a default of None or infinity."""
+    """Add ``--wait``; ``shown`` describes a default of None or infinity."""
     text = "longest wait for the end, 0 returns at once"
     if default is None or default == math.inf:
         text += f" (default: {shown})"
@@ -114,14 +114,14 @@ def add_wait_option(
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
-    """``--model``, for commands that call the gateway."""
+    """Add ``--model``, for commands that call the gateway."""
     parser.add_argument("--model", metavar="NAME", help="served model (default: the only one)")
 
 
 def add_address_option(parser: argparse.ArgumentParser) -> None:
-    """``--address``, for commands that can go through Ray."""
+    """Add ``--address``, for commands that can use Ray."""
     parser.add_argument(
         "--address",
         metavar="ADDRESS",
-        help="go through this Ray (auto: the one on this host), not through the admin port",
+        help="use this Ray (auto: the one on this host) instead of the admin port",
     )

@@ -1,4 +1,4 @@
-"""HTTP towards a running cluster, with the standard library only: commands must start quickly."""
+"""HTTP client for a running cluster; uses the standard library alone, for a fast start."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cluster.launch import state_file
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 10.0
-"""Longest wait for a connection, and for the answer to a call that runs no model."""
+"""Longest wait for a connection, and for the response to a call that runs no model."""
 _SILENCE_LIMIT_S = 120.0
 """Longest silence in a stream: a gateway sends a comment every 15 s."""
 
@@ -37,7 +37,7 @@ def find_url(args: argparse.Namespace) -> str:
 
 
 def find_record(args: argparse.Namespace) -> state_file.ClusterRecord | None:
-    """The named or only cluster of this host; None where none runs and none is named.
+    """The named or only cluster of this host; None if no cluster runs and none is named.
 
     Raises ``CommandError``.
     """
@@ -54,13 +54,13 @@ def find_record(args: argparse.Namespace) -> state_file.ClusterRecord | None:
 
 
 class Client:
-    """Requests to one URL. Errors become ``CommandError`` with the fitting exit code."""
+    """Sends requests to one URL. Errors become ``CommandError`` with the matching exit code."""
 
     def __init__(
         self, args: argparse.Namespace, admin_url: str = "", *, key: str | None = None
     ) -> None:
-        """``admin_url`` where it is an admin port, not the gateway that ``args`` name. ``key`` in
-        place of what ``args`` or the environment name; empty: none."""
+        """``admin_url``: an admin port to call instead of the gateway that ``args`` name. ``key``
+        replaces the key of ``args`` or the environment; empty: no key."""
         self.url = admin_url or find_url(args)
         self._timeout_s: float | None = args.timeout
         self._key = args.api_key or os.environ.get("EXPERTMESH_API_KEY", "")
@@ -72,13 +72,13 @@ class Client:
             self._key = self._admin_key = key
         _check_keys(self._key, self._admin_key)
         self.tls = tls_context(args) if self.url.startswith("https:") else None
-        """What https needs; None without it."""
+        """TLS context for https; None for http."""
 
     def get(self, path: str, any_status: bool = False) -> Any:
-        """The JSON document at ``path``. ``any_status`` takes the body of an error answer too.
+        """The JSON document at ``path``. ``any_status`` also accepts the body of an error.
 
-        A document that is partial for a client's key is read again with the admin key, if there is
-        one.
+        A document that is partial for the client's key is read again with the admin key, if there
+        is one.
         """
         document, key = self._parse(self._read(path, None, any_status)), self._key
         if isinstance(document, dict) and document.get("is_partial") and self._use_admin_key():
@@ -87,15 +87,15 @@ class Client:
             except CommandError as err:
                 if err.code is not ExitCode.UNAUTHORISED:
                     raise
-                self._key = key  # it is the key of another cluster
+                self._key = key  # the admin key is for another cluster
         return document
 
     def get_text(self, path: str) -> str:
-        """The body at ``path``."""
+        """The response body at ``path``."""
         return self._read(path).decode(errors="replace")
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        """The JSON document that answers ``body``."""
+        """POST ``body`` and return the JSON document of the response."""
         return self._parse(self._read(path, body))
 
     def run_model(self, path: str, body: dict[str, Any]) -> Any:
@@ -110,10 +110,10 @@ class Client:
         return {"Content-Type": "application/json", **key}
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """POST, then the ``data:`` events of the answer up to ``[DONE]``.
+        """POST, then yield the ``data:`` events of the response up to ``[DONE]``.
 
-        A long prompt delays the first event without a limit; only a server that sends not even
-        comments is given up, unless ``--timeout`` is set. Shows progress until the first event.
+        A long prompt may delay the first event indefinitely; without ``--timeout`` the call fails
+        only if the server sends not even comments. Shows progress until the first event.
         """
         with contextlib.ExitStack() as until_first:
             until_first.enter_context(waiting("waiting for the first token"))
@@ -137,7 +137,7 @@ class Client:
         any_status: bool = False,
         silence_s: float | None = DEFAULT_TIMEOUT_S,
     ) -> Iterator[Any]:
-        """The answer, to be read; GET without a body. Raises ``CommandError``, also of reading.
+        """The open response; GET without a body. Raises ``CommandError``, also for read errors.
 
         ``silence_s``: longest wait for the next bytes without ``--timeout``; None: no limit.
         """
@@ -154,7 +154,7 @@ class Client:
             raise self._unreachable(err, limit_s) from err
 
     def _with_key_option(self, err: CommandError, status: int) -> CommandError:
-        """The error, with the option that gives the key that was missing or wrong."""
+        """The error, with a hint at the option for the missing or wrong key."""
         if err.code != ExitCode.UNAUTHORISED:
             return err
         which = "admin" if self._is_admin or status == 403 else "api"
@@ -162,7 +162,7 @@ class Client:
         return CommandError(err.code, f"{err} ({hint})")
 
     def _reply(self, path: str, data: bytes | None, limit_s: float | None) -> Any:
-        """The answer to a request. Where a key is refused, the admin key is tried for reading."""
+        """Send a request. If the key is rejected, a read is retried with the admin key."""
         try:
             return self._send(path, data, limit_s)
         except urllib.error.HTTPError as err:
@@ -177,7 +177,7 @@ class Client:
         return opener.open(request, timeout=self._timeout_s or DEFAULT_TIMEOUT_S)
 
     def _use_admin_key(self) -> bool:
-        """Use the admin key from now on; whether that changes anything."""
+        """Use the admin key for further requests; return whether that changes anything."""
         has_changed = self._admin_key not in ("", self._key)
         self._key = self._admin_key or self._key
         return has_changed
@@ -207,7 +207,7 @@ class Client:
 
 
 class _Http(urllib.request.HTTPHandler):
-    """Connections with one time limit for connecting and another for reading."""
+    """HTTP connections with one time limit for connecting and another for reading."""
 
     def __init__(self, read_limit_s: float | None) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ class _Http(urllib.request.HTTPHandler):
 
 
 class _Https(urllib.request.HTTPSHandler):
-    """As ``_Http``, over TLS."""
+    """Like ``_Http``, over TLS."""
 
     def __init__(self, read_limit_s: float | None, tls: ssl.SSLContext | None) -> None:
         super().__init__(context=tls)
@@ -238,7 +238,7 @@ class _Https(urllib.request.HTTPSHandler):
 def _with_read_limit(
     connection: http.client.HTTPConnection, limit_s: float | None
 ) -> http.client.HTTPConnection:
-    """Make a connection change its time limit to ``limit_s`` once it is open."""
+    """Make a connection change its time limit to ``limit_s`` after it is opened."""
     connect = connection.connect
 
     def connect_then_limit() -> None:
@@ -250,18 +250,18 @@ def _with_read_limit(
 
 
 def require_whole(status: Mapping[str, Any], what: str) -> None:
-    """Raise ``CommandError`` for a status that was shown to a client's key."""
+    """Raise ``CommandError`` for a partial status, shown because the key is not an admin key."""
     if status.get("is_partial"):
         message = f"the server shows {what} to admin keys only: give --admin-key"
         raise CommandError(ExitCode.UNAUTHORISED, message)
 
 
 def checked_url(url: str, origin: str) -> str:
-    """A URL that a request can be sent to; ``origin`` gave it. Raises ``CommandError`` (usage)."""
+    """Validate a URL, which ``origin`` gave, and return it. Raises ``CommandError`` (usage)."""
     try:
         parts = urlsplit(url)
         is_good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # brackets, or a port that is no number
+    except ValueError:  # brackets, or a port that is not a number
         is_good = False
     if not is_good or any(c <= " " or c == "\x7f" for c in url):
         message = f"{origin} ({url}) must be a URL of http or https, such as {DEFAULT_URL}"
@@ -270,14 +270,14 @@ def checked_url(url: str, origin: str) -> str:
 
 
 def _check_keys(*keys: str) -> None:
-    """Raise ``CommandError`` (usage) for a key that no header can hold; it is not shown."""
+    """Raise ``CommandError`` (usage) for a key that no header can hold; the key is not shown."""
     if not all(key.isprintable() and key.isascii() for key in keys):
         message = "--api-key and --admin-key must have printable ASCII characters only"
         raise CommandError(ExitCode.USAGE, message)
 
 
 def refusal(status: int, body: bytes) -> CommandError:
-    """The error object of an answer as a command's end."""
+    """Convert the error object of a response to a ``CommandError``."""
     try:
         message = str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What a script learns from a command's end."""
+    """Exit status of a command."""
 
     OK = 0
     FAILED = 1
@@ -21,7 +21,7 @@ class ExitCode(IntEnum):
 
 
 class CommandError(Exception):
-    """Ends the command: one line on stderr, and this exit code."""
+    """Ends the command with one line on stderr and this exit code."""
 
     def __init__(self, code: ExitCode, message: str) -> None:
         super().__init__(code, message)

@@ -1,4 +1,4 @@
-"""Operations of a running cluster, as commands wait for them and show them."""
+"""Waiting for operations of a running cluster, and showing them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ POLL_S = 0.1
 def follow_operation(
     args: argparse.Namespace, orders: AdminClient, operation: dict[str, Any], wait_s: float
 ) -> int:
-    """Show its phases until it ends; only the operation where ``wait_s`` is 0.
+    """Show the phases of an operation until it ends; only its state if ``wait_s`` is 0.
 
-    Raises ``CommandError`` past that time.
+    Raises ``CommandError`` after that time.
     """
     give_up = time.monotonic() + wait_s
     phase = ""

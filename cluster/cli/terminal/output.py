@@ -1,4 +1,4 @@
-"""Output: results on stdout, everything for people on stderr."""
+"""Output of commands: results on stdout, messages on stderr."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.disk.files import replace_file
 
 _SHADES = (236, 17, 18, 19, 20, 26, 32, 38)
-"""Of 256 colours, from grey to light blue."""
+"""Colours of a 256-colour terminal, from grey to light blue."""
 _CODES = {"red": 31, "green": 32, "yellow": 33, "dim": 2}
 
 
 def out(text: str) -> None:
-    """One piece of the result, to stdout, at once.
+    """Write a part of the result to stdout, and flush.
 
-    Raises ``BrokenPipeError``, and ``CommandError`` where it cannot be written, on a full disk for
-    example.
+    Raises ``BrokenPipeError``, and ``CommandError`` if it cannot be written, for example on a full
+    disk.
     """
     try:
         sys.stdout.write(text)
@@ -38,26 +38,26 @@ def out(text: str) -> None:
 
 
 def give_up_stdout() -> None:
-    """Write nothing more to stdout, not even what is buffered, at exit."""
+    """Discard all further output to stdout, including the buffer at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def out_line(text: str) -> None:
-    """One line of the result."""
+    """Write one line of the result."""
     out(f"{text}\n")
 
 
 def out_json(document: Any) -> None:
-    """The result as one JSON document."""
+    """Write the result as one JSON document."""
     out_line(json.dumps(document, indent=1))
 
 
 def show(
     args: argparse.Namespace, document: Any, text: str | Callable[[], str], heading: str = ""
 ) -> ExitCode:
-    """The result: the document with ``--json``, else the text, after ``heading`` on stderr.
+    """Show the result: the document with ``--json``, else the text, after ``heading`` on stderr.
 
-    A text that takes time is a function. Returns ``OK``.
+    ``text`` may be a function, if it is expensive. Returns ``OK``.
     """
     if args.json:
         out_json(document)
@@ -69,9 +69,9 @@ def show(
 
 
 def save(path: Path, text: str, what: str = "") -> None:
-    """Write a file, and say so; ``what`` describes it.
+    """Write a file and report it; ``what`` describes its content.
 
-    Raises ``CommandError``: a file that was there before has its old content.
+    Raises ``CommandError``; an existing file then keeps its old content.
     """
     try:
         replace_file(path, text.encode())
@@ -81,35 +81,35 @@ def save(path: Path, text: str, what: str = "") -> None:
 
 
 def note(text: str) -> None:
-    """One line for people, to stderr."""
+    """Write one line to stderr."""
     tell(sys.stderr, f"{text}\n")
 
 
 def tell(stream: TextIO, text: str) -> None:
-    """Write for people, at once: what a full disk refuses is lost, and the command continues."""
+    """Write to a stream and flush; errors, as on a full disk, are ignored."""
     with contextlib.suppress(OSError):
         stream.write(text)
         stream.flush()
 
 
 def has_colours(allowed: bool) -> bool:
-    """Stdout is a terminal, ``NO_COLOR`` is not set, and the command line has not ruled it out."""
+    """Whether stdout is a terminal, ``NO_COLOR`` is unset, and ``--no-color`` was not given."""
     return allowed and not os.environ.get("NO_COLOR") and sys.stdout.isatty()
 
 
 def colour(text: str, name: str, allowed: bool) -> str:
-    """``text`` in a colour where there are any."""
+    """``text`` in a colour if ``allowed``."""
     return f"\x1b[{_CODES[name]}m{text}\x1b[0m" if has_colours(allowed) else text
 
 
 def shade(text: str, share: float) -> str:
-    """``text`` on a ground that is the stronger, the larger its share (0 to 1) is."""
+    """``text`` on a background whose strength grows with ``share`` (0 to 1)."""
     ground = _SHADES[min(int(share * len(_SHADES)), len(_SHADES) - 1)]
     return f"\x1b[38;5;231;48;5;{ground}m{text}\x1b[0m"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns as wide as their widest cell."""
+    """Format a table whose columns are as wide as their widest cell."""
     cells = [[str(c) for c in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
@@ -117,5 +117,5 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def time_of_day(seconds: float) -> str:
-    """Date and time here, from seconds since 1970."""
+    """Local date and time, from seconds since 1970."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

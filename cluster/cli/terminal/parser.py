@@ -1,4 +1,4 @@
-"""The parser of all commands: short errors that suggest the word that was meant."""
+"""The argument parser of all commands, with short errors that suggest the intended word."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any, NoReturn
 
 _INVALID_CHOICE = re.compile(r"invalid choice: '(.*?)' \(choose from (.*)\)", re.DOTALL)
 _MAX_CHOICES = 12
-"""Longer lists of allowed words are left to the help."""
+"""Longer lists of choices are left out of errors."""
 RULES: dict[Any, str] = {int: "must be a whole number", float: "must be a number"}
-"""What a text must be, by what it is converted with."""
+"""Rule of a text in error messages, by its conversion function."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Ends with exit code 2, a usage of one line, and an error that names what was meant."""
+    """Exits with code 2, a usage of one line, and an error that suggests the intended word."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As in the base class, with unknown options reported by the command that got them."""
+        """As in the base class, but the command that got unknown options reports them."""
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             command: Parser = getattr(found, "command_parser", self)
@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """As in the base class, whose errors lack the value or the rule."""
+        """As in the base class, but with the value and the rule in errors."""
         convert = self._registry_get("type", action.type, action.type)
         try:
             return convert(arg_string)
@@ -60,14 +60,14 @@ def _shown(action: argparse.Action) -> str:
 
 
 _FIELDS = {"load_profile": "profile", "tokens": "ids"}
-"""Options of commands that have another name than the field they set."""
+"""Options of commands whose name differs from the field they set."""
 
 
 def with_flags(message: str, args: argparse.Namespace) -> str:
-    """An error that begins with a field's name, with the option that sets the field.
+    """Replace the field name at the beginning of an error by the option that sets the field.
 
     num_workers (0) must be at least 1 -> --workers (0) must be at least 1
-    A file of a checkpoint (config.json) is no field.
+    A file of a checkpoint (config.json) is not a field.
     """
     match = re.match(r"(\w+)(?=:|\.(?!(?:json|jinja|safetensors)\b)| \(| must )", message)
     parser: argparse.ArgumentParser | None = getattr(args, "command_parser", None)
@@ -79,6 +79,6 @@ def with_flags(message: str, args: argparse.Namespace) -> str:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """``": did you mean --port?"``, or nothing where no known word is close."""
+    """``": did you mean --port?"``, or empty if no known word is close."""
     found: Sequence[str] = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
     return f": did you mean {found[0]}?" if found else ""

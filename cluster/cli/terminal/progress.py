@@ -1,4 +1,4 @@
-"""Progress of what takes time: a bar on a terminal, elsewhere a line now and then. On stderr."""
+"""Progress of long tasks on stderr: a bar on a terminal, occasional lines otherwise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STAGES = {
 
 
 class Progress(AbstractContextManager["Progress"]):
-    """Shows one stage at a time; ``with`` clears it at the end."""
+    """Shows one stage at a time; leaving the ``with`` block clears it."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Progress(AbstractContextManager["Progress"]):
         *,
         lines: bool = True,
     ) -> None:
-        """``lines`` False: nothing off a terminal."""
+        """``lines`` False: show nothing unless ``stream`` is a terminal."""
         self._stream = stream or sys.stderr
         self._clock = clock
         self._bar = self._stream.isatty()
@@ -47,14 +47,14 @@ class Progress(AbstractContextManager["Progress"]):
         self.clear()
 
     def update(self, stage: str, done: int = 0, total: int = 0) -> None:
-        """Show another stage, or how much of the stage is done."""
+        """Show another stage, or the progress of the present one."""
         self._text = _STAGES.get(stage, stage)
         if total:
             self._text += f" {_bar(done, total) if self._bar else ''}{_megabytes(done, total)}"
         self.tick()
 
     def tick(self) -> None:
-        """Redraw the bar, or print a line where one is due."""
+        """Redraw the bar, or print a line if one is due."""
         now = self._clock()
         if self._bar:
             self._draw(f"{self._text}, {now - self._began:.0f} s")
@@ -63,7 +63,7 @@ class Progress(AbstractContextManager["Progress"]):
             tell(self._stream, f"expertmesh: {self._text}, {now - self._began:.0f} s\n")
 
     def clear(self) -> None:
-        """Leave the line empty for what comes next."""
+        """Clear the line."""
         if self._bar and self._width:
             self._draw("")
             tell(self._stream, "\r")
@@ -75,7 +75,7 @@ class Progress(AbstractContextManager["Progress"]):
 
 @contextmanager
 def waiting(text: str) -> Iterator[None]:
-    """Show the text and the seconds since, from the first second of a blocking call to its end."""
+    """Show ``text`` with the elapsed seconds while a blocking call takes more than one second."""
     ended = threading.Event()
 
     def show() -> None:

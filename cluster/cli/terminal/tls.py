@@ -1,4 +1,4 @@
-"""The files that a command needs to call servers over TLS."""
+"""Files that a command needs to call servers over TLS."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _NAMES = ("ca_cert", "client_cert", "client_key")
 
 
 def tls_files(args: argparse.Namespace) -> dict[str, str | None]:
-    """From ``--ca-cert``, ``--client-cert`` and ``--client-key``, or their variables.
+    """Paths from ``--ca-cert``, ``--client-cert`` and ``--client-key``, or their variables.
 
-    Raises ``CommandError`` (usage) for a file that cannot be read, and a key without certificate.
+    Raises ``CommandError`` (usage) for a file that cannot be read, or a key without certificate.
     """
     found = {name: getattr(args, name) or os.environ.get(_variable(name)) for name in _NAMES}
     for name, path in found.items():
@@ -32,7 +32,7 @@ def tls_files(args: argparse.Namespace) -> dict[str, str | None]:
 
 
 def tls_context(args: argparse.Namespace) -> ssl.SSLContext:
-    """What https needs. Raises ``CommandError`` (usage)."""
+    """TLS context for https. Raises ``CommandError`` (usage)."""
     given, used = tls_files(args), "ca_cert"
     try:
         context = ssl.create_default_context(cafile=given["ca_cert"])
@@ -50,5 +50,5 @@ def _variable(name: str) -> str:
 
 
 def _origin(args: argparse.Namespace, name: str) -> str:
-    """The flag or the variable that named the file."""
+    """The flag or variable that named the file."""
     return f"--{name.replace('_', '-')}" if getattr(args, name) else _variable(name)
