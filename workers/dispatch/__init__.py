@@ -1,19 +1,19 @@
-"""Dispatch and combine: rows to the experts, weighted sums back, and the expert side of a step.
+"""Dispatch of rows to the experts, combine of their outputs, and the expert side of a step.
 
-The walk of a row, from a layer that yields ``Dispatch`` to the sum that it gets back:
+The path of a row, from a layer that yields ``Dispatch`` to the sum that the layer receives:
 
     dispatcher.py    ``TokenDispatcher``, which the model runner calls. ``LocalDispatcher``
-                     (local.py) computes at once and is the reference; ``RemoteDispatcher``
-                     (remote.py) picks the exchange of a step.
-    expert_maps.py   Which rows go where: the slot of each expert of the row, on which rank.
-    row_exchange.py  How they are exchanged, attention side. ``RowExchange``: ``StaticExchange``,
+                     (local.py) computes on this device and is the reference;
+                     ``RemoteDispatcher`` (remote.py) selects the exchange of a step.
+    expert_maps.py   The rank and slot of each expert of a row.
+    row_exchange.py  Exchanges, attention side. ``RowExchange``: ``StaticExchange``,
                      ``ExactExchange``, ``CapturedExchange``; native_attention_side.py:
                      ``NativeExchange``, which also prepares the exchanges of native layers.
-    row_serving.py   The same, expert side, as ``ExpertServer`` (expert_server.py) picks it.
+    row_serving.py   Exchanges, expert side; ``ExpertServer`` (expert_server.py) selects one.
                      ``RowServing``: ``StaticServing``, ``ExactServing``; native_expert_side.py:
                      ``NativeServing``; captured_serving.py: ``CapturedServing``.
-    combine.py       How results combine: the outputs of the ranks, added up in their order.
+    combine.py       Sum of the outputs of the expert ranks, in rank order.
 
-``ColocatedDispatcher`` (colocated.py) is both sides on one worker. Imports ``workers.metrics``,
-``workers.transport`` and the floors below.
+``ColocatedDispatcher`` (colocated.py) has both sides on one worker. Imports ``workers.metrics``,
+``workers.transport`` and the layers below.
 """

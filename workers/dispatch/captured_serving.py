@@ -1,4 +1,4 @@
-"""The expert side of captured steps: on a GPU, of steps whose sizes the header says."""
+"""Expert side of captured steps: CUDA graphs of steps with sizes given by the header."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from workers.transport.transport import DataTransport
 
 @dataclass(slots=True)
 class CapturedServes:
-    """What a captured step of an expert rank counts."""
+    """Counters of a captured step of an expert rank."""
 
     notes: SlotNotes
     num_bytes: dict[str, int]
-    """What each replay adds to those of the server."""
+    """Bytes that each replay adds to ``ExpertCounters.num_bytes``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,12 @@ class _CapturedStep:
 
 
 class CapturedServing:
-    """Decides which captured steps of one expert rank are kept, and replays them."""
+    """Captures steps of one expert rank, keeps them in a cache, and replays them."""
 
     def __init__(
         self, side: ExpertSide, transport: DataTransport, fixed: FixedTables, max_kept_rows: int
     ) -> None:
-        """``fixed``: the tables that captured steps read; ``max_kept_rows``: see ``KeptSteps``."""
+        """``fixed``: tables that captured steps read. ``max_kept_rows``: see ``KeptSteps``."""
         self._side = side
         self._transport = transport
         self._fixed = fixed
@@ -51,7 +51,7 @@ class CapturedServing:
 
     @staticmethod
     def shape(header: StepHeader) -> tuple[tuple[int, ...], ...]:
-        """Of all attention ranks: the rank, and its rows by micro-batch."""
+        """For each attention rank, the rank followed by its rows in each micro-batch."""
         parts = range(header.num_micro_batches)
         return tuple((r, *(header.edge_rows(r, part) for part in parts)) for r, _ in header.grants)
 
@@ -60,9 +60,9 @@ class CapturedServing:
         self._step, self._places = step, places
 
     def serve(self, first: int) -> int:
-        """See ``RowServing``: all exchanges of a step."""
+        """See ``RowServing``. Serves all exchanges of a step."""
         step = self._step
-        assert step is not None, "begin_step comes first"
+        assert step is not None, "begin_step was not called"
         assert first == 0, "a captured step is replayed as a whole"
         self._kept.keep_only(self.state)
         num_rows = sum(sum(granted.values()) for granted in step.granted)
@@ -74,7 +74,7 @@ class CapturedServing:
         return len(self._places)
 
     def _capture(self, step: ServedStep, pool: Any) -> _CapturedStep:
-        """Capture a step, after one that compiles and allocates."""
+        """Run a step once to compile kernels and allocate memory, then capture it."""
         self._compute(step, None)
         graph = StepGraph(self._side.device, pool)
         with graph.capture():
@@ -92,7 +92,7 @@ class CapturedServing:
 
     @contextmanager
     def capturing(self, step: ServedStep, serving: StaticServing) -> Iterator[CapturedServes]:
-        """The places that ``serving`` serves within it are captured, and not counted."""
+        """Within the context, exchanges served by ``serving`` are captured and not counted."""
         use, counters = self._side.use, self._side.counters
         assert isinstance(use, DeviceSlotUse)
         num_bytes = dict.fromkeys(counters.num_bytes, 0)
@@ -103,7 +103,7 @@ class CapturedServing:
         yield CapturedServes(use.notes, num_bytes)
 
     def count(self, captured: CapturedServes) -> DeviceSlotUse:
-        """Count a captured step that was replayed; the slots at the end of the step."""
+        """Count a replayed step. The slots are counted at the end of the step."""
         use, counters = self._side.use, self._side.counters
         assert isinstance(use, DeviceSlotUse)
         use.notes = captured.notes

@@ -1,13 +1,13 @@
-"""Both sides of dispatch and combine on one worker, which holds requests and experts for all ranks.
+"""Both sides of dispatch and combine on one worker, which has requests and experts for all ranks.
 
-The order of operations is the one global list of a step, on every rank:
+Every rank runs the operations of a step in the same global order:
 
     for bank, exchange:   dispatch 0, dispatch 1,  expert 0, expert 1,  combine 0, combine 1
 
-with the next exchange's dispatch of a micro-batch right after its combine. The expert part runs at
-the first combine of an exchange, when all ranks have sent their rows or will do so without waiting
-for this one; a rank without rows runs only that part. Rows for a rank's own experts never leave the
-process.
+with the next exchange's dispatch of a micro-batch directly after its combine. The expert part runs
+at the first combine of an exchange, when all ranks have sent their rows or will send them without
+waiting for this rank. A rank without rows runs only the expert part. Rows for a rank's own experts
+stay in the process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from workers.transport.transport import DataTransport, Expected, RowMessage, Tag
 
 
 class LoopbackTransport:
-    """``DataTransport`` that delivers a rank's messages to itself, and passes on all others."""
+    """``DataTransport`` that delivers a rank's messages to itself and forwards all others."""
 
     def __init__(self, inner: DataTransport, rank: int) -> None:
         self._inner = inner
@@ -46,7 +46,7 @@ class LoopbackTransport:
         self.sums_are_rounded = inner.sums_are_rounded
 
     def begin_step(self, header: StepHeader) -> None:
-        """See ``DataTransport``; messages left from an abandoned step are dropped."""
+        """See ``DataTransport``. Messages of an abandoned step are dropped."""
         self._own.clear()
         self._inner.begin_step(header)
 
@@ -74,7 +74,7 @@ class LoopbackTransport:
     def recording(
         self, device: torch.device, activity: Activity, graph: StepGraph | None
     ) -> LoopbackTransport:
-        """Record the messages of and to other ranks; see ``RecordingTransport``."""
+        """Record the messages from and to other ranks; see ``RecordingTransport``."""
         inner = RecordingTransport(self._inner, device, activity, graph)
         return LoopbackTransport(inner, self._rank)
 
@@ -98,7 +98,7 @@ class ColocatedDispatcher:
         self._transport = transport
         self._attention = attention
         self._server = server
-        self.dispatch = attention.dispatch  # rows go out as from any attention worker
+        self.dispatch = attention.dispatch  # rows are sent as by any attention worker
         self._served = (-1, -1)
         self._header: StepHeader | None = None
         self._is_only_member = False
@@ -128,7 +128,7 @@ class ColocatedDispatcher:
         self._server.run_step(header)
 
     def combine(self, handle: DispatchHandle) -> Tensor:
-        """See ``TokenDispatcher``. The first one of an exchange serves all its micro-batches."""
+        """See ``TokenDispatcher``. The first combine of an exchange serves all micro-batches."""
         timer = self._attention.timer
         timer.mark()
         place = (handle.bank.index, handle.exchange)
@@ -144,7 +144,7 @@ class ColocatedDispatcher:
         self._attention.finish_step()
 
     def end_step(self) -> bool:
-        """See ``TokenDispatcher``. Raises what the server of a replayed step has put off."""
+        """See ``TokenDispatcher``. Raises deferred errors of the server after a replayed step."""
         if self._is_replayed:
             self._is_replayed = False
             self._server.end_replay()
@@ -153,8 +153,8 @@ class ColocatedDispatcher:
     # ``CapturableDispatcher``
 
     def can_capture(self, header: StepHeader) -> bool:
-        """See ``CapturableDispatcher``. No timings are taken within such a step."""
-        if self._is_only_member:  # what there is to read of its rows says nothing
+        """See ``CapturableDispatcher``. Timings within such a step are not measured."""
+        if self._is_only_member:  # padding of its rows need not be measured
             return not self._attention.picks_rows(header)
         return self._attention.can_capture(header)
 
@@ -164,7 +164,7 @@ class ColocatedDispatcher:
         return self._attention.captured_state, self._server.captured.state
 
     def captured_shape(self, header: StepHeader) -> Hashable:
-        """See ``CapturableDispatcher``: with the rows of the other ranks."""
+        """See ``CapturableDispatcher``. Includes the rows of the other ranks."""
         own = self._attention.rank
         served = self._server.captured.shape(header)
         others = tuple(grant for grant in served if grant[0] != own)
@@ -174,7 +174,7 @@ class ColocatedDispatcher:
     def capture(self, is_row: Tensor, graph: StepGraph | None) -> Iterator[CapturedExchanges]:
         """See ``CapturableDispatcher``."""
         under_way, attention = self._header, self._attention
-        assert under_way is not None, "begin_step comes first"
+        assert under_way is not None, "begin_step was not called"
         header = attention.captured_header(under_way, len(is_row))
         transport = self._transport.recording(is_row.device, attention.activity, graph)
         with (
@@ -186,14 +186,14 @@ class ColocatedDispatcher:
         self.begin_step(under_way, ())
 
     def replayed(self, served: CapturedServes) -> None:
-        """A captured step of this rank was replayed."""
+        """Count a replayed step of this rank."""
         self._is_replayed = True
         self._server.captured.count(served).copy()
 
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """See ``CapturedExchanges``."""
+    """``CapturedExchanges`` of both sides."""
 
     dispatcher: ColocatedDispatcher
     served: CapturedServes

@@ -1,4 +1,4 @@
-"""How results combine: from the outputs that the expert ranks return to those of the rows."""
+"""Combine: sum of the outputs that the expert ranks return."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from workers.model.weighting import weighted_sum
 
 @dataclass(frozen=True, slots=True)
 class SentRows:
-    """The rows that one expert rank was sent, and so the outputs that it returns."""
+    """The rows that were sent to one expert rank, for which it returns outputs."""
 
     rank: int
     places: Tensor | None
     """Destination of the returned rows: rows [n] in ``sum`` mode, else pairs [P] in row-major order
-    of [T, k]; None when all of them return, in order."""
+    of [T, k]; None if all of them are returned, in order."""
     count: int
-    """Rows that come back."""
+    """Number of returned rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteHandle(DispatchHandle):
-    """A dispatch whose outputs the expert ranks return."""
+    """A dispatch to expert ranks, which return the outputs."""
 
     topk_weights: Tensor
     """[T, k] as dispatched."""
     sent: tuple[SentRows, ...] = ()
-    """By expert rank; ranks that return nothing are left out."""
+    """One entry for each expert rank that returns outputs."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutputCombiner:
-    """Decides how the outputs of the expert ranks add up to those of the rows."""
+    """Combines the outputs of the expert ranks to the outputs of the rows."""
 
     dtype: torch.dtype
-    """Of the model."""
+    """Dtype of the model."""
     device: torch.device
 
     def combine(self, handle: RemoteHandle, received: Sequence[Tensor], by_pair: bool) -> Tensor:
-        """Outputs as ``TokenDispatcher.combine`` returns them.
+        """Return the outputs of ``TokenDispatcher.combine``.
 
-        received: from each rank that was sent rows, [count, width]: partial sums of rows, or
-        ``by_pair`` an output of each pair.
+        received: [count, width] for each entry of ``handle.sent``: partial sums of rows, or with
+        ``by_pair`` the output of each pair.
         """
         exchange = handle.bank.exchanges[handle.exchange]
         if not by_pair:
@@ -59,10 +59,10 @@ class OutputCombiner:
     def _add_partial_sums(
         self, handle: RemoteHandle, received: Sequence[Tensor], width: int
     ) -> Tensor:
-        """Add in float32 in rank order and round once."""
+        """Add partial sums in float32, in rank order, and round once."""
         total: Tensor | None = None
         for sent, part in zip(handle.sent, received, strict=True):
-            if sent.places is None:  # rows without a request come last
+            if sent.places is None:  # padding rows (without a request) are last
                 part = part if sent.count == handle.num_rows else part[: handle.num_rows]
                 total = part.float() if total is None else total.add_(part)
                 continue
@@ -74,7 +74,7 @@ class OutputCombiner:
         return total.to(self.dtype)
 
     def _gather_pairs(self, handle: RemoteHandle, received: Sequence[Tensor], width: int) -> Tensor:
-        """Outputs of all pairs in row-major order [T * k, width]."""
+        """Return the outputs of all pairs in row-major order, [T * k, width]."""
         if len(received) == 1 and handle.sent[0].places is None:
             return received[0]
         shape = (handle.num_rows * handle.bank.top_k, width)
@@ -85,7 +85,7 @@ class OutputCombiner:
         return pairs
 
     def _weigh(self, handle: RemoteHandle, pairs: Tensor) -> Tensor:
-        """The sum of the local dispatcher, over the same pairs in the same order."""
+        """Return the sum as in the local dispatcher, over the same pairs in the same order."""
         weights = handle.topk_weights.float().flatten()
         rows = torch.arange(len(pairs), device=pairs.device) // handle.bank.top_k
         float32_weights = handle.bank.float32_weights

@@ -1,8 +1,8 @@
-"""The copy of an expert that serves a row: the placement's maps as lookup tables.
+"""Choice of the expert copy that serves a row, with the placement's maps as lookup tables.
 
-Decode rows go to the copy in the epoch's decode table. Prefill rows are spread over the copies by
-the split weights of the plan: a fixed integer hash of (row, expert) picks one, so that a row picks
-the same copy again after a retry, on every platform.
+Decode rows are sent to the copy in the epoch's decode table. Prefill rows are distributed over the
+copies by the split weights of the plan: a fixed integer hash of (row, expert) selects one, so that
+a row selects the same copy after a retry, on every platform.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _SCALE = 1 << 32
 """Split weights are compared with 32 bits of the hash."""
 
 
-_MUL_1 = 0xBF58476D1CE4E5B9 - (1 << 64)  # the int64 with the same bits, as those below
+_MUL_1 = 0xBF58476D1CE4E5B9 - (1 << 64)  # int64 with the same bits as the uint64 constant
 _MUL_2 = 0x94D049BB133111EB - (1 << 64)
 _STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
 def mix64(values: Tensor) -> Tensor:
-    """A bijective hash of int64 values (wrapping arithmetic, the same on every device).
+    """Bijective hash of int64 values (wrapping arithmetic, equal on every device).
 
     Source: the finaliser of splitmix64 (Steele, Lea, Flood 2014).
     """
@@ -48,9 +48,9 @@ class ChosenCopies(NamedTuple):
     """The copies that serve the pairs of prompt rows."""
 
     places: Tensor
-    """[T, k] int64: place of the copy among its expert's."""
+    """[T, k] int64: index of the copy among the copies of its expert."""
     num_copies: int
-    """Places are below it."""
+    """Upper bound of the indices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +58,23 @@ class CopyTables:
     """The copies of one bank's experts."""
 
     decode_slots: Tensor
-    """[ranks, experts] int32: slot that serves decode rows on a rank, -1 for none there."""
+    """[ranks, experts] int32: slot that serves decode rows on a rank, -1 for none."""
     copy_rank: Tensor
-    """[experts, copies] int32: place of the copy's rank in the list of ranks, -1 for none."""
+    """[experts, copies] int32: index of the copy's rank in the list of ranks, -1 for none."""
     copy_slot: Tensor
     """[experts, copies] int32: expert slot of the copy."""
     thresholds: Tensor
     """[experts, copies] int64: upper ends of the copies' shares of the 32-bit hash."""
     has_choice: bool
-    """False: every row of an expert goes to the same copy, prefill or decode."""
+    """Whether an expert has several copies. If not, all rows use the same copy."""
 
     @classmethod
     def build(
         cls, bank: BankPlacement, device_index: Mapping[int, int], device: torch.device
     ) -> CopyTables:
-        """Tables of ``bank``; ``device_index`` is placement device -> place in the list of ranks.
+        """Build the tables of ``bank``. ``device_index``: placement device -> index of the rank.
 
-        Raises ``ProtocolError`` when a device that holds a copy is not among the ranks.
+        Raises ``ProtocolError`` if a device that holds a copy is not among the ranks.
         """
         copies = [bank.logical_to_physical(e) for e in range(bank.num_experts)]
         missing = {d for c in copies for d, _ in c} - set(device_index)
@@ -110,11 +110,11 @@ class CopyTables:
     def choose(
         self, topk_ids: Tensor, is_prefill: Tensor, row_key: Tensor
     ) -> tuple[Tensor, ChosenCopies]:
-        """The copies that serve a batch's pairs: their slots, and their places.
+        """Choose the copies that serve a batch's pairs; return their slots and the choices.
 
-        topk_ids [T, k] int64, is_prefill [T] bool, row_key [T] int64. Slots [ranks, T, k] int32: on
-        that rank, -1 where the pair is not for it. Places are those of prefill rows only. Without
-        prefill rows, or where ``has_choice`` is False, the slots are ``decode_slots[:, topk_ids]``.
+        topk_ids [T, k] int64, is_prefill [T] bool, row_key [T] int64. The slots are [ranks, T, k]
+        int32, -1 if another rank serves the pair. The choices apply to prefill rows only. Without
+        prefill rows, or if ``has_choice`` is False, the slots are ``decode_slots[:, topk_ids]``.
         """
         fixed = self.decode_slots[:, topk_ids]
         share = mix64(row_key.unsqueeze(1) + topk_ids * _STEP) & (_SCALE - 1)
@@ -135,14 +135,14 @@ class EpochTables(Generic[Tables]):
         self._by_epoch: dict[int, Tables] = {}
 
     def add(self, generation: int, epoch: int, tables: Tables) -> None:
-        """Add the tables of an epoch; those of another generation are dropped."""
+        """Add the tables of an epoch and drop the tables of other generations."""
         if generation != self._generation:
             self._by_epoch.clear()
         self._generation = generation
         self._by_epoch[epoch] = tables
 
     def begin_step(self, header: StepHeader) -> Tables:
-        """The tables of a step, whose old epochs are dropped.
+        """Return the tables of a step's epoch; drop epochs before ``header.oldest_epoch``.
 
         Raises ``ProtocolError`` for an unknown epoch.
         """

@@ -1,4 +1,4 @@
-"""The model runner's interface to the experts: rows go out, weighted sums come back.
+"""Interface of the model runner to the experts: it dispatches rows and combines their outputs.
 
     handle = dispatcher.dispatch(sent)
     ...                                  # the other micro-batch, shared experts
@@ -34,46 +34,46 @@ from workers.requests.step_header import StepHeader
 
 
 class BatchRows(Protocol):
-    """The rows of one micro-batch, as far as a dispatcher needs them."""
+    """Properties of the rows of one micro-batch."""
 
     @property
     def is_prefill(self) -> Tensor:
-        """[T] bool: the row belongs to a prompt."""
+        """[T] bool: whether the row belongs to a prompt."""
 
     @property
     def row_key(self) -> Tensor:
-        """[T] int64: hash of (request, choice, position); picks the copy for prefill rows."""
+        """[T] int64: hash of (request, choice, position), selects the copy for prefill rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class DispatchHandle:
-    """What ``dispatch`` passes to ``combine``; every dispatcher has its own subclass."""
+    """Result of ``dispatch``, to be passed to ``combine``. Each dispatcher has its subclass."""
 
     bank: BankSpec
     exchange: int
     micro_batch: int
     num_rows: int
-    """Rows [T] that were dispatched."""
+    """Number of dispatched rows, T."""
     copies: ChosenCopies | None
-    """The copies that serve prefill rows; None: experts have one copy."""
+    """The copies that serve prefill rows; None if each expert has one copy."""
 
 
 class TokenDispatcher(Protocol):
     """Sends rows to the experts that the router chose, and returns their outputs.
 
-    ``dispatch`` sends at once and does not wait; ``combine`` waits. Both must be called in the
-    global order (layer, bank and exchange, micro-batch), for every micro-batch of the header, also
-    when this rank ends up with fewer rows than it was granted, or none.
+    ``dispatch`` sends without waiting; ``combine`` waits. Both must be called in the global order
+    (layer, bank and exchange, micro-batch), for every micro-batch of the header, even if this rank
+    runs fewer rows than it was granted, or none.
 
-    The waits raise ``PeerLostError`` when an edge breaks or times out and
-    ``GenerationChangedError`` when the controller announced a new generation.
+    Waits raise ``PeerLostError`` if an edge breaks or times out, and ``GenerationChangedError`` if
+    the controller announced a new generation.
     """
 
     def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
-        """Start a step with the rows that this rank runs of its grant."""
+        """Start a step with the granted rows that this rank runs."""
 
     def sit_out(self, header: StepHeader) -> None:
-        """Take part in a step in which this rank was granted no row.
+        """Run a step in which no row was granted to this rank.
 
         Called instead of all other methods. Raises as the waits do.
         """
@@ -82,19 +82,23 @@ class TokenDispatcher(Protocol):
         """Send rows to their experts."""
 
     def combine(self, handle: DispatchHandle) -> Tensor:
-        """Outputs of a dispatch: [T, out_width] model dtype, [T, k, out_width] if not weighted."""
+        """Return the outputs of a dispatch in the model dtype.
+
+        [T, out_width], or [T, k, out_width] if not weighted.
+        """
 
     def finish_step(self) -> None:
-        """Wait for the outputs of all dispatches that were combined, before the host reads anything
-        that was computed of them. Raises as the waits do.
+        """Wait for the outputs of all combined dispatches. Raises as the waits do.
+
+        Must be called before the host reads results of the outputs.
         """
 
     def end_step(self) -> bool:
         """Whether all rows that an expert rank needed were sent to it (``StepHeader.edge_limit``).
 
-        If not, the outputs are of no use and the step must run again; this rank's next proposal
-        lets no row be left out. Comes after ``finish_step``, when the host has read something that
-        was computed of the outputs.
+        If not, the outputs are invalid and the step must run again; this rank's next proposal
+        then requests that all rows are sent. Call it after ``finish_step``, when the host has read
+        a result of the outputs.
         """
 
     @property
@@ -102,48 +106,49 @@ class TokenDispatcher(Protocol):
         """See ``StepProposal``."""
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
-        """Take the maps of an epoch, for the members of a generation."""
+        """Add the maps of an epoch, for the members of a generation."""
 
 
 class CapturedExchanges(Protocol):
     """The exchanges of a captured step."""
 
     def replayed(self) -> None:
-        """The step was replayed; ``finish_step`` follows."""
+        """Record that the step was replayed. ``finish_step`` follows."""
 
 
 @runtime_checkable
 class CapturableDispatcher(TokenDispatcher, Protocol):
-    """A ``TokenDispatcher`` whose steps of decodes can be captured."""
+    """A ``TokenDispatcher`` that supports capturing decode steps."""
 
     def can_capture(self, header: StepHeader) -> bool:
-        """Whether a step of decodes can be: nothing looks between its layers, sizes are known."""
+        """Whether a decode step can be captured: sizes are known, and the host reads nothing
+        between layers."""
 
     @property
     def captured_state(self) -> Hashable:
-        """Where this changes, captured steps are of no use: tables or slots are in other memory."""
+        """A value that changes when captured steps become invalid, as tables or slots moved."""
 
     def captured_shape(self, header: StepHeader) -> Hashable:
-        """What a captured step depends on beside the rows of this rank, which has begun it."""
+        """Return the cache key of the begun step, without the rows of this rank."""
 
     def capture(
         self, is_row: Tensor, graph: StepGraph | None
     ) -> AbstractContextManager[CapturedExchanges]:
-        """Within it, a step of decode rows is computed, and messages become parts of ``graph``.
+        """Compute a decode step within the context, and add its messages to ``graph``.
 
-        is_row [T] int64, read by each replay: 0 for a row without a request. Micro-batches have
-        equally many rows. With no graph nothing is sent: kernels are compiled, memory is taken. The
-        step that has begun, which says how many micro-batches, goes on afterwards.
+        is_row [T] int64, read by each replay: 0 for a row without a request. All micro-batches have
+        the same number of rows. Without a graph nothing is sent: kernels are compiled and memory is
+        allocated. The begun step, which gives the number of micro-batches, continues afterwards.
         """
 
 
 def picks_rows(header: StepHeader, banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:
-    """Whether the host reads which rows or pairs are whose, on both sides of all exchanges."""
+    """Whether the host of both sides reads the expert rank of each row or pair."""
     return header.exact or returns_pairs(banks, combine_mode)
 
 
 def reads_rows(header: StepHeader, banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:
-    """Whether it reads rows between the layers of a step: there, or to measure padding."""
+    """Whether the host reads rows within a step, for the exchange or to measure padding."""
     return picks_rows(header, banks, combine_mode) or is_measured(header)
 
 
@@ -155,15 +160,16 @@ def has_known_sizes(
 
 
 def must_wait(header: StepHeader, banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:
-    """Whether the host waits for what it receives in a step that is not captured.
+    """Whether the host waits for received messages in a step that is not captured.
 
-    With a bucket it does, as transports let it get far ahead then, which is for captured steps.
+    It waits if the header has a bucket, as transports then permit many pending receives, which only
+    captured steps may use.
     """
     return header.bucket > 0 or reads_rows(header, banks, combine_mode)
 
 
 class TimedDispatcher(ABC):
-    """The part that all dispatchers of an attention rank share: the timing of their calls."""
+    """Base class of the dispatchers of an attention rank, which times their calls."""
 
     def __init__(self, banks: Sequence[BankSpec], timer: StepTimer | None) -> None:
         self.timer = timer or StepTimer()
@@ -171,7 +177,7 @@ class TimedDispatcher(ABC):
         self._banks = tuple(banks)
 
     def dispatch(self, sent: Dispatch, micro_batch: int = 0) -> DispatchHandle:
-        """See ``TokenDispatcher``; sends at once."""
+        """See ``TokenDispatcher``. Sends without waiting."""
         bank = self._banks[sent.bank]
         self.timer.lap("attention", bank, sent.exchange, micro_batch)
         handle = self._dispatch(bank, sent, micro_batch)
@@ -179,23 +185,23 @@ class TimedDispatcher(ABC):
         return handle
 
     def combine(self, handle: DispatchHandle) -> Tensor:
-        """See ``TokenDispatcher``; waits for the outputs."""
+        """See ``TokenDispatcher``. Waits for the outputs."""
         self.timer.mark()
         outputs = self.gather(handle)
         self.timer.lap("combine", handle.bank, handle.exchange, handle.micro_batch)
         return outputs
 
     def end_step(self) -> bool:
-        """See ``TokenDispatcher``: no rows were left out."""
+        """See ``TokenDispatcher``. All needed rows were sent."""
         return True
 
     @property
     def edge_share(self) -> int:
-        """See ``StepProposal``: all rows go to all ranks."""
+        """See ``StepProposal``. All rows are sent to all ranks."""
         return 0
 
     def note_layers(self, ends: Sequence[Iterable[LayerEnds]]) -> None:
-        """Time what native layers have done: ``ends`` by micro-batch and bank."""
+        """Record the times of native layers. ``ends``: by micro-batch and bank."""
         if not self.timer.is_recording:
             return
         parts = [
@@ -225,10 +231,10 @@ class SlotBank(Protocol):
 
     @property
     def version(self) -> int:
-        """Changes when the slots get other memory."""
+        """Changes when the slots are reallocated."""
 
     def native(self, exchange: int) -> NativeSlots | None:
-        """The slots as they are now, for native code; None: torch computes."""
+        """Return the current slots for native code, or None if torch computes them."""
 
     def compute(
         self, exchange: int, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor
@@ -242,10 +248,10 @@ class SlotBank(Protocol):
     def compute_rows(
         self, exchange: int, inputs: Tensor, slots: Tensor, weights: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """The weighted sum over each row's slots.
+        """Return the weighted sum over each row's slots, [T, out_width] ``dtype``.
 
-        inputs [T, in_width] model dtype, or where every slot has an input of its own
-        [T * k, in_width], or only those of the slots that are not -1; slots [T, k] int64, -1 for
-        none; weights [T, k] float32 -> [T, out_width] ``dtype``, which is the model's or float32.
-        Sums are made as in ``workers.model.weighting``.
+        inputs [T, in_width] model dtype; if every slot has its own input, [T * k, in_width], or
+        only the inputs of slots that are not -1. slots [T, k] int64, -1 for none; weights [T, k]
+        float32. ``dtype``: model dtype or float32. Sums are computed as in
+        ``workers.model.weighting``.
         """

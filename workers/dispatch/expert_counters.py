@@ -14,30 +14,30 @@ from workers.model.config import ExchangeSpec
 
 
 class UsedRows(NamedTuple):
-    """What an exchange transferred, and what of it this rank used."""
+    """Transferred rows of an exchange, and the rows that this rank used."""
 
     num_inputs: int
     num_rows: int
     num_rows_here: int
-    """Rows with an expert here."""
+    """Rows with an expert on this rank."""
     num_pairs: int
 
 
 class ExpertCounters:
-    """Counts what one expert rank received, computed and returned. Any thread may read."""
+    """Counts rows that one expert rank received, computed and returned. Any thread may read."""
 
     def __init__(self) -> None:
         self.num_bytes = {"dispatch": 0, "combine": 0}
-        """Bytes of the rows received, and of the outputs sent, since the start."""
+        """Total bytes of received rows and of sent outputs."""
         self.slot_seconds = 0.0
-        """Time in which activated expert slots were computed; not known on a GPU."""
+        """Total time of computing activated expert slots; unknown on a GPU."""
         self.padding = PaddingRatio()
-        """Padding of the rows from and to the attention ranks, in the steps that are measured."""
+        """Padding of the rows from and to the attention ranks, in measured steps."""
         self.token_counts: list[Tensor] = []
-        """By bank, [slots] int64 on the CPU: pairs that each expert slot has computed."""
+        """For each bank, [slots] int64 on the CPU: pairs that each expert slot has computed."""
 
     def resize(self, num_slots: Sequence[int]) -> None:
-        """Count at least these slots, by bank. The counters of slots continue."""
+        """Add counters until each bank has ``num_slots``. Existing counters are kept."""
         for bank, wanted in enumerate(num_slots):
             if bank == len(self.token_counts):
                 self.token_counts.append(torch.zeros(0, dtype=torch.int64))
@@ -46,7 +46,7 @@ class ExpertCounters:
                 self.token_counts[bank] = F.pad(self.token_counts[bank], (0, missing))
 
     def add_padding(self, exchange: ExchangeSpec, used: UsedRows, by_pair: bool) -> None:
-        """Count the transferred rows without use; outputs by pair are all used."""
+        """Count transferred and used rows. All outputs by pair are used."""
         num_used = used.num_pairs if exchange.per_slot_input else used.num_rows_here
         self.padding.add("dispatch", used.num_inputs, num_used)
         if by_pair:
@@ -55,9 +55,9 @@ class ExpertCounters:
             self.padding.add("combine", used.num_rows, used.num_rows_here)
 
     def stats(self, *, has_slot_seconds: bool) -> dict[str, float]:
-        """Counters of tokens, bytes and padding by metric name without prefix.
+        """Return counters of tokens, bytes and padding by metric name without prefix.
 
-        Tokens are pairs of a row and an expert.
+        A token is a pair of a row and an expert.
         """
         num_tokens = sum(int(counts.sum()) for counts in self.token_counts)
         slot_seconds = {"expert_worker_slot_seconds_total": self.slot_seconds}

@@ -1,4 +1,4 @@
-"""Which rows go where: the placements of a generation as the slots of each row's experts."""
+"""Maps from the experts of each row to ranks and slots, from the placements of a generation."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from workers.requests.step_header import StepHeader
 
 
 class ExpertMaps:
-    """Decides which expert slot of which rank serves each pair of a row and an expert."""
+    """Selects the rank and the expert slot for each pair of a row and an expert."""
 
     def __init__(
         self, combine_mode: CombineMode, device: torch.device, library: Library | None
     ) -> None:
-        """``library``: compiled code, in place of torch, for steps in which no copy is chosen."""
+        """``library``: compiled code used instead of torch for steps without a choice of copies."""
         self._configured_mode = combine_mode
         self._device = device
         self._library = library
         self.combine_mode = combine_mode
-        """What the expert ranks of this generation return."""
+        """Combine mode of this generation."""
         self.ranks: tuple[int, ...] = ()
-        """The expert ranks of this generation, in their order."""
+        """The expert ranks of this generation, in order."""
         self._epochs = EpochTables[list[CopyTables]]()
         self._built: dict[int, tuple[BankPlacement, Mapping[int, int], CopyTables]] = {}
         self._tables: list[CopyTables] = []
@@ -43,9 +43,9 @@ class ExpertMaps:
         self._is_row: Tensor | None = None
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
-        """Take the maps of an epoch and drop those of an earlier generation.
+        """Add the maps of an epoch and drop the maps of an earlier generation.
 
-        Raises ``ProtocolError`` when the maps use a device that no member has.
+        Raises ``ProtocolError`` if the maps use a device that no member has.
         """
         device_index = {m.device: i for i, m in enumerate(generation.experts)}
         tables = [self._table(i, b, device_index) for i, b in enumerate(placement.banks)]
@@ -56,7 +56,7 @@ class ExpertMaps:
     def _table(
         self, index: int, bank: BankPlacement, device_index: Mapping[int, int]
     ) -> CopyTables:
-        """The tables of a bank, reused from the last epoch where its maps have not changed."""
+        """Return the tables of a bank, reused from the last epoch if its maps are unchanged."""
         known = self._built.get(index)
         if known is None or known[:2] != (bank, device_index):
             tables = CopyTables.build(bank, device_index, self._device)
@@ -71,7 +71,7 @@ class ExpertMaps:
     ) -> None:
         """Use the maps of a step's epoch. Raises ``ProtocolError`` for an unknown epoch.
 
-        is_row [micro-batches, T] int64 of a step that is captured: 0 for a row without a request,
+        is_row [micro-batches, T] int64, given in a captured step: 0 for a row without a request,
         which has no slots.
         """
         self._tables = self._epochs.begin_step(header)
@@ -86,20 +86,21 @@ class ExpertMaps:
 
     @property
     def version(self) -> int:
-        """Changes when ``decode_slots`` are in other memory."""
+        """Changes when ``decode_slots`` are reallocated."""
         return self._fixed.version
 
     @property
     def decode_slots(self) -> Sequence[Tensor]:
-        """By bank, ``CopyTables.decode_slots`` of the step's epoch."""
+        """``CopyTables.decode_slots`` of each bank in the step's epoch."""
         return self._decode_slots
 
     def choose(
         self, sent: Dispatch, micro_batch: int, *, with_weights: bool
     ) -> tuple[Tensor, ChosenCopies | None]:
-        """The slots of a micro-batch's experts, [ranks, T, k] int32; see ``CopyTables.choose``.
+        """Return the slots of a micro-batch's experts, [ranks, T, k] int32.
 
-        [ranks, T, 2k] with the bits of the weights (float32) after the slots.
+        With weights [ranks, T, 2k]: the bits of the weights (float32) follow the slots. See
+        ``CopyTables.choose``.
         """
         tables, decode_slots = self._tables[sent.bank], self._decode_slots[sent.bank]
         weights = sent.topk_weights if with_weights else None

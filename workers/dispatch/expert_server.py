@@ -1,4 +1,4 @@
-"""The expert side of a step: rows in, one computation for all attention ranks, outputs back."""
+"""Expert side of a step: receive rows, compute them for all attention ranks, return outputs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from workers.transport.transport import DataTransport
 
 
 class ExpertServer:
-    """Decides how the exchanges of a step are served. One expert rank, data thread only."""
+    """Serves the exchanges of each step on one expert rank. Data thread only."""
 
     def __init__(
         self,
@@ -53,8 +53,8 @@ class ExpertServer:
     ) -> None:
         """``slots`` by ``BankSpec.index``; ``device_index`` is this worker's ``Member.device``.
 
-        ``max_kept_rows``: on a GPU, steps are captured where the header has a bucket, and so many
-        rows of them are kept; 0: of one step.
+        ``max_kept_rows``: limit of the rows of all captured steps that are kept; 0 keeps one step.
+        Steps are captured on a GPU if the header has a bucket.
         """
         self.timer = timer or StepTimer()
         """See ``ServedStep``."""
@@ -82,15 +82,15 @@ class ExpertServer:
         self._exact = ExactServing(side, transport)
         self._native = NativeServing(side, transport, self._static)
         self.captured = CapturedServing(side, transport, self._fixed, max_kept_rows)
-        """On a GPU: the steps that are captured."""
+        """Serves captured steps on a GPU."""
         self._called = self._static
         self._step: ServedStep | None = None
         self._is_captured = False
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
-        """Learn which slots are filled in an epoch; those of an older generation are dropped.
+        """Add the filled slots of an epoch and drop the tables of an older generation.
 
-        The counters of slots continue.
+        The counters of slots are kept.
         """
         experts = [bank.physical_to_logical[self._device_index] for bank in placement.banks]
         tables = [FilledSlots.of(i, slots, self._device) for i, slots in enumerate(experts)]
@@ -99,7 +99,7 @@ class ExpertServer:
         self.counters.resize([len(slots) for slots in experts])
 
     def stats(self) -> dict[str, float]:
-        """See ``ExpertCounters.stats``; on a GPU kernels run after the time that is taken."""
+        """See ``ExpertCounters.stats``. Omits times on a GPU, where kernels run asynchronously."""
         return self.counters.stats(has_slot_seconds=not self._has_graphs)
 
     @torch.inference_mode()
@@ -119,14 +119,14 @@ class ExpertServer:
         self._end_step()
 
     def _serving_of(self, step: ServedStep) -> RowServing:
-        """Who serves a step whose exchanges are not called one by one."""
+        """Select the serving of a step for ``run_step``."""
         if step.header.exact:
             return self._exact
         if self._has_graphs and has_known_sizes(step.header, self._banks, step.combine_mode):
             return self.captured
         return self._native
 
-    # A step whose exchanges are served one by one.
+    # Steps that serve each exchange by a separate call.
 
     def begin_step(self, header: StepHeader) -> None:
         """Start a step; ``serve`` follows for each exchange. Raises as ``run_step``."""
@@ -134,9 +134,9 @@ class ExpertServer:
         self._called.begin_step(self._begin(header), ())
 
     def serve(self, bank: int, exchange: int) -> None:
-        """Serve the micro-batches of one exchange; raises as ``run_step``."""
+        """Serve the micro-batches of one exchange. Raises as ``run_step``."""
         step, spec = self._step, self._banks[bank]
-        assert step is not None, "begin_step comes first"
+        assert step is not None, "begin_step was not called"
         for micro_batch, granted in enumerate(step.granted):
             if granted:
                 self.timer.mark()
@@ -147,7 +147,7 @@ class ExpertServer:
 
     @contextmanager
     def as_captured(self, header: StepHeader, transport: DataTransport) -> Iterator[CapturedServes]:
-        """On a GPU: the step whose exchanges are served within it is captured, and not counted.
+        """Capture, on a GPU, the step that is served within the context, without counting it.
 
         ``transport`` records its messages; ``begin_step`` follows.
         """
@@ -160,7 +160,7 @@ class ExpertServer:
             self._is_captured = False
 
     def end_replay(self) -> None:
-        """Count, and raise what was put off; the host has waited for what came after the replay."""
+        """Count a replayed step and raise deferred errors. The host must have waited for it."""
         self._use.end(self.counters.token_counts, self._transport.reject)
 
     def _begin(self, header: StepHeader) -> ServedStep:
@@ -193,7 +193,7 @@ class ExpertServer:
         )
 
     def _end_step(self) -> None:
-        """All exchanges are served: count, and raise what was put off."""
+        """Count after all exchanges are served, and raise deferred errors."""
         with self._activity:
             self._transport.finish_step()
         self._use.end(self.counters.token_counts, self._transport.reject)

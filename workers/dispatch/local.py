@@ -1,4 +1,4 @@
-"""The dispatcher of a single process (EP = 1): no network, the reference for all others."""
+"""Dispatcher of a single process (EP = 1), without a network: the reference for all others."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class LocalHandle(DispatchHandle):
     """Outputs that are already computed."""
 
     result: Tensor
-    """What ``combine`` returns."""
+    """Result of ``combine``."""
 
 
 class LocalDispatcher(TimedDispatcher):
     """Computes every pair on this device's own expert slots.
 
-    The weighted sum adds in slot order in float32 and rounds once. That is what the remote
-    dispatcher does in ``per_slot`` mode bit for bit, and in ``sum`` mode with one expert rank.
+    The weighted sum adds in slot order in float32 and rounds once. The remote dispatcher gives the
+    same bits in ``per_slot`` mode, and in ``sum`` mode with one expert rank.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class LocalDispatcher(TimedDispatcher):
         activity: Activity | None = None,
         timer: StepTimer | None = None,
     ) -> None:
-        """``slots`` by ``BankSpec.index``. Until ``set_placement``, expert e is in slot e."""
+        """``slots`` by ``BankSpec.index``. Before ``set_placement``, expert e is in slot e."""
         super().__init__(banks, timer)
         self._slots = slots
         self.activity = activity or Activity()
@@ -59,7 +59,7 @@ class LocalDispatcher(TimedDispatcher):
         self._num_placements = 0
         self._experts: LocalExperts | None = None
         self._experts_state: Hashable = None
-        """``captured_state`` when they were made."""
+        """``captured_state`` when ``_experts`` was set."""
 
     @property
     def captured_state(self) -> Hashable:
@@ -84,27 +84,27 @@ class LocalDispatcher(TimedDispatcher):
         self.activity.advance()
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
-        """Take the slots of device 0 of the placement."""
+        """Use the slots of device 0 of the placement."""
         slot_of = [_moved(bank) for bank in placement.banks]
-        if any(map(_differ, slot_of, self._slot_of)):  # else captured steps may go on
+        if any(map(_differ, slot_of, self._slot_of)):  # else captured steps stay valid
             self._slot_of = slot_of
             self._num_placements += 1
 
     def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
-        """There is nothing to prepare."""
+        """Start the timer. No other preparation is necessary."""
         self.timer.begin_step(header)
 
     def sit_out(self, header: StepHeader) -> None:
-        """There are no other ranks to serve."""
+        """Start the timer, as there are no other ranks to serve."""
         self.timer.begin_step(header)
 
     def finish_step(self) -> None:
-        """Outputs are there when they are computed."""
+        """Do nothing, as ``dispatch`` has computed the outputs."""
 
     def experts(self) -> LocalExperts | None:
-        """The experts of all banks, for native layers.
+        """Return the experts of all banks, for native layers.
 
-        None: a bank has several exchanges, or torch computes it.
+        None if a bank has several exchanges, or if torch computes it.
         """
         if (state := self.captured_state) != self._experts_state:
             parts = zip(self._banks, self._slots, self._slot_of, strict=True)
@@ -151,6 +151,6 @@ def _differ(new: Tensor | None, old: Tensor | None) -> bool:
 
 
 def _moved(bank: BankPlacement) -> Tensor | None:
-    """[experts] int64: the slot of each; None where expert e is in slot e."""
+    """Return the slot of each expert, [experts] int64, or None if each expert e is in slot e."""
     slots = CopyTables.build(bank, {0: 0}, torch.device("cpu")).decode_slots[0].long()
     return None if torch.equal(slots, torch.arange(len(slots))) else slots

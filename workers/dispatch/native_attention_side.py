@@ -1,7 +1,8 @@
-"""The attention side of an exchange in two native calls. ``StaticExchange`` is the reference.
+"""Attention side of an exchange in two native calls. ``StaticExchange`` is the reference.
 
-Native code runs a step if every expert rank gets every row, over sockets, for models in a type that
-the kernels have. It stops where anything is not as expected, and ``StaticExchange`` continues.
+Native code runs a step if every expert rank gets every row, the transport is sockets and the
+kernels support the model's dtype. In every unexpected case it stops, and ``StaticExchange``
+continues.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ class NativeRows:
 
     fields: HomeFields
     slots_and_weights: Tensor
-    """[ranks, T, k or 2k] int32: slots on each rank, -1: not there, with weights after them;
+    """[ranks, T, k or 2k] int32: slots on each rank (-1 for another rank), then weights;
     overwritten by the next dispatch of the micro-batch."""
     weights: Tensor
     """[T, k]; ``fields`` points to it."""
     shape: tuple[int, ...]
-    """Of the outputs."""
+    """Shape of the outputs."""
 
     @property
     def slots(self) -> Tensor:
@@ -58,7 +59,7 @@ class NativeHandle(RemoteHandle):
 
 
 class NativeExchange:
-    """Decides how far native code exchanges the rows of one attention rank. Data thread only."""
+    """Exchanges the rows of one attention rank by native code if possible. Data thread only."""
 
     def __init__(self, side: AttentionSide, transport: DataTransport, team: Team) -> None:
         self._side = side
@@ -103,10 +104,10 @@ class NativeExchange:
             handle = replace(handle, sent=self._sent_rows(handle.native))
         return self._static.gather(handle)
 
-    # The rows of single dispatches.
+    # Single dispatches.
 
     def send_rows(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> NativeRows | None:
-        """Send the rows of a micro-batch, all that were granted; None: they were not sent.
+        """Send all granted rows of a micro-batch. None if native code cannot send them.
 
         Raises as ``DataTransport.post``.
         """
@@ -135,7 +136,7 @@ class NativeExchange:
         return NativeRows(home, out, weights, shape)
 
     def receive_outputs(self, rows: NativeRows) -> Tensor | None:
-        """The outputs of sent rows; None: they are still to be received.
+        """Receive the outputs of sent rows. None if Python must receive them.
 
         Raises as ``DataTransport.receive``.
         """
@@ -152,22 +153,22 @@ class NativeExchange:
         return out
 
     def _sent_rows(self, native: NativeRows) -> tuple[SentRows, ...]:
-        """The rows that native code has sent to each rank."""
+        """Return the rows that native code has sent to each rank."""
         if native.fields.exchange.by_pair:
             return self._static.pairs_of(native.slots)
         num_rows = native.slots.shape[1]
         return tuple(SentRows(rank, None, num_rows) for rank in self._side.maps.ranks)
 
-    # The rows of native layers, which run all exchanges of a step in one call.
+    # Native layers, which run all exchanges of a step in one call.
 
     def prepare(self, num_rows: Sequence[int]) -> list[list[HomeFields]] | None:
-        """The exchanges of a step by micro-batch of ``num_rows`` rows and by bank.
+        """Return the exchanges of a step by micro-batch and bank. ``num_rows``: by micro-batch.
 
-        None: the rows of this step must be dispatched one layer after another. All banks have the
+        None if the rows of this step must be dispatched layer by layer. All banks must have the
         same top-k. Raises as ``DataTransport.post``.
         """
         banks, slots, direct = self._side.banks, self._side.maps.decode_slots, self._direct
-        assert self._header is not None, "begin_step comes first"
+        assert self._header is not None, "begin_step was not called"
         granted = [self._granted(i) for i in range(self._header.num_micro_batches)]
         has_others = any(len(bank.exchanges) > 1 for bank in banks)
         if granted != list(num_rows) or has_others or direct is None or not direct.are_clear():
@@ -182,18 +183,21 @@ class NativeExchange:
                 home.slots, home.num_experts = table.data_ptr(), table.shape[1]
                 home.sent = sent.data_ptr()
             by_micro_batch.append(homes)
-        most = max(num_rows)  # outputs are added up before others are received
+        most = max(num_rows)  # outputs are summed before the next ones are received
         received = self._received.of(
             max(self._num_received(home, num_ranks, most, top_k) for home in by_micro_batch[0])
         )
         for homes in by_micro_batch:
             for home in homes:
                 home.received = received
-        direct.sent()  # so that their paths are watched from now on
+        direct.sent()  # start to watch the paths of the edges
         return by_micro_batch
 
     def stopped(self, result: int) -> None:
-        """Native layers have stopped; ``result`` says why. Raises ``PeerLostError``."""
+        """Let Python continue after native layers have stopped with ``result``.
+
+        Raises ``PeerLostError``.
+        """
         assert self._direct is not None
         if result == UNSENT:
             self._direct.keep_unsent()
@@ -201,14 +205,14 @@ class NativeExchange:
             self._direct.give_back()
 
     def pending(self, bank: int, micro_batch: int, weights: Tensor) -> RemoteHandle:
-        """Rows that native layers have sent before they stopped, to be gathered; weights [T, k]."""
+        """Return a handle for rows that native layers sent before they stopped. weights [T, k]."""
         spec, num_rows = self._side.banks[bank], len(weights)
         home, sent = self._fields[bank, 0, micro_batch], self._sent[micro_batch]
         native = NativeRows(home, sent, weights, (num_rows, spec.exchanges[0].out_width))
         return NativeHandle(spec, 0, micro_batch, num_rows, None, weights, native=native)
 
     def _granted(self, micro_batch: int) -> int:
-        assert self._header is not None, "begin_step comes first"
+        assert self._header is not None, "begin_step was not called"
         return self._header.rows(self._side.rank, micro_batch)
 
     def _home(
@@ -226,7 +230,7 @@ class NativeExchange:
         return home
 
     def _num_received(self, home: HomeFields, num_ranks: int, num_rows: int, top_k: int) -> int:
-        """Bytes of the outputs of all ranks."""
+        """Return the size of the outputs of all ranks in bytes."""
         exchange = home.exchange
         row_bytes = top_k * self._dtype.itemsize if exchange.by_pair else num_ranks * 4
         return int(num_rows * exchange.out_width * row_bytes)
@@ -234,7 +238,7 @@ class NativeExchange:
     def _slots_and_weights(
         self, num_ranks: int, num_rows: int, width: int, micro_batch: int
     ) -> Tensor:
-        """Memory for the slots of a micro-batch's rows, [ranks, T, width] int32."""
+        """Return a buffer for the slots of a micro-batch's rows, [ranks, T, width] int32."""
         sent = self._sent.get(micro_batch)
         if sent is None or sent.shape != (num_ranks, num_rows, width):
             sent = torch.empty(num_ranks, num_rows, width, dtype=torch.int32)

@@ -1,7 +1,7 @@
-"""The expert side of a step in one native call. ``StaticServing`` is the reference.
+"""Expert side of a step in one native call. ``StaticServing`` is the reference.
 
-Native code serves a step over sockets if it can compute all banks. It stops before an exchange in
-which anything is not as expected, and ``StaticServing`` serves that one.
+Native code serves a step over sockets if it can compute all banks. It stops before an exchange with
+an unexpected message, and ``StaticServing`` serves that exchange.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from workers.transport.transport import DataTransport
 
 
 class NativeServing:
-    """Decides how far native code serves the exchanges of one expert rank. Data thread only."""
+    """Serves the exchanges of one expert rank by native code if possible. Data thread only."""
 
     def __init__(self, side: ExpertSide, transport: DataTransport, static: StaticServing) -> None:
         self._side = side
@@ -35,7 +35,7 @@ class NativeServing:
         self._slots: list[NativeSlots] = []
         self._memory = GrowingBuffer()
         self.fields: list[ServerFields] = []
-        """Of each exchange of the step, with the results of those that were served."""
+        """Fields of each exchange of the step, with the results of the served ones."""
 
     def begin_step(self, step: ServedStep, places: Sequence[ServedPlace]) -> None:
         """See ``RowServing``."""
@@ -75,7 +75,7 @@ class NativeServing:
         return served if served == len(self._places) else self._static.serve(served)
 
     def serve_natively(self, first: int) -> int:
-        """Serve exchanges from the first one on; returns the next one, which Python is to serve.
+        """Serve exchanges from ``first`` on; return the next one, which Python must serve.
 
         Raises as ``DataTransport.receive`` and ``post``.
         """
@@ -93,7 +93,7 @@ class NativeServing:
         return first + count
 
     def _note(self, place: ServedPlace, served: ServerFields) -> None:
-        """Count what native code has served."""
+        """Count an exchange that native code has served."""
         step, counters = self._step, self._side.counters
         assert step is not None
         step.num_bytes["dispatch"] += served.received_bytes

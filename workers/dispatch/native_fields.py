@@ -1,4 +1,4 @@
-"""Fields and memory that both sides of exchanges by native code share."""
+"""Fields and buffers shared by both sides of native exchanges."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from workers.transport.direct import DirectEdges
 def exchange_fields(
     direct: DirectEdges, bank: BankSpec, exchange: int, micro_batch: int, dtype: torch.dtype
 ) -> ExchangeFields:
-    """``struct exchange`` of both sides, without ``by_pair``; ``direct`` must outlive it."""
+    """Fill ``struct exchange`` except ``by_pair``. ``direct`` must outlive the result."""
     spec = bank.exchanges[exchange]
     num_inputs = bank.top_k if spec.per_slot_input else 1
     fields = ExchangeFields(
@@ -35,7 +35,7 @@ def exchange_fields(
 
 
 class GrowingBuffer:
-    """Memory that grows when more is needed. Its contents are lost then."""
+    """Buffer that grows on demand, without keeping its contents."""
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)

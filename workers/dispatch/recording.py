@@ -1,7 +1,7 @@
-"""The messages of a captured step: each replay sends and receives them at the same places.
+"""Messages of a captured step, which each replay sends and receives at the same addresses.
 
-Tensors are at fixed addresses. What is sent is read there, and what is received is copied there, so
-that the pieces of the step before and behind may be CUDA graphs.
+Messages are sent from, and copied to, tensors at fixed addresses, so that the parts of the step
+before and after a message can be CUDA graphs.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from workers.transport.transport import DataTransport, Expected, RowMessage, Tag
 
 
 class RecordingTransport:
-    """``DataTransport`` that records a step. Nothing is sent, and zeros are received."""
+    """``DataTransport`` that records a step. It sends nothing and receives zeros."""
 
     def __init__(
         self, live: DataTransport, device: torch.device, activity: Activity, graph: StepGraph | None
     ) -> None:
-        """Replays of ``graph`` use the ``live`` transport; None: the step is only computed."""
+        """Replays of ``graph`` use the ``live`` transport. None records no messages."""
         self.sums_are_rounded = live.sums_are_rounded
         self.apply_generation = live.apply_generation
         self.close = live.close
@@ -35,7 +35,7 @@ class RecordingTransport:
         self._graph = graph
 
     def begin_step(self, header: StepHeader) -> None:
-        """A replay follows one of the live transport."""
+        """Do nothing: before a replay, the live transport has begun the step."""
 
     def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
         """See ``DataTransport``."""
@@ -76,10 +76,10 @@ class RecordingTransport:
         return places
 
     def finish_step(self) -> None:
-        """Nothing is under way."""
+        """Do nothing, as no message is pending."""
 
     def direct(self, ranks: Sequence[int]) -> None:
-        """Native code takes no part."""
+        """Return None, as native code does not run captured steps."""
 
     def reject(self, rank: int, reason: str) -> NoReturn:
         """See ``DataTransport``."""
@@ -87,16 +87,16 @@ class RecordingTransport:
 
 
 class FixedTables:
-    """Tables at fixed addresses, where captured steps read those of the epoch that runs."""
+    """Tables at fixed addresses, from which captured steps read the current epoch's tables."""
 
     def __init__(self) -> None:
         self.version = 0
-        """Changes when the tables are in other memory, which means other sizes."""
+        """Changes when the tables are reallocated, because their sizes have changed."""
         self._fixed: list[Tensor] = []
         self._shown: Sequence[Tensor] = ()
 
     def copy_in(self, tables: Sequence[Tensor]) -> list[Tensor]:
-        """They have the contents of ``tables`` from now on, in the order of the stream."""
+        """Copy ``tables`` to the fixed addresses, in stream order, and return the fixed tables."""
         if len(tables) == len(self._shown) and all(map(is_, tables, self._shown)):
             return self._fixed
         self._shown = tables

@@ -1,4 +1,4 @@
-"""The attention side of dispatch and combine: ``TokenDispatcher`` with experts on other ranks."""
+"""Attention side of dispatch and combine: ``TokenDispatcher`` with experts on other ranks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from workers.transport.transport import DataTransport
 
 
 class CapturedRows:
-    """The rows of a captured step of one attention rank."""
+    """Captured exchanges of one attention rank."""
 
     def __init__(self, side: AttentionSide) -> None:
         self.needed: NeededRows = ()
@@ -57,7 +57,7 @@ class CapturedRows:
 
 
 class RemoteDispatcher(TimedDispatcher):
-    """Decides by which exchange the rows of a step travel. One attention rank, data thread only."""
+    """Selects the exchange for the rows of each step of one attention rank. Data thread only."""
 
     def __init__(
         self,
@@ -72,14 +72,14 @@ class RemoteDispatcher(TimedDispatcher):
         timer: StepTimer | None = None,
         team: Team | None = None,
     ) -> None:
-        """``team`` on CPUs: compiled kernels, in place of torch."""
+        """``team``: compiled kernels for CPUs, used instead of torch."""
         super().__init__(banks, timer)
         team = team if dtype in DTYPES else None
         self._transport = transport
         self.activity = activity or Activity()
         """Advances with each exchange."""
         self.rank = rank
-        """Of the attention worker."""
+        """Rank of the attention worker."""
         self._device = device
         self._maps = ExpertMaps(combine_mode, device, None if team is None else team.library)
         self._edge_rows = EdgeRows()
@@ -100,7 +100,7 @@ class RemoteDispatcher(TimedDispatcher):
         """Generation and epoch of the latest step."""
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
-        """See ``TokenDispatcher``; raises as ``ExpertMaps.set_placement``."""
+        """See ``TokenDispatcher``. Raises as ``ExpertMaps.set_placement``."""
         self._maps.set_placement(placement, generation)
         if generation.number != self._placement_seen[0]:
             self._edge_rows.forget()
@@ -112,7 +112,7 @@ class RemoteDispatcher(TimedDispatcher):
         )
 
     def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
-        """See ``TokenDispatcher``. Raises ``ProtocolError`` for an epoch that is not known."""
+        """See ``TokenDispatcher``. Raises ``ProtocolError`` for an unknown epoch."""
         self._maps.begin_step(header, micro_batches)
         self._header = header
         self.timer.begin_step(header)
@@ -126,7 +126,7 @@ class RemoteDispatcher(TimedDispatcher):
         self._exchange.begin_step(header)
 
     def _exchange_of(self, header: StepHeader) -> RowExchange:
-        """The exchange of a step that is not captured."""
+        """Select the exchange of a step that is not captured."""
         if header.exact:
             return self._exact
         if self._native is None or header.edge_limit or header.bucket:
@@ -134,14 +134,14 @@ class RemoteDispatcher(TimedDispatcher):
         return self._native
 
     def sit_out(self, header: StepHeader) -> None:
-        """Drop old maps; an attention rank without rows takes no part in the exchanges."""
+        """Drop old maps. An attention rank without rows does not participate in the exchanges."""
         self.timer.begin_step(header)
         self._edge_rows.begin_step()
         self._maps.forget(header.oldest_epoch)
 
     @property
     def native(self) -> NativeExchange | None:
-        """The exchange of the step that has begun, where native code may run it."""
+        """The exchange of the current step if native code may run it, else None."""
         return self._exchange if isinstance(self._exchange, NativeExchange) else None
 
     def _dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> RemoteHandle:
@@ -173,7 +173,7 @@ class RemoteDispatcher(TimedDispatcher):
         return has_known_sizes(header, self._banks, self._maps.combine_mode)
 
     def picks_rows(self, header: StepHeader) -> bool:
-        """Whether the host reads which rows or pairs are whose in a step."""
+        """Whether the host reads the expert rank of each row or pair in a step."""
         return picks_rows(header, self._banks, self._maps.combine_mode)
 
     @property
@@ -189,7 +189,7 @@ class RemoteDispatcher(TimedDispatcher):
     def capture(self, is_row: Tensor, graph: StepGraph | None) -> Iterator[CapturedExchanges]:
         """See ``CapturableDispatcher``."""
         current = self._header
-        assert current is not None, "begin_step comes first"
+        assert current is not None, "begin_step was not called"
         header = self.captured_header(current, len(is_row))
         transport = RecordingTransport(self._transport, self._device, self.activity, graph)
         with self.as_captured(header, is_row, transport) as rows:
@@ -197,7 +197,7 @@ class RemoteDispatcher(TimedDispatcher):
         self.begin_step(current, ())
 
     def captured_header(self, header: StepHeader, num_rows: int) -> StepHeader:
-        """A step with ``num_rows`` decode rows of this rank, and those of the others unchanged."""
+        """Return ``header`` with ``num_rows`` decode rows for this rank."""
         own = Grant(decode_rows=num_rows)
         grants = tuple((r, own if r == self.rank else grant) for r, grant in header.grants)
         return replace(header, grants=grants)
@@ -206,7 +206,7 @@ class RemoteDispatcher(TimedDispatcher):
     def as_captured(
         self, header: StepHeader, is_row: Tensor, transport: DataTransport
     ) -> Iterator[CapturedRows]:
-        """``capture`` over a transport that records the messages; ``begin_step`` follows."""
+        """Capture a step with a transport that records its messages; ``begin_step`` follows."""
         self._maps.begin_step(header, (), is_row.view(header.num_micro_batches, -1))
         self._edge_rows.begin_step()
         self.timer.pause()

@@ -1,16 +1,15 @@
-"""How rows are exchanged, on the side of an attention rank: over a transport, in messages.
+"""Exchanges of rows over a transport, attention side.
 
-The parts of a message to an expert rank:
+Parts of a message to an expert rank:
 
-    static    slots [n, k] for all n granted rows (-1: another rank), the rows as they are, filled
-              up to the header's bucket; with an edge limit fewer rows, those with an expert there
-              first
-    exact     the same for the rows that have an expert there, counts first
+    static    slots [n, k] of all n granted rows (-1 for another rank), and the rows, padded to the
+              header's bucket; with an edge limit fewer rows, sorted so that the rows with an
+              expert on the rank are first
+    exact     slots and rows of the rows with an expert on the rank, preceded by counts
 
-The reply in ``sum`` mode is one partial sum for each row sent, in float32 or rounded to the model's
-type (``DataTransport.sums_are_rounded``), else one output for each (row, slot) pair in row-major
-order. In ``sum`` mode the weights travel beside the slots, as the bits of float32 in the same int32
-part.
+In ``sum`` mode the reply is one partial sum for each sent row, in float32 or rounded to the model's
+dtype (``DataTransport.sums_are_rounded``); else one output for each (row, slot) pair in row-major
+order. In ``sum`` mode the weights follow the slots, as the bits of float32 in the same int32 part.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from workers.transport.transport import DataTransport, Expected, PartShape, RowM
 
 @dataclass(frozen=True, slots=True)
 class AttentionSide:
-    """What all exchanges of one attention rank share."""
+    """Objects shared by all exchanges of one attention rank."""
 
     rank: int
     banks: tuple[BankSpec, ...]
@@ -51,7 +50,7 @@ class RowExchange(Protocol):
     """Sends the rows of one attention rank to the expert ranks, and receives their outputs."""
 
     def begin_step(self, header: StepHeader) -> None:
-        """Exchange the rows of a step, whose maps the attention side uses already."""
+        """Begin a step. The attention side must already use the maps of the step."""
 
     def dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> RemoteHandle:
         """See ``TokenDispatcher``."""
@@ -68,22 +67,22 @@ class _RoutedRows:
     """[T, width], or [T, k, width] if ``per_slot``."""
     per_slot: bool
     meta: Tensor
-    """[ranks, T, k or 2k] int32: slots, and the bits of weights after them."""
+    """[ranks, T, k or 2k] int32: slots, then the bits of weights."""
     slots: Tensor
-    """[ranks, T, k]: those of ``meta``."""
+    """[ranks, T, k]: slots of ``meta``."""
     pairs: Sequence[SentRows]
-    """Pairs by rank, where an output or an input of each travels."""
+    """Pairs by rank, if messages have an output or an input for each pair."""
 
 
 _Split = tuple[list[RowMessage], tuple[SentRows, ...]]
-"""The messages of a dispatch, and the rows that each rank is sent."""
+"""The messages of a dispatch, and the rows that are sent to each rank."""
 
 
 class SplitExchange(ABC):
-    """Messages over a transport. A subclass decides which rows each expert rank is sent."""
+    """Exchange over a transport. A subclass selects the rows for each expert rank."""
 
     is_sized: ClassVar[bool]
-    """The expert ranks do not know how many rows come."""
+    """Whether the counts are sent, as the expert ranks do not know the number of rows."""
 
     def __init__(self, side: AttentionSide, transport: DataTransport) -> None:
         self._side = side
@@ -100,7 +99,7 @@ class SplitExchange(ABC):
 
     def dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> RemoteHandle:
         """See ``RowExchange``."""
-        assert self._header is not None, "begin_step comes first"
+        assert self._header is not None, "begin_step was not called"
         side, num_rows = self._side, sent.topk_ids.shape[0]
         granted = self._header.rows(side.rank, micro_batch)
         assert num_rows <= granted, f"{num_rows} rows, {granted} granted"
@@ -136,10 +135,10 @@ class SplitExchange(ABC):
 
     @abstractmethod
     def _split(self, rows: _RoutedRows, header: StepHeader, micro_batch: int) -> _Split:
-        """Decide which rows each rank is sent, and make its message."""
+        """Select the rows for each rank and create the messages."""
 
     def pairs_of(self, slots: Tensor) -> tuple[SentRows, ...]:
-        """The pairs [T * k] that each rank computes; ranks without pairs are left out."""
+        """Return the pairs [T * k] that each rank computes, without ranks that have none."""
         sent = []
         for rank, own in zip(self._side.maps.ranks, slots, strict=True):
             places = (own.flatten() >= 0).nonzero().squeeze(1)  # device-to-host sync
@@ -150,7 +149,7 @@ class SplitExchange(ABC):
 
 
 class StaticExchange(SplitExchange):
-    """Every rank is sent equally many rows, which the header says: all, or those that it needs."""
+    """Sends every rank the number of rows in the header: all rows, or the needed ones first."""
 
     is_sized = False
 
@@ -163,7 +162,7 @@ class StaticExchange(SplitExchange):
             side.edge_rows.note(is_needed, max(header.bucket, num_rows), num_sent)
             if num_sent < num_rows:
                 return self._split_needed(is_needed, meta, inputs, num_sent)
-        assert num_sent >= num_rows, "edges are limited that cannot be"
+        assert num_sent >= num_rows, "the header limits edges that cannot be limited"
         num_inputs = 1
         if rows.per_slot:
             inputs, num_inputs = inputs.flatten(0, 1), top_k
@@ -175,7 +174,7 @@ class StaticExchange(SplitExchange):
     def _split_needed(
         self, is_needed: Tensor, meta: Tensor, inputs: Tensor, num_sent: int
     ) -> _Split:
-        """``num_sent`` rows to every rank, those that it needs ([ranks, T] bool) first."""
+        """Send ``num_sent`` rows to each rank, needed rows first. is_needed [ranks, T] bool."""
         order = is_needed.byte().argsort(dim=1, descending=True, stable=True)
         places = order[:, :num_sent]
         chosen = meta.gather(1, places.unsqueeze(2).expand(-1, -1, meta.shape[2]))
@@ -186,9 +185,9 @@ class StaticExchange(SplitExchange):
 
 
 class ExactExchange(SplitExchange):
-    """Each rank is sent the rows that have an expert there, each row once.
+    """Sends each rank the rows with an expert on the rank, each row once.
 
-    With an input per slot it is sent the inputs of its pairs.
+    If each slot has its own input, sends the inputs of the rank's pairs.
     """
 
     is_sized = True
@@ -216,7 +215,7 @@ class ExactExchange(SplitExchange):
 
 
 class CapturedExchange(StaticExchange):
-    """The static exchange of a step that is captured: the host reads nothing within it."""
+    """Static exchange of a captured step, in which the host reads nothing."""
 
     def begin_step(self, header: StepHeader) -> None:
         """See ``RowExchange``."""
@@ -227,10 +226,10 @@ class CapturedExchange(StaticExchange):
 def _with_empty_rows(
     meta: Tensor, rows: Tensor, count: int, num_inputs: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """The rows, and ``count`` rows without a request after them, with ``num_inputs`` inputs each.
+    """Append ``count`` rows without a request, with ``num_inputs`` inputs each.
 
-    A request ended between the proposal and the header, or a bucket is filled up. meta
-    [ranks, n, m], its slots -1 there; rows [.., n * inputs, width].
+    They pad a bucket, or replace rows of a request that ended between proposal and header. meta
+    [ranks, n, m], with slots -1 in the new rows; rows [.., n * inputs, width].
     """
     if not count:
         return meta, rows

@@ -1,5 +1,7 @@
-"""How rows are exchanged, on the side of an expert rank: rows in, one computation for all attention
-ranks, outputs back. ``row_exchange`` is the other side, and has the parts of the messages.
+"""Exchanges of rows over a transport, expert side.
+
+The rows of all attention ranks are computed together. ``row_exchange`` is the attention side, and
+documents the parts of the messages.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ from workers.transport.transport import DataTransport, Expected, PartShape, RowM
 
 @dataclass(frozen=True, slots=True)
 class ExpertSide:
-    """What all exchanges of one expert rank share."""
+    """Objects shared by all exchanges of one expert rank."""
 
     banks: tuple[BankSpec, ...]
     slots: Sequence[SlotBank]
-    """By ``BankSpec.index``."""
+    """Expert slots by ``BankSpec.index``."""
     dtype: torch.dtype
     device: torch.device
     activity: Activity
@@ -38,7 +40,7 @@ class ExpertSide:
 
 
 class ServedPlace(NamedTuple):
-    """One exchange of a micro-batch: its place in the step."""
+    """Position of a micro-batch's exchange in a step."""
 
     bank: BankSpec
     exchange: int
@@ -52,18 +54,18 @@ class ServedStep:
     header: StepHeader
     combine_mode: CombineMode
     filled: Sequence[FilledSlots]
-    """By bank, in the step's epoch."""
+    """Filled slots of each bank in the step's epoch."""
     granted: Sequence[dict[int, int]]
-    """By micro-batch: the rows of each attention rank that has any."""
+    """For each micro-batch, the number of rows by attention rank, without ranks that have none."""
     num_bytes: dict[str, int]
-    """Where bytes are counted."""
+    """Byte counters that are updated."""
     timer: StepTimer
     """Times receive, experts and send."""
     must_wait: bool
     is_measured: bool
 
     def places(self, banks: Sequence[BankSpec]) -> list[ServedPlace]:
-        """All exchanges of the step, in the global order."""
+        """Return all exchanges of the step, in the global order."""
         return [
             ServedPlace(bank, exchange.index, micro_batch)
             for bank in banks
@@ -77,10 +79,10 @@ class RowServing(Protocol):
     """Receives the rows of exchanges, computes them on the expert slots, and returns outputs."""
 
     def begin_step(self, step: ServedStep, places: Sequence[ServedPlace]) -> None:
-        """Serve these exchanges of a step, in their order."""
+        """Begin a step. ``places``: the exchanges to serve, in order."""
 
     def serve(self, first: int) -> int:
-        """Serve exchanges from the first one on, at least one; returns the next one.
+        """Serve one or more exchanges from index ``first`` on; return the next index.
 
         Raises ``PeerLostError`` and ``GenerationChangedError``.
         """
@@ -95,17 +97,17 @@ class _Batch:
     inputs: Tensor
     """[inputs, in_width] model dtype."""
     used: UsedSlots
-    """Of all rows."""
+    """Slots of all rows."""
     weights: Tensor | None
-    """[rows, k] float32 where the expert side sums."""
+    """[rows, k] float32 if the expert side sums, else None."""
 
     @property
     def slots(self) -> Tensor:
-        """[rows, k] int64, -1: not here."""
+        """[rows, k] int64, -1 for another rank."""
         return self.used.slots
 
     def pairs_by_rank(self) -> tuple[int, ...]:
-        """Pairs of each rank that this rank computes."""
+        """Return the number of pairs of each rank that this rank computes."""
         if self.used.all_here:
             return tuple(n * self.slots.shape[1] for n in self.counts)
         here = self.slots >= 0
@@ -113,7 +115,7 @@ class _Batch:
 
 
 class StaticServing:
-    """Messages over a transport; every attention rank sends the rows that the header says."""
+    """Serving of exchanges in which attention ranks send the number of rows in the header."""
 
     is_sized: ClassVar[bool] = False
     """See ``SplitExchange``."""
@@ -131,14 +133,14 @@ class StaticServing:
         self._step, self._places = step, places
 
     def serve(self, first: int) -> int:
-        """See ``RowServing``: one."""
+        """See ``RowServing``. Serves one exchange."""
         self.serve_place(self._places[first])
         return first + 1
 
     def serve_place(self, place: ServedPlace) -> None:
-        """Serve one exchange; raises as ``serve``."""
+        """Serve one exchange. Raises as ``serve``."""
         step, side = self._step, self._side
-        assert step is not None, "begin_step comes first"
+        assert step is not None, "begin_step was not called"
         bank, index, micro_batch = place
         exchange, granted = bank.exchanges[index], step.granted[micro_batch]
         by_pair = exchange.returns_pairs(step.combine_mode)
@@ -201,14 +203,15 @@ class StaticServing:
         return batch
 
     def _check_inputs(self, exchange: ExchangeSpec, batch: _Batch, rows: Sequence[Tensor]) -> None:
-        """The transport has compared the inputs with the header."""
+        """Do nothing, as the transport has compared the inputs with the header."""
 
     def _count(self, filled: FilledSlots, batch: _Batch) -> None:
         self._side.use.count(filled, batch.slots)
 
     def _pairs(self, slots: Tensor, all_here: bool) -> tuple[Tensor, Tensor]:
-        """Places in the flattened ``slots`` of the pairs for this rank, ascending, and their rows;
-        those of whole batches are cached.
+        """Return ascending indices of this rank's pairs in flattened ``slots``, and their rows.
+
+        The results for complete batches are cached.
         """
         top_k = slots.shape[1]
         if not all_here:
@@ -222,7 +225,7 @@ class StaticServing:
         return known[0][:num_pairs], known[1][:num_pairs]
 
     def _compute(self, bank: BankSpec, exchange: ExchangeSpec, batch: _Batch) -> Tensor:
-        """[P, out_width] outputs of the pairs for this rank."""
+        """Return the outputs of this rank's pairs, [P, out_width]."""
         side = self._side
         if not batch.used.any_here:
             return torch.empty(0, exchange.out_width, dtype=side.dtype, device=side.device)
@@ -234,11 +237,11 @@ class StaticServing:
         return side.slots[bank.index].compute(exchange.index, batch.inputs, pair_input, pair_slot)
 
     def _inputs_of(self, pairs: Tensor) -> Tensor:
-        """The input of each pair, where every slot of a row has one."""
+        """Return the input index of each pair, if every slot of a row has its own input."""
         return pairs
 
     def _sum(self, bank: BankSpec, exchange: ExchangeSpec, batch: _Batch) -> Tensor:
-        """[rows, out_width] weighted partial sums."""
+        """Return the weighted partial sums, [rows, out_width]."""
         assert batch.weights is not None
         if not batch.used.any_here:
             shape = batch.slots.shape[0], exchange.out_width
@@ -257,7 +260,7 @@ class StaticServing:
 
 
 class ExactServing(StaticServing):
-    """Every attention rank sends the rows and inputs that have an expert here, counts first."""
+    """Serving of exchanges in which attention ranks send counts and only this rank's rows."""
 
     is_sized = True
 
@@ -272,4 +275,4 @@ class ExactServing(StaticServing):
 
     def _count(self, filled: FilledSlots, batch: _Batch) -> None:
         super()._count(filled, batch)
-        self._side.use.flush(self._side.counters.token_counts)  # the slots of many rows go
+        self._side.use.flush(self._side.counters.token_counts)  # frees the slots of many rows

@@ -1,8 +1,8 @@
-"""The expert slots that received rows name: their check, and the count of their pairs.
+"""Validation of the expert slots in received rows, and counts of their pairs.
 
-On a CPU both look at the slots at once. On a GPU that would make the host wait in every exchange,
-so a slot without an expert is taken out of its rows there and then, and named at the end of the
-step, when the counts come to the host in the same copy: the step waits once.
+On a CPU both happen in the exchange. On a GPU the host would have to wait in every exchange. So an
+invalid slot is replaced by -1 immediately, and rejected at the end of the step, when one copy
+brings the validity and the counts to the host.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ Reject = Callable[[int, str], NoReturn]
 
 @dataclass(frozen=True, slots=True)
 class FilledSlots:
-    """Which slots of one bank hold an expert in an epoch."""
+    """Slots of one bank that hold an expert in an epoch."""
 
     bank: int
     """``BankSpec.index``."""
     table: Tensor
-    """[slots + 1] bool; the last entry stands for slot -1, a pair of another rank: no error."""
+    """[slots + 1] bool; the last entry is for slot -1, a pair of another rank, which is valid."""
     has_free: bool
 
     @classmethod
     def of(cls, bank: int, experts: Sequence[int], device: torch.device) -> FilledSlots:
-        """Of the expert, or ``FREE_SLOT``, of each slot."""
+        """Create it from the expert in each slot, or ``FREE_SLOT``."""
         filled = [expert != FREE_SLOT for expert in experts]
         return cls(bank, torch.tensor([*filled, True], device=device), FREE_SLOT in experts)
 
     def blame(self, ranks: Sequence[int], slots: Sequence[Tensor], reject: Reject) -> None:
-        """Close the edge of a rank that named a missing or empty slot in [rows, k]."""
+        """Reject a rank that sent a missing or empty slot. slots: [rows, k] of each rank."""
         filled = self.table.tolist()[:-1]
         for rank, mine in zip(ranks, slots, strict=True):
             for slot in mine.flatten().tolist():
@@ -49,35 +49,38 @@ class FilledSlots:
 
 @dataclass(frozen=True, slots=True)
 class UsedSlots:
-    """The slots of one exchange's rows, checked."""
+    """Validated slots of one exchange's rows."""
 
     slots: Tensor
-    """[rows, k] int64, -1: not here."""
+    """[rows, k] int64, -1 for another rank."""
     all_here: bool
-    """Every place is a pair of this rank; False where that is not known."""
+    """Whether all pairs belong to this rank; False if unknown."""
     any_here: bool
-    """Some place is; True where that is not known."""
+    """Whether any pair belongs to this rank; True if unknown."""
 
 
 class SlotUse(Protocol):
-    """Checks and counts slots, on the device where the experts are."""
+    """Validates and counts slots on the device of the experts."""
 
     def begin(self, counts: Sequence[Tensor]) -> None:
-        """Begin a step; the last one may have broken."""
+        """Begin a step. The last step may have failed."""
 
     def check(
         self, filled: FilledSlots, ranks: Sequence[int], slots: Sequence[Tensor], reject: Reject
     ) -> UsedSlots:
-        """Slots [rows, k] int64 of each rank; raises what ``reject`` raises, now or at the end."""
+        """Validate slots, [rows, k] int64 of each rank.
+
+        Calls ``reject`` for an invalid slot, here or in ``end``.
+        """
 
     def count(self, filled: FilledSlots, slots: Tensor) -> None:
-        """Count the pairs of checked slots [rows, k], at the end of the step at the latest."""
+        """Count the pairs of validated slots [rows, k], at the latest at the end of the step."""
 
     def flush(self, counts: Sequence[Tensor]) -> None:
-        """Add to ``counts``: by bank, [slots] int64 on the CPU. Memory of rows is given back."""
+        """Add to ``counts``, [slots] int64 on the CPU for each bank; free the memory of rows."""
 
     def end(self, counts: Sequence[Tensor], reject: Reject) -> None:
-        """``flush``, and raise what ``check`` has put off."""
+        """Flush, and call ``reject`` for invalid slots that ``check`` has deferred."""
 
 
 class HostSlotUse:
@@ -103,10 +106,10 @@ class HostSlotUse:
         self._uncounted.append((filled.bank, slots))
 
     def flush(self, counts: Sequence[Tensor]) -> None:
-        """Then nobody waits, and a loop finds its code in the caches."""
+        """Count all slots in one loop, when no attention rank waits and caches are warm."""
         for bank, slots in self._uncounted:
             bins = torch.bincount(slots.flatten() + 1, minlength=counts[bank].shape[0] + 1)
-            counts[bank].add_(bins[1:])  # the first is that of slot -1
+            counts[bank].add_(bins[1:])  # the first bin is for slot -1
         self._uncounted.clear()
 
     def end(self, counts: Sequence[Tensor], reject: Reject) -> None:
@@ -115,25 +118,25 @@ class HostSlotUse:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """The slots of an exchange as they were received."""
+    """The received slots of an exchange."""
 
     filled: FilledSlots
     ranks: tuple[int, ...]
     slots: tuple[Tensor, ...]
     is_wrong: Tensor
-    """[] bool: one of them has no expert."""
+    """[] bool: whether a slot has no expert."""
 
 
 @dataclass(slots=True)
 class SlotNotes:
-    """What a step has noted on the device."""
+    """Validity and counts of a step's slots, on the device."""
 
     seen: list[_Seen] = field(default_factory=list)
     bins: dict[int, Tensor] = field(default_factory=dict)
-    """By bank: pairs of slot -1 and of each slot, [slots + 1] int64."""
+    """For each bank, number of pairs of slot -1 and of each slot, [slots + 1] int64."""
 
     def packed(self) -> Tensor:
-        """Whether each of ``seen`` is wrong, and all bins, one after the other: int64."""
+        """Concatenate ``is_wrong`` of each of ``seen`` and all bins, int64."""
         return torch.cat([torch.stack([s.is_wrong for s in self.seen]).long(), *self.bins.values()])
 
 
@@ -142,15 +145,15 @@ class DeviceSlotUse:
 
     def __init__(self) -> None:
         self.notes = SlotNotes()
-        """Of the step under way; those of a captured step are filled anew by each replay."""
+        """Notes of the current step. Each replay refills the notes of a captured step."""
         self._copied: Tensor | None = None
 
     def begin(self, counts: Sequence[Tensor]) -> None:
-        """What a broken step has computed is not counted."""
+        """Drop the counts of a failed step."""
         self.notes, self._copied = SlotNotes(), None
 
     def copy(self) -> None:
-        """Begin to copy the notes to the host: ``end`` need not wait, if the host has by then."""
+        """Start to copy the notes to the host. ``end`` does not wait if the host waits before."""
         self._copied = to_host_later(self.notes.packed())
 
     def check(
@@ -173,7 +176,7 @@ class DeviceSlotUse:
         bins.index_add_(0, flat, torch.ones_like(flat))
 
     def flush(self, counts: Sequence[Tensor]) -> None:
-        """Nothing yet: counts stay on the device to the end of the step."""
+        """Do nothing: counts stay on the device until the end of the step."""
 
     def end(self, counts: Sequence[Tensor], reject: Reject) -> None:
         notes, copied = self.notes, self._copied
@@ -191,10 +194,10 @@ class DeviceSlotUse:
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """The parts of all ranks, one under the other."""
+    """Concatenate the parts of all ranks."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def slot_use(device: torch.device) -> SlotUse:
-    """For experts on a device."""
+    """Create the ``SlotUse`` for experts on a device."""
     return HostSlotUse() if device.type == "cpu" else DeviceSlotUse()
