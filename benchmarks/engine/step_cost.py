@@ -155,7 +155,7 @@ class _Loop:
             )
             self._engine.add_request(request)
             self._owners[name] = "gateway#0"
-        while self._engine.wanted().prefill_rows:
+        while self._engine.rows_wanted().prefill_rows:
             self.step()
 
     def follow(self, clock: _Clock) -> None:
@@ -172,7 +172,7 @@ class _Loop:
 
     def step(self) -> None:
         """Grant what is wanted, run it, and encode the outputs."""
-        wanted = self._engine.wanted()
+        wanted = self._engine.rows_wanted()
         self._num_steps += 1
         grant = Grant(decode_rows=wanted.decode_rows, prefill_rows=wanted.prefill_rows)
         header = StepHeader(

@@ -15,7 +15,7 @@ from benchmarks.checkpoints.random_checkpoint import RandomModel
 from benchmarks.gpu_check.compare import LIMITS, Worst
 from benchmarks.gpu_check.section import Place, Report
 from benchmarks.gpu_check.weights import RandomCheckpoint
-from workers.engine.batch import Batch, batch_order
+from workers.engine.batch import MicroBatch, batch_order
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
 from workers.model import fp8
@@ -125,7 +125,7 @@ class Paged:
         )
         self._fill(num_blocks, shape, dtype)
         planned, tables = plan(wanted, num_blocks)
-        inputs = Batch(planned, self.cache, tables, device).inputs
+        inputs = MicroBatch(planned, self.cache, tables, device).inputs
         assert inputs is not None, "there are rows"
         self.batch = inputs.attention
         """Where the rows write, and what they read."""

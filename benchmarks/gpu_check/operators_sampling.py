@@ -11,7 +11,7 @@ from benchmarks.gpu_check.section import Place, Report
 from workers.requests.request import Request, SamplingParams
 from workers.requests.sequence import SequenceState
 from workers.sampling.logits_processors import LogitsProcessors, SamplingRow
-from workers.sampling.sampler import draw_tokens
+from workers.sampling.sampler import sample_tokens
 
 PARAMS = (
     SamplingParams(temperature=0.0),
@@ -51,8 +51,8 @@ def _compare(
     generator = torch.Generator().manual_seed(1)
     logits = (3.0 * torch.randn(len(rows), vocab, generator=generator)).to(dtype)
     logits[len(rows) // 2, 5] = math.nan  # a row that fails
-    want = draw_tokens(logits, rows)
-    got = draw_tokens(logits.to(place.device), rows).cpu()
+    want = sample_tokens(logits, rows)
+    got = sample_tokens(logits.to(place.device), rows).cpu()
     num_other = int((got != want).sum())
     report.check(not num_other, f"{what}: {num_other} of {len(rows)} tokens differ")
     return len(rows)

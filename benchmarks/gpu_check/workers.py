@@ -337,9 +337,9 @@ def _serve_home(worker: _Worker, pipe: Connection) -> None:
         lost_at = time.monotonic()
         times["notice_s"] = lost_at - served.step_began
         pipe.send(("found", worker.channel.highest_step + 1))
-        engine.engine.requests.worker_died()
+        engine.engine.requests.record_worker_death()
         worker.enter(pipe, remote)
-        engine.engine.requests.isolation.begin()
+        engine.engine.requests.isolation.begin_generation()
         times["entered_s"] = time.monotonic() - lost_at
         served.step(worker)
         times["served_s"] = time.monotonic() - lost_at
@@ -378,7 +378,7 @@ class _Served:
 
     def step(self, worker: _Worker) -> None:
         """Run one. Raises ``PeerLostError``."""
-        worker.channel.propose(self._engine.engine.wanted())
+        worker.channel.propose(self._engine.engine.rows_wanted())
         header = worker.channel.wait(_STEP_LIMIT_S)
         assert header is not None, "a leader's header comes at once"
         self.step_began = time.monotonic()

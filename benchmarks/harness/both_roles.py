@@ -78,7 +78,7 @@ def take_both_roles(engine: LocalEngine) -> ColocatedDispatcher:
         ),
     )
     dispatcher.set_placement(whole_placement(banks), generation_of(1))
-    engine.engine.use(dispatcher)
+    engine.engine.set_dispatcher(dispatcher)
     return dispatcher
 
 

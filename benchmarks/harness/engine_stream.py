@@ -113,7 +113,7 @@ class EngineStream:
     def _read(self) -> None:
         try:
             answers = iter(self._call)
-            self._proof.put(self._handshake.answer(next(answers)))
+            self._proof.put(self._handshake.prove(next(answers)))
             self.hello = self._handshake.finish(next(answers))
             for data in answers:
                 message = FROM_ENGINE.decode(data)

@@ -205,7 +205,7 @@ class LocalEngine:
 
     def step(self) -> list[TokenOutput]:
         """Grant what is wanted, prompt rows as a leader would, and run it."""
-        wanted = self.engine.wanted()
+        wanted = self.engine.rows_wanted()
         cap = self.prefill_cap.rows(wanted.decode_rows, num_ranks=1)
         grant = Grant(decode_rows=wanted.decode_rows, prefill_rows=min(wanted.prefill_rows, cap))
         header = StepHeader(

@@ -145,7 +145,7 @@ class Stream:
     def _read(self, received: queue.SimpleQueue[Received]) -> None:
         try:
             answers = iter(self._call)
-            self._proof.put(self._handshake.answer(next(answers)))
+            self._proof.put(self._handshake.prove(next(answers)))
             self._handshake.finish(next(answers))
             for data in answers:
                 received.put(Received(perf_counter(), FROM_ENGINE.decode(data)))

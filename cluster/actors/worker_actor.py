@@ -138,7 +138,7 @@ async def in_time(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 def _introduce(actor: Any) -> tuple[dict[str, Any], ProcessIdentity, str]:
     """Runs in a worker: its arguments, its process, its node."""
-    return actor.introduce(), describe_self(), ray_tools.this_node_id()
+    return actor.describe(), describe_self(), ray_tools.this_node_id()
 
 
 def _raise_superseded(err: Exception) -> None:

@@ -24,7 +24,7 @@ from gateway.engines.stream_events import (
 from gateway.engines.submission import RequestStage, Submission, without_first
 from workers.requests.block_hash import KvEvents
 from workers.requests.request import Queued, SoloStage, SoloStep, StepOutput, TokenOutput
-from workers.requests.wire import Abort, EngineHello, FromEngine, Paused, Prefetched, Relieve
+from workers.requests.wire import Abort, EngineHello, FromEngine, KvPressure, Paused, Prefetched
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class EngineClient:
                 self._note_queued(message)
             case Prefetched() | Paused():
                 self._events.put(MessageReceived(self, message))
-            case Relieve():
+            case KvPressure():
                 entry = self._submissions.get(message.request_id)
                 if entry is not None and entry.attempt == message.attempt:
                     self._report(RequestChange.KV_PRESSURE, entry)

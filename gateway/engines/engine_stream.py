@@ -143,7 +143,7 @@ class EngineStream:
 
     def take_challenge(self, challenge: bytes) -> None:
         """Queue the proof of the token. Raises ``HandshakeError``."""
-        self._proof.put_nowait(self._handshake.answer(challenge))
+        self._proof.put_nowait(self._handshake.prove(challenge))
 
     async def messages(self) -> AsyncGenerator[bytes]:
         """Encoded messages to the worker."""

@@ -233,7 +233,7 @@ class Moves:
         self._forget(move)
         if move.stage is _Stage.PAUSED:
             name = move.entry.request.request_id
-            move.source.stream.send(Pause(request_id=name, is_over=True))
+            move.source.stream.send(Pause(request_id=name, is_cancelled=True))
 
     def _begin_again(self, move: _Move) -> None:
         """Cancel a move whose target was lost; begin another one if the source is drained."""

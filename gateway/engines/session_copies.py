@@ -1,8 +1,8 @@
 """Copies of the KV blocks of sessions at a second worker, so that the loss of one worker does not
 lose the cached session.
 
-A request with ``Request.is_kept`` leaves its blocks at the worker that has computed them. When the
-request ends, the gateway sends the names of the blocks to a second worker; if that worker lacks
+A request with ``Request.is_retained`` leaves its blocks at the worker that has computed them. When
+the request ends, the gateway sends the names of the blocks to a second worker; if that worker lacks
 many blocks of the prompt, it does so as soon as the prompt is computed. The second worker reads the
 missing blocks from the first one in the background and keeps them in host memory. Its block events
 inform all gateways, which route the session there when the first worker is lost or drained.

@@ -123,7 +123,7 @@ class Submission:
     def set_hashes(self, hashes: Sequence[BlockHash]) -> None:
         """Set the hashes of the prompt's full KV blocks."""
         self.prompt_hashes = [name[:SHORT_BYTES] for name in hashes]
-        self.block_hashes = hashes if self.request.is_kept else None
+        self.block_hashes = hashes if self.request.is_retained else None
 
     @property
     def is_waiting(self) -> bool:

@@ -18,7 +18,7 @@ from gateway.text.forms.structured import make_answer_format, make_grammar
 from gateway.text.forms.tools import MAX_TOOLS, json_object, make_tool_use, template_call
 from protos import inference_pb2 as pb
 from protos import types_pb2
-from workers.requests.prompt_embeds import PromptEmbeds, read_embeds
+from workers.requests.prompt_embeds import PromptEmbeds, parse_embeds
 from workers.requests.request import Grammar
 
 _SCALARS = (str, int, float)
@@ -121,7 +121,7 @@ def _grpc_embeds(request: pb.GenerateRequest) -> PromptEmbeds:
     for name, is_wanted in wanted.items():
         if is_wanted:
             raise UnsupportedParameterError(f"{name} is not supported for embeddings", name)
-    return read_embeds(request.embeddings.shape, request.embeddings.data)
+    return parse_embeds(request.embeddings.shape, request.embeddings.data)
 
 
 def _grpc_message(message: types_pb2.ChatMessage, place: int) -> dict[str, Any]:

@@ -278,7 +278,7 @@ class ScriptedEngine:
 
     def _pause(self, pause: Pause) -> None:
         self.pauses.append(pause)
-        if pause.is_over:
+        if pause.is_cancelled:
             self.paused.discard(pause.request_id)
         elif self.answers_pauses:
             self.to_pause[pause.request_id] = pause.num_tokens

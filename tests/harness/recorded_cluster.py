@@ -16,7 +16,7 @@ from benchmarks.harness.engine_stream import TIMEOUT_S
 from benchmarks.harness.serving_cluster import ThreadCluster, ThreadWorkerGroup
 from cluster.config.cluster import ClusterConfig
 from workers.process.context import WorkerContext
-from workers.process.intake.commands import Command
+from workers.process.intake.commands import GatewayCommand
 from workers.process.worker.worker import Worker
 from workers.requests.request import TokenOutput
 from workers.requests.step_header import StepHeader
@@ -40,7 +40,7 @@ class RecordingWorker(Worker):
         self.steps: list[tuple[StepHeader, list[TokenOutput]]] = []
         self.arrivals: deque[int] = deque()
         """See ``RecordedCluster.let_in``."""
-        self._held: deque[Command] = deque()
+        self._held: deque[GatewayCommand] = deque()
 
     def load(self, context: WorkerContext) -> dict[str, Any]:
         info = super().load(context)
@@ -57,7 +57,7 @@ class RecordingWorker(Worker):
         role.engine.step = noted_step  # type: ignore[method-assign]
         return info
 
-    def _take_commands(self, take: Callable[[], list[Command]]) -> list[Command]:
+    def _take_commands(self, take: Callable[[], list[GatewayCommand]]) -> list[GatewayCommand]:
         """Those whose step has come, after waiting for them; all others are held back."""
         if not self.arrivals:
             return take()

@@ -113,7 +113,7 @@ class ExpertsApart:
             device=place,
         )
         self.place(0, epoch=1)
-        engine.engine.use(self.home)
+        engine.engine.set_dispatcher(self.home)
 
     def place(self, turn: int, epoch: int) -> None:
         """Expert e is on rank (e + ``turn``) % ranks, in slot e."""

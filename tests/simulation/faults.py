@@ -159,7 +159,7 @@ class Faults:
 
     def _kill_next(self, place: str) -> None:
         for worker in self._workers():
-            if worker.name.startswith(f"{place}.") and worker.worker.membership.runs:
+            if worker.name.startswith(f"{place}.") and worker.worker.membership.is_running:
                 with suppress(_NothingToHitError):
                     self._kill(worker.process)
                     return

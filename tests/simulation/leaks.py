@@ -49,8 +49,8 @@ def _left_at_worker(role: AttentionRole) -> Iterator[str]:
     parts: list[Any] = [role.intake.compilations, *role.intake._sources]
     for waiting in parts:
         yield from _named(f"jobs of {type(waiting).__name__}", list(waiting._all_jobs()))
-    if role.copy_keeper is not None and (
-        count := role.copy_keeper.stats()["session_copies_waiting"]
+    if role.copy_receiver is not None and (
+        count := role.copy_receiver.stats()["session_copies_waiting"]
     ):
         yield f"{count:g} copies that wait"
     if role.tiers is not None and not role.tiers.copies.is_idle:
@@ -76,13 +76,13 @@ def _left_in_engine(engine: Engine) -> Iterator[str]:
     yield from _named("adapters in use", requests.adapters_in_use)
     yield from _named("sequences", [*scheduler.queues.running, *scheduler.queues.waiting])
     yield from _named("waits for blocks", [*scheduler.kv_waits._waiting])
-    yield from _named("requests to ask about", scheduler.kv_waits._unasked)
+    yield from _named("requests to ask about", scheduler.kv_waits._untried)
     yield from _named("suspects", {**isolation._deaths, **isolation._hit})
     yield from _named("offers to run alone", [*filter(None, [isolation._solo])])
-    yield from _named("paused requests", [*paused.names, *paused._asked])
+    yield from _named("paused requests", [*paused.request_ids, *paused._token_limits])
     yield from _named("sequences that are sampled", engine._step_sampler._processors)
     if engine._speculator is not None:
-        yield from _named("sequences with drafts", engine._speculator._followed)
+        yield from _named("sequences with drafts", engine._speculator._guesses)
     if engine.has_work:
         yield "work"
     try:

@@ -58,7 +58,7 @@ def run_without_controller(num_attention: int) -> bool:
         workers = [worker.worker for worker in world.ray.actors.workers.values()]
         world.faults._isolate(HEAD, CUT_S)
         world._run_until(world.kernel.now + CUT_S - 1.0)
-        return all(worker.membership.runs for worker in workers)
+        return all(worker.membership.is_running for worker in workers)
 
 
 def ends_of_a_hold() -> tuple[float, int, int, bool]:

@@ -51,7 +51,7 @@ from workers.engine.engine import Engine
 from workers.model.compute_threads import ComputeThreads
 from workers.model.loading.file_stamp import FileStamp
 from workers.native.team import Kernels
-from workers.process.control.membership import Membership, Standing
+from workers.process.control.membership import Membership, MembershipState
 from workers.transport.handshake import PeerIdentity
 from workers.transport.peer_link import PeerServer
 
@@ -224,9 +224,9 @@ def _of_this(kernel: Kernel) -> list[tuple[Any, str, Any]]:
 def _watched(enter: Any, kernel: Kernel) -> Any:
     """``Membership._enter``, after which the simulation looks what can run."""
 
-    def watched(self: Membership, standing: Standing) -> None:
+    def watched(self: Membership, standing: MembershipState) -> None:
         enter(self, standing)
-        if standing is Standing.RUNNING:
+        if standing is MembershipState.RUNNING:
             kernel.on_running()
 
     return watched

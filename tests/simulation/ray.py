@@ -285,13 +285,13 @@ class SimGroup:
             name=actor.name,
             config=worker.args.config,
             num_slots=worker.args.num_slots,
-            has_called=worker.worker.control.has_called,
+            has_called=worker.worker.control.has_connected,
         )
 
     async def _introduce(self, actor: SimActor) -> None:
         while True:
             with suppress(UnavailableError):
-                await self._ray.actors.call(self._process, actor, "introduce")
+                await self._ray.actors.call(self._process, actor, "describe")
                 return
             await asyncio.sleep(_AGAIN_S)
 

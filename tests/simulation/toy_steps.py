@@ -35,7 +35,7 @@ from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.row_serving import ExpertSide, ServedPlace, ServedStep, StaticServing
 from workers.engine import step_sampler
 from workers.engine.engine import Engine
-from workers.engine.expert_load import Routed
+from workers.engine.expert_load import RoutedRows
 from workers.engine.step_sampler import StepTokens
 from workers.requests.request import TokenLogprob
 from workers.requests.sequence import SequenceState
@@ -184,7 +184,7 @@ class ToyRunner:
                 mine += values
             ids = torch.from_numpy(np.array([experts for experts, _ in wanted]).reshape(-1, 2))
             num_decodes = sum(p.count for p in plan.rows if p.is_decode)
-            routed.append([Routed(ids, None, num_decodes)])
+            routed.append([RoutedRows(ids, None, num_decodes)])
         if not plan.rows:
             return None
         return ToyResult(self._advance(rows, contents), routed)
@@ -230,7 +230,7 @@ class ToySampler:
         tokens = StepTokens()
         for planned, states in zip(plan.rows, result.states, strict=True):
             sequence = planned.sequence
-            if planned.draws_token:
+            if planned.samples_token:
                 tokens.complete[sequence] = 0
                 drawn = _draw(planned, states)
                 accepted = step_sampler.num_accepted(planned.drafts, drawn, [True] * len(drawn))

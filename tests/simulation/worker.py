@@ -37,7 +37,7 @@ class ToySlots(ExpertSlots):
     def _written(self, bank: int, slot: int) -> None:
         """A matrix is stored in a slot, or a slot is given back."""
         membership, kernel = self._worker.membership, Kernel.current
-        if not membership.runs or kernel is None or kernel.is_over:
+        if not membership.is_running or kernel is None or kernel.is_over:
             return
         slots = membership.epochs.current.banks[bank].physical_to_logical
         device = self._worker.member.device
@@ -71,10 +71,10 @@ class SimWorker:
         kernel = self.process.kernel
         before, kernel.process = kernel.process, self.process
         try:
-            if method == "introduce":
+            if method == "describe":
                 return self.args
             if method == "stop":
-                self.worker.control.follow(*args)
+                self.worker.control.check_term(*args)
                 return self.worker.stop()
             if method == "redirect":
                 return self.worker.control.redirect(*args)
@@ -93,7 +93,9 @@ class SimWorker:
     def _die(self, reason: str) -> None:
         """The worker ends itself."""
         kernel = self.process.kernel
-        if self.worker.control.has_called:  # one that finds no controller at its start ends again
+        if (
+            self.worker.control.has_connected
+        ):  # one that finds no controller at its start ends again
             kernel.deaths[self.name] = reason
         self.process.kill(f"its own end: {reason}")
         kernel.this_fiber().park()

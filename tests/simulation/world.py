@@ -225,7 +225,7 @@ class World:
         running: dict[tuple[int, tuple[str, ...]], int] = {}
         for worker in self.ray.actors.workers.values():
             membership = worker.worker.membership
-            if membership.runs and not worker.is_dead:
+            if membership.is_running and not worker.is_dead:
                 generation = membership.generation
                 key = generation.number, self._names_of(generation)
                 running[key] = running.get(key, 0) + 1

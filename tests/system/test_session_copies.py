@@ -40,7 +40,7 @@ STATES = "qwen3_next"
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are restored, however busy this machine is."""
-    monkeypatch.setattr(kv_restores, "LEAST_LIMIT_S", WAIT_LIMIT_S)
+    monkeypatch.setattr(kv_restores, "MIN_LIMIT_S", WAIT_LIMIT_S)
 
 
 class _Mortal(Worker):

@@ -33,7 +33,7 @@ AnyGolden = Callable[[str], Golden]
 @pytest.fixture(autouse=True)
 def _every_guess_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it costs on this machine, and however often guesses are wrong."""
-    monkeypatch.setattr(Acceptance, "num_worth", lambda self, price, most: most)
+    monkeypatch.setattr(Acceptance, "num_worthwhile", lambda self, price, most: most)
 
 
 def with_drafts(config: ClusterConfig, speculation: SpeculationSection = NGRAM) -> ClusterConfig:

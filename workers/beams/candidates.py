@@ -15,7 +15,7 @@ _MASKED = float("-inf")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CandidatesWanted:
+class CandidateParams:
     """Parameters for the candidates of one request's beams in a step."""
 
     width: int
@@ -28,7 +28,7 @@ class CandidatesWanted:
     """Number of alternatives to report for each token; None reports none."""
 
 
-def beam_candidates(logits: Tensor, wanted: CandidatesWanted) -> list[list[TokenLogprob]]:
+def beam_candidates(logits: Tensor, wanted: CandidateParams) -> list[list[TokenLogprob]]:
     """Candidates for each row of logits [rows, V], the best first: the ``width`` best tokens, and
     the ``width`` best tokens that do not end the text, without duplicates.
     """
@@ -45,14 +45,14 @@ def beam_candidates(logits: Tensor, wanted: CandidatesWanted) -> list[list[Token
     return [_row(wanted, *row) for row in zip(*rows, strict=True)]
 
 
-def beam_candidates_alone(logits: Tensor, wanted: CandidatesWanted) -> list[list[TokenLogprob]]:
-    """``beam_candidates`` with each row in its own memory; see ``logprob_entries_alone``."""
+def beam_candidates_by_row(logits: Tensor, wanted: CandidateParams) -> list[list[TokenLogprob]]:
+    """``beam_candidates`` with each row in its own memory; see ``logprob_entries_by_row``."""
     each = (beam_candidates(row.clone().unsqueeze(0), wanted) for row in logits)
     return list(chain.from_iterable(each))
 
 
 def _row(
-    wanted: CandidatesWanted,
+    wanted: CandidateParams,
     best_ids: Sequence[int],
     best: Sequence[float],
     other_ids: Sequence[int],

@@ -39,7 +39,7 @@ class BeamGroup:
     beams: list[SequenceState]
     _candidates: dict[SequenceState, Sequence[TokenLogprob]] = field(default_factory=dict)
 
-    def take(self, sequence: SequenceState, candidates: Sequence[TokenLogprob]) -> None:
+    def set_candidates(self, sequence: SequenceState, candidates: Sequence[TokenLogprob]) -> None:
         """Record the candidates of a beam, which is idle until those of all beams are known."""
         self._candidates[sequence] = candidates
         sequence.is_idle = True

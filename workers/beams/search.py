@@ -22,25 +22,25 @@ from workers.requests.request import BeamParams, EarlyStopping, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Path:
+class TokenPath:
     """Tokens of an output as a linked list, newest first; beams share their common prefix."""
 
     newest: TokenLogprob | None = None
     """The newest token; None for an empty output."""
-    before: Path | None = None
+    before: TokenPath | None = None
     total: float = 0.0
     """Log-probability of all tokens."""
     length: int = 0
     """Number of tokens."""
 
-    def add(self, token: TokenLogprob) -> Path:
+    def add(self, token: TokenLogprob) -> TokenPath:
         """This path extended by a token."""
-        return Path(token, self, self.total + token.logprob, self.length + 1)
+        return TokenPath(token, self, self.total + token.logprob, self.length + 1)
 
     def tokens(self) -> tuple[TokenLogprob, ...]:
         """All tokens in order."""
         found: list[TokenLogprob] = []
-        path: Path | None = self
+        path: TokenPath | None = self
         while path is not None and path.newest is not None:
             found.append(path.newest)
             path = path.before
@@ -51,7 +51,7 @@ class Path:
 class EndedBeam:
     """A complete output."""
 
-    path: Path
+    path: TokenPath
     score: float
     """Log-probability divided by the length to the power of ``length_penalty``."""
 
@@ -84,7 +84,7 @@ class BeamSearch:
         self._width = width
         self._max_tokens = max_tokens
         self._ending = ending
-        self._running = [Path()]
+        self._running = [TokenPath()]
         self.ended: list[EndedBeam] = []
         """The best complete outputs by score; ``width`` of them at the end."""
         self.is_over = False
@@ -118,7 +118,7 @@ class BeamSearch:
         self.is_over = not chosen or self._ends_now()
         return [] if self.is_over else [NextBeam(p, token.token_id) for p, token in chosen]
 
-    def _keep(self, paths: Sequence[Path]) -> None:
+    def _keep(self, paths: Sequence[TokenPath]) -> None:
         """Add complete outputs and keep the best."""
         found = [EndedBeam(path, self._score(path.total, path.length)) for path in paths]
         self.ended = sorted([*self.ended, *found], key=lambda one: -one.score)[: self._width]

@@ -22,7 +22,7 @@ class BeamSearches:
         """Whether a request has a running search."""
         return request_id in self._groups
 
-    def enter(self, sequence: SequenceState) -> None:
+    def start(self, sequence: SequenceState) -> None:
         """Start the search of a request with its first sequence; no effect if it samples tokens."""
         if (group := new_group(sequence, self._eos)) is not None:
             self._groups[sequence.request.request_id] = group
@@ -31,7 +31,7 @@ class BeamSearches:
         """Forget an ended request."""
         self._groups.pop(request_id, None)
 
-    def take(
+    def advance(
         self, sequence: SequenceState, candidates: Sequence[TokenLogprob], now: float
     ) -> BeamStep | None:
         """Record the candidates of a beam. Returns the step of its search once the candidates of
@@ -40,7 +40,7 @@ class BeamSearches:
         group = self._groups.get(sequence.request.request_id)
         if group is None:
             return None
-        group.take(sequence, candidates)
+        group.set_candidates(sequence, candidates)
         if not group.is_complete:
             return None
         step = group.advance(now, self._eos)
@@ -55,5 +55,5 @@ class BeamSearches:
         group = self._groups.pop(sequence.request.request_id, None)
         if group is None:
             return []
-        error = sequence.error(failure, now)
+        error = sequence.make_error(failure, now)
         return [replace(error, choice=place, index=0) for place in range(group.request.n)]

@@ -215,7 +215,7 @@ class TimedDispatcher(ABC):
             if name == "mlp":
                 self.timer.mark(end_ns)
             else:
-                self.timer.passed({name: end_ns}, bank, 0, micro_batch)
+                self.timer.add_laps({name: end_ns}, bank, 0, micro_batch)
 
     @abstractmethod
     def _dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> DispatchHandle:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from workers.model.host_copies import to_host_later
-from workers.requests.step_header import WHOLE
+from workers.requests.step_header import ALL_ROWS
 
 _DECAY = 1 / 128
 """Fraction by which the share decreases each step, so that a peak counts for some seconds."""
@@ -51,7 +51,7 @@ class EdgeRows:
     @property
     def share(self) -> int:
         """``StepProposal.edge_share`` if edges can be limited."""
-        return math.ceil(self._share * WHOLE)
+        return math.ceil(self._share * ALL_ROWS)
 
     def forget(self) -> None:
         """Reset the share after experts have moved or a step did not fit."""

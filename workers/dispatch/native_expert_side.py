@@ -100,7 +100,7 @@ class NativeServing:
         step.num_bytes["combine"] += served.sent_bytes
         counters.slot_seconds += (served.computed_ns - served.received_ns) / 1e9
         ends_ns = {"receive": served.received_ns, "experts": served.computed_ns}
-        step.timer.passed({**ends_ns, "send": served.sent_ns}, *place)
+        step.timer.add_laps({**ends_ns, "send": served.sent_ns}, *place)
         if step.is_measured:
             rows, num_inputs = served.num_rows, served.exchange.num_inputs
             used = UsedRows(rows * num_inputs, rows, served.num_rows_here, served.num_pairs)

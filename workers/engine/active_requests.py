@@ -38,17 +38,17 @@ class ActiveRequests:
         """Keys of the adapters that requests use."""
         return tuple(key for key in tuple(self._adapter_uses) if key)
 
-    def enter(self, request: Request, sequences: Sequence[SequenceState]) -> None:
+    def add_request(self, request: Request, sequences: Sequence[SequenceState]) -> None:
         """Add a new request with its sequences."""
         self._sequences[request.request_id] = list(sequences)
         self._adapter_uses[request.adapter] += 1
         self.num_received += 1
 
-    def add(self, sequence: SequenceState) -> None:
+    def add_sequence(self, sequence: SequenceState) -> None:
         """Add a sequence to a known request."""
         self._sequences[sequence.request.request_id].append(sequence)
 
-    def remove(self, sequence: SequenceState) -> bool:
+    def remove_sequence(self, sequence: SequenceState) -> bool:
         """Remove an ended sequence; returns whether it was the last one of its request."""
         request_id = sequence.request.request_id
         left = self._sequences[request_id]

@@ -85,12 +85,12 @@ class PlannedBatchRows:
     def row_key(self) -> Tensor:
         """See ``BatchRows``."""
         keys = [rows.sequence.key for rows in self._planned]
-        positions, by_row = _by_row(self._planned, keys)
+        positions, by_row = _expand_to_rows(self._planned, keys)
         named = by_row.view(np.uint64) ^ positions.view(np.uint64) * _KEY_STEP  # modulo 2 ** 64
         return to_device((named & _KEY_MASK).view(np.int64), self._device)
 
 
-class Batch:
+class MicroBatch:
     """The tensors of one micro-batch, built on the CPU and moved to the device in one copy.
 
     Args:
@@ -123,8 +123,8 @@ class Batch:
         chunks = in_pieces[decode_rows:]
         for rows in chunks:
             length = rows.first + rows.count
-            staging.append(_array(rows.sequence.blocks[: -(-length // cache.block_size)]))
-        tensors = _moved(staging, device)
+            staging.append(_int64_array(rows.sequence.blocks[: -(-length // cache.block_size)]))
+        tensors = _copy_to_device(staging, device)
         tokens, positions, prompt_lengths, slots = (next(tensors) for _ in range(4))
         recorder = BatchRecorder([c for _, c in self.captures]) if self.captures else None
         self.inputs: ModelInputs | None = None
@@ -143,7 +143,7 @@ class Batch:
                 self._paged(planned, tables) if cache.is_read_in_place else None,
                 states=state_rows(planned, decode_rows, device),
             )
-            given = tuple(given_rows(planned, device))
+            given = tuple(prompt_embedding_rows(planned, device))
             owners = [(rows.sequence.request.adapter, rows.count) for rows in planned]
             own = None if adapters is None else adapters.batch(owners)
             self.inputs = ModelInputs(tokens, positions, prompt_lengths, attention, given, own)
@@ -153,7 +153,7 @@ class Batch:
         ends = np.cumsum([rows.count for rows in planned]).tolist()
         lengths = [rows.first + rows.count for rows in planned]
         width = max(len(rows.sequence.blocks) for rows in planned)
-        seats = _array(_seats(planned))
+        seats = _int64_array(_seats(planned))
         parts = (tables.array[seats, :width].ravel(), lengths, [0, *ends])
         numbers = np.concatenate(parts, dtype=np.int32)
         sizes = [len(part) for part in parts]
@@ -176,8 +176,8 @@ class Batch:
         num_blocks = [rows.first // cache.block_size + 1 for rows in planned]
         sizes = [group_size(number) for number in num_blocks]
         groups = runs(sizes, cache.blocks_per_piece)
-        seats, held = _array(_seats(planned)), _array(num_blocks)
-        lengths = _array([rows.first + 1 for rows in planned])
+        seats, held = _int64_array(_seats(planned)), _int64_array(num_blocks)
+        lengths = _int64_array([rows.first + 1 for rows in planned])
         for first, last in groups:
             known = tables.array[seats[first:last], : sizes[first]]
             is_own = np.arange(known.shape[1]) < held[first:last, None]
@@ -217,7 +217,7 @@ def row_chunks(planned: Sequence[PlannedRows], tables: BlockTables) -> RowChunks
         num_rows += rows.count
     return RowChunks(
         num_rows=num_rows,
-        places=torch.from_numpy(_array(places)).view(-1, 4),
+        places=torch.from_numpy(_int64_array(places)).view(-1, 4),
         tables=tables.array,
         max_length=max(rows.first + rows.count for rows in planned),
     )
@@ -247,7 +247,7 @@ def _state_runs(planned: Sequence[PlannedRows]) -> Iterator[list[StateRun]]:
         begin += rows.count
 
 
-def given_rows(
+def prompt_embedding_rows(
     planned: Sequence[PlannedRows], device: torch.device
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield the entries of ``ModelInputs.given``."""
@@ -260,10 +260,10 @@ def given_rows(
         row += rows.count
 
 
-def reads_inside(planned: Sequence[PlannedRows]) -> bool:
+def needs_captures(planned: Sequence[PlannedRows]) -> bool:
     """Whether any request inspects the model's internal tensors."""
     inspections = (rows.sequence.request.inspection for rows in planned)
-    return any(found is not None and found.reads_inside for found in inspections)
+    return any(found is not None and found.needs_captures for found in inspections)
 
 
 def has_adapters(planned: Sequence[PlannedRows]) -> bool:
@@ -277,19 +277,19 @@ def _captures(planned: Sequence[PlannedRows]) -> list[tuple[SequenceState, Captu
     row = 0
     for rows in planned:
         inspection = rows.sequence.request.inspection
-        if inspection is not None and inspection.reads_inside:
+        if inspection is not None and inspection.needs_captures:
             found.append((rows.sequence, Capture(inspection, rows.first, row, rows.count)))
         row += rows.count
     return found
 
 
-def _moved(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> Iterator[Tensor]:
+def _copy_to_device(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> Iterator[Tensor]:
     """Copy the arrays to the device together and return views of one tensor, in order."""
     joined = to_device(np.concatenate(arrays), device)
     return iter(torch.split(joined, [len(array) for array in arrays]))
 
 
-def _array(values: Sequence[int | None]) -> NDArray[np.int64]:
+def _int64_array(values: Sequence[int | None]) -> NDArray[np.int64]:
     return np.array(values, dtype=np.int64)
 
 
@@ -301,7 +301,7 @@ def row_tokens(planned: Sequence[PlannedRows]) -> NDArray[np.int64]:
             tokens.append(rows.drafts[0] if rows.drafts else rows.sequence.output[-1])
         else:
             tokens += rows.sequence.tokens(rows.first, rows.first + rows.count)
-    return _array(tokens)
+    return _int64_array(tokens)
 
 
 def next_tokens(
@@ -325,7 +325,9 @@ def row_columns(
     planned: Sequence[PlannedRows], tables: BlockTables, block_size: int
 ) -> tuple[NDArray[np.int64], ...]:
     """Token ids, positions, prompt lengths and cache slots of all rows."""
-    positions, seats, prompt_lengths = _by_row(planned, _seats(planned), _prompt_lengths(planned))
+    positions, seats, prompt_lengths = _expand_to_rows(
+        planned, _seats(planned), _prompt_lengths(planned)
+    )
     blocks, offsets = np.divmod(positions, block_size)
     slots = tables.array[seats, blocks].astype(np.int64) * block_size + offsets
     return row_tokens(planned), positions, prompt_lengths, slots
@@ -333,7 +335,7 @@ def row_columns(
 
 def positions_and_lengths(planned: Sequence[PlannedRows]) -> NDArray[np.int64]:
     """[2, T]: positions and prompt lengths of all rows."""
-    return _by_row(planned, _prompt_lengths(planned))
+    return _expand_to_rows(planned, _prompt_lengths(planned))
 
 
 def _seats(planned: Sequence[PlannedRows]) -> list[int | None]:
@@ -344,11 +346,13 @@ def _prompt_lengths(planned: Sequence[PlannedRows]) -> list[int]:
     return [rows.sequence.prompt_length for rows in planned]
 
 
-def _by_row(planned: Sequence[PlannedRows], *entries: Sequence[int | None]) -> NDArray[np.int64]:
+def _expand_to_rows(
+    planned: Sequence[PlannedRows], *entries: Sequence[int | None]
+) -> NDArray[np.int64]:
     """[1 + len(entries), T]: positions of all rows, and the values of each row's plan entry."""
     columns = np.array([[rows.first for rows in planned], *entries], dtype=np.int64)
     if num_decodes(planned) < len(planned):  # else each entry has one row
-        counts = _array([rows.count for rows in planned])
+        counts = _int64_array([rows.count for rows in planned])
         firsts = np.cumsum(counts) - counts
         columns = np.repeat(columns, counts, axis=1)
         columns[0] += np.arange(columns.shape[1]) - np.repeat(firsts, counts)

@@ -7,7 +7,7 @@ import math
 
 from workers.requests.sequence import SequenceState, SequenceStatus
 
-_LEAST_REBUILT = 256
+_MIN_ENTRIES_TO_CLEAN = 256
 """Minimum number of entries at which entries of ended sequences are removed."""
 
 
@@ -21,7 +21,7 @@ class Deadlines:
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, SequenceState]] = []  # the number breaks ties
         self._num_added = 0
-        self._limit = _LEAST_REBUILT
+        self._limit = _MIN_ENTRIES_TO_CLEAN
 
     def __len__(self) -> int:
         """Number of entries, including those of ended sequences."""
@@ -34,11 +34,11 @@ class Deadlines:
         if len(self._heap) >= self._limit:
             self._heap = [e for e in self._heap if e[2].status is not SequenceStatus.FINISHED]
             heapq.heapify(self._heap)
-            self._limit = max(_LEAST_REBUILT, 2 * len(self._heap))
+            self._limit = max(_MIN_ENTRIES_TO_CLEAN, 2 * len(self._heap))
         heapq.heappush(self._heap, (sequence.deadline, self._num_added, sequence))
         self._num_added += 1
 
-    def late(self, now: float) -> list[SequenceState]:
+    def take_late(self, now: float) -> list[SequenceState]:
         """Remove and return the sequences that are past their deadline and have not ended."""
         found: list[SequenceState] = []
         while self._heap and self._heap[0][0] <= now:

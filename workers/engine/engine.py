@@ -124,9 +124,9 @@ class Engine:
         """The intent of the latest proposal."""
         self.load = LoadCounter(banks, self.cache.side)
         """Tokens by expert and copy in committed steps."""
-        self.use(dispatcher)
+        self.set_dispatcher(dispatcher)
 
-    def use(self, dispatcher: TokenDispatcher) -> None:
+    def set_dispatcher(self, dispatcher: TokenDispatcher) -> None:
         """Exchange rows through ``dispatcher``. The engine must have no requests."""
         assert not self.has_work
         tables, runner = self._scheduler.tables, self.runner
@@ -189,27 +189,27 @@ class Engine:
         ]
 
     def wait_for_kv(self, request_id: str, num_coming: int) -> None:
-        """Hold back a request until ``kv_came``, while ``num_coming`` blocks are fetched."""
+        """Hold back a request until ``end_kv_wait``, while ``num_coming`` blocks are fetched."""
         self._scheduler.kv_waits.begin(request_id, num_coming)
 
-    def kv_came(self, request_id: str) -> None:
+    def end_kv_wait(self, request_id: str) -> None:
         """End the wait of a request for KV blocks. Unknown ids are ignored."""
         self._scheduler.kv_waits.end(request_id)
 
-    def keep_in(self, tiers: KvTiers, wake: Callable[[], None]) -> TurnCopies:
+    def start_tier_copies(self, tiers: KvTiers, wake: Callable[[], None]) -> TurnCopies:
         """Start to copy the blocks of ended turns into lower tiers; see ``TurnCopies``."""
         copies = TurnCopies(self.kv_store, tiers, wake)
         self._memory.tiers, self._scheduler.prefixes.listener = tiers, copies
         return copies
 
-    def under_pressure(self) -> Request | None:
+    def preemption_candidate(self) -> Request | None:
         """The next request to preempt, if a preemption is likely soon; else None."""
-        if self._intent.restriction.alone is not None:
+        if self._intent.restriction.solo_request is not None:
             return None
-        sequence = self._scheduler.preemption.under_pressure()
+        sequence = self._scheduler.preemption.candidate()
         return None if sequence is None else sequence.request
 
-    def note_contents(self) -> BlockContents:
+    def start_recording_contents(self) -> BlockContents:
         """Start to record the contents of new cached blocks."""
         contents = BlockContents(
             pool=self.pool,
@@ -226,7 +226,7 @@ class Engine:
 
     # Steps
 
-    def wanted(self) -> RowsWanted:
+    def rows_wanted(self) -> RowsWanted:
         """Rows that the next step could run on this worker."""
         requests, isolation = self.requests, self.requests.isolation
         if isolation.is_waiting:
@@ -241,7 +241,7 @@ class Engine:
         """Return outputs that need no step: choices past their deadline or complete at receipt."""
         now = self._clock()
         self.pool.advance(now)
-        self.requests.end_late(now)
+        self.requests.fail_late(now)
         return self.requests.take_outputs()
 
     @torch.inference_mode()
@@ -256,24 +256,24 @@ class Engine:
         requests, isolation = self.requests, self.requests.isolation
         # Since the proposal, requests may have been paused or become suspects.
         restriction = requests.restriction(isolation.alone if header.is_alone else None)
-        self._intent = self._intent.under(restriction)
+        self._intent = self._intent.with_restriction(restriction)
         plan = self._scheduler.plan(self._intent, grant)
         try:
             self._step_sampler.prepare(plan)
             result = self.runner.run(header, plan)
-            tokens = None if result is None else self._step_sampler.draw(plan, result)
+            tokens = None if result is None else self._step_sampler.sample(plan, result)
             if self._has_predictor and grant.num_rows:
                 result = self._predict(plan, result, tokens)
             is_complete = self.runner.dispatcher.end_step()
         except BaseException:
             self._abandon(plan)
-            isolation.give_up(plan.request_ids)
+            isolation.record_abandoned(plan.request_ids)
             self._stats.count("steps_abandoned_total")
             raise
         finally:
             self._note_dispatch(plan)
             if header.parents:
-                requests.traced.ran(header, self._rank, (r.sequence for r in plan.rows))
+                requests.traced.count_step(header, self._rank, (r.sequence for r in plan.rows))
         if not is_complete:
             self._abandon(plan)
             self._stats.count("steps_repeated_total")

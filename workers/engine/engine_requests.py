@@ -17,12 +17,12 @@ from workers.engine.engine_stats import EngineStats
 from workers.engine.isolation import Isolation
 from workers.engine.kv_memory import KvMemory
 from workers.engine.paused_requests import PausedRequests
-from workers.engine.request_checks import RequestLimits, check_request, check_room
+from workers.engine.request_checks import RequestLimits, check_queue_limits, check_request
 from workers.engine.step_sampler import StepSampler, StepTokens
 from workers.lora.loaded import LoadedAdapters
 from workers.metrics.traced_steps import TracedRequests
 from workers.requests.block_hash import BlockHash
-from workers.requests.classifier import pooled
+from workers.requests.classifier import cut_after_pooled
 from workers.requests.request import FinishReason, Queued, Request, SoloStep, TokenOutput
 from workers.requests.sequence import Ending, Failure, SequenceState
 from workers.sampling.grammar import CompiledGrammar
@@ -95,7 +95,7 @@ class EngineRequests:
 
     def restriction(self, alone: str | None) -> Restriction:
         """Which requests may have rows. ``alone``: the only one, even if it is held back."""
-        return Restriction(self.isolation.suspects | self._paused.names, alone)
+        return Restriction(self.isolation.suspects | self._paused.request_ids, alone)
 
     # Arrival
 
@@ -109,7 +109,7 @@ class EngineRequests:
         """See ``Engine.add_request``."""
         check_request(request, self._limits)
         if self._limits.is_classifier and request.inspection is None:
-            request, whole = pooled(request, self._pad), request
+            request, whole = cut_after_pooled(request, self._pad), request
             hashes = hashes if request is whole else ()
         self._check(request)
         now = self._clock() if received is None else received
@@ -117,10 +117,10 @@ class EngineRequests:
         first, *_ = grammars
         first.block_hashes += hashes  # other choices copy them from the first
         self.abort(request.request_id)
-        self._active.enter(request, tuple(grammars))
-        self._searches.enter(first)
+        self._active.add_request(request, tuple(grammars))
+        self._searches.start(first)
         self.isolation.enter(request.request_id, request.num_deaths)
-        self.traced.enter(request)
+        self.traced.add(request)
         self._stats.count("prompt_tokens_total", len(request.prompt))
         for sequence, state in grammars.items():
             self._sampler.start(sequence, state)
@@ -141,7 +141,7 @@ class EngineRequests:
         if not request.attempt:  # else a lost worker has already admitted it
             waiting = len(self._scheduler.queues.waiting)
             tokens = self._scheduler.admission.num_waiting_tokens
-            check_room(request, self._section, waiting, tokens)
+            check_queue_limits(request, self._section, waiting, tokens)
 
     # Pauses and deaths of workers
 
@@ -150,7 +150,7 @@ class EngineRequests:
         including the prompt. It keeps its blocks unless it is preempted. Unknown ids are ignored.
         """
         if request_id in self._active:
-            self._paused.ask(request_id, num_tokens)
+            self._paused.request_pause(request_id, num_tokens)
 
     def resume(self, request_id: str) -> None:
         """Resume a paused request."""
@@ -158,11 +158,11 @@ class EngineRequests:
 
     def take_paused(self) -> list[str]:
         """Return the requests that become paused now, except possible solo requests."""
-        return self._paused.take(self._active.num_tokens, self.isolation.suspects)
+        return self._paused.take_paused(self._active.num_tokens, self.isolation.suspects)
 
-    def worker_died(self) -> None:
+    def record_worker_death(self) -> None:
         """Record that another worker of the generation was lost; a request that ran alone fails."""
-        culprit = self.isolation.die()
+        culprit = self.isolation.record_death()
         if culprit is not None:
             self._fail_all(self._active.sequences(culprit), _POISONOUS, self._clock())
 
@@ -193,9 +193,9 @@ class EngineRequests:
         self._fail_all([s for s in found if s.request.adapter == key], failure, self._clock())
         self._adapters.remove(key)
 
-    def end_late(self, now: float) -> None:
+    def fail_late(self, now: float) -> None:
         """Fail choices that are past their deadline."""
-        for sequence in self._deadlines.late(now):
+        for sequence in self._deadlines.take_late(now):
             message = f"not done within {sequence.request.deadline_ms} ms"
             self._fail_all([sequence], Failure(message, "deadline_exceeded"), now)
 
@@ -209,8 +209,8 @@ class EngineRequests:
         for sequence, failure in tokens.failed.items():
             self._fail(sequence, failure, now)
         for sequence, candidates in tokens.candidates.items():
-            if (step := self._searches.take(sequence, candidates, now)) is not None:
-                self._go_on(step)
+            if (step := self._searches.advance(sequence, candidates, now)) is not None:
+                self._apply_beam_step(step)
 
     def take_outputs(self) -> list[TokenOutput]:
         """Return the outputs queued since the last call."""
@@ -228,7 +228,7 @@ class EngineRequests:
         new = tuple(one.token for one in drawn)
         logprobs = tuple(one.logprob for one in drawn if one.logprob is not None)
         arrays = self._sampler.inspector.arrays(sequence) if ending else ()
-        self._outputs.append(sequence.take_output(now, ending, new, logprobs, classes, arrays))
+        self._outputs.append(sequence.make_output(now, ending, new, logprobs, classes, arrays))
         if ending is not None:
             self._end(sequence, ending.reason)
 
@@ -240,15 +240,15 @@ class EngineRequests:
     def _fail(self, sequence: SequenceState, failure: Failure, now: float) -> None:
         """Queue the error of a removed sequence; for a beam search, end all its beams."""
         if sequence.params.beams is None:
-            self._outputs.append(sequence.error(failure, now))
+            self._outputs.append(sequence.make_error(failure, now))
             self._end(sequence, FinishReason.ERROR)
         elif outputs := self._searches.fail(sequence, failure, now):
             self._end_search(outputs)
             for beam in self._active.sequences(sequence.request.request_id):
                 self._scheduler.remove(beam)
-                self._drop(beam)
+                self._forget(beam)
 
-    def _go_on(self, step: BeamStep) -> None:
+    def _apply_beam_step(self, step: BeamStep) -> None:
         """Apply a step of a beam search to the beams of the request."""
         for beam in step.ended:
             self._scheduler.remove(beam, has_ended=step.is_over)
@@ -256,11 +256,11 @@ class EngineRequests:
         self._memory.cache.copy_blocks([pair for pair in copied if pair is not None])
         self._end_search(step.outputs)
         for beam in step.ended:
-            self._drop(beam)
+            self._forget(beam)
 
     def _fork(self, parent: SequenceState, child: SequenceState) -> tuple[int, int] | None:
         """Add a beam that continues from another beam."""
-        self._active.add(child)
+        self._active.add_sequence(child)
         self._sampler.start(child, None)
         self._deadlines.add(child)
         return self._scheduler.fork(parent, child)
@@ -272,13 +272,13 @@ class EngineRequests:
 
     def _end(self, sequence: SequenceState, reason: FinishReason) -> None:
         self._stats.count_ends([reason])
-        self._drop(sequence)
+        self._forget(sequence)
 
-    def _drop(self, sequence: SequenceState) -> None:
+    def _forget(self, sequence: SequenceState) -> None:
         self._sampler.end(sequence)
         if self._speculator is not None:
             self._speculator.forget(sequence)
-        if self._active.remove(sequence):
+        if self._active.remove_sequence(sequence):
             request_id = sequence.request.request_id
             self._searches.forget(request_id)
             self.traced.forget(request_id)

@@ -36,7 +36,7 @@ _MAX_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Routed:
+class RoutedRows:
     """Experts chosen by the rows of one micro-batch in one bank. Decode rows are first."""
 
     topk_ids: Tensor
@@ -47,12 +47,12 @@ class Routed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class _PendingStep:
     """A committed step that is not counted yet."""
 
     epoch: int
     num_rows: int
-    routed: Sequence[Sequence[Routed]]
+    routed: Sequence[Sequence[RoutedRows]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,35 +73,35 @@ class LoadCounter:
     def __init__(self, banks: Sequence[BankSpec], side: SideStream) -> None:
         self._banks = tuple(banks)
         self._side = side
-        self._pending: deque[_Step | _Counts] = deque()
+        self._pending: deque[_PendingStep | _Counts] = deque()
         self._num_steps = self._num_rows = 0
         self._lock = threading.Lock()
         self._counts = [BankCounts.zeros(b.num_experts) for b in banks]
         self._epoch = 0
         self._rows = 0
 
-    def add(self, epoch: int, num_rows: int, routed: Sequence[Sequence[Routed]]) -> None:
+    def add(self, epoch: int, num_rows: int, routed: Sequence[Sequence[RoutedRows]]) -> None:
         """Queue a committed step; ``routed`` is indexed [bank][micro-batch]."""
         self._side.note_steps()
-        self._pending.append(_Step(epoch, num_rows, routed))
+        self._pending.append(_PendingStep(epoch, num_rows, routed))
         self._num_steps += 1
         self._num_rows += num_rows
         if self._num_steps >= _MAX_STEPS or self._num_rows >= _MAX_ROWS:
             self._num_steps = self._num_rows = 0
-            counts = self._fold(self._take())
+            counts = self._sum_by_epoch(self._take_pending())
             self._side.note_steps()
             self._pending += counts
 
     def flush(self) -> None:
         """Count all queued steps."""
         with self._lock, self._side.work():
-            found = self._take()
+            found = self._take_pending()
             self._side.follow_noted()
-            folded = self._fold(found)
+            folded = self._sum_by_epoch(found)
             tensors = [own for counts in folded for own in (*counts.decode, *counts.prefill)]
             arrays = iter(to_host(tensors) if tensors else ())
             for counts in folded:
-                self._count(counts, arrays)
+                self._add_to_totals(counts, arrays)
 
     def report(self) -> LoadReport:
         """Return all counts, after a flush."""
@@ -114,7 +114,7 @@ class LoadCounter:
                 banks={(spec.bank, spec.layer): counts for spec, counts in banks},
             )
 
-    def _take(self) -> list[_Step | _Counts]:
+    def _take_pending(self) -> list[_PendingStep | _Counts]:
         """Take all queued entries. Another thread may take some at the same time."""
         found = []
         with suppress(IndexError):
@@ -122,14 +122,14 @@ class LoadCounter:
                 found.append(self._pending.popleft())
         return found
 
-    def _fold(self, found: Sequence[_Step | _Counts]) -> list[_Counts]:
+    def _sum_by_epoch(self, found: Sequence[_PendingStep | _Counts]) -> list[_Counts]:
         """Sum consecutive entries of the same epoch, without a device synchronization."""
         return [self._sum(tuple(group)) for _, group in groupby(found, lambda each: each.epoch)]
 
-    def _sum(self, members: Sequence[_Step | _Counts]) -> _Counts:
+    def _sum(self, members: Sequence[_PendingStep | _Counts]) -> _Counts:
         """Sum entries of one epoch."""
         counts = [member for member in members if isinstance(member, _Counts)]
-        steps = [member for member in members if isinstance(member, _Step)]
+        steps = [member for member in members if isinstance(member, _PendingStep)]
         if steps:
             sizes = [spec.num_experts for spec in self._banks]
             routed = [
@@ -144,9 +144,9 @@ class LoadCounter:
                     [_tally_copies(*own) for own in zip(routed, sizes, strict=True)],
                 )
             )
-        return reduce(_added, counts)
+        return reduce(_add_counts, counts)
 
-    def _count(self, counts: _Counts, arrays: Iterator[NDArray[np.int64]]) -> None:
+    def _add_to_totals(self, counts: _Counts, arrays: Iterator[NDArray[np.int64]]) -> None:
         """Add ``counts`` to the totals; ``arrays`` yields its tensors as host arrays."""
         if counts.epoch > self._epoch:
             self._epoch = counts.epoch
@@ -171,28 +171,28 @@ class LoadCounter:
             self._counts[bank] = new
 
 
-def _added(one: _Counts, other: _Counts) -> _Counts:
+def _add_counts(one: _Counts, other: _Counts) -> _Counts:
     return _Counts(
         one.epoch,
         one.num_rows + other.num_rows,
         [a + b for a, b in zip(one.decode, other.decode, strict=True)],
-        [_wide_sum(a, b) for a, b in zip(one.prefill, other.prefill, strict=True)],
+        [_padded_sum(a, b) for a, b in zip(one.prefill, other.prefill, strict=True)],
     )
 
 
-def _wide_sum(one: Tensor, other: Tensor) -> Tensor:
+def _padded_sum(one: Tensor, other: Tensor) -> Tensor:
     """Sum of two counts, [experts, copies], padded to the larger number of copies."""
     width = max(one.shape[1], other.shape[1])
     return F.pad(one, (0, width - one.shape[1])) + F.pad(other, (0, width - other.shape[1]))
 
 
-def _tally_decodes(routed: Sequence[Routed], num_experts: int) -> Tensor:
+def _tally_decodes(routed: Sequence[RoutedRows], num_experts: int) -> Tensor:
     """[num_experts] int64: numbers of (row, expert) pairs of decode rows."""
     found = [r.topk_ids[: r.num_decodes] for r in routed if r.num_decodes]
     return _tally(found, num_experts, routed)
 
 
-def _tally_copies(routed: Sequence[Routed], num_experts: int) -> Tensor:
+def _tally_copies(routed: Sequence[RoutedRows], num_experts: int) -> Tensor:
     """[num_experts, copies] int64: numbers of (row, expert) pairs of prompt rows."""
     prompts = [r for r in routed if r.num_decodes < len(r.topk_ids)]
     most = max((r.copies.num_copies for r in prompts if r.copies is not None), default=1)
@@ -200,7 +200,7 @@ def _tally_copies(routed: Sequence[Routed], num_experts: int) -> Tensor:
     return _tally(keys, num_experts * most, routed).view(num_experts, most)
 
 
-def _prompt_keys(routed: Routed, num_copies: int) -> Tensor:
+def _prompt_keys(routed: RoutedRows, num_copies: int) -> Tensor:
     """``expert * num_copies + copy`` for each (row, expert) pair of the prompt rows."""
     experts = routed.topk_ids[routed.num_decodes :] * num_copies
     if routed.copies is None:
@@ -208,7 +208,7 @@ def _prompt_keys(routed: Routed, num_copies: int) -> Tensor:
     return experts + routed.copies.places[routed.num_decodes :]
 
 
-def _tally(parts: Sequence[Tensor], size: int, routed: Sequence[Routed]) -> Tensor:
+def _tally(parts: Sequence[Tensor], size: int, routed: Sequence[RoutedRows]) -> Tensor:
     """[size] int64 on the device of ``routed``: occurrences of each index in ``parts``."""
     if not parts:
         device = routed[0].topk_ids.device if routed else None

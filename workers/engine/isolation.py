@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from cluster.core.topology import Generation
 from workers.requests.request import MAX_DEATHS, Queued, SoloStage, SoloStep
 
-ANSWER_LIMIT_S = 1.0
+ACKNOWLEDGE_LIMIT_S = 1.0
 """Time limit to acknowledge an offer. Then other requests run, and the offer is repeated."""
 
 
@@ -48,11 +48,11 @@ class StepMembers:
     def __init__(self) -> None:
         self._names: frozenset[str] = frozenset()
 
-    def run(self, generation: Generation) -> None:
+    def begin_generation(self, generation: Generation) -> None:
         """Record that the steps of this generation start."""
         self._names = frozenset(m.name for m in generation.members)
 
-    def died(self, generation: Generation, drained: Collection[str]) -> frozenset[str]:
+    def take_dead(self, generation: Generation, drained: Collection[str]) -> frozenset[str]:
         """Return, once, the workers that the next generation lacks and that were not drained."""
         kept = self._names & {m.name for m in generation.members}
         gone, self._names = self._names - kept, kept
@@ -101,15 +101,15 @@ class Isolation:
         else:
             self._end()
 
-    def give_up(self, request_ids: Iterable[str]) -> None:
+    def record_abandoned(self, request_ids: Iterable[str]) -> None:
         """Record that the step of these requests did not commit."""
         self._hit.update(dict.fromkeys(request_ids))
 
-    def begin(self) -> None:
+    def begin_generation(self) -> None:
         """Record that a generation starts: deaths in earlier steps have been counted."""
         self._hit.clear()
 
-    def die(self) -> str | None:
+    def record_death(self) -> str | None:
         """Count the death of another worker; returns the request that ran alone and must fail."""
         hit, self._hit = self._hit, {}
         for request_id in hit:
@@ -142,7 +142,7 @@ class Isolation:
             if name is not None:
                 self._solo = _Solo(name, attempt(name), now_s)
                 self._messages.append(self._solo.message)
-        elif solo.stage is SoloStage.OFFERED and now_s - solo.offered_s >= ANSWER_LIMIT_S:
+        elif solo.stage is SoloStage.OFFERED and now_s - solo.offered_s >= ACKNOWLEDGE_LIMIT_S:
             self._solo = None
             self._deaths[solo.request_id] = self._deaths.pop(solo.request_id)
             self._messages.append(Queued(request_id=solo.request_id, attempt=solo.attempt))
@@ -162,7 +162,7 @@ class Isolation:
         else:
             self._solo = None
 
-    def disconnect(self) -> None:
+    def drop_solo_step(self) -> None:
         """Record that the gateway of the solo step disconnected and will not acknowledge."""
         self._solo = None
         self._messages.clear()

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from workers.engine.micro_batches import MicroBatchRule
 from workers.requests.buckets import bucket_of
-from workers.requests.step_header import WHOLE, Grant, StepHeader, StepProposal
+from workers.requests.step_header import ALL_ROWS, Grant, StepHeader, StepProposal
 from workers.requests.traced import MAX_TRACED, Parents
 
 _ROUNDING = 8
@@ -67,7 +67,7 @@ def decide_header(
         num_micro_batches=micro_batches.choose(rows, has_prefill),
         exact=has_prefill,
         is_alone=bool(alone),
-        parents=_share_spans([(r, proposals[r].parents) for r, g in grants if g.num_rows], step),
+        parents=_choose_parents([(r, proposals[r].parents) for r, g in grants if g.num_rows], step),
     )
     if has_prefill:
         return header
@@ -89,7 +89,7 @@ def _grant(proposal: StepProposal, prefill_rows: int) -> Grant:
     )
 
 
-def _share_spans(
+def _choose_parents(
     asked: Sequence[tuple[int, Parents]], step: int
 ) -> tuple[tuple[int, Parents], ...]:
     """Choose the parent spans of a step, at most ``MAX_TRACED`` over all ranks.
@@ -117,7 +117,7 @@ def limit_edges(ranks: Sequence[tuple[int, int]]) -> int:
     the need varies like a sum of independent choices. The result is 0, no limit, if a limit would
     save less than a quarter of the rows or would apply to a rank with an unknown share.
     """
-    needed = max((-(-rows * share // WHOLE) for rows, share in ranks), default=0)
+    needed = max((-(-rows * share // ALL_ROWS) for rows, share in ranks), default=0)
     limit = needed + math.ceil(2 * math.sqrt(needed))
     limit = -(-limit // _ROUNDING) * _ROUNDING
     most = max((rows for rows, _ in ranks), default=0)

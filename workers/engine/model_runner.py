@@ -22,16 +22,16 @@ from workers.dispatch.dispatcher import DispatchHandle, TokenDispatcher
 from workers.dispatch.local import LocalDispatcher
 from workers.dispatch.remote import RemoteDispatcher
 from workers.engine.batch import (
-    Batch,
+    MicroBatch,
     PlannedBatchRows,
     batch_order,
     has_adapters,
+    needs_captures,
     num_decodes,
-    reads_inside,
     split_rows,
 )
 from workers.engine.decode_graphs import DecodeGraphs
-from workers.engine.expert_load import Routed
+from workers.engine.expert_load import RoutedRows
 from workers.engine.native_step import NativeStep, native_step
 from workers.inspection.recorder import Capture
 from workers.kv.block_tables import BlockTables
@@ -62,24 +62,24 @@ class StepResult:
     finish: Callable[[], None]
     """Waits for the messages of the step. Call it before the host reads one of these tensors, or a
     tensor computed from them. Raises ``TransportError``."""
-    routed: tuple[tuple[Routed, ...], ...]
+    routed: tuple[tuple[RoutedRows, ...], ...]
     """The chosen experts, indexed [bank][micro-batch]."""
     captures: Mapping[SequenceState, Sequence[Capture]]
     """Captures for sequences whose requests inspect the model's internal tensors."""
 
 
 @dataclass(frozen=True, slots=True)
-class Predicted:
+class PredictorOutput:
     """Outputs of the predictor for the rows of a plan."""
 
     hidden: Tensor
     """[num_rows, hidden_size] for the head, in the order of ``StepResult.hidden``."""
-    routed: tuple[tuple[Routed, ...], ...]
+    routed: tuple[tuple[RoutedRows, ...], ...]
     """``StepResult.routed`` including the predictor's bank."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Outputs:
+class _LayerOutputs:
     """Outputs of the layers of a step."""
 
     hidden: list[Tensor]
@@ -132,8 +132,8 @@ class ModelRunner:
             halves = split_rows(single_rows(plan.rows), header.rows(self.rank, 0))
             output = self.graphs.run(header, halves[: header.num_micro_batches])
             order = list(range(len(plan.rows)))
-            ids = [[Routed(own, None, plan.num_rows)] for own in output.topk_ids]
-            return self._result(_Outputs([output.hidden]), plan, order, ids, {})
+            ids = [[RoutedRows(own, None, plan.num_rows)] for own in output.topk_ids]
+            return self._result(_LayerOutputs([output.hidden]), plan, order, ids, {})
         if not header.grant(self.rank).num_rows:
             assert not plan.rows, "rows without a grant"
             self.dispatcher.sit_out(header)
@@ -144,14 +144,14 @@ class ModelRunner:
         self._parts = parts
         device = self.model.device
         self.dispatcher.begin_step(header, [PlannedBatchRows(part, device) for part in parts])
-        routed: list[list[Routed]] = [[] for _ in self.banks]
+        routed: list[list[RoutedRows]] = [[] for _ in self.banks]
         captures: dict[SequenceState, list[Capture]] = {}
-        outputs = self._run_whole(parts, routed)
+        outputs = self._run_native_layers(parts, routed)
         if outputs is None:
             batches = [self._batch(part) for part in parts]
-            flows = [self._flow(batch) for batch in batches]
+            flows = [self._layer_steps(batch) for batch in batches]
             decodes = [num_decodes(part) for part in parts]
-            outputs = _Outputs(self._drive(decodes, routed, flows))
+            outputs = _LayerOutputs(self._run_alternately(decodes, routed, flows))
             for batch in batches:
                 for sequence, capture in batch.captures:
                     captures.setdefault(sequence, []).append(capture)
@@ -162,32 +162,32 @@ class ModelRunner:
 
     def predict(
         self, result: StepResult | None, next_tokens: NDArray[np.int64]
-    ) -> Predicted | None:
+    ) -> PredictorOutput | None:
         """Run the predictor on the outputs of the latest step, which must have granted rows.
 
         next_tokens [num_rows]: the token after the one of each row, in the order of rows. Returns
         None if the plan has no rows; this rank still takes part in the exchanges. Raises
         ``TransportError``.
         """
-        banks = [bank for bank in self.banks if self._is_predictors(bank)]
-        routed: list[list[Routed]] = [[] for _ in self.banks]
+        banks = [bank for bank in self.banks if self._is_predictor_bank(bank)]
+        routed: list[list[RoutedRows]] = [[] for _ in self.banks]
         flows, row = [], 0
         for part in self._parts:
             count = sum(rows.count for rows in part)
             if not count or result is None:
-                flows.append(_idle(banks, self.model))
+                flows.append(_run_empty_exchanges(banks, self.model))
                 continue
             hidden, tokens = result.hidden[row : row + count], next_tokens[row : row + count]
-            flows.append(self._prediction(part, hidden, torch.from_numpy(tokens)))
+            flows.append(self._predictor_layers(part, hidden, torch.from_numpy(tokens)))
             row += count
-        found = self._drive([num_decodes(part) for part in self._parts], routed, flows)
+        found = self._run_alternately([num_decodes(part) for part in self._parts], routed, flows)
         self.dispatcher.finish_step()
         if result is None:
             return None
         known = ((*a, *b) for a, b in zip(result.routed, routed, strict=True))
-        return Predicted(_joined(found), tuple(known))
+        return PredictorOutput(_concatenated(found), tuple(known))
 
-    def _prediction(
+    def _predictor_layers(
         self, part: Sequence[PlannedRows], hidden: Tensor, tokens: Tensor
     ) -> LayerSteps:
         """The predictor's layers for the rows of a micro-batch."""
@@ -201,7 +201,7 @@ class ModelRunner:
         embedded = model.embedding(to_device(tokens.numpy(), model.device))
         return model.predictor.forward(embedded, hidden, cache, context)
 
-    def _is_predictors(self, bank: BankSpec) -> bool:
+    def _is_predictor_bank(self, bank: BankSpec) -> bool:
         return bank.layer >= len(self.model.layers)
 
     @torch.inference_mode()
@@ -226,14 +226,16 @@ class ModelRunner:
 
         Returns the hidden states [T, H] of all rows, and the chosen experts [T, k] by bank.
         """
-        routed: list[list[Routed]] = [[] for _ in self.banks]
+        routed: list[list[RoutedRows]] = [[] for _ in self.banks]
         flows = [self.model.forward(part, self.cache.by_layer) for part in inputs]
-        hidden = self._drive([len(part.token_ids) for part in inputs], routed, flows)
-        return _joined(hidden), [_joined([part.topk_ids for part in bank]) for bank in routed]
+        hidden = self._run_alternately([len(part.token_ids) for part in inputs], routed, flows)
+        return _concatenated(hidden), [
+            _concatenated([part.topk_ids for part in bank]) for bank in routed
+        ]
 
-    def _run_whole(
-        self, parts: Sequence[Sequence[PlannedRows]], routed: list[list[Routed]]
-    ) -> _Outputs | None:
+    def _run_native_layers(
+        self, parts: Sequence[Sequence[PlannedRows]], routed: list[list[RoutedRows]]
+    ) -> _LayerOutputs | None:
         """Run all layers of the micro-batches in one native call.
 
         A single micro-batch of decodes also gets its logits from this call. If native code stops in
@@ -241,16 +243,16 @@ class ModelRunner:
         the layers or native code cannot run the step.
         """
         native, dispatcher = self._native(), self.dispatcher
-        if native is None or not all(parts) or any(map(reads_inside, parts)):
+        if native is None or not all(parts) or any(map(needs_captures, parts)):
             return None
         if any(map(has_adapters, parts)):
             return None
         if not isinstance(dispatcher, LocalDispatcher | RemoteDispatcher):
             return None
-        experts = _experts(dispatcher, [sum(rows.count for rows in part) for part in parts])
+        experts = _native_experts(dispatcher, [sum(rows.count for rows in part) for part in parts])
         if experts is None:
             return None
-        flows = native.flows(parts, experts)
+        flows = native.micro_batches(parts, experts)
         self._begin_compute()
         stop, turn = native.layers.run(flows, dispatcher.activity.advance, self.advance_s)
         dispatcher.note_layers([flow.ends for flow in flows])
@@ -258,10 +260,10 @@ class ModelRunner:
         for count, flow in zip(decodes, flows, strict=True):
             for spec, bank, ids in zip(self.banks, routed, flow.topk_ids, strict=True):
                 if spec.layer < flow.num_begun:
-                    bank.append(Routed(ids, None, count))
+                    bank.append(RoutedRows(ids, None, count))
         if not stop:
-            finite = _joined([flow.finite for flow in flows])
-            return _Outputs([flow.hidden for flow in flows], finite, flows[0].logits)
+            finite = _concatenated([flow.finite for flow in flows])
+            return _LayerOutputs([flow.hidden for flow in flows], finite, flows[0].logits)
         assert isinstance(dispatcher, RemoteDispatcher)
         exchange = dispatcher.native
         assert exchange is not None, "native layers stop only in exchanges"
@@ -271,8 +273,8 @@ class ModelRunner:
             if flow.is_waiting:
                 index = native.layers.bank_of(flow.num_begun - 1)
                 handles[i] = exchange.pending(index, i, flow.topk_weights)
-        rest = [native.rest(*found) for found in zip(flows, parts, strict=True)]
-        return _Outputs(self._drive(decodes, routed, rest, handles, turn))
+        rest = [native.remaining_layers(*found) for found in zip(flows, parts, strict=True)]
+        return _LayerOutputs(self._run_alternately(decodes, routed, rest, handles, turn))
 
     def _native(self) -> NativeStep | None:
         """The native step for the current model; None if native code cannot run all layers."""
@@ -282,20 +284,22 @@ class ModelRunner:
             self._native_step = native_step(self.model, self.cache, self.tables)
         return self._native_step
 
-    def _batch(self, part: Sequence[PlannedRows]) -> Batch:
+    def _batch(self, part: Sequence[PlannedRows]) -> MicroBatch:
         model = self.model
-        return Batch(part, self.cache, self.tables, model.device, model.is_native, self.adapters)
+        return MicroBatch(
+            part, self.cache, self.tables, model.device, model.is_native, self.adapters
+        )
 
-    def _flow(self, batch: Batch) -> LayerSteps:
+    def _layer_steps(self, batch: MicroBatch) -> LayerSteps:
         if batch.inputs is None:
-            banks = [bank for bank in self.banks if not self._is_predictors(bank)]
-            return _idle(banks, self.model)
+            banks = [bank for bank in self.banks if not self._is_predictor_bank(bank)]
+            return _run_empty_exchanges(banks, self.model)
         return self.model.forward(batch.inputs, self.cache.by_layer)
 
-    def _drive(
+    def _run_alternately(
         self,
         decodes: Sequence[int],
-        routed: list[list[Routed]],
+        routed: list[list[RoutedRows]],
         flows: Sequence[LayerSteps],
         handles: Sequence[DispatchHandle | None] = (),
         first: int = 0,
@@ -329,7 +333,7 @@ class ModelRunner:
             waits = next(flow) is None  # runs the computation that overlaps the exchange
             assert waits, "a layer must take the outputs before it sends rows"
             if sent.exchange == 0:
-                chosen = Routed(sent.topk_ids, handle.copies, decodes[micro_batch])
+                chosen = RoutedRows(sent.topk_ids, handle.copies, decodes[micro_batch])
                 routed[sent.bank].append(chosen)
         return [results[micro_batch] for micro_batch in range(len(flows))]
 
@@ -344,10 +348,10 @@ class ModelRunner:
 
     def _result(
         self,
-        outputs: _Outputs,
+        outputs: _LayerOutputs,
         plan: StepPlan,
         order: Sequence[int],
-        routed: list[list[Routed]],
+        routed: list[list[RoutedRows]],
         captures: Mapping[SequenceState, Sequence[Capture]],
     ) -> StepResult:
         first_row = [0] * len(order)
@@ -355,7 +359,7 @@ class ModelRunner:
         for i in order:
             first_row[i] = row
             row += plan.rows[i].count
-        hidden, finite = _joined(outputs.hidden), outputs.finite
+        hidden, finite = _concatenated(outputs.hidden), outputs.finite
         return StepResult(
             hidden=hidden,
             first_row=tuple(first_row),
@@ -367,12 +371,12 @@ class ModelRunner:
         )
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def _concatenated(parts: Sequence[Tensor]) -> Tensor:
     """Concatenate the rows of all micro-batches, without a copy if there is only one."""
     return parts[0] if len(parts) == 1 else torch.cat([part for part in parts if len(part)])
 
 
-def _experts(
+def _native_experts(
     dispatcher: LocalDispatcher | RemoteDispatcher, num_rows: Sequence[int]
 ) -> Sequence[Experts] | None:
     """The experts of each micro-batch for native layers; None if rows must be dispatched."""
@@ -382,7 +386,7 @@ def _experts(
     return None if experts is None else [experts] * len(num_rows)
 
 
-def _idle(banks: Sequence[BankSpec], model: AttentionModel) -> LayerSteps:
+def _run_empty_exchanges(banks: Sequence[BankSpec], model: AttentionModel) -> LayerSteps:
     """Take part in all exchanges without rows, as peers expect the granted ones."""
     for bank in banks:
         ids = torch.empty((0, bank.top_k), dtype=torch.int64, device=model.device)

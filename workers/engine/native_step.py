@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from workers.engine.batch import (
-    Batch,
-    given_rows,
+    MicroBatch,
     num_decodes,
     positions_and_lengths,
+    prompt_embedding_rows,
     row_chunks,
     row_tokens,
 )
@@ -31,7 +31,7 @@ class NativeStep:
         """The native layers of the model."""
         self._model, self._cache, self._tables = model, cache, tables
 
-    def flows(
+    def micro_batches(
         self, parts: Sequence[Sequence[PlannedRows]], experts: Sequence[Experts]
     ) -> list[Flow]:
         """The micro-batches of a step before its first layer, each with its experts.
@@ -40,15 +40,18 @@ class NativeStep:
         """
         has_logits = len(parts) == 1 and num_decodes(parts[0]) == len(parts[0])
         pairs = zip(parts, experts, strict=True)
-        return [self._flow(part, own, has_logits) for part, own in pairs]
+        return [self._micro_batch(part, own, has_logits) for part, own in pairs]
 
-    def _flow(self, part: Sequence[PlannedRows], experts: Experts, has_logits: bool) -> Flow:
+    def _micro_batch(self, part: Sequence[PlannedRows], experts: Experts, has_logits: bool) -> Flow:
         model, layers = self._model, self.layers
         chunks = row_chunks(part, self._tables)
         waves = model.rope.waves_by_position
         cos, sin = waves or model.rope.rows(*map(torch.from_numpy, positions_and_lengths(part)))
         batch = chunks.fields(cos, sin, self._cache.layers[0], waves_by_position=waves is not None)
-        tokens, given = torch.from_numpy(row_tokens(part)), [*given_rows(part, model.device)]
+        tokens, given = (
+            torch.from_numpy(row_tokens(part)),
+            [*prompt_embedding_rows(part, model.device)],
+        )
         looks_up = layers.has_table and not given
         return Flow(
             hidden=layers.new_rows(len(tokens)) if looks_up else model.embed(tokens, given),
@@ -60,13 +63,13 @@ class NativeStep:
             keeps=(chunks, cos, sin),
         )
 
-    def rest(self, flow: Flow, part: Sequence[PlannedRows]) -> LayerSteps:
+    def remaining_layers(self, flow: Flow, part: Sequence[PlannedRows]) -> LayerSteps:
         """Run the layers that native code left of a micro-batch; sent rows first get their
         outputs."""
         if flow.is_done:
             return flow.hidden
         model, caches = self._model, self._cache.by_layer
-        inputs = Batch(part, self._cache, self._tables, model.device, model.is_native).inputs
+        inputs = MicroBatch(part, self._cache, self._tables, model.device, model.is_native).inputs
         assert inputs is not None, "the micro-batch has rows"
         context = model.context(inputs, caches)
         if flow.is_waiting:

@@ -9,32 +9,32 @@ class PausedRequests:
     """Decides when a request that is to be paused gets no more rows."""
 
     def __init__(self) -> None:
-        self._asked: dict[str, int] = {}
+        self._token_limits: dict[str, int] = {}
         """Request id -> number of tokens that each of its choices must reach first."""
-        self._names: set[str] = set()
+        self._request_ids: set[str] = set()
 
     @property
-    def names(self) -> Set[str]:
+    def request_ids(self) -> Set[str]:
         """Ids of paused requests."""
-        return self._names
+        return self._request_ids
 
-    def ask(self, request_id: str, num_tokens: int) -> None:
+    def request_pause(self, request_id: str, num_tokens: int) -> None:
         """Pause a request once each choice has ``num_tokens`` tokens, including the prompt."""
-        self._asked[request_id] = num_tokens
+        self._token_limits[request_id] = num_tokens
 
     def forget(self, request_id: str) -> None:
         """Forget a request that continues or has ended."""
-        self._asked.pop(request_id, None)
-        self._names.discard(request_id)
+        self._token_limits.pop(request_id, None)
+        self._request_ids.discard(request_id)
 
-    def take(self, num_tokens: Callable[[str], int], not_now: Set[str]) -> list[str]:
+    def take_paused(self, num_tokens: Callable[[str], int], not_now: Set[str]) -> list[str]:
         """Return the requests that become paused now, except those in ``not_now``.
 
         ``num_tokens``: returns the number of tokens that each choice of a request has.
         """
-        names = self._asked.keys() - not_now
-        found = [name for name in names if num_tokens(name) >= self._asked[name]]
+        names = self._token_limits.keys() - not_now
+        found = [name for name in names if num_tokens(name) >= self._token_limits[name]]
         for name in found:
-            del self._asked[name]
-        self._names.update(found)
+            del self._token_limits[name]
+        self._request_ids.update(found)
         return found

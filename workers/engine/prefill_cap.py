@@ -13,13 +13,13 @@ from typing import Self
 
 from cluster.config.cluster import EngineSection
 
-_AIM = 0.9
+_TARGET_FRACTION = 0.9
 """Fraction of the target to use: each chunk of a long prompt costs more than the last."""
-_NEW_SHARE = 0.5
+_NEW_WEIGHT = 0.5
 """Weight of the newest step in an estimate."""
-_MOST_TIMES = 2.0
+_MAX_OUTLIER = 2.0
 """Limit of an observed time, as a multiple of the expected one: one slow step is not a trend."""
-_FAR_ABOVE = 1.5
+_EXCESS_FACTOR = 1.5
 """Multiple of the target; a longer step reduces the cap, regardless of the estimate."""
 
 
@@ -58,7 +58,7 @@ class PrefillCap:
             return self._max_rows * num_ranks
         if self._target_s is None:
             return self._max_rows
-        left_s = _AIM * self._target_s - self._decode_time(decode_rows)
+        left_s = _TARGET_FRACTION * self._target_s - self._decode_time(decode_rows)
         if left_s <= 0:
             return self._min_rows
         most, row_s = min(self._max_rows, 2 * self._fitting_rows), self._row_time()
@@ -81,21 +81,21 @@ class PrefillCap:
             self._decode_s[size] = min(self._decode_s[size], seconds)
         if seconds <= self._target_s:
             self._fitting_rows = max(self._fitting_rows, prefill_rows)
-        elif seconds > _FAR_ABOVE * self._target_s:
+        elif seconds > _EXCESS_FACTOR * self._target_s:
             self._fitting_rows = max(self._min_rows, prefill_rows // 4)
 
     def _learn_decode(self, decode_rows: int, seconds: float) -> None:
         size = _size(decode_rows)
         known_s = self._decode_s.get(size, seconds)
-        new_s = min(seconds, _MOST_TIMES * known_s)
-        self._decode_s[size] = known_s + _NEW_SHARE * (new_s - known_s)
+        new_s = min(seconds, _MAX_OUTLIER * known_s)
+        self._decode_s[size] = known_s + _NEW_WEIGHT * (new_s - known_s)
 
     def _learn_prefill(self, decode_rows: int, prefill_rows: int, seconds: float) -> None:
         decode_s = self._decode_time(decode_rows)
         if self._prefill_rows:
-            seconds = min(seconds, _MOST_TIMES * (decode_s + self._row_time() * prefill_rows))
-        self._prefill_s = (1 - _NEW_SHARE) * self._prefill_s + max(seconds - decode_s, 0.0)
-        self._prefill_rows = (1 - _NEW_SHARE) * self._prefill_rows + prefill_rows
+            seconds = min(seconds, _MAX_OUTLIER * (decode_s + self._row_time() * prefill_rows))
+        self._prefill_s = (1 - _NEW_WEIGHT) * self._prefill_s + max(seconds - decode_s, 0.0)
+        self._prefill_rows = (1 - _NEW_WEIGHT) * self._prefill_rows + prefill_rows
 
     def _row_time(self) -> float:
         return self._prefill_s / self._prefill_rows if self._prefill_rows else 0.0

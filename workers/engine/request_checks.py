@@ -140,7 +140,7 @@ def _check_length(length: int, max_tokens: int, limits: RequestLimits) -> None:
         )
 
 
-def check_room(request: Request, section: EngineSection, waiting: int, tokens: int) -> None:
+def check_queue_limits(request: Request, section: EngineSection, waiting: int, tokens: int) -> None:
     """Raise ``QueueFullError`` if too many sequences or prompt tokens are waiting."""
     limit, most = section.max_waiting, section.max_waiting_tokens
     if waiting and waiting + request.n > limit:

@@ -78,7 +78,7 @@ class StepChannel:
         self._decided_epoch = 0
         self._proposals: dict[int, StepProposal] = {}
         self._headers: deque[StepHeader] = deque()
-        self._timed: tuple[StepHeader, float] | None = None  # the running step and its start time
+        self._running_step: tuple[StepHeader, float] | None = None  # with its start time
 
     @property
     def has_header(self) -> bool:
@@ -98,7 +98,7 @@ class StepChannel:
             self._known = _Ranks.of(generation)
         return self._known
 
-    def missing(self) -> list[str]:
+    def missing_workers(self) -> list[str]:
         """The workers that the next header waits for: ranks without a proposal, or the leader."""
         if not self.is_leader:
             return [self._ranks.leader]
@@ -114,7 +114,7 @@ class StepChannel:
         self.last_rows = 0
         self._proposals.clear()
         self._headers.clear()
-        self._timed = None
+        self._running_step = None
         self._decided_epoch = epoch
         self.set_epoch(epoch, epoch)
 
@@ -170,7 +170,7 @@ class StepChannel:
                 left = deadline - time.monotonic()
                 if left <= 0 or connections.take_wake():
                     return None
-                connections.loop.awaited = tuple(self.missing())
+                connections.loop.awaited = tuple(self.missing_workers())
                 connections.poll(left)
 
     def _next_header(self) -> StepHeader:
@@ -185,22 +185,22 @@ class StepChannel:
         while self._connections.step_frames:
             step_frame = self._connections.step_frames.popleft()
             try:
-                self._file(step_frame)
+                self._handle_step_frame(step_frame)
             except ProtocolError as err:
                 self._connections.reject(step_frame.sender.name, str(err))
 
-    def _file(self, step_frame: StepFrame) -> None:
+    def _handle_step_frame(self, step_frame: StepFrame) -> None:
         frame, sender = step_frame.frame, step_frame.sender
         data, ranks = frame.payload.data, self._ranks
         if frame.header.kind is FrameKind.PROPOSAL:
             proposal = PROPOSALS.decode(data)
-            self._check_place(frame.header, proposal.generation, proposal.step)
+            self._check_step(frame.header, proposal.generation, proposal.step)
             if not self.is_leader or proposal.rank != ranks.by_name.get(sender.name):
                 raise ProtocolError(f"proposal of rank {proposal.rank} from {sender.name}")
             self._take_proposal(proposal)
             return
         header = HEADERS.decode(data)
-        self._check_place(frame.header, header.generation, header.step)
+        self._check_step(frame.header, header.generation, header.step)
         if sender.name != ranks.leader:
             raise ProtocolError(f"step header from {sender.name}, which is not the leader")
         expected = self._headers[-1].step + 1 if self._headers else self._next_step
@@ -209,7 +209,7 @@ class StepChannel:
         _check_members(header, ranks)
         self._headers.append(header)
 
-    def _check_place(self, frame: FrameHeader, generation: int, step: int) -> None:
+    def _check_step(self, frame: FrameHeader, generation: int, step: int) -> None:
         if (generation, step) != (frame.generation, frame.step):
             raise ProtocolError("a step message and its frame have different steps")
 
@@ -250,13 +250,13 @@ class StepChannel:
             if member.name != self._connections.me.name:
                 self._send(member.name, FrameKind.HEADER, header, data)
         self._headers.append(header)
-        self._timed = (header, time.monotonic())
+        self._running_step = (header, time.monotonic())
 
     def _observe_step(self) -> None:
         """Leader: record the time of the previous step once all ranks have proposed again."""
-        if self._timed is None:
+        if self._running_step is None:
             return
-        (header, start), self._timed = self._timed, None
+        (header, start), self._running_step = self._running_step, None
         seconds = time.monotonic() - start
         self._prefill_cap.observe(header.decode_rows, header.prefill_rows, seconds)
 

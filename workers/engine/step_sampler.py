@@ -14,9 +14,9 @@ from operator import attrgetter
 from torch import Tensor
 
 from workers.beams.candidates import (
-    CandidatesWanted,
+    CandidateParams,
     beam_candidates,
-    beam_candidates_alone,
+    beam_candidates_by_row,
 )
 from workers.beams.group import ending_tokens
 from workers.engine.model_runner import StepResult
@@ -31,13 +31,13 @@ from workers.sampling.best_tokens import best_tokens
 from workers.sampling.grammar import GrammarState
 from workers.sampling.logits_processors import LogitsProcessors, SamplingRow
 from workers.sampling.sampler import (
-    DrawFailure,
     SampledToken,
+    SamplingFailure,
     all_finite,
-    draw_tokens,
     logprob_entries,
-    logprob_entries_alone,
-    report_drawn,
+    logprob_entries_by_row,
+    sample_tokens,
+    sampled_tokens,
 )
 from workers.scheduling.step_plan import PlannedRows, StepPlan
 
@@ -77,13 +77,13 @@ class _SampledRows:
     drafts: tuple[int, ...]
 
     @property
-    def places(self) -> list[int]:
+    def row_indices(self) -> list[int]:
         """Rows of the newest token and of the drafts."""
         return list(range(self.first, self.first + 1 + len(self.drafts)))
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class _SampledLogits:
     """Rows of logits, the sampling parameters of each, and the sampled tokens."""
 
     logits: Tensor
@@ -113,8 +113,8 @@ class StepSampler:
         self._eos = config.eos_token_ids
         self._is_classifier = bool(config.labels)
         self._logits = logits
-        self._score = logprob_entries_alone if is_exact else logprob_entries
-        self._candidates = beam_candidates_alone if is_exact else beam_candidates
+        self._score = logprob_entries_by_row if is_exact else logprob_entries
+        self._candidates = beam_candidates_by_row if is_exact else beam_candidates
         self._team = team
         self._processors: dict[SequenceState, LogitsProcessors] = {}
         self._mask_thread = ThreadPoolExecutor(1, "grammar-masks")
@@ -134,21 +134,21 @@ class StepSampler:
         """Start to compute the grammar masks that ``draw`` needs, while the model runs."""
         for planned in plan.rows:
             grammar = self._processors[planned.sequence].grammar
-            if grammar is not None and (planned.is_decode or planned.draws_token):
+            if grammar is not None and (planned.is_decode or planned.samples_token):
                 grammar.prepare(self._mask_thread)
 
-    def draw(self, plan: StepPlan, result: StepResult) -> StepTokens:
+    def sample(self, plan: StepPlan, result: StepResult) -> StepTokens:
         """Sample the tokens of a plan that ran to its last layer. Changes no sequence."""
         tokens = StepTokens()
         for planned, first_row in zip(plan.rows, result.first_row, strict=True):
             sequence = planned.sequence
             is_asked = sequence.scores_prompt or sequence.request.inspection is not None
             reads = is_asked and not planned.is_decode
-            if reads and not self._read(tokens, planned, first_row, result):
+            if reads and not self._read_prompt_rows(tokens, planned, first_row, result):
                 tokens.failed[sequence] = NOT_FINITE
-            elif planned.is_decode or planned.draws_token:
+            elif planned.is_decode or planned.samples_token:
                 tokens.complete[sequence] = first_row + planned.count - len(planned.drafts) - 1
-        self._draw(tokens, plan, result)
+        self._sample(tokens, plan, result)
         self._classify(tokens, result.hidden)
         return tokens
 
@@ -172,10 +172,10 @@ class StepSampler:
             return {}
         ordered = sorted(places, key=places.__getitem__)
         rows = [places[sequence] for sequence in ordered]
-        (ids,) = to_host([best_tokens(self._logits(_some(predicted, rows)))])
+        (ids,) = to_host([best_tokens(self._logits(_select_rows(predicted, rows)))])
         return dict(zip(ordered, ids.tolist(), strict=True))
 
-    def _read(
+    def _read_prompt_rows(
         self, tokens: StepTokens, planned: PlannedRows, first_row: int, result: StepResult
     ) -> bool:
         """Score and inspect prompt rows; False if a hidden state or a logit is NaN or infinity."""
@@ -220,19 +220,19 @@ class StepSampler:
             entries += self._score(logits, scored, num_top)
         return entries
 
-    def _draw(self, tokens: StepTokens, plan: StepPlan, result: StepResult) -> None:
+    def _sample(self, tokens: StepTokens, plan: StepPlan, result: StepResult) -> None:
         """Sample a token for every complete sequence; drop sequences with broken rows.
 
         Tokens and ``finite`` flags are copied to the host together, so the step synchronizes once.
         """
-        sampled = self._sampled(tokens.complete, plan)
+        sampled = self._rows_to_sample(tokens.complete, plan)
         rows = [row for one in sampled for row in self._processors[one.sequence].rows(one.drafts)]
-        places = [place for one in sampled for place in one.places]
+        places = [place for one in sampled for place in one.row_indices]
         logits = self._logits_of(places, result) if sampled else None
         result.finish()  # sampling may read values from the device
         fetched = [result.finite]
         if logits is not None:
-            fetched.append(draw_tokens(logits, rows, self._team))
+            fetched.append(sample_tokens(logits, rows, self._team))
         is_finite, *ids = to_host(fetched)
         for planned, first in zip(plan.rows, result.first_row, strict=True):
             last = first + planned.count - len(planned.drafts)
@@ -246,13 +246,17 @@ class StepSampler:
         drawn, kept = ids[0].tolist(), []
         begin = 0
         for one in sampled:
-            end = begin + len(one.places)
-            accepted = num_accepted(one.drafts, drawn[begin:end], is_finite[one.places].tolist())
+            end = begin + len(one.row_indices)
+            accepted = num_accepted(
+                one.drafts, drawn[begin:end], is_finite[one.row_indices].tolist()
+            )
             kept.append(range(begin, begin + 1 + accepted))
             begin = end
-        self._report(tokens, sampled, kept, _Rows(logits, rows, drawn))
+        self._report(tokens, sampled, kept, _SampledLogits(logits, rows, drawn))
 
-    def _sampled(self, complete: Mapping[SequenceState, int], plan: StepPlan) -> list[_SampledRows]:
+    def _rows_to_sample(
+        self, complete: Mapping[SequenceState, int], plan: StepPlan
+    ) -> list[_SampledRows]:
         """The rows from which tokens are sampled, in ascending order."""
         found = [
             _SampledRows(planned.sequence, complete[planned.sequence], planned.drafts)
@@ -266,12 +270,12 @@ class StepSampler:
         tokens: StepTokens,
         sampled: Sequence[_SampledRows],
         kept: Sequence[range],
-        drawn: _Rows,
+        drawn: _SampledLogits,
     ) -> None:
         """Record the ``kept`` tokens of each sequence, with logprobs if they are requested."""
         places = [place for own in kept for place in own]
         rows, ids = [drawn.rows[place] for place in places], [drawn.tokens[p] for p in places]
-        found = iter(report_drawn(_some(drawn.logits, places), rows, ids, self._score))
+        found = iter(sampled_tokens(_select_rows(drawn.logits, places), rows, ids, self._score))
         for one, own in zip(sampled, kept, strict=True):
             tokens_of = [next(found) for _ in own]
             sequence, failure = one.sequence, tokens_of[0].failure
@@ -287,9 +291,9 @@ class StepSampler:
             if one.sequence.params.beams is not None and one.sequence in tokens.drawn
         }
         if beams:
-            self._search(tokens, beams, drawn.logits)
+            self._find_candidates(tokens, beams, drawn.logits)
 
-    def _search(
+    def _find_candidates(
         self, tokens: StepTokens, beams: Mapping[SequenceState, int], logits: Tensor
     ) -> None:
         """Find the candidates of beams from their rows of the logits, request by request."""
@@ -299,36 +303,36 @@ class StepSampler:
         for sequences in by_request.values():
             rows = [beams[sequence] for sequence in sequences]
             request, params = sequences[0].request, sequences[0].params
-            wanted = CandidatesWanted(
+            wanted = CandidateParams(
                 width=request.n,
                 ending=ending_tokens(request, self._eos),
                 may_end=len(sequences[0].output) >= params.min_tokens,
                 num_top=params.logprobs,
             )
-            found = self._candidates(_some(logits, rows), wanted)
+            found = self._candidates(_select_rows(logits, rows), wanted)
             tokens.candidates.update(zip(sequences, found, strict=True))
 
     def _logits_of(self, rows: Sequence[int], result: StepResult) -> Tensor:
         """Logits [rows, V] of rows in ascending order."""
         if result.logits is not None:
-            return _some(result.logits, rows)
-        return self._logits(_some(result.hidden, rows))
+            return _select_rows(result.logits, rows)
+        return self._logits(_select_rows(result.hidden, rows))
 
     def _classify(self, tokens: StepTokens, hidden: Tensor) -> None:
         """Compute the class logits of complete prompts."""
         if not self._is_classifier or not tokens.complete:
             return
         ends = list(tokens.complete.values())
-        rows: Sequence[list[float]] = self._logits(_some(hidden, ends)).float().tolist()
+        rows: Sequence[list[float]] = self._logits(_select_rows(hidden, ends)).float().tolist()
         for sequence, row in zip(tuple(tokens.complete), rows, strict=True):
             if not all(map(math.isfinite, row)):
                 self._fail(tokens, sequence, NOT_FINITE)
             elif sequence.request.inspection is None:  # an inspection ignores padding
                 tokens.classes[sequence] = tuple(row)
 
-    def _failure(self, sequence: SequenceState, failure: DrawFailure) -> Failure:
+    def _failure(self, sequence: SequenceState, failure: SamplingFailure) -> Failure:
         """The client's error if no token could be sampled."""
-        if failure is not DrawFailure.NONE_ALLOWED:
+        if failure is not SamplingFailure.NONE_ALLOWED:
             return NOT_FINITE
         where = f"position {len(sequence.output)} of the output"
         wanted, grammar = sequence.params.grammar, self._processors[sequence].grammar
@@ -360,7 +364,7 @@ def num_accepted(drafts: Sequence[int], drawn: Sequence[int], is_finite: Sequenc
     return count
 
 
-def _some(x: Tensor, rows: Sequence[int]) -> Tensor:
+def _select_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
     """Select rows of x [T, ..], without a copy if they are all rows in order."""
     if rows == list(range(len(x))):
         return x

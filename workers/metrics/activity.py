@@ -32,7 +32,7 @@ class Activity:
     """Counters of one data thread, read by the control thread."""
 
     def __init__(self) -> None:
-        self._turns = 0
+        self._iterations = 0
         """Number of iterations of the loop."""
         self._advances = 0
         """Number of exchanges of steps, and of commits."""
@@ -60,11 +60,11 @@ class Activity:
     @property
     def progress(self) -> int:
         """Counter of loop iterations, exchanges of steps, and commits."""
-        return self._turns + self._advances
+        return self._iterations + self._advances
 
     def begin_iteration(self) -> None:
         """Begin an iteration of the loop, outside a step."""
-        self._turns += 1
+        self._iterations += 1
         self.rows = 0
 
     def advance(self) -> None:

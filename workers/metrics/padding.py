@@ -8,14 +8,14 @@ transports add none.
 
 from __future__ import annotations
 
-MEMORY = 0.99
+DECAY = 0.99
 """Weight of earlier exchanges for each new one."""
 
 
 class PaddingRatio:
     """Share of padding in the rows of recent exchanges, by direction.
 
-    An exponential average over rows, of about ``1 / (1 - MEMORY)`` exchanges. The data thread adds,
+    An exponential average over rows, of about ``1 / (1 - DECAY)`` exchanges. The data thread adds,
     any thread reads.
     """
 
@@ -25,8 +25,8 @@ class PaddingRatio:
     def add(self, direction: str, num_rows: int, num_used: int) -> None:
         """Add an exchange of ``num_rows`` rows, of which ``num_used`` were used."""
         rows, padding = self._sums[direction]
-        padding = MEMORY * padding + num_rows - num_used
-        self._sums[direction] = (MEMORY * rows + num_rows, padding)
+        padding = DECAY * padding + num_rows - num_used
+        self._sums[direction] = (DECAY * rows + num_rows, padding)
 
     def ratio(self, direction: str) -> float:
         """Ratio from 0 to less than 1; 0 before the first exchange."""

@@ -1,4 +1,4 @@
-"""Histograms of the parts of a worker's steps; one step in ``SAMPLE`` is measured.
+"""Histograms of the parts of a worker's steps; one step in ``SAMPLE_INTERVAL`` is measured.
 
 All workers measure the same steps, with ``workers.metrics.step_timer``.
 """
@@ -10,7 +10,7 @@ from typing import Any
 from workers.metrics.histogram import Histogram
 from workers.requests.step_header import StepHeader
 
-SAMPLE = 8
+SAMPLE_INTERVAL = 8
 """One in this number of steps is measured."""
 BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Upper bounds, seconds."""
@@ -27,7 +27,7 @@ BUBBLE = "bubble_seconds"
 
 def is_measured(header: StepHeader) -> bool:
     """Whether a step is measured, on all workers."""
-    return header.step % SAMPLE == 0
+    return header.step % SAMPLE_INTERVAL == 0
 
 
 class StepMetrics:

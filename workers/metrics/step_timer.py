@@ -66,7 +66,7 @@ class StepTimer:
         if self._sinks:
             self._end_lap(name, _place(bank, exchange, micro_batch), self._clock_ns())
 
-    def passed(
+    def add_laps(
         self, ends_ns: Mapping[str, int], bank: BankSpec, exchange: int, micro_batch: int
     ) -> None:
         """End successive laps of one exchange at times of ``time.monotonic_ns``."""

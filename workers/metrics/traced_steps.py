@@ -31,34 +31,34 @@ class TracedRequests:
     """The traced requests of an engine, and the number of their steps that may still have spans."""
 
     def __init__(self) -> None:
-        self._left: dict[str, int] = {}
+        self._num_left: dict[str, int] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._left)
+        return bool(self._num_left)
 
-    def enter(self, request: Request) -> None:
+    def add(self, request: Request) -> None:
         if request.step_parents is not None:
-            self._left[request.request_id] = MAX_STEPS
+            self._num_left[request.request_id] = MAX_STEPS
 
     def forget(self, request_id: str) -> None:
-        self._left.pop(request_id, None)
+        self._num_left.pop(request_id, None)
 
     def parents(self, expected: Iterable[SequenceState]) -> tuple[SpanIdBytes, ...]:
         """Parent spans for a step with these sequences; at most ``MAX_TRACED``."""
         found: dict[SpanIdBytes, None] = {}
         for sequence in expected:
-            if self._left.get(sequence.request.request_id, 0) > 0 and _has_spans(sequence):
+            if self._num_left.get(sequence.request.request_id, 0) > 0 and _has_spans(sequence):
                 found[_parent(sequence)] = None
                 if len(found) == MAX_TRACED:
                     break
         return tuple(found)
 
-    def ran(self, header: StepHeader, rank: int, planned: Iterable[SequenceState]) -> None:
+    def count_step(self, header: StepHeader, rank: int, planned: Iterable[SequenceState]) -> None:
         """Count a step that has run with these sequences on this rank."""
         parents = parents_of(header, rank)
         if parents:
             for name in {s.request.request_id for s in planned if _is_named(s, parents)}:
-                self._left[name] -= 1
+                self._num_left[name] -= 1
 
 
 class RecordSpan(Protocol):

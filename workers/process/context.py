@@ -85,7 +85,7 @@ class ModelSetup:
         """Name of the dtype without ``torch.``."""
         return str(self.dtype).removeprefix("torch.")
 
-    def form_of_products(self, config: ClusterConfig) -> WeightFormat | None:
+    def format_outside_experts(self, config: ClusterConfig) -> WeightFormat | None:
         """Quantization format of the matrices outside experts; None for the model dtype."""
         section = config.model
         if section.quantize_layers == "experts":

@@ -39,17 +39,17 @@ class StepInterrupts:
         if self._connections is not None:
             self._connections.interrupt(generation)
 
-    def leave(self, fence: int) -> None:
+    def end_generations(self, fence: int) -> None:
         """Interrupt the steps of all generations up to ``fence``."""
         if self._connections is not None:
             self._connections.leave(fence)
 
-    def awaited(self) -> tuple[str, ...]:
+    def awaited_peers(self) -> tuple[str, ...]:
         """Names of the peers that the data thread waits for."""
         return () if self._connections is None else self._connections.loop.awaited
 
 
-def identify(args: WorkerArgs, checkpoint: Checkpoint) -> PeerIdentity:
+def make_identity(args: WorkerArgs, checkpoint: Checkpoint) -> PeerIdentity:
     """Identity of this worker for handshakes."""
     return PeerIdentity(
         name=args.member.name,

@@ -43,11 +43,11 @@ from workers.requests.wire import (
     SERVICE,
     TO_ENGINE,
     EngineHello,
+    KvPressure,
     KvResync,
     Paused,
     Prefetch,
     Prefetched,
-    Relieve,
     ToEngine,
 )
 
@@ -72,11 +72,11 @@ _OPTIONS = (
 """Message sizes, and limits for connections that open no stream."""
 START_TIMEOUT_S = 10.0
 """Time limit for the start and the end of the server thread."""
-_FREE_SHARE = 0.25
+_FREE_CHANGE = 0.25
 """Relative change of the number of free blocks that is sent without delay."""
 _ABORT_LIMIT_S = 1.0
 """Time limit for the last message to a dropped gateway, whose connection may be blocked."""
-OneGateway: TypeAlias = StepOutput | SoloStep | Queued | Prefetched | Paused | Relieve
+GatewayMessage: TypeAlias = StepOutput | SoloStep | Queued | Prefetched | Paused | KvPressure
 """Messages for the gateway of one request."""
 _MAY_NOT_SERVE = "this worker may not serve now"
 _Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -142,7 +142,7 @@ class EngineServer:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._run_calls)
 
-    def publish(self, gateway: str, message: OneGateway) -> None:
+    def publish(self, gateway: str, message: GatewayMessage) -> None:
         """Send a message to one gateway (any thread); ignored if its stream is closed.
 
         The server's thread encodes it.
@@ -157,9 +157,9 @@ class EngineServer:
         change of the free blocks by a quarter.
         """
         known = self._kv.num_free
-        has_changed = abs(num_free - known) > _FREE_SHARE * max(num_free, known)
+        has_changed = abs(num_free - known) > _FREE_CHANGE * max(num_free, known)
         if changes.stored or changes.removed or has_changed or fetch_cost != self._kv.fetch_cost:
-            self._publish(self._tell_kv, changes, fetch_cost, num_free, has_changed)
+            self._publish(self._send_kv, changes, fetch_cost, num_free, has_changed)
 
     def close_streams(self, fence: int) -> None:
         """Stop serving generations up to ``fence`` (any thread).
@@ -188,8 +188,8 @@ class EngineServer:
         handshake = WorkerHandshake(self._token, self._facts().worker, self._release)
         self._handshakes[task] = time.monotonic()
         try:
-            yield handshake.challenge(await _next(messages))
-            hello = handshake.finish(await _next(messages), self._facts())
+            yield handshake.challenge(await _receive_handshake(messages))
+            hello = handshake.finish(await _receive_handshake(messages), self._facts())
         except HandshakeError as err:
             logger.warning("engine stream from %s refused: %s", context.peer(), err)
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(err))
@@ -198,7 +198,7 @@ class EngineServer:
         if self._admitted <= self._fence:
             await context.abort(grpc.StatusCode.ABORTED, _MAY_NOT_SERVE)
         stream = self._streams.open(handshake.gateway, task.cancel)
-        stream.put(self._all_kv())
+        stream.put(self._encode_all_kv())
         reader = asyncio.create_task(self._read(messages, stream))
         try:
             yield hello
@@ -222,9 +222,11 @@ class EngineServer:
             async for data in messages:
                 message = TO_ENGINE.decode(data)
                 if isinstance(message, KvResync):
-                    self._streams.put(stream.name, self._all_kv())
+                    self._streams.put(stream.name, self._encode_all_kv())
                 else:
-                    self._streams.take(message, stream, time.monotonic(), self._hashes(message))
+                    self._streams.handle_message(
+                        message, stream, time.monotonic(), self._hashes(message)
+                    )
         except ProtocolError as err:
             logger.warning("%s: %s: stream closed", stream.name, err)
             error = str(err)
@@ -232,7 +234,7 @@ class EngineServer:
             stream.close(error)
 
     def _hashes(self, message: ToEngine) -> tuple[tuple[BlockHash, ...], ...]:
-        """Block hashes for ``GatewayStreams.take``, to relieve the engine's thread."""
+        """Block hashes for ``GatewayStreams.handle_message``, to relieve the engine's thread."""
         facts = self._facts()
         size, limit = facts.kv_block_size, facts.kv_length_matters_above
         match message:
@@ -247,7 +249,7 @@ class EngineServer:
     async def _watch_gateways(self) -> None:
         looked_at = time.monotonic()
         while True:
-            await asyncio.sleep(self._streams.pause_s)
+            await asyncio.sleep(self._streams.check_interval_s)
             now = time.monotonic()
             self._streams.drop_silent(now, looked_at)
             self._end_handshakes(now)
@@ -260,10 +262,10 @@ class EngineServer:
                 del self._handshakes[task]
                 task.cancel()
 
-    def _all_kv(self) -> bytes:
+    def _encode_all_kv(self) -> bytes:
         return FROM_ENGINE.encode(self._kv.whole())
 
-    def _tell_kv(
+    def _send_kv(
         self, changes: HashChanges, fetch_cost: float, num_free: int, has_changed: bool
     ) -> None:
         self._kv.fetch_cost, self._kv.num_free = fetch_cost, num_free
@@ -327,7 +329,7 @@ def _tune_listener(port: int) -> None:
                     tune_socket(listener)
 
 
-async def _next(messages: AsyncIterator[bytes]) -> bytes:
+async def _receive_handshake(messages: AsyncIterator[bytes]) -> bytes:
     """Receive the next message of a handshake."""
     try:
         return await asyncio.wait_for(anext(messages), HELLO_TIMEOUT_S)

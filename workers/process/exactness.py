@@ -45,7 +45,7 @@ class Exactness:
         setting, team = args.config.engine.deterministic, kernels.team
         torch_reason = torch_experts(banks, dtype)
         is_native = team is not None and not torch_reason
-        computation = _computation(args, kernels.noting(torch_reason).words)
+        computation = _describe_computation(args, kernels.noting(torch_reason).words)
         if setting == "off":
             offer = ArithmeticOffer(obstacle="has --deterministic off", computation=computation)
         elif setting == "auto" and not is_native:
@@ -67,14 +67,14 @@ class Exactness:
             return cls(offer, args.threads if libraries else 1, 1, team, libraries)
         return cls(offer, args.threads, args.threads, None, {})
 
-    def follow(self, agreement: ArithmeticAgreement) -> None:
+    def apply_agreement(self, agreement: ArithmeticAgreement) -> None:
         """Use the agreed kernels, or the best ones if results are not exact. Data thread."""
         if self._team is not None:
             best = next(iter(self._libraries.values()))
             self._team.use(self._libraries.get(agreement.kernels, best))
 
 
-def _computation(args: WorkerArgs, kernels: str) -> str:
+def _describe_computation(args: WorkerArgs, kernels: str) -> str:
     """Description of the hardware and software that the bits of results depend on."""
     device = args.device_facts.get("gpu", args.device.type)
     torch_name = f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"

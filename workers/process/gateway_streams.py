@@ -18,11 +18,11 @@ from collections.abc import Callable
 
 from workers.process.intake.commands import (
     AddRequest,
-    CopyAsked,
-    GatewayGone,
+    CopyRequested,
+    GatewayDisconnected,
     Inbox,
-    MessageTaken,
-    PrefetchAsked,
+    MessageReceived,
+    PrefetchRequested,
 )
 from workers.requests.block_hash import BlockHash
 from workers.requests.request import Request, SoloStep
@@ -41,9 +41,9 @@ logger = logging.getLogger(__name__)
 
 GATEWAY_SILENCE_LIMIT_S = 5.0
 """Longest silence of a gateway, which pings every second."""
-LOOKS_PER_LIMIT = 5
+CHECKS_PER_LIMIT = 5
 """Number of checks within one silence limit."""
-MAX_STEPS_BEHIND = 4096
+MAX_PENDING_MESSAGES = 4096
 """Maximum number of pending messages of a gateway; above it, the gateway loses its stream."""
 
 
@@ -55,9 +55,9 @@ class GatewayStream:
         self.cancel = cancel
         self.error = ""
         """The reason for which the worker ends the stream; empty if there is none."""
-        self.heard_at: float | None = None
+        self.last_message_at: float | None = None
         """Time of the last message; None before the first ping."""
-        self._queue: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_STEPS_BEHIND + 1)
+        self._queue: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_PENDING_MESSAGES + 1)
         self._is_closed = False
 
     async def next(self) -> bytes | None:
@@ -68,7 +68,7 @@ class GatewayStream:
         """Queue a message, unless the stream is closed; False if the queue is full."""
         if self._is_closed:
             return True
-        if self._queue.qsize() >= MAX_STEPS_BEHIND:
+        if self._queue.qsize() >= MAX_PENDING_MESSAGES:
             return False
         self._queue.put_nowait(message)
         return True
@@ -93,7 +93,7 @@ class GatewayStreams:
         self._streams: dict[str, GatewayStream] = {}
         self._numbers = itertools.count()
         self._limit_s = silence_limit_s
-        self.pause_s = silence_limit_s / LOOKS_PER_LIMIT
+        self.check_interval_s = silence_limit_s / CHECKS_PER_LIMIT
         """Time between two calls of ``drop_silent``."""
 
     def open(self, gateway: str, cancel: Callable[[], object]) -> GatewayStream:
@@ -102,7 +102,7 @@ class GatewayStreams:
         self._streams[stream.name] = stream
         return stream
 
-    def take(
+    def handle_message(
         self,
         message: ToEngine,
         stream: GatewayStream,
@@ -116,17 +116,17 @@ class GatewayStreams:
         """
         if self._streams.get(stream.name) is not stream:
             return
-        if isinstance(message, Ping) or stream.heard_at is not None:
-            stream.heard_at = now
+        if isinstance(message, Ping) or stream.last_message_at is not None:
+            stream.last_message_at = now
         match message:
             case Request():
                 self._inbox.put(AddRequest(stream.name, message, now, *hashes[:1]))
             case Prefetch():
-                self._inbox.put(PrefetchAsked(stream.name, message.request, hashes))
+                self._inbox.put(PrefetchRequested(stream.name, message.request, hashes))
             case KeepCopy():
-                self._inbox.put(CopyAsked(stream.name, message))
+                self._inbox.put(CopyRequested(stream.name, message))
             case Abort() | Pause() | SoloStep():
-                self._inbox.put(MessageTaken(stream.name, message))
+                self._inbox.put(MessageReceived(stream.name, message))
             case Ping():
                 self.send(stream.name, message)
 
@@ -147,7 +147,7 @@ class GatewayStreams:
         """Queue an encoded message. A full queue drops the gateway; an ended stream is ignored."""
         stream = self._streams.get(name)
         if stream is not None and not stream.put(message):
-            self._drop(stream, f"{MAX_STEPS_BEHIND} messages behind")
+            self._drop(stream, f"{MAX_PENDING_MESSAGES} messages behind")
 
     def put_all(self, message: bytes) -> None:
         """Queue an encoded message for every gateway."""
@@ -162,7 +162,7 @@ class GatewayStreams:
     def forget(self, stream: GatewayStream) -> None:
         """Remove an ended stream, and end its requests once."""
         if self._streams.pop(stream.name, None) is not None:
-            self._inbox.put(GatewayGone(stream.name))
+            self._inbox.put(GatewayDisconnected(stream.name))
 
     def drop_silent(self, now: float, looked_at: float) -> None:
         """Drop silent gateways; a message to one could block its stream indefinitely.
@@ -170,13 +170,13 @@ class GatewayStreams:
         ``looked_at`` is the time of the last check. If this process was stopped since then,
         messages may still be unread.
         """
-        late_s = now - looked_at - self.pause_s
+        late_s = now - looked_at - self.check_interval_s
         for stream in tuple(self._streams.values()):
-            if stream.heard_at is None:
+            if stream.last_message_at is None:
                 continue
-            if late_s > self.pause_s:
-                stream.heard_at = min(now, stream.heard_at + late_s)
-            if now - stream.heard_at > self._limit_s:
+            if late_s > self.check_interval_s:
+                stream.last_message_at = min(now, stream.last_message_at + late_s)
+            if now - stream.last_message_at > self._limit_s:
                 self._drop(stream, f"too long without a ping (over {self._limit_s:g} s)")
 
     def _drop(self, stream: GatewayStream, reason: str) -> None:

@@ -43,7 +43,7 @@ _MAX_WAITING = 10_000
 _RETRY_S = 1.0
 """Time between two attempts to open the sockets, as the previous worker may still hold a port."""
 _STOP_S = 5.0
-_MAX_QUESTION_BYTES = 1024
+_MAX_REQUEST_BYTES = 1024
 """Longest frame that a peer may send; a connection with a longer one is closed."""
 _END = (-1).to_bytes(8, "big", signed=True)
 _Change = tuple[HashChanges, Mapping[BlockHash, BlockContent]]
@@ -124,7 +124,7 @@ class KvPublisher:
                     sockets = self._open(context)
                 while sockets is not None and not self._is_ending.is_set():
                     self._send_changes(sockets.events)
-                    self._answer(sockets)
+                    self._handle_replay(sockets)
             except Exception:
                 logger.exception("the publisher of KV events failed")
             finally:
@@ -138,15 +138,17 @@ class KvPublisher:
         poller = api.Poller()
         poller.register(self._wakeup.fileno(), api.POLLIN)
         try:
-            events = self._socket(context, api.PUB, section.kv_events_buffer_steps)
+            events = self._make_socket(context, api.PUB, section.kv_events_buffer_steps)
             opened.append(events)
-            self._attach(events, endpoint_of(section.kv_events_endpoint, rank))
+            self._bind_or_connect(events, endpoint_of(section.kv_events_endpoint, rank))
             replay = None
             if section.kv_events_replay_endpoint is not None:
                 # room for a whole replay: ZeroMQ notices late that a subscriber has read
-                replay = self._socket(context, api.ROUTER, 2 * (section.kv_events_buffer_steps + 1))
+                replay = self._make_socket(
+                    context, api.ROUTER, 2 * (section.kv_events_buffer_steps + 1)
+                )
                 opened.append(replay)
-                self._attach(replay, endpoint_of(section.kv_events_replay_endpoint, rank))
+                self._bind_or_connect(replay, endpoint_of(section.kv_events_replay_endpoint, rank))
                 poller.register(replay, api.POLLIN)
         except api.ZMQError as err:
             for each in opened:
@@ -156,13 +158,13 @@ class KvPublisher:
             return None
         return _Sockets(events, replay, poller)
 
-    def _socket(self, context: zmq.Context[Any], kind: int, limit: int) -> zmq.Socket[bytes]:
+    def _make_socket(self, context: zmq.Context[Any], kind: int, limit: int) -> zmq.Socket[bytes]:
         made: zmq.Socket[bytes] = context.socket(kind)
         made.setsockopt(self._zmq.SNDHWM, limit)
-        made.setsockopt(self._zmq.MAXMSGSIZE, _MAX_QUESTION_BYTES)
+        made.setsockopt(self._zmq.MAXMSGSIZE, _MAX_REQUEST_BYTES)
         return made
 
-    def _attach(self, socket: zmq.Socket[bytes], endpoint: str) -> None:
+    def _bind_or_connect(self, socket: zmq.Socket[bytes], endpoint: str) -> None:
         """Raises ``ZMQError``."""
         socket.setsockopt(self._zmq.IPV6, "[" in endpoint)
         if does_listen(endpoint):
@@ -189,7 +191,7 @@ class KvPublisher:
         self._sent.append(message)
         socket.send_multipart((self._topic, *message))  # ZeroMQ drops it for slow subscribers
 
-    def _answer(self, sockets: _Sockets) -> None:
+    def _handle_replay(self, sockets: _Sockets) -> None:
         """Wait for changes or a replay request, and answer the request."""
         ready = dict(sockets.poller.poll())
         self._wakeup.drain()

@@ -24,7 +24,7 @@ from workers.model.config import BankSpec
 from workers.model.cuda.attention import warm_kernels
 from workers.model.families.base import Family
 from workers.model.layers import Dispatch
-from workers.process.gpu_room import block_bytes
+from workers.process.gpu_memory import block_bytes
 from workers.process.worker_args import WorkerArgs
 from workers.requests.request import Request, SamplingParams
 from workers.requests.step_header import Grant, StepHeader
@@ -35,7 +35,7 @@ _NUM_TOKENS = 3
 """Number of tokens of each sequence: after the prompt, two decode steps."""
 
 
-class BlankDispatcher(LocalDispatcher):
+class ZeroDispatcher(LocalDispatcher):
     """``TokenDispatcher`` whose experts return zeros."""
 
     def __init__(self, banks: Sequence[BankSpec]) -> None:
@@ -69,7 +69,7 @@ def warm_attention(
     """
     if args.device.type != "cuda":
         return
-    experts = dispatcher if args.config.workers.mode == "local" else BlankDispatcher(family.banks)
+    experts = dispatcher if args.config.workers.mode == "local" else ZeroDispatcher(family.banks)
     section, context = args.config.engine, args.config.model.max_model_len
     most = section.max_num_seqs
     longest = (context or family.config.context_tokens) - _NUM_TOKENS
@@ -89,7 +89,7 @@ def warm_attention(
     if family.config.latent_rank is not None:  # long chunks use another attention variant
         _run(engine, [_request(0, max(1, min(section.max_num_batched_tokens, longest)))])
     runner = engine.runner
-    if isinstance(experts, BlankDispatcher):  # else the serving engine captures before it serves
+    if isinstance(experts, ZeroDispatcher):  # else the serving engine captures before it serves
         runner.capture_graphs()
     _warm_attention(engine, family, section.block_size_tokens)
     runner.graphs = None  # breaks a reference cycle with the engine
@@ -118,7 +118,7 @@ def _run(engine: Engine, requests: Sequence[Request]) -> None:
         engine.add_request(request)
     step = 0
     while engine.has_work:
-        step, wanted = step + 1, engine.wanted()
+        step, wanted = step + 1, engine.rows_wanted()
         grant = Grant(decode_rows=wanted.decode_rows, prefill_rows=wanted.prefill_rows)
         engine.step(
             StepHeader(

@@ -59,7 +59,7 @@ class WorkerArgs:
         )
 
     @property
-    def why_torch(self) -> str:
+    def torch_reason(self) -> str:
         """The reason for not using compiled kernels; empty if they may be used."""
         if self.config.workers.kernels == "torch":
             return "as configured"

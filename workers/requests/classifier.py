@@ -20,7 +20,7 @@ def pooled_position(token_ids: Sequence[int], pad_token_id: int | None) -> int:
     return max((i for i, token in enumerate(token_ids) if token != pad_token_id), default=0)
 
 
-def pooled(request: Request, pad_token_id: int | None) -> Request:
+def cut_after_pooled(request: Request, pad_token_id: int | None) -> Request:
     """The request cut after that token: later tokens have no effect and are not computed."""
     end = pooled_position(request.prompt, pad_token_id) + 1
     return request if end == len(request.prompt) else replace(request, prompt=request.prompt[:end])

@@ -58,13 +58,13 @@ class InspectionParams(Message, frozen=True, kw_only=True, array_like=True):
         return self.router_logits or self.routes or self.aux
 
     @property
-    def reads_inside(self) -> bool:
+    def needs_captures(self) -> bool:
         """Whether more is needed than the final hidden states."""
         return self.hidden_states or self.reads_routers or self.attentions
 
     def first_position(self, length: int) -> int:
         """Index of the first of ``length`` tokens that must be computed, not read from a cache."""
-        if self.reads_inside or self.embedding is Pooling.MEAN:
+        if self.needs_captures or self.embedding is Pooling.MEAN:
             return 0
         scored = (max(i - 1, 0) for i, label in enumerate(self.labels) if label != IGNORED_LABEL)
         return min((*self.logits, *scored), default=length - 1)

@@ -42,7 +42,7 @@ class PromptEmbeds(Message, frozen=True, array_like=True):
         )
 
 
-def read_embeds(shape: Sequence[int], data: bytes) -> PromptEmbeds:
+def parse_embeds(shape: Sequence[int], data: bytes) -> PromptEmbeds:
     """Validate the prompt of a message. Raises ``RequestError`` with value and rule."""
     name = "embeddings"
     given = list(shape)[:4]

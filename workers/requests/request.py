@@ -174,7 +174,7 @@ class Request(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """Key of the adapter for its rows; empty for none."""
 
     @property
-    def is_kept(self) -> bool:
+    def is_retained(self) -> bool:
         """Whether its blocks are retained after its end: it has a session or a retention time."""
         return bool(self.session) if self.cache_ttl_s is None else self.cache_ttl_s > 0
 
@@ -259,7 +259,7 @@ class PromptLogprobs(Message, frozen=True, kw_only=True, array_like=True):
 _ENTRIES: Codec[tuple[TokenLogprob | None, ...]] = Codec(
     tuple[TokenLogprob | None, ...], "log-probabilities"
 )
-MAX_NOTED = 64
+MAX_TIMES = 64
 """Maximum number of reported times of one kind for a choice."""
 
 
@@ -273,9 +273,9 @@ class Timings(Message, frozen=True, kw_only=True, array_like=True):
     finished_s: float = 0.0
     """From receipt to the end, or to the output with these timings."""
     prefill_s: tuple[float, ...] = ()
-    """From receipt to the first dispatch of each chunk of the prompt; at most ``MAX_NOTED``."""
+    """From receipt to the first dispatch of each chunk of the prompt; at most ``MAX_TIMES``."""
     preempted_s: tuple[float, ...] = ()
-    """From receipt to each preemption; at most ``MAX_NOTED``."""
+    """From receipt to each preemption; at most ``MAX_TIMES``."""
 
 
 class TokenOutput(Message, frozen=True, kw_only=True, array_like=True):

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from workers.requests.inspection import NamedArray
 from workers.requests.request import (
-    MAX_NOTED,
+    MAX_TIMES,
     FinishReason,
     PromptLogprobs,
     Request,
@@ -108,9 +108,9 @@ class SequenceState:
     num_cached_tokens: int | None = None
     """Number of prompt tokens that its first admission found in the prefix cache; None before."""
     prefills: list[float] = field(default_factory=list)
-    """Monotonic times of the first dispatch of each prompt chunk, at most ``MAX_NOTED``."""
+    """Monotonic times of the first dispatch of each prompt chunk, at most ``MAX_TIMES``."""
     preemptions: list[float] = field(default_factory=list)
-    """Monotonic times of preemptions, at most ``MAX_NOTED``."""
+    """Monotonic times of preemptions, at most ``MAX_TIMES``."""
     first_token: float | None = None
     """Monotonic time of the commit of its first new token."""
     is_idle: bool = False
@@ -184,14 +184,14 @@ class SequenceState:
 
     def note_dispatch(self, when: float) -> None:
         """Record a dispatch of prompt rows, unless it has a new token."""
-        if self.first_token is None and len(self.prefills) < MAX_NOTED:
+        if self.first_token is None and len(self.prefills) < MAX_TIMES:
             self.prefills.append(when)
 
     def note_preemption(self, when: float) -> None:
-        if len(self.preemptions) < MAX_NOTED:
+        if len(self.preemptions) < MAX_TIMES:
             self.preemptions.append(when)
 
-    def take_output(
+    def make_output(
         self,
         now: float,
         ending: Ending | None,
@@ -221,9 +221,9 @@ class SequenceState:
             arrays=arrays,
         )
 
-    def error(self, failure: Failure, now: float) -> TokenOutput:
+    def make_error(self, failure: Failure, now: float) -> TokenOutput:
         """The last output of a failed sequence."""
-        found = failed(self.request, self.choice, failure)
+        found = failed_output(self.request, self.choice, failure)
         return replace(found, index=len(self.output), timings=self.timings(now))
 
     def timings(self, now: float) -> Timings:
@@ -239,7 +239,7 @@ class SequenceState:
         )
 
 
-def failed(request: Request, choice: int, failure: Failure) -> TokenOutput:
+def failed_output(request: Request, choice: int, failure: Failure) -> TokenOutput:
     """The only output of a choice that failed."""
     return TokenOutput(
         request_id=request.request_id,

@@ -17,9 +17,9 @@ MAX_ROWS = 1 << 24
 """Maximum number of rows that a rank can propose or be granted."""
 Rows = Annotated[int, Meta(ge=0, le=MAX_ROWS)]
 Step = Annotated[int, Meta(ge=0)]
-WHOLE = 1000
+ALL_ROWS = 1000
 """Shares are in thousandths; this one stands for all rows."""
-Share = Annotated[int, Meta(ge=0, le=WHOLE)]
+Share = Annotated[int, Meta(ge=0, le=ALL_ROWS)]
 
 
 class StepProposal(Message, frozen=True, kw_only=True, array_like=True):

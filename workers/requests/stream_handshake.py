@@ -49,12 +49,12 @@ class _Handshake:
 
     def __init__(self, token: str, name: str, release: str) -> None:
         self._proof = TokenProof(token, "engine", is_caller=self.is_caller)
-        self._mine = Hello(name=name, nonce=self._proof.nonce, release=release)
-        self._theirs = Hello(name="")
+        self._own_hello = Hello(name=name, nonce=self._proof.nonce, release=release)
+        self._peer_hello = Hello(name="")
 
-    def _greet(self, hello: bytes) -> None:
-        self._theirs = HELLO.decode(_bounded(hello))
-        mine, theirs = self._mine, self._theirs
+    def _read_hello(self, hello: bytes) -> None:
+        self._peer_hello = HELLO.decode(_bounded(hello))
+        mine, theirs = self._own_hello, self._peer_hello
         self._proof.their_nonce = theirs.nonce
         check_release(theirs.release, theirs.name, mine.release, mine.name)
 
@@ -66,11 +66,11 @@ class GatewayHandshake(_Handshake):
 
     def start(self) -> bytes:
         """The first message to send."""
-        return HELLO.encode(self._mine)
+        return HELLO.encode(self._own_hello)
 
-    def answer(self, challenge: bytes) -> bytes:
+    def prove(self, challenge: bytes) -> bytes:
         """Verify the worker's hello and return the proof."""
-        self._greet(challenge)
+        self._read_hello(challenge)
         return PROOF.encode(GatewayProof(proof=self._proof.make_proof()))
 
     def finish(self, hello: bytes) -> EngineHello:
@@ -87,12 +87,12 @@ class WorkerHandshake(_Handshake):
     @property
     def gateway(self) -> str:
         """The name in the gateway's hello."""
-        return self._theirs.name
+        return self._peer_hello.name
 
     def challenge(self, hello: bytes) -> bytes:
         """The reply to a gateway's hello."""
-        self._greet(hello)
-        return HELLO.encode(self._mine)
+        self._read_hello(hello)
+        return HELLO.encode(self._own_hello)
 
     def finish(self, proof: bytes, facts: EngineHello) -> bytes:
         """Check that the gateway knows the token, and return the worker's hello."""

@@ -8,7 +8,7 @@ One gRPC stream ``METHOD`` of bytes in both directions, each a message of ``clus
     Request, Prefetch, Pause, Abort, Ping,
     SoloStep, KvResync, KeepCopy         ->
                                          <-      Queued, StepOutput, Ping, SoloStep, KvEvents,
-                                                 Prefetched, Paused, Relieve
+                                                 Prefetched, Paused, KvPressure
 
 Both ends are of one release.
 """
@@ -94,7 +94,7 @@ class Pause(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     request_id: str
     num_tokens: Count = 0
     """Number of tokens, including the prompt."""
-    is_over: bool = False
+    is_cancelled: bool = False
     """Whether to resume the request instead; there is no reply."""
 
 
@@ -104,7 +104,7 @@ class Paused(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     request_id: str
 
 
-class Relieve(Message, frozen=True, kw_only=True, array_like=True, tag=True):
+class KvPressure(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """The worker is short of KV blocks and will soon preempt this request.
 
     The gateway can move the request to a worker with free blocks first.
@@ -167,7 +167,7 @@ class KeepCopy(Message, frozen=True, kw_only=True, array_like=True, tag=True):
 
 ToEngine: TypeAlias = Request | Prefetch | Pause | Abort | Ping | SoloStep | KvResync | KeepCopy
 FromEngine: TypeAlias = (
-    Queued | Prefetched | Paused | Relieve | StepOutput | Ping | SoloStep | KvEvents
+    Queued | Prefetched | Paused | KvPressure | StepOutput | Ping | SoloStep | KvEvents
 )
 ENGINE_HELLO: Codec[EngineHello] = Codec(EngineHello, "an engine's hello", HandshakeError)
 TO_ENGINE: Codec[ToEngine] = Codec(ToEngine, "a message to an engine")

@@ -42,7 +42,7 @@ _BRANCHES = 16
 _FIRST_CANDIDATES = 256
 """Number of best tokens to try for top_p before all are sorted."""
 _LOG2_E = math.log2(math.e)
-_LEAST_SCALE = float(np.finfo(np.float32).tiny)
+_MIN_SCALE = float(np.finfo(np.float32).tiny)
 """Smallest scale, for the highest temperatures; a masked logit times 0 would be NaN."""
 _WEIGHT_BITS = 40
 _COEFFICIENTS = (
@@ -96,7 +96,7 @@ def _limits(row: SamplingRow) -> tuple[float, float, float, int]:
     if row.is_greedy:
         return 1.0, 0.0, 0.0, 0
     floor = math.log2(params.min_p) if params.min_p else -math.inf
-    return params.top_p, max(_LOG2_E / params.temperature, _LEAST_SCALE), floor, params.top_k
+    return params.top_p, max(_LOG2_E / params.temperature, _MIN_SCALE), floor, params.top_k
 
 
 def _best_allowed(logits: Tensor) -> Tensor:
@@ -108,17 +108,17 @@ def _best_allowed(logits: Tensor) -> Tensor:
 
 def _draw(below: Tensor, how: NDArray[Any]) -> Tensor:
     """Sample tokens [rows] from float32 logits [rows, V] minus the best one."""
-    numbers = _numbers(how, below)
+    numbers = _draw_params(how, below)
     t = below.mul_(numbers.scale)
     floor = _floors(t, how, numbers)
     weights = token_weights(t)
     if floor is not None:
         weights.masked_fill_(t < floor, 0)
-    return _descend(weights.cumsum_(-1), numbers.uniform)
+    return _walk_tree(weights.cumsum_(-1), numbers.uniform)
 
 
 @dataclass(frozen=True, slots=True)
-class _Numbers:
+class _DrawParams:
     """Sampling parameters for float32 values t, on the device."""
 
     top_p: Tensor
@@ -133,7 +133,7 @@ class _Numbers:
     """[rows, levels] float64: ``uniforms`` for each level of the walk."""
 
 
-def _numbers(how: NDArray[Any], like: Tensor) -> _Numbers:
+def _draw_params(how: NDArray[Any], like: Tensor) -> _DrawParams:
     """Copy the parameters of ``DRAW_ROW`` [rows] to the device of logits [rows, V] at once."""
     vocab_size, num_levels = like.shape[1], 1
     while _BRANCHES**num_levels < vocab_size:
@@ -143,7 +143,7 @@ def _numbers(how: NDArray[Any], like: Tensor) -> _Numbers:
     columns = np.stack([how["top_p"], how["scale"], how["floor"], top_k], axis=1)
     moved = to_device(np.concatenate([columns, uniforms(values, num_levels)], 1), like.device)
     top_p, scale, floor, limit = (moved[:, i : i + 1] for i in range(4))
-    return _Numbers(top_p, scale.float(), floor.float(), limit.long(), moved[:, 4:])
+    return _DrawParams(top_p, scale.float(), floor.float(), limit.long(), moved[:, 4:])
 
 
 def token_weights(t: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def token_weights(t: Tensor) -> Tensor:
     return power.round_().long()
 
 
-def _floors(t: Tensor, how: NDArray[Any], numbers: _Numbers) -> Tensor | None:
+def _floors(t: Tensor, how: NDArray[Any], numbers: _DrawParams) -> Tensor | None:
     """[rows, 1]: tokens with a lower t are dropped; None if no row drops any."""
     has_top_p = bool((how["top_p"] < 1).any())
     if has_top_p or (how["top_k"] > 0).any():
@@ -167,7 +167,9 @@ def _floors(t: Tensor, how: NDArray[Any], numbers: _Numbers) -> Tensor | None:
     return None if np.isneginf(how["floor"]).all() else numbers.floor
 
 
-def _truncations(t: Tensor, top_k: NDArray[np.int64], numbers: _Numbers, has_top_p: bool) -> Tensor:
+def _truncations(
+    t: Tensor, top_k: NDArray[np.int64], numbers: _DrawParams, has_top_p: bool
+) -> Tensor:
     """[rows, 1]: the lowest t kept by top_k, then by top_p."""
     vocab_size = t.shape[1]
     limits = top_k[top_k < vocab_size]
@@ -189,7 +191,7 @@ def _truncations(t: Tensor, top_k: NDArray[np.int64], numbers: _Numbers, has_top
     return torch.maximum(by_k, torch.where(is_off, -math.inf, by_p))
 
 
-def _descend(cumulative: Tensor, numbers: Tensor) -> Tensor:
+def _walk_tree(cumulative: Tensor, numbers: Tensor) -> Tensor:
     """Tokens [rows] for cumulative weights [rows, V] int64, with ``_Numbers.uniform``.
 
     Each level splits the remaining interval of tokens into 16 and selects one by its weight.

@@ -85,15 +85,15 @@ class GrammarState:
     def prepare(self, pool: Executor) -> None:
         """Start to compute the next mask on another thread, if not started."""
         if self._prepared is None:
-            self._prepared = pool.submit(self._find_mask)
+            self._prepared = pool.submit(self._compute_mask)
 
     def mask(self) -> TokenMask:
         """The tokens that may come next. Does not change the state."""
-        return self._find_mask() if self._prepared is None else self._prepared.result()
+        return self._compute_mask() if self._prepared is None else self._prepared.result()
 
-    def _find_mask(self) -> TokenMask:
+    def _compute_mask(self) -> TokenMask:
         mask = self._compiled.masks.read(self._matcher)
-        if self._matcher.is_error() and self._renew():
+        if self._matcher.is_error() and self._retry_with_own_lexer():
             mask = self._compiled.masks.read(self._matcher)
         return mask
 
@@ -104,7 +104,7 @@ class GrammarState:
             self._prepared = None
         self._output.append(token)
         if not self._matcher.consume_token(token):
-            self._renew()
+            self._retry_with_own_lexer()
 
     @property
     def is_complete(self) -> bool:
@@ -116,12 +116,12 @@ class GrammarState:
         """The parser's error; None without an error."""
         return shorten(self._matcher.get_error()) if self._matcher.is_error() else None
 
-    def _renew(self) -> bool:
+    def _retry_with_own_lexer(self) -> bool:
         """Retry once with a separate lexer; returns whether that helped."""
         if self._has_own_lexer:
             return False
         self._has_own_lexer = True
-        fresh = self._compiled.renew()
+        fresh = self._compiled.compile_again()
         if fresh is None:
             return False
         self._matcher = fresh
@@ -138,20 +138,20 @@ class CompiledGrammar:
     masks: MaskReader
     make_matcher: Callable[[], llguidance.LLMatcher]
     """Compiles the grammar again."""
-    is_spoiled: bool = False
+    has_failed: bool = False
     """Whether the shared lexer has failed."""
 
     def start(self, output: Sequence[int] = ()) -> GrammarState:
         """State after the tokens ``output``. Raises ``RequestError`` if they do not match."""
         state = GrammarState(self, self.matcher.deep_copy(), output)
-        if not self.replay(state._matcher, output) and not state._renew():
+        if not self.replay(state._matcher, output) and not state._retry_with_own_lexer():
             message = "output_so_far does not follow the request's grammar"
             raise RequestError(message, "output_so_far")
         return state
 
-    def renew(self) -> llguidance.LLMatcher | None:
+    def compile_again(self) -> llguidance.LLMatcher | None:
         """The state before any token, with a separate lexer; None if the grammar is too long."""
-        self.is_spoiled = True
+        self.has_failed = True
         return self.make_matcher() if len(self.grammar.text) <= _MAX_RENEWED_CHARS else None
 
     def replay(self, matcher: llguidance.LLMatcher, output: Sequence[int]) -> bool:

@@ -95,7 +95,7 @@ class GrammarCompiler:
         """
         with self._lock:
             known = self._cache.get((owner, grammar))
-            if known is None or known.is_spoiled:
+            if known is None or known.has_failed:
                 return None
             self._cache.move_to_end((owner, grammar))
             return known
@@ -130,7 +130,7 @@ class GrammarCompiler:
         try:
             return self._compile_text(grammar, grammar.text)
         except RequestError:
-            weaker = self._weakened(grammar)
+            weaker = self._with_fallbacks(grammar)
             if weaker == grammar.text:
                 raise
         return self._compile_text(grammar, weaker)
@@ -149,7 +149,7 @@ class GrammarCompiler:
         self._try_first_mask(grammar, matcher)
         return CompiledGrammar(grammar, matcher, self._masks, make)
 
-    def _weakened(self, grammar: Grammar) -> str:
+    def _with_fallbacks(self, grammar: Grammar) -> str:
         """The text with fallbacks for the parts that do not compile; for all parts, if each of them
         compiles alone.
 
@@ -158,13 +158,15 @@ class GrammarCompiler:
         """
         lines = grammar.text.split("\n")
         places = {line.partition(":")[0]: place for place, line in enumerate(lines)}
-        failing = [part for part in grammar.parts if not self._fits(part, lines[places[part.rule]])]
+        failing = [
+            part for part in grammar.parts if not self._compiles(part, lines[places[part.rule]])
+        ]
         for part in failing or grammar.parts:
             if part.fallback is not None:
                 lines[places[part.rule]] = f"{part.rule}: {part.fallback}"
         return "\n".join(lines)
 
-    def _fits(self, part: GrammarPart, line: str) -> bool:
+    def _compiles(self, part: GrammarPart, line: str) -> bool:
         """Whether a part compiles. Raises ``RequestError`` if it does not and has no fallback."""
         alone = Grammar(kind=GrammarKind.LARK, text="", field=part.label)
         try:

@@ -30,14 +30,14 @@ Score = Callable[
 """``logprob_entries`` or a function with the same signature."""
 
 
-class DrawFailure(Enum):
+class SamplingFailure(Enum):
     """Reason for which no token could be sampled."""
 
     NOT_FINITE = "not_finite"
     NONE_ALLOWED = "none_allowed"
 
 
-_FAILURES = {NOT_FINITE: DrawFailure.NOT_FINITE, NONE_ALLOWED: DrawFailure.NONE_ALLOWED}
+_FAILURES = {NOT_FINITE: SamplingFailure.NOT_FINITE, NONE_ALLOWED: SamplingFailure.NONE_ALLOWED}
 
 
 class SampledToken(Struct, frozen=True):
@@ -47,11 +47,11 @@ class SampledToken(Struct, frozen=True):
     """The token; -1 after a failure."""
     logprob: TokenLogprob | None = None
     """Log-probabilities if requested."""
-    failure: DrawFailure | None = None
+    failure: SamplingFailure | None = None
     """NaN or infinity in the logits, or every token is masked; None for a token."""
 
 
-def draw_tokens(logits: Tensor, rows: Sequence[SamplingRow], team: Team | None = None) -> Tensor:
+def sample_tokens(logits: Tensor, rows: Sequence[SamplingRow], team: Team | None = None) -> Tensor:
     """One token per row of logits [rows, V] (model dtype): [rows] int64, failures as in ``draw``.
 
     ``team``: uses a native kernel. Only rows with processors are copied.
@@ -59,21 +59,21 @@ def draw_tokens(logits: Tensor, rows: Sequence[SamplingRow], team: Team | None =
     changed = [i for i, row in enumerate(rows) if not row.is_plain]
     if not changed:
         return draw(logits, rows, team=team)
-    part, part_rows = _some(logits, changed), [rows[i] for i in changed]
+    part, part_rows = _select_rows(logits, changed), [rows[i] for i in changed]
     drawn = draw(apply_processors(part, part_rows), part_rows, is_masked=True, team=team)
     drawn = torch.where(finite_rows(part), drawn, NOT_FINITE)
     plain = [i for i, row in enumerate(rows) if row.is_plain]
     if not plain:
         return drawn
-    others = draw(_some(logits, plain), [rows[i] for i in plain], team=team)
+    others = draw(_select_rows(logits, plain), [rows[i] for i in plain], team=team)
     order = np.argsort([*changed, *plain])
     return torch.cat([drawn, others])[to_device(order, logits.device)]
 
 
-def report_drawn(
+def sampled_tokens(
     logits: Tensor, rows: Sequence[SamplingRow], tokens: Sequence[int], score: Score
 ) -> list[SampledToken]:
-    """Results of ``draw_tokens``, with log-probabilities if requested."""
+    """Results of ``sample_tokens``, with log-probabilities if requested."""
     entries = _entries(logits, rows, tokens, score)
     return [
         SampledToken(token, entries.get(i))
@@ -83,7 +83,7 @@ def report_drawn(
     ]
 
 
-def _some(logits: Tensor, rows: Sequence[int]) -> Tensor:
+def _select_rows(logits: Tensor, rows: Sequence[int]) -> Tensor:
     """Select rows of logits [rows, V], without a copy if all are selected."""
     return logits if len(rows) == len(logits) else logits[to_device(rows, logits.device)]
 
@@ -106,7 +106,7 @@ def _entries(
         return {}
     params = [rows[i].params for i in asked]
     entries = score(
-        _some(logits, asked),
+        _select_rows(logits, asked),
         [tokens[i] for i in asked],
         [p.logprobs or 0 for p in params],
         [p.logprob_token_ids for p in params],
@@ -152,7 +152,7 @@ def logprob_entries(
     return entries
 
 
-def logprob_entries_alone(
+def logprob_entries_by_row(
     logits: Tensor,
     tokens: Sequence[int],
     num_top: Sequence[int],

@@ -9,11 +9,11 @@ from workers.scheduling.block_manager import BlockManager
 from workers.scheduling.fairness import ServedTokens
 from workers.scheduling.kv_waits import KvWaits
 from workers.scheduling.queues import SequenceQueues
-from workers.scheduling.seat_reserve import RESERVED_ONE_IN, SeatReserve
+from workers.scheduling.seat_reserve import RESERVED_DIVISOR, SeatReserve
 from workers.scheduling.step_intent import Restriction
 from workers.scheduling.step_plan import StepBudget
 
-_STEPS_AHEAD = 8
+_MAX_FETCH_STEPS = 8
 """Number of full steps of prompt rows for which KV blocks may be fetched at the same time."""
 
 
@@ -62,12 +62,12 @@ class SequenceAdmission:
         """Return waiting sequences that fit into the next steps, one for each request, within the
         seats and free blocks. Each is returned once, and once more after each preemption.
         """
-        if not self._kv_waits.has_unasked:
+        if not self._kv_waits.has_untried:
             return []
         able: dict[str, SequenceState] = {}
-        for sequence in self.admissible(restriction, _STEPS_AHEAD * self._budget.max_rows):
+        for sequence in self.admissible(restriction, _MAX_FETCH_STEPS * self._budget.max_rows):
             able.setdefault(sequence.request.request_id, sequence)
-        return [able[name] for name in self._kv_waits.take_unasked(able, at_most)]
+        return [able[name] for name in self._kv_waits.take_untried(able, at_most)]
 
     def admissible(self, restriction: Restriction, max_rows: int) -> Iterator[SequenceState]:
         """Yield waiting sequences in order, within the seats, the free blocks and ``max_rows``.
@@ -81,7 +81,7 @@ class SequenceAdmission:
         blocks, running = self._blocks, self._queues.running
         free = blocks.num_free - blocks.reserve(running)
         seats = self._budget.max_num_seqs - len(running)
-        left_free = self._seats.seats_left_free(running if restriction.alone is None else ())
+        left_free = self._seats.seats_left_free(running if restriction.solo_request is None else ())
         held_back: set[str] = set()  # tenants
         for sequence in self._served.in_turn(self._queues.waiting):
             if seats <= 0 or max_rows <= 0:
@@ -89,14 +89,16 @@ class SequenceAdmission:
             num_left, tenant = left_free.of(sequence), sequence.request.tenant
             if seats > num_left and self._waits_for_kv(sequence):
                 seats -= 1
-                free -= self._num_missing_beside_coming(sequence) + blocks.reserve((sequence,))
+                free -= self._num_blocks_to_keep(sequence) + blocks.reserve((sequence,))
                 continue
             if not self._may_run(sequence, restriction) or seats <= num_left or tenant in held_back:
                 continue
-            known = blocks.known(sequence)
+            known = blocks.cached_blocks(sequence)
             if self._waits_for_first_choice(sequence) and not blocks.has_shared(sequence, known):
                 continue
-            spare = min(num_left * blocks.num_of(sequence), blocks.num_blocks // RESERVED_ONE_IN)
+            spare = min(
+                num_left * blocks.num_blocks_of(sequence), blocks.num_blocks // RESERVED_DIVISOR
+            )
             taken = blocks.num_to_take(sequence, known)
             if num_left and free - taken < spare:
                 held_back.add(tenant)
@@ -110,7 +112,7 @@ class SequenceAdmission:
             max_rows -= blocks.num_to_compute(sequence, known)
             yield sequence
 
-    def ready(self, restriction: Restriction, max_rows: int) -> list[SequenceState]:
+    def ready_to_decode(self, restriction: Restriction, max_rows: int) -> list[SequenceState]:
         """Waiting sequences that would decode right after their admission."""
         if not any(s.output for s in self._queues.waiting):
             return []
@@ -120,7 +122,7 @@ class SequenceAdmission:
         """Whether only its newest output token is uncached, as usual after a move."""
         return bool(waiting.output) and self._blocks.num_to_compute(waiting) == 1
 
-    def first(self, restriction: Restriction) -> SequenceState | None:
+    def next_waiting(self, restriction: Restriction) -> SequenceState | None:
         """The waiting sequence that is next in turn, whether it fits or not."""
         waiting = self._served.in_turn(self._queues.waiting)
         able = (s for s in waiting if self._may_run(s, restriction))
@@ -138,7 +140,7 @@ class SequenceAdmission:
         self._queues.run(sequence)
         return num_allocated
 
-    def has_room_beside(self, parent: SequenceState, child: SequenceState) -> bool:
+    def can_fork(self, parent: SequenceState, child: SequenceState) -> bool:
         """Whether the forked sequence ``child`` can run in the next step."""
         running = self._queues.running
         has_seat = len(running) < self._budget.max_num_seqs
@@ -154,10 +156,10 @@ class SequenceAdmission:
         is_held = sequence.request.request_id in self._kv_waits
         return is_held and not self._waits_for_first_choice(sequence)
 
-    def _num_missing_beside_coming(self, sequence: SequenceState) -> int:
+    def _num_blocks_to_keep(self, sequence: SequenceState) -> int:
         """Number of free blocks to keep for a sequence besides those being fetched."""
-        coming = self._kv_waits.num_coming(sequence.request.request_id)
-        return max(self._blocks.num_of(sequence) - coming, 0)
+        coming = self._kv_waits.num_fetching(sequence.request.request_id)
+        return max(self._blocks.num_blocks_of(sequence) - coming, 0)
 
     def _waits_for_first_choice(self, sequence: SequenceState) -> bool:
         """Whether its request's first choice has yet to compute the prompt's full blocks."""

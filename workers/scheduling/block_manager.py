@@ -48,17 +48,17 @@ class BlockManager:
 
     # Queries
 
-    def num_of(self, sequence: SequenceState) -> int:
+    def num_blocks_of(self, sequence: SequenceState) -> int:
         """Number of blocks that hold all its tokens."""
-        return self._blocks(sequence.num_tokens)
+        return self._num_blocks_for(sequence.num_tokens)
 
-    def known(self, waiting: SequenceState) -> list[int]:
+    def cached_blocks(self, waiting: SequenceState) -> list[int]:
         """Cached blocks of its prefix, which need not be computed."""
         return self._prefixes.find(waiting)
 
     def num_to_compute(self, waiting: SequenceState, known: Sequence[int] | None = None) -> int:
         """Number of rows to compute if admitted now; ``known``: its cached blocks, if available."""
-        found = self.known(waiting) if known is None else known
+        found = self.cached_blocks(waiting) if known is None else known
         return waiting.num_tokens - len(found) * self._block_size
 
     def num_to_take(self, waiting: SequenceState, known: Iterable[int]) -> int:
@@ -66,12 +66,14 @@ class BlockManager:
         holder.
         """
         held = sum(not self._pool.is_free(block) for block in known)
-        return self._blocks(waiting.num_tokens) - held
+        return self._num_blocks_for(waiting.num_tokens) - held
 
-    def fits_beside(self, waiting: SequenceState, stay: Sequence[SequenceState]) -> bool:
+    def fits_with(self, waiting: SequenceState, stay: Sequence[SequenceState]) -> bool:
         """Whether the sequence fits if only the sequences ``stay`` hold blocks."""
         held = {block for s in stay for block in s.blocks}
-        missing = self._blocks(waiting.num_tokens) - len(held.intersection(self.known(waiting)))
+        missing = self._num_blocks_for(waiting.num_tokens) - len(
+            held.intersection(self.cached_blocks(waiting))
+        )
         return missing <= self._pool.num_blocks - len(held) - self.reserve(stay)
 
     def num_shared_tokens(self, sequence: SequenceState) -> int:
@@ -90,7 +92,7 @@ class BlockManager:
         """Whether an admissible sequence still fits. A cached block or recurrent state of its
         prefix may have been evicted since, so that it needs more blocks.
         """
-        missing = self.num_to_take(admissible, self.known(admissible))
+        missing = self.num_to_take(admissible, self.cached_blocks(admissible))
         has_enough = self._pool.can_allocate(missing + len(running))  # each needs one at most
         return has_enough or self._pool.can_allocate(missing + self.reserve(running))
 
@@ -105,19 +107,19 @@ class BlockManager:
 
     def _may_grow(self, sequence: SequenceState) -> bool:
         is_running = sequence.status is SequenceStatus.RUNNING
-        held = len(sequence.blocks) if is_running else self._blocks(sequence.num_tokens)
+        held = len(sequence.blocks) if is_running else self._num_blocks_for(sequence.num_tokens)
         read = sequence.prompt_length + sequence.params.max_tokens - 1  # the last token is not read
-        return self._blocks(min(read, self._max_model_len)) > held
+        return self._num_blocks_for(min(read, self._max_model_len)) > held
 
     def _num_missing(self, decoding: SequenceState) -> int:
-        return self._blocks(decoding.num_tokens) - len(decoding.blocks)
+        return self._num_blocks_for(decoding.num_tokens) - len(decoding.blocks)
 
     # Changes
 
     def admit(self, sequence: SequenceState) -> int:
         """Assign a seat and blocks for all its tokens; returns the number of blocks allocated."""
         sequence.seat = self._tables.take_seat()
-        self._extend(sequence, self.known(sequence))
+        self._extend(sequence, self.cached_blocks(sequence))
         self._pool.share(sequence.blocks)
         self._prefixes.begin(sequence)
         if self._states is not None:
@@ -133,7 +135,7 @@ class BlockManager:
         num_full = parent.num_computed // self._block_size
         self._extend(child, parent.blocks[:num_full])
         self._pool.share(child.blocks)
-        copied = self._pool.allocate(self._blocks(parent.num_computed) - num_full)
+        copied = self._pool.allocate(self._num_blocks_for(parent.num_computed) - num_full)
         self._extend(child, copied)
         self._prefixes.begin(child)
         if self._states is not None:
@@ -142,7 +144,7 @@ class BlockManager:
 
     def grow(self, sequence: SequenceState, num_drafts: int = 0) -> int:
         """Allocate missing blocks for its tokens and drafts; returns their number."""
-        missing = self._blocks(sequence.num_tokens + num_drafts) - len(sequence.blocks)
+        missing = self._num_blocks_for(sequence.num_tokens + num_drafts) - len(sequence.blocks)
         if missing <= 0:  # most decodes continue in their last block
             return 0
         self._extend(sequence, self._pool.allocate(missing))
@@ -176,7 +178,7 @@ class BlockManager:
         """Free blocks of rejected drafts, and add the full blocks to the prefix cache."""
         sequence = planned.sequence
         if planned.drafts:
-            needed = self._blocks(sequence.num_computed)
+            needed = self._num_blocks_for(sequence.num_computed)
             self._pool.release(sequence.blocks[needed:])
             del sequence.blocks[needed:]
         self._prefixes.store(sequence, planned.first)
@@ -213,7 +215,7 @@ class BlockManager:
             states += [rows.states.write for rows in planned if rows.states is not None]
             self._states.slots.check_integrity(states)
 
-    def _blocks(self, num_tokens: int) -> int:
+    def _num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
     def _extend(self, sequence: SequenceState, blocks: list[int]) -> None:

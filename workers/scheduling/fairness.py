@@ -24,7 +24,7 @@ class ServedTokens:
         self._active: Counter[str] = Counter()
         """Number of sequences by tenant."""
 
-    def enter(self, sequence: SequenceState) -> None:
+    def add(self, sequence: SequenceState) -> None:
         """Count a new sequence of a tenant, waiting or running."""
         tenant = sequence.request.tenant
         if tenant not in self._active:
@@ -35,7 +35,7 @@ class ServedTokens:
             self._served[tenant] = max(self._served.get(tenant, 0.0), least or 0.0)
         self._active[tenant] += 1
 
-    def leave(self, sequence: SequenceState) -> None:
+    def remove(self, sequence: SequenceState) -> None:
         """Remove an ended sequence of a tenant."""
         tenant = sequence.request.tenant
         self._active[tenant] -= 1

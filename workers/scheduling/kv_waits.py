@@ -16,35 +16,35 @@ from itertools import islice
 class KvWaits:
     """Transfer state by request id. A request is returned once each time that it is queued."""
 
-    _unasked: set[str] = field(default_factory=set)
+    _untried: set[str] = field(default_factory=set)
     _waiting: dict[str, int] = field(default_factory=dict)
 
     @property
-    def has_unasked(self) -> bool:
-        """Whether there are requests that ``take_unasked`` has not returned."""
-        return bool(self._unasked)
+    def has_untried(self) -> bool:
+        """Whether there are requests that ``take_untried`` has not returned."""
+        return bool(self._untried)
 
-    def is_unasked(self, request_id: str) -> bool:
-        """Whether ``take_unasked`` has not returned a request since it was queued."""
-        return request_id in self._unasked
+    def is_untried(self, request_id: str) -> bool:
+        """Whether ``take_untried`` has not returned a request since it was queued."""
+        return request_id in self._untried
 
     def __contains__(self, request_id: str) -> bool:
         """Whether a request waits for a transfer and cannot be admitted."""
         return request_id in self._waiting
 
-    def num_coming(self, request_id: str) -> int:
+    def num_fetching(self, request_id: str) -> int:
         """Number of blocks of the pool that are held for the transfer of a request."""
         return self._waiting.get(request_id, 0)
 
     def queue(self, request_id: str) -> None:
         """Record that a request was queued or preempted."""
-        self._unasked.add(request_id)
+        self._untried.add(request_id)
 
-    def take_unasked(self, admissible: Iterable[str], at_most: int) -> list[str]:
+    def take_untried(self, admissible: Iterable[str], at_most: int) -> list[str]:
         """Return up to ``at_most`` requests not returned before, in order."""
-        new = (name for name in dict.fromkeys(admissible) if name in self._unasked)
+        new = (name for name in dict.fromkeys(admissible) if name in self._untried)
         found = [*islice(new, at_most)]
-        self._unasked.difference_update(found)
+        self._untried.difference_update(found)
         return found
 
     def begin(self, request_id: str, num_coming: int) -> None:
@@ -57,5 +57,5 @@ class KvWaits:
 
     def forget(self, request_id: str) -> None:
         """Forget a request that runs or has ended."""
-        self._unasked.discard(request_id)
+        self._untried.discard(request_id)
         self._waiting.pop(request_id, None)

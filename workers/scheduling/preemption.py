@@ -50,61 +50,63 @@ class Preemption:
         self.preempted: list[SequenceState] = []
         """Sequences preempted since the last ``take_preempted``."""
 
-    def under_pressure(self) -> SequenceState | None:
+    def candidate(self) -> SequenceState | None:
         """The next sequence to preempt among those that can move to another worker, if a preemption
         is likely soon; else None. A beam search cannot move, as it would restart there.
         """
         running = self._queues.running
         is_short = self._blocks.num_free < _BLOCKS_AHEAD * len(running) and len(running) > 1
         able = [s for s in running if s.params.beams is None]
-        return _last_of_most(able) if is_short and able else None
+        return _last_of_largest_tenant(able) if is_short and able else None
 
     def take_preempted(self) -> list[SequenceState]:
         """Return the sequences preempted since the last call."""
         taken, self.preempted = self.preempted, []
         return taken
 
-    def make_room_for_unasked(self, restriction: Restriction) -> None:
+    def preempt_for_untried(self, restriction: Restriction) -> None:
         """Preempt sequences for the first waiting one if it is new and does not run alone."""
-        if not self._kv_waits.has_unasked or restriction.alone is not None:
+        if not self._kv_waits.has_untried or restriction.solo_request is not None:
             return
-        first = self.first_in_need(restriction)
-        if first is not None and self._kv_waits.is_unasked(first.request.request_id):
-            self.make_room_for_first(restriction)
+        first = self.next_in_need(restriction)
+        if first is not None and self._kv_waits.is_untried(first.request.request_id):
+            self.preempt_for_next(restriction)
 
-    def make_room_for_first(self, restriction: Restriction) -> None:
+    def preempt_for_next(self, restriction: Restriction) -> None:
         """Preempt sequences until the first waiting one needs no further preemption."""
-        while (first := self.first_in_need(restriction)) is not None:
-            if restriction.alone is not None:
+        while (first := self.next_in_need(restriction)) is not None:
+            if restriction.solo_request is not None:
                 self.preempt_last(restriction)
                 continue
-            lower = [s for s in self._queues.running if _yields(s, first.request)]
+            lower = [s for s in self._queues.running if _is_preempted_by(s, first.request)]
             self.preempt(lower[-1])
 
-    def first_in_need(self, restriction: Restriction) -> SequenceState | None:
+    def next_in_need(self, restriction: Restriction) -> SequenceState | None:
         """The first waiting sequence, if it fits only after a preemption of lower priorities, or of
         all others if it runs alone.
         """
-        first = self._admission.first(restriction)
+        first = self._admission.next_waiting(restriction)
         if first is None:
             return None
         running = self._queues.running
-        if restriction.alone is None:
-            stay = [s for s in running if not _yields(s, first.request)]
+        if restriction.solo_request is None:
+            stay = [s for s in running if not _is_preempted_by(s, first.request)]
         else:
             stay = [s for s in running if not s.is_idle and restriction.allows(s)]
         if len(stay) == len(running):
             return None
         if first in self._admission.admissible(restriction, self._budget.max_rows):
             return None
-        return first if self._blocks.fits_beside(first, stay) else None
+        return first if self._blocks.fits_with(first, stay) else None
 
     def preempt_last(self, restriction: Restriction) -> None:
         """Preempt an idle sequence, else one that may not run in a solo step, else any."""
         running = self._queues.running
         idle = [s for s in running if s.is_idle]
-        others = [s for s in running if restriction.alone is None or not restriction.allows(s)]
-        self.preempt(_last_of_most(idle or others or running))
+        others = [
+            s for s in running if restriction.solo_request is None or not restriction.allows(s)
+        ]
+        self.preempt(_last_of_largest_tenant(idle or others or running))
 
     def preempt(self, victim: SequenceState) -> None:
         """Move a running sequence to the waiting ones and free its blocks."""
@@ -116,7 +118,7 @@ class Preemption:
         self.preempted.append(victim)
 
 
-def _yields(running: SequenceState, waiting: Request) -> bool:
+def _is_preempted_by(running: SequenceState, waiting: Request) -> bool:
     """Whether a waiting request preempts a running sequence, which must be idle, or of the same
     tenant with a lower priority.
     """
@@ -125,7 +127,7 @@ def _yields(running: SequenceState, waiting: Request) -> bool:
     return running.is_idle or has_lower
 
 
-def _last_of_most(running: Sequence[SequenceState]) -> SequenceState:
+def _last_of_largest_tenant(running: Sequence[SequenceState]) -> SequenceState:
     """The last sequence of the tenants with the most sequences."""
     counts = Counter(s.request.tenant for s in running)
     most = max(counts.values())

@@ -104,7 +104,7 @@ class Scheduler:
     def add(self, sequence: SequenceState) -> None:
         """Queue a sequence after the others of its priority."""
         self.kv_waits.queue(sequence.request.request_id)
-        self._served.enter(sequence)
+        self._served.add(sequence)
         self._seats.note(sequence)
         self.queues.wait(sequence)
 
@@ -114,10 +114,10 @@ class Scheduler:
 
         If the child fits, it runs in the next step. Else it waits and uses the cached blocks later.
         """
-        if not self.admission.has_room_beside(parent, child):
+        if not self.admission.can_fork(parent, child):
             self.add(child)
             return None
-        self._served.enter(child)
+        self._served.add(child)
         self._seats.note(child)
         copied = self._blocks.fork(parent, child)
         self.queues.run(child)
@@ -130,7 +130,7 @@ class Scheduler:
         if sequence.status is SequenceStatus.FINISHED:
             return
         self.queues.remove(sequence)
-        self._served.leave(sequence)
+        self._served.remove(sequence)
         self._seats.note(sequence)
         self._blocks.release(sequence, has_ended=has_ended)
         sequence.status = SequenceStatus.FINISHED
@@ -142,7 +142,7 @@ class Scheduler:
         If the first waiting sequence fits only after a preemption, the preemption happens here:
         its KV blocks can then be brought into the freed blocks before it is admitted.
         """
-        self.preemption.make_room_for_unasked(restriction)
+        self.preemption.preempt_for_untried(restriction)
         return self.admission.take_admissible(restriction, at_most)
 
     def ending(self, sequence: SequenceState) -> Ending | None:
@@ -157,15 +157,15 @@ class Scheduler:
         blocks, admission, max_rows = self._blocks, self.admission, self._budget.max_rows
         decodes, missing = len(decoding), sum(s.num_missing for s in prefilling)
         limit = max_rows - decodes
-        ready = admission.ready(restriction, limit)
+        ready = admission.ready_to_decode(restriction, limit)
         found = admission.admissible(restriction, limit - missing)
         admissible = [s for s in found if s not in ready]
         missing += sum(map(blocks.num_to_compute, admissible))
-        first = self.preemption.first_in_need(restriction)
+        first = self.preemption.next_in_need(restriction)
         if first is not None:
             missing += blocks.num_to_compute(first)
         left_out: Set[str] = frozenset()
-        if restriction.alone is None:
+        if restriction.solo_request is None:
             others = [*prefilling, *admissible]
             left_out = self._short_steps.choose(self.queues.running, decoding, others, missing)
         decodes += sum(s.request.tenant not in left_out for s in ready)
@@ -177,7 +177,7 @@ class Scheduler:
         wanted = RowsWanted(
             decode_rows=decodes + drafts,
             prefill_rows=prefill_rows,
-            is_alone=restriction.alone is not None,
+            is_alone=restriction.solo_request is not None,
             draft_rows=drafts,
         )
         return StepIntent(restriction, wanted, left_out, (decoding, prefilling, ready, admissible))
@@ -188,7 +188,7 @@ class Scheduler:
         ready = self._admit_ready(intent, grant.decode_rows)
         admissible: list[SequenceState] = []
         if grant.prefill_rows > 0:
-            self.preemption.make_room_for_first(restriction)
+            self.preemption.preempt_for_next(restriction)
             # BlockManager.reserve keeps blocks free for the decodes.
             able = self.admission.admissible(restriction, grant.prefill_rows)
             admissible = [s for s in able if not self._is_left_out(s, intent)]
@@ -268,7 +268,7 @@ class Scheduler:
 
     def _admit_ready(self, intent: StepIntent, decode_rows: int) -> list[SequenceState]:
         """Admit sequences that would decode, up to the granted rows that the running ones leave."""
-        found = self.admission.ready(intent.restriction, self._budget.max_rows)
+        found = self.admission.ready_to_decode(intent.restriction, self._budget.max_rows)
         ready = [s for s in found if not intent.leaves_out(s)]
         if ready:
             decoding, _ = self._runnable(intent.restriction)
@@ -288,7 +288,7 @@ class Scheduler:
 
         Returns the first ``decode_rows`` decoding sequences, and the sequences that do not decode.
         """
-        is_short = bool(intent.without_decodes)
+        is_short = bool(intent.left_out_tenants)
         while True:
             decoding, prefilling = self._runnable(intent.restriction)
             if is_short:
@@ -320,7 +320,7 @@ class Scheduler:
         self, planned: PlannedRows, tokens: Sequence[int], has_failed: bool
     ) -> Ending | None:
         """Returns how the sequence ended, or None."""
-        sequence, draws_token = planned.sequence, planned.draws_token
+        sequence, draws_token = planned.sequence, planned.samples_token
         if sequence.num_cached_tokens is None:
             self.prefixes.count(sequence, planned.first)
         num_accepted = max(len(tokens) - 1, 0)

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 
 from workers.requests.sequence import SequenceState
 
-RESERVED_ONE_IN = 16
-"""One in this number of seats, and at most of blocks, is left free."""
+RESERVED_DIVISOR = 16
+"""Divisor of the seats, and at most of the blocks, that are left free."""
 _REMEMBERED_STEPS = 1000
 """Number of steps for which seats are left free for a tenant without sequences."""
 
@@ -22,7 +22,7 @@ class SeatReserve:
     """Tracks the tenants that have sequences, or had some in recent steps."""
 
     def __init__(self, num_seats: int) -> None:
-        self._num_free = num_seats // RESERVED_ONE_IN
+        self._num_free = num_seats // RESERVED_DIVISOR
         self._step = 0
         self._seen: dict[str, tuple[int, float]] = {}
         """By tenant, the last known step at which it had sequences, and its weight."""

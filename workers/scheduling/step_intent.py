@@ -18,20 +18,24 @@ from workers.scheduling.step_plan import RowsWanted
 class Restriction:
     """Which requests may have rows in a step."""
 
-    held: Set[str] = frozenset()
+    held_requests: Set[str] = frozenset()
     """Ids of requests that may not have rows."""
-    alone: str | None = None
+    solo_request: str | None = None
     """Id of the only request that may have rows, even if it is in ``held``; None: no such limit."""
 
     @property
     def is_open(self) -> bool:
         """Whether all requests may have rows."""
-        return not self.held and self.alone is None
+        return not self.held_requests and self.solo_request is None
 
     def allows(self, sequence: SequenceState) -> bool:
         """Whether a sequence that is not idle may have rows."""
         request_id = sequence.request.request_id
-        return request_id not in self.held if self.alone is None else request_id == self.alone
+        return (
+            request_id not in self.held_requests
+            if self.solo_request is None
+            else request_id == self.solo_request
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ class StepIntent:
     restriction: Restriction = field(default_factory=Restriction)
     wanted: RowsWanted = field(default_factory=RowsWanted)
     """The numbers of rows for the proposal to the leader."""
-    without_decodes: Set[str] = frozenset()
+    left_out_tenants: Set[str] = frozenset()
     """Tenants whose decodes the step leaves out; see ``ShortSteps``."""
     groups: tuple[Sequence[SequenceState], ...] = ()
     """The sequences of the rows: the decoding ones first, then the others."""
@@ -53,8 +57,8 @@ class StepIntent:
 
     def leaves_out(self, sequence: SequenceState) -> bool:
         """Whether the step leaves out the decodes of a sequence."""
-        return sequence.request.tenant in self.without_decodes
+        return sequence.request.tenant in self.left_out_tenants
 
-    def under(self, restriction: Restriction) -> StepIntent:
+    def with_restriction(self, restriction: Restriction) -> StepIntent:
         """This intent with the restriction that applies when the rows are granted."""
         return replace(self, restriction=restriction)

@@ -30,11 +30,11 @@ class PlannedRows(Struct, frozen=True):
     """Draft tokens of the last rows: guesses at the tokens after the newest one."""
 
     @property
-    def draws_token(self) -> bool:
+    def samples_token(self) -> bool:
         """Whether the last row before ``drafts`` is the newest token, so that it gives the next."""
         return self.first + self.count - len(self.drafts) == self.sequence.num_tokens
 
-    def one_by_one(self) -> Iterator[PlannedRows]:
+    def split_by_row(self) -> Iterator[PlannedRows]:
         """Yield each row as a separate entry, because the model treats every row as a decode."""
         for row in range(self.count):
             first = row + len(self.drafts) - self.count
@@ -46,7 +46,7 @@ def single_rows(planned: Sequence[PlannedRows]) -> Sequence[PlannedRows]:
     """Entries for the model; an entry with drafts is split into one per row."""
     if not any(rows.drafts for rows in planned):
         return planned
-    return [one for rows in planned for one in (rows.one_by_one() if rows.drafts else (rows,))]
+    return [one for rows in planned for one in (rows.split_by_row() if rows.drafts else (rows,))]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_MEMORY = 0.95
+_DECAY = 0.95
 """Weight of earlier guesses for each new one: about the last 20 count."""
 
 
@@ -23,11 +23,11 @@ class Acceptance:
     def note(self, num_right: int, num_wrong: int) -> None:
         """Count guesses that were compared with sampled tokens, each after right ones only."""
         count = num_right + num_wrong
-        kept = _MEMORY**count
+        kept = _DECAY**count
         self._right = max(kept * self._right + num_right, 1e-3)
         self._all = max(kept * self._all + count, self._right + 1e-3)
 
-    def num_worth(self, price: float, most: int) -> int:
+    def num_worthwhile(self, price: float, most: int) -> int:
         """Number of guesses worth running, up to ``most``: the n-th yields a token with probability
         ``share ** n``, and costs ``price`` tokens.
 

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterable
 
 _TOKEN_BITS = 32
-_MOST_PLACES = 16
+_MAX_POSITIONS = 16
 """Number of earlier positions to compare, the latest first."""
 
 
@@ -52,7 +52,7 @@ class NgramIndex:
 
     def guess(self, count: int) -> tuple[int, ...]:
         """Guess the next ``count`` tokens if the text repeats itself; else none."""
-        place = self._best_place()
+        place = self._best_position()
         if not place:
             return ()
         last = place + count
@@ -61,11 +61,11 @@ class NgramIndex:
             found += found[: count - len(found)]
         return tuple(found)
 
-    def _best_place(self) -> int:
+    def _best_position(self) -> int:
         """The end of the earlier n-gram to continue from; 0 if there is none."""
         place = self._before[-1] if self._before else 0
         best = longest = 0
-        for _ in range(_MOST_PLACES):
+        for _ in range(_MAX_POSITIONS):
             if not place:
                 break
             agreeing = self._num_agreeing(place)

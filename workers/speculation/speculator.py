@@ -20,11 +20,11 @@ from workers.speculation.step_cost import StepCosts
 
 logger = logging.getLogger(__name__)
 
-_INDEXED_AT_ONCE = 4096
+_MAX_INDEXED_PER_STEP = 4096
 """Number of tokens of a sequence that a step adds to its index; takes about a millisecond."""
 
 
-_COMPARED_ONE_IN = 8
+_PROBE_INTERVAL = 8
 """One in this number of a predictor's guesses is made for a sequence whose guesses do not pay."""
 
 
@@ -48,7 +48,7 @@ class Speculator:
         self._section = section
         self._max_model_len = max_model_len
         self._eos = frozenset(eos_token_ids)
-        self._followed: dict[SequenceState, _SequenceGuesses] = {}
+        self._guesses: dict[SequenceState, _SequenceGuesses] = {}
         self._costs = StepCosts()
         self._num_sequences = 1
         self._price = self._costs.of(1).price(1)
@@ -68,11 +68,11 @@ class Speculator:
         """Likely tokens to run after its newest one; empty if that does not pay. The result stays
         the same until its output grows or ``plan_step`` is called.
         """
-        followed = self._follow(sequence)
+        followed = self._current_guesses(sequence)
         if followed is None or not followed.guess:
             return ()
         guess = followed.guess
-        return guess[: followed.acceptance.num_worth(self._price, len(guess))]
+        return guess[: followed.acceptance.num_worthwhile(self._price, len(guess))]
 
     def draft_all(self, sequences: Sequence[SequenceState], most: int) -> list[tuple[int, ...]]:
         """``draft`` of each, cut to the ``most`` tokens that are most likely to be accepted.
@@ -85,7 +85,7 @@ class Speculator:
         count = len(sequences)
         ranked = sorted(
             (
-                -(self._followed[sequence].acceptance.share ** (n + 1)),
+                -(self._guesses[sequence].acceptance.share ** (n + 1)),
                 (i + self._num_planned) % count,
                 i,
             )
@@ -97,14 +97,14 @@ class Speculator:
 
     def commit(self, sequence: SequenceState, drafts: Sequence[int], tokens: Sequence[int]) -> None:
         """Record that a decode with ``drafts`` gave ``tokens``, after the output has them."""
-        followed = self._followed.get(sequence)
+        followed = self._guesses.get(sequence)
         if followed is None:
             return
         num_before = len(sequence.output) - len(tokens)
         if drafts:
             self._count(followed, len(drafts), len(tokens) - 1)
         elif followed.guess and tokens and followed.guessed_after == num_before:
-            self._num_withheld += not followed.acceptance.num_worth(self._price, 1)
+            self._num_withheld += not followed.acceptance.num_worthwhile(self._price, 1)
             is_right = followed.guess[0] == tokens[0]
             followed.acceptance.note(int(is_right), int(not is_right))
 
@@ -115,8 +115,8 @@ class Speculator:
         followed = self._find(sequence)
         if followed is None:
             return False
-        is_probe = len(sequence.output) % _COMPARED_ONE_IN == 0
-        return is_probe or followed.acceptance.num_worth(self._price, 1) > 0
+        is_probe = len(sequence.output) % _PROBE_INTERVAL == 0
+        return is_probe or followed.acceptance.num_worthwhile(self._price, 1) > 0
 
     def note_prediction(self, sequence: SequenceState, token: int) -> None:
         """Record the token that the predictor expects after the output."""
@@ -134,7 +134,7 @@ class Speculator:
 
     def forget(self, sequence: SequenceState) -> None:
         """Forget an ended sequence."""
-        self._followed.pop(sequence, None)
+        self._guesses.pop(sequence, None)
 
     def stats(self) -> dict[str, float]:
         """Counters and a gauge by metric name, without prefix."""
@@ -158,7 +158,7 @@ class Speculator:
             self._accepted[place] += 1
         followed.acceptance.note(num_accepted, int(num_accepted < num_drafted))
 
-    def _follow(self, sequence: SequenceState) -> _SequenceGuesses | None:
+    def _current_guesses(self, sequence: SequenceState) -> _SequenceGuesses | None:
         """The state of a sequence with a current guess; None if its request has no guesses."""
         followed = self._find(sequence)
         if followed is not None and followed.guessed_after != len(sequence.output):
@@ -167,7 +167,7 @@ class Speculator:
         return followed
 
     def _find(self, sequence: SequenceState) -> _SequenceGuesses | None:
-        followed = self._followed.get(sequence)
+        followed = self._guesses.get(sequence)
         if followed is None:
             reason = unsupported(sequence.request)
             if reason:
@@ -175,7 +175,7 @@ class Speculator:
                 return None
             section = self._section
             followed = _SequenceGuesses(NgramIndex(section.ngram_min, section.ngram_max))
-            self._followed[sequence] = followed
+            self._guesses[sequence] = followed
         return followed
 
     def _guess(self, sequence: SequenceState, index: NgramIndex) -> tuple[int, ...]:
@@ -183,7 +183,7 @@ class Speculator:
         if self._section.has_predictor:
             return ()
         first, last = len(index), sequence.num_tokens
-        index.extend(sequence.tokens(first, min(last, first + _INDEXED_AT_ONCE)))
+        index.extend(sequence.tokens(first, min(last, first + _MAX_INDEXED_PER_STEP)))
         if len(index) < last:
             return ()
         guess = index.guess(self._section.max_draft_tokens)

@@ -13,7 +13,7 @@ batch, not only those of the sequence with guesses.
 
 from __future__ import annotations
 
-_MEMORY = 0.98
+_DECAY = 0.98
 """Weight of earlier steps for each new one: about the last 50 count."""
 _FIRST_PRICE = 0.3
 """Assumed price while no steps of different sizes are known. Old steps are forgotten, so rows that
@@ -21,8 +21,8 @@ did not pay are tried again from time to time."""
 _FIRST_WEIGHT = 8.0
 """Weight of that assumption, in squared rows: eight steps with one row more than others, or two
 with two more."""
-_LEAST_PRICE = 0.02
-_MOST_TIMES = 1.5
+_MIN_PRICE = 0.02
+_MAX_OUTLIER = 1.5
 """Limit of a step's time, as a multiple of the expected one: one slow step is not a trend."""
 
 
@@ -49,12 +49,12 @@ class DecodeStepCost:
         """Record the time of a step with ``num_rows`` rows of all ranks, all of them decodes."""
         if self._seconds:
             begin, slope = self._line()
-            seconds = min(seconds, _MOST_TIMES * (begin + slope * num_rows))
-        self._weight = _MEMORY * self._weight + 1
-        self._rows = _MEMORY * self._rows + num_rows
-        self._seconds = _MEMORY * self._seconds + seconds
-        self._rows_rows = _MEMORY * self._rows_rows + num_rows * num_rows
-        self._rows_seconds = _MEMORY * self._rows_seconds + num_rows * seconds
+            seconds = min(seconds, _MAX_OUTLIER * (begin + slope * num_rows))
+        self._weight = _DECAY * self._weight + 1
+        self._rows = _DECAY * self._rows + num_rows
+        self._seconds = _DECAY * self._seconds + seconds
+        self._rows_rows = _DECAY * self._rows_rows + num_rows * num_rows
+        self._rows_seconds = _DECAY * self._rows_seconds + num_rows * seconds
 
     def price(self, num_sequences: int) -> float:
         """Tokens that one more row must yield, with ``num_sequences`` (at least one): 0.02 to 1."""
@@ -62,7 +62,7 @@ class DecodeStepCost:
             return _FIRST_PRICE
         begin, slope = self._line()
         price = slope * num_sequences / (begin + slope * num_sequences)
-        return min(max(price, _LEAST_PRICE), 1.0)
+        return min(max(price, _MIN_PRICE), 1.0)
 
     def _line(self) -> tuple[float, float]:
         """Seconds of a step without rows, and of each row; both at least 0."""

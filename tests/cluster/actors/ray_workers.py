@@ -59,18 +59,18 @@ class TrivialWorker:
         self._client.send(Register(member=from_plain(self._member | {"pid": os.getpid()}, Member)))
         self._client.send(WorkerReady())
 
-    def introduce(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         return {"config": self._config, "num_slots": 0, "has_called": True}
 
     def redirect(self, control_address: str, term: int, controller: str) -> None:
-        self._client.follow(term, controller)
+        self._client.check_term(term, controller)
         self._client.redirect(control_address)
 
     def ping(self) -> str:
         return self.name
 
     def stop(self, term: int, controller: str) -> None:
-        self._client.follow(term, controller)
+        self._client.check_term(term, controller)
         self._client.close()
 
     def _heartbeat(self) -> Heartbeat:
@@ -157,8 +157,8 @@ class SilentWorker(TrivialWorker):
     def start(self) -> None:
         pass
 
-    def introduce(self) -> dict[str, Any]:
-        return {**super().introduce(), "has_called": False}
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "has_called": False}
 
     def ping(self) -> str:
         raise RuntimeError("the checkpoint has no config.json")

@@ -21,7 +21,7 @@ from gateway.core.field_checks import (
 )
 from gateway.core.tool_use import Tool
 from gateway.text.forms.tools import make_tool_use
-from workers.requests.prompt_embeds import read_embeds
+from workers.requests.prompt_embeds import parse_embeds
 from workers.requests.request import Grammar, GrammarKind
 
 LIMITS = dataclasses.replace(GatewaySection(), max_choices=4)
@@ -150,7 +150,7 @@ def test_beams_are_not_streamed() -> None:
 
 
 def test_embeddings_are_not_truncated() -> None:
-    embeds = read_embeds((1, 2), bytes(8))
+    embeds = parse_embeds((1, 2), bytes(8))
     check(embeds=embeds)
     with pytest.raises(RequestError, match="truncate_prompt_tokens cannot go with embeddings"):
         check(embeds=embeds, truncate_prompt_tokens=5)

@@ -54,7 +54,7 @@ def test_a_request_goes_over_once_its_blocks_are_there(workers: Workers) -> None
     assert [len(ids) for ids in prefetch.output_so_far] == [5]
     assert (request.attempt, request.kv_peer, request.num_deaths) == (1, "", 0)
     assert request.output_so_far == prefetch.output_so_far
-    assert [(p.request_id, p.is_over) for p in source.pauses] == [(request.request_id, False)]
+    assert [(p.request_id, p.is_cancelled) for p in source.pauses] == [(request.request_id, False)]
     assert [name for name, _ in source.aborts] == [request.request_id]
     assert metric(workers, "requests_replayed_total", "moved") == 1.0
     assert metric(workers, "tokens_recomputed_total", "moved") == 0.0
@@ -207,7 +207,7 @@ def test_a_paused_request_that_stays_goes_on(
     else:
         drain(workers, attention_0="SERVING")
     workers.stack.wait_for(lambda: len(source.pauses) == 2, "the end of the pause")
-    assert [p.is_over for p in source.pauses] == [False, True]
+    assert [p.is_cancelled for p in source.pauses] == [False, True]
     source.pause_after = None
     assert answer.result(WAIT_S)["choices"][0]["text"] == TEXT
     assert (source.aborts, target.requests) == ([], [])

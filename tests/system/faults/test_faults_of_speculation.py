@@ -68,7 +68,7 @@ def num_drafted(cluster: ServingCluster) -> float:
 @pytest.mark.parametrize("role", ["attention", "expert", "colocated"])
 def test_a_worker_of_threads(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every guess run, whatever it costs."""
-    monkeypatch.setattr(Acceptance, "num_worth", lambda self, price, most: most)
+    monkeypatch.setattr(Acceptance, "num_worthwhile", lambda self, price, most: most)
     mode = "colocated" if role == "colocated" else "disaggregated"
     config = quiet_config(2, 3, mode=mode, num_redundant=22)
     cluster = ThreadCluster(with_drafts(config))
@@ -84,7 +84,7 @@ def test_a_worker_of_threads_that_predicts(
     role: str, predicting: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The predictor's bank is exchanged when tokens are drawn already."""
-    monkeypatch.setattr(Acceptance, "num_worth", lambda self, price, most: most)
+    monkeypatch.setattr(Acceptance, "num_worthwhile", lambda self, price, most: most)
     mode = "colocated" if role == "colocated" else "disaggregated"
     config = quiet_config(2, 3, mode=mode, num_redundant=2)
     cluster = ThreadCluster(with_predictions(config, predicting))

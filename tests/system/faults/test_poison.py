@@ -69,7 +69,7 @@ def test_a_poisonous_request_fails_alone(role: str) -> None:
 
 def test_gateways_that_answer_too_late_accuse_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most offers to run alone are withdrawn before their answers come."""
-    monkeypatch.setattr("workers.engine.isolation.ANSWER_LIMIT_S", 0.004)
+    monkeypatch.setattr("workers.engine.isolation.ACKNOWLEDGE_LIMIT_S", 0.004)
     config, kill = KILLS["attention"]
     with serving(ThreadCluster(config, PoisonedGroup(kill))) as cluster:
         find_the_poison(cluster, SMALL)

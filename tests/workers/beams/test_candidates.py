@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.beams.candidates import CandidatesWanted, beam_candidates, beam_candidates_alone
+from workers.beams.candidates import CandidateParams, beam_candidates, beam_candidates_by_row
 from workers.sampling.sampler import logprob_entries
 
 WIDTHS = (1, 3, 8)
@@ -26,7 +26,7 @@ def test_the_best_of_all_and_of_those_that_go_on(
     width: int, ending: tuple[int, ...], may_end: bool, dtype: torch.dtype
 ) -> None:
     logits = rows(dtype)
-    wanted = CandidatesWanted(width=width, ending=ending, may_end=may_end, num_top=2)
+    wanted = CandidateParams(width=width, ending=ending, may_end=may_end, num_top=2)
     logprobs = logits.float().log_softmax(-1)
     for row, found in enumerate(beam_candidates(logits, wanted)):
         order = sorted(range(50), key=lambda t: (-float(logprobs[row, t]), t))
@@ -41,16 +41,16 @@ def test_the_best_of_all_and_of_those_that_go_on(
 
 
 def test_alternatives_are_reported_where_they_are_asked_for() -> None:
-    wanted = CandidatesWanted(width=2, ending=(), may_end=True)
+    wanted = CandidateParams(width=2, ending=(), may_end=True)
     for one in beam_candidates(rows(), wanted)[0]:
         assert (one.rank, one.top) == (0, ())
-    more = CandidatesWanted(width=2, ending=(), may_end=True, num_top=5)
+    more = CandidateParams(width=2, ending=(), may_end=True, num_top=5)
     (first, second) = beam_candidates(rows(), more)[0]
     assert len(first.top) == len(second.top) == 5
     assert first.top[:2] == ((first.token_id, first.logprob), (second.token_id, second.logprob))
 
 
 def test_a_row_alone_has_the_same_bits_in_any_batch() -> None:
-    logits, wanted = rows(), CandidatesWanted(width=3, ending=(7,), may_end=True, num_top=1)
-    each = [beam_candidates_alone(row.unsqueeze(0), wanted)[0] for row in logits]
-    assert beam_candidates_alone(logits, wanted) == each
+    logits, wanted = rows(), CandidateParams(width=3, ending=(7,), may_end=True, num_top=1)
+    each = [beam_candidates_by_row(row.unsqueeze(0), wanted)[0] for row in logits]
+    assert beam_candidates_by_row(logits, wanted) == each

@@ -29,7 +29,7 @@ from cluster.core.errors import ProtocolError
 from cluster.core.placement import BankPlacement, ExpertPlacement
 from workers.dispatch.dispatcher import DispatchHandle, TokenDispatcher
 from workers.dispatch.expert_server import ExpertServer
-from workers.metrics.step_metrics import SAMPLE
+from workers.metrics.step_metrics import SAMPLE_INTERVAL
 from workers.model.config import BankSpec
 from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
@@ -310,10 +310,10 @@ def test_rows_without_an_expert_here_are_padding(
         return dispatcher.combine(handle)
 
     with Mesh(1, 2, (bank,), mode, transport) as mesh:
-        header = make_header((4,), step=SAMPLE - 1, exact=exact)
+        header = make_header((4,), step=SAMPLE_INTERVAL - 1, exact=exact)
         mesh.step(header, home)
         assert padding(mesh) == [[0.0, 0.0], [0.0, 0.0]]  # not measured
-        for step in (SAMPLE, 2 * SAMPLE):
+        for step in (SAMPLE_INTERVAL, 2 * SAMPLE_INTERVAL):
             header = make_header((4,), step=step, exact=exact)
             mesh.step(header, home)
             assert padding(mesh) == [expected, expected]
@@ -329,7 +329,7 @@ def test_input_rows_of_other_ranks_pairs_are_padding() -> None:
         handle = dispatcher.dispatch(Dispatch(0, 1, torch.ones(2, 2, 6), ids, weights))
         return dispatcher.combine(handle)
 
-    header = make_header((2,), step=SAMPLE)
+    header = make_header((2,), step=SAMPLE_INTERVAL)
     with Mesh(1, 2, (bank,)) as mesh:
         servers = [mesh[name].server for name in ("expert-0", "expert-1")]
 

@@ -28,7 +28,7 @@ from workers.dispatch.dispatcher import TokenDispatcher
 from workers.dispatch.edge_rows import EdgeRows
 from workers.dispatch.remote import RemoteDispatcher
 from workers.model.layers import Dispatch
-from workers.requests.step_header import WHOLE, StepHeader
+from workers.requests.step_header import ALL_ROWS, StepHeader
 from workers.transport.transport import Expected, RowMessage, Tag
 
 __all__ = ["nccl"]
@@ -153,12 +153,12 @@ def test_the_share_is_the_most_of_late_and_begins_anew_with_a_generation() -> No
         assert dispatcher.edge_share == 0
         run(mesh, Work(BANKS, MANY, make_header(MANY, 0, 1)))
         share = dispatcher.edge_share
-        assert WHOLE // 5 < share < WHOLE
+        assert ALL_ROWS // 5 < share < ALL_ROWS
         # All rows to one rank, and then as before.
         run(mesh, Work(BANKS, MANY, make_header(MANY, 0, 2), change=lambda ids: ids.clamp(max=1)))
-        assert dispatcher.edge_share == WHOLE
+        assert dispatcher.edge_share == ALL_ROWS
         run(mesh, Work(BANKS, MANY, make_header(MANY, 0, 3)))
-        assert share < dispatcher.edge_share < WHOLE
+        assert share < dispatcher.edge_share < ALL_ROWS
         mesh.apply(replace(mesh.generation, number=2))
         assert dispatcher.edge_share == 0
         run(mesh, Work(BANKS, MANY, replace(make_header(MANY, 0, 4), generation=2)))

@@ -31,7 +31,7 @@ from workers.dispatch import native_attention_side, native_expert_side
 from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.local import LocalDispatcher
 from workers.dispatch.remote import RemoteDispatcher
-from workers.metrics.step_metrics import SAMPLE
+from workers.metrics.step_metrics import SAMPLE_INTERVAL
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec, ExchangeSpec
 from workers.model.layers import Dispatch
@@ -190,8 +190,8 @@ def test_steps_are_native_and_counted_as_those_of_python(mode: CombineMode, call
                     worker.transport.direct = lambda ranks: None  # type: ignore[method-assign]
             laps: list[str] = []
             server.timer = StepTimer(Laps(laps))
-            run_step_ok(mesh, SAMPLE - 1)
-            run_step_ok(mesh, SAMPLE)
+            run_step_ok(mesh, SAMPLE_INTERVAL - 1)
+            run_step_ok(mesh, SAMPLE_INTERVAL)
             counts = [c.tolist() for c in server.counters.token_counts]
             stats = server.stats()
             assert stats.pop("expert_worker_slot_seconds_total") > 0.0

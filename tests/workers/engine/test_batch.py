@@ -11,7 +11,7 @@ import torch
 
 from tests.paths import DEMO
 from workers.engine.batch import (
-    Batch,
+    MicroBatch,
     PlannedBatchRows,
     batch_order,
     positions_and_lengths,
@@ -73,7 +73,7 @@ class Plans:
         return PlannedRows(sequence, first, count, is_decode, 0, False)
 
 
-def check(batch: Batch, planned: list[PlannedRows]) -> None:
+def check(batch: MicroBatch, planned: list[PlannedRows]) -> None:
     """The batch has exactly the planned rows."""
     rows = [
         (entry.sequence, position)
@@ -114,7 +114,7 @@ def check_native_rows(planned: list[PlannedRows], tables: BlockTables) -> None:
     assert chunks.max_length == max(entry.first + entry.count for entry in planned)
 
 
-def check_tables(batch: Batch, planned: list[PlannedRows]) -> None:
+def check_tables(batch: MicroBatch, planned: list[PlannedRows]) -> None:
     """Each decode row and each chunk is led to its own blocks, and to the null block behind."""
     assert batch.inputs is not None
     attention = batch.inputs.attention
@@ -139,13 +139,13 @@ def check_tables(batch: Batch, planned: list[PlannedRows]) -> None:
 def test_a_batch_has_the_rows_of_its_plan(cache: KVCache, seed: int) -> None:
     plans = Plans(seed)
     planned = plans.draw()
-    check(Batch(planned, cache, plans.tables, torch.device("cpu")), planned)
+    check(MicroBatch(planned, cache, plans.tables, torch.device("cpu")), planned)
     if planned:
         check_native_rows(planned, plans.tables)
     num_rows = sum(entry.count for entry in planned)
     parts = split_rows(planned, random.Random(seed).randint(0, num_rows))
     for part in parts:
-        check(Batch(part, cache, plans.tables, torch.device("cpu")), part)
+        check(MicroBatch(part, cache, plans.tables, torch.device("cpu")), part)
     assert sum(entry.count for part in parts for entry in part) == num_rows
 
 
@@ -156,7 +156,7 @@ def test_a_batch_that_is_read_in_place_has_the_tables_of_all_sequences(
     monkeypatch.setattr(cache, "is_read_in_place", True)  # as on a GPU
     plans = Plans(seed)
     planned = plans.draw()
-    batch = Batch(planned, cache, plans.tables, torch.device("cpu"))
+    batch = MicroBatch(planned, cache, plans.tables, torch.device("cpu"))
     if not planned:
         assert batch.inputs is None
         return

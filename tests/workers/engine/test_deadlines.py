@@ -20,10 +20,10 @@ def test_late_sequences_are_found_once_in_the_order_of_their_deadlines() -> None
     later, first, second, never = (sequence(d) for d in (5.0, 3.0, 3.0, math.inf))
     for each in (later, first, second, never):
         deadlines.add(each)
-    assert deadlines.late(2.9) == []
-    assert deadlines.late(3.0) == [first, second]
-    assert deadlines.late(4.9) == []
-    assert deadlines.late(math.inf) == [later]
+    assert deadlines.take_late(2.9) == []
+    assert deadlines.take_late(3.0) == [first, second]
+    assert deadlines.take_late(4.9) == []
+    assert deadlines.take_late(math.inf) == [later]
 
 
 def test_a_sequence_that_has_ended_is_not_late() -> None:
@@ -32,7 +32,7 @@ def test_a_sequence_that_has_ended_is_not_late() -> None:
     deadlines.add(ended)
     deadlines.add(running)
     ended.status = SequenceStatus.FINISHED
-    assert deadlines.late(9.0) == [running]
+    assert deadlines.take_late(9.0) == [running]
 
 
 def test_ended_sequences_do_not_pile_up() -> None:
@@ -45,4 +45,4 @@ def test_ended_sequences_do_not_pile_up() -> None:
         deadlines.add(ended)
         ended.status = SequenceStatus.FINISHED
     assert len(deadlines) <= 2 * (len(open_ones) + 1)
-    assert deadlines.late(1000.0) == open_ones
+    assert deadlines.take_late(1000.0) == open_ones

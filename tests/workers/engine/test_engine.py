@@ -171,13 +171,13 @@ def test_step_lost_at_any_layer_is_run_again_with_the_same_result(
         engine.engine.add_request(request)
     while engine.engine.has_work:
         failing.fail_at = rng.choice((None, *range(4 * num_micro_batches)))
-        before = (engine.engine.stats(), engine.engine.wanted())
+        before = (engine.engine.stats(), engine.engine.rows_wanted())
         try:
             for output in engine.step():
                 outputs[output.request_id].append(output)
         except PeerLostError:
             before[0]["steps_abandoned_total"] += 1
-            assert (engine.engine.stats(), engine.engine.wanted()) == before
+            assert (engine.engine.stats(), engine.engine.rows_wanted()) == before
         engine.engine.check_integrity()
     assert failing.num_failures > 5
     for result, (name, found) in zip(expected, outputs.items(), strict=True):
@@ -405,7 +405,7 @@ def test_a_paused_request_stands_still_and_goes_on(tiny_checkpoint: Path) -> Non
     assert engine.engine.requests.take_paused() == []
     assert {o.request_id for o in engine.step()} == {"b"}
     engine.engine.abort("b")
-    assert engine.engine.wanted() == RowsWanted(decode_rows=0, prefill_rows=0)
+    assert engine.engine.rows_wanted() == RowsWanted(decode_rows=0, prefill_rows=0)
     assert engine.engine.has_work
     engine.engine.requests.resume("a")
     found = [o for o in first if o.request_id == "a"]
@@ -593,7 +593,7 @@ def test_an_engine_asks_for_spans_of_steps_of_traced_requests(tiny_checkpoint: P
     engine.add_request(Request(request_id="b", prompt=(1, 2), params=params))
     asked = []
     while engine.has_work:
-        wanted = engine.wanted()
+        wanted = engine.rows_wanted()
         asked.append(wanted.parents)
         grant = Grant(decode_rows=wanted.decode_rows, prefill_rows=wanted.prefill_rows)
         header = StepHeader(

@@ -290,7 +290,7 @@ def test_forks_copy_a_block_and_compute_nothing_again(tiny_checkpoint: Path) -> 
     engine.add_request(Request(request_id="r", prompt=prompt, n=4, params=params))
     rows = list[int]()
     while engine.engine.has_work:
-        wanted = engine.engine.wanted()
+        wanted = engine.engine.rows_wanted()
         rows.append(wanted.decode_rows + wanted.prefill_rows)
         engine.step()
     assert rows == [len(prompt)] + [4] * (params.max_tokens - 1)

@@ -47,7 +47,7 @@ FAMILIES = ("glm4_moe", "deepseek_v3", "glm4_moe_lite")
 
 @pytest.fixture(autouse=True)
 def _every_guess_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Acceptance, "num_worth", lambda self, price, most: most)
+    monkeypatch.setattr(Acceptance, "num_worthwhile", lambda self, price, most: most)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

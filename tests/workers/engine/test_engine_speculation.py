@@ -53,7 +53,7 @@ SAMPLED = (
 @pytest.fixture(autouse=True)
 def _every_guess_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it costs, and however often guesses are wrong."""
-    monkeypatch.setattr(Acceptance, "num_worth", lambda self, price, most: most)
+    monkeypatch.setattr(Acceptance, "num_worthwhile", lambda self, price, most: most)
 
 
 def prompts(count: int, seed: int = 0) -> list[tuple[int, ...]]:
@@ -216,13 +216,13 @@ def test_step_that_is_lost_or_repeated_is_run_again_with_the_same_result(
         engine.engine.add_request(Request(request_id=name, prompt=text, params=params))
     while engine.engine.has_work:
         failing.fail_at = rng.choice((None, *range(4 * num_micro_batches)))
-        wanted, before = engine.engine.wanted(), engine.engine.stats()
+        wanted, before = engine.engine.rows_wanted(), engine.engine.stats()
         try:
             for output in engine.step():
                 outputs[output.request_id].append(output)
         except PeerLostError:
             before["steps_abandoned_total"] += 1
-            assert (engine.engine.stats(), engine.engine.wanted()) == (before, wanted)
+            assert (engine.engine.stats(), engine.engine.rows_wanted()) == (before, wanted)
         engine.engine.check_integrity()
     assert failing.num_failures > 5
     assert spec(engine, "accepted_tokens")
@@ -342,7 +342,7 @@ def test_rows_stay_within_the_budget_of_a_step(tiny_checkpoint: Path) -> None:
         engine.add_request(Request(request_id=str(i), prompt=text, params=GREEDY))
     most = 0
     while engine.engine.has_work:
-        wanted = engine.engine.wanted()
+        wanted = engine.engine.rows_wanted()
         assert wanted.decode_rows + wanted.prefill_rows <= 12
         assert wanted.decode_rows <= 4 + NGRAM.num_speculative_tokens
         most = max(most, wanted.decode_rows)
@@ -355,7 +355,7 @@ def test_fewer_rows_than_asked_for_are_used_for_tokens_first(tiny_checkpoint: Pa
     for i, text in enumerate(prompts(3)):
         engine.add_request(Request(request_id=str(i), prompt=text, params=GREEDY))
     scheduler: Scheduler = engine.engine._scheduler
-    while (wanted := engine.engine.wanted()).decode_rows < 8:
+    while (wanted := engine.engine.rows_wanted()).decode_rows < 8:
         engine.step()
     assert wanted.prefill_rows == 0
     for granted, rows in ((2, [1, 1]), (3, [1, 1, 1])):

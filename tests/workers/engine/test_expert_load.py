@@ -14,7 +14,7 @@ from benchmarks.harness.mesh import make_bank
 from cluster.core.load_report import Counts
 from tests.harness.pretend_gpu import DEVICE, pretend_gpu
 from workers.dispatch.copies import ChosenCopies
-from workers.engine.expert_load import LoadCounter, Routed
+from workers.engine.expert_load import LoadCounter, RoutedRows
 from workers.model.side_stream import SideStream
 
 BANKS = (make_bank(0), make_bank(1))
@@ -22,19 +22,19 @@ NUM_EXPERTS = BANKS[0].num_experts
 KEY = (BANKS[0].bank, BANKS[0].layer)
 
 
-def decodes(*rows: Sequence[int]) -> Routed:
-    return Routed(torch.tensor(rows), None, len(rows))
+def decodes(*rows: Sequence[int]) -> RoutedRows:
+    return RoutedRows(torch.tensor(rows), None, len(rows))
 
 
-def prompts(rows: Sequence[Sequence[int]], copies: Sequence[Sequence[int]] | None) -> Routed:
-    return Routed(torch.tensor(rows), None if copies is None else chosen(copies), 0)
+def prompts(rows: Sequence[Sequence[int]], copies: Sequence[Sequence[int]] | None) -> RoutedRows:
+    return RoutedRows(torch.tensor(rows), None if copies is None else chosen(copies), 0)
 
 
 def chosen(copies: Sequence[Sequence[int]]) -> ChosenCopies:
     return ChosenCopies(torch.tensor(copies), 1 + max(map(max, copies)))
 
 
-def step(*parts: Routed) -> list[list[Routed]]:
+def step(*parts: RoutedRows) -> list[list[RoutedRows]]:
     """The same micro-batches in every bank."""
     return [list(parts) for _ in BANKS]
 
@@ -46,7 +46,7 @@ def counted(counts: Counts) -> dict[int, int]:
 def test_tokens_are_counted_by_expert_and_phase() -> None:
     load = LoadCounter(BANKS, SideStream(torch.device("cpu")))
     copies = ChosenCopies(torch.tensor([[9, 9], [0, 1], [1, 0]]), 2)
-    mixed = Routed(torch.tensor([[0, 1], [2, 3], [0, 3]]), copies, 1)
+    mixed = RoutedRows(torch.tensor([[0, 1], [2, 3], [0, 3]]), copies, 1)
     load.add(1, 3, step(mixed))
     load.add(1, 1, step(decodes([3, 0])))
     report = load.report()
@@ -148,7 +148,7 @@ def test_a_gpu_counts_without_a_wait_until_somebody_asks(monkeypatch: pytest.Mon
             assert (getattr(found.banks[key], name) == getattr(counts, name)).all()
 
 
-def on_device(part: Routed) -> Routed:
+def on_device(part: RoutedRows) -> RoutedRows:
     copies = part.copies
     if copies is not None:
         copies = copies._replace(places=copies.places.to(DEVICE))

@@ -29,7 +29,7 @@ TEXTS = [(5, 6, 7, 8, 9) * 2, (11, 12, 13) * 3, (3,) * 7]
 
 @pytest.fixture(autouse=True)
 def _every_guess_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Acceptance, "num_worth", lambda self, price, most: most)
+    monkeypatch.setattr(Acceptance, "num_worthwhile", lambda self, price, most: most)
 
 
 def run(
@@ -41,7 +41,7 @@ def run(
     tokens: list[list[int]] = [[] for _ in TEXTS]
     decodes = []
     while engine.engine.has_work:
-        has_prompts = engine.engine.wanted().prefill_rows > 0
+        has_prompts = engine.engine.rows_wanted().prefill_rows > 0
         if log is not None:
             log.clear()
         for output in engine.step():

@@ -62,7 +62,7 @@ class GpuRun:
         for request in requests():
             self.engine.add_request(request)
         while self.engine.engine.has_work:
-            has_prompts = self.engine.engine.wanted().prefill_rows > 0
+            has_prompts = self.engine.engine.rows_wanted().prefill_rows > 0
             log.clear()
             for output in self.engine.step():
                 found.setdefault((output.request_id, output.choice), []).append(output)
@@ -161,7 +161,7 @@ def test_experts_count_what_they_computed(
 
 @pytest.mark.slow
 def test_steps_that_are_measured_are_graphs_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.metrics.step_metrics.SAMPLE", 2)
+    monkeypatch.setattr("workers.metrics.step_metrics.SAMPLE_INTERVAL", 2)
     with pretend_gpu() as log:
         run = GpuRun(OLMOE, log, take_both_roles)
     assert [step.launches["graph"] for step in run.decodes] == [1, 1, 1]

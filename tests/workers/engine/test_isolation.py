@@ -14,7 +14,7 @@ from cluster.core.topology import Generation
 from tests.cluster.controller.fakes_cluster import make_members
 from tests.fakes import FailingDispatcher
 from tests.workers.scheduling.test_scheduler import Desk, rows
-from workers.engine.isolation import ANSWER_LIMIT_S, Isolation, StepMembers
+from workers.engine.isolation import ACKNOWLEDGE_LIMIT_S, Isolation, StepMembers
 from workers.requests.request import (
     FinishReason,
     Queued,
@@ -41,19 +41,19 @@ def twice_hit(*names: str) -> Isolation:
     for name in names:
         isolation.enter(name, 0)
     for _ in range(2):
-        isolation.give_up(names)
-        assert isolation.die() is None
+        isolation.record_abandoned(names)
+        assert isolation.record_death() is None
     return isolation
 
 
 def test_two_deaths_make_a_suspect() -> None:
     isolation = Isolation()
-    isolation.give_up(["a", "b"])
-    isolation.die()
+    isolation.record_abandoned(["a", "b"])
+    isolation.record_death()
     assert not isolation.suspects
     isolation.commit({"b"})
-    isolation.give_up(["a", "b"])
-    isolation.die()
+    isolation.record_abandoned(["a", "b"])
+    isolation.record_death()
     assert isolation.suspects == {"a"}
     isolation.enter("c", 2)
     assert isolation.suspects == {"a", "c"}
@@ -62,9 +62,9 @@ def test_two_deaths_make_a_suspect() -> None:
 def test_a_step_that_broke_without_a_death_counts_nothing() -> None:
     isolation = Isolation()
     for _ in range(5):
-        isolation.give_up(["a"])
+        isolation.record_abandoned(["a"])
         isolation.commit({"a"})
-        assert isolation.die() is None
+        assert isolation.record_death() is None
     assert not isolation.suspects
 
 
@@ -109,15 +109,15 @@ def test_a_commit_clears_and_a_third_death_makes_the_cause() -> None:
     assert isolation.suspects == {"b"}
     end(isolation, "a")
     assert start(isolation) == "b"
-    isolation.give_up(["b"])
-    assert isolation.die() == "b"
+    isolation.record_abandoned(["b"])
+    assert isolation.record_death() == "b"
     isolation.forget("b")
     end(isolation, "b")
     assert isolation.alone is None
     assert not isolation.suspects
 
 
-@pytest.mark.parametrize("limit_s", [ANSWER_LIMIT_S, 1000 * ANSWER_LIMIT_S])
+@pytest.mark.parametrize("limit_s", [ACKNOWLEDGE_LIMIT_S, 1000 * ACKNOWLEDGE_LIMIT_S])
 def test_nothing_runs_before_the_gateway_knows_that_the_step_is_over(limit_s: float) -> None:
     """If this worker died in the next step, the gateway would take the request for the cause."""
     isolation = twice_hit("a", "b")
@@ -139,10 +139,10 @@ def test_a_step_that_is_certain_is_not_withdrawn() -> None:
     (offer,) = advance(isolation)
     assert isinstance(offer, SoloStep)
     isolation.acknowledge(offer)
-    assert advance(isolation, 1000 * ANSWER_LIMIT_S) == [stage_of("a", SoloStage.CERTAIN)]
-    assert advance(isolation, 2000 * ANSWER_LIMIT_S) == []
+    assert advance(isolation, 1000 * ACKNOWLEDGE_LIMIT_S) == [stage_of("a", SoloStage.CERTAIN)]
+    assert advance(isolation, 2000 * ACKNOWLEDGE_LIMIT_S) == []
     assert isolation.is_waiting
-    isolation.disconnect()
+    isolation.drop_solo_step()
     assert not isolation.is_waiting
     assert isolation.suspects == {"a", "b"}
 
@@ -158,7 +158,7 @@ def test_an_abort_of_an_offer_ends_it_at_once() -> None:
 def test_a_death_in_which_it_did_not_run_is_not_its_doing() -> None:
     isolation = twice_hit("a")
     assert start(isolation) == "a"
-    assert isolation.die() is None
+    assert isolation.record_death() is None
     assert isolation.alone == "a"
 
 
@@ -166,9 +166,9 @@ def test_what_was_given_up_before_a_generation_runs_is_not_held_against_it() -> 
     """Its step was abandoned because a worker joined, which dies later, outside its steps."""
     isolation = twice_hit("a")
     assert start(isolation) == "a"
-    isolation.give_up(["a"])
-    isolation.begin()
-    assert isolation.die() is None
+    isolation.record_abandoned(["a"])
+    isolation.begin_generation()
+    assert isolation.record_death() is None
     assert isolation.alone == "a"
 
 
@@ -181,29 +181,29 @@ def of(number: int, *names: str) -> Generation:
 def test_only_members_of_a_generation_that_ran_have_died_in_its_steps() -> None:
     both, more = ("attention-0", "expert-0"), ("attention-0", "expert-0", "expert-1")
     members = StepMembers()
-    assert members.died(of(1, *both), ()) == frozenset()
-    members.run(of(1, *both))
-    assert members.died(of(2, *more), ()) == frozenset()
-    assert members.died(of(3, *both), ()) == frozenset()  # expert-1 was only joining
-    assert members.died(of(4, *more), ()) == frozenset()
-    members.run(of(4, *more))
-    assert members.died(of(5, *both), ()) == {"expert-1"}
-    assert members.died(of(6, "attention-0"), ()) == {"expert-0"}
-    assert members.died(of(7, "attention-0"), ()) == frozenset()  # each once
+    assert members.take_dead(of(1, *both), ()) == frozenset()
+    members.begin_generation(of(1, *both))
+    assert members.take_dead(of(2, *more), ()) == frozenset()
+    assert members.take_dead(of(3, *both), ()) == frozenset()  # expert-1 was only joining
+    assert members.take_dead(of(4, *more), ()) == frozenset()
+    members.begin_generation(of(4, *more))
+    assert members.take_dead(of(5, *both), ()) == {"expert-1"}
+    assert members.take_dead(of(6, "attention-0"), ()) == {"expert-0"}
+    assert members.take_dead(of(7, "attention-0"), ()) == frozenset()  # each once
 
 
 def test_a_drained_worker_is_no_death() -> None:
     members = StepMembers()
-    members.run(of(1, "attention-0", "expert-0", "expert-1", "expert-2"))
-    assert members.died(of(2, "attention-0", "expert-0"), ["expert-1"]) == {"expert-2"}
+    members.begin_generation(of(1, "attention-0", "expert-0", "expert-1", "expert-2"))
+    assert members.take_dead(of(2, "attention-0", "expert-0"), ["expert-1"]) == {"expert-2"}
 
 
 def test_an_offer_without_an_answer_goes_to_the_end() -> None:
     isolation = twice_hit("a", "b")
     (first,) = advance(isolation)
-    assert advance(isolation, ANSWER_LIMIT_S - 0.01) == []
+    assert advance(isolation, ACKNOWLEDGE_LIMIT_S - 0.01) == []
     assert isolation.is_waiting
-    assert advance(isolation, ANSWER_LIMIT_S) == [Queued(request_id="a", attempt=3)]
+    assert advance(isolation, ACKNOWLEDGE_LIMIT_S) == [Queued(request_id="a", attempt=3)]
     assert not isolation.is_waiting
     (second,) = advance(isolation, 2.0)
     assert (first.request_id, second.request_id) == ("a", "b")
@@ -275,7 +275,7 @@ class Cluster:
 
     def step(self, dies: bool = False) -> list[TokenOutput]:
         """What a worker does in one pass of its loop."""
-        wanted = self.engine.wanted()
+        wanted = self.engine.rows_wanted()
         grant = Grant(decode_rows=wanted.decode_rows, prefill_rows=wanted.prefill_rows)
         self.number += 1
         header = StepHeader(
@@ -293,7 +293,7 @@ class Cluster:
         self.peers.fail_at = 0
         with pytest.raises(PeerLostError):
             self.engine.step(header)
-        self.engine.requests.worker_died()
+        self.engine.requests.record_worker_death()
         return self.engine.poll()
 
     def run_alone(self) -> list[SoloStep | Queued]:
@@ -317,11 +317,11 @@ def test_an_engine_runs_suspects_alone_and_fails_the_one_that_kills(tiny_checkpo
     cluster.step(dies=True)
     engine.add_request(Request(request_id="c", prompt=(8, 9), params=GREEDY))
     assert engine.requests.take_solo_steps() == [SoloStep(request_id="a", attempt=0)]
-    assert engine.wanted().prefill_rows == 0  # nothing runs before it is recorded
+    assert engine.rows_wanted().prefill_rows == 0  # nothing runs before it is recorded
     engine.requests.isolation.acknowledge(SoloStep(request_id="a", attempt=1))
     assert engine.requests.take_solo_steps() == []
     engine.requests.isolation.acknowledge(SoloStep(request_id="a", attempt=0))
-    assert engine.wanted().prefill_rows == 0
+    assert engine.rows_wanted().prefill_rows == 0
     cluster.run_alone()
     outputs = cluster.step()
     assert {output.request_id for output in outputs} == {"a"}
@@ -359,7 +359,7 @@ def test_a_gateway_learns_that_an_offer_without_an_answer_is_withdrawn(
     engine.add_request(Request(request_id="c", prompt=(8, 9), params=GREEDY))
     offer = SoloStep(request_id="a", attempt=0)
     assert engine.requests.take_solo_steps() == [offer]
-    now[0] = ANSWER_LIMIT_S
+    now[0] = ACKNOWLEDGE_LIMIT_S
     assert engine.requests.take_solo_steps() == [Queued(request_id="a", attempt=0)]
     assert {output.request_id for output in cluster.step()} == {"c"}
     assert engine.requests.take_solo_steps() == [SoloStep(request_id="b", attempt=0)]
@@ -379,8 +379,8 @@ def test_a_request_brings_its_deaths_along_and_may_be_aborted_in_its_solo_step(
     engine.add_request(request)
     engine.add_request(Request(request_id="b", prompt=(5, 6), params=GREEDY))
     cluster.run_alone()
-    assert engine.wanted().is_alone
+    assert engine.rows_wanted().is_alone
     engine.abort("a")
-    assert not engine.wanted().is_alone
+    assert not engine.rows_wanted().is_alone
     cluster.run_alone()
     assert {output.request_id for output in cluster.step()} == {"b"}

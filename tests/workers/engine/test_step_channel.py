@@ -330,10 +330,10 @@ def test_a_new_epoch_begins_with_the_next_step_with_work(cluster: Cluster) -> No
 
 def test_a_rank_names_the_workers_for_which_the_next_step_waits(cluster: Cluster) -> None:
     leader, other = cluster.channels[:2]
-    assert leader.missing() == ["attention-0", "attention-1"]
+    assert leader.missing_workers() == ["attention-0", "attention-1"]
     leader.propose(RowsWanted(3, 0))
-    assert leader.missing() == ["attention-1"]
-    assert other.missing() == ["attention-0"]
+    assert leader.missing_workers() == ["attention-1"]
+    assert other.missing_workers() == ["attention-0"]
     assert leader.last_rows == 0
     other.propose(RowsWanted(1, 5))
     cluster.wait_all()

@@ -326,7 +326,7 @@ def test_random_life_on_few_prefixes_keeps_accounts(seed: int) -> None:
             drawn = {
                 p.sequence: (50,)
                 for p in plan.rows
-                if p.draws_token and p.sequence.params.max_tokens and p.sequence not in failed
+                if p.samples_token and p.sequence.params.max_tokens and p.sequence not in failed
             }
             desk.scheduler.commit(plan, drawn, failed)
         desk.scheduler.check_integrity()

@@ -36,7 +36,7 @@ def test_nor_on_drafts_where_weights_are_quantized(
     golden: Callable[[str], Golden], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Adapters are not quantized, and drafts are verified with them."""
-    monkeypatch.setattr(Acceptance, "num_worth", lambda self, price, most: most)
+    monkeypatch.setattr(Acceptance, "num_worthwhile", lambda self, price, most: most)
     checkpoint = golden("dots1-groups")
     prompts = [tuple(prompt) * 2 for prompt in checkpoint.prompts[1:7]]
     adapter = random_adapter(target_shapes(checkpoint.path), 1)

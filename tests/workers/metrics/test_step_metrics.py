@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.metrics.step_metrics import BUCKETS, SAMPLE, StepMetrics
+from workers.metrics.step_metrics import BUCKETS, SAMPLE_INTERVAL, StepMetrics
 from workers.requests.step_header import Grant, StepHeader
 
 MS = 1_000_000
@@ -30,15 +30,17 @@ def measure(metrics: StepMetrics, header: StepHeader, *laps: tuple[str, int]) ->
 
 def test_one_step_in_several_is_measured() -> None:
     metrics = StepMetrics("combine")
-    wanted = [measure(metrics, header_of(step)) for step in range(2 * SAMPLE)]
-    assert [step for step, is_wanted in enumerate(wanted) if is_wanted] == [0, SAMPLE]
+    wanted = [measure(metrics, header_of(step)) for step in range(2 * SAMPLE_INTERVAL)]
+    assert [step for step, is_wanted in enumerate(wanted) if is_wanted] == [0, SAMPLE_INTERVAL]
 
 
 def test_spans_are_counted_by_phase() -> None:
     metrics = StepMetrics("combine")
     assert metrics.stats() == {}
     measure(metrics, header_of(0), ("attention", 2), ("dispatch", 1), ("combine", 4))
-    measure(metrics, header_of(SAMPLE, 5), ("attention", 20), ("sample", 7), ("combine", 40))
+    measure(
+        metrics, header_of(SAMPLE_INTERVAL, 5), ("attention", 20), ("sample", 7), ("combine", 40)
+    )
     stats = metrics.stats()
     assert stats['attention_compute_seconds_sum{phase="decode"}'] == 0.002
     assert stats['attention_compute_seconds_sum{phase="prefill"}'] == 0.02

@@ -35,7 +35,7 @@ def decoding(num_tokens: int, name: str = "r") -> SequenceState:
 def traced_of(*sequences: SequenceState) -> TracedRequests:
     traced = TracedRequests()
     for sequence in sequences:
-        traced.enter(sequence.request)
+        traced.add(sequence.request)
     return traced
 
 
@@ -70,10 +70,10 @@ def test_a_request_has_a_bounded_number_of_steps_with_spans() -> None:
     sequence = sequence_of()
     traced = traced_of(sequence)
     header = replace(header_of(1), parents=((0, (PARENTS.prefill,)),))
-    traced.ran(header, 1, [sequence])  # it was another rank's
+    traced.count_step(header, 1, [sequence])  # it was another rank's
     for _ in range(MAX_STEPS):
         assert traced.parents([sequence])
-        traced.ran(header, 0, [sequence])
+        traced.count_step(header, 0, [sequence])
     assert not traced.parents([sequence])
     traced.forget("r")
     assert not traced
@@ -85,7 +85,7 @@ def test_steps_of_another_prompt_do_not_give_a_request_more_spans() -> None:
     traced = traced_of(first, second)
     header = replace(header_of(1), parents=((0, (PARENTS.prefill,)),))
     for _ in range(MAX_STEPS + 1):
-        traced.ran(header, 0, [first])
+        traced.count_step(header, 0, [first])
     assert not traced.parents([first])
     assert traced.parents([second])
 

@@ -22,7 +22,7 @@ from benchmarks.harness.mesh import make_bank
 from cluster.core.frames import ExpertsLoaded, LoadExperts
 from cluster.core.placement import FREE_SLOT
 from tests.paths import DEMO
-from workers.engine.expert_load import LoadCounter, Routed
+from workers.engine.expert_load import LoadCounter, RoutedRows
 from workers.experts.kernels_cuda import CudaExperts
 from workers.experts.slots import ExpertSlots
 from workers.experts.sources import ExpertWeight
@@ -209,7 +209,7 @@ def test_load_is_counted_behind_the_steps_and_beside_them(cuda: FakeCuda) -> Non
     side = SideStream(GPU)
     load = LoadCounter([BANK], side)
     cuda.take()
-    load.add(1, 0, [[Routed(torch.empty((0, 2), dtype=torch.int64, device=GPU), None, 0)]])
+    load.add(1, 0, [[RoutedRows(torch.empty((0, 2), dtype=torch.int64, device=GPU), None, 0)]])
     assert cuda.take() == ["steps records an event"]
     load.flush()  # a step under way may wait for a peer that is lost
     assert cuda.take() == ["side waits for the event of steps", "host waits for side"]

@@ -14,7 +14,7 @@ from tests.workers.sampling.sampling_reference import sample
 from workers.requests.request import SamplingParams
 from workers.sampling.draws import NONE_ALLOWED, NOT_FINITE, draw
 from workers.sampling.logits_processors import SamplingRow
-from workers.sampling.sampler import logprob_entries_alone
+from workers.sampling.sampler import logprob_entries_by_row
 
 SIZES = [1, 2, 15, 16, 17, 255, 256, 257, 1000, 4097, 50304, 70001]
 """Vocabularies around the widths of vectors, of spans of sums and of the levels of the walk."""
@@ -135,7 +135,7 @@ def test_processors_and_logprobs_are_the_same_beside_the_kernel(name: str) -> No
     logits[4, 3] = float("nan")
     expected = sample(logits, rows)
     assert sample(logits, rows, team(name)) == expected
-    assert sample(logits, rows, team(name), logprob_entries_alone) == expected
+    assert sample(logits, rows, team(name), logprob_entries_by_row) == expected
     assert [drawn.token for drawn in expected[4:]] == [-1, -1]
 
 

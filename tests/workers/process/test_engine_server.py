@@ -22,10 +22,10 @@ from workers.process import engine_server
 from workers.process.engine_server import MAX_HANDSHAKES, EngineServer
 from workers.process.intake.commands import (
     AddRequest,
-    Command,
-    CopyAsked,
+    CopyRequested,
+    GatewayCommand,
     Inbox,
-    PrefetchAsked,
+    PrefetchRequested,
 )
 from workers.requests.block_hash import block_hashes
 from workers.requests.request import Request, SamplingParams, StepOutput, TokenOutput
@@ -46,7 +46,7 @@ class Case:
     came: threading.Event
     stream: EngineStream
 
-    def commands(self) -> list[Command]:
+    def commands(self) -> list[GatewayCommand]:
         """What has come in, at least one command."""
         assert self.came.wait(TIMEOUT_S)
         self.came.clear()
@@ -220,7 +220,7 @@ def test_a_prefetch_comes_with_the_hashes_of_each_open_choice() -> None:
     (asked,) = inbox.take()
     stream.close()
     server.stop()
-    assert isinstance(asked, PrefetchAsked)
+    assert isinstance(asked, PrefetchRequested)
     assert [len(chain) for chain in asked.chains] == [1, 2], "the newest token completes one"
     assert asked.chains[0][0] == asked.chains[1][0] == block_hashes(request, 16, None)[0]
 
@@ -229,7 +229,7 @@ def test_copies_to_keep_come_as_they_were_sent(case: Case) -> None:
     message = KeepCopy(source="attention-1", names=bytes(64), num_prompt=1, session="s")
     case.stream.send(message)
     (asked,) = case.commands()
-    assert isinstance(asked, CopyAsked)
+    assert isinstance(asked, CopyRequested)
     assert asked.message == message
 
 

@@ -13,7 +13,7 @@ from benchmarks.harness.engine_stream import TIMEOUT_S, TOKEN
 from cluster.core.release import RELEASE
 from workers.process.engine_server import EngineServer
 from workers.process.gateway_streams import GatewayStreams
-from workers.process.intake.commands import Command, GatewayGone, Inbox
+from workers.process.intake.commands import GatewayCommand, GatewayDisconnected, Inbox
 from workers.requests.stream_handshake import GatewayHandshake
 from workers.requests.wire import PATH, TO_ENGINE, Abort, EngineHello, Ping
 
@@ -43,17 +43,17 @@ def _dropped(streams: GatewayStreams, inbox: Inbox, now: float, looked_at: float
     """Gateways that a check drops."""
     inbox.take()
     streams.drop_silent(now, looked_at)
-    gone = [command for command in inbox.take() if isinstance(command, GatewayGone)]
+    gone = [command for command in inbox.take() if isinstance(command, GatewayDisconnected)]
     return [command.gateway.partition("#")[0] for command in gone]
 
 
 def test_a_gateway_that_pinged_once_must_not_fall_silent(inbox: Inbox) -> None:
     streams = GatewayStreams(inbox, 5.0)
     a, b, c = (streams.open(name, lambda: None) for name in "abc")
-    streams.take(Ping(number=1), a, 10.0)
-    streams.take(Abort(request_id="r"), b, 10.0)  # it never pings
-    streams.take(Ping(number=1), c, 10.0)
-    streams.take(Abort(request_id="r"), c, 14.0)
+    streams.handle_message(Ping(number=1), a, 10.0)
+    streams.handle_message(Abort(request_id="r"), b, 10.0)  # it never pings
+    streams.handle_message(Ping(number=1), c, 10.0)
+    streams.handle_message(Abort(request_id="r"), c, 14.0)
     assert _dropped(streams, inbox, 15.0, 14.0) == []
     assert _dropped(streams, inbox, 15.1, 14.1) == ["a"]
     assert _dropped(streams, inbox, 19.1, 18.1) == ["c"]
@@ -61,7 +61,7 @@ def test_a_gateway_that_pinged_once_must_not_fall_silent(inbox: Inbox) -> None:
 
 def test_what_was_said_while_we_stood_still_is_waited_for(inbox: Inbox) -> None:
     streams = GatewayStreams(inbox, 5.0)
-    streams.take(Ping(number=1), streams.open("a", lambda: None), 10.0)
+    streams.handle_message(Ping(number=1), streams.open("a", lambda: None), 10.0)
     assert _dropped(streams, inbox, 40.0, 11.0) == []  # 28 s late
     assert _dropped(streams, inbox, 41.0, 40.0) == []
     assert _dropped(streams, inbox, 44.1, 43.1) == ["a"]
@@ -89,7 +89,7 @@ def test_a_gateway_that_falls_silent_is_dropped_with_its_stream_open(inbox: Inbo
 
         def read() -> None:
             answers = iter(call)
-            outgoing.put(handshake.answer(next(answers)))
+            outgoing.put(handshake.prove(next(answers)))
             handshake.finish(next(answers))
             outgoing.put(TO_ENGINE.encode(Ping(number=1)))
             with pytest.raises(grpc.RpcError) as caught:
@@ -103,8 +103,8 @@ def test_a_gateway_that_falls_silent_is_dropped_with_its_stream_open(inbox: Inbo
         assert said.wait(TIMEOUT_S)  # it learns that, should it still live
         outgoing.put(None)
         reader.join(TIMEOUT_S)
-    taken: list[Command] = inbox.take()
+    taken: list[GatewayCommand] = inbox.take()
     assert len(taken) == 1
-    assert isinstance(taken[0], GatewayGone)
+    assert isinstance(taken[0], GatewayDisconnected)
     assert taken[0].gateway.startswith("gateway-7#")
     server.stop()

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from workers.process.gateway_streams import MAX_STEPS_BEHIND, GatewayStream, GatewayStreams
-from workers.process.intake.commands import AddRequest, Command, GatewayGone, Inbox
+from workers.process.gateway_streams import MAX_PENDING_MESSAGES, GatewayStream, GatewayStreams
+from workers.process.intake.commands import AddRequest, GatewayCommand, GatewayDisconnected, Inbox
 from workers.requests.request import Queued, Request, SamplingParams, SoloStep
 from workers.requests.wire import FROM_ENGINE, Abort, Ping, ToEngine
 
@@ -25,7 +25,7 @@ class Case:
     def open(self, gateway: str) -> GatewayStream:
         return self.streams.open(gateway, lambda: self.cancelled.append(gateway))
 
-    def commands(self) -> list[Command]:
+    def commands(self) -> list[GatewayCommand]:
         return self.inbox.take()
 
 
@@ -44,16 +44,16 @@ def _all(stream: GatewayStream) -> list[bytes]:
 def test_a_gateway_too_far_behind_misses_nothing_in_the_middle() -> None:
     case = Case()
     slow, other = case.open("slow"), case.open("other")
-    sent = [str(number).encode() for number in range(MAX_STEPS_BEHIND + 10)]
+    sent = [str(number).encode() for number in range(MAX_PENDING_MESSAGES + 10)]
     for message in sent:
         case.streams.put(slow.name, message)
     case.streams.put(other.name, b"next")
     other.close()
     got = _all(slow)
     assert got == sent[: len(got)]
-    assert slow.error == f"{MAX_STEPS_BEHIND} messages behind"
+    assert slow.error == f"{MAX_PENDING_MESSAGES} messages behind"
     assert case.cancelled == ["slow"]
-    assert case.commands() == [GatewayGone(slow.name)]
+    assert case.commands() == [GatewayDisconnected(slow.name)]
     assert (_all(other), other.error) == ([b"next"], "")
 
 
@@ -62,13 +62,13 @@ def test_a_gateway_too_far_behind_misses_nothing_in_the_middle() -> None:
 def test_what_is_read_after_the_end_is_for_nobody(message: ToEngine, is_dropped: bool) -> None:
     case = Case()
     stream = case.open("gateway-0")
-    case.streams.take(Ping(number=0), stream, 10.0)
+    case.streams.handle_message(Ping(number=0), stream, 10.0)
     if is_dropped:
         case.streams.drop_silent(20.0, 19.0)
     else:
         case.streams.forget(stream)
-    assert case.commands() == [GatewayGone(stream.name)]
-    case.streams.take(message, stream, 21.0)
+    assert case.commands() == [GatewayDisconnected(stream.name)]
+    case.streams.handle_message(message, stream, 21.0)
     case.streams.forget(stream)
     assert case.commands() == []
     case.streams.drop_silent(40.0, 39.0)  # nobody is left to be silent
@@ -79,9 +79,9 @@ def test_messages_become_commands_under_the_name_of_their_stream() -> None:
     case = Case()
     first, second = case.open("g"), case.open("g")
     turn = SoloStep(request_id="r", attempt=1)
-    case.streams.take(REQUEST, first, 10.0)
-    case.streams.take(turn, second, 11.0)
-    case.streams.take(Ping(number=7), second, 12.0)
+    case.streams.handle_message(REQUEST, first, 10.0)
+    case.streams.handle_message(turn, second, 11.0)
+    case.streams.handle_message(Ping(number=7), second, 12.0)
     added, noted = case.commands()
     assert added == AddRequest(first.name, REQUEST, 10.0)
     assert (noted.gateway, first.name) == (second.name, "g#0")
@@ -103,5 +103,5 @@ def test_a_message_that_cannot_be_encoded_ends_its_stream_alone() -> None:
     assert _all(broken) == [FROM_ENGINE.encode(queued)]
     assert broken.error == "a message could not be encoded"
     assert case.cancelled == ["broken"]
-    assert case.commands() == [GatewayGone(broken.name)]
+    assert case.commands() == [GatewayDisconnected(broken.name)]
     assert (_all(other), other.error) == ([FROM_ENGINE.encode(queued)], "")

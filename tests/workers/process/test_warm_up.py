@@ -31,7 +31,7 @@ from workers.experts.slots import ExpertSlots
 from workers.model.compute_threads import ComputeThreads
 from workers.model.loading.attention_model import load_attention_model
 from workers.model.loading.checkpoint import Checkpoint
-from workers.process.warm_up import BlankDispatcher, warm_attention, warm_experts
+from workers.process.warm_up import ZeroDispatcher, warm_attention, warm_experts
 from workers.process.worker_args import WorkerArgs
 from workers.requests.request import Request, TokenOutput
 from workers.requests.step_header import StepHeader
@@ -106,7 +106,7 @@ def test_attention_runs_a_step_of_each_kind(
     assert engine.grants == [(0, prompts), (4, 0), (4, 0), (0, 1), (1, 0), (1, 0)]
     assert engine.num_outputs == 3 * 5
     assert not engine.has_work
-    assert isinstance(warmed.dispatchers[0], BlankDispatcher)
+    assert isinstance(warmed.dispatchers[0], ZeroDispatcher)
 
 
 def test_experts_of_the_same_process_take_part(tiny_checkpoint: Path) -> None:

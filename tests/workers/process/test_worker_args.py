@@ -48,7 +48,7 @@ def test_a_worker_has_the_threads_that_it_is_given() -> None:
 def test_compiled_kernels_compute_where_nothing_is_against_them(
     workers: WorkersSection, reason: str
 ) -> None:
-    assert args_of(workers).why_torch == reason
+    assert args_of(workers).torch_reason == reason
 
 
 def test_a_worker_on_a_gpu_tells_its_name_and_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
 from cluster.core.errors import RequestError
 from workers.requests.inspection import InspectionParams
-from workers.requests.prompt_embeds import PromptEmbeds, read_embeds
+from workers.requests.prompt_embeds import PromptEmbeds, parse_embeds
 from workers.requests.request import Request, SamplingParams
 
 PROMPT = tuple(range(3, 33))
@@ -25,7 +25,7 @@ SECTIONS = {
 
 def embeds_of(engine: LocalEngine, prompt: tuple[int, ...]) -> PromptEmbeds:
     states = engine.inspect([prompt], InspectionParams(hidden_states=True))[0]["hidden_states"]
-    return read_embeds(tuple(states.shape[1:]), states[0].numpy().tobytes())
+    return parse_embeds(tuple(states.shape[1:]), states[0].numpy().tobytes())
 
 
 def request_of(embeds: PromptEmbeds, name: str = "given", **fields: object) -> Request:
@@ -94,7 +94,7 @@ def test_what_is_refused(tiny_checkpoint: Path) -> None:
 
 def test_bytes_are_checked() -> None:
     good = np.arange(6, dtype="<f4")
-    assert read_embeds((3, 2), good.tobytes()).rows(1, 3).tolist() == [[2, 3], [4, 5]]
+    assert parse_embeds((3, 2), good.tobytes()).rows(1, 3).tolist() == [[2, 3], [4, 5]]
     for shape, data, text in (
         ((3,), good.tobytes(), "must be tokens and hidden size"),
         ((0, 2), b"", "must be tokens and hidden size"),
@@ -102,7 +102,7 @@ def test_bytes_are_checked() -> None:
         ((3, 2), _with_infinity(good), "must be finite"),
     ):
         with pytest.raises(RequestError, match=text):
-            read_embeds(shape, data)
+            parse_embeds(shape, data)
 
 
 def _with_infinity(numbers: np.ndarray[tuple[int], np.dtype[np.float32]]) -> bytes:

@@ -7,7 +7,7 @@ from typing import Any
 
 from workers.requests.inspection import InspectionParams
 from workers.requests.request import (
-    MAX_NOTED,
+    MAX_TIMES,
     FinishReason,
     PromptLogprobs,
     Request,
@@ -56,13 +56,13 @@ def test_a_sequence_decodes_once_only_its_newest_output_is_missing() -> None:
 
 def test_times_are_noted_until_the_first_token_and_not_without_limit() -> None:
     sequence = make_sequence()
-    for when in range(MAX_NOTED + 1):
+    for when in range(MAX_TIMES + 1):
         sequence.note_dispatch(when)
         sequence.note_preemption(when)
-    assert sequence.prefills == sequence.preemptions == list(range(MAX_NOTED))
+    assert sequence.prefills == sequence.preemptions == list(range(MAX_TIMES))
     sequence = make_sequence()
     sequence.note_dispatch(101.0)
-    sequence.take_output(102.0, None, tokens=(20,))
+    sequence.make_output(102.0, None, tokens=(20,))
     sequence.note_dispatch(103.0)
     assert sequence.prefills == [101.0]
 
@@ -71,22 +71,22 @@ def test_an_output_has_its_place_and_the_first_one_what_belongs_to_the_prompt() 
     sequence = make_sequence(SCORING, num_cached_tokens=2)
     logprob = TokenLogprob(token_id=20, logprob=-0.5, rank=1)
     sequence.append(20)
-    first = sequence.take_output(102.0, None, tokens=(20,), logprobs=(logprob,))
+    first = sequence.make_output(102.0, None, tokens=(20,), logprobs=(logprob,))
     assert (first.index, first.token_ids, first.logprobs) == (0, (20,), (logprob,))
     assert (first.num_cached_tokens, first.prompt_logprobs) == (2, PromptLogprobs.of((None,)))
     assert first.timings is not None
     sequence.append(21)
-    second = sequence.take_output(103.0, None, tokens=(21,))
+    second = sequence.make_output(103.0, None, tokens=(21,))
     assert (second.index, second.token_ids, second.logprobs) == (1, (21,), ())
     assert (second.num_cached_tokens, second.prompt_logprobs, second.timings) == (None,) * 3
-    last = sequence.take_output(104.0, Ending(reason=FinishReason.ABORT))
+    last = sequence.make_output(104.0, Ending(reason=FinishReason.ABORT))
     assert (last.index, last.token_ids, last.finish_reason) == (2, (), FinishReason.ABORT)
     assert last.timings is not None
 
 
 def test_only_a_request_that_asks_for_scores_gets_them() -> None:
     sequence = make_sequence()
-    assert sequence.take_output(102.0, None, tokens=(20,)).prompt_logprobs is None
+    assert sequence.make_output(102.0, None, tokens=(20,)).prompt_logprobs is None
 
 
 def test_times_count_from_receipt() -> None:
@@ -94,15 +94,15 @@ def test_times_count_from_receipt() -> None:
     sequence.note_dispatch(101.0)
     sequence.note_dispatch(102.0)
     sequence.note_preemption(104.0)
-    sequence.take_output(103.0, None, tokens=(20,))
-    timings = sequence.take_output(108.0, Ending(reason=FinishReason.STOP), tokens=(21,)).timings
+    sequence.make_output(103.0, None, tokens=(20,))
+    timings = sequence.make_output(108.0, Ending(reason=FinishReason.STOP), tokens=(21,)).timings
     assert timings is not None
     assert (timings.first_dispatch_s, timings.first_token_s, timings.finished_s) == (1.0, 3.0, 8.0)
     assert (timings.prefill_s, timings.preempted_s) == ((1.0, 2.0), (4.0,))
 
 
 def test_a_sequence_that_fails_before_its_first_step_was_in_the_queue_till_then() -> None:
-    timings = make_sequence().error(NOT_FINITE, 105.0).timings
+    timings = make_sequence().make_error(NOT_FINITE, 105.0).timings
     assert timings is not None
     assert (timings.first_dispatch_s, timings.first_token_s, timings.finished_s) == (5.0, 5.0, 5.0)
 

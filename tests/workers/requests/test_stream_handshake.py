@@ -35,7 +35,7 @@ def test_the_token_is_never_sent() -> None:
     gateway, worker = _ends()
     sent = [gateway.start()]
     sent.append(worker.challenge(sent[-1]))
-    sent.append(gateway.answer(sent[-1]))
+    sent.append(gateway.prove(sent[-1]))
     sent.append(worker.finish(sent[-1], FACTS))
     facts = gateway.finish(sent[-1])
     assert facts.max_model_len == FACTS.max_model_len
@@ -45,7 +45,7 @@ def test_the_token_is_never_sent() -> None:
 
 def test_a_gateway_without_the_token_gets_no_facts() -> None:
     gateway, worker = _ends(gateway_token="wrong")
-    proof = gateway.answer(worker.challenge(gateway.start()))
+    proof = gateway.prove(worker.challenge(gateway.start()))
     with pytest.raises(HandshakeError, match="the cluster token differs"):
         worker.finish(proof, FACTS)
 
@@ -53,7 +53,7 @@ def test_a_gateway_without_the_token_gets_no_facts() -> None:
 @pytest.mark.parametrize("knows", ["wrong", ""])
 def test_a_worker_without_the_token_is_refused(knows: str) -> None:
     gateway, worker = _ends()
-    honest = gateway.answer(worker.challenge(gateway.start()))
+    honest = gateway.prove(worker.challenge(gateway.start()))
     gateway, impostor = _ends(worker_token=knows)
     impostor.challenge(gateway.start())
     with pytest.raises(HandshakeError, match="attention-0 does not know the cluster token"):
@@ -66,7 +66,7 @@ def test_a_proof_cannot_be_reflected() -> None:
     gateway = GatewayHandshake(TOKEN, "gateway-0", "1")
     nonce = HELLO.decode(gateway.start()).nonce
     challenge = HELLO.encode(Hello(name="attention-0", nonce=nonce, release="1"))
-    proof = PROOF.decode(gateway.answer(challenge)).proof
+    proof = PROOF.decode(gateway.prove(challenge)).proof
     with pytest.raises(HandshakeError, match="does not know"):
         gateway.finish(ENGINE_HELLO.encode(msgspec.structs.replace(FACTS, proof=proof)))
 
@@ -88,7 +88,7 @@ def test_another_release_is_named_by_both_before_any_proof() -> None:
         worker.challenge(hello)
     challenge = Hello(name="attention-0", nonce="n", release="9.9.9")
     with pytest.raises(HandshakeError, match=r"release 9\.9\.9 of attention-0, 1 of gateway-0"):
-        gateway.answer(HELLO.encode(challenge))
+        gateway.prove(HELLO.encode(challenge))
     theirs = {"name": "g", "color": "red", "release": "9.9"}  # with fields of its own
     with pytest.raises(HandshakeError, match=r"release 9\.9 of g"):
         worker.challenge(msgspec.msgpack.encode(theirs))
@@ -100,7 +100,7 @@ def test_bytes_that_are_no_handshake_are_refused(data: bytes) -> None:
     with pytest.raises(HandshakeError):
         worker.challenge(data)
     with pytest.raises(HandshakeError):
-        gateway.answer(data)
+        gateway.prove(data)
     with pytest.raises(HandshakeError):
         worker.finish(data, FACTS)
     with pytest.raises(HandshakeError):

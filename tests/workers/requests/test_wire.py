@@ -148,7 +148,7 @@ def test_blocks_are_wanted_later_if_a_request_says_so(
     request = Request(
         request_id="r", prompt=(1,), params=params, session=session, cache_ttl_s=cache_ttl_s
     )
-    assert request.is_kept is is_kept
+    assert request.is_retained is is_kept
 
 
 def test_unset_logprobs_stay_unset() -> None:
@@ -225,7 +225,7 @@ def test_kv_events_survive_the_wire() -> None:
         Abort(request_id="r", choices=(0, 2)),
         Ping(number=7),
         Pause(request_id="r", num_tokens=17),
-        Pause(request_id="r", is_over=True),
+        Pause(request_id="r", is_cancelled=True),
         KvResync(),
         SoloStep(request_id="r", attempt=1, stage=SoloStage.OVER),
     ],

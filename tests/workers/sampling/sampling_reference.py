@@ -11,7 +11,13 @@ from torch import Tensor
 from workers.native.team import Team
 from workers.requests.request import SamplingParams
 from workers.sampling.logits_processors import SamplingRow
-from workers.sampling.sampler import SampledToken, Score, draw_tokens, logprob_entries, report_drawn
+from workers.sampling.sampler import (
+    SampledToken,
+    Score,
+    logprob_entries,
+    sample_tokens,
+    sampled_tokens,
+)
 
 NEVER = -math.inf
 
@@ -95,4 +101,4 @@ def sample(
     score: Score = logprob_entries,
 ) -> list[SampledToken]:
     """One token per row of logits [rows, V], drawn and reported; ``team``: by a native kernel."""
-    return report_drawn(logits, rows, draw_tokens(logits, rows, team).tolist(), score)
+    return sampled_tokens(logits, rows, sample_tokens(logits, rows, team).tolist(), score)

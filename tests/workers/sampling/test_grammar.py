@@ -239,7 +239,7 @@ def test_a_lexer_that_others_have_filled_up_changes_nothing() -> None:
                 output.append(token)
                 right.advance(token)
                 found.advance(token)
-    assert compiled.is_spoiled
+    assert compiled.has_failed
     assert tight.cached(grammar) is None
     again = tight.compile(grammar)
     assert again is not compiled
@@ -451,7 +451,7 @@ def test_only_parts_that_do_not_compile_are_weakened(compiler: GrammarCompiler) 
     compiled = compiler.compile(Grammar(kind=GrammarKind.LARK, text=text, parts=parts))
     starts = {TOKEN_BYTES[token][:1] for token in allowed_after(compiled, ())}
     assert starts == {b"x", b"1"}
-    assert compiled.renew() is not None, "it compiles again as it did"
+    assert compiled.compile_again() is not None, "it compiles again as it did"
 
 
 def test_a_part_without_a_fallback_is_named(compiler: GrammarCompiler) -> None:

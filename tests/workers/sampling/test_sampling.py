@@ -21,9 +21,9 @@ from workers.requests.request import SamplingParams
 from workers.sampling.draws import draw, token_weights, uniforms
 from workers.sampling.logits_processors import SamplingRow, TokenCounts, penalize
 from workers.sampling.sampler import (
-    DrawFailure,
+    SamplingFailure,
     logprob_entries,
-    logprob_entries_alone,
+    logprob_entries_by_row,
 )
 
 NUM_DRAWS = 4000
@@ -241,7 +241,7 @@ def test_only_the_row_with_bad_logits_fails(bad: float) -> None:
     logits[1, 4] = bad
     logits[2, 5] = 1.0
     drawn = sample(logits, rows_of(SamplingParams(temperature=0.0), 3))
-    assert [d.failure for d in drawn] == [None, DrawFailure.NOT_FINITE, None]
+    assert [d.failure for d in drawn] == [None, SamplingFailure.NOT_FINITE, None]
     assert drawn[2].token == 5
 
 
@@ -253,7 +253,7 @@ def test_a_row_without_an_allowed_token_fails_alone(temperature: float) -> None:
         SamplingRow(params, 0, 0, banned_tokens=tuple(range(7))),
     ]
     drawn = sample(torch.randn(2, 8), rows)
-    assert [d.failure for d in drawn] == [DrawFailure.NONE_ALLOWED, None]
+    assert [d.failure for d in drawn] == [SamplingFailure.NONE_ALLOWED, None]
     assert [d.token for d in drawn] == [-1, 7]
 
 
@@ -382,15 +382,15 @@ def test_rows_that_take_the_best_token_are_drawn_beside_the_others() -> None:
     rows = [SamplingRow(params, 0, i) for i, params in enumerate(each)]
     alone = [sample(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]
     assert sample(logits, rows) == alone
-    assert sample(logits, rows, score=logprob_entries_alone) == alone
+    assert sample(logits, rows, score=logprob_entries_by_row) == alone
     best = logits.argmax(-1).tolist()
     assert [alone[i].token for i in (0, 2, 3, 4, 5)] == [best[0], best[2], 1, best[4], -1]
 
 
 def test_rows_alone_are_drawn_and_scored_from_their_own_logits() -> None:
     logits = torch.eye(VOCAB)[[3, 7, 5]] * 50.0
-    drawn = sample(logits, rows_of(SamplingParams(seed=1), 3), score=logprob_entries_alone)
+    drawn = sample(logits, rows_of(SamplingParams(seed=1), 3), score=logprob_entries_by_row)
     assert [d.token for d in drawn] == [3, 7, 5]
-    alone = logprob_entries_alone(logits, [3, 7, 0], [2, 1, 0])
+    alone = logprob_entries_by_row(logits, [3, 7, 0], [2, 1, 0])
     assert alone == logprob_entries(logits, [3, 7, 0], [2, 1, 0])
     assert [entry.rank for entry in alone] == [1, 1, 2]

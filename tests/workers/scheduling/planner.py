@@ -24,7 +24,7 @@ class Planner:
 
     def grant(self, decode_rows: int, prefill_rows: int) -> StepPlan:
         grant = Grant(decode_rows=decode_rows, prefill_rows=prefill_rows)
-        return self.scheduler.plan(self._intent.under(self.restriction), grant)
+        return self.scheduler.plan(self._intent.with_restriction(self.restriction), grant)
 
     def take_admissible(self, at_most: int) -> list[SequenceState]:
         return self.scheduler.take_admissible(self.restriction, at_most)

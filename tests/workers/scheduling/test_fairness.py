@@ -37,7 +37,7 @@ def test_one_tenant_is_served_in_order_of_arrival() -> None:
     served, desk = ServedTokens(), Desk()
     sequences = [ask(desk, "a") for _ in range(3)]
     for sequence in sequences:
-        served.enter(sequence)
+        served.add(sequence)
     assert list(served.in_turn(sequences)) == sequences
 
 
@@ -45,7 +45,7 @@ def test_the_tenant_that_was_served_least_goes_first() -> None:
     served, desk = ServedTokens(), Desk()
     a, b = [ask(desk, "a") for _ in range(3)], [ask(desk, "b") for _ in range(3)]
     for sequence in (*b, *a):
-        served.enter(sequence)
+        served.add(sequence)
     served.charge(b[0], 12)
     names = [s.request.tenant for s in served.in_turn([*b, *a])]
     assert names == ["a", "a", "b", "a", "b", "b"]
@@ -55,19 +55,19 @@ def test_a_tenant_that_comes_back_gets_nothing_for_its_pause() -> None:
     served, desk = ServedTokens(), Desk()
     a, b, c = ask(desk, "a"), ask(desk, "b"), ask(desk, "c")
     for sequence in (a, b):
-        served.enter(sequence)
+        served.add(sequence)
     served.charge(a, 100)
     served.charge(b, 60)
-    served.enter(c)
+    served.add(c)
     served.charge(c, 8)
     assert [s.request.tenant for s in served.in_turn([a, b, c])] == ["b", "c", "a"]
-    served.leave(c)
-    served.enter(c)
+    served.remove(c)
+    served.add(c)
     assert [s.request.tenant for s in served.in_turn([a, b, c])] == ["b", "c", "a"]
     for sequence in (a, b, c):
-        served.leave(sequence)
-    served.enter(a)
-    served.enter(b)
+        served.remove(sequence)
+    served.add(a)
+    served.add(b)
     assert [s.request.tenant for s in served.in_turn([a, b])] == ["a", "b"], "all begin anew"
 
 
@@ -115,7 +115,7 @@ def test_blocks_are_taken_from_the_tenant_with_the_most() -> None:
     (one,) = [ask(desk, "one", 8, new=30)]
     while not desk.scheduler.preemption.num_preemptions:
         desk.step()
-        pressed = desk.scheduler.preemption.under_pressure()
+        pressed = desk.scheduler.preemption.candidate()
         assert pressed is None or pressed.request.tenant == "many"
     assert one in desk.scheduler.queues.running
     assert sum(s in desk.scheduler.queues.running for s in many) == 2

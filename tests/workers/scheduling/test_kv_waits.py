@@ -66,7 +66,7 @@ def test_a_request_that_was_asked_about_preempts_in_the_plan_alone() -> None:
     (low,) = desk.add(15, LONG, priority=1)
     desk.step()
     desk.add(15, LONG)
-    desk.scheduler.kv_waits.take_unasked(["r1"], 1)
+    desk.scheduler.kv_waits.take_untried(["r1"], 1)
     assert asked(desk) == []
     assert low.status is SequenceStatus.RUNNING
     assert [row[0] for row in rows(desk.plan())] == ["r1"]
@@ -157,11 +157,11 @@ def test_an_engine_forgets_a_request_that_has_ended(tiny_checkpoint: Path) -> No
     ((found, hashes),) = engine.take_admissible(9)
     assert (found, list(hashes)) == (request, block_hashes(request, 16, None))
     engine.wait_for_kv("r", 0)
-    assert engine.wanted().prefill_rows == 0
+    assert engine.rows_wanted().prefill_rows == 0
     assert engine.stats()['num_requests_waiting_by_reason{reason="kv"}'] == 1
     assert engine.stats()['num_requests_waiting_by_reason{reason="capacity"}'] == 0
     engine.abort("r")
     engine.add_request(replace(request, attempt=1))
     assert len(engine.take_admissible(9)) == 1
-    assert engine.wanted().prefill_rows == len(request.prompt)
-    engine.kv_came("unknown")
+    assert engine.rows_wanted().prefill_rows == len(request.prompt)
+    engine.end_kv_wait("unknown")

@@ -98,7 +98,7 @@ class Desk(Planner):
 
     def commit(self, plan: StepPlan, token: int = 50) -> dict[SequenceState, FinishReason]:
         """All drafts are accepted."""
-        drawn = {p.sequence: (token,) * (1 + len(p.drafts)) for p in plan.rows if p.draws_token}
+        drawn = {p.sequence: (token,) * (1 + len(p.drafts)) for p in plan.rows if p.samples_token}
         endings = self.scheduler.commit(plan, drawn, ())
         self.scheduler.check_integrity()
         for planned in plan.rows:
@@ -229,7 +229,7 @@ def test_nothing_is_preempted_for_a_request_that_may_not_run() -> None:
     desk.add(4, priority=1)
     desk.step()
     desk.add(4)
-    desk.restriction = Restriction(held={"r1"})
+    desk.restriction = Restriction(held_requests={"r1"})
     assert desk.wanted().prefill_rows == 0
     assert rows(desk.grant(1, 8)) == [("r0", 4, 1, True)]
 
@@ -269,7 +269,7 @@ def test_newest_gives_way_when_blocks_run_out() -> None:
         desk.step()
     plan = desk.plan()  # r0 is done and had one of its blocks: r1 is recomputed from there
     assert rows(plan) == [("r1", 4, 4, False)]
-    assert plan.rows[0].draws_token
+    assert plan.rows[0].samples_token
 
 
 def test_lower_priority_gives_way_before_the_newer() -> None:
@@ -287,18 +287,18 @@ def test_the_next_to_be_preempted_is_named_before_blocks_run_out() -> None:
     desk = Desk(num_blocks=14)
     (first,) = desk.add(8, SamplingParams(max_tokens=40))
     desk.step()
-    assert desk.scheduler.preemption.under_pressure() is None
+    assert desk.scheduler.preemption.candidate() is None
     (last,) = desk.add(8, SamplingParams(max_tokens=40))
     seen = []
     while not desk.scheduler.preemption.num_preemptions:
         desk.step()
-        seen.append((desk.scheduler.preemption.under_pressure(), desk.pool.num_free))
+        seen.append((desk.scheduler.preemption.candidate(), desk.pool.num_free))
     assert seen[0][0] is None
     named = [(sequence, free) for sequence, free in seen if sequence is not None]
     assert named[0] == (last, 3), "fewer than two blocks for each"
     assert {sequence for sequence, _ in named} == {last}
     assert desk.scheduler.queues.running == [first]
-    assert desk.scheduler.preemption.under_pressure() is None, "one alone goes on to its end"
+    assert desk.scheduler.preemption.candidate() is None, "one alone goes on to its end"
 
 
 def test_a_search_is_not_asked_to_move_before_blocks_run_out() -> None:
@@ -309,7 +309,7 @@ def test_a_search_is_not_asked_to_move_before_blocks_run_out() -> None:
     seen = set()
     while not desk.scheduler.preemption.num_preemptions:
         desk.step()
-        seen.add(desk.scheduler.preemption.under_pressure())
+        seen.add(desk.scheduler.preemption.candidate())
     assert seen == {None, first}
 
 
@@ -640,7 +640,7 @@ def test_random_life_ends_with_everything_done_and_free(seed: int) -> None:
             drawn = {
                 p.sequence: (50,)
                 for p in plan.rows
-                if p.draws_token and p.sequence.params.max_tokens
+                if p.samples_token and p.sequence.params.max_tokens
             }
             desk.scheduler.commit(plan, drawn, ())
         desk.scheduler.check_integrity()

@@ -99,7 +99,7 @@ class Desk(Planner):
         self, plan: StepPlan, token: int = 50, failed: tuple[SequenceState, ...] = ()
     ) -> None:
         drawn = {
-            p.sequence: (token,) for p in plan.rows if p.draws_token and p.sequence not in failed
+            p.sequence: (token,) for p in plan.rows if p.samples_token and p.sequence not in failed
         }
         self.scheduler.commit(plan, drawn, failed)
         self.scheduler.check_integrity()

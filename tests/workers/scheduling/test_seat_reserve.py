@@ -61,7 +61,7 @@ class Desk(Planner):
         for planned in plan.rows:
             rows[planned.sequence.request.tenant] += planned.count
         assert rows.total() == wanted.decode_rows + wanted.prefill_rows
-        self.scheduler.commit(plan, {p.sequence: (7,) for p in plan.rows if p.draws_token}, ())
+        self.scheduler.commit(plan, {p.sequence: (7,) for p in plan.rows if p.samples_token}, ())
         self.scheduler.check_integrity()
         return rows
 

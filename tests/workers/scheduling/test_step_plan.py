@@ -29,11 +29,11 @@ def test_rows_of_drafts_are_decodes_of_their_own() -> None:
     plain = planned("a", [5], 0, 2)
     assert single_rows([plain]) == [plain]
     drafted = replace(planned("b", [7, 2], 7, 3), is_decode=True, num_new_blocks=1, drafts=(40, 41))
-    assert drafted.draws_token
+    assert drafted.samples_token
     one, *others = single_rows([drafted, plain])
     expected = replace(planned("b", [7, 2], 7, 1), sequence=drafted.sequence, is_decode=True)
     assert one == expected
-    assert one.draws_token
+    assert one.samples_token
     assert others == [
         replace(expected, first=8, drafts=(40,)),
         replace(expected, first=9, drafts=(41,)),

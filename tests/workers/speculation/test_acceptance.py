@@ -10,9 +10,9 @@ from workers.speculation.acceptance import Acceptance
 def test_worth_is_the_number_of_guesses_with_a_chance_above_the_price() -> None:
     acceptance = Acceptance()
     assert acceptance.share == 0.5
-    assert acceptance.num_worth(0.3, 8) == 1
-    assert acceptance.num_worth(0.2, 8) == 2
-    assert acceptance.num_worth(0.6, 8) == 0
+    assert acceptance.num_worthwhile(0.3, 8) == 1
+    assert acceptance.num_worthwhile(0.2, 8) == 2
+    assert acceptance.num_worthwhile(0.6, 8) == 0
 
 
 def test_right_guesses_raise_the_number_and_wrong_ones_end_it() -> None:
@@ -20,15 +20,15 @@ def test_right_guesses_raise_the_number_and_wrong_ones_end_it() -> None:
     counts = []
     for _ in range(6):
         acceptance.note(2, 0)
-        counts.append(acceptance.num_worth(0.3, 8))
+        counts.append(acceptance.num_worthwhile(0.3, 8))
     assert counts == sorted(counts)
     assert counts[-1] == 8
     for _ in range(30):
         acceptance.note(0, 1)
-    assert acceptance.num_worth(0.3, 8) == 0
+    assert acceptance.num_worthwhile(0.3, 8) == 0
     for _ in range(20):
         acceptance.note(1, 0)
-    assert acceptance.num_worth(0.3, 8) > 1
+    assert acceptance.num_worthwhile(0.3, 8) > 1
 
 
 def test_share_stays_between_its_bounds() -> None:
@@ -46,5 +46,5 @@ def test_each_guess_makes_earlier_ones_weigh_a_twentieth_less() -> None:
 
 
 def test_a_guess_must_be_worth_more_than_its_row() -> None:
-    assert Acceptance().num_worth(0.5, 8) == 0
-    assert Acceptance().num_worth(0.02, 2) == 2
+    assert Acceptance().num_worthwhile(0.5, 8) == 0
+    assert Acceptance().num_worthwhile(0.02, 2) == 2

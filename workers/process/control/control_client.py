@@ -105,7 +105,7 @@ class ControlClient:
         self._on_failed = on_failed
         self._lock = threading.Lock()
         self._queue: deque[bytes] = deque()
-        self._greeting: dict[type[ControlFrame], ControlFrame] = {}
+        self._repeated_frames: dict[type[ControlFrame], ControlFrame] = {}
         self._closing = False
         self._is_redirected = False
         self._guard = TermGuard()
@@ -133,7 +133,7 @@ class ControlClient:
         """Monotonic time of the newest heartbeat that a controller has acknowledged."""
         return self._lease.contact_at
 
-    def follow(self, term: int, controller: str) -> None:
+    def check_term(self, term: int, controller: str) -> None:
         """Check the term of a controller's Ray call (any thread). Raises ``SupersededError``."""
         self._guard.check(term, controller)
 
@@ -150,7 +150,7 @@ class ControlClient:
         """Queue a frame. Registration and requests are sent again after a reconnect."""
         with self._lock:
             if isinstance(frame, (Register, WorkerReady, WorkerFailed, DrainRequest)):
-                self._greeting[type(frame)] = frame
+                self._repeated_frames[type(frame)] = frame
             self._queue.append(encode(frame))
         self._wakeup.ring()
 
@@ -181,25 +181,25 @@ class ControlClient:
         connected = self._first
         while connected is not None:
             with connected:
-                reason = self._talk_or_fail(connected)
+                reason = self._exchange_or_report(connected)
             if self._closing:
                 return
             logger.warning("lost the controller: %s", reason)
             connected = self._connect_again()
 
-    def _talk_or_fail(self, sock: socket.socket) -> str:
-        """Call ``_talk``, and report an unexpected error of a callback as the worker's failure."""
+    def _exchange_or_report(self, sock: socket.socket) -> str:
+        """Exchange frames; report an unexpected error of a callback to the controller."""
         try:
             if sock is not self._first:
-                self._greet()
-            return self._talk(sock)
+                self._queue_registration()
+            return self._exchange_frames(sock)
         except Exception as err:
             sock.settimeout(_FLUSH_S)
             with contextlib.suppress(OSError):
                 sock.sendall(encode(WorkerFailed(reason=f"{type(err).__name__}: {err}")))
             raise
 
-    def _talk(self, sock: socket.socket) -> str:
+    def _exchange_frames(self, sock: socket.socket) -> str:
         """Exchange frames over one connection; returns the reason for its end."""
         sock.setblocking(False)
         incoming, outgoing = bytearray(), bytearray()
@@ -215,7 +215,7 @@ class ControlClient:
                     now = time.monotonic()
                     self._lease.check(now)
                     if now >= next_beat:
-                        outgoing += self._sign_of_life(now)
+                        outgoing += self._next_sign_of_life(now)
                         next_beat = min(now + self._alive_s, self._heartbeat_at)
                     is_closing = self._closing  # read before the queue is emptied
                     while self._queue:
@@ -226,7 +226,7 @@ class ControlClient:
                     if is_closing:
                         flush_until = min(flush_until, now + _FLUSH_S)
                         if not outgoing or now >= flush_until:
-                            _finish(sock)
+                            _close_after_peer(sock)
                             return "closed"
                     writes = selectors.EVENT_WRITE if outgoing else 0
                     selector.modify(sock, selectors.EVENT_READ | writes)
@@ -240,17 +240,17 @@ class ControlClient:
                 sock.settimeout(_FLUSH_S)
                 with contextlib.suppress(OSError):
                     sock.sendall(outgoing)
-                    _finish(sock)
+                    _close_after_peer(sock)
                 return str(err)
             except (OSError, ProtocolError) as err:
                 return str(err) or type(err).__name__
 
-    def _sign_of_life(self, now: float) -> bytes:
+    def _next_sign_of_life(self, now: float) -> bytes:
         """The next heartbeat if it is due, else the shortest frame."""
         if now < self._heartbeat_at:
             return _ALIVE
         self._heartbeat_at = now + self._heartbeat_s
-        return encode(replace(self._heartbeat(), number=self._lease.beat(now)))
+        return encode(replace(self._heartbeat(), number=self._lease.record_heartbeat(now)))
 
     def _receive(self, sock: socket.socket, incoming: bytearray) -> None:
         """Read available bytes, handle complete frames. Raises ``ConnectionError`` at the end."""
@@ -271,7 +271,7 @@ class ControlClient:
         if isinstance(frame, (HeartbeatAck, ControllerSnapshot, NewGeneration)):
             self._guard.check(frame.term, frame.controller)
         if isinstance(frame, HeartbeatAck):
-            self._lease.acknowledged(frame.number)
+            self._lease.acknowledge(frame.number)
         elif isinstance(frame, StatusRequest):
             self.send(replace(self._status(), token=frame.token))
         else:
@@ -295,11 +295,11 @@ class ControlClient:
             self._wakeup.wait(_RETRY_S)
         return None
 
-    def _greet(self) -> None:
+    def _queue_registration(self) -> None:
         """Queue the frames that a restarted controller needs first."""
         with self._lock:  # frames for the old connection are obsolete
             self._queue.clear()
-            greeting = [*self._greeting.values(), *self._worker_report()]
+            greeting = [*self._repeated_frames.values(), *self._worker_report()]
             self._queue.extend(encode(f) for f in greeting)
 
     def _connect(self, timeout_s: float) -> socket.socket:
@@ -350,7 +350,7 @@ def _raise_priority() -> None:
             os.sched_setscheduler(threading.get_native_id(), policy, os.sched_param(1))
 
 
-def _finish(sock: socket.socket) -> None:
+def _close_after_peer(sock: socket.socket) -> None:
     """Wait until the peer has read all: a close with unread input resets the connection."""
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_WR)

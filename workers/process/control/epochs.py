@@ -17,19 +17,19 @@ class EpochPlacements:
 
     def __init__(self) -> None:
         self.current = ExpertPlacement(epoch=0, banks=())
-        self._coming: dict[int, ExpertPlacement] = {}
+        self._announced: dict[int, ExpertPlacement] = {}
 
     def start(self, placement: ExpertPlacement) -> None:
         """Start a generation with a placement; earlier ones are dropped."""
         self.current = placement
-        self._coming.clear()
+        self._announced.clear()
 
-    def learn(self, frame: NewEpoch) -> ExpertPlacement:
+    def add_announced(self, frame: NewEpoch) -> ExpertPlacement:
         """Record an announced placement, and return it.
 
         Raises ``ProtocolError`` if it does not build on a known one.
         """
-        known = {self.current.epoch: self.current, **self._coming}
+        known = {self.current.epoch: self.current, **self._announced}
         base = known.get(frame.base_epoch)  # a header in transit may name it
         if base is None:
             raise ProtocolError(
@@ -39,24 +39,24 @@ class EpochPlacements:
         for place, maps in frame.banks:
             if place not in range(len(banks)):
                 raise ProtocolError(f"the maps of an epoch name bank {place}, which does not exist")
-            _check_place(maps, banks[place])
+            _check_bank(maps, banks[place])
             banks[place] = maps
         placement = replace(self.current, epoch=frame.epoch, banks=tuple(banks))
-        self._coming[frame.epoch] = placement
+        self._announced[frame.epoch] = placement
         return placement
 
-    def reach(self, epoch: int) -> bool:
+    def switch_to(self, epoch: int) -> bool:
         """Switch to the epoch of a step header; returns whether it is new.
 
         Raises ``ProtocolError`` for an unknown epoch.
         """
         if epoch == self.current.epoch:
             return False
-        if epoch not in self._coming:
+        if epoch not in self._announced:
             raise ProtocolError(f"a step runs in epoch {epoch}, which was not announced")
-        self.current = self._coming.pop(epoch)
-        for old in [e for e in self._coming if e < epoch]:
-            del self._coming[old]
+        self.current = self._announced.pop(epoch)
+        for old in [e for e in self._announced if e < epoch]:
+            del self._announced[old]
         return True
 
     def obstacle(
@@ -67,7 +67,7 @@ class EpochPlacements:
 
         A step may read the slots of the current epoch and of announced epochs up to ``epoch``.
         """
-        current, coming = self.current, dict(self._coming)
+        current, coming = self.current, dict(self._announced)
         if epoch < current.epoch:
             return Obstacle(
                 f"commanded in epoch {epoch}, but epoch {current.epoch} is current", False
@@ -83,6 +83,6 @@ class EpochPlacements:
         return None
 
 
-def _check_place(found: BankPlacement, old: BankPlacement) -> None:
+def _check_bank(found: BankPlacement, old: BankPlacement) -> None:
     if (found.bank, found.layer, found.num_experts) != (old.bank, old.layer, old.num_experts):
         raise ProtocolError(f"maps of bank {found.bank} layer {found.layer} at a wrong index")

@@ -38,13 +38,13 @@ class Lease:
         self.contact_at = 0.0
         """Time at which the newest acknowledged heartbeat was sent, or of the first connection."""
 
-    def beat(self, now: float) -> int:
+    def record_heartbeat(self, now: float) -> int:
         """Record a heartbeat that is sent now, and return its number."""
         self._number += 1
         self._sent_at[self._number] = now
         return self._number
 
-    def acknowledged(self, number: int) -> None:
+    def acknowledge(self, number: int) -> None:
         """Record the acknowledgement of a heartbeat, which covers all earlier ones."""
         if number in self._sent_at:
             self.contact_at = self._sent_at[number]

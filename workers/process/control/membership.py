@@ -47,7 +47,7 @@ from workers.transport.transport import DataTransport
 logger = logging.getLogger(__name__)
 
 
-class Standing(Enum):
+class MembershipState(Enum):
     """State of a worker in its newest generation. The values are readable."""
 
     OUTSIDE = "outside"
@@ -59,10 +59,14 @@ class Standing(Enum):
 
 
 _NEXT = {
-    Standing.OUTSIDE: {Standing.OPENING, Standing.OUTSIDE},
-    Standing.OPENING: {Standing.READY, Standing.OUTSIDE},
-    Standing.READY: {Standing.RUNNING, Standing.OPENING, Standing.OUTSIDE},
-    Standing.RUNNING: {Standing.OPENING, Standing.OUTSIDE},
+    MembershipState.OUTSIDE: {MembershipState.OPENING, MembershipState.OUTSIDE},
+    MembershipState.OPENING: {MembershipState.READY, MembershipState.OUTSIDE},
+    MembershipState.READY: {
+        MembershipState.RUNNING,
+        MembershipState.OPENING,
+        MembershipState.OUTSIDE,
+    },
+    MembershipState.RUNNING: {MembershipState.OPENING, MembershipState.OUTSIDE},
 }
 
 
@@ -83,7 +87,7 @@ class MembershipHooks:
 
 
 class Membership:
-    """The membership of one worker. Call ``join`` before the first frame."""
+    """The membership of one worker. Call ``set_data_plane`` first."""
 
     def __init__(self, name: str, hooks: MembershipHooks) -> None:
         self.generation = Generation(number=0, members=())
@@ -93,7 +97,7 @@ class Membership:
         self.places: tuple[str, ...] = ()
         """Places of the cluster in the controller's last message; set by the control thread."""
         self.epochs = EpochPlacements()
-        self.standing = Standing.OUTSIDE
+        self.state = MembershipState.OUTSIDE
         """Only the data thread writes it."""
         self.fence = -1
         """Highest generation that must not run, because the lease expired in it. Only the control
@@ -106,10 +110,10 @@ class Membership:
         """Time of the last commit known to be shared with others; it renews the lease."""
         self._name = name
         self._hooks = hooks
-        self._loss: PeerLost | None = None
+        self._reported_loss: PeerLost | None = None
         self._step_members = StepMembers()
 
-    def join(
+    def set_data_plane(
         self, connections: PeerConnections, channel: StepChannel, transport: DataTransport
     ) -> None:
         """Set the open data plane."""
@@ -123,9 +127,9 @@ class Membership:
         return self.generation.number <= self.fence
 
     @property
-    def runs(self) -> bool:
+    def is_running(self) -> bool:
         """Whether steps of the newest generation run."""
-        return self.standing is Standing.RUNNING and not self.is_fenced
+        return self.state is MembershipState.RUNNING and not self.is_fenced
 
     @property
     def is_member(self) -> bool:
@@ -134,7 +138,7 @@ class Membership:
 
     # ---- the control thread -----------------------------------------------------------------
 
-    def announce(self, frame: ControlFrame) -> None:
+    def record_command(self, frame: ControlFrame) -> None:
         """Record a command that the data thread will handle."""
         match frame:
             case ControllerSnapshot():
@@ -161,7 +165,7 @@ class Membership:
         running, as the new controller does not know the command. ``memory`` is the snapshot that
         the previous controller left.
         """
-        order, loss = self.announced, self._loss
+        order, loss = self.announced, self._reported_loss
         number = self.generation.number
         here = order is not None and order.generation.number == number
         placement = order.placement if order is not None else None
@@ -174,7 +178,7 @@ class Membership:
         report = WorkerReport(
             generation=order.generation if order is not None else None,
             placement=placement,
-            running=here and self.runs and not will_switch,
+            running=here and self.is_running and not will_switch,
             highest_step=self._channel.highest_step if number else 0,
             highest_epoch=max(self._channel.highest_epoch, self.epochs.current.epoch)
             if number
@@ -203,7 +207,7 @@ class Membership:
             case RunGeneration():
                 self._run_generation(frame)
             case NewEpoch():
-                self._learn_epoch(frame)
+                self._prepare_epoch(frame)
             case SwitchEpoch():
                 self._switch_epoch(frame)
 
@@ -212,7 +216,7 @@ class Membership:
 
         ``stall_s`` is the time for which work has waited for this header.
         """
-        if self.epochs.reach(header.epoch) and self._channel.is_leader:
+        if self.epochs.switch_to(header.epoch) and self._channel.is_leader:
             self._hooks.send(
                 EpochSwitched(
                     generation=header.generation,
@@ -222,41 +226,41 @@ class Membership:
                 )
             )
 
-    def committed(self, *, is_shared: bool) -> None:
+    def record_commit(self, *, is_shared: bool) -> None:
         """Record a committed step, or the start of steps. ``is_shared``: others took part."""
         self.last_commit = time.monotonic()
         if is_shared:
-            self.confirm()
+            self.confirm_commit()
 
-    def confirm(self) -> None:
+    def confirm_commit(self) -> None:
         """Record that all peers' hosts have received the header of the last step."""
         self.last_shared_commit = self.last_commit
 
-    def lose(self, err: PeerLostError) -> None:
+    def report_lost_peer(self, err: PeerLostError) -> None:
         """Stop the steps and report the lost peer to the controller, which decides what follows."""
-        self._enter(Standing.OUTSIDE)
+        self._set_state(MembershipState.OUTSIDE)
         number = self.generation.number
         logger.warning("%s: generation %d stops: %s", self._name, number, err)
-        self._loss = PeerLost(
+        self._reported_loss = PeerLost(
             worker=err.peer, generation=number, reason=err.reason, is_late=err.is_late
         )
-        self._hooks.send(self._loss)
+        self._hooks.send(self._reported_loss)
 
-    def leave(self) -> None:
+    def stop_steps(self) -> None:
         """Stop the steps, because a new generation is announced or the fence was raised."""
-        self._enter(Standing.OUTSIDE)
+        self._set_state(MembershipState.OUTSIDE)
 
-    def _enter(self, standing: Standing) -> None:
-        self.standing = next_state(self.standing, standing, _NEXT)
+    def _set_state(self, state: MembershipState) -> None:
+        self.state = next_state(self.state, state, _NEXT)
 
     def _take_generation(self, frame: NewGeneration) -> None:
         """Abandon the running step, open the edges of the new generation, report readiness."""
         generation = frame.generation
         if generation.number <= self.generation.number:
             return
-        self._enter(Standing.OPENING)
-        self._loss = None
-        if dead := self._step_members.died(generation, frame.drained):
+        self._set_state(MembershipState.OPENING)
+        self._reported_loss = None
+        if dead := self._step_members.take_dead(generation, frame.drained):
             self._hooks.lose_members(dead)
         self.generation = generation
         try:
@@ -264,13 +268,13 @@ class Membership:
             self._transport.apply_generation(generation)
             self._hooks.enter(generation, frame.placement)
         except GenerationChangedError:
-            self.leave()
+            self.stop_steps()
             return
         except PeerLostError as err:
-            self.lose(err)
+            self.report_lost_peer(err)
             return
         self.epochs.start(frame.placement)
-        self._enter(Standing.READY)
+        self._set_state(MembershipState.READY)
         self._hooks.send(
             GenerationReady(
                 generation=generation.number,
@@ -281,38 +285,38 @@ class Membership:
         )
 
     def _run_generation(self, frame: RunGeneration) -> None:
-        if frame.generation != self.generation.number or self.standing is not Standing.READY:
+        if frame.generation != self.generation.number or self.state is not MembershipState.READY:
             return
         if self.is_fenced:
             logger.warning("%s may no longer run generation %d", self._name, frame.generation)
-            self.leave()
-        elif lacking := self._num_lacking():
+            self.stop_steps()
+        elif lacking := self._num_missing_experts():
             logger.error(
                 "%s does not run generation %d: %d of its experts are not in their slots",
                 *(self._name, frame.generation, lacking),
             )
-            self.leave()  # heartbeats report it, and the controller forms the next one
+            self.stop_steps()  # heartbeats report it, and the controller forms the next one
         else:
             self._channel.start_generation(frame.first_step, self.epochs.current.epoch)
-            self.committed(is_shared=True)
-            self._step_members.run(self.generation)
+            self.record_commit(is_shared=True)
+            self._step_members.begin_generation(self.generation)
             self._hooks.begin_steps()
-            self._enter(Standing.RUNNING)
+            self._set_state(MembershipState.RUNNING)
 
-    def _num_lacking(self) -> int:
+    def _num_missing_experts(self) -> int:
         """Number of experts in the current maps that are missing from this worker's slots."""
         own = next((m for m in self.generation.experts if m.name == self._name), None)
         if own is None:
             return 0
         return len(list(self.epochs.current.missing(own.device, self._hooks.slots())))
 
-    def _learn_epoch(self, frame: NewEpoch) -> None:
+    def _prepare_epoch(self, frame: NewEpoch) -> None:
         """Prepare the maps of an announced epoch."""
         if frame.generation != self.generation.number:
             return
         error = ""
         try:
-            self._hooks.enter(self.generation, self.epochs.learn(frame))
+            self._hooks.enter(self.generation, self.epochs.add_announced(frame))
         except ProtocolError as err:
             error = str(err)
         ready = EpochReady(generation=frame.generation, epoch=frame.epoch, error=error)
@@ -320,5 +324,5 @@ class Membership:
 
     def _switch_epoch(self, frame: SwitchEpoch) -> None:
         """Leader: put the epoch into the next header, sent when all ranks have proposed."""
-        if frame.generation == self.generation.number and self.runs:
+        if frame.generation == self.generation.number and self.is_running:
             self._channel.set_epoch(frame.epoch, frame.oldest_epoch)

@@ -59,7 +59,7 @@ class WorkerReports:
             progress=activity.observe(now),
             idle=activity.is_idle,
             generation=membership.generation.number,
-            running=membership.runs,
+            running=membership.is_running,
             epoch=membership.epochs.current.epoch,
             waiting=activity.is_waiting,
             stalled_s=activity.stalled_s,

@@ -22,13 +22,13 @@ from workers.lora.adapters import PreparedAdapter
 
 logger = logging.getLogger(__name__)
 
-_TURN_S = 0.02
+_BUILD_TIME_S = 0.02
 """Time between two steps in which adapters are built."""
 _END = object()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Read:
+class _AdapterRead:
     """An adapter that is being read, or will be."""
 
     adapter: Adapter
@@ -53,9 +53,9 @@ class AdapterIntake:
         self._engine = engine
         self._wake = wake
         self._clock = clock
-        self._order: KeepAdapters | None = None
+        self._command: KeepAdapters | None = None
         self._number = -1
-        self._reads: dict[str, _Read] = {}
+        self._reads: dict[str, _AdapterRead] = {}
         """By key, in the order of the command."""
         self._build: tuple[str, Iterator[None]] | None = None
         """Key and remaining build steps of the adapter that is being built."""
@@ -69,11 +69,11 @@ class AdapterIntake:
         """Names by key. Any thread may read it."""
         return self._names
 
-    def take(self, order: KeepAdapters) -> None:
+    def handle_command(self, order: KeepAdapters) -> None:
         """Free adapters that the command does not name, and start to read missing ones."""
         if order.number <= self._number:
             return
-        self._order, self._number = order, order.number
+        self._command, self._number = order, order.number
         wanted = {adapter.key: adapter for adapter in order.adapters}
         self._names = {key: adapter.name for key, adapter in wanted.items()}
         for key in self._engine.adapters.keys:
@@ -87,20 +87,20 @@ class AdapterIntake:
         self._errors.clear()  # another try
         for key, adapter in wanted.items():
             if key not in self._digests and key not in self._reads:
-                self._reads[key] = _Read(adapter)
+                self._reads[key] = _AdapterRead(adapter)
         self._begin_next()
 
-    def go_on(self) -> AdaptersKept | None:
+    def advance(self) -> AdaptersKept | None:
         """Build read adapters for a short time; returns the reply once the command is complete."""
-        end = self._clock() + _TURN_S
+        end = self._clock() + _BUILD_TIME_S
         while self._clock() < end and self._has_step():
             pass
         self._begin_next()
         if self._build is not None:
             self._wake()
-        if self._order is None or self._reads:
+        if self._command is None or self._reads:
             return None
-        number, self._order = self._order.number, None
+        number, self._command = self._command.number, None
         return AdaptersKept(number=number, digests=dict(self._digests), errors=dict(self._errors))
 
     def stats(self, waiting: Mapping[str, int]) -> dict[str, float]:
@@ -177,7 +177,7 @@ class AdapterIntake:
             name = "adapter-reader"
             threading.Thread(target=self._read, args=(read,), name=name, daemon=True).start()
 
-    def _read(self, read: _Read) -> None:
+    def _read(self, read: _AdapterRead) -> None:
         """Read an adapter, in its own thread."""
         try:
             path = Path(read.adapter.path)

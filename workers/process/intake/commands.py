@@ -24,7 +24,7 @@ class AddRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefetchAsked:
+class PrefetchRequested:
     """A gateway will move a request to this worker and wants its KV blocks fetched first."""
 
     gateway: str
@@ -34,7 +34,7 @@ class PrefetchAsked:
 
 
 @dataclass(frozen=True, slots=True)
-class CopyAsked:
+class CopyRequested:
     """A gateway wants this worker to keep copies of another worker's blocks."""
 
     gateway: str
@@ -42,7 +42,7 @@ class CopyAsked:
 
 
 @dataclass(frozen=True, slots=True)
-class MessageTaken:
+class MessageReceived:
     """A gateway aborts or pauses a request, or acknowledges a solo step."""
 
     gateway: str
@@ -50,27 +50,29 @@ class MessageTaken:
 
 
 @dataclass(frozen=True, slots=True)
-class GatewayGone:
+class GatewayDisconnected:
     """A gateway's stream ended, so its requests are aborted."""
 
     gateway: str
 
 
-Command = AddRequest | PrefetchAsked | CopyAsked | MessageTaken | GatewayGone
+GatewayCommand = (
+    AddRequest | PrefetchRequested | CopyRequested | MessageReceived | GatewayDisconnected
+)
 
 
 class Inbox:
     """Queue of commands from the streams to the engine's thread; calls ``wake`` after each."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
-        self._commands: deque[Command] = deque()
+        self._commands: deque[GatewayCommand] = deque()
         self._wake = wake
 
-    def put(self, command: Command) -> None:
+    def put(self, command: GatewayCommand) -> None:
         """Add a command (any thread)."""
         self._commands.append(command)
         self._wake()
 
-    def take(self) -> list[Command]:
+    def take(self) -> list[GatewayCommand]:
         """Remove and return all queued commands (engine's thread only)."""
         return [self._commands.popleft() for _ in range(len(self._commands))]

@@ -46,9 +46,9 @@ class CopyFetch:
         is_state_here = not self.cache.states or has(state_key(names[-1]))
         return is_state_here and all(map(has, names))
 
-    def renew(self) -> None:
+    def mark_used(self) -> None:
         """Mark the blocks as used by a turn, as all are in host memory."""
-        self.tiers.end(self.tiers.begin(self._use(self.message.hashes)))
+        self.tiers.end(self.tiers.begin(self._turn_use(self.message.hashes)))
 
     def run(self, client: PeerClient) -> None:
         """Fetch missing blocks, as far as the other worker has them and they fit.
@@ -60,7 +60,7 @@ class CopyFetch:
             self._receive_state(client)
         if not self._names:
             return
-        turn = self.tiers.begin(self._use(self._names))
+        turn = self.tiers.begin(self._turn_use(self._names))
         try:
             if self._receive_blocks(client, turn) and self._state is not None:
                 last = self._names[-1]
@@ -68,7 +68,7 @@ class CopyFetch:
         finally:
             self.tiers.end(turn)
 
-    def _use(self, names: Sequence[BlockHash]) -> TurnUse:
+    def _turn_use(self, names: Sequence[BlockHash]) -> TurnUse:
         message = self.message
         return TurnUse(
             names=names,
@@ -115,14 +115,14 @@ class CopyFetch:
         """Load the blocks that are not in host memory; False if some are still missing."""
         for first, end in self._missing():
             if self.tiers.has(self._names[first]):  # on disk
-                is_here = self._raise_block(turn, first)
+                is_here = self._load_from_disk(turn, first)
             else:
                 is_here = self._receive_batch(client, turn, first, end)
             if not is_here:
                 return False
         return True
 
-    def _raise_block(self, turn: TierTurn, place: int) -> bool:
+    def _load_from_disk(self, turn: TierTurn, place: int) -> bool:
         held = self.tiers.read(self._names[place])
         return held is not None and self._put(turn, place, held.data)
 

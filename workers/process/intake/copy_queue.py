@@ -15,7 +15,7 @@ MAX_TENANTS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class QueuedCopy:
     """Blocks of a sequence, and the worker that has them."""
 
     message: KeepCopy
@@ -30,12 +30,12 @@ class CopyQueue:
     only the longer one is queued.
     """
 
-    _tenants: OrderedDict[str, list[Copy]] = field(default_factory=OrderedDict)
+    _tenants: OrderedDict[str, list[QueuedCopy]] = field(default_factory=OrderedDict)
 
     def __len__(self) -> int:
         return sum(map(len, self._tenants.values()))
 
-    def put(self, copy: Copy) -> int:
+    def put(self, copy: QueuedCopy) -> int:
         """Add a copy; returns the number of copies that are skipped because the queue is full."""
         tenant, names = copy.message.tenant, copy.message.names
         waiting = self._tenants.get(tenant)
@@ -54,7 +54,7 @@ class CopyQueue:
         del waiting[:num_skipped]
         return num_skipped
 
-    def take(self) -> Copy | None:
+    def take(self) -> QueuedCopy | None:
         """Remove and return the next copy, or None."""
         if not self._tenants:
             return None

@@ -35,7 +35,7 @@ class FetchJobs(WaitingRequests):
     def _running(self) -> Sequence[FetchJob]:
         """Jobs that have not been taken, oldest first."""
 
-    def _with(self, first_missing: BlockHash) -> FetchJob | None:
+    def _job_filling(self, first_missing: BlockHash) -> FetchJob | None:
         """The job that fills this block, or None."""
         return next((job for job in self._running if job.fetch.lacks(first_missing)), None)
 

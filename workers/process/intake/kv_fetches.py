@@ -25,7 +25,7 @@ from workers.kv.cache import KVCache
 from workers.kv.transfer.fetch_cost import FetchCost
 from workers.kv.transfer.store import Fetch, StateFetch
 from workers.metrics.histogram import TRANSFER_BUCKETS, Histogram
-from workers.process.intake.commands import PrefetchAsked
+from workers.process.intake.commands import PrefetchRequested
 from workers.process.intake.fetch_jobs import FetchJob, FetchJobs
 from workers.process.intake.intake_request import IntakeRequest
 from workers.process.intake.waiting import Job
@@ -44,7 +44,7 @@ MAX_FETCHING = 4
 class _Prefetch(Job):
     """Blocks that are fetched before their request arrives; once it arrives, it waits here."""
 
-    asked: PrefetchAsked
+    command: PrefetchRequested
     num_begun: int = 0
     """Number of chains that were started or need no fetch."""
 
@@ -120,7 +120,7 @@ class KvFetches(FetchJobs):
         num_usable = self._engine.kv_store.num_usable(hashes, len(found))
         if num_usable == len(hashes):
             return False
-        job = self._with(hashes[num_usable]) or self._begin(hashes, found, peer)
+        job = self._job_filling(hashes[num_usable]) or self._begin(hashes, found, peer)
         return self._wait_for(job, waiting)
 
     def take(self) -> list[IntakeRequest]:
@@ -134,15 +134,15 @@ class KvFetches(FetchJobs):
         for prefetch in [p for p in self._prefetches if now >= p.deadline_s]:
             self._prefetches.remove(prefetch)
             found += prefetch.waiting
-        self._go_on_ahead()
+        self._continue_prefetches()
         found += self._ready
         self._ready = []
         return found
 
-    def prefetch(self, asked: PrefetchAsked) -> None:
+    def prefetch(self, asked: PrefetchRequested) -> None:
         """Fetch the blocks of a request that will arrive; ``take_prefetched`` reports the end."""
-        self._prefetches.append(_Prefetch(asked=asked))
-        self._go_on_ahead()
+        self._prefetches.append(_Prefetch(command=asked))
+        self._continue_prefetches()
 
     def take_prefetched(self) -> list[tuple[str, Prefetched]]:
         """Return (gateway, reply) pairs of completed prefetches, without requests that have
@@ -176,9 +176,9 @@ class KvFetches(FetchJobs):
     def _running(self) -> list[_Job]:
         return self._jobs
 
-    def expects(self, request: Request) -> bool:
+    def has_prefetch(self, request: Request) -> bool:
         """Whether there is a prefetch for an arriving request."""
-        return any(p.asked.request.request_id == request.request_id for p in self._prefetches)
+        return any(p.command.request.request_id == request.request_id for p in self._prefetches)
 
     def _prefetch_of(self, request: Request) -> _Prefetch | None:
         """The prefetch of an arriving request. Prefetches of older attempts and from lost workers
@@ -186,7 +186,7 @@ class KvFetches(FetchJobs):
         """
         found = None
         for prefetch in tuple(self._prefetches):
-            asked = prefetch.asked.request
+            asked = prefetch.command.request
             if asked.request_id == request.request_id:
                 is_near = self._peers(asked.kv_peer) is not None
                 if asked.attempt + 1 == request.attempt and is_near:
@@ -195,22 +195,24 @@ class KvFetches(FetchJobs):
                     self._prefetches.remove(prefetch)
         return found
 
-    def _keep_prefetches(self, is_wanted: Callable[[PrefetchAsked], bool]) -> None:
-        self._prefetches = [p for p in self._prefetches if p.waiting or is_wanted(p.asked)]
+    def _keep_prefetches(self, is_wanted: Callable[[PrefetchRequested], bool]) -> None:
+        self._prefetches = [p for p in self._prefetches if p.waiting or is_wanted(p.command)]
 
-    def _go_on_ahead(self) -> None:
+    def _continue_prefetches(self) -> None:
         """Start the next fetches of prefetches, the oldest first."""
         for prefetch in tuple(self._prefetches):
             if any(job.ahead_of is prefetch for job in self._jobs):
                 continue
-            if not self._begin_next(prefetch) and prefetch.num_begun == len(prefetch.asked.chains):
+            if not self._begin_next(prefetch) and prefetch.num_begun == len(
+                prefetch.command.chains
+            ):
                 self._prefetches.remove(prefetch)
                 self._ready += prefetch.waiting
                 if prefetch.waiting:
                     continue
-                request = prefetch.asked.request
+                request = prefetch.command.request
                 answer = Prefetched(request_id=request.request_id, attempt=request.attempt)
-                self._prefetched.append((prefetch.asked.gateway, answer))
+                self._prefetched.append((prefetch.command.gateway, answer))
 
     def _begin_next(self, prefetch: _Prefetch) -> bool:
         """Start to fetch its next chain; False if no thread is free or no chain is missing.
@@ -218,7 +220,7 @@ class KvFetches(FetchJobs):
         The cost of the fetch does not matter here, as no request waits for it. A chain that does
         not fit will be computed.
         """
-        chains, request = prefetch.asked.chains, prefetch.asked.request
+        chains, request = prefetch.command.chains, prefetch.command.request
         peer = self._peers(request.kv_peer) if self._limit_s else None
         while len(self._jobs) < MAX_FETCHING and prefetch.num_begun < len(chains):
             hashes = chains[prefetch.num_begun]

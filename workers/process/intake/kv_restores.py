@@ -34,7 +34,7 @@ MAX_RESTORING = 4
 """Maximum number of concurrent restores."""
 MAX_JOBS = 32
 """Maximum number of running and queued restores; other requests compute their prefixes."""
-LEAST_LIMIT_S = 2.0
+MIN_LIMIT_S = 2.0
 """Minimum time limit of a restore. Otherwise the limit is the time to compute the same tokens; it
 includes the wait for a thread."""
 _GRACE_S = 0.5
@@ -42,7 +42,7 @@ _GRACE_S = 0.5
 
 
 @dataclass(slots=True)
-class _Read:
+class _TierRead:
     """Amount of data read from a tier."""
 
     num_bytes: int = 0
@@ -50,11 +50,11 @@ class _Read:
     seconds: float = 0.0
 
 
-class _Reads:
+class _TierReader:
     """Reads items until a deadline, and measures each together with the write that follows."""
 
     def __init__(self, tiers: KvTiers, clock: Callable[[], float], end_s: float) -> None:
-        self.by_tier: dict[str, _Read] = {}
+        self.by_tier: dict[str, _TierRead] = {}
         self._tiers = tiers
         self._clock = clock
         self._end_s = end_s
@@ -68,7 +68,7 @@ class _Reads:
         if held is None:
             return None
         self._tier = held.tier
-        self.by_tier.setdefault(held.tier, _Read()).num_bytes += held.data.numel()
+        self.by_tier.setdefault(held.tier, _TierRead()).num_bytes += held.data.numel()
         return held.data
 
     def note_written(self, *, is_block: bool) -> None:
@@ -119,7 +119,7 @@ class KvRestores(FetchJobs):
         num_usable = store.num_usable(hashes, len(found))
         if num_usable == len(hashes):
             return False
-        job = self._with(hashes[num_usable])
+        job = self._job_filling(hashes[num_usable])
         waiting.has_joined = job is not None
         if job is None:
             end = self._best_end(hashes, len(found), num_usable, bool(request.kv_peer))
@@ -128,7 +128,7 @@ class KvRestores(FetchJobs):
 
     def limit_s(self, num_tokens: int) -> float:
         """Longest useful wait for the blocks of ``num_tokens`` tokens: the time to compute them."""
-        return max(LEAST_LIMIT_S, self._computing.compute_s(num_tokens) or 0.0) + _GRACE_S
+        return max(MIN_LIMIT_S, self._computing.compute_s(num_tokens) or 0.0) + _GRACE_S
 
     @property
     def num_free_jobs(self) -> int:
@@ -205,7 +205,7 @@ class KvRestores(FetchJobs):
 
     def _restore(self, fetch: Fetch, end_s: float) -> None:
         """Fill the blocks of a fetch, in a thread of the executor."""
-        cache, reads = self._store.cache, _Reads(self._tiers, self._clock, end_s)
+        cache, reads = self._store.cache, _TierReader(self._tiers, self._clock, end_s)
         try:
             if fetch.state is not None:
                 data = reads.take(state_key(fetch.hashes[-1]))
@@ -225,7 +225,7 @@ class KvRestores(FetchJobs):
             logger.exception("could not restore KV blocks")
         self._observe(reads)
 
-    def _observe(self, reads: _Reads) -> None:
+    def _observe(self, reads: _TierReader) -> None:
         """Record the measurements, on the thread that has read."""
         for tier, found in reads.by_tier.items():
             self._seconds[tier].observe(found.seconds)

@@ -46,7 +46,7 @@ class LowerTiers:
         cls, tiers: KvTiers, engine: Engine, computing: FetchCost, wake: Callable[[], None]
     ) -> LowerTiers:
         """Start to fill the tiers; ``wake`` is called, on any thread, when there is work."""
-        copies = engine.keep_in(tiers, wake)
+        copies = engine.start_tier_copies(tiers, wake)
         return cls(tiers, copies, KvRestores(engine, tiers, computing, wake))
 
     def changes(self, changes: HashChanges, engine: Engine) -> HashChanges:

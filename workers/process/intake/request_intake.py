@@ -97,13 +97,13 @@ class RequestIntake:
             stale = f"request {name} is here already, with attempt {attempt}"
             self._refuse(new, RequestError(stale, "request_id"))
             return
-        is_expected = self._fetches.expects(request)
+        is_expected = self._fetches.has_prefetch(request)
         for each in self._parts:
             if not (is_expected and each is self._fetches):  # it replaces the older attempt itself
                 each.drop(name)
-        self._engine.kv_came(name)  # the older attempt stays if the engine refuses this one
+        self._engine.end_kv_wait(name)  # the older attempt stays if the engine refuses this one
         self._requests[name] = new
-        if not (is_expected and self._ask(new, [self._fetches])):
+        if not (is_expected and self._start_wait(new, [self._fetches])):
             self._prepare(new)
 
     def _prepare(self, waiting: IntakeRequest) -> None:
@@ -136,7 +136,7 @@ class RequestIntake:
 
     # KV blocks of requests that fit
 
-    def _ask_for_blocks(self) -> None:
+    def _request_blocks(self) -> None:
         """Let requests that fit wait for the KV blocks that the pool lacks."""
         if not self._may_have_blocks():
             return
@@ -150,10 +150,10 @@ class RequestIntake:
                 state=IntakeState.QUEUED,
                 is_in_engine=True,
             )
-            if self._ask(queued, self._sources):
+            if self._start_wait(queued, self._sources):
                 self._requests[name] = queued
 
-    def _ask(self, waiting: IntakeRequest, sources: Sequence[KvSource]) -> bool:
+    def _start_wait(self, waiting: IntakeRequest, sources: Sequence[KvSource]) -> bool:
         """Let a request wait for the first source that has blocks of it; False if none has."""
         num_free, waiting.has_joined = self._engine.pool.num_free, False
         if not any(source.put(waiting) for source in sources):
@@ -173,9 +173,9 @@ class RequestIntake:
             self._prepare(waiting)
             return
         has_time = self._clock() < waiting.kv_deadline_s
-        if has_time and waiting.name in self._engine.requests and self._ask(waiting, left):
+        if has_time and waiting.name in self._engine.requests and self._start_wait(waiting, left):
             return
-        self._engine.kv_came(waiting.name)
+        self._engine.end_kv_wait(waiting.name)
         self._leave(waiting, IntakeState.QUEUED)
 
     # Events
@@ -192,8 +192,8 @@ class RequestIntake:
                 self._queue(done.waiting, done.compiled)
             else:
                 self._refuse(done.waiting, done.error)
-        self._ask_for_blocks()
-        self._count()
+        self._request_blocks()
+        self._update_counts()
 
     def _end_late_waits(self) -> None:
         now = self._clock()
@@ -235,7 +235,7 @@ class RequestIntake:
 
     # Statistics: any thread
 
-    def _count(self) -> None:
+    def _update_counts(self) -> None:
         found: Counter[tuple[str, str]] = Counter()
         for waiting in self._requests.values():
             if not waiting.is_in_engine:

@@ -36,4 +36,4 @@ class SoloStepReporter:
     def drop_gateway(self, gateway: str) -> None:
         """Handle a lost gateway: other requests run without its acknowledgement."""
         if gateway == self._gateway:
-            self.engine.requests.isolation.disconnect()
+            self.engine.requests.isolation.drop_solo_step()

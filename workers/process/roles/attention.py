@@ -15,12 +15,12 @@ from workers.process.context import WorkerContext
 from workers.process.intake.adapters import AdapterIntake
 from workers.process.intake.commands import (
     AddRequest,
-    Command,
-    CopyAsked,
-    GatewayGone,
-    PrefetchAsked,
+    CopyRequested,
+    GatewayCommand,
+    GatewayDisconnected,
+    PrefetchRequested,
 )
-from workers.process.intake.copy_keeper import CopyKeeper
+from workers.process.intake.copy_receiver import CopyReceiver
 from workers.process.intake.grammar_compilations import GrammarCompilations
 from workers.process.intake.kv_fetches import KvFetches
 from workers.process.intake.lower_tiers import LowerTiers, open_tiers
@@ -59,7 +59,7 @@ class AttentionRole:
         context.cleanup.callback(self.fetches.close)
         self.tiers = _open_lower_tiers(context, engine, self.fetches)
         """Lower tiers in host memory and on disk; None without tiers."""
-        self.copy_keeper = _open_copy_keeper(context, engine, self.tiers)
+        self.copy_receiver = _open_copy_receiver(context, engine, self.tiers)
         """Keeps copies of other workers' blocks; None if session copies are off."""
         lower = None if self.tiers is None else self.tiers.tiers
         self._kv_lender = KvLender(engine.kv_store, wake, tiers=lower)
@@ -83,12 +83,12 @@ class AttentionRole:
             context, engine, self._stream, timer, self.intake.wait_s, lambda: self.fetches.cost
         )
         engine.runner.on_compute = self._stream.release
-        listeners.begin(engine, keeps_copies=self.copy_keeper is not None)
+        listeners.set_capacity(engine, keeps_copies=self.copy_receiver is not None)
 
     def enter(self, generation: Generation, placement: ExpertPlacement) -> None:
         """Apply the maps of a generation with open edges."""
         context = self._context
-        context.model.exactness.follow(generation.agreement)
+        context.model.exactness.apply_agreement(generation.agreement)
         self._dispatcher.set_placement(placement, generation)
         if self.tiers is not None:
             how = (context.model.quantize, context.model.dtype), self.engine.cache
@@ -96,7 +96,7 @@ class AttentionRole:
 
     def begin_steps(self, generation: int) -> None:
         """Accept gateways, as this generation runs."""
-        self.engine.requests.isolation.begin()
+        self.engine.requests.isolation.begin_generation()
         self._steps.begin()
         self._stream.admit_streams(generation)
 
@@ -109,12 +109,12 @@ class AttentionRole:
             self.tiers.copies.go_on()
         self.intake.advance()
         self.outputs.publish_prefetched(self.fetches.take_prefetched())
-        if (kept := self.adapters.go_on()) is not None:
+        if (kept := self.adapters.advance()) is not None:
             self._context.send(kept)
         self._emit(self.engine.poll())
         self.outputs.solo_steps.report(self.outputs.owners)
         self.outputs.report_paused()
-        if not self._context.membership.runs:
+        if not self._context.membership.is_running:
             self._stream.release()
 
     def run_step(self) -> None:
@@ -124,34 +124,34 @@ class AttentionRole:
     def _end_step(self, outputs: list[TokenOutput]) -> None:
         self._emit(outputs)
         if self._has_peers():
-            self.outputs.ask_for_relief()
+            self.outputs.report_kv_pressure()
 
     def _has_peers(self) -> bool:
         return len(self._context.membership.generation.attention) > 1
 
-    def _handle(self, command: Command) -> None:
+    def _handle(self, command: GatewayCommand) -> None:
         match command:
             case AddRequest():
                 self.intake.receive(command)
-            case PrefetchAsked():
+            case PrefetchRequested():
                 self.fetches.prefetch(command)
-            case CopyAsked():
-                if self.copy_keeper is not None:
-                    self.copy_keeper.put(command.message)
-            case GatewayGone():
+            case CopyRequested():
+                if self.copy_receiver is not None:
+                    self.copy_receiver.put(command.message)
+            case GatewayDisconnected():
                 self.intake.drop_gateway(command.gateway)
                 self.outputs.drop_gateway(command.gateway)
             case _:
-                self._take(command.gateway, command.message)
+                self._handle_message(command.gateway, command.message)
 
-    def _take(self, gateway: str, message: Abort | Pause | SoloStep) -> None:
+    def _handle_message(self, gateway: str, message: Abort | Pause | SoloStep) -> None:
         if isinstance(message, Abort):
             self.intake.abort(gateway, message)
         elif isinstance(message, SoloStep):
             self.outputs.solo_steps.acknowledge(gateway, message)
         elif self.outputs.owners.get(message.request_id) != gateway:
             return  # the engine does not have it
-        elif message.is_over:
+        elif message.is_cancelled:
             self.engine.requests.resume(message.request_id)
         else:
             self.engine.requests.pause(message.request_id, message.num_tokens)
@@ -172,8 +172,8 @@ class AttentionRole:
         stats = {**self.engine.stats(), **self.fetches.stats()}
         if self.tiers is not None:
             stats |= self.tiers.stats()
-        if self.copy_keeper is not None:
-            stats |= self.copy_keeper.stats()
+        if self.copy_receiver is not None:
+            stats |= self.copy_receiver.stats()
         return stats | self.adapters.stats(self.intake.count_waiting(stats))
 
     def adapters_in_use(self) -> tuple[str, ...]:
@@ -198,15 +198,15 @@ def _open_lower_tiers(
     return lower
 
 
-def _open_copy_keeper(
+def _open_copy_receiver(
     context: WorkerContext, engine: Engine, lower: LowerTiers | None
-) -> CopyKeeper | None:
+) -> CopyReceiver | None:
     """Start to keep copies of other workers' blocks; None if session copies are off."""
     section, wake = context.config.kv_tiers, context.connections.wake
     if lower is None or not section.session_copies:
         return None
     rate = section.session_copy_bytes_per_s
-    keeper = CopyKeeper(lower.tiers, engine.cache, context.kv_peer, wake, rate)
+    keeper = CopyReceiver(lower.tiers, engine.cache, context.kv_peer, wake, rate)
     context.cleanup.callback(keeper.close)
     keeper.start()
     return keeper
@@ -222,7 +222,7 @@ def _open_kv_publisher(
     section, size = context.config.kv_events, context.config.engine.block_size_tokens
     if section.kv_events_endpoint is None:
         return lambda changes: None
-    contents = engine.note_contents()
+    contents = engine.start_recording_contents()
     publisher = KvPublisher(section, context.member.rank, size, names)
     context.cleanup.callback(publisher.close)
     publisher.start()

@@ -40,7 +40,7 @@ class AttentionListeners:
         self.kv_server = context.open_peer_server("kv-blocks", HASH_BYTES)
         """Sends KV blocks to other workers, once it is started."""
 
-    def announce(self, member: Member) -> Member:
+    def with_addresses(self, member: Member) -> Member:
         """The member with the addresses of these listeners."""
         return replace(member, engine_address=self._address, kv_address=self.kv_server.address)
 
@@ -48,7 +48,7 @@ class AttentionListeners:
         """The reply to a gateway's hello. Any thread."""
         return replace(self._hello, generation=self._membership.generation.number)
 
-    def begin(self, engine: Engine, *, keeps_copies: bool) -> None:
+    def set_capacity(self, engine: Engine, *, keeps_copies: bool) -> None:
         """Add the engine's capacity to the hello, once the weights are loaded."""
         self._hello = replace(
             self._hello,

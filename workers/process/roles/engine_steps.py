@@ -70,15 +70,15 @@ class EngineSteps:
     def _run_next(self, emit: Callable[[list[TokenOutput]], None]) -> None:
         engine, channel, activity = self._engine, self._context.channel, self._context.activity
         membership = self._context.membership
-        wanted = engine.wanted()
+        wanted = engine.rows_wanted()
         activity.is_idle = not engine.has_work
         activity.wants_rows = wanted.decode_rows + wanted.prefill_rows > 0
-        channel.propose(wanted, even_empty=self._needs_a_commit())
+        channel.propose(wanted, even_empty=self._needs_commit())
         if not channel.has_header:
             self._stream.release()
         header = channel.wait(self._wait_s(self._idle_s()))
         if self._context.connections.is_settled:
-            membership.confirm()
+            membership.confirm_commit()
         if header is None:
             self._check_overdue(wanted)
             return
@@ -88,7 +88,7 @@ class EngineSteps:
         membership.follow_epoch(header, stall_s)
         self._has_more = False
         outputs = self._step(header)
-        membership.committed(is_shared=bool(activity.rows) or not channel.is_leader)
+        membership.record_commit(is_shared=bool(activity.rows) or not channel.is_leader)
         activity.advance()
         self._has_more = engine.has_work
         self._stream.release()  # a step without rows has not computed
@@ -113,7 +113,7 @@ class EngineSteps:
             last_commit=self._context.membership.last_commit,
             now=time.monotonic(),
         )
-        missing = channel.missing()
+        missing = channel.missing_workers()
         if waited_s is None or not missing:
             return
         reason = f"no step for {waited_s:.1f} s, waits for {', '.join(missing)}"
@@ -129,7 +129,7 @@ class EngineSteps:
             return LOOK_S
         return min(IDLE_WAIT_S, self._context.config.transport.lease_s * _COMMIT_SHARE)
 
-    def _needs_a_commit(self) -> bool:
+    def _needs_commit(self) -> bool:
         """Whether the controller is silent, so that an empty step must renew all leases."""
         known = max(self._context.contact_at(), self._context.membership.last_commit)
         return time.monotonic() - known > self._context.config.transport.lease_s * _COMMIT_SHARE

@@ -40,7 +40,7 @@ class ExpertSources:
 
     def load(self, placement: ExpertPlacement) -> None:
         """Load the first experts, from other workers if these are faster than the disk."""
-        counted = self._counted(CHECKPOINT)
+        counted = self._count_bytes(CHECKPOINT)
         own = self._slots.checkpoint_source(self._checkpoint, counted, is_idle=True)
         device, source = self._args.member.device, self._first_source(own)
         self._slots.load_placement(placement, device, self._checkpoint, source)
@@ -56,14 +56,14 @@ class ExpertSources:
         peers = HoldersSource(
             self._args.holders,
             lambda holder: self._peer_source(holder.name, holder.address, rate),
-            self._read_elsewhere,
+            self._count_peer_read,
         )
         return FasterSource({CHECKPOINT: checkpoint, PEER: peers})
 
-    def _read_elsewhere(self, bank: BankSpec, expert: int) -> None:
+    def _count_peer_read(self, bank: BankSpec, expert: int) -> None:
         self._checkpoint.count(self._checkpoint.expert_bytes(bank, expert))
 
-    def _counted(
+    def _count_bytes(
         self, kind: str, take: Callable[[int], None] = lambda num_bytes: None
     ) -> Callable[[int], None]:
         """Wrap ``take`` to count its bytes."""
@@ -84,7 +84,7 @@ class ExpertSources:
         )
 
     def _open_checkpoint(self, source: Mapping[str, Any]) -> ExpertSource:
-        take = self._counted(CHECKPOINT, self._rate(source).take)
+        take = self._count_bytes(CHECKPOINT, self._rate(source).take)
         return self._slots.checkpoint_source(self._checkpoint.another(), take)
 
     def _open_peer(self, source: Mapping[str, Any]) -> ExpertSource:
@@ -93,5 +93,5 @@ class ExpertSources:
     def _peer_source(self, name: str, address: str, rate: RateLimit) -> PeerSource:
         peer = Peer(name=name, address=address, me=self._me, token=self._args.config.cluster_token)
         timeout_s = self._args.config.transport.connect_timeout_s
-        take = self._counted(PEER, rate.take)
+        take = self._count_bytes(PEER, rate.take)
         return PeerSource(partial(PeerClient, peer, timeout_s, before_chunk=take), rate)

@@ -21,7 +21,7 @@ from workers.experts.transfer.loading import ExpertLoader
 from workers.experts.transfer.peer_source import GIVE_UP, ExpertLender
 from workers.process.context import WorkerContext
 from workers.process.data_plane import IDLE_WAIT_S
-from workers.process.gpu_room import captured_sizes, check_room_for_slots
+from workers.process.gpu_memory import captured_sizes, check_memory_for_slots
 from workers.process.roles.expert_sources import ExpertSources
 from workers.process.warm_up import warm_experts
 from workers.requests.buckets import kept_rows
@@ -54,7 +54,7 @@ class ExpertRole:
         assert args.placement is not None, "a worker with experts is started with a placement"
         self._context = context
         self.slots = slots = make_slots(context)
-        self._given_up = threading.Event()
+        self._cancelled = threading.Event()
         self._busy_s = 0.0
         self._num_steps = 0
         self._sources = ExpertSources(context, slots)
@@ -85,20 +85,20 @@ class ExpertRole:
         )
         context.cleanup.callback(self.close)
 
-    def order(self, order: LoadExperts) -> None:
+    def handle_command(self, order: LoadExperts) -> None:
         """Load experts in the background. Control thread.
 
         Commands with a ``limit_s`` are migrations. A command of kind ``give up``, or
-        ``give_up_moves``, cancels unfinished ones.
+        ``cancel_migrations``, cancels unfinished ones.
         """
         if order.source.get("kind") == GIVE_UP:
-            self.give_up_moves()
+            self.cancel_migrations()
             return
-        self._loader.order(replace(order, source={**order.source, GIVE_UP: self._given_up}))
+        self._loader.order(replace(order, source={**order.source, GIVE_UP: self._cancelled}))
 
-    def give_up_moves(self) -> None:
+    def cancel_migrations(self) -> None:
         """Cancel unfinished migrations. Control thread."""
-        given_up, self._given_up = self._given_up, threading.Event()
+        given_up, self._cancelled = self._cancelled, threading.Event()
         given_up.set()
 
     def keep_only(self, placement: ExpertPlacement) -> None:
@@ -108,7 +108,7 @@ class ExpertRole:
 
     def enter(self, generation: Generation, placement: ExpertPlacement) -> None:
         """Apply the maps of a generation with open edges."""
-        self._context.model.exactness.follow(generation.agreement)
+        self._context.model.exactness.apply_agreement(generation.agreement)
         self.server.set_placement(placement, generation)
 
     def run_step(self) -> None:
@@ -124,7 +124,7 @@ class ExpertRole:
         started = time.monotonic()
         self.server.run_step(header)
         self.server.timer.end_step()
-        membership.committed(is_shared=True)
+        membership.record_commit(is_shared=True)
         activity.advance()
         self._busy_s += membership.last_commit - started
         self._num_steps += 1
@@ -166,14 +166,14 @@ class ExpertRole:
         }
 
     def close(self) -> None:
-        self.give_up_moves()
+        self.cancel_migrations()
         self._loader.close()
 
 
 def make_slots(context: WorkerContext) -> ExpertSlots:
     """Create empty slots. Raises ``ConfigError`` if a GPU is too small for them."""
     args, model = context.args, context.model
-    check_room_for_slots(args, context.family, model.dtype)
+    check_memory_for_slots(args, context.family, model.dtype)
     return ExpertSlots(
         context.family.banks,
         args.num_slots,

@@ -12,10 +12,10 @@ from workers.process.engine_server import EngineServer
 from workers.process.intake.solo_steps import SoloStepReporter
 from workers.process.step_messages import step_messages
 from workers.requests.request import Queued, Request, StepOutput, TokenOutput
-from workers.requests.sequence import Failure, failed
-from workers.requests.wire import Paused, Prefetched, Relieve
+from workers.requests.sequence import Failure, failed_output
+from workers.requests.wire import KvPressure, Paused, Prefetched
 
-_RELIEF_PAUSE_S = 0.1
+_PRESSURE_INTERVAL_S = 0.1
 """Minimum time between two requests to move a request."""
 
 
@@ -31,7 +31,7 @@ class GatewayOutputs:
         self.owners: dict[str, str] = {}
         """Gateways by request id, for the requests in the engine."""
         self.solo_steps = SoloStepReporter(engine, stream.publish)
-        self._relief_at = 0.0
+        self._pressure_reported_at = 0.0
         """Monotonic time at which it last asked to move a request."""
 
     def accept(self, gateway: str, request: Request) -> None:
@@ -44,7 +44,9 @@ class GatewayOutputs:
         """End every choice of a refused request with the error."""
         code = "queue_full" if isinstance(err, QueueFullError) else getattr(err, "code", "")
         failure = Failure(str(err), code, getattr(err, "param", None))
-        outputs = tuple(failed(request, choice, failure) for choice in range(max(request.n, 1)))
+        outputs = tuple(
+            failed_output(request, choice, failure) for choice in range(max(request.n, 1))
+        )
         self._stream.publish(gateway, StepOutput(outputs=outputs))
 
     def emit(self, outputs: Iterable[TokenOutput]) -> None:
@@ -71,15 +73,15 @@ class GatewayOutputs:
             self._stream.publish(self.owners[request_id], Paused(request_id=request_id))
             self._stream.release()
 
-    def ask_for_relief(self) -> None:
+    def report_kv_pressure(self) -> None:
         """Ask a gateway to move a request before it must be preempted."""
-        pressed, now = self._engine.under_pressure(), time.monotonic()
-        if pressed is None or now < self._relief_at + _RELIEF_PAUSE_S:
+        pressed, now = self._engine.preemption_candidate(), time.monotonic()
+        if pressed is None or now < self._pressure_reported_at + _PRESSURE_INTERVAL_S:
             return
         owner = self.owners.get(pressed.request_id)
         if owner is not None:
-            self._relief_at = now
-            message = Relieve(request_id=pressed.request_id, attempt=pressed.attempt)
+            self._pressure_reported_at = now
+            message = KvPressure(request_id=pressed.request_id, attempt=pressed.attempt)
             self._stream.publish(owner, message)
 
     def forget_ended(self, request_id: str) -> None:

@@ -14,7 +14,7 @@ from workers.metrics.step_timer import StepTimer
 from workers.model.layers import AttentionModel
 from workers.model.loading.attention_model import load_attention_model
 from workers.process.context import WorkerContext
-from workers.process.gpu_room import check_room_for_states, section_for_gpu
+from workers.process.gpu_memory import check_memory_for_states, section_for_gpu
 from workers.process.roles.attention import AttentionRole
 from workers.process.roles.attention_listeners import AttentionListeners
 from workers.process.roles.experts import BanksOf, ExpertRole, make_slots
@@ -83,7 +83,7 @@ def _load_model(context: WorkerContext) -> AttentionModel:
         model.compute_threads,
         config.engine.deterministic == "on",
         model.kernels.team,
-        model.form_of_products(config),
+        model.format_outside_experts(config),
     )
 
 
@@ -127,7 +127,7 @@ def _load_engine(
         is_exact=bool(context.member.offer.kernels),
         lora=context.config.lora,
     )
-    check_room_for_states(args, family)
+    check_memory_for_states(args, family)
     warm_attention(args, family, setup.dtype, make_engine, dispatcher)
     section = section_for_gpu(args, family, setup.dtype, context.transport)
     engine = make_engine(dispatcher=dispatcher, section=section)

@@ -36,12 +36,12 @@ class Roles:
     def lose_members(self) -> None:
         """Handle the death of members of the last generation; the last step was abandoned."""
         if self.attention is not None:
-            self.attention.engine.requests.worker_died()
+            self.attention.engine.requests.record_worker_death()
 
     def keep_adapters(self, order: KeepAdapters) -> None:
         """Load these adapters; only workers that run attention get this command."""
         if self.attention is not None:
-            self.attention.adapters.take(order)
+            self.attention.adapters.handle_command(order)
 
     def between_steps(self) -> None:
         """Work at the start of every iteration, in a generation or not."""

@@ -48,7 +48,7 @@ class WorkerActor:
         from workers.process.worker_args import WorkerArgs  # imports torch
 
         host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-        here = _on_this_node(member, host)
+        here = _with_node_labels(member, host)
         args = WorkerArgs.from_plain(config, here, control_address, extra, host)
         logs.set_up(args.member.name, args.config.observability.log_format)
         self._worker = self._make_worker(args, _die)
@@ -68,11 +68,11 @@ class WorkerActor:
         """The worker's name; a reply shows that the process is alive."""
         return self._worker.member.name
 
-    def introduce(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """Facts that a restarted controller needs before this worker can connect to it."""
         args = self._worker.args
         facts = {"config": args.config.to_dict(), "num_slots": args.num_slots}
-        return {**facts, "has_called": self._worker.control.has_called}
+        return {**facts, "has_called": self._worker.control.has_connected}
 
     def log(self, after: int) -> tuple[int, list[str]]:
         """The newest lines of this process's log; see ``RecentLines.since``."""
@@ -87,7 +87,7 @@ class WorkerActor:
 
     def stop(self, term: int, controller: str) -> None:
         """Stop serving; the caller ends the process. Raises ``SupersededError``."""
-        self._worker.control.follow(term, controller)
+        self._worker.control.check_term(term, controller)
         self._worker.stop()
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
@@ -121,7 +121,7 @@ ACTOR_CLASSES: Final[Mapping[Role, type[WorkerActor]]] = {
 """The classes that ``cluster.actors.worker_group.WorkerGroup`` starts, by role."""
 
 
-def _on_this_node(member: Mapping[str, Any], host: str) -> dict[str, Any]:
+def _with_node_labels(member: Mapping[str, Any], host: str) -> dict[str, Any]:
     """A member with the labels of its node, if they were unknown when it was created."""
     if member.get("node"):
         return dict(member)

@@ -47,7 +47,7 @@ class ControlSide:
         self._name = name
         self._roles = roles
         self._interrupts = interrupts
-        self.has_called = False
+        self.has_connected = False
         """Whether the worker has reached a controller."""
         self.on_fenced: Callable[[int], None] = lambda fence: None
         """Called with the highest generation that may no longer serve. Control thread."""
@@ -61,7 +61,7 @@ class ControlSide:
                 slots=roles.slots,
             ),
         )
-        self.orders = ControllerCommands(
+        self.commands = ControllerCommands(
             membership=self.membership,
             experts=lambda: roles.experts,
             send=self.send,
@@ -79,7 +79,7 @@ class ControlSide:
             send=self.send,
             disks=DiskWatch(lambda: [logs.OUTPUT.folder, timelines]),
             adapters_in_use=roles.adapters_in_use,
-            waits_for=interrupts.awaited,
+            waits_for=interrupts.awaited_peers,
             problems=lambda: roles.problems(name),
         )
         transport = config.transport
@@ -87,7 +87,7 @@ class ControlSide:
             args.control_address,
             config.cluster_token,
             name,
-            self.orders.take,
+            self.commands.take,
             heartbeat=self.reports.heartbeat,
             status=self.reports.status,
             heartbeat_s=transport.heartbeat_s,
@@ -98,7 +98,7 @@ class ControlSide:
                 last_commit=lambda: self.membership.last_shared_commit,
                 on_expired=self._fence,
             ),
-            worker_report=self.orders.report,
+            worker_report=self.commands.report,
             on_failed=on_failed,
         )
 
@@ -110,7 +110,7 @@ class ControlSide:
     def start(self) -> None:
         """Connect to the controller. Raises ``PeerLostError`` and ``HandshakeError``."""
         self._client.start()
-        self.has_called = True
+        self.has_connected = True
 
     def send(self, frame: ControlFrame) -> None:
         """Send a frame to the controller."""
@@ -122,25 +122,25 @@ class ControlSide:
 
     def fail(self, reason: str) -> None:
         """Report to the controller, if connected, that this worker ends."""
-        if self.has_called:
+        if self.has_connected:
             self.send(WorkerFailed(reason=reason))
             self.close()
 
-    def follow(self, term: int, controller: str) -> None:
+    def check_term(self, term: int, controller: str) -> None:
         """Check a controller that calls through Ray. Raises ``SupersededError``."""
-        if self.has_called:
-            self._client.follow(term, controller)
+        if self.has_connected:
+            self._client.check_term(term, controller)
 
     def redirect(self, address: str, term: int, controller: str) -> None:
         """Connect to a restarted controller. Raises ``SupersededError``, ``NotReadyError``."""
-        if not self.has_called:
+        if not self.has_connected:
             raise NotReadyError(f"{self._name} has not connected to a controller yet")
-        self.follow(term, controller)
+        self.check_term(term, controller)
         self._client.redirect(address)
 
     def request_drain(self, lifetime: Lifetime) -> bool:
         """Ask for a drain; False outside a generation, or if already asked."""
-        if not self.membership.is_member or not lifetime.leave():
+        if not self.membership.is_member or not lifetime.begin_leaving():
             return False
         self.send(DrainRequest())
         return True
@@ -163,4 +163,4 @@ class ControlSide:
         logger.warning("%s is fenced: %s", self._name, reason)
         fence = self.membership.raise_fence()
         self.on_fenced(fence)
-        self._interrupts.leave(fence)
+        self._interrupts.end_generations(fence)

@@ -42,22 +42,22 @@ class ControllerCommands:
         experts = self.experts()
         if isinstance(frame, LoadExperts):
             if experts is not None:
-                experts.order(frame)
+                experts.handle_command(frame)
             else:
                 self.send(ExpertsLoaded(order=frame.order, error="there are no expert slots"))
             return
         if isinstance(frame, ControllerSnapshot):
             self._memory = frame.memory
-            self.membership.announce(frame)
+            self.membership.record_command(frame)
             self.send(SnapshotKept(version=frame.version))
             return
         if isinstance(frame, RunGeneration) and experts is not None:
             self._free_experts(experts, frame)
-        self.membership.announce(frame)
+        self.membership.record_command(frame)
         self._frames.append(frame)
         if isinstance(frame, NewGeneration):
             if experts is not None:
-                experts.give_up_moves()
+                experts.cancel_migrations()
             self.interrupt(frame.generation.number)
         elif isinstance(frame, Shutdown):
             self.interrupt(self.membership.generation.number + 1)

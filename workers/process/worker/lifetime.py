@@ -19,7 +19,7 @@ _CALL_LIMIT_S = 2.0
 """Time in which the controller ends the process of a worker after a command to end."""
 
 
-class Life(Enum):
+class ProcessPhase(Enum):
     """Phase of a worker process. The values are readable."""
 
     ACTIVE = "active"
@@ -29,10 +29,10 @@ class Life(Enum):
     """The data thread runs no further iteration."""
 
 
-_NEXT: Transitions[Life] = {
-    Life.ACTIVE: {Life.LEAVING, Life.ENDING},
-    Life.LEAVING: {Life.ENDING},
-    Life.ENDING: {Life.ENDING},
+_NEXT: Transitions[ProcessPhase] = {
+    ProcessPhase.ACTIVE: {ProcessPhase.LEAVING, ProcessPhase.ENDING},
+    ProcessPhase.LEAVING: {ProcessPhase.ENDING},
+    ProcessPhase.ENDING: {ProcessPhase.ENDING},
 }
 
 
@@ -40,27 +40,27 @@ class Lifetime:
     """The phase of a worker process. Any thread may call the methods."""
 
     def __init__(self) -> None:
-        self._life = Life.ACTIVE
+        self._phase = ProcessPhase.ACTIVE
         self._lock = threading.Lock()
         self._stopped = threading.Event()
 
     @property
     def is_ending(self) -> bool:
         """Whether the process ends: its data thread stops, and failures are no longer reported."""
-        return self._life is Life.ENDING
+        return self._phase is ProcessPhase.ENDING
 
-    def leave(self) -> bool:
+    def begin_leaving(self) -> bool:
         """Mark the worker as leaving; False if it is leaving already, or ends."""
         with self._lock:
-            if self._life is not Life.ACTIVE:
+            if self._phase is not ProcessPhase.ACTIVE:
                 return False
-            self._life = next_state(self._life, Life.LEAVING, _NEXT)
+            self._phase = next_state(self._phase, ProcessPhase.LEAVING, _NEXT)
             return True
 
     def end(self) -> None:
         """Mark the process as ending. Idempotent."""
         with self._lock:
-            self._life = next_state(self._life, Life.ENDING, _NEXT)
+            self._phase = next_state(self._phase, ProcessPhase.ENDING, _NEXT)
 
     def stop(self) -> None:
         """Mark the process as ending and stopped; the caller ends the process."""

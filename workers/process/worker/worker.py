@@ -31,15 +31,15 @@ from workers.metrics.traced_steps import StepSpans
 from workers.model.huge_pages import collapse_weights
 from workers.native.team import start_kernels
 from workers.process.context import ModelSetup, WorkerContext
-from workers.process.control.membership import Standing
+from workers.process.control.membership import MembershipState
 from workers.process.data_plane import (
     IDLE_WAIT_S,
     StepInterrupts,
-    identify,
+    make_identity,
     open_connections,
     open_transport,
 )
-from workers.process.gpu_room import captured_sizes
+from workers.process.gpu_memory import captured_sizes
 from workers.process.roles.attention_listeners import AttentionListeners
 from workers.process.roles.experts import BanksOf
 from workers.process.roles.loading import load_attention, load_experts
@@ -114,7 +114,7 @@ class Worker:
             self.control.send(WorkerReady(info=info))
             megabytes = checkpoint.loaded_bytes // 10**6
             logger.info("%s has loaded %d MB of weights", self.member.name, megabytes)
-            while self._take_orders():
+            while self._handle_commands():
                 self.roles.between_steps()
                 self._run_step(context.connections)
         except Exception as err:
@@ -129,11 +129,11 @@ class Worker:
     def open(self) -> WorkerContext:
         """Connect to the controller, read checkpoint headers, open listeners, register."""
         args = self.args
-        kernels = start_kernels(args.threads, args.why_torch)
+        kernels = start_kernels(args.threads, args.torch_reason)
         self.control.start()
         model = ModelSetup.of(args, kernels, self.control.reports.loading)
         self.member = replace(self.member, offer=model.exactness.offer)
-        me = identify(args, model.checkpoint)
+        me = make_identity(args, model.checkpoint)
         connections = open_connections(args, me, model.checkpoint, model.dtype)
         self._cleanup.callback(connections.close)
         self._interrupts.attach(connections)
@@ -145,7 +145,7 @@ class Worker:
         )
         transport = self.open_transport(connections)
         self._cleanup.callback(transport.close)
-        self.membership.join(connections, channel, transport)
+        self.membership.set_data_plane(connections, channel, transport)
         context = WorkerContext(
             args=args,
             member=self.member,
@@ -182,7 +182,7 @@ class Worker:
         if member.runs_attention:
             self._listeners = AttentionListeners(context)
             self.control.on_fenced = self._listeners.stream.close_streams
-            member = self._listeners.announce(member)
+            member = self._listeners.with_addresses(member)
         return member
 
     def load(self, context: WorkerContext) -> dict[str, Any]:
@@ -210,19 +210,19 @@ class Worker:
         self.activity.begin_iteration()
         membership = self.membership
         try:
-            if membership.runs:
+            if membership.is_running:
                 self.roles.run_step()
             else:
                 self.activity.is_idle, self.activity.wants_rows = True, False
-                connections.rest(IDLE_WAIT_S, is_ready=membership.standing is Standing.READY)
+                connections.rest(IDLE_WAIT_S, is_ready=membership.state is MembershipState.READY)
         except GenerationChangedError:
-            membership.leave()
+            membership.stop_steps()
         except PeerLostError as err:
-            membership.lose(err)
+            membership.report_lost_peer(err)
 
-    def _take_orders(self) -> bool:
+    def _handle_commands(self) -> bool:
         """Carry out the controller's commands; False if this worker ends."""
-        for frame in self.control.orders.pending():
+        for frame in self.control.commands.pending():
             if isinstance(frame, Shutdown):
                 self.lifetime.end()
             elif isinstance(frame, KeepAdapters):

@@ -42,7 +42,7 @@ class Copying:
         self.engine = local.engine
         self.tiers = KvTiers(HostTier(host_bytes))
         self.woken = threading.Event()
-        self.copies: TurnCopies = self.engine.keep_in(self.tiers, self.woken.set)
+        self.copies: TurnCopies = self.engine.start_tier_copies(self.tiers, self.woken.set)
 
     def settle(self) -> None:
         while not self.copies.is_idle:

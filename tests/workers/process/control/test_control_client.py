@@ -269,7 +269,7 @@ def test_a_new_controller_that_calls_gets_everything(
     client.send(Register(member=member_of("expert-0")))
     client.send(WorkerReady(info={"bytes": 5}))
     first.next(WorkerReady)
-    client.follow(1, "")  # whether or not an acknowledgement has come
+    client.check_term(1, "")  # whether or not an acknowledgement has come
     if is_first_gone:
         first.close()
         assert lost.get(timeout=LIMIT_S)
@@ -317,7 +317,7 @@ def test_an_older_term_is_not_followed(server: ServerThread) -> None:
     assert server.closed.get(timeout=LIMIT_S)[0] == "expert-0"
     assert got.empty()
     with pytest.raises(SupersededError, match="a controller of the older term 2"):
-        client.follow(2, "")
+        client.check_term(2, "")
     client.close()
 
 

@@ -34,35 +34,35 @@ def maps() -> EpochPlacements:
 
 
 def test_an_epoch_changes_the_banks_it_names(maps: EpochPlacements) -> None:
-    assert maps.learn(frame(2)) == ExpertPlacement(epoch=2, banks=(FIRST.banks[0], MOVED))
+    assert maps.add_announced(frame(2)) == ExpertPlacement(epoch=2, banks=(FIRST.banks[0], MOVED))
     assert maps.current == FIRST
-    assert not maps.reach(1)
-    assert maps.reach(2)
-    assert not maps.reach(2)
+    assert not maps.switch_to(1)
+    assert maps.switch_to(2)
+    assert not maps.switch_to(2)
     assert maps.current.banks[1] == MOVED
 
 
 def test_an_epoch_that_was_given_up_never_runs(maps: EpochPlacements) -> None:
-    maps.learn(frame(2))
-    maps.learn(frame(3))
-    assert maps.reach(3)
+    maps.add_announced(frame(2))
+    maps.add_announced(frame(3))
+    assert maps.switch_to(3)
     with pytest.raises(ProtocolError, match="epoch 2, which was not announced"):
-        maps.reach(2)
+        maps.switch_to(2)
 
 
 def test_an_epoch_may_follow_one_whose_header_is_on_the_way(maps: EpochPlacements) -> None:
-    maps.learn(frame(2))
-    assert maps.learn(frame(3, base=2, place=1)).epoch == 3
-    assert maps.reach(2)
-    assert maps.reach(3)
+    maps.add_announced(frame(2))
+    assert maps.add_announced(frame(3, base=2, place=1)).epoch == 3
+    assert maps.switch_to(2)
+    assert maps.switch_to(3)
 
 
 def test_a_generation_begins_anew(maps: EpochPlacements) -> None:
-    maps.learn(frame(2))
+    maps.add_announced(frame(2))
     maps.start(replace(FIRST, epoch=7))
     assert maps.current.epoch == 7
     with pytest.raises(ProtocolError, match="epoch 2"):
-        maps.reach(2)
+        maps.switch_to(2)
 
 
 @pytest.mark.parametrize(
@@ -70,13 +70,13 @@ def test_a_generation_begins_anew(maps: EpochPlacements) -> None:
     [
         (frame(4, base=3), "follows 3, but 1 runs"),
         (frame(4, place=0), "at a wrong index"),
-        (frame(4, place=5), "no maps"),
-        (frame(4, place=-1), "no maps"),
+        (frame(4, place=5), "bank 5, which does not exist"),
+        (frame(4, place=-1), "bank -1, which does not exist"),
     ],
 )
 def test_nonsense_is_refused(maps: EpochPlacements, bad: NewEpoch, message: str) -> None:
     with pytest.raises(ProtocolError, match=message):
-        maps.learn(bad)
+        maps.add_announced(bad)
     assert maps.current == FIRST
 
 
@@ -105,8 +105,8 @@ def test_an_order_of_who_does_not_know_the_epoch_in_force_is_refused(
     maps: EpochPlacements,
 ) -> None:
     """An earlier controller ordered the switch, and this one does not know of it yet."""
-    maps.learn(moved_to(FREE, 5, 2))
-    assert maps.reach(2)
+    maps.add_announced(moved_to(FREE, 5, 2))
+    assert maps.switch_to(2)
     found = maps.obstacle(0, [(1, FREE, 6)], 1, 1)
     assert found == Obstacle("commanded in epoch 1, but epoch 2 is current", passes=False)
 
@@ -123,7 +123,7 @@ def test_a_slot_in_force_is_neither_overwritten_nor_emptied(
 
 
 def test_an_epoch_that_may_follow_by_then_protects_its_slots(maps: EpochPlacements) -> None:
-    maps.learn(moved_to(FREE, 5, 2))
+    maps.add_announced(moved_to(FREE, 5, 2))
     assert maps.obstacle(0, [(1, FREE, 6)], 1, 1) is None  # it was given up, its controller knows
     found = maps.obstacle(0, [(1, FREE, 6)], 2, 1)
     assert found is not None

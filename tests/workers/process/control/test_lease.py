@@ -19,14 +19,14 @@ class Owner:
 
 def test_an_acknowledgement_renews_from_the_time_of_its_heartbeat() -> None:
     owner = Owner()
-    first, second = owner.clock.beat(1.0), owner.clock.beat(2.0)
-    owner.clock.acknowledged(first)
+    first, second = owner.clock.record_heartbeat(1.0), owner.clock.record_heartbeat(2.0)
+    owner.clock.acknowledge(first)
     assert owner.clock.contact_at == 1.0
     owner.clock.check(4.6)
     assert owner.expired == []
     owner.clock.check(4.7)
     assert owner.expired == ["no contact with the controller and no step for 3.7 s"]
-    owner.clock.acknowledged(second)
+    owner.clock.acknowledge(second)
     assert owner.clock.contact_at == 2.0
 
 
@@ -35,7 +35,7 @@ def test_it_expires_once_until_it_is_renewed() -> None:
     owner.clock.check(4.0)
     owner.clock.check(5.0)
     assert len(owner.expired) == 1
-    owner.clock.acknowledged(owner.clock.beat(5.5))
+    owner.clock.acknowledge(owner.clock.record_heartbeat(5.5))
     owner.clock.check(9.0)
     assert len(owner.expired) == 1
     owner.clock.check(9.2)
@@ -53,9 +53,9 @@ def test_a_committed_step_renews_it_without_a_controller() -> None:
 @pytest.mark.parametrize("number", [0, 1, 99])
 def test_an_acknowledgement_of_no_open_heartbeat_renews_nothing(number: int) -> None:
     owner = Owner()
-    owner.clock.acknowledged(owner.clock.beat(1.0))
-    owner.clock.beat(2.0)
-    owner.clock.acknowledged(number)
+    owner.clock.acknowledge(owner.clock.record_heartbeat(1.0))
+    owner.clock.record_heartbeat(2.0)
+    owner.clock.acknowledge(number)
     assert owner.clock.contact_at == 1.0
 
 

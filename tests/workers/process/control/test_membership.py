@@ -24,7 +24,7 @@ from cluster.core.frames import (
 from cluster.core.placement import FREE_SLOT, contiguous
 from cluster.core.topology import Generation
 from tests.cluster.controller.fakes_cluster import BANKS
-from workers.process.control.membership import Membership, MembershipHooks, Standing
+from workers.process.control.membership import Membership, MembershipHooks, MembershipState
 from workers.process.worker.control_side import ControlSide
 from workers.process.worker.lifetime import Lifetime
 
@@ -73,7 +73,7 @@ class World:
                 slots=lambda: self.slots,
             ),
         )
-        self.membership.join(self.data, self.data, self.data)  # type: ignore[arg-type]
+        self.membership.set_data_plane(self.data, self.data, self.data)  # type: ignore[arg-type]
 
     def report(self) -> WorkerReport:
         """What it says to a new controller."""
@@ -86,7 +86,7 @@ class World:
         frame = NewGeneration(
             term=1, generation=Generation(number=number, members=MEMBERS), placement=MAPS
         )
-        self.membership.announce(frame)
+        self.membership.record_command(frame)
         self.membership.handle(frame)
 
 
@@ -107,11 +107,11 @@ def run(number: int) -> RunGeneration:
 def test_a_generation_runs_once_it_is_ready_and_ordered() -> None:
     world = World()
     world.announce(1)
-    assert not world.membership.runs
+    assert not world.membership.is_running
     world.membership.handle(run(2))
-    assert not world.membership.runs
+    assert not world.membership.is_running
     world.membership.handle(run(1))
-    assert world.membership.runs
+    assert world.membership.is_running
     assert world.data.started == [(1, MAPS.epoch)]
 
 
@@ -119,14 +119,14 @@ def test_a_generation_does_not_run_without_an_expert_that_its_maps_name() -> Non
     world = World(slots=(*FULL[:-1], (FREE_SLOT, *FULL[-1][1:])))
     world.announce(1)
     world.membership.handle(run(1))
-    assert not world.membership.runs
+    assert not world.membership.is_running
     assert world.data.started == []
     world.slots = FULL
     world.membership.handle(run(1))  # it has left that generation
-    assert not world.membership.runs
+    assert not world.membership.is_running
     world.announce(2)
     world.membership.handle(run(2))
-    assert world.membership.runs
+    assert world.membership.is_running
 
 
 def test_a_worker_belongs_to_its_generation_while_no_step_runs() -> None:
@@ -141,7 +141,7 @@ def test_a_worker_belongs_to_its_generation_while_no_step_runs() -> None:
     world.announce(1)
     assert asks_for_drain()
     world.membership.handle(run(1))
-    world.membership.lose(PeerLostError("attention-0", "reset"))
+    world.membership.report_lost_peer(PeerLostError("attention-0", "reset"))
     assert asks_for_drain()
     world.membership.raise_fence()
     assert not asks_for_drain()
@@ -152,9 +152,9 @@ def test_a_generation_that_lost_a_peer_does_not_run_again() -> None:
     world = World()
     world.announce(1)
     world.membership.handle(run(1))
-    world.membership.lose(PeerLostError("attention-0", "reset"))
+    world.membership.report_lost_peer(PeerLostError("attention-0", "reset"))
     world.membership.handle(run(1))
-    assert not world.membership.runs
+    assert not world.membership.is_running
 
 
 def test_the_fence_stops_what_runs_until_the_next_generation() -> None:
@@ -163,24 +163,24 @@ def test_the_fence_stops_what_runs_until_the_next_generation() -> None:
     world.membership.handle(run(1))
     assert world.membership.raise_fence() == 1
     assert world.membership.is_fenced
-    assert not world.membership.runs
-    world.membership.leave()
+    assert not world.membership.is_running
+    world.membership.stop_steps()
     world.membership.handle(run(1))
-    assert not world.membership.runs
+    assert not world.membership.is_running
     world.announce(2)
     world.membership.handle(run(2))
-    assert world.membership.runs
+    assert world.membership.is_running
     assert not world.membership.is_fenced
 
 
 def test_a_step_renews_the_lease_when_others_are_known_to_have_it() -> None:
     membership = World().membership
-    membership.committed(is_shared=True)
+    membership.record_commit(is_shared=True)
     assert membership.last_shared_commit == membership.last_commit
     shared = membership.last_commit
-    membership.committed(is_shared=False)
+    membership.record_commit(is_shared=False)
     assert membership.last_shared_commit == shared < membership.last_commit
-    membership.confirm()
+    membership.confirm_commit()
     assert membership.last_shared_commit == membership.last_commit
 
 
@@ -190,12 +190,12 @@ def test_orders_from_before_the_fence_do_not_open_it() -> None:
     world.announce(1)
     world.membership.handle(run(1))
     order = NewGeneration(term=1, generation=Generation(number=2, members=MEMBERS), placement=MAPS)
-    world.membership.announce(order)
+    world.membership.record_command(order)
     assert world.membership.raise_fence() == 2
     world.membership.handle(order)
     world.membership.handle(run(2))
     assert world.membership.generation.number == 2
-    assert not world.membership.runs
+    assert not world.membership.is_running
     assert world.membership.is_fenced
     assert world.data.started == [(1, MAPS.epoch)]
 
@@ -204,11 +204,11 @@ def test_a_generation_that_is_interrupted_while_it_opens_can_be_followed_by_anot
     world = World()
     world.data.failure = GenerationChangedError("generation 2 was announced")
     world.announce(1)
-    standings = [world.membership.standing]
+    states = [world.membership.state]
     world.data.failure = None
     world.announce(2)
-    standings.append(world.membership.standing)
-    assert standings == [Standing.OUTSIDE, Standing.READY]
+    states.append(world.membership.state)
+    assert states == [MembershipState.OUTSIDE, MembershipState.READY]
 
 
 def test_a_peer_that_is_lost_while_edges_open_is_reported() -> None:
@@ -228,10 +228,10 @@ def test_a_leader_that_will_switch_the_epoch_does_not_count_as_running() -> None
     world.announce(1)
     world.membership.handle(run(1))
     assert world.report().running
-    world.membership.announce(NewEpoch(generation=1, epoch=2, base_epoch=1, banks=()))
+    world.membership.record_command(NewEpoch(generation=1, epoch=2, base_epoch=1, banks=()))
     assert world.report().running
     assert world.report().known_epoch == 2
-    world.membership.announce(SwitchEpoch(generation=1, epoch=2, oldest_epoch=2))
+    world.membership.record_command(SwitchEpoch(generation=1, epoch=2, oldest_epoch=2))
     assert not world.report().running
     world.announce(2)
     world.membership.handle(run(2))
@@ -245,6 +245,6 @@ def test_a_worker_knows_the_places_that_were_named_last() -> None:
     snapshot = ControllerSnapshot(term=1, memory={}, places=("expert-0", "expert-1"))
     found = []
     for frame in (order, snapshot):
-        membership.announce(frame)
+        membership.record_command(frame)
         found.append(membership.places)
     assert found == [("expert-0",), ("expert-0", "expert-1")]

@@ -50,13 +50,13 @@ class Intake:
         self.num_wakes += 1
 
     def order(self, number: int, *adapters: Adapter) -> None:
-        self.intake.take(KeepAdapters(number=number, adapters=adapters))
+        self.intake.handle_command(KeepAdapters(number=number, adapters=adapters))
 
     def answer(self, limit_s: float = 20.0) -> AdaptersKept:
         """The next answer."""
         end = time.monotonic() + limit_s
         while time.monotonic() < end:
-            if (found := self.intake.go_on()) is not None:
+            if (found := self.intake.advance()) is not None:
                 return found
             time.sleep(0.001)
         raise TimeoutError("no answer")
@@ -74,7 +74,7 @@ def sql(tiny_checkpoint: Path, tmp_path: Path) -> Adapter:
 
 
 def test_orders_are_carried_out(intake: Intake, sql: Adapter) -> None:
-    assert intake.intake.go_on() is None
+    assert intake.intake.advance() is None
     intake.order(1, sql)
     first = intake.answer()
     assert first.number == 1
@@ -103,7 +103,7 @@ def test_older_orders_are_not_taken(intake: Intake, sql: Adapter) -> None:
     intake.order(2, sql)
     intake.order(1)
     assert intake.answer().digests.keys() == {"sql@1"}
-    assert intake.intake.go_on() is None
+    assert intake.intake.advance() is None
 
 
 def test_a_newer_order_replaces_one_under_way(intake: Intake, sql: Adapter) -> None:
@@ -179,18 +179,18 @@ def test_a_folder_that_hangs_delays_no_later_order(intake: Intake, sql: Adapter)
     known = set(threading.enumerate())
     dead = [Adapter(key=f"dead@{i}", name="dead", path=f"/dead/{i}") for i in range(2)]
     intake.order(1, dead[0], sql)
-    assert intake.intake.go_on() is None
+    assert intake.intake.advance() is None
     (thread,) = set(threading.enumerate()) - known
     assert thread.daemon  # the process can end
     intake.order(2, dead[1], sql)
-    assert intake.intake.go_on() is None
+    assert intake.intake.advance() is None
     intake.order(3, sql)
     assert intake.answer().digests.keys() == {"sql@1"}
     assert adapters.keys == ("sql@1",)
     adapters.may_end.set()
     thread.join(20.0)
     assert not thread.is_alive()
-    assert intake.intake.go_on() is None
+    assert intake.intake.advance() is None
 
 
 def test_adapters_and_their_sequences_are_counted_by_name(intake: Intake, sql: Adapter) -> None:

@@ -6,19 +6,21 @@ import pytest
 
 from tests.workers.process.intake.test_kv_fetches import identity
 from workers.process.intake import copy_queue
-from workers.process.intake.copy_queue import MAX_WAITING, Copy, CopyQueue
+from workers.process.intake.copy_queue import MAX_WAITING, CopyQueue, QueuedCopy
 from workers.requests.wire import KeepCopy
 from workers.transport.peer_link import Peer
 
 PEER = Peer(name="attention-0", address="nowhere:1", me=identity("attention-1"), token="t")
 
 
-def copy_of(*blocks: int, tenant: str = "") -> Copy:
+def copy_of(*blocks: int, tenant: str = "") -> QueuedCopy:
     names = b"".join(block.to_bytes(32, "big") for block in blocks)
-    return Copy(KeepCopy(source="attention-0", names=names, num_prompt=1, tenant=tenant), PEER)
+    return QueuedCopy(
+        KeepCopy(source="attention-0", names=names, num_prompt=1, tenant=tenant), PEER
+    )
 
 
-def drain(queue: CopyQueue) -> list[Copy]:
+def drain(queue: CopyQueue) -> list[QueuedCopy]:
     found = []
     while (copy := queue.take()) is not None:
         found.append(copy)

@@ -23,7 +23,7 @@ from tests.reference.goldens import Golden
 from tests.workers.kv.transfer.test_store import NUM_BLOCKS, PROMPT, engine_of, request_of, serve
 from workers.engine.engine import Engine
 from workers.kv.transfer.lender import KvLender, LentItem
-from workers.process.intake.commands import PrefetchAsked
+from workers.process.intake.commands import PrefetchRequested
 from workers.process.intake.intake_request import IntakeRequest
 from workers.process.intake.kv_fetches import MAX_FETCHING, KvFetches
 from workers.requests.block_hash import HASH_BYTES, block_hashes, sequence_hashes
@@ -400,10 +400,10 @@ def test_a_state_of_none_of_the_keys_is_refused(
     assert serve(target, request_of("target"))[0].num_cached_tokens == 0
 
 
-def ahead(request: Request) -> PrefetchAsked:
+def ahead(request: Request) -> PrefetchRequested:
     """A prefetch as its stream delivers it."""
     choices = range(request.n)
-    return PrefetchAsked(
+    return PrefetchRequested(
         "g", request, tuple(sequence_hashes(request, c, 16, None) for c in choices)
     )
 
@@ -468,9 +468,9 @@ def test_a_request_waits_for_blocks_that_come_ahead_of_it(
     moving = request_of("r", kv_peer="attention-0", output_so_far=((1, 2),))
     come = add(replace(moving, attempt=1, kv_peer=""))
     with closing(found.fetches) as fetches:
-        assert not fetches.expects(come.request)
+        assert not fetches.has_prefetch(come.request)
         fetches.prefetch(ahead(moving))
-        assert fetches.expects(come.request)
+        assert fetches.has_prefetch(come.request)
         assert fetches.put(come)
         assert fetches.names == ["r"]
         silent.hang_up()

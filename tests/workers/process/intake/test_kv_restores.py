@@ -69,7 +69,7 @@ class Tiered:
         self.late_s = 0.0
         """What the clock of the restores is ahead of time."""
         self.cost = FetchCost()
-        self.copies = self.engine.keep_in(tiers, self.woken.set)
+        self.copies = self.engine.start_tier_copies(tiers, self.woken.set)
         self.restores = KvRestores(
             self.engine, tiers, self.cost, self.woken.set, lambda: time.monotonic() + self.late_s
         )

@@ -29,7 +29,7 @@ class Source:
     waiting: list[IntakeRequest] = field(default_factory=list)
     done: list[Any] = field(default_factory=list)
 
-    def expects(self, request: Request) -> bool:
+    def has_prefetch(self, request: Request) -> bool:
         return request.request_id == self.expected
 
     def limit_s(self, num_tokens: int) -> float:
@@ -90,7 +90,7 @@ class Engine:
     def wait_for_kv(self, name: str, num_coming: int) -> None:
         self.waits.add(name)
 
-    def kv_came(self, name: str) -> None:
+    def end_kv_wait(self, name: str) -> None:
         self.waits.discard(name)
 
     def abort(self, name: str, choices: tuple[int, ...] = ()) -> None:

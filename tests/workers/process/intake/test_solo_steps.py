@@ -28,7 +28,7 @@ class ListEngine:
     def acknowledge(self, solo_step: SoloStep) -> None:
         self.acknowledged.append(solo_step)
 
-    def disconnect(self) -> None:
+    def drop_solo_step(self) -> None:
         self.num_ended += 1
 
 

@@ -20,7 +20,7 @@ class StoppableWorker:
     """Knows its newest controller, and when it was stopped."""
 
     def __init__(self) -> None:
-        self.control = SimpleNamespace(follow=TermGuard().check)
+        self.control = SimpleNamespace(check_term=TermGuard().check)
         self.num_stops = 0
 
     def stop(self) -> None:
@@ -37,7 +37,7 @@ class Actor(WorkerActor):
 def test_a_worker_stops_for_its_newest_controller_only() -> None:
     worker = StoppableWorker()
     actor = Actor(worker)
-    worker.control.follow(2, "newer")
+    worker.control.check_term(2, "newer")
     with pytest.raises(SupersededError):
         actor.stop(1, "older")
     assert worker.num_stops == 0

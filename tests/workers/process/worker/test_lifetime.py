@@ -8,21 +8,21 @@ from workers.process.worker.lifetime import Lifetime
 
 def test_a_worker_asks_for_a_drain_once() -> None:
     life = Lifetime()
-    assert [life.leave(), life.leave()] == [True, False]
+    assert [life.begin_leaving(), life.begin_leaving()] == [True, False]
     assert not life.is_ending
 
 
 def test_a_worker_that_ends_asks_for_no_drain() -> None:
     life = Lifetime()
     life.end()
-    assert not life.leave()
+    assert not life.begin_leaving()
     assert life.is_ending
 
 
 def test_a_worker_may_be_told_to_end_again() -> None:
     """By the controller's frame and by a call of Ray."""
     life = Lifetime()
-    life.leave()
+    life.begin_leaving()
     life.end()
     life.end()
     assert life.is_ending

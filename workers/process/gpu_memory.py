@@ -97,7 +97,7 @@ def section_for_gpu(
     steps = step_bytes(config, family.banks, section, args.config.speculation.max_draft_rows)
     budget = kv_budget(
         gpu_memory(args.device, workers.gpus_per_worker or 1.0),
-        _reserves(args, family, steps, num_peers, is_nccl),
+        _reserved_bytes(args, family, steps, num_peers, is_nccl),
         utilization=section.gpu_memory_utilization,
         asked_bytes=section.kv_cache_bytes,
         block_bytes=block_bytes(section, config, dtype),
@@ -106,7 +106,7 @@ def section_for_gpu(
     return replace(section, kv_cache_bytes=budget)
 
 
-def check_room_for_states(args: WorkerArgs, family: Family) -> None:
+def check_memory_for_states(args: WorkerArgs, family: Family) -> None:
     """Raise ``ConfigError`` if a GPU is too small for the recurrent states of all sequences."""
     if args.device.type != "cuda":
         return
@@ -122,7 +122,7 @@ def _state_bytes(section: EngineSection, config: ModelConfig) -> int:
     return (section.num_states + 1) * config.state_bytes
 
 
-def _reserves(
+def _reserved_bytes(
     args: WorkerArgs, family: Family, steps: int, num_peers: int, is_nccl: bool
 ) -> dict[str, int]:
     """Bytes that are used after the start, by purpose; ``steps`` is the bound of one step."""
@@ -134,7 +134,7 @@ def _reserves(
     }
 
 
-def check_room_for_slots(args: WorkerArgs, family: Family, dtype: torch.dtype) -> None:
+def check_memory_for_slots(args: WorkerArgs, family: Family, dtype: torch.dtype) -> None:
     """Raise ``ConfigError`` if a GPU is too small for the worker's expert slots."""
     if args.device.type != "cuda":
         return
@@ -143,6 +143,6 @@ def check_room_for_slots(args: WorkerArgs, family: Family, dtype: torch.dtype) -
     num_peers = workers.num_attention_ranks
     rows = num_peers * section.max_num_batched_tokens
     steps = expert_step_bytes(config, family.banks, rows)
-    reserves = _reserves(args, family, steps, num_peers, args.config.is_collective)
+    reserves = _reserved_bytes(args, family, steps, num_peers, args.config.is_collective)
     free_bytes = gpu_memory(args.device).free_bytes
     check_slots(workers.num_expert_workers, args.num_slots, num_bytes, free_bytes, reserves)

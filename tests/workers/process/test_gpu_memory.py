@@ -16,10 +16,10 @@ from cluster.core.topology import Member
 from tests.paths import DEMO
 from workers.model.families.registry import load_family
 from workers.model.loading.checkpoint import Checkpoint
-from workers.process.gpu_room import (
+from workers.process.gpu_memory import (
     captured_sizes,
-    check_room_for_slots,
-    check_room_for_states,
+    check_memory_for_slots,
+    check_memory_for_states,
     expert_step_bytes,
     graph_bytes,
     section_for_gpu,
@@ -120,13 +120,13 @@ def test_recurrent_states_come_before_kv(gpu: FakeGpu) -> None:
 
 def test_states_of_too_many_sequences_are_refused_before_the_warm_up(gpu: FakeGpu) -> None:
     family = load_family({"model_type": "qwen3_next"})
-    check_room_for_states(args_of(max_num_seqs=64), family)
+    check_memory_for_states(args_of(max_num_seqs=64), family)
     many = 20 * GIB // family.config.state_bytes // 3
     with pytest.raises(ConfigError, match=rf"max_num_seqs \({many}\) must be less: recurrent"):
-        check_room_for_states(args_of(max_num_seqs=many), family)
+        check_memory_for_states(args_of(max_num_seqs=many), family)
     unshared = {"max_num_seqs": many, "enable_prefix_caching": False, "num_cached_states": 0}
-    check_room_for_states(args_of(**unshared), family)  # two for each sequence
-    check_room_for_states(args_of("cpu", max_num_seqs=many), family)
+    check_memory_for_states(args_of(**unshared), family)  # two for each sequence
+    check_memory_for_states(args_of("cpu", max_num_seqs=many), family)
     assert captured_sizes(args_of(max_num_seqs=4), family) == ()
 
 
@@ -146,15 +146,15 @@ def test_a_gpu_that_is_too_small_is_named_before_anything_is_allocated() -> None
     kept += graph_bytes(FAMILY.config, FAMILY.banks, buckets_up_to(64), peers)
     kept += peers * NCCL_BYTES
     room = (20 * GIB - kept) // (each * len(FAMILY.banks))
-    check_room_for_slots(args_of(num_slots=room), FAMILY, torch.bfloat16)
+    check_memory_for_slots(args_of(num_slots=room), FAMILY, torch.bfloat16)
     with pytest.raises(ConfigError, match=r"num_expert_workers \(2\) must be more"):
-        check_room_for_slots(args_of(num_slots=room + 1), FAMILY, torch.bfloat16)
+        check_memory_for_slots(args_of(num_slots=room + 1), FAMILY, torch.bfloat16)
 
 
 def test_cpus_are_not_asked() -> None:
     args = args_of(device="cpu")
     assert sized(args) is args.config.engine
-    check_room_for_slots(args_of(device="cpu", num_slots=10**9), FAMILY, torch.bfloat16)
+    check_memory_for_slots(args_of(device="cpu", num_slots=10**9), FAMILY, torch.bfloat16)
 
 
 def test_captured_steps_take_memory_by_peer_unless_there_are_none() -> None:

@@ -30,7 +30,7 @@ from workers.kv.tiers.tiers import KvTiers
 from workers.kv.transfer.lender import KvLender, LentItem
 from workers.kv.turns import NO_HINTS, TurnUse
 from workers.process.intake.copy_fetch import BATCH_BLOCKS, CopyFetch
-from workers.process.intake.copy_keeper import OUTCOMES, CopyKeeper
+from workers.process.intake.copy_receiver import OUTCOMES, CopyReceiver
 from workers.requests.block_hash import HASH_BYTES, BlockHash, block_hashes, state_key
 from workers.requests.request import Request
 from workers.requests.wire import KeepCopy
@@ -300,27 +300,27 @@ def test_a_state_that_was_not_asked_for_is_refused(states: Link) -> None:
             return place + 9, data
 
     states.lender.__class__ = Liar
-    with pytest.raises(ProtocolError, match="place 12 among 4 keys"):
+    with pytest.raises(ProtocolError, match="index 12 among 4 keys"):
         states.fetch(tiers, message_of(names))
 
 
-def counts(copies: CopyKeeper) -> dict[str, int]:
+def counts(copies: CopyReceiver) -> dict[str, int]:
     stats = copies.stats()
     found = {name: int(stats[f'session_copies_total{{outcome="{name}"}}']) for name in OUTCOMES}
     return {name: count for name, count in found.items() if count}
 
 
 @contextmanager
-def copying(link: Link, tiers: KvTiers, bytes_per_s: float = FAST) -> Iterator[CopyKeeper]:
+def copying(link: Link, tiers: KvTiers, bytes_per_s: float = FAST) -> Iterator[CopyReceiver]:
     cache = link.engine.engine.kv_store.cache
     peers = {link.peer.name: link.peer}
-    copies = CopyKeeper(tiers, cache, peers.get, lambda: None, bytes_per_s)
+    copies = CopyReceiver(tiers, cache, peers.get, lambda: None, bytes_per_s)
     copies.start()
     with closing(copies):
         yield copies
 
 
-def wait_counts(copies: CopyKeeper, link: Link, expected: dict[str, int]) -> None:
+def wait_counts(copies: CopyReceiver, link: Link, expected: dict[str, int]) -> None:
     """Wait until this many copies have come to an end, while the other worker answers."""
     while counts(copies) != expected:
         assert sum(counts(copies).values()) <= sum(expected.values()), counts(copies)
@@ -371,7 +371,7 @@ def test_a_worker_that_has_left_costs_its_copies_only(
         pass
     cache = link.engine.engine.kv_store.cache
     peers = {"attention-0": link.peer} | ({"attention-9": gone.peer} if names_peer else {})
-    with closing(CopyKeeper(tiers, cache, peers.get, lambda: None, FAST)) as copies:
+    with closing(CopyReceiver(tiers, cache, peers.get, lambda: None, FAST)) as copies:
         copies.start()
         copies.put(message_of(names[:4], source="attention-9"))
         wait_counts(copies, link, {"failed": 1})

@@ -25,7 +25,7 @@ from workers.kv.cache import KVCache
 from workers.kv.tiers.tiers import KvTiers
 from workers.metrics.histogram import TRANSFER_BUCKETS, Histogram
 from workers.process.intake.copy_fetch import CopyFetch
-from workers.process.intake.copy_queue import Copy, CopyQueue
+from workers.process.intake.copy_queue import CopyQueue, QueuedCopy
 from workers.requests.wire import KeepCopy
 from workers.transport.peer_link import Peer, PeerClient
 
@@ -40,7 +40,7 @@ OUTCOMES = ("whole", "part", "failed", "skipped")
 cannot be reached, or sent invalid data; too many copies were queued."""
 
 
-class CopyKeeper:
+class CopyReceiver:
     """Keeps session copies. Any thread may call the methods; only ``close`` waits.
 
     Args:
@@ -71,7 +71,7 @@ class CopyKeeper:
         self._num_blocks = 0
         self._num_bytes = 0
         self._seconds = Histogram(TRANSFER_BUCKETS)
-        self._thread = threading.Thread(target=self._run, name="copy-keeper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="copy-receiver", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -83,7 +83,7 @@ class CopyKeeper:
             if peer is None:  # it has left the generation
                 self._outcomes["failed"] += 1
                 return
-            self._outcomes["skipped"] += self._queue.put(Copy(message, peer))
+            self._outcomes["skipped"] += self._queue.put(QueuedCopy(message, peer))
             self._changed.notify()
 
     def close(self) -> None:
@@ -119,7 +119,7 @@ class CopyKeeper:
                 self._outcomes[outcome] += 1
             self._wake()
 
-    def _next(self) -> Copy | None:
+    def _next(self) -> QueuedCopy | None:
         """Wait for a copy to fetch; None if this worker ends."""
         with self._changed:
             while not self._is_ending.is_set():
@@ -128,7 +128,7 @@ class CopyKeeper:
                 self._changed.wait()
         return None
 
-    def _try(self, copy: Copy) -> str:
+    def _try(self, copy: QueuedCopy) -> str:
         """Fetch a copy; returns the outcome."""
         try:
             return self._fetch(copy)
@@ -140,11 +140,11 @@ class CopyKeeper:
             logger.exception("could not copy KV blocks of %s", copy.peer.name)
         return "failed"
 
-    def _fetch(self, copy: Copy) -> str:
+    def _fetch(self, copy: QueuedCopy) -> str:
         """Fetch missing blocks. Raises ``TransportError``, ``TransferAbortedError``."""
         fetch = CopyFetch(self._tiers, self._cache, copy.message)
         if fetch.is_whole:
-            fetch.renew()
+            fetch.mark_used()
             return "whole"
         try:
             link = PeerClient(copy.peer, _TIMEOUT_S, before_chunk=self._limit.take)
