@@ -131,7 +131,7 @@ class AssignmentQueue:
             yield
         except Exception as err:
             name = entry.request.request_id
-            logger.exception("request %s cannot be placed", name)
+            logger.exception("could not assign request %s to a worker", name)
             entry.abort()
             entry.close()
-            entry.sink.fail(RequestFailedError(f"request {name} cannot be placed: {err}"))
+            entry.sink.fail(RequestFailedError(f"request {name} could not be assigned: {err}"))

@@ -47,7 +47,7 @@ class DisconnectResolver:
         for entry in lost:
             name = entry.request.request_id
             if self._is_stopping:
-                reason = f"the gateway ends ({end.reason})"
+                reason = f"the gateway is shutting down ({end.reason})"
                 entry.sink.fail(NotReadyError(reason, "not_ready", 1.0))
                 continue
             logger.warning("request %s was lost with %s: %s", name, worker, end.reason)
@@ -70,7 +70,7 @@ class DisconnectResolver:
             if entry.last_worker != worker:
                 self.suspects.append((entry, why))
             elif self._is_stopping:
-                entry.sink.fail(NotReadyError("the gateway ends", "not_ready", 1.0))
+                entry.sink.fail(NotReadyError("the gateway is shutting down", "not_ready", 1.0))
             elif not has_died:
                 continuing.append(entry)
             elif entry.is_waiting:

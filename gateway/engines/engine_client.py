@@ -203,7 +203,7 @@ class EngineClient:
         repeated = len(entry.outputs[output.choice]) - output.index
         is_gap = repeated < 0  # outputs were lost on the way
         if is_gap or entry.is_handed_back(output):
-            reason = "outputs are missing" if is_gap else output.error or "the worker gave it up"
+            reason = "outputs are missing" if is_gap else output.error or "the worker aborted it"
             logger.info("request %s was handed back: %s", output.request_id, reason)
             self.give_up(entry)
             entry.num_returns += 1

@@ -13,20 +13,21 @@ from gateway.generation.drain_rate import DrainRate
 from gateway.generation.tenant_queues import CallDemand, TenantQueue, tokens_ahead
 
 _UNKNOWN_RATE_RETRY_S = 5.0
-"""Before the first request has finished."""
+"""Retry time before the first request has finished."""
 _BURST_S = 1.0
-"""Time for which a queue that forms after a calm time takes requests whatever their wait: a batch
-that comes at once waits, it is not refused."""
+"""Time for which a new queue takes requests regardless of their wait, so that a batch of requests
+that arrive together waits instead of being refused."""
 _STANDING_SHARE = 1 / 3
-"""Of the longest wait, in a queue that has stood for longer than that wait. A burst is gone by
-then; what still stands is overload, in which a long queue serves no more requests than a short one,
-and delays all of them, for a while even when the overload is over. After Nichols and Jacobson,
-Controlling Queue Delay (ACM Queue, 2012), and Maurer, Fail at Scale (ACM Queue, 2015)."""
+"""Fraction of the longest wait that is the limit once a queue has existed for longer than that
+wait.
+A burst has ended by that time; a queue that remains means overload, in which a long queue serves no
+more requests than a short one and delays all of them. After Nichols and Jacobson, Controlling
+Queue Delay (ACM Queue, 2012), and Maurer, Fail at Scale (ACM Queue, 2015)."""
 
 
 @dataclass(slots=True)
 class Ticket:
-    """A place in the queue; give it back with ``release``, more than once does no harm."""
+    """An admitted call's entry in the queue. ``release`` is idempotent."""
 
     admission: Admission
     demand: CallDemand
@@ -34,12 +35,12 @@ class Ticket:
     is_held: bool = True
 
     def retry_after_s(self) -> float:
-        """Estimated time until there is room for another call of this size."""
+        """Estimated time until another call of this size can be admitted."""
         return self.admission.retry_after_s(self.demand.num_requests)
 
     def release(self, now_s: float, was_served: bool = True) -> None:
-        """Not ``was_served``: it has left without using the engines, and says nothing of their
-        rate."""
+        """Release the entry. Calls that did not use the engines (``was_served`` is False) do not
+        count for the service rate."""
         if self.is_held:
             self.is_held = False
             self.admission._release(self, now_s, was_served)
@@ -47,29 +48,28 @@ class Ticket:
 
 @dataclass(eq=False)
 class Admission:
-    """Counts what a replica holds."""
+    """Counts the admitted requests of a replica, and refuses calls above its limits."""
 
     max_requests: int
-    """Engine requests (one per prompt) held at once."""
+    """Largest number of admitted engine requests (one per prompt)."""
     max_tokens: int
-    """Prompt and output tokens that they may need together."""
+    """Largest number of prompt and output tokens that all of them may need."""
     capacity: int = 0
-    """Places: choices of requests that the engines run at once; more of them wait. The drain rate
-    is measured only while some wait or the queue is full: at other times requests leave as fast as
-    they come."""
+    """Number of choices of requests that the engines run at a time; further choices wait. The
+    service rate is measured only while some wait or the queue is full: otherwise requests leave at
+    the rate of arrivals."""
     max_wait_s: float = float("inf")
-    """Expected wait above which no more of a tenant's requests are taken. Once a queue has stood
-    for longer than that, a third of it is the limit. Requests with a priority above 0 wait as long
-    as it takes."""
+    """Expected wait above which a tenant's requests are refused; a third of it once a queue has
+    existed for longer than that. Requests with a priority above 0 are not limited."""
     max_prompt_bytes: int = 256 * 1024 * 1024
-    """Bytes of prompts that are embeddings, held at once."""
+    """Largest number of bytes of all admitted prompt embeddings."""
     num_requests: int = field(default=0, init=False)
     num_places: int = field(default=0, init=False)
-    """Places that they take at the engines, or wait for."""
+    """Choices that run at the engines or wait for them."""
     num_tokens: int = field(default=0, init=False)
-    """Tokens that they may need."""
+    """Tokens that the admitted requests may need."""
     num_bytes: int = field(default=0, init=False)
-    """Bytes of their prompts that are embeddings."""
+    """Bytes of their prompt embeddings."""
 
     def __post_init__(self) -> None:
         self._queues: dict[str, TenantQueue] = {}
@@ -77,13 +77,13 @@ class Admission:
 
     @property
     def num_waiting(self) -> int:
-        """Choices beyond what the engines run at once."""
+        """Number of choices above ``capacity``."""
         return max(0, self.num_places - self.capacity)
 
     def admit(self, demand: CallDemand, now_s: float) -> Ticket:
-        """Take a place for one call. Raises ``QueueFullError`` with a retry time.
+        """Admit one call. Raises ``QueueFullError`` with a retry time.
 
-        A full queue still takes a call of a tenant with at most half of its equal share.
+        A full queue still admits a call of a tenant that uses at most half of its equal share.
         """
         self.check(demand, now_s)
         queue = self._queues.setdefault(demand.tenant, TenantQueue())
@@ -92,8 +92,8 @@ class Admission:
         return Ticket(self, demand, now_s)
 
     def check(self, demand: CallDemand, now_s: float) -> None:
-        """Raise ``QueueFullError`` where ``admit`` would. A call of which little is known yet asks
-        for little."""
+        """Raise ``QueueFullError`` if ``admit`` would. Before tokenization, the minimal demand is
+        checked."""
         has_share = self._has_share(demand)
         over = self.num_requests + demand.num_requests - self.max_requests
         if over > 0 and not has_share:
@@ -135,8 +135,8 @@ class Admission:
         )
 
     def _has_share(self, demand: CallDemand) -> bool:
-        """With these it holds at most half of an equal share of the queue, which then exceeds its
-        limits by at most half.
+        """Whether the tenant, with this call, uses at most half of an equal share of the queue, and
+        the queue exceeds its limits by at most half.
         """
         own = self._queues.get(demand.tenant, TenantQueue()).total
         num_others = len(self._queues) - (demand.tenant in self._queues)
@@ -152,20 +152,20 @@ class Admission:
         )
 
     def retry_after_s(self, num_requests: int) -> float:
-        """Estimated time until ``num_requests`` have left."""
+        """Estimated time until ``num_requests`` requests have finished."""
         rate = self._rate.requests_per_s or self._usual_rate()
         return clamp_retry_s(num_requests / rate if rate else _UNKNOWN_RATE_RETRY_S)
 
     def _tokens_retry_s(self, num_tokens: int) -> float:
-        """Estimated time until requests that may need so many tokens have left."""
+        """Estimated time until requests that need ``num_tokens`` tokens have finished."""
         rate = self._rate.tokens_per_s
         return clamp_retry_s(num_tokens / rate) if rate else self.retry_after_s(1)
 
     def queue_time_s(self, demand: CallDemand) -> float:
-        """Time until a new request would run; 0 while it is not known.
+        """Estimated time until a new request would run; 0 while it is unknown.
 
-        The engines serve what waits at the rate at which tokens leave. Until that is measured they
-        are taken to be as fast as they were with fewer requests at once, which they never are.
+        The estimate is waiting tokens over the measured token rate. Until the rate is known, it is
+        extrapolated from runs with fewer concurrent requests, which overestimates it.
         """
         if not self.num_waiting:
             return 0.0
@@ -177,7 +177,7 @@ class Admission:
         return tokens_ahead(self._queues, self.capacity, demand.tenant, demand.priority) / rate
 
     def _usual_rate(self) -> float | None:
-        """Requests finished per second if those held now take as long as others before did."""
+        """Requests per second if the admitted requests take as long as the previous ones."""
         held_s = self._rate.mean_held_s
         return self.num_requests / held_s if held_s else None
 

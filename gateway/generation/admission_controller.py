@@ -1,4 +1,4 @@
-"""Where calls enter a replica: its admission, with the places that the engines have now."""
+"""Admission of calls to a replica, with the current capacity of the engines."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from gateway.observability.metrics import GatewayMetrics
 
 
 class AdmissionController:
-    """Refuses calls for which there is no room, and counts them.
+    """Admits calls within the limits of the queue; refuses and counts the others.
 
     Args:
-        limits: of the queue.
-        max_num_seqs: of each engine.
-        engines: theirs.
-        metrics: of the replica.
+        limits: limits of the queue.
+        max_num_seqs: sequences that each engine runs at a time.
+        engines: streams to the engines.
+        metrics: metrics of the replica.
     """
 
     def __init__(
@@ -39,19 +39,19 @@ class AdmissionController:
 
     @property
     def num_requests(self) -> int:
-        """Requests that the replica holds."""
+        """Number of admitted requests."""
         return self.admission.num_requests if self.admission else 0
 
     def admit(self, demand: CallDemand, max_model_len: int, deadline_s: float) -> Ticket:
-        """Take a place. Raises what ``require_room`` raises."""
+        """Admit a call. Raises the errors of ``require_room``."""
         return self.require_room(demand, max_model_len, deadline_s).admit(demand, time.monotonic())
 
     def require_room(self, demand: CallDemand, max_model_len: int, deadline_s: float) -> Admission:
-        """Raise unless a call could enter now, and would run before its deadline.
+        """Check that a call can be admitted now and would run before its deadline.
 
         Raises:
-            QueueFullError: it could not enter.
-            DeadlineExceededError: it would wait for too long.
+            QueueFullError: a limit of the queue is exceeded.
+            DeadlineExceededError: the call would wait beyond its deadline.
         """
         admission, now_s = self._now(max_model_len), time.monotonic()
         try:
@@ -61,11 +61,11 @@ class AdmissionController:
             raise
         if admission.queue_time_s(demand) > deadline_s - now_s:
             self._metrics.admission_rejections.labels("deadline").inc()
-            raise DeadlineExceededError("the queue is longer than the request's time", False)
+            raise DeadlineExceededError("the request would wait beyond its deadline", False)
         return admission
 
     def _now(self, max_model_len: int) -> Admission:
-        """The admission; workers and their KV blocks, and so the capacity, change."""
+        """The admission with the current capacity, which depends on workers and their KV blocks."""
         limits = self._limits
         if self.admission is None:
             self.admission = Admission(

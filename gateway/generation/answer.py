@@ -1,4 +1,4 @@
-"""A running call's choices put together, and the names and log-probabilities of tokens."""
+"""Collects the choices of a running call; formats tokens and log-probabilities."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from gateway.text.tokenizer import Tokenizer
 from workers.requests.request import FinishReason, TokenLogprob
 
 LOWEST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON cannot express."""
+"""Replaces minus infinity, which JSON cannot represent."""
 
 
 async def collect(running: RunningCall) -> list[ChoiceDelta]:
-    """Run a call to its end; its choices by index. Raises what ``next`` raises."""
+    """Run a call to its end; return its choices by index. Raises the errors of ``next``."""
     pieces: dict[int, list[ChoiceDelta]] = {}
     while deltas := await running.next():
         for delta in deltas:
@@ -34,7 +34,7 @@ async def collect(running: RunningCall) -> list[ChoiceDelta]:
 
 
 def _join(pieces: Sequence[ChoiceDelta]) -> ChoiceDelta:
-    """One choice as a single piece."""
+    """Join the pieces of one choice."""
     return replace(
         pieces[0],
         text="".join(piece.text for piece in pieces),
@@ -44,13 +44,13 @@ def _join(pieces: Sequence[ChoiceDelta]) -> ChoiceDelta:
 
 
 def _is_at_eos(finish: Finish | None) -> bool:
-    """The model ended the text itself, with a token that is not in it."""
+    """Whether the model ended the text with an end-of-text token."""
     return finish is not None and finish.reason is FinishReason.STOP and finish.stop_reason is None
 
 
 def _keep_best(choices: Sequence[ChoiceDelta], call: GenerateCall) -> list[ChoiceDelta]:
-    """The choices of each prompt with the greatest mean log-probability, or of a beam search with
-    the best scores; the best first."""
+    """The best choices of each prompt, best first: by mean log-probability, or by the score of a
+    beam search."""
     kept: list[ChoiceDelta] = []
     for _, drawn in groupby(choices, key=lambda choice: choice.prompt_index):
         by_score = sorted(drawn, key=_score, reverse=True)
@@ -66,11 +66,11 @@ def _score(choice: ChoiceDelta) -> float:
 
 
 class TextFormat:
-    """What both codecs do with a call's text before they write it down.
+    """Parses a call's text and formats tokens, for all protocols.
 
     Args:
         call: the call.
-        tokenizer: names tokens; None names them by number.
+        tokenizer: gives the text of tokens; None formats token ids.
     """
 
     def __init__(self, call: GenerateCall, tokenizer: Tokenizer | None) -> None:
@@ -79,7 +79,7 @@ class TextFormat:
         self._parsers: dict[int, AnswerParser | HarmonyParser | None] = {}
 
     def _parse(self, delta: ChoiceDelta) -> tuple[ParsedPiece, bool]:
-        """What is in a piece of a choice, and whether the choice ends with calls."""
+        """Parse a piece of a choice; return it, and whether the choice has tool calls."""
         if delta.index not in self._parsers:
             self._parsers[delta.index] = self._make_parser()
         parser = self._parsers[delta.index]
@@ -93,7 +93,7 @@ class TextFormat:
         return parsed, parser.has_calls
 
     def _make_parser(self) -> AnswerParser | HarmonyParser | None:
-        """What reads the text of one choice; None: the whole text is content."""
+        """Parser of the text of one choice; None if the whole text is content."""
         call = self.call
         form, tools = call.tool_form, call.tools
         if form is ToolForm.HARMONY:
@@ -106,22 +106,22 @@ class TextFormat:
         return AnswerParser(form, tools, call.thinking, used)
 
     def _text(self, token_id: int) -> str:
-        """A token for people to read."""
+        """Readable text of a token."""
         known = self._tokenizer
         return f"token_id:{token_id}" if known is None else known.token_text(token_id)
 
     def _name(self, token_id: int) -> str:
-        """A token as log-probabilities name it."""
+        """Name of a token in log-probabilities."""
         by_number = self.call.return_tokens_as_token_ids
         return f"token_id:{token_id}" if by_number else self._text(token_id)
 
     def _bytes(self, token_id: int) -> bytes:
-        """What a token stands for, exactly; empty without a tokenizer."""
+        """Exact bytes of a token; empty without a tokenizer."""
         return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
 
 
 def alternatives(entry: TokenLogprob, wanted: int) -> list[tuple[int, float]]:
-    """The ``wanted`` most probable tokens, best first, then the token itself if not among them."""
+    """The ``wanted`` most probable tokens, best first, then the sampled token if missing."""
     top = list(zip(entry.top_ids[:wanted], entry.top_logprobs[:wanted], strict=True))
     if all(token_id != entry.token_id for token_id, _ in top):
         top.append((entry.token_id, entry.logprob))
@@ -129,5 +129,5 @@ def alternatives(entry: TokenLogprob, wanted: int) -> list[tuple[int, float]]:
 
 
 def clamp_logprob(value: float) -> float:
-    """A log-probability that JSON can carry."""
+    """Clamp a log-probability to values that JSON can represent."""
     return LOWEST_LOGPROB if math.isnan(value) else min(max(value, LOWEST_LOGPROB), 0.0)

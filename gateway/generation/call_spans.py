@@ -1,4 +1,4 @@
-"""The spans of a request that has ended, below its own: see ``gateway.generation.tracing``."""
+"""Child spans of a finished request; see ``gateway.generation.tracing``."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from gateway.generation.running_call import RunningCall
 
 Attributes = dict[str, AttributeValue]
 MAX_PROMPTS = 16
-"""Prompts of a request that have spans, the first ones."""
+"""Number of prompts of a request that get spans, from the first on."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallSpans:
-    """Decides the spans below a request's span, from the times of its running call."""
+    """Makes the child spans of a request from the times of its running call."""
 
     export: TraceExport
-    """Takes the spans."""
+    """Exporter of the spans."""
     cluster_events: ClusterEvents
     parent: Context
     day_ns: int
-    """The time of day at 0.0 s."""
+    """Unix time in nanoseconds at 0.0 s of ``time.monotonic``."""
 
     def record(self, trace: RequestTrace, running: RunningCall) -> None:
-        """Prompt by prompt, each in the order of time."""
+        """Record the spans of each prompt in chronological order."""
         admitted_s, heard_s = running.admitted_s, running.queue.oldest_s
         closed_s = running.closed_s or trace.ended_s
         request: Attributes = {names.REQUEST_ID: trace.request_id}
@@ -107,10 +107,10 @@ class CallSpans:
 
 
 def _chunks(choice: Choice, admitted_s: float) -> list[tuple[float, float]]:
-    """When each chunk of the prompt began and ended.
+    """Begin and end of each chunk of the prompt.
 
-    The engine has another clock: its times are shifted so that its first token is drawn when the
-    token came here, or, where none was, so that it received the prompt when it was admitted.
+    The engine has another clock: its times are shifted so that the first token is sampled when it
+    arrived here or, without a token, so that the engine received the prompt at its admission.
     """
     timings, received_s = choice.first_timings or choice.last_timings, admitted_s
     if timings is None:

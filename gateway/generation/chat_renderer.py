@@ -1,4 +1,4 @@
-"""Conversations to prompts, by the model's chat template or by the client's."""
+"""Renders conversations with the model's or the client's chat template."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from gateway.text.tokenizer import Tokenizer, require_tokenizer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RenderedChat:
-    """The prompt of a conversation, and what is known of its answer."""
+    """The prompt of a conversation, and the format of its output."""
 
     text: str
     form: ToolForm
-    """How the answer's calls are written."""
+    """Format of tool calls in the output."""
     has_thinking: bool
-    """The answer may have reasoning between marks of its own."""
+    """Whether the output may contain delimited reasoning."""
 
 
 class ChatRenderer:
-    """Decides which template renders a conversation, and with which variables.
+    """Renders conversations; decides the template and its variables.
 
     Args:
-        tokenizer: has the model's template; None where the checkpoint has none.
-        trusts_templates: render chat templates that clients send.
+        tokenizer: has the model's template; None if the checkpoint has no tokenizer.
+        trusts_templates: whether to render chat templates that clients send.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, trusts_templates: bool) -> None:
@@ -43,7 +43,7 @@ class ChatRenderer:
         self._client_templates = ClientTemplates()
 
     async def render(self, chat: ChatInput) -> RenderedChat:
-        """The prompt of a conversation. Raises ``RequestError`` without a chat template."""
+        """Render a conversation. Raises ``RequestError`` without a chat template."""
         check_chat(chat)
         opens_turn = chat.add_generation_prompt
         options: dict[str, Any] = {
@@ -86,7 +86,7 @@ class ChatRenderer:
 
 
 def _variables(chat: ChatInput, effort: str | None) -> Mapping[str, Any]:
-    """Those of the template; ``reasoning_effort`` is also a field of its own."""
+    """Variables of the template, with the field ``reasoning_effort``."""
     given = chat.template_kwargs
     if effort is None or given.get("reasoning_effort") is not None:
         return given
@@ -96,14 +96,14 @@ def _variables(chat: ChatInput, effort: str | None) -> Mapping[str, Any]:
 def _check_tools(
     chat: ChatInput, template: ChatTemplate | HarmonyTemplate | TemplateAnswer
 ) -> ToolForm:
-    """How the template's model calls tools (any form where the conversation has none).
+    """Format in which the model calls tools; the default if the conversation has no tools.
 
     Raises:
-        UnsupportedParameterError: the conversation has tools, and the template none.
+        UnsupportedParameterError: the conversation has tools, but the template does not take them.
     """
     form = template.tool_form
     if chat.tools is not None and (form is None or not template.has_tools):
-        takes = "tools in no known form" if template.has_tools else "no tools"
+        takes = "tools in an unknown format" if template.has_tools else "no tools"
         reason = f"tools is not supported: the model's chat template takes {takes}"
         raise UnsupportedParameterError(reason, "tools")
     for place, message in enumerate(chat.messages):

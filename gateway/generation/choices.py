@@ -24,11 +24,11 @@ from workers.requests.request import (
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Results of one prompt beside tokens."""
+    """Results of one prompt other than tokens."""
 
     arrays: tuple[NamedArray, ...] = ()
     class_logits: tuple[float, ...] = ()
-    """Logits of a sequence classifier, without an inspection."""
+    """Logits of a sequence classifier, outside of inspections."""
 
 
 @dataclass(slots=True, eq=False)
@@ -45,7 +45,7 @@ class Choice:
 
     @property
     def last_timings(self) -> Timings | None:
-        """The engine's times at the choice's end; None before."""
+        """The engine's times at the end of the choice; None before."""
         return self.finish.timings if self.finish else None
 
     @property
@@ -54,9 +54,9 @@ class Choice:
         return submission.outputs[self.number] if submission else ()
 
     def feed(self, output: TokenOutput, hidden_ends: Collection[int | None]) -> str | int | None:
-        """Add tokens to the text; returns the stop string or token that has ended it, if one did.
+        """Add tokens to the text; return the stop string or token that ended it, otherwise None.
 
-        The last token has no text if it is one of ``hidden_ends``.
+        The last token has no text if it is in ``hidden_ends``.
         """
         last = len(output.token_ids) - 1
         for place, token_id in enumerate(output.token_ids):
@@ -74,7 +74,7 @@ class Choice:
         timings: Timings | None = None,
         beam_score: float | None = None,
     ) -> None:
-        """It has ended: see ``Finish``."""
+        """End the choice; the arguments are fields of ``Finish``."""
         usage = Usage(
             prompt_tokens=len(self.prompt.request.prompt),
             completion_tokens=self.text.num_tokens,
@@ -95,13 +95,13 @@ class Prompt:
 
     index: int
     request: Request
-    """As it was first submitted."""
+    """The request as first submitted."""
     cached_tokens: int | None
-    """None where prefixes are not cached."""
+    """None if prefix caching is disabled."""
     submission: Submission | None = None
     choices: list[Choice] = field(default_factory=list)
     scores: PromptLogprobs | None = None
-    """As the engine sent them, where asked for."""
+    """Requested log-probabilities of the prompt, as the engine sent them."""
     logprobs: list[TokenLogprob | None] | None = None
     """``scores``, decoded."""
     echo: tuple[str, list[TokenText]] | None = None
@@ -109,7 +109,7 @@ class Prompt:
 
     @property
     def waits_for_logprobs(self) -> bool:
-        """Nothing is sent before the engine has reported the log-probabilities of the prompt."""
+        """Whether output is held back until the engine has sent the prompt's log-probabilities."""
         return self.request.params.prompt_logprobs is not None and self.scores is None
 
 
@@ -120,7 +120,7 @@ def make_prompt(
     tokenizer: Tokenizer | None,
     caches_prefixes: bool,
 ) -> Prompt:
-    """The state of a prompt before its first output; without a tokenizer no text is made."""
+    """State of a prompt before its first output; it produces no text without a tokenizer."""
     prompt = Prompt(index, request, 0 if caches_prefixes else None)
     before = () if request.prompt_embeds is not None else request.prompt
     for number in range(request.n):
@@ -139,7 +139,7 @@ def make_prompt(
 
 
 def _answer_region(call: GenerateCall) -> AnswerRegion | None:
-    """Where stops count in a choice; None: everywhere."""
+    """Part of a choice in which stops count; None for the whole text."""
     if not call.stops_in_answer:
         return None
     if call.thinking is not None:

@@ -1,4 +1,4 @@
-"""How fast a replica's requests leave while others wait. Pure: the time is passed in."""
+"""Rate at which requests of a replica finish while others wait. Pure: callers pass the time."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from collections import deque
 from gateway.generation.tenant_queues import CallDemand
 
 _WINDOW = 128
-"""Requests over which the rate is measured."""
+"""Number of finished requests over which the rate is measured."""
 _LEAST_LEFT = 8
-"""Requests below which the rate is unknown."""
+"""Number of requests below which the rate is unknown."""
 _CALM_S = 30.0
-"""Time without anybody waiting that ends a saturated time. Requests that began together end
-together, and for a moment none waits."""
+"""Time with an empty queue that ends a saturated period. Requests that began together finish
+together, and the queue is empty for a moment."""
 _MOMENT_S = 1.0
-"""Such a moment: a queue that was empty for longer did not stand."""
+"""Longest time with an empty queue that does not start a new queue."""
 
 
 class DrainRate:
-    """Counts what leaves on a clock that stands still at quiet times.
+    """Counts finished requests on a clock that runs only while requests wait.
 
-    At those times requests leave as fast as they come, and could leave faster.
+    At other times requests finish at the rate of arrivals, and could finish faster.
     """
 
     def __init__(self) -> None:
         self._clock_s = 0.0
-        self._since_s: float | None = None  # of the last event, while the clock runs
+        self._since_s: float | None = None  # last event, while the clock runs
         self._began_s = 0.0
         self._stands_since_s = 0.0
-        self._ended_s = -math.inf  # of the last saturated time
+        self._ended_s = -math.inf  # end of the last saturated period
         self._left: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=_WINDOW)
-        self._num_tokens = 0  # of all in the window but the first
-        # seconds, places times seconds, and tokens, by request
+        self._num_tokens = 0  # of the window, except its first entry
+        # by request: seconds, choices times seconds, tokens
         self._held: deque[tuple[float, float, int]] = deque(maxlen=_WINDOW)
 
     def advance(self, now_s: float, is_saturated: bool) -> None:
-        """The clock has reached ``now_s``, and runs from now on while ``is_saturated``."""
+        """Advance to ``now_s``; the clock continues to run if ``is_saturated``."""
         if self._since_s is not None:
             self._clock_s += now_s - self._since_s
             self._ended_s = now_s
@@ -48,15 +48,16 @@ class DrainRate:
         self._since_s = now_s if is_saturated else None
 
     def saturated_for_s(self, now_s: float) -> float:
-        """Time since others began to wait, but for moments; 0 where none do."""
+        """Seconds since requests began to wait, ignoring short gaps; 0 if none wait."""
         return 0.0 if self._since_s is None else now_s - self._began_s
 
     def stands_for_s(self, now_s: float) -> float:
-        """The same, where an earlier queue that was gone for over a second does not count."""
+        """Seconds since the current queue formed; a gap of more than one second starts a new
+        queue."""
         return 0.0 if self._since_s is None else now_s - self._stands_since_s
 
     def note(self, demand: CallDemand, held_s: float, was_saturated: bool) -> None:
-        """Requests of a call have left that was held for so long."""
+        """Record the requests of a call that has finished after ``held_s`` seconds."""
         each = demand.num_tokens // demand.num_requests
         self._held.extend([(held_s, held_s * demand.num_choices, each)] * demand.num_requests)
         if not was_saturated:
@@ -69,28 +70,28 @@ class DrainRate:
 
     @property
     def is_running(self) -> bool:
-        """Whether others wait, by the last event."""
+        """Whether requests waited at the last event."""
         return self._since_s is not None
 
     @property
     def requests_per_s(self) -> float | None:
-        """None while that is not known."""
+        """Finished requests per second; None while unknown."""
         return self._per_s(len(self._left) - 1)
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Tokens that the requests that left had asked for; None while that is not known."""
+        """Requested tokens of the finished requests per second; None while unknown."""
         return self._per_s(self._num_tokens)
 
     @property
     def mean_held_s(self) -> float | None:
-        """How long the last requests were held; None before the first has left."""
+        """Mean time in the replica of the last requests; None before the first has finished."""
         return sum(held_s for held_s, _, _ in self._held) / len(self._held) if self._held else None
 
     @property
     def tokens_per_place_s(self) -> float | None:
-        """Tokens that one place would let leave per second, were it no slower beside others; None
-        while that is not known."""
+        """Tokens per second of one choice, as if concurrency did not slow it; None while
+        unknown."""
         place_s = sum(place_s for _, place_s, _ in self._held)
         tokens = sum(tokens for _, _, tokens in self._held)
         return tokens / place_s if len(self._held) >= _LEAST_LEFT and place_s > 0 else None

@@ -1,8 +1,9 @@
-"""The gateway behind all protocols: calls in, running calls out.
+"""The protocol-independent gateway: turns calls into running calls.
 
-``Gateway.start`` is the life of a request up to the engine: find its model, check its fields, make
-the engine's requests of it (``request_maker``), admit it (``admission_controller``), hand it over
-(``request_submitter``). HTTP and gRPC are thin codecs over it.
+``Gateway.start`` takes a request up to the engine: it finds the model, checks the fields, makes the
+engine's requests (``request_maker``), admits the call (``admission_controller``) and sends it to
+the
+engines (``request_submitter``). HTTP and gRPC are thin codecs over it.
 """
 
 from __future__ import annotations
@@ -68,16 +69,16 @@ logger = logging.getLogger(__name__)
 
 
 class Gateway:
-    """One replica: decides the order of a call's steps, and holds what they use.
+    """One replica: owns the components that serve a call, and decides the order of its steps.
 
     Args:
         config: the cluster's configuration.
-        tokenizer: None where the checkpoint has none: prompts must be token ids then.
+        tokenizer: None if the checkpoint has none; prompts must then be token ids.
         cluster: follows the controller.
-        engines: streams to the attention workers; fed from ``cluster`` here.
-        name: of this replica.
-        tuning: limits and waits that no option sets.
-        state: None opens the one of the configuration, on the thread of the caller.
+        engines: streams to the attention workers, updated here from ``cluster``.
+        name: name of this replica.
+        tuning: limits and waits without options.
+        state: state store; None opens the configured one, on the caller's thread.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Gateway:
         has_keys = config.gateway.asks_for_keys or config.gateway.asks_for_admin_keys
         self.numbers = ClusterNumbers(cluster, self.tuning.numbers_age_s if has_keys else 0.0)
         self.state = open_store(config.gateway) if state is None else state
-        """What is kept for clients between requests; None keeps nothing."""
+        """Objects stored for clients between requests; None if the state folder is disabled."""
         self.disk = DiskThreads(
             "the state folder",
             self.tuning.disk_threads,
@@ -113,7 +114,7 @@ class Gateway:
             self.tuning.disk_limit_s,
             StorageTimeoutError,
         )
-        """Threads of requests that use ``state``."""
+        """Threads for requests that use ``state``."""
         logs.CONTEXT.request_id = REQUEST_ID.get
         self.model = ServedModel(config.model.served_model_name, engines)
         self.running = CallRegistry(count_cpus())
@@ -131,7 +132,7 @@ class Gateway:
             config.gateway.vllm_metric_names,
         )
         self.counts = GatewayCounts()
-        """Of this gateway and of others, also of those that have ended."""
+        """Counts of this gateway and of other ones, including ended gateways."""
         self.status = ServiceStatus(
             name, config.gateway, self.numbers, self.metrics, self.model.adapters, self.running
         )
@@ -158,16 +159,16 @@ class Gateway:
 
     @property
     def placement_epoch(self) -> int:
-        """Epoch of the placement in force, by the latest snapshot."""
+        """Epoch of the active placement, by the latest snapshot."""
         return int((self.cluster.snapshot or {}).get("placement_epoch") or 0)
 
     def leave(self, now_s: float) -> int:
-        """Never be ready again; returns the number of requests that still run here."""
+        """Stop being ready, permanently; return the number of requests that still run here."""
         self.readiness.leave(now_s)
         return self.admission.num_requests
 
     def end(self, stage: ShutdownStage, now_s: float) -> int:
-        """End with the whole server, by stages; returns the number of requests that still run."""
+        """Shut down with the whole server, by stages; return the number of running requests."""
         left = self.leave(now_s)
         if stage != "lead":
             self.readiness.takes_calls = False
@@ -176,7 +177,7 @@ class Gateway:
         return left
 
     async def close(self) -> None:
-        """End its thread and process for long work."""
+        """Stop the threads and processes for long work."""
         await self.prompts.stop()
         self.long_work.stop()
 
@@ -187,18 +188,18 @@ class Gateway:
     async def start(
         self, call: GenerateCall, call_id: str, make: MakeRequests | None = None
     ) -> RunningCall:
-        """Validate a call and hand it to the engines.
+        """Validate a call and send it to the engines.
 
         Args:
-            call: what a client asks for.
+            call: the client's call.
             call_id: its name.
-            make: validates it and makes its requests, where it draws no text; None draws one.
+            make: validates the call and makes its requests; None makes requests that generate text.
 
         Raises:
-            RequestError: it is wrong (and its subclasses).
-            QueueFullError: too much is going on.
-            NotReadyError: the cluster cannot serve it.
-            DeadlineExceededError: its time was over before an engine had it.
+            RequestError: the call is invalid (or a subclass).
+            QueueFullError: a limit of the queue is exceeded.
+            NotReadyError: the cluster cannot serve the call.
+            DeadlineExceededError: the deadline passed before an engine had the call.
         """
         with ExitStack() as held:
             adapter = self.model.hold_adapter(call.model, held)
@@ -218,14 +219,14 @@ class Gateway:
         make: MakeRequests,
         held: ExitStack,
     ) -> RunningCall:
-        """``held``: closed at the end of the call."""
+        """``held`` is closed at the end of the call."""
         started_s = time.monotonic()
         deadline_s = started_s + self.timeout_s(call.timeout_s)
         facts, caller = self.require_facts(), CALLER.get()
         demand = CallDemand(priority=call.priority or 0)
         if caller is not None:
             demand = replace(demand, tenant=caller.entry.tenant, weight=caller.entry.weight)
-        # what cannot enter is refused before it costs a tokenization
+        # refuse before the cost of tokenization
         self.admission.require_room(demand, facts.max_model_len, deadline_s)
         call, made = await make(facts)
         if not self.engines.workers.has_adapter(adapter):
@@ -270,7 +271,7 @@ class Gateway:
         return running
 
     def report_error(self, error: Exception, request_id: str) -> ErrorReport:
-        """``error`` as the client sees it: counted, logged and noted in the request's trace."""
+        """Count, log and trace an error; return it as the client sees it."""
         report = report_error(error, request_id)
         note_error(report.code)
         if isinstance(error, KeyLimitError):
@@ -284,7 +285,7 @@ class Gateway:
         self.model.adapters.follow(snapshot)
         endpoints = attention_endpoints(snapshot)
         for endpoint in endpoints:
-            self.metrics.engine(endpoint.engine)  # shows as 0 from the start
+            self.metrics.engine(endpoint.engine)  # exposed as 0 from the start
         self.engines.update(endpoints, living_workers(snapshot))
         if self.engines.pauses.change(int(snapshot.get("generation") or 0), time.monotonic()):
             reports = self.cluster.report_pauses(self.engines.pauses.take)
@@ -296,7 +297,7 @@ class Gateway:
         return self.tokenizer.decode(ids, False)
 
     def require_facts(self) -> ModelFacts:
-        """The served model's limits. Raises ``NotReadyError`` where nothing can be served."""
+        """Limits of the served model. Raises ``NotReadyError`` if no call can be served."""
         self.readiness.require_serving()
         return self.model.require_facts()
 

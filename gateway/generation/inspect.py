@@ -1,4 +1,4 @@
-"""``Inspect``: arrays from inside the model for given token ids, sized before work starts."""
+"""``Inspect``: returns internal arrays of the model for token ids; sizes are checked first."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ OUTPUTS = (
     "aux_loss",
 )
 MAX_CALL_BYTES = 64 * 1024 * 1024
-"""Bytes of the arrays of one call."""
+"""Largest size of the arrays of one call."""
 MAX_JSON_BYTES = 8 * 1024 * 1024
-"""The same for an answer in JSON, which is about six times as long."""
+"""The same limit for JSON responses, which are about six times as long."""
 MAX_LABEL = 1e30
-"""Largest size of a label: its square is a number still."""
+"""Largest absolute value of a label, so that its square is finite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,32 +60,32 @@ class InspectFields:
     token_ids: tuple[tuple[int, ...], ...]
     outputs: tuple[str, ...]
     masks: tuple[Mask, ...] = ()
-    """One a prompt, or none."""
+    """One mask per prompt, or none."""
     logits_to_keep: int | tuple[int, ...] | None = None
-    """Number of last positions with logits (0 and None: all), or positions, ascending."""
+    """Number of last positions with logits (0 and None: all), or ascending positions."""
     labels: tuple[tuple[float, ...], ...] = ()
-    """One row a prompt: of a language model one label a token, of a classifier its classes."""
+    """One row per prompt: a label per token for language models, classes for classifiers."""
 
     def wants(self, *names: str) -> bool:
-        """Whether one of these outputs is asked for."""
+        """Whether one of these outputs is requested."""
         return any(name in self.outputs for name in names)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inspected:
     rows: tuple[tuple[NamedArray, ...], ...]
-    """By prompt; names and shapes are those of ``workers.requests.inspection``."""
+    """Arrays by prompt, with the names and shapes of ``workers.requests.inspection``."""
     num_tokens: tuple[int, ...]
-    """By prompt, those that the model saw."""
+    """Number of tokens that the model read, by prompt."""
     loss: float | None
-    """Mean over all labels that count; None where it was not asked for or none counts."""
+    """Mean over all labels that count; None if not requested, or if no label counts."""
     aux_loss: Mapping[str, float]
-    """By spelling, where asked for."""
+    """Auxiliary loss by definition, if requested."""
     usage: Usage
 
 
 class Inspecting:
-    """Serves these calls through a gateway, within its memory."""
+    """Serves inspections through a gateway, within its memory limit."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._reader = Reader(gateway)
@@ -98,9 +98,9 @@ class Inspecting:
     async def inspect(
         self, fields: InspectFields, wanted: GenerateCall, most_bytes: int
     ) -> AsyncIterator[Inspected]:
-        """What was found, which counts as held until the block ends.
+        """Results of an inspection; they count for the memory limit until the block ends.
 
-        Raises what ``Gateway.start`` raises.
+        Raises the errors of ``Gateway.start``.
         """
         _check_outputs(fields)
         check_batch("token_ids", len(fields.token_ids), self._max_prompts)
@@ -134,14 +134,14 @@ class Inspecting:
 def _sized_prompts(
     fields: InspectFields, facts: ModelFacts, most_bytes: int
 ) -> tuple[list[Request], int]:
-    """Checked prompts, and the bytes of all their arrays. Raises ``RequestError``."""
+    """Check prompts; return their requests and the bytes of all arrays."""
     requests = make_prompts(fields, facts)
     assert facts.shape is not None, "reported with the other facts"
     return requests, _total_size(requests, facts.shape, most_bytes)
 
 
 def make_prompts(fields: InspectFields, facts: ModelFacts) -> list[Request]:
-    """Checked prompts. Raises ``RequestError``."""
+    """Requests of checked prompts. Raises ``RequestError``."""
     prompts = fields.token_ids
     check_prompts("token_ids", prompts, facts)
     check_rows("attention_mask", fields.masks, len(prompts))
@@ -152,11 +152,11 @@ def make_prompts(fields: InspectFields, facts: ModelFacts) -> list[Request]:
         if fields.wants("logits", "loss"):
             check_classifier_batch(len(prompts), facts)
         if fields.wants("logprobs"):
-            raise RequestError("logprobs of a classifier cannot be had", "outputs")
-        require(fields.logits_to_keep is None, "logits_to_keep", "cannot go with classes")
+            raise RequestError("outputs must not have logprobs for a classifier", "outputs")
+        require(fields.logits_to_keep is None, "logits_to_keep", "is not for classifiers")
         has_labels = bool(fields.labels) or not fields.wants("loss")
         require(has_labels, "labels", "is required for the loss of a classifier")
-        if fields.wants("loss"):  # of any logits: the labels are checked before work starts
+        if fields.wants("loss"):  # with zero logits, to check the labels before work starts
             logits = np.zeros((len(prompts), len(facts.labels)), dtype=np.float32)
             classification_loss(logits, fields.labels, facts.problem_type)
     masks = fields.masks or tuple((1,) * len(ids) for ids in prompts)
@@ -216,17 +216,17 @@ def _check_outputs(fields: InspectFields) -> None:
     names = ", ".join(OUTPUTS)
     require(len(fields.outputs) > 0, "outputs", f"must not be empty: {names}")
     unknown = next((name for name in fields.outputs if name not in OUTPUTS), None)
-    require(unknown is None, "outputs", f"has {str(unknown)[:32]!r}, it may have {names}")
+    require(unknown is None, "outputs", f"has {str(unknown)[:32]!r}, known outputs: {names}")
 
 
 def _total_size(requests: Sequence[Request], shape: ModelShape, most: int) -> int:
-    """Bytes of all prompts. Raises ``RequestError`` for too many."""
+    """Bytes of the arrays of all prompts. Raises ``RequestError`` above ``most``."""
     size = 0
     for request in requests:
-        assert request.inspection is not None, "asked for"
+        assert request.inspection is not None, "made by _prompt"
         check_inspection(request.inspection, len(request.prompt), shape)
         size += num_bytes(request.inspection, len(request.prompt), shape)
-    require(size <= most, "outputs", f"of the call are {size} bytes, at most {most} are allowed")
+    require(size <= most, "outputs", f"need {size} bytes, at most {most} are allowed")
     return size
 
 
@@ -254,7 +254,7 @@ def _inspected(
 
 
 def _is_wanted(fields: InspectFields, array: NamedArray) -> bool:
-    """Asked for, not only needed for a loss."""
+    """Whether an array was requested, and is not only needed for a loss."""
     kind = array.name.partition(":")[0]
     return kind != "aux" and (kind not in ("logits", "logprobs") or fields.wants(kind))
 

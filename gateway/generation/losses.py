@@ -20,10 +20,11 @@ def aux_loss(
     lengths: Sequence[int],
     banks: Sequence[RouterShape],
 ) -> dict[str, float]:
-    """The auxiliary loss over all tokens of all prompts, as each version of transformers counts.
+    """Auxiliary loss over all tokens of all prompts, as each transformers version defines it.
 
-    ``prompts`` have for each bank [2, E]: tokens that chose an expert, and the sum of its
-    probabilities. E * sum over e of f_e * p_e, both divided by the number of (token, router) pairs.
+    ``prompts`` have one [2, E] array per bank: the tokens that chose each expert, and the sum of
+    its probabilities. The loss is E * sum over e of f_e * p_e, where both are divided by the number
+    of (token, router) pairs.
     """
     found = {}
     for version in (4, 5):
@@ -44,10 +45,10 @@ def aux_loss(
 def classification_loss(
     logits: NDArray[np.float32], labels: Sequence[Sequence[float]], problem_type: str
 ) -> float | None:
-    """Mean loss of [prompts, classes]; None when every label is -100.
+    """Mean loss of [prompts, classes]; None if every label is -100.
 
-    Without a problem type one class is a regression, and whole numbers name single classes. Raises
-    ``RequestError`` for labels of another shape.
+    Without a problem type, one class means regression, and integer labels mean single classes.
+    Raises ``RequestError`` for labels of another shape.
     """
     num_classes = logits.shape[1]
     is_whole = all(len(row) == 1 and float(row[0]).is_integer() for row in labels)

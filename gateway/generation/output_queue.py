@@ -1,4 +1,4 @@
-"""Where the engines' outputs of each call wait for the codec, bounded; calls by their names."""
+"""Bounded queue of a call's engine outputs, and the registry of running calls."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _TOP_BYTES = 120
 """Memory of an output, of the log-probability of its token, and of each alternative (measured)."""
 
 _EVENTS_PER_CPU_S = 1250
-"""Events a second and processor of the host; one takes about 0.1 ms at the gateway, as much at a
-client (``benchmarks.gateway_cost``)."""
+"""Events per second and processor of the host; an event takes about 0.1 ms at the gateway, and
+another 0.1 ms at a client (``benchmarks.gateway_cost``)."""
 _MAX_INTERVAL_S = 0.02
 
 
 class OutputQueue:
-    """The engines' outputs of one call that the client has not received yet.
+    """Engine outputs of one call that the client has not received yet.
 
     Args:
-        max_bytes: memory of the outputs that may wait. Above it the call ends with
-            ``SlowClientError``, and nothing waits any more. Log-probabilities of prompts and of
-            beams, and arrays, come once, and do not count.
-        limit_s: time for which outputs may wait and none is taken; then it ends in the same way
-            when the next one comes.
+        max_bytes: largest memory of waiting outputs. Above it the call fails with
+            ``SlowClientError`` and the queue is emptied. Log-probabilities of prompts and beams,
+            and arrays, are sent once and do not count.
+        limit_s: longest time that outputs may wait; when another output arrives after it, the call
+            fails in the same way.
         interval_s: shortest time between two ``take`` calls that return outputs; the last output
-            of a choice ends it. See ``CallRegistry.interval_s``.
-        clock: in seconds; None: ``time.monotonic``.
+            of a choice is not delayed. See ``CallRegistry.interval_s``.
+        clock: returns seconds; None is ``time.monotonic``.
     """
 
     def __init__(
@@ -50,20 +50,21 @@ class OutputQueue:
         self._clock = clock or time.monotonic
         self._num_bytes = 0
         self.on_overflow: Callable[[], None] = lambda: None
-        """Called when the call has ended in this way."""
+        """Called after the call has failed with ``SlowClientError``."""
         self._outputs: deque[TokenOutput] = deque()
         self._error: ExpertMeshError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self.arrivals_s: list[float] = []
-        """Arrival of each output of the last ``take``, on ``clock``."""
+        """Arrival time of each output of the last ``take``, on ``clock``."""
         self.oldest_s = 0.0
-        """Arrival of the oldest output of the last ``take`` that returned outputs; 0 before."""
+        """Arrival time of the oldest output of the last ``take`` that returned outputs; 0
+        before."""
         self._waiting_s: list[float] = []
         self._last_take_s = -math.inf
 
     def put(self, output: TokenOutput) -> None:
-        """Add an output; one that finds no room ends the call."""
+        """Add an output; end the call if the limits are exceeded."""
         now_s = self._clock()
         self._num_bytes += _size(output)
         is_full = self._num_bytes > self._max_bytes
@@ -85,7 +86,7 @@ class OutputQueue:
             self._timer = asyncio.get_running_loop().call_later(wait_s, self._wake)
 
     def fail(self, error: ExpertMeshError) -> None:
-        """End the call with an error; only the first one counts."""
+        """End the call with an error; later errors are ignored."""
         self._error = self._error or error
         self._wake()
 
@@ -95,7 +96,7 @@ class OutputQueue:
             raise self._error
 
     async def take(self, timeout_s: float) -> list[TokenOutput]:
-        """All queued outputs, after waiting for the first; none after ``timeout_s``.
+        """Wait for outputs and return all of them; return none after ``timeout_s``.
 
         Raises:
             ExpertMeshError: the error of ``fail``, once the outputs before it are taken.
@@ -113,7 +114,8 @@ class OutputQueue:
         return taken
 
     async def _wait(self, timeout_s: float) -> None:
-        """Until an output may be taken; for every event, so without ``asyncio.timeout``."""
+        """Wait for an output; called for every event, so ``asyncio.timeout`` would cost too
+        much."""
         loop = asyncio.get_running_loop()
         self._waiter = loop.create_future()
         end = loop.call_later(timeout_s, self._wake)
@@ -139,12 +141,12 @@ def _size(output: TokenOutput) -> int:
 
 
 class CallRegistry:
-    """The calls of this replica that have not ended, by the names that clients know them by.
+    """The running calls of this replica, by the names that clients know.
 
     Several calls may have the same name: clients choose ``x-request-id``.
 
     Args:
-        num_cpus: processors of the host that this process may use.
+        num_cpus: number of processors that this process may use.
     """
 
     def __init__(self, num_cpus: int) -> None:
@@ -155,22 +157,23 @@ class CallRegistry:
         return len(self._names)
 
     def interval_s(self) -> float:
-        """Time that a call's outputs are collected before its client gets them in one event.
+        """Time for which a call's outputs are collected before they are sent in one event.
 
-        Events of all calls take at most about a tenth of the host's processors, which workers may
+        The events of all calls use at most about a tenth of the host's processors, which workers
+        may
         share; no token waits longer than ``_MAX_INTERVAL_S``.
         """
         return min(len(self._names) / self._max_events_per_s, _MAX_INTERVAL_S)
 
     def add(self, name: str, queue: OutputQueue) -> None:
-        """Give a call one more name."""
+        """Add a name of a call."""
         self._names[queue].add(name)
 
     def remove(self, queue: OutputQueue) -> None:
         self._names.pop(queue, None)
 
     def abort(self, names: Iterable[str]) -> list[str]:
-        """End the calls of these names; returns the names that were found."""
+        """End the calls with these names; return the names of running calls among them."""
         wanted = dict.fromkeys(names)
         for queue, known in self._names.items():
             if not known.isdisjoint(wanted):

@@ -1,4 +1,4 @@
-"""What the answer to a conversation follows, and how it is read: a grammar, calls, reasoning."""
+"""Rules for the output of a conversation: grammar, format of tool calls, reasoning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gateway.text.harmony.marks import ENDS, MESSAGE, START, open_header, open_m
 from gateway.text.tokenizer import Tokenizer
 
 _LAST_TOKENS = 16
-"""Tokens of a prompt that end with the mark of reasoning and white space, if it ends so."""
+"""Last tokens of a prompt in which the delimiter of reasoning is looked for."""
 
 
 def apply_output_rules(
@@ -25,14 +25,14 @@ def apply_output_rules(
     encoded: EncodedText,
     tokenizer: Tokenizer,
 ) -> GenerateCall:
-    """The call, with how the answer to its prompt is written: grammar, form of calls, reasoning.
+    """The call with the rules for its output: grammar, format of tool calls, reasoning.
 
     Args:
         call: the call.
         chat: its conversation.
-        rendered: the prompt of that.
-        encoded: its tokens, or those that are left of them.
-        tokenizer: knows the marks around calls and reasoning.
+        rendered: the rendered prompt.
+        encoded: the prompt's tokens, possibly truncated.
+        tokenizer: knows the delimiters of tool calls and reasoning.
     """
     ids, is_cut = encoded.ids, len(encoded.ids) < encoded.num_tokens
     if rendered.form is ToolForm.HARMONY:
@@ -44,7 +44,7 @@ def apply_output_rules(
 
 
 def _with_channels(call: GenerateCall, opened: str, tokenizer: Tokenizer) -> GenerateCall:
-    """The call of an answer in the Harmony format, with the grammar that it follows.
+    """The call with rules for output in the Harmony format.
 
     Args:
         opened: the message that the prompt leaves open.
@@ -62,7 +62,7 @@ def _with_channels(call: GenerateCall, opened: str, tokenizer: Tokenizer) -> Gen
 def _with_form(
     call: GenerateCall, form: ToolForm, thinking: Thinking | None, tokenizer: Tokenizer
 ) -> GenerateCall:
-    """The call of any other answer."""
+    """The call with rules for output in any other format."""
     use = call.tools
     if use is None and thinking is None:
         return call
@@ -79,8 +79,7 @@ def _with_form(
 def _thinking(
     chat: ChatInput, text: str, ids: tuple[int, ...], is_cut: bool, tokenizer: Tokenizer
 ) -> Thinking | None:
-    """Where the reasoning of the answer to a prompt begins; ``is_cut``: some tokens are not in
-    ``ids``."""
+    """Position at which the reasoning of the output begins. ``is_cut``: ``ids`` are truncated."""
     last = chat.messages[-1] if chat.continue_final_message else None
     shown = None if last is None else str(last.get("content") or "")
     if is_cut and ids:
@@ -93,8 +92,8 @@ def _open_message(text: str, ids: tuple[int, ...], is_cut: bool, tokenizer: Toke
 
     Args:
         text: the whole prompt.
-        ids: its tokens, or those that are left of them.
-        is_cut: some are not.
+        ids: its tokens, possibly truncated.
+        is_cut: whether they are truncated.
     """
     special_ids = tokenizer.special_ids
     if all(mark in special_ids for mark in (START, MESSAGE, *ENDS)):

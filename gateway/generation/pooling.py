@@ -1,7 +1,7 @@
-"""Calls that read prompts and draw nothing: embeddings, classification, scores.
+"""Calls that read prompts without generating text: embeddings, classification, scores.
 
-They are ordinary calls for admission, deadlines and the engines; see ``Gateway.start``. A
-score is a sum or a mean of natural log-probabilities of tokens, given all tokens before them.
+Admission, deadlines and engines treat them as any other call; see ``Gateway.start``. A score is
+the sum or mean of natural log-probabilities of tokens, given all tokens before them.
 """
 
 from __future__ import annotations
@@ -28,41 +28,41 @@ from workers.requests.inspection import IGNORED_LABEL, InspectionParams, NamedAr
 from workers.requests.request import Request
 
 MAX_JOINED_TOKENS = 4 * 1024 * 1024
-"""Tokens of all prompts that a call joins out of its texts: a query stands in front of each of its
-documents."""
+"""Largest number of tokens of all prompts that a call joins from its texts, as queries with each
+of their documents."""
 PromptInput = str | tuple[int, ...]
 """A text or token ids."""
 Row = TypeVar("Row")
 Mask = tuple[int, ...]
-"""One number a token: 0 leaves the token out, 1 keeps it."""
+"""One number per token: 0 drops the token, 1 keeps it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassRow:
     label: str
-    """The most probable class; the first of equals."""
+    """The most probable class, the first one of a tie."""
     probs: tuple[float, ...]
-    """Softmax of the logits; sigmoids where the classes do not exclude each other."""
+    """Softmax of the logits, or sigmoids for multi-label classifiers."""
     logits: tuple[float, ...]
-    """By class; of a language model the log-probability of each label behind the prompt."""
+    """Logits by class; for a language model the log-probability of each label after the prompt."""
     num_classes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Answers(Generic[Row]):
-    """Answers to a call's prompts."""
+    """Results of a call, one per prompt."""
 
     rows: tuple[Row, ...]
     usage: Usage
 
 
 def reading_call(**given: Any) -> GenerateCall:
-    """What a client asked for of all these calls: model, priority, cache salt and so on."""
+    """Make a call with the fields of all calls without output: model, priority, cache salt."""
     return GenerateCall(kind=CallKind.COMPLETION, token_ids_only=True, **given)
 
 
 class Reader:
-    """Serves these calls through a gateway."""
+    """Serves calls without output through a gateway."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -73,7 +73,7 @@ class Reader:
     ) -> Answers[NDArray[np.float32]]:
         """Vectors of prompts, [hidden_size] each, not normalised.
 
-        Raises what ``Gateway.start`` raises.
+        Raises the errors of ``Gateway.start``.
         """
         kinds = {kind.value: kind for kind in Pooling}
         wanted = pooling or Pooling.LAST.value
@@ -94,7 +94,7 @@ class Reader:
         masks: Sequence[Mask],
         call: GenerateCall,
     ) -> Answers[ClassRow]:
-        """Classes of prompts. Raises what ``Gateway.start`` raises."""
+        """Classes of prompts. Raises the errors of ``Gateway.start``."""
         names: tuple[str, ...] = ()
         is_multi = False
 
@@ -108,7 +108,7 @@ class Reader:
             if facts.labels:
                 require(not labels, "labels", "must not be set: the model has its own")
                 check_classifier_batch(len(ids), facts)
-                return [Request(prompt=one) for one in ids]  # for a classifier's logits
+                return [Request(prompt=one) for one in ids]  # gets a classifier's logits
             return await self._label_prompts(ids, labels, facts)
 
         found, usage = await self.read(make, "cls", "input", call)
@@ -126,16 +126,15 @@ class Reader:
         call: GenerateCall,
         names: tuple[str, str] = ("queries", "documents"),
     ) -> Answers[float]:
-        """Mean log-probabilities of documents behind queries; ``names`` are their fields.
+        """Mean log-probabilities of documents after queries; ``names`` are the client's fields.
 
-        Raises what ``Gateway.start`` raises.
+        Raises the errors of ``Gateway.start``.
         """
         name, other = names
         require(
             len(queries) in (1, len(documents)),
             name,
-            f"({len(queries)}) do not go with {other} ({len(documents)}): "
-            "there must be one, or as many",
+            f"({len(queries)}) must be one, or as many as {other} ({len(documents)})",
         )
 
         async def make(facts: ModelFacts) -> list[Request]:
@@ -183,7 +182,7 @@ class Reader:
         field: str,
         special: bool = True,
     ) -> list[tuple[int, ...]]:
-        """Token ids of each prompt, none of them empty."""
+        """Token ids of each prompt; checks that no prompt is empty."""
         check_batch(field, len(prompts), self._gateway.limits.max_batch_prompts)
         special = special and call.add_special_tokens is not False
         ids = await self._gateway.prompts.make_ids(prompts, facts, special, field)
@@ -198,7 +197,7 @@ class Reader:
         field: str,
         call: GenerateCall,
     ) -> tuple[list[Found], Usage]:
-        """Run what ``make`` validates to its end. Raises what ``Gateway.start`` raises."""
+        """Run the requests of ``make`` to their end. Raises the errors of ``Gateway.start``."""
         check_range("priority", call.priority, RANGES["priority"])
         check_cache_salt(call.cache_salt)
 
@@ -206,7 +205,7 @@ class Reader:
             requests = await make(facts)
             most = self._gateway.limits.max_queue
             if len(requests) > most:
-                message = f"the call needs {len(requests)} places in the queue, there are {most}"
+                message = f"the call needs {len(requests)} requests, max_queue is {most}"
                 raise RequestError(message, field)
             for request in requests:
                 check_context(len(request.prompt), 0, facts, field)
@@ -219,15 +218,15 @@ class Reader:
 
 
 def _check_total(what: str, num_tokens: int, field: str) -> None:
-    """Raise ``RequestError`` where texts that are joined with each other have too many tokens."""
+    """Raise ``RequestError`` if joined texts have too many tokens."""
     if num_tokens > MAX_JOINED_TOKENS:
-        rule = f"have {num_tokens} tokens where each is behind the other"
+        rule = f"have {num_tokens} tokens when joined"
         message = f"{what} {rule}, at most {MAX_JOINED_TOKENS} are allowed"
         raise RequestError(message, field)
 
 
 def scored_prompt(before: tuple[int, ...], behind: tuple[int, ...], field: str) -> Request:
-    """Log-probabilities of some tokens behind others. Raises ``RequestError`` without those."""
+    """Request the log-probabilities of tokens after others; ``before`` must not be empty."""
     if not before:
         raise RequestError(f"{field} must not be empty", field)
     labels = (IGNORED_LABEL,) * len(before) + behind
@@ -237,10 +236,10 @@ def scored_prompt(before: tuple[int, ...], behind: tuple[int, ...], field: str) 
 def keep_unmasked(
     ids: Sequence[tuple[int, ...]], masks: Sequence[Mask], facts: ModelFacts
 ) -> list[tuple[int, ...]]:
-    """Each prompt without the tokens that its mask leaves out.
+    """Drop the tokens of each prompt that its mask excludes. Raises ``RequestError``.
 
-    A classifier looks at the last token that is not the pad token, in spite of the mask: it must
-    not be left out. Raises ``RequestError``.
+    A classifier reads the last token that is not the pad token, regardless of the mask, so the
+    mask must keep it.
     """
     check_rows("attention_mask", masks, len(ids))
     if not masks:
@@ -249,13 +248,13 @@ def keep_unmasked(
 
 
 def check_rows(field: str, rows: Sequence[object], num_prompts: int) -> None:
-    """Raise ``RequestError`` unless there is none, or one for each prompt."""
+    """Raise ``RequestError`` unless ``rows`` are empty or as many as the prompts."""
     rule = f"has {len(rows)} entries for {num_prompts} prompts"
     require(len(rows) in (0, num_prompts), field, rule)
 
 
 def apply_mask(ids: tuple[int, ...], mask: Mask) -> tuple[int, ...]:
-    """The tokens that a mask keeps. Raises ``RequestError``."""
+    """Return the tokens that a mask keeps. Raises ``RequestError``."""
     field = "attention_mask"
     require(len(mask) == len(ids), field, f"has {len(mask)} numbers for {len(ids)} tokens")
     require(set(mask) <= {0, 1}, field, "must be made of 0 and 1")
@@ -272,21 +271,21 @@ def _kept(ids: tuple[int, ...], mask: Mask, facts: ModelFacts) -> tuple[int, ...
 
 
 def classified_token(ids: tuple[int, ...], mask: Mask, facts: ModelFacts) -> int:
-    """Position of the token that a classifier looks at. Raises ``RequestError`` if masked."""
+    """Position of the token that a classifier reads. Raises ``RequestError`` if masked."""
     field, place = "attention_mask", pooled_position(ids, facts.pad_token_id)
-    note = f"token {place}, which the classifier looks at"
+    note = f"token {place}, which the classifier reads"
     require(bool(mask[place]), field, f"must not leave out {note}")
     return place
 
 
 def check_classifier_batch(num_prompts: int, facts: ModelFacts) -> None:
-    """Raise ``RequestError`` for several prompts of a classifier without a pad token."""
+    """Raise ``RequestError`` for several prompts if the classifier has no pad token."""
     rule = f"has {num_prompts} prompts, there must be one: the model has no pad token"
     require(num_prompts == 1 or facts.pad_token_id is not None, "input", rule)
 
 
 def as_numpy(array: NamedArray) -> NDArray[Any]:
-    """An array as numpy's."""
+    """Convert an array to numpy."""
     kind = "<i4" if array.dtype == "int32" else "<f4"
     return np.frombuffer(array.data, dtype=kind).reshape(array.shape)
 

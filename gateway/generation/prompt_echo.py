@@ -1,4 +1,4 @@
-"""What an answer repeats of its prompts: texts, tokens and log-probabilities."""
+"""Echo of prompts in the output: texts, tokens and log-probabilities."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from gateway.text.detokenizer import aligned, make_detokenizer, place_tokens
 from gateway.text.tokenizer import Tokenizer
 
 _INLINE_TOKENS = 1024
-"""Texts of longer prompts are made in a thread."""
+"""Longer prompts are decoded in a thread."""
 
 
 class PromptEcho:
-    """Decides how a call's prompts are shown in its answer, and when their texts are made.
+    """Makes the echo of a call's prompts.
 
     Args:
         call: the call.
-        tokenizer: None makes no text.
+        tokenizer: None if the call produces no text.
     """
 
     def __init__(self, call: GenerateCall, tokenizer: Tokenizer | None) -> None:
@@ -29,9 +29,7 @@ class PromptEcho:
         self.is_shown = call.echo or call.prompt_logprobs is not None
 
     async def prepare(self, prompts: Collection[Prompt]) -> None:
-        """Decode scores and make texts of the prompts that are sent next; of long ones in a
-        thread.
-        """
+        """Decode the scores and texts of the prompts that are sent next; long ones in a thread."""
         ready = [prompt for prompt in prompts if not prompt.waits_for_logprobs]
 
         def make() -> None:
@@ -46,14 +44,14 @@ class PromptEcho:
             await asyncio.to_thread(make)
 
     def take(self, prompt: Prompt) -> tuple[str, list[TokenText]]:
-        """Text and tokens of a prompt in front of its answer; nothing without ``echo``."""
+        """Text and tokens of a prompt; empty without ``echo``."""
         if not self._call.echo:
             return "", []
         if prompt.echo is None:
             given, logprobs = self._call.prompt_text(prompt.index), prompt.logprobs or ()
             tokenizer, has_text = self._tokenizer, given is not None
             detokenizer = None
-            if tokenizer is not None:  # a given text may have special tokens
+            if tokenizer is not None:  # the client's text may have special tokens
                 skips_special = self._call.skip_special_tokens and not has_text
                 detokenizer = make_detokenizer(tokenizer, skips_special, ())
             text, tokens = place_tokens(detokenizer, prompt.request.prompt, logprobs)

@@ -1,4 +1,4 @@
-"""Prompts from text and conversations to tokens, off the event loop where they are long."""
+"""Tokenizes texts and conversations; long ones off the event loop."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from gateway.text.tokenizer import Tokenizer, require_tokenizer
 
 
 class PromptMaker:
-    """Decides the token ids of prompts.
+    """Makes the token ids of prompts.
 
     Args:
-        tokenizer: None where the checkpoint has none: prompts must be token ids then.
-        trusts_templates: render chat templates that clients send.
-        long_work: takes what is long, and holds the interpreter lock.
+        tokenizer: None if the checkpoint has none; prompts must then be token ids.
+        trusts_templates: whether to render chat templates that clients send.
+        long_work: runs long functions that hold the interpreter lock.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class PromptMaker:
 
     @property
     def has_tools(self) -> bool:
-        """The model's chat template takes tools, in a form that is known."""
+        """Whether the model's chat template takes tools in a known format."""
         template = self.tokenizer.chat_template if self.tokenizer else None
         return template is not None and template.has_tools and template.tool_form is not None
 
@@ -52,16 +52,16 @@ class PromptMaker:
         return self._text_encoder
 
     async def stop(self) -> None:
-        """End the process of long texts."""
+        """End the process that tokenizes long texts."""
         if self._text_encoder is not None:
             await self._text_encoder.stop()
 
     def require_tokenizer(self, param: str) -> Tokenizer:
-        """The tokenizer. Raises ``RequestError`` without one."""
+        """Return the tokenizer. Raises ``RequestError`` without one."""
         return require_tokenizer(self.tokenizer, param)
 
     async def count_tokens(self, chat: ChatInput) -> int:
-        """Tokens of a conversation."""
+        """Number of tokens of a conversation."""
         text = (await self._chats.render(chat)).text
         (encoded,) = await self._encoder.encode([text], False, slice(0))
         return encoded.num_tokens
@@ -71,10 +71,10 @@ class PromptMaker:
     ) -> tuple[int, ...]:
         """Token ids of a text or of a conversation.
 
-        The tokenizer adds its own tokens to a text by default, to a conversation on demand.
+        By default the tokenizer adds its special tokens to texts, but not to conversations.
 
         Raises:
-            RequestError: there are more than ``MAX_TOKENS``.
+            RequestError: the input has more than ``MAX_TOKENS`` tokens.
         """
         special = add_special_tokens is not False
         if chat is not None:
@@ -84,7 +84,7 @@ class PromptMaker:
         return encoded.ids
 
     async def decode(self, ids: Sequence[int], facts: ModelFacts) -> str:
-        """Text of token ids. Raises ``RequestError`` for one outside the vocabulary."""
+        """Text of token ids. Raises ``RequestError`` for ids outside the vocabulary."""
         tokenizer = self.require_tokenizer("tokens")
 
         def decode() -> str:
@@ -96,7 +96,7 @@ class PromptMaker:
     async def bad_words(self, call: GenerateCall) -> tuple[tuple[int, ...], ...]:
         """Token sequences of each bad word, at the start of a text and after a space.
 
-        A word of white space alone is taken as it is.
+        A word of white space alone is not changed.
 
         Raises:
             RequestError: a word has no tokens, or there is no tokenizer.
@@ -115,7 +115,7 @@ class PromptMaker:
     async def make(
         self, call: GenerateCall, facts: ModelFacts
     ) -> tuple[GenerateCall, list[tuple[int, ...]]]:
-        """The call, with the form of its tools; token ids of each prompt."""
+        """The call with the rules for its output, and the token ids of each prompt."""
         if call.chat is None:
             return call, await self._make_all(call, facts)
         rendered = await self._chats.render(call.chat)
@@ -154,7 +154,7 @@ class PromptMaker:
         add_special_tokens: bool,
         param: str,
     ) -> list[tuple[int, ...]]:
-        """Token ids of texts and of token ids. Raises ``RequestError`` for what cannot fit."""
+        """Token ids of prompts. Raises ``RequestError`` for prompts that cannot fit."""
         for prompt in prompts:
             if isinstance(prompt, str):
                 self._check_length(prompt, facts, param)
@@ -169,10 +169,10 @@ class PromptMaker:
         param: str,
         kept: slice | None = None,
     ) -> list[EncodedText]:
-        """Token ids of texts; token ids stay as they are. ``kept``: those that are wanted.
+        """Token ids of texts and of token ids, truncated to ``kept``.
 
         Raises:
-            ContextLengthError: a text has more tokens than any model takes, and none is cut.
+            ContextLengthError: a text has more tokens than any model takes, without truncation.
         """
         most = max(MAX_TOKENS, facts.max_model_len)
         wanted = slice(most) if kept is None else kept
@@ -187,7 +187,7 @@ class PromptMaker:
         return found
 
     def _check_length(self, text: str, facts: ModelFacts, param: str) -> None:
-        """Refuse a text that cannot fit before time is spent on it."""
+        """Refuse a text that cannot fit, before it is tokenized."""
         tokenizer = self.require_tokenizer(param)
         if tokenizer.is_surely_longer_than(text, facts.context_tokens):
             at_least = len(text) // tokenizer.max_token_chars

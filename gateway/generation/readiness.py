@@ -1,4 +1,4 @@
-"""Whether requests can be served, by the controller's snapshot and by what this replica does."""
+"""Readiness, from the controller's snapshot and the state of this replica."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _SERVING = ("SERVING", "DEGRADED")
 
 
 class Readiness:
-    """Decides whether this replica takes requests, and whether load balancers send it any.
+    """Decides whether this replica takes requests, and whether it reports to be ready.
 
     Args:
         cluster: follows the controller.
         engines: streams to the attention workers.
-        keys: tell operators from clients, who see less of an error.
+        keys: distinguish operators from clients, who see less of an error.
         leaving_lead_s: see ``GatewayTuning``.
     """
 
@@ -31,27 +31,27 @@ class Readiness:
         self._leaving_lead_s = leaving_lead_s
         self._leaves_since_s: float | None = None
         self.takes_calls = True
-        """False: new calls are refused."""
+        """False if new calls are refused."""
 
     @property
     def is_leaving(self) -> bool:
-        """Whether the gateway is about to stop; it still serves requests that arrive."""
+        """Whether the gateway is about to stop; it still serves new requests."""
         return self._leaves_since_s is not None
 
     def leave(self, now_s: float) -> None:
-        """Never be ready again."""
+        """Stop being ready, permanently."""
         if self._leaves_since_s is None:
             self._leaves_since_s = now_s
 
     def has_left(self, now_s: float) -> bool:
-        """Whether load balancers had ``leaving_lead_s`` to notice that the gateway leaves."""
+        """Whether ``leaving_lead_s`` has passed since ``leave``, so that load balancers know."""
         since_s = self._leaves_since_s
         return since_s is not None and now_s >= since_s + self._leaving_lead_s
 
     def not_ready_reasons(self, is_whole: bool = True) -> list[str]:
-        """Why new requests cannot be served now; empty when they can.
+        """Reasons why new requests cannot be served now; empty if they can.
 
-        Without ``is_whole`` as a client's key shows it.
+        Without ``is_whole``, reasons are limited to what clients may see.
         """
         if self.is_leaving:
             return ["this gateway is about to stop"]
@@ -68,7 +68,7 @@ class Readiness:
         self.check_serving()
 
     def check_serving(self) -> bool:
-        """See the function; errors say what the caller may see."""
+        """Call ``check_serving`` with the details that the caller may see."""
         is_whole = is_operator(self._keys)
         return check_serving(self._cluster.snapshot, self._cluster.refusal, is_whole)
 
@@ -76,12 +76,11 @@ class Readiness:
 def unready_reasons(
     snapshot: Snapshot | None, refusal: str = "", is_whole: bool = True
 ) -> list[str]:
-    """Why the cluster cannot serve new requests now; empty when it can.
+    """Reasons why the cluster cannot serve new requests now; empty if it can.
 
-    Without ``is_whole`` the cluster's error, which names hosts and paths, is left out.
-
-    ``refusal`` is why the controller's snapshots are refused. It is no reason for a gateway that
-    has an earlier one: as without a controller, it serves with the workers that it knows.
+    Without ``is_whole``, the cluster's error is omitted, since it names hosts and paths.
+    ``refusal`` is the reason why the controller's snapshots are refused. It is ignored if the
+    gateway has an earlier snapshot: it then serves with the known workers, as without a controller.
     """
     if snapshot is None:
         return [refusal or "the controller has not answered yet"]
@@ -94,9 +93,9 @@ def unready_reasons(
 
 
 def check_serving(snapshot: Snapshot | None, refusal: str = "", is_whole: bool = True) -> bool:
-    """Whether requests can be handed over now; False while they should wait.
+    """Whether requests can be sent to the engines now; False while they should wait.
 
-    Arguments as for ``unready_reasons``.
+    The arguments are described at ``unready_reasons``.
 
     Raises:
         NotReadyError: waiting would not help.
@@ -116,12 +115,12 @@ def check_serving(snapshot: Snapshot | None, refusal: str = "", is_whole: bool =
 
 
 def server_ends() -> NotReadyError:
-    """The refusal of a server that is about to stop."""
+    """Make the error of a server that is about to stop."""
     return NotReadyError("the server is about to stop", "draining", 10.0)
 
 
 def _ranks(snapshot: Snapshot, names: Iterable[str]) -> Iterator[str]:
-    """``expert rank 1 (expert-1.2)`` of each worker."""
+    """Description of each worker, as ``expert rank 1 (expert-1.2)``."""
     known = {worker["name"]: worker for worker in snapshot.get("workers", ())}
     for name in names:
         worker = known.get(name)

@@ -1,6 +1,6 @@
-"""A line in the log for each request that has ended: what it was, how it ended, what it cost.
+"""One log line for each finished request: its route, status, time and tokens.
 
-``HttpMiddleware`` and ``GrpcCall`` begin and end it; ``Gateway`` notes the calls that it made.
+``HttpMiddleware`` and ``GrpcCall`` begin and end a ``RequestLog``; ``Gateway`` adds the call.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ logger = logging.getLogger(__name__)
 
 
 class RequestLog:
-    """One request, from its receipt on. Its line has no text of the client's but the request id."""
+    """Log entry of one request. The line contains no client text except the request id."""
 
     def __init__(self, port: Literal["http", "grpc"], name: str) -> None:
-        """``name``: the route or the procedure."""
+        """``name`` is the route or the procedure."""
         self._port, self._name = port, name
         self._began_s = time.monotonic()
         self.running: RunningCall | None = None
-        """What it made the engines do; None where it was refused, or asks for no text."""
+        """Its running call; None if the request was refused or needs no engine."""
         CURRENT.set(self)
 
     def end(self, status: str) -> None:
-        """Write the line; ``status`` is that of HTTP or gRPC."""
+        """Write the line; ``status`` is the HTTP or gRPC status."""
         if not logger.isEnabledFor(logging.INFO):
             return
         now_s = time.monotonic()
@@ -45,7 +45,7 @@ class RequestLog:
 
 
 CURRENT: ContextVar[RequestLog | None] = ContextVar("CURRENT", default=None)
-"""The request that the running task serves."""
+"""Log entry of the request that the current task serves."""
 
 
 def _ms(seconds: float) -> float:

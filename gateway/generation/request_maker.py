@@ -1,4 +1,4 @@
-"""From a checked call to the engine's requests."""
+"""Makes the engine's requests of a checked call."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from gateway.offload.long_work import LongWork
 from workers.requests.request import Request
 
 MakeRequests: TypeAlias = Callable[[ModelFacts], Awaitable[tuple[GenerateCall, Sequence[Request]]]]
-"""Validates a call against the served model: the call with what its prompts say of the answer, and
-its requests, one a prompt."""
+"""Validates a call against the served model; returns the call with the rules for its output, and
+one request per prompt."""
 
 
 class RequestMaker:
-    """Decides the prompts and the sampling parameters of a call's requests.
+    """Makes the prompts and sampling parameters of a call's requests.
 
     Args:
-        prompts: tokenizes.
-        long_work: runs what takes long.
-        seed: base of the seeds of calls without one; see ``_seed_source``.
-        name: of the replica.
+        prompts: tokenizes prompts.
+        long_work: runs long functions.
+        seed: base seed for calls without a seed; see ``_seed_source``.
+        name: name of the replica.
     """
 
     def __init__(self, prompts: PromptMaker, long_work: LongWork, seed: int, name: str) -> None:
@@ -39,7 +39,7 @@ class RequestMaker:
     async def make(
         self, call: GenerateCall, facts: ModelFacts
     ) -> tuple[GenerateCall, list[Request]]:
-        """See ``MakeRequests``. Raises ``RequestError``."""
+        """Implement ``MakeRequests``. Raises ``RequestError``."""
         complete, prompts = await self._prompts.make(call, facts)
         bad_words = await self._prompts.bad_words(complete)
         size = sum(map(len, prompts)) + len(complete.allowed_token_ids or ())
@@ -60,14 +60,14 @@ def complete_requests(
     adapter: str,
     caller: KeyUsage | None,
 ) -> list[Request]:
-    """The requests of a call, named ``call_id``-i, with what they do not have from their prompts.
+    """Add the id ``call_id``-i and the call's own fields to the requests of a call.
 
     Args:
         call: the checked call.
-        requests: one a prompt.
+        requests: one request per prompt.
         call_id: name of the call.
-        adapter: key of the adapter that it names; empty for the served model itself.
-        caller: whose it is; None without keys.
+        adapter: key of the requested adapter; empty for the base model.
+        caller: the caller's key; None without keys.
     """
     shared: dict[str, Any] = {
         "n": call.num_drawn,
@@ -79,7 +79,7 @@ def complete_requests(
     }
     if caller is not None:
         shared |= {"tenant": caller.entry.tenant, "weight": caller.entry.weight}
-        # No other tenant finds, or can detect, the cached prefixes of this salt.
+        # Other tenants can neither use nor detect cached prefixes with this salt.
         shared["cache_salt"] = f"{shared['tenant']}\0{shared['cache_salt']}"
     return [
         replace(request, request_id=f"{call_id}-{index}", **shared)
@@ -88,6 +88,6 @@ def complete_requests(
 
 
 def _seed_source(base: int, name: str) -> Callable[[], int]:
-    """Draws seeds; from a base other than 0 the same ones in every run of a replica."""
+    """Source of random seeds; repeatable in each run of a replica unless ``base`` is 0."""
     source = random.Random(f"{base}/{name}") if base else random.SystemRandom()
     return lambda: source.getrandbits(63)

@@ -1,4 +1,4 @@
-"""From an admitted call to the engines: its requests, named by their KV blocks, in turn."""
+"""Sends the requests of an admitted call to the engines."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from workers.requests.request import Request
 from workers.requests.wire import EngineHello
 
 _LOOK_S = 0.5
-"""Interval at which a request that waits for a worker checks whether its call was ended."""
+"""Interval at which a request that waits for a worker checks whether its call has ended."""
 _REQUESTS_PER_PASS = 32
-"""Requests of one call that are routed in one pass of the event loop."""
+"""Requests of one call that are routed in one iteration of the event loop."""
 _PASSES_TO_SEND = 2
-"""Passes of the event loop in which a request is written to its worker's stream. The codec's next
-work takes as long as a network hop, and the engine need not wait for it."""
+"""Iterations of the event loop until a request is written to its worker's stream. The codec's next
+work takes as long as a network hop; without the wait it would delay the engine."""
 
 
 class RequestSubmitter:
-    """Decides when a request goes to the engines: at once, or once they can take it.
+    """Sends requests to the engines as soon as they can take them.
 
     Args:
-        engines: take the requests.
-        cluster: says when it serves again.
-        readiness: says whether it does.
-        long_work: names blocks of long prompts.
+        engines: streams to the workers.
+        cluster: signals changes of the cluster's state.
+        readiness: whether the cluster serves requests.
+        long_work: computes block hashes of long prompts.
         stream_wait_s: see ``GatewayTuning``.
     """
 
@@ -52,15 +52,15 @@ class RequestSubmitter:
         self._stream_wait_s = stream_wait_s
 
     async def submit(self, running: RunningCall, hello: EngineHello | None) -> None:
-        """Hand over all requests of a call.
+        """Send all requests of a call to the engines.
 
         Args:
             running: the call.
-            hello: describes the KV blocks by which requests are routed; None: they are not.
+            hello: describes the KV blocks, for routing; None if routing ignores them.
 
         Raises:
-            NotReadyError: the cluster cannot serve them.
-            DeadlineExceededError: the call's time was over before.
+            NotReadyError: the cluster cannot serve the requests.
+            DeadlineExceededError: the call's deadline passed first.
         """
         requests = running.requests
         num_tokens = sum(len(request.prompt) for request in requests)
@@ -102,7 +102,7 @@ class RequestSubmitter:
 def _name_blocks(
     requests: Sequence[Request], hello: EngineHello | None
 ) -> list[Sequence[BlockHash]]:
-    """Hashes of the KV blocks of each prompt, where requests are routed by them."""
+    """KV block hashes of each prompt; empty if routing ignores them."""
     if hello is None or not hello.kv_block_size:
         return [() for _ in requests]
     size, limit = hello.kv_block_size, hello.kv_length_matters_above

@@ -1,4 +1,4 @@
-"""What is kept of a request that is traced, until it ends."""
+"""State of a traced request until it ends."""
 
 from __future__ import annotations
 
@@ -18,45 +18,46 @@ from workers.requests.request import Request
 from workers.requests.traced import StepParents
 
 CLIENT_GONE = "client_closed_request"
-"""Error of a request whose client left."""
+"""Error of a request if the client disconnected."""
 DEADLINE_PASSED = "deadline_exceeded"
-"""Error of a request that its client gave up at its deadline."""
+"""Error of a request that the client cancelled at its deadline."""
 Port = Literal["http", "grpc"]
 
 
 @dataclass(slots=True)
 class RequestTrace:
-    """One request: the times that its spans are made of are in its running call."""
+    """A traced request; most times of its spans are in its running call."""
 
     operation: str
     port: Port
     request_id: str
     headers: Mapping[str, Sequence[str]]
-    """``traceparent`` and ``tracestate``, each with every value that came."""
+    """All received values of ``traceparent`` and ``tracestate``."""
     on_prompt: Callable[[RequestTrace], StepParents | None]
-    """Called with each prompt that goes to an engine, in order; None: it is not sampled."""
+    """Called for each prompt that is sent to an engine, in order; returns None if not sampled."""
     on_end: Callable[[RequestTrace], None]
-    """Called once it is over."""
+    """Called after the request has ended."""
     fields: GenerateCall | None = None
-    """What was asked for, once it is known to be within its limits; None for embeddings."""
+    """The checked call; None before the checks, and for embeddings."""
     running: RunningCall | None = None
     response_id: str | None = None
-    """Id of the answer, where it is not the call's."""
+    """Id of the response, if it differs from the call's."""
     error: str = ""
-    """``code`` of the error in the answer; empty: none."""
+    """``code`` of the error in the response; empty if none."""
     began_s: float = field(default_factory=time.monotonic)
     ended_s: float = 0.0
     day_ns: int = field(default_factory=lambda: time.time_ns() - time.monotonic_ns())
-    """The time of day at 0.0 s of ``time.monotonic``."""
+    """Unix time in nanoseconds at 0.0 s of ``time.monotonic``."""
     span: Span | None = None
-    """The request's, from its first prompt on, as workers make spans below it."""
+    """Span of the request; begins with its first prompt, since workers make child spans."""
     decodes: list[SpanId] = field(default_factory=list)
-    """By prompt, the ids that the span of its decode will have."""
+    """Span ids of the decode spans, by prompt."""
 
     def end(self, error: str = "") -> None:
-        """The request is over and its call closed; ``error`` is one that has no answer.
+        """End the trace after its call is closed; ``error``: an error without a response.
 
-        Its spans are made in the loop's next iteration: over gRPC the answer is still to be sent.
+        Spans are made in the next iteration of the event loop, so that gRPC sends the response
+        first.
         """
         self.error = error or self.error
         self.ended_s = time.monotonic()
@@ -64,11 +65,11 @@ class RequestTrace:
 
 
 TRACE: ContextVar[RequestTrace | None] = ContextVar("TRACE", default=None)
-"""Trace of the request that the running task serves; None without a trace."""
+"""Trace of the request that the current task serves; None if it is not traced."""
 
 
 def traced(request: Request) -> Request:
-    """The request of a prompt, with the spans above those of its steps, if they have any."""
+    """Add the parent spans of its steps to the request of a prompt, if it is sampled."""
     trace = TRACE.get()
     parents = None if trace is None else trace.on_prompt(trace)
     return request if parents is None else replace(request, step_parents=parents)
@@ -80,6 +81,6 @@ def note_error(code: str) -> None:
 
 
 def note_response_id(name: str) -> None:
-    """Note the id of the answer where the client chose it."""
+    """Record a response id that the client chose."""
     if (trace := TRACE.get()) is not None:
         trace.response_id = name

@@ -1,8 +1,8 @@
-"""A running call: engine outputs in, pieces of text for the client out.
+"""A running call: turns engine outputs into pieces of text for the client.
 
-A ``RunningCall`` must be closed, best with ``with``: closing it is immediate, ends whatever still
-runs in the engines and gives its place in the queue back, whether the client got everything, left,
-or was too late.
+A ``RunningCall`` must be closed, best with ``with``. Closing does not wait; it aborts the requests
+that still run in the engines and releases the entry in the queue, whether the client received
+everything, disconnected, or exceeded its deadline.
 """
 
 from __future__ import annotations
@@ -35,47 +35,47 @@ from gateway.text.tokenizer import Tokenizer
 from workers.requests.request import FinishReason, Request, TokenOutput
 
 _VERDICT_S = 0.25
-"""Time after a deadline that a worker has to say whether it had begun with the request."""
+"""Time after a deadline in which a worker can report whether it has begun with the request."""
 _NO_WORKER_RETRY_S = 2.0
-"""Retry time for requests that found no worker in place of a lost one."""
+"""Retry time for requests that lost their worker and found no other one."""
 
 
 @dataclass(eq=False)
 class RunningCall(AbstractContextManager["RunningCall"]):
-    """Decides when a call has ended, and how; see the module. Made by ``Gateway.start``.
+    """A call whose requests are at the engines. Made by ``Gateway.start``.
 
-    Times are those of ``time.monotonic``.
+    Times are ``time.monotonic`` seconds.
     """
 
     call: GenerateCall
     requests: Sequence[Request]
-    """One a prompt, at least one; choice j of request i has index i * n + j."""
+    """One request per prompt, at least one; choice j of request i has index i * n + j."""
     call_id: str
-    """Its name, with which the names of its requests begin."""
+    """Its name, the prefix of its requests' ids."""
     _: KW_ONLY
     created: int
     """Unix time, seconds."""
     queue: OutputQueue
     ticket: Ticket
-    """The place in the gateway's queue."""
+    """Its entry in the gateway's queue."""
     deadline_s: float
     tokenizer: InitVar[Tokenizer | None]
-    """None makes no text."""
+    """None if the call produces no text."""
     eos_token_ids: Collection[int]
-    """The model's own ends."""
+    """End-of-text tokens of the model."""
     metrics: InitVar[GatewayMetrics]
     started_s: float
     admitted_s: float
     closed_s: float = 0.0
-    """When it was closed; 0 before."""
+    """Time at which it was closed; 0 before."""
     caches_prefixes: bool = False
-    """The engines report how much of a prompt was cached."""
+    """Whether the engines report the cached tokens of prompts."""
     caller: KeyUsage | None = None
-    """Pays for its tokens."""
+    """Key that is charged for its tokens."""
     held: ExitStack = field(default_factory=ExitStack)
-    """Closed at its end."""
+    """Closed at the end of the call."""
     free: Callable[[Sequence[list[Any]]], None] = lambda values: None
-    """Called at its end with lists that are not read any more, to free them in a thread."""
+    """Called at its end with unused lists, to free them in a thread."""
 
     def __post_init__(self, tokenizer: Tokenizer | None, metrics: GatewayMetrics) -> None:
         call = self.call
@@ -85,7 +85,7 @@ class RunningCall(AbstractContextManager["RunningCall"]):
         self._echo = PromptEcho(call, tokenizer)
         self._metrics = CallMetrics(metrics, self.started_s)
         self._has_token = False
-        self._cut_off = FinishReason.ABORT  # why choices end that the engines do not finish
+        self._cut_off = FinishReason.ABORT  # finish reason of unfinished choices
         self._changed: dict[Choice, None] = {}
         self._prompts = {
             request.request_id: make_prompt(call, index, request, tokenizer, self.caches_prefixes)
@@ -104,12 +104,12 @@ class RunningCall(AbstractContextManager["RunningCall"]):
 
     @property
     def is_finished(self) -> bool:
-        """Every choice has ended, and ``next`` has returned its end."""
+        """Whether ``next`` has returned the end of every choice."""
         return self._num_open == 0
 
     @property
     def first_token_s(self) -> float | None:
-        """When its first token came; None before."""
+        """Arrival time of its first token; None before."""
         times = [c.first_token_s for c in self._all_choices() if c.first_token_s is not None]
         return min(times, default=None)
 
@@ -124,26 +124,26 @@ class RunningCall(AbstractContextManager["RunningCall"]):
         )
 
     async def read(self) -> list[Found]:
-        """Run to the end; what was read of each prompt. Raises what ``next`` raises."""
+        """Run to the end; return the results of each prompt. Raises the errors of ``next``."""
         while await self.next():
             pass
         return [prompt.found for prompt in self._prompts.values()]
 
     def assigned(self, request_id: str, submission: Submission) -> None:
-        """Note that the engines have a request."""
+        """Record that a request was assigned to the engines."""
         self._prompts[request_id].submission = submission
 
     def handed_over(self) -> None:
-        """Count what was asked for, once all requests are assigned."""
+        """Count the call, once all its requests are assigned."""
         self._metrics.count_submitted(self._prompts.values())
 
     async def next(self, timeout_s: float | None = None) -> list[ChoiceDelta]:
-        """The next pieces of the choices, at least one; empty after ``timeout_s``.
+        """Wait for the next pieces of the choices; empty after ``timeout_s`` or at the end.
 
         Raises:
-            DeadlineExceededError: the call's time is over.
-            NotReadyError: it is over, and a request waits for a worker in place of a lost one.
-            ExpertMeshError: an engine could not finish it.
+            DeadlineExceededError: the call's deadline has passed.
+            NotReadyError: the deadline has passed, and a request has lost its worker.
+            ExpertMeshError: an engine could not finish the call.
         """
         give_up_s = None if timeout_s is None else time.monotonic() + timeout_s
         while not self.is_finished:
@@ -175,7 +175,7 @@ class RunningCall(AbstractContextManager["RunningCall"]):
             raise
 
     def _awaits_verdict(self) -> bool:
-        """Whether all requests are at workers, which alone know whether they have begun."""
+        """Whether only workers know if they have begun: all requests are there, without tokens."""
         if self._has_token:
             return False
         entries = [prompt.submission for prompt in self._prompts.values()]
@@ -185,16 +185,16 @@ class RunningCall(AbstractContextManager["RunningCall"]):
         entries = [prompt.submission for prompt in self._prompts.values()]
         lost = (entry for entry in entries if entry is not None and entry.was_sent)
         if any(entry.is_waiting for entry in lost):
-            reason = "the worker was lost, and no other came within the request's time"
+            reason = "the worker was lost, and no other worker was ready before the deadline"
             return NotReadyError(reason, "not_ready", _NO_WORKER_RETRY_S)
         return DeadlineExceededError("the request's time is over", self._has_token)
 
     def sent(self) -> None:
-        """Note that the pieces of the last ``next`` are on their way to the client."""
+        """Record that the pieces of the last ``next`` were written to the client."""
         self._metrics.observe_lag(self.queue.oldest_s)
 
     def close(self) -> None:
-        """End it now; never waits, and does no harm when repeated."""
+        """End the call without waiting. Idempotent."""
         if self.closed_s:
             return
         self.closed_s = time.monotonic()
@@ -227,7 +227,7 @@ class RunningCall(AbstractContextManager["RunningCall"]):
         if output.finish_reason is FinishReason.ERROR:
             message = output.error or "the engine could not finish the request"
             raise self._engine_error(message, output)
-        if not (choice.number or output.index):  # not what another worker found later
+        if not (choice.number or output.index):  # not the report of a later worker
             num_cached = output.num_cached_tokens or 0
             if self.caches_prefixes:
                 prompt.cached_tokens = num_cached
@@ -254,7 +254,7 @@ class RunningCall(AbstractContextManager["RunningCall"]):
                 self._metrics.count_last_end(self._prompts.values())
 
     def _hidden_ends(self, output: TokenOutput) -> Collection[int | None]:
-        """Tokens that have no text where an output ends with one of them."""
+        """Tokens without text if an output ends with one of them."""
         ends = output.finish_reason is FinishReason.STOP
         if not ends or self.call.include_stop_str_in_output:
             return ()

@@ -1,4 +1,4 @@
-"""The served model as clients name it, and its limits as the engines report them."""
+"""The served model: its names and the limits that the engines report."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from workers.requests.wire import EngineHello
 
 
 class ServedModel:
-    """Decides what a client's name of a model means, and which limits calls to it have.
+    """Resolves model names of clients, and knows the limits of the model.
 
     Args:
-        name: the one under which it is served.
-        engines: their hellos describe it.
+        name: name under which the model is served.
+        engines: streams to the engines; their hellos describe the model.
     """
 
     def __init__(self, name: str, engines: EnginePool) -> None:
@@ -28,7 +28,7 @@ class ServedModel:
 
     @property
     def hello(self) -> EngineHello | None:
-        """The last one that an engine with an open stream has sent; None before the first."""
+        """Hello of a connected engine, or the last known one; None before the first."""
         hello = next((client.hello for client in self._engines.clients), None)
         if hello is not None and hello is not self._hello:
             self._hello, self._facts = hello, model_facts(self.name, hello)
@@ -36,18 +36,17 @@ class ServedModel:
 
     @property
     def facts(self) -> ModelFacts | None:
-        """Its limits; None until a worker has reported them."""
+        """Limits of the model; None until a worker has reported them."""
         return self._facts if self.hello is not None else None
 
     def require_facts(self) -> ModelFacts:
-        """Its limits. Raises ``NotReadyError`` before a worker has reported them."""
+        """Limits of the model. Raises ``NotReadyError`` before a worker has reported them."""
         if (facts := self.facts) is None:
             raise NotReadyError("no attention worker is ready", "not_ready", 2.0)
         return facts
 
     def adapter_of(self, name: str | None) -> str:
-        """Key of the adapter that a request names as its model; empty for the model itself, which
-        None means, too.
+        """Key of the adapter with this model name; empty for the base model, or None.
 
         Raises ``ModelNotFoundError``.
         """
@@ -58,7 +57,7 @@ class ServedModel:
         return key
 
     def hold_adapter(self, name: str | None, held: ExitStack) -> str:
-        """What ``adapter_of`` returns; the adapter stays loaded until ``held`` is closed."""
+        """Call ``adapter_of``, and keep the adapter loaded until ``held`` is closed."""
         adapter = self.adapter_of(name)
         self.adapters.begin(held, adapter)
         held.callback(self.adapters.end, held)

@@ -1,4 +1,4 @@
-"""What any replica answers for all of them: state, metrics, calls that must end."""
+"""State, metrics and aborts of all replicas, served by any replica."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from gateway.observability.samples import TOTALS, SampleRing, total
 
 
 class ServiceStatus:
-    """Decides what all replicas together answer, and what of it a caller may see.
+    """Combines the state of all replicas, limited to what a caller may see.
 
     Args:
-        name: of the replica.
-        limits: of the gateway.
-        numbers: of the workers.
-        metrics: of the replica.
-        adapters: those that a caller may see.
-        running: calls that other replicas may ask this one to end.
+        name: name of the replica.
+        limits: limits of the gateway.
+        numbers: statistics of the workers.
+        metrics: metrics of the replica.
+        adapters: adapters, filtered by caller.
+        running: running calls, which other replicas may abort.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ServiceStatus:
         self.created = int(time.time())
         """Unix time, seconds."""
         self.addresses: dict[str, Any] = {}
-        """Process id and ports of this replica; ``app`` fills them in."""
+        """Process id and ports of this replica; set by ``app``."""
         self.samples = SampleRing()
         self._limits = limits
         self._numbers = numbers
@@ -63,9 +63,9 @@ class ServiceStatus:
         self.replicas: ServeReplicas = self.answers
 
     async def read(self, is_whole: bool = True) -> dict[str, Any]:
-        """The cluster's state with all replicas in it, as ``status --json`` prints it.
+        """State of the cluster and all replicas, as ``status --json`` prints it.
 
-        Without ``is_whole`` as a client's key shows it.
+        Without ``is_whole``, limited to what clients may see.
         """
         found, replicas = await asyncio.gather(
             self._numbers.snapshot(), self.replicas.ask("describe")
@@ -78,24 +78,24 @@ class ServiceStatus:
         replicas: Iterable[Mapping[str, Any]],
         is_whole: bool = True,
     ) -> dict[str, Any]:
-        """The status, of a snapshot and of what replicas answered to ``describe``.
+        """Status from a snapshot and the ``describe`` replies of the replicas.
 
-        Without adapters that the caller may not use.
+        Adapters that the caller may not use are omitted.
         """
         status = self._adapters.without_others(snapshot or {"state": "STARTING"})
         status |= {"schema": 1, "gateway": list(replicas)}
         return status if is_whole else client_status(status, not self._limits.asks_for_admin_keys)
 
     async def abort_calls(self, names: Sequence[str]) -> list[str]:
-        """End calls of any replica by their clients' names; returns the names that were found."""
+        """Abort calls of any replica by name; return the names that were found."""
         answers = (await self.replicas.ask("abort", list(names))).values()
         return [name for name in dict.fromkeys(names) if any(name in found for found in answers)]
 
     async def render_metrics(self, is_whole: bool = True) -> bytes:
-        """The exposition of all replicas and workers: each number once.
+        """Render the metrics of all replicas and workers, without duplicates.
 
-        Without ``is_whole`` as a client's key shows it; without series that name adapters that the
-        caller may not use.
+        Without ``is_whole``, limited to what clients may see. Series of adapters that the caller
+        may not use are omitted.
         """
         replicas = None
         if self._limits.num_gateway_replicas == 1:
@@ -111,7 +111,7 @@ class ServiceStatus:
         return {"name": self.name, **self.addresses}
 
     def summary(self) -> dict[str, Any]:
-        """What ``describe`` says, start and totals of this replica."""
+        """``describe``, start time and totals of this replica."""
         families = self._metrics.own_samples(TOTALS)
         totals = {name: total(families, name) for name in TOTALS}
         return {"describe": self.describe(), "totals": totals, "created": self.created}

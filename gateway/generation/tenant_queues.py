@@ -1,8 +1,8 @@
-"""What a replica holds of each tenant, and what of it goes before a new request. Pure.
+"""Admitted requests of each tenant, and the work that is ahead of a new request. Pure.
 
-The engines let tenants take turns by tokens over their weight (``workers.scheduling.fairness``),
-and within a tenant lower priority values go first. Admission follows the same order, so that the
-queue of one tenant does not make the requests of another one wait, or be refused.
+The engines serve tenants in turn, by tokens over their weight (``workers.scheduling.fairness``);
+within a tenant, lower priority values run first. Admission follows the same order, so that the
+queue of one tenant neither delays nor refuses the requests of another one.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from workers.requests.request import Request
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CallDemand:
-    """What a call needs, and whose it is."""
+    """Resources that a call requests, with its tenant and priority."""
 
     num_requests: int = 1
-    """Engine requests, one per prompt."""
+    """Number of engine requests, one per prompt."""
     num_choices: int = 1
-    """Of each request: so many places at the engines."""
+    """Number of choices per request; each is one sequence at the engines."""
     num_tokens: int = 1
-    """Prompt and output tokens that they may need together."""
+    """Largest number of prompt and output tokens of all its requests."""
     num_bytes: int = 0
-    """Of prompts that are embeddings."""
+    """Bytes of prompt embeddings."""
     tenant: str = ""
     weight: float = 1.0
-    """Of the tenant."""
+    """Weight of the tenant."""
     priority: int = 0
-    """Of one tenant lower values go first."""
+    """Lower values run first within a tenant."""
 
     @classmethod
     def of(cls, requests: Sequence[Request]) -> CallDemand:
-        """What the requests of a call need; at least one."""
+        """Demand of a call's requests, at least one."""
         first = requests[0]
         num_tokens = sum(len(one.prompt) + one.n * one.params.max_tokens for one in requests)
         return cls(
@@ -48,13 +48,13 @@ class CallDemand:
 
     @property
     def num_places(self) -> int:
-        """At the engines."""
+        """Number of sequences at the engines."""
         return self.num_requests * self.num_choices
 
 
 @dataclass(slots=True)
 class HeldDemand:
-    """Requests, their places at the engines, and what they may need together."""
+    """Sum of the demands of admitted requests."""
 
     num_requests: int = 0
     num_places: int = 0
@@ -70,15 +70,15 @@ class HeldDemand:
 
 @dataclass(slots=True)
 class TenantQueue:
-    """One tenant's requests, running or waiting."""
+    """Running and waiting requests of one tenant."""
 
     weight: float = 1.0
     by_priority: dict[int, HeldDemand] = field(default_factory=dict)
     total: HeldDemand = field(default_factory=HeldDemand)
-    """Of all priorities."""
+    """Demand of all priorities."""
 
     def add(self, demand: CallDemand, sign: int) -> None:
-        """One call more, or one less with a sign of -1."""
+        """Add a call, or remove one if ``sign`` is -1."""
         held = self.by_priority.setdefault(demand.priority, HeldDemand())
         held.add(demand, sign)
         self.total.add(demand, sign)
@@ -86,7 +86,7 @@ class TenantQueue:
             del self.by_priority[demand.priority]
 
     def waiting_tokens(self, num_running: float, priority: int | None = None) -> float:
-        """Tokens of those that wait while the first ``num_running`` run, up to a priority."""
+        """Tokens of waiting requests up to a priority, while the first ``num_running`` run."""
         waiting = 0.0
         for value in sorted(self.by_priority):
             if priority is not None and value > priority:
@@ -99,9 +99,9 @@ class TenantQueue:
 
 
 def share_places(queues: Mapping[str, TenantQueue], capacity: float) -> dict[str, float]:
-    """Running places of each tenant: equal shares by weight, what one leaves is for the others.
+    """Running sequences of each tenant: shares by weight, with unused shares redistributed.
 
-    Example: 64 places, a holds 8, b 100 and c 100, weights 1: a 8, b 28, c 28.
+    Example: capacity 64, a holds 8, b 100 and c 100, weights 1: a 8, b 28, c 28.
     """
     places: dict[str, float] = {}
     left, weights = capacity, sum(queue.weight for queue in queues.values())
@@ -117,7 +117,7 @@ def tokens_ahead(
 ) -> float:
     """Waiting tokens that the engines serve before a new request of a tenant.
 
-    Those of its own up to its priority; and of each other tenant as many meanwhile, by weight.
+    These are its own tokens up to its priority, and as many of each other tenant, by weight.
     """
     own = queues.get(tenant)
     if own is None:

@@ -1,20 +1,20 @@
-"""Traces of requests: kept while a request runs, made into spans once it is over.
+"""Traces of requests: times are collected while a request runs, spans are made after its end.
 
-``HttpMiddleware`` and ``GrpcCall`` begin a ``RequestTrace`` and end it; ``Gateway`` adds the call's
-fields and its ``RunningCall``. The spans are made of times that are measured anyway, once the
-request is over. Only the request's own span begins before its first prompt goes to an engine:
-workers make spans of their steps below it. Without tracing a request costs one check.
+``HttpMiddleware`` and ``GrpcCall`` begin and end a ``RequestTrace``; ``Gateway`` adds the call's
+fields and its ``RunningCall``. Spans are made from times that are measured anyway. Only the
+request's own span begins before its first prompt is sent to an engine, since workers make child
+spans of it for their steps. Without tracing, a request costs one check.
 
 chat tiny                    the whole request, as its client knows it
-  expertmesh.tokenize        prompts to tokens
-  expertmesh.queue           of each prompt: until its first rows went to the experts
-  expertmesh.prefill         of each chunk of a prompt
-  expertmesh.step            of a step with rows of a prompt: one by each worker that computed it
-  expertmesh.decode          from a prompt's first token to its last
-    expertmesh.step          the same of the 1st, 2nd, 4th, 8th, .. decode step
+    expertmesh.tokenize        tokenization of the prompts
+    expertmesh.queue           each prompt, until its first rows were sent to the experts
+    expertmesh.prefill         each chunk of a prompt
+    expertmesh.step            each step with rows of a prompt, one span per worker
+    expertmesh.decode          each prompt, from its first token to its last
+    expertmesh.step          the 1st, 2nd, 4th, 8th, .. decode step
   expertmesh.detokenize      from the last output of the engines to the end
 
-The request's span links to the traces of changes of the cluster that went on meanwhile.
+The request's span links to the traces of cluster changes during the request.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ OPERATIONS: Mapping[str, str] = {
     "GenerateStream": names.TEXT_COMPLETION,
     "Embed": names.EMBEDDINGS,
 }
-"""Paths and procedures that are traced; conversations over gRPC are chats too."""
+"""Traced paths and procedures, with the operation name; gRPC conversations are chats, too."""
 _HEADERS = ("traceparent", "tracestate")
 _REQUESTED = {
     names.MAX_TOKENS: "max_tokens",
@@ -70,7 +70,7 @@ _REQUESTED = {
     names.PRESENCE_PENALTY: "presence_penalty",
     names.CHOICE_COUNT: "n",
 }
-"""Attributes that are fields, as the client has set them."""
+"""Attributes with the fields that the client has set."""
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -79,19 +79,19 @@ class Tracing:
     """Traces the requests of one replica."""
 
     export: TraceExport
-    """Takes the spans."""
+    """Exporter of the spans."""
     model: str
-    """The one that is served."""
+    """Name of the served model."""
     addresses: Callable[[], Mapping[str, Any]]
-    """``host:port`` of ``http`` and ``grpc``, when they are known."""
+    """``host:port`` of ``http`` and ``grpc``, once known."""
     decode: Decode | None
-    """None keeps prompts and outputs out."""
+    """Detokenizer for prompts and outputs; None omits them from the spans."""
     cluster_events: ClusterEvents = field(default_factory=ClusterEvents)
 
     def begin(
         self, name: str, port: Port, request_id: str, headers: Iterable[tuple[str, str | bytes]]
     ) -> RequestTrace | None:
-        """A request to one of ``OPERATIONS``, which the running task serves; None for others."""
+        """Begin the trace of a request that the current task serves; None if it is not traced."""
         operation = OPERATIONS.get(name)
         if operation is None:
             return None
@@ -109,7 +109,7 @@ class Tracing:
         self.cluster_events.take(snapshot, time.monotonic())
 
     def parents(self, trace: RequestTrace) -> StepParents | None:
-        """The spans above those of the steps of the next prompt; None: it has none."""
+        """Parent spans for the steps of the next prompt; None if it is not sampled."""
         trace.span = trace.span or self._start(trace)
         if not trace.span.is_recording() or len(trace.decodes) == MAX_PROMPTS:
             return None
@@ -119,7 +119,7 @@ class Tracing:
         return StepParents(prefill=request.to_bytes(), decode=decode.to_bytes())
 
     def record(self, trace: RequestTrace) -> None:
-        """Complete the span of a request that has ended, and make its children."""
+        """Complete the span of a finished request, and make its child spans."""
         root, running = trace.span or self._start(trace), trace.running
         if not root.is_recording():
             return  # not sampled
@@ -157,7 +157,7 @@ class Tracing:
         try:
             return self.parents(trace)
         except Exception:
-            logger.exception("steps of request %s have no spans", trace.request_id)
+            logger.exception("could not begin the step spans of request %s", trace.request_id)
             return None
 
     def _record(self, trace: RequestTrace) -> None:
@@ -165,7 +165,7 @@ class Tracing:
         try:
             self.record(trace)
         except Exception:
-            logger.exception("request %s has no trace", trace.request_id)
+            logger.exception("could not record the trace of request %s", trace.request_id)
 
 
 def start_tracing(
@@ -175,9 +175,9 @@ def start_tracing(
     addresses: Callable[[], Mapping[str, Any]],
     decode: Decode,
 ) -> Tracing | None:
-    """What traces the requests of a replica; None where no endpoint is given.
+    """Start tracing the requests of a replica; None without an OTLP endpoint.
 
-    Raises ``ConfigError`` where the packages for it are missing.
+    Raises ``ConfigError`` if packages are missing.
     """
     if section.otlp_endpoint is None:
         return None

@@ -1,6 +1,6 @@
-"""From a checked call to the engine's requests: what depends on the model, defaults and seeds.
+"""Checks of a call that need the model; makes the engine's requests with defaults and seeds.
 
-``field_checks.check_fields`` runs first. Nothing is allocated for a call before both have passed.
+``field_checks.check_fields`` runs first. Nothing is allocated for a call before both pass.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from workers.requests.request import BeamParams, EarlyStopping, Request, Samplin
 DEFAULT_MAX_TOKENS = 16
 """Default ``max_tokens`` of a completion."""
 MAX_LOGPROB_ENTRIES = 4_000_000
-"""Log-probabilities that one call may ask for in all."""
+"""Largest number of log-probabilities of one call."""
 MAX_BEAM_LOGPROB_ENTRIES = 1_000_000
-"""The same for beams, whose outputs come in one message."""
+"""The same limit for beam searches, which send their output in one message."""
 _SLICE = 65_536
-"""Token ids that one call compares."""
+"""Token ids that are compared at a time."""
 _SAMPLED = (
     *("min_tokens", "temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty"),
     *("presence_penalty", "logit_bias", "stop_token_ids", "ignore_eos", "logprob_token_ids"),
     "grammar",
 )
-"""Fields that ``SamplingParams`` has by the same name; unset ones take its defaults."""
+"""Fields with the same name in ``SamplingParams``; unset fields get its defaults."""
 
 
 def make_requests(
@@ -39,13 +39,13 @@ def make_requests(
     draw_seed: Callable[[], int],
     bad_words: Sequence[tuple[int, ...]] = (),
 ) -> list[Request]:
-    """The engine's requests, one a prompt; ``RequestSubmitter`` completes them.
+    """Make the engine's requests, one per prompt; ``complete_requests`` completes them.
 
     Args:
         call: checked by ``check_fields``.
-        prompts: token ids of each.
+        prompts: token ids of each prompt.
         model: limits of the served model.
-        draw_seed: makes a seed for each prompt where the client gave none.
+        draw_seed: makes a seed for each prompt if the client has set none.
         bad_words: token sequences of ``call.bad_words``.
 
     Raises:
@@ -58,7 +58,7 @@ def make_requests(
     check_prompts(field, prompts, model)
     if call.embeds is not None and model.shape is not None:
         width, name = model.shape.hidden_size, "embeddings"
-        rule = f"are {call.embeds.width} wide, the model's {width}"
+        rule = f"have width {call.embeds.width}, the model needs {width}"
         require(call.embeds.width == width, name, rule)
     params = _make_params(call, tuple(bad_words))
     requests = [
@@ -78,7 +78,7 @@ def make_requests(
 
 
 def kept_tokens(call: GenerateCall, model: ModelFacts) -> slice | None:
-    """What ``truncate_prompt_tokens`` leaves of a prompt; None where it is not set."""
+    """Part of a prompt that ``truncate_prompt_tokens`` keeps; None if it is not set."""
     wanted = call.truncate_prompt_tokens
     if wanted is None:
         return None
@@ -89,7 +89,7 @@ def kept_tokens(call: GenerateCall, model: ModelFacts) -> slice | None:
 
 
 def check_prompts(name: str, prompts: Sequence[Sequence[int]], model: ModelFacts) -> None:
-    """Raise ``RequestError`` for a prompt without tokens, or with one outside the vocabulary."""
+    """Raise ``RequestError`` for an empty prompt, or for a token outside the vocabulary."""
     for ids in prompts:
         require(len(ids) > 0, name, "must not be empty")
         check_token_ids(name, ids, model.vocab_size)
@@ -98,7 +98,7 @@ def check_prompts(name: str, prompts: Sequence[Sequence[int]], model: ModelFacts
 def check_token_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
     """Raise ``RequestError`` for an id outside the vocabulary.
 
-    It looks at slices: other threads run in between, for a million ids take 20 ms to compare.
+    The check works on slices, so that other threads can run: a million ids take 20 ms.
     """
     for start in range(0, len(ids), _SLICE):
         part = ids[start : start + _SLICE]
@@ -109,7 +109,7 @@ def check_token_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
 
 
 def _check_ids(call: GenerateCall, bad_words: Sequence[tuple[int, ...]], model: ModelFacts) -> None:
-    """All token ids but those of prompts."""
+    """Check all token ids except the prompts."""
     allowed, size = call.allowed_token_ids or (), model.vocab_size
     check_token_ids("stop_token_ids", call.stop_token_ids, size)
     rule = f"has {len(allowed)} entries, the vocabulary has {size}"
@@ -123,7 +123,7 @@ def _check_ids(call: GenerateCall, bad_words: Sequence[tuple[int, ...]], model: 
 
 
 def _check_leaves_tokens(call: GenerateCall, model: ModelFacts) -> None:
-    """``min_tokens`` masks what would end the text: some other token must be there."""
+    """Check that a token is left when ``min_tokens`` masks the tokens that end the text."""
     ending = set(call.stop_token_ids)
     if not call.ignore_eos:
         ending.update(model.eos_token_ids)
@@ -135,10 +135,10 @@ def _check_leaves_tokens(call: GenerateCall, model: ModelFacts) -> None:
 
 
 def _check_width(call: GenerateCall, model: ModelFacts) -> None:
-    """Beams begin with different tokens, none of which ends the text."""
+    """Check the number of beams: each begins with another token that does not end the text."""
     most = model.vocab_size - len({*call.stop_token_ids, *model.eos_token_ids})
     name, width = "n" if call.best_of is None else "best_of", call.num_drawn
-    rule = f"({width}) must be at most {most} with use_beam_search: there are no more first tokens"
+    rule = f"({width}) must be at most {most} with use_beam_search (possible first tokens)"
     require(not call.use_beam_search or width <= most, name, rule)
 
 
@@ -177,7 +177,7 @@ def _max_tokens(call: GenerateCall, num_tokens: int, model: ModelFacts) -> int:
 
 
 def _num_drawn_logprobs(call: GenerateCall) -> int | None:
-    """Alternatives that the engine reports: ranking needs the drawn tokens' own."""
+    """Alternatives that the engine reports for sampled tokens; ranking needs at least 0."""
     wanted, ranks_here = call.num_logprobs, call.is_ranked and not call.use_beam_search
     return 0 if wanted is None and ranks_here else wanted
 
@@ -190,12 +190,12 @@ def _num_prompt_logprobs(call: GenerateCall) -> int | None:
 
 
 def _make_params(call: GenerateCall, bad_words: tuple[tuple[int, ...], ...]) -> SamplingParams:
-    """What all prompts share; each has its own limit and seed."""
+    """Sampling parameters that all prompts share; token limit and seed are set per prompt."""
     given: dict[str, Any] = {
         name: value for name in _SAMPLED if (value := getattr(call, name)) is not None
     }
     if call.stops_in_answer:
-        given["stop_token_ids"] = ()  # the gateway looks for them, where the answer is
+        given["stop_token_ids"] = ()  # the gateway checks them, outside of reasoning
     if call.use_beam_search:
         given |= {"beams": _beams(call), "temperature": 0.0}
     return SamplingParams(

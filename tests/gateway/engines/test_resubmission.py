@@ -172,7 +172,7 @@ def test_a_request_that_cannot_be_placed_fails_alone(workers: Workers) -> None:
     workers.stop(first)
     results = sorted((answer.result(WAIT_S) for answer in answers), key=lambda r: r.status_code)
     assert [result.status_code for result in results] == [200, 200, 500]
-    assert "cannot be placed: no room for its trace" in results[-1].json()["error"]["message"]
+    assert "could not be assigned: no room for its trace" in results[-1].json()["error"]["message"]
 
 
 def _texts(choices: dict[int, list[dict[str, Any]]]) -> dict[int, Any]:
@@ -263,7 +263,7 @@ def test_without_another_worker_it_ends_as_unavailable_at_its_deadline(
     response = answer.result(WAIT_S)
     assert response.status_code == (200 if stream else 503)
     assert '"code":"not_ready"' in response.text
-    assert "no other came within the request's time" in response.text
+    assert "no other worker was ready before the deadline" in response.text
     if not stream:
         assert int(response.headers["retry-after"]) >= 1
     workers.add(script=ALPHABET)

@@ -445,13 +445,13 @@ def test_a_salt_reaches_the_engine_by_both_codecs(stack: Stack) -> None:
             "/score",
             {"text_1": [1] * 10, "text_2": [[2] * 5] * 10},
             "text_1",
-            "text_1 and text_2 have 150 tokens where each is behind the other, at most 149",
+            "text_1 and text_2 have 150 tokens when joined, at most 149",
         ),
         (
             "/classify",
             {"input": [[1] * 10] * 5, "labels": ["a", "b", "c"]},
             "labels",
-            "prompts and labels have 165 tokens where each is behind the other, at most 149",
+            "prompts and labels have 165 tokens when joined, at most 149",
         ),
     ],
 )
