@@ -1,1 +1,1 @@
-"""The bundled demo checkpoint, as data without imports. ``benchmarks/demo_model`` trained it."""
+"""Data of the bundled demo checkpoint, which ``benchmarks/demo_model`` trained. No imports."""

@@ -1,6 +1,6 @@
-"""``python -m workers.native``: build the kernels for this machine, and say which compute.
+"""``python -m workers.native``: build the kernels for this machine and print the selected ones.
 
-``make setup`` runs it. The exit status is 1 where torch has to compute.
+``make setup`` runs it. The exit status is 1 if torch must compute instead.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from workers.native.library import find_library
 
 
 def main() -> int:
-    """Entry point; the exit status."""
+    """Build the kernels and return the exit status."""
     found = find_library()
     sys.stdout.write(f"{found.words}\n")
     return 0 if found.library is not None else 1

@@ -1,10 +1,10 @@
 """Builds the kernels' libraries, one for each instruction set, and keeps them in a cache.
 
-A wheel brings them along (``setup.py`` of the sources); what it lacks is built where it is needed.
-The compilers are ``$CC``, or ``cc``, ``gcc`` and ``clang``, and else the C compiler of the
-``ziglang`` package where that is installed. A library's name has a digest of all that decides its
-contents, so a change of the sources finds no old library. Of processes that need the same library
-one builds it, into a temporary file that it renames, and the others wait.
+A wheel contains libraries (see ``setup.py``); missing ones are built on first use. The compilers
+are ``$CC``, or ``cc``, ``gcc`` and ``clang``, or else the C compiler of the ``ziglang`` package if
+it is installed. The name of a library contains a digest of everything that determines its contents,
+so that an old library is never used after a change of the sources. If several processes need the
+same library, one builds it, into a temporary file that it renames, while the other processes wait.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "c"
 SHIPPED = Path(__file__).parent / "lib"
-"""Libraries that came with the installed package; there are none in a checkout."""
+"""Libraries of the installed package; a checkout has none."""
 BUILD_LIMIT_S = 600.0
-"""Limit of one compiler run: a minute of work on a machine that does much else."""
+"""Limit of one compiler run, which takes about a minute of work, on a busy machine."""
 _FLAGS = (
     "-std=c11",
     "-O3",
     "-shared",
     "-fPIC",
     "-pthread",
-    "-ffp-contract=off",  # a product and a sum are fused where the source says so, nowhere else
+    "-ffp-contract=off",  # fuse a product and a sum only where the source does so explicitly
     "-fvisibility=default",
     "-Wall",
     "-Wextra",
 )
 ZIG_ARGUMENTS = ("cc", "-target", "x86_64-linux-gnu.2.17")
-"""The target is named, as zig's default is the processor and the libc of the host. Libraries for
-glibc 2.17 are loaded by every later one."""
+"""Explicit target, as zig's default is the processor and the libc of the host. Libraries for glibc
+2.17 also run with later versions."""
 _ERROR_CHARACTERS = 400
 
 
 class BuildError(Exception):
-    """No compiler made the library; the text says what each of them said."""
+    """No compiler could build the library. The text has the error of each compiler."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +59,9 @@ class InstructionSet:
 
     name: str
     cpu_flags: frozenset[str]
-    """Words of ``/proc/cpuinfo`` that a processor needs."""
+    """Flags in ``/proc/cpuinfo`` that a processor needs."""
     compiler_flags: tuple[str, ...]
-    """Never ``-march=native``: a library may be made for another machine."""
+    """Never ``-march=native``, as a library may be built for another machine."""
 
 
 _AVX2 = InstructionSet("avx2", frozenset({"avx2", "fma", "f16c"}), ("-mavx2", "-mfma", "-mf16c"))
@@ -86,12 +86,12 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def has_kernels() -> bool:
-    """Whether libraries can be made for machines of this kind."""
+    """Whether this platform is supported by the kernels."""
     return sys.platform == "linux" and platform.machine() == "x86_64"
 
 
 def compilers(environ: Mapping[str, str] = os.environ) -> list[tuple[str, ...]]:
-    """Commands to try in order. ``$CC`` is the only one where it is set."""
+    """Return the compiler commands to try, in order. If ``$CC`` is set, it is the only one."""
     if environ.get("CC"):
         return [tuple(shlex.split(environ["CC"]))]
     path = environ.get("PATH")
@@ -100,7 +100,7 @@ def compilers(environ: Mapping[str, str] = os.environ) -> list[tuple[str, ...]]:
 
 
 def zig_compilers() -> list[tuple[str, ...]]:
-    """The command of the ``ziglang`` package, if it is installed."""
+    """Return the command of the ``ziglang`` package, if it is installed."""
     if importlib.util.find_spec("ziglang") is None:
         return []
     return [(sys.executable, "-m", "ziglang", *ZIG_ARGUMENTS)]
@@ -112,7 +112,7 @@ def library_path(
     environ: Mapping[str, str] = os.environ,
     sources: Path = SOURCES,
 ) -> Path:
-    """The file of a library: its name has a digest of the sources, the flags and ``$CC``."""
+    """Return the path of a library. Its name has a digest of the sources, the flags and ``$CC``."""
     digest = hashlib.sha256()
     for part in (*_FLAGS, *wanted.compiler_flags, environ.get("CC", "")):
         digest.update(part.encode() + b"\0")
@@ -128,10 +128,10 @@ def build(
     commands: Iterable[tuple[str, ...]] | None = None,
     sources: Path = SOURCES,
 ) -> Path:
-    """The library of an instruction set, from the cache or made by the first compiler that can.
+    """Return the library of an instruction set, from the cache or built by a working compiler.
 
-    ``commands`` are ``compilers(environ)`` by default, ``sources`` the folder with the files in C.
-    Raises ``BuildError``; ``OSError`` where the folder cannot be written.
+    ``commands``: compilers to try, by default ``compilers(environ)``. ``sources``: folder with the
+    C files. Raises ``BuildError``, or ``OSError`` if ``folder`` cannot be written.
     """
     target = library_path(wanted, folder, environ, sources)
     if target.exists():
@@ -146,7 +146,7 @@ def build(
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """While no other process builds in the folder, where its file system has locks."""
+    """Lock the folder against builds by other processes, if its file system supports locks."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(OSError):
@@ -178,7 +178,7 @@ def _make(
 def _compile(
     command: tuple[str, ...], wanted: InstructionSet, output: Path, sources: Path
 ) -> str | None:
-    """Run one compiler; returns what was wrong."""
+    """Run one compiler; return its error, or None on success."""
     files = [str(source) for source in sorted(sources.glob("*.c"))]
     line = [*command, *_FLAGS, *wanted.compiler_flags, "-o", str(output), *files]
     try:

@@ -18,17 +18,17 @@ class DeltaNetFields(ctypes.Structure):
 
     @property
     def conv_width(self) -> int:
-        """Channels of the convolution."""
+        """Number of channels of the convolution."""
         return int(2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim)
 
     @property
     def row_width(self) -> int:
-        """Elements of a projected row."""
+        """Number of elements of a projected row."""
         return self.conv_width + int(self.num_value_heads * (self.value_dim + 2))
 
     @property
     def state_width(self) -> int:
-        """Values of a state."""
+        """Number of values of a state."""
         matrices = self.num_value_heads * self.key_dim * self.value_dim
         return int((self.kernel - 1) * self.conv_width + matrices)
 
@@ -47,7 +47,7 @@ def run_delta_net(
     runs: Tensor,
     chains: Tensor,
 ) -> None:
-    """Contiguous rows [T, row_width] to ``out`` [T, V * D]; changes ``states``.
+    """Compute contiguous rows [T, row_width] to ``out`` [T, V * D], and update ``states`` in place.
 
     ``runs`` and ``chains``: see ``StateRows``.
     """
@@ -72,7 +72,7 @@ def run_delta_net(
 
 
 def _check(found: Tensor, dtype: torch.dtype, width: int) -> None:
-    """Assert what the kernel cannot see: contiguous [.., width] of this type."""
+    """Assert that a tensor is contiguous, [.., width] and of ``dtype``; C cannot check this."""
     assert found.dtype == dtype, f"{found.dtype} where {dtype} is read"
     assert found.shape[1] == width, f"{found.shape[1]} columns where {width} are read"
     assert found.is_contiguous()

@@ -1,4 +1,4 @@
-"""Tokens of rows of logits, on a CPU (``c/draw.c``). Reference: ``workers.sampling.draws``."""
+"""Sampling of tokens from logits on a CPU (``c/draw.c``). Reference: ``workers.sampling.draws``."""
 
 from __future__ import annotations
 
@@ -23,17 +23,19 @@ DRAW_ROW = np.dtype(
         ("top_k", np.int64),
     ]
 )
-"""``struct draw_row``: how the token of a row is drawn."""
+"""``struct draw_row``: sampling parameters of a row."""
 
 
 def can_draw(logits: Tensor) -> bool:
-    """Whether the kernel reads logits of this type and device."""
+    """Whether the kernel supports the dtype and device of ``logits``."""
     return logits.device.type == "cpu" and logits.dtype in DTYPES
 
 
 def draw_rows(team: Team, logits: Tensor, rows: NDArray[Any], is_masked: bool) -> Tensor:
-    """Tokens [rows] int64 of logits [rows, V] with ``rows`` of ``DRAW_ROW``, or negative numbers
-    by ``enum failure``. ``is_masked``: minus infinity is a token that must not be drawn.
+    """Sample tokens, [rows] int64, from logits [rows, V] with ``rows`` of ``DRAW_ROW``.
+
+    A failed row gives a negative number of ``enum failure``. ``is_masked``: tokens with logit minus
+    infinity must not be sampled.
     """
     assert can_draw(logits), f"{logits.dtype} logits"
     assert rows.dtype == DRAW_ROW, f"{rows.dtype} rows"

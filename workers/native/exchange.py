@@ -18,7 +18,7 @@ from workers.native.structs import c_struct
 from workers.native.team import check
 
 UNEXPECTED, UNSENT = 5, 6
-"""``enum result``: the caller goes on where native code has stopped."""
+"""Values of ``enum result``: the caller must continue where native code has stopped."""
 
 
 @c_struct("exchange.h", "exchange", place=PlaceFields, frames=ctypes.POINTER(FrameFields))
@@ -37,34 +37,34 @@ class ServerFields(ctypes.Structure):
 
 
 def dispatch_rows(library: Library, home: HomeFields) -> int:
-    """Send rows and their slots to all peers: 0 or ``UNSENT``.
+    """Send rows and their slots to all peers; return 0 or ``UNSENT``.
 
-    Raises ``IndexError`` for an id that is no expert's.
+    Raises ``IndexError`` for an invalid expert id.
     """
     return _checked(library.functions.exchange_dispatch(ctypes.byref(home)))
 
 
 def gather_outputs(library: Library, home: HomeFields) -> int:
-    """Receive the outputs of dispatched rows, and add them up: 0 or ``UNEXPECTED``.
+    """Receive the outputs of dispatched rows and sum them; return 0 or ``UNEXPECTED``.
 
-    Raises ``IndexError`` for a row whose expert no peer has.
+    Raises ``IndexError`` for a row with an expert that no peer has.
     """
     return _checked(library.functions.exchange_gather(ctypes.byref(home)))
 
 
 def memory_bytes(library: Library, server: ServerFields) -> int:
-    """What ``serve_exchanges`` needs for the rows of all peers."""
+    """Return the memory that ``serve_exchanges`` needs for the rows of all peers, in bytes."""
     return int(library.functions.exchange_memory(ctypes.byref(server)))
 
 
 def serve_exchanges(
     library: Library, servers: ctypes.Array[ctypes.c_void_p], first: int
 ) -> tuple[int, int]:
-    """Receive rows, compute their experts, return the outputs: exchange by exchange from the first.
+    """Serve exchanges from ``first`` on: receive rows, compute their experts, return the outputs.
 
-    servers: addresses of ``ServerFields``. The exchanges that were served, and 0, or ``UNEXPECTED``
-    before anything of the next one was computed, or ``UNSENT`` after the last one. Raises
-    ``IndexError`` for an empty slot, ``RuntimeError`` where there is no memory.
+    servers: addresses of ``ServerFields``. Returns the number of served exchanges, and 0, or
+    ``UNEXPECTED`` if the next one was not computed, or ``UNSENT`` if the last one was not fully
+    sent. Raises ``IndexError`` for an empty slot, and ``RuntimeError`` if memory is exhausted.
     """
     num_served = ctypes.c_int64()
     start = ctypes.addressof(servers) + first * ctypes.sizeof(ctypes.c_void_p)
@@ -80,11 +80,11 @@ def _checked(result: int) -> int:
 
 
 def sent_slots(library: Library, slots: Tensor, ids: Tensor, weights: Tensor | None) -> Tensor:
-    """The slots of each row's experts, and behind them the bits of its weights.
+    """Return the slots of each row's experts, followed by the bits of its weights.
 
-    slots [ranks, experts] int32, -1: not on that rank; ids [T, k] int64; weights [T, k] of one of
+    slots [ranks, experts] int32, -1 if not on that rank; ids [T, k] int64; weights [T, k] of one of
     ``panels.DTYPES`` -> [ranks, T, 2k] int32, or [ranks, T, k] without weights. Raises
-    ``IndexError`` for an id that is no expert's.
+    ``IndexError`` for an invalid expert id.
     """
     assert slots.dtype == torch.int32
     assert slots.is_contiguous()

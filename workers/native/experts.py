@@ -1,7 +1,7 @@
-"""The routed experts of one layer on a CPU (``c/experts.c``).
+"""Routed experts of one layer on a CPU (``c/experts.c``).
 
-Reference: ``workers.experts.kernels_cpu`` and the sums of ``workers.model.weighting``, whose
-roundings between expert and sum it shares.
+Reference: ``workers.experts.kernels_cpu``, and ``workers.model.weighting`` for the sums, with the
+same roundings between expert and sum.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from workers.native.team import Team, check
 from workers.quantization.formats import WeightFormat
 
 InputsBy = Literal["row", "place", "pair"]
-"""An input for each row, for each (row, place of the top-k), or for each of those with a slot."""
+"""One input for each row, for each (row, index in top-k), or for each of these that has a slot."""
 _INPUTS_BY: tuple[InputsBy, ...] = ("row", "place", "pair")
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertShape:
-    """Experts of equal size: ``second(activation(gate, up))`` where ``inner`` is not 0, else one
-    product ``first``."""
+    """Shape of experts: ``second(activation(gate, up))``, or one product if ``inner`` is 0."""
 
     in_width: int
     inner: int
@@ -36,11 +35,11 @@ class ExpertShape:
     out_width: int
     dtype: torch.dtype
     has_bias: bool = False
-    """After the matrices come their biases, each [out, 1]."""
+    """Whether biases, [out, 1] each, follow the matrices."""
     clamped: tuple[float, float] | None = None
-    """Alpha and limit of the clamped SwiGLU; None: silu(gate) * up."""
+    """Alpha and limit of the clamped SwiGLU; None for silu(gate) * up."""
     form: WeightFormat | None = None
-    """In which the matrices are quantized, biases aside; their widths are even."""
+    """Format of quantized matrices, without the biases; their widths are even."""
 
     @property
     def num_products(self) -> int:
@@ -48,7 +47,7 @@ class ExpertShape:
 
     @property
     def matrices(self) -> tuple[tuple[int, int], ...]:
-        """[out, in] of each matrix."""
+        """Shape [out, in] of each matrix."""
         products = [(2 * self.inner, self.in_width), (self.out_width, self.inner)]
         if not self.inner:
             products = [(self.out_width, self.in_width)]
@@ -56,19 +55,19 @@ class ExpertShape:
         return (*products, *biases)
 
     def is_gated(self, matrix: int) -> bool:
-        """Whether a matrix has the rows of gates, and then those of ups."""
+        """Whether a matrix has gate rows followed by up rows."""
         return self.inner > 0 and matrix % self.num_products == 0
 
     def stored_as(self, matrix: int) -> torch.dtype:
-        """Type in which a matrix that is not quantized is packed: biases are float32."""
+        """Return the dtype of a packed matrix that is not quantized. Biases are float32."""
         return self.dtype if matrix < self.num_products else torch.float32
 
     def form_of(self, matrix: int) -> WeightFormat | None:
-        """In which a matrix is quantized."""
+        """Return the format of a quantized matrix, else None."""
         return self.form if matrix < self.num_products else None
 
     def num_bytes(self, matrix: int) -> int:
-        """Of a packed matrix."""
+        """Return the size of a packed matrix in bytes."""
         form, is_gated = self.form_of(matrix), self.is_gated(matrix)
         return weight_bytes(self.matrices[matrix], self.stored_as(matrix), form, is_gated)
 
@@ -79,10 +78,10 @@ class CallFields(ctypes.Structure):
 
 
 class SlotTable:
-    """The packed matrices of expert slots. A slot has all its matrices, or computes nothing."""
+    """Packed matrices of expert slots. A slot is usable only with all its matrices."""
 
     def __init__(self, shape: ExpertShape, num_slots: int, old: SlotTable | None = None) -> None:
-        """Empty slots, but for those of ``old``."""
+        """Create slots with the matrices of ``old``; all further slots are empty."""
         self.shape = shape
         self._packed: list[list[Tensor | None]] = []
         self._addresses = torch.zeros(len(shape.matrices), num_slots, dtype=torch.int64)
@@ -106,7 +105,7 @@ class SlotTable:
             alpha=alpha,
             limit=limit,
         )
-        """For C: what all calls with these slots share; valid as long as this table."""
+        """Fields for C, common to all calls with these slots. This table must outlive them."""
         for matrix in range(len(shape.matrices)):
             kept = old._packed[matrix][:num_slots] if old is not None else []
             self._packed.append([None] * num_slots)
@@ -118,14 +117,14 @@ class SlotTable:
         return self._num_slots
 
     def get(self, slot: int, matrix: int) -> Tensor:
-        """A packed matrix. Raises ``IndexError`` where the slot has none."""
+        """Return a packed matrix. Raises ``IndexError`` if the slot is empty."""
         packed = self._packed[matrix][slot]
         if packed is None:
             raise IndexError(f"slot {slot} is empty")
         return packed
 
     def put(self, slot: int, matrix: int, packed: Tensor) -> None:
-        """Keep a packed matrix, see ``quantized.pack_weight``."""
+        """Store a packed matrix; see ``quantized.pack_weight``."""
         expected = self.shape.num_bytes(matrix)
         assert packed.nbytes == expected, f"{packed.nbytes} bytes: must be {expected}"
         assert packed.is_contiguous()
@@ -133,14 +132,14 @@ class SlotTable:
         self._addresses[matrix, slot] = packed.data_ptr()
 
     def clear(self, slot: int) -> None:
-        """Give a slot's memory back; nothing may compute with it."""
+        """Free a slot's memory. No computation may use the slot."""
         self._addresses[:, slot] = 0
         for packed in self._packed:
             packed[slot] = None
 
 
 class NativeSlots(NamedTuple):
-    """Expert slots, and who computes them."""
+    """Expert slots, and the team that computes them."""
 
     team: Team
     table: SlotTable
@@ -151,7 +150,7 @@ class BankExperts(NamedTuple):
 
     table: SlotTable
     slot_of: Tensor | None
-    """[experts] int64: the slot of each; None where expert e is in slot e."""
+    """[experts] int64: slot of each expert; None if each expert e is in slot e."""
     float32_weights: bool
     """See ``BankSpec``."""
 
@@ -161,8 +160,8 @@ class LocalExperts:
 
     def __init__(self, banks: Sequence[BankExperts]) -> None:
         self.calls = (CallFields * len(banks))()
-        """By ``BankSpec.index``, without rows."""
-        self._banks = banks  # whose memory ``calls`` names
+        """Calls by ``BankSpec.index``, without rows."""
+        self._banks = banks  # keeps the memory of ``calls`` alive
         for i, (table, slot_of, float32_weights) in enumerate(banks):
             self.calls[i] = table.fields
             self.calls[i].slot_of = None if slot_of is None else slot_of.data_ptr()
@@ -201,11 +200,11 @@ def expert_rows(
     rounds_products: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weighted sum over each row's expert slots, in their order, in float32.
+    """Return the weighted sum over each row's expert slots, in order, in float32.
 
     inputs [N, in_width] of the shape's dtype; slots [T, k] int64, -1 for none; weights [T, k]
-    float32 -> [T, out_width] ``dtype``. ``rounds_products``: weights, and then products of weight
-    and output, are rounded to the shape's dtype. Raises as ``expert_pairs``.
+    float32 -> [T, out_width] ``dtype``. ``rounds_products``: round weights, then products of weight
+    and output, to the shape's dtype. Raises as ``expert_pairs``.
     """
     out = inputs.new_empty(slots.shape[0], table.shape.out_width, dtype=dtype)
     if slots.shape[0]:
@@ -236,7 +235,7 @@ def _compute(team: Team, call: CallFields) -> None:
 
 
 def _address(tensor: Tensor, dtype: torch.dtype) -> int:
-    """Where a contiguous tensor of a type is."""
+    """Return the address of a contiguous CPU tensor of ``dtype``."""
     assert tensor.dtype == dtype, f"{tensor.dtype}: must be {dtype}"
     assert tensor.device.type == "cpu"
     assert tensor.is_contiguous()
@@ -244,8 +243,8 @@ def _address(tensor: Tensor, dtype: torch.dtype) -> int:
 
 
 def _rows_address(tensor: Tensor, dtype: torch.dtype) -> tuple[int, int]:
-    """Where a matrix of a type is, and the elements from one row to the next."""
+    """Return the address and the row stride of a CPU matrix of ``dtype``."""
     assert tensor.dtype == dtype, f"{tensor.dtype}: must be {dtype}"
     assert tensor.device.type == "cpu"
-    assert tensor.shape[1] == 1 or tensor.stride(1) == 1, "elements of a row must be neighbours"
+    assert tensor.shape[1] == 1 or tensor.stride(1) == 1, "elements of a row must be contiguous"
     return tensor.data_ptr(), tensor.stride(0)

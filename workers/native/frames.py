@@ -1,6 +1,6 @@
 """Frames of the data plane for native code (``c/frames.h``).
 
-Reference: ``workers.transport.frames`` for their form, ``workers.transport.edge`` for the sockets.
+Reference: ``workers.transport.frames`` for the format, ``workers.transport.edge`` for the sockets.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from workers.native.structs import c_struct
 
 END_OF_STREAM = -1
-"""``FrameFields.error`` where the peer has closed."""
+"""Value of ``FrameFields.error`` if the peer has closed the connection."""
 
 
 @c_struct("frames.h", "step")
@@ -34,7 +34,7 @@ class FrameFields(ctypes.Structure):
     """``struct frame``."""
 
     def came(self) -> bytes:
-        """What was received of it."""
+        """Return the bytes of the frame that were received."""
         left = int(self.done)
         taken = []
         for piece in self._pieces():
@@ -43,7 +43,7 @@ class FrameFields(ctypes.Structure):
         return b"".join(taken)
 
     def rest(self) -> bytes:
-        """What was not sent of it."""
+        """Return the bytes of the frame that were not sent."""
         if not any(self.counts):
             return b""
         return b"".join(map(bytes, self._pieces()))[self.done :]

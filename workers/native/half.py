@@ -1,4 +1,4 @@
-"""The attention half of a layer on a CPU (``c/half.h``).
+"""Attention sublayer of a layer on a CPU (``c/half.h``).
 
 Reference: ``workers.model.attention_sublayer``.
 """
@@ -12,15 +12,15 @@ from workers.native.structs import c_struct
 from workers.native.team import Team, check
 
 SCORINGS = ("softmax", "softmax_of_best", "sigmoid", "float32_softmax")
-"""By ``enum scoring``."""
+"""Names of ``enum scoring``, by value."""
 NO_NORM, NORM_HEADS, NORM_WIDTH = range(3)
-"""``enum qk_norm``."""
+"""Values of ``enum qk_norm``."""
 E4M3 = 2
-"""``enum dtype`` of caches in 8 bits."""
+"""Value of ``enum dtype`` for 8-bit caches."""
 ENTER, ATTEND, LEAVE = 1, 2, 4
-"""``enum stage``."""
+"""Values of ``enum stage``."""
 NO_WINDOW = 1 << 40
-"""Positions of a window that is none."""
+"""Window size of layers without a sliding window."""
 
 
 @c_struct("routing.h", "routing")
@@ -58,6 +58,6 @@ class RowsFields(ctypes.Structure):
 def run_half(
     team: Team, half: HalfFields, batch: BatchFields, rows: RowsFields, stages: int
 ) -> None:
-    """Compute some stages. Raises ``RuntimeError`` where there is no memory."""
+    """Compute the given stages. Raises ``RuntimeError`` if memory is exhausted."""
     run = team.library.functions.half_run
     check(run(team.pointer, *map(ctypes.byref, (half, batch, rows)), stages))

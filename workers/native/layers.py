@@ -1,4 +1,4 @@
-"""All layers of a step, and what stands around them, in one call (``c/layers.c``).
+"""All layers of a step, with embedding, final norm and head, in one call (``c/layers.c``).
 
 Reference: the same layers by ``half.run_half`` and ``experts.expert_rows``, then ``norm.norm_rows``
 and ``matrix.Matrix.multiply``.
@@ -17,7 +17,7 @@ from workers.native.structs import c_struct
 from workers.native.team import Team, check
 
 NO_BANK = -1
-"""Of a layer without routed experts."""
+"""Bank of a layer without routed experts."""
 
 
 @c_struct("layers.c", "layer", half=HalfFields, mlp=CallFields)
@@ -47,13 +47,13 @@ def run_layers(
     advance: Callable[[], None],
     advance_s: float,
 ) -> tuple[int, int]:
-    """Run the layers of all flows, and what stands around them; ``advance`` is called after the
-    layer in which ``advance_s`` are over.
+    """Run all layers, with embedding, final norm and head, of all flows (micro-batches).
 
-    Where native code has stopped in an exchange with other ranks, why: ``UNSENT`` or ``UNEXPECTED``
-    (see ``workers.native.exchange``), else 0; and the flow whose turn it is. Raises ``IndexError``
-    for an empty expert slot or a token without an embedding, ``RuntimeError`` where there is no
-    memory.
+    ``advance`` is called after a layer whenever ``advance_s`` have elapsed. Returns why native code
+    has stopped in an exchange with other ranks, ``UNSENT`` or ``UNEXPECTED`` (see
+    ``workers.native.exchange``), or 0 at the end; and the index of the flow to continue. Raises
+    ``IndexError`` for an empty expert slot or a token without an embedding, and ``RuntimeError`` if
+    memory is exhausted.
     """
     run, turn = team.library.functions.layers_run, ctypes.c_int64()
     arguments = (ctypes.byref(stack), flows, len(flows), advance_s, ctypes.byref(turn))

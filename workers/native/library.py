@@ -1,4 +1,4 @@
-"""Loads the best library of kernels that this machine runs, or says why there is none."""
+"""Loads the best kernel library that this machine supports, or reports why there is none."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 CPU_INFO = Path("/proc/cpuinfo")
 MAX_VARIABLE = "EXPERTMESH_MAX_INSTRUCTIONS"
-"""Environment variable that names the best instruction set to use, ``avx2`` for example."""
+"""Environment variable with the best instruction set to use, for example ``avx2``."""
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
 _INT64 = ctypes.c_int64
 _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
@@ -61,11 +61,11 @@ _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
     "quantized_to_halves": (None, (_POINTER, _LONG)),
     "quantized_from_halves": (None, (_POINTER, _LONG)),
 }
-"""Result and arguments of the functions in ``c/``. Calls release Python's lock."""
+"""Result and argument types of the functions in ``c/``. Calls release Python's GIL."""
 
 
 class InstructionsError(ValueError):
-    """``MAX_VARIABLE`` names no instruction set."""
+    """The value of ``MAX_VARIABLE`` is not an instruction set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Library:
     """A loaded library."""
 
     name: str
-    """Its instruction set."""
+    """Name of its instruction set."""
     path: Path
     functions: ctypes.CDLL
 
@@ -83,13 +83,13 @@ class LibraryChoice:
     """The kernels of this machine."""
 
     library: Library | None
-    """None: torch computes."""
+    """None if torch computes."""
     reason: str
-    """Why not a better one, for people; empty where this is the best."""
+    """Reason why no better one is used, as text; empty if this is the best."""
 
     @property
     def words(self) -> str:
-        """For logs: ``native avx512 (no library for avx512_bf16: ..)``, ``torch (..)``."""
+        """Text for logs: ``native avx512 (no library for avx512_bf16: ..)`` or ``torch (..)``."""
         name = f"native {self.library.name}" if self.library else "torch"
         return f"{name} ({self.reason})" if self.reason else name
 
@@ -100,9 +100,9 @@ def find_library(
     environ: Mapping[str, str] = os.environ,
     cpu_info: Path = CPU_INFO,
 ) -> LibraryChoice:
-    """The best library that this processor runs, built first where that is needed.
+    """Load the best library that this processor supports, and build it if necessary.
 
-    An instruction set whose library cannot be made gives way to the next one. Raises
+    If the library for one instruction set cannot be built, the next one is tried. Raises
     ``InstructionsError``.
     """
     reasons: list[str] = []
@@ -120,7 +120,7 @@ def find_library(
 def is_built(
     environ: Mapping[str, str] = os.environ, cpu_info: Path = CPU_INFO, shipped: Path = SHIPPED
 ) -> bool:
-    """Whether ``find_library`` has nothing to build."""
+    """Whether ``find_library`` needs no build."""
     return all(
         _shipped_path(wanted, shipped).exists()
         or library_path(wanted, cache_folder(environ), environ).exists()
@@ -134,15 +134,14 @@ def load_library(
     environ: Mapping[str, str] = os.environ,
     shipped: Path = SHIPPED,
 ) -> Library:
-    """One library: that of the package, else that of the cache, which is built where it is missing
-    or broken.
+    """Load the library of the package or of the cache, and rebuild it if missing or broken.
 
-    ``folder`` is ``cache_folder`` by default. Raises ``BuildError`` and ``OSError``.
+    ``folder``: the cache, by default ``cache_folder``. Raises ``BuildError`` and ``OSError``.
     """
     try:
         return _load(wanted.name, _shipped_path(wanted, shipped))
     except OSError as err:
-        logger.debug("the package brings no kernels for %s: %s", wanted.name, err)
+        logger.debug("the package has no kernels for %s: %s", wanted.name, err)
     folder = folder or cache_folder(environ)
     path = build(wanted, folder, environ)
     try:
@@ -153,21 +152,20 @@ def load_library(
 
 
 def _shipped_path(wanted: InstructionSet, shipped: Path) -> Path:
-    """The package's library. ``$CC`` names the compiler of what is built here, and changes nothing
-    about it."""
+    """Return the path of the package's library, which does not depend on ``$CC``."""
     return library_path(wanted, shipped, {})
 
 
 def runnable(
     cpu_info: Path = CPU_INFO, environ: Mapping[str, str] = os.environ
 ) -> list[InstructionSet]:
-    """The instruction sets of this processor, best first, up to that of ``MAX_VARIABLE``.
+    """Return this processor's instruction sets, best first, up to the one in ``MAX_VARIABLE``.
 
-    Raises ``InstructionsError`` where that names none.
+    Raises ``InstructionsError`` for an invalid ``MAX_VARIABLE``.
 
-    On Intel's processors a ``vdpbf16ps`` of 32 products takes two cycles, in which fused sums of
-    float32 make 64: one thread of an Emerald Rapids makes 44 and 76 products a nanosecond with 8
-    rows and more, and reads as many bytes with one.
+    On Intel processors bfloat16 products are second: a ``vdpbf16ps`` of 32 products takes two
+    cycles, in which fused float32 operations compute 64. One thread of an Emerald Rapids computes
+    44 and 76 products a nanosecond with 8 or more rows, and reads equally many bytes with one row.
     """
     if not has_kernels():
         return []
@@ -181,7 +179,7 @@ def runnable(
 
 
 def _allowed(environ: Mapping[str, str]) -> Sequence[InstructionSet]:
-    """All instruction sets up to that of ``MAX_VARIABLE``, best first."""
+    """Return all instruction sets up to the one in ``MAX_VARIABLE``, best first."""
     best, names = environ.get(MAX_VARIABLE), [known.name for known in INSTRUCTION_SETS]
     if not best:
         return INSTRUCTION_SETS
@@ -191,7 +189,7 @@ def _allowed(environ: Mapping[str, str]) -> Sequence[InstructionSet]:
 
 
 def _load(name: str, path: Path) -> Library:
-    """Raises ``OSError`` for a file that is no library of these sources."""
+    """Load a library. Raises ``OSError`` if it was not built from these sources."""
     functions = ctypes.CDLL(str(path))
     for function, (result, arguments) in _SIGNATURES.items():
         try:

@@ -21,7 +21,7 @@ class MatrixFields(ctypes.Structure):
 
 
 class Matrix:
-    """x @ weight.T + bias, every output a single chain of sums: a row's bits are its own."""
+    """Linear product x @ weight.T + bias. The bits of a row do not depend on other rows."""
 
     def __init__(
         self,
@@ -30,10 +30,10 @@ class Matrix:
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """weight [out, in] of one of ``panels.DTYPES``, or quantized, with the ``dtype`` of rows;
-        bias [out]. Both are copied.
+        """Pack copies of a weight and a bias. The team must be idle.
 
-        The team computes nothing meanwhile.
+        weight [out, in] of one of ``panels.DTYPES``, or quantized, with the ``dtype`` of rows; bias
+        [out].
         """
         packed = pack_weight(team.library, weight, team=team)
         form = weight.format if isinstance(weight, QuantizedMatrix) else None
@@ -49,7 +49,7 @@ class Matrix:
         dtype: torch.dtype,
         form: WeightFormat | None = None,
     ) -> Matrix:
-        """The same of panels that are kept elsewhere, see ``quantized.pack_weight``."""
+        """Create a matrix of panels that the caller packed; see ``quantized.pack_weight``."""
         found = cls.__new__(cls)
         found._hold(team, packed, shape, dtype, form, None)
         return found
@@ -67,9 +67,9 @@ class Matrix:
         self.shape = shape
         """[out, in]."""
         self.dtype = dtype
-        """Of rows."""
+        """Dtype of rows."""
         self.form = form
-        """In which the weight is quantized; None: it is not."""
+        """Format of a quantized weight, else None."""
         self._bias = None if bias is None else bias.to(torch.float32, copy=True)
         self.fields = MatrixFields(
             panels=packed.data_ptr(),
@@ -79,10 +79,10 @@ class Matrix:
             dtype=DTYPES.index(dtype),
             form=form_fields(form),
         )
-        """For C; valid as long as this matrix."""
+        """Fields for C. This matrix must outlive them."""
 
     def weight(self) -> Tensor:
-        """A copy of the weight [out, in]; one that is quantized as it is computed with, rounded."""
+        """Return a copy of the weight [out, in], dequantized and rounded if it is quantized."""
         library = self._team.library
         if self.form is None:
             return unpack(library, self._packed, self.shape, self.dtype)
@@ -90,13 +90,13 @@ class Matrix:
         return found.dequantized().to(self.dtype)
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Rows [n, in] of a weight that is not quantized, by indices [n] int64."""
+        """Return rows [n, in] of a weight that is not quantized, by indices [n] int64."""
         assert self.form is None, "rows of a quantized matrix"
         found = self._packed[indices // PANEL, :, indices % PANEL]
         return found.contiguous().view(self.dtype)[:, : self.shape[1]]
 
     def multiply(self, x: Tensor) -> Tensor:
-        """[rows, in] -> [rows, out], both of the matrix's type."""
+        """Multiply x [rows, in] -> [rows, out], both of the matrix's dtype."""
         assert x.dtype == self.dtype, f"{x.dtype}: must be {self.dtype}"
         assert x.shape[1:] == self.shape[1:], f"rows of shape {tuple(x.shape)}"
         x = x.contiguous()

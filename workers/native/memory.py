@@ -1,10 +1,10 @@
-"""Memory for weights, in huge pages where Linux has them.
+"""Memory for weights, in huge pages if Linux supports them.
 
-Behind a hypervisor a miss of the address translation is expensive, and small pages have 512 times
-as many addresses. Two layers of OLMoE-1B-7B, one thread of an AMD EPYC in a virtual machine, 1
-sequence: 32 ms a token where ``huge_pages.collapse`` moved 0.3 of 2.2 GB, 26 ms with all of it in
-huge pages. To touch 1 GB first takes 0.2 s in place of 0.5, unless the host has to find the memory,
-as it does after the guest has reported it as free: 1 to 3 s.
+In a virtual machine a TLB miss is expensive, and small pages need 512 times as many entries. Two
+layers of OLMoE-1B-7B, one thread of an AMD EPYC in a virtual machine, 1 sequence: 32 ms a token if
+``huge_pages.collapse`` moved 0.3 of 2.2 GB, 26 ms with all weights in huge pages. The first access
+to 1 GB takes 0.2 s instead of 0.5, unless the host must provide the memory, for example after the
+guest has reported it as free: 1 to 3 s.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE_BYTES = 2 * 1024 * 1024
-"""On x86-64."""
+"""Size of a huge page on x86-64."""
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A CPU tensor with undefined contents; from a huge page on, in memory of its own.
+    """Allocate an uninitialized CPU tensor, in its own memory if it fills at least a huge page.
 
-    What does not fill a huge page takes small ones, so no byte beyond the tensor is used.
+    The rest after the last full huge page uses small pages, so no memory is wasted.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     num_huge = num_bytes // HUGE_PAGE_BYTES
     if not num_huge or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(tuple(shape), dtype=dtype)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    buffer = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags)  # what is not touched takes none
+    buffer = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags)  # untouched pages use no memory
     memory = torch.frombuffer(buffer, dtype=torch.uint8)
     first = -memory.data_ptr() % HUGE_PAGE_BYTES
-    with contextlib.suppress(OSError):  # a system without them
+    with contextlib.suppress(OSError):  # a system without huge pages
         buffer.madvise(mmap.MADV_HUGEPAGE, first, num_huge * HUGE_PAGE_BYTES)
     return memory[first : first + num_bytes].view(dtype).view(*shape)

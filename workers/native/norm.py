@@ -1,4 +1,4 @@
-"""Norms by the root mean square on a CPU (``c/norm.c``). Reference: ``layers.rms_norm``."""
+"""RMS norm on a CPU (``c/norm.c``). Reference: ``layers.rms_norm``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from workers.native.team import Team
 
 
 def norm_rows(team: Team, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Contiguous rows x [rows, H] on a CPU, normalised in place, with a weight [H] of their type.
+    """Normalize contiguous rows x [rows, H] in place, with a weight [H] of the same dtype.
 
-    The bits of a row are its own, and the same on all instruction sets.
+    The bits of a row do not depend on other rows or on the instruction set.
     """
     assert x.dtype in DTYPES, f"{x.dtype} rows"
     assert x.dtype == weight.dtype, f"{weight.dtype} weight"

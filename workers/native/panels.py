@@ -1,4 +1,4 @@
-"""Weights in the order in which the kernels read them (``c/product.h``)."""
+"""Packing of weights into panels, the layout that the kernels read (``c/product.h``)."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from workers.native.library import Library
 from workers.native.team import Team, check
 
 PANEL = 32
-"""Outputs of a panel, the last of which is filled up with zeros."""
+"""Number of outputs of a panel. The last panel is padded with zeros."""
 DTYPES = (torch.float32, torch.bfloat16)
-"""Types that the kernels compute with; the place of each is its number in C."""
+"""Dtypes of the kernels; the index of each is its number in C."""
 
 
 def packed_bytes(shape: tuple[int, int], dtype: torch.dtype, is_gated: bool = False) -> int:
-    """Bytes of a packed matrix [out, in]."""
+    """Return the size of a packed matrix [out, in] in bytes."""
     return num_panels(shape[0], is_gated) * PANEL * _row_units(shape[1], dtype) * 4
 
 
 def pack(
     library: Library, weight: Tensor, is_gated: bool = False, team: Team | None = None
 ) -> Tensor:
-    """A CPU matrix [out, in] as panels: int32 [panels, units, 32], a unit being one float32 or two
-    bfloat16 of a row. ``is_gated``: the rows of the gate, then those of up, which alternate in
-    panels, 16 of each.
+    """Pack a CPU matrix [out, in] into panels, int32 [panels, units, 32].
 
-    A ``team`` that computes nothing at the time helps the calling thread.
+    A unit is one float32 or two bfloat16 of a row. ``is_gated``: the matrix has gate rows followed
+    by up rows, which alternate in panels, 16 of each. ``team``: an idle team that helps the calling
+    thread.
     """
     assert weight.dtype in DTYPES, f"{weight.dtype} weights"
     assert weight.device.type == "cpu"
@@ -51,7 +51,7 @@ def unpack(
     dtype: torch.dtype,
     is_gated: bool = False,
 ) -> Tensor:
-    """The matrix [out, in] from which ``packed`` was made, bit for bit."""
+    """Return the matrix [out, in] from which ``packed`` was made, bit for bit."""
     rows, width = shape
     units = _row_units(width, dtype)
     assert packed.dtype == torch.int32
@@ -63,8 +63,7 @@ def unpack(
 
 
 class Runs(NamedTuple):
-    """Where the units of a panel lie: ``units`` of them follow each other, and then ``gap`` words
-    come that are others'."""
+    """Placement of the units of a panel: runs of ``units`` units, separated by ``gap`` words."""
 
     units: int
     gap: int = 0
@@ -79,8 +78,11 @@ def pack_rows(
     team: Team | None = None,
     runs: Runs | None = None,
 ) -> None:
-    """rows [rows, ..] of ``units`` times 4 bytes -> packed [panels, words] int32 or [panels, units,
-    32]: of each panel the words from the first one on, where ``runs`` says; None: in one run."""
+    """Pack rows of ``units`` times 4 bytes into panels.
+
+    rows [rows, ..]; packed [panels, words] int32 or [panels, units, 32], filled from the first word
+    of each panel on. ``runs``: placement of the units, by default in one run.
+    """
     run = (library if team is None else team.library).functions.panels_pack
     pointer = None if team is None else team.pointer
     addresses = packed.data_ptr(), rows.data_ptr()
@@ -96,7 +98,7 @@ def unpack_rows(
     is_gated: bool,
     runs: Runs | None = None,
 ) -> None:
-    """The other way round."""
+    """Inverse of ``pack_rows``."""
     run = library.functions.panels_unpack
     addresses = rows.data_ptr(), packed.data_ptr()
     places = packed.stride(0), *(runs or Runs(units))
@@ -104,7 +106,7 @@ def unpack_rows(
 
 
 def num_panels(rows: int, is_gated: bool) -> int:
-    """Of a matrix with so many rows."""
+    """Number of panels of a matrix with ``rows`` rows."""
     return -(-rows // 2 // (PANEL // 2)) if is_gated else -(-rows // PANEL)
 
 

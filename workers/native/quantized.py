@@ -1,4 +1,4 @@
-"""Quantized weights in the order in which the kernels read them (``c/quantized.h``)."""
+"""Packing of quantized weights into panels, as the kernels read them (``c/quantized.h``)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CODES = ("int8", "e4m3", "int4", "e2m1")
 _SCALES = ("float32", "bfloat16", "float16", "e8m0")
 _LINE_BYTES, _WORD_BYTES = 64, 4
 _WHOLE_ROW = 1 << 40
-"""Elements that no row has."""
+"""Group size that is larger than every row, for scales of complete rows."""
 
 
 @c_struct("layout.h", "form")
@@ -38,7 +38,7 @@ class FormFields(ctypes.Structure):
 
 
 def form_fields(form: WeightFormat | None) -> FormFields:
-    """None: weights are not quantized."""
+    """Return the fields of a format, or empty fields if weights are not quantized."""
     if form is None:
         return FormFields()
     return FormFields(
@@ -53,7 +53,7 @@ def form_fields(form: WeightFormat | None) -> FormFields:
 def weight_bytes(
     shape: tuple[int, int], dtype: torch.dtype, form: WeightFormat | None, is_gated: bool = False
 ) -> int:
-    """Bytes of a packed matrix [out, in]."""
+    """Return the size of a packed matrix [out, in] in bytes."""
     if form is None:
         return packed_bytes(shape, dtype, is_gated)
     return num_panels(shape[0], is_gated) * _Sections.of(form, shape[1]).panel_words * _WORD_BYTES
@@ -62,7 +62,10 @@ def weight_bytes(
 def pack_weight(
     library: Library, weight: Weight, is_gated: bool = False, team: Team | None = None
 ) -> Tensor:
-    """See ``panels.pack``; a quantized matrix, of an even width, as int32 [panels, words]."""
+    """Pack a matrix; see ``panels.pack``.
+
+    A quantized matrix must have an even width; the result is int32 [panels, words].
+    """
     if isinstance(weight, Tensor):
         return pack(library, weight, is_gated, team)
     form, (rows, width) = weight.format, weight.shape
@@ -93,7 +96,7 @@ def unpack_quantized(
     shape: tuple[int, int],
     is_gated: bool = False,
 ) -> QuantizedMatrix:
-    """The matrix [out, in] from which ``packed`` was made, bit for bit."""
+    """Return the matrix [out, in] from which ``packed`` was made, bit for bit."""
     rows, width = shape
     panels = num_panels(rows, is_gated)
     assert packed.dtype == torch.int32
@@ -117,22 +120,25 @@ def unpack_quantized(
 
 
 class _Sections(NamedTuple):
-    """How a panel is cut (``struct layout``): a section has the scales and zero points of some
-    groups, which fill cache lines, and then their codes. The last one may have fewer codes."""
+    """Sections of a panel (``struct layout``).
+
+    A section has the scales and zero points of some groups, which fill cache lines, followed by
+    their codes (quantized values). The last section may have fewer codes.
+    """
 
     num_sections: int
     num_groups: int
-    """Of a section."""
+    """Number of groups in a section."""
     header_words: int
-    """The scales and zero points of a section."""
+    """Size of the scales and zero points of a section."""
     row_words: int
-    """The codes of a row."""
+    """Size of the codes of a row."""
     group_words: int
-    """The codes of a group in a row."""
+    """Size of the codes of a group in a row."""
 
     @classmethod
     def of(cls, form: WeightFormat, width: int) -> _Sections:
-        """Of the panels of a matrix of that width."""
+        """Return the sections of a matrix with ``width`` columns."""
         group_bytes = PANEL * (form.scale_bytes + form.has_zeros)
         num_groups = 2 if group_bytes % _LINE_BYTES else 1
         return cls(
@@ -145,16 +151,16 @@ class _Sections(NamedTuple):
 
     @property
     def panel_words(self) -> int:
-        """Words of a panel."""
+        """Size of a panel."""
         return self.num_sections * self.header_words + self.row_words * PANEL
 
     @property
     def runs(self) -> Runs:
-        """Of codes."""
+        """Placement of the codes."""
         return Runs(self.num_groups * self.group_words, self.header_words)
 
     def lanes(self, packed: Tensor, dtype: torch.dtype, first: int) -> Tensor:
-        """The place [panels, sections, groups, 32] of what begins at byte ``first`` of headers."""
+        """View of headers from byte ``first`` on, [panels, sections, groups, 32]."""
         values = packed.view(dtype)
         in_word = _WORD_BYTES // dtype.itemsize
         section_words = self.header_words + self.num_groups * self.group_words * PANEL
@@ -163,19 +169,19 @@ class _Sections(NamedTuple):
         return values.as_strided(shape, strides, values.storage_offset() + first // dtype.itemsize)
 
     def split(self, lanes: Tensor) -> Tensor:
-        """[panels, groups, 32] -> [panels, sections, groups, 32]."""
+        """Reshape [panels, groups, 32] -> [panels, sections, groups, 32], padded with zeros."""
         spare = self.num_sections * self.num_groups - lanes.shape[1]
         padded = functional.pad(lanes, (0, 0, 0, spare))
         return padded.view(lanes.shape[0], self.num_sections, self.num_groups, PANEL)
 
 
 def _row_words(form: WeightFormat, width: int) -> int:
-    """Words with the codes of so many neighbours in a row."""
+    """Return the number of words for ``width`` codes of a row."""
     return -(-form.row_bytes(width) // _WORD_BYTES)
 
 
 def _to_lanes(values: Tensor, is_gated: bool) -> Tensor:
-    """[rows, groups] -> [panels, groups, 32], zeros where a panel has no row."""
+    """Reorder [rows, groups] -> [panels, groups, 32], padded with zeros."""
     halves = values.chunk(2) if is_gated else (values,)
     lanes = PANEL // len(halves)
     padded = [functional.pad(half, (0, 0, 0, -len(half) % lanes)) for half in halves]
@@ -184,7 +190,7 @@ def _to_lanes(values: Tensor, is_gated: bool) -> Tensor:
 
 
 def _from_lanes(lanes: Tensor, rows: int, is_gated: bool) -> Tensor:
-    """[panels, groups, 32] -> [rows, groups]."""
+    """Inverse of ``_to_lanes``: [panels, groups, 32] -> [rows, groups]."""
     halves = lanes.transpose(1, 2).chunk(2 if is_gated else 1, 1)
     flat = [half.reshape(-1, lanes.shape[1])[: rows // len(halves)] for half in halves]
     return torch.cat(flat)

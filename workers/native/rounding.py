@@ -1,4 +1,4 @@
-"""Quantizes matrices by the compiled kernel (``c/rounding.c``), to the bits of the reference."""
+"""Quantization by the compiled kernel (``c/rounding.c``), with the same bits as the reference."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from workers.quantization.rounding import in_groups, of_groups, quantize, square
 def round_weight(
     library: Library | None, weight: Tensor, form: WeightFormat, team: Team | None = None
 ) -> QuantizedMatrix:
-    """weight [out, in] on the CPU in a format that ``rounding.quantize`` makes.
+    """Quantize a weight [out, in] on the CPU to a format that ``rounding.quantize`` supports.
 
-    ``library`` None: torch computes. A ``team`` that computes nothing at the time helps the calling
-    thread.
+    Without a ``library`` torch computes. ``team``: an idle team that helps the calling thread.
     """
     if library is None or not form.has_zeros:
         return quantize(weight, form)
@@ -39,6 +38,6 @@ def round_weight(
 def round_product(
     library: Library | None, weight: Tensor, forms: Sequence[WeightFormat], team: Team | None = None
 ) -> QuantizedMatrix:
-    """weight [out, in] on the CPU in that of some ``rounding.candidates`` with the least error."""
+    """Quantize a weight [out, in] on the CPU to the format of ``forms`` with the least error."""
     found = [round_weight(library, weight, form, team) for form in forms]
     return found[0] if len(found) == 1 else min(found, key=lambda m: squared_error(m, weight))

@@ -1,4 +1,4 @@
-"""Layouts of the structs in ``c/``, read from the sources that a library is built from."""
+"""ctypes layouts of the structs in ``c/``, parsed from the C sources."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _DECLARATOR = re.compile(r"([* ]|const )*(\w+)(?:\[(\w+)\])?")
 
 
 def c_struct(file: str, name: str, **types: Any) -> Callable[[type[Fields]], type[Fields]]:
-    """Give a class the fields of ``struct name`` of a file in ``c/``.
+    """Return a decorator that gives a class the fields of ``struct name`` in a file of ``c/``.
 
-    ``types``: those of the fields that are structs, and of pointers that are not ``c_void_p``.
+    ``types``: types of fields that are structs, and of pointers other than ``c_void_p``.
     """
 
     def with_fields(kind: type[Fields]) -> type[Fields]:
@@ -38,12 +38,12 @@ def c_struct(file: str, name: str, **types: Any) -> Callable[[type[Fields]], typ
 
 @cache
 def _source(file: str) -> str:
-    """A file without comments, words one space apart."""
+    """Return a file without comments, with single spaces between words."""
     return " ".join(re.sub(r"//.*", "", (SOURCES / file).read_text()).split())
 
 
 def _fields_of(source: str, name: str, types: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Names and types of a struct's fields. Raises ``LookupError`` for what is not known."""
+    """Yield names and types of a struct's fields. Raises ``LookupError`` for unknown ones."""
     body = re.search(rf"struct {name} {{ ([^}}]*)}};", source)
     if body is None:
         raise LookupError(f"there is no struct {name}")
@@ -52,7 +52,7 @@ def _fields_of(source: str, name: str, types: dict[str, Any]) -> Iterator[tuple[
         for declarator in declarators.split(","):
             found = _DECLARATOR.fullmatch(declarator.strip())
             if found is None:
-                raise LookupError(f"struct {name}: {declarator} is not understood")
+                raise LookupError(f"struct {name}: cannot parse {declarator}")
             field, count = found[2], found[3]
             is_pointer = "*" in declarator
             kind = types.get(field) or (ctypes.c_void_p if is_pointer else _SCALARS.get(plain))
@@ -62,7 +62,7 @@ def _fields_of(source: str, name: str, types: dict[str, Any]) -> Iterator[tuple[
 
 
 def _constant(source: str, name: str) -> int:
-    """A number, or the value that an enum gives to a name."""
+    """Return the value of a number or of an enum constant."""
     if name.isdigit():
         return int(name)
     found = re.search(rf"\b{name} = (\d+)", source)
