@@ -1,4 +1,4 @@
 """The admin service, over HTTP and gRPC, each on a port of its own.
 
-Imports ``gateway.http``, ``gateway.grpc`` and the floors below.
+Imports ``gateway.http``, ``gateway.grpc`` and layers below.
 """

@@ -1,7 +1,7 @@
-"""The procedures of ``expertmesh.v1.Admin``, for both codecs: a message in, a message out.
+"""The methods of ``expertmesh.v1.Admin`` for both codecs, from request message to response message.
 
-``gateway.admin.grpc`` and ``gateway.admin.http`` find a procedure by its name in the service's
-description.
+``gateway.admin.grpc`` and ``gateway.admin.http`` find a method by its name in the service's
+descriptor.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ SERVICE: ServiceDescriptor = pb.DESCRIPTOR.services_by_name["Admin"]
 DEFAULT_DRAIN_LIMIT_S = 120.0
 DEFAULT_SCALE_LIMIT_S = 300.0
 CALL_LIMIT_S = 5.0
-"""Time that the controller has to answer."""
+"""Time limit for a reply of the controller."""
 MAX_ABORTED = 1024
-"""Requests that one call may end."""
+"""Most requests that one call may abort."""
 LORA_LIMIT_S = 140.0
-"""The same for an adapter that all workers load."""
+"""Time limit for an adapter that all workers load."""
 _MAX_LOOKS = 40
 _LOOK_S = 0.05
 _WATCH_S = 10.0
@@ -55,7 +55,7 @@ class AdminCalls:
     # ---- queries --------------------------------------------------------------------------
 
     async def GetPlacement(self, request: pb.GetPlacementRequest) -> pb.Placement:
-        """The placement: which device holds which copy of which expert."""
+        """The placement: map of expert copies to devices."""
         self._check_operator(NUMBERS_BY_EXPERT)
         found = await self._gateway.numbers.placement()
         banks = found["banks"]
@@ -74,7 +74,7 @@ class AdminCalls:
         return _message(pb.ExpertLoad, {**found, "banks": banks, "workers": workers})
 
     async def ListWorkers(self, request: pb.ListWorkersRequest) -> pb.ListWorkersResponse:
-        """Every worker, lost ones included."""
+        """Every worker, including lost ones."""
         snapshot = await self._snapshot.get()
         found = snapshot["workers"]
         if not is_operator(self._gateway.admin_keys):
@@ -84,7 +84,7 @@ class AdminCalls:
     async def WatchCluster(
         self, request: pb.WatchClusterRequest
     ) -> AsyncGenerator[pb.ClusterEvent]:
-        """The history, then every new entry. An entry that changes is sent again, whole."""
+        """The history, then every new entry. An entry that changes is sent again as a whole."""
         self._check_operator(EVENTS)
         snapshot = await self._snapshot.get()
         seen = snapshot["history"] if request.only_new else []
@@ -98,7 +98,7 @@ class AdminCalls:
         check_operator(self._gateway.admin_keys, what)
 
     async def _next(self, version: int) -> dict[str, Any]:
-        """The next snapshot, also across a restart of the controller."""
+        """The next snapshot, even after a restart of the controller."""
         while True:
             try:
                 snapshot: dict[str, Any] = await self._ask(
@@ -132,7 +132,7 @@ class AdminCalls:
         return pb.DrainGatewayResponse(gateway=self._gateway.name, requests=left)
 
     async def Scale(self, request: pb.ScaleRequest) -> pb.Operation:
-        """Change how many workers there are."""
+        """Change the number of workers."""
         order = {
             "attention": request.attention if request.HasField("attention") else None,
             "expert": request.expert if request.HasField("expert") else None,
@@ -143,7 +143,7 @@ class AdminCalls:
         return _operation(await self._ask("begin", "scale", order))
 
     async def Rebalance(self, request: pb.RebalanceRequest) -> pb.Operation:
-        """Rebalance, or with ``dry_run`` only report what would be done."""
+        """Rebalance, or with ``dry_run`` only report the predicted changes."""
         order = {
             "dry_run": request.dry_run,
             "request_id": request.request_id,
@@ -163,13 +163,13 @@ class AdminCalls:
         return self._shown_operation(await self._ask("cancel_operation", request.id))
 
     def _shown_operation(self, found: Mapping[str, Any]) -> pb.Operation:
-        """For the caller: the balance of the experts is an operator's."""
+        """The operation for the caller: only operators see the balance of the experts."""
         if found["kind"] == "rebalance" and not is_operator(self._gateway.admin_keys):
             found = {**found, "message": "", "result": None}
         return _operation(found)
 
     async def GetLog(self, request: pb.GetLogRequest) -> pb.GetLogResponse:
-        """What a worker or the controller has logged."""
+        """Log lines of a worker or the controller."""
         self._check_operator(LOGS)
         found = await self._ask("log", request.process, request.after)
         return pb.GetLogResponse(number=found["number"], lines=found["lines"])
@@ -185,7 +185,7 @@ class AdminCalls:
     # ---- adapters -------------------------------------------------------------------------
 
     async def LoadLoraAdapter(self, request: pb.LoadLoraAdapterRequest) -> pb.LoraAdapter:
-        """Load an adapter; every replica takes requests that name it then."""
+        """Load an adapter, and wait until every replica accepts requests that name it."""
         tenants = list(request.tenants)
         order = {"name": request.lora_name, "path": request.lora_path, "tenants": tenants}
         found = await self._ask("begin", "load_adapter", order, limit_s=LORA_LIMIT_S)
@@ -197,7 +197,7 @@ class AdminCalls:
     async def UnloadLoraAdapter(
         self, request: pb.UnloadLoraAdapterRequest
     ) -> pb.UnloadLoraAdapterResponse:
-        """Unload an adapter; no replica takes requests that name it then."""
+        """Unload an adapter, and wait until no replica accepts requests that name it."""
         if not self._gateway.model.adapters.may_unload(request.lora_name):
             raise ModelNotFoundError(
                 f"the adapter {request.lora_name[:128]!r} does not exist", "lora_name"
@@ -209,7 +209,7 @@ class AdminCalls:
     async def ListLoraAdapters(
         self, request: pb.ListLoraAdaptersRequest
     ) -> pb.ListLoraAdaptersResponse:
-        """Those that the caller may use, also on their way in or out; paths for operators."""
+        """Adapters that the caller may use, in any state; paths only for operators."""
         snapshot = self._gateway.model.adapters.without_others(await self._ask("snapshot"))
         found = snapshot.get("adapters", ())
         if not is_operator(self._gateway.admin_keys):
@@ -217,7 +217,7 @@ class AdminCalls:
         return pb.ListLoraAdaptersResponse(adapters=map(_adapter, found))
 
     async def _wait_replicas(self, knows: Callable[[list[str]], bool]) -> None:
-        """Until every replica knows; it is not worth an error if one does not say so."""
+        """Wait until every replica knows; a replica that does not reply is no error."""
         for _ in range(_MAX_LOOKS):
             answers = (await self._gateway.status.replicas.ask("adapters")).values()
             if all(map(knows, answers)):
@@ -247,7 +247,7 @@ def _limit_s(request: pb.DrainWorkerRequest | pb.ScaleRequest, default_s: float)
 
 
 def _operation(found: Mapping[str, Any]) -> pb.Operation:
-    """From the controller's plain data; ``result`` goes into the field of the kind."""
+    """Convert the controller's data; ``result`` goes into the field of the operation's kind."""
     values = {k: v for k, v in found.items() if k not in ("state", "result")}
     message = pb.Operation(state=pb.Operation.State.Value(found["state"]), **values)
     if found["result"]:
@@ -257,7 +257,7 @@ def _operation(found: Mapping[str, Any]) -> pb.Operation:
 
 
 def _message(kind: type[AnyMessage], values: Mapping[str, Any]) -> AnyMessage:
-    """A message of the values that it has a field for."""
+    """A message with the values for which it has a field."""
     names = kind.DESCRIPTOR.fields_by_name
     return kind(**{k: v for k, v in values.items() if k in names and v is not None})
 

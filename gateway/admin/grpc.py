@@ -1,4 +1,4 @@
-"""The admin service over gRPC, on a port of its own. Nothing here but the codec."""
+"""The admin service over gRPC, on a port of its own. This module is only the codec."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class AdminGrpcServer(ServicePort):
     """Serves ``Admin``.
 
     Args:
-        gateway: counts calls, and knows the keys.
+        gateway: counts calls, and has the keys.
         host: interface.
-        port: 0 takes a free one.
+        port: port number; 0 takes a free one.
         shared: several replicas of this host listen on the port.
     """
 

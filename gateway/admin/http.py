@@ -44,7 +44,7 @@ ROUTES = (
     ("GET", "/admin/v1/placement", "GetPlacement"),
     ("GET", "/admin/v1/load", "GetExpertLoad"),
 )
-"""Method, path and procedure. Parts of a path and of a query are fields of the message."""
+"""HTTP method, path and gRPC method. Parts of the path and the query are fields of the message."""
 MAX_CONNECTIONS = 256
 
 
@@ -93,11 +93,11 @@ class _Endpoint:
     name: str
 
     async def serve(self, request: Request) -> Response:
-        """One call: JSON to the procedure's message, and its answer back."""
+        """Handle one call: convert JSON to the method's message, and its response back."""
         _check_no_web_page(request, self.gateway.limits.asks_for_admin_keys)
         fields: dict[str, Any] = {**request.query_params, **request.path_params}
         if request.method == "POST" and _has_body(request):
-            if "content-type" not in request.headers:  # what a browser may send across sites
+            if "content-type" not in request.headers:  # browsers may send these across sites
                 raise RequestError("content-type must be application/json", "content-type")
             body = await read_json(request, self.gateway, dict)
             fields = {**body, **fields}
@@ -127,11 +127,12 @@ def _set_field(message: Message, name: str, value: Any) -> None:
 
 
 def _check_no_web_page(request: Request, has_keys: bool) -> None:
-    """Raise ``PermissionDeniedError`` for a request of a web page but our own.
+    """Raise ``PermissionDeniedError`` for a request of a web page other than our own.
 
-    Without a key any page that an operator opens could send orders to loopback: a POST without a
-    body needs no consent, and a page whose name points to loopback may send anything. So without
-    keys our page counts only under an address, which no other page can have, or as ``localhost``.
+    Without a key any page that an operator opens could start operations on loopback: a POST without
+    a body needs no CORS preflight, and a page whose name resolves to loopback may send anything.
+    Therefore our page counts without keys only under an IP address, which no other page can have,
+    or as ``localhost``.
     """
     headers = request.headers
     origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
@@ -144,7 +145,7 @@ def _check_no_web_page(request: Request, has_keys: bool) -> None:
 
 
 def _is_address(host: str) -> bool:
-    """``host:port`` by address, or as localhost."""
+    """Whether ``host`` of ``host:port`` is an IP address or localhost."""
     name = urlsplit(f"//{host}").hostname or ""
     try:
         ip_address(name)
@@ -165,7 +166,7 @@ async def _health(request: Request) -> Response:
 def admin_http_server(
     gateway: Gateway, host: str, port: int, *, shared: bool = False
 ) -> HttpListener:
-    """Serves ``build_admin_app`` on a port of its own; ``shared`` by replicas of the host."""
+    """A listener for ``build_admin_app`` on its own port; ``shared`` by replicas of the host."""
     app, section = build_admin_app(gateway), gateway.limits
     options: dict[str, Any] = {"max_connections": MAX_CONNECTIONS, "is_shared": shared}
     return HttpListener(app, section, "admin HTTP", host, port, **options)

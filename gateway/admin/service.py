@@ -20,21 +20,21 @@ _Server = HttpListener | AdminGrpcServer
 
 @dataclass(eq=False)
 class AdminApi:
-    """Both servers."""
+    """Both admin servers, HTTP and gRPC."""
 
     gateway: Gateway
     """Serves the calls."""
     section: GatewaySection
-    """Interface and ports: a client of these ports can end the cluster. A configured port is shared
-    by all replicas of the host; otherwise the default port is taken if it is free, else any."""
+    """Interface and ports, whose clients can end the cluster. A configured port is shared by all
+    replicas of the host; otherwise the default port is used if it is free, else any port."""
     http_port: int = field(default=HTTP_PORT, kw_only=True)
-    """Default port of HTTP."""
+    """Default HTTP port."""
     grpc_port: int = field(default=GRPC_PORT, kw_only=True)
-    """Default port of gRPC."""
+    """Default gRPC port."""
     http: str = field(default="", init=False)
-    """``host:port`` of the HTTP server, once it runs."""
+    """``host:port`` of the HTTP server while it runs."""
     grpc: str = field(default="", init=False)
-    """``host:port`` of the gRPC server, once it runs."""
+    """``host:port`` of the gRPC server while it runs."""
     _servers: list[_Server] = field(default_factory=list, init=False)
 
     async def start(self) -> None:

@@ -1,4 +1,4 @@
-"""Adapters as one gateway knows them: which a caller may name, and which its requests have."""
+"""The adapters known to one gateway: which a caller may name, and which are in use."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 from gateway.auth.auth import CALLER
 
 _LABEL = re.compile(rb'(?:lora_name|(?:running|waiting)_lora_adapters)="([^"]*)"')
-"""Labels of series that name adapters, several with commas."""
+"""Labels of series that name adapters, separated by commas."""
 
 
 class AdapterCatalog:
-    """See the module. An adapter that a caller may not use does not exist for it."""
+    """Adapters of one gateway. For a caller, adapters that it may not use do not exist."""
 
     def __init__(self) -> None:
         self._known: Sequence[Mapping[str, Any]] = ()
-        """As the controller describes them, in any state."""
+        """Adapters in any state, as the controller describes them."""
         self._ready: dict[str, Mapping[str, Any]] = {}
-        """By name."""
+        """Ready adapters by name."""
         self._keys: dict[Hashable, str] = {}
-        """Of the calls here that have one."""
+        """Adapter keys of the calls that have one."""
 
     @property
     def keys(self) -> list[str]:
@@ -30,11 +30,11 @@ class AdapterCatalog:
 
     @property
     def in_use(self) -> tuple[str, ...]:
-        """Keys of the adapters that calls here have, wherever these wait."""
+        """Keys of the adapters of this gateway's calls, including waiting ones."""
         return tuple(sorted({*self._keys.values()}))
 
     def follow(self, snapshot: Mapping[str, Any]) -> None:
-        """Take the adapters of a new snapshot."""
+        """Update the adapters from a new snapshot."""
         self._known = snapshot.get("adapters", ())
         self._ready = {a["name"]: a for a in self._known if a["state"] == "READY"}
 
@@ -43,22 +43,22 @@ class AdapterCatalog:
         return [name for name, adapter in self._ready.items() if self._may_use(adapter)]
 
     def find(self, name: str) -> str | None:
-        """Key of an adapter that the caller may use, by name; None for any other one."""
+        """Key of an adapter that the caller may use, by name; None for other names."""
         adapter = self._ready.get(name)
         return str(adapter["key"]) if adapter is not None and self._may_use(adapter) else None
 
     def may_unload(self, name: str) -> bool:
-        """Whether the caller may use the adapter of a name, as far as it is known here."""
+        """Whether the caller may use this adapter, or this gateway does not know it."""
         named = (one for one in self._known if one["name"] == name)
         return all(self._may_use(one) for one in named if one["state"] != "UNLOADING")
 
     def without_others(self, status: Mapping[str, Any]) -> dict[str, Any]:
-        """A status for the caller, without the adapters that it may not use."""
+        """A status without the adapters that the caller may not use."""
         adapters = [a for a in status.get("adapters", ()) if self._may_use(a)]
         return {**status, "adapters": adapters} if "adapters" in status else dict(status)
 
     def without_series_of_others(self, exposition: bytes) -> bytes:
-        """Metrics for the caller, without series that name adapters that it may not use."""
+        """Metrics without series that name adapters that the caller may not use."""
         hidden = {a["name"].encode() for a in self._known if not self._may_use(a)}
         if not hidden:
             return exposition
@@ -66,12 +66,12 @@ class AdapterCatalog:
         return b"".join(line for line in lines if hidden.isdisjoint(_named_in(line)))
 
     def begin(self, call: Hashable, key: str) -> None:
-        """A call has an adapter from now on; an empty key: it has none."""
+        """Record the adapter of a call; an empty key: it has none."""
         if key:
             self._keys[call] = key
 
     def end(self, call: Hashable) -> None:
-        """The call has ended."""
+        """Record that the call has ended."""
         self._keys.pop(call, None)
 
     def _may_use(self, adapter: Mapping[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """API keys: which callers may use more than ``/health`` and ``/ready``, and how much.
 
-HTTP and gRPC check the ``KeyRing`` of their port before anything else, and leave the caller in
+HTTP and gRPC check the ``KeyRing`` of their port before anything else, and store the caller in
 ``CALLER``.
 """
 
@@ -22,17 +22,17 @@ CALLER: ContextVar[KeyUsage | None] = ContextVar("CALLER", default=None)
 
 NUMBERS_BY_EXPERT, EVENTS = "numbers by expert and layer", "events of the cluster"
 LOGS = "logs of processes"
-"""What ``check_operator`` names."""
+"""Subjects for ``check_operator``."""
 
 
 class KeyRing:
-    """The keys of a port; without any it accepts every caller.
+    """The keys of a port; without keys it accepts every caller.
 
     Args:
-        keys: as given, or as ``cluster.config.api_keys.hash_key`` makes them.
-        file: more keys, which may change.
-        limits: of keys without limits of their own.
-        others: a ring whose keys are known and do not open this port.
+        keys: plain keys, or digests made by ``cluster.config.api_keys.hash_key``.
+        file: further keys, which may change.
+        limits: limits of keys without limits of their own.
+        others: a ring with known keys that do not open this port.
         are_admin: the keys are an operator's.
         clock: ``time.monotonic``.
     """
@@ -55,23 +55,23 @@ class KeyRing:
         self.masters: KeyRing | None = None
         """A ring whose keys open this port too, without its limits."""
         self._clock = clock
-        self._accounts: dict[bytes, KeyUsage] = {}  # of keys that were used
+        self._accounts: dict[bytes, KeyUsage] = {}  # usage of keys that were used
 
     @property
     def is_open(self) -> bool:
-        """No key is required. A file whose last key was removed closes the port."""
+        """Whether no key is required. A file whose last key was removed closes the port."""
         return not self._fixed and self._file is None
 
     async def read_changes(self) -> None:
-        """Follow the files of this port; call it before ``check`` and ``enter``."""
+        """Reload the key files of this port. Call before ``check`` and ``enter``."""
         for ring in (self, self.masters, self._others):
             if ring is not None and ring._file is not None:
                 await ring._file.refresh(ring._clock())
 
     def check(self, authorization: str | None, api_key: str | None = None) -> KeyUsage | None:
-        """Accept a request by its ``Authorization`` header, or by a header with the key alone.
+        """Accept a request by its ``Authorization`` header, or by a header with only the key.
 
-        Returns the account; None without keys.
+        Returns the usage of the key; None without keys.
 
         Raises:
             AuthenticationError: no known key was given.
@@ -105,7 +105,7 @@ class KeyRing:
         return account
 
     def account_of(self, tenant: str) -> KeyUsage | None:
-        """The account of a key by its tenant's name; None where no key has it."""
+        """The usage of a key by its tenant's name; None if no key has this name."""
         in_file = self._file.entries.values() if self._file is not None else ()
         for entry in (*in_file, *self._fixed.values()):
             if entry.tenant == tenant:
@@ -113,8 +113,8 @@ class KeyRing:
         return self.masters.account_of(tenant) if self.masters is not None else None
 
     def _find(self, digest: bytes) -> KeyUsage | None:
-        """The account of a key; keys that remain in a changed file keep their usage."""
-        entry = self._entry(digest)  # how long this takes depends on digests alone
+        """The usage of a key; keys that remain in a changed file keep their usage."""
+        entry = self._entry(digest)  # the time of this lookup depends on digests alone
         known = digest if entry is None else entry.digest
         if not hmac.compare_digest(digest, known) or entry is None:
             self._accounts.pop(digest, None)
@@ -137,9 +137,9 @@ class KeyRing:
 
 
 def is_operator(keys: KeyRing) -> bool:
-    """Whether the running request may see all of the cluster: numbers by expert, hosts, processes.
+    """Whether the running request may see the whole cluster: stats by expert, hosts, processes.
 
-    Where its port asks for no key any request may, else those with an admin key.
+    Any request may if its port requires no key, otherwise requests with an admin key.
     """
     caller = CALLER.get()
     return keys.is_open or (caller is not None and caller.is_admin)
@@ -152,10 +152,10 @@ def check_operator(keys: KeyRing, what: str) -> None:
 
 
 def make_key_rings(section: GatewaySection) -> tuple[KeyRing, KeyRing]:
-    """The rings of the public ports and of the admin ports.
+    """The key rings of the public ports and of the admin ports.
 
-    An admin key opens all ports, also if it is among the clients' keys. Without one, the admin
-    ports (on loopback then) accept the public keys. Raises ``ConfigError`` for an unreadable key
+    An admin key opens all ports, even if it is also a client key. Without admin keys, the admin
+    ports (then on loopback) accept the public keys. Raises ``ConfigError`` for an unreadable key
     file.
     """
     limits = KeyLimits(

@@ -1,6 +1,6 @@
 """Key files: keys with names and limits, read again when the file changes.
 
-Either one key a line (empty lines and ``#`` comments left out), or YAML or JSON::
+Either one key per line (ignoring empty lines and ``#`` comments), or YAML or JSON::
 
     keys:
       - name: team-a
@@ -8,9 +8,9 @@ Either one key a line (empty lines and ``#`` comments left out), or YAML or JSON
         requests_per_minute: 600
         tokens_per_minute: 100000
         max_concurrent: 16
-        weight: 2                         # twice the share of others, where all want more
+        weight: 2                         # twice the share of other keys under contention
 
-A key may be given as ``sha256:`` and its digest in both forms.
+A key may be given as ``sha256:`` and its digest in both formats.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ _MOST = 10**12
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeyLimits:
-    """What one key may use of one gateway replica; None is no limit."""
+    """Limits of one key in one gateway replica; None is no limit."""
 
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
-    """Prompt and output tokens in a minute."""
+    """Prompt and output tokens per minute."""
     max_concurrent: int | None = None
 
     def or_else(self, other: KeyLimits) -> KeyLimits:
-        """These limits, with those of ``other`` as defaults."""
+        """These limits, with the values of ``other`` as defaults."""
         values = {n: getattr(self, n) for n in _LIMITS}
         return KeyLimits(**{n: getattr(other, n) if v is None else v for n, v in values.items()})
 
@@ -61,10 +61,10 @@ class KeyEntry:
 
     digest: bytes = field(repr=False)
     name: str = ""
-    """For logs; empty without a name."""
+    """Name in logs; may be empty."""
     limits: KeyLimits = KeyLimits()
     weight: float = 1.0
-    """Its share of the workers is in proportion to it, where keys compete."""
+    """Weight of its share of the workers when keys compete."""
 
     @property
     def tenant(self) -> str:
@@ -73,12 +73,12 @@ class KeyEntry:
 
 
 def plain_entries(keys: Iterable[str]) -> tuple[KeyEntry, ...]:
-    """Entries of keys, or of what ``hash_key`` made of them, without names or limits."""
+    """Entries without names or limits, for keys or digests made by ``hash_key``."""
     return tuple(KeyEntry(digest=stored_digest(hash_key(key))) for key in keys)
 
 
 def read_key_file(path: str, setting: str = "api_key_file") -> tuple[KeyEntry, ...]:
-    """The keys in a file. Raises ``ConfigError``, which never shows the content."""
+    """Read the keys in a file. Raises ``ConfigError``, which never shows the content."""
     try:
         raw = Path(path).read_bytes()[: MAX_FILE_BYTES + 1]
         text = raw.decode()
@@ -113,7 +113,7 @@ def _entries(text: str, path: str, setting: str) -> tuple[KeyEntry, ...]:
 
 def _load(text: str) -> Any:
     try:
-        return json.loads(text)  # in a hundredth of the time
+        return json.loads(text)  # 100 times as fast as YAML
     except ValueError:
         return yaml.safe_load(text)
 
@@ -165,12 +165,12 @@ def _check_unique(entries: Iterable[KeyEntry], path: str, setting: str) -> None:
 
 
 class KeyFile:
-    """A key file and what is in it.
+    """A key file and its entries.
 
     Args:
-        path: of the file.
+        path: path of the file.
         setting: the option that named it, for errors.
-        read: reads it.
+        read: function that reads it.
         limit_s: longest wait for a changed file, which may be large.
 
     Raises:
@@ -194,14 +194,14 @@ class KeyFile:
         self._wait_ends_s = 0.0
         self._disk = DiskThreads(setting, 1, 1, limit_s)
         self.entries = self._by_digest()
-        """By digest; replaced as a whole."""
+        """Entries by digest; replaced as a whole."""
 
     async def refresh(self, now_s: float) -> None:
         """Check the file for changes, at most once a second, and read it, both in a thread.
 
-        All requests wait until it is read, until ``limit_s`` after the look began at most: then the
-        former keys stay in force until it is. An unreadable or invalid file changes nothing, and is
-        logged once. A file without keys leaves none.
+        All requests wait until it is read, but at most ``limit_s`` from the start of the check;
+        meanwhile the former keys stay in force. An unreadable or invalid file changes nothing, and
+        is logged once. A file without keys leaves none.
         """
         if self._looking is not None and self._looking.done():
             self._looking = None
@@ -222,14 +222,14 @@ class KeyFile:
         except ConfigError as err:
             logger.error("the former keys stay in force: %s", err)
         else:
-            logger.info("%s is read again: %d keys", self._setting, len(self.entries))
+            logger.info("reloaded %s: %d keys", self._setting, len(self.entries))
 
     def _by_digest(self) -> Mapping[bytes, KeyEntry]:
         return {entry.digest: entry for entry in self._read(str(self._path), self._setting)}
 
     def _stamp(self) -> tuple[int, int, int] | None:
         try:
-            found = os.stat(self._path)  # through links, which Kubernetes replaces
+            found = os.stat(self._path)  # follows links, which Kubernetes replaces
         except OSError:
             return None
         return found.st_mtime_ns, found.st_ino, found.st_size

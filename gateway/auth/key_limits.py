@@ -1,8 +1,8 @@
 """Usage of one key against its limits. Pure: the time is passed in.
 
-Rates are token buckets that hold a minute's worth. A request is charged when it arrives; its tokens
-when they are known, the prompt's at admission and the output's at its end. So a request is never
-too large for its key, and the next one waits until the overdraft is paid.
+Rates are token buckets with the capacity of one minute. A request is charged when it arrives; its
+tokens when they are known, the prompt's at admission and the output's at its end. A request is
+therefore never too large for its key, and the next one waits until the balance is positive again.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from cluster.core.errors import KeyLimitError
 from gateway.auth.key_file import KeyEntry, KeyLimits
 
 _UNKNOWN_RETRY_S = 1.0
-"""Retry time while none of the key's requests has ended yet."""
+"""Retry time before any request of the key has ended."""
 _MEMORY = 0.95
-"""Weight of the past in the mean life of a request, at each end: some twenty requests."""
+"""Weight of the past in the mean duration of a request, at each end: some twenty requests."""
 
 
 class Bucket:
-    """A token bucket: a rate per minute, and the budget of a minute.
+    """A token bucket with a refill rate per minute, which is also its capacity.
 
     Args:
-        per_minute: inflow, and capacity.
-        now_s: the present.
+        per_minute: refill rate, and capacity.
+        now_s: current time.
     """
 
     def __init__(self, per_minute: float, now_s: float) -> None:
@@ -30,13 +30,13 @@ class Bucket:
         self._at_s = now_s
 
     def wait_s(self, now_s: float) -> float:
-        """Time until the bucket is positive; 0 if it is."""
+        """Seconds until the bucket is positive; 0 if it is."""
         self._fill(now_s)
         least = min(1.0, self.per_minute)
         return max(0.0, least - self._level) * 60.0 / self.per_minute
 
     def spend(self, amount: float, now_s: float) -> None:
-        """Withdraw, below zero if necessary."""
+        """Withdraw ``amount``, below zero if necessary."""
         self._fill(now_s)
         self._level -= amount
 
@@ -47,18 +47,18 @@ class Bucket:
 
 
 class KeyUsage:
-    """One key's use of one replica.
+    """Usage of one key in one replica.
 
     Args:
         entry: the key.
-        limits: in force for it.
-        now_s: the present.
+        limits: its limits.
+        now_s: current time.
     """
 
     def __init__(self, entry: KeyEntry, limits: KeyLimits, now_s: float) -> None:
         self.entry = entry
         self.is_admin = False
-        """The key opens the admin ports, and shows the cluster as its operator sees it."""
+        """Whether the key opens the admin ports and shows the whole cluster."""
         self.num_running = 0
         self._busy_s = 0.0  # seconds of running requests, and ended requests: both decay
         self._num_ended = 0.0
@@ -77,7 +77,7 @@ class KeyUsage:
             self._tokens = _bucket(limits.tokens_per_minute, now_s)
 
     def enter(self, now_s: float) -> None:
-        """A request begins. Raises ``KeyLimitError``; nothing is counted then."""
+        """Begin a request. Raises ``KeyLimitError``, and then counts nothing."""
         most = self._limits.max_concurrent
         if most is not None and self.num_running >= most:
             message = f"{self.num_running} requests of this key are running, at most {most}"
@@ -99,7 +99,7 @@ class KeyUsage:
         self._at_s = max(now_s, self._at_s)
 
     def _end_s(self, now_s: float) -> float:
-        """Time until one of the running requests ends: by Little's law, mean life over number."""
+        """Time until one of the running requests ends, by Little's law: mean duration / number."""
         self._count_busy(now_s)
         if not self._num_ended:
             return _UNKNOWN_RETRY_S

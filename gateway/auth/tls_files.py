@@ -1,4 +1,4 @@
-"""Checks files of certificates and keys before anything starts."""
+"""Checks certificate and key files before anything starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cluster as the gateway sees it: the controller's snapshot and the other serve replicas.
+"""The gateway's view of the cluster: the controller's snapshot and the other serve replicas.
 
 Imports ``cluster.core`` and ``cluster.tracing``; Ray in ``client`` only.
 """

@@ -1,4 +1,4 @@
-"""The gateway's only calls to Ray: the controller's actor, and the other replicas."""
+"""The gateway's only calls to Ray: to the controller's actor, and to the other replicas."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 CONTROLLER_NAME = "expertmesh-controller"
 RAY_NAMESPACE = "expertmesh"
 REPLICA_LIMIT_S = 1.0
-"""Time that replicas have to answer."""
+"""Time for the other replicas to reply."""
 
 
 class RayController:
@@ -29,7 +29,7 @@ class RayController:
         self._handle = handle
 
     async def ask(self, call: ControllerCall, *details: Any) -> Any:
-        """The answer; errors of ours are unwrapped from those of Ray."""
+        """Call a method and return its result; expertmesh errors are unwrapped from Ray's."""
         try:
             return await getattr(self._handle, call).remote(*details)
         except RayTaskError as err:
@@ -39,13 +39,13 @@ class RayController:
 
 
 async def find_controller() -> RayController:
-    """The controller's actor. Raises ``ValueError`` if there is none."""
+    """Find the controller's actor. Raises ``ValueError`` if there is none."""
     handle = await asyncio.to_thread(ray.get_actor, CONTROLLER_NAME, namespace=RAY_NAMESPACE)
     return RayController(handle)
 
 
 class RayServeReplicas:
-    """``ServeReplicas`` through a Serve handle. Made in a replica."""
+    """``ServeReplicas`` through a Serve handle. Must be made in a replica."""
 
     def __init__(self, answers: ReplicaAnswers) -> None:
         self._answers = answers
@@ -57,7 +57,7 @@ class RayServeReplicas:
         try:
             found = await asyncio.to_thread(self._broadcast, question, details)
         except Exception as err:  # any failure of Serve: this replica still answers
-            logger.warning("the other replicas cannot be asked: %r", err)
+            logger.warning("could not call the other replicas: %r", err)
             found = []
         for failed in (one for one in found if isinstance(one, BaseException)):
             logger.warning("a replica does not answer: %r", failed)

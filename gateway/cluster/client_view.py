@@ -1,7 +1,7 @@
-"""The part of the cluster's state that a client's key may see, where keys are configured.
+"""The part of the cluster's state that a client's key may see, if keys are configured.
 
-Left out are all numbers by expert and layer, as counts of a single request's routes let another
-tenant reconstruct its text (source: arXiv 2602.04105), and what describes hosts: addresses,
+It leaves out all stats by expert and layer, as counts of a single request's routes let another
+tenant reconstruct its text (source: arXiv 2602.04105), and the description of hosts: addresses,
 processes and paths. Pure.
 """
 
@@ -24,19 +24,19 @@ _SAMPLE = (
     *("time", "seconds", "prompt", "output", "moved", "again", "ttft", "itl", "waiting", "kv"),
 )
 _PORTS = {"grpc": "grpc_port", "admin_http": "admin_port"}
-"""Addresses of a gateway, and the names of their ports here."""
+"""Addresses of a gateway -> name of the field with only the port."""
 _PREFIXES = ("expert_", "experts_", "dispatch_")
-"""Of metrics that follow from the routes of tokens: each expert worker holds a few experts."""
+"""Prefixes of metrics that follow from the routes of tokens: an expert worker holds few experts."""
 _OPEN_METRICS = frozenset({"expert_worker_up", "expert_worker_slots", "dispatch_seconds"})
-"""Metrics with such a prefix that do not."""
+"""Metrics with such a prefix that do not follow from routes."""
 _LABELS = frozenset({"layer", "expert", "bank"})
 
 
 def client_status(status: Mapping[str, Any], opens_admin_ports: bool) -> dict[str, Any]:
-    """The status of a cluster for a client's key; ``is_partial`` says so.
+    """The status of a cluster for a client's key, with ``is_partial`` set.
 
     Args:
-        status: whole.
+        status: the whole status.
         opens_admin_ports: there is no admin key, so that this key opens the admin ports.
     """
     ports = _PORTS if opens_admin_ports else {"grpc": "grpc_port"}
@@ -52,7 +52,7 @@ def client_status(status: Mapping[str, Any], opens_admin_ports: bool) -> dict[st
 
 
 def client_workers(status: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Workers without hosts and processes; of their numbers those that ``/metrics`` has too."""
+    """Workers without hosts and processes, and only with the stats that ``/metrics`` has too."""
     return [
         {**_picked(worker, _WORKER), "stats": _picked(worker.get("stats") or {}, _STATS)}
         for worker in status.get("workers") or ()
@@ -60,7 +60,7 @@ def client_workers(status: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def client_samples(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Samples of the web page's history without the balance of experts, and hosts."""
+    """Samples of the web page's history without hosts and the balance of experts."""
     return [_picked(sample, _SAMPLE) for sample in samples]
 
 
@@ -79,7 +79,7 @@ def client_families(families: Iterable[PlainFamily]) -> Iterator[PlainFamily]:
 
 
 def _gateway(found: Mapping[str, Any], ports: Mapping[str, str]) -> dict[str, Any]:
-    """Ports in place of addresses: clients know the host that they call."""
+    """A gateway with ports in place of addresses: clients know the host that they call."""
     shown = {
         name: int(str(found[address]).rpartition(":")[2])
         for address, name in ports.items()

@@ -1,4 +1,4 @@
-"""Changes of the cluster while requests ran: events in their traces, or traces that they link to.
+"""Changes of the cluster while requests run: events in their traces, or traces linked to them.
 
 Pure.
 """
@@ -19,9 +19,9 @@ _KEPT = 256
 
 class Event(NamedTuple):
     when_s: float
-    """``time.monotonic``; for changes of the cluster, when this gateway received the snapshot."""
+    """Time of ``time.monotonic``; of a cluster change: when this gateway received the snapshot."""
     name: str
-    """An event's, in ``cluster.tracing.names``."""
+    """Name of an event in ``cluster.tracing.names``."""
     attributes: Mapping[str, str | int] | None = None
 
 
@@ -30,14 +30,14 @@ class TracedChange:
     """A change of the cluster that the controller traces; times are of ``time.monotonic``."""
 
     name: str
-    """The one of its span."""
+    """Name of its span."""
     span_id: bytes
     began_s: float
     ended_s: float = math.inf
 
 
 class ClusterEvents:
-    """The latest ones, seen in the controller's snapshots."""
+    """The latest events and changes, from the controller's snapshots."""
 
     def __init__(self) -> None:
         self._events: deque[Event] = deque(maxlen=_KEPT)
@@ -58,7 +58,7 @@ class ClusterEvents:
         self._take_changes(snapshot.get("changes", ()), now_s)
 
     def _take_changes(self, told: Iterable[Mapping[str, Any]], now_s: float) -> None:
-        """A change ends when its length is known, or with the controller that does not name it."""
+        """Update the changes. One ends when its length is known, or its controller is replaced."""
         going_on = {
             span_id for span_id, change in self._changes.items() if change.ended_s == math.inf
         }
@@ -78,12 +78,12 @@ class ClusterEvents:
             del self._changes[next(iter(self._changes))]
 
     def epoch_at(self, when_s: float) -> int:
-        """Epoch of the placement in force then, by the snapshots received."""
+        """Epoch of the placement in force at ``when_s``, by the snapshots received."""
         known = (epoch for since_s, epoch in reversed(self._epochs) if since_s <= when_s)
         return next(known, self._epochs[0][1])
 
     def changes(self, began_s: float, ended_s: float) -> Iterator[TracedChange]:
-        """Traced changes that went on in a part of this time."""
+        """Traced changes that overlap this time span."""
         return (
             change
             for change in self._changes.values()

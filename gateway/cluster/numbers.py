@@ -1,4 +1,4 @@
-"""What the controller collects from all workers when a client asks."""
+"""Stats that the controller collects from all workers on request."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from gateway.cluster.view import Snapshot, SnapshotFollower
 
 
 class ClusterNumbers:
-    """The newest numbers of the workers.
+    """The newest stats of the workers.
 
     Args:
-        cluster: reaches the controller.
-        age_s: time for which callers share one answer, so that no caller sees what single steps
-            changed, and many callers cost no more than one; 0: each call collects.
+        cluster: calls the controller.
+        age_s: seconds for which callers share one result, so that the effect of single steps is
+            hidden and many callers cost no more than one; 0: each call collects.
     """
 
     def __init__(self, cluster: SnapshotFollower, age_s: float) -> None:
@@ -26,14 +26,14 @@ class ClusterNumbers:
         self._placement = Recent(lambda: cluster.ask("placement"), age_s)
 
     async def snapshot(self) -> Snapshot | None:
-        """The state; the last known one if the controller does not answer."""
+        """The current state, or the last known one if the controller does not respond."""
         if not self.age_s:
             return await self._cluster.fresh()
         await self._snapshot.get()
-        return self._cluster.snapshot  # changes of state come at once
+        return self._cluster.snapshot  # has the latest changes of state
 
     async def refresh(self) -> None:
-        """Update the snapshot and the known load, unless the controller does not answer."""
+        """Update the snapshot and the known load, unless the controller does not respond."""
         await (self._refresh.get() if self.age_s else self._cluster.refresh())
 
     async def load(self) -> Any:
@@ -41,7 +41,7 @@ class ClusterNumbers:
         return await (self._load.get() if self.age_s else self._cluster.ask("load"))
 
     async def placement(self) -> Any:
-        """Which device holds which copy of which expert. Raises ``NotReadyError``."""
+        """Map of expert copies to devices. Raises ``NotReadyError``."""
         if self.age_s:
             return await self._placement.get()
         return await self._cluster.ask("placement")

@@ -1,4 +1,4 @@
-"""Answers that several open pages share."""
+"""Cache of one result that several open pages share."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Answer = TypeVar("Answer")
 
 
 class Recent(Generic[Answer]):
-    """The answer of a question, for all who ask while it is under way or young.
+    """Result of an asynchronous call, shared by all callers while it is pending or fresh.
 
     Args:
-        ask: asks the question.
-        age_s: for how long after its question an answer is young.
-        clock: in seconds.
+        ask: makes the call.
+        age_s: seconds from the call for which its result is fresh.
+        clock: time in seconds.
     """
 
     def __init__(
@@ -30,12 +30,12 @@ class Recent(Generic[Answer]):
         self._asked: asyncio.Future[Answer] | None = None
 
     async def get(self) -> Answer:
-        """Raises what ``ask`` raises, which is not kept."""
+        """Return the result. Raises the exception of ``ask``, which is not cached."""
         now_s, asked = self._clock(), self._asked
         if asked is None or (asked.done() and not self._is_young(asked, now_s)):
             asked = self._asked = asyncio.ensure_future(self._ask())
             self._asked_s = now_s
-        return await asyncio.shield(asked)  # one page that leaves ends no other's question
+        return await asyncio.shield(asked)  # a cancelled caller must not cancel the others
 
     def _is_young(self, asked: asyncio.Future[Answer], now_s: float) -> bool:
         failed = asked.cancelled() or asked.exception() is not None

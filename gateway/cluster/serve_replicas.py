@@ -1,7 +1,7 @@
-"""Questions to all serve replicas of the gateway, and the answers of one of them.
+"""Calls to all serve replicas of the gateway, and the replies of one replica.
 
-Behind one route a client reaches any replica. That replica collects what concerns
-the whole gateway: metrics, addresses, a request that must end.
+All replicas share one route, so that a client reaches any of them. That replica collects the data
+of the whole gateway: metrics, addresses, the result of aborting a request.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 Question = Literal["describe", "metrics", "summary", "samples", "abort", "adapters"]
-"""What a replica is asked for; ``summary`` asks for what ``describe`` does, start and totals,
-``samples`` for those of its ``SampleRing`` after a time, ``adapters`` for the keys of the
-adapters that requests may name.
+"""Kinds of calls to a replica; ``summary`` returns what ``describe`` does, start and totals,
+``samples`` the samples of its ``SampleRing`` after a time, ``adapters`` the keys of the adapters
+that requests may name.
 """
 
 
 class ServeReplicas(Protocol):
-    """How a replica reaches all of them."""
+    """Calls all replicas on behalf of one."""
 
     async def ask(self, question: Question, *details: Any) -> dict[str, Any]:
-        """Answers by replica, this one's first; those that answer too late are left out."""
+        """Replies by replica, this one's first; replicas that reply too late are left out."""
 
 
 class ReplicaAnswers:
-    """The answers of one replica; ``ServeReplicas`` of a gateway that has no other.
+    """Replies of one replica; also the ``ServeReplicas`` of a gateway with a single replica.
 
     Args:
-        name: of the replica.
-        handlers: a function for each question; what it returns is plain data.
+        name: name of the replica.
+        handlers: a function for each question that returns plain data.
     """
 
     def __init__(self, name: str, handlers: Mapping[Question, Callable[..., Any]]) -> None:
@@ -43,5 +43,5 @@ class ReplicaAnswers:
 
 
 def own_first(own: tuple[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-    """Answers by replica, ``own`` in front; it may be among the others, too."""
+    """Replies by replica with ``own`` first; ``others`` may contain it, too."""
     return {own[0]: own[1], **{name: found for name, found in others.items() if name != own[0]}}

@@ -1,6 +1,6 @@
-"""The cluster as the gateway sees it: the controller's latest snapshot, followed by long-polling.
+"""The gateway's view of the cluster: the controller's latest snapshot, updated by long-polling.
 
-Without Ray: ``gateway.cluster.client`` finds the actor that is behind ``ControllerCalls``.
+Independent of Ray: ``gateway.cluster.client`` implements ``ControllerCalls`` with the actor.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from cluster.core.topology import runs_attention
 logger = logging.getLogger(__name__)
 
 POLL_TIMEOUT_S = 10.0
-"""How long the controller may hold one long-poll."""
+"""Longest time that the controller holds one long-poll."""
 CALL_TIMEOUT_S = 2.0
-"""Limit for a fresh answer; after that the last known one is used."""
+"""Time limit for a fresh snapshot; after it the last known one is used."""
 _REPORTS_S = (1.0, 2.0, 5.0, 20.0, 60.0)
-"""Seconds between the reports of how long streams stood still at a new generation."""
+"""Seconds between the reports of stream pauses at a new generation."""
 _LEAVE_LIMIT_S = 0.5
 _RETRY_S = 0.2
 
 Snapshot = Mapping[str, Any]
-"""The controller's answer to ``snapshot``."""
+"""Result of the controller's ``snapshot``."""
 
 
 ControllerCall = Literal[
@@ -51,42 +51,42 @@ ControllerCall = Literal[
 
 
 class ControllerCalls(Protocol):
-    """How a gateway reaches the controller."""
+    """Calls the controller on behalf of a gateway."""
 
     async def ask(self, call: ControllerCall, *details: Any) -> Any:
-        """The answer of a method, plain data. Raises its ``ConflictError``, ``UnknownNameError``
-        and so on, or any error of a controller that cannot be reached."""
+        """Call a method and return its plain data. Raises its errors (``ConflictError``,
+        ``UnknownNameError`` and others), or any error if the controller cannot be reached."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionEndpoint:
-    """Where one attention worker can be reached."""
+    """Address of one attention worker, and its state."""
 
     name: str
     address: str
     """``host:port`` of its engine stream."""
     pid: int
-    """Its process: another pid is another worker."""
+    """Process id; another pid means another worker."""
     engine: str = ""
-    """Its index among the attention workers, as metrics name it."""
+    """Index among the attention workers, as in metrics."""
     is_leaving: bool = field(default=False, compare=False)
-    """It is drained: its requests move elsewhere."""
+    """Whether it is being drained, so that its requests move to other workers."""
     lacks: frozenset[str] = field(default=frozenset(), compare=False)
     """Keys of adapters that it could not load."""
     node: str = field(default="", compare=False)
-    """The host that it runs on."""
+    """Host that it runs on."""
 
 
 @dataclass(slots=True)
 class SnapshotFollower:
-    """Follows the controller; every consumer reads ``snapshot``.
+    """Follows the controller's snapshots; consumers read ``snapshot``.
 
     Args:
         find: finds the controller; called again after each loss. Raises if there is none.
-        name: of this gateway; the controller records when it stops asking. Empty: it does not.
-        release: of this gateway; snapshots of a controller of another one are refused.
-        host: of this gateway, and ``low_disks`` its disks that are nearly full; the controller
-            hears of them with each question.
+        name: name of this gateway; the controller records when it stops polling. Empty: not
+            recorded.
+        release: release of this gateway; snapshots of a controller of another one are rejected.
+        host: host of this gateway; each poll sends it with ``low_disks``, its nearly full disks.
     """
 
     find: Callable[[], Awaitable[ControllerCalls]]
@@ -95,17 +95,17 @@ class SnapshotFollower:
     host: str = ""
     low_disks: Callable[[], tuple[LowDisk, ...]] = tuple
     adapters: Callable[[], tuple[str, ...]] = tuple
-    """Keys of the adapters that requests here have; set before ``start``."""
+    """Returns keys of the adapters of the requests here; set before ``start``."""
     snapshot: Snapshot | None = None
     """The latest known state; None before the first."""
     known_load: Mapping[str, Any] | None = None
     refusal: str = ""
-    """Why the latest snapshot was refused: the controller is of another release."""
+    """Why the latest snapshot was rejected: the controller is of another release."""
     _controller: ControllerCalls | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _task: asyncio.Task[None] | None = None
     _search: asyncio.Future[ControllerCalls] | None = None
-    """For the controller, under way."""
+    """The pending search for the controller."""
     _listeners: list[Callable[[Snapshot], None]] = field(default_factory=list)
 
     def listen(self, listener: Callable[[Snapshot], None]) -> None:
@@ -121,15 +121,15 @@ class SnapshotFollower:
                 task.cancel()
 
     async def leave(self) -> None:
-        """Stop, and let the controller know."""
+        """Stop following, and notify the controller."""
         self.stop()
         with contextlib.suppress(ExpertMeshError):
             await self.ask("gateway_leaves", self.name, limit_s=_LEAVE_LIMIT_S)
 
     async def report_pauses(self, take: Callable[[], tuple[int, float] | None]) -> None:
-        """Let the controller know how long streams stood still, as soon as they have gone on.
+        """Report stream pauses to the controller after the streams have resumed.
 
-        ``take`` returns a generation and the pause at it, in seconds, while there is one to report.
+        ``take`` returns a generation and its pause in seconds, or None if there is none to report.
         """
         for wait_s in _REPORTS_S:
             await asyncio.sleep(wait_s)
@@ -143,14 +143,14 @@ class SnapshotFollower:
             await asyncio.wait_for(self._changed.wait(), timeout_s)
 
     async def fresh(self) -> Snapshot | None:
-        """The state now, or the last known one if the controller does not answer."""
+        """The current state, or the last known one if the controller does not respond."""
         self._take_fresh(await self._try("snapshot", True))
         return self.snapshot
 
     async def refresh(self) -> None:
-        """Update ``snapshot`` and ``known_load``, unless the controller does not answer.
+        """Update ``snapshot`` and ``known_load``, unless the controller does not respond.
 
-        One question for both: the controller asks all workers for their numbers.
+        One call fetches both, as the controller collects the stats of all workers for it.
         """
         if (numbers := await self._try("numbers")) is not None:
             self.known_load = numbers["load"]
@@ -166,7 +166,7 @@ class SnapshotFollower:
     async def ask(
         self, call: ControllerCall, *details: Any, limit_s: float = CALL_TIMEOUT_S
     ) -> Any:
-        """The controller's answer. Raises its errors, and ``NotReadyError`` without an answer."""
+        """Call the controller. Raises its errors, and ``NotReadyError`` if it does not respond."""
         if self._controller is None or self.refusal:
             reason = self.refusal or "the controller does not answer"
             raise NotReadyError(reason, "not_ready", 2.0)
@@ -185,7 +185,7 @@ class SnapshotFollower:
             return None
 
     def _level(self) -> int:
-        """Of a failure: it is expected while there is no controller."""
+        """Log level of a failure, which is expected while there is no controller."""
         return logging.DEBUG if self._controller is None else logging.WARNING
 
     async def _follow(self) -> None:
@@ -208,7 +208,8 @@ class SnapshotFollower:
                 await asyncio.sleep(_RETRY_S)
 
     async def _find(self) -> ControllerCalls:
-        """One search at a time: Ray may hold its thread for minutes. Raises ``TimeoutError``."""
+        """Find the controller; at most one search runs, as Ray may block its thread for minutes.
+        Raises ``TimeoutError``."""
         if self._search is None:
             self._search = asyncio.ensure_future(self.find())
         done, _ = await asyncio.wait({self._search}, timeout=CALL_TIMEOUT_S)
@@ -218,13 +219,13 @@ class SnapshotFollower:
         return search.result()
 
     def _check_release(self, snapshot: Snapshot) -> None:
-        """Raise ``NotReadyError`` for a controller of another release, which is logged once."""
+        """Raise ``NotReadyError`` for a controller of another release, and log it once."""
         theirs, me = str(snapshot.get("release", "")), self.name or "the gateway"
         try:
             check_release(theirs, "the controller", self.release, me)
         except HandshakeError as err:
             if str(err) != self.refusal:
-                logger.error("the controller is not followed: %s", err)
+                logger.error("the controller's snapshots are rejected: %s", err)
             self.refusal, self._controller = str(err), None
             raise NotReadyError(self.refusal, "not_ready", 2.0) from err
         self.refusal = ""
@@ -237,7 +238,7 @@ class SnapshotFollower:
                 f"a controller of the older term {snapshot['term']} is not followed"
             )
         if self.snapshot is not None and int(snapshot["version"]) < int(self.snapshot["version"]):
-            return  # an answer that was overtaken by a newer one
+            return  # a newer snapshot has overtaken this one
         self.snapshot = snapshot
         self._changed.set()
         self._changed = asyncio.Event()
@@ -246,13 +247,13 @@ class SnapshotFollower:
 
 
 def living_workers(snapshot: Snapshot) -> frozenset[str]:
-    """Workers that are not lost; those that were drained, or are being drained, among them."""
+    """Workers that are not lost, including drained and draining ones."""
     workers = snapshot.get("workers", ())
     return frozenset(worker["name"] for worker in workers if worker["state"] != "LOST")
 
 
 def attention_endpoints(snapshot: Snapshot) -> list[AttentionEndpoint]:
-    """Workers of the current generation that run attention, drained ones among them."""
+    """Workers of the current generation that run attention, including drained ones."""
     return [
         AttentionEndpoint(
             name=worker["name"],

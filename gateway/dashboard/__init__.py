@@ -1,5 +1,5 @@
-"""The web page of a cluster: static files, and the data that they show.
+"""The web page of a cluster: static files, and their data.
 
-The files are served without a key; what they show needs one, as any other answer does. On the admin
-port the same page has buttons that give orders.
+The files are served without a key; their data needs one, as any other response does. On the admin
+port the same page has buttons for operations.
 """

@@ -1,4 +1,4 @@
-"""What the web page shows, as plain data: the state, the last ten minutes, the experts."""
+"""Data of the web page as plain values: the state, the last ten minutes, the experts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from gateway.generation.gateway import Gateway
 from gateway.observability.samples import TOTALS, Sample, merge_samples
 
 _LEFT_OUT = ("metrics", "version")
-"""Parts of the status that the page has no use for."""
+"""Parts of the status that the page does not use."""
 _AGE_S = 1.0
-"""For how long pages share what the controller has answered, which asks all workers for it."""
+"""Time for which pages share a result of the controller, which collects it from all workers."""
 
 
 class PageData:
-    """What the pages of one port show."""
+    """Data of the pages on one port."""
 
     def __init__(self, gateway: Gateway, keys: KeyRing) -> None:
         self._gateway = gateway
@@ -30,11 +30,11 @@ class PageData:
         self._load = Recent(self._ask_load, _AGE_S)
 
     async def state(self) -> dict[str, Any]:
-        """The cluster's state (as ``status --json``), and what all replicas have counted.
+        """The cluster's state (as ``status --json``), and the counts of all replicas, also of ended
+        ones.
 
-        Those that have ended are among them.
-        ``sees_experts`` says whether the key of the page shows the load of experts too, ``scheme``
-        how browsers reach the gateway's own ports, whatever is in front of this one.
+        ``sees_experts``: whether the page's key also shows the load of experts. ``scheme``: the
+        scheme of the gateway's own ports for browsers, whatever proxy is in front of this one.
         """
         snapshot, replicas = await asyncio.gather(
             self._snapshot.get(), self._gateway.status.replicas.ask("summary")
@@ -59,7 +59,7 @@ class PageData:
     async def history(self, after_s: float) -> dict[str, Any]:
         """Samples of the last ten minutes that begin after a time of day, in seconds.
 
-        A client's key gets none of the numbers that follow from experts.
+        A client's key gets no values that follow from experts.
         """
         rings = await self._gateway.status.replicas.ask("samples", after_s)
         ended = self._gateway.counts.ended(rings).values()
@@ -69,15 +69,15 @@ class PageData:
         return {"schema": 1, "time": time.time(), "samples": shown}
 
     async def bank_load(self, number: int) -> dict[str, Any]:
-        """The load of one expert bank, by worker and expert, and the balance of all.
+        """The load of one expert bank, by worker and expert, and the balance of all banks.
 
         Args:
-            number: of the bank, counted from the first.
+            number: index of the bank.
 
         Raises:
             PermissionDeniedError: the key is a client's.
             RequestError: there is no such bank.
-            NotReadyError: the controller does not answer.
+            NotReadyError: the controller does not respond.
         """
         check_operator(self._keys, NUMBERS_BY_EXPERT)
         load, placement = await self._load.get()
@@ -119,7 +119,7 @@ def _bank(load: Mapping[str, Any], placement: Mapping[str, Any], number: int) ->
 def _cells(
     holders: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]] | None
 ) -> list[list[list[int]]]:
-    """Of each device ``[expert, tokens in this epoch]`` of each slot that is in use."""
+    """``[expert, tokens in this epoch]`` of each slot in use, for each device."""
     return [
         [
             [expert, tokens[device][slot] if tokens is not None else 0]

@@ -1,4 +1,4 @@
-"""Takes a sample of the cluster every two seconds, so that the page has a history."""
+"""Samples the cluster every two seconds for the history of the web page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ now_s = time.time
 class Sampler:
     """Fills ``gateway.status.samples``.
 
-    It raises no error, and logs one until a sample was taken again.
+    It raises no error, and logs only the first one until a sample succeeds again.
     """
 
     def __init__(self, gateway: Gateway) -> None:
@@ -38,7 +38,7 @@ class Sampler:
                 await self._task
 
     async def sample(self) -> None:
-        """Take one; a controller that does not answer leaves the numbers of before."""
+        """Take a sample; if the controller does not respond, with the previous stats."""
         gateway = self._gateway
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(gateway.numbers.refresh(), PERIOD_S / 2)
@@ -48,7 +48,7 @@ class Sampler:
         await self._share()
 
     async def _share(self) -> None:
-        """Keep what this gateway has counted, and exchange it for what others have."""
+        """Keep the counts of this gateway, and exchange them for the counts of others."""
         gateway, counts = self._gateway, self._gateway.counts
         samples = gateway.status.samples.after(counts.times().get(gateway.name, 0.0))
         if samples:
@@ -60,7 +60,7 @@ class Sampler:
                 samples=samples,
             )
             counts.merge({gateway.name: record})
-        with contextlib.suppress(ExpertMeshError):  # the controller does not answer
+        with contextlib.suppress(ExpertMeshError):  # the controller does not respond
             there = await gateway.cluster.ask(
                 "exchange_counts", counts.after(self._there), counts.times(), limit_s=PERIOD_S / 2
             )
@@ -74,7 +74,7 @@ class Sampler:
                 await self.sample()
                 is_well = True
             except Exception:
-                if is_well:  # once, not every two seconds
-                    logger.exception("no sample was taken")
+                if is_well:  # log once, not every two seconds
+                    logger.exception("could not take a sample")
                 is_well = False
-            await asyncio.sleep(PERIOD_S - time.time() % PERIOD_S)  # at the same times everywhere
+            await asyncio.sleep(PERIOD_S - time.time() % PERIOD_S)  # all replicas in phase

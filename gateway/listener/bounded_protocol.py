@@ -1,11 +1,11 @@
-"""uvicorn's HTTP parser with our error object, a bound on request line and headers, one on what
-waits for a client that does not read, and one on requests that come before the answers to others.
+"""uvicorn's HTTP parser with our error object and three limits: on request line and headers, on
+response data that waits for a client that does not read, and on pipelined requests.
 
-Without the first bound a client that never ends its headers fills the server's memory, and needs no
-key for it (CVE-2025-48956 in vLLM). Without the last one it sends requests faster than they are
-answered: uvicorn reads on after each answer.
+Without the first limit, a client that never ends its headers fills the server's memory, and needs
+no key for it (CVE-2025-48956 in vLLM). Without the last one, a client can send requests faster than
+they are answered: uvicorn resumes reading after each response.
 
-Upstream: Kludex/uvicorn#157 and #1684, closed: the bound exists for h11 only, which is slower than
+Upstream: Kludex/uvicorn#157 and #1684, closed: the limit exists for h11 only, which is slower than
 httptools.
 """
 
@@ -25,19 +25,19 @@ from cluster.core.errors import ExpertMeshError, RequestError, RequestTooLargeEr
 from gateway.core.errors import report_error
 
 MAX_HEAD_BYTES = 16 * 1024
-"""Request line and headers together."""
+"""Limit for request line and headers together."""
 MAX_HEADERS = 256
 MAX_WAITING = 256
-"""Requests of a connection that wait for the answers before theirs."""
+"""Most pipelined requests of a connection that wait for earlier responses."""
 STALL_LIMIT_S = 300.0
-"""Time in which a client must take about 100 KiB of an answer that waits for it."""
+"""Time within which a client must read about 100 KiB of a waiting response."""
 _UNSENT_BYTES = 64 * 1024
-"""Bytes that our kernel takes beyond those that the client's has room for. By default it takes
-4 MiB, and no more until 1 MiB is read: a client that reads slowly would seem to take nothing."""
+"""Bytes that our kernel buffers beyond the client's receive window. By default it buffers 4 MiB and
+accepts more only after 1 MiB is read: a client that reads slowly would seem to read nothing."""
 
 
 class _Flow(FlowControl):
-    """Reads nothing while requests wait for the answers before theirs."""
+    """Pauses reading while pipelined requests wait for earlier responses."""
 
     def __init__(self, transport: asyncio.Transport, waiting: Sized) -> None:
         super().__init__(transport)
@@ -91,9 +91,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_WAITING:
             rule = f"at most {MAX_WAITING} requests may wait for the answers before theirs"
             self._answer(b"400 Bad Request", RequestError(rule))
-            raise ConnectionAbortedError(rule)  # the parser reads no more
+            raise ConnectionAbortedError(rule)  # stops the parser
         super().on_headers_complete()
-        if self.expect_100_continue:  # after a refusal its body may follow or not
+        if self.expect_100_continue:  # the body of a rejected request may follow or not
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
@@ -107,7 +107,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self.flow.resume_reading()  # the last request that waited has begun
+        self.flow.resume_reading()  # the last waiting request has begun
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -122,7 +122,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)  # tells the last request, which may only wait
+        super().connection_lost(exc)  # notifies the last request, which may still be waiting
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
             self._running.message_event.set()
@@ -133,7 +133,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._stalled.cancel()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse bytes that are not HTTP."""
+        """Reject bytes that are not HTTP."""
         if not self._is_refused:
             self._answer(b"400 Bad Request", RequestError("the request is not valid HTTP"))
 
@@ -145,7 +145,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._answer(b"431 Request Header Fields Too Large", error)
 
     def _answer(self, status: bytes, error: ExpertMeshError) -> None:
-        """Answer in place of the application, and close the connection."""
+        """Respond in place of the application, and close the connection."""
         self._is_refused = True
         content = json.dumps(report_error(error).body()).encode()
         lines = (

@@ -1,4 +1,4 @@
-"""A port that serves an ASGI application over HTTP."""
+"""A listener on one port that serves an ASGI application over HTTP."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _START_LIMIT_S = 10.0
 
 
 class HttpListener:
-    """Decides when the port takes connections, and when they end.
+    """Accepts connections on a port, and ends them.
 
     Args:
         app: the application.
         section: TLS of the port.
-        name: of the port, in errors.
+        name: name of the port in errors.
         host: interface.
-        port: 0 takes a free one.
-        max_connections: at a time.
+        port: port number; 0 takes a free one.
+        max_connections: most open connections.
         is_shared: several replicas of this host listen on the port.
         trusted_proxies: addresses and networks whose ``X-Forwarded`` headers count.
     """
@@ -66,12 +66,12 @@ class HttpListener:
 
     @property
     def is_serving(self) -> bool:
-        """It has started, and neither been stopped nor failed."""
+        """Whether it has started, and has neither stopped nor failed."""
         return self._task is not None and not self._task.done()
 
     @property
     def connections(self) -> list[TimedHttpProtocol]:
-        """Those that are open."""
+        """Open connections."""
         found = list(self._server.server_state.connections)
         return [one for one in found if isinstance(one, TimedHttpProtocol)]
 
@@ -82,7 +82,7 @@ class HttpListener:
         return protocol
 
     async def start(self) -> int:
-        """Bind and serve; returns the port. Raises ``StartError``."""
+        """Bind and serve; return the port. Raises ``StartError``."""
         try:
             self._listener = listen(self._host, self._port, is_shared=self._is_shared)
         except OSError as err:
@@ -96,7 +96,7 @@ class HttpListener:
         return bound
 
     async def stop_accepting(self) -> None:
-        """Leave new connections to the other listeners of the port; open ones go on.
+        """Leave new connections to the other listeners of the port; open ones continue.
 
         Without another listener new connections are refused.
         """
@@ -109,7 +109,7 @@ class HttpListener:
         self._server.stop_listening()
 
     async def stop(self) -> None:
-        """End: running requests have a second."""
+        """Stop serving; running requests have one second to end."""
         await self.stop_accepting()
         if self._task is not None:
             self._server.should_exit = True
@@ -117,7 +117,7 @@ class HttpListener:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Signals belong to the process that hosts this server; TLS handshakes have a limit of time."""
+    """A server without signal handlers, which the hosting process owns; limits TLS handshakes."""
 
     def __init__(
         self, config: uvicorn.Config, make_protocol: Callable[[], asyncio.Protocol]
@@ -127,7 +127,7 @@ class _Uvicorn(uvicorn.Server):
         self.servers = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """uvicorn's, for sockets that listen."""
+        """As in uvicorn, but for listening sockets."""
         await self.lifespan.startup()
         config, loop = self.config, asyncio.get_running_loop()
         limit_s = HEAD_LIMIT_S if config.ssl is not None else None
@@ -144,7 +144,7 @@ class _Uvicorn(uvicorn.Server):
         self.started = True
 
     def stop_listening(self) -> None:
-        """Close the sockets that listen, not the connections."""
+        """Close the listening sockets, but not the connections."""
         for server in self.servers:
             server.close()
 

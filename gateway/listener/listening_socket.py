@@ -1,9 +1,9 @@
-"""Sockets that listen, several on one port, and their end without a lost connection.
+"""Listening sockets that share a port, and can be closed without losing a connection.
 
-The kernel resets the connections that wait in the queue of a listening socket when it is closed,
-also where another socket listens on the same port. So a socket first takes no new connections: a
-filter drops the segments that open one, and clients send those again after a second, to another
-socket of the port. What has begun before is accepted meanwhile.
+When a listening socket is closed, the kernel resets the connections in its queue, even if another
+socket listens on the port. Therefore a filter first drops the segments that open a connection:
+clients send them again after a second, to another socket of the port. Handshakes that have begun
+before are completed and accepted meanwhile.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ HANDSHAKE_S = 0.2
 """Time for a handshake that has begun to end, and for its connection to be accepted."""
 _SO_ATTACH_FILTER = 26
 _FLAGS_OFFSET = 13
-"""Of a TCP header, which is what a filter of a TCP socket sees."""
+"""Offset in the TCP header, at which the data for a filter of a TCP socket begins."""
 _SYN = 0x02
 _NO_SYN = b"".join(  # classic BPF: code, jump if true, jump if false, constant
     struct.pack("HBBI", *instruction)
     for instruction in (
         (0x30, 0, 0, _FLAGS_OFFSET),  # load a byte
-        (0x45, 0, 1, _SYN),  # has it this bit?
+        (0x45, 0, 1, _SYN),  # test this bit
         (0x06, 0, 0, 0),  # drop
-        (0x06, 0, 0, 0xFFFFFFFF),  # pass whole
+        (0x06, 0, 0, 0xFFFFFFFF),  # pass the whole segment
     )
 )
 
 
 def listen(host: str, port: int, *, is_shared: bool) -> socket.socket:
-    """A socket that listens; ``is_shared`` lets others listen on the port. Raises ``OSError``."""
+    """Make a listening socket; ``is_shared`` lets others share the port. Raises ``OSError``."""
     is_ipv6 = ":" in host
     return socket.create_server(
         (host, port),
@@ -42,7 +42,7 @@ def listen(host: str, port: int, *, is_shared: bool) -> socket.socket:
 
 
 def refuse_new_connections(listener: socket.socket) -> None:
-    """Drop the segments that open a connection; where filters do not exist nothing changes."""
+    """Drop segments that open a connection. Has no effect if the system has no socket filters."""
     program = ctypes.create_string_buffer(_NO_SYN, len(_NO_SYN))
     fields = struct.pack("HP", len(_NO_SYN) // 8, ctypes.addressof(program))
     with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
 """``BoundedHttpProtocol`` with limits of time and of connections.
 
-uvicorn closes a connection that is idle after an answer. It waits without end for a first request,
-for the rest of a head, and for a body that nothing reads: each byte stops its timer.
+uvicorn closes a connection that is idle after a response. It waits indefinitely for a first
+request, for the rest of a head, and for a body that is not read: each byte stops its timer.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from gateway.listener.bounded_protocol import BoundedHttpProtocol
 HEAD_LIMIT_S = 10.0
 """Time for request line and headers, from the first byte or from a new connection on."""
 BODY_LIMIT_S = 30.0
-"""Time in which a body that is read must grow by ``BODY_STEP_BYTES``, and time for the rest of a
-body whose request is answered. An application that reads the body may answer sooner."""
+"""Time within which a body that is being read must grow by ``BODY_STEP_BYTES``, and time for the
+rest of a body after its response. An application that reads the body may respond earlier."""
 BODY_STEP_BYTES = 16 * 1024
 IDLE_LIMIT_S = 75.0
-"""Life of a connection between two requests."""
+"""Longest time that a connection is idle between two requests."""
 _FLUSH_LIMIT_S = 5.0
-"""Time for a client to take the answer that its time is over."""
+"""Time for a client to read the timeout response."""
 
 
 class TimedHttpProtocol(BoundedHttpProtocol):
-    """Decides when a connection that waits for its client has waited for too long."""
+    """Closes a connection that has waited too long for its client."""
 
     max_connections = 256
-    """Connections of the server; one above ends the oldest whose client waits for no answer."""
+    """Most connections of the server; a further one ends the oldest idle connection."""
     _timer: asyncio.TimerHandle | None = None
     _is_between_requests = False
     _has_begun_head = False
@@ -35,17 +35,17 @@ class TimedHttpProtocol(BoundedHttpProtocol):
     _num_new_bytes = 0
     """Bytes of the body since the timer was set."""
     since_s = 0.0
-    """When the connection was made, on the loop's clock."""
+    """Time at which the connection was made, on the loop's clock."""
 
     @property
     def serves(self) -> bool:
-        """An application works on a request."""
+        """Whether an application is working on a request."""
         return self.cycle is not None and not self.cycle.response_complete
 
     @property
     def is_idle(self) -> bool:
-        """No client waits for an answer: there is no whole request, or the answer is not read, or
-        more requests came before it.
+        """Whether no client waits for a response: there is no whole request, the client does not
+        read the response, or it has sent pipelined requests.
         """
         has_request = self.serves and self._has_whole_request
         return not has_request or self.flow.write_paused or bool(self.pipeline)
@@ -58,7 +58,7 @@ class TimedHttpProtocol(BoundedHttpProtocol):
             self._end_one_too_many()
 
     def _end_one_too_many(self) -> None:
-        """End the oldest connection whose client waits for no answer; else this one."""
+        """End the oldest idle connection, or this one if none is idle."""
         protocols = (one for one in self.connections if isinstance(one, TimedHttpProtocol))
         open_ones = [one for one in protocols if not one.transport.is_closing()]
         if len(open_ones) > self.max_connections:
@@ -73,7 +73,7 @@ class TimedHttpProtocol(BoundedHttpProtocol):
 
     def on_message_begin(self) -> None:
         self._has_begun_head, self._has_whole_request = True, False
-        if self._timer is None:  # the next request comes before the answer to the last one
+        if self._timer is None:  # the next request comes before the previous response
             self._wait(HEAD_LIMIT_S)
         super().on_message_begin()
 
@@ -113,7 +113,7 @@ class TimedHttpProtocol(BoundedHttpProtocol):
             self._timer = None
 
     def _end(self) -> None:
-        """The time is over."""
+        """End the connection after a timeout."""
         self._timer = None
         is_in_body = self.serves and not self._has_begun_head
         if is_in_body and (self.flow.read_paused or self._num_new_bytes >= BODY_STEP_BYTES):
@@ -122,6 +122,6 @@ class TimedHttpProtocol(BoundedHttpProtocol):
         if self.serves or not self._has_begun_head:
             self.transport.abort()
             return
-        error = DeadlineExceededError(f"the headers did not come within {HEAD_LIMIT_S:g} s")
+        error = DeadlineExceededError(f"the headers did not arrive within {HEAD_LIMIT_S:g} s")
         self._answer(b"408 Request Timeout", error)
         self._timer = self.loop.call_later(_FLUSH_LIMIT_S, self.transport.abort)

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the cluster: the controller's, and the workers' numbers."""
+"""Prometheus metrics of the cluster: the controller's metrics, and the workers' stats."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from gateway.cluster.view import Snapshot
 
 _LABEL = r'[a-z_]+="[^"\\\n]*"'
 _LEGAL_NAME = re.compile(rf"([a-zA-Z_][a-zA-Z0-9_]*)(?:\{{({_LABEL}(?:,{_LABEL})*)\}})?")
-"""The name of a worker's number, with or without labels."""
+"""The name of a worker's stat, with or without labels."""
 _HISTOGRAM = re.compile("(.+)_(?:bucket|count|sum)")
-"""A number that belongs to a histogram of the first group's name."""
+"""A stat that belongs to the histogram named by the first group."""
 _MOST_NUMBERS = 4096
-"""Names of workers' numbers that are kept: all workers have the same."""
+"""Most names of workers' stats that are cached: all workers have the same names."""
 _GAUGES = frozenset({"kv_blocks_total", "recurrent_states_total"})
-"""Gauges whose names end like those of counters."""
+"""Gauges whose names end like names of counters."""
 WORKER_TEXTS = {
     "num_requests_running": "Sequences in the running batch of a worker",
     "num_requests_waiting": "Sequences waiting at a worker",
@@ -31,16 +31,16 @@ WORKER_TEXTS = {
     "kv_blocks_free": "Free KV blocks",
     "kv_blocks_total": "KV blocks of a worker",
     "kv_blocks_kept": "Free KV blocks that a request asked to keep before others",
-    "recurrent_states_free": "Recurrent states without a holder, those of cached prefixes included",
-    "recurrent_states_total": "Recurrent states of a worker whose model has such",
+    "recurrent_states_free": "Recurrent states without a holder, including those of prefixes",
+    "recurrent_states_total": "Recurrent states of a worker, if its model has any",
     "num_preemptions_total": "Preempted sequences",
     "prefix_cache_queries_total": "Prompt tokens looked up in the prefix cache, for every choice",
     "prefix_cache_hits_total": "Prompt tokens found in the prefix cache, for every choice",
     "spec_decode_num_drafts_total": "Drafts of next tokens that were run",
     "spec_decode_num_draft_tokens_total": "Tokens of drafts that were run",
     "spec_decode_num_accepted_tokens_total": "Tokens of drafts that were accepted",
-    "spec_decode_num_accepted_tokens_per_pos_total": "The same by place in the draft, from 0",
-    "spec_decode_num_withheld_drafts_total": "Drafts that were not run, as that would not pay",
+    "spec_decode_num_accepted_tokens_per_pos_total": "Accepted draft tokens by position, from 0",
+    "spec_decode_num_withheld_drafts_total": "Drafts that were not run, as they would be slower",
     "spec_decode_row_price": "Tokens that a row of a draft must give on average to be run",
     "lora_adapters_loaded": "LoRA adapters in a worker's memory",
     "lora_adapters_max": "LoRA adapters that may be loaded at once",
@@ -60,11 +60,11 @@ WORKER_TEXTS = {
     "kv_tier_bytes": "KV blocks and states in a lower tier of a worker, in bytes",
     "kv_tier_capacity_bytes": "Most bytes of a lower tier of a worker",
     "kv_tier_usable": "1 while blocks can be written to a lower tier on disk, else 0",
-    "kv_tier_skipped_total": "KV blocks and states that a lower tier had no room or time for",
-    "kv_tier_broken_total": "KV blocks and states that a lower tier could not give back",
-    "kv_restore_seconds": "Time of a request's blocks to come back from a lower tier",
-    "kv_restore_tokens_total": "Prompt tokens whose KV blocks came back from a lower tier",
-    "kv_restore_bytes_total": "Bytes that came back from a lower tier",
+    "kv_tier_skipped_total": "KV blocks and states that a lower tier had no space or time for",
+    "kv_tier_broken_total": "KV blocks and states that a lower tier could not restore",
+    "kv_restore_seconds": "Time to restore the blocks of a request from a lower tier",
+    "kv_restore_tokens_total": "Prompt tokens whose KV blocks were restored from a lower tier",
+    "kv_restore_bytes_total": "Bytes restored from a lower tier",
     "session_copies_total": "Copies of sessions of other attention workers, by outcome",
     "session_copies_waiting": "Copies of sessions that a worker has not begun to fetch",
     "session_copy_blocks_total": "KV blocks of sessions that were copied to host memory",
@@ -94,23 +94,23 @@ TOTAL_TEXTS = {
     "cluster_requests_waiting": "Sequences waiting at all attention workers",
     "cluster_kv_cache_usage_perc": "Share of the KV blocks of all attention workers in use, 0 to 1",
 }
-"""Gauges of the whole cluster, for those who compare clusters: autoscalers, endpoint pickers."""
+"""Gauges of the whole cluster, for autoscalers and endpoint pickers that compare clusters."""
 
 
 def cluster_families(
     snapshot: Snapshot, taken: Collection[str], cache_config: Mapping[str, str]
 ) -> Iterator[PlainFamily]:
-    """The controller's metrics and the workers' numbers; a family may come in several parts.
+    """The controller's metrics and the workers' stats; a family may be split into several parts.
 
     Args:
         snapshot: the controller's latest.
-        taken: numbers of workers that the gateway counts itself, and are left out.
+        taken: stats of workers that are left out because the gateway counts them itself.
         cache_config: labels of ``cache_config_info``.
     """
     current = snapshot.get("state")
     yield {
         "name": "cluster_state",
-        "text": "1 for the state that the cluster is in",
+        "text": "1 for the current state of the cluster",
         "type": "gauge",
         "samples": [
             ["cluster_state", {"state": state.value}, float(state.value == current)]
@@ -129,7 +129,7 @@ def cluster_families(
 
 
 def _totals(snapshot: Snapshot) -> Iterator[PlainFamily]:
-    """Sums over the attention workers that live; none before the first has said anything."""
+    """Sums over the live attention workers; empty before the first report."""
     living = [
         worker
         for worker in snapshot.get("workers", ())
@@ -153,7 +153,7 @@ def _totals(snapshot: Snapshot) -> Iterator[PlainFamily]:
 def _numbers(
     worker: Mapping[str, Any], epoch: int, cache_config: Mapping[str, str]
 ) -> dict[str, float]:
-    if (state := WorkerState(worker["state"])) in GONE:  # its last numbers are true no more
+    if (state := WorkerState(worker["state"])) in GONE:  # its last stats are no longer valid
         is_missed = state is WorkerState.LOST and holds_experts(worker["role"])
         return {"expert_worker_up": 0.0} if is_missed else {}
     numbers = {name: float(value) for name, value in (worker.get("stats") or {}).items()}
@@ -181,7 +181,7 @@ def _labels(worker: Mapping[str, Any]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class _Number:
-    """What the name of a worker's number says."""
+    """The parsed name of a worker's stat."""
 
     name: str
     labels: Mapping[str, str]
@@ -190,20 +190,20 @@ class _Number:
 
 @lru_cache(maxsize=_MOST_NUMBERS)
 def _parse(key: str) -> _Number | None:
-    """None for what is no name: workers of another release may send anything."""
+    """Parse a name; None if it is invalid: workers of another release may send anything."""
     if (match := _LEGAL_NAME.fullmatch(key)) is None:
         return None
     return _Number(match[1], _labels_of(match[2] or ""), _family(match[1]))
 
 
 def _labels_of(text: str) -> dict[str, str]:
-    """Labels as in the exposition, without braces."""
+    """Parse labels in the exposition format, without braces."""
     pairs = (label.split("=", 1) for label in re.findall(_LABEL, text))
     return {name: value.strip('"') for name, value in pairs}
 
 
 def _family(name: str) -> PlainFamily:
-    """The family of a worker's number, without samples."""
+    """The family of a worker's stat, without samples."""
     if histogram := _HISTOGRAM.fullmatch(name):
         return {
             "name": histogram[1],

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the experts: their tokens, their copies, and how well they are balanced."""
+"""Prometheus metrics of the experts: their tokens, copies and balance."""
 
 from __future__ import annotations
 

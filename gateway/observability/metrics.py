@@ -1,4 +1,4 @@
-"""Prometheus metrics in a registry of our own: this replica's counts and the workers' numbers.
+"""Prometheus metrics in a registry of our own: this replica's counts and the workers' stats.
 
 Names and meanings follow vLLM where it has them, with the prefix ``expertmesh:``. Labels never hold
 a request id, a key or a user.
@@ -41,10 +41,10 @@ _ITL_BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5),
     *(1.0, 2.5, 5.0),
 )
-"""These contain all limits that vLLM's dashboard offers for a time per token."""
+"""Contains all limits that vLLM's dashboard offers for a time per token."""
 _TIME_BUCKETS = (0.01, 0.03, 0.1, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _HTTP_BUCKETS = (0.1, 0.5, 1.0)
-"""Few, as there are many routes: those of prometheus-fastapi-instrumentator, which vLLM uses."""
+"""Few, as there are many routes; same as in prometheus-fastapi-instrumentator, used by vLLM."""
 _COUNT_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 
 
@@ -53,12 +53,12 @@ class GatewayMetrics:
 
     Args:
         model_name: label of every series.
-        snapshot: gives the cluster's state, with the workers' numbers, when a scrape comes.
+        snapshot: returns the cluster's state, with the workers' stats, for a scrape.
         cache_config: labels of ``cache_config_info``.
-        load: gives the experts' load when a scrape comes, None while it is not known.
+        load: returns the experts' load for a scrape, or None if it is not known.
         all_experts: a series for each expert, not only for the busiest.
-        prefix: in front of every name.
-        has_vllm_names: what vLLM has too comes under its names as well.
+        prefix: prefix of every name.
+        has_vllm_names: also export metrics that vLLM has under its names.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class GatewayMetrics:
         }
         make_engine = partial(EngineMetrics, success, counters, histograms)
         self.engine: Callable[[str], EngineMetrics] = cache(make_engine)
-        """What is counted of one engine: the index of an attention worker, "" before any has it."""
+        """Metrics of one engine by the index of its attention worker, or "" before it has one."""
         self.http_requests = count("http_requests", "HTTP requests", ("route", "method", "status"))
         self.http_durations = Histogram(
             "http_request_duration_seconds",
@@ -113,7 +113,7 @@ class GatewayMetrics:
             "Prompt and output tokens recomputed for replayed requests",
             ("cause",),
         )
-        for reason in REJECTIONS:  # counters begin at 0
+        for reason in REJECTIONS:  # so that counters begin at 0
             self.admission_rejections.labels(reason)
         for cause in ReplayCause:
             self.requests_replayed.labels(cause.value)
@@ -129,11 +129,11 @@ class GatewayMetrics:
         }
 
     def own_families(self) -> list[PlainFamily]:
-        """What this replica counts, as plain data for another one."""
+        """Metrics that this replica counts, as plain data for another replica."""
         return to_plain(self._registry)
 
     def own_samples(self, names: Iterable[str]) -> list[PlainFamily]:
-        """Of ``own_families`` the samples with these names; costs a tenth of it if they are few."""
+        """Samples of ``own_families`` with these names; a tenth of its cost if they are few."""
         return to_plain(self._registry.restricted_registry(names))
 
     def render(
@@ -141,8 +141,8 @@ class GatewayMetrics:
     ) -> bytes:
         """The exposition, in Prometheus text format.
 
-        ``replicas`` are the ``own_families`` of several, which get the label ``gateway``; None:
-        this one is alone. Without ``is_whole`` there are no series by expert or layer.
+        ``replicas``: ``own_families`` by replica, which become the label ``gateway``; None: there
+        is only this replica. Without ``is_whole`` there are no series by expert or layer.
         """
         model = {"model_name": self._model_name}
         parts = [
@@ -157,7 +157,7 @@ class GatewayMetrics:
     def _merged(
         self, parts: Sequence[tuple[list[PlainFamily], Mapping[str, str]]]
     ) -> Iterator[MergedFamilies]:
-        """All parts under our names, then what vLLM has too, under its names."""
+        """All parts under our names, then the metrics that vLLM has, under its names."""
         merged = MergedFamilies(self._prefix)
         for families, labels in parts:
             merged.add(families, **labels)
@@ -182,7 +182,7 @@ class GatewayMetrics:
 
 _ENGINE_COUNTERS = {
     "prompt_tokens": "Prompt tokens of accepted requests",
-    "prompt_tokens_cached": "Those that were found in the prefix cache, each prompt once",
+    "prompt_tokens_cached": "Prompt tokens found in the prefix cache, each prompt once",
     "generation_tokens": "Generated tokens, as they reach the gateway",
 }
 _ENGINE_HISTOGRAMS = {
@@ -216,13 +216,14 @@ _ENGINE_HISTOGRAMS = {
     ),
     "request_decode_time_seconds": ("Time from the first token to the end", _TIME_BUCKETS),
 }
-"""Names with a text and buckets; see ``EngineMetrics``."""
+"""Names with help text and buckets; see ``EngineMetrics``."""
 
 
 class EngineMetrics:
-    """What this replica counts of the calls that one engine computes, as vLLM labels it.
+    """Metrics of the calls that one engine computes in this replica, labelled as by vLLM.
 
-    A call of several prompts counts where its first prompt is, a choice where its prompt is.
+    A call of several prompts counts for the engine of its first prompt, a choice for the engine of
+    its prompt.
     """
 
     def __init__(

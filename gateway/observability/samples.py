@@ -1,6 +1,6 @@
-"""The last ten minutes of a gateway in small samples, so that a page that loads can draw them.
+"""The last ten minutes of a gateway in small samples, which a page draws after loading.
 
-A sample counts from the sample before it, so that the counts of replicas can be added up. Pure.
+A sample has the counts since the previous one, so that the counts of replicas can be summed. Pure.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from cluster.tracing.gateway_counts import KEPT_S
 from gateway.core.replay import ReplayCause
 
 PERIOD_S = 2.0
-"""From one sample to the next."""
+"""Seconds from one sample to the next."""
 NUM_KEPT = round(KEPT_S / PERIOD_S)
-"""Samples that are kept."""
+"""Number of samples that are kept."""
 MAX_WORKERS = 32
-"""Attention workers in a sample; a chart with more lines cannot be read."""
+"""Most attention workers in a sample; a chart with more lines cannot be read."""
 
 TOTALS = ("prompt_tokens_total", "generation_tokens_total", "request_success_total")
-"""Counters whose sums since its start a gateway shows."""
+"""Counters of which a gateway shows the total since its start."""
 _COUNTERS = {"prompt": "prompt_tokens_total", "output": "generation_tokens_total"}
 _HISTOGRAMS = {"ttft": "time_to_first_token_seconds", "itl": "inter_token_latency_seconds"}
 _REPLAYS = "requests_replayed_total"
 SAMPLED = (*_COUNTERS.values(), *(f"{name}_bucket" for name in _HISTOGRAMS.values()), _REPLAYS)
-"""Names of the metrics that a sample is made of."""
+"""Names of the metrics from which a sample is made."""
 
 Sample = dict[str, Any]
-"""``time`` (of day, in seconds, a multiple of ``PERIOD_S``), ``seconds`` since the one before.
-Counts of these seconds: ``prompt`` and ``output`` tokens, requests ``moved`` with their KV or
+"""``time`` (of day, in seconds, a multiple of ``PERIOD_S``), ``seconds`` since the previous sample.
+Counts in these seconds: ``prompt`` and ``output`` tokens, requests ``moved`` with their KV or
 computed ``again``, ``ttft`` and ``itl`` as ``[low, high, count]`` of each bucket with values, in
 seconds (high None: no bound). By attention worker: ``waiting`` requests and the share of ``kv`` in
 use. ``balancedness`` of all experts."""
 
 
 class SampleRing:
-    """The samples of one replica, at most ``NUM_KEPT``."""
+    """The newest samples of one replica, at most ``NUM_KEPT``."""
 
     def __init__(self) -> None:
         self._samples: deque[Sample] = deque(maxlen=NUM_KEPT)
@@ -52,7 +52,7 @@ class SampleRing:
         snapshot: Mapping[str, Any] | None,
         load: Mapping[str, Any] | None,
     ) -> None:
-        """Add the sample of now; the first call only begins to count.
+        """Add a sample for the present time; the first call only starts counting.
 
         A second call in the same period adds nothing. If the clock was set back, samples of the
         future are removed.
@@ -90,9 +90,9 @@ class SampleRing:
 def merge_samples(
     replicas: Iterable[list[Sample]], ended: Iterable[list[Sample]] = ()
 ) -> list[Sample]:
-    """One sample for each period, with the counts of all replicas, also of those that have ended.
+    """One sample for each period, with the counts of all replicas, including ended ones.
 
-    A period that a replica with samples has not ended yet is left out.
+    A period that a replica with samples has not finished yet is left out.
     """
     rings = [samples for samples in replicas if samples]
     ends_s = min((samples[-1]["time"] for samples in rings), default=math.inf)
@@ -123,7 +123,7 @@ def _counts(families: list[PlainFamily]) -> dict[str, Any]:
 
 
 def _buckets(families: Iterable[PlainFamily], name: str) -> dict[float, float]:
-    """Cumulative count by upper bound, all series added up."""
+    """Cumulative count by upper bound, summed over all series."""
     counts: dict[float, float] = {}
     for labels, value in _series(families, f"{name}_bucket"):
         bound = float(labels["le"])
@@ -132,7 +132,7 @@ def _buckets(families: Iterable[PlainFamily], name: str) -> dict[float, float]:
 
 
 def _rows(now: Mapping[float, float], before: Mapping[float, float]) -> list[list[float | None]]:
-    """``[low, high, count]`` of each bucket that got values."""
+    """``[low, high, count]`` of each bucket with new values."""
     rows: list[list[float | None]] = []
     low, below = 0.0, 0.0
     for high, cumulative in now.items():
@@ -154,7 +154,7 @@ def _by_worker(snapshot: Mapping[str, Any]) -> Sample:
 
 
 def _add(one: Sample, other: Sample) -> Sample:
-    """The sum of the counts; what describes the cluster is that of ``one``."""
+    """Sum of the counts; the cluster's values are from ``one``."""
     found = {**one, "seconds": max(one["seconds"], other["seconds"])}
     for name in _HISTOGRAMS:
         rows: dict[tuple[float, float | None], float] = {(a, b): count for a, b, count in one[name]}

@@ -33,8 +33,8 @@ class UnlockedHistogram(Collector):
     """A histogram family; ``labels`` makes a series, as in ``prometheus_client``.
 
     Args:
-        name: of the family.
-        text: its help.
+        name: name of the family.
+        text: help text of the family.
         label_names: names of the labels; a family without labels has one series, ``labels()``.
         registry: registers the family.
         buckets: upper bounds in increasing order, without infinity.
@@ -57,7 +57,7 @@ class UnlockedHistogram(Collector):
         registry.register(self)
 
     def labels(self, *values: str) -> UnlockedSeries:
-        """The series with these label values; made when it is first asked for."""
+        """The series with these label values, created on the first call."""
         return self._series.setdefault(values, UnlockedSeries(self._buckets))
 
     def describe(self) -> Iterator[HistogramMetricFamily]:

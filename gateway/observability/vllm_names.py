@@ -1,8 +1,8 @@
-"""The metrics that vLLM has too, under vLLM's names, so that its dashboards show this cluster.
+"""Exports the metrics that vLLM has too under vLLM's names, so that its dashboards work.
 
-Meanings are the same, and so are labels, but for more of them here (``worker``, ``node``). Names as
-of vLLM 0.32 (``vllm/v1/metrics/loggers.py``), with those of older releases that dashboards ask for.
-vLLM counts HTTP requests with prometheus-fastapi-instrumentator, under names without a prefix.
+Meanings and labels are equal, except for additional labels (``worker``, ``node``). Names as of vLLM
+0.32 (``vllm/v1/metrics/loggers.py``), and names of older releases that dashboards use. vLLM counts
+HTTP requests with prometheus-fastapi-instrumentator, under names without a prefix.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ OLDER = {
     "prefix_cache_hits": "gpu_prefix_cache_hits",
     "inter_token_latency_seconds": "time_per_output_token_seconds",
 }
-"""Older names of the same numbers."""
+"""Older names of these metrics."""
 BY_SOURCE = "prompt_tokens_by_source"
-"""Prompt tokens by where their KV comes from. A prefix that a worker fetches from another one
-counts as found, for it is in the cache when the prompt begins."""
+"""Prompt tokens by the source of their KV. A prefix that a worker fetches from another one counts
+as cached, because it is in the cache when the prompt begins."""
 _SOURCES = {
     "local_compute": (
         "request_prefill_kv_computed_tokens",
@@ -69,22 +69,22 @@ _SOURCES = {
 }
 """Family and sample of each source. Source: vLLM's ``PromptTokenStats``."""
 LORA_INFO = "lora_requests_info"
-"""The names of adapters with requests, as labels; one series for each engine."""
+"""Labels with the names of adapters with requests; one series for each engine."""
 _OF_LORA = {
     "lora_requests_running": "running_lora_adapters",
     "lora_requests_waiting": "waiting_lora_adapters",
 }
-"""Label of adapters with sequences in each of our families."""
+"""Label with adapters that have sequences, for each of our families."""
 _CACHE_CONFIG, _NUM_BLOCKS = "cache_config_info", ("num_blocks", "num_gpu_blocks")
-"""A family of labels, and one of them here and at vLLM. Endpoint pickers read it as a number."""
+"""A family with label values, and our and vLLM's name of a label that endpoint pickers parse."""
 _Labels = tuple[tuple[str, str], ...]
 _OF_HTTP = frozenset({"http_requests", "http_request_duration_seconds"})
 _PROBES = frozenset({"/health", "/ready", "/metrics", "/version"})
-"""vLLM leaves out paths like these. Source: its dashboard ``vllm_overview.json`` says so."""
+"""Paths that vLLM leaves out. Source: its dashboard ``vllm_overview.json``."""
 
 
 def as_vllm(families: Sequence[PlainFamily], now: float) -> Iterator[PlainFamily]:
-    """The families that vLLM has, also under their older names. ``now``: seconds since 1970."""
+    """Families that vLLM has, also under their older names. ``now``: seconds since 1970."""
     for family in families:
         if (name := family["name"]) in SAME:
             yield _with_num_blocks(family) if name == _CACHE_CONFIG else family
@@ -108,9 +108,9 @@ def _with_num_blocks(family: PlainFamily) -> PlainFamily:
 
 
 def as_instrumentator(families: Sequence[PlainFamily]) -> Iterator[PlainFamily]:
-    """Number and duration of HTTP requests as vLLM's server has them.
+    """Number and duration of HTTP requests as vLLM's server exports them.
 
-    Labels are ``handler``, ``method`` and, of the number, ``status`` as 2xx. Probes do not count.
+    Labels are ``handler``, ``method`` and, for the number, ``status`` as 2xx. Probes do not count.
     """
     for family in families:
         if family["name"] not in _OF_HTTP:
@@ -131,7 +131,7 @@ def _http_labels(labels: Mapping[str, str]) -> dict[str, str]:
 
 
 def _by_source(families: Mapping[str, PlainFamily]) -> Iterator[PlainFamily]:
-    """What was computed and what was found, of each engine."""
+    """Computed and cached prompt tokens of each engine."""
     samples = [
         [f"{BY_SOURCE}_total", {**labels, "source": source}, value]
         for source, (name, sample_name) in _SOURCES.items()
@@ -144,7 +144,7 @@ def _by_source(families: Mapping[str, PlainFamily]) -> Iterator[PlainFamily]:
 
 
 def _lora_info(families: Sequence[PlainFamily], now: float) -> Iterator[PlainFamily]:
-    """Which adapters have requests at each engine; as at vLLM, the value is the time."""
+    """Adapters with requests at each engine; as in vLLM, the value is the time."""
     most: dict[_Labels, float] = {}
     names: dict[_Labels, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for family in families:

@@ -1,4 +1,4 @@
-"""Work that would stop the event loop: large texts are counted first, then read in a thread.
+"""Work that would block the event loop: large texts are measured first, then parsed in a thread.
 
-Imports ``gateway.core`` and the floors below.
+Imports ``gateway.core`` and layers below.
 """

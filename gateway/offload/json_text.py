@@ -1,8 +1,8 @@
-"""JSON text from clients, read while other threads run.
+"""Parses JSON text from clients without blocking other threads for long.
 
-The interpreter lock is held by each call into a compiled parser. A text is therefore counted first,
-piece by piece, and refused where it holds more than the parser reads in some milliseconds. Numbers,
-of which prompts have many, are converted by calls between which other threads run.
+A call into a compiled parser holds the interpreter lock. Therefore the contents of a text are
+counted first, piece by piece, and a text is rejected if parsing takes more than some milliseconds.
+Numbers, of which prompts have many, are converted by calls that let other threads run in between.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from gateway.core.field_checks import check_length
 from gateway.offload.long_work import NO_COLLECTIONS
 
 MAX_NAMES = 65_536
-"""Names in all objects of a text together."""
+"""Most names in all objects of a text together."""
 MAX_VALUES = 131_072
-"""Strings (names included), lists and objects of a text together."""
+"""Most strings (names included), lists and objects of a text together."""
 MAX_ENTRIES = 1_048_576
-"""Entries of all lists and objects together: most can only be numbers."""
+"""Most entries of all lists and objects together: most of them must be numbers."""
 MAX_ESCAPES = 2_097_152
-"""Escapes in all strings of a text together: more than a body has room for where each is a
+"""Most escapes in all strings of a text together: more than fit into a body in which each is a
 character beyond ASCII."""
 _SHORT_CHARS = 16_384
-"""Shorter texts are parsed without counting."""
+"""Texts below this length are parsed without counting."""
 _PIECE_CHARS = 65_536
 
 
 def load_json(text: str, name: str) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Args:
         text: any text.
-        name: the field that it came with, for messages.
+        name: name of the field with the text, for messages.
 
     Raises:
         RequestError: it holds too many names, values, entries or escapes.
@@ -50,7 +50,7 @@ def load_json(text: str, name: str) -> Any:
 def check_writable(value: object) -> None:
     """Raise ``ValueError`` if JSON in UTF-8 cannot represent a value that was parsed from JSON.
 
-    Half of a surrogate pair is no text, and an infinite number no number.
+    Examples are lone surrogates and infinite numbers.
     """
     waiting = [value]
     while waiting:
@@ -67,13 +67,13 @@ def check_writable(value: object) -> None:
 
 
 def _check_counts(text: str, name: str) -> None:
-    """Raise ``RequestError`` for a text that is too long to be parsed in one call."""
+    """Raise ``RequestError`` for a text with too many parts to be parsed in one call."""
     num_names = num_quotes = num_lists = num_entries = num_escapes = 0
-    is_inside, rest = False, ""  # of a string, at the beginning of the piece
+    is_inside, rest = False, ""  # whether the piece begins inside a string; a split escape
     for start in range(0, len(text), _PIECE_CHARS):
         piece = rest + text[start : start + _PIECE_CHARS]
         num_slashes = len(piece) - len(piece.rstrip("\\"))
-        rest = "\\" * (num_slashes % 2)  # begins an escape of the next piece
+        rest = "\\" * (num_slashes % 2)  # the beginning of an escape that the next piece ends
         piece = piece.removesuffix(rest)
         if "\\" in piece:
             num_escapes += piece.count("\\") - piece.count("\\\\")

@@ -1,4 +1,4 @@
-"""Work on large requests, which leaves the event loop."""
+"""A thread for work on large requests, which would block the event loop."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 INLINE_SIZE = 16_384
-"""Work on at most this many bytes, characters or tokens stays on the event loop: a thread costs
-more than that work."""
+"""Work on at most this many bytes, characters or tokens stays on the event loop: a thread would
+cost more than the work."""
 _FREED_ENTRIES = 256
-"""Entries of a list that are freed in one go: 20 alternatives each take 1 ms."""
+"""Entries of a list that are freed in one go: 20 alternatives of each take 1 ms."""
 _TAKEN_ENTRIES = 65_536
-"""Numbers that are made in one go, which takes 3 ms."""
+"""Numbers that are converted in one go, which takes 3 ms."""
 Number = TypeVar("Number", int, float)
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
 class NoCollections(contextlib.AbstractContextManager[None]):
-    """No garbage collections, each of which would go through all that was made so far.
+    """Disables garbage collections, each of which would traverse all objects made so far.
 
-    Several threads may be inside: the last one to leave turns collections on again.
+    Several threads may be inside: the last one to leave enables collections again.
     """
 
     def __init__(self) -> None:
@@ -50,14 +50,14 @@ class NoCollections(contextlib.AbstractContextManager[None]):
 
 
 NO_COLLECTIONS = NoCollections()
-"""Of the process."""
+"""The instance of this process."""
 
 
 class LongWork:
-    """One thread for all that is done with large requests, one after the other.
+    """One thread that runs all work on large requests in sequence.
 
-    More threads would gain nothing, since the work holds the interpreter lock. They would make the
-    event loop wait for the lock longer: each of them may hold it first.
+    More threads would gain nothing, since the work holds the interpreter lock, and would make the
+    event loop wait longer for it: each of them may get the lock first.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class LongWork:
         *args: Arguments.args,
         **kwargs: Arguments.kwargs,
     ) -> Result:
-        """The result of ``work``; it runs in the thread if ``size`` is above ``INLINE_SIZE``."""
+        """Return the result of ``work``; runs in the thread if ``size`` exceeds ``INLINE_SIZE``."""
         if size <= INLINE_SIZE:
             return work(*args, **kwargs)
         context = contextvars.copy_context()
@@ -78,18 +78,18 @@ class LongWork:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     def free(self, values: Sequence[list[Any]]) -> None:
-        """Have the thread ``release`` lists that are not read any more, if they are long."""
+        """Let the thread ``release`` lists that are no longer read, if they are long."""
         if sum(map(len, values)) > _FREED_ENTRIES:
-            with contextlib.suppress(RuntimeError):  # it has been stopped
+            with contextlib.suppress(RuntimeError):  # the thread has been stopped
                 self._thread.submit(release, list(values))
 
     def stop(self) -> None:
-        """End the thread when its work is done; never waits."""
+        """End the thread after its queued work, without waiting for it."""
         self._thread.shutdown(wait=False)
 
 
 def numbers_of(values: Sequence[Number]) -> tuple[Number, ...]:
-    """The numbers in an array or a repeated field, taken piece by piece.
+    """Convert an array or a repeated field to a tuple of numbers, piece by piece.
 
     Other threads run in between: a million numbers at once take 46 ms.
     """
@@ -100,10 +100,10 @@ def numbers_of(values: Sequence[Number]) -> tuple[Number, ...]:
 
 
 def release(values: list[Any] | dict[str, Any]) -> None:
-    """Empty a list or dict, and those in it, piece by piece: other threads run in between.
+    """Empty a list or dict, and the ones in it, piece by piece; other threads run in between.
 
-    The last reference to a million objects would free all of them in one go, with the interpreter
-    lock held.
+    Dropping the last reference to a million objects would free all of them in one go, with the
+    interpreter lock held.
     """
     waiting: list[Any] = [values]
     while waiting:

@@ -1,7 +1,7 @@
-"""Return freed memory to the system.
+"""Returns freed memory to the system.
 
-Python frees the memory of a request, and glibc keeps it: glibc returns the end of a heap only, and
-after a burst most free memory lies below. ``cluster.launch.local_ray`` sets one heap for all
+Python frees the memory of a request, but glibc keeps it: glibc returns only the end of a heap, and
+after a burst most free memory is below it. ``cluster.launch.local_ray`` sets one heap for all
 threads.
 """
 
@@ -16,10 +16,10 @@ from collections.abc import Callable
 
 @functools.cache
 def start_returning(period_s: float = 30.0) -> threading.Thread | None:
-    """Return freed memory for the rest of this process's life; once for all callers.
+    """Start a thread that returns freed memory until the process ends; starts at most one.
 
     One call, every ``period_s``, takes 5 to 9 ms for a heap of 100 MiB, without Python's lock.
-    None where the C library is not glibc: it has no ``malloc_trim``.
+    Returns None if the C library is not glibc, as it then has no ``malloc_trim``.
     """
     return_freed = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if return_freed is None:

@@ -1,4 +1,4 @@
-"""What gateways keep for their clients between requests, in a folder that they share.
+"""Objects of clients that gateways keep between requests, in a folder that they share.
 
-Imports ``gateway.core`` and the floors below.
+Imports ``gateway.core`` and layers below.
 """

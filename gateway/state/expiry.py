@@ -1,7 +1,7 @@
-"""Removes files of the state folder whose time is over.
+"""Removal of expired files from the state folder.
 
-A file is removed when its object has expired by the gateway's clock, and has also been there for
-its whole life by the file system's clock: a gateway whose clock is wrong removes nothing early.
+A file is removed when its object has expired by the gateway's clock, and has also existed for its
+whole lifetime by the file system's clock: a gateway with a wrong clock removes nothing early.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from gateway.state.folder import NEW, WORK
 logger = logging.getLogger(__name__)
 
 _ABANDONED_S = 3600.0
-"""Age at which a file that is being written has no writer any more."""
+"""Age at which a temporary file counts as abandoned by its writer."""
 
 
 class Expiry:
-    """See the module. Calls raise ``OSError`` where a folder cannot be listed; any thread.
+    """Removes expired files. Raises ``OSError`` if a folder cannot be listed. Thread-safe.
 
     Args:
         folder: the state folder.
-        ttl_s: life of an object whose own one cannot be read.
+        ttl_s: lifetime of an object whose own lifetime cannot be read.
         clock: Unix time in seconds.
-        disk_clock: the same by the file system.
+        disk_clock: Unix time in seconds by the file system's clock.
         on_removed: called with the path of each object's file that is removed.
     """
 
@@ -48,7 +48,7 @@ class Expiry:
         self._on_removed = on_removed
 
     def sweep(self) -> int:
-        """Look at all files; the number of removed ones. A folder that cannot be read is left."""
+        """Check all files and return the number of removed ones; skip unreadable folders."""
         num_removed = 0
         for kind in self._folder.iterdir():
             with _logged():
@@ -62,7 +62,7 @@ class Expiry:
         return num_removed
 
     def sweep_folder(self, folder: Path) -> int:
-        """Look at the objects of one kind and tenant; the number of removed ones."""
+        """Check the objects of one kind and tenant; return the number of removed files."""
         now_s = self._clock()
         found = entries(folder)
         late = [(folder / entry.name, stat) for entry, stat in found if stat.st_mtime <= now_s]
@@ -74,11 +74,11 @@ class Expiry:
                     num_removed += self.remove(place)
         if num_removed == len(found):
             with contextlib.suppress(OSError):
-                folder.rmdir()  # unless a new object has come
+                folder.rmdir()  # fails if a new object was stored
         return num_removed
 
     def remove(self, place: Path) -> bool:
-        """Remove a file; whether it was there. Raises ``OSError``."""
+        """Remove a file; return whether it existed. Raises ``OSError``."""
         self._on_removed(place)
         try:
             place.unlink()
@@ -87,8 +87,8 @@ class Expiry:
         return True
 
     def _has_ended(self, place: Path, stat: os.stat_result, now_s: float, disk_s: float) -> bool:
-        """By its first line: tools that copy folders may set other modification times."""
-        life_s = self._ttl_s  # of a damaged object, which has no use
+        """Read the file's first line: tools that copy folders may change modification times."""
+        life_s = self._ttl_s  # lifetime of a damaged object
         with contextlib.suppress(StorageError):
             head = head_of(place)
             if head.expires_s > now_s:
@@ -97,7 +97,7 @@ class Expiry:
         return disk_s - stat.st_ctime >= life_s
 
     def _sweep_new(self) -> int:
-        """Files of writers that were killed; their modification time may be that of an expiry."""
+        """Remove files of killed writers; their modification time may be an expiry time."""
         num_removed = 0
         if not (found := entries(self._folder / NEW)):
             return 0
@@ -112,7 +112,7 @@ class Expiry:
 
 @contextlib.contextmanager
 def _logged() -> Iterator[None]:
-    """What one file or folder refuses is logged; the others are looked at."""
+    """Log the error of one file or folder, so that the others are still checked."""
     try:
         yield
     except OSError as err:

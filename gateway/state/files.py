@@ -1,4 +1,4 @@
-"""Files of the state folder: written aside, renamed into their places, listed and read."""
+"""Files of the state folder: written to a temporary file, renamed, listed and read."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from gateway.state.record import MAX_HEAD_BYTES, Head, decode_head
 logger = logging.getLogger(__name__)
 
 _TRIES = 3
-"""Moves of a file to its folder, which another gateway may just have removed as empty."""
+"""Attempts to move a file to its folder, which another gateway may just have removed as empty."""
 
 
 @contextlib.contextmanager
 def written_aside(folder: Path, place: Path) -> Iterator[int]:
-    """The descriptor of a new file in ``folder``, which is renamed to ``place`` at the end of the
-    ``with`` block. After an error nothing of it is left. Raises ``OSError``.
+    """Yield the descriptor of a new file in ``folder``, which is renamed to ``place`` at the end of
+    the ``with`` block. After an error the file is removed. Raises ``OSError``.
     """
     made = folder / uuid.uuid4().hex
     with new_file(made) as fd:
@@ -43,7 +43,7 @@ def write_aside(folder: Path, place: Path, content: bytes) -> None:
 
 
 def check_disk(folder: Path, num_bytes: int) -> None:
-    """Raise ``OSError`` where the disk has less free space, before anything is written."""
+    """Raise ``OSError`` if the disk has less than ``num_bytes`` of free space."""
     disk = os.statvfs(folder)
     num_free = disk.f_bavail if os.geteuid() else disk.f_bfree
     if num_free * disk.f_frsize < num_bytes:
@@ -57,7 +57,7 @@ def disk_time_s(folder: Path) -> float:
 
 
 def entries(folder: Path) -> list[tuple[os.DirEntry[str], os.stat_result]]:
-    """Files in a folder, which may be missing; others may remove them meanwhile."""
+    """Files in a folder, which may not exist; other processes may remove them meanwhile."""
     found = []
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as listed:
         for entry in listed:
@@ -67,14 +67,14 @@ def entries(folder: Path) -> list[tuple[os.DirEntry[str], os.stat_result]]:
 
 
 def head_of(place: Path) -> Head:
-    """The first line of a file. Raises ``OSError``, and ``StorageError`` if it is damaged."""
+    """Read the first line of a file. Raises ``OSError``, and ``StorageError`` if it is damaged."""
     with place.open("rb") as file:
         return decode_head(file.readline(MAX_HEAD_BYTES))
 
 
 @contextlib.contextmanager
 def as_storage_error() -> Iterator[None]:
-    """What the file system refuses, without its paths; the log has the whole error."""
+    """Convert an ``OSError`` to a ``StorageError`` without paths; log the whole error."""
     try:
         yield
     except OSError as err:
@@ -86,7 +86,7 @@ def as_storage_error() -> Iterator[None]:
 
 
 def _move(made: Path, place: Path) -> None:
-    """Rename a file into its place, whose folder and the one above it may be missing."""
+    """Rename a file into its place; create its folder and the parent folder if necessary."""
     for left in reversed(range(_TRIES)):
         for folder in (place.parent.parent, place.parent):
             folder.mkdir(mode=0o700, exist_ok=True)

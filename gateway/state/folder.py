@@ -1,4 +1,4 @@
-"""The state folder itself: what it is, and where things are in it."""
+"""The state folder itself: its format file, and the names of its folders."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from gateway.state.record import FORMAT
 
 _MARK = "state.json"
 NEW, WORK = "new", "work"
-"""Folders of files that are being written, and of work that has not ended."""
+"""Folders of temporary files, and of unfinished work."""
 
 
 class _Mark(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``state.json`` says."""
+    """Content of ``state.json``."""
 
     state_format: int
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ``ConfigError`` where ``open_folder`` would; makes nothing."""
+    """Raise ``ConfigError`` if ``open_folder`` would; creates nothing."""
     with _told(folder):
         nearest = next(path for path in (folder, *folder.parents) if path.exists())
         if nearest == folder:
             _check_content(folder)
         with tempfile.TemporaryFile(dir=nearest):
-            pass  # it can be written
+            pass  # the folder is writable
 
 
 def open_folder(folder: Path) -> None:
-    """Make or check a state folder. Raises ``ConfigError``."""
+    """Create or check a state folder. Raises ``ConfigError``."""
     with _told(folder):
         _open(folder)
 
 
 @contextlib.contextmanager
 def _told(folder: Path) -> Iterator[None]:
-    """Errors of using the folder become ``ConfigError``."""
+    """Convert errors of using the folder to ``ConfigError``."""
     try:
         yield
     except (OSError, msgspec.MsgspecError) as err:
@@ -66,16 +66,16 @@ def _open(folder: Path) -> None:
     _check_content(folder)
     probe = folder / NEW / secrets.token_hex(16)
     with new_file(probe):
-        pass  # it can be written
+        pass  # the folder is writable
     probe.unlink()
 
 
 def _check_content(folder: Path) -> None:
-    """Raise ``ConfigError`` for other files, or objects of another release."""
+    """Raise ``ConfigError`` for a folder with other files, or with objects of another release."""
     mark = folder / _MARK
     if not mark.exists():
         others = {*os.listdir(folder)} - {NEW, WORK}
-        # others may be starting on the same folder: then their mark is there by now
+        # another gateway may be starting on the folder: state.json exists by now
         rule = "holds other files: give an empty folder, or a new one"
         check(not others or mark.exists(), "state_dir", str(folder), rule)
         return

@@ -1,4 +1,4 @@
-"""Reads a stored object in pieces: it is in memory one piece at a time."""
+"""Reads a stored object in pieces, so that only one piece is in memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from gateway.state.record import MAX_HEAD_BYTES, decode_head
 
 
 class StoredReader:
-    """The content of an object from its begin to its end. All calls block, and are for threads.
+    """The content of an object from its beginning to its end. All calls block; call in a thread.
 
-    The content is checked at its end, after all pieces but the last one were returned. A reader is
-    to be closed, by ``close`` or a ``with`` block.
+    The content is checked at its end, after all pieces except the last were returned. A reader must
+    be closed, by ``close`` or a ``with`` block.
     """
 
     def __init__(self, place: Path, object_id: str) -> None:
@@ -25,14 +25,14 @@ class StoredReader:
         self._damage = f"the stored object {object_id} is damaged"
         try:
             self.head = decode_head(self._file.readline(MAX_HEAD_BYTES))
-            """What is known of the object beside its content."""
+            """Metadata of the object."""
             if self.head.id != object_id:
                 raise StorageError(self._damage)
         except BaseException:
             self._file.close()
             raise
         self.num_left = self.head.size
-        """Bytes that are still to be read."""
+        """Bytes that have not been read yet."""
 
     def __enter__(self) -> Self:
         return self

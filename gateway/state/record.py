@@ -1,9 +1,9 @@
-"""The file of one stored object: a line of JSON that describes the content, then the content.
+"""File format of a stored object: a line of JSON that describes the content, then the content.
 
     {"format":1,"id":"resp_0199...","created_s":1.0,"expires_s":2.0,"size":2,"sha256":"44136f.."}
     {}
 
-What is read is checked against that line: nothing damaged, cut off or exchanged is returned.
+Every read is checked against that line, so that damaged, truncated or swapped files are detected.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import msgspec
 from gateway.core.errors import StorageError
 
 FORMAT = 1
-"""Version of the files and of their places in the folder."""
+"""Version of the file format and of the folder layout."""
 MAX_HEAD_BYTES = 1024
-"""Longest first line."""
+"""Most bytes of the first line."""
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is known of an object beside its content. Times are Unix times, seconds."""
+    """Metadata of an object. Times are Unix times in seconds."""
 
     format: int
     id: str
     created_s: float
     expires_s: float
     size: int
-    """Bytes of the content."""
+    """Number of bytes of the content."""
     sha256: str
 
 
@@ -61,7 +61,7 @@ def encode_head(
 
 
 def decode(raw: bytes, object_id: str) -> StoredObject:
-    """The object in a file. Raises ``StorageError`` if it is damaged, or another one."""
+    """Decode the object in a file. Raises ``StorageError`` if it is damaged or another object."""
     line, _, content = raw.partition(b"\n")
     head = decode_head(line)
     is_whole = len(content) == head.size and hashlib.sha256(content).hexdigest() == head.sha256
@@ -71,7 +71,7 @@ def decode(raw: bytes, object_id: str) -> StoredObject:
 
 
 def decode_head(line: bytes) -> Head:
-    """The first line of a file. Raises ``StorageError``."""
+    """Decode the first line of a file. Raises ``StorageError``."""
     try:
         head = msgspec.json.decode(line[:MAX_HEAD_BYTES], type=Head)
     except (msgspec.MsgspecError, UnicodeDecodeError) as err:

@@ -1,16 +1,16 @@
 """Objects of clients in a folder that several gateways share.
 
-An object has a kind, a tenant, an id and a content. It is one file, which is written beside its
-place and then renamed into it: readers see all of it or nothing, whenever a writer is killed.
+An object has a kind, a tenant, an id and a content. It is one file, which is written to a temporary
+file and renamed: readers see all of it or nothing, whenever a writer is killed.
 
-    state.json                   says what the folder is
-    new/                         files that are being written
-    responses/<tenant>/<id>      objects; the file's modification time is when it expires
-    work/                        files of work that has not ended; whoever wrote them removes them
+state.json                   format of the folder
+new/                         temporary files
+responses/<tenant>/<id>      objects; the file's modification time is the expiry time
+work/                        files of unfinished work; the process that wrote a file removes it
 
-There are no locks, so that any file system will do on which a rename is atomic. Each gateway counts
-what a tenant has stored itself, at most a second ago: what others store within it comes on top of
-the bounds. All calls block, and are for threads.
+There are no locks, so that any file system with an atomic rename is suitable. Each gateway counts
+the stored objects of a tenant itself, at most once a second: objects that other gateways store in
+between may exceed the limits. All calls block; call in a thread.
 """
 
 from __future__ import annotations
@@ -61,30 +61,30 @@ _NO_DIGEST = "0" * 64
 
 @dataclass(frozen=True, slots=True)
 class ObjectKind:
-    """Objects of one sort, in a folder of their own."""
+    """A kind of objects with a folder of its own."""
 
     name: str
-    """The folder's."""
+    """Name of the folder."""
     prefix: str
-    """Of ids: ``resp`` of ``resp_0199...``."""
+    """Prefix of ids: ``resp`` in ``resp_0199...``."""
     drops_oldest: bool = False
-    """At a bound the tenant's oldest objects make room; else new ones are refused."""
+    """Whether a limit drops the tenant's oldest objects; otherwise new objects are rejected."""
 
 
 class StateStore:
-    """See the module. Raises ``StorageError`` for whatever the file system refuses.
+    """Stores objects in the shared folder. Raises ``StorageError`` for file system errors.
 
     Args:
-        folder: created if it is missing.
-        max_objects: of one kind and tenant.
-        max_bytes: of these objects' files together.
-        ttl_s: life of an object that says nothing else.
+        folder: created if it does not exist.
+        max_objects: limit for one kind and tenant.
+        max_bytes: limit for the files of these objects together.
+        ttl_s: default lifetime of an object.
         clock: Unix time in seconds.
-        disk_clock: the same by the file system; None asks it.
-        opens: look at the folder now; otherwise before it is used.
+        disk_clock: Unix time by the file system's clock; None reads it from the file system.
+        opens: check the folder now; otherwise before the first use.
 
     Raises:
-        ConfigError: the folder is another one's, or cannot be written.
+        ConfigError: the folder has other contents, or cannot be written.
     """
 
     def __init__(
@@ -101,11 +101,11 @@ class StateStore:
         self._folder = folder
         self._usages = Usages(max_objects, max_bytes, clock)
         self.max_bytes = max_bytes
-        """Of the objects of one kind and tenant."""
+        """Limit for the objects of one kind and tenant."""
         self.ttl_s = ttl_s
-        """Life of an object that says nothing else."""
+        """Default lifetime of an object."""
         self.work = folder / WORK
-        """Files of work that has not ended."""
+        """Folder of unfinished work."""
         self._clock = clock
         self.disk_time_s = disk_clock or (lambda: disk_time_s(folder / NEW))
         """Unix time by the clock of the file system. Raises ``OSError``."""
@@ -129,7 +129,7 @@ class StateStore:
             self._is_open = True
 
     def new_id(self, kind: ObjectKind) -> str:
-        """An id that nobody guesses; ids of one kind sort by time, in milliseconds."""
+        """An unguessable id; ids of one kind sort by time, in milliseconds."""
         return f"{kind.prefix}_{int(self._clock() * 1000):012x}{secrets.token_hex(10)}"
 
     def put(
@@ -140,17 +140,17 @@ class StateStore:
         content: bytes,
         ttl_s: float | None = None,
     ) -> None:
-        """Store an object, in place of one with the same id.
+        """Store an object; replaces an object with the same id.
 
         Args:
-            kind: its sort.
-            tenant: whose it is.
-            object_id: of ``new_id``.
+            kind: kind of the object.
+            tenant: its owner.
+            object_id: id from ``new_id``.
             content: any bytes.
-            ttl_s: its life; None is the store's.
+            ttl_s: its lifetime; None: the store's default.
 
         Raises:
-            StorageFullError: it is larger than all that the tenant may store, or there is no room.
+            StorageFullError: it exceeds all that the tenant may store, or the disk is full.
         """
         self.put_pieces(kind, tenant, object_id, len(content), [content], ttl_s)
 
@@ -163,8 +163,8 @@ class StateStore:
         pieces: Iterable[bytes],
         ttl_s: float | None = None,
     ) -> None:
-        """Store an object of ``size`` bytes that comes in pieces, which are asked for only when
-        there is room for all of them. Otherwise as ``put``; an error of ``pieces`` is passed on.
+        """Store an object of ``size`` bytes given in pieces, which are requested only if all of
+        them fit. Otherwise like ``put``; an error of ``pieces`` is passed on.
         """
         place = self._place(kind, tenant, object_id)
         assert place is not None, "ids are made here"
@@ -194,7 +194,7 @@ class StateStore:
         self._drop(dropped)
 
     def get(self, kind: ObjectKind, tenant: str, object_id: str) -> StoredObject | None:
-        """An object; None where the tenant has none of this id, or it has expired.
+        """Read an object; None if the tenant has none with this id, or it has expired.
 
         Raises ``StorageError`` if it is damaged.
         """
@@ -212,7 +212,7 @@ class StateStore:
     def begin_of(
         self, kind: ObjectKind, tenant: str, object_id: str, num_bytes: int
     ) -> bytes | None:
-        """At most so much of an object's content, which is not checked; None as of ``get``.
+        """The first ``num_bytes`` bytes of an object's content, unchecked; None as in ``get``.
 
         Raises ``StorageError`` if its first line is damaged.
         """
@@ -228,7 +228,7 @@ class StateStore:
         return None if decode_head(line).expires_s <= self._clock() else content
 
     def open_reader(self, kind: ObjectKind, tenant: str, object_id: str) -> StoredReader | None:
-        """Reads an object in pieces; None as of ``get``. Raises ``StorageError``."""
+        """Reader of an object in pieces; None as in ``get``. Raises ``StorageError``."""
         place = self._place(kind, tenant, object_id)
         if place is None:
             return None
@@ -243,13 +243,13 @@ class StateStore:
         return reader
 
     def has_file(self, kind: ObjectKind, tenant: str, object_id: str) -> bool:
-        """Whether the file of an object is there, also of one that has expired."""
+        """Whether the file of an object exists, even if the object has expired."""
         place = self._place(kind, tenant, object_id)
         with self._used():
             return place is not None and place.exists()
 
     def delete(self, kind: ObjectKind, tenant: str, object_id: str) -> bool:
-        """Remove an object, also a damaged one; whether there was one."""
+        """Remove an object, even a damaged one; return whether it existed."""
         place = self._place(kind, tenant, object_id)
         with contextlib.suppress(StorageError):
             if self.get(kind, tenant, object_id) is None:
@@ -259,25 +259,25 @@ class StateStore:
             return self._expiry.remove(place)
 
     def list_ids(self, kind: ObjectKind, tenant: str) -> list[str]:
-        """Ids of a tenant's objects, the oldest first. Some may expire before they are read."""
+        """Ids of a tenant's objects, oldest first. Some may expire before they are read."""
         now_s = self._clock()
         with self._used():
             found = entries(self._tenant_folder(kind, tenant))
             return sorted(entry.name for entry, stat in found if stat.st_mtime > now_s)
 
     def write_work(self, name: str, content: bytes) -> None:
-        """Write a file of ``work``, whole or not at all."""
+        """Write a file of ``work`` atomically."""
         with self._used():
             write_aside(self._folder / NEW, self.work / name, content)
 
     def sweep(self) -> int:
-        """Remove what has expired, and what killed gateways left; the number of removed files."""
+        """Remove expired objects and files of killed gateways; return the number of files."""
         with self._used():
             return self._expiry.sweep()
 
     @contextlib.contextmanager
     def _used(self) -> Iterator[None]:
-        """The folder is open; its errors become ``StorageError``."""
+        """Open the folder, and convert its errors to ``StorageError``."""
         with as_storage_error():
             try:
                 self.open()
@@ -286,11 +286,11 @@ class StateStore:
             yield
 
     def _tenant_folder(self, kind: ObjectKind, tenant: str) -> Path:
-        """Names of tenants are hashed: they may hold any characters."""
+        """The folder of a tenant. Names are hashed, as they may contain any character."""
         return self._folder / kind.name / hashlib.sha256(tenant.encode()).hexdigest()[:32]
 
     def _place(self, kind: ObjectKind, tenant: str, object_id: str) -> Path | None:
-        """The file of an object; None for what can be no id of this kind."""
+        """The file of an object; None if the id is not valid for this kind."""
         is_id = _ID.fullmatch(object_id) is not None
         if not is_id or not object_id.startswith(f"{kind.prefix}_"):
             return None
@@ -306,7 +306,7 @@ class StateStore:
             return self._usages.reserve(place, size, kind.drops_oldest)
 
     def _drop(self, places: Iterable[Path]) -> None:
-        """Remove objects that another one has replaced. It is stored: errors are logged alone."""
+        """Remove objects that a newly stored one has replaced; errors are only logged."""
         for place in places:
             try:
                 place.unlink(missing_ok=True)
@@ -318,7 +318,7 @@ class StateStore:
 async def open_in_time(store: StateStore | None, threads: DiskThreads) -> None:
     """Open a store at the start of its gateway. Raises ``ConfigError``.
 
-    A disk that does not answer is logged: calls that need the store open it later, or fail.
+    If the disk does not respond, this is logged; later calls open the store or fail.
     """
     if store is None:
         return

@@ -14,11 +14,11 @@ logger = logging.getLogger(__name__)
 
 
 class StateSweeper:
-    """Sweeps at its start, and then every ``interval_s``; logs every error and raises none.
+    """Sweeps at the start and then periodically; logs every error and raises none.
 
     Args:
-        store: None has nothing to sweep.
-        interval_s: from the end of one sweep to the next.
+        store: the store to sweep; None: nothing is swept.
+        interval_s: seconds from the end of one sweep to the next.
     """
 
     def __init__(self, store: StateStore | None, interval_s: float) -> None:
@@ -32,7 +32,7 @@ class StateSweeper:
             self._task = asyncio.create_task(self._run(self._store))
 
     async def stop(self) -> None:
-        """End, with the sweep that runs; one that a disk holds is left alone after ``END_S``."""
+        """Stop and wait for the running sweep; a sweep that hangs is left after ``END_S``."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task], timeout=END_S)
@@ -41,7 +41,7 @@ class StateSweeper:
         while True:
             try:
                 if removed := await self._disk.run_to_end(store.sweep):
-                    logger.info("%d expired files have left the state folder", removed)
+                    logger.info("removed %d expired files from the state folder", removed)
             except StorageError as err:
                 logger.error("the state folder was not swept: %s", err)
             await asyncio.sleep(self._interval_s)

@@ -1,4 +1,4 @@
-"""What tenants have stored, and the bounds of it."""
+"""Storage use of tenants, and its limits."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _FRESH_S = 1.0
 
 @dataclass(slots=True)
 class _Usage:
-    """What a tenant has stored of one kind."""
+    """Files that a tenant has stored of one kind."""
 
     counted_s: float
-    """Unix time."""
+    """Unix time of the count."""
     sizes: dict[str, int] = field(default_factory=dict)
-    """Bytes of each file by id, the oldest first."""
+    """Bytes of each file by id, oldest first."""
 
     @property
     def num_bytes(self) -> int:
@@ -28,11 +28,11 @@ class _Usage:
 
 
 class Usages:
-    """Counts what is in tenants' folders, at most a second ago. Any thread.
+    """Counts the files in tenants' folders at most once a second. Thread-safe.
 
     Args:
-        max_objects: of a folder.
-        max_bytes: of a folder.
+        max_objects: limit for one folder.
+        max_bytes: limit for one folder.
         clock: Unix time in seconds.
     """
 
@@ -44,18 +44,18 @@ class Usages:
         self._usages: dict[Path, _Usage] = {}
 
     def reserve(self, place: Path, size: int, drops_oldest: bool) -> list[Path]:
-        """Count a file that is about to be written, in place of one with the same name.
+        """Count a file that is about to be written and replaces one with the same name.
 
         Args:
-            place: of the file.
-            size: its bytes.
-            drops_oldest: the oldest files make room.
+            place: path of the file.
+            size: bytes of the file.
+            drops_oldest: whether the oldest files are dropped at a limit.
 
         Returns:
-            Files to remove once this one is written; they do not count any more.
+            Files to remove after this one is written; they are no longer counted.
 
         Raises:
-            KeyFullError: it does not fit within the bounds.
+            KeyFullError: it exceeds the limits.
         """
         if size > self.max_bytes:
             raise KeyFullError(
@@ -86,13 +86,13 @@ class Usages:
         return dropped
 
     def remove(self, place: Path) -> None:
-        """A file is removed."""
+        """Record that a file was removed."""
         with self._lock:
             if (usage := self._usages.get(place.parent)) is not None:
                 usage.sizes.pop(place.name, None)
 
     def forget(self, folder: Path) -> None:
-        """Count a folder again: a file that was counted was not written."""
+        """Discard the count of a folder, because a counted file was not written."""
         with self._lock:
             self._usages.pop(folder, None)
 

@@ -124,7 +124,7 @@ def test_a_controller_of_another_release_is_refused_by_name_and_once(
             await asyncio.sleep(0)
         assert (found.snapshot, found.refusal) == (ours, "")
         assert [r.getMessage() for r in caplog.records] == [
-            f"the controller is not followed: {refusal}"
+            f"the controller's snapshots are rejected: {refusal}"
         ]
         found.stop()
 
