@@ -141,7 +141,7 @@ class AnswerFile:
                 if found is not None and found.answer["custom_id"] in self.done:
                     if not self._is_private:
                         raise ConflictError(
-                            f"{self._path.name}: line {number} answers a request again"
+                            f"{self._path.name}: line {number} repeats the response to a request"
                         )
                     found = None
                 if not self._is_private and (found is None or found.begin) and not _is_part(raw):

@@ -93,7 +93,7 @@ class AutoscaleSection:
         for role, limits in self.limits(pools).items():
             _check_start("attention" if role == "attention" else "expert", limits, pools[role])
         may_change = any(limits.least < limits.most for limits in self.limits(pools).values())
-        rule = "needs a limit that differs from the number of the start: max_expert_workers, say"
+        rule = "needs a limit that differs from the number at start, for example max_expert_workers"
         check(may_change, "autoscale", self.autoscale, rule)
 
     def _given(self, role: Role) -> tuple[int | None, int | None]:

@@ -220,7 +220,7 @@ class ClusterConfig:
             self.workers.num_attention_ranks <= requests,
             "num_attention_workers",
             self.workers.num_attention_ranks,
-            f"must not exceed the {requests} requests that are let in at once: "
+            f"must not exceed the {requests} requests that are admitted at once: "
             "more workers than can ever have work",
         )
 

@@ -209,7 +209,7 @@ class GatewaySection:
             is_loopback(self.host) or self.asks_for_keys or self.allow_unauthenticated,
             "host",
             self.host,
-            "is public: give --api-key or --api-key-file, or say --allow-unauthenticated",
+            "is public: give --api-key or --api-key-file, or set --allow-unauthenticated",
         )
         check(
             is_loopback(self.admin_host) or self.asks_for_admin_keys,

@@ -62,7 +62,7 @@ def kv_budget(
     share = "" if memory.share == 1.0 else f", a share of {memory.share:g}"
     kept = "".join(f", {_gib(size)} for {what}" for what, size in reserves.items())
     rule = (
-        f"must leave room for KV, {_gib(block_bytes)} at least: of the GPU's "
+        f"must leave memory for KV, {_gib(block_bytes)} at least: of the GPU's "
         f"{_gib(memory.total_bytes)}{share}, {_gib(memory.used_bytes)} are in use{kept}"
     )
     check(room >= block_bytes, "gpu_memory_utilization", utilization, rule)

@@ -157,7 +157,7 @@ def _check_fit(kind: Literal["cpus", "gpus"], value: float, pools: _Pools) -> No
             value <= 0 or _room(amounts, value) >= count,
             f"{kind}_per_worker",
             f"{value:g}",
-            f"does not fit: {count} workers ask for {value * count:g} {kind[:-1].upper()}s, "
+            f"does not fit: {count} workers need {value * count:g} {kind[:-1].upper()}s, "
             f"the cluster has {sum(amounts):g} ({there or 'no node'})",
         )
 

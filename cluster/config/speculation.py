@@ -17,8 +17,8 @@ class SpeculationSection:
 
     speculative_method: SpeculativeMethod = "none"
     """``ngram`` drafts the tokens that followed the same tokens earlier in the prompt or output;
-    ``mtp`` drafts with the checkpoint's layer that predicts further tokens. The output tokens equal
-    those of ``none``; drafts are run only if that is faster."""
+    ``mtp`` drafts with the checkpoint's layer that predicts further tokens. The output tokens are
+    equal to ``none``; drafts are run only if that is faster."""
     num_speculative_tokens: int = 8
     """Most draft tokens of a sequence in a step; ``mtp`` drafts one."""
     ngram_min: int = field(default=2, metadata=INTERNAL)

@@ -83,7 +83,7 @@ class WorkersSection:
         )
         counts = "num_redundant_experts recovery_slots"
         check_each(self, counts, is_not_negative, "must not be negative")
-        only = "must not be given beside placement_file: that is a placement already"
+        only = "must not be given together with placement_file, which is a placement"
         both = self.placement_file is not None and self.load_profile is not None
         check(not both, "load_profile", self.load_profile, only)
         attention, experts = self.num_attention_ranks, self.num_expert_workers

@@ -208,7 +208,7 @@ def check_serve(section: GatewaySection, options: Mapping[str, Any]) -> None:
         raise ConfigError("serve_proxy", section.serve_proxy, rule)
     wanted, there = section.tls_cert, options.get("ssl_certfile")
     if wanted != there:
-        rule = f"differs from {there}, that of Serve on the joined Ray cluster"
+        rule = f"differs from {there}, the certificate of Serve on the joined Ray cluster"
         raise ConfigError("tls_cert", wanted, rule)
 
 
@@ -233,7 +233,7 @@ def check_ray_token(plan: LaunchPlan, nodes: Sequence[NodeResources], address: s
     is_lax = plan.config.gateway.allow_unauthenticated or len({n.address for n in nodes}) < 2
     if not is_lax and allows_unauthenticated(address):
         rule = "lets every host of the network run code: start Ray on every host with token "
-        rule += "authentication (RAY_AUTH_MODE=token), or say --allow-unauthenticated"
+        rule += "authentication (RAY_AUTH_MODE=token), or set --allow-unauthenticated"
         raise ConfigError("address", address, rule)
 
 

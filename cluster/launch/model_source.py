@@ -73,7 +73,7 @@ def download(hub_id: str, say: Callable[[str], None]) -> Path:
         return Path(api.snapshot_download(hub_id, allow_patterns=list(PATTERNS)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as err:
         raise CheckpointError(
-            f"{hub_id} is no folder, and the hub says: {first_line(err)}"
+            f"{hub_id} is not a folder, and the hub replied: {first_line(err)}"
         ) from err
     finally:
         done.set()

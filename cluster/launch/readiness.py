@@ -25,7 +25,7 @@ def wait_ready(
         section: its configuration.
         ask: returns why the gateway is not ready; used if clients need a certificate, which this
             process does not have.
-        limit_s: time for the gateway to become ready after everything else.
+        limit_s: time for the gateway to become ready after the other parts.
 
     Raises ``StartError`` after the limit.
     """

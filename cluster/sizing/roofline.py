@@ -99,7 +99,7 @@ class StepTime:
     num_micro_batches: int
     """1 or 2, whichever is faster."""
     attention_s: float
-    """Attention and everything else except experts."""
+    """Attention and all other work except experts."""
     experts_s: float
     """Experts of the most loaded worker."""
     exchange_s: float

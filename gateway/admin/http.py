@@ -141,7 +141,7 @@ def _check_no_web_page(request: Request, has_keys: bool) -> None:
     host = headers.get("host", "")
     is_own = site in ("same-origin", "none") and (origin is None or urlsplit(origin).netloc == host)
     if not (is_own and (has_keys or _is_address(host))):
-        raise PermissionDeniedError("web pages but the dashboard may not use the admin port")
+        raise PermissionDeniedError("no web page except the dashboard may use the admin port")
 
 
 def _is_address(host: str) -> bool:

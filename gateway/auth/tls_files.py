@@ -26,7 +26,7 @@ def check_tls_files(section: GatewaySection) -> None:
         try:
             context.load_verify_locations(section.tls_client_ca)
         except (ssl.SSLError, OSError) as err:
-            raise ConfigError("tls_client_ca", section.tls_client_ca, f"is no PEM: {err}") from err
+            raise ConfigError("tls_client_ca", section.tls_client_ca, f"is not PEM: {err}") from err
 
 
 def read_file(section: GatewaySection, name: str) -> bytes:

@@ -127,7 +127,7 @@ class _Uvicorn(uvicorn.Server):
         self.servers = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As in uvicorn, but for listening sockets."""
+        """As in uvicorn, for sockets that listen already."""
         await self.lifespan.startup()
         config, loop = self.config, asyncio.get_running_loop()
         limit_s = HEAD_LIMIT_S if config.ssl is not None else None

@@ -73,7 +73,7 @@ class TimedHttpProtocol(BoundedHttpProtocol):
 
     def on_message_begin(self) -> None:
         self._has_begun_head, self._has_whole_request = True, False
-        if self._timer is None:  # the next request comes before the previous response
+        if self._timer is None:  # the next request precedes the previous response
             self._wait(HEAD_LIMIT_S)
         super().on_message_begin()
 

@@ -132,12 +132,12 @@ CASES: dict[str, tuple[Words, int, str]] = {
     "CPUs that are not there": (
         lambda _: ["--cpus-per-worker", "1000"],
         5,
-        "--cpus-per-worker (1000) does not fit: 3 workers ask for 3000 CPUs",
+        "--cpus-per-worker (1000) does not fit: 3 workers need 3000 CPUs",
     ),
     "GPUs that are not there": (
         lambda _: ["--gpus-per-worker", "1"],
         5,
-        "--gpus-per-worker (1) does not fit: 3 workers ask for 3 GPUs",
+        "--gpus-per-worker (1) does not fit: 3 workers need 3 GPUs",
     ),
     "an HTTP port in use": (
         lambda place: ["--port", str(place.busy_port)],

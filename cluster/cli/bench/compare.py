@@ -62,9 +62,12 @@ class Change:
 def add_command(kinds: CommandParsers) -> None:
     text = "two saved documents, or two servers under the same load; exits with 1 if B is worse"
     parser = kinds.add("compare", run, text)
-    for name, what in (("A", "of --save or --json, or a server"), ("B", "of the same kind")):
+    for name, what in (
+        ("A", "file of --save or --json, or a server"),
+        ("B", "file or server, as A"),
+    ):
         parser.add_argument(name.lower(), metavar=f"{name}.json|URL", help=what)
-    text = "ratio from which a number counts as worse"
+    text = "ratio from which a value counts as worse"
     ratio = Number(kind=float, rule="must be a number, 1 or more", low=1, high=1e300)
     parser.add_argument("--threshold", type=ratio, default=1.05, metavar="NUMBER", help=text)
     text = "parts of the load, which the two servers run in turn; A and B alternate as first"
@@ -119,11 +122,11 @@ def _read(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
         is_ours = document["schema"] == 1 and str(document["command"]).startswith(_COMMANDS)
         if not (is_ours and document["options"].keys() and document["results"].keys()):
-            raise ValueError("it is another document")
+            raise ValueError("it is not a bench document")
     except OSError as err:
         raise CommandError(ExitCode.USAGE, f"cannot read {path}: {err.strerror}") from err
     except (ValueError, KeyError, TypeError, AttributeError) as err:
-        message = f"{path} is not what a bench command has saved"
+        message = f"{path} was not saved by a bench command"
         raise CommandError(ExitCode.USAGE, message) from err
     found: dict[str, Any] = document
     return found

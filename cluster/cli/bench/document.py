@@ -34,7 +34,7 @@ def document_of(
 def require_folder(file: Path | None) -> None:
     """Raise ``CommandError`` before the measurement if ``file`` could not be written after it."""
     if file is not None and not os.access(file.parent, os.W_OK):
-        raise CommandError(ExitCode.USAGE, f"cannot write {file}: no such folder to write in")
+        raise CommandError(ExitCode.USAGE, f"cannot write {file}: its folder does not exist")
 
 
 def tell(args: argparse.Namespace, document: Mapping[str, Any], text: str) -> None:

@@ -23,9 +23,9 @@ _AT_ONCE = 256
 def add_load_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of requests and arrival times, which ``load_of`` reads."""
     add_model_option(parser)
-    text = f"requests (default: {_NUM_PROMPTS}, or those of the trace)"
+    text = f"requests (default: {_NUM_PROMPTS}, or all of the trace)"
     parser.add_argument("--num-prompts", type=count, help=text)
-    text = "mean requests a second, Poisson arrivals; inf sends all at once"
+    text = "mean requests per second, Poisson arrivals; inf sends all together"
     parser.add_argument(
         "--request-rate", type=positive_or_inf, default=math.inf, metavar="NUMBER", help=text
     )
@@ -33,19 +33,19 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trace", type=Path, metavar="FILE", help=text)
     for name, text in (
         ("speed", "factor of the trace's speed"),
-        ("length", "factor of the trace's numbers of tokens"),
+        ("length", "factor of the trace's token counts"),
     ):
         parser.add_argument(
             f"--trace-{name}", type=positive, default=1.0, metavar="NUMBER", help=text
         )
-    text = f"requests at once (default: {_AT_ONCE} if all are sent at once, else no limit)"
+    text = f"concurrent requests (default: {_AT_ONCE} if all are sent together, else no limit)"
     parser.add_argument("--max-concurrency", type=count, help=text)
     for name, default, what in (("input", 128, "prompt"), ("output", 64, "answer")):
         text = f"tokens of each {what}"
         parser.add_argument(f"--random-{name}-len", type=count, default=default, help=text)
-    text = "tokens to draw prompts from (default: those that the server reports)"
+    text = "vocabulary size for random prompts (default: reported by the server)"
     parser.add_argument("--vocab-size", type=count, help=text)
-    parser.add_argument("--seed", type=int, default=0, help="of prompts and gaps")
+    parser.add_argument("--seed", type=int, default=0, help="seed of prompts and gaps")
     parser.add_argument(
         "--goodput",
         nargs="+",

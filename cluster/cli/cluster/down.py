@@ -88,7 +88,7 @@ def end_cluster(record: state_file.ClusterRecord, limit_s: float) -> None:
     if record.is_alive:
         os.kill(record.launcher.pid, signal.SIGTERM)
         if not _wait_for_end(record, limit_s):
-            note(f"{record.name} does not end by itself: killing it")
+            note(f"{record.name} did not end in time: killing it")
             kill_process(record.launcher)
     if state_file.read_record(record.name) is None:
         return
@@ -98,7 +98,7 @@ def end_cluster(record: state_file.ClusterRecord, limit_s: float) -> None:
         except CommandError as err:
             if err.code != ExitCode.UNREACHABLE:
                 raise
-            note(f"{record.name} is forgotten: {err}")
+            note(f"{record.name} is removed from the records: {err}")
     elif record.temp_dir:
         sweep(Path(record.temp_dir), record.processes)
     state_file.remove_record(record.name)

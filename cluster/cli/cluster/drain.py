@@ -31,7 +31,10 @@ _GRACE_S = 10.0
 
 def add_commands(commands: CommandParsers) -> None:
     kinds = commands.add_group("drain", "empty workers or a gateway; no request fails")
-    for what, text in (("worker", "empty a worker and end it"), ("node", "the same for a node")):
+    for what, text in (
+        ("worker", "empty a worker and end it"),
+        ("node", "empty and end all workers of a node"),
+    ):
         parser = kinds.add(what, run_drain, text)
         parser.add_argument("target", metavar="NAME", help="as in workers")
         text = "a drain that takes longer is undone"
@@ -44,10 +47,13 @@ def add_commands(commands: CommandParsers) -> None:
         add_wait_option(parser, None, "the deadline and 10 more")
         add_address_option(parser)
         parser.set_defaults(what=what)
-    text = "let a gateway serve what it has, and nothing new"
+    text = "drain a gateway: it finishes its requests and accepts no new ones"
     parser = kinds.add("gateway", drain_gateway, text)
     parser.add_argument(
-        "gateway", nargs="?", metavar="NAME", help="as in status (default: that of --admin-url)"
+        "gateway",
+        nargs="?",
+        metavar="NAME",
+        help="as in status (default: the gateway of --admin-url)",
     )
     add_wait_option(parser, DEFAULT_LIMIT_S)
 

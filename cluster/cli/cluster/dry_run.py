@@ -13,7 +13,7 @@ from cluster.launch.checkpoint_check import CheckpointFacts
 from cluster.launch.plan import LaunchPlan
 from cluster.sizing.start_plan import StartPlan, plan_start
 
-_OPEN = "decided by the nodes of the Ray cluster, once it is joined"
+_OPEN = "determined by the nodes of the Ray cluster after joining"
 
 
 def describe(plan: LaunchPlan) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _weights(role: Role, rank: int, start: StartPlan, facts: CheckpointFacts, it
 def text(document: Mapping[str, Any], address: str) -> str:
     """The document as text; ``address`` is the address of the Ray to join."""
     reason = document["mode_reason"]
-    shares = f"as the nodes of {address} allow, once it is joined"
+    shares = f"determined by the nodes of {address} after joining"
     if document["device"] is not None:
         shares = (
             f"{document['cpus_per_worker']:g} CPUs, {document['gpus_per_worker']:g} GPUs, "

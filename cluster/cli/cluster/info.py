@@ -22,7 +22,7 @@ def add_commands(commands: CommandParsers) -> None:
     status = commands.add("status", run_status, "state; exits 0 only when ready")
     status.add_argument("--watch", action="store_true", help="repeat until interrupted")
     commands.add("workers", run_workers, "one line for each worker")
-    commands.add("events", run_events, "what happened to the cluster")
+    commands.add("events", run_events, "history of the cluster")
 
 
 def run_status(args: argparse.Namespace) -> int:

@@ -32,7 +32,7 @@ _POLL_S = 0.5
 
 
 def add_commands(commands: CommandParsers) -> None:
-    parser = commands.add("logs", run, "what workers of any host, or the launcher, have logged")
+    parser = commands.add("logs", run, "log lines of workers on any host, or of the launcher")
     parser.add_argument(
         "worker", nargs="*", metavar="WORKER", help="as in workers, or controller; none: launcher"
     )

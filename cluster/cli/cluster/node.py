@@ -51,9 +51,9 @@ def add_commands(commands: CommandParsers) -> None:
     which.add_argument("--head", action="store_true", help="this is the first host")
     which.add_argument("--join", metavar="HOST[:PORT]", help="address of the first host")
     node.add_argument(
-        "--port", type=_PORT, default=DEFAULT_PORT, metavar="PORT", help="of the head"
+        "--port", type=_PORT, default=DEFAULT_PORT, metavar="PORT", help="port of the head"
     )
-    node.add_argument("--node-ip", metavar="IP", help="address of this host for the others")
+    node.add_argument("--node-ip", metavar="IP", help="address of this host for other hosts")
     node.add_argument(
         "--role",
         choices=ROLES,

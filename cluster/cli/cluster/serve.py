@@ -121,7 +121,7 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
 
         front = None
         if not args.dry_run:  # the launcher imports its modules during the checkpoint check
-            state_file.remove_log(name)  # of a failed start
+            state_file.remove_log(name)  # left by a failed start
             undo.callback(log.unlink, missing_ok=True)
             front = LauncherProcess(
                 log, environment, lambda *addresses: _ready(args, plan, *addresses)

@@ -15,7 +15,9 @@ from cluster.cli.terminal.output import note, out_json
 
 def add_commands(commands: CommandParsers) -> None:
     parser = commands.add("chat", run, "talk to the model")
-    parser.add_argument("message", nargs="?", help="say this alone (a conversation: a line each)")
+    parser.add_argument(
+        "message", nargs="?", help="single message (default: a conversation, one message per line)"
+    )
     parser.add_argument("--system", metavar="TEXT", help="system message")
     add_sampling(parser)
 
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         except CommandError as err:
             if not (is_conversation and sys.stdin.isatty()):
                 raise
-            note(f"expertmesh: {err}; the message is not part of the conversation, say it again")
+            note(f"expertmesh: {err}; the message is not part of the conversation: send it again")
             continue
         if answer["finish_reason"] == INTERRUPTED:
             note("(interrupted)")

@@ -77,7 +77,7 @@ async def _run(args: argparse.Namespace) -> BatchCounts:
                 lambda counts: progress.update(_told(counts)),
             )
             if batch.counts.left < batch.counts.total:
-                note(f"{batch.counts.total - batch.counts.left} requests have answers already")
+                note(f"{batch.counts.total - batch.counts.left} requests already have responses")
             try:
                 await batch.run()
             except ExceptionGroup as group:  # Python 3.11.3 wraps what ``except*`` raises

@@ -150,7 +150,9 @@ def examine_ports() -> Finding:
     try:
         check_ports("127.0.0.1", DEFAULT_PORTS)
     except ConfigError as err:
-        return finding("ports", False, f"{err}: say --port and --grpc-port", otherwise="warn")
+        return finding(
+            "ports", False, f"{err}: choose others with --port and --grpc-port", otherwise="warn"
+        )
     return finding("ports", True, " and ".join(map(str, DEFAULT_PORTS.values())) + " are free")
 
 

@@ -55,7 +55,9 @@ def add_placement(kinds: CommandParsers) -> None:
     text = "share of the expert slots that may change"
     parser.add_argument("--max-move-fraction", type=fraction_or_0, help=text)
     parser.add_argument("--decode-tokens", type=count, default=16, help="rows of a decode step")
-    parser.add_argument("--algorithm", choices=ALGORITHMS, default="mesh", help="of the plan")
+    parser.add_argument(
+        "--algorithm", choices=ALGORITHMS, default="mesh", help="planning algorithm"
+    )
     parser.add_argument("--compare", action="store_true", help="show all algorithms side by side")
     parser.add_argument("--plot", type=Path, help="draw the placements before and after as HTML")
 

@@ -45,7 +45,9 @@ def add_simulate(kinds: CommandParsers) -> None:
     cost.add_argument("--slot-us", type=not_negative, default=_COST.slot_s * 1e6, help=text)
     text = "time of a token in an expert"
     cost.add_argument("--token-us", type=not_negative, default=_COST.token_s * 1e6, help=text)
-    cost.add_argument("--expert-bytes", type=count, default=_COST.expert_bytes, help="of weights")
+    cost.add_argument(
+        "--expert-bytes", type=count, default=_COST.expert_bytes, help="bytes of an expert"
+    )
     for phase in ("prefill", "decode"):
         rows = getattr(_COST, f"{phase}_tokens")
         cost.add_argument(f"--{phase}-tokens", type=count, default=rows, help="rows of a step")

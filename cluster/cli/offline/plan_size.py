@@ -42,7 +42,9 @@ def add_size(kinds: CommandParsers) -> None:
     parser.add_argument("--batch", type=whole_numbers, default=BATCHES, metavar="N,...", help=text)
     parser.add_argument("--context-tokens", type=not_negative, default=1024.0, help="mean context")
     parser.add_argument("--profile", type=Path, help="load profile, for experts of unequal load")
-    parser.add_argument("--balancedness", type=fraction, default=1.0, help="of the placement")
+    parser.add_argument(
+        "--balancedness", type=fraction, default=1.0, help="balancedness of the placement"
+    )
     hardware = parser.add_argument_group("hardware of a worker")
     text = "type of device; by default CUDA with --gpu or if this host has a GPU, else CPU"
     hardware.add_argument("--device", choices=("cpu", "cuda"), help=text)
@@ -56,10 +58,10 @@ def add_size(kinds: CommandParsers) -> None:
     hardware.add_argument(
         "--nodes", type=count, default=1, help="hosts; above 1 the network counts"
     )
-    hardware.add_argument("--bandwidth-gb-s", type=positive, help="of memory")
-    hardware.add_argument("--tflops", type=positive, help="of dense products")
-    hardware.add_argument("--link-gb-s", type=positive, help="between workers, one way")
-    hardware.add_argument("--latency-us", type=positive, help="of a message")
+    hardware.add_argument("--bandwidth-gb-s", type=positive, help="memory bandwidth")
+    hardware.add_argument("--tflops", type=positive, help="rate of dense products")
+    hardware.add_argument("--link-gb-s", type=positive, help="bandwidth between workers, one way")
+    hardware.add_argument("--latency-us", type=positive, help="latency of a message")
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
@@ -103,7 +105,7 @@ def run_size(args: argparse.Namespace) -> int:
 
 
 def given_numbers(args: argparse.Namespace) -> dict[str, Any]:
-    """Characteristics given as options, which replace those of the device."""
+    """Characteristics given as options, which replace the device's."""
     given = {
         "bandwidth_bytes_s": (args.bandwidth_gb_s, 1e9),
         "flops_s": (args.tflops, 1e12),

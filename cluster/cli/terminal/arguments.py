@@ -106,7 +106,7 @@ def add_wait_option(
     parser: argparse.ArgumentParser, default: float | None, shown: str = "no limit"
 ) -> None:
     """Add ``--wait``; ``shown`` describes a default of None or infinity."""
-    text = "longest wait for the end, 0 returns at once"
+    text = "longest wait for the end, 0 returns immediately"
     if default is None or default == math.inf:
         text += f" (default: {shown})"
     kind = Number(kind=float, rule="must be a number of seconds, 0 or more", low=0)

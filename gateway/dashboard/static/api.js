@@ -23,7 +23,7 @@ async function checked(answer) {
   try {
     message = (await answer.json()).error.message;
   } catch {
-    // no error object: the status says it
+    // no error object: the status remains the message
   }
   if (answer.status === 401 || answer.status === 403) throw new KeyNeededError(message);
   throw new Error(message);
@@ -40,7 +40,7 @@ export async function post(path, body, limitMs = 60000) {
   return (await checked(await fetch(path, options))).json();
 }
 
-// The events of a streamed answer, as they come.
+// The events of a streamed response, as they arrive.
 export async function* stream(path, body, signal) {
   const options = { method: "POST", headers: headers(), body: JSON.stringify(body), signal };
   const answer = await checked(await fetch(path, options));

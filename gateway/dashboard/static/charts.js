@@ -20,8 +20,8 @@ export class Chart {
   #names = [];
   #data = [[]];
 
-  // unit and digits: of the values; the digits of values below 100.
-  // values: of a sample, by name (null: none); names may come and go.
+  // unit: of the values; digits: decimals of values below 100.
+  // values: function from a sample to its values by name (null: none); names may change.
   // marks: a function that gives [time, name of a colour's variable] of each event to draw.
   constructor(place, unit, digits, values, marks) {
     [this.#place, this.#unit, this.#digits] = [place, unit, digits];
@@ -35,7 +35,7 @@ export class Chart {
     const rows = samples.map(this.#values);
     const names = [...new Set(rows.flatMap(Object.keys))];
     const last = samples.at(-1)?.time;
-    // a name without a value in the last ten minutes is gone with its samples
+    // a name without a value in the last ten minutes is removed with its samples
     this.#data = [samples.map((s) => s.time), ...names.map((name) => rows.map((row) => row[name] ?? null))];
     if (!this.#plot || names.join() !== this.#names.join()) {
       this.#plot?.destroy();
@@ -52,13 +52,13 @@ export class Chart {
     this.#place.setAttribute("aria-label", at < 0 ? NOTHING : [...values, ...when].join(", "));
   }
 
-  // Of the latest sample with a value: latencies are measured only while something is generated.
+  // Index of the latest sample with a value: latencies are measured only during generation.
   #newest() {
     const [times, ...series] = this.#data;
     return times.findLastIndex((_, at) => series.some((values) => values[at] !== null));
   }
 
-  // The latest values, or those under the cursor; with their time unless it is that of the last sample.
+  // The latest values, or the values under the cursor; with the time unless it is the last sample.
   #showValues(index) {
     const last = this.#data[0].length - 1;
     const pointed = index !== null && index !== undefined && index < last;
@@ -130,7 +130,7 @@ export class Chart {
     return Math.max(this.#place.clientWidth, 200);
   }
 
-  // Draws in the colours of the other theme at the next samples.
+  // Redraws in the colours of the other theme with the next samples.
   restyle() {
     this.#names = [""];
   }

@@ -1,4 +1,4 @@
-// What happened to the cluster, as a table and as marks on the charts.
+// Events of the cluster, as a table and as marks on the charts.
 
 import { byId, clock, element, fill } from "./format.js";
 
@@ -37,7 +37,7 @@ export function showEvents(history) {
   marks = newest.map((event) => [event.time, VARIABLES[kindOf(event.cause)]]);
 }
 
-// [time, name of the colour's variable] of each event.
+// [time, name of the colour's CSS variable] of each event.
 export function eventMarks() {
   return marks;
 }

@@ -4,7 +4,7 @@ export function count(value) {
   return Number(value).toLocaleString("en", { maximumFractionDigits: 0 });
 }
 
-// As few characters as an axis has room for: 0.5, 250, 1.5K, 20M.
+// Short text of a number for an axis: 0.5, 250, 1.5K, 20M.
 export function short(value) {
   return value.toLocaleString("en", { notation: "compact" });
 }
@@ -28,7 +28,7 @@ export function element(name, properties = {}, ...children) {
   return made;
 }
 
-// Replaces the children only where the text has changed, so that a reader is not disturbed.
+// Replaces the children only if the text has changed, so that screen readers stay silent.
 export function fill(parent, children) {
   const draft = document.createElement("div");
   draft.append(...children);
@@ -39,7 +39,7 @@ export function byId(id) {
   return document.getElementById(id);
 }
 
-// Seconds as days, hours and minutes: two units.
+// Seconds as text with two units, such as days and hours.
 export function duration(seconds) {
   const [days, hours, minutes] = [86400, 3600, 60].map((unit) => Math.floor(seconds / unit));
   if (days) return `${days} d ${hours % 24} h`;
@@ -47,7 +47,7 @@ export function duration(seconds) {
   return minutes ? `${minutes} min` : `${Math.floor(seconds)} s`;
 }
 
-// A button that cannot work is disabled, with the reason (empty: it works) in its title and beside it.
+// Enables a button if reason is empty; otherwise disables it and shows the reason.
 export function allow(button, reason) {
   button.disabled = Boolean(reason);
   button.title = reason;

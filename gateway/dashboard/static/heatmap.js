@@ -4,12 +4,12 @@ import { get } from "./api.js";
 import { byId, count, element, fill, percent } from "./format.js";
 
 const HOTTEST = 8;
-const HOT = 2; // times an even share
+const HOT = 2; // multiple of an even share
 
 export class Heatmap {
   #load = null;
   #at = { row: 0, column: 0 };
-  #pointed = false; // by the pointer, or with the focus
+  #pointed = false; // by the pointer or the keyboard focus
   #canvas = byId("heatmap");
   #select = byId("bank");
 
@@ -123,7 +123,7 @@ export class Heatmap {
     this.#scroll();
   }
 
-  // Brings the cell into the part of the canvas that shows.
+  // Scrolls the cell into view.
   #scroll() {
     const { label, size, top } = this.#geometry();
     const [x, y] = [label + this.#at.column * size, top + this.#at.row * (size + 4)];

@@ -1,4 +1,4 @@
-// The last ten minutes, which the server keeps: all of it when the page loads, then what is new.
+// The last ten minutes from the server: all samples when the page loads, then new ones.
 
 import { get } from "./api.js";
 import { Chart } from "./charts.js";
@@ -40,7 +40,7 @@ export class History {
     this.#show();
   }
 
-  // At most once a frame, and not in a hidden tab.
+  // Draws at most once per frame, and not in a hidden tab.
   #show() {
     this.#frame ??= requestAnimationFrame(() => {
       this.#frame = null;
@@ -53,7 +53,7 @@ function mapValues(values, change) {
   return Object.fromEntries(Object.entries(values).map(([name, value]) => [name, change(value)]));
 }
 
-// In ms, straight within a bucket, as Prometheus' histogram_quantile; null without values.
+// Percentile in ms, linear within a bucket as in Prometheus' histogram_quantile; null if empty.
 export function percentile(rows, share) {
   const total = rows.reduce((sum, [, , count]) => sum + count, 0);
   let below = 0;

@@ -1,4 +1,4 @@
-// The page: asks for the state every second, and shows it.
+// Main module: fetches the state every second and shows it.
 
 import { get, KeyNeededError, setKey } from "./api.js";
 import { eventMarks, showEvents } from "./events.js";
@@ -13,7 +13,7 @@ import { showWorkers } from "./workers.js";
 
 const PERIOD_MS = 1000;
 const HIDDEN_PERIOD_MS = 10000;
-const HISTORY_EVERY = 2; // states
+const HISTORY_EVERY = 2; // state updates
 const LOAD_EVERY = 3;
 const STATES = { SERVING: "good", STOPPED: "bad" };
 
@@ -56,7 +56,7 @@ function showHead({ status, scheme, counters, time, started }) {
   fill(byId("problems"), problems.map((problem) => element("li", {}, problem)));
 }
 
-// Replaces values alone, so that a word keeps the focus and its tooltip.
+// Replaces only the values, so that a term keeps the focus and its tooltip.
 function showFacts(facts) {
   const place = byId("facts");
   const names = facts.map(([name]) => name.textContent ?? name).join();
@@ -70,7 +70,7 @@ function showFacts(facts) {
   });
 }
 
-// A client's key shows nothing by expert, and no events: say so in place of empty panels.
+// A client's key shows no expert load and no events: replaces empty panels by a note.
 function showOperatorOnly(isOperator) {
   for (const part of document.querySelectorAll(".operator-only")) part.hidden = !isOperator;
   for (const part of document.querySelectorAll(".needs-admin-key")) part.hidden = isOperator;
@@ -83,11 +83,11 @@ async function update() {
   showOperatorOnly(state.sees_experts);
   if (numStates % HISTORY_EVERY === 0) await history.refresh();
   if (state.sees_experts && numStates % LOAD_EVERY === 0) {
-    await heatmap.refresh().catch(() => {}); // none yet, or the placement changes
+    await heatmap.refresh().catch(() => {}); // no load yet, or the placement is changing
     playground.setNames(heatmap.workers);
   }
   numStates += 1;
-  byId("main").classList.remove("loading"); // all of it at once: nothing shifts
+  byId("main").classList.remove("loading"); // reveals all parts together, to avoid layout shifts
 }
 
 async function run() {

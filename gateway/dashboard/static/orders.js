@@ -5,13 +5,13 @@ import { allow, byId, element } from "./format.js";
 
 const POLL_MS = 500;
 
-let running = ""; // the operation that this page gave
+let running = ""; // id of the operation that this page started
 let latest = {};
 
 export function setUpOrders() {
   byId("rebalance-dry").addEventListener("click", () => order("admin/v1/rebalance", { dry_run: true }));
   byId("rebalance").addEventListener("click", () => {
-    if (confirm("Move experts to where the load is?")) order("admin/v1/rebalance", {});
+    if (confirm("Rebalance the experts according to their load?")) order("admin/v1/rebalance", {});
   });
   byId("scale-form").addEventListener("input", () => allowOrders(latest));
   byId("drain-worker").addEventListener("change", () => allowOrders(latest));
@@ -29,7 +29,7 @@ export function setUpOrders() {
   });
 }
 
-// Workers that may be drained, and the numbers of today where nothing was typed.
+// Lists the workers that may be drained, and fills empty inputs with the present pool sizes.
 export function showChoices(status) {
   const serving = (status.workers ?? []).filter((w) => w.state === "SERVING");
   const select = byId("drain-worker");
@@ -44,7 +44,7 @@ export function showChoices(status) {
   allowOrders(status);
 }
 
-// Disables what the controller would refuse, and says why.
+// Disables buttons of operations that the controller would reject, and shows the reason.
 function allowOrders(status) {
   latest = status;
   const workers = status.workers ?? [];

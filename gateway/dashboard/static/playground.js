@@ -1,11 +1,11 @@
-// A prompt to try: its tokens, and for each the experts that it visited, and on which workers.
+// Playground for a prompt: its tokens, and for each token its experts and their workers.
 
 import { get, post, stream } from "./api.js";
 import { allow, byId, element } from "./format.js";
 
 const SIGNS = { "\n": "↵", "\t": "⇥", "\r": "␍", "\x7f": "␡" };
 
-// Characters that would not show otherwise: spaces alone, control characters, joiners, marks of direction.
+// Makes invisible characters visible: single spaces, control characters, joiners, direction marks.
 export function visible(word) {
   if (/^\s+$/u.test(word)) word = word.replaceAll(" ", "␣");
   return word.replace(/[\p{C}\p{Zl}\p{Zp}]|(?! )\p{Zs}/gu, (sign) => {
@@ -17,7 +17,7 @@ export function visible(word) {
 export class Playground {
   #names = [];
   #state = "STARTING";
-  #running = null; // ends the answer that is being generated
+  #running = null; // AbortController of the running generation
   seesPlacement = true; // false with a client's key
 
   constructor() {
@@ -34,7 +34,7 @@ export class Playground {
     this.#names = names;
   }
 
-  // Whether the button works. state: of the cluster, if it is known anew.
+  // Enables or disables the button. state: new state of the cluster, if known.
   allow(state = this.#state) {
     this.#state = state;
     const busy = this.#running ? "the answer is being generated" : "";
@@ -61,7 +61,7 @@ export class Playground {
     }
   }
 
-  // What was generated, also if it was stopped before its end.
+  // The generated text, even if generation was stopped early.
   async #generate(signal) {
     const body = {
       prompt: byId("prompt").value,

@@ -1,4 +1,4 @@
-// The workers as cards in a row; those that are gone are apart, until the controller forgets them.
+// The workers as cards in a row; ended workers are separate, until the controller drops them.
 
 import { byId, count, element, fill, percent } from "./format.js";
 

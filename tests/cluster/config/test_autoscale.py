@@ -81,7 +81,7 @@ def test_auto_is_checked_once_the_mode_is_chosen() -> None:
             {"follow_nodes": True},
             r"autoscale (on) must be off or dry-run with follow_nodes",
         ),
-        (ON, {}, r"autoscale (on) needs a limit that differs from the number of the start"),
+        (ON, {}, r"autoscale (on) needs a limit that differs from the number at start"),
     ],
 )
 def test_broken_rules_name_field_value_and_rule(

@@ -66,7 +66,7 @@ def test_a_gpu_without_room_for_kv_is_refused_by_its_numbers() -> None:
     with pytest.raises(ConfigError) as refused:
         budget(utilization=0.25)
     assert str(refused.value) == (
-        "gpu_memory_utilization (0.25) must leave room for KV, 1 GiB at least: of the GPU's "
+        "gpu_memory_utilization (0.25) must leave memory for KV, 1 GiB at least: of the GPU's "
         "80 GiB, 16 GiB are in use, 3 GiB for steps, 1 GiB for NCCL"
     )
     with pytest.raises(ConfigError, match=r"80 GiB, a share of 0.25, 16 GiB are in use"):

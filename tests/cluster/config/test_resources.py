@@ -98,7 +98,7 @@ def test_colocated_workers_count_once() -> None:
     assert plan_shares(pair, _nodes(2)).cpus == 1.0
     half = replace(pair, gpus_per_worker=0.5)
     assert plan_shares(half, _nodes(2, gpus=1)).gpus == 0.5
-    with pytest.raises(ConfigError, match=r"3 workers ask for 1\.5 GPUs"):
+    with pytest.raises(ConfigError, match=r"3 workers need 1\.5 GPUs"):
         plan_shares(replace(half, num_expert_workers=3), _nodes(2, gpus=1))
 
 
@@ -130,7 +130,7 @@ def test_explicit_cpus_that_are_not_there_are_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         plan_shares(_workers(cpus=1.5), _nodes(2, 1))
     assert str(caught.value) == (
-        "cpus_per_worker (1.5) does not fit: 3 workers ask for 4.5 CPUs, "
+        "cpus_per_worker (1.5) does not fit: 3 workers need 4.5 CPUs, "
         "the cluster has 3 (10.0.0.0: 2, 10.0.0.1: 1)"
     )
 

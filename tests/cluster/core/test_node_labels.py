@@ -51,5 +51,5 @@ def test_shares_fit_every_pool_on_its_own_nodes() -> None:
     alone = WorkersSection(num_attention_workers=1, num_expert_workers=2)
     assert plan_shares(alone, ALL).cpus == 4.0
     too_many = WorkersSection(num_attention_workers=3, num_expert_workers=4, gpus_per_worker=1.0)
-    with pytest.raises(ConfigError, match=r"3 workers ask for 3 GPUs, .* has 2 \(attention: 2\)"):
+    with pytest.raises(ConfigError, match=r"3 workers need 3 GPUs, .* has 2 \(attention: 2\)"):
         plan_shares(too_many, ALL)

@@ -138,7 +138,7 @@ def test_a_given_size_wins(gpu: FakeGpu) -> None:
 
 @pytest.mark.usefixtures("gpu")
 def test_a_gpu_that_is_too_small_is_named_before_anything_is_allocated() -> None:
-    with pytest.raises(ConfigError, match=r"gpu_memory_utilization \(0.1\) must leave room for KV"):
+    with pytest.raises(ConfigError, match=r"gpu_memory_utilization \(0.1\) must leave memory for"):
         sized(args_of(gpu_memory_utilization=0.1))
     each = sum(out * width for _, _, (out, width) in FAMILY.banks[0].matrices) * 2
     section, peers = args_of().config.engine, args_of().config.workers.num_attention_ranks
