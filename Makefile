@@ -39,7 +39,7 @@ help:
 	@echo "make test-long  everything but GPU tests, for hours, or a part of it (PART=1)"
 	@echo "make setup-clients  .venv-clients with clients of other projects, Redis and Prometheus, for parts 6 and 7"
 	@echo "make audit    look for known holes in the pinned packages"
-	@echo "make bench    measure, and write benchmarks/RESULTS.md"
+	@echo "make bench    measure, and write docs/results"
 	@echo "make gpu-check  check and measure the GPU path on one GPU (ARGS=\"--budget 570\"), offline"
 	@echo "make docs     build the documents as a site in build/docs; a warning is an error"
 	@echo "make release  build and test wheel and image of the version"

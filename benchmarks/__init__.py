@@ -1,1 +1,3 @@
-"""What ``RESULTS.md`` is made with. May import every package, and transformers as a base line."""
+"""Measurements: they write ``docs/results``. They may import every package, and
+transformers as a baseline.
+"""

@@ -1,8 +1,8 @@
-"""``make bench``: run all benchmarks and write ``RESULTS.md``.
+"""``make bench``: run all benchmarks and write their pages in ``docs/results``.
 
-python -m benchmarks.run [--quick] [--only serving,dispatch] [--out FILE]
+python -m benchmarks.run [--quick] [--only serving,dispatch] [--out FOLDER]
 
-A benchmark is a module with ``section(quick: bool) -> str``, which returns its part of the file.
+A benchmark is a module with ``section(quick: bool) -> str``, which returns its section of a page.
 ``--quick`` shows that everything runs; its numbers mean nothing and go to stdout.
 """
 
@@ -23,51 +23,52 @@ from benchmarks.report import results
 logger = logging.getLogger(__name__)
 
 SECTIONS = {
-    "serving": "serving.throughput",
-    "families": "serving.families",
-    "colocated": "serving.colocated",
-    "micro_batches": "serving.micro_batches",
-    "prefix_cache": "engine.prefix_cache",
-    "speculation": "engine.speculation",
-    "acceptance": "engine.acceptance",
-    "itl_target": "serving.itl_target",
-    "deterministic": "serving.deterministic",
-    "dispatch": "engine.dispatch",
-    "idle": "serving.idle",
-    "load_tracking": "engine.load_tracking",
-    "step_cost": "engine.step_cost",
-    "kv_cache": "engine.kv_cache",
-    "kv_accuracy": "engine.kv_accuracy",
-    "perplexity": "engine.perplexity",
-    "delta_net": "engine.delta_net",
-    "moves": "faults.moves",
-    "scaling": "faults.scaling",
-    "overload": "serving.overload",
-    "placement": "placement.quality",
-    "rebalancing": "placement.rebalancing",
-    "routing": "simulated.routing",
-    "retention": "simulated.retention",
-    "sessions": "simulated.sessions",
-    "kv_routing": "serving.kv_routing",
-    "sessions_served": "serving.sessions_served",
-    "autoscaling": "simulated.autoscaling",
-    "gateway_cost": "serving.gateway_cost",
-    "watching": "serving.watching",
+    "serving": ("serving.throughput", "serving"),
+    "families": ("serving.families", "serving"),
+    "colocated": ("serving.colocated", "serving"),
+    "micro_batches": ("serving.micro_batches", "engine"),
+    "prefix_cache": ("engine.prefix_cache", "cache"),
+    "speculation": ("engine.speculation", "speculation"),
+    "acceptance": ("engine.acceptance", "speculation"),
+    "itl_target": ("serving.itl_target", "engine"),
+    "deterministic": ("serving.deterministic", "serving"),
+    "dispatch": ("engine.dispatch", "engine"),
+    "idle": ("serving.idle", "engine"),
+    "load_tracking": ("engine.load_tracking", "engine"),
+    "step_cost": ("engine.step_cost", "engine"),
+    "kv_cache": ("engine.kv_cache", "engine"),
+    "kv_accuracy": ("engine.kv_accuracy", "engine"),
+    "perplexity": ("engine.perplexity", "quantization"),
+    "delta_net": ("engine.delta_net", "memory-wall"),
+    "moves": ("faults.moves", "reliability"),
+    "scaling": ("faults.scaling", "reliability"),
+    "overload": ("serving.overload", "gateway"),
+    "placement": ("placement.quality", "placement"),
+    "rebalancing": ("placement.rebalancing", "placement"),
+    "routing": ("simulated.routing", "cache"),
+    "retention": ("simulated.retention", "cache"),
+    "sessions": ("simulated.sessions", "cache"),
+    "kv_routing": ("serving.kv_routing", "cache"),
+    "sessions_served": ("serving.sessions_served", "cache"),
+    "autoscaling": ("simulated.autoscaling", "placement"),
+    "gateway_cost": ("serving.gateway_cost", "gateway"),
+    "watching": ("serving.watching", "gateway"),
 }
-"""Section -> its module here, which has a ``section``, in the order of the file."""
+"""Section -> its module here, which has a ``section``, and its page in ``docs/results``."""
 
 
 def run(names: Sequence[str], quick: bool, out: Path | None, command: str) -> None:
     """Run benchmarks one after the other; each is written as soon as it is done."""
     for name in names:
         start = time.monotonic()
-        body: str = importlib.import_module(f"benchmarks.{SECTIONS[name]}").section(quick)
+        module, page = SECTIONS[name]
+        body: str = importlib.import_module(f"benchmarks.{module}").section(quick)
         body = f"{body}\n\n{results.machine(command)}"
         logger.info("%s took %.0f s", name, time.monotonic() - start)
         if out is None:
             sys.stdout.write(f"{body}\n\n")
         else:
-            results.write_section(out, name, body)
+            results.write_section(out / f"{page}.md", name, body)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to stdout")
     parser.add_argument("--only", default=",".join(SECTIONS), help="benchmarks, with commas")
-    parser.add_argument("--out", type=Path, help=f"file to write, by default {results.FILE.name}")
+    parser.add_argument("--out", type=Path, help="folder to write, by default docs/results")
     options = parser.parse_args(arguments)
     names = options.only.split(",")
     unknown = sorted(set(names) - SECTIONS.keys())
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--only: {unknown[0]} is not one of {', '.join(SECTIONS)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     signal.signal(signal.SIGTERM, terminate)
-    out = options.out or (None if options.quick else results.FILE)
+    out = options.out or (None if options.quick else results.FOLDER)
     command = " ".join(["python -m benchmarks.run", *(arguments or sys.argv[1:])])
     run(names, options.quick, out, command)
 

@@ -19,7 +19,7 @@ nitpicky = True
 myst_heading_anchors = 4
 """Anchors of headings are those that code hosts make, to which the pages link."""
 suppress_warnings = ["myst.header"]
-"""RESULTS.md begins some sections at the third level."""
+"""Some sections of the results begin at the third level."""
 
 html_theme = "furo"
 html_title = f"expertmesh {release}"

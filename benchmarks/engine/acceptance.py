@@ -149,7 +149,7 @@ def texts_of(source: HeldOut, max_passages: int | None) -> Iterator[tuple[str, l
 
 
 def section(quick: bool) -> str:
-    """The part of ``RESULTS.md``."""
+    """The section of its page."""
     source = held_out()
     rows = []
     for name, texts in texts_of(source, 3 if quick else None):

@@ -109,7 +109,7 @@ def _seconds(call: Callable[[], Tensor]) -> float:
 
 
 def section(quick: bool) -> str:
-    """The part of ``RESULTS.md``."""
+    """The section of its page."""
     kernels = start_kernels(1)
     if kernels.team is None:
         return f"## Gated DeltaNet\n\nNot measured: {kernels.words}."

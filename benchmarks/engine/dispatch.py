@@ -222,7 +222,7 @@ def _echo(transport: DataTransport, shape: Shape, num_rows: int) -> Callable[[in
 
 
 def section(quick: bool) -> str:
-    """The section of ``RESULTS.md``."""
+    """The section of its page."""
     repeats = 20 if quick else 300
     rows = []
     transports: tuple[Literal["sockets", "collective"], ...] = ("sockets", "collective")

@@ -68,7 +68,7 @@ def num_equal(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def section(quick: bool) -> str:
-    """The part of ``RESULTS.md``."""
+    """The section of its page."""
     num_windows = 1 if quick else None
     found = [answers(*kind, num_windows) for kind in KINDS]
     rows = []

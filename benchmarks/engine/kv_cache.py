@@ -152,7 +152,7 @@ def measure(case: Case, team: Team) -> Found:
 
 
 def section(quick: bool) -> str:
-    """The part of ``RESULTS.md``."""
+    """The section of its page."""
     kernels = start_kernels(1)
     if kernels.team is None:
         return f"## KV cache in fp8\n\nNot measured: {kernels.words}."

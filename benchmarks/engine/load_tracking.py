@@ -121,7 +121,7 @@ def _report_s(load: LoadCounter) -> float:
 
 
 def section(quick: bool) -> str:
-    """The part of ``RESULTS.md``."""
+    """The section of its page."""
     new_tokens = 8 if quick else 64
     batches = (2,) if quick else (1, 8, 32)
     model = TINY if quick else RandomModel()

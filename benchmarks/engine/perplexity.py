@@ -172,7 +172,7 @@ def checkpoint_of(form: Form, checkpoint: Path) -> Iterator[Path]:
 
 
 def section(quick: bool) -> str:
-    """The part of ``RESULTS.md``."""
+    """The section of its page."""
     task = bundled(2 if quick else None)
     about = " ".join((__doc__ or "").split("\n\n")[1].split())
     num_tokens = f"{task.num_scored:,} tokens were scored."

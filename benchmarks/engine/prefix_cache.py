@@ -83,7 +83,7 @@ class Run:
 
 
 def section(quick: bool) -> str:
-    """The section of ``RESULTS.md``."""
+    """The section of its page."""
     case = QUICK if quick else Case()
     return _words(case) + "\n\n" + table(_HEAD, list(rows(case, quick)))
 

@@ -143,7 +143,7 @@ class Pair:
 
 
 def section(quick: bool) -> str:
-    """The section of ``RESULTS.md``."""
+    """The section of its page."""
     case, model = (QUICK, TINY) if quick else (Case(), MODEL)
     with chain_model(model) as checkpoint:
         found = measure(checkpoint, case)

@@ -221,7 +221,7 @@ def _config(case: Case) -> ModelConfig:
 
 
 def section(quick: bool) -> str:
-    """The part of ``RESULTS.md``."""
+    """The section of its page."""
     cases = (QUICK,) if quick else CASES
     rows = []
     for case in cases:

@@ -71,7 +71,7 @@ class Drained:
 
 
 def section(quick: bool) -> str:
-    """The section of ``RESULTS.md``."""
+    """The section of its page."""
     case = QUICK if quick else Case()
     with random_model(TINY if quick else RandomModel()) as checkpoint:
         found = {

@@ -71,7 +71,7 @@ class Scaled:
 
 
 def section(quick: bool) -> str:
-    """The section of ``RESULTS.md``."""
+    """The section of its page."""
     case = QUICK if quick else Case()
     return f"## Scaling\n\n{_words(case)}\n\n{report(measure(case))}"
 

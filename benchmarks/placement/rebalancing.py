@@ -213,7 +213,7 @@ def intervals_of(case: Case, shift: Mapping[str, Any]) -> dict[str, list[tuple[f
 
 
 def section(quick: bool) -> str:
-    """The section of ``RESULTS.md``."""
+    """The section of its page."""
     case = QUICK if quick else Case()
     with tempfile.TemporaryDirectory(prefix="em-rebalancing-") as folder:
         found = measure(case, Path(folder))

@@ -1,1 +1,1 @@
-"""``RESULTS.md`` and its tables, options of several benchmarks, a quiet machine."""
+"""Pages and tables of ``docs/results``, options of several benchmarks, a quiet machine."""

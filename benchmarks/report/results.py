@@ -1,4 +1,4 @@
-"""``RESULTS.md``: sections between markers, and what machine they were made on."""
+"""Pages of ``docs/results``: sections between markers, and the machine of a measurement."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-FILE = Path(__file__).parents[1] / "RESULTS.md"
-"""Where ``make bench`` writes."""
-_HEAD = """# Benchmark results
-
-`make bench` replaces the sections between the markers; notes outside the markers stay.
-"""
+FOLDER = Path(__file__).parents[2] / "docs" / "results"
+"""The pages that ``make bench`` writes."""
+_HEAD = "# Benchmark results\n"
 
 
 def put_section(text: str, name: str, body: str) -> str:

@@ -22,7 +22,7 @@ CASE = Case(systems=SYSTEMS)
 
 
 def section(quick: bool) -> str:
-    """The section of ``RESULTS.md``."""
+    """The section of its page."""
     case = replace(QUICK, systems=SYSTEMS) if quick else CASE
     model = TINY if quick else RandomModel()
     parts = [_words(case), report("Bundled checkpoint", measure(bundled_checkpoint(), case))]

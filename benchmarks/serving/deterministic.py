@@ -22,7 +22,7 @@ CASE = Case(new_tokens=24, repeats=2, systems=SYSTEMS, patience_s=1.0)
 
 
 def section(quick: bool) -> str:
-    """The section of ``RESULTS.md``."""
+    """The section of its page."""
     case = replace(QUICK, systems=SYSTEMS) if quick else CASE
     model = TINY if quick else RandomModel()
     parts = [_words(case), report("Bundled checkpoint", measure(bundled_checkpoint(), case))]

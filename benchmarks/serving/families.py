@@ -37,7 +37,7 @@ TINY_MODELS = {
 
 
 def section(quick: bool) -> str:
-    """The section of ``RESULTS.md``."""
+    """The section of its page."""
     case = QUICK if quick else CASE
     parts = [_words(case)]
     for name, model in (TINY_MODELS if quick else MODELS).items():

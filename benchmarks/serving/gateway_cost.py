@@ -109,7 +109,7 @@ class Found:
 
 
 def section(quick: bool) -> str:
-    """The section of ``RESULTS.md``."""
+    """The section of its page."""
     case = QUICK if quick else Case()
     found = measure(case)
     about, where = (" ".join(part.split()) for part in (__doc__ or "").split("\n\n")[2:4])

@@ -96,7 +96,7 @@ def _dispatch_ms(stream: EngineStream, number: int) -> float:
 
 
 def section(quick: bool) -> str:
-    """The part of ``RESULTS.md``."""
+    """The section of its page."""
     size = QUICK if quick else Size()
     result = measure(size)
     times = sorted(result["dispatch_ms"])

@@ -88,7 +88,7 @@ class Run:
 
 
 def section(quick: bool) -> str:
-    """The section of ``RESULTS.md``."""
+    """The section of its page."""
     case = QUICK if quick else Case()
     with random_model(TINY if quick else RandomModel()) as checkpoint:
         return f"{_words(case)}\n\n{report(measure(checkpoint, case))}"

@@ -49,7 +49,7 @@ QUICK = Case(first_tokens=(40, 60), more_tokens=20, turns=2, num_chats=1, rounds
 
 
 def section(quick: bool) -> str:
-    """The section of ``RESULTS.md``."""
+    """The section of its page."""
     case, model = (QUICK, TINY) if quick else (Case(), RandomModel())
     found = measure(case, model)
     base = statistics.median(found["ray-round-robin"])

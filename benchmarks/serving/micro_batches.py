@@ -24,7 +24,7 @@ CASE = Case(
 
 
 def section(quick: bool) -> str:
-    """The section of ``RESULTS.md``."""
+    """The section of its page."""
     case = replace(QUICK, systems=(ONE, TWO)) if quick else CASE
     model = TINY if quick else RandomModel()
     parts = [_words(case), report("Bundled checkpoint", measure(bundled_checkpoint(), case))]

@@ -248,7 +248,7 @@ def run(seconds: float) -> str:
 
 
 def section(quick: bool) -> str:
-    """The section of ``RESULTS.md``."""
+    """The section of its page."""
     return f"## Overload\n\n{run(3.0 if quick else 60.0)}"
 
 

@@ -59,7 +59,7 @@ class Case:
 
 
 FULL = Case(num_sessions=60, max_turns=12, model=RandomModel(hidden=256, layers=4, ffn=128))
-"""What ``RESULTS.md`` shows."""
+"""What the page shows."""
 QUICK = Case(num_sessions=2, max_turns=3, model=RandomModel(hidden=64, layers=1, ffn=32, vocab=512))
 """Enough to see that everything runs."""
 SYSTEMS: dict[str, tuple[str, Sequence[str]]] = {
@@ -81,7 +81,7 @@ class Served:
 
 
 def section(quick: bool) -> str:
-    """The section of ``RESULTS.md``."""
+    """The section of its page."""
     case = QUICK if quick else FULL
     requests = _first_turns(case)
     uses = uses_of(requests)

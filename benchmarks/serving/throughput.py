@@ -67,7 +67,7 @@ TINY = random_checkpoint.TINY
 
 
 def section(quick: bool) -> str:
-    """The section of ``RESULTS.md``."""
+    """The section of its page."""
     case = QUICK if quick else Case()
     return _words(case) + "\n\n" + "\n\n".join(_reports(case, TINY if quick else RandomModel()))
 

@@ -182,7 +182,7 @@ def report(found: dict[str, list[float]], costs_ms: dict[str, float], size: Size
 
 
 def section(quick: bool) -> str:
-    """The part of ``RESULTS.md``."""
+    """The section of its page."""
     size = QUICK if quick else Size()
     with tempfile.TemporaryDirectory() as text, running_server(Path(text)) as server:
         paths = dict.fromkeys(path for watcher in WATCHERS for path, _ in watcher.paths)

@@ -176,7 +176,7 @@ def compare(case: Case, until_s: float = math.inf) -> dict[str, Outcome]:
 
 
 def section(quick: bool) -> str:
-    """The section of ``RESULTS.md``."""
+    """The section of its page."""
     rows = []
     for case in CASES:
         for name, found in compare(case, QUICK_S if quick else math.inf).items():
@@ -191,4 +191,4 @@ def section(quick: bool) -> str:
         "anything waits, and removes one below the second. The valley: the trace thinned out to a "
         f"fifth in its middle. Delayed: requests that waited for {_DELAY_S} s or more."
     )
-    return "\n\n".join(["## Autoscaling, on paper", f"{about} {words}", table(head, rows)])
+    return "\n\n".join(["## Autoscaling, simulated", f"{about} {words}", table(head, rows)])

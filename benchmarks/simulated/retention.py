@@ -1,4 +1,4 @@
-"""Which prefixes a cache keeps, on paper: the product's own order beside the ideal one.
+"""Which prefixes a cache keeps, simulated: the product's own order beside the ideal one.
 
 python -m benchmarks.run --only retention
 
@@ -227,7 +227,7 @@ def working_set(uses: Sequence[Use]) -> int:
 
 
 def section(quick: bool) -> str:
-    """The section of ``RESULTS.md``."""
+    """The section of its page."""
     head = ["trace, order", *(f"{size:.0%}" for size in SIZES)]
     rows, tiers = [], []
     for trace, requests in traces(quick).items():
@@ -246,7 +246,7 @@ def section(quick: bool) -> str:
         tiers.append([trace, *cells, f"{sum(by_tier.values()) / ideal[-1]:.3f}"])
     return "\n\n".join(
         [
-            "## Retention, on paper",
+            "## Retention, simulated",
             " ".join((__doc__ or "").split("\n\n", 2)[2].split()),
             "The agents are made up as published statistics describe them: see "
             "`benchmarks/simulated/agent_trace.py`. Documents are requests that nobody continues, "

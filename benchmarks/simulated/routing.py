@@ -1,4 +1,4 @@
-"""Where requests go, on paper: the gateway's own index and policies on a chat service's requests.
+"""Where requests go, simulated: the gateway's own index and policies on a chat service's requests.
 
 python -m benchmarks.run --only routing
 
@@ -290,7 +290,7 @@ CASES = {
 
 
 def section(quick: bool) -> str:
-    """The section of ``RESULTS.md``."""
+    """The section of its page."""
     requests = conversations()[: 300 if quick else None]
     traces = {"conversations": (requests, 1.0), "conversations, 1.4 x": (requests, 1.4)}
     for seed in range(1 if quick else 3):
@@ -315,7 +315,7 @@ def section(quick: bool) -> str:
     head = ["trace, policy", "mean TTFT s", "cached tokens", "TTFT within 2 s"]
     return "\n\n".join(
         [
-            "## Routing, on paper",
+            "## Routing, simulated",
             " ".join((__doc__ or "").split("\n\n", 2)[2].split()),
             "The multi-turn chats are made up: see `multi_turn` in "
             "`benchmarks/simulated/request_trace.py`.",

@@ -1,4 +1,4 @@
-"""Agents on several workers, on paper: lower tiers of KV beside the pool alone, and round-robin.
+"""Agents on several workers, simulated: lower tiers of KV beside the pool alone, and round-robin.
 
 python -m benchmarks.run --only sessions
 
@@ -208,7 +208,7 @@ def _serve(workers: Mapping[str, Worker], route: Route, use: Use, tokens: int) -
 
 
 def section(quick: bool) -> str:
-    """The section of ``RESULTS.md``; draws ``PLOT``."""
+    """The section of its page; draws ``PLOT``."""
     rows, lines = [], list[Line]()
     traces: dict[str, Sequence[TracedRequest]] = {
         "agents": agent_sessions(1, 3 if quick else 50),
@@ -227,10 +227,10 @@ def section(quick: bool) -> str:
     head = ["trace, system", "cached tokens", "of the ideal", "mean TTFT s", "9 of 10 within s"]
     return "\n\n".join(
         [
-            "## Sessions, on paper",
+            "## Sessions, simulated",
             " ".join((__doc__ or "").split("\n\n", 2)[2].split()),
-            "The agents are 50 sessions as in *Retention, on paper*. The ideal is Belady's, with a "
-            f"cache of {DISK.part:.0%} for all workers. Requests name their sessions and "
+            "The agents are 50 sessions as in *Retention, simulated*. The ideal is Belady's, with "
+            f"a cache of {DISK.part:.0%} for all workers. Requests name their sessions and "
             "nothing else. Where more is computed than the workers can, queues grow until the end. "
             "[The plot](../docs/explanation/sessions.svg) shows the conversations.",
             table(head, rows),

@@ -106,7 +106,7 @@ def test_median_and_ratio_go_over_the_runs() -> None:
 
 
 def test_a_section_is_added_then_replaced_and_notes_survive(tmp_path: Path) -> None:
-    file = tmp_path / "RESULTS.md"
+    file = tmp_path / "serving.md"
     results.write_section(file, "serving", "first")
     results.write_section(file, "dispatch", "other")
     file.write_text(file.read_text() + "\nA note.\n")
