@@ -23,7 +23,7 @@ from gateway.dashboard import http as dashboard
 from gateway.generation.gateway import Gateway
 from gateway.http.api import route_error
 from gateway.http.json_output import dump_json
-from gateway.http.middleware import OPEN_PATHS, HttpMiddleware
+from gateway.http.middleware import UNAUTHENTICATED_PATHS, HttpMiddleware
 from gateway.http.request_body import read_json
 from gateway.listener.http_listener import HttpListener
 
@@ -71,7 +71,7 @@ def build_admin_app(gateway: Gateway) -> FastAPI:
         gateway=gateway,
         keys=gateway.admin_keys,
         routes=routes,
-        open_paths=OPEN_PATHS | dashboard.open_paths(),
+        open_paths=UNAUTHENTICATED_PATHS | dashboard.open_paths(),
     )
     return app
 

@@ -17,7 +17,7 @@ _OWN_PREFIX, _PREFIX = "call_", "toolu_"
 
 
 @dataclass(slots=True)
-class _Open:
+class _OpenBlock:
     """The block that is not complete yet."""
 
     kind: Literal["text", "thinking", "tool_use"]
@@ -33,7 +33,7 @@ class BlockWriter:
 
     def __init__(self, thinking: ShownThinking) -> None:
         self._thinking = thinking
-        self._open: _Open | None = None
+        self._open_block: _OpenBlock | None = None
         self._num_begun = 0
         self._space = ""
 
@@ -42,27 +42,27 @@ class BlockWriter:
         events: list[Event] = []
         for part in parsed.in_order():
             if isinstance(part, CallDelta):
-                events += self._call(part)
+                events += self._add_call(part)
             elif part.is_reasoning:
-                events += self._thought(part.text)
+                events += self._add_reasoning(part.text)
             else:
-                events += self._text(part.text)
+                events += self._add_text(part.text)
         return events
 
     def end(self) -> list[Event]:
         """Return the events that end the open block."""
-        block, self._open = self._open, None
+        block, self._open_block = self._open_block, None
         if block is None:
             return []
-        place = {"index": self._num_begun - 1}
-        stop: Event = {"type": "content_block_stop", **place}
+        index = {"index": self._num_begun - 1}
+        stop: Event = {"type": "content_block_stop", **index}
         if block.kind != "thinking":
             return [stop]
         seal = {"type": "signature_delta", "signature": block.seal.hexdigest()}
-        return [{"type": "content_block_delta", **place, "delta": seal}, stop]
+        return [{"type": "content_block_delta", **index, "delta": seal}, stop]
 
-    def _text(self, text: str) -> list[Event]:
-        if self._open is None or self._open.kind != "text":
+    def _add_text(self, text: str) -> list[Event]:
+        if self._open_block is None or self._open_block.kind != "text":
             text = self._space + text
             self._space = "" if text.strip() else text
             if self._space:
@@ -70,18 +70,18 @@ class BlockWriter:
         events = self._begin("text", {"type": "text", "text": ""})
         return [*events, self._delta({"type": "text_delta", "text": text})]
 
-    def _thought(self, text: str) -> list[Event]:
+    def _add_reasoning(self, text: str) -> list[Event]:
         if self._thinking == "none":
             return []
         block = {"type": "thinking", "thinking": "", "signature": ""}
         events = self._begin("thinking", block)
-        assert self._open is not None, "it has begun"
-        self._open.seal.update(text.encode())
+        assert self._open_block is not None, "it has begun"
+        self._open_block.seal.update(text.encode())
         if self._thinking == "omitted":
             return events
         return [*events, self._delta({"type": "thinking_delta", "thinking": text})]
 
-    def _call(self, call: CallDelta) -> list[Event]:
+    def _add_call(self, call: CallDelta) -> list[Event]:
         events: list[Event] = []
         if call.name is not None:
             name = (call.call_id or "").replace(_OWN_PREFIX, _PREFIX, 1)
@@ -96,11 +96,11 @@ class BlockWriter:
         self, kind: Literal["text", "thinking", "tool_use"], block: Event, is_new: bool = False
     ) -> list[Event]:
         """Begin a block, unless one of the same kind is open and ``is_new`` is False."""
-        if self._open is not None and self._open.kind == kind and not is_new:
+        if self._open_block is not None and self._open_block.kind == kind and not is_new:
             return []
         events = self.end()
         self._space = ""
-        self._open = _Open(kind, hashlib.sha256() if kind == "thinking" else None)
+        self._open_block = _OpenBlock(kind, hashlib.sha256() if kind == "thinking" else None)
         start = {"type": "content_block_start", "index": self._num_begun, "content_block": block}
         self._num_begun += 1
         return [*events, start]
@@ -109,7 +109,7 @@ class BlockWriter:
         return {"type": "content_block_delta", "index": self._num_begun - 1, "delta": delta}
 
 
-def blocks_of(events: Iterable[Event]) -> list[Event]:
+def collect_blocks(events: Iterable[Event]) -> list[Event]:
     """Build the content blocks from the events of a whole message.
 
     The input of an incomplete call is empty.
@@ -117,16 +117,16 @@ def blocks_of(events: Iterable[Event]) -> list[Event]:
     blocks: list[Event] = []
     inputs: dict[int, str] = {}
     for event in events:
-        place = event["index"]
+        index = event["index"]
         if event["type"] == "content_block_start":
             blocks.append(dict(event["content_block"]))
         for name, value in event.get("delta", {}).items():
             if name == "partial_json":
-                inputs[place] = inputs.get(place, "") + value
+                inputs[index] = inputs.get(index, "") + value
             elif name != "type":
-                blocks[place][name] += value
-    for place, text in inputs.items():
-        blocks[place]["input"] = _input(text)
+                blocks[index][name] += value
+    for index, text in inputs.items():
+        blocks[index]["input"] = _input(text)
     return blocks
 
 

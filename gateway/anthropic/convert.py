@@ -12,9 +12,9 @@ from typing import Any
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.anthropic.deferred import (
     REFERENCE,
+    callable_tools,
     check_references,
-    offered_tools,
-    shown_references,
+    render_references,
 )
 from gateway.anthropic.hints import longest_ttl, session_of
 from gateway.anthropic.schema import (
@@ -33,11 +33,11 @@ from gateway.text.forms.structured import schema_grammar
 from gateway.text.forms.tools import FieldNames, make_tool_use
 from workers.requests.request import Grammar
 
-LEAST_BUDGET_TOKENS = 1024
+MIN_BUDGET_TOKENS = 1024
 _EFFORTS = {"max": "xhigh"}
 """Effort names of Anthropic that have another name here."""
 _CHOICES = {"any": "required", "tool": None}
-_BILLING = "x-anthropic-billing-header:"
+_BILLING_PREFIX = "x-anthropic-billing-header:"
 """Prefix of a system block that Claude Code adds. It differs in each request and is removed."""
 _TOOL_NAMES = FieldNames(name="name", parameters="input_schema")
 _Message = dict[str, Any]
@@ -70,7 +70,7 @@ def message_call(body: MessagesBody) -> GenerateCall:
 def chat_input(body: CountTokensBody, grammar: Grammar | None = None) -> ChatInput:
     """Return the conversation of a body. Raises ``RequestError``."""
     check_references(body)
-    messages = _joined(_messages(body))
+    messages = _merge_consecutive(_messages(body))
     continues = bool(messages) and messages[-1]["role"] == "assistant"
     if continues:
         last = messages[-1]
@@ -106,20 +106,20 @@ def _check_thinking(thinking: ThinkingParam | None, max_tokens: int) -> None:
     budget = thinking.budget_tokens
     if budget is None:
         raise RequestError(f"{name} is required", name, "missing_required_parameter")
-    is_fit = LEAST_BUDGET_TOKENS <= budget < max_tokens
-    rule = f"({budget}) must be at least {LEAST_BUDGET_TOKENS} and below max_tokens ({max_tokens})"
+    is_fit = MIN_BUDGET_TOKENS <= budget < max_tokens
+    rule = f"({budget}) must be at least {MIN_BUDGET_TOKENS} and below max_tokens ({max_tokens})"
     require(is_fit, name, rule)
 
 
 def _grammar(body: MessagesBody) -> Grammar | None:
     config = body.output_config
-    wanted: dict[str, OutputFormatParam | None] = {
+    formats: dict[str, OutputFormatParam | None] = {
         "output_config.format": config.format if config else None,
         "output_format": body.output_format,
     }
-    given = {name: one for name, one in wanted.items() if one is not None}
-    require(len(given) < 2, "output_format", "and output_config.format cannot both be set")
-    for name, one in given.items():
+    formats_set = {name: one for name, one in formats.items() if one is not None}
+    require(len(formats_set) < 2, "output_format", "and output_config.format cannot both be set")
+    for name, one in formats_set.items():
         return schema_grammar(one.schema_, f"{name}.schema")
     return None
 
@@ -128,9 +128,9 @@ def _grammar(body: MessagesBody) -> Grammar | None:
 
 
 def _tools(body: CountTokensBody) -> ToolUse | None:
-    offered = offered_tools(body)
-    tools = [_tool(tool, place) for place, tool in offered]
-    names = replace(_TOOL_NAMES, entries=[f"tools[{place}]" for place, _ in offered])
+    offered = callable_tools(body)
+    tools = [_tool(tool, index) for index, tool in offered]
+    names = replace(_TOOL_NAMES, entries=[f"tools[{index}]" for index, _ in offered])
     choice = body.tool_choice
     if choice is None:
         return make_tool_use(tools, names=names)
@@ -146,9 +146,9 @@ def _tools(body: CountTokensBody) -> ToolUse | None:
     )
 
 
-def _tool(tool: ToolParam, place: int) -> Tool:
+def _tool(tool: ToolParam, index: int) -> Tool:
     if tool.input_schema is None:
-        name = f"tools[{place}].input_schema"
+        name = f"tools[{index}].input_schema"
         raise RequestError(f"{name} is required", name, "missing_required_parameter")
     return Tool(
         name=tool.name,
@@ -164,87 +164,91 @@ def _tool(tool: ToolParam, place: int) -> Tool:
 
 def _messages(body: CountTokensBody) -> list[_Message]:
     """Return messages for chat templates; each tool result is a separate message."""
-    found: list[_Message] = []
-    system = _system([b for b in body.system or () if not _is_billing(b)], "system")
+    messages: list[_Message] = []
+    system = _system_message([b for b in body.system or () if not _is_billing(b)], "system")
     if system["content"]:
-        found.append(system)
+        messages.append(system)
     tools = {tool.name: tool for tool in body.tools or ()}
-    for place, message in enumerate(body.messages):
-        found += _turn(message, f"messages[{place}].content", tools)
-    return found
+    for index, message in enumerate(body.messages):
+        messages += _convert_message(message, f"messages[{index}].content", tools)
+    return messages
 
 
-def _turn(message: MessageParam, path: str, tools: Mapping[str, ToolParam]) -> list[_Message]:
+def _convert_message(
+    message: MessageParam, path: str, tools: Mapping[str, ToolParam]
+) -> list[_Message]:
     if message.role == "system":
-        return [_system(message.content, path)]
+        return [_system_message(message.content, path)]
     if message.role == "assistant":
-        return [_answer(message.content, path)]
-    return _question(message.content, path, tools)
+        return [_assistant_message(message.content, path)]
+    return _user_messages(message.content, path, tools)
 
 
-def _system(blocks: Sequence[Block], path: str) -> _Message:
-    return {"role": "system", "content": _texts(blocks, path)}
+def _system_message(blocks: Sequence[Block], path: str) -> _Message:
+    return {"role": "system", "content": _join_texts(blocks, path)}
 
 
 def _is_billing(block: Block) -> bool:
-    return block.type == "text" and (block.text or "").startswith(_BILLING)
+    return block.type == "text" and (block.text or "").startswith(_BILLING_PREFIX)
 
 
-def _question(blocks: Sequence[Block], path: str, tools: Mapping[str, ToolParam]) -> list[_Message]:
-    found: list[_Message] = []
-    for place, block in enumerate(blocks):
-        own = f"{path}[{place}]"
+def _user_messages(
+    blocks: Sequence[Block], path: str, tools: Mapping[str, ToolParam]
+) -> list[_Message]:
+    messages: list[_Message] = []
+    for index, block in enumerate(blocks):
+        block_path = f"{path}[{index}]"
         match block.type:
             case "text":
-                found.append({"role": "user", "content": _text(block, own)})
+                messages.append({"role": "user", "content": _text(block, block_path)})
             case "tool_result":
-                found.append(_result(block, own, tools))
+                messages.append(_tool_message(block, block_path, tools))
             case "mid_conv_system":
-                found.append(_system(block.content or (), f"{own}.content"))
+                messages.append(_system_message(block.content or (), f"{block_path}.content"))
             case _:
-                raise _misplaced(block, own, "user")
-    return found or [{"role": "user", "content": ""}]
+                raise _misplaced_block(block, block_path, "user")
+    return messages or [{"role": "user", "content": ""}]
 
 
-def _result(block: Block, path: str, tools: Mapping[str, ToolParam]) -> _Message:
+def _tool_message(block: Block, path: str, tools: Mapping[str, ToolParam]) -> _Message:
     if block.tool_use_id is None:
         name = f"{path}.tool_use_id"
         raise RequestError(f"{name} is required", name, "missing_required_parameter")
-    content = _contents(block.content or (), f"{path}.content", tools)
+    content = _result_text(block.content or (), f"{path}.content", tools)
     shown = f"Error: {content}" if block.is_error else content
     return {"role": "tool", "tool_call_id": block.tool_use_id, "content": shown}
 
 
-def _contents(blocks: Sequence[Block], path: str, tools: Mapping[str, ToolParam]) -> str:
+def _result_text(blocks: Sequence[Block], path: str, tools: Mapping[str, ToolParam]) -> str:
     """Return the text of blocks, with references replaced by tool declarations."""
-    named = [(block, f"{path}[{place}]") for place, block in enumerate(blocks)]
+    named = [(block, f"{path}[{index}]") for index, block in enumerate(blocks)]
     lines = []
     for is_reference, group in groupby(named, key=lambda pair: pair[0].type == REFERENCE):
-        some, paths = zip(*group, strict=True)
+        group_blocks, paths = zip(*group, strict=True)
         if is_reference:
-            lines.append(shown_references(some, paths, tools))
+            lines.append(render_references(group_blocks, paths, tools))
         else:
-            lines += [_only_text(*pair) for pair in zip(some, paths, strict=True)]
+            lines += [_only_text(*pair) for pair in zip(group_blocks, paths, strict=True)]
     return "\n".join(lines)
 
 
-def _answer(blocks: Sequence[Block], path: str) -> _Message:
+def _assistant_message(blocks: Sequence[Block], path: str) -> _Message:
     texts: list[str] = []
     thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
-    for place, block in enumerate(blocks):
-        own = f"{path}[{place}]"
+    for index, block in enumerate(blocks):
+        block_path = f"{path}[{index}]"
         match block.type:
             case "text":
-                texts.append(_text(block, own))
+                texts.append(_text(block, block_path))
             case "thinking":
                 thoughts.append(block.thinking or "")
             case "redacted_thinking":
                 pass  # encrypted by another server: models of this server cannot read it
             case "tool_use":
-                calls.append(_call(block, own))
+                calls.append(_call(block, block_path))
             case _:
-                raise _misplaced(block, own, "assistant")
+                raise _misplaced_block(block, block_path, "assistant")
     message: _Message = {"role": "assistant", "content": "\n".join(texts)}
     if reasoning := "\n".join(filter(None, thoughts)):
         message["reasoning_content"] = reasoning
@@ -264,14 +268,14 @@ def _call(block: Block, path: str) -> dict[str, Any]:
     return {"id": block.id, "type": "function", "function": function}
 
 
-def _texts(blocks: Sequence[Block], path: str) -> str:
+def _join_texts(blocks: Sequence[Block], path: str) -> str:
     """Return the text of blocks; raises for blocks that are not text."""
     return "\n".join(_only_text(block, f"{path}[{i}]") for i, block in enumerate(blocks))
 
 
 def _only_text(block: Block, path: str) -> str:
     if block.type != "text":
-        raise _unbuilt(block, path, "only text is")
+        raise _unsupported_block(block, path, "only text is")
     return _text(block, path)
 
 
@@ -282,28 +286,30 @@ def _text(block: Block, path: str) -> str:
     return block.text
 
 
-def _misplaced(block: Block, path: str, role: str) -> RequestError:
+def _misplaced_block(block: Block, path: str, role: str) -> RequestError:
     if block.type in ("text", "thinking", "redacted_thinking", "tool_use", "tool_result"):
         name = f"{path}.type"
         return RequestError(f"{name} {block.type!r} cannot be in a message of role {role}", name)
-    return _unbuilt(block, path, "see the reference for the supported types")
+    return _unsupported_block(block, path, "see the reference for the supported types")
 
 
-def _unbuilt(block: Block, path: str, known: str) -> UnsupportedParameterError:
+def _unsupported_block(block: Block, path: str, supported: str) -> UnsupportedParameterError:
     name = f"{path}.type"
-    return UnsupportedParameterError(f"{name} {block.type[:64]!r} is not supported, {known}", name)
+    return UnsupportedParameterError(
+        f"{name} {block.type[:64]!r} is not supported, {supported}", name
+    )
 
 
-def _joined(messages: Sequence[_Message]) -> list[_Message]:
+def _merge_consecutive(messages: Sequence[_Message]) -> list[_Message]:
     """Merge consecutive messages of the same role, except tool results."""
-    found: list[_Message] = []
+    merged: list[_Message] = []
     for role, group in groupby(messages, key=itemgetter("role")):
         neighbours = list(group)
-        found += neighbours if role == "tool" else [_merged(neighbours)]
-    return found
+        merged += neighbours if role == "tool" else [_merge_messages(neighbours)]
+    return merged
 
 
-def _merged(messages: Sequence[_Message]) -> _Message:
+def _merge_messages(messages: Sequence[_Message]) -> _Message:
     """Return one message with the texts and calls of all ``messages``."""
     both: _Message = {}
     for message in messages:

@@ -16,7 +16,7 @@ from gateway.anthropic.schema import Block, CountTokensBody, ToolParam
 from gateway.core.field_checks import require
 
 REFERENCE = "tool_reference"
-MAX_REFERRED_CHARS = 8 * 1024 * 1024
+MAX_REFERENCED_CHARS = 8 * 1024 * 1024
 """Maximum number of characters of all referenced tools; repeated references count each time."""
 
 
@@ -25,12 +25,12 @@ def check_references(body: CountTokensBody) -> None:
     tools = {tool.name: tool for tool in body.tools or ()}
     counts = Counter(block.tool_name for block in _references(body))
     named = [(tools[name], count) for name, count in counts.items() if name in tools]
-    num_chars = sum(len(_written(tool)) * count for tool, count in named)
-    rule = f"refer to tools of {num_chars} characters, at most {MAX_REFERRED_CHARS} are allowed"
-    require(num_chars <= MAX_REFERRED_CHARS, "messages", rule)
+    num_chars = sum(len(_declaration(tool)) * count for tool, count in named)
+    rule = f"refer to tools of {num_chars} characters, at most {MAX_REFERENCED_CHARS} are allowed"
+    require(num_chars <= MAX_REFERENCED_CHARS, "messages", rule)
 
 
-def offered_tools(body: CountTokensBody) -> list[tuple[int, ToolParam]]:
+def callable_tools(body: CountTokensBody) -> list[tuple[int, ToolParam]]:
     """Return the tools that may be called, with their indices in ``tools``."""
     named = {block.tool_name for block in _references(body)}
     tools = enumerate(body.tools or ())
@@ -43,7 +43,7 @@ def _references(body: CountTokensBody) -> Iterator[Block]:
             yield from (one for one in block.content or () if one.type == REFERENCE)
 
 
-def shown_references(
+def render_references(
     blocks: Sequence[Block], paths: Sequence[str], tools: Mapping[str, ToolParam]
 ) -> str:
     """Return the text that replaces consecutive references.
@@ -56,24 +56,26 @@ def shown_references(
     Raises:
         RequestError: a reference is invalid; the error names the field.
     """
-    lines = [_shown(block, path, tools) for block, path in zip(blocks, paths, strict=True)]
+    lines = [
+        _render_reference(block, path, tools) for block, path in zip(blocks, paths, strict=True)
+    ]
     return "\n".join(["<functions>", *lines, "</functions>"])
 
 
-def _shown(block: Block, path: str, tools: Mapping[str, ToolParam]) -> str:
+def _render_reference(block: Block, path: str, tools: Mapping[str, ToolParam]) -> str:
     name = f"{path}.tool_name"
     if block.tool_name is None:
         raise RequestError(f"{name} is required", name, "missing_required_parameter")
     tool = tools.get(block.tool_name)
     require(tool is not None, name, f"({block.tool_name[:64]!r}) is not among tools")
     assert tool is not None, "required"
-    return _written(tool)
+    return _declaration(tool)
 
 
-def _written(tool: ToolParam) -> str:
-    known = {
+def _declaration(tool: ToolParam) -> str:
+    declaration = {
         "description": tool.description or "",
         "name": tool.name,
         "parameters": tool.input_schema or {},
     }
-    return f"<function>{json.dumps(known, ensure_ascii=False)}</function>"
+    return f"<function>{json.dumps(declaration, ensure_ascii=False)}</function>"

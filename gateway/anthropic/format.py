@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gateway.anthropic.blocks import BlockWriter, Event, ShownThinking, blocks_of
+from gateway.anthropic.blocks import BlockWriter, Event, ShownThinking, collect_blocks
 from gateway.core.delta import ChoiceDelta, Finish, Usage
 from gateway.generation.answer import TextFormat
 from gateway.generation.running_call import RunningCall
@@ -36,7 +36,7 @@ class MessageFormat(TextFormat):
 
     def whole(self, choice: ChoiceDelta, usage: Usage) -> dict[str, Any]:
         """Return the body of a response that is not streamed."""
-        content = blocks_of(self.events(choice))
+        content = collect_blocks(self.events(choice))
         return {**self._head, "content": content, **self._ending, "usage": usage_body(usage)}
 
     def start(self, usage: Usage) -> Event:
@@ -51,7 +51,7 @@ class MessageFormat(TextFormat):
         events = self._blocks.feed(parsed)
         if delta.finish is None:
             return events
-        self._ending = self._end_of(delta.finish, is_call)
+        self._ending = self._stop_fields(delta.finish, is_call)
         return events + self._blocks.end()
 
     def end(self, usage: Usage) -> list[Event]:
@@ -61,11 +61,11 @@ class MessageFormat(TextFormat):
         change = {"type": "message_delta", "delta": self._ending, "usage": counts}
         return [change, {"type": "message_stop"}]
 
-    def _end_of(self, finish: Finish, is_call: bool) -> Event:
+    def _stop_fields(self, finish: Finish, is_call: bool) -> Event:
         stopped = finish.stop_reason if isinstance(finish.stop_reason, str) else None
         if finish.reason is FinishReason.LENGTH:
-            wanted = self.call.max_tokens or 0
-            is_full = finish.usage.completion_tokens < wanted
+            max_tokens = self.call.max_tokens or 0
+            is_full = finish.usage.completion_tokens < max_tokens
             reason = "model_context_window_exceeded" if is_full else "max_tokens"
         elif is_call:
             reason = "tool_use"

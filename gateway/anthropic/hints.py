@@ -24,7 +24,7 @@ def longest_ttl(body: MessagesBody) -> float | None:
     Raises:
         RequestError: a TTL is invalid; the error names the field.
     """
-    return max((_seconds(one, name) for one, name in _controls(body)), default=None)
+    return max((_seconds(one, name) for one, name in _cache_controls(body)), default=None)
 
 
 def session_of(body: MessagesBody) -> str | None:
@@ -33,8 +33,8 @@ def session_of(body: MessagesBody) -> str | None:
     if user_id is None or len(user_id) > _MAX_USER_ID_CHARS:
         return None
     session = _in_json(user_id)
-    if session is None and (found := _OLD_USER_ID.fullmatch(user_id)):
-        session = found[1]
+    if session is None and (match := _OLD_USER_ID.fullmatch(user_id)):
+        session = match[1]
     return session if session is not None and _SESSION.fullmatch(session) else None
 
 
@@ -54,20 +54,22 @@ def _seconds(control: CacheControlParam, name: str) -> float:
     return seconds_of(ttl, name)
 
 
-def _controls(body: MessagesBody) -> Iterator[tuple[CacheControlParam, str]]:
+def _cache_controls(body: MessagesBody) -> Iterator[tuple[CacheControlParam, str]]:
     """Yield each ``cache_control`` object with the name of its field."""
     if body.cache_control is not None:
         yield body.cache_control, "cache_control"
-    for place, tool in enumerate(body.tools or ()):
+    for index, tool in enumerate(body.tools or ()):
         if tool.cache_control is not None:
-            yield tool.cache_control, f"tools[{place}].cache_control"
-    yield from _of_blocks(body.system or (), "system")
-    for place, message in enumerate(body.messages):
-        yield from _of_blocks(message.content, f"messages[{place}].content")
+            yield tool.cache_control, f"tools[{index}].cache_control"
+    yield from _controls_in_blocks(body.system or (), "system")
+    for index, message in enumerate(body.messages):
+        yield from _controls_in_blocks(message.content, f"messages[{index}].content")
 
 
-def _of_blocks(blocks: Iterable[Block], path: str) -> Iterator[tuple[CacheControlParam, str]]:
-    for place, block in enumerate(blocks):
+def _controls_in_blocks(
+    blocks: Iterable[Block], path: str
+) -> Iterator[tuple[CacheControlParam, str]]:
+    for index, block in enumerate(blocks):
         if block.cache_control is not None:
-            yield block.cache_control, f"{path}[{place}].cache_control"
-        yield from _of_blocks(block.content or (), f"{path}[{place}].content")
+            yield block.cache_control, f"{path}[{index}].cache_control"
+        yield from _controls_in_blocks(block.content or (), f"{path}[{index}].content")

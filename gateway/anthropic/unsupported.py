@@ -16,13 +16,13 @@ UNSUPPORTED: Neutral = {
     "speed": ("standard",),
 }
 """Unsupported fields, each with the values that have no effect; null never has an effect."""
-_UNBUILT_TOOL: Neutral = {
+_UNSUPPORTED_TOOL: Neutral = {
     "allowed_callers": (["direct"], []),
     "input_examples": ([],),
 }
 """Unsupported fields of ``tools``, each with the values that have no effect."""
 _BETWEEN_TOOLS = "between_tools"
-_KEEPING_EDITS = "clear_thinking_"
+_THINKING_EDITS = "clear_thinking_"
 """Prefix of edits that concern reasoning of earlier turns; the chat template handles it."""
 
 
@@ -33,29 +33,29 @@ def check_unsupported(data: Mapping[str, Any]) -> None:
         UnsupportedParameterError: a field is not supported; the error names it.
     """
     refuse_unsupported(data, UNSUPPORTED)
-    for place, tool in enumerate(_objects(data.get("tools"))):
-        path = f"tools[{place}]"
+    for index, tool in enumerate(_objects_in(data.get("tools"))):
+        path = f"tools[{index}]"
         kind = tool.get("type")
         if isinstance(kind, str) and kind != "custom":
-            _refuse(f"{path}.type", kind, "only custom tools")
-        refuse_unsupported(tool, _UNBUILT_TOOL, f"{path}.")
+            _reject(f"{path}.type", kind, "only custom tools")
+        refuse_unsupported(tool, _UNSUPPORTED_TOOL, f"{path}.")
     thinking = data.get("thinking")
     if isinstance(thinking, Mapping) and thinking.get("type") == _BETWEEN_TOOLS:
-        known = "enabled, disabled and adaptive"
-        _refuse("thinking.type", _BETWEEN_TOOLS, known)
+        supported = "enabled, disabled and adaptive"
+        _reject("thinking.type", _BETWEEN_TOOLS, supported)
     management = data.get("context_management")
     edits = management.get("edits") if isinstance(management, Mapping) else None
-    for place, edit in enumerate(_objects(edits)):
+    for index, edit in enumerate(_objects_in(edits)):
         kind = str(edit.get("type"))
-        if not kind.startswith(_KEEPING_EDITS):
-            path = f"context_management.edits[{place}].type"
-            _refuse(path, kind, "only edits of thinking")
+        if not kind.startswith(_THINKING_EDITS):
+            path = f"context_management.edits[{index}].type"
+            _reject(path, kind, "only edits of thinking")
 
 
-def _objects(value: object) -> Sequence[Mapping[str, Any]]:
+def _objects_in(value: object) -> Sequence[Mapping[str, Any]]:
     """Return the objects in a list; empty for other values, which the body types reject."""
     return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
 
 
-def _refuse(path: str, kind: str, known: str) -> None:
-    raise UnsupportedParameterError(f"{path} {kind[:64]!r} is not supported, {known} are", path)
+def _reject(path: str, kind: str, supported: str) -> None:
+    raise UnsupportedParameterError(f"{path} {kind[:64]!r} is not supported, {supported} are", path)

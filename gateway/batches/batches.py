@@ -19,7 +19,7 @@ from gateway.batches.objects import ENDED, WINDOW_S, StoredBatch, readable
 from gateway.core.bodies import StrictBody
 from gateway.core.field_checks import check_metadata, require
 from gateway.generation.gateway import Gateway
-from gateway.http.pages import Page, json_response, tenant
+from gateway.http.pagination import Page, current_tenant, json_response
 from gateway.http.parse import parse_body
 from gateway.http.request_body import read_json
 
@@ -75,7 +75,7 @@ class BatchRoutes:
         rule = f"({body.completion_window[:32]!r}) must be 24h"
         require(body.completion_window == "24h", "completion_window", rule)
         check_metadata(body.metadata or {})
-        owner, batches = tenant(), self._batches
+        owner, batches = current_tenant(), self._batches
         file = await self._disk.run(batches.files.get, owner, body.input_file_id)
         if file is None:
             message = f"input_file_id ({body.input_file_id[:64]!r}) names no file"
@@ -95,8 +95,8 @@ class BatchRoutes:
 
     async def list(self, request: Request) -> Response:
         """A page of the batches, the newest first."""
-        page = Page.of(request.query_params, _MOST_LISTED, _LISTED)
-        owner, batches = tenant(), self._batches
+        page = Page.from_query(request.query_params, _MOST_LISTED, _LISTED)
+        owner, batches = current_tenant(), self._batches
 
         def read(batch_id: str) -> dict[str, Any] | None:
             batch = readable(batches.get, owner, batch_id)
@@ -122,7 +122,7 @@ class BatchRoutes:
 
     async def _find(self, request: Request) -> StoredBatch:
         batch_id = request.path_params["batch_id"]
-        found = await self._disk.run(self._batches.get, tenant(), batch_id)
+        found = await self._disk.run(self._batches.get, current_tenant(), batch_id)
         if found is None:
             raise UnknownNameError(f"there is no batch {batch_id[:64]!r}")
         return found

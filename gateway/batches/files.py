@@ -18,8 +18,8 @@ from gateway.batches.objects import FileFacts, readable
 from gateway.core.field_checks import require
 from gateway.generation.gateway import Gateway
 from gateway.http.downloads import PiecesResponse
-from gateway.http.pages import Page, json_response, tenant
-from gateway.http.request_body import read_body, within_time
+from gateway.http.pagination import Page, current_tenant, json_response
+from gateway.http.request_body import limit_time, read_body
 from gateway.state.reader import StoredReader
 
 PATH = "/v1/files"
@@ -56,18 +56,20 @@ class FileRoutes:
 
     async def make(self, request: Request) -> Response:
         """Store the file of a form. Where too many are being stored, its body is not read yet."""
-        async with within_time(request, self._gateway), self._seats:
+        async with limit_time(request, self._gateway), self._seats:
             form = await _read_form(request, self._gateway)
             file_id, facts = await self._disk.run(
-                partial(self._files.put, tenant(), form.filename, form.content, ttl_s=form.ttl_s)
+                partial(
+                    self._files.put, current_tenant(), form.filename, form.content, ttl_s=form.ttl_s
+                )
             )
         return json_response(facts.shown(file_id))
 
     async def list(self, request: Request) -> Response:
         """A page of the files, the newest first."""
         purpose = request.query_params.get("purpose")
-        page = Page.of(request.query_params, _MOST_LISTED, _MOST_LISTED)
-        owner, files = tenant(), self._files
+        page = Page.from_query(request.query_params, _MOST_LISTED, _MOST_LISTED)
+        owner, files = current_tenant(), self._files
 
         def read(file_id: str) -> dict[str, Any] | None:
             facts = readable(files.facts, owner, file_id)
@@ -83,7 +85,7 @@ class FileRoutes:
     async def get(self, request: Request) -> Response:
         """What is known of a file."""
         file_id = request.path_params["file_id"]
-        facts = await self._disk.run(self._files.facts, tenant(), file_id)
+        facts = await self._disk.run(self._files.facts, current_tenant(), file_id)
         if facts is None:
             raise _unknown(file_id)
         return json_response(facts.shown(file_id))
@@ -92,7 +94,7 @@ class FileRoutes:
         """A file's bytes."""
         file_id = request.path_params["file_id"]
         disk = self._disk
-        found = await disk.run(self._files.open, tenant(), file_id, release=_close)
+        found = await disk.run(self._files.open, current_tenant(), file_id, release=_close)
         if found is None:
             raise _unknown(file_id)
         facts, reader = found
@@ -101,7 +103,7 @@ class FileRoutes:
     async def delete(self, request: Request) -> Response:
         """Remove a file; batches that were made of it have copies."""
         file_id = request.path_params["file_id"]
-        if not await self._disk.run(self._files.delete, tenant(), file_id):
+        if not await self._disk.run(self._files.delete, current_tenant(), file_id):
             raise _unknown(file_id)
         return json_response({"id": file_id, "object": "file", "deleted": True})
 

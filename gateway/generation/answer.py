@@ -12,7 +12,7 @@ from gateway.core.delta import ChoiceDelta, Finish
 from gateway.core.tool_use import ToolForm
 from gateway.generation.running_call import RunningCall
 from gateway.text.forms.answer_parser import AnswerParser
-from gateway.text.forms.call_ids import known_ids
+from gateway.text.forms.call_ids import conversation_call_ids
 from gateway.text.forms.tool_calls import ParsedPiece
 from gateway.text.harmony.parser import HarmonyParser
 from gateway.text.tokenizer import Tokenizer
@@ -102,7 +102,7 @@ class TextFormat:
         has_calls = form is not None and tools is not None
         if not has_calls and call.thinking is None:
             return None
-        used = known_ids(call.chat.messages, form) if has_calls and call.chat else ()
+        used = conversation_call_ids(call.chat.messages, form) if has_calls and call.chat else ()
         return AnswerParser(form, tools, call.thinking, used)
 
     def _text(self, token_id: int) -> str:

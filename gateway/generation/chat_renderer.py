@@ -12,7 +12,7 @@ from gateway.core.call import ChatInput
 from gateway.core.field_checks import check_chat
 from gateway.core.tool_use import ToolForm
 from gateway.text.chat_template import ChatTemplate
-from gateway.text.client_templates import ClientTemplates, TemplateAnswer
+from gateway.text.client_templates import ClientTemplateRenderer, RenderedTemplate
 from gateway.text.harmony.template import HarmonyTemplate
 from gateway.text.render_template import PARAM
 from gateway.text.tokenizer import Tokenizer, require_tokenizer
@@ -40,7 +40,7 @@ class ChatRenderer:
     def __init__(self, tokenizer: Tokenizer | None, trusts_templates: bool) -> None:
         self._tokenizer = tokenizer
         self._trusts_templates = trusts_templates
-        self._client_templates = ClientTemplates()
+        self._client_templates = ClientTemplateRenderer()
 
     async def render(self, chat: ChatInput) -> RenderedChat:
         """Render a conversation. Raises ``RequestError`` without a chat template."""
@@ -94,7 +94,7 @@ def _variables(chat: ChatInput, effort: str | None) -> Mapping[str, Any]:
 
 
 def _check_tools(
-    chat: ChatInput, template: ChatTemplate | HarmonyTemplate | TemplateAnswer
+    chat: ChatInput, template: ChatTemplate | HarmonyTemplate | RenderedTemplate
 ) -> ToolForm:
     """Format in which the model calls tools; the default if the conversation has no tools.
 

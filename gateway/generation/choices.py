@@ -144,4 +144,4 @@ def _answer_region(call: GenerateCall) -> AnswerRegion | None:
         return None
     if call.thinking is not None:
         return AnswerRegion.after_thinking(call.thinking)
-    return AnswerRegion.of_harmony(call.open_message)
+    return AnswerRegion.for_harmony(call.open_message)

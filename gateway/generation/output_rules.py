@@ -11,7 +11,7 @@ from gateway.generation.chat_renderer import RenderedChat
 from gateway.text.encoding import EncodedText
 from gateway.text.forms.answer_grammar import answer_grammar
 from gateway.text.harmony.grammar import harmony_grammar
-from gateway.text.harmony.marks import ENDS, MESSAGE, START, open_header, open_message
+from gateway.text.harmony.special_tokens import ENDS, MESSAGE, START, open_header, open_message
 from gateway.text.tokenizer import Tokenizer
 
 _LAST_TOKENS = 16
@@ -69,7 +69,7 @@ def _with_form(
     has_marks = thinking is not None and not {BEGIN, END}.isdisjoint(tokenizer.special_ids)
     return replace(
         call,
-        grammar=answer_grammar(use, form, tokenizer.mark_ids, call.grammar, thinking),
+        grammar=answer_grammar(use, form, tokenizer.grammar_token_ids, call.grammar, thinking),
         tool_form=None if use is None else form,
         thinking=thinking,
         skip_special_tokens=call.skip_special_tokens and use is None and not has_marks,

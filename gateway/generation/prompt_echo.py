@@ -8,7 +8,7 @@ from collections.abc import Collection
 from gateway.core.call import GenerateCall
 from gateway.core.delta import TokenText
 from gateway.generation.choices import Prompt
-from gateway.text.detokenizer import aligned, make_detokenizer, place_tokens
+from gateway.text.detokenizer import align_offsets, locate_tokens, make_detokenizer
 from gateway.text.tokenizer import Tokenizer
 
 _INLINE_TOKENS = 1024
@@ -54,7 +54,7 @@ class PromptEcho:
             if tokenizer is not None:  # the client's text may have special tokens
                 skips_special = self._call.skip_special_tokens and not has_text
                 detokenizer = make_detokenizer(tokenizer, skips_special, ())
-            text, tokens = place_tokens(detokenizer, prompt.request.prompt, logprobs)
+            text, tokens = locate_tokens(detokenizer, prompt.request.prompt, logprobs)
             is_aligned = has_text and tokenizer is not None
-            prompt.echo = aligned(given or "", text, tokens) if is_aligned else (text, tokens)
+            prompt.echo = align_offsets(given or "", text, tokens) if is_aligned else (text, tokens)
         return prompt.echo

@@ -32,17 +32,23 @@ from gateway.generation.request_trace import note_response_id
 from gateway.http import messages, openapi
 from gateway.http.convert import chat_call, chat_input, completion_call
 from gateway.http.json_output import dump_json, dump_long
-from gateway.http.middleware import OPEN_PATHS, HttpMiddleware, Responder, WatchedEndpoint, path_of
+from gateway.http.middleware import (
+    UNAUTHENTICATED_PATHS,
+    CancellableEndpoint,
+    HttpMiddleware,
+    Responder,
+    path_of,
+)
 from gateway.http.openai_format import ChatFormat, CompletionFormat, OpenAIFormat
 from gateway.http.parse import parse_body
 from gateway.http.pooling import PoolingEndpoint
-from gateway.http.request_body import read_json, timeout_header_s, within_time
+from gateway.http.request_body import limit_time, read_json, timeout_header_s
 from gateway.http.schema import (
     ChatBody,
+    ChatStreamOptionsBody,
     CompletionBody,
     DetokenizeBody,
     GenerateBody,
-    StreamOptions,
     TokenizeBody,
 )
 from gateway.http.serve_paths import SERVE_PATHS, serve_routes
@@ -99,7 +105,7 @@ def build_http_app(
         routes=routes,
         adds_request_id=not is_behind_serve,
         root_path="" if is_behind_serve else gateway.limits.root_path,
-        open_paths=OPEN_PATHS | SERVE_PATHS | dashboard.open_paths() | public,
+        open_paths=UNAUTHENTICATED_PATHS | SERVE_PATHS | dashboard.open_paths() | public,
     )
     if gateway.limits.cors_origins:  # outermost: a browser's preflight has no key
         app.add_middleware(
@@ -129,7 +135,7 @@ class HttpApi:
             Route("/v1/chat/completions", chat, methods=["POST"]),
             *(
                 Route(path, endpoint, methods=["POST"])
-                for path, endpoint in PoolingEndpoint.all(self._gateway).items()
+                for path, endpoint in PoolingEndpoint.by_path(self._gateway).items()
             ),
             *messages.routes(self._gateway),
             Route("/tokenize", self.tokenize, methods=["POST"]),
@@ -150,17 +156,17 @@ class HttpApi:
 
     async def list_models(self, request: Request) -> Response:
         names = [self._gateway.model.name, *self._gateway.model.adapters.names()]
-        return _answer({"object": "list", "data": [*map(self._model, names)]})
+        return _json_response({"object": "list", "data": [*map(self._model_body, names)]})
 
     async def get_model(self, request: Request) -> Response:
         name = request.path_params["model"]
         self._gateway.model.adapter_of(name)
-        return _answer(self._model(name))
+        return _json_response(self._model_body(name))
 
     async def tokenize(self, request: Request) -> Response:
         gateway = self._gateway
         body, chat = await read_json(request, gateway, _read_tokenize)
-        async with within_time(request, gateway):
+        async with limit_time(request, gateway):
             gateway.model.adapter_of(body.model)
             ids = await gateway.prompts.tokenize(body.prompt or "", chat, body.add_special_tokens)
             tokenizer = gateway.prompts.require_tokenizer("prompt")
@@ -171,15 +177,17 @@ class HttpApi:
                 named = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
                 return dump_long({**head, "tokens": ids, "token_strs": named})
 
-            return _answer(await gateway.long_work.run(len(ids), render))
+            return _json_response(await gateway.long_work.run(len(ids), render))
 
     async def detokenize(self, request: Request) -> Response:
         gateway = self._gateway
         body = await read_json(request, gateway, partial(parse_body, DetokenizeBody))
-        async with within_time(request, gateway):
+        async with limit_time(request, gateway):
             gateway.model.adapter_of(body.model)
             text = await gateway.prompts.decode(body.tokens, gateway.require_facts())
-            return _answer(await gateway.long_work.run(len(text), dump_json, {"prompt": text}))
+            return _json_response(
+                await gateway.long_work.run(len(text), dump_json, {"prompt": text})
+            )
 
     async def health(self, request: Request) -> Response:
         return Response(status_code=200)
@@ -188,11 +196,11 @@ class HttpApi:
         """Respond 200 if new requests can be served, else 503 with the reasons."""
         reasons = self._gateway.readiness.not_ready_reasons(is_operator(self._gateway.keys))
         status = 503 if reasons else 200
-        return _answer({"ready": not reasons, "reasons": reasons}, status)
+        return _json_response({"ready": not reasons, "reasons": reasons}, status)
 
     async def version(self, request: Request) -> Response:
         gateway = self._gateway
-        return _answer(
+        return _json_response(
             {
                 "version": RELEASE,
                 "ray": installed_version("ray"),
@@ -208,31 +216,31 @@ class HttpApi:
         return Response(content, headers={"content-type": CONTENT_TYPE})
 
     async def status(self, request: Request) -> Response:
-        return _answer(await self._gateway.status.read(is_operator(self._gateway.keys)))
+        return _json_response(await self._gateway.status.read(is_operator(self._gateway.keys)))
 
     async def placement(self, request: Request) -> Response:
         """Return the device of each copy of each expert."""
         check_operator(self._gateway.keys, NUMBERS_BY_EXPERT)
-        return _answer(await self._gateway.numbers.placement())
+        return _json_response(await self._gateway.numbers.placement())
 
     async def load(self, request: Request) -> Response:
         """Return the number of tokens by expert and by copy, and the resulting balance."""
         check_operator(self._gateway.keys, NUMBERS_BY_EXPERT)
-        return _answer(await self._gateway.numbers.load())
+        return _json_response(await self._gateway.numbers.load())
 
     async def events(self, request: Request) -> Response:
         check_operator(self._gateway.keys, EVENTS)
         snapshot = await self._gateway.numbers.snapshot() or {}
-        return _answer({"schema": 1, "events": snapshot.get("history", [])})
+        return _json_response({"schema": 1, "events": snapshot.get("history", [])})
 
     async def openapi(self, request: Request) -> Response:
         root_path = str(request.scope.get("root_path") or "")
-        return _answer(openapi.document(root_path, self._endpoints))
+        return _json_response(openapi.document(root_path, self._endpoints))
 
-    def _model(self, name: str) -> dict[str, Any]:
+    def _model_body(self, name: str) -> dict[str, Any]:
         gateway = self._gateway
         facts = gateway.model.facts
-        known = (gateway.cluster.snapshot or {}).get("model") or {}
+        cluster_model = (gateway.cluster.snapshot or {}).get("model") or {}
         return {
             "id": name,
             "object": "model",
@@ -240,7 +248,7 @@ class HttpApi:
             "owned_by": "expertmesh",
             "root": gateway.model.name,
             "parent": None if name == gateway.model.name else gateway.model.name,
-            "max_model_len": facts.max_model_len if facts else known.get("max_model_len"),
+            "max_model_len": facts.max_model_len if facts else cluster_model.get("max_model_len"),
             "embedding_pooling": [kind.value for kind in Pooling],
         }
 
@@ -253,23 +261,23 @@ def _read_tokenize(data: dict[str, Any]) -> tuple[TokenizeBody, ChatInput | None
     return body.model_copy(update={"messages": None, "tools": None}), chat
 
 
-class _Asked(NamedTuple):
+class _GenerateRequest(NamedTuple):
     """A parsed call. It has no reference to the body, so that a large body is freed early."""
 
     call: GenerateCall
-    stream: StreamOptions | None
+    stream: ChatStreamOptionsBody | None
     """None if the response is not streamed."""
     request_id: str | None
 
 
-class GenerateEndpoint(WatchedEndpoint[_Asked]):
+class GenerateEndpoint(CancellableEndpoint[_GenerateRequest]):
     def __init__(self, gateway: Gateway, kind: Literal["completion", "chat"]) -> None:
         super().__init__(gateway)
         self._kind = kind
         self._format = ChatFormat if kind == "chat" else CompletionFormat
         self._fingerprint = f"expertmesh-{RELEASE}-{gateway.config.fingerprint()}"
 
-    def _read(self, request: Request, data: dict[str, Any]) -> _Asked:
+    def _read(self, request: Request, data: dict[str, Any]) -> _GenerateRequest:
         check_unsupported(data, self._kind)
         body: GenerateBody
         if self._kind == "chat":
@@ -283,10 +291,12 @@ class GenerateEndpoint(WatchedEndpoint[_Asked]):
         if body.stream:
             check_stream(call)
         call = with_headers(call, request.headers, timeout_header_s(request))
-        options = (body.stream_options or StreamOptions()) if body.stream else None
-        return _Asked(call, options, body.request_id)
+        options = (body.stream_options or ChatStreamOptionsBody()) if body.stream else None
+        return _GenerateRequest(call, options, body.request_id)
 
-    async def _answer(self, request: Request, parsed: _Asked, responder: Responder) -> None:
+    async def _answer(
+        self, request: Request, parsed: _GenerateRequest, responder: Responder
+    ) -> None:
         call, stream_options, request_id = parsed
         call_id = new_call_id(call.kind)
         answer_id = None
@@ -327,7 +337,7 @@ def _dump_whole(formatter: OpenAIFormat, choices: list[ChoiceDelta], usage: Usag
     return raw
 
 
-def _answer(
+def _json_response(
     content: object, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
     """Return a JSON response; ``content`` may be bytes that are JSON already."""
@@ -347,4 +357,4 @@ async def route_error(request: Request, error: HTTPException) -> Response:
     report = report_error(RouteError(message, error.status_code))
     headers = {**report.headers(), **(error.headers or {})}
     body = error_body(path_of(request.scope), report, getattr(request.state, "request_id", ""))
-    return _answer(body, report.http_status, headers)
+    return _json_response(body, report.http_status, headers)

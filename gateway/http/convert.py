@@ -14,10 +14,10 @@ from gateway.core.tool_use import Tool, ToolUse
 from gateway.http.schema import (
     CallBody,
     ChatBody,
+    ChatMessageBody,
     CompletionBody,
+    ContentPartBody,
     GenerateBody,
-    Message,
-    Part,
     ResponseFormatBody,
     RetentionBody,
     SamplingBody,
@@ -60,7 +60,7 @@ def chat_input(body: ChatBody | TokenizeBody) -> ChatInput:
     effort = body.reasoning_effort
     return ChatInput(
         messages=tuple(
-            _template_message(message, place) for place, message in enumerate(body.messages or ())
+            _template_message(message, index) for index, message in enumerate(body.messages or ())
         ),
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
@@ -103,7 +103,7 @@ def _common_fields(body: GenerateBody) -> dict[str, Any]:
 
 def sampling_fields(body: SamplingBody) -> dict[str, Any]:
     """Return the call fields that a body sets, without the grammar."""
-    fields = given_fields(body)
+    fields = set_fields(body)
     if isinstance(body.stop, str):
         fields["stop"] = (body.stop,)
     return {**fields, "logit_bias": _logit_bias(body.logit_bias or {})}
@@ -114,11 +114,11 @@ def retention_hint(body: RetentionBody) -> float | None:
     options = body.prompt_cache_options
     if options is not None and options.ttl is not None:
         return seconds_of(options.ttl, "prompt_cache_options.ttl")
-    given = body.prompt_cache_retention
-    return seconds_of(given, "prompt_cache_retention") if given in _DURATIONS else None
+    retention = body.prompt_cache_retention
+    return seconds_of(retention, "prompt_cache_retention") if retention in _DURATIONS else None
 
 
-def given_fields(body: CallBody) -> dict[str, Any]:
+def set_fields(body: CallBody) -> dict[str, Any]:
     """Return the fields of a body that are not None and have the same name in a call."""
     return {
         name: tuple(value) if isinstance(value, list) else value
@@ -128,13 +128,21 @@ def given_fields(body: CallBody) -> dict[str, Any]:
 
 
 def _grammar(
-    wanted: ResponseFormatBody | None, structured: StructuredOutputsBody | None
+    response_format: ResponseFormatBody | None, structured: StructuredOutputsBody | None
 ) -> Grammar | None:
-    schema = wanted.json_schema.schema_ if wanted and wanted.json_schema else None
-    return make_grammar(wanted.type if wanted else None, schema, constraints_of(structured))
+    schema = (
+        response_format.json_schema.schema_
+        if response_format and response_format.json_schema
+        else None
+    )
+    return make_grammar(
+        response_format.type if response_format else None,
+        schema,
+        structured_constraints(structured),
+    )
 
 
-def constraints_of(structured: StructuredOutputsBody | None) -> dict[str, Any]:
+def structured_constraints(structured: StructuredOutputsBody | None) -> dict[str, Any]:
     """Return the fields of ``structured_outputs`` by name."""
     return {name.rstrip("_"): value for name, value in structured or ()}
 
@@ -165,9 +173,9 @@ def _logit_bias(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     return tuple(sorted((int(key), value) for key, value in bias.items()))
 
 
-def _template_message(message: Message, place: int) -> dict[str, Any]:
+def _template_message(message: ChatMessageBody, message_index: int) -> dict[str, Any]:
     """Return a message for the chat template, with its content as one string."""
-    path = f"messages[{place}]"
+    path = f"messages[{message_index}]"
     extra = message.model_extra or {}
     for name in ("function_call", "audio"):
         if extra.get(name):
@@ -184,7 +192,7 @@ def _template_message(message: Message, place: int) -> dict[str, Any]:
     return {**fields, "role": message.role, "content": _content(message, path)}
 
 
-def _content(message: Message, path: str) -> str:
+def _content(message: ChatMessageBody, path: str) -> str:
     if not message.content and (refusal := (message.model_extra or {}).get("refusal")):
         return str(refusal)
     if isinstance(message.content, str):
@@ -198,7 +206,7 @@ def _content(message: Message, path: str) -> str:
     return "\n".join(_part_text(part, message.role, f"{path}.content") for part in message.content)
 
 
-def _part_text(part: Part, role: str, path: str) -> str:
+def _part_text(part: ContentPartBody, role: str, path: str) -> str:
     is_refusal = part.type == "refusal" and role == "assistant"
     if part.type != "text" and not is_refusal:
         message = f"{path}: parts of type {part.type[:32]!r} are not supported, only text"

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gateway.http.middleware import PIECE_BYTES, Responder, run_until_gone
+from gateway.http.middleware import PIECE_BYTES, Responder, run_until_disconnect
 
 
 class ContentReader(Protocol):
@@ -53,9 +53,9 @@ class PiecesResponse(Response):
         self._size = size
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        responder = Responder.of(scope, send)
+        responder = Responder.from_scope(scope, send)
         try:
-            await run_until_gone(receive, responder, self._send(responder))
+            await run_until_disconnect(receive, responder, self._send(responder))
         finally:
             self._run_later(self._reader.close)
 

@@ -26,7 +26,7 @@ class ErrorReason(TypedDict):
     code: str | None
 
 
-class Error(TypedDict):
+class ErrorObject(TypedDict):
     error: ErrorReason
 
 
@@ -40,11 +40,11 @@ class PoolingUsage(TypedDict):
     prompt_tokens_details: NotRequired[CachedTokens]
 
 
-class Usage(PoolingUsage):
+class UsageObject(PoolingUsage):
     completion_tokens: Count
 
 
-class Model(TypedDict):
+class ModelObject(TypedDict):
     id: str
     object: Literal["model"]
     created: int
@@ -57,7 +57,7 @@ class Model(TypedDict):
 
 class ModelList(TypedDict):
     object: Literal["list"]
-    data: list[Model]
+    data: list[ModelObject]
 
 
 class PromptLogprob(TypedDict):
@@ -69,13 +69,13 @@ class PromptLogprob(TypedDict):
 PromptLogprobs = list[dict[str, PromptLogprob] | None] | None
 
 
-class Finish(TypedDict):
+class FinishObject(TypedDict):
     finish_reason: FinishReason
     stop_reason: str | Count | None
     beam_score: NotRequired[BeamScore]
 
 
-class FinishSoFar(TypedDict):
+class ChunkFinishObject(TypedDict):
     finish_reason: FinishReason | None
     stop_reason: str | Count | None
 
@@ -103,24 +103,24 @@ class CompletionText(TypedDict):
     prompt_logprobs: NotRequired[PromptLogprobs]
 
 
-class CompletionChoice(CompletionText, Finish):
+class CompletionChoice(CompletionText, FinishObject):
     pass
 
 
-class CompletionChunkChoice(CompletionText, FinishSoFar):
+class CompletionChunkChoice(CompletionText, ChunkFinishObject):
     pass
 
 
 class Completion(GenerationHead):
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
-    usage: Usage
+    usage: UsageObject
 
 
 class CompletionChunk(GenerationHead):
     object: Literal["text_completion"]
     choices: list[CompletionChunkChoice]
-    usage: NotRequired[Usage]
+    usage: NotRequired[UsageObject]
 
 
 class NamedToken(TypedDict):
@@ -137,7 +137,7 @@ class ChatLogprobs(TypedDict):
     content: list[ChatToken]
 
 
-class Function(TypedDict):
+class CalledFunctionObject(TypedDict):
     name: str
     arguments: str
 
@@ -145,7 +145,7 @@ class Function(TypedDict):
 class ToolCall(TypedDict):
     id: str
     type: Literal["function"]
-    function: Function
+    function: CalledFunctionObject
 
 
 class FunctionDelta(TypedDict):
@@ -181,12 +181,12 @@ class ChatTokens(TypedDict):
     token_ids: NotRequired[list[Count]]
 
 
-class ChatChoice(ChatTokens, Finish):
+class ChatChoice(ChatTokens, FinishObject):
     message: AssistantMessage
     prompt_token_ids: NotRequired[list[Count]]
 
 
-class ChatChunkChoice(ChatTokens, FinishSoFar):
+class ChatChunkChoice(ChatTokens, ChunkFinishObject):
     delta: MessageDelta
 
 
@@ -198,23 +198,23 @@ class ChatHead(GenerationHead):
 class ChatCompletion(ChatHead):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
-    usage: Usage
+    usage: UsageObject
 
 
 class ChatCompletionChunk(ChatHead):
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice]
-    usage: NotRequired[Usage]
+    usage: NotRequired[UsageObject]
 
 
-class Tokens(TypedDict):
+class TokenizedObject(TypedDict):
     count: Count
     max_model_len: Count | None
     tokens: list[Count]
     token_strs: list[str] | None
 
 
-class Text(TypedDict):
+class DetokenizedObject(TypedDict):
     prompt: str
 
 
@@ -280,7 +280,7 @@ class InspectedPrompt(TypedDict):
     routes: NotRequired[list[BankRoutes]]
 
 
-class Inspection(TypedDict):
+class InspectionObject(TypedDict):
     id: str
     object: Literal["inspection"]
     model: str
@@ -294,12 +294,12 @@ class ClusterView(TypedDict):
     schema: Literal[1]  # has further fields: docs/reference/processes.md
 
 
-class Readiness(TypedDict):
+class ReadinessObject(TypedDict):
     ready: bool
     reasons: list[str]
 
 
-class Version(TypedDict):
+class VersionObject(TypedDict):
     version: str
     ray: str | None
     torch: str | None

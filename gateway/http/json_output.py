@@ -32,8 +32,8 @@ def _has_parts(value: object) -> bool:
 def _json_pieces(value: object) -> Iterator[bytes]:
     if isinstance(value, Mapping) and (len(value) > _PIECE or any(map(_has_parts, value.values()))):
         yield b"{"
-        for place, (name, inner) in enumerate(value.items()):
-            yield (b"," if place else b"") + dump_json(name) + b":"
+        for index, (name, inner) in enumerate(value.items()):
+            yield (b"," if index else b"") + dump_json(name) + b":"
             yield from _json_pieces(inner)
         yield b"}"
     elif isinstance(value, list | tuple) and value:
@@ -43,8 +43,8 @@ def _json_pieces(value: object) -> Iterator[bytes]:
             if not any(map(_has_parts, piece)):
                 yield (b"," if start else b"") + dump_json(piece)[1:-1]
                 continue
-            for place, inner in enumerate(piece, start):
-                if place:
+            for index, inner in enumerate(piece, start):
+                if index:
                     yield b","
                 yield from _json_pieces(inner)
         yield b"]"

@@ -26,9 +26,9 @@ from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway
 from gateway.generation.running_call import RunningCall
 from gateway.http.json_output import dump_json
-from gateway.http.middleware import Responder, WatchedEndpoint
+from gateway.http.middleware import CancellableEndpoint, Responder
 from gateway.http.parse import parse_body
-from gateway.http.request_body import timeout_header_s, within_time
+from gateway.http.request_body import limit_time, timeout_header_s
 from gateway.http.sse import EventStream
 
 OLDEST_VERSION = "2023-06-01"
@@ -45,7 +45,7 @@ def routes(gateway: Gateway) -> list[Route]:
     ]
 
 
-class _Asked(NamedTuple):
+class _MessageRequest(NamedTuple):
     """A parsed call. It has no reference to the body, so that a large body is freed early."""
 
     call: GenerateCall
@@ -53,17 +53,19 @@ class _Asked(NamedTuple):
     thinking: ShownThinking
 
 
-class MessagesEndpoint(WatchedEndpoint[_Asked]):
+class MessagesEndpoint(CancellableEndpoint[_MessageRequest]):
     """``POST /v1/messages``."""
 
-    def _read(self, request: Request, data: dict[str, Any]) -> _Asked:
+    def _read(self, request: Request, data: dict[str, Any]) -> _MessageRequest:
         _check_version(request)
         check_unsupported(data)
         body = parse_body(MessagesBody, data)
         call = with_headers(message_call(body), request.headers, timeout_header_s(request))
-        return _Asked(call, bool(body.stream), _shown(body.thinking))
+        return _MessageRequest(call, bool(body.stream), _shown_thinking(body.thinking))
 
-    async def _answer(self, request: Request, parsed: _Asked, responder: Responder) -> None:
+    async def _answer(
+        self, request: Request, parsed: _MessageRequest, responder: Responder
+    ) -> None:
         call, streams, shown = parsed
         with await self._gateway.start(call, f"msg_{uuid.uuid4().hex}") as running:
             formatter = MessageFormat(running, self._gateway.tokenizer, shown)
@@ -80,7 +82,7 @@ class MessagesEndpoint(WatchedEndpoint[_Asked]):
             await stream.send(running)
 
 
-class CountTokensEndpoint(WatchedEndpoint[tuple[str, ChatInput]]):
+class CountTokensEndpoint(CancellableEndpoint[tuple[str, ChatInput]]):
     """``POST /v1/messages/count_tokens``."""
 
     def _read(self, request: Request, data: dict[str, Any]) -> tuple[str, ChatInput]:
@@ -93,7 +95,7 @@ class CountTokensEndpoint(WatchedEndpoint[tuple[str, ChatInput]]):
         self, request: Request, parsed: tuple[str, ChatInput], responder: Responder
     ) -> None:
         model, chat = parsed
-        async with within_time(request, self._gateway):
+        async with limit_time(request, self._gateway):
             self._gateway.model.adapter_of(model)
             count = await self._gateway.prompts.count_tokens(chat)
         await responder.json({"input_tokens": count})
@@ -142,7 +144,7 @@ def _check_version(request: Request) -> None:
     require(is_known, name, f"({version[:32]!r}) must be a date from {OLDEST_VERSION} on")
 
 
-def _shown(thinking: ThinkingParam | None) -> ShownThinking:
+def _shown_thinking(thinking: ThinkingParam | None) -> ShownThinking:
     if thinking is None or not shows_thinking(thinking):
         return "none"
     return "omitted" if thinking.display == "omitted" else "all"

@@ -1,7 +1,7 @@
 """The processing that all HTTP routes share.
 
 ``HttpMiddleware`` gives each request an id, checks its key, counts it, and converts every exception
-into the error object. ``run_until_gone`` cancels work when its client disconnects.
+into the error object. ``run_until_disconnect`` cancels work when its client disconnects.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from gateway.http.request_body import Parsed, read_json
 
 PIECE_BYTES = 256 * 1024
 """Largest piece of a response that is sent at a time; the next piece waits for the client."""
-OPEN_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})
+UNAUTHENTICATED_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})
 _METHODS = frozenset(
     {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}
 )
@@ -56,7 +56,7 @@ class Responder:
         """HTTP status; 0 before the start."""
 
     @classmethod
-    def of(cls, scope: Scope, send: Send) -> Responder:
+    def from_scope(cls, scope: Scope, send: Send) -> Responder:
         """The responder of ``HttpMiddleware``, without the layers below it; else a new one."""
         shared = scope.get("state", {}).get(_RESPONDER)
         return shared if isinstance(shared, cls) else cls(send)
@@ -70,7 +70,7 @@ class Responder:
         elif message["type"] == "http.response.body":
             content, is_last = message.get("body", b""), not message.get("more_body", False)
             if is_last and len(content) > PIECE_BYTES:
-                await self._pieces(content)
+                await self._send_pieces(content)
                 return
             self.is_complete = is_last
         await self._send(message)
@@ -90,9 +90,9 @@ class Responder:
         raw = content if isinstance(content, bytes) else dump_json(content)
         fixed = {"content-type": "application/json", "content-length": str(len(raw))}
         await self.start(status, {**fixed, **(headers or {})})
-        await self._pieces(raw)
+        await self._send_pieces(raw)
 
-    async def _pieces(self, content: bytes) -> None:
+    async def _send_pieces(self, content: bytes) -> None:
         """Send the rest of the body; each piece waits until the client has read most of it."""
         for start in range(0, max(len(content), 1), PIECE_BYTES):
             end = start + PIECE_BYTES
@@ -103,16 +103,16 @@ class RouteNames:
     """Maps request paths to route names for metrics, so that the number of labels is bounded."""
 
     def __init__(self, routes: Sequence[BaseRoute]) -> None:
-        known = [route for route in routes if isinstance(route, Route)]
-        self._fixed = frozenset(route.path for route in known if not route.param_convertors)
-        self._patterns = [route for route in known if route.param_convertors]
+        http_routes = [route for route in routes if isinstance(route, Route)]
+        self._fixed = frozenset(route.path for route in http_routes if not route.param_convertors)
+        self._patterns = [route for route in http_routes if route.param_convertors]
 
-    def of(self, path: str) -> str:
+    def name_of(self, path: str) -> str:
         """Return the route of a path, for example ``/v1/models/{model}``, or ``other``."""
         if path in self._fixed:
             return path
-        found = (one.path_format for one in self._patterns if one.path_regex.match(path))
-        return next(found, "other")
+        matches = (one.path_format for one in self._patterns if one.path_regex.match(path))
+        return next(matches, "other")
 
 
 @dataclass
@@ -128,13 +128,13 @@ class HttpMiddleware:
     """Routes that metrics count by path or pattern; any other path counts as ``other``."""
     adds_request_id: bool = True
     """False if Ray Serve's proxy adds the header to every response."""
-    open_paths: frozenset[str] = OPEN_PATHS
+    open_paths: frozenset[str] = UNAUTHENTICATED_PATHS
     """Paths that need no API key."""
     root_path: str = ""
     """Prefix under which a reverse proxy mounts the application; empty keeps the server's value."""
 
     def __post_init__(self, routes: Sequence[BaseRoute]) -> None:
-        self._names = RouteNames(routes)
+        self._route_names = RouteNames(routes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -147,9 +147,9 @@ class HttpMiddleware:
         scope.setdefault("state", {})["request_id"] = request_id
         REQUEST_ID.set(request_id)
         path = path_of(scope)
-        responder = Responder(send, self._headers_of(path, request_id))
+        responder = Responder(send, self._header_adder(path, request_id))
         scope["state"][_RESPONDER] = responder
-        route = self._names.of(path)
+        route = self._route_names.name_of(path)
         line = RequestLog("http", route) if scope["method"] == "POST" else None
         tracing, trace = self.gateway.tracing, None
         if tracing is not None and scope["method"] == "POST":
@@ -169,7 +169,7 @@ class HttpMiddleware:
             status = 499
             raise
         except Exception as err:
-            await self._answer_error(err, path, request_id, responder)
+            await self._send_error(err, path, request_id, responder)
         finally:
             if caller is not None:
                 caller.leave(time.monotonic())
@@ -185,7 +185,7 @@ class HttpMiddleware:
             if line is not None:
                 line.end(str(status))
 
-    async def _answer_error(
+    async def _send_error(
         self, error: Exception, path: str, request_id: str, responder: Responder
     ) -> None:
         report = self.gateway.report_error(error, request_id)
@@ -193,7 +193,7 @@ class HttpMiddleware:
             body = error_body(path, report, request_id)
             await responder.json(body, report.http_status, report.headers())
 
-    def _headers_of(self, path: str, request_id: str) -> Callable[[Message], None]:
+    def _header_adder(self, path: str, request_id: str) -> Callable[[Message], None]:
         """Return a function that adds the headers of every response to its first message."""
         started_s = time.monotonic()
 
@@ -214,7 +214,7 @@ class HttpMiddleware:
         return add_headers
 
 
-async def run_until_gone(
+async def run_until_disconnect(
     receive: Receive, responder: Responder, work: Coroutine[Any, Any, None]
 ) -> None:
     """Run ``work`` while the client is connected.
@@ -223,7 +223,7 @@ async def run_until_gone(
         ClientGoneError: the client disconnected; ``work`` was cancelled.
     """
     task = asyncio.create_task(work)
-    watch = asyncio.create_task(_wait_gone(receive, responder))
+    watch = asyncio.create_task(_wait_for_disconnect(receive, responder))
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done() and not responder.is_complete:
@@ -239,7 +239,7 @@ async def run_until_gone(
         task.cancel()
 
 
-class WatchedEndpoint(ABC, Generic[Parsed]):
+class CancellableEndpoint(ABC, Generic[Parsed]):
     """ASGI application of a POST route; its work is cancelled when the client disconnects."""
 
     def __init__(self, gateway: Gateway) -> None:
@@ -248,8 +248,8 @@ class WatchedEndpoint(ABC, Generic[Parsed]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         parsed = await read_json(request, self._gateway, lambda data: self._read(request, data))
-        responder = Responder.of(scope, send)
-        await run_until_gone(receive, responder, self._answer(request, parsed, responder))
+        responder = Responder.from_scope(scope, send)
+        await run_until_disconnect(receive, responder, self._answer(request, parsed, responder))
 
     @abstractmethod
     def _read(self, request: Request, data: dict[str, Any]) -> Parsed:
@@ -260,7 +260,7 @@ class WatchedEndpoint(ABC, Generic[Parsed]):
         """Serve the request; ``parsed`` is the result of ``_read``."""
 
 
-async def _wait_gone(receive: Receive, responder: Responder) -> None:
+async def _wait_for_disconnect(receive: Receive, responder: Responder) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     responder.is_cut_off = not responder.is_complete

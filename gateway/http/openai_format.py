@@ -17,7 +17,7 @@ from gateway.text.forms.tool_calls import CallDelta, ParsedPiece
 from gateway.text.tokenizer import Tokenizer
 from workers.requests.request import FinishReason, TokenLogprob
 
-_MARK = secrets.token_hex(16)
+_TEXT_PLACEHOLDER = secrets.token_hex(16)
 """Placeholder for text in a chunk that is prepared before the text is known."""
 
 
@@ -45,15 +45,15 @@ class OpenAIFormat(TextFormat, ABC):
     ) -> None:
         super().__init__(running.call, tokenizer)
         self._requests = running.requests
-        self._waiting: dict[int, list[TokenText]] = {}  # tokens that may be part of a call
+        self._pending_tokens: dict[int, list[TokenText]] = {}  # tokens that may be part of a call
         fields = running.call
-        self._adds_to_text = (
+        self._has_extra_fields = (
             fields.num_logprobs is not None
             or fields.return_token_ids
             or fields.tool_form is not None
             or fields.thinking is not None
         )
-        self._around_text: dict[int, tuple[bytes, bytes]] = {}
+        self._text_chunk_parts: dict[int, tuple[bytes, bytes]] = {}
         self._head = {
             "id": answer_id or running.call_id,
             "created": running.created,
@@ -76,14 +76,14 @@ class OpenAIFormat(TextFormat, ABC):
 
     def text_chunk(self, delta: ChoiceDelta) -> bytes | None:
         """Return the JSON of the delta's chunk if only its text is new, else None."""
-        if self._adds_to_text or delta.is_first or delta.finish is not None or not delta.text:
+        if self._has_extra_fields or delta.is_first or delta.finish is not None or not delta.text:
             return None
-        around = self._around_text.get(delta.index)
-        if around is None:
-            (chunk,) = self.chunks(replace(delta, text=_MARK, tokens=()))
-            before, after = dump_json(chunk).split(_MARK.encode())
-            around = self._around_text[delta.index] = before[:-1], after[1:]
-        return around[0] + encode_basestring(delta.text).encode() + around[1]
+        chunk_parts = self._text_chunk_parts.get(delta.index)
+        if chunk_parts is None:
+            (chunk,) = self.chunks(replace(delta, text=_TEXT_PLACEHOLDER, tokens=()))
+            before, after = dump_json(chunk).split(_TEXT_PLACEHOLDER.encode())
+            chunk_parts = self._text_chunk_parts[delta.index] = before[:-1], after[1:]
+        return chunk_parts[0] + encode_basestring(delta.text).encode() + chunk_parts[1]
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         return {**self._chunk([]), "usage": usage_body(usage)}
@@ -96,16 +96,16 @@ class OpenAIFormat(TextFormat, ABC):
         self, entries: Sequence[TokenLogprob | None] | None
     ) -> list[dict[str, Any] | None] | None:
         """Return an object by token id for each prompt token; None for the first token."""
-        wanted = self.call.prompt_logprobs
-        if wanted is None or entries is None:
+        num_logprobs = self.call.prompt_logprobs
+        if num_logprobs is None or entries is None:
             return None
-        return [None if e is None else self._by_id(e, wanted) for e in entries]
+        return [None if e is None else self._by_id(e, num_logprobs) for e in entries]
 
-    def _by_id(self, entry: TokenLogprob, wanted: int) -> dict[str, Any]:
+    def _by_id(self, entry: TokenLogprob, num_logprobs: int) -> dict[str, Any]:
         entries: dict[str, Any] = {}
-        own = (entry.token_id, entry.logprob, entry.rank)
-        others = ((i, value, rank) for rank, (i, value) in enumerate(entry.top[:wanted], 1))
-        for token_id, logprob, rank in (own, *others):
+        sampled = (entry.token_id, entry.logprob, entry.rank)
+        others = ((i, value, rank) for rank, (i, value) in enumerate(entry.top[:num_logprobs], 1))
+        for token_id, logprob, rank in (sampled, *others):
             named = {
                 "logprob": clamp_logprob(logprob),
                 "rank": rank,
@@ -140,8 +140,8 @@ class CompletionFormat(OpenAIFormat):
         return body
 
     def _logprobs(self, tokens: Sequence[TokenText]) -> dict[str, Any] | None:
-        wanted = self.call.num_logprobs
-        if wanted is None:
+        num_logprobs = self.call.num_logprobs
+        if num_logprobs is None:
             return None
         return {
             "text_offset": [token.text_offset for token in tokens],
@@ -151,14 +151,14 @@ class CompletionFormat(OpenAIFormat):
             ],
             "tokens": [self._name(token.token_id) for token in tokens],
             "top_logprobs": [
-                None if token.logprob is None else self._top(token.logprob, wanted)
+                None if token.logprob is None else self._top(token.logprob, num_logprobs)
                 for token in tokens
             ],
         }
 
-    def _top(self, entry: TokenLogprob, wanted: int) -> dict[str, float]:
+    def _top(self, entry: TokenLogprob, num_logprobs: int) -> dict[str, float]:
         top: dict[str, float] = {}
-        for token_id, logprob in alternatives(entry, wanted):
+        for token_id, logprob in alternatives(entry, num_logprobs):
             top.setdefault(self._name(token_id), clamp_logprob(logprob))
         return top
 
@@ -194,7 +194,7 @@ class ChatFormat(OpenAIFormat):
         if delta.text or delta.tokens or delta.finish:
             parsed, is_call = self._parse(delta)
             shown = _tool_delta(parsed)
-            waiting = self._waiting.setdefault(delta.index, [])
+            waiting = self._pending_tokens.setdefault(delta.index, [])
             waiting.extend(delta.tokens)
             if not (shown or delta.finish):
                 return chunks  # these tokens may be part of a call
@@ -217,7 +217,7 @@ class ChatFormat(OpenAIFormat):
         if parsed.reasoning:
             message["reasoning_content"] = parsed.reasoning
         if parsed.calls:
-            named = [_named_call(call) for call in parsed.joined().calls]
+            named = [_call_object(call) for call in parsed.joined().calls]
             message |= {"content": content or None, "tool_calls": named}
         body: dict[str, Any] = {
             "index": choice.index,
@@ -231,21 +231,23 @@ class ChatFormat(OpenAIFormat):
         return body
 
     def _logprobs(self, tokens: Iterable[TokenText]) -> dict[str, Any] | None:
-        wanted = self.call.num_logprobs
-        if wanted is None:
+        num_logprobs = self.call.num_logprobs
+        if num_logprobs is None:
             return None
         return {
-            "content": [self._entry(token.logprob, wanted) for token in tokens if token.logprob]
+            "content": [
+                self._entry(token.logprob, num_logprobs) for token in tokens if token.logprob
+            ]
         }
 
-    def _entry(self, entry: TokenLogprob, wanted: int) -> dict[str, Any]:
-        top = alternatives(entry, wanted) if wanted else []
+    def _entry(self, entry: TokenLogprob, num_logprobs: int) -> dict[str, Any]:
+        top = alternatives(entry, num_logprobs) if num_logprobs else []
         return {
-            **self._named(entry.token_id, entry.logprob),
-            "top_logprobs": [self._named(*pair) for pair in top[:wanted]],
+            **self._token_entry(entry.token_id, entry.logprob),
+            "top_logprobs": [self._token_entry(*pair) for pair in top[:num_logprobs]],
         }
 
-    def _named(self, token_id: int, logprob: float) -> dict[str, Any]:
+    def _token_entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         return {
             "token": self._name(token_id),
             "logprob": clamp_logprob(logprob),
@@ -279,13 +281,13 @@ def _tool_delta(parsed: ParsedPiece) -> dict[str, Any]:
         delta["tool_calls"] = [
             {"index": call.index, "function": {"arguments": call.arguments}}
             if call.name is None
-            else {"index": call.index, **_named_call(call)}
+            else {"index": call.index, **_call_object(call)}
             for call in parsed.joined().calls
         ]
     return delta
 
 
-def _named_call(call: CallDelta) -> dict[str, Any]:
+def _call_object(call: CallDelta) -> dict[str, Any]:
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": call.call_id, "type": "function", "function": function}
 

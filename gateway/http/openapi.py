@@ -48,23 +48,27 @@ class Endpoint:
     """The HTTP method; empty is POST for a route with a body and GET without one."""
     query: tuple[tuple[str, str, tuple[tuple[str, Any], ...]], ...] = ()
     """Query parameters: name, description, members of the schema."""
-    error: type = http_types.Error
+    error: type = http_types.ErrorObject
 
     @property
     def method(self) -> str:
         return self.verb or ("get" if self.body is None else "post")
 
 
-_COMPLETION_EVENTS = (http_types.CompletionChunk, http_types.Error)
+_COMPLETION_EVENTS = (http_types.CompletionChunk, http_types.ErrorObject)
 _COMPLETION = (http_types.Completion, CompletionBody, _COMPLETION_EVENTS)
-_CHAT = (http_types.ChatCompletion, ChatBody, (http_types.ChatCompletionChunk, http_types.Error))
+_CHAT = (
+    http_types.ChatCompletion,
+    ChatBody,
+    (http_types.ChatCompletionChunk, http_types.ErrorObject),
+)
 _MESSAGES = (MessageAnswer, MessagesBody, (MessageEvent, AnthropicError))
-_READY = (http_types.Readiness, None, (), JSONResponse, (503,))
+_READY = (http_types.ReadinessObject, None, (), JSONResponse, (503,))
 _VIEW = (http_types.ClusterView, None, (), JSONResponse, (503,))
 
 ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("/v1/models", "The served model", http_types.ModelList),
-    Endpoint("/v1/models/{model}", "One model by name", http_types.Model, statuses=(404,)),
+    Endpoint("/v1/models/{model}", "One model by name", http_types.ModelObject, statuses=(404,)),
     Endpoint("/v1/completions", "Complete prompts", *_COMPLETION),
     Endpoint("/v1/chat/completions", "Generate the next message of a conversation", *_CHAT),
     Endpoint("/v1/messages", "Anthropic Messages", *_MESSAGES, error=AnthropicError),
@@ -79,14 +83,18 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("/classify", "Classify prompts", http_types.Classifications, ClassifyBody),
     Endpoint("/score", "Score documents for queries", http_types.Scores, ScoreBody),
     Endpoint("/v1/score", "Score documents for queries", http_types.Scores, ScoreBody),
-    Endpoint("/v1/inspect", "Return inner arrays of the model", http_types.Inspection, InspectBody),
-    Endpoint("/tokenize", "Convert text to token ids", http_types.Tokens, TokenizeBody),
-    Endpoint("/detokenize", "Convert token ids to text", http_types.Text, DetokenizeBody),
+    Endpoint(
+        "/v1/inspect", "Return inner arrays of the model", http_types.InspectionObject, InspectBody
+    ),
+    Endpoint("/tokenize", "Convert text to token ids", http_types.TokenizedObject, TokenizeBody),
+    Endpoint(
+        "/detokenize", "Convert token ids to text", http_types.DetokenizedObject, DetokenizeBody
+    ),
     Endpoint("/health", "The process is alive", media=Response),
     Endpoint("/ready", "Whether requests can be served", *_READY),
     Endpoint("/v2/health/live", "Same as /health", media=Response),
     Endpoint("/v2/health/ready", "Same as /ready", *_READY),
-    Endpoint("/version", "Versions of the server", http_types.Version),
+    Endpoint("/version", "Versions of the server", http_types.VersionObject),
     Endpoint("/metrics", "Prometheus metrics", media=PlainTextResponse),
     Endpoint("/cluster/v1/status", "The cluster's state", http_types.ClusterView),
     Endpoint("/cluster/v1/placement", "The device of each copy of each expert", *_VIEW),
@@ -137,21 +145,21 @@ def _document(endpoints: tuple[Endpoint, ...]) -> dict[str, Any]:
     )
     for endpoint in endpoints:
         _add(app, endpoint)
-    found = app.openapi()
+    document = app.openapi()
     events = {event for endpoint in endpoints for event in endpoint.events}
     closed_types = {*events, *(endpoint.error for endpoint in endpoints)}
-    closed = {**found["components"]["schemas"], **_schemas(closed_types)}
+    closed = {**document["components"]["schemas"], **_schemas(closed_types)}
     for name in closed.keys() - _OPEN:
         closed[name]["additionalProperties"] = False
     bodies = {endpoint.body for endpoint in endpoints if endpoint.body}
-    found["components"] = {
+    document["components"] = {
         "schemas": {**_schemas(bodies), **closed},
         "securitySchemes": {
             "key": {"type": "http", "scheme": "bearer"},
             "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
         },
     }
-    return {**found, "security": [{}, {"key": []}, {"header": []}]}
+    return {**document, "security": [{}, {"key": []}, {"header": []}]}
 
 
 def _schemas(types: Iterable[type]) -> dict[str, Any]:
@@ -180,17 +188,17 @@ def _add(app: FastAPI, endpoint: Endpoint) -> None:
 
 
 def _responses(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
-    found: dict[str, Any] = {
+    success: dict[str, Any] = {
         "description": endpoint.summary,
         "headers": {name: {"schema": _STRING, "required": True} for name in _ANSWER_HEADERS},
     }
     if endpoint.events:  # all events except the final [DONE] of OpenAI
         event = {"anyOf": [*map(_ref, endpoint.events)]}
-        found["content"] = {"text/event-stream": {"schema": _STRING, "x-events": event}}
-    responses: dict[int | str, dict[str, Any]] = {200: found}
+        success["content"] = {"text/event-stream": {"schema": _STRING, "x-events": event}}
+    responses: dict[int | str, dict[str, Any]] = {200: success}
     for status in sorted({*(_OF_GET if endpoint.body is None else _ERRORS), *endpoint.statuses}):
-        is_readiness = status == 503 and endpoint.answer is http_types.Readiness
-        schema = _ref(http_types.Readiness if is_readiness else endpoint.error)
+        is_readiness = status == 503 and endpoint.answer is http_types.ReadinessObject
+        schema = _ref(http_types.ReadinessObject if is_readiness else endpoint.error)
         content = {"application/json": {"schema": schema}}
         responses[status] = {"description": _ERRORS[status], "content": content}
     return responses

@@ -77,17 +77,17 @@ def parse_json(raw: bytes, max_depth: int) -> dict[str, Any]:
 
 def parse_body(kind: type[Body], data: Mapping[str, Any]) -> Body:
     """Validate a body. Raises ``RequestError`` for the first invalid field."""
-    for name, most in _MOST_ENTRIES.items():
+    for name, max_length in _MOST_ENTRIES.items():
         value = data.get(name)
         if name in kind.model_fields and isinstance(value, list | dict):
-            check_length(name, len(value), most)
+            check_length(name, len(value), max_length)
     messages = data.get("messages")
     if "messages" in kind.model_fields and isinstance(messages, list):
         check_messages(len(messages), _num_parts(messages[: MAX_MESSAGES + 1]))
     try:
         return kind.model_validate(data)
     except ValidationError as err:
-        raise _describe(err, kind.SHAPES) from err
+        raise _validation_error(err, kind.SHAPES) from err
 
 
 def _num_parts(messages: Sequence[object]) -> int:
@@ -103,7 +103,7 @@ def _too_deep(max_depth: int) -> RequestError:
     )
 
 
-def _describe(error: ValidationError, shapes: Mapping[str, str]) -> RequestError:
+def _validation_error(error: ValidationError, shapes: Mapping[str, str]) -> RequestError:
     first = error.errors(include_url=False, include_input=False)[0]
     path = _field_path(first["loc"])
     name = path.rpartition(".")[2].partition("[")[0]

@@ -24,9 +24,9 @@ from gateway.generation.answer import clamp_logprob
 from gateway.generation.gateway import Gateway
 from gateway.generation.inspect import MAX_JSON_BYTES, Inspected, InspectFields, Inspecting
 from gateway.generation.pooling import Reader, as_numpy, reading_call
-from gateway.http.convert import given_fields, mask_list, prompt_list
+from gateway.http.convert import mask_list, prompt_list, set_fields
 from gateway.http.json_output import dump_long
-from gateway.http.middleware import Responder, WatchedEndpoint
+from gateway.http.middleware import CancellableEndpoint, Responder
 from gateway.http.openai_format import pooling_usage
 from gateway.http.parse import parse_body
 from gateway.http.request_body import timeout_header_s
@@ -70,85 +70,87 @@ class InspectBody(CallBody):
     labels: Items[int] | Items[float] | Items[Items[int]] | Items[Items[float]] | None = None
 
 
-_LISTED_VALUES = 16_384
+_MAX_LISTED_VALUES = 16_384
 """Maximum number of array elements that one call converts to a list."""
-Serve = Callable[[GenerateCall], Awaitable[bytes]]
+PoolingHandler = Callable[[GenerateCall], Awaitable[bytes]]
 """Serves a parsed body and returns the response as JSON."""
 
 
-class PoolingEndpoint(WatchedEndpoint[tuple[Serve, GenerateCall]]):
+class PoolingEndpoint(CancellableEndpoint[tuple[PoolingHandler, GenerateCall]]):
     """Serves bodies of type ``kind``; ``prepare`` converts a large body in a thread."""
 
     def __init__(
-        self, gateway: Gateway, kind: type[CallBody], prepare: Callable[[Any], Serve]
+        self, gateway: Gateway, kind: type[CallBody], prepare: Callable[[Any], PoolingHandler]
     ) -> None:
         super().__init__(gateway)
         self._kind = kind
         self._prepare = prepare
 
-    def _read(self, request: Request, data: dict[str, Any]) -> tuple[Serve, GenerateCall]:
+    def _read(self, request: Request, data: dict[str, Any]) -> tuple[PoolingHandler, GenerateCall]:
         check_unsupported(data, "pooling")
         body = parse_body(self._kind, data)
-        call = reading_call(**given_fields(body))
+        call = reading_call(**set_fields(body))
         call = with_headers(call, request.headers, timeout_header_s(request))
         return self._prepare(body), call
 
     async def _answer(
-        self, request: Request, parsed: tuple[Serve, GenerateCall], responder: Responder
+        self, request: Request, parsed: tuple[PoolingHandler, GenerateCall], responder: Responder
     ) -> None:
         serve, call = parsed
         await responder.json(await serve(call))
 
     @classmethod
-    def all(cls, gateway: Gateway) -> dict[str, PoolingEndpoint]:
-        reader, inspecting = Reader(gateway), Inspecting(gateway)
-        served: dict[str, tuple[type[CallBody], Callable[[Any], Serve]]] = {
-            "/v1/embeddings": (EmbeddingsBody, partial(_embeddings, reader)),
-            "/classify": (ClassifyBody, partial(_classify, reader)),
-            "/score": (ScoreBody, partial(_score, reader)),
-            "/v1/score": (ScoreBody, partial(_score, reader)),
+    def by_path(cls, gateway: Gateway) -> dict[str, PoolingEndpoint]:
+        service, inspecting = Reader(gateway), Inspecting(gateway)
+        served: dict[str, tuple[type[CallBody], Callable[[Any], PoolingHandler]]] = {
+            "/v1/embeddings": (EmbeddingsBody, partial(_embeddings, service)),
+            "/classify": (ClassifyBody, partial(_classify, service)),
+            "/score": (ScoreBody, partial(_score, service)),
+            "/v1/score": (ScoreBody, partial(_score, service)),
             "/v1/inspect": (InspectBody, partial(_inspect, inspecting, gateway.model.name)),
         }
         return {path: cls(gateway, *one) for path, one in served.items()}
 
 
-def _inspect(inspecting: Inspecting, model_name: str, body: InspectBody) -> Serve:
-    wanted, name = _inspect_fields(body), body.model or model_name
+def _inspect(inspecting: Inspecting, model_name: str, body: InspectBody) -> PoolingHandler:
+    fields, name = _inspect_fields(body), body.model or model_name
 
     async def serve(call: GenerateCall) -> bytes:
-        async with inspecting.inspect(wanted, call, MAX_JSON_BYTES) as found:
-            return await asyncio.to_thread(lambda: dump_long(_inspect_answer(found, name)))
+        async with inspecting.inspect(fields, call, MAX_JSON_BYTES) as inspected:
+            return await asyncio.to_thread(lambda: dump_long(_inspect_answer(inspected, name)))
 
     return serve
 
 
-def _embeddings(reader: Reader, body: EmbeddingsBody) -> Serve:
+def _embeddings(service: Reader, body: EmbeddingsBody) -> PoolingHandler:
     prompts = prompt_list(body.input)
 
     async def serve(call: GenerateCall) -> bytes:
-        found = await reader.embed(prompts, body.pooling, call)
+        result = await service.embed(prompts, body.pooling, call)
         is_text = body.encoding_format == "base64"
         vectors = (
             base64.b64encode(vector.tobytes()).decode() if is_text else vector.tolist()
-            for vector in found.rows
+            for vector in result.rows
         )
         rows = ({"object": "embedding", "embedding": vector} for vector in vectors)
-        return await _list("embd", rows, body, reader, found.usage)
+        return await _list_response("embd", rows, body, service, result.usage)
 
     return serve
 
 
-def _classify(reader: Reader, body: ClassifyBody) -> Serve:
+def _classify(service: Reader, body: ClassifyBody) -> PoolingHandler:
     prompts, masks = prompt_list(body.input), mask_list(body.attention_mask)
 
     async def serve(call: GenerateCall) -> bytes:
-        found = await reader.classify(prompts, tuple(body.labels or ()), masks, call)
-        return await _list("classify", map(asdict, found.rows), body, reader, found.usage)
+        result = await service.classify(prompts, tuple(body.labels or ()), masks, call)
+        return await _list_response(
+            "classify", map(asdict, result.rows), body, service, result.usage
+        )
 
     return serve
 
 
-def _score(reader: Reader, body: ScoreBody) -> Serve:
+def _score(service: Reader, body: ScoreBody) -> PoolingHandler:
     names = (
         given_one(queries=body.queries, text_1=body.text_1),
         given_one(documents=body.documents, text_2=body.text_2),
@@ -156,15 +158,15 @@ def _score(reader: Reader, body: ScoreBody) -> Serve:
     queries, documents = (prompt_list(getattr(body, name)) for name in names)
 
     async def serve(call: GenerateCall) -> bytes:
-        found = await reader.score(queries, documents, call, names)
-        rows = [{"object": "score", "score": score} for score in found.rows]
-        return await _list("score", rows, body, reader, found.usage)
+        result = await service.score(queries, documents, call, names)
+        rows = [{"object": "score", "score": score} for score in result.rows]
+        return await _list_response("score", rows, body, service, result.usage)
 
     return serve
 
 
-async def _list(
-    prefix: str, rows: Iterable[dict[str, Any]], body: CallBody, reader: Reader, usage: Usage
+async def _list_response(
+    prefix: str, rows: Iterable[dict[str, Any]], body: CallBody, service: Reader, usage: Usage
 ) -> bytes:
     """Return the JSON of a response with one row per prompt; a thread iterates over ``rows``."""
 
@@ -174,7 +176,7 @@ async def _list(
                 "id": f"{prefix}-{uuid.uuid4().hex}",
                 "object": "list",
                 "created": int(time.time()),
-                "model": body.model or reader.model_name,
+                "model": body.model or service.model_name,
                 "data": [{"index": index, **row} for index, row in enumerate(rows)],
                 "usage": pooling_usage(usage),
             }
@@ -206,19 +208,21 @@ def _label_rows(
     return (flat,) if len(prompts) == 1 else tuple((one,) for one in flat)
 
 
-def _inspect_answer(found: Inspected, model: str) -> dict[str, Any]:
+def _inspect_answer(inspected: Inspected, model: str) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "id": f"insp-{uuid.uuid4().hex}",
         "object": "inspection",
         "model": model,
         "data": [
             {"index": index, "num_tokens": count, **_row(arrays)}
-            for index, (arrays, count) in enumerate(zip(found.rows, found.num_tokens, strict=True))
+            for index, (arrays, count) in enumerate(
+                zip(inspected.rows, inspected.num_tokens, strict=True)
+            )
         ],
-        "loss": found.loss,
-        "usage": pooling_usage(found.usage),
+        "loss": inspected.loss,
+        "usage": pooling_usage(inspected.usage),
     }
-    return answer | ({"aux_loss": dict(found.aux_loss)} if found.aux_loss else {})
+    return answer | ({"aux_loss": dict(inspected.aux_loss)} if inspected.aux_loss else {})
 
 
 def _row(arrays: Sequence[NamedArray]) -> dict[str, Any]:
@@ -226,7 +230,7 @@ def _row(arrays: Sequence[NamedArray]) -> dict[str, Any]:
     routes: dict[str, dict[str, Any]] = {}
     for array in arrays:
         kind, _, bank = array.name.partition(":")
-        values = _listed(as_numpy(array))
+        values = _to_lists(as_numpy(array))
         if kind == "logprobs":
             row[kind] = [None if math.isnan(value) else clamp_logprob(value) for value in values]
         elif kind == "router_logits":
@@ -238,10 +242,10 @@ def _row(arrays: Sequence[NamedArray]) -> dict[str, Any]:
     return row | ({"routes": list(routes.values())} if routes else {})
 
 
-def _listed(values: NDArray[Any]) -> Any:
+def _to_lists(values: NDArray[Any]) -> Any:
     """Convert an array to nested lists, row by row so that other threads can run."""
-    is_small = values.ndim < 2 or values.size <= _LISTED_VALUES
-    return values.tolist() if is_small else [_listed(row) for row in values]
+    is_small = values.ndim < 2 or values.size <= _MAX_LISTED_VALUES
+    return values.tolist() if is_small else [_to_lists(row) for row in values]
 
 
 def _bank(name: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from gateway.http.parse import parse_json
 
 MAX_TIMEOUT_MS = 99_999_999_999
 """Largest timeout that a client can request; the server's limit is shorter."""
-_DRAIN_FACTOR = 8
+_MAX_PENDING_FACTOR = 8
 """A body above the limit is read up to this multiple of the limit, so that the client can read the
 response; beyond that the connection is closed."""
 Parsed = TypeVar("Parsed")
@@ -41,8 +41,8 @@ async def read_json(
         RequestTooLargeError: the body is above the size limit.
         DeadlineExceededError: the client sends too slowly.
     """
-    given = request.headers.get("content-type", "application/json")
-    kind = given.partition(";")[0].strip()
+    content_type = request.headers.get("content-type", "application/json")
+    kind = content_type.partition(";")[0].strip()
     if not (kind.lower() == "application/json" or kind.lower().endswith("+json")):
         raise RequestError(f"content-type {kind[:64]!r} must be application/json", "content-type")
     coding = request.headers.get("content-encoding", "identity").strip()
@@ -68,7 +68,7 @@ def timeout_header_s(request: Request) -> float | None:
 
 
 @contextlib.asynccontextmanager
-async def within_time(request: Request, gateway: Gateway) -> AsyncIterator[None]:
+async def limit_time(request: Request, gateway: Gateway) -> AsyncIterator[None]:
     """Limit the time of the enclosed block. Raises ``DeadlineExceededError`` when it is over."""
     limit_s = gateway.timeout_s(timeout_header_s(request))
     try:
@@ -98,11 +98,13 @@ async def read_body(request: Request, max_bytes: int, tuning: GatewayTuning) -> 
         except TimeoutError as err:
             raise DeadlineExceededError("the body did not arrive in time") from err
     if not (is_too_large and waits_to_send(request.headers)):
-        await _drain(pieces, max_bytes * _DRAIN_FACTOR - total, tuning)
+        await _read_pending(pieces, max_bytes * _MAX_PENDING_FACTOR - total, tuning)
     raise RequestTooLargeError(f"the body is above the limit of {max_bytes} bytes")
 
 
-async def _drain(pieces: AsyncIterator[bytes], max_bytes: int, tuning: GatewayTuning) -> None:
+async def _read_pending(
+    pieces: AsyncIterator[bytes], max_bytes: int, tuning: GatewayTuning
+) -> None:
     """Read until the body ends, exceeds ``max_bytes``, or pauses for too long."""
     now_s = asyncio.get_running_loop().time
     end_s = now_s() + tuning.body_timeout_s

@@ -18,7 +18,7 @@ PromptField = str | Items[int] | Items[str] | Items[Items[int]]
 """One or more prompts, as text or token ids."""
 
 
-class Part(StrictBody):
+class ContentPartBody(StrictBody):
     """One part of a message's content."""
 
     type: str
@@ -28,29 +28,29 @@ class Part(StrictBody):
     )
 
 
-class CalledFunction(StrictBody):
+class CalledFunctionBody(StrictBody):
     """Name of the called function, and its arguments as JSON text."""
 
     name: str
     arguments: str = "{}"
 
 
-class MessageCall(StrictBody):
+class ToolCallBody(StrictBody):
     """A tool call of an assistant message."""
 
     id: str | None = None
     type: Literal["function"] = "function"
-    function: CalledFunction
+    function: CalledFunctionBody
 
 
-class Message(StrictBody):
+class ChatMessageBody(StrictBody):
     """One message; unknown fields are passed to the chat template unchanged."""
 
     model_config = ConfigDict(extra="allow")
     role: str
-    content: str | Items[Part] | None = None
+    content: str | Items[ContentPartBody] | None = None
     name: str | None = None
-    tool_calls: Items[MessageCall] | None = None
+    tool_calls: Items[ToolCallBody] | None = None
     tool_call_id: str | None = None
     reasoning_content: Any = Field(
         default=None, description="the reasoning of the model, in an assistant message"
@@ -59,7 +59,7 @@ class Message(StrictBody):
     thinking: Any = Field(default=None, description="alias of `reasoning_content`")
 
 
-class StreamOptions(StrictBody):
+class ChatStreamOptionsBody(StrictBody):
     """Additional data of a stream."""
 
     include_usage: bool | None = None
@@ -91,7 +91,7 @@ class ToolBody(StrictBody):
     function: FunctionBody
 
 
-class FunctionName(StrictBody):
+class FunctionNameBody(StrictBody):
     """``tool_choice.function``."""
 
     name: str
@@ -101,7 +101,7 @@ class ToolChoiceBody(StrictBody):
     """A ``tool_choice`` that names a function."""
 
     type: Literal["function"]
-    function: FunctionName
+    function: FunctionNameBody
 
 
 class ResponseFormatBody(StrictBody):
@@ -204,7 +204,7 @@ class GenerateBody(RetentionBody, SamplingBody):
     use_beam_search: bool | None = None
     length_penalty: float | None = None
     early_stopping: bool | Literal["never"] | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: ChatStreamOptionsBody | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     prompt_logprobs: Whole | None = None
@@ -227,7 +227,7 @@ class CompletionBody(GenerateBody):
 class ChatBody(ConversationBody, GenerateBody):
     """``POST /v1/chat/completions``."""
 
-    messages: Items[Message]
+    messages: Items[ChatMessageBody]
     logprobs: bool | None = None
     top_logprobs: Whole | None = None
     tool_choice: str | ToolChoiceBody | None = None
@@ -239,7 +239,7 @@ class TokenizeBody(ConversationBody):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Items[Message] | None = None
+    messages: Items[ChatMessageBody] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 

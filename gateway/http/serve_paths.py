@@ -13,7 +13,7 @@ ROUTES_PATH = "/-/routes"
 SERVE_PATHS = frozenset({HEALTH_PATH, ROUTES_PATH})
 APP_NAME = "expertmesh"
 """Name of the Serve application."""
-_LEAVING = PlainTextResponse("This node is being drained.", 503)
+_DRAINING_RESPONSE = PlainTextResponse("This node is being drained.", 503)
 """The response of Serve's proxy during a drain."""
 
 
@@ -22,10 +22,10 @@ def serve_routes(gateway: Gateway) -> list[BaseRoute]:
 
     async def health(request: Request) -> Response:
         """Respond 200 while a load balancer may send requests, and 503 once the gateway drains."""
-        return _LEAVING if gateway.readiness.is_leaving else PlainTextResponse("success")
+        return _DRAINING_RESPONSE if gateway.readiness.is_leaving else PlainTextResponse("success")
 
     async def routes(request: Request) -> Response:
         """Return the application by route prefix."""
-        return _LEAVING if gateway.readiness.is_leaving else JSONResponse({"/": APP_NAME})
+        return _DRAINING_RESPONSE if gateway.readiness.is_leaving else JSONResponse({"/": APP_NAME})
 
     return [Route(HEALTH_PATH, health), Route(ROUTES_PATH, routes)]

@@ -12,7 +12,7 @@ from gateway.generation.running_call import RunningCall
 from gateway.http.json_output import dump_json, dump_long
 from gateway.http.middleware import Responder
 from gateway.http.openai_format import OpenAIFormat, usage_body
-from gateway.http.schema import StreamOptions
+from gateway.http.schema import ChatStreamOptionsBody
 from gateway.offload.long_work import INLINE_SIZE, release
 
 _HEADERS = {
@@ -92,7 +92,7 @@ class SseStream(EventStream):
     """A stream of OpenAI chunks."""
 
     formatter: OpenAIFormat
-    options: StreamOptions
+    options: ChatStreamOptionsBody
 
     def _events(self, running: RunningCall, deltas: list[ChoiceDelta]) -> bytes:
         content = b""

@@ -33,7 +33,7 @@ _GENERATE: Neutral = {
     "mm_processor_kwargs": ({},),
     "kv_transfer_params": ({},),
 }
-BEAMS: Neutral = {
+BEAM_SEARCH_FIELDS: Neutral = {
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "early_stopping": (False,),
@@ -43,7 +43,7 @@ _TRUNCATION: Neutral = {"truncate_prompt_tokens": (), "truncation_side": ()}
 UNSUPPORTED: Mapping[Endpoint, Neutral] = {
     "completion": {**_GENERATE, "tools": ([],), "tool_choice": ("none", "auto")},
     "chat": {**_GENERATE, "best_of": ()},
-    "tokenize": {**_GENERATE, **BEAMS, "best_of": (), **_TRUNCATION},
+    "tokenize": {**_GENERATE, **BEAM_SEARCH_FIELDS, "best_of": (), **_TRUNCATION},
     "pooling": {
         "dimensions": (),
         "normalize": (False,),
@@ -59,7 +59,7 @@ UNSUPPORTED: Mapping[Endpoint, Neutral] = {
     },
 }
 """Unsupported fields, each with the values that have no effect; null never has an effect."""
-UNBUILT_STRUCTURED: Neutral = {
+UNSUPPORTED_STRUCTURED: Neutral = {
     "structural_tag": (False,),
     "whitespace_pattern": (False,),
     "disable_any_whitespace": (False,),
@@ -83,7 +83,7 @@ def check_unsupported(data: Mapping[str, Any], endpoint: Endpoint) -> None:
     refuse_unsupported(data, unbuilt)
     structured = data.get("structured_outputs")
     if endpoint != "pooling" and isinstance(structured, dict):
-        refuse_unsupported(structured, UNBUILT_STRUCTURED, "structured_outputs.")
+        refuse_unsupported(structured, UNSUPPORTED_STRUCTURED, "structured_outputs.")
     misplaced = _MISPLACED.get(endpoint)
     if misplaced is not None and data.get(misplaced):
         raise UnsupportedParameterError(f"{misplaced} is not supported for {endpoint}", misplaced)

@@ -9,18 +9,18 @@ from typing import Any
 from cluster.core.errors import RequestError
 from gateway.core.call import CallKind, ChatInput, GenerateCall
 from gateway.core.field_checks import MAX_MESSAGES, MAX_PARTS, check_length, check_metadata, require
-from gateway.http.convert import constraints_of, retention_hint, sampling_fields
+from gateway.http.convert import retention_hint, sampling_fields, structured_constraints
 from gateway.responses.conversation import Conversation
 from gateway.responses.items import Item, ItemIds, read_item
 from gateway.responses.schema import InputItem, ResponseBody
-from gateway.responses.tools import OfferedTools, read_tools, shown_choice, shown_tools
+from gateway.responses.tools import OfferedTools, read_tools, response_tool_choice, response_tools
 from gateway.text.forms.structured import FormatNames, make_answer_format, make_grammar
 
 REFERENCE = "item_reference"
-LOGPROBS, SEALED = "message.output_text.logprobs", "reasoning.encrypted_content"
+LOGPROBS, ENCRYPTED_REASONING = "message.output_text.logprobs", "reasoning.encrypted_content"
 INCLUDABLE = (
     LOGPROBS,
-    SEALED,
+    ENCRYPTED_REASONING,
     "code_interpreter_call.outputs",
     "computer_call_output.output.image_url",
     "file_search_call.results",
@@ -39,8 +39,8 @@ _FORMAT = FormatNames("text.format", "text.format.schema")
 class CheckedRequest:
     """One request after all checks that need no model."""
 
-    fields: GenerateCall
-    head: Mapping[str, Any]
+    call: GenerateCall
+    repeated_fields: Mapping[str, Any]
     """Fields of the request that the response repeats."""
     paths: Sequence[str]
     """``Conversation.paths``."""
@@ -50,36 +50,36 @@ class CheckedRequest:
     """Items of the body."""
     ids: ItemIds
     tools: OfferedTools
-    seals_reasoning: bool
+    encodes_reasoning: bool
 
 
 def check_size(data: Mapping[str, Any]) -> None:
     """Raise ``RequestError`` for too many items, fields or parts, before they are parsed."""
-    given = data.get("input")
-    if not isinstance(given, list):
+    raw_items = data.get("input")
+    if not isinstance(raw_items, list):
         return
-    check_length("input", len(given), MAX_MESSAGES)
-    items = [item for item in given if isinstance(item, dict)]
+    check_length("input", len(raw_items), MAX_MESSAGES)
+    items = [item for item in raw_items if isinstance(item, dict)]
     inner = [item.get(name) for item in items for name in ("content", "output", "summary")]
     num_parts = sum(map(len, items)) + sum(len(one) for one in inner if isinstance(one, list))
     rule = f"has {num_parts} fields and parts, at most {MAX_PARTS} are allowed"
     require(num_parts <= MAX_PARTS, "input", rule)
 
 
-def given_items(body: ResponseBody) -> Sequence[InputItem]:
+def input_items(body: ResponseBody) -> Sequence[InputItem]:
     """Return ``input`` as items."""
     if isinstance(body.input, str):
         return [InputItem(role="user", content=body.input)]
     return body.input or ()
 
 
-def reference_in(item: InputItem) -> str | None:
+def referenced_id(item: InputItem) -> str | None:
     """Return the id in an ``item_reference`` (its type is optional); None for other items."""
     is_bare = item.type is None and item.role is None and item.content is None
     return item.id if item.type == REFERENCE or is_bare else None
 
 
-def make_turn(
+def check_response_body(
     body: ResponseBody,
     ids: ItemIds,
     history: Sequence[Item] = (),
@@ -101,22 +101,22 @@ def make_turn(
     new_items = _read_items(body, ids, referenced or {})
     conversation = Conversation()
     if body.instructions:
-        conversation.instruct(body.instructions, "instructions")
+        conversation.add_instructions(body.instructions, "instructions")
     for item in history:
         conversation.add(item, "previous_response_id")
-    for place, item in enumerate(new_items):
-        path = "input" if isinstance(body.input, str) else f"input[{place}]"
+    for index, item in enumerate(new_items):
+        path = "input" if isinstance(body.input, str) else f"input[{index}]"
         conversation.add(item, path)
     require(bool(new_items or history), "input", "must not be empty")
     return CheckedRequest(
-        fields=_fields(body, conversation, tools),
-        head=_head(body),
+        call=_make_call(body, conversation, tools),
+        repeated_fields=_repeated_fields(body),
         paths=conversation.paths,
         history=history,
         new_items=new_items,
         ids=ids,
         tools=tools,
-        seals_reasoning=SEALED in (body.include or ()),
+        encodes_reasoning=ENCRYPTED_REASONING in (body.include or ()),
     )
 
 
@@ -124,50 +124,54 @@ def _check(body: ResponseBody) -> None:
     """Check the values that no other module checks."""
     if body.input is None and body.previous_response_id is None:
         raise RequestError("input is required", "input", "missing_required_parameter")
-    for place, value in enumerate(body.include or ()):
-        _check_word(f"include[{place}]", value, INCLUDABLE)
+    for index, value in enumerate(body.include or ()):
+        _check_choice(f"include[{index}]", value, INCLUDABLE)
     reports = LOGPROBS in (body.include or ())
     rule = f"needs {LOGPROBS} in include"
     require(not body.top_logprobs or reports, "top_logprobs", rule)
     if (reasoning := body.reasoning) is not None:
-        _check_word("reasoning.effort", reasoning.effort, EFFORTS)
-        _check_word("reasoning.summary", reasoning.summary, SUMMARIES)
-        _check_word("reasoning.generate_summary", reasoning.generate_summary, SUMMARIES)
+        _check_choice("reasoning.effort", reasoning.effort, EFFORTS)
+        _check_choice("reasoning.summary", reasoning.summary, SUMMARIES)
+        _check_choice("reasoning.generate_summary", reasoning.generate_summary, SUMMARIES)
     if body.text is not None:
-        _check_word("text.verbosity", body.text.verbosity, VERBOSITIES)
-    most = body.max_tool_calls
-    require(most is None or most >= 1, "max_tool_calls", f"({most}) must be at least 1")
+        _check_choice("text.verbosity", body.text.verbosity, VERBOSITIES)
+    max_tool_calls = body.max_tool_calls
+    require(
+        max_tool_calls is None or max_tool_calls >= 1,
+        "max_tool_calls",
+        f"({max_tool_calls}) must be at least 1",
+    )
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options needs stream to be true", "stream_options")
     check_metadata(body.metadata or {})
 
 
-def _check_word(name: str, value: str | None, words: Sequence[str]) -> None:
+def _check_choice(name: str, value: str | None, words: Sequence[str]) -> None:
     rule = f"({str(value)[:64]!r}) must be one of {', '.join(words)}"
     require(value is None or value in words, name, rule)
 
 
 def _read_items(body: ResponseBody, ids: ItemIds, referenced: Mapping[str, Item]) -> list[Item]:
     items = []
-    for place, given in enumerate(given_items(body)):
-        path = "input" if isinstance(body.input, str) else f"input[{place}]"
-        if (wanted := reference_in(given)) is None:
-            items.append(read_item(given, path, ids))
+    for index, input_item in enumerate(input_items(body)):
+        path = "input" if isinstance(body.input, str) else f"input[{index}]"
+        if (stored_id := referenced_id(input_item)) is None:
+            items.append(read_item(input_item, path, ids))
             continue
-        found = referenced.get(wanted)
-        rule = f"({wanted[:64]!r}) must be the id of a stored item"
-        require(found is not None, f"{path}.id", rule)
-        assert found is not None, "required"
-        items.append(found)
+        stored_item = referenced.get(stored_id)
+        rule = f"({stored_id[:64]!r}) must be the id of a stored item"
+        require(stored_item is not None, f"{path}.id", rule)
+        assert stored_item is not None, "required"
+        items.append(stored_item)
     return items
 
 
-def _fields(body: ResponseBody, conversation: Conversation, tools: OfferedTools) -> GenerateCall:
+def _make_call(body: ResponseBody, conversation: Conversation, tools: OfferedTools) -> GenerateCall:
     fields = sampling_fields(body)
-    wanted = body.text.format if body.text is not None else None
-    kind, schema = (wanted.type, wanted.schema_) if wanted else (None, None)
-    grammar = make_grammar(kind, schema, constraints_of(body.structured_outputs), _FORMAT)
-    name, description = (wanted.name, wanted.description) if wanted else (None, None)
+    text_format = body.text.format if body.text is not None else None
+    kind, schema = (text_format.type, text_format.schema_) if text_format else (None, None)
+    grammar = make_grammar(kind, schema, structured_constraints(body.structured_outputs), _FORMAT)
+    name, description = (text_format.name, text_format.description) if text_format else (None, None)
     variables = dict(body.chat_template_kwargs or {})
     if body.text is not None and body.text.verbosity is not None:
         variables.setdefault("verbosity", body.text.verbosity)
@@ -193,13 +197,13 @@ def _fields(body: ResponseBody, conversation: Conversation, tools: OfferedTools)
     )
 
 
-def _head(body: ResponseBody) -> dict[str, Any]:
+def _repeated_fields(body: ResponseBody) -> dict[str, Any]:
     """Return the fields that the response repeats, with defaults for fields that are not set."""
     text, reasoning = body.text, body.reasoning
-    wanted = text.format if text is not None else None
-    shown: dict[str, Any] = {"type": wanted.type if wanted else "text"}
-    if wanted is not None and wanted.type == "json_schema":
-        shown = wanted.model_dump(by_alias=True)
+    text_format = text.format if text is not None else None
+    shown: dict[str, Any] = {"type": text_format.type if text_format else "text"}
+    if text_format is not None and text_format.type == "json_schema":
+        shown = text_format.model_dump(by_alias=True)
         shown["strict"] = True
     return {
         "instructions": body.instructions,
@@ -215,8 +219,8 @@ def _head(body: ResponseBody) -> dict[str, Any]:
         },
         "safety_identifier": body.safety_identifier,
         "text": {"format": shown, "verbosity": (text and text.verbosity) or "medium"},
-        "tool_choice": shown_choice(body),
-        "tools": shown_tools(body),
+        "tool_choice": response_tool_choice(body),
+        "tools": response_tools(body),
         "top_logprobs": body.top_logprobs or 0,
         "temperature": _or_default(body.temperature, 1.0),
         "top_p": _or_default(body.top_p, 1.0),

@@ -18,7 +18,7 @@ from gateway.core.field_checks import require
 from gateway.core.messages import COMMENTARY_PHASE, PHASE, REASONING_NAMES
 from gateway.core.tool_use import CallArguments
 from gateway.http.json_output import dump_json
-from gateway.responses.items import CALLS, INSTRUCTING, OUTPUTS, Item, text_of
+from gateway.responses.items import CALLS, INSTRUCTION_ROLES, OUTPUTS, Item, text_of
 from gateway.responses.tools import ToolName
 from gateway.text.forms.tools import json_object
 
@@ -41,7 +41,7 @@ class Conversation:
     _is_turn_open: bool = False
     """Whether the next item of the assistant may extend the last message."""
 
-    def instruct(self, text: str, path: str) -> None:
+    def add_instructions(self, text: str, path: str) -> None:
         """Add instructions; all instructions at the beginning are one message."""
         if len(self.messages) == 1 and self.messages[0]["role"] == "system":
             self.messages[0]["content"].append(text)
@@ -82,18 +82,22 @@ class Conversation:
 
     def _add_message(self, item: Item, path: str) -> None:
         role, text = item["role"], text_of(item)
-        if role in INSTRUCTING:
-            self.instruct(text, path)
+        if role in INSTRUCTION_ROLES:
+            self.add_instructions(text, path)
         elif role == "user":
             self._add({"role": "user", "content": text}, path)
         else:
-            last = self._turn(path, lambda last: not (last["content"] or last.get("tool_calls")))
+            last = self._assistant_message(
+                path, lambda last: not (last["content"] or last.get("tool_calls"))
+            )
             last["content"] = text
             if PHASE in item:
                 last[PHASE] = item[PHASE]
 
     def _add_reasoning(self, text: str, path: str) -> None:
-        last = self._turn(path, lambda last: not (last["content"] or last.get("tool_calls")))
+        last = self._assistant_message(
+            path, lambda last: not (last["content"] or last.get("tool_calls"))
+        )
         pieces = last.setdefault(_REASONING, [])
         if pieces == [""]:
             pieces.clear()
@@ -101,19 +105,21 @@ class Conversation:
 
     def _add_call(self, item: Item, path: str) -> None:
         field = CALLS[item["type"]]
-        given = item[field]
+        arguments = item[field]
         if item["type"] == "custom_tool_call":
-            value, given = {field: given}, dump_json({field: given}).decode()
+            value, arguments = {field: arguments}, dump_json({field: arguments}).decode()
         else:
-            value = json_object(given, f"{path}.{field}")
+            value = json_object(arguments, f"{path}.{field}")
         name = ToolName(item["name"], item.get("namespace")).for_model
-        function = {"name": name, "arguments": CallArguments(value, given)}
+        function = {"name": name, "arguments": CallArguments(value, arguments)}
         call = {"id": item["call_id"], "type": "function", "function": function}
-        last = self._turn(path, lambda last: True)
+        last = self._assistant_message(path, lambda last: True)
         last.setdefault("tool_calls", []).append(call)
         self._calls[item["call_id"]] = item["type"]
 
-    def _turn(self, path: str, can_take: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    def _assistant_message(
+        self, path: str, can_take: Callable[[dict[str, Any]], bool]
+    ) -> dict[str, Any]:
         """Return the assistant message for the next item: the last one if it fits, or a new one."""
         last = self.messages[-1] if self._is_turn_open else None
         if last is not None and can_take(last):
@@ -124,7 +130,7 @@ class Conversation:
 
 
 @contextmanager
-def named_as_input(paths: Sequence[str]) -> Iterator[None]:
+def rename_error_fields(paths: Sequence[str]) -> Iterator[None]:
     """Replace message indices in errors by the names of the body fields.
 
     Args:
@@ -136,8 +142,8 @@ def named_as_input(paths: Sequence[str]) -> Iterator[None]:
         if err.param is None or not _MESSAGES.match(err.param):
             raise
 
-        def name(found: re.Match[str]) -> str:
-            return "input" if found[1] is None else paths[int(found[1])]
+        def name(match: re.Match[str]) -> str:
+            return "input" if match[1] is None else paths[int(match[1])]
 
         message, param = _MESSAGES.sub(name, err.message), _MESSAGES.sub(name, err.param)
         raise type(err)(message, param, err.code) from err

@@ -21,19 +21,19 @@ from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway
 from gateway.generation.running_call import RunningCall
 from gateway.http.json_output import dump_long
-from gateway.http.middleware import Responder, WatchedEndpoint
-from gateway.http.pages import Page, json_response
+from gateway.http.middleware import CancellableEndpoint, Responder
+from gateway.http.pagination import Page, json_response
 from gateway.http.parse import parse_body
 from gateway.http.request_body import timeout_header_s
 from gateway.offload.long_work import INLINE_SIZE
 from gateway.responses.checked_request import (
     CheckedRequest,
+    check_response_body,
     check_size,
-    given_items,
-    make_turn,
-    reference_in,
+    input_items,
+    referenced_id,
 )
-from gateway.responses.conversation import named_as_input
+from gateway.responses.conversation import rename_error_fields
 from gateway.responses.format import OutputFormat
 from gateway.responses.items import Item, ItemIds
 from gateway.responses.output import OutputBuilder
@@ -46,8 +46,8 @@ from gateway.responses.unsupported import check_unsupported
 logger = logging.getLogger(__name__)
 
 PATH = "/v1/responses"
-ONE = f"{PATH}/{{response_id}}"
-_MOST_LISTED, _LISTED = 100, 20
+RESPONSE_PATH = f"{PATH}/{{response_id}}"
+_MAX_LISTED, _DEFAULT_LISTED = 100, 20
 """Maximum and default number of items in a page."""
 
 
@@ -55,59 +55,63 @@ def routes(gateway: Gateway) -> list[BaseRoute]:
     api = StoredResponses(ResponseStore(gateway.state, gateway.disk))
     return [
         Route(PATH, ResponseEndpoint(gateway), methods=["POST"]),
-        Route(ONE, api.get, methods=["GET"]),
-        Route(ONE, api.delete, methods=["DELETE"]),
-        Route(f"{ONE}/cancel", api.cancel, methods=["POST"]),
-        Route(f"{ONE}/input_items", api.list_input, methods=["GET"]),
+        Route(RESPONSE_PATH, api.get, methods=["GET"]),
+        Route(RESPONSE_PATH, api.delete, methods=["DELETE"]),
+        Route(f"{RESPONSE_PATH}/cancel", api.cancel, methods=["POST"]),
+        Route(f"{RESPONSE_PATH}/input_items", api.list_input, methods=["GET"]),
     ]
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _ResponseRequest:
     """A parsed body."""
 
     body: ResponseBody
     is_stored: bool
     references: StoredReferences
-    turn: CheckedRequest | None
+    checked: CheckedRequest | None
     """The checked request; None if it refers to stored items, which are read later."""
 
 
-class ResponseEndpoint(WatchedEndpoint[_Asked]):
+class ResponseEndpoint(CancellableEndpoint[_ResponseRequest]):
     """``POST /v1/responses``."""
 
     def __init__(self, gateway: Gateway) -> None:
         super().__init__(gateway)
         self._store = ResponseStore(gateway.state, gateway.disk)
 
-    def _read(self, request: Request, data: dict[str, Any]) -> _Asked:
+    def _read(self, request: Request, data: dict[str, Any]) -> _ResponseRequest:
         check_unsupported(data)
         check_size(data)
         body = parse_body(ResponseBody, data)
-        is_stored = self._store.stores(body.store)
-        references = StoredReferences.to(_references(body))
+        is_stored = self._store.should_store(body.store)
+        references = StoredReferences.from_ids(_references(body))
         if body.previous_response_id is not None or references.counts:
-            return _Asked(body, is_stored, references, None)
-        turn = self._make_turn(body)
+            return _ResponseRequest(body, is_stored, references, None)
+        checked = self._check(body)
         rest = body.model_copy(update={"input": None, "tools": None})
-        return _Asked(rest, is_stored, references, turn)
+        return _ResponseRequest(rest, is_stored, references, checked)
 
-    async def _answer(self, request: Request, parsed: _Asked, responder: Responder) -> None:
+    async def _answer(
+        self, request: Request, parsed: _ResponseRequest, responder: Responder
+    ) -> None:
         body, is_stored = parsed.body, parsed.is_stored
-        turn = parsed.turn or await self._stored_turn(body, parsed.references)
-        fields = with_headers(turn.fields, request.headers, timeout_header_s(request))
-        response_id = turn.ids.response_id
+        checked = parsed.checked or await self._check_with_stored_items(body, parsed.references)
+        fields = with_headers(checked.call, request.headers, timeout_header_s(request))
+        response_id = checked.ids.response_id
         with (
-            named_as_input(turn.paths),
+            rename_error_fields(checked.paths),
             await self._gateway.start(fields, response_id) as running,
         ):
-            tools = turn.tools
-            builder = OutputBuilder(turn.ids, tools.custom, turn.seals_reasoning, tools.namespaced)
+            tools = checked.tools
+            builder = OutputBuilder(
+                checked.ids, tools.custom, checked.encodes_reasoning, tools.namespaced
+            )
             output = OutputFormat(running.call, self._gateway.tokenizer, builder)
-            resource = ResourceFormat(running, turn.head, is_stored)
-            complete = self._completion(body, turn, output, builder, resource)
+            resource = ResourceFormat(running, checked.repeated_fields, is_stored)
+            complete = self._completion(body, checked, output, builder, resource)
             if not body.stream:
-                whole = await _whole(running, output, complete)
+                whole = await _collect_response(running, output, complete)
                 await responder.json(msgspec.json.encode(whole))
                 return
             stream = ResponseStream(
@@ -121,37 +125,37 @@ class ResponseEndpoint(WatchedEndpoint[_Asked]):
             )
             await stream.send(running)
 
-    async def _stored_turn(
+    async def _check_with_stored_items(
         self, body: ResponseBody, references: StoredReferences
     ) -> CheckedRequest:
         """Check a body that refers to stored items; the body size limit includes these items."""
-        most_bytes = self._gateway.limits.max_body_bytes
+        max_bytes = self._gateway.limits.max_body_bytes
         history = StoredItems([], 0)
         if body.previous_response_id is not None:
-            history = await self._store.previous(body.previous_response_id, most_bytes)
-        most_bytes -= history.num_bytes
-        referenced = await self._store.items(references, "input", most_bytes)
+            history = await self._store.previous(body.previous_response_id, max_bytes)
+        max_bytes -= history.num_bytes
+        referenced = await self._store.items(references, "input", max_bytes)
         # run in the thread: joining all texts takes long
         size = INLINE_SIZE + 1
-        make = self._make_turn
+        make = self._check
         return await self._gateway.long_work.run(size, make, body, history.items, referenced)
 
-    def _make_turn(
+    def _check(
         self,
         body: ResponseBody,
         history: Sequence[Item] = (),
         referenced: Mapping[str, Item] | None = None,
     ) -> CheckedRequest:
-        turn = make_turn(body, ItemIds(self._store.new_id()), history, referenced)
+        checked = check_response_body(body, ItemIds(self._store.new_id()), history, referenced)
         # encoded once, not in each event
         encode = msgspec.json.encode
-        head = {name: msgspec.Raw(encode(value)) for name, value in turn.head.items()}
-        return replace(turn, head=head)
+        head = {name: msgspec.Raw(encode(value)) for name, value in checked.repeated_fields.items()}
+        return replace(checked, repeated_fields=head)
 
     def _completion(
         self,
         body: ResponseBody,
-        turn: CheckedRequest,
+        checked: CheckedRequest,
         output: OutputFormat,
         builder: OutputBuilder,
         resource: ResourceFormat,
@@ -164,7 +168,7 @@ class ResponseEndpoint(WatchedEndpoint[_Asked]):
             if not resource.is_stored:
                 return response
             try:
-                await self._store.save(response, turn.history, turn.new_items)
+                await self._store.save(response, checked.history, checked.new_items)
             except StorageError as err:
                 if body.store:
                     raise
@@ -176,10 +180,10 @@ class ResponseEndpoint(WatchedEndpoint[_Asked]):
 
 
 def _references(body: ResponseBody) -> list[str]:
-    return [one for item in given_items(body) if (one := reference_in(item)) is not None]
+    return [one for item in input_items(body) if (one := referenced_id(item)) is not None]
 
 
-async def _whole(
+async def _collect_response(
     running: RunningCall, output: OutputFormat, complete: Callable[[Finish], Awaitable[Resource]]
 ) -> Resource:
     """Return the response of a call that is not streamed."""
@@ -200,8 +204,8 @@ class StoredResponses:
             raise UnsupportedParameterError(
                 "stream is not supported for a stored response", "stream"
             )
-        found = await self._store.get(request.path_params["response_id"])
-        return json_response(bytes(found.response))
+        stored = await self._store.get(request.path_params["response_id"])
+        return json_response(bytes(stored.response))
 
     async def delete(self, request: Request) -> Response:
         response_id = request.path_params["response_id"]
@@ -217,11 +221,11 @@ class StoredResponses:
 
     async def list_input(self, request: Request) -> Response:
         """Return a page of the input items of a response, by default the last item first."""
-        page = Page.of(request.query_params, _MOST_LISTED, _LISTED)
-        found = await self._store.get(request.path_params["response_id"])
+        page = Page.from_query(request.query_params, _MAX_LISTED, _DEFAULT_LISTED)
+        stored = await self._store.get(request.path_params["response_id"])
 
         def read() -> bytes:
-            items = page.ordered([*found.history, *found.input], id_of)
-            return dump_long(page.document(read_items(items[: page.limit + 1])))
+            items = page.select([*stored.history, *stored.input], id_of)
+            return dump_long(page.to_body(read_items(items[: page.limit + 1])))
 
         return json_response(await asyncio.to_thread(read))

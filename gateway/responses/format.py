@@ -37,10 +37,10 @@ class OutputFormat(TextFormat):
         self._builder = builder
         self._num_chars = 0
         """Number of characters parsed."""
-        self._raw = ""
+        self._pending_text = ""
         """The end of the parsed text, which is not part of an item yet."""
         self._tokens: deque[TokenText] = deque()
-        """Tokens of ``_raw`` and of the text that follows."""
+        """Tokens of ``_pending_text`` and of the text that follows."""
         self.num_reasoning_tokens = 0
 
     def feed(self, deltas: Iterable[ChoiceDelta]) -> list[Event]:
@@ -52,10 +52,10 @@ class OutputFormat(TextFormat):
         self._tokens.extend(delta.tokens)
         for text in self._split(delta.text):
             parsed, is_call = self._parse(replace(delta, text=text, tokens=(), finish=None))
-            yield from self._take(text, parsed)
+            yield from self._add_parsed(text, parsed)
         if delta.finish is not None:
             parsed, is_call = self._parse(replace(delta, text="", tokens=()))
-            yield from self._take("", parsed)
+            yield from self._add_parsed("", parsed)
             has_ended = delta.finish.reason is not FinishReason.LENGTH
             yield from self._builder.end(has_ended, is_call)
 
@@ -66,59 +66,59 @@ class OutputFormat(TextFormat):
         places = [start, *sorted(cuts), end] if text else []
         return [text[a - start : b - start] for a, b in pairwise(places)]
 
-    def _take(self, text: str, parsed: ParsedPiece) -> Iterator[Event]:
+    def _add_parsed(self, text: str, parsed: ParsedPiece) -> Iterator[Event]:
         """Add ``text`` with its parsed pieces and return the events."""
         self._num_chars += len(text)
-        self._raw += text
+        self._pending_text += text
         for part in parsed.in_order():
             if isinstance(part, CallDelta):
                 yield from self._builder.add_call(part)
             elif part.is_reasoning:
-                self.num_reasoning_tokens += len(self._claim(part.text))
+                self.num_reasoning_tokens += len(self._take_tokens(part.text))
                 yield from self._builder.add_reasoning(part.text)
             else:
-                logprobs = self._logprobs(self._claim(part.text))
+                logprobs = self._logprobs(self._take_tokens(part.text))
                 yield from self._builder.add_text(part.text, logprobs)
         if parsed.calls:
-            self._forget(self._num_chars)
+            self._drop_text(self._num_chars)
 
-    def _claim(self, text: str) -> list[TokenText]:
-        """Return the tokens of ``text``; drop ``_raw`` and its tokens up to the end of ``text``."""
-        before = self._num_chars - len(self._raw)
-        place = self._raw.rfind(text)
-        start = before + max(place, 0)
-        end = start + len(text) if place >= 0 else self._num_chars
-        return [token for token, token_end in self._forget(end) if token_end > start]
+    def _take_tokens(self, text: str) -> list[TokenText]:
+        """Return the tokens of ``text``; drop the pending text up to the end of ``text``."""
+        before = self._num_chars - len(self._pending_text)
+        position = self._pending_text.rfind(text)
+        start = before + max(position, 0)
+        end = start + len(text) if position >= 0 else self._num_chars
+        return [token for token, token_end in self._drop_text(end) if token_end > start]
 
-    def _forget(self, end: int) -> list[tuple[TokenText, int]]:
+    def _drop_text(self, end: int) -> list[tuple[TokenText, int]]:
         """Drop the text before ``end`` and return the tokens that start in it, with their ends.
 
         A token without text is the first part of a character that the next token completes.
         """
-        self._raw = self._raw[len(self._raw) - (self._num_chars - end) :]
+        self._pending_text = self._pending_text[len(self._pending_text) - (self._num_chars - end) :]
         dropped = []
         while self._tokens and self._tokens[0].text_offset < end:
             dropped.append(self._tokens.popleft())
         following = [*dropped[1:], *islice(self._tokens, 1)]
         ends = [token.text_offset for token in following[: len(dropped)]]
         ends += [self._num_chars] * (len(dropped) - len(ends))
-        for place in reversed(range(len(dropped) - 1)):
-            if ends[place] == dropped[place].text_offset:
-                ends[place] = ends[place + 1]
+        for index in reversed(range(len(dropped) - 1)):
+            if ends[index] == dropped[index].text_offset:
+                ends[index] = ends[index + 1]
         return list(zip(dropped, ends, strict=True))
 
     def _logprobs(self, tokens: Sequence[TokenText]) -> list[Item]:
-        wanted = self.call.num_logprobs
-        if wanted is None:
+        num_logprobs = self.call.num_logprobs
+        if num_logprobs is None:
             return []
-        return [self._entry(token.logprob, wanted) for token in tokens if token.logprob]
+        return [self._entry(token.logprob, num_logprobs) for token in tokens if token.logprob]
 
-    def _entry(self, entry: TokenLogprob, wanted: int) -> Item:
-        top = alternatives(entry, wanted)[:wanted] if wanted else []
-        named = [self._named(token_id, logprob) for token_id, logprob in top]
-        return {**self._named(entry.token_id, entry.logprob), "top_logprobs": named}
+    def _entry(self, entry: TokenLogprob, num_logprobs: int) -> Item:
+        top = alternatives(entry, num_logprobs)[:num_logprobs] if num_logprobs else []
+        named = [self._token_entry(token_id, logprob) for token_id, logprob in top]
+        return {**self._token_entry(entry.token_id, entry.logprob), "top_logprobs": named}
 
-    def _named(self, token_id: int, logprob: float) -> Item:
+    def _token_entry(self, token_id: int, logprob: float) -> Item:
         return {
             "token": self._name(token_id),
             "logprob": clamp_logprob(logprob),

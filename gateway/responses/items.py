@@ -19,9 +19,9 @@ from gateway.responses.schema import InputItem, InputPart
 
 Item = dict[str, Any]
 """One item as returned to clients."""
-INSTRUCTING = frozenset({"system", "developer"})
+INSTRUCTION_ROLES = frozenset({"system", "developer"})
 """Roles of messages with instructions; both have the same effect."""
-ROLES = ("user", "assistant", *sorted(INSTRUCTING))
+ROLES = ("user", "assistant", *sorted(INSTRUCTION_ROLES))
 PHASES = ("commentary", "final_answer")
 CALLS = {"function_call": "arguments", "custom_tool_call": "input"}
 """Types of calls, with the field that contains the input of the tool."""
@@ -42,7 +42,7 @@ _MAX_ID_CHARS = 256
 _ID = re.compile(rf"(?:{'|'.join(PREFIXES.values())})_([0-9a-f]{{32}})[0-9a-f]{{6}}")
 _TEXT_PARTS = frozenset({"input_text", "output_text", "text"})
 _INPUT_PARTS = ("input_image", "input_file", "input_audio", "input_video")
-_SEALED = "expertmesh.1."
+_ENCODED_PREFIX = "expertmesh.1."
 """Prefix of ``encrypted_content``, which is not secret: clients receive the same text in
 ``content``, and some clients send only ``encrypted_content`` back."""
 
@@ -61,40 +61,40 @@ class ItemIds:
         return f"{PREFIXES[kind]}_{digits}{self._number:06x}"
 
 
-def response_of(item_id: str) -> str | None:
+def response_id_of(item_id: str) -> str | None:
     """Return the id of the response that contains an item; None for ids of other servers."""
-    found = _ID.fullmatch(item_id)
-    return f"resp_{found[1]}" if found else None
+    match = _ID.fullmatch(item_id)
+    return f"resp_{match[1]}" if match else None
 
 
-def read_item(given: InputItem, path: str, ids: ItemIds) -> Item:
+def read_item(input_item: InputItem, path: str, ids: ItemIds) -> Item:
     """Check an item of a body and return it with an id. Raises ``RequestError``."""
-    kind = given.type or "message"
+    kind = input_item.type or "message"
     if kind not in PREFIXES:
         raise UnsupportedParameterError(
             f"{path}.type: items of type {kind[:64]!r} are not supported", f"{path}.type"
         )
-    _check_id(given.id, path)
-    head: Item = {"type": kind, "id": given.id or ids.new(kind)}
+    _check_id(input_item.id, path)
+    head: Item = {"type": kind, "id": input_item.id or ids.new(kind)}
     if kind == "message":
-        return {**head, "status": "completed", **_message(given, path)}
+        return {**head, "status": "completed", **_message(input_item, path)}
     if kind == "reasoning":
-        return {**head, **_reasoning(given, path)}
-    call_id = _needed(given.call_id, f"{path}.call_id", kind)
+        return {**head, **_reasoning(input_item, path)}
+    call_id = _require_field(input_item.call_id, f"{path}.call_id", kind)
     require(0 < len(call_id) <= _MAX_ID_CHARS, f"{path}.call_id", "must have 1 to 256 characters")
     head |= {"status": "completed", "call_id": call_id}
     if kind in OUTPUTS:
-        if given.output is None:
-            _needed(None, f"{path}.output", kind)
-        return {**head, "output": _text(given.output, f"{path}.output")}
-    head["name"] = _needed(given.name, f"{path}.name", kind)
-    if given.namespace is not None:
-        require(bool(given.namespace), f"{path}.namespace", "must not be empty")
-        head["namespace"] = given.namespace
-    if given.status == "incomplete":
-        head["status"] = given.status
+        if input_item.output is None:
+            _require_field(None, f"{path}.output", kind)
+        return {**head, "output": _text(input_item.output, f"{path}.output")}
+    head["name"] = _require_field(input_item.name, f"{path}.name", kind)
+    if input_item.namespace is not None:
+        require(bool(input_item.namespace), f"{path}.namespace", "must not be empty")
+        head["namespace"] = input_item.namespace
+    if input_item.status == "incomplete":
+        head["status"] = input_item.status
     field = CALLS[kind]
-    return {**head, field: _needed(getattr(given, field), f"{path}.{field}", kind)}
+    return {**head, field: _require_field(getattr(input_item, field), f"{path}.{field}", kind)}
 
 
 def text_of(item: Item) -> str:
@@ -103,31 +103,31 @@ def text_of(item: Item) -> str:
     return "\n".join(part["text"] for part in parts)
 
 
-def seal(text: str) -> str:
+def encode_reasoning(text: str) -> str:
     """Return the ``encrypted_content`` of reasoning text."""
-    return _SEALED + base64.urlsafe_b64encode(text.encode()).decode()
+    return _ENCODED_PREFIX + base64.urlsafe_b64encode(text.encode()).decode()
 
 
-def _unseal(sealed: str, path: str) -> str:
+def _decode_reasoning(sealed: str, path: str) -> str:
     name = f"{path}.encrypted_content"
-    require(sealed.startswith(_SEALED), name, "must be text that this server returned")
+    require(sealed.startswith(_ENCODED_PREFIX), name, "must be text that this server returned")
     try:
-        raw = base64.b64decode(sealed.removeprefix(_SEALED), altchars=b"-_", validate=True)
+        raw = base64.b64decode(sealed.removeprefix(_ENCODED_PREFIX), altchars=b"-_", validate=True)
         return raw.decode()
     except (binascii.Error, ValueError) as err:
         raise RequestError(f"{name} is damaged", name) from err
 
 
-def _message(given: InputItem, path: str) -> Item:
-    role = _needed(given.role, f"{path}.role", "message")
+def _message(input_item: InputItem, path: str) -> Item:
+    role = _require_field(input_item.role, f"{path}.role", "message")
     rule = f"({role[:32]!r}) must be one of {', '.join(ROLES)}"
     require(role in ROLES, f"{path}.role", rule)
-    phase = given.phase
+    phase = input_item.phase
     rule = f"({str(phase)[:32]!r}) must be one of {', '.join(PHASES)}"
     require(phase is None or phase in PHASES, f"{path}.phase", rule)
-    if given.content is None:
-        _needed(None, f"{path}.content", "message")
-    text = _text(given.content, f"{path}.content", role)
+    if input_item.content is None:
+        _require_field(None, f"{path}.content", "message")
+    text = _text(input_item.content, f"{path}.content", role)
     part: Item = {"type": "input_text", "text": text}
     if role == "assistant":
         part = output_part(text)
@@ -140,22 +140,24 @@ def output_part(text: str, logprobs: Sequence[Item] = ()) -> Item:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
 
 
-def _reasoning(given: InputItem, path: str) -> Item:
+def _reasoning(input_item: InputItem, path: str) -> Item:
     """Read reasoning text from ``content``, else ``encrypted_content``, else ``summary``."""
-    summary = [_part_text(part, f"{path}.summary", "reasoning") for part in given.summary or ()]
-    if given.content:
-        text = _text(given.content, f"{path}.content", "reasoning")
-    elif given.encrypted_content:
-        text = _unseal(given.encrypted_content, path)
+    summary = [
+        _part_text(part, f"{path}.summary", "reasoning") for part in input_item.summary or ()
+    ]
+    if input_item.content:
+        text = _text(input_item.content, f"{path}.content", "reasoning")
+    elif input_item.encrypted_content:
+        text = _decode_reasoning(input_item.encrypted_content, path)
     else:
         text = "\n".join(summary)
-    found: Item = {
+    item: Item = {
         "summary": [{"type": "summary_text", "text": one} for one in summary],
         "content": [{"type": "reasoning_text", "text": text}],
     }
-    if given.encrypted_content:
-        found["encrypted_content"] = given.encrypted_content
-    return found
+    if input_item.encrypted_content:
+        item["encrypted_content"] = input_item.encrypted_content
+    return item
 
 
 def _text(content: str | Sequence[InputPart] | None, path: str, role: str = "") -> str:
@@ -183,12 +185,12 @@ def _part_text(part: InputPart, path: str, role: str) -> str:
     return text
 
 
-def _check_id(given: str | None, path: str) -> None:
-    fits = given is None or 0 < len(given) <= _MAX_ID_CHARS
+def _check_id(item_id: str | None, path: str) -> None:
+    fits = item_id is None or 0 < len(item_id) <= _MAX_ID_CHARS
     require(fits, f"{path}.id", f"must have 1 to {_MAX_ID_CHARS} characters")
 
 
-def _needed(value: str | None, path: str, kind: str) -> str:
+def _require_field(value: str | None, path: str, kind: str) -> str:
     if value is None:
         message = f"{path} is required for items of type {kind}"
         raise RequestError(message, path, "missing_required_parameter")

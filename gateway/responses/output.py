@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.responses.items import Item, ItemIds, output_part, seal
-from gateway.responses.tools import CustomInput, ToolName
+from gateway.responses.items import Item, ItemIds, encode_reasoning, output_part
+from gateway.responses.tools import CustomInputReader, ToolName
 from gateway.text.forms.tool_calls import CallDelta
 
 Event = dict[str, Any]
@@ -32,7 +32,7 @@ class OpenItem(ABC):
 
     def __init__(self, item_id: str, output_index: int) -> None:
         self.item_id = item_id
-        self._place = {"item_id": item_id, "output_index": output_index}
+        self._location = {"item_id": item_id, "output_index": output_index}
         self._output_index = output_index
         self._texts: list[str] = []
 
@@ -41,10 +41,10 @@ class OpenItem(ABC):
         return "".join(self._texts)
 
     def open(self) -> list[Event]:
-        return [self._told("added", _IN_PROGRESS)]
+        return [self._item_event("added", _IN_PROGRESS)]
 
     def close(self, status: str) -> list[Event]:
-        return [*self._ending(), self._told("done", status)]
+        return [*self._ending(), self._item_event("done", status)]
 
     @abstractmethod
     def item(self, status: str) -> Item:
@@ -54,7 +54,7 @@ class OpenItem(ABC):
     def _ending(self) -> list[Event]:
         """Return the events that precede ``response.output_item.done``."""
 
-    def _told(self, what: str, status: str) -> Event:
+    def _item_event(self, what: str, status: str) -> Event:
         return {
             "type": f"response.output_item.{what}",
             "output_index": self._output_index,
@@ -62,7 +62,7 @@ class OpenItem(ABC):
         }
 
 
-class _OfOnePart(OpenItem):
+class _SinglePartItem(OpenItem):
     """An item with one part, its text."""
 
     event = ""
@@ -73,7 +73,7 @@ class _OfOnePart(OpenItem):
         self._has_part = False
 
     def open(self) -> list[Event]:
-        added = {"type": "response.content_part.added", **self._part_place}
+        added = {"type": "response.content_part.added", **self._part_location}
         events = [*super().open(), {**added, "part": self._part()}]
         self._has_part = True
         return events
@@ -83,19 +83,19 @@ class _OfOnePart(OpenItem):
         return [self._part()] if self._has_part else []
 
     @property
-    def _part_place(self) -> dict[str, Any]:
-        return {**self._place, "content_index": 0}
+    def _part_location(self) -> dict[str, Any]:
+        return {**self._location, "content_index": 0}
 
     @abstractmethod
     def _part(self) -> Item:
         """Return the part with the text so far."""
 
     def _ending(self) -> list[Event]:
-        done = {"type": "response.content_part.done", **self._part_place, "part": self._part()}
-        return [{"type": f"{self.event}.done", **self._part_place, "text": self.text}, done]
+        done = {"type": "response.content_part.done", **self._part_location, "part": self._part()}
+        return [{"type": f"{self.event}.done", **self._part_location, "text": self.text}, done]
 
 
-class _Message(_OfOnePart):
+class _MessageItem(_SinglePartItem):
     kind, event = "message", "response.output_text"
 
     def __init__(self, item_id: str, output_index: int) -> None:
@@ -105,7 +105,7 @@ class _Message(_OfOnePart):
     def add(self, text: str, logprobs: Sequence[Item]) -> list[Event]:
         self._texts.append(text)
         self._logprobs += logprobs
-        delta = {"type": f"{self.event}.delta", **self._part_place, "delta": text}
+        delta = {"type": f"{self.event}.delta", **self._part_location, "delta": text}
         return [{**delta, "logprobs": list(logprobs)}]
 
     def item(self, status: str) -> Item:
@@ -120,27 +120,29 @@ class _Message(_OfOnePart):
         return [{**text_done, "logprobs": self._logprobs}, part_done]
 
 
-class _Reasoning(_OfOnePart):
+class _ReasoningItem(_SinglePartItem):
     kind, event = "reasoning", "response.reasoning_text"
 
     def __init__(self, item_id: str, output_index: int, is_sealed: bool) -> None:
         super().__init__(item_id, output_index)
-        self._is_sealed = is_sealed
+        self._is_encoded = is_sealed
 
     def add(self, text: str) -> list[Event]:
         self._texts.append(text)
-        return [{"type": f"{self.event}.delta", **self._part_place, "delta": text}]
+        return [{"type": f"{self.event}.delta", **self._part_location, "delta": text}]
 
     def item(self, status: str) -> Item:
         head = {"type": self.kind, "id": self.item_id, "status": status, "summary": []}
-        found: Item = {**head, "content": self._content}
-        return {**found, "encrypted_content": seal(self.text)} if self._is_sealed else found
+        item: Item = {**head, "content": self._content}
+        return (
+            {**item, "encrypted_content": encode_reasoning(self.text)} if self._is_encoded else item
+        )
 
     def _part(self) -> Item:
         return {"type": "reasoning_text", "text": self.text}
 
 
-class _Call(OpenItem):
+class _CallItem(OpenItem):
     kind, field, event = "function_call", "arguments", "response.function_call_arguments"
 
     def __init__(self, item_id: str, output_index: int, call_id: str, name: ToolName) -> None:
@@ -153,30 +155,30 @@ class _Call(OpenItem):
         if not arguments:
             return []
         self._texts.append(arguments)
-        return [{"type": f"{self.event}.delta", **self._place, "delta": arguments}]
+        return [{"type": f"{self.event}.delta", **self._location, "delta": arguments}]
 
     def item(self, status: str) -> Item:
         head = {"type": self.kind, "id": self.item_id, "status": status}
         return {**head, **self._head, self.field: self.text}
 
     def _ending(self) -> list[Event]:
-        done = {"type": f"{self.event}.done", **self._place, "name": self._head["name"]}
+        done = {"type": f"{self.event}.done", **self._location, "name": self._head["name"]}
         return [{**done, self.field: self.text}]
 
 
-class _CustomCall(_Call):
+class _CustomCallItem(_CallItem):
     kind, field, event = "custom_tool_call", "input", "response.custom_tool_call_input"
 
     def __init__(self, item_id: str, output_index: int, call_id: str, name: ToolName) -> None:
         super().__init__(item_id, output_index, call_id, name)
-        self._input = CustomInput()
+        self._input = CustomInputReader()
 
     def add(self, arguments: str) -> list[Event]:
         return super().add(self._input.feed(arguments))
 
 
 @dataclass(slots=True)
-class _Held:
+class _PendingSpace:
     """White space between items, which becomes part of an item if more text of its kind follows."""
 
     kind: str
@@ -206,9 +208,9 @@ class OutputBuilder:
         self._ids = ids
         self._custom = custom
         self._namespaced = namespaced or {}
-        self._seals_reasoning = seals_reasoning
-        self._open: OpenItem | None = None
-        self._held: _Held | None = None
+        self._encodes_reasoning = seals_reasoning
+        self._current_item: OpenItem | None = None
+        self._pending_space: _PendingSpace | None = None
         self._call_index = -1
         self.items: list[Item] = []
         """Complete items."""
@@ -217,33 +219,33 @@ class OutputBuilder:
 
     def add_text(self, text: str, logprobs: Sequence[Item] = ()) -> list[Event]:
         """Add message text and return its events."""
-        item, events = self._take_over(_Message.kind, text, tuple(logprobs))
+        item, events = self._open_item(_MessageItem.kind, text, tuple(logprobs))
         if item is None:
             return events
-        assert isinstance(item, _Message)
-        held = self._release()
+        assert isinstance(item, _MessageItem)
+        held = self._take_pending_space()
         return [*events, *item.add(held.text + text, [*held.logprobs, *logprobs])]
 
     def add_reasoning(self, text: str) -> list[Event]:
         """Add reasoning text and return its events."""
-        item, events = self._take_over(_Reasoning.kind, text, ())
+        item, events = self._open_item(_ReasoningItem.kind, text, ())
         if item is None:
             return events
-        assert isinstance(item, _Reasoning)
-        return [*events, *item.add(self._release().text + text)]
+        assert isinstance(item, _ReasoningItem)
+        return [*events, *item.add(self._take_pending_space().text + text)]
 
     def add_call(self, piece: CallDelta) -> list[Event]:
         """Add a piece of a tool call and return its events."""
         events: list[Event] = []
         if piece.index != self._call_index:
             self._call_index, name = piece.index, piece.name or ""
-            kind = _CustomCall if name in self._custom else _Call
+            kind = _CustomCallItem if name in self._custom else _CallItem
             index, item_id = self._next_index, self._ids.new(kind.kind)
-            self._held = None
+            self._pending_space = None
             named = self._namespaced.get(name) or ToolName(name)
             events += self._begin(kind(item_id, index, piece.call_id or "", named))
-        assert isinstance(self._open, _Call), "the pieces of a call follow each other"
-        return events + self._open.add(piece.arguments)
+        assert isinstance(self._current_item, _CallItem), "the pieces of a call follow each other"
+        return events + self._current_item.add(piece.arguments)
 
     def end(self, has_ended: bool, has_calls: bool) -> list[Event]:
         """End the choice and return the last events.
@@ -253,60 +255,62 @@ class OutputBuilder:
             has_calls: whether the last call is complete.
         """
         events: list[Event] = []
-        if self._open is None and not self.items:  # an output has at least an empty message
-            held = self._release()
-            message = self._new(_Message.kind)
-            assert isinstance(message, _Message)
+        if self._current_item is None and not self.items:  # an output has at least an empty message
+            held = self._take_pending_space()
+            message = self._new(_MessageItem.kind)
+            assert isinstance(message, _MessageItem)
             events += self._begin(message)
-            if held.text and held.kind == _Message.kind:
+            if held.text and held.kind == _MessageItem.kind:
                 events += message.add(held.text, held.logprobs)
-        is_whole = has_calls if isinstance(self._open, _Call) else has_ended
+        is_whole = has_calls if isinstance(self._current_item, _CallItem) else has_ended
         return events + self._end(_COMPLETED if is_whole else _INCOMPLETE)
 
     def output(self) -> list[Item]:
         """Return all items, including one that is not complete."""
-        return self.items + ([self._open.item(_INCOMPLETE)] if self._open is not None else [])
+        return self.items + (
+            [self._current_item.item(_INCOMPLETE)] if self._current_item is not None else []
+        )
 
     @property
     def _next_index(self) -> int:
-        return len(self.items) + (self._open is not None)
+        return len(self.items) + (self._current_item is not None)
 
-    def _take_over(
+    def _open_item(
         self, kind: str, text: str, logprobs: tuple[Item, ...]
     ) -> tuple[OpenItem | None, list[Event]]:
         """Return the open item of ``kind`` (None if ``text`` is held back) and its new events."""
-        if self._held is None or self._held.kind != kind:
-            self._held = _Held(kind)
-        if self._open is not None and self._open.kind == kind:
-            return self._open, []
+        if self._pending_space is None or self._pending_space.kind != kind:
+            self._pending_space = _PendingSpace(kind)
+        if self._current_item is not None and self._current_item.kind == kind:
+            return self._current_item, []
         if not text.strip():
-            self._held.text += text
-            self._held.logprobs += logprobs
+            self._pending_space.text += text
+            self._pending_space.logprobs += logprobs
             return None, []
         item = self._new(kind)
         return item, self._begin(item)
 
-    def _release(self) -> _Held:
-        held, self._held = self._held or _Held(""), None
+    def _take_pending_space(self) -> _PendingSpace:
+        held, self._pending_space = self._pending_space or _PendingSpace(""), None
         return held
 
     def _new(self, kind: str) -> OpenItem:
         index, item_id = self._next_index, self._ids.new(kind)
-        if kind == _Message.kind:
-            return _Message(item_id, index)
-        return _Reasoning(item_id, index, self._seals_reasoning)
+        if kind == _MessageItem.kind:
+            return _MessageItem(item_id, index)
+        return _ReasoningItem(item_id, index, self._encodes_reasoning)
 
     def _begin(self, item: OpenItem) -> list[Event]:
         """Close the open item and open ``item``."""
         events = self._end(_COMPLETED)
-        self._open = item
+        self._current_item = item
         return events + item.open()
 
     def _end(self, status: str) -> list[Event]:
-        if self._open is None:
+        if self._current_item is None:
             return []
-        ended, self._open = self._open, None
+        ended, self._current_item = self._current_item, None
         self.items.append(ended.item(status))
-        if isinstance(ended, _Reasoning):
+        if isinstance(ended, _ReasoningItem):
             self.reasoning.append(ended.text)
         return ended.close(status)

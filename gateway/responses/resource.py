@@ -47,9 +47,9 @@ class ResourceFormat:
             is_stored: whether the response is stored; storing it may have failed.
         """
         is_cut = finish.reason is FinishReason.LENGTH
-        found = self._resource("incomplete" if is_cut else "completed", output)
+        resource = self._resource("incomplete" if is_cut else "completed", output)
         return {
-            **found,
+            **resource,
             "completed_at": None if is_cut else int(time.time()),
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "store": is_stored,

@@ -118,7 +118,7 @@ class NamespaceTool(TypedDict):
     tools: list[FunctionTool | CustomTool]
 
 
-class ShownFormat(TypedDict):
+class TextFormatObject(TypedDict):
     type: Literal["text", "json_object", "json_schema"]
     name: NotRequired[Any]
     description: NotRequired[Any]
@@ -126,12 +126,12 @@ class ShownFormat(TypedDict):
     strict: NotRequired[bool]
 
 
-class ShownText(TypedDict):
-    format: ShownFormat
+class TextOptionsObject(TypedDict):
+    format: TextFormatObject
     verbosity: Literal["low", "medium", "high"]
 
 
-class ShownReasoning(TypedDict):
+class ReasoningOptionsObject(TypedDict):
     effort: str | None
     summary: str | None
 
@@ -140,7 +140,7 @@ class IncompleteDetails(TypedDict):
     reason: Literal["max_output_tokens"]
 
 
-class ShownName(TypedDict):
+class ToolNameObject(TypedDict):
     type: Literal["function", "custom"]
     name: str
 
@@ -150,11 +150,11 @@ class ResponseError(TypedDict):
     message: str
 
 
-class ShownChoice(TypedDict):
+class ToolChoiceObject(TypedDict):
     type: Literal["function", "custom", "allowed_tools"]
     name: NotRequired[str]
     mode: NotRequired[Literal["auto", "required"]]
-    tools: NotRequired[list[ShownName]]
+    tools: NotRequired[list[ToolNameObject]]
 
 
 class ResponseObject(TypedDict):
@@ -176,10 +176,10 @@ class ResponseObject(TypedDict):
     parallel_tool_calls: bool
     previous_response_id: str | None
     prompt_cache_key: str | None
-    reasoning: ShownReasoning
+    reasoning: ReasoningOptionsObject
     safety_identifier: str | None
-    text: ShownText
-    tool_choice: Literal["none", "auto", "required"] | ShownChoice
+    text: TextOptionsObject
+    tool_choice: Literal["none", "auto", "required"] | ToolChoiceObject
     tools: list[FunctionTool | CustomTool | NamespaceTool]
     top_logprobs: Count
     temperature: float
@@ -234,7 +234,7 @@ class PartEvent(TypedDict):
     part: OutputText | OtherText
 
 
-class TextDelta(TypedDict):
+class TextDeltaEvent(TypedDict):
     type: Literal["response.output_text.delta", "response.reasoning_text.delta"]
     sequence_number: Count
     item_id: str
@@ -244,7 +244,7 @@ class TextDelta(TypedDict):
     logprobs: NotRequired[list[ChatToken]]
 
 
-class TextDone(TypedDict):
+class TextDoneEvent(TypedDict):
     type: Literal["response.output_text.done", "response.reasoning_text.done"]
     sequence_number: Count
     item_id: str
@@ -254,7 +254,7 @@ class TextDone(TypedDict):
     logprobs: NotRequired[list[ChatToken]]
 
 
-class CallInputDelta(TypedDict):
+class CallInputDeltaEvent(TypedDict):
     type: Literal["response.function_call_arguments.delta", "response.custom_tool_call_input.delta"]
     sequence_number: Count
     item_id: str
@@ -262,7 +262,7 @@ class CallInputDelta(TypedDict):
     delta: str
 
 
-class CallInputDone(TypedDict):
+class CallInputDoneEvent(TypedDict):
     type: Literal["response.function_call_arguments.done", "response.custom_tool_call_input.done"]
     sequence_number: Count
     item_id: str
@@ -282,7 +282,7 @@ class ErrorEvent(TypedDict):
 
 
 EVENTS = (
-    *(LifecycleEvent, ItemEvent, PartEvent, TextDelta, TextDone),
-    *(CallInputDelta, CallInputDone, ErrorEvent),
+    *(LifecycleEvent, ItemEvent, PartEvent, TextDeltaEvent, TextDoneEvent),
+    *(CallInputDeltaEvent, CallInputDoneEvent, ErrorEvent),
 )
 """Types of server-sent events."""

@@ -14,16 +14,16 @@ from cluster.core.errors import RequestError, UnknownNameError, UnsupportedParam
 from cluster.disk.threads import DiskThreads
 from gateway.core.errors import StorageError
 from gateway.core.field_checks import check_length, require
-from gateway.http.pages import tenant
-from gateway.responses.items import Item, response_of
+from gateway.http.pagination import current_tenant
+from gateway.responses.items import Item, response_id_of
 from gateway.responses.resource import Resource
 from gateway.state.store import ObjectKind, StateStore
 
 KIND = ObjectKind("responses", "resp", drops_oldest=True)
 """Stored responses. If the store is full, the oldest are deleted so that new requests succeed."""
-MAX_REFERRED = 256
+MAX_REFERENCED_RESPONSES = 256
 """Maximum number of responses that the item references of one request may name."""
-_NEEDS = "is not supported: the server was started without --state-dir"
+_DISABLED = "is not supported: the server was started without --state-dir"
 
 
 class StoredResponse(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,11 +49,11 @@ class _Output(msgspec.Struct):
     output: list[msgspec.Raw]
 
 
-class _Named(msgspec.Struct):
+class _ItemId(msgspec.Struct):
     id: str
 
 
-def stored_response(
+def encode_response(
     response: Resource, history: Iterable[Item], new_items: Iterable[Item]
 ) -> StoredResponse:
     """Encode a response item by item, so that other threads can run in between."""
@@ -71,7 +71,7 @@ def read_items(items: Iterable[msgspec.Raw]) -> list[Item]:
 
 
 def id_of(item: msgspec.Raw) -> str:
-    return msgspec.json.decode(item, type=_Named).id
+    return msgspec.json.decode(item, type=_ItemId).id
 
 
 class StoredReferences(NamedTuple):
@@ -83,10 +83,10 @@ class StoredReferences(NamedTuple):
     """Ids of the responses that contain the items."""
 
     @classmethod
-    def to(cls, ids: Iterable[str]) -> Self:
+    def from_ids(cls, ids: Iterable[str]) -> Self:
         """Create references to the items ``ids``, which may contain duplicates."""
         counts = Counter(ids)
-        return cls(counts, dict.fromkeys(filter(None, map(response_of, counts))))
+        return cls(counts, dict.fromkeys(filter(None, map(response_id_of, counts))))
 
 
 class StoredItems(NamedTuple):
@@ -95,10 +95,10 @@ class StoredItems(NamedTuple):
     """Length of their JSON in bytes."""
 
 
-def check_bytes(name: str, num_bytes: int, most_bytes: int) -> None:
+def check_bytes(name: str, num_bytes: int, max_bytes: int) -> None:
     """Raise ``RequestError`` if the stored items that field ``name`` refers to are too large."""
-    rule = f"refers to {num_bytes} bytes of stored items, at most {most_bytes} are allowed"
-    require(num_bytes <= most_bytes, name, rule)
+    rule = f"refers to {num_bytes} bytes of stored items, at most {max_bytes} are allowed"
+    require(num_bytes <= max_bytes, name, rule)
 
 
 def _named_items(stored: StoredResponse, names: Collection[str]) -> dict[str, msgspec.Raw]:
@@ -118,14 +118,14 @@ class ResponseStore:
         self._store = store
         self._disk = disk
 
-    def stores(self, wanted: bool | None) -> bool:
+    def should_store(self, requested: bool | None) -> bool:
         """Whether a response is stored, given the request's field ``store``.
 
         Raises ``UnsupportedParameterError`` if ``store`` is true but storage is disabled.
         """
-        if wanted and self._store is None:
-            raise UnsupportedParameterError(f"store {_NEEDS}", "store")
-        return self._store is not None and wanted is not False
+        if requested and self._store is None:
+            raise UnsupportedParameterError(f"store {_DISABLED}", "store")
+        return self._store is not None and requested is not False
 
     def new_id(self) -> str:
         if self._store is None:
@@ -136,93 +136,99 @@ class ResponseStore:
         self, response: Resource, history: Sequence[Item], new_items: Sequence[Item]
     ) -> None:
         """Store a response. Raises ``StorageError``."""
-        store, owner = self._known, tenant()
+        store, owner = self._required_store, current_tenant()
 
         def write() -> None:
-            found = stored_response(response, history, new_items)
-            store.put(KIND, owner, response["id"], msgspec.json.encode(found))
+            stored = encode_response(response, history, new_items)
+            store.put(KIND, owner, response["id"], msgspec.json.encode(stored))
 
         await self._disk.run(write)
 
     async def get(self, response_id: str) -> StoredResponse:
         """Return a stored response. Raises ``UnknownNameError`` if it does not exist."""
-        found = await self._find(response_id)
-        if found is None:
+        stored = await self._find(response_id)
+        if stored is None:
             raise UnknownNameError(f"there is no response {response_id[:64]!r}")
-        return found
+        return stored
 
-    async def previous(self, response_id: str, most_bytes: int) -> StoredItems:
+    async def previous(self, response_id: str, max_bytes: int) -> StoredItems:
         """Return the conversation that a request continues. Raises ``RequestError``.
 
         Args:
             response_id: id of the last response of the conversation.
-            most_bytes: maximum size of the items as JSON.
+            max_bytes: maximum size of the items as JSON.
         """
         name = "previous_response_id"
         if self._store is None:
-            raise UnsupportedParameterError(f"{name} {_NEEDS}", name)
-        found = await self._find(response_id)
-        if found is None:
+            raise UnsupportedParameterError(f"{name} {_DISABLED}", name)
+        stored = await self._find(response_id)
+        if stored is None:
             message = f"{name} ({response_id[:64]!r}) must be the id of a stored response"
             raise RequestError(message, name, "previous_response_not_found")
 
         def read() -> StoredItems:
-            items = found.conversation
+            items = stored.conversation
             num_bytes = sum(map(len, items))
-            check_bytes(name, num_bytes, most_bytes)
+            check_bytes(name, num_bytes, max_bytes)
             return StoredItems(read_items(items), num_bytes)
 
         return await asyncio.to_thread(read)
 
-    async def items(self, wanted: StoredReferences, path: str, most_bytes: int) -> dict[str, Item]:
+    async def items(
+        self, references: StoredReferences, path: str, max_bytes: int
+    ) -> dict[str, Item]:
         """Return the referenced items that are stored, by id. Raises ``RequestError``.
 
         Args:
-            wanted: the references.
+            references: the references.
             path: name of the field that has the references.
-            most_bytes: maximum size of the items as JSON; repeated references count each time.
+            max_bytes: maximum size of the items as JSON; repeated references count each time.
         """
-        counts, response_ids = wanted
+        counts, response_ids = references
         if counts and self._store is None:
-            raise UnsupportedParameterError(f"{path}: item_reference {_NEEDS}", path)
-        check_length(path, len(response_ids), MAX_REFERRED, "responses in item references")
-        found, num_bytes = dict[str, msgspec.Raw](), 0
+            raise UnsupportedParameterError(f"{path}: item_reference {_DISABLED}", path)
+        check_length(
+            path, len(response_ids), MAX_REFERENCED_RESPONSES, "responses in item references"
+        )
+        raw_items, num_bytes = dict[str, msgspec.Raw](), 0
         for response_id in response_ids:
             stored = await self._find(response_id)
             if stored is None:
                 continue
-            named = await asyncio.to_thread(_named_items, stored, counts.keys() - found.keys())
-            found |= named
+            named = await asyncio.to_thread(_named_items, stored, counts.keys() - raw_items.keys())
+            raw_items |= named
             num_bytes += sum(counts[one] * len(item) for one, item in named.items())
-            check_bytes(path, num_bytes, most_bytes)
+            check_bytes(path, num_bytes, max_bytes)
 
         def read() -> dict[str, Item]:
-            return dict(zip(found, read_items(found.values()), strict=True))
+            return dict(zip(raw_items, read_items(raw_items.values()), strict=True))
 
-        return await asyncio.to_thread(read) if found else {}
+        return await asyncio.to_thread(read) if raw_items else {}
 
     async def delete(self, response_id: str) -> None:
         """Delete a stored response. Raises ``UnknownNameError`` if it does not exist."""
         store = self._store
-        if store is None or not await self._disk.run(store.delete, KIND, tenant(), response_id):
+        if store is None or not await self._disk.run(
+            store.delete, KIND, current_tenant(), response_id
+        ):
             raise UnknownNameError(f"there is no response {response_id[:64]!r}")
 
     @property
-    def _known(self) -> StateStore:
+    def _required_store(self) -> StateStore:
         assert self._store is not None, "save() requires that stores() returned True"
         return self._store
 
     async def _find(self, response_id: str) -> StoredResponse | None:
-        store, owner = self._store, tenant()
+        store, owner = self._store, current_tenant()
         if store is None:
             return None
 
         def read() -> StoredResponse | None:
-            found = store.get(KIND, owner, response_id)
-            if found is None:
+            stored_object = store.get(KIND, owner, response_id)
+            if stored_object is None:
                 return None
             try:
-                return msgspec.json.decode(found.content, type=StoredResponse)
+                return msgspec.json.decode(stored_object.content, type=StoredResponse)
             except msgspec.MsgspecError as err:
                 raise StorageError(f"the stored response {response_id} is damaged") from err
 

@@ -18,7 +18,7 @@ from gateway.responses.resource import Resource, ResourceFormat
 
 
 @dataclass(kw_only=True, slots=True)
-class _Numbers:
+class _StreamState:
     """Mutable state of a stream."""
 
     sequence: int = 0
@@ -35,23 +35,23 @@ class ResponseStream(EventStream):
     resource: ResourceFormat
     complete: Callable[[Finish], Awaitable[Resource]]
     """Builds and stores the complete response."""
-    _state: _Numbers = field(default_factory=_Numbers)
+    _state: _StreamState = field(default_factory=_StreamState)
 
     def _opening(self) -> bytes:
         response = self.resource.begun()
         names = ("response.created", "response.in_progress")
-        return self._written({"type": name, "response": response} for name in names)
+        return self._encode_events({"type": name, "response": response} for name in names)
 
     def _events(self, running: RunningCall, deltas: list[ChoiceDelta]) -> bytes:
         for delta in deltas:
             self._state.finish = delta.finish
-        return self._written(joined(self.output.feed(deltas)))
+        return self._encode_events(merge_deltas(self.output.feed(deltas)))
 
     async def _ending(self, running: RunningCall) -> bytes:
         assert self._state.finish is not None, "the choice has ended"
         response = await self.complete(self._state.finish)
         ended = {"type": f"response.{response['status']}", "response": response}
-        return self._written([ended]) + DONE
+        return self._encode_events([ended]) + DONE
 
     def _failure(self, report: ErrorReport) -> bytes:
         error = report.body()["error"]
@@ -61,9 +61,9 @@ class ResponseStream(EventStream):
             {"type": "error", **flat, "error": error},
             {"type": "response.failed", "response": failed},
         ]
-        return self._written(events) + DONE
+        return self._encode_events(events) + DONE
 
-    def _written(self, events: Iterable[Event]) -> bytes:
+    def _encode_events(self, events: Iterable[Event]) -> bytes:
         written = []
         for event in events:
             numbered = {**event, "sequence_number": self._state.sequence}
@@ -72,16 +72,16 @@ class ResponseStream(EventStream):
         return b"".join(written)
 
 
-def joined(events: Sequence[Event]) -> list[Event]:
+def merge_deltas(events: Sequence[Event]) -> list[Event]:
     """Merge consecutive delta events of the same item."""
-    found: list[Event] = []
+    merged: list[Event] = []
     for (kind, _), group in groupby(events, key=lambda e: (e["type"], e.get("item_id"))):
         pieces = list(group)
         if len(pieces) == 1 or not kind.endswith(".delta"):
-            found += pieces
+            merged += pieces
             continue
         whole = {**pieces[0], "delta": "".join(piece["delta"] for piece in pieces)}
         if "logprobs" in whole:
             whole["logprobs"] = [one for piece in pieces for one in piece["logprobs"]]
-        found.append(whole)
-    return found
+        merged.append(whole)
+    return merged

@@ -48,7 +48,7 @@ class ToolName:
 
 
 @dataclass(frozen=True, slots=True)
-class _Offer:
+class _OfferedTool:
     """One tool of a body, with its namespace."""
 
     tool: OfferedToolBody
@@ -80,38 +80,38 @@ def read_tools(body: ResponseBody) -> OfferedTools:
     tools = [_tool(offer) for offer in offers]
     custom = frozenset(one.name.for_model for one in offers if one.tool.type == "custom")
     apart = {one.name.for_model: one.name for one in offers if one.namespace is not None}
-    use = _use(body, tools, custom, [offer.path for offer in offers])
+    use = _tool_use(body, tools, custom, [offer.path for offer in offers])
     return OfferedTools(use, custom, apart)
 
 
-def _offers(body: ResponseBody) -> Iterator[_Offer]:
-    for place, tool in enumerate(body.tools or ()):
-        path = f"tools[{place}]"
+def _offers(body: ResponseBody) -> Iterator[_OfferedTool]:
+    for index, tool in enumerate(body.tools or ()):
+        path = f"tools[{index}]"
         if tool.type != NAMESPACE:
-            yield _Offer(tool, path)
+            yield _OfferedTool(tool, path)
             continue
         if tool.name is None:
             message = f"{path}.name is required"
             raise RequestError(message, f"{path}.name", "missing_required_parameter")
         require(bool(tool.name), f"{path}.name", "must not be empty")
-        for inner_place, inner in enumerate(tool.tools or ()):
-            preface = tool.description if inner_place == 0 else None
-            yield _Offer(inner, f"{path}.tools[{inner_place}]", tool.name, preface)
+        for inner_index, inner in enumerate(tool.tools or ()):
+            preface = tool.description if inner_index == 0 else None
+            yield _OfferedTool(inner, f"{path}.tools[{inner_index}]", tool.name, preface)
 
 
-def _use(
+def _tool_use(
     body: ResponseBody, tools: Sequence[Tool], custom: frozenset[str], paths: Sequence[str]
 ) -> ToolUse | None:
     choice, is_parallel, names = body.tool_choice, body.parallel_tool_calls, _names(paths)
     if not isinstance(choice, ChosenToolBody):
         return make_tool_use(tools, choice, is_parallel=is_parallel, names=names)
     if choice.type == "allowed_tools":
-        among = _allowed(choice.tools or (), custom)
+        among = _allowed_names(choice.tools or (), custom)
         mode = choice.mode
         rule = f"({str(mode)[:32]!r}) must be one of {', '.join(_MODES)}"
         require(mode in _MODES, "tool_choice.mode", rule)
         return make_tool_use(tools, mode, is_parallel=is_parallel, among=among, names=names)
-    name = _named(choice.type, choice.name, custom, "tool_choice")
+    name = _referenced_name(choice.type, choice.name, custom, "tool_choice")
     return make_tool_use(tools, name=name, is_parallel=is_parallel, names=names)
 
 
@@ -119,7 +119,7 @@ def _names(paths: Sequence[str]) -> FieldNames:
     return replace(_NAMES, entries=tuple(paths))
 
 
-def _tool(offer: _Offer) -> Tool:
+def _tool(offer: _OfferedTool) -> Tool:
     tool, path = offer.tool, offer.path
     if tool.type not in KINDS:
         raise UnsupportedParameterError(
@@ -147,16 +147,16 @@ def _tool(offer: _Offer) -> Tool:
     return Tool(name=name, description=description, parameters=_CUSTOM_PARAMETERS)
 
 
-def _allowed(tools: Sequence[NamedToolBody], custom: frozenset[str]) -> tuple[str, ...]:
+def _allowed_names(tools: Sequence[NamedToolBody], custom: frozenset[str]) -> tuple[str, ...]:
     require(len(tools) > 0, "tool_choice.tools", "must not be empty")
     names = [
-        _named(tool.type, tool.name, custom, f"tool_choice.tools[{place}]")
-        for place, tool in enumerate(tools)
+        _referenced_name(tool.type, tool.name, custom, f"tool_choice.tools[{index}]")
+        for index, tool in enumerate(tools)
     ]
     return tuple(dict.fromkeys(names))
 
 
-def _named(kind: str, name: str | None, custom: frozenset[str], path: str) -> str:
+def _referenced_name(kind: str, name: str | None, custom: frozenset[str], path: str) -> str:
     """Check a reference to a tool and return the name."""
     if kind not in KINDS:
         message = f"{path}.type: tools of type {kind[:64]!r} are not supported"
@@ -169,7 +169,7 @@ def _named(kind: str, name: str | None, custom: frozenset[str], path: str) -> st
     return name
 
 
-def shown_tools(body: ResponseBody) -> list[dict[str, Any]]:
+def response_tools(body: ResponseBody) -> list[dict[str, Any]]:
     """Return ``tools`` of the response."""
     return [_shown(tool) for tool in body.tools or ()]
 
@@ -183,7 +183,7 @@ def _shown(tool: OfferedToolBody) -> dict[str, Any]:
     return {**head, "parameters": tool.parameters, "strict": bool(tool.strict)}
 
 
-def shown_choice(body: ResponseBody) -> str | dict[str, Any]:
+def response_tool_choice(body: ResponseBody) -> str | dict[str, Any]:
     """Return ``tool_choice`` of the response."""
     choice = body.tool_choice
     if isinstance(choice, ChosenToolBody):
@@ -191,41 +191,41 @@ def shown_choice(body: ResponseBody) -> str | dict[str, Any]:
     return choice or "auto"
 
 
-class CustomInput:
+class CustomInputReader:
     """Extracts the input text from the arguments of a custom tool call, incrementally."""
 
     def __init__(self) -> None:
-        self._waiting = ""
+        self._pending = ""
         self._is_open = False
         self._is_over = False
 
     def feed(self, arguments: str) -> str:
         """Add a piece of the arguments and return the input text that is complete."""
-        self._waiting += arguments
+        self._pending += arguments
         if not self._is_open:
-            found = _OPENING.match(self._waiting)
-            if found is None:
+            opening = _OPENING.match(self._pending)
+            if opening is None:
                 return ""
-            self._is_open, self._waiting = True, self._waiting[found.end() :]
+            self._is_open, self._pending = True, self._pending[opening.end() :]
         return "" if self._is_over else self._read()
 
     def _read(self) -> str:
-        text, place = self._waiting, 0
-        while place < len(text) and text[place] != '"':
-            if not (end := _end_of_character(text, place)):
+        text, position = self._pending, 0
+        while position < len(text) and text[position] != '"':
+            if not (end := _end_of_character(text, position)):
                 break
-            place = end
-        self._is_over = text[place : place + 1] == '"'
-        self._waiting = text[place:]
-        read = str(json.loads(f'"{text[:place]}"', strict=False))
+            position = end
+        self._is_over = text[position : position + 1] == '"'
+        self._pending = text[position:]
+        read = str(json.loads(f'"{text[:position]}"', strict=False))
         return read.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _end_of_character(text: str, place: int) -> int:
-    """Return the end of the character at ``place`` of a JSON string; 0 if it is incomplete."""
-    if text[place] != "\\":
-        return place + 1
-    escape = _ESCAPE.match(text, place)
+def _end_of_character(text: str, position: int) -> int:
+    """Return the end of the character at ``position`` of a JSON string; 0 if it is incomplete."""
+    if text[position] != "\\":
+        return position + 1
+    escape = _ESCAPE.match(text, position)
     if escape is None:
         return 0
     end = escape.end()
@@ -237,4 +237,4 @@ def _end_of_character(text: str, place: int) -> int:
 
 def custom_input(arguments: str) -> str:
     """Return the input text in the complete arguments of a custom tool call."""
-    return CustomInput().feed(arguments)
+    return CustomInputReader().feed(arguments)

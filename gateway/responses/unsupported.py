@@ -7,12 +7,12 @@ from typing import Any
 
 from cluster.core.errors import UnsupportedParameterError
 from gateway.core.field_checks import Neutral, refuse_unsupported
-from gateway.http.unsupported import BEAMS, UNBUILT_STRUCTURED
+from gateway.http.unsupported import BEAM_SEARCH_FIELDS, UNSUPPORTED_STRUCTURED
 from gateway.http.unsupported import UNSUPPORTED as UNBUILT_ELSEWHERE
 
 UNSUPPORTED: Neutral = {
     **UNBUILT_ELSEWHERE["chat"],
-    **BEAMS,
+    **BEAM_SEARCH_FIELDS,
     "background": (False,),
     "conversation": (),
     "prompt": (),
@@ -36,19 +36,19 @@ UNSUPPORTED: Neutral = {
     "request_id": (),
 }
 """Unsupported fields of a body, each with the values that have no effect."""
-_WITHIN: Mapping[str, Neutral] = {
-    "structured_outputs": UNBUILT_STRUCTURED,
+_NESTED_FIELDS: Mapping[str, Neutral] = {
+    "structured_outputs": UNSUPPORTED_STRUCTURED,
     "reasoning": {"context": ("auto",), "mode": ("standard",)},
     "stream_options": {"include_obfuscation": (False,)},
     "prompt_cache_options": {"prewarm": (False,)},
 }
 """Unsupported fields of the objects in a body."""
-_OF_TOOL: Neutral = {
+_TOOL_FIELDS: Neutral = {
     "async": (False,),
     "defer_loading": (False,),
     "allowed_callers": (["direct"], []),
 }
-MOVED = {
+RENAMED_FIELDS = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
     "max_completion_tokens": "max_output_tokens",
@@ -64,11 +64,11 @@ def check_unsupported(data: Mapping[str, Any]) -> None:
     Raises:
         UnsupportedParameterError: a field is not supported; the error names it.
     """
-    for name, now in MOVED.items():
+    for name, now in RENAMED_FIELDS.items():
         if data.get(name) is not None:
             raise UnsupportedParameterError(f"{name} is not supported: use {now}", name)
     refuse_unsupported(data, UNSUPPORTED)
-    for name, unbuilt in _WITHIN.items():
+    for name, unbuilt in _NESTED_FIELDS.items():
         inner = data.get(name)
         if isinstance(inner, dict):
             refuse_unsupported(inner, unbuilt, f"{name}.")
@@ -77,8 +77,8 @@ def check_unsupported(data: Mapping[str, Any]) -> None:
 
 def _check_tools(tools: object, path: str) -> None:
     """Check tools and the tools of namespaces; a namespace contains no namespaces."""
-    for place, tool in enumerate(tools if isinstance(tools, list) else ()):
+    for index, tool in enumerate(tools if isinstance(tools, list) else ()):
         if isinstance(tool, dict):
-            refuse_unsupported(tool, _OF_TOOL, f"{path}[{place}].")
+            refuse_unsupported(tool, _TOOL_FIELDS, f"{path}[{index}].")
             if path == "tools":
-                _check_tools(tool.get("tools"), f"{path}[{place}].tools")
+                _check_tools(tool.get("tools"), f"{path}[{index}].tools")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from gateway.core.thinking import BEGIN, END, Thinking
-from gateway.text.harmony.marks import ENDS, MESSAGE, START
+from gateway.text.harmony.special_tokens import ENDS, MESSAGE, START
 
 _MAX_MARK_CHARS = 256
 """Longest delimiter that is found across pieces; a Harmony header may contain a content type."""
@@ -21,21 +21,22 @@ class AnswerRegion:
 
     def __init__(
         self,
-        begins: re.Pattern[str],
-        ends: re.Pattern[str] | None = None,
+        begin_pattern: re.Pattern[str],
+        end_pattern: re.Pattern[str] | None = None,
         *,
         may_have_none: bool,
-        skips_breaks: bool,
+        skips_line_breaks: bool,
     ) -> None:
-        """``begins``: delimiter before the answer. ``ends``: delimiter after which reasoning and
-        more of the answer may follow. ``may_have_none``: a text without ``<think>`` at its start is
-        all answer. ``skips_breaks``: line breaks after ``begins`` are not part of the answer.
+        """``begin_pattern``: delimiter before the answer. ``end_pattern``: delimiter after which
+        reasoning and more of the answer may follow. ``may_have_none``: a text without ``<think>``
+        at its start is all answer. ``skips_line_breaks``: line breaks after the first delimiter are
+        not part of the answer.
         """
-        self._begins = begins
-        self._ends = ends
+        self._begin_pattern = begin_pattern
+        self._end_pattern = end_pattern
         self._is_undecided = may_have_none
-        self._skips_breaks = skips_breaks
-        self._has_mark = False
+        self._skips_line_breaks = skips_line_breaks
+        self._has_begun = False
         self._seen = ""
         self.is_open = False
         """Whether the current position is in the answer."""
@@ -44,16 +45,18 @@ class AnswerRegion:
     def after_thinking(cls, thinking: Thinking) -> AnswerRegion:
         """Create the region of a text with reasoning between ``<think>`` and ``</think>``."""
         is_possible = thinking is Thinking.POSSIBLE
-        return cls(_END_OF_REASONING, may_have_none=is_possible, skips_breaks=True)
+        return cls(_END_OF_REASONING, may_have_none=is_possible, skips_line_breaks=True)
 
     @classmethod
-    def of_harmony(cls, open_message: str) -> AnswerRegion:
+    def for_harmony(cls, open_message: str) -> AnswerRegion:
         """Create the region of a Harmony text; the prompt ends with the header ``open_message``."""
-        found = cls(_MESSAGE_OR_CALL, _END_OF_MESSAGE, may_have_none=False, skips_breaks=False)
-        found.is_open = open_message.endswith(MESSAGE) and bool(
+        region = cls(
+            _MESSAGE_OR_CALL, _END_OF_MESSAGE, may_have_none=False, skips_line_breaks=False
+        )
+        region.is_open = open_message.endswith(MESSAGE) and bool(
             _MESSAGE_OR_CALL.search(open_message)
         )
-        return found
+        return region
 
     def split(self, new: str) -> list[tuple[str, bool]]:
         """Split a piece into (part, is answer); undecided text is held back until more arrives."""
@@ -67,41 +70,41 @@ class AnswerRegion:
         parts: list[tuple[str, bool]] = []
         while new:
             is_answer = self.is_open
-            place = self._part_of_answer(new) if is_answer else self._part_before(new)
-            parts.append((new[:place], is_answer))
-            new = new[place:]
+            length = self._answer_length(new) if is_answer else self._length_before_answer(new)
+            parts.append((new[:length], is_answer))
+            new = new[length:]
         return [part for part in parts if part[0]]
 
-    def _part_of_answer(self, new: str) -> int:
+    def _answer_length(self, new: str) -> int:
         """Return the number of characters at the start of ``new`` that are in the answer."""
-        if self._ends is None:
+        if self._end_pattern is None:
             return len(new)
-        place = self._find(self._ends, new)
-        if place is None:
+        end = self._find_end(self._end_pattern, new)
+        if end is None:
             return len(new)
         self.is_open = False
-        return place
+        return end
 
-    def _part_before(self, new: str) -> int:
+    def _length_before_answer(self, new: str) -> int:
         """Return the number of characters at the start of ``new`` that precede the answer."""
-        place = 0 if self._has_mark else self._find(self._begins, new)
-        if place is None:
+        end = 0 if self._has_begun else self._find_end(self._begin_pattern, new)
+        if end is None:
             return len(new)
-        if not self._skips_breaks:
+        if not self._skips_line_breaks:
             self.is_open = True
-            return place
-        self._has_mark = True
-        place = len(new) - len(new[place:].lstrip("\n"))
-        self.is_open = place < len(new)
-        return place
+            return end
+        self._has_begun = True
+        end = len(new) - len(new[end:].lstrip("\n"))
+        self.is_open = end < len(new)
+        return end
 
-    def _find(self, mark: re.Pattern[str], new: str) -> int | None:
+    def _find_end(self, pattern: re.Pattern[str], new: str) -> int | None:
         """Return the end of the delimiter in ``new``, or None; it may begin in earlier pieces."""
         text = self._seen + new
-        match = mark.search(text)
-        place = None if match is None else match.end() - len(self._seen)
-        self._seen = text[-_MAX_MARK_CHARS:] if place is None else ""
-        return place
+        match = pattern.search(text)
+        end = None if match is None else match.end() - len(self._seen)
+        self._seen = text[-_MAX_MARK_CHARS:] if end is None else ""
+        return end
 
     def flush(self) -> str:
         """Return the text that is still held back at the end; it is in the answer."""

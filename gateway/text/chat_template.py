@@ -20,17 +20,17 @@ from cluster.core.errors import CheckpointError, RequestError
 from gateway.core.messages import with_reasoning
 from gateway.core.thinking import END
 from gateway.core.tool_use import ToolForm
-from gateway.text.forms.call_ids import with_fitting_ids
+from gateway.text.forms.call_ids import fit_call_ids
 from gateway.text.instructions import (
     SYSTEM,
     USER,
+    contains_instructions,
+    instructions_to_user,
+    late_instructions_to_user,
     late_roles,
     leading_roles,
-    shows_instructions,
-    with_all_as_user,
-    with_all_at_the_start,
-    with_late_ones_as_user,
-    with_one_at_the_start,
+    merge_all_instructions,
+    merge_leading_instructions,
 )
 from gateway.text.template_limits import BoundedEnvironment, render
 
@@ -45,8 +45,8 @@ _RENDER_ERRORS = (
 _PROBE = "expertmesh-probe"
 _MARK = "expertmesh-end-of-final-message "
 _USUAL_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
-_MOST_SHOWN = 64
-_MOST_LEADING = 8
+_MAX_SHOWN_CHARS = 64
+_MAX_LEADING_ROLES = 8
 """Maximum number of leading instruction roles that a template is probed with."""
 _ASSISTANT = "assistant"
 
@@ -88,19 +88,21 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         try:
-            self._template = environment.bounded(source)
+            self._template = environment.compile_bounded(source)
             names = meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as err:
             raise CheckpointError(f"the chat template is not valid: {err}") from err
         self._field = field
         self._source = source
-        self._probed: dict[tuple[tuple[str, ...], bool], frozenset[int] | None] = {}
+        self._probe_results: dict[tuple[tuple[str, ...], bool], frozenset[int] | None] = {}
         self._tool_use = None if tool_use is None else ChatTemplate(tool_use, variables, field)
         self.variables = dict(variables or {})
         """Special tokens by name."""
-        own, other = "tools" in names, self._tool_use
-        self.has_tools: bool = own if other is None else other.has_tools
-        self.tool_form: ToolForm | None = self._find_form() if other is None else other.tool_form
+        has_tools, other = "tools" in names, self._tool_use
+        self.has_tools: bool = has_tools if other is None else other.has_tools
+        self.tool_form: ToolForm | None = (
+            self._find_tool_format() if other is None else other.tool_form
+        )
         """Format of the model's tool calls; None without tools or if the format is unknown."""
         self.has_thinking: bool = END in source or (other is not None and other.has_thinking)
         """Whether the model may write reasoning before its answer."""
@@ -137,10 +139,10 @@ class ChatTemplate:
         text, shown = self._render(messages, values, tools)
         for message in shown:
             role = str(message.get("role"))
-            if not self._knows_role(role, tools):
-                place = next(i for i, m in enumerate(messages) if str(m.get("role")) == role)
+            if not self._supports_role(role, tools):
+                index = next(i for i, m in enumerate(messages) if str(m.get("role")) == role)
                 raise self._template_error(
-                    f"it has no role {role[:_MOST_SHOWN]!r} (messages[{place}])"
+                    f"it has no role {role[:_MAX_SHOWN_CHARS]!r} (messages[{index}])"
                 )
         return _cut_at_mark(text, messages[-1]) if continue_final_message else text
 
@@ -155,61 +157,61 @@ class ChatTemplate:
         If the template rejects the conversation, other positions of the instructions are tried.
         The result is the first prompt that contains all instructions, else the first prompt.
         """
-        found: tuple[str, Sequence[Mapping[str, Any]]] | None = None
+        first_result: tuple[str, Sequence[Mapping[str, Any]]] | None = None
         refusal: Exception | None = None
         tried: list[Sequence[Mapping[str, Any]]] = []
-        for placed in self._placed(messages, tools):
+        for placed in self._instruction_variants(messages, tools):
             if placed in tried:
                 continue
             tried.append(placed)
             try:
-                text = self._text(values, with_fitting_ids(placed, self.tool_form))
+                text = self._render_text(values, fit_call_ids(placed, self.tool_form))
             except _RENDER_ERRORS as err:
                 refusal = refusal or err
                 continue
-            if refusal is None or shows_instructions(text, messages):
+            if refusal is None or contains_instructions(text, messages):
                 return text, placed
-            found = found or (text, placed)
-        if found is None:
+            first_result = first_result or (text, placed)
+        if first_result is None:
             assert refusal is not None, "every attempt gives a prompt or an error"
             raise self._template_error(refusal) from refusal
-        return found
+        return first_result
 
-    def _placed(
+    def _instruction_variants(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
     ) -> Iterator[Sequence[Mapping[str, Any]]]:
         """Yield variants of the conversation with instructions at other positions, best first."""
-        yield self._fitting(messages, tools)
-        yield with_late_ones_as_user(with_one_at_the_start(messages))
-        together = with_all_at_the_start(messages)
-        yield self._fitting(together, tools)
-        yield with_all_as_user(together)
+        yield self._move_instructions(messages, tools)
+        yield late_instructions_to_user(merge_leading_instructions(messages))
+        together = merge_all_instructions(messages)
+        yield self._move_instructions(together, tools)
+        yield instructions_to_user(together)
 
-    def _text(self, values: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> str:
+    def _render_text(self, values: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> str:
         shown = [with_reasoning(message) for message in messages]
         return render(self._template, {**values, "messages": shown})
 
-    def _fitting(
+    def _move_instructions(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
     ) -> Sequence[Mapping[str, Any]]:
         """Move instructions to positions at which the template includes their text."""
-        leading = leading_roles(messages)[:_MOST_LEADING]
-        if leading and leading != (SYSTEM,) and not self._shows_all((*leading, USER), tools):
-            messages, leading = with_one_at_the_start(messages), (SYSTEM,)
+        leading = leading_roles(messages)[:_MAX_LEADING_ROLES]
+        if leading and leading != (SYSTEM,) and not self._includes_all((*leading, USER), tools):
+            messages, leading = merge_leading_instructions(messages), (SYSTEM,)
         late = late_roles(messages)
-        around = ((*leading, USER, *(_ASSISTANT, role, USER) * 2) for role in late)
-        if not all(self._shows_all(roles, tools) for roles in around):
-            messages = with_late_ones_as_user(messages)
-        some = (SYSTEM,) if len(leading) == len(messages) else (SYSTEM, USER)
-        is_shown = self._shows_all(some, tools) or not self._shows_all((USER,), tools)
-        return messages if is_shown or not leading else with_all_as_user(messages)
+        probes = ((*leading, USER, *(_ASSISTANT, role, USER) * 2) for role in late)
+        if not all(self._includes_all(roles, tools) for roles in probes):
+            messages = late_instructions_to_user(messages)
+        probe = (SYSTEM,) if len(leading) == len(messages) else (SYSTEM, USER)
+        is_shown = self._includes_all(probe, tools) or not self._includes_all((USER,), tools)
+        return messages if is_shown or not leading else instructions_to_user(messages)
 
-    def _find_form(self) -> ToolForm | None:
+    def _find_tool_format(self) -> ToolForm | None:
         """Return the tool call format; Harmony is detected even without support for tools."""
         shown = (form for form in ToolForm if form.is_shown_by(self._source))
         return next((f for f in shown if self.has_tools or f is ToolForm.HARMONY), None)
 
-    def _knows_role(self, role: str, tools: Sequence[Mapping[str, Any]] | None) -> bool:
+    def _supports_role(self, role: str, tools: Sequence[Mapping[str, Any]] | None) -> bool:
         """Whether the template supports a role.
 
         The template must name roles other than the usual ones. Since many templates skip messages
@@ -218,41 +220,43 @@ class ChatTemplate:
         """
         if role not in _USUAL_ROLES and f"'{role}'" not in self._source.replace('"', "'"):
             return False
-        found = [
-            (place, self._shown(roles, tools))
-            for place, roles in enumerate(((role, USER), (USER, role), (USER, _ASSISTANT, role)))
+        included = [
+            (index, self._included_roles(roles, tools))
+            for index, roles in enumerate(((role, USER), (USER, role), (USER, _ASSISTANT, role)))
         ]
-        spoken = [place in shown for place, shown in found if shown is not None]
-        return any(spoken) or not spoken or not self._shows_all((USER,), tools)
+        spoken = [index in shown for index, shown in included if shown is not None]
+        return any(spoken) or not spoken or not self._includes_all((USER,), tools)
 
-    def _shows_all(self, roles: tuple[str, ...], tools: Sequence[Mapping[str, Any]] | None) -> bool:
+    def _includes_all(
+        self, roles: tuple[str, ...], tools: Sequence[Mapping[str, Any]] | None
+    ) -> bool:
         """Whether the template accepts messages with these roles and includes all their texts."""
-        shown = self._shown(roles, tools)
+        shown = self._included_roles(roles, tools)
         return shown is not None and len(shown) == len(roles)
 
-    def _shown(
+    def _included_roles(
         self, roles: tuple[str, ...], tools: Sequence[Mapping[str, Any]] | None
     ) -> frozenset[int] | None:
         """Return the indices of the roles that the template includes; None if it rejects them."""
         key = (roles, bool(tools))
-        if key not in self._probed:
-            self._probed[key] = self._probe(roles, tools)
-        return self._probed[key]
+        if key not in self._probe_results:
+            self._probe_results[key] = self._probe(roles, tools)
+        return self._probe_results[key]
 
     def _probe(
         self, roles: tuple[str, ...], tools: Sequence[Mapping[str, Any]] | None
     ) -> frozenset[int] | None:
-        texts = [f"{_PROBE}-{place}-" for place in range(len(roles))]
+        texts = [f"{_PROBE}-{index}-" for index in range(len(roles))]
         messages = [
             {"role": role, "content": text, "name": "x", "tool_call_id": "x"}
             for role, text in zip(roles, texts, strict=True)
         ]
         try:
             values = {**self.variables, "tools": tools, "documents": None}
-            found = self._text(values, messages)
+            prompt = self._render_text(values, messages)
         except _RENDER_ERRORS:
             return None
-        return frozenset(place for place, text in enumerate(texts) if text in found)
+        return frozenset(index for index, text in enumerate(texts) if text in prompt)
 
     def _template_error(self, reason: Exception | str) -> RequestError:
         if self._field is not None:
@@ -277,13 +281,13 @@ def _cut_at_mark(text: str, marked: Mapping[str, Any]) -> str:
     removes white space of the template if the text is only white space.
     """
     content = marked["content"].removesuffix(_MARK)
-    place = text.rfind(_MARK.rstrip())
-    if place < 0 or content.strip() not in text[:place]:
+    position = text.rfind(_MARK.rstrip())
+    if position < 0 or content.strip() not in text[:position]:
         raise _cannot_continue()
-    if text.startswith(_MARK, place):
-        return text[:place]
+    if text.startswith(_MARK, position):
+        return text[:position]
     num_spaces = len(content) - len(content.rstrip()) if content.strip() else 0  # as it stripped
-    return text[: place - num_spaces]
+    return text[: position - num_spaces]
 
 
 def _cannot_continue() -> RequestError:

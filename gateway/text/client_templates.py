@@ -27,7 +27,7 @@ _RETRY_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TemplateAnswer:
+class RenderedTemplate:
     has_tools: bool
     tool_form: ToolForm | None
     """Format of the model's tool calls; None without tools or if the format is unknown."""
@@ -39,9 +39,9 @@ class TemplateAnswer:
     """Why the template rejects the conversation."""
 
 
-class ClientTemplates:
+class ClientTemplateRenderer:
     def __init__(self) -> None:
-        self._places = asyncio.Semaphore(MAX_AT_ONCE)
+        self._process_slots = asyncio.Semaphore(MAX_AT_ONCE)
         self._num_waiting = 0
 
     async def render(
@@ -50,7 +50,7 @@ class ClientTemplates:
         variables: Mapping[str, str],
         messages: Sequence[Mapping[str, Any]],
         options: Mapping[str, Any],
-    ) -> TemplateAnswer:
+    ) -> RenderedTemplate:
         """Render a conversation; ``options`` are the arguments of ``ChatTemplate.render``.
 
         Raises:
@@ -60,7 +60,7 @@ class ClientTemplates:
         if self._num_waiting >= MAX_WAITING:
             message = f"{MAX_WAITING} chat templates of clients are waiting"
             raise QueueFullError(message, _RETRY_S, "chat_templates")
-        asked = {
+        request = {
             "source": source,
             "variables": dict(variables),
             "messages": list(messages),
@@ -68,30 +68,30 @@ class ClientTemplates:
         }
         self._num_waiting += 1
         try:
-            async with self._places:
-                found = await asyncio.to_thread(_run, asked)
+            async with self._process_slots:
+                reply = await asyncio.to_thread(_run_process, request)
         finally:
             self._num_waiting -= 1
-        error = RequestError(found["error"], found["param"]) if "error" in found else None
-        if error is not None and "has_tools" not in found:
+        error = RequestError(reply["error"], reply["param"]) if "error" in reply else None
+        if error is not None and "has_tools" not in reply:
             raise error
-        form = found["tool_form"]
-        return TemplateAnswer(
-            has_tools=found["has_tools"],
+        form = reply["tool_form"]
+        return RenderedTemplate(
+            has_tools=reply["has_tools"],
             tool_form=None if form is None else ToolForm[form],
-            has_thinking=found["has_thinking"],
-            text=found.get("text"),
+            has_thinking=reply["has_thinking"],
+            text=reply.get("text"),
             error=error,
         )
 
 
-def _run(asked: Mapping[str, Any]) -> dict[str, Any]:
+def _run_process(request: Mapping[str, Any]) -> dict[str, Any]:
     words = [sys.executable, "-m", "gateway.text.render_template"]
     path = os.pathsep.join(filter(None, sys.path))  # the only variable of the new environment
     try:
         done = subprocess.run(
             words,
-            input=json.dumps(asked),
+            input=json.dumps(request),
             env={"PYTHONPATH": path},
             capture_output=True,
             text=True,
@@ -101,5 +101,5 @@ def _run(asked: Mapping[str, Any]) -> dict[str, Any]:
     except subprocess.SubprocessError as err:
         message = f"{PARAM} needs more than {CPU_LIMIT_S} s, or too much memory"
         raise RequestError(message, PARAM) from err
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    reply: dict[str, Any] = json.loads(done.stdout)
+    return reply

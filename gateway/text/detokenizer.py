@@ -99,34 +99,36 @@ def make_detokenizer(
     return WindowDetokenizer(tokenizer, skip_special_tokens, before)
 
 
-def place_tokens(
+def locate_tokens(
     detokenizer: Detokenizer | None, ids: Sequence[int], logprobs: Sequence[TokenLogprob | None]
 ) -> tuple[str, list[TokenText]]:
     """Return the text of a prompt (empty without ``detokenizer``) and its tokens with offsets."""
     text = ""
     placed = []
-    for place, token_id in enumerate(ids):
-        placed.append(TokenText(token_id, len(text), logprobs[place] if logprobs else None))
+    for index, token_id in enumerate(ids):
+        placed.append(TokenText(token_id, len(text), logprobs[index] if logprobs else None))
         text += detokenizer.feed(token_id) if detokenizer else ""
     return text + (detokenizer.flush() if detokenizer else ""), placed
 
 
-def aligned(given: str, text: str, tokens: Sequence[TokenText]) -> tuple[str, list[TokenText]]:
-    """Convert token offsets in the decoded ``text`` into offsets in the original text ``given``.
+def align_offsets(
+    original: str, text: str, tokens: Sequence[TokenText]
+) -> tuple[str, list[TokenText]]:
+    """Convert token offsets in the decoded ``text`` into offsets in the original text ``original``.
 
     The decoded text may start with special tokens, or with a space that some tokenizers add. Some
     decoders omit a space of the first token.
     """
-    is_end = text.endswith(given) or given.endswith(text)
-    shift = len(text) - len(given) if is_end else 0
+    is_end = text.endswith(original) or original.endswith(text)
+    shift = len(text) - len(original) if is_end else 0
     first = 0 if shift < 0 else None
-    return given, [
+    return original, [
         TokenText(
             token.token_id,
-            0 if place == first else min(max(0, token.text_offset - shift), len(given)),
+            0 if index == first else min(max(0, token.text_offset - shift), len(original)),
             token.logprob,
         )
-        for place, token in enumerate(tokens)
+        for index, token in enumerate(tokens)
     ]
 
 

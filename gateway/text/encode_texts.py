@@ -1,4 +1,4 @@
-"""A program that tokenizes long texts in a separate process. ``long_texts`` starts it.
+"""A program that tokenizes long texts in a separate process. ``long_text_encoder`` starts it.
 
 The tokenizers library creates one string per token and holds the GIL while it reads and frees
 them: a text of 8 MiB blocked the gateway for half a second and used 1 GiB of memory.
@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 import tokenizers
 
-from gateway.text.harmony.marks import HarmonyPrompt, SpecialToken
+from gateway.text.harmony.special_tokens import HarmonyPrompt, SpecialToken
 from gateway.text.tokenizer import Tokenizer
 
 LENGTH = struct.Struct("<Q")
@@ -32,7 +32,7 @@ class TextToEncode(msgspec.Struct, frozen=True, kw_only=True):
     """A text to tokenize, and the requested slice of its token ids."""
 
     parts: list[str]
-    marks: list[int] | None
+    special_token_indices: list[int] | None
     """Indices of the special tokens in the parts of a ``HarmonyPrompt``; None for a plain text."""
     add_special_tokens: bool
     start: int | None
@@ -42,25 +42,25 @@ class TextToEncode(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def text(self) -> str:
-        if self.marks is None:
+        if self.special_token_indices is None:
             return self.parts[0]
-        marks = frozenset(self.marks)
+        marks = frozenset(self.special_token_indices)
         parts = enumerate(self.parts)
         return HarmonyPrompt([SpecialToken(part) if i in marks else part for i, part in parts])
 
 
-def message_of(text: str, add_special_tokens: bool, kept: slice) -> bytes:
-    """Return the message that requests the slice ``kept`` of the token ids of a text."""
-    is_marked = isinstance(text, HarmonyPrompt)
+def encode_message(text: str, add_special_tokens: bool, token_slice: slice) -> bytes:
+    """Return the message that requests the slice ``token_slice`` of the token ids of a text."""
+    is_harmony = isinstance(text, HarmonyPrompt)
     parts = list(text.parts) if isinstance(text, HarmonyPrompt) else [text]
-    marks = [i for i, part in enumerate(parts) if isinstance(part, SpecialToken)]
+    special_indices = [i for i, part in enumerate(parts) if isinstance(part, SpecialToken)]
     content = msgspec.msgpack.encode(
         TextToEncode(
             parts=list(map(str, parts)),
-            marks=marks if is_marked else None,
+            special_token_indices=special_indices if is_harmony else None,
             add_special_tokens=add_special_tokens,
-            start=kept.start,
-            stop=kept.stop,
+            start=token_slice.start,
+            stop=token_slice.stop,
         )
     )
     return LENGTH.pack(len(content)) + content
@@ -71,9 +71,9 @@ def main() -> None:
     return_freed = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     while head := source.read(LENGTH.size):
-        wanted = msgspec.msgpack.decode(source.read(*LENGTH.unpack(head)), type=TextToEncode)
-        ids = tokenizer.encode(wanted.text, wanted.add_special_tokens)
-        raw = array(ID_TYPE, ids[wanted.start : wanted.stop]).tobytes()
+        request = msgspec.msgpack.decode(source.read(*LENGTH.unpack(head)), type=TextToEncode)
+        ids = tokenizer.encode(request.text, request.add_special_tokens)
+        raw = array(ID_TYPE, ids[request.start : request.stop]).tobytes()
         sink.write(REPLY.pack(len(ids), len(raw)) + raw)
         sink.flush()
         return_freed(0)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from cluster.core.errors import RequestError
 from gateway.offload.json_text import MAX_ENTRIES
 from gateway.offload.long_work import LongWork, numbers_of
-from gateway.text.long_texts import LONG_CHARS, LongTexts
+from gateway.text.long_text_encoder import LONG_CHARS, LongTextEncoder
 from gateway.text.tokenizer import Tokenizer
 
 MAX_TOKENS = MAX_ENTRIES
@@ -32,44 +32,46 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._long_work = long_work
         file = tokenizer.file
-        self._long_texts = None if file is None else LongTexts(file)
+        self._long_text_encoder = None if file is None else LongTextEncoder(file)
 
     async def encode(
-        self, prompts: Sequence[str | tuple[int, ...]], add_special_tokens: bool, kept: slice
+        self, prompts: Sequence[str | tuple[int, ...]], add_special_tokens: bool, token_slice: slice
     ) -> list[EncodedText]:
-        """Return the slice ``kept`` of the token ids of each prompt."""
-        long_texts = self._long_texts
-        if long_texts is None or all(len(one) <= LONG_CHARS for one in _texts(prompts)):
-            return await self._encode_here(prompts, add_special_tokens, kept)
-        found: list[EncodedText] = []
+        """Return the slice ``token_slice`` of the token ids of each prompt."""
+        encoder = self._long_text_encoder
+        if encoder is None or all(len(one) <= LONG_CHARS for one in _texts(prompts)):
+            return await self._encode_in_thread(prompts, add_special_tokens, token_slice)
+        encoded: list[EncodedText] = []
         for prompt in prompts:
             if not isinstance(prompt, str) or len(prompt) <= LONG_CHARS:
-                found += await self._encode_here([prompt], add_special_tokens, kept)
+                encoded += await self._encode_in_thread([prompt], add_special_tokens, token_slice)
                 continue
-            ids, count = await long_texts.encode(prompt, add_special_tokens, kept)
-            found.append(EncodedText(await self._long_work.run(len(ids), numbers_of, ids), count))
-        return found
+            ids, count = await encoder.encode(prompt, add_special_tokens, token_slice)
+            encoded.append(EncodedText(await self._long_work.run(len(ids), numbers_of, ids), count))
+        return encoded
 
-    async def _encode_here(
-        self, prompts: Sequence[str | tuple[int, ...]], add_special_tokens: bool, kept: slice
+    async def _encode_in_thread(
+        self, prompts: Sequence[str | tuple[int, ...]], add_special_tokens: bool, token_slice: slice
     ) -> list[EncodedText]:
         def encode() -> list[EncodedText]:
-            return [self._encoded(prompt, add_special_tokens, kept) for prompt in prompts]
+            return [
+                self._encode_prompt(prompt, add_special_tokens, token_slice) for prompt in prompts
+            ]
 
         num_chars = sum(map(len, _texts(prompts)))
         return encode() if num_chars <= _INLINE_CHARS else await asyncio.to_thread(encode)
 
-    def _encoded(
-        self, prompt: str | tuple[int, ...], add_special_tokens: bool, kept: slice
+    def _encode_prompt(
+        self, prompt: str | tuple[int, ...], add_special_tokens: bool, token_slice: slice
     ) -> EncodedText:
         if isinstance(prompt, str):
             prompt = self._tokenizer.encode(prompt, add_special_tokens)
-        return EncodedText(prompt[kept], len(prompt))
+        return EncodedText(prompt[token_slice], len(prompt))
 
     async def stop(self) -> None:
         """Stop the process for long texts."""
-        if self._long_texts is not None:
-            await self._long_texts.stop()
+        if self._long_text_encoder is not None:
+            await self._long_text_encoder.stop()
 
 
 def check_num_tokens(name: str, count: int) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 SYSTEM, DEVELOPER, USER = "system", "developer", "user"
 _TOOL = "tool"
-INSTRUCTING = frozenset({SYSTEM, DEVELOPER})
-_BETWEEN = "\n\n"
+INSTRUCTION_ROLES = frozenset({SYSTEM, DEVELOPER})
+_SEPARATOR = "\n\n"
 """Separator between texts that are merged."""
 
 Message = Mapping[str, Any]
@@ -32,52 +32,52 @@ def late_roles(messages: Sequence[Message]) -> frozenset[str]:
     return frozenset(m["role"] for m in rest if _is_instruction(m))
 
 
-def with_one_at_the_start(messages: Sequence[Message]) -> list[Message]:
+def merge_leading_instructions(messages: Sequence[Message]) -> list[Message]:
     """Merge the instructions at the start into one system message."""
     number = len(leading_roles(messages))
     if number == 0:
         return list(messages)
     texts = [m["content"] for m in messages[:number] if m["content"]]
-    return [{"role": SYSTEM, "content": _BETWEEN.join(texts)}, *messages[number:]]
+    return [{"role": SYSTEM, "content": _SEPARATOR.join(texts)}, *messages[number:]]
 
 
-def with_all_at_the_start(messages: Sequence[Message]) -> list[Message]:
+def merge_all_instructions(messages: Sequence[Message]) -> list[Message]:
     """Merge all instructions into one system message at the start."""
     instructions = [m for m in messages if _is_instruction(m)]
     rest = [m for m in messages if not _is_instruction(m)]
-    return with_one_at_the_start([*instructions, *rest])
+    return merge_leading_instructions([*instructions, *rest])
 
 
-def with_late_ones_as_user(messages: Sequence[Message]) -> list[Message]:
+def late_instructions_to_user(messages: Sequence[Message]) -> list[Message]:
     """Convert instructions after the start into user text."""
     number = len(leading_roles(messages))
-    return [*messages[:number], *with_all_as_user(messages[number:])]
+    return [*messages[:number], *instructions_to_user(messages[number:])]
 
 
-def with_all_as_user(messages: Sequence[Message]) -> list[Message]:
+def instructions_to_user(messages: Sequence[Message]) -> list[Message]:
     """Convert instructions into user text: before the next user message, else after the last one.
 
     User messages on both sides are merged, since some templates reject consecutive ones. Tool
     results stay next to their calls.
     """
-    turns, waiting = _Turns(), list[str]()
+    turns, waiting = _MessageMerger(), list[str]()
     for message in messages:
         if _is_instruction(message):
             waiting += filter(None, [message["content"]])
         elif waiting and message.get("role") == _TOOL:
             turns.add(message)
         elif waiting and _is_text_of_user(message):
-            turns.say([*waiting, message["content"]], message)
+            turns.add_user_text([*waiting, message["content"]], message)
             waiting = []
         else:
-            turns.say(waiting)
+            turns.add_user_text(waiting)
             turns.add(message)
             waiting = []
-    turns.say(waiting)
+    turns.add_user_text(waiting)
     return turns.finish()
 
 
-class _Turns:
+class _MessageMerger:
     """Collects messages and merges consecutive user texts; ``finish`` joins them once."""
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class _Turns:
         self._messages.append(message)
         self._texts.append([message["content"]] if _is_text_of_user(message) else None)
 
-    def say(self, texts: Sequence[str], message: Message | None = None) -> None:
+    def add_user_text(self, texts: Sequence[str], message: Message | None = None) -> None:
         """Append texts to the last user message, else add them as a copy of ``message``."""
         if not texts:
             return
@@ -101,7 +101,9 @@ class _Turns:
 
     def finish(self) -> list[Message]:
         pairs = zip(self._messages, self._texts, strict=True)
-        return [m if own is None else {**m, "content": _BETWEEN.join(own)} for m, own in pairs]
+        return [
+            m if texts is None else {**m, "content": _SEPARATOR.join(texts)} for m, texts in pairs
+        ]
 
 
 def _is_text_of_user(message: Message) -> bool:
@@ -109,16 +111,16 @@ def _is_text_of_user(message: Message) -> bool:
 
 
 def _is_instruction(message: Message) -> bool:
-    return message.get("role") in INSTRUCTING and isinstance(message.get("content"), str)
+    return message.get("role") in INSTRUCTION_ROLES and isinstance(message.get("content"), str)
 
 
-def shows_instructions(text: str, messages: Sequence[Message]) -> bool:
+def contains_instructions(text: str, messages: Sequence[Message]) -> bool:
     """Whether a prompt contains the instructions of a conversation in order."""
-    place = 0
+    position = 0
     for message in filter(_is_instruction, messages):
         words = message["content"].strip()
-        place = text.find(words, place)
-        if place < 0:
+        position = text.find(words, position)
+        if position < 0:
             return False
-        place += len(words)
+        position += len(words)
     return True

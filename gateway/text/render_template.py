@@ -25,9 +25,9 @@ PARAM = "chat_template"
 """The request field that contains the template."""
 
 
-def answer(asked: dict[str, Any]) -> dict[str, Any]:
+def render_request(request: dict[str, Any]) -> dict[str, Any]:
     try:
-        template = ChatTemplate(asked["source"], asked["variables"], PARAM)
+        template = ChatTemplate(request["source"], request["variables"], PARAM)
     except CheckpointError as err:
         return {"error": f"{PARAM}: {err}", "param": PARAM}
     form = template.tool_form
@@ -37,7 +37,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
         "has_thinking": template.has_thinking,
     }
     try:
-        text = template.render(asked["messages"], **asked["options"])
+        text = template.render(request["messages"], **request["options"])
     except RequestError as err:
         return {**facts, "error": str(err), "param": err.param}
     if len(text) > MAX_TEXT_CHARS:
@@ -49,7 +49,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT_S, CPU_LIMIT_S))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    sys.stdout.write(json.dumps(answer(json.load(sys.stdin))))
+    sys.stdout.write(json.dumps(render_request(json.load(sys.stdin))))
 
 
 if __name__ == "__main__":

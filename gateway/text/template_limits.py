@@ -45,13 +45,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.globals |= {_TICK: _tick, _JOIN: _join}
+        self.globals |= {_TICK: _check_time, _JOIN: _join}
         for name in _GROWING_FILTERS:
-            self.filters[name] = _measured(self.filters[name])
+            self.filters[name] = _limited_filter(self.filters[name])
 
-    def bounded(self, source: str) -> BoundedTemplate:
+    def compile_bounded(self, source: str) -> BoundedTemplate:
         """Compile a template with checks in its loops and joins. Raises ``TemplateError``."""
-        return self.from_string(_Watched().visit(self.parse(source)))
+        return self.from_string(_CheckInserter().visit(self.parse(source)))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and isinstance(right, int):
@@ -60,7 +60,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             counts = [x for x in (left, right) if isinstance(x, int)]
             sizes = [len(x) for x in (left, right) if hasattr(x, "__len__")]
             _check(not (counts and sizes) or counts[0] * sizes[0] <= MAX_CHARS, "a repetition")
-        return _sized(super().call_binop(context, operator, left, right))
+        return _check_size(super().call_binop(context, operator, left, right))
 
 
 def render(template: BoundedTemplate, values: Mapping[str, Any]) -> str:
@@ -80,7 +80,7 @@ def _pieces(template: BoundedTemplate, values: Mapping[str, Any]) -> Iterator[st
         yield piece
 
 
-class _Watched(NodeTransformer):
+class _CheckInserter(NodeTransformer):
     """Adds calls that check the limits to the syntax tree of a template."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
@@ -97,7 +97,7 @@ def _call(name: str, arguments: list[nodes.Expr]) -> nodes.Call:
     return nodes.Call(nodes.Name(name, "load"), arguments, [], None, None)
 
 
-def _tick() -> str:
+def _check_time() -> str:
     budget = _BUDGET.get()
     if budget is not None:
         budget.num_passes += 1
@@ -112,18 +112,18 @@ def _join(*parts: Any) -> str:
     return "".join(texts)
 
 
-def _measured(apply: Any) -> Any:
+def _limited_filter(apply: Any) -> Any:
     def applied(*args: Any, **options: Any) -> Any:
         numbers = [n for n in (*args, *options.values()) if isinstance(n, int)]
         _check(max(numbers, default=0) <= MAX_CHARS, "a width")
-        return _sized(apply(*args, **options))
+        return _check_size(apply(*args, **options))
 
     for name, value in vars(apply).items():  # attributes that tell Jinja which arguments to pass
         setattr(applied, name, value)
     return applied
 
 
-def _sized(value: Any) -> Any:
+def _check_size(value: Any) -> Any:
     _check(not isinstance(value, (str, list, tuple)) or len(value) <= MAX_CHARS, "a text")
     return value
 

@@ -18,7 +18,7 @@ import tokenizers
 from cluster.core.errors import CheckpointError, RequestError
 from gateway.core.tool_use import ToolForm
 from gateway.text.chat_template import ChatTemplate
-from gateway.text.harmony.marks import MARKS, HarmonyPrompt, SpecialToken
+from gateway.text.harmony.special_tokens import SPECIAL_TOKENS, HarmonyPrompt, SpecialToken
 from gateway.text.harmony.template import HarmonyTemplate
 from gateway.text.tokenizer_files import DEFAULT, TOOL_USE, read_tokenizer_files
 
@@ -66,17 +66,19 @@ class Tokenizer:
         return {self._added[number]: number for number in self._special}
 
     @property
-    def mark_ids(self) -> dict[str, int]:
-        """Ids by text of the tokens that grammars refer to by id; see ``_is_mark``."""
-        return {text: number for number, text in self._added.items() if self._is_mark(number)}
+    def grammar_token_ids(self) -> dict[str, int]:
+        """Ids by text of the tokens that grammars refer to by id; see ``_is_grammar_token``."""
+        return {
+            text: number for number, text in self._added.items() if self._is_grammar_token(number)
+        }
 
-    def _is_mark(self, number: int) -> bool:
+    def _is_grammar_token(self, number: int) -> bool:
         """Whether llguidance treats a token as special: special tokens and tokens like ``<a>``."""
         text = self._added[number]
         return number in self._special or (text.startswith("<") and text.endswith(">"))
 
     @cached_property
-    def _plain(self) -> tokenizers.Tokenizer:
+    def _plain_backend(self) -> tokenizers.Tokenizer:
         """A tokenizer that encodes special tokens in a text as plain text.
 
         It is a separate object because the option of the library applies to all threads.
@@ -91,18 +93,18 @@ class Tokenizer:
             return self._encode_marked(text, add_special_tokens)
         if len(text) <= _SHORT_CHARS:
             return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
-        found = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return tuple(found[0].ids)
+        encodings = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return tuple(encodings[0].ids)
 
     def _encode_marked(self, text: HarmonyPrompt, add_special_tokens: bool) -> tuple[int, ...]:
         """Encode special tokens as such and the other parts as plain text."""
         texts = [part for part in text.parts if not isinstance(part, SpecialToken)]
         if len(text) <= _SHORT_CHARS:
-            found = [self._plain.encode(one, add_special_tokens=False) for one in texts]
+            encodings = [self._plain_backend.encode(one, add_special_tokens=False) for one in texts]
         else:
-            found = self._plain.encode_batch(texts, add_special_tokens=False)
-        marks = {part: self._mark(part) for part in text.marks}
-        encoded = iter(found)
+            encodings = self._plain_backend.encode_batch(texts, add_special_tokens=False)
+        marks = {part: self._encode_special(part) for part in text.special_tokens}
+        encoded = iter(encodings)
         all_parts = [
             marks[part] if isinstance(part, SpecialToken) else next(encoded) for part in text.parts
         ]
@@ -111,15 +113,15 @@ class Tokenizer:
         whole = tokenizers.Encoding.merge(all_parts, growing_offsets=True)
         return tuple(self._backend.post_process(whole, add_special_tokens=True).ids)
 
-    def _mark(self, mark: SpecialToken) -> tokenizers.Encoding:
+    def _encode_special(self, mark: SpecialToken) -> tokenizers.Encoding:
         return self._backend.encode(mark, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of a complete list of ids; unknown ids are skipped."""
         if len(ids) <= _SHORT_CHARS:
             return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
-        found = self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
-        return str(found[0])
+        texts = self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
+        return str(texts[0])
 
     def is_surely_longer_than(self, text: str, num_tokens: int) -> bool:
         """Whether a text must have more than ``num_tokens`` tokens, given its length alone."""
@@ -131,10 +133,10 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the exact bytes that a token adds to the text; they may be part of a character."""
-        known = self._bytes.get(token_id)
-        if known is None:
-            known = self._bytes[token_id] = self._make_bytes(token_id)
-        return known
+        cached = self._bytes.get(token_id)
+        if cached is None:
+            cached = self._bytes[token_id] = self._make_bytes(token_id)
+        return cached
 
     def token_text(self, token_id: int) -> str:
         """Return the text of a token; incomplete characters become U+FFFD."""
@@ -197,16 +199,16 @@ def _load_template(
     variables = files.tokens
     if override:
         return ChatTemplate(override, variables)
-    found = None
+    template = None
     if files.templates.keys() & {DEFAULT, TOOL_USE}:
         source = files.templates.get(DEFAULT, _NO_DEFAULT)
-        found = ChatTemplate(source, variables, tool_use=files.templates.get(TOOL_USE))
-    is_harmony = found is None or found.tool_form is ToolForm.HARMONY
-    if is_harmony and all(mark in special_ids for mark in MARKS):
-        if found is not None:
+        template = ChatTemplate(source, variables, tool_use=files.templates.get(TOOL_USE))
+    is_harmony = template is None or template.tool_form is ToolForm.HARMONY
+    if is_harmony and all(mark in special_ids for mark in SPECIAL_TOKENS):
+        if template is not None:
             logger.info(_REPLACED)
         return HarmonyTemplate(variables)
-    return found
+    return template
 
 
 def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
@@ -228,5 +230,5 @@ def _byte_level_table() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in printable}
-    table.update({chr(256 + place): byte for place, byte in enumerate(others)})
+    table.update({chr(256 + index): byte for index, byte in enumerate(others)})
     return table

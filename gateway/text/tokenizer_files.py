@@ -30,8 +30,8 @@ _FIELDS = ("name", "template")
 _TOKEN = "_token"
 """Suffix of the names of special tokens in templates, for example ``bos_token``."""
 _USUAL = frozenset(f"{name}{_TOKEN}" for name in ["bos", "eos", "unk", "sep", "pad", "cls", "mask"])
-_OWN, _EXTRA = "model_specific_special_tokens", "extra_special_tokens"
-"""Objects with additional tokens by name. ``_EXTRA``, and top-level entries, replace ``_OWN``."""
+_MODEL_SPECIFIC, _EXTRA = "model_specific_special_tokens", "extra_special_tokens"
+"""Objects with more tokens by name. ``_EXTRA`` and top-level entries replace the first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,14 +50,21 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     is_byte_level = '"ByteLevel"' in _read(folder / "tokenizer.json")
     model = _read_json(folder / "config.json")
     tokens = {**class_tokens(config, model, is_byte_level=is_byte_level), **config}
-    own = {name: token for name, token in config.items() if _is_own(name, token)}
-    own |= _object(config.get(_EXTRA))
-    own = own or _object(config.get(_OWN))
+    model_specific = {
+        name: token for name, token in config.items() if _is_model_specific(name, token)
+    }
+    model_specific |= _object(config.get(_EXTRA))
+    model_specific = model_specific or _object(config.get(_MODEL_SPECIFIC))
     if "added_tokens_decoder" not in config:
         further = _read_json(folder / "special_tokens_map.json")
         tokens |= further
-        own = {**_object(further.get(_OWN, own)), **_object(further.get(_EXTRA))}
-    named = {name: token for name, token in tokens.items() if name.endswith(_TOKEN)} | own
+        model_specific = {
+            **_object(further.get(_MODEL_SPECIFIC, model_specific)),
+            **_object(further.get(_EXTRA)),
+        }
+    named = {
+        name: token for name, token in tokens.items() if name.endswith(_TOKEN)
+    } | model_specific
     texts = {name: _content(token) for name, token in named.items()}
     templates = _template_files(folder) or _templates_of(config.get(_ENTRY))
     return TokenizerFiles(
@@ -66,13 +73,13 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     )
 
 
-def _is_own(name: str, token: Any) -> bool:
+def _is_model_specific(name: str, token: Any) -> bool:
     """Whether an entry of ``tokenizer_config.json`` is an additional special token."""
     return name.endswith(_TOKEN) and name not in _USUAL and isinstance(token, str)
 
 
-def _object(found: Any) -> dict[str, Any]:
-    return found if isinstance(found, dict) else {}
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _template_files(folder: Path) -> dict[str, str]:
@@ -88,12 +95,12 @@ def _templates_of(entry: Any) -> dict[str, str]:
         return {DEFAULT: entry}
     if isinstance(entry, dict):
         return {name: text for name, text in entry.items() if isinstance(text, str)}
-    found = {}
+    templates = {}
     for named in entry if isinstance(entry, list) else ():
         name, text = (named.get(k) if isinstance(named, dict) else None for k in _FIELDS)
         if isinstance(name, str) and isinstance(text, str):
-            found[name] = text
-    return found
+            templates[name] = text
+    return templates
 
 
 def _content(token: Any) -> str | None:
@@ -108,12 +115,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(_read(path))
+        content = json.loads(_read(path))
     except ValueError as err:
         raise CheckpointError(f"{path.name} is not JSON: {err}") from err
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise CheckpointError(f"{path.name} must hold a JSON object")
-    return found
+    return content
 
 
 def _read(path: Path) -> str:

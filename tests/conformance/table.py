@@ -22,7 +22,7 @@ from gateway.http.schema import (
 from gateway.http.unsupported import UNSUPPORTED
 from gateway.protocols import ENDPOINTS
 from gateway.responses.schema import ResponseBody
-from gateway.responses.unsupported import MOVED
+from gateway.responses.unsupported import RENAMED_FIELDS
 from gateway.responses.unsupported import UNSUPPORTED as UNBUILT_RESPONSES
 from tests.conformance.open_responses import CASES
 from tests.conformance.recorder import FEATURES, SENT_BY_CLIENTS
@@ -61,7 +61,7 @@ _OF_MESSAGES = frozenset(UNBUILT_MESSAGES)
 _COLUMNS: dict[str, tuple[type[BaseModel], frozenset[str]]] = {
     "completions": (CompletionBody, frozenset({*UNSUPPORTED["completion"], "chat_template"})),
     "chat": (ChatBody, frozenset({*UNSUPPORTED["chat"], "echo"})),
-    "responses": (ResponseBody, frozenset({*UNBUILT_RESPONSES, *MOVED})),
+    "responses": (ResponseBody, frozenset({*UNBUILT_RESPONSES, *RENAMED_FIELDS})),
     "messages": (MessagesBody, _OF_MESSAGES),
     "count_tokens": (CountTokensBody, _OF_MESSAGES),
     "batches": (BatchBody, frozenset()),

@@ -16,14 +16,14 @@ from gateway.text.forms.call_grammar import (
     Rule,
     answer_rule,
     call_rules,
-    check_goes_with_tools,
+    check_combinable_with_tools,
     lark_grammar,
-    mark,
     object_rules,
-    up_to,
+    terminal,
+    text_up_to,
 )
-from gateway.text.forms.call_syntax import SYNTAXES, CallSyntax, Slot
-from gateway.text.forms.pair_grammar import BREAK, BREAK_RULE, PairRules, written
+from gateway.text.forms.call_syntax import SYNTAXES, CallSyntax, Placeholder
+from gateway.text.forms.pair_grammar import BREAK, BREAK_RULE, PairRules, parts_expression
 from workers.requests.request import Grammar
 
 _NUMBER = "/[0-9]{1,3}/"
@@ -53,16 +53,16 @@ def answer_grammar(
     if use is None and (answer is None or thinking is None):
         return answer
     if use is not None:
-        check_goes_with_tools(answer)
+        check_combinable_with_tools(answer)
         answer = None if use.must_call else answer
     is_free = answer is None and (use is None or not use.must_call)
-    before, thought = _thought(thinking, mark_ids, is_free)
+    before, thought = _reasoning_rules(thinking, mark_ids, is_free)
     lines: list[Rule | str] = [*thought]
     if use is None:
         body = "answer"
     else:
-        body, more = _calls(use, SYNTAXES[form], mark_ids, answer)
-        lines += more
+        body, more_rules = _answer_body(use, SYNTAXES[form], mark_ids, answer)
+        lines += more_rules
     if answer is not None:
         lines.append(answer_rule(answer))
     rules = [f"start: {before} ({body})", f"TEXT: {ANY_TEXT}", *lines]
@@ -70,7 +70,7 @@ def answer_grammar(
     return lark_grammar(rules, field)
 
 
-def _thought(
+def _reasoning_rules(
     thinking: Thinking | None, mark_ids: Mapping[str, int], is_free: bool
 ) -> tuple[str, list[str]]:
     """Return an expression for reasoning at the start of the answer, and its rules.
@@ -81,45 +81,57 @@ def _thought(
     needed = END if thinking is Thinking.OPEN else BEGIN
     if thinking is None or (is_free and needed not in mark_ids):
         return "", []
-    thought, lines = up_to(END, mark_ids, "thought")
+    thought, lines = text_up_to(END, mark_ids, "thought")
     if not is_free:
         thought, lines = f"{thought} gap?", [*lines, _GAP]
     if thinking is Thinking.OPEN:
         return thought, lines
-    opening = f"gap? {mark(BEGIN, mark_ids)}" if not is_free else f"BREAK? {mark(BEGIN, mark_ids)}"
+    opening = (
+        f"gap? {terminal(BEGIN, mark_ids)}"
+        if not is_free
+        else f"BREAK? {terminal(BEGIN, mark_ids)}"
+    )
     return "think?", [*lines, f"think: {opening} {thought}"]
 
 
-def _calls(
+def _answer_body(
     use: ToolUse, syntax: CallSyntax, mark_ids: Mapping[str, int], answer: Grammar | None
 ) -> tuple[str, list[Rule | str]]:
     """Return an expression for an answer with tools, and its rules."""
-    first = mark(syntax.mark, mark_ids)
+    first = terminal(syntax.first_delimiter, mark_ids)
     begin, next_begin = (
-        mark(text.strip(), mark_ids) for text in (syntax.begin, syntax.next_begin or syntax.begin)
+        terminal(text.strip(), mark_ids)
+        for text in (syntax.begin, syntax.next_begin or syntax.begin)
     )
     rest = f"{BREAK} {begin} call" if syntax.section else "call"
     if use.is_parallel:
         rest += f" ({BREAK} {next_begin} {BREAK if syntax.next_begin else ''} call)*"
     if syntax.section:
-        rest += f" {BREAK} {mark(syntax.section_end, mark_ids)}"
-    lines: list[Rule | str] = [BREAK_RULE, *_rules(use, syntax, mark_ids)]
+        rest += f" {BREAK} {terminal(syntax.section_end, mark_ids)}"
+    lines: list[Rule | str] = [BREAK_RULE, *_tool_rules(use, syntax, mark_ids)]
     if use.must_call:
         return f"{first} {rest}", lines
     if answer is not None:
         return f"answer | {first} {rest}", lines
-    head, more = up_to(syntax.mark, mark_ids, "head")
-    return f"TEXT | {head} {rest}", [*lines, *more]
+    head, more_rules = text_up_to(syntax.first_delimiter, mark_ids, "head")
+    return f"TEXT | {head} {rest}", [*lines, *more_rules]
 
 
-def _rules(use: ToolUse, syntax: CallSyntax, mark_ids: Mapping[str, int]) -> list[Rule]:
+def _tool_rules(use: ToolUse, syntax: CallSyntax, mark_ids: Mapping[str, int]) -> list[Rule]:
     """Return the rule ``call`` (a call without its first delimiter) and the rules that it uses."""
-    around: dict[str, tuple[str, str]] = {}
+    expressions_around: dict[str, tuple[str, str]] = {}
     for tool in use.allowed:
-        slots = {Slot.NAME: json.dumps(tool.name), Slot.NUMBER: _NUMBER, Slot.BREAK: BREAK}
-        heads = written(syntax.head, mark_ids, slots), written(syntax.tail, mark_ids, slots)
-        around[tool.name] = heads
+        slots = {
+            Placeholder.NAME: json.dumps(tool.name),
+            Placeholder.NUMBER: _NUMBER,
+            Placeholder.BREAK: BREAK,
+        }
+        heads = (
+            parts_expression(syntax.head, mark_ids, slots),
+            parts_expression(syntax.tail, mark_ids, slots),
+        )
+        expressions_around[tool.name] = heads
     if syntax.pairs is None:
-        return call_rules(use.allowed, around, object_rules)
+        return call_rules(use.allowed, expressions_around, object_rules)
     pairs = PairRules(syntax.pairs, mark_ids)
-    return [*call_rules(use.allowed, around, pairs.of), *pairs.shared()]
+    return [*call_rules(use.allowed, expressions_around, pairs.tool_rules), *pairs.shared_rules()]

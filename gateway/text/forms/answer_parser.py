@@ -16,24 +16,24 @@ from gateway.core.thinking import BEGIN, END, Thinking
 from gateway.core.tool_use import ToolForm, ToolUse
 from gateway.text.forms.arguments_reader import ArgumentsReader, ArgumentsState
 from gateway.text.forms.call_ids import CallIds
-from gateway.text.forms.call_syntax import SYNTAXES, CallSyntax, Slot
-from gateway.text.forms.lookahead import Lookahead
-from gateway.text.forms.marks import (
-    Outcome,
-    Reading,
-    cut,
-    may_begin,
-    name_of_cut,
-    overlap,
-    read_parts,
+from gateway.text.forms.call_syntax import SYNTAXES, CallSyntax, Placeholder
+from gateway.text.forms.delimiters import (
+    MatchOutcome,
+    TemplateMatch,
+    is_delimiter_prefix,
+    match_parts,
+    partial_delimiter_length,
+    resolve_partial_name,
+    split_at_delimiter,
 )
+from gateway.text.forms.lookahead import Lookahead
 from gateway.text.forms.tool_calls import CallDelta, ParsedPiece, PieceBuilder
 
 _PIECE_CHARS = 4096
 """Number of characters read at a time, so that the work is linear in the length of the text."""
 
 
-class _State(Enum):
+class _ParserState(Enum):
     START = auto()
     """At the start, where reasoning may begin."""
     TEXT = auto()
@@ -76,14 +76,14 @@ class AnswerParser:
         self._tools = {tool.name: tool for tool in use.allowed} if use else {}
         self._must_call = use is not None and use.must_call
         self._thinking = thinking
-        self._state = _State.TEXT if thinking is None else _State.START
+        self._state = _ParserState.TEXT if thinking is None else _ParserState.START
         self._is_reasoning = False
-        self._skips_breaks = False
-        self._breaks = ""  # line breaks at the end of the reasoning so far
-        self._ahead = Lookahead()
+        self._skips_line_breaks = False
+        self._line_breaks = ""  # line breaks at the end of the reasoning so far
+        self._lookahead = Lookahead()
         pairs = self._syntax.pairs if self._syntax is not None else None
-        self._arguments = ArgumentsReader(pairs, self._tools, self._ahead)
-        self._passed = ""  # text since a delimiter, which is content if no call follows
+        self._arguments = ArgumentsReader(pairs, self._tools, self._lookahead)
+        self._unconfirmed_text = ""  # text since a delimiter, which is content if no call follows
         self.num_begun = 0
         """Number of calls with a known name."""
         self.num_complete = 0
@@ -96,197 +96,223 @@ class AnswerParser:
 
     def feed(self, text: str, is_last: bool = False) -> ParsedPiece:
         """Add ``text`` and return the final output; with ``is_last``, no text is held back."""
-        found = PieceBuilder()
+        output = PieceBuilder()
         for start in range(0, max(len(text), 1), _PIECE_CHARS):
             piece = text[start : start + _PIECE_CHARS]
-            self._ahead.text += piece
-            self._ahead.is_last = is_last and start + len(piece) == len(text)
-            while self._step(found):
+            self._lookahead.text += piece
+            self._lookahead.is_last = is_last and start + len(piece) == len(text)
+            while self._step(output):
                 pass
         if is_last and self._is_reasoning:
-            found.add_text(self._breaks, is_reasoning=True)
-        return found.piece()
+            output.add_text(self._line_breaks, is_reasoning=True)
+        return output.piece()
 
-    def _step(self, found: PieceBuilder) -> bool:
+    def _step(self, output: PieceBuilder) -> bool:
         """Parse the next part; return whether another call may parse more."""
         match self._state:
-            case _State.START:
+            case _ParserState.START:
                 return self._read_start()
-            case _State.TEXT:
-                return self._read_text(found)
-            case _State.BEFORE_CALL:
-                return self._read_before_call(found)
-            case _State.HEAD:
-                return self._read_head(found)
-            case _State.ARGUMENTS:
-                return self._read_arguments(found)
-            case _State.TAIL:
+            case _ParserState.TEXT:
+                return self._read_text(output)
+            case _ParserState.BEFORE_CALL:
+                return self._read_before_call(output)
+            case _ParserState.HEAD:
+                return self._read_head(output)
+            case _ParserState.ARGUMENTS:
+                return self._read_arguments(output)
+            case _ParserState.TAIL:
                 return self._read_tail()
-            case _State.AFTER_CALL:
+            case _ParserState.AFTER_CALL:
                 return self._read_after_call()
 
     # ---- text and reasoning ------------------------------------------------------------------
 
     def _read_start(self) -> bool:
-        if self._ahead.may_begin((BEGIN,)) and self._ahead.waits:
+        if self._lookahead.is_prefix_of((BEGIN,)) and self._lookahead.needs_more_text:
             return False
-        is_begun = self._ahead.skip(BEGIN)
-        self._is_reasoning = self._skips_breaks = is_begun or self._thinking is Thinking.OPEN
-        self._state = _State.TEXT
+        is_begun = self._lookahead.skip_delimiter(BEGIN)
+        self._is_reasoning = self._skips_line_breaks = is_begun or self._thinking is Thinking.OPEN
+        self._state = _ParserState.TEXT
         return True
 
-    def _read_text(self, found: PieceBuilder) -> bool:
-        marks = [END] * self._is_reasoning + ([self._syntax.mark] if self._syntax else [])
-        text, mark, rest = cut(self._ahead.text, marks)
-        is_last = self._ahead.is_last
-        if not mark and (kept := overlap(text, marks)) and not (is_last and self._keeps_marks):
+    def _read_text(self, output: PieceBuilder) -> bool:
+        marks = [END] * self._is_reasoning + (
+            [self._syntax.first_delimiter] if self._syntax else []
+        )
+        text, mark, rest = split_at_delimiter(self._lookahead.text, marks)
+        is_last = self._lookahead.is_last
+        if (
+            not mark
+            and (kept := partial_delimiter_length(text, marks))
+            and not (is_last and self._keeps_partial_delimiters)
+        ):
             text, rest = text[: len(text) - kept], "" if is_last else text[len(text) - kept :]
-        self._ahead.text = rest
-        self._take(text, found)
+        self._lookahead.text = rest
+        self._add_text(text, output)
         if mark == END and self._is_reasoning:
             self._end_reasoning()
         elif mark:
-            self._passed = mark
+            self._unconfirmed_text = mark
             has_section = self._syntax is not None and bool(self._syntax.section)
-            self._state = _State.BEFORE_CALL if has_section else _State.HEAD
+            self._state = _ParserState.BEFORE_CALL if has_section else _ParserState.HEAD
         return bool(mark)
 
     @property
-    def _keeps_marks(self) -> bool:
+    def _keeps_partial_delimiters(self) -> bool:
         """Whether a delimiter that the end of the answer cuts is text."""
         return self._is_reasoning or not self._must_call
 
-    def _take(self, text: str, found: PieceBuilder) -> None:
-        if self._skips_breaks:
+    def _add_text(self, text: str, output: PieceBuilder) -> None:
+        if self._skips_line_breaks:
             text = text.lstrip("\n")
         if not text:
             return
-        self._skips_breaks = False
+        self._skips_line_breaks = False
         if self._is_reasoning:
-            whole = self._breaks + text
+            whole = self._line_breaks + text
             text = whole.rstrip("\n")
-            self._breaks = whole[len(text) :]
-        found.add_text(text, self._is_reasoning)
+            self._line_breaks = whole[len(text) :]
+        output.add_text(text, self._is_reasoning)
 
     def _end_reasoning(self) -> None:
-        self._is_reasoning, self._skips_breaks, self._breaks = False, True, ""
+        self._is_reasoning, self._skips_line_breaks, self._line_breaks = False, True, ""
 
     # ---- the delimiters of calls -------------------------------------------------------------
 
     @property
-    def _form(self) -> CallSyntax:
+    def _call_syntax(self) -> CallSyntax:
         assert self._syntax is not None, "only formats with a syntax have delimiters"
         return self._syntax
 
-    def _read_before_call(self, found: PieceBuilder) -> bool:
+    def _read_before_call(self, output: PieceBuilder) -> bool:
         """Read up to the delimiter of a call, or up to the end of the section."""
-        form, is_first = self._form, bool(self._passed)
+        form, is_first = self._call_syntax, bool(self._unconfirmed_text)
         begin = form.begin if is_first or not form.next_begin else form.next_begin
         marks = [begin.strip()] + [form.section_end] * (not is_first)
-        before = self._ahead.text
-        if not is_first and self._ahead.skip(form.section_end):
-            self._state = _State.TEXT
+        before = self._lookahead.text
+        if not is_first and self._lookahead.skip_delimiter(form.section_end):
+            self._state = _ParserState.TEXT
             return True
-        if self._ahead.skip(marks[0]):
-            self._passed += before[: len(before) - len(self._ahead.text)]
-            self._state = _State.HEAD
+        if self._lookahead.skip_delimiter(marks[0]):
+            self._unconfirmed_text += before[: len(before) - len(self._lookahead.text)]
+            self._state = _ParserState.HEAD
             return True
-        is_open = self._ahead.may_begin(marks)
-        if is_open and self._ahead.waits:
+        is_open = self._lookahead.is_prefix_of(marks)
+        if is_open and self._lookahead.needs_more_text:
             return False
-        is_cut = is_open and self._ahead.has_room
+        is_cut = is_open and self._lookahead.may_grow
         if is_cut and not is_first:
-            self._ahead.text = ""  # the section's end is missing
-        self._fail(found, is_cut)
+            self._lookahead.text = ""  # the section's end is missing
+        self._continue_as_text(output, is_cut)
         return True
 
-    def _read_head(self, found: PieceBuilder) -> bool:
-        form = self._form
-        reading = read_parts(form.head, self._ahead.window)
-        outcome = _look_ahead(reading, self._ahead.window, form.ahead)
-        if outcome is Outcome.PARTIAL and self._ahead.waits:
+    def _read_head(self, output: PieceBuilder) -> bool:
+        form = self._call_syntax
+        reading = match_parts(form.head, self._lookahead.window)
+        outcome = _check_head(reading, self._lookahead.window, form.texts_after_head)
+        if outcome is MatchOutcome.PARTIAL and self._lookahead.needs_more_text:
             return False
-        name = reading.slots.get(Slot.NAME, "")
-        if outcome is not Outcome.WHOLE or name not in self._tools:
-            is_cut = outcome is Outcome.PARTIAL and self._ahead.has_room
-            cut_name = name_of_cut(name, self._ahead.words, self._tools) if is_cut else ""
+        name = reading.values.get(Placeholder.NAME, "")
+        if outcome is not MatchOutcome.WHOLE or name not in self._tools:
+            is_cut = outcome is MatchOutcome.PARTIAL and self._lookahead.may_grow
+            cut_name = (
+                resolve_partial_name(name, self._lookahead.stripped_window, self._tools)
+                if is_cut
+                else ""
+            )
             if cut_name and self._must_call:
-                self._begin_call(cut_name, reading, found)
-                self._passed, self._ahead.text, self._state = "", "", _State.TEXT
+                self._begin_call(cut_name, reading, output)
+                self._unconfirmed_text, self._lookahead.text, self._state = (
+                    "",
+                    "",
+                    _ParserState.TEXT,
+                )
                 return True
-            self._fail(found, is_cut)
+            self._continue_as_text(output, is_cut)
             return True
-        self._begin_call(name, reading, found)
-        self._ahead.text, self._passed = self._ahead.text[reading.end :].lstrip(), ""
-        self._skips_breaks = False
+        self._begin_call(name, reading, output)
+        self._lookahead.text, self._unconfirmed_text = (
+            self._lookahead.text[reading.end :].lstrip(),
+            "",
+        )
+        self._skips_line_breaks = False
         self._arguments.begin(name)
-        self._state = _State.ARGUMENTS
+        self._state = _ParserState.ARGUMENTS
         return True
 
-    def _read_arguments(self, found: PieceBuilder) -> bool:
+    def _read_arguments(self, output: PieceBuilder) -> bool:
         before = self._arguments.state
         if written := self._arguments.read():
-            found.add_call(CallDelta(self.num_begun - 1, written))
+            output.add_call(CallDelta(self.num_begun - 1, written))
         match self._arguments.state:
             case ArgumentsState.COMPLETE:
                 self.num_complete += 1
-                self._state = _State.TAIL
+                self._state = _ParserState.TAIL
             case ArgumentsState.BROKEN:
-                self._state = _State.TEXT
+                self._state = _ParserState.TEXT
             case state:
                 return state is not before
         return True
 
-    def _begin_call(self, name: str, reading: Reading, found: PieceBuilder) -> None:
+    def _begin_call(self, name: str, reading: TemplateMatch, output: PieceBuilder) -> None:
         if self._is_reasoning:
             self._end_reasoning()
-        call_id = self._ids.new(name, reading.slots.get(Slot.NUMBER) or None)
-        found.add_call(CallDelta(self.num_begun, "", call_id, name))
+        call_id = self._ids.new(name, reading.values.get(Placeholder.NUMBER) or None)
+        output.add_call(CallDelta(self.num_begun, "", call_id, name))
         self.num_begun += 1
 
-    def _fail(self, found: PieceBuilder, is_cut: bool) -> None:
+    def _continue_as_text(self, output: PieceBuilder, is_cut: bool) -> None:
         """Continue with text: the delimiter did not begin a call.
 
         Args:
             is_cut: whether the end of the answer cuts the possible call.
         """
-        if is_cut and not self._keeps_marks:
-            self._ahead.text = ""
+        if is_cut and not self._keeps_partial_delimiters:
+            self._lookahead.text = ""
         else:
-            mark = self._form.mark if self._passed.startswith(self._form.mark) else ""
-            self._ahead.text = self._passed[len(mark) :] + self._ahead.text
-            self._take(mark, found)
-        self._passed, self._state = "", _State.TEXT
+            mark = (
+                self._call_syntax.first_delimiter
+                if self._unconfirmed_text.startswith(self._call_syntax.first_delimiter)
+                else ""
+            )
+            self._lookahead.text = self._unconfirmed_text[len(mark) :] + self._lookahead.text
+            self._add_text(mark, output)
+        self._unconfirmed_text, self._state = "", _ParserState.TEXT
 
     def _read_tail(self) -> bool:
-        reading = read_parts(self._form.tail, self._ahead.window)
+        reading = match_parts(self._call_syntax.tail, self._lookahead.window)
         end = reading.end
-        if reading.outcome is Outcome.PARTIAL and self._ahead.has_room:
-            if not self._ahead.is_last:
+        if reading.outcome is MatchOutcome.PARTIAL and self._lookahead.may_grow:
+            if not self._lookahead.is_last:
                 return False
-            end = len(self._ahead.text)
-        self._ahead.text = self._ahead.text[end:]
-        self._state = _State.BEFORE_CALL if self._form.section else _State.AFTER_CALL
+            end = len(self._lookahead.text)
+        self._lookahead.text = self._lookahead.text[end:]
+        self._state = (
+            _ParserState.BEFORE_CALL if self._call_syntax.section else _ParserState.AFTER_CALL
+        )
         return True
 
     def _read_after_call(self) -> bool:
         """Read up to the next call or text; white space is text only if more text follows."""
-        if self._ahead.skip(self._form.begin):
-            self._passed, self._state = self._form.begin, _State.HEAD
+        if self._lookahead.skip_delimiter(self._call_syntax.begin):
+            self._unconfirmed_text, self._state = self._call_syntax.begin, _ParserState.HEAD
             return True
-        if self._ahead.may_begin((self._form.begin,)) and self._ahead.waits:
+        if (
+            self._lookahead.is_prefix_of((self._call_syntax.begin,))
+            and self._lookahead.needs_more_text
+        ):
             return False
-        if not self._ahead.words and self._ahead.has_room:
-            self._ahead.text = ""
-        self._state = _State.TEXT
+        if not self._lookahead.stripped_window and self._lookahead.may_grow:
+            self._lookahead.text = ""
+        self._state = _ParserState.TEXT
         return True
 
 
-def _look_ahead(reading: Reading, text: str, ahead: tuple[str, ...]) -> Outcome:
+def _check_head(reading: TemplateMatch, text: str, ahead: tuple[str, ...]) -> MatchOutcome:
     """Return the outcome of a head, which one of the texts ``ahead`` must follow."""
-    if reading.outcome is not Outcome.WHOLE:
+    if reading.outcome is not MatchOutcome.WHOLE:
         return reading.outcome
     behind = text[reading.end :].lstrip()
     if behind.startswith(ahead):
-        return Outcome.WHOLE
-    return Outcome.PARTIAL if may_begin(behind, ahead) else Outcome.BROKEN
+        return MatchOutcome.WHOLE
+    return MatchOutcome.PARTIAL if is_delimiter_prefix(behind, ahead) else MatchOutcome.BROKEN

@@ -6,13 +6,13 @@ import re
 
 from gateway.text.forms.argument_values import ANY_OPENING, ValueWriter
 from gateway.text.forms.call_syntax import PairSyntax
-from gateway.text.forms.marks import cut, overlap
+from gateway.text.forms.delimiters import partial_delimiter_length, split_at_delimiter
 
 _STRING_REST = re.compile(r'(?:[^"\\]|\\.)*("?)', re.DOTALL)
 """The rest of a JSON string, up to its end or to an incomplete escape."""
 
 
-class ObjectEnd:
+class JsonObjectScanner:
     """Finds the end of a JSON object, piece by piece."""
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class ObjectEnd:
 
     def read(self, text: str) -> tuple[str, bool]:
         """Return the part of ``text`` in the object, and whether the object ends with it."""
-        for place, char in enumerate(text):
+        for index, char in enumerate(text):
             if self._is_string:
                 if self._is_escaped:
                     self._is_escaped = False
@@ -37,11 +37,11 @@ class ObjectEnd:
             elif char in "}]":
                 self._depth -= 1
                 if not self._depth:
-                    return text[: place + 1], True
+                    return text[: index + 1], True
         return text, False
 
 
-class ArgumentText:
+class ArgumentReader:
     """Reads one value, for formats that write arguments one by one."""
 
     def __init__(self, writer: ValueWriter, syntax: PairSyntax) -> None:
@@ -50,8 +50,8 @@ class ArgumentText:
         self._has_breaks = syntax.has_breaks
         self._is_begun = not syntax.has_breaks
         self._is_json: bool | None = None  # not known yet
-        self._held = ""  # JSON text; its strings may contain the delimiter
-        self._strings = _StringsEnd()
+        self._pending_json = ""  # JSON text; its strings may contain the delimiter
+        self._delimiter_finder = _DelimiterFinder()
 
     def read(self, text: str, is_last: bool) -> tuple[str, str, bool]:
         """Return the unread text, the JSON of the read text, and whether the value ends."""
@@ -65,33 +65,33 @@ class ArgumentText:
         return self._read_json(text, is_last) if self._is_json else self._read(text, is_last)
 
     def _read(self, text: str, is_last: bool) -> tuple[str, str, bool]:
-        value, mark, rest = cut(text, (self._end,))
+        value, mark, rest = split_at_delimiter(text, (self._end,))
         if mark:
-            return rest, self._written(value), True
+            return rest, self._finish_value(value), True
         marks = (self._end, f"\n{self._end}") if self._has_breaks else (self._end,)
-        kept = overlap(value, marks)
+        kept = partial_delimiter_length(value, marks)
         certain, rest = value[: len(value) - kept], value[len(value) - kept :]
         if is_last:  # an incomplete delimiter at the end of the answer is not part of the value
-            return "", self._writer.feed(certain) + self._writer.give_up(), False
+            return "", self._writer.feed(certain) + self._writer.finish_incomplete(), False
         return rest, self._writer.feed(certain), False
 
     def _read_json(self, text: str, is_last: bool) -> tuple[str, str, bool]:
         """Like ``read``, for JSON. If a string does not end, the first delimiter ends the value."""
-        held = self._held + text
-        place = self._strings.find(held, self._end)
-        if place < 0 and not is_last:
-            self._held = held
+        held = self._pending_json + text
+        position = self._delimiter_finder.find(held, self._end)
+        if position < 0 and not is_last:
+            self._pending_json = held
             return "", "", False
-        if place < 0:
+        if position < 0:
             return self._read(held, is_last)
-        return held[place + len(self._end) :], self._written(held[:place]), True
+        return held[position + len(self._end) :], self._finish_value(held[:position]), True
 
-    def _written(self, value: str) -> str:
+    def _finish_value(self, value: str) -> str:
         value = value.removesuffix("\n") if self._has_breaks else value
         return self._writer.feed(value) + self._writer.finish()
 
 
-class _StringsEnd:
+class _DelimiterFinder:
     """Finds a delimiter outside of the strings of a JSON text that grows."""
 
     def __init__(self) -> None:
@@ -110,11 +110,11 @@ class _StringsEnd:
                 self._is_string = False
                 continue
             opening = text.find('"', self._place)
-            found = text.find(mark, self._place)
-            if found >= 0 and (opening < 0 or found < opening):
-                return found
+            position = text.find(mark, self._place)
+            if position >= 0 and (opening < 0 or position < opening):
+                return position
             if opening < 0:
-                self._place = len(text) - overlap(text, (mark,))
+                self._place = len(text) - partial_delimiter_length(text, (mark,))
                 return -1
             self._place, self._is_string = opening + 1, True
         return -1

@@ -9,10 +9,10 @@ from typing import Any
 
 from gateway.core.tool_use import Tool
 from gateway.text.schemas.alternatives import (
-    UnfollowedError,
+    UnsupportedSchemaError,
     alternatives,
-    kind_of,
-    kinds_of_alternative,
+    json_type_of,
+    types_of_alternative,
 )
 from gateway.text.schemas.arguments import arguments_of
 from gateway.text.schemas.clean_schema import TYPES
@@ -27,7 +27,7 @@ _JSON_OPENINGS = '{["-0123456789tfn'
 """Possible first characters of a JSON value."""
 
 
-class ValueReader:
+class ValueWriters:
     """Creates writers for the arguments of one function.
 
     Args:
@@ -35,32 +35,32 @@ class ValueReader:
     """
 
     def __init__(self, tool: Tool) -> None:
-        self._known = arguments_of(tool, is_strict=False)
+        self._arguments = arguments_of(tool, is_strict=False)
 
-    def writer(self, name: str, said: str | None = None) -> ValueWriter:
+    def make_writer(self, name: str, is_text_flag: str | None = None) -> ValueWriter:
         """Return the writer of an argument.
 
         Args:
             name: name of the argument.
-            said: ``true`` or ``false`` if the call states whether it is a text, else None.
+            is_text_flag: ``true`` or ``false`` if the call states whether it is a text, else None.
         """
-        schema = self._known.schema_of(name)
-        kinds, openings = self._kinds(schema)
-        if kinds == {"string"} or (said == "true" and "string" in kinds):
+        schema = self._arguments.schema_of(name)
+        kinds, openings = self._types_and_openings(schema)
+        if kinds == {"string"} or (is_text_flag == "true" and "string" in kinds):
             return _TextWriter()
-        check = ValueCheck(self._known.clean)
-        writer = _AnyWriter(kinds, lambda value: check.fits(value, schema), said == "false")
-        writer.json_openings = ANY_OPENING if said == "false" else openings
+        check = ValueCheck(self._arguments.clean)
+        writer = _AnyWriter(kinds, lambda value: check.fits(value, schema), is_text_flag == "false")
+        writer.json_openings = ANY_OPENING if is_text_flag == "false" else openings
         return writer
 
-    def _kinds(self, schema: Any) -> tuple[frozenset[str], str]:
+    def _types_and_openings(self, schema: Any) -> tuple[frozenset[str], str]:
         """Return the allowed types, and the first characters that only JSON values can have."""
         try:
-            found = alternatives(schema, self._known.clean, is_strict=False)
-            rules = text_rules(found, is_strict=False)
-        except UnfollowedError:
+            schema_alternatives = alternatives(schema, self._arguments.clean, is_strict=False)
+            rules = text_rules(schema_alternatives, is_strict=False)
+        except UnsupportedSchemaError:
             return _ALL, ""
-        kinds = frozenset[str]().union(*map(kinds_of_alternative, found)) or _ALL
+        kinds = frozenset[str]().union(*map(types_of_alternative, schema_alternatives)) or _ALL
         if "string" not in kinds:
             return kinds, ANY_OPENING
         words = [word for rule in rules for word in rule.values or ("{", "[")]
@@ -83,7 +83,7 @@ class ValueWriter(ABC):
         """Return the rest at the end of the value."""
 
     @abstractmethod
-    def give_up(self) -> str:
+    def finish_incomplete(self) -> str:
         """Return the rest if the answer ends within the value."""
 
 
@@ -93,12 +93,12 @@ class _TextWriter(ValueWriter):
 
     def feed(self, text: str) -> str:
         opening, self._opening = self._opening, ""
-        return opening + _dump(text)[1:-1]
+        return opening + _to_json_string(text)[1:-1]
 
     def finish(self) -> str:
         return self.feed("") + '"'
 
-    def give_up(self) -> str:
+    def finish_incomplete(self) -> str:
         return self.feed("")
 
 
@@ -114,7 +114,7 @@ class _AnyWriter(ValueWriter):
     def __init__(
         self, kinds: frozenset[str], fits: Callable[[Any], bool], is_json: bool = False
     ) -> None:
-        self._kinds = kinds
+        self._types = kinds
         self._fits = fits
         self._reads_strings = is_json
         self._pieces: list[str] = []
@@ -126,40 +126,40 @@ class _AnyWriter(ValueWriter):
     def finish(self) -> str:
         return self._to_json("".join(self._pieces))
 
-    def give_up(self) -> str:
+    def finish_incomplete(self) -> str:
         """Return the incomplete value; its first character determines the type."""
         text = "".join(self._pieces)
         plain = text.strip()
-        is_json = "string" not in self._kinds or self.json_openings == ANY_OPENING
+        is_json = "string" not in self._types or self.json_openings == ANY_OPENING
         if plain[:1] in (_JSON_OPENINGS if is_json else self.json_openings):
             return plain
-        return _dump(text)[:-1]
+        return _to_json_string(text)[:-1]
 
     def _to_json(self, text: str) -> str:
         """Return the JSON of a value: the text if it is JSON of an allowed type, else a string."""
         plain = text.strip()
         for written in (plain, _WORDS.get(plain, plain)):
             try:
-                value = json.loads(written, parse_constant=_refuse)
+                value = json.loads(written, parse_constant=_reject_constant)
             except (ValueError, RecursionError):
                 continue
-            if self._takes(value):
+            if self._accepts(value):
                 return written
-        return _dump(text)
+        return _to_json_string(text)
 
-    def _takes(self, value: Any) -> bool:
+    def _accepts(self, value: Any) -> bool:
         """Whether to read a text as the JSON ``value``. A quoted text is a JSON string only if all
         types are allowed or the call states that the value is JSON."""
         if isinstance(value, str):
-            return self._kinds >= _ALL or (self._reads_strings and "string" in self._kinds)
-        kind = kind_of(value)
-        is_kind = kind in self._kinds or (kind == "number" and "integer" in self._kinds)
-        return is_kind and ("string" not in self._kinds or self._fits(value))
+            return self._types >= _ALL or (self._reads_strings and "string" in self._types)
+        kind = json_type_of(value)
+        is_kind = kind in self._types or (kind == "number" and "integer" in self._types)
+        return is_kind and ("string" not in self._types or self._fits(value))
 
 
-def _refuse(name: str) -> None:
+def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _dump(text: str) -> str:
+def _to_json_string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)

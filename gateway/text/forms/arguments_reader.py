@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from enum import Enum, auto
 
 from gateway.core.tool_use import Tool
-from gateway.text.forms.argument_text import ArgumentText, ObjectEnd
-from gateway.text.forms.argument_values import ValueReader
-from gateway.text.forms.call_syntax import PairSyntax, Slot
+from gateway.text.forms.argument_text import ArgumentReader, JsonObjectScanner
+from gateway.text.forms.argument_values import ValueWriters
+from gateway.text.forms.call_syntax import PairSyntax, Placeholder
+from gateway.text.forms.delimiters import MatchOutcome, match_parts, partial_delimiter_length
 from gateway.text.forms.lookahead import Lookahead
-from gateway.text.forms.marks import Outcome, overlap, read_parts
 
 
 class ArgumentsState(Enum):
@@ -43,20 +43,22 @@ class ArgumentsReader:
     ) -> None:
         self._pairs = pairs
         self._tools = tools
-        self._ahead = ahead
-        self._readers: dict[str, ValueReader] = {}
-        self._json = ObjectEnd()
-        self._values: ValueReader | None = None
-        self._value: ArgumentText | None = None
+        self._lookahead = ahead
+        self._writers_by_tool: dict[str, ValueWriters] = {}
+        self._object_scanner = JsonObjectScanner()
+        self._value_writers: ValueWriters | None = None
+        self._argument_reader: ArgumentReader | None = None
         self._has_pairs = False
         self.state = ArgumentsState.COMPLETE
 
     def begin(self, name: str) -> None:
         """Start to read the arguments of a call of the function ``name``."""
         if self._pairs is None:
-            self._json, self.state = ObjectEnd(), ArgumentsState.OBJECT
+            self._object_scanner, self.state = JsonObjectScanner(), ArgumentsState.OBJECT
         else:
-            self._values = self._readers.setdefault(name, ValueReader(self._tools[name]))
+            self._value_writers = self._writers_by_tool.setdefault(
+                name, ValueWriters(self._tools[name])
+            )
             self._has_pairs, self.state = False, ArgumentsState.PAIR
 
     def read(self) -> str:
@@ -68,52 +70,52 @@ class ArgumentsReader:
         return self._read_pair(self._pairs)
 
     def _read_object(self) -> str:
-        piece, is_end = self._json.read(self._ahead.text)
-        self._ahead.drop(len(piece))
+        piece, is_end = self._object_scanner.read(self._lookahead.text)
+        self._lookahead.drop(len(piece))
         if is_end:
             self.state = ArgumentsState.COMPLETE
         return piece
 
     def _read_value(self) -> str:
-        assert self._value is not None, "the state is VALUE"
-        ahead = self._ahead
-        ahead.text, written, is_end = self._value.read(ahead.text, ahead.is_last)
+        assert self._argument_reader is not None, "the state is VALUE"
+        ahead = self._lookahead
+        ahead.text, written, is_end = self._argument_reader.read(ahead.text, ahead.is_last)
         if is_end:
             self.state = ArgumentsState.PAIR
         return written
 
     def _read_pair(self, pairs: PairSyntax) -> str:
         """Read up to the next value, or up to the end of the arguments."""
-        ahead = self._ahead
-        if ahead.skip(pairs.close):
+        ahead = self._lookahead
+        if ahead.skip_delimiter(pairs.close):
             self.state = ArgumentsState.COMPLETE
             return "}" if self._has_pairs else "{}"
-        reading = read_parts(pairs.head, ahead.window)
-        is_open = reading.outcome is Outcome.PARTIAL or ahead.may_begin((pairs.close,))
-        if is_open and ahead.waits:
+        reading = match_parts(pairs.head, ahead.window)
+        is_open = reading.outcome is MatchOutcome.PARTIAL or ahead.is_prefix_of((pairs.close,))
+        if is_open and ahead.needs_more_text:
             return ""
-        key = reading.slots.get(Slot.KEY, "")
-        if reading.outcome is Outcome.WHOLE:
-            opening = self._opening(key)
+        key = reading.values.get(Placeholder.KEY, "")
+        if reading.outcome is MatchOutcome.WHOLE:
+            opening = self._key_opening(key)
             self._has_pairs = True
-            assert self._values is not None, "a head was read"
-            writer = self._values.writer(key, reading.slots.get(Slot.IS_TEXT))
-            self._value = ArgumentText(writer, pairs)
+            assert self._value_writers is not None, "a head was read"
+            writer = self._value_writers.make_writer(key, reading.values.get(Placeholder.IS_TEXT))
+            self._argument_reader = ArgumentReader(writer, pairs)
             ahead.drop(reading.end)
             self.state = ArgumentsState.VALUE
             return f"{opening}: "
         self.state = ArgumentsState.BROKEN
-        if not is_open or not ahead.has_room:
+        if not is_open or not ahead.may_grow:
             return ""
         ahead.drop()
-        key = _without_mark(key, pairs)
-        return self._opening(key)[:-1] if key else ""
+        key = _strip_partial_delimiter(key, pairs)
+        return self._key_opening(key)[:-1] if key else ""
 
-    def _opening(self, key: str) -> str:
+    def _key_opening(self, key: str) -> str:
         return (", " if self._has_pairs else "{") + json.dumps(key, ensure_ascii=False)
 
 
-def _without_mark(key: str, pairs: PairSyntax) -> str:
+def _strip_partial_delimiter(key: str, pairs: PairSyntax) -> str:
     """Return the name of an argument without a partial delimiter at its end."""
-    end = str(pairs.head[pairs.head.index(Slot.KEY) + 1]).strip()
-    return key[: len(key) - overlap(key, (end,))]
+    end = str(pairs.head[pairs.head.index(Placeholder.KEY) + 1]).strip()
+    return key[: len(key) - partial_delimiter_length(key, (end,))]

@@ -11,9 +11,9 @@ from cluster.core.errors import RequestError
 from gateway.core.field_checks import require
 from gateway.core.tool_use import Tool
 from gateway.text.forms.structured import MAX_GRAMMAR_BYTES
-from gateway.text.schemas.clean_schema import closed
+from gateway.text.schemas.clean_schema import forbid_additional
 from gateway.text.schemas.one_of import argument_schema
-from gateway.text.schemas.patterns import in_grammar
+from gateway.text.schemas.patterns import grammar_regex
 from gateway.text.schemas.references import without_keywords
 from workers.requests.request import Grammar, GrammarKind, GrammarPart
 
@@ -49,42 +49,42 @@ ArgumentRules = Callable[[Tool, int], list[Rule]]
 """Returns, for a tool and its index PLACE, the rule ``args_PLACE`` and the rules that it uses."""
 
 
-def check_goes_with_tools(answer: Grammar | None) -> None:
+def check_combinable_with_tools(answer: Grammar | None) -> None:
     """Raise ``RequestError`` for a grammar that cannot be combined with tools."""
     if answer is not None and answer.kind is not GrammarKind.JSON_SCHEMA:
         raise RequestError(f"{answer.field} cannot go with tools", answer.field)
 
 
-def mark(text: str, mark_ids: Mapping[str, int]) -> str:
+def terminal(text: str, mark_ids: Mapping[str, int]) -> str:
     """Return the expression for a text: a token by its id, any other text as a literal."""
     return f"<[{mark_ids[text]}]>" if text in mark_ids else json.dumps(text)
 
 
-def up_to(text: str, mark_ids: Mapping[str, int], rule: str) -> tuple[str, list[str]]:
+def text_up_to(text: str, mark_ids: Mapping[str, int], rule: str) -> tuple[str, list[str]]:
     """Return an expression for any text up to and with the delimiter ``text``, and its rules.
 
     The grammar must define the rule ``TEXT``, which cannot contain a delimiter that is a token.
     """
     if text in mark_ids:
-        return f"TEXT {mark(text, mark_ids)}", []
+        return f"TEXT {terminal(text, mark_ids)}", []
     return rule, [f"{rule}[lazy]: {ANY_TEXT} {json.dumps(text)}"]
 
 
-def object_rules(tool: Tool, place: int) -> list[Rule]:
+def object_rules(tool: Tool, index: int) -> list[Rule]:
     """Return the rules for arguments as a JSON object."""
     clean = argument_schema(tool, tool.is_strict)
-    root = closed(clean.resolved(clean.root))
+    root = forbid_additional(clean.resolve(clean.root))
     schema = {"type": "object", **clean.document(root)}
     if "object" in schema["type"]:
         schema["type"] = "object"  # arguments are never null
     body = json_rule(schema, tool.is_strict)
     fallback = None if tool.is_strict else json_rule(_ANY_OBJECT, False)
-    return [Rule(f"args_{place}", body, label_of(tool), fallback)]
+    return [Rule(f"args_{index}", body, rule_label(tool), fallback)]
 
 
 def call_rules(
     tools: Sequence[Tool],
-    around: Mapping[str, tuple[str, str]],
+    expressions_around: Mapping[str, tuple[str, str]],
     arguments: ArgumentRules = object_rules,
 ) -> list[Rule]:
     """Return the rule ``call`` and the rules that it uses.
@@ -93,30 +93,30 @@ def call_rules(
 
     Args:
         tools: the tools that may be called.
-        around: expressions before and after the arguments of each tool, by name.
+        expressions_around: expressions before and after the arguments of each tool, by name.
         arguments: creates the rules for arguments.
 
     Raises:
         RequestError: the schemas are too large, or a grammar cannot express a strict one.
     """
-    calls = [Rule("call", " | ".join(f"call_{place}" for place in range(len(tools))))]
-    for place, tool in enumerate(tools):
-        before, behind = around[tool.name]
-        calls.append(Rule(f"call_{place}", f"{before} args_{place} {behind}"))
-    by_tool = [arguments(tool, place) for place, tool in enumerate(tools)]
-    sizes = list(map(_size, by_tool))
-    for place in sorted(range(len(tools)), key=sizes.__getitem__, reverse=True):
+    calls = [Rule("call", " | ".join(f"call_{index}" for index in range(len(tools))))]
+    for index, tool in enumerate(tools):
+        before, behind = expressions_around[tool.name]
+        calls.append(Rule(f"call_{index}", f"{before} args_{index} {behind}"))
+    by_tool = [arguments(tool, index) for index, tool in enumerate(tools)]
+    sizes = list(map(_num_bytes, by_tool))
+    for index in sorted(range(len(tools)), key=sizes.__getitem__, reverse=True):
         if sum(sizes) <= MAX_GRAMMAR_BYTES:
             break
-        if not tools[place].is_strict:
-            by_tool[place] = arguments(replace(tools[place], parameters={}, derived={}), place)
-            sizes[place] = _size(by_tool[place])
+        if not tools[index].is_strict:
+            by_tool[index] = arguments(replace(tools[index], parameters={}, derived={}), index)
+            sizes[index] = _num_bytes(by_tool[index])
     rule = f"have {sum(sizes)} bytes of schemas, at most {MAX_GRAMMAR_BYTES} are allowed"
     require(sum(sizes) <= MAX_GRAMMAR_BYTES, FIELD, rule)
     return [*calls, *(rule for rules in by_tool for rule in rules)]
 
 
-def label_of(tool: Tool, part: str = "") -> str:
+def rule_label(tool: Tool, part: str = "") -> str:
     return f"{tool.path} of {tool.name!r}{part and ': '}{part}"
 
 
@@ -130,19 +130,19 @@ def lark_grammar(rules: Sequence[Rule | str], field: str) -> Grammar:
     return Grammar(kind=GrammarKind.LARK, text=text, field=field, parts=parts)
 
 
-def _size(rules: Sequence[Rule]) -> int:
+def _num_bytes(rules: Sequence[Rule]) -> int:
     return sum(len(str(rule).encode("utf-8", "surrogatepass")) + 1 for rule in rules)
 
 
 def json_rule(schema: Mapping[str, Any], is_strict: bool = True) -> str:
     """Return an expression for JSON text that matches a clean schema."""
     options = _COMPACT if is_strict else {**_COMPACT, **_LENIENT}
-    followed = schema if is_strict else without_keywords(schema, _is_uncounted)
+    followed = schema if is_strict else without_keywords(schema, _is_miscounted)
     plain = {**followed, _OPTIONS: options}
     return "%json " + json.dumps(plain, ensure_ascii=False, allow_nan=False)
 
 
-def _is_uncounted(schema: Mapping[str, Any], keyword: str) -> bool:
+def _is_miscounted(schema: Mapping[str, Any], keyword: str) -> bool:
     """Whether ``keyword`` limits the number of keys in a way that the compiler miscounts.
 
     It counts only additional keys, which is wrong if named keys are optional.
@@ -161,6 +161,6 @@ def answer_rule(answer: Grammar) -> str:
         case GrammarKind.CHOICE:
             return f"answer: {' | '.join(map(json.dumps, json.loads(answer.text)))}"
         case GrammarKind.REGEX:
-            return f"answer: {in_grammar(answer.text)}"
+            return f"answer: {grammar_regex(answer.text)}"
         case GrammarKind.LARK:
             return f"answer: %lark {{\n{answer.text}\n}}"

@@ -22,7 +22,7 @@ _LETTERS = string.ascii_letters + string.digits
 _MISTRAL_CHARS = 9
 _MISTRAL = re.compile(rf"[A-Za-z0-9]{{{_MISTRAL_CHARS}}}")
 _KIMI = re.compile(r"functions\.[A-Za-z0-9_.-]+:([0-9]{1,9})")
-_FITTING = {ToolForm.MISTRAL: _MISTRAL, ToolForm.KIMI: _KIMI}
+_REQUIRED_PATTERNS = {ToolForm.MISTRAL: _MISTRAL, ToolForm.KIMI: _KIMI}
 
 
 class CallIds:
@@ -39,7 +39,7 @@ class CallIds:
         self._next_number = 0
         self._num_derived: dict[str, int] = {}
         for one in used:
-            self._take(one)
+            self._register(one)
 
     def new(self, name: str, number: str | None = None) -> str:
         """Create the id of the next call.
@@ -49,91 +49,95 @@ class CallIds:
             number: number that the model wrote (Kimi); used unless another call has it.
         """
         if self._form is ToolForm.KIMI:
-            return self._numbered(name, number)
-        while (found := self._drawn()) in self._used:
+            return self._numbered_id(name, number)
+        while (call_id := self._random_id()) in self._used:
             pass
-        self._take(found)
-        return found
+        self._register(call_id)
+        return call_id
 
-    def fitting(self, given: str | None, name: str) -> str:
-        """Return an id for an earlier call, derived from the client's id ``given``."""
-        pattern = _FITTING.get(self._form) if self._form is not None else None
-        is_free = given is not None and given not in self._used
-        if given is not None and is_free and (pattern is None or pattern.fullmatch(given)):
-            found = given
+    def fit(self, client_id: str | None, name: str) -> str:
+        """Return an id for an earlier call, derived from the client's id ``client_id``."""
+        pattern = _REQUIRED_PATTERNS.get(self._form) if self._form is not None else None
+        is_free = client_id is not None and client_id not in self._used
+        if client_id is not None and is_free and (pattern is None or pattern.fullmatch(client_id)):
+            call_id = client_id
         elif self._form is ToolForm.KIMI:
-            return self._numbered(name, None)
+            return self._numbered_id(name, None)
         else:
-            found = self._derived(given or "")
-        self._take(found)
-        return found
+            call_id = self._derived_id(client_id or "")
+        self._register(call_id)
+        return call_id
 
-    def _take(self, call_id: str) -> None:
+    def _register(self, call_id: str) -> None:
         """Record that a call has this id."""
         self._used.add(call_id)
         if written := _KIMI.fullmatch(call_id):
             self._next_number = max(self._next_number, int(written[1]) + 1)
 
-    def _drawn(self) -> str:
+    def _random_id(self) -> str:
         if self._form is ToolForm.MISTRAL:
             return "".join(secrets.choice(_LETTERS) for _ in range(_MISTRAL_CHARS))
         return f"call_{uuid.uuid4().hex[:24]}"
 
-    def _derived(self, given: str) -> str:
-        """Return nine letters and digits that no other call has, derived from ``given``."""
+    def _derived_id(self, client_id: str) -> str:
+        """Return nine letters and digits that no other call has, derived from ``client_id``."""
         while True:
-            attempt = self._num_derived.get(given, 0)
-            self._num_derived[given] = attempt + 1
-            digest = hashlib.sha256(f"{attempt}:{given}".encode("utf-8", "surrogatepass")).digest()
-            found = "".join(_LETTERS[byte % len(_LETTERS)] for byte in digest[:_MISTRAL_CHARS])
-            if found not in self._used:
-                return found
+            attempt = self._num_derived.get(client_id, 0)
+            self._num_derived[client_id] = attempt + 1
+            digest = hashlib.sha256(
+                f"{attempt}:{client_id}".encode("utf-8", "surrogatepass")
+            ).digest()
+            call_id = "".join(_LETTERS[byte % len(_LETTERS)] for byte in digest[:_MISTRAL_CHARS])
+            if call_id not in self._used:
+                return call_id
 
-    def _numbered(self, name: str, number: str | None) -> str:
-        found = f"functions.{name}:{number}"
-        if number is None or found in self._used:
-            found = f"functions.{name}:{self._next_number}"
-        self._take(found)
-        return found
+    def _numbered_id(self, name: str, number: str | None) -> str:
+        call_id = f"functions.{name}:{number}"
+        if number is None or call_id in self._used:
+            call_id = f"functions.{name}:{self._next_number}"
+        self._register(call_id)
+        return call_id
 
 
-def known_ids(messages: Sequence[Mapping[str, Any]], form: ToolForm | None) -> Collection[str]:
+def conversation_call_ids(
+    messages: Sequence[Mapping[str, Any]], form: ToolForm | None
+) -> Collection[str]:
     """Return the ids of the calls in a conversation as its template sees them."""
-    shown = with_fitting_ids(messages, form)
+    shown = fit_call_ids(messages, form)
     named = [call.get("id") for message in shown for call in _calls(message)]
     return {one for one in named if isinstance(one, str)}
 
 
-def with_fitting_ids(
+def fit_call_ids(
     messages: Sequence[Mapping[str, Any]], form: ToolForm | None
 ) -> Sequence[Mapping[str, Any]]:
     """Replace call ids that the template rejects, in calls and results.
 
     If several calls have the same id, results are assigned to them in order.
     """
-    if form not in _FITTING:
+    if form not in _REQUIRED_PATTERNS:
         return messages
     ids = CallIds(form)
     waiting: dict[str | None, deque[str]] = {}
-    found: list[Mapping[str, Any]] = []
+    fitted: list[Mapping[str, Any]] = []
     for message in messages:
         if calls := _calls(message):
             renamed = []
             for call in calls:
-                given = call.get("id")
-                new = ids.fitting(given, str((call.get("function") or {}).get("name")))
-                waiting.setdefault(given, deque()).append(new)
+                client_id = call.get("id")
+                new = ids.fit(client_id, str((call.get("function") or {}).get("name")))
+                waiting.setdefault(client_id, deque()).append(new)
                 renamed.append({**call, "id": new})
             message = {**message, "tool_calls": renamed}
         elif message.get("role") == "tool":
-            known = waiting.get(message.get("tool_call_id"))
-            if known:
-                new = known.popleft() if len(known) > 1 else known[0]
+            call_ids = waiting.get(message.get("tool_call_id"))
+            if call_ids:
+                new = call_ids.popleft() if len(call_ids) > 1 else call_ids[0]
                 message = {**message, "tool_call_id": new}
-        found.append(message)
-    return found
+        fitted.append(message)
+    return fitted
 
 
 def _calls(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    given = message.get("tool_calls")
-    return given if isinstance(given, (list, tuple)) else ()
+    calls = message.get("tool_calls")
+    return calls if isinstance(calls, (list, tuple)) else ()

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from gateway.core.tool_use import ToolForm
 
 
-class Slot(Enum):
+class Placeholder(Enum):
     """A variable part of a call."""
 
     NAME = auto()
@@ -33,7 +33,7 @@ class Slot(Enum):
     """Optional line break, which some versions of a model write."""
 
 
-Part = str | Slot
+Part = str | Placeholder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,12 +72,12 @@ class CallSyntax:
     """Whether the head is also the id of the call, as Kimi writes it."""
 
     @property
-    def mark(self) -> str:
+    def first_delimiter(self) -> str:
         """The first delimiter of an answer with calls."""
         return self.section or self.begin
 
     @property
-    def ahead(self) -> tuple[str, ...]:
+    def texts_after_head(self) -> tuple[str, ...]:
         """Texts that may follow a head, without white space."""
         if self.pairs is None:
             return ("{",)
@@ -86,20 +86,23 @@ class CallSyntax:
         return first, self.pairs.close
 
 
-_JSON_HEAD: tuple[Part, ...] = ('{"name": "', Slot.NAME, '", "arguments": ')
+_JSON_HEAD: tuple[Part, ...] = ('{"name": "', Placeholder.NAME, '", "arguments": ')
 _GLM_PAIRS = PairSyntax(
-    head=("<arg_key>", Slot.KEY, "</arg_key>", Slot.BREAK, "<arg_value>"),
+    head=("<arg_key>", Placeholder.KEY, "</arg_key>", Placeholder.BREAK, "<arg_value>"),
     end="</arg_value>",
     close="</tool_call>",
 )
 _QWEN_PAIRS = PairSyntax(
-    head=("<parameter=", Slot.KEY, ">"), end="</parameter>", close="</function>", has_breaks=True
+    head=("<parameter=", Placeholder.KEY, ">"),
+    end="</parameter>",
+    close="</function>",
+    has_breaks=True,
 )
 _MINIMAX_PAIRS = PairSyntax(
-    head=('<parameter name="', Slot.KEY, '">'), end="</parameter>", close="</invoke>"
+    head=('<parameter name="', Placeholder.KEY, '">'), end="</parameter>", close="</invoke>"
 )
 _DSML_PAIRS = PairSyntax(
-    head=('<｜DSML｜parameter name="', Slot.KEY, '" string="', Slot.IS_TEXT, '">'),
+    head=('<｜DSML｜parameter name="', Placeholder.KEY, '" string="', Placeholder.IS_TEXT, '">'),
     end="</｜DSML｜parameter>",
     close="</｜DSML｜invoke>",
 )
@@ -107,7 +110,7 @@ _SEPARATOR, _CALL_END = "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 _DEEPSEEK_V3_1 = CallSyntax(
     section="<｜tool▁calls▁begin｜>",
     begin="<｜tool▁call▁begin｜>",
-    head=(Slot.NAME, _SEPARATOR),
+    head=(Placeholder.NAME, _SEPARATOR),
     tail=(_CALL_END,),
     section_end="<｜tool▁calls▁end｜>",
 )
@@ -117,20 +120,26 @@ SYNTAXES: Mapping[ToolForm, CallSyntax] = MappingProxyType(
         ToolForm.DEEPSEEK_V3_2: CallSyntax(
             section="<｜DSML｜function_calls>",
             begin='<｜DSML｜invoke name="',
-            head=(Slot.NAME, '">', Slot.BREAK),
+            head=(Placeholder.NAME, '">', Placeholder.BREAK),
             pairs=_DSML_PAIRS,
             section_end="</｜DSML｜function_calls>",
         ),
         ToolForm.DEEPSEEK_V3: replace(
             _DEEPSEEK_V3_1,
-            head=("function", _SEPARATOR, Slot.NAME, "\n```json\n"),
+            head=("function", _SEPARATOR, Placeholder.NAME, "\n```json\n"),
             tail=("\n```", _CALL_END),
         ),
         ToolForm.DEEPSEEK_V3_1: _DEEPSEEK_V3_1,
         ToolForm.KIMI: CallSyntax(
             section="<|tool_calls_section_begin|>",
             begin="<|tool_call_begin|>",
-            head=("functions.", Slot.NAME, ":", Slot.NUMBER, "<|tool_call_argument_begin|>"),
+            head=(
+                "functions.",
+                Placeholder.NAME,
+                ":",
+                Placeholder.NUMBER,
+                "<|tool_call_argument_begin|>",
+            ),
             tail=("<|tool_call_end|>",),
             section_end="<|tool_calls_section_end|>",
             has_ids=True,
@@ -138,16 +147,16 @@ SYNTAXES: Mapping[ToolForm, CallSyntax] = MappingProxyType(
         ToolForm.MINIMAX: CallSyntax(
             section="<minimax:tool_call>",
             begin='<invoke name="',
-            head=(Slot.NAME, '">', Slot.BREAK),
+            head=(Placeholder.NAME, '">', Placeholder.BREAK),
             pairs=_MINIMAX_PAIRS,
             section_end="</minimax:tool_call>",
         ),
         ToolForm.GLM: CallSyntax(
-            begin="<tool_call>", head=(Slot.NAME, Slot.BREAK), pairs=_GLM_PAIRS
+            begin="<tool_call>", head=(Placeholder.NAME, Placeholder.BREAK), pairs=_GLM_PAIRS
         ),
         ToolForm.QWEN_CODER: CallSyntax(
             begin="<tool_call>",
-            head=("\n<function=", Slot.NAME, ">\n"),
+            head=("\n<function=", Placeholder.NAME, ">\n"),
             pairs=_QWEN_PAIRS,
             tail=("\n", "</tool_call>"),
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gateway.text.forms.marks import may_begin
+from gateway.text.forms.delimiters import is_delimiter_prefix
 
 MAX_WAITING_CHARS = 512
 """Maximum length of a call head or another delimiter; longer text is content, so that clients do
@@ -25,27 +25,27 @@ class Lookahead:
         return self.text[:MAX_WAITING_CHARS]
 
     @property
-    def words(self) -> str:
+    def stripped_window(self) -> str:
         """The window without leading white space."""
         return self.window.lstrip()
 
     @property
-    def has_room(self) -> bool:
+    def may_grow(self) -> bool:
         """Whether the text is shorter than the window, so that an incomplete match may complete."""
         return len(self.text) < MAX_WAITING_CHARS
 
     @property
-    def waits(self) -> bool:
+    def needs_more_text(self) -> bool:
         """Whether an incomplete match may still complete: more text may follow."""
-        return not self.is_last and self.has_room
+        return not self.is_last and self.may_grow
 
-    def may_begin(self, marks: Sequence[str]) -> bool:
+    def is_prefix_of(self, marks: Sequence[str]) -> bool:
         """Whether ``words`` is a proper prefix of one of the delimiters ``marks``."""
-        return may_begin(self.words, marks)
+        return is_delimiter_prefix(self.stripped_window, marks)
 
-    def skip(self, mark: str) -> bool:
+    def skip_delimiter(self, mark: str) -> bool:
         """Drop a delimiter and the white space before it if it is next; return whether it was."""
-        if not self.words.startswith(mark):
+        if not self.stripped_window.startswith(mark):
             return False
         self.text = self.text.lstrip()[len(mark) :]
         return True

@@ -12,17 +12,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.core.tool_use import Tool
-from gateway.text.forms.call_grammar import Rule, json_rule, label_of, mark
-from gateway.text.forms.call_syntax import PairSyntax, Part, Slot
+from gateway.text.forms.call_grammar import Rule, json_rule, rule_label, terminal
+from gateway.text.forms.call_syntax import PairSyntax, Part, Placeholder
 from gateway.text.schemas.alternatives import (
-    TYPES_BUT_TEXTS,
-    UnfollowedError,
+    NON_STRING_TYPES,
+    UnsupportedSchemaError,
     alternatives,
-    kinds_of_alternative,
+    types_of_alternative,
 )
 from gateway.text.schemas.arguments import Arguments, Shape, arguments_of
-from gateway.text.schemas.clean_schema import unfollowed
-from gateway.text.schemas.patterns import full_match, in_grammar
+from gateway.text.schemas.clean_schema import unsupported_schema
+from gateway.text.schemas.patterns import full_match, grammar_regex
 from gateway.text.schemas.text_rules import TextRule, text_rules
 
 BREAK = "BREAK?"
@@ -35,10 +35,12 @@ _OTHER_KEY = r"/[^\s\x00-\x1f\"<>\x7f]([^\x00-\x1f\"<>\x7f]{0,62}[^\s\x00-\x1f\"
 """Names of additional arguments: no characters of delimiters, and no spaces at the ends."""
 
 
-def written(parts: tuple[Part, ...], mark_ids: Mapping[str, int], slots: Mapping[Slot, str]) -> str:
+def parts_expression(
+    parts: tuple[Part, ...], mark_ids: Mapping[str, int], slots: Mapping[Placeholder, str]
+) -> str:
     """Return a grammar expression for parts of a call; ``slots`` has the variable parts."""
     return " ".join(
-        slots[part] if isinstance(part, Slot) else mark(part, mark_ids) for part in parts
+        slots[part] if isinstance(part, Placeholder) else terminal(part, mark_ids) for part in parts
     )
 
 
@@ -49,20 +51,20 @@ class PairRules:
     syntax: PairSyntax
     mark_ids: Mapping[str, int]
 
-    def shared(self) -> list[Rule]:
+    def shared_rules(self) -> list[Rule]:
         """Return the rules that all tools share."""
-        return [Rule(_ANY_TEXT, self.text(TextRule().expression(self.syntax.end)))]
+        return [Rule(_ANY_TEXT, self.text_terminal(TextRule().expression(self.syntax.end)))]
 
-    def of(self, tool: Tool, place: int) -> list[Rule]:
+    def tool_rules(self, tool: Tool, index: int) -> list[Rule]:
         """Return the rule ``args_PLACE`` and the rules that it uses.
 
         Raises:
             RequestError: the tool is strict, and a grammar cannot express its schema.
         """
-        known = arguments_of(tool, tool.is_strict)
-        return _ToolRules(self, tool, place, known).make()
+        arguments = arguments_of(tool, tool.is_strict)
+        return _ToolRules(self, tool, index, arguments).make()
 
-    def text(self, expression: str) -> str:
+    def text_terminal(self, expression: str) -> str:
         """Return a terminal: texts, with the delimiter after them unless it is a token."""
         end = self.syntax.end
         behind = "\n" if self.syntax.has_breaks else ""
@@ -70,24 +72,24 @@ class PairRules:
         return f"({expression}) {json.dumps(behind)}" if behind else expression
 
     @property
-    def behind_text(self) -> str:
+    def after_text(self) -> str:
         """The delimiter after a text if it is a token, else empty."""
-        return mark(self.syntax.end, self.mark_ids) if self.syntax.end in self.mark_ids else ""
+        return terminal(self.syntax.end, self.mark_ids) if self.syntax.end in self.mark_ids else ""
 
     @property
-    def behind_json(self) -> str:
+    def after_json(self) -> str:
         opening = f"{json.dumps(chr(10))} " if self.syntax.has_breaks else ""
-        return opening + mark(self.syntax.end, self.mark_ids)
+        return opening + terminal(self.syntax.end, self.mark_ids)
 
     @property
-    def says_kind(self) -> bool:
+    def states_type(self) -> bool:
         """Whether the format states for each argument if it is a text."""
-        return Slot.IS_TEXT in self.syntax.head
+        return Placeholder.IS_TEXT in self.syntax.head
 
-    def head(self, key: str, truth: str) -> str:
-        slots = {Slot.KEY: key, Slot.IS_TEXT: truth, Slot.BREAK: BREAK}
+    def argument_head(self, key: str, truth: str) -> str:
+        slots = {Placeholder.KEY: key, Placeholder.IS_TEXT: truth, Placeholder.BREAK: BREAK}
         opening = json.dumps("\n") if self.syntax.has_breaks else ""
-        before = written(self.syntax.head, self.mark_ids, slots)
+        before = parts_expression(self.syntax.head, self.mark_ids, slots)
         return " ".join(filter(None, [BREAK, before, opening]))
 
 
@@ -98,22 +100,22 @@ class _ToolRules:
     pairs: PairRules
     tool: Tool
     place: int
-    known: Arguments
+    arguments: Arguments
     _rules: list[Rule] = field(default_factory=list)
     _names: dict[str, str] = field(default_factory=dict)
     """Names of rules by body."""
 
     def make(self) -> list[Rule]:
-        shapes = list(dict.fromkeys(map(self._shape, self.known.shapes)))
-        close = mark(self.pairs.syntax.close, self.pairs.mark_ids)
+        shapes = list(dict.fromkeys(map(self._shape_expression, self.arguments.shapes)))
+        close = terminal(self.pairs.syntax.close, self.pairs.mark_ids)
         body = f"({' | '.join(shapes)}) {BREAK} {close}"
         return [Rule(f"args_{self.place}", body), *self._rules]
 
-    def _shape(self, shape: Shape) -> str:
+    def _shape_expression(self, shape: Shape) -> str:
         """Return an expression for the arguments of a shape, in the order of the schema."""
         names = [
             (
-                self._named("arg", self._argument(json.dumps(key), schema, key)),
+                self._add_rule("arg", self._argument(json.dumps(key), schema, key)),
                 key in shape.required,
             )
             for key, schema in shape.properties.items()
@@ -125,43 +127,46 @@ class _ToolRules:
             if (matching := full_match(pattern)) is None:
                 self._refuse(("patternProperties", pattern), "has anchors within groups")
                 continue
-            key = f"{in_grammar(matching)} & {_OTHER_KEY}{excluded}"
-            others.append(self._other(key, schema, pattern))
+            key = f"{grammar_regex(matching)} & {_OTHER_KEY}{excluded}"
+            others.append(self._additional_argument(key, schema, pattern))
         if shape.others is not False:
             not_matching = "".join(
-                f" & ~{in_grammar(matching)}"
+                f" & ~{grammar_regex(matching)}"
                 for pattern in shape.patterns
                 if (matching := full_match(pattern)) is not None
             )
             key = f"{_OTHER_KEY}{excluded}{not_matching}"
-            others.append(self._other(key, shape.others, "additionalProperties"))
-        if counted := self._counted(shape, names, " | ".join(others)):
+            others.append(self._additional_argument(key, shape.others, "additionalProperties"))
+        if counted := self._counted_arguments(shape, names, " | ".join(others)):
             return counted
         parts = [name if is_required else f"{name}?" for name, is_required in names]
         if others:
             parts.append(f"({' | '.join(others)})*")
         return " ".join(parts) or '""'
 
-    def _counted(self, shape: Shape, names: Sequence[tuple[str, bool]], others: str) -> str:
+    def _counted_arguments(
+        self, shape: Shape, names: Sequence[tuple[str, bool]], others: str
+    ) -> str:
         """Return an expression that limits the number of arguments; its rules count them.
 
         Empty if the limits have no effect, or if the tool is not strict and a grammar cannot
         express them. For example, two arguments with at least one required give
         ``a: arg_0 a1 | arg_1``, ``a1: arg_1?``.
         """
-        least, most = shape.least, shape.most
-        fits = most is None or (not others and most >= len(names))
-        if fits and least <= len(shape.required):
+        min_arguments, max_arguments = shape.min_arguments, shape.max_arguments
+        fits = max_arguments is None or (not others and max_arguments >= len(names))
+        if fits and min_arguments <= len(shape.required):
             return ""
-        highest = min(least if fits or most is None else most, len(names))
-        if max(least, most or 0, len(names) * highest) > _MAX_COUNTED:
+        highest = min(min_arguments if fits or max_arguments is None else max_arguments, len(names))
+        if max(min_arguments, max_arguments or 0, len(names) * highest) > _MAX_COUNTED:
             self._refuse((), f"needs more than {_MAX_COUNTED} rules to count arguments")
             return ""
         after = [
-            _rest(count, least, None if fits else most, others) for count in range(highest + 1)
+            _remaining_arguments(count, min_arguments, None if fits else max_arguments, others)
+            for count in range(highest + 1)
         ]
         for name, is_required in reversed(names):
-            named = [None if one is None else self._named("args", one) for one in after]
+            named = [None if one is None else self._add_rule("args", one) for one in after]
             after = []
             for count in range(highest + 1):
                 following = named[min(count + 1, highest)] if fits or count < highest else None
@@ -173,55 +178,55 @@ class _ToolRules:
             self._refuse((), "allows no arguments")
         return after[0] or ""
 
-    def _other(self, key: str, schema: Any, about: str) -> str:
+    def _additional_argument(self, key: str, schema: Any, about: str) -> str:
         fallback = None if self.tool.is_strict else _OTHER_KEY
-        name = self._named("KEY", key, label_of(self.tool, about), fallback)
-        return self._named("arg", self._argument(name, schema, about))
+        name = self._add_rule("KEY", key, rule_label(self.tool, about), fallback)
+        return self._add_rule("arg", self._argument(name, schema, about))
 
     def _argument(self, key: str, schema: Any, about: str) -> str:
         """Return an expression for an argument; ``key`` is an expression for its name."""
-        pairs, text, value = self.pairs, *self._values(schema, about)
+        pairs, text, value = self.pairs, *self._value_rules(schema, about)
         ways: dict[str, list[str]] = {}
         if text:
-            behind = f"{text} {pairs.behind_text}".strip()
-            ways.setdefault(pairs.head(key, _TEXT), []).append(behind)
-        if value and not (text == _ANY_TEXT and not pairs.says_kind):
-            head = pairs.head(key, _NO_TEXT)
-            ways.setdefault(head, []).append(f"{value} {pairs.behind_json}")
+            behind = f"{text} {pairs.after_text}".strip()
+            ways.setdefault(pairs.argument_head(key, _TEXT), []).append(behind)
+        if value and not (text == _ANY_TEXT and not pairs.states_type):
+            head = pairs.argument_head(key, _NO_TEXT)
+            ways.setdefault(head, []).append(f"{value} {pairs.after_json}")
         return " | ".join(f"{head} ({' | '.join(each)})" for head, each in ways.items())
 
-    def _values(self, schema: Any, about: str) -> tuple[str, str]:
+    def _value_rules(self, schema: Any, about: str) -> tuple[str, str]:
         """Return the rules for a value as text and as JSON; an empty one is not possible."""
-        clean, is_strict = self.known.clean, self.tool.is_strict
+        clean, is_strict = self.arguments.clean, self.tool.is_strict
         try:
-            found = alternatives(schema, clean, is_strict)
-            rules = text_rules(found, is_strict)
-            kinds = frozenset[str]().union(*map(kinds_of_alternative, found))
-            if is_strict and not found:
-                raise UnfollowedError("no value is allowed")
-        except UnfollowedError as err:
+            schema_alternatives = alternatives(schema, clean, is_strict)
+            rules = text_rules(schema_alternatives, is_strict)
+            kinds = frozenset[str]().union(*map(types_of_alternative, schema_alternatives))
+            if is_strict and not schema_alternatives:
+                raise UnsupportedSchemaError("no value is allowed")
+        except UnsupportedSchemaError as err:
             self._refuse((about,), str(err))
-            rules, kinds = [TextRule()], frozenset(TYPES_BUT_TEXTS)
-        label = label_of(self.tool, about)
+            rules, kinds = [TextRule()], frozenset(NON_STRING_TYPES)
+        label = rule_label(self.tool, about)
         text = value = ""
         if rules:
             expressions = [f"({rule.expression(self.pairs.syntax.end)})" for rule in rules]
-            fallback = None if is_strict else self.pairs.shared()[0].body
+            fallback = None if is_strict else self.pairs.shared_rules()[0].body
             is_any = any(rule.is_any for rule in rules)
-            body = self.pairs.text(" | ".join(expressions))
-            text = _ANY_TEXT if is_any else self._named("V", body, label, fallback)
-        others = [kind for kind in TYPES_BUT_TEXTS if kind in kinds - _implied(kinds)]
+            body = self.pairs.text_terminal(" | ".join(expressions))
+            text = _ANY_TEXT if is_any else self._add_rule("V", body, label, fallback)
+        others = [kind for kind in NON_STRING_TYPES if kind in kinds - _included_types(kinds)]
         if others or not rules:
             limited = {"allOf": [schema, {"type": others}]} if rules else schema
             body = json_rule(clean.document(limited), is_strict)
-            value = self._named("v", body, label, None if is_strict else json_rule({}, False))
+            value = self._add_rule("v", body, label, None if is_strict else json_rule({}, False))
         return text, value
 
     def _refuse(self, path: tuple[str, ...], rule: str) -> None:
         if self.tool.is_strict:
-            raise unfollowed(self.tool, path, rule)
+            raise unsupported_schema(self.tool, path, rule)
 
-    def _named(self, kind: str, body: str, label: str = "", fallback: str | None = None) -> str:
+    def _add_rule(self, kind: str, body: str, label: str = "", fallback: str | None = None) -> str:
         """Add a rule and return its name, which starts with ``kind``; terminals are upper case."""
         if body not in self._names:
             name = f"{kind}_{self.place}_{len(self._names)}"
@@ -230,14 +235,19 @@ class _ToolRules:
         return self._names[body]
 
 
-def _rest(count: int, least: int, most: int | None, others: str) -> str | None:
+def _remaining_arguments(
+    count: int, min_arguments: int, max_arguments: int | None, others: str
+) -> str | None:
     """Return an expression for the arguments after ``count`` named ones; None if too few remain."""
-    low, high = max(0, least - count), "" if most is None else str(most - count)
+    low, high = (
+        max(0, min_arguments - count),
+        "" if max_arguments is None else str(max_arguments - count),
+    )
     if not others or high == "0":
         return None if low else '""'
     return f"({others}){{{low},{high}}}"
 
 
-def _implied(kinds: frozenset[str]) -> frozenset[str]:
+def _included_types(kinds: frozenset[str]) -> frozenset[str]:
     """Return the types that other types in ``kinds`` include."""
     return frozenset({"integer"}) if "number" in kinds else frozenset()

@@ -15,8 +15,8 @@ from cluster.core.checks import is_deeper
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.call import AnswerFormat
 from gateway.core.field_checks import check_length, require
-from gateway.text.schemas.formats import without_notes
-from gateway.text.schemas.one_of import resolver, with_any_of
+from gateway.text.schemas.formats import without_annotations
+from gateway.text.schemas.one_of import make_resolver, replace_one_of
 from gateway.text.schemas.references import MAX_LEVELS, MAX_SCHEMA_DEPTH, References, is_too_deep
 from workers.requests.request import Grammar, GrammarKind
 
@@ -56,12 +56,12 @@ def make_grammar(
         RequestError: a value is invalid or too large, or several fields are set.
         UnsupportedParameterError: the format is not supported.
     """
-    found = _from_structured(constraints)
+    structured = _from_structured(constraints)
     formatted = None if format_type is None else _from_format(format_type, format_schema, names)
-    if found and formatted:
+    if structured and formatted:
         message = f"{names.field} and structured_outputs cannot both be set"
         raise RequestError(message, names.field)
-    return found or formatted
+    return structured or formatted
 
 
 def schema_grammar(schema: Any, field: str) -> Grammar:
@@ -79,7 +79,7 @@ def schema_grammar(schema: Any, field: str) -> Grammar:
     if is_too_deep(References(schema)):
         rule = f"is too large or nested too deeply through $ref: at most {MAX_LEVELS} levels"
         raise RequestError(f"{field} {rule}", field)
-    schema = with_any_of(without_notes(schema), resolver(schema))
+    schema = replace_one_of(without_annotations(schema), make_resolver(schema))
     try:
         text = json.dumps(schema, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         text.encode()
@@ -127,13 +127,15 @@ def _from_format(kind: str, schema: Any, names: FormatNames) -> Grammar | None:
 
 def _from_structured(constraints: Mapping[str, Any]) -> Grammar | None:
     prefix = "structured_outputs"
-    given = [kind for kind in _KINDS if constraints.get(kind) not in (None, False)]
-    if len(given) > 1:
-        message = f"{prefix} has {' and '.join(given)}: only one of {', '.join(_KINDS)} may be set"
+    kinds_set = [kind for kind in _KINDS if constraints.get(kind) not in (None, False)]
+    if len(kinds_set) > 1:
+        message = (
+            f"{prefix} has {' and '.join(kinds_set)}: only one of {', '.join(_KINDS)} may be set"
+        )
         raise RequestError(message, prefix)
-    if not given:
+    if not kinds_set:
         return None
-    kind = given[0]
+    kind = kinds_set[0]
     value, field = constraints[kind], f"{prefix}.{kind}"
     if kind == "json_object":
         return Grammar(kind=GrammarKind.JSON_SCHEMA, text=_ANY_OBJECT, field=field)

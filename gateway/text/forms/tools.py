@@ -55,12 +55,12 @@ def make_tool_use(
         RequestError: a field is invalid; the error names it.
     """
     field = "tool_choice"
-    known = ("none", "auto", "required")
-    rule = f"({str(choice)[:32]!r}) must be {', '.join(known)} or name a function"
-    require(choice is None or choice in known, field, rule)
+    choices = ("none", "auto", "required")
+    rule = f"({str(choice)[:32]!r}) must be {', '.join(choices)} or name a function"
+    require(choice is None or choice in choices, field, rule)
     needs = name is not None or choice == "required"
     require(bool(tools) or not needs, field, "needs tools")
-    tools = _checked(tools, names or FieldNames())
+    tools = _check_tools(tools, names or FieldNames())
     only = tuple(among) if name is None else (name,)
     if not tools or (choice == "none" and name is None):
         return None
@@ -73,21 +73,21 @@ def make_tool_use(
     )
 
 
-def _checked(tools: Sequence[Tool], names: FieldNames) -> list[Tool]:
+def _check_tools(tools: Sequence[Tool], names: FieldNames) -> list[Tool]:
     """Check the tools and set their ``path``. Raises ``RequestError``."""
     check_length("tools", len(tools), MAX_TOOLS)
-    found: list[Tool] = []
+    checked: list[Tool] = []
     seen: set[str] = set()
-    for place, tool in enumerate(tools):
-        entry = names.entries[place] if names.entries else f"tools[{place}]"
+    for index, tool in enumerate(tools):
+        entry = names.entries[index] if names.entries else f"tools[{index}]"
         path = f"{entry}.{names.name}"
-        require(is_name(tool.name), path, f"({tool.name[:_SHOWN_CHARS]!r}) {NAME_RULE}")
+        require(is_function_name(tool.name), path, f"({tool.name[:_SHOWN_CHARS]!r}) {NAME_RULE}")
         if tool.name in seen:
             raise RequestError(f"tools has {tool.name!r} twice", path)
         seen.add(tool.name)
-        found.append(replace(tool, path=f"{entry}.{names.parameters}"))
-        _check_schema(found[-1])
-    return found
+        checked.append(replace(tool, path=f"{entry}.{names.parameters}"))
+        _check_schema(checked[-1])
+    return checked
 
 
 def _check_schema(tool: Tool) -> None:
@@ -96,12 +96,12 @@ def _check_schema(tool: Tool) -> None:
     kind = schema.get("type", "object")
     is_object = "object" in kind if isinstance(kind, list) else kind == "object"
     require(is_object, tool.path, "must be a JSON schema of an object")
-    most = MAX_SCHEMA_DEPTH if tool.is_strict else MAX_SHOWN_DEPTH
-    rule = f"is nested too deeply: at most {most} levels"
-    require(not is_deeper(schema, most), tool.path, rule)
+    max_depth = MAX_SCHEMA_DEPTH if tool.is_strict else MAX_SHOWN_DEPTH
+    rule = f"is nested too deeply: at most {max_depth} levels"
+    require(not is_deeper(schema, max_depth), tool.path, rule)
 
 
-def is_name(text: str) -> bool:
+def is_function_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None
 
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gateway.text.forms.schemas import ANY, ARRAY, NULL, OBJECT, Schema
+from gateway.text.forms.resolved_schema import ANY, ARRAY, NULL, OBJECT, ResolvedSchema
 
 _INDENT = " " * 4
 _PLAIN = {"integer": "number"} | {n: n for n in ("string", "number", "boolean", NULL, OBJECT)}
@@ -23,39 +23,39 @@ def declare_functions(tools: Sequence[Mapping[str, Any]]) -> str:
     lines = ["# Tools", "", "## functions", "", "namespace functions {", ""]
     for function in (tool["function"] for tool in tools):
         lines += comment(function.get("description"))
-        arguments = _arguments(Schema.of(function.get("parameters") or {}))
+        arguments = _arguments(ResolvedSchema.from_root(function.get("parameters") or {}))
         lines += [f"type {function['name']} = ({arguments}) => any;", ""]
     return "\n".join([*lines, "} // namespace functions"])
 
 
-def _arguments(schema: Schema) -> str:
+def _arguments(schema: ResolvedSchema) -> str:
     """Return the parameter list of a function; empty if it takes no arguments."""
     has_any = schema.has_properties or schema.has_variants
     return f"_: {_described(schema, _type(schema, ''))}" if has_any else ""
 
 
-def _described(schema: Schema, shown: str) -> str:
+def _described(schema: ResolvedSchema, shown: str) -> str:
     """Return a type, preceded by its description if it is an object."""
     lines = comment(schema.get("description")) if schema.has_properties else []
     return "\n".join([*lines, shown])
 
 
-def _type(schema: Schema, indent: str) -> str:
+def _type(schema: ResolvedSchema, indent: str) -> str:
     return " | ".join(_choices(schema, indent))
 
 
-def _choices(schema: Schema, indent: str) -> list[str]:
+def _choices(schema: ResolvedSchema, indent: str) -> list[str]:
     """Return the members of the union type of a schema, without duplicates; at least one."""
     if values := schema.values:
         types = [_json(value) for value in values]
     elif variants := schema.variants:
         types = [_type(variant, indent) for variant in variants]
     else:
-        types = [_of_kind(kind, schema, indent) for kind in schema.kinds] or [ANY]
+        types = [_of_kind(kind, schema, indent) for kind in schema.types] or [ANY]
     return list(dict.fromkeys([*types, NULL] if schema.may_be_null else types))
 
 
-def _of_kind(kind: str, schema: Schema, indent: str) -> str:
+def _of_kind(kind: str, schema: ResolvedSchema, indent: str) -> str:
     """Return the type of values with the JSON type ``kind``."""
     if kind == ARRAY:
         return _array(schema, indent)
@@ -64,7 +64,7 @@ def _of_kind(kind: str, schema: Schema, indent: str) -> str:
     return _PLAIN.get(kind, ANY)
 
 
-def _array(schema: Schema, indent: str) -> str:
+def _array(schema: ResolvedSchema, indent: str) -> str:
     item = schema.item
     if item is None:
         return "Array<any>"
@@ -73,7 +73,7 @@ def _array(schema: Schema, indent: str) -> str:
     return f"({shown})[]" if len(choices) > 1 else f"{shown}[]"
 
 
-def _object(schema: Schema, indent: str) -> str:
+def _object(schema: ResolvedSchema, indent: str) -> str:
     required = schema.entries("required")
     lines = ["{"]
     for name, value in schema.properties.items():
@@ -82,7 +82,7 @@ def _object(schema: Schema, indent: str) -> str:
     return "\n".join([*lines, f"{indent}}}"])
 
 
-def _property(key: str, schema: Schema, indent: str) -> list[str]:
+def _property(key: str, schema: ResolvedSchema, indent: str) -> list[str]:
     """Return the lines of one property, without indentation."""
     lines = [*comment(schema.get("title")), "//"] if schema.get("title") else []
     lines += comment(schema.get("description"))
@@ -98,14 +98,14 @@ def _property(key: str, schema: Schema, indent: str) -> list[str]:
     return [*lines, f"{key}: {_type(schema, indent + _INDENT)},{note}"]
 
 
-def _variant(variant: Schema, owner: Schema, indent: str) -> str:
+def _variant(variant: ResolvedSchema, owner: ResolvedSchema, indent: str) -> str:
     description = str(variant.get("description") or "").replace("\n", " ")
     shown = "" if description == owner.get("description") else description
     note = " ".join(filter(None, [shown, _default(variant)]))
     return f" | {_type(variant, indent + _INDENT)}" + (f" // {note}" if note else "")
 
 
-def _default(schema: Schema) -> str:
+def _default(schema: ResolvedSchema) -> str:
     """Return a note with the default value, or an empty text. ``enum`` values have no quotes."""
     if "default" not in schema.data:
         return ""

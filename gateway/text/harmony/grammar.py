@@ -18,11 +18,11 @@ from gateway.text.forms.call_grammar import (
     Rule,
     answer_rule,
     call_rules,
-    check_goes_with_tools,
+    check_combinable_with_tools,
     lark_grammar,
-    mark,
+    terminal,
 )
-from gateway.text.harmony.marks import (
+from gateway.text.harmony.special_tokens import (
     ANALYSIS,
     CALL,
     CHANNEL,
@@ -63,24 +63,27 @@ def harmony_grammar(
             vocabulary; or the prompt ends within a header.
     """
     if use is not None:
-        check_goes_with_tools(answer)
+        check_combinable_with_tools(answer)
     if not all(one in special_ids for one in _NEEDED):
-        return _without_marks(use, answer)
+        return _grammar_without_tokens(use, answer)
     if use is None and answer is None:
         return None
     if opened not in ("", OPENED) and not opened.endswith(MESSAGE):
         field = FIELD if answer is None else answer.field
         raise RequestError(f"{field} cannot go with a prompt that ends within a header", field)
-    lines: list[Rule | str] = [*_start(use, special_ids, opened), *_messages(special_ids)]
-    wanted = None if use is not None and use.must_call else answer
-    lines += ["body: TEXT"] if wanted is None else ["body: answer", answer_rule(wanted)]
+    lines: list[Rule | str] = [
+        *_start_rules(use, special_ids, opened),
+        *_message_rules(special_ids),
+    ]
+    body_grammar = None if use is not None and use.must_call else answer
+    lines += ["body: TEXT"] if body_grammar is None else ["body: answer", answer_rule(body_grammar)]
     if use is not None:
-        lines += _calls(use, special_ids)
+        lines += _tool_rules(use, special_ids)
     field = FIELD if use is not None or answer is None else answer.field
     return lark_grammar(lines, field)
 
 
-def _without_marks(use: ToolUse | None, answer: Grammar | None) -> Grammar | None:
+def _grammar_without_tokens(use: ToolUse | None, answer: Grammar | None) -> Grammar | None:
     if use is None:
         return answer
     reason = "needs a model with the special tokens of the Harmony format"
@@ -90,7 +93,7 @@ def _without_marks(use: ToolUse | None, answer: Grammar | None) -> Grammar | Non
     return None
 
 
-def _start(use: ToolUse | None, special_ids: Mapping[str, int], opened: str) -> list[str]:
+def _start_rules(use: ToolUse | None, special_ids: Mapping[str, int], opened: str) -> list[str]:
     """Return the start rules: an answer begins with ``<|start|>``, a header or message text."""
     must_call = use is not None and use.must_call
     ends = ["final"] * (not must_call) + ["call"] * (use is not None)
@@ -104,8 +107,10 @@ def _start(use: ToolUse | None, special_ids: Mapping[str, int], opened: str) -> 
     return ["start: body" if use is None else "start: body | TEXT end next before* call"]
 
 
-def _messages(special_ids: Mapping[str, int]) -> list[str]:
-    channel, message, start, end = (mark(m, special_ids) for m in (CHANNEL, MESSAGE, START, END))
+def _message_rules(special_ids: Mapping[str, int]) -> list[str]:
+    channel, message, start, end = (
+        terminal(m, special_ids) for m in (CHANNEL, MESSAGE, START, END)
+    )
     return [
         f'next: {start} "{ROLE}"',
         f"end: {end}",
@@ -115,12 +120,12 @@ def _messages(special_ids: Mapping[str, int]) -> list[str]:
     ]
 
 
-def _calls(use: ToolUse, special_ids: Mapping[str, int]) -> list[Rule]:
+def _tool_rules(use: ToolUse, special_ids: Mapping[str, int]) -> list[Rule]:
     channel, constrain, message, call = (
-        mark(m, special_ids) for m in (CHANNEL, CONSTRAIN, MESSAGE, CALL)
+        terminal(m, special_ids) for m in (CHANNEL, CONSTRAIN, MESSAGE, CALL)
     )
-    around: dict[str, tuple[str, str]] = {}
+    expressions_around: dict[str, tuple[str, str]] = {}
     for tool in use.allowed:
         to = json.dumps(f"{COMMENTARY} to={FUNCTIONS}{tool.name} ")
-        around[tool.name] = f'{channel} {to} {constrain} "json" {message}', call
-    return call_rules(use.allowed, around)
+        expressions_around[tool.name] = f'{channel} {to} {constrain} "json" {message}', call
+    return call_rules(use.allowed, expressions_around)

@@ -12,22 +12,26 @@ from collections.abc import Collection
 from enum import Enum, auto
 
 from gateway.text.forms.call_ids import CallIds
-from gateway.text.forms.marks import cut, name_of_cut, overlap
+from gateway.text.forms.delimiters import (
+    partial_delimiter_length,
+    resolve_partial_name,
+    split_at_delimiter,
+)
 from gateway.text.forms.tool_calls import CallDelta, ParsedPiece, PieceBuilder
-from gateway.text.harmony.marks import (
+from gateway.text.harmony.special_tokens import (
     CHANNEL,
     CONSTRAIN,
     ENDS,
     FUNCTIONS,
-    MARKS,
     MESSAGE,
     OPENED,
     ROLE,
+    SPECIAL_TOKENS,
     START,
     Header,
     read_header,
+    strip_signs,
     text_in_header,
-    without_signs,
 )
 
 MAX_HEADER_CHARS = 256
@@ -37,11 +41,11 @@ _PIECE_CHARS = 4096
 _TEXT_ENDS = (*ENDS, START)
 _HEADER_ENDS = (MESSAGE, *_TEXT_ENDS)
 _WINDOW_CHARS = MAX_HEADER_CHARS + max(map(len, _HEADER_ENDS))
-_FIRST_WORDS = (*MARKS, "to=")
+_FIRST_WORDS = (*SPECIAL_TOKENS, "to=")
 """Possible beginnings of a header after its role."""
 
 
-class _State(Enum):
+class _HarmonyState(Enum):
     BETWEEN = auto()
     HEADER = auto()
     REASONING = auto()
@@ -49,8 +53,8 @@ class _State(Enum):
     ARGUMENTS = auto()
 
 
-def _text_state(header: Header) -> _State:
-    return _State.CONTENT if header.is_content else _State.REASONING
+def _text_state(header: Header) -> _HarmonyState:
+    return _HarmonyState.CONTENT if header.is_content else _HarmonyState.REASONING
 
 
 class HarmonyParser:
@@ -69,7 +73,7 @@ class HarmonyParser:
         self._names = frozenset(names)
         self._ids = CallIds()
         self._waiting = opened.removeprefix(OPENED).removeprefix(START)
-        self._state = _State.HEADER if opened else _State.BETWEEN
+        self._state = _HarmonyState.HEADER if opened else _HarmonyState.BETWEEN
         self._has_role = not opened.startswith(OPENED)
         """Whether the current header begins with a role."""
         self._may_be_text = opened == OPENED
@@ -96,27 +100,27 @@ class HarmonyParser:
             is_last: whether the answer ends; no text is held back.
             ends_with_mark: whether the answer ended with a special token, which is not in the text.
         """
-        found = PieceBuilder()
+        output = PieceBuilder()
         for start in range(0, max(len(text), 1), _PIECE_CHARS):
             piece = text[start : start + _PIECE_CHARS]
-            self._read(piece, found, is_last and start + len(piece) == len(text))
-        if is_last and self._state is _State.ARGUMENTS:
-            self._end_call(found, ends_with_mark)
-            self._state = _State.BETWEEN
-        return found.piece()
+            self._read(piece, output, is_last and start + len(piece) == len(text))
+        if is_last and self._state is _HarmonyState.ARGUMENTS:
+            self._end_call(output, ends_with_mark)
+            self._state = _HarmonyState.BETWEEN
+        return output.piece()
 
-    def _read(self, piece: str, found: PieceBuilder, is_last: bool) -> None:
+    def _read(self, piece: str, output: PieceBuilder, is_last: bool) -> None:
         self._waiting += piece
-        while self._step(found, is_last):
+        while self._step(output, is_last):
             pass
 
-    def _step(self, found: PieceBuilder, is_last: bool) -> bool:
+    def _step(self, output: PieceBuilder, is_last: bool) -> bool:
         """Parse the next part; return whether another call may parse more."""
-        if self._state is _State.BETWEEN:
+        if self._state is _HarmonyState.BETWEEN:
             return self._read_between(is_last)
-        if self._state is _State.HEADER:
-            return self._read_header(found, is_last)
-        return self._read_text(found, is_last)
+        if self._state is _HarmonyState.HEADER:
+            return self._read_header(output, is_last)
+        return self._read_text(output, is_last)
 
     def _read_between(self, is_last: bool) -> bool:
         """Read up to the next header, or up to text without a header."""
@@ -127,108 +131,108 @@ class HarmonyParser:
                 self._expect_header(has_role=True)
             return True
         behind_role = text[:MAX_HEADER_CHARS].removeprefix(ROLE)
-        if _begins_header(behind_role):
+        if _is_header_start(behind_role):
             self._expect_header(has_role=text.startswith(ROLE))
             return True
-        may_begin = ROLE.startswith(text) or _may_begin(behind_role)
+        may_begin = ROLE.startswith(text) or _may_become_header(behind_role)
         if not text or (may_begin and not is_last and len(text) <= MAX_HEADER_CHARS):
             return False
-        self._state = _State.CONTENT
+        self._state = _HarmonyState.CONTENT
         return True
 
     def _expect_header(self, has_role: bool) -> None:
-        self._state, self._has_role, self._may_be_text = _State.HEADER, has_role, False
+        self._state, self._has_role, self._may_be_text = _HarmonyState.HEADER, has_role, False
 
-    def _read_header(self, found: PieceBuilder, is_last: bool) -> bool:
+    def _read_header(self, output: PieceBuilder, is_last: bool) -> bool:
         """Read up to the text of a message."""
-        if self._may_be_text and not _may_begin(self._waiting):
-            self._state = _State.CONTENT
+        if self._may_be_text and not _may_become_header(self._waiting):
+            self._state = _HarmonyState.CONTENT
             return True
         window = self._waiting[:_WINDOW_CHARS]
-        header, mark, _ = cut(window, _HEADER_ENDS)
+        header, mark, _ = split_at_delimiter(window, _HEADER_ENDS)
         if not mark and not is_last and len(window) < _WINDOW_CHARS:
             return False
         if not mark:
             header = window[:MAX_HEADER_CHARS]
         self._waiting = self._waiting[len(header) + len(mark) :]
-        state = self._take_from_header(header, mark == MESSAGE, found)
-        self._state = _State.BETWEEN if mark else state
+        state = self._add_header_text(header, mark == MESSAGE, output)
+        self._state = _HarmonyState.BETWEEN if mark else state
         if mark == START:
             self._expect_header(has_role=True)
         elif mark == MESSAGE:
-            self._begin(read_header(header), found)
+            self._begin(read_header(header), output)
         elif not mark and is_last and not self._waiting:
-            self._begin_cut(header, found)
+            self._begin_incomplete(header, output)
         return True
 
-    def _begin(self, header: Header, found: PieceBuilder) -> None:
+    def _begin(self, header: Header, output: PieceBuilder) -> None:
         name = header.recipient.removeprefix(FUNCTIONS)
         if name != header.recipient and name in self._names:
-            self._begin_call(name, found)
-            self._state = _State.ARGUMENTS
+            self._begin_call(name, output)
+            self._state = _HarmonyState.ARGUMENTS
         else:
             self._state = _text_state(header)
 
-    def _begin_cut(self, header: str, found: PieceBuilder) -> None:
+    def _begin_incomplete(self, header: str, output: PieceBuilder) -> None:
         """Begin a call with a header that the end of the answer cuts, if its function is known."""
         recipient = read_header(header).recipient
         begun = recipient.removeprefix(FUNCTIONS)
-        name = name_of_cut(begun, header, self._names) if begun != recipient else ""
+        name = resolve_partial_name(begun, header, self._names) if begun != recipient else ""
         if name and not text_in_header(header, self._has_role, False):
-            self._begin_call(name, found)
+            self._begin_call(name, output)
 
-    def _begin_call(self, name: str, found: PieceBuilder) -> None:
-        found.add_call(CallDelta(self.num_begun, "", self._ids.new(name), name))
+    def _begin_call(self, name: str, output: PieceBuilder) -> None:
+        output.add_call(CallDelta(self.num_begun, "", self._ids.new(name), name))
         self.num_begun += 1
         self._arguments = []
 
-    def _take_from_header(self, header: str, is_whole: bool, found: PieceBuilder) -> _State:
-        """Add the text in a header to ``found`` and return the state for such text."""
+    def _add_header_text(self, header: str, is_whole: bool, output: PieceBuilder) -> _HarmonyState:
+        """Add the text in a header to ``output`` and return the state for such text."""
         has_marks = is_whole or CHANNEL in header or CONSTRAIN in header
         is_text = self._may_be_text and not has_marks
         text = header if is_text else text_in_header(header, self._has_role, is_whole)
-        state = _State.CONTENT if is_text else _text_state(read_header(header))
-        found.add_text(text, is_reasoning=state is not _State.CONTENT)
+        state = _HarmonyState.CONTENT if is_text else _text_state(read_header(header))
+        output.add_text(text, is_reasoning=state is not _HarmonyState.CONTENT)
         return state
 
-    def _read_text(self, found: PieceBuilder, is_last: bool) -> bool:
+    def _read_text(self, output: PieceBuilder, is_last: bool) -> bool:
         """Read the text of a message that is final; return whether the message ends."""
-        text, mark, rest = cut(self._waiting, _TEXT_ENDS)
-        if not mark and not is_last and (kept := overlap(text, _TEXT_ENDS)):
+        text, mark, rest = split_at_delimiter(self._waiting, _TEXT_ENDS)
+        if not mark and not is_last and (kept := partial_delimiter_length(text, _TEXT_ENDS)):
             text, rest = text[:-kept], text[-kept:]
         self._waiting = rest
         if text:
-            self._take(text, found)
+            self._add_text(text, output)
         if mark:
-            if self._state is _State.ARGUMENTS:
-                self._end_call(found, has_mark=mark != START)
-            self._state = _State.BETWEEN
+            if self._state is _HarmonyState.ARGUMENTS:
+                self._end_call(output, has_mark=mark != START)
+            self._state = _HarmonyState.BETWEEN
         if mark == START:
             self._expect_header(has_role=True)
         return bool(mark)
 
-    def _end_call(self, found: PieceBuilder, has_mark: bool) -> None:
+    def _end_call(self, output: PieceBuilder, has_mark: bool) -> None:
         """End a call. It is complete if its end token is present or its arguments are complete."""
         if has_mark and not "".join(self._arguments).strip():
-            self._take("{}", found)
+            self._add_text("{}", output)
         self.num_complete += has_mark or _is_object("".join(self._arguments))
 
-    def _take(self, text: str, found: PieceBuilder) -> None:
-        if self._state is _State.ARGUMENTS:
+    def _add_text(self, text: str, output: PieceBuilder) -> None:
+        if self._state is _HarmonyState.ARGUMENTS:
             self._arguments.append(text)
-            found.add_call(CallDelta(self.num_begun - 1, text))
+            output.add_call(CallDelta(self.num_begun - 1, text))
         else:
-            found.add_text(text, is_reasoning=self._state is _State.REASONING)
+            output.add_text(text, is_reasoning=self._state is _HarmonyState.REASONING)
 
 
-def _begins_header(text: str) -> bool:
+def _is_header_start(text: str) -> bool:
     """Whether a text is the beginning of a header after its role."""
     return text.lstrip().startswith(_FIRST_WORDS)
 
 
-def _may_begin(text: str) -> bool:
+def _may_become_header(text: str) -> bool:
     """Whether a text may become the beginning of a header after its role."""
-    words = without_signs(text)
+    words = strip_signs(text)
     return any(words.startswith(first) or first.startswith(words) for first in _FIRST_WORDS)
 
 

@@ -23,9 +23,9 @@ from gateway.core.call import AnswerFormat
 from gateway.core.field_checks import require
 from gateway.core.messages import COMMENTARY_PHASE, PHASE, REASONING_NAMES
 from gateway.core.tool_use import CallArguments, ToolForm
-from gateway.text.forms.tools import NAME_RULE, is_name
+from gateway.text.forms.tools import NAME_RULE, is_function_name
 from gateway.text.harmony.declarations import comment, declare_functions
-from gateway.text.harmony.marks import (
+from gateway.text.harmony.special_tokens import (
     ANALYSIS,
     CALL,
     CHANNEL,
@@ -110,14 +110,19 @@ class HarmonyTemplate:
         Raises:
             RequestError: a message or variable does not fit the format.
         """
-        given = {name: value for name, value in (variables or {}).items() if value is not None}
-        values = {**_DEFAULTS, _DATE: self._today(), **given}
-        before = [_system(values, bool(tools)), *_developer(messages, tools or (), answer_format)]
+        set_variables = {
+            name: value for name, value in (variables or {}).items() if value is not None
+        }
+        values = {**_DEFAULTS, _DATE: self._today(), **set_variables}
+        before = [
+            _system_message(values, bool(tools)),
+            *_developer_message(messages, tools or (), answer_format),
+        ]
         last = len(messages) - (not add_generation_prompt)
-        answers = [place for place in range(last) if _is_answer(messages[place])]
-        turns = _Turns(kept_from=max(answers, default=-1) + 1).render(messages)
+        answers = [index for index in range(last) if _is_answer(messages[index])]
+        turns = _MessageRenderer(kept_from=max(answers, default=-1) + 1).render(messages)
         if continue_final_message:
-            turns = _left_open(turns)
+            turns = _without_last_end(turns)
         parts = [part for message in [*before, *turns] for part in message]
         return HarmonyPrompt([*parts, START, ROLE] if add_generation_prompt else parts)
 
@@ -126,7 +131,7 @@ class HarmonyTemplate:
         return effort in _EFFORTS
 
 
-class _Turns:
+class _MessageRenderer:
     """Renders the messages after the first instructions.
 
     Args:
@@ -139,63 +144,67 @@ class _Turns:
         self._last_name = ""
 
     def render(self, messages: Sequence[_Message]) -> list[_Parts]:
-        found: list[_Parts] = []
-        for place in range(_num_instructions(messages), len(messages)):
-            found += self._one(messages[place], place)
-        return found
+        rendered: list[_Parts] = []
+        for index in range(_num_instructions(messages), len(messages)):
+            rendered += self._render_message(messages[index], index)
+        return rendered
 
-    def _one(self, message: _Message, place: int) -> list[_Parts]:
+    def _render_message(self, message: _Message, index: int) -> list[_Parts]:
         role, content = str(message.get("role")), str(message.get("content") or "")
         if role == ROLE:
-            return self._assistant(message, content, place)
+            return self._render_assistant(message, content, index)
         if role in _INSTRUCTING:
-            return [_message(["developer"], f"{_INSTRUCTIONS}\n\n{content}")]
+            return [_render_parts(["developer"], f"{_INSTRUCTIONS}\n\n{content}")]
         if role == "user":
-            return [_message(["user"], content)]
+            return [_render_parts(["user"], content)]
         if role not in ("tool", "function"):
-            raise _template_error(f"it has no role {role[:64]!r} (messages[{place}])")
-        header = [f"{FUNCTIONS}{self._function(message, place)} to={ROLE}", CHANNEL, COMMENTARY]
-        return [_message(header, content)]
+            raise _template_error(f"it has no role {role[:64]!r} (messages[{index}])")
+        header = [
+            f"{FUNCTIONS}{self._function_of_result(message, index)} to={ROLE}",
+            CHANNEL,
+            COMMENTARY,
+        ]
+        return [_render_parts(header, content)]
 
-    def _assistant(self, message: _Message, content: str, place: int) -> list[_Parts]:
-        reasoning, calls = _reasoning(message, place), message.get("tool_calls") or ()
+    def _render_assistant(self, message: _Message, content: str, index: int) -> list[_Parts]:
+        reasoning, calls = _reasoning_text(message, index), message.get("tool_calls") or ()
         parts = []
-        if reasoning and place >= self._kept_from:
-            parts.append(_message([ROLE, CHANNEL, ANALYSIS], reasoning))
+        if reasoning and index >= self._kept_from:
+            parts.append(_render_parts([ROLE, CHANNEL, ANALYSIS], reasoning))
         if content or not (reasoning or calls):
             channel = COMMENTARY if calls or _is_commentary(message) else FINAL
-            parts.append(_message([ROLE, CHANNEL, channel], content))
-        return parts + [self._call(call, place) for call in calls]
+            parts.append(_render_parts([ROLE, CHANNEL, channel], content))
+        return parts + [self._render_call(call, index) for call in calls]
 
-    def _call(self, call: Mapping[str, Any], place: int) -> _Parts:
+    def _render_call(self, call: Mapping[str, Any], index: int) -> _Parts:
         function = call["function"]
-        self._last_name = name = _checked_name(function["name"], place)
+        self._last_name = name = _checked_name(function["name"], index)
         if call_id := call.get("id"):
             self._names[call_id] = name
         arguments: CallArguments = function["arguments"]
         header = [ROLE, CHANNEL, f"{COMMENTARY} to={FUNCTIONS}{name} ", CONSTRAIN, "json"]
-        return _message(header, arguments.text.strip() or "{}", CALL)
+        return _render_parts(header, arguments.text.strip() or "{}", CALL)
 
-    def _function(self, message: _Message, place: int) -> str:
+    def _function_of_result(self, message: _Message, index: int) -> str:
         """Return the function of a result: by call id, by name, or the last called function."""
-        known = self._names.get(message.get("tool_call_id") or "")
-        given = str(message.get("name") or "")
-        name = known or (_checked_name(given, place) if given else self._last_name)
+        called = self._names.get(message.get("tool_call_id") or "")
+        name_field = str(message.get("name") or "")
+        name = called or (_checked_name(name_field, index) if name_field else self._last_name)
         if not name:
-            raise _template_error(f"messages[{place}] is the result of no call")
+            raise _template_error(f"messages[{index}] is the result of no call")
         return name
 
 
-def _checked_name(name: str, place: int) -> str:
+def _checked_name(name: str, index: int) -> str:
     """Return the name of a function without the prefix of headers."""
     plain = name.removeprefix(FUNCTIONS)
-    if not is_name(plain):
-        raise _template_error(f"the function's name in messages[{place}] {NAME_RULE}")
+    if not is_function_name(plain):
+        raise _template_error(f"the function's name in messages[{index}] {NAME_RULE}")
     return plain
 
 
-def _system(values: Mapping[str, Any], has_tools: bool) -> _Parts:
-    _check(values)
+def _system_message(values: Mapping[str, Any], has_tools: bool) -> _Parts:
+    _check_variables(values)
     about = [
         values["model_identity"],
         values["knowledge_cutoff"] and f"Knowledge cutoff: {values['knowledge_cutoff']}",
@@ -205,10 +214,10 @@ def _system(values: Mapping[str, Any], has_tools: bool) -> _Parts:
     if has_tools:
         rule += "\nCalls to these tools must go to the commentary channel: 'functions'."
     sections = ["\n".join(filter(None, about)), f"Reasoning: {_EFFORTS[values[_EFFORT]]}", rule]
-    return _message(["system"], "\n\n".join(sections))
+    return _render_parts(["system"], "\n\n".join(sections))
 
 
-def _check(values: Mapping[str, Any]) -> None:
+def _check_variables(values: Mapping[str, Any]) -> None:
     for name in (*_DEFAULTS, _DATE):
         require(isinstance(values[name], str), _KWARGS, f"must have a text for {name}")
     effort = values[_EFFORT]
@@ -218,7 +227,7 @@ def _check(values: Mapping[str, Any]) -> None:
         raise UnsupportedParameterError(f"{_KWARGS}.builtin_tools is not supported", _KWARGS)
 
 
-def _developer(
+def _developer_message(
     messages: Sequence[_Message],
     tools: Sequence[Mapping[str, Any]],
     answer_format: AnswerFormat | None,
@@ -230,12 +239,16 @@ def _developer(
         sections.append(declare_functions(tools))
     if answer_format is not None:
         sections += _format_sections(answer_format)
-    return (_message(["developer"], "\n\n".join(sections)),) if sections else ()
+    return (_render_parts(["developer"], "\n\n".join(sections)),) if sections else ()
 
 
-def _format_sections(wanted: AnswerFormat) -> list[str]:
-    name = wanted.name if wanted.name and is_name(wanted.name) else _UNNAMED
-    shown = "\n".join([*comment(wanted.description), wanted.schema])
+def _format_sections(answer_format: AnswerFormat) -> list[str]:
+    name = (
+        answer_format.name
+        if answer_format.name and is_function_name(answer_format.name)
+        else _UNNAMED
+    )
+    shown = "\n".join([*comment(answer_format.description), answer_format.schema])
     return ["# Response Formats", f"## {name}", shown]
 
 
@@ -256,22 +269,22 @@ def _is_commentary(message: _Message) -> bool:
     return message.get(PHASE) == COMMENTARY_PHASE
 
 
-def _reasoning(message: _Message, place: int) -> str:
+def _reasoning_text(message: _Message, index: int) -> str:
     """Return the reasoning of a message, which is a text or a list of text parts."""
-    found = next(filter(None, map(message.get, REASONING_NAMES)), "")
-    parts = found if isinstance(found, list) else [{"type": "text", "text": found}]
-    found = [part.get("text") if isinstance(part, dict) else None for part in parts]
-    texts = [text for text in found if isinstance(text, str)]
+    reasoning = next(filter(None, map(message.get, REASONING_NAMES)), "")
+    parts = reasoning if isinstance(reasoning, list) else [{"type": "text", "text": reasoning}]
+    reasoning = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    texts = [text for text in reasoning if isinstance(text, str)]
     if len(texts) != len(parts):
-        raise _template_error(f"the reasoning of messages[{place}] must be a text")
+        raise _template_error(f"the reasoning of messages[{index}] must be a text")
     return "\n".join(texts)
 
 
-def _message(header: Sequence[str], text: str, end: str = END) -> _Parts:
+def _render_parts(header: Sequence[str], text: str, end: str = END) -> _Parts:
     return [START, *header, MESSAGE, text, end]
 
 
-def _left_open(turns: list[_Parts]) -> list[_Parts]:
+def _without_last_end(turns: list[_Parts]) -> list[_Parts]:
     """Return the messages without the end token of the last one."""
     *before, last = turns or [[""]]
     has_text = last[-1] == END and bool(last[-2])

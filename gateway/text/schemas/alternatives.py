@@ -13,11 +13,11 @@ from gateway.text.schemas.clean_schema import DEFINITION, TYPES, CleanSchema
 
 MAX_ALTERNATIVES = 512
 _MAX_STEPS = 5_000
-TYPES_BUT_TEXTS = tuple(kind for kind in TYPES if kind != "string")
+NON_STRING_TYPES = tuple(kind for kind in TYPES if kind != "string")
 _APPLICATORS = ("$ref", "allOf", "anyOf", "oneOf")
 Piece = Mapping[str, Any]
 Alternative = tuple[Piece, ...]
-_KINDS: Mapping[type, str] = {
+_JSON_TYPES: Mapping[type, str] = {
     str: "string",
     bool: "boolean",
     int: "integer",
@@ -27,7 +27,7 @@ _KINDS: Mapping[type, str] = {
 }
 
 
-class UnfollowedError(Exception):
+class UnsupportedSchemaError(Exception):
     """A schema cannot be expressed as a grammar; the message is a keyword or the reason."""
 
 
@@ -38,9 +38,9 @@ def alternatives(schema: Any, clean: CleanSchema, is_strict: bool) -> list[Alter
         UnfollowedError: there are too many, or, if strict, members of a ``oneOf`` may overlap.
     """
     try:
-        return _Expansion(clean, is_strict).of(schema, frozenset())
+        return _Expansion(clean, is_strict).expand(schema, frozenset())
     except RecursionError as err:
-        raise UnfollowedError("is nested too deeply") from err
+        raise UnsupportedSchemaError("is nested too deeply") from err
 
 
 class _Expansion:
@@ -48,100 +48,100 @@ class _Expansion:
         self._definitions = clean.definitions
         self._is_strict = is_strict
         self._steps_left = _MAX_STEPS
-        self._own: dict[int, Alternative] = {}
-        self._known: dict[str, list[Alternative]] = {}
-        self._num_circles = 0
+        self._own_pieces: dict[int, Alternative] = {}
+        self._expanded_definitions: dict[str, list[Alternative]] = {}
+        self._num_cycles = 0
 
-    def of(self, schema: Any, above: frozenset[str]) -> list[Alternative]:
+    def expand(self, schema: Any, above: frozenset[str]) -> list[Alternative]:
         """Return the alternatives of a schema.
 
         Args:
             schema: a clean schema.
             above: references being expanded at the same value; repeating them adds nothing.
         """
-        self._use(1)
+        self._spend_steps(1)
         if not isinstance(schema, Mapping):
             return [()] if schema else []
-        own = self._own_piece(schema)
-        found: list[Alternative] = [()]
+        own_piece = self._own_piece(schema)
+        expanded: list[Alternative] = [()]
         for key, value in schema.items():
             if key in _APPLICATORS:
-                found = self._both(found, self._applied(key, value, above))
+                expanded = self._combine(expanded, self._expand_keyword(key, value, above))
             else:
-                found = self._both(found, [own])
-        return found
+                expanded = self._combine(expanded, [own_piece])
+        return expanded
 
     def _own_piece(self, schema: Piece) -> Alternative:
         """Return a schema without applicators, cached so that pieces are compared by identity."""
-        if id(schema) not in self._own:
-            own = {key: value for key, value in schema.items() if key not in _APPLICATORS}
-            self._own[id(schema)] = (own,)
-        return self._own[id(schema)]
+        if id(schema) not in self._own_pieces:
+            own_keywords = {key: value for key, value in schema.items() if key not in _APPLICATORS}
+            self._own_pieces[id(schema)] = (own_keywords,)
+        return self._own_pieces[id(schema)]
 
-    def _applied(self, key: str, value: Any, above: frozenset[str]) -> list[Alternative]:
+    def _expand_keyword(self, key: str, value: Any, above: frozenset[str]) -> list[Alternative]:
         if key == "$ref":
-            return self._named(value.removeprefix(DEFINITION), above)
-        each = [self.of(one, above) for one in value]
+            return self._expand_definition(value.removeprefix(DEFINITION), above)
+        each = [self.expand(one, above) for one in value]
         if key != "allOf":
             if key == "oneOf" and self._is_strict:
-                _check_apart(each)
-            return _distinct(one for group in each for one in group)
-        found: list[Alternative] = [()]
+                _check_disjoint(each)
+            return _deduplicate(one for group in each for one in group)
+        combined: list[Alternative] = [()]
         for one in each:
-            found = self._both(found, one)
-        return found
+            combined = self._combine(combined, one)
+        return combined
 
-    def _named(self, name: str, above: frozenset[str]) -> list[Alternative]:
+    def _expand_definition(self, name: str, above: frozenset[str]) -> list[Alternative]:
         """Return the alternatives of a definition; cached unless they depend on ``above``."""
         if name in above:
-            self._num_circles += 1
+            self._num_cycles += 1
             return []
-        if name not in self._known:
-            before = self._num_circles
-            found = self.of(self._definitions[name], above | {name})
-            if self._num_circles != before:
-                return found
-            self._known[name] = found
-        return self._known[name]
+        if name not in self._expanded_definitions:
+            before = self._num_cycles
+            expanded = self.expand(self._definitions[name], above | {name})
+            if self._num_cycles != before:
+                return expanded
+            self._expanded_definitions[name] = expanded
+        return self._expanded_definitions[name]
 
-    def _both(self, some: list[Alternative], more: list[Alternative]) -> list[Alternative]:
-        self._use(len(some) * len(more))
-        return _distinct(_joined(one, other) for one in some for other in more)
+    def _combine(self, first: list[Alternative], others: list[Alternative]) -> list[Alternative]:
+        self._spend_steps(len(first) * len(others))
+        return _deduplicate(_merge_pieces(one, other) for one in first for other in others)
 
-    def _use(self, num_steps: int) -> None:
+    def _spend_steps(self, num_steps: int) -> None:
         self._steps_left -= num_steps
         if self._steps_left < 0 or num_steps > MAX_ALTERNATIVES:
-            raise UnfollowedError(f"has more than {MAX_ALTERNATIVES} alternatives")
+            raise UnsupportedSchemaError(f"has more than {MAX_ALTERNATIVES} alternatives")
 
 
-def _joined(one: Alternative, other: Alternative) -> Alternative:
-    known = set(map(id, one))
-    return (*one, *(piece for piece in other if id(piece) not in known))
+def _merge_pieces(one: Alternative, other: Alternative) -> Alternative:
+    first_ids = set(map(id, one))
+    return (*one, *(piece for piece in other if id(piece) not in first_ids))
 
 
-def _distinct(some: Iterable[Alternative]) -> list[Alternative]:
-    return list({tuple(map(id, one)): one for one in some}.values())
+def _deduplicate(expanded: Iterable[Alternative]) -> list[Alternative]:
+    return list({tuple(map(id, one)): one for one in expanded}.values())
 
 
-def _check_apart(groups: Sequence[Sequence[Alternative]]) -> None:
-    """Raise ``UnfollowedError`` if a value may match two members of a ``oneOf``."""
-    for place, some in enumerate(groups):
-        others = [one for group in groups[place + 1 :] for one in group]
-        if not all(are_apart(one, other) for one in some for other in others):
-            raise UnfollowedError("oneOf has alternatives that may overlap")
+def _check_disjoint(groups: Sequence[Sequence[Alternative]]) -> None:
+    """Raise ``UnsupportedSchemaError`` if a value may match two members of a ``oneOf``."""
+    for index, members in enumerate(groups):
+        others = [one for group in groups[index + 1 :] for one in group]
+        if not all(are_disjoint(one, other) for one in members for other in others):
+            raise UnsupportedSchemaError("oneOf has alternatives that may overlap")
 
 
-def are_apart(one: Alternative, other: Alternative) -> bool:
+def are_disjoint(one: Alternative, other: Alternative) -> bool:
     """Whether two alternatives are known to be disjoint: by type, by values, by the values of a
     property, or because one requires a property that the other forbids."""
-    if kinds_of_alternative(one).isdisjoint(kinds_of_alternative(other)):
+    if types_of_alternative(one).isdisjoint(types_of_alternative(other)):
         return True
-    some, more = _only_values(one), _only_values(other)
-    if some is not None and more is not None:
-        return not any(value in more for value in some)
-    if _needs_more(one, other) or _needs_more(other, one):
+    first_values, second_values = _alternative_values(one), _alternative_values(other)
+    if first_values is not None and second_values is not None:
+        return not any(value in second_values for value in first_values)
+    if _requires_forbidden(one, other) or _requires_forbidden(other, one):
         return True
-    tags, others = _tags(one), _tags(other)
+    tags, others = _property_values(one), _property_values(other)
     return any(
         not any(value in others[name] for value in values)
         for name, values in tags.items()
@@ -149,9 +149,9 @@ def are_apart(one: Alternative, other: Alternative) -> bool:
     )
 
 
-def _needs_more(one: Alternative, other: Alternative) -> bool:
+def _requires_forbidden(one: Alternative, other: Alternative) -> bool:
     """Whether ``one`` requires objects with a property that ``other`` forbids."""
-    if kinds_of_alternative(one) != {"object"}:
+    if types_of_alternative(one) != {"object"}:
         return False
     required = {name for piece in one for name in piece.get("required", ())}
     return any(
@@ -162,11 +162,11 @@ def _needs_more(one: Alternative, other: Alternative) -> bool:
     )
 
 
-def _only_values(alternative: Alternative) -> list[Any] | None:
-    return next((v for piece in alternative if (v := values_of(piece)) is not None), None)
+def _alternative_values(alternative: Alternative) -> list[Any] | None:
+    return next((v for piece in alternative if (v := allowed_values(piece)) is not None), None)
 
 
-def _tags(alternative: Alternative) -> dict[str, list[Any]]:
+def _property_values(alternative: Alternative) -> dict[str, list[Any]]:
     """Return the allowed values of required properties with ``enum`` or ``const``, by name."""
     required = {name for piece in alternative for name in piece.get("required", ())}
     return {
@@ -175,30 +175,30 @@ def _tags(alternative: Alternative) -> dict[str, list[Any]]:
         for name, schema in piece.get("properties", {}).items()
         if name in required
         and isinstance(schema, Mapping)
-        and (values := values_of(schema)) is not None
+        and (values := allowed_values(schema)) is not None
     }
 
 
 # ---- types -----------------------------------------------------------------------------------
 
 
-def kind_of(value: object) -> str:
+def json_type_of(value: object) -> str:
     """Return the JSON type of a value."""
-    return _KINDS.get(type(value), "null")
+    return _JSON_TYPES.get(type(value), "null")
 
 
-def kinds_of_alternative(alternative: Alternative) -> frozenset[str]:
+def types_of_alternative(alternative: Alternative) -> frozenset[str]:
     """Return the JSON types that an alternative allows; ``number`` includes ``integer``."""
-    found = frozenset(TYPES)
+    types = frozenset(TYPES)
     for piece in alternative:
         named = piece.get("type", TYPES)
-        found &= _with_integers([named] if isinstance(named, str) else named)
-        if (values := values_of(piece)) is not None:
-            found &= _with_integers(map(kind_of, values))
-    return found
+        types &= _with_integers([named] if isinstance(named, str) else named)
+        if (values := allowed_values(piece)) is not None:
+            types &= _with_integers(map(json_type_of, values))
+    return types
 
 
-def values_of(piece: Piece) -> list[Any] | None:
+def allowed_values(piece: Piece) -> list[Any] | None:
     """Return the values of ``const`` or ``enum``; None without them."""
     if "const" in piece:
         return [piece["const"]]
@@ -206,5 +206,5 @@ def values_of(piece: Piece) -> list[Any] | None:
 
 
 def _with_integers(kinds: Any) -> frozenset[str]:
-    found = frozenset(kinds)
-    return found | {"integer"} if "number" in found else found
+    types = frozenset(kinds)
+    return types | {"integer"} if "number" in types else types

@@ -15,15 +15,15 @@ from gateway.core.tool_use import Tool
 from gateway.text.schemas.alternatives import (
     Alternative,
     Piece,
-    UnfollowedError,
+    UnsupportedSchemaError,
+    allowed_values,
     alternatives,
-    kinds_of_alternative,
-    values_of,
+    types_of_alternative,
 )
-from gateway.text.schemas.clean_schema import CleanSchema, unfollowed
+from gateway.text.schemas.clean_schema import CleanSchema, unsupported_schema
 from gateway.text.schemas.one_of import argument_schema
 
-_MAX_ARGUMENTS = 2000
+_MAX_SHAPE_ARGUMENTS = 2000
 """Maximum number of arguments of all shapes; the size of grammars is limited."""
 _KEY = "arguments"
 
@@ -38,9 +38,9 @@ class Shape:
     """Schemas of additional arguments by a pattern of their names."""
     others: Any = False
     """Schema of all other arguments; False forbids them."""
-    least: int = 0
+    min_arguments: int = 0
     """Minimum number of arguments."""
-    most: int | None = None
+    max_arguments: int | None = None
     """Maximum number of arguments; None for no limit."""
 
 
@@ -53,11 +53,11 @@ class Arguments:
 
     def schema_of(self, name: str) -> Any:
         """Return the schema of one argument in any of the shapes."""
-        found = [s.properties[name] for s in self.shapes if name in s.properties]
-        if not found:
+        schemas = [s.properties[name] for s in self.shapes if name in s.properties]
+        if not schemas:
             others = ((*shape.patterns.values(), shape.others) for shape in self.shapes)
-            found = [schema for schema in chain(*others) if schema is not False]
-        return found[0] if len(found) == 1 else {"anyOf": found} if found else True
+            schemas = [schema for schema in chain(*others) if schema is not False]
+        return schemas[0] if len(schemas) == 1 else {"anyOf": schemas} if schemas else True
 
 
 def arguments_of(tool: Tool, is_strict: bool) -> Arguments:
@@ -71,27 +71,27 @@ def arguments_of(tool: Tool, is_strict: bool) -> Arguments:
     Raises:
         RequestError: ``is_strict``, and a grammar cannot express the schema.
     """
-    if (known := tool.derived.get(_KEY)) is not None:
-        assert isinstance(known, Arguments), "only this module sets it"
-        return known
-    found = _arguments(tool, is_strict)
-    tool.derived[_KEY] = found
-    return found
+    if (cached := tool.derived.get(_KEY)) is not None:
+        assert isinstance(cached, Arguments), "only this module sets it"
+        return cached
+    arguments = _arguments(tool, is_strict)
+    tool.derived[_KEY] = arguments
+    return arguments
 
 
 def _arguments(tool: Tool, is_strict: bool) -> Arguments:
     clean = argument_schema(tool, is_strict)
     try:
-        found = alternatives(clean.root, clean, is_strict)
-        objects = [one for one in found if "object" in kinds_of_alternative(one)]
+        root_alternatives = alternatives(clean.root, clean, is_strict)
+        objects = [one for one in root_alternatives if "object" in types_of_alternative(one)]
         shapes = [shape for one in objects if (shape := _shape(one, is_strict)) is not None]
-        if sum(len(shape.properties) for shape in shapes) > _MAX_ARGUMENTS:
-            raise UnfollowedError(f"has more than {_MAX_ARGUMENTS} arguments")
+        if sum(len(shape.properties) for shape in shapes) > _MAX_SHAPE_ARGUMENTS:
+            raise UnsupportedSchemaError(f"has more than {_MAX_SHAPE_ARGUMENTS} arguments")
         if is_strict and not shapes:
-            raise UnfollowedError("allows no arguments")
-    except UnfollowedError as err:
+            raise UnsupportedSchemaError("allows no arguments")
+    except UnsupportedSchemaError as err:
         if is_strict:
-            raise unfollowed(tool, (), str(err)) from err
+            raise unsupported_schema(tool, (), str(err)) from err
         shapes = []
     return Arguments(clean, shapes or [Shape(properties={}, patterns={}, others=True)])
 
@@ -102,7 +102,7 @@ def _shape(pieces: Alternative, is_strict: bool) -> Shape | None:
     required = dict.fromkeys(chain(*(piece.get("required", ()) for piece in pieces)))
     speaking = [p for p in pieces if "additionalProperties" in p or p.get("patternProperties")]
     if is_strict:
-        _check_followed(pieces, names, speaking)
+        _check_supported(pieces, names, speaking)
     patterns: dict[str, Any] = {}
     for piece in speaking:
         patterns |= piece.get("patternProperties", {})
@@ -111,7 +111,7 @@ def _shape(pieces: Alternative, is_strict: bool) -> Shape | None:
     others = _all_of(additional) if speaking else not is_closed
     properties: dict[str, Any] = {}
     for name in (*names, *(name for name in required if name not in names)):
-        schema = _all_of([_of_piece(piece, name) for piece in pieces])
+        schema = _all_of([_argument_schema(piece, name) for piece in pieces])
         if schema is False and name in required and (is_strict or name in names):
             return None
         if schema is not False or name in required:
@@ -122,12 +122,12 @@ def _shape(pieces: Alternative, is_strict: bool) -> Shape | None:
         required=frozenset(required),
         patterns=patterns,
         others=others,
-        least=max((piece.get("minProperties", 0) for piece in pieces), default=0),
-        most=min(limits, default=None),
+        min_arguments=max((piece.get("minProperties", 0) for piece in pieces), default=0),
+        max_arguments=min(limits, default=None),
     )
 
 
-def _of_piece(piece: Piece, name: str) -> Any:
+def _argument_schema(piece: Piece, name: str) -> Any:
     """Return the schema of an argument in a piece."""
     if name in piece.get("properties", {}):
         return piece["properties"][name]
@@ -140,22 +140,22 @@ def _all_of(schemas: Sequence[Any]) -> Any:
     """Combine schemas that a value must all match."""
     if any(schema is False for schema in schemas):
         return False
-    known = {id(schema): schema for schema in schemas if schema is not True}
-    limiting = [schema for schema in known.values() if schema]
+    distinct = {id(schema): schema for schema in schemas if schema is not True}
+    limiting = [schema for schema in distinct.values() if schema]
     if len(limiting) < 2:
         return limiting[0] if limiting else True
     return {"allOf": limiting}
 
 
-def _check_followed(
+def _check_supported(
     pieces: Alternative,
     names: Mapping[str, Any],
     speaking: Sequence[Piece],
 ) -> None:
-    """Raise ``UnfollowedError`` for keywords that a ``Shape`` cannot express."""
+    """Raise ``UnsupportedSchemaError`` for keywords that a ``Shape`` cannot express."""
     has_patterns = any(piece.get("patternProperties") for piece in pieces)
     if has_patterns and (names or len(speaking) > 1):
-        raise UnfollowedError("patternProperties is not supported together with properties")
+        raise UnsupportedSchemaError("patternProperties is not supported together with properties")
     for piece in pieces:
-        if values_of(piece) is not None:
-            raise UnfollowedError("enum and const of the whole arguments are not supported")
+        if allowed_values(piece) is not None:
+            raise UnsupportedSchemaError("enum and const of the whole arguments are not supported")

@@ -15,7 +15,7 @@ from typing import Any
 
 from cluster.core.errors import RequestError
 from gateway.core.tool_use import Tool
-from gateway.text.schemas.formats import is_known
+from gateway.text.schemas.formats import is_known_format
 from gateway.text.schemas.references import (
     MAX_LEVELS,
     MAX_SCHEMA_DEPTH,
@@ -33,7 +33,7 @@ _MAX_NODES = 10_000
 """Maximum number of schemas within a schema, counted again for each reference."""
 _MAX_VALUES = 5000
 """Maximum number of values of an ``enum``."""
-_REFUSED = frozenset(
+_UNSUPPORTED = frozenset(
     {
         *("not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems"),
         *("propertyNames", "dependencies", "dependentRequired", "dependentSchemas"),
@@ -42,7 +42,7 @@ _REFUSED = frozenset(
 )
 """Keywords that constrain values and that grammars cannot express."""
 _NAMING = frozenset({"then", "else", "dependencies", "dependentSchemas"})
-"""Keywords of ``_REFUSED`` with schemas that may name additional arguments."""
+"""Keywords of ``_UNSUPPORTED`` with schemas that may name additional arguments."""
 _OPENING = frozenset(
     {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
 )
@@ -55,7 +55,7 @@ _NEUTRAL: Mapping[str, Any] = MappingProxyType(
         "propertyNames": {"type": "string"},
     }
 )
-"""Values of keywords of ``_REFUSED`` that have no effect."""
+"""Values of keywords of ``_UNSUPPORTED`` that have no effect."""
 _NOT_REGULAR = re.compile(r"\(\?(?:=|!|<=|<!|>)|\\[1-9kbBG]")
 """Look-around, atomic groups, back-references and word boundaries."""
 _LOWER_BOUNDS = ("minimum", "exclusiveMinimum")
@@ -65,7 +65,7 @@ _HIGHEST = 2**63 - 1024
 _ANY = MappingProxyType[str, Any]({})
 
 
-class _Unfit(Exception):
+class _InvalidValueError(Exception):
     """The value of a keyword is invalid; the message is the rule."""
 
 
@@ -90,7 +90,7 @@ class CleanSchema:
                     waiting.append(needed[name])
         return {**schema, "$defs": needed} if needed else dict(schema)
 
-    def resolved(self, schema: Any) -> Any:
+    def resolve(self, schema: Any) -> Any:
         """Return the target if ``schema`` is only a reference, else ``schema``."""
         for _ in range(len(self.definitions)):
             if not isinstance(schema, Mapping) or list(schema) != ["$ref"]:
@@ -99,7 +99,7 @@ class CleanSchema:
         return schema
 
 
-def closed(schema: Any) -> Mapping[str, Any]:
+def forbid_additional(schema: Any) -> Mapping[str, Any]:
     """Forbid additional arguments in a clean schema unless a keyword may allow them.
 
     JSON Schema allows additional properties by default, and small models then generate them
@@ -129,15 +129,17 @@ def clean_schema(tool: Tool, is_strict: bool) -> CleanSchema:
     if is_too_deep(cleaner.references):
         if is_strict:
             rule = f"is too large or nested too deeply through $ref: at most {MAX_LEVELS} levels"
-            raise unfollowed(tool, (), rule)
+            raise unsupported_schema(tool, (), rule)
         return CleanSchema({}, {})
     return cleaner.clean()
 
 
-def unfollowed(tool: Tool, path: Sequence[str], rule: str) -> RequestError:
+def unsupported_schema(tool: Tool, path: Sequence[str], rule: str) -> RequestError:
     """Return the error for a strict tool; ``path`` leads to the unsupported keyword."""
-    place = ".".join(path) or "the schema"
-    return RequestError(f"{tool.path} of {tool.name!r}: {place} {rule} (strict is true)", tool.path)
+    location = ".".join(path) or "the schema"
+    return RequestError(
+        f"{tool.path} of {tool.name!r}: {location} {rule} (strict is true)", tool.path
+    )
 
 
 @dataclass(slots=True)
@@ -150,12 +152,12 @@ class _Cleaner:
     _num_nodes: int = 0
 
     def __post_init__(self) -> None:
-        given = self.tool.parameters
-        self.references = References({"properties": {}} if given is None else given)
+        parameters = self.tool.parameters
+        self.references = References({"properties": {}} if parameters is None else parameters)
 
     def clean(self) -> CleanSchema:
-        given = self.references.root
-        root = self._schema(given, given, (), 0)
+        schema = self.references.root
+        root = self._schema(schema, schema, (), 0)
         definitions: dict[str, Any] = {}
         while len(definitions) < len(self._targets):
             number = len(definitions)
@@ -164,108 +166,108 @@ class _Cleaner:
         return CleanSchema(root if isinstance(root, Mapping) else {}, definitions)
 
     def _schema(
-        self, given: Any, base: Mapping[str, Any], path: tuple[str, ...], depth: int
+        self, schema: Any, base: Mapping[str, Any], path: tuple[str, ...], depth: int
     ) -> Any:
         """Return a clean schema, which is a dict or a bool."""
         self._num_nodes += 1
         is_much = self._num_nodes > _MAX_NODES or depth > MAX_SCHEMA_DEPTH
-        if is_much or not isinstance(given, (Mapping, bool)):
+        if is_much or not isinstance(schema, (Mapping, bool)):
             rule = "is nested too deeply or too large" if is_much else "must be a JSON schema"
-            self._refuse(path, rule)
+            self._reject(path, rule)
             return True
-        if isinstance(given, bool):
-            return given
-        if given.get("not") == {}:  # no value fits, as zod writes it
+        if isinstance(schema, bool):
+            return schema
+        if schema.get("not") == {}:  # no value fits, as zod writes it
             return False
-        base = base_of(given, base)
+        base = base_of(schema, base)
 
         def inner(value: Any, *steps: str) -> Any:
             return self._schema(value, base, (*path, *steps), depth + 1)
 
-        found: dict[str, Any] = {}
-        for key, value in given.items():
+        clean: dict[str, Any] = {}
+        for key, value in schema.items():
             try:
-                self._keyword(key, value, found, inner, path)
-            except _Unfit as err:
-                self._refuse((*path, key), str(err))
-        if "$ref" in given and isinstance(given["$ref"], str):
-            self._reference(given["$ref"], base, found, path)
-        if given.get("nullable") is True:
-            return {"anyOf": [found, {"type": "null"}]}
-        return closed(found) if given is self.references.root else found
+                self._keyword(key, value, clean, inner, path)
+            except _InvalidValueError as err:
+                self._reject((*path, key), str(err))
+        if "$ref" in schema and isinstance(schema["$ref"], str):
+            self._reference(schema["$ref"], base, clean, path)
+        if schema.get("nullable") is True:
+            return {"anyOf": [clean, {"type": "null"}]}
+        return forbid_additional(clean) if schema is self.references.root else clean
 
     def _keyword(
         self,
         key: str,
         value: Any,
-        found: dict[str, Any],
+        schema: dict[str, Any],
         inner: Callable[..., Any],
         path: tuple[str, ...],
     ) -> None:
-        if key in _REFUSED:
+        if key in _UNSUPPORTED:
             if not (key in _NEUTRAL and value == _NEUTRAL[key]):
-                self._refuse((*path, key), "cannot be expressed as a grammar")
+                self._reject((*path, key), "cannot be expressed as a grammar")
             if key in _NAMING:
-                found.setdefault("additionalProperties", True)
-        elif key in _PLAIN:
-            if (clean := _PLAIN[key](value)) is not None:
-                found[key] = within_range(key, clean) if key in BOUNDS else clean
+                schema.setdefault("additionalProperties", True)
+        elif key in _CONVERTERS:
+            if (clean := _CONVERTERS[key](value)) is not None:
+                schema[key] = clamp_bound(key, clean) if key in BOUNDS else clean
         elif key == "const":
-            found[key] = value
+            schema[key] = value
         elif key in ("properties", "patternProperties"):
-            found[key] = self._by_name(key, value, inner, path)
+            schema[key] = self._by_name(key, value, inner, path)
         elif key in ("allOf", "anyOf", "oneOf", "prefixItems"):
-            found[key] = self._list(key, value, inner)
+            schema[key] = self._list(key, value, inner)
         elif key == "items" and isinstance(value, list):
-            found["prefixItems"] = self._list(key, value, inner)
+            schema["prefixItems"] = self._list(key, value, inner)
         elif key in ("items", "additionalProperties"):
-            found[key] = inner(value, key)
+            schema[key] = inner(value, key)
         elif key == "additionalItems":
-            found["items"] = inner(value, key)
+            schema["items"] = inner(value, key)
         elif key == "$ref":
-            found[key] = value  # keeps the order of the keywords
+            schema[key] = value  # keeps the order of the keywords
             if not isinstance(value, str):
-                del found[key]
-                raise _Unfit("must be a string")
+                del schema[key]
+                raise _InvalidValueError("must be a string")
 
     def _by_name(
         self, key: str, value: Any, inner: Callable[..., Any], path: tuple[str, ...]
     ) -> dict[str, Any]:
         if not isinstance(value, Mapping):
-            raise _Unfit("must be an object")
-        found: dict[str, Any] = {}
+            raise _InvalidValueError("must be an object")
+        schemas: dict[str, Any] = {}
         for name, one in value.items():
-            if key == "patternProperties" and not is_regular(name):
-                self._refuse((*path, key, name), "must be a pattern that a grammar can express")
+            if key == "patternProperties" and not is_regular_pattern(name):
+                self._reject((*path, key, name), "must be a pattern that a grammar can express")
             else:
-                found[name] = inner(one, key, name)
-        return found
+                schemas[name] = inner(one, key, name)
+        return schemas
 
     def _list(self, key: str, value: Any, inner: Callable[..., Any]) -> list[Any]:
         if not isinstance(value, list) or not value:
-            raise _Unfit("must be a list of schemas")
-        return [inner(one, key, str(place)) for place, one in enumerate(value)]
+            raise _InvalidValueError("must be a list of schemas")
+        return [inner(one, key, str(index)) for index, one in enumerate(value)]
 
     def _reference(
         self,
         reference: str,
         base: Mapping[str, Any],
-        found: dict[str, Any],
+        schema: dict[str, Any],
         path: tuple[str, ...],
     ) -> None:
-        target = self._end_of(reference, base)
+        target = self._final_target(reference, base)
         if target is None:
-            del found["$ref"]
-            self._refuse(
+            del schema["$ref"]
+            self._reject(
                 (*path, "$ref"), f"({reference[:64]!r}) must refer to a part of the schema"
             )
             return
         number = self._numbers.setdefault(id(target.schema), len(self._targets))
         if number == len(self._targets):
             self._targets.append(target)
-        found["$ref"] = f"{DEFINITION}{number}"
+        schema["$ref"] = f"{DEFINITION}{number}"
 
-    def _end_of(self, reference: str, base: Mapping[str, Any]) -> ReferenceTarget | None:
+    def _final_target(self, reference: str, base: Mapping[str, Any]) -> ReferenceTarget | None:
         """Follow a chain of references to its final target; None if the chain is a cycle."""
         seen: set[int] = set()
         target = self.references.find(reference, base)
@@ -279,26 +281,26 @@ class _Cleaner:
             target = self.references.find(following, target.base) if is_text else None
         return None
 
-    def _refuse(self, path: tuple[str, ...], rule: str) -> None:
+    def _reject(self, path: tuple[str, ...], rule: str) -> None:
         if self.is_strict:
-            raise unfollowed(self.tool, path, rule)
+            raise unsupported_schema(self.tool, path, rule)
 
 
-def is_regular(pattern: object) -> bool:
+def is_regular_pattern(pattern: object) -> bool:
     """Whether a pattern is a regular expression that an automaton can match."""
     return isinstance(pattern, str) and _NOT_REGULAR.search(pattern) is None
 
 
 def _references_in(schema: Any) -> list[str]:
     """Return the names of the definitions that a schema refers to."""
-    found: list[str] = []
+    names: list[str] = []
     waiting = [schema]
     while waiting:
         one = waiting.pop()
         if isinstance(one, Mapping) and isinstance(reference := one.get("$ref"), str):
-            found.append(reference.removeprefix(DEFINITION))
+            names.append(reference.removeprefix(DEFINITION))
         waiting += inner_schemas(one, ("enum", "const"))
-    return found
+    return names
 
 
 # ---- keywords without schemas in them --------------------------------------------------------
@@ -307,24 +309,24 @@ def _references_in(schema: Any) -> list[str]:
 def _types(value: Any) -> str | list[str]:
     named = value if isinstance(value, list) else [value]
     if not named or not all(isinstance(one, str) and one in TYPES for one in named):
-        raise _Unfit(f"must be of {', '.join(TYPES)}")
+        raise _InvalidValueError(f"must be of {', '.join(TYPES)}")
     return named[0] if len(named) == 1 else list(dict.fromkeys(named))
 
 
 def _count(value: Any) -> int:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or value != value // 1 or value < 0:
-        raise _Unfit("must be a whole number, at least 0")
+        raise _InvalidValueError("must be a whole number, at least 0")
     return int(value)
 
 
 def _number(value: Any) -> int | float | bool:
     if not isinstance(value, (int, float)):
-        raise _Unfit("must be a number")
+        raise _InvalidValueError("must be a number")
     return value
 
 
-def within_range(key: str, bound: Any) -> Any:
+def clamp_bound(key: str, bound: Any) -> Any:
     """Limit a bound to the int64 range, so that the grammar compiler accepts it; a bound is moved
     only in the direction that allows fewer numbers."""
     if not isinstance(bound, (int, float)):
@@ -334,33 +336,33 @@ def within_range(key: str, bound: Any) -> Any:
 
 def _factor(value: Any) -> int | float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise _Unfit("must be a number above 0")
+        raise _InvalidValueError("must be a number above 0")
     return value
 
 
 def _pattern(value: Any) -> str:
-    if not is_regular(value):
-        raise _Unfit("must be a pattern that a grammar can express")
+    if not is_regular_pattern(value):
+        raise _InvalidValueError("must be a pattern that a grammar can express")
     return str(value)
 
 
 def _names(value: Any) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-        raise _Unfit("must be a list of names")
+        raise _InvalidValueError("must be a list of names")
     return list(dict.fromkeys(value))
 
 
 def _values(value: Any) -> list[Any]:
     if not isinstance(value, list) or not 0 < len(value) <= _MAX_VALUES:
-        raise _Unfit(f"must be a list of 1 to {_MAX_VALUES} values")
+        raise _InvalidValueError(f"must be a list of 1 to {_MAX_VALUES} values")
     return value
 
 
-_PLAIN: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
+_CONVERTERS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
     {
         "type": _types,
         "enum": _values,
-        "format": lambda value: value if is_known(value) else None,
+        "format": lambda value: value if is_known_format(value) else None,
         "pattern": _pattern,
         "required": _names,
         "multipleOf": _factor,

@@ -56,16 +56,16 @@ FORMATS = MappingProxyType(
 """Formats that the grammar compiler supports, as regular expressions."""
 
 
-def is_known(name: object) -> bool:
+def is_known_format(name: object) -> bool:
     """Whether a format constrains texts; others are annotations (JSON Schema, validation, 7)."""
     return isinstance(name, str) and name in FORMATS
 
 
-def without_notes(schema: Any) -> Any:
+def without_annotations(schema: Any) -> Any:
     """Remove the formats that are annotations from a schema."""
-    return without_keywords(schema, _is_note)
+    return without_keywords(schema, _is_annotation)
 
 
-def _is_note(schema: Mapping[str, Any], keyword: str) -> bool:
+def _is_annotation(schema: Mapping[str, Any], keyword: str) -> bool:
     value = schema[keyword]
-    return keyword == "format" and isinstance(value, str) and not is_known(value)
+    return keyword == "format" and isinstance(value, str) and not is_known_format(value)

@@ -11,8 +11,8 @@ from itertools import islice
 from typing import Any
 
 from gateway.core.tool_use import Tool
-from gateway.text.schemas.alternatives import are_apart, values_of
-from gateway.text.schemas.clean_schema import BOUNDS, CleanSchema, clean_schema, within_range
+from gateway.text.schemas.alternatives import allowed_values, are_disjoint
+from gateway.text.schemas.clean_schema import BOUNDS, CleanSchema, clamp_bound, clean_schema
 from gateway.text.schemas.references import BY_NAME, CONTENTS, References
 
 _MAX_COMPARED = 400
@@ -25,9 +25,9 @@ Resolve = Callable[[Any], Any]
 """Returns the target of a schema that consists of a reference; other schemas are unchanged."""
 
 
-def with_any_of(schema: Any, resolve: Resolve) -> Any:
+def replace_one_of(schema: Any, resolve: Resolve) -> Any:
     """Replace ``oneOf`` with disjoint members, and limit bounds to the range of the compiler."""
-    return _Rewriting(resolve).of(schema)
+    return _Rewriter(resolve).rewrite(schema)
 
 
 def argument_schema(tool: Tool, is_strict: bool) -> CleanSchema:
@@ -36,12 +36,12 @@ def argument_schema(tool: Tool, is_strict: bool) -> CleanSchema:
     if not is_strict:
         return clean
     root, definitions = (
-        with_any_of(one, clean.resolved) for one in (clean.root, {"$defs": clean.definitions})
+        replace_one_of(one, clean.resolve) for one in (clean.root, {"$defs": clean.definitions})
     )
     return CleanSchema(root, definitions["$defs"])
 
 
-def resolver(schema: Mapping[str, Any]) -> Resolve:
+def make_resolver(schema: Mapping[str, Any]) -> Resolve:
     """Return a function that resolves the references of a client's schema."""
     references = References(schema)
 
@@ -58,30 +58,30 @@ def resolver(schema: Mapping[str, Any]) -> Resolve:
 
 
 @dataclass(slots=True)
-class _Rewriting:
+class _Rewriter:
     resolve: Resolve
-    _num_left: int = _MAX_COMPARED
+    _comparisons_left: int = _MAX_COMPARED
 
-    def of(self, schema: Any) -> Any:
+    def rewrite(self, schema: Any) -> Any:
         if isinstance(schema, list):
-            return [self.of(one) for one in schema]
+            return [self.rewrite(one) for one in schema]
         if not isinstance(schema, Mapping):
             return schema
-        found: dict[str, Any] = {}
+        rewritten: dict[str, Any] = {}
         for key, value in schema.items():
             if key in BY_NAME and isinstance(value, Mapping):
-                found[key] = {name: self.of(one) for name, one in value.items()}
+                rewritten[key] = {name: self.rewrite(one) for name, one in value.items()}
             elif key in CONTENTS:
-                found[key] = value
+                rewritten[key] = value
             elif key in BOUNDS:
-                found[key] = within_range(key, value)
-            elif key == "oneOf" and "anyOf" not in schema and self._is_apart(value):
-                found["anyOf"] = self.of(value)
+                rewritten[key] = clamp_bound(key, value)
+            elif key == "oneOf" and "anyOf" not in schema and self._are_members_disjoint(value):
+                rewritten["anyOf"] = self.rewrite(value)
             else:
-                found[key] = self.of(value)
-        return found
+                rewritten[key] = self.rewrite(value)
+        return rewritten
 
-    def _is_apart(self, members: Any) -> bool:
+    def _are_members_disjoint(self, members: Any) -> bool:
         if not isinstance(members, list) or not members:
             return False
         named = [self.resolve(member) for member in members]
@@ -90,11 +90,11 @@ class _Rewriting:
         pieces = list(map(_piece, named))
         if _have_tag(pieces):
             return True
-        self._num_left -= len(pieces) * (len(pieces) - 1) // 2
-        return self._num_left >= 0 and all(
-            are_apart((one,), (other,))
-            for place, one in enumerate(pieces)
-            for other in pieces[:place]
+        self._comparisons_left -= len(pieces) * (len(pieces) - 1) // 2
+        return self._comparisons_left >= 0 and all(
+            are_disjoint((one,), (other,))
+            for index, one in enumerate(pieces)
+            for other in pieces[:index]
         )
 
 
@@ -113,7 +113,7 @@ def _texts(piece: Mapping[str, Any], name: str) -> frozenset[str]:
     """Return the allowed values of a required property if all are texts, else an empty set."""
     if name not in piece.get("required", ()):
         return frozenset()
-    values = values_of(piece["properties"].get(name, {})) or []
+    values = allowed_values(piece["properties"].get(name, {})) or []
     return frozenset(values if all(isinstance(value, str) for value in values) else ())
 
 
@@ -124,22 +124,22 @@ def _piece(schema: Any) -> dict[str, Any]:
 
 
 def _properties(schema: Mapping[str, Any]) -> dict[str, Any]:
-    found = schema.get("properties")
-    if not isinstance(found, Mapping):
+    properties = schema.get("properties")
+    if not isinstance(properties, Mapping):
         return {}
-    return {n: _limits(one) if isinstance(one, Mapping) else {} for n, one in found.items()}
+    return {n: _limits(one) if isinstance(one, Mapping) else {} for n, one in properties.items()}
 
 
 def _limits(schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keywords that distinguish members, without invalid values."""
-    found = {"const": schema["const"]} if "const" in schema else {}
+    limits = {"const": schema["const"]} if "const" in schema else {}
     if isinstance(values := schema.get("enum"), list):
-        found["enum"] = values
+        limits["enum"] = values
     for key in ("type", "required"):
         value = schema.get(key)
         names = [value] if key == "type" and isinstance(value, str) else value
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            found[key] = dict.fromkeys(names)
+            limits[key] = dict.fromkeys(names)
     if schema.get("additionalProperties") is False and not schema.get("patternProperties"):
-        found["additionalProperties"] = False
-    return found
+        limits["additionalProperties"] = False
+    return limits

@@ -29,11 +29,11 @@ def full_match(pattern: str) -> str | None:
     """
     branches, depth, is_class, is_behind_quantifier = [""], 0, False, False
     starts, ends = [False], [False]
-    place = 0
-    while place < len(pattern):
-        found = (_PART_OF_CLASS if is_class else _PART).match(pattern, place)
-        assert found is not None, "any character matches"
-        part, place = found[0], found.end()
+    position = 0
+    while position < len(pattern):
+        match = (_PART_OF_CLASS if is_class else _PART).match(pattern, position)
+        assert match is not None, "any character matches"
+        part, position = match[0], match.end()
         was_quantifier, is_behind_quantifier = is_behind_quantifier, False
         if is_class:
             is_class = part != "]"
@@ -60,7 +60,7 @@ def full_match(pattern: str) -> str | None:
         else:
             depth += {"(": 1, ")": -1}.get(part, 0)
             branches[-1] += _escaped(part)
-            is_behind_quantifier = _ends_with_quantifier(pattern, found.start(), part)
+            is_behind_quantifier = _ends_with_quantifier(pattern, match.start(), part)
     framed = (
         ("" if is_start else _SEARCH) + branch + ("" if is_end else _SEARCH)
         for branch, is_start, is_end in zip(branches, starts, ends, strict=True)
@@ -68,7 +68,7 @@ def full_match(pattern: str) -> str | None:
     return f"(?:{'|'.join(framed)})"
 
 
-def without(end: str) -> str:
+def pattern_without(end: str) -> str:
     """Return a pattern of the texts that do not contain ``end``.
 
     ``end`` must contain its first character only once. For example ``<p`` gives
@@ -83,7 +83,7 @@ def without(end: str) -> str:
     return f"[^{first}]*(?:{first}{inner})*"
 
 
-def in_grammar(pattern: str) -> str:
+def grammar_regex(pattern: str) -> str:
     """Return a regular expression between slashes: ``a/b`` becomes ``/a\\/b/``."""
     parts: list[str] = []
     is_escaped = False
@@ -103,12 +103,14 @@ def _in_class(part: str) -> str:
     return f"\\{part}" if part in ("[", "&", "~") else _escaped(part)
 
 
-def _ends_with_quantifier(pattern: str, place: int, part: str) -> bool:
+def _ends_with_quantifier(pattern: str, position: int, part: str) -> bool:
     if part in ("*", "+", "?"):
         return True
-    opening = pattern.rfind("{", 0, place)
+    opening = pattern.rfind("{", 0, position)
     return (
-        part == "}" and opening >= 0 and bool(_QUANTIFIER.fullmatch(pattern[opening : place + 1]))
+        part == "}"
+        and opening >= 0
+        and bool(_QUANTIFIER.fullmatch(pattern[opening : position + 1]))
     )
 
 

@@ -50,10 +50,10 @@ class References:
         base = self.root if base is None else base
         address, _, fragment = reference.partition("#")
         if address:
-            found = self._named(address)
-            if found is None or not isinstance(found.schema, Mapping):
+            target = self._named(address)
+            if target is None or not isinstance(target.schema, Mapping):
                 return None
-            base = found.schema
+            base = target.schema
         fragment = unquote(fragment)
         if not fragment or fragment == "/":
             return ReferenceTarget(base, base)
@@ -62,24 +62,24 @@ class References:
         return self._named(f"#{fragment}")
 
     def _at(self, pointer: str, base: Mapping[str, Any]) -> ReferenceTarget | None:
-        found: Any = base
+        schema: Any = base
         for step in pointer[1:].split("/"):
             name = step.replace("~1", "/").replace("~0", "~")
-            if isinstance(found, Mapping) and name in found:
-                found = found[name]
-            elif isinstance(found, list) and name.isascii() and name.isdigit():
-                found = found[int(name)] if int(name) < len(found) else None
+            if isinstance(schema, Mapping) and name in schema:
+                schema = schema[name]
+            elif isinstance(schema, list) and name.isascii() and name.isdigit():
+                schema = schema[int(name)] if int(name) < len(schema) else None
             else:
                 return None
-            base = base_of(found, base)
-        return ReferenceTarget(found, base) if isinstance(found, (Mapping, bool)) else None
+            base = base_of(schema, base)
+        return ReferenceTarget(schema, base) if isinstance(schema, (Mapping, bool)) else None
 
     def _named(self, address: str) -> ReferenceTarget | None:
         """Find a schema or a part of it by ``$id`` or, with a leading ``#``, by ``$anchor``."""
         if self._by_id is None:
             self._by_id = dict(self._names())
-        known = self._by_id
-        return known.get(address) or known.get(urljoin(self._root_id, address))
+        targets = self._by_id
+        return targets.get(address) or targets.get(urljoin(self._root_id, address))
 
     def _names(self) -> Iterator[tuple[str, ReferenceTarget]]:
         waiting: list[tuple[Any, Mapping[str, Any]]] = [(self.root, self.root)]
@@ -109,35 +109,35 @@ def is_too_deep(references: References) -> bool:
     A path enters a group of schemas that refer to each other (a strongly connected component) only
     once, so the sum of the levels in the group is an upper bound.
     """
-    graph = _Graph(references)
+    graph = _ReferenceGraph(references)
     if graph.visits_left <= 0:
         return True
     longest: dict[int, int] = {}
-    for group in graph.groups():
-        own = sum(graph.levels[node] for node in group)
-        after = (longest[n] for node in group for n in graph.leads_to[node] if n not in group)
-        total = own + max(after, default=0)
+    for group in graph.components():
+        levels = sum(graph.levels[node] for node in group)
+        after = (longest[n] for node in group for n in graph.successors[node] if n not in group)
+        total = levels + max(after, default=0)
         if total > MAX_LEVELS:
             return True
         longest |= dict.fromkeys(group, total)
     return False
 
 
-class _Graph:
+class _ReferenceGraph:
     """The graph of references; its numbered nodes are the whole schema and all targets."""
 
     def __init__(self, references: References) -> None:
         self._numbers: dict[int, int] = {}
         self._targets: list[ReferenceTarget] = []
-        self._number(ReferenceTarget(references.root, references.root))
+        self._node_of(ReferenceTarget(references.root, references.root))
         self.levels: list[int] = []
         """Nesting of each node without following references."""
-        self.leads_to: list[list[int]] = []
+        self.successors: list[list[int]] = []
         self.visits_left = _MAX_VISITS
         while self.visits_left > 0 and len(self.levels) < len(self._targets):
             self._read(self._targets[len(self.levels)], references)
 
-    def _number(self, target: ReferenceTarget) -> int:
+    def _node_of(self, target: ReferenceTarget) -> int:
         number = self._numbers.setdefault(id(target.schema), len(self._targets))
         if number == len(self._targets):
             self._targets.append(target)
@@ -152,18 +152,18 @@ class _Graph:
             deepest = max(deepest, depth)
             base = base_of(schema, base)
             reference = schema.get("$ref") if isinstance(schema, Mapping) else None
-            found = references.find(reference, base) if isinstance(reference, str) else None
-            if found is not None:
-                named.append(self._number(found))
+            reached = references.find(reference, base) if isinstance(reference, str) else None
+            if reached is not None:
+                named.append(self._node_of(reached))
             waiting += (
                 (inner, base, depth + 1)
                 for inner in _inner(schema)
                 if isinstance(inner, (Mapping, list))
             )
         self.levels.append(deepest)
-        self.leads_to.append(named)
+        self.successors.append(named)
 
-    def groups(self) -> Iterator[set[int]]:
+    def components(self) -> Iterator[set[int]]:
         """Yield the strongly connected components, each after the components that it refers to.
 
         Source: R. Tarjan, Depth-first search and linear graph algorithms (1972), without recursion.
@@ -172,7 +172,7 @@ class _Graph:
         lowest: dict[int, int] = {}
         open_nodes: list[int] = []
         closed: set[int] = set()
-        way = [(0, iter(self.leads_to[0]))]
+        way = [(0, iter(self.successors[0]))]
         while way:
             node, following = way[-1]
             if node not in order:
@@ -186,16 +186,16 @@ class _Graph:
                 if inner not in closed:
                     lowest[node] = min(lowest[node], order[inner])
             if new is not None:
-                way.append((new, iter(self.leads_to[new])))
+                way.append((new, iter(self.successors[new])))
                 continue
             way.pop()
             if way:
                 above = way[-1][0]
                 lowest[above] = min(lowest[above], lowest[node])
             if lowest[node] == order[node]:
-                place = open_nodes.index(node)
-                group = set(open_nodes[place:])
-                del open_nodes[place:]
+                index = open_nodes.index(node)
+                group = set(open_nodes[index:])
+                del open_nodes[index:]
                 closed |= group
                 yield group
 
@@ -226,15 +226,15 @@ def without_keywords(schema: Any, is_unwanted: Callable[[Mapping[str, Any], str]
         return [without_keywords(one, is_unwanted) for one in schema]
     if not isinstance(schema, Mapping):
         return schema
-    found: dict[str, Any] = {}
+    kept: dict[str, Any] = {}
     for key, value in schema.items():
         if key in BY_NAME and isinstance(value, Mapping):
-            found[key] = {name: without_keywords(one, is_unwanted) for name, one in value.items()}
+            kept[key] = {name: without_keywords(one, is_unwanted) for name, one in value.items()}
         elif key in CONTENTS:
-            found[key] = value
+            kept[key] = value
         elif not is_unwanted(schema, key):
-            found[key] = without_keywords(value, is_unwanted)
-    return found
+            kept[key] = without_keywords(value, is_unwanted)
+    return kept
 
 
 def _text(value: object) -> str:

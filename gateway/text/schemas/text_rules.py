@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from gateway.text.schemas.alternatives import (
     Alternative,
-    UnfollowedError,
-    kinds_of_alternative,
-    values_of,
+    UnsupportedSchemaError,
+    allowed_values,
+    types_of_alternative,
 )
 from gateway.text.schemas.formats import FORMATS
-from gateway.text.schemas.patterns import full_match, in_grammar, without
+from gateway.text.schemas.patterns import full_match, grammar_regex, pattern_without
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,22 +31,22 @@ class TextRule:
 
     def expression(self, end: str) -> str:
         """Return a grammar expression of the allowed texts that do not contain ``end``."""
-        parts = list(map(in_grammar, self.patterns))
+        parts = list(map(grammar_regex, self.patterns))
         holds_end = self.values is None or any(end in value for value in self.values)
         if self.values is not None:
             parts.insert(0, f"({' | '.join(map(json.dumps, self.values))})")
         if holds_end:
-            parts.append(in_grammar(without(end)))
+            parts.append(grammar_regex(pattern_without(end)))
         return " & ".join(parts)
 
 
-def text_rules(found: Sequence[Alternative], is_strict: bool) -> list[TextRule]:
+def text_rules(expanded: Sequence[Alternative], is_strict: bool) -> list[TextRule]:
     """Return the rules of which a text must match at least one; empty if no text is allowed.
 
     Raises:
         UnfollowedError: ``is_strict``, and a pattern is not supported.
     """
-    texts = (one for one in found if "string" in kinds_of_alternative(one))
+    texts = (one for one in expanded if "string" in types_of_alternative(one))
     rules = list(dict.fromkeys(_rule(one, is_strict) for one in texts))
     return [TextRule()] if any(rule.is_any for rule in rules) else rules
 
@@ -54,22 +54,26 @@ def text_rules(found: Sequence[Alternative], is_strict: bool) -> list[TextRule]:
 def _rule(pieces: Alternative, is_strict: bool) -> TextRule:
     values: list[str] | None = None
     patterns: list[str] = []
-    least, most = 0, None
+    min_length, max_length = 0, None
     for piece in pieces:
-        if (given := values_of(piece)) is not None:
-            own = [value for value in given if isinstance(value, str)]
-            values = own if values is None else [value for value in values if value in own]
+        if (piece_values := allowed_values(piece)) is not None:
+            texts = [value for value in piece_values if isinstance(value, str)]
+            values = texts if values is None else [value for value in values if value in texts]
         if "pattern" in piece:
             matching = full_match(piece["pattern"])
             if matching is not None:
                 patterns.append(matching)
             elif is_strict:
-                raise UnfollowedError("pattern has anchors within groups, which is not supported")
+                raise UnsupportedSchemaError(
+                    "pattern has anchors within groups, which is not supported"
+                )
         if "format" in piece:
             patterns.append(FORMATS[piece["format"]])
-        least = max(least, piece.get("minLength", 0))
+        min_length = max(min_length, piece.get("minLength", 0))
         if "maxLength" in piece:
-            most = min(piece["maxLength"], piece["maxLength"] if most is None else most)
-    if least or most is not None:
-        patterns.append(f"(?s:.{{{least},{'' if most is None else most}}})")
+            max_length = min(
+                piece["maxLength"], piece["maxLength"] if max_length is None else max_length
+            )
+    if min_length or max_length is not None:
+        patterns.append(f"(?s:.{{{min_length},{'' if max_length is None else max_length}}})")
     return TextRule(None if values is None else tuple(dict.fromkeys(values)), tuple(patterns))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gateway.text.schemas.alternatives import kind_of
+from gateway.text.schemas.alternatives import json_type_of
 from gateway.text.schemas.clean_schema import DEFINITION, CleanSchema
 
 _MAX_STEPS = 10_000
@@ -48,12 +48,12 @@ class ValueCheck:
         )
 
     def _fits_applied(self, value: Any, schema: Mapping[str, Any]) -> bool:
-        some = [schema[key] for key in ("anyOf", "oneOf") if key in schema]
+        groups = [schema[key] for key in ("anyOf", "oneOf") if key in schema]
         every = [*schema.get("allOf", ())]
         if "$ref" in schema:
             every.append(self._definitions[schema["$ref"].removeprefix(DEFINITION)])
         return all(self._fits(value, one) for one in every) and all(
-            any(self._fits(value, one) for one in group) for group in some
+            any(self._fits(value, one) for one in group) for group in groups
         )
 
     def _fits_inside(self, value: Any, schema: Mapping[str, Any]) -> bool:
@@ -82,7 +82,7 @@ def _fits_type(value: Any, schema: Mapping[str, Any]) -> bool:
         return True
     named = schema["type"]
     kinds = [named] if isinstance(named, str) else named
-    kind = kind_of(value)
+    kind = json_type_of(value)
     is_whole = kind == "number" and float(value).is_integer()
     return (
         kind in kinds
@@ -92,10 +92,10 @@ def _fits_type(value: Any, schema: Mapping[str, Any]) -> bool:
 
 
 def _fits_limits(value: Any, schema: Mapping[str, Any]) -> bool:
-    kind = kind_of(value)
+    kind = json_type_of(value)
     if kind in _LEAST:
-        least, most = schema.get(_LEAST[kind], 0), schema.get(_MOST[kind])
-        return len(value) >= least and (most is None or len(value) <= most)
+        min_size, max_size = schema.get(_LEAST[kind], 0), schema.get(_MOST[kind])
+        return len(value) >= min_size and (max_size is None or len(value) <= max_size)
     if kind not in ("integer", "number"):
         return True
     low, high = schema.get("minimum"), schema.get("maximum")

@@ -113,9 +113,9 @@ def test_errors_name_the_place_among_all_tools() -> None:
 
 def test_references_count_as_often_as_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """A short body may name a long tool many times: its text is counted before it is repeated."""
-    monkeypatch.setattr(deferred, "MAX_REFERRED_CHARS", 3 * len(SHOWN))
+    monkeypatch.setattr(deferred, "MAX_REFERENCED_CHARS", 3 * len(SHOWN))
     convert(tools=TOOLS, messages=found(*[reference("late")] * 3))
-    monkeypatch.setattr(deferred, "shown_references", lambda *_: pytest.fail("it was repeated"))
+    monkeypatch.setattr(deferred, "render_references", lambda *_: pytest.fail("it was repeated"))
     with pytest.raises(RequestError) as caught:
         convert(tools=TOOLS, messages=found(*[reference("late")] * 4))
     most = 3 * len(SHOWN)

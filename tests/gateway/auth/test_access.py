@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from cluster.config.gateway import GatewaySection
 from gateway.dashboard import http as dashboard
-from gateway.http.middleware import OPEN_PATHS
+from gateway.http.middleware import UNAUTHENTICATED_PATHS
 from gateway.http.serve_paths import SERVE_PATHS
 from gateway.protocols import build_public_app
 from protos import admin_pb2
@@ -190,7 +190,7 @@ def test_every_route_and_procedure_asks_for_a_key(keyed: Stack) -> None:
     for path, methods in routes.items():
         for method in (*methods, "OPTIONS", "TRACE", "PATCH"):
             status = keyed.http.request(method, path).status_code
-            is_open = path in OPEN_PATHS | SERVE_PATHS | dashboard.open_paths()
+            is_open = path in UNAUTHENTICATED_PATHS | SERVE_PATHS | dashboard.open_paths()
             assert status in ((200, 405) if is_open else (401,)), path
     for target, service in (
         (keyed.grpc_target, pb.DESCRIPTOR.services_by_name["Inference"]),

@@ -22,7 +22,7 @@ from gateway.http import api as http_api
 from gateway.http import json_output, sse
 from gateway.http import pooling as http_pooling
 from gateway.http.json_output import dump_long
-from gateway.http.schema import StreamOptions
+from gateway.http.schema import ChatStreamOptionsBody
 from gateway.offload.json_text import MAX_VALUES
 from gateway.offload.long_work import INLINE_SIZE
 from protos import inference_pb2 as pb
@@ -257,7 +257,7 @@ def test_a_long_event_is_written_in_short_pieces(
         responder=none,
         request_id="a",
         formatter=formatter,
-        options=StreamOptions(),
+        options=ChatStreamOptionsBody(),
     )
     delta: Any = SimpleNamespace(size=INLINE_SIZE + 1)
     assert stream._events(none, [delta]) == b"data: %b\n\n" % expected

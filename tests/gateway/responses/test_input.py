@@ -10,12 +10,12 @@ import pytest
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.messages import PHASE
 from gateway.http.parse import parse_body
-from gateway.responses.checked_request import CheckedRequest, make_turn
-from gateway.responses.conversation import Conversation, named_as_input
-from gateway.responses.items import ItemIds, read_item, response_of, seal
+from gateway.responses.checked_request import CheckedRequest, check_response_body
+from gateway.responses.conversation import Conversation, rename_error_fields
+from gateway.responses.items import ItemIds, encode_reasoning, read_item, response_id_of
 from gateway.responses.schema import InputItem, ResponseBody
-from gateway.responses.tools import CustomInput
-from gateway.responses.unsupported import MOVED, UNSUPPORTED
+from gateway.responses.tools import CustomInputReader
+from gateway.responses.unsupported import RENAMED_FIELDS, UNSUPPORTED
 from gateway.text.harmony.template import HarmonyTemplate
 from tests.gateway.fakes import BACKEND, EOS, MAX_MODEL_LEN, saying, tiny_tokenizer
 from tests.gateway.responses.streams import PATH, respond
@@ -36,12 +36,12 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 
 
 def turn_of(**body: Any) -> CheckedRequest:
-    return make_turn(parse_body(ResponseBody, body), ItemIds(RESPONSE_ID))
+    return check_response_body(parse_body(ResponseBody, body), ItemIds(RESPONSE_ID))
 
 
 def messages_of(*items: dict[str, Any], **body: Any) -> list[dict[str, Any]]:
     """The messages of some items, as chat templates see them."""
-    chat = turn_of(input=list(items), **body).fields.chat
+    chat = turn_of(input=list(items), **body).call.chat
     assert chat is not None
     return [dict(message) for message in chat.messages]
 
@@ -54,7 +54,7 @@ def test_instructions_and_reasoning_are_joined_once() -> None:
     """Not at each item, which would copy all texts before it."""
     conversation, ids = Conversation(), ItemIds(RESPONSE_ID)
     for place in range(1000):
-        conversation.instruct(f"{place}", "input")
+        conversation.add_instructions(f"{place}", "input")
     for _ in range(1000):
         item = read_item(InputItem.model_validate(THOUGHT), "input", ids)
         conversation.add(item, "input")
@@ -68,7 +68,7 @@ def test_instructions_and_reasoning_are_joined_once() -> None:
 
 @pytest.mark.parametrize(("strict", "expected"), [(None, False), (False, False), (True, True)])
 def test_tools_are_strict_where_they_say_so(strict: bool | None, expected: bool) -> None:
-    use = turn_of(input="hi", tools=[{**WEATHER, "strict": strict}]).fields.tools
+    use = turn_of(input="hi", tools=[{**WEATHER, "strict": strict}]).call.tools
     assert use is not None
     assert [tool.is_strict for tool in use.tools] == [expected]
 
@@ -77,8 +77,8 @@ def test_a_call_that_was_cut_is_no_part_of_the_conversation() -> None:
     cut = {**CALL, "id": "fc_1", "status": "incomplete", "arguments": '{"a":'}
     message = said("user", "go on")
     body = parse_body(ResponseBody, {"input": "go on", "previous_response_id": RESPONSE_ID})
-    stored = make_turn(body, ItemIds(RESPONSE_ID), [cut]).fields.chat
-    sent = turn_of(input=[cut, message]).fields.chat
+    stored = check_response_body(body, ItemIds(RESPONSE_ID), [cut]).call.chat
+    sent = turn_of(input=[cut, message]).call.chat
     for chat in (stored, sent):
         assert chat is not None
         assert [message["role"] for message in chat.messages] == ["user"]
@@ -165,8 +165,8 @@ def test_harmony_has_a_channel_for_each_phase() -> None:
             {"content": [{"type": "reasoning_text", "text": "a"}, {"type": "text", "text": "b"}]},
             "a\nb",
         ),
-        ({"content": [], "encrypted_content": seal("é so")}, "é so"),
-        ({"content": None, "encrypted_content": seal("a"), "summary": []}, "a"),
+        ({"content": [], "encrypted_content": encode_reasoning("é so")}, "é so"),
+        ({"content": None, "encrypted_content": encode_reasoning("a"), "summary": []}, "a"),
         ({"summary": [{"type": "summary_text", "text": "short"}]}, "short"),
         ({"content": "plain", "encrypted_content": None}, "plain"),
     ],
@@ -198,10 +198,10 @@ def test_items_get_ids_that_name_their_response() -> None:
     items = turn_of(input=[USER, own, THOUGHT, CALL, OUTPUT]).new_items
     assert items[1]["id"] == "msg_mine"
     made = [item["id"] for place, item in enumerate(items) if place != 1]
-    assert {response_of(one) for one in made} == {RESPONSE_ID}
+    assert {response_id_of(one) for one in made} == {RESPONSE_ID}
     assert [one.partition("_")[0] for one in made] == ["msg", "rs", "fc", "fco"]
     assert len(set(made)) == 4
-    assert response_of("msg_mine") is None
+    assert response_id_of("msg_mine") is None
 
 
 def test_the_prompt_of_a_conversation_with_calls(tools: Stack) -> None:
@@ -294,12 +294,12 @@ def test_effort_and_verbosity_are_variables_of_the_template() -> None:
 )
 def test_which_tools_may_be_called(choice: Any, allowed: list[str], must_call: bool) -> None:
     turn = turn_of(input="x", tools=[WEATHER, NOW, PATCH], tool_choice=choice)
-    use = turn.fields.tools
+    use = turn.call.tools
     assert use is not None
     assert [tool.name for tool in use.tools] == ["weather", "now", "patch"]
     assert [tool.name for tool in use.allowed] == allowed
     assert (use.must_call, use.is_parallel) == (must_call, True)
-    assert turn.head["tool_choice"] == choice
+    assert turn.repeated_fields["tool_choice"] == choice
     assert turn.tools.custom == {"patch"}
 
 
@@ -331,7 +331,7 @@ def test_calls_follow_a_grammar(tools: Stack) -> None:
     ],
 )
 def test_a_custom_tool_s_text_however_it_is_cut(text: str, expected: str, size: int) -> None:
-    reader = CustomInput()
+    reader = CustomInputReader()
     pieces = [text[start : start + size] for start in range(0, len(text), size)]
     assert "".join(map(reader.feed, pieces)) == expected
 
@@ -391,7 +391,7 @@ WRONG: dict[str, list[tuple[dict[str, Any], str]]] = {
             "input[0].encrypted_content",
         ),
         (
-            sending({**THOUGHT, "content": None, "encrypted_content": seal("x") + "!"}),
+            sending({**THOUGHT, "content": None, "encrypted_content": encode_reasoning("x") + "!"}),
             "input[0].encrypted_content",
         ),
         (asking({"max_output_tokens": 0}), "max_output_tokens"),
@@ -475,7 +475,7 @@ def test_wrong_input_is_named(tools: Stack, body: dict[str, Any], param: str, co
     assert not tools.engine.requests
 
 
-@pytest.mark.parametrize("name", [*UNSUPPORTED, *MOVED])
+@pytest.mark.parametrize("name", [*UNSUPPORTED, *RENAMED_FIELDS])
 def test_fields_that_are_not_built_are_refused(stack: Stack, name: str) -> None:
     answer = post(stack, PATH, input="x", **{name: {"some": "value"}})
     assert answer.status_code == 400
@@ -525,8 +525,8 @@ def test_messages_in_errors_are_called_input(stack: Stack) -> None:
     paths = ("instructions", "input[4]")
     with (
         pytest.raises(UnsupportedParameterError, match=r"^input\[4\] is bad, not instructions$"),
-        named_as_input(paths),
+        rename_error_fields(paths),
     ):
         raise UnsupportedParameterError("messages[1] is bad, not messages[0]", "messages[1]")
-    with pytest.raises(RequestError, match="messages"), named_as_input(paths):
+    with pytest.raises(RequestError, match="messages"), rename_error_fields(paths):
         raise RequestError("messages", "tools")

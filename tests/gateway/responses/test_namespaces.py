@@ -45,7 +45,7 @@ def call(name: str, arguments: dict[str, Any]) -> str:
 
 
 def test_the_model_sees_a_name_of_both() -> None:
-    use = turn_of(input="x", tools=[OWN_READ, FILES]).fields.tools
+    use = turn_of(input="x", tools=[OWN_READ, FILES]).call.tools
     assert use is not None
     shown = [(tool.name, tool.description) for tool in use.tools]
     assert shown == [

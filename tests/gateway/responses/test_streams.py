@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gateway.core.tuning import GatewayTuning
-from gateway.responses.items import seal
+from gateway.responses.items import encode_reasoning
 from tests.gateway.fakes import BACKEND, saying, tiny_tokenizer
 from tests.gateway.responses.streams import (
     PATH,
@@ -214,7 +214,7 @@ def test_reasoning_that_goes_back(harmony: Stack) -> None:
     harmony.engine.script = saying(SUM)
     asked = {"input": "x", "include": ["reasoning.encrypted_content"]}
     (reasoning, _) = both(harmony, **asked)["output"]
-    assert reasoning["encrypted_content"] == seal(text_of(reasoning))
+    assert reasoning["encrypted_content"] == encode_reasoning(text_of(reasoning))
 
 
 # ---- errors and silence ---------------------------------------------------------------------

@@ -21,19 +21,19 @@ CASES = (
     (lambda: AnswerRegion.after_thinking(Thinking.POSSIBLE), "", "<th"),
     (lambda: AnswerRegion.after_thinking(Thinking.OPEN), "a </thin </think", ""),
     (
-        lambda: AnswerRegion.of_harmony("<|start|>assistant"),
+        lambda: AnswerRegion.for_harmony("<|start|>assistant"),
         "<|channel|>analysis<|message|>a final b<|end|><|start|>assistant<|channel|>final "
         "<|constrain|>json<|message|>",
         "{}",
     ),
-    (lambda: AnswerRegion.of_harmony(OPENED), "", "c b"),
+    (lambda: AnswerRegion.for_harmony(OPENED), "", "c b"),
     (
-        lambda: AnswerRegion.of_harmony("<|start|>assistant"),
+        lambda: AnswerRegion.for_harmony("<|start|>assistant"),
         "<|channel|>?? final??<|message|>",
         "b",
     ),
     (
-        lambda: AnswerRegion.of_harmony("<|start|>assistant<|channel|>analysis<|message|>"),
+        lambda: AnswerRegion.for_harmony("<|start|>assistant<|channel|>analysis<|message|>"),
         "a<|end|><|start|>assistant<|channel|>final<|message|>",
         "\nb",
     ),
@@ -97,7 +97,7 @@ PARTS = (
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 1000])
 def test_reasoning_may_be_between_parts_of_an_answer(size: int) -> None:
-    region, found = AnswerRegion.of_harmony("<|start|>assistant"), ""
+    region, found = AnswerRegion.for_harmony("<|start|>assistant"), ""
     whole = "".join(text for text, _ in PARTS)
     for start in range(0, len(whole), size):
         for piece, is_answer in region.split(whole[start : start + size]):
@@ -107,7 +107,7 @@ def test_reasoning_may_be_between_parts_of_an_answer(size: int) -> None:
 
 def test_stops_do_not_count_in_reasoning_between_parts_of_an_answer() -> None:
     tokenizer, whole = tiny_tokenizer(), "".join(text for text, _ in PARTS)
-    region = AnswerRegion.of_harmony("<|start|>assistant")
+    region = AnswerRegion.for_harmony("<|start|>assistant")
     choice = ChoiceText(make_detokenizer(tokenizer), StopStrings(["stop"]), 0, region)
     stopped = [choice.feed(token, None) for token in tokenizer.encode(f"{whole}stop", False)]
     assert (choice.take(always=True)[0], stopped[-1]) == (whole, "stop")

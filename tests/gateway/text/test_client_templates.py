@@ -9,7 +9,7 @@ import pytest
 
 from cluster.core.errors import QueueFullError, RequestError
 from gateway.core.tool_use import ToolForm
-from gateway.text.client_templates import MAX_WAITING, ClientTemplates, TemplateAnswer
+from gateway.text.client_templates import MAX_WAITING, ClientTemplateRenderer, RenderedTemplate
 
 USER = [{"role": "user", "content": "hi"}]
 LOOP = "{% for i in range(99999) %}"
@@ -18,14 +18,14 @@ GROW = "{% set x.y = [x.y, 'a' * 16000000 ~ i] %}{% endfor %}"
 HUGE = "{% set x = namespace(y=[]) %}" + LOOP + GROW
 
 
-def render(source: str, **options: Any) -> TemplateAnswer:
-    return asyncio.run(ClientTemplates().render(source, {"eos_token": "<e>"}, USER, options))
+def render(source: str, **options: Any) -> RenderedTemplate:
+    return asyncio.run(ClientTemplateRenderer().render(source, {"eos_token": "<e>"}, USER, options))
 
 
 def test_it_sees_what_the_model_s_own_sees() -> None:
     source = "{{ messages[0].content }}{{ word }}{{ eos_token }}"
     answer = render(source, variables={"word": "!"}, add_generation_prompt=False)
-    assert answer == TemplateAnswer(
+    assert answer == RenderedTemplate(
         has_tools=False, tool_form=None, has_thinking=False, text="hi!<e>"
     )
 
@@ -63,11 +63,11 @@ def test_a_template_sees_nothing_of_this_process(monkeypatch: pytest.MonkeyPatch
 
 
 def test_few_may_wait() -> None:
-    async def ask_too_many() -> list[TemplateAnswer | BaseException]:
-        templates = ClientTemplates()
+    async def ask_too_many() -> list[RenderedTemplate | BaseException]:
+        templates = ClientTemplateRenderer()
         calls = [templates.render("x", {}, USER, {}) for _ in range(MAX_WAITING + 1)]
         return await asyncio.gather(*calls, return_exceptions=True)
 
     *answered, refused = asyncio.run(ask_too_many())
-    assert all(isinstance(one, TemplateAnswer) for one in answered)
+    assert all(isinstance(one, RenderedTemplate) for one in answered)
     assert isinstance(refused, QueueFullError)

@@ -13,8 +13,8 @@ from gateway.text.detokenizer import (
     ChoiceText,
     StopStrings,
     WindowDetokenizer,
+    locate_tokens,
     make_detokenizer,
-    place_tokens,
 )
 from gateway.text.tokenizer import Tokenizer
 from tests.gateway.fakes import BACKEND, EOS_ID, VOCAB_SIZE, tiny_tokenizer
@@ -186,7 +186,7 @@ def test_a_hidden_token_counts_and_has_no_text() -> None:
 
 def test_placed_tokens_line_up_with_the_text() -> None:
     ids = BACKEND.encode("hello world").ids
-    text, tokens = place_tokens(make_detokenizer(TOKENIZER), ids, ())
+    text, tokens = locate_tokens(make_detokenizer(TOKENIZER), ids, ())
     assert text == "hello world"
     starts = [token.text_offset for token in tokens]
     pieces = [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]

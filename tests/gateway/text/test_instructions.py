@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gateway.text.chat_template import ChatTemplate
-from gateway.text.instructions import with_all_as_user, with_late_ones_as_user
+from gateway.text.instructions import instructions_to_user, late_instructions_to_user
 
 ANY_ROLE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 ONE_FIRST = (
@@ -104,14 +104,14 @@ def test_every_instruction_reaches_the_model(
 def test_parts_of_content_stay_where_they_are() -> None:
     parts = {"role": "user", "content": [{"type": "text", "text": "u"}]}
     as_user = {"role": "user", "content": "s"}
-    assert with_late_ones_as_user([U, S, parts]) == [{**U, "content": "u\n\ns"}, parts]
-    assert with_all_as_user([S, parts]) == [as_user, parts]
+    assert late_instructions_to_user([U, S, parts]) == [{**U, "content": "u\n\ns"}, parts]
+    assert instructions_to_user([S, parts]) == [as_user, parts]
 
 
 def test_results_stay_next_to_their_calls() -> None:
     as_user = {"role": "user", "content": "s"}
-    assert with_all_as_user([U, CALL, S, RESULT, A]) == [U, CALL, RESULT, as_user, A]
+    assert instructions_to_user([U, CALL, S, RESULT, A]) == [U, CALL, RESULT, as_user, A]
 
 
 def test_instructions_without_text_add_nothing() -> None:
-    assert with_all_as_user([U, A, {**S, "content": ""}, U]) == [U, A, U]
+    assert instructions_to_user([U, A, {**S, "content": ""}, U]) == [U, A, U]

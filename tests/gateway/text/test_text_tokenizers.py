@@ -13,9 +13,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from gateway.text.detokenizer import (
     ChoiceText,
     StopStrings,
-    aligned,
+    align_offsets,
+    locate_tokens,
     make_detokenizer,
-    place_tokens,
 )
 from gateway.text.tokenizer import Tokenizer
 from tests.paths import ROOT
@@ -103,7 +103,7 @@ def test_offsets_count_the_characters_before_a_token(vocabulary: tuple[Tokenizer
         text = random_text(random.Random(seed), 20)
         ids = tokenizer.encode(text)
         ends = [len(text[: count + 1].encode()) for count in range(len(text))]
-        placed_text, placed = place_tokens(make_detokenizer(tokenizer), ids, ())
+        placed_text, placed = locate_tokens(make_detokenizer(tokenizer), ids, ())
         assert placed_text == text
         assert [token.token_id for token in placed] == list(ids)
         num_bytes = 0
@@ -226,11 +226,11 @@ def test_an_echoed_text_keeps_its_spaces_and_its_tokens_their_places(
 ) -> None:
     tokenizer = sentencepiece_like()
     ids = tokenizer.encode(text)
-    decoded, tokens = place_tokens(make_detokenizer(tokenizer, skips_special), ids, ())
+    decoded, tokens = locate_tokens(make_detokenizer(tokenizer, skips_special), ids, ())
     assert decoded == tokenizer.decode(ids, skips_special)
     if skips_special:
         assert decoded == text
-    found, placed = aligned(text, decoded, tokens)
+    found, placed = align_offsets(text, decoded, tokens)
     assert found == text
     assert [token.text_offset for token in placed] == offsets
 
@@ -267,7 +267,7 @@ def test_spaces_that_a_decoder_leaves_out_have_places(
     text: str, offsets: list[int], adds_bos: bool
 ) -> None:
     tokenizer = metaspace(adds_bos)
-    decoded, tokens = place_tokens(make_detokenizer(tokenizer, False), tokenizer.encode(text), ())
-    found, placed = aligned(text, decoded, tokens)
+    decoded, tokens = locate_tokens(make_detokenizer(tokenizer, False), tokenizer.encode(text), ())
+    found, placed = align_offsets(text, decoded, tokens)
     assert found == text
     assert [token.text_offset for token in placed] == [0] * adds_bos + offsets

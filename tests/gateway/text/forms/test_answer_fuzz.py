@@ -24,9 +24,9 @@ from gateway.text.detokenizer import make_detokenizer
 from gateway.text.forms.answer_parser import AnswerParser
 from gateway.text.forms.lookahead import MAX_WAITING_CHARS
 from gateway.text.forms.tool_calls import ParsedPiece
-from gateway.text.harmony.marks import MARKS as HARMONY_MARKS
-from gateway.text.harmony.marks import MESSAGE, OPENED
 from gateway.text.harmony.parser import HarmonyParser
+from gateway.text.harmony.special_tokens import MESSAGE, OPENED
+from gateway.text.harmony.special_tokens import SPECIAL_TOKENS as HARMONY_MARKS
 from gateway.text.tokenizer import Tokenizer
 from tests.gateway.fakes import tiny_backend
 from tests.gateway.text.forms.examples import (

@@ -45,7 +45,7 @@ class Vocabulary:
         self.backend = tiny_backend()
         self.backend.add_tokens([tokenizers.AddedToken(t, special=False) for t in tokens])
         self.backend.save(str(folder / "tokenizer.json"))
-        self.mark_ids = Tokenizer(self.backend).mark_ids
+        self.mark_ids = Tokenizer(self.backend).grammar_token_ids
         self._compiler = GrammarCompiler(folder, self.backend.get_vocab_size(), [EOS_ID])
 
     def start(self, grammar: Grammar) -> GrammarState:
@@ -219,7 +219,7 @@ def test_only_strict_tools_refuse_patterns_that_are_not_regular(
     text = {"type": "string", "pattern": pattern}
     schema = {"properties": {"pattern": text}, "required": ["pattern"]}
     said = written(ToolForm.HERMES, [("f", {"pattern": "any"})])
-    check_strictness(schema, said, r"properties\.pattern\.pattern is no regular", vocabulary)
+    check_strictness(schema, said, r"properties\.pattern\.pattern must be a pattern", vocabulary)
 
 
 def check_strictness(

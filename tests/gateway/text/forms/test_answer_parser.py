@@ -103,7 +103,7 @@ def test_a_function_that_was_not_offered_is_content(form: ToolForm) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_marks_without_a_call_are_content(form: ToolForm) -> None:
-    mark = SYNTAXES[form].mark
+    mark = SYNTAXES[form].first_delimiter
     for text in (f"{mark} x", f"a {mark}", f"{mark}{mark}", f"a {mark[:-1]}", f"{mark}\n\n", mark):
         assert parsed(text, form) == ([("content", text)], False)
     call = written(form, [("now", {})])
@@ -192,7 +192,7 @@ def test_a_call_whose_end_is_missing_is_complete_with_its_arguments() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_no_client_waits_for_long_for_the_end_of_a_head(form: ToolForm) -> None:
-    mark = SYNTAXES[form].mark
+    mark = SYNTAXES[form].first_delimiter
     text = f"{mark}{' ' * 3000}x"
     assert parsed(text, form) == ([("content", text)], False)
     parser = AnswerParser(form, USE)
@@ -309,7 +309,7 @@ def test_reasoning_is_told_apart(thinking: Thinking | None, text: str, parts: li
 
 @pytest.mark.parametrize("form", FORMS)
 def test_calls_behind_reasoning_and_within(form: ToolForm) -> None:
-    call, mark = written(form, [("now", {})]), SYNTAXES[form].mark
+    call, mark = written(form, [("now", {})]), SYNTAXES[form].first_delimiter
     thought = [("reasoning", f"A {mark} is"), ("0 now", "{}")]
     text = f"A {mark} is\n</think>\n\n{call}"
     assert parsed(text, form, Thinking.OPEN) == (thought, True)

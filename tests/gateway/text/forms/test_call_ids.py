@@ -10,7 +10,7 @@ import pytest
 from gateway.core.tool_use import Tool, ToolForm, ToolUse
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.forms.answer_parser import AnswerParser
-from gateway.text.forms.call_ids import CallIds, known_ids, with_fitting_ids
+from gateway.text.forms.call_ids import CallIds, conversation_call_ids, fit_call_ids
 from tests.gateway.fakes import saying, tiny_tokenizer
 from tests.gateway.stack import MODEL, post, running_stack
 from tests.gateway.text.forms.examples import written
@@ -64,7 +64,7 @@ def test_kimi_counts_over_the_conversation() -> None:
 @pytest.mark.parametrize("form", [ToolForm.HERMES, ToolForm.GLM, None])
 def test_other_forms_keep_what_clients_send(form: ToolForm | None) -> None:
     messages = [called("call_1", "x"), result("x", "2"), result("call_1", "1")]
-    assert with_fitting_ids(messages, form) is messages
+    assert fit_call_ids(messages, form) is messages
 
 
 @pytest.mark.parametrize(
@@ -80,21 +80,21 @@ def test_ids_of_other_servers_are_mapped_with_their_results(
         result("call_abcdefghijklmnopqrstuvwx", "first"),
         called(None),
     ]
-    shown = with_fitting_ids(messages, form)
+    shown = fit_call_ids(messages, form)
     first, second = (call["id"] for call in shown[0]["tool_calls"])
     (third,) = (call["id"] for call in shown[3]["tool_calls"])
     assert len({first, second, third}) == 3
     assert all(pattern.fullmatch(one) for one in (first, second, third))
     assert [message.get("tool_call_id") for message in shown[1:3]] == [second, first]
-    assert with_fitting_ids(messages, form) == shown, "the prompt's beginning stays the same"
-    assert set(known_ids(messages, form)) == {first, second, third}
+    assert fit_call_ids(messages, form) == shown, "the prompt's beginning stays the same"
+    assert set(conversation_call_ids(messages, form)) == {first, second, third}
 
 
 @pytest.mark.parametrize("form", [ToolForm.MISTRAL, ToolForm.KIMI])
 def test_fitting_ids_stay_and_equal_ones_are_told_apart(form: ToolForm) -> None:
     own = "abcDEF123" if form is ToolForm.MISTRAL else "functions.f:0"
     messages = [called(own, own), result(own, "a"), result(own, "b")]
-    shown = with_fitting_ids(messages, form)
+    shown = fit_call_ids(messages, form)
     first, second = (call["id"] for call in shown[0]["tool_calls"])
     assert first == own != second
     assert [message["tool_call_id"] for message in shown[1:]] == [first, second]

@@ -25,7 +25,7 @@ from gateway.http.openai_format import ChatFormat
 from gateway.responses.format import OutputFormat
 from gateway.responses.items import ItemIds
 from gateway.responses.output import OutputBuilder
-from gateway.responses.stream import joined
+from gateway.responses.stream import merge_deltas
 from tests.gateway.anthropic.test_messages import put_together
 from tests.gateway.text.forms.test_answer_fuzz import FORMS, MANY, Case, Writer, token_pieces
 from workers.requests.request import FinishReason, Request
@@ -139,7 +139,7 @@ def responses_client(case: Case, deltas: list[ChoiceDelta]) -> Told:
     items: list[dict[str, Any]] = []
     texts: list[str] = []
     for delta in deltas:
-        for event in joined(output.feed([delta])):
+        for event in merge_deltas(output.feed([delta])):
             if event["type"] == "response.output_item.added":
                 assert event["output_index"] == len(items) == len(texts)
                 items.append({})

@@ -10,7 +10,7 @@ import pytest
 from cluster.core.errors import RequestError
 from gateway.core.tool_use import ToolForm
 from gateway.text.forms.structured import schema_grammar
-from gateway.text.schemas.one_of import resolver, with_any_of
+from gateway.text.schemas.one_of import make_resolver, replace_one_of
 from tests.gateway.text.forms.examples import written
 from tests.gateway.text.forms.test_answer_grammar import PAIR_FORMS, Vocabulary
 from tests.gateway.text.forms.test_tool_schemas import grammar_of
@@ -95,7 +95,7 @@ def test_answers_follow_members_that_are_references(name: str, vocabulary: Vocab
 )
 def test_members_that_may_overlap_are_left_alone(members: Any) -> None:
     schema = {**record(v={"oneOf": members}), "$defs": TAGGED}
-    assert with_any_of(schema, resolver(schema)) == schema
+    assert replace_one_of(schema, make_resolver(schema)) == schema
 
 
 def test_members_that_may_overlap_are_refused(vocabulary: Vocabulary) -> None:
@@ -109,4 +109,4 @@ def test_many_members_are_compared_by_their_tag_alone() -> None:
     untagged = [record(**{f"p{n}": {}}) for n in range(1000)]
     for members, keyword in ((tagged, "anyOf"), (untagged, "oneOf")):
         schema = {"oneOf": members}
-        assert list(with_any_of(schema, resolver(schema))) == [keyword]
+        assert list(replace_one_of(schema, make_resolver(schema))) == [keyword]

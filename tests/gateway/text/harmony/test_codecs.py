@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from gateway.core.messages import REASONING_NAMES
 from gateway.core.tool_use import ToolForm
 from gateway.text.chat_template import ChatTemplate
-from gateway.text.harmony.marks import MARKS
+from gateway.text.harmony.special_tokens import SPECIAL_TOKENS
 from gateway.text.harmony.template import HarmonyTemplate
 from gateway.text.tokenizer import Tokenizer
 from protos import types_pb2
@@ -177,7 +177,7 @@ def own() -> Iterator[Stack]:
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([*MARKS, EOS])
+    backend.add_special_tokens([*SPECIAL_TOKENS, EOS])
     assert backend.get_vocab()[EOS] == EOS_ID
     with running_stack(tokenizer=Tokenizer(backend, HarmonyTemplate())) as stack:
         yield stack

@@ -12,14 +12,14 @@ from cluster.core.errors import RequestError
 from gateway.core.tool_use import Tool, ToolUse
 from gateway.text.forms.structured import MAX_GRAMMAR_BYTES, make_grammar
 from gateway.text.harmony.grammar import harmony_grammar
-from gateway.text.harmony.marks import (
+from gateway.text.harmony.special_tokens import (
     CALL,
     CHANNEL,
     CONSTRAIN,
     END,
-    MARKS,
     MESSAGE,
     OPENED,
+    SPECIAL_TOKENS,
     START,
 )
 from tests.gateway.fakes import EOS_ID, tiny_backend
@@ -32,7 +32,7 @@ from workers.sampling.grammar_compiler import GrammarCompiler
 def backend() -> tokenizers.Tokenizer:
     """The vocabulary of the tests, and the format's marks."""
     made = tiny_backend()
-    made.add_special_tokens([*MARKS])
+    made.add_special_tokens([*SPECIAL_TOKENS])
     return made
 
 
@@ -158,7 +158,7 @@ def test_answers_begin_where_the_prompt_ends(
 
 @pytest.mark.parametrize("opened", [START, f"{OPENED}{CHANNEL}", f"{OPENED}{CHANNEL}final"])
 def test_a_prompt_that_ends_within_a_header_has_no_grammar(opened: str) -> None:
-    marks = dict.fromkeys(MARKS, 1)
+    marks = dict.fromkeys(SPECIAL_TOKENS, 1)
     assert harmony_grammar(None, marks, None, opened) is None
     for use, answer, field in ((TOOLS, None, "tools"), (None, NUMBER, NUMBER.field)):
         with pytest.raises(RequestError, match="a prompt that ends within a header") as caught:
@@ -167,7 +167,7 @@ def test_a_prompt_that_ends_within_a_header_has_no_grammar(opened: str) -> None:
 
 
 def special_ids(backend: tokenizers.Tokenizer) -> dict[str, int]:
-    return {mark: backend.get_vocab()[mark] for mark in MARKS}
+    return {mark: backend.get_vocab()[mark] for mark in SPECIAL_TOKENS}
 
 
 def accepts(
@@ -183,19 +183,19 @@ def accepts(
 
 
 def test_a_vocabulary_without_the_marks_has_no_grammar_of_its_own() -> None:
-    assert harmony_grammar(None, dict.fromkeys(MARKS, 1), None) is None
+    assert harmony_grammar(None, dict.fromkeys(SPECIAL_TOKENS, 1), None) is None
     assert harmony_grammar(None, {}, None) is None
     assert harmony_grammar(None, {}, NUMBER) is NUMBER
     assert harmony_grammar(None, {}, WORDS) is WORDS
     assert harmony_grammar(TOOLS, {}, None) is None
     for use, answer, field in ((MUST, None, "tool_choice"), (TOOLS, NUMBER, "response_format")):
-        with pytest.raises(RequestError, match="needs a model with the marks") as caught:
+        with pytest.raises(RequestError, match="needs a model with the special tokens") as caught:
             harmony_grammar(use, {}, answer)
         assert caught.value.param == field
 
 
 def test_each_error_names_its_field() -> None:
-    marks = dict.fromkeys(MARKS, 1)
+    marks = dict.fromkeys(SPECIAL_TOKENS, 1)
     with pytest.raises(RequestError, match=r"structured_outputs\.regex cannot go with tools"):
         harmony_grammar(TOOLS, marks, WORDS)
     large = Tool(name="f", parameters={"properties": {"x" * MAX_GRAMMAR_BYTES: {}}})
@@ -209,4 +209,4 @@ def test_a_response_format_of_any_allowed_size_is_taken(use: ToolUse | None) -> 
     empty = len(json.dumps({"const": ""}, separators=(",", ":")))
     schema = {"const": "x" * (MAX_GRAMMAR_BYTES - empty)}
     answer = make_grammar("json_schema", schema, {})
-    assert harmony_grammar(use, dict.fromkeys(MARKS, 1), answer) is not None
+    assert harmony_grammar(use, dict.fromkeys(SPECIAL_TOKENS, 1), answer) is not None

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 
 from gateway.text.forms.tool_calls import ParsedPiece
-from gateway.text.harmony.marks import (
+from gateway.text.harmony.parser import MAX_HEADER_CHARS, HarmonyParser
+from gateway.text.harmony.special_tokens import (
     CALL,
     CHANNEL,
     CONSTRAIN,
     END,
-    MARKS,
     MESSAGE,
     OPENED,
     RETURN,
+    SPECIAL_TOKENS,
     START,
 )
-from gateway.text.harmony.parser import MAX_HEADER_CHARS, HarmonyParser
 from tests.gateway.text.harmony.examples import (
     PLAN,
     PLAN_ARGUMENTS,
@@ -344,9 +344,9 @@ def random_answer(draw: random.Random, num_words: int = 40) -> str:
 
 def broken(draw: random.Random, text: str) -> str:
     """The same with one mark gone, put in, or in place of another."""
-    places = [found.span() for found in re.finditer("|".join(map(re.escape, MARKS)), text)]
+    places = [found.span() for found in re.finditer("|".join(map(re.escape, SPECIAL_TOKENS)), text)]
     start, stop = draw.choice(places or [(0, 0)])
-    return text[:start] + draw.choice(("", *MARKS)) + text[draw.choice((start, stop)) :]
+    return text[:start] + draw.choice(("", *SPECIAL_TOKENS)) + text[draw.choice((start, stop)) :]
 
 
 def test_any_answer_is_the_same_in_pieces_and_loses_no_word() -> None:

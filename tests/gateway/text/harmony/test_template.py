@@ -13,8 +13,15 @@ from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.call import AnswerFormat
 from gateway.core.tool_use import Tool
 from gateway.text.forms.tools import template_call
-from gateway.text.harmony.marks import ENDS, MESSAGE, OPENED, START, SpecialToken, open_message
 from gateway.text.harmony.parser import HarmonyParser
+from gateway.text.harmony.special_tokens import (
+    ENDS,
+    MESSAGE,
+    OPENED,
+    START,
+    SpecialToken,
+    open_message,
+)
 from gateway.text.harmony.template import HarmonyTemplate
 from tests.gateway.text.harmony.examples import (
     CONVERSATION,

@@ -32,7 +32,7 @@ START, END, RETURN, CALL = (
     SpecialToken("<|call|>"),
 )
 ENDS: tuple[str, ...] = (END, RETURN, CALL)
-MARKS: tuple[str, ...] = (CHANNEL, MESSAGE, CONSTRAIN, START, *ENDS)
+SPECIAL_TOKENS: tuple[str, ...] = (CHANNEL, MESSAGE, CONSTRAIN, START, *ENDS)
 ANALYSIS, COMMENTARY, FINAL = "analysis", "commentary", "final"
 CHANNELS = (ANALYSIS, COMMENTARY, FINAL)
 """Channels: reasoning; calls, and text for the user before them; the answer."""
@@ -48,7 +48,7 @@ _SIGNS = r"[^\w<=\[\]{}()\"'`]{0,64}"
 _CHANNEL_NAME = re.compile(rf"{re.escape(CHANNEL)}{_SIGNS}(\w+)")
 _RECIPIENT = re.compile(r"\bto=\s*([\w.:/-]+)")
 _ROLE_WORD = re.compile(r"[\w.:-]*")
-_BEHIND_ROLE = re.compile(rf"{_SIGNS}(?:to=|{re.escape(CHANNEL)}|{re.escape(CONSTRAIN)})")
+_AFTER_ROLE = re.compile(rf"{_SIGNS}(?:to=|{re.escape(CHANNEL)}|{re.escape(CONSTRAIN)})")
 _ONE_WORD = re.compile(rf"{_SIGNS}[\w.-]{{0,64}}{_SIGNS}")
 _TO = rf"\s*(?:{_SIGNS}to=\s*[^\s<]*|to?\Z)?\s*"
 _WORDS = re.compile(
@@ -71,7 +71,7 @@ class HarmonyPrompt(str):
         return made
 
     @property
-    def marks(self) -> frozenset[SpecialToken]:
+    def special_tokens(self) -> frozenset[SpecialToken]:
         return frozenset(part for part in self.parts if isinstance(part, SpecialToken))
 
 
@@ -107,13 +107,13 @@ def text_in_header(header: str, has_role: bool, is_whole: bool) -> str:
         has_role: whether it begins with a role.
         is_whole: whether ``<|message|>`` ends it.
     """
-    place = _role_end(header) if has_role else 0
-    while (words := _WORDS.match(header, place)) and words.end() > place:
+    position = _role_end(header) if has_role else 0
+    while (words := _WORDS.match(header, position)) and words.end() > position:
         if words[1] and not _begins_one_of(CHANNELS, words[1]):
-            place = words.start(1)
+            position = words.start(1)
             break
-        place = words.end()
-    text = header[place:]
+        position = words.end()
+    text = header[position:]
     may_be_type = is_whole or bool(read_header(header).recipient)
     return "" if may_be_type and _ONE_WORD.fullmatch(text.strip()) else text
 
@@ -121,7 +121,7 @@ def text_in_header(header: str, has_role: bool, is_whole: bool) -> str:
 def _role_end(header: str) -> int:
     word = _ROLE_WORD.match(header)
     assert word is not None, "it matches an empty text"
-    is_role = _begins_one_of(ROLES, word[0]) or _BEHIND_ROLE.match(header, word.end())
+    is_role = _begins_one_of(ROLES, word[0]) or _AFTER_ROLE.match(header, word.end())
     return word.end() if is_role else 0
 
 
@@ -129,7 +129,7 @@ def _begins_one_of(names: tuple[str, ...], text: str) -> bool:
     return any(name.startswith(text) for name in names)
 
 
-def without_signs(text: str) -> str:
+def strip_signs(text: str) -> str:
     """Return a text without white space and signs at its start."""
     return re.sub(_SIGNS, "", text.lstrip(), count=1)
 
@@ -140,10 +140,10 @@ def open_message(prompt: str) -> str:
     It ends with ``<|message|>`` if the answer continues the text of this message. It is empty if
     the prompt has no open message.
     """
-    place = prompt.rfind(START)
-    if place < 0 or any(prompt.find(end, place) >= 0 for end in ENDS):
+    position = prompt.rfind(START)
+    if position < 0 or any(prompt.find(end, position) >= 0 for end in ENDS):
         return ""
-    header, mark, _ = prompt[place:].partition(MESSAGE)
+    header, mark, _ = prompt[position:].partition(MESSAGE)
     return header + mark
 
 
@@ -152,14 +152,14 @@ def open_header(ids: Sequence[int], special_ids: Mapping[str, int]) -> Sequence[
 
     Args:
         ids: the token ids of the prompt.
-        special_ids: ids of the special tokens by text, including ``MARKS``.
+        special_ids: ids of the special tokens by text, including ``SPECIAL_TOKENS``.
     """
     ends = {special_ids[end] for end in ENDS}
-    place = len(ids) - 1
-    while place >= 0 and ids[place] != special_ids[START]:
-        if ids[place] in ends:
+    position = len(ids) - 1
+    while position >= 0 and ids[position] != special_ids[START]:
+        if ids[position] in ends:
             return ()
-        place -= 1
-    header = ids[place:] if place >= 0 else ()
+        position -= 1
+    header = ids[position:] if position >= 0 else ()
     message = special_ids[MESSAGE]
     return header[: header.index(message) + 1] if message in header else header

@@ -14,7 +14,7 @@ from gateway.core.field_checks import require
 from gateway.http.json_output import dump_json
 
 Order = Literal["asc", "desc"]
-Listed = TypeVar("Listed")
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,27 +28,27 @@ class Page:
     """Sort order by creation time."""
 
     @classmethod
-    def of(cls, query: Mapping[str, str], most: int, default: int) -> Self:
-        """Read ``limit`` (1 to ``most``), ``after`` and ``order`` from the query of a URL.
+    def from_query(cls, query: Mapping[str, str], max_limit: int, default: int) -> Self:
+        """Read ``limit`` (1 to ``max_limit``), ``after`` and ``order`` from the query of a URL.
 
         Raises ``RequestError`` for an invalid value.
         """
         order, limit = query.get("order", "desc"), query.get("limit", str(default))
         require(order in ("asc", "desc"), "order", f"({order[:32]!r}) must be asc or desc")
-        is_number = limit.isascii() and limit.isdecimal() and len(limit) <= len(str(most))
-        rule = f"({limit[:32]!r}) must be a whole number from 1 to {most}"
-        require(is_number and 1 <= int(limit) <= most, "limit", rule)
+        is_number = limit.isascii() and limit.isdecimal() and len(limit) <= len(str(max_limit))
+        rule = f"({limit[:32]!r}) must be a whole number from 1 to {max_limit}"
+        require(is_number and 1 <= int(limit) <= max_limit, "limit", rule)
         return cls(int(limit), query.get("after"), cast(Order, order))
 
-    def ordered(
-        self, found: Sequence[Listed], id_of: Callable[[Listed], str] = str
-    ) -> Sequence[Listed]:
+    def select(
+        self, oldest_first: Sequence[Entry], id_of: Callable[[Entry], str] = str
+    ) -> Sequence[Entry]:
         """Sort the entries, which are given oldest first, and drop all up to ``after``.
 
         ``id_of`` returns the id of an entry; by default the entries are ids. Raises
         ``RequestError`` if no entry has the id ``after``.
         """
-        entries = list(found) if self.order == "asc" else list(reversed(found))
+        entries = list(oldest_first) if self.order == "asc" else list(reversed(oldest_first))
         if self.after is None:
             return entries
         ids = list(map(id_of, entries))
@@ -63,18 +63,18 @@ class Page:
 
         ``read`` returns None for an object that no longer exists or must not be listed.
         """
-        present = (one for one in map(read, self.ordered(ids)) if one is not None)
-        return self.document(list(islice(present, self.limit + 1)))
+        present = (one for one in map(read, self.select(ids)) if one is not None)
+        return self.to_body(list(islice(present, self.limit + 1)))
 
-    def document(self, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return the response body for the first ``limit`` entries of ``found``."""
-        data = found[: self.limit]
+    def to_body(self, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the response body for the first ``limit`` entries of ``entries``."""
+        data = entries[: self.limit]
         return {
             "object": "list",
             "data": data,
             "first_id": data[0]["id"] if data else None,
             "last_id": data[-1]["id"] if data else None,
-            "has_more": len(found) > self.limit,
+            "has_more": len(entries) > self.limit,
         }
 
 
@@ -84,7 +84,7 @@ def json_response(content: object) -> Response:
     return Response(raw, media_type="application/json")
 
 
-def tenant() -> str:
+def current_tenant() -> str:
     """Return the tenant of the current request's API key; empty if no keys are configured."""
     caller = CALLER.get()
     return "" if caller is None else caller.entry.tenant

@@ -17,7 +17,7 @@ from gateway.text.schemas.references import MAX_SCHEMA_DEPTH, References
 ANY, NULL, ARRAY, OBJECT = "any", "null", "array", "object"
 
 
-class Definitions:
+class SchemaDefinitions:
     """Resolves references within one schema."""
 
     def __init__(self, root: Mapping[str, Any]) -> None:
@@ -28,53 +28,53 @@ class Definitions:
     def find(self, reference: str) -> Mapping[str, Any] | None:
         """Return the target of a reference; None if it is absent or beyond the size limit."""
         target = self._references.find(reference)
-        found = None if target is None else target.schema
-        if not isinstance(found, Mapping) or self._chars_left <= 0:
+        schema = None if target is None else target.schema
+        if not isinstance(schema, Mapping) or self._chars_left <= 0:
             return None
-        self._chars_left -= len(json.dumps(found))
-        return found if self._chars_left >= 0 else None
+        self._chars_left -= len(json.dumps(schema))
+        return schema if self._chars_left >= 0 else None
 
 
 @dataclass(frozen=True, slots=True)
-class Schema:
+class ResolvedSchema:
     """A schema, or a part of one; invalid keywords are ignored."""
 
     data: Mapping[str, Any]
-    definitions: Definitions
+    definitions: SchemaDefinitions
     references: tuple[str, ...] = ("#", "")
     """References that were followed to reach this schema."""
     depth: int = 0
 
     @staticmethod
-    def of(data: Mapping[str, Any]) -> Schema:
-        return Schema(data, Definitions(data))._resolved()
+    def from_root(data: Mapping[str, Any]) -> ResolvedSchema:
+        return ResolvedSchema(data, SchemaDefinitions(data))._resolved()
 
     def get(self, name: str) -> Any:
         return self.data.get(name)
 
     def entries(self, name: str) -> list[Any]:
         """Return the list at a keyword; empty without one."""
-        found = self.data.get(name)
-        return found if isinstance(found, list) else []
+        value = self.data.get(name)
+        return value if isinstance(value, list) else []
 
     @property
     def has_properties(self) -> bool:
-        found = self.data.get("properties")
-        return isinstance(found, Mapping) and bool(found)
+        properties = self.data.get("properties")
+        return isinstance(properties, Mapping) and bool(properties)
 
     @property
     def has_variants(self) -> bool:
         return not self.has_properties and any(isinstance(v, Mapping) for v in self._variants)
 
     @property
-    def properties(self) -> dict[str, Schema]:
+    def properties(self) -> dict[str, ResolvedSchema]:
         """Properties by name, with references resolved."""
         if not self.has_properties:
             return {}
         return {name: self._inner(value) for name, value in self.data["properties"].items()}
 
     @property
-    def variants(self) -> list[Schema]:
+    def variants(self) -> list[ResolvedSchema]:
         """Schemas of which a value matches one.
 
         Empty for an object with properties: its variants only combine properties.
@@ -84,10 +84,10 @@ class Schema:
         return [self._inner(one) for one in self._variants if isinstance(one, Mapping)]
 
     @property
-    def item(self) -> Schema | None:
+    def item(self) -> ResolvedSchema | None:
         """Schema of array items; None for any item."""
-        found = self.data.get("items")
-        return self._inner(found) if isinstance(found, Mapping) else None
+        items = self.data.get("items")
+        return self._inner(items) if isinstance(items, Mapping) else None
 
     @property
     def values(self) -> list[Any]:
@@ -95,7 +95,7 @@ class Schema:
         return self.entries("enum") or ([self.data["const"]] if "const" in self.data else [])
 
     @property
-    def kinds(self) -> list[str]:
+    def types(self) -> list[str]:
         """Names of types without duplicates; without ``type``, inferred from other keywords."""
         named = self.get("type")
         if isinstance(named, list):
@@ -114,18 +114,18 @@ class Schema:
     def _variants(self) -> list[Any]:
         return self.entries("oneOf") or self.entries("anyOf")
 
-    def _inner(self, data: object) -> Schema:
-        known = data if isinstance(data, Mapping) and self.depth < MAX_SCHEMA_DEPTH else {}
-        return Schema(known, self.definitions, self.references, self.depth + 1)._resolved()
+    def _inner(self, data: object) -> ResolvedSchema:
+        schema = data if isinstance(data, Mapping) and self.depth < MAX_SCHEMA_DEPTH else {}
+        return ResolvedSchema(schema, self.definitions, self.references, self.depth + 1)._resolved()
 
-    def _resolved(self) -> Schema:
+    def _resolved(self) -> ResolvedSchema:
         """Resolve ``$ref``; keywords next to the reference override the target."""
         schema = self
         while isinstance(reference := schema.get("$ref"), str):
             beside = {name: value for name, value in schema.data.items() if name != "$ref"}
             is_new = reference not in schema.references
-            found = schema.definitions.find(reference) if is_new else None
+            target = schema.definitions.find(reference) if is_new else None
             references = (*schema.references, reference)
-            data = {**(found or {}), **beside}
-            schema = Schema(data, schema.definitions, references, schema.depth)
+            data = {**(target or {}), **beside}
+            schema = ResolvedSchema(data, schema.definitions, references, schema.depth)
         return schema

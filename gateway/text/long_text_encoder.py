@@ -9,13 +9,13 @@ from array import array
 from pathlib import Path
 
 from cluster.core.errors import RequestFailedError
-from gateway.text.encode_texts import ID_TYPE, REPLY, message_of
+from gateway.text.encode_texts import ID_TYPE, REPLY, encode_message
 
 LONG_CHARS = 262_144
 """Longer texts are tokenized in the process, shorter ones in a thread."""
 
 
-class LongTexts:
+class LongTextEncoder:
     """Client of the process, which starts for the first long text and keeps running.
 
     Args:
@@ -24,31 +24,33 @@ class LongTexts:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
 
     async def encode(
-        self, text: str, add_special_tokens: bool, kept: slice
+        self, text: str, add_special_tokens: bool, token_slice: slice
     ) -> tuple[array[int], int]:
-        """Return the slice ``kept`` of the token ids of a text, and the total number of ids.
+        """Return the slice ``token_slice`` of the token ids of a text, and the total number of ids.
 
         Cancelling the call kills the process.
 
         Raises:
             RequestFailedError: the process ended.
         """
-        async with self._turn:
+        async with self._lock:
             process = self._process or await self._start()
             self._process = None  # in use: an exception in this call kills the process
             try:
-                message = await asyncio.to_thread(message_of, text, add_special_tokens, kept)
-                found = await _ask(process, message)
+                message = await asyncio.to_thread(
+                    encode_message, text, add_special_tokens, token_slice
+                )
+                reply = await _request(process, message)
             except BaseException:
                 process.kill()
                 await asyncio.shield(process.wait())
                 raise
             self._process = process
-            return found
+            return reply
 
     async def stop(self) -> None:
         process, self._process = self._process, None
@@ -66,7 +68,7 @@ class LongTexts:
         )
 
 
-async def _ask(process: asyncio.subprocess.Process, message: bytes) -> tuple[array[int], int]:
+async def _request(process: asyncio.subprocess.Process, message: bytes) -> tuple[array[int], int]:
     assert process.stdin is not None, "a pipe"
     assert process.stdout is not None, "a pipe"
     try:

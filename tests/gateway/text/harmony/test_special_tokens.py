@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.text.harmony.marks import (
-    MARKS,
+from gateway.text.harmony.special_tokens import (
     OPENED,
+    SPECIAL_TOKENS,
     Header,
     open_header,
     open_message,
@@ -51,7 +51,7 @@ def test_headers_have_channel_and_recipient_in_any_order(
 def test_the_open_message_is_the_last_one_without_an_end(prompt: str, opened: str) -> None:
     assert open_message(prompt) == opened
     backend = tiny_backend()
-    backend.add_special_tokens([*MARKS])
+    backend.add_special_tokens([*SPECIAL_TOKENS])
     ids = backend.encode(prompt).ids
     found = open_header(ids, backend.get_vocab())
     assert backend.decode(list(found), skip_special_tokens=False) == opened

@@ -12,8 +12,8 @@ from cluster.core.errors import RequestError
 from gateway.offload.long_work import LongWork, numbers_of
 from gateway.text import encoding
 from gateway.text.encoding import TextEncoder, check_num_tokens
-from gateway.text.harmony.marks import MARKS, HarmonyPrompt, SpecialToken
-from gateway.text.long_texts import LongTexts
+from gateway.text.harmony.special_tokens import SPECIAL_TOKENS, HarmonyPrompt, SpecialToken
+from gateway.text.long_text_encoder import LongTextEncoder
 from gateway.text.tokenizer import Tokenizer, load_tokenizer
 from tests.paths import DEMO
 
@@ -28,8 +28,8 @@ def tokenizer() -> Tokenizer:
 
 
 @asynccontextmanager
-async def process() -> AsyncIterator[LongTexts]:
-    made = LongTexts(FILE)
+async def process() -> AsyncIterator[LongTextEncoder]:
+    made = LongTextEncoder(FILE)
     try:
         yield made
     finally:
@@ -50,7 +50,11 @@ def test_ids_are_the_same(kept: slice, special: bool) -> None:
 
 def test_marks_stay_marks() -> None:
     text = HarmonyPrompt(
-        [SpecialToken(next(iter(MARKS))), "so it is", SpecialToken(next(iter(MARKS)))]
+        [
+            SpecialToken(next(iter(SPECIAL_TOKENS))),
+            "so it is",
+            SpecialToken(next(iter(SPECIAL_TOKENS))),
+        ]
     )
 
     async def encode() -> tuple[int, ...]:
@@ -81,13 +85,13 @@ def test_a_call_that_is_cancelled_ends_the_process_and_the_next_one_starts_anoth
 def test_only_long_texts_go_to_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "LONG_CHARS", 1000)
     long: list[int] = []
-    encode = LongTexts.encode
+    encode = LongTextEncoder.encode
 
-    async def note(texts: LongTexts, text: str, special: bool, kept: slice) -> object:
+    async def note(texts: LongTextEncoder, text: str, special: bool, kept: slice) -> object:
         long.append(len(text))
         return await encode(texts, text, special, kept)
 
-    monkeypatch.setattr(LongTexts, "encode", note)
+    monkeypatch.setattr(LongTextEncoder, "encode", note)
 
     async def run() -> list[encoding.EncodedText]:
         work = LongWork()
