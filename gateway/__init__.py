@@ -1,6 +1,6 @@
-"""The gateway: HTTP and gRPC, tokenizer, admission, routing. ``app`` is the Ray Serve deployment.
+"""The gateway: HTTP and gRPC servers, tokenizer, admission, routing; ``app`` runs it in Ray Serve.
 
-Floors, from the ground up: ``core``; ``text``, ``auth``, ``cluster``; ``engines``,
+Layers, from the lowest: ``core``; ``text``, ``auth``, ``cluster``; ``engines``,
 ``observability``; ``generation``; ``http``, ``grpc`` and ``listener``; ``admin``; ``app``.
-Ray is imported in ``app`` and ``cluster.client`` only; torch never.
+Only ``app`` and ``cluster.client`` import Ray; no module imports torch.
 """

@@ -1,8 +1,8 @@
-"""The gateway as a Ray Serve deployment: Serve starts, checks and replaces replicas.
+"""The gateway as a Ray Serve deployment, which starts, checks and replaces replicas.
 
-HTTP and gRPC have servers of our own in the replica's process, which share one ``Gateway``. Their
-ports are bound at once; readiness follows the cluster. Ray Serve's own HTTP proxy is one more way
-to the same application where it runs (``--serve-proxy``).
+The replica's process runs its own HTTP and gRPC servers, which share one ``Gateway``. Their ports
+are bound at the start; readiness follows the cluster. Ray Serve's HTTP proxy serves the same
+application if it is enabled (``--serve-proxy``).
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ logger = logging.getLogger(__name__)
 
 DEPLOYMENT_NAME = "gateway"
 _HEAD_NODE = "node:__internal_head__"
-"""Ray's own resource of the head node, where gateways run if no node is labelled for them: ``host``
-is an address of that node."""
+"""Ray's resource of the head node, where gateways run if no node is labelled for them; ``host`` is
+an address of that node."""
 _SPARE_REQUESTS = 1024
-"""Room in Serve beyond our own queue, for probes, scrapes and refused requests."""
+"""Requests that Serve accepts beyond ``max_queue``: probes, scrapes and refused requests."""
 _MAX_CONNECTIONS = 4096
-"""HTTP connections of a replica; one above ends the oldest whose client waits for no answer."""
+"""HTTP connections of a replica; a further one closes the oldest idle connection."""
 _LEAVING_POLL_S = 0.1
 _SWITCH_INTERVAL_S = 0.0005
-"""Time for which a thread keeps the interpreter lock while the event loop waits for it. The loop
-gives the lock back at each system call, a dozen times in a small request."""
+"""Longest time that a thread keeps the interpreter lock while the event loop waits for it. The loop
+releases the lock at each system call, a dozen times per small request."""
 _HEALTH_CHECK_PERIOD_S = 1.0
-"""Interval of Serve's health checks, its only way to notice a dead replica."""
+"""Interval of Serve's health checks, by which alone it detects a dead replica."""
 
 
 @serve.deployment(
@@ -71,7 +71,7 @@ _HEALTH_CHECK_PERIOD_S = 1.0
 )
 @serve.ingress()
 class GatewayReplica:
-    """One replica; Serve builds it from the configuration alone."""
+    """One replica of the gateway; Serve builds it from the configuration."""
 
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = ClusterConfig.from_dict(config)
@@ -106,7 +106,7 @@ class GatewayReplica:
             section.host,
             section.port,
             max_connections=_MAX_CONNECTIONS,
-            is_shared=True,  # with other replicas of the host, also the next one
+            is_shared=True,  # the host's replicas share the port
             trusted_proxies=section.forwarded_allow_ips,
         )
         http_port = await self._http.start()
@@ -128,50 +128,50 @@ class GatewayReplica:
         self._batches = BatchRunner(self._gateway, HttpApi(self._gateway).routes())
         self._batches.start()
         start_returning()
-        gc.freeze()  # a collection goes through what requests made, not through all modules
+        gc.freeze()  # the garbage collector then skips all modules
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._is_ending = False
         self._leaving = asyncio.create_task(self._share_port_until_leaving())
         logger.info("%s serves HTTP on port %d, gRPC on port %d", name, http_port, grpc_port)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Called by Serve after the constructor: what its own proxy serves."""
+        """Build the application of Serve's proxy. Called by Serve after the constructor."""
         return build_public_app(self._gateway, is_behind_serve=True)
 
     async def check_health(self) -> None:
-        """Called by Serve; a replica whose check fails is replaced. Raises ``RuntimeError``."""
+        """Called by Serve, which replaces the replica on an error. Raises ``RuntimeError``."""
         if not self._http.is_serving:
             raise RuntimeError("the HTTP server has ended")
 
     async def _share_port_until_leaving(self) -> None:
-        """Drained alone, leave new clients to the other replicas of the host."""
+        """Stop accepting connections when only this replica is drained, so that others get them."""
         while not self._gateway.readiness.has_left(time.monotonic()):
             await asyncio.sleep(_LEAVING_POLL_S)
         if not self._is_ending and self._gateway.limits.num_gateway_replicas > 1:
             await self._http.stop_accepting()
 
     async def not_ready_reasons(self) -> list[str]:
-        """The reasons of ``/ready``, for callers without a client certificate."""
+        """Reasons that ``/ready`` reports, for callers without a client certificate."""
         return self._gateway.readiness.not_ready_reasons()
 
     async def addresses(self) -> dict[str, Any]:
-        """The ports of this replica, by name."""
+        """Addresses of this replica by port name."""
         return self._gateway.status.addresses
 
     async def end(self, stage: ShutdownStage) -> int:
-        """End with the whole server: see ``Gateway.end``."""
+        """Shut down with the whole server; see ``Gateway.end``."""
         self._is_ending = True
         left = self._gateway.end(stage, time.monotonic())
         if stage == "fail" and not left:
-            await self._stop_tracing()  # Ray may be ended before Serve has ended this replica
+            await self._stop_tracing()  # Ray may end before Serve has ended this replica
         return left
 
     async def answer_replica(self, question: Question, *details: Any) -> tuple[str, Any]:
-        """Answer a question that one replica asks all of them."""
+        """Answer a query that a replica sends to all replicas."""
         return self._gateway.status.answers.answer(question, *details)
 
     async def __del__(self) -> None:
-        """Called by Serve when the replica ends."""
+        """Stop the replica. Called by Serve."""
         if not hasattr(self, "_grpc"):
             return  # the constructor failed
         if hasattr(self, "_sweeper"):
@@ -182,7 +182,7 @@ class GatewayReplica:
             await self._batches.stop()
         if hasattr(self, "_leaving"):
             self._leaving.cancel()
-        self._gateway.leave(time.monotonic())  # answers close their connections
+        self._gateway.leave(time.monotonic())  # responses then close their connections
         await self._cluster.leave()
         servers = (getattr(self, name, None) for name in ("_http", "_grpc", "_admin"))
         await asyncio.gather(*(server.stop() for server in servers if server is not None))
@@ -198,13 +198,13 @@ class GatewayReplica:
 def build_app(
     config: dict[str, Any], selector: Mapping[str, str] | None = None, num_nodes: int = 0
 ) -> serve.Application:
-    """The Serve application of a configuration (``ClusterConfig.to_dict``).
+    """Build the Serve application of a configuration (``ClusterConfig.to_dict``).
 
-    ``selector`` are the labels of the ``num_nodes`` nodes that replicas run on, as many on each; by
-    default that is the head's.
+    ``selector`` are the labels of the ``num_nodes`` nodes that run the replicas, evenly spread; by
+    default replicas run on the head node.
 
-    Run it with ``serve.run(build_app(config), name=APP_NAME, route_prefix="/")``, or with None for
-    the prefix where Serve's proxy serves other applications alone.
+    Run it with ``serve.run(build_app(config), name=APP_NAME, route_prefix="/")``, or with
+    ``route_prefix=None`` if Serve's proxy serves only other applications.
     """
     section = ClusterConfig.from_dict(config).gateway
     deployment: Any = GatewayReplica  # the decorators make it a serve.Deployment

@@ -1,4 +1,4 @@
-"""The protocols of the HTTP port, in one application and one OpenAPI document."""
+"""The application and the OpenAPI document of all protocols of the HTTP port."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ PROTOCOLS = (
     Protocol(responses.routes, RESPONSES),
     Protocol(batches.routes, batches.ENDPOINTS),
 )
-"""Those beside completions, chat and what goes with them."""
+"""Protocols other than completions and chat."""
 ENDPOINTS = (*openapi.ENDPOINTS, *(one for protocol in PROTOCOLS for one in protocol.endpoints))
-"""All routes, in the order of the interface."""
+"""All endpoints, in the order of the documentation."""
 
 
 def build_public_app(gateway: Gateway, *, is_behind_serve: bool = False) -> FastAPI:
-    """The ASGI application of the public port; see ``build_http_app``."""
+    """Build the ASGI application of the public port; see ``build_http_app``."""
     return build_http_app(gateway, PROTOCOLS, is_behind_serve=is_behind_serve)
 
 
 def document(root_path: str = "") -> dict[str, Any]:
-    """The OpenAPI document."""
+    """Build the OpenAPI document."""
     return openapi.document(root_path, ENDPOINTS)

@@ -1,4 +1,4 @@
-"""What the whole gateway shares: a call, pieces of its answer, checks of fields, the error table.
+"""Shared types of the gateway: calls, pieces of output, field checks, the error table.
 
-Imports ``workers.requests``, ``cluster.core`` and ``cluster.config``; ``bodies`` pydantic.
+Imports ``workers.requests``, ``cluster.core`` and ``cluster.config``; ``bodies`` imports pydantic.
 """

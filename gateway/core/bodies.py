@@ -1,4 +1,4 @@
-"""What all types of HTTP bodies are made of."""
+"""Base class and field types of all HTTP bodies."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def _whole(value: Any) -> Any:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
-"""JSON knows one kind of number: 5.0 is 5."""
+"""An integer; 5.0 is accepted as 5, since JSON has one type of number."""
 Item = TypeVar("Item")
 MAX_SLICE = 512
-"""Items of a list that one call checks."""
+"""Items of a list that are validated at a time."""
 
 
 class _FirstError(FailFast):
-    """``FailFast`` that can be in a union of types."""
+    """``FailFast`` that can be used in a union of types."""
 
     def __hash__(self) -> int:
         return hash(self.fail_fast)
 
 
 def _by_slices(value: Any, check: Callable[[Any], list[Any]]) -> list[Any]:
-    """Check a long list piece by piece: other threads run in between."""
+    """Validate a long list in slices, so that other threads can run."""
     if not isinstance(value, list) or len(value) <= MAX_SLICE:
         return check(value)
     found: list[Any] = []
@@ -48,7 +48,7 @@ def _by_slices(value: Any, check: Callable[[Any], list[Any]]) -> list[Any]:
 
 
 def _later(error: ValidationError, start: int) -> ValidationError:
-    """The same errors of a list of which ``start`` items were left out at the beginning."""
+    """Shift the list indexes of an error by ``start``."""
     found = [
         InitErrorDetails(
             type=one["type"],
@@ -62,12 +62,12 @@ def _later(error: ValidationError, start: int) -> ValidationError:
 
 
 Items = Annotated[list[Item], _FirstError(), WrapValidator(_by_slices)]
-"""A list of which the first wrong item ends the check: a body has room for millions."""
+"""A list whose validation stops at the first error, since a body may have millions of items."""
 
 
 class StrictBody(BaseModel):
-    """A JSON object: ``"5"`` is not a number, and unknown fields are ignored."""
+    """A JSON object in strict mode (``"5"`` is not a number); unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
     SHAPES: ClassVar[Mapping[str, str]] = {}
-    """What fields with several types may be, where the protocol has its own."""
+    """Descriptions of fields with several types, for error messages."""

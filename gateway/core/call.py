@@ -1,7 +1,7 @@
-"""A generate call: what a client asked for, the same for all protocols.
+"""A call of a client, independent of its protocol.
 
-Each protocol's ``convert.py`` makes one of its body, and the gateway makes the engine's requests
-(``workers.requests.request``) of it: one a prompt, with tokens, defaults and seeds.
+Each protocol's ``convert.py`` makes one of a request body. The gateway makes the engine's requests
+(``workers.requests.request``) of it: one per prompt, with tokens, defaults and seeds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class CallKind(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerFormat:
-    """A JSON schema that an answer follows, as prompts may show it."""
+    """JSON schema of the output, for prompts that show it."""
 
     schema: str
     """JSON text."""
@@ -37,129 +37,129 @@ class ChatInput:
     """A conversation and how to render it."""
 
     messages: tuple[Mapping[str, Any], ...]
-    """Messages as the chat template sees them; content is a string."""
+    """Messages for the chat template; content is a string."""
     add_generation_prompt: bool | None = None
-    """Open the assistant's turn (default True)."""
+    """Whether the prompt opens the assistant's turn (default True)."""
     continue_final_message: bool | None = None
-    """Leave the last message open instead."""
+    """Whether the prompt leaves the last message open instead."""
     template: str | None = None
-    """Jinja text in place of the model's template; None is the model's."""
+    """Source of a Jinja template; None uses the model's template."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     reasoning_effort: str | None = None
-    """The template's variable of this name, unless ``template_kwargs`` has it."""
+    """Template variable of this name, unless ``template_kwargs`` has it."""
     tools: ToolUse | None = None
     """Tools that the model may call; None offers none."""
     answer_format: AnswerFormat | None = None
-    """What ``response_format`` asks for, where that is a schema."""
+    """Schema of ``response_format``, if it has one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateCall:
-    """What a client asked for. Names are those of the interface; None is unset."""
+    """A call of a client. Fields have the names of the API; None is unset."""
 
     kind: CallKind
     model: str | None = None
-    """Model or adapter by name; None is the served model."""
+    """Name of a model or adapter; None is the served model."""
     prompts: tuple[str | tuple[int, ...], ...] = ()
-    """Texts or token ids (completion)."""
+    """Texts or token ids of a completion."""
     chat: ChatInput | None = None
     embeds: PromptEmbeds | None = None
-    """Read in place of the one prompt, whose token ids are zeros."""
+    """Embeddings that replace the single prompt, whose token ids are zeros."""
     add_special_tokens: bool | None = None
-    """Let the tokenizer add its own tokens (bos)."""
+    """Whether the tokenizer adds special tokens (bos)."""
     max_tokens: int | None = None
     max_tokens_name: str = "max_tokens"
-    """The field that ``max_tokens`` came from, for messages."""
+    """The client's field of ``max_tokens``, for error messages."""
     fits_context: bool = False
-    """``max_tokens`` is lowered to what the context leaves."""
+    """Whether ``max_tokens`` is lowered to the remaining context."""
     prompt_name: str = field(default="prompt", compare=False)
-    """The field that the prompts came from, for messages."""
+    """The client's field of the prompts, for error messages."""
     min_tokens: int | None = None
-    """Number of new tokens before which only ``max_tokens`` may end the choice."""
+    """Number of new tokens before which only ``max_tokens`` ends the choice."""
     temperature: float | None = None
-    """0 is argmax."""
+    """0 is greedy."""
     top_p: float | None = None
     """Probability mass that is kept."""
     top_k: int | None = None
     min_p: float | None = None
-    """Least share of the best token's probability."""
+    """Smallest probability that is kept, relative to the most probable token."""
     frequency_penalty: float | None = None
-    """By count in the output."""
+    """Penalty by count in the output."""
     presence_penalty: float | None = None
-    """By presence in the output."""
+    """Penalty by presence in the output."""
     repetition_penalty: float | None = None
-    """By presence in prompt and output."""
+    """Penalty by presence in prompt and output."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token id, bias) pairs."""
     seed: int | None = None
-    """None: one is drawn."""
+    """None uses a random seed."""
     n: int | None = None
     best_of: int | None = None
-    """Choices a prompt that are drawn, of which the ``n`` best are returned."""
+    """Sampled choices per prompt; the ``n`` best are returned."""
     use_beam_search: bool = False
-    """The choices are the most probable outputs that so many beams find; nothing is drawn."""
+    """Whether choices are the outputs of a beam search with one beam per choice."""
     length_penalty: float | None = None
-    """Of beams: see ``BeamParams``."""
+    """For beam searches; see ``BeamParams``."""
     early_stopping: str | None = None
-    """Of beams: false, true or never."""
+    """For beam searches: false, true or never."""
     stop: tuple[str, ...] = ()
     stop_name: str = field(default="stop", compare=False)
-    """The field that ``stop`` came from, for messages."""
+    """The client's field of ``stop``, for error messages."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
-    """Alternatives a token; None reports none."""
+    """Alternatives per token; None returns no log-probabilities."""
     logprobs_name: str = "logprobs"
-    """The field that ``logprobs`` came from."""
+    """The client's field of ``logprobs``, for error messages."""
     prompt_logprobs: int | None = None
-    """Alternatives a prompt token; None reports none."""
+    """Alternatives per prompt token; None returns no log-probabilities."""
     logprob_token_ids: tuple[int, ...] = ()
-    """Tokens to report in place of the most probable ones."""
+    """Tokens to return instead of the most probable ones."""
     allowed_token_ids: tuple[int, ...] | None = None
-    """Tokens that may be drawn; None allows all."""
+    """Tokens that may be sampled; None allows all."""
     bad_words: tuple[str, ...] = ()
     grammar: Grammar | None = None
-    """What the output must follow; checked already."""
+    """Compiled grammar of the output."""
     echo: bool = False
     token_ids_only: bool = False
-    """No text is made."""
+    """Whether no text is produced."""
     return_token_ids: bool = False
     priority: int | None = None
-    """Lower runs first."""
+    """Lower values run first."""
     cache_salt: str | None = None
-    """Prefixes are shared with calls of the same salt only; None is a salt of its own."""
+    """Cached prefixes are shared only with calls of the same salt; None is a salt, too."""
     cache_ttl: float | None = None
-    """Seconds after its end for which its KV is kept before that of others; 0: nobody will use it
-    again; None: it does not say."""
+    """Seconds after its end for which its KV blocks are evicted after others; 0 means that they are
+    not reused; None is unset."""
     cache_ttl_hint: float | None = None
-    """The same as a protocol says it, for calls without ``cache_ttl``; lowered to its limit."""
+    """``cache_ttl`` by a protocol's hint, for calls without it; lowered to the limit."""
     session_id: str | None = None
-    """Calls that go on from each other; they go to the same worker where that costs little."""
+    """Calls that continue each other; they go to the same worker if that costs little."""
     prompt_cache_key: str | None = None
-    """The same under OpenAI's name; ``session_id`` is taken where both are given."""
+    """OpenAI's name of ``session_id``, which takes precedence."""
     return_tokens_as_token_ids: bool = False
-    """Log-probabilities name tokens by number."""
+    """Whether log-probabilities name tokens by id."""
     truncate_prompt_tokens: int | None = None
-    """Tokens of each prompt that are kept; -1 keeps as many as leave room for the output."""
+    """Number of tokens of each prompt that are kept; -1 keeps what fits with the output."""
     truncation_side: str | None = None
-    """left (default) or right: where tokens are dropped."""
+    """Side on which tokens are dropped: left (default) or right."""
     timeout_s: float | None = None
-    """The client's own limit for the whole request."""
+    """The client's time limit for the whole request."""
     tool_form: ToolForm | None = None
-    """The form of calls in the output; set once the model's chat template is known."""
+    """Format of tool calls in the output; set when the prompt is rendered."""
     open_message: str = ""
-    """Header of the message that the prompt leaves open (Harmony); set once it is rendered."""
+    """Header of the message that the prompt leaves open (Harmony); set when it is rendered."""
     thinking: Thinking | None = None
-    """Where the answer's reasoning begins; set once the prompt is rendered. None: it has none, or
-    the form of its calls tells it apart (Harmony)."""
+    """Where reasoning begins; set when the prompt is rendered. None without reasoning, and for
+    Harmony, whose format marks it."""
 
     @property
     def stops_in_answer(self) -> bool:
-        """The text may have reasoning, in which stops do not count: the gateway looks for them all.
+        """Whether the gateway checks all stops, because they do not count within reasoning.
 
-        Without text, or for beams, the engine looks for stop tokens.
+        Without text, and for beam searches, the engine checks stop tokens.
         """
         has_reasoning = self.thinking is not None or self.tool_form is ToolForm.HARMONY
         return has_reasoning and not (self.token_ids_only or self.use_beam_search)
@@ -170,26 +170,27 @@ class GenerateCall:
 
     @property
     def num_returned(self) -> int:
-        """Choices a prompt that the client gets."""
+        """Number of returned choices per prompt."""
         return self.n or 1
 
     @property
     def num_drawn(self) -> int:
-        """Choices a prompt that the engine draws."""
+        """Number of sampled choices per prompt."""
         return self.best_of or self.num_returned
 
     @property
     def is_ranked(self) -> bool:
-        """Whether only the most probable of the drawn choices are returned."""
+        """Whether only the most probable choices are returned."""
         return self.num_drawn != self.num_returned
 
     @property
     def session(self) -> str:
-        """Name of its session; empty without one."""
+        """Name of the session; empty without one."""
         return self.session_id or self.prompt_cache_key or ""
 
     def prompt_text(self, index: int) -> str | None:
-        """A prompt as the client gave it; None for token ids, a conversation or a part of it."""
+        """Text of a prompt as the client sent it; None for token ids, chats and truncated
+        prompts."""
         if index >= len(self.prompts) or self.truncate_prompt_tokens is not None:
             return None
         prompt = self.prompts[index]
@@ -197,9 +198,9 @@ class GenerateCall:
 
     @property
     def num_logprobs(self) -> int | None:
-        """Alternatives reported for each new token; None reports none."""
+        """Alternatives per new token; None returns no log-probabilities."""
         return len(self.logprob_token_ids) or self.logprobs
 
 
 FIELD_NAMES = frozenset(one.name for one in fields(GenerateCall))
-"""Fields that a codec copies from fields of the same name in a body or a message."""
+"""Fields that codecs copy from the same field of a body or message."""

@@ -1,7 +1,7 @@
-"""The one table from exception to HTTP status, error object and gRPC status.
+"""Table from exceptions to HTTP status, error object and gRPC status.
 
-Handlers raise; only ``http.middleware`` and ``grpc.call`` map. Messages name field, value and
-limit; an exception of another kind is a bug, and the client sees the request's id only.
+Handlers raise; only ``http.middleware`` and ``grpc.call`` map errors. Messages name field, value
+and limit. An exception of another type is a bug; the client then sees only the request's id.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class SlowClientError(ExpertMeshError):
 
 
 class RouteError(ExpertMeshError):
-    """No such path, or not with this method."""
+    """The path does not exist, or not with this method."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message, status)
@@ -59,19 +59,19 @@ class RouteError(ExpertMeshError):
 
 
 class StorageError(ExpertMeshError):
-    """The state folder cannot be read or written, or holds a damaged object."""
+    """The state folder cannot be read or written, or contains a damaged object."""
 
 
 class StorageFullError(StorageError):
-    """A key has stored as much as it may, or the disk is full."""
+    """A key has reached its storage limit, or the disk is full."""
 
 
 class KeyFullError(StorageFullError):
-    """A key has stored as much as it may: nothing was written."""
+    """A key has reached its storage limit; nothing was written."""
 
 
 class StorageTimeoutError(StorageError):
-    """A disk does not answer, or is too slow for the calls that wait for it."""
+    """The disk does not respond, or is too slow for the waiting calls."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +88,7 @@ class ErrorReport:
     param: str | None = None
     retry_after_s: float | None = None
     should_retry: bool | None = None
-    """False where a retry cannot help though the status suggests it."""
+    """False if a retry cannot help although the status suggests it."""
 
     def body(self) -> dict[str, Any]:
         """The error object of the HTTP interface."""
@@ -132,7 +132,7 @@ class ErrorReport:
 _INVALID = "invalid_request_error"
 _CODES = grpc.StatusCode
 ERROR_TABLE: tuple[tuple[type[ExpertMeshError], int, str, str, grpc.StatusCode], ...] = (
-    # exception, HTTP status, type, code unless the exception brings its own, gRPC status
+    # exception, HTTP status, type, code (empty: the exception's own), gRPC status
     (UnsupportedParameterError, 400, _INVALID, "", _CODES.UNIMPLEMENTED),
     (ContextLengthError, 400, _INVALID, "", _CODES.INVALID_ARGUMENT),
     (ModelNotFoundError, 404, _INVALID, "", _CODES.NOT_FOUND),
@@ -156,13 +156,13 @@ ERROR_TABLE: tuple[tuple[type[ExpertMeshError], int, str, str, grpc.StatusCode],
     (RouteError, 404, _INVALID, "", _CODES.UNIMPLEMENTED),
     (ClientGoneError, 499, _INVALID, "client_closed_request", _CODES.CANCELLED),
 )
-"""The first row whose exception is the raised one, or a base of it, holds."""
+"""The first row that matches the raised exception by ``isinstance`` applies."""
 _LAST = PoisonousRequestError | RequestAbortedError | SlowClientError | StorageError
 """Errors after which a retry cannot help."""
 
 
 def report_error(error: BaseException, request_id: str = "") -> ErrorReport:
-    """``error`` as the client sees it."""
+    """Convert an exception to the error that the client sees."""
     row = next((row for row in ERROR_TABLE if isinstance(error, row[0])), None)
     if row is None:
         return report_error(RequestFailedError(f"internal error in request {request_id}"))
@@ -188,7 +188,7 @@ def report_error(error: BaseException, request_id: str = "") -> ErrorReport:
 def error_from_engine(
     message: str, code: str, started: bool, param: str | None = None
 ) -> ExpertMeshError:
-    """The exception for a request that its engine ended with an error."""
+    """Make the exception of a request that its engine ended with an error."""
     if code == "context_length_exceeded":
         return ContextLengthError(message, param)
     if code in ("invalid_value", "missing_required_parameter"):
@@ -209,5 +209,5 @@ def error_from_engine(
 
 
 def clamp_retry_s(seconds: float) -> float:
-    """A retry time within what clients honour (1 to 60 s)."""
+    """Clamp a retry time to the range that clients accept (1 to 60 s)."""
     return min(max(seconds, 1.0), 60.0)

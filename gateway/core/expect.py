@@ -1,4 +1,4 @@
-"""``Expect: 100-continue``: clients that send a body only once the server asks for it."""
+"""``Expect: 100-continue``: clients that wait for the server before they send a body."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of the fields of a call, alone and in combination, that need no model."""
+"""Checks of a call's fields, alone and in combination, that do not need the model."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from gateway.core.call import CallKind, ChatInput, GenerateCall
 RESERVED_VARIABLES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
 )
-"""Names that ``chat_template_kwargs`` may not set."""
+"""Variables that ``chat_template_kwargs`` must not set."""
 MAX_NAME_CHARS = 256
-"""Characters of ``cache_salt``, and of names of sessions."""
+"""Longest ``cache_salt`` and session name."""
 MAX_MESSAGES = 16_384
 MAX_PARTS = 65_536
-"""Fields, content parts and calls of all messages together."""
+"""Largest number of fields, content parts and tool calls of all messages."""
 Neutral = Mapping[str, tuple[object, ...]]
-"""Known fields that are not built, each with the values that change nothing; null never does."""
+"""Known but unsupported fields, each with the values that have no effect; null has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The values of a number."""
+    """Range of a number."""
 
     low: float
     high: float | str
-    """Greatest value, or the name of the limit in ``GatewaySection``."""
+    """Largest value, or the name of the limit in ``GatewaySection``."""
     above: bool = False
-    """``low`` itself is too small."""
+    """Whether ``low`` is excluded."""
 
 
 RANGES: Mapping[str, Range] = {
@@ -50,7 +50,7 @@ RANGES: Mapping[str, Range] = {
     "prompt_logprobs": Range(0, "max_logprobs"),
     "cache_ttl": Range(0, "max_cache_ttl_s"),
 }
-"""Fields of a call that are a number within two bounds. None always fits, NaN never."""
+"""Ranges of numeric fields. None is always accepted, NaN never."""
 _BIAS = Range(-100, 100)
 _MAX_METADATA, _MAX_KEY_CHARS, _MAX_VALUE_CHARS = 16, 64, 512
 _BESIDE_BEAMS: Mapping[str, tuple[object, ...]] = {
@@ -70,7 +70,7 @@ _BESIDE_BEAMS: Mapping[str, tuple[object, ...]] = {
     "prompt_logprobs": (),
     "logprob_token_ids": ((),),
 }
-"""Fields that a beam search cannot follow, each with the values that change nothing. It ranks
+"""Fields that a beam search does not support, each with the values that have no effect. It ranks
 outputs by the model's own probabilities, in the engine, which has no text."""
 MAX_ENTRIES: Mapping[str, int] = {
     "logit_bias": 1024,
@@ -81,7 +81,7 @@ MAX_ENTRIES: Mapping[str, int] = {
 
 
 def check_fields(call: GenerateCall, limits: GatewaySection) -> None:
-    """Check all that does not depend on the model.
+    """Check all fields that do not depend on the model.
 
     Raises:
         RequestError: names the field, its value and the limit.
@@ -108,31 +108,31 @@ def check_fields(call: GenerateCall, limits: GatewaySection) -> None:
 
 
 def require(ok: bool, name: str, rule: str) -> None:
-    """Raise ``RequestError`` about the field ``name`` unless ``ok``: its name and the rule."""
+    """Raise ``RequestError`` with the field ``name`` and the rule, unless ``ok``."""
     if not ok:
         raise RequestError(f"{name} {rule}", name)
 
 
 def check_length(name: str, count: int, most: int, noun: str = "entries") -> None:
-    """Raise ``RequestError`` for more than ``most`` entries, or others of their kind."""
+    """Raise ``RequestError`` if ``count`` entries (``noun``) are more than ``most``."""
     require(count <= most, name, f"has {count} {noun}, at most {most} are allowed")
 
 
 def check_batch(name: str, count: int, most: int) -> None:
-    """Raise ``RequestError`` for no prompts, or more than ``most``."""
+    """Raise ``RequestError`` unless there are 1 to ``most`` prompts."""
     require(count > 0, name, "must not be empty")
     check_length(name, count, most)
 
 
 def check_messages(count: int, num_parts: int) -> None:
-    """Raise ``RequestError`` for too many messages, or parts (see ``MAX_PARTS``) of them."""
+    """Raise ``RequestError`` for too many messages, or parts of them (see ``MAX_PARTS``)."""
     check_length("messages", count, MAX_MESSAGES)
     rule = f"have {num_parts} fields, parts and calls, at most {MAX_PARTS} are allowed"
     require(num_parts <= MAX_PARTS, "messages", rule)
 
 
 def check_metadata(metadata: Mapping[str, str]) -> None:
-    """Raise ``RequestError`` for more, or longer, entries than OpenAI's protocol has."""
+    """Raise ``RequestError`` for more or longer entries than OpenAI's protocol allows."""
     check_length("metadata", len(metadata), _MAX_METADATA)
     for key, value in metadata.items():
         rule = f"has a key of {len(key)} characters, at most {_MAX_KEY_CHARS} are allowed"
@@ -142,9 +142,9 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
 
 
 def refuse_unsupported(data: Mapping[str, Any], unbuilt: Neutral, path: str = "") -> None:
-    """Raise ``UnsupportedParameterError`` for the first field that is set to change anything.
+    """Raise ``UnsupportedParameterError`` for the first unsupported field that has an effect.
 
-    ``path`` stands before its name.
+    ``path`` is the prefix of its name.
     """
     for name, neutral in unbuilt.items():
         value = data.get(name)
@@ -153,10 +153,10 @@ def refuse_unsupported(data: Mapping[str, Any], unbuilt: Neutral, path: str = ""
 
 
 def given_one(**values: object) -> str:
-    """Name of the one field of several that is set.
+    """Return the name of the only field that is set.
 
     Raises:
-        RequestError: none is set, or more than one.
+        RequestError: no field, or more than one, is set.
     """
     names, all_names = [name for name in values if values[name] is not None], " and ".join(values)
     if not names:
@@ -205,7 +205,7 @@ def _check_beams(call: GenerateCall) -> None:
 
 
 def check_stream(call: GenerateCall) -> None:
-    """Raise ``RequestError`` for choices that are known at the end only."""
+    """Raise ``RequestError`` for choices that are only known at the end."""
     require(not call.use_beam_search, "use_beam_search", "cannot go with a stream")
     is_ranked = call.kind is CallKind.COMPLETION and call.num_drawn > call.num_returned
     require(not is_ranked, "best_of", "cannot go with a stream")
@@ -239,7 +239,7 @@ def _check_texts(name: str, noun: str, texts: Sequence[str], limits: GatewaySect
 
 
 def check_cache_salt(salt: str | None) -> None:
-    """Raise ``RequestError`` for one that is empty or too long."""
+    """Raise ``RequestError`` for an empty or too long salt."""
     _check_name("cache_salt", salt)
 
 
@@ -291,7 +291,7 @@ def check_chat(chat: ChatInput) -> None:
 def check_range(
     name: str, value: float | None, bounds: Range, limits: GatewaySection | None = None
 ) -> None:
-    """Raise ``RequestError`` for a value outside of its bounds."""
+    """Raise ``RequestError`` for a value out of range."""
     if value is None:
         return
     low, high = bounds.low, bounds.high

@@ -1,4 +1,4 @@
-"""What HTTP headers and gRPC metadata say of a request: its priority, session and time limit."""
+"""Priority, session and time limit of a request, from HTTP headers or gRPC metadata."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gateway.core.field_checks import MAX_NAME_CHARS
 PRIORITY_HEADER = "x-priority"
 """HTTP header and gRPC metadata for clients that cannot send the field."""
 SESSION_HEADER = "x-session-id"
-"""The same for the field ``session_id``."""
+"""HTTP header and gRPC metadata for the field ``session_id``."""
 AGENT_SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "session_id")
-"""Where Claude Code and Codex (also earlier ones) name their session."""
+"""Session headers of Claude Code and of Codex, including earlier versions."""
 _PRIORITY_DIGITS = 10
 _SESSION = re.compile(rf"[!-~]{{1,{MAX_NAME_CHARS}}}")
 
@@ -23,12 +23,12 @@ _SESSION = re.compile(rf"[!-~]{{1,{MAX_NAME_CHARS}}}")
 def with_headers(
     call: GenerateCall, headers: Mapping[str, str], timeout_s: float | None
 ) -> GenerateCall:
-    """The same call, with what headers say of those that the body left out.
+    """Fill the unset fields of a call from headers.
 
     Args:
-        call: of the body.
-        headers: by name, in small letters.
-        timeout_s: the client's own limit.
+        call: the call of the body.
+        headers: values by lowercase name.
+        timeout_s: the client's time limit.
 
     Raises:
         RequestError: names the header.
@@ -45,9 +45,9 @@ def with_headers(
 
 
 def _read_priority(header: str | None) -> int | None:
-    """The number in ``PRIORITY_HEADER``.
+    """Parse ``PRIORITY_HEADER``.
 
-    Raises ``RequestError`` if it is not a whole number, or one of more digits than any that fits.
+    Raises ``RequestError`` if it is not an integer, or has too many digits.
     """
     if header is None:
         return None
@@ -60,9 +60,9 @@ def _read_priority(header: str | None) -> int | None:
 
 
 def _read_session(headers: Mapping[str, str]) -> str | None:
-    """The session's name in the first of the headers that is there.
+    """Session name from the first session header of the request.
 
-    Raises ``RequestError`` if it is no name.
+    Raises ``RequestError`` if it is not a valid name.
     """
     for name in (SESSION_HEADER, *AGENT_SESSION_HEADERS):
         if (session := headers.get(name)) is None:

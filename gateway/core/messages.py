@@ -1,4 +1,4 @@
-"""Fields of a conversation's messages that templates call by several names."""
+"""Fields of messages for which chat templates use several names."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 THINKING = "thinking"
 REASONING_NAMES = ("reasoning_content", "reasoning", THINKING)
-"""What the model said to itself in an earlier answer: as most clients send it, vLLM's newer name,
-and the name in gpt-oss's template."""
+"""Names of the reasoning in an assistant's message: of most clients, of newer vLLM versions, and of
+gpt-oss's template."""
 PHASE, COMMENTARY_PHASE = "phase", "commentary"
-"""A field of an assistant's message, and its value where more of the same turn follows."""
+"""A field of an assistant's message, and its value if more of the same turn follows."""
 
 
 def with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message with its reasoning, if that is a text, under every name that templates use.
+    """Copy a message's reasoning, if it is a string, to every name that templates use.
 
-    gpt-oss's template refuses words for the user beside calls and ``thinking``: such a message has
-    that name only from its client.
+    gpt-oss's template refuses messages with content, tool calls and ``thinking``, so ``thinking``
+    is not added to a message with content and tool calls.
     """
     given = [message[name] for name in REASONING_NAMES if message.get(name)]
     if not given or not isinstance(given[0], str):

@@ -1,4 +1,4 @@
-"""What the gateway knows of the served model."""
+"""Facts about the served model."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ class ModelFacts:
 
     name: str
     max_model_len: int
-    """Tokens of prompt and output together."""
+    """Largest number of tokens of prompt and output."""
     vocab_size: int
-    """Token ids are below this."""
+    """Number of token ids."""
     max_kv_tokens: int = 0
-    """Tokens that fit an engine's whole KV pool; 0 is not known."""
+    """Tokens that fit in an engine's whole KV pool; 0 if unknown."""
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end the text."""
     dtype: str = ""
     model_type: str = ""
     shape: ModelShape | None = None
-    """What the sizes of inspections depend on."""
+    """Dimensions that determine the sizes of inspections."""
     labels: tuple[str, ...] = ()
     """Classes of a sequence classifier."""
     pad_token_id: int | None = None
-    """Token that a classifier does not take for the last one."""
+    """Token that a classifier ignores at the end of a prompt."""
     problem_type: str = ""
-    """A classifier's kind of labels; empty where the checkpoint names none."""
+    """Type of a classifier's labels; empty if the checkpoint has none."""
 
     @property
     def context_tokens(self) -> int:
-        """Context limit in force: the model's, or what the KV cache holds."""
+        """Effective context limit: the smaller of the model's limit and the KV cache."""
         limits = [limit for limit in (self.max_model_len, self.max_kv_tokens) if limit > 0]
         return min(limits, default=0)
 
 
 def model_facts(name: str, hello: EngineHello) -> ModelFacts:
-    """What an engine reports of its model."""
+    """Facts about the model that an engine reports."""
     shape = ModelShape(num_labels=len(hello.labels), **_common(ModelShape, hello))
     return ModelFacts(name=name, shape=shape, **_common(ModelFacts, hello))
 
 
 def _common(kind: type[Any], hello: EngineHello) -> dict[str, Any]:
-    """The fields of a dataclass that a hello has by the same name."""
+    """Values of a dataclass's fields that a hello has under the same name."""
     names = (one.name for one in fields(kind))
     return {name: getattr(hello, name) for name in names if hasattr(hello, name)}

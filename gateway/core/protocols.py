@@ -1,7 +1,7 @@
-"""The protocols of HTTP paths, and errors as each of them words them.
+"""Protocol of an HTTP path, and its format of errors.
 
-All paths are OpenAI's but those of Anthropic's Messages, also for what is answered before a route
-is known.
+Paths of Anthropic's Messages use Anthropic's format. All other paths, including unknown ones, use
+OpenAI's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from gateway.core.errors import ErrorReport
 
 MESSAGES = "/v1/messages"
-"""Anthropic's Messages; paths below it are theirs, too."""
+"""Path of Anthropic's Messages; its subpaths use the same format."""
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -24,9 +24,9 @@ _TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-"""Anthropic's types of errors by HTTP status; ``invalid_request_error`` for others of clients."""
+"""Anthropic's error types by HTTP status; other client errors are ``invalid_request_error``."""
 _TOO_LONG = "prompt is too long: "
-"""How clients know that a conversation is to be made shorter."""
+"""Prefix by which clients detect that they must shorten a conversation."""
 
 
 def is_messages(path: str) -> bool:
@@ -35,12 +35,12 @@ def is_messages(path: str) -> bool:
 
 
 def error_body(path: str, report: ErrorReport, request_id: str) -> dict[str, Any]:
-    """The body of an error; ``path`` is without the route prefix."""
+    """Body of an error; ``path`` is without the route prefix."""
     return anthropic_error(report, request_id) if is_messages(path) else report.body()
 
 
 def error_event(path: str, report: ErrorReport, request_id: str) -> bytes:
-    """The end of a stream that an error cuts off."""
+    """Last event of a stream that ends with an error."""
     data = json.dumps(error_body(path, report, request_id), separators=(",", ":")).encode()
     if is_messages(path):
         return b"event: error\ndata: " + data + b"\n\n"
@@ -48,7 +48,7 @@ def error_event(path: str, report: ErrorReport, request_id: str) -> bytes:
 
 
 def anthropic_error(report: ErrorReport, request_id: str) -> dict[str, Any]:
-    """The error object of Anthropic's protocol."""
+    """Error object of Anthropic's protocol."""
     status = report.http_status
     known = _TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
     kind = "overloaded_error" if report.type == "overloaded_error" else known

@@ -1,4 +1,4 @@
-"""Why a request continues at another worker."""
+"""Reasons why a request continues at another worker."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ class ReplayCause(Enum):
     LOST = "attention_worker"
     """Its worker was lost."""
     HANDED_BACK = "handed_back"
-    """Its worker is drained, or had no room for it."""
+    """Its worker is drained, or could not run it."""
     MOVED = "moved"
-    """Its worker is drained, and another one had fetched its KV blocks before."""
+    """It moved to another worker, which has fetched its KV blocks."""

@@ -1,4 +1,4 @@
-"""For how long a call's KV is kept, in the words of protocols that have no field for seconds."""
+"""Retention time of a call's KV blocks, for protocols with durations such as ``5m``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 
 
 def seconds_of(duration: str, name: str) -> float:
-    """The seconds in ``5m`` or ``1h``. Raises ``RequestError`` about the field ``name``."""
+    """Convert ``5m`` or ``1h`` to seconds. Raises ``RequestError`` with the field ``name``."""
     found = _DURATION.fullmatch(duration)
     rule = f"({duration[:32]!r}) must be a whole number with s, m, h or d, as in 5m"
     require(found is not None, name, rule)
@@ -23,10 +23,10 @@ def seconds_of(duration: str, name: str) -> float:
 
 
 def with_hint(call: GenerateCall, limits: GatewaySection) -> GenerateCall:
-    """The same call, with the hint as ``cache_ttl`` where the client gave none.
+    """Set ``cache_ttl`` from the hint if the client has not set it.
 
-    A hint is one of few values of its protocol, which no client can fit to a server's limit: it is
-    lowered to that, where ``cache_ttl`` is refused.
+    A protocol has only a few hints, which clients cannot adapt to a server's limit. Hints above the
+    limit are lowered, while ``cache_ttl`` above it is refused.
     """
     hint = call.cache_ttl_hint
     if call.cache_ttl is not None or hint is None:

@@ -1,4 +1,4 @@
-"""Reasoning that models write between ``<think>`` and ``</think>`` before an answer."""
+"""Reasoning between ``<think>`` and ``</think>`` before the answer of a model."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ BEGIN, END = "<think>", "</think>"
 
 
 class Thinking(Enum):
-    """Where an answer's reasoning begins. An answer whose prompt has ended it has none of these."""
+    """Where the reasoning begins; not used if the prompt has already ended it."""
 
     OPEN = auto()
-    """In the prompt: the answer begins within it."""
+    """In the prompt: the output begins within the reasoning."""
     POSSIBLE = auto()
-    """In the answer, if at all."""
+    """In the output, if at all."""
 
 
 def thinking_after(prompt: str, open_message: str | None = None) -> Thinking | None:
-    """What the answer to a prompt begins with; None: its words for the user.
+    """Where the reasoning of the output begins; None if the output begins with the answer.
 
     Args:
-        prompt: rendered by a template that knows reasoning, or its last tokens as text.
-        open_message: the message that the answer goes on with, if there is one.
+        prompt: text of the prompt, or its end, from a template that knows reasoning.
+        open_message: message that the output continues, if any.
     """
     if open_message is not None:
         return Thinking.OPEN if open_message.rfind(BEGIN) > open_message.rfind(END) else None

@@ -1,4 +1,4 @@
-"""Tools that a request offers to the model, and the forms in which models call them."""
+"""Tools of a request, and the formats in which models call them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 
 
 class ToolForm(Enum):
-    """How a model writes a call; the value is what a chat template that shows the form holds.
+    """Format of a model's tool calls; the value: texts by which a chat template is recognized.
 
-    A template is of the first form whose texts it all holds. ``gateway.text.forms.call_syntax``
-    has the marks of each.
+    A template uses the first format whose texts it all contains. ``gateway.text.forms.call_syntax``
+    defines the delimiters of each format.
     """
 
     HARMONY = ("<|channel|>",)
     """``<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>`` (gpt-oss).
-    Messages that are no calls have a channel, too, so that every answer is read by this form."""
+    Other messages have channels, too, so all output is parsed in this format."""
     DEEPSEEK_V3_2 = ("｜DSML｜",)
-    """``<｜DSML｜invoke name="f"><｜DSML｜parameter name="a" string="true">`` and so on."""
+    """``<｜DSML｜invoke name="f"><｜DSML｜parameter name="a" string="true">`` (DeepSeek V3.2)."""
     DEEPSEEK_V3 = ("<｜tool▁calls▁begin｜>", "```json")
     """``function<｜tool▁sep｜>f``, then the arguments as a block of code (DeepSeek R1, V3)."""
     DEEPSEEK_V3_1 = ("<｜tool▁calls▁begin｜>",)
     """``<｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁end｜>``."""
     KIMI = ("<|tool_calls_section_begin|>",)
-    """``<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{}<|tool_call_end|>``, where
-    the text before the arguments is also the call's id."""
+    """``<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{}<|tool_call_end|>``; the text
+    before the arguments is also the id of the call."""
     MINIMAX = ("<minimax:tool_call>",)
     """``<invoke name="f"><parameter name="a">1</parameter></invoke>``, without white space."""
     GLM = ("<tool_call>", "<arg_key>")
@@ -37,23 +37,23 @@ class ToolForm(Enum):
     HERMES = ("<tool_call>",)
     """``<tool_call>\\n{"name": "f", "arguments": {}}\\n</tool_call>`` (Qwen, Hermes)."""
     MISTRAL = ("[TOOL_CALLS]",)
-    """``[TOOL_CALLS][{"name": "f", "arguments": {}}]``, a list of all calls."""
+    """``[TOOL_CALLS][{"name": "f", "arguments": {}}]``, one list of all calls."""
 
     def is_shown_by(self, template: str) -> bool:
-        """Whether the source of a chat template holds the form's texts."""
+        """Whether the source of a chat template contains the texts of the format."""
         return all(text in template for text in self.value)
 
 
 class CallArguments(dict[str, Any]):
-    """Arguments of an earlier call: most templates read the object, some its JSON text.
+    """Arguments of an earlier call: most templates read the object, some read its JSON text.
 
-    Templates of DeepSeek join the text with marks by ``+``; Harmony prompts repeat it.
+    DeepSeek's templates concatenate the text with delimiters by ``+``; Harmony prompts contain it.
     """
 
     def __init__(self, value: Mapping[str, Any], text: str) -> None:
         super().__init__(value)
         self.text = text
-        """As the client sent it."""
+        """JSON text as the client sent it."""
 
     def __add__(self, other: object) -> str:
         return self.text + other if isinstance(other, str) else NotImplemented
@@ -70,18 +70,19 @@ class Tool:
     """Letters, digits, ``_``, ``.`` and ``-``."""
     description: str | None = None
     parameters: Mapping[str, Any] | None = None
-    """JSON schema of its arguments, an object; None takes none."""
+    """JSON schema of its arguments, an object; None if it has no arguments."""
     is_strict: bool = True
-    """Arguments follow all of the schema; else what grammars cannot express of it has no effect."""
+    """Whether arguments must follow the whole schema; otherwise rules without a grammar are
+    ignored."""
     is_shown: bool = True
-    """Among the tools of the chat template; else a message of the conversation shows it."""
+    """Whether the chat template gets the tool; otherwise a message describes it."""
     path: str = "tools"
-    """The client's field that has its schema, for messages."""
+    """The client's field of its schema, for error messages."""
     derived: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """What was found of its schema; filled by ``gateway.text.schemas.arguments``."""
+    """Values derived from the schema; set by ``gateway.text.schemas.arguments``."""
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates read it: OpenAI's form."""
+        """The tool in OpenAI's format, for chat templates."""
         function: dict[str, Any] = {"name": self.name}
         if self.description is not None:
             function["description"] = self.description
@@ -91,20 +92,20 @@ class Tool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ToolUse:
-    """The tools of a request; at least one."""
+    """The tools of a request, at least one."""
 
     tools: tuple[Tool, ...]
     must_call: bool = False
-    """The answer is a call (``tool_choice`` required, or a name)."""
+    """Whether the output must be a call (``tool_choice`` is required, or a name)."""
     only: tuple[str, ...] = ()
     """Names of the tools that may be called; empty allows all."""
     is_parallel: bool = True
 
     @property
     def allowed(self) -> tuple[Tool, ...]:
-        """Tools that the answer may call."""
+        """Tools that the model may call."""
         return tuple(tool for tool in self.tools if not self.only or tool.name in self.only)
 
     def for_template(self) -> list[dict[str, Any]]:
-        """The tools that chat templates show, as they read them."""
+        """The visible tools in OpenAI's format, for chat templates."""
         return [tool.for_template() for tool in self.tools if tool.is_shown]
