@@ -1,4 +1,4 @@
-"""Files of requests that gateways answer in their own time, in OpenAI's Files and Batches.
+"""OpenAI's Files and Batches: files of requests that gateways run in the background.
 
-Imports ``gateway.http`` and the floors below.
+Imports ``gateway.http`` and the layers below it.
 """

@@ -1,12 +1,13 @@
-"""Batches in the state folder, and the work on those that have not ended.
+"""Batches in the state folder, and the working files of unfinished batches.
 
-    work/<batch>.json       names the batch's tenant; there until the batch has ended
-    work/<batch>.requests   the requests, as they were when the batch was made
-    work/<batch>.answers    answers so far; whoever has it open runs the batch (``flock(2)``)
-    work/<batch>.failures   answers that are no success
-    work/<batch>.cancel     the batch shall end
+    work/<batch>.json       the batch's tenant; exists until the batch has ended
+    work/<batch>.requests   copy of the requests
+    work/<batch>.answers    successful responses so far; the process that locks it (``flock(2)``)
+                            runs the batch
+    work/<batch>.failures   failed responses so far
+    work/<batch>.cancel     exists if the batch was cancelled
 
-All calls block, and are for threads.
+All methods block; call them in threads.
 """
 
 from __future__ import annotations
@@ -34,12 +35,11 @@ from gateway.state.store import StateStore
 logger = logging.getLogger(__name__)
 
 _ABANDONED_S = 3600.0
-"""Age at which parts of a batch without an entry are of one that was never made, or has ended;
-and an entry without a batch, too."""
+"""Age from which working files without an entry, and an entry without a batch, are removed."""
 
 
 class WorkPart(StrEnum):
-    """Endings of the files of work; see the module."""
+    """Suffixes of the working files."""
 
     ENTRY = ".json"
     REQUESTS = ".requests"
@@ -49,36 +49,36 @@ class WorkPart(StrEnum):
 
 
 class PendingBatch(msgspec.Struct, frozen=True, kw_only=True):
-    """A batch that has not ended."""
+    """Entry of an unfinished batch."""
 
     batch_id: str
     tenant: str
 
 
 class BatchStore:
-    """Batches of tenants; decides which have ended, and which work is left.
+    """Stores the batches of tenants and their working files.
 
-    Raises ``StorageError`` for whatever the file system refuses.
+    Methods raise ``StorageError`` for errors of the file system.
 
     Args:
-        state: where objects are.
+        state: store of objects.
         clock: Unix time in seconds.
     """
 
     def __init__(self, state: StateStore, clock: Callable[[], float] = time.time) -> None:
         self._state = state
         self.files = FileStore(state, clock)
-        """Files that batches are made of, and those of their answers."""
+        """Input and output files of batches."""
         self._clock = clock
 
     def new_id(self) -> str:
-        """Id of a new batch."""
+        """Make the id of a new batch."""
         return self._state.new_id(BATCHES)
 
     def make(self, tenant: str, batch: StoredBatch, requests: bytes) -> None:
-        """Store a new batch, to be run. Raises ``StorageFullError``.
+        """Store a new batch. Raises ``StorageFullError``.
 
-        Killed at any time, this leaves no batch that nobody runs.
+        If the process is killed at any step, every stored batch is still run.
         """
         self._check_room(tenant, len(requests))
         try:
@@ -88,12 +88,12 @@ class BatchStore:
             self.save(tenant, batch)
         except StorageError:
             with contextlib.suppress(StorageError, OSError):
-                self._state.delete(BATCHES, tenant, batch.id)  # it may be there, and not be synced
+                self._state.delete(BATCHES, tenant, batch.id)  # it may exist without being synced
                 self.end(batch.id)
             raise
 
     def _check_room(self, tenant: str, size: int) -> None:
-        """Raise ``StorageFullError`` unless so much more may wait of this tenant."""
+        """Raise ``StorageFullError`` if ``size`` more bytes exceed the tenant's limit."""
         max_bytes = self._state.max_bytes
         for work in self.waiting():
             if work.tenant == tenant:
@@ -101,17 +101,17 @@ class BatchStore:
                     size += self.path(work.batch_id, WorkPart.REQUESTS).stat().st_size
         if size > max_bytes:
             raise KeyFullError(
-                f"the requests of this key's batches that have not ended would have {size} bytes, "
+                f"the requests of this key's unfinished batches would have {size} bytes, "
                 f"the limit is {max_bytes}: wait until some have ended, or cancel them"
             )
 
     def save(self, tenant: str, batch: StoredBatch) -> None:
-        """Store how a batch is now: for whoever runs it. Raises ``StorageFullError``."""
+        """Store the state of a batch, for the gateway that runs it. Raises ``StorageFullError``."""
         ttl_s = self._state.ttl_s + (0 if batch.status in ENDED else WINDOW_S)
         self._state.put(BATCHES, tenant, batch.id, msgspec.json.encode(batch), ttl_s)
 
     def get(self, tenant: str, batch_id: str) -> StoredBatch | None:
-        """A batch; None where the tenant has no such one."""
+        """Read a batch; None if the tenant has no batch with this id."""
         found = self._state.get(BATCHES, tenant, batch_id)
         if found is None:
             return None
@@ -124,20 +124,20 @@ class BatchStore:
         return batch
 
     def list_ids(self, tenant: str) -> list[str]:
-        """Ids of a tenant's batches, the oldest first."""
+        """Ids of a tenant's batches, oldest first."""
         return self._state.list_ids(BATCHES, tenant)
 
     def cancel(self, batch_id: str) -> None:
-        """Ask whoever runs a batch to end it."""
+        """Tell the gateway that runs a batch to cancel it."""
         if self.path(batch_id, WorkPart.ENTRY).exists():
             self._state.write_work(batch_id + WorkPart.CANCEL, b"")
 
     def is_cancelled(self, batch_id: str) -> bool:
-        """Whether it shall end."""
+        """Whether a batch was cancelled."""
         return self.path(batch_id, WorkPart.CANCEL).exists()
 
     def waiting(self) -> list[PendingBatch]:
-        """Batches that have not ended, the oldest first; others may be running them."""
+        """Unfinished batches, oldest first; other gateways may run them."""
         found = []
         for path in sorted(self._state.work.glob(f"*{WorkPart.ENTRY}")):
             try:
@@ -145,7 +145,7 @@ class BatchStore:
             except FileNotFoundError:
                 continue
             except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as err:
-                logger.error("the batch of %s cannot be run: %s", path.name, err)
+                logger.error("could not read the batch entry %s: %s", path.name, err)
         return found
 
     def is_waiting(self, batch_id: str) -> bool:
@@ -153,10 +153,10 @@ class BatchStore:
         return self.path(batch_id, WorkPart.ENTRY).exists()
 
     def take(self, work: PendingBatch) -> StoredBatch | None:
-        """The batch of an entry, for the process that has its file of answers open.
+        """Read the batch of an entry, for the process that has locked its file of responses.
 
-        None where it has just ended, is being made, or has expired by the clock of this gateway
-        alone. An entry whose batch is gone is removed.
+        Returns None if the batch has ended, is being made, or has expired only by the clock of this
+        gateway. Removes an entry without a batch.
         """
         if not self.is_waiting(work.batch_id):
             return None
@@ -167,28 +167,28 @@ class BatchStore:
         return batch
 
     def is_over(self, batch: StoredBatch) -> bool:
-        """Whether a batch is to end though requests are left."""
+        """Whether a batch must end although requests are left."""
         return self.is_cancelled(batch.id) or self.has_expired(batch)
 
     def has_expired(self, batch: StoredBatch) -> bool:
-        """Whether the time of a batch is over, also by the clock of the file system."""
+        """Whether a batch has expired, by the local clock and the clock of the file system."""
         window_s = batch.expires_at - batch.created_at
         return self._clock() >= batch.expires_at and self._age_s(batch.id) >= window_s
 
     def _age_s(self, batch_id: str) -> float:
-        """Time since a batch was made, by the clock of the file system; 0.0 without an entry."""
+        """Age of a batch by the clock of the file system; 0.0 without an entry."""
         with contextlib.suppress(FileNotFoundError):
             made_s = self.path(batch_id, WorkPart.ENTRY).stat().st_mtime
             return self._state.disk_time_s() - made_s
         return 0.0
 
     def end(self, batch_id: str) -> None:
-        """Remove the work on a batch, whose end is stored."""
+        """Remove the working files of a batch whose end is stored."""
         for part in WorkPart:
             self.path(batch_id, part).unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Remove parts that have no entry: their makers were killed."""
+        """Remove old working files without an entry, which killed processes have left."""
         self._state.require_open()
         parts = set(WorkPart) - {WorkPart.ENTRY}
         left = [path for path in self._state.work.iterdir() if path.suffix in parts]
@@ -203,5 +203,5 @@ class BatchStore:
                         path.unlink()
 
     def path(self, batch_id: str, part: WorkPart) -> Path:
-        """A part of the work on a batch that has not ended."""
+        """Path of a working file."""
         return self._state.work / f"{batch_id}{part}"

@@ -1,6 +1,6 @@
-"""Types of the answers of Files and Batches, for the OpenAPI document.
+"""Response types of Files and Batches, for the OpenAPI document.
 
-Handlers build plain dicts; a test fails on a field that is not here.
+Handlers build plain dicts; a test fails on a field that is missing here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The routes of batches: make one, follow it, end it."""
+"""Routes to create, list, read and cancel batches."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _MOST_LISTED, _LISTED = 100, 20
 
 
 class OutputExpiry(StrictBody):
-    """How long files of answers are kept."""
+    """Retention of output files."""
 
     anchor: Literal["created_at"]
     seconds: Annotated[int, Field(ge=3600, le=30 * 24 * 3600)]
 
 
 class BatchBody(StrictBody):
-    """A new batch."""
+    """Body of a new batch."""
 
     input_file_id: str
     endpoint: str
@@ -46,11 +46,11 @@ class BatchBody(StrictBody):
 
 
 class BatchRoutes:
-    """See the module.
+    """Handlers of the routes of batches.
 
     Args:
         gateway: the replica.
-        batches: its batches.
+        batches: store of the batches.
     """
 
     def __init__(self, gateway: Gateway, batches: BatchStore) -> None:
@@ -59,7 +59,7 @@ class BatchRoutes:
         self._batches = batches
 
     def routes(self) -> list[BaseRoute]:
-        """The routes."""
+        """Make the routes."""
         return [
             Route(PATH, self.make, methods=["POST"]),
             Route(PATH, self.list, methods=["GET"]),
@@ -68,7 +68,7 @@ class BatchRoutes:
         ]
 
     async def make(self, request: Request) -> Response:
-        """Store a batch: a gateway that has time for it will run it."""
+        """Store a batch, which a gateway runs later."""
         body = await read_json(request, self._gateway, partial(parse_body, BatchBody))
         rule = f"({body.endpoint[:64]!r}) must be one of {', '.join(ENDPOINTS)}"
         require(body.endpoint in ENDPOINTS, "endpoint", rule)
@@ -94,7 +94,7 @@ class BatchRoutes:
         return json_response(batch.shown())
 
     async def list(self, request: Request) -> Response:
-        """A page of the batches, the newest first."""
+        """List a page of batches, newest first."""
         page = Page.from_query(request.query_params, _MOST_LISTED, _LISTED)
         owner, batches = current_tenant(), self._batches
 
@@ -108,11 +108,11 @@ class BatchRoutes:
         return json_response(await self._disk.run(read_all))
 
     async def get(self, request: Request) -> Response:
-        """A batch as it is now."""
+        """Return a batch."""
         return json_response((await self._find(request)).shown())
 
     async def cancel(self, request: Request) -> Response:
-        """Ask whoever runs a batch to end it; what is answered then stays."""
+        """Cancel a batch; its finished responses are kept."""
         batch = await self._find(request)
         if batch.status in ENDED:
             raise ConflictError(f"the batch is {batch.status} already")

@@ -1,4 +1,4 @@
-"""Files of clients, and of answers, in the state folder. All calls block, and are for threads."""
+"""Files of clients and of batches in the state folder. All methods block; call them in threads."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ _PIECE_BYTES = 1024 * 1024
 
 
 class FileStore:
-    """Files of tenants; decides what is recorded of each. Raises ``StorageError`` for whatever the
-    file system refuses.
+    """Stores the files of tenants. Methods raise ``StorageError`` for errors of the file system.
 
     Args:
-        state: where objects are.
+        state: store of objects.
         clock: Unix time in seconds.
     """
 
@@ -39,17 +38,17 @@ class FileStore:
 
     @property
     def max_bytes(self) -> int:
-        """Of a tenant's files."""
+        """Largest size of a tenant's files."""
         return self._state.max_bytes
 
     def new_id(self) -> str:
-        """Id of a file that is stored later."""
+        """Make the id of a new file."""
         return self._state.new_id(FILES)
 
     def put(
         self, tenant: str, filename: str, content: bytes, *, ttl_s: float | None = None
     ) -> tuple[str, FileFacts]:
-        """Store a file. Returns its id and facts. Raises ``StorageFullError``."""
+        """Store a file; return its id and facts. Raises ``StorageFullError``."""
         file_id = self.new_id()
         facts = self._facts(filename, "batch", len(content), ttl_s)
         self._state.put(FILES, tenant, file_id, encode_file(facts, content), ttl_s)
@@ -58,8 +57,8 @@ class FileStore:
     def put_output(
         self, tenant: str, filename: str, path: Path, file_id: str, ttl_s: float | None
     ) -> None:
-        """Store the answers in a file at ``path``, which is read in pieces, and not at all where
-        they have no room. Raises ``StorageFullError``."""
+        """Store the responses in the file at ``path``. The size is checked first; the file is read
+        in pieces. Raises ``StorageFullError``."""
         with as_storage_error(), path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             facts = self._facts(filename, "batch_output", size, ttl_s)
@@ -80,7 +79,7 @@ class FileStore:
         )
 
     def open(self, tenant: str, file_id: str) -> tuple[FileFacts, StoredReader] | None:
-        """Facts, and a reader of the content, which is to be closed; None where the tenant has no
+        """Facts and a reader of the content, which the caller must close; None if the tenant has no
         such file."""
         reader = self._state.open_reader(FILES, tenant, file_id)
         if reader is None:
@@ -92,19 +91,19 @@ class FileStore:
             raise
 
     def get(self, tenant: str, file_id: str) -> tuple[FileFacts, bytes] | None:
-        """Facts and content; None where the tenant has no such file."""
+        """Facts and content; None if the tenant has no such file."""
         stored = self._state.get(FILES, tenant, file_id)
         return None if stored is None else decode_file(stored.content, file_id)
 
     def facts(self, tenant: str, file_id: str) -> FileFacts | None:
-        """What is known of a file beside its content."""
+        """Facts of a file; None if the tenant has no such file."""
         begin = self._state.begin_of(FILES, tenant, file_id, MAX_FACTS_BYTES)
         return None if begin is None else decode_file(begin, file_id)[0]
 
     def delete(self, tenant: str, file_id: str) -> bool:
-        """Whether there was one."""
+        """Delete a file; return whether it existed."""
         return self._state.delete(FILES, tenant, file_id)
 
     def list_ids(self, tenant: str) -> list[str]:
-        """Ids of a tenant's files, the oldest first."""
+        """Ids of a tenant's files, oldest first."""
         return self._state.list_ids(FILES, tenant)

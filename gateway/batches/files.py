@@ -1,4 +1,4 @@
-"""The routes of files: store one, list, read and remove them."""
+"""Routes to store, list, read and delete files."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ PATH = "/v1/files"
 ONE = f"{PATH}/{{file_id}}"
 _MAX_NAME_CHARS = 512
 _MIN_TTL_S, _MAX_TTL_S = 3600, 30 * 24 * 3600
-"""OpenAI's."""
+"""OpenAI's limits."""
 _MOST_LISTED = 10_000
 
 
 class FileRoutes:
-    """See the module.
+    """Handlers of the routes of files.
 
     Args:
         gateway: the replica.
-        files: its files.
+        files: store of the files.
     """
 
     def __init__(self, gateway: Gateway, files: FileStore) -> None:
@@ -45,7 +45,7 @@ class FileRoutes:
         self._seats = asyncio.Semaphore(gateway.tuning.max_uploads)
 
     def routes(self) -> list[BaseRoute]:
-        """The routes."""
+        """Make the routes."""
         return [
             Route(PATH, self.make, methods=["POST"]),
             Route(PATH, self.list, methods=["GET"]),
@@ -55,7 +55,7 @@ class FileRoutes:
         ]
 
     async def make(self, request: Request) -> Response:
-        """Store the file of a form. Where too many are being stored, its body is not read yet."""
+        """Store the file of a form. Waits before it reads the body if too many uploads run."""
         async with limit_time(request, self._gateway), self._seats:
             form = await _read_form(request, self._gateway)
             file_id, facts = await self._disk.run(
@@ -66,7 +66,7 @@ class FileRoutes:
         return json_response(facts.shown(file_id))
 
     async def list(self, request: Request) -> Response:
-        """A page of the files, the newest first."""
+        """List a page of files, newest first."""
         purpose = request.query_params.get("purpose")
         page = Page.from_query(request.query_params, _MOST_LISTED, _MOST_LISTED)
         owner, files = current_tenant(), self._files
@@ -83,7 +83,7 @@ class FileRoutes:
         return json_response(await self._disk.run(read_all))
 
     async def get(self, request: Request) -> Response:
-        """What is known of a file."""
+        """Return the facts of a file."""
         file_id = request.path_params["file_id"]
         facts = await self._disk.run(self._files.facts, current_tenant(), file_id)
         if facts is None:
@@ -91,7 +91,7 @@ class FileRoutes:
         return json_response(facts.shown(file_id))
 
     async def content(self, request: Request) -> Response:
-        """A file's bytes."""
+        """Return the content of a file."""
         file_id = request.path_params["file_id"]
         disk = self._disk
         found = await disk.run(self._files.open, current_tenant(), file_id, release=_close)
@@ -101,7 +101,7 @@ class FileRoutes:
         return PiecesResponse(reader, facts.bytes, run=disk.run, run_later=disk.run_later)
 
     async def delete(self, request: Request) -> Response:
-        """Remove a file; batches that were made of it have copies."""
+        """Delete a file; batches have copies of their requests."""
         file_id = request.path_params["file_id"]
         if not await self._disk.run(self._files.delete, current_tenant(), file_id):
             raise _unknown(file_id)
@@ -115,7 +115,7 @@ class _Form(NamedTuple):
 
 
 async def _read_form(request: Request, gateway: Gateway) -> _Form:
-    """The form in a body. Raises ``RequestError``, and what ``read_body`` raises."""
+    """Read and check a form. Raises ``RequestError`` and the errors of ``read_body``."""
     raw = await read_body(request, gateway.tuning.max_file_bytes, gateway.tuning)
     parts = await asyncio.to_thread(read_form, request.headers.get("content-type", ""), raw)
     for name in ("file", "purpose"):
@@ -131,7 +131,7 @@ async def _read_form(request: Request, gateway: Gateway) -> _Form:
 
 
 def _ttl_s(parts: Mapping[str, FormPart]) -> float | None:
-    """The life that a form asks for. Raises ``RequestError``."""
+    """Retention time that a form requests; None is the default. Raises ``RequestError``."""
     names = [f"expires_after[{key}]" for key in ("anchor", "seconds")]
     if not any(name in parts for name in names):
         return None

@@ -1,4 +1,4 @@
-"""Forms with a file, ``multipart/form-data``. Source: RFC 7578."""
+"""Parser of ``multipart/form-data`` bodies. Source: RFC 7578."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _MAX_HEADER_BYTES = 4096
 
 @dataclass(slots=True)
 class FormPart:
-    """One field."""
+    """One field of a form."""
 
     name: str
     filename: str | None
-    """None: it is no file."""
+    """Name of an uploaded file; None for other fields."""
     content: bytes
 
     @property
     def text(self) -> str:
-        """A field's value."""
+        """Value as text."""
         return self.content.decode(errors="replace")
 
 
 def read_form(content_type: str, raw: bytes) -> dict[str, FormPart]:
-    """The fields of a body by their names. Raises ``RequestError``."""
+    """Parse a body; return its fields by name. Raises ``RequestError``."""
     kind, options = parse_options_header(content_type)
     rule = f"({content_type[:64]!r}) must be multipart/form-data with a boundary"
     boundary = options.get(b"boundary")
@@ -47,7 +47,7 @@ def read_form(content_type: str, raw: bytes) -> dict[str, FormPart]:
     except FormParserError as err:
         raise RequestError("the body is not a form", "body") from err
     if not reader.is_ended:
-        raise RequestError("the body is a form without an end", "body")
+        raise RequestError("the body is an incomplete form", "body")
     return reader.parts
 
 
@@ -60,7 +60,7 @@ class _Reader:
         self._pieces: list[bytes] = []
 
     def callbacks(self) -> MultipartCallbacks:
-        """What the parser calls."""
+        """Callbacks of the parser."""
         return {
             "on_part_begin": self._begin,
             "on_part_data": lambda data, start, end: self._pieces.append(data[start:end]),

@@ -1,4 +1,4 @@
-"""Requests of batches, through the same steps as those that come over HTTP."""
+"""Runs requests of batches through the same steps as HTTP requests."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class InnerCalls:
     """Sends requests of one client to the routes of this process.
 
     Args:
-        gateway: it answers.
-        routes: those that requests may name.
-        account: the client's; None without keys.
-        priority: of requests that name none.
+        gateway: the replica.
+        routes: routes that requests may use.
+        account: key of the client; None without keys.
+        priority: default priority of the requests.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class InnerCalls:
         ]
 
     async def send(self, request: BatchRequest) -> BatchAnswer:
-        """See ``cluster.batches.run.Send``."""
+        """Implement ``cluster.batches.run.Send``."""
         body = dump_json(request.body)
         scope: Scope = {
             "type": "http",
@@ -75,7 +75,7 @@ class InnerCalls:
             else:
                 content.extend(message.get("body", b""))
 
-        # a task has its own context: ids and callers of other requests stay theirs
+        # a task has its own context, so ids and callers of requests do not mix
         await asyncio.create_task(self._app(scope, receive, send))
         pause = headers.get("retry-after", "")
         return BatchAnswer(
@@ -87,7 +87,7 @@ class InnerCalls:
 
 
 class _OneKey(KeyRing):
-    """Every request is of one account."""
+    """Key ring that assigns all requests to one account."""
 
     def __init__(self, account: KeyUsage | None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Files and batches as they are stored and as clients see them.
+"""Stored files and batches, and their representation for clients.
 
 Source of the names: https://developers.openai.com/api/reference/resources/batches and ``/files``.
 """
@@ -21,9 +21,9 @@ Stored = TypeVar("Stored")
 FILES: Final = ObjectKind("files", "file")
 BATCHES: Final = ObjectKind("batches", "batch")
 MAX_FACTS_BYTES: Final = 16_384
-"""More than the facts of a file have, with the longest name."""
+"""Upper bound for the encoded facts of a file."""
 WINDOW_S: Final = 24 * 3600
-"""Time that a batch has, ``24h``: the only one that OpenAI has."""
+"""Completion window of batches, ``24h``, the only one of OpenAI's API."""
 
 BatchStatus = Literal[
     "validating",
@@ -40,7 +40,7 @@ ENDED: Final = frozenset({"failed", "completed", "expired", "cancelled"})
 
 
 class FileFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a file beside its content. Times are Unix times, seconds."""
+    """Metadata of a file. Times are Unix times in seconds."""
 
     filename: str
     purpose: FilePurpose
@@ -49,7 +49,7 @@ class FileFacts(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: int
 
     def shown(self, file_id: str) -> dict[str, Any]:
-        """As clients see it."""
+        """Representation for clients."""
         return {
             "id": file_id,
             "object": "file",
@@ -59,7 +59,7 @@ class FileFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BatchError(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a batch failed."""
+    """Reason why a batch failed."""
 
     code: str
     message: str
@@ -68,7 +68,7 @@ class BatchError(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RequestCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """Requests of a batch."""
+    """Number of requests of a batch, by state."""
 
     total: int = 0
     completed: int = 0
@@ -76,12 +76,12 @@ class RequestCounts(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_all(self) -> bool:
-        """Each request has an answer."""
+        """Whether every request has a response."""
         return self.completed + self.failed >= self.total
 
 
 class StoredBatch(msgspec.Struct, frozen=True, kw_only=True):
-    """A batch. Times are Unix times, seconds; None: not reached."""
+    """A batch. Times are Unix times in seconds, None if not reached."""
 
     id: str
     endpoint: str
@@ -103,10 +103,10 @@ class StoredBatch(msgspec.Struct, frozen=True, kw_only=True):
     request_counts: RequestCounts = RequestCounts()
     metadata: dict[str, str] | None = None
     output_ttl_s: int | None = None
-    """Life of its files of answers; None: as long as that of any object."""
+    """Retention of its output files; None is the default of all objects."""
 
     def shown(self) -> dict[str, Any]:
-        """As clients see it: its files once they are there."""
+        """Representation for clients; output files are shown after the batch has ended."""
         found: dict[str, Any] = msgspec.to_builtins(self)
         del found["output_ttl_s"]
         if self.status not in ENDED:
@@ -117,12 +117,12 @@ class StoredBatch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def encode_file(facts: FileFacts, content: bytes) -> bytes:
-    """A file's facts and content as one object."""
+    """Encode the facts and content of a file as one object."""
     return msgspec.json.encode(facts) + b"\n" + content
 
 
 def decode_file(raw: bytes, file_id: str) -> tuple[FileFacts, bytes]:
-    """The other way round; ``raw`` may end within the content. Raises ``StorageError``."""
+    """Decode a file; ``raw`` may be truncated within the content. Raises ``StorageError``."""
     line, _, content = raw.partition(b"\n")
     try:
         return msgspec.json.decode(line, type=FileFacts), content
@@ -131,7 +131,7 @@ def decode_file(raw: bytes, file_id: str) -> tuple[FileFacts, bytes]:
 
 
 def decode_batch(raw: bytes, batch_id: str) -> StoredBatch:
-    """The batch in an object. Raises ``StorageError``."""
+    """Decode a batch. Raises ``StorageError``."""
     try:
         return msgspec.json.decode(raw, type=StoredBatch)
     except (msgspec.MsgspecError, UnicodeDecodeError) as err:
@@ -141,9 +141,9 @@ def decode_batch(raw: bytes, batch_id: str) -> StoredBatch:
 def readable(
     read: Callable[[str, str], Stored | None], tenant: str, object_id: str
 ) -> Stored | None:
-    """What ``read`` returns; None, and a line in the log, for a damaged object."""
+    """Call ``read``; log a damaged object and return None."""
     try:
         return read(tenant, object_id)
     except StorageError as err:
-        logger.error("%s is left out of a list: %s", object_id, err)
+        logger.error("could not list %s: %s", object_id, err)
         return None

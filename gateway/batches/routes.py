@@ -1,4 +1,4 @@
-"""The routes of Files and Batches, and what they are in the OpenAPI document."""
+"""Routes of Files and Batches, with their entries in the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gateway.http.openapi import Endpoint
 _LISTING = (
     ("limit", "Objects at most", (("type", "integer"), ("minimum", 1))),
     ("order", "asc or desc (default)", (("type", "string"), ("pattern", "^(asc|desc)$"))),
-    ("after", "An object's id: those behind it", (("type", "string"),)),
+    ("after", "Id of an object: list the objects after it", (("type", "string"),)),
 )
 _PURPOSE = ("purpose", "batch or batch_output", (("type", "string"),))
 _FILE, _BATCH = "/v1/files/{file_id}", "/v1/batches/{batch_id}"
@@ -40,7 +40,7 @@ ENDPOINTS = (
     Endpoint(_FILE, "One file", batch_types.StoredFile, statuses=(400, 404)),
     Endpoint(_FILE, "Remove a file", batch_types.DeletedFile, statuses=(400, 404), verb="delete"),
     Endpoint(f"{_FILE}/content", "A file's bytes", media=PiecesResponse, statuses=(400, 404)),
-    Endpoint("/v1/batches", "Answer a file of requests", batch_types.BatchObject, BatchBody),
+    Endpoint("/v1/batches", "Run a file of requests", batch_types.BatchObject, BatchBody),
     Endpoint("/v1/batches", "Batches", batch_types.BatchList, statuses=(400,), query=_LISTING),
     Endpoint(_BATCH, "One batch", batch_types.BatchObject, statuses=(400, 404)),
     Endpoint(
@@ -51,11 +51,11 @@ ENDPOINTS = (
         verb="post",
     ),
 )
-"""In the order of the interface."""
+"""Endpoints in the order of the documentation."""
 
 
 def routes(gateway: Gateway) -> list[BaseRoute]:
-    """The routes; without a state folder each one says so."""
+    """Make the routes; without a state folder, each route raises an error."""
     if gateway.state is None:
         paths = dict.fromkeys(endpoint.path for endpoint in ENDPOINTS)
         return [Route(path, _refuse, methods=["GET", "POST", "DELETE"]) for path in paths]

@@ -1,7 +1,8 @@
-"""Runs batches, beside the requests that somebody waits for.
+"""Runs batches in the background.
 
-All gateways with the same state folder look for batches there. One of them runs each: the one that
-has its file of answers open. When it ends or dies, another one goes on where it was.
+All gateways with the same state folder look for batches in it. The gateway that locks a batch's
+file
+of responses runs the batch. When it ends or dies, another gateway continues the batch.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class _Run(NamedTuple):
 
 
 class _Pause(NamedTuple):
-    """A batch that is not run for a while, after an error."""
+    """Pause of a batch after an error."""
 
     ends_s: float
     length_s: float
@@ -47,9 +48,9 @@ class BatchRunner:
     """Runs the batches of a gateway's state folder.
 
     Args:
-        gateway: it answers.
-        routes: the routes of the public port.
-        tuning: how.
+        gateway: the replica.
+        routes: routes of the public port.
+        tuning: limits and intervals.
     """
 
     def __init__(
@@ -68,17 +69,17 @@ class BatchRunner:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to look for batches; does nothing without a state folder."""
+        """Start looking for batches, if there is a state folder."""
         if self._batches is not None:
             self._task = asyncio.create_task(self._look(self._batches))
 
     async def stop(self) -> None:
-        """End; other gateways go on with what runs here."""
+        """Stop; other gateways continue the batches that run here."""
         tasks = [*([self._task] if self._task else []), *(run.task for run in self._runs.values())]
         for task in tasks:
             task.cancel()
         if tasks:
-            await asyncio.wait(tasks, timeout=END_S)  # a disk that hangs does not end them
+            await asyncio.wait(tasks, timeout=END_S)  # tasks do not end while the disk hangs
 
     async def _look(self, batches: BatchStore) -> None:
         while True:
@@ -94,7 +95,7 @@ class BatchRunner:
             await asyncio.sleep(self._tuning.look_s)
 
     def _take(self, batches: BatchStore, waiting: Sequence[PendingBatch]) -> None:
-        """Run those batches that do not run here already, as far as there are seats."""
+        """Run waiting batches, up to the limit of concurrent batches."""
         names = {work.batch_id for work in waiting}
         self._pauses = {name: one for name, one in self._pauses.items() if name in names}
         now_s = time.monotonic()
@@ -111,7 +112,8 @@ class BatchRunner:
         del self._runs[name]
 
     def _has_seat(self, tenant: str) -> bool:
-        """The last seat is for a key without one, however many batches another key has."""
+        """Whether a batch can run now; the last slot is reserved for keys without a running
+        batch."""
         num_left = self._tuning.max_batches - len(self._runs)
         is_seated = any(run.tenant == tenant for run in self._runs.values())
         return num_left > (is_seated and not self._gateway.keys.is_open)
@@ -125,7 +127,7 @@ class BatchRunner:
             logger.error("batch %s is paused: %s", work.batch_id, err, exc_info=is_bug)
 
     def _pause(self, name: str, err: Exception) -> None:
-        """Retry less and less often; a full key costs nothing, and may have room at any time."""
+        """Pause with exponential backoff, except for full keys, whose retries are cheap."""
         known = self._pauses.get(name)
         is_repeated = known is not None and not isinstance(err, KeyFullError)
         length_s = 2 * known.length_s if known is not None and is_repeated else self._tuning.retry_s
@@ -133,7 +135,7 @@ class BatchRunner:
         self._pauses[name] = _Pause(time.monotonic() + length_s, length_s)
 
     async def _run_alone(self, batches: BatchStore, work: PendingBatch) -> None:
-        """Run a batch to its end, unless another gateway does."""
+        """Run a batch to its end, unless another gateway runs it."""
         stack = contextlib.ExitStack()
         try:
             files = await self._disk(partial(_open, stack, batches, work.batch_id))
@@ -154,7 +156,7 @@ class BatchRunner:
 def _open(
     stack: contextlib.ExitStack, batches: BatchStore, batch_id: str
 ) -> tuple[AnswerFile, AnswerFile]:
-    """The files of answers and of failures. Raises what ``AnswerFile`` raises."""
+    """Open the files of responses and failures. Raises the errors of ``AnswerFile``."""
     paths = (batches.path(batch_id, part) for part in (WorkPart.ANSWERS, WorkPart.FAILURES))
     answers, failures = (stack.enter_context(AnswerFile(path, is_private=True)) for path in paths)
     return answers, failures

@@ -1,4 +1,4 @@
-"""One batch while a gateway runs it: its requests are asked, its answers become files."""
+"""Runs one batch: sends its requests and stores its output files."""
 
 from __future__ import annotations
 
@@ -27,43 +27,43 @@ from gateway.generation.gateway import Gateway
 logger = logging.getLogger(__name__)
 
 TRANSIENT_ERRORS = (StorageError, OSError)
-"""Errors of the disk: a batch stands still until they are over."""
+"""Errors of the disk, which pause a batch."""
 _NEVER_S = float("inf")
 _FULL_SHARE = 0.9
-"""Part of what a key may store at which a batch asks no more, so that its answers fit."""
+"""Share of a key's storage limit at which a batch stops sending, so that its responses fit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchTuning:
-    """How batches are run."""
+    """Limits and intervals of batches."""
 
     look_s: float = 2.0
-    """Interval at which a gateway looks for batches and for orders to end one."""
+    """Interval at which a gateway looks for batches and cancellations."""
     retry_s: float = 10.0
-    """Time after which a paused batch is tried again; it doubles with each failure in a row."""
+    """Time after which a paused batch is retried; doubles with each consecutive failure."""
     max_retry_s: float = 600.0
-    """Longest such time."""
+    """Longest time before a retry."""
     disk_limit_s: float = 600.0
-    """Longest time for which answers wait in memory for a disk that refuses them."""
+    """Longest time for which responses wait in memory while the disk refuses writes."""
     max_batches: int = 4
-    """Batches that a gateway runs at a time."""
+    """Concurrent batches of a gateway."""
     concurrency: int = 64
-    """Requests of a batch that run at a time."""
+    """Concurrent requests of a batch."""
     priority: int = 1
-    """Of requests that name none: after those of others."""
+    """Default priority of requests, lower than that of other requests."""
 
 
 class RunningBatch:
-    """A batch that this gateway runs; nobody else writes it.
+    """A batch that this gateway runs; no other process writes it.
 
     Args:
-        gateway: it answers.
-        batches: where the batch is.
-        tenant: whose it is.
-        batch: as it was stored last.
-        answers: its answers so far.
-        failures: those that are no success.
-        disk: runs everything that waits for the disk.
+        gateway: the replica.
+        batches: store of the batch.
+        tenant: tenant of the batch.
+        batch: last stored state.
+        answers: successful responses so far.
+        failures: failed responses so far.
+        disk: runs functions that wait for the disk.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class RunningBatch:
         self._disk = disk
 
     async def run(self, routes: Sequence[Route], tuning: BatchTuning) -> None:
-        """Run what is left, and store the end. Raises ``TRANSIENT_ERRORS``: try again later."""
+        """Run the remaining requests and store the end. Retry after ``TRANSIENT_ERRORS``."""
         if self._batch.finalizing_at is None:
             problem = await self._ask_all(routes, tuning)
             if problem is not None and not (self._answers.done or self._failures.done):
@@ -96,7 +96,7 @@ class RunningBatch:
         await self._finish()
 
     async def _ask_all(self, routes: Sequence[Route], tuning: BatchTuning) -> BatchError | None:
-        """Ask until nothing is left, or the batch is to end. Returns what went wrong."""
+        """Send requests until none is left or the batch must end; return the error, if any."""
         limits = BatchLimits(endpoints=(self._batch.endpoint,))
         path = self._batches.path(self._batch.id, WorkPart.REQUESTS)
         try:
@@ -150,24 +150,24 @@ class RunningBatch:
         await batch.run()
 
     async def _is_over(self) -> bool:
-        """Whether the batch is to end though requests are left; False while it cannot be known."""
+        """Whether the batch must end although requests are left; False if that cannot be read."""
         try:
             return await self._disk(partial(self._batches.is_over, self._batch))
-        except TRANSIENT_ERRORS as err:  # answers that wait for the disk are kept
-            logger.error("whether batch %s is to end cannot be known: %s", self._batch.id, err)
+        except TRANSIENT_ERRORS as err:  # responses that wait for the disk are kept
+            logger.error("could not read whether batch %s must end: %s", self._batch.id, err)
             return False
 
     def _check_size(self) -> None:
-        """Raise ``RequestError`` where more answers would not fit into one file."""
+        """Raise ``RequestError`` if further responses would not fit into one file."""
         most = int(_FULL_SHARE * self._files.max_bytes)
         if max(self._answers.num_bytes, self._failures.num_bytes) > most:
             message = f"the answers have more than {most} bytes: make several batches of the rest"
             raise RequestError(message, None, "answers_too_large")
 
     def _failure(self, error: BaseException | None) -> BatchError | None:
-        """Why no more can be asked. Raises ``error`` where it passes."""
+        """Convert the error that stopped a batch. Raises ``error`` if it is transient."""
         while isinstance(error, BaseExceptionGroup) and len(set(map(type, error.exceptions))) == 1:
-            error = error.exceptions[0]  # requests that run beside each other fail alike
+            error = error.exceptions[0]  # concurrent requests fail in the same way
         if error is None:
             return None
         if isinstance(error, RequestError):
@@ -176,22 +176,22 @@ class RunningBatch:
             return damaged_output_error(error)
         if is_transient(error):
             raise error
-        logger.error("batch %s fails", self._batch.id, exc_info=error)
-        message = "the server failed at a request: its log says why"
+        logger.error("batch %s failed", self._batch.id, exc_info=error)
+        message = "the server failed to run a request: see its log"
         return BatchError(code="internal_error", message=message)
 
     async def _account(self) -> KeyUsage | None:
-        """The client's. Raises ``RequestError`` where its key is not known any more."""
+        """Account of the client. Raises ``RequestError`` if its key was removed."""
         keys = self._gateway.keys
         await keys.read_changes()
         if keys.is_open:
             return None
         account = keys.account_of(self._tenant)
         if account is None:
-            raise RequestError("the key that made the batch is not known any more", None, "no_key")
+            raise RequestError("the key that made the batch was removed", None, "no_key")
         return account
 
-    # ---- what clients see --------------------------------------------------------------------
+    # ---- state for clients -------------------------------------------------------------------
 
     @property
     def _counts(self) -> RequestCounts:
@@ -201,16 +201,16 @@ class RunningBatch:
         return RequestCounts(total=total, completed=completed, failed=failed)
 
     async def _count(self, total: int) -> None:
-        """Store how far the batch is, unless the disk refuses that: a later call does."""
+        """Store the counts; a failed write is repeated by a later call."""
         counts = msgspec.structs.replace(self._counts, total=total)
         if counts != self._batch.request_counts:
             try:
                 await self._save(self._batch.status, request_counts=counts)
-            except TRANSIENT_ERRORS as err:  # answers that wait for the disk are kept
-                logger.error("the counts of batch %s cannot be stored: %s", self._batch.id, err)
+            except TRANSIENT_ERRORS as err:  # responses that wait for the disk are kept
+                logger.error("could not store the counts of batch %s: %s", self._batch.id, err)
 
     async def _finalize(self, problem: BatchError | None) -> None:
-        """No more is asked: from now on the batch only ends, also after a kill."""
+        """Stop sending: the batch can only end now, also after a restart."""
         files, now_s, counts = self._files, int(time.time()), self._counts
         is_cancelled = await self._disk(partial(self._batches.is_cancelled, self._batch.id))
         is_cancelled = is_cancelled and not counts.is_all
@@ -225,9 +225,9 @@ class RunningBatch:
         )
 
     async def _finish(self) -> None:
-        """Store the files of answers, and then the batch's end.
+        """Store the output files, then the end of the batch.
 
-        A full key or disk may have room later: until the batch's time is over, that is waited for.
+        If the key or disk is full, the write is retried until the batch expires.
         """
         batch = self._batch
         try:
@@ -260,19 +260,19 @@ class RunningBatch:
 
 
 def with_status(batch: StoredBatch, status: BatchStatus, **changed: Any) -> StoredBatch:
-    """A batch with another status, and other changes."""
+    """Copy a batch with another status and other changes."""
     if status in ENDED:
         changed[f"{status}_at"] = int(time.time())
     return msgspec.structs.replace(batch, status=status, **changed)
 
 
 def damaged_output_error(error: ConflictError) -> BatchError:
-    """What a client is told of answers that cannot be read."""
+    """Error for responses that cannot be read."""
     return BatchError(code="answers_damaged", message=str(error))
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether errors of the disk are all that went wrong."""
+    """Whether all errors are errors of the disk."""
     if isinstance(error, BaseExceptionGroup):
         return all(map(is_transient, error.exceptions))
     return isinstance(error, TRANSIENT_ERRORS)
@@ -284,7 +284,7 @@ def _problem(error: RequestError) -> BatchError:
 
 
 def _end_of(batch: StoredBatch) -> BatchStatus:
-    """The status of a batch whose files are stored."""
+    """Final status of a batch whose files are stored."""
     if batch.errors:
         return "failed"
     if batch.cancelling_at is not None:

@@ -1,6 +1,6 @@
-"""The procedures of ``expertmesh.v1.Inference``: messages in, the same calls to ``Gateway``.
+"""The procedures of ``expertmesh.v1.Inference``: convert messages and call ``Gateway``.
 
-``gateway.grpc.handlers`` serves each of them within its ``GrpcCall``.
+``gateway.grpc.handlers`` runs each procedure within a ``GrpcCall``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SERVICE: ServiceDescriptor = pb.DESCRIPTOR.services_by_name["Inference"]
 
 
 class InferenceProcedures(PoolingProcedures):
-    """All procedures, by their names in the service."""
+    """All procedures; methods have the names of the service."""
 
     async def Generate(self, request: pb.GenerateRequest, call: GrpcCall) -> pb.GenerateResponse:
         with await self._start(request, call) as running:
@@ -42,7 +42,7 @@ class InferenceProcedures(PoolingProcedures):
         self, request: pb.GenerateRequest, call: GrpcCall
     ) -> AsyncGenerator[pb.GenerateChunk]:
         with await self._start(request, call, streams=True) as running:
-            await call.send_id()  # while the engine works at the first token
+            await call.send_id()  # while the engine computes the first token
             formatter = GrpcFormat(running, self._gateway.tokenizer, call.request_id)
             while deltas := await running.next():
                 for delta in deltas:
@@ -90,7 +90,7 @@ class InferenceProcedures(PoolingProcedures):
     async def ListModels(
         self, request: pb.ListModelsRequest, call: GrpcCall
     ) -> pb.ListModelsResponse:
-        """The served model first, then its adapters."""
+        """List the served model first, then its adapters."""
         names = [self._gateway.model.name, *self._gateway.model.adapters.names()]
         return pb.ListModelsResponse(models=map(self._model, names))
 

@@ -1,4 +1,4 @@
-"""The steps of every gRPC request, whatever its service: an id, a count, the error table."""
+"""Common steps of all gRPC requests: request id, limits, metrics and error mapping."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ from gateway.grpc.call_limits import BoundedStream, CallLimits, Context
 from gateway.offload.long_work import Arguments, Result
 
 _DEADLINE_SLACK_S = 0.1
-"""A client whose deadline passes ends its call. The end arrives a little before the deadline here,
-which counts from the call's arrival."""
+"""Tolerance for deadlines: a client cancels its call at the deadline, and the cancellation arrives
+slightly before the deadline that is computed here from the call's arrival."""
 
 
 def text_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:
-    """A client's metadata, without binary values."""
+    """Metadata of a client without binary values."""
     return {name: value for name, value in metadata or () if isinstance(value, str)}
 
 
 @dataclass(eq=False)
 class GrpcCall:
-    """One gRPC request from its metadata to its status: names it, counts it, maps errors."""
+    """One gRPC request, from its metadata to its status."""
 
     gateway: Gateway
     service: str
     method: str
     context: Context
     keys: KeyRing
-    """The keys of the port."""
+    """API keys of the port."""
     limits: CallLimits
-    """Of the port."""
+    """Limits of the port."""
     stream_s: float | None = None
-    """Longest life of a stream without an end of its own; None for other calls."""
+    """Longest duration of an endless stream; None for other calls."""
     size: int = 0
-    """Bytes of the message, once it is read."""
+    """Bytes of the request message; 0 before it is read."""
     answer_size: int = 0
-    """About the bytes of the answer, where it may be long."""
+    """Approximate bytes of the response, if it may be long."""
     _code: grpc.StatusCode = grpc.StatusCode.OK
     _trace: RequestTrace | None = None
     _has_sent_id: bool = False
@@ -69,18 +69,18 @@ class GrpcCall:
             self._trace = begin(self.method, "grpc", self.request_id, metadata)
 
     async def read(self) -> bytes | None:
-        """The next message; None after the last one. Raises ``DeadlineExceededError``."""
+        """Read the next message; None after the last one. Raises ``DeadlineExceededError``."""
         data = await self._stream.read()
         self.size = len(data or b"")
         return data
 
     async def write(self, message: Any) -> None:
-        """Send a message, after the id. Raises ``SlowClientError``."""
+        """Send a message; the request id is sent first. Raises ``SlowClientError``."""
         await self.send_id()
         await self._stream.write(message)
 
     def set_id(self, wanted: str) -> None:
-        """Take the id that the message has, unless it is empty."""
+        """Use the id of the message, unless it is empty."""
         if wanted:
             self.request_id = choose_request_id(wanted)
             REQUEST_ID.set(self.request_id)
@@ -94,17 +94,17 @@ class GrpcCall:
         return left_s
 
     def with_headers(self, fields: GenerateCall) -> GenerateCall:
-        """The same fields, with the client's deadline, and what its metadata says."""
+        """Add the client's deadline and metadata to a call."""
         return with_headers(fields, self._metadata, self.time_left_s)
 
     async def convert(
         self, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Result:
-        """What ``work`` makes of the message; of a large message in a thread."""
+        """Run ``work`` on the message, in a thread if the message is large."""
         return await self.gateway.long_work.run(self.size, work, *args, **kwargs)
 
     def set_usage(self, usage: Usage) -> None:
-        """Send counts as trailing metadata."""
+        """Send token counts as trailing metadata."""
         counts = {"prompt": usage.prompt_tokens, "completion": usage.completion_tokens}
         if usage.cached_tokens is not None:
             counts["cached"] = usage.cached_tokens
@@ -114,7 +114,7 @@ class GrpcCall:
 
     @asynccontextmanager
     async def served(self) -> AsyncIterator[None]:
-        """Count the request for its key and its port; an error of these, or within, ends it."""
+        """Run a request within the limits of its key and port; an error becomes its status."""
         given, unsent_error = self._metadata, ""
         caller: KeyUsage | None = None
         try:
@@ -142,7 +142,7 @@ class GrpcCall:
             self._line.end(code)
 
     async def send_id(self) -> None:
-        """Send the request's id as initial metadata, once, before any token."""
+        """Send the request id as initial metadata, once, before any token."""
         if self._has_sent_id:
             return
         self._has_sent_id = True
@@ -151,9 +151,9 @@ class GrpcCall:
         await self.context.send_initial_metadata(metadata)
 
     async def _abort(self, error: Exception) -> None:
-        """End the request with the status that belongs to ``error``.
+        """End the request with the status of ``error``.
 
-        Raises gRPC's error, unless a message waits for the client: the status is behind it then.
+        Raises gRPC's error, unless a message waits for the client: the status then follows it.
         """
         report = self.gateway.report_error(error, self.request_id)
         self._code = report.grpc_code

@@ -1,8 +1,7 @@
-"""Limits of the calls of one gRPC port: how many run at a time, and how long each waits for its
-client.
+"""Limits of one gRPC port: the number of concurrent calls, and the waits for clients.
 
-gRPC's own limit (``maximum_concurrent_rpcs``) counts all calls alike, so idle streams that need no
-key could take it up. It also has no limit of time for a client that sends no message or reads none.
+gRPC's own limit (``maximum_concurrent_rpcs``) counts all calls equally, so idle streams without a
+key could exhaust it. It also has no time limit for clients that send or read no message.
 """
 
 from __future__ import annotations
@@ -25,20 +24,21 @@ from gateway.core.tuning import GatewayTuning
 Context = grpc.aio.ServicerContext[Any, Any]
 
 MAX_UNREAD_PER_CONNECTION = 32
-"""Calls of one connection that have ended here and wait for their client to read the last message.
-gRPC keeps them, and a server cannot cancel them."""
+"""Ended calls of one connection that wait for their client to read the last message. gRPC keeps
+them, and a server cannot cancel them."""
 MAX_STREAMS = 64
-"""Streams without an end of their own (``WatchCluster``, reflection) of one port."""
+"""Endless streams (``WatchCluster``, reflection) of one port."""
 _BURST_S = 1.0
-"""A call of this age can be ended for the sake of newer ones."""
+"""Age from which a call can be ended in favour of newer ones."""
 
 
 class CallPool:
-    """Calls of one kind that last for as long as their client wants.
+    """Pool of calls whose duration depends on the client.
 
-    Above ``max_calls`` each new call ends the oldest one of the connection with the most calls, so
-    that no client keeps the others out. Calls that are younger than ``burst_s`` are not ended: a
-    pool may be above its limit for that time.
+    Above ``max_calls``, each new call ends the oldest call of the connection with the most calls,
+    so
+    that no client can block the others. Calls younger than ``burst_s`` are not ended, so a pool may
+    exceed its limit for that time.
     """
 
     def __init__(self, max_calls: int, burst_s: float = _BURST_S) -> None:
@@ -51,11 +51,11 @@ class CallPool:
 
     @contextlib.asynccontextmanager
     async def entered(self, peer: str, limit_s: float = math.inf) -> AsyncIterator[None]:
-        """Run a call of a connection for ``limit_s`` at most.
+        """Run a call of a connection for at most ``limit_s``.
 
         Raises:
-            DeadlineExceededError: the time is over.
-            QueueFullError: newer calls needed the place.
+            DeadlineExceededError: the call has lasted ``limit_s``.
+            QueueFullError: the call was ended in favour of a newer one.
         """
         now_s = asyncio.get_running_loop().time()
         while len(self._calls) >= self._max_calls and self._end_one(now_s):
@@ -70,24 +70,25 @@ class CallPool:
                 raise
             if timer in self._calls:
                 raise DeadlineExceededError(f"the call has lasted {limit_s:g} s", True) from err
-            raise QueueFullError("newer calls needed the place of this one") from err
+            raise QueueFullError("the call was ended in favour of newer calls") from err
         finally:
             self._calls.pop(timer, None)
 
     def _end_one(self, now_s: float) -> bool:
-        """End the oldest call of the connection with the most; whether there is one to end."""
+        """End the oldest call of the connection with the most calls; return whether there was
+        one."""
         old = [t for t, (_, since_s) in self._calls.items() if now_s - since_s >= self._burst_s]
         if not old:
             return False
         numbers = Counter(peer for peer, _ in self._calls.values())
-        timer = max(old, key=lambda t: numbers[self._calls[t][0]])  # the first of equals
+        timer = max(old, key=lambda t: numbers[self._calls[t][0]])  # the first one of a tie
         del self._calls[timer]
         timer.reschedule(now_s)
         return True
 
 
 class UnreadAnswers:
-    """Calls that have ended here while their last message waits for the client, by connection."""
+    """Ended calls whose last message waits for the client, by connection."""
 
     def __init__(self, max_calls: int = MAX_UNREAD_PER_CONNECTION) -> None:
         self._max_calls = max_calls
@@ -98,12 +99,12 @@ class UnreadAnswers:
         return len(self._ends)
 
     def check(self, peer: str) -> None:
-        """Raise ``SlowClientError`` for a connection that leaves too many answers unread."""
+        """Raise ``SlowClientError`` if a connection has too many unread responses."""
         if self._numbers[peer] >= self._max_calls:
-            raise SlowClientError(f"{self._max_calls} answers of this connection are unread")
+            raise SlowClientError(f"{self._max_calls} responses of this connection are unread")
 
     async def end(self, context: Context, report: ErrorReport, trailers: Any = ()) -> None:
-        """End a call: its status goes out behind the message that waits, if that ever does."""
+        """End a call: its status is sent after the waiting message."""
         peer = context.peer()
         self._numbers[peer] += 1
         end = asyncio.create_task(_abort(context, report, trailers))
@@ -119,33 +120,33 @@ class UnreadAnswers:
 
 
 async def _abort(context: Context, report: ErrorReport, trailers: Any) -> None:
-    with contextlib.suppress(grpc.aio.BaseError):  # always raises; also where the client has left
+    with contextlib.suppress(grpc.aio.BaseError):  # abort always raises
         await context.abort(report.grpc_code, report.message, trailers)
 
 
 @dataclass(slots=True)
 class CallLimits:
-    """Of one port."""
+    """Limits of one port."""
 
     max_calls: int
-    """Calls at a time, beside streams without an end and health checks."""
+    """Concurrent calls, without endless streams and health checks."""
     read_limit_s: float
     """Time in which a client must send the message of a call."""
     write_limit_s: float
     """Time in which a client must read a message."""
     num_calls: int = 0
     streams: CallPool = field(default_factory=lambda: CallPool(MAX_STREAMS))
-    """Streams without an end of their own."""
+    """Endless streams."""
     unread: UnreadAnswers = field(default_factory=UnreadAnswers)
 
     @classmethod
     def of(cls, tuning: GatewayTuning, max_calls: int) -> CallLimits:
-        """With the times that a gateway has for HTTP, too."""
+        """Make limits with the timeouts that HTTP uses, too."""
         return cls(max_calls, tuning.body_timeout_s, tuning.unread_limit_s)
 
     @contextlib.asynccontextmanager
     async def entered(self, peer: str, stream_s: float | None) -> AsyncIterator[None]:
-        """Count a call of a connection; ``stream_s``: a stream that may last for this time.
+        """Count a call of a connection; ``stream_s`` is the longest duration of an endless stream.
 
         Raises ``QueueFullError``, ``SlowClientError``, and for a stream ``DeadlineExceededError``.
         """
@@ -165,7 +166,7 @@ class CallLimits:
 
 @dataclass(eq=False, slots=True)
 class BoundedStream:
-    """The messages of one call, within limits of time."""
+    """Reads and writes the messages of one call within time limits."""
 
     context: Context
     read_limit_s: float
@@ -179,7 +180,7 @@ class BoundedStream:
             async with asyncio.timeout(self.read_limit_s):
                 data = await self.context.read()
         except TimeoutError as err:
-            raise DeadlineExceededError("the message did not come in time") from err
+            raise DeadlineExceededError("the client sent no message in time") from err
         return data if isinstance(data, bytes) else None
 
     async def write(self, message: Any) -> None:
@@ -189,7 +190,7 @@ class BoundedStream:
             async with asyncio.timeout(self.write_limit_s):
                 await self.context.write(message)
         except grpc.aio.InternalError as err:  # gRPC may cancel the call a little later
-            raise asyncio.CancelledError("the client is gone") from err
+            raise asyncio.CancelledError("the client has disconnected") from err
         except TimeoutError as err:
             why = f"the client has read nothing for {self.write_limit_s:g} s"
             raise SlowClientError(why) from err
@@ -200,8 +201,8 @@ class BoundedStream:
     ) -> None:
         """End the call. Raises gRPC's error, unless a message waits for the client.
 
-        The frames that ``error`` has left are cleared: gRPC keeps errors with their call, a cycle
-        that is collected late, and the client's message may be in a frame.
+        The traceback frames of ``error`` are cleared: gRPC keeps errors with their call in a cycle
+        that is collected late, and a frame may contain the client's message.
         """
         chained: BaseException | None = error
         while chained is not None:

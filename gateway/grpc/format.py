@@ -1,4 +1,4 @@
-"""Running calls as the messages of ``expertmesh.v1``."""
+"""Formats running calls as messages of ``expertmesh.v1``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _REASONS = {
 
 
 class GrpcFormat(TextFormat):
-    """Messages of one running call.
+    """Formats one running call.
 
     Args:
-        running: the source of the answer.
-        tokenizer: names tokens; None names them by number.
-        request_id: the client's name for it.
+        running: the running call.
+        tokenizer: gives the text of tokens; None formats token ids.
+        request_id: the client's request id.
     """
 
     def __init__(self, running: RunningCall, tokenizer: Tokenizer | None, request_id: str) -> None:
@@ -126,7 +126,7 @@ class GrpcFormat(TextFormat):
 
 
 def usage_message(usage: Usage) -> types_pb2.Usage:
-    """Tokens of a call or of one choice."""
+    """Format the usage of a call or of one choice."""
     return types_pb2.Usage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
@@ -136,7 +136,7 @@ def usage_message(usage: Usage) -> types_pb2.Usage:
 
 
 def finish_message(finish: Finish | None, is_call: bool = False) -> types_pb2.FinishInfo | None:
-    """How a choice ended; None while it runs."""
+    """Format the end of a choice; None while it runs."""
     if finish is None:
         return None
     message = types_pb2.FinishInfo(

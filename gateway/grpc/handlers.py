@@ -1,4 +1,4 @@
-"""What every gRPC call passes: the check of its key, then the procedure within a ``GrpcCall``."""
+"""Handlers of gRPC calls: check the key, then run the procedure within a ``GrpcCall``."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ else:  # generic in the stubs only
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
 Procedure = Callable[[Any, GrpcCall], Any]
-"""A request message to its answer, awaited; or to an asynchronous generator of answers."""
+"""Takes a request message; returns an awaitable response or an async generator of responses."""
 REFLECTION_SERVICE = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"].full_name
 REFLECTION_LIMIT_S = 60.0
-"""Longest stream of reflection."""
+"""Longest duration of a reflection stream."""
 _UNKNOWN = "other"
-"""Service and method of unknown procedures: names from clients make no metrics."""
+"""Metric labels of unknown procedures, so that clients cannot create labels."""
 _MOST_SHOWN = 128
-"""Characters of a client's path in our answer."""
+"""Largest number of characters of a client's path in an error."""
 
 
 class KeyInterceptor(_Interceptor):
-    """Requires a key of the port, for unknown procedures too; not for health checks.
+    """Requires a key of the port, also for unknown procedures, but not for health checks.
 
-    A client with a key gets our error for an unknown procedure. Reflection, which a library serves,
-    gets the limits that our procedures have.
+    A client with a key gets an error of the error table for an unknown procedure. Reflection, which
+    a library serves, gets the same limits as the procedures.
     """
 
     def __init__(self, gateway: Gateway, keys: KeyRing, limits: CallLimits) -> None:
@@ -54,7 +54,8 @@ class KeyInterceptor(_Interceptor):
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
-        """Let a call through, or have it answered with UNAUTHENTICATED or UNIMPLEMENTED."""
+        """Return the handler of a call, or a handler that raises UNAUTHENTICATED or
+        UNIMPLEMENTED."""
         handler = await continuation(handler_call_details)
         path = handler_call_details.method
         if path.startswith(f"/{HEALTH_SERVICE}/"):
@@ -74,7 +75,7 @@ class KeyInterceptor(_Interceptor):
     def _bounded(
         self, names: tuple[str, str], handler: grpc.RpcMethodHandler[Any, Any]
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """The stream of a library within the limits of the port."""
+        """Wrap the stream handler of a library in the limits of the port."""
         answers_of: Any = handler.stream_stream
 
         async def serve(requests: Any, context: Context) -> None:
@@ -94,9 +95,9 @@ class KeyInterceptor(_Interceptor):
     def _refusal(
         self, names: tuple[str, str], error: ExpertMeshError
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """Handler of any kind of procedure that waits for no message.
+        """Handler for any procedure that reads no message.
 
-        It names and counts a call, and ends it with the error, or with that of its key.
+        It counts the call and ends it with ``error``, or with the error of its key.
         """
 
         async def refuse(_: Any, context: Context) -> None:
@@ -109,11 +110,11 @@ class KeyInterceptor(_Interceptor):
 
 
 async def _request(gateway: Gateway, method: MethodDescriptor, data: bytes | None) -> Message:
-    """The request message of a procedure. Raises ``RequestError``."""
+    """Decode the request message of a procedure. Raises ``RequestError``."""
     if data is not None:
         with suppress(DecodeError):
             return await gateway.long_work.run(len(data), read_message, method.input_type, data)
-    # gRPC would say UNKNOWN where a deserializer fails
+    # gRPC would return UNKNOWN if a deserializer failed
     raise RequestError("the message cannot be decoded as the procedure's request")
 
 
@@ -125,15 +126,15 @@ def service_handlers(
     limits: CallLimits,
     endless: Collection[str] = (),
 ) -> grpc.GenericRpcHandler[Any, Any]:
-    """Handlers of all procedures that a service describes.
+    """Make the handlers of all procedures of a service.
 
     Args:
         gateway: counts the calls.
-        service: the description.
-        find: the procedure of a name.
-        keys: the keys of the port.
-        limits: of the port.
-        endless: names of streams that end with their client alone.
+        service: descriptor of the service.
+        find: returns a procedure by name.
+        keys: API keys of the port.
+        limits: limits of the port.
+        endless: names of endless streams, which only the client ends.
     """
 
     def handler(method: MethodDescriptor) -> grpc.RpcMethodHandler[Any, Any]:
@@ -158,7 +159,7 @@ def service_handlers(
         async def serve(_: Any, context: Context) -> None:
             call = GrpcCall(gateway, *names, context, keys, limits, stream_s)
             async with call.served():
-                await answer(call)  # gRPC keeps this frame in an error: no message is in it
+                await answer(call)  # gRPC keeps this frame in an error; it contains no message
 
         make: Any = grpc.stream_stream_rpc_method_handler  # reads and writes in bounded time
         made: grpc.RpcMethodHandler[Any, Any] = make(serve)

@@ -1,8 +1,8 @@
-"""``grpc.health.v1.Health`` of one port, which needs no key.
+"""``grpc.health.v1.Health`` of one port, without keys.
 
-Each ``Watch`` sends its own messages: a client that does not read one delays no other client, and
-no change of the status. grpcio-health-checking's servicer writes while it holds the lock that a
-change of the status needs, and keeps every name that clients send.
+Each ``Watch`` sends its own messages, so a client that does not read delays neither other clients
+nor changes of the status. In contrast, grpcio-health-checking's servicer writes while it holds the
+lock for changes of the status, and stores every service name that clients send.
 
 Source: https://github.com/grpc/grpc/blob/master/doc/health-checking.md.
 """
@@ -23,23 +23,23 @@ from gateway.grpc.call_limits import BoundedStream, CallPool, Context, UnreadAns
 
 HEALTH_SERVICE = pb.DESCRIPTOR.services_by_name["Health"].full_name
 MAX_REQUEST_BYTES = 1024
-"""Largest request; the names of our services are much shorter."""
+"""Largest request; service names are much shorter."""
 MAX_READS = 16
-"""Calls without their message at a time, before the oldest ones end: each may have sent 16 MiB."""
+"""Calls that wait for their message; further calls end the oldest. Each may buffer 16 MiB."""
 MAX_WATCHES = 256
-"""Streams of ``Watch`` at a time, before the oldest ones end."""
+"""Concurrent ``Watch`` streams; further streams end the oldest."""
 READ_LIMIT_S = 10.0
 WRITE_LIMIT_S = 10.0
 WATCH_LIMIT_S = 600.0
-"""Longest ``Watch``; its client begins another one."""
+"""Longest ``Watch`` stream; clients begin another one."""
 
 
 class HealthService:
-    """The status of a port's services, and who watches it.
+    """Reports the status of a port's services.
 
     Args:
-        services: full names; the empty name of the whole server is one more.
-        unread: of the port.
+        services: full names of the services; the empty name of the server is added.
+        unread: ended calls of the port with unread messages.
     """
 
     def __init__(
@@ -65,15 +65,15 @@ class HealthService:
             self._changed = asyncio.Event()
 
     def end(self) -> None:
-        """Not serving, whatever is set later."""
+        """Set NOT_SERVING permanently."""
         self.set(False)
         self._has_ended = True
 
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
-        """For the server."""
+        """Make the handler for the server."""
         make: Any = (
             grpc.stream_stream_rpc_method_handler
-        )  # the message is read here, in bounded time
+        )  # reads the message itself, within a time limit
         methods = {"Check": self._check, "Watch": self._watch}
         handlers = {name: make(self._served(method)) for name, method in methods.items()}
         return grpc.method_handlers_generic_handler(HEALTH_SERVICE, handlers)
@@ -114,7 +114,7 @@ class HealthService:
 
 
 def _service_of(request: bytes | None) -> str:
-    """Raises ``RequestError``."""
+    """Service name of a request. Raises ``RequestError``."""
     if request is None:
         raise RequestError("the call has no message")
     if len(request) > MAX_REQUEST_BYTES:

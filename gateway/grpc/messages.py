@@ -1,8 +1,7 @@
-"""Request messages from their bytes, whose fields are counted first.
+"""Decodes request messages after counting their fields.
 
-The parser of protobuf holds the interpreter lock, and makes an object of each message within a
-message: 16 MiB have room for eight million of them. Source: the encoding in protobuf.dev's
-programming guide.
+The protobuf parser holds the interpreter lock and makes an object of each nested message, of which
+16 MiB can contain eight million. Source: the encoding in protobuf.dev's programming guide.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from gateway.offload.long_work import INLINE_SIZE
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MAX_DEPTH = 100
-"""The parser's own."""
+"""Limit of the protobuf parser."""
 _PIECE_BYTES = 65_536
 _ENDS = bytes(range(128))
-"""Last bytes of variable-length numbers."""
+"""Values of the last byte of a varint."""
 _SIZES = {
     FieldDescriptor.TYPE_FLOAT: 4,
     FieldDescriptor.TYPE_FIXED32: 4,
@@ -32,16 +31,16 @@ _SIZES = {
     FieldDescriptor.TYPE_FIXED64: 8,
     FieldDescriptor.TYPE_SFIXED64: 8,
 }
-"""Bytes of a number in a packed list; other types have a variable length."""
+"""Bytes per number in a packed list; other types are varints."""
 _TEXTS = frozenset({FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES})
 
 
 def read_message(kind: Any, data: bytes) -> Message:
-    """The message in ``data``, of the type that the descriptor ``kind`` describes.
+    """Decode a message with the descriptor ``kind``.
 
     Raises:
-        RequestError: it has more fields than a request may have.
-        DecodeError: it is no message of this type.
+        RequestError: the message has too many fields.
+        DecodeError: ``data`` is not a message of this type.
     """
     if len(data) > INLINE_SIZE:
         _Counter(data).count(kind, 0, len(data))
@@ -50,16 +49,16 @@ def read_message(kind: Any, data: bytes) -> Message:
 
 @dataclass(slots=True)
 class _Counter:
-    """Counts fields. Other threads run between any two of them."""
+    """Counts fields in Python, so that other threads can run."""
 
     data: bytes
     num_fields: int = 0
-    """Of all messages."""
+    """Number of fields of all messages."""
     num_numbers: int = 0
-    """In packed lists."""
+    """Number of values in packed lists."""
 
     def count(self, kind: Descriptor | None, start: int, end: int, depth: int = 0) -> None:
-        """Count the fields of a message between two places. Raises as ``read_message``."""
+        """Count the fields of a message in a byte range. Raises the errors of ``read_message``."""
         fields = {} if kind is None else kind.fields_by_number
         if depth > _MAX_DEPTH:
             raise DecodeError("nested too deeply")
@@ -73,7 +72,7 @@ class _Counter:
             if wire == _BYTES:
                 length, place = self._number(place, end)
                 if length > end - place:
-                    raise DecodeError("a field ends behind its message")
+                    raise DecodeError("a field exceeds its message")
                 if (field := fields.get(tag >> 3)) is None or field.type in _TEXTS:
                     pass
                 elif field.message_type is not None:
@@ -96,7 +95,7 @@ class _Counter:
         check_length("message", self.num_numbers, MAX_ENTRIES, "numbers")
 
     def _number(self, place: int, end: int) -> tuple[int, int]:
-        """The variable-length number at a place, and the place behind it."""
+        """Decode the varint at ``place``; return it and the position after it."""
         value = shift = 0
         data = self.data
         while place < end and shift < 70:

@@ -1,4 +1,4 @@
-"""Embeddings, classes, scores and inspections over gRPC: messages to calls and back."""
+"""Embeddings, classification, scores and inspections over gRPC."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from workers.requests.inspection import NamedArray
 
 PoolingRequest = pb.EmbedRequest | pb.ClassifyRequest | pb.ScoreRequest | pb.InspectRequest
 PIECE_BYTES = 1024 * 1024
-"""Largest piece of an array in one message."""
+"""Largest part of an array in one message."""
 
 
 class PoolingProcedures:
-    """The procedures that read prompts and draw nothing."""
+    """The procedures that read prompts without generating text."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -74,7 +74,7 @@ class PoolingProcedures:
     async def Inspect(
         self, request: pb.InspectRequest, call: GrpcCall
     ) -> AsyncGenerator[pb.InspectChunk]:
-        """Arrays from inside the model, in pieces."""
+        """Stream internal arrays of the model in pieces."""
         await call.send_id()
         wanted = await _fields(request, call)
         fields = await call.convert(grpc_inspect_fields, request)
@@ -88,13 +88,13 @@ class PoolingProcedures:
             yield pb.InspectChunk(summary=summary)
 
     def _head(self, request: PoolingRequest, call: GrpcCall, usage: Usage) -> dict[str, Any]:
-        """What all answers have; sends the usage as trailing metadata, too."""
+        """Common fields of all responses; also sends the usage as trailing metadata."""
         call.set_usage(usage)
         return {"model": request.model or self._gateway.model.name, "usage": usage_message(usage)}
 
 
 def grpc_inspect_fields(request: pb.InspectRequest) -> InspectFields:
-    """The fields of ``Inspect``. Raises ``RequestError``."""
+    """Convert an ``Inspect`` request. Raises ``RequestError``."""
     places = tuple(request.logits_positions)
     has_count = request.HasField("logits_to_keep")
     if places and has_count:
@@ -116,7 +116,7 @@ def grpc_inspect_fields(request: pb.InspectRequest) -> InspectFields:
 
 
 def _pieces(index: int, array: NamedArray) -> Iterator[pb.ArrayPiece]:
-    """An array in order; an empty one is one piece too."""
+    """Split an array into pieces, at least one."""
     for offset in range(0, max(len(array.data), 1), PIECE_BYTES):
         yield pb.ArrayPiece(
             index=index,
@@ -129,7 +129,7 @@ def _pieces(index: int, array: NamedArray) -> Iterator[pb.ArrayPiece]:
 
 
 async def _fields(request: PoolingRequest, call: GrpcCall) -> GenerateCall:
-    """What all these requests have in common. Raises ``RequestError``."""
+    """Convert the common fields of a request. Raises ``RequestError``."""
     return call.with_headers(reading_call(**await call.convert(given_fields, request)))
 
 

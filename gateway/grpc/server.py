@@ -1,4 +1,4 @@
-"""The gRPC servers of a replica: limits, keys, health and reflection around a service."""
+"""gRPC servers of a replica: a service with limits, keys, health and reflection."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from gateway.grpc.health import HEALTH_SERVICE, HealthService
 
 _READY_POLL_S = 0.1
 _SPARE_CALLS = 64
-"""Calls beyond the queue's limit that run: admission refuses them with a retry time."""
+"""Calls above ``max_queue`` that are accepted, so that admission refuses them with a retry time."""
 HANDSHAKE_LIMIT_S = 10
-"""Time in which a new connection must send its settings, and acknowledge ours."""
+"""Time in which a new connection must send its settings and acknowledge the server's."""
 IDLE_LIMIT_S = 75
-"""Life of a connection without a call: also of one whose head of a call comes too slowly."""
+"""Longest time of a connection without a call, also while the headers of a call arrive slowly."""
 MAX_CONNECTIONS = 4096
-"""Connections of one port; gRPC closes the ones above."""
+"""Connections of one port; gRPC closes further ones."""
 _METADATA_BYTES = 16 * 1024
-"""Limit of a call's metadata: names, values and 32 bytes per entry, gRPC's own included."""
+"""Largest metadata of a call: names, values and 32 bytes per entry, including gRPC's entries."""
 
 _AGE_GRACE_S = 60.0
-"""Beyond the longest call, for those that run on a connection of that age."""
+"""Grace period beyond the longest call, for calls on a connection of the maximum age."""
 
 
 def age_options(longest_call_s: float, connection_age_s: float) -> list[tuple[str, int]]:
-    """Options of a server whose connections are renewed and whose calls end by themselves."""
+    """Server options that limit the age of connections."""
     return [
         ("grpc.max_connection_age_ms", round(1000 * connection_age_s)),
         ("grpc.max_connection_age_grace_ms", round(1000 * (longest_call_s + _AGE_GRACE_S))),
@@ -47,10 +47,10 @@ def age_options(longest_call_s: float, connection_age_s: float) -> list[tuple[st
 
 
 def server_options(so_reuseport: bool = True) -> list[tuple[str, int]]:
-    """Limits and keepalive of the server (see the interface's server options).
+    """Server options for limits and keepalive.
 
-    A connection that sends nothing is closed after its keepalive ping, one that sends a byte now
-    and then after ``IDLE_LIMIT_S`` without a call.
+    A silent connection is closed after its keepalive ping; a connection that sends bytes, but no
+    complete call, is closed after ``IDLE_LIMIT_S``.
     """
     return [
         ("grpc.max_receive_message_length", 16 * 1024 * 1024),
@@ -74,7 +74,7 @@ def server_options(so_reuseport: bool = True) -> list[tuple[str, int]]:
 
 
 def add_reflection(server: grpc.aio.Server, service: str, file: Any) -> None:
-    """Describe a service, the file that it is in, health and reflection: nothing else of ours."""
+    """Enable reflection of a service with its file, of health and of reflection, and no more."""
     pool = DescriptorPool()
     _add_files(pool, (file, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR), set())
     names = (service, HEALTH_SERVICE, reflection.SERVICE_NAME)
@@ -82,7 +82,7 @@ def add_reflection(server: grpc.aio.Server, service: str, file: Any) -> None:
 
 
 def _add_files(pool: DescriptorPool, files: Sequence[Any], known: set[str]) -> None:
-    """Files after those that they import."""
+    """Add files to a pool, imported files first."""
     for file in files:
         if file.name not in known:
             known.add(file.name)
@@ -91,18 +91,18 @@ def _add_files(pool: DescriptorPool, files: Sequence[Any], known: set[str]) -> N
 
 
 class ServicePort:
-    """One service on a port of its own, with health and reflection.
+    """One service on its own port, with health and reflection.
 
     Args:
-        gateway: what is behind it.
-        service: the service's description.
-        find: its procedures by name.
-        keys: the keys of the port.
-        host: interface.
-        port: 0 takes a free one.
-        options: gRPC's.
-        max_calls: calls at once, beside health checks and streams without an end.
-        endless: names of procedures that are such streams.
+        gateway: the replica.
+        service: descriptor of the service.
+        find: returns a procedure by name.
+        keys: API keys of the port.
+        host: interface to bind.
+        port: port to bind; 0 selects a free one.
+        options: gRPC server options.
+        max_calls: concurrent calls, without health checks and endless streams.
+        endless: names of endless streams.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class ServicePort:
         self.port = 0
 
     async def start(self, is_ready: bool = True) -> int:
-        """Bind and serve; returns the port. Raises ``StartError``."""
+        """Bind and serve; return the port. Raises ``StartError``."""
         try:
             self.port = bind(self._server, self._address, self._gateway.limits)
         except RuntimeError as err:
@@ -144,7 +144,7 @@ class ServicePort:
         return self.port
 
     async def stop(self, grace_s: float = 0.5) -> None:
-        """Refuse new calls, end the others after ``grace_s``."""
+        """Refuse new calls, and end running calls after ``grace_s``."""
         self.health.end()
         await self._server.stop(grace_s)
 
