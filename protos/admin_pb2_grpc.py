@@ -120,7 +120,7 @@ class AdminServicer:
     """Missing associated documentation comment in .proto file."""
 
     def GetPlacement(self, request, context):
-        """Which device holds which copy of which expert.
+        """Expert copies by device.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -134,7 +134,7 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchCluster(self, request, context):
-        """Events of the cluster: first those of the past, then new ones as they occur.
+        """Events of the cluster: first past events, then new ones as they occur.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -147,7 +147,7 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DrainWorker(self, request, context):
-        """Drain and stop a worker, or all workers of a node. Returns at once; follow with GetOperation.
+        """Drain and stop a worker, or all workers of a node. Returns immediately; poll GetOperation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -155,21 +155,21 @@ class AdminServicer:
 
     def DrainGateway(self, request, context):
         """Drain the gateway that receives the call: it finishes its requests and accepts no new ones. A
-        drain cannot be undone. Call again for the number of requests that are left.
+        drain cannot be undone. Call again for the number of remaining requests.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Scale(self, request, context):
-        """Add workers, or drain and stop some, while the others serve.
+        """Add workers, or drain and stop workers, while the cluster serves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Rebalance(self, request, context):
-        """Move experts to where the load is.
+        """Move experts to balance the load.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -194,7 +194,7 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetLog(self, request, context):
-        """The newest lines that a worker or the controller has logged.
+        """The newest log lines of a worker or the controller.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -208,7 +208,7 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LoadLoraAdapter(self, request, context):
-        """Load an adapter into all workers. Returns once requests may name it as their model.
+        """Load an adapter into all workers. Returns when requests can use it as their model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
