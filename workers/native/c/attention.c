@@ -1,14 +1,14 @@
-// A unit of work is a few rows of one sequence with a few query heads of one key head: its queries
-// share the keys and values that are read. The result of a query depends on its own row alone:
+// A unit of work is a few rows of one sequence and a few query heads of one key head, so that its
+// queries share the keys and values that are read. The result of a query depends only on its row:
 //
-//   score   a key's products with the query in 16 lanes, then the lanes l and l + 8, l + 4, l + 2,
-//           l + 1 are added; in an E4M3 cache, times the key's scale
-//   weight  exp(score - best score); their sum in 16 lanes, added in the same way
+//   score   sum of a key's products with the query in 16 lanes, then lanes l and l + 8, l + 4,
+//           l + 2, l + 1 are added; in an E4M3 cache, times the key's scale
+//   weight  exp(score - best score); the sum of weights in 16 lanes, added in the same way
 //   output  one chain of fused products in the order of the keys, divided by the sum; in an E4M3
-//           cache, weights are multiplied with the values' scales first
+//           cache, weights are multiplied by the values' scales first
 //
-// So a row has the same bits as a decode, in a chunk of any size, in any unit, on any instruction
-// set and with any number of threads.
+// So the bits of a row are the same in a decode and in a chunk of any size, in any unit, on any
+// instruction set and with any number of threads.
 #include "attention.h"
 
 #include <math.h>
@@ -17,24 +17,24 @@
 #include "fp8.h"
 
 enum {
-    KEYS = 4,               // keys of which scores are made at a time
-    MAX_QUERIES = 8,        // of a unit
-    QUERIES = 4,            // whose outputs are summed at a time
-    COLUMNS = LANES == 16 ? 4 : 2,  // vectors of an output that are summed at a time, at least
-    CHAINS = 8,             // sums under way at a time: they hide the time that each step takes
-    DIRECT = 1,             // queries for which a key is read as it is stored, each time
+    KEYS = 4,               // keys that are scored at a time
+    MAX_QUERIES = 8,        // queries of a unit
+    QUERIES = 4,            // queries summed at a time
+    COLUMNS = LANES == 16 ? 4 : 2,  // minimum of output vectors that are summed at a time
+    CHAINS = 8,             // concurrent sums, which hide the latency of each step
+    DIRECT = 1,             // number of queries for which keys are not converted to a buffer
 };
 
 struct unit {
     const struct chunk *chunk;
     int kv_head;
-    int first_row, num_rows;    // within the chunk
-    int first_head, num_heads;  // within the heads of the key head
+    int first_row, num_rows;    // index within the chunk
+    int first_head, num_heads;  // index within the heads of the key head
     int begin, end;             // positions that any of the rows attends to
-    const struct unit *next;    // that the thread is likely to take afterwards, if any
+    const struct unit *next;    // likely next unit of the thread, or NULL
 };
 
-// Where a thread is in the list of units.
+// Position of a thread in the list of units.
 struct cursor {
     int chunk, before;  // units of the chunks before this one
 };
@@ -42,7 +42,7 @@ struct cursor {
 struct scratch {
     float *queries;  // [MAX_QUERIES, width], scaled, 0 beyond head_dim
     float *outputs;  // [MAX_QUERIES, width]
-    float *weights;  // [MAX_QUERIES, stride], from the unit's `begin` on
+    float *weights;  // [MAX_QUERIES, stride], positions from the unit's `begin` on
     int width, stride;
 };
 
@@ -51,7 +51,7 @@ static int round_up(int x, int to) { return divide_up(x, to) * to; }
 static int min_int(int a, int b) { return a < b ? a : b; }
 static int max_int(int a, int b) { return a > b ? a : b; }
 
-// [KEYS][WIDE] to the sums of each of them.
+// Sum the WIDE lanes of each of KEYS keys.
 ALWAYS __m128 sum_lanes(vec lanes[KEYS][PARTS]) {
     __m128 quarter[KEYS];
     UNROLL
@@ -71,12 +71,12 @@ ALWAYS __m128 sum_lanes(vec lanes[KEYS][PARTS]) {
     return _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
 }
 
-// Elements of a key or value in the cache.
+// Number of elements of a key or value in the cache.
 ALWAYS int64_t row_elements(const struct attention *a, enum dtype dtype) {
     return dtype == E4M3 ? fp8_row_bytes(a->head_dim) : a->head_dim;
 }
 
-// First element of a position's key (half 0) or value (half 1) in the cache.
+// Index of a position's key (half 0) or value (half 1) in the cache.
 ALWAYS int64_t place(const struct attention *a, const struct unit *unit, int half, int position,
                      enum dtype dtype) {
     int64_t block = unit->chunk->table[position / a->block_size];
@@ -85,11 +85,11 @@ ALWAYS int64_t place(const struct attention *a, const struct unit *unit, int hal
            row_elements(a, dtype);
 }
 
-// Fetch the block that a thread reads PREFETCH_BYTES after that of a position: of keys, then of
-// values, then of the next unit. The rows of a block lie together, but the processor does not
-// foresee the next block. Into the second cache, which has more reads under way than the first one:
-// 160 positions of 32 sequences with 8 heads of 64, on one core of an AMD EPYC (Zen 4), are read at
-// 17 GB/s; at 9 into the first cache and at 11 without.
+// Prefetch the block that a thread will read PREFETCH_BYTES after a position: keys, then values,
+// then the next unit. The rows of a block are contiguous, but the processor cannot predict the next
+// block. Prefetch into the L2 cache, which permits more concurrent reads than L1: 160 positions of 32
+// sequences with 8 heads of 64, on one core of an AMD EPYC (Zen 4), are read at 17 GB/s; at 9 GB/s
+// into L1 and at 11 GB/s without prefetch.
 ALWAYS void fetch_ahead(const struct attention *a, const struct unit *unit, int half, int position,
                         enum dtype dtype) {
     int row_bytes = (int)row_elements(a, dtype) * (int)dtype_bytes(dtype), size = a->block_size;
@@ -107,14 +107,14 @@ ALWAYS void fetch_ahead(const struct attention *a, const struct unit *unit, int 
     for (int i = 0; i < count * row_bytes; i += 64) _mm_prefetch(first + i, _MM_HINT_T1);
 }
 
-// Last + 1 position of the block of a position.
+// End (last position + 1) of the block of a position.
 static int block_end(const struct attention *a, int position) {
     return position - position % a->block_size + a->block_size;
 }
 
 static int num_queries(const struct unit *unit) { return unit->num_rows * unit->num_heads; }
 
-// First and last + 1 position that the row of a query attends to.
+// First position that the row of a query attends to, then the end of its positions.
 static int query_begin(const struct attention *a, const struct unit *unit, int query) {
     int length = (int)unit->chunk->first_position + unit->first_row + query / unit->num_heads + 1;
     return max_int(length - a->window, 0);
@@ -123,7 +123,7 @@ static int query_end(const struct unit *unit, int query) {
     return (int)unit->chunk->first_position + unit->first_row + query / unit->num_heads + 1;
 }
 
-// Scores of all queries of a unit with some keys, from position `p` on.
+// Compute the scores of all queries of a unit with some keys, from position `p` on.
 ALWAYS void score_keys(const struct unit *unit, const struct scratch *s, int p,
                        const void *const keys[KEYS], enum dtype dtype, __m128 scales) {
     for (int query = 0; query < num_queries(unit); query++) {
@@ -148,20 +148,20 @@ ALWAYS void score_keys(const struct unit *unit, const struct scratch *s, int p,
     }
 }
 
-// Scores of all queries of a unit with all positions of the unit.
+// Compute the scores of all queries of a unit with all positions of the unit.
 ALWAYS void make_scores(const struct attention *a, const struct unit *unit,
                         const struct scratch *s, enum dtype dtype) {
     int dim = a->head_dim;
     int is_direct = dim % WIDE == 0 && (dtype == FLOAT32 || num_queries(unit) <= DIRECT);
     float buffer[KEYS][s->width];
     const void *keys[KEYS], *const converted[KEYS] = {buffer[0], buffer[1], buffer[2], buffer[3]};
-    float scales[KEYS] = {1.0f, 1.0f, 1.0f, 1.0f};  // others in an E4M3 cache
+    float scales[KEYS] = {1.0f, 1.0f, 1.0f, 1.0f};  // scales of the keys in an E4M3 cache
     if (!is_direct) memset(buffer, 0, sizeof buffer);
     int64_t at = 0;
-    int left = 0;  // positions from the next one on in its block
+    int left = 0;  // positions left in the block
     for (int p = unit->begin; p < unit->end; p += KEYS) {
         for (int j = 0; j < KEYS; j++) {
-            if (p + j < unit->end) {  // else the last key again
+            if (p + j < unit->end) {  // else repeat the last key
                 if (left) {
                     at += row_elements(a, dtype);
                 } else {
@@ -264,8 +264,8 @@ static void scale_weights(const struct attention *a, const struct unit *unit,
     }
 }
 
-// The rows of a unit begin and end to attend one after the other: in between, all those that
-// attend are side by side.
+// Rows of a unit start and stop to attend in order, so the rows that attend to a position are
+// contiguous.
 ALWAYS void make_outputs(const struct attention *a, const struct unit *unit,
                          const struct scratch *s, enum dtype dtype) {
     int count = num_queries(unit), begin = 0, end = 0;
@@ -274,7 +274,7 @@ ALWAYS void make_outputs(const struct attention *a, const struct unit *unit,
         while (begin < end && query_end(unit, begin) <= first) begin++;
         int last = begin < end ? query_end(unit, begin) : unit->end;
         if (end < count) last = min_int(last, query_begin(a, unit, end));
-        if (dtype == E4M3 || count <= QUERIES) {  // else sums take longer than the memory
+        if (dtype == E4M3 || count <= QUERIES) {  // else sums take longer than memory reads
             last = min_int(last, block_end(a, first));
             if (first == unit->begin || first % a->block_size == 0)
                 fetch_ahead(a, unit, 1, first, dtype);
@@ -290,7 +290,7 @@ static int query_head(const struct attention *a, const struct unit *unit, int qu
     return unit->kv_head * group + unit->first_head + query % unit->num_heads;
 }
 
-// Number of a query among those of all rows.
+// Index of a query among the queries of all rows.
 static int64_t query_number(const struct attention *a, const struct unit *unit, int query) {
     int64_t row = unit->chunk->first_row + unit->first_row + query / unit->num_heads;
     return row * a->num_heads + query_head(a, unit, query);
@@ -331,7 +331,7 @@ ALWAYS void compute_unit(const struct attention *a, const struct unit *unit,
     for (int query = 0; query < count; query++) {
         int begin = query_begin(a, unit, query), length = query_end(unit, query) - begin;
         float *scores = s->weights + (int64_t)query * s->stride + (begin - unit->begin);
-        // The score of nothing comes last: what is behind the row's keys belongs to other rows.
+        // Append the sink after the row's own scores; later entries belong to other rows.
         if (a->sinks) scores[length++] = a->sinks[query_head(a, unit, query)];
         totals[query] = numbers_softmax(scores, length);
     }
@@ -340,7 +340,7 @@ ALWAYS void compute_unit(const struct attention *a, const struct unit *unit,
     store_outputs(a, unit, s, totals);
 }
 
-// Rows of a unit, and units of a chunk.
+// Number of rows of a unit, then number of units of a chunk.
 static int unit_rows(const struct attention *a) {
     return max_int(1, MAX_QUERIES / (a->num_heads / a->num_kv_heads));
 }
@@ -352,7 +352,7 @@ static int num_units(const struct attention *a, const struct chunk *chunk) {
     return (int)((chunk->num_rows + rows - 1) / rows) * a->num_kv_heads * head_blocks(a);
 }
 
-// The unit with this number, if there are so many. Numbers must ascend.
+// Find unit `number`, if it exists. Numbers must ascend.
 static int find_unit(const struct attention *a, struct cursor *cursor, int number,
                      struct unit *unit) {
     for (; cursor->chunk < a->num_chunks; cursor->chunk++) {
@@ -364,7 +364,7 @@ static int find_unit(const struct attention *a, struct cursor *cursor, int numbe
         }
         int group = a->num_heads / a->num_kv_heads, rows = unit_rows(a), blocks = head_blocks(a);
         int rest = number - cursor->before;
-        // The last rows first: they take the longest.
+        // Process the last rows first, as they take the longest.
         int row_block = (count - 1 - rest) / (a->num_kv_heads * blocks);
         unit->chunk = chunk;
         unit->kv_head = rest / blocks % a->num_kv_heads;

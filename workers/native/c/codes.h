@@ -1,16 +1,16 @@
-// Codes of quantized weights to pairs of bfloat16, and their scales to numbers.
+// Decoding of quantized weights (codes) to pairs of bfloat16, and of their scales to float.
 #ifndef CODES_H
 #define CODES_H
 
 #include "fp8.h"
 
-// How a tile finds pairs of bfloat16: in words of codes, or as they are.
+// Source of a tile's pairs of bfloat16: words of codes, or decoded pairs.
 enum source { FROM_INT8, FROM_FLOAT8, FROM_4_BITS, DECODED };
 
 // Bytes A, B, C and D of a word.
 #define ORDER(A, B, C, D) ((int)((unsigned)(D) << 24 | (C) << 16 | (B) << 8 | (A)))
 
-// bfloat16 of each code of 4 bits: -8 to 7 in two's complement, and E2M1.
+// bfloat16 value of each 4-bit code: -8 to 7 in two's complement, and E2M1.
 static const uint16_t NUMBERS[2][16] = {
     {0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
      0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80},
@@ -21,7 +21,7 @@ static const uint16_t NUMBERS[2][16] = {
 #ifdef __AVX512BF16__
 #define LOG2(N) ((N) < 2 ? 0 : (N) < 4 ? 1 : (N) < 8 ? 2 : (N) < 16 ? 3 : (N) < 32 ? 4 \
                  : (N) < 64 ? 5 : (N) < 128 ? 6 : 7)
-// bfloat16 of N * 2**E, for N of 1 to 128.
+// bfloat16 value of N * 2**E, for N from 1 to 128.
 #define NUMBER(N, E) ((127 + (E) + LOG2(N)) << 7 | ((N) << (7 - LOG2(N)) & 0x7f))
 #define OF_INT8(N) NUMBER((N) ? (N) : 128, 0)
 #define OF_E4M3(N) ((N) == 127 ? 0x7fc0 : (N) == 0 ? 0 : (N) < 8 ? NUMBER(N, -9)           \
@@ -36,23 +36,23 @@ static const uint16_t NUMBERS[2][16] = {
                             EACH_OF_8(P, F, N + 48), EACH_OF_8(P, F, N + 56)
 #define BYTES_OF(F) {{EACH_OF_64(LOW, F, 0)}, {EACH_OF_64(LOW, F, 64)},                      \
                      {EACH_OF_64(HIGH, F, 0)}, {EACH_OF_64(HIGH, F, 64)}}
-// bfloat16 without signs by 7 bits, lower and upper bytes in two halves each: of the size of int8,
-// where 0 stands for 128, and of the code of e4m3.
+// Unsigned bfloat16 by 7 bits, lower and upper bytes in two halves each: for the magnitude of int8,
+// where 0 represents 128, and for the code of e4m3.
 static const uint8_t BYTES[2][4][64] __attribute__((aligned(64))) = {
     BYTES_OF(OF_INT8), BYTES_OF(OF_E4M3)};
 #endif
 
-// ---- codes to numbers ---------------------------------------------------------------------------
+// ---- codes to values ----------------------------------------------------------------------------
 
-// The numbers of codes, where they are looked up.
+// Lookup tables of the values of codes.
 struct numbers {
 #ifdef __AVX512F__
-    veci all;  // the 16 numbers of codes of 4 bits, twice
+    veci all;  // the 16 values of 4-bit codes, twice
 #else
-    veci low, high;  // their bytes, in each half
+    veci low, high;  // bytes of the 16 values, in each half
 #endif
 #ifdef __AVX512BF16__
-    veci bytes[4];  // of codes of 8 bits: some BYTES
+    veci bytes[4];  // tables for 8-bit codes, from BYTES
 #endif
 };
 
@@ -77,13 +77,13 @@ ALWAYS struct numbers load_numbers(int64_t codes) {
 // Pair j of each lane's eight elements.
 ALWAYS veci pair_of_4_bits(veci words, const int j, const struct numbers *numbers) {
 #ifdef __AVX512F__
-    // Of an index the lower 5 bits count; the table repeats itself.
+    // Only the lower 5 bits of an index are used, so the table is stored twice.
     return _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * j), numbers->all);
 #else
     veci codes = _mm256_and_si256(_mm256_srli_epi16(words, 4 * j), _mm256_set1_epi16(15));
     veci low = _mm256_shuffle_epi8(numbers->low, codes);
     veci high = _mm256_shuffle_epi8(numbers->high, codes);
-    low = _mm256_and_si256(low, _mm256_set1_epi16(255));  // of the zeros above each code too
+    low = _mm256_and_si256(low, _mm256_set1_epi16(255));  // includes the zeros above each code
     return _mm256_or_si256(low, _mm256_slli_epi16(high, 8));
 #endif
 }
@@ -91,13 +91,13 @@ ALWAYS veci pair_of_4_bits(veci words, const int j, const struct numbers *number
 #ifdef __AVX512BF16__
 #define INT8_UNIT 1.0f
 
-// Of four lanes the first two bytes, and then the others.
+// Reorder four lanes: the first two bytes of each, then the last two.
 ALWAYS veci in_turn(veci words) {
     return _mm512_shuffle_epi8(words, _mm512_broadcast_i32x4(_mm_set_epi32(
         ORDER(10, 11, 14, 15), ORDER(2, 3, 6, 7), ORDER(8, 9, 12, 13), ORDER(0, 1, 4, 5))));
 }
 
-// Pair j of each lane's four bytes, which are in turn: numbers by the lower 7 bits of `sizes`, with
+// Pair j of each lane's four bytes, ordered by `in_turn`: values by the lower 7 bits of `sizes`, with
 // the upper bits of `signs`, or 0.
 ALWAYS veci signed_pair(veci sizes, __mmask64 is_number, veci signs, const int j,
                         const veci *bytes) {
@@ -120,8 +120,8 @@ ALWAYS veci pair_of_float8(veci words, const int j, const struct numbers *number
 #else
 #define INT8_UNIT 0x1p-24f
 
-// Bytes of each lane moved within it: byte i of the result is byte `order >> 8 * i & 255` of the
-// lane, or 0 where that is NONE.
+// Permute the bytes of each lane: byte i of the result is byte `order >> 8 * i & 255` of the lane,
+// or 0 if that is NONE.
 enum { NONE = 0x80 };
 ALWAYS veci move_bytes(veci words, const int order) {
 #ifdef __AVX512F__
@@ -141,7 +141,7 @@ ALWAYS vec float_of_ints(veci x) {
 #endif
 }
 
-// Numbers that are exact in bfloat16, of two elements of each lane -> pairs.
+// Convert two elements of each lane, which are exact in bfloat16, to pairs.
 ALWAYS veci to_pairs(vec even, vec odd) {
     veci low = vi_right(vi_bits(even), 16), high = vi_and(vi_bits(odd), vi_set((int)0xffff0000));
     return vi_add(low, high);
@@ -157,7 +157,7 @@ ALWAYS veci pair_of_int8(veci words, const int j, const struct numbers *numbers)
                     float_of_ints(vi_and(words, vi_set((int)0xff000000))));
 }
 
-// A number in e4m3 that is in the upper byte of each lane.
+// Convert the e4m3 value in the upper byte of each lane.
 ALWAYS vec float_of_e4m3(veci upper) {
 #ifdef __AVX512F__
     veci wide = _mm512_srai_epi32(upper, 4);
@@ -177,7 +177,7 @@ ALWAYS veci pair_of_float8(veci words, const int j, const struct numbers *number
 }
 #endif
 
-// Pairs in a word.
+// Number of pairs in a word.
 #define PAIRS_OF(SOURCE) ((SOURCE) == DECODED ? 1 : (SOURCE) == FROM_4_BITS ? 4 : 2)
 
 ALWAYS veci pair_at(const enum source source, veci words, const int j,
@@ -190,7 +190,7 @@ ALWAYS veci pair_at(const enum source source, veci words, const int j,
 
 // ---- scales -------------------------------------------------------------------------------------
 
-// LANES signed bytes.
+// Load LANES signed bytes.
 ALWAYS vec load_int8(const int8_t *x) {
 #ifdef __AVX512F__
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)));
@@ -199,19 +199,19 @@ ALWAYS vec load_int8(const int8_t *x) {
 #endif
 }
 
-// LANES powers of two: 2**(code - 127), and what is not a number for 255.
+// Load LANES powers of two: 2**(code - 127), and NaN for 255.
 ALWAYS vec load_e8m0(const uint8_t *x) {
 #ifdef __AVX512F__
     veci codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)x));
 #else
     veci codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)x));
 #endif
-    // The code is the exponent of a float, but for 0: a subnormal number, which all others exceed.
+    // The code is the exponent of a float, except 0: a subnormal, smaller than all others.
     vec found = v_max(v_bits(vi_left(codes, 23)), v_bits(vi_set(0x00400000)));
-    return v_add(found, v_mul(found, v_set(0.0f)));  // infinity becomes not a number
+    return v_add(found, v_mul(found, v_set(0.0f)));  // infinity becomes NaN
 }
 
-// LANES scales from place `at` on.
+// Load LANES scales from index `at` on.
 ALWAYS vec load_scales(const char *scales, enum scales type, long at) {
     if (type == SCALES_FLOAT32) return v_load((const float *)scales + at);
     if (type == SCALES_BFLOAT16) return v_load_bf16((const uint16_t *)scales + at);

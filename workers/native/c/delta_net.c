@@ -6,9 +6,9 @@
 #include "norm.h"
 
 enum {
-    ROWS = 32,  // rows whose inputs are prepared at a time, so that a part of a state stays in the
-                // first cache while they change it
-    COLUMNS = 4,  // vectors of columns of such a part
+    ROWS = 32,  // rows prepared at a time, so that a part of a state stays in the L1 cache while
+                // they update it
+    COLUMNS = 4,  // column vectors of such a part
 };
 #define NORM_EPS 1e-6f
 
@@ -70,8 +70,8 @@ static float round_one(float x, enum dtype dtype) {
     return lanes[0];
 }
 
-// silu of the convolution over `count` channels from `channel` on, of the row at place `row` of a
-// run. `earlier`: inputs before the run.
+// Compute silu of the convolution over `count` channels from `channel` on, for row `row` of a run.
+// `earlier`: inputs before the run.
 static void convolve(const struct job *job, const struct state_run *run, const float *earlier,
                      int64_t row, int64_t channel, int64_t count, float *to) {
     const struct delta_net *net = job->net;
@@ -93,7 +93,7 @@ static void convolve(const struct job *job, const struct state_run *run, const f
     }
 }
 
-// Scale a head to length 1, and by `factor`.
+// Normalize a head to length `factor`.
 static void normalise(float *head, int64_t size, float factor) {
     vec squares[PARTS];
     for (int part = 0; part < PARTS; part++) squares[part] = v_set(0.0f);
@@ -137,8 +137,8 @@ static void prepare(const struct job *job, const struct state_run *run, const fl
     }
 }
 
-// One row changes `vectors` vectors of columns of a state, the last of `left` columns at most, and
-// reads them. Sums of even and of odd lines are kept apart: two chains are faster than one.
+// Update `vectors` column vectors of a state by one row, the last with at most `left` columns, and
+// read them. Even and odd lines have separate sums, as two chains are faster than one.
 ALWAYS void change(const int vectors, const float *from, float *to, const float *keys,
                    const float *queries, const float *values, float *out, float decay,
                    float strength, int64_t lines, int64_t stride, int64_t left) {
@@ -179,7 +179,7 @@ ALWAYS void change(const int vectors, const float *from, float *to, const float 
         store_some(out, v * LANES, v_add(sum[0][v], sum[1][v]), left - v * LANES, FLOAT32);
 }
 
-// `count` prepared rows change a value head's state [key_dim, value_dim], part by part.
+// Update a value head's state [key_dim, value_dim] by `count` prepared rows, part by part.
 static void change_head(const struct delta_net *net, const struct unit *unit, int64_t i,
                         int64_t count, const float *from, float *to) {
     int64_t key = net->key_dim, width = net->value_dim;
@@ -202,7 +202,7 @@ static void change_head(const struct delta_net *net, const struct unit *unit, in
     }
 }
 
-// The norm of each value head's output, times silu of its gate.
+// Normalize each value head's output and multiply it by silu of its gate.
 static void finish(const struct job *job, const struct unit *unit, int64_t row, int64_t place) {
     const struct delta_net *net = job->net;
     enum dtype dtype = (enum dtype)net->dtype;
@@ -224,7 +224,7 @@ static void finish(const struct job *job, const struct unit *unit, int64_t row, 
     }
 }
 
-// The last inputs of the convolution, for the rows after the run.
+// Store the last inputs of the convolution, for the rows after the run.
 static void keep_inputs(const struct job *job, const struct state_run *run, int64_t channel,
                         int64_t count) {
     const struct delta_net *net = job->net;

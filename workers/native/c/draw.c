@@ -1,5 +1,5 @@
-// A token for each row of logits; `workers/sampling/draws.py` says how it is drawn, and is the
-// reference. Only the largest logits are looked at closely where a limit keeps few tokens.
+// Samples a token for each row of logits. Reference: `workers/sampling/draws.py`, which documents
+// the method. If a limit keeps few tokens, only the largest logits are processed in full.
 #include <math.h>
 
 #include "team.h"
@@ -7,19 +7,19 @@
 #include "weights.h"
 
 enum {
-    BRANCHES = 16,          // of a node in the walk
-    SPAN = 256,             // tokens whose weights are added up: those below two levels
-    GROUP = 64,             // vectors whose largest logits are kept by lane
-    CHAINS = 4,             // independent maxima of a group, of which none waits for another
-    FIRST_CANDIDATES = 256,  // for top_p alone, at first
+    BRANCHES = 16,          // branches of a node in the walk
+    SPAN = 256,             // tokens of one sum, below two levels
+    GROUP = 64,             // vectors with one maximum for each lane
+    CHAINS = 4,             // independent maxima of a group
+    FIRST_CANDIDATES = 256,  // initial number for top_p without top_k
 };
 enum failure { NOT_FINITE = -1, NONE_ALLOWED = -2 };
 
-// How a row's token is drawn.
+// Sampling parameters of a row.
 struct draw_row {
     uint64_t seed, choice, index;
     double top_p;   // 1 or more: no limit
-    float scale;    // log2(e) / temperature; 0 takes the best token
+    float scale;    // log2(e) / temperature; 0 selects the best token
     float floor;    // log2(min_p)
     int64_t top_k;  // 0: no limit
 };
@@ -28,26 +28,26 @@ struct job {
     const char *logits;  // [num_rows, vocab_size]
     enum dtype dtype;
     int64_t vocab_size, num_rows;
-    int is_masked;  // minus infinity is a token that must not be drawn
+    int is_masked;  // tokens with logit minus infinity must not be sampled
     const struct draw_row *rows;
     int64_t *tokens;
     char *memory;
 };
 
-// The logits of a row, and what is known of them.
+// Logits of a row, and their candidates.
 struct row {
     const void *logits;
     enum dtype dtype;
     int64_t size;
-    float tail[LANES];  // the last vector where it is not full, and minus infinity
+    float tail[LANES];  // the last vector if it is not full, padded with minus infinity
     float best;
     float scale, floor;  // a token weighs 2**t if t = (logit - best) * scale >= floor
-    int64_t num_tokens;  // of the candidates; -1: every token is one
-    float *maxima;       // [num_groups] by vector and lane, of GROUP vectors each
-    float *values;       // [size] t of the candidates, in the order of their ids
+    int64_t num_tokens;  // number of candidates; -1: all tokens
+    float *maxima;       // [num_groups] by vector and lane, one for GROUP vectors each
+    float *values;       // [size] t of each candidate, ordered by id
     int32_t *ids;        // [size]
-    int64_t *weights;    // [size], whatever the floor is
-    int64_t *sums;       // [num_spans + 1]: of all weights before a span
+    int64_t *weights;    // [size], without regard to the floor
+    int64_t *sums;       // [num_spans + 1]: sum of all weights before a span
 };
 
 static int64_t num_spans(int64_t size) { return (size + SPAN - 1) / SPAN; }
@@ -56,7 +56,7 @@ static int64_t num_groups(int64_t size) {
     return (size + GROUP * LANES - 1) / (GROUP * LANES) * LANES;
 }
 
-// Bytes of a thread's arrays, 64 or a multiple, and their places.
+// Place the arrays of a thread in `memory`; return their size, a multiple of 64 bytes.
 static size_t place_arrays(struct row *row, char *memory, int64_t size) {
     size_t padded = (size_t)(size + LANES);  // a vector may be stored beyond the last candidate
     size_t bytes[] = {(size_t)num_groups(size) * sizeof(float), padded * sizeof(float),
@@ -100,7 +100,7 @@ static float largest_lane(vec x) {
     return most;
 }
 
-// Finds the best logit and those of the groups; whether all are finite.
+// Find the best logit and the maxima of the groups; return whether all logits are finite.
 ALWAYS int survey_as(struct row *row, enum dtype dtype) {
     int64_t full = row->size / LANES * LANES;
     vec zeros[CHAINS], most[CHAINS], best = v_set(-INFINITY);
@@ -120,7 +120,7 @@ ALWAYS int survey_as(struct row *row, enum dtype dtype) {
                 if (i + c * LANES >= last) break;
                 vec x = load_at(row->logits, i + c * LANES, dtype);
                 most[c] = v_max(x, most[c]);
-                zeros[c] = v_fma(x, v_set(0.0f), zeros[c]);  // not a number if x is not finite
+                zeros[c] = v_fma(x, v_set(0.0f), zeros[c]);  // NaN if x is not finite
             }
         UNROLL for (int c = 1; c < CHAINS; c++) most[0] = v_max(most[c], most[0]);
         v_store(maxima, most[0]);
@@ -135,7 +135,7 @@ static int survey(struct row *row) {
     return row->dtype == BFLOAT16 ? survey_as(row, BFLOAT16) : survey_as(row, FLOAT32);
 }
 
-// Appends the tokens whose logits are `least` or more; returns how many there are.
+// Append the tokens with logits of at least `least`; return their number.
 ALWAYS int64_t gather_as(struct row *row, float least, enum dtype dtype) {
     int64_t count = 0;
     for (int64_t i = 0; i < row->size; i += LANES) {
@@ -150,7 +150,7 @@ ALWAYS int64_t gather_as(struct row *row, float least, enum dtype dtype) {
     return count;
 }
 
-// The tokens whose logits are `least` or more are candidates from now on.
+// Set the candidates to the tokens with logits of at least `least`.
 static void gather(struct row *row, float least) {
     enum dtype dtype = row->dtype;
     int64_t count = dtype == BFLOAT16 ? gather_as(row, least, BFLOAT16)
@@ -166,7 +166,7 @@ static void gather(struct row *row, float least) {
     row->num_tokens = count;
 }
 
-// Weight of the candidates from `floor` on.
+// Total weight of the candidates from `floor` on.
 static int64_t weight_from(const struct row *row, float floor) {
     int64_t sum = 0;
     for (int64_t i = 0; i < row->num_tokens; i++)
@@ -174,7 +174,7 @@ static int64_t weight_from(const struct row *row, float floor) {
     return sum;
 }
 
-// Weights of the tokens of a span, from the row's floor on: their sum, and each if asked for.
+// Return the sum of a span's weights from the row's floor on, and store each in `weights` if given.
 ALWAYS int64_t span_as(const struct row *row, int64_t first, int64_t *weights, enum dtype dtype,
                        int has_floor) {
     int64_t last = first + SPAN < row->size ? first + SPAN : row->size, lanes[LANES], sum = 0;
@@ -197,7 +197,7 @@ ALWAYS int64_t span_as(const struct row *row, int64_t first, int64_t *weights, e
     return sum;
 }
 
-// Fills `sums` where every token is a candidate.
+// Fill `sums` if every token is a candidate.
 ALWAYS void sum_all_as(struct row *row, enum dtype dtype, int has_floor) {
     int64_t sum = 0, count = num_spans(row->size);
     for (int64_t span = 0; span < count; span++) {
@@ -214,7 +214,7 @@ static void sum_all(struct row *row) {
     else sum_all_as(row, FLOAT32, 1);
 }
 
-// Fills `sums`: of the weights from the floor on.
+// Fill `sums` with weights from the floor on.
 static void sum_spans(struct row *row) {
     int64_t count = num_spans(row->size), sum = 0;
     if (row->num_tokens < 0) {
@@ -244,10 +244,10 @@ static void span_weights(const struct row *row, int64_t first, int64_t *weights)
             weights[row->ids[i] - first] = row->weights[i];
 }
 
-// Raises the floor to that of top_k, then top_p; the candidates hold all tokens that are kept.
+// Raise the floor to the one of top_k, then of top_p. The candidates include all kept tokens.
 static void limit(struct row *row, int64_t top_k, double top_p) {
     int64_t groups = num_groups(row->size), wanted = top_k ? top_k : FIRST_CANDIDATES;
-    int has_few = 2 * wanted <= groups;  // each group has a token like its maximum
+    int has_few = 2 * wanted <= groups;  // each group has at least one such token
     float floor = row->floor;
     row->floor = -INFINITY;
     int64_t mass = 0;
@@ -275,7 +275,7 @@ static uint64_t splitmix64(uint64_t state) {
     return z ^ z >> 31;
 }
 
-// The walk down to a token, with a random number for each level.
+// Walk down to a token, with a random number for each level.
 static int64_t descend(const struct row *row, const struct draw_row *how) {
     uint64_t state = splitmix64(splitmix64(splitmix64(how->seed) ^ how->choice) ^ how->index);
     int64_t weights[SPAN], before[SPAN + 1], first = 0, width = 1;
@@ -334,7 +334,7 @@ static void task(void *argument, struct team *team, int thread, int count) {
     }
 }
 
-// Draws tokens [num_rows] from contiguous logits [num_rows, vocab_size]: the token, or an
+// Sample tokens [num_rows] from contiguous logits [num_rows, vocab_size]; a failed row gets an
 // `enum failure`. Returns an `enum result`.
 int draw_rows(struct team *team, const void *logits, int dtype, long vocab_size, long num_rows,
               int is_masked, const struct draw_row *rows, int64_t *tokens) {

@@ -11,20 +11,20 @@ static int64_t element_bytes(const struct exchange *x) {
     return (int64_t)dtype_bytes((enum dtype)x->dtype);
 }
 
-// Bytes of an output that returns.
+// Size of a returned output in bytes.
 static int64_t out_bytes(const struct exchange *x) {
     return x->out_width * (x->by_pair ? element_bytes(x) : (int64_t)sizeof(float));
 }
 
-// What a row names beside its inputs: slots, and weights where the experts' side adds up.
+// Number of slots of a row, and of weights if the expert side sums.
 static int64_t names_of(const struct exchange *x) { return x->by_pair ? x->top_k : 2 * x->top_k; }
 
 // ---- attention ranks ----------------------------------------------------------------------------
 
-// The slots of each row's experts on each rank, and behind them the bits of its weights as float.
+// Find the slots of each row's experts on each rank, followed by the bits of its weights as float.
 //
-// slots [num_ranks, num_experts], -1: not there; ids [num_rows, top_k]; weights [num_rows, top_k]
-// or NULL -> sent [num_ranks, num_rows, top_k or 2 top_k]. NO_EXPERT for an id that is none.
+// slots [num_ranks, num_experts], -1 if not on that rank; ids [num_rows, top_k]; weights [num_rows,
+// top_k] or NULL -> sent [num_ranks, num_rows, top_k or 2 top_k]. NO_EXPERT for an invalid id.
 int exchange_slots(const int32_t *slots, long num_ranks, long num_experts, const int64_t *ids,
                    long num_rows, long top_k, const void *weights, int dtype, int32_t *sent) {
     for (long place = 0; place < num_rows * top_k; place++)
@@ -62,7 +62,7 @@ int exchange_dispatch(struct exchange_home *home) {
     return frames_send(x->frames, x->num_peers, ROWS, &x->place) ? OK : UNSENT;
 }
 
-// Add the sums of all ranks, in their order, and round once.
+// Add the sums of all ranks, in rank order, and round once.
 static void add_sums(const struct exchange_home *home) {
     const struct exchange *x = &home->exchange;
     enum dtype dtype = (enum dtype)x->dtype;
@@ -78,7 +78,7 @@ static void add_sums(const struct exchange_home *home) {
     }
 }
 
-// The sum of weight x output over the pairs of a row, in the order of its slots.
+// Sum weight x output over the pairs of a row, in the order of its slots.
 static void weigh_row(const struct exchange_home *home, int64_t row, const char *const *outputs) {
     const struct exchange *x = &home->exchange;
     enum dtype dtype = (enum dtype)x->dtype, weights_dtype = (enum dtype)home->weights_dtype;
@@ -100,7 +100,7 @@ static void weigh_row(const struct exchange_home *home, int64_t row, const char 
     }
 }
 
-// Bring the outputs of all pairs, those of each rank in the order of its pairs, to their rows.
+// Copy the outputs of all pairs, ordered by rank and pair, to their rows.
 static void place_pairs(const struct exchange_home *home) {
     const struct exchange *x = &home->exchange;
     int64_t bytes = out_bytes(x), num_places = home->num_rows * x->top_k;
@@ -151,7 +151,7 @@ static char *take(char *base, int64_t *used, int64_t num_bytes) {
     return at;
 }
 
-// The rows of all peers, one peer's after the other's, and their outputs.
+// Rows of all peers, concatenated, and their outputs.
 struct batch {
     int64_t num_rows;
     int32_t *names;  // [num_rows, names_of]
@@ -174,7 +174,7 @@ static struct batch divide(const struct exchange_server *server) {
     return batch;
 }
 
-// Bytes of memory for the rows that the peers send.
+// Memory for the rows that the peers send, in bytes.
 int64_t exchange_memory(const struct exchange_server *server) { return divide(server).num_bytes; }
 
 static int receive_rows(struct exchange_server *server, const struct batch *batch) {
@@ -194,7 +194,7 @@ static int receive_rows(struct exchange_server *server, const struct batch *batc
     return frames_receive(x->frames, x->num_peers, ROWS, &x->place, x->waiting);
 }
 
-// Read the slots of all rows; 0 where one has no expert.
+// Read the slots of all rows; return 0 if a slot has no expert.
 static int read_slots(struct exchange_server *server, const struct batch *batch) {
     const struct exchange *x = &server->exchange;
     server->num_rows = batch->num_rows;
@@ -274,8 +274,8 @@ static int serve(struct exchange_server *server) {
     return is_sent ? OK : UNSENT;
 }
 
-// Serve exchanges one after the other; `num_served` counts them. UNEXPECTED before anything of the
-// next one was computed, UNSENT after the last one that was, or what `experts_compute` returns.
+// Serve exchanges in order; `num_served` counts them. Returns UNEXPECTED if the next one was not
+// computed, UNSENT if the last one was not fully sent, or the result of `experts_compute`.
 int exchange_serve(struct exchange_server *const *servers, int64_t count, int64_t *num_served) {
     int result = OK;
     for (*num_served = 0; *num_served < count && result == OK;) {

@@ -1,9 +1,9 @@
-// The routed experts of one layer: rows through the weights of their expert slots.
+// Routed experts of one layer.
 //
-// Rows are grouped by slot, so that a step reads a slot's weights once for CHUNK_ROWS rows. An expert is
-// `second(activation(gate, up))`, gate and up being halves of `first`, or `first` alone, each with its
-// bias if there is one. What goes from the first matrix to the second, and what a slot returns, is
-// rounded to the rows' type.
+// Rows are grouped by slot, so that a step reads a slot's weights once for CHUNK_ROWS rows. An expert
+// is `second(activation(gate, up))`, where gate and up are halves of `first`, or only `first`; each
+// matrix may have a bias. The inputs of the second matrix and the outputs of a slot are rounded to
+// the rows' dtype.
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
@@ -12,28 +12,28 @@
 #include "numbers.h"
 #include "product.h"
 
-enum { CHUNK_ROWS = 8 * MAX_TILE_ROWS };  // of one slot that are computed together
-enum { GROUP = 4 };               // panels of a thread's piece of work
-enum { COPIED_ALONE = 1 << 15 };  // elements that one thread copies sooner than all do
-enum { MAX_PAIRS = 8192 };        // computed at once: bounds the scratch memory
-enum { ALONE_ELEMENTS = 1 << 16 };  // weights that one thread reads sooner than others wake up
-enum { HALF = PANEL / 2 };        // outputs of the gate in a panel; as many of up follow
+enum { CHUNK_ROWS = 8 * MAX_TILE_ROWS };  // rows of one slot that are computed together
+enum { GROUP = 4 };               // panels in a thread's piece of work
+enum { COPIED_ALONE = 1 << 15 };  // up to this size one thread copies faster than all threads
+enum { MAX_PAIRS = 8192 };        // computed in one pass; limits the scratch memory
+enum { ALONE_ELEMENTS = 1 << 16 };  // up to this many weights one thread is faster than all
+enum { HALF = PANEL / 2 };        // outputs of gate in a panel, followed by those of up
 enum { ALIGNMENT = 64 };
 
 struct chunk {
     int32_t slot, first, count;  // sorted pairs from `first` on
 };
 
-// One pass over some rows of a call.
+// A pass over some rows of a call.
 struct job {
     const struct experts_call *call;
     enum dtype dtype;
     int copies_inputs;
     struct layout first, second;
     long first_panels, second_panels;
-    const char *inputs;  // as the products read them
-    size_t input_stride, hidden_stride, output_stride;  // bytes of a row
-    char *hidden;        // [pairs], sorted: between the matrices
+    const char *inputs;  // in the layout of the products
+    size_t input_stride, hidden_stride, output_stride;  // size of a row in bytes
+    char *hidden;        // [pairs], sorted: results between the matrices
     char *outputs;       // [pairs]
     int64_t first_row, num_rows, num_pairs, num_chunks;
     int32_t *begins;        // [num_slots + 1]
@@ -42,23 +42,23 @@ struct job {
     int32_t *sorted_input;  // [pairs]
     int32_t *pair_slot;     // [pairs]
     int32_t *pair_input;    // [pairs]
-    float *factors;         // [pairs]: weights in the form in which they multiply
+    float *factors;         // [pairs]: weights, rounded for the product
     struct chunk *chunks;
     _Atomic long next_copy, next_first, next_second, next_row;
 };
 
 ALWAYS long divide_up(long a, long b) { return (a + b - 1) / b; }
 
-// ---- rows in and out of vectors -----------------------------------------------------------------
+// ---- loads and stores of rows -------------------------------------------------------------------
 
-// A vector to a row that a product reads.
+// Store a vector to a row that a product reads.
 ALWAYS void store_for_product(enum dtype dtype, char *row, long column, vec x) {
     if (dtype == FLOAT32) v_store((float *)row + column, x);
     else if (ROWS_ARE_BF16) vi_store16((uint16_t *)row + column, v_to_bf16(x));
     else v_store((float *)row + column, v_round_bf16(x));
 }
 
-// The first `count` lanes of a vector to a row of numbers.
+// Store the first `count` lanes of a vector to a row.
 ALWAYS void store_lanes(enum dtype dtype, char *row, long column, long count, vec x) {
     if (count >= LANES) {
         if (dtype == FLOAT32) v_store((float *)row + column, x);
@@ -74,7 +74,7 @@ ALWAYS void store_lanes(enum dtype dtype, char *row, long column, long count, ve
     }
 }
 
-// Inputs in the form of the products: bfloat16 as float, or with a zero behind an odd row.
+// Copy inputs to the layout of the products: bfloat16 as float, or with a zero after an odd row.
 static void copy_inputs(struct job *job) {
     const uint16_t *source = job->call->inputs;
     long width = job->call->in_width;
@@ -101,13 +101,13 @@ static void copy_inputs(struct job *job) {
 ALWAYS vec activated(const struct experts_call *call, vec gate, vec up) {
     if (call->activation == SILU) return v_mul(v_silu(gate), up);
     vec limit = v_set((float)call->limit), least = v_set(-(float)call->limit);
-    gate = v_min(limit, gate);  // the second operand stays where it is not a number
+    gate = v_min(limit, gate);  // NaN in the second operand is kept
     up = v_min(limit, v_max(least, up));
     vec scaled = v_silu(v_mul(gate, v_set((float)call->alpha)));
     return v_mul(v_div(scaled, v_set((float)call->alpha)), v_add(up, v_set(1.0f)));
 }
 
-// The biases of a slot from a panel on, or zeros.
+// Biases of a slot from a panel on, or zeros.
 static const float *biases_at(const float *const *biases, int32_t slot, long panel) {
     static const float zeros[GROUP * PANEL];
     return biases ? biases[slot] + panel * PANEL : zeros;
@@ -144,7 +144,7 @@ static void store_outputs(const struct job *job, const struct chunk *chunk, long
     }
 }
 
-// The first panel of a piece of work; that of the last one where there is no such piece.
+// First panel of a piece of work; of the last piece if there is no such piece.
 static const char *item_panels(const struct job *job, int is_second, long item) {
     long num_groups = divide_up(is_second ? job->second_panels : job->first_panels, GROUP);
     long last = job->num_chunks * num_groups - 1;
@@ -155,7 +155,7 @@ static const char *item_panels(const struct job *job, int is_second, long item) 
     return panel_at(weights, layout, item % num_groups * GROUP);
 }
 
-// The products of all chunks with one of their matrices, shared between the threads.
+// Compute the products of all chunks with one matrix, divided among the threads.
 static void products(struct job *job, int is_second) {
     float sums[CHUNK_ROWS * GROUP * PANEL] __attribute__((aligned(ALIGNMENT)));
     const void *rows[CHUNK_ROWS];
@@ -163,7 +163,7 @@ static void products(struct job *job, int is_second) {
     const struct layout *layout = is_second ? &job->second : &job->first;
     long num_groups = divide_up(num_panels, GROUP);
     float totals[layout->num_totals ? CHUNK_ROWS * layout->num_totals : 1];
-    const struct chunk *known = NULL;  // whose totals they are
+    const struct chunk *known = NULL;  // chunk of the current totals
     _Atomic long *next = is_second ? &job->next_second : &job->next_first;
     for (long item; (item = atomic_fetch_add(next, 1)) < job->num_chunks * num_groups;) {
         const struct chunk *chunk = &job->chunks[item / num_groups];
@@ -173,7 +173,7 @@ static void products(struct job *job, int is_second) {
             rows[i - chunk->first] = is_second
                 ? job->hidden + (size_t)i * job->hidden_stride
                 : job->inputs + (size_t)job->sorted_input[i] * job->input_stride;
-        // What this thread takes next, unless another one is faster.
+        // Likely next piece of this thread.
         const char *after = item_panels(job, is_second, atomic_load(next));
         if (chunk != known) find_totals(layout, chunk->count, rows, totals);
         known = chunk;
@@ -184,7 +184,7 @@ static void products(struct job *job, int is_second) {
     }
 }
 
-// Sums of weight x output over the pairs of each row, in the order of slots, in float.
+// Sum weight x output over the pairs of each row, in the order of slots, in float.
 static void add_up(struct job *job) {
     const struct experts_call *call = job->call;
     int rounds = call->rounds_products && job->dtype == BFLOAT16;
@@ -211,7 +211,7 @@ static void add_up(struct job *job) {
     }
 }
 
-// Whether the threads share the copies, which the first of them made alone otherwise.
+// Whether all threads copy inputs; otherwise only the first thread does.
 static int copies_together(const struct job *job) {
     return job->copies_inputs && job->first_row == 0 &&
            job->call->num_inputs * job->call->in_width > COPIED_ALONE;
@@ -252,7 +252,7 @@ static int is_filled(const struct experts_call *call, int64_t slot) {
            (!call->second_bias || call->second_bias[slot]);
 }
 
-// Find the pairs of a pass. `num_before`: pairs of the call before it.
+// Find the pairs of a pass. `num_before`: number of pairs in earlier passes of the call.
 static enum result find_pairs(struct job *job, int64_t num_before) {
     const struct experts_call *call = job->call;
     int32_t pair = 0;
@@ -280,7 +280,7 @@ static enum result find_pairs(struct job *job, int64_t num_before) {
     return OK;
 }
 
-// Sort the pairs by slot, those of a slot in their order, and cut each slot's into chunks.
+// Sort the pairs by slot, stably, and divide each slot's pairs into chunks.
 static void sort_pairs(struct job *job) {
     int64_t num_slots = job->call->num_slots;
     int32_t *begins = job->begins;
@@ -309,7 +309,7 @@ static void *take(char *base, size_t *used, size_t num_bytes) {
     return at;
 }
 
-// Divide the scratch memory from `base` on; returns its size. `max_rows`: of a pass.
+// Place the arrays in scratch memory from `base` on; return its size. `max_rows`: rows of a pass.
 static size_t divide_scratch(struct job *job, char *base, int64_t max_rows) {
     const struct experts_call *call = job->call;
     size_t used = 0, max_pairs = (size_t)(max_rows * call->top_k);
@@ -348,7 +348,7 @@ int experts_claimed(struct team *team, const struct experts_call *call) {
     job.input_stride = job.copies_inputs ? (size_t)row_units(dtype, call->in_width) * unit_elements * row_bytes
                                          : (size_t)call->in_width * element;
     job.hidden_stride = (size_t)job.first_panels * HALF * row_bytes;
-    // Rows that are summed are read in whole vectors.
+    // Summed rows are read in full vectors.
     job.output_stride =
         element * (size_t)(call->weights ? job.second_panels * PANEL : call->out_width);
     int64_t max_rows = MAX_PAIRS / call->top_k > 0 ? MAX_PAIRS / call->top_k : 1;

@@ -1,9 +1,9 @@
-// Keys and values of a KV cache in 8 bits; `workers/model/fp8.py` is the reference.
+// Keys and values of a KV cache in 8 bits. Reference: `workers/model/fp8.py`.
 //
 // A row is the vector of one head and token: `dim` codes in e4m3 (1 bit sign, 4 bits exponent,
-// 3 bits mantissa, no infinity) and the byte of their scale, which is a power of two: the exponent
-// bits of a float. The scale is the smallest one with which no element exceeds 448, the largest
-// number of e4m3. A vector with an element that is not finite reads as not a number.
+// 3 bits mantissa, no infinity) and one byte for their scale, a power of two: the exponent bits of
+// a float. The scale is the smallest one with which no element exceeds 448, the largest number of
+// e4m3. A vector with an element that is not finite is read as NaN.
 //
 // Source: "FP8 formats for deep learning" (Micikevicius et al., 2022) for the elements; "OCP
 // Microscaling Formats (MX) Specification v1.0" for scales of 8 bits. There a scale belongs to
@@ -31,11 +31,11 @@ ALWAYS float float_of(uint32_t bits) {
     return x;
 }
 
-// The code of a number of at most 448, rounded to the nearest, ties to even.
+// Round a number of at most 448 to the nearest code, ties to even.
 ALWAYS uint8_t fp8_code(float x) {
     uint32_t bits = bits_of(x), size = bits & 0x7fffffff;
     uint32_t normal = ((size + 0x7ffff + (size >> 20 & 1)) >> 20) - (120 << 3);
-    // Codes of less than 2**-6 are multiples of 2**-9: the unit in the last place of 2**14.
+    // Codes below 2**-6 are multiples of 2**-9: the unit in the last place of 2**14.
     uint32_t small = bits_of(float_of(size) + 16384.0f) - bits_of(16384.0f);
     return (uint8_t)((size < bits_of(0x1p-6f) ? small : normal) | (bits >> 24 & 0x80));
 }
@@ -52,7 +52,7 @@ static inline void fp8_write(uint8_t *row, const float *x, int64_t dim) {
         row[dim] = FP8_NAN_SCALE;
         return;
     }
-    // 448 is 1.75 * 2**8: above a mantissa of 1.75 the next exponent is taken.
+    // 448 is 1.75 * 2**8: above a mantissa of 1.75 the next exponent is used.
     int32_t scale = (int32_t)((largest + 0x1fffff) >> 23) - 8;
     scale = scale < 1 ? 1 : scale;
     float inverse = float_of((uint32_t)(254 - scale) << 23);
@@ -60,10 +60,10 @@ static inline void fp8_write(uint8_t *row, const float *x, int64_t dim) {
     row[dim] = (uint8_t)scale;
 }
 
-// What the elements of a row, loaded as E4M3, are to be multiplied with.
+// Factor for the elements of a row that were loaded as E4M3.
 ALWAYS float fp8_scale(const uint8_t *row, int64_t dim) {
     float scale = float_of((uint32_t)row[dim] << 23) * E4M3_UNIT;
-    return scale + scale * 0.0f;  // infinity becomes not a number
+    return scale + scale * 0.0f;  // infinity becomes NaN
 }
 
 #endif

@@ -13,7 +13,7 @@
 
 enum { MAX_EVENTS = 16 };
 
-// Numbers travel with the highest byte first.
+// Write a number in big-endian order.
 static uint8_t *put(uint8_t *to, uint64_t number, int num_bytes) {
     for (int i = num_bytes - 1; i >= 0; i--) *to++ = (uint8_t)(number >> 8 * i);
     return to;
@@ -40,7 +40,7 @@ static int64_t size_of(const struct frame *frame) {
     return HEADER_BYTES + frame->bytes[0] + frame->bytes[1];
 }
 
-// The memory of a frame from `done` on; returns the number of pieces.
+// Fill `pieces` with the memory of a frame from `done` on; return the number of pieces.
 static int pieces_of(struct frame *frame, struct iovec *pieces) {
     char *bases[] = {(char *)frame->header, frame->parts[0], frame->parts[1]};
     int64_t sizes[] = {HEADER_BYTES, frame->bytes[0], frame->bytes[1]};
@@ -100,7 +100,7 @@ static int is_missing(const struct frame *frame) {
     return is_there(frame) && frame->done < size_of(frame);
 }
 
-// Sleep for a millisecond at most, until there is something of the frames that are missing.
+// Sleep for at most a millisecond, until data of a missing frame arrives.
 static void wait_for_missing(const struct frame *frames, int64_t count) {
     struct pollfd missing[count];
     nfds_t num_missing = 0;
@@ -109,9 +109,9 @@ static void wait_for_missing(const struct frame *frames, int64_t count) {
     poll(missing, num_missing, 1);
 }
 
-// Sleep until there is something to read; 0 unless it is from one of the frames' peers, or a wake-up,
-// which is for the time after the step. A peer whose frame came may have sent that of its next
-// micro-batch: `early_ms` counts the time in which this was all there is.
+// Sleep until a socket is readable. Returns 0 unless it is the socket of one of the frames' peers, or
+// a wake-up, which is handled after the step. A peer with a complete frame may already have sent the
+// frame of its next micro-batch: `early_ms` counts the time with only such data.
 static int wait_for(const struct frame *frames, int64_t count, const struct waiting *waiting,
                     int64_t *early_ms) {
     struct epoll_event events[MAX_EVENTS];

@@ -1,5 +1,5 @@
-// Frames of the data plane on sockets that do not block. `workers/transport/frames.py` is the
-// reference of their form; whatever is not as expected here is left to `workers/transport`.
+// Frames of the data plane on nonblocking sockets. `workers/transport/frames.py` is the reference of
+// the format; `workers/transport` handles all unexpected cases.
 #ifndef FRAMES_H
 #define FRAMES_H
 
@@ -8,12 +8,12 @@
 enum { HEADER_BYTES = 36, FRAME_PARTS = 2 };
 enum frame_kind { ROWS = 3, OUTPUTS = 4 };
 
-// The step of a frame. Fields of `StepFields` in frames.py; all below have theirs.
+// Step of a frame. Each struct here has a `...Fields` class in frames.py.
 struct step {
     int64_t generation, number, flags;
 };
 
-// What the headers of the frames of one exchange share.
+// Header fields that all frames of one exchange share.
 struct place {
     const struct step *step;
     int64_t bank, exchange, micro_batch;
@@ -22,7 +22,7 @@ struct place {
 // A frame to or from one peer.
 struct frame {
     int64_t socket;
-    int64_t counts[FRAME_PARTS];  // rows of each part; all 0: there is no frame
+    int64_t counts[FRAME_PARTS];  // rows of each part; all 0: no frame
     int64_t bytes[FRAME_PARTS];
     char *parts[FRAME_PARTS];
     int64_t done;   // bytes of header and parts that were sent or received
@@ -32,20 +32,21 @@ struct frame {
 
 enum { END_OF_STREAM = -1 };
 
-// Where to wait.
+// Parameters of waits.
 struct waiting {
-    int64_t epoll;  // watches the sockets for reading, and all else that ends the wait
-    int64_t wake;   // one that it watches and that does not end the wait: it is read to its end
+    int64_t epoll;  // watches the sockets for reading, and all other events that end a wait
+    int64_t wake;   // a watched pipe that does not end the wait: it is emptied
     int64_t limit_ms;
-    int64_t spin_ns;  // how long to look at the sockets again and again before that
+    int64_t spin_ns;  // time for which the sockets are polled before that
 };
 
-// Send frames as far as the system takes them; 1: all of them, whole.
+// Send frames as far as the system accepts them; return 1 if all were sent completely.
 int frames_send(struct frame *frames, int64_t count, enum frame_kind kind,
                 const struct place *place);
 
-// Receive frames; 1: all of them came, as their counts and bytes say. 0 where a peer sent something
-// else or is lost, anything else happened, or the time is over: `header` and `parts` have what came.
+// Receive frames; return 1 if all arrived with the expected counts and sizes. Return 0 if a peer sent
+// different data or is lost, after any other event, or after the time limit: `header` and `parts`
+// then have the received data.
 int frames_receive(struct frame *frames, int64_t count, enum frame_kind kind,
                    const struct place *place, const struct waiting *waiting);
 

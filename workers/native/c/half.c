@@ -1,8 +1,8 @@
-// Rows are computed in blocks of BLOCK_ROWS, so that what is between two products stays in the
-// cache. The threads share sections of work, and a barrier stands between two sections. Within one
-// they take pieces from a counter: rows, panels or heads, so that a thread that waits for a core
-// delays no other. A few rows between two products are left to the thread that comes last, and
-// cost no barrier of their own.
+// Rows are computed in blocks of BLOCK_ROWS, so that the data between two products stays in the
+// cache. The work is divided into sections, with a barrier between two sections. Within a section
+// the threads take pieces (rows, panels or heads) from a counter, so that a thread that waits for a
+// core does not delay the rest. The last thread to arrive computes a few rows between two products
+// alone, without another barrier.
 #include "half.h"
 
 #include <limits.h>
@@ -14,37 +14,37 @@
 #include "team.h"
 
 enum { BLOCK_ROWS = 256, ALIGNMENT = 64 };
-enum { FEW_ROWS = 2 };    // that one thread computes sooner than all meet at a barrier
-enum { GROUP = 4 };       // panels of a piece of a large product
-enum { PIECES = 4 };      // of each thread, in a small product
+enum { FEW_ROWS = 2 };    // up to this number one thread is faster than a barrier
+enum { GROUP = 4 };       // panels in a piece of a large product
+enum { PIECES = 4 };      // pieces for each thread in a small product
 
 struct job {
     const struct half *half;
     const struct half_batch *batch;
     const struct half_rows *rows;
     int stages;
-    _Atomic int next[2];      // piece of this section and of the next one, in turns
-    _Atomic int num_arrived;  // at sections of few rows, by all threads
+    _Atomic int next[2];      // pieces of this section and of the next one, alternating
+    _Atomic int num_arrived;  // threads at sections of few rows
     struct attention attention;
-    char *form;      // [BLOCK_ROWS] rows in the form of a product
+    char *form;      // [BLOCK_ROWS] rows in the layout of a product
     float *sums;     // [BLOCK_ROWS, widest padded outputs]
     void *queries;   // [num_rows, num_heads, head_dim]
-    char *attended;  // [num_rows] rows in the form of the output product
-    char *threads;   // scratch memory of each thread
+    char *attended;  // [num_rows] rows in the layout of the output product
+    char *threads;   // scratch memory of the threads
     size_t thread_bytes;
 };
 
-// A thread, and where it is.
+// A thread and its position in the work.
 struct member {
     struct job *job;
     struct team *team;
     int thread, count;
-    int section;     // of those that all share; -1 before the first one
-    const struct chunk *chunk;  // of the last row that it placed
-    float *scratch;             // its own
+    int section;     // index of the current section; -1 before the first one
+    const struct chunk *chunk;  // chunk of the last row that it placed
+    float *scratch;             // memory of this thread
 };
 
-// Begin a section: all threads have ended the last one.
+// Begin a section after all threads have ended the last one.
 static void begin_section(struct member *m) {
     if (m->section++ >= 0) team_barrier(m->team, m->count);
     if (m->thread == 0) m->job->next[(m->section + 1) % 2] = 0;
@@ -59,7 +59,7 @@ ALWAYS const void *row_of(const void *x, int64_t row, int64_t width, enum dtype 
     return (const char *)x + (size_t)(row * width) * dtype_bytes(dtype);
 }
 
-// Floats x [hidden_size], normalised in place, to `out` and to a row of the form of a product.
+// Normalize floats x [hidden_size] in place; copy them to `out` and to a row in a product's layout.
 static void norm_row(const struct job *job, float *x, const void *weight, void *out,
                      const struct matrix *next, char *form) {
     const struct half *half = job->half;
@@ -74,12 +74,12 @@ static const struct matrix *entry_of(const struct half *half) {
     return half->qkv.panels ? &half->qkv : &half->query_router.matrix;
 }
 
-// Queries, keys and values of a row, in heads.
+// Number of heads of a row: queries, keys and values.
 ALWAYS int64_t row_heads(const struct half *half) {
     return half->num_heads + (half->latent_rank ? 1 : 2 * half->num_kv_heads);
 }
 
-// Rows of a block are counted from `first` on where the block has memory of its own.
+// `first`: first row of the block; buffers of a block start with this row.
 typedef void row_work(struct member *m, int64_t first, int64_t row);
 
 static void norm1(struct member *m, int64_t first, int64_t row) {
@@ -89,7 +89,7 @@ static void norm1(struct member *m, int64_t first, int64_t row) {
     const struct matrix *next = entry_of(half);
     const void *hidden = row_of(job->rows->hidden, row, half->hidden_size, dtype);
     convert(m->scratch, FLOAT32, hidden, dtype, half->hidden_size);
-    // Projections of their own read the form of the product alone.
+    // Without routed projections only the product reads the rows.
     void *out = half->qkv.panels
                     ? NULL
                     : (void *)row_of(job->rows->normed, row, half->hidden_size, dtype);
@@ -131,8 +131,8 @@ static void route_experts(struct member *m, int64_t first, int64_t row) {
     route(m, &m->job->half->router, first, row);
 }
 
-// Normalise, clip and rotate the queries, keys and values of a row, in place, and write them to
-// the queries and to the cache.
+// Normalize, clip and rotate the queries, keys and values of a row in place, and write them to the
+// queries and to the cache.
 static void place_row(const struct job *job, float *qkv, int64_t row, const struct chunk *chunk) {
     const struct half *half = job->half;
     const struct half_batch *batch = job->batch;
@@ -152,7 +152,7 @@ static void place_row(const struct job *job, float *qkv, int64_t row, const stru
         }
     if (isfinite(half->clip)) {
         float clip = (float)half->clip;
-        // Not a number stays what it is.
+        // NaN stays NaN.
         for (int64_t i = 0; i < all_heads * dim; i++)
             qkv[i] = qkv[i] > clip ? clip : qkv[i] < -clip ? -clip : qkv[i];
     }
@@ -162,7 +162,7 @@ static void place_row(const struct job *job, float *qkv, int64_t row, const stru
     const void *sin = row_of(batch->sin, wave, batch->wave_stride, dtype);
     int64_t block = chunk->table[position / batch->block_size];
     int64_t offset = position % batch->block_size;
-    float exact[dim];  // what an E4M3 cache gets, before it is rounded to it
+    float exact[dim];  // values for an E4M3 cache before their rounding
     int64_t plain = half->latent_rank, turned = (dim - plain) / 2;
     for (int64_t h = 0; h < all_heads; h++) {
         const float *x = qkv + h * dim;
@@ -174,7 +174,7 @@ static void place_row(const struct job *job, float *qkv, int64_t row, const stru
         enum dtype out_dtype = is_e4m3 ? FLOAT32 : dtype;
         convert(out, out_dtype, x, FLOAT32, h >= heads + kv_heads ? dim : plain);
         for (int64_t side = 0; side < 2 && h < heads + kv_heads; side++) {
-            // Each element with that half of the rotated ones away.
+            // Combine each element with the element that is half the rotated size away.
             int64_t from = side * turned, other = turned - from;
             for (int64_t i = 0; i < turned; i += LANES) {
                 int64_t left = turned - i;
@@ -192,7 +192,7 @@ static void place_row(const struct job *job, float *qkv, int64_t row, const stru
     }
 }
 
-// Queries, keys and values of a row, from the sums of their product or as given.
+// Place queries, keys and values of a row, from the sums of their product or from `projected`.
 static void place(struct member *m, int64_t first, int64_t row) {
     const struct job *job = m->job;
     const struct half *half = job->half;
@@ -211,7 +211,7 @@ static void place(struct member *m, int64_t first, int64_t row) {
     place_row(job, qkv, row, m->chunk);
 }
 
-// The residual stream after attention, and its norm, of a row.
+// Compute the residual stream of a row after attention, and its norm.
 static void norm2(struct member *m, int64_t first, int64_t row) {
     const struct job *job = m->job;
     const struct half *half = job->half;

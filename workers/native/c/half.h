@@ -1,4 +1,4 @@
-// The attention half of a layer; `workers/model/attention_sublayer.py` is its reference.
+// Attention sublayer of a layer. Reference: `workers/model/attention_sublayer.py`.
 #ifndef HALF_H
 #define HALF_H
 
@@ -9,66 +9,66 @@
 
 enum qk_norm { NO_NORM = 0, NORM_HEADS = 1, NORM_WIDTH = 2 };
 
-// A router; matrix.panels is NULL where there is none.
+// A router; matrix.panels is NULL for none.
 struct router {
     struct matrix matrix;
     struct routing routing;
 };
 
 struct half {
-    int64_t dtype;  // enum dtype: of the model
+    int64_t dtype;  // enum dtype of the model
     int64_t hidden_size, num_heads, num_kv_heads, head_dim;
-    int64_t window;   // positions that a row attends to; a large number for all
+    int64_t window;   // number of positions that a row attends to; a large number for all
     int64_t qk_norm;  // enum qk_norm
-    int64_t latent_rank;  // if not 0, the cache is latent: see attention.h; what is behind it in
-                          // queries and keys is rotated
+    int64_t latent_rank;  // if not 0, the cache is latent, see attention.h; later elements of
+                          // queries and keys are rotated
     double eps;
-    double scale;  // of scores
+    double scale;  // factor of scores
     double clip;  // limit of queries, keys and values; infinity for none
     const float *sinks;  // [num_heads]: see attention.h; NULL for none
     const void *norm1, *norm2;    // [hidden_size]
     const void *qk_norm_weights;  // [num_heads + num_kv_heads, head_dim]
-    struct matrix qkv, output;    // panels NULL where projections are routed
-    struct router query_router;   // of routed projections
+    struct matrix qkv, output;    // panels are NULL if projections are routed
+    struct router query_router;   // router of routed projections
     struct router router;
 };
 
-// The rows of a micro-batch, for all layers.
+// Rows of a micro-batch, for all layers.
 struct half_batch {
     int64_t num_rows;
-    const void *cos, *sin;      // [.., what is rotated of a head] model dtype, sines of the first
+    const void *cos, *sin;      // [.., rotated elements of a head] model dtype, sines of the first
                                 // half negated
-    int64_t wave_stride;        // elements from one to the next of both
-    int64_t waves_by_position;  // they are those of all positions; 0: those of each row
+    int64_t wave_stride;        // stride of cos and sin in elements
+    int64_t waves_by_position;  // cos and sin have an entry for each position; 0: for each row
     const struct chunk *chunks;
     int64_t num_chunks;
     int64_t max_length;
-    int64_t num_blocks, block_size;  // of each layer's cache
-    int64_t cache_dtype;  // enum dtype: that of the model, or E4M3
+    int64_t num_blocks, block_size;  // shape of each layer's cache
+    int64_t cache_dtype;  // enum dtype: equal to the model's, or E4M3
 };
 
-// What a layer reads and writes. `routes` are those of the query router, or of the router.
+// Inputs and outputs of a layer. Logits, ids and weights are from the query router, if there is one.
 struct half_rows {
     void *hidden;            // [num_rows, hidden_size]: residual stream before, then after attention
     void *cache;
     void *normed;            // [num_rows, hidden_size]: after the first or second norm
     const void *projected;   // queries, keys and values [num_rows, ...] of routed projections
-    void *queries;           // [num_rows, num_heads, head_dim] rotated; NULL: nobody reads them
+    void *queries;           // [num_rows, num_heads, head_dim] rotated; NULL if not needed
     void *attended;          // [num_rows, num_heads * value_dim] of routed projections
     const void *mixed;       // [num_rows, hidden_size]: projected outputs of attention
-    void *logits;            // [num_rows, num_experts], float for sigmoid; NULL: nobody reads them
+    void *logits;            // [num_rows, num_experts], float for sigmoid; NULL if not needed
     int64_t *topk_ids;       // [num_rows, top_k]
-    float *topk_weights;     // [num_rows, top_k], rounded to the type of the logits
+    float *topk_weights;     // [num_rows, top_k], rounded to the dtype of the logits
 };
 
-// Parts of the half: all at once, or one after the other around the exchanges of routed projections.
+// Stages of the sublayer: all in one call, or in order around the exchanges of routed projections.
 enum stage { ENTER = 1, ATTEND = 2, LEAVE = 4 };
 
-// Compute some stages. Returns an `enum result`.
+// Compute the given stages. Returns an `enum result`.
 int half_run(struct team *team, const struct half *half, const struct half_batch *batch,
              const struct half_rows *rows, int stages);
 
-// The same for a caller that has claimed the team.
+// `half_run` for a caller that has claimed the team.
 int half_claimed(struct team *team, const struct half *half, const struct half_batch *batch,
                  const struct half_rows *rows, int stages);
 

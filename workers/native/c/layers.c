@@ -1,4 +1,4 @@
-// All layers of a step and what stands around them, for callers that look at nothing between.
+// All layers of a step, with embedding, final norm and head, in one call.
 #define _GNU_SOURCE
 #include <string.h>
 
@@ -8,15 +8,15 @@
 #include "linear.h"
 #include "norm.h"
 
-// Fields of `LayerFields` in layers.py; all below have theirs. Calls are complete but for rows.
+// Each struct here has a `...Fields` class in layers.py. Calls are complete except for rows.
 struct layer {
     struct half half;
     void *cache;
-    int64_t bank;             // of its routed experts; -1: none
-    struct experts_call mlp;  // as a single expert; num_slots 0: none
+    int64_t bank;             // bank of its routed experts; -1 for none
+    struct experts_call mlp;  // the MLP, as a single expert; num_slots 0 for none
 };
 
-// All layers of a model, and what stands before and behind them.
+// All layers of a model, with embedding, final norm and head.
 struct stack {
     const void *embedding;  // [vocab_size, hidden_size]; NULL: callers look rows up
     int64_t vocab_size;
@@ -27,33 +27,33 @@ struct stack {
     struct matrix head;
 };
 
-// When the parts of a layer with routed experts ended, see `now_ns`. Experts on this rank are
+// End times (`now_ns`) of the parts of a layer with routed experts. Experts on this rank are
 // computed by their dispatch.
 struct layer_ends {
     int64_t attention, dispatch, mlp, combine;
 };
 
-// A micro-batch on its way through the layers.
+// A micro-batch, and its progress through the layers.
 struct flow {
     const struct half_batch *batch;
-    const int64_t *tokens;  // [num_rows]: whose embeddings `hidden` gets first; NULL: it has them
-    void *hidden;         // [num_rows, hidden_size]: the residual stream, at last normalised
-    uint8_t *is_finite;   // [num_rows]: whether all numbers of a row are then
-    void *logits;         // [num_rows, outputs of the head]; NULL: nobody reads them
+    const int64_t *tokens;  // [num_rows]: to be embedded in `hidden`; NULL if embedded already
+    void *hidden;         // [num_rows, hidden_size]: the residual stream, normalized at the end
+    uint8_t *is_finite;   // [num_rows]: whether all numbers of the normalized row are finite
+    void *logits;         // [num_rows, outputs of the head]; NULL if not needed
     void *normed;         // [num_rows, hidden_size]
-    void *others;         // [num_rows, hidden_size]: outputs of the MLP beside routed experts
+    void *others;         // [num_rows, hidden_size]: MLP outputs in a layer with routed experts
     int64_t *topk_ids;    // [banks, num_rows, top_k]
-    float *topk_weights;  // [num_rows, top_k], of its last layer
+    float *topk_weights;  // [num_rows, top_k] of the last layer
     void *routed;         // [num_rows, hidden_size]: outputs of experts on other ranks
-    const struct experts_call *experts;  // [banks]: on this rank
-    struct exchange_home *const *homes;  // [banks]: on other ranks; NULL: they are `experts`
+    const struct experts_call *experts;  // [banks]: experts on this rank
+    struct exchange_home *const *homes;  // [banks]: exchanges with other ranks; NULL: uses `experts`
     struct layer_ends *ends;             // [banks]
-    int64_t next;        // layer that begins next
-    int64_t is_waiting;  // the outputs of the layer before are to be received
-    int64_t is_done;     // the rows are normalised, and have their logits
+    int64_t next;        // next layer to begin
+    int64_t is_waiting;  // the outputs of the previous layer must be received
+    int64_t is_done;     // the rows are normalized, and the logits computed
 };
 
-// Outputs of experts, or with `weights` their sums, which are added to the residual stream.
+// Compute outputs of experts, or with `weights` their sums, and add them to the residual stream.
 static int run_experts(struct team *team, struct experts_call call, const struct flow *flow,
                        const float *weights) {
     call.inputs = flow->normed;
@@ -66,7 +66,7 @@ static int run_experts(struct team *team, struct experts_call call, const struct
     return experts_claimed(team, &call);
 }
 
-// An MLP alone, or beside routed experts. All rows read the same slot and weight.
+// Run the MLP of a layer with or without routed experts. All rows use the same slot and weight.
 static int run_mlp(struct team *team, const struct layer *layer, const struct flow *flow) {
     static const int64_t slot = 0;
     static const float weight = 1.0f;
@@ -76,8 +76,8 @@ static int run_mlp(struct team *team, const struct layer *layer, const struct fl
     return run_experts(team, call, flow, layer->bank < 0 ? &weight : NULL);
 }
 
-// Send rows to experts on other ranks, which compute beside the MLP. UNSENT after the MLP, with the
-// outputs still to be received.
+// Send rows to experts on other ranks, which compute during the MLP. If this returns UNSENT, the MLP
+// was computed, and the outputs must still be received.
 static int send_rows(struct team *team, const struct layer *layer, struct flow *flow,
                 const int64_t *topk_ids) {
     struct exchange_home *home = flow->homes[layer->bank];
@@ -96,7 +96,7 @@ static int send_rows(struct team *team, const struct layer *layer, struct flow *
     return result == OK ? sent : result;
 }
 
-// Receive what experts on other ranks return for the rows of a layer, and add it up.
+// Receive the outputs of experts on other ranks for the rows of a layer, and sum them.
 static int receive_outputs(const struct layer *layer, struct flow *flow) {
     int result = exchange_gather(flow->homes[layer->bank]);
     if (result != OK) return result;
@@ -141,7 +141,7 @@ static int begin_layer(struct team *team, const struct layer *layer, struct flow
     return result;
 }
 
-// Look the embeddings of a flow's tokens up.
+// Look up the embeddings of a flow's tokens.
 static int embed(const struct stack *stack, struct flow *flow) {
     const struct half *half = &stack->layers[0].half;
     size_t bytes = (size_t)half->hidden_size * dtype_bytes((enum dtype)half->dtype);
@@ -154,7 +154,7 @@ static int embed(const struct stack *stack, struct flow *flow) {
     return OK;
 }
 
-// What stands behind the last layer.
+// Final norm and head, after the last layer.
 static int finish(struct team *team, const struct stack *stack, struct flow *flow) {
     const struct half *half = &stack->layers[0].half;
     int64_t num_rows = flow->batch->num_rows;
@@ -167,8 +167,8 @@ static int finish(struct team *team, const struct stack *stack, struct flow *flo
     return result;
 }
 
-// One flow as far as it goes without waiting for the others: over layers without routed experts to
-// the next exchange, or to the end. Else messages would have another order where callers go on.
+// Run one flow to its next exchange with other ranks, or to the end, without waiting for other flows,
+// so that messages have the same order if the caller has to continue.
 static int advance(struct team *team, const struct stack *stack, struct flow *flow) {
     const struct layer *layers = stack->layers;
     int result = OK, has_bank = 0;
@@ -183,8 +183,8 @@ static int advance(struct team *team, const struct stack *stack, struct flow *fl
     return result;
 }
 
-// Run all layers of the flows and what stands around them, in turns, until they are done or `limit_s`
-// is over. Returns an `enum result`, that of the last flow. `*turn`: the flow that goes on.
+// Run all layers of the flows alternately, with embedding, final norm and head, until they are done
+// or `limit_s` has elapsed. Returns the `enum result` of the last flow. `*turn`: the flow to continue.
 int layers_run(struct team *team, const struct stack *stack, struct flow *flows, int64_t num_flows,
                double limit_s, int64_t *turn) {
     if (!team_claim(team)) return BUSY;
@@ -195,7 +195,7 @@ int layers_run(struct team *team, const struct stack *stack, struct flow *flows,
     while (result == OK && num_ended < num_flows) {
         struct flow *flow = &flows[*turn];
         result = advance(team, stack, flow);
-        if (result != UNEXPECTED) *turn = (*turn + 1) % num_flows;  // else it receives once more
+        if (result != UNEXPECTED) *turn = (*turn + 1) % num_flows;  // else it receives again
         num_ended = flow->is_done ? num_ended + 1 : 0;
         if (now_ns() >= end_ns) break;
     }

@@ -1,4 +1,4 @@
-// How the weights of a matrix lie in its panels, see product.h and quantized.h.
+// Layout of the weights of a matrix in its panels, see product.h and quantized.h.
 #ifndef LAYOUT_H
 #define LAYOUT_H
 
@@ -7,30 +7,30 @@
 
 #include "vector.h"
 
-enum { PANEL = 32 };  // outputs
+enum { PANEL = 32 };  // outputs of a panel
 enum { BLOCK_UNITS = 128 };  // pairs of elements of quantized weights, see quantized.h
 
-enum dtype { FLOAT32 = 0, BFLOAT16 = 1, E4M3 = 2 };  // E4M3: KV caches alone, see fp8.h
+enum dtype { FLOAT32 = 0, BFLOAT16 = 1, E4M3 = 2 };  // E4M3: only KV caches, see fp8.h
 
-enum codes { PLAIN = 0, INT8 = 1, FLOAT8 = 2, INT4 = 3, FLOAT4 = 4 };  // PLAIN: none
+enum codes { PLAIN = 0, INT8 = 1, FLOAT8 = 2, INT4 = 3, FLOAT4 = 4 };  // PLAIN: not quantized
 
 enum scales { SCALES_FLOAT32 = 0, SCALES_BFLOAT16 = 1, SCALES_FLOAT16 = 2, SCALES_E8M0 = 3 };
 
-// Fields of `FormFields` in quantized.py. All 0: weights are in the type of the rows.
+// Fields of `FormFields` in quantized.py. All 0: weights have the dtype of the rows.
 struct form {
     int64_t codes, scales, has_zeros;
-    int64_t zero_bits;  // of a zero point: behind the point
-    int64_t group;      // elements of a row with one scale; a multiple of 8, or the whole row
+    int64_t zero_bits;  // fractional bits of a zero point
+    int64_t group;      // elements of a row with one scale; a multiple of 8, or the entire row
 };
 
 struct layout {
-    enum dtype dtype;  // of rows; of weights too where these are PLAIN
+    enum dtype dtype;  // dtype of rows, and of weights if they are PLAIN
     struct form form;
-    long units;  // of a row: floats; pairs of bfloat16, or of codes
+    long units;  // units of a row: floats; pairs of bfloat16, or of codes
     size_t panel_bytes;
-    // Where there are codes: of groups, and of the sections of a panel, see quantized.h.
+    // Groups, and sections of a panel, of quantized weights, see quantized.h.
     long num_groups, group_units;
-    long block_units, num_totals;  // of a block; of a row, see `find_totals`, 0 without zero points
+    long block_units, num_totals;  // block; row totals (see `find_totals`), 0 without zero points
     int section_groups;  // 1 or 2
     size_t scale_bytes, header_bytes, group_bytes, section_bytes;
 };
@@ -44,8 +44,8 @@ ALWAYS size_t scale_bytes(struct form form) {
     return form.scales == SCALES_FLOAT32 ? 4 : form.scales == SCALES_E8M0 ? 1 : 2;
 }
 
-// The layout of a matrix with `width` inputs; an even number of them where there are codes, and
-// none where there is no matrix.
+// Layout of a matrix with `width` inputs; `width` is even for quantized weights, and 0 without a
+// matrix.
 ALWAYS struct layout layout_of(enum dtype dtype, struct form form, long width) {
     struct layout layout = {.dtype = dtype, .form = form, .units = row_units(dtype, width)};
     if (form.codes == PLAIN || width == 0) {

@@ -2,16 +2,16 @@
 
 #include <stdatomic.h>
 
-enum { ROWS = 8 * MAX_TILE_ROWS, GROUP = 4 };  // rows and panels of a piece of work, at most
+enum { ROWS = 8 * MAX_TILE_ROWS, GROUP = 4 };  // maximum rows and panels of a piece of work
 
 struct job {
     const struct matrix *matrix;
     struct layout layout;
     const char *x;
     char *out;
-    int64_t num_rows, row_blocks, num_groups, group;  // panels of a group
-    char *rows;  // [num_rows] in the form of a product; NULL: x is
-    float *totals;  // [num_rows], see `find_totals`; NULL: there are none
+    int64_t num_rows, row_blocks, num_groups, group;  // group: its number of panels
+    char *rows;  // [num_rows] in the layout of a product; NULL: x has it
+    float *totals;  // [num_rows], see `find_totals`; NULL for none
     _Atomic int64_t next;  // piece of work
 };
 
@@ -29,14 +29,14 @@ static void fill(const struct job *job, int thread, int count) {
     }
 }
 
-// The first panel of a piece of work; that of the last one where there is no such piece.
+// First panel of a piece of work; of the last piece if there is no such piece.
 static int64_t panel_of(const struct job *job, int64_t piece) {
     int64_t group = piece / job->row_blocks;
     return (group < job->num_groups ? group : job->num_groups - 1) * job->group;
 }
 
-// Some outputs of some rows: their sums stay in the cache until they are rounded. `next`: a panel
-// that this thread is likely to read afterwards.
+// Compute some outputs of some rows, with sums that stay in the cache until they are rounded. `next`:
+// a panel that this thread is likely to read afterwards.
 static void compute(const struct job *job, int64_t first_row, int64_t panel, int64_t next) {
     const struct matrix *m = job->matrix;
     enum dtype dtype = (enum dtype)m->dtype;
@@ -66,7 +66,7 @@ static void task(void *argument, struct team *team, int thread, int count) {
         fill(job, thread, count);
         team_barrier(team, count);
     }
-    // Pieces with the same panels follow each other.
+    // Pieces with the same panels are consecutive.
     for (int64_t i; (i = atomic_fetch_add(&job->next, 1)) < job->row_blocks * job->num_groups;)
         compute(job, i % job->row_blocks * ROWS, panel_of(job, i),
                 panel_of(job, atomic_load(&job->next)));

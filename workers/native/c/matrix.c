@@ -2,9 +2,9 @@
 
 #include "team.h"
 
-enum { POINTERS = 8 * MAX_TILE_ROWS };  // rows of one call of panel_product
+enum { POINTERS = 8 * MAX_TILE_ROWS };  // maximum rows in one call of panel_product
 
-// Rows [first, last) times panels [begin, end).
+// Multiply rows [first, last) with panels [begin, end).
 static void multiply(const struct matrix *m, const void *rows, int64_t first, int64_t last,
                      int64_t begin, int64_t end, float *out) {
     struct layout layout = layout_of_matrix(m);
@@ -17,7 +17,7 @@ static void multiply(const struct matrix *m, const void *rows, int64_t first, in
         *pointers = (const char *)rows + (size_t)row * bytes;
         find_totals(&layout, 1, pointers, totals + (row - first) * layout.num_totals);
     }
-    // Many rows take a panel at a time, so that it stays in the cache for all of them.
+    // For many rows use one panel at a time, so that it stays in the cache for all of them.
     int64_t at_once = last - first > POINTERS ? 1 : end - begin;
     for (int64_t panel = begin; panel < end; panel += at_once)
         for (int64_t row = first; row < last; row += POINTERS) {
@@ -34,7 +34,7 @@ static void multiply(const struct matrix *m, const void *rows, int64_t first, in
 void matrix_work(const struct matrix *m, const void *rows, int64_t num_rows, float *out, int thread,
                  int count) {
     int64_t panels = padded_outputs(m) / PANEL;
-    // Each thread reads panels of its own, unless there are few of them and many rows.
+    // Each thread has its own panels, unless there are few panels and many rows.
     if (panels < 4 * count && num_rows >= MAX_TILE_ROWS * count) {
         int64_t tiles = (num_rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
         int64_t first = tiles * thread / count * MAX_TILE_ROWS;
@@ -45,7 +45,7 @@ void matrix_work(const struct matrix *m, const void *rows, int64_t num_rows, flo
     }
 }
 
-// Copy a row into the form of a product.
+// Copy a row into the layout of a product.
 void matrix_fill_row(const struct matrix *m, void *row, const void *x, enum dtype dtype) {
     size_t used = (size_t)m->inputs * dtype_bytes(row_dtype(m));
     convert(row, row_dtype(m), x, dtype, m->inputs);

@@ -25,7 +25,7 @@ void rms_norm(float *x, const void *weight, int64_t size, float eps, enum dtype 
     }
 }
 
-// Whether all floats are finite: their products with 0 are 0, but for infinity and NaN.
+// Whether all floats are finite: products with 0 are 0, except for infinity and NaN.
 static int all_finite(const float *x, int64_t size) {
     vec zeros[PARTS] = {v_set(0.0f)};
     for (int part = 1; part < PARTS; part++) zeros[part] = zeros[0];

@@ -23,7 +23,7 @@ float numbers_softmax(float *scores, int64_t count) {
     memset(block, 0, sizeof block);
     for (int64_t l = i; l < count; l += LANES) {
         vec x = v_exp(v_sub(load_some(scores, l, count - l, FLOAT32), v_set(most)));
-        store_some(block, l - i, x, count - l, FLOAT32);  // zeros stay beyond the last score
+        store_some(block, l - i, x, count - l, FLOAT32);  // keeps zeros after the last score
     }
     memcpy(scores + i, block, (size_t)(count - i) * sizeof *block);
     for (int part = 0; part < PARTS; part++)

@@ -1,4 +1,4 @@
-// Numbers in the type of the model, and sums whose order is the same on all instruction sets.
+// Numbers in the model's dtype, and sums in an order that is equal on all instruction sets.
 #ifndef NUMBERS_H
 #define NUMBERS_H
 
@@ -7,11 +7,11 @@
 #include "product.h"
 
 enum {
-    WIDE = 16,             // lanes of a sum
-    PARTS = WIDE / LANES,  // vectors that hold them
+    WIDE = 16,             // number of lanes of a sum
+    PARTS = WIDE / LANES,  // vectors with these lanes
 };
 
-// Elements of type E4M3 are loaded divided by this: as float16, whose exponents are 8 larger.
+// E4M3 elements are loaded divided by this, as float16, which has a larger exponent bias (by 8).
 #define E4M3_UNIT 256.0f
 
 ALWAYS size_t dtype_bytes(enum dtype dtype) {
@@ -30,13 +30,13 @@ ALWAYS float load_one(const void *x, int64_t at, enum dtype dtype) {
     return dtype == E4M3 ? value * (0x1p120f / E4M3_UNIT) : value;
 }
 
-// LANES numbers.
+// Load LANES numbers.
 ALWAYS vec load_at(const void *x, int64_t at, enum dtype dtype) {
     if (dtype == E4M3) return v_load_e4m3((const uint8_t *)x + at);
     return dtype == BFLOAT16 ? v_load_bf16((const uint16_t *)x + at) : v_load((const float *)x + at);
 }
 
-// The first `count` of LANES numbers, and zeros.
+// Load the first `count` of LANES numbers, and zeros.
 ALWAYS vec load_some(const void *x, int64_t at, int64_t count, enum dtype dtype) {
     if (count >= LANES) return load_at(x, at, dtype);
     float block[LANES] = {0};
@@ -57,13 +57,13 @@ ALWAYS void store_some(void *to, int64_t at, vec x, int64_t count, enum dtype dt
     }
 }
 
-// Copy `count` numbers from one type to another.
+// Copy `count` numbers from one dtype to another.
 ALWAYS void convert(void *to, enum dtype to_dtype, const void *x, enum dtype dtype, int64_t count) {
     for (int64_t i = 0; i < count; i += LANES)
         store_some(to, i, load_some(x, i, count - i, dtype), count - i, to_dtype);
 }
 
-// The sum of 16 lanes: l and l + 8 are added, then l + 4, l + 2 and l + 1.
+// Sum 16 lanes: l and l + 8 are added, then l + 4, l + 2 and l + 1.
 ALWAYS float wide_sum(const vec lanes[PARTS]) {
 #ifdef __AVX512F__
     __m256 low = _mm512_castps512_ps256(lanes[0]), high = _mm512_extractf32x8_ps(lanes[0], 1);
@@ -76,7 +76,7 @@ ALWAYS float wide_sum(const vec lanes[PARTS]) {
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
 
-// Replace `count` scores by exp(score - best); returns their sum, in 16 lanes.
+// Replace `count` scores by exp(score - best); return their sum, computed in 16 lanes.
 float numbers_softmax(float *scores, int64_t count);
 
 #endif

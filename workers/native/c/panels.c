@@ -1,5 +1,5 @@
-// Packed weights (see product.h) from rows, and back. A bijection but for the zeros that fill up
-// the last panel.
+// Packing of rows into panels (see product.h), and unpacking. A bijection except for the zeros that
+// pad the last panel.
 #include <stdatomic.h>
 #include <string.h>
 
@@ -8,10 +8,10 @@
 
 enum { UNIT = 4 };        // bytes
 enum { SQUARE = 8 };      // units and rows that are transposed in registers
-enum { UNPACKED = 16 };   // units of a row that are moved together: a cache line
+enum { UNPACKED = 16 };   // units of a row that are copied together: a cache line
 
-// The row of a lane of a panel; -1: none. In a gated matrix, the gate's rows and then those of up,
-// a panel has 16 of each.
+// Row in a lane of a panel, or -1. A gated matrix has gate rows followed by up rows; its panels have
+// 16 of each.
 static long row_of(long panel, long lane, long num_rows, int is_gated) {
     long half = PANEL / 2;
     if (!is_gated) return panel * PANEL + lane < num_rows ? panel * PANEL + lane : -1;
@@ -25,7 +25,7 @@ static long num_panels(long num_rows, int is_gated) {
            (PANEL / (is_gated ? 2 : 1));
 }
 
-// 8 units of 8 rows (NULL: zeros) -> a line of 8 lanes for each unit, PANEL apart.
+// Transpose 8 units of 8 rows (NULL: zeros) to a line of 8 lanes for each unit, PANEL apart.
 ALWAYS void transpose(uint32_t *to, const char *const *rows, long unit) {
     __m256 a[SQUARE], b[SQUARE];
     UNROLL for (int i = 0; i < SQUARE; i++)
@@ -47,8 +47,8 @@ ALWAYS void transpose(uint32_t *to, const char *const *rows, long unit) {
     }
 }
 
-// Where the lines of a panel, one for each unit, lie: so many follow each other, and then `gap`
-// words come that are not theirs.
+// Placement of the lines of a panel, one for each unit: runs of `in_run` lines, separated by `gap`
+// words.
 struct lines {
     long in_run, gap;
 };
@@ -57,7 +57,7 @@ ALWAYS long line_at(const struct lines *lines, long unit) {
     return unit * PANEL + unit / lines->in_run * lines->gap;
 }
 
-// rows [PANEL] of `units` units -> lines.
+// Pack rows [PANEL] of `units` units into lines.
 static void pack_panel(uint32_t *packed, const char *const *rows, long units,
                        const struct lines *lines) {
     uint32_t found[SQUARE * PANEL];
@@ -102,9 +102,9 @@ static void pack_some(void *argument, struct team *team, int thread, int count) 
     }
 }
 
-// rows [num_rows, units], which need no alignment, -> packed [panels, units, PANEL], panels `stride`
-// words apart, with `gap` words of others between each `in_run` units and the next ones. A team that
-// is NULL is the caller alone. Returns an `enum result`.
+// Pack rows [num_rows, units], which need no alignment, into packed [panels, units, PANEL]; panels
+// are `stride` words apart, with `gap` words between runs of `in_run` units. `team` NULL: only the
+// caller computes. Returns an `enum result`.
 int panels_pack(struct team *team, uint32_t *packed, const char *rows, long num_rows, long units,
                 long stride, long in_run, long gap, int is_gated) {
     struct job job = {packed, rows, num_rows, units, stride, {in_run, gap}, is_gated, 0};
@@ -118,7 +118,7 @@ int panels_pack(struct team *team, uint32_t *packed, const char *rows, long num_
     return OK;
 }
 
-// The other way round.
+// Inverse of `panels_pack`.
 void panels_unpack(uint32_t *rows, const uint32_t *packed, long num_rows, long units,
                    long stride, long in_run, long gap, int is_gated) {
     struct lines lines = {in_run, gap};

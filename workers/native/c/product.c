@@ -1,6 +1,6 @@
 #include "quantized.h"
 
-// One function for each number of rows: the compiler keeps all sums of a tile in registers.
+// One function for each number of rows, so that the compiler keeps all sums of a tile in registers.
 #define ROWS(NAME, DTYPE, COUNT)                                                                  \
     static void NAME##_##COUNT(const void *const *x, const uint32_t *panel, long units,           \
                                float *out, long out_stride, const struct fetched *fetched) {      \
@@ -35,8 +35,8 @@ void panel_product(const struct layout *layout, long num_rows, const void *const
         quantized_product(layout, num_rows, x, totals, weights, num_panels, out, out_stride, next);
         return;
     }
-    // More rows than a stream's: the panel stays in the cache for all of its tiles, the first of
-    // which fetches the next panel.
+    // With more rows than in a stream, the panel stays in the cache for all of its tiles, and the
+    // first tile fetches the next panel.
     int is_stream = num_rows <= STREAM_ROWS;
     long units = layout->units, turn = is_stream ? units - PREFETCH_BYTES / (PANEL * 4) : units;
     for (long p = 0; p < num_panels; p++) {
@@ -53,7 +53,7 @@ void panel_product(const struct layout *layout, long num_rows, const void *const
             const uint32_t *lines = (const uint32_t *)panel;
             TILE_ROWS[layout->dtype][rows - 1](x + row, lines, units, to, out_stride, &fetched);
             row += rows;
-            fetched = (struct fetched){panel, NULL, units};  // in the cache
+            fetched = (struct fetched){panel, NULL, units};  // it is in the cache
         }
     }
 }

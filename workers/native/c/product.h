@@ -1,63 +1,62 @@
 // Products of rows with packed weights.
 //
-// Packed weights are panels of 32 outputs; quantized.h describes those with codes. Others have a
-// line of 128 bytes for each unit of the row: one float of every output, or two bfloat16 that follow
-// each other in the row, the order of vdpbf16ps. So a panel is read once from its first byte to its
-// last.
+// Packed weights are panels of 32 outputs; quantized.h describes panels of quantized weights. Other
+// panels have a line of 128 bytes for each unit of the row: one float of every output, or two
+// consecutive bfloat16 of the row, the order of vdpbf16ps. So a panel is read sequentially, once.
 //
-// Every output is a single chain of fused sums in the order of the row, in a lane of its own.
-// Its bits depend on its row and its weights alone: not on other rows, tiles or threads.
+// Every output is a single chain of fused sums in the order of the row, in its own lane. Its bits
+// depend only on its row and its weights, not on other rows, tiles or threads.
 #ifndef PRODUCT_H
 #define PRODUCT_H
 
 #include "layout.h"
 
-// Elements of rows as the products read them: bfloat16 where the processor multiplies them.
+// Elements of rows in the layout of the products: bfloat16 if the processor can multiply them.
 #ifdef __AVX512BF16__
 enum { ROWS_ARE_BF16 = 1 };
 #else
 enum { ROWS_ARE_BF16 = 0 };
 #endif
 
-// Rows of a tile at most: a row takes two registers for its sums, of 32 with AVX-512 and of 16
+// Maximum rows of a tile: a row needs two registers for its sums, of 32 with AVX-512 and of 16
 // without.
 enum { MAX_TILE_ROWS = LANES == 16 ? 12 : 6 };
 
-// Rows at most that are multiplied faster than memory gives the weights, so that their tile reads
-// whole lines, one after the other.
+// Maximum rows that are multiplied faster than the weights are read from memory, so that their tile
+// reads full lines sequentially.
 enum { STREAM_ROWS = LANES == 16 ? MAX_TILE_ROWS : 2 };
 
-// Vectors of outputs that a tile of so many rows computes: a panel, or half of one where a panel's
-// sums take too many registers.
+// Number of output vectors of a tile of ROWS rows: a panel, or half a panel if a panel's sums need
+// too many registers.
 #define TILE_VECTORS(ROWS) (LANES == 8 && (ROWS) <= STREAM_ROWS ? 4 : 2)
 
-// Bytes from a line that such a tile reads to the one that it fetches meanwhile. The processor's own
-// prefetching ends with each page.
+// Distance in bytes from the line that such a tile reads to the one that it prefetches. The
+// processor's own prefetching ends at each page.
 enum { PREFETCH_BYTES = 4096, CACHE_LINE_BYTES = 64 };
 
-// What a tile fetches while it reads a panel: what is from `now` on, and from unit `turn` of the
-// panel on what is from `then` on.
+// Data that a tile prefetches while it reads a panel: from `now` on, and after unit `turn` of the
+// panel from `then` on.
 struct fetched {
     const char *now, *then;
     long turn;
 };
 
-// Bytes of an element of rows that are multiplied with weights of a type.
+// Size of an element of rows that are multiplied with weights of `dtype`, in bytes.
 ALWAYS size_t row_element_bytes(enum dtype dtype) {
     return dtype == BFLOAT16 && ROWS_ARE_BF16 ? 2 : 4;
 }
 
-// Fetch a line of weights. For one row, which waits for the memory alone, into the second cache: it
-// has more reads under way than the first one (27 in place of 24 GB/s on one core of an AMD EPYC,
-// Zen 4; from two rows on the products lose more by it). So too for many rows, whose next panel
-// would drive this one out of the first cache.
+// Prefetch a line of weights. For one row, which only waits for memory, prefetch into L2, which
+// permits more concurrent reads than L1 (27 instead of 24 GB/s on one core of an AMD EPYC, Zen 4;
+// from two rows on the products lose more by it). For many rows also prefetch into L2, as the next
+// panel would evict this one from L1.
 ALWAYS void fetch(const int rows, const char *line) {
     if (rows == 1 || rows > STREAM_ROWS) _mm_prefetch(line, _MM_HINT_T1);
     else _mm_prefetch(line, _MM_HINT_T0);
 }
 
-// Add the products with one element of each row: sums[r][v] += weights[v] * values[r]. What is
-// outside is held in registers: the weights, or the elements of few rows.
+// Add the products with one element of each row: sums[r][v] += weights[v] * values[r]. The outer
+// loop's operand stays in registers: the weights, or the elements of few rows.
 #define ADD_PRODUCTS(WEIGHTS, VALUE)                                                              \
     if (rows <= vectors) {                                                                        \
         vec values[MAX_TILE_ROWS];                                                                \
@@ -77,8 +76,8 @@ ALWAYS void fetch(const int rows, const char *line) {
         }                                                                                         \
     }
 
-// One tile: `rows` x `vectors` * LANES outputs, a part of a panel. Of what it fetches it takes the
-// same part.
+// Compute one tile: `rows` x `vectors` * LANES outputs, a part of a panel. It prefetches the same
+// part of the next data.
 ALWAYS void tile(enum dtype dtype, const int rows, const int vectors, const void *const *x,
                  const uint32_t *panel, long part, long units, float *out, long out_stride,
                  const struct fetched *fetched) {
@@ -114,7 +113,7 @@ ALWAYS void tile(enum dtype dtype, const int rows, const int vectors, const void
             v_store(out + r * out_stride + part * width + v * LANES, sums[r][v]);
 }
 
-// All tiles of `rows` rows with a panel, the number a constant.
+// Compute all tiles of `rows` rows (a constant) with a panel.
 ALWAYS void tiles(enum dtype dtype, const int rows, const void *const *x, const uint32_t *panel,
                   long units, float *out, long out_stride, const struct fetched *fetched) {
     const int vectors = TILE_VECTORS(rows);
@@ -124,15 +123,15 @@ ALWAYS void tiles(enum dtype dtype, const int rows, const void *const *x, const 
 
 // out [num_rows, num_panels * PANEL] (rows `out_stride` apart) = rows x panels.
 //
-// x: pointers to rows in the form of row_element_bytes. totals: those of `find_totals`. weights:
-// first panel. next: what the caller is likely to read afterwards, fetched while the last panel is
-// computed.
+// x: pointers to rows with elements of row_element_bytes. totals: results of `find_totals`. weights:
+// first panel. next: data that the caller is likely to read afterwards, prefetched during the last
+// panel.
 void panel_product(const struct layout *layout, long num_rows, const void *const *x,
                    const float *totals, const char *weights, long num_panels, float *out,
                    long out_stride, const char *next);
 
-// The sums of the elements of rows by block, where weights have zero points: totals [num_rows,
-// num_totals]. It takes a tenth of the time of a product with four panels, so callers keep them.
+// Sum the elements of rows by block, for weights with zero points: totals [num_rows, num_totals].
+// It takes a tenth of the time of a product with four panels, so callers keep the result.
 void find_totals(const struct layout *layout, long num_rows, const void *const *x, float *totals);
 
 #endif

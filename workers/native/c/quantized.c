@@ -2,11 +2,11 @@
 
 #include "codes.h"
 
-// Rows of a tile at most, and the vectors of outputs that it computes: each has two chains.
+// Maximum rows of a tile, number of output vectors of a tile, and chains of each.
 enum { BLOCK_ROWS = LANES == 16 ? 6 : 2, VECTORS = 2, CHAINS = 2 };
 
-// Bytes from what is read to what is fetched meanwhile, past the second cache: so codes are read at
-// 0.92 to 1.0 of the rate of bfloat16 on Zen 5, from memory that gives 48 GB/s to two cores.
+// Prefetch distance in bytes, beyond the L2 cache: codes are then read at 0.92 to 1.0 of the rate of
+// bfloat16 on Zen 5, with a memory bandwidth of 48 GB/s for two cores.
 enum { AHEAD_BYTES = 8192 };
 
 // ---- products -----------------------------------------------------------------------------------
@@ -14,19 +14,19 @@ enum { AHEAD_BYTES = 8192 };
 // Some blocks of a panel.
 struct chunk {
     const struct layout *layout;
-    const char *panel, *after;  // and what is read next
-    const uint32_t *pairs;      // [units, PANEL] where they are decoded
+    const char *panel, *after;  // after: data that is read next
+    const uint32_t *pairs;      // [units, PANEL] if decoded
     long first_unit, units;     // the last block may be shorter
     struct numbers numbers;
-    const float *totals;        // of its blocks, see `find_totals`
-    float unit, zero_unit;      // of what `pair_at` finds; of zero points in these units, negative
+    const float *totals;        // totals of its blocks, see `find_totals`
+    float unit, zero_unit;      // unit of values of `pair_at`; relative negative unit of zero points
 };
 
-// Where a chunk is read: a group of a section, and what of the group was skipped.
+// Position in a chunk: a group of a section, and the skipped part of the group.
 struct place {
     const char *section;
     long group;
-    size_t skipped;  // bytes
+    size_t skipped;  // in bytes
 };
 
 ALWAYS struct place place_of(const struct chunk *chunk, const long in_word) {
@@ -61,7 +61,7 @@ ALWAYS void next_group(const struct layout *layout, struct place *place) {
     place->section += layout->section_bytes;
 }
 
-// What is fetched while a place of the panel is read: behind its end comes `after`.
+// Address to prefetch while a place of the panel is read; `after` follows the end of the panel.
 ALWAYS const char *ahead_of(const struct chunk *chunk, const char *place) {
     const char *end = chunk->panel + chunk->layout->panel_bytes;
     return place + AHEAD_BYTES + (end - place > AHEAD_BYTES ? 0 : chunk->after - end);
@@ -81,7 +81,7 @@ ALWAYS void add_pair(enum dtype dtype, vec *sum, veci pair, const void *x, long 
     v_add_product(sum, v_bits(vi_and(pair, vi_set((int)0xffff0000))), v_set(values[1]));
 }
 
-// The sums of pair j of each output's word, where `x` has unit `unit`.
+// Add the products of pair j of each output's word with unit `unit` of `x`.
 ALWAYS void add_outputs(const enum source source, enum dtype dtype, const int rows, const int j,
                         const int chain, const void *const *x, long unit, const veci *stored,
                         const struct numbers *numbers, vec sums[BLOCK_ROWS][VECTORS][CHAINS]) {
@@ -92,7 +92,7 @@ ALWAYS void add_outputs(const enum source source, enum dtype dtype, const int ro
     }
 }
 
-// The sums of a word of each output, with `count` pairs of elements from `unit` on.
+// Add the products of a word of each output, with `count` pairs of elements from `unit` on.
 ALWAYS void add_word(const enum source source, enum dtype dtype, const int rows,
                      const int first_chain, const void *const *x, long unit, long count,
                      const uint32_t *words, const struct numbers *numbers,
@@ -105,15 +105,15 @@ ALWAYS void add_word(const enum source source, enum dtype dtype, const int rows,
                         numbers, sums);
 }
 
-// The sums of one block: pairs of elements [unit, end) in words, while others are fetched.
+// Compute the sums of one block, pairs of elements [unit, end), while prefetching other words.
 ALWAYS void add_block(const enum source source, enum dtype dtype, const int rows,
                       const void *const *x, long unit, long end, const uint32_t *words,
                       const char *ahead, const struct numbers *numbers,
                       vec sums[BLOCK_ROWS][VECTORS][CHAINS]) {
-    // With one pair in a word, two words make the chains alternate.
+    // With one pair in a word, use two words so that the chains alternate.
     const int pairs = PAIRS_OF(source), lines = pairs == 1 ? CHAINS : 1, step = lines * pairs;
-    // Processors foresee what an instruction will read from what it read before: so compilers shall
-    // not repeat this loop's instructions (a function of 6 KB read at 0.8 of the rate).
+    // Processors predict the reads of an instruction from its earlier reads, so the compiler must not
+    // unroll this loop (a function of 6 KB read at 0.8 of the rate).
     for (; unit + step <= end; unit += step) {
         if (source != DECODED)
             UNROLL for (int at = 0; at < VECTORS * LANES * WORD; at += CACHE_LINE_BYTES)
@@ -124,7 +124,7 @@ ALWAYS void add_block(const enum source source, enum dtype dtype, const int rows
         words += lines * PANEL;
         ahead += lines * PANEL * WORD;
     }
-    // The last word of a row that does not fill it.
+    // The last word of a row, if it is not full.
     if (unit < end) add_word(source, dtype, rows, 0, x, unit, end - unit, words, numbers, sums);
 }
 
@@ -183,7 +183,7 @@ ALWAYS void add_tile(const enum source source, enum dtype dtype, const int rows,
 
 typedef void add_rows(const void *const *x, const struct chunk *chunk, float *out, long out_stride);
 
-// One function for each source, type and number of rows: all sums of a tile stay in registers.
+// One function for each source, dtype and number of rows, to keep all sums of a tile in registers.
 #define ROWS(SOURCE, DTYPE, COUNT)                                                                \
     static void add_##SOURCE##_##DTYPE##_##COUNT(const void *const *x, const struct chunk *chunk, \
                                                   float *out, long out_stride) {                  \
@@ -212,7 +212,7 @@ ALL_SOURCES(FLOAT32)
 ALL_SOURCES(BFLOAT16)
 static add_rows *const ADD_ROWS[2][4][BLOCK_ROWS] = {ALL_NAMES(FLOAT32), ALL_NAMES(BFLOAT16)};
 #else
-// Rows of bfloat16 come as float.
+// Rows of bfloat16 are converted to float before.
 static add_rows *const ADD_ROWS[2][4][BLOCK_ROWS] = {ALL_NAMES(FLOAT32), ALL_NAMES(FLOAT32)};
 #endif
 
@@ -222,7 +222,7 @@ static enum source source_of(int64_t codes) {
     return codes == INT8 ? FROM_INT8 : codes == FLOAT8 ? FROM_FLOAT8 : FROM_4_BITS;
 }
 
-// The pairs of a chunk: pairs [units, PANEL].
+// Decode the pairs of a chunk: pairs [units, PANEL].
 ALWAYS void decode(const enum source source, const struct chunk *chunk, uint32_t *pairs) {
     const int in_word = PAIRS_OF(source);
     struct numbers numbers = chunk->numbers;
@@ -235,7 +235,7 @@ ALWAYS void decode(const enum source source, const struct chunk *chunk, uint32_t
         for (; units > 0; units -= in_word, words += PANEL, ahead += PANEL * WORD) {
             UNROLL for (int at = 0; at < PANEL * WORD; at += CACHE_LINE_BYTES)
                 _mm_prefetch(ahead + at, _MM_HINT_T1);
-            UNROLL for (int j = 0; j < in_word; j++, pairs += PANEL)  // some behind the last one
+            UNROLL for (int j = 0; j < in_word; j++, pairs += PANEL)  // with padding after the last pair
                 UNROLL for (int v = 0; v < PANEL; v += LANES)
                     vi_store(pairs + v, pair_at(source, vi_load(words + v), j, &numbers));
         }
@@ -248,7 +248,7 @@ static void decode_chunk(enum source source, const struct chunk *chunk, uint32_t
     else decode(FROM_4_BITS, chunk, pairs);
 }
 
-// Some elements of a row, added up in 16 lanes, or in the 8 that are left when l and l + 8 are added.
+// Sum some elements of a row in 16 lanes, or in the 8 lanes after l and l + 8 are added.
 ALWAYS vec lanes_of(const void *x, enum dtype stored, long first, long units) {
 #ifdef __AVX512BF16__
     if (stored == BFLOAT16) {
@@ -272,7 +272,7 @@ ALWAYS vec lanes_of(const void *x, enum dtype stored, long first, long units) {
     return PARTS == 1 ? lanes[0] : v_add(lanes[0], lanes[PARTS - 1]);
 }
 
-// The sum of the lanes of each vector, in the order of `wide_sum`.
+// Sum the lanes of each vector, in the order of `wide_sum`.
 ALWAYS vec sums_of_lanes(vec *x) {
 #define HALVE(COUNT, PICK, FIRST, SECOND)                                                         \
     UNROLL for (int i = 0; i < COUNT; i++) {                                                      \
@@ -284,7 +284,7 @@ ALWAYS vec sums_of_lanes(vec *x) {
     HALVE(4, _mm512_shuffle_f32x4, 0x88, 0xdd)
     HALVE(2, _mm512_shuffle_ps, 0x44, 0xee)
     HALVE(1, _mm512_shuffle_ps, 0x88, 0xdd)
-    // Vector i is in lane i / 4 of the 4 that number i % 4 says.
+    // Vector i is in lane i / 4 of the 4 lanes of number i % 4.
     veci order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
     return _mm512_permutexvar_ps(order, x[0]);
 #else
@@ -296,7 +296,7 @@ ALWAYS vec sums_of_lanes(vec *x) {
 #undef HALVE
 }
 
-// Units of the block that begins with unit `first` of a row.
+// Number of units of the block that begins with unit `first` of a row.
 ALWAYS long block_units(const struct layout *layout, long first) {
     long left = layout->units - first, in_group = left;
     if (layout->block_units < layout->group_units)
@@ -322,8 +322,8 @@ void find_totals(const struct layout *layout, long num_rows, const void *const *
     for (long r = 0; r < num_rows; r++) totals_of_row(layout, x[r], totals + r * layout->num_totals);
 }
 
-// Units of the chunk that begins with unit `first` of a row: blocks, as many as are decoded at once
-// where they are decoded, or one that is a part of a group.
+// Number of units of the chunk that begins with unit `first` of a row: the blocks that are decoded
+// together, or without decoding one block within a group.
 static long chunk_units(const struct layout *layout, int is_decoded, long first) {
     long most = is_decoded ? BLOCK_UNITS / layout->block_units * layout->block_units : layout->units;
     if (layout->group_units > BLOCK_UNITS) most = block_units(layout, first);

@@ -1,31 +1,32 @@
-// Codes of 4 bits with zero points for groups of numbers: `workers/quantization/rounding.py` is the
-// reference, to the bit. Lanes are groups; products and sums are not fused, as torch's are not.
+// Quantization of groups of numbers to 4-bit codes with zero points, with the same bits as the
+// reference, `workers/quantization/rounding.py`. Lanes are groups. Products and sums are not fused,
+// as in torch.
 #include <stdatomic.h>
 
 #include "product.h"
 #include "team.h"
 
 enum { MAX_GROUP = 32, CHAINS = 4, LEAST = -8, MOST = 7, REFINEMENTS = 2 };
-enum { BLOCK = 64 };  // vectors of groups that a thread takes at once
+enum { BLOCK = 64 };  // vectors of groups in a thread's piece of work
 
-// How many steps the range of a group is; of two equal errors the first one counts.
+// Candidates for the number of steps in the range of a group; at equal errors the first one wins.
 static const float STEPS[] = {15, 14, 13, 12, 11, 10, 9, 8};
 enum { NUM_STEPS = sizeof STEPS / sizeof *STEPS };
 
-// Of LANES groups. A number is scale * (code - zero).
+// Parameters of LANES groups. A number is scale * (code - zero).
 struct grid {
     vec scale, zero;
 };
 
 ALWAYS vec clamped(vec x, float least, float most) {
-    return v_min(v_max(x, v_set(least)), v_set(most));  // what is not a number becomes `least`
+    return v_min(v_max(x, v_set(least)), v_set(most));  // NaN becomes `least`
 }
 
 ALWAYS vec code_of(vec place) {
     return clamped(v_nearest(place), LEAST, MOST);
 }
 
-// Zero points in the sixteenths that are stored.
+// Zero points in sixteenths, as stored.
 ALWAYS vec stored_zero(vec zero) {
     return v_mul(clamped(v_nearest(v_mul(zero, v_set(16.0f))), -128, 127), v_set(0.0625f));
 }
@@ -55,7 +56,7 @@ ALWAYS void take_if_better(const vec *x, const int group, struct grid other, str
     *error = v_if_less(found, *error, found, *error);
 }
 
-// The least squares of scale and zero point for the codes that there are.
+// Fit scale and zero point to the codes by least squares.
 ALWAYS struct grid fitted(const vec *x, const int group, struct grid grid, vec total) {
     vec inverse = v_div(v_set(1.0f), grid.scale), sums[CHAINS], squares[CHAINS], products[CHAINS];
     UNROLL for (int c = 0; c < CHAINS; c++) sums[c] = squares[c] = products[c] = v_set(0.0f);
@@ -82,7 +83,7 @@ ALWAYS struct grid grid_of(const vec *x, const int group) {
             sums[c] = v_add(sums[c], x[e + c]);
         }
     vec total = sum_of_chains(sums);
-    vec range = v_add(v_sub(high, low), v_mul(total, v_set(0.0f)));  // keeps what is not a number
+    vec range = v_add(v_sub(high, low), v_mul(total, v_set(0.0f)));  // keeps NaN
     struct grid found;
     vec error;
     for (int i = 0; i < NUM_STEPS; i++) {
@@ -99,14 +100,14 @@ ALWAYS struct grid grid_of(const vec *x, const int group) {
 struct job {
     const float *x;
     long num_groups;
-    int group;         // numbers of one: 24 or 32
+    int group;         // numbers of a group: 24 or 32
     uint32_t *codes;   // [groups, group / 8]
     uint16_t *scales;  // [groups] bfloat16
     int8_t *zeros;     // [groups]
     _Atomic long next;
 };
 
-// LANES groups, or the `count` that are left.
+// Quantize LANES groups, or the `count` that are left.
 ALWAYS void round_lanes(const struct job *job, const int group, long first, long count) {
     const int num_words = group / 8;
     vec x[MAX_GROUP];
@@ -154,9 +155,9 @@ static void round_some(void *argument, struct team *team, int thread, int count)
             round(job, at, job->num_groups - at < LANES ? job->num_groups - at : LANES);
 }
 
-// x [groups, group] -> codes [groups, group / 2] bytes, the lower half of a byte first, scales and
-// zero points [groups]; `group` is 24 or 32. A team that is NULL is the caller alone. Returns an
-// `enum result`.
+// Quantize x [groups, group] to codes [groups, group / 2] bytes, the lower half of a byte first,
+// scales and zero points [groups]; `group` is 24 or 32. `team` NULL: only the caller computes.
+// Returns an `enum result`.
 int rounding_groups(struct team *team, const float *x, long num_groups, long group, uint32_t *codes,
                     uint16_t *scales, int8_t *zeros) {
     struct job job = {x, num_groups, (int)group, codes, scales, zeros, 0};

@@ -4,8 +4,8 @@
 
 #include "numbers.h"
 
-// The best `count` of `scores`, without those in `is_taken`, which gets them. Not a number wins or
-// loses against all others, as it comes.
+// Find the best `count` of `scores` except the ones in `is_taken`, and add them there. NaN wins or
+// loses against all others, depending on the order.
 static void best(const float *scores, int32_t size, int32_t count, float *is_taken, int64_t *ids) {
     for (int32_t place = 0; place < count; place++) {
         int32_t found = -1;
@@ -16,12 +16,12 @@ static void best(const float *scores, int32_t size, int32_t count, float *is_tak
     }
 }
 
-// Take all experts outside of the groups with the highest sums of their two best ones (SIGMOID), or
-// with the best ones.
+// Mark all experts as taken except in the groups with the best experts, by the sum of the best two
+// (SIGMOID) or by the best one.
 static void close_groups(const struct routing *routing, const float *scores, float *is_taken,
                          float *scratch) {
     int32_t groups = routing->num_groups, size = routing->num_experts / groups;
-    float *sums = scratch;  // a group has two experts at least: there is room for both
+    float *sums = scratch;  // a group has at least two experts, so both arrays fit
     float *is_open = scratch + groups;
     for (int32_t g = 0; g < groups; g++) {
         float first = -INFINITY, second = -INFINITY;
@@ -52,7 +52,7 @@ static void sigmoid(float *scores, const float *logits, int32_t size) {
     }
 }
 
-// The best experts by `choice`, of those that may be chosen.
+// Choose the best experts by `choice`, among the permitted ones.
 static void choose(const struct routing *routing, const float *choice, int64_t *ids,
                    float *scratch) {
     float *is_taken = scratch;
@@ -66,7 +66,7 @@ void routing_choose(const struct routing *routing, float *logits, int64_t *ids, 
             float *scratch) {
     int32_t size = routing->num_experts, top_k = routing->top_k;
     float *scores = scratch, *rest = scratch + size;
-    float total = 1.0f;  // by which weights are divided
+    float total = 1.0f;  // divisor of the weights
     if (routing->scoring == SIGMOID) {
         sigmoid(scores, logits, size);
         for (int32_t i = 0; i < size; i++)

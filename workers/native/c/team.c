@@ -1,5 +1,5 @@
-// Threads wait on gates: a word that counts openings, on which a waiter first spins and then sleeps
-// (futex). Source: futex(2), futex(7).
+// Threads wait on gates. A gate is a word that counts its openings; a waiter first spins and then
+// sleeps on it (futex). Source: futex(2), futex(7).
 #define _GNU_SOURCE
 #include "team.h"
 
@@ -16,20 +16,20 @@
 enum { CACHE_LINE = 64 };
 
 struct gate {
-    _Alignas(CACHE_LINE) _Atomic uint32_t opened;  // how often, modulo 2**32
+    _Alignas(CACHE_LINE) _Atomic uint32_t opened;  // number of openings, modulo 2**32
     _Atomic uint32_t num_sleepers;
 };
 
 struct team {
     int count, num_spins;
     pthread_t *threads;  // [count - 1]
-    team_task *task;     // of the section that `begin` opened; NULL ends the threads
+    team_task *task;     // task of the section that `begin` opened; NULL ends the threads
     void *job;
     void *scratch;
     size_t scratch_bytes;
     _Atomic int is_claimed;
     struct gate begin, barrier;
-    _Alignas(CACHE_LINE) _Atomic int num_arrived;  // at the barrier
+    _Alignas(CACHE_LINE) _Atomic int num_arrived;  // threads at the barrier
 };
 
 struct member {

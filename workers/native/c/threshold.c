@@ -4,7 +4,7 @@
 
 enum { DIGIT_BITS = 8, DIGITS = 1 << DIGIT_BITS };
 
-// Unsigned numbers in the order of the floats.
+// Map floats to unsigned numbers of the same order.
 static uint32_t key_of(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
@@ -18,10 +18,10 @@ static float value_of(uint32_t key) {
     return value;
 }
 
-// Finds the key digit by digit, the highest first, with a histogram of the keys that agree so far.
+// Find the key digit by digit, the highest first, with a histogram of the keys with equal digits.
 float threshold(const float *values, const int64_t *weights, int64_t count, double target) {
-    uint32_t found = 0, known = 0;  // digits, and the bits that they occupy
-    int64_t above = 0;              // weight of the keys above all that agree
+    uint32_t found = 0, known = 0;  // highest digits of the key, and their mask
+    int64_t above = 0;              // weight of all keys above the ones with equal digits
     for (int shift = 32 - DIGIT_BITS; shift >= 0; shift -= DIGIT_BITS) {
         int64_t sums[DIGITS] = {0};
         for (int64_t i = 0; i < count; i++) {

@@ -1,5 +1,5 @@
 // Vectors of float on AVX2 (8 lanes) and AVX-512 (16 lanes). Each operation is exact IEEE 754, so
-// that both give the same bits; exp is a polynomial of these operations.
+// both give the same bits; exp is a polynomial of these operations.
 #ifndef VECTOR_H
 #define VECTOR_H
 
@@ -26,7 +26,7 @@ ALWAYS vec v_add(vec a, vec b) { return _mm512_add_ps(a, b); }
 ALWAYS vec v_sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
 ALWAYS vec v_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
 ALWAYS vec v_div(vec a, vec b) { return _mm512_div_ps(a, b); }
-// The second one where the first is not a number.
+// Returns the second operand if the first is NaN.
 ALWAYS vec v_min(vec a, vec b) { return _mm512_min_ps(a, b); }
 ALWAYS vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); }
 ALWAYS vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
@@ -40,30 +40,30 @@ ALWAYS veci vi_left(veci x, int bits) { return _mm512_slli_epi32(x, (unsigned)bi
 ALWAYS veci vi_right(veci x, int bits) { return _mm512_srli_epi32(x, (unsigned)bits); }
 ALWAYS vec v_bits(veci x) { return _mm512_castsi512_ps(x); }
 ALWAYS veci vi_bits(vec x) { return _mm512_castps_si512(x); }
-// `chosen` where x is not a number, else y.
+// `chosen` in lanes in which x is NaN, else y.
 ALWAYS veci vi_if_nan(vec x, veci chosen, veci y) {
     return _mm512_mask_mov_epi32(y, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), chosen);
 }
-// x where a < b, else y.
+// x in lanes in which a < b, else y.
 ALWAYS vec v_if_less(vec a, vec b, vec x, vec y) {
     return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x);
 }
-// The nearest integers, ties to even, and integers in another type.
+// Nearest integers, ties to even; then conversions of integers.
 ALWAYS vec v_nearest(vec x) { return _mm512_roundscale_ps(x, 0x8); }
 ALWAYS veci vi_of(vec x) { return _mm512_cvtps_epi32(x); }
-// 16 unsigned bits of each lane, from memory and to memory.
+// Load and store 16 unsigned bits of each lane.
 ALWAYS veci vi_load16(const uint16_t *x) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x));
 }
 ALWAYS void vi_store16(uint16_t *to, veci x) {
     _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(x));
 }
-// Numbers of 16 bits in float16.
+// Load float16 numbers.
 ALWAYS vec v_load_fp16(const uint16_t *x) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
 }
-// Numbers of 8 bits in e4m3, divided by 256: shifted by 7 bits, with the sign in front of a zero,
-// they are float16, subnormal ones too.
+// Load e4m3 numbers, divided by 256: shifted by 7 bits, with a zero after the sign, they are
+// float16, also if they are subnormal.
 ALWAYS vec v_load_e4m3(const uint8_t *x) {
     __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)x));
     wide = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16((short)0xbfff));
@@ -86,8 +86,8 @@ ALWAYS vec v_div(vec a, vec b) { return _mm256_div_ps(a, b); }
 ALWAYS vec v_min(vec a, vec b) { return _mm256_min_ps(a, b); }
 ALWAYS vec v_max(vec a, vec b) { return _mm256_max_ps(a, b); }
 ALWAYS vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
-// sum += a * b, fused. With 16 registers, compilers that may put the sum elsewhere move sums to the
-// stack and back.
+// sum += a * b, fused. With 16 registers, compilers that may choose another register for the sum
+// spill sums to the stack.
 ALWAYS void v_add_product(vec *sum, vec a, vec b) {
     __asm__("vfmadd231ps %2, %1, %0" : "+x"(*sum) : "x"(a), "x"(b));
 }
@@ -128,7 +128,7 @@ ALWAYS vec v_load_e4m3(const uint8_t *x) {
 #endif
 
 // x rounded to the nearest bfloat16, ties to even: the upper 16 bits, as unsigned numbers.
-// Not a number becomes 0x7fc0.
+// NaN becomes 0x7fc0.
 ALWAYS veci v_to_bf16(vec x) {
     veci bits = vi_bits(x);
     veci odd = vi_and(vi_right(bits, 16), vi_set(1));
@@ -142,12 +142,12 @@ ALWAYS vec v_round_bf16(vec x) { return v_from_bf16(v_to_bf16(x)); }
 
 ALWAYS vec v_load_bf16(const uint16_t *x) { return v_from_bf16(vi_load16(x)); }
 
-// exp(x) within 2 units in the last place for x in [-87, 88], and that of the nearer end beyond.
+// exp(x) within 2 units in the last place for x in [-87, 88]; x is clamped to this range.
 // Source: the reduction and coefficients of Cephes' expf (Stephen L. Moshier, netlib); every
 // product is fused with its sum here.
 ALWAYS vec v_exp(vec x) {
-    x = v_min(v_set(88.0f), v_max(v_set(-87.0f), x));  // keeps what is not a number
-    // Adding 1.5 * 2**23 rounds to an integer n, which the lower bits of the sum hold.
+    x = v_min(v_set(88.0f), v_max(v_set(-87.0f), x));  // keeps NaN
+    // Adding 1.5 * 2**23 rounds to an integer n, which is in the lower bits of the sum.
     vec magic = v_set(12582912.0f);
     vec shifted = v_fma(x, v_set(1.44269504088896341f), magic);
     vec n = v_sub(shifted, magic);

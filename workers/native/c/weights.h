@@ -1,22 +1,22 @@
-// Weights of tokens: 2**t as integers, whose sums are exact in any order, and the comparisons of
-// vectors that a choice of tokens needs. `workers/sampling/draws.py` is their reference.
+// Weights of tokens: 2**t as integers, so that sums are exact in any order, and the comparisons of
+// vectors that sampling needs. Reference: `workers/sampling/draws.py`.
 #ifndef WEIGHTS_H
 #define WEIGHTS_H
 
 #include "numbers.h"
 
-enum { WEIGHT_BITS = 40 };  // the weight of the best token is 2**40: room for 2**23 tokens
+enum { WEIGHT_BITS = 40 };  // weight of the best token: 2**40, so that 2**23 tokens can be summed
 
 #ifdef __AVX512F__
 
 ALWAYS veci vi_add64(veci a, veci b) { return _mm512_add_epi64(a, b); }
-// A bit for each lane where a >= b.
+// A bit for each lane in which a >= b.
 ALWAYS uint32_t v_at_least(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
-// x where t >= floor, else 0.
+// x in lanes in which t >= floor, else 0.
 ALWAYS vec v_keep(vec x, vec t, vec floor) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(t, floor, _CMP_GE_OQ), x);
 }
-// The nearest integers, ties to even, of the lower and upper lanes of x; x below 2**51.
+// Nearest integers, ties to even, of the lower and upper lanes of x; x below 2**51.
 ALWAYS void v_to_int64(vec x, veci *low, veci *high) {
     *low = _mm512_cvtps_epi64(_mm512_castps512_ps256(x));
     *high = _mm512_cvtps_epi64(_mm512_extractf32x8_ps(x, 1));
@@ -31,7 +31,7 @@ ALWAYS uint32_t v_at_least(vec a, vec b) {
 ALWAYS vec v_keep(vec x, vec t, vec floor) {
     return _mm256_and_ps(_mm256_cmp_ps(t, floor, _CMP_GE_OQ), x);
 }
-// Adding 1.5 * 2**52 rounds to an integer, which the lower bits of the sum hold.
+// Adding 1.5 * 2**52 rounds to an integer, which is in the lower bits of the sum.
 ALWAYS veci vd_to_int64(__m256d x) {
     __m256d magic = _mm256_set1_pd(6755399441055744.0);
     veci sum = _mm256_castpd_si256(_mm256_add_pd(x, magic));
@@ -44,13 +44,13 @@ ALWAYS void v_to_int64(vec x, veci *low, veci *high) {
 
 #endif
 
-// 2**(t + 40), not yet rounded, for t up to 0; below -42 that of -42, which rounds to 0. Within 2e-7
-// of the true value. Products and sums are not fused, so that torch computes the same bits.
-// The coefficients were fitted for the least largest relative error on [-0.5, 0.5].
+// 2**(t + 40), not yet rounded, for t up to 0; t is clamped to -42, for which it rounds to 0. Relative
+// error below 2e-7. Products and sums are not fused, so that torch computes the same bits. The
+// coefficients minimize the largest relative error on [-0.5, 0.5].
 ALWAYS vec v_weight(vec t) {
     const float unit = (float)(1LL << WEIGHT_BITS);
     t = v_max(t, v_set(-2.0f - WEIGHT_BITS));
-    // Adding 1.5 * 2**23 rounds to an integer n, which the lower bits of the sum hold.
+    // Adding 1.5 * 2**23 rounds to an integer n, which is in the lower bits of the sum.
     vec magic = v_set(12582912.0f);
     vec shifted = v_add(t, magic);
     vec f = v_sub(t, v_sub(shifted, magic));
