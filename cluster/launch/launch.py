@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -26,7 +27,7 @@ from cluster.core.codec import from_plain
 from cluster.core.errors import ConfigError, ExpertMeshError, first_line
 from cluster.launch.orphans import host_id, identify
 from cluster.launch.parts import ClusterParts, warm_up
-from cluster.launch.plan import LaunchPlan
+from cluster.launch.plan import LaunchPlan, claim_ports
 from cluster.launch.state_file import (
     ClusterRecord,
     RecordState,
@@ -80,6 +81,7 @@ class Launcher:
         self._drains = False
         self._is_starting = True
         self._stage = ""
+        self._claims: list[socket.socket] = []
 
     def run(self) -> int:
         """Start, wait for the end, stop; return the exit status."""
@@ -117,6 +119,9 @@ class Launcher:
         self.request_stop()
 
     def _start(self) -> None:
+        section = self._plan.config.gateway
+        if not self._plan.address:
+            self._claims = claim_ports(section.host, section.public_ports)
         self._record("starting", address="")
         address = self._parts.start_ray()
         self._install_handlers()  # Ray installs its own

@@ -12,6 +12,7 @@ import errno
 import os
 import random
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,28 @@ def check_ports(host: str, ports: Mapping[str, int]) -> None:
             if err.errno == errno.EADDRINUSE:
                 rule = f"is in use on {host}{_holder(port)}"
             check(False, name, port, rule)
+
+
+def claim_ports(host: str, ports: Mapping[str, int]) -> list[socket.socket]:
+    """Keep other clusters of this host from opening the same ports while the sockets are open.
+
+    Gateways share ports with SO_REUSEPORT, so the kernel would let two clusters share them that
+    start at the same time. The sockets are abstract Unix sockets, which exist on Linux only.
+
+    Raises:
+        ConfigError: another cluster has claimed a port.
+    """
+    claims = []
+    for name, port in ports.items() if sys.platform == "linux" else ():
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        claims.append(claim)
+        try:
+            claim.bind(f"\0expertmesh {host}:{port}" if port else "")
+        except OSError:
+            for one in claims:
+                one.close()
+            check(False, name, port, f"is in use on {host} by a cluster that starts now")
+    return claims
 
 
 def _holder(port: int) -> str:

@@ -20,6 +20,7 @@ from cluster.launch.checkpoint_check import CheckpointFacts
 from cluster.launch.plan import (
     LaunchPlan,
     check_ports,
+    claim_ports,
     count_gpus,
     free_port,
 )
@@ -114,6 +115,19 @@ def test_a_port_that_is_shared_by_others_counts_as_busy() -> None:
         server.listen()
         with pytest.raises(ConfigError, match="is in use"):
             check_ports("127.0.0.1", {"port": server.getsockname()[1]})
+
+
+def test_a_port_is_claimed_by_one_cluster_at_a_time() -> None:
+    port = free_port("127.0.0.1")
+    claims = claim_ports("127.0.0.1", {"port": port, "grpc_port": 0})
+    with pytest.raises(ConfigError, match="by a cluster that starts now") as caught:
+        claim_ports("127.0.0.1", {"grpc_port": free_port("127.0.0.1"), "port": port})
+    assert (caught.value.field, caught.value.value) == ("port", port)
+    check_ports("127.0.0.1", {"port": port})  # the port itself stays free for its gateway
+    for claim in claims:
+        claim.close()
+    for claim in claim_ports("127.0.0.1", {"port": port}):
+        claim.close()
 
 
 def test_a_port_with_old_connections_is_free() -> None:
