@@ -9,13 +9,13 @@ from fastapi import FastAPI
 from gateway.batches import routes as batches
 from gateway.generation.gateway import Gateway
 from gateway.http import openapi
-from gateway.http.api import Protocol, build_http_app
+from gateway.http.api import HttpProtocol, build_http_app
 from gateway.responses import endpoint as responses
 from gateway.responses.openapi import ENDPOINTS as RESPONSES
 
 PROTOCOLS = (
-    Protocol(responses.routes, RESPONSES),
-    Protocol(batches.routes, batches.ENDPOINTS),
+    HttpProtocol(responses.routes, RESPONSES),
+    HttpProtocol(batches.routes, batches.ENDPOINTS),
 )
 """Protocols other than completions and chat."""
 ENDPOINTS = (*openapi.ENDPOINTS, *(one for protocol in PROTOCOLS for one in protocol.endpoints))

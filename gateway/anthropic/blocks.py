@@ -40,7 +40,7 @@ class BlockWriter:
     def feed(self, parsed: ParsedPiece) -> list[Event]:
         """Return the events of a parsed piece."""
         events: list[Event] = []
-        for part in parsed.in_order():
+        for part in parsed.ordered_parts():
             if isinstance(part, CallDelta):
                 events += self._add_call(part)
             elif part.is_reasoning:

@@ -18,7 +18,7 @@ from gateway.anthropic.deferred import (
 )
 from gateway.anthropic.hints import longest_ttl, session_of
 from gateway.anthropic.schema import (
-    Block,
+    ContentBlockParam,
     CountTokensBody,
     MessageParam,
     MessagesBody,
@@ -30,7 +30,7 @@ from gateway.core.call import AnswerFormat, CallKind, ChatInput, GenerateCall
 from gateway.core.field_checks import require
 from gateway.core.tool_use import CallArguments, Tool, ToolUse
 from gateway.text.forms.structured import schema_grammar
-from gateway.text.forms.tools import FieldNames, make_tool_use
+from gateway.text.forms.tools import ToolFieldNames, make_tool_use
 from workers.requests.request import Grammar
 
 MIN_BUDGET_TOKENS = 1024
@@ -39,7 +39,7 @@ _EFFORTS = {"max": "xhigh"}
 _CHOICES = {"any": "required", "tool": None}
 _BILLING_PREFIX = "x-anthropic-billing-header:"
 """Prefix of a system block that Claude Code adds. It differs in each request and is removed."""
-_TOOL_NAMES = FieldNames(name="name", parameters="input_schema")
+_TOOL_NAMES = ToolFieldNames(name="name", parameters="input_schema")
 _Message = dict[str, Any]
 
 
@@ -184,16 +184,16 @@ def _convert_message(
     return _user_messages(message.content, path, tools)
 
 
-def _system_message(blocks: Sequence[Block], path: str) -> _Message:
+def _system_message(blocks: Sequence[ContentBlockParam], path: str) -> _Message:
     return {"role": "system", "content": _join_texts(blocks, path)}
 
 
-def _is_billing(block: Block) -> bool:
+def _is_billing(block: ContentBlockParam) -> bool:
     return block.type == "text" and (block.text or "").startswith(_BILLING_PREFIX)
 
 
 def _user_messages(
-    blocks: Sequence[Block], path: str, tools: Mapping[str, ToolParam]
+    blocks: Sequence[ContentBlockParam], path: str, tools: Mapping[str, ToolParam]
 ) -> list[_Message]:
     messages: list[_Message] = []
     for index, block in enumerate(blocks):
@@ -210,16 +210,18 @@ def _user_messages(
     return messages or [{"role": "user", "content": ""}]
 
 
-def _tool_message(block: Block, path: str, tools: Mapping[str, ToolParam]) -> _Message:
+def _tool_message(block: ContentBlockParam, path: str, tools: Mapping[str, ToolParam]) -> _Message:
     if block.tool_use_id is None:
         name = f"{path}.tool_use_id"
         raise RequestError(f"{name} is required", name, "missing_required_parameter")
     content = _result_text(block.content or (), f"{path}.content", tools)
-    shown = f"Error: {content}" if block.is_error else content
-    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": shown}
+    text = f"Error: {content}" if block.is_error else content
+    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": text}
 
 
-def _result_text(blocks: Sequence[Block], path: str, tools: Mapping[str, ToolParam]) -> str:
+def _result_text(
+    blocks: Sequence[ContentBlockParam], path: str, tools: Mapping[str, ToolParam]
+) -> str:
     """Return the text of blocks, with references replaced by tool declarations."""
     named = [(block, f"{path}[{index}]") for index, block in enumerate(blocks)]
     lines = []
@@ -232,9 +234,9 @@ def _result_text(blocks: Sequence[Block], path: str, tools: Mapping[str, ToolPar
     return "\n".join(lines)
 
 
-def _assistant_message(blocks: Sequence[Block], path: str) -> _Message:
+def _assistant_message(blocks: Sequence[ContentBlockParam], path: str) -> _Message:
     texts: list[str] = []
-    thoughts: list[str] = []
+    reasoning_texts: list[str] = []
     calls: list[dict[str, Any]] = []
     for index, block in enumerate(blocks):
         block_path = f"{path}[{index}]"
@@ -242,7 +244,7 @@ def _assistant_message(blocks: Sequence[Block], path: str) -> _Message:
             case "text":
                 texts.append(_text(block, block_path))
             case "thinking":
-                thoughts.append(block.thinking or "")
+                reasoning_texts.append(block.thinking or "")
             case "redacted_thinking":
                 pass  # encrypted by another server: models of this server cannot read it
             case "tool_use":
@@ -250,12 +252,12 @@ def _assistant_message(blocks: Sequence[Block], path: str) -> _Message:
             case _:
                 raise _misplaced_block(block, block_path, "assistant")
     message: _Message = {"role": "assistant", "content": "\n".join(texts)}
-    if reasoning := "\n".join(filter(None, thoughts)):
+    if reasoning := "\n".join(filter(None, reasoning_texts)):
         message["reasoning_content"] = reasoning
     return {**message, "tool_calls": calls} if calls else message
 
 
-def _call(block: Block, path: str) -> dict[str, Any]:
+def _call(block: ContentBlockParam, path: str) -> dict[str, Any]:
     for name in ("id", "name"):
         if getattr(block, name) is None:
             raise RequestError(f"{path}.{name} is required", f"{path}.{name}")
@@ -268,32 +270,34 @@ def _call(block: Block, path: str) -> dict[str, Any]:
     return {"id": block.id, "type": "function", "function": function}
 
 
-def _join_texts(blocks: Sequence[Block], path: str) -> str:
+def _join_texts(blocks: Sequence[ContentBlockParam], path: str) -> str:
     """Return the text of blocks; raises for blocks that are not text."""
     return "\n".join(_only_text(block, f"{path}[{i}]") for i, block in enumerate(blocks))
 
 
-def _only_text(block: Block, path: str) -> str:
+def _only_text(block: ContentBlockParam, path: str) -> str:
     if block.type != "text":
         raise _unsupported_block(block, path, "only text is")
     return _text(block, path)
 
 
-def _text(block: Block, path: str) -> str:
+def _text(block: ContentBlockParam, path: str) -> str:
     if block.text is None:
         name = f"{path}.text"
         raise RequestError(f"{name} is required", name, "missing_required_parameter")
     return block.text
 
 
-def _misplaced_block(block: Block, path: str, role: str) -> RequestError:
+def _misplaced_block(block: ContentBlockParam, path: str, role: str) -> RequestError:
     if block.type in ("text", "thinking", "redacted_thinking", "tool_use", "tool_result"):
         name = f"{path}.type"
         return RequestError(f"{name} {block.type!r} cannot be in a message of role {role}", name)
     return _unsupported_block(block, path, "see the reference for the supported types")
 
 
-def _unsupported_block(block: Block, path: str, supported: str) -> UnsupportedParameterError:
+def _unsupported_block(
+    block: ContentBlockParam, path: str, supported: str
+) -> UnsupportedParameterError:
     name = f"{path}.type"
     return UnsupportedParameterError(
         f"{name} {block.type[:64]!r} is not supported, {supported}", name

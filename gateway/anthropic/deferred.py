@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from cluster.core.errors import RequestError
-from gateway.anthropic.schema import Block, CountTokensBody, ToolParam
+from gateway.anthropic.schema import ContentBlockParam, CountTokensBody, ToolParam
 from gateway.core.field_checks import require
 
 REFERENCE = "tool_reference"
@@ -37,14 +37,14 @@ def callable_tools(body: CountTokensBody) -> list[tuple[int, ToolParam]]:
     return [(i, tool) for i, tool in tools if not tool.defer_loading or tool.name in named]
 
 
-def _references(body: CountTokensBody) -> Iterator[Block]:
+def _references(body: CountTokensBody) -> Iterator[ContentBlockParam]:
     for message in body.messages:
         for block in message.content:
             yield from (one for one in block.content or () if one.type == REFERENCE)
 
 
 def render_references(
-    blocks: Sequence[Block], paths: Sequence[str], tools: Mapping[str, ToolParam]
+    blocks: Sequence[ContentBlockParam], paths: Sequence[str], tools: Mapping[str, ToolParam]
 ) -> str:
     """Return the text that replaces consecutive references.
 
@@ -62,7 +62,7 @@ def render_references(
     return "\n".join(["<functions>", *lines, "</functions>"])
 
 
-def _render_reference(block: Block, path: str, tools: Mapping[str, ToolParam]) -> str:
+def _render_reference(block: ContentBlockParam, path: str, tools: Mapping[str, ToolParam]) -> str:
     name = f"{path}.tool_name"
     if block.tool_name is None:
         raise RequestError(f"{name} is required", name, "missing_required_parameter")

@@ -34,15 +34,15 @@ class MessageFormat(TextFormat):
         self._blocks = BlockWriter(thinking)
         self._ending: Event = {}
 
-    def whole(self, choice: ChoiceDelta, usage: Usage) -> dict[str, Any]:
+    def response_body(self, choice: ChoiceDelta, usage: Usage) -> dict[str, Any]:
         """Return the body of a response that is not streamed."""
         content = collect_blocks(self.events(choice))
-        return {**self._head, "content": content, **self._ending, "usage": usage_body(usage)}
+        return {**self._head, "content": content, **self._ending, "usage": message_usage(usage)}
 
     def start(self, usage: Usage) -> Event:
         """Return the first event."""
         empty: Event = {"content": [], "stop_reason": None, "stop_sequence": None}
-        message = {**self._head, **empty, "usage": usage_body(usage)}
+        message = {**self._head, **empty, "usage": message_usage(usage)}
         return {"type": "message_start", "message": message}
 
     def events(self, delta: ChoiceDelta) -> list[Event]:
@@ -56,7 +56,7 @@ class MessageFormat(TextFormat):
 
     def end(self, usage: Usage) -> list[Event]:
         """Return the last events."""
-        counts = usage_body(usage)
+        counts = message_usage(usage)
         del counts["service_tier"]
         change = {"type": "message_delta", "delta": self._ending, "usage": counts}
         return [change, {"type": "message_stop"}]
@@ -74,7 +74,7 @@ class MessageFormat(TextFormat):
         return {"stop_reason": reason, "stop_sequence": stopped}
 
 
-def usage_body(usage: Usage) -> dict[str, Any]:
+def message_usage(usage: Usage) -> dict[str, Any]:
     """Return the ``usage`` object; ``input_tokens`` excludes cached prompt tokens."""
     cached = usage.cached_tokens or 0
     return {

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 
-from gateway.anthropic.schema import Block, CacheControlParam, MessagesBody
+from gateway.anthropic.schema import CacheControlParam, ContentBlockParam, MessagesBody
 from gateway.core.field_checks import MAX_NAME_CHARS, require
 from gateway.core.retention import seconds_of
 
@@ -67,7 +67,7 @@ def _cache_controls(body: MessagesBody) -> Iterator[tuple[CacheControlParam, str
 
 
 def _controls_in_blocks(
-    blocks: Iterable[Block], path: str
+    blocks: Iterable[ContentBlockParam], path: str
 ) -> Iterator[tuple[CacheControlParam, str]]:
     for index, block in enumerate(blocks):
         if block.cache_control is not None:

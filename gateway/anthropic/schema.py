@@ -24,7 +24,7 @@ class CacheControlParam(StrictBody):
     ttl: str | None = Field(default=None, description="`5m` (default) or `1h`: see `cache_ttl`")
 
 
-class Block(StrictBody):
+class ContentBlockParam(StrictBody):
     """A part of a message; its type determines its fields."""
 
     type: str = Field(
@@ -50,7 +50,8 @@ class Block(StrictBody):
 
 
 Blocks = Annotated[
-    Items[Block], BeforeValidator(_as_blocks, json_schema_input_type=str | list[Block])
+    Items[ContentBlockParam],
+    BeforeValidator(_as_blocks, json_schema_input_type=str | list[ContentBlockParam]),
 ]
 """A list of blocks, or a string, which is equivalent to one text block."""
 
@@ -161,4 +162,4 @@ class MessagesBody(CountTokensBody):
     priority: Whole | None = Field(default=None, description="lower runs first; else `x-priority`")
 
 
-Block.model_rebuild()
+ContentBlockParam.model_rebuild()

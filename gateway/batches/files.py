@@ -17,7 +17,7 @@ from gateway.batches.forms import FormPart, read_form
 from gateway.batches.objects import FileFacts, readable
 from gateway.core.field_checks import require
 from gateway.generation.gateway import Gateway
-from gateway.http.downloads import PiecesResponse
+from gateway.http.downloads import StreamedContentResponse
 from gateway.http.pagination import Page, current_tenant, json_response
 from gateway.http.request_body import limit_time, read_body
 from gateway.state.reader import StoredReader
@@ -98,7 +98,7 @@ class FileRoutes:
         if found is None:
             raise _unknown(file_id)
         facts, reader = found
-        return PiecesResponse(reader, facts.bytes, run=disk.run, run_later=disk.run_later)
+        return StreamedContentResponse(reader, facts.bytes, run=disk.run, run_later=disk.run_later)
 
     async def delete(self, request: Request) -> Response:
         """Delete a file; batches have copies of their requests."""

@@ -12,8 +12,8 @@ from gateway.batches.batch_store import BatchStore
 from gateway.batches.batches import BatchBody, BatchRoutes
 from gateway.batches.files import FileRoutes
 from gateway.generation.gateway import Gateway
-from gateway.http.downloads import PiecesResponse
-from gateway.http.openapi import Endpoint
+from gateway.http.downloads import StreamedContentResponse
+from gateway.http.openapi import EndpointSpec
 
 _LISTING = (
     ("limit", "Objects at most", (("type", "integer"), ("minimum", 1))),
@@ -23,32 +23,40 @@ _LISTING = (
 _PURPOSE = ("purpose", "batch or batch_output", (("type", "string"),))
 _FILE, _BATCH = "/v1/files/{file_id}", "/v1/batches/{batch_id}"
 ENDPOINTS = (
-    Endpoint(
+    EndpointSpec(
         "/v1/files",
         "Store a file: multipart/form-data with file and purpose",
         batch_types.StoredFile,
         statuses=(400, 408, 413, 429, 504),
-        verb="post",
+        method_override="post",
     ),
-    Endpoint(
+    EndpointSpec(
         "/v1/files",
         "Stored files",
         batch_types.FileList,
         statuses=(400,),
         query=(_PURPOSE, *_LISTING),
     ),
-    Endpoint(_FILE, "One file", batch_types.StoredFile, statuses=(400, 404)),
-    Endpoint(_FILE, "Remove a file", batch_types.DeletedFile, statuses=(400, 404), verb="delete"),
-    Endpoint(f"{_FILE}/content", "A file's bytes", media=PiecesResponse, statuses=(400, 404)),
-    Endpoint("/v1/batches", "Run a file of requests", batch_types.BatchObject, BatchBody),
-    Endpoint("/v1/batches", "Batches", batch_types.BatchList, statuses=(400,), query=_LISTING),
-    Endpoint(_BATCH, "One batch", batch_types.BatchObject, statuses=(400, 404)),
-    Endpoint(
+    EndpointSpec(_FILE, "One file", batch_types.StoredFile, statuses=(400, 404)),
+    EndpointSpec(
+        _FILE,
+        "Remove a file",
+        batch_types.DeletedFile,
+        statuses=(400, 404),
+        method_override="delete",
+    ),
+    EndpointSpec(
+        f"{_FILE}/content", "A file's bytes", media=StreamedContentResponse, statuses=(400, 404)
+    ),
+    EndpointSpec("/v1/batches", "Run a file of requests", batch_types.BatchObject, BatchBody),
+    EndpointSpec("/v1/batches", "Batches", batch_types.BatchList, statuses=(400,), query=_LISTING),
+    EndpointSpec(_BATCH, "One batch", batch_types.BatchObject, statuses=(400, 404)),
+    EndpointSpec(
         f"{_BATCH}/cancel",
         "End a batch",
         batch_types.BatchObject,
         statuses=(404, 409),
-        verb="post",
+        method_override="post",
     ),
 )
 """Endpoints in the order of the documentation."""

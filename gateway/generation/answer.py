@@ -87,7 +87,7 @@ class TextFormat:
             return ParsedPiece(delta.text), False
         is_last = delta.finish is not None
         if isinstance(parser, HarmonyParser):
-            parsed = parser.feed(delta.text, is_last, ends_with_mark=_is_at_eos(delta.finish))
+            parsed = parser.feed(delta.text, is_last, ends_with_token=_is_at_eos(delta.finish))
         else:
             parsed = parser.feed(delta.text, is_last)
         return parsed, parser.has_calls

@@ -9,7 +9,7 @@ from gateway.core.call import GenerateCall
 from gateway.core.delta import Finish, TokenText, Usage
 from gateway.engines.submission import Submission
 from gateway.text.answer_region import AnswerRegion
-from gateway.text.detokenizer import ChoiceText, StopStrings, make_detokenizer
+from gateway.text.detokenizer import ChoiceText, StopStringFinder, make_detokenizer
 from gateway.text.tokenizer import Tokenizer
 from workers.requests.inspection import NamedArray
 from workers.requests.request import (
@@ -129,7 +129,7 @@ def make_prompt(
             detokenizer = make_detokenizer(tokenizer, call.skip_special_tokens, before)
         text = ChoiceText(
             detokenizer,
-            StopStrings(call.stop, call.include_stop_str_in_output),
+            StopStringFinder(call.stop, call.include_stop_str_in_output),
             request.params.min_tokens,
             _answer_region(call),
             call.stop_token_ids if call.stops_in_answer else (),

@@ -54,7 +54,7 @@ class GrpcFormat(TextFormat):
                 types_pb2.ToolCall(
                     id=call.call_id or "", name=call.name or "", arguments=call.arguments
                 )
-                for call in parsed.joined().calls
+                for call in parsed.merge_calls().calls
             ],
             reasoning=parsed.reasoning,
             beam_score=choice.finish.beam_score if choice.finish else None,
@@ -71,7 +71,7 @@ class GrpcFormat(TextFormat):
                 types_pb2.ToolCallDelta(
                     index=call.index, id=call.call_id, name=call.name, arguments=call.arguments
                 )
-                for call in parsed.joined().calls
+                for call in parsed.merge_calls().calls
             ],
             reasoning=parsed.reasoning,
             logprobs=self._logprobs((*delta.echo_tokens, *delta.tokens)),

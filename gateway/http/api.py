@@ -68,16 +68,16 @@ _ADMIN_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 
 @dataclass(frozen=True, slots=True)
-class Protocol:
+class HttpProtocol:
     """A protocol on the same port that is implemented in a separate folder."""
 
     routes: Callable[[Gateway], Sequence[BaseRoute]]
-    endpoints: tuple[openapi.Endpoint, ...]
+    endpoints: tuple[openapi.EndpointSpec, ...]
     """Descriptions of the routes for the OpenAPI document."""
 
 
 def build_http_app(
-    gateway: Gateway, protocols: Sequence[Protocol] = (), *, is_behind_serve: bool = False
+    gateway: Gateway, protocols: Sequence[HttpProtocol] = (), *, is_behind_serve: bool = False
 ) -> FastAPI:
     """Build the ASGI application; it works under ``/`` and under any prefix (``root_path``).
 
@@ -119,7 +119,7 @@ def build_http_app(
 
 
 class HttpApi:
-    def __init__(self, gateway: Gateway, protocols: Sequence[Protocol] = ()) -> None:
+    def __init__(self, gateway: Gateway, protocols: Sequence[HttpProtocol] = ()) -> None:
         self._gateway = gateway
         self._protocols = protocols
         added = tuple(one for protocol in protocols for one in protocol.endpoints)
@@ -330,7 +330,7 @@ class GenerateEndpoint(CancellableEndpoint[_GenerateRequest]):
 
 def _dump_whole(formatter: OpenAIFormat, choices: list[ChoiceDelta], usage: Usage) -> bytes:
     """Return the JSON of a response; frees ``choices`` and all temporary objects."""
-    body = formatter.whole(choices, usage)
+    body = formatter.response_body(choices, usage)
     raw = dump_long(body)
     release(body)
     release(choices)

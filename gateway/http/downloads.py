@@ -21,7 +21,7 @@ class ContentReader(Protocol):
         """Release the content."""
 
 
-class PiecesResponse(Response):
+class StreamedContentResponse(Response):
     """Sends a content of known size. One piece is in memory at a time: the next piece is read when
     the client has read the current one.
 

@@ -66,12 +66,12 @@ class MessagesEndpoint(CancellableEndpoint[_MessageRequest]):
     async def _answer(
         self, request: Request, parsed: _MessageRequest, responder: Responder
     ) -> None:
-        call, streams, shown = parsed
+        call, streams, thinking = parsed
         with await self._gateway.start(call, f"msg_{uuid.uuid4().hex}") as running:
-            formatter = MessageFormat(running, self._gateway.tokenizer, shown)
+            formatter = MessageFormat(running, self._gateway.tokenizer, thinking)
             if not streams:
                 (choice,) = await collect(running)
-                await responder.json(formatter.whole(choice, running.usage))
+                await responder.json(formatter.response_body(choice, running.usage))
                 return
             stream = MessageStream(
                 gateway=self._gateway,

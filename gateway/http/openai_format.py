@@ -61,14 +61,14 @@ class OpenAIFormat(TextFormat, ABC):
             "system_fingerprint": fingerprint,
         }
 
-    def whole(self, choices: Sequence[ChoiceDelta], usage: Usage) -> dict[str, Any]:
+    def response_body(self, choices: Sequence[ChoiceDelta], usage: Usage) -> dict[str, Any]:
         """Return the body of a response that is not streamed."""
         body = {**self._head, "object": self.object, "choices": list(map(self._choice, choices))}
-        return {**body, "usage": usage_body(usage)}
+        return {**body, "usage": usage_object(usage)}
 
     @abstractmethod
     def _choice(self, choice: ChoiceDelta) -> dict[str, Any]:
-        """Return one entry of ``choices`` in ``whole``."""
+        """Return one entry of ``choices`` in ``response_body``."""
 
     @abstractmethod
     def chunks(self, delta: ChoiceDelta) -> list[dict[str, Any]]:
@@ -86,7 +86,7 @@ class OpenAIFormat(TextFormat, ABC):
         return chunk_parts[0] + encode_basestring(delta.text).encode() + chunk_parts[1]
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        return {**self._chunk([]), "usage": usage_body(usage)}
+        return {**self._chunk([]), "usage": usage_object(usage)}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         usage = {"usage": None} if self.shows_usage else {}
@@ -169,8 +169,8 @@ class ChatFormat(OpenAIFormat):
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def whole(self, choices: Sequence[ChoiceDelta], usage: Usage) -> dict[str, Any]:
-        body = super().whole(choices, usage)
+    def response_body(self, choices: Sequence[ChoiceDelta], usage: Usage) -> dict[str, Any]:
+        body = super().response_body(choices, usage)
         if self.call.return_token_ids:
             body["prompt_token_ids"] = self._requests[0].prompt
         if self.call.prompt_logprobs is not None:
@@ -193,14 +193,14 @@ class ChatFormat(OpenAIFormat):
                 chunks[0]["prompt_logprobs"] = self._prompt_logprobs(delta.prompt_logprobs)
         if delta.text or delta.tokens or delta.finish:
             parsed, is_call = self._parse(delta)
-            shown = _tool_delta(parsed)
+            message_delta = _tool_delta(parsed)
             waiting = self._pending_tokens.setdefault(delta.index, [])
             waiting.extend(delta.tokens)
-            if not (shown or delta.finish):
+            if not (message_delta or delta.finish):
                 return chunks  # these tokens may be part of a call
             choice: dict[str, Any] = {
                 "index": delta.index,
-                "delta": shown,
+                "delta": message_delta,
                 "logprobs": self._logprobs(waiting),
                 **_finish_fields(delta.finish, is_call),
             }
@@ -217,7 +217,7 @@ class ChatFormat(OpenAIFormat):
         if parsed.reasoning:
             message["reasoning_content"] = parsed.reasoning
         if parsed.calls:
-            named = [_call_object(call) for call in parsed.joined().calls]
+            named = [_call_object(call) for call in parsed.merge_calls().calls]
             message |= {"content": content or None, "tool_calls": named}
         body: dict[str, Any] = {
             "index": choice.index,
@@ -255,7 +255,7 @@ class ChatFormat(OpenAIFormat):
         }
 
 
-def usage_body(usage: Usage) -> dict[str, Any]:
+def usage_object(usage: Usage) -> dict[str, Any]:
     body: dict[str, Any] = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -268,7 +268,7 @@ def usage_body(usage: Usage) -> dict[str, Any]:
 
 def pooling_usage(usage: Usage) -> dict[str, Any]:
     """Return the ``usage`` object of a call that samples no tokens."""
-    body = usage_body(usage)
+    body = usage_object(usage)
     del body["completion_tokens"]
     return body
 
@@ -282,7 +282,7 @@ def _tool_delta(parsed: ParsedPiece) -> dict[str, Any]:
             {"index": call.index, "function": {"arguments": call.arguments}}
             if call.name is None
             else {"index": call.index, **_call_object(call)}
-            for call in parsed.joined().calls
+            for call in parsed.merge_calls().calls
         ]
     return delta
 

@@ -32,7 +32,7 @@ _OPEN = {"ClusterView", "BankRoutes"}
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
+class EndpointSpec:
     path: str
     """Path relative to the route prefix."""
     summary: str
@@ -44,7 +44,7 @@ class Endpoint:
     media: type[Response] = JSONResponse
     statuses: tuple[int, ...] = ()
     """Status codes in addition to the common ones of the method."""
-    verb: Literal["", "post", "delete"] = ""
+    method_override: Literal["", "post", "delete"] = ""
     """The HTTP method; empty is POST for a route with a body and GET without one."""
     query: tuple[tuple[str, str, tuple[tuple[str, Any], ...]], ...] = ()
     """Query parameters: name, description, members of the schema."""
@@ -52,7 +52,7 @@ class Endpoint:
 
     @property
     def method(self) -> str:
-        return self.verb or ("get" if self.body is None else "post")
+        return self.method_override or ("get" if self.body is None else "post")
 
 
 _COMPLETION_EVENTS = (http_types.CompletionChunk, http_types.ErrorObject)
@@ -66,41 +66,45 @@ _MESSAGES = (MessageAnswer, MessagesBody, (MessageEvent, AnthropicError))
 _READY = (http_types.ReadinessObject, None, (), JSONResponse, (503,))
 _VIEW = (http_types.ClusterView, None, (), JSONResponse, (503,))
 
-ENDPOINTS: tuple[Endpoint, ...] = (
-    Endpoint("/v1/models", "The served model", http_types.ModelList),
-    Endpoint("/v1/models/{model}", "One model by name", http_types.ModelObject, statuses=(404,)),
-    Endpoint("/v1/completions", "Complete prompts", *_COMPLETION),
-    Endpoint("/v1/chat/completions", "Generate the next message of a conversation", *_CHAT),
-    Endpoint("/v1/messages", "Anthropic Messages", *_MESSAGES, error=AnthropicError),
-    Endpoint(
+ENDPOINTS: tuple[EndpointSpec, ...] = (
+    EndpointSpec("/v1/models", "The served model", http_types.ModelList),
+    EndpointSpec(
+        "/v1/models/{model}", "One model by name", http_types.ModelObject, statuses=(404,)
+    ),
+    EndpointSpec("/v1/completions", "Complete prompts", *_COMPLETION),
+    EndpointSpec("/v1/chat/completions", "Generate the next message of a conversation", *_CHAT),
+    EndpointSpec("/v1/messages", "Anthropic Messages", *_MESSAGES, error=AnthropicError),
+    EndpointSpec(
         "/v1/messages/count_tokens",
         "Count the tokens of a conversation",
         TokenCount,
         CountTokensBody,
         error=AnthropicError,
     ),
-    Endpoint("/v1/embeddings", "Embed prompts", http_types.Embeddings, EmbeddingsBody),
-    Endpoint("/classify", "Classify prompts", http_types.Classifications, ClassifyBody),
-    Endpoint("/score", "Score documents for queries", http_types.Scores, ScoreBody),
-    Endpoint("/v1/score", "Score documents for queries", http_types.Scores, ScoreBody),
-    Endpoint(
+    EndpointSpec("/v1/embeddings", "Embed prompts", http_types.Embeddings, EmbeddingsBody),
+    EndpointSpec("/classify", "Classify prompts", http_types.Classifications, ClassifyBody),
+    EndpointSpec("/score", "Score documents for queries", http_types.Scores, ScoreBody),
+    EndpointSpec("/v1/score", "Score documents for queries", http_types.Scores, ScoreBody),
+    EndpointSpec(
         "/v1/inspect", "Return inner arrays of the model", http_types.InspectionObject, InspectBody
     ),
-    Endpoint("/tokenize", "Convert text to token ids", http_types.TokenizedObject, TokenizeBody),
-    Endpoint(
+    EndpointSpec(
+        "/tokenize", "Convert text to token ids", http_types.TokenizedObject, TokenizeBody
+    ),
+    EndpointSpec(
         "/detokenize", "Convert token ids to text", http_types.DetokenizedObject, DetokenizeBody
     ),
-    Endpoint("/health", "The process is alive", media=Response),
-    Endpoint("/ready", "Whether requests can be served", *_READY),
-    Endpoint("/v2/health/live", "Same as /health", media=Response),
-    Endpoint("/v2/health/ready", "Same as /ready", *_READY),
-    Endpoint("/version", "Versions of the server", http_types.VersionObject),
-    Endpoint("/metrics", "Prometheus metrics", media=PlainTextResponse),
-    Endpoint("/cluster/v1/status", "The cluster's state", http_types.ClusterView),
-    Endpoint("/cluster/v1/placement", "The device of each copy of each expert", *_VIEW),
-    Endpoint("/cluster/v1/load", "Number of tokens by expert", *_VIEW),
-    Endpoint("/cluster/v1/events", "Recent events of the cluster", http_types.ClusterView),
-    Endpoint(PATH, "This document"),
+    EndpointSpec("/health", "The process is alive", media=Response),
+    EndpointSpec("/ready", "Whether requests can be served", *_READY),
+    EndpointSpec("/v2/health/live", "Same as /health", media=Response),
+    EndpointSpec("/v2/health/ready", "Same as /ready", *_READY),
+    EndpointSpec("/version", "Versions of the server", http_types.VersionObject),
+    EndpointSpec("/metrics", "Prometheus metrics", media=PlainTextResponse),
+    EndpointSpec("/cluster/v1/status", "The cluster's state", http_types.ClusterView),
+    EndpointSpec("/cluster/v1/placement", "The device of each copy of each expert", *_VIEW),
+    EndpointSpec("/cluster/v1/load", "Number of tokens by expert", *_VIEW),
+    EndpointSpec("/cluster/v1/events", "Recent events of the cluster", http_types.ClusterView),
+    EndpointSpec(PATH, "This document"),
 )
 """The routes of this folder in the order of the document; other protocols add more."""
 _ERRORS = {
@@ -129,13 +133,15 @@ _ANSWER_HEADERS = (
 )
 
 
-def document(root_path: str = "", endpoints: tuple[Endpoint, ...] = ENDPOINTS) -> dict[str, Any]:
+def document(
+    root_path: str = "", endpoints: tuple[EndpointSpec, ...] = ENDPOINTS
+) -> dict[str, Any]:
     """Return the OpenAPI document of the given routes."""
     return {**_document(endpoints), "servers": [{"url": root_path or "/"}]}
 
 
 @cache
-def _document(endpoints: tuple[Endpoint, ...]) -> dict[str, Any]:
+def _document(endpoints: tuple[EndpointSpec, ...]) -> dict[str, Any]:
     app = FastAPI(
         title="expertmesh",
         version=RELEASE,
@@ -172,13 +178,13 @@ def _schemas(types: Iterable[type]) -> dict[str, Any]:
     return defined
 
 
-def _add(app: FastAPI, endpoint: Endpoint) -> None:
-    words = endpoint.path.strip("/").translate(str.maketrans("/{}.", "____"))
+def _add(app: FastAPI, endpoint: EndpointSpec) -> None:
+    path_name = endpoint.path.strip("/").translate(str.maketrans("/{}.", "____"))
     app.add_api_route(
         endpoint.path,
         lambda: None,  # for the document only: gateway.http.api serves the route
         methods=[endpoint.method],
-        operation_id=f"{endpoint.method}_{words}",
+        operation_id=f"{endpoint.method}_{path_name}",
         summary=endpoint.summary,
         response_model=endpoint.answer,
         response_class=endpoint.media,
@@ -187,7 +193,7 @@ def _add(app: FastAPI, endpoint: Endpoint) -> None:
     )
 
 
-def _responses(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
+def _responses(endpoint: EndpointSpec) -> dict[int | str, dict[str, Any]]:
     success: dict[str, Any] = {
         "description": endpoint.summary,
         "headers": {name: {"schema": _STRING, "required": True} for name in _ANSWER_HEADERS},
@@ -204,7 +210,7 @@ def _responses(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
     return responses
 
 
-def _request(endpoint: Endpoint) -> dict[str, Any]:
+def _request(endpoint: EndpointSpec) -> dict[str, Any]:
     parameters: list[dict[str, Any]] = [
         {"name": name, "in": "header", "required": False, "description": text, "schema": schema}
         for name, text, schema in (_HEADERS if endpoint.body is not None else _HEADERS[:1])
@@ -212,8 +218,8 @@ def _request(endpoint: Endpoint) -> dict[str, Any]:
     for name in _IN_PATH.findall(endpoint.path):
         parameters.append({"name": name, "in": "path", "required": True, "schema": _STRING})
     for name, text, schema in endpoint.query:
-        shown = {"name": name, "in": "query", "required": False, "description": text}
-        parameters.append({**shown, "schema": dict(schema)})
+        parameter = {"name": name, "in": "query", "required": False, "description": text}
+        parameters.append({**parameter, "schema": dict(schema)})
     if endpoint.body is None:
         return {"parameters": parameters}
     content = {"application/json": {"schema": _ref(endpoint.body)}}

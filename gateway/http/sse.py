@@ -11,7 +11,7 @@ from gateway.generation.gateway import Gateway
 from gateway.generation.running_call import RunningCall
 from gateway.http.json_output import dump_json, dump_long
 from gateway.http.middleware import Responder
-from gateway.http.openai_format import OpenAIFormat, usage_body
+from gateway.http.openai_format import OpenAIFormat, usage_object
 from gateway.http.schema import ChatStreamOptionsBody
 from gateway.offload.long_work import INLINE_SIZE, release
 
@@ -104,7 +104,7 @@ class SseStream(EventStream):
             is_long = delta.size > INLINE_SIZE  # for example with the logprobs of a long prompt
             for chunk in self.formatter.chunks(delta):
                 if with_usage:
-                    chunk["usage"] = usage_body(running.usage)
+                    chunk["usage"] = usage_object(running.usage)
                 content += self._event(dump_long(chunk) if is_long else dump_json(chunk))
                 if is_long:
                     release(chunk)

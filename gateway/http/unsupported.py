@@ -8,7 +8,7 @@ from typing import Any, Literal
 from cluster.core.errors import UnsupportedParameterError
 from gateway.core.field_checks import Neutral, refuse_unsupported
 
-Endpoint = Literal["completion", "chat", "tokenize", "pooling"]
+EndpointKind = Literal["completion", "chat", "tokenize", "pooling"]
 
 _GENERATE: Neutral = {
     "guided_json": (),
@@ -40,7 +40,7 @@ BEAM_SEARCH_FIELDS: Neutral = {
 }
 """Fields of beam search, which only completions and chat support."""
 _TRUNCATION: Neutral = {"truncate_prompt_tokens": (), "truncation_side": ()}
-UNSUPPORTED: Mapping[Endpoint, Neutral] = {
+UNSUPPORTED: Mapping[EndpointKind, Neutral] = {
     "completion": {**_GENERATE, "tools": ([],), "tool_choice": ("none", "auto")},
     "chat": {**_GENERATE, "best_of": ()},
     "tokenize": {**_GENERATE, **BEAM_SEARCH_FIELDS, "best_of": (), **_TRUNCATION},
@@ -66,10 +66,10 @@ UNSUPPORTED_STRUCTURED: Neutral = {
     "disable_additional_properties": (False,),
 }
 """Unsupported fields of ``structured_outputs``, each with the values that have no effect."""
-_MISPLACED: Mapping[Endpoint, str] = {"chat": "echo", "completion": "chat_template"}
+_MISPLACED: Mapping[EndpointKind, str] = {"chat": "echo", "completion": "chat_template"}
 
 
-def check_unsupported(data: Mapping[str, Any], endpoint: Endpoint) -> None:
+def check_unsupported(data: Mapping[str, Any], endpoint: EndpointKind) -> None:
     """Reject known fields that are not supported, unless their value has no effect.
 
     Raises:

@@ -10,11 +10,11 @@ from cluster.core.errors import RequestError
 from gateway.core.call import CallKind, ChatInput, GenerateCall
 from gateway.core.field_checks import MAX_MESSAGES, MAX_PARTS, check_length, check_metadata, require
 from gateway.http.convert import retention_hint, sampling_fields, structured_constraints
-from gateway.responses.conversation import Conversation
-from gateway.responses.items import Item, ItemIds, read_item
+from gateway.responses.conversation import ConversationBuilder
+from gateway.responses.items import Item, ItemIdGenerator, read_item
 from gateway.responses.schema import InputItem, ResponseBody
 from gateway.responses.tools import OfferedTools, read_tools, response_tool_choice, response_tools
-from gateway.text.forms.structured import FormatNames, make_answer_format, make_grammar
+from gateway.text.forms.structured import FormatFieldNames, make_answer_format, make_grammar
 
 REFERENCE = "item_reference"
 LOGPROBS, ENCRYPTED_REASONING = "message.output_text.logprobs", "reasoning.encrypted_content"
@@ -32,7 +32,7 @@ INCLUDABLE = (
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 SUMMARIES = ("auto", "concise", "detailed", "none")
 VERBOSITIES = ("low", "medium", "high")
-_FORMAT = FormatNames("text.format", "text.format.schema")
+_FORMAT = FormatFieldNames("text.format", "text.format.schema")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +48,7 @@ class CheckedRequest:
     """Items of the previous responses."""
     new_items: Sequence[Item]
     """Items of the body."""
-    ids: ItemIds
+    ids: ItemIdGenerator
     tools: OfferedTools
     encodes_reasoning: bool
 
@@ -81,7 +81,7 @@ def referenced_id(item: InputItem) -> str | None:
 
 def check_response_body(
     body: ResponseBody,
-    ids: ItemIds,
+    ids: ItemIdGenerator,
     history: Sequence[Item] = (),
     referenced: Mapping[str, Item] | None = None,
 ) -> CheckedRequest:
@@ -99,7 +99,7 @@ def check_response_body(
     _check(body)
     tools = read_tools(body)
     new_items = _read_items(body, ids, referenced or {})
-    conversation = Conversation()
+    conversation = ConversationBuilder()
     if body.instructions:
         conversation.add_instructions(body.instructions, "instructions")
     for item in history:
@@ -146,12 +146,14 @@ def _check(body: ResponseBody) -> None:
     check_metadata(body.metadata or {})
 
 
-def _check_choice(name: str, value: str | None, words: Sequence[str]) -> None:
-    rule = f"({str(value)[:64]!r}) must be one of {', '.join(words)}"
-    require(value is None or value in words, name, rule)
+def _check_choice(name: str, value: str | None, choices: Sequence[str]) -> None:
+    rule = f"({str(value)[:64]!r}) must be one of {', '.join(choices)}"
+    require(value is None or value in choices, name, rule)
 
 
-def _read_items(body: ResponseBody, ids: ItemIds, referenced: Mapping[str, Item]) -> list[Item]:
+def _read_items(
+    body: ResponseBody, ids: ItemIdGenerator, referenced: Mapping[str, Item]
+) -> list[Item]:
     items = []
     for index, input_item in enumerate(input_items(body)):
         path = "input" if isinstance(body.input, str) else f"input[{index}]"
@@ -166,7 +168,9 @@ def _read_items(body: ResponseBody, ids: ItemIds, referenced: Mapping[str, Item]
     return items
 
 
-def _make_call(body: ResponseBody, conversation: Conversation, tools: OfferedTools) -> GenerateCall:
+def _make_call(
+    body: ResponseBody, conversation: ConversationBuilder, tools: OfferedTools
+) -> GenerateCall:
     fields = sampling_fields(body)
     text_format = body.text.format if body.text is not None else None
     kind, schema = (text_format.type, text_format.schema_) if text_format else (None, None)
@@ -180,7 +184,7 @@ def _make_call(body: ResponseBody, conversation: Conversation, tools: OfferedToo
         template=body.chat_template,
         template_kwargs=variables,
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
-        tools=tools.use,
+        tools=tools.tool_use,
         answer_format=make_answer_format(grammar, name, description, _FORMAT),
     )
     reports = LOGPROBS in (body.include or ())
@@ -201,10 +205,10 @@ def _repeated_fields(body: ResponseBody) -> dict[str, Any]:
     """Return the fields that the response repeats, with defaults for fields that are not set."""
     text, reasoning = body.text, body.reasoning
     text_format = text.format if text is not None else None
-    shown: dict[str, Any] = {"type": text_format.type if text_format else "text"}
+    format_object: dict[str, Any] = {"type": text_format.type if text_format else "text"}
     if text_format is not None and text_format.type == "json_schema":
-        shown = text_format.model_dump(by_alias=True)
-        shown["strict"] = True
+        format_object = text_format.model_dump(by_alias=True)
+        format_object["strict"] = True
     return {
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
@@ -218,7 +222,7 @@ def _repeated_fields(body: ResponseBody) -> dict[str, Any]:
             "summary": reasoning.summary if reasoning else None,
         },
         "safety_identifier": body.safety_identifier,
-        "text": {"format": shown, "verbosity": (text and text.verbosity) or "medium"},
+        "text": {"format": format_object, "verbosity": (text and text.verbosity) or "medium"},
         "tool_choice": response_tool_choice(body),
         "tools": response_tools(body),
         "top_logprobs": body.top_logprobs or 0,

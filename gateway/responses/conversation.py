@@ -29,7 +29,7 @@ _MESSAGES = re.compile(r"\bmessages(?:\[(\d+)\](?:\.tool_calls)?)?")
 
 
 @dataclass(slots=True)
-class Conversation:
+class ConversationBuilder:
     """Messages, and the names of the body fields that contain them."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)

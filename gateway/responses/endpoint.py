@@ -35,7 +35,7 @@ from gateway.responses.checked_request import (
 )
 from gateway.responses.conversation import rename_error_fields
 from gateway.responses.format import OutputFormat
-from gateway.responses.items import Item, ItemIds
+from gateway.responses.items import Item, ItemIdGenerator
 from gateway.responses.output import OutputBuilder
 from gateway.responses.resource import Resource, ResourceFormat
 from gateway.responses.schema import ResponseBody
@@ -105,7 +105,7 @@ class ResponseEndpoint(CancellableEndpoint[_ResponseRequest]):
         ):
             tools = checked.tools
             builder = OutputBuilder(
-                checked.ids, tools.custom, checked.encodes_reasoning, tools.namespaced
+                checked.ids, tools.custom_names, checked.encodes_reasoning, tools.namespaced_names
             )
             output = OutputFormat(running.call, self._gateway.tokenizer, builder)
             resource = ResourceFormat(running, checked.repeated_fields, is_stored)
@@ -146,7 +146,9 @@ class ResponseEndpoint(CancellableEndpoint[_ResponseRequest]):
         history: Sequence[Item] = (),
         referenced: Mapping[str, Item] | None = None,
     ) -> CheckedRequest:
-        checked = check_response_body(body, ItemIds(self._store.new_id()), history, referenced)
+        checked = check_response_body(
+            body, ItemIdGenerator(self._store.new_id()), history, referenced
+        )
         # encoded once, not in each event
         encode = msgspec.json.encode
         head = {name: msgspec.Raw(encode(value)) for name, value in checked.repeated_fields.items()}
@@ -164,7 +166,7 @@ class ResponseEndpoint(CancellableEndpoint[_ResponseRequest]):
 
         async def complete(finish: Finish) -> Resource:
             items, num_reasoning = builder.items, output.num_reasoning_tokens
-            response = resource.ended(items, finish, num_reasoning, resource.is_stored)
+            response = resource.final_response(items, finish, num_reasoning, resource.is_stored)
             if not resource.is_stored:
                 return response
             try:
@@ -173,7 +175,7 @@ class ResponseEndpoint(CancellableEndpoint[_ResponseRequest]):
                 if body.store:
                     raise
                 logger.warning("could not store response %s: %s", response["id"], err)
-                return resource.ended(items, finish, num_reasoning, False)
+                return resource.final_response(items, finish, num_reasoning, False)
             return response
 
         return complete

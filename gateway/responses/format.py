@@ -70,7 +70,7 @@ class OutputFormat(TextFormat):
         """Add ``text`` with its parsed pieces and return the events."""
         self._num_chars += len(text)
         self._pending_text += text
-        for part in parsed.in_order():
+        for part in parsed.ordered_parts():
             if isinstance(part, CallDelta):
                 yield from self._builder.add_call(part)
             elif part.is_reasoning:

@@ -48,7 +48,7 @@ _ENCODED_PREFIX = "expertmesh.1."
 
 
 @dataclass(slots=True)
-class ItemIds:
+class ItemIdGenerator:
     """Creates the ids of a response's items."""
 
     response_id: str
@@ -67,7 +67,7 @@ def response_id_of(item_id: str) -> str | None:
     return f"resp_{match[1]}" if match else None
 
 
-def read_item(input_item: InputItem, path: str, ids: ItemIds) -> Item:
+def read_item(input_item: InputItem, path: str, ids: ItemIdGenerator) -> Item:
     """Check an item of a body and return it with an id. Raises ``RequestError``."""
     kind = input_item.type or "message"
     if kind not in PREFIXES:
@@ -108,11 +108,11 @@ def encode_reasoning(text: str) -> str:
     return _ENCODED_PREFIX + base64.urlsafe_b64encode(text.encode()).decode()
 
 
-def _decode_reasoning(sealed: str, path: str) -> str:
+def _decode_reasoning(encoded: str, path: str) -> str:
     name = f"{path}.encrypted_content"
-    require(sealed.startswith(_ENCODED_PREFIX), name, "must be text that this server returned")
+    require(encoded.startswith(_ENCODED_PREFIX), name, "must be text that this server returned")
     try:
-        raw = base64.b64decode(sealed.removeprefix(_ENCODED_PREFIX), altchars=b"-_", validate=True)
+        raw = base64.b64decode(encoded.removeprefix(_ENCODED_PREFIX), altchars=b"-_", validate=True)
         return raw.decode()
     except (binascii.Error, ValueError) as err:
         raise RequestError(f"{name} is damaged", name) from err
@@ -131,8 +131,8 @@ def _message(input_item: InputItem, path: str) -> Item:
     part: Item = {"type": "input_text", "text": text}
     if role == "assistant":
         part = output_part(text)
-    shown = {} if phase is None or role != "assistant" else {"phase": phase}
-    return {"role": role, "content": [part], **shown}
+    phase_field = {} if phase is None or role != "assistant" else {"phase": phase}
+    return {"role": role, "content": [part], **phase_field}
 
 
 def output_part(text: str, logprobs: Sequence[Item] = ()) -> Item:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gateway.http.openapi import Endpoint
+from gateway.http.openapi import EndpointSpec
 from gateway.responses import response_types
 from gateway.responses.schema import ResponseBody
 
@@ -16,34 +16,34 @@ _LISTING = (
     ("after", "Id of the item before the first item", (("type", "string"),)),
 )
 ENDPOINTS = (
-    Endpoint(
+    EndpointSpec(
         "/v1/responses",
         "Generate the next items of a conversation",
         response_types.ResponseObject,
         ResponseBody,
         response_types.EVENTS,
     ),
-    Endpoint(
+    EndpointSpec(
         "/v1/responses/{response_id}",
         "Return a stored response",
         response_types.ResponseObject,
         statuses=(400, 404),
     ),
-    Endpoint(
+    EndpointSpec(
         "/v1/responses/{response_id}",
         "Delete a stored response",
         response_types.DeletedResponse,
         statuses=(404,),
-        verb="delete",
+        method_override="delete",
     ),
-    Endpoint(
+    EndpointSpec(
         "/v1/responses/{response_id}/cancel",
         "Always rejected: a stored response is complete",
         response_types.ResponseObject,
         statuses=(400, 404),
-        verb="post",
+        method_override="post",
     ),
-    Endpoint(
+    EndpointSpec(
         "/v1/responses/{response_id}/input_items",
         "List the input items of a stored response",
         response_types.ItemList,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.responses.items import Item, ItemIds, encode_reasoning, output_part
+from gateway.responses.items import Item, ItemIdGenerator, encode_reasoning, output_part
 from gateway.responses.tools import CustomInputReader, ToolName
 from gateway.text.forms.tool_calls import CallDelta
 
@@ -123,9 +123,9 @@ class _MessageItem(_SinglePartItem):
 class _ReasoningItem(_SinglePartItem):
     kind, event = "reasoning", "response.reasoning_text"
 
-    def __init__(self, item_id: str, output_index: int, is_sealed: bool) -> None:
+    def __init__(self, item_id: str, output_index: int, is_encoded: bool) -> None:
         super().__init__(item_id, output_index)
-        self._is_encoded = is_sealed
+        self._is_encoded = is_encoded
 
     def add(self, text: str) -> list[Event]:
         self._texts.append(text)
@@ -194,21 +194,21 @@ class OutputBuilder:
     Args:
         ids: creates the ids of items.
         custom: names of custom tools as the model sees them.
-        seals_reasoning: whether ``include`` has ``reasoning.encrypted_content``.
+        encodes_reasoning: whether ``include`` has ``reasoning.encrypted_content``.
         namespaced: tools of namespaces, by name as the model sees them.
     """
 
     def __init__(
         self,
-        ids: ItemIds,
+        ids: ItemIdGenerator,
         custom: frozenset[str],
-        seals_reasoning: bool,
+        encodes_reasoning: bool,
         namespaced: Mapping[str, ToolName] | None = None,
     ) -> None:
         self._ids = ids
-        self._custom = custom
-        self._namespaced = namespaced or {}
-        self._encodes_reasoning = seals_reasoning
+        self._custom_names = custom
+        self._namespaced_names = namespaced or {}
+        self._encodes_reasoning = encodes_reasoning
         self._current_item: OpenItem | None = None
         self._pending_space: _PendingSpace | None = None
         self._call_index = -1
@@ -223,8 +223,8 @@ class OutputBuilder:
         if item is None:
             return events
         assert isinstance(item, _MessageItem)
-        held = self._take_pending_space()
-        return [*events, *item.add(held.text + text, [*held.logprobs, *logprobs])]
+        space = self._take_pending_space()
+        return [*events, *item.add(space.text + text, [*space.logprobs, *logprobs])]
 
     def add_reasoning(self, text: str) -> list[Event]:
         """Add reasoning text and return its events."""
@@ -239,10 +239,10 @@ class OutputBuilder:
         events: list[Event] = []
         if piece.index != self._call_index:
             self._call_index, name = piece.index, piece.name or ""
-            kind = _CustomCallItem if name in self._custom else _CallItem
+            kind = _CustomCallItem if name in self._custom_names else _CallItem
             index, item_id = self._next_index, self._ids.new(kind.kind)
             self._pending_space = None
-            named = self._namespaced.get(name) or ToolName(name)
+            named = self._namespaced_names.get(name) or ToolName(name)
             events += self._begin(kind(item_id, index, piece.call_id or "", named))
         assert isinstance(self._current_item, _CallItem), "the pieces of a call follow each other"
         return events + self._current_item.add(piece.arguments)
@@ -256,12 +256,12 @@ class OutputBuilder:
         """
         events: list[Event] = []
         if self._current_item is None and not self.items:  # an output has at least an empty message
-            held = self._take_pending_space()
+            space = self._take_pending_space()
             message = self._new(_MessageItem.kind)
             assert isinstance(message, _MessageItem)
             events += self._begin(message)
-            if held.text and held.kind == _MessageItem.kind:
-                events += message.add(held.text, held.logprobs)
+            if space.text and space.kind == _MessageItem.kind:
+                events += message.add(space.text, space.logprobs)
         is_whole = has_calls if isinstance(self._current_item, _CallItem) else has_ended
         return events + self._end(_COMPLETED if is_whole else _INCOMPLETE)
 
@@ -291,8 +291,8 @@ class OutputBuilder:
         return item, self._begin(item)
 
     def _take_pending_space(self) -> _PendingSpace:
-        held, self._pending_space = self._pending_space or _PendingSpace(""), None
-        return held
+        space, self._pending_space = self._pending_space or _PendingSpace(""), None
+        return space
 
     def _new(self, kind: str) -> OpenItem:
         index, item_id = self._next_index, self._ids.new(kind)

@@ -28,14 +28,14 @@ class ResourceFormat:
     """
 
     running: RunningCall
-    head: Mapping[str, Any]
+    repeated_fields: Mapping[str, Any]
     is_stored: bool
 
-    def begun(self) -> Resource:
+    def initial_response(self) -> Resource:
         """Return the response object before the first token."""
         return self._resource("in_progress", [])
 
-    def ended(
+    def final_response(
         self, output: Sequence[Item], finish: Finish, num_reasoning: int, is_stored: bool
     ) -> Resource:
         """Return the response object at the end of the choice.
@@ -53,10 +53,10 @@ class ResourceFormat:
             "completed_at": None if is_cut else int(time.time()),
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "store": is_stored,
-            "usage": usage_body(self.running.usage, num_reasoning),
+            "usage": response_usage(self.running.usage, num_reasoning),
         }
 
-    def failed(self, output: Sequence[Item], report: ErrorReport) -> Resource:
+    def failed_response(self, output: Sequence[Item], report: ErrorReport) -> Resource:
         """Return the response object of a request that failed."""
         error = {"code": _error_code(report), "message": report.message}
         return {**self._resource("failed", output), "store": False, "error": error}
@@ -74,11 +74,11 @@ class ResourceFormat:
             "output": list(output),
             "usage": None,
             "store": self.is_stored,
-            **self.head,
+            **self.repeated_fields,
         }
 
 
-def usage_body(usage: Usage, num_reasoning: int) -> dict[str, Any]:
+def response_usage(usage: Usage, num_reasoning: int) -> dict[str, Any]:
     """Return the ``usage`` of a response. Tokens written to the prefix cache count as 0."""
     cached = {"cached_tokens": usage.cached_tokens or 0, "cache_write_tokens": 0}
     return {

@@ -38,7 +38,7 @@ class ResponseStream(EventStream):
     _state: _StreamState = field(default_factory=_StreamState)
 
     def _opening(self) -> bytes:
-        response = self.resource.begun()
+        response = self.resource.initial_response()
         names = ("response.created", "response.in_progress")
         return self._encode_events({"type": name, "response": response} for name in names)
 
@@ -56,7 +56,7 @@ class ResponseStream(EventStream):
     def _failure(self, report: ErrorReport) -> bytes:
         error = report.body()["error"]
         flat = {name: error[name] for name in ("code", "message", "param")}
-        failed = self.resource.failed(self.builder.output(), report)
+        failed = self.resource.failed_response(self.builder.output(), report)
         events: list[Event] = [
             {"type": "error", **flat, "error": error},
             {"type": "response.failed", "response": failed},

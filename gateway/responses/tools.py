@@ -17,7 +17,7 @@ from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.field_checks import require
 from gateway.core.tool_use import Tool, ToolUse
 from gateway.responses.schema import ChosenToolBody, NamedToolBody, OfferedToolBody, ResponseBody
-from gateway.text.forms.tools import FieldNames, make_tool_use
+from gateway.text.forms.tools import ToolFieldNames, make_tool_use
 
 KINDS = ("function", "custom")
 NAMESPACE = "namespace"
@@ -32,7 +32,7 @@ _OPENING = re.compile(r'\s*\{\s*"input"\s*:\s*"')
 _ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|[^u])")
 _HIGH_SURROGATE = re.compile(r"\\u[dD][89abAB]")
 _MODES = ("auto", "required")
-_NAMES = FieldNames(name="name", parameters="parameters")
+_NAMES = ToolFieldNames(name="name", parameters="parameters")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +66,11 @@ class _OfferedTool:
 class OfferedTools:
     """The tools of a body."""
 
-    use: ToolUse | None
+    tool_use: ToolUse | None
     """Tools and tool choice for the model; None without tools."""
-    custom: frozenset[str]
+    custom_names: frozenset[str]
     """Names of custom tools as the model sees them."""
-    namespaced: Mapping[str, ToolName]
+    namespaced_names: Mapping[str, ToolName]
     """Tools of namespaces, by name as the model sees them."""
 
 
@@ -79,9 +79,9 @@ def read_tools(body: ResponseBody) -> OfferedTools:
     offers = list(_offers(body))
     tools = [_tool(offer) for offer in offers]
     custom = frozenset(one.name.for_model for one in offers if one.tool.type == "custom")
-    apart = {one.name.for_model: one.name for one in offers if one.namespace is not None}
+    namespaced = {one.name.for_model: one.name for one in offers if one.namespace is not None}
     use = _tool_use(body, tools, custom, [offer.path for offer in offers])
-    return OfferedTools(use, custom, apart)
+    return OfferedTools(use, custom, namespaced)
 
 
 def _offers(body: ResponseBody) -> Iterator[_OfferedTool]:
@@ -115,7 +115,7 @@ def _tool_use(
     return make_tool_use(tools, name=name, is_parallel=is_parallel, names=names)
 
 
-def _names(paths: Sequence[str]) -> FieldNames:
+def _names(paths: Sequence[str]) -> ToolFieldNames:
     return replace(_NAMES, entries=tuple(paths))
 
 

@@ -62,11 +62,11 @@ class AnswerRegion:
         """Split a piece into (part, is answer); undecided text is held back until more arrives."""
         if self._is_undecided:
             self._seen += new
-            words = self._seen.lstrip()
-            if BEGIN.startswith(words[: len(BEGIN)]) and len(words) < len(BEGIN):
+            stripped = self._seen.lstrip()
+            if BEGIN.startswith(stripped[: len(BEGIN)]) and len(stripped) < len(BEGIN):
                 return []
             self._is_undecided, new, self._seen = False, self._seen, ""
-            self.is_open = not words.startswith(BEGIN)
+            self.is_open = not stripped.startswith(BEGIN)
         parts: list[tuple[str, bool]] = []
         while new:
             is_answer = self.is_open

@@ -136,8 +136,8 @@ class ChatTemplate:
         values["add_generation_prompt"] = add_generation_prompt
         if continue_final_message:
             messages = [*messages[:-1], _with_mark(messages[-1])]
-        text, shown = self._render(messages, values, tools)
-        for message in shown:
+        text, rendered = self._render(messages, values, tools)
+        for message in rendered:
             role = str(message.get("role"))
             if not self._supports_role(role, tools):
                 index = next(i for i, m in enumerate(messages) if str(m.get("role")) == role)
@@ -188,8 +188,8 @@ class ChatTemplate:
         yield instructions_to_user(together)
 
     def _render_text(self, values: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> str:
-        shown = [with_reasoning(message) for message in messages]
-        return render(self._template, {**values, "messages": shown})
+        messages_shown = [with_reasoning(message) for message in messages]
+        return render(self._template, {**values, "messages": messages_shown})
 
     def _move_instructions(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
@@ -208,8 +208,8 @@ class ChatTemplate:
 
     def _find_tool_format(self) -> ToolForm | None:
         """Return the tool call format; Harmony is detected even without support for tools."""
-        shown = (form for form in ToolForm if form.is_shown_by(self._source))
-        return next((f for f in shown if self.has_tools or f is ToolForm.HARMONY), None)
+        formats = (form for form in ToolForm if form.is_shown_by(self._source))
+        return next((f for f in formats if self.has_tools or f is ToolForm.HARMONY), None)
 
     def _supports_role(self, role: str, tools: Sequence[Mapping[str, Any]] | None) -> bool:
         """Whether the template supports a role.
@@ -224,15 +224,15 @@ class ChatTemplate:
             (index, self._included_roles(roles, tools))
             for index, roles in enumerate(((role, USER), (USER, role), (USER, _ASSISTANT, role)))
         ]
-        spoken = [index in shown for index, shown in included if shown is not None]
-        return any(spoken) or not spoken or not self._includes_all((USER,), tools)
+        appears = [index in shown for index, shown in included if shown is not None]
+        return any(appears) or not appears or not self._includes_all((USER,), tools)
 
     def _includes_all(
         self, roles: tuple[str, ...], tools: Sequence[Mapping[str, Any]] | None
     ) -> bool:
         """Whether the template accepts messages with these roles and includes all their texts."""
-        shown = self._included_roles(roles, tools)
-        return shown is not None and len(shown) == len(roles)
+        included = self._included_roles(roles, tools)
+        return included is not None and len(included) == len(roles)
 
     def _included_roles(
         self, roles: tuple[str, ...], tools: Sequence[Mapping[str, Any]] | None

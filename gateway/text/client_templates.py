@@ -86,11 +86,11 @@ class ClientTemplateRenderer:
 
 
 def _run_process(request: Mapping[str, Any]) -> dict[str, Any]:
-    words = [sys.executable, "-m", "gateway.text.render_template"]
+    command = [sys.executable, "-m", "gateway.text.render_template"]
     path = os.pathsep.join(filter(None, sys.path))  # the only variable of the new environment
     try:
         done = subprocess.run(
-            words,
+            command,
             input=json.dumps(request),
             env={"PYTHONPATH": path},
             capture_output=True,

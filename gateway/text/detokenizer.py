@@ -132,7 +132,7 @@ def align_offsets(
     ]
 
 
-class StopStrings:
+class StopStringFinder:
     """Finds the stop string that ends first, and holds back text that may be the start of one.
 
     The result does not depend on how the text is split into pieces: the match that ends first wins,
@@ -164,8 +164,8 @@ class StopStrings:
 
     def flush(self) -> str:
         """Return the text that is held back at the end."""
-        held, self.held = self.held, ""
-        return held
+        text, self.held = self.held, ""
+        return text
 
     def _first_match(self, text: str, seen: int) -> tuple[int, int, str] | None:
         matches = []
@@ -203,7 +203,7 @@ class ChoiceText:
     def __init__(
         self,
         detokenizer: Detokenizer | None,
-        stop: StopStrings,
+        stop: StopStringFinder,
         min_tokens: int,
         region: AnswerRegion | None = None,
         stop_ids: Collection[int] = (),

@@ -44,9 +44,11 @@ class TextToEncode(msgspec.Struct, frozen=True, kw_only=True):
     def text(self) -> str:
         if self.special_token_indices is None:
             return self.parts[0]
-        marks = frozenset(self.special_token_indices)
+        special_indices = frozenset(self.special_token_indices)
         parts = enumerate(self.parts)
-        return HarmonyPrompt([SpecialToken(part) if i in marks else part for i, part in parts])
+        return HarmonyPrompt(
+            [SpecialToken(part) if i in special_indices else part for i, part in parts]
+        )
 
 
 def encode_message(text: str, add_special_tokens: bool, token_slice: slice) -> bytes:

@@ -118,9 +118,9 @@ def contains_instructions(text: str, messages: Sequence[Message]) -> bool:
     """Whether a prompt contains the instructions of a conversation in order."""
     position = 0
     for message in filter(_is_instruction, messages):
-        words = message["content"].strip()
-        position = text.find(words, position)
+        text_part = message["content"].strip()
+        position = text.find(text_part, position)
         if position < 0:
             return False
-        position += len(words)
+        position += len(text_part)
     return True

@@ -103,18 +103,19 @@ class Tokenizer:
             encodings = [self._plain_backend.encode(one, add_special_tokens=False) for one in texts]
         else:
             encodings = self._plain_backend.encode_batch(texts, add_special_tokens=False)
-        marks = {part: self._encode_special(part) for part in text.special_tokens}
+        encoded_tokens = {part: self._encode_special(part) for part in text.special_tokens}
         encoded = iter(encodings)
         all_parts = [
-            marks[part] if isinstance(part, SpecialToken) else next(encoded) for part in text.parts
+            encoded_tokens[part] if isinstance(part, SpecialToken) else next(encoded)
+            for part in text.parts
         ]
         if not add_special_tokens:
             return tuple(number for one in all_parts for number in one.ids)
         whole = tokenizers.Encoding.merge(all_parts, growing_offsets=True)
         return tuple(self._backend.post_process(whole, add_special_tokens=True).ids)
 
-    def _encode_special(self, mark: SpecialToken) -> tokenizers.Encoding:
-        return self._backend.encode(mark, add_special_tokens=False)
+    def _encode_special(self, token: SpecialToken) -> tokenizers.Encoding:
+        return self._backend.encode(token, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of a complete list of ids; unknown ids are skipped."""
@@ -204,7 +205,7 @@ def _load_template(
         source = files.templates.get(DEFAULT, _NO_DEFAULT)
         template = ChatTemplate(source, variables, tool_use=files.templates.get(TOOL_USE))
     is_harmony = template is None or template.tool_form is ToolForm.HARMONY
-    if is_harmony and all(mark in special_ids for mark in SPECIAL_TOKENS):
+    if is_harmony and all(token in special_ids for token in SPECIAL_TOKENS):
         if template is not None:
             logger.info(_REPLACED)
         return HarmonyTemplate(variables)

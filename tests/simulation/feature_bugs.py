@@ -17,7 +17,7 @@ from gateway.engines.submission import Submission
 from gateway.state.files import as_storage_error
 from gateway.state.record import encode
 from gateway.state.store import StateStore
-from gateway.text.detokenizer import StopStrings
+from gateway.text.detokenizer import StopStringFinder
 from tests.simulation.planted import MANY, Bug
 from workers.engine import engine_requests, step_sampler
 from workers.engine.active_requests import ActiveRequests
@@ -192,7 +192,7 @@ def _fresh_grammar() -> Iterator[None]:
 
 def _short_stops() -> AbstractContextManager[object]:
     """A stop string that is cut by the end of a token is not found."""
-    return mock.patch.object(StopStrings, "_possible_start", lambda self, text: len(text))
+    return mock.patch.object(StopStringFinder, "_possible_start", lambda self, text: len(text))
 
 
 @contextmanager

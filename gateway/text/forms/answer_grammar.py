@@ -13,7 +13,7 @@ from gateway.core.tool_use import ToolForm, ToolUse
 from gateway.text.forms.call_grammar import (
     ANY_TEXT,
     FIELD,
-    Rule,
+    GrammarRule,
     answer_rule,
     call_rules,
     check_combinable_with_tools,
@@ -33,7 +33,7 @@ _GAP = "gap: /[ \\n]{1,8}/"
 def answer_grammar(
     use: ToolUse | None,
     form: ToolForm,
-    mark_ids: Mapping[str, int],
+    token_ids: Mapping[str, int],
     answer: Grammar | None,
     thinking: Thinking | None = None,
 ) -> Grammar | None:
@@ -42,7 +42,7 @@ def answer_grammar(
     Args:
         use: the tools, and whether one must be called; None without tools.
         form: format of the calls.
-        mark_ids: ids by text of the tokens that grammars refer to by id; no other tokens can give
+        token_ids: ids by text of the tokens that grammars refer to by id; no other tokens can give
             these texts.
         answer: grammar of an answer that is not a call.
         thinking: where unconstrained reasoning begins; None without reasoning.
@@ -55,13 +55,13 @@ def answer_grammar(
     if use is not None:
         check_combinable_with_tools(answer)
         answer = None if use.must_call else answer
-    is_free = answer is None and (use is None or not use.must_call)
-    before, thought = _reasoning_rules(thinking, mark_ids, is_free)
-    lines: list[Rule | str] = [*thought]
+    allows_text = answer is None and (use is None or not use.must_call)
+    before, reasoning = _reasoning_rules(thinking, token_ids, allows_text)
+    lines: list[GrammarRule | str] = [*reasoning]
     if use is None:
         body = "answer"
     else:
-        body, more_rules = _answer_body(use, SYNTAXES[form], mark_ids, answer)
+        body, more_rules = _answer_body(use, SYNTAXES[form], token_ids, answer)
         lines += more_rules
     if answer is not None:
         lines.append(answer_rule(answer))
@@ -71,67 +71,69 @@ def answer_grammar(
 
 
 def _reasoning_rules(
-    thinking: Thinking | None, mark_ids: Mapping[str, int], is_free: bool
+    thinking: Thinking | None, token_ids: Mapping[str, int], allows_text: bool
 ) -> tuple[str, list[str]]:
     """Return an expression for reasoning at the start of the answer, and its rules.
 
     Args:
-        is_free: whether free text may follow; it covers reasoning with tags that are not tokens.
+        allows_text: whether free text may follow; it covers reasoning unless its tags are tokens.
     """
     needed = END if thinking is Thinking.OPEN else BEGIN
-    if thinking is None or (is_free and needed not in mark_ids):
+    if thinking is None or (allows_text and needed not in token_ids):
         return "", []
-    thought, lines = text_up_to(END, mark_ids, "thought")
-    if not is_free:
-        thought, lines = f"{thought} gap?", [*lines, _GAP]
+    reasoning, lines = text_up_to(END, token_ids, "thought")
+    if not allows_text:
+        reasoning, lines = f"{reasoning} gap?", [*lines, _GAP]
     if thinking is Thinking.OPEN:
-        return thought, lines
+        return reasoning, lines
     opening = (
-        f"gap? {terminal(BEGIN, mark_ids)}"
-        if not is_free
-        else f"BREAK? {terminal(BEGIN, mark_ids)}"
+        f"gap? {terminal(BEGIN, token_ids)}"
+        if not allows_text
+        else f"BREAK? {terminal(BEGIN, token_ids)}"
     )
-    return "think?", [*lines, f"think: {opening} {thought}"]
+    return "think?", [*lines, f"think: {opening} {reasoning}"]
 
 
 def _answer_body(
-    use: ToolUse, syntax: CallSyntax, mark_ids: Mapping[str, int], answer: Grammar | None
-) -> tuple[str, list[Rule | str]]:
+    use: ToolUse, syntax: CallSyntax, token_ids: Mapping[str, int], answer: Grammar | None
+) -> tuple[str, list[GrammarRule | str]]:
     """Return an expression for an answer with tools, and its rules."""
-    first = terminal(syntax.first_delimiter, mark_ids)
+    first = terminal(syntax.first_delimiter, token_ids)
     begin, next_begin = (
-        terminal(text.strip(), mark_ids)
+        terminal(text.strip(), token_ids)
         for text in (syntax.begin, syntax.next_begin or syntax.begin)
     )
     rest = f"{BREAK} {begin} call" if syntax.section else "call"
     if use.is_parallel:
         rest += f" ({BREAK} {next_begin} {BREAK if syntax.next_begin else ''} call)*"
     if syntax.section:
-        rest += f" {BREAK} {terminal(syntax.section_end, mark_ids)}"
-    lines: list[Rule | str] = [BREAK_RULE, *_tool_rules(use, syntax, mark_ids)]
+        rest += f" {BREAK} {terminal(syntax.section_end, token_ids)}"
+    lines: list[GrammarRule | str] = [BREAK_RULE, *_tool_rules(use, syntax, token_ids)]
     if use.must_call:
         return f"{first} {rest}", lines
     if answer is not None:
         return f"answer | {first} {rest}", lines
-    head, more_rules = text_up_to(syntax.first_delimiter, mark_ids, "head")
+    head, more_rules = text_up_to(syntax.first_delimiter, token_ids, "head")
     return f"TEXT | {head} {rest}", [*lines, *more_rules]
 
 
-def _tool_rules(use: ToolUse, syntax: CallSyntax, mark_ids: Mapping[str, int]) -> list[Rule]:
+def _tool_rules(
+    use: ToolUse, syntax: CallSyntax, token_ids: Mapping[str, int]
+) -> list[GrammarRule]:
     """Return the rule ``call`` (a call without its first delimiter) and the rules that it uses."""
     expressions_around: dict[str, tuple[str, str]] = {}
     for tool in use.allowed:
-        slots = {
+        substitutions = {
             Placeholder.NAME: json.dumps(tool.name),
             Placeholder.NUMBER: _NUMBER,
             Placeholder.BREAK: BREAK,
         }
         heads = (
-            parts_expression(syntax.head, mark_ids, slots),
-            parts_expression(syntax.tail, mark_ids, slots),
+            parts_expression(syntax.head, token_ids, substitutions),
+            parts_expression(syntax.tail, token_ids, substitutions),
         )
         expressions_around[tool.name] = heads
     if syntax.pairs is None:
         return call_rules(use.allowed, expressions_around, object_rules)
-    pairs = PairRules(syntax.pairs, mark_ids)
+    pairs = PairRules(syntax.pairs, token_ids)
     return [*call_rules(use.allowed, expressions_around, pairs.tool_rules), *pairs.shared_rules()]

@@ -15,7 +15,7 @@ from enum import Enum, auto
 from gateway.core.thinking import BEGIN, END, Thinking
 from gateway.core.tool_use import ToolForm, ToolUse
 from gateway.text.forms.arguments_reader import ArgumentsReader, ArgumentsState
-from gateway.text.forms.call_ids import CallIds
+from gateway.text.forms.call_ids import CallIdGenerator
 from gateway.text.forms.call_syntax import SYNTAXES, CallSyntax, Placeholder
 from gateway.text.forms.delimiters import (
     MatchOutcome,
@@ -71,7 +71,7 @@ class AnswerParser:
         thinking: Thinking | None = None,
         used_ids: Collection[str] = (),
     ) -> None:
-        self._ids = CallIds(form, used_ids)
+        self._ids = CallIdGenerator(form, used_ids)
         self._syntax = None if form is None or use is None else SYNTAXES[form]
         self._tools = {tool.name: tool for tool in use.allowed} if use else {}
         self._must_call = use is not None and use.must_call
@@ -105,7 +105,7 @@ class AnswerParser:
                 pass
         if is_last and self._is_reasoning:
             output.add_text(self._line_breaks, is_reasoning=True)
-        return output.piece()
+        return output.build()
 
     def _step(self, output: PieceBuilder) -> bool:
         """Parse the next part; return whether another call may parse more."""
@@ -136,26 +136,26 @@ class AnswerParser:
         return True
 
     def _read_text(self, output: PieceBuilder) -> bool:
-        marks = [END] * self._is_reasoning + (
+        delimiters = [END] * self._is_reasoning + (
             [self._syntax.first_delimiter] if self._syntax else []
         )
-        text, mark, rest = split_at_delimiter(self._lookahead.text, marks)
+        text, delimiter, rest = split_at_delimiter(self._lookahead.text, delimiters)
         is_last = self._lookahead.is_last
         if (
-            not mark
-            and (kept := partial_delimiter_length(text, marks))
+            not delimiter
+            and (kept := partial_delimiter_length(text, delimiters))
             and not (is_last and self._keeps_partial_delimiters)
         ):
             text, rest = text[: len(text) - kept], "" if is_last else text[len(text) - kept :]
         self._lookahead.text = rest
         self._add_text(text, output)
-        if mark == END and self._is_reasoning:
+        if delimiter == END and self._is_reasoning:
             self._end_reasoning()
-        elif mark:
-            self._unconfirmed_text = mark
+        elif delimiter:
+            self._unconfirmed_text = delimiter
             has_section = self._syntax is not None and bool(self._syntax.section)
             self._state = _ParserState.BEFORE_CALL if has_section else _ParserState.HEAD
-        return bool(mark)
+        return bool(delimiter)
 
     @property
     def _keeps_partial_delimiters(self) -> bool:
@@ -188,16 +188,16 @@ class AnswerParser:
         """Read up to the delimiter of a call, or up to the end of the section."""
         form, is_first = self._call_syntax, bool(self._unconfirmed_text)
         begin = form.begin if is_first or not form.next_begin else form.next_begin
-        marks = [begin.strip()] + [form.section_end] * (not is_first)
+        delimiters = [begin.strip()] + [form.section_end] * (not is_first)
         before = self._lookahead.text
         if not is_first and self._lookahead.skip_delimiter(form.section_end):
             self._state = _ParserState.TEXT
             return True
-        if self._lookahead.skip_delimiter(marks[0]):
+        if self._lookahead.skip_delimiter(delimiters[0]):
             self._unconfirmed_text += before[: len(before) - len(self._lookahead.text)]
             self._state = _ParserState.HEAD
             return True
-        is_open = self._lookahead.is_prefix_of(marks)
+        is_open = self._lookahead.is_prefix_of(delimiters)
         if is_open and self._lookahead.needs_more_text:
             return False
         is_cut = is_open and self._lookahead.may_grow
@@ -270,13 +270,13 @@ class AnswerParser:
         if is_cut and not self._keeps_partial_delimiters:
             self._lookahead.text = ""
         else:
-            mark = (
+            delimiter = (
                 self._call_syntax.first_delimiter
                 if self._unconfirmed_text.startswith(self._call_syntax.first_delimiter)
                 else ""
             )
-            self._lookahead.text = self._unconfirmed_text[len(mark) :] + self._lookahead.text
-            self._add_text(mark, output)
+            self._lookahead.text = self._unconfirmed_text[len(delimiter) :] + self._lookahead.text
+            self._add_text(delimiter, output)
         self._unconfirmed_text, self._state = "", _ParserState.TEXT
 
     def _read_tail(self) -> bool:
@@ -312,7 +312,7 @@ def _check_head(reading: TemplateMatch, text: str, ahead: tuple[str, ...]) -> Ma
     """Return the outcome of a head, which one of the texts ``ahead`` must follow."""
     if reading.outcome is not MatchOutcome.WHOLE:
         return reading.outcome
-    behind = text[reading.end :].lstrip()
-    if behind.startswith(ahead):
+    following = text[reading.end :].lstrip()
+    if following.startswith(ahead):
         return MatchOutcome.WHOLE
-    return MatchOutcome.PARTIAL if is_delimiter_prefix(behind, ahead) else MatchOutcome.BROKEN
+    return MatchOutcome.PARTIAL if is_delimiter_prefix(following, ahead) else MatchOutcome.BROKEN

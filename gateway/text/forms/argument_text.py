@@ -65,11 +65,11 @@ class ArgumentReader:
         return self._read_json(text, is_last) if self._is_json else self._read(text, is_last)
 
     def _read(self, text: str, is_last: bool) -> tuple[str, str, bool]:
-        value, mark, rest = split_at_delimiter(text, (self._end,))
-        if mark:
+        value, delimiter, rest = split_at_delimiter(text, (self._end,))
+        if delimiter:
             return rest, self._finish_value(value), True
-        marks = (self._end, f"\n{self._end}") if self._has_breaks else (self._end,)
-        kept = partial_delimiter_length(value, marks)
+        delimiters = (self._end, f"\n{self._end}") if self._has_breaks else (self._end,)
+        kept = partial_delimiter_length(value, delimiters)
         certain, rest = value[: len(value) - kept], value[len(value) - kept :]
         if is_last:  # an incomplete delimiter at the end of the answer is not part of the value
             return "", self._writer.feed(certain) + self._writer.finish_incomplete(), False
@@ -77,14 +77,14 @@ class ArgumentReader:
 
     def _read_json(self, text: str, is_last: bool) -> tuple[str, str, bool]:
         """Like ``read``, for JSON. If a string does not end, the first delimiter ends the value."""
-        held = self._pending_json + text
-        position = self._delimiter_finder.find(held, self._end)
+        pending = self._pending_json + text
+        position = self._delimiter_finder.find(pending, self._end)
         if position < 0 and not is_last:
-            self._pending_json = held
+            self._pending_json = pending
             return "", "", False
         if position < 0:
-            return self._read(held, is_last)
-        return held[position + len(self._end) :], self._finish_value(held[:position]), True
+            return self._read(pending, is_last)
+        return pending[position + len(self._end) :], self._finish_value(pending[:position]), True
 
     def _finish_value(self, value: str) -> str:
         value = value.removesuffix("\n") if self._has_breaks else value
@@ -98,7 +98,7 @@ class _DelimiterFinder:
         self._place = 0
         self._is_string = False
 
-    def find(self, text: str, mark: str) -> int:
+    def find(self, text: str, delimiter: str) -> int:
         """Return the position of the delimiter, or -1 if the text does not contain it yet."""
         while self._place < len(text):
             if self._is_string:
@@ -110,11 +110,11 @@ class _DelimiterFinder:
                 self._is_string = False
                 continue
             opening = text.find('"', self._place)
-            position = text.find(mark, self._place)
+            position = text.find(delimiter, self._place)
             if position >= 0 and (opening < 0 or position < opening):
                 return position
             if opening < 0:
-                self._place = len(text) - partial_delimiter_length(text, (mark,))
+                self._place = len(text) - partial_delimiter_length(text, (delimiter,))
                 return -1
             self._place, self._is_string = opening + 1, True
         return -1

@@ -14,10 +14,10 @@ from gateway.text.schemas.alternatives import (
     json_type_of,
     types_of_alternative,
 )
-from gateway.text.schemas.arguments import arguments_of
+from gateway.text.schemas.arguments import tool_arguments
 from gateway.text.schemas.clean_schema import TYPES
 from gateway.text.schemas.text_rules import text_rules
-from gateway.text.schemas.value_check import ValueCheck
+from gateway.text.schemas.value_check import ValueChecker
 
 _WORDS = {"True": "true", "False": "false", "None": "null"}
 """Python literals that some templates show for earlier arguments, and that models then write."""
@@ -35,7 +35,7 @@ class ValueWriters:
     """
 
     def __init__(self, tool: Tool) -> None:
-        self._arguments = arguments_of(tool, is_strict=False)
+        self._arguments = tool_arguments(tool, is_strict=False)
 
     def make_writer(self, name: str, is_text_flag: str | None = None) -> ValueWriter:
         """Return the writer of an argument.
@@ -48,7 +48,7 @@ class ValueWriters:
         kinds, openings = self._types_and_openings(schema)
         if kinds == {"string"} or (is_text_flag == "true" and "string" in kinds):
             return _TextWriter()
-        check = ValueCheck(self._arguments.clean)
+        check = ValueChecker(self._arguments.clean)
         writer = _AnyWriter(kinds, lambda value: check.fits(value, schema), is_text_flag == "false")
         writer.json_openings = ANY_OPENING if is_text_flag == "false" else openings
         return writer
@@ -63,8 +63,10 @@ class ValueWriters:
         kinds = frozenset[str]().union(*map(types_of_alternative, schema_alternatives)) or _ALL
         if "string" not in kinds:
             return kinds, ANY_OPENING
-        words = [word for rule in rules for word in rule.values or ("{", "[")]
-        return kinds, "".join(c for c in "{[" if not any(w.lstrip()[:1] == c for w in words))
+        openings_of_texts = [word for rule in rules for word in rule.values or ("{", "[")]
+        return kinds, "".join(
+            c for c in "{[" if not any(w.lstrip()[:1] == c for w in openings_of_texts)
+        )
 
 
 class ValueWriter(ABC):

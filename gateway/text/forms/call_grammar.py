@@ -31,7 +31,7 @@ _OBJECT = frozenset({"type", "properties", "additionalProperties"})
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class GrammarRule:
     """A rule of a grammar, one line."""
 
     name: str
@@ -45,8 +45,8 @@ class Rule:
         return f"{self.name}: {self.body}"
 
 
-ArgumentRules = Callable[[Tool, int], list[Rule]]
-"""Returns, for a tool and its index PLACE, the rule ``args_PLACE`` and the rules that it uses."""
+ArgumentRules = Callable[[Tool, int], list[GrammarRule]]
+"""Returns, for a tool and its index INDEX, the rule ``args_INDEX`` and the rules that it uses."""
 
 
 def check_combinable_with_tools(answer: Grammar | None) -> None:
@@ -55,22 +55,22 @@ def check_combinable_with_tools(answer: Grammar | None) -> None:
         raise RequestError(f"{answer.field} cannot go with tools", answer.field)
 
 
-def terminal(text: str, mark_ids: Mapping[str, int]) -> str:
+def terminal(text: str, token_ids: Mapping[str, int]) -> str:
     """Return the expression for a text: a token by its id, any other text as a literal."""
-    return f"<[{mark_ids[text]}]>" if text in mark_ids else json.dumps(text)
+    return f"<[{token_ids[text]}]>" if text in token_ids else json.dumps(text)
 
 
-def text_up_to(text: str, mark_ids: Mapping[str, int], rule: str) -> tuple[str, list[str]]:
+def text_up_to(text: str, token_ids: Mapping[str, int], rule: str) -> tuple[str, list[str]]:
     """Return an expression for any text up to and with the delimiter ``text``, and its rules.
 
     The grammar must define the rule ``TEXT``, which cannot contain a delimiter that is a token.
     """
-    if text in mark_ids:
-        return f"TEXT {terminal(text, mark_ids)}", []
+    if text in token_ids:
+        return f"TEXT {terminal(text, token_ids)}", []
     return rule, [f"{rule}[lazy]: {ANY_TEXT} {json.dumps(text)}"]
 
 
-def object_rules(tool: Tool, index: int) -> list[Rule]:
+def object_rules(tool: Tool, index: int) -> list[GrammarRule]:
     """Return the rules for arguments as a JSON object."""
     clean = argument_schema(tool, tool.is_strict)
     root = forbid_additional(clean.resolve(clean.root))
@@ -79,14 +79,14 @@ def object_rules(tool: Tool, index: int) -> list[Rule]:
         schema["type"] = "object"  # arguments are never null
     body = json_rule(schema, tool.is_strict)
     fallback = None if tool.is_strict else json_rule(_ANY_OBJECT, False)
-    return [Rule(f"args_{index}", body, rule_label(tool), fallback)]
+    return [GrammarRule(f"args_{index}", body, rule_label(tool), fallback)]
 
 
 def call_rules(
     tools: Sequence[Tool],
     expressions_around: Mapping[str, tuple[str, str]],
     arguments: ArgumentRules = object_rules,
-) -> list[Rule]:
+) -> list[GrammarRule]:
     """Return the rule ``call`` and the rules that it uses.
 
     If the rules are too large, tools that are not strict accept any arguments, the largest first.
@@ -99,10 +99,10 @@ def call_rules(
     Raises:
         RequestError: the schemas are too large, or a grammar cannot express a strict one.
     """
-    calls = [Rule("call", " | ".join(f"call_{index}" for index in range(len(tools))))]
+    calls = [GrammarRule("call", " | ".join(f"call_{index}" for index in range(len(tools))))]
     for index, tool in enumerate(tools):
-        before, behind = expressions_around[tool.name]
-        calls.append(Rule(f"call_{index}", f"{before} args_{index} {behind}"))
+        before, after = expressions_around[tool.name]
+        calls.append(GrammarRule(f"call_{index}", f"{before} args_{index} {after}"))
     by_tool = [arguments(tool, index) for index, tool in enumerate(tools)]
     sizes = list(map(_num_bytes, by_tool))
     for index in sorted(range(len(tools)), key=sizes.__getitem__, reverse=True):
@@ -120,17 +120,17 @@ def rule_label(tool: Tool, part: str = "") -> str:
     return f"{tool.path} of {tool.name!r}{part and ': '}{part}"
 
 
-def lark_grammar(rules: Sequence[Rule | str], field: str) -> Grammar:
+def lark_grammar(rules: Sequence[GrammarRule | str], field: str) -> Grammar:
     parts = tuple(
         GrammarPart(rule=rule.name, label=rule.label, fallback=rule.fallback)
         for rule in rules
-        if isinstance(rule, Rule) and rule.label
+        if isinstance(rule, GrammarRule) and rule.label
     )
     text = "".join(f"{rule}\n" for rule in rules)
     return Grammar(kind=GrammarKind.LARK, text=text, field=field, parts=parts)
 
 
-def _num_bytes(rules: Sequence[Rule]) -> int:
+def _num_bytes(rules: Sequence[GrammarRule]) -> int:
     return sum(len(str(rule).encode("utf-8", "surrogatepass")) + 1 for rule in rules)
 
 

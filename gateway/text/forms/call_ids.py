@@ -25,7 +25,7 @@ _KIMI = re.compile(r"functions\.[A-Za-z0-9_.-]+:([0-9]{1,9})")
 _REQUIRED_PATTERNS = {ToolForm.MISTRAL: _MISTRAL, ToolForm.KIMI: _KIMI}
 
 
-class CallIds:
+class CallIdGenerator:
     """Creates unique ids.
 
     Args:
@@ -103,8 +103,8 @@ def conversation_call_ids(
     messages: Sequence[Mapping[str, Any]], form: ToolForm | None
 ) -> Collection[str]:
     """Return the ids of the calls in a conversation as its template sees them."""
-    shown = fit_call_ids(messages, form)
-    named = [call.get("id") for message in shown for call in _calls(message)]
+    fitted = fit_call_ids(messages, form)
+    named = [call.get("id") for message in fitted for call in _calls(message)]
     return {one for one in named if isinstance(one, str)}
 
 
@@ -117,7 +117,7 @@ def fit_call_ids(
     """
     if form not in _REQUIRED_PATTERNS:
         return messages
-    ids = CallIds(form)
+    ids = CallIdGenerator(form)
     waiting: dict[str | None, deque[str]] = {}
     fitted: list[Mapping[str, Any]] = []
     for message in messages:

@@ -17,38 +17,44 @@ _PATTERNS = {
 _TRUTHS = ("true", "false")
 
 
-def split_at_delimiter(text: str, marks: Sequence[str]) -> tuple[str, str, str]:
+def split_at_delimiter(text: str, delimiters: Sequence[str]) -> tuple[str, str, str]:
     """Split a text at the first delimiter: text before it, delimiter (or empty), rest."""
-    places = [(position, mark) for mark in marks if (position := text.find(mark)) >= 0]
-    if not places:
+    candidates = [
+        (position, delimiter) for delimiter in delimiters if (position := text.find(delimiter)) >= 0
+    ]
+    if not candidates:
         return text, "", ""
-    position, mark = min(places)
-    return text[:position], mark, text[position + len(mark) :]
+    position, delimiter = min(candidates)
+    return text[:position], delimiter, text[position + len(delimiter) :]
 
 
-def partial_delimiter_length(text: str, marks: Sequence[str]) -> int:
+def partial_delimiter_length(text: str, delimiters: Sequence[str]) -> int:
     """Return the number of characters at the end of a text that may begin a delimiter."""
-    max_length = max(map(len, marks), default=1) - 1
+    max_length = max(map(len, delimiters), default=1) - 1
     sizes = range(min(max_length, len(text)), 0, -1)
-    return next((n for n in sizes if any(mark.startswith(text[-n:]) for mark in marks)), 0)
+    return next(
+        (n for n in sizes if any(delimiter.startswith(text[-n:]) for delimiter in delimiters)), 0
+    )
 
 
-def is_delimiter_prefix(text: str, marks: Sequence[str]) -> bool:
+def is_delimiter_prefix(text: str, delimiters: Sequence[str]) -> bool:
     """Whether a text is a proper prefix of a delimiter."""
-    return any(len(text) < len(mark) and mark.startswith(text) for mark in marks)
+    return any(
+        len(text) < len(delimiter) and delimiter.startswith(text) for delimiter in delimiters
+    )
 
 
-def resolve_partial_name(begun: str, text: str, names: Collection[str]) -> str:
+def resolve_partial_name(partial_name: str, text: str, names: Collection[str]) -> str:
     """Return the function in a head that the end of the answer cuts; empty if it is ambiguous.
 
     Args:
-        begun: the name of the function or its beginning.
+        partial_name: the name of the function or its beginning.
         text: the head so far.
         names: names of the functions.
     """
-    if begun in names and not text.endswith(begun):
-        return begun
-    fitting = [name for name in names if name.startswith(begun)]
+    if partial_name in names and not text.endswith(partial_name):
+        return partial_name
+    fitting = [name for name in names if name.startswith(partial_name)]
     return fitting[0] if len(fitting) == 1 else ""
 
 

@@ -39,15 +39,15 @@ class Lookahead:
         """Whether an incomplete match may still complete: more text may follow."""
         return not self.is_last and self.may_grow
 
-    def is_prefix_of(self, marks: Sequence[str]) -> bool:
-        """Whether ``words`` is a proper prefix of one of the delimiters ``marks``."""
-        return is_delimiter_prefix(self.stripped_window, marks)
+    def is_prefix_of(self, delimiters: Sequence[str]) -> bool:
+        """Whether ``words`` is a proper prefix of one of the delimiters ``delimiters``."""
+        return is_delimiter_prefix(self.stripped_window, delimiters)
 
-    def skip_delimiter(self, mark: str) -> bool:
+    def skip_delimiter(self, delimiter: str) -> bool:
         """Drop a delimiter and the white space before it if it is next; return whether it was."""
-        if not self.stripped_window.startswith(mark):
+        if not self.stripped_window.startswith(delimiter):
             return False
-        self.text = self.text.lstrip()[len(mark) :]
+        self.text = self.text.lstrip()[len(delimiter) :]
         return True
 
     def drop(self, num_chars: int | None = None) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.core.tool_use import Tool
-from gateway.text.forms.call_grammar import Rule, json_rule, rule_label, terminal
+from gateway.text.forms.call_grammar import GrammarRule, json_rule, rule_label, terminal
 from gateway.text.forms.call_syntax import PairSyntax, Part, Placeholder
 from gateway.text.schemas.alternatives import (
     NON_STRING_TYPES,
@@ -20,7 +20,7 @@ from gateway.text.schemas.alternatives import (
     alternatives,
     types_of_alternative,
 )
-from gateway.text.schemas.arguments import Arguments, Shape, arguments_of
+from gateway.text.schemas.arguments import ArgumentSet, ToolArguments, tool_arguments
 from gateway.text.schemas.clean_schema import unsupported_schema
 from gateway.text.schemas.patterns import full_match, grammar_regex
 from gateway.text.schemas.text_rules import TextRule, text_rules
@@ -28,7 +28,7 @@ from gateway.text.schemas.text_rules import TextRule, text_rules
 BREAK = "BREAK?"
 BREAK_RULE = r"BREAK: /[ \n]/"
 _MAX_COUNTED = 1000
-"""Maximum number of rules that count arguments for a shape, and of counted arguments."""
+"""Maximum number of rules that count arguments for a set, and of counted arguments."""
 _TEXT, _NO_TEXT = '"true"', '"false"'
 _ANY_TEXT = "VALUE"
 _OTHER_KEY = r"/[^\s\x00-\x1f\"<>\x7f]([^\x00-\x1f\"<>\x7f]{0,62}[^\s\x00-\x1f\"<>\x7f])?/"
@@ -36,11 +36,14 @@ _OTHER_KEY = r"/[^\s\x00-\x1f\"<>\x7f]([^\x00-\x1f\"<>\x7f]{0,62}[^\s\x00-\x1f\"
 
 
 def parts_expression(
-    parts: tuple[Part, ...], mark_ids: Mapping[str, int], slots: Mapping[Placeholder, str]
+    parts: tuple[Part, ...],
+    token_ids: Mapping[str, int],
+    substitutions: Mapping[Placeholder, str],
 ) -> str:
-    """Return a grammar expression for parts of a call; ``slots`` has the variable parts."""
+    """Return a grammar expression for parts of a call; ``substitutions`` has the variable parts."""
     return " ".join(
-        slots[part] if isinstance(part, Placeholder) else terminal(part, mark_ids) for part in parts
+        substitutions[part] if isinstance(part, Placeholder) else terminal(part, token_ids)
+        for part in parts
     )
 
 
@@ -49,37 +52,39 @@ class PairRules:
     """Creates the rules for the arguments of each tool."""
 
     syntax: PairSyntax
-    mark_ids: Mapping[str, int]
+    token_ids: Mapping[str, int]
 
-    def shared_rules(self) -> list[Rule]:
+    def shared_rules(self) -> list[GrammarRule]:
         """Return the rules that all tools share."""
-        return [Rule(_ANY_TEXT, self.text_terminal(TextRule().expression(self.syntax.end)))]
+        return [GrammarRule(_ANY_TEXT, self.text_terminal(TextRule().expression(self.syntax.end)))]
 
-    def tool_rules(self, tool: Tool, index: int) -> list[Rule]:
-        """Return the rule ``args_PLACE`` and the rules that it uses.
+    def tool_rules(self, tool: Tool, index: int) -> list[GrammarRule]:
+        """Return the rule ``args_INDEX`` and the rules that it uses.
 
         Raises:
             RequestError: the tool is strict, and a grammar cannot express its schema.
         """
-        arguments = arguments_of(tool, tool.is_strict)
+        arguments = tool_arguments(tool, tool.is_strict)
         return _ToolRules(self, tool, index, arguments).make()
 
     def text_terminal(self, expression: str) -> str:
         """Return a terminal: texts, with the delimiter after them unless it is a token."""
         end = self.syntax.end
-        behind = "\n" if self.syntax.has_breaks else ""
-        behind += "" if end in self.mark_ids else end
-        return f"({expression}) {json.dumps(behind)}" if behind else expression
+        suffix = "\n" if self.syntax.has_breaks else ""
+        suffix += "" if end in self.token_ids else end
+        return f"({expression}) {json.dumps(suffix)}" if suffix else expression
 
     @property
     def after_text(self) -> str:
         """The delimiter after a text if it is a token, else empty."""
-        return terminal(self.syntax.end, self.mark_ids) if self.syntax.end in self.mark_ids else ""
+        return (
+            terminal(self.syntax.end, self.token_ids) if self.syntax.end in self.token_ids else ""
+        )
 
     @property
     def after_json(self) -> str:
         opening = f"{json.dumps(chr(10))} " if self.syntax.has_breaks else ""
-        return opening + terminal(self.syntax.end, self.mark_ids)
+        return opening + terminal(self.syntax.end, self.token_ids)
 
     @property
     def states_type(self) -> bool:
@@ -87,9 +92,13 @@ class PairRules:
         return Placeholder.IS_TEXT in self.syntax.head
 
     def argument_head(self, key: str, truth: str) -> str:
-        slots = {Placeholder.KEY: key, Placeholder.IS_TEXT: truth, Placeholder.BREAK: BREAK}
+        substitutions = {
+            Placeholder.KEY: key,
+            Placeholder.IS_TEXT: truth,
+            Placeholder.BREAK: BREAK,
+        }
         opening = json.dumps("\n") if self.syntax.has_breaks else ""
-        before = parts_expression(self.syntax.head, self.mark_ids, slots)
+        before = parts_expression(self.syntax.head, self.token_ids, substitutions)
         return " ".join(filter(None, [BREAK, before, opening]))
 
 
@@ -99,45 +108,49 @@ class _ToolRules:
 
     pairs: PairRules
     tool: Tool
-    place: int
-    arguments: Arguments
-    _rules: list[Rule] = field(default_factory=list)
+    index: int
+    arguments: ToolArguments
+    _rules: list[GrammarRule] = field(default_factory=list)
     _names: dict[str, str] = field(default_factory=dict)
     """Names of rules by body."""
 
-    def make(self) -> list[Rule]:
-        shapes = list(dict.fromkeys(map(self._shape_expression, self.arguments.shapes)))
-        close = terminal(self.pairs.syntax.close, self.pairs.mark_ids)
-        body = f"({' | '.join(shapes)}) {BREAK} {close}"
-        return [Rule(f"args_{self.place}", body), *self._rules]
+    def make(self) -> list[GrammarRule]:
+        expressions = list(
+            dict.fromkeys(map(self._argument_set_expression, self.arguments.argument_sets))
+        )
+        close = terminal(self.pairs.syntax.close, self.pairs.token_ids)
+        body = f"({' | '.join(expressions)}) {BREAK} {close}"
+        return [GrammarRule(f"args_{self.index}", body), *self._rules]
 
-    def _shape_expression(self, shape: Shape) -> str:
-        """Return an expression for the arguments of a shape, in the order of the schema."""
+    def _argument_set_expression(self, argument_set: ArgumentSet) -> str:
+        """Return an expression for the arguments of a set, in the order of the schema."""
         names = [
             (
                 self._add_rule("arg", self._argument(json.dumps(key), schema, key)),
-                key in shape.required,
+                key in argument_set.required,
             )
-            for key, schema in shape.properties.items()
+            for key, schema in argument_set.properties.items()
         ]
-        taken = " | ".join(map(json.dumps, shape.properties))
+        taken = " | ".join(map(json.dumps, argument_set.properties))
         excluded = f" & ~({taken})" if taken else ""
         others: list[str] = []
-        for pattern, schema in shape.patterns.items():
+        for pattern, schema in argument_set.patterns.items():
             if (matching := full_match(pattern)) is None:
-                self._refuse(("patternProperties", pattern), "has anchors within groups")
+                self._reject(("patternProperties", pattern), "has anchors within groups")
                 continue
             key = f"{grammar_regex(matching)} & {_OTHER_KEY}{excluded}"
             others.append(self._additional_argument(key, schema, pattern))
-        if shape.others is not False:
+        if argument_set.others is not False:
             not_matching = "".join(
                 f" & ~{grammar_regex(matching)}"
-                for pattern in shape.patterns
+                for pattern in argument_set.patterns
                 if (matching := full_match(pattern)) is not None
             )
             key = f"{_OTHER_KEY}{excluded}{not_matching}"
-            others.append(self._additional_argument(key, shape.others, "additionalProperties"))
-        if counted := self._counted_arguments(shape, names, " | ".join(others)):
+            others.append(
+                self._additional_argument(key, argument_set.others, "additionalProperties")
+            )
+        if counted := self._counted_arguments(argument_set, names, " | ".join(others)):
             return counted
         parts = [name if is_required else f"{name}?" for name, is_required in names]
         if others:
@@ -145,7 +158,7 @@ class _ToolRules:
         return " ".join(parts) or '""'
 
     def _counted_arguments(
-        self, shape: Shape, names: Sequence[tuple[str, bool]], others: str
+        self, argument_set: ArgumentSet, names: Sequence[tuple[str, bool]], others: str
     ) -> str:
         """Return an expression that limits the number of arguments; its rules count them.
 
@@ -153,13 +166,13 @@ class _ToolRules:
         express them. For example, two arguments with at least one required give
         ``a: arg_0 a1 | arg_1``, ``a1: arg_1?``.
         """
-        min_arguments, max_arguments = shape.min_arguments, shape.max_arguments
+        min_arguments, max_arguments = argument_set.min_arguments, argument_set.max_arguments
         fits = max_arguments is None or (not others and max_arguments >= len(names))
-        if fits and min_arguments <= len(shape.required):
+        if fits and min_arguments <= len(argument_set.required):
             return ""
         highest = min(min_arguments if fits or max_arguments is None else max_arguments, len(names))
         if max(min_arguments, max_arguments or 0, len(names) * highest) > _MAX_COUNTED:
-            self._refuse((), f"needs more than {_MAX_COUNTED} rules to count arguments")
+            self._reject((), f"needs more than {_MAX_COUNTED} rules to count arguments")
             return ""
         after = [
             _remaining_arguments(count, min_arguments, None if fits else max_arguments, others)
@@ -175,7 +188,7 @@ class _ToolRules:
                     ways.append(left_out)
                 after.append(f"({' | '.join(ways)})" if ways else None)
         if after[0] is None:
-            self._refuse((), "allows no arguments")
+            self._reject((), "allows no arguments")
         return after[0] or ""
 
     def _additional_argument(self, key: str, schema: Any, about: str) -> str:
@@ -188,8 +201,8 @@ class _ToolRules:
         pairs, text, value = self.pairs, *self._value_rules(schema, about)
         ways: dict[str, list[str]] = {}
         if text:
-            behind = f"{text} {pairs.after_text}".strip()
-            ways.setdefault(pairs.argument_head(key, _TEXT), []).append(behind)
+            suffix = f"{text} {pairs.after_text}".strip()
+            ways.setdefault(pairs.argument_head(key, _TEXT), []).append(suffix)
         if value and not (text == _ANY_TEXT and not pairs.states_type):
             head = pairs.argument_head(key, _NO_TEXT)
             ways.setdefault(head, []).append(f"{value} {pairs.after_json}")
@@ -205,7 +218,7 @@ class _ToolRules:
             if is_strict and not schema_alternatives:
                 raise UnsupportedSchemaError("no value is allowed")
         except UnsupportedSchemaError as err:
-            self._refuse((about,), str(err))
+            self._reject((about,), str(err))
             rules, kinds = [TextRule()], frozenset(NON_STRING_TYPES)
         label = rule_label(self.tool, about)
         text = value = ""
@@ -222,16 +235,16 @@ class _ToolRules:
             value = self._add_rule("v", body, label, None if is_strict else json_rule({}, False))
         return text, value
 
-    def _refuse(self, path: tuple[str, ...], rule: str) -> None:
+    def _reject(self, path: tuple[str, ...], rule: str) -> None:
         if self.tool.is_strict:
             raise unsupported_schema(self.tool, path, rule)
 
     def _add_rule(self, kind: str, body: str, label: str = "", fallback: str | None = None) -> str:
         """Add a rule and return its name, which starts with ``kind``; terminals are upper case."""
         if body not in self._names:
-            name = f"{kind}_{self.place}_{len(self._names)}"
+            name = f"{kind}_{self.index}_{len(self._names)}"
             self._names[body] = name
-            self._rules.append(Rule(name, body, label, fallback))
+            self._rules.append(GrammarRule(name, body, label, fallback))
         return self._names[body]
 
 

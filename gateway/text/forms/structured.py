@@ -27,14 +27,14 @@ _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
 
 @dataclass(frozen=True, slots=True)
-class FormatNames:
+class FormatFieldNames:
     """Field names of the output format in a protocol, for error messages."""
 
     field: str = "response_format"
     schema: str = "response_format.json_schema.schema"
 
 
-CHAT_NAMES = FormatNames()
+CHAT_NAMES = FormatFieldNames()
 """Field names in completions and chat."""
 
 
@@ -42,7 +42,7 @@ def make_grammar(
     format_type: str | None,
     format_schema: Any,
     constraints: Mapping[str, Any],
-    names: FormatNames = CHAT_NAMES,
+    names: FormatFieldNames = CHAT_NAMES,
 ) -> Grammar | None:
     """Return the grammar of an output; None if its text is not constrained.
 
@@ -92,7 +92,7 @@ def make_answer_format(
     grammar: Grammar | None,
     name: object,
     description: object = None,
-    names: FormatNames = CHAT_NAMES,
+    names: FormatFieldNames = CHAT_NAMES,
 ) -> AnswerFormat | None:
     """Return the part of ``response_format`` for the prompt; None if it has no schema.
 
@@ -108,7 +108,7 @@ def make_answer_format(
     return AnswerFormat(schema=grammar.text, name=texts[0], description=texts[1])
 
 
-def _from_format(kind: str, schema: Any, names: FormatNames) -> Grammar | None:
+def _from_format(kind: str, schema: Any, names: FormatFieldNames) -> Grammar | None:
     name = names.field
     if kind == "text":
         return None

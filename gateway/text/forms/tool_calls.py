@@ -39,7 +39,7 @@ class ParsedPiece:
     parts: tuple[ParsedText | CallDelta, ...] = field(default=(), compare=False)
     """All parts in the order of the answer; may be empty if there is only one kind."""
 
-    def joined(self) -> ParsedPiece:
+    def merge_calls(self) -> ParsedPiece:
         """Merge the pieces of each call: clients would read several pieces as several calls."""
         calls: list[CallDelta] = []
         for _, pieces in groupby(self.calls, key=lambda call: call.index):
@@ -48,7 +48,7 @@ class ParsedPiece:
             calls.append(replace(first, arguments=arguments))
         return replace(self, calls=tuple(calls))
 
-    def in_order(self) -> tuple[ParsedText | CallDelta, ...]:
+    def ordered_parts(self) -> tuple[ParsedText | CallDelta, ...]:
         """Return the parts in the order in which the model wrote them."""
         if self.parts:
             return self.parts
@@ -69,7 +69,7 @@ class PieceBuilder:
     def add_call(self, call: CallDelta) -> None:
         self._parts.append(call)
 
-    def piece(self) -> ParsedPiece:
+    def build(self) -> ParsedPiece:
         texts = [part for part in self._parts if isinstance(part, ParsedText)]
         calls = tuple(part for part in self._parts if isinstance(part, CallDelta))
         content = "".join(part.text for part in texts if not part.is_reasoning)

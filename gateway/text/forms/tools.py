@@ -23,7 +23,7 @@ _SHOWN_CHARS = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FieldNames:
+class ToolFieldNames:
     """Field names of an entry of ``tools`` in a protocol, for error messages."""
 
     name: str = "function.name"
@@ -39,7 +39,7 @@ def make_tool_use(
     is_parallel: bool | None = None,
     *,
     among: Collection[str] = (),
-    names: FieldNames | None = None,
+    names: ToolFieldNames | None = None,
 ) -> ToolUse | None:
     """Check the tools of a request; return None if the model must not see any tool.
 
@@ -60,7 +60,7 @@ def make_tool_use(
     require(choice is None or choice in choices, field, rule)
     needs = name is not None or choice == "required"
     require(bool(tools) or not needs, field, "needs tools")
-    tools = _check_tools(tools, names or FieldNames())
+    tools = _check_tools(tools, names or ToolFieldNames())
     only = tuple(among) if name is None else (name,)
     if not tools or (choice == "none" and name is None):
         return None
@@ -73,7 +73,7 @@ def make_tool_use(
     )
 
 
-def _check_tools(tools: Sequence[Tool], names: FieldNames) -> list[Tool]:
+def _check_tools(tools: Sequence[Tool], names: ToolFieldNames) -> list[Tool]:
     """Check the tools and set their ``path``. Raises ``RequestError``."""
     check_length("tools", len(tools), MAX_TOOLS)
     checked: list[Tool] = []

@@ -34,10 +34,10 @@ def _arguments(schema: ResolvedSchema) -> str:
     return f"_: {_described(schema, _type(schema, ''))}" if has_any else ""
 
 
-def _described(schema: ResolvedSchema, shown: str) -> str:
+def _described(schema: ResolvedSchema, type_text: str) -> str:
     """Return a type, preceded by its description if it is an object."""
     lines = comment(schema.get("description")) if schema.has_properties else []
-    return "\n".join([*lines, shown])
+    return "\n".join([*lines, type_text])
 
 
 def _type(schema: ResolvedSchema, indent: str) -> str:
@@ -69,8 +69,8 @@ def _array(schema: ResolvedSchema, indent: str) -> str:
     if item is None:
         return "Array<any>"
     choices = _choices(item, indent)
-    shown = _described(item, " | ".join(choices))
-    return f"({shown})[]" if len(choices) > 1 else f"{shown}[]"
+    item_type = _described(item, " | ".join(choices))
+    return f"({item_type})[]" if len(choices) > 1 else f"{item_type}[]"
 
 
 def _object(schema: ResolvedSchema, indent: str) -> str:
@@ -100,8 +100,8 @@ def _property(key: str, schema: ResolvedSchema, indent: str) -> list[str]:
 
 def _variant(variant: ResolvedSchema, owner: ResolvedSchema, indent: str) -> str:
     description = str(variant.get("description") or "").replace("\n", " ")
-    shown = "" if description == owner.get("description") else description
-    note = " ".join(filter(None, [shown, _default(variant)]))
+    note_text = "" if description == owner.get("description") else description
+    note = " ".join(filter(None, [note_text, _default(variant)]))
     return f" | {_type(variant, indent + _INDENT)}" + (f" // {note}" if note else "")
 
 

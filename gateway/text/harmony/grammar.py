@@ -15,7 +15,7 @@ from gateway.core.tool_use import ToolUse
 from gateway.text.forms.call_grammar import (
     ANY_TEXT,
     FIELD,
-    Rule,
+    GrammarRule,
     answer_rule,
     call_rules,
     check_combinable_with_tools,
@@ -71,7 +71,7 @@ def harmony_grammar(
     if opened not in ("", OPENED) and not opened.endswith(MESSAGE):
         field = FIELD if answer is None else answer.field
         raise RequestError(f"{field} cannot go with a prompt that ends within a header", field)
-    lines: list[Rule | str] = [
+    lines: list[GrammarRule | str] = [
         *_start_rules(use, special_ids, opened),
         *_message_rules(special_ids),
     ]
@@ -120,7 +120,7 @@ def _message_rules(special_ids: Mapping[str, int]) -> list[str]:
     ]
 
 
-def _tool_rules(use: ToolUse, special_ids: Mapping[str, int]) -> list[Rule]:
+def _tool_rules(use: ToolUse, special_ids: Mapping[str, int]) -> list[GrammarRule]:
     channel, constrain, message, call = (
         terminal(m, special_ids) for m in (CHANNEL, CONSTRAIN, MESSAGE, CALL)
     )

@@ -11,7 +11,7 @@ import json
 from collections.abc import Collection
 from enum import Enum, auto
 
-from gateway.text.forms.call_ids import CallIds
+from gateway.text.forms.call_ids import CallIdGenerator
 from gateway.text.forms.delimiters import (
     partial_delimiter_length,
     resolve_partial_name,
@@ -28,7 +28,7 @@ from gateway.text.harmony.special_tokens import (
     ROLE,
     SPECIAL_TOKENS,
     START,
-    Header,
+    MessageHeader,
     read_header,
     strip_signs,
     text_in_header,
@@ -53,7 +53,7 @@ class _HarmonyState(Enum):
     ARGUMENTS = auto()
 
 
-def _text_state(header: Header) -> _HarmonyState:
+def _text_state(header: MessageHeader) -> _HarmonyState:
     return _HarmonyState.CONTENT if header.is_content else _HarmonyState.REASONING
 
 
@@ -71,7 +71,7 @@ class HarmonyParser:
 
     def __init__(self, names: Collection[str] = (), opened: str = OPENED) -> None:
         self._names = frozenset(names)
-        self._ids = CallIds()
+        self._ids = CallIdGenerator()
         self._waiting = opened.removeprefix(OPENED).removeprefix(START)
         self._state = _HarmonyState.HEADER if opened else _HarmonyState.BETWEEN
         self._has_role = not opened.startswith(OPENED)
@@ -92,22 +92,22 @@ class HarmonyParser:
         """Whether there are calls and the last one is complete."""
         return 0 < self.num_complete == self.num_begun
 
-    def feed(self, text: str, is_last: bool = False, ends_with_mark: bool = False) -> ParsedPiece:
+    def feed(self, text: str, is_last: bool = False, ends_with_token: bool = False) -> ParsedPiece:
         """Add ``text`` and return the parsed output that is final.
 
         Args:
             text: the next piece.
             is_last: whether the answer ends; no text is held back.
-            ends_with_mark: whether the answer ended with a special token, which is not in the text.
+            ends_with_token: whether a special token, which is not in the text, ended the answer.
         """
         output = PieceBuilder()
         for start in range(0, max(len(text), 1), _PIECE_CHARS):
             piece = text[start : start + _PIECE_CHARS]
             self._read(piece, output, is_last and start + len(piece) == len(text))
         if is_last and self._state is _HarmonyState.ARGUMENTS:
-            self._end_call(output, ends_with_mark)
+            self._end_call(output, ends_with_token)
             self._state = _HarmonyState.BETWEEN
-        return output.piece()
+        return output.build()
 
     def _read(self, piece: str, output: PieceBuilder, is_last: bool) -> None:
         self._waiting += piece
@@ -125,17 +125,17 @@ class HarmonyParser:
     def _read_between(self, is_last: bool) -> bool:
         """Read up to the next header, or up to text without a header."""
         text = self._waiting
-        if mark := next((mark for mark in _TEXT_ENDS if text.startswith(mark)), ""):
-            self._waiting = text[len(mark) :]
-            if mark == START:
+        if token := next((token for token in _TEXT_ENDS if text.startswith(token)), ""):
+            self._waiting = text[len(token) :]
+            if token == START:
                 self._expect_header(has_role=True)
             return True
-        behind_role = text[:MAX_HEADER_CHARS].removeprefix(ROLE)
-        if _is_header_start(behind_role):
+        after_role = text[:MAX_HEADER_CHARS].removeprefix(ROLE)
+        if _is_header_start(after_role):
             self._expect_header(has_role=text.startswith(ROLE))
             return True
-        may_begin = ROLE.startswith(text) or _may_become_header(behind_role)
-        if not text or (may_begin and not is_last and len(text) <= MAX_HEADER_CHARS):
+        may_become_header = ROLE.startswith(text) or _may_become_header(after_role)
+        if not text or (may_become_header and not is_last and len(text) <= MAX_HEADER_CHARS):
             return False
         self._state = _HarmonyState.CONTENT
         return True
@@ -149,23 +149,23 @@ class HarmonyParser:
             self._state = _HarmonyState.CONTENT
             return True
         window = self._waiting[:_WINDOW_CHARS]
-        header, mark, _ = split_at_delimiter(window, _HEADER_ENDS)
-        if not mark and not is_last and len(window) < _WINDOW_CHARS:
+        header, token, _ = split_at_delimiter(window, _HEADER_ENDS)
+        if not token and not is_last and len(window) < _WINDOW_CHARS:
             return False
-        if not mark:
+        if not token:
             header = window[:MAX_HEADER_CHARS]
-        self._waiting = self._waiting[len(header) + len(mark) :]
-        state = self._add_header_text(header, mark == MESSAGE, output)
-        self._state = _HarmonyState.BETWEEN if mark else state
-        if mark == START:
+        self._waiting = self._waiting[len(header) + len(token) :]
+        state = self._add_header_text(header, token == MESSAGE, output)
+        self._state = _HarmonyState.BETWEEN if token else state
+        if token == START:
             self._expect_header(has_role=True)
-        elif mark == MESSAGE:
+        elif token == MESSAGE:
             self._begin(read_header(header), output)
-        elif not mark and is_last and not self._waiting:
+        elif not token and is_last and not self._waiting:
             self._begin_incomplete(header, output)
         return True
 
-    def _begin(self, header: Header, output: PieceBuilder) -> None:
+    def _begin(self, header: MessageHeader, output: PieceBuilder) -> None:
         name = header.recipient.removeprefix(FUNCTIONS)
         if name != header.recipient and name in self._names:
             self._begin_call(name, output)
@@ -188,8 +188,8 @@ class HarmonyParser:
 
     def _add_header_text(self, header: str, is_whole: bool, output: PieceBuilder) -> _HarmonyState:
         """Add the text in a header to ``output`` and return the state for such text."""
-        has_marks = is_whole or CHANNEL in header or CONSTRAIN in header
-        is_text = self._may_be_text and not has_marks
+        has_tokens = is_whole or CHANNEL in header or CONSTRAIN in header
+        is_text = self._may_be_text and not has_tokens
         text = header if is_text else text_in_header(header, self._has_role, is_whole)
         state = _HarmonyState.CONTENT if is_text else _text_state(read_header(header))
         output.add_text(text, is_reasoning=state is not _HarmonyState.CONTENT)
@@ -197,25 +197,25 @@ class HarmonyParser:
 
     def _read_text(self, output: PieceBuilder, is_last: bool) -> bool:
         """Read the text of a message that is final; return whether the message ends."""
-        text, mark, rest = split_at_delimiter(self._waiting, _TEXT_ENDS)
-        if not mark and not is_last and (kept := partial_delimiter_length(text, _TEXT_ENDS)):
+        text, token, rest = split_at_delimiter(self._waiting, _TEXT_ENDS)
+        if not token and not is_last and (kept := partial_delimiter_length(text, _TEXT_ENDS)):
             text, rest = text[:-kept], text[-kept:]
         self._waiting = rest
         if text:
             self._add_text(text, output)
-        if mark:
+        if token:
             if self._state is _HarmonyState.ARGUMENTS:
-                self._end_call(output, has_mark=mark != START)
+                self._end_call(output, has_token=token != START)
             self._state = _HarmonyState.BETWEEN
-        if mark == START:
+        if token == START:
             self._expect_header(has_role=True)
-        return bool(mark)
+        return bool(token)
 
-    def _end_call(self, output: PieceBuilder, has_mark: bool) -> None:
+    def _end_call(self, output: PieceBuilder, has_token: bool) -> None:
         """End a call. It is complete if its end token is present or its arguments are complete."""
-        if has_mark and not "".join(self._arguments).strip():
+        if has_token and not "".join(self._arguments).strip():
             self._add_text("{}", output)
-        self.num_complete += has_mark or _is_object("".join(self._arguments))
+        self.num_complete += has_token or _is_object("".join(self._arguments))
 
     def _add_text(self, text: str, output: PieceBuilder) -> None:
         if self._state is _HarmonyState.ARGUMENTS:
@@ -232,8 +232,8 @@ def _is_header_start(text: str) -> bool:
 
 def _may_become_header(text: str) -> bool:
     """Whether a text may become the beginning of a header after its role."""
-    words = strip_signs(text)
-    return any(words.startswith(first) or first.startswith(words) for first in _FIRST_WORDS)
+    stripped = strip_signs(text)
+    return any(stripped.startswith(first) or first.startswith(stripped) for first in _FIRST_WORDS)
 
 
 def _is_object(text: str) -> bool:

@@ -76,7 +76,7 @@ class HarmonyPrompt(str):
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class MessageHeader:
     """The parsed header of a message."""
 
     channel: str
@@ -90,10 +90,10 @@ class Header:
         return not self.recipient and self.channel != ANALYSIS
 
 
-def read_header(text: str) -> Header:
+def read_header(text: str) -> MessageHeader:
     """Parse a header; its parts may be in any order."""
     channel, recipient = _CHANNEL_NAME.search(text), _RECIPIENT.search(text)
-    return Header(channel[1] if channel else "", recipient[1] if recipient else "")
+    return MessageHeader(channel[1] if channel else "", recipient[1] if recipient else "")
 
 
 def text_in_header(header: str, has_role: bool, is_whole: bool) -> str:
@@ -108,11 +108,11 @@ def text_in_header(header: str, has_role: bool, is_whole: bool) -> str:
         is_whole: whether ``<|message|>`` ends it.
     """
     position = _role_end(header) if has_role else 0
-    while (words := _WORDS.match(header, position)) and words.end() > position:
-        if words[1] and not _begins_one_of(CHANNELS, words[1]):
-            position = words.start(1)
+    while (match := _WORDS.match(header, position)) and match.end() > position:
+        if match[1] and not _begins_one_of(CHANNELS, match[1]):
+            position = match.start(1)
             break
-        position = words.end()
+        position = match.end()
     text = header[position:]
     may_be_type = is_whole or bool(read_header(header).recipient)
     return "" if may_be_type and _ONE_WORD.fullmatch(text.strip()) else text
@@ -143,8 +143,8 @@ def open_message(prompt: str) -> str:
     position = prompt.rfind(START)
     if position < 0 or any(prompt.find(end, position) >= 0 for end in ENDS):
         return ""
-    header, mark, _ = prompt[position:].partition(MESSAGE)
-    return header + mark
+    header, token, _ = prompt[position:].partition(MESSAGE)
+    return header + token
 
 
 def open_header(ids: Sequence[int], special_ids: Mapping[str, int]) -> Sequence[int]:

@@ -248,8 +248,8 @@ def _format_sections(answer_format: AnswerFormat) -> list[str]:
         if answer_format.name and is_function_name(answer_format.name)
         else _UNNAMED
     )
-    shown = "\n".join([*comment(answer_format.description), answer_format.schema])
-    return ["# Response Formats", f"## {name}", shown]
+    schema_text = "\n".join([*comment(answer_format.description), answer_format.schema])
+    return ["# Response Formats", f"## {name}", schema_text]
 
 
 def _num_instructions(messages: Sequence[_Message]) -> int:

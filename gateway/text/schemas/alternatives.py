@@ -35,7 +35,7 @@ def alternatives(schema: Any, clean: CleanSchema, is_strict: bool) -> list[Alter
     """Return the alternatives of a part of a schema.
 
     Raises:
-        UnfollowedError: there are too many, or, if strict, members of a ``oneOf`` may overlap.
+        UnsupportedSchemaError: too many alternatives or, if strict, ``oneOf`` members may overlap.
     """
     try:
         return _Expansion(clean, is_strict).expand(schema, frozenset())

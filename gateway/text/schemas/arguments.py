@@ -1,7 +1,7 @@
 """The individual arguments of a function, derived from its schema.
 
-A schema may allow several sets of arguments (for example with ``anyOf`` at its root): each set is a
-``Shape``.
+A schema may allow several sets of arguments (for example with ``anyOf`` at its root): each is an
+``ArgumentSet``.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from gateway.text.schemas.alternatives import (
 from gateway.text.schemas.clean_schema import CleanSchema, unsupported_schema
 from gateway.text.schemas.one_of import argument_schema
 
-_MAX_SHAPE_ARGUMENTS = 2000
-"""Maximum number of arguments of all shapes; the size of grammars is limited."""
+_MAX_SET_ARGUMENTS = 2000
+"""Maximum number of arguments of all sets; the size of grammars is limited."""
 _KEY = "arguments"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shape:
+class ArgumentSet:
     """One set of arguments that may be given together; all schemas are clean."""
 
     properties: Mapping[str, Any]
@@ -45,22 +45,25 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Arguments:
+class ToolArguments:
     """The arguments of a function."""
 
     clean: CleanSchema
-    shapes: Sequence[Shape]
+    argument_sets: Sequence[ArgumentSet]
 
     def schema_of(self, name: str) -> Any:
-        """Return the schema of one argument in any of the shapes."""
-        schemas = [s.properties[name] for s in self.shapes if name in s.properties]
+        """Return the schema of one argument in any of the sets."""
+        schemas = [s.properties[name] for s in self.argument_sets if name in s.properties]
         if not schemas:
-            others = ((*shape.patterns.values(), shape.others) for shape in self.shapes)
+            others = (
+                (*argument_set.patterns.values(), argument_set.others)
+                for argument_set in self.argument_sets
+            )
             schemas = [schema for schema in chain(*others) if schema is not False]
         return schemas[0] if len(schemas) == 1 else {"anyOf": schemas} if schemas else True
 
 
-def arguments_of(tool: Tool, is_strict: bool) -> Arguments:
+def tool_arguments(tool: Tool, is_strict: bool) -> ToolArguments:
     """Return the arguments of a tool.
 
     Args:
@@ -72,43 +75,49 @@ def arguments_of(tool: Tool, is_strict: bool) -> Arguments:
         RequestError: ``is_strict``, and a grammar cannot express the schema.
     """
     if (cached := tool.derived.get(_KEY)) is not None:
-        assert isinstance(cached, Arguments), "only this module sets it"
+        assert isinstance(cached, ToolArguments), "only this module sets it"
         return cached
     arguments = _arguments(tool, is_strict)
     tool.derived[_KEY] = arguments
     return arguments
 
 
-def _arguments(tool: Tool, is_strict: bool) -> Arguments:
+def _arguments(tool: Tool, is_strict: bool) -> ToolArguments:
     clean = argument_schema(tool, is_strict)
     try:
         root_alternatives = alternatives(clean.root, clean, is_strict)
         objects = [one for one in root_alternatives if "object" in types_of_alternative(one)]
-        shapes = [shape for one in objects if (shape := _shape(one, is_strict)) is not None]
-        if sum(len(shape.properties) for shape in shapes) > _MAX_SHAPE_ARGUMENTS:
-            raise UnsupportedSchemaError(f"has more than {_MAX_SHAPE_ARGUMENTS} arguments")
-        if is_strict and not shapes:
+        argument_sets = [
+            argument_set
+            for one in objects
+            if (argument_set := _argument_set(one, is_strict)) is not None
+        ]
+        if sum(len(argument_set.properties) for argument_set in argument_sets) > _MAX_SET_ARGUMENTS:
+            raise UnsupportedSchemaError(f"has more than {_MAX_SET_ARGUMENTS} arguments")
+        if is_strict and not argument_sets:
             raise UnsupportedSchemaError("allows no arguments")
     except UnsupportedSchemaError as err:
         if is_strict:
             raise unsupported_schema(tool, (), str(err)) from err
-        shapes = []
-    return Arguments(clean, shapes or [Shape(properties={}, patterns={}, others=True)])
+        argument_sets = []
+    return ToolArguments(
+        clean, argument_sets or [ArgumentSet(properties={}, patterns={}, others=True)]
+    )
 
 
-def _shape(pieces: Alternative, is_strict: bool) -> Shape | None:
+def _argument_set(pieces: Alternative, is_strict: bool) -> ArgumentSet | None:
     """Return the arguments that all pieces allow; None if no value can match them."""
     names = dict.fromkeys(chain(*(piece.get("properties", {}) for piece in pieces)))
     required = dict.fromkeys(chain(*(piece.get("required", ()) for piece in pieces)))
-    speaking = [p for p in pieces if "additionalProperties" in p or p.get("patternProperties")]
+    limiting = [p for p in pieces if "additionalProperties" in p or p.get("patternProperties")]
     if is_strict:
-        _check_supported(pieces, names, speaking)
+        _check_supported(pieces, names, limiting)
     patterns: dict[str, Any] = {}
-    for piece in speaking:
+    for piece in limiting:
         patterns |= piece.get("patternProperties", {})
     is_closed = bool(names) or any("properties" in piece for piece in pieces)
-    additional = [piece.get("additionalProperties", True) for piece in speaking]
-    others = _all_of(additional) if speaking else not is_closed
+    additional = [piece.get("additionalProperties", True) for piece in limiting]
+    others = _all_of(additional) if limiting else not is_closed
     properties: dict[str, Any] = {}
     for name in (*names, *(name for name in required if name not in names)):
         schema = _all_of([_argument_schema(piece, name) for piece in pieces])
@@ -117,7 +126,7 @@ def _shape(pieces: Alternative, is_strict: bool) -> Shape | None:
         if schema is not False or name in required:
             properties[name] = schema or True
     limits = [piece["maxProperties"] for piece in pieces if "maxProperties" in piece]
-    return Shape(
+    return ArgumentSet(
         properties=properties,
         required=frozenset(required),
         patterns=patterns,
@@ -150,11 +159,11 @@ def _all_of(schemas: Sequence[Any]) -> Any:
 def _check_supported(
     pieces: Alternative,
     names: Mapping[str, Any],
-    speaking: Sequence[Piece],
+    limiting: Sequence[Piece],
 ) -> None:
-    """Raise ``UnsupportedSchemaError`` for keywords that a ``Shape`` cannot express."""
+    """Raise ``UnsupportedSchemaError`` for keywords that a ``ArgumentSet`` cannot express."""
     has_patterns = any(piece.get("patternProperties") for piece in pieces)
-    if has_patterns and (names or len(speaking) > 1):
+    if has_patterns and (names or len(limiting) > 1):
         raise UnsupportedSchemaError("patternProperties is not supported together with properties")
     for piece in pieces:
         if allowed_values(piece) is not None:

@@ -27,14 +27,14 @@ def full_match(pattern: str) -> str | None:
 
     For example ``^a|b$`` gives ``(?:a(?s:.*)|(?s:.*)b)``. None if it has anchors within groups.
     """
-    branches, depth, is_class, is_behind_quantifier = [""], 0, False, False
+    branches, depth, is_class, is_after_quantifier = [""], 0, False, False
     starts, ends = [False], [False]
     position = 0
     while position < len(pattern):
         match = (_PART_OF_CLASS if is_class else _PART).match(pattern, position)
         assert match is not None, "any character matches"
         part, position = match[0], match.end()
-        was_quantifier, is_behind_quantifier = is_behind_quantifier, False
+        was_quantifier, is_after_quantifier = is_after_quantifier, False
         if is_class:
             is_class = part != "]"
             branches[-1] += _in_class(part)
@@ -60,7 +60,7 @@ def full_match(pattern: str) -> str | None:
         else:
             depth += {"(": 1, ")": -1}.get(part, 0)
             branches[-1] += _escaped(part)
-            is_behind_quantifier = _ends_with_quantifier(pattern, match.start(), part)
+            is_after_quantifier = _ends_with_quantifier(pattern, match.start(), part)
     framed = (
         ("" if is_start else _SEARCH) + branch + ("" if is_end else _SEARCH)
         for branch, is_start, is_end in zip(branches, starts, ends, strict=True)

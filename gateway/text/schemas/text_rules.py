@@ -44,7 +44,7 @@ def text_rules(expanded: Sequence[Alternative], is_strict: bool) -> list[TextRul
     """Return the rules of which a text must match at least one; empty if no text is allowed.
 
     Raises:
-        UnfollowedError: ``is_strict``, and a pattern is not supported.
+        UnsupportedSchemaError: ``is_strict``, and a pattern is not supported.
     """
     texts = (one for one in expanded if "string" in types_of_alternative(one))
     rules = list(dict.fromkeys(_rule(one, is_strict) for one in texts))

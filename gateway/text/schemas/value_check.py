@@ -17,7 +17,7 @@ _LEAST = {"string": "minLength", "array": "minItems", "object": "minProperties"}
 _MOST = {"string": "maxLength", "array": "maxItems", "object": "maxProperties"}
 
 
-class ValueCheck:
+class ValueChecker:
     """Checks one value.
 
     Args:

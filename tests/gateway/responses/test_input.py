@@ -11,8 +11,8 @@ from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.messages import PHASE
 from gateway.http.parse import parse_body
 from gateway.responses.checked_request import CheckedRequest, check_response_body
-from gateway.responses.conversation import Conversation, rename_error_fields
-from gateway.responses.items import ItemIds, encode_reasoning, read_item, response_id_of
+from gateway.responses.conversation import ConversationBuilder, rename_error_fields
+from gateway.responses.items import ItemIdGenerator, encode_reasoning, read_item, response_id_of
 from gateway.responses.schema import InputItem, ResponseBody
 from gateway.responses.tools import CustomInputReader
 from gateway.responses.unsupported import RENAMED_FIELDS, UNSUPPORTED
@@ -36,7 +36,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 
 
 def turn_of(**body: Any) -> CheckedRequest:
-    return check_response_body(parse_body(ResponseBody, body), ItemIds(RESPONSE_ID))
+    return check_response_body(parse_body(ResponseBody, body), ItemIdGenerator(RESPONSE_ID))
 
 
 def messages_of(*items: dict[str, Any], **body: Any) -> list[dict[str, Any]]:
@@ -52,7 +52,7 @@ def said(role: str, *texts: str, kind: str = "input_text") -> dict[str, Any]:
 
 def test_instructions_and_reasoning_are_joined_once() -> None:
     """Not at each item, which would copy all texts before it."""
-    conversation, ids = Conversation(), ItemIds(RESPONSE_ID)
+    conversation, ids = ConversationBuilder(), ItemIdGenerator(RESPONSE_ID)
     for place in range(1000):
         conversation.add_instructions(f"{place}", "input")
     for _ in range(1000):
@@ -77,7 +77,7 @@ def test_a_call_that_was_cut_is_no_part_of_the_conversation() -> None:
     cut = {**CALL, "id": "fc_1", "status": "incomplete", "arguments": '{"a":'}
     message = said("user", "go on")
     body = parse_body(ResponseBody, {"input": "go on", "previous_response_id": RESPONSE_ID})
-    stored = check_response_body(body, ItemIds(RESPONSE_ID), [cut]).call.chat
+    stored = check_response_body(body, ItemIdGenerator(RESPONSE_ID), [cut]).call.chat
     sent = turn_of(input=[cut, message]).call.chat
     for chat in (stored, sent):
         assert chat is not None
@@ -300,7 +300,7 @@ def test_which_tools_may_be_called(choice: Any, allowed: list[str], must_call: b
     assert [tool.name for tool in use.allowed] == allowed
     assert (use.must_call, use.is_parallel) == (must_call, True)
     assert turn.repeated_fields["tool_choice"] == choice
-    assert turn.tools.custom == {"patch"}
+    assert turn.tools.custom_names == {"patch"}
 
 
 def test_calls_follow_a_grammar(tools: Stack) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from gateway.core.thinking import Thinking
 from gateway.text.answer_region import AnswerRegion
-from gateway.text.detokenizer import ChoiceText, StopStrings, make_detokenizer
+from gateway.text.detokenizer import ChoiceText, StopStringFinder, make_detokenizer
 from tests.gateway.fakes import tiny_tokenizer
 
 OPENED = "<|start|>assistant<|channel|>final<|message|>"
@@ -60,7 +60,7 @@ def feed(
     tokenizer = tiny_tokenizer()
     region = AnswerRegion.after_thinking(Thinking.OPEN)
     choice = ChoiceText(
-        make_detokenizer(tokenizer), StopStrings(stops), min_tokens, region, stop_ids
+        make_detokenizer(tokenizer), StopStringFinder(stops), min_tokens, region, stop_ids
     )
     found = ""
     for token in tokenizer.encode(text, add_special_tokens=False):
@@ -108,7 +108,7 @@ def test_reasoning_may_be_between_parts_of_an_answer(size: int) -> None:
 def test_stops_do_not_count_in_reasoning_between_parts_of_an_answer() -> None:
     tokenizer, whole = tiny_tokenizer(), "".join(text for text, _ in PARTS)
     region = AnswerRegion.for_harmony("<|start|>assistant")
-    choice = ChoiceText(make_detokenizer(tokenizer), StopStrings(["stop"]), 0, region)
+    choice = ChoiceText(make_detokenizer(tokenizer), StopStringFinder(["stop"]), 0, region)
     stopped = [choice.feed(token, None) for token in tokenizer.encode(f"{whole}stop", False)]
     assert (choice.take(always=True)[0], stopped[-1]) == (whole, "stop")
     assert set(stopped[:-1]) == {None}

@@ -11,7 +11,7 @@ from tokenizers import decoders, models
 from gateway.text.detokenizer import (
     ByteDetokenizer,
     ChoiceText,
-    StopStrings,
+    StopStringFinder,
     WindowDetokenizer,
     locate_tokens,
     make_detokenizer,
@@ -108,7 +108,7 @@ def test_token_bytes_of_a_vocabulary_with_byte_fallback() -> None:
 
 def _stop(text: str, strings: list[str], cuts: list[int], include: bool = False) -> str:
     """What is shown of ``text`` when it comes in pieces."""
-    stop = StopStrings(strings, include)
+    stop = StopStringFinder(strings, include)
     shown = ""
     for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
         piece, match = stop.feed(text[start:end])
@@ -136,7 +136,7 @@ def test_stop_strings_do_not_depend_on_the_pieces() -> None:
 
 
 def test_text_that_may_become_a_stop_string_is_held_back() -> None:
-    stop = StopStrings(["END"])
+    stop = StopStringFinder(["END"])
     assert stop.feed("some E") == ("some ", None)
     assert stop.held == "E"
     assert stop.feed("N") == ("", None)
@@ -146,16 +146,16 @@ def test_text_that_may_become_a_stop_string_is_held_back() -> None:
 
 
 def test_text_that_could_not_stop_does_not_stop_later() -> None:
-    stop = StopStrings(["abc", "b"])
+    stop = StopStringFinder(["abc", "b"])
     assert stop.feed("ab", can_stop=False) == ("", None)
     assert stop.feed("x") == ("abx", None)
     assert stop.feed("ab", can_stop=False) == ("", None)
     assert stop.feed("c") == ("", "abc")
-    assert StopStrings(["ab"]).feed("xab", can_stop=False) == ("xab", None)
+    assert StopStringFinder(["ab"]).feed("xab", can_stop=False) == ("xab", None)
 
 
 def test_a_stop_string_before_min_tokens_is_ordinary_text() -> None:
-    choice = ChoiceText(make_detokenizer(TOKENIZER), StopStrings(["b"]), min_tokens=2)
+    choice = ChoiceText(make_detokenizer(TOKENIZER), StopStringFinder(["b"]), min_tokens=2)
     stopped = [choice.feed(token, None) for token in _byte_ids("abxb")]
     assert stopped == [None, None, None, "b"]
     assert choice.take()[0] == "abx"
@@ -163,7 +163,7 @@ def test_a_stop_string_before_min_tokens_is_ordinary_text() -> None:
 
 
 def test_tokens_wait_for_their_text() -> None:
-    choice = ChoiceText(make_detokenizer(TOKENIZER), StopStrings([]), min_tokens=0)
+    choice = ChoiceText(make_detokenizer(TOKENIZER), StopStringFinder([]), min_tokens=0)
     first, second, third = _byte_ids("世")
     choice.feed(first, None)
     assert choice.take() == ("", ())
@@ -176,7 +176,7 @@ def test_tokens_wait_for_their_text() -> None:
 
 
 def test_a_hidden_token_counts_and_has_no_text() -> None:
-    choice = ChoiceText(make_detokenizer(TOKENIZER, False), StopStrings([]), min_tokens=0)
+    choice = ChoiceText(make_detokenizer(TOKENIZER, False), StopStringFinder([]), min_tokens=0)
     choice.feed(_byte_ids("a")[0], None)
     choice.feed(EOS_ID, None, hidden=True)
     choice.finish()
@@ -194,7 +194,7 @@ def test_placed_tokens_line_up_with_the_text() -> None:
 
 
 def test_the_end_shows_what_was_held_back() -> None:
-    choice = ChoiceText(make_detokenizer(TOKENIZER), StopStrings(["ab"]), min_tokens=0)
+    choice = ChoiceText(make_detokenizer(TOKENIZER), StopStringFinder(["ab"]), min_tokens=0)
     assert choice.feed(_byte_ids("a")[0], None) is None
     assert choice.take() == ("", ())
     choice.finish()
@@ -203,21 +203,21 @@ def test_the_end_shows_what_was_held_back() -> None:
 
 
 def test_the_end_shows_half_a_character() -> None:
-    choice = ChoiceText(make_detokenizer(TOKENIZER), StopStrings([]), min_tokens=0)
+    choice = ChoiceText(make_detokenizer(TOKENIZER), StopStringFinder([]), min_tokens=0)
     choice.feed(_byte_ids("世")[0], None)
     choice.finish()
     assert choice.take()[0] == "\ufffd"
 
 
 def test_a_stop_string_at_the_end_shows_nothing_after_it() -> None:
-    choice = ChoiceText(make_detokenizer(TOKENIZER), StopStrings(["\ufffd"]), min_tokens=0)
+    choice = ChoiceText(make_detokenizer(TOKENIZER), StopStringFinder(["\ufffd"]), min_tokens=0)
     choice.feed(_byte_ids("世")[0], None)
     choice.finish()
     assert choice.take(always=True)[0] == ""
 
 
 def test_without_a_detokenizer_tokens_come_and_no_text() -> None:
-    choice = ChoiceText(None, StopStrings(["a"]), min_tokens=0)
+    choice = ChoiceText(None, StopStringFinder(["a"]), min_tokens=0)
     assert choice.feed(_byte_ids("a")[0], None) is None
     assert [len(part) for part in choice.take()] == [0, 1]
     choice.finish()

@@ -12,7 +12,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from gateway.text.detokenizer import (
     ChoiceText,
-    StopStrings,
+    StopStringFinder,
     align_offsets,
     locate_tokens,
     make_detokenizer,
@@ -128,7 +128,9 @@ def test_stop_strings_are_found_across_tokens(
         for _ in range(rng.randint(1, 3)):
             start = rng.randrange(len(text))
             stops.append(text[start : start + rng.randint(1, 6)])
-        choice = ChoiceText(make_detokenizer(tokenizer), StopStrings(stops, include), min_tokens)
+        choice = ChoiceText(
+            make_detokenizer(tokenizer), StopStringFinder(stops, include), min_tokens
+        )
         shown, stopped = "", None
         for token in ids:
             stopped = choice.feed(token, None)
@@ -172,7 +174,7 @@ def test_a_stop_string_inside_of_one_character_s_tokens(
     tokenizer = vocabulary[0]
     text = "a\U0001f601b"
     ids = tokenizer.encode(text)
-    choice = ChoiceText(make_detokenizer(tokenizer), StopStrings(["\U0001f601"]), 0)
+    choice = ChoiceText(make_detokenizer(tokenizer), StopStringFinder(["\U0001f601"]), 0)
     stopped = [choice.feed(token, None) for token in ids[:-1]]
     assert stopped[-1] == "\U0001f601"
     assert set(stopped[:-1]) <= {None}

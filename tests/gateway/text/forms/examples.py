@@ -200,7 +200,7 @@ def in_order(parsed: Iterable[ParsedPiece]) -> list[tuple[str, str]]:
     """The parts of pieces, with neighbours of one kind joined."""
     found: list[tuple[str, str]] = []
     names: dict[int, str] = {}
-    for part in (part for piece in parsed for part in piece.in_order()):
+    for part in (part for piece in parsed for part in piece.ordered_parts()):
         kind, text = _named(part, names)
         if found and found[-1][0] == kind:
             kind, text = kind, found.pop()[1] + text

@@ -233,7 +233,7 @@ def _read_at_once(case: Case) -> tuple[list[tuple[str, str]], bool]:
     found = read(_Done(piece, parser), [])
     for kind, text in (("reasoning", piece.reasoning), ("content", piece.content)):
         assert "".join(part for name, part in found[0] if name == kind) == text
-    calls = [(f"{call.index} {call.name}", call.arguments) for call in piece.joined().calls]
+    calls = [(f"{call.index} {call.name}", call.arguments) for call in piece.merge_calls().calls]
     assert Counter(calls) == Counter(_joined_calls(found[0]))
     return found
 

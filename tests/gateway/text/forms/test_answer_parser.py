@@ -202,7 +202,7 @@ def test_no_client_waits_for_long_for_the_end_of_a_head(form: ToolForm) -> None:
 
 def test_kimi_names_calls_itself() -> None:
     text = written(ToolForm.KIMI, [("now", {}), ("weather", {"city": "x"})])
-    calls = AnswerParser(ToolForm.KIMI, USE).feed(text, True).joined().calls
+    calls = AnswerParser(ToolForm.KIMI, USE).feed(text, True).merge_calls().calls
     assert [call.call_id for call in calls] == ["functions.now:0", "functions.weather:1"]
     other = AnswerParser(ToolForm.GLM, USE).feed(written(ToolForm.GLM, [("now", {})]), True)
     assert str(other.calls[0].call_id).startswith("call_")
@@ -379,9 +379,11 @@ def test_parts_come_in_the_order_of_the_answer() -> None:
     call = written(ToolForm.GLM, [("now", {})])
     piece = AnswerParser(ToolForm.GLM, USE, Thinking.OPEN).feed(f"a</think>b{call}c", True)
     assert (piece.reasoning, piece.content) == ("a", "bc")
-    kinds = [part.text if isinstance(part, ParsedText) else part.index for part in piece.in_order()]
+    kinds = [
+        part.text if isinstance(part, ParsedText) else part.index for part in piece.ordered_parts()
+    ]
     assert kinds == ["a", "b", 0, 0, "c"]
-    assert ParsedPiece("b", (), "a").in_order() == (ParsedText("a", True), ParsedText("b"))
+    assert ParsedPiece("b", (), "a").ordered_parts() == (ParsedText("a", True), ParsedText("b"))
 
 
 def test_the_weather_schema_is_one() -> None:

@@ -10,7 +10,7 @@ import pytest
 from gateway.core.tool_use import Tool, ToolForm, ToolUse
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.forms.answer_parser import AnswerParser
-from gateway.text.forms.call_ids import CallIds, conversation_call_ids, fit_call_ids
+from gateway.text.forms.call_ids import CallIdGenerator, conversation_call_ids, fit_call_ids
 from tests.gateway.fakes import saying, tiny_tokenizer
 from tests.gateway.stack import MODEL, post, running_stack
 from tests.gateway.text.forms.examples import written
@@ -43,7 +43,7 @@ def result(call_id: str, content: str) -> dict[str, Any]:
 
 def ids_of(form: ToolForm, text: str, used: tuple[str, ...] = ()) -> list[str | None]:
     parser = AnswerParser(form, USE, None, used)
-    return [call.call_id for call in parser.feed(text, is_last=True).joined().calls]
+    return [call.call_id for call in parser.feed(text, is_last=True).merge_calls().calls]
 
 
 def test_mistral_has_nine_letters_and_digits() -> None:
@@ -109,7 +109,7 @@ def test_a_template_that_demands_nine_letters_takes_any_conversation() -> None:
 
 
 def test_drawn_ids_differ_from_used_ones() -> None:
-    ids = CallIds(ToolForm.MISTRAL)
+    ids = CallIdGenerator(ToolForm.MISTRAL)
     assert len({ids.new("f") for _ in range(500)}) == 500
 
 

@@ -23,7 +23,7 @@ from gateway.core.tool_use import ToolForm
 from gateway.generation.running_call import RunningCall
 from gateway.http.openai_format import ChatFormat
 from gateway.responses.format import OutputFormat
-from gateway.responses.items import ItemIds
+from gateway.responses.items import ItemIdGenerator
 from gateway.responses.output import OutputBuilder
 from gateway.responses.stream import merge_deltas
 from tests.gateway.anthropic.test_messages import put_together
@@ -99,7 +99,7 @@ def chat_client(case: Case, deltas: list[ChoiceDelta]) -> Told:
 
 
 def chat_whole(case: Case, delta: ChoiceDelta) -> Told:
-    (choice,) = ChatFormat(generation_of(case), None, "f").whole([delta], _USAGE)["choices"]
+    (choice,) = ChatFormat(generation_of(case), None, "f").response_body([delta], _USAGE)["choices"]
     return _chat(choice["message"], choice["finish_reason"])
 
 
@@ -160,7 +160,7 @@ def responses_whole(case: Case, delta: ChoiceDelta) -> Told:
 
 
 def _responses(case: Case) -> tuple[OutputBuilder, OutputFormat]:
-    builder = OutputBuilder(ItemIds(f"resp_{'0' * 32}"), frozenset(), False)
+    builder = OutputBuilder(ItemIdGenerator(f"resp_{'0' * 32}"), frozenset(), False)
     return builder, OutputFormat(call_of(case), None, builder)
 
 
@@ -184,7 +184,7 @@ def messages_client(case: Case, deltas: list[ChoiceDelta]) -> Told:
 
 
 def messages_whole(case: Case, delta: ChoiceDelta) -> Told:
-    return _message(MessageFormat(generation_of(case), None, "all").whole(delta, _USAGE))
+    return _message(MessageFormat(generation_of(case), None, "all").response_body(delta, _USAGE))
 
 
 def _message(message: dict[str, Any]) -> Told:

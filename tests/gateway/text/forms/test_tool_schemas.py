@@ -70,7 +70,7 @@ def use_of(schema: dict[str, Any], is_strict: bool = False) -> ToolUse:
 def read(schema: dict[str, Any], form: ToolForm, text: str) -> Any:
     """Arguments of the call in a text."""
     parser = AnswerParser(form, use_of(schema))
-    (call,) = parser.feed(text, is_last=True).joined().calls
+    (call,) = parser.feed(text, is_last=True).merge_calls().calls
     assert parser.has_calls, text
     return json.loads(call.arguments)
 

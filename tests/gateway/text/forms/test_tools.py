@@ -95,7 +95,7 @@ def test_calls_are_found_however_the_text_is_cut(
         assert "".join(d.arguments for d in deltas if d.index == place) == arguments
     assert parser.has_calls is is_complete
     parser = AnswerParser(form, ToolUse(tools=OFFERED))
-    whole = parser.feed(text, is_last=True).joined()
+    whole = parser.feed(text, is_last=True).merge_calls()
     assert (whole.content, parser.has_calls) == (content, is_complete)
     assert [(call.name, call.arguments) for call in whole.calls] == calls
     assert len({call.call_id for call in whole.calls}) == len(whole.calls)

@@ -188,7 +188,7 @@ def test_a_call_whose_header_is_cut_has_begun(header: str, names: list[str]) -> 
         for pieces in (pieces_of(text, 1), [text]):
             parser = HarmonyParser(known)
             found = [parser.feed(p, n == len(pieces) - 1) for n, p in enumerate(pieces)]
-            told = [call for piece in found for call in piece.joined().calls]
+            told = [call for piece in found for call in piece.merge_calls().calls]
             named = [call.name for call in told if call.name]
             assert named == [name for name, _ in calls] + names
             assert parser.has_calls is (bool(calls) and not names)
@@ -275,7 +275,7 @@ def test_a_mark_makes_a_call_complete(arguments: str) -> None:
     text = WEATHER.replace(WEATHER_ARGUMENTS, arguments)
     for one in (text, text.removesuffix(CALL)):
         parser = HarmonyParser(NAMES)
-        (call,) = parser.feed(one, is_last=True, ends_with_mark=True).joined().calls
+        (call,) = parser.feed(one, is_last=True, ends_with_token=True).merge_calls().calls
         assert (call.arguments, parser.has_calls) == (shown, True)
 
 
@@ -311,7 +311,7 @@ def parsed(
     found = [*(parser.feed(piece) for piece in pieces), parser.feed("", is_last=True)]
     deltas = [delta for one in found for delta in one.calls]
     assert all((delta.call_id is None) is (delta.name is None) for delta in deltas)
-    whole = ParsedPiece("", tuple(deltas)).joined()
+    whole = ParsedPiece("", tuple(deltas)).merge_calls()
     calls = [(call.name or "", call.arguments) for call in whole.calls]
     assert len(calls) == parser.num_begun >= parser.num_complete
     return "".join(one.reasoning for one in found), "".join(one.content for one in found), calls

@@ -7,7 +7,7 @@ import pytest
 from gateway.text.harmony.special_tokens import (
     OPENED,
     SPECIAL_TOKENS,
-    Header,
+    MessageHeader,
     open_header,
     open_message,
     read_header,
@@ -29,7 +29,7 @@ def test_headers_have_channel_and_recipient_in_any_order(
     text: str, channel: str, recipient: str, is_content: bool
 ) -> None:
     header = read_header(text)
-    assert header == Header(channel, recipient)
+    assert header == MessageHeader(channel, recipient)
     assert header.is_content is is_content
 
 

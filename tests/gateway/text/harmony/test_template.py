@@ -160,7 +160,7 @@ def test_words_before_calls_are_commentary() -> None:
     piece = parser.feed(answer.partition("<|start|>functions.")[0], is_last=True)
     assert piece.content == "I look."
     assert piece.reasoning == CALLED["reasoning_content"]
-    assert piece.joined().calls[0].arguments == WEATHER_ARGUMENTS
+    assert piece.merge_calls().calls[0].arguments == WEATHER_ARGUMENTS
 
 
 def test_results_are_of_the_call_that_they_name() -> None:
