@@ -128,7 +128,7 @@ def _stages(case: Case, team: Team) -> SublayerStages:
         router=None,
         attend=attend,
     )
-    return cast(SublayerStages, blocks.half(half))
+    return cast(SublayerStages, blocks.sublayer(half))
 
 
 def _context(case: Case, tables: BlockTables, cache: Tensor) -> LayerContext:

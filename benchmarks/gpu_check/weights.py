@@ -15,7 +15,7 @@ from benchmarks.checkpoints.random_codes import draw_matrix
 from workers.model.config import ExpertMatrix, TensorPart
 from workers.model.families.registry import load_family
 from workers.model.loading.checkpoint import Checkpoint
-from workers.model.loading.expert_form import with_form
+from workers.model.loading.expert_format import with_form
 from workers.model.loading.mapped import MappedFiles
 from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix

@@ -25,14 +25,14 @@ from workers.dispatch.dispatcher import TokenDispatcher
 from workers.dispatch.local import LocalDispatcher
 from workers.engine.engine import Engine
 from workers.engine.prefill_cap import PrefillCap
-from workers.experts.slots import ExpertSlots, torch_experts
+from workers.experts.slots import ExpertSlots, torch_reason
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import ModelConfig
 from workers.model.huge_pages import collapse_weights
 from workers.model.loading.attention_model import load_attention_model
 from workers.model.loading.checkpoint import Checkpoint
 from workers.model.loading.config_file import resolve_dtype
-from workers.model.loading.expert_form import rounded_form
+from workers.model.loading.expert_format import rounded_form
 from workers.native.team import start_kernels
 from workers.requests.inspection import InspectionParams, NamedArray
 from workers.requests.request import (
@@ -109,7 +109,7 @@ class LocalEngine:
             logger.warning(
                 "config.json: ignored, not known: %s", ", ".join(checkpoint.config.ignored_keys)
             )
-        can_be_exact = team is not None and not torch_experts(banks, kind)
+        can_be_exact = team is not None and not torch_reason(banks, kind)
         self.is_exact = is_strict or (section.deterministic == "auto" and can_be_exact)
         """Results depend on the request alone, to the last bit."""
         torch_threads = 1 if self.is_exact else num_threads

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.checkpoints.random_checkpoint import RandomModel
 from cluster.config.model import QuantizeLayers
-from workers.model.loading.expert_form import with_form
+from workers.model.loading.expert_format import with_form
 from workers.native import memory
 from workers.native.matrix import Matrix, MatrixFields
 from workers.native.panels import DTYPES

@@ -22,7 +22,7 @@ from benchmarks.memory_wall.engine import open_engine
 from benchmarks.memory_wall.rows import LAYERS, Bench, Row, at_least
 from benchmarks.report.timing import decode_interval_of
 from cluster.config.model import QuantizeLayers
-from workers.model.loading.expert_form import kept_banks
+from workers.model.loading.expert_format import kept_banks
 from workers.quantization.formats import WeightFormat
 from workers.quantization.rounding import FORMATS, IntegerCodes
 

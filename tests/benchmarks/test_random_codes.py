@@ -14,7 +14,7 @@ from benchmarks.checkpoints.random_codes import draw_matrix
 from benchmarks.memory_wall.rows import Bench
 from tests.workers.quantization.random import FORMATS, name_of
 from workers.model.loading.checkpoint import Checkpoint
-from workers.model.loading.expert_form import kept_banks
+from workers.model.loading.expert_format import kept_banks
 from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix
 

@@ -12,9 +12,14 @@ from typing import Any
 from workers.model.attention_sublayer import DenseProjections, TorchAttentionSublayer
 from workers.model.config import BankSpec, ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
+from workers.model.families.config_reader import (
+    AttentionHeads,
+    ConfigReader,
+    Defaults,
+    model_config,
+)
 from workers.model.families.decoder import DecoderLayer
 from workers.model.families.parts import attention_shape, mlp_exchange, part, projection_parts
-from workers.model.families.settings import AttentionHeads, Defaults, Settings, model_config
 from workers.model.routing import Router, Routing
 
 CONFIG: Mapping[str, Any] = {
@@ -46,7 +51,7 @@ class ToyConfig:
 
 def family(config: Mapping[str, Any]) -> ToyFamily:
     """Read ``config.json``."""
-    settings = Settings(config)
+    settings = ConfigReader(config)
     settings.architecture("ToyForCausalLM")
     own = ToyConfig(
         num_experts=settings.integer("num_experts"),
@@ -106,4 +111,4 @@ class ToyFamily(Family):
             router=Router(routing=routing, linear=loader.linear("router")),
             attend=loader.attend,
         )
-        return DecoderLayer(half=loader.blocks.half(half))
+        return DecoderLayer(half=loader.blocks.sublayer(half))

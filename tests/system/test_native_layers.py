@@ -18,7 +18,7 @@ from tests.reference.exact import exact, mixed_requests
 from tests.reference.goldens import Golden
 from tests.workers.native.builds import NAMES
 from workers.dispatch.native_attention_side import NativeExchange
-from workers.model.families.native_layers import Flow, NativeLayers
+from workers.model.families.native_layers import NativeLayers, NativeMicroBatch
 from workers.native.exchange import HomeFields
 from workers.transport import peer_connections
 
@@ -36,7 +36,9 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Counter[bool]:
     found: Counter[bool] = Counter()
     run = NativeLayers.run
 
-    def spy(layers: NativeLayers, flows: Sequence[Flow], *arguments: Any) -> tuple[int, int]:
+    def spy(
+        layers: NativeLayers, flows: Sequence[NativeMicroBatch], *arguments: Any
+    ) -> tuple[int, int]:
         stop, turn = run(layers, flows, *arguments)
         if flows[0].fields.homes:
             found[bool(stop)] += 1
@@ -120,7 +122,9 @@ def test_rows_that_were_not_sent_are_kept(
             frame.socket = here.fileno()
         return homes
 
-    def spy_run(layers: NativeLayers, flows: Sequence[Flow], *arguments: Any) -> tuple[int, int]:
+    def spy_run(
+        layers: NativeLayers, flows: Sequence[NativeMicroBatch], *arguments: Any
+    ) -> tuple[int, int]:
         found = run(layers, flows, *arguments)
         for flow in flows:
             for _ in range(8):

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.cuda.language import jit, power_of_two
+from workers.cuda.triton_common import jit, power_of_two
 
 _TILE_ELEMENTS = 4096
 """Comparisons of pairs with slots that a program holds in registers."""

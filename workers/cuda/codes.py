@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from workers.cuda.language import jit
+from workers.cuda.triton_common import jit
 
 PRODUCT = tl.constexpr("""{
     .reg .b32 zero;

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from workers.cuda.align import Blocks, align
 from workers.cuda.expert_tiles import TALLEST_BLOCK, num_stages, tile_of
-from workers.cuda.language import MIN_DOT, cast, jit, rounded
+from workers.cuda.triton_common import MIN_DOT, cast, jit, rounded
 from workers.cuda.weight_tiles import add_product, halves
 from workers.quantization.formats import WeightFormat
 

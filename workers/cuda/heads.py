@@ -15,7 +15,7 @@ from typing import Literal
 import triton.language as tl
 from torch import Tensor
 
-from workers.cuda.language import jit, power_of_two, rounded
+from workers.cuda.triton_common import jit, power_of_two, rounded
 
 HeadNorm = Literal["none", "head", "width"]
 """Of queries and keys: none, each head by itself, or all heads of a row together."""

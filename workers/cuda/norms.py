@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from workers.cuda.language import cast, jit, power_of_two, rounded
+from workers.cuda.triton_common import cast, jit, power_of_two, rounded
 
 _WARPS = 8
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.cuda.language import LOG2_E, MIN_DOT, cast, dot, jit, power_of_two
+from workers.cuda.triton_common import LOG2_E, MIN_DOT, cast, dot, jit, power_of_two
 
 
 def prefill(

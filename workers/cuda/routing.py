@@ -13,7 +13,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from workers.cuda.language import cast, jit, power_of_two
+from workers.cuda.triton_common import cast, jit, power_of_two
 
 Scoring = Literal["softmax", "softmax_of_best", "sigmoid"]
 _LEAST_CHOICE = tl.constexpr(-3.0e38)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.cuda.language import cast, jit, rounded
+from workers.cuda.triton_common import cast, jit, rounded
 
 _SUM_WIDTH = 1024
 

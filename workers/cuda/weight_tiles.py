@@ -16,7 +16,7 @@ from workers.cuda.codes import (
     decode_zero_point,
     power_of,
 )
-from workers.cuda.language import INTERPRETED, cast, dot, jit
+from workers.cuda.triton_common import INTERPRETED, cast, dot, jit
 
 
 @jit

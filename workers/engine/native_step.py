@@ -16,7 +16,12 @@ from workers.engine.batch import (
 )
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
-from workers.model.families.native_layers import Experts, Flow, NativeLayers, native_layers
+from workers.model.families.native_layers import (
+    Experts,
+    NativeLayers,
+    NativeMicroBatch,
+    native_layers,
+)
 from workers.model.layers import AttentionModel, LayerSteps
 from workers.scheduling.step_plan import PlannedRows
 
@@ -33,7 +38,7 @@ class NativeStep:
 
     def micro_batches(
         self, parts: Sequence[Sequence[PlannedRows]], experts: Sequence[Experts]
-    ) -> list[Flow]:
+    ) -> list[NativeMicroBatch]:
         """The micro-batches of a step before its first layer, each with its experts.
 
         A single micro-batch of decode rows gets logits, because each of its rows samples a token.
@@ -42,7 +47,9 @@ class NativeStep:
         pairs = zip(parts, experts, strict=True)
         return [self._micro_batch(part, own, has_logits) for part, own in pairs]
 
-    def _micro_batch(self, part: Sequence[PlannedRows], experts: Experts, has_logits: bool) -> Flow:
+    def _micro_batch(
+        self, part: Sequence[PlannedRows], experts: Experts, has_logits: bool
+    ) -> NativeMicroBatch:
         model, layers = self._model, self.layers
         chunks = row_chunks(part, self._tables)
         waves = model.rope.waves_by_position
@@ -53,7 +60,7 @@ class NativeStep:
             [*prompt_embedding_rows(part, model.device)],
         )
         looks_up = layers.has_table and not given
-        return Flow(
+        return NativeMicroBatch(
             hidden=layers.new_rows(len(tokens)) if looks_up else model.embed(tokens, given),
             tokens=tokens if looks_up else None,
             batch=batch,
@@ -63,7 +70,7 @@ class NativeStep:
             keeps=(chunks, cos, sin),
         )
 
-    def remaining_layers(self, flow: Flow, part: Sequence[PlannedRows]) -> LayerSteps:
+    def remaining_layers(self, flow: NativeMicroBatch, part: Sequence[PlannedRows]) -> LayerSteps:
         """Run the layers that native code left of a micro-batch; sent rows first get their
         outputs."""
         if flow.is_done:

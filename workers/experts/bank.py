@@ -11,7 +11,7 @@ from torch import Tensor
 from workers.experts.kernels_cpu import PACKED_MIN_ELEMENTS, PackedExperts, PaddedExperts
 from workers.experts.kernels_cuda import CudaExperts
 from workers.experts.kernels_dequantizing import DequantizingExperts
-from workers.experts.kernels_native import NativeExperts, what_is_missing
+from workers.experts.kernels_native import NativeExperts, unsupported_feature
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec, ExchangeSpec
 from workers.model.side_stream import SideStream
@@ -64,7 +64,7 @@ def make_kernel(
     """
     if device.type == "cuda":
         return CudaExperts(exchange, dtype, device, side)
-    if team is not None and not what_is_missing(exchange, dtype):
+    if team is not None and not unsupported_feature(exchange, dtype):
         return NativeExperts(exchange, dtype, team)
     if exchange.form is not None:  # on a CPU
         return DequantizingExperts(exchange, dtype)

@@ -25,7 +25,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from workers.experts.loops import expert_products
+from workers.experts.scripted_products import expert_products
 from workers.experts.stacked import StackedWeights, batched_products
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import ExchangeSpec

@@ -19,7 +19,7 @@ from workers.experts.stacked import StackedWeights, batched_products
 from workers.model.batch_invariant.invariant import (
     LINEAR_FORMS,
     MIN_ROWS,
-    Form,
+    ProductVariant,
     RowInvariantLinear,
     check_device,
 )
@@ -67,7 +67,12 @@ class LoopExperts:
     """A product for every slot that has rows."""
 
     def __init__(
-        self, exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device, *, form: Form
+        self,
+        exchange: ExchangeSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        form: ProductVariant,
     ) -> None:
         shapes = exchange.product_shapes
         self._activate = gated_activation(exchange.activation)

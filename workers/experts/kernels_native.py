@@ -24,7 +24,7 @@ from workers.native.team import Team
 from workers.quantization.matrix import Weight
 
 
-def what_is_missing(exchange: ExchangeSpec, dtype: torch.dtype) -> str:
+def unsupported_feature(exchange: ExchangeSpec, dtype: torch.dtype) -> str:
     """What of the exchange's experts the kernels do not have, so that torch computes; else empty.
 
     Every width is possible, and every even one of quantized weights.

@@ -11,7 +11,7 @@ import torch
 from cluster.core.placement import FREE_SLOT, ExpertPlacement
 from workers.experts.bank import ExpertBank, make_kernel
 from workers.experts.kernels_invariant import InvariantKernels
-from workers.experts.kernels_native import what_is_missing
+from workers.experts.kernels_native import unsupported_feature
 from workers.experts.sources import CheckpointSource, ExpertSource
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec
@@ -30,9 +30,11 @@ class LoadedExpert:
     expert: int
 
 
-def torch_experts(banks: Sequence[BankSpec], dtype: torch.dtype) -> str:
+def torch_reason(banks: Sequence[BankSpec], dtype: torch.dtype) -> str:
     """Why torch computes experts although there are compiled kernels, for people; else empty."""
-    missing = {what_is_missing(exchange, dtype) for bank in banks for exchange in bank.exchanges}
+    missing = {
+        unsupported_feature(exchange, dtype) for bank in banks for exchange in bank.exchanges
+    }
     names = " and ".join(sorted(missing - {""}))
     return f"torch for experts: no kernel has {names}" if names else ""
 

@@ -148,14 +148,14 @@ class SublayerOutput:
     """None in a layer without routed experts."""
 
 
-HalfSteps = Generator[Any, Tensor, SublayerOutput]
+SublayerSteps = Generator[Any, Tensor, SublayerOutput]
 """Like ``LayerSteps``; yields nothing unless projections are routed."""
 
 
 class AttentionSublayer(Protocol):
     """The attention half of one layer, however it is computed."""
 
-    def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> HalfSteps:
+    def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> SublayerSteps:
         """hidden [T, H], which may be changed; cache is this layer's part of ``KVCache``."""
 
 
@@ -196,7 +196,7 @@ def staged_steps(
     hidden: Tensor,
     cache: Tensor,
     context: LayerContext,
-) -> HalfSteps:
+) -> SublayerSteps:
     """A half whose projections are routed or latent, stage after stage."""
     if isinstance(parts, LatentProjections):
         projected = parts.project(stages.attend_rows, hidden, cache, context)
@@ -211,7 +211,7 @@ def _routed_steps(
     hidden: Tensor,
     cache: Tensor,
     context: LayerContext,
-) -> HalfSteps:
+) -> SublayerSteps:
     """The half of a layer whose attention is a mixture of experts.
 
     Attention needs the query heads of one key head side by side, so the slots of a row and its
@@ -243,7 +243,7 @@ class TorchAttentionSublayer(HeadAttention):
     router: Router | None
     """None in a layer without routed experts."""
 
-    def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> HalfSteps:
+    def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> SublayerSteps:
         """See ``AttentionSublayer``."""
         parts = self.projections
         if not isinstance(parts, DenseProjections):

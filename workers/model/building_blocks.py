@@ -78,7 +78,7 @@ class BuildingBlocks:
         """The norm behind the layers, with a weight [H]."""
         return partial(rms_norm, weight=weight, eps=eps)
 
-    def half(self, half: TorchAttentionSublayer) -> StagedSublayer:
+    def sublayer(self, half: TorchAttentionSublayer) -> StagedSublayer:
         """The attention half of a layer, made of products of these blocks."""
         return half
 

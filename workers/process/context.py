@@ -15,14 +15,14 @@ from cluster.core.checks import check
 from cluster.core.frames import ControlFrame
 from cluster.core.topology import Member
 from workers.engine.step_channel import StepChannel
-from workers.experts.slots import torch_experts
+from workers.experts.slots import torch_reason
 from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer, TimingSink
 from workers.model.compute_threads import ComputeThreads
 from workers.model.families.base import Family
 from workers.model.loading.checkpoint import Checkpoint
 from workers.model.loading.config_file import resolve_dtype
-from workers.model.loading.expert_form import rounded_form
+from workers.model.loading.expert_format import rounded_form
 from workers.native.team import Kernels
 from workers.process.control.membership import Membership
 from workers.process.exactness import Exactness
@@ -65,7 +65,7 @@ class ModelSetup:
         dtype = resolve_dtype(section.dtype, checkpoint.family.config)
         exactness = Exactness.of(args, kernels, banks, dtype)
         if args.member.holds_experts:
-            kernels = kernels.noting(torch_experts(banks, dtype))
+            kernels = kernels.noting(torch_reason(banks, dtype))
         return cls(
             checkpoint=checkpoint,
             dtype=dtype,

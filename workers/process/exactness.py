@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from cluster.core.arithmetic import ArithmeticAgreement, ArithmeticOffer
-from workers.experts.slots import torch_experts
+from workers.experts.slots import torch_reason
 from workers.model.batch_invariant.numerics import arithmetic_of, torch_digest
 from workers.model.config import BankSpec
 from workers.native.build import BuildError
@@ -43,9 +43,9 @@ class Exactness:
     ) -> Exactness:
         """Determine the offer of a worker with these experts, and build missing libraries."""
         setting, team = args.config.engine.deterministic, kernels.team
-        torch_reason = torch_experts(banks, dtype)
-        is_native = team is not None and not torch_reason
-        computation = _describe_computation(args, kernels.noting(torch_reason).words)
+        reason = torch_reason(banks, dtype)
+        is_native = team is not None and not reason
+        computation = _describe_computation(args, kernels.noting(reason).words)
         if setting == "off":
             offer = ArithmeticOffer(obstacle="has --deterministic off", computation=computation)
         elif setting == "auto" and not is_native:

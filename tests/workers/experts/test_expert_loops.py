@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from workers.experts.loops import expert_products
+from workers.experts.scripted_products import expert_products
 from workers.model.layers import can_pack
 from workers.model.torch_private import pack, packed_linear
 

@@ -24,8 +24,8 @@ from tests.workers.native.builds import NAMES, team
 from workers.experts.bank import ExpertBank, ExpertKernel, make_kernel
 from workers.experts.kernels_cpu import PackedExperts, PaddedExperts
 from workers.experts.kernels_invariant import BlockExperts, LoopExperts
-from workers.experts.kernels_native import NativeExperts, what_is_missing
-from workers.experts.slots import ExpertSlots, torch_experts
+from workers.experts.kernels_native import NativeExperts, unsupported_feature
+from workers.experts.slots import ExpertSlots, torch_reason
 from workers.model.batch_invariant.invariant import LINEAR_FORMS
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec, ExchangeSpec
@@ -61,7 +61,7 @@ def test_kernel_equals_plain_products(
 ) -> None:
     num_slots = 8
     matrices = weights(exchange, num_slots, dtype)
-    if kind == "native" and what_is_missing(exchange, dtype):
+    if kind == "native" and unsupported_feature(exchange, dtype):
         assert not isinstance(make_kernel(exchange, dtype, CPU, team=team(NAMES[0])), NativeExperts)
         return
     kernel = make(kind, exchange, dtype)
@@ -237,9 +237,9 @@ def test_experts_that_torch_computes_are_named() -> None:
     def banks(*exchanges: ExchangeSpec) -> list[BankSpec]:
         return [BankSpec(index=0, bank="mlp", layer=0, num_experts=4, top_k=2, exchanges=exchanges)]
 
-    assert torch_experts(banks(SWIGLU, LINEAR), torch.bfloat16) == ""
-    float16 = torch_experts(banks(SWIGLU), torch.float16)
+    assert torch_reason(banks(SWIGLU, LINEAR), torch.bfloat16) == ""
+    float16 = torch_reason(banks(SWIGLU), torch.float16)
     assert float16 == "torch for experts: no kernel has float16"
-    others = torch_experts(banks(SWIGLU, GELU, RELU, GELU), torch.bfloat16)
+    others = torch_reason(banks(SWIGLU, GELU, RELU, GELU), torch.bfloat16)
     words = "no kernel has the activation gelu and the activation relu"
     assert others == f"torch for experts: {words}"

@@ -18,7 +18,7 @@ from workers.experts.bank import ExpertKernel, make_kernel
 from workers.experts.kernels_cuda import CudaExperts
 from workers.experts.kernels_dequantizing import DequantizingExperts
 from workers.experts.kernels_native import NativeExperts
-from workers.experts.slots import ExpertSlots, torch_experts
+from workers.experts.slots import ExpertSlots, torch_reason
 from workers.experts.sources import CheckpointSource
 from workers.model.config import ExchangeSpec
 from workers.model.loading.checkpoint import Checkpoint
@@ -143,9 +143,9 @@ def test_what_no_kernel_has_is_computed_by_torch() -> None:
         kernel = make_kernel(exchange, torch.float32, CPU, team=team(NAMES[0]))
         assert isinstance(kernel, DequantizingExperts)
     banks = Checkpoint(golden_path("olmoe-base", "olmoe"), quantize="int8").family.banks
-    assert not torch_experts(banks, torch.float32)
+    assert not torch_reason(banks, torch.float32)
     spec = replace(banks[0], exchanges=(odd,))
-    assert "quantized weights of an odd width" in torch_experts([spec], torch.float32)
+    assert "quantized weights of an odd width" in torch_reason([spec], torch.float32)
 
 
 @pytest.mark.parametrize("place", ["torch", "native"])

@@ -58,7 +58,7 @@ from types import SimpleNamespace
 import torch
 torch._C._has_mkldnn = False
 torch.ops.mkldnn = SimpleNamespace()
-from workers.experts.loops import expert_products
+from workers.experts.scripted_products import expert_products
 from workers.model.layers import Linear, can_pack
 weight, rows = torch.randn(512, 512), torch.randn(3, 512)
 assert not can_pack(weight)

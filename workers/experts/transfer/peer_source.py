@@ -30,7 +30,7 @@ KEY: Final = struct.Struct("!HH")
 """Bank and expert."""
 
 
-class ExpertLender:
+class ExpertProvider:
     """``Lender`` of the experts in this worker's slots.
 
     A slot is copied under the slots' own record of contents, so that a slot that is overwritten

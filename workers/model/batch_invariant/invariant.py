@@ -49,7 +49,7 @@ BLOCK_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class ProductVariant:
     """How a product is made."""
 
     may_pack: bool
@@ -58,7 +58,7 @@ class Form:
     """All products have just so many rows; 0: any number from a minimum to ``MAX_ROWS``."""
 
 
-LINEAR_FORMS = (Form(True), Form(False), Form(False, BLOCK_ROWS))
+LINEAR_FORMS = (ProductVariant(True), ProductVariant(False), ProductVariant(False, BLOCK_ROWS))
 
 
 class RowInvariantLinear(Linear):
@@ -67,7 +67,11 @@ class RowInvariantLinear(Linear):
     __slots__ = ("_max_rows", "_min_rows")
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, form: Form, compute_threads: ComputeThreads
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        form: ProductVariant,
+        compute_threads: ComputeThreads,
     ) -> None:
         assert compute_threads.count == 1, "rows and weights are never split"
         super().__init__(weight, bias, form.may_pack, compute_threads)
@@ -101,7 +105,7 @@ class RowInvariantBlocks(BuildingBlocks):
         check_device(device)
         super().__init__()
         self._agree = agree
-        self._forms: dict[tuple[object, ...], Form] = {}
+        self._forms: dict[tuple[object, ...], ProductVariant] = {}
 
     def linear(
         self,

@@ -21,7 +21,7 @@ from workers.model.layers import Attend
 class CudaBlocks(BuildingBlocks):
     """The parts of torch, but for the attention half of a layer."""
 
-    def half(self, half: TorchAttentionSublayer) -> StagedSublayer:
+    def sublayer(self, half: TorchAttentionSublayer) -> StagedSublayer:
         return CudaAttentionSublayer(half)
 
     def heads(self, attention: HeadAttention, dtype: torch.dtype) -> RowAttention:

@@ -11,10 +11,10 @@ from workers.model import fp8
 from workers.model.attention import write_rows
 from workers.model.attention_sublayer import (
     DenseProjections,
-    HalfSteps,
     HeadAttention,
     RoutedProjections,
     SublayerOutput,
+    SublayerSteps,
     TorchAttentionSublayer,
     staged_steps,
 )
@@ -63,7 +63,7 @@ class CudaAttentionSublayer(CudaAttention):
         super().__init__(half)
         self._half = half
 
-    def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> HalfSteps:
+    def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> SublayerSteps:
         """See ``AttentionSublayer``."""
         from workers.cuda.norms import norm
 
@@ -75,7 +75,7 @@ class CudaAttentionSublayer(CudaAttention):
         return self.leave(hidden, projected, context)
 
     def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:
-        """See ``HalfStages``."""
+        """See ``SublayerStages``."""
         from workers.cuda.norms import norm
 
         parts = self._half.projections
@@ -84,7 +84,7 @@ class CudaAttentionSublayer(CudaAttention):
         return normed, _route(parts.router, normed, context)
 
     def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> SublayerOutput:
-        """See ``HalfStages``."""
+        """See ``SublayerStages``."""
         from workers.cuda.norms import sum_and_norm
 
         half = self._half

@@ -74,4 +74,4 @@ def dense_attention_layer(
     )
     has_mlp = "gate" in loader.parts
     mlp = loader.mlp("gate", "up", "down", config.activation) if has_mlp else None
-    return DecoderLayer(half=loader.blocks.half(half), mlp=mlp)
+    return DecoderLayer(half=loader.blocks.sublayer(half), mlp=mlp)

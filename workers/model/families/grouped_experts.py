@@ -16,9 +16,9 @@ import torch
 from cluster.core.errors import CheckpointError
 from workers.model.config import BankSpec, ModelConfig, TensorPart
 from workers.model.families.base import Loader
+from workers.model.families.config_reader import ConfigReader
 from workers.model.families.parts import mlp_parts, part
 from workers.model.families.routed_experts import RoutedExperts
-from workers.model.families.settings import Settings
 from workers.model.routing import Router
 
 
@@ -63,7 +63,7 @@ class GroupedExperts:
     @classmethod
     def read(
         cls,
-        settings: Settings,
+        settings: ConfigReader,
         defaults: GroupDefaults,
         num_layers: int,
         *,
@@ -164,7 +164,7 @@ class GroupedExperts:
             )
 
 
-def _layers_behind_dense(settings: Settings, default: int, num_layers: int) -> tuple[int, ...]:
+def _layers_behind_dense(settings: ConfigReader, default: int, num_layers: int) -> tuple[int, ...]:
     num_dense = settings.integer("first_k_dense_replace", default=default, least=0)
     if num_dense >= num_layers:
         raise CheckpointError(

@@ -44,7 +44,7 @@ class _Parts:
     mlp: NativeMlp | None
 
 
-class Flow:
+class NativeMicroBatch:
     """A micro-batch on its way through native layers."""
 
     def __init__(
@@ -175,7 +175,7 @@ class NativeLayers:
         return self._parts[layer].mlp is not None
 
     def run(
-        self, flows: Sequence[Flow], advance: Callable[[], None], advance_s: float
+        self, flows: Sequence[NativeMicroBatch], advance: Callable[[], None], advance_s: float
     ) -> tuple[int, int]:
         """Run all layers of the micro-batches in turns.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from workers.model.config import BankSpec, ClampedSwiglu, ModelConfig
+from workers.model.families.config_reader import ConfigReader, check_top_k
 from workers.model.families.parts import mlp_exchange
-from workers.model.families.settings import Settings, check_top_k
 from workers.model.routing import Routing, Scoring
 
 
@@ -25,7 +25,7 @@ class RoutedExperts:
     @classmethod
     def read(
         cls,
-        settings: Settings,
+        settings: ConfigReader,
         *,
         num_experts: tuple[int, str, *tuple[str, ...]],
         top_k: tuple[int, str, *tuple[str, ...]],

@@ -21,7 +21,7 @@ from cluster.core.errors import CheckpointError
 from workers.model.config import BankSpec, ExpertMatrix, TensorPart
 from workers.model.loading import mxfp4, packed_integers, scaled_blocks
 from workers.model.loading.config_file import read_family
-from workers.model.loading.expert_form import kept_banks
+from workers.model.loading.expert_format import kept_banks
 from workers.model.loading.file_stamp import FileStamp
 from workers.model.loading.mapped import MappedFiles, joined
 from workers.model.loading.weight_files import TensorEntry, read_header, weight_files

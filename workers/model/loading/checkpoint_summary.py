@@ -10,7 +10,7 @@ from cluster.config.model import Quantize
 from workers.model.families.base import Family
 from workers.model.loading.checkpoint import Checkpoint
 from workers.model.loading.config_file import read_family
-from workers.model.loading.expert_form import kept_banks
+from workers.model.loading.expert_format import kept_banks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

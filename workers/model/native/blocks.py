@@ -73,7 +73,7 @@ class NativeBlocks(BuildingBlocks):
     def norm(self, weight: Tensor, eps: float) -> Norm:
         return NativeNorm(self._team, weight, eps)
 
-    def half(self, half: TorchAttentionSublayer) -> StagedSublayer:
+    def sublayer(self, half: TorchAttentionSublayer) -> StagedSublayer:
         return NativeAttentionSublayer(self._team, half)
 
     def heads(self, attention: HeadAttention, dtype: torch.dtype) -> RowAttention:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from workers.model.attention_sublayer import (
     DenseProjections,
-    HalfSteps,
     HeadAttention,
     RoutedProjections,
     SublayerOutput,
+    SublayerSteps,
     TorchAttentionSublayer,
     staged_steps,
 )
@@ -109,7 +109,7 @@ class NativeAttentionSublayer(NativeAttention):
         """There is no exchange in it."""
         return isinstance(self._half.projections, DenseProjections)
 
-    def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> HalfSteps:
+    def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> SublayerSteps:
         """See ``AttentionSublayer``."""
         if context.native is None:
             return (yield from self._half.forward(hidden, cache, context))
@@ -141,7 +141,7 @@ class NativeAttentionSublayer(NativeAttention):
         run_half(self.team, fields, context.native, rows, stages)
 
     def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:
-        """See ``HalfStages``."""
+        """See ``SublayerStages``."""
         assert isinstance(self._half.projections, RoutedProjections)
         hidden = hidden.contiguous()
         normed = torch.empty_like(hidden)
@@ -149,7 +149,7 @@ class NativeAttentionSublayer(NativeAttention):
         return normed, self._routed(self._half.projections.router, normed, rows, ENTER, context)
 
     def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> SublayerOutput:
-        """See ``HalfStages``."""
+        """See ``SublayerStages``."""
         projected = projected.contiguous()
         return self._leave(hidden, RowsFields(mixed=projected.data_ptr()), LEAVE, context)
 

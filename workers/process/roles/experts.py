@@ -18,7 +18,7 @@ from workers.dispatch.expert_server import ExpertServer
 from workers.experts.slots import ExpertSlots
 from workers.experts.speed import blank_bank, slots_per_second
 from workers.experts.transfer.loading import ExpertLoader
-from workers.experts.transfer.peer_source import GIVE_UP, ExpertLender
+from workers.experts.transfer.peer_source import GIVE_UP, ExpertProvider
 from workers.process.context import WorkerContext
 from workers.process.data_plane import IDLE_WAIT_S
 from workers.process.gpu_memory import captured_sizes, check_memory_for_slots
@@ -73,7 +73,7 @@ class ExpertRole:
             max_kept_rows=kept_rows(captured_sizes(args, family))
             * args.config.workers.num_attention_ranks,
         )
-        weights.start(ExpertLender(slots))
+        weights.start(ExpertProvider(slots))
         membership, can_grow = context.membership, args.device.type == "cpu"
         self._loader = ExpertLoader(
             slots,

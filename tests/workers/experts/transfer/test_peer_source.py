@@ -22,7 +22,7 @@ from workers.experts.slots import ExpertSlots
 from workers.experts.sources import CheckpointSource
 from workers.experts.transfer.peer_source import (
     KEY,
-    ExpertLender,
+    ExpertProvider,
     PeerSource,
 )
 from workers.experts.transfer.rate_limit import RateLimit
@@ -69,7 +69,7 @@ def slots(checkpoint: Checkpoint) -> ExpertSlots:
 def server(slots: ExpertSlots) -> Iterator[PeerServer]:
     me = identity("expert-0")
     made = PeerServer(me, TOKEN, host="127.0.0.1", what="weights", key_bytes=KEY.size)
-    made.start(ExpertLender(slots))
+    made.start(ExpertProvider(slots))
     with closing(made):
         yield made
 

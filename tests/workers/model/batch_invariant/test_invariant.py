@@ -30,7 +30,7 @@ from workers.model.attention_batch import (
 from workers.model.batch_invariant.attention_tiles import attend_tiles
 from workers.model.batch_invariant.invariant import (
     LINEAR_FORMS,
-    Form,
+    ProductVariant,
     RowInvariantBlocks,
     RowInvariantLinear,
     tiles_agree,
@@ -68,7 +68,7 @@ def test_sigmoid_of_a_row_does_not_depend_on_its_place(width: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(48, 24), (33, 7), (520, 260)])
 def test_products_of_every_form_are_right(
-    shape: tuple[int, int], dtype: torch.dtype, form: Form
+    shape: tuple[int, int], dtype: torch.dtype, form: ProductVariant
 ) -> None:
     weight = random_rows(*shape, dtype=dtype) / shape[1] ** 0.5
     bias = random_rows(shape[0], dtype=dtype)

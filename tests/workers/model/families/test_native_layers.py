@@ -21,7 +21,7 @@ from workers.dispatch.local import LocalDispatcher
 from workers.engine.model_runner import StepResult
 from workers.metrics.step_timer import StepTimer
 from workers.model.attention_batch import RowChunks
-from workers.model.families.native_layers import Flow
+from workers.model.families.native_layers import NativeMicroBatch
 from workers.model.layers import Dispatch
 from workers.model.loading.checkpoint import Checkpoint
 from workers.requests.inspection import InspectionParams
@@ -168,7 +168,7 @@ def test_a_token_without_an_embedding_ends_the_step(golden: Callable[[str], Gold
         wave = torch.ones(2, 1, engine.config.head_dim)
         rows = RowChunks(2, torch.tensor([[0, 2, 0, 0]]), np.zeros((1, 1), np.int32), 2)
         batch = rows.fields(wave, wave, engine.engine.cache.layers[0])
-        flow = Flow(
+        flow = NativeMicroBatch(
             hidden=native.new_rows(2),
             tokens=tokens,
             batch=batch,

@@ -24,9 +24,9 @@ from workers.model.attention_sublayer import (
     AttentionShape,
     AttentionSublayer,
     DenseProjections,
-    HalfSteps,
     RoutedProjections,
     SublayerOutput,
+    SublayerSteps,
     TorchAttentionSublayer,
 )
 from workers.model.building_blocks import BuildingBlocks
@@ -179,7 +179,7 @@ def make(case: Case, dtype: torch.dtype, blocks: BuildingBlocks) -> AttentionSub
     qk_norm = norm(heads + kv_heads, dim) if case.qk_norm else None
     if qk_norm is not None and case.qk_norm == "width":
         qk_norm = qk_norm.flatten()
-    return blocks.half(
+    return blocks.sublayer(
         TorchAttentionSublayer(
             shape=AttentionShape(
                 num_heads=heads,
@@ -228,7 +228,7 @@ WHOLE = [[(i, 0, n)] for i, n in enumerate(LENGTHS)]
 """Each sequence alone, at once."""
 
 
-def run_experts(steps: HalfSteps) -> SublayerOutput:
+def run_experts(steps: SublayerSteps) -> SublayerOutput:
     """Drive a half; experts of its projections are sums that do not mix rows."""
     outputs: Tensor | None = None
     while True:

@@ -14,6 +14,12 @@ from typing import Any
 from cluster.core.errors import CheckpointError
 from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
+from workers.model.families.config_reader import (
+    AttentionHeads,
+    ConfigReader,
+    Defaults,
+    model_config,
+)
 from workers.model.families.decoder import DecoderLayer, dense_attention_layer
 from workers.model.families.grouped_experts import GroupDefaults, GroupedExperts
 from workers.model.families.parts import (
@@ -22,7 +28,6 @@ from workers.model.families.parts import (
     norm_parts,
     projection_parts,
 )
-from workers.model.families.settings import AttentionHeads, Defaults, Settings, model_config
 
 _DEFAULTS = Defaults(
     vocab_size=152064, hidden_size=4608, num_layers=62, max_positions=2048, rms_norm_eps=1e-6
@@ -43,7 +48,7 @@ class Dots1Config:
 
 def family(config: Mapping[str, Any]) -> Dots1Family:
     """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
-    settings = Settings(config)
+    settings = ConfigReader(config)
     settings.architecture("Dots1ForCausalLM")
     windows = _windows(settings)
     own = Dots1Config(
@@ -56,7 +61,7 @@ def family(config: Mapping[str, Any]) -> Dots1Family:
     return Dots1Family(shared, own)
 
 
-def _windows(settings: Settings) -> tuple[int | None, ...]:
+def _windows(settings: ConfigReader) -> tuple[int | None, ...]:
     """By layer. null for ``sliding_window`` turns it off; where it is absent it is 4096."""
     layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
     given = settings.value("sliding_window")

@@ -14,6 +14,12 @@ import torch
 from cluster.core.errors import CheckpointError
 from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
+from workers.model.families.config_reader import (
+    AttentionHeads,
+    ConfigReader,
+    Defaults,
+    model_config,
+)
 from workers.model.families.decoder import DecoderLayer, dense_attention_layer
 from workers.model.families.parts import (
     mlp_parts,
@@ -22,7 +28,6 @@ from workers.model.families.parts import (
     projection_parts,
 )
 from workers.model.families.routed_experts import RoutedExperts
-from workers.model.families.settings import AttentionHeads, Defaults, Settings, model_config
 from workers.model.routing import Router
 
 _DEFAULTS = Defaults(
@@ -54,7 +59,7 @@ class Ernie45MoeConfig:
 
 def family(config: Mapping[str, Any]) -> Ernie45MoeFamily:
     """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
-    settings = Settings(config)
+    settings = ConfigReader(config)
     settings.architecture("Ernie4_5_MoeForCausalLM")
     own = Ernie45MoeConfig(
         experts=RoutedExperts.read(
@@ -75,7 +80,7 @@ def family(config: Mapping[str, Any]) -> Ernie45MoeFamily:
     return Ernie45MoeFamily(shared, own)
 
 
-def _sparse_layers(settings: Settings) -> tuple[int, ...]:
+def _sparse_layers(settings: ConfigReader) -> tuple[int, ...]:
     """Every ``moe_layer_interval``-th layer from the start index to the end index, inclusive."""
     num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
     interval = settings.integer("moe_layer_interval", default=1)

@@ -16,9 +16,14 @@ from torch import Tensor
 from workers.model.attention_sublayer import HeadAttention, RowAttention
 from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
+from workers.model.families.config_reader import (
+    AttentionHeads,
+    ConfigReader,
+    Defaults,
+    model_config,
+)
 from workers.model.families.parts import attention_shape, part, projection_parts
 from workers.model.families.routed_experts import RoutedExperts
-from workers.model.families.settings import AttentionHeads, Defaults, Settings, model_config
 from workers.model.layers import Dispatch, LayerContext, LayerSteps, Linear, Norm
 from workers.model.routing import Router
 
@@ -47,7 +52,7 @@ class FlexOlmoConfig:
 
 def family(config: Mapping[str, Any]) -> FlexOlmoFamily:
     """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
-    settings = Settings(config)
+    settings = ConfigReader(config)
     settings.architecture("FlexOlmoForCausalLM")
     own = FlexOlmoConfig(
         experts=RoutedExperts.read(

@@ -14,6 +14,12 @@ from typing import Any
 
 from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
+from workers.model.families.config_reader import (
+    AttentionHeads,
+    ConfigReader,
+    Defaults,
+    model_config,
+)
 from workers.model.families.decoder import DecoderLayer, dense_attention_layer
 from workers.model.families.grouped_experts import GroupDefaults, GroupedExperts
 from workers.model.families.parts import (
@@ -23,7 +29,6 @@ from workers.model.families.parts import (
     projection_parts,
 )
 from workers.model.families.predictor import predicting
-from workers.model.families.settings import AttentionHeads, Defaults, Settings, model_config
 
 _DEFAULTS = Defaults(
     vocab_size=151552,
@@ -51,7 +56,7 @@ class Glm4MoeConfig:
 
 def family(config: Mapping[str, Any]) -> Glm4MoeFamily:
     """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
-    settings = Settings(config)
+    settings = ConfigReader(config)
     settings.architecture("Glm4MoeForCausalLM")
     num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
     own = Glm4MoeConfig(

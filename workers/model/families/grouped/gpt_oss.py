@@ -14,10 +14,15 @@ from typing import Any
 from cluster.core.errors import CheckpointError
 from workers.model.config import BankSpec, ClampedSwiglu, ExpertMatrix, ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
+from workers.model.families.config_reader import (
+    AttentionHeads,
+    ConfigReader,
+    Defaults,
+    model_config,
+)
 from workers.model.families.decoder import DecoderLayer, dense_attention_layer
 from workers.model.families.parts import norm_parts, part, projection_parts
 from workers.model.families.routed_experts import RoutedExperts
-from workers.model.families.settings import AttentionHeads, Defaults, Settings, model_config
 from workers.model.routing import Router
 from workers.quantization.keys import QuantizationKeys
 
@@ -63,7 +68,7 @@ def family(config: Mapping[str, Any]) -> GptOssFamily:
         known["rope_parameters"] = _ROPE
     if not (known.get("dtype") or known.get("torch_dtype")):
         known["dtype"] = "bfloat16"  # the public files name none
-    settings = Settings(known)
+    settings = ConfigReader(known)
     settings.architecture("GptOssForCausalLM")
     settings.value("initial_context_length")  # that of rope_scaling
     own = GptOssConfig(
@@ -109,7 +114,7 @@ def _ignored_keys(found: Any) -> tuple[str, ...]:
     return tuple(f"quantization_config.{key}" for key in keys.ignored())
 
 
-def _windows(settings: Settings) -> tuple[int | None, ...]:
+def _windows(settings: ConfigReader) -> tuple[int | None, ...]:
     """Every other layer has one, from the first on, unless ``layer_types`` says which."""
     num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
     has_window = "sliding_window" not in settings.raw or settings.value("sliding_window")

@@ -16,6 +16,12 @@ import torch
 from cluster.core.errors import CheckpointError
 from workers.model.config import BankSpec, ExpertMatrix, ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
+from workers.model.families.config_reader import (
+    AttentionHeads,
+    ConfigReader,
+    Defaults,
+    model_config,
+)
 from workers.model.families.decoder import DecoderLayer, dense_attention_layer
 from workers.model.families.parts import (
     block_sparse_expert,
@@ -24,7 +30,6 @@ from workers.model.families.parts import (
     projection_parts,
 )
 from workers.model.families.routed_experts import RoutedExperts
-from workers.model.families.settings import AttentionHeads, Defaults, Settings, model_config
 from workers.model.routing import Router
 
 _DEFAULTS = Defaults(
@@ -42,7 +47,7 @@ _HEAD_DIM = 128
 
 def family(config: Mapping[str, Any]) -> MiniMaxM2Family:
     """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
-    settings = Settings(config)
+    settings = ConfigReader(config)
     settings.architecture("MiniMaxM2ForCausalLM")
     experts = RoutedExperts.read(
         settings,

@@ -11,6 +11,12 @@ from typing import Any
 
 from workers.model.config import BankSpec, ExpertMatrix, ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
+from workers.model.families.config_reader import (
+    AttentionHeads,
+    ConfigReader,
+    Defaults,
+    model_config,
+)
 from workers.model.families.decoder import DecoderLayer, dense_attention_layer
 from workers.model.families.parts import (
     block_sparse_expert,
@@ -19,7 +25,6 @@ from workers.model.families.parts import (
     projection_parts,
 )
 from workers.model.families.routed_experts import RoutedExperts
-from workers.model.families.settings import AttentionHeads, Defaults, Settings, model_config
 from workers.model.routing import Router
 
 _DEFAULTS = Defaults(
@@ -35,7 +40,7 @@ _DEFAULTS = Defaults(
 
 def family(config: Mapping[str, Any]) -> MixtralFamily:
     """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
-    settings = Settings(config)
+    settings = ConfigReader(config)
     settings.architecture("MixtralForCausalLM")
     has_window = settings.value("sliding_window") is not None
     experts = RoutedExperts.read(

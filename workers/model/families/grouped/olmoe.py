@@ -12,6 +12,12 @@ from typing import Any
 from cluster.core.errors import CheckpointError
 from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
+from workers.model.families.config_reader import (
+    AttentionHeads,
+    ConfigReader,
+    Defaults,
+    model_config,
+)
 from workers.model.families.decoder import DecoderLayer, dense_attention_layer
 from workers.model.families.parts import (
     norm_parts,
@@ -19,7 +25,6 @@ from workers.model.families.parts import (
     projection_parts,
 )
 from workers.model.families.routed_experts import RoutedExperts
-from workers.model.families.settings import AttentionHeads, Defaults, Settings, model_config
 from workers.model.routing import Router
 
 _DEFAULTS = Defaults(
@@ -48,7 +53,7 @@ class OlmoeConfig:
 
 def family(config: Mapping[str, Any]) -> OlmoeFamily:
     """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
-    settings = Settings(config)
+    settings = ConfigReader(config)
     settings.architecture("OlmoeForCausalLM")
     own = OlmoeConfig(
         experts=RoutedExperts.read(
@@ -67,7 +72,7 @@ def family(config: Mapping[str, Any]) -> OlmoeFamily:
     return OlmoeFamily(shared, own)
 
 
-def _heads(settings: Settings) -> AttentionHeads:
+def _heads(settings: ConfigReader) -> AttentionHeads:
     heads = AttentionHeads.read(settings, default_hidden=_DEFAULTS.hidden_size, default_heads=16)
     hidden = settings.integer("hidden_size", default=_DEFAULTS.hidden_size)
     if heads.head_dim * heads.num_heads != hidden:

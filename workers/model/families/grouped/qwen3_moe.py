@@ -11,6 +11,13 @@ from typing import Any
 
 from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
+from workers.model.families.config_reader import (
+    AttentionHeads,
+    ConfigReader,
+    Defaults,
+    model_config,
+    sparse_layers,
+)
 from workers.model.families.decoder import DecoderLayer, dense_attention_layer
 from workers.model.families.parts import (
     head_norm_parts,
@@ -21,13 +28,6 @@ from workers.model.families.parts import (
     projection_parts,
 )
 from workers.model.families.routed_experts import RoutedExperts
-from workers.model.families.settings import (
-    AttentionHeads,
-    Defaults,
-    Settings,
-    model_config,
-    sparse_layers,
-)
 from workers.model.routing import Router
 
 _DEFAULTS = Defaults(
@@ -52,7 +52,7 @@ class Qwen3MoeConfig:
 
 def family(config: Mapping[str, Any]) -> Qwen3MoeFamily:
     """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
-    settings = Settings(config)
+    settings = ConfigReader(config)
     settings.architecture("Qwen3MoeForCausalLM")
     width = settings.integer("sliding_window", default=4096)
     own = Qwen3MoeConfig(

@@ -14,6 +14,12 @@ from typing import Any
 
 from cluster.core.errors import CheckpointError
 from workers.model.config import DeltaNetSpec, ModelConfig, TensorPart
+from workers.model.families.config_reader import (
+    AttentionHeads,
+    ConfigReader,
+    Defaults,
+    model_config,
+)
 from workers.model.families.hybrid.family import HybridFamily
 from workers.model.families.hybrid.settings import (
     HybridExperts,
@@ -22,7 +28,6 @@ from workers.model.families.hybrid.settings import (
     read_experts,
 )
 from workers.model.families.parts import part
-from workers.model.families.settings import AttentionHeads, Defaults, Settings, model_config
 
 _DEFAULTS = Defaults(
     vocab_size=248320,
@@ -38,7 +43,7 @@ _TEXT, _WHOLE = "qwen3_5_moe_text", "qwen3_5_moe"
 def family(config: Mapping[str, Any]) -> Qwen35MoeFamily:
     """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
     is_whole = config.get("model_type") == _WHOLE
-    settings = Settings(_text_config(config) if is_whole else config)
+    settings = ConfigReader(_text_config(config) if is_whole else config)
     names = ("Qwen3_5MoeForConditionalGeneration",) if is_whole else ("Qwen3_5MoeForCausalLM",)
     settings.architecture(*names)
     num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from workers.model.config import DeltaNetSpec, TensorPart
-from workers.model.families.hybrid.family import HybridFamily
-from workers.model.families.hybrid.settings import check_activation, read_delta_net, read_experts
-from workers.model.families.parts import part
-from workers.model.families.settings import (
+from workers.model.families.config_reader import (
     AttentionHeads,
+    ConfigReader,
     Defaults,
-    Settings,
     model_config,
     sparse_layers,
 )
+from workers.model.families.hybrid.family import HybridFamily
+from workers.model.families.hybrid.settings import check_activation, read_delta_net, read_experts
+from workers.model.families.parts import part
 
 _DEFAULTS = Defaults(
     vocab_size=151936,
@@ -38,7 +38,7 @@ _DEFAULTS = Defaults(
 
 def family(config: Mapping[str, Any]) -> Qwen3NextFamily:
     """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
-    settings = Settings(config)
+    settings = ConfigReader(config)
     settings.architecture("Qwen3NextForCausalLM")
     num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
     experts = read_experts(

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from cluster.core.errors import CheckpointError
 from workers.model.config import DeltaNetSpec, ModelConfig
+from workers.model.families.config_reader import ConfigReader
 from workers.model.families.routed_experts import RoutedExperts
-from workers.model.families.settings import Settings
 
 LINEAR, FULL = "linear_attention", "full_attention"
 """Kinds of layers in ``layer_types``."""
@@ -27,7 +27,7 @@ class HybridExperts:
 
 
 def read_experts(
-    settings: Settings,
+    settings: ConfigReader,
     *,
     sparse_layers: tuple[int, ...],
     num_experts: int,
@@ -50,7 +50,7 @@ def read_experts(
     )
 
 
-def read_delta_net(settings: Settings, num_layers: int) -> DeltaNetSpec | None:
+def read_delta_net(settings: ConfigReader, num_layers: int) -> DeltaNetSpec | None:
     """The layers with a recurrent state; None: there are none."""
     layers = tuple(i for i, kind in enumerate(_kinds(settings, num_layers)) if kind == LINEAR)
     spec = DeltaNetSpec(
@@ -69,7 +69,7 @@ def read_delta_net(settings: Settings, num_layers: int) -> DeltaNetSpec | None:
     return spec if layers else None
 
 
-def _kinds(settings: Settings, num_layers: int) -> list[str]:
+def _kinds(settings: ConfigReader, num_layers: int) -> list[str]:
     """``layer_types``, or every ``full_attention_interval``-th layer with attention."""
     interval = settings.integer("full_attention_interval", default=4)
     kinds = settings.value("layer_types")

@@ -16,8 +16,13 @@ from torch import Tensor
 from cluster.core.errors import CheckpointError
 from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Loader
+from workers.model.families.config_reader import (
+    AttentionHeads,
+    ConfigReader,
+    Defaults,
+    model_config,
+)
 from workers.model.families.parts import part
-from workers.model.families.settings import AttentionHeads, Defaults, Settings, model_config
 from workers.model.latent import LatentProjections, LatentShape
 from workers.model.layers import LayerContext, Linear, Norm
 from workers.model.rope import context_scale, rope_parameters, rotation_order
@@ -49,7 +54,7 @@ class LatentAttention:
     """Biases on what makes the latent vectors, and on the output."""
 
     @classmethod
-    def read(cls, settings: Settings, defaults: LatentDefaults) -> LatentAttention:
+    def read(cls, settings: ConfigReader, defaults: LatentDefaults) -> LatentAttention:
         """Raises ``CheckpointError`` naming the key we cannot serve."""
         num_heads = settings.integer("num_attention_heads", default=defaults.num_heads)
         num_keys = settings.integer("num_key_value_heads", default=num_heads)
@@ -77,7 +82,7 @@ class LatentAttention:
         has_bias = settings.flag("attention_bias", False)
         return cls(shape=shape, query_rank=rank, has_bias=has_bias)
 
-    def config(self, settings: Settings, model_type: str, defaults: Defaults) -> ModelConfig:
+    def config(self, settings: ConfigReader, model_type: str, defaults: Defaults) -> ModelConfig:
         """All other numbers, read last. A token's key is its latent vector, and what is rotated."""
         shape = self.shape
         return model_config(

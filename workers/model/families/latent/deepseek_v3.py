@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from workers.model.families.config_reader import ConfigReader, Defaults
 from workers.model.families.grouped_experts import GroupDefaults, GroupedExperts
 from workers.model.families.latent.attention import LatentAttention, LatentDefaults
 from workers.model.families.latent.family import LatentFamily
-from workers.model.families.settings import Defaults, Settings
 
 _DEFAULTS = Defaults(
     vocab_size=129280,
@@ -42,7 +42,7 @@ _EXPERTS = GroupDefaults(
 
 def family(config: Mapping[str, Any]) -> LatentFamily:
     """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
-    settings = Settings(config)
+    settings = ConfigReader(config)
     settings.architecture("DeepseekV3ForCausalLM")
     settings.only("scoring_func", "sigmoid")
     settings.only("topk_method", "noaux_tc")

@@ -53,4 +53,4 @@ class LatentFamily(Family):
             attend=loader.attend,
         )
         mlp = loader.mlp("gate", "up", "down", config.activation)
-        return DecoderLayer(half=loader.blocks.half(half), mlp=mlp)
+        return DecoderLayer(half=loader.blocks.sublayer(half), mlp=mlp)

@@ -12,10 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.core.errors import CheckpointError
+from workers.model.families.config_reader import ConfigReader, Defaults
 from workers.model.families.grouped_experts import GroupDefaults, GroupedExperts
 from workers.model.families.latent.attention import LatentAttention, LatentDefaults
 from workers.model.families.latent.family import LatentFamily
-from workers.model.families.settings import Defaults, Settings
 
 _DEFAULTS = Defaults(
     vocab_size=154880,
@@ -40,7 +40,7 @@ _KINDS = ("dense", "sparse")
 
 def family(config: Mapping[str, Any]) -> LatentFamily:
     """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
-    settings = Settings(config)
+    settings = ConfigReader(config)
     settings.architecture("Glm4MoeLiteForCausalLM")
     settings.only("scoring_func", "sigmoid")
     settings.only("topk_method", "noaux_tc")
@@ -54,7 +54,7 @@ def family(config: Mapping[str, Any]) -> LatentFamily:
     return LatentFamily(shared, attention, experts)
 
 
-def _sparse_layers(settings: Settings, num_layers: int) -> tuple[int, ...]:
+def _sparse_layers(settings: ConfigReader, num_layers: int) -> tuple[int, ...]:
     """All but the first one, unless ``mlp_layer_types`` says which."""
     settings.only("first_k_dense_replace", 1)
     kinds = settings.value("mlp_layer_types", default=["dense"] + ["sparse"] * (num_layers - 1))

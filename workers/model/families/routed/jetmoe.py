@@ -20,15 +20,15 @@ from workers.model.attention_sublayer import (
 )
 from workers.model.config import BankSpec, ExchangeSpec, ExpertMatrix, ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
-from workers.model.families.decoder import DecoderLayer
-from workers.model.families.parts import attention_shape, mlp_exchange, part
-from workers.model.families.settings import (
+from workers.model.families.config_reader import (
     AttentionHeads,
+    ConfigReader,
     Defaults,
-    Settings,
     check_top_k,
     model_config,
 )
+from workers.model.families.decoder import DecoderLayer
+from workers.model.families.parts import attention_shape, mlp_exchange, part
 from workers.model.routing import Router, Routing
 
 _DEFAULTS = Defaults(
@@ -59,7 +59,7 @@ class JetMoeConfig:
 
 def family(config: Mapping[str, Any]) -> JetMoeFamily:
     """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
-    settings = Settings(config)
+    settings = ConfigReader(config)
     architecture = settings.architecture("JetMoeForCausalLM", "JetMoEForCausalLM", _CLASSIFIER)
     own = JetMoeConfig(
         num_experts=settings.integer("num_local_experts", default=8),
@@ -149,7 +149,7 @@ class JetMoeFamily(Family):
             router=self._router("mlp_router", 2 * layer + 1, loader),
             attend=loader.attend,
         )
-        return DecoderLayer(half=loader.blocks.half(half), bias=loader.tensor("mlp_bias"))
+        return DecoderLayer(half=loader.blocks.sublayer(half), bias=loader.tensor("mlp_bias"))
 
     def _router(self, name: str, bank: int, loader: Loader) -> Router:
         own = self.jetmoe

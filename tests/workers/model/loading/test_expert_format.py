@@ -19,7 +19,7 @@ from workers.model.config import TensorPart
 from workers.model.families.base import Family
 from workers.model.loading.checkpoint import Checkpoint
 from workers.model.loading.checkpoint_summary import plan_checkpoint
-from workers.model.loading.expert_form import rounded_form, stored_experts
+from workers.model.loading.expert_format import rounded_form, stored_experts
 from workers.quantization.storage_format import parse_storage_format
 from workers.requests.request import Request, SamplingParams
 

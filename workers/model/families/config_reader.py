@@ -87,7 +87,7 @@ _HARMLESS = frozenset(_HARMLESS_WORDS.split())
 """Keys of transformers or public checkpoints that do not change what is computed."""
 
 
-class Settings:
+class ConfigReader:
     """Values of a ``config.json``; null counts as absent, as in transformers."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -238,7 +238,7 @@ class AttentionHeads:
     @classmethod
     def read(
         cls,
-        settings: Settings,
+        settings: ConfigReader,
         *,
         default_hidden: int,
         default_heads: int,
@@ -277,7 +277,7 @@ def check_top_k(key: str, top_k: int, of_key: str, num_experts: int) -> None:
         raise CheckpointError(f"config.json: {key} {top_k} exceeds {of_key} {num_experts}")
 
 
-def sparse_layers(settings: Settings, num_layers: int) -> tuple[int, ...]:
+def sparse_layers(settings: ConfigReader, num_layers: int) -> tuple[int, ...]:
     """Every ``decoder_sparse_step``-th layer, but for ``mlp_only_layers``."""
     step = settings.integer("decoder_sparse_step", default=1)
     dense = settings.value("mlp_only_layers", default=[])
@@ -292,14 +292,14 @@ def sparse_layers(settings: Settings, num_layers: int) -> tuple[int, ...]:
     return found
 
 
-def _prediction_layers(settings: Settings) -> int:
+def _prediction_layers(settings: ConfigReader) -> int:
     """They matter to those who ask for a predictor only, so no number is refused."""
     count = settings.raw.get("num_nextn_predict_layers")
     return count if isinstance(count, int) and count > 0 else 0
 
 
 def model_config(
-    settings: Settings,
+    settings: ConfigReader,
     *,
     model_type: str,
     heads: AttentionHeads,
