@@ -23,11 +23,11 @@ from ray import serve
 from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import ShutdownStage
 from cluster.tracing import logs
-from cluster.tracing.disks import DiskWatch
+from cluster.tracing.disks import DiskMonitor
 from gateway.admin.service import AdminApi
 from gateway.batches.runner import BatchRunner
 from gateway.cluster.client import RayServeReplicas, find_controller
-from gateway.cluster.serve_replicas import Question
+from gateway.cluster.serve_replicas import ReplicaCall
 from gateway.cluster.view import SnapshotFollower
 from gateway.dashboard.sampler import Sampler
 from gateway.engines.engine_pool import EnginePool
@@ -37,7 +37,7 @@ from gateway.grpc.server import GrpcServer
 from gateway.http.api import HttpApi
 from gateway.http.serve_paths import APP_NAME as APP_NAME
 from gateway.listener.http_listener import HttpListener
-from gateway.offload.malloc_trim import start_returning
+from gateway.offload.malloc_trim import start_trimming
 from gateway.protocols import build_public_app
 from gateway.state.store import open_in_time, open_store
 from gateway.state.sweeper import StateSweeper
@@ -77,12 +77,12 @@ class GatewayReplica:
         settings = ClusterConfig.from_dict(config)
         name = f"gateway-{serve.get_replica_context().replica_id.unique_id}"
         logs.set_up(name, settings.observability.log_format)
-        logs.adopt("ray.serve")
+        logs.format_library_logs("ray.serve")
         tokenizer = await asyncio.to_thread(
             load_tokenizer, settings.model.path, settings.model.chat_template
         )
         node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        disks = DiskWatch(lambda: [logs.OUTPUT.folder])
+        disks = DiskMonitor(lambda: [logs.OUTPUT.folder])
         self._cluster = SnapshotFollower(
             find_controller, name, host=node, low_disks=lambda: disks.low(time.monotonic())
         )
@@ -127,7 +127,7 @@ class GatewayReplica:
         self._sampler.start()
         self._batches = BatchRunner(self._gateway, HttpApi(self._gateway).routes())
         self._batches.start()
-        start_returning()
+        start_trimming()
         gc.freeze()  # the garbage collector then skips all modules
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._is_ending = False
@@ -166,9 +166,9 @@ class GatewayReplica:
             await self._stop_tracing()  # Ray may end before Serve has ended this replica
         return left
 
-    async def answer_replica(self, question: Question, *details: Any) -> tuple[str, Any]:
+    async def answer_replica(self, question: ReplicaCall, *details: Any) -> tuple[str, Any]:
         """Answer a query that a replica sends to all replicas."""
-        return self._gateway.status.answers.answer(question, *details)
+        return self._gateway.status.answers.handle(question, *details)
 
     async def __del__(self) -> None:
         """Stop the replica. Called by Serve."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from benchmarks.harness import local_runs
 from benchmarks.report.options import add_output, counts
 from benchmarks.report.timing import decode_interval_of
-from cluster.cli.bench.document import document_of, shown, tell
+from cluster.cli.bench.document import document_of, format_number, show_and_save
 from cluster.cli.terminal.arguments import count
 from cluster.cli.terminal.output import note, table
 
@@ -47,8 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found[str(batch)] = _medians([_rates(times, args.input_len) for times in runs])
         options = {**local_runs.options_of(args, engine), "repeats": args.repeats}
     document = document_of("benchmarks.engine", options, {"batches": found})
-    rows = [(batch, *(shown(rates[name]) for name in NUMBERS)) for batch, rates in found.items()]
-    tell(args, document, table(("BATCH", "PREFILL TOKENS/S", "DECODE TOKENS/S", "ITL MS"), rows))
+    rows = [
+        (batch, *(format_number(rates[name]) for name in NUMBERS)) for batch, rates in found.items()
+    ]
+    show_and_save(
+        args, document, table(("BATCH", "PREFILL TOKENS/S", "DECODE TOKENS/S", "ITL MS"), rows)
+    )
     return 0
 
 

@@ -31,7 +31,7 @@ from benchmarks.harness.distributed import run_ranks
 from benchmarks.harness.mesh import GivenRows
 from benchmarks.report import results
 from benchmarks.report.options import add_output, counts
-from cluster.cli.bench.document import document_of, shown, tell
+from cluster.cli.bench.document import document_of, format_number, show_and_save
 from cluster.cli.terminal.arguments import count
 from cluster.cli.terminal.output import note, table
 from workers.metrics.step_timer import StepTimer
@@ -319,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     more = ("layers", "repeats", "prefill", "transport", "seed")
     options = {name: getattr(args, name) for name in (*names, *more)}
     document = document_of("benchmarks.dispatch", options, {"tokens": found})
-    tell(args, document, _text(document["results"]["tokens"]))
+    show_and_save(args, document, _text(document["results"]["tokens"]))
     if not args.json:
         note("US: microseconds, median (p99); combine waits for the experts.")
         note("BYTES: sums over all workers.")
@@ -333,11 +333,11 @@ def _text(found: Mapping[str, Any]) -> str:
         (
             tokens,
             *(
-                f"{shown(numbers[f'{name}_us']['median'], 0)} "
-                f"({shown(numbers[f'{name}_us']['p99'], 0)})"
+                f"{format_number(numbers[f'{name}_us']['median'], 0)} "
+                f"({format_number(numbers[f'{name}_us']['p99'], 0)})"
                 for name in times
             ),
-            *(shown(numbers[f"{name}_bytes"], 0) for name in ("dispatch", "combine")),
+            *(format_number(numbers[f"{name}_bytes"], 0) for name in ("dispatch", "combine")),
         )
         for tokens, numbers in found.items()
     ]

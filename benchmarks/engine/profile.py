@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.harness import local_runs
 from benchmarks.report.options import add_output
-from cluster.cli.bench.document import document_of, shown, tell
+from cluster.cli.bench.document import document_of, format_number, show_and_save
 from cluster.cli.terminal.arguments import count
 from cluster.cli.terminal.output import note, table
 from workers.dispatch.dispatcher import TokenDispatcher
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             local_runs.run_batch(engine, mine, new_tokens, lambda: timer.end_step("sample"))
         options = {**local_runs.options_of(args, engine), "batch": args.batch}
     document = document_of("benchmarks.profile", options, {"phases": sums.results()})
-    tell(args, document, _text(document["results"]["phases"]))
+    show_and_save(args, document, _text(document["results"]["phases"]))
     if not args.json:
         note("\n".join(f"{name}: {what}" for name, what in STAGES.items()))
     return 0
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _text(phases: Mapping[str, Any]) -> str:
     rows: list[tuple[object, ...]] = []
     for phase, found in phases.items():
-        rows.append((phase, f"{found['steps']} steps", shown(found["step_ms"], 3), "100%"))
+        rows.append((phase, f"{found['steps']} steps", format_number(found["step_ms"], 3), "100%"))
         for name, value in found["stages_ms"].items():
-            rows.append(("", name, shown(value, 3), f"{value / found['step_ms']:.0%}"))
+            rows.append(("", name, format_number(value, 3), f"{value / found['step_ms']:.0%}"))
     return table(("PHASE", "STAGE", "MS A STEP", "SHARE"), rows)

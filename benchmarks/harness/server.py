@@ -25,7 +25,7 @@ import psutil
 from benchmarks.harness.serving_cluster import QUIET_S
 from benchmarks.harness.stalls import wait_until
 from cluster.core.codec import from_plain
-from cluster.launch.orphans import find_by_files, sweep
+from cluster.launch.orphans import end_private_ray, find_by_files
 from cluster.launch.state_file import ClusterRecord
 
 START_LIMIT_S = 240.0
@@ -207,7 +207,7 @@ def running_server(
         child.kill()
         child.communicate()
         if server is not None and server.folder.exists():
-            sweep(server.folder, server.record.processes)
+            end_private_ray(server.folder, server.record.processes)
 
 
 def _first_line(stream: IO[bytes]) -> str:

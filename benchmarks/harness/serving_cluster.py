@@ -39,7 +39,7 @@ from cluster.controller.controller import Controller
 from cluster.core.topology import Member, Role
 from cluster.launch import local_ray
 from cluster.launch.teardown import end_leftovers
-from cluster.sizing.start_plan import FoundWorker, StartPlan
+from cluster.sizing.start_plan import ExistingWorker, StartPlan
 from workers.model.loading.checkpoint import Checkpoint
 from workers.process.roles.attention import AttentionRole
 from workers.process.worker.actor import ACTOR_CLASSES, WorkerActor
@@ -255,9 +255,9 @@ class ThreadWorkerGroup(LocalWorkerGroup):
         assert role is not None
         return role
 
-    async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
+    async def find(self, limit_s: float) -> tuple[ExistingWorker, ...]:
         return tuple(
-            FoundWorker(
+            ExistingWorker(
                 name=name,
                 config=worker.config,
                 num_slots=worker.args.num_slots,
@@ -321,7 +321,7 @@ def connected_ray(**options: Any) -> Iterator[None]:
         return
     end_shared_ray()
     with tempfile.TemporaryDirectory(prefix="em", dir="/tmp") as folder:
-        local_ray.begin(Path(folder), num_cpus=2, **options)
+        local_ray.init_ray(Path(folder), num_cpus=2, **options)
         yield
         ray.shutdown()
 
@@ -330,7 +330,7 @@ def _begin_shared_ray() -> None:
     atexit.register(end_shared_ray)
     folder = _SHARED.enter_context(tempfile.TemporaryDirectory(prefix="em", dir="/tmp"))
     _SHARED.callback(ray.shutdown)
-    local_ray.begin(Path(folder), num_cpus=2)
+    local_ray.init_ray(Path(folder), num_cpus=2)
 
 
 def end_shared_ray() -> None:

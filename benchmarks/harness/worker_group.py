@@ -11,7 +11,7 @@ from cluster.config.resources import NodeResources
 from cluster.config.workers import WorkersSection
 from cluster.core.errors import SupersededError
 from cluster.core.topology import Member
-from cluster.sizing.start_plan import FoundWorker, StartPlan
+from cluster.sizing.start_plan import ExistingWorker, StartPlan
 
 
 class LocalWorkerGroup(WorkerGroup):
@@ -81,7 +81,7 @@ class LocalWorkerGroup(WorkerGroup):
     def end_this_process(self) -> None:
         self.has_ended_controller = True
 
-    async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
+    async def find(self, limit_s: float) -> tuple[ExistingWorker, ...]:
         raise NotImplementedError
 
     async def release(self, places: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from cluster.policy.autoscaling import PoolHistory, PoolSample, decide
 
 SECTION = AutoscaleSection()
 """The defaults."""
-LIMITS = PoolLimits(least=1, most=16)
+LIMITS = PoolLimits(min_workers=1, max_workers=16)
 """Of each pool."""
 QUICK_S = 400.0
 _ROLES: tuple[Role, ...] = ("attention", "expert")

@@ -85,7 +85,7 @@ def known_model(folder: str) -> SizedModel:
 def _section(name: str, model: SizedModel, layouts: list[tuple[NodeKind, Layout]]) -> str:
     size = model.size
     values = sum(b.num_experts * b.expert_values for b in size.banks)
-    kept_bytes = sum(b.num_experts * b.kept_bytes(size.itemsize) for b in size.banks)
+    kept_bytes = sum(b.num_experts * b.memory_bytes(size.itemsize) for b in size.banks)
     num_nodes = layouts[0][1].num_nodes
     nodes = "one node" if num_nodes == 1 else f"{num_nodes} nodes"
     states = f", {size.state_bytes / 1e6:.0f} MB a recurrent state" if size.state_bytes else ""

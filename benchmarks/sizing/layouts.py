@@ -16,7 +16,7 @@ from cluster.config.cluster import EngineSection
 from cluster.core.errors import ConfigError
 from cluster.sizing.devices import GPU_NETWORK_BYTES_S
 from cluster.sizing.gpus import A100, H100, H200
-from cluster.sizing.roofline import DeviceNumbers, ModelSize, disaggregated_step
+from cluster.sizing.roofline import DeviceSpec, ModelSize, disaggregated_step
 
 GPUS_PER_NODE = 8
 MEMORY_SHARE = 0.9
@@ -40,14 +40,14 @@ class NodeKind:
 
     name: str
     """For people."""
-    gpu: DeviceNumbers
+    gpu: DeviceSpec
     """Each of them, with its link to the others."""
     memory_bytes: float
     """Of each."""
     network_bytes_s: float
     """To other nodes, for each GPU, one direction, bytes a second."""
 
-    def worker(self, num_nodes: int) -> DeviceNumbers:
+    def worker(self, num_nodes: int) -> DeviceSpec:
         """What a worker with one of the GPUs can do, among workers on so many nodes."""
         return self.gpu if num_nodes == 1 else replace(self.gpu, link_bytes_s=self.network_bytes_s)
 
@@ -143,7 +143,7 @@ def _layout(model: SizedModel, node: NodeKind, num_nodes: int, num_attention: in
     # A whole copy on either of two hosts or more; on one host only room to rebalance.
     several = num_experts > GPUS_PER_NODE
     spare = own if several else math.ceil(SPARE_SHARE * own)
-    slot_bytes = sum(bank.kept_bytes(size.itemsize) for bank in size.banks)
+    slot_bytes = sum(bank.memory_bytes(size.itemsize) for bank in size.banks)
     room = MEMORY_SHARE * node.memory_bytes
     spare = max(0, min(spare, int(room // slot_bytes) - own))
     attention_bytes = float(model.attention_weights * size.itemsize)

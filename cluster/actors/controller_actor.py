@@ -198,7 +198,7 @@ class ControllerActor:
         """
         await self.restore()
         if process == "controller":
-            number, lines = logs.RECENT.since(after)
+            number, lines = logs.RECENT_LINES.since(after)
         else:
             number, lines = await self._group.log(process, after)
         return {"number": number, "lines": lines}
@@ -284,7 +284,7 @@ class ControllerActor:
 
 async def _beat() -> None:
     """Show the watchdog that the event loop runs; it ends with this task."""
-    watchdog = start_watchdog(log=logs.OUTPUT.of_errors)
+    watchdog = start_watchdog(log=logs.OUTPUT.error_file)
     beats = watchdog.stdin
     assert beats is not None
     os.set_blocking(beats.fileno(), False)

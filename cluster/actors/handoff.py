@@ -20,7 +20,7 @@ from cluster.actors.runner import Runner
 from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import NotReadyError, SupersededError
-from cluster.sizing.start_plan import FoundWorker, StartPlan
+from cluster.sizing.start_plan import ExistingWorker, StartPlan
 from cluster.tracing.logs import LogForm
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ async def _hand_off(runner: Runner, term: int, began_at: float) -> None:
     runner.go_on(plan, collected, term)
 
 
-async def _call_workers(runner: Runner, found: Sequence[FoundWorker]) -> CollectedState | None:
+async def _call_workers(runner: Runner, found: Sequence[ExistingWorker]) -> CollectedState | None:
     """Make all found workers connect here and report."""
     limits = ControllerSettings.of(found[0].config)
     server = await runner.open_server(found[0].config.cluster_token)
@@ -120,7 +120,7 @@ async def _call_workers(runner: Runner, found: Sequence[FoundWorker]) -> Collect
         limit_s=limits.collect_limit_s,
         confirm_s=limits.confirm_s,
         known=runner.group.names(),
-        fresh=[f.name for f in found if not f.has_called],
+        fresh=[f.name for f in found if not f.has_connected],
     )
     calls = [asyncio.create_task(_redirect(runner, f.name, server)) for f in found]
     try:

@@ -69,7 +69,7 @@ def _node_of(entry: Mapping[str, Any]) -> NodeResources:
         address=address,
         cpus=float(entry["Resources"].get("CPU", 0.0)),
         gpus=float(entry["Resources"].get("GPU", 0.0)),
-        place=NodeLabels.of(entry.get("Labels") or {}, address),
+        labels=NodeLabels.of(entry.get("Labels") or {}, address),
     )
 
 

@@ -54,7 +54,7 @@ class Room:
         ray_tools.free_reserved_room()
         share = resolved_share(workers)
         roles = [role for role, count in workers.pools.items() for _ in range(count)]
-        places = [node.place for node in ray_tools.cluster_nodes(is_strict=True)]
+        places = [node.labels for node in ray_tools.cluster_nodes(is_strict=True)]
         self._roles = roles if any(place.role for place in places) else []
         self._group = placement_group(
             [_bundle(share)] * len(roles),
@@ -131,7 +131,7 @@ class Room:
 
 
 def _added_group(place: str, role: Role, share: WorkerShare) -> PlacementGroup:
-    selector = selector_for(role, [node.place for node in ray_tools.cluster_nodes()])
+    selector = selector_for(role, [node.labels for node in ray_tools.cluster_nodes()])
     group: PlacementGroup = placement_group(
         [_bundle(share)],
         name=ray_tools.name_of_added(place),
@@ -153,9 +153,9 @@ def _member(role: Role, rank: int, node: NodeResources) -> Member:
         rank=rank,
         device=rank if holds_experts(role) else -1,
         node=node.address,
-        domain=node.place.domain,
-        link_class=node.place.link_class,
-        speed=node.place.speed,
+        domain=node.labels.domain,
+        link_class=node.labels.link_class,
+        speed=node.labels.speed,
     )
 
 

@@ -39,7 +39,7 @@ from cluster.core.topology import Member
 from cluster.policy.node_following import followed_nodes
 from cluster.sizing.start_plan import StartPlan
 from cluster.tracing import logs
-from cluster.tracing.disks import DiskWatch
+from cluster.tracing.disks import DiskMonitor
 from cluster.tracing.exporter import TraceExport, start_traces
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Runner:
         """With the configuration; None before the start."""
         self.gateways = Gateways(lambda: self.controller, background.notify)
         self.traces: TraceExport | None = None
-        self._disks = DiskWatch(lambda: [logs.OUTPUT.folder])
+        self._disks = DiskMonitor(lambda: [logs.OUTPUT.folder])
         self._waits = ProcessorWaits()
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
 
@@ -98,7 +98,7 @@ class Runner:
             await self.server.close()
             await self.group.end_all()
             raise
-        plan = plan.on(members)
+        plan = plan.with_members(members)
         self._run(self._make(plan, members, notes, term), plan)
         self.background.spawn(self._bring_up(members, plan))
 

@@ -28,7 +28,7 @@ from cluster.config.workers import WorkersSection
 from cluster.core.errors import StartError, SupersededError, UnknownNameError
 from cluster.core.topology import Member, Role
 from cluster.policy.places import place_of
-from cluster.sizing.start_plan import FoundWorker, StartPlan
+from cluster.sizing.start_plan import ExistingWorker, StartPlan
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class WorkerGroup:
                     waiting.remove(actor)
                     on_died(actor.name, words)
 
-    async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
+    async def find(self, limit_s: float) -> tuple[ExistingWorker, ...]:
         """Workers of an earlier controller that still live, found by name.
 
         A worker that does not answer within ``limit_s`` is left out, but ``names`` and ``end`` know
@@ -238,7 +238,7 @@ class WorkerGroup:
         if name in self._withdrawn:
             raise StartError(name, "it is not wanted any more")
 
-    async def _find(self, name: str, limit_s: float) -> FoundWorker | None:
+    async def _find(self, name: str, limit_s: float) -> ExistingWorker | None:
         try:
             async with asyncio.timeout(limit_s):
                 handle = await asyncio.to_thread(ray.get_actor, name, namespace=ray_tools.NAMESPACE)
@@ -253,11 +253,11 @@ class WorkerGroup:
             if not isinstance(err, TimeoutError):
                 self._actors.pop(name, None)
             return None
-        return FoundWorker(
+        return ExistingWorker(
             name=name,
             config=ClusterConfig.from_dict(answer["config"]),
             num_slots=int(answer["num_slots"]),
-            has_called=bool(answer["has_called"]),
+            has_connected=bool(answer["has_called"]),
         )
 
     def _options(self, member: Member, share: WorkerShare, bundle: int) -> dict[str, Any]:

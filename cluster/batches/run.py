@@ -13,10 +13,10 @@ from functools import partial
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
-from cluster.batches.answer_file import LINE_ID, AnswerFile, is_success
 from cluster.batches.requests import BatchRequest, RequestFile
+from cluster.batches.response_file import LINE_ID, ResponseFile, is_success
 from cluster.core.errors import ConflictError
-from cluster.disk.threads import to_its_end
+from cluster.disk.threads import run_to_completion
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class UnreachableError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class BatchAnswer:
+class BatchResponse:
     """A server's response to a request."""
 
     status: int
@@ -48,7 +48,7 @@ class BatchAnswer:
     """Seconds after which to retry, if the server sent them."""
 
 
-Send = Callable[[BatchRequest], Awaitable[BatchAnswer]]
+SendRequest = Callable[[BatchRequest], Awaitable[BatchResponse]]
 """Sends a request. Raises ``UnreachableError``."""
 
 
@@ -58,9 +58,9 @@ class RunInThread(Protocol):
     async def __call__(self, call: Callable[[], Result], /) -> Result: ...
 
 
-async def in_own_thread(call: Callable[[], Result]) -> Result:
+async def in_asyncio_thread(call: Callable[[], Result]) -> Result:
     """Run a call in one of asyncio's threads; see ``RunInThread``."""
-    return await to_its_end(asyncio.to_thread(call))
+    return await run_to_completion(asyncio.to_thread(call))
 
 
 @dataclass(slots=True)
@@ -87,17 +87,17 @@ class BatchRun:
     """
 
     requests: RequestFile
-    answers: AnswerFile
-    errors: AnswerFile
+    answers: ResponseFile
+    errors: ResponseFile
     """File of failed responses; may be the same as ``answers``."""
-    send: Send
+    send: SendRequest
     concurrency: int
     """Requests that run at a time."""
     give_up_s: float
     """Time without any reachable server after which the batch fails."""
     on_progress: Callable[[BatchCounts], None] = lambda counts: None
     clock: Callable[[], float] = time.monotonic
-    in_thread: RunInThread = in_own_thread
+    in_thread: RunInThread = in_asyncio_thread
     """Runs every call that waits for the disk."""
     disk_limit_s: float = 0.0
     """Longest time that responses wait for a disk that rejects them."""
@@ -125,7 +125,7 @@ class BatchRun:
         left = self._left()
         self.on_progress(self.counts)
         if self.counts.left:
-            await self._write(self._check_room)  # before any request is sent
+            await self._write(self._check_disk_space)  # before any request is sent
         try:
             async with asyncio.TaskGroup() as group:
                 syncs = group.create_task(self._sync_often())
@@ -138,7 +138,7 @@ class BatchRun:
         await self._write(self._sync)
 
     @property
-    def _files(self) -> set[AnswerFile]:
+    def _files(self) -> set[ResponseFile]:
         return {self.answers, self.errors}
 
     def _left(self) -> Generator[BatchRequest, None, None]:
@@ -147,10 +147,10 @@ class BatchRun:
 
     async def _work(self, left: Iterator[BatchRequest]) -> None:
         while (request := await self._next(left)) is not None:
-            answer = await self._ask(request)
+            answer = await self._send_until_answered(request)
             is_good = is_success(answer.status)
             file = self.answers if is_good else self.errors
-            line = answer_line(request, answer)
+            line = response_line(request, answer)
             await self._write(partial(file.append, request.custom_id, line))
             self.counts.completed += is_good
             self.counts.failed += not is_good
@@ -162,7 +162,7 @@ class BatchRun:
                 self._read.extend(await self.in_thread(lambda: list(islice(left, _READ_AHEAD))))
             return self._read.popleft() if self._read else None
 
-    async def _ask(self, request: BatchRequest) -> BatchAnswer:
+    async def _send_until_answered(self, request: BatchRequest) -> BatchResponse:
         wait_s = _FIRST_WAIT_S
         while True:
             pause_s: float | None = None
@@ -210,16 +210,16 @@ class BatchRun:
             await asyncio.sleep(_SYNC_S)
             await self._write(self._sync)
 
-    def _check_room(self) -> None:
+    def _check_disk_space(self) -> None:
         for file in self._files:
-            file.check_room()
+            file.check_disk_space()
 
     def _sync(self) -> None:
         for file in self._files:
             file.sync()
 
 
-def answer_line(request: BatchRequest, answer: BatchAnswer) -> dict[str, Any]:
+def response_line(request: BatchRequest, answer: BatchResponse) -> dict[str, Any]:
     """One line of the response file, in OpenAI's format."""
     return {
         "id": f"{LINE_ID}{uuid.uuid4().hex}",

@@ -26,10 +26,14 @@ from cluster.cli.cluster.launcher_process import Interrupted
 from cluster.cli.experts import load, placement, rebalance
 from cluster.cli.models import chat, generate, inspection, run_batch, tokenize
 from cluster.cli.offline import completion, config, doctor, plan, version
-from cluster.cli.options.serve_options import as_typed, spell_out, unknown_variables
+from cluster.cli.options.serve_options import (
+    add_missing_values,
+    unknown_variables,
+    with_typed_names,
+)
 from cluster.cli.terminal.arguments import CommandParsers, seconds
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.output import give_up_stdout, note
+from cluster.cli.terminal.output import discard_stdout, note
 from cluster.cli.terminal.parser import Parser
 from cluster.core.errors import ConfigError
 from cluster.core.release import RELEASE
@@ -102,23 +106,23 @@ def _common(absent: object, off: object) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    args = make_parser().parse_args(spell_out(sys.argv[1:] if argv is None else argv))
+    args = make_parser().parse_args(add_missing_values(sys.argv[1:] if argv is None else argv))
     for line in unknown_variables(os.environ):
         note(f"expertmesh: warning: {line}")
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING)
     try:
         return int(args.run(args))
     except CommandError as err:
-        note(f"expertmesh: {as_typed(str(err), args, os.environ)}")
+        note(f"expertmesh: {with_typed_names(str(err), args, os.environ)}")
         return err.code
     except ConfigError as err:
-        note(f"expertmesh: {as_typed(str(err), args, os.environ)}")
+        note(f"expertmesh: {with_typed_names(str(err), args, os.environ)}")
         return ExitCode.USAGE
     except (KeyboardInterrupt, Interrupted):
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
         # the reader of the output has ended: write nothing more, not even at exit
-        give_up_stdout()
+        discard_stdout()
         return 128 + signal.SIGPIPE
 
 

@@ -17,12 +17,12 @@ AutoscaleMode = Literal["off", "dry-run", "on"]
 class PoolLimits:
     """Smallest and largest number of workers of a pool, both inclusive."""
 
-    least: int
-    most: int
+    min_workers: int
+    max_workers: int
 
     def clamp(self, count: int) -> int:
         """The allowed number nearest to ``count``."""
-        return max(self.least, min(self.most, count))
+        return max(self.min_workers, min(self.max_workers, count))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +76,8 @@ class AutoscaleSection:
         """The limits of each pool. ``pools``: role -> number of workers at start."""
         found = {}
         for role, start in pools.items():
-            least, most = self._given(role)
-            found[role] = PoolLimits(least=least or start, most=most or start)
+            least, most = self._configured_limits(role)
+            found[role] = PoolLimits(min_workers=least or start, max_workers=most or start)
         return found
 
     def check_pools(self, mode: str, pools: Mapping[Role, int]) -> None:
@@ -92,11 +92,13 @@ class AutoscaleSection:
             check_each(self, names, lambda count: False, rule)
         for role, limits in self.limits(pools).items():
             _check_start("attention" if role == "attention" else "expert", limits, pools[role])
-        may_change = any(limits.least < limits.most for limits in self.limits(pools).values())
+        may_change = any(
+            limits.min_workers < limits.max_workers for limits in self.limits(pools).values()
+        )
         rule = "needs a limit that differs from the number at start, for example max_expert_workers"
         check(may_change, "autoscale", self.autoscale, rule)
 
-    def _given(self, role: Role) -> tuple[int | None, int | None]:
+    def _configured_limits(self, role: Role) -> tuple[int | None, int | None]:
         if role == "attention":
             return self.min_attention_workers, self.max_attention_workers
         return self.min_expert_workers, self.max_expert_workers
@@ -105,6 +107,6 @@ class AutoscaleSection:
 def _check_start(pool: str, limits: PoolLimits, start: int) -> None:
     started = f"num_{pool}_workers ({start})"
     rule = f"must not exceed {started}"
-    check(limits.least <= start, f"min_{pool}_workers", limits.least, rule)
+    check(limits.min_workers <= start, f"min_{pool}_workers", limits.min_workers, rule)
     rule = f"must be at least {started}"
-    check(limits.most >= start, f"max_{pool}_workers", limits.most, rule)
+    check(limits.max_workers >= start, f"max_{pool}_workers", limits.max_workers, rule)

@@ -214,7 +214,7 @@ class ClusterConfig:
         check(not is_refused, "lora_modules", name, "must not name an adapter as the model")
         tied = next((str(m) for m in self.lora.adapters if m.tenants), None)
         rule = "names keys: it needs api_key or api_key_file"
-        check(tied is None or self.gateway.asks_for_keys, "lora_modules", tied, rule)
+        check(tied is None or self.gateway.requires_keys, "lora_modules", tied, rule)
         requests = self.gateway.max_queue * self.gateway.num_gateway_replicas
         check(
             self.workers.num_attention_ranks <= requests,

@@ -206,13 +206,13 @@ class GatewaySection:
         check(is_name, "metrics_prefix", self.metrics_prefix, rule)
         check_choice("routing_policy", self.routing_policy, RoutingPolicyName)
         check(
-            is_loopback(self.host) or self.asks_for_keys or self.allow_unauthenticated,
+            is_loopback(self.host) or self.requires_keys or self.allow_unauthenticated,
             "host",
             self.host,
             "is public: give --api-key or --api-key-file, or set --allow-unauthenticated",
         )
         check(
-            is_loopback(self.admin_host) or self.asks_for_admin_keys,
+            is_loopback(self.admin_host) or self.requires_admin_keys,
             "admin_host",
             self.admin_host,
             "is public: give --admin-key or --admin-key-file",
@@ -230,11 +230,11 @@ class GatewaySection:
         return self.tls_cert is not None
 
     @property
-    def asks_for_keys(self) -> bool:
+    def requires_keys(self) -> bool:
         """Whether clients must present a key."""
         return bool(self.api_keys) or self.api_key_file is not None
 
     @property
-    def asks_for_admin_keys(self) -> bool:
+    def requires_admin_keys(self) -> bool:
         """Whether the admin ports have keys of their own."""
         return bool(self.admin_keys) or self.admin_key_file is not None

@@ -37,7 +37,7 @@ class KvEventsSection:
         has_events = self.kv_events_endpoint is not None
         check(replay is None or has_events, "kv_events_replay_endpoint", replay, _NEEDS_EVENTS)
         rule = "must listen: its host must be *, 0.0.0.0, [::] or an address of loopback"
-        listens = replay is None or does_listen(replay)
+        listens = replay is None or is_listening(replay)
         check(listens, "kv_events_replay_endpoint", replay, rule)
         rule = f"must have {_MAX_TOPIC} characters at most"
         check(len(self.kv_events_topic) <= _MAX_TOPIC, "kv_events_topic", "...", rule)
@@ -48,7 +48,7 @@ class KvEventsSection:
         ports: list[int] = []
         for name in ("kv_events_endpoint", "kv_events_replay_endpoint"):
             value = getattr(self, name)
-            if value is None or not does_listen(value):
+            if value is None or not is_listening(value):
                 continue
             port = _port(value) or 0
             rule = f"must leave {num_ranks} ports up to 65535: one for each attention worker"
@@ -64,7 +64,7 @@ class KvEventsSection:
 _NEEDS_EVENTS = "needs kv_events_endpoint"
 
 
-def does_listen(endpoint: str) -> bool:
+def is_listening(endpoint: str) -> bool:
     """Whether the worker listens on the endpoint; otherwise it connects to a router there."""
     host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
     if host == "*":
@@ -76,9 +76,9 @@ def does_listen(endpoint: str) -> bool:
     return address.is_unspecified or address.is_loopback
 
 
-def endpoint_of(endpoint: str, rank: int) -> str:
+def rank_endpoint(endpoint: str, rank: int) -> str:
     """The endpoint of attention rank ``rank``; a listening rank has a port of its own."""
-    if not does_listen(endpoint):
+    if not is_listening(endpoint):
         return endpoint
     head, _, port = endpoint.rpartition(":")
     return f"{head}:{int(port) + rank}"

@@ -61,8 +61,8 @@ class LoraSection:
         check_each(self, "max_lora_rank", is_at_least_1, "must be at least 1")
         for text, module in zip(self.lora_modules, self.adapters, strict=True):
             rule = f"must be NAME=FOLDER or NAME@KEY+KEY=FOLDER; NAME {NAME_RULE}"
-            is_module = is_name(module.name) and 0 < len(module.path) <= MAX_PATH
-            check(is_module and are_tenants(module.tenants), "lora_modules", text, rule)
+            is_module = is_valid_name(module.name) and 0 < len(module.path) <= MAX_PATH
+            check(is_module and are_valid_tenants(module.tenants), "lora_modules", text, rule)
         names = [module.name for module in self.adapters]
         rule = "must not name an adapter twice"
         check(len(set(names)) == len(names), "lora_modules", " ".join(names), rule)
@@ -92,7 +92,7 @@ class LoraSection:
         parents = (PurePosixPath(path).parent for _, path in self.modules)
         return tuple(dict.fromkeys(str(p) for p in parents if len(p.parts) > 1))
 
-    def allows(self, path: str) -> bool:
+    def allows_path(self, path: str) -> bool:
         """Whether an adapter may be loaded from this path. Symbolic links are not resolved."""
         folder = PurePosixPath(path)
         is_plain = is_folder_path(path) and ".." not in folder.parts
@@ -100,7 +100,7 @@ class LoraSection:
         return is_plain and (path in named or any(map(folder.is_relative_to, self.roots)))
 
 
-def are_tenants(names: Collection[str]) -> bool:
+def are_valid_tenants(names: Collection[str]) -> bool:
     """Whether ``names`` may be the tenants of an adapter."""
     is_each = all(0 < len(name) <= MAX_TENANT and name.isprintable() for name in names)
     return is_each and len(names) <= MAX_TENANTS
@@ -111,6 +111,6 @@ def is_folder_path(path: str) -> bool:
     return len(path) <= MAX_PATH and PurePosixPath(path).is_absolute() and "\0" not in path
 
 
-def is_name(name: str) -> bool:
+def is_valid_name(name: str) -> bool:
     """Whether an adapter may have this name."""
     return _NAME.fullmatch(name) is not None

@@ -35,7 +35,7 @@ class NodeResources:
     """CPUs in Ray's accounting."""
     gpus: float = 0.0
     """GPUs in Ray's accounting."""
-    place: NodeLabels = field(default_factory=NodeLabels)
+    labels: NodeLabels = field(default_factory=NodeLabels)
     """The expertmesh labels of the node."""
 
 
@@ -73,7 +73,9 @@ def resolved_share(workers: WorkersSection) -> WorkerShare:
 def num_fitting_workers(node: NodeResources, share: WorkerShare) -> int:
     """Workers of this share that fit on the empty node; one if the share is zero."""
     wanted = ((share.gpus, node.gpus), (share.cpus, node.cpus))
-    return min((_room([amount], each) for each, amount in wanted if each > 0), default=1)
+    return min(
+        (_num_fitting_shares([amount], each) for each, amount in wanted if each > 0), default=1
+    )
 
 
 def nodes_for(role: str, nodes: Sequence[NodeResources]) -> tuple[NodeResources, ...]:
@@ -81,8 +83,8 @@ def nodes_for(role: str, nodes: Sequence[NodeResources]) -> tuple[NodeResources,
 
     Equivalent to the selector of ``node_labels.selector_for``.
     """
-    mine = tuple(n for n in nodes if n.place.role == role)
-    return mine or tuple(n for n in nodes if not n.place.role)
+    mine = tuple(n for n in nodes if n.labels.role == role)
+    return mine or tuple(n for n in nodes if not n.labels.role)
 
 
 _Pools = Mapping[tuple[NodeResources, ...], int]
@@ -154,7 +156,7 @@ def _check_fit(kind: Literal["cpus", "gpus"], value: float, pools: _Pools) -> No
         amounts = [float(getattr(n, kind)) for n in nodes]
         there = ", ".join(f"{n.address}: {a:g}" for n, a in zip(nodes, amounts, strict=True))
         check(
-            value <= 0 or _room(amounts, value) >= count,
+            value <= 0 or _num_fitting_shares(amounts, value) >= count,
             f"{kind}_per_worker",
             f"{value:g}",
             f"does not fit: {count} workers need {value * count:g} {kind[:-1].upper()}s, "
@@ -170,10 +172,13 @@ def _largest_share(amounts: Sequence[float], num_workers: int) -> float:
     candidates = {
         _round_down(amount / parts) for amount in amounts for parts in range(1, num_workers + 1)
     }
-    return max((c for c in candidates if c > 0 and _room(amounts, c) >= num_workers), default=0.0)
+    return max(
+        (c for c in candidates if c > 0 and _num_fitting_shares(amounts, c) >= num_workers),
+        default=0.0,
+    )
 
 
-def _room(amounts: Sequence[float], share: float) -> int:
+def _num_fitting_shares(amounts: Sequence[float], share: float) -> int:
     """Number of workers of ``share`` that fit on nodes with these amounts."""
     grains = max(1, round(share * _GRAIN))
     return sum(round(amount * _GRAIN) // grains for amount in amounts)

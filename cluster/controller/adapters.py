@@ -19,9 +19,9 @@ from cluster.config.lora import (
     MAX_TENANTS,
     NAME_RULE,
     LoraSection,
-    are_tenants,
+    are_valid_tenants,
     is_folder_path,
-    is_name,
+    is_valid_name,
 )
 from cluster.controller.parts.adapter_uses import AdapterUses
 from cluster.controller.parts.cluster import Cluster
@@ -60,11 +60,11 @@ class AdapterLoadCommand(Message, frozen=True, kw_only=True):
 
     def check(self, config: ClusterConfig) -> None:
         """Raise ``RequestError`` if the configuration does not allow such an adapter."""
-        if not is_name(self.name):
+        if not is_valid_name(self.name):
             raise RequestError(f"lora_name ({self.name[:128]!r}) {NAME_RULE}", "lora_name")
         if why := self._path_error(config.lora):
             raise RequestError(f"lora_path ({self.path[:128]!r}) {why}", "lora_path")
-        if why := self._tenants_error(config.gateway.asks_for_keys):
+        if why := self._tenants_error(config.gateway.requires_keys):
             raise RequestError(f"tenants ({len(self.tenants)} of them) {why}", "tenants")
         if self.name == config.model.served_model_name:
             raise RequestError(f"lora_name ({self.name}) is the name of the model", "lora_name")
@@ -73,14 +73,14 @@ class AdapterLoadCommand(Message, frozen=True, kw_only=True):
         """Why an adapter must not be loaded from the path; empty if it may."""
         if not is_folder_path(self.path):
             return f"must be an absolute path of at most {MAX_PATH} characters"
-        if lora.allows(self.path):
+        if lora.allows_path(self.path):
             return ""
         roots = ", ".join(lora.roots) or "none is named"
         return f"must be in a folder of --lora-roots, without '..' ({roots})"
 
     def _tenants_error(self, has_keys: bool) -> str:
         """Why an adapter cannot belong to the tenants; empty if it can."""
-        if not are_tenants(self.tenants):
+        if not are_valid_tenants(self.tenants):
             return f"must be at most {MAX_TENANTS} names of at most {MAX_TENANT} characters"
         if not self.tenants or has_keys:
             return ""

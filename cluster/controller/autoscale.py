@@ -87,7 +87,7 @@ class Autoscaling:
         return {
             "mode": self._section.autoscale,
             "wanted": dict(decision.wanted) if decision is not None else {},
-            "limits": {role: [found.least, found.most] for role, found in limits},
+            "limits": {role: [found.min_workers, found.max_workers] for role, found in limits},
             "reason": decision.reason if decision is not None else "",
             "waits_for": self._waits_for,
         }
@@ -152,10 +152,10 @@ class Autoscaling:
     def _allowed(self, role: Role) -> PoolLimits:
         """The limits, of which no expert worker may exceed the experts of a bank."""
         limits = self._limits[role]
-        most = min((b.num_experts for b in self._cluster.desired.banks), default=limits.most)
-        if not holds_experts(role) or most >= limits.most:
+        most = min((b.num_experts for b in self._cluster.desired.banks), default=limits.max_workers)
+        if not holds_experts(role) or most >= limits.max_workers:
             return limits
-        return PoolLimits(least=min(limits.least, most), most=most)
+        return PoolLimits(min_workers=min(limits.min_workers, most), max_workers=most)
 
     def _restart(self) -> None:
         for history in self._pools.values():

@@ -37,18 +37,18 @@ class RecordFile:
     def append(self, record: bytes) -> None:
         """Append a record. Raises ``OSError``; the file then has the records before this one."""
         if self._is_torn:
-            self.cut(self.num_bytes)
+            self.truncate(self.num_bytes)
         self._is_torn = True
         try:
             write_all(self._fd, record)
         except OSError:
             with contextlib.suppress(OSError):
-                self.cut(self.num_bytes)
+                self.truncate(self.num_bytes)
             raise
         self.num_bytes += len(record)
         self._is_torn = False
 
-    def cut(self, num_bytes: int) -> None:
+    def truncate(self, num_bytes: int) -> None:
         """Truncate the file to its first ``num_bytes`` bytes. Raises ``OSError``."""
         self.num_bytes, self._is_torn = num_bytes, True
         os.ftruncate(self._fd, num_bytes)

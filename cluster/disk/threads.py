@@ -26,7 +26,7 @@ _IDLE_S = 5.0
 """Time after which an idle thread ends."""
 
 
-async def to_its_end(work: Awaitable[Result]) -> Result:
+async def run_to_completion(work: Awaitable[Result]) -> Result:
     """Await ``work`` and return its result. A cancellation waits until ``work`` has ended."""
     future = asyncio.ensure_future(work)
     try:
@@ -77,7 +77,7 @@ class DiskThreads:
         A running call cannot be stopped: it may still have its effect. If the caller no longer
         waits when the result arrives, ``release`` closes the result in one of the threads.
         """
-        self._check_room()
+        self._check_capacity()
         job = _Job(partial(call, *args))
         future = self._start(job)
         is_taken = False
@@ -88,8 +88,8 @@ class DiskThreads:
             if not is_taken:
                 future.cancel()  # a call that waits for a thread must not start
                 self._late.append(job)
-                if release is not None and job.has_found(release):
-                    self._executor.submit(release, job.found)
+                if release is not None and job.has_result(release):
+                    self._executor.submit(release, job.result)
         if not is_taken:
             message = f"{self._what} has not answered for {self._limit_s:g} s"
             logger.error(message)
@@ -101,15 +101,15 @@ class DiskThreads:
         """Run a call in one of the threads without waiting for it."""
         self._executor.submit(call)
 
-    async def run_to_end(self, call: Callable[..., Result], *args: Any) -> Result:
+    async def run_to_completion(self, call: Callable[..., Result], *args: Any) -> Result:
         """Run a call without a time limit and return its result; a cancellation waits for it."""
-        return await to_its_end(self._start(_Job(partial(call, *args))))
+        return await run_to_completion(self._start(_Job(partial(call, *args))))
 
     def _start(self, job: _Job) -> asyncio.Future[Any]:
         context = contextvars.copy_context()
         return asyncio.get_running_loop().run_in_executor(self._executor, context.run, job.run)
 
-    def _check_room(self) -> None:
+    def _check_capacity(self) -> None:
         self._late = [job for job in self._late if job.is_running]
         if len(self._late) >= self._max_threads:
             raise self._error(
@@ -128,7 +128,7 @@ class _Job:
         self._changed = Lock()
         self._release: Callable[[Any], object] | None = None
         self.is_running = False
-        self.found: Any = None
+        self.result: Any = None
         """The result once the call has returned."""
 
     def run(self) -> Any:
@@ -136,18 +136,18 @@ class _Job:
         try:
             found = self._call()
             with self._changed:
-                self.found, release = found, self._release
+                self.result, release = found, self._release
             if release is not None:
                 release(found)
             return found
         finally:
             self.is_running = False
 
-    def has_found(self, release: Callable[[Any], object]) -> bool:
+    def has_result(self, release: Callable[[Any], object]) -> bool:
         """Whether the result has arrived; if not, ``release`` is called when it arrives."""
         with self._changed:
             self._release = release
-            return self.found is not None
+            return self.result is not None
 
 
 class _DaemonExecutor(Executor):
@@ -177,7 +177,7 @@ class _DaemonExecutor(Executor):
         return future
 
     def _work(self) -> None:
-        while (taken := self._take()) is not None:
+        while (taken := self._next_call()) is not None:
             self._run(*taken)
             del taken  # release the call and its result while the thread waits
             with self._changed:
@@ -194,7 +194,7 @@ class _DaemonExecutor(Executor):
         else:
             future.set_result(found)
 
-    def _take(self) -> tuple[Future[Any], Callable[[], Any]] | None:
+    def _next_call(self) -> tuple[Future[Any], Callable[[], Any]] | None:
         """The next call; None after ``_IDLE_S`` without one, so that the thread ends."""
         with self._changed:
             self._num_idle += 1

@@ -17,7 +17,7 @@ from cluster.config.gateway import GatewaySection, is_loopback
 from cluster.config.resources import NodeResources
 from cluster.core.errors import ConfigError, NotReadyError, StartError
 from cluster.core.node_labels import selector_for
-from cluster.launch.plan import EVERY_INTERFACE, LaunchPlan, check_ports, tell_differences
+from cluster.launch.plan import EVERY_INTERFACE, LaunchPlan, check_ports, option_differences
 from cluster.launch.teardown import end_leftovers
 from cluster.sizing.start_plan import plan_start
 
@@ -45,11 +45,11 @@ class JoinedRay:
     free_cpus: float | None = None
     """CPUs that other users of the joined Ray left before expertmesh started anything; None for a
     private Ray."""
-    found: bool = False
+    is_running: bool = False
     """Whether the planned cluster is already running or starting."""
 
 
-def examine(plan: LaunchPlan, address: str) -> JoinedRay:
+def inspect_ray(plan: LaunchPlan, address: str) -> JoinedRay:
     """Inspect the Ray at ``address``, which this process has joined.
 
     Raises ``ConfigError`` and ``StartError``.
@@ -57,9 +57,9 @@ def examine(plan: LaunchPlan, address: str) -> JoinedRay:
     from cluster.actors.ray_tools import our_actors
 
     nodes = wait_nodes(plan.wait_nodes, plan.start_limit_s)
-    gateways = tuple(n for n in nodes if n.place.role == GATEWAY)
-    plan = dataclasses.replace(plan, gateway_address=_reach(plan, gateways))
-    selector = selector_for(GATEWAY, [n.place for n in gateways]) if gateways else {}
+    gateways = tuple(n for n in nodes if n.labels.role == GATEWAY)
+    plan = dataclasses.replace(plan, gateway_address=_gateway_address(plan, gateways))
+    selector = selector_for(GATEWAY, [n.labels for n in gateways]) if gateways else {}
     joined = JoinedRay(
         plan=plan, gateway_nodes=tuple(n.address for n in gateways), selector=selector
     )
@@ -68,7 +68,7 @@ def examine(plan: LaunchPlan, address: str) -> JoinedRay:
         config = _running_config(plan)
         if config is not None:
             started = dataclasses.replace(plan, config=config)  # its token and ports
-            return dataclasses.replace(joined, plan=started, found=True)
+            return dataclasses.replace(joined, plan=started, is_running=True)
     if actors and our_actors():
         raise ConfigError("address", plan.address, "already runs an expertmesh cluster")
     _check_ports(plan, is_here=not gateways)
@@ -144,7 +144,7 @@ def _running_config(plan: LaunchPlan) -> ClusterConfig | None:
         end_leftovers()
         wait_free_cpus(wanted, _FREE_LIMIT_S)
         return None
-    differences = tell_differences(origin["asked"] or {}, plan.asked)
+    differences = option_differences(origin["asked"] or {}, plan.asked)
     if differences:
         text = "; ".join(differences)
         rule = f"runs a cluster with other settings ({text}): expertmesh down first"
@@ -162,7 +162,7 @@ def _resolve(plan: LaunchPlan, nodes: tuple[NodeResources, ...], free_cpus: floa
     return plan
 
 
-def _reach(plan: LaunchPlan, gateways: tuple[NodeResources, ...]) -> str:
+def _gateway_address(plan: LaunchPlan, gateways: tuple[NodeResources, ...]) -> str:
     """Address of the gateway for clients if ``host`` is every interface, else empty.
 
     Raises ``ConfigError`` if ``host`` cannot be reached from outside the gateway's node.

@@ -77,7 +77,7 @@ class Launcher:
         self._events = events
         self._parts = make_parts(plan, self._progress)
         self._stop = threading.Event()
-        self._hurry = threading.Event()
+        self._second_stop = threading.Event()
         self._drains = False
         self._is_starting = True
         self._stage = ""
@@ -89,10 +89,10 @@ class Launcher:
         status, has_left = 1, False
         try:
             self._start()
-            status = 0 if self._leaves else self._watch()
+            status = 0 if self._outlives_launcher else self._watch()
             if self._drains and status == 0:
                 self._drain()
-            has_left = self._leaves
+            has_left = self._outlives_launcher
         except _StopRequested:
             logger.info("stop requested during the start")
             status = 0
@@ -138,7 +138,7 @@ class Launcher:
         self._events.send("ready", http=plan.http_url, grpc=plan.grpc_target, admin=admin)
 
     @property
-    def _leaves(self) -> bool:
+    def _outlives_launcher(self) -> bool:
         """Whether the cluster continues without this process: ``up`` in a joined Ray."""
         return bool(self._plan.address) and self._plan.command == "up"
 
@@ -155,15 +155,15 @@ class Launcher:
         """Let load balancers redirect clients, then let requests end. A second stop aborts."""
         section = self._parts.plan.config.gateway
         logger.info("draining")
-        self._parts.tell_gateway("lead")
-        self._hurry.wait(section.drain_lead_s)
+        self._parts.send_shutdown_stage("lead")
+        self._second_stop.wait(section.drain_lead_s)
         give_up = time.monotonic() + section.drain_timeout_s
-        while not self._hurry.is_set() and self._parts.tell_gateway("refuse"):
+        while not self._second_stop.is_set() and self._parts.send_shutdown_stage("refuse"):
             left_s = give_up - time.monotonic()
             if left_s <= 0:
                 logger.warning("requests still run after %g s", section.drain_timeout_s)
                 return
-            self._hurry.wait(min(_DRAIN_POLL_S, left_s))
+            self._second_stop.wait(min(_DRAIN_POLL_S, left_s))
 
     def _end(self, status: int, has_left: bool) -> None:
         """End everything in order, within a time limit; kill the rest."""
@@ -172,7 +172,7 @@ class Launcher:
             helper.start()
             helper.join(_STOP_LIMIT_S - 3.0)
         self._parts.stop_ray()
-        if not self._leaves:
+        if not self._outlives_launcher:
             remove_record(self._plan.name)
         if status == 0:
             remove_log(self._plan.name)
@@ -185,7 +185,7 @@ class Launcher:
         self._events.send("progress", stage=stage, done=done, total=total)
 
     def _record(self, state: RecordState, address: str) -> None:
-        if self._leaves and state != "ready":
+        if self._outlives_launcher and state != "ready":
             return  # nothing on this host needs clean-up, and an earlier record stays valid
         plan = self._parts.plan
         me = identify(os.getpid())
@@ -214,14 +214,14 @@ class Launcher:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._stop.is_set():
-            self._hurry.set()
+            self._second_stop.set()
         self._stop.set()
         if self._is_starting:
             self._is_starting = False
             raise _StopRequested
 
 
-def _follow_front(stream: TextIO, launcher: Launcher) -> None:
+def _follow_cli(stream: TextIO, launcher: Launcher) -> None:
     """Stop when the CLI process has ended, unless it detached before."""
     for line in stream:
         if line.strip() == DETACH:
@@ -232,7 +232,7 @@ def _follow_front(stream: TextIO, launcher: Launcher) -> None:
     launcher.request_stop()
 
 
-def _take_stdout() -> TextIO:
+def _redirect_stdout() -> TextIO:
     """Return the real stdout for events, and redirect all other output to the log."""
     events = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -243,7 +243,7 @@ def main(
     make_parts: type[ClusterParts] = ClusterParts, warm_up: Callable[[], None] = warm_up
 ) -> NoReturn:
     """Entry point of the launcher process."""
-    events = EventSink(_take_stdout())
+    events = EventSink(_redirect_stdout())
     logs.set_up("launcher")
     warm_up()
     line = sys.stdin.readline()
@@ -251,9 +251,9 @@ def main(
         sys.exit(0)  # rejected or killed before anything was started
     plan = from_plain(json.loads(line), LaunchPlan)
     logs.set_up("launcher", plan.config.observability.log_format)
-    logs.OUTPUT.take(log_path(plan.name))
+    logs.OUTPUT.add_file(log_path(plan.name))
     launcher = Launcher(plan, events, make_parts)
-    threading.Thread(target=_follow_front, args=(sys.stdin, launcher), daemon=True).start()
+    threading.Thread(target=_follow_cli, args=(sys.stdin, launcher), daemon=True).start()
     status = launcher.run()
     logging.shutdown()
     os._exit(status)  # daemon threads of an abandoned start must not delay the end

@@ -23,7 +23,7 @@ from cluster.core.addresses import split_address
 from cluster.core.errors import StartError, first_line
 from cluster.core.process import ProcessIdentity
 from cluster.disk.files import replace_file
-from cluster.launch.orphans import end_all, find_by_files, sweep
+from cluster.launch.orphans import end_all, end_private_ray, find_by_files
 from cluster.tracing.output_files import LIMIT_VARIABLE, MAX_BYTES
 
 logger = logging.getLogger(__name__)
@@ -53,8 +53,8 @@ glibc, one for each of a process's first threads, fragment too.
 _SLOW_STARTS = ("timed out during startup", "Timed out waiting for file")
 """Ray's messages about a node or a gcs that took too long."""
 _END_LIMIT_S = 10.0
-_KNOCK_LIMIT_S = 5.0
-_KNOCK_AGAIN_S = 0.5
+_CONNECT_LIMIT_S = 5.0
+_CONNECT_RETRY_S = 0.5
 _SOCKET_PATH_LIMIT = 107
 _RAY_PATH_CHARS = 75
 """Characters that Ray appends to its folder for its longest socket path."""
@@ -142,7 +142,7 @@ class PrivateRay:
         """
         from cluster.actors.ray_tools import NAMESPACE
 
-        context = begin(
+        context = init_ray(
             self.folder / "ray",
             namespace=NAMESPACE,
             num_cpus=num_cpus,
@@ -162,10 +162,10 @@ class PrivateRay:
         import ray
 
         ray.shutdown()
-        sweep(self.folder, ())
+        end_private_ray(self.folder, ())
 
 
-def begin(folder: Path, **options: Any) -> Any:
+def init_ray(folder: Path, **options: Any) -> Any:
     """Call ``ray.init`` for a new Ray with its files in ``folder``; return its context.
 
     Ray gives its node 30 s to start, which no setting changes and a busy host may exceed. It also
@@ -189,11 +189,11 @@ def begin(folder: Path, **options: Any) -> Any:
                 raise
             logger.warning("Ray did not start in time, starting it again: %s", err)
             end_all(find_by_files(folder), _END_LIMIT_S)
-            _forget(err)
+            _release_processes(err)
     raise AssertionError("the last attempt returns or raises")
 
 
-def _forget(err: Exception) -> None:
+def _release_processes(err: Exception) -> None:
     """Release the ended processes in the error's frames, which Ray never waits for."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
@@ -201,7 +201,9 @@ def _forget(err: Exception) -> None:
         gc.collect()
 
 
-def join(address: str, patience_s: float = 0.0, sleep: Callable[[float], None] = time.sleep) -> str:
+def join_ray(
+    address: str, patience_s: float = 0.0, sleep: Callable[[float], None] = time.sleep
+) -> str:
     """Connect to an existing Ray and return its address.
 
     Raises ``ConnectionError`` if nothing listens there for ``patience_s``, or if Ray refuses.
@@ -210,7 +212,7 @@ def join(address: str, patience_s: float = 0.0, sleep: Callable[[float], None] =
 
     from cluster.actors.ray_tools import NAMESPACE
 
-    _knock(address, time.monotonic() + patience_s, sleep)
+    _wait_for_port(address, time.monotonic() + patience_s, sleep)
     try:
         context: Any = ray.init(
             address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING
@@ -220,15 +222,15 @@ def join(address: str, patience_s: float = 0.0, sleep: Callable[[float], None] =
     return str(context.address_info["gcs_address"])
 
 
-def _knock(address: str, deadline: float, sleep: Callable[[float], None]) -> None:
+def _wait_for_port(address: str, deadline: float, sleep: Callable[[float], None]) -> None:
     """Wait until the address accepts connections; Ray itself would retry for minutes."""
     if "/" in address or not address.rpartition(":")[2].isdigit():
         return  # auto: Ray finds its address by its processes
     while True:
         try:
-            socket.create_connection(split_address(address), _KNOCK_LIMIT_S).close()
+            socket.create_connection(split_address(address), _CONNECT_LIMIT_S).close()
             return
         except OSError as err:
             if time.monotonic() >= deadline:
                 raise ConnectionError(f"{err.strerror or err}") from err
-        sleep(_KNOCK_AGAIN_S)
+        sleep(_CONNECT_RETRY_S)

@@ -40,11 +40,13 @@ def find_by_files(folder: Path) -> list[ProcessIdentity]:
     has overwritten its command line and environment with a title.
     """
     prefix = f"{folder}/"
-    pids = [p.pid for p in psutil.process_iter() if p.pid != os.getpid() and _belongs(p, prefix)]
+    pids = [
+        p.pid for p in psutil.process_iter() if p.pid != os.getpid() and _uses_folder(p, prefix)
+    ]
     return [found for pid in pids if (found := identify(pid)) is not None]
 
 
-def _belongs(process: psutil.Process, prefix: str) -> bool:
+def _uses_folder(process: psutil.Process, prefix: str) -> bool:
     try:
         if any(prefix in argument for argument in process.cmdline()):
             return True
@@ -65,7 +67,7 @@ def end_all(processes: Iterable[ProcessIdentity], timeout_s: float) -> list[Proc
     return running
 
 
-def sweep(folder: Path, recorded: Sequence[ProcessIdentity]) -> int:
+def end_private_ray(folder: Path, recorded: Sequence[ProcessIdentity]) -> int:
     """End the remaining processes of a private Ray, remove its folder, and return their number.
 
     Two rounds are needed because a dying raylet may still start a worker.

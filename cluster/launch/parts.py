@@ -21,8 +21,8 @@ from cluster.config.gateway import ShutdownStage
 from cluster.core.errors import ExpertMeshError, StartError
 from cluster.core.process import ProcessIdentity
 from cluster.core.states import is_gone
-from cluster.launch.joining import JoinedRay, examine, is_deployed
-from cluster.launch.local_ray import PrivateRay, join
+from cluster.launch.joining import JoinedRay, inspect_ray, is_deployed
+from cluster.launch.local_ray import PrivateRay, join_ray
 from cluster.launch.plan import LaunchPlan
 from cluster.launch.readiness import wait_ready
 from cluster.launch.teardown import end_leftovers
@@ -35,7 +35,7 @@ _SNAPSHOT_WAIT_S = 1.0
 _CALL_LIMIT_S = 5.0
 _AWAY_LIMIT_S = 60.0
 _TELL_LIMIT_S = 1.0
-_LAST_WORDS_S = 1.0
+_FAIL_LIMIT_S = 1.0
 _DEAD_LIMIT_S = 5.0
 _JOIN_PATIENCE_S = 30.0
 """Time for a joined Ray to accept connections, as it may be starting."""
@@ -79,7 +79,7 @@ class ClusterParts:
         if self._ray is None:
             if self.plan.wait_nodes:
                 self._progress("nodes", 0, 0)
-            self._joined = examine(self.plan, address)
+            self._joined = inspect_ray(self.plan, address)
             self.plan = self._joined.plan
         return address
 
@@ -127,7 +127,7 @@ class ClusterParts:
         """Processes of the private Ray on this host."""
         return self._ray.processes() if self._ray is not None and self._is_connected else []
 
-    def tell_gateway(self, stage: ShutdownStage) -> int:
+    def send_shutdown_stage(self, stage: ShutdownStage) -> int:
         """Tell every replica the stage of the shutdown; return the number of running requests.
 
         Has no effect on a cluster that existed before.
@@ -135,7 +135,9 @@ class ClusterParts:
         if not self._has_app or not self._heard_at:
             return 0
         found: list[int] = []
-        _attempt(f"telling the gateway of stage {stage}", lambda: found.extend(_broadcast(stage)))
+        _run_logged(
+            f"telling the gateway of stage {stage}", lambda: found.extend(_send_stage(stage))
+        )
         return sum(found)
 
     def stop_services(self) -> None:
@@ -144,31 +146,33 @@ class ClusterParts:
         Running requests end with an error that names the shutdown. Has no effect on a cluster that
         existed before.
         """
-        if not self._is_connected or self._joined.found:
+        if not self._is_connected or self._joined.is_running:
             return
         if self._has_app:
-            give_up = time.monotonic() + _LAST_WORDS_S
-            while self.tell_gateway("fail") and time.monotonic() < give_up:
+            give_up = time.monotonic() + _FAIL_LIMIT_S
+            while self.send_shutdown_stage("fail") and time.monotonic() < give_up:
                 time.sleep(_POLL_S)
-            _attempt("ending the gateway", self._stop_gateway)
+            _run_logged("ending the gateway", self._stop_gateway)
         if self._controller is not None:
-            _attempt("ending the workers", partial(ask_controller, "stop", limit_s=_CALL_LIMIT_S))
-            _attempt("ending the controller", end_leftovers)
+            _run_logged(
+                "ending the workers", partial(ask_controller, "stop", limit_s=_CALL_LIMIT_S)
+            )
+            _run_logged("ending the controller", end_leftovers)
 
     def stop_ray(self) -> None:
         """End the private Ray, or disconnect from the joined one."""
         if self._ray is not None:
-            _attempt("ending Ray", self._ray.stop)
+            _run_logged("ending Ray", self._ray.stop)
         elif self._is_connected:
             import ray
 
-            _attempt("leaving Ray", ray.shutdown)
+            _run_logged("leaving Ray", ray.shutdown)
 
     # ---- parts ----------------------------------------------------------------------------
 
     def _join(self) -> str:
         try:
-            return join(self.plan.address, _JOIN_PATIENCE_S)
+            return join_ray(self.plan.address, _JOIN_PATIENCE_S)
         except ConnectionError as err:
             raise StartError("ray", f"cannot join {self.plan.address}: {err}") from err
 
@@ -212,9 +216,9 @@ class ClusterParts:
             if snapshot["state"] == "STOPPED":
                 raise StartError("cluster", str(snapshot["error"] or "stopped while starting"))
             if snapshot["state"] == "SERVING" or (
-                self._joined.found and snapshot["state"] in ("DEGRADED", "RECOVERING")
+                self._joined.is_running and snapshot["state"] in ("DEGRADED", "RECOVERING")
             ):
-                self.compute_threads = tell_threads(snapshot["workers"])
+                self.compute_threads = describe_threads(snapshot["workers"])
                 return
             workers = [w for w in snapshot["workers"] if not is_gone(w["state"])]
             done = sum(int(w.get("loaded_bytes") or 0) for w in workers)
@@ -228,7 +232,7 @@ class ClusterParts:
         from gateway.app import APP_NAME, build_app
         from gateway.auth.tls import tls_files
 
-        logs.adopt("ray", "ray.serve")
+        logs.format_library_logs("ray", "ray.serve")
 
         section = self.plan.config.gateway
         nodes = self._joined.gateway_nodes
@@ -237,7 +241,7 @@ class ClusterParts:
             location, prefix = "EveryNode" if nodes else "HeadOnly", "/"
             options = {"host": section.host, "port": section.serve_proxy, **tls_files(section)}
         serve.start(proxy_location=location, http_options=options)
-        if self._joined.found and is_deployed(APP_NAME):
+        if self._joined.is_running and is_deployed(APP_NAME):
             return
         self._has_app = True
         app = build_app(self.plan.config.to_dict(), self._joined.selector, num_nodes=len(nodes))
@@ -272,7 +276,7 @@ class ClusterParts:
         serve.delete(APP_NAME, _blocking=self._ray is None)
 
 
-def tell_threads(workers: Iterable[Mapping[str, Any]]) -> str:
+def describe_threads(workers: Iterable[Mapping[str, Any]]) -> str:
     """Describe the compute threads of ``workers``, dicts with ``threads`` and ``state``. Workers
     that have not loaded or have ended are left out.
 
@@ -290,7 +294,7 @@ def tell_threads(workers: Iterable[Mapping[str, Any]]) -> str:
     )
 
 
-def _broadcast(stage: ShutdownStage) -> list[int]:
+def _send_stage(stage: ShutdownStage) -> list[int]:
     """Tell every replica the stage; return the number of running requests of each that responds."""
     from ray import serve
 
@@ -322,7 +326,7 @@ def _wait_all(futures: Iterable[Future[None]]) -> None:
             future.result()
 
 
-def _attempt(what: str, action: Callable[[], Any]) -> None:
+def _run_logged(what: str, action: Callable[[], Any]) -> None:
     """Run one step of the shutdown; log a failure, so that the next step runs."""
     try:
         action()

@@ -26,7 +26,7 @@ from cluster.core.checks import check
 from cluster.core.load_profile import LoadProfile
 from cluster.launch.checkpoint_check import CheckpointFacts
 from cluster.launch.state_file import Command, all_records
-from cluster.sizing.gpus import gpu_numbers
+from cluster.sizing.gpus import gpu_spec
 from cluster.sizing.mode_choice import resolve_mode
 
 _PORTS = (20_000, 30_000)
@@ -81,7 +81,7 @@ class LaunchPlan:
         profile = LoadProfile.from_dict(self.profile) if self.profile else None
         kind = self.config.engine.kv_cache_dtype
         size = self.facts.size(self.config.model.dtype, profile, kind)
-        gpu = gpu_numbers(self.facts.gpu, self.facts.gpu_bandwidth_bytes_s)
+        gpu = gpu_spec(self.facts.gpu, self.facts.gpu_bandwidth_bytes_s)
         length = self.facts.context_tokens
         config = resolve_mode(self.config, size, length, nodes, free_cpus, gpu)
         return dataclasses.replace(self, config=config)
@@ -114,7 +114,7 @@ class LaunchPlan:
         return reachable_host((self.gateway_address or host) if host in EVERY_INTERFACE else host)
 
 
-def tell_differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
+def option_differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
     """Options that differ between a running cluster and a new request, one text for each."""
     flags = sorted({*there, *here})
     return [
@@ -128,13 +128,13 @@ def check_ports(host: str, ports: Mapping[str, int]) -> None:
     """Raise ``ConfigError`` if a port cannot be bound. ``ports``: setting -> number."""
     for name, port in ports.items():
         try:
-            _bind(host, port).close()
+            _probe_port(host, port).close()
         except socket.gaierror as err:
             check(False, "host", host, f"cannot be resolved: {err.strerror}")
         except OSError as err:
             rule = f"cannot be opened on {host}: {err.strerror}"
             if err.errno == errno.EADDRINUSE:
-                rule = f"is in use on {host}{_holder(port)}"
+                rule = f"is in use on {host}{_port_owner(port)}"
             check(False, name, port, rule)
 
 
@@ -160,7 +160,7 @@ def claim_ports(host: str, ports: Mapping[str, int]) -> list[socket.socket]:
     return claims
 
 
-def _holder(port: int) -> str:
+def _port_owner(port: int) -> str:
     """`` by python3 (pid 7)``: the process that listens on a port; empty if it cannot be read.
 
     If the port belongs to a recorded cluster of this host, the text names the cluster.
@@ -187,9 +187,9 @@ def free_port(host: str) -> int:
     if (lowest := _lowest_ephemeral_port()) > first:
         for _ in range(_PORT_TRIES):
             port = random.SystemRandom().randrange(first, min(last, lowest))
-            with contextlib.suppress(OSError), contextlib.closing(_bind(host, port)):
+            with contextlib.suppress(OSError), contextlib.closing(_probe_port(host, port)):
                 return port
-    with contextlib.closing(_bind(host, 0)) as probe:
+    with contextlib.closing(_probe_port(host, 0)) as probe:
         return int(probe.getsockname()[1])
 
 
@@ -200,7 +200,7 @@ def _lowest_ephemeral_port() -> int:
         return 0  # not on Linux
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def _probe_port(host: str, port: int) -> socket.socket:
     """Bind a socket without SO_REUSEPORT, so that any existing listener makes it fail."""
     family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     probe = socket.socket(family, kind, number)

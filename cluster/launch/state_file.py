@@ -19,8 +19,8 @@ from cluster.core.codec import from_plain
 from cluster.core.errors import ConfigError, ProtocolError
 from cluster.core.process import ProcessIdentity, is_running
 from cluster.disk.files import replace_file
-from cluster.launch.orphans import host_id, sweep
-from cluster.tracing.output_files import previous
+from cluster.launch.orphans import end_private_ray, host_id
+from cluster.tracing.output_files import rotated_path
 
 DEFAULT_NAME = "default"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -102,7 +102,7 @@ def log_path(name: str) -> Path:
 
 def remove_log(name: str) -> None:
     """Remove the launcher's log and its rotated files."""
-    for path in (log_path(name), previous(log_path(name))):
+    for path in (log_path(name), rotated_path(log_path(name))):
         path.unlink(missing_ok=True)
 
 
@@ -133,7 +133,7 @@ def all_records() -> Iterator[ClusterRecord]:
             yield record
 
 
-def running() -> list[ClusterRecord]:
+def running_records() -> list[ClusterRecord]:
     """Records of running clusters, by name."""
     return [r for r in all_records() if r.is_alive or r.is_detached]
 
@@ -144,7 +144,7 @@ def clean_up_dead() -> list[str]:
     for record in all_records():
         if record.is_alive or record.joined or record.host != host_id():
             continue
-        ended = sweep(Path(record.temp_dir), record.processes) if record.temp_dir else 0
+        ended = end_private_ray(Path(record.temp_dir), record.processes) if record.temp_dir else 0
         remove_record(record.name)
         remove_log(record.name)
         lines.append(f"cleaned up after {record.name}: {ended} processes left by a killed start")

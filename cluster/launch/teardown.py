@@ -11,7 +11,7 @@ import sys
 
 from cluster.actors.controller_client import ask_controller
 from cluster.core.errors import ExpertMeshError
-from cluster.launch.local_ray import join
+from cluster.launch.local_ray import join_ray
 
 UNREACHABLE = 3
 _STOP_LIMIT_S = 20.0
@@ -28,7 +28,7 @@ def end_joined(address: str) -> list[str]:
     from cluster.actors.ray_tools import our_actors
     from gateway.app import APP_NAME
 
-    join(address)
+    join_ray(address)
     try:
         with contextlib.suppress(ValueError):
             ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")

@@ -153,13 +153,13 @@ class PoolHistory:
             return self._keep("no numbers of its workers yet")
         size, limits = self._size, self._limits
         if limits.clamp(size) != size:
-            reason = f"{size} workers, allowed are {limits.least} to {limits.most}"
+            reason = f"{size} workers, allowed are {limits.min_workers} to {limits.max_workers}"
             return Proposal(urgency=Urgency.LIMITS, wanted=limits.clamp(size), reason=reason)
         found = self._by_queue() or self._by_use() or self._by_shrinking()
         if found is None:
             return self._keep(str(next(iter(self._uses()), "no use is reported")))
         if limits.clamp(found.wanted) == size:
-            bound = limits.most if found.wanted > size else limits.least
+            bound = limits.max_workers if found.wanted > size else limits.min_workers
             return self._keep(f"{found.reason}, but {bound} is the limit")
         wanted = limits.clamp(found.wanted)
         return Proposal(urgency=found.urgency, wanted=wanted, reason=found.reason)

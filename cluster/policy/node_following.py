@@ -82,13 +82,13 @@ def followed_nodes(
         FollowedNode(
             node_id=node.node_id,
             address=node.address,
-            role=kinds[node.place.role],
+            role=kinds[node.labels.role],
             room=num_fitting_workers(node, share),
             workers=tuple(sorted(w for w, home in homes.items() if home == node.node_id)),
             leaves=node.node_id in leaving,
         )
         for node in nodes
-        if node.place.role in kinds
+        if node.labels.role in kinds
     )
 
 

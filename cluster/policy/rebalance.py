@@ -23,7 +23,7 @@ from cluster.load.view import balancedness_of, expected_loads
 from cluster.planner import decode_moves, mesh
 from cluster.planner.assess import assess
 from cluster.planner.base import Plan, PlannedTopology, PlanOptions
-from cluster.sizing.replay import ExpertStepCost, window_of
+from cluster.sizing.replay import ExpertStepCost, simulate_window
 
 Action = Literal["none", "split", "move"]
 _MOVE_SLOWDOWN = 0.1
@@ -170,7 +170,7 @@ class _CandidateEvaluator:
 
     def seconds(self, placement: ExpertPlacement) -> float:
         """Experts' time for a row of the load, with its mix of prompts and decodes."""
-        window = window_of(self.load.profile, self.topology, placement, self.step)
+        window = simulate_window(self.load.profile, self.topology, placement, self.step)
         prefill = window.prefill_step_s / self.step.prefill_tokens
         decode = window.decode_step_s / self.step.decode_tokens
         return self.load.prefill_share * prefill + (1.0 - self.load.prefill_share) * decode

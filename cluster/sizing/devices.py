@@ -11,9 +11,9 @@ from cluster.config.cluster import ClusterConfig
 from cluster.config.resources import WorkerShare
 from cluster.sizing.gpus import UNKNOWN_GPU
 from cluster.sizing.replay import ExpertStepCost
-from cluster.sizing.roofline import DeviceNumbers
+from cluster.sizing.roofline import DeviceSpec
 
-CPU_CORE = DeviceNumbers(
+CPU_CORE = DeviceSpec(
     name="CPU core",
     bandwidth_bytes_s=11e9,
     flops_s=1e11,
@@ -36,9 +36,7 @@ _DECODE_ROWS = 16
 """Rows of a decode step if the load does not specify them."""
 
 
-def worker_numbers(
-    share: WorkerShare, num_nodes: int, gpu: DeviceNumbers = UNKNOWN_GPU
-) -> DeviceNumbers:
+def worker_device(share: WorkerShare, num_nodes: int, gpu: DeviceSpec = UNKNOWN_GPU) -> DeviceSpec:
     """Characteristics of one worker with that share; nodes are linked by the network."""
     on_gpu = share.device == "cuda"
     device = gpu if on_gpu else CPU_CORE
@@ -52,11 +50,11 @@ def worker_numbers(
     )
 
 
-def step_cost(
+def expert_step_cost(
     config: ClusterConfig,
     expert_bytes: int,
     dtype: str,
-    gpu: DeviceNumbers = UNKNOWN_GPU,
+    gpu: DeviceSpec = UNKNOWN_GPU,
 ) -> ExpertStepCost:
     """Cost of an expert step by the device's roofline: a slot's weights are read, and each pair is
     two operations per weight. ``rebalance.slot_cost_pairs`` replaces the time of a slot. The policy

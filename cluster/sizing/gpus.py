@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from cluster.sizing.roofline import DeviceNumbers
+from cluster.sizing.roofline import DeviceSpec
 
-H100 = DeviceNumbers(
+H100 = DeviceSpec(
     name="NVIDIA H100",
     bandwidth_bytes_s=3.35e12,
     flops_s=989e12,
@@ -29,7 +29,7 @@ A100 = replace(
 H200 = replace(H100, name="NVIDIA H200", bandwidth_bytes_s=4.8e12)
 """SXM: HBM3e at 4.8 TB/s, otherwise an H100."""
 _PCIE_4 = 32e9
-_KNOWN = {
+_KNOWN_GPUS = {
     # a part of the name that CUDA reports; the first match counts
     "A100": A100,
     "H100 NVL": replace(H100, bandwidth_bytes_s=3.9e12, flops_s=835e12, link_bytes_s=300e9),
@@ -50,7 +50,7 @@ def _contains(words: list[str], part: list[str]) -> bool:
     return products.issuperset(part)
 
 
-def gpu_numbers(name: str, bandwidth_bytes_s: float = 0.0) -> DeviceNumbers:
+def gpu_spec(name: str, bandwidth_bytes_s: float = 0.0) -> DeviceSpec:
     """Characteristics of a GPU by the name that CUDA reports, such as ``NVIDIA H100 80GB HBM3``.
 
     ``bandwidth_bytes_s`` is the value that the GPU reports, 0 if none: memory differs between the
@@ -58,20 +58,20 @@ def gpu_numbers(name: str, bandwidth_bytes_s: float = 0.0) -> DeviceNumbers:
     a name that states this.
     """
     words = name.split()
-    wanted = (part for part in _KNOWN if _contains(words, part.split()))
+    wanted = (part for part in _KNOWN_GPUS if _contains(words, part.split()))
     part = next(wanted, None)
     if part is None:
         found = replace(H100, name=f"{name or 'GPU'} (numbers of an H100)")
     else:
-        found = replace(_KNOWN[part], name=name)
+        found = replace(_KNOWN_GPUS[part], name=name)
     return replace(found, bandwidth_bytes_s=bandwidth_bytes_s or found.bandwidth_bytes_s)
 
 
-UNKNOWN_GPU = gpu_numbers("")
+UNKNOWN_GPU = gpu_spec("")
 """Used if the GPU is unknown."""
 
 
-def slowest_gpu(facts: Iterable[tuple[str, float]]) -> DeviceNumbers:
+def slowest_gpu(facts: Iterable[tuple[str, float]]) -> DeviceSpec:
     """The slowest of GPUs given by name and bandwidth: each step waits for its last worker."""
-    gpus = [gpu_numbers(*known) for known in facts]
+    gpus = [gpu_spec(*known) for known in facts]
     return min(gpus, key=lambda gpu: gpu.bandwidth_bytes_s, default=UNKNOWN_GPU)

@@ -14,14 +14,14 @@ from cluster.config.cluster import ClusterConfig
 from cluster.config.resources import NodeResources, plan_shares
 from cluster.config.workers import WorkersSection
 from cluster.core.load_profile import LoadProfile
-from cluster.sizing.devices import worker_numbers
+from cluster.sizing.devices import worker_device
 from cluster.sizing.gpus import UNKNOWN_GPU
 from cluster.sizing.roofline import (
     BankSize,
-    DeviceNumbers,
+    DeviceSpec,
     ModelSize,
     StepTime,
-    activation_of,
+    activation_shares,
     colocated_step,
     disaggregated_step,
 )
@@ -36,7 +36,7 @@ def resolve_mode(
     max_model_len: int,
     nodes: Sequence[NodeResources],
     free_cpus: float | None = None,
-    gpu: DeviceNumbers = UNKNOWN_GPU,
+    gpu: DeviceSpec = UNKNOWN_GPU,
 ) -> ClusterConfig:
     """The configuration with ``auto`` replaced by a mode, for workers on these nodes.
 
@@ -50,7 +50,7 @@ def resolve_mode(
         size,
         batch=config.workers.num_attention_ranks * config.engine.max_num_seqs,
         context_tokens=context,
-        device=worker_numbers(share, len(nodes), gpu),
+        device=worker_device(share, len(nodes), gpu),
     )
     return replace(config, workers=workers)
 
@@ -61,7 +61,7 @@ def choose_mode(
     *,
     batch: int,
     context_tokens: float,
-    device: DeviceNumbers,
+    device: DeviceSpec,
 ) -> WorkersSection:
     """The pools of the faster layout, with the mode and its reason; disaggregated if equal.
 
@@ -100,7 +100,7 @@ def bank_sizes(
     for bank in banks:
         numbers = {name: value for name, value in bank.items() if name not in ("bank", "layer")}
         counts = profile.counts(bank["bank"], bank["layer"]) if profile else ()
-        found.append(BankSize(**numbers, activation=activation_of(counts, bank["top_k"])))
+        found.append(BankSize(**numbers, activation=activation_shares(counts, bank["top_k"])))
     return tuple(found)
 
 
@@ -115,7 +115,7 @@ def _obstacle(workers: WorkersSection, size: ModelSize, total: int) -> str:
 
 
 def _reason(
-    apart: StepTime, together: StepTime, batch: int, context_tokens: float, device: DeviceNumbers
+    apart: StepTime, together: StepTime, batch: int, context_tokens: float, device: DeviceSpec
 ) -> str:
     """One line of text: the winner, both predictions, and their parts."""
     is_colocated = together.step_s < apart.step_s

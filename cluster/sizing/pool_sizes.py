@@ -11,7 +11,7 @@ from functools import partial
 
 from cluster.core.checks import check
 from cluster.sizing.roofline import (
-    DeviceNumbers,
+    DeviceSpec,
     ModelSize,
     StepTime,
     activated_experts,
@@ -59,7 +59,7 @@ def size_pools(
     context_tokens: float,
     *,
     num_workers: int,
-    device: DeviceNumbers,
+    device: DeviceSpec,
     balancedness: float = 1.0,
 ) -> list[PoolChoice]:
     """The best pools of ``num_workers`` for each batch.

@@ -97,7 +97,7 @@ def simulate(
     check(len(trace) >= 2, "trace", len(trace), "must have at least 2 windows")
     shapes = {profile.shape() for profile in trace}
     check(len(shapes) == 1, "trace", len(shapes), "must be of one model: top_k, banks, experts")
-    replan = _replanner(policy, topology, step, max_move_fraction)
+    replan = _make_planner(policy, topology, step, max_move_fraction)
     plan = replan(trace[0], None)
     windows = []
     moved = 0
@@ -105,11 +105,11 @@ def simulate(
         if number > 0 and policy != "never":
             plan = replan(before, plan.placement)
             moved = len(plan.moves)
-        windows.append(window_of(now, topology, plan.placement, step, moved))
+        windows.append(simulate_window(now, topology, plan.placement, step, moved))
     return windows
 
 
-def _replanner(
+def _make_planner(
     policy: Policy, topology: PlannedTopology, step: ExpertStepCost, max_move_fraction: float
 ) -> Callable[[LoadProfile, ExpertPlacement | None], Plan]:
     if policy == "eplb":
@@ -122,7 +122,7 @@ def _replanner(
     )
 
 
-def window_of(
+def simulate_window(
     load: LoadProfile,
     topology: PlannedTopology,
     placement: ExpertPlacement,

@@ -24,7 +24,7 @@ SUM_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DeviceNumbers:
+class DeviceSpec:
     """Characteristics of one worker. ``cluster.sizing.devices`` has values with their sources."""
 
     name: str
@@ -39,7 +39,7 @@ class DeviceNumbers:
     message_s: float
     """Seconds of work that one message costs each of its ends."""
 
-    def share(self, part: float) -> DeviceNumbers:
+    def share(self, part: float) -> DeviceSpec:
         """A worker that owns ``part`` of the device; its link and latency do not change."""
         return replace(
             self,
@@ -65,7 +65,7 @@ class BankSize:
     activation: tuple[float, ...] = ()
     """``[expert]`` -> share of the rows that choose it, sums to ``top_k``; empty if equal."""
 
-    def kept_bytes(self, itemsize: int) -> int:
+    def memory_bytes(self, itemsize: int) -> int:
         """Bytes of one expert in a worker's memory. ``itemsize``: bytes of the model's dtype."""
         return self.expert_bytes or self.expert_values * itemsize
 
@@ -134,18 +134,18 @@ def expert_step(
     *,
     num_devices: int,
     itemsize: int,
-    device: DeviceNumbers,
+    device: DeviceSpec,
     balancedness: float = 1.0,
 ) -> float:
     """Seconds of one bank for ``batch`` rows of all ranks, on the most loaded device."""
     activated = activated_experts(bank.probabilities, batch)
-    read_s = activated * bank.kept_bytes(itemsize) / device.bandwidth_bytes_s
+    read_s = activated * bank.memory_bytes(itemsize) / device.bandwidth_bytes_s
     compute_s = 2.0 * batch * bank.top_k * bank.expert_values / device.flops_s
     return max(read_s, compute_s) / num_devices / balancedness
 
 
 def attention_step(
-    model: ModelSize, batch: float, context_tokens: float, device: DeviceNumbers
+    model: ModelSize, batch: float, context_tokens: float, device: DeviceSpec
 ) -> float:
     """Seconds of everything except experts for ``batch`` rows of one rank, over all layers."""
     kv_bytes = batch * context_tokens * model.kv_bytes_per_token
@@ -160,7 +160,7 @@ def disaggregated_step(
     *,
     num_attention: int,
     num_experts: int,
-    device: DeviceNumbers,
+    device: DeviceSpec,
     balancedness: float = 1.0,
 ) -> StepTime:
     """A decode step of ``batch`` rows on two pools, with the better number of micro-batches."""
@@ -192,7 +192,7 @@ def colocated_step(
     context_tokens: float,
     *,
     num_workers: int,
-    device: DeviceNumbers,
+    device: DeviceSpec,
     balancedness: float = 1.0,
 ) -> StepTime:
     """A decode step of ``batch`` rows on colocated workers; a worker's own rows need no link."""
@@ -225,13 +225,13 @@ def _fastest(micro_batches: Callable[[int], StepTime]) -> StepTime:
     return min(steps, key=lambda step: step.step_s)
 
 
-def _message_s(model: ModelSize, num_peers: int, device: DeviceNumbers) -> float:
+def _message_s(model: ModelSize, num_peers: int, device: DeviceSpec) -> float:
     """Seconds of work for a micro-batch's messages to and from all peers."""
     return 2 * num_peers * sum(b.num_exchanges for b in model.banks) * device.message_s
 
 
 def _experts(
-    model: ModelSize, batch: float, num_devices: int, device: DeviceNumbers, balancedness: float
+    model: ModelSize, batch: float, num_devices: int, device: DeviceSpec, balancedness: float
 ) -> float:
     """Seconds of all banks in sequence."""
     return sum(
@@ -248,7 +248,7 @@ def _experts(
 
 
 def _exchange(
-    model: ModelSize, rows: float, num_devices: int, away: float, device: DeviceNumbers
+    model: ModelSize, rows: float, num_devices: int, away: float, device: DeviceSpec
 ) -> float:
     """Seconds of dispatch and combine over one worker's link; ``away``: share over the link."""
     seconds = 0.0
@@ -261,7 +261,7 @@ def _exchange(
     return seconds
 
 
-def activation_of(counts: Sequence[float], top_k: int) -> tuple[float, ...]:
+def activation_shares(counts: Sequence[float], top_k: int) -> tuple[float, ...]:
     """``BankSize.activation`` of an expert load; empty if the counts are zero.
 
     A row chooses an expert at most once, so that no share exceeds 1.

@@ -1,6 +1,6 @@
 """The plan of a start: placement, shares of resources, slots, and the arguments of each worker.
 
-``FoundWorker`` describes a running worker for a restarted controller.
+``ExistingWorker`` describes a running worker for a restarted controller.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WorkerArguments = tuple[dict[str, Any], dict[str, Any], str, dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FoundWorker:
+class ExistingWorker:
     """A worker that an earlier controller started."""
 
     name: str
@@ -35,7 +35,7 @@ class FoundWorker:
     """The cluster's configuration with resolved shares."""
     num_slots: int
     """Expert slots per bank; 0 if it holds no experts."""
-    has_called: bool = True
+    has_connected: bool = True
     """Whether it has connected to a controller, and so may have been in a generation."""
 
 
@@ -58,7 +58,7 @@ class StartPlan:
         """Resources of each worker."""
         return resolved_share(self.config.workers)
 
-    def on(self, members: Sequence[Member]) -> StartPlan:
+    def with_members(self, members: Sequence[Member]) -> StartPlan:
         """The plan with a placement for ``members``, whose nodes are known now."""
         holders = sorted((m for m in members if m.holds_experts), key=lambda m: m.device)
         devices = [planned_device(m) for m in holders]
@@ -114,13 +114,13 @@ def plan_start(
 
 def _check_labels(config: ClusterConfig, nodes: Sequence[NodeResources]) -> None:
     """Reject following nodes without role labels, as they would imply no number of workers."""
-    labelled = {node.place.role for node in nodes}
+    labelled = {node.labels.role for node in nodes}
     for role in config.workers.pools if config.workers.follow_nodes else ():
         rule = f"needs nodes that are labelled {ROLE}={role}, and there are none"
         check(role in labelled, "follow_nodes", True, rule)
 
 
-def fits(profile: LoadProfile, banks: Sequence[Mapping[str, Any]]) -> bool:
+def matches_banks(profile: LoadProfile, banks: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a profile has exactly these banks and their numbers of experts."""
     wanted = {(b["bank"], b["layer"], b["num_experts"]) for b in banks}
     return {(b.bank, b.layer, len(b.counts)) for b in profile.banks} == wanted
@@ -131,7 +131,7 @@ def expected_load(
 ) -> LoadProfile:
     """The profile with its banks in the model's order; an even load without a matching profile."""
     known = LoadProfile.from_dict(profile) if profile else None
-    if known is not None and not fits(known, banks):
+    if known is not None and not matches_banks(known, banks):
         known = None
     loads = []
     for bank in banks:

@@ -13,7 +13,7 @@ from cluster.core.frames import LowDisk
 LOW_BYTES = 64 * 1024 * 1024
 LOW_PART = 20
 """A disk is nearly full with less than 64 MiB and less than 5% (one part in 20) of free space."""
-LOOK_S = 2.0
+CHECK_INTERVAL_S = 2.0
 """Shortest time between two checks."""
 
 
@@ -33,7 +33,7 @@ def low_disks(
     return tuple(found)
 
 
-class DiskWatch:
+class DiskMonitor:
     """Checks the disks of some folders periodically. One thread calls it, and never waits.
 
     A check may hang if the disk's server is lost (NFS), so each check runs in a thread of its own,
@@ -47,25 +47,27 @@ class DiskWatch:
     ) -> None:
         """``folders`` is called before each check; None entries in its result are skipped."""
         self._folders = folders
-        self._look = look
-        self._found: tuple[LowDisk, ...] = ()
-        self._look_at = 0.0
-        self._looking: threading.Thread | None = None
+        self._check = look
+        self._low: tuple[LowDisk, ...] = ()
+        self._next_check_s = 0.0
+        self._check_thread: threading.Thread | None = None
 
     def low(self, now: float) -> tuple[LowDisk, ...]:
         """Nearly full disks according to the last finished check. May start another check.
 
         ``now`` is in monotonic seconds.
         """
-        if now >= self._look_at and (self._looking is None or not self._looking.is_alive()):
-            self._look_at = now + LOOK_S
+        if now >= self._next_check_s and (
+            self._check_thread is None or not self._check_thread.is_alive()
+        ):
+            self._next_check_s = now + CHECK_INTERVAL_S
             folders = sorted({folder for folder in self._folders() if folder is not None})
-            self._looking = threading.Thread(
-                target=self._look_once, args=(folders,), name="disks", daemon=True
+            self._check_thread = threading.Thread(
+                target=self._check_once, args=(folders,), name="disks", daemon=True
             )
             with contextlib.suppress(RuntimeError):  # the process has as many threads as it may
-                self._looking.start()
-        return self._found
+                self._check_thread.start()
+        return self._low
 
-    def _look_once(self, folders: Sequence[Path]) -> None:
-        self._found = self._look(folders)
+    def _check_once(self, folders: Sequence[Path]) -> None:
+        self._low = self._check(folders)

@@ -43,7 +43,7 @@ __all__ = ["AttributeValue", "Context", "Span", "SpanKind", "Tracer", "set_span_
 logger = logging.getLogger(__name__)
 
 _STOP_S = 1.0
-_CHOSEN: ContextVar[SpanId | None] = ContextVar("_CHOSEN", default=None)
+_NEXT_SPAN_ID: ContextVar[SpanId | None] = ContextVar("_NEXT_SPAN_ID", default=None)
 """Id of the next span if it had to be known before the span starts."""
 
 
@@ -88,7 +88,7 @@ class TraceExport:
     """
 
     def __init__(self, provider: TracerProvider) -> None:
-        provider.id_generator = _chosen_ids()
+        provider.id_generator = _make_id_generator()
         self.tracer = provider.get_tracer(PROVIDER, RELEASE)
         self._provider = provider
 
@@ -97,13 +97,13 @@ class TraceExport:
         trace_id = span.get_span_context().trace_id
         return SpanId(trace_id, self._provider.id_generator.generate_span_id())
 
-    def start_as(self, span_id: SpanId, name: str, parent: Context, **options: Any) -> Span:
+    def start_with_id(self, span_id: SpanId, name: str, parent: Context, **options: Any) -> Span:
         """Start a span with this id; options as in ``Tracer.start_span``."""
-        token = _CHOSEN.set(span_id)
+        token = _NEXT_SPAN_ID.set(span_id)
         try:
             return self.tracer.start_span(name, parent, **options)
         finally:
-            _CHOSEN.reset(token)
+            _NEXT_SPAN_ID.reset(token)
 
     def record(
         self,
@@ -122,12 +122,12 @@ class TraceExport:
         began_ns = now_ns - round(seconds * 1e9)
         start = self.tracer.start_span
         if span_id:
-            start = partial(self.start_as, SpanId.from_bytes(span_id))
+            start = partial(self.start_with_id, SpanId.from_bytes(span_id))
         span = start(name, Context(), attributes=known, start_time=began_ns)
         set_error(span, error)
         span.end(now_ns)
 
-    def record_below(
+    def record_child(
         self, parent: bytes, name: str, began_ns: int, ended_ns: int, found: Mapping[str, Any]
     ) -> None:
         """Record a child span of another process's span; times are of ``time.monotonic_ns``."""
@@ -148,17 +148,17 @@ class TraceExport:
         stopper.join(_STOP_S)
 
 
-def _chosen_ids() -> RandomIdGenerator:
-    """Id generator that returns the id in ``_CHOSEN`` if set, else a random one."""
+def _make_id_generator() -> RandomIdGenerator:
+    """Id generator that returns the id in ``_NEXT_SPAN_ID`` if set, else a random one."""
     from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 
     class ChosenIds(RandomIdGenerator):
         def generate_trace_id(self) -> int:
-            chosen = _CHOSEN.get()
+            chosen = _NEXT_SPAN_ID.get()
             return super().generate_trace_id() if chosen is None else chosen.trace_id
 
         def generate_span_id(self) -> int:
-            chosen = _CHOSEN.get()
+            chosen = _NEXT_SPAN_ID.get()
             return super().generate_span_id() if chosen is None else chosen.number
 
     return ChosenIds()
@@ -205,7 +205,7 @@ def start_traces(endpoint: str | None, instance: str) -> TraceExport | None:
         return None
 
 
-def parent_of(headers: Mapping[str, Sequence[str]]) -> Context:
+def parent_context(headers: Mapping[str, Sequence[str]]) -> Context:
     """The parent that ``traceparent`` and ``tracestate`` name; each may have several values.
 
     Invalid headers count as absent (W3C Trace Context).

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
-KEPT_S = 600.0
+RETENTION_S = 600.0
 """Age of the oldest sample, relative to the newest of all."""
 MAX_GATEWAYS = 64
 """Most gateways whose records are kept; the most recent ones stay."""
@@ -43,9 +43,9 @@ class GatewayCounts:
             fresh = [sample for sample in record["samples"] if sample["time"] > last_s]
             newest = record if known is None or record["time"] > known["time"] else known
             self._records[name] = {**newest, "samples": [*samples, *fresh]}
-        self._forget()
+        self._drop_old_records()
 
-    def after(self, times: Mapping[str, float]) -> dict[str, GatewayRecord]:
+    def newer_than(self, times: Mapping[str, float]) -> dict[str, GatewayRecord]:
         """The records that are newer than ``times``, by gateway, with only the newer samples."""
         return {
             name: {
@@ -68,17 +68,17 @@ class GatewayCounts:
         Returns the ``records`` that it lacks, and the ``times`` of all records here.
         """
         self.merge(records)
-        return {"records": self.after(times), "times": self.times()}
+        return {"records": self.newer_than(times), "times": self.times()}
 
     def ended(self, running: Iterable[str]) -> dict[str, GatewayRecord]:
         """Records of gateways that are not in ``running``."""
         known = set(running)
         return {name: record for name, record in self._records.items() if name not in known}
 
-    def _forget(self) -> None:
+    def _drop_old_records(self) -> None:
         order = sorted(self._records, key=lambda name: self._records[name]["time"])
         for name in order[:-MAX_GATEWAYS]:
             del self._records[name]
-        oldest_s = max((r["time"] for r in self._records.values()), default=0.0) - KEPT_S
+        oldest_s = max((r["time"] for r in self._records.values()), default=0.0) - RETENTION_S
         for record in self._records.values():
             record["samples"] = [s for s in record["samples"] if s["time"] > oldest_s]

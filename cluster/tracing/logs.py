@@ -26,7 +26,11 @@ MAX_LINES = 2000
 """Most lines that stay in memory."""
 MAX_LINE_CHARACTERS = 4000
 """Longest text of a record; the rest is cut off."""
-_PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {
+    "message",
+    "asctime",
+    "taskName",
+}
 """Standard attributes of a record; other attributes are ``extra`` fields."""
 
 
@@ -56,7 +60,7 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
         "request_id": CONTEXT.request_id(),
         "message": record.getMessage(),
     }
-    own = {name: value for name, value in vars(record).items() if name not in _PLAIN}
+    own = {name: value for name, value in vars(record).items() if name not in _STANDARD_ATTRIBUTES}
     found |= {name: value for name, value in own.items() if not name.startswith("_")}  # Ray's
     if record.exc_info and record.exc_info[1] is not None:
         found["exception"] = logging.Formatter().formatException(record.exc_info)
@@ -135,9 +139,9 @@ class RecentLines(logging.StreamHandler[TextIO]):
             return self._number, list(self._lines)[len(self._lines) - max(wanted, 0) :]
 
 
-RECENT = RecentLines()
+RECENT_LINES = RecentLines()
 """The handler of this process."""
-OUTPUT = RECENT.output
+OUTPUT = RECENT_LINES.output
 
 
 def set_up(process: str, form: LogForm = "text", stream: TextIO | None = None) -> None:
@@ -149,18 +153,18 @@ def set_up(process: str, form: LogForm = "text", stream: TextIO | None = None) -
         stream: output stream; None: stderr.
     """
     CONTEXT.process = process
-    RECENT.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    RECENT_LINES.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     if stream is None:
         OUTPUT.redirect_streams()
-    RECENT.setStream(stream or sys.stderr)
+    RECENT_LINES.setStream(stream or sys.stderr)
     root = logging.getLogger()
-    root.addHandler(RECENT)
+    root.addHandler(RECENT_LINES)
     root.setLevel(logging.WARNING)
     for package in PACKAGES:
         logging.getLogger(package).setLevel(logging.INFO)
 
 
-def adopt(*libraries: str) -> None:
+def format_library_logs(*libraries: str) -> None:
     """Format the warnings of libraries that have handlers of their own as in this module."""
     for name in libraries:
         logger = logging.getLogger(name)

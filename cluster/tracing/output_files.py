@@ -37,7 +37,7 @@ class OutputFiles:
         return next((path.parent for path in self._streams), None)
 
     @property
-    def of_errors(self) -> Path | None:
+    def error_file(self) -> Path | None:
         """The file of standard error; None if it is not a known file."""
         return next((path for path, streams in self._streams.items() if 2 in streams), None)
 
@@ -50,7 +50,7 @@ class OutputFiles:
                     _redirect(stream, path)
                     self._streams[path] = (stream,)
 
-    def take(self, path: Path) -> None:
+    def add_file(self, path: Path) -> None:
         """Rotate this file of the launcher if both streams are written to it."""
         with contextlib.suppress(OSError):
             if all(os.path.samestat(os.fstat(stream), path.stat()) for stream in _STREAMS):
@@ -70,7 +70,7 @@ class OutputFiles:
                     _start_new_file(streams, path)
 
 
-def previous(path: Path) -> Path:
+def rotated_path(path: Path) -> Path:
     """Name of a file's previous version, following Ray's scheme for files of Ray's."""
     if path.suffix in _STREAMS.values():
         return path.with_name(f"{path.stem}.1{path.suffix}")
@@ -98,11 +98,11 @@ def _start_new_file(streams: tuple[int, ...], path: Path) -> None:
     new.unlink(missing_ok=True)
     file = os.open(new, _OPEN | os.O_EXCL, 0o644)
     try:
-        path.replace(previous(path))
+        path.replace(rotated_path(path))
         try:
             new.replace(path)
         except OSError:
-            previous(path).replace(path)
+            rotated_path(path).replace(path)
             raise
         for stream in streams:
             os.dup2(file, stream)

@@ -18,7 +18,7 @@ from docs.generate.markdown import code, page, prose, table
 from gateway.observability.cluster_metrics import TOTAL_TEXTS, WORKER_TEXTS, cluster_families
 from gateway.observability.load_metrics import load_families
 from gateway.observability.metrics import PREFIX, GatewayMetrics
-from gateway.observability.vllm_names import OLDER, SAME
+from gateway.observability.vllm_names import OLDER_VLLM_NAMES, VLLM_NAMES
 from workers.metrics.step_metrics import BUBBLE, HISTOGRAMS
 
 _INTRODUCTION = f"""Every metric at `/metrics`, by who counts it. Names begin with `{PREFIX}`, or
@@ -123,6 +123,6 @@ def _table(rows: Iterable[Row]) -> str:
 
 
 def _of_vllm(name: str) -> str:
-    base = name if name in SAME else name.removesuffix("_total")
-    names = [base, OLDER.get(base, "")] if base in SAME else []
+    base = name if name in VLLM_NAMES else name.removesuffix("_total")
+    names = [base, OLDER_VLLM_NAMES.get(base, "")] if base in VLLM_NAMES else []
     return ", ".join("vLLM" if one == base else f"also {code(one)}" for one in names if one)

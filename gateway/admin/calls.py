@@ -23,7 +23,7 @@ from cluster.core.errors import (
 )
 from gateway.auth.auth import EVENTS, LOGS, NUMBERS_BY_EXPERT, check_operator, is_operator
 from gateway.cluster.client_view import client_workers
-from gateway.cluster.recent import Recent
+from gateway.cluster.shared_result import SharedResult
 from gateway.generation.gateway import Gateway
 from protos import admin_pb2 as pb
 
@@ -50,7 +50,7 @@ class AdminCalls:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._ask = partial(gateway.cluster.ask, limit_s=CALL_LIMIT_S)
-        self._snapshot = Recent(lambda: self._ask("snapshot", True), gateway.numbers.age_s)
+        self._snapshot = SharedResult(lambda: self._ask("snapshot", True), gateway.numbers.age_s)
 
     # ---- queries --------------------------------------------------------------------------
 

@@ -94,7 +94,7 @@ class _Endpoint:
 
     async def serve(self, request: Request) -> Response:
         """Handle one call: convert JSON to the method's message, and its response back."""
-        _check_no_web_page(request, self.gateway.limits.asks_for_admin_keys)
+        _check_no_web_page(request, self.gateway.limits.requires_admin_keys)
         fields: dict[str, Any] = {**request.query_params, **request.path_params}
         if request.method == "POST" and _has_body(request):
             if "content-type" not in request.headers:  # browsers may send these across sites

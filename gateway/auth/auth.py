@@ -52,10 +52,10 @@ class KeyRing:
         self._limits = limits or KeyLimits()
         self._others = others
         self._are_admin = are_admin
-        self.masters: KeyRing | None = None
+        self.admin_ring: KeyRing | None = None
         """A ring whose keys open this port too, without its limits."""
         self._clock = clock
-        self._accounts: dict[bytes, KeyUsage] = {}  # usage of keys that were used
+        self._usages: dict[bytes, KeyUsage] = {}  # usage of keys that were used
 
     @property
     def is_open(self) -> bool:
@@ -64,7 +64,7 @@ class KeyRing:
 
     async def read_changes(self) -> None:
         """Reload the key files of this port. Call before ``check`` and ``enter``."""
-        for ring in (self, self.masters, self._others):
+        for ring in (self, self.admin_ring, self._others):
             if ring is not None and ring._file is not None:
                 await ring._file.refresh(ring._clock())
 
@@ -84,7 +84,7 @@ class KeyRing:
             message = "an API key is needed: Authorization: Bearer KEY, or x-api-key: KEY"
             raise AuthenticationError(message)
         digest = digest_of(key)
-        account = None if self.masters is None else self.masters._find(digest)
+        account = None if self.admin_ring is None else self.admin_ring._find(digest)
         account = account or self._find(digest)
         if account is not None:
             return account
@@ -104,26 +104,26 @@ class KeyRing:
         CALLER.set(account)
         return account
 
-    def account_of(self, tenant: str) -> KeyUsage | None:
+    def usage_of(self, tenant: str) -> KeyUsage | None:
         """The usage of a key by its tenant's name; None if no key has this name."""
         in_file = self._file.entries.values() if self._file is not None else ()
         for entry in (*in_file, *self._fixed.values()):
             if entry.tenant == tenant:
                 return self._find(entry.digest)
-        return self.masters.account_of(tenant) if self.masters is not None else None
+        return self.admin_ring.usage_of(tenant) if self.admin_ring is not None else None
 
     def _find(self, digest: bytes) -> KeyUsage | None:
         """The usage of a key; keys that remain in a changed file keep their usage."""
         entry = self._entry(digest)  # the time of this lookup depends on digests alone
         known = digest if entry is None else entry.digest
         if not hmac.compare_digest(digest, known) or entry is None:
-            self._accounts.pop(digest, None)
+            self._usages.pop(digest, None)
             return None
-        account = self._accounts.get(digest)
+        account = self._usages.get(digest)
         if account is None:
             account = KeyUsage(entry, self._limits_of(entry), self._clock())
             account.is_admin = self._are_admin
-            self._accounts[digest] = account
+            self._usages[digest] = account
         elif account.entry is not entry:
             account.change(entry, self._limits_of(entry), self._clock())
         return account
@@ -133,7 +133,7 @@ class KeyRing:
         return in_file or self._fixed.get(digest)
 
     def _limits_of(self, entry: KeyEntry) -> KeyLimits:
-        return entry.limits.or_else(self._limits)
+        return entry.limits.with_defaults(self._limits)
 
 
 def is_operator(keys: KeyRing) -> bool:
@@ -169,7 +169,7 @@ def make_key_rings(section: GatewaySection) -> tuple[KeyRing, KeyRing]:
     admin = KeyRing(section.admin_keys, file=admin_file, others=public, are_admin=True)
     if admin.is_open:
         return public, public
-    public.masters = admin
+    public.admin_ring = admin
     return public, admin
 
 

@@ -49,7 +49,7 @@ class KeyLimits:
     """Prompt and output tokens per minute."""
     max_concurrent: int | None = None
 
-    def or_else(self, other: KeyLimits) -> KeyLimits:
+    def with_defaults(self, other: KeyLimits) -> KeyLimits:
         """These limits, with the values of ``other`` as defaults."""
         values = {n: getattr(self, n) for n in _LIMITS}
         return KeyLimits(**{n: getattr(other, n) if v is None else v for n, v in values.items()})
@@ -188,9 +188,9 @@ class KeyFile:
         self._setting = setting
         self._read = read
         self._limit_s = limit_s
-        self._seen = self._stamp()
-        self._next_look_s = 0.0
-        self._looking: asyncio.Future[None] | None = None
+        self._seen = self._file_stamp()
+        self._next_check_s = 0.0
+        self._check_task: asyncio.Future[None] | None = None
         self._wait_ends_s = 0.0
         self._disk = DiskThreads(setting, 1, 1, limit_s)
         self.entries = self._by_digest()
@@ -203,17 +203,17 @@ class KeyFile:
         meanwhile the former keys stay in force. An unreadable or invalid file changes nothing, and
         is logged once. A file without keys leaves none.
         """
-        if self._looking is not None and self._looking.done():
-            self._looking = None
-        if self._looking is None and now_s >= self._next_look_s:
-            self._next_look_s = now_s + _POLL_S
+        if self._check_task is not None and self._check_task.done():
+            self._check_task = None
+        if self._check_task is None and now_s >= self._next_check_s:
+            self._next_check_s = now_s + _POLL_S
             self._wait_ends_s = now_s + self._limit_s
-            self._looking = asyncio.ensure_future(self._disk.run_to_end(self._look))
-        if self._looking is not None and now_s <= self._wait_ends_s:
-            await asyncio.wait({self._looking}, timeout=self._wait_ends_s - now_s)
+            self._check_task = asyncio.ensure_future(self._disk.run_to_completion(self._check_file))
+        if self._check_task is not None and now_s <= self._wait_ends_s:
+            await asyncio.wait({self._check_task}, timeout=self._wait_ends_s - now_s)
 
-    def _look(self) -> None:
-        stamp = self._stamp()
+    def _check_file(self) -> None:
+        stamp = self._file_stamp()
         if stamp == self._seen:
             return
         self._seen = stamp
@@ -227,7 +227,7 @@ class KeyFile:
     def _by_digest(self) -> Mapping[bytes, KeyEntry]:
         return {entry.digest: entry for entry in self._read(str(self._path), self._setting)}
 
-    def _stamp(self) -> tuple[int, int, int] | None:
+    def _file_stamp(self) -> tuple[int, int, int] | None:
         try:
             found = os.stat(self._path)  # follows links, which Kubernetes replaces
         except OSError:

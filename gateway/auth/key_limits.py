@@ -10,7 +10,7 @@ from __future__ import annotations
 from cluster.core.errors import KeyLimitError
 from gateway.auth.key_file import KeyEntry, KeyLimits
 
-_UNKNOWN_RETRY_S = 1.0
+_DEFAULT_RETRY_S = 1.0
 """Retry time before any request of the key has ended."""
 _MEMORY = 0.95
 """Weight of the past in the mean duration of a request, at each end: some twenty requests."""
@@ -102,7 +102,7 @@ class KeyUsage:
         """Time until one of the running requests ends, by Little's law: mean duration / number."""
         self._count_busy(now_s)
         if not self._num_ended:
-            return _UNKNOWN_RETRY_S
+            return _DEFAULT_RETRY_S
         return self._busy_s / self._num_ended / self.num_running
 
     def check_tokens(self, now_s: float) -> None:

@@ -97,7 +97,7 @@ class FileStore:
 
     def facts(self, tenant: str, file_id: str) -> FileFacts | None:
         """Facts of a file; None if the tenant has no such file."""
-        begin = self._state.begin_of(FILES, tenant, file_id, MAX_FACTS_BYTES)
+        begin = self._state.read_prefix(FILES, tenant, file_id, MAX_FACTS_BYTES)
         return None if begin is None else decode_file(begin, file_id)[0]
 
     def delete(self, tenant: str, file_id: str) -> bool:

@@ -11,7 +11,7 @@ from starlette.routing import BaseRoute, Router
 from starlette.types import Message, Scope
 
 from cluster.batches.requests import BatchRequest
-from cluster.batches.run import BatchAnswer
+from cluster.batches.run import BatchResponse
 from gateway.auth.auth import CALLER, KeyRing
 from gateway.auth.key_limits import KeyUsage
 from gateway.core.headers import PRIORITY_HEADER
@@ -45,7 +45,7 @@ class InnerCalls:
             (PRIORITY_HEADER.encode(), str(priority).encode()),
         ]
 
-    async def send(self, request: BatchRequest) -> BatchAnswer:
+    async def send(self, request: BatchRequest) -> BatchResponse:
         """Implement ``cluster.batches.run.Send``."""
         body = dump_json(request.body)
         scope: Scope = {
@@ -78,7 +78,7 @@ class InnerCalls:
         # a task has its own context, so ids and callers of requests do not mix
         await asyncio.create_task(self._app(scope, receive, send))
         pause = headers.get("retry-after", "")
-        return BatchAnswer(
+        return BatchResponse(
             status,
             json.loads(content),
             headers.get(REQUEST_ID, ""),

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from starlette.routing import BaseRoute, Route
 
-from cluster.batches.answer_file import AnswerFile, InUseError
+from cluster.batches.response_file import InUseError, ResponseFile
 from cluster.disk.threads import END_S, DiskThreads
 from gateway.batches.batch_store import BatchStore, PendingBatch, WorkPart
 from gateway.batches.objects import ENDED
@@ -65,7 +65,7 @@ class BatchRunner:
         self._threads = DiskThreads(
             "the folder of batches", _THREADS_A_BATCH * self._tuning.max_batches, 0, math.inf
         )
-        self._disk = self._threads.run_to_end
+        self._disk = self._threads.run_to_completion
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -155,8 +155,8 @@ class BatchRunner:
 
 def _open(
     stack: contextlib.ExitStack, batches: BatchStore, batch_id: str
-) -> tuple[AnswerFile, AnswerFile]:
-    """Open the files of responses and failures. Raises the errors of ``AnswerFile``."""
+) -> tuple[ResponseFile, ResponseFile]:
+    """Open the files of responses and failures. Raises the errors of ``ResponseFile``."""
     paths = (batches.path(batch_id, part) for part in (WorkPart.ANSWERS, WorkPart.FAILURES))
-    answers, failures = (stack.enter_context(AnswerFile(path, is_private=True)) for path in paths)
+    answers, failures = (stack.enter_context(ResponseFile(path, is_private=True)) for path in paths)
     return answers, failures

@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 from starlette.routing import Route
 
-from cluster.batches.answer_file import AnswerFile
 from cluster.batches.requests import BatchLimits, BatchRequest, LineError, RequestFile
-from cluster.batches.run import BatchAnswer, BatchRun, RunInThread, UnreachableError
+from cluster.batches.response_file import ResponseFile
+from cluster.batches.run import BatchResponse, BatchRun, RunInThread, UnreachableError
 from cluster.core.errors import ConflictError, RequestError
 from gateway.auth.key_limits import KeyUsage
 from gateway.batches.batch_store import BatchStore, WorkPart
@@ -72,8 +72,8 @@ class RunningBatch:
         batches: BatchStore,
         tenant: str,
         batch: StoredBatch,
-        answers: AnswerFile,
-        failures: AnswerFile,
+        answers: ResponseFile,
+        failures: ResponseFile,
         disk: RunInThread,
     ) -> None:
         self._gateway = gateway
@@ -131,7 +131,7 @@ class RunningBatch:
         chosen = [route for route in routes if route.path == self._batch.endpoint]
         calls = InnerCalls(self._gateway, chosen, account, tuning.priority)
 
-        async def send(request: BatchRequest) -> BatchAnswer:
+        async def send(request: BatchRequest) -> BatchResponse:
             self._check_size()
             if self._gateway.readiness.is_leaving:
                 raise UnreachableError("this gateway is about to stop")
@@ -186,7 +186,7 @@ class RunningBatch:
         await keys.read_changes()
         if keys.is_open:
             return None
-        account = keys.account_of(self._tenant)
+        account = keys.usage_of(self._tenant)
         if account is None:
             raise RequestError("the key that made the batch was removed", None, "no_key")
         return account

@@ -11,7 +11,7 @@ from ray import serve
 from ray.exceptions import RayTaskError
 
 from cluster.core.errors import ExpertMeshError
-from gateway.cluster.serve_replicas import Question, ReplicaAnswers, own_first
+from gateway.cluster.serve_replicas import ReplicaCall, ReplicaHandlers, own_first
 from gateway.cluster.view import ControllerCall
 
 logger = logging.getLogger(__name__)
@@ -47,15 +47,15 @@ async def find_controller() -> RayController:
 class RayServeReplicas:
     """``ServeReplicas`` through a Serve handle. Must be made in a replica."""
 
-    def __init__(self, answers: ReplicaAnswers) -> None:
+    def __init__(self, answers: ReplicaHandlers) -> None:
         self._answers = answers
         context = serve.get_replica_context()
         self._handle: Any = serve.get_deployment_handle(context.deployment, context.app_name)
 
-    async def ask(self, question: Question, *details: Any) -> dict[str, Any]:
-        own = self._answers.answer(question, *details)
+    async def ask(self, call: ReplicaCall, *details: Any) -> dict[str, Any]:
+        own = self._answers.handle(call, *details)
         try:
-            found = await asyncio.to_thread(self._broadcast, question, details)
+            found = await asyncio.to_thread(self._broadcast, call, details)
         except Exception as err:  # any failure of Serve: this replica still answers
             logger.warning("could not call the other replicas: %r", err)
             found = []
@@ -64,6 +64,6 @@ class RayServeReplicas:
         answered = dict(one for one in found if not isinstance(one, BaseException))
         return own_first(own, answered)
 
-    def _broadcast(self, question: Question, details: tuple[Any, ...]) -> list[Any]:
-        response = self._handle.broadcast("answer_replica", question, *details)
+    def _broadcast(self, call: ReplicaCall, details: tuple[Any, ...]) -> list[Any]:
+        response = self._handle.broadcast("answer_replica", call, *details)
         return list(response.results(timeout_s=REPLICA_LIMIT_S, return_exceptions=True))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
-Question = Literal["describe", "metrics", "summary", "samples", "abort", "adapters"]
+ReplicaCall = Literal["describe", "metrics", "summary", "samples", "abort", "adapters"]
 """Kinds of calls to a replica; ``summary`` returns what ``describe`` does, start and totals,
 ``samples`` the samples of its ``SampleRing`` after a time, ``adapters`` the keys of the adapters
 that requests may name.
@@ -19,27 +19,27 @@ that requests may name.
 class ServeReplicas(Protocol):
     """Calls all replicas on behalf of one."""
 
-    async def ask(self, question: Question, *details: Any) -> dict[str, Any]:
+    async def ask(self, call: ReplicaCall, *details: Any) -> dict[str, Any]:
         """Replies by replica, this one's first; replicas that reply too late are left out."""
 
 
-class ReplicaAnswers:
+class ReplicaHandlers:
     """Replies of one replica; also the ``ServeReplicas`` of a gateway with a single replica.
 
     Args:
         name: name of the replica.
-        handlers: a function for each question that returns plain data.
+        handlers: a function for each call that returns plain data.
     """
 
-    def __init__(self, name: str, handlers: Mapping[Question, Callable[..., Any]]) -> None:
+    def __init__(self, name: str, handlers: Mapping[ReplicaCall, Callable[..., Any]]) -> None:
         self._name = name
         self._handlers = handlers
 
-    def answer(self, question: Question, *details: Any) -> tuple[str, Any]:
-        return self._name, self._handlers[question](*details)
+    def handle(self, call: ReplicaCall, *details: Any) -> tuple[str, Any]:
+        return self._name, self._handlers[call](*details)
 
-    async def ask(self, question: Question, *details: Any) -> dict[str, Any]:
-        return dict([self.answer(question, *details)])
+    async def ask(self, call: ReplicaCall, *details: Any) -> dict[str, Any]:
+        return dict([self.handle(call, *details)])
 
 
 def own_first(own: tuple[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:

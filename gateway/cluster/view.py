@@ -246,7 +246,7 @@ class SnapshotFollower:
             listener(snapshot)
 
 
-def living_workers(snapshot: Snapshot) -> frozenset[str]:
+def live_workers(snapshot: Snapshot) -> frozenset[str]:
     """Workers that are not lost, including drained and draining ones."""
     workers = snapshot.get("workers", ())
     return frozenset(worker["name"] for worker in workers if worker["state"] != "LOST")

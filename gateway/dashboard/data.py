@@ -10,7 +10,7 @@ from typing import Any
 from cluster.core.errors import NotReadyError, RequestError
 from gateway.auth.auth import NUMBERS_BY_EXPERT, KeyRing, check_operator, is_operator
 from gateway.cluster.client_view import client_samples
-from gateway.cluster.recent import Recent
+from gateway.cluster.shared_result import SharedResult
 from gateway.generation.gateway import Gateway
 from gateway.observability.samples import TOTALS, Sample, merge_samples
 
@@ -26,8 +26,8 @@ class PageData:
     def __init__(self, gateway: Gateway, keys: KeyRing) -> None:
         self._gateway = gateway
         self._keys = keys
-        self._snapshot = Recent(gateway.numbers.snapshot, _AGE_S)
-        self._load = Recent(self._ask_load, _AGE_S)
+        self._snapshot = SharedResult(gateway.numbers.snapshot, _AGE_S)
+        self._load = SharedResult(self._ask_load, _AGE_S)
 
     async def state(self) -> dict[str, Any]:
         """The cluster's state (as ``status --json``), and the counts of all replicas, also of ended

@@ -25,7 +25,9 @@ class Sampler:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._there: dict[str, float] = {}  # times of the records that the controller has
+        self._controller_times: dict[
+            str, float
+        ] = {}  # times of the records that the controller has
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -62,10 +64,13 @@ class Sampler:
             counts.merge({gateway.name: record})
         with contextlib.suppress(ExpertMeshError):  # the controller does not respond
             there = await gateway.cluster.ask(
-                "exchange_counts", counts.after(self._there), counts.times(), limit_s=PERIOD_S / 2
+                "exchange_counts",
+                counts.newer_than(self._controller_times),
+                counts.times(),
+                limit_s=PERIOD_S / 2,
             )
             counts.merge(there["records"])
-            self._there = there["times"]
+            self._controller_times = there["times"]
 
     async def _run(self) -> None:
         is_well = True

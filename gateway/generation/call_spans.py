@@ -96,7 +96,9 @@ class CallSpans:
         span_id: SpanId | None = None,
     ) -> None:
         export, began_ns = self.export, self._ns(began_s)
-        start = export.tracer.start_span if span_id is None else partial(export.start_as, span_id)
+        start = (
+            export.tracer.start_span if span_id is None else partial(export.start_with_id, span_id)
+        )
         span = start(name, self.parent, attributes=attributes, start_time=began_ns)
         for event in sorted(events, key=lambda event: event.when_s):
             span.add_event(event.name, event.attributes, self._ns(event.when_s))

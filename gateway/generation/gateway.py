@@ -29,13 +29,13 @@ from cluster.disk.threads import DiskThreads
 from cluster.tracing import logs
 from cluster.tracing.gateway_counts import GatewayCounts
 from gateway.auth.auth import CALLER, make_key_rings
-from gateway.cluster.numbers import ClusterNumbers
 from gateway.cluster.view import (
     Snapshot,
     SnapshotFollower,
     attention_endpoints,
-    living_workers,
+    live_workers,
 )
+from gateway.cluster.worker_stats import WorkerStats
 from gateway.core.call import CallKind, GenerateCall
 from gateway.core.errors import ErrorReport, StorageTimeoutError, report_error
 from gateway.core.field_checks import check_fields
@@ -103,8 +103,8 @@ class Gateway:
         self.name = name
         self.tuning = tuning or GatewayTuning()
         self.keys, self.admin_keys = make_key_rings(config.gateway)
-        has_keys = config.gateway.asks_for_keys or config.gateway.asks_for_admin_keys
-        self.numbers = ClusterNumbers(cluster, self.tuning.numbers_age_s if has_keys else 0.0)
+        has_keys = config.gateway.requires_keys or config.gateway.requires_admin_keys
+        self.numbers = WorkerStats(cluster, self.tuning.numbers_age_s if has_keys else 0.0)
         self.state = open_store(config.gateway) if state is None else state
         """Objects stored for clients between requests; None if the state folder is disabled."""
         self.disk = DiskThreads(
@@ -286,7 +286,7 @@ class Gateway:
         endpoints = attention_endpoints(snapshot)
         for endpoint in endpoints:
             self.metrics.engine(endpoint.engine)  # exposed as 0 from the start
-        self.engines.update(endpoints, living_workers(snapshot))
+        self.engines.update(endpoints, live_workers(snapshot))
         if self.engines.pauses.change(int(snapshot.get("generation") or 0), time.monotonic()):
             reports = self.cluster.report_pauses(self.engines.pauses.take)
             self._reporter = asyncio.create_task(reports)

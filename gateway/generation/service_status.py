@@ -10,9 +10,9 @@ from typing import Any
 from cluster.config.gateway import GatewaySection
 from gateway.auth.adapter_catalog import AdapterCatalog
 from gateway.cluster.client_view import client_status
-from gateway.cluster.numbers import ClusterNumbers
-from gateway.cluster.serve_replicas import ReplicaAnswers, ServeReplicas
+from gateway.cluster.serve_replicas import ReplicaHandlers, ServeReplicas
 from gateway.cluster.view import Snapshot
+from gateway.cluster.worker_stats import WorkerStats
 from gateway.generation.output_queue import CallRegistry
 from gateway.observability.metrics import GatewayMetrics
 from gateway.observability.samples import TOTALS, SampleRing, total
@@ -34,7 +34,7 @@ class ServiceStatus:
         self,
         name: str,
         limits: GatewaySection,
-        numbers: ClusterNumbers,
+        numbers: WorkerStats,
         metrics: GatewayMetrics,
         adapters: AdapterCatalog,
         running: CallRegistry,
@@ -49,7 +49,7 @@ class ServiceStatus:
         self._numbers = numbers
         self._metrics = metrics
         self._adapters = adapters
-        self.answers = ReplicaAnswers(
+        self.answers = ReplicaHandlers(
             name,
             {
                 "describe": self.describe,
@@ -84,7 +84,7 @@ class ServiceStatus:
         """
         status = self._adapters.without_others(snapshot or {"state": "STARTING"})
         status |= {"schema": 1, "gateway": list(replicas)}
-        return status if is_whole else client_status(status, not self._limits.asks_for_admin_keys)
+        return status if is_whole else client_status(status, not self._limits.requires_admin_keys)
 
     async def abort_calls(self, names: Sequence[str]) -> list[str]:
         """Abort calls of any replica by name; return the names that were found."""

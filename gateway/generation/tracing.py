@@ -35,7 +35,7 @@ from cluster.tracing.exporter import (
     TraceExport,
     add_link,
     load_exporter,
-    parent_of,
+    parent_context,
     set_error,
     set_span_in_context,
 )
@@ -146,7 +146,7 @@ class Tracing:
         }
         return self.export.tracer.start_span(
             f"{operation} {self.model}",
-            parent_of(trace.headers),
+            parent_context(trace.headers),
             SpanKind.SERVER,
             attributes,
             start_time=trace.day_ns + round(trace.began_s * 1e9),

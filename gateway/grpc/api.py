@@ -17,7 +17,7 @@ from gateway.grpc.call import GrpcCall
 from gateway.grpc.convert import grpc_call, grpc_chat_input, input_of, optional
 from gateway.grpc.format import GrpcFormat
 from gateway.grpc.pooling import PoolingProcedures
-from gateway.offload.long_work import numbers_of
+from gateway.offload.long_work import copy_numbers
 from protos import inference_pb2 as pb
 from protos import types_pb2
 
@@ -77,7 +77,7 @@ class InferenceProcedures(PoolingProcedures):
     ) -> pb.DetokenizeResponse:
         await self._check_model(request, call)
         facts = self._gateway.require_facts()
-        tokens = await call.convert(numbers_of, request.tokens)
+        tokens = await call.convert(copy_numbers, request.tokens)
         text = await self._gateway.prompts.decode(tokens, facts)
         return pb.DetokenizeResponse(prompt=text)
 

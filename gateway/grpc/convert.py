@@ -13,7 +13,7 @@ from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.call import FIELD_NAMES, CallKind, ChatInput, GenerateCall
 from gateway.core.field_checks import MAX_MESSAGES, check_length, check_messages
 from gateway.core.tool_use import Tool, ToolUse
-from gateway.offload.long_work import numbers_of
+from gateway.offload.long_work import copy_numbers
 from gateway.text.forms.structured import make_answer_format, make_grammar
 from gateway.text.forms.tools import MAX_TOOLS, json_object, make_tool_use, template_call
 from protos import inference_pb2 as pb
@@ -34,7 +34,7 @@ def grpc_call(request: pb.GenerateRequest) -> GenerateCall:
     fields = {**given_fields(request), **given_fields(sampling), **given_fields(options)}
     fields["logit_bias"] = tuple(sorted(sampling.logit_bias.items()))
     if sampling.HasField("allowed_token_ids"):
-        fields["allowed_token_ids"] = numbers_of(sampling.allowed_token_ids.ids)
+        fields["allowed_token_ids"] = copy_numbers(sampling.allowed_token_ids.ids)
     grammar = _grpc_grammar(sampling)
     return GenerateCall(
         kind=CallKind.CHAT if is_chat else CallKind.COMPLETION,
@@ -106,7 +106,7 @@ def _grpc_grammar(sampling: types_pb2.SamplingParams) -> Grammar | None:
 def _grpc_prompts(request: pb.GenerateRequest, source: str) -> tuple[str | tuple[int, ...], ...]:
     if source == "text":
         return (request.text,)
-    return (numbers_of(request.token_ids.ids),) if source == "token_ids" else ()
+    return (copy_numbers(request.token_ids.ids),) if source == "token_ids" else ()
 
 
 def _grpc_embeds(request: pb.GenerateRequest) -> PromptEmbeds:

@@ -16,7 +16,7 @@ from gateway.generation.pooling import PromptInput, Reader, reading_call
 from gateway.grpc.call import GrpcCall
 from gateway.grpc.convert import given_fields, input_of
 from gateway.grpc.format import usage_message
-from gateway.offload.long_work import numbers_of
+from gateway.offload.long_work import copy_numbers
 from protos import inference_pb2 as pb
 from workers.requests.inspection import NamedArray
 
@@ -55,7 +55,7 @@ class PoolingProcedures:
         prompts = await call.convert(_prompts, request.input, "input")
         labels = await call.convert(lambda: tuple(request.labels))
         masks = await call.convert(
-            lambda: tuple(numbers_of(one.mask) for one in request.attention_mask)
+            lambda: tuple(copy_numbers(one.mask) for one in request.attention_mask)
         )
         found = await self._reader.classify(prompts, labels, masks, fields)
         rows = (
@@ -101,15 +101,15 @@ def grpc_inspect_fields(request: pb.InspectRequest) -> InspectFields:
         name = "logits_positions"
         raise RequestError(f"{name} and logits_to_keep cannot both be set", name)
     labels = tuple(
-        numbers_of(one.values) or tuple(float(number) for number in one.ids)
+        copy_numbers(one.values) or tuple(float(number) for number in one.ids)
         for one in request.labels
     )
     if not all(math.isfinite(value) for row in labels for value in row):
         raise RequestError("labels must be finite numbers", "labels")
     return InspectFields(
-        token_ids=tuple(numbers_of(one.ids) for one in request.token_ids),
+        token_ids=tuple(copy_numbers(one.ids) for one in request.token_ids),
         outputs=tuple(request.outputs),
-        masks=tuple(numbers_of(one.mask) for one in request.attention_mask),
+        masks=tuple(copy_numbers(one.mask) for one in request.attention_mask),
         logits_to_keep=places or (request.logits_to_keep if has_count else None),
         labels=labels,
     )
@@ -135,6 +135,8 @@ async def _fields(request: PoolingRequest, call: GrpcCall) -> GenerateCall:
 
 def _prompts(inputs: Iterable[pb.Input], field: str) -> tuple[PromptInput, ...]:
     return tuple(
-        one.text if input_of(one, field, f"{field}: ") == "text" else numbers_of(one.token_ids.ids)
+        one.text
+        if input_of(one, field, f"{field}: ") == "text"
+        else copy_numbers(one.token_ids.ids)
         for one in inputs
     )

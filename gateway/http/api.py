@@ -55,7 +55,7 @@ from gateway.http.serve_paths import SERVE_PATHS, serve_routes
 from gateway.http.sse import SseStream
 from gateway.http.unsupported import check_unsupported
 from gateway.observability.metrics import CONTENT_TYPE
-from gateway.offload.long_work import release
+from gateway.offload.long_work import free_gradually
 from workers.requests.inspection import Pooling
 
 _EXPOSED_HEADERS = (
@@ -332,8 +332,8 @@ def _dump_whole(formatter: OpenAIFormat, choices: list[ChoiceDelta], usage: Usag
     """Return the JSON of a response; frees ``choices`` and all temporary objects."""
     body = formatter.response_body(choices, usage)
     raw = dump_long(body)
-    release(body)
-    release(choices)
+    free_gradually(body)
+    free_gradually(choices)
     return raw
 
 

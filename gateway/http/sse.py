@@ -13,7 +13,7 @@ from gateway.http.json_output import dump_json, dump_long
 from gateway.http.middleware import Responder
 from gateway.http.openai_format import OpenAIFormat, usage_object
 from gateway.http.schema import ChatStreamOptionsBody
-from gateway.offload.long_work import INLINE_SIZE, release
+from gateway.offload.long_work import INLINE_SIZE, free_gradually
 
 _HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -107,7 +107,7 @@ class SseStream(EventStream):
                     chunk["usage"] = usage_object(running.usage)
                 content += self._event(dump_long(chunk) if is_long else dump_json(chunk))
                 if is_long:
-                    release(chunk)
+                    free_gradually(chunk)
         return content
 
     async def _ending(self, running: RunningCall) -> bytes:

@@ -69,7 +69,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._num_unread += len(data)
         super().data_received(data)
         if self._is_in_head and self._num_unread > MAX_HEAD_BYTES:
-            self._refuse()
+            self._reject_headers()
 
     def on_message_begin(self) -> None:
         self._is_in_head, self._num_head_bytes, self._num_unread = True, 0, 0
@@ -86,11 +86,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._is_in_head, self._num_unread = False, 0
         if self._num_head_bytes > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
-            self._refuse()
+            self._reject_headers()
             return
         if len(self.pipeline) >= MAX_WAITING:
             rule = f"at most {MAX_WAITING} requests may wait for the answers before theirs"
-            self._answer(b"400 Bad Request", RequestError(rule))
+            self._respond(b"400 Bad Request", RequestError(rule))
             raise ConnectionAbortedError(rule)  # stops the parser
         super().on_headers_complete()
         if self.expect_100_continue:  # the body of a rejected request may follow or not
@@ -135,16 +135,16 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Reject bytes that are not HTTP."""
         if not self._is_refused:
-            self._answer(b"400 Bad Request", RequestError("the request is not valid HTTP"))
+            self._respond(b"400 Bad Request", RequestError("the request is not valid HTTP"))
 
-    def _refuse(self) -> None:
+    def _reject_headers(self) -> None:
         if self._is_refused or self.transport.is_closing():
             return
         limits = f"{MAX_HEAD_BYTES} bytes, {MAX_HEADERS} lines"
         error = RequestTooLargeError(f"the headers are above the limit of {limits}")
-        self._answer(b"431 Request Header Fields Too Large", error)
+        self._respond(b"431 Request Header Fields Too Large", error)
 
-    def _answer(self, status: bytes, error: ExpertMeshError) -> None:
+    def _respond(self, status: bytes, error: ExpertMeshError) -> None:
         """Respond in place of the application, and close the connection."""
         self._is_refused = True
         content = json.dumps(report_error(error).body()).encode()

@@ -38,7 +38,7 @@ class TimedHttpProtocol(BoundedHttpProtocol):
     """Time at which the connection was made, on the loop's clock."""
 
     @property
-    def serves(self) -> bool:
+    def is_serving(self) -> bool:
         """Whether an application is working on a request."""
         return self.cycle is not None and not self.cycle.response_complete
 
@@ -47,7 +47,7 @@ class TimedHttpProtocol(BoundedHttpProtocol):
         """Whether no client waits for a response: there is no whole request, the client does not
         read the response, or it has sent pipelined requests.
         """
-        has_request = self.serves and self._has_whole_request
+        has_request = self.is_serving and self._has_whole_request
         return not has_request or self.flow.write_paused or bool(self.pipeline)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -55,9 +55,9 @@ class TimedHttpProtocol(BoundedHttpProtocol):
         self.since_s = self.loop.time()
         self._wait(HEAD_LIMIT_S)
         if len(self.connections) > self.max_connections:
-            self._end_one_too_many()
+            self._end_oldest_idle()
 
-    def _end_one_too_many(self) -> None:
+    def _end_oldest_idle(self) -> None:
         """End the oldest idle connection, or this one if none is idle."""
         protocols = (one for one in self.connections if isinstance(one, TimedHttpProtocol))
         open_ones = [one for one in protocols if not one.transport.is_closing()]
@@ -115,13 +115,13 @@ class TimedHttpProtocol(BoundedHttpProtocol):
     def _end(self) -> None:
         """End the connection after a timeout."""
         self._timer = None
-        is_in_body = self.serves and not self._has_begun_head
+        is_in_body = self.is_serving and not self._has_begun_head
         if is_in_body and (self.flow.read_paused or self._num_new_bytes >= BODY_STEP_BYTES):
             self._wait(BODY_LIMIT_S)
             return
-        if self.serves or not self._has_begun_head:
+        if self.is_serving or not self._has_begun_head:
             self.transport.abort()
             return
         error = DeadlineExceededError(f"the headers did not arrive within {HEAD_LIMIT_S:g} s")
-        self._answer(b"408 Request Timeout", error)
+        self._respond(b"408 Request Timeout", error)
         self._timer = self.loop.call_later(_FLUSH_LIMIT_S, self.transport.abort)

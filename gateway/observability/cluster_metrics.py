@@ -18,7 +18,7 @@ _LEGAL_NAME = re.compile(rf"([a-zA-Z_][a-zA-Z0-9_]*)(?:\{{({_LABEL}(?:,{_LABEL})
 """The name of a worker's stat, with or without labels."""
 _HISTOGRAM = re.compile("(.+)_(?:bucket|count|sum)")
 """A stat that belongs to the histogram named by the first group."""
-_MOST_NUMBERS = 4096
+_MAX_STAT_NAMES = 4096
 """Most names of workers' stats that are cached: all workers have the same names."""
 _GAUGES = frozenset({"kv_blocks_total", "recurrent_states_total"})
 """Gauges whose names end like names of counters."""
@@ -121,7 +121,7 @@ def cluster_families(
     epoch = int(snapshot.get("placement_epoch") or 0)
     for worker in snapshot.get("workers", ()):
         labels = _labels(worker)
-        for key, value in _numbers(worker, epoch, cache_config).items():
+        for key, value in _worker_stats(worker, epoch, cache_config).items():
             if (number := _parse(key)) is not None and number.name not in taken:
                 samples = [[number.name, {**labels, **number.labels}, value]]
                 yield {**number.family, "samples": samples}
@@ -150,7 +150,7 @@ def _totals(snapshot: Snapshot) -> Iterator[PlainFamily]:
         yield {"name": name, "text": TOTAL_TEXTS[name], "type": "gauge", "samples": samples}
 
 
-def _numbers(
+def _worker_stats(
     worker: Mapping[str, Any], epoch: int, cache_config: Mapping[str, str]
 ) -> dict[str, float]:
     if (state := WorkerState(worker["state"])) in GONE:  # its last stats are no longer valid
@@ -180,7 +180,7 @@ def _labels(worker: Mapping[str, Any]) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Number:
+class _WorkerStat:
     """The parsed name of a worker's stat."""
 
     name: str
@@ -188,12 +188,12 @@ class _Number:
     family: PlainFamily
 
 
-@lru_cache(maxsize=_MOST_NUMBERS)
-def _parse(key: str) -> _Number | None:
+@lru_cache(maxsize=_MAX_STAT_NAMES)
+def _parse(key: str) -> _WorkerStat | None:
     """Parse a name; None if it is invalid: workers of another release may send anything."""
     if (match := _LEGAL_NAME.fullmatch(key)) is None:
         return None
-    return _Number(match[1], _labels_of(match[2] or ""), _family(match[1]))
+    return _WorkerStat(match[1], _labels_of(match[2] or ""), _family(match[1]))
 
 
 def _labels_of(text: str) -> dict[str, str]:

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cluster.core.metric_families import PlainFamily
-from cluster.tracing.gateway_counts import KEPT_S
+from cluster.tracing.gateway_counts import RETENTION_S
 from gateway.core.replay import ReplayCause
 
 PERIOD_S = 2.0
 """Seconds from one sample to the next."""
-NUM_KEPT = round(KEPT_S / PERIOD_S)
+NUM_KEPT = round(RETENTION_S / PERIOD_S)
 """Number of samples that are kept."""
 MAX_WORKERS = 32
 """Most attention workers in a sample; a chart with more lines cannot be read."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from cluster.core.metric_families import PlainFamily
 
 PREFIX = "vllm:"
-SAME = frozenset(
+VLLM_NAMES = frozenset(
     {
         "num_requests_running",
         "num_requests_waiting",
@@ -50,7 +50,7 @@ SAME = frozenset(
     }
 )
 """Families by name, without the prefix and a counter's ``_total``."""
-OLDER = {
+OLDER_VLLM_NAMES = {
     "kv_cache_usage_perc": "gpu_cache_usage_perc",
     "prefix_cache_queries": "gpu_prefix_cache_queries",
     "prefix_cache_hits": "gpu_prefix_cache_hits",
@@ -86,9 +86,9 @@ _PROBES = frozenset({"/health", "/ready", "/metrics", "/version"})
 def as_vllm(families: Sequence[PlainFamily], now: float) -> Iterator[PlainFamily]:
     """Families that vLLM has, also under their older names. ``now``: seconds since 1970."""
     for family in families:
-        if (name := family["name"]) in SAME:
+        if (name := family["name"]) in VLLM_NAMES:
             yield _with_num_blocks(family) if name == _CACHE_CONFIG else family
-            if (older := OLDER.get(name)) is not None:
+            if (older := OLDER_VLLM_NAMES.get(name)) is not None:
                 samples = [
                     [older + sample.removeprefix(name), labels, value]
                     for sample, labels, value in family["samples"]

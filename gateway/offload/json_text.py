@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 from gateway.core.field_checks import check_length
-from gateway.offload.long_work import NO_COLLECTIONS
+from gateway.offload.long_work import GC_PAUSE
 
 MAX_NAMES = 65_536
 """Most names in all objects of a text together."""
@@ -43,7 +43,7 @@ def load_json(text: str, name: str) -> Any:
     if len(text) <= _SHORT_CHARS:
         return json.loads(text)
     _check_counts(text, name)
-    with NO_COLLECTIONS:
+    with GC_PAUSE:
         return json.loads(text, parse_int=_integer, parse_float=_number)
 
 

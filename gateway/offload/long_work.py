@@ -24,7 +24,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-class NoCollections(contextlib.AbstractContextManager[None]):
+class GcPause(contextlib.AbstractContextManager[None]):
     """Disables garbage collections, each of which would traverse all objects made so far.
 
     Several threads may be inside: the last one to leave enables collections again.
@@ -49,7 +49,7 @@ class NoCollections(contextlib.AbstractContextManager[None]):
                 gc.enable()
 
 
-NO_COLLECTIONS = NoCollections()
+GC_PAUSE = GcPause()
 """The instance of this process."""
 
 
@@ -81,14 +81,14 @@ class LongWork:
         """Let the thread ``release`` lists that are no longer read, if they are long."""
         if sum(map(len, values)) > _FREED_ENTRIES:
             with contextlib.suppress(RuntimeError):  # the thread has been stopped
-                self._thread.submit(release, list(values))
+                self._thread.submit(free_gradually, list(values))
 
     def stop(self) -> None:
         """End the thread after its queued work, without waiting for it."""
         self._thread.shutdown(wait=False)
 
 
-def numbers_of(values: Sequence[Number]) -> tuple[Number, ...]:
+def copy_numbers(values: Sequence[Number]) -> tuple[Number, ...]:
     """Convert an array or a repeated field to a tuple of numbers, piece by piece.
 
     Other threads run in between: a million numbers at once take 46 ms.
@@ -99,7 +99,7 @@ def numbers_of(values: Sequence[Number]) -> tuple[Number, ...]:
     return tuple(found)
 
 
-def release(values: list[Any] | dict[str, Any]) -> None:
+def free_gradually(values: list[Any] | dict[str, Any]) -> None:
     """Empty a list or dict, and the ones in it, piece by piece; other threads run in between.
 
     Dropping the last reference to a million objects would free all of them in one go, with the
@@ -120,5 +120,5 @@ def release(values: list[Any] | dict[str, Any]) -> None:
 def _uncollected(
     work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
 ) -> Result:
-    with NO_COLLECTIONS:
+    with GC_PAUSE:
         return work(*args, **kwargs)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 
 @functools.cache
-def start_returning(period_s: float = 30.0) -> threading.Thread | None:
+def start_trimming(period_s: float = 30.0) -> threading.Thread | None:
     """Start a thread that returns freed memory until the process ends; starts at most one.
 
     One call, every ``period_s``, takes 5 to 9 ms for a heap of 100 MiB, without Python's lock.

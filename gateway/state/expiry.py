@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gateway.core.errors import StorageError
-from gateway.state.files import entries, head_of
+from gateway.state.files import list_files, read_head
 from gateway.state.folder import NEW, WORK
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Expiry:
     def sweep_folder(self, folder: Path) -> int:
         """Check the objects of one kind and tenant; return the number of removed files."""
         now_s = self._clock()
-        found = entries(folder)
+        found = list_files(folder)
         late = [(folder / entry.name, stat) for entry, stat in found if stat.st_mtime <= now_s]
         disk_s = self._disk_clock() if late else 0.0
         num_removed = 0
@@ -90,7 +90,7 @@ class Expiry:
         """Read the file's first line: tools that copy folders may change modification times."""
         life_s = self._ttl_s  # lifetime of a damaged object
         with contextlib.suppress(StorageError):
-            head = head_of(place)
+            head = read_head(place)
             if head.expires_s > now_s:
                 return False
             life_s = head.expires_s - head.created_s
@@ -99,7 +99,7 @@ class Expiry:
     def _sweep_new(self) -> int:
         """Remove files of killed writers; their modification time may be an expiry time."""
         num_removed = 0
-        if not (found := entries(self._folder / NEW)):
+        if not (found := list_files(self._folder / NEW)):
             return 0
         before_s = self._disk_clock() - _ABANDONED_S
         for entry, stat in found:

@@ -21,7 +21,7 @@ _TRIES = 3
 
 
 @contextlib.contextmanager
-def written_aside(folder: Path, place: Path) -> Iterator[int]:
+def open_atomically(folder: Path, place: Path) -> Iterator[int]:
     """Yield the descriptor of a new file in ``folder``, which is renamed to ``place`` at the end of
     the ``with`` block. After an error the file is removed. Raises ``OSError``.
     """
@@ -36,9 +36,9 @@ def written_aside(folder: Path, place: Path) -> Iterator[int]:
         raise
 
 
-def write_aside(folder: Path, place: Path, content: bytes) -> None:
+def write_atomically(folder: Path, place: Path, content: bytes) -> None:
     """Write a file in ``folder`` and rename it to ``place``. Raises ``OSError``."""
-    with written_aside(folder, place) as fd:
+    with open_atomically(folder, place) as fd:
         write_all(fd, content)
 
 
@@ -56,7 +56,7 @@ def disk_time_s(folder: Path) -> float:
     return os.stat(folder).st_mtime
 
 
-def entries(folder: Path) -> list[tuple[os.DirEntry[str], os.stat_result]]:
+def list_files(folder: Path) -> list[tuple[os.DirEntry[str], os.stat_result]]:
     """Files in a folder, which may not exist; other processes may remove them meanwhile."""
     found = []
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as listed:
@@ -66,7 +66,7 @@ def entries(folder: Path) -> list[tuple[os.DirEntry[str], os.stat_result]]:
     return found
 
 
-def head_of(place: Path) -> Head:
+def read_head(place: Path) -> Head:
     """Read the first line of a file. Raises ``OSError``, and ``StorageError`` if it is damaged."""
     with place.open("rb") as file:
         return decode_head(file.readline(MAX_HEAD_BYTES))

@@ -14,15 +14,15 @@ import msgspec
 from cluster.core.checks import check
 from cluster.core.errors import ConfigError
 from cluster.disk.files import new_file
-from gateway.state.files import write_aside
+from gateway.state.files import write_atomically
 from gateway.state.record import FORMAT
 
-_MARK = "state.json"
+_FORMAT_FILE = "state.json"
 NEW, WORK = "new", "work"
 """Folders of temporary files, and of unfinished work."""
 
 
-class _Mark(msgspec.Struct, frozen=True, kw_only=True):
+class _FolderFormat(msgspec.Struct, frozen=True, kw_only=True):
     """Content of ``state.json``."""
 
     state_format: int
@@ -30,7 +30,7 @@ class _Mark(msgspec.Struct, frozen=True, kw_only=True):
 
 def check_folder(folder: Path) -> None:
     """Raise ``ConfigError`` if ``open_folder`` would; creates nothing."""
-    with _told(folder):
+    with _as_config_error(folder):
         nearest = next(path for path in (folder, *folder.parents) if path.exists())
         if nearest == folder:
             _check_content(folder)
@@ -40,12 +40,12 @@ def check_folder(folder: Path) -> None:
 
 def open_folder(folder: Path) -> None:
     """Create or check a state folder. Raises ``ConfigError``."""
-    with _told(folder):
+    with _as_config_error(folder):
         _open(folder)
 
 
 @contextlib.contextmanager
-def _told(folder: Path) -> Iterator[None]:
+def _as_config_error(folder: Path) -> Iterator[None]:
     """Convert errors of using the folder to ``ConfigError``."""
     try:
         yield
@@ -58,11 +58,13 @@ def _open(folder: Path) -> None:
     if folder.exists():
         _check_content(folder)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    mark = folder / _MARK
+    mark = folder / _FORMAT_FILE
     for name in (NEW, WORK):
         (folder / name).mkdir(mode=0o700, exist_ok=True)
     if not mark.exists():
-        write_aside(folder / NEW, mark, msgspec.json.encode(_Mark(state_format=FORMAT)))
+        write_atomically(
+            folder / NEW, mark, msgspec.json.encode(_FolderFormat(state_format=FORMAT))
+        )
     _check_content(folder)
     probe = folder / NEW / secrets.token_hex(16)
     with new_file(probe):
@@ -72,13 +74,13 @@ def _open(folder: Path) -> None:
 
 def _check_content(folder: Path) -> None:
     """Raise ``ConfigError`` for a folder with other files, or with objects of another release."""
-    mark = folder / _MARK
+    mark = folder / _FORMAT_FILE
     if not mark.exists():
         others = {*os.listdir(folder)} - {NEW, WORK}
         # another gateway may be starting on the folder: state.json exists by now
         rule = "holds other files: give an empty folder, or a new one"
         check(not others or mark.exists(), "state_dir", str(folder), rule)
         return
-    found = msgspec.json.decode(mark.read_bytes(), type=_Mark).state_format
+    found = msgspec.json.decode(mark.read_bytes(), type=_FolderFormat).state_format
     rule = f"holds objects of the format {found}, this release has {FORMAT}"
     check(found == FORMAT, "state_dir", str(folder), rule)

@@ -38,9 +38,9 @@ from gateway.state.files import (
     as_storage_error,
     check_disk,
     disk_time_s,
-    entries,
-    write_aside,
-    written_aside,
+    list_files,
+    open_atomically,
+    write_atomically,
 )
 from gateway.state.folder import NEW, WORK, open_folder
 from gateway.state.reader import StoredReader
@@ -51,7 +51,7 @@ from gateway.state.record import (
     decode_head,
     encode_head,
 )
-from gateway.state.usage import Usages
+from gateway.state.usage import StorageQuota
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class StateStore:
         opens: bool = True,
     ) -> None:
         self._folder = folder
-        self._usages = Usages(max_objects, max_bytes, clock)
+        self._usages = StorageQuota(max_objects, max_bytes, clock)
         self.max_bytes = max_bytes
         """Limit for the objects of one kind and tenant."""
         self.ttl_s = ttl_s
@@ -117,7 +117,7 @@ class StateStore:
 
     def require_open(self) -> None:
         """Raise ``StorageError`` unless the folder can be used."""
-        with self._used():
+        with self._open_folder():
             pass
 
     def open(self) -> None:
@@ -172,11 +172,11 @@ class StateStore:
         expires_s = now_s + (self.ttl_s if ttl_s is None else ttl_s)
         head = encode_head(object_id, size, _NO_DIGEST, now_s, expires_s)
         digest, num_bytes = hashlib.sha256(), 0
-        with self._used():
-            dropped = self._make_room(kind, place, len(head) + size)
+        with self._open_folder():
+            dropped = self._reserve_space(kind, place, len(head) + size)
             try:
                 check_disk(self._folder, len(head) + size)
-                with written_aside(self._folder / NEW, place) as fd:
+                with open_atomically(self._folder / NEW, place) as fd:
                     write_all(fd, head)
                     for piece in pieces:
                         digest.update(piece)
@@ -191,7 +191,7 @@ class StateStore:
             except BaseException:
                 self._usages.forget(place.parent)
                 raise
-        self._drop(dropped)
+        self._remove_replaced(dropped)
 
     def get(self, kind: ObjectKind, tenant: str, object_id: str) -> StoredObject | None:
         """Read an object; None if the tenant has none with this id, or it has expired.
@@ -201,7 +201,7 @@ class StateStore:
         place = self._place(kind, tenant, object_id)
         if place is None:
             return None
-        with self._used():
+        with self._open_folder():
             try:
                 raw = place.read_bytes()
             except FileNotFoundError:
@@ -209,7 +209,7 @@ class StateStore:
         found = decode(raw, object_id)
         return None if found.head.expires_s <= self._clock() else found
 
-    def begin_of(
+    def read_prefix(
         self, kind: ObjectKind, tenant: str, object_id: str, num_bytes: int
     ) -> bytes | None:
         """The first ``num_bytes`` bytes of an object's content, unchecked; None as in ``get``.
@@ -219,7 +219,7 @@ class StateStore:
         place = self._place(kind, tenant, object_id)
         if place is None:
             return None
-        with self._used():
+        with self._open_folder():
             try:
                 with place.open("rb") as file:
                     line, content = file.readline(MAX_HEAD_BYTES), file.read(num_bytes)
@@ -232,7 +232,7 @@ class StateStore:
         place = self._place(kind, tenant, object_id)
         if place is None:
             return None
-        with self._used():
+        with self._open_folder():
             try:
                 reader = StoredReader(place, object_id)
             except FileNotFoundError:
@@ -245,7 +245,7 @@ class StateStore:
     def has_file(self, kind: ObjectKind, tenant: str, object_id: str) -> bool:
         """Whether the file of an object exists, even if the object has expired."""
         place = self._place(kind, tenant, object_id)
-        with self._used():
+        with self._open_folder():
             return place is not None and place.exists()
 
     def delete(self, kind: ObjectKind, tenant: str, object_id: str) -> bool:
@@ -255,28 +255,28 @@ class StateStore:
             if self.get(kind, tenant, object_id) is None:
                 return False
         assert place is not None, "it was there"
-        with self._used():
+        with self._open_folder():
             return self._expiry.remove(place)
 
     def list_ids(self, kind: ObjectKind, tenant: str) -> list[str]:
         """Ids of a tenant's objects, oldest first. Some may expire before they are read."""
         now_s = self._clock()
-        with self._used():
-            found = entries(self._tenant_folder(kind, tenant))
+        with self._open_folder():
+            found = list_files(self._tenant_folder(kind, tenant))
             return sorted(entry.name for entry, stat in found if stat.st_mtime > now_s)
 
     def write_work(self, name: str, content: bytes) -> None:
         """Write a file of ``work`` atomically."""
-        with self._used():
-            write_aside(self._folder / NEW, self.work / name, content)
+        with self._open_folder():
+            write_atomically(self._folder / NEW, self.work / name, content)
 
     def sweep(self) -> int:
         """Remove expired objects and files of killed gateways; return the number of files."""
-        with self._used():
+        with self._open_folder():
             return self._expiry.sweep()
 
     @contextlib.contextmanager
-    def _used(self) -> Iterator[None]:
+    def _open_folder(self) -> Iterator[None]:
         """Open the folder, and convert its errors to ``StorageError``."""
         with as_storage_error():
             try:
@@ -296,8 +296,8 @@ class StateStore:
             return None
         return self._tenant_folder(kind, tenant) / object_id
 
-    def _make_room(self, kind: ObjectKind, place: Path, size: int) -> list[Path]:
-        """See ``Usages.reserve``."""
+    def _reserve_space(self, kind: ObjectKind, place: Path, size: int) -> list[Path]:
+        """See ``StorageQuota.reserve``."""
         try:
             return self._usages.reserve(place, size, kind.drops_oldest)
         except KeyFullError:
@@ -305,7 +305,7 @@ class StateStore:
                 raise
             return self._usages.reserve(place, size, kind.drops_oldest)
 
-    def _drop(self, places: Iterable[Path]) -> None:
+    def _remove_replaced(self, places: Iterable[Path]) -> None:
         """Remove objects that a newly stored one has replaced; errors are only logged."""
         for place in places:
             try:

@@ -40,7 +40,7 @@ class StateSweeper:
     async def _run(self, store: StateStore) -> None:
         while True:
             try:
-                if removed := await self._disk.run_to_end(store.sweep):
+                if removed := await self._disk.run_to_completion(store.sweep):
                     logger.info("removed %d expired files from the state folder", removed)
             except StorageError as err:
                 logger.error("the state folder was not swept: %s", err)

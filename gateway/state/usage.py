@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gateway.core.errors import KeyFullError
-from gateway.state.files import entries
+from gateway.state.files import list_files
 
 _FRESH_S = 1.0
 
 
 @dataclass(slots=True)
-class _Usage:
+class _FolderUsage:
     """Files that a tenant has stored of one kind."""
 
     counted_s: float
@@ -27,7 +27,7 @@ class _Usage:
         return sum(self.sizes.values())
 
 
-class Usages:
+class StorageQuota:
     """Counts the files in tenants' folders at most once a second. Thread-safe.
 
     Args:
@@ -41,7 +41,7 @@ class Usages:
         self.max_bytes = max_bytes
         self._clock = clock
         self._lock = threading.Lock()
-        self._usages: dict[Path, _Usage] = {}
+        self._usages: dict[Path, _FolderUsage] = {}
 
     def reserve(self, place: Path, size: int, drops_oldest: bool) -> list[Path]:
         """Count a file that is about to be written and replaces one with the same name.
@@ -96,11 +96,11 @@ class Usages:
         with self._lock:
             self._usages.pop(folder, None)
 
-    def _usage(self, folder: Path) -> _Usage:
+    def _usage(self, folder: Path) -> _FolderUsage:
         now_s = self._clock()
         fresh = {f: u for f, u in self._usages.items() if 0 <= now_s - u.counted_s < _FRESH_S}
         self._usages = fresh
         if folder not in fresh:
-            sizes = {entry.name: stat.st_size for entry, stat in entries(folder)}
-            fresh[folder] = _Usage(now_s, dict(sorted(sizes.items())))
+            sizes = {entry.name: stat.st_size for entry, stat in list_files(folder)}
+            fresh[folder] = _FolderUsage(now_s, dict(sorted(sizes.items())))
         return fresh[folder]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from cluster.core.errors import RequestError
 from gateway.offload.json_text import MAX_ENTRIES
-from gateway.offload.long_work import LongWork, numbers_of
+from gateway.offload.long_work import LongWork, copy_numbers
 from gateway.text.long_text_encoder import LONG_CHARS, LongTextEncoder
 from gateway.text.tokenizer import Tokenizer
 
@@ -47,7 +47,9 @@ class TextEncoder:
                 encoded += await self._encode_in_thread([prompt], add_special_tokens, token_slice)
                 continue
             ids, count = await encoder.encode(prompt, add_special_tokens, token_slice)
-            encoded.append(EncodedText(await self._long_work.run(len(ids), numbers_of, ids), count))
+            encoded.append(
+                EncodedText(await self._long_work.run(len(ids), copy_numbers, ids), count)
+            )
         return encoded
 
     async def _encode_in_thread(

@@ -94,7 +94,7 @@ def _local_ray() -> Iterator[None]:
     ):
         for name, value in local_ray.common_environment().items():
             patch.setenv(name, value)
-        local_ray.begin(Path(folder), num_cpus=2)
+        local_ray.init_ray(Path(folder), num_cpus=2)
         yield
         ray.shutdown()
 

@@ -157,7 +157,7 @@ def ask(m: Manifests) -> Asked:
             address=f"{g.name}-{i}",
             cpus=float(g.start_params()["num-cpus"]),
             gpus=g.limit("nvidia.com/gpu"),
-            place=NodeLabels.of(g.labels, g.name),
+            labels=NodeLabels.of(g.labels, g.name),
         )
         for g in m.groups
         for i in range(g.replicas)
@@ -169,7 +169,7 @@ def ask(m: Manifests) -> Asked:
         Member(name=f"expert-{rank}", role="expert", rank=rank, device=rank, node=host)
         for rank, host in hosts.items()
     ]
-    return Asked(config, facts, start.on(members), hosts)
+    return Asked(config, facts, start.with_members(members), hosts)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from cluster.cli.main import make_parser
-from cluster.cli.options.serve_options import spell_out
+from cluster.cli.options.serve_options import add_missing_values
 from cluster.controller.parts.host_disks import NEARLY_FULL
 from cluster.controller.parts.recovery import RecoveryProblem
 from cluster.core.states import ClusterState
@@ -93,7 +93,9 @@ def test_every_command_of_a_page_is_one(page: str) -> None:
             with pytest.raises(SystemExit, match=r"^0$"):
                 make_parser().parse_args([*words, "--help"])
             continue
-        make_parser().parse_args(spell_out(["1" if word == "N" else word for word in words]))
+        make_parser().parse_args(
+            add_missing_values(["1" if word == "N" else word for word in words])
+        )
 
 
 def test_the_slurm_script_is_one() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.harness.server import running_server
 from cluster.core.process import count_cpus
-from cluster.launch.parts import tell_threads
+from cluster.launch.parts import describe_threads
 
 pytestmark = pytest.mark.ray
 
@@ -17,4 +17,4 @@ def test_one_worker_computes_with_all_cores_and_the_start_says_it(tmp_path: Path
     with running_server(tmp_path, "--mode", "local") as server:
         (worker,) = server.status()["workers"]
         assert worker["threads"] == count_cpus()
-        assert tell_threads([worker]) in (tmp_path / "stderr").read_text().splitlines()
+        assert describe_threads([worker]) in (tmp_path / "stderr").read_text().splitlines()

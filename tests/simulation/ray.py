@@ -18,7 +18,7 @@ from cluster.config.workers import WorkersSection
 from cluster.core.errors import StartError, SupersededError
 from cluster.core.node_labels import NodeLabels
 from cluster.core.topology import Member, Role, holds_experts
-from cluster.sizing.start_plan import FoundWorker, StartPlan
+from cluster.sizing.start_plan import ExistingWorker, StartPlan
 from tests.simulation.actors import ActorLostError, Actors, SimActor, UnavailableError
 from tests.simulation.kernel import Kernel, Process
 from tests.simulation.network import Network
@@ -103,7 +103,7 @@ class SimRay:
             node_id=node.node_id,
             address=node.host,
             cpus=1.0 if role else 8.0,
-            place=NodeLabels(role=role),
+            labels=NodeLabels(role=role),
         )
 
     def claim(self) -> int:
@@ -262,7 +262,7 @@ class SimGroup:
                     waiting.remove(actor)
                     on_died(actor.name, "its process died")
 
-    async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
+    async def find(self, limit_s: float) -> tuple[ExistingWorker, ...]:
         self._known = dict(self._ray.actors.alive)
         asked = await asyncio.gather(*(self._find(a, limit_s) for a in self._known.values()))
         found = tuple(f for f in asked if f is not None)
@@ -270,7 +270,7 @@ class SimGroup:
             raise TimeoutError("no worker answers")
         return found
 
-    async def _find(self, actor: SimActor, limit_s: float) -> FoundWorker | None:
+    async def _find(self, actor: SimActor, limit_s: float) -> ExistingWorker | None:
         try:
             async with asyncio.timeout(limit_s):
                 await self._introduce(actor)
@@ -281,11 +281,11 @@ class SimGroup:
             return None
         worker = actor.worker
         assert worker is not None, "it has answered"
-        return FoundWorker(
+        return ExistingWorker(
             name=actor.name,
             config=worker.args.config,
             num_slots=worker.args.num_slots,
-            has_called=worker.worker.control.has_connected,
+            has_connected=worker.worker.control.has_connected,
         )
 
     async def _introduce(self, actor: SimActor) -> None:

@@ -62,7 +62,7 @@ class TracedRequests:
 
 
 class RecordSpan(Protocol):
-    """``TraceExport.record_below``; times are from ``time.monotonic_ns``."""
+    """``TraceExport.record_child``; times are from ``time.monotonic_ns``."""
 
     def __call__(
         self, parent: SpanIdBytes, name: str, began_ns: int, ended_ns: int, found: Mapping[str, Any]

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from cluster.config.kv_events import KvEventsSection, does_listen, endpoint_of
+from cluster.config.kv_events import KvEventsSection, is_listening, rank_endpoint
 from cluster.core.errors import ConfigError
 from workers.kv.block_pool import HashChanges
 from workers.kv.router_events import BlockContent, Event, EventBatch, RouterFeed
@@ -140,7 +140,7 @@ class KvPublisher:
         try:
             events = self._make_socket(context, api.PUB, section.kv_events_buffer_steps)
             opened.append(events)
-            self._bind_or_connect(events, endpoint_of(section.kv_events_endpoint, rank))
+            self._bind_or_connect(events, rank_endpoint(section.kv_events_endpoint, rank))
             replay = None
             if section.kv_events_replay_endpoint is not None:
                 # room for a whole replay: ZeroMQ notices late that a subscriber has read
@@ -148,7 +148,9 @@ class KvPublisher:
                     context, api.ROUTER, 2 * (section.kv_events_buffer_steps + 1)
                 )
                 opened.append(replay)
-                self._bind_or_connect(replay, endpoint_of(section.kv_events_replay_endpoint, rank))
+                self._bind_or_connect(
+                    replay, rank_endpoint(section.kv_events_replay_endpoint, rank)
+                )
                 poller.register(replay, api.POLLIN)
         except api.ZMQError as err:
             for each in opened:
@@ -167,7 +169,7 @@ class KvPublisher:
     def _bind_or_connect(self, socket: zmq.Socket[bytes], endpoint: str) -> None:
         """Raises ``ZMQError``."""
         socket.setsockopt(self._zmq.IPV6, "[" in endpoint)
-        if does_listen(endpoint):
+        if is_listening(endpoint):
             socket.bind(endpoint)
         else:
             socket.connect(endpoint)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.cli.bench.document import numbers_of
-from cluster.cli.bench.load_options import add_load_options
+from cluster.cli.bench.document import iter_values
 from cluster.cli.bench.side_by_side import measure_both
+from cluster.cli.bench.workload_options import add_workload_options
 from cluster.cli.terminal.arguments import CommandParsers, Number, count
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, show, table
@@ -25,7 +25,7 @@ _COMMANDS = ("bench ", "benchmarks.")
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class ValueChange:
     """One value in both documents."""
 
     name: str
@@ -74,7 +74,7 @@ def add_command(kinds: CommandParsers) -> None:
     parser.add_argument("--rounds", type=count, default=2, help=text)
     parser.add_argument("--b-api-key", metavar="TEXT", help="key of B, which gets no other")
     parser.add_argument("--b-model", metavar="NAME", help="served model of B (default: as of A)")
-    add_load_options(parser)
+    add_workload_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -108,12 +108,12 @@ def _read_both(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]
     return before, after
 
 
-def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[ValueChange]:
     """All values of both documents; a value that one of them lacks counts as 0 there."""
-    old, new = dict(numbers_of(before)), dict(numbers_of(after))
+    old, new = dict(iter_values(before)), dict(iter_values(after))
     counter = "failures."  # by code: a missing one is 0
     shared = [n for n in {**old, **new} if n.startswith(counter) or (n in old and n in new)]
-    return [Change(name, old.get(name, 0.0), new.get(name, 0.0)) for name in shared]
+    return [ValueChange(name, old.get(name, 0.0), new.get(name, 0.0)) for name in shared]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _note_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> No
             note(f"expertmesh: not the same {name}: {old} and {new}")
 
 
-def _document(command: str, found: list[Change], threshold: float) -> dict[str, Any]:
+def _document(command: str, found: list[ValueChange], threshold: float) -> dict[str, Any]:
     """JSON has no infinity, so a ratio to zero is null."""
     numbers = {
         change.name: {
@@ -161,7 +161,7 @@ def _document(command: str, found: list[Change], threshold: float) -> dict[str, 
     }
 
 
-def _text(found: list[Change], threshold: float, heads: tuple[str, str]) -> str:
+def _text(found: list[ValueChange], threshold: float, heads: tuple[str, str]) -> str:
     rows = [
         (
             change.name,

@@ -37,23 +37,23 @@ def require_folder(file: Path | None) -> None:
         raise CommandError(ExitCode.USAGE, f"cannot write {file}: its folder does not exist")
 
 
-def tell(args: argparse.Namespace, document: Mapping[str, Any], text: str) -> None:
+def show_and_save(args: argparse.Namespace, document: Mapping[str, Any], text: str) -> None:
     """Print the document or the text, and save the document with ``--save``."""
     show(args, document, text)
     if args.save is not None:
         save(args.save, json.dumps(document, indent=1) + "\n")
 
 
-def numbers_of(document: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, float]]:
+def iter_values(document: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, float]]:
     """All numbers in a document's results, by names joined with dots."""
     for key, value in document.items():
         if isinstance(value, Mapping):
-            yield from numbers_of(value, f"{inside}{key}.")
+            yield from iter_values(value, f"{inside}{key}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield f"{inside}{key}", float(value)
 
 
-def shown(value: float | None, digits: int = 2) -> str:
+def format_number(value: float | None, digits: int = 2) -> str:
     """A number as text."""
     return "-" if value is None else f"{value:.{digits}f}"
 

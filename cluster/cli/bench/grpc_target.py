@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from cluster.cli.bench.load import RequestFailed
+from cluster.cli.bench.workload import RequestFailed
 from cluster.cli.terminal.exit_codes import ExitCode
 from protos import inference_pb2 as pb
 from protos import types_pb2
@@ -29,7 +29,7 @@ _EXITS = {
 
 
 class GrpcTarget:
-    """Sends completions over gRPC on one channel; see ``Target``."""
+    """Sends completions over gRPC on one channel; see ``BenchTarget``."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class GrpcTarget:
         return int(info.vocab_size)
 
     async def complete(
-        self, prompt: Sequence[int], max_tokens: int, saw: Callable[[], None]
+        self, prompt: Sequence[int], max_tokens: int, on_piece: Callable[[], None]
     ) -> int:
         request = pb.GenerateRequest(
             model=self._model,
@@ -78,7 +78,7 @@ class GrpcTarget:
             async for chunk in self._stub.GenerateStream(request, metadata=self._metadata):
                 tokens += len(chunk.token_ids)
                 is_whole |= chunk.HasField("finish_info")
-                saw()
+                on_piece()
         except grpc.aio.AioRpcError as err:
             raise _failure(err) from err
         if not is_whole:

@@ -8,7 +8,7 @@ from typing import Any
 
 import aiohttp
 
-from cluster.cli.bench.load import RequestFailed
+from cluster.cli.bench.workload import RequestFailed
 from cluster.cli.terminal.client import Client, refusal
 from cluster.cli.terminal.exit_codes import ExitCode
 
@@ -16,7 +16,7 @@ _MAX_ERROR_BYTES = 1 << 16
 
 
 class HttpTarget:
-    """Sends completions over HTTP, each on a connection of its own; see ``Target``."""
+    """Sends completions over HTTP, each on a connection of its own; see ``BenchTarget``."""
 
     def __init__(self, client: Client, model: str | None, cache_salt: str) -> None:
         """Must be called in the event loop of the requests."""
@@ -35,15 +35,15 @@ class HttpTarget:
         }
 
     async def complete(
-        self, prompt: Sequence[int], max_tokens: int, saw: Callable[[], None]
+        self, prompt: Sequence[int], max_tokens: int, on_piece: Callable[[], None]
     ) -> int:
-        """See ``Target``. A piece is an event with text; tokens without text are counted later."""
+        """See ``BenchTarget``. A piece is an event with text; empty ones are counted later."""
         body = {"prompt": prompt, "max_tokens": max_tokens, **self._fields}
         try:
             async with self._session.post(self._url, json=body) as answer:
                 if answer.status != 200:
                     raise _refused(answer.status, await answer.content.read(_MAX_ERROR_BYTES))
-                return await _count_tokens(answer.content, saw)
+                return await _count_tokens(answer.content, on_piece)
         except (aiohttp.ClientError, ValueError, KeyError, IndexError) as err:
             if isinstance(err, OSError):  # a connection that failed or was reset
                 raise
@@ -53,7 +53,7 @@ class HttpTarget:
         await self._session.close()
 
 
-async def _count_tokens(lines: aiohttp.StreamReader, saw: Callable[[], None]) -> int:
+async def _count_tokens(lines: aiohttp.StreamReader, on_piece: Callable[[], None]) -> int:
     """Count the tokens of a complete event stream."""
     tokens, is_whole = 0, False
     async for line in lines:
@@ -68,7 +68,7 @@ async def _count_tokens(lines: aiohttp.StreamReader, saw: Callable[[], None]) ->
             raise RequestFailed(str(error["code"] or error["type"]), str(error["message"]))
         for choice in found["choices"]:
             is_whole |= choice["finish_reason"] is not None
-            saw()
+            on_piece()
         if found.get("usage"):
             tokens = int(found["usage"]["completion_tokens"])
     if not is_whole:

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.cli.bench.document import document_of
-from cluster.cli.bench.load import Load, Target, run_load
-from cluster.cli.bench.load_options import options_of
 from cluster.cli.bench.tally import Tally
+from cluster.cli.bench.workload import BenchTarget, Workload, run_workload
+from cluster.cli.bench.workload_options import options_of
 from cluster.cli.terminal.output import note
 from cluster.cli.terminal.progress import Progress
 
@@ -24,14 +24,16 @@ class Measurement:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.tally = Tally(dict(args.goodput))
-        self.load: Load | None = None
+        self.load: Workload | None = None
         """The whole load; None before its first part."""
         self.is_interrupted = False
         self._args = args
         self._duration_s = 0.0
         self._shown_at = 0.0
 
-    async def run(self, load: Load, part: Load, target: Target, progress: Progress) -> None:
+    async def run(
+        self, load: Workload, part: Workload, target: BenchTarget, progress: Progress
+    ) -> None:
         """Run a part of the load. A bar shows how many requests of the whole load have ended."""
 
         def tick() -> None:
@@ -42,7 +44,7 @@ class Measurement:
         self.load = load
         earlier_s, began = self._duration_s, time.monotonic()
         try:
-            await run_load(part, target, self.tally, tick)
+            await run_workload(part, target, self.tally, tick)
         finally:
             self._duration_s = earlier_s + time.monotonic() - began
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.cli.bench import compare
-from cluster.cli.bench.document import add_save, require_folder, shown, tell
-from cluster.cli.bench.load import warm_up
-from cluster.cli.bench.load_options import add_load_options, load_of
+from cluster.cli.bench.document import add_save, format_number, require_folder, show_and_save
 from cluster.cli.bench.measurement import Measurement, warn_if_late
 from cluster.cli.bench.tally import MEASURES
 from cluster.cli.bench.targets import grpc_target, http_target
+from cluster.cli.bench.workload import warm_up
+from cluster.cli.bench.workload_options import add_workload_options, make_workload
 from cluster.cli.terminal.arguments import CommandParsers
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import ExitCode
@@ -32,7 +32,7 @@ def add_commands(commands: CommandParsers) -> None:
 
 def add_command(kinds: CommandParsers) -> None:
     parser = kinds.add("serve", run, "load on a running server, streamed completions")
-    add_load_options(parser)
+    add_workload_options(parser)
     text = "use gRPC, at this address (default: the address that the server reports)"
     parser.add_argument("--grpc", nargs="?", const="", metavar="HOST:PORT", help=text)
     add_save(parser)
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         found.is_interrupted = True
     if found.load is not None:
         document = found.document(args.grpc or Client(args).url)
-        tell(args, document, _text(document))
+        show_and_save(args, document, _text(document))
         warn_if_late(document)
     if found.is_interrupted:
         return ExitCode.INTERRUPTED
@@ -61,7 +61,7 @@ async def _measure(args: argparse.Namespace, found: Measurement, progress: Progr
     opened = http_target(args, client) if args.grpc is None else await grpc_target(args, client)
     target, vocab_size = opened
     try:
-        load = load_of(args, vocab_size)
+        load = make_workload(args, vocab_size)
         progress.update("warming up")
         await warm_up(load, target)
         await found.run(load, load, target, progress)
@@ -77,20 +77,20 @@ def _text(document: Mapping[str, Any]) -> str:
         ("Failed requests", results["failed"]),
         *((f"  {code}", number) for code, number in results["failures"].items()),
         *([("Unfinished requests", results["unfinished"])] if document["interrupted"] else []),
-        ("Duration (s)", shown(results["duration_s"])),
+        ("Duration (s)", format_number(results["duration_s"])),
         ("Prompt tokens", results["prompt_tokens"]),
         ("Output tokens", results["output_tokens"]),
         ("Peak concurrency", results["peak_concurrency"]),
-        ("Requests/s", shown(results["requests_per_s"])),
-        ("Output tokens/s", shown(results["output_tokens_per_s"])),
-        ("All tokens/s", shown(results["tokens_per_s"])),
+        ("Requests/s", format_number(results["requests_per_s"])),
+        ("Output tokens/s", format_number(results["output_tokens_per_s"])),
+        ("All tokens/s", format_number(results["tokens_per_s"])),
     ]
     if results["good_requests_per_s"] is not None:
-        rows.append(("Good requests/s", shown(results["good_requests_per_s"])))
+        rows.append(("Good requests/s", format_number(results["good_requests_per_s"])))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name + ':':<{width + 1}}  {value}" for name, value in rows]
     times = [
-        (_NAMES[name], *(shown(results[f"{name}_ms"][key]) for key in _COLUMNS))
+        (_NAMES[name], *(format_number(results[f"{name}_ms"][key]) for key in _COLUMNS))
         for name in MEASURES
     ]
     return "\n".join([*lines, "", table(("MILLISECONDS", *map(str.upper, _COLUMNS)), times)])

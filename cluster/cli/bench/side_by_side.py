@@ -7,10 +7,10 @@ import asyncio
 import contextlib
 from typing import Any
 
-from cluster.cli.bench.load import warm_up
-from cluster.cli.bench.load_options import load_of
 from cluster.cli.bench.measurement import Measurement, warn_if_late
 from cluster.cli.bench.targets import http_target
+from cluster.cli.bench.workload import warm_up
+from cluster.cli.bench.workload_options import make_workload
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.progress import Progress
 
@@ -58,7 +58,7 @@ async def _measure(
             opened.append(http_target(each, client))
             stack.push_async_callback(opened[-1][0].close)
         # both get the same prompts, whose tokens must exist in both models
-        load = load_of(servers[0][0], min(vocab_size for _, vocab_size in opened))
+        load = make_workload(servers[0][0], min(vocab_size for _, vocab_size in opened))
         for target, _ in opened:
             progress.update("warming up")
             await warm_up(load, target)

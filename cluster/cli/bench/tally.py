@@ -44,7 +44,7 @@ class Distribution:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class CompletedRequest:
     """Times of one completed request, in seconds since it was sent."""
 
     pieces_s: Sequence[float]
@@ -97,7 +97,7 @@ class Tally:
         self.in_flight -= 1
         self.failures[code] += 1
 
-    def take(self, answer: Answer) -> None:
+    def take(self, answer: CompletedRequest) -> None:
         """Record a completed request."""
         self.in_flight -= 1
         self.successful += 1

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from cluster.cli.bench.load import RequestFailed, Target
-from cluster.cli.bench.load_options import LIMIT_S
+from cluster.cli.bench.workload import BenchTarget, RequestFailed
+from cluster.cli.bench.workload_options import LIMIT_S
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.tls import tls_files
 
 
-def http_target(args: argparse.Namespace, client: Client) -> tuple[Target, int]:
+def http_target(args: argparse.Namespace, client: Client) -> tuple[BenchTarget, int]:
     """A server with OpenAI's protocol, and its vocabulary size: given, or reported by expertmesh.
 
     Must be called in the event loop of the requests. Raises ``CommandError``.
@@ -26,7 +26,7 @@ def http_target(args: argparse.Namespace, client: Client) -> tuple[Target, int]:
     return HttpTarget(client, args.model, _new_salt()), vocab_size
 
 
-async def grpc_target(args: argparse.Namespace, client: Client) -> tuple[Target, int]:
+async def grpc_target(args: argparse.Namespace, client: Client) -> tuple[BenchTarget, int]:
     """A server with expertmesh's own protocol, at the address of ``--grpc`` or reported over HTTP.
 
     Raises ``CommandError``.

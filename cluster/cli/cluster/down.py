@@ -16,7 +16,7 @@ from cluster.cli.terminal.output import note, out_json
 from cluster.cli.terminal.progress import Progress
 from cluster.core.process import is_running, kill_process
 from cluster.launch import local_ray, state_file
-from cluster.launch.orphans import sweep
+from cluster.launch.orphans import end_private_ray
 from cluster.launch.teardown import UNREACHABLE
 
 STOP_LIMIT_S = 15.0
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         was_up = _end_in(args, address, record)
     elif record is None:
         was_up = False
-        running = ", ".join(map(str, state_file.running()))
+        running = ", ".join(map(str, state_file.running_records()))
         others = f"; running: {running}; choose one with --name" if running else ""
         note(f"no cluster called {name} is up on this host{others}")
     else:
@@ -100,7 +100,7 @@ def end_cluster(record: state_file.ClusterRecord, limit_s: float) -> None:
                 raise
             note(f"{record.name} is removed from the records: {err}")
     elif record.temp_dir:
-        sweep(Path(record.temp_dir), record.processes)
+        end_private_ray(Path(record.temp_dir), record.processes)
     state_file.remove_record(record.name)
 
 

@@ -60,32 +60,32 @@ def add_commands(commands: CommandParsers) -> None:
 
 def run_drain(args: argparse.Namespace) -> int:
     """Start a drain and wait for its end."""
-    order = {
+    fields = {
         args.what: args.target,
         "deadline_s": args.deadline,
         "force": args.force,
         "request_id": uuid.uuid4().hex,
     }
     wait_s = args.deadline + _GRACE_S if args.wait is None else args.wait
-    with make_admin_client(args) as orders:
-        return follow_operation(args, orders, _begin(orders, order, args.in_turn), wait_s)
+    with make_admin_client(args) as admin:
+        return follow_operation(args, admin, _begin(admin, fields, args.in_turn), wait_s)
 
 
-def _begin(orders: AdminClient, order: dict[str, Any], in_turn: bool) -> dict[str, Any]:
+def _begin(admin: AdminClient, fields: dict[str, Any], in_turn: bool) -> dict[str, Any]:
     """Start a drain; ``in_turn`` waits for other operations, as pods may be stopped together.
 
     Raises ``CommandError`` and ``ConflictError``.
     """
-    give_up = time.monotonic() + order["deadline_s"]
+    give_up = time.monotonic() + fields["deadline_s"]
     while True:
         try:
-            return orders.drain(order)
+            return admin.drain(fields)
         except (CommandError, ConflictError) as err:
             left_s = give_up - time.monotonic() - _POLL_S
             if not in_turn or left_s <= 0 or UNDER_WAY not in str(err):
                 raise
         time.sleep(_POLL_S)
-        order = {**order, "deadline_s": left_s}
+        fields = {**fields, "deadline_s": left_s}
 
 
 def drain_gateway(args: argparse.Namespace, quiet_s: float = 12.0) -> int:

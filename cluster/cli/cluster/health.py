@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.cli.terminal.arguments import CommandParsers
-from cluster.cli.terminal.client import Client, require_whole
+from cluster.cli.terminal.client import Client, require_full_status
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.output import show
 from cluster.core.states import WorkerState, is_gone
@@ -29,14 +29,14 @@ def run_health(args: argparse.Namespace) -> int:
         reasons = [] if is_well else list(map(str, answer.get("reasons", ["not ready"])))
     else:
         status = client.get("/cluster/v1/status")
-        require_whole(status, "the nodes of workers")
-        reasons = why_not(args.node, status["workers"])
+        require_full_status(status, "the nodes of workers")
+        reasons = unhealthy_reasons(args.node, status["workers"])
     document = {"schema": 1, "healthy": not reasons, "reasons": reasons}
     show(args, document, "; ".join(reasons) or "ok")
     return ExitCode.NOT_READY if reasons else ExitCode.OK
 
 
-def why_not(node: str, workers: Sequence[Mapping[str, Any]]) -> list[str]:
+def unhealthy_reasons(node: str, workers: Sequence[Mapping[str, Any]]) -> list[str]:
     """Why the workers on a node, given by its address, are not healthy; empty if they are.
 
     A worker that is ``SERVING`` has its weights, takes part in the running generation and so uses

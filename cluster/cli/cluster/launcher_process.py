@@ -25,7 +25,7 @@ from cluster.cli.terminal.output import note
 from cluster.cli.terminal.progress import Progress
 from cluster.launch import state_file
 from cluster.launch.launch import DETACH, DRAIN
-from cluster.launch.orphans import sweep
+from cluster.launch.orphans import end_private_ray
 from cluster.launch.plan import LaunchPlan
 
 PARENT_VARIABLE = "EXPERTMESH_PARENT"
@@ -164,7 +164,7 @@ class LauncherProcess:
         if not self._stopped:
             record = state_file.read_record(self._plan.name)
             if self._plan.temp_dir:
-                sweep(Path(self._plan.temp_dir), record.processes if record else ())
+                end_private_ray(Path(self._plan.temp_dir), record.processes if record else ())
             if record is None or not record.is_detached:
                 state_file.remove_record(self._plan.name)
         if self._signal_count:

@@ -17,12 +17,12 @@ from typing import Any
 from cluster.cli.cluster.followed_files import FollowedFile
 from cluster.cli.terminal.admin_client import AdminClient, make_admin_client
 from cluster.cli.terminal.arguments import CommandParsers, add_address_option, count_or_0
-from cluster.cli.terminal.client import Client, find_record, require_whole
+from cluster.cli.terminal.client import Client, find_record, require_full_status
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.output import out, out_json
+from cluster.cli.terminal.output import out_json, write_result
 from cluster.core.states import is_gone
 from cluster.launch import state_file
-from cluster.tracing.output_files import previous
+from cluster.tracing.output_files import rotated_path
 
 DEFAULT_LINES = 100
 JOINED_RAY = Path("/tmp/ray")
@@ -47,27 +47,27 @@ def run(args: argparse.Namespace) -> int:
     if not (args.worker or args.all):
         return _show_files(args, _launcher_file(args))
     try:
-        with make_admin_client(args) as orders:
-            return _show_processes(args, orders)
+        with make_admin_client(args) as admin:
+            return _show_processes(args, admin)
     except CommandError as err:
         if len(args.worker) != 1 or err.code is ExitCode.UNAUTHORISED:
             raise
         return _show_files(args, _worker_files(args))  # a lost worker, or no admin port
 
 
-def _show_processes(args: argparse.Namespace, orders: AdminClient) -> int:
+def _show_processes(args: argparse.Namespace, admin: AdminClient) -> int:
     """Print the newest lines in the memory of each process, on any host."""
     seen: dict[str, int] = {}
     found = {}
     for name in _processes(args):
-        seen[name], lines = orders.log(name, 0)
+        seen[name], lines = admin.log(name, 0)
         found[name] = _last(lines, args.tail)
     _print(args, "process", found)
     while args.follow and not args.json:
         time.sleep(_POLL_S)
         for name in _processes(args):
             with contextlib.suppress(CommandError):  # the process has just ended, or is slow
-                seen[name], lines = orders.log(name, seen.get(name, 0))
+                seen[name], lines = admin.log(name, seen.get(name, 0))
                 _print_lines(lines)
     return ExitCode.OK
 
@@ -82,12 +82,12 @@ def _print(args: argparse.Namespace, kind: str, found: Mapping[str, Sequence[str
         out_json({"schema": 1, "logs": [{kind: name, "lines": found[name]} for name in found]})
         return
     for name, lines in found.items():
-        out(f"==> {name} <==\n" if len(found) > 1 else "")
+        write_result(f"==> {name} <==\n" if len(found) > 1 else "")
         _print_lines(lines)
 
 
 def _print_lines(lines: Iterable[str]) -> None:
-    out("".join(f"{line}\n" for line in lines))
+    write_result("".join(f"{line}\n" for line in lines))
 
 
 def _processes(args: argparse.Namespace) -> list[str]:
@@ -106,7 +106,7 @@ def _show_files(args: argparse.Namespace, files: Mapping[Path, str]) -> int:
         _print(args, "file", {p: _last(t.splitlines(), args.tail) for p, t in texts.items()})
         if args.follow and not args.json:
             for more in appended(opened):
-                out(more)
+                write_result(more)
     return ExitCode.OK
 
 
@@ -130,7 +130,7 @@ def _launcher_file(args: argparse.Namespace) -> dict[Path, str]:
             message = f"no cluster called {state_file.DEFAULT_NAME} was started on this host"
             raise CommandError(ExitCode.UNREACHABLE, message)
         path = state_file.log_path(record.name)
-    return {path: _text(previous(path))}
+    return {path: _text(rotated_path(path))}
 
 
 def _worker_files(args: argparse.Namespace) -> dict[Path, str]:
@@ -139,7 +139,7 @@ def _worker_files(args: argparse.Namespace) -> dict[Path, str]:
     Raises ``CommandError`` for a worker that is unknown or on another host.
     """
     status = Client(args).get("/cluster/v1/status")
-    require_whole(status, "the processes of workers")
+    require_full_status(status, "the processes of workers")
     workers: list[Mapping[str, Any]] = status["workers"]
     (name,) = args.worker
     found = [w for w in workers if w["name"] == name]
@@ -158,7 +158,7 @@ def _worker_files(args: argparse.Namespace) -> dict[Path, str]:
         rule = f"ask there, or: ray logs worker-*-{pid}.err --node-ip {found[0]['node']}"
         message = f"{name} writes on {found[0]['node']}: {rule}"
         raise CommandError(ExitCode.REFUSED, message)
-    return {path: _text(previous(path)) for path in files}
+    return {path: _text(rotated_path(path)) for path in files}
 
 
 def _text(path: Path) -> str:

@@ -27,8 +27,8 @@ def add_commands(commands: CommandParsers) -> None:
 
 def run_list(args: argparse.Namespace) -> int:
     """Print a line for each operation."""
-    with make_admin_client(args) as orders:
-        operations = orders.operations()
+    with make_admin_client(args) as admin:
+        operations = admin.operations()
     rows = [
         (o["id"], o["target"], o["state"], time_of_day(o["started"]), o["message"] or o["phase"])
         for o in operations
@@ -39,18 +39,18 @@ def run_list(args: argparse.Namespace) -> int:
 
 def run_get(args: argparse.Namespace) -> int:
     """Print an operation; returns ``FAILED`` if it failed or was cancelled."""
-    with make_admin_client(args) as orders:
-        return show_operation(args, orders.operation(args.id))
+    with make_admin_client(args) as admin:
+        return show_operation(args, admin.operation(args.id))
 
 
 def run_wait(args: argparse.Namespace) -> int:
     """Print an operation once it has ended."""
-    with make_admin_client(args) as orders:
-        return follow_operation(args, orders, orders.operation(args.id), args.wait)
+    with make_admin_client(args) as admin:
+        return follow_operation(args, admin, admin.operation(args.id), args.wait)
 
 
 def run_cancel(args: argparse.Namespace) -> int:
     """Cancel an operation; succeeds although the operation does not."""
-    with make_admin_client(args) as orders:
-        show_operation(args, orders.cancel(args.id))
+    with make_admin_client(args) as admin:
+        show_operation(args, admin.cancel(args.id))
     return ExitCode.OK

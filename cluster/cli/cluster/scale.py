@@ -40,7 +40,7 @@ def run_scale(args: argparse.Namespace) -> int:
     counts = {pool: number for pool, number in counts.items() if number is not None}
     if not counts:
         raise CommandError(ExitCode.USAGE, "one of --attention and --expert is required")
-    order = {**counts, "deadline_s": args.deadline, "request_id": uuid.uuid4().hex}
+    fields = {**counts, "deadline_s": args.deadline, "request_id": uuid.uuid4().hex}
     wait_s = 2 * args.deadline + _GRACE_S if args.wait is None else args.wait
-    with make_admin_client(args) as orders:
-        return follow_operation(args, orders, orders.scale(order), wait_s)
+    with make_admin_client(args) as admin:
+        return follow_operation(args, admin, admin.scale(fields), wait_s)

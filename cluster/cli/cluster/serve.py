@@ -14,11 +14,11 @@ from typing import Any
 
 from cluster.cli.cluster import dry_run
 from cluster.cli.cluster.launcher_process import LauncherProcess, raise_on_signals
-from cluster.cli.options.serve_config import asked_for, build_config, check_files, make_plan
+from cluster.cli.options.serve_config import build_config, check_files, make_plan, options_by_flag
 from cluster.cli.options.serve_options import (
     StartOptions,
     add_serve_options,
-    read_given,
+    read_given_options,
     without_keys,
 )
 from cluster.cli.terminal.arguments import CommandParsers
@@ -30,7 +30,7 @@ from cluster.core.errors import CheckpointError, ConfigError, StartError
 from cluster.launch import local_ray, state_file
 from cluster.launch.checkpoint_check import CheckpointCheck
 from cluster.launch.model_source import ModelSource, find_model
-from cluster.launch.plan import LaunchPlan, check_ports, tell_differences
+from cluster.launch.plan import LaunchPlan, check_ports, option_differences
 from cluster.policy.rebalance import why_impossible
 from gateway.auth.tls_files import check_tls_files
 from gateway.state.folder import check_folder
@@ -70,7 +70,7 @@ def _is_up(record: state_file.ClusterRecord, args: argparse.Namespace) -> bool:
 
     Raises ``CommandError`` if it is another one.
     """
-    given = read_given(args, os.environ)
+    given = read_given_options(args, os.environ)
     address = _start_options(given.values).address
     if address and not record.is_alive:
         return False  # the launcher checks what runs in Ray
@@ -79,7 +79,7 @@ def _is_up(record: state_file.ClusterRecord, args: argparse.Namespace) -> bool:
     elif not record.is_alive:
         return False
     else:
-        differences = tell_differences(record.asked, asked_for(given))
+        differences = option_differences(record.asked, options_by_flag(given))
         if address and not record.joined:
             differences.append(f"--address: a Ray of its own, not {address}")
     if differences:
@@ -108,7 +108,7 @@ def _start(args: argparse.Namespace, command: state_file.Command, name: str) -> 
 
 
 def _launch(args: argparse.Namespace, command: state_file.Command, name: str) -> ExitCode:
-    given = read_given(args, os.environ)
+    given = read_given_options(args, os.environ)
     start = _start_options(given.values)
     address = start.address or ""
     _check_early(given.values, is_private=not address)
@@ -149,7 +149,7 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
             facts,
             command=command,
             name=name,
-            asked=asked_for(given),
+            asked=options_by_flag(given),
             address=address,
             temp_dir=temp_dir,
             wait_nodes=start.wait_nodes,
@@ -235,7 +235,7 @@ def _ready(
 def call_hints(config: ClusterConfig, url: str, grpc: str, has_tokenizer: bool) -> tuple[str, ...]:
     """Example calls of a server with curl, grpcurl and Python; with token ids if no tokenizer."""
     section = config.gateway
-    key = " -H 'Authorization: Bearer KEY'" if section.asks_for_keys else ""
+    key = " -H 'Authorization: Bearer KEY'" if section.requires_keys else ""
     model = config.model.served_model_name
     prompt: Any = "ROMEO:" if has_tokenizer else [1, 2, 3]
     body = json.dumps({"model": model, "prompt": prompt, "max_tokens": 40, "stream": True})

@@ -12,7 +12,7 @@ from typing import Any
 from cluster.cli.terminal.arguments import CommandParsers, seconds
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import ExitCode
-from cluster.cli.terminal.output import out, out_json, out_line, table
+from cluster.cli.terminal.output import out_json, out_line, table, write_result
 
 DEFAULT_INTERVAL_S = 1.0
 _SERIES = re.compile(r"^[a-z]+[:_]([a-z_]+)\{([^}]*)\} (\S+)$", re.M)
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             out_json(document)
         else:
-            out("" if is_once else _CLEAR)
+            write_result("" if is_once else _CLEAR)
             out_line(_text(document))
         if is_once:
             return ExitCode.OK

@@ -27,16 +27,16 @@ def add_commands(commands: CommandParsers) -> None:
 
 def run_rebalance(args: argparse.Namespace) -> int:
     """Start the operation and wait for its end."""
-    order = {"dry_run": args.dry_run, "request_id": uuid.uuid4().hex}
-    with make_admin_client(args) as orders:
-        return follow_operation(args, orders, orders.rebalance(order), args.wait)
+    fields = {"dry_run": args.dry_run, "request_id": uuid.uuid4().hex}
+    with make_admin_client(args) as admin:
+        return follow_operation(args, admin, admin.rebalance(fields), args.wait)
 
 
 def describe(rebalance: Mapping[str, Any]) -> str:
     """One line of text for ``status``."""
     if not rebalance["possible"]:
         return f"not possible: {rebalance['reason']}"
-    words = "automatic" if rebalance["automatic"] else "by order (--enable-eplb: automatic)"
+    words = "automatic" if rebalance["automatic"] else "by command (--enable-eplb: automatic)"
     if rebalance.get("problem"):
         words += f"; {rebalance['problem']}"
     if rebalance["phase"]:

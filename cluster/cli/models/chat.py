@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     client = Client(args)
     is_conversation = args.message is None
     usage = None
-    for text in _said(args):
+    for text in _read_messages(args):
         asked = [*messages, {"role": "user", "content": text}]
         body = {"messages": asked, **sampling_of(args)}
         try:
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
-def _said(args: argparse.Namespace) -> Iterator[str]:
+def _read_messages(args: argparse.Namespace) -> Iterator[str]:
     """The user's messages: the argument, or lines of stdin."""
     if args.message is not None:
         yield args.message

@@ -10,7 +10,7 @@ from typing import Any
 from cluster.cli.terminal.arguments import CommandParsers, Number, add_model_option, count, fraction
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.output import out, out_json
+from cluster.cli.terminal.output import out_json, write_result
 
 INTERRUPTED = "interrupted"
 """Finish reason of an output that the user has interrupted."""
@@ -81,7 +81,7 @@ def stream_text(
     if answer["finish_reason"] is None:
         raise CommandError(ExitCode.FAILED, "the stream ended before the text was finished")
     if show:
-        out("\n")
+        write_result("\n")
     return answer
 
 
@@ -90,4 +90,4 @@ def _add_choice(answer: dict[str, Any], choice: Mapping[str, Any], show: bool) -
     answer["text"] += piece
     answer["finish_reason"] = choice["finish_reason"] or answer["finish_reason"]
     if show:
-        out(piece)
+        write_result(piece)

@@ -10,9 +10,9 @@ from typing import Any
 
 import aiohttp
 
-from cluster.batches.answer_file import AnswerFile
 from cluster.batches.requests import BatchRequest, RequestFile
-from cluster.batches.run import BatchAnswer, BatchCounts, BatchRun, UnreachableError
+from cluster.batches.response_file import ResponseFile
+from cluster.batches.run import BatchCounts, BatchResponse, BatchRun, UnreachableError
 from cluster.cli.terminal.arguments import MAX_COUNT, CommandParsers, Number, count, seconds
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 async def _run(args: argparse.Namespace) -> BatchCounts:
     requests = RequestFile.check(args.requests)
     client = Client(args)
-    with AnswerFile(args.answers) as answers, Progress() as progress:
+    with ResponseFile(args.answers) as answers, Progress() as progress:
         async with _Sender(client, args.priority, args.concurrency) as sender:
             batch = BatchRun(
                 requests,
@@ -74,7 +74,7 @@ async def _run(args: argparse.Namespace) -> BatchCounts:
                 sender.send,
                 args.concurrency,
                 args.give_up_after,
-                lambda counts: progress.update(_told(counts)),
+                lambda counts: progress.update(_progress_text(counts)),
             )
             if batch.counts.left < batch.counts.total:
                 note(f"{batch.counts.total - batch.counts.left} requests already have responses")
@@ -83,13 +83,13 @@ async def _run(args: argparse.Namespace) -> BatchCounts:
             except ExceptionGroup as group:  # Python 3.11.3 wraps what ``except*`` raises
                 error = group.exceptions[0]
                 if isinstance(error, UnreachableError):
-                    text = f"{error}; {_told(batch.counts)}, the rest by the same command"
+                    text = f"{error}; {_progress_text(batch.counts)}, the rest by the same command"
                     raise CommandError(ExitCode.UNREACHABLE, text) from None
                 raise error from None
         return batch.counts
 
 
-def _told(counts: BatchCounts) -> str:
+def _progress_text(counts: BatchCounts) -> str:
     failed = f", {counts.failed} failed" if counts.failed else ""
     return f"{counts.completed} of {counts.total} requests answered{failed}"
 
@@ -109,8 +109,8 @@ class _Sender:
     async def __aexit__(self, *error: object) -> None:
         await self._session.close()
 
-    async def send(self, request: BatchRequest) -> BatchAnswer:
-        """See ``Send``. Raises ``CommandError`` if no request would be served."""
+    async def send(self, request: BatchRequest) -> BatchResponse:
+        """See ``SendRequest``. Raises ``CommandError`` if no request would be served."""
         try:
             async with self._session.post(self._url + request.url, json=request.body) as answer:
                 text = await answer.read()
@@ -122,7 +122,7 @@ class _Sender:
             message = body["error"]["message"] if isinstance(body, dict) else f"{body}"
             raise CommandError(ExitCode.UNAUTHORISED, str(message))
         pause = headers.get("retry-after", "")
-        return BatchAnswer(
+        return BatchResponse(
             answer.status,
             body,
             headers.get("x-request-id", ""),

@@ -6,7 +6,7 @@ import argparse
 
 from cluster.cli.terminal.arguments import CommandParsers
 from cluster.cli.terminal.exit_codes import ExitCode
-from cluster.cli.terminal.output import out
+from cluster.cli.terminal.output import write_result
 
 SHELLS = ("bash", "zsh", "tcsh")
 _DESCRIPTION = """\
@@ -28,5 +28,5 @@ def run(args: argparse.Namespace) -> int:
     for action in args.whole._actions:
         if action.help == argparse.SUPPRESS:  # the help lists the commands by heading instead
             action.help = None
-    out(f"{shtab.complete(args.whole, args.shell)}\n")
+    write_result(f"{shtab.complete(args.whole, args.shell)}\n")
     return ExitCode.OK

@@ -9,10 +9,10 @@ from typing import Any
 
 from cluster.cli.options.option import ServeOption, parse_bytes
 from cluster.cli.options.serve_config import build_config
-from cluster.cli.options.serve_options import OPTIONS, Setting, add_settings, read_given
+from cluster.cli.options.serve_options import OPTIONS, Setting, add_settings, read_given_options
 from cluster.cli.terminal.arguments import CommandParsers
 from cluster.cli.terminal.exit_codes import ExitCode
-from cluster.cli.terminal.output import out, out_json, out_line, table
+from cluster.cli.terminal.output import out_json, out_line, table, write_result
 from cluster.launch.model_source import ModelSource
 
 _HIDDEN = "(given, not shown)"
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises ``CommandError`` if ``serve`` would.
     """
-    given = read_given(args, os.environ)
+    given = read_given_options(args, os.environ)
     build_config(given.values, ModelSource(folder=Path(), name="model"))
     rows = [("model", given.model.value, given.model.origin)]
     for option in OPTIONS:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         import yaml  # imported here to keep other commands fast
 
         known = {n: v for n, v, _ in rows if v is not None and v != _HIDDEN}
-        out(yaml.safe_dump(known, sort_keys=False))
+        write_result(yaml.safe_dump(known, sort_keys=False))
     return ExitCode.OK
 
 

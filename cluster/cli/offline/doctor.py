@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.cli.offline.finding import Finding, finding
+from cluster.cli.offline.finding import Finding, make_finding
 from cluster.cli.offline.host_limits import (
     examine_disk,
     examine_files,
@@ -71,26 +71,28 @@ def run(args: argparse.Namespace) -> int:
 def _line(found: Finding, colours: bool) -> str:
     name = {"ok": "green", "warn": "yellow", "bad": "red"}[found.verdict]
     mark = colour(found.verdict.ljust(4), name, colours)
-    return f"{mark} {found.what.ljust(12)} {found.text}"
+    return f"{mark} {found.subject.ljust(12)} {found.text}"
 
 
 def examine_python() -> Finding:
     text = f"{sys.version.split()[0]} at {sys.executable}"
-    return finding("python", sys.version_info >= (3, 11), text, fix="install Python 3.11 or newer")
+    return make_finding(
+        "python", sys.version_info >= (3, 11), text, fix="install Python 3.11 or newer"
+    )
 
 
 def examine_packages() -> Finding:
     found = versions()
     missing = [name for name, number in found.items() if number is None]
     text = ", ".join(f"{name} {number or 'missing'}" for name, number in found.items())
-    return finding("packages", not missing, text, fix="run make setup")
+    return make_finding("packages", not missing, text, fix="run make setup")
 
 
 def examine_model() -> Finding:
     try:
-        return finding("model", True, f"bundled checkpoint in {bundled_checkpoint()}")
+        return make_finding("model", True, f"bundled checkpoint in {bundled_checkpoint()}")
     except CheckpointError as err:
-        return finding("model", False, str(err), otherwise="warn")
+        return make_finding("model", False, str(err), otherwise="warn")
 
 
 def examine_cpu() -> Finding:
@@ -105,7 +107,7 @@ def examine_cpu() -> Finding:
         f"{WorkersSection().num_workers} workers, {local} in the one of --mode local"
     )
     fix = "--mode local fits one core best"
-    return finding("cpu", cores >= 2, text, fix=fix, otherwise="warn")
+    return make_finding("cpu", cores >= 2, text, fix=fix, otherwise="warn")
 
 
 def examine_kernels() -> Finding:
@@ -118,13 +120,13 @@ def examine_kernels() -> Finding:
             note("building the CPU kernels, which may take a minute")
         return kernels_finding(find_library())
     except InstructionsError as err:
-        return finding("kernels", False, str(err))
+        return make_finding("kernels", False, str(err))
 
 
 def kernels_finding(found: LibraryChoice) -> Finding:
     """A warning if there are no kernels: torch then computes, more slowly."""
     is_best = found.library is not None and not found.reason
-    return finding("kernels", is_best, found.words, otherwise="warn")
+    return make_finding("kernels", is_best, found.words, otherwise="warn")
 
 
 def examine_memory() -> Finding:
@@ -133,51 +135,55 @@ def examine_memory() -> Finding:
     free = int(psutil.virtual_memory().available)
     text = f"{free / 1e9:.1f} GB available, the demo takes about {MIN_MEMORY_BYTES / 1e9:.0f}"
     fix = "end other programs, or serve with --mode local"
-    return finding("memory", free >= MIN_MEMORY_BYTES, text, fix=fix, otherwise="warn")
+    return make_finding("memory", free >= MIN_MEMORY_BYTES, text, fix=fix, otherwise="warn")
 
 
 def examine_shm() -> Finding:
     shm = Path("/dev/shm")
     if not shm.is_dir():
-        return finding("shm", False, "no /dev/shm: Ray uses files instead", otherwise="warn")
+        return make_finding("shm", False, "no /dev/shm: Ray uses files instead", otherwise="warn")
     free = shutil.disk_usage(shm).free
     text = f"{free / 1e6:.0f} MB free in {shm}"
     fix = f"{OBJECT_STORE_BYTES / 1e6:.0f} MB are needed (docker run --shm-size 1g)"
-    return finding("shm", free >= OBJECT_STORE_BYTES, text, fix=fix, otherwise="warn")
+    return make_finding("shm", free >= OBJECT_STORE_BYTES, text, fix=fix, otherwise="warn")
 
 
 def examine_ports() -> Finding:
     try:
         check_ports("127.0.0.1", DEFAULT_PORTS)
     except ConfigError as err:
-        return finding(
+        return make_finding(
             "ports", False, f"{err}: choose others with --port and --grpc-port", otherwise="warn"
         )
-    return finding("ports", True, " and ".join(map(str, DEFAULT_PORTS.values())) + " are free")
+    return make_finding("ports", True, " and ".join(map(str, DEFAULT_PORTS.values())) + " are free")
 
 
 def examine_gpu() -> Finding:
     """Check the GPUs, and whether torch can use them."""
     count = count_gpus()
     if count == 0:
-        return finding("gpu", True, "no NVIDIA GPU: the CPU path is used")
+        return make_finding("gpu", True, "no NVIDIA GPU: the CPU path is used")
     found, problem = _probe_torch()
     if not found.get("cuda"):
         fix = "run make clean setup on this host, which chooses torch's build by nvidia-smi"
         text = f"{count} GPUs, {problem or NOT_USABLE}"
-        return finding("gpu", False, text, fix=fix, otherwise="warn")
-    return finding("gpu", True, f"{count} GPUs; torch is built with CUDA {found['cuda_version']}")
+        return make_finding("gpu", False, text, fix=fix, otherwise="warn")
+    return make_finding(
+        "gpu", True, f"{count} GPUs; torch is built with CUDA {found['cuda_version']}"
+    )
 
 
 def examine_nccl() -> Finding:
     """Check NCCL, over which workers on GPUs exchange tokens; show the variables that change it."""
     if count_gpus() == 0:
-        return finding("nccl", True, "not needed: workers on CPUs exchange tokens over sockets")
+        return make_finding(
+            "nccl", True, "not needed: workers on CPUs exchange tokens over sockets"
+        )
     found, problem = _probe_torch()
     given = sorted(name for name in os.environ if name.startswith("NCCL_"))
     text = f"{found.get('nccl') or 'none'}; set here: {', '.join(given) or 'nothing'}"
     fix = f"{problem or NOT_USABLE}: torch's builds with CUDA bring NCCL"
-    return finding("nccl", bool(found.get("nccl")), text, fix=fix, otherwise="warn")
+    return make_finding("nccl", bool(found.get("nccl")), text, fix=fix, otherwise="warn")
 
 
 @cache
@@ -201,8 +207,8 @@ def examine_permissions() -> Finding:
         with tempfile.TemporaryFile(dir=state_file.state_dir()):
             pass
     except (OSError, StartError) as err:
-        return finding("permissions", False, str(err))
-    return finding(
+        return make_finding("permissions", False, str(err))
+    return make_finding(
         "permissions", True, f"can write to {folder.parent} and {state_file.state_dir()}"
     )
 
@@ -210,7 +216,7 @@ def examine_permissions() -> Finding:
 def examine_leftovers() -> Finding:
     dead = [r.name for r in state_file.all_records() if not r.is_alive]
     text = f"left by a killed start: {', '.join(dead)}; the next start cleans up"
-    return finding("leftovers", not dead, text if dead else "none", otherwise="warn")
+    return make_finding("leftovers", not dead, text if dead else "none", otherwise="warn")
 
 
 EXAMINATIONS: tuple[Callable[[], Finding], ...] = (

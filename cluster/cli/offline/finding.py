@@ -12,7 +12,7 @@ Verdict = Literal["ok", "warn", "bad"]
 class Finding:
     """Result of one check."""
 
-    what: str
+    subject: str
     """Subject of the check."""
     verdict: Verdict
     """``bad`` means that ``serve`` would not work."""
@@ -20,10 +20,10 @@ class Finding:
     """Result of the check, and a remedy."""
 
 
-def finding(
+def make_finding(
     what: str, is_ok: bool, text: str, *, fix: str = "", otherwise: Verdict = "bad"
 ) -> Finding:
     """Make the finding for ``what``; ``fix`` is appended to the text unless ``is_ok``."""
     if is_ok:
-        return Finding(what=what, verdict="ok", text=text)
-    return Finding(what=what, verdict=otherwise, text=f"{text}: {fix}" if fix else text)
+        return Finding(subject=what, verdict="ok", text=text)
+    return Finding(subject=what, verdict=otherwise, text=f"{text}: {fix}" if fix else text)

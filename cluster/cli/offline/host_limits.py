@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from cluster.cli.offline.finding import Finding, finding
+from cluster.cli.offline.finding import Finding, make_finding
 from cluster.core.errors import StartError
 from cluster.launch.local_ray import temp_base
 
@@ -38,11 +38,11 @@ def examine_threads(root: Path = Path("/")) -> Finding:
     }
     known = {name: number for name, number in free.items() if number is not None}
     if not known:
-        return finding("threads", True, "no limit")
+        return make_finding("threads", True, "no limit")
     name, number = min(known.items(), key=lambda pair: pair[1])
     text = f"{max(number, 0)} more may start, by {name}"
     fix = f"raise {name} ({_WAYS.get(name, 'docker run --pids-limit, or systemd TasksMax')})"
-    return finding("threads", number >= MIN_THREADS, text, fix=fix, otherwise="warn")
+    return make_finding("threads", number >= MIN_THREADS, text, fix=fix, otherwise="warn")
 
 
 def _kernel_threads(root: Path, running: Iterable[tuple[int, int]]) -> int | None:
@@ -112,7 +112,7 @@ def examine_files() -> Finding:
             f"the hard limit is {hard}, so that ulimit cannot raise it to {MIN_FILES}: raise that "
             "limit (docker run --ulimit nofile=65536, systemd's LimitNOFILE, limits.conf)"
         )
-    return finding("open files", is_ok, text, fix=fix, otherwise="warn")
+    return make_finding("open files", is_ok, text, fix=fix, otherwise="warn")
 
 
 def examine_huge_pages(root: Path = Path("/")) -> Finding:
@@ -123,10 +123,10 @@ def examine_huge_pages(root: Path = Path("/")) -> Finding:
     except OSError:
         found = None
     if found is None:
-        return finding("huge pages", True, "this system has none: small batches are slower")
+        return make_finding("huge pages", True, "this system has none: small batches are slower")
     is_on = found[1] != "never"
     fix = f"decode steps of small batches are slower; as root: echo madvise > /{_HUGE_PAGES}"
-    return finding(
+    return make_finding(
         "huge pages", is_on, f"transparent huge pages: {found[1]}", fix=fix, otherwise="warn"
     )
 
@@ -135,9 +135,9 @@ def examine_disk() -> Finding:
     try:
         folder = temp_base()
     except StartError as err:
-        return finding("disk", False, str(err))
+        return make_finding("disk", False, str(err))
     usage = shutil.disk_usage(folder)
     text = f"{usage.free / 1e9:.1f} GB free in {folder}, where Ray has its logs and objects"
     is_ok = usage.free >= MIN_FREE_SHARE * usage.total
     fix = f"free {MIN_FREE_SHARE:.0%} of the disk"
-    return finding("disk", is_ok, text, fix=fix, otherwise="warn")
+    return make_finding("disk", is_ok, text, fix=fix, otherwise="warn")

@@ -50,7 +50,7 @@ def add_placement(kinds: CommandParsers) -> None:
     text = "load profile; several profiles are added"
     parser.add_argument("--profile", type=Path, required=True, action="append", help=text)
     text = "relative speed of each device, separated by commas"
-    parser.add_argument("--speeds", type=numbers, metavar="NUMBER,...", help=text)
+    parser.add_argument("--speeds", type=parse_numbers, metavar="NUMBER,...", help=text)
     parser.add_argument("--current", type=Path, help="placement to start from")
     text = "share of the expert slots that may change"
     parser.add_argument("--max-move-fraction", type=fraction_or_0, help=text)
@@ -62,7 +62,7 @@ def add_placement(kinds: CommandParsers) -> None:
     parser.add_argument("--plot", type=Path, help="draw the placements before and after as HTML")
 
 
-def numbers(text: str) -> tuple[float, ...]:
+def parse_numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(positive(part) for part in text.split(","))
     except argparse.ArgumentTypeError as err:
@@ -71,21 +71,21 @@ def numbers(text: str) -> tuple[float, ...]:
 
 def run_placement(args: argparse.Namespace) -> int:
     """Print the plan; with ``--json`` it is a placement file."""
-    question = ask(args)
-    plan = make(args.algorithm, question)
-    compared = compare(question, {args.algorithm: plan}) if args.compare else {}
+    query = read_query(args)
+    plan = compute_plan(args.algorithm, query)
+    compared = compare(query, {args.algorithm: plan}) if args.compare else {}
     if args.plot is not None:
-        draw(args.plot, question, plan, args.algorithm)
+        write_page(args.plot, query, plan, args.algorithm)
     document = plan.to_dict()
     if compared:
         document["compare"] = {name: summary(p) for name, p in compared.items()}
     rows = compared or {args.algorithm: plan}
-    if not compared and question.current is not None:
-        rows = {"current": before(question), **rows}
-    return show(args, document, lambda: _text(rows), _headline(question))
+    if not compared and query.current is not None:
+        rows = {"current": current_plan(query), **rows}
+    return show(args, document, lambda: _text(rows), _headline(query))
 
 
-def ask(args: argparse.Namespace) -> PlanQuery:
+def read_query(args: argparse.Namespace) -> PlanQuery:
     """Read the options of the command. Raises ``ConfigError`` for inconsistent ones."""
     needs = "needs --current: without one every slot is new"
     limited = args.max_move_fraction is not None
@@ -104,28 +104,28 @@ def ask(args: argparse.Namespace) -> PlanQuery:
     return PlanQuery(profile=profile, topology=topology, current=current, options=options)
 
 
-def make(algorithm: str, question: PlanQuery) -> Plan:
+def compute_plan(algorithm: str, query: PlanQuery) -> Plan:
     """Compute the plan of one algorithm."""
-    given = (question.profile, question.topology, question.current)
+    given = (query.profile, query.topology, query.current)
     if algorithm == "mesh":
-        return mesh.plan(*given, question.options)
+        return mesh.plan(*given, query.options)
     return eplb.plan(*given) if algorithm == "eplb" else contiguous_plan(*given)
 
 
-def compare(question: PlanQuery, made: Mapping[str, Plan]) -> dict[str, Plan]:
+def compare(query: PlanQuery, made: Mapping[str, Plan]) -> dict[str, Plan]:
     """Plans of every algorithm and the current one; ``made`` has plans computed before."""
-    plans = {"current": before(question)} if question.current is not None else {}
+    plans = {"current": current_plan(query)} if query.current is not None else {}
     for name in reversed(ALGORITHMS):
-        plans[name] = made[name] if name in made else make(name, question)
+        plans[name] = made[name] if name in made else compute_plan(name, query)
     return plans
 
 
-def before(question: PlanQuery) -> Plan:
+def current_plan(query: PlanQuery) -> Plan:
     """The current placement as a plan, or the contiguous one if it is unknown."""
-    profile, topology = question.profile, question.topology
-    if question.current is None:
+    profile, topology = query.profile, query.topology
+    if query.current is None:
         return contiguous_plan(profile, topology)
-    return assess(profile, topology, question.current)
+    return assess(profile, topology, query.current)
 
 
 def summary(plan: Plan) -> dict[str, Any]:
@@ -133,14 +133,14 @@ def summary(plan: Plan) -> dict[str, Any]:
     return {**plan.to_dict()["predicted"], "move_fraction": plan.move_fraction}
 
 
-def draw(path: Path, question: PlanQuery, plan: Plan, algorithm: str) -> None:
+def write_page(path: Path, query: PlanQuery, plan: Plan, algorithm: str) -> None:
     """Write the HTML page. Raises ``CommandError``."""
-    name = "contiguous" if question.current is None else "current"
-    save(path, plan_page.page(question.profile, (name, algorithm), (before(question), plan)))
+    name = "contiguous" if query.current is None else "current"
+    save(path, plan_page.page(query.profile, (name, algorithm), (current_plan(query), plan)))
 
 
-def _headline(question: PlanQuery) -> str:
-    profile, topology = question.profile, question.topology
+def _headline(query: PlanQuery) -> str:
+    profile, topology = query.profile, query.topology
     return (
         f"{profile.model}: {len(profile.banks)} expert banks on {topology.num_devices} devices, "
         f"{topology.num_redundant} spare slots each; load of {profile.tokens} tokens"

@@ -17,10 +17,10 @@ from cluster.core.errors import CheckpointError
 from cluster.core.load_profile import load_profile
 from cluster.launch.checkpoint_check import CheckpointCheck
 from cluster.launch.model_source import find_model
-from cluster.sizing.devices import worker_numbers
-from cluster.sizing.gpus import gpu_numbers
+from cluster.sizing.devices import worker_device
+from cluster.sizing.gpus import gpu_spec
 from cluster.sizing.pool_sizes import PoolChoice, size_pools
-from cluster.sizing.roofline import DeviceNumbers, StepTime
+from cluster.sizing.roofline import DeviceSpec, StepTime
 
 BATCHES = (1, 8, 32, 128, 512)
 FORMULA = """\
@@ -39,7 +39,9 @@ def add_size(kinds: CommandParsers) -> None:
     )
     parser.add_argument("--workers", type=count, required=True, help="workers in all")
     text = "rows of decode steps"
-    parser.add_argument("--batch", type=whole_numbers, default=BATCHES, metavar="N,...", help=text)
+    parser.add_argument(
+        "--batch", type=parse_whole_numbers, default=BATCHES, metavar="N,...", help=text
+    )
     parser.add_argument("--context-tokens", type=not_negative, default=1024.0, help="mean context")
     parser.add_argument("--profile", type=Path, help="load profile, for experts of unequal load")
     parser.add_argument(
@@ -64,7 +66,7 @@ def add_size(kinds: CommandParsers) -> None:
     hardware.add_argument("--latency-us", type=positive, help="latency of a message")
 
 
-def whole_numbers(text: str) -> tuple[int, ...]:
+def parse_whole_numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(count(part) for part in text.split(","))
     except argparse.ArgumentTypeError as err:
@@ -73,17 +75,17 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 
 def run_size(args: argparse.Namespace) -> int:
     """Print the best pools for each batch."""
-    changes = given_numbers(args)
+    changes = given_device_fields(args)
     try:
         source = find_model(args.model, note)
         facts = CheckpointCheck(source.folder, os.environ, allow_bare=True).result()
     except CheckpointError as err:
         raise CommandError(ExitCode.FAILED, str(err)) from err
-    gpu = gpu_numbers(args.gpu) if args.gpu else gpu_numbers(facts.gpu, facts.gpu_bandwidth_bytes_s)
+    gpu = gpu_spec(args.gpu) if args.gpu else gpu_spec(facts.gpu, facts.gpu_bandwidth_bytes_s)
     has_gpu = bool(args.gpu or facts.gpu)
     kind: Literal["cpu", "cuda"] = args.device or ("cuda" if has_gpu else "cpu")
     share = WorkerShare(cpus=args.cores, gpus=1.0 if kind == "cuda" else 0.0, device=kind)
-    device = replace(worker_numbers(share, args.nodes, gpu), **changes)
+    device = replace(worker_device(share, args.nodes, gpu), **changes)
     found = size_pools(
         facts.size("auto", load_profile(args.profile) if args.profile is not None else None),
         args.batch,
@@ -99,12 +101,12 @@ def run_size(args: argparse.Namespace) -> int:
         "batches": [_document(choice) for choice in found],
     }
     heading = (
-        f"{source.name} on {args.workers} workers of one {device.name} each: {_numbers_of(device)}"
+        f"{source.name} on {args.workers} workers of one {device.name} each: {_device_text(device)}"
     )
     return show(args, document, lambda: _text(found), heading)
 
 
-def given_numbers(args: argparse.Namespace) -> dict[str, Any]:
+def given_device_fields(args: argparse.Namespace) -> dict[str, Any]:
     """Characteristics given as options, which replace the device's."""
     given = {
         "bandwidth_bytes_s": (args.bandwidth_gb_s, 1e9),
@@ -168,7 +170,7 @@ def _step(step: StepTime | None) -> str:
     return f"{1e3 * step.step_s:.3g} ({times}{parts})"
 
 
-def _numbers_of(device: DeviceNumbers) -> str:
+def _device_text(device: DeviceSpec) -> str:
     return (
         f"{device.bandwidth_bytes_s / 1e9:.0f} GB/s memory, {device.flops_s / 1e12:.3g} TFLOPS, "
         f"{device.link_bytes_s / 1e9:.3g} GB/s link, {device.latency_s * 1e6:.0f} us latency"

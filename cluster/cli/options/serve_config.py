@@ -19,7 +19,7 @@ from cluster.core.process import count_cpus
 from cluster.launch.checkpoint_check import CheckpointFacts
 from cluster.launch.model_source import ModelSource
 from cluster.launch.plan import LaunchPlan, count_gpus, free_port
-from cluster.sizing.start_plan import fits, plan_start
+from cluster.sizing.start_plan import matches_banks, plan_start
 from gateway.auth.key_file import read_key_file
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def build_config(values: Mapping[str, Any], model: ModelSource) -> ClusterConfig
         raise CommandError(code, str(err)) from err
 
 
-def asked_for(given: GivenOptions) -> dict[str, str]:
+def options_by_flag(given: GivenOptions) -> dict[str, str]:
     """The user's options by flag: two starts with equal options are for the same cluster.
 
     Keys are compared by their fingerprints.
@@ -198,7 +198,7 @@ def _profile(config: ClusterConfig, banks: Sequence[Mapping[str, Any]]) -> dict[
     if given is not None:
         profile = load_profile(Path(given))
         rule = f"must have the banks and experts of {config.model.served_model_name}"
-        check(fits(profile, banks), "load_profile", Path(given).name, rule)
+        check(matches_banks(profile, banks), "load_profile", Path(given).name, rule)
         return profile.to_dict()
     path = Path(config.model.path) / "load_profile.json"
     if not path.exists():
@@ -208,4 +208,4 @@ def _profile(config: ClusterConfig, banks: Sequence[Mapping[str, Any]]) -> dict[
     except ConfigError as err:
         logger.warning("the checkpoint's load profile is not used: %s", err)
         return None
-    return profile.to_dict() if fits(profile, banks) else None
+    return profile.to_dict() if matches_banks(profile, banks) else None

@@ -100,7 +100,7 @@ def _add(group: argparse._ArgumentGroup, option: ServeOption, text: str) -> None
         group.add_argument(option.flag, action="store_const", const=True, help=text)
 
 
-def spell_out(words: Sequence[str]) -> list[str]:
+def add_missing_values(words: Sequence[str]) -> list[str]:
     """``--deterministic MODEL`` -> ``--deterministic=on MODEL``.
 
     Otherwise argparse would take any following word as the value. Of ``--lora-modules a=x b=y`` it
@@ -151,7 +151,7 @@ class GivenOptions:
     """The values by target, and the keys."""
 
 
-def read_given(args: argparse.Namespace, environment: Mapping[str, str]) -> GivenOptions:
+def read_given_options(args: argparse.Namespace, environment: Mapping[str, str]) -> GivenOptions:
     """Read all given values. Raises ``CommandError`` (usage)."""
     file = _read_file(args)
     found: dict[ServeOption, Setting] = {}
@@ -188,7 +188,7 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     ]
 
 
-def as_typed(message: str, args: argparse.Namespace, environment: Mapping[str, str]) -> str:
+def with_typed_names(message: str, args: argparse.Namespace, environment: Mapping[str, str]) -> str:
     """An error message about settings, with the names under which the user has given them.
 
     max_num_seqs (0) must be above 0 -> --max-num-seqs (0) must be above 0

@@ -13,7 +13,7 @@ import urllib.parse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cluster.cli.terminal.client import Client, checked_url, require_whole
+from cluster.cli.terminal.client import Client, checked_url, require_full_status
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.config.gateway import is_loopback
 from cluster.core.errors import ExpertMeshError, NotReadyError
@@ -31,17 +31,17 @@ class AdminClient:
         """``admin``: the admin port; None: the controller in the Ray that this process joined."""
         self._admin = admin
 
-    def drain(self, order: Mapping[str, Any]) -> dict[str, Any]:
+    def drain(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Start the operation of a ``DrainWorkerRequest`` with these fields."""
-        return self._begin("drain", _with_limit(order), order)
+        return self._begin("drain", _with_limit(fields), fields)
 
-    def scale(self, order: Mapping[str, Any]) -> dict[str, Any]:
+    def scale(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Start the operation of a ``ScaleRequest`` with these fields."""
-        return self._begin("scale", _with_limit(order), order)
+        return self._begin("scale", _with_limit(fields), fields)
 
-    def rebalance(self, order: Mapping[str, Any]) -> dict[str, Any]:
+    def rebalance(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Start the operation of a ``RebalanceRequest`` with these fields."""
-        return self._begin("rebalance", dict(order), order)
+        return self._begin("rebalance", dict(fields), fields)
 
     def cancel(self, operation_id: str) -> dict[str, Any]:
         path = f"operations/{_quoted(operation_id)}/cancel"
@@ -67,12 +67,12 @@ class AdminClient:
         return int(found["number"]), list(found["lines"])
 
     def _begin(
-        self, kind: str, command: dict[str, Any], order: Mapping[str, Any]
+        self, kind: str, command: dict[str, Any], fields: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Start an operation at the controller or the admin port."""
         if self._admin is None:
             return _document(_ask("begin", kind, command))
-        return self._call("begin", command, kind, order)
+        return self._call("begin", command, kind, fields)
 
     def _call(
         self, method: str, argument: Any, path: str, body: Mapping[str, Any] | None = None
@@ -86,9 +86,9 @@ class AdminClient:
         return answer
 
 
-def _with_limit(order: Mapping[str, Any]) -> dict[str, Any]:
+def _with_limit(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields with the controller's names."""
-    return {"limit_s" if k == "deadline_s" else k: v for k, v in order.items()}
+    return {"limit_s" if k == "deadline_s" else k: v for k, v in fields.items()}
 
 
 def _quoted(operation_id: str) -> str:
@@ -135,7 +135,7 @@ def find_admin(args: argparse.Namespace, gateway: str | None = None) -> Client |
     if found and "admin_port" in found[0]:  # shown to clients with a key for the admin port
         address = f"127.0.0.1:{found[0]['admin_port']}"
     if not address:
-        require_whole(status, "the address of its admin port")
+        require_full_status(status, "the address of its admin port")
         raise CommandError(ExitCode.REFUSED, "the cluster has no admin port")
     is_here, is_local = (
         is_loopback(urllib.parse.urlsplit(url).hostname or "")
@@ -174,7 +174,7 @@ def _joined(address: str) -> Iterator[None]:
     import ray
 
     try:
-        local_ray.join(address)
+        local_ray.join_ray(address)
     except ConnectionError as err:
         raise CommandError(ExitCode.UNREACHABLE, f"no Ray at {address}: {err}") from err
     try:

@@ -41,7 +41,7 @@ def find_record(args: argparse.Namespace) -> state_file.ClusterRecord | None:
 
     Raises ``CommandError``.
     """
-    alive = {r.name: r for r in state_file.running()}
+    alive = {r.name: r for r in state_file.running_records()}
     name = args.name or os.environ.get("EXPERTMESH_NAME")
     running = ", ".join(map(str, alive.values()))
     if name and name not in alive:
@@ -249,7 +249,7 @@ def _with_read_limit(
     return connection
 
 
-def require_whole(status: Mapping[str, Any], what: str) -> None:
+def require_full_status(status: Mapping[str, Any], what: str) -> None:
     """Raise ``CommandError`` for a partial status, shown because the key is not an admin key."""
     if status.get("is_partial"):
         message = f"the server shows {what} to admin keys only: give --admin-key"

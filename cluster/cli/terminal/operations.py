@@ -16,7 +16,7 @@ POLL_S = 0.1
 
 
 def follow_operation(
-    args: argparse.Namespace, orders: AdminClient, operation: dict[str, Any], wait_s: float
+    args: argparse.Namespace, admin: AdminClient, operation: dict[str, Any], wait_s: float
 ) -> int:
     """Show the phases of an operation until it ends; only its state if ``wait_s`` is 0.
 
@@ -37,7 +37,7 @@ def follow_operation(
                 more = f"expertmesh operations wait {operation['id']}"
                 raise CommandError(ExitCode.NOT_READY, f"{late}: {more}")
             time.sleep(POLL_S)
-            operation = orders.operation(operation["id"])
+            operation = admin.operation(operation["id"])
     return show_operation(args, operation)
 
 

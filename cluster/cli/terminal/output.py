@@ -20,7 +20,7 @@ _SHADES = (236, 17, 18, 19, 20, 26, 32, 38)
 _CODES = {"red": 31, "green": 32, "yellow": 33, "dim": 2}
 
 
-def out(text: str) -> None:
+def write_result(text: str) -> None:
     """Write a part of the result to stdout, and flush.
 
     Raises ``BrokenPipeError``, and ``CommandError`` if it cannot be written, for example on a full
@@ -32,19 +32,19 @@ def out(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as err:
-        give_up_stdout()
+        discard_stdout()
         reason = f"the output cannot be written: {err.strerror}"
         raise CommandError(ExitCode.FAILED, reason) from err
 
 
-def give_up_stdout() -> None:
+def discard_stdout() -> None:
     """Discard all further output to stdout, including the buffer at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def out_line(text: str) -> None:
     """Write one line of the result."""
-    out(f"{text}\n")
+    write_result(f"{text}\n")
 
 
 def out_json(document: Any) -> None:
@@ -82,10 +82,10 @@ def save(path: Path, text: str, what: str = "") -> None:
 
 def note(text: str) -> None:
     """Write one line to stderr."""
-    tell(sys.stderr, f"{text}\n")
+    write_message(sys.stderr, f"{text}\n")
 
 
-def tell(stream: TextIO, text: str) -> None:
+def write_message(stream: TextIO, text: str) -> None:
     """Write to a stream and flush; errors, as on a full disk, are ignored."""
     with contextlib.suppress(OSError):
         stream.write(text)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TextIO
 
-from cluster.cli.terminal.output import tell
+from cluster.cli.terminal.output import write_message
 
 INTERVAL_S = 5.0
 _TICK_S = 1.0
@@ -60,16 +60,16 @@ class Progress(AbstractContextManager["Progress"]):
             self._draw(f"{self._text}, {now - self._began:.0f} s")
         elif self._lines and now - self._shown_at >= INTERVAL_S:
             self._shown_at = now
-            tell(self._stream, f"expertmesh: {self._text}, {now - self._began:.0f} s\n")
+            write_message(self._stream, f"expertmesh: {self._text}, {now - self._began:.0f} s\n")
 
     def clear(self) -> None:
         """Clear the line."""
         if self._bar and self._width:
             self._draw("")
-            tell(self._stream, "\r")
+            write_message(self._stream, "\r")
 
     def _draw(self, text: str) -> None:
-        tell(self._stream, f"\r{text.ljust(self._width)}")
+        write_message(self._stream, f"\r{text.ljust(self._width)}")
         self._width = len(text)
 
 

@@ -18,7 +18,7 @@ from cluster.core.placement import ExpertPlacement
 from cluster.load.tracker import Source
 from cluster.planner.base import PlannedTopology, planned_topology
 from cluster.policy.rebalance import CurrentLoad
-from cluster.sizing.devices import step_cost
+from cluster.sizing.devices import expert_step_cost
 from cluster.sizing.gpus import slowest_gpu
 from cluster.sizing.replay import ExpertStepCost
 
@@ -117,4 +117,4 @@ class Plans:
         sizes = [int(info.get("expert_bytes", 0)) for info in infos]
         gpus = [(i["gpu"], i["gpu_bandwidth_bytes_s"]) for i in infos if "gpu" in i]
         dtype = next((str(info["dtype"]) for info in infos if "dtype" in info), "float32")
-        return step_cost(self._cluster.config, max([1, *sizes]), dtype, slowest_gpu(gpus))
+        return expert_step_cost(self._cluster.config, max([1, *sizes]), dtype, slowest_gpu(gpus))

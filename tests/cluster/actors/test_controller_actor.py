@@ -49,8 +49,8 @@ from cluster.core.frames import (
 )
 from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.topology import Generation, Member
-from cluster.sizing.start_plan import FoundWorker, StartPlan, plan_start
-from cluster.tracing.disks import DiskWatch
+from cluster.sizing.start_plan import ExistingWorker, StartPlan, plan_start
+from cluster.tracing.disks import DiskMonitor
 from tests.cluster.controller.fakes_cluster import FakeCluster, slots_of
 from tests.cluster.controller.load_reports import load_of
 from workers.process.control.control_client import ControlClient
@@ -502,7 +502,7 @@ class LateGroup(ThreadWorkerGroup):
     def call_back(self, method: str) -> None:
         assert method == "restore"
 
-    async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
+    async def find(self, limit_s: float) -> tuple[ExistingWorker, ...]:
         if not self.may_answer.is_set():
             raise RuntimeError("Ray does not answer")
         return ()
@@ -533,9 +533,9 @@ def test_a_restarted_controller_tries_again_and_says_so() -> None:
 class OvertakenGroup(LateGroup):
     """A worker follows another controller, which has claimed a higher term."""
 
-    async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
+    async def find(self, limit_s: float) -> tuple[ExistingWorker, ...]:
         config = ClusterConfig.from_dict(_config())
-        return (FoundWorker(name="expert-0", config=config, num_slots=1),)
+        return (ExistingWorker(name="expert-0", config=config, num_slots=1),)
 
     async def redirect(self, name: str, control_address: str) -> None:
         self.newest_term += 1
@@ -568,7 +568,7 @@ def test_a_controller_that_collects_reports_lets_go_when_a_worker_follows_anothe
     asyncio.run(body())
 
 
-class BrokenDisks(DiskWatch):
+class BrokenDisks(DiskMonitor):
     """No look succeeds, not even to begin."""
 
     def low(self, now: float) -> tuple[LowDisk, ...]:
@@ -578,7 +578,7 @@ class BrokenDisks(DiskWatch):
 def test_time_passes_for_a_controller_that_cannot_look_at_its_disks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runner, "DiskWatch", BrokenDisks)
+    monkeypatch.setattr(runner, "DiskMonitor", BrokenDisks)
     cluster = FakeCluster(1, 1)
     cluster.serve()
 
@@ -604,9 +604,9 @@ class DyingGroup(LateGroup):
         super().__init__()
         self.num_calls = 0
 
-    async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
+    async def find(self, limit_s: float) -> tuple[ExistingWorker, ...]:
         config = ClusterConfig.from_dict(_config())
-        found = FoundWorker(name="expert-0", config=config, num_slots=1)
+        found = ExistingWorker(name="expert-0", config=config, num_slots=1)
         return () if self.num_calls else (found,)
 
     async def redirect(self, name: str, control_address: str) -> None:

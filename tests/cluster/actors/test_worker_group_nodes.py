@@ -38,7 +38,7 @@ LIMIT_S = 120.0
 def three_nodes() -> Iterator[None]:
     end_shared_ray()
     with tempfile.TemporaryDirectory(prefix="em", dir="/tmp") as folder:
-        context = local_ray.begin(Path(folder), num_cpus=1)
+        context = local_ray.init_ray(Path(folder), num_cpus=1)
         address = context.address_info["gcs_address"]
         command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1"]
         others = []
@@ -64,7 +64,7 @@ def test_the_workers_of_a_node_that_got_a_signal_are_leaving() -> None:
     """Ray empties a node whose ``ray start`` got SIGTERM before it ends it."""
     end_shared_ray()
     with tempfile.TemporaryDirectory(prefix="em", dir="/tmp") as folder:
-        context = local_ray.begin(Path(folder), num_cpus=1)
+        context = local_ray.init_ray(Path(folder), num_cpus=1)
         address = context.address_info["gcs_address"]
         command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1"]
         other = subprocess.Popen(

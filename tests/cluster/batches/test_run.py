@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from cluster.batches import run
-from cluster.batches.answer_file import AnswerFile
 from cluster.batches.requests import BatchRequest, RequestFile
-from cluster.batches.run import BatchAnswer, BatchCounts, BatchRun, UnreachableError
+from cluster.batches.response_file import ResponseFile
+from cluster.batches.run import BatchCounts, BatchResponse, BatchRun, UnreachableError
 from cluster.core.errors import ConflictError
 from tests.cluster.batches.files import line, read_lines, write_lines
 from tests.harness.faulty_files import Fault, FaultyFiles, FileCall
@@ -25,7 +25,7 @@ IDS = [f"id-{number}" for number in range(20)]
 class Server:
     """Answers with the prompt; ``plan`` says what comes before that, by id."""
 
-    def __init__(self, **plan: list[BatchAnswer | Exception]) -> None:
+    def __init__(self, **plan: list[BatchResponse | Exception]) -> None:
         self.plan = plan
         self.asked = Counter[str]()
         self.running = self.most = 0
@@ -33,7 +33,7 @@ class Server:
         """Requests that must run at the same time, before the first one is answered."""
         self._has_all = asyncio.Event()
 
-    async def send(self, request: BatchRequest) -> BatchAnswer:
+    async def send(self, request: BatchRequest) -> BatchResponse:
         self.asked[request.custom_id] += 1
         self.running += 1
         self.most = max(self.most, self.running)
@@ -48,7 +48,7 @@ class Server:
             if isinstance(first, Exception):
                 raise first
             return first
-        return BatchAnswer(200, {"text": request.body["prompt"]}, f"req-{request.custom_id}")
+        return BatchResponse(200, {"text": request.body["prompt"]}, f"req-{request.custom_id}")
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def batch(
             seen.append((counts.completed, counts.failed))
 
     requests = RequestFile.check(folder / "in")
-    with AnswerFile(folder / "out") as answers, AnswerFile(folder / "errors") as errors:
+    with ResponseFile(folder / "out") as answers, ResponseFile(folder / "errors") as errors:
         work = BatchRun(
             requests,
             answers,
@@ -93,7 +93,7 @@ def answered(path: Path) -> dict[str, Any]:
 
 def test_each_request_has_one_answer(tmp_path: Path) -> None:
     write_lines(tmp_path / "in", [line(one) for one in IDS])
-    server, seen = Server(id_3=[BatchAnswer(400, {"error": {}})]), list[tuple[int, int]]()
+    server, seen = Server(id_3=[BatchResponse(400, {"error": {}})]), list[tuple[int, int]]()
     server.num_awaited = 4
     counts = batch(tmp_path, server, seen=seen)
     assert (counts.total, counts.completed, counts.failed, counts.left) == (20, 19, 1, 0)
@@ -108,7 +108,7 @@ def test_each_request_has_one_answer(tmp_path: Path) -> None:
 
 def test_what_is_answered_is_not_asked_again(tmp_path: Path) -> None:
     write_lines(tmp_path / "in", [line(one) for one in IDS[:8]])
-    batch(tmp_path, Server(id_3=[BatchAnswer(400, {})]))
+    batch(tmp_path, Server(id_3=[BatchResponse(400, {})]))
     before = (tmp_path / "out").read_bytes()
     write_lines(tmp_path / "in", [line(one) for one in IDS])
     server = Server()
@@ -130,17 +130,19 @@ def test_a_full_or_restarting_server_is_asked_again(tmp_path: Path) -> None:
     write_lines(tmp_path / "in", [line(one) for one in IDS])
     gone = UnreachableError("gone")
     server = Server(
-        id_0=[BatchAnswer(429, {}, retry_after_s=0.0), BatchAnswer(503, {}, retry_after_s=0.0)],
+        id_0=[BatchResponse(429, {}, retry_after_s=0.0), BatchResponse(503, {}, retry_after_s=0.0)],
         id_1=[gone, gone, gone],
-        id_2=[BatchAnswer(408, {}, retry_after_s=0.0)],
+        id_2=[BatchResponse(408, {}, retry_after_s=0.0)],
     )
     assert batch(tmp_path, server).completed == 20
     assert [server.asked[f"id-{number}"] for number in range(4)] == [3, 4, 2, 1]
 
 
-@pytest.mark.parametrize("lost", [UnreachableError("gone"), BatchAnswer(503, {}, retry_after_s=0)])
+@pytest.mark.parametrize(
+    "lost", [UnreachableError("gone"), BatchResponse(503, {}, retry_after_s=0)]
+)
 def test_a_server_that_stays_away_ends_the_run(
-    tmp_path: Path, lost: BatchAnswer | Exception
+    tmp_path: Path, lost: BatchResponse | Exception
 ) -> None:
     write_lines(tmp_path / "in", [line(one) for one in IDS[:3]])
     now_s = 0.0
@@ -195,7 +197,7 @@ def test_nothing_is_asked_while_there_is_no_room(tmp_path: Path) -> None:
     write_lines(tmp_path / "in", [line(one) for one in IDS])
     server = Server()
     requests = RequestFile.check(tmp_path / "in")
-    with AnswerFile(tmp_path / "out") as answers:
+    with ResponseFile(tmp_path / "out") as answers:
         work = BatchRun(requests, answers, answers, server.send, 4, 60.0)
         with (
             FaultyFiles(tmp_path, Fault(0, lasts=True)),

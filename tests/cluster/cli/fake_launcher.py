@@ -19,8 +19,8 @@ from cluster.config.gateway import ShutdownStage
 from cluster.core.errors import ConfigError, StartError
 from cluster.core.process import ProcessIdentity
 from cluster.launch.launch import main
-from cluster.launch.orphans import find_by_files, sweep
-from cluster.launch.parts import ClusterParts, ProgressFn, tell_threads
+from cluster.launch.orphans import end_private_ray, find_by_files
+from cluster.launch.parts import ClusterParts, ProgressFn, describe_threads
 from cluster.launch.plan import LaunchPlan
 from cluster.launch.state_file import log_path
 
@@ -59,7 +59,7 @@ class FakeParts(ClusterParts):
             time.sleep(600)
         self._progress("weights", 1_000_000, 2_000_000)
         if self._how == "threads":
-            self.compute_threads = tell_threads(
+            self.compute_threads = describe_threads(
                 [{"threads": number, "state": "SERVING"} for number in (2, 1)]
             )
 
@@ -69,7 +69,7 @@ class FakeParts(ClusterParts):
     def processes(self) -> list[ProcessIdentity]:
         return find_by_files(self._folder)
 
-    def tell_gateway(self, stage: ShutdownStage) -> int:
+    def send_shutdown_stage(self, stage: ShutdownStage) -> int:
         with stages_path(self.plan.name).open("a") as file:
             print(stage, file=file)
         self._num_running -= 1
@@ -84,7 +84,7 @@ class FakeParts(ClusterParts):
             return  # it is left, not ended
         if self._how == "stuck":
             time.sleep(600)
-        sweep(self._folder, ())
+        end_private_ray(self._folder, ())
 
 
 if __name__ == "__main__":

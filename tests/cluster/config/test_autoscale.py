@@ -30,16 +30,18 @@ def test_it_is_off_by_default_and_limits_may_wait_there() -> None:
 def test_a_pool_without_limits_keeps_its_size() -> None:
     section = config_of({**ON, "max_attention_workers": 4}, num_attention_workers=2).autoscale
     assert section.limits({"attention": 2, "expert": 3}) == {
-        "attention": PoolLimits(least=2, most=4),
-        "expert": PoolLimits(least=3, most=3),
+        "attention": PoolLimits(min_workers=2, max_workers=4),
+        "expert": PoolLimits(min_workers=3, max_workers=3),
     }
-    assert PoolLimits(least=2, most=4).clamp(9) == 4
-    assert PoolLimits(least=2, most=4).clamp(1) == 2
+    assert PoolLimits(min_workers=2, max_workers=4).clamp(9) == 4
+    assert PoolLimits(min_workers=2, max_workers=4).clamp(1) == 2
 
 
 def test_colocated_workers_have_the_limits_of_expert_workers() -> None:
     section = config_of({**ON, "max_expert_workers": 4}, mode="colocated").autoscale
-    assert section.limits({"colocated": 2}) == {"colocated": PoolLimits(least=2, most=4)}
+    assert section.limits({"colocated": 2}) == {
+        "colocated": PoolLimits(min_workers=2, max_workers=4)
+    }
 
 
 def test_auto_is_checked_once_the_mode_is_chosen() -> None:

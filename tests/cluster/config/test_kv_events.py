@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.config.cluster import ClusterConfig, EngineSection
-from cluster.config.kv_events import KvEventsSection, does_listen, endpoint_of
+from cluster.config.kv_events import KvEventsSection, is_listening, rank_endpoint
 from cluster.config.model import ModelSection
 from cluster.config.workers import WorkersSection
 from cluster.core.errors import ConfigError
@@ -94,6 +94,6 @@ def test_who_listens_does_so_at_one_port_more_for_each_rank(
     endpoint: str, listens: bool, third: str
 ) -> None:
     KvEventsSection(kv_events_endpoint=endpoint)
-    assert does_listen(endpoint) is listens
-    assert endpoint_of(endpoint, 0) == endpoint
-    assert endpoint_of(endpoint, 2) == third
+    assert is_listening(endpoint) is listens
+    assert rank_endpoint(endpoint, 0) == endpoint
+    assert rank_endpoint(endpoint, 2) == third

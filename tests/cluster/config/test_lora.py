@@ -8,7 +8,7 @@ import pytest
 
 from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import GatewaySection
-from cluster.config.lora import LoraSection, is_name
+from cluster.config.lora import LoraSection, is_valid_name
 from cluster.config.model import ModelSection
 from cluster.core.errors import ConfigError
 
@@ -44,8 +44,8 @@ def test_an_adapter_has_not_the_name_of_the_model() -> None:
 def test_names_and_folders() -> None:
     section = LoraSection(lora_modules=("sql=/a/b=c", "org/chat:1=/d"))
     assert section.modules == (("sql", "/a/b=c"), ("org/chat:1", "/d"))
-    assert not is_name("-x")
-    assert not is_name("x" * 129)
+    assert not is_valid_name("-x")
+    assert not is_valid_name("x" * 129)
 
 
 def test_an_adapter_may_be_for_some_keys() -> None:

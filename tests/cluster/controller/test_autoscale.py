@@ -205,7 +205,7 @@ def test_no_more_expert_workers_than_experts_of_a_bank() -> None:
     load = Load(max_expert_workers=99)
     load.last(5, **BUSY)
     pools = load.cluster.controller.autoscaling
-    assert pools._allowed("expert").most == 8
+    assert pools._allowed("expert").max_workers == 8
 
 
 def test_workers_that_report_no_slot_time_stay() -> None:

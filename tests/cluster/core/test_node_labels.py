@@ -12,7 +12,7 @@ from cluster.core.node_labels import ROLE, NodeLabels, selector_for
 
 def node(name: str, role: str, cpus: float, gpus: float = 0.0) -> NodeResources:
     return NodeResources(
-        node_id=name, address=name, cpus=cpus, gpus=gpus, place=NodeLabels(role=role)
+        node_id=name, address=name, cpus=cpus, gpus=gpus, labels=NodeLabels(role=role)
     )
 
 
@@ -38,10 +38,10 @@ def test_a_role_runs_on_the_nodes_that_are_labelled_for_it() -> None:
 
 
 def test_ray_gets_the_same_selector() -> None:
-    places = [n.place for n in ALL]
+    places = [n.labels for n in ALL]
     assert selector_for("expert", places) == {ROLE: "expert"}
     assert selector_for("colocated", places)[ROLE].startswith("!in(attention,")
-    assert selector_for("expert", [HEAD.place]) == {}
+    assert selector_for("expert", [HEAD.labels]) == {}
 
 
 def test_shares_fit_every_pool_on_its_own_nodes() -> None:

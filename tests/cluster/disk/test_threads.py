@@ -61,7 +61,7 @@ def test_results_and_errors_are_those_of_the_call() -> None:
         assert await threads.run(divmod, 7, 2) == (3, 1)
         with pytest.raises(TimeoutError, match="of the disk itself"):
             await threads.run(fail)
-        assert await threads.run_to_end(threading.get_ident) != threading.get_ident()
+        assert await threads.run_to_completion(threading.get_ident) != threading.get_ident()
 
     asyncio.run(work())
 
@@ -97,7 +97,7 @@ def test_few_calls_wait_for_a_slow_disk() -> None:
 def test_a_cancelled_call_does_not_begin_and_a_running_one_is_waited_for() -> None:
     async def work(disk: HungDisk) -> None:
         threads = DiskThreads("the disk", 1, 8, LIMIT_S)
-        running = asyncio.create_task(threads.run_to_end(disk.call))
+        running = asyncio.create_task(threads.run_to_completion(disk.call))
         await asyncio.to_thread(disk.has_begun.acquire)
         waiting = asyncio.create_task(threads.run(disk.call))
         await asyncio.sleep(0)

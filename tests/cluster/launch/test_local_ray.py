@@ -13,8 +13,8 @@ import pytest
 
 from cluster.launch.local_ray import (
     START_ATTEMPTS,
-    begin,
-    join,
+    init_ray,
+    join_ray,
     make_temp_dir,
     private_environment,
 )
@@ -102,7 +102,7 @@ def test_a_start_that_ray_gives_up_is_begun_again(
     slow_ray: Callable[[int, str], SlowRay], tmp_path: Path, reason: str
 ) -> None:
     ray = slow_ray(2, reason)
-    assert begin(tmp_path / "ray", num_cpus=1) == "connected"
+    assert init_ray(tmp_path / "ray", num_cpus=1) == "connected"
     assert (ray.num_calls, ray.num_running()) == (3, 1)
 
 
@@ -114,7 +114,7 @@ def test_a_start_that_cannot_succeed_ends(
 ) -> None:
     ray = slow_ray(9, reason)
     with pytest.raises(Exception, match=reason):
-        begin(tmp_path / "ray", num_cpus=1)
+        init_ray(tmp_path / "ray", num_cpus=1)
     assert ray.num_calls == num_calls
 
 
@@ -124,7 +124,7 @@ def test_a_ray_without_a_listener_is_not_waited_for(monkeypatch: pytest.MonkeyPa
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ConnectionError, match="refused"):
-            join(address)
+            join_ray(address)
 
 
 def test_a_ray_that_is_being_started_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,5 +139,5 @@ def test_a_ray_that_is_being_started_is_waited_for(monkeypatch: pytest.MonkeyPat
 
         context = SimpleNamespace(address_info={"gcs_address": address})
         monkeypatch.setattr("ray.init", lambda **options: context)
-        assert join(address, patience_s=60.0, sleep=listen_now) == address
+        assert join_ray(address, patience_s=60.0, sleep=listen_now) == address
     assert len(waits) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.launch.parts import tell_threads
+from cluster.launch.parts import describe_threads
 
 
 @pytest.mark.parametrize(
@@ -18,10 +18,12 @@ from cluster.launch.parts import tell_threads
     ],
 )
 def test_compute_threads_are_told_by_number(threads: list[int | None], words: str) -> None:
-    assert tell_threads([{"threads": number, "state": "SERVING"} for number in threads]) == words
+    assert (
+        describe_threads([{"threads": number, "state": "SERVING"} for number in threads]) == words
+    )
 
 
 def test_workers_that_are_gone_are_not_counted() -> None:
     states = ("SERVING", "LOST", "DRAINED")
-    words = tell_threads([{"threads": 1, "state": state} for state in states])
+    words = describe_threads([{"threads": 1, "state": state} for state in states])
     assert words == "1 worker with 1 compute thread"

@@ -19,7 +19,7 @@ class Pool:
     """A pool whose workers report once a second."""
 
     def __init__(self, size: int = 4, least: int = 1, most: int = 16) -> None:
-        self.history = PoolHistory(SECTION, PoolLimits(least=least, most=most))
+        self.history = PoolHistory(SECTION, PoolLimits(min_workers=least, max_workers=most))
         self.size = size
         self.now = 0.0
 

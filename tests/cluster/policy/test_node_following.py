@@ -224,7 +224,7 @@ def test_after_a_failure_it_waits_longer_and_longer() -> None:
 )
 def test_as_many_workers_fit_as_their_share_says(share: WorkerShare, room: int) -> None:
     nodes = [
-        NodeResources(node_id=role, address=role, cpus=8.0, gpus=2.0, place=NodeLabels(role=role))
+        NodeResources(node_id=role, address=role, cpus=8.0, gpus=2.0, labels=NodeLabels(role=role))
         for role in ("", "gateway", "attention", "expert")
     ]
     homes = {"expert-1": "expert", "expert-0": "expert", "attention-0": "elsewhere"}

@@ -32,7 +32,7 @@ from cluster.policy.rebalance import (
     mixed_balancedness,
     why_impossible,
 )
-from cluster.sizing.replay import ExpertStepCost, window_of
+from cluster.sizing.replay import ExpertStepCost, simulate_window
 from tests.cluster.controller.fakes_cluster import make_members
 
 EXPERTS = 16
@@ -103,7 +103,7 @@ def test_the_time_ratio_is_that_of_a_row_of_the_mix() -> None:
     step = STEP
 
     def row_s(placement: ExpertPlacement) -> float:
-        window = window_of(load().profile, topology, placement, step)
+        window = simulate_window(load().profile, topology, placement, step)
         prefill_s = window.prefill_step_s / step.prefill_tokens
         return 0.3 * prefill_s + 0.7 * window.decode_step_s / step.decode_tokens
 

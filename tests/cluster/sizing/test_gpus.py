@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.sizing.gpus import A100, H100, H200, UNKNOWN_GPU, gpu_numbers, slowest_gpu
+from cluster.sizing.gpus import A100, H100, H200, UNKNOWN_GPU, gpu_spec, slowest_gpu
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from cluster.sizing.gpus import A100, H100, H200, UNKNOWN_GPU, gpu_numbers, slow
 def test_known_gpus_have_numbers_of_their_own(
     name: str, bandwidth: float, tflops: float, link: float
 ) -> None:
-    found = gpu_numbers(name)
+    found = gpu_spec(name)
     assert found.name == name
     assert (found.bandwidth_bytes_s, found.flops_s, found.link_bytes_s) == (
         bandwidth,
@@ -35,21 +35,21 @@ def test_known_gpus_have_numbers_of_their_own(
 
 
 def test_the_bandwidth_that_a_gpu_names_comes_first() -> None:
-    found = gpu_numbers("NVIDIA A100-SXM4-40GB", 1.555e12)
+    found = gpu_spec("NVIDIA A100-SXM4-40GB", 1.555e12)
     assert (found.bandwidth_bytes_s, found.flops_s) == (1.555e12, A100.flops_s)
 
 
 @pytest.mark.parametrize("name", ["NVIDIA X1", "NVIDIA L40", "NVIDIA GeForce RTX 4090", "NVIDIA"])
 def test_unknown_gpus_have_the_numbers_of_an_h100_and_say_so(name: str) -> None:
-    found = gpu_numbers(name)
+    found = gpu_spec(name)
     assert found.name == f"{name} (numbers of an H100)"
     assert found.flops_s == H100.flops_s
-    assert gpu_numbers(name, 1e12).bandwidth_bytes_s == 1e12
+    assert gpu_spec(name, 1e12).bandwidth_bytes_s == 1e12
 
 
 def test_no_gpu_is_an_unknown_one() -> None:
-    assert gpu_numbers("").name == "GPU (numbers of an H100)"
-    assert gpu_numbers("").bandwidth_bytes_s == H100.bandwidth_bytes_s < H200.bandwidth_bytes_s
+    assert gpu_spec("").name == "GPU (numbers of an H100)"
+    assert gpu_spec("").bandwidth_bytes_s == H100.bandwidth_bytes_s < H200.bandwidth_bytes_s
 
 
 def test_a_step_is_as_slow_as_the_slowest_gpu() -> None:

@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 
 from cluster.config.resources import WorkerShare
-from cluster.sizing.devices import CPU_CORE, worker_numbers
+from cluster.sizing.devices import CPU_CORE, worker_device
 from cluster.sizing.gpus import H100
 from cluster.sizing.roofline import (
     BankSize,
-    DeviceNumbers,
+    DeviceSpec,
     ModelSize,
     activated_experts,
-    activation_of,
+    activation_shares,
     attention_step,
     colocated_step,
     disaggregated_step,
@@ -23,7 +23,7 @@ from cluster.sizing.roofline import (
     expert_step,
 )
 
-DEVICE = DeviceNumbers(
+DEVICE = DeviceSpec(
     name="round numbers",
     bandwidth_bytes_s=1e9,
     flops_s=1e12,
@@ -169,18 +169,18 @@ def test_latencies_count_for_every_exchange() -> None:
 
 
 def test_expert_load_becomes_probabilities() -> None:
-    assert activation_of((30, 10, 0, 0), 1) == (0.75, 0.25, 0.0, 0.0)
-    assert activation_of((30, 10, 0, 0), 2) == (1.0, 0.5, 0.0, 0.0)
-    assert activation_of((0.5, 0.5), 1) == (0.5, 0.5)
-    assert activation_of((0, 0), 1) == activation_of((), 1) == ()
+    assert activation_shares((30, 10, 0, 0), 1) == (0.75, 0.25, 0.0, 0.0)
+    assert activation_shares((30, 10, 0, 0), 2) == (1.0, 0.5, 0.0, 0.0)
+    assert activation_shares((0.5, 0.5), 1) == (0.5, 0.5)
+    assert activation_shares((0, 0), 1) == activation_shares((), 1) == ()
 
 
 def test_a_worker_has_its_share_and_the_network_between_hosts() -> None:
-    half = worker_numbers(WorkerShare(cpus=0.5, gpus=0.0, device="cpu"), num_nodes=1)
+    half = worker_device(WorkerShare(cpus=0.5, gpus=0.0, device="cpu"), num_nodes=1)
     assert half.bandwidth_bytes_s == CPU_CORE.bandwidth_bytes_s / 2
     assert half.link_bytes_s == CPU_CORE.link_bytes_s
-    far = worker_numbers(WorkerShare(cpus=4.0, gpus=0.0, device="cpu"), num_nodes=2)
+    far = worker_device(WorkerShare(cpus=4.0, gpus=0.0, device="cpu"), num_nodes=2)
     assert far.link_bytes_s < CPU_CORE.link_bytes_s
     assert far.latency_s > CPU_CORE.latency_s
-    gpu = worker_numbers(WorkerShare(cpus=1.0, gpus=0.25, device="cuda"), num_nodes=1)
+    gpu = worker_device(WorkerShare(cpus=1.0, gpus=0.25, device="cuda"), num_nodes=1)
     assert gpu.flops_s == H100.flops_s / 4

@@ -21,7 +21,7 @@ from cluster.core.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS, N
 from cluster.core.placement import BankShape, contiguous
 from cluster.core.topology import Member
 from cluster.load.view import balancedness_of
-from cluster.sizing.start_plan import StartPlan, fits, plan_start
+from cluster.sizing.start_plan import StartPlan, matches_banks, plan_start
 from tests.cluster.controller.fakes_cluster import make_members
 
 BANKS: list[dict[str, Any]] = [
@@ -73,13 +73,13 @@ def test_without_a_wish_a_start_is_contiguous() -> None:
     plan = make_plan(num_redundant_experts=1)
     expected = contiguous(SHAPES, 4, 1)
     assert plan.placement == expected
-    assert plan.on(members_on(ONE_NODE)).placement == expected
-    assert make_plan().on(members_on(TWO_NODES)).placement == contiguous(SHAPES, 4)
+    assert plan.with_members(members_on(ONE_NODE)).placement == expected
+    assert make_plan().with_members(members_on(TWO_NODES)).placement == contiguous(SHAPES, 4)
 
 
 def test_a_given_profile_is_planned_for(tmp_path: Path) -> None:
     path = str(tmp_path / "load.json")
-    plan = make_plan(num_redundant_experts=1, load_profile=path).on(members_on(ONE_NODE))
+    plan = make_plan(num_redundant_experts=1, load_profile=path).with_members(members_on(ONE_NODE))
     for bank, load in zip(plan.placement.banks, PROFILE.banks, strict=True):
         before = contiguous(SHAPES, 4, 1).banks[load.layer]
         planned, plain = (balancedness_of([device_loads(b, load.counts)]) for b in (bank, before))
@@ -107,7 +107,7 @@ def test_copies_are_in_two_failure_domains_where_slots_allow() -> None:
     racks = [(f"n{i}", NodeLabels(domain=f"rack-{i % 2}")) for i in range(4)]
     for places in (TWO_NODES, racks):
         members = members_on(places)
-        plan = make_plan(None, num_redundant_experts=2).on(members)
+        plan = make_plan(None, num_redundant_experts=2).with_members(members)
         domain = {m.device: m.domain or m.node for m in members if m.holds_experts}
         for bank in plan.placement.banks:
             for expert in range(8):
@@ -117,7 +117,7 @@ def test_copies_are_in_two_failure_domains_where_slots_allow() -> None:
 
 def test_fast_devices_get_more_of_the_load() -> None:
     places = [("n0", NodeLabels(speed=3.0))] * 2 + [("n1", NodeLabels())] * 2
-    plan = make_plan(None, num_redundant_experts=2).on(members_on(places))
+    plan = make_plan(None, num_redundant_experts=2).with_members(members_on(places))
     for bank in plan.placement.banks:
         assert device_loads(bank, [1] * 8) == pytest.approx((3, 3, 1, 1), rel=0.05)
 
@@ -125,8 +125,8 @@ def test_fast_devices_get_more_of_the_load() -> None:
 def test_a_profile_of_another_model_counts_for_nothing() -> None:
     bank = BankLoad(bank="mlp", layer=0, counts=(1, 2, 3))
     other = LoadProfile(model="other", top_k=2, tokens=1, banks=(bank,))
-    assert not fits(other, BANKS)
-    assert fits(PROFILE, BANKS)
+    assert not matches_banks(other, BANKS)
+    assert matches_banks(PROFILE, BANKS)
     plan = make_plan(other)
     assert plan.load is not None
     assert all(load.counts == (1.0,) * 8 for load in plan.load.banks)
@@ -154,7 +154,7 @@ def test_only_labelled_nodes_can_be_followed() -> None:
         workers=WorkersSection(follow_nodes=True),
     )
     gateway, attention, expert = (
-        NodeResources(node_id=role, address=role, cpus=8.0, place=NodeLabels(role=role))
+        NodeResources(node_id=role, address=role, cpus=8.0, labels=NodeLabels(role=role))
         for role in ("gateway", "attention", "expert")
     )
     for nodes in (NODES, [gateway, attention, *NODES], [gateway, expert]):
@@ -169,7 +169,7 @@ def test_a_placement_and_a_profile_exclude_each_other() -> None:
 
 
 def test_a_plan_survives_the_way_to_the_workers() -> None:
-    plan = make_plan(num_redundant_experts=1, load_profile="x").on(members_on(TWO_NODES))
+    plan = make_plan(num_redundant_experts=1, load_profile="x").with_members(members_on(TWO_NODES))
     expert = make_members(1, 4)[1]
     *_, extra = json.loads(json.dumps(plan.arguments(expert, "here:1")))
     assert extra["placement"] == plan.placement.to_dict()

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.harness.stalls import wait_until
 from cluster.core.frames import LowDisk
-from cluster.tracing.disks import LOOK_S, LOW_BYTES, DiskWatch, low_disks
+from cluster.tracing.disks import CHECK_INTERVAL_S, LOW_BYTES, DiskMonitor, low_disks
 
 LOGS = Path("/logs")
 WAIT_S = 60.0
@@ -56,12 +56,12 @@ def test_disks_are_looked_at_now_and_then() -> None:
         looks.put(folders)
         return (LOW,)
 
-    watch = DiskWatch(lambda: [None, LOGS, LOGS], look)
+    watch = DiskMonitor(lambda: [None, LOGS, LOGS], look)
     watch.low(10.0)
     assert looks.get(timeout=WAIT_S) == [LOGS]
     wait_until(lambda: watch.low(10.1) == (LOW,), "the end of the look")
     assert looks.empty(), "it was too early for another one"
-    wait_until(lambda: watch.low(10.0 + LOOK_S) and not looks.empty(), "another look")
+    wait_until(lambda: watch.low(10.0 + CHECK_INTERVAL_S) and not looks.empty(), "another look")
 
 
 def test_nobody_waits_for_a_disk_that_hangs() -> None:
@@ -72,9 +72,9 @@ def test_nobody_waits_for_a_disk_that_hangs() -> None:
         assert is_back.wait(WAIT_S)
         return (LOW,)
 
-    watch = DiskWatch(lambda: [LOGS], look)
+    watch = DiskMonitor(lambda: [LOGS], look)
     for number in range(20):
-        assert watch.low(number * LOOK_S) == ()
+        assert watch.low(number * CHECK_INTERVAL_S) == ()
     is_back.set()
     assert len(looks) <= 1, "the first look has not ended"
-    wait_until(lambda: watch.low(20 * LOOK_S) == (LOW,), "the end of the look")
+    wait_until(lambda: watch.low(20 * CHECK_INTERVAL_S) == (LOW,), "the end of the look")

@@ -90,7 +90,7 @@ def test_libraries_with_handlers_of_their_own_get_our_form(
     library.setLevel(logging.INFO)
     library.addHandler(logging.StreamHandler())
     stream = set_up("json")
-    logs.adopt("other.serving")
+    logs.format_library_logs("other.serving")
     library.info("started")
     library.warning("a problem")
     (line,) = stream.getvalue().splitlines()
@@ -136,6 +136,6 @@ def test_a_full_disk_stops_nobody(capsys: pytest.CaptureFixture[str]) -> None:
             raise OSError(28, "No space left on device")
 
     logs.set_up("expert-0", "text", Full())
-    number, _ = logs.RECENT.since(0)
+    number, _ = logs.RECENT_LINES.since(0)
     logging.getLogger("cluster").info("a line")
-    assert logs.RECENT.since(number)[1][0].endswith("a line")
+    assert logs.RECENT_LINES.since(number)[1][0].endswith("a line")

@@ -121,7 +121,7 @@ def test_a_link_in_place_of_a_new_file_is_not_followed(tmp_path: Path) -> None:
 def test_a_process_without_a_stream_logs_on(tmp_path: Path, close: str) -> None:
     code = f"import os\nfrom cluster.tracing import logs\n{close}\nlogs.set_up('x')\n"
     code += "import logging\nlogging.getLogger('workers').info('x')\n"
-    code += "assert len(logs.RECENT.since(0)[1]) == 1\nos.kill(os.getpid(), 9)"
+    code += "assert len(logs.RECENT_LINES.since(0)[1]) == 1\nos.kill(os.getpid(), 9)"
     assert run(tmp_path, code) == {}
 
 
@@ -142,7 +142,7 @@ thread = threading.Thread(target=lambda: 1 / 0)
 thread.start()
 thread.join()
 faulthandler.dump_traceback()
-print(len(logs.RECENT.since(0)[1]))
+print(len(logs.RECENT_LINES.since(0)[1]))
 """
     with Path("/dev/full").open("wb") as full:
         child = subprocess.run(

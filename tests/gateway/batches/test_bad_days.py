@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from cluster.batches.requests import BatchRequest
-from cluster.batches.run import BatchAnswer, answer_line
+from cluster.batches.run import BatchResponse, response_line
 from cluster.config.gateway import GatewaySection
 from gateway.batches.batch_store import BatchStore, WorkPart
 from gateway.batches.file_store import FileStore
@@ -124,7 +124,9 @@ def test_one_key_leaves_a_seat(keyed: Stack) -> None:
 @pytest.mark.parametrize("damage", [b"\0\0\n", b"", b'{"id": "batch_req_x", "custom_id": "id-1'])
 def test_damaged_answers_cost_what_is_damaged_alone(keeper: Stack, damage: bytes) -> None:
     made = make_batch(keeper, lines_of(IDS))
-    paid = [answer_line(BatchRequest(one, "", {}), BatchAnswer(200, {"paid": one})) for one in IDS]
+    paid = [
+        response_line(BatchRequest(one, "", {}), BatchResponse(200, {"paid": one})) for one in IDS
+    ]
     texts = [json.dumps(one).encode() + b"\n" for one in paid[:8]]
     path = state_of(keeper).work / f"{made['id']}.answers"
     path.write_bytes(b"".join(texts[:5]) + damage + b"".join(texts[5:]))

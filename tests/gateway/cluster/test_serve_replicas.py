@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.config.gateway import GatewaySection
-from gateway.cluster.serve_replicas import Question, own_first
+from gateway.cluster.serve_replicas import ReplicaCall, own_first
 from tests.gateway.stack import WAIT_S, Stack, complete, running_stack
 
 OTHER = "gateway-other"
@@ -27,9 +27,9 @@ class TwoReplicas:
         }
         self.asked: list[tuple[Any, ...]] = []
 
-    async def ask(self, question: Question, *details: Any) -> dict[str, Any]:
+    async def ask(self, question: ReplicaCall, *details: Any) -> dict[str, Any]:
         self.asked.append((question, *details))
-        own = self._answers.answer(question, *details)
+        own = self._answers.handle(question, *details)
         return own_first(own, {OTHER: self.other[question]})
 
 

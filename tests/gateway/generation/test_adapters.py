@@ -13,7 +13,7 @@ import pytest
 from cluster.config.api_keys import digest_of, hash_key
 from cluster.config.gateway import GatewaySection
 from cluster.core.errors import RequestError
-from gateway.cluster.serve_replicas import Question
+from gateway.cluster.serve_replicas import ReplicaCall
 from gateway.core.call import CallKind, GenerateCall
 from gateway.core.errors import error_from_engine, report_error
 from gateway.core.model import ModelFacts
@@ -189,7 +189,7 @@ class OtherReplica:
 
     num_asked = 0
 
-    async def ask(self, question: Question, *details: Any) -> dict[str, Any]:
+    async def ask(self, question: ReplicaCall, *details: Any) -> dict[str, Any]:
         """See ``ServeReplicas``."""
         self.num_asked += 1
         return {"other": ["sql@0"] if self.num_asked < 3 else []}

@@ -22,7 +22,7 @@ from gateway.http.parse import parse_body, parse_json
 from gateway.http.pooling import EmbeddingsBody, InspectBody
 from gateway.http.schema import ChatBody, CompletionBody, DetokenizeBody
 from gateway.http.unsupported import check_unsupported
-from gateway.offload.long_work import NoCollections
+from gateway.offload.long_work import GcPause
 from gateway.responses.unsupported import check_unsupported as check_unbuilt_response
 from gateway.text.forms.tools import MAX_TOOLS
 from protos import inference_pb2 as pb
@@ -472,7 +472,7 @@ def test_a_body_is_parsed_without_collections() -> None:
 
 def test_collections_come_back_after_the_last_of_several_parses() -> None:
     """Whichever of two that overlap ends first."""
-    paused = NoCollections()
+    paused = GcPause()
     with paused:
         with paused:
             assert not gc.isenabled()

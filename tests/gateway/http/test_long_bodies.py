@@ -138,7 +138,7 @@ MESSAGES: Mapping[str, tuple[Any, dict[str, Any], Any, str]] = {
         api,
         "grpc_call",
     ),
-    "Detokenize": (pb.DetokenizeRequest, {"tokens": [1] * 20_000}, api, "numbers_of"),
+    "Detokenize": (pb.DetokenizeRequest, {"tokens": [1] * 20_000}, api, "copy_numbers"),
     "Inspect": (
         pb.InspectRequest,
         {"token_ids": [{"ids": [1] * 20_000}], "outputs": ["none"]},

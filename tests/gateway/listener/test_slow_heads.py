@@ -153,7 +153,7 @@ def test_connections_that_wait_for_their_client_keep_no_call_out(
 
 def num_served(stack: Stack) -> int:
     """Connections of the admin port with a request that the application works on."""
-    return sum(one.serves for one in admin_http(stack).connections)
+    return sum(one.is_serving for one in admin_http(stack).connections)
 
 
 def admin_http(stack: Stack) -> HttpListener:

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.config.gateway import GatewaySection
 from cluster.controller.parts.metrics import ControllerMetrics
 from gateway.observability.metrics import GatewayMetrics
-from gateway.observability.vllm_names import OLDER, SAME
+from gateway.observability.vllm_names import OLDER_VLLM_NAMES, VLLM_NAMES
 from tests.gateway.fakes import FakeController
 from tests.gateway.sse_client import read_events
 from tests.gateway.stack import MODEL, WAIT_S, Stack, complete, post, running_stack
@@ -350,8 +350,8 @@ def test_what_vllm_has_too_comes_under_its_names_on_request() -> None:
         stack.http.get("/health")
         text = stack.http.get("/metrics").text
     families = {family.name: family for family in text_string_to_metric_families(text)}
-    known = {name for name in SAME if f"expertmesh:{name}" in families}
-    assert known >= {*OF_CALLS, *OLDER.keys()} - {"prefix_cache_queries"}
+    known = {name for name in VLLM_NAMES if f"expertmesh:{name}" in families}
+    assert known >= {*OF_CALLS, *OLDER_VLLM_NAMES.keys()} - {"prefix_cache_queries"}
     for name in known:
         theirs, ours = families[f"vllm:{name}"], families[f"expertmesh:{name}"]
         assert theirs.type == ours.type
@@ -363,7 +363,7 @@ def test_what_vllm_has_too_comes_under_its_names_on_request() -> None:
             )
             for s in ours.samples
         ]
-    for name, older in ((n, o) for n, o in OLDER.items() if n in known):
+    for name, older in ((n, o) for n, o in OLDER_VLLM_NAMES.items() if n in known):
         counts = [sum(s.value for s in families[f"vllm:{n}"].samples) for n in (name, older)]
         assert counts[0] == counts[1], older
     assert "vllm:expert_tokens" not in families

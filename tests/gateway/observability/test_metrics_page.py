@@ -9,7 +9,7 @@ from typing import NamedTuple
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.observability.cluster_metrics import TOTAL_TEXTS, WORKER_TEXTS
-from gateway.observability.vllm_names import BY_SOURCE, OLDER, SAME
+from gateway.observability.vllm_names import BY_SOURCE, OLDER_VLLM_NAMES, VLLM_NAMES
 from tests.gateway.stack import Stack, complete
 from tests.paths import ROOT
 
@@ -67,9 +67,9 @@ def test_what_is_said_to_be_the_same_is_exported_under_vllm_s_name() -> None:
     same = {row.name.removesuffix("_total") for row in rows() if row.vllm.startswith("same")}
     histograms = {"iteration_tokens_total"}  # whose name ends like a counter's
     same = same - {name.removesuffix("_total") for name in histograms} | histograms
-    assert same == SAME
+    assert same == VLLM_NAMES
     others = {name for row in rows() for name in names_in(row.vllm)}
-    older = {name for new, name in OLDER.items() if new in SAME}
+    older = {name for new, name in OLDER_VLLM_NAMES.items() if new in VLLM_NAMES}
     assert {name for name in older if f"`{name}" not in PAGE} == set()
     assert f"`{BY_SOURCE}_total" in PAGE
     assert {"gpu_cache_usage_perc", "gpu_prefix_cache_hits_total", "http_requests_total"} <= others

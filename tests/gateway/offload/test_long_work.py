@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from gateway.offload import long_work
-from gateway.offload.long_work import INLINE_SIZE, LongWork, numbers_of, release
+from gateway.offload.long_work import INLINE_SIZE, LongWork, copy_numbers, free_gradually
 
 
 def where() -> str:
@@ -92,7 +92,7 @@ def test_long_lists_are_freed_piece_by_piece_in_the_thread() -> None:
 def test_what_is_inside_is_freed_too() -> None:
     inner, table = [1] * 1000, {"a": [2] * 1000}
     body = {"choices": [inner, {"logprobs": table}]}
-    release(body)
+    free_gradually(body)
     assert (body, inner, table) == ({}, [], {})
 
 
@@ -106,5 +106,5 @@ def test_numbers_are_taken_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> No
             return found
 
     monkeypatch.setattr(long_work, "_TAKEN_ENTRIES", 10)
-    assert numbers_of(Field(range(25))) == tuple(range(25))
+    assert copy_numbers(Field(range(25))) == tuple(range(25))
     assert sizes == [10, 10, 5]

@@ -24,8 +24,8 @@ for block in blocks:
 for block in blocks[:-1]:
     libc.free(ctypes.c_void_p(block))
 assert memory().rss - before > BLOCK * COUNT * 0.9, "the last block keeps what was freed below it"
-thread = malloc_trim.start_returning(0.01)
-assert thread is malloc_trim.start_returning(0.01)
+thread = malloc_trim.start_trimming(0.01)
+assert thread is malloc_trim.start_trimming(0.01)
 while memory().rss - before > BLOCK * COUNT * 0.1:
     time.sleep(0.01)
 """
@@ -38,4 +38,4 @@ def test_memory_freed_below_a_block_in_use_is_returned() -> None:
 
 def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-    assert malloc_trim.start_returning.__wrapped__() is None
+    assert malloc_trim.start_trimming.__wrapped__() is None

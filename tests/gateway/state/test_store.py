@@ -265,17 +265,17 @@ def test_a_file_in_another_one_s_place_is_not_returned(tmp_path: Path) -> None:
 def test_the_begin_of_an_object(tmp_path: Path, clock: Clock) -> None:
     store = make(tmp_path, clock)
     found = put(store, NOTES, b"abc" * 1000)
-    assert store.begin_of(NOTES, "a", found, 5) == b"abcab"
-    assert store.begin_of(NOTES, "b", found, 5) is None
-    assert store.begin_of(NOTES, "a", "../x", 5) is None
+    assert store.read_prefix(NOTES, "a", found, 5) == b"abcab"
+    assert store.read_prefix(NOTES, "b", found, 5) is None
+    assert store.read_prefix(NOTES, "a", "../x", 5) is None
     (path,) = files_in(tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
-    assert store.begin_of(NOTES, "a", found, 5) == b"abcab"
+    assert store.read_prefix(NOTES, "a", found, 5) == b"abcab"
     clock.now_s += 60.0
-    assert store.begin_of(NOTES, "a", found, 5) is None
+    assert store.read_prefix(NOTES, "a", found, 5) is None
     path.write_bytes(b"\xff\n")
     with pytest.raises(StorageError, match="damaged"):
-        store.begin_of(NOTES, "a", found, 5)
+        store.read_prefix(NOTES, "a", found, 5)
 
 
 def test_records_are_what_they_were() -> None:

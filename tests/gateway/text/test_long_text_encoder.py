@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from cluster.core.errors import RequestError
-from gateway.offload.long_work import LongWork, numbers_of
+from gateway.offload.long_work import LongWork, copy_numbers
 from gateway.text import encoding
 from gateway.text.encoding import TextEncoder, check_num_tokens
 from gateway.text.harmony.special_tokens import SPECIAL_TOKENS, HarmonyPrompt, SpecialToken
@@ -116,9 +116,9 @@ def test_many_ids_are_taken_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> N
 
     def note(ids: Sequence[int]) -> tuple[int, ...]:
         taken.append(len(ids))
-        return numbers_of(ids)
+        return copy_numbers(ids)
 
-    monkeypatch.setattr(encoding, "numbers_of", note)
+    monkeypatch.setattr(encoding, "copy_numbers", note)
 
     async def run() -> list[encoding.EncodedText]:
         work = LongWork()

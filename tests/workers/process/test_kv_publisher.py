@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.harness.distributed import free_ports
 from benchmarks.harness.stalls import wait_until
-from cluster.config.kv_events import KvEventsSection, endpoint_of
+from cluster.config.kv_events import KvEventsSection, rank_endpoint
 from cluster.core.errors import ConfigError
 from tests.harness.kv_subscriber import Subscriber
 from tests.workers.kv.router_index import RouterIndex
@@ -255,7 +255,7 @@ def test_each_rank_has_a_port() -> None:
     assert section.kv_events_endpoint is not None
     publisher = KvPublisher(section, 3, SIZE)
     publisher.start()
-    with Subscriber(endpoint_of(section.kv_events_endpoint, 3)) as subscriber:
+    with Subscriber(rank_endpoint(section.kv_events_endpoint, 3)) as subscriber:
         index = RouterIndex(SIZE)
         index.apply(subscriber.next(Chain(publisher).grow)[1])
         assert index.ranks == {3}

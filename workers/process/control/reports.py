@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from cluster.core.frames import ControlFrame, Heartbeat, LoadProgress, StatusReply
 from cluster.core.load_report import LoadReport
-from cluster.tracing.disks import DiskWatch
+from cluster.tracing.disks import DiskMonitor
 from workers.metrics.activity import Activity
 from workers.process.control.membership import Membership
 
@@ -29,7 +29,7 @@ class WorkerReports:
     load_every_s: float
     """Minimum time between two heartbeats with a load report."""
     send: Callable[[ControlFrame], None]
-    disks: DiskWatch
+    disks: DiskMonitor
     """Watches the disks of this host."""
     adapters_in_use: Callable[[], tuple[str, ...]] = tuple
     """Keys of the adapters that requests use."""

@@ -76,7 +76,7 @@ class WorkerActor:
 
     def log(self, after: int) -> tuple[int, list[str]]:
         """The newest lines of this process's log; see ``RecentLines.since``."""
-        return logs.RECENT.since(after)
+        return logs.RECENT_LINES.since(after)
 
     def redirect(self, control_address: str, term: int, controller: str) -> None:
         """Connect to a restarted controller.

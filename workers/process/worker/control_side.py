@@ -9,7 +9,7 @@ from pathlib import Path
 from cluster.core.errors import NotReadyError
 from cluster.core.frames import ControlFrame, DrainRequest, WorkerFailed
 from cluster.tracing import logs
-from cluster.tracing.disks import DiskWatch
+from cluster.tracing.disks import DiskMonitor
 from workers.metrics.activity import Activity
 from workers.metrics.step_metrics import StepMetrics
 from workers.model.cuda.device import gpu_stats
@@ -77,7 +77,7 @@ class ControlSide:
             load=roles.load_report,
             load_every_s=config.load.report_s,
             send=self.send,
-            disks=DiskWatch(lambda: [logs.OUTPUT.folder, timelines]),
+            disks=DiskMonitor(lambda: [logs.OUTPUT.folder, timelines]),
             adapters_in_use=roles.adapters_in_use,
             waits_for=interrupts.awaited_peers,
             problems=lambda: roles.problems(name),

@@ -202,7 +202,7 @@ class Worker:
         if (traces := start_traces(section.otlp_endpoint, name)) is not None:
             self._cleanup.callback(traces.stop)
             rank = None if self.member.holds_experts else self.member.rank
-            sinks.append(StepSpans(traces.record_below, name, rank))
+            sinks.append(StepSpans(traces.record_child, name, rank))
         return sinks
 
     def _run_step(self, connections: PeerConnections) -> None:

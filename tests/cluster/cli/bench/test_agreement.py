@@ -18,8 +18,8 @@ from aiohttp import web
 
 from cluster.cli.bench.arrivals import poisson
 from cluster.cli.bench.http_target import HttpTarget
-from cluster.cli.bench.load import Load, run_load
 from cluster.cli.bench.tally import Tally
+from cluster.cli.bench.workload import Workload, run_workload
 from cluster.cli.terminal.client import Client
 
 WITHIN = 0.02
@@ -106,7 +106,7 @@ async def measure(server: ScriptedServer) -> Tally:
     client = Client(argparse.Namespace(url=f"http://{host}:{port}", **dict.fromkeys(names)))
     target = HttpTarget(client, None, "salt")
     tally = Tally({})
-    load = Load(
+    load = Workload(
         arrivals=poisson(NUM_REQUESTS, RATE_PER_S, 8, TOKENS, seed=1),
         max_concurrency=None,
         vocab_size=100,
@@ -114,7 +114,7 @@ async def measure(server: ScriptedServer) -> Tally:
         timeout_s=60.0,
     )
     try:
-        await run_load(load, target, tally, lambda: None)
+        await run_workload(load, target, tally, lambda: None)
     finally:
         await target.close()
         await runner.cleanup()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.cli.bench.arrivals import Arrival, poisson, read_trace
-from cluster.cli.bench.load import Load
+from cluster.cli.bench.workload import Workload
 
 MOONCAKE = """\
 {"timestamp": 3000, "input_length": 1500, "output_length": 20, "hash_ids": [7, 8, 9]}
@@ -97,7 +97,7 @@ def test_a_bad_trace(tmp_path: Path, text: str, reason: str) -> None:
 
 def test_parts_of_a_load_are_the_load() -> None:
     arrivals = [Arrival(2.0 * n, 5, 1) for n in range(5)]
-    load = Load(arrivals=arrivals, max_concurrency=None, vocab_size=1000, seed=1, timeout_s=1.0)
+    load = Workload(arrivals=arrivals, max_concurrency=None, vocab_size=1000, seed=1, timeout_s=1.0)
     parts = load.parts(2)
     assert [[a.due_s for a in part.arrivals] for part in parts] == [[0.0, 2.0, 4.0], [0.0, 2.0]]
     prompts = [part.prompt(n) for part in parts for n in range(len(part.arrivals))]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster.cli.bench.compare import Change, changes
+from cluster.cli.bench.compare import ValueChange, changes
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
 
@@ -46,7 +46,7 @@ def write(path: Path, command: str = "bench serve", **results: Any) -> str:
     ],
 )
 def test_which_direction_is_better(name: str, better: str) -> None:
-    assert Change(name, 1.0, 1.0).better == better
+    assert ValueChange(name, 1.0, 1.0).better == better
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_which_direction_is_better(name: str, better: str) -> None:
     ],
 )
 def test_worse_is_beyond_the_threshold(name: str, before: float, after: float, worse: bool) -> None:
-    assert Change(name, before, after).is_worse(1.05) is worse
+    assert ValueChange(name, before, after).is_worse(1.05) is worse
 
 
 def test_only_shared_numbers_are_compared_and_all_failures() -> None:

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from cluster.cli.bench.tally import Answer, Distribution, Tally
+from cluster.cli.bench.tally import CompletedRequest, Distribution, Tally
 
 
 def test_quantiles_to_half_a_percent() -> None:
@@ -30,14 +30,14 @@ def test_memory_does_not_grow_with_the_load() -> None:
 
 
 def test_measures_of_an_answer() -> None:
-    answer = Answer([0.5, 0.75, 1.5], 1.75, prompt_tokens=3, output_tokens=5)
+    answer = CompletedRequest([0.5, 0.75, 1.5], 1.75, prompt_tokens=3, output_tokens=5)
     assert answer.measures_ms() == {
         "ttft": [500.0],
         "tpot": [250.0],
         "itl": [250.0, 750.0],
         "e2e": [1750.0],
     }
-    assert Answer([0.5], 0.5, 3, 1).measures_ms()["tpot"] == []
+    assert CompletedRequest([0.5], 0.5, 3, 1).measures_ms()["tpot"] == []
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_measures_of_an_answer() -> None:
 def test_goodput_looks_at_the_longest_gap(goals: dict[str, float], good: int) -> None:
     tally = Tally(goals)
     tally.begin()
-    tally.take(Answer([0.5, 0.75, 1.5], 1.75, prompt_tokens=3, output_tokens=5))
+    tally.take(CompletedRequest([0.5, 0.75, 1.5], 1.75, prompt_tokens=3, output_tokens=5))
     assert tally.results(2.0)["good_requests_per_s"] == good / 2
 
 
@@ -55,7 +55,7 @@ def test_every_request_is_counted_once() -> None:
     tally = Tally({})
     for _ in range(3):
         tally.begin()
-    tally.take(Answer([0.1, 0.2], 0.2, prompt_tokens=3, output_tokens=2))
+    tally.take(CompletedRequest([0.1, 0.2], 0.2, prompt_tokens=3, output_tokens=2))
     tally.fail("429 queue_full")
     results = tally.results(4.0)
     assert (results["successful"], results["failed"], results["unfinished"]) == (1, 1, 1)

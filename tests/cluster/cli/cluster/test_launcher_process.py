@@ -19,7 +19,7 @@ from benchmarks.harness.stalls import wait_until
 from cluster.cli.cluster.down import end_cluster
 from cluster.core.process import is_running
 from cluster.launch import state_file
-from cluster.launch.orphans import find_by_files, sweep
+from cluster.launch.orphans import end_private_ray, find_by_files
 from tests.cluster.cli.fake_launcher import stages_path
 
 pytestmark = pytest.mark.distributed
@@ -316,5 +316,5 @@ def test_what_up_starts_in_a_joined_ray_has_no_owner(start_front: StartFront) ->
         assert refused.end()[0] == 5
         assert state_file.read_record("one") == record
     finally:
-        sweep(front.folder, ())
+        end_private_ray(front.folder, ())
         state_file.remove_record("one")

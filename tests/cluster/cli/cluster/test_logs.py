@@ -17,7 +17,7 @@ from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.core.process import describe_self
 from cluster.launch import state_file
 from cluster.launch.orphans import host_id
-from cluster.tracing.output_files import previous
+from cluster.tracing.output_files import rotated_path
 from tests.cluster.cli.fake_gateway import FakeGateway
 from tests.cluster.launch.test_state_file import record
 
@@ -108,7 +108,7 @@ def test_logs_of_the_launcher(
     state_file.log_path("mine").write_text("begins\nends\n")
     assert main(["logs", "--tail", "1"]) == ExitCode.OK
     assert capsys.readouterr().out == "ends\n"
-    previous(state_file.log_path("mine")).write_text("before the rotation\n")
+    rotated_path(state_file.log_path("mine")).write_text("before the rotation\n")
     assert main(["logs", "--tail", "3"]) == ExitCode.OK
     assert capsys.readouterr().out == "before the rotation\nbegins\nends\n"
     state_file.remove_log("mine")

@@ -65,7 +65,7 @@ def test_a_dry_run_is_asked_for(gateway: FakeGateway, capsys: pytest.CaptureFixt
             "not possible: there are",
         ),
         ({"automatic": True}, "rebalance   automatic"),
-        ({}, "by order"),
+        ({}, "by command"),
         ({"automatic": True, "problem": "no placement can be planned"}, "no placement can be"),
         ({"phase": "stage 1: switch at one step"}, "stage 1: switch"),
         ({"last": {"outcome": "failed", "text": "too slow"}}, "last: failed, too slow"),

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from cluster.cli.main import main, make_parser
-from cluster.cli.options.serve_config import asked_for
-from cluster.cli.options.serve_options import read_given
+from cluster.cli.options.serve_config import options_by_flag
+from cluster.cli.options.serve_options import read_given_options
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.launch.plan import tell_differences
+from cluster.launch.plan import option_differences
 
 TEXT = """
 model: /models/m
@@ -32,7 +32,7 @@ def values_of(
     path = folder / "engine.yaml"
     path.write_text(text)
     args = make_parser().parse_args(["up", "--config", str(path), *words])
-    given = read_given(args, environment or {})
+    given = read_given_options(args, environment or {})
     return given.values | {"MODEL": given.model.value}
 
 
@@ -80,26 +80,26 @@ def test_errors_in_the_file_are_reported(tmp_path: Path, text: str, words: str) 
 def test_a_file_that_is_not_there() -> None:
     args = make_parser().parse_args(["up", "--config", "/nowhere/engine.yaml"])
     with pytest.raises(CommandError, match="nowhere"):
-        read_given(args, {})
+        read_given_options(args, {})
 
 
 def asked(*words: str) -> dict[str, str]:
     args = make_parser().parse_args(["up", *words])
-    return asked_for(read_given(args, {}))
+    return options_by_flag(read_given_options(args, {}))
 
 
 def test_differences_of_two_starts_are_named_by_flag() -> None:
     one = asked("m", "--num-expert-workers", "2", "--address", "auto", "--api-key", "secret")
     same = asked("m", "--num-expert-workers", "2", "--api-key", "secret", "--wait-nodes", "3")
-    assert tell_differences(one, same) == []
+    assert option_differences(one, same) == []
     assert "secret" not in str(one)
     other = asked("--num-expert-workers", "3", "--deterministic", "--api-key", "secret")
-    assert tell_differences(one, other) == [
+    assert option_differences(one, other) == [
         "--deterministic: default, not on",
         "--num-expert-workers: 2, not 3",
         "MODEL: m, not default",
     ]
-    assert len(tell_differences(one, asked("m", "--num-expert-workers", "2"))) == 1
+    assert len(option_differences(one, asked("m", "--num-expert-workers", "2"))) == 1
 
 
 def origins(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, tuple[Any, str]]:

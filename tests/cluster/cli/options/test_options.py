@@ -17,9 +17,9 @@ from cluster.cli.options.option import parse_bytes
 from cluster.cli.options.serve_config import build_config
 from cluster.cli.options.serve_options import (
     OPTIONS,
-    read_given,
+    add_missing_values,
+    read_given_options,
     read_template,
-    spell_out,
     without_keys,
 )
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
@@ -36,15 +36,15 @@ MODEL = ModelSource(folder=Path("/models/m"), name="m")
 
 
 def parse(*words: str) -> argparse.Namespace:
-    return make_parser().parse_args(spell_out(["serve", *words]))
+    return make_parser().parse_args(add_missing_values(["serve", *words]))
 
 
 def config_of(*words: str, environment: dict[str, str] | None = None) -> ClusterConfig:
-    return build_config(read_given(parse(*words), environment or {}).values, MODEL)
+    return build_config(read_given_options(parse(*words), environment or {}).values, MODEL)
 
 
 def collect_of(environment: dict[str, str]) -> dict[str, Any]:
-    return read_given(parse(), environment).values
+    return read_given_options(parse(), environment).values
 
 
 def test_without_options_the_defaults_of_the_configuration_hold() -> None:
@@ -283,7 +283,7 @@ def test_a_public_host_needs_keys_or_a_word() -> None:
     assert caught.value.code == ExitCode.REFUSED
     assert "--allow-unauthenticated" in str(caught.value)
     assert config_of("--host", "0.0.0.0", "--allow-unauthenticated").gateway.host == "0.0.0.0"
-    assert config_of("--host", "0.0.0.0", "--api-key", "k").gateway.asks_for_keys
+    assert config_of("--host", "0.0.0.0", "--api-key", "k").gateway.requires_keys
 
 
 def test_limits_of_requests_are_options() -> None:
@@ -300,7 +300,7 @@ def test_a_public_admin_host_needs_keys_of_its_own() -> None:
     with pytest.raises(CommandError, match="--admin-key") as caught:
         config_of("--admin-host", "0.0.0.0", "--api-key", "k", "--allow-unauthenticated")
     assert caught.value.code == ExitCode.REFUSED
-    assert config_of("--admin-host", "0.0.0.0", "--admin-key", "k").gateway.asks_for_admin_keys
+    assert config_of("--admin-host", "0.0.0.0", "--admin-key", "k").gateway.requires_admin_keys
 
 
 @pytest.mark.parametrize(
@@ -578,7 +578,7 @@ def test_every_option_of_serve_is_in_the_readme_or_the_docs() -> None:
 
 
 def test_adapters_come_from_any_folder_where_no_keys_are_configured() -> None:
-    assert config_of().lora.allows("/any/folder")
-    assert not config_of("--lora-roots", "/adapters").lora.allows("/any/folder")
+    assert config_of().lora.allows_path("/any/folder")
+    assert not config_of("--lora-roots", "/adapters").lora.allows_path("/any/folder")
     config = config_of(environment={"EXPERTMESH_API_KEYS": "secret"})
-    assert not config.lora.allows("/any/folder")
+    assert not config.lora.allows_path("/any/folder")

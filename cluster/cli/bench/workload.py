@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cluster.cli.bench.arrivals import Arrival
-from cluster.cli.bench.tally import Answer, Tally
+from cluster.cli.bench.tally import CompletedRequest, Tally
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 
 
@@ -21,13 +21,13 @@ class RequestFailed(CommandError):
         """Key by which failures are counted."""
 
 
-class Target(Protocol):
+class BenchTarget(Protocol):
     """A server, called over one of its protocols."""
 
     async def complete(
-        self, prompt: Sequence[int], max_tokens: int, saw: Callable[[], None]
+        self, prompt: Sequence[int], max_tokens: int, on_piece: Callable[[], None]
     ) -> int:
-        """Stream a completion, call ``saw`` for each piece and return the number of tokens.
+        """Stream a completion, call ``on_piece`` for each piece and return the number of tokens.
 
         Raises ``RequestFailed``, ``TimeoutError`` and ``OSError``.
         """
@@ -37,7 +37,7 @@ class Target(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Load:
+class Workload:
     """Requests to send, and how."""
 
     arrivals: Sequence[Arrival]
@@ -61,7 +61,7 @@ class Load:
         """A different prompt with the length of the first one."""
         return replace(self.arrivals[0], blocks=()).prompt(self.vocab_size, f"{self.seed} -1")
 
-    def parts(self, number: int) -> list[Load]:
+    def parts(self, number: int) -> list[Workload]:
         """At most ``number`` consecutive loads with about equal numbers of requests."""
         size = -(-len(self.arrivals) // number)
         found = []
@@ -73,7 +73,7 @@ class Load:
         return found
 
 
-async def warm_up(load: Load, target: Target) -> None:
+async def warm_up(load: Workload, target: BenchTarget) -> None:
     """Send one request that is not counted. Raises ``RequestFailed`` if the server fails it."""
     try:
         async with asyncio.timeout(load.timeout_s):
@@ -85,7 +85,9 @@ async def warm_up(load: Load, target: Target) -> None:
         raise RequestFailed("connection", str(err), ExitCode.UNREACHABLE) from err
 
 
-async def run_load(load: Load, target: Target, tally: Tally, tick: Callable[[], None]) -> None:
+async def run_workload(
+    load: Workload, target: BenchTarget, tally: Tally, tick: Callable[[], None]
+) -> None:
     """Send all requests and wait for their end; ``tick`` is called after each request.
 
     Times of a request begin when it is sent; ``Tally.late_ms`` records how late that was.
@@ -109,7 +111,7 @@ async def run_load(load: Load, target: Target, tally: Tally, tick: Callable[[], 
 
 
 async def _one(
-    load: Load, output_len: int, prompt: list[int], target: Target, tally: Tally
+    load: Workload, output_len: int, prompt: list[int], target: BenchTarget, tally: Tally
 ) -> None:
     clock = asyncio.get_running_loop().time
     pieces: list[float] = []
@@ -127,6 +129,6 @@ async def _one(
         tally.fail("connection")
     else:
         if pieces:
-            tally.take(Answer(pieces, clock() - start, len(prompt), tokens))
+            tally.take(CompletedRequest(pieces, clock() - start, len(prompt), tokens))
         else:
             tally.fail("empty")

@@ -1,4 +1,4 @@
-"""``cluster.batches.answer_file``."""
+"""``cluster.batches.response_file``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cluster.batches.answer_file import AnswerFile, InUseError
+from cluster.batches.response_file import InUseError, ResponseFile
 from cluster.core.errors import ConflictError
 from tests.cluster.batches.files import read_lines, write_lines
 from tests.harness.faulty_files import Fault, FaultyFiles, FileCall, Killed, each_fault
@@ -24,11 +24,11 @@ def answer(custom_id: str, status: int = 200) -> dict[str, Any]:
 
 def test_answers_are_there_when_the_file_is_opened_again(tmp_path: Path) -> None:
     path = tmp_path / "out"
-    with AnswerFile(path) as file:
+    with ResponseFile(path) as file:
         file.append("a", answer("a"))
         file.append("b", answer("b", 400))
         assert (file.done, file.num_failed) == ({"a", "b"}, 1)
-    with AnswerFile(path) as file:
+    with ResponseFile(path) as file:
         assert (file.done, file.num_failed) == ({"a", "b"}, 1)
         file.append("c", answer("c"))
     assert read_lines(path) == [answer("a"), answer("b", 400), answer("c")]
@@ -38,7 +38,7 @@ def test_answers_are_there_when_the_file_is_opened_again(tmp_path: Path) -> None
 def test_a_part_of_a_line_is_cut_off(tmp_path: Path, cut: int) -> None:
     path = write_lines(tmp_path / "out", [answer("a"), answer("b")])
     os.truncate(path, path.stat().st_size - cut)
-    with AnswerFile(path) as file:
+    with ResponseFile(path) as file:
         assert file.done == {"a"}
         file.append("b", answer("b"))
     assert read_lines(path) == [answer("a"), answer("b")]
@@ -52,7 +52,7 @@ def test_other_files_are_left_alone(tmp_path: Path, wrong: str) -> None:
     path = write_lines(tmp_path / "out", [answer("a"), wrong, answer("c")])
     before = path.read_bytes()
     with pytest.raises(ConflictError, match="out: line 2 "):
-        AnswerFile(path)
+        ResponseFile(path)
     assert path.read_bytes() == before
 
 
@@ -61,7 +61,7 @@ def test_other_files_without_an_end_are_left_alone(tmp_path: Path, wrong: str) -
     path = tmp_path / "out"
     path.write_text(wrong + "x")
     with pytest.raises(ConflictError, match="out: line 1 is no answer"):
-        AnswerFile(path)
+        ResponseFile(path)
     assert path.read_text() == wrong + "x"
 
 
@@ -70,13 +70,13 @@ def test_zeros_at_the_end_are_cut_off(tmp_path: Path) -> None:
     whole = path.stat().st_size
     os.truncate(path, whole - 5)
     os.truncate(path, whole + 100)
-    with AnswerFile(path) as file:
+    with ResponseFile(path) as file:
         assert file.done == {"a"}
 
 
 def test_half_a_surrogate_pair_is_written(tmp_path: Path) -> None:
     found = {**answer("a"), "error": "\ud800"}
-    with AnswerFile(tmp_path / "out") as file:
+    with ResponseFile(tmp_path / "out") as file:
         file.append("a", found)
         size = file.num_bytes
     assert read_lines(tmp_path / "out") == [found]
@@ -84,9 +84,9 @@ def test_half_a_surrogate_pair_is_written(tmp_path: Path) -> None:
 
 
 def test_one_process_has_the_file(tmp_path: Path) -> None:
-    with AnswerFile(tmp_path / "out"), pytest.raises(InUseError, match="by another process"):
-        AnswerFile(tmp_path / "out")
-    AnswerFile(tmp_path / "out").close()
+    with ResponseFile(tmp_path / "out"), pytest.raises(InUseError, match="by another process"):
+        ResponseFile(tmp_path / "out")
+    ResponseFile(tmp_path / "out").close()
 
 
 # ---- disks that fail, and kills --------------------------------------------------------------
@@ -101,7 +101,7 @@ def whole_answers(path: Path) -> list[str]:
 
 def finish(path: Path) -> None:
     """What the next process does: it answers the rest."""
-    with AnswerFile(path, is_private=True) as file:
+    with ResponseFile(path, is_private=True) as file:
         for one in IDS:
             if one not in file.done:
                 file.append(one, answer(one))
@@ -116,7 +116,7 @@ def test_no_answer_is_lost_and_none_is_torn(tmp_path: Path, is_private: bool) ->
         with (
             FaultyFiles(folder, fault),
             contextlib.suppress(OSError, Killed),
-            AnswerFile(path, is_private=is_private) as file,
+            ResponseFile(path, is_private=is_private) as file,
         ):
             for one in IDS[:-1]:
                 with contextlib.suppress(OSError):
@@ -125,7 +125,7 @@ def test_no_answer_is_lost_and_none_is_torn(tmp_path: Path, is_private: bool) ->
                     file.sync()
                     synced = list(added)
         if fault.kind.startswith("kill"):
-            with AnswerFile(path, is_private=is_private) as file:
+            with ResponseFile(path, is_private=is_private) as file:
                 assert file.done >= set(synced), fault
         elif not fault.lasts:
             assert whole_answers(path) == added, fault
@@ -138,7 +138,7 @@ def test_a_file_takes_answers_again_when_there_is_room(tmp_path: Path) -> None:
         with (
             FaultyFiles(folder, fault) as files,
             contextlib.suppress(OSError, Killed),
-            AnswerFile(folder / "out") as file,
+            ResponseFile(folder / "out") as file,
         ):
             for one in IDS:
                 try:
@@ -172,12 +172,12 @@ def test_damage_costs_no_answer_but_its_own(
 ) -> None:
     path = tmp_path / "out"
     write_damaged(path, before, damage, after)
-    with AnswerFile(path, is_private=True) as file:
+    with ResponseFile(path, is_private=True) as file:
         assert file.done == {"a", "b"}
         assert read_lines(path) == [answer("a"), answer("b")]
         assert file.num_bytes == path.stat().st_size
         with pytest.raises(InUseError):
-            AnswerFile(path, is_private=True)
+            ResponseFile(path, is_private=True)
         file.append("c", answer("c"))
     assert whole_answers(path) == ["a", "b", "c"]
     assert list(tmp_path.iterdir()) == [path]
@@ -186,7 +186,7 @@ def test_damage_costs_no_answer_but_its_own(
 def test_half_an_answer_before_a_whole_one_is_damage_in_any_file(tmp_path: Path) -> None:
     path = tmp_path / "out"
     write_damaged(path, *DAMAGED[0])
-    with AnswerFile(path) as file:
+    with ResponseFile(path) as file:
         assert file.done == {"a", "b"}
     assert whole_answers(path) == ["a", "b"]
 
@@ -200,8 +200,8 @@ def test_a_repair_that_fails_loses_nothing(
 
     for folder, fault in each_fault(tmp_path, prepare):
         with FaultyFiles(folder, fault), contextlib.suppress(OSError, Killed):
-            AnswerFile(folder / "out", is_private=True).close()
-        with AnswerFile(folder / "out", is_private=True) as file:
+            ResponseFile(folder / "out", is_private=True).close()
+        with ResponseFile(folder / "out", is_private=True) as file:
             assert file.done == {"a", "b"}, fault
         finish(folder / "out")
 
@@ -215,7 +215,7 @@ def test_what_a_failed_sync_may_have_lost_is_written_again(tmp_path: Path) -> No
             os.truncate(path, 0)  # the disk has lost what was not synced
             raise OSError(errno.EIO, "Input/output error")
 
-    with AnswerFile(path) as file, FaultyFiles(tmp_path, on_call=fail_once):
+    with ResponseFile(path) as file, FaultyFiles(tmp_path, on_call=fail_once):
         file.append("a", answer("a"))
         file.append("b", answer("b"))
         with pytest.raises(OSError, match="Input/output"):
@@ -226,12 +226,12 @@ def test_what_a_failed_sync_may_have_lost_is_written_again(tmp_path: Path) -> No
 
 
 def test_room_is_checked_before_anything_is_spent(tmp_path: Path) -> None:
-    with AnswerFile(tmp_path / "out") as file:
+    with ResponseFile(tmp_path / "out") as file:
         file.append("a", answer("a"))
-        file.check_room()
+        file.check_disk_space()
         assert file.num_bytes == (tmp_path / "out").stat().st_size
         with FaultyFiles(tmp_path, Fault(0, lasts=True)), pytest.raises(OSError, match="No space"):
-            file.check_room()
+            file.check_disk_space()
     assert whole_answers(tmp_path / "out") == ["a"]
 
 
@@ -243,4 +243,4 @@ def test_a_file_that_was_removed_before_it_was_locked_is_in_use(tmp_path: Path) 
             path.unlink()
 
     with FaultyFiles(tmp_path, on_call=remove), pytest.raises(InUseError):
-        AnswerFile(path)
+        ResponseFile(path)

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from gateway.cluster.recent import Recent
+from gateway.cluster.shared_result import SharedResult
 
 
 class Question:
@@ -18,7 +18,7 @@ class Question:
         self.may_answer = asyncio.Event()
         self.may_answer.set()
         self.error: Exception | None = None
-        self.recent = Recent(self._ask, 1.0, lambda: self.now_s)
+        self.recent = SharedResult(self._ask, 1.0, lambda: self.now_s)
 
     async def _ask(self) -> int:
         self.num_asked += 1

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.cli.bench.arrivals import Arrival, poisson, read_trace
-from cluster.cli.bench.load import Load
 from cluster.cli.bench.tally import MEASURES
+from cluster.cli.bench.workload import Workload
 from cluster.cli.terminal.arguments import add_model_option, count, positive, positive_or_inf
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 
@@ -20,8 +20,8 @@ _AT_ONCE = 256
 """Most concurrent requests if all are sent at once: a server has a limit for each key."""
 
 
-def add_load_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of requests and arrival times, which ``load_of`` reads."""
+def add_workload_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of requests and arrival times, which ``make_workload`` reads."""
     add_model_option(parser)
     text = f"requests (default: {_NUM_PROMPTS}, or all of the trace)"
     parser.add_argument("--num-prompts", type=count, help=text)
@@ -67,10 +67,10 @@ def _goal(text: str) -> tuple[str, float]:
     return name, goal
 
 
-def load_of(args: argparse.Namespace, vocab_size: int) -> Load:
+def make_workload(args: argparse.Namespace, vocab_size: int) -> Workload:
     """Make the load, with prompts of these tokens. Raises ``CommandError`` for a bad trace."""
     is_at_once = args.trace is None and not math.isfinite(args.request_rate)
-    return Load(
+    return Workload(
         arrivals=_arrivals(args),
         max_concurrency=args.max_concurrency or (_AT_ONCE if is_at_once else None),
         vocab_size=vocab_size,
@@ -97,7 +97,7 @@ def _arrivals(args: argparse.Namespace) -> list[Arrival]:
         ) from err
 
 
-def options_of(args: argparse.Namespace, load: Load) -> dict[str, Any]:
+def options_of(args: argparse.Namespace, load: Workload) -> dict[str, Any]:
     """The settings that a document lists."""
     settings: dict[str, Any] = {
         "num_prompts": len(load.arrivals),

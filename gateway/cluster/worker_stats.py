@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from gateway.cluster.recent import Recent
+from gateway.cluster.shared_result import SharedResult
 from gateway.cluster.view import Snapshot, SnapshotFollower
 
 
-class ClusterNumbers:
+class WorkerStats:
     """The newest stats of the workers.
 
     Args:
@@ -20,10 +20,10 @@ class ClusterNumbers:
     def __init__(self, cluster: SnapshotFollower, age_s: float) -> None:
         self._cluster = cluster
         self.age_s = age_s
-        self._snapshot = Recent(cluster.fresh, age_s)
-        self._refresh = Recent(cluster.refresh, age_s)
-        self._load = Recent(lambda: cluster.ask("load"), age_s)
-        self._placement = Recent(lambda: cluster.ask("placement"), age_s)
+        self._snapshot = SharedResult(cluster.fresh, age_s)
+        self._refresh = SharedResult(cluster.refresh, age_s)
+        self._load = SharedResult(lambda: cluster.ask("load"), age_s)
+        self._placement = SharedResult(lambda: cluster.ask("placement"), age_s)
 
     async def snapshot(self) -> Snapshot | None:
         """The current state, or the last known one if the controller does not respond."""

@@ -30,7 +30,7 @@ class InUseError(ConflictError):
     """Another process has the file open."""
 
 
-class AnswerFile:
+class ResponseFile:
     """File of response lines, at most one for each request.
 
     After an error the file is cut to its whole lines. When the file is opened again, the remains of
@@ -93,12 +93,12 @@ class AnswerFile:
         self._unsynced.append(raw)
         self._note(custom_id, line)
 
-    def check_room(self) -> None:
+    def check_disk_space(self) -> None:
         """Raise ``OSError`` if the disk has no space for more responses."""
         self._write_doubtful()
         before = self.num_bytes
         self._records.append(bytes(_PROBE_BYTES))  # the next opening removes zeros at the end
-        self._records.cut(before)
+        self._records.truncate(before)
 
     def sync(self) -> None:
         """Wait until the responses are on disk. Raises ``OSError``: a later call tries again."""
@@ -137,7 +137,7 @@ class AnswerFile:
         with open(self._fd, "rb", closefd=False) as file:
             begin = 0
             for number, raw in enumerate(file, 1):
-                found = _answer_in(raw)
+                found = _response_in(raw)
                 if found is not None and found.answer["custom_id"] in self.done:
                     if not self._is_private:
                         raise ConflictError(
@@ -157,7 +157,7 @@ class AnswerFile:
         if lines and lines[-1].end != num_bytes:
             logger.warning("%s is repaired: it has damaged lines", self._path.name)
             self._rewrite(lines)
-        self._records.cut(num_bytes)
+        self._records.truncate(num_bytes)
 
     def _rewrite(self, lines: list[_Line]) -> None:
         """Replace the file by one with these lines; it stays whole until then."""
@@ -184,7 +184,7 @@ class AnswerFile:
     def _write_doubtful(self) -> None:
         """Write lines again that a failed sync may have lost: the disk forgets such errors."""
         if self._is_doubtful:
-            self._records.cut(self._num_synced_bytes)
+            self._records.truncate(self._num_synced_bytes)
             self._records.append(b"".join(self._unsynced))
             self._is_doubtful = False
 
@@ -206,7 +206,7 @@ class _Line:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _LineResponse:
     """The response at the end of a line."""
 
     begin: int
@@ -228,14 +228,14 @@ def _is_part(line: bytes) -> bool:
     return part.startswith(_BEGIN) or (_BEGIN.startswith(part) and not line.endswith(b"\n"))
 
 
-def _answer_in(line: bytes) -> _Found | None:
+def _response_in(line: bytes) -> _LineResponse | None:
     """The response in a line, which may be preceded by a part of another one."""
     if not line.endswith(b"\n"):
         return None
     begin = 0
     for _ in range(_MAX_BEGINS):
         if (answer := _parsed(line[begin:])) is not None:
-            return _Found(begin, answer)
+            return _LineResponse(begin, answer)
         begin = line.find(_BEGIN, begin + 1)
         if begin < 0:
             break
