@@ -1,7 +1,7 @@
 """Sorts (row, expert slot) pairs by slot into blocks of rows with the same weights.
 
-Reference: ``argsort(stable=True)`` of the slots. All shapes depend on the number of pairs alone,
-so nothing waits for the device, and a CUDA graph can hold it.
+Reference: ``argsort(stable=True)`` of the slots. All shapes depend on the number of pairs alone, so
+the host never waits for the device and a CUDA graph can capture the kernels.
 """
 
 from __future__ import annotations
@@ -17,35 +17,38 @@ from torch import Tensor
 from workers.cuda.triton_common import jit, power_of_two
 
 _TILE_ELEMENTS = 4096
-"""Comparisons of pairs with slots that a program holds in registers."""
+"""Comparisons of pairs with slots that one program keeps in registers."""
 _MAX_TILE, _MIN_TILE = 64, 16
 _SUMMED_TILES = 256
-"""Tiles whose counts a program adds up at a time."""
+"""Number of tiles whose counts a program adds up at a time."""
 _COUNTED_PAIRS = 1024
-"""Up to so many, each program counts all pairs: that is less than two more launches. On an H100
-each of 2,048 pairs of 64 slots took 25 us so, and of 32,768 pairs 850 us."""
+"""Up to this number of pairs, each program counts all pairs, which is faster than two more
+launches. On an H100, 2,048 pairs of 64 slots took 25 us this way, and 32,768 pairs took 850 us."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Pairs in blocks of at most ``height``, all of one slot. Unused blocks come last."""
+    """Pairs in blocks of at most ``height``, each block with pairs of one slot. Unused blocks are
+    last."""
 
     order: Tensor
-    """[P] int32: the pairs that have a slot, by slot; pairs of a slot in their own order."""
+    """[P] int32: the pairs that have a slot, sorted by slot and then by pair number."""
     table: Tensor
-    """[3, num_blocks] int32: slot of each block, or -1; its first place in ``order``; its pairs."""
+    """[3, num_blocks] int32: slot of each block, or -1; index of its first pair in ``order``;
+    number of its pairs."""
     height: int
 
     @property
     def num_blocks(self) -> int:
-        """The most that there can be."""
+        """Upper bound of the number of blocks."""
         return self.table.shape[1]
 
 
 def align(slots: Tensor, num_slots: int, height: int) -> Blocks:
-    """Blocks of the pairs of slots [T, k] integers, -1 for none; pair p is ``slots.flatten()[p]``.
+    """Sort the pairs of slots [T, k] (integers, -1 for none) into blocks; pair p is
+    ``slots.flatten()[p]``.
 
-    Elements of a row must be neighbours. A slot from ``num_slots`` on counts as none.
+    Rows must be contiguous. A slot of ``num_slots`` or more counts as none.
 
     slots [[2, 0], [2, -1], [2, 0]], height 2: order [1, 5, 0, 2, 4, ..],
     table [[0, 2, 2, -1, ..], [0, 2, 4, ..], [2, 2, 1, ..]]
@@ -111,9 +114,9 @@ def _align(
     TILE: tl.constexpr,
     IS_COUNTED: tl.constexpr,
 ) -> None:
-    """Each program places the pairs of its own tile. Of the blocks, program i places the i-th of
-    each slot. There is no order between programs. ``IS_COUNTED``: pairs of each slot in each tile,
-    and up to it, are known; else each program counts all pairs."""
+    """Each program places the pairs of its own tile. Program i also writes the i-th block of each
+    slot. Programs run in any order. ``IS_COUNTED``: the number of pairs of each slot in each tile,
+    and up to it, is known; otherwise each program counts all pairs."""
     begin = tl.program_id(0) * TILE
     own = begin + tl.arange(0, TILE)
     mine = _slots_of(slots, own, num_pairs, num_slots, slots_stride, TOP_K)
@@ -163,7 +166,7 @@ def _count(
     SLOTS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """A program: the pairs of each slot in a tile."""
+    """One program counts the pairs of each slot in a tile."""
     pairs = tl.program_id(0) * TILE + tl.arange(0, TILE)
     found = _slots_of(slots, pairs, num_pairs, num_slots, slots_stride, TOP_K)
     known = tl.arange(0, SLOTS)
@@ -179,7 +182,7 @@ def _sum_tiles(
     SLOTS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """A program: the pairs of a slot up to and in each tile."""
+    """One program sums the pairs of a slot up to and in each tile."""
     total = 0
     for first in range(0, num_tiles, TILE):
         tiles = first + tl.arange(0, TILE)
@@ -198,7 +201,7 @@ def _slots_of(
     slots_stride: tl.tensor,
     TOP_K: tl.constexpr,
 ) -> tl.tensor:
-    """Slots of pairs, -1 where there is none."""
+    """Slots of the pairs, -1 for none."""
     places = (pairs // TOP_K) * slots_stride + pairs % TOP_K
     found = tl.load(slots + places, mask=pairs < num_pairs, other=-1).to(tl.int32)
     return tl.where(found < num_slots, found, -1)

@@ -1,8 +1,8 @@
-"""Numbers that codes of quantized weights stand for. Reference: ``workers.quantization.matrix``.
+"""Dequantization of 8-bit and 4-bit weights. Reference: ``workers.quantization.matrix``.
 
-Codes of 4 bits come two in a byte, of neighbouring columns. They become two tiles, of the even and
-of the odd columns, which are multiplied by such columns of the rows: nothing has to be put in order
-between the two.
+A byte holds the 4-bit values of two neighbouring columns. They become two tiles, of the even and of
+the odd columns, and each is multiplied by the matching columns of the rows, so the two halves need
+no interleaving.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ INT4 = tl.constexpr("""{
     fma.rn.bf16x2 $2, $2, one, minus;
     fma.rn.bf16x2 $3, $3, one, minus;
 }""")
-"""(code & 15) ^ 8 beside the bits of 128, which is the number + 136."""
+"""(value & 15) ^ 8 in the low bits of 128.0, which gives the number + 136."""
 E2M1 = tl.constexpr("""{
     .reg .b32 first, second, sign, whole, zero;
     prmt.b32 first, $4, 0, 0x4140;
@@ -61,15 +61,15 @@ E2M1 = tl.constexpr("""{
     fma.rn.bf16x2 $2, $2, whole, zero;
     fma.rn.bf16x2 $3, $3, whole, zero;
 }""")
-"""Sign, exponent and mantissa at their places in bfloat16, times 2**126."""
+"""Sign, exponent and mantissa at their positions in bfloat16, times 2**126."""
 
 
 @jit
 def decode_8bit(codes: tl.tensor, CODES: tl.constexpr, HAS_FLOAT8: tl.constexpr) -> tl.tensor:
-    """Numbers of codes of 8 bits, uint8, in float32.
+    """Dequantize 8-bit values (uint8) to float32, without scale.
 
-    ``HAS_FLOAT8``: the device converts float8; else its numbers are so up to the factor of
-    ``decode_scale``.
+    ``HAS_FLOAT8``: the device converts float8. Otherwise float8 values lack the factor that
+    ``decode_scale`` adds.
     """
     if CODES == "int8":
         found = codes.to(tl.int8, bitcast=True).to(tl.float32)
@@ -85,8 +85,8 @@ def decode_8bit(codes: tl.tensor, CODES: tl.constexpr, HAS_FLOAT8: tl.constexpr)
 
 @jit
 def decode_4bit(codes: tl.tensor, CODES: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Numbers of the lower and the upper halves of bytes, uint8, in float32 and up to the factor of
-    ``decode_scale``."""
+    """Dequantize the lower and the upper halves of bytes (uint8) to float32, without the factor
+    that ``decode_scale`` adds."""
     if CODES == "int4":
         low = (codes << 4).to(tl.int8, bitcast=True).to(tl.float32)
         high = (codes & 0xF0).to(tl.int8, bitcast=True).to(tl.float32)
@@ -100,8 +100,8 @@ def decode_4bit(codes: tl.tensor, CODES: tl.constexpr) -> tuple[tl.tensor, tl.te
 
 @jit
 def decode_scale(scale: tl.tensor, CODES: tl.constexpr) -> tl.tensor:
-    """A scale in float32, times the power of two that ``decode_8bit`` and ``decode_4bit`` omit.
-    So scales of e2m1 must be below 2**114."""
+    """Return a scale in float32, times the power of two that ``decode_8bit`` and ``decode_4bit``
+    omit. So scales of e2m1 must be below 2**114."""
     if CODES == "int4":
         scale = scale * 0.0625
     elif CODES == "e2m1":
@@ -113,15 +113,15 @@ def decode_scale(scale: tl.tensor, CODES: tl.constexpr) -> tl.tensor:
 
 @jit
 def decode_zero_point(zero: tl.tensor, CODES: tl.constexpr) -> tl.tensor:
-    """A zero point as the numbers of ``decode_4bit`` are."""
+    """Convert a zero point to the range of the values of ``decode_4bit``."""
     return zero * 16.0 if CODES == "int4" else zero
 
 
 @jit
 def decode_4bit_bfloat16(codes: tl.tensor, CODES: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """The same numbers, whole and in bfloat16, four bytes at a time: not for the interpreter.
+    """Dequantize 4-bit values to exact bfloat16, four bytes at a time. Not for the interpreter.
 
-    A small integer in the last bits of 128 is 128 and itself. e2m1: as ``_of_half`` has it.
+    A small integer in the low bits of 128.0 gives 128 plus the integer. For e2m1 see ``_of_half``.
     """
     if CODES == "int4":
         low, high = tl.inline_asm_elementwise(
@@ -137,13 +137,13 @@ def decode_4bit_bfloat16(codes: tl.tensor, CODES: tl.constexpr) -> tuple[tl.tens
 
 @jit
 def bfloat16_products(x: tl.tensor, y: tl.tensor) -> tl.tensor:
-    """Of bfloat16 numbers, rounded once, two at a time: for GPUs."""
+    """Products of bfloat16 numbers, rounded once, two at a time. Only for GPUs."""
     return tl.inline_asm_elementwise(PRODUCT, "=r,r,r", [x, y], tl.bfloat16, is_pure=True, pack=2)
 
 
 @jit
 def power_of(scale: tl.tensor) -> tl.tensor:
-    """2**(code - 127) of codes of E8M0; 255 is not a number."""
+    """2**(value - 127) of E8M0 values; 255 is NaN."""
     code = scale.to(tl.int32)
     bits = tl.where(code == 0, 0x00400000, code << 23)
     bits = tl.where(code == 255, 0x7FC00000, bits)
@@ -152,7 +152,7 @@ def power_of(scale: tl.tensor) -> tl.tensor:
 
 @jit
 def _of_half(bits: tl.tensor) -> tl.tensor:
-    """float32 of float16's bits. A smaller float in its upper bits, exponent and mantissa side by
-    side, is the same number but for a power of two, as the exponents count from elsewhere; so are
-    those below the least exponent."""
+    """Return the float32 with the bits of a float16. A smaller float type in its upper bits,
+    exponent next to mantissa, gives the same number except for a power of two, because the exponent
+    biases differ. This includes subnormal numbers."""
     return bits.to(tl.float16, bitcast=True).to(tl.float32)

@@ -1,8 +1,8 @@
 """Attention of single rows over blocks of the KV cache, read in place.
 
-The keys of a row are split among programs, as one row's are too few programs for a GPU; a second
-kernel combines what they found. The number of splits follows from shapes alone, so that a CUDA
-graph can hold it. Reference: ``workers.model.attention``.
+The keys of a row are split among programs, because the programs of one row would be too few for a
+GPU; a second kernel combines their results. The number of splits follows from shapes alone, so that
+a CUDA graph can capture the launch. Reference: ``workers.model.attention``.
 
 Source: "Flash-Decoding for long-context inference" (Dao et al., 2023).
 """
@@ -19,12 +19,13 @@ from torch import Tensor
 from workers.cuda.triton_common import LOG2_E, MIN_DOT, cast, dot, jit, power_of_two
 
 _ENOUGH_PROGRAMS = 528
-"""Four for each multiprocessor of an H100."""
+"""Four programs for each multiprocessor of an H100."""
 _MIN_SPLIT_KEYS, _MAX_SPLITS = 256, 64
 
 
 def num_splits(num_rows: int, num_kv_heads: int, max_length: int) -> int:
-    """Programs that share the keys of a row and head: a power of two, as each is compiled."""
+    """Number of programs that share the keys of a row and head: a power of two, because each value
+    is compiled."""
     wanted = triton.cdiv(_ENOUGH_PROGRAMS, num_rows * num_kv_heads)
     useful = triton.cdiv(max_length, _MIN_SPLIT_KEYS)
     return power_of_two(min(wanted, useful, _MAX_SPLITS))
@@ -43,11 +44,10 @@ def decode(
     """Attend with one row per sequence.
 
     queries, out [rows, A, D]; cache [2 * K, num_blocks, block_size, D], keys before values; tables
-    [rows, max_blocks] int32; lengths [rows] int32: keys of each row, its own included. A row
-    without keys becomes zeros. ``window``: the last keys of a row that it sees; None: all.
-    ``splits`` None: see ``num_splits``. sinks [A] float32: a score of nothing, which takes its
-    weight. All contiguous, but a row of ``tables`` may be part of a
-    longer one.
+    [rows, max_blocks] int32; lengths [rows] int32: number of keys of each row, its own included. A
+    row without keys becomes zeros. ``window``: number of last keys that a row attends to; None:
+    all. ``splits`` None: see ``num_splits``. sinks [A] float32: score of the attention sink of each
+    head. All contiguous, except that a row of ``tables`` may be part of a longer one.
     """
     num_rows, num_heads, dim = queries.shape
     num_kv_heads, block_size = cache.shape[0] // 2, cache.shape[2]
@@ -114,8 +114,8 @@ def _decode(
     SPLITS: tl.constexpr,
     KEYS: tl.constexpr,
 ) -> None:
-    """A program: the query heads of a key head, in a row, over its share of the keys. Writes their
-    output, or with splits also the logarithm of the sum of their weights (base 2)."""
+    """One program computes the query heads of one key head and row over its share of the keys. It
+    writes their output, and with splits also the logarithm (base 2) of the sum of their weights."""
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
     begin = 0
@@ -139,7 +139,7 @@ def _decode(
     weight = tl.zeros([GROUP_TILE], dtype=tl.float32)
     total = tl.zeros([GROUP_TILE, DIM_TILE], dtype=tl.float32)
     if HAS_SINKS:
-        # It has a weight in the first split alone.
+        # Only the first split includes the sink.
         sink = tl.load(sinks + head * GROUP + members, mask=is_member, other=0.0)
         highest = tl.where(split == 0, sink * LOG2_E, highest)
         weight = tl.where(split == 0, 1.0, weight)
@@ -182,7 +182,7 @@ def _combine(
     DIM_TILE: tl.constexpr,
     SPLITS: tl.constexpr,
 ) -> None:
-    """A program: one query head of a row."""
+    """One program combines the splits of one query head and row."""
     head = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     splits, place = tl.arange(0, SPLITS), tl.arange(0, DIM_TILE)
     is_place = place < DIM

@@ -1,4 +1,4 @@
-"""How the work of expert kernels is cut into programs, by the height of their blocks."""
+"""Tile sizes of the expert kernels, by the height of their blocks."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from workers.quantization.formats import WeightFormat
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How a program's work is cut for blocks of a height."""
+    """Tile sizes of one program for blocks of a given height."""
 
     gate_rows: int
     """Rows of weights that a program multiplies, of gate and up each."""
     rows: int
-    """The same of other matrices."""
+    """Rows of weights of other matrices that a program multiplies."""
     row_bytes: int
-    """Bytes of a row of weights that it reads at a time."""
+    """Bytes of a weight row that a program reads at a time."""
     warps: int
     stages: int
-    """Reads under way at once, where shared memory has room for them."""
+    """Concurrent reads (pipeline stages), if shared memory is large enough."""
 
 
 _LOW = Tile(gate_rows=32, rows=64, row_bytes=256, warps=4, stages=4)
@@ -30,16 +30,17 @@ _TILES = {
     64: Tile(gate_rows=64, rows=128, row_bytes=128, warps=4, stages=3),
     128: Tile(gate_rows=128, rows=256, row_bytes=128, warps=8, stages=4),
 }
-"""By height of half types; lower blocks have ``_LOW``, as have all of float32. Fastest of 38 forms
-each on an H100 for 64 experts of 2,048 x 1,024 in bfloat16. Products of 32,768 pairs: 506 and 477
-TFLOPS, where ``torch.nn.functional.grouped_mm`` (2.11) makes 350 to 400 and its pairs have to be
-sorted and put back, which takes as long again."""
+"""Tiles by block height for half types. Lower blocks, and all blocks in float32, use ``_LOW``. The
+fastest of 38 variants each on an H100 for 64 experts of 2,048 x 1,024 in bfloat16. Products of
+32,768 pairs: 506 and 477 TFLOPS; ``torch.nn.functional.grouped_mm`` (2.11) reaches 350 to 400, and
+sorting its pairs and restoring their order takes as long again."""
 _CODED_TILES = dict.fromkeys(_TILES, _TILES[64])
-"""The same of codes, of six forms: more programs become numbers of their codes meanwhile."""
+"""Tiles for quantized weights, the fastest of six variants: more programs hide the cost of
+dequantization."""
 TALLEST_BLOCK = {2: 128, 4: 64}
-"""By bytes of a number."""
+"""Tiles by bytes of an input element."""
 _INTERPRETED_SHARED_BYTES = 227 << 10
-"""Of an H100, for the interpreter and for compiling without a device."""
+"""Shared memory of an H100, for the interpreter and for compiling without a device."""
 
 
 def tile_of(height: int, item_bytes: int, form: WeightFormat | None) -> Tile:
@@ -50,7 +51,7 @@ def tile_of(height: int, item_bytes: int, form: WeightFormat | None) -> Tile:
 
 
 def shared_bytes(device: torch.device) -> int:
-    """What a program can have of shared memory."""
+    """Shared memory that one program can use, in bytes."""
     if device.type != "cuda":
         return _INTERPRETED_SHARED_BYTES
     properties: Any = torch.cuda.get_device_properties(device)
@@ -67,9 +68,9 @@ def num_stages(
     form: WeightFormat | None,
     device: torch.device,
 ) -> int:
-    """Reads under way at once, of ``step`` columns for ``height`` pairs and ``rows_read`` rows.
+    """Concurrent reads of ``step`` columns for ``height`` pairs and ``rows_read`` rows.
 
-    ``width``: columns of a matrix. Codes become numbers of shared memory of their own.
+    ``width``: columns of a matrix. Dequantized weights take shared memory of their own.
     """
     room = shared_bytes(device)
     row_bytes = tile.row_bytes
@@ -83,7 +84,7 @@ def num_stages(
 
 
 def _groups_read(form: WeightFormat, width: int, step: int) -> int:
-    """Scales of a row that are read with ``step`` codes; see ``weight_tiles``."""
+    """Scales of a row that are read with ``step`` quantized values; see ``weight_tiles``."""
     group = form.group or width
     if group >= width or group % step == 0:
         return 1

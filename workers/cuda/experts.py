@@ -1,11 +1,11 @@
-"""Experts: each program multiplies a block of pairs by a piece of their slot's weights.
+"""Expert kernels: each program multiplies a block of pairs by a tile of their slot's weights.
 
-With few rows, products take as long as it takes to read the weights, so a block may have few rows.
-With many it is as high as pays for tensor cores. Outputs go to memory for each pair: a sum over a
-row's pairs in their order is then the same each time. Reference: ``workers.experts.kernels_cpu``
+With few rows, the time of a product is the time to read the weights, so a block may have few rows.
+With many rows, blocks are as high as tensor cores can use. The output of each pair is written to
+memory, so the sum over a row's pairs has a fixed order. Reference: ``workers.experts.kernels_cpu``
 and ``workers.model.weighting``, with the same roundings: gate and up, their product, a pair's
-output and, if asked, its product with the weight. Where there are biases, a sum is rounded once
-they are added, not before, and a clamped SwiGLU at its end alone.
+output and, if requested, its product with the weight. With biases, a sum is rounded after the
+biases are added; a clamped SwiGLU is rounded only at its end.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from workers.quantization.formats import WeightFormat
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
 
 _UNSORTED_PAIRS = 32
-"""Up to so many, each is a block by itself: what a kernel saves that sorts them is less than its
-launch, as 32 of 64 slots are 26 different ones on average, and the L2 cache has the others."""
+"""Up to this number of pairs, each pair is a block by itself: the sorting kernel would save less
+than its launch costs, because 32 pairs of 64 slots use 26 different slots on average, and the L2
+cache holds the repeated ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +39,13 @@ class Pairs:
     """(input row, expert slot) pairs for a kernel. Pair p is the p-th element of ``slots``."""
 
     slots: Tensor
-    """[T, k] integers, -1 for none; elements of a row are neighbours."""
+    """[T, k] integers, -1 for none; rows are contiguous."""
     blocks: Blocks | None
     """None: each pair is a block by itself."""
     sources: Tensor | None
-    """[T * k] int64: the input row of each pair; None: see ``per_row``."""
+    """[T * k] int64: the input row of each pair. None: see ``per_row``."""
     per_row: int
-    """Neighbouring pairs that share an input row."""
+    """Number of consecutive pairs that share an input row."""
 
     @property
     def num_blocks(self) -> int:
@@ -56,14 +57,14 @@ class Pairs:
         return MIN_DOT if self.blocks is None else max(self.blocks.height, MIN_DOT)
 
     def of_outputs(self) -> Pairs:
-        """The same pairs, of which each has an input row by itself."""
+        """The same pairs, each with an input row of its own."""
         return replace(self, sources=None, per_row=1)
 
 
 def make_pairs(
     slots: Tensor, num_slots: int, sources: Tensor | None, per_row: int, dtype: torch.dtype
 ) -> Pairs:
-    """Sort pairs, see ``Pairs``, for products with ``num_slots`` matrices of a type."""
+    """Sort pairs (see ``Pairs``) for products with ``num_slots`` matrices of a dtype."""
     if slots.numel() <= _UNSORTED_PAIRS:
         return Pairs(slots, None, sources, per_row)
     height = MIN_DOT
@@ -74,33 +75,34 @@ def make_pairs(
 
 @dataclass(frozen=True, slots=True)
 class Matrices:
-    """One matrix of each slot, as it is or quantized (``workers.quantization``)."""
+    """One matrix for each slot, unquantized or quantized (``workers.quantization``)."""
 
     weights: Tensor
-    """[slots, out, in], or codes [slots, out, bytes] uint8."""
+    """[slots, out, in], or quantized values [slots, out, bytes] uint8."""
     width: int
-    """Columns of a matrix: in."""
+    """Columns of a matrix (in)."""
     form: WeightFormat | None = None
-    """Of codes."""
+    """Format of quantized weights; None if unquantized."""
     scales: Tensor | None = None
-    """[slots, out, groups] of codes."""
+    """[slots, out, groups], for quantized weights."""
     zeros: Tensor | None = None
-    """[slots, out, groups] int8 of codes."""
+    """[slots, out, groups] int8, for quantized weights with zero points."""
 
     @classmethod
     def of(cls, parts: Sequence[Tensor], form: WeightFormat | None, width: int) -> Matrices:
-        """``parts``: the weights, or codes, scales and zero points if there are any."""
+        """``parts``: the weights, or the quantized values, scales and zero points if there are
+        any."""
         return cls(parts[0], width, form, *parts[1:])
 
 
 @dataclass(frozen=True, slots=True)
 class GateActivation:
-    """What becomes of a gate and its up."""
+    """Activation that combines gate and up."""
 
     name: Activation | Literal["clamped_swiglu"]
     alpha: float = 1.0
     limit: float = 0.0
-    """Of ``clamped_swiglu``: gate * sigmoid(alpha * gate) * (up + 1), within limits."""
+    """Parameters of ``clamped_swiglu``: gate * sigmoid(alpha * gate) * (up + 1), within limits."""
 
 
 def gate_up(
@@ -110,23 +112,23 @@ def gate_up(
     pairs: Pairs,
     activation: GateActivation,
 ) -> Tensor:
-    """activation(gate x) * up x of each pair.
+    """Compute activation(gate x) * up x for each pair.
 
-    inputs [N, in], weights [slots, 2 * inner, in] with the gate's rows first, biases [slots,
-    2 * inner, 1] -> [P, inner], where rows of pairs without a slot hold anything. All contiguous,
-    float32 or a half type, in which the numbers of codes are rounded, too.
+    inputs [N, in], weights [slots, 2 * inner, in] with the gate's rows first, biases [slots, 2 *
+    inner, 1] -> [P, inner], where rows of pairs without a slot are undefined. All contiguous,
+    float32 or a half type; dequantized weights are rounded to it, too.
     """
     return _launch(inputs, weights, biases, pairs, activation)
 
 
 def multiply(inputs: Tensor, weights: Matrices, biases: Tensor | None, pairs: Pairs) -> Tensor:
-    """The product of each pair: inputs [N, in], weights [slots, out, in], biases [slots, out, 1]
-    -> [P, out]."""
+    """Compute the product of each pair: inputs [N, in], weights [slots, out, in], biases [slots,
+    out, 1] -> [P, out]."""
     return _launch(inputs, weights, biases, pairs, None)
 
 
 def has_float8(device: torch.device) -> bool:
-    """Whether a device converts float8 numbers: Ada, Hopper and later ones."""
+    """Whether a device converts float8 numbers in hardware: Ada, Hopper and later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
@@ -224,8 +226,8 @@ def _multiply(
     STEP: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ) -> None:
-    """A program: the pairs of a block x ``ROWS`` of their matrix, or with an activation of the gate
-    and of up."""
+    """One program multiplies a block of pairs by ``ROWS`` rows of their matrix, or, with an
+    activation, by ``ROWS`` rows of gate and of up."""
     IS_GATED: tl.constexpr = ACTIVATION != ""
     tiles: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
     block = tl.program_id(0) // tiles
@@ -278,7 +280,7 @@ def _slot_of(
     TOP_K: tl.constexpr,
     IS_SORTED: tl.constexpr,
 ) -> tl.tensor:
-    """The slot of a block; negative: there is nothing to do."""
+    """Slot of a block; negative if the block is unused."""
     if IS_SORTED:
         slot = tl.load(table + block)
     else:
@@ -296,7 +298,7 @@ def _pairs_of(
     IS_SORTED: tl.constexpr,
     HEIGHT: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The pairs [HEIGHT] of a block, and which of them there are."""
+    """The pairs [HEIGHT] of a block, and a mask of the valid ones."""
     places = tl.arange(0, HEIGHT)
     if IS_SORTED:
         first = tl.load(table + num_blocks + block)
@@ -316,7 +318,7 @@ def _sources_of(
     HAS_SOURCES: tl.constexpr,
     PER_ROW: tl.constexpr,
 ) -> tl.tensor:
-    """Input rows of pairs."""
+    """Input rows of the pairs."""
     rows = pairs // PER_ROW
     if HAS_SOURCES:
         rows = tl.load(sources + pairs, mask=has_pair, other=0)
@@ -332,7 +334,7 @@ def _rows_tile(
     DEPTH: tl.constexpr,
     STEP: tl.constexpr,
 ) -> tl.tensor:
-    """[HEIGHT, STEP] of the input rows."""
+    """Tile [HEIGHT, STEP] of the input rows."""
     address = inputs + rows.to(tl.int64)[:, None] * DEPTH + place[None, :]
     mask = has_row[:, None]
     if DEPTH % STEP != 0:
@@ -342,7 +344,7 @@ def _rows_tile(
 
 @jit
 def _activated(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
-    """An activation in float32."""
+    """Apply an activation in float32."""
     if ACTIVATION == "silu":
         active = x / (1.0 + tl.exp(-x))
     elif ACTIVATION == "gelu":

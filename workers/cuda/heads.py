@@ -1,8 +1,8 @@
-"""What is done to queries, keys and values between their projection and attention, in one kernel:
-norms, clip, rotation, and the way into the KV cache.
+"""One kernel for the steps between the projections and attention: norms, clip, rotation, and the
+write to the KV cache.
 
-With few rows each of these operators would take a launch of its own, and of all of them together
-the launches are the cost. Reference: ``attend_rows`` of ``TorchAttentionSublayer`` in
+With few rows, each of these operators would be a launch of its own, and the launches would dominate
+the time. Reference: ``attend_rows`` of ``TorchAttentionSublayer`` in
 ``workers.model.attention_sublayer``, with the same roundings.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from workers.cuda.triton_common import jit, power_of_two, rounded
 
 HeadNorm = Literal["none", "head", "width"]
-"""Of queries and keys: none, each head by itself, or all heads of a row together."""
+"""Norm of queries and keys: none, one for each head, or one over all heads of a row."""
 _WARPS = 8
 
 
@@ -45,10 +45,10 @@ def prepare_heads(
     """Norm, clip and rotate projected rows, and write keys and values to the cache.
 
     rows [T, (A + 2K) * D], queries, keys, values; ``num_heads``: A; ``weight`` of the norm of
-    queries and keys: [A + K, D] of each head by itself, [(A + K) * D] of all together, or None;
-    ``clip``: the limit of absolute values behind the norms; ``waves``: cosines and signed sines
-    [T, 1, D], see ``Rope.rows``; cache [2 * K, num_blocks, block_size, D] or None, then nothing is
-    written; slot_mapping [T] int64: the place of each row in the cache.
+    queries and keys: [A + K, D] for one norm per head, [(A + K) * D] for one over all heads, or
+    None; ``clip``: limit of absolute values after the norms; ``waves``: cosines and signed sines
+    [T, 1, D], see ``Rope.rows``; cache [2 * K, num_blocks, block_size, D] or None to write nothing;
+    slot_mapping [T] int64: cache slot of each row.
     """
     cos, sin = waves
     num_rows, dim = len(rows), cos.shape[-1]
@@ -109,7 +109,7 @@ def _prepare(
     HAS_CLIP: tl.constexpr,
     IS_WRITTEN: tl.constexpr,
 ) -> None:
-    """A program: the queries of a row, its keys, or its values."""
+    """One program prepares the queries, the keys or the values of a row."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dtype: tl.constexpr = rows.dtype.element_ty
     heads = tl.arange(0, HEAD_TILE)[:, None]
@@ -121,7 +121,7 @@ def _prepare(
     own = rows + row * rows_stride
     x = tl.load(own + places, mask=is_there, other=0.0).to(tl.float32)
     if part < 2:
-        # Rotation needs each number beside the one half a head away.
+        # Rotation pairs each element with the one half a head away.
         swapped_columns = (columns + DIM // 2) % DIM
         swapped_places = (first + heads) * DIM + swapped_columns
         swapped = tl.load(own + swapped_places, mask=is_there, other=0.0).to(tl.float32)
@@ -160,6 +160,6 @@ def _prepare(
 
 @jit
 def _clipped(x: tl.tensor, limit: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """NaN stays."""
+    """Clip to +-``limit``; NaN stays NaN."""
     x = tl.where(x > limit, limit, x)
     return rounded(tl.where(x < -limit, -limit, x), dtype)

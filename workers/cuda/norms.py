@@ -1,4 +1,4 @@
-"""Root mean square norms of rows, with the sum before them, in one kernel.
+"""Root mean square norms of rows, with an optional addition before, in one kernel.
 
 Reference: ``workers.model.layers.rms_norm``, with the same roundings.
 """
@@ -17,14 +17,14 @@ _WARPS = 8
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The norm of rows x [T, H], of which a row's numbers are neighbours; weight [H]."""
+    """Norm of rows x [T, H] with contiguous rows; weight [H]."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, x, weight, x, out, eps, is_sum=False)
     return out
 
 
 def sum_and_norm(x: Tensor, other: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + other, each [T, H] and contiguous, and the norm of the sum; weight [H]."""
+    """Return x + other, each [T, H] and contiguous, and the norm of the sum; weight [H]."""
     assert x.is_contiguous()
     assert other.is_contiguous()
     total, out = torch.empty_like(x), torch.empty_like(x)
@@ -71,7 +71,7 @@ def _norm(
     TILE: tl.constexpr,
     IS_SUM: tl.constexpr,
 ) -> None:
-    """A program: a row."""
+    """One program computes a row."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, TILE)
     is_column = columns < WIDTH

@@ -1,9 +1,9 @@
 """Attention of chunks of prompts over blocks of the KV cache, read in place.
 
-For chunks that attend to keys of earlier steps, and for sliding windows: the keys of a shared
-prefix have no second copy. Reference: ``workers.model.attention``.
+Used for chunks that attend to keys of earlier steps, and for sliding windows. The keys of a shared
+prefix are not copied. Reference: ``workers.model.attention``.
 
-Source: "FlashAttention-2" (Dao, 2023), whose tiles of keys are blocks of the cache here.
+Source: "FlashAttention-2" (Dao, 2023); the tiles of keys are blocks of the cache here.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def prefill(
     skips_whole: bool = False,
     sinks: Tensor | None = None,
 ) -> None:
-    """Attend with the last rows of sequences; each sees the keys up to its own.
+    """Attend with the last rows of sequences; each row attends to the keys up to its own.
 
     queries, out [T, A, D], all rows of a batch; cache [2 * K, num_blocks, block_size, D], keys
-    before values; tables [n, max_blocks] int32; lengths [n] int32: keys of each sequence, those of
-    its rows included; first_rows [n + 1] int32: where the rows of each begin; ``max_rows``: the
-    most that one has. ``window``: the last keys that a row sees, its own included; None: all.
-    ``skips_whole``: nothing is written for sequences that have no other keys than their rows'.
-    sinks [A] float32: a score of nothing, which takes its weight.
+    before values; tables [n, max_blocks] int32; lengths [n] int32: number of keys of each sequence,
+    including the keys of its rows; first_rows [n + 1] int32: first row of each sequence;
+    ``max_rows``: maximum number of rows of a sequence. ``window``: number of last keys that a row
+    attends to, its own included; None: all. ``skips_whole``: write nothing for sequences that have
+    only the keys of their rows. sinks [A] float32: score of the attention sink of each head.
     """
     num_heads, dim = queries.shape[1:]
     num_kv_heads, block_size = cache.shape[0] // 2, cache.shape[2]
@@ -93,8 +93,8 @@ def _prefill(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ) -> None:
-    """A program: ``ROWS`` rows of a sequence and one query head. Late tiles, which see the most
-    keys, come first."""
+    """One program computes ``ROWS`` rows of a sequence and one query head. The last tiles, which
+    attend to the most keys, run first."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head, entry = tl.program_id(1), tl.program_id(2)
     first_row = tl.load(first_rows + entry)
@@ -140,7 +140,7 @@ def _prefill(
             is_seen = is_seen & (own[None, :] > positions[:, None] - window)
         scores = tl.where(is_seen, scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
-        known = tl.where(higher == float("-inf"), 0.0, higher)  # no key of its window yet
+        known = tl.where(higher == float("-inf"), 0.0, higher)  # no key of the row's window yet
         weights = tl.exp2(scores - known[:, None])
         kept = tl.exp2(highest - known)
         v_address = values + slot[:, None] * DIM + place[None, :]
@@ -148,6 +148,6 @@ def _prefill(
         total = dot(cast(weights, v.dtype), v, total * kept[:, None])
         weight = weight * kept + tl.sum(weights, 1)
         highest = higher
-    total = total / tl.where(weight == 0.0, 1.0, weight)[:, None]  # behind the last row
+    total = total / tl.where(weight == 0.0, 1.0, weight)[:, None]  # beyond the last row
     result = cast(total, out.dtype.element_ty)
     tl.store(out + target, result, mask=is_inside)

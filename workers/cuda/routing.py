@@ -1,6 +1,7 @@
-"""The choice of each row's experts, and their weights, in one kernel.
+"""Select the experts of each row, and compute their weights, in one kernel.
 
-Reference: ``workers.model.routing.Router``, with the same roundings; of equal experts the first.
+Reference: ``workers.model.routing.Router``, with the same roundings. Of equal experts, the first is
+selected.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from workers.cuda.triton_common import cast, jit, power_of_two
 
 Scoring = Literal["softmax", "softmax_of_best", "sigmoid"]
 _LEAST_CHOICE = tl.constexpr(-3.0e38)
-"""Of an expert that can be chosen; those that are chosen already have less."""
+"""Lowest score of an expert that can be selected; selected experts get a lower one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoutingParams:
-    """How experts are chosen and weighted: fields of ``workers.model.routing.Routing``."""
+    """How experts are selected and weighted: fields of ``workers.model.routing.Routing``."""
 
     top_k: int
     scoring: Scoring
@@ -34,9 +35,9 @@ class RoutingParams:
 def choose(
     logits: Tensor, choice: RoutingParams, correction: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Ids [T, k] int64, the best first, and weights [T, k] ``dtype`` of logits [T, E].
+    """Return ids [T, k] int64, the best first, and weights [T, k] ``dtype`` of logits [T, E].
 
-    ``correction`` [E] float32, or None: added to scores for the choice, not for the weights.
+    ``correction`` [E] float32, or None: added to the scores for the selection, not for the weights.
     """
     (num_rows, num_experts), top_k = logits.shape, choice.top_k
     ids = torch.empty(num_rows, top_k, dtype=torch.int64, device=logits.device)
@@ -79,7 +80,7 @@ def _choose(
     TOP_K: tl.constexpr,
     TOP_TILE: tl.constexpr,
 ) -> None:
-    """A program: a row."""
+    """One program routes a row."""
     row = tl.program_id(0).to(tl.int64)
     experts = tl.arange(0, EXPERT_TILE)
     is_expert = experts < NUM_EXPERTS
@@ -93,7 +94,7 @@ def _choose(
     choice = scores
     if HAS_CORRECTION:
         choice += tl.load(correction + experts, mask=is_expert, other=0.0)
-    # Not greater: least, also where it is NaN. So a row of NaN has different experts, too.
+    # NaN counts as the lowest score, so a row of NaN also gets different experts.
     choice = tl.where(choice > _LEAST_CHOICE, choice, _LEAST_CHOICE)
     choice = tl.where(is_expert, choice, float("-inf"))
     top = tl.arange(0, TOP_TILE)

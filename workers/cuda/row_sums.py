@@ -17,7 +17,7 @@ _SUM_WIDTH = 1024
 def sum_rows(
     outputs: Tensor, slots: Tensor, weights: Tensor, rounds_products: bool, dtype: torch.dtype
 ) -> Tensor:
-    """The weighted sum over each row's pairs with a slot, in their order, in float32.
+    """Sum the weighted outputs of each row's pairs that have a slot, in order, in float32.
 
     outputs [T * k, out]; slots [T, k] integers, -1 for none; weights [T, k] float32
     -> [T, out] ``dtype``. ``rounds_products``: weights, and then products of weight and output,
@@ -55,7 +55,7 @@ def _sum_rows(
     ROUNDS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """A program: ``TILE`` elements of a row."""
+    """One program sums ``TILE`` elements of a row."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     total = tl.zeros([TILE], dtype=tl.float32)

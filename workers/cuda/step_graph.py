@@ -1,10 +1,10 @@
-"""A step on a GPU as CUDA graphs, with what the host does between them.
+"""CUDA graphs of a step on a GPU, and the host calls between them.
 
-Kernels of one graph cost the host one launch. A step that exchanges rows with other workers is
-several graphs, its pieces: messages go between them, in the order of the stream, so that the host
-waits for none of them.
+All kernels of one graph cost the host one launch. A step that exchanges rows with other workers
+consists of several graphs, its pieces. Messages are sent between them in stream order, so the host
+does not wait for any piece.
 
-Source: "Getting started with CUDA graphs" (NVIDIA, 2019); pieces as in vLLM, which cuts at
+Source: "Getting started with CUDA graphs" (NVIDIA, 2019); pieces as in vLLM, which splits at
 attention.
 """
 
@@ -21,18 +21,18 @@ import torch
 
 Captured = TypeVar("Captured")
 MAX_KEPT = 32
-"""Captured steps of one kind at once."""
+"""Maximum number of captured steps of one kind."""
 warnings.filterwarnings("ignore", message="The CUDA Graph is empty")  # a piece may be
 
 
 class StepGraph:
-    """What one step gives the device and the host, to be given again by ``replay``.
+    """Recorded device and host work of one step, which ``replay`` repeats.
 
-    Its memory stays taken as long as the object lives.
+    Its memory stays allocated as long as the object lives.
     """
 
     def __init__(self, device: torch.device, pool: Any) -> None:
-        """``pool`` of memory is shared by all graphs that are replayed one after the other."""
+        """``pool``: memory pool shared by all graphs that are replayed one after the other."""
         self._device = device
         self._pool = pool
         self._parts: list[Callable[[], None]] = []
@@ -40,7 +40,7 @@ class StepGraph:
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        """Within it, kernels are captured and do not run."""
+        """Capture the kernels launched in this context instead of running them."""
         stream = _capture_stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
@@ -48,25 +48,25 @@ class StepGraph:
             try:
                 yield
             except BaseException:
-                with contextlib.suppress(RuntimeError):  # the capture has failed, most likely
+                with contextlib.suppress(RuntimeError):  # the capture has most likely failed
                     self._piece.capture_end()
                 raise
             self._end()
 
     def between(self, act: Callable[[], None]) -> None:
-        """While captured: each replay calls this here, between two pieces."""
+        """During capture: register ``act``, which each replay calls here, between two pieces."""
         self._end()
         self._parts.append(act)
         self._begin()
 
     def replay(self) -> None:
-        """Do the step again. Raises what was raised between two pieces."""
+        """Run the step again. Raises what a call between two pieces raised."""
         for part in self._parts:
             part()
 
     def _begin(self) -> None:
         self._piece = torch.cuda.CUDAGraph()
-        # Threads beside this one load experts and lend blocks meanwhile.
+        # Other threads load experts and provide blocks during the capture.
         self._piece.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def _end(self) -> None:
@@ -76,7 +76,8 @@ class StepGraph:
 
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: torch shares memory between graphs of one stream only."""
+    """Return the one stream of all captures: torch shares memory only between graphs of one
+    stream."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
@@ -86,10 +87,11 @@ class _Kept(NamedTuple, Generic[Captured]):
 
 
 class KeptSteps(Generic[Captured]):
-    """Captured steps of one kind, by what they depend on; those not used for long are dropped."""
+    """Captured steps of one kind, by key; the least recently used are dropped."""
 
     def __init__(self, max_rows: int) -> None:
-        """``max_rows`` of all kept steps together, unless a single one has more."""
+        """``max_rows``: limit on the total rows of all kept steps, unless a single step has
+        more."""
         self._max_rows = max_rows
         self._state: Hashable = None
         self._kept: dict[Hashable, _Kept[Captured]] = {}
@@ -99,19 +101,20 @@ class KeptSteps(Generic[Captured]):
         return len(self._kept)
 
     def keep_only(self, state: Hashable) -> None:
-        """Drop the steps of any other state of what they read and write."""
+        """Drop the steps captured with a different state of the tensors they use."""
         if state != self._state:
             self.clear()
             self._state = state
 
     def clear(self) -> None:
         self._kept.clear()
-        self._pool = None  # torch gives no memory to one whose graphs are all gone
+        self._pool = None  # torch allocates nothing for a pool whose graphs are deleted
 
     def get(self, key: Hashable, num_rows: int, capture: Callable[[Any], Captured]) -> Captured:
-        """The step of a key, captured with a pool of memory where there is none yet.
+        """Return the step of a key; capture it with a memory pool if it does not exist yet.
 
-        It is captured once more if there was no memory for it beside the others.
+        If there is not enough memory beside the other steps, they are dropped and the capture is
+        retried.
         """
         found = self._kept.pop(key, None)
         if found is None:
@@ -122,7 +125,7 @@ class KeptSteps(Generic[Captured]):
                 self.clear()
                 step = capture(self._new_pool())
             found = _Kept(step, num_rows)
-        self._kept[key] = found  # the last used comes last
+        self._kept[key] = found  # the most recently used is last
         return found.step
 
     def _make_room(self, num_rows: int) -> None:
@@ -132,6 +135,6 @@ class KeptSteps(Generic[Captured]):
 
     def _new_pool(self) -> Any:
         if self._pool is None or not self._kept:
-            torch.cuda.empty_cache()  # no memory that is free elsewhere can be used in a capture
+            torch.cuda.empty_cache()  # a capture cannot use memory that is free in other pools
             self._pool = torch.cuda.graph_pool_handle()
         return self._pool

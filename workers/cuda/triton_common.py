@@ -1,8 +1,8 @@
-"""What all kernels share: how they are declared, and products of tiles.
+"""Helpers shared by all Triton kernels: the ``jit`` wrapper and tile products.
 
-A kernel's parameters are the addresses of tensors (``tl.pointer_type``; callers give the tensors),
-numbers, and numbers that are compiled in (``tl.constexpr``). What it computes with are tiles
-(``tl.tensor``): blocks of numbers in registers, whose sides are powers of two.
+Parameters of a kernel are addresses of tensors (``tl.pointer_type``; callers pass the tensors),
+numbers, and compile-time constants (``tl.constexpr``). Kernels compute with tiles (``tl.tensor``):
+blocks of numbers in registers, with sides that are powers of two.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-"""Triton's interpreter runs the kernels, which cannot multiply bfloat16."""
+"""Whether Triton's interpreter runs the kernels; it cannot multiply bfloat16."""
 LOG2_E = tl.constexpr(1.4426950408889634)
-"""Exponentials of base 2 are what GPUs have."""
+"""Factor for exponentials of base 2, which GPUs compute in hardware."""
 MIN_DOT = 16
-"""Least side of a tile that tensor cores multiply."""
+"""Smallest side of a tile that tensor cores multiply."""
 
 
 def jit(function: Callable[..., Any], any_alignment: Sequence[str] = ()) -> Any:
-    """``triton.jit`` for type checkers: a kernel is launched as ``kernel[grid](..)``.
+    """``triton.jit`` with a type that type checkers accept: a kernel is launched as
+    ``kernel[grid](..)``.
 
-    Numbers have no forms of their own for 1 and multiples of 16, nor do the addresses named by
-    ``any_alignment``: else serving might meet a form that must be compiled within a step.
+    Integer arguments are not specialized for 1 and multiples of 16, nor are the addresses in
+    ``any_alignment`` specialized for their alignment. Otherwise a step could trigger a compilation.
     """
     kinds = function.__annotations__  # strings
     numbers = [name for name, kind in kinds.items() if kind == "tl.tensor" and name != "return"]
@@ -35,14 +36,14 @@ def jit(function: Callable[..., Any], any_alignment: Sequence[str] = ()) -> Any:
 
 
 def power_of_two(number: int) -> int:
-    """The next one from ``number`` on: 1 -> 1, 5 -> 8."""
+    """The smallest power of two that is at least ``number``: 1 -> 1, 5 -> 8."""
     return 1 << max(number - 1, 0).bit_length()
 
 
 @jit
 def dot(a: tl.tensor, b: tl.tensor, total: tl.tensor) -> tl.tensor:
     """total [m, n] float32 + a [m, k] @ b [k, n]; float32 operands are not rounded to tf32."""
-    if INTERPRETED:  # it takes bfloat16 for integers
+    if INTERPRETED:  # the interpreter treats bfloat16 as integers
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
@@ -50,8 +51,8 @@ def dot(a: tl.tensor, b: tl.tensor, total: tl.tensor) -> tl.tensor:
 
 @jit
 def cast(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """float32 x, rounded to the nearest of a type."""
-    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter would cut bits off
+    """Round float32 x to the nearest value of a dtype."""
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter would truncate
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
         x = bits.to(tl.float32, bitcast=True)
@@ -60,5 +61,5 @@ def cast(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 @jit
 def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """x in float32, after rounding to a type."""
+    """x in float32, after rounding to a dtype."""
     return cast(x, dtype).to(tl.float32)

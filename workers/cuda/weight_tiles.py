@@ -1,6 +1,7 @@
-"""Products of input rows by tiles of experts' weights, as they are or in codes.
+"""Products of input rows by tiles of expert weights, quantized or not.
 
-A scale is read once for the columns that it is of, where these are whole steps or parts of one.
+If a group of columns with one scale is a whole number of steps or a fraction of one, the scale is
+read once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from workers.cuda.triton_common import INTERPRETED, cast, dot, jit
 def halves(
     x: tl.tensor, CODES: tl.constexpr, HEIGHT: tl.constexpr, STEP: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The even and the odd columns of input rows for codes of 4 bits; else all, twice."""
+    """The even and the odd columns of input rows for 4-bit weights; otherwise all columns,
+    twice."""
     if CODES == "int4" or CODES == "e2m1":
         even, odd = tl.split(x.reshape(HEIGHT, STEP // 2, 2))
         found = (even, odd)
@@ -45,10 +47,10 @@ def add_product(
     DEPTH: tl.constexpr,
     STEP: tl.constexpr,
 ) -> tl.tensor:
-    """``total`` and the product of the ``halves`` of input rows by [STEP, ROWS] weights: of rows
-    [ROWS], counted over all slots, the columns from ``start`` on.
+    """Return ``total`` plus the product of the ``halves`` of input rows by [STEP, ROWS] weights:
+    rows [ROWS], numbered over all slots, columns from ``start``.
 
-    ``parts``: addresses of weights or codes, of scales and of zero points.
+    ``parts``: addresses of the weights or quantized values, of the scales and of the zero points.
     """
     CODES: tl.constexpr = form[0]
     dtype: tl.constexpr = x[0].dtype
@@ -92,7 +94,7 @@ def add_product(
 def _mask(
     place: tl.tensor, is_row: tl.tensor, DEPTH: tl.constexpr, STEP: tl.constexpr
 ) -> tl.tensor:
-    """Which of columns [STEP] of rows [ROWS] there are: [STEP, ROWS], or [1, ROWS] for all."""
+    """Mask of the valid columns [STEP] of rows [ROWS]: [STEP, ROWS], or [1, ROWS] for all."""
     mask = is_row[None, :]
     if DEPTH % STEP != 0:
         mask = mask & (place < DEPTH)[:, None]
@@ -111,8 +113,9 @@ def _scales(
     STEP: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Scales and zero points of ``STEP`` columns, float32: [1, ROWS] where all are of one group,
-    [groups, ROWS] where they are whole groups, else [COLUMNS, ROWS], of each or each second one."""
+    """Scales and zero points of ``STEP`` columns, float32: [1, ROWS] if the columns are in one
+    group, [groups, ROWS] if they are whole groups, else [COLUMNS, ROWS] for every column or every
+    second one."""
     groups: tl.constexpr = (DEPTH + GROUP - 1) // GROUP
     if groups == 1 or GROUP % STEP == 0:
         at = rows[None, :] * groups + start // GROUP
@@ -137,7 +140,7 @@ def _scales(
 def _scaled(
     numbers: tl.tensor, scale: tl.tensor, zero: tl.tensor, HAS_ZEROS: tl.constexpr
 ) -> tl.tensor:
-    """scale * (number - zero point) of numbers [columns, ROWS]."""
+    """scale * (number - zero point) for numbers [columns, ROWS]."""
     columns: tl.constexpr = numbers.shape[0]
     rows: tl.constexpr = numbers.shape[1]
     groups: tl.constexpr = scale.shape[0]
@@ -152,7 +155,7 @@ def _scaled(
 
 @jit
 def _short_product(numbers: tl.tensor, scale: tl.tensor) -> tl.tensor:
-    """The same of bfloat16 numbers and scales without zero points."""
+    """scale * number for bfloat16 numbers and scales without zero points."""
     columns: tl.constexpr = numbers.shape[0]
     rows: tl.constexpr = numbers.shape[1]
     groups: tl.constexpr = scale.shape[0]
