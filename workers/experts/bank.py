@@ -24,28 +24,29 @@ from workers.quantization.matrix import Weight
 class ExpertKernel(Protocol):
     """Weights of all slots for one exchange, and their product with rows.
 
-    One thread may resize, store and clear while another computes with other slots: a computation
-    reads the weights' container once, and a resize replaces it as a whole.
+    Thread safety: one thread may resize, store and clear while another computes with other slots. A
+    computation reads the container of the weights once, and a resize replaces the whole container.
     """
 
     def resize(self, num_slots: int) -> None:
-        """Change the number of slots; slots that stay keep their contents."""
+        """Change the number of slots; remaining slots keep their contents."""
 
     def store(self, slot: int, matrix: int, weight: Weight) -> None:
-        """Copy one matrix [out, in] of one expert from the CPU, in ``ExchangeSpec.form_of``."""
+        """Copy one matrix [out, in] of one expert from the CPU, in the format
+        ``ExchangeSpec.form_of``."""
 
     def read(self, slot: int, matrix: int) -> Weight:
-        """A copy of one stored matrix [out, in] of one expert, on the CPU."""
+        """Return a CPU copy of one stored matrix [out, in] of one expert."""
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
-        """See ``ExpertBank.compute``; at least one pair."""
+        """See ``ExpertBank.compute``. Called with at least one pair."""
 
 
 MakeKernel = Callable[[ExchangeSpec, torch.dtype, torch.device], ExpertKernel]
-"""An empty kernel for one exchange."""
+"""Makes an empty kernel for one exchange."""
 
 
 def make_kernel(
@@ -57,10 +58,10 @@ def make_kernel(
     make_other: MakeKernel | None = None,
     side: SideStream | None = None,
 ) -> ExpertKernel:
-    """The fastest kernel for experts of this kind and size; ``team``: of compiled kernels.
+    """Return the fastest kernel for experts of this kind and size; ``team``: threads of compiled
+    kernels.
 
-    ``make_other`` makes those of torch on CPUs, in place of the fastest; ``side`` is for the
-    threads that load.
+    ``make_other`` replaces the torch kernels on CPUs; ``side`` is the stream of threads that load.
     """
     if device.type == "cuda":
         return CudaExperts(exchange, dtype, device, side)
@@ -86,7 +87,7 @@ class ExpertBank:
         device: torch.device,
         make: MakeKernel = make_kernel,
     ) -> None:
-        """Empty slots; on CPUs they take no memory until they are filled."""
+        """Create empty slots; on CPUs they take no memory until they are filled."""
         self.spec = spec
         self.dtype = dtype
         self.device = device
@@ -99,7 +100,7 @@ class ExpertBank:
         self.resize(num_slots)
 
     def resize(self, num_slots: int) -> None:
-        """Change the capacity; slots that stay keep their contents."""
+        """Change the capacity; remaining slots keep their contents."""
         for kernel in self._kernels:
             kernel.resize(num_slots)
         self.num_slots = num_slots
@@ -110,7 +111,7 @@ class ExpertBank:
     ) -> None:
         """Copy one matrix [out, in] of the expert in ``slot``.
 
-        ``is_idle``: no step computes in this process meanwhile, so that all threads may help.
+        ``is_idle``: no step runs in this process during the copy, so all threads may help.
         """
         assert 0 <= slot < self.num_slots, f"slot {slot} of {self.num_slots}"
         kernel = self._kernels[exchange]
@@ -120,9 +121,9 @@ class ExpertBank:
             kernel.store(slot, matrix, weight)
 
     def read(self, slot: int, exchange: int, matrix: int) -> Weight:
-        """A copy of one matrix [out, in] of the expert in ``slot``, on the CPU.
+        """Return a CPU copy of one matrix [out, in] of the expert in ``slot``.
 
-        Raises ``IndexError`` where another thread has given the slot back.
+        Raises ``IndexError`` if another thread has freed the slot.
         """
         return self._kernels[exchange].read(slot, matrix)
 
@@ -131,7 +132,7 @@ class ExpertBank:
             kernel.clear(slot)
 
     def native(self, exchange: int) -> NativeSlots | None:
-        """The slots as they are now, for native code; None: torch computes."""
+        """Return the current slots for native code, or None if torch computes."""
         kernel = self._kernels[exchange]
         return kernel.slots if isinstance(kernel, NativeExperts) else None
 
@@ -152,10 +153,10 @@ class ExpertBank:
     ) -> Tensor:
         """The weighted sum over each row's slots; at least one of them is not -1.
 
-        inputs [T, in_width] model dtype, or with ``per_slot_input`` [T * k, in_width], or only
-        those of the slots that are not -1; slots [T, k] int64, -1 for none; weights [T, k] float32
-        -> [T, out_width] ``dtype``, which is the model's or float32. A sum is made in float32 in
-        the order of the slots, of products in the type that ``BankSpec.float32_weights`` says.
+        inputs [T, in_width] model dtype, or with ``per_slot_input`` [T * k, in_width], or only the
+        rows of the slots that are not -1; slots [T, k] int64, -1 for none; weights [T, k] float32
+        -> [T, out_width] ``dtype``, which is the model's or float32. Products are summed in float32
+        in the order of the slots; their dtype follows from ``BankSpec.float32_weights``.
         """
         kernel, spec = self._kernels[exchange], self.spec.exchanges[exchange]
         if isinstance(kernel, NativeExperts | CudaExperts):

@@ -1,4 +1,4 @@
-"""Expert kernels on the CPU: one is chosen per bank by the size of its experts.
+"""Expert kernels on the CPU; one is selected per bank by the size of its experts.
 
 Milliseconds for one layer of 64 experts, top-8, one thread of an AMD EPYC (avx512_bf16), torch
 2.13, bfloat16, at 1 / 8 / 32 rows (pairs are rows * 8):
@@ -34,21 +34,23 @@ from workers.model.torch_private import pack, unpack
 from workers.quantization.matrix import Weight, plain
 
 PACKED_MIN_ELEMENTS = 64 * 1024
-"""Elements of an exchange's first matrix from which on a call per expert pays."""
+"""Elements of an exchange's first matrix from which one call per expert is faster."""
 _WIDE_ROWS = 16
-"""Rows per used expert from which on the loop takes all matrices of an expert in turn."""
+"""Rows per used expert from which the loop runs all matrices of an expert before the next
+expert."""
 _CALL_ROWS = 16
-"""Rows whose products take as long as a call and the reading of an expert's weights."""
+"""Rows for which the products take as long as a call and reading an expert's weights."""
 _FEW_PAIRS = 16
-"""Pairs up to which it is worth a look whether each has a slot of its own: nothing to sort then."""
+"""Maximum number of pairs for which to check whether every slot has one pair, so nothing needs
+sorting."""
 _FEW_SLOTS = 4
-"""Slots per used one, or per pair, from which on the weights in use are gathered."""
+"""Slots per used slot, or per pair, from which only the weights in use are gathered."""
 _MAX_PADDING = 4
-"""Padded rows per pair above which the padded product gives way to a loop."""
+"""Padded rows per pair above which a loop replaces the padded product."""
 
 
 class PackedExperts:
-    """One call per expert that has rows, weights in oneDNN's layout (plain where it has none)."""
+    """One call per expert that has rows, with weights in oneDNN's layout (plain if it has none)."""
 
     def __init__(
         self, exchange: ExchangeSpec, dtype: torch.dtype, compute_threads: ComputeThreads
@@ -95,7 +97,7 @@ class PackedExperts:
 
 
 class PaddedExperts(StackedWeights):
-    """One batched product over all experts, rows padded to the busiest one's."""
+    """One batched product over all experts; rows are padded to those of the busiest expert."""
 
     def __init__(
         self, exchange: ExchangeSpec, dtype: torch.dtype, compute_threads: ComputeThreads
@@ -125,7 +127,7 @@ class PaddedExperts(StackedWeights):
         return torch.empty_like(rows).index_copy_(0, order, rows)
 
     def _gathered(self, weights: Sequence[Tensor], rows: Tensor, slots: Tensor) -> Tensor:
-        """rows [P, in] -> [P, out]: weights are gathered for each pair, nothing is sorted."""
+        """rows [P, in] -> [P, out], with weights gathered for each pair and without sorting."""
         gathered = (weight.index_select(0, slots) for weight in weights)
         blocks = batched_products(rows.unsqueeze(1), gathered, self._num_products, self._activate)
         return blocks.squeeze(1)
@@ -160,29 +162,30 @@ class _Products:
     weights: Sequence[Sequence[Tensor] | Tensor]
     """[product][slot]."""
     biases: Sequence[Sequence[Tensor] | Tensor]
-    """The same; empty: there are none."""
+    """[product][slot]; empty if there are no biases."""
     activate: GatedActivation
-    """Between the first product and the second."""
+    """Activation between the first and the second product."""
     is_packed: bool
     compute_threads: ComputeThreads
 
     def of_pairs(self, rows: Tensor, slots: list[int]) -> Tensor:
-        """rows [P, in], each for another slot -> [P, out]: nothing is sorted."""
+        """rows [P, in], each for a different slot -> [P, out], without sorting."""
         shares = [slice(*share) for share in self.compute_threads.split([1.0] * len(slots))]
         tasks = [partial(self._multiply, rows[s], slots[s], [1] * len(slots[s])) for s in shares]
         parts = self.compute_threads.run(tasks)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def of_slots(self, inputs: Tensor, pair_input: Tensor, order: Tensor, counts: Tensor) -> Tensor:
-        """Outputs [P, out] of pairs with a product per used slot and matrix.
+        """Return outputs [P, out] of the pairs, with one product per used slot and matrix.
 
-        ``order`` [P] sorts the pairs by slot, ``counts`` [slots] are the pairs of each.
+        ``order`` [P] sorts the pairs by slot; ``counts`` [slots] is the number of pairs of each
+        slot.
         """
         work = [(slot, count) for slot, count in enumerate(counts.tolist()) if count]
         begins = list(accumulate((count for _, count in work), initial=0))
         output = inputs.new_empty(len(order), self.weights[-1][work[0][0]].shape[0])
         sources = pair_input[order]
-        # With many rows, slot after slot: what an expert makes of them stays in the core's own
+        # With many rows, slot after slot, so that an expert's intermediate rows stay in the core's
         # cache. With few, all slots at once: fewest calls.
         num_at_once = 1 if len(order) >= _WIDE_ROWS * len(work) else len(work)
 
@@ -199,7 +202,7 @@ class _Products:
         return output
 
     def _multiply(self, rows: Tensor, slots: list[int], sizes: list[int]) -> Tensor:
-        """rows [R, in]: ``sizes[0]`` of ``slots[0]``, and so on -> [R, out]."""
+        """rows [R, in] -> [R, out]: the first ``sizes[0]`` rows with ``slots[0]``, and so on."""
         for i, weights in enumerate(self.weights):
             own = [weights[slot] for slot in slots]
             biases = [self.biases[i][slot] for slot in slots] if self.biases else []

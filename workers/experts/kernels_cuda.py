@@ -1,4 +1,4 @@
-"""Expert kernels on CUDA (``workers.cuda.experts``). Nothing here waits for the device."""
+"""Expert kernels on CUDA (``workers.cuda.experts``). They never wait for the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from workers.model.config import ClampedSwiglu
 
 
 class CudaExperts(StackedWeights):
-    """Our own kernels; tests on CPUs run them in Triton's interpreter."""
+    """Expert kernels in Triton; tests on CPUs run them in Triton's interpreter."""
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
         return self._compute(inputs, pair_slot.unsqueeze(1), pair_input, 1)
@@ -23,7 +23,7 @@ class CudaExperts(StackedWeights):
         float32_weights: bool,
         dtype: torch.dtype,
     ) -> Tensor:
-        """See ``ExpertBank.compute_rows``; a row may also have no slot at all."""
+        """See ``ExpertBank.compute_rows``; rows without any slot are also allowed."""
         from workers.cuda.row_sums import sum_rows
 
         sources, per_slot = None, self._exchange.per_slot_input
@@ -35,8 +35,8 @@ class CudaExperts(StackedWeights):
     def _compute(
         self, inputs: Tensor, slots: Tensor, sources: Tensor | None, per_row: int
     ) -> Tensor:
-        """Outputs [T * k, out] for slots [T, k], anything where a slot is -1. Pair p has the input
-        row ``sources[p]``, or p // ``per_row``."""
+        """Return outputs [T * k, out] for slots [T, k], undefined where a slot is -1. The input row
+        of pair p is ``sources[p]``, or p // ``per_row``."""
         from workers.cuda.experts import GateActivation, Matrices, gate_up, make_pairs, multiply
 
         rows, parts, own = inputs.contiguous(), self._parts, self._exchange.activation

@@ -1,4 +1,5 @@
-"""Quantized experts without compiled kernels: the reference, and what torch computes on CPUs."""
+"""Quantized experts without compiled kernels: the reference, and the torch implementation on
+CPUs."""
 
 from __future__ import annotations
 
@@ -12,10 +13,10 @@ from workers.quantization.matrix import QuantizedMatrix, Weight
 
 
 class DequantizingExperts:
-    """``ExpertKernel`` that makes the float32 matrices of a slot anew for each product.
+    """``ExpertKernel`` that dequantizes the matrices of a slot to float32 for each product.
 
-    Rows are multiplied one by one, so that they do not depend on each other to the last bit. What
-    goes from one product to the next is rounded to the model dtype.
+    Rows are multiplied one by one, so that no row's bits depend on other rows. The input of the
+    second product is rounded to the model dtype.
     """
 
     def __init__(self, exchange: ExchangeSpec, dtype: torch.dtype) -> None:
@@ -41,7 +42,7 @@ class DequantizingExperts:
         self._weights[matrix][slot] = copy
 
     def read(self, slot: int, matrix: int) -> Weight:
-        """See ``ExpertKernel``; nothing writes to what was stored. Raises ``IndexError``."""
+        """See ``ExpertKernel``. Stored weights are never modified. Raises ``IndexError``."""
         weight = self._weights[matrix][slot]
         if weight is None:
             raise IndexError(f"slot {slot} is empty")

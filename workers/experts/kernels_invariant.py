@@ -1,7 +1,7 @@
-"""Expert kernels whose rows do not depend on each other, for ``--deterministic``.
+"""Batch-invariant expert kernels, for ``--deterministic``.
 
-One kernel for each size of experts: nothing is chosen by the load of a step. Its rows are tried
-when it is made (``row_invariance``), and where they depend on each other the next one is taken.
+Each size of experts has one kernel, independent of the load of a step. A new kernel is tested
+(``row_invariance``); if its rows depend on each other, the next one is used.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from workers.model.layers import gated_activation
 from workers.quantization.matrix import Weight, plain
 
 Agree = Callable[[MakeKernel, ExchangeSpec, torch.dtype, torch.device], bool]
-"""Tries a kernel; see ``pairs_agree``."""
+"""Tests a kernel; see ``pairs_agree``."""
 _GROUPS = ((0, 1), (5, 6), (0, 2), (7, 10), (1, 8), (3, 12), (11, 41), (0, NUM_TRIED_ROWS))
-"""Neighbouring inputs of a trial."""
+"""Number of consecutive inputs of a test."""
 _MAX_HEIGHT = 64
-"""Rows of a block: of a slot that has more, some blocks."""
+"""Maximum rows of a block; a slot with more rows has several blocks."""
 _TRIED_SLOTS = 6
 
 
 class BlockExperts(StackedWeights):
-    """One batched product over blocks of rows; every block belongs to one slot.
+    """One batched product over blocks of rows; each block belongs to one slot.
 
-    The blocks of a call are as high as its busiest slot has rows, within limits.
+    The height of all blocks in a call is the number of rows of the busiest slot, within limits.
     """
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class BlockExperts(StackedWeights):
         height = min(max(int(counts.max()), MIN_ROWS), _MAX_HEIGHT)
         num_blocks = (counts + (height - 1)) // height
         owners = torch.repeat_interleave(num_blocks)
-        # A row's place: its slot's first block, then its place among the slot's rows.
+        # Index of a row: its slot's first block, then its index among the slot's rows.
         begins = (num_blocks.cumsum(0) - num_blocks) * height - (counts.cumsum(0) - counts)
         places = begins[slots] + torch.arange(len(slots))
         blocks = inputs.new_zeros(len(owners) * height, inputs.shape[1])
@@ -64,7 +64,7 @@ class BlockExperts(StackedWeights):
 
 
 class LoopExperts:
-    """A product for every slot that has rows."""
+    """One product for each slot that has rows."""
 
     def __init__(
         self,
@@ -127,17 +127,17 @@ class LoopExperts:
 
 
 class InvariantKernels:
-    """Makes kernels; what a trial found is remembered by shape."""
+    """Makes kernels, and caches the results of the tests by shape."""
 
     def __init__(self, agree: Agree | None = None) -> None:
-        """``agree`` tries a form; ``pairs_agree`` unless it is given."""
+        """``agree`` tests a kernel; the default is ``pairs_agree``."""
         self._agree = agree or pairs_agree
         self._chosen: dict[tuple[object, ...], MakeKernel | None] = {}
 
     def make(
         self, exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device
     ) -> ExpertKernel:
-        """An empty kernel in the first form that is row-invariant. Raises ``ConfigError``."""
+        """Return an empty kernel of the first row-invariant class. Raises ``ConfigError``."""
         check_device(device)
         key = (exchange.matrix_shapes, exchange.activation, dtype)
         if key not in self._chosen:
@@ -159,7 +159,8 @@ def forms(exchange: ExchangeSpec) -> tuple[MakeKernel, ...]:
 def pairs_agree(
     make: MakeKernel, exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Whether a pair's output has the same bits in all batches and places of its expert."""
+    """Whether a pair's output has the same bits in all batches and at all positions of its
+    expert."""
     inputs = random_rows(NUM_TRIED_ROWS, exchange.in_width, dtype=dtype)
     found = []
     for num_slots, first in ((_TRIED_SLOTS, _TRIED_SLOTS - 2), (2, 0)):
@@ -190,14 +191,14 @@ class _Trial:
     first: int
 
     def together(self) -> Tensor:
-        """[2, inputs, out]: all outputs of both experts, computed at once."""
+        """[2, inputs, out]: outputs of both experts, computed in one call."""
         count = len(self.inputs)
         sources = torch.arange(count).repeat(2)
         slots = self.first + torch.arange(2).repeat_interleave(count)
         return self.kernel.compute(self.inputs, sources, slots).view(2, count, -1)
 
     def group(self, expert: int, first: int, last: int, num_mates: int) -> Tensor:
-        """Some inputs through one expert, behind a pair for each of the first slots."""
+        """Outputs of some inputs of one expert, after one pair for each of the first slots."""
         mates = torch.arange(num_mates)
         rows = torch.arange(first, last)
         slots = torch.full_like(rows, self.first + expert)

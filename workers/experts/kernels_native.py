@@ -1,7 +1,7 @@
 """Experts on the compiled kernels of ``workers.native``: the default on CPUs.
 
-The weights are packed when they are stored and have no second copy. Rows do not depend on each
-other, on the load of a slot or on the number of threads, to the last bit.
+Weights are packed when they are stored, without a second copy. The bits of a row do not depend on
+other rows, on the load of a slot or on the number of threads.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from workers.quantization.matrix import Weight
 
 
 def unsupported_feature(exchange: ExchangeSpec, dtype: torch.dtype) -> str:
-    """What of the exchange's experts the kernels do not have, so that torch computes; else empty.
+    """Name the feature of the exchange that the kernels lack, so that torch computes it; empty if
+    none.
 
-    Every width is possible, and every even one of quantized weights.
+    Every width is supported, and every even width of quantized weights.
     """
     if dtype not in DTYPES:
         return str(dtype).removeprefix("torch.")
@@ -40,7 +41,7 @@ def unsupported_feature(exchange: ExchangeSpec, dtype: torch.dtype) -> str:
 
 
 class NativeExperts:
-    """``ExpertKernel`` with packed weights, each matrix in memory of its own."""
+    """``ExpertKernel`` with packed weights; each matrix is a separate allocation."""
 
     def __init__(self, exchange: ExchangeSpec, dtype: torch.dtype, team: Team) -> None:
         inner = exchange.expert_width if exchange.expert_kind == "gated" else 0
@@ -61,7 +62,7 @@ class NativeExperts:
 
     @property
     def slots(self) -> NativeSlots:
-        """The slots as they are now."""
+        """The current slots."""
         return NativeSlots(self._team, self._slots)
 
     def resize(self, num_slots: int) -> None:
@@ -69,7 +70,7 @@ class NativeExperts:
         self._slots = SlotTable(self._shape, num_slots, self._slots)
 
     def store(self, slot: int, matrix: int, weight: Weight, is_idle: bool = False) -> None:
-        """See ``ExpertKernel``. ``is_idle``: nothing computes, so that the whole team packs."""
+        """See ``ExpertKernel``. ``is_idle``: no step runs, so the whole team packs."""
         team = self._team if is_idle else None
         if isinstance(weight, Tensor):
             weight = weight.to(self._shape.stored_as(matrix))

@@ -1,12 +1,11 @@
-"""Products of many experts in one call, without Python between them.
+"""TorchScript loop over the products of many experts, in one call without the GIL.
 
-Two compute threads that call one operator after the other compete for Python's lock, and the one
-that waits sleeps: at 40 microseconds a product, two were hardly faster than one. TorchScript runs a
-whole loop without the lock. Decode steps of 8 layers of 64 experts (512 x 256, bfloat16, top-8),
-two cores of an AMD EPYC, torch 2.13, milliseconds at 1 / 8 / 32 rows: 13.6 / 37 / 72 -> 12.1 / 33
-/ 64.
+Two compute threads that call one operator after the other compete for the GIL, and the waiting
+thread sleeps: at 40 microseconds a product, two were hardly faster than one. TorchScript runs a
+whole loop without the GIL. Decode steps of 8 layers of 64 experts (512 x 256, bfloat16, top-8), two
+cores of an AMD EPYC, torch 2.13, milliseconds at 1 / 8 / 32 rows: 13.6 / 37 / 72 -> 12.1 / 33 / 64.
 
-TorchScript is deprecated. Where torch does not have it, the same functions run as Python.
+TorchScript is deprecated. If torch does not have it, the same functions run as Python.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ def _scripted(function: F) -> F:
 def expert_products(
     rows: Tensor, sizes: list[int], weights: list[Tensor], biases: list[Tensor], is_packed: bool
 ) -> Tensor:
-    """rows [R, in], the first ``sizes[0]`` times the first weight, and so on -> [R, out].
+    """rows [R, in] -> [R, out]: the first ``sizes[0]`` rows times the first weight, and so on.
 
-    The weights are [out, in], or in oneDNN's layout (see ``torch_private.pack``); biases [out, 1],
-    or there are none.
+    The weights are [out, in], or in oneDNN's layout (see ``torch_private.pack``); biases are [out,
+    1], or the list is empty.
     """
     products: list[Tensor] = []
     for i, part in enumerate(torch.split(rows, sizes)):

@@ -1,4 +1,5 @@
-"""All expert slots of one device: which physical experts it holds, loaded from the checkpoint."""
+"""All expert slots of one device: the physical experts that it holds, loaded from the
+checkpoint."""
 
 from __future__ import annotations
 
@@ -25,13 +26,14 @@ from workers.quantization.matrix import Weight
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedExpert:
-    """One loading of an expert."""
+    """Identity of one load of an expert into a slot."""
 
     expert: int
 
 
 def torch_reason(banks: Sequence[BankSpec], dtype: torch.dtype) -> str:
-    """Why torch computes experts although there are compiled kernels, for people; else empty."""
+    """Reason, for logs, why torch computes experts although compiled kernels exist; empty
+    otherwise."""
     missing = {
         unsupported_feature(exchange, dtype) for bank in banks for exchange in bank.exchanges
     }
@@ -40,7 +42,7 @@ def torch_reason(banks: Sequence[BankSpec], dtype: torch.dtype) -> str:
 
 
 class ExpertSlots:
-    """The banks of one device. Capacity and placement are independent."""
+    """The expert banks of one device. Capacity and placement are independent."""
 
     def __init__(
         self,
@@ -52,10 +54,10 @@ class ExpertSlots:
         deterministic: bool = False,
         team: Team | None = None,
     ) -> None:
-        """``num_slots`` empty expert slots in every bank.
+        """Create ``num_slots`` empty expert slots in every bank.
 
-        ``team`` computes where its compiled kernels can, torch with ``compute_threads`` elsewhere.
-        Raises ``ConfigError`` where this machine cannot be deterministic.
+        ``team`` runs the experts that its compiled kernels support; torch with ``compute_threads``
+        runs the others. Raises ``ConfigError`` if this machine cannot be deterministic.
         """
         threads = compute_threads or ComputeThreads()
         other = InvariantKernels().make if deterministic else None
@@ -66,15 +68,16 @@ class ExpertSlots:
             make_kernel, compute_threads=threads, team=team, make_other=other, side=self._side
         )
         self.banks = tuple(ExpertBank(spec, num_slots, dtype, device, make) for spec in banks)
-        """By ``BankSpec.index``."""
+        """Banks by ``BankSpec.index``."""
         self._contents = [dict[int, LoadedExpert]() for _ in banks]
 
     def contents(self, bank: int) -> dict[int, int]:
-        """Slot -> logical expert whose weights are complete there."""
+        """Return the logical expert of each slot with complete weights, by slot."""
         return {slot: held.expert for slot, held in self._contents[bank].copy().items()}
 
     def rows(self) -> tuple[tuple[int, ...], ...]:
-        """``[bank][slot]``: the logical expert that is complete there, or ``FREE_SLOT``."""
+        """``[bank][slot]``: the logical expert with complete weights in the slot, or
+        ``FREE_SLOT``."""
         found = []
         for bank in range(len(self.banks)):
             held = self.contents(bank)
@@ -83,9 +86,10 @@ class ExpertSlots:
         return tuple(found)
 
     def read_expert(self, bank: int, expert: int) -> list[Weight] | None:
-        """Copies of an expert's matrices, exchange by exchange; None when no slot holds it.
+        """Return copies of an expert's matrices, exchange by exchange; None if no slot holds it.
 
-        Any thread may call it. A store to the slot meanwhile makes it None, never a mixture.
+        Any thread may call it. If the slot is overwritten during the copy, the result is None,
+        never a mixture.
         """
         if bank >= len(self.banks):
             return None
@@ -96,12 +100,12 @@ class ExpertSlots:
         source = self.banks[bank]
         try:
             matrices = [source.read(slot, exchange, i) for exchange, i, _ in source.spec.matrices]
-        except IndexError:  # the slot was given back meanwhile
+        except IndexError:  # the slot was freed during the copy
             return None
         return matrices if self._contents[bank].get(slot) is held else None
 
     def follow_steps(self) -> None:
-        """Slots that are given up by now are written after the steps that have read them."""
+        """Order writes to the slots freed so far after the steps that have read them."""
         self._side.follow()
 
     def load_expert(
@@ -109,8 +113,8 @@ class ExpertSlots:
     ) -> Iterator[None]:
         """Read one logical expert into a slot: each iteration reads one matrix.
 
-        ``is_idle`` as in ``ExpertBank.store``.
-        Raises what the source raises; the slot then holds nothing.
+        ``is_idle`` as in ``ExpertBank.store``. Raises the errors of the source; the slot is then
+        empty.
         """
         target = self.banks[bank]
         self.forget(bank, slot)
@@ -120,9 +124,9 @@ class ExpertSlots:
         self._contents[bank][slot] = LoadedExpert(expert)
 
     def forget(self, bank: int, slot: int) -> LoadedExpert | None:
-        """Hold nothing there from now on; the weights stay. Returns what was held.
+        """Mark a slot as empty, without freeing its weights. Returns the expert it held.
 
-        Comes before the last look at who needs the slot: ``contents`` no longer names it then.
+        Call it before the last check of who uses the slot: ``contents`` must not list it then.
         """
         return self._contents[bank].pop(slot, None)
 
@@ -132,7 +136,7 @@ class ExpertSlots:
             self._contents[bank][slot] = held
 
     def clear(self, bank: int, slot: int) -> None:
-        """Empty a slot, which no step may use."""
+        """Empty a slot that no step may use."""
         self.forget(bank, slot)
         self.banks[bank].clear(slot)
 
@@ -142,10 +146,11 @@ class ExpertSlots:
         min_slots: int,
         is_needed: Callable[[int, int], bool] = lambda bank, slot: False,
     ) -> int:
-        """Free the memory of slots that no step uses; returns how many held an expert.
+        """Free the memory of slots that no step uses; return the number of these slots that held an
+        expert.
 
-        ``used[bank][slot]`` is an expert, or -1 where the slot is not used, and ``is_needed(bank,
-        slot)`` tells of others that are used by now; ``min_slots`` is the capacity that a bank
+        ``used[bank][slot]`` is an expert, or -1 if the slot is unused. ``is_needed(bank, slot)``
+        reports further slots that have come into use; ``min_slots`` is the capacity that a bank
         keeps.
         """
         num_freed = 0
@@ -165,7 +170,7 @@ class ExpertSlots:
         return num_freed
 
     def load_all(self, checkpoint: Checkpoint) -> None:
-        """Expert e of every bank into slot e (a single process)."""
+        """Load expert e of every bank into slot e (for a single process)."""
         rows = [list(range(b.spec.num_experts)) for b in self.banks]
         self._load(rows, checkpoint, self.checkpoint_source(checkpoint, is_idle=True))
 
@@ -176,9 +181,9 @@ class ExpertSlots:
         checkpoint: Checkpoint,
         source: ExpertSource | None = None,
     ) -> None:
-        """Load the experts that a placement gives one device, from the checkpoint by default.
+        """Load the experts that a placement assigns to one device, from the checkpoint by default.
 
-        The source is closed. Raises ``CheckpointError``.
+        Closes the source. Raises ``CheckpointError``.
         """
         rows = [bank.physical_to_logical[device] for bank in placement.banks]
         source = source or self.checkpoint_source(checkpoint, is_idle=True)
@@ -190,9 +195,10 @@ class ExpertSlots:
         take: Callable[[int], None] = lambda num_bytes: None,
         is_idle: bool = False,
     ) -> CheckpointSource:
-        """A source on disk, see ``CheckpointSource``; ``is_idle`` as in ``ExpertBank.store``.
+        """Return a source on disk, see ``CheckpointSource``; ``is_idle`` as in
+        ``ExpertBank.store``.
 
-        Compiled kernels quantize where they compute, and for GPUs.
+        Compiled kernels quantize the weights if they compute the experts, and for GPUs.
         """
         team = self._team
         library = None if team is None else team.library
@@ -204,7 +210,7 @@ class ExpertSlots:
     def _load(
         self, by_bank: Sequence[Sequence[int]], checkpoint: Checkpoint, source: ExpertSource
     ) -> None:
-        """``by_bank[bank][slot]`` is the logical expert."""
+        """Load ``by_bank[bank][slot]``, a logical expert, into each slot."""
         work = [
             (bank, slot, expert)
             for bank, slots in enumerate(by_bank)

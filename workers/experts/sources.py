@@ -15,7 +15,7 @@ from workers.quantization.matrix import QuantizedMatrix, Weight
 from workers.quantization.rounding import quantize
 
 Round = Callable[[Tensor, WeightFormat], QuantizedMatrix]
-"""Quantizes a matrix, as ``quantize`` does to the bit."""
+"""Quantizes a matrix, with the same bits as ``quantize``."""
 
 
 class ExpertWeight(NamedTuple):
@@ -24,9 +24,9 @@ class ExpertWeight(NamedTuple):
     exchange: int
     """Exchange of the bank that uses the matrix."""
     matrix: int
-    """Its place in ``ExchangeSpec.matrix_shapes``."""
+    """Index in ``ExchangeSpec.matrix_shapes``."""
     weight: Weight
-    """[out, in] on the CPU, in ``ExchangeSpec.form_of``; valid until the next one is read."""
+    """[out, in] on the CPU, in ``ExchangeSpec.form_of``; valid until the next matrix is read."""
 
 
 class ExpertSource(Protocol):
@@ -37,13 +37,13 @@ class ExpertSource(Protocol):
         """Bytes read so far."""
 
     def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
-        """All matrices of a logical expert; those that are not quantized in ``dtype``.
+        """Yield all matrices of a logical expert; matrices that are not quantized are in ``dtype``.
 
-        The iterator raises an ``ExpertMeshError`` that says what is missing.
+        The iterator raises an ``ExpertMeshError`` that names the missing item.
         """
 
     def close(self) -> None:
-        """Release files, buffers and connections; the source is not used again."""
+        """Release files, buffers and connections. The source cannot be used afterwards."""
 
 
 class CheckpointSource:
@@ -55,16 +55,16 @@ class CheckpointSource:
         take: Callable[[int], None] = lambda num_bytes: None,
         round_weight: Round = quantize,
     ) -> None:
-        """``checkpoint`` is this thread's own (``Checkpoint.another``).
+        """``checkpoint`` belongs to this thread (``Checkpoint.another``).
 
-        ``take`` is called with the size of a matrix that was read; it may wait, and raise.
-        ``round_weight`` is for experts that are quantized while they are loaded.
+        ``take`` is called with the size of each matrix that was read; it may wait or raise.
+        ``round_weight`` quantizes experts during loading.
         """
         self._checkpoint = checkpoint
         self._take = take
         self._round = round_weight
         self.num_bytes = 0
-        """See ``ExpertSource``; bytes on disk."""
+        """See ``ExpertSource``. Counts bytes on disk."""
         self._buffers: dict[tuple[int, int], Tensor] = {}
 
     def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
@@ -91,10 +91,10 @@ class CheckpointSource:
         self._checkpoint.files.close()
 
     def _buffer(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """The buffer into which matrices of a shape are read, one after the other.
+        """Return the buffer into which all matrices of a shape are read, one after the other.
 
-        Fresh memory for each matrix would leave holes between the packed weights that stay, a third
-        of their size in a bank of 512 x 256 experts.
+        A new allocation for each matrix would leave gaps between the packed weights, of a third of
+        their size in a bank of 512 x 256 experts.
         """
         if shape not in self._buffers:
             self._buffers[shape] = torch.empty(shape, dtype=dtype)

@@ -1,8 +1,9 @@
 """Speed of a device on its experts, measured once when their weights are in memory.
 
-A decode step reads the weights of every activated slot and computes little, so the measurement
-takes one row for each filled slot of a bank. The best of several runs counts, as other processes of
-a host only slow a run down. The result is rounded, so that equal devices mostly get equal values.
+A decode step reads the weights of every activated slot and computes little, so the measurement runs
+one row for each filled slot of a bank. The fastest of several runs counts, because other processes
+on the host can only slow a run down. The result is rounded, so that identical devices usually get
+the same value.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def slots_per_second(
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Expert slots that a device computes in a second; ``filled`` are slots that hold an expert.
+    """Return the expert slots that a device computes per second; ``filled`` slots hold an expert.
 
     ``compute`` is ``ExpertBank.compute``.
     """
@@ -51,7 +52,7 @@ def slots_per_second(
 
 
 def blank_bank(like: ExpertBank) -> ExpertBank:
-    """A bank of one slot whose expert is all zeros, for a device without experts."""
+    """Return a bank of one slot with an expert of zeros, for a device without experts."""
     bank = ExpertBank(like.spec, 1, like.dtype, like.device, like.make)
     for exchange, matrix, shape in like.spec.matrices:
         form = like.spec.exchanges[exchange].form_of(matrix)
@@ -63,5 +64,5 @@ def blank_bank(like: ExpertBank) -> ExpertBank:
 
 
 def rounded(speed: float) -> float:
-    """The nearest power of 1.1, so that equal devices get the same number."""
+    """Return the nearest power of 1.1, so that identical devices get the same number."""
     return _GRAIN ** round(math.log(speed) / math.log(_GRAIN))

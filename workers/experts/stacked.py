@@ -1,4 +1,4 @@
-"""Weights of an expert kernel as one tensor a matrix: [slots, out, in]."""
+"""Weights of an expert kernel as one tensor per matrix: [slots, out, in]."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from workers.quantization.matrix import QuantizedMatrix, Weight, empty_weight, p
 
 
 class StackedWeights:
-    """The part of an ``ExpertKernel`` that keeps weights; subclasses compute."""
+    """Storage of an ``ExpertKernel``; subclasses compute."""
 
     def __init__(
         self,
@@ -23,7 +23,7 @@ class StackedWeights:
         device: torch.device,
         side: SideStream | None = None,
     ) -> None:
-        """``side`` is for threads that store and read; by default one of these weights' own."""
+        """``side``: stream of the threads that store and read; by default a new one."""
         self._side = side or SideStream(device)
         shapes = exchange.matrix_shapes
         self._exchange = exchange
@@ -35,15 +35,16 @@ class StackedWeights:
             [torch.zeros((0, *p.shape), dtype=p.dtype, device=device) for p in parts_of(like)]
             for like in likes
         ]
-        """Of each matrix: itself, or codes, scales and zero points; all [slots, ..]."""
+        """For each matrix: the matrix itself, or quantized values, scales and zero points; all
+        [slots, ..]."""
 
     @property
     def _weights(self) -> list[Tensor]:
-        """Matrices, or their codes."""
+        """The matrices, or their quantized values."""
         return [parts[0] for parts in self._parts]
 
     def resize(self, num_slots: int) -> None:
-        """See ``ExpertKernel``; new slots hold zeros, whose pages are given out when written."""
+        """See ``ExpertKernel``; new slots are zeros, which take no memory until written."""
         self._parts = [[_resized(old, num_slots) for old in parts] for parts in self._parts]
         self._side.follow()
 
@@ -68,8 +69,8 @@ class StackedWeights:
 def batched_products(
     blocks: Tensor, matrices: Iterable[Tensor], num_products: int, activate: GatedActivation
 ) -> Tensor:
-    """blocks [B, rows, in], and for each matrix of an expert, see ``ExchangeSpec.matrix_shapes``,
-    those of each block [B, out, in] -> [B, rows, out]."""
+    """blocks [B, rows, in], and for each matrix of an expert (see ``ExchangeSpec.matrix_shapes``)
+    the matrix of each block [B, out, in] -> [B, rows, out]."""
     known = list(matrices)
     weights, biases = known[:num_products], known[num_products:]
     for i, weight in enumerate(weights):
@@ -80,7 +81,7 @@ def batched_products(
 
 
 def _resized(weights: Tensor, num_slots: int) -> Tensor:
-    """[slots, ..] -> [num_slots, ..]: the same slots first, then zeros."""
+    """[slots, ..] -> [num_slots, ..]: the existing slots, then zeros."""
     new = weights.new_zeros((num_slots, *weights.shape[1:]))
     kept = min(len(weights), num_slots)
     new[:kept] = weights[:kept]

@@ -1,4 +1,4 @@
-"""Low-rank adapters: folders as PEFT writes them, their matrices, and what they add to rows.
+"""LoRA adapters: PEFT folders, their matrices, and the deltas that they add to rows.
 
-May import ``workers.model`` and the floors below it; never Ray or gRPC.
+May import ``workers.model`` and the packages below it; never Ray or gRPC.
 """

@@ -1,10 +1,10 @@
-"""Adapters in memory, and what they add to the rows of a micro-batch.
+"""Adapters in memory, and the deltas that they add to the rows of a micro-batch.
 
     y = W x + scale * B (A x)        for the rows of an adapter; A has few rows, B few columns
 
-The matrices of one product are joined: those of q, k and v with different A lie side by side, so
-that a product of the layer takes two more, whatever it is made of. They are made of the model's own
-building blocks: where rows do not depend on each other to the last bit, adapted ones do not either.
+The matrices of one product are joined: the A matrices of q, k and v lie side by side, so that a
+product of the layer takes two more products, regardless of its number of modules. They use the
+model's own building blocks: if these are batch-invariant, rows with adapters are, too.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from workers.model.layers import AttentionModel, LayerProduct, Linear, Mlp
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What an adapter adds to a product: [n, in] -> [n, out]."""
+    """Delta of an adapter for one product: [n, in] -> [n, out]."""
 
     down: Linear
-    """in -> ranks of all matrices of the product."""
+    """First product: in -> ranks of all matrices."""
     up: Linear
-    """Those -> out, with the scale."""
+    """Second product: ranks -> out, including the scale."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))
@@ -36,7 +36,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class MlpDelta:
-    """What an adapter adds to an MLP; None: nothing to that product."""
+    """Deltas of an adapter for an MLP; None: no delta for that product."""
 
     gate_up: Delta | None
     down: Delta | None
@@ -49,20 +49,20 @@ class AdapterWeights:
     linears: Mapping[Linear, Delta]
     mlps: Mapping[Mlp, MlpDelta]
     num_bytes: int
-    """Of its matrices."""
+    """Bytes of its matrices."""
 
 
 @dataclass(frozen=True, slots=True)
 class JoinedMatrices:
-    """What an adapter adds to a product, before the product is made."""
+    """Joined matrices of an adapter for a product, before the product is made."""
 
     product: Linear | Mlp
     is_down: bool
-    """Of an MLP, to its second product."""
+    """Whether the product is the second one of an MLP."""
     down: Tensor
     """[ranks, in]."""
     up: Tensor
-    """[out, ranks], with the scale."""
+    """[out, ranks], including the scale."""
 
     @property
     def num_bytes(self) -> int:
@@ -71,10 +71,10 @@ class JoinedMatrices:
 
 @dataclass(frozen=True, slots=True)
 class PreparedAdapter:
-    """A checked adapter, in memory on the CPU."""
+    """A checked adapter in CPU memory."""
 
     digest: str
-    """Of its folder."""
+    """Hash of its folder."""
     matrices: tuple[JoinedMatrices, ...]
 
     @property
@@ -116,13 +116,13 @@ def _join(own: Sequence[ModuleMatrices], dtype: torch.dtype) -> JoinedMatrices:
 
 
 def make(prepared: PreparedAdapter, model: AttentionModel) -> Generator[None, None, AdapterWeights]:
-    """Make the products, with a pause after each. Raises ``CheckpointError``."""
+    """Make the products, yielding after each. Raises ``CheckpointError``."""
     linears: dict[Linear, Delta] = {}
     mlps: dict[Mlp, MlpDelta] = {}
     for own in prepared.matrices:
         try:
             down, up = (model.linear(m.to(model.device)) for m in (own.down, own.up))
-        except ConfigError as err:  # such products could not be exact here
+        except ConfigError as err:  # such products cannot be exact here
             raise CheckpointError(str(err)) from err
         if isinstance(own.product, Linear):
             linears[own.product] = Delta(down, up)
@@ -136,13 +136,13 @@ def make(prepared: PreparedAdapter, model: AttentionModel) -> Generator[None, No
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """The rows of one adapter in a micro-batch."""
+    """Rows of one adapter in a micro-batch."""
 
     adapter: AdapterWeights
     indices: Tensor
     """[n] int64."""
     span: slice | None
-    """The same, where they are neighbours."""
+    """The rows as a slice, if they are contiguous."""
 
     def of(self, x: Tensor) -> Tensor:
         return x.index_select(0, self.indices) if self.span is None else x[self.span]
@@ -160,7 +160,8 @@ class BatchAdapters:
     def __init__(
         self, owners: Sequence[tuple[AdapterWeights | None, int]], device: torch.device
     ) -> None:
-        """``owners``: the adapter of so many rows, one after the other; at least one has any."""
+        """``owners``: adapters with their numbers of consecutive rows; at least one has an
+        adapter."""
         by_adapter: dict[AdapterWeights, list[int]] = {}
         plain: list[int] = []
         first = 0
@@ -180,7 +181,7 @@ class BatchAdapters:
         return y
 
     def apply(self, mlp: Mlp, x: Tensor) -> Tensor:
-        """See ``RowAdapters``. Rows to which nothing is added go through the MLP as ever."""
+        """See ``RowAdapters``. Rows without an adapter use the unmodified MLP."""
         adapted = [rows for rows in self._groups if mlp in rows.adapter.mlps]
         if not adapted:
             return mlp(x)

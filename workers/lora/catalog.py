@@ -1,4 +1,4 @@
-"""Which modules of a model adapters may change: attention, shared experts, dense MLPs."""
+"""Modules of a model that adapters may change: attention, shared experts, dense MLPs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from workers.model.layers import LayerProduct
 
 _WEIGHT = ".weight"
 _ROUTERS = frozenset({"router", "attention_router", "mlp_router", "shared_gate"})
-"""Short names of matrices that choose experts or weigh them."""
+"""Short names of router and gate matrices."""
 _GATE = "is a router or a gate, which adapters do not change"
 _RULES: Sequence[tuple[tuple[str, ...], str]] = (
     ((".experts.", ".experts"), "is of routed experts, which adapters do not change"),
@@ -23,20 +23,20 @@ _RULES: Sequence[tuple[tuple[str, ...], str]] = (
     (("norm",), "is a norm, which adapters do not change"),
     ((".kv_b_proj",), "is computed head by head, and adapters do not change it"),
 )
-"""Parts or ends of names, and the reason that an error gives."""
+"""Parts or ends of module names, with the reason that an error gives."""
 
 
 _NOT_LOADED: Any = None
-"""The product of a target of a model without weights."""
+"""Product of a target in a model without weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoraTarget:
-    """A module that adapters may change: a matrix of a product."""
+    """A module that adapters may change: one matrix of a product."""
 
     product: LayerProduct
     name: str
-    """The matrix by its short name."""
+    """Short name of the matrix."""
 
     @property
     def part(self) -> TensorPart:
@@ -44,7 +44,7 @@ class LoraTarget:
 
 
 def targets_of(products: Sequence[LayerProduct]) -> Mapping[str, LoraTarget]:
-    """By name of the module, as the checkpoint names its tensors."""
+    """Return the targets by module name, as in the names of the checkpoint's tensors."""
     return {
         target.part.name.removesuffix(_WEIGHT): target
         for product in products
@@ -53,9 +53,9 @@ def targets_of(products: Sequence[LayerProduct]) -> Mapping[str, LoraTarget]:
 
 
 def targets_without_weights(parts: Iterable[TensorPart]) -> Mapping[str, LoraTarget]:
-    """The targets of a model that is not loaded, from the tensors of an attention worker.
+    """Return the targets of a model that is not loaded, from the tensors of an attention worker.
 
-    Their products cannot be called: they serve to check adapters.
+    Their products cannot be called; they serve to check adapters.
     """
     modules = {part.name.removesuffix(_WEIGHT): part for part in parts if _is_matrix(part)}
     return {
@@ -66,7 +66,7 @@ def targets_without_weights(parts: Iterable[TensorPart]) -> Mapping[str, LoraTar
 
 
 def why_not(module: str) -> str:
-    """What is said of a module that is no target."""
+    """Return the reason why a module cannot be a target."""
     other = "is no projection of attention, shared expert or dense MLP of this model"
     return _rule_against(module) or other
 
@@ -79,7 +79,7 @@ def _rule_against(module: str) -> str | None:
 
 
 def _is_matrix(part: TensorPart) -> bool:
-    """Whether it is one whole matrix of the checkpoint, as an adapter needs."""
+    """Whether the part is one whole matrix of the checkpoint, as an adapter requires."""
     is_plain = part.index is None and part.rows is None and not part.is_transposed
     return is_plain and len(part.shape) == 2
 

@@ -1,7 +1,7 @@
-"""Adapters in folders, as PEFT writes them: ``adapter_config.json`` and safetensors.
+"""Adapter folders in PEFT's format: ``adapter_config.json`` and safetensors.
 
-The header of the file is checked against the model before the rest is read, and of that no more
-than the header names.
+The header of the file is checked against the model before the data is read, and only the data that
+the header names is read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MAX_HEADER_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class ModuleMatrices:
-    """What an adapter adds to a module: ``scale * up @ (down @ x)``."""
+    """Matrices of an adapter for one module: ``scale * up @ (down @ x)``."""
 
     target: LoraTarget
     down: Tensor
@@ -46,7 +46,7 @@ class ModuleMatrices:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
-    """A checked adapter, in memory on the CPU."""
+    """A checked adapter in CPU memory."""
 
     modules: tuple[ModuleMatrices, ...]
     digest: str
@@ -54,12 +54,12 @@ class AdapterFolder:
 
 
 class _Entry(Message, frozen=True, kw_only=True):
-    """A tensor in the header of a file."""
+    """One tensor in the header of a file."""
 
     dtype: str
     shape: tuple[Count, ...]
     data_offsets: tuple[int, int]
-    """Checked by the library."""
+    """Data offsets; the safetensors library checks them."""
 
 
 _HEADER = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -68,7 +68,7 @@ _METADATA = "__metadata__"
 
 
 def read_folder(path: Path, targets: Mapping[str, LoraTarget], max_rank: int) -> AdapterFolder:
-    """Check and read a folder. Raises ``CheckpointError`` naming what is wrong.
+    """Check and read a folder. Raises ``CheckpointError`` that names the fault.
 
     ``targets`` by module; see ``catalog.targets_of``.
     """
@@ -83,7 +83,7 @@ def read_folder(path: Path, targets: Mapping[str, LoraTarget], max_rank: int) ->
             header, entries = _read_header(opened)
             found = _checked(entries, settings, targets, max_rank)
             num_bytes = sum(_num_bytes(entry) for entry in entries.values())
-            data = header + opened.read(num_bytes + 1)  # as it is now: it may be replaced meanwhile
+            data = header + opened.read(num_bytes + 1)  # now: the file may be replaced later
         stored = {name: tensor["data"] for name, tensor in deserialize(data)}  # type: ignore[no-untyped-call]
     except SafetensorError as err:
         raise _damaged(str(err)) from err
@@ -107,7 +107,7 @@ def read_folder(path: Path, targets: Mapping[str, LoraTarget], max_rank: int) ->
 
 
 def _read_header(opened: BinaryIO) -> tuple[bytes, dict[str, _Entry]]:
-    """The bytes of the header with its length, and the tensors in it."""
+    """Return the bytes of the header with its length, and the tensors in it."""
     length = opened.read(_LENGTH_BYTES)
     num_bytes = int.from_bytes(length, "little")
     if len(length) < _LENGTH_BYTES or num_bytes > _MAX_HEADER_BYTES:
@@ -137,7 +137,8 @@ def _checked(
     targets: Mapping[str, LoraTarget],
     max_rank: int,
 ) -> dict[str, tuple[LoraTarget, dict[str, str]]]:
-    """By the adapter's name of a module, in the order of the model: the names of its tensors."""
+    """Return the tensor names of each module, by the adapter's module name in the order of the
+    model."""
     by_module: dict[str, dict[str, str]] = {}
     for name, found in entries.items():
         match = _NAME.fullmatch(name)
@@ -172,8 +173,8 @@ def _checked(
 
 
 def _target(module: str, targets: Mapping[str, LoraTarget]) -> LoraTarget | None:
-    """A module by its name; a model of texts may be a part of one of texts and images, and an
-    adapter may have been made for either."""
+    """Return the target of a module name. A text model may be part of a text and image model, and
+    an adapter may be made for either."""
     names = [module]
     if module.startswith(_WHOLE):
         names.append(module.replace(_WHOLE, _TEXT, 1))
@@ -183,7 +184,7 @@ def _target(module: str, targets: Mapping[str, LoraTarget]) -> LoraTarget | None
 
 
 def _reason(name: str, targets: Mapping[str, LoraTarget]) -> str:
-    """What is said of a tensor of another kind."""
+    """Return the error text for a tensor that is neither lora_A nor lora_B of a target."""
     module = name.removeprefix("base_model.model.")
     module = re.sub(r"\.(lora_\w+|base_layer|modules_to_save)\b.*|\.(weight|bias)$", "", module)
     is_target = _target(module, targets) is not None

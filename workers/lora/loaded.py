@@ -1,4 +1,4 @@
-"""The adapters that an attention worker has, by the key that requests name."""
+"""Adapters that an attention worker has loaded, by the key in requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from workers.model.layers import AttentionModel
 
 
 class LoadedAdapters:
-    """Adapters of one model. All methods but ``read`` belong to the engine's thread."""
+    """Loaded adapters of one model. Use it on the engine thread only, except as noted."""
 
     def __init__(self, model: AttentionModel, section: LoraSection) -> None:
         self._model = model
@@ -29,53 +29,54 @@ class LoadedAdapters:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Any thread may ask."""
+        """Keys of the loaded adapters. Any thread."""
         return tuple(self._adapters)
 
     @property
     def limit(self) -> int:
-        """Adapters that may be loaded."""
+        """Maximum number of loaded adapters."""
         return self._section.max_loras
 
     @property
     def num_bytes(self) -> int:
-        """Of the matrices of all adapters. Any thread may ask."""
+        """Bytes of the matrices of all adapters. Any thread."""
         return sum(adapter.num_bytes for adapter in tuple(self._adapters.values()))
 
     def read(self, path: Path) -> PreparedAdapter:
-        """Check and read a folder. Any thread; raises ``CheckpointError``."""
+        """Check and read a folder. Any thread. Raises ``CheckpointError``."""
         targets = targets_of(self._model.products)
         found = read_folder(path, targets, self._section.max_lora_rank)
         return prepare(found, self._model.dtype)
 
     def check_place(self, path: Path) -> None:
-        """Raise ``CheckpointError`` where links lead out of the folders that adapters may be in.
+        """Raise ``CheckpointError`` if links lead out of the folders that may contain adapters.
 
         Any thread; may wait for a disk.
         """
         if str(path) in {named for _, named in self._section.modules}:
-            return  # named at the start
+            return  # named at startup
         roots = [Path(root).resolve() for root in self._section.roots]
         for place in (path, path / CONFIG_FILE, path / WEIGHTS_FILE):
             if not any(place.resolve().is_relative_to(root) for root in roots):
                 raise CheckpointError(f"{place}: it is in no folder of --lora-roots")
 
     def build(self, key: str, prepared: PreparedAdapter) -> Generator[None, None, None]:
-        """Make an adapter ready for rows, in steps none of which takes long.
+        """Make an adapter ready for rows, in short steps.
 
-        Raises ``CheckpointError`` where there is no room.
+        Raises ``CheckpointError`` if memory or the number of adapters is exceeded.
         """
         self._check_room(prepared)
         self._adapters[key] = yield from make(prepared, self._model)
 
     def remove(self, key: str) -> None:
-        """Give an adapter's memory back, if it is loaded."""
+        """Free an adapter's memory if it is loaded."""
         self._adapters.pop(key, None)
 
     def batch(self, owners: Sequence[tuple[str, int]]) -> BatchAdapters | None:
-        """``RowAdapters`` of rows, one after the other: the key of so many, empty for none.
+        """Return ``RowAdapters`` for consecutive rows: keys with their numbers of rows, empty for
+        no adapter.
 
-        None: none has an adapter.
+        None if no row has an adapter.
         """
         if not any(key for key, _ in owners):
             return None

@@ -1,9 +1,8 @@
-"""``adapter_config.json``: what an adapter computes. Pure; no torch.
+"""Reads ``adapter_config.json``: the parameters of an adapter. Pure; no torch.
 
-A field that is not known, or whose value asks for something that is not computed here, is refused
-by name.
+An unknown field, or a value that requests an unsupported feature, is refused by name.
 
-Source: the fields are those of ``LoraConfig`` of PEFT 0.18.
+Source: the fields of ``LoraConfig`` of PEFT 0.18.
 """
 
 from __future__ import annotations
@@ -41,18 +40,18 @@ _HAS_NO_EFFECT = frozenset(
         "runtime_config",
     }
 )
-"""Of training, or about modules without tensors: which modules an adapter changes is what its
-tensors say."""
+"""Fields about training, or about modules without tensors: the tensors show which modules an
+adapter changes."""
 _READ = frozenset(
     {"alpha_pattern", "lora_alpha", "r", "rank_pattern", "target_modules", "use_rslora"}
 )
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-"""Values of ``init_lora_weights`` with which training left the model's own weights as they were."""
+"""Values of ``init_lora_weights`` for which training does not change the model's own weights."""
 _TASKS = (None, "", "CAUSAL_LM")
 
 
 def _is_default(value: object) -> bool:
-    """What a field has that nobody has set: none of the features behind those names is on."""
+    """Whether a field has its default value, so that none of the features of its name is on."""
     return value is None or value is False or value in ("", [], {})
 
 
@@ -69,38 +68,39 @@ _CHECKED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterSettings:
-    """The numbers of an adapter."""
+    """Parameters of an adapter."""
 
     rank: int
-    """Of the modules that ``rank_pattern`` does not name."""
+    """Rank of the modules that ``rank_pattern`` does not name."""
     alpha: float
-    """Of the modules that ``alpha_pattern`` does not name."""
+    """Alpha of the modules that ``alpha_pattern`` does not name."""
     has_root_scale: bool
     """Deltas are multiplied by alpha / sqrt(rank), not by alpha / rank."""
     ranks: Mapping[str, int]
-    """By the end of a module's name, or with ``^`` before it by the whole name."""
+    """Ranks by the end of a module's name, or with ``^`` in front by the whole name."""
     alphas: Mapping[str, float]
-    """The same."""
+    """Alphas, with the same keys."""
     targets: tuple[str, ...] | None
-    """Ends of names of modules; None: any, or those that a regular expression names."""
+    """Ends of module names; None: all modules, or the modules that a regular expression names."""
 
     def rank_of(self, module: str) -> int:
         return _matching(self.ranks, module, self.rank)
 
     def scale_of(self, module: str) -> float:
-        """What the product of a module's matrices is multiplied by."""
+        """Factor of the product of a module's matrices."""
         rank = self.rank_of(module)
         return _matching(self.alphas, module, self.alpha) / (
             math.sqrt(rank) if self.has_root_scale else rank
         )
 
     def has_target(self, module: str) -> bool:
-        """Whether the module is among the targets, as far as they are named."""
+        """Whether the module is a target, as far as targets are named."""
         return self.targets is None or any(_ends_with(module, end) for end in self.targets)
 
 
 def read_settings(folder: Path) -> tuple[AdapterSettings, bytes]:
-    """The settings of a folder, and the bytes they were read from. Raises ``CheckpointError``."""
+    """Return the settings of a folder, and the bytes they were read from. Raises
+    ``CheckpointError``."""
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise CheckpointError(f"{folder.name}: there is no {CONFIG_FILE} in the folder")
@@ -121,7 +121,7 @@ def read_settings(folder: Path) -> tuple[AdapterSettings, bytes]:
 
 
 def parse_settings(fields: Mapping[str, Any]) -> AdapterSettings:
-    """Raises ``CheckpointError`` naming field, value and rule."""
+    """Parse the fields. Raises ``CheckpointError`` that names field, value and rule."""
     for name in ("peft_type", "r", "lora_alpha"):
         if name not in fields:
             raise CheckpointError(f"{CONFIG_FILE}: {name} is missing")
@@ -176,7 +176,8 @@ def _number(name: str, value: object) -> float:
 
 
 def _pattern(name: str, value: object, read: Callable[[str, object], Any]) -> Mapping[str, Any]:
-    """Keys are names, or ends of them; a regular expression is refused."""
+    """Parse a mapping with module names, or their ends, as keys; regular expressions are
+    refused."""
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -198,7 +199,7 @@ def _targets(value: object) -> tuple[str, ...] | None:
 
 
 def _matching(numbers: Mapping[str, Number], module: str, default: Number) -> Number:
-    """That of the first key that names a module."""
+    """Return the value of the first key that matches a module."""
     for key, number in numbers.items():
         if module == key[1:] if key.startswith("^") else _ends_with(module, key):
             return number

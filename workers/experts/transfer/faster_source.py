@@ -1,13 +1,13 @@
-"""Experts of a new worker, from whichever of its sources is faster: checkpoint or other workers.
+"""Source that reads each expert from the faster of several sources: checkpoint or other workers.
 
     FasterSource ──▶ CheckpointSource        the files, mapped
-                └──▶ HoldersSource ──▶ PeerSource   one for each worker that holds such experts
+                └──▶ HoldersSource ──▶ PeerSource   one for each worker that holds experts
 
-No rule knows beforehand which is faster: files in the page cache are faster than any network, a
-cold network disk is slower than most. So each source gives ``NUM_TRIALS`` experts, and from then on
-each expert comes from the source that gave its last ones at the higher rate. The slower one is
-measured anew once that takes little of the time since it gave its last: it may only have stood
-still for a moment. A source that fails is tried last.
+Which source is faster is not known in advance: files in the page cache are faster than any network,
+and a cold network disk is slower than most. So each source first loads ``NUM_TRIALS`` experts;
+afterwards each expert is read from the source with the highest recent rate. A slower source is
+measured again when a measurement is short compared to the time since its last expert, because it
+may only have stalled for a moment. A source that failed is tried last.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from workers.model.config import BankSpec
 logger = logging.getLogger(__name__)
 
 NUM_TRIALS = 2
-"""Experts that each source gives before the faster one goes on; the first one opens files and
+"""Experts that each source loads before rates are compared. The first one also opens files and
 connections, so its time does not count."""
 _NUM_LAST = 4
-"""Experts over which a rate is measured."""
+"""Number of experts over which a rate is measured."""
 _RETRY_AFTER = 8
-"""A slower source is measured anew after this many times as long as it takes for an expert."""
+"""A slower source is measured again after this multiple of the time that it takes for an expert."""
 
 
 class NotHeldError(ProtocolError):
-    """No worker holds an expert, which says nothing of the others."""
+    """No worker holds an expert. Says nothing about other experts."""
 
 
 class FasterSource:
-    """``ExpertSource`` over several ones, of which each could give every expert."""
+    """``ExpertSource`` over several sources, each of which can load every expert."""
 
     def __init__(
         self, sources: Mapping[str, ExpertSource], clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """``sources`` by name; the first one's error is raised if all fail."""
+        """``sources`` by name; if all fail, the error of the first one is raised."""
         self._sources = dict(sources)
         self._clock = clock
         self._num_tried = dict.fromkeys(sources, 0)
         self._last = {name: deque[tuple[int, float]](maxlen=_NUM_LAST) for name in sources}
-        """Bytes and seconds of the last experts."""
+        """Bytes and seconds of the most recent experts."""
         self._gave_at = dict.fromkeys(sources, 0.0)
         self._failed: set[str] = set()
 
@@ -61,11 +61,11 @@ class FasterSource:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Bytes a second of each source, by its last experts; 0 where none counts."""
+        """Bytes per second of each source over its most recent experts; 0 if none counts."""
         return {name: _rate(last) for name, last in self._last.items()}
 
     def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
-        """See ``ExpertSource``; the matrices of a source that fails are given again by the next."""
+        """See ``ExpertSource``. If a source fails, the next one yields all matrices again."""
         errors = []
         for name in self._in_order():
             try:
@@ -86,7 +86,8 @@ class FasterSource:
     def _measured(
         self, name: str, bank: BankSpec, expert: int, dtype: torch.dtype
     ) -> Iterator[ExpertWeight]:
-        """The time includes storing: a mapped file is read then."""
+        """Yield from a source and record its rate. The time includes storing, when a mapped file is
+        read."""
         began = self._clock()
         yield from self._sources[name].weights(bank, expert, dtype)
         now = self._clock()
@@ -100,7 +101,7 @@ class FasterSource:
             self._last[name].append((bank.num_bytes(dtype.itemsize), took_s))
 
     def _in_order(self) -> list[str]:
-        """Sources as they are to be tried for the next expert."""
+        """Return the sources in the order to try for the next expert."""
         rates, now = self.rates, self._clock()
 
         def rank(name: str) -> tuple[bool, int, bool, float]:
@@ -110,13 +111,13 @@ class FasterSource:
         return sorted(self._sources, key=rank)
 
     def _is_due(self, name: str, now: float) -> bool:
-        """A source that has given nothing for long is to be measured anew."""
+        """Whether a source has loaded nothing for so long that it must be measured again."""
         took = [took_s for _, took_s in self._last[name]]
         return bool(took) and now - self._gave_at[name] > _RETRY_AFTER * max(took)
 
 
 class HoldersSource:
-    """``ExpertSource`` over workers that hold experts; one that fails is not asked again."""
+    """``ExpertSource`` over workers that hold experts. A worker that failed is not used again."""
 
     def __init__(
         self,
@@ -140,8 +141,8 @@ class HoldersSource:
         """See ``ExpertSource``.
 
         Raises:
-            NotHeldError: no worker that is still asked holds the expert.
-            ProtocolError: none of those that do can give it.
+            NotHeldError: no usable worker holds the expert.
+            ProtocolError: all workers that hold it failed.
         """
         what = f"expert {expert} of bank {bank.bank} layer {bank.layer}"
         reason = ""
@@ -164,7 +165,8 @@ class HoldersSource:
             source.close()
 
     def _least_asked(self, bank: BankSpec, expert: int) -> str | None:
-        """The worker to ask next: all of them serve, so each is to lose little time."""
+        """Return the worker to use next: the one used least, so that the load on serving workers is
+        even."""
         able = [n for n, h in self._holders.items() if expert in h.experts[bank.index]]
         return min(able, key=lambda name: (self._num_asked[name], name), default=None)
 

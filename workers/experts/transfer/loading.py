@@ -1,25 +1,24 @@
-"""Load experts into expert slots while the worker serves, in one thread, as orders come.
+"""Load experts into expert slots while the worker serves, in one thread, command by command.
 
     controller ── LoadExperts(order, experts, source) ─▶ control thread ─▶ ExpertLoader's queue
     controller ◀─ ExpertsLoaded(order, error, num_bytes) ─ loader thread, one matrix after another
 
-All weights after the start are loaded here: the experts of a lost worker (``source`` kind
-``checkpoint``), and those that a rebalance moves. A further kind of source is an ``ExpertSource``
-and an entry in the mapping of ``ExpertLoader``; the order's ``source`` names the kind and its
-parameters.
+All loads after the start happen here: experts of a lost worker (``source`` kind ``checkpoint``),
+and experts that a rebalance moves. A new kind of source is an ``ExpertSource`` and an entry in the
+mapping of ``ExpertLoader``; ``source`` in the command names the kind and its parameters.
 
-An order fills slots that no current placement uses, so steps never read a slot that is being
-written; kernels allow that (``ExpertKernel``). An order that would break this is refused: its
-controller does not know the placement in force. An expert that is in its slot is not read again. On
-a CPU a bank grows to the slots of an order; on a GPU its capacity is fixed (``--recovery-slots``).
-Orders are carried out one after the other, and each is answered once. The slots of a failed order
-have undefined contents.
+A command fills slots that no current placement uses, so steps never read a slot that is being
+written; kernels allow that (``ExpertKernel``). A command that would break this rule is refused,
+because its controller does not know the current placement. An expert that is already in its slot is
+not read again. On a CPU a bank grows to the slots of a command; on a GPU its capacity is fixed
+(``--recovery-slots``). Commands run one after the other, and each gets one reply. The slots of a
+failed command have undefined contents.
 
-When a generation runs, slots outside its maps are freed (``keep_only``), in the order of the queue:
-earlier orders were for this generation, or for one that will never run. Slots that a later
-generation uses by then stay. A slot is forgotten before the last look at the maps in force, and a
-worker reports its slots after it has taken new maps, so it reports none that is about to be written
-or freed.
+When a generation starts to run, slots outside its maps are freed (``keep_only``), in queue order:
+earlier commands were for this generation, or for one that will never run. Slots that a later
+generation already uses stay. A slot is marked empty before the last check of the current maps, and
+a worker reports its slots after it has received new maps, so it never reports a slot that is about
+to be written or freed.
 """
 
 from __future__ import annotations
@@ -50,24 +49,24 @@ CHECKPOINT = "checkpoint"
 OpenSource = Callable[[Mapping[str, Any]], ExpertSource]
 """Opens a source, given ``LoadExperts.source``."""
 SlotOrder = tuple[int, int, int]
-"""(bank, expert slot, logical expert or ``FREE_SLOT``) that an order names."""
+"""(bank, expert slot, logical expert or ``FREE_SLOT``) of a command."""
 Item = TypeVar("Item")
 _WAIT_LIMIT_S = 30.0  # longer than a generation waits for this worker
 _LOOK_S = 0.02
-"""Time between two looks at an obstacle."""
+"""Interval between checks of an obstacle, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:
-    """Why slots must not be written now."""
+    """Reason why slots must not be written now."""
 
     reason: str
     passes: bool
-    """The epoch that the order is for is still to come to this worker."""
+    """The epoch of the command has not reached this worker yet."""
 
 
 class ExpertLoader:
-    """Carries out the load orders of one worker."""
+    """Carries out the load commands of one worker."""
 
     def __init__(
         self,
@@ -81,11 +80,11 @@ class ExpertLoader:
     ) -> None:
         """``sources`` by kind; ``answer`` is called on the loader's thread.
 
-        ``obstacle`` gets slots to be written and the epoch of their order; the loader waits for one
-        that passes, for at most ``_WAIT_LIMIT_S``.
+        ``obstacle`` gets the slots to write and the epoch of their command; the loader waits for a
+        temporary obstacle, for at most ``_WAIT_LIMIT_S``.
 
-        ``max_slots`` is the capacity of a bank where it cannot grow, ``min_slots`` what it keeps
-        where it can.
+        ``max_slots``: capacity of a bank with fixed size; ``min_slots``: capacity that a growing
+        bank keeps.
         """
         self._slots = slots
         self._sources = sources
@@ -94,28 +93,28 @@ class ExpertLoader:
         self._max_slots = max_slots
         self._min_slots = min_slots
         self._closing = False
-        use_one_core = partial(torch.set_num_threads, 1)  # the cores belong to the steps
+        use_one_core = partial(torch.set_num_threads, 1)  # the cores are for the steps
         self._executor = ThreadPoolExecutor(1, "expert-loader", use_one_core)
 
     def order(self, order: LoadExperts) -> None:
-        """Queue an order; returns at once. Any thread."""
+        """Queue a command and return at once. Any thread."""
         self._submit(self._carry_out, order)
 
     def keep_only(self, used: Sequence[Sequence[int]]) -> None:
-        """Free slots outside ``used`` (see ``ExpertSlots``) after the orders so far. Any thread.
+        """Free slots outside ``used`` (see ``ExpertSlots``) after the queued commands. Any thread.
 
-        Banks of a fixed capacity keep their memory, so nothing happens there.
+        Banks of a fixed capacity keep their memory, so nothing is freed there.
         """
         if self._max_slots is None:
             self._submit(self._free, used)
 
     def close(self) -> None:
-        """End after the matrix that is being read; remaining orders are not answered."""
+        """Stop after the current matrix; remaining commands get no reply."""
         self._closing = True
         self._executor.shutdown(cancel_futures=True)
 
     def _submit(self, work: Callable[[Item], None], item: Item) -> None:
-        with contextlib.suppress(RuntimeError):  # closed meanwhile
+        with contextlib.suppress(RuntimeError):  # closed in the meantime
             self._executor.submit(work, item)
 
     # ---- the thread -------------------------------------------------------------------------
@@ -128,7 +127,7 @@ class ExpertLoader:
             logger.exception("experts that are not used cannot be freed")
 
     def _is_needed(self, bank: int, slot: int) -> bool:
-        """A step may read the slot, now or in an epoch that may follow."""
+        """Whether a step may read the slot, now or in an epoch that may follow."""
         return self._obstacle([(bank, slot, FREE_SLOT)], sys.maxsize) is not None
 
     def _carry_out(self, order: LoadExperts) -> None:
@@ -137,7 +136,7 @@ class ExpertLoader:
             num_bytes = self._load(order)
         except ExpertMeshError as err:
             error = str(err)
-        except Exception as err:  # out of memory, for example: the order fails, not the worker
+        except Exception as err:  # out of memory, for example: the command fails, not the worker
             logger.exception("load order %d failed", order.order)
             error = f"{type(err).__name__}: {err}"
         if error:
@@ -165,7 +164,8 @@ class ExpertLoader:
             source.close()
 
     def _to_do(self, order: LoadExperts) -> list[SlotOrder]:
-        """The slots that are still to be written. Raises ``ProtocolError`` if they must not be."""
+        """Return the slots that must still be written. Raises ``ProtocolError`` if writing is not
+        allowed."""
         work = self._parse(order)
         deadline = time.monotonic() + _WAIT_LIMIT_S
         while (obstacle := self._obstacle(work, order.epoch)) is not None:
@@ -178,7 +178,7 @@ class ExpertLoader:
             if expert == FREE_SLOT or self._slots.contents(bank).get(slot) != expert
         ]
         held = [self._slots.forget(bank, slot) for bank, slot, _ in work]
-        if (obstacle := self._obstacle(work, order.epoch)) is not None:  # it has just come up
+        if (obstacle := self._obstacle(work, order.epoch)) is not None:  # it has just appeared
             for (bank, slot, _), was in zip(work, held, strict=True):
                 self._slots.restore(bank, slot, was)
             raise ProtocolError(obstacle.reason)
@@ -186,7 +186,8 @@ class ExpertLoader:
         return work
 
     def _parse(self, order: LoadExperts) -> list[SlotOrder]:
-        """Checked (bank, slot, expert) of an order. Raises ``ProtocolError``."""
+        """Check and parse the (bank, slot, expert) entries of a command. Raises
+        ``ProtocolError``."""
         banks, work = self._slots.banks, []
         for entry in order.experts:
             if not (isinstance(entry, list) and [type(x) for x in entry] == [int, int, int]):

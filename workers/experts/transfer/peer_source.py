@@ -1,8 +1,8 @@
 """Experts from the memory of another worker.
 
 An item of the transfer (``workers.transport.peer_link``) is one expert: its matrices [out, in]
-row-major, exchange by exchange, in the model's dtype, or each as codes, scales and zero points. Its
-key is bank and expert.
+row-major, exchange by exchange, in the model's dtype, or each as quantized values, scales and zero
+points. Its key is bank and expert.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from workers.quantization.matrix import empty_weight, parts_of
 from workers.transport.peer_link import PeerClient, view_bytes
 
 PEER = "peer"
-"""Kind of the source; needs ``peer``, the worker's name, and ``address`` of its weights."""
+"""Kind of the source; requires ``peer``, the worker's name, and ``address`` of its weights."""
 GIVE_UP = "give up"
-"""Kind of an order that loads nothing and gives up unfinished moves."""
+"""Kind of a command that loads nothing and cancels unfinished transfers."""
 KEY: Final = struct.Struct("!HH")
-"""Bank and expert."""
+"""Key: bank and expert."""
 
 
 class ExpertProvider:
     """``Lender`` of the experts in this worker's slots.
 
-    A slot is copied under the slots' own record of contents, so that a slot that is overwritten
-    meanwhile is never sent as its earlier contents.
+    A slot is copied with its record of contents checked, so that a slot overwritten during the copy
+    is never sent as its earlier contents.
     """
 
     def __init__(self, slots: ExpertSlots) -> None:
         self._slots = slots
 
     def borrow(self, keys: Sequence[bytes]) -> list[list[Tensor]]:
-        """See ``Lender``; one expert at a time, as every copy takes memory."""
+        """See ``Lender``. Acquires one expert at a time, because every copy takes memory."""
         found = [self._slots.read_expert(*KEY.unpack(key)) for key in keys[:1]]
         return [
             [part for matrix in matrices for part in parts_of(matrix)]
@@ -53,24 +53,25 @@ class ExpertProvider:
         return item
 
     def give_back(self, items: list[list[Tensor]], num_kept: int) -> None:
-        """See ``Lender``; copies need not be returned."""
+        """See ``Lender``. Copies need no release."""
 
 
 class PeerSource:
-    """``ExpertSource`` over one connection, which is opened with the first expert."""
+    """``ExpertSource`` over one connection, which is opened for the first expert."""
 
     def __init__(self, connect: Callable[[], PeerClient], rate: RateLimit) -> None:
-        """``rate`` is the rate limit of the client; it is consulted before connecting."""
+        """``rate``: rate limit of the client, applied before connecting."""
         self._connect = connect
         self._rate = rate
         self._client: PeerClient | None = None
         self.num_bytes = 0
 
     def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
-        """See ``ExpertSource``; an expert is yielded when all its bytes have come and are checked.
+        """See ``ExpertSource``. An expert is yielded after all its bytes have arrived and are
+        checked.
 
-        Raises as ``PeerClient`` does, ``TransferAbortedError``, and ``ProtocolError`` when the peer
-        does not hold the expert.
+        Raises the errors of ``PeerClient``, ``TransferAbortedError``, and ``ProtocolError`` if the
+        peer does not hold the expert.
         """
         if self._client is None:
             self._rate.take(0)

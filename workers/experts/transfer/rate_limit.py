@@ -1,4 +1,4 @@
-"""The rate limit of a move of weights, and the time after which the move is given up."""
+"""Rate limit of a weight transfer, and the time after which the transfer is aborted."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable
 from cluster.core.errors import TransferAbortedError
 
 _BURST_S = 0.02
-"""Bytes of this time may be taken at once."""
+"""Seconds of the rate that may be taken in one burst."""
 
 
 class RateLimit:
-    """Hands out bytes at a rate, to one thread."""
+    """Token bucket of bytes for one thread."""
 
     def __init__(
         self,
@@ -23,7 +23,7 @@ class RateLimit:
         cancelled: threading.Event | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """None means no limit; setting ``cancelled`` gives the move up."""
+        """``None`` means no limit; setting ``cancelled`` aborts the transfer."""
         self._rate = bytes_per_s
         self._clock = clock
         self._cancelled = cancelled or threading.Event()
@@ -32,7 +32,7 @@ class RateLimit:
         self._ends_at = float("inf") if limit_s is None else clock() + limit_s
 
     def delay_s(self, num_bytes: int) -> float:
-        """Take bytes; returns how long to wait before they may be used."""
+        """Take bytes; return the seconds to wait before they may be used."""
         if self._rate is None:
             return 0.0
         now = self._clock()
