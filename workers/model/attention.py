@@ -7,10 +7,10 @@ values.
 
 Gathering blocks along its second dim leaves each head's keys of each sequence in one piece, which
 is what makes the batched products fast. The blocks of a few sequences at a time are gathered into a
-workspace: in fresh memory, page faults cost more than the products. For 32 sequences of 192 tokens,
-8 heads of 64, bfloat16 on one busy core of an AMD EPYC: SDPA over [B, L, heads, D] 10 ms, products
-in fresh memory 15 ms, in a workspace 4.0 ms, in pieces of 3 MB 2.3 ms (1024 tokens: 83, 27 and 19
-ms).
+workspace, because page faults of new memory would cost more than the products. For 32 sequences of
+192 tokens, 8 heads of 64, bfloat16 on one busy core of an AMD EPYC: SDPA over [B, L, heads, D] 10
+ms, products in fresh memory 15 ms, in a workspace 4.0 ms, in pieces of 3 MB 2.3 ms (1024 tokens:
+83, 27 and 19 ms).
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ def attend(
 ) -> Tensor:
     """Write the rows' keys and values, and attend: queries [T, A, D] -> [T, A * V].
 
-    keys [T, K, D] and values [T, K, V], with V = D but in a latent cache, where there are no values
-    to write; A is a multiple of K, key head j serves query heads j * (A / K) .. (j + 1) * (A / K)
-    - 1.
+    keys [T, K, D] and values [T, K, V], with V = D except in a latent cache, which has no values to
+    write; A is a multiple of K, key head j serves query heads j * (A / K) .. (j + 1) * (A / K) - 1.
     """
     write_rows(keys, values, cache, batch.slot_mapping)
     if batch.recorder is not None:
@@ -65,7 +64,7 @@ def _attend_piece(
 
 
 def write_rows(keys: Tensor, values: Tensor | None, cache: Tensor, slot_mapping: Tensor) -> None:
-    """Put keys and values [T, K, D], or keys alone, into their cache slots [T]."""
+    """Write keys and values [T, K, D], or only keys, to their cache slots [T]."""
     slots, num_kv_heads = cache.view(len(cache), -1, cache.shape[3]), keys.shape[1]
     for rows, place in ((keys, slots[:num_kv_heads]), (values, slots[num_kv_heads:])):
         if rows is not None:
@@ -76,7 +75,8 @@ def write_rows(keys: Tensor, values: Tensor | None, cache: Tensor, slot_mapping:
 def _decode(
     queries: Tensor, cache: Tensor, group: DecodeGroup, space: Workspace, batch: AttentionBatch
 ) -> Tensor:
-    """[rows, A * V]. Scores and softmax in float32, the weights rounded to the model dtype."""
+    """Decode rows -> [rows, A * V]. Scores and softmax are float32; weights are rounded to the
+    model dtype."""
     rows = group.last - group.first
     num_kv_heads, head_dim = batch.num_kv_heads(cache), queries.shape[-1]
     found = space.gather(cache, group.blocks)
@@ -96,7 +96,7 @@ def _decode(
 def _prefill(
     queries: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspace, batch: AttentionBatch
 ) -> Tensor:
-    """[rows, A * D]."""
+    """Rows of a prompt chunk -> [rows, A * D]."""
     rows = chunk.last - chunk.first
     num_kv_heads, (num_heads, head_dim) = batch.num_kv_heads(cache), queries.shape[1:]
     found = space.gather(cache, chunk.blocks)
@@ -114,13 +114,14 @@ def _prefill(
 
 
 _SCORES = 1 << 22
-"""Of prompt rows for which SDPA has no form: in memory at a time."""
+"""Bytes of scores in memory at a time for prompt rows that SDPA does not support."""
 
 
 def _prefill_by_scores(
     queries: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspace, batch: AttentionBatch
 ) -> Tensor:
-    """[rows, A * V]: SDPA has neither sinks nor values that are narrower than keys."""
+    """Rows of a prompt chunk -> [rows, A * V], without SDPA, which has neither sinks nor values
+    that are narrower than keys."""
     num_kv_heads, (num_heads, head_dim) = batch.num_kv_heads(cache), queries.shape[1:]
     found = space.gather(cache, chunk.blocks)
     keys, values = batch.keys_values(found, num_kv_heads, -1, head_dim)
@@ -147,8 +148,8 @@ def _prefill_by_scores(
 
 
 def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Weights of scores [K, rows, A / K, keys] float32, beside those of nothing where it has a
-    score, see ``AttentionBatch.sinks``."""
+    """Weights of scores [K, rows, A / K, keys] float32, including a sink if there is one (see
+    ``AttentionBatch.sinks``)."""
     if sinks is None:
         return torch.softmax(scores, -1)
     own = sinks.view(len(scores), 1, -1, 1).expand(*scores.shape[:3], 1)
@@ -160,7 +161,7 @@ def attention_map(
 ) -> Tensor:
     """Softmax of a chunk's scores: [K, A / K, rows, length] float32, 0 where a row does not attend.
 
-    queries [T, A, D]; the keys are in the cache; ``batch`` is that of the layer.
+    queries [T, A, D]; the keys are in the cache; ``batch`` belongs to the layer.
     """
     num_kv_heads, head_dim = batch.num_kv_heads(cache), queries.shape[-1]
     found = cache[:num_kv_heads].index_select(1, chunk.blocks)

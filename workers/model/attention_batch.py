@@ -1,4 +1,5 @@
-"""What the rows of a micro-batch write and attend to: places in the caches of keys and states."""
+"""Cache slots that the rows of a micro-batch write, and the keys, values and states that they
+read."""
 
 from __future__ import annotations
 
@@ -19,14 +20,14 @@ from workers.native.half import E4M3, BatchFields
 from workers.native.panels import DTYPES
 
 PIECE_BYTES = 3 * 1024 * 1024
-"""Keys and values that decode rows on a CPU gather at a time."""
+"""Bytes of keys and values that decode rows on a CPU gather at a time."""
 GPU_PIECE_BYTES = 256 * 1024 * 1024
-"""The same on a GPU, where a cache cannot be read in place: with the rows' keys in float32 it has
-three times as much."""
+"""Bytes gathered at a time on a GPU if a cache cannot be read in place. With the rows' keys in
+float32, the memory is three times as much."""
 
 
 class Workspace:
-    """Scratch memory of one thread that grows to the largest request and is kept."""
+    """Scratch memory of one thread. It grows to the largest request and is kept."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype = dtype
@@ -34,7 +35,7 @@ class Workspace:
         self._keys = torch.empty(0, dtype=torch.float32, device=device)
 
     def gather(self, cache: Tensor, blocks: Tensor) -> Tensor:
-        """``cache.index_select(1, blocks)``, decoded; valid until the next call."""
+        """Return ``cache.index_select(1, blocks)``, decoded; valid until the next call."""
         if cache.dtype == fp8.ROW_DTYPE:
             return fp8.decode(cache.index_select(1, blocks), self._dtype)
         shape = (cache.shape[0], len(blocks), *cache.shape[2:])
@@ -54,7 +55,7 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """Neighbouring decode rows whose sequences have about the same length."""
+    """Consecutive decode rows with sequences of about the same length."""
 
     first: int
     last: int
@@ -64,11 +65,11 @@ class DecodeGroup:
     visible: Tensor
     """[rows, blocks_per_row * block_size] bool: True where a row attends; see ``decode_mask``."""
     window: int | None = None
-    """Positions to which a row attends, its own and those before it; None: all."""
+    """Positions that a row attends to, its own and those before it; None: all."""
 
     @property
     def lengths(self) -> Tensor:
-        """[rows] int64: keys up to each row's own."""
+        """[rows] int64: number of keys up to each row's own."""
         if self.window is None:
             return self.visible.sum(1)
         ends = torch.arange(1, self.visible.shape[1] + 1, device=self.visible.device)
@@ -88,20 +89,20 @@ class DecodeGroup:
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """Neighbouring rows of one sequence."""
+    """Consecutive rows of one sequence."""
 
     first: int
     last: int
     """One past the last row."""
     length: int
-    """Keys that the chunk's last row attends to, its own included."""
+    """Number of keys that the chunk's last row attends to, its own included."""
     blocks: Tensor
-    """[num_blocks] int64 that hold them."""
+    """[num_blocks] int64: the blocks that hold the keys."""
     visible: Tensor | None
-    """[rows, length] bool: True where a row attends; None: the chunk begins its sequence, plain
-    causal. See ``chunk_mask``."""
+    """[rows, length] bool: True where a row attends; see ``chunk_mask``. None: the chunk begins its
+    sequence, so the mask is plain causal."""
     window: int | None = None
-    """Positions to which a row attends, its own and those before it; None: all."""
+    """Positions that a row attends to, its own and those before it; None: all."""
 
     def within(self, window: int) -> PrefillChunk:
         """The same rows in a layer with a sliding window."""
@@ -123,36 +124,37 @@ class Recorder(Protocol):
     """Observes the inside of a forward pass."""
 
     def hidden(self, state: Tensor) -> None:
-        """Embeddings, then after each layer but the last, then after the final norm: [T, H]."""
+        """Embeddings, then after each layer except the last, then after the final norm: [T, H]."""
 
     def router(self, bank: int, logits: Tensor, ids: Tensor, weights: Tensor) -> None:
         """A bank's router: logits [T, E], topk_ids [T, k], topk_weights [T, k]."""
 
     def attending(self, queries: Tensor, cache: Tensor, batch: AttentionBatch) -> None:
-        """A layer's queries [T, A, D]; the rows' keys and values are in the layer's cache."""
+        """A layer's queries [T, A, D]; the rows' keys and values are already in the layer's
+        cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowChunks:
-    """The rows of a batch for native kernels: neighbouring rows of a sequence are one chunk."""
+    """The rows of a batch for native kernels: consecutive rows of a sequence are one chunk."""
 
     num_rows: int
-    """In all chunks."""
+    """Number of rows in all chunks."""
     places: Tensor
     """[chunks, 4] int64: first row, rows, position of the first row in its sequence, address of the
     sequence's block table."""
     tables: NDArray[np.int32]
-    """The memory of the block tables, which must not change while the batch is used."""
+    """Memory of the block tables, which must not change while the batch is in use."""
     max_length: int
-    """Keys of the longest sequence, those of its last row included."""
+    """Number of keys of the longest sequence, including the keys of its last row."""
 
     def fields(
         self, cos: Tensor, sin: Tensor, cache: Tensor, *, waves_by_position: bool = False
     ) -> BatchFields:
-        """The batch in C, which points into this one and into ``cos`` and ``sin``.
+        """Return the batch as a C struct that points into this object and into ``cos`` and ``sin``.
 
-        These are ``Rope.rows`` [T, 1, D] or ``Rope.waves_by_position``; ``cache`` is that of any
-        layer with keys and values.
+        ``cos`` and ``sin`` are ``Rope.rows`` [T, 1, D] or ``Rope.waves_by_position``; ``cache`` is
+        the cache of any layer with keys and values.
         """
         assert len(cos) >= self.max_length or not waves_by_position, f"{len(cos)} positions"
         return BatchFields(
@@ -172,79 +174,81 @@ class RowChunks:
 
 @dataclass(frozen=True, slots=True)
 class PagedRows:
-    """The rows of a batch for kernels on a GPU that read the cache in place: decodes come first."""
+    """The rows of a batch for GPU kernels that read the cache in place. Decode rows are first."""
 
     tables: Tensor
-    """[sequences, max_blocks] int32: what stands behind a sequence's blocks is not read."""
+    """[sequences, max_blocks] int32: entries after a sequence's blocks are not read."""
     lengths: Tensor
-    """[sequences] int32: keys up to the last row of each, its own included."""
+    """[sequences] int32: number of keys up to the last row of each sequence, its own included."""
     first_rows: Tensor
-    """[sequences + 1] int32: where the rows of each begin."""
+    """[sequences + 1] int32: first row of each sequence."""
     num_decodes: int
-    """Sequences of a single row."""
+    """Number of sequences with a single row."""
     chunks: tuple[tuple[int, int, int], ...]
     """(first row, one past the last, keys up to it) of the other sequences."""
     window: int | None = None
-    """Positions to which a row attends, its own and those before it; None: all."""
+    """Positions that a row attends to, its own and those before it; None: all."""
 
 
 @dataclass(frozen=True, slots=True)
 class StateRows:
-    """Which recurrent states the rows of a batch read and write, in the layers that have them.
+    """Recurrent states that the rows of a batch read and write, in layers that have states.
 
-    Runs are in the order of rows. A run may read what one before it has written.
+    Runs are in row order. A run may read the state that an earlier one writes.
     """
 
     runs: tuple[StateRun, ...]
     places: Tensor
-    """[runs, 4] int64 on the CPU: the same numbers, for native kernels."""
+    """[runs, 4] int64 on the CPU: the runs as numbers, for native kernels."""
     chains: Tensor
-    """[sequences + 1] int64 on the CPU: where the runs of each sequence begin."""
+    """[sequences + 1] int64 on the CPU: first run of each sequence."""
     num_decodes: int
-    """The first runs, of a single row and of different sequences."""
+    """Number of leading runs that are single rows of different sequences."""
     decode_slots: Tensor
-    """[2, num_decodes] int64 on the model's device: slots that they read, and that they write."""
+    """[2, num_decodes] int64 on the model's device: state slots that they read, and that they
+    write."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
-    """Where the rows of a batch write, and what they read."""
+    """Cache slots that the rows of a batch write, and the keys that they read."""
 
     slot_mapping: Tensor
     """[T] int64: cache slot (block * block_size + offset) of each row."""
     decodes: tuple[DecodeGroup, ...]
-    """Rows [0, d) of the batch."""
+    """Groups of decode rows, rows [0, d) of the batch."""
     prefills: tuple[PrefillChunk, ...]
-    """Rows [d, T)."""
+    """Chunks of prompt rows, rows [d, T)."""
     workspaces: tuple[Workspace, ...]
     """Scratch memory of each compute thread."""
     compute_threads: ComputeThreads
     recorder: Recorder | None = None
     chunks: RowChunks | None = None
-    """The same rows for native kernels, which read neither ``decodes`` nor ``prefills``."""
+    """The rows for native kernels, which read neither ``decodes`` nor ``prefills``."""
     paged: PagedRows | None = None
-    """The same rows for kernels on a GPU, which read neither ``decodes`` nor ``prefills``."""
+    """The rows for GPU kernels, which read neither ``decodes`` nor ``prefills``."""
     sinks: Tensor | None = None
-    """[A] float32: attention sinks of a layer, scores without a value, which take their share of
-    the weights; None: it has none."""
+    """[A] float32: attention sinks of a layer, scores without a value that enter the softmax; None:
+    no sinks."""
     scale: float | None = None
-    """Of a layer's scores; None: D ** -0.5."""
+    """Scale of a layer's scores; None: D ** -0.5."""
     latent_rank: int | None = None
-    """A layer's only key head has its values in the first so many elements of the keys; None: they
-    are apart."""
+    """In a latent cache: number of leading elements of the single key that are its value; None:
+    values are stored separately."""
     states: StateRows | None = None
-    """The same rows in layers with a recurrent state; None: the model has no such layers."""
+    """The rows in layers with a recurrent state; None: the model has no such layers."""
 
     def scale_of(self, dim: int) -> float:
-        """Of the scores of queries with D elements."""
+        """Scale of the scores of queries with D elements."""
         return dim**-0.5 if self.scale is None else self.scale
 
     def num_kv_heads(self, cache: Tensor) -> int:
-        """K: key heads of a layer's cache."""
+        """K: number of key heads of a layer's cache."""
         return cache.shape[0] // 2 if self.latent_rank is None else 1
 
     def keys_values(self, found: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
-        """Gathered blocks of a cache as keys of a shape [.., D], and values like them."""
+        """Return gathered blocks of a cache as keys of a shape [.., D], and the values in the same
+        shape."""
         if self.latent_rank is None:
             keys, values = found.view(2, *shape)
             return keys, values
@@ -262,12 +266,12 @@ class AttentionBatch:
 
 
 def decode_mask(lengths: Tensor, width: int) -> Tensor:
-    """``DecodeGroup.visible`` of rows with [rows] int64 keys each, padded to ``width``."""
+    """Return ``DecodeGroup.visible`` for rows with [rows] int64 keys, padded to ``width``."""
     return torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)
 
 
 def chunk_mask(start: int, num_rows: int, device: torch.device) -> Tensor | None:
-    """``PrefillChunk.visible`` of rows start .. start + num_rows - 1 of a sequence."""
+    """Return ``PrefillChunk.visible`` for rows start .. start + num_rows - 1 of a sequence."""
     if start == 0:
         return None
     rows = torch.arange(start, start + num_rows, device=device)
@@ -275,9 +279,10 @@ def chunk_mask(start: int, num_rows: int, device: torch.device) -> Tensor | None
 
 
 def group_size(num_blocks: int) -> int:
-    """Blocks that a decode row of ``num_blocks`` is padded to: 1, 2, 3, 4, 6, 8, 12, 16, 24, ..
+    """Number of blocks to which a decode row of ``num_blocks`` is padded: 1, 2, 3, 4, 6, 8, 12, 16,
+    24, ..
 
-    It depends on the row alone, so the shape of a row's products does not depend on the batch.
+    It depends on the row alone, so the shape of a row's products is independent of the batch.
     """
     power = 1 << max(num_blocks - 1, 0).bit_length()
     middle = power * 3 // 4
@@ -285,7 +290,8 @@ def group_size(num_blocks: int) -> int:
 
 
 def runs(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
-    """(first, last) of runs of equal neighbours that sum to at most ``limit``, or of a single one.
+    """(first, last) of runs of equal neighbours that sum to at most ``limit``, or of a single
+    element.
 
     sizes [8, 8, 8, 12], limit 20 -> [(0, 2), (2, 3), (3, 4)]
     """

@@ -1,11 +1,11 @@
-"""The attention half of a layer: everything before the exchange with the layer's experts.
+"""Attention sublayer of a layer: all steps before the exchange with the layer's experts.
 
     norm, q/k/v projections, q/k norms, clip, rotation, attention, output projection, residual,
     second norm, router
 
-``TorchAttentionSublayer`` describes the half of one layer by weights and a few numbers, in the same
-way for all families, and computes it with torch. Where attention itself is a mixture of experts
-(JetMoE), its exchanges are inside the half.
+``TorchAttentionSublayer`` describes the sublayer of one layer by weights and a few numbers, for all
+families, and computes it with torch. If attention itself is a mixture of experts (JetMoE), its
+exchanges are inside the sublayer.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ QUERY_EXCHANGE, OUTPUT_EXCHANGE = 0, 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionShape:
-    """The numbers of one layer's attention."""
+    """Dimensions and parameters of one layer's attention."""
 
     num_heads: int
-    """A: query heads."""
+    """A: number of query heads."""
     num_kv_heads: int
-    """K: key and value heads; A is a multiple."""
+    """K: number of key and value heads; A is a multiple."""
     head_dim: int
-    """D."""
+    """D: elements of a head."""
     eps: float
     """Epsilon of all norms of the layer."""
     clip: float | None = None
@@ -44,10 +44,10 @@ class AttentionShape:
     window: int | None = None
     """Positions that a row attends to, its own and those before it; None: all."""
     scale: float | None = None
-    """Of scores; None: D ** -0.5."""
+    """Scale of the scores; None: D ** -0.5."""
     latent_rank: int | None = None
-    """The only key has its value in the first so many elements, and the others are rotated; None:
-    values are apart, and heads are rotated whole."""
+    """For latent attention: number of leading elements of the only key that are its value; the
+    other elements are rotated. None: values are separate, and heads are rotated whole."""
 
     @property
     def value_dim(self) -> int:
@@ -57,14 +57,12 @@ class AttentionShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadAttention:
-    """From queries, keys and values to what each row has attended to: norms of heads, clip,
-    rotation, attention.
-    """
+    """Attention on projected rows: norms of heads, clip, rotation, attention."""
 
     shape: AttentionShape
     qk_norm: Tensor | None = None
-    """[A + K, D]: each head is normalised by itself; [(A + K) * D]: queries over all their heads,
-    and keys over theirs; None: they are not normalised."""
+    """[A + K, D]: one norm for each head. [(A + K) * D]: one norm over all query heads and one over
+    all key heads. None: no norm."""
     attend: Attend
     sinks: Tensor | None = None
     """[A] float32: see ``AttentionBatch.sinks``."""
@@ -90,14 +88,14 @@ class HeadAttention:
         )
 
     def batch(self, context: LayerContext) -> AttentionBatch:
-        """What the layer's rows attend to."""
+        """Return the keys and values that the layer's rows attend to."""
         batch, shape = context.within(self.shape.window), self.shape
         if self.sinks is None and shape.scale is None and shape.latent_rank is None:
             return batch
         return replace(batch, sinks=self.sinks, scale=shape.scale, latent_rank=shape.latent_rank)
 
     def _normed(self, rows: Tensor) -> Tensor:
-        """Queries and keys [T, (A + K) * D] -> [T, A + K, D]."""
+        """Normalise queries and keys [T, (A + K) * D] -> [T, A + K, D]."""
         shape, weight = self.shape, self.qk_norm
         if weight is not None and weight.dim() == 1:
             widths = [n * shape.head_dim for n in (shape.num_heads, shape.num_kv_heads)]
@@ -121,10 +119,10 @@ class DenseProjections:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoutedProjections:
-    """Projections to queries and from the attended values by experts: mixture of attention heads.
+    """Query and output projections by experts: mixture of attention heads.
 
-    A row's choice is made once for both exchanges. Slot j of the choice has query heads 0 .. K - 1
-    of its own, so A is top_k * K, and all slots share the keys and values.
+    A row's choice of experts is the same for both exchanges. Slot j of the choice has query heads 0
+    .. K - 1 of its own, so A is top_k * K, and all slots share the keys and values.
 
     Source: Zhang et al., "Mixture of Attention Heads" (2022), as in JetMoE.
     """
@@ -133,60 +131,61 @@ class RoutedProjections:
     kv: Linear
     """H -> 2K * D, rows of k before those of v."""
     bias: Tensor
-    """[H], added to the weighted sum of the outputs, once a row."""
+    """[H], added once per row to the weighted sum of the outputs."""
 
 
 @dataclass(frozen=True, slots=True)
 class SublayerOutput:
-    """What an attention half passes to the rest of its layer."""
+    """Output of the attention sublayer."""
 
     hidden: Tensor
-    """[T, H]: the residual stream after attention, which the rest of the layer may change."""
+    """[T, H]: the residual stream after attention, which the rest of the layer may modify."""
     normed: Tensor
-    """[T, H]: its norm, the input of experts and MLP."""
+    """[T, H]: norm of ``hidden``, the input of experts and MLP."""
     routes: Routes | None
     """None in a layer without routed experts."""
 
 
 SublayerSteps = Generator[Any, Tensor, SublayerOutput]
-"""Like ``LayerSteps``; yields nothing unless projections are routed."""
+"""Steps of a sublayer, as in ``LayerSteps``; yields only if projections are routed."""
 
 
 class AttentionSublayer(Protocol):
-    """The attention half of one layer, however it is computed."""
+    """The attention sublayer of one layer, for any implementation."""
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> SublayerSteps:
-        """hidden [T, H], which may be changed; cache is this layer's part of ``KVCache``."""
+        """hidden [T, H], which may be modified; cache is this layer's part of ``KVCache``."""
 
 
 class RowAttention(Protocol):
-    """Attention from projected rows to what they have attended to: ``HeadAttention`` with torch,
-    or another implementation."""
+    """Attention from projected rows to attended values: ``HeadAttention`` with torch, or another
+    implementation."""
 
     def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
         """Queries, keys and values [T, (A + 2K) * D] -> [T, A * D].
 
-        Where the shape has a ``latent_rank``: queries and the key [T, (A + 1) * D] -> [T, A * V].
+        If the shape has a ``latent_rank``: queries and the key [T, (A + 1) * D] -> [T, A * V].
         Writes keys and values to ``cache``, this layer's part of ``KVCache``.
         """
 
 
 class SublayerStages(RowAttention, Protocol):
-    """The parts of a half that are computed one by one, as its projections are routed or latent.
+    """Stages of a sublayer that are computed separately if its projections are routed or latent.
 
     Routed: ``enter``, an exchange, ``attend_rows``, an exchange, ``leave``. Latent: a latent
     projection, which calls ``attend_rows``, then ``leave``.
     """
 
     def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:
-        """The first norm [T, H], and the experts of the projections."""
+        """Return the first norm [T, H], and the experts of the projections."""
 
     def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> SublayerOutput:
-        """Residual stream and projected outputs of attention, each [T, H], to the half's output."""
+        """Turn residual stream and projected attention outputs, each [T, H], into the sublayer's
+        output."""
 
 
 class StagedSublayer(AttentionSublayer, SublayerStages, Protocol):
-    """A half as a whole, and in parts."""
+    """A sublayer that runs as a whole or in stages."""
 
 
 def staged_steps(
@@ -197,7 +196,7 @@ def staged_steps(
     cache: Tensor,
     context: LayerContext,
 ) -> SublayerSteps:
-    """A half whose projections are routed or latent, stage after stage."""
+    """Run a sublayer with routed or latent projections, stage by stage."""
     if isinstance(parts, LatentProjections):
         projected = parts.project(stages.attend_rows, hidden, cache, context)
         return stages.leave(hidden, projected, context)
@@ -212,7 +211,7 @@ def _routed_steps(
     cache: Tensor,
     context: LayerContext,
 ) -> SublayerSteps:
-    """The half of a layer whose attention is a mixture of experts.
+    """Run the sublayer of a layer with attention experts.
 
     Attention needs the query heads of one key head side by side, so the slots of a row and its
     heads are transposed before and after it.
@@ -233,13 +232,13 @@ def _routed_steps(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TorchAttentionSublayer(HeadAttention):
-    """The attention half of one layer, described, and computed with torch."""
+    """Attention sublayer of one layer: its description, and its implementation with torch."""
 
     norm1: Tensor
-    """[H]."""
+    """Weight of the first norm [H]."""
     projections: DenseProjections | RoutedProjections | LatentProjections
     norm2: Tensor
-    """[H]."""
+    """Weight of the second norm [H]."""
     router: Router | None
     """None in a layer without routed experts."""
 

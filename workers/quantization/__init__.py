@@ -1,4 +1,4 @@
-"""Weights in codes of 8 or 4 bits: their form, how they are made, and what they stand for.
+"""Quantized weights (8 and 4 bits): formats, quantization and dequantization.
 
 Imports torch and ``cluster.core``; ``formats`` imports no torch.
 """

@@ -1,4 +1,4 @@
-"""What is known of a quantized matrix without its numbers."""
+"""Formats of quantized matrices, without their data."""
 
 from __future__ import annotations
 
@@ -6,32 +6,33 @@ from dataclasses import dataclass
 from typing import Literal
 
 Codes = Literal["int8", "e4m3", "int4", "e2m1"]
-"""A number of a matrix: two's complement, or a float of 8 bits (4 of exponent, 3 of mantissa) or 4
-bits (2 and 1)."""
+"""Type of a quantized value: a two's complement integer, or a float of 8 bits (4 of exponent, 3 of
+mantissa) or 4 bits (2 and 1)."""
 ScaleDType = Literal["float32", "bfloat16", "float16", "e8m0"]
-"""Of scales; ``e8m0``: 8 bits, a power of two from 2**-127 on."""
+"""Type of the scales; ``e8m0``: 8 bits, a power of two from 2**-127 up."""
 _SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "e8m0": 1}
 GROUP_MULTIPLE = 8
-"""Groups begin where the codes of neighbours fill whole words."""
+"""Group sizes are multiples of this, so that each group begins at a whole word."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightFormat:
-    """How matrices [out, in] are stored: codes, and scales of groups of neighbours in a row.
+    """Storage format of matrices [out, in]: quantized values, and a scale for each group of
+    neighbours in a row.
 
-    A weight is scale * (code - zero point). Source of the 8-bit and 4-bit floats: Micikevicius et
+    A weight is scale * (value - zero point). Source of the 8-bit and 4-bit floats: Micikevicius et
     al., "FP8 formats for deep learning" (2022); Open Compute Project, "OCP Microscaling Formats
     (MX) Specification" 1.0 (2023).
     """
 
     codes: Codes
     group: int | None
-    """Neighbours in a row that share a scale, a multiple of 8; None: the whole row."""
+    """Number of neighbours in a row that share a scale, a multiple of 8; None: the whole row."""
     scales: ScaleDType = "float32"
     has_zeros: bool = False
-    """Each group has a zero point, an int8; of integer codes."""
+    """Each group has a zero point, an int8. Only for integers."""
     zero_bits: int = 0
-    """Of a zero point: bits behind the point, so that it counts in 2**-zero_bits."""
+    """Fractional bits of a zero point, so that its unit is 2**-zero_bits."""
 
     @property
     def code_bits(self) -> int:
@@ -42,19 +43,19 @@ class WeightFormat:
         return _SCALE_BYTES[self.scales]
 
     def num_groups(self, width: int) -> int:
-        """Of a row; the last group may be shorter."""
+        """Number of groups of a row; the last group may be shorter."""
         return 1 if self.group is None else -(-width // self.group)
 
     def row_bytes(self, width: int) -> int:
-        """Of a row's codes. An even width fills them."""
+        """Bytes of a row's quantized values, without scales. The width must be even for 4 bits."""
         return -(-width * self.code_bits // 8)
 
     def num_bytes(self, shape: tuple[int, int]) -> int:
-        """Of a matrix [out, in]: codes, scales and zero points."""
+        """Bytes of a matrix [out, in]: quantized values, scales and zero points."""
         rows, width = shape
         per_group = self.scale_bytes + self.has_zeros
         return rows * (self.row_bytes(width) + self.num_groups(width) * per_group)
 
     def __str__(self) -> str:
-        """For people: ``int4 in groups of 32``."""
+        """Text for logs, such as ``int4 in groups of 32``."""
         return f"{self.codes} in {'rows' if self.group is None else f'groups of {self.group}'}"

@@ -1,8 +1,8 @@
-"""The keys of a ``quantization_config``: which are read, which are ignored, and which are refused.
+"""Keys of a ``quantization_config``: which are read, ignored or refused.
 
-Tools write down how they found the codes (calibration, tuning, kernels to load with) beside what
-the codes mean. A key that no reader has asked for is ignored, unless its name speaks of what a
-weight or an activation is: bits, scales, zero points, orders, rotations, additions.
+Tools record how they chose the quantized values (calibration, tuning, kernels to load with) beside
+what the values mean. A key that no reader has requested is ignored, unless its name mentions a
+property of a weight or an activation: bits, scales, zero points, orders, rotations, additions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from cluster.core.errors import CheckpointError
 
 _NOTHING: tuple[Any, ...] = (None, False, "", "none", [], {})
-"""Values with which any key changes nothing."""
+"""Values with which no key has an effect."""
 _NUMBERS = """
     bits format formats layout order zero zeros scale scales semantics kv
     activation activations rotation rotations hadamard quarot spinquant transform transforms
@@ -21,39 +21,39 @@ _NUMBERS = """
     residual residuals sparse sparsity pruned pruning
 """
 _NUMBER_WORDS = frozenset(_NUMBERS.split())
-"""Words in the names of keys that change numbers."""
+"""Words in key names that indicate a change of the weights."""
 _NUMBER_KEYS = frozenset({"static_attention_dtype", "packing"})
-"""Other such keys."""
+"""Other keys that change the weights."""
 _HARMLESS_KEYS = frozenset(
     {"scale_dtype", "static_kv_granularity", "static_attention_granularity", "bits_per_weight"}
 )
-"""Keys with such words that change none: the files say what scales are in."""
+"""Keys with such words that have no effect: the files show the type of the scales."""
 WHOLE_BITS = 16
-"""Numbers of this many bits are not quantized."""
+"""Numbers with at least this many bits are not quantized."""
 
 
 class QuantizationKeys:
-    """The keys of one object; those that were asked for are known."""
+    """Keys of one object. Keys that a reader requested are known."""
 
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
-        """``name`` begins messages."""
+        """``name``: prefix of error messages."""
         self.name = name
         self._settings, self._rest = settings, set(settings)
 
     def value(self, key: str, default: Any = None) -> Any:
-        """A key's value, in lower case where it is text."""
+        """Return a key's value, in lower case if it is text."""
         self._rest.discard(key)
         found = self._settings.get(key, default)
         return found.lower() if isinstance(found, str) else found
 
     def present(self, key: str, older: str) -> str:
-        """A key, or its older name where only that is there."""
+        """Return ``key``, or ``older`` if the config has only the older name."""
         return older if older in self._settings and key not in self._settings else key
 
     def one_of(self, key: str, *known: Any) -> Any:
-        """The same. Raises ``CheckpointError`` for one that is not known.
+        """Return a key's value. Raises ``CheckpointError`` if the value is not in ``known``.
 
-        A key may be left out where None is known.
+        A key may be left out if None is in ``known``.
         """
         found = self.value(key)
         if key not in self._settings and None not in known:
@@ -63,18 +63,18 @@ class QuantizationKeys:
         return found
 
     def honoured(self, *keys: str) -> None:
-        """These say what the tensors in the files show."""
+        """Mark keys as read whose meaning the tensors in the files show."""
         self._rest.difference_update(keys)
 
     def refused(self, key: str, rule: str = "") -> CheckpointError:
-        """The error for a key's value."""
+        """Return the error for a key's value."""
         words = f"{self.name}: {key} {self._settings.get(key)!r} is not supported"
         return CheckpointError(f"{words}: must be {rule}" if rule else words)
 
     def ignored(self) -> tuple[str, ...]:
-        """Keys that change no number and were not asked for, sorted.
+        """Return the keys that have no effect and were not requested, sorted.
 
-        Raises ``CheckpointError`` for one that would change numbers.
+        Raises ``CheckpointError`` for a key that would change the weights.
         """
         found = [key for key in sorted(self._rest) if self._settings[key] not in _NOTHING]
         for key in found:
@@ -95,11 +95,11 @@ def is_whole(key: str, value: object) -> bool:
 
 
 def check_overrides(keys: QuantizationKeys, key: str, same: Mapping[str, Any]) -> None:
-    """Settings of single modules by pattern, as GPTQModel's ``dynamic`` and AutoRound's
+    """Check settings of single modules by pattern, as in GPTQModel's ``dynamic`` and AutoRound's
     ``extra_config``.
 
-    A module that is left out (``-:``, or at least 16 bits) is in the files as it is, so it needs no
-    more. Raises ``CheckpointError`` for a module with other numbers than ``same``.
+    A module that is excluded (``-:``, or at least 16 bits) is stored unquantized, so it needs no
+    further check. Raises ``CheckpointError`` for a module whose settings differ from ``same``.
     """
     found = keys.value(key)
     if found is None:

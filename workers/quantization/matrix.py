@@ -1,4 +1,4 @@
-"""A quantized matrix, and the matrix that it stands for: the reference of all kernels."""
+"""Quantized matrices and their dequantization: the reference of all kernels."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class QuantizedMatrix:
-    """A matrix [out, in] on the CPU."""
+    """A quantized matrix [out, in] on the CPU."""
 
     format: WeightFormat
     shape: tuple[int, int]
     """[out, in]."""
     codes: Tensor
-    """[out, in] uint8; of 4 bits [out, in / 2], the lower half of a byte first."""
+    """[out, in] uint8; for 4 bits [out, in / 2], the lower half of a byte first."""
     scales: Tensor
-    """[out, groups] of the format's type; of ``e8m0`` uint8."""
+    """[out, groups] in the format's scale type; uint8 for ``e8m0``."""
     zeros: Tensor | None = None
     """[out, groups] int8, see ``WeightFormat.zero_bits``."""
 
     @classmethod
     def empty(cls, form: WeightFormat, shape: tuple[int, int]) -> QuantizedMatrix:
-        """Undefined numbers, to be filled in."""
+        """Return a matrix with undefined contents, to be filled in."""
         rows, width = shape
         groups = form.num_groups(width)
         return cls(
@@ -52,7 +52,7 @@ class QuantizedMatrix:
     def of_parts(
         cls, form: WeightFormat, shape: tuple[int, int], parts: Sequence[Tensor]
     ) -> QuantizedMatrix:
-        """Of all its memory, see ``parts``."""
+        """Return the matrix of the tensors that ``parts`` lists."""
         codes, scales, *zeros = parts
         return cls(
             format=form, shape=shape, codes=codes, scales=scales, zeros=zeros[0] if zeros else None
@@ -60,7 +60,7 @@ class QuantizedMatrix:
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """All its memory: codes, scales, zero points."""
+        """All tensors: quantized values, scales, zero points."""
         return (self.codes, self.scales, *(() if self.zeros is None else (self.zeros,)))
 
     @property
@@ -68,7 +68,7 @@ class QuantizedMatrix:
         return sum(part.nbytes for part in self.parts)
 
     def dequantized(self) -> Tensor:
-        """The matrix [out, in] float32."""
+        """Return the dequantized matrix [out, in] float32."""
         width = self.shape[1]
         group = self.format.group or width
         numbers = decode_codes(self.codes, self.format.codes)[:, :width]
@@ -78,7 +78,7 @@ class QuantizedMatrix:
         return numbers * _by_element(self.float_scales(), group, width)
 
     def float_scales(self) -> Tensor:
-        """[out, groups] float32."""
+        """Scales [out, groups] float32."""
         if self.format.scales != "e8m0":
             return self.scales.float()
         exponents = self.scales.int() - _E8M0_BIAS
@@ -91,28 +91,29 @@ Weight = Tensor | QuantizedMatrix
 
 
 def empty_weight(form: WeightFormat | None, shape: tuple[int, int], dtype: torch.dtype) -> Weight:
-    """A matrix with undefined numbers; ``form`` None: in ``dtype``."""
+    """Return a matrix with undefined contents; ``form`` None: in ``dtype``."""
     return torch.empty(shape, dtype=dtype) if form is None else QuantizedMatrix.empty(form, shape)
 
 
 def plain(weight: Weight) -> Tensor:
-    """A matrix that is known not to be quantized."""
+    """Return a matrix that is known to be unquantized."""
     assert isinstance(weight, Tensor), f"{weight.format} weights"
     return weight
 
 
 def parts_of(weight: Weight) -> tuple[Tensor, ...]:
-    """All memory of a matrix."""
+    """Return all tensors of a matrix."""
     return (weight,) if isinstance(weight, Tensor) else weight.parts
 
 
 def scale_dtype(form: WeightFormat) -> torch.dtype:
-    """In which scales are kept."""
+    """Return the dtype of the scales."""
     return _SCALE_DTYPES[form.scales]
 
 
 def decode_codes(codes: Tensor, kind: Codes) -> Tensor:
-    """codes [.., bytes] uint8 -> the numbers that they stand for, float32: of 4 bits two a byte."""
+    """Dequantize values [.., bytes] uint8 to float32, without scale; a byte holds two 4-bit
+    values."""
     if kind == "int8":
         return codes.view(torch.int8).float()
     if kind == "e4m3":
@@ -122,18 +123,18 @@ def decode_codes(codes: Tensor, kind: Codes) -> Tensor:
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """codes [.., n] uint8 of 4 bits each -> [.., n / 2], the first of two in the lower half."""
+    """Pack 4-bit values [.., n] uint8 into [.., n / 2]; the first of two is in the lower half."""
     return codes[..., ::2] | codes[..., 1::2] << 4
 
 
 def _by_element(of_groups: Tensor, group: int, width: int) -> Tensor:
-    """[rows, groups] -> [rows, width]."""
+    """Repeat group values for each element: [rows, groups] -> [rows, width]."""
     return of_groups.repeat_interleave(group, 1)[:, :width]
 
 
 @cache
 def _pairs(kind: Codes) -> Tensor:
-    """[256, 2] float32: the two numbers of each byte of 4-bit codes."""
+    """[256, 2] float32: the two numbers of each byte of 4-bit values."""
     signed = [*range(8), *range(-8, 0)]
     numbers = torch.tensor(signed if kind == "int4" else [*_E2M1, *(-x for x in _E2M1)])
     byte = torch.arange(256)

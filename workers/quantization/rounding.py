@@ -1,15 +1,15 @@
-"""Quantizes matrices when they are loaded.
+"""Quantization of matrices at load.
 
-Codes of 8 bits are the nearest ones where the largest number of a group gets the largest code.
-Codes of 4 bits are of scale * (code - zero point): of some scales that divide a group's range, 0
-included, into 15 to 8 steps, and of the least squares for the codes of the best, that with the
-least squared error. The first scale is that of Q4_1 of llama.cpp; fewer steps find the grid of
-numbers that had wider groups before. A group's codes depend on its numbers alone: every operation
-is elementwise or a sum in an order of its own, so all machines and ``workers.native`` find the same
-bits.
+8-bit values are the nearest ones when the largest number of a group maps to the largest value. A
+4-bit value stands for scale * (value - zero point). The candidate scales divide a group's range,
+including 0, into 15 to 8 steps; the best candidate is refined by least squares, and the one with
+the least squared error is used. The first scale is that of Q4_1 of llama.cpp; fewer steps recover
+the grid of weights that were quantized with wider groups before. The values of a group depend on
+its numbers alone: every operation is elementwise or a sum in a fixed order, so all machines and
+``workers.native`` get the same bits.
 
-Source: the search over scales of ``make_qkx2_quants`` in llama.cpp's ggml-quants.c; ours has the
-bits of scale and zero point in each error.
+Source: the search over scales of ``make_qkx2_quants`` in llama.cpp's ggml-quants.c; here each error
+includes the rounding of scale and zero point.
 """
 
 from __future__ import annotations
@@ -29,32 +29,33 @@ FORMATS: Final[dict[IntegerCodes, WeightFormat]] = {
     "int8": WeightFormat(codes="int8", group=128, scales="bfloat16"),
     "int4": WeightFormat(codes="int4", group=32, scales="bfloat16", has_zeros=True, zero_bits=4),
 }
-"""Of matrices that are quantized at load: 8.125 and 4.75 bits a number."""
+"""Formats of matrices that are quantized at load: 8.125 and 4.75 bits per weight."""
 _SHORT_GROUP = 24
-"""Of products that are no experts: 5 bits a number."""
+"""Format of products outside the experts: 5 bits per weight."""
 _MAX = {"int8": 127, "int4": 7}
 _LEAST, _MOST = -8, 7
 _STEPS = (15.0, 14.0, 13.0, 12.0, 11.0, 10.0, 9.0, 8.0)
-"""Of two equal errors the first one counts."""
+"""Candidates in order; of two equal errors, the first one counts."""
 _NUM_REFINEMENTS = 2
 _CHAINS = 4
-"""Neighbours whose sums are apart."""
+"""Number of neighbours with separate sums."""
 _NAN = 0x7FC0
 _GROUPS_AT_ONCE = 8192
-"""Whose numbers stay in a processor's cache."""
+"""Groups quantized together: their numbers fit in a processor's cache."""
 _ROWS_AT_ONCE = 256
 
 
 def candidates(form: WeightFormat, width: int) -> list[WeightFormat]:
-    """In which a matrix with rows of this width may be kept that is no expert: in a format of
-    ``FORMATS``, or in shorter groups where these fill rows. Of equal ones the first counts."""
+    """Return the formats for a matrix with rows of this width that is not an expert: a format of
+    ``FORMATS``, or shorter groups if these fill rows. Of equal formats the first one counts."""
     if not form.has_zeros or width % _SHORT_GROUP:
         return [form]
     return [form, replace(form, group=_SHORT_GROUP)]
 
 
 def squared_error(matrix: QuantizedMatrix, weight: Tensor) -> float:
-    """Sum of the squares of what the matrix is off weight [out, in]: the same on all machines."""
+    """Return the sum of squared differences to weight [out, in], with the same bits on all
+    machines."""
     found = 0.0
     for first in range(0, len(weight), _ROWS_AT_ONCE):
         rows = slice(first, first + _ROWS_AT_ONCE)
@@ -67,8 +68,8 @@ def squared_error(matrix: QuantizedMatrix, weight: Tensor) -> float:
 
 
 def quantize(weight: Tensor, form: WeightFormat) -> QuantizedMatrix:
-    """weight [out, in], in an integer format with float scales; with zero points in those of
-    ``candidates``."""
+    """Quantize weight [out, in] to an integer format with float scales; formats with zero points
+    must be among ``candidates``."""
     if form.has_zeros:
         return quantize_with_zeros(weight, form)
     rows, width = weight.shape
@@ -84,7 +85,8 @@ def quantize(weight: Tensor, form: WeightFormat) -> QuantizedMatrix:
 
 
 def quantize_with_zeros(weight: Tensor, form: WeightFormat) -> QuantizedMatrix:
-    """weight [out, in] in one of the 4-bit ``candidates``: the reference of ``c/rounding.c``."""
+    """Quantize weight [out, in] to one of the 4-bit ``candidates``: the reference of
+    ``c/rounding.c``."""
     assert form in candidates(FORMATS["int4"], _SHORT_GROUP), f"{form} is not made here"
     rows, width = weight.shape
     groups = in_groups(weight, form).flatten(0, 1)
@@ -95,7 +97,7 @@ def quantize_with_zeros(weight: Tensor, form: WeightFormat) -> QuantizedMatrix:
 
 
 def in_groups(weight: Tensor, form: WeightFormat) -> Tensor:
-    """weight [out, in] -> [out, groups, group] float32, with zeros at the end of a row."""
+    """weight [out, in] -> [out, groups, group] float32, padded with zeros at the end of a row."""
     rows, width = weight.shape
     group = form.group or width
     return functional.pad(weight.float(), (0, -width % group)).view(rows, -1, group)
@@ -104,7 +106,7 @@ def in_groups(weight: Tensor, form: WeightFormat) -> Tensor:
 def of_groups(
     form: WeightFormat, shape: tuple[int, int], codes: Tensor, scales: Tensor, zeros: Tensor
 ) -> QuantizedMatrix:
-    """The matrix [out, in] of all its groups' codes [groups, bytes], scales and zero points
+    """Return the matrix [out, in] of all groups: values [groups, bytes], scales and zero points
     [groups]."""
     rows, width = shape
     stored = codes.view(rows, -1)[:, : form.row_bytes(width)].contiguous()
@@ -113,22 +115,22 @@ def of_groups(
 
 
 class _Codes(NamedTuple):
-    """Of groups [n]: a number is scale * (code - zero)."""
+    """Quantization of groups [n]: a number is scale * (value - zero)."""
 
     scale: Tensor
     """Exact in bfloat16."""
     zero: Tensor
-    """In whole sixteenths."""
+    """A multiple of 1/16."""
     error: Tensor
-    """Sum of squares; not a number where the scale is 0 or none."""
+    """Sum of squares; NaN if the scale is 0 or NaN."""
 
 
 def _rounded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x [group, n] float32 -> codes [n, group / 2] uint8, scales [n] bfloat16, zero points [n]
+    """x [group, n] float32 -> values [n, group / 2] uint8, scales [n] bfloat16, zero points [n]
     int8."""
     total = _sum(x)
     low, high = x.amin(0).clamp_(max=0.0), x.amax(0).clamp_(min=0.0)
-    span = (high - low) + total * 0.0  # keeps what is not a number
+    span = (high - low) + total * 0.0  # keeps NaN
     found: _Codes | None = None
     for steps in _STEPS:
         scale = _bfloat16(span * float(torch.tensor(1.0) / steps))
@@ -144,7 +146,7 @@ def _rounded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _codes(x: Tensor, scale: Tensor, zero: Tensor) -> _Codes:
-    """With the nearest zero point that can be stored."""
+    """Quantize with the nearest zero point that can be stored."""
     stored = (zero * 16.0).round_().clamp_(-128.0, 127.0).nan_to_num_(-128.0) * 0.0625
     place = x * (1.0 / scale) + stored
     off = _code(place) - place
@@ -157,7 +159,7 @@ def _better(found: _Codes, other: _Codes) -> _Codes:
 
 
 def _fitted(x: Tensor, found: _Codes, total: Tensor) -> _Codes:
-    """The least squares of scale and zero point for the codes that there are."""
+    """Fit scale and zero point to the current values by least squares."""
     codes = _code(x * (1.0 / found.scale) + found.zero)
     sums = _sum(codes)
     mean = sums * (1.0 / len(x))
@@ -171,7 +173,7 @@ def _code(place: Tensor) -> Tensor:
 
 
 def _sum(x: Tensor) -> Tensor:
-    """Over the first axis: each fourth one after the other, and then the four."""
+    """Sum over the first axis: four interleaved partial sums, then their sum."""
     chains = x.view(-1, _CHAINS, x.shape[1])
     sums = chains[0].clone()
     for chain in chains[1:]:
@@ -180,7 +182,7 @@ def _sum(x: Tensor) -> Tensor:
 
 
 def _halved(x: Tensor) -> Tensor:
-    """The sum of x [n]: the second half is added to the first one until one number is left."""
+    """Sum x [n] by adding the second half to the first half until one number is left."""
     while len(x) > 1:
         half = len(x) // 2
         x = torch.cat((x[:half] + x[half : 2 * half], x[2 * half :]))
@@ -192,6 +194,6 @@ def _bfloat16(x: Tensor) -> Tensor:
 
 
 def _divisors(scales: Tensor) -> Tensor:
-    """By which numbers are divided; a group of zeros has the scale 0, and codes of 0."""
+    """Divisors of the numbers; a group of zeros has the scale 0, and values of 0."""
     found = scales.float()
     return found.masked_fill_(found == 0, 1.0)

@@ -1,4 +1,4 @@
-"""How a checkpoint's ``quantization_config`` says that matrices are stored."""
+"""Storage format of matrices, from a checkpoint's ``quantization_config``."""
 
 from __future__ import annotations
 
@@ -22,39 +22,39 @@ _AUTO_ROUND_PACKINGS: Mapping[str | None, tuple[Literal["gptq", "awq"], int]] = 
     "auto_round:auto_awq": ("awq", 0),
     "auto_round:awq": ("awq", 0),
 }
-"""Layout, and ``StorageFormat.zero_offset``."""
+"""Layout of the tensors, and ``StorageFormat.zero_offset``."""
 _INTEGER_TYPES = (
     *("int", "int_sym", "int_asym", "rtn_int", "rtn_int_sym", "rtn_int_asym"),
     None,
 )
-"""AutoRound's ``data_type`` of codes with one scale, and perhaps a zero point, per group."""
+"""AutoRound's ``data_type`` of formats with one scale, and optionally a zero point, per group."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StorageFormat:
-    """How matrices are stored that are not in the checkpoint's own dtype."""
+    """Storage format of the matrices that are not in the checkpoint's own dtype."""
 
     method: Method
     form: WeightFormat
-    """With scales in float32: those of a file are converted to it."""
+    """Format with scales in float32; the scales of a file are converted."""
     block_rows: int = 1
-    """Rows that share a scale, of ``fp8``."""
+    """Rows that share a scale; for ``fp8``."""
     zero_offset: int = 0
-    """What is added to stored zero points: the first format of GPTQ has them one less."""
+    """Added to stored zero points: the first format of GPTQ stores them minus one."""
     ignored: tuple[str, ...] = field(default=(), compare=False)
-    """Keys of ``quantization_config`` that change no number, sorted."""
+    """Keys of ``quantization_config`` that have no effect, sorted."""
 
     @property
     def block(self) -> tuple[int, int]:
-        """Rows and columns of a block with one scale, of ``fp8``."""
+        """Rows and columns of a block with one scale; for ``fp8``."""
         assert self.form.group is not None
         return self.block_rows, self.form.group
 
 
 def parse_storage_format(found: object) -> StorageFormat | None:
-    """Read ``quantization_config``; None: there is none.
+    """Read ``quantization_config``; return None if there is none.
 
-    Raises ``CheckpointError`` that names the key, its value and what it must be.
+    Raises ``CheckpointError`` that names the key, its value and the allowed values.
     """
     if found is None:
         return None
@@ -80,7 +80,7 @@ def _fp8(keys: QuantizationKeys) -> StorageFormat:
     keys.one_of("modules_to_convert", None, [])
     keys.one_of("bits", 8, None)
     keys.one_of("act_bits", 8, WHOLE_BITS, None)
-    # Which tensors are float8 is in the files' headers.
+    # The headers of the files show which tensors are float8.
     keys.honoured("modules_to_not_convert", "ignored_layers", "dequantize")
     block = keys.value("weight_block_size")
     sizes = block if isinstance(block, list) else []
@@ -107,7 +107,7 @@ def _awq(keys: QuantizationKeys) -> StorageFormat:
     form = _of_matrices(keys, bits=(4,), is_symmetric=is_symmetric)
     for key in ("version", "format", "checkpoint_format"):
         keys.one_of(key, "gemm", None)
-    if keys.value("backend") == "llm-awq":  # the others are kernels to load with
+    if keys.value("backend") == "llm-awq":  # the other versions are kernels to load with
         raise keys.refused("backend", "a kernel for version 'gemm'")
     return StorageFormat(method="awq", form=form)
 
@@ -120,10 +120,10 @@ def _auto_round(keys: QuantizationKeys) -> StorageFormat:
 
 
 def _of_matrices(keys: QuantizationKeys, bits: tuple[int, ...], is_symmetric: bool) -> WeightFormat:
-    """What GPTQ, AWQ and AutoRound say in the same words.
+    """Return the format from the keys that GPTQ, AWQ and AutoRound share.
 
-    Which matrices are quantized is in the files' headers, and whether columns of a group are
-    neighbours (``desc_act``) in the files.
+    The headers of the files show which matrices are quantized, and the files show whether the
+    columns of a group are neighbours (``desc_act``).
     """
     keys.honoured("modules_to_not_convert", "modules_in_block_to_quantize", "lm_head")
     keys.honoured("desc_act", "static_groups")
@@ -146,7 +146,7 @@ def _compressed_tensors(keys: QuantizationKeys) -> StorageFormat:
     for key, inner in (("sparsity_config", "format"), ("transform_config", "config_groups")):
         found = keys.value(key)
         if isinstance(found, Mapping) and found.get(inner) in ("dense", None, {}):
-            continue  # nothing is left out, and nothing is transformed
+            continue  # nothing is excluded, and nothing is transformed
         keys.one_of(key, None)
     groups = keys.value("config_groups")
     if not isinstance(groups, Mapping) or not groups:
