@@ -6,7 +6,7 @@ import { byId, count, duration, element, fill } from "./format.js";
 import { Heatmap } from "./heatmap.js";
 import { History } from "./history.js";
 import { pageLinks } from "./links.js";
-import { setUpOrders, showChoices } from "./orders.js";
+import { setUpOperations, showChoices } from "./operations.js";
 import { Playground } from "./playground.js";
 import { setUpTerms, term } from "./terms.js";
 import { showWorkers } from "./workers.js";
@@ -129,5 +129,5 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   heatmap.restyle();
 });
 setUpTerms();
-if (isAdmin) setUpOrders();
+if (isAdmin) setUpOperations();
 run();

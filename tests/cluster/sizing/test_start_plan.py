@@ -164,7 +164,7 @@ def test_only_labelled_nodes_can_be_followed() -> None:
 
 
 def test_a_placement_and_a_profile_exclude_each_other() -> None:
-    with pytest.raises(ConfigError, match="beside placement_file"):
+    with pytest.raises(ConfigError, match="together with placement_file"):
         WorkersSection(placement_file="a", load_profile="b")
 
 

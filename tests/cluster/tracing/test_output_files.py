@@ -160,8 +160,8 @@ path = Path(folder) / "mine.log"
 file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
 [os.dup2(file, stream) for stream in (1, 2)]
 logs.set_up("launcher")
-logs.OUTPUT.take(path)
-logs.OUTPUT.take(Path(folder) / "other.log")
+logs.OUTPUT.add_file(path)
+logs.OUTPUT.add_file(Path(folder) / "other.log")
 """
 
 

@@ -8,23 +8,23 @@ const POLL_MS = 500;
 let running = ""; // id of the operation that this page started
 let latest = {};
 
-export function setUpOrders() {
-  byId("rebalance-dry").addEventListener("click", () => order("admin/v1/rebalance", { dry_run: true }));
+export function setUpOperations() {
+  byId("rebalance-dry").addEventListener("click", () => startOperation("admin/v1/rebalance", { dry_run: true }));
   byId("rebalance").addEventListener("click", () => {
-    if (confirm("Rebalance the experts according to their load?")) order("admin/v1/rebalance", {});
+    if (confirm("Rebalance the experts according to their load?")) startOperation("admin/v1/rebalance", {});
   });
-  byId("scale-form").addEventListener("input", () => allowOrders(latest));
-  byId("drain-worker").addEventListener("change", () => allowOrders(latest));
+  byId("scale-form").addEventListener("input", () => updateButtons(latest));
+  byId("drain-worker").addEventListener("change", () => updateButtons(latest));
   byId("drain-form").addEventListener("submit", (event) => {
     event.preventDefault();
     const worker = byId("drain-worker").value;
-    if (confirm(`Drain ${worker}? Another worker starts in its place.`)) order("admin/v1/drain", { worker });
+    if (confirm(`Drain ${worker}? Another worker starts in its place.`)) startOperation("admin/v1/drain", { worker });
   });
   byId("scale-form").addEventListener("submit", (event) => {
     event.preventDefault();
     const [attention, expert] = ["attention", "expert"].map((role) => Number(byId(`scale-${role}`).value));
     if (confirm(`Scale to ${attention} attention and ${expert} expert workers?`)) {
-      order("admin/v1/scale", { attention, expert });
+      startOperation("admin/v1/scale", { attention, expert });
     }
   });
 }
@@ -41,11 +41,11 @@ export function showChoices(status) {
     const input = byId(`scale-${role}`);
     if (!input.value) input.value = String(serving.filter((w) => w.role === role).length || "");
   }
-  allowOrders(status);
+  updateButtons(status);
 }
 
 // Disables buttons of operations that the controller would reject, and shows the reason.
-function allowOrders(status) {
+function updateButtons(status) {
   latest = status;
   const workers = status.workers ?? [];
   const num = (role) => workers.filter((w) => w.role === role && w.state === "SERVING").length;
@@ -62,8 +62,8 @@ function allowOrders(status) {
   allow(byId("scale"), busy || starting || local || (same ? "the cluster has this size: change a number" : ""));
 }
 
-async function order(path, body) {
-  const result = byId("order-result");
+async function startOperation(path, body) {
+  const result = byId("operation-result");
   try {
     let operation = await post(path, body);
     running = operation.id;
@@ -77,6 +77,6 @@ async function order(path, body) {
     result.textContent = error.message;
   } finally {
     running = "";
-    allowOrders(latest);
+    updateButtons(latest);
   }
 }
