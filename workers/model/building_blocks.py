@@ -1,7 +1,7 @@
-"""Makes the parts of a model in one of several ways.
+"""Factories of a model's parts.
 
-``BuildingBlocks`` makes the fast ones of torch; ``batch_invariant``, ``native`` and ``cuda`` make
-others.
+``BuildingBlocks`` makes the fast parts of torch; ``batch_invariant``, ``native`` and ``cuda`` make
+other implementations.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ class BuildingBlocks:
     """Makes the parts of a family's layers: the fast ones of torch."""
 
     are_native: ClassVar[bool] = False
-    """Layers read ``AttentionBatch.chunks``."""
+    """Whether layers read ``AttentionBatch.chunks``."""
     are_exact: ClassVar[bool] = False
-    """A row's bits depend neither on other rows nor on how a prompt is cut."""
+    """Whether a row's bits are independent of other rows and of how a prompt is split."""
 
     def __init__(self, compute_threads: ComputeThreads | None = None) -> None:
-        """``compute_threads`` share large products; None: the calling thread does them alone."""
+        """``compute_threads`` share large products; None: the calling thread computes them
+        alone."""
         self._compute_threads = compute_threads or ComputeThreads()
 
     def linear(
@@ -56,42 +57,44 @@ class BuildingBlocks:
         may_pack: bool = True,
         may_quantize: bool = True,
     ) -> Linear:
-        """``may_quantize``: it is no router, which must choose as the model does."""
+        """Return a linear product. ``may_quantize`` is False for routers, which must select as the
+        model does."""
         return Linear(weight, bias, may_pack, self._compute_threads)
 
     def tied(self, weight: Tensor) -> tuple[Embedding, Linear]:
-        """The embedding and the head that share a weight [V, H]."""
+        """Return the embedding and the head that share a weight [V, H]."""
         return TableEmbedding(weight), self.linear(weight, may_pack=False)
 
     def mlp(
         self, gate_up: Callable[[], Tensor], down: Callable[[], Tensor], activation: Activation
     ) -> Mlp:
-        """An MLP of weights [2 * inner, H], the gate's rows first, and [H, inner], which are read
-        one after the other."""
+        """Return an MLP of weights [2 * inner, H], the gate's rows first, and [H, inner], which are
+        read one after the other."""
         return GatedMlp(self.linear(gate_up()), self.linear(down()), activation)
 
     def head_products(self, weight: Tensor, plain_dim: int) -> HeadProducts:
-        """Of a weight [A, N + V, R], whose heads begin with the N rows that make keys."""
+        """Return head products of a weight [A, N + V, R]; the first N rows of each head make
+        keys."""
         return TorchHeadProducts(weight, plain_dim)
 
     def norm(self, weight: Tensor, eps: float) -> Norm:
-        """The norm behind the layers, with a weight [H]."""
+        """Return the norm after the layers, with a weight [H]."""
         return partial(rms_norm, weight=weight, eps=eps)
 
     def sublayer(self, half: TorchAttentionSublayer) -> StagedSublayer:
-        """The attention half of a layer, made of products of these blocks."""
+        """Return the attention sublayer of a layer, with products of these blocks."""
         return half
 
     def heads(self, attention: HeadAttention, dtype: torch.dtype) -> RowAttention:
-        """Attention of a layer that is not a half; ``dtype`` of the model."""
+        """Return the attention of a layer that is not a whole sublayer; ``dtype`` of the model."""
         return attention
 
     def delta_net(self, net: DeltaNet) -> Mix:
-        """What a layer with a recurrent state computes between its projections."""
+        """Return the function of a layer with a recurrent state between its projections."""
         return TorchDeltaNet(net, row_by_row=False)
 
     def attention(self, config: ModelConfig, dtype: torch.dtype) -> Attend:
-        """The attention of all layers."""
+        """Return the attention of all layers."""
         return attend
 
     def rope(

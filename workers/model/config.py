@@ -1,4 +1,4 @@
-"""Description of a model before anything is loaded: numbers, expert banks, tensors on disk.
+"""Description of a model before loading: numbers, expert banks, tensors on disk.
 
 Imports no torch, so that parsing a ``config.json`` and listing the banks is cheap. The global
 order of operations of a step is: for layer; for (bank, exchange) in bank order; for micro-batch.
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from workers.model.rope import RopeConfig
 
 ExpertKind = Literal["gated", "linear"]
-"""``gated``: down(activation(gate x) * up x), matrices (gate over up, down); ``linear``: one."""
+"""``gated``: down(activation(gate x) * up x), matrices (gate over up, down); ``linear``: one
+matrix."""
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
-"""Activation of a gated expert or MLP, in the words of ``hidden_act``."""
+"""Activation of a gated expert or MLP, with the names of ``hidden_act``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,34 +41,34 @@ class ExchangeSpec:
     """One round trip of a bank: dispatch of rows to the experts, combine of their outputs."""
 
     index: int
-    """Place among the bank's exchanges, from 0."""
+    """Index among the bank's exchanges."""
     name: str
-    """For people: ``mlp``, ``query``, ``output``."""
+    """Name for logs: ``mlp``, ``query``, ``output``."""
     in_width: int
-    """Elements of a row on its way to the experts."""
+    """Elements of a row that is sent to the experts."""
     out_width: int
     per_slot_input: bool = False
-    """True: every top-k slot has an input of its own, [T, k, in_width]."""
+    """True: every top-k slot has its own input, [T, k, in_width]."""
     weighted: bool = True
     """False: combine returns each slot's output, [T, k, out_width], without a sum."""
     expert_kind: ExpertKind = "gated"
-    """What an expert computes in this exchange."""
+    """Computation of an expert in this exchange."""
     expert_width: int = 0
     """Inner width of a gated expert; 0 for a linear one."""
     activation: Activation | ClampedSwiglu = "silu"
     """Activation of a gated expert."""
     has_bias: bool = False
-    """Each product has a bias."""
+    """Whether each product has a bias."""
     form: WeightFormat | None = None
-    """In which workers keep the matrices, biases aside; None: in the model dtype."""
+    """Format in which workers keep the matrices, without biases; None: in the model dtype."""
 
     def returns_pairs(self, combine_mode: CombineMode) -> bool:
-        """Whether an output returns for every (row, slot) pair, not a sum for every row."""
+        """Whether combine returns an output for every (row, slot) pair, not a sum for every row."""
         return combine_mode == "per_slot" or not self.weighted
 
     @property
     def product_shapes(self) -> tuple[tuple[int, int], ...]:
-        """[out, in] of the matrices that rows are multiplied by, one after the other."""
+        """[out, in] of the matrices that rows are multiplied by, in order."""
         if self.expert_kind == "linear":
             return ((self.out_width, self.in_width),)
         inner = self.expert_width
@@ -77,22 +78,22 @@ class ExchangeSpec:
     def matrix_shapes(self) -> tuple[tuple[int, int], ...]:
         """[out, in] of all matrices of an expert, in the order of ``Family.expert_matrices``.
 
-        Biases, each a matrix [out, 1], come after those of the products.
+        Biases, each a matrix [out, 1], are after the matrices of the products.
         """
         products = self.product_shapes
         return products + (tuple((out, 1) for out, _ in products) if self.has_bias else ())
 
     def form_of(self, matrix: int) -> WeightFormat | None:
-        """In which a matrix is kept; None: in the model dtype, as biases always are."""
+        """Format of a matrix; None: in the model dtype, as biases always are."""
         return self.form if matrix < len(self.product_shapes) else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BankSpec:
-    """The routed experts behind one router."""
+    """The routed experts of one router."""
 
     index: int
-    """Place in ``Family.banks``; names the bank on the wire."""
+    """Index in ``Family.banks``; identifies the bank on the wire."""
     bank: str
     """Kind of bank within its layer, ``mlp`` or ``attention``."""
     layer: int
@@ -103,10 +104,10 @@ class BankSpec:
     float32_weights: bool = False
     """True: weights stay float32 in the product; False: they are cast to the model dtype first."""
     aux_copies: int = 0
-    """Times that transformers 5 counts this router in the auxiliary loss (version 4: once);
-    0: the family has no such loss."""
+    """Number of times that transformers 5 counts this router in the auxiliary loss (version 4:
+    once); 0: the family has no such loss."""
     aux_dtype: Literal["model", "float32"] = "model"
-    """Type of the router's softmax in the auxiliary loss."""
+    """Dtype of the router's softmax in the auxiliary loss."""
 
     @property
     def matrices(self) -> list[tuple[int, int, tuple[int, int]]]:
@@ -114,7 +115,7 @@ class BankSpec:
         return [(e.index, i, s) for e in self.exchanges for i, s in enumerate(e.matrix_shapes)]
 
     def num_bytes(self, itemsize: int) -> int:
-        """Of an expert as workers keep and move it; ``itemsize`` is that of the model dtype."""
+        """Bytes of an expert as workers keep and transfer it; ``itemsize`` of the model dtype."""
         total = 0
         for exchange, matrix, (out, width) in self.matrices:
             form = self.exchanges[exchange].form_of(matrix)
@@ -123,7 +124,7 @@ class BankSpec:
 
 
 def returns_pairs(banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:
-    """Whether any exchange does."""
+    """Whether any exchange of the banks returns pairs."""
     return any(exchange.returns_pairs(combine_mode) for b in banks for exchange in b.exchanges)
 
 
@@ -136,18 +137,18 @@ class TensorPart:
     shape: tuple[int, ...]
     """Shape of the whole tensor on disk."""
     index: int | None = None
-    """Entry of the first dimension that is meant; None is the whole tensor."""
+    """Entry of the first dimension; None: the whole tensor."""
     is_transposed: bool = False
-    """The matrix that is meant is [columns, rows] on disk."""
+    """Whether the matrix is [columns, rows] on disk."""
     rows: tuple[int, int] | None = None
-    """The first row that is meant, and how far the next one is; None: all rows."""
+    """The first row, and the distance to the next one; None: all rows."""
     is_mxfp4: bool = False
-    """It is stored in blocks, see ``workers.model.loading.mxfp4``; ``shape`` is that of the
-    numbers."""
+    """Whether the tensor is stored in blocks, see ``workers.model.loading.mxfp4``; ``shape`` is the
+    shape of the decoded numbers."""
 
     @property
     def part_shape(self) -> tuple[int, ...]:
-        """Of what is meant."""
+        """Shape of the part, without the rest of the tensor."""
         shape = self.shape if self.index is None else self.shape[1:]
         shape = shape[::-1] if self.is_transposed else shape
         if self.rows is None:
@@ -162,28 +163,28 @@ class ExpertMatrix:
     shape: tuple[int, int]
     """[out, in] after stacking."""
     parts: tuple[TensorPart, ...]
-    """For example gate rows, then up rows."""
+    """Parts in order: for example gate rows, then up rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeltaNetSpec:
-    """Layers with a recurrent state in place of keys and values, and the numbers of each.
+    """Layers with a recurrent state in place of keys and values, and the dimensions of each.
 
     Source: Yang et al., "Gated Delta Networks: Improving Mamba2 with Delta Rule" (2024).
     """
 
     layers: tuple[int, ...]
-    """In ascending order."""
+    """Indices of the layers, ascending."""
     num_key_heads: int
-    """G: heads of queries and keys."""
+    """G: number of query and key heads."""
     num_value_heads: int
-    """V: heads of values; a multiple. Neighbours share a key head."""
+    """V: number of value heads, a multiple of G. Neighbours share a key head."""
     key_dim: int
     """K: elements of a query or key head."""
     value_dim: int
     """D: elements of a value head."""
     kernel: int
-    """Positions under the convolution, a row's own included."""
+    """Positions that the convolution covers, a row's own included."""
 
     @property
     def conv_width(self) -> int:
@@ -192,7 +193,7 @@ class DeltaNetSpec:
 
     @property
     def conv_values(self) -> int:
-        """Numbers of a state that are earlier inputs of the convolution."""
+        """Numbers of a layer's state that are earlier inputs of the convolution."""
         return (self.kernel - 1) * self.conv_width
 
     @property
@@ -202,13 +203,13 @@ class DeltaNetSpec:
 
     @property
     def state_bytes(self) -> int:
-        """Of the float32 state of one sequence, in all layers."""
+        """Bytes of the float32 state of one sequence, in all layers."""
         return 4 * len(self.layers) * self.layer_values
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The numbers of ``config.json`` that all families share; a family adds its own."""
+    """Settings of ``config.json`` that all families share; a family adds its own."""
 
     model_type: str
     vocab_size: int
@@ -218,13 +219,13 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int
-    """Key/value heads; ``num_heads`` is a multiple."""
+    """Number of key/value heads; ``num_heads`` is a multiple."""
     head_dim: int
     max_position_embeddings: int
-    """Context that the model was made for, in tokens."""
+    """Context of the model in tokens."""
     rms_norm_eps: float
     tie_word_embeddings: bool
-    """lm_head is the embedding."""
+    """Whether lm_head is the embedding."""
     eos_token_ids: tuple[int, ...]
     """Tokens that end an output."""
     dtype: str
@@ -239,23 +240,24 @@ class ModelConfig:
     problem_type: str | None = None
     """Kind of classifier, if the checkpoint names it."""
     stored: StorageFormat | None = None
-    """How matrices are stored that are not in ``dtype``; None: there are none of these."""
+    """Storage format of matrices that are not in ``dtype``; None: all are in ``dtype``."""
     has_tiled_heads: bool = False
-    """Query head h uses key head h mod ``num_kv_heads``; else neighbours share one."""
+    """Whether query head h uses key head h mod ``num_kv_heads``; otherwise neighbours share one."""
     latent_rank: int | None = None
-    """Elements of the latent vector from which all heads have their keys and values. It is kept in
-    their place, the first elements of a single key; None: there is none."""
+    """Elements of the latent vector from which the keys and values of all heads are computed. The
+    cache stores it as the first elements of a single key. None: no latent attention."""
     delta_net: DeltaNetSpec | None = None
     """Layers with a recurrent state; None: there are none."""
     num_prediction_layers: int = 0
-    """Layers behind the last one that predict further tokens, in the checkpoint."""
+    """Number of layers after the last one that predict further tokens, in the checkpoint."""
     has_predictor: bool = False
-    """The first of these is computed, too; ``num_layers`` does not count it."""
+    """Whether the first of these layers is computed; ``num_layers`` does not count it."""
     ignored_keys: tuple[str, ...] = ()
 
     @property
     def kv_vectors_per_layer(self) -> int:
-        """Keys and values of one token in a layer's cache: vectors of ``head_dim``."""
+        """Number of vectors of ``head_dim`` for the keys and values of one token in a layer's
+        cache."""
         return 2 * self.num_kv_heads if self.latent_rank is None else 1
 
     @property
@@ -266,26 +268,27 @@ class ModelConfig:
 
     @property
     def num_kv_caches(self) -> int:
-        """Of those layers, and of the predictor if there is one."""
+        """Number of layers with keys and values, including the predictor."""
         return len(self.kv_layers) + self.has_predictor
 
     @property
     def kv_vectors_per_token(self) -> int:
-        """Keys and values of one token in all caches."""
+        """Number of vectors for the keys and values of one token in all caches."""
         return self.num_kv_caches * self.kv_vectors_per_layer
 
     @property
     def state_bytes(self) -> int:
-        """Of one sequence's recurrent state; 0 without one."""
+        """Bytes of one sequence's recurrent state; 0 without one."""
         return 0 if self.delta_net is None else self.delta_net.state_bytes
 
     @property
     def length_matters_above(self) -> int | None:
-        """Longer prompts than this have keys that depend on their length (dynamic RoPE)."""
+        """Prompts longer than this have keys that depend on their length (dynamic RoPE)."""
         return self.max_position_embeddings if self.rope.rope_type == "dynamic" else None
 
     @property
     def context_tokens(self) -> int:
-        """Positions that the model can distinguish: dynamic RoPE multiplies them by its factor."""
+        """Number of positions that the model can distinguish: dynamic RoPE multiplies it by its
+        factor."""
         stretch = self.rope.factor if self.rope.rope_type == "dynamic" else 1.0
         return int(self.max_position_embeddings * stretch)

@@ -1,14 +1,14 @@
-"""Gated DeltaNet: what a layer with a recurrent state computes between its projections.
+"""Gated DeltaNet: the computation of a layer with a recurrent state between its projections.
 
     convolution over the last rows, silu, q/k norms, gated delta rule, gated norm
 
-Of each value head the state is a matrix S [K, D]. A row with query q, key k, value v, decay a and
-strength b changes it, and reads it:
+The state of each value head is a matrix S [K, D]. A row with query q, key k, value v, decay a and
+strength b updates and reads it:
 
     S = a S;  S = S + k (b (v - k S));  output = q S
 
-Two forms compute the same up to rounding. Row by row, the bits of a row do not depend on how its
-sequence was cut into chunks. In chunks of 64 positions most of the work is in products of matrices.
+Two algorithms are equal up to rounding. Row by row, the bits of a row do not depend on how its
+sequence was split into chunks. In chunks of 64 positions, most of the work is matrix products.
 
 Source: Yang et al., "Gated Delta Networks: Improving Mamba2 with Delta Rule" (2024), section 3; the
 rounding is that of transformers ``models/qwen3_next``.
@@ -29,7 +29,7 @@ from workers.model.layers import rms_norm, row_sigmoid, row_wise
 from workers.model.state_runs import StateRun
 
 CHUNK = 64
-"""Positions that the chunked form computes at a time."""
+"""Number of positions in a chunk of the chunked algorithm."""
 NORM_EPS = 1e-6
 """Added to the squares of a query's or key's elements."""
 
@@ -46,20 +46,20 @@ class DeltaNet:
     bias: Tensor
     """[V] float32."""
     norm: Tensor
-    """[D] model dtype, for each value head."""
+    """[D] model dtype: weight of the gated norm, the same for each value head."""
     eps: float
-    """Of this norm."""
+    """Epsilon of the gated norm."""
 
     @property
     def row_width(self) -> int:
-        """Elements of a projected row: the convolution's inputs [C], gates of the output [V * D],
+        """Elements of a projected row: inputs of the convolution [C], gates of the output [V * D],
         strengths [V] and decays [V]."""
         spec = self.spec
         return spec.conv_width + spec.num_value_heads * (spec.value_dim + 2)
 
 
 Mix = Callable[[Tensor, Tensor, StateRows], Tensor]
-"""Projected rows [T, row_width], this layer's states [slots, layer_values] and the rows' runs to
+"""Projected rows [T, row_width], this layer's states [slots, layer_values] and the rows' runs ->
 [T, V * D]. Writes the states after the runs."""
 
 
@@ -99,7 +99,7 @@ class TorchDeltaNet:
         return self._gated(mixed, rows)
 
     def _piece_bytes(self, device: torch.device) -> int:
-        """States of decode rows that are changed together.
+        """Bytes of the states of decode rows that are updated together.
 
         AMD EPYC, torch 2.13, 1 thread, 32 states of 2 MiB in float32: all of them 213 ms, one by
         one 20 ms.
@@ -107,7 +107,7 @@ class TorchDeltaNet:
         return PIECE_BYTES if device.type == "cpu" else GPU_PIECE_BYTES
 
     def _decode(self, rows: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
-        """One row of each sequence."""
+        """Run one row of each sequence."""
         read, write = slots.unbind()
         earlier, matrices = self._parts(cache.index_select(0, read))
         window = torch.cat((earlier, self._inputs(rows).unsqueeze(1)), 1)
@@ -132,7 +132,7 @@ class TorchDeltaNet:
         return outputs
 
     def _parts(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Earlier inputs [.., kernel - 1, C] and matrices [.., V, K, D] of states."""
+        """Split states into earlier inputs [.., kernel - 1, C] and matrices [.., V, K, D]."""
         spec = self._net.spec
         sizes = [spec.conv_values, states.shape[-1] - spec.conv_values]
         inputs, matrices = torch.split(states, sizes, -1)
@@ -143,11 +143,12 @@ class TorchDeltaNet:
         )
 
     def _inputs(self, rows: Tensor) -> Tensor:
-        """[T, C] float32."""
+        """Inputs of the convolution [T, C] float32."""
         return rows[:, : self._net.spec.conv_width].float()
 
     def _convolved(self, window: Tensor) -> Tensor:
-        """[.., T + kernel - 1, C] to silu of [.., T, C], rounded to the model dtype."""
+        """[.., T + kernel - 1, C] -> silu of the convolution [.., T, C], rounded to the model
+        dtype."""
         conv, dtype = self._net.conv, self._net.norm.dtype
         length = window.shape[-2] - len(conv) + 1
         total = window[..., :length, :] * conv[0]
@@ -157,7 +158,8 @@ class TorchDeltaNet:
         return row_wise(functional.silu, flat).float().view_as(total)
 
     def _prepared(self, convolved: Tensor, rows: Tensor) -> _Rows:
-        """convolved [.., C] of projected rows [.., row_width]."""
+        """Return the inputs of the delta rule from convolved [.., C] and projected rows [..,
+        row_width]."""
         spec, net = self._net.spec, self._net
         heads, num_values = spec.num_value_heads, spec.num_value_heads * spec.value_dim
         each = spec.num_key_heads * spec.key_dim
@@ -180,7 +182,7 @@ class TorchDeltaNet:
         )
 
     def _gated(self, mixed: Tensor, rows: Tensor) -> Tensor:
-        """The norm of each head of [T, V, D], times silu of its gate: [T, V * D]."""
+        """Norm of each head of [T, V, D], times silu of its gate: [T, V * D]."""
         spec, net = self._net.spec, self._net
         normed = rms_norm(mixed.to(net.norm.dtype).flatten(0, 1), net.norm, net.eps)
         begin, width = spec.conv_width, spec.num_value_heads * spec.value_dim
@@ -189,13 +191,13 @@ class TorchDeltaNet:
 
 
 def _normalised(heads: Tensor, share: int) -> Tensor:
-    """Heads [.., G, K] of length 1, each repeated for the value heads that share it."""
+    """Heads [.., G, K] scaled to length 1, each repeated for the value heads that share it."""
     squares = (heads * heads).sum(-1, keepdim=True)
     return (heads * torch.rsqrt(squares + NORM_EPS)).repeat_interleave(share, -2)
 
 
 def _step(rows: _Rows, matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """One row [.., V, _] of each sequence: outputs [.., V, D] and matrices [.., V, K, D]."""
+    """Run one row [.., V, _] of each sequence: outputs [.., V, D] and matrices [.., V, K, D]."""
     decays = row_wise(torch.exp, rows.log_decays.view(-1, rows.log_decays.shape[-1]))
     matrices = matrices * decays.view(rows.log_decays.shape)[..., None, None]
     known = (matrices * rows.keys.unsqueeze(-1)).sum(-2)
@@ -205,15 +207,15 @@ def _step(rows: _Rows, matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_chunks(rows: _Rows, matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [T, V, _] of one sequence: outputs [T, V, D] and matrices [V, K, D].
+    """Run rows [T, V, _] of one sequence in chunks: outputs [T, V, D] and matrices [V, K, D].
 
-    Within a chunk, the changes of its rows solve a triangular system, so that only the chunks come
-    one after the other.
+    Within a chunk, the updates of its rows solve a triangular system, so only the chunks are
+    sequential.
     """
     count = len(rows.queries)
 
     def chunked(x: Tensor) -> Tensor:
-        """[T, V, ..] to [V, chunks, CHUNK, ..]; rows of zeros at the end change nothing."""
+        """[T, V, ..] -> [V, chunks, CHUNK, ..]; zero rows at the end have no effect."""
         padded = functional.pad(x, (*(0, 0) * (x.dim() - 1), 0, -count % CHUNK))
         heads_first = padded.transpose(0, 1)
         return heads_first.reshape(len(heads_first), -1, CHUNK, *x.shape[2:])

@@ -1,10 +1,10 @@
-"""Keys and values of a KV cache in 8 bits.
+"""8-bit keys and values of a KV cache.
 
-A row is the vector of one head and token: D codes in e4m3 (1 bit sign, 4 bits exponent, 3 bits
+A row is the vector of one head and token: D values in e4m3 (1 bit sign, 4 bits exponent, 3 bits
 mantissa, no infinity) and the byte of their scale. The scale is a power of two, the exponent bits
 of a float32: the smallest one with which no element exceeds 448, the largest number of e4m3. So an
-element keeps 4 significant bits, and numbers below 2 ** -14 of the largest one fewer. A vector with
-an element that is not finite reads as NaN. Zeros are zeros: a cleared row is a row.
+element keeps 4 significant bits, and numbers below 2 ** -14 of the largest one keep fewer. A vector
+with an element that is not finite reads as NaN. A row of zero bytes is a valid row of zeros.
 
 For example D = 2, (3.0, -0.3): the scale is 2 ** -7 (byte 120), the codes stand for 384 and -40
 (-38.4 rounded), which read as (3.0, -0.3125).
@@ -22,7 +22,7 @@ from torch import Tensor
 from cluster.config.kv_cache import FP8_SCALE_BYTES
 
 ROW_DTYPE = torch.uint8
-"""Type of a cache of such rows; no other cache has it."""
+"""Dtype of a cache of fp8 rows; no other cache has it."""
 _NAN_CODE = 0x7F
 _NAN_SCALE = 0xFF
 
@@ -37,7 +37,7 @@ def encode(vectors: Tensor) -> Tensor:
     x = vectors.float()
     largest = x.abs().amax(-1, keepdim=True)
     is_finite = largest.isfinite()
-    # 448 is 1.75 * 2 ** 8: above a mantissa of 1.75 the next exponent is taken.
+    # 448 is 1.75 * 2 ** 8: a mantissa above 1.75 takes the next exponent.
     bits = torch.where(is_finite, largest, 0.0).view(torch.int32)
     scales = (((bits + 0x1FFFFF) >> 23) - 8).clamp(min=1)
     inverse = ((254 - scales) << 23).view(torch.float32)

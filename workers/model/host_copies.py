@@ -1,8 +1,8 @@
-"""Copies between the host and a device for which neither waits longer than it must.
+"""Copies between host and device with a minimum of waiting.
 
-On a CPU there is nothing to copy. To a GPU, a copy is put in the order of the stream: memory of the
-host that is not pinned was read when the call returns. From a GPU, tensors come in one copy, which
-is the one place where a step waits for its device.
+On a CPU nothing is copied. Copies to a GPU are enqueued on the stream; unpinned host memory has
+been read when the call returns. Tensors from a GPU are fetched in one copy, the only place where a
+step waits for its device.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from torch import Tensor
 
 
 def to_device(values: NDArray[Any] | Sequence[int], device: torch.device) -> Tensor:
-    """An array, or whole numbers as int64, on the device; on a CPU an array shares its memory."""
+    """Copy an array, or integers as int64, to the device; on a CPU an array shares its memory."""
     array = values if isinstance(values, np.ndarray) else np.array(values, dtype=np.int64)
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
-    """Tensors of one device as arrays, in one copy; not bfloat16, which numpy does not have."""
+    """Copy tensors of one device to arrays, in one copy. bfloat16 is not supported, because numpy
+    lacks it."""
     if tensors[0].is_cpu:
         return [tensor.numpy() for tensor in tensors]
     parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
@@ -38,6 +39,6 @@ def to_host(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
 
 
 def to_host_later(tensor: Tensor) -> Tensor:
-    """A copy in memory of the host: whole once the host has waited for something that the device
-    was given afterwards."""
+    """Copy a tensor to host memory asynchronously. The copy is complete after the host has waited
+    for anything that was enqueued on the device later."""
     return tensor.to("cpu", non_blocking=True)  # torch pins the memory

@@ -1,4 +1,4 @@
-"""Move loaded weights to huge pages, where Linux has them and they are not in such pages already.
+"""Move loaded weights to huge pages, if Linux supports them and the weights are not in such pages.
 
 Large weights begin there (``workers.native.memory``); small ones share a huge page with others.
 Small batches are bound by how fast weights are read, and behind a hypervisor a miss of the address
@@ -20,25 +20,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 MIN_BYTES = 64 * 1024 * 1024
-"""Weights from which on huge pages are worth the time."""
+"""Bytes of weights from which huge pages are worth the time."""
 LIMIT_S = 2.0
-"""Limit of the time: about 0.8 GB where memory is not fragmented."""
+"""Time limit: about 0.8 GB if memory is not fragmented."""
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
-"""Where the administrator enables them."""
+"""Settings file in which the administrator enables huge pages."""
 _MADV_COLLAPSE = 25
 _MIN_PRESENT = 0.95
-"""Share of a huge page that is in use already: the process hardly grows."""
+"""Minimum share of a huge page that is already in use, so that the process hardly grows."""
 _MAPPING = re.compile(r"([0-9a-f]+-[0-9a-f]+) rw-p \S+ \S+ 0\s+(?:\[heap\])?$")
 """First line of the heap and of anonymous private memory in ``/proc/self/smaps``."""
 _PRESENT_BIT = 0x80
 _ENTRY_BYTES = 8
-"""Entry of ``/proc/self/pagemap``, one a page; its last byte has the bit of a present page."""
+"""Bytes of an entry of ``/proc/self/pagemap``, one per page; its last byte has the present bit."""
 
 
 def collapse_weights(
     device_type: str, loaded_bytes: int, advance: Callable[[], None] | None = None
 ) -> None:
-    """After loading: ``collapse`` where weights are on the CPU and large enough to pay."""
+    """Run ``collapse`` after loading, if weights are on the CPU and large enough."""
     if device_type == "cpu" and loaded_bytes >= MIN_BYTES:
         collapse(advance=advance)
 
@@ -49,10 +49,10 @@ def collapse(
     clock: Callable[[], float] = time.monotonic,
     settings: Path = SETTINGS,
 ) -> int:
-    """Collapse this process's own memory for about ``limit_s``; returns the bytes in huge pages.
+    """Collapse this process's memory for about ``limit_s``; return the bytes in huge pages.
 
-    Calls ``advance`` for every page. Does nothing where the system has no such call, or its
-    administrator has disabled huge pages.
+    Calls ``advance`` for every page. Does nothing if the system lacks the call or its administrator
+    has disabled huge pages.
     """
     huge_bytes = _huge_page_bytes(settings)
     if not huge_bytes:
@@ -72,7 +72,7 @@ def collapse(
 
 
 def _huge_page_bytes(settings: Path) -> int:
-    """Size of a huge page; 0 where they are not to be used."""
+    """Size of a huge page in bytes; 0 if huge pages must not be used."""
     try:
         if "[never]" in (settings / "enabled").read_text():
             return 0
@@ -82,8 +82,8 @@ def _huge_page_bytes(settings: Path) -> int:
 
 
 def _candidates(huge_bytes: int) -> Iterator[int]:
-    """Addresses of all whole huge pages within the heap and anonymous private memory, but for
-    memory whose owner asked for huge pages.
+    """Addresses of all whole huge pages within the heap and anonymous private memory, except memory
+    that already requested huge pages.
     """
     span = ""
     for line in Path("/proc/self/smaps").read_text().splitlines():

@@ -1,7 +1,7 @@
-"""Multi-head latent attention: all heads have their keys and values from one latent vector.
+"""Multi-head latent attention: the keys and values of all heads come from one latent vector.
 
-A layer's cache keeps a token's latent vector [R] and one rotated key [P], and nothing else. There
-are two forms of the same attention:
+A layer's cache stores only a token's latent vector [R] and one rotated key [P]. The same attention
+can be computed in two ways:
 
 - absorbed: each head's queries are multiplied with the matrix that would make its keys, so that
   heads attend to the latent vectors themselves, as to one key head of R + P elements, and the
@@ -10,7 +10,7 @@ are two forms of the same attention:
   key then costs less (in DeepSeek-V3 320 products in place of 1,088), so long chunks of prompts
   take it.
 
-Where rows must not depend on how a prompt is cut, all are absorbed.
+If rows must not depend on how a prompt is split, all rows are absorbed.
 
 Source: DeepSeek-AI, "DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language
 Model" (2024), section 2.1.
@@ -42,17 +42,17 @@ class LatentShape:
     """Widths of the parts of queries, keys and values."""
 
     num_heads: int
-    """A."""
+    """A: number of heads."""
     rank: int
     """R: elements of the latent vector."""
     plain_dim: int
     """N: elements of a head's queries and keys that are not rotated."""
     rotated_dim: int
-    """P: those that are, whose key all heads share."""
+    """P: elements that are rotated; all heads share their key."""
     value_dim: int
     """V: elements of a head's values."""
     scale: float
-    """Of scores."""
+    """Scale of the scores."""
 
     @property
     def query_dim(self) -> int:
@@ -64,7 +64,7 @@ class LatentShape:
 
     @property
     def least_expanded_rows(self) -> int:
-        """Rows of a chunk from which on making keys and values costs less than it saves."""
+        """Rows of a chunk from which computing keys and values costs less than it saves."""
         made = self.rank * (self.plain_dim + self.value_dim)
         absorbed, expanded = self.cached_dim + self.rank, self.query_dim + self.value_dim
         return made // max(absorbed - expanded, 1) + 1
@@ -72,10 +72,10 @@ class LatentShape:
 
 class HeadProducts(Protocol):
     """Products of each head with its part of the matrix [A, N + V, R] that makes keys and values
-    of latent vectors."""
+    from latent vectors."""
 
     def absorb(self, queries: Tensor) -> Tensor:
-        """[T, A, N] -> [T, A, R]: what the latent vectors are multiplied by for scores."""
+        """[T, A, N] -> [T, A, R]: vectors whose products with latent vectors are the scores."""
 
     def values(self, attended: Tensor) -> Tensor:
         """[T, A, R] -> [T, A * V]."""
@@ -108,7 +108,7 @@ class TorchHeadProducts:
 
 
 class LinearHeadProducts:
-    """``HeadProducts`` of a ``Linear`` for each head, for blocks whose rows are exact."""
+    """``HeadProducts`` with one ``Linear`` per head, for row-invariant blocks."""
 
     def __init__(self, weight: Tensor, plain_dim: int, linear: Callable[[Tensor], Linear]) -> None:
         """weight [A, N + V, R]."""
@@ -135,27 +135,27 @@ AttendRows = Callable[[Tensor, Tensor, LayerContext], Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentProjections:
-    """Everything between the residual stream before attention and what is added to it."""
+    """The attention sublayer from the residual stream to the projected outputs of attention."""
 
     shape: LatentShape
     norm1: Norm
-    """The first norm of the layer."""
+    """First norm of the layer."""
     queries: Callable[[Tensor, LayerContext], Tensor]
     """H -> A * (N + P)."""
     latents: Linear
     """H -> R + P."""
     latent_norm: Norm
-    """Of the latent vector [T, R]."""
+    """Norm of the latent vector [T, R]."""
     heads: HeadProducts
     can_expand: bool
-    """Rows may depend on how a prompt is cut."""
+    """Whether rows may depend on how a prompt is split."""
     output: Linear
     """A * V -> H."""
 
     def project(
         self, attend_rows: AttendRows, hidden: Tensor, cache: Tensor, context: LayerContext
     ) -> Tensor:
-        """Residual stream [T, H] to the projected outputs of attention [T, H]."""
+        """Residual stream [T, H] -> projected outputs of attention [T, H]."""
         normed = self.norm1(hidden.clone())
         queries = self.queries(normed, context).view(len(hidden), -1, self.shape.query_dim)
         latents = self._latents(normed, context)
@@ -182,13 +182,13 @@ class LatentProjections:
         return context.multiply(self.output, torch.cat(parts))
 
     def _expands(self, batch: AttentionBatch) -> bool:
-        """Whether the rows of prompts are expanded. A recorder needs absorbed queries."""
+        """Whether prompt rows are expanded. A recorder needs absorbed queries."""
         num_rows = sum(chunk.last - chunk.first for chunk in batch.prefills)
         is_long = num_rows >= self.shape.least_expanded_rows * len(batch.prefills)
         return self.can_expand and batch.recorder is None and is_long
 
     def _latents(self, normed: Tensor, context: LayerContext) -> Tensor:
-        """[T, R + P], the last P not yet rotated."""
+        """Latent vectors and keys [T, R + P]; the last P elements are not yet rotated."""
         rows = context.multiply(self.latents, normed)
         latents, key = torch.split(rows, [self.shape.rank, self.shape.rotated_dim], 1)
         return torch.cat((self.latent_norm(latents.contiguous()), key), 1)
@@ -201,7 +201,7 @@ class LatentProjections:
         cache: Tensor,
         context: LayerContext,
     ) -> Tensor:
-        """[T, A * V]."""
+        """Attend with absorbed queries: [T, A * V]."""
         shape, num_rows = self.shape, len(queries)
         rows = queries.new_empty(num_rows, shape.num_heads + 1, shape.cached_dim)
         plain, rotated = torch.split(queries, [shape.plain_dim, shape.rotated_dim], 2)
@@ -214,7 +214,7 @@ class LatentProjections:
     def _expanded(
         self, queries: Tensor, latents: Tensor, cache: Tensor, context: LayerContext
     ) -> Tensor:
-        """[n, A * V] of the rows of all chunks of prompts."""
+        """Attend with expanded keys and values: [n, A * V] of the rows of all prompt chunks."""
         shape, batch = self.shape, context.attention
         rows = latents.unsqueeze(1)
         keys = rotate_end(rows, shape.rank, context.cos, context.sin)
@@ -231,7 +231,7 @@ class LatentProjections:
     def _attend_expanded(
         self, queries: Tensor, cache: Tensor, chunk: PrefillChunk, batch: AttentionBatch
     ) -> Tensor:
-        """[rows, A * V] of a chunk's queries [rows, A, N + P]."""
+        """Attend with a chunk's queries [rows, A, N + P]: [rows, A * V]."""
         shape = self.shape
         found = batch.workspaces[0].gather(cache, chunk.blocks)
         cached = found.view(-1, shape.cached_dim)[: chunk.length]
@@ -254,7 +254,7 @@ class LatentProjections:
         return torch.cat(parts, 1).flatten(1)
 
     def _heads_at_once(self, latents: Tensor) -> int:
-        """Heads whose keys and values of ``latents`` [L, R] are in memory at a time."""
+        """Number of heads with keys and values of ``latents`` [L, R] in memory at a time."""
         shape = self.shape
         row = 2 * shape.plain_dim + shape.rotated_dim + shape.value_dim  # as made, and with keys
         piece = PIECE_BYTES if latents.device.type == "cpu" else GPU_PIECE_BYTES

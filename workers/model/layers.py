@@ -1,4 +1,4 @@
-"""Building blocks of all families, and the model around their layers.
+"""Building blocks of all families, and the model around the layers.
 
 A layer is a generator. It yields a ``Dispatch`` to dispatch rows to the experts and is resumed at
 once; a bare ``yield`` then waits for the experts' outputs:
@@ -30,10 +30,10 @@ from workers.model.torch_private import pack, packed_linear, supports_packing, u
 from workers.native.half import BatchFields
 
 _PACK_MIN_ELEMENTS = 64 * 1024
-"""float32 matrices from here on are packed. AMD EPYC (avx512_bf16), torch 2.13, 1 thread, 1 / 32
-rows, microseconds plain -> packed: 384 x 128 5 -> 16 / 37 -> 42, 512 x 512 23 -> 29 / 190 -> 162,
-50304 x 512 8600 -> 5460 / 30000 -> 16500. bfloat16 gains at every size: 384 x 128 18 -> 15 /
-31 -> 27, 50304 x 512 5150 -> 1960 / 12270 -> 8570, with bitwise equal results."""
+"""Minimum elements of float32 matrices that are packed. AMD EPYC (avx512_bf16), torch 2.13, 1
+thread, 1 / 32 rows, microseconds plain -> packed: 384 x 128 5 -> 16 / 37 -> 42, 512 x 512 23 -> 29
+/ 190 -> 162, 50304 x 512 8600 -> 5460 / 30000 -> 16500. bfloat16 gains at every size: 384 x 128 18
+-> 15 / 31 -> 27, 50304 x 512 5150 -> 1960 / 12270 -> 8570, with bitwise equal results."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -42,14 +42,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 _VECTORS = 32
-"""A multiple of the float32 elements that torch computes at a time; a rest is computed singly."""
+"""A multiple of the float32 elements that torch computes at a time; a remainder is computed
+singly."""
 
 
 def row_wise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A function of each element of [rows, n], independent of batch composition, to the last bit.
+    """Apply an elementwise function to [rows, n], with bits independent of the batch composition.
 
-    torch computes the last few elements of a tensor with another function, so padding takes their
-    place.
+    torch computes the last few elements of a tensor with another function, so the input is padded.
     """
     missing = -x.shape[-1] % _VECTORS
     if missing:
@@ -63,13 +63,14 @@ def row_sigmoid(x: Tensor) -> Tensor:
 
 
 _SPLIT_MIN_ELEMENTS = 4 * 1024 * 1024
-"""Weights from here on are divided among the compute threads: reading them is the cost."""
+"""Minimum weight elements to divide among the compute threads, because reading weights is the
+cost."""
 _SPLIT_MIN_PRODUCTS = 32 * 1024 * 1024
-"""Products (rows x weight elements) from which on the rows are divided: 0.3 ms on one core."""
+"""Minimum products (rows x weight elements) to divide the rows: 0.3 ms on one core."""
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN's own weight layout is there and pays for this matrix."""
+    """Whether oneDNN has its own weight layout for this matrix and it is faster."""
     is_worth_it = weight.dtype == torch.bfloat16 or weight.numel() >= _PACK_MIN_ELEMENTS
     return is_worth_it and supports_packing(weight)
 
@@ -86,7 +87,7 @@ class Linear:
         may_pack: bool = True,
         compute_threads: ComputeThreads | None = None,
     ) -> None:
-        """weight [out, in]. ``may_pack`` False keeps a weight that is used elsewhere too."""
+        """weight [out, in]. ``may_pack`` False keeps a weight that is also used elsewhere."""
         self._compute_threads = compute_threads or ComputeThreads()
         self._is_packed = may_pack and can_pack(weight)
         num_parts = self._compute_threads.count if weight.numel() >= _SPLIT_MIN_ELEMENTS else 1
@@ -95,13 +96,13 @@ class Linear:
         self._biases = [None] * num_parts if bias is None else list(bias.tensor_split(num_parts))
 
     def weight(self) -> Tensor:
-        """A copy of the weight [out, in]."""
+        """Return a copy of the weight [out, in]."""
         return torch.cat([unpack(w) if self._is_packed else w for w in self._weights])
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out]."""
         multiply = packed_linear if self._is_packed else functional.linear
-        if len(self._weights) > 1:  # each thread reads weights of its own
+        if len(self._weights) > 1:  # each thread reads its own part of the weights
             tasks = [
                 partial(multiply, x, w, b) for w, b in zip(self._weights, self._biases, strict=True)
             ]
@@ -120,10 +121,10 @@ GatedActivation = Callable[[Tensor], Tensor]
 
 
 def _gelu(gate: Tensor) -> Tensor:
-    """In float32 and on contiguous memory, as a single row always is.
+    """GELU in float32 on contiguous memory, as for a single row.
 
-    Other memory takes another kernel of torch's, and in bfloat16 its AVX2 code rounds the last
-    elements of a vector otherwise.
+    For other memory layouts torch uses another kernel, and in bfloat16 its AVX2 code rounds the
+    last elements of a vector differently.
     """
     return functional.gelu(gate.contiguous().float()).to(gate.dtype)
 
@@ -137,7 +138,7 @@ _ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
 
 
 def gated_activation(activation: Activation | ClampedSwiglu) -> GatedActivation:
-    """The function of gates and ups that an activation makes."""
+    """Return the function of gates and ups for an activation."""
     if isinstance(activation, ClampedSwiglu):
         return partial(_clamped, alpha=activation.alpha, limit=activation.limit)
     activate = _ACTIVATIONS[activation]
@@ -157,7 +158,7 @@ def _clamped(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
 
 
 class Mlp(Protocol):
-    """An MLP whose products can be computed one by one."""
+    """An MLP whose products can be computed separately."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, H] -> [rows, H]."""
@@ -190,24 +191,24 @@ class GatedMlp:
 
 @dataclass(frozen=True, slots=True)
 class LayerProduct:
-    """A product of a layer, and the tensors of the checkpoint that it is made of."""
+    """A product of a layer, and the checkpoint tensors that it consists of."""
 
     product: Linear | Mlp
-    """All of an MLP."""
+    """The product, or the MLP with all its products."""
     parts: Mapping[str, TensorPart]
     """Matrices by short name, in the order of their rows; an MLP has ``gate``, ``up``, ``down``."""
     order: Tensor | None = None
-    """[rows] int64: of the matrices' rows in the product, if it is another one."""
+    """[rows] int64: order of the matrices' rows in the product; None: unchanged."""
 
 
 class RowAdapters(Protocol):
-    """What low-rank adapters add to the products of the rows of a micro-batch."""
+    """Deltas of low-rank adapters for the products of a micro-batch."""
 
     def multiply(self, linear: Linear, x: Tensor) -> Tensor:
-        """``linear(x)``, with what the adapter of each row adds. [T, in] -> [T, out]."""
+        """Return ``linear(x)`` plus the delta of each row's adapter. [T, in] -> [T, out]."""
 
     def apply(self, mlp: Mlp, x: Tensor) -> Tensor:
-        """``mlp(x)``, with what the adapter of each row adds to its products."""
+        """Return ``mlp(x)`` with the deltas of each row's adapter in its products."""
 
 
 Attend = Callable[[Tensor, Tensor, Tensor | None, Tensor, AttentionBatch], Tensor]
@@ -231,11 +232,11 @@ class Dispatch:
 
 
 Embedding = Callable[[Tensor], Tensor]
-"""Token ids [T] int64 -> [T, H], in memory of their own."""
+"""Token ids [T] int64 -> [T, H], newly allocated."""
 
 
 class TableEmbedding:
-    """``Embedding`` of a table's rows."""
+    """``Embedding`` that looks up rows of a table."""
 
     __slots__ = ("table",)
 
@@ -248,11 +249,11 @@ class TableEmbedding:
 
 
 Norm = Callable[[Tensor], Tensor]
-"""[T, H] -> [T, H], perhaps in place."""
+"""[T, H] -> [T, H], possibly in place."""
 LayerSteps = Generator[Any, Tensor, Tensor]
-"""Alternates ``yield Dispatch(..)``, resumed by ``next``, and ``yield``, resumed by ``send`` with
-their outputs. Returns hidden states [T, hidden_size]. (mypy allows a bare ``yield`` only
-where any value may be yielded; the runner checks the order.)"""
+"""Generator that alternates ``yield Dispatch(..)``, resumed by ``next``, and ``yield``, resumed by
+``send`` with the experts' outputs. Returns hidden states [T, hidden_size]. (mypy allows a bare
+``yield`` only if any value may be yielded; the runner checks the order.)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,16 +267,17 @@ class ModelInputs:
     prompt_lengths: Tensor
     """[T] int64: length of the prompt of each row's request."""
     attention: AttentionBatch
-    """Where their keys and values are, and to what they attend."""
+    """Cache slots of the rows' keys and values, and the keys that they attend to."""
     given: tuple[tuple[int, Tensor], ...] = ()
-    """(first row, [n, H] float32) of rows with embeddings in place of token ids, which are 0."""
+    """(first row, [n, H] float32) of rows with embeddings in place of token ids; their token ids
+    are 0."""
     adapters: RowAdapters | None = None
-    """None: no row has an adapter."""
+    """Adapters of the rows; None: no row has one."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerContext:
-    """Inputs of a layer beside the hidden states."""
+    """Inputs of a layer, except the hidden states."""
 
     cos: Tensor
     """[T, 1, D]."""
@@ -283,22 +285,23 @@ class LayerContext:
     """[T, 1, D], signed; see ``Rope.rows``."""
     attention: AttentionBatch
     windows: Mapping[int, AttentionBatch]
-    """The same with the masks of sliding windows, by their width in tokens."""
+    """``attention`` with the masks of sliding windows, by width in tokens."""
     native: BatchFields | None
-    """The same for native kernels; None: torch computes."""
+    """The batch for native kernels; None: torch computes."""
     adapters: RowAdapters | None = None
     """See ``ModelInputs``."""
 
     def multiply(self, linear: Linear, x: Tensor) -> Tensor:
-        """A product of all rows, with what adapters add: [T, in] -> [T, out]."""
+        """Compute a product of all rows, with adapter deltas: [T, in] -> [T, out]."""
         return linear(x) if self.adapters is None else self.adapters.multiply(linear, x)
 
     def apply(self, mlp: Mlp, x: Tensor) -> Tensor:
-        """An MLP of all rows, with what adapters add: [T, H] -> [T, H]."""
+        """Compute an MLP of all rows, with adapter deltas: [T, H] -> [T, H]."""
         return mlp(x) if self.adapters is None else self.adapters.apply(mlp, x)
 
     def within(self, window: int | None) -> AttentionBatch:
-        """``attention`` of a layer whose rows attend to ``window`` positions; None: to all."""
+        """Return ``attention`` for a layer whose rows attend to ``window`` positions; None: to
+        all."""
         return self.attention if window is None else self.windows[window]
 
 
@@ -315,22 +318,22 @@ class TokenPredictor(Protocol):
     def forward(
         self, embedded: Tensor, hidden: Tensor, cache: Tensor, context: LayerContext
     ) -> LayerSteps:
-        """Hidden states [T, H] for the head.
+        """Return hidden states [T, H] for the head.
 
-        embedded [T, H]: embeddings of the token behind each row's own, not used afterwards; hidden
-        [T, H]: final hidden states of the rows; cache: the predictor's part of ``KVCache``.
+        embedded [T, H]: embeddings of the token after each row's own, which may be overwritten;
+        hidden [T, H]: final hidden states of the rows; cache: the predictor's part of ``KVCache``.
         """
 
 
 @dataclass(kw_only=True)
 class AttentionModel:
-    """Everything but the routed experts: embedding, layers, final norm, head."""
+    """A model without the routed experts: embedding, layers, final norm, head."""
 
     embedding: Embedding
     dtype: torch.dtype
     device: torch.device
     is_native: bool
-    """Layers read ``AttentionBatch.chunks``."""
+    """Whether layers read ``AttentionBatch.chunks``."""
     layers: Sequence[Layer]
     """May be replaced."""
     norm: Norm
@@ -338,17 +341,17 @@ class AttentionModel:
     """lm_head, or a classifier's: [rows, H] -> [rows, vocab_size or classes], model dtype."""
     rope: Rope
     windows: Collection[int] = ()
-    """Widths that layers use."""
+    """Widths of the sliding windows, in tokens."""
     kv_layer: int = 0
     """The first layer with keys and values."""
     predictor: TokenPredictor | None = None
     products: Sequence[LayerProduct] = ()
-    """Of the layers, but their routers."""
+    """Products of the layers, except routers."""
     linear: Callable[[Tensor], Linear] = Linear
-    """Makes a product like those of the layers, of a weight [out, in]."""
+    """Makes a product like the products of the layers, from a weight [out, in]."""
 
     def forward(self, inputs: ModelInputs, caches: Sequence[Tensor]) -> LayerSteps:
-        """Run all layers; returns the normed hidden states [T, H]. Writes the KV of its rows."""
+        """Run all layers; return the normed hidden states [T, H]. Writes the KV of its rows."""
         context = self.context(inputs, caches)
         hidden = self.embed(inputs.token_ids, inputs.given)
         return (yield from self.run_from(0, hidden, context, caches))
@@ -356,7 +359,7 @@ class AttentionModel:
     def run_from(
         self, first: int, hidden: Tensor, context: LayerContext, caches: Sequence[Tensor]
     ) -> LayerSteps:
-        """``forward`` from a layer on, with its input [T, H]."""
+        """Run ``forward`` from a layer on, with its input [T, H]."""
         recorder = context.attention.recorder
         for layer, cache in zip(self.layers[first:], caches[first:], strict=True):
             if recorder is not None:
@@ -368,7 +371,7 @@ class AttentionModel:
         return hidden
 
     def context(self, inputs: ModelInputs, caches: Sequence[Tensor]) -> LayerContext:
-        """What all layers get."""
+        """Return the context that all layers receive."""
         cos, sin = self.rope.rows(inputs.positions, inputs.prompt_lengths)
         windows = {width: inputs.attention.within(width) for width in self.windows}
         chunks = inputs.attention.chunks
@@ -376,7 +379,8 @@ class AttentionModel:
         return LayerContext(cos, sin, inputs.attention, windows, native, inputs.adapters)
 
     def embed(self, token_ids: Tensor, given: Iterable[tuple[int, Tensor]]) -> Tensor:
-        """The first layer's input [T, H], in memory of its own; ``given`` as in ``ModelInputs``."""
+        """Return the first layer's input [T, H], newly allocated; ``given`` as in
+        ``ModelInputs``."""
         hidden = self.embedding(token_ids)
         for first, rows in given:
             hidden[first : first + len(rows)] = rows

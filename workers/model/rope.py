@@ -1,8 +1,7 @@
-"""Rotary position embedding: its parameters in ``config.json``, and the cosines and sines of rows.
+"""Rotary position embedding: parameters in ``config.json``, and cosines and sines of rows.
 
-Source: the formulas are those of transformers ``modeling_rope_utils.py``; ``dynamic``
-differs: it is defined per request (see ``RopeConfig.rope_type``), so a result depends neither on
-the batch nor on history.
+Source: formulas of transformers ``modeling_rope_utils.py``; ``dynamic`` differs: it is defined per
+request (see ``RopeConfig.rope_type``), so a result depends neither on the batch nor on history.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeConfig:
-    """Parameters of the rotation; those that a type does not use keep their defaults."""
+    """Parameters of the rotation. A rope type leaves unused parameters at their defaults."""
 
     rope_type: RopeType = "default"
     """``dynamic`` rotates position p of a request with n = max(prompt length, p + 1)."""
@@ -32,16 +31,16 @@ class RopeConfig:
     head_dim: int
     """D: elements of a head."""
     rotary_dim: int
-    """R: elements of a head that are rotated. Where R < D the others have the frequency 0, and
-    heads are in the order of ``rotation_order``."""
+    """R: elements of a head that are rotated. If R < D, the others have the frequency 0, and heads
+    are in the order of ``rotation_order``."""
     has_neighbours: bool = False
-    """The checkpoint rotates element 2i with 2i + 1, not i with i + R/2."""
+    """Whether the checkpoint rotates element 2i with 2i + 1, not i with i + R/2."""
     max_position_embeddings: int
     """Context of the model in tokens."""
     original_max_position_embeddings: int
     """Context before scaling in tokens (yarn, llama3)."""
     factor: float = 1.0
-    """Scale of all types but default."""
+    """Scale factor of all types except default."""
     attention_factor: float = 1.0
     """Multiplies cosines and sines (yarn)."""
     beta_fast: float = 32.0
@@ -134,12 +133,11 @@ def _rotary_dim(
 
 
 def rotation_order(config: RopeConfig) -> Tensor:
-    """[D] int64: the element of a checkpoint's head that is at each place of ours.
+    """[D] int64: the element of a checkpoint's head at each position of a head here.
 
     Checkpoints rotate the first R elements, i with i + R/2 or neighbours, and leave the others.
-    Here i is rotated with i + D/2, as in a head that is rotated whole: the pairs that are left
-    alone come behind those that are not. Queries and keys have the same order, so that their
-    products are the same.
+    Here i is rotated with i + D/2, as in a head that is rotated whole, and the unrotated pairs
+    follow the rotated ones. Queries and keys have the same order, so their products are unchanged.
     """
     dim = config.rotary_dim
     rotated, others = torch.arange(dim), torch.arange(dim, config.head_dim)
@@ -148,7 +146,7 @@ def rotation_order(config: RopeConfig) -> Tensor:
 
 
 def context_scale(factor: float, mscale: float) -> float:
-    """What a context that is ``factor`` times as long multiplies queries and keys by.
+    """Factor of queries and keys for a context that is ``factor`` times as long.
 
     Source: Peng et al., "YaRN: Efficient Context Window Extension of Large Language Models" (2023),
     section 3.4.
@@ -157,7 +155,8 @@ def context_scale(factor: float, mscale: float) -> float:
 
 
 def rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``rope_parameters`` of a ``config.json`` in either spelling. Raises ``CheckpointError``."""
+    """Return ``rope_parameters`` of a ``config.json`` in either spelling. Raises
+    ``CheckpointError``."""
     params = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(params, Mapping):
         raise CheckpointError(f"config.json: rope_scaling {params!r} must be an object")
@@ -174,12 +173,12 @@ def _attention_factor(params: Mapping[str, Any], factor: float) -> float:
 
 
 def inverse_frequencies(config: RopeConfig) -> Tensor:
-    """[D/2] float32 of every type but the scaled part of ``dynamic``, on the CPU."""
+    """[D/2] float32 on the CPU, for every type except the scaled part of ``dynamic``."""
     return _padded(config, _rotated_frequencies(config))
 
 
 def _rotated_frequencies(config: RopeConfig) -> Tensor:
-    """[R/2]."""
+    """Frequencies of the rotated elements [R/2]."""
     plain = 1.0 / _powers(config)
     match config.rope_type:
         case "default" | "dynamic":
@@ -193,7 +192,7 @@ def _rotated_frequencies(config: RopeConfig) -> Tensor:
 
 
 def _padded(config: RopeConfig, frequencies: Tensor) -> Tensor:
-    """[.., R/2] with zeros to [.., D/2]."""
+    """Pad [.., R/2] with zeros to [.., D/2]."""
     return pad(frequencies, (0, (config.head_dim - config.rotary_dim) // 2))
 
 
@@ -245,7 +244,7 @@ class Rope:
         device: torch.device,
         row_by_row: bool = False,
     ) -> None:
-        """``row_by_row``: the bits of a row's powers and waves do not depend on other rows."""
+        """``row_by_row``: the bits of a row's powers and waves are independent of other rows."""
         self._config = config
         self._dtype = dtype
         self._row_by_row = row_by_row
@@ -256,7 +255,7 @@ class Rope:
             positions = torch.arange(max_positions, device=device)
             self._table = self._waves(positions, self._plain)
         self.waves_by_position = None if self._table is None else _split(self._table)
-        """``rows`` of all positions, in order; None where they depend on the request."""
+        """``rows`` of all positions, in order; None if they depend on the request."""
 
     def rows(self, positions: Tensor, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines, each [T, 1, D], of positions [T] int64.
@@ -274,7 +273,7 @@ class Rope:
         return _split(waves)
 
     def _dynamic(self, lengths: Tensor) -> Tensor:
-        """[T, D/2] for request lengths [T]."""
+        """Frequencies [T, D/2] for request lengths [T]."""
         config = self._config
         dim, context, factor = config.rotary_dim, config.max_position_embeddings, config.factor
         n = lengths.clamp(min=context).double()
@@ -284,7 +283,7 @@ class Rope:
         return torch.where((lengths > context).unsqueeze(1), scaled, self._plain)
 
     def _waves(self, positions: Tensor, inverse: Tensor) -> Tensor:
-        """[T, 2, D]: cosines and signed sines."""
+        """Cosines and signed sines [T, 2, D]."""
         angles = positions.float().unsqueeze(1) * inverse
         cos, sin = angles.cos(), angles.sin()
         waves = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), 1)
@@ -292,14 +291,14 @@ class Rope:
 
 
 def _attention_factors(config: RopeConfig) -> Tensor:
-    """[D] float32: those of cosines and sines; 1 where nothing is rotated."""
+    """Factors of cosines and sines [D] float32; 1 for elements that are not rotated."""
     rotated = torch.full((config.rotary_dim // 2,), config.attention_factor)
     half = pad(rotated, (0, (config.head_dim - config.rotary_dim) // 2), value=1.0)
     return torch.cat((half, half))
 
 
 def _split(waves: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, 1, D] of [T, 2, D]."""
+    """Split [T, 2, D] into cosines and sines [T, 1, D]."""
     return waves[:, 0].unsqueeze(1), waves[:, 1].unsqueeze(1)
 
 

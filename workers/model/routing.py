@@ -1,7 +1,7 @@
-"""Routers: the choice of each row's experts, and their weights.
+"""Routers: the selection of each row's experts, and their weights.
 
-A ``Routing`` describes the choice as numbers, and ``Router`` computes it. Ties go to either expert,
-as ``torch.topk`` decides.
+A ``Routing`` describes the selection as numbers, and ``Router`` computes it. Ties are resolved by
+``torch.topk``.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from workers.model.attention_batch import Recorder
 from workers.model.layers import Linear, row_sigmoid
 
 Scoring = Literal["softmax", "softmax_of_best", "sigmoid", "float32_softmax"]
-"""How logits become weights. ``softmax``: probabilities among all experts. ``softmax_of_best``:
-probabilities among the chosen ones alone. ``sigmoid``: each expert's own. ``float32_softmax``: as
-softmax, but the product, the weights and everything between are float32, as for ``sigmoid``, and
-not in the model dtype at either end."""
+"""Function from logits to weights. ``softmax``: probabilities among all experts.
+``softmax_of_best``: probabilities among the selected experts only. ``sigmoid``: each expert
+separately. ``float32_softmax``: as softmax, but the product, the weights and all intermediate
+results are float32, as for ``sigmoid``, not the model dtype."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routing:
-    """How experts are chosen and weighted."""
+    """How experts are selected and weighted."""
 
     bank: int
     """``BankSpec.index``."""
     num_experts: int
-    """E."""
+    """E: number of experts."""
     top_k: int
     """k: experts of a row."""
     scoring: Scoring
     float32_product: bool = False
-    """The logits are float32, as always those of ``sigmoid``."""
+    """Whether the logits are float32, as always for ``sigmoid``."""
     is_normed: bool = False
-    """Weights of the chosen experts are scaled to sum 1."""
+    """Whether the weights of the selected experts are scaled to sum 1."""
     least_sum: float = 0.0
-    """Weights with a smaller sum are divided by this (softmax)."""
+    """Lower bound of the sum by which weights are divided (softmax)."""
     scale: float = 1.0
-    """Multiplies the weights last, where they are float32."""
+    """Final factor of float32 weights."""
     num_groups: int = 1
-    """Groups of neighbouring experts, where weights are float32."""
+    """Number of groups of consecutive experts, for float32 weights."""
     top_groups: int = 1
-    """Groups that a row's experts come from: those with the highest sums of their two best
-    (sigmoid), or with the best experts."""
+    """Groups from which a row's experts are selected: those with the highest sum of their two best
+    scores (sigmoid), or with the best expert."""
 
     @property
     def has_float32_weights(self) -> bool:
@@ -58,7 +58,7 @@ class Routing:
 
 @dataclass(frozen=True, slots=True)
 class Routes:
-    """The experts that rows go to."""
+    """The selected experts of rows."""
 
     bank: int
     """``BankSpec.index``."""
@@ -76,10 +76,10 @@ class Router:
     linear: Linear
     """H -> E."""
     correction: Tensor | None = None
-    """[E] float32: added to scores (of softmax and sigmoid) for the choice, not for the weights."""
+    """[E] float32: added to scores (softmax and sigmoid) for the selection, not for the weights."""
 
     def route(self, rows: Tensor, recorder: Recorder | None) -> Routes:
-        """rows [T, H] in the model dtype."""
+        """Select the experts of rows [T, H] in the model dtype."""
         routing = self.routing
         logits = self.linear(rows.float() if routing.has_float32_logits else rows)
         match routing.scoring:
@@ -102,13 +102,13 @@ class Router:
         return Routes(routing.bank, ids, weights)
 
     def _best_of(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids [T, k] of the best of scores [T, E], and their scores."""
+        """Return ids [T, k] of the best of scores [T, E], and their scores."""
         choice = scores if self.correction is None else scores + self.correction
         ids = self._within_groups(choice).topk(self.routing.top_k, dim=-1).indices
         return ids, scores.gather(1, ids)
 
     def _within_groups(self, choice: Tensor) -> Tensor:
-        """[T, E], -inf outside of the groups that a row may use."""
+        """[T, E], -inf outside the groups that a row may use."""
         routing = self.routing
         if routing.top_groups == routing.num_groups:
             return choice

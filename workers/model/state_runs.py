@@ -1,4 +1,5 @@
-"""Rows between two recurrent states of a sequence: planned as positions, computed as rows. Pure."""
+"""Runs of rows between two recurrent states of a sequence: planned as positions, computed as rows.
+Pure."""
 
 from __future__ import annotations
 
@@ -7,17 +8,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class StateRun:
-    """Neighbouring rows of one sequence, between two of its recurrent states."""
+    """Consecutive rows of one sequence, between two of its recurrent states."""
 
     first: int
-    """Position in the sequence, or row of the batch, of the first one."""
+    """First position in the sequence, or first row of the batch."""
     last: int
-    """One past the last one."""
+    """One past the last position or row."""
     read: int
-    """Slot of the state before the first row."""
+    """State slot read before the first row."""
     write: int
-    """Slot of the state after the last one."""
+    """State slot written after the last row."""
 
     def moved(self, offset: int) -> StateRun:
-        """The same run, counted from elsewhere."""
+        """Return the run with ``offset`` added to its positions."""
         return StateRun(self.first + offset, self.last + offset, self.read, self.write)

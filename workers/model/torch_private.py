@@ -19,11 +19,11 @@ from torch.nn import functional
 __all__ = ["PrefixStore", "Store", "TCPStore", "Work"]  # for importers; the rest is defined here
 
 _FIRST, _END = (2, 11), (2, 14)
-"""First release that is supported, and the first one after it that is not."""
+"""First supported release, and the first later one that is not supported."""
 
 
 def check_version(version: str) -> None:
-    """Raise ``ImportError`` for a torch that was not tested."""
+    """Raise ``ImportError`` for a release of torch that was not tested."""
     release = tuple(int(part) for part in version.split(".")[:2])
     if not _FIRST <= release < _END:
         first, end = (".".join(map(str, bound)) for bound in (_FIRST, _END))
@@ -35,13 +35,13 @@ def check_version(version: str) -> None:
 check_version(torch.__version__)
 
 
-# oneDNN's layout of weights, which some builds of torch do not have
+# oneDNN's weight layout, which some builds of torch lack
 
 _HAS_ONEDNN: bool = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def supports_packing(weight: Tensor) -> bool:
-    """Whether oneDNN has a layout of its own for such a matrix on this machine."""
+    """Whether oneDNN has its own layout for such a matrix on this machine."""
     if weight.device.type != "cpu" or not _HAS_ONEDNN:
         return False
     if weight.dtype == torch.bfloat16:
@@ -50,17 +50,17 @@ def supports_packing(weight: Tensor) -> bool:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A copy of weight [out, in] in oneDNN's layout, only good for ``packed_linear``."""
+    """Return a copy of weight [out, in] in oneDNN's layout, only for ``packed_linear``."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
     return packed
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """The weight [out, in] that was packed, bit for bit, in memory of its own."""
+    """Return the weight [out, in] that was packed, bit for bit, newly allocated."""
     return packed.to_dense()
 
 
-# With its overload named, an operator releases Python's lock.
+# With its overload named, an operator releases the GIL.
 _linear_pointwise = torch.ops.mkldnn._linear_pointwise.default if _HAS_ONEDNN else None
 
 
@@ -79,14 +79,14 @@ def _packed_linear(x: Tensor, packed: Tensor) -> Tensor:
 scriptable_packed_linear: Callable[[Tensor, Tensor], Tensor] = (
     _packed_linear if _HAS_ONEDNN else functional.linear
 )
-"""``packed_linear`` for TorchScript, which cannot name an overload, and compiles the call even
-where nothing is packed."""
+"""``packed_linear`` for TorchScript, which cannot name an overload, and compiles the call even if
+nothing is packed."""
 
 
 # Process groups without a global world
 
 _NEVER = timedelta(days=1)
-"""Limit of NCCL's own watchdog: the limits of a step are the transport's."""
+"""Time limit of NCCL's own watchdog; the limits of a step belong to the transport."""
 
 
 def gloo_group(store: Store, rank: int, size: int, host: str, timeout_s: float) -> Any:
@@ -99,7 +99,7 @@ def gloo_group(store: Store, rank: int, size: int, host: str, timeout_s: float) 
 
 
 def nccl_group(store: Store, rank: int, size: int) -> Any:
-    """An NCCL group that ``connect_nccl_group`` connects."""
+    """Return an NCCL group; ``connect_nccl_group`` connects it."""
     nccl: Any = dist.ProcessGroupNCCL
     options = nccl.Options()
     options._timeout = _NEVER
@@ -108,16 +108,16 @@ def nccl_group(store: Store, rank: int, size: int) -> Any:
 
 
 def connect_nccl_group(group: Any, device: torch.device) -> None:
-    """Begin to connect, which the first operation then waits for. Collective.
+    """Start to connect; the first operation waits until connected. Collective.
 
-    Blocks until rank 0 has put the group's key into the store. The group has a communicator
-    afterwards, connected or not, so that ``abort`` has something to end.
+    Blocks until rank 0 has put the group's key into the store. Afterwards the group has a
+    communicator, connected or not, that ``abort`` can end.
     """
     group.eager_connect_single_device(device)
 
 
 def coalesced(group: Any, start: Callable[[], None]) -> Work:
-    """One handle for all the transfers that ``start`` begins on an NCCL group."""
+    """Return one handle for all transfers that ``start`` begins on an NCCL group."""
     group._start_coalescing()
     try:
         start()
@@ -131,10 +131,10 @@ _SUCCESS = 0
 
 
 def has_failed(work: Work) -> bool:
-    """Whether NCCL reports an error for transfers that are over.
+    """Whether NCCL reports an error for completed transfers.
 
-    Unlike ``Work.wait``, which would abort this one communicator and may wait for the kernels of
-    the others: all of a world must be aborted together.
+    ``Work.wait`` would abort only this communicator and may wait for the kernels of the others; all
+    communicators of a world must be aborted together.
     """
     result: Any = work.get_future_result()  # type: ignore[attr-defined]  # not in torch's stub
     return bool(result.done()) and result.value() != _SUCCESS

@@ -1,7 +1,7 @@
-"""The weighted sum over a token's experts: one function for all dispatchers.
+"""Weighted sum over a token's experts: one function for all dispatchers.
 
 The order of additions is part of the result, so it is fixed: in float32, pair after pair in the
-order given (for us always row-major, slot order within a row), starting from zero.
+given order (always row-major, slot order within a row), starting from zero.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 _PIECE_PAIRS = 512
-"""Pairs of which the products are in memory at a time: large fresh tensors cost page faults. For
+"""Number of pairs with products in memory at a time: page faults make large new tensors slow. For
 1024 rows of 512 bfloat16, top-8, one core of an AMD EPYC: 9 ms at once, 3 ms in pieces."""
 
 
@@ -53,7 +53,7 @@ def sum_of_pairs(
     float32_weights: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``ExpertBank.compute_rows`` by way of the outputs of all pairs.
+    """``ExpertBank.compute_rows`` computed from the outputs of all pairs.
 
     ``compute(inputs, pair_input, pair_slot)`` is ``ExpertBank.compute`` for one exchange.
     """
@@ -72,7 +72,7 @@ def sum_of_pairs(
 
 
 def sum_by_position(products: Tensor, pair_row: Tensor, num_rows: int) -> Tensor:
-    """The same order of additions on a device whose ``index_add_`` adds in any order."""
+    """``weighted_sum``'s order of additions on a device whose ``index_add_`` adds in any order."""
     total = torch.zeros(num_rows, products.shape[1], device=products.device)
     counts = torch.bincount(pair_row, minlength=num_rows)
     starts = counts.cumsum(0) - counts

@@ -3,9 +3,9 @@
 Keys and values are read in tiles of 64 positions, always from position 0 of their sequence. The
 shape of each tile's products does not depend on the batch, except for the number of query rows,
 which has no effect from four rows on (``invariant`` checks that at the start). Masked positions
-count exactly zero, and tiles are added one after the other. So a row has the same bits alone, in a
-chunk of any size and in the whole prompt, as a decode and as a prompt row, in any batch and with
-any block table. All computation is in float32.
+contribute exactly zero, and tiles are added in order. So a row has the same bits alone, in a chunk
+of any size and in the whole prompt, as a decode row and as a prompt row, in any batch and with any
+block table. All computation is in float32.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from workers.model.batch_invariant.row_invariance import MAX_ROWS
 
 TILE = 64
 _MIN_QUERIES = 4
-"""Query rows of a product; fewer are padded."""
+"""Minimum query rows of a product; fewer rows are padded."""
 _PIECE_ELEMENTS = 1 << 20
-"""Queries, scores and outputs of prompt rows that are in memory at a time."""
+"""Bytes of queries, scores and outputs of prompt rows in memory at a time."""
 
 
 def attend_tiles(
     queries: Tensor, keys: Tensor, values: Tensor | None, cache: Tensor, batch: AttentionBatch
 ) -> Tensor:
-    """What ``attention.attend`` does, with the same arguments, up to rounding."""
+    """Batch-invariant version of ``attention.attend``, with the same arguments and equal up to
+    rounding."""
     write_rows(keys, values, cache, batch.slot_mapping)
     if batch.recorder is not None:
         batch.recorder.attending(queries, cache, batch)
@@ -48,7 +49,7 @@ def attend_tiles(
 def _decode(
     scaled: Tensor, cache: Tensor, group: DecodeGroup, space: Workspace, batch: AttentionBatch
 ) -> Tensor:
-    """[rows, K, A / K, V] float32."""
+    """Attend with decode rows: [rows, K, A / K, V] float32."""
     rows, sinks = group.last - group.first, batch.sinks
     found = _gather(cache, group.blocks.view(rows, -1), space, batch)
     heads = scaled[group.first : group.last].transpose(0, 1)
@@ -60,7 +61,7 @@ def _decode(
 def _prefill(
     scaled: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspace, batch: AttentionBatch
 ) -> list[Tensor]:
-    """[rows, K, A / K, V] float32 in pieces, as memory allows."""
+    """Attend with prompt rows: [rows, K, A / K, V] float32 in pieces that fit the memory limit."""
     keys, values = _gather(cache, chunk.blocks.view(1, -1), space, batch)
     num_kv_heads, group_size, head_dim = scaled.shape[1:]
     per_row = num_kv_heads * group_size * keys.shape[2] * (2 * head_dim + TILE)
@@ -87,7 +88,8 @@ def _prefill(
 def _gather(
     cache: Tensor, tables: Tensor, space: Workspace, batch: AttentionBatch
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values [K, rows, tiles, TILE, D or V] float32 of block tables [rows, blocks]."""
+    """Gather keys and values [K, rows, tiles, TILE, D or V] float32 of block tables [rows,
+    blocks]."""
     num_blocks, block_size = cache.shape[1:3]
     per_tiles = math.lcm(block_size, TILE) // block_size
     # The last block of the cache is the null block: zeros.
@@ -104,10 +106,10 @@ def _attend(
     window: int | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """heads [K, rows, M, D] float32 over ``found``, see ``_gather`` -> [K, rows, M, V].
+    """Attend with heads [K, rows, M, D] float32 to ``found`` (see ``_gather``): [K, rows, M, V].
 
-    lengths [rows, M]: positions from 0 on to which a query attends, at least one; with a ``window``
-    the last so many of them. sinks [K, M]: see ``AttentionBatch``.
+    lengths [rows, M]: number of positions that a query attends to, at least one; with a ``window``,
+    only the last ``window`` of them. sinks [K, M]: see ``AttentionBatch``.
     """
     num_kv_heads, rows, num_queries, head_dim = heads.shape
     missing = _MIN_QUERIES - num_queries

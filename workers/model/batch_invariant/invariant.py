@@ -1,7 +1,7 @@
 """Batch-invariant building blocks, for ``--deterministic``.
 
-Every kind of product is tried when it is made (``row_invariance``); where a form fails, the next
-one is taken, and where all fail, the start ends with a ``ConfigError``. One compute thread only:
+Every kind of product is tested when it is made (``row_invariance``). If a variant fails, the next
+one is used; if all fail, the start ends with a ``ConfigError``. Requires a single compute thread:
 with several, sums and products are split by the number of rows.
 """
 
@@ -41,28 +41,28 @@ from workers.model.layers import Attend, Linear, rms_norm
 from workers.model.rope import Rope, RopeConfig
 
 MIN_ROWS = 8
-"""Rows of a product; fewer are padded."""
+"""Minimum rows of a product; fewer rows are padded."""
 MIN_PACKED_ROWS = 2
-"""The same for packed weights."""
+"""Minimum rows of a product with packed weights."""
 BLOCK_ROWS = 32
-"""Rows of all products where a minimum is not enough."""
+"""Rows of all products if a minimum is not enough."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProductVariant:
-    """How a product is made."""
+    """Variant of a product: layout of the weight and number of rows."""
 
     may_pack: bool
-    """In oneDNN's layout, if that pays."""
+    """Whether the weight is in oneDNN's layout, if that is faster."""
     block_rows: int = 0
-    """All products have just so many rows; 0: any number from a minimum to ``MAX_ROWS``."""
+    """Fixed number of rows of all products; 0: any number from a minimum to ``MAX_ROWS``."""
 
 
 LINEAR_FORMS = (ProductVariant(True), ProductVariant(False), ProductVariant(False, BLOCK_ROWS))
 
 
 class RowInvariantLinear(Linear):
-    """``Linear`` that pads few rows and splits many, to numbers of rows that were tried."""
+    """``Linear`` that pads few rows and splits many, to numbers of rows that were tested."""
 
     __slots__ = ("_max_rows", "_min_rows")
 
@@ -96,12 +96,12 @@ class RowInvariantLinear(Linear):
 
 
 class RowInvariantBlocks(BuildingBlocks):
-    """Building blocks in the first form that proved batch-invariant, by shape."""
+    """Building blocks in the first batch-invariant variant of each shape."""
 
     are_exact: ClassVar[bool] = True
 
     def __init__(self, device: torch.device, agree: Agree = rows_agree) -> None:
-        """``agree`` tries a form. Raises ``ConfigError`` for a device that was not tested."""
+        """``agree`` tests a variant. Raises ``ConfigError`` for a device that was not tested."""
         check_device(device)
         super().__init__()
         self._agree = agree
@@ -114,7 +114,7 @@ class RowInvariantBlocks(BuildingBlocks):
         may_pack: bool = True,
         may_quantize: bool = True,
     ) -> Linear:
-        """A linear product in the first form that is row-invariant. Raises ``ConfigError``."""
+        """Return a linear product in the first row-invariant variant. Raises ``ConfigError``."""
         key = (weight.shape, weight.dtype, bias is None, may_pack)
         if key in self._forms:
             return RowInvariantLinear(weight, bias, self._forms[key], self._compute_threads)
@@ -128,15 +128,15 @@ class RowInvariantBlocks(BuildingBlocks):
         raise refusal(f"the product with a {weight.dtype} matrix {list(weight.shape)}")
 
     def head_products(self, weight: Tensor, plain_dim: int) -> HeadProducts:
-        """A product for each head. Raises ``ConfigError``."""
+        """Return a product for each head. Raises ``ConfigError``."""
         return LinearHeadProducts(weight, plain_dim, self.linear)
 
     def delta_net(self, net: DeltaNet) -> Mix:
-        """Row by row."""
+        """See ``BuildingBlocks``. Computes row by row."""
         return TorchDeltaNet(net, row_by_row=True)
 
     def attention(self, config: ModelConfig, dtype: torch.dtype) -> Attend:
-        """Attention over tiles. Raises ``ConfigError``."""
+        """See ``BuildingBlocks``. Attention over tiles. Raises ``ConfigError``."""
         norm = random_rows(config.hidden_size, dtype=dtype)
         rows = random_rows(NUM_TRIED_ROWS, config.hidden_size, dtype=dtype)
         if not self._agree(lambda x: rms_norm(x, norm, config.rms_norm_eps), rows):
@@ -151,12 +151,13 @@ class RowInvariantBlocks(BuildingBlocks):
     def rope(
         self, config: RopeConfig, max_positions: int, dtype: torch.dtype, device: torch.device
     ) -> Rope:
-        """Rotations; those that are computed in the step, row by row."""
+        """See ``BuildingBlocks``. Rotations that are computed in the step are computed row by
+        row."""
         return Rope(config, max_positions, dtype, device, row_by_row=True)
 
 
 def check_device(device: torch.device) -> None:
-    """Raise ``ConfigError`` for a device whose kernels have not been tried."""
+    """Raise ``ConfigError`` for a device with kernels that have not been tested."""
     if device.type != "cpu":
         raise ConfigError("deterministic", True, f"needs device cpu (is {device.type})")
 
@@ -168,7 +169,8 @@ def tiles_agree(
     dtype: torch.dtype,
     latent_rank: int | None = None,
 ) -> bool:
-    """Whether positions of a sequence have the same bits whole, in chunks and as decodes."""
+    """Whether positions of a sequence have the same bits as a whole, in chunks and as decode
+    rows."""
     trial = _AttentionTrial(num_heads, num_kv_heads, head_dim, dtype, latent_rank)
     whole = trial.prefill(0, trial.length)
     for bounds in ((0, 1, 2, 5, 12, 64, 65, 130), (0, 3, 67, 130), (0, 129, 130)):
@@ -182,7 +184,7 @@ def tiles_agree(
 
 
 class _AttentionTrial:
-    """One random sequence of 130 tokens in blocks of 16, with all keys in the cache."""
+    """A random sequence of 130 tokens in blocks of 16, with all keys in the cache."""
 
     length = 2 * TILE + 2
     _block_size = 16
@@ -208,14 +210,15 @@ class _AttentionTrial:
         self._compute_threads = ComputeThreads()
 
     def prefill(self, first: int, last: int) -> Tensor:
-        """Outputs of positions first .. last - 1 as one chunk."""
+        """Return the outputs of positions first .. last - 1 as one chunk."""
         cpu = torch.device("cpu")
         blocks = torch.arange(-(-last // self._block_size))
         chunk = PrefillChunk(0, last - first, last, blocks, chunk_mask(first, last - first, cpu))
         return self._attend(torch.arange(first, last), (), (chunk,))
 
     def decode(self, positions: range | tuple[int, ...]) -> Tensor:
-        """Outputs of positions as decode rows of sequences that all begin like this one."""
+        """Return the outputs of positions as decode rows of sequences that all begin like this
+        one."""
         rows = torch.tensor(list(positions))
         blocks = torch.arange(self._num_blocks).repeat(len(rows))
         width = self._num_blocks * self._block_size

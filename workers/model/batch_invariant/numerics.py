@@ -1,8 +1,8 @@
-"""The name of how this process computes, equal on machines that give the same bits.
+"""Fingerprint of the arithmetic of this process, equal on machines that compute the same bits.
 
-Workers of a deterministic cluster compare it: with other processors, builds of torch or, where
+Workers of a deterministic cluster compare it. With different processors, builds of torch or, if
 torch computes the products, numbers of threads, a request's bits would depend on the worker that
-serves it. Nothing is concluded from the name of a processor: fixed inputs are computed and hashed.
+serves it. The name of a processor is not enough evidence: fixed inputs are computed and hashed.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from workers.native.matrix import Matrix
 from workers.native.team import Team
 
 _SHAPES = ((96, 40), (520, 130))
-"""[out, half of in] of products: too small and large enough for packing."""
+"""[out, half of in] of products: one too small for packing, one large enough."""
 _NUM_ROWS = 12
 
 
 def torch_digest(with_products: bool) -> str:
-    """8 hex digits of what torch computes: products where kernels do not, and all else.
+    """Return 8 hex digits of torch's results: products if kernels do not compute them, and all
+    other operators.
 
     Takes some milliseconds.
     """
@@ -34,10 +35,10 @@ def torch_digest(with_products: bool) -> str:
 
 
 def arithmetic_of(library: Library, dtype: torch.dtype) -> str:
-    """The arithmetic of a library's kernels: its name, and 8 hex digits of what they compute.
+    """Return the arithmetic of a library's kernels: its name, and 8 hex digits of their results.
 
-    ``float32`` is one on all instruction sets; ``bfloat16-fma`` has the sums of float32, and
-    ``bfloat16-dot`` the dot products of the processor, which round differently.
+    ``float32`` is the same on all instruction sets; ``bfloat16-fma`` sums like float32, and
+    ``bfloat16-dot`` uses the processor's dot products, which round differently.
     """
     name = str(dtype).removeprefix("torch.")
     if dtype == torch.bfloat16:
@@ -54,7 +55,7 @@ def _digest(results: Iterator[Tensor]) -> str:
 
 
 def _torch_results(with_products: bool) -> Iterator[Tensor]:
-    """Outputs of torch's building blocks for fixed inputs."""
+    """Yield the outputs of torch's building blocks for fixed inputs."""
     for dtype in (torch.float32, torch.bfloat16):
         for out, width in _SHAPES:
             weight, rows = _operands(out, width, dtype)
@@ -72,7 +73,7 @@ def _torch_results(with_products: bool) -> Iterator[Tensor]:
 
 
 def _native_results(library: Library, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Outputs of compiled kernels for fixed inputs."""
+    """Yield the outputs of compiled kernels for fixed inputs."""
     team = Team(library, 1)
     for out, width in _SHAPES:
         weight, rows = _operands(out, width, dtype)
@@ -80,18 +81,20 @@ def _native_results(library: Library, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def _operands(out: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A weight [out, 2 * width] and rows whose products are 0, but for the rounding of sums.
+    """Return a weight [out, 2 * width] and rows whose products are 0 except for the rounding of
+    sums.
 
-    Each sum is taken back term by term, so that its last bits are what is left of it.
+    The second half of each sum subtracts the first, term by term, so that only its rounding errors
+    remain.
     """
     weight, rows = _numbers(out, width).to(dtype), _numbers(_NUM_ROWS, width).to(dtype)
     return torch.cat((weight, weight), 1), torch.cat((rows, -rows), 1)
 
 
 def _numbers(rows: int, columns: int) -> Tensor:
-    """[rows, columns] float32, the same on every machine: cubes of multiples of 2**-9 in [-1, 1).
+    """[rows, columns] float32, equal on every machine: cubes of multiples of 2**-9 in [-1, 1).
 
-    Their sums round: those of the multiples themselves would be exact in any order.
+    Sums of the cubes round; sums of the multiples themselves would be exact in any order.
     """
     places = torch.arange(rows * columns, dtype=torch.int64)
     numbers = (places * 40503 % 65521 % 1024 - 512).float() / 512

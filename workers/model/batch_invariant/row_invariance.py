@@ -1,11 +1,11 @@
-"""Trials of batch invariance: whether a row's result depends on the other rows of its batch.
+"""Tests of batch invariance: whether a row's result depends on the other rows of its batch.
 
 Matrix libraries pick kernels by the number of rows, so a row's last bits differ with its batch. On
 an AMD EPYC, torch 2.13, one thread, float32 products of 1 to 3 rows differ from those of 4 and
 more, plain and batched alike; in oneDNN's packed layout only a single row does, and only for some
 shapes; bfloat16 never. On an Intel Xeon with AMX, float32 products of some hundred inputs differ in
-both layouts, unless their number of rows is fixed. Other processors may have other limits, so they
-are tried.
+both layouts, unless their number of rows is fixed. Other processors may differ, so each one is
+tested.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 from cluster.core.errors import ConfigError
 
 Agree = Callable[[Callable[[Tensor], Tensor], Tensor], bool]
-"""Tries a function of rows; see ``rows_agree``."""
+"""Tests a function of rows; see ``rows_agree``."""
 MAX_ROWS = 128
-"""Most rows of a trial's parts; products that must be row-invariant never have more."""
+"""Maximum rows of a test's parts; products that must be row-invariant never have more."""
 NUM_TRIED_ROWS = MAX_ROWS + 12
 _FEW = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17)
 _MANY = (24, 31, 33, 48, 65, 96, 127, MAX_ROWS)
@@ -29,7 +29,7 @@ _PARTS = (*((first, n) for n in _FEW for first in (0, 3, 7)), *((5, n) for n in 
 
 
 def rows_agree(function: Callable[[Tensor], Tensor], rows: Tensor) -> bool:
-    """Whether ``function`` of any part of some rows equals that part of ``function`` of all rows.
+    """Whether ``function`` of a part of the rows equals the same part of ``function`` of all rows.
 
     rows [NUM_TRIED_ROWS, ...]; compares bits.
     """
@@ -40,13 +40,13 @@ def rows_agree(function: Callable[[Tensor], Tensor], rows: Tensor) -> bool:
 
 
 def random_rows(*shape: int, dtype: torch.dtype) -> Tensor:
-    """The same normal values each time, on the CPU."""
+    """Return fixed normal values on the CPU."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape, generator=generator).to(dtype)
 
 
 def refusal(what: str) -> ConfigError:
-    """The error of a machine that cannot be deterministic."""
+    """Return the error for a machine that cannot be deterministic."""
     return ConfigError(
         "deterministic",
         True,

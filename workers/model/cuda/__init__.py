@@ -1,1 +1,1 @@
-"""A model on a GPU: attention, attention halves, and the device itself."""
+"""A model on a GPU: attention, attention sublayers, and the device."""

@@ -1,8 +1,9 @@
-"""Attention on a GPU: kernels read the cache in place. Reference: ``workers.model.attention``.
+"""Attention on a GPU with kernels that read the cache in place. Reference:
+``workers.model.attention``.
 
-Chunks that begin their sequences have all their keys in the layer's own rows: torch's SDPA takes
-FlashAttention for them. It does so neither for float32 nor with a mask, where grouped heads leave
-it only the form that keeps all scores in memory.
+Chunks that begin their sequences have all their keys in the layer's own rows, and torch's SDPA runs
+FlashAttention for them. SDPA does not do that for float32 or with a mask; with grouped heads it
+then keeps all scores in memory.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from workers.model.attention_batch import (
 def attend_in_place(
     queries: Tensor, keys: Tensor, values: Tensor | None, cache: Tensor, batch: AttentionBatch
 ) -> Tensor:
-    """What ``attention.attend`` does, with the same arguments, up to rounding.
+    """GPU version of ``attention.attend``, with the same arguments and equal up to rounding.
 
-    Latent caches have no kernel.
+    Latent caches are not supported.
     """
     assert values is not None, "a latent cache"
     write_rows(keys, values, cache, batch.slot_mapping)
@@ -39,10 +40,11 @@ def attend_in_place(
 def attend_written(
     queries: Tensor, keys: Tensor, values: Tensor, cache: Tensor, batch: AttentionBatch
 ) -> Tensor:
-    """The same where the rows' keys and values are in the cache; queries are contiguous.
+    """``attend_in_place`` for rows with keys and values already in the cache; queries are
+    contiguous.
 
-    An fp8 cache is decoded a piece at a time, so that the batch has ``decodes`` and ``prefills``
-    for it; for other caches it has ``paged``.
+    An fp8 cache is decoded piece by piece, so the batch must have ``decodes`` and ``prefills``; for
+    other caches it must have ``paged``.
     """
     assert batch.scale is None, "the kernels have a scale of their own"
     assert batch.latent_rank is None, "latent caches have no kernel"
@@ -64,7 +66,8 @@ def attend_written(
 def warm_kernels(
     cache: Tensor, num_heads: int, windows: Collection[int], max_length: int, has_sinks: bool
 ) -> None:
-    """Compile every form of the kernels: with splits for sequences of up to ``max_length`` tokens.
+    """Compile every variant of the kernels: with splits for sequences of up to ``max_length``
+    tokens.
 
     cache [2 * K, num_blocks, block_size, D] in the type of the queries; it is not written.
     ``has_sinks``: see ``AttentionBatch.sinks``.
@@ -149,7 +152,7 @@ def _attend_piece(
     sinks: Tensor | None,
     out: Tensor,
 ) -> None:
-    """The rows of a piece over its blocks, gathered to a cache of their own."""
+    """Attend with the rows of a piece to its blocks, gathered into a cache of their own."""
     from workers.cuda.decode_attention import decode
     from workers.cuda.prefill_attention import prefill
 

@@ -19,7 +19,7 @@ from workers.model.layers import Attend
 
 
 class CudaBlocks(BuildingBlocks):
-    """The parts of torch, but for the attention half of a layer."""
+    """Parts of torch, except the attention of layers."""
 
     def sublayer(self, half: TorchAttentionSublayer) -> StagedSublayer:
         return CudaAttentionSublayer(half)

@@ -1,4 +1,4 @@
-"""The attention half of a layer on a GPU, with kernels that do several of its operators at once."""
+"""Attention sublayer of a layer on a GPU, with fused kernels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class CudaAttention:
-    """See ``HeadAttention``, which is its reference: the same up to the order of sums."""
+    """``HeadAttention`` with kernels: equal up to the order of sums."""
 
     def __init__(self, attention: HeadAttention) -> None:
         self._attention = attention
@@ -57,7 +57,7 @@ class CudaAttention:
 
 
 class CudaAttentionSublayer(CudaAttention):
-    """See ``TorchAttentionSublayer``, which is its reference: the same up to the order of sums."""
+    """``TorchAttentionSublayer`` with kernels: equal up to the order of sums."""
 
     def __init__(self, half: TorchAttentionSublayer) -> None:
         super().__init__(half)
@@ -94,7 +94,7 @@ class CudaAttentionSublayer(CudaAttention):
 
 
 def _route(router: Router, rows: Tensor, context: LayerContext) -> Routes:
-    """``Router.route``, which is taken for groups of experts."""
+    """``Router.route`` with a kernel; groups of experts use ``Router.route`` itself."""
     from workers.cuda.routing import choose
 
     routing, recorder = router.routing, context.attention.recorder
@@ -109,7 +109,7 @@ def _route(router: Router, rows: Tensor, context: LayerContext) -> Routes:
 
 
 def choice_of(routing: Routing) -> RoutingParams:
-    """The same for a kernel, without groups."""
+    """Return the parameters of a router without groups for the kernel."""
     from workers.cuda.routing import RoutingParams
 
     return RoutingParams(

@@ -1,4 +1,4 @@
-"""What a GPU says of itself: the calls of ``torch.cuda`` that need one."""
+"""Properties of a GPU, by calls of ``torch.cuda``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from cluster.config.gpu_memory import GpuMemory
 _HAS_NVML = find_spec("pynvml") is not None
 """Whether torch can ask the driver how busy a GPU is."""
 _TRANSFERS_PER_CLOCK = 2
-"""Of memory with double data rate, whose clock CUDA reports."""
+"""Transfers per clock of memory with double data rate, whose clock CUDA reports."""
 
 
 def gpu_facts(device: torch.device) -> tuple[str, float]:
-    """Its name, and the bytes a second that its memory can be read at; 0 where it does not say."""
+    """Return the GPU's name and its memory bandwidth in bytes per second; 0 if it is not
+    reported."""
     found = torch.cuda.get_device_properties(device)
     kilohertz = getattr(found, "memory_clock_rate", 0)
     bits = getattr(found, "memory_bus_width", 0)
@@ -23,7 +24,7 @@ def gpu_facts(device: torch.device) -> tuple[str, float]:
 
 
 def gpu_memory(device: torch.device, share: float = 1.0) -> GpuMemory:
-    """Its memory now, after what torch has kept of tensors that are gone is given back."""
+    """Return the current memory of a GPU, after freeing the memory that torch caches."""
     torch.cuda.empty_cache()
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     return GpuMemory(
@@ -35,7 +36,7 @@ def gpu_memory(device: torch.device, share: float = 1.0) -> GpuMemory:
 
 
 def gpu_stats(device: torch.device) -> dict[str, float]:
-    """Gauges of a GPU by metric name without prefix; none on CPUs. Any thread."""
+    """Return gauges of a GPU by metric name without prefix; none on CPUs. Any thread."""
     if device.type != "cuda":
         return {}
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)

@@ -1,4 +1,4 @@
-"""The attention side of a model, read from a checkpoint into the blocks of one device."""
+"""Loads the attention side of a model from a checkpoint into the building blocks of one device."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def load_attention_model(
     team: Team | None = None,
     form: WeightFormat | None = None,
 ) -> AttentionModel:
-    """Everything but the routed experts. ``max_positions`` bounds the table of rotations.
+    """Load everything except the routed experts. ``max_positions`` bounds the table of rotations.
 
-    With a ``team``, native kernels compute, on the CPU. Else ``compute_threads`` share the large
-    products; None: the calling thread does them alone, as always where it is ``deterministic`` or
-    on a GPU. ``form``: see ``NativeBlocks``; it needs a team.
+    With a ``team``, native kernels compute on the CPU. Otherwise ``compute_threads`` share the
+    large products; None: the calling thread computes them alone, as always if ``deterministic`` or
+    on a GPU. ``form``: see ``NativeBlocks``; it requires a team.
 
-    Raises ``CheckpointError``, and ``ConfigError`` where this machine cannot be deterministic.
+    Raises ``CheckpointError``, and ``ConfigError`` if this machine cannot be deterministic.
     """
     family = checkpoint.family
     checkpoint.expect(sum(checkpoint.num_bytes(p) for p in family.attention_tensors()))

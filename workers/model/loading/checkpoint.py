@@ -1,7 +1,7 @@
 """Tensors of a Hugging Face folder by name and slice.
 
-Files are mapped while weights are read and closed afterwards (``MappedFiles.close``), so that peak
-memory of our own is what was loaded plus one tensor of a layer: the head comes first.
+Files are mapped while weights are read and closed afterwards (``MappedFiles.close``), so the peak
+of private memory is the loaded weights plus one tensor of a layer: the head is loaded first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes loaded, bytes in total) after each tensor."""
+"""Called with (bytes loaded, total bytes) after each tensor."""
 
 _DTYPES = {
     "F32": torch.float32,
@@ -39,13 +39,13 @@ _DTYPES = {
     scaled_blocks.DTYPE: torch.float8_e4m3fn,
 }
 _BLOCK_DTYPES = {mxfp4.DTYPE: torch.uint8}
-"""Of numbers in blocks of MXFP4."""
+"""Dtypes of numbers in blocks of MXFP4."""
 _PACKED_DTYPES = {**_DTYPES, "I32": torch.int32}
-"""Of packed integers, their scales and zero points."""
+"""Dtypes of packed integers, their scales and zero points."""
 
 
 class Checkpoint:
-    """An opened checkpoint: the parsed config and the header of each file, no tensor data."""
+    """An open checkpoint: the parsed config and the header of each file, without tensor data."""
 
     def __init__(
         self,
@@ -58,8 +58,8 @@ class Checkpoint:
         """Read config and headers. ``quantize`` as in ``ModelSection``; ``has_predictor``: see
         ``Family.with_predictor``.
 
-        Raises ``CheckpointError`` naming what is wrong, and ``ConfigError`` where the model cannot
-        be quantized.
+        Raises ``CheckpointError`` naming the fault, and ``ConfigError`` if the model cannot be
+        quantized.
         """
         self.path = Path(path)
         self.family = read_family(self.path, has_predictor)
@@ -68,25 +68,25 @@ class Checkpoint:
         stamps = {file: FileStamp.of(file) for file in weights.files}
         headers, digest = _read_headers(self.path, stamps)
         self.files = MappedFiles(headers, stamps)
-        """The files of this thread, mapped while weights are read."""
+        """Files of this thread, mapped while weights are read."""
         self.tensors, self._unclear = weights.choose(headers)
-        """All tensors by name; why there is none of a name."""
+        """All tensors by name, and reasons why some names have no tensor."""
         self.checkpoint_id = _checkpoint_id(digest, self.tensors, headers, self.path)
-        """A hash of config.json, all headers, the files that tensors are from, sizes and samples of
-        the data (16 hex digits)."""
+        """Hash of config.json, all headers, the file of each tensor, sizes and samples of the data
+        (16 hex digits)."""
         self.loaded_bytes = 0
-        """Bytes on disk of what was read so far."""
+        """Bytes on disk that were read so far."""
         self._progress = progress
         self._total_bytes = 0
         dtypes = {name: entry.dtype for name, entry in self.tensors.items()}
         self.family.banks = kept_banks(quantize, self.family, dtypes)
         self.keeps_codes = quantize == "auto"
-        """Experts that have a form (``ExchangeSpec.form``) are stored in it; else they are
-        quantized while they are loaded.
+        """Whether experts with a format (``ExchangeSpec.form``) are stored in it; otherwise they
+        are quantized during loading.
         """
 
     def another(self) -> Checkpoint:
-        """The same checkpoint for another thread: the headers are shared, nothing else is.
+        """Return the same checkpoint for another thread, which shares only the headers.
 
         It reports no progress.
         """
@@ -99,20 +99,21 @@ class Checkpoint:
         self._total_bytes += num_bytes
 
     def count(self, num_bytes: int) -> None:
-        """Bytes that were announced are in memory, from here or from elsewhere."""
+        """Report that announced bytes are in memory, read by this checkpoint or received
+        otherwise."""
         self.loaded_bytes += num_bytes
         if self._progress is not None:
             self._progress(self.loaded_bytes, max(self._total_bytes, self.loaded_bytes))
 
     def num_bytes(self, part: TensorPart) -> int:
-        """Bytes on disk of a part, with its scales if it has any."""
+        """Bytes on disk of a part, including its scales."""
         total = sum(entry.num_bytes for entry in self._entries(part))
         if part.index is not None:
             total //= max(part.shape[0], 1)
         return total if part.rows is None else total // part.rows[1]
 
     def _entries(self, part: TensorPart) -> list[TensorEntry]:
-        """The tensors on disk that make up a part."""
+        """Return the tensors on disk that make up a part."""
         if part.is_mxfp4:
             return [self._entry(own, _BLOCK_DTYPES) for own in mxfp4.stored_parts(part)]
         if (packed := self._packed_parts(part)) is not None:
@@ -123,7 +124,7 @@ class Checkpoint:
         return [entry]
 
     def _packed_parts(self, part: TensorPart) -> list[TensorPart] | None:
-        """The tensors of a matrix that is stored as packed integers; None: it is not."""
+        """Return the tensors of a matrix that is stored as packed integers; None if it is not."""
         stored = self.config.stored
         if stored is None:
             return None
@@ -144,9 +145,9 @@ class Checkpoint:
                 yield from matrix.parts
 
     def read_quantized(self, matrix: ExpertMatrix, form: WeightFormat) -> QuantizedMatrix:
-        """One matrix of an expert as it is stored, where the checkpoint ``keeps_codes``.
+        """Return one matrix of an expert as stored, if the checkpoint ``keeps_codes``.
 
-        Its memory may be the mapped file's own, valid until the checkpoint is closed.
+        The result may share the memory of the mapped file, valid until the checkpoint is closed.
         """
         found = [self._quantized(part, form) for part in matrix.parts]
         for part in matrix.parts:
@@ -165,7 +166,7 @@ class Checkpoint:
         return scaled_blocks.as_stored(*self._scaled(part), form)
 
     def _unpacked(self, part: TensorPart, packed: Sequence[TensorPart]) -> QuantizedMatrix:
-        """A matrix that is stored as packed integers."""
+        """Return a matrix that is stored as packed integers."""
         stored = self.config.stored
         assert stored is not None
         tensors = [self._stored(own, _PACKED_DTYPES) for own in packed]
@@ -178,16 +179,17 @@ class Checkpoint:
     def read_stacked(
         self, parts: Sequence[TensorPart], dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
-        """Parts [rows_i, ..] one under the other: [sum of rows_i, ..], in ``out`` if given.
+        """Stack parts [rows_i, ..] row over row: [sum of rows_i, ..], in ``out`` if given.
 
-        Converted to ``dtype``, in memory of its own on the CPU.
+        The result is converted to ``dtype`` and newly allocated on the CPU.
         """
         return self._stack(parts, map(self._mapped, parts), dtype, out)
 
     def borrow(
         self, parts: Sequence[TensorPart], dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
-        """The same for a caller that copies it: where possible, the mapped file itself."""
+        """``read_stacked`` for a caller that copies the result: if possible, the mapped file
+        itself."""
         found = [self._mapped(part) for part in parts]
         whole = joined(found) if all(t.dtype == dtype for t in found) else None
         if whole is None:
@@ -210,7 +212,7 @@ class Checkpoint:
         for part, tensor in zip(parts, found, strict=True):
             last = first + part.part_shape[0]
             target = out[first:last]
-            target.copy_(tensor.reshape(target.shape))  # a bias may be wanted as a matrix
+            target.copy_(tensor.reshape(target.shape))  # a bias may be requested as a matrix
             self.count(self.num_bytes(part))
             first = last
         return out
@@ -234,7 +236,7 @@ class Checkpoint:
         return entry
 
     def _scales(self, part: TensorPart) -> tuple[TensorPart, tuple[int, int]]:
-        """Of a float8 matrix, and the size of a block with one scale."""
+        """Return the scales of a float8 matrix, and the size of a block with one scale."""
         stored = self.config.stored
         if stored is None or stored.method != "fp8" or len(part.part_shape) != 2:
             raise CheckpointError(
@@ -244,7 +246,8 @@ class Checkpoint:
         return scaled_blocks.scales_of(part, stored.block), stored.block
 
     def _mapped(self, part: TensorPart) -> Tensor:
-        """The mapped file's own memory, or new memory for what is stored in blocks with scales."""
+        """Return the mapped file's memory, or new memory for numbers stored in blocks with
+        scales."""
         if part.is_mxfp4:
             parts = mxfp4.stored_parts(part)
             return mxfp4.decoded(*(self._stored(own, _BLOCK_DTYPES) for own in parts))
@@ -255,7 +258,7 @@ class Checkpoint:
         return scaled_blocks.unscaled(*self._scaled(part))
 
     def _scaled(self, part: TensorPart) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """A float8 matrix as it is stored, its scales, and the size of a block with one scale."""
+        """Return a float8 matrix as stored, its scales, and the size of a block with one scale."""
         scales, block = self._scales(part)
         stored = self._stored(part)
         scaled_blocks.check_codes(stored, part.name)
@@ -270,7 +273,7 @@ class Checkpoint:
 def _read_headers(
     path: Path, stamps: Mapping[Path, FileStamp]
 ) -> tuple[dict[Path, dict[str, TensorEntry]], Any]:
-    """All tensors of each file, and a hash of them and of config.json."""
+    """Return all tensors of each file, and a hash of them and of config.json."""
     digest = hashlib.sha256((path / "config.json").read_bytes())
     headers: dict[Path, dict[str, TensorEntry]] = {}
     for file, stamp in stamps.items():
@@ -287,7 +290,8 @@ def _checkpoint_id(
     headers: Mapping[Path, Mapping[str, TensorEntry]],
     path: Path,
 ) -> str:
-    """What is not in the headers is added: which file has a tensor that several have."""
+    """Return the id, including facts outside the headers: which file a tensor of several files is
+    read from."""
     copies = Counter(name for header in headers.values() for name in header)
     for name, entry in sorted(tensors.items()):
         if copies[name] > 1:

@@ -1,4 +1,4 @@
-"""Sizes of a checkpoint, from its headers or from its config alone; no weights are read."""
+"""Sizes of a checkpoint, from its headers or from its config alone, without reading weights."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from workers.model.loading.expert_format import kept_banks
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointSummary:
-    """What ``check_checkpoint`` found."""
+    """Result of ``check_checkpoint``."""
 
     family: Family
     checkpoint_id: str
     attention_bytes: int
-    """Bytes on disk of what each attention worker loads; 0 where nothing is on disk."""
+    """Bytes on disk that each attention worker loads; 0 if nothing is on disk."""
     expert_bytes: int
     """Bytes on disk of all experts of all banks together."""
     attention_weights: int
-    """Weights that an attention rank holds."""
+    """Number of weights that an attention rank holds."""
     attention_values: int
-    """Weights that an attention rank reads in each step: an embedding of its own is looked up."""
+    """Number of weights that an attention rank reads in each step, without an untied embedding."""
     expert_values: tuple[int, ...]
-    """By bank, weights of one expert."""
+    """Number of weights of one expert, by bank."""
 
 
 def check_checkpoint(
     path: Path | str, quantize: Quantize = "none", *, has_predictor: bool = False
 ) -> CheckpointSummary:
-    """Read config and headers only, and check every tensor's presence, shape and dtype.
+    """Read config and headers, and check every tensor's presence, shape and dtype.
 
-    Raises ``CheckpointError`` naming the first thing that is wrong, and ``ConfigError`` where the
-    model cannot be quantized.
+    Raises ``CheckpointError`` naming the first fault, and ``ConfigError`` if the model cannot be
+    quantized.
     """
     checkpoint = Checkpoint(path, quantize=quantize, has_predictor=has_predictor)
     family = checkpoint.family
@@ -56,7 +56,7 @@ def check_checkpoint(
 def plan_checkpoint(
     path: Path | str, quantize: Quantize = "none", *, has_predictor: bool = False
 ) -> CheckpointSummary:
-    """The same numbers from ``config.json`` alone: nothing is on disk. Raises as the other.
+    """Return a summary from ``config.json`` alone, without weights on disk, with the same errors.
 
     For plans of models without their weights.
     """

@@ -1,4 +1,4 @@
-"""``config.json`` of a Hugging Face folder: the family of the model, and its compute dtype."""
+"""Reads ``config.json`` of a Hugging Face folder: the model's family and compute dtype."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from workers.model.loading.weight_files import read_json
 
 
 def read_family(path: Path, has_predictor: bool) -> Family:
-    """The family of a folder, without weights. Raises ``CheckpointError``."""
+    """Return the family of a folder, without weights. Raises ``CheckpointError``."""
     family = load_family(read_config(path))
     return family.with_predictor() if has_predictor else family
 
@@ -37,7 +37,7 @@ def resolve_dtype(setting: str, config: ModelConfig) -> torch.dtype:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """``config.json`` of a folder, with the eos ids of ``generation_config.json`` added."""
+    """Return ``config.json`` of a folder, with the eos ids of ``generation_config.json`` added."""
     if not path.is_dir():
         raise CheckpointError(f"{path.name}: no such folder")
     config = read_json(path / "config.json")

@@ -1,8 +1,7 @@
-"""In which form workers keep the routed experts of a checkpoint.
+"""Formats in which workers keep the routed experts of a checkpoint.
 
-By default as they are stored, where they are in codes that the kernels compute with; else in the
-model dtype, or quantized while they are loaded (``--quantize``). All experts of an exchange are
-kept in one form.
+By default the stored format, if the kernels compute with it; otherwise the model dtype, or a format
+chosen by ``--quantize``. All experts of an exchange have the same format.
 """
 
 from __future__ import annotations
@@ -26,21 +25,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredExperts:
-    """How the experts of an exchange are stored."""
+    """Storage of the experts of an exchange."""
 
     form: WeightFormat | None = None
-    """The format of all of them, if kernels compute with it."""
+    """The common format of all experts, if kernels compute with it."""
     obstacle: str = ""
-    """Why the codes of some of them cannot be kept; empty: they can, or there are none."""
+    """Reason why the quantized weights of some experts cannot be kept; empty if they can, or if no
+    expert is quantized."""
 
 
 def kept_banks(
     setting: Quantize, family: Family, dtypes: Mapping[str, str]
 ) -> tuple[BankSpec, ...]:
-    """The family's banks, with the format in which workers keep the experts of each exchange.
+    """Return the family's banks with the format in which workers keep the experts of each exchange.
 
-    ``dtypes`` of all tensors by name, in safetensors spelling; empty: nothing is on disk, and the
-    config is believed. Raises ``ConfigError`` where the experts cannot be kept so.
+    ``dtypes``: all tensors by name, with safetensors names of dtypes. If it is empty, nothing is on
+    disk and the config is trusted. Raises ``ConfigError`` if the experts cannot be kept in that
+    format.
     """
     if setting == "none":
         return family.banks
@@ -63,14 +64,14 @@ def kept_banks(
 
 
 def with_form(banks: Sequence[BankSpec], form: WeightFormat | None) -> tuple[BankSpec, ...]:
-    """The same banks with their experts in one format; None: in the compute type."""
+    """Return the banks with their experts in one format; None: in the compute dtype."""
     return tuple(_with_forms(bank, [form] * len(bank.exchanges)) for bank in banks)
 
 
 def rounded_form(setting: Quantize, banks: Sequence[BankSpec]) -> WeightFormat | None:
-    """The format that ``--quantize`` asks for, or None where it does not ask for one.
+    """Return the format that ``--quantize`` requests, or None.
 
-    Raises ``ConfigError`` where the model's widths do not allow it.
+    Raises ``ConfigError`` if the model's widths do not allow it.
     """
     if setting not in ("int8", "int4"):
         return None
@@ -86,7 +87,7 @@ def rounded_form(setting: Quantize, banks: Sequence[BankSpec]) -> WeightFormat |
 def stored_experts(
     parts: Sequence[TensorPart], stored: StorageFormat | None, dtypes: Mapping[str, str]
 ) -> StoredExperts:
-    """Whether all these matrices are stored in one format that kernels compute with.
+    """Check whether all these matrices are stored in one format that kernels compute with.
 
     ``dtypes`` as for ``kept_banks``.
     """
@@ -111,7 +112,8 @@ def stored_experts(
 def _products(
     family: Family, bank: BankSpec, exchange: int, names: Container[str]
 ) -> list[TensorPart]:
-    """The tensors of all experts' products, without biases; see ``Family.expert_matrices``."""
+    """Yield the tensors of all experts' products, without biases; see
+    ``Family.expert_matrices``."""
     count = len(bank.exchanges[exchange].product_shapes)
     return [
         part
@@ -122,7 +124,7 @@ def _products(
 
 
 def _report(obstacles: Sequence[str]) -> None:
-    """Log why codes of experts are decoded; ``obstacles`` of all exchanges, empty for none."""
+    """Log why quantized experts are dequantized; ``obstacles`` of all exchanges, empty for none."""
     found = [words for words in obstacles if words]
     if found:
         logger.warning(

@@ -1,4 +1,4 @@
-"""What shows that a file of a checkpoint is not the one that was opened at first."""
+"""Evidence that a file of a checkpoint has not changed since it was first opened."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class FileStamp:
 
     num_bytes: int
     modified_ns: int
-    """Of this host's copy: no part of the checkpoint's id."""
+    """Time of the last change on this host; not part of the checkpoint's id."""
     samples: str
-    """Hash of pieces from all over the file."""
+    """Hash of samples from the whole file."""
 
     @classmethod
     def of(cls, file: Path) -> FileStamp:
-        """Raises ``CheckpointError``."""
+        """Take the stamp of a file. Raises ``CheckpointError``."""
         digest = hashlib.sha256()
         try:
             with file.open("rb") as data:
@@ -41,9 +41,10 @@ class FileStamp:
 
 
 def size_and_change(file: Path) -> tuple[int, int]:
-    """Bytes, and time of the last change in nanoseconds. Raises ``CheckpointError``.
+    """Return bytes and time of the last change in nanoseconds. Raises ``CheckpointError``.
 
-    Nobody can set it back, as a copy from a backup sets the time of the last write.
+    The change time cannot be set back, unlike the time of the last write, which a restored backup
+    sets.
     """
     try:
         found = file.stat()

@@ -1,4 +1,4 @@
-"""Mapped weight files, and tensors of them without a copy."""
+"""Mapped weight files, and tensors that share their memory."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from workers.model.loading.weight_files import Headers, entries_of
 
 
 class MappedFiles:
-    """Decides whether a mapped file is still the one whose header was read first. One thread."""
+    """Mapped files, checked against the headers that were read first. Used by one thread."""
 
     def __init__(self, headers: Headers, stamps: Mapping[Path, FileStamp]) -> None:
         self._headers = headers
         self._stamps = stamps
         self._readers: dict[Path, tuple[Any, tuple[int, int]]] = {}
-        """Open files, each with ``size_and_change`` before anything was read from it."""
+        """Open files, each with the ``size_and_change`` from before the first read."""
 
     def another(self) -> MappedFiles:
-        """The same files for another thread: only what is known of them is shared."""
+        """Return the same files for another thread; only the knowledge about them is shared."""
         return MappedFiles(self._headers, self._stamps)
 
     def read(self, file: Path, name: str, index: int | None) -> Tensor:
-        """A tensor of a file, or one row of it, in mapped memory. Raises ``CheckpointError``."""
+        """Return a tensor of a file, or one row of it, in mapped memory. Raises
+        ``CheckpointError``."""
         try:
             reader = self._reader(file)
             found: Tensor = (
@@ -43,9 +44,9 @@ class MappedFiles:
         return found
 
     def confirm(self) -> None:
-        """Check that the files read since the last ``close`` are still those that were opened.
+        """Check that the files read since the last ``close`` are unchanged.
 
-        A mapped file shows what is written into it later. Raises ``CheckpointError``.
+        A mapped file shows later writes. Raises ``CheckpointError``.
         """
         for file, (_, opened) in self._readers.items():
             if size_and_change(file) != opened:
@@ -56,7 +57,7 @@ class MappedFiles:
         self._readers.clear()
 
     def _reader(self, file: Path) -> Any:
-        """An open file. Header, size, time and samples must be those that were read at first."""
+        """Return an open file. Its header, size, time and samples must match the first read."""
         if file not in self._readers:
             opened = size_and_change(file)
             reader = safe_open(file, framework="pt")
@@ -71,10 +72,10 @@ class MappedFiles:
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor | None:
-    """CPU tensors [rows_i, ..] of one type as [sum of rows_i, ..] in the same memory.
+    """Return CPU tensors [rows_i, ..] of one dtype as [sum of rows_i, ..] in the same memory.
 
-    None where they do not follow each other there, row after row. Libraries write the tensors of a
-    file by name: ``gate_proj`` of an expert, and then its ``up_proj``.
+    Returns None unless they follow each other in memory, row after row. Libraries write the tensors
+    of a file by name: ``gate_proj`` of an expert, and then its ``up_proj``.
     """
     first = tensors[0]
     if not all(tensor.is_contiguous() for tensor in tensors):

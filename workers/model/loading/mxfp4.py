@@ -1,9 +1,9 @@
-"""Weights that are stored as 4-bit floats in blocks of 32 with a scale.
+"""Weights stored as 4-bit floats in blocks of 32 with a scale.
 
 Source: Open Compute Project, "OCP Microscaling Formats (MX) Specification" 1.0 (2023): elements of
-E2M1, a scale of E8M0 for 32 neighbours. Tensors are as gpt-oss has them: of ``NAME`` [.., rows,
-columns] there are ``NAME_blocks`` [.., rows, columns / 32, 16], two elements a byte, the first one
-in its lower half, and ``NAME_scales`` [.., rows, columns / 32]. Products are exact in bfloat16.
+E2M1, a scale of E8M0 for 32 neighbours. Tensors as in gpt-oss: ``NAME`` [.., rows, columns] is
+stored as ``NAME_blocks`` [.., rows, columns / 32, 16], two elements per byte, the first one in its
+lower half, and ``NAME_scales`` [.., rows, columns / 32]. Products are exact in bfloat16.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix
 
 DTYPE = "U8"
-"""Of both tensors, in safetensors spelling."""
+"""Dtype of both tensors, in safetensors spelling."""
 BLOCK = 32
 FORMAT = WeightFormat(codes="e2m1", group=BLOCK, scales="e8m0")
 
 
 def stored_parts(part: TensorPart) -> tuple[TensorPart, TensorPart]:
-    """Blocks and scales of a matrix."""
+    """Return the blocks and scales of a matrix."""
     *outer, columns = part.shape
     counts = (*outer, columns // BLOCK)
     blocks = replace(part, name=f"{part.name}_blocks", shape=(*counts, BLOCK // 2), is_mxfp4=False)
@@ -41,6 +41,6 @@ def as_stored(blocks: Tensor, scales: Tensor) -> QuantizedMatrix:
 def decoded(blocks: Tensor, scales: Tensor) -> Tensor:
     """blocks [rows, n, 16] and scales [rows, n], both uint8 -> [rows, 32 n] bfloat16.
 
-    A scale of 255 is not a number, and so is its block.
+    A scale of 255 is NaN, as are all numbers of its block.
     """
     return as_stored(blocks, scales).dequantized().to(torch.bfloat16)

@@ -1,6 +1,6 @@
-"""Matrices that are stored as integers of 4 or 8 bits, several in an int32.
+"""Matrices stored as integers of 4 or 8 bits, several in an int32.
 
-Of a matrix ``X.weight`` [out, in] in groups of neighbours in a row there are, in the words of
+A matrix ``X.weight`` [out, in] with groups of neighbours in a row is stored as, in
 
 - GPTQ: ``X.qweight`` [in / 8, out], ``X.qzeros`` [groups, out / 8], ``X.scales`` [groups, out];
   ``X.g_idx`` [in], the group of each column, which may be left out;
@@ -9,8 +9,8 @@ Of a matrix ``X.weight`` [out, in] in groups of neighbours in a row there are, i
 - compressed-tensors: ``X.weight_packed`` [out, in / 8], ``X.weight_scale`` [out, groups], and
   ``X.weight_zero_point`` [out / 8, groups] where zero points are not all alike;
 
-with a quarter in place of an eighth for 8 bits. Codes are unsigned and become signed by
-subtracting 8 or 128, as do zero points. The first element is in the lowest bits.
+with a quarter in place of an eighth for 8 bits. Values and zero points are unsigned and become
+signed by subtracting 8 or 128. The first element is in the lowest bits.
 
 Source: the layouts that AutoGPTQ, AutoAWQ and compressed-tensors write, as vLLM's and
 transformers' loaders read them.
@@ -35,26 +35,26 @@ _SUFFIXES: Final[Mapping[Method, tuple[str, str, str]]] = {
     "awq": (".qweight", ".scales", ".qzeros"),
     "compressed-tensors": (".weight_packed", ".weight_scale", ".weight_zero_point"),
 }
-"""Of codes, scales and zero points."""
+"""Dtypes of values, scales and zero points."""
 _AWQ_PLACES: Final = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where each of eight neighbours is."""
+"""Position of each of eight neighbours."""
 _INT32_BITS: Final = 32
 
 
 def codes_name(name: str, stored: StorageFormat) -> str:
-    """The tensor that has the codes of a matrix; empty where there can be none."""
+    """Name of the tensor with the quantized values of a matrix; empty if there can be none."""
     if stored.method not in _SUFFIXES or not name.endswith(_WEIGHT):
         return ""
     return name.removesuffix(_WEIGHT) + _SUFFIXES[stored.method][0]
 
 
 def groups_name(name: str) -> str:
-    """The tensor that may have the group of each column of a matrix."""
+    """Name of the tensor that may have the group of each column of a matrix."""
     return f"{name.removesuffix(_WEIGHT)}.g_idx"
 
 
 def stored_parts(part: TensorPart, stored: StorageFormat) -> list[TensorPart]:
-    """Codes, scales, and zero points where they are stored. Raises ``CheckpointError``."""
+    """Return values, scales, and zero points if they are stored. Raises ``CheckpointError``."""
     if len(part.shape) != 2 or part.rows is not None or part.is_transposed:
         raise CheckpointError(
             f"tensor {part.name} {list(part.shape)} is missing: only whole matrices may be stored "
@@ -78,10 +78,11 @@ def stored_parts(part: TensorPart, stored: StorageFormat) -> list[TensorPart]:
 def as_stored(
     part: TensorPart, stored: StorageFormat, tensors: list[Tensor], groups: Tensor | None
 ) -> QuantizedMatrix:
-    """The same matrix of ``stored_parts``; ``groups`` [in]: ``X.g_idx``, if there is one.
+    """Return the matrix of the tensors in ``stored_parts``; ``groups`` [in]: ``X.g_idx``, if it
+    exists.
 
     Raises ``CheckpointError`` for groups that are not neighbours, and for zero points that
-    ``quantization_config`` does not name.
+    ``quantization_config`` does not allow.
     """
     form, columns = stored.form, part.shape[1]
     if groups is not None:
@@ -110,7 +111,7 @@ def as_stored(
 
 
 def _codes(packed: Tensor, stored: StorageFormat) -> Tensor:
-    """[out, bytes] uint8, signed."""
+    """Signed values [out, bytes] uint8."""
     form = stored.form
     if stored.method == "awq":
         unsigned = _integers(packed, stored).T.contiguous()

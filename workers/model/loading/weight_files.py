@@ -1,4 +1,4 @@
-"""Which safetensors files a folder has, and which file each tensor is from."""
+"""The safetensors files of a folder, and the file of each tensor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cluster.core.errors import CheckpointError
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
-"""Endings of checkpoints that are not opened."""
+"""Endings of checkpoint files that are never opened."""
 _ITEM_BYTES = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1}
 
 
@@ -31,7 +31,7 @@ class TensorEntry:
 
     @property
     def num_bytes(self) -> int:
-        """Size of its data; 0 for a dtype that we do not read."""
+        """Bytes of its data; 0 for an unknown dtype."""
         return math.prod(self.shape) * _ITEM_BYTES.get(self.dtype, 0)
 
 
@@ -41,17 +41,18 @@ Headers = Mapping[Path, Mapping[str, TensorEntry]]
 
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
-    """The files of a checkpoint, and what its index says."""
+    """Files of a checkpoint, and its index."""
 
     files: tuple[Path, ...]
     index: Mapping[str, Path]
     """File by tensor; empty without an index."""
 
     def choose(self, headers: Headers) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-        """Each tensor, from the file that the index names, and why others cannot be read.
+        """Return each tensor from the file that the index names, and the reasons why others cannot
+        be read.
 
-        Another copy of a tensor is never read. A tensor that the index does not name is read where
-        one file has it, as transformers does.
+        Another copy of a tensor is never read. A tensor that the index does not name is read if
+        exactly one file has it, as in transformers.
         """
         chosen, unclear = {}, {}
         for name, file in self.index.items():
@@ -72,7 +73,7 @@ class WeightFiles:
 
 
 def weight_files(path: Path) -> WeightFiles:
-    """The files of a folder. Raises ``CheckpointError``."""
+    """Return the files of a folder. Raises ``CheckpointError``."""
     index = path / _INDEX
     if not index.is_file():
         if not (path / _SINGLE).is_file():
@@ -91,7 +92,7 @@ def weight_files(path: Path) -> WeightFiles:
 
 
 def _inside(file: str) -> Path:
-    """A file of the index, which may be in a folder within the checkpoint's."""
+    """Check the path of a file in the index, which may be in a subfolder of the checkpoint."""
     found = Path(file)
     if found.is_absolute() or ".." in found.parts:
         raise CheckpointError(f"{_INDEX} names {file}, which is not in the folder")
@@ -107,7 +108,7 @@ def _why_no_weights(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object of a file. Raises ``CheckpointError``."""
+    """Return the JSON object of a file. Raises ``CheckpointError``."""
     try:
         data = json.loads(path.read_bytes())
     except FileNotFoundError as err:
@@ -120,7 +121,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
-    """All tensors of one file; the library checks the file against its header.
+    """Return all tensors of one file; the library checks the file against its header.
 
     Raises ``CheckpointError``.
     """
@@ -134,7 +135,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 
 
 def entries_of(reader: Any, file: Path) -> dict[str, TensorEntry]:
-    """All tensors of an open file."""
+    """Return all tensors of an open file."""
     slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118
     return {
         name: TensorEntry(file=file, dtype=part.get_dtype(), shape=tuple(part.get_shape()))

@@ -38,7 +38,8 @@ class NativeBlocks(BuildingBlocks):
     are_exact: ClassVar[bool] = True
 
     def __init__(self, team: Team, form: WeightFormat | None = None) -> None:
-        """``form``: in which products are quantized, but for routers and those of single heads."""
+        """``form``: format of quantized products; routers and products of single heads are not
+        quantized."""
         super().__init__()
         self._team = team
         self._form = form
@@ -50,11 +51,12 @@ class NativeBlocks(BuildingBlocks):
         may_pack: bool = True,
         may_quantize: bool = True,
     ) -> Linear:
-        """A native product. A weight that is used elsewhere is copied."""
+        """Return a native product. A weight that is also used elsewhere is copied."""
         return NativeLinear(self._team, weight, bias, self._form if may_quantize else None)
 
     def tied(self, weight: Tensor) -> tuple[Embedding, Linear]:
-        """Both read the packed weight; a head that is quantized has one of its own."""
+        """Return an embedding and a head that read the packed weight; a quantized head has its own
+        weight."""
         linear = NativeLinear(self._team, weight, None, self._form)
         if linear.matrix.form is not None:
             return TableEmbedding(weight.clone()), linear
@@ -85,5 +87,6 @@ class NativeBlocks(BuildingBlocks):
     def rope(
         self, config: RopeConfig, max_positions: int, dtype: torch.dtype, device: torch.device
     ) -> Rope:
-        """Rotations; those that are computed in the step, row by row."""
+        """See ``BuildingBlocks``. Rotations that are computed in the step are computed row by
+        row."""
         return Rope(config, max_positions, dtype, device, row_by_row=True)

@@ -1,4 +1,4 @@
-"""The attention half of a layer with native kernels.
+"""The attention sublayer of a layer with native kernels.
 
 A row's bits depend neither on other rows nor on the number of threads.
 """
@@ -49,9 +49,9 @@ class NativeAttention:
     def __init__(self, team: Team, attention: HeadAttention, dtype: torch.dtype) -> None:
         """``dtype`` of the model."""
         self.team = team
-        """Computes it."""
+        """Threads that compute it."""
         self.fields = _attention_fields(attention, dtype)
-        """Its description in C; valid as long as this object."""
+        """Description as a C struct; valid as long as this object."""
         self._attention = attention
         self._dtype = dtype
 
@@ -70,7 +70,7 @@ class NativeAttention:
         return attended
 
     def _queries(self, rows: RowsFields, count: int, context: LayerContext) -> Tensor | None:
-        """Memory for the rotated queries [count, A, D], where a recorder reads them."""
+        """Return memory for the rotated queries [count, A, D] if a recorder reads them."""
         if context.attention.recorder is None:
             return None
         shape = self._attention.shape
@@ -79,7 +79,7 @@ class NativeAttention:
         return queries
 
     def _report(self, queries: Tensor | None, cache: Tensor, context: LayerContext) -> None:
-        """Let the recorder make attention maps, beside the kernel's result."""
+        """Let the recorder make attention maps, in addition to the kernel's result."""
         if queries is not None and (recorder := context.attention.recorder) is not None:
             recorder.attending(queries, cache, self._attention.batch(context))
 
@@ -92,7 +92,7 @@ class NativeAttentionSublayer(NativeAttention):
     """The sublayer in one native call, or in three around the exchanges of projections."""
 
     def __init__(self, team: Team, half: TorchAttentionSublayer) -> None:
-        """``half`` has native products."""
+        """``half``: sublayer with native products."""
         super().__init__(team, half, half.norm1.dtype)
         _add_half(self.fields, half)
         self._apart = HalfFields.from_buffer_copy(self.fields)
@@ -101,12 +101,12 @@ class NativeAttentionSublayer(NativeAttention):
 
     @property
     def routing(self) -> Routing | None:
-        """Of the layer's routed experts; None: it has none."""
+        """Routing of the layer's routed experts; None if there are none."""
         return None if self._half.router is None else self._half.router.routing
 
     @property
     def is_one_call(self) -> bool:
-        """There is no exchange in it."""
+        """Whether the sublayer has no exchange."""
         return isinstance(self._half.projections, DenseProjections)
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> SublayerSteps:
@@ -127,15 +127,15 @@ class NativeAttentionSublayer(NativeAttention):
     def _adapted(
         self, parts: DenseProjections, hidden: Tensor, cache: Tensor, context: LayerContext
     ) -> SublayerOutput:
-        """The half of rows to whose projections adapters add something: equal to the bit for those
-        to which they add nothing."""
+        """Run the sublayer for rows with adapters on its projections. Rows without deltas have the
+        same bits as without adapters."""
         normed = norm_rows(self.team, hidden.clone(), self._half.norm1, self._half.shape.eps)
         rows = context.multiply(parts.qkv, normed)
         attended = self.attend_rows(rows.contiguous(), cache, context)
         return self.leave(hidden, context.multiply(parts.output, attended), context)
 
     def _run(self, context: LayerContext, rows: RowsFields, stages: int) -> None:
-        """A stage by itself has its rows from the caller, and makes no product."""
+        """Run one stage, with rows from the caller and without a product."""
         assert context.native is not None
         fields = self.fields if stages == ENTER | ATTEND | LEAVE else self._apart
         run_half(self.team, fields, context.native, rows, stages)
@@ -174,7 +174,7 @@ class NativeAttentionSublayer(NativeAttention):
         stages: int,
         context: LayerContext,
     ) -> Routes:
-        """Run stages that end with a router, and report its choice."""
+        """Run stages that end with a router, and record its choice."""
         routing, count = router.routing, normed.shape[0]
         ids = torch.empty((count, routing.top_k), dtype=torch.int64)
         weights = torch.empty((count, routing.top_k), dtype=torch.float32)
@@ -191,7 +191,7 @@ class NativeAttentionSublayer(NativeAttention):
 
 
 def _attention_fields(attention: HeadAttention, dtype: torch.dtype) -> HalfFields:
-    """The description in C of what attends; its memory is that of ``attention``."""
+    """Describe the attention as a C struct that points into the memory of ``attention``."""
     shape, norm, sinks = attention.shape, attention.qk_norm, attention.sinks
     qk_norm = NO_NORM
     if norm is not None:
@@ -214,7 +214,7 @@ def _attention_fields(attention: HeadAttention, dtype: torch.dtype) -> HalfField
 
 
 def _add_half(fields: HalfFields, half: TorchAttentionSublayer) -> None:
-    """Add what stands around attention in a half, whose memory it is."""
+    """Add the parts of a sublayer around attention to the C struct; they must outlive it."""
     norm1, norm2, parts = half.norm1, half.norm2, half.projections
     assert norm1.is_contiguous()
     assert norm2.is_contiguous()
@@ -235,7 +235,7 @@ def _router_fields(router: Router) -> RouterFields:
 
 
 def routing_fields(routing: Routing, correction: Tensor | None) -> RoutingFields:
-    """The description of a router's choice in C; ``correction`` must outlive it."""
+    """Describe a router's choice as a C struct; ``correction`` must outlive it."""
     return RoutingFields(
         num_experts=routing.num_experts,
         top_k=routing.top_k,

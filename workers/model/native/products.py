@@ -30,7 +30,7 @@ class NativeLinear(Linear):
     def __init__(
         self, team: Team, weight: Tensor, bias: Tensor | None, form: WeightFormat | None = None
     ) -> None:
-        """``form``: in which the weight is quantized, if its width is even; or one with shorter
+        """``form``: format of the quantized weight, if its width is even; or a format with shorter
         groups, see ``round_product``."""
         kept: Weight = weight
         if form is not None and weight.shape[1] % 2 == 0:
@@ -59,9 +59,9 @@ class NativeNorm:
 
 
 class NativeMlp:
-    """``GatedMlp`` with silu, as the kernels' only expert; rounded as routed experts are.
+    """``GatedMlp`` with silu, as the kernels' only expert; rounded like routed experts.
 
-    Stage by stage, what is between the products is rounded to the weights' type.
+    If the stages run separately, results between the products are rounded to the weights' dtype.
     """
 
     __slots__ = ("_team", "table")
@@ -73,10 +73,10 @@ class NativeMlp:
         down: Callable[[], Tensor],
         form: WeightFormat | None = None,
     ) -> None:
-        """Reads and packs one weight after the other; see ``BuildingBlocks.mlp``.
+        """Read and pack one weight after the other; see ``BuildingBlocks.mlp``.
 
-        ``form``: in which the weights are quantized, if their widths are even; or one with shorter
-        groups, which the first weight chooses for both.
+        ``form``: format of the quantized weights, if their widths are even; or a format with
+        shorter groups, which the first weight selects for both.
         """
         self._team = team
         first = gate_up()
@@ -89,7 +89,7 @@ class NativeMlp:
         else:
             form = None
         self.table = SlotTable(ExpertShape(width, inner, width, dtype, form=form), 1)
-        """Its packed weights."""
+        """The packed weights."""
         self.table.put(0, 0, pack_weight(team.library, kept, is_gated=True, team=team))
         del first, kept
         kept = down()
@@ -103,7 +103,7 @@ class NativeMlp:
         return expert_pairs(self._team, self.table, x, torch.arange(len(x)), slots)
 
     def gate_up(self, x: Tensor) -> Tensor:
-        """See ``Mlp``. Gates and ups alternate in panels, of which each has half of either."""
+        """See ``Mlp``. Panels contain gates and ups in equal numbers."""
         inner = self.table.shape.inner
         panels = self._multiply(x, 0, len(self.table.get(0, 0)) * PANEL)
         halves = panels.view(len(x), -1, 2, PANEL // 2).transpose(1, 2).flatten(2)
@@ -119,7 +119,7 @@ class NativeMlp:
         return self._multiply(x, 1, self.table.shape.out_width)
 
     def _multiply(self, x: Tensor, place: int, outputs: int) -> Tensor:
-        """Rows with one of the packed matrices, all of whose ``outputs`` are returned."""
+        """Multiply rows by one of the packed matrices and return all ``outputs``."""
         shape, packed = self.table.shape, self.table.get(0, place)
         inputs = shape.in_width if place == 0 else shape.inner
         size = outputs, inputs
@@ -128,7 +128,7 @@ class NativeMlp:
 
 
 class NativeHeadProducts:
-    """``HeadProducts``: a head's matrices are an expert's, and its rows are that expert's rows."""
+    """``HeadProducts`` that treat a head as an expert and its rows as that expert's rows."""
 
     def __init__(self, team: Team, weight: Tensor, plain_dim: int) -> None:
         """weight [A, N + V, R]."""
