@@ -1,5 +1,5 @@
-"""Model families in folders by kind of attention, beside what all of them share.
+"""Model families in folders by kind of attention, and their shared code.
 
 One module for each family: config, tensors, attention, router, expert banks. Imports
-``workers.model``; nothing else names a family.
+``workers.model``; no other package names a family.
 """

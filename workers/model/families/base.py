@@ -1,4 +1,4 @@
-"""What a model family implements, and what families share: outer tensors, loading, the model."""
+"""Base class of model families, with their shared code: outer tensors, loading, the model."""
 
 from __future__ import annotations
 
@@ -36,18 +36,19 @@ from workers.model.layers import (
 
 
 class WeightReader(Protocol):
-    """What a family needs of a ``Checkpoint``."""
+    """Methods of a ``Checkpoint`` that a family uses."""
 
     def read_stacked(self, parts: Sequence[TensorPart], dtype: torch.dtype) -> Tensor:
-        """Parts one under the other, in memory of their own on the CPU."""
+        """Read parts stacked row over row, newly allocated on the CPU."""
 
     def borrow(self, parts: Sequence[TensorPart], dtype: torch.dtype) -> Tensor:
-        """The same, valid until the checkpoint is closed, and not to be written to."""
+        """``read_stacked`` with memory that is valid until the checkpoint is closed, and
+        read-only."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loader:
-    """Makes building blocks of the named tensors of one layer, one tensor in memory at a time."""
+    """Makes building blocks from the named tensors of one layer, one tensor in memory at a time."""
 
     reader: WeightReader
     dtype: torch.dtype
@@ -56,26 +57,26 @@ class Loader:
     attend: Attend
     """The attention of all layers."""
     parts: Mapping[str, TensorPart]
-    """By short name; biases have the name of their matrix and ``_bias``."""
+    """Tensors by short name; a bias has the name of its matrix and ``_bias``."""
     products: list[LayerProduct] = field(default_factory=list)
-    """Those that were made of several layers, to which each one is added."""
+    """Products made so far, of all layers; the loader appends each new one."""
 
     def tensor(self, *names: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Tensors one under the other, in the model dtype unless another is given."""
+        """Return tensors stacked row over row, in the model dtype unless another is given."""
         parts = [self.parts[name] for name in names]
         return self.reader.read_stacked(parts, dtype or self.dtype).to(self.device)
 
     def weight(self, *names: str) -> Tensor:
-        """The same for a product, which is a copy if it is native."""
+        """``tensor`` for a product; a native product copies the weight."""
         if not self.blocks.are_native:
             return self.tensor(*names)
         return self.reader.borrow([self.parts[name] for name in names], self.dtype)
 
     def linear(self, *names: str, order: Tensor | None = None, may_quantize: bool = True) -> Linear:
-        """One product for all these matrices, with their biases where there are any.
+        """Return one product for all these matrices, with their biases if they have any.
 
-        order [rows] int64: of the matrices' rows, if it is another one. ``may_quantize`` as in
-        ``BuildingBlocks.linear``.
+        order [rows] int64: order of the matrices' rows in the product; None: unchanged.
+        ``may_quantize`` as in ``BuildingBlocks.linear``.
         """
         biases = [f"{name}_bias" for name in names]
         bias = self.tensor(*biases) if biases[0] in self.parts else None
@@ -89,19 +90,19 @@ class Loader:
         return product
 
     def router(self, name: str) -> Linear:
-        """The product of a router or gate, with its bias where there is one."""
+        """Return the product of a router or gate, with its bias if it has one."""
         return self.linear(name, may_quantize=False)
 
     def float32_linear(self, name: str, *, rounds: bool = True) -> Linear:
-        """A product in float32, without a bias.
+        """Return a product in float32, without a bias.
 
-        ``rounds``: the matrix is rounded to the model dtype before.
+        ``rounds``: whether the matrix is first rounded to the model dtype.
         """
         weight = self.tensor(name, dtype=self.dtype if rounds else torch.float32)
         return self.blocks.linear(weight.float(), None, may_quantize=False)
 
     def mlp(self, gate: str, up: str, down: str, activation: Activation) -> Mlp:
-        """A gated MLP without biases."""
+        """Return a gated MLP without biases."""
         weights = partial(self.weight, gate, up), partial(self.weight, down)
         product = self.blocks.mlp(*weights, activation)
         parts = {"gate": self.parts[gate], "up": self.parts[up], "down": self.parts[down]}
@@ -110,17 +111,17 @@ class Loader:
 
 
 class Family(ABC):
-    """One checkpoint's model, described: an embedding, layers, a final norm and one head.
+    """Description of one checkpoint's model: an embedding, layers, a final norm and one head.
 
-    Nothing is loaded until ``attention_model``.
+    No weights are loaded until ``attention_model``.
     """
 
     windows: frozenset[int] = frozenset()
     """Widths of the sliding windows in use, in tokens."""
     prefix: str = "model"
-    """Of the names of all tensors but the head's."""
+    """Prefix of the names of all tensors except the head's."""
     has_sinks: ClassVar[bool] = False
-    """There are attention sinks: see ``AttentionBatch.sinks``."""
+    """Whether the model has attention sinks: see ``AttentionBatch.sinks``."""
 
     def __init__(self, config: ModelConfig, banks: tuple[BankSpec, ...]) -> None:
         self.config = config
@@ -129,16 +130,16 @@ class Family(ABC):
 
     @abstractmethod
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
-        """Tensors of a layer but its routed experts, by short name."""
+        """Tensors of a layer except its routed experts, by short name."""
 
     @abstractmethod
     def make_layer(self, layer: int, loader: Loader) -> Layer:
-        """A layer of the tensors that ``layer_parts`` names."""
+        """Return a layer made of the tensors that ``layer_parts`` names."""
 
     def with_predictor(self) -> Family:
-        """The same with the layer that predicts the token after the next.
+        """Return the family with the layer that predicts the token after the next.
 
-        Raises ``CheckpointError`` where there is none, as in most families.
+        Raises ``CheckpointError`` if the checkpoint has no such layer, as in most families.
         """
         name = self.config.model_type
         raise CheckpointError(
@@ -148,14 +149,15 @@ class Family(ABC):
     def expert_matrices(
         self, bank: BankSpec, exchange: int, expert: int, names: Container[str]
     ) -> tuple[ExpertMatrix, ...]:
-        """Where one expert's matrices are: here, gated MLPs in the usual names.
+        """Return the location of one expert's matrices: by default, gated MLPs with the usual
+        names.
 
-        ``names`` (all tensor names) decides between one tensor per expert and fused ones.
+        ``names`` (all tensor names) shows whether experts are separate tensors or fused.
         """
         return gated_expert(f"{self.prefix}.layers.{bank.layer}.mlp.experts", bank, expert, names)
 
     def attention_tensors(self) -> Iterator[TensorPart]:
-        """All tensors of an attention worker: everything but the routed experts."""
+        """All tensors of an attention worker: everything except the routed experts."""
         yield from self._outer_parts().values()
         for layer in range(self.config.num_layers):
             yield from self.layer_parts(layer).values()
@@ -170,7 +172,7 @@ class Family(ABC):
         max_positions: int | None,
         blocks: BuildingBlocks,
     ) -> AttentionModel:
-        """Load everything but the routed experts, one tensor at a time.
+        """Load everything except the routed experts, one tensor at a time.
 
         ``max_positions`` None: the checkpoint's context.
         """
@@ -220,14 +222,14 @@ class Family(ABC):
         return {**self.layer_parts(layer), **around}
 
     def final_norm(self, outer: Loader) -> Norm:
-        """The norm behind the layers."""
+        """Return the norm after the layers."""
         return outer.blocks.norm(outer.tensor("norm"), self.config.rms_norm_eps)
 
     def _ends(self, outer: Loader, blocks: BuildingBlocks) -> tuple[Embedding, Linear]:
-        """The embedding and the head, before the layers.
+        """Return the embedding and the head, loaded before the layers.
 
-        Packing the head, the largest matrix, may take a second copy of it for a moment: less than
-        the layers take afterwards.
+        Packing the head, the largest matrix, may temporarily take a second copy of it, which is
+        less memory than the layers take later.
         """
         if not self.config.labels and self.config.tie_word_embeddings:
             return blocks.tied(outer.weight("embedding"))

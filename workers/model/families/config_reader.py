@@ -1,7 +1,7 @@
-"""Reading ``config.json``: typed values in both spellings, and what must not be there.
+"""Reading of ``config.json``: typed values in both spellings, and a check of the remaining keys.
 
-A family reads its keys; ``check_rest`` then checks the keys that were not read: those that would
-change the result stop the start, unknown ones are reported.
+A family reads its keys; ``check_rest`` then checks the keys that were not read. A key that would
+change the result stops the start; unknown keys are reported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _MOST: Mapping[str, int] = {
     "n_routed_experts": 65536,
     "moe_num_experts": 65536,
 }
-"""Numbers of layers and experts far above any model's: what is made for each of them ends soon."""
+"""Limits far above the number of layers and experts of any model, so that loops over them end
+soon."""
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "mlp_bias": (False,),
@@ -65,7 +66,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "residual_multiplier": (1, 1.0),
     "attention_multiplier": (),
 }
-"""Keys that would change results, with the values (and null) that do not."""
+"""Keys that would change results, with the values (besides null) that do not."""
 _HARMLESS_WORDS = """
     _attn_implementation _name_or_path architectures attention_dropout attn_implementation auto_map
     aux_loss_alpha aux_loss_coef bos_token_id chunk_size_feed_forward cross_attention_hidden_size
@@ -84,7 +85,7 @@ _HARMLESS_WORDS = """
     tf_legacy_loss top_k top_p typical_p
 """
 _HARMLESS = frozenset(_HARMLESS_WORDS.split())
-"""Keys of transformers or public checkpoints that do not change what is computed."""
+"""Keys of transformers or public checkpoints that do not change the result."""
 
 
 class ConfigReader:
@@ -95,12 +96,12 @@ class ConfigReader:
         self._asked: set[str] = set()
 
     def value(self, *keys: str, default: Any = None) -> Any:
-        """The first of these keys that is there; the default if none is."""
+        """Return the value of the first of these keys that is present, or the default."""
         self._asked.update(keys)
         return next((self.raw[key] for key in keys if self.raw.get(key) is not None), default)
 
     def integer(self, *keys: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number; without a default it must be there."""
+        """Return an integer; without a default the key is required."""
         value = self.value(*keys, default=default)
         if value is None:
             raise CheckpointError(f"config.json: {keys[0]} is missing")
@@ -114,7 +115,7 @@ class ConfigReader:
         return value
 
     def real(self, key: str, default: float) -> float:
-        """A positive number."""
+        """Return a positive number."""
         value = self.value(key, default=default)
         if (
             isinstance(value, bool)
@@ -125,7 +126,7 @@ class ConfigReader:
         return float(value)
 
     def flag(self, key: str, default: bool, *, null: bool | None = None) -> bool:
-        """``null``: what that means, where it is not the default."""
+        """Return a boolean. ``null``: the meaning of null, if it is not the default."""
         is_null = key in self.raw and self.raw[key] is None
         value = self.value(key, default=null if is_null and null is not None else default)
         if not isinstance(value, bool):
@@ -133,14 +134,14 @@ class ConfigReader:
         return value
 
     def only(self, key: str, *values: Any) -> None:
-        """Raise ``CheckpointError`` for a key that is there with another value than these."""
+        """Raise ``CheckpointError`` if the key is present with a value other than ``values``."""
         value = self.value(key)
         if value is not None and value not in values:
             known = " or ".join(repr(v) for v in values)
             raise CheckpointError(f"config.json: {key} {value!r} is not supported: must be {known}")
 
     def activation(self, *keys: str) -> Activation:
-        """``hidden_act`` under the family's names for it."""
+        """Return ``hidden_act`` under the family's names for it."""
         value = self.value(*keys) or "silu"
         if value not in get_args(Activation):
             known = ", ".join(get_args(Activation))
@@ -150,7 +151,8 @@ class ConfigReader:
         return cast(Activation, value)
 
     def token_ids(self, key: str, default: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
-        """One id or a list; here null means none. Defaults beyond the vocabulary are dropped."""
+        """Return one id or a list; null means none here. Defaults beyond the vocabulary are
+        dropped."""
         self._asked.add(key)
         if key not in self.raw:
             return tuple(token for token in default if token < vocab_size)
@@ -161,7 +163,7 @@ class ConfigReader:
         return tuple(ids)
 
     def architecture(self, *known: str) -> str:
-        """The first of ``architectures``; absent, the first that we know."""
+        """Return the first of ``architectures``; if it is absent, the first of ``known``."""
         names = self.value("architectures") or [known[0]]
         if not isinstance(names, list) or not names or names[0] not in known:
             raise CheckpointError(
@@ -171,7 +173,7 @@ class ConfigReader:
         return str(names[0])
 
     def labels(self) -> tuple[str, ...]:
-        """Names of a classifier's classes by index."""
+        """Return the names of a classifier's classes by index."""
         names = self.value("id2label")
         if names is None:
             return tuple(f"LABEL_{i}" for i in range(self.integer("num_labels", default=2)))
@@ -184,11 +186,11 @@ class ConfigReader:
             ) from err
 
     def storage_format(self) -> StorageFormat | None:
-        """See ``ModelConfig``; of ``quantization_config``."""
+        """Return ``ModelConfig.storage_format`` from ``quantization_config``."""
         return parse_storage_format(self.value("quantization_config"))
 
     def check_rest(self, model_type: str) -> tuple[str, ...]:
-        """Unknown keys that no family has read, sorted.
+        """Return the unknown keys that no family has read, sorted.
 
         Raises ``CheckpointError`` for one that would change the result.
         """
@@ -206,28 +208,28 @@ class ConfigReader:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Defaults:
-    """Defaults of a family's class for keys that its file does not have."""
+    """Default values of a family for keys that its file lacks."""
 
     vocab_size: int
     hidden_size: int
     num_layers: int
     max_positions: int
-    """``max_position_embeddings``."""
+    """Default of ``max_position_embeddings``."""
     rms_norm_eps: float
     rope_theta: float = 10000.0
     rotates_neighbours: bool = False
     """See ``RopeConfig.has_neighbours``."""
     rotary_share: float | None = None
-    """``partial_rotary_factor``; None: the family has no such key."""
+    """Default of ``partial_rotary_factor``; None: the family has no such key."""
     tied: bool = False
-    """``tie_word_embeddings``."""
+    """Default of ``tie_word_embeddings``."""
     eos: tuple[int, ...] = ()
     pad: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionHeads:
-    """The shape of attention, which every family spells in its own way."""
+    """Shape of attention heads, for which every family has its own keys."""
 
     num_heads: int
     num_kv_heads: int
@@ -245,10 +247,10 @@ class AttentionHeads:
         default_kv_heads: int | None = None,
         default_head_dim: int | None = None,
     ) -> AttentionHeads:
-        """The usual keys.
+        """Read the usual keys.
 
-        ``default_kv_heads`` None: as many as there are query heads; ``default_head_dim`` None: the
-        heads share the hidden size.
+        ``default_kv_heads`` None: the number of query heads; ``default_head_dim`` None: the hidden
+        size divided by the number of heads.
         """
         hidden = settings.integer("hidden_size", default=default_hidden)
         heads = settings.integer("num_attention_heads", default=default_heads)
@@ -261,7 +263,7 @@ class AttentionHeads:
         )
 
     def check(self) -> None:
-        """Raise ``CheckpointError`` for shapes that attention or the rotation do not support."""
+        """Raise ``CheckpointError`` for shapes that attention or rotation do not support."""
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
                 f"config.json: num_attention_heads {self.num_heads} must be a multiple of "
@@ -272,13 +274,13 @@ class AttentionHeads:
 
 
 def check_top_k(key: str, top_k: int, of_key: str, num_experts: int) -> None:
-    """Raise ``CheckpointError`` where a token has more experts than there are."""
+    """Raise ``CheckpointError`` if ``top_k`` exceeds the number of experts."""
     if top_k > num_experts:
         raise CheckpointError(f"config.json: {key} {top_k} exceeds {of_key} {num_experts}")
 
 
 def sparse_layers(settings: ConfigReader, num_layers: int) -> tuple[int, ...]:
-    """Every ``decoder_sparse_step``-th layer, but for ``mlp_only_layers``."""
+    """Return every ``decoder_sparse_step``-th layer, except ``mlp_only_layers``."""
     step = settings.integer("decoder_sparse_step", default=1)
     dense = settings.value("mlp_only_layers", default=[])
     if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
@@ -293,7 +295,8 @@ def sparse_layers(settings: ConfigReader, num_layers: int) -> tuple[int, ...]:
 
 
 def _prediction_layers(settings: ConfigReader) -> int:
-    """They matter to those who ask for a predictor only, so no number is refused."""
+    """Return the number of prediction layers; only users of a predictor need it, so any number is
+    valid."""
     count = settings.raw.get("num_nextn_predict_layers")
     return count if isinstance(count, int) and count > 0 else 0
 
@@ -308,9 +311,9 @@ def model_config(
     is_classifier: bool = False,
     latent_rank: int | None = None,
 ) -> ModelConfig:
-    """The numbers that all families share. Call it last: the rest of the file is checked here.
+    """Return the config that all families share. Call it last: it also checks the remaining keys.
 
-    ``latent_rank``: see ``ModelConfig``; what is behind it in a head is rotated.
+    ``latent_rank``: see ``ModelConfig``; the elements of a head after it are rotated.
 
     Raises ``CheckpointError`` naming key, value and rule.
     """

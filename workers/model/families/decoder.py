@@ -1,4 +1,4 @@
-"""The decoder layer of all families: the attention half, then experts, an MLP, or both."""
+"""The decoder layer of all families: the attention sublayer, then experts, an MLP, or both."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class DecoderLayer:
     mlp: Mlp | None = None
     """The MLP of a layer without routed experts, or the shared experts of one with them."""
     bias: Tensor | None = None
-    """[H]: added to the weighted sum of the routed experts, once a row."""
+    """[H]: added once per row to the weighted sum of the routed experts."""
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
-        """See ``Layer``. The MLP is computed while the routed experts work."""
+        """See ``Layer``. The MLP is computed while the routed experts run."""
         half = yield from self.half.forward(hidden, cache, context)
         if half.routes is None:
             assert self.mlp is not None, "a layer has an MLP or routed experts"
@@ -51,10 +51,11 @@ def dense_attention_layer(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> DecoderLayer:
-    """A layer whose projections all rows share, of the usual short names of its tensors.
+    """Return a layer with projections that all rows share, from the usual short names of its
+    tensors.
 
-    ``gate``, ``up`` and ``down``, if they are there, are its MLP; ``router`` None: it has no
-    experts. ``qk_norm`` is that of ``TorchAttentionSublayer``, in the checkpoint's order of rows.
+    ``gate``, ``up`` and ``down``, if present, are its MLP; ``router`` None: no experts.
+    ``qk_norm``: see ``TorchAttentionSublayer``, in the checkpoint's order of rows.
     """
     order = rotation_rows(config)
     if qk_norm is not None and order is not None:

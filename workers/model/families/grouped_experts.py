@@ -1,4 +1,4 @@
-"""Routed experts in groups, beside shared experts that see every token, and dense layers.
+"""Routed experts in groups, with shared experts that run for every token, and dense layers.
 
 Shared experts and dense layers belong to the attention worker, routed experts to the banks.
 
@@ -24,11 +24,11 @@ from workers.model.routing import Router
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupDefaults:
-    """Defaults of a family's class; None: the key must be in the file."""
+    """Default values of a family; None: the config must contain the key."""
 
     num_experts: int | None = None
     num_experts_key: str = "num_local_experts"
-    """Another name of ``n_routed_experts``."""
+    """Alternative key for ``n_routed_experts``."""
     top_k: int | None = None
     num_shared_experts: int | None = None
     expert_width: int = 1408
@@ -42,23 +42,24 @@ class GroupDefaults:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupedExperts:
-    """The experts and MLPs of all layers, as ``config.json`` describes them."""
+    """Experts and MLPs of all layers, from ``config.json``."""
 
     routed: RoutedExperts
     num_shared_experts: int
-    """Experts that see every token; they are one MLP of so many times the width."""
+    """Number of shared experts, which run for every token as one MLP of that many times the
+    width."""
     dense_width: int
     """Inner width of the MLP of a dense layer."""
     num_groups: int
-    """Groups of neighbouring experts."""
+    """Number of groups of consecutive experts."""
     top_groups: int
-    """Groups that a token's experts come from."""
+    """Number of groups from which a token's experts are selected."""
     norm_topk_prob: bool
-    """Weights of the chosen experts are scaled to sum 1."""
+    """Whether the weights of the selected experts are scaled to sum 1."""
     scaling_factor: float
-    """Multiplies the weights last."""
+    """Final factor of the weights."""
     scoring: Literal["sigmoid", "float32_softmax"] = "sigmoid"
-    """See ``Routing``; the choice by sigmoid is corrected by a bias of each expert."""
+    """See ``Routing``; for sigmoid, a bias of each expert corrects the selection."""
 
     @classmethod
     def read(
@@ -70,9 +71,9 @@ class GroupedExperts:
         sparse_layers: tuple[int, ...] | None = None,
         scoring: Literal["sigmoid", "float32_softmax"] = "sigmoid",
     ) -> GroupedExperts:
-        """The usual keys. ``sparse_layers`` None: those behind ``first_k_dense_replace``.
+        """Read the usual keys. ``sparse_layers`` None: the layers after ``first_k_dense_replace``.
 
-        Raises ``CheckpointError`` naming the key we cannot serve.
+        Raises ``CheckpointError`` naming the unsupported key.
         """
         if sparse_layers is None:
             sparse_layers = _layers_behind_dense(settings, defaults.num_dense_layers, num_layers)
@@ -100,12 +101,12 @@ class GroupedExperts:
         return found
 
     def with_layer(self, layer: int) -> GroupedExperts:
-        """The same with experts in one more layer, behind the others."""
+        """Return the experts with one more layer of experts after the others."""
         layers = (*(self.routed.sparse_layers or ()), layer)
         return replace(self, routed=replace(self.routed, sparse_layers=layers))
 
     def banks(self, config: ModelConfig) -> tuple[BankSpec, ...]:
-        """One for each layer that is not dense."""
+        """Return one bank for each layer that is not dense."""
         return self.routed.banks(config, float32_weights=True, aux_copies=0)
 
     def parts(self, layer: int, width: int) -> dict[str, TensorPart]:
@@ -126,7 +127,7 @@ class GroupedExperts:
         return parts
 
     def router(self, layer: int, loader: Loader) -> Router | None:
-        """None for a dense layer."""
+        """Return the router of a layer; None for a dense layer."""
         if not self.routed.is_in(layer):
             return None
         routing = self.routed.routing(
@@ -145,7 +146,7 @@ class GroupedExperts:
         )
 
     def _check(self) -> None:
-        """Every token finds its experts in the groups it may use."""
+        """Check that the selected groups contain enough experts for every token."""
         num_experts, top_k = self.routed.num_experts, self.routed.top_k
         size = num_experts // self.num_groups
         if num_experts % self.num_groups or (self.num_groups > 1 and size < 2):

@@ -1,9 +1,9 @@
-"""All layers of a step in one native call, where nobody looks between them.
+"""All layers of a step in one native call, if nothing observes the layers.
 
-With them go the embeddings where they are rows of a table, the final norm, and the head where all
-rows draw a token.
+The call includes the embeddings if they are rows of a table, the final norm, and the head if a
+token is sampled for all rows.
 
-The reference, to the bit: the layers' own ``forward``, and ``embedding``, ``norm`` and ``head`` of
+The bitwise reference: ``forward`` of the layers, and ``embedding``, ``norm`` and ``head`` of
 ``AttentionModel``.
 """
 
@@ -33,19 +33,19 @@ from workers.native.layers import (
 )
 
 Experts = LocalExperts | Sequence[HomeFields]
-"""In this process, or by ``BankSpec.index`` the exchanges with other ranks."""
+"""Experts in this process, or exchanges with other ranks by ``BankSpec.index``."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """What a layer is made of."""
+    """Parts of a layer for native calls."""
 
     half: NativeAttentionSublayer
     mlp: NativeMlp | None
 
 
 class NativeMicroBatch:
-    """A micro-batch on its way through native layers."""
+    """A micro-batch in progress through native layers."""
 
     def __init__(
         self,
@@ -58,25 +58,27 @@ class NativeMicroBatch:
         logits: Tensor | None,
         keeps: object,
     ) -> None:
-        """hidden [T, H] is changed; it gets the embeddings of ``tokens`` [T] first, if given.
+        """hidden [T, H] is modified; if ``tokens`` [T] are given, their embeddings are written to
+        it first.
 
-        ``logits`` [T, V] are written, if given. ``keeps`` has the memory that ``batch`` names.
+        ``logits`` [T, V] are written, if given. ``keeps`` holds the memory that ``batch`` points
+        to.
         """
         num_banks, (num_rows, width) = len(experts), hidden.shape
         self.hidden = hidden.contiguous()
-        """[T, H]: the residual stream after the layers that are done, at last normed."""
+        """[T, H]: the residual stream after the completed layers; normed at the end."""
         self.finite = torch.empty(num_rows, dtype=torch.bool)
-        """[T]: all numbers of a row are finite; not set before the flow is done."""
+        """[T]: whether all numbers of a row are finite; undefined until ``is_done``."""
         self.logits = logits
-        """[T, V], not set before the flow is done; None: nobody reads them."""
+        """[T, V], undefined until ``is_done``; None: not requested."""
         self.topk_ids = torch.empty((num_banks, num_rows, top_k), dtype=torch.int64)
-        """[banks, T, k]; those of layers that have not begun are not set."""
+        """[banks, T, k]; undefined for layers that have not begun."""
         self.topk_weights = torch.empty((num_rows, top_k), dtype=torch.float32)
-        """[T, k] of the last layer that has begun."""
+        """[T, k] weights of the last layer that has begun."""
         self.ends = (LayerEnds * num_banks)()
-        """By bank."""
+        """Exchanges by bank."""
         self._memory = torch.empty((3, num_rows, width), dtype=hidden.dtype)
-        self._kept = tokens, batch, experts, keeps  # which C reads
+        self._kept = tokens, batch, experts, keeps  # C reads it
         part, memory = self.hidden.nbytes, self._memory.data_ptr()
         self.fields = FlowFields(
             batch=ctypes.addressof(batch),
@@ -91,7 +93,7 @@ class NativeMicroBatch:
             routed=memory + 2 * part,
             ends=ctypes.addressof(self.ends),
         )
-        """For C."""
+        """C struct of the micro-batch."""
         if isinstance(experts, LocalExperts):
             self.fields.experts = ctypes.addressof(experts.calls)
         else:
@@ -100,27 +102,28 @@ class NativeMicroBatch:
 
     @property
     def num_begun(self) -> int:
-        """Layers that have begun."""
+        """Number of layers that have begun."""
         return int(self.fields.next)
 
     @property
     def is_waiting(self) -> bool:
-        """The last of them has dispatched its rows, whose outputs are still to be received."""
+        """Whether the last begun layer has dispatched its rows and has not received their
+        outputs."""
         return bool(self.fields.is_waiting)
 
     @property
     def is_done(self) -> bool:
-        """The rows are normed, and have their logits if any are asked for."""
+        """Whether the rows are normed, and have their logits if requested."""
         return bool(self.fields.is_done)
 
     @property
     def others(self) -> Tensor:
-        """[T, H]: what the MLP of that layer adds to the routed experts' outputs, if it has one."""
+        """[T, H]: output of that layer's MLP, which is added to the routed experts' outputs."""
         return self._memory[1]
 
 
 class NativeLayers:
-    """The layers of a model in C, with what stands around them, for one thread."""
+    """The layers of a model in C, with embedding, norm and head, for one thread."""
 
     def __init__(
         self,
@@ -130,11 +133,11 @@ class NativeLayers:
         head: NativeLinear,
         caches: Sequence[Tensor],
     ) -> None:
-        """``caches`` by layer; they must outlive this."""
-        self._parts, self._norm, self._head = parts, norm, head  # whose memory the fields name
+        """``caches`` by layer; they must outlive this object."""
+        self._parts, self._norm, self._head = parts, norm, head  # the fields point to its memory
         self._team = parts[0].half.team
         self.top_k = max(part.half.fields.router.routing.top_k for part in parts)
-        """Experts of a row."""
+        """Number of experts of a row."""
         self._fields = (LayerFields * len(parts))()
         for fields, part, cache in zip(self._fields, parts, caches, strict=True):
             routing = part.half.routing
@@ -144,7 +147,7 @@ class NativeLayers:
                 fields.mlp = part.mlp.table.fields
         self._table = table = embedding.table if isinstance(embedding, TableEmbedding) else None
         self.has_table = table is not None
-        """Flows may be given tokens."""
+        """Whether micro-batches may contain tokens."""
         width, dtype = head.matrix.shape[1], head.matrix.dtype
         for weight in (norm.weight, *(() if table is None else (table,))):
             assert weight.is_contiguous()
@@ -168,7 +171,7 @@ class NativeLayers:
         return self._norm.weight.new_empty(num_rows, self._head.matrix.shape[0])
 
     def bank_of(self, layer: int) -> int:
-        """``BankSpec.index`` of a layer's routed experts."""
+        """Return ``BankSpec.index`` of a layer's routed experts."""
         return int(self._fields[layer].bank)
 
     def has_mlp(self, layer: int) -> bool:
@@ -177,9 +180,9 @@ class NativeLayers:
     def run(
         self, flows: Sequence[NativeMicroBatch], advance: Callable[[], None], advance_s: float
     ) -> tuple[int, int]:
-        """Run all layers of the micro-batches in turns.
+        """Run all layers of the micro-batches alternately.
 
-        ``advance`` and what this returns and raises: see ``run_layers``.
+        For ``advance``, the result and the errors see ``run_layers``.
         """
         fields = (FlowFields * len(flows))(*(flow.fields for flow in flows))
         found = run_layers(self._team, self._stack, fields, advance, advance_s)
@@ -189,7 +192,7 @@ class NativeLayers:
 
 
 def native_layers(model: AttentionModel, caches: Sequence[Tensor]) -> NativeLayers | None:
-    """A model's layers for native calls; None where one has parts that such a call lacks."""
+    """Return a model's layers for native calls; None if a layer has unsupported parts."""
     parts = [found for layer in model.layers if (found := _parts(layer)) is not None]
     choices = {found.half.routing.top_k for found in parts if found.half.routing is not None}
     if not parts or len(parts) < len(model.layers) or len(choices) > 1:

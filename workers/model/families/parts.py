@@ -1,6 +1,5 @@
-"""What families have in common: names and shapes of tensors, attention, and the exchange
-of an MLP bank.
-"""
+"""Shared code of families: names and shapes of tensors, attention, and the exchange of an MLP
+bank."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from workers.model.rope import rotation_order
 
 
 def part(name: str, *shape: int, index: int | None = None) -> TensorPart:
-    """A tensor, or entry ``index`` of its first dimension."""
+    """Return a tensor, or entry ``index`` of its first dimension."""
     return TensorPart(name=name, shape=shape, index=index)
 
 
@@ -32,9 +31,9 @@ def mlp_exchange(
     activation: ClampedSwiglu | None = None,
     has_bias: bool = False,
 ) -> ExchangeSpec:
-    """The one exchange of a bank of gated MLPs: hidden states in, hidden states out.
+    """Return the only exchange of a bank of gated MLPs: hidden states in, hidden states out.
 
-    ``activation`` None: that of ``config``.
+    ``activation`` None: the activation of ``config``.
     """
     return ExchangeSpec(
         index=0,
@@ -60,7 +59,7 @@ def attention_shape(
     clip: float | None = None,
     window: int | None = None,
 ) -> AttentionShape:
-    """The attention of a layer; ``eps`` None: ``rms_norm_eps``."""
+    """Return the attention shape of a layer; ``eps`` None: ``rms_norm_eps``."""
     return AttentionShape(
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
@@ -79,10 +78,10 @@ def projection_parts(
     *,
     has_gates: bool = False,
 ) -> dict[str, TensorPart]:
-    """``q``, ``k``, ``v`` and ``o`` of a layer, and ``q_bias`` and so on where there are any.
+    """Return ``q``, ``k``, ``v`` and ``o`` of a layer, and ``q_bias`` and so on if it has biases.
 
-    ``has_output_bias`` is of ``o``; None: as the others. ``has_gates``: ``q`` has the rows of
-    gates, too, as many as of queries.
+    ``has_output_bias``: whether ``o`` has a bias; None: as the others. ``has_gates``: whether ``q``
+    also has the rows of gates, one per query row.
     """
     width = config.hidden_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -100,15 +99,15 @@ def projection_parts(
 
 
 def head_norm_parts(prefix: str, config: ModelConfig) -> dict[str, TensorPart]:
-    """``q_norm`` and ``k_norm`` [D] of a layer, each for all its heads."""
+    """Return ``q_norm`` and ``k_norm`` [D] of a layer, each shared by all its heads."""
     names = ("q_norm", "k_norm")
     return {name: part(f"{prefix}.{name}.weight", config.head_dim) for name in names}
 
 
 def rotation_rows(config: ModelConfig) -> Tensor | None:
-    """[(A + 2K) * D] int64: the order of the rows of q, k and v in which heads are rotated whole.
+    """[(A + 2K) * D] int64: the order of the rows of q, k and v for heads that are rotated whole.
 
-    None: the checkpoint's own order.
+    None if the checkpoint already has this order.
     """
     rope, dim = config.rope, config.head_dim
     if rope.rotary_dim == dim and not rope.has_neighbours:
@@ -120,7 +119,7 @@ def rotation_rows(config: ModelConfig) -> Tensor | None:
 
 
 def head_norms(config: ModelConfig, queries: Tensor, keys: Tensor) -> Tensor:
-    """[A + K, D]: the one weight [D] of all query heads, and that of all key heads, repeated."""
+    """[A + K, D]: the weight [D] of all query heads and the weight of all key heads, repeated."""
     heads = queries.expand(config.num_heads, -1), keys.expand(config.num_kv_heads, -1)
     return torch.cat(heads)
 
@@ -137,7 +136,8 @@ def mlp_parts(prefix: str, width: int, inner: int) -> dict[str, TensorPart]:
 def gated_expert(
     prefix: str, bank: BankSpec, expert: int, names: Container[str]
 ) -> tuple[ExpertMatrix, ...]:
-    """gate over up [2 * inner, width], then down [width, inner]; per expert on disk, or fused."""
+    """Return gate over up [2 * inner, width], then down [width, inner]; separate or fused on
+    disk."""
     (exchange,) = bank.exchanges
     width, inner = exchange.in_width, exchange.expert_width
     up: tuple[TensorPart, ...]
@@ -155,7 +155,7 @@ def gated_expert(
 
 
 def block_sparse_expert(bank: BankSpec, expert: int) -> tuple[ExpertMatrix, ...]:
-    """The same in Mixtral's names: w1 is the gate, w3 goes up and w2 down."""
+    """``gated_expert`` with Mixtral's names: w1 is gate, w3 is up and w2 is down."""
     (exchange,) = bank.exchanges
     width, inner = exchange.in_width, exchange.expert_width
     prefix = f"model.layers.{bank.layer}.block_sparse_moe.experts.{expert}"

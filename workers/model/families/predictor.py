@@ -1,12 +1,13 @@
-"""The layer behind the last one that predicts the token after the next (multi-token prediction).
+"""Layer after the last one that predicts the token after the next (multi-token prediction).
 
-From the final hidden state of a position and the token that follows it, it computes another hidden
-state, of which the head makes logits of the token after that. It is a decoder layer with keys and
-values of its own, and its routed experts are one more bank. Embedding and head are the model's.
+From the final hidden state of a position and the token that follows it, the predictor computes
+another hidden state, from which the head makes the logits of the token after that. It is a decoder
+layer with its own keys and values, and its routed experts are one more bank. Embedding and head are
+the model's.
 
 Source: DeepSeek-AI, "DeepSeek-V3 Technical Report" (2024), section 2.2; checkpoint layout of
-DeepSeek-V3 and GLM-4.5, whose copies of embedding and head are not read. The hidden state is taken
-behind the final norm, as in vLLM. Of several such layers the first is used.
+DeepSeek-V3 and GLM-4.5; their copies of embedding and head are not read. The hidden state is taken
+after the final norm, as in vLLM. Only the first of several such layers is used.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from workers.model.layers import Layer, LayerContext, LayerSteps, Linear, Norm
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Predictor:
-    """See the module. A ``TokenPredictor``."""
+    """``TokenPredictor`` of one decoder layer."""
 
     token_norm: Norm
     state_norm: Norm
     projection: Linear
-    """[T, 2H] -> [T, H]: of the embedding, then the hidden state."""
+    """[T, 2H] -> [T, H]; the input is the embedding, then the hidden state."""
     layer: Layer
     norm: Norm
 
@@ -43,7 +44,7 @@ class Predictor:
 
 
 def predictor_parts(config: ModelConfig, prefix: str) -> dict[str, TensorPart]:
-    """Tensors around its decoder layer, by short name; ``prefix`` is that of the layer."""
+    """Tensors around the predictor's decoder layer, by short name; ``prefix`` of the layer."""
     width = config.hidden_size
     return {
         "token_norm": part(f"{prefix}.enorm.weight", width),
@@ -54,7 +55,8 @@ def predictor_parts(config: ModelConfig, prefix: str) -> dict[str, TensorPart]:
 
 
 def predicting(config: ModelConfig) -> ModelConfig:
-    """The numbers of a model with its predictor. Raises ``CheckpointError`` where there is none."""
+    """Return the config of a model with its predictor. Raises ``CheckpointError`` if there is
+    none."""
     if not config.num_prediction_layers:
         raise CheckpointError(
             "config.json: num_nextn_predict_layers must be at least 1 for speculative_method mtp: "

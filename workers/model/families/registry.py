@@ -32,9 +32,9 @@ FAMILIES = {
 
 
 def load_family(config: Mapping[str, Any]) -> Family:
-    """The model that a parsed ``config.json`` describes.
+    """Return the family that a parsed ``config.json`` describes.
 
-    Raises ``CheckpointError`` for an unsupported model type or a setting that cannot be computed.
+    Raises ``CheckpointError`` for an unsupported model type or setting.
     """
     model_type = config.get("model_type")
     module = FAMILIES.get(str(model_type))

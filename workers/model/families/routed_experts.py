@@ -1,4 +1,4 @@
-"""Routed experts that a token chooses from without groups, as most families have them."""
+"""Routed experts without groups, as in most families."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from workers.model.routing import Routing, Scoring
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoutedExperts:
-    """How many experts a layer has, how wide they are, and how many of them a token gets."""
+    """Number and width of a layer's experts, and number of experts per token."""
 
     num_experts: int
-    """E: routed experts of a layer."""
+    """E: number of routed experts of a layer."""
     top_k: int
     expert_width: int
     """I: inner width of an expert."""
     sparse_layers: tuple[int, ...] | None
-    """Layers with experts, the others are dense; None: all have them."""
+    """Layers with experts; the other layers are dense. None: all layers have experts."""
 
     @classmethod
     def read(
@@ -32,9 +32,9 @@ class RoutedExperts:
         expert_width: tuple[int, str],
         sparse_layers: tuple[int, ...] | None = None,
     ) -> RoutedExperts:
-        """Each number by its default and the names of its key, the usual one first.
+        """Read each setting, given its default and the names of its key, the usual one first.
 
-        Raises ``CheckpointError`` naming the key we cannot serve.
+        Raises ``CheckpointError`` naming the unsupported key.
         """
         found = cls(
             num_experts=settings.integer(*num_experts[1:], default=num_experts[0]),
@@ -58,7 +58,8 @@ class RoutedExperts:
         activation: ClampedSwiglu | None = None,
         has_bias: bool = False,
     ) -> tuple[BankSpec, ...]:
-        """A bank of gated MLPs for each layer with experts: see ``BankSpec``, ``mlp_exchange``."""
+        """Return a bank of gated MLPs for each layer with experts: see ``BankSpec``,
+        ``mlp_exchange``."""
         exchange = mlp_exchange(config, self.expert_width, activation, has_bias)
         layers = range(config.num_layers) if self.sparse_layers is None else self.sparse_layers
         return tuple(
@@ -87,7 +88,7 @@ class RoutedExperts:
         num_groups: int = 1,
         top_groups: int = 1,
     ) -> Routing:
-        """How the router of a layer with experts chooses; see ``Routing``."""
+        """Return the routing of a layer with experts; see ``Routing``."""
         return Routing(
             bank=layer if self.sparse_layers is None else self.sparse_layers.index(layer),
             num_experts=self.num_experts,

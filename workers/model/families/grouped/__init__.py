@@ -1,4 +1,4 @@
-"""Families whose query heads share the keys and values of a group: grouped-query attention.
+"""Families with grouped-query attention: the query heads of a group share keys and values.
 
-Multi-head attention is the group of one query head. May import what families may.
+Multi-head attention has groups of one query head. May import the same packages as ``families``.
 """

@@ -37,17 +37,17 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dots1Config:
-    """The numbers that dots.llm1 adds to ``ModelConfig``."""
+    """Settings of dots.llm1 beyond ``ModelConfig``."""
 
     experts: GroupedExperts
     attention_bias: bool
     """Biases on q, k, v and o."""
     windows: tuple[int | None, ...]
-    """By layer, positions that a token looks at; None: all."""
+    """Positions that a token attends to, by layer; None: all."""
 
 
 def family(config: Mapping[str, Any]) -> Dots1Family:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
+    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
     settings = ConfigReader(config)
     settings.architecture("Dots1ForCausalLM")
     windows = _windows(settings)
@@ -62,7 +62,8 @@ def family(config: Mapping[str, Any]) -> Dots1Family:
 
 
 def _windows(settings: ConfigReader) -> tuple[int | None, ...]:
-    """By layer. null for ``sliding_window`` turns it off; where it is absent it is 4096."""
+    """Return the windows by layer. null for ``sliding_window`` disables windows; if it is absent,
+    it is 4096."""
     layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
     given = settings.value("sliding_window")
     is_off = given is None and "sliding_window" in settings.raw

@@ -46,11 +46,12 @@ _DEFAULTS = Defaults(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ernie45MoeConfig:
-    """The numbers that ERNIE 4.5 adds to ``ModelConfig``."""
+    """Settings of ERNIE 4.5 beyond ``ModelConfig``."""
 
     experts: RoutedExperts
     num_shared_experts: int
-    """Experts that see every token; they are one MLP of so many times the width."""
+    """Number of shared experts, which run for every token as one MLP of that many times the
+    width."""
     dense_width: int
     """Inner width of the MLP of a dense layer."""
     least_sum: float
@@ -58,7 +59,7 @@ class Ernie45MoeConfig:
 
 
 def family(config: Mapping[str, Any]) -> Ernie45MoeFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
+    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
     settings = ConfigReader(config)
     settings.architecture("Ernie4_5_MoeForCausalLM")
     own = Ernie45MoeConfig(
@@ -81,7 +82,8 @@ def family(config: Mapping[str, Any]) -> Ernie45MoeFamily:
 
 
 def _sparse_layers(settings: ConfigReader) -> tuple[int, ...]:
-    """Every ``moe_layer_interval``-th layer from the start index to the end index, inclusive."""
+    """Return every ``moe_layer_interval``-th layer from the start index to the end index,
+    inclusive."""
     num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
     interval = settings.integer("moe_layer_interval", default=1)
     first = settings.integer("moe_layer_start_index", default=1, least=0)

@@ -1,4 +1,4 @@
-"""FlexOlmo: norms behind attention and experts, and none before them; norms of q and k as OLMoE's.
+"""FlexOlmo: norms after attention and experts instead of before; q/k norms as in OLMoE.
 
 Source: checkpoint layout and math as in transformers ``models/flex_olmo``. There, norms multiply by
 their weight, and heads are rotated, in float32 before they are rounded to bfloat16; here each step
@@ -41,17 +41,17 @@ _DEFAULTS = Defaults(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlexOlmoConfig:
-    """The numbers that FlexOlmo adds to ``ModelConfig``."""
+    """Settings of FlexOlmo beyond ``ModelConfig``."""
 
     experts: RoutedExperts
     norm_topk_prob: bool
-    """Weights of the chosen experts are scaled to sum 1."""
+    """Whether the weights of the selected experts are scaled to sum 1."""
     attention_bias: bool
     """Biases on q, k, v and o."""
 
 
 def family(config: Mapping[str, Any]) -> FlexOlmoFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
+    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
     settings = ConfigReader(config)
     settings.architecture("FlexOlmoForCausalLM")
     own = FlexOlmoConfig(

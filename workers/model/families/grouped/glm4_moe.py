@@ -1,7 +1,7 @@
 """GLM-4.5 to 4.7: a sigmoid router in groups, a part of each head rotated, dense first layers.
 
-Of the layers behind the last one, which predict more tokens than the next one, the first is loaded
-where that is asked for.
+Of the layers after the last one, which predict more tokens than the next one, the first is loaded
+on request.
 
 Source: checkpoint layout and math as in transformers ``models/glm4_moe``.
 """
@@ -45,17 +45,17 @@ _EXPERTS = GroupDefaults(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Glm4MoeConfig:
-    """The numbers that GLM-4.5 adds to ``ModelConfig``."""
+    """Settings of GLM-4.5 beyond ``ModelConfig``."""
 
     experts: GroupedExperts
     attention_bias: bool
     """Biases on q, k and v."""
     use_qk_norm: bool
-    """Queries and keys are normalised, each head by itself."""
+    """Whether each head of queries and keys is normalised."""
 
 
 def family(config: Mapping[str, Any]) -> Glm4MoeFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
+    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
     settings = ConfigReader(config)
     settings.architecture("Glm4MoeForCausalLM")
     num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)

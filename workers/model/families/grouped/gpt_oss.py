@@ -2,7 +2,7 @@
 weights of experts in MXFP4.
 
 Source: checkpoint layout and math as in transformers ``models/gpt_oss``. There, norms multiply by
-their weight before they round to bfloat16; here they round first, as those of all families.
+their weight before they round to bfloat16; here they round first, as in all families.
 """
 
 from __future__ import annotations
@@ -42,32 +42,32 @@ _ROPE: Mapping[str, Any] = {
     "truncate": False,
     "original_max_position_embeddings": 4096,
 }
-"""Of a file that has none."""
+"""Default of a config without the key."""
 _KINDS = ("sliding_attention", "full_attention")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GptOssConfig:
-    """The numbers that gpt-oss adds to ``ModelConfig``."""
+    """Settings of gpt-oss beyond ``ModelConfig``."""
 
     experts: RoutedExperts
     attention_bias: bool
     """Biases on q, k, v and o."""
     swiglu: ClampedSwiglu
     windows: tuple[int | None, ...]
-    """By layer: positions that a token looks at; None: all."""
+    """Positions that a token attends to, by layer; None: all."""
     is_quantized: bool
-    """Experts are stored in MXFP4, as ``quantization_config`` says."""
+    """Whether experts are stored in MXFP4, from ``quantization_config``."""
 
 
 def family(config: Mapping[str, Any]) -> GptOssFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
+    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
     ignored = _ignored_keys(config.get("quantization_config"))
     known = {key: value for key, value in config.items() if key != "quantization_config"}
     if not (known.get("rope_scaling") or known.get("rope_parameters")):
         known["rope_parameters"] = _ROPE
     if not (known.get("dtype") or known.get("torch_dtype")):
-        known["dtype"] = "bfloat16"  # the public files name none
+        known["dtype"] = "bfloat16"  # the public configs have no such key
     settings = ConfigReader(known)
     settings.architecture("GptOssForCausalLM")
     settings.value("initial_context_length")  # that of rope_scaling
@@ -97,9 +97,9 @@ def family(config: Mapping[str, Any]) -> GptOssFamily:
 
 
 def _ignored_keys(found: Any) -> tuple[str, ...]:
-    """Keys of ``quantization_config`` that change no number.
+    """Return the keys of ``quantization_config`` that have no effect.
 
-    Raises ``CheckpointError`` for experts that are stored in another way than MXFP4.
+    Raises ``CheckpointError`` for experts in another storage format than MXFP4.
     """
     if found is None:
         return ()
@@ -115,7 +115,8 @@ def _ignored_keys(found: Any) -> tuple[str, ...]:
 
 
 def _windows(settings: ConfigReader) -> tuple[int | None, ...]:
-    """Every other layer has one, from the first on, unless ``layer_types`` says which."""
+    """Every other layer has a window, starting with the first, unless ``layer_types`` lists the
+    kinds."""
     num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
     has_window = "sliding_window" not in settings.raw or settings.value("sliding_window")
     width = settings.integer("sliding_window", default=128) if has_window else None
@@ -140,8 +141,8 @@ class GptOssFamily(Family):
     def expert_matrices(
         self, bank: BankSpec, exchange: int, expert: int, names: Container[str]
     ) -> tuple[ExpertMatrix, ...]:
-        """See ``Family``. Rows of gate and up alternate on disk. Matrices are [in, out] there, but
-        in MXFP4 [out, in]."""
+        """See ``Family``. Rows of gate and up alternate on disk, where matrices are [in, out], but
+        [out, in] in MXFP4."""
         (spec,) = bank.exchanges
         width, inner = spec.in_width, spec.expert_width
         prefix = f"model.layers.{bank.layer}.mlp.experts"

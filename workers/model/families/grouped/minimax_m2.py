@@ -3,7 +3,7 @@
 The layers that predict more tokens than the next one are not loaded.
 
 Source: checkpoint layout and math as in transformers ``models/minimax_m2``. There the router's
-product is in the model's dtype; here it is float32, as those of the other sigmoid routers.
+product is in the model's dtype; here it is float32, as in the other sigmoid routers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _HEAD_DIM = 128
 
 
 def family(config: Mapping[str, Any]) -> MiniMaxM2Family:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
+    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
     settings = ConfigReader(config)
     settings.architecture("MiniMaxM2ForCausalLM")
     experts = RoutedExperts.read(

@@ -1,7 +1,7 @@
-"""Mixtral: no norms of heads, a softmax among the chosen experts, an optional window.
+"""Mixtral: no norms of heads, a softmax over the selected experts, an optional window.
 
 Source: checkpoint layout and math as in transformers ``models/mixtral``. There the experts' weights
-stay float32 in a bfloat16 model; here they are rounded, as those of the other softmax routers.
+stay float32 in a bfloat16 model; here they are rounded, as in the other softmax routers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _DEFAULTS = Defaults(
 
 
 def family(config: Mapping[str, Any]) -> MixtralFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
+    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
     settings = ConfigReader(config)
     settings.architecture("MixtralForCausalLM")
     has_window = settings.value("sliding_window") is not None
@@ -59,7 +59,7 @@ def family(config: Mapping[str, Any]) -> MixtralFamily:
 
 class MixtralFamily(Family):
     def __init__(self, config: ModelConfig, experts: RoutedExperts, window: int | None) -> None:
-        """``window``: positions that a token looks at in every layer; None: all."""
+        """``window``: positions that a token attends to in every layer; None: all."""
         super().__init__(config, experts.banks(config))
         self.experts, self.window = experts, window
         self.windows = frozenset(() if window is None else (window,))

@@ -40,11 +40,11 @@ _DEFAULTS = Defaults(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OlmoeConfig:
-    """The numbers that OLMoE adds to ``ModelConfig``."""
+    """Settings of OLMoE beyond ``ModelConfig``."""
 
     experts: RoutedExperts
     norm_topk_prob: bool
-    """Weights of the chosen experts are scaled to sum 1."""
+    """Whether the weights of the selected experts are scaled to sum 1."""
     attention_bias: bool
     """Biases on q, k, v and o."""
     clip_qkv: float | None
@@ -52,7 +52,7 @@ class OlmoeConfig:
 
 
 def family(config: Mapping[str, Any]) -> OlmoeFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
+    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
     settings = ConfigReader(config)
     settings.architecture("OlmoeForCausalLM")
     own = OlmoeConfig(

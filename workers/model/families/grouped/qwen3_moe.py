@@ -37,21 +37,21 @@ _DEFAULTS = Defaults(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Qwen3MoeConfig:
-    """The numbers that Qwen3-MoE adds to ``ModelConfig``."""
+    """Settings of Qwen3-MoE beyond ``ModelConfig``."""
 
     experts: RoutedExperts
     dense_width: int
     """Inner width of the MLP of a dense layer."""
     norm_topk_prob: bool
-    """Weights of the chosen experts are scaled to sum 1."""
+    """Whether the weights of the selected experts are scaled to sum 1."""
     attention_bias: bool
     """Biases on q, k, v and o."""
     window: int | None
-    """Positions that a token looks at in every layer; None: all."""
+    """Positions that a token attends to in every layer; None: all."""
 
 
 def family(config: Mapping[str, Any]) -> Qwen3MoeFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
+    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
     settings = ConfigReader(config)
     settings.architecture("Qwen3MoeForCausalLM")
     width = settings.integer("sliding_window", default=4096)

@@ -1,4 +1,4 @@
-"""Families in which layers with a recurrent state stand among layers with attention.
+"""Families that mix layers with a recurrent state and layers with attention.
 
-Imports ``workers.model`` and what all families share.
+Imports ``workers.model`` and the shared code of all families.
 """

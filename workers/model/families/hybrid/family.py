@@ -1,4 +1,4 @@
-"""What hybrid families have in common: banks, names of tensors, layers."""
+"""Base class of hybrid families: banks, names of tensors, layers."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from workers.model.routing import Router
 
 class HybridFamily(Family):
     def __init__(self, config: ModelConfig, experts: HybridExperts, has_bias: bool) -> None:
-        """``has_bias``: q, k, v and o have biases."""
+        """``has_bias``: whether q, k, v and o have biases."""
         super().__init__(config, experts.routed.banks(config))
         self.experts = experts
         self._has_bias = has_bias
 
     @abstractmethod
     def delta_parts(self, prefix: str, spec: DeltaNetSpec) -> dict[str, TensorPart]:
-        """The input projections of Gated DeltaNet by short name, in the order of their rows."""
+        """Input projections of Gated DeltaNet by short name, in the order of their rows."""
 
     def delta_order(self, spec: DeltaNetSpec) -> Tensor | None:
-        """The order of their rows in which a projected row is that of ``DeltaNet``; None: it is."""
+        """Order of the projections' rows that ``DeltaNet`` expects; None: unchanged."""
         return None
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
@@ -78,7 +78,7 @@ class HybridFamily(Family):
         return self._norm(outer, "norm")
 
     def _mixer_parts(self, prefix: str, layer: int) -> dict[str, TensorPart]:
-        """``q`` has the rows of queries and gates, head by head."""
+        """Tensors of a layer's mixer; ``q`` has the rows of queries and gates, head by head."""
         config, spec = self.config, self.config.delta_net
         width = config.hidden_size
         if spec is not None and layer in spec.layers:
@@ -134,7 +134,8 @@ class HybridFamily(Family):
         return Router(routing=routing, linear=loader.router("router"))
 
     def _norm(self, loader: Loader, name: str, order: Tensor | None = None) -> Norm:
-        """In float32, with the stored weight and 1; ``order``: of its elements."""
+        """Return a norm in float32 with the stored weight plus 1; ``order``: order of its
+        elements."""
         weight = 1 + loader.tensor(name).float()
         if order is not None:
             weight = weight.index_select(0, order.to(weight.device))
@@ -144,7 +145,7 @@ class HybridFamily(Family):
 def _gated_order(config: ModelConfig) -> Tensor:
     """[(2A + 2K) * D] int64: rows of q_proj, k_proj and v_proj as queries, keys, values, gates.
 
-    q_proj has each head's query before its gate; heads are rotated whole here.
+    q_proj stores each head's query before its gate; here, heads are rotated whole.
     """
     dim, places = config.head_dim, rotation_order(config.rope)
     queries = torch.arange(config.num_heads).unsqueeze(1) * 2 * dim

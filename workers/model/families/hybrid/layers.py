@@ -1,6 +1,7 @@
 """Layers of hybrid families: gated attention or Gated DeltaNet, then experts beside a gated MLP.
 
-All norms but that in Gated DeltaNet are computed in float32, with weights that are stored less 1.
+All norms except the one in Gated DeltaNet are computed in float32, with weights that are stored
+minus 1.
 """
 
 from __future__ import annotations
@@ -25,34 +26,34 @@ from workers.model.layers import (
 from workers.model.routing import Router
 
 Mixer = Callable[[Tensor, Tensor, LayerContext], Tensor]
-"""Normed rows [T, H], this layer's part of the cache, and the context to [T, H]."""
+"""Normed rows [T, H], this layer's part of the cache, and the context -> [T, H]."""
 
 
 class Float32Norm:
-    """A norm of rows in the model dtype that is computed in float32, and rounded once."""
+    """Norm of rows in the model dtype, computed in float32 and rounded once."""
 
     __slots__ = ("_norm",)
 
     def __init__(self, norm: Norm) -> None:
-        """``norm`` with a float32 weight."""
+        """``norm``: a norm with a float32 weight."""
         self._norm = norm
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[.., width]; leaves x as it is."""
+        """Normalise [.., width]; does not modify x."""
         rows = x.reshape(-1, x.shape[-1]).to(torch.float32, copy=True)
         return self._norm(rows).to(x.dtype).view(x.shape)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatedAttention:
-    """Attention whose values are multiplied by a sigmoid before the output projection."""
+    """Attention with a sigmoid gate on its outputs, before the output projection."""
 
     heads: RowAttention
     shape: AttentionShape
     project: Linear
     """H -> (2A + 2K) * D: rows of q, k, v, then gates [A * D]."""
     q_norm: Norm
-    """Of each head."""
+    """Weights of the norms of each query and key head."""
     k_norm: Norm
     output: Linear
     """A * D -> H."""
@@ -97,14 +98,14 @@ class HybridLayer:
     norm1: Norm
     norm2: Norm
     mlp: Mlp
-    """The shared expert, or the MLP of a layer without routed ones."""
+    """The shared expert, or the MLP of a layer without routed experts."""
     gate: Linear | None
-    """H -> 1, of the shared expert."""
+    """H -> 1: gate of the shared expert."""
     router: Router | None
     """None in a layer without routed experts."""
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
-        """See ``Layer``. The shared expert is computed while the routed ones work."""
+        """See ``Layer``. The shared expert is computed while the routed experts run."""
         hidden = hidden + self.mixer(self.norm1(hidden), cache, context)
         normed = self.norm2(hidden)
         if self.router is None:

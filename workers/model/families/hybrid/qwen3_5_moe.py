@@ -1,7 +1,7 @@
-"""Qwen3.5-MoE and 3.6: the text model, alone or inside of a checkpoint with a vision encoder.
+"""Qwen3.5-MoE and 3.6: the text model, alone or within a checkpoint with a vision encoder.
 
 The vision encoder and the layer that predicts more tokens than the next one (``mtp``) are not
-loaded. Prompts are text, where the rotation in sections (mrope) is the plain one.
+loaded. Prompts are text, for which the rotation in sections (mrope) equals the plain rotation.
 
 Source: checkpoint layout and math as in transformers ``models/qwen3_5_moe``.
 """
@@ -41,7 +41,7 @@ _TEXT, _WHOLE = "qwen3_5_moe_text", "qwen3_5_moe"
 
 
 def family(config: Mapping[str, Any]) -> Qwen35MoeFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
+    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
     is_whole = config.get("model_type") == _WHOLE
     settings = ConfigReader(_text_config(config) if is_whole else config)
     names = ("Qwen3_5MoeForConditionalGeneration",) if is_whole else ("Qwen3_5MoeForCausalLM",)
@@ -72,7 +72,7 @@ def family(config: Mapping[str, Any]) -> Qwen35MoeFamily:
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of ``text_config``, and those beside it that it lacks."""
+    """Return the keys of ``text_config``, completed with the outer keys that it lacks."""
     text = config.get("text_config")
     if not isinstance(text, Mapping):
         raise CheckpointError(f"config.json: text_config {text!r} must be an object")

@@ -1,4 +1,4 @@
-"""Qwen3-Next: Gated DeltaNet and gated attention, a softmax router beside a gated shared expert.
+"""Qwen3-Next: Gated DeltaNet and gated attention, a softmax router and a gated shared expert.
 
 The layer that predicts more tokens than the next one (``mtp``) is not loaded.
 
@@ -37,7 +37,7 @@ _DEFAULTS = Defaults(
 
 
 def family(config: Mapping[str, Any]) -> Qwen3NextFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
+    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
     settings = ConfigReader(config)
     settings.architecture("Qwen3NextForCausalLM")
     num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
@@ -73,7 +73,8 @@ class Qwen3NextFamily(HybridFamily):
         }
 
     def delta_order(self, spec: DeltaNetSpec) -> Tensor:
-        """Both projections have their rows by key head: q, k, v, z; then strengths, decays."""
+        """See ``HybridFamily``. Both projections store their rows by key head: q, k, v, z; then
+        strengths, decays."""
         share = spec.num_value_heads // spec.num_key_heads
         widths = [spec.key_dim, spec.key_dim, share * spec.value_dim, share * spec.value_dim]
         rows = torch.arange(spec.num_key_heads * sum(widths)).view(spec.num_key_heads, -1)

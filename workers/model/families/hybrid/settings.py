@@ -1,4 +1,4 @@
-"""What ``config.json`` says of hybrid layers: their kinds, Gated DeltaNet, experts."""
+"""Reads the settings of hybrid layers in ``config.json``: kinds, Gated DeltaNet, experts."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ LINEAR, FULL = "linear_attention", "full_attention"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HybridExperts:
-    """The routed and the shared experts of a layer, and the MLP of one without experts."""
+    """The routed and shared experts of a layer, and the MLP of a layer without experts."""
 
     routed: RoutedExperts
     shared_width: int
-    """Inner width of the shared expert, which sees every token."""
+    """Inner width of the shared expert, which runs for every token."""
     dense_width: int
     """Inner width of the MLP of a dense layer."""
     norm_topk_prob: bool
-    """Weights of the chosen experts are scaled to sum 1."""
+    """Whether the weights of the selected experts are scaled to sum 1."""
 
 
 def read_experts(
@@ -35,7 +35,8 @@ def read_experts(
     dense_width: int,
     norm_topk_prob: bool,
 ) -> HybridExperts:
-    """The keys that the families share; the arguments but the layers are defaults, or fixed."""
+    """Read the keys that the families share; arguments except the layers are defaults or fixed
+    values."""
     return HybridExperts(
         routed=RoutedExperts.read(
             settings,
@@ -51,7 +52,7 @@ def read_experts(
 
 
 def read_delta_net(settings: ConfigReader, num_layers: int) -> DeltaNetSpec | None:
-    """The layers with a recurrent state; None: there are none."""
+    """Read the layers with a recurrent state; return None if there are none."""
     layers = tuple(i for i, kind in enumerate(_kinds(settings, num_layers)) if kind == LINEAR)
     spec = DeltaNetSpec(
         layers=layers,
@@ -70,7 +71,7 @@ def read_delta_net(settings: ConfigReader, num_layers: int) -> DeltaNetSpec | No
 
 
 def _kinds(settings: ConfigReader, num_layers: int) -> list[str]:
-    """``layer_types``, or every ``full_attention_interval``-th layer with attention."""
+    """Return ``layer_types``, or attention in every ``full_attention_interval``-th layer."""
     interval = settings.integer("full_attention_interval", default=4)
     kinds = settings.value("layer_types")
     if kinds is None:
@@ -86,7 +87,7 @@ def _kinds(settings: ConfigReader, num_layers: int) -> list[str]:
 
 
 def check_activation(config: ModelConfig) -> None:
-    """Raise ``CheckpointError`` for an activation that Gated DeltaNet does not have here."""
+    """Raise ``CheckpointError`` for an activation that Gated DeltaNet does not support."""
     if config.activation != "silu":
         raise CheckpointError(
             f"config.json: hidden_act {config.activation!r} is not supported for "

@@ -1,4 +1,4 @@
-"""Latent attention as ``config.json`` and the checkpoints of all its families describe it.
+"""Latent attention of all its families, from ``config.json`` and the checkpoint.
 
 Source: checkpoint layout and math as in transformers ``models/deepseek_v3``.
 """
@@ -28,12 +28,12 @@ from workers.model.layers import LayerContext, Linear, Norm
 from workers.model.rope import context_scale, rope_parameters, rotation_order
 
 _NORM_EPS = 1e-6
-"""Of the norms of latent vectors, whatever ``rms_norm_eps`` is."""
+"""Epsilon of the norms of latent vectors, independent of ``rms_norm_eps``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentDefaults:
-    """Defaults of a family's class."""
+    """Default values of a family."""
 
     num_heads: int
     query_rank: int = 1536
@@ -45,17 +45,18 @@ class LatentDefaults:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentAttention:
-    """The attention of all layers."""
+    """Latent attention of all layers."""
 
     shape: LatentShape
     query_rank: int | None
-    """Elements of the vector from which all queries are made; None: of the hidden state itself."""
+    """Elements of the vector from which all queries are computed; None: they use the hidden
+    state."""
     has_bias: bool
-    """Biases on what makes the latent vectors, and on the output."""
+    """Whether the projections to latent vectors and the output have biases."""
 
     @classmethod
     def read(cls, settings: ConfigReader, defaults: LatentDefaults) -> LatentAttention:
-        """Raises ``CheckpointError`` naming the key we cannot serve."""
+        """Read the settings. Raises ``CheckpointError`` naming the unsupported key."""
         num_heads = settings.integer("num_attention_heads", default=defaults.num_heads)
         num_keys = settings.integer("num_key_value_heads", default=num_heads)
         if num_keys != num_heads:
@@ -83,7 +84,8 @@ class LatentAttention:
         return cls(shape=shape, query_rank=rank, has_bias=has_bias)
 
     def config(self, settings: ConfigReader, model_type: str, defaults: Defaults) -> ModelConfig:
-        """All other numbers, read last. A token's key is its latent vector, and what is rotated."""
+        """Return the other settings, read last. A token's key is its latent vector and the rotated
+        part."""
         shape = self.shape
         return model_config(
             settings,
@@ -120,7 +122,7 @@ class LatentAttention:
         return parts
 
     def projections(self, config: ModelConfig, loader: Loader, norm1: Tensor) -> LatentProjections:
-        """``norm1`` [H]: the weight of the layer's first norm."""
+        """Return the projections; ``norm1`` [H]: weight of the layer's first norm."""
         shape, blocks = self.shape, loader.blocks
         order = rotation_order(config.rope)
         weight = loader.weight("heads").view(-1, shape.plain_dim + shape.value_dim, shape.rank)
@@ -154,13 +156,13 @@ def _by_rank(x: Tensor, context: LayerContext, first: Linear, norm: Norm, second
 
 
 def _ends_ordered(order: Tensor, num_heads: int, first: int) -> Tensor:
-    """The order of the rows of heads of which the elements from ``first`` on are rotated."""
+    """Return the order of rows for heads with rotated elements from ``first`` on."""
     head = torch.cat((torch.arange(first), first + order))
     return (torch.arange(num_heads).unsqueeze(1) * len(head) + head).flatten()
 
 
 def _scale_of_context(config: Mapping[str, Any]) -> float:
-    """See ``context_scale``: beside the rotation's own factor."""
+    """Return ``context_scale``, a factor in addition to that of the rotation."""
     params = rope_parameters(config)
     kind = params.get("rope_type") or params.get("type") or "default"
     mscale, factor = params.get("mscale_all_dim"), params.get("factor")

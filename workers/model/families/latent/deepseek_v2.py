@@ -34,7 +34,7 @@ _EXPERTS = GroupDefaults(
 
 
 def family(config: Mapping[str, Any]) -> LatentFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
+    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
     settings = ConfigReader(config)
     settings.architecture("DeepseekV2ForCausalLM")
     settings.only("scoring_func", "softmax")

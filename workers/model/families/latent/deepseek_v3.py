@@ -1,7 +1,7 @@
 """DeepSeek-V3, R1 and Kimi K2: latent attention, a sigmoid router in groups, dense first layers.
 
-Of the layers behind the last one, which predict more tokens than the next one, the first is loaded
-where that is asked for.
+Of the layers after the last one, which predict more tokens than the next one, the first is loaded
+on request.
 
 Source: checkpoint layout and math as in transformers ``models/deepseek_v3``.
 """
@@ -41,7 +41,7 @@ _EXPERTS = GroupDefaults(
 
 
 def family(config: Mapping[str, Any]) -> LatentFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
+    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
     settings = ConfigReader(config)
     settings.architecture("DeepseekV3ForCausalLM")
     settings.only("scoring_func", "sigmoid")

@@ -1,4 +1,4 @@
-"""What the families with latent attention have in common: all but how they read ``config.json``."""
+"""Base class of families with latent attention: everything except reading ``config.json``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from workers.model.families.predictor import predicting
 
 
 class LatentFamily(Family):
-    """Latent attention, then grouped experts or a dense MLP."""
+    """Layers of latent attention, then grouped experts or a dense MLP."""
 
     def __init__(
         self, config: ModelConfig, attention: LatentAttention, experts: GroupedExperts

@@ -1,4 +1,4 @@
-"""Families whose attention is itself a mixture of experts, chosen by a router for each token.
+"""Families with attention experts, which a router selects for each token.
 
-May import what families may.
+May import the same packages as ``families``.
 """

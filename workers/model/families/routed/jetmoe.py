@@ -1,7 +1,7 @@
 """JetMoE: attention and MLP are both mixtures of experts, three exchanges a layer.
 
 The attention experts hold query and output projections; a token's top-k choice is made once and
-used for both. Keys and values are shared by all of them and belong to the attention worker.
+used for both. All attention experts share keys and values, which belong to the attention worker.
 
 Source: checkpoint layout and math as in transformers ``models/jetmoe``.
 """
@@ -47,18 +47,18 @@ _BLOCK_EPS = 1e-6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JetMoeConfig:
-    """The numbers that JetMoE adds to ``ModelConfig``."""
+    """Settings of JetMoE beyond ``ModelConfig``."""
 
     num_experts: int
-    """E: experts of each of a layer's two banks."""
+    """E: number of experts of each of a layer's two banks."""
     top_k: int
-    """Experts chosen for each token; also query heads for each key head."""
+    """Number of experts selected for each token; also query heads per key head."""
     expert_width: int
     """I: inner width of an MLP expert."""
 
 
 def family(config: Mapping[str, Any]) -> JetMoeFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
+    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
     settings = ConfigReader(config)
     architecture = settings.architecture("JetMoeForCausalLM", "JetMoEForCausalLM", _CLASSIFIER)
     own = JetMoeConfig(
@@ -68,7 +68,7 @@ def family(config: Mapping[str, Any]) -> JetMoeFamily:
     )
     check_top_k("num_experts_per_tok", own.top_k, "num_local_experts", own.num_experts)
     num_kv_heads = settings.integer("num_key_value_heads", default=16)
-    settings.value("num_attention_heads")  # known, but computed from the two values above
+    settings.value("num_attention_heads")  # known keys, but computed from the two values above
     shared = model_config(
         settings,
         model_type="jetmoe",
@@ -110,7 +110,7 @@ class JetMoeFamily(Family):
     def expert_matrices(
         self, bank: BankSpec, exchange: int, expert: int, names: Container[str]
     ) -> tuple[ExpertMatrix, ...]:
-        """Slices: one tensor holds all experts of a layer."""
+        """See ``Family``. One tensor holds all experts of a layer."""
         spec = bank.exchanges[exchange]
         place = "mlp" if bank.bank == "mlp" else "self_attention.experts"
         linears = {"mlp": ("input", "output"), "query": ("input",), "output": ("output",)}
@@ -160,7 +160,8 @@ class JetMoeFamily(Family):
 
 
 def _attention_exchanges(config: ModelConfig) -> tuple[ExchangeSpec, ...]:
-    """The query exchange returns every slot's output; the output exchange sends each slot's row."""
+    """Return both exchanges: query returns the output of every slot, and output sends a row per
+    slot."""
     inner = config.num_kv_heads * config.head_dim
     return (
         ExchangeSpec(
