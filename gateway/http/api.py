@@ -277,7 +277,7 @@ class GenerateEndpoint(CancellableEndpoint[_GenerateRequest]):
         self._format = ChatFormat if kind == "chat" else CompletionFormat
         self._fingerprint = f"expertmesh-{RELEASE}-{gateway.config.fingerprint()}"
 
-    def _read(self, request: Request, data: dict[str, Any]) -> _GenerateRequest:
+    def _parse(self, request: Request, data: dict[str, Any]) -> _GenerateRequest:
         check_unsupported(data, self._kind)
         body: GenerateBody
         if self._kind == "chat":
@@ -294,7 +294,7 @@ class GenerateEndpoint(CancellableEndpoint[_GenerateRequest]):
         options = (body.stream_options or ChatStreamOptionsBody()) if body.stream else None
         return _GenerateRequest(call, options, body.request_id)
 
-    async def _answer(
+    async def _respond(
         self, request: Request, parsed: _GenerateRequest, responder: Responder
     ) -> None:
         call, stream_options, request_id = parsed

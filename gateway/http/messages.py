@@ -56,14 +56,14 @@ class _MessageRequest(NamedTuple):
 class MessagesEndpoint(CancellableEndpoint[_MessageRequest]):
     """``POST /v1/messages``."""
 
-    def _read(self, request: Request, data: dict[str, Any]) -> _MessageRequest:
+    def _parse(self, request: Request, data: dict[str, Any]) -> _MessageRequest:
         _check_version(request)
         check_unsupported(data)
         body = parse_body(MessagesBody, data)
         call = with_headers(message_call(body), request.headers, timeout_header_s(request))
         return _MessageRequest(call, bool(body.stream), _shown_thinking(body.thinking))
 
-    async def _answer(
+    async def _respond(
         self, request: Request, parsed: _MessageRequest, responder: Responder
     ) -> None:
         call, streams, thinking = parsed
@@ -85,13 +85,13 @@ class MessagesEndpoint(CancellableEndpoint[_MessageRequest]):
 class CountTokensEndpoint(CancellableEndpoint[tuple[str, ChatInput]]):
     """``POST /v1/messages/count_tokens``."""
 
-    def _read(self, request: Request, data: dict[str, Any]) -> tuple[str, ChatInput]:
+    def _parse(self, request: Request, data: dict[str, Any]) -> tuple[str, ChatInput]:
         _check_version(request)
         check_unsupported(data)
         body = parse_body(CountTokensBody, data)
         return body.model, chat_input(body)
 
-    async def _answer(
+    async def _respond(
         self, request: Request, parsed: tuple[str, ChatInput], responder: Responder
     ) -> None:
         model, chat = parsed

@@ -39,7 +39,7 @@ _METHODS = frozenset(
 """Others are counted as ``other`` in metrics. Source: RFC 9110, section 9; RFC 5789."""
 
 _RESPONDER = "responder"
-"""Key of the scope's state."""
+"""Key of the responder in the state of the scope."""
 
 
 class Responder:
@@ -57,7 +57,7 @@ class Responder:
 
     @classmethod
     def from_scope(cls, scope: Scope, send: Send) -> Responder:
-        """The responder of ``HttpMiddleware``, without the layers below it; else a new one."""
+        """Return the responder that ``HttpMiddleware`` put into the scope, or a new one."""
         shared = scope.get("state", {}).get(_RESPONDER)
         return shared if isinstance(shared, cls) else cls(send)
 
@@ -247,17 +247,17 @@ class CancellableEndpoint(ABC, Generic[Parsed]):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        parsed = await read_json(request, self._gateway, lambda data: self._read(request, data))
+        parsed = await read_json(request, self._gateway, lambda data: self._parse(request, data))
         responder = Responder.from_scope(scope, send)
-        await run_until_disconnect(receive, responder, self._answer(request, parsed, responder))
+        await run_until_disconnect(receive, responder, self._respond(request, parsed, responder))
 
     @abstractmethod
-    def _read(self, request: Request, data: dict[str, Any]) -> Parsed:
+    def _parse(self, request: Request, data: dict[str, Any]) -> Parsed:
         """Check the JSON object of a body, in a thread if it is large. Raises ``RequestError``."""
 
     @abstractmethod
-    async def _answer(self, request: Request, parsed: Parsed, responder: Responder) -> None:
-        """Serve the request; ``parsed`` is the result of ``_read``."""
+    async def _respond(self, request: Request, parsed: Parsed, responder: Responder) -> None:
+        """Serve the request; ``parsed`` is the result of ``_parse``."""
 
 
 async def _wait_for_disconnect(receive: Receive, responder: Responder) -> None:

@@ -86,14 +86,14 @@ class PoolingEndpoint(CancellableEndpoint[tuple[PoolingHandler, GenerateCall]]):
         self._kind = kind
         self._prepare = prepare
 
-    def _read(self, request: Request, data: dict[str, Any]) -> tuple[PoolingHandler, GenerateCall]:
+    def _parse(self, request: Request, data: dict[str, Any]) -> tuple[PoolingHandler, GenerateCall]:
         check_unsupported(data, "pooling")
         body = parse_body(self._kind, data)
         call = reading_call(**set_fields(body))
         call = with_headers(call, request.headers, timeout_header_s(request))
         return self._prepare(body), call
 
-    async def _answer(
+    async def _respond(
         self, request: Request, parsed: tuple[PoolingHandler, GenerateCall], responder: Responder
     ) -> None:
         serve, call = parsed

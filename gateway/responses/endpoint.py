@@ -80,7 +80,7 @@ class ResponseEndpoint(CancellableEndpoint[_ResponseRequest]):
         super().__init__(gateway)
         self._store = ResponseStore(gateway.state, gateway.disk)
 
-    def _read(self, request: Request, data: dict[str, Any]) -> _ResponseRequest:
+    def _parse(self, request: Request, data: dict[str, Any]) -> _ResponseRequest:
         check_unsupported(data)
         check_size(data)
         body = parse_body(ResponseBody, data)
@@ -92,7 +92,7 @@ class ResponseEndpoint(CancellableEndpoint[_ResponseRequest]):
         rest = body.model_copy(update={"input": None, "tools": None})
         return _ResponseRequest(rest, is_stored, references, checked)
 
-    async def _answer(
+    async def _respond(
         self, request: Request, parsed: _ResponseRequest, responder: Responder
     ) -> None:
         body, is_stored = parsed.body, parsed.is_stored

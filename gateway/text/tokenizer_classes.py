@@ -39,7 +39,7 @@ _DEFAULTS: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def class_tokens(
+def default_special_tokens(
     tokenizer_config: Mapping[str, Any], config: Mapping[str, Any], *, is_byte_level: bool
 ) -> Mapping[str, str]:
     """Return special tokens by name; empty for the generic class and for unknown classes."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.core.errors import CheckpointError
-from gateway.text.tokenizer_classes import class_tokens
+from gateway.text.tokenizer_classes import default_special_tokens
 
 DEFAULT, TOOL_USE = "default", "tool_use"
 """Names of templates: for all conversations, and for conversations with tools."""
@@ -49,7 +49,7 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     config = _read_json(folder / "tokenizer_config.json")
     is_byte_level = '"ByteLevel"' in _read(folder / "tokenizer.json")
     model = _read_json(folder / "config.json")
-    tokens = {**class_tokens(config, model, is_byte_level=is_byte_level), **config}
+    tokens = {**default_special_tokens(config, model, is_byte_level=is_byte_level), **config}
     model_specific = {
         name: token for name, token in config.items() if _is_model_specific(name, token)
     }
