@@ -20,7 +20,7 @@ _TILE_ELEMENTS = 4096
 """Comparisons of pairs with slots that one program keeps in registers."""
 _MAX_TILE, _MIN_TILE = 64, 16
 _SUMMED_TILES = 256
-"""Number of tiles whose counts a program adds up at a time."""
+"""Number of tile counts that a program adds up at a time."""
 _COUNTED_PAIRS = 1024
 """Up to this number of pairs, each program counts all pairs, which is faster than two more
 launches. On an H100, 2,048 pairs of 64 slots took 25 us this way, and 32,768 pairs took 850 us."""

@@ -113,8 +113,7 @@ class KeptSteps(Generic[Captured]):
     def get(self, key: Hashable, num_rows: int, capture: Callable[[Any], Captured]) -> Captured:
         """Return the step of a key; capture it with a memory pool if it does not exist yet.
 
-        If there is not enough memory beside the other steps, they are dropped and the capture is
-        retried.
+        If memory does not suffice, the other steps are dropped and the capture is retried.
         """
         found = self._kept.pop(key, None)
         if found is None:

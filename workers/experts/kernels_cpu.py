@@ -97,7 +97,8 @@ class PackedExperts:
 
 
 class PaddedExperts(StackedWeights):
-    """One batched product over all experts; rows are padded to those of the busiest expert."""
+    """One batched product over all experts; rows are padded to the row count of the busiest
+    expert."""
 
     def __init__(
         self, exchange: ExchangeSpec, dtype: torch.dtype, compute_threads: ComputeThreads

@@ -150,8 +150,7 @@ class ExpertSlots:
         expert.
 
         ``used[bank][slot]`` is an expert, or -1 if the slot is unused. ``is_needed(bank, slot)``
-        reports further slots that have come into use; ``min_slots`` is the capacity that a bank
-        keeps.
+        reports further slots that are now in use; ``min_slots`` is the capacity that a bank keeps.
         """
         num_freed = 0
         for bank, slots in enumerate(used):

@@ -111,7 +111,7 @@ def _read_header(opened: BinaryIO) -> tuple[bytes, dict[str, _Entry]]:
     length = opened.read(_LENGTH_BYTES)
     num_bytes = int.from_bytes(length, "little")
     if len(length) < _LENGTH_BYTES or num_bytes > _MAX_HEADER_BYTES:
-        raise _damaged(f"its header has {num_bytes} bytes, at most {_MAX_HEADER_BYTES} may be")
+        raise _damaged(f"its header has {num_bytes} bytes, the limit is {_MAX_HEADER_BYTES}")
     text = opened.read(num_bytes)
     try:
         known = _HEADER.decode(text)
@@ -188,7 +188,7 @@ def _reason(name: str, targets: Mapping[str, LoraTarget]) -> str:
     module = name.removeprefix("base_model.model.")
     module = re.sub(r"\.(lora_\w+|base_layer|modules_to_save)\b.*|\.(weight|bias)$", "", module)
     is_target = _target(module, targets) is not None
-    return f"{module} {'is changed in another way' if is_target else why_not(module)}"
+    return f"{module} {'is changed in an unsupported way' if is_target else why_not(module)}"
 
 
 def _check_shapes(
@@ -207,7 +207,7 @@ def _check_shapes(
         shape = entries[names[side]].shape
         if shape != expected:
             raise CheckpointError(
-                f"tensor {names[side]} has shape {list(shape)}, the model and rank {rank} ask for "
+                f"tensor {names[side]} has shape {list(shape)}, the model and rank {rank} require "
                 f"{list(expected)}"
             )
 
@@ -216,4 +216,4 @@ def _check_finite(matrices: ModuleMatrices) -> None:
     for tensor in (matrices.down, matrices.up):
         if not torch.isfinite(tensor).all():
             name = matrices.target.part.name.removesuffix(".weight")
-            raise CheckpointError(f"{name} has numbers in the adapter that are not finite")
+            raise CheckpointError(f"{name} has numbers that are not finite in the adapter")

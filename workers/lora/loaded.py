@@ -86,9 +86,7 @@ class LoadedAdapters:
     def _check_room(self, prepared: PreparedAdapter) -> None:
         limit = self.limit
         if len(self._adapters) >= limit:
-            raise CheckpointError(
-                f"{limit} adapters are loaded, at most {limit} (max_loras) may be"
-            )
+            raise CheckpointError(f"{limit} adapters are loaded, which is the limit (max_loras)")
         if self._model.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self._model.device)
             needed = prepared.num_bytes

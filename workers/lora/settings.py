@@ -94,7 +94,7 @@ class AdapterSettings:
         )
 
     def has_target(self, module: str) -> bool:
-        """Whether the module is a target, as far as targets are named."""
+        """Whether the module is a target; True if no names of targets are given."""
         return self.targets is None or any(_ends_with(module, end) for end in self.targets)
 
 

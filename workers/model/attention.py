@@ -6,7 +6,7 @@ A layer's cache is [2 * num_kv_heads, num_blocks, block_size, D], keys before va
 values.
 
 Gathering blocks along its second dim leaves each head's keys of each sequence in one piece, which
-is what makes the batched products fast. The blocks of a few sequences at a time are gathered into a
+makes the batched products fast. The blocks of a few sequences at a time are gathered into a
 workspace, because page faults of new memory would cost more than the products. For 32 sequences of
 192 tokens, 8 heads of 64, bfloat16 on one busy core of an AMD EPYC: SDPA over [B, L, heads, D] 10
 ms, products in fresh memory 15 ms, in a workspace 4.0 ms, in pieces of 3 MB 2.3 ms (1024 tokens:

@@ -6,8 +6,8 @@ of a float32: the smallest one with which no element exceeds 448, the largest nu
 element keeps 4 significant bits, and numbers below 2 ** -14 of the largest one keep fewer. A vector
 with an element that is not finite reads as NaN. A row of zero bytes is a valid row of zeros.
 
-For example D = 2, (3.0, -0.3): the scale is 2 ** -7 (byte 120), the codes stand for 384 and -40
-(-38.4 rounded), which read as (3.0, -0.3125).
+For example D = 2, (3.0, -0.3): the scale is 2 ** -7 (byte 120), the values are 384 and -40 (-38.4
+rounded), which read as (3.0, -0.3125).
 
 Source: "FP8 formats for deep learning" (Micikevicius et al., 2022) for the elements; "OCP
 Microscaling Formats (MX) Specification v1.0" for scales of 8 bits. There a scale belongs to 32

@@ -1,12 +1,12 @@
 """Move loaded weights to huge pages, if Linux supports them and the weights are not in such pages.
 
 Large weights begin there (``workers.native.memory``); small ones share a huge page with others.
-Small batches are bound by how fast weights are read, and behind a hypervisor a miss of the address
+Small batches are bound by how fast weights are read, and under a hypervisor a miss of the address
 translation is expensive: with pages of 4 KiB an expert of 512 x 512 bfloat16 costs 128 of them. Two
 cores of an AMD EPYC in a virtual machine, random model of ``make bench``, 64 tokens of 1 and of 8
-sequences: 60.4 -> 65.4 and 180.6 -> 190.6 tokens/s. ``MADV_COLLAPSE`` also moves memory
-that libraries allocated before, one huge page at a time: unlike ``MADV_HUGEPAGE`` it can be stopped
-when the kernel takes long to find free ones. Source: ``madvise(2)``, Linux 6.1 and later.
+sequences: 60.4 -> 65.4 and 180.6 -> 190.6 tokens/s. ``MADV_COLLAPSE`` also moves memory that
+libraries allocated before, one huge page at a time: unlike ``MADV_HUGEPAGE`` it can be stopped when
+the kernel takes long to find free ones. Source: ``madvise(2)``, Linux 6.1 and later.
 """
 
 from __future__ import annotations

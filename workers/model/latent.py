@@ -1,4 +1,4 @@
-"""Multi-head latent attention: the keys and values of all heads come from one latent vector.
+"""Multi-head latent attention: one latent vector yields the keys and values of all heads.
 
 A layer's cache stores only a token's latent vector [R] and one rotated key [P]. The same attention
 can be computed in two ways:

@@ -158,7 +158,7 @@ def _clamped(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
 
 
 class Mlp(Protocol):
-    """An MLP whose products can be computed separately."""
+    """An MLP with products that can be computed separately."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, H] -> [rows, H]."""
@@ -300,8 +300,8 @@ class LayerContext:
         return mlp(x) if self.adapters is None else self.adapters.apply(mlp, x)
 
     def within(self, window: int | None) -> AttentionBatch:
-        """Return ``attention`` for a layer whose rows attend to ``window`` positions; None: to
-        all."""
+        """Return ``attention`` for a layer with a window of ``window`` positions; None: no
+        window."""
         return self.attention if window is None else self.windows[window]
 
 

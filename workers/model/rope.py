@@ -31,8 +31,8 @@ class RopeConfig:
     head_dim: int
     """D: elements of a head."""
     rotary_dim: int
-    """R: elements of a head that are rotated. If R < D, the others have the frequency 0, and heads
-    are in the order of ``rotation_order``."""
+    """R: elements of a head that are rotated. If R < D, the remaining ones have the frequency 0,
+    and heads are in the order of ``rotation_order``."""
     has_neighbours: bool = False
     """Whether the checkpoint rotates element 2i with 2i + 1, not i with i + R/2."""
     max_position_embeddings: int
@@ -135,9 +135,9 @@ def _rotary_dim(
 def rotation_order(config: RopeConfig) -> Tensor:
     """[D] int64: the element of a checkpoint's head at each position of a head here.
 
-    Checkpoints rotate the first R elements, i with i + R/2 or neighbours, and leave the others.
-    Here i is rotated with i + D/2, as in a head that is rotated whole, and the unrotated pairs
-    follow the rotated ones. Queries and keys have the same order, so their products are unchanged.
+    Checkpoints rotate the first R elements, i with i + R/2 or neighbours, and leave the rest. Here
+    i is rotated with i + D/2, as in a head that is rotated whole, and the unrotated pairs follow
+    the rotated ones. Queries and keys have the same order, so their products are unchanged.
     """
     dim = config.rotary_dim
     rotated, others = torch.arange(dim), torch.arange(dim, config.head_dim)

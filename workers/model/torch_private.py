@@ -90,7 +90,7 @@ _NEVER = timedelta(days=1)
 
 
 def gloo_group(store: Store, rank: int, size: int, host: str, timeout_s: float) -> Any:
-    """Connect a gloo group whose sockets are on ``host``'s interface. Collective."""
+    """Connect a gloo group with sockets on ``host``'s interface. Collective."""
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
     options._devices = [gloo.create_device(hostname=host)]

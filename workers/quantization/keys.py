@@ -1,8 +1,9 @@
 """Keys of a ``quantization_config``: which are read, ignored or refused.
 
-Tools record how they chose the quantized values (calibration, tuning, kernels to load with) beside
-what the values mean. A key that no reader has requested is ignored, unless its name mentions a
-property of a weight or an activation: bits, scales, zero points, orders, rotations, additions.
+Tools record how they chose the quantized values (calibration, tuning, kernels to load with)
+together with the meaning of the values. A key that no reader has requested is ignored, unless its
+name mentions a property of a weight or an activation: bits, scales, zero points, orders, rotations,
+additions.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class QuantizationKeys:
         return found
 
     def honoured(self, *keys: str) -> None:
-        """Mark keys as read whose meaning the tensors in the files show."""
+        """Mark keys as read because the tensors in the files show their meaning."""
         self._rest.difference_update(keys)
 
     def refused(self, key: str, rule: str = "") -> CheckpointError:
@@ -99,7 +100,7 @@ def check_overrides(keys: QuantizationKeys, key: str, same: Mapping[str, Any]) -
     ``extra_config``.
 
     A module that is excluded (``-:``, or at least 16 bits) is stored unquantized, so it needs no
-    further check. Raises ``CheckpointError`` for a module whose settings differ from ``same``.
+    further check. Raises ``CheckpointError`` for a module with settings other than ``same``.
     """
     found = keys.value(key)
     if found is None:

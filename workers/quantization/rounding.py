@@ -1,11 +1,11 @@
 """Quantization of matrices at load.
 
 8-bit values are the nearest ones when the largest number of a group maps to the largest value. A
-4-bit value stands for scale * (value - zero point). The candidate scales divide a group's range,
+4-bit value represents scale * (value - zero point). The candidate scales divide a group's range,
 including 0, into 15 to 8 steps; the best candidate is refined by least squares, and the one with
-the least squared error is used. The first scale is that of Q4_1 of llama.cpp; fewer steps recover
-the grid of weights that were quantized with wider groups before. The values of a group depend on
-its numbers alone: every operation is elementwise or a sum in a fixed order, so all machines and
+the least squared error is used. The first scale equals Q4_1 of llama.cpp; fewer steps recover the
+grid of weights that were quantized with wider groups before. The values of a group depend on its
+numbers alone: every operation is elementwise or a sum in a fixed order, so all machines and
 ``workers.native`` get the same bits.
 
 Source: the search over scales of ``make_qkx2_quants`` in llama.cpp's ggml-quants.c; here each error

@@ -40,7 +40,7 @@ class NotHeldError(ProtocolError):
 
 
 class FasterSource:
-    """``ExpertSource`` over several sources, each of which can load every expert."""
+    """``ExpertSource`` over several sources; each can load every expert."""
 
     def __init__(
         self, sources: Mapping[str, ExpertSource], clock: Callable[[], float] = time.monotonic

@@ -97,7 +97,7 @@ class ExpertLoader:
         self._executor = ThreadPoolExecutor(1, "expert-loader", use_one_core)
 
     def order(self, order: LoadExperts) -> None:
-        """Queue a command and return at once. Any thread."""
+        """Queue a command and return immediately. Any thread."""
         self._submit(self._carry_out, order)
 
     def keep_only(self, used: Sequence[Sequence[int]]) -> None:
@@ -124,7 +124,7 @@ class ExpertLoader:
             if num_freed := self._slots.keep_only(used, self._min_slots, self._is_needed):
                 logger.info("freed %d unused experts", num_freed)
         except Exception:  # out of memory, for example: the worker keeps its slots
-            logger.exception("experts that are not used cannot be freed")
+            logger.exception("could not free unused experts")
 
     def _is_needed(self, bank: int, slot: int) -> bool:
         """Whether a step may read the slot, now or in an epoch that may follow."""
@@ -191,7 +191,7 @@ class ExpertLoader:
         banks, work = self._slots.banks, []
         for entry in order.experts:
             if not (isinstance(entry, list) and [type(x) for x in entry] == [int, int, int]):
-                raise ProtocolError(f"{entry!r} is no [bank, slot, expert]")
+                raise ProtocolError(f"{entry!r} is not [bank, slot, expert]")
             bank, slot, expert = entry
             if not 0 <= bank < len(banks):
                 raise ProtocolError(f"there is no bank {bank}")
@@ -199,7 +199,7 @@ class ExpertLoader:
                 raise ProtocolError(f"bank {bank} has no expert {expert}")
             limit = 2 * banks[bank].spec.num_experts if self._max_slots is None else self._max_slots
             if not 0 <= slot < max(limit, banks[bank].num_slots):
-                raise ProtocolError(f"bank {bank} has no room for slot {slot}")
+                raise ProtocolError(f"slot {slot} is beyond the capacity of bank {bank}")
             work.append((bank, slot, expert))
         return work
 

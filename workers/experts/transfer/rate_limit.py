@@ -44,6 +44,6 @@ class RateLimit:
         delay_s = self.delay_s(num_bytes)
         left_s = self._ends_at - self._clock()
         if self._cancelled.wait(max(min(delay_s, left_s), 0.0)):
-            raise TransferAbortedError("it is not wanted any more")
+            raise TransferAbortedError("it was cancelled")
         if delay_s > left_s:
             raise TransferAbortedError(f"not done within {self._limit_s:g} s")

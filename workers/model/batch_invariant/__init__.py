@@ -1,4 +1,4 @@
-"""Products and attention whose rows do not depend on the batch, for ``--deterministic``.
+"""Batch-invariant products and attention, for ``--deterministic``.
 
 Imports ``workers.model``.
 """

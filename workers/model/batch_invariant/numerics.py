@@ -81,7 +81,7 @@ def _native_results(library: Library, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def _operands(out: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return a weight [out, 2 * width] and rows whose products are 0 except for the rounding of
+    """Return a weight [out, 2 * width] and rows with products of 0, except for the rounding of
     sums.
 
     The second half of each sum subtracts the first, term by term, so that only its rounding errors

@@ -1,11 +1,10 @@
 """Tests of batch invariance: whether a row's result depends on the other rows of its batch.
 
 Matrix libraries pick kernels by the number of rows, so a row's last bits differ with its batch. On
-an AMD EPYC, torch 2.13, one thread, float32 products of 1 to 3 rows differ from those of 4 and
-more, plain and batched alike; in oneDNN's packed layout only a single row does, and only for some
-shapes; bfloat16 never. On an Intel Xeon with AMX, float32 products of some hundred inputs differ in
-both layouts, unless their number of rows is fixed. Other processors may differ, so each one is
-tested.
+an AMD EPYC, torch 2.13, one thread, float32 products of 1 to 3 rows differ from products of 4 and
+more, plain and batched; in oneDNN's packed layout only a single row does, and only for some shapes;
+bfloat16 never. On an Intel Xeon with AMX, float32 products of some hundred inputs differ in both
+layouts, unless their number of rows is fixed. Other processors may differ, so each one is tested.
 """
 
 from __future__ import annotations

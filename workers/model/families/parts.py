@@ -80,7 +80,7 @@ def projection_parts(
 ) -> dict[str, TensorPart]:
     """Return ``q``, ``k``, ``v`` and ``o`` of a layer, and ``q_bias`` and so on if it has biases.
 
-    ``has_output_bias``: whether ``o`` has a bias; None: as the others. ``has_gates``: whether ``q``
+    ``has_output_bias``: whether ``o`` has a bias; None: as q, k and v. ``has_gates``: whether ``q``
     also has the rows of gates, one per query row.
     """
     width = config.hidden_size

@@ -99,9 +99,9 @@ def stored_experts(
     if len(plain) == len(parts):
         return StoredExperts()
     if plain:
-        return StoredExperts(obstacle=f"{plain[0]} is not stored in codes, as others are")
+        return StoredExperts(obstacle=f"{plain[0]} is not quantized, unlike others")
     if (stored.form.group or GROUP_MULTIPLE) % GROUP_MULTIPLE:
-        words = f"groups of {stored.form.group} are no multiple of {GROUP_MULTIPLE}"
+        words = f"groups of {stored.form.group} are not a multiple of {GROUP_MULTIPLE}"
         return StoredExperts(obstacle=words)
     for part in parts:
         if part.is_transposed or part.part_shape[1] % 2:
@@ -128,7 +128,7 @@ def _report(obstacles: Sequence[str]) -> None:
     found = [words for words in obstacles if words]
     if found:
         logger.warning(
-            "codes of experts are decoded in %d of %d exchanges: %s",
+            "quantized experts are dequantized in %d of %d exchanges: %s",
             len(found),
             len(obstacles),
             found[0],

@@ -31,7 +31,7 @@ class MappedFiles:
         return MappedFiles(self._headers, self._stamps)
 
     def read(self, file: Path, name: str, index: int | None) -> Tensor:
-        """Return a tensor of a file, or one row of it, in mapped memory. Raises
+        """Return a tensor of a file, or one of its rows, in mapped memory. Raises
         ``CheckpointError``."""
         try:
             reader = self._reader(file)
@@ -65,7 +65,7 @@ class MappedFiles:
             if not is_same or FileStamp.of(file) != self._stamps[file]:
                 what = "data" if is_same else "header"
                 raise CheckpointError(
-                    f"{file.name} is not the file of this checkpoint any more: its {what} changed"
+                    f"{file.name} is no longer the file of this checkpoint: its {what} changed"
                 )
             self._readers[file] = reader, opened
         return self._readers[file][0]

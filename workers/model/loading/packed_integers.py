@@ -97,8 +97,8 @@ def as_stored(
     if zeros is not None and not form.has_zeros:
         if zeros.count_nonzero():
             raise CheckpointError(
-                f"tensor {part.name}: its zero points differ, though quantization_config says that "
-                "they do not"
+                f"tensor {part.name}: its zero points differ, although quantization_config "
+                "requires equal ones"
             )
         zeros = None
     return QuantizedMatrix(

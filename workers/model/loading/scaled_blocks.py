@@ -1,8 +1,8 @@
 """Weights stored as 8-bit floats with a scale for each block of a matrix.
 
 Source: DeepSeek-AI, "DeepSeek-V3 Technical Report" (2024), section 3.3; the tensors are as
-transformers writes them: ``NAME`` in float8 E4M3 beside ``NAME_scale_inv``, the scales to multiply
-by. They are read as float32, in which the product of both is exact except for its last bit.
+transformers writes them: ``NAME`` in float8 E4M3 and ``NAME_scale_inv``, the scales to multiply by.
+They are read as float32, in which the product of both is exact except for its last bit.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def check_codes(stored: Tensor, name: str) -> None:
     codes = stored.view(torch.uint8)
     if codes.numel() and (codes.amax() == 0xFF or codes.view(torch.int8).amax() == 0x7F):
         raise CheckpointError(
-            f"tensor {name} must hold numbers: it has the float8 code 0x7f or 0xff, which is none"
+            f"tensor {name} must hold numbers: it has the float8 code 0x7f or 0xff, which is NaN"
         )
 
 

@@ -137,11 +137,11 @@ def test_experts_are_loaded_into_new_slots(tiny_checkpoint: Path, kind: str) -> 
         ([-1, 4, 4], "there is no bank -1"),
         ([0, 4, 8], "bank 0 has no expert 8"),
         ([0, 4, -2], "bank 0 has no expert -2"),
-        ([0, -1, 4], "bank 0 has no room for slot -1"),
-        ([0, 16, 4], "bank 0 has no room for slot 16"),
-        ([0, 4], "[0, 4] is no [bank, slot, expert]"),
-        ([0, 4, True], "[0, 4, True] is no [bank, slot, expert]"),
-        ("abc", "'abc' is no [bank, slot, expert]"),
+        ([0, -1, 4], "slot -1 is beyond the capacity of bank 0"),
+        ([0, 16, 4], "slot 16 is beyond the capacity of bank 0"),
+        ([0, 4], "[0, 4] is not [bank, slot, expert]"),
+        ([0, 4, True], "[0, 4, True] is not [bank, slot, expert]"),
+        ("abc", "'abc' is not [bank, slot, expert]"),
     ],
 )
 def test_an_order_that_makes_no_sense_is_refused(
@@ -155,7 +155,7 @@ def test_an_order_that_makes_no_sense_is_refused(
 
 def test_where_slots_cannot_grow_there_is_a_limit(tiny_checkpoint: Path) -> None:
     with loading(tiny_checkpoint, max_slots=4) as found:
-        assert found.load([0, 4, 4]).error == "bank 0 has no room for slot 4"
+        assert found.load([0, 4, 4]).error == "slot 4 is beyond the capacity of bank 0"
         assert found.load([0, 3, 4]).error == ""
         found.check(0, 3, 4)
 
@@ -198,7 +198,7 @@ def test_another_checkpoint_in_the_same_place_is_refused(tmp_path: Path) -> None
     with loading(tmp_path) as found:
         write_tiny_checkpoint(tmp_path, {**TINY_CONFIG, "num_hidden_layers": 1})
         assert found.load([0, 4, 5]).error == (
-            "model.safetensors is not the file of this checkpoint any more: its header changed"
+            "model.safetensors is no longer the file of this checkpoint: its header changed"
         )
 
 

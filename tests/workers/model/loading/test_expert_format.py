@@ -112,7 +112,7 @@ def test_codes_that_kernels_cannot_use_may_be_quantized_again() -> None:
     part, dtypes = TensorPart(name="x.weight", shape=(24, 24)), {"x.weight": "F8_E4M3"}
     found = stored_experts([part], stored, dtypes)
     assert found.form is None
-    assert found.obstacle == "groups of 12 are no multiple of 8"
+    assert found.obstacle == "groups of 12 are not a multiple of 8"
     stored = parse_storage_format({"quant_method": "fp8", "weight_block_size": [8, 8]})
     for own in (replace(part, is_transposed=True), replace(part, shape=(24, 23))):
         found = stored_experts([own], stored, dtypes)

@@ -70,7 +70,7 @@ def family(config: Mapping[str, Any]) -> GptOssFamily:
         known["dtype"] = "bfloat16"  # the public configs have no such key
     settings = ConfigReader(known)
     settings.architecture("GptOssForCausalLM")
-    settings.value("initial_context_length")  # that of rope_scaling
+    settings.value("initial_context_length")  # the key of rope_scaling
     own = GptOssConfig(
         experts=RoutedExperts.read(
             settings,

@@ -1,4 +1,4 @@
-"""MiniMax-M2: norms over all heads at once, a part of each head rotated, a sigmoid router.
+"""MiniMax-M2: norms over all heads together, a part of each head rotated, a sigmoid router.
 
 The layers that predict more tokens than the next one are not loaded.
 

@@ -1,4 +1,4 @@
-"""Layers of hybrid families: gated attention or Gated DeltaNet, then experts beside a gated MLP.
+"""Layers of hybrid families: gated attention or Gated DeltaNet, then experts and a gated MLP.
 
 All norms except the one in Gated DeltaNet are computed in float32, with weights that are stored
 minus 1.

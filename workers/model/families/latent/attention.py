@@ -162,7 +162,7 @@ def _ends_ordered(order: Tensor, num_heads: int, first: int) -> Tensor:
 
 
 def _scale_of_context(config: Mapping[str, Any]) -> float:
-    """Return ``context_scale``, a factor in addition to that of the rotation."""
+    """Return ``context_scale``, a factor in addition to the rotation's factor."""
     params = rope_parameters(config)
     kind = params.get("rope_type") or params.get("type") or "default"
     mscale, factor = params.get("mscale_all_dim"), params.get("factor")
