@@ -44,8 +44,7 @@ _INTERPRETED_SHARED_BYTES = 227 << 10
 
 
 def tile_of(height: int, item_bytes: int, form: WeightFormat | None) -> Tile:
-    """Return the tile for blocks of ``height`` pairs with inputs of ``item_bytes`` bytes per
-    element."""
+    """Return the tile for blocks of ``height`` pairs with ``item_bytes`` per input element."""
     if item_bytes != 2:
         return _LOW
     return (_TILES if form is None else _CODED_TILES).get(height, _LOW)

@@ -90,8 +90,7 @@ class Matrices:
 
     @classmethod
     def of(cls, parts: Sequence[Tensor], form: WeightFormat | None, width: int) -> Matrices:
-        """``parts``: the weights, or the quantized values, scales and zero points if there are
-        any."""
+        """``parts``: the weights, or the quantized values, scales and zero points if any."""
         return cls(parts[0], width, form, *parts[1:])
 
 

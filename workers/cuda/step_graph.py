@@ -76,8 +76,7 @@ class StepGraph:
 
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the one stream of all captures: torch shares memory only between graphs of one
-    stream."""
+    """One stream of all captures: torch shares memory only between graphs of one stream."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
@@ -90,8 +89,7 @@ class KeptSteps(Generic[Captured]):
     """Captured steps of one kind, by key; the least recently used are dropped."""
 
     def __init__(self, max_rows: int) -> None:
-        """``max_rows``: limit on the total rows of all kept steps, unless a single step has
-        more."""
+        """``max_rows``: limit on the rows of all kept steps, except for a single step."""
         self._max_rows = max_rows
         self._state: Hashable = None
         self._kept: dict[Hashable, _Kept[Captured]] = {}

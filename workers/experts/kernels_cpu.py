@@ -36,8 +36,7 @@ from workers.quantization.matrix import Weight, plain
 PACKED_MIN_ELEMENTS = 64 * 1024
 """Elements of an exchange's first matrix from which one call per expert is faster."""
 _WIDE_ROWS = 16
-"""Rows per used expert from which the loop runs all matrices of an expert before the next
-expert."""
+"""Rows per used expert from which the loop finishes an expert before the next."""
 _CALL_ROWS = 16
 """Rows for which the products take as long as a call and reading an expert's weights."""
 _FEW_PAIRS = 16
@@ -97,8 +96,7 @@ class PackedExperts:
 
 
 class PaddedExperts(StackedWeights):
-    """One batched product over all experts; rows are padded to the row count of the busiest
-    expert."""
+    """One batched product over all experts; rows are padded to the busiest expert's."""
 
     def __init__(
         self, exchange: ExchangeSpec, dtype: torch.dtype, compute_threads: ComputeThreads

@@ -1,5 +1,4 @@
-"""Quantized experts without compiled kernels: the reference, and the torch implementation on
-CPUs."""
+"""Quantized experts without compiled kernels: the reference, and torch on CPUs."""
 
 from __future__ import annotations
 

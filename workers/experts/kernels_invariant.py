@@ -159,8 +159,7 @@ def forms(exchange: ExchangeSpec) -> tuple[MakeKernel, ...]:
 def pairs_agree(
     make: MakeKernel, exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Whether a pair's output has the same bits in all batches and at all positions of its
-    expert."""
+    """Whether a pair's output has the same bits in all batches and positions."""
     inputs = random_rows(NUM_TRIED_ROWS, exchange.in_width, dtype=dtype)
     found = []
     for num_slots, first in ((_TRIED_SLOTS, _TRIED_SLOTS - 2), (2, 0)):

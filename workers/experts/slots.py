@@ -1,5 +1,4 @@
-"""All expert slots of one device: the physical experts that it holds, loaded from the
-checkpoint."""
+"""All expert slots of one device: the physical experts that it holds."""
 
 from __future__ import annotations
 
@@ -32,8 +31,7 @@ class LoadedExpert:
 
 
 def torch_reason(banks: Sequence[BankSpec], dtype: torch.dtype) -> str:
-    """Reason, for logs, why torch computes experts although compiled kernels exist; empty
-    otherwise."""
+    """Log text: why torch computes experts although compiled kernels exist; empty otherwise."""
     missing = {
         unsupported_feature(exchange, dtype) for bank in banks for exchange in bank.exchanges
     }
@@ -76,8 +74,7 @@ class ExpertSlots:
         return {slot: held.expert for slot, held in self._contents[bank].copy().items()}
 
     def rows(self) -> tuple[tuple[int, ...], ...]:
-        """``[bank][slot]``: the logical expert with complete weights in the slot, or
-        ``FREE_SLOT``."""
+        """``[bank][slot]``: the logical expert that is complete there, or ``FREE_SLOT``."""
         found = []
         for bank in range(len(self.banks)):
             held = self.contents(bank)

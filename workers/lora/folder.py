@@ -137,8 +137,7 @@ def _checked(
     targets: Mapping[str, LoraTarget],
     max_rank: int,
 ) -> dict[str, tuple[LoraTarget, dict[str, str]]]:
-    """Return the tensor names of each module, by the adapter's module name in the order of the
-    model."""
+    """Return the tensor names of each module, by the adapter's module name, in model order."""
     by_module: dict[str, dict[str, str]] = {}
     for name, found in entries.items():
         match = _NAME.fullmatch(name)

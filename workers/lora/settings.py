@@ -99,8 +99,7 @@ class AdapterSettings:
 
 
 def read_settings(folder: Path) -> tuple[AdapterSettings, bytes]:
-    """Return the settings of a folder, and the bytes they were read from. Raises
-    ``CheckpointError``."""
+    """Settings of a folder, and the bytes they were read from. Raises ``CheckpointError``."""
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise CheckpointError(f"{folder.name}: there is no {CONFIG_FILE} in the folder")
@@ -176,8 +175,7 @@ def _number(name: str, value: object) -> float:
 
 
 def _pattern(name: str, value: object, read: Callable[[str, object], Any]) -> Mapping[str, Any]:
-    """Parse a mapping with module names, or their ends, as keys; regular expressions are
-    refused."""
+    """Parse a mapping with module names, or their ends, as keys; no regular expressions."""
     if value is None:
         return {}
     if not isinstance(value, dict):

@@ -1,5 +1,4 @@
-"""Cache slots that the rows of a micro-batch write, and the keys, values and states that they
-read."""
+"""Cache slots that the rows of a micro-batch write, and the keys and states that they read."""
 
 from __future__ import annotations
 
@@ -205,8 +204,7 @@ class StateRows:
     num_decodes: int
     """Number of leading runs that are single rows of different sequences."""
     decode_slots: Tensor
-    """[2, num_decodes] int64 on the model's device: state slots that they read, and that they
-    write."""
+    """[2, num_decodes] int64 on the model's device: state slots they read and write."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,8 +46,7 @@ class BuildingBlocks:
     """Whether a row's bits are independent of other rows and of how a prompt is split."""
 
     def __init__(self, compute_threads: ComputeThreads | None = None) -> None:
-        """``compute_threads`` share large products; None: the calling thread computes them
-        alone."""
+        """``compute_threads`` share large products; None: only the calling thread."""
         self._compute_threads = compute_threads or ComputeThreads()
 
     def linear(
@@ -73,8 +72,7 @@ class BuildingBlocks:
         return GatedMlp(self.linear(gate_up()), self.linear(down()), activation)
 
     def head_products(self, weight: Tensor, plain_dim: int) -> HeadProducts:
-        """Return head products of a weight [A, N + V, R]; the first N rows of each head make
-        keys."""
+        """Head products of a weight [A, N + V, R]; the first N rows of each head make keys."""
         return TorchHeadProducts(weight, plain_dim)
 
     def norm(self, weight: Tensor, eps: float) -> Norm:

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from workers.model.rope import RopeConfig
 
 ExpertKind = Literal["gated", "linear"]
-"""``gated``: down(activation(gate x) * up x), matrices (gate over up, down); ``linear``: one
-matrix."""
+"""``gated``: down(activation(gate x) * up x), matrices (gate over up, down); ``linear``: one."""
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
 """Activation of a gated expert or MLP, with the names of ``hidden_act``."""
 

@@ -147,8 +147,7 @@ class TorchDeltaNet:
         return rows[:, : self._net.spec.conv_width].float()
 
     def _convolved(self, window: Tensor) -> Tensor:
-        """[.., T + kernel - 1, C] -> silu of the convolution [.., T, C], rounded to the model
-        dtype."""
+        """[.., T + kernel - 1, C] -> silu of the convolution [.., T, C], in the model dtype."""
         conv, dtype = self._net.conv, self._net.norm.dtype
         length = window.shape[-2] - len(conv) + 1
         total = window[..., :length, :] * conv[0]
@@ -158,8 +157,7 @@ class TorchDeltaNet:
         return row_wise(functional.silu, flat).float().view_as(total)
 
     def _prepared(self, convolved: Tensor, rows: Tensor) -> _Rows:
-        """Return the inputs of the delta rule from convolved [.., C] and projected rows [..,
-        row_width]."""
+        """Inputs of the delta rule from convolved [.., C] and projected rows [.., row_width]."""
         spec, net = self._net.spec, self._net
         heads, num_values = spec.num_value_heads, spec.num_value_heads * spec.value_dim
         each = spec.num_key_heads * spec.key_dim

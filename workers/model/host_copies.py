@@ -23,8 +23,7 @@ def to_device(values: NDArray[Any] | Sequence[int], device: torch.device) -> Ten
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
-    """Copy tensors of one device to arrays, in one copy. bfloat16 is not supported, because numpy
-    lacks it."""
+    """Copy tensors of one device to arrays, in one copy. numpy lacks bfloat16."""
     if tensors[0].is_cpu:
         return [tensor.numpy() for tensor in tensors]
     parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]

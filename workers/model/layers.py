@@ -42,8 +42,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 _VECTORS = 32
-"""A multiple of the float32 elements that torch computes at a time; a remainder is computed
-singly."""
+"""A multiple of the float32 elements that torch computes at a time; the rest is computed singly."""
 
 
 def row_wise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -63,8 +62,7 @@ def row_sigmoid(x: Tensor) -> Tensor:
 
 
 _SPLIT_MIN_ELEMENTS = 4 * 1024 * 1024
-"""Minimum weight elements to divide among the compute threads, because reading weights is the
-cost."""
+"""Minimum weight elements to divide among the compute threads: reading weights is the cost."""
 _SPLIT_MIN_PRODUCTS = 32 * 1024 * 1024
 """Minimum products (rows x weight elements) to divide the rows: 0.3 ms on one core."""
 
@@ -269,8 +267,7 @@ class ModelInputs:
     attention: AttentionBatch
     """Cache slots of the rows' keys and values, and the keys that they attend to."""
     given: tuple[tuple[int, Tensor], ...] = ()
-    """(first row, [n, H] float32) of rows with embeddings in place of token ids; their token ids
-    are 0."""
+    """(first row, [n, H] float32) of rows with embeddings in place of token ids, which are 0."""
     adapters: RowAdapters | None = None
     """Adapters of the rows; None: no row has one."""
 
@@ -300,8 +297,7 @@ class LayerContext:
         return mlp(x) if self.adapters is None else self.adapters.apply(mlp, x)
 
     def within(self, window: int | None) -> AttentionBatch:
-        """Return ``attention`` for a layer with a window of ``window`` positions; None: no
-        window."""
+        """``attention`` for a layer with a window of ``window`` positions; None: no window."""
         return self.attention if window is None else self.windows[window]
 
 
@@ -379,8 +375,7 @@ class AttentionModel:
         return LayerContext(cos, sin, inputs.attention, windows, native, inputs.adapters)
 
     def embed(self, token_ids: Tensor, given: Iterable[tuple[int, Tensor]]) -> Tensor:
-        """Return the first layer's input [T, H], newly allocated; ``given`` as in
-        ``ModelInputs``."""
+        """First layer's input [T, H], newly allocated; ``given`` as in ``ModelInputs``."""
         hidden = self.embedding(token_ids)
         for first, rows in given:
             hidden[first : first + len(rows)] = rows

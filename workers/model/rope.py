@@ -155,8 +155,7 @@ def context_scale(factor: float, mscale: float) -> float:
 
 
 def rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return ``rope_parameters`` of a ``config.json`` in either spelling. Raises
-    ``CheckpointError``."""
+    """``rope_parameters`` of a ``config.json`` in either spelling. Raises ``CheckpointError``."""
     params = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(params, Mapping):
         raise CheckpointError(f"config.json: rope_scaling {params!r} must be an object")

@@ -72,8 +72,7 @@ def sum_of_pairs(
 
 
 def sum_by_position(products: Tensor, pair_row: Tensor, num_rows: int) -> Tensor:
-    """``weighted_sum``'s order of additions for devices on which ``index_add_`` adds in any
-    order."""
+    """``weighted_sum``'s order of additions for devices with unordered ``index_add_``."""
     total = torch.zeros(num_rows, products.shape[1], device=products.device)
     counts = torch.bincount(pair_row, minlength=num_rows)
     starts = counts.cumsum(0) - counts

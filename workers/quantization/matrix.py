@@ -112,8 +112,7 @@ def scale_dtype(form: WeightFormat) -> torch.dtype:
 
 
 def decode_codes(codes: Tensor, kind: Codes) -> Tensor:
-    """Dequantize values [.., bytes] uint8 to float32, without scale; a byte holds two 4-bit
-    values."""
+    """Dequantize values [.., bytes] uint8 to float32, without scale; 4 bits: two per byte."""
     if kind == "int8":
         return codes.view(torch.int8).float()
     if kind == "e4m3":

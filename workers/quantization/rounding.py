@@ -54,8 +54,7 @@ def candidates(form: WeightFormat, width: int) -> list[WeightFormat]:
 
 
 def squared_error(matrix: QuantizedMatrix, weight: Tensor) -> float:
-    """Return the sum of squared differences to weight [out, in], with the same bits on all
-    machines."""
+    """Return the sum of squared differences to weight [out, in], the same on all machines."""
     found = 0.0
     for first in range(0, len(weight), _ROWS_AT_ONCE):
         rows = slice(first, first + _ROWS_AT_ONCE)
@@ -106,8 +105,7 @@ def in_groups(weight: Tensor, form: WeightFormat) -> Tensor:
 def of_groups(
     form: WeightFormat, shape: tuple[int, int], codes: Tensor, scales: Tensor, zeros: Tensor
 ) -> QuantizedMatrix:
-    """Return the matrix [out, in] of all groups: values [groups, bytes], scales and zero points
-    [groups]."""
+    """Matrix [out, in] of all groups: values [groups, bytes], scales and zero points [groups]."""
     rows, width = shape
     stored = codes.view(rows, -1)[:, : form.row_bytes(width)].contiguous()
     parts = stored, scales.view(rows, -1), zeros.view(rows, -1)

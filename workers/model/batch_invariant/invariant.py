@@ -151,8 +151,7 @@ class RowInvariantBlocks(BuildingBlocks):
     def rope(
         self, config: RopeConfig, max_positions: int, dtype: torch.dtype, device: torch.device
     ) -> Rope:
-        """See ``BuildingBlocks``. Rotations that are computed in the step are computed row by
-        row."""
+        """See ``BuildingBlocks``. Rotations in the step are computed row by row."""
         return Rope(config, max_positions, dtype, device, row_by_row=True)
 
 
@@ -169,8 +168,7 @@ def tiles_agree(
     dtype: torch.dtype,
     latent_rank: int | None = None,
 ) -> bool:
-    """Whether positions of a sequence have the same bits as a whole, in chunks and as decode
-    rows."""
+    """Whether positions have the same bits as a whole, in chunks and as decode rows."""
     trial = _AttentionTrial(num_heads, num_kv_heads, head_dim, dtype, latent_rank)
     whole = trial.prefill(0, trial.length)
     for bounds in ((0, 1, 2, 5, 12, 64, 65, 130), (0, 3, 67, 130), (0, 129, 130)):
@@ -217,8 +215,7 @@ class _AttentionTrial:
         return self._attend(torch.arange(first, last), (), (chunk,))
 
     def decode(self, positions: range | tuple[int, ...]) -> Tensor:
-        """Return the outputs of positions as decode rows of sequences that all begin like this
-        one."""
+        """Outputs of positions as decode rows of sequences that all begin like this one."""
         rows = torch.tensor(list(positions))
         blocks = torch.arange(self._num_blocks).repeat(len(rows))
         width = self._num_blocks * self._block_size

@@ -15,8 +15,7 @@ _TRANSFERS_PER_CLOCK = 2
 
 
 def gpu_facts(device: torch.device) -> tuple[str, float]:
-    """Return the GPU's name and its memory bandwidth in bytes per second; 0 if it is not
-    reported."""
+    """Return the GPU's name and its memory bandwidth in bytes per second; 0 if unknown."""
     found = torch.cuda.get_device_properties(device)
     kilohertz = getattr(found, "memory_clock_rate", 0)
     bits = getattr(found, "memory_bus_width", 0)

@@ -42,8 +42,7 @@ class WeightReader(Protocol):
         """Read parts stacked row over row, newly allocated on the CPU."""
 
     def borrow(self, parts: Sequence[TensorPart], dtype: torch.dtype) -> Tensor:
-        """``read_stacked`` with memory that is valid until the checkpoint is closed, and
-        read-only."""
+        """``read_stacked`` with memory that is read-only and valid until the checkpoint closes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,7 @@ _MOST: Mapping[str, int] = {
     "n_routed_experts": 65536,
     "moe_num_experts": 65536,
 }
-"""Limits far above the number of layers and experts of any model, so that loops over them end
-soon."""
+"""Limits far above the number of layers and experts of any model, so that loops end soon."""
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "mlp_bias": (False,),
@@ -151,8 +150,7 @@ class ConfigReader:
         return cast(Activation, value)
 
     def token_ids(self, key: str, default: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
-        """Return one id or a list; null means none here. Defaults beyond the vocabulary are
-        dropped."""
+        """One id or a list; null means none here. Defaults beyond the vocabulary are dropped."""
         self._asked.add(key)
         if key not in self.raw:
             return tuple(token for token in default if token < vocab_size)
@@ -295,8 +293,7 @@ def sparse_layers(settings: ConfigReader, num_layers: int) -> tuple[int, ...]:
 
 
 def _prediction_layers(settings: ConfigReader) -> int:
-    """Return the number of prediction layers; only users of a predictor need it, so any number is
-    valid."""
+    """Number of prediction layers; only users of a predictor need it, so any number is valid."""
     count = settings.raw.get("num_nextn_predict_layers")
     return count if isinstance(count, int) and count > 0 else 0
 

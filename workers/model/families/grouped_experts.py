@@ -46,8 +46,7 @@ class GroupedExperts:
 
     routed: RoutedExperts
     num_shared_experts: int
-    """Number of shared experts, which run for every token as one MLP of that many times the
-    width."""
+    """Number of shared experts, run as one MLP of that many times the width."""
     dense_width: int
     """Inner width of the MLP of a dense layer."""
     num_groups: int

@@ -107,8 +107,7 @@ class NativeMicroBatch:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the last begun layer has dispatched its rows and has not received their
-        outputs."""
+        """Whether the last begun layer waits for the outputs of its dispatched rows."""
         return bool(self.fields.is_waiting)
 
     @property

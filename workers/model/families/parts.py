@@ -136,8 +136,7 @@ def mlp_parts(prefix: str, width: int, inner: int) -> dict[str, TensorPart]:
 def gated_expert(
     prefix: str, bank: BankSpec, expert: int, names: Container[str]
 ) -> tuple[ExpertMatrix, ...]:
-    """Return gate over up [2 * inner, width], then down [width, inner]; separate or fused on
-    disk."""
+    """Gate over up [2 * inner, width], then down [width, inner]; separate or fused on disk."""
     (exchange,) = bank.exchanges
     width, inner = exchange.in_width, exchange.expert_width
     up: tuple[TensorPart, ...]

@@ -55,8 +55,7 @@ def predictor_parts(config: ModelConfig, prefix: str) -> dict[str, TensorPart]:
 
 
 def predicting(config: ModelConfig) -> ModelConfig:
-    """Return the config of a model with its predictor. Raises ``CheckpointError`` if there is
-    none."""
+    """Config of a model with its predictor. Raises ``CheckpointError`` if there is none."""
     if not config.num_prediction_layers:
         raise CheckpointError(
             "config.json: num_nextn_predict_layers must be at least 1 for speculative_method mtp: "

@@ -99,8 +99,7 @@ class Checkpoint:
         self._total_bytes += num_bytes
 
     def count(self, num_bytes: int) -> None:
-        """Report that announced bytes are in memory, read by this checkpoint or received
-        otherwise."""
+        """Report that announced bytes are in memory, read here or received."""
         self.loaded_bytes += num_bytes
         if self._progress is not None:
             self._progress(self.loaded_bytes, max(self._total_bytes, self.loaded_bytes))
@@ -246,8 +245,7 @@ class Checkpoint:
         return scaled_blocks.scales_of(part, stored.block), stored.block
 
     def _mapped(self, part: TensorPart) -> Tensor:
-        """Return the mapped file's memory, or new memory for numbers stored in blocks with
-        scales."""
+        """Return the mapped file's memory, or new memory for scaled blocks."""
         if part.is_mxfp4:
             parts = mxfp4.stored_parts(part)
             return mxfp4.decoded(*(self._stored(own, _BLOCK_DTYPES) for own in parts))
@@ -290,8 +288,7 @@ def _checkpoint_id(
     headers: Mapping[Path, Mapping[str, TensorEntry]],
     path: Path,
 ) -> str:
-    """Return the id, including facts outside the headers: which file a tensor of several files is
-    read from."""
+    """Return the id, including the file of each tensor that several files have."""
     copies = Counter(name for header in headers.values() for name in header)
     for name, entry in sorted(tensors.items()):
         if copies[name] > 1:

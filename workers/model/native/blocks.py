@@ -38,8 +38,7 @@ class NativeBlocks(BuildingBlocks):
     are_exact: ClassVar[bool] = True
 
     def __init__(self, team: Team, form: WeightFormat | None = None) -> None:
-        """``form``: format of quantized products; routers and products of single heads are not
-        quantized."""
+        """``form``: format of quantized products; not for routers and single heads."""
         super().__init__()
         self._team = team
         self._form = form
@@ -55,8 +54,7 @@ class NativeBlocks(BuildingBlocks):
         return NativeLinear(self._team, weight, bias, self._form if may_quantize else None)
 
     def tied(self, weight: Tensor) -> tuple[Embedding, Linear]:
-        """Return an embedding and a head that read the packed weight; a quantized head has its own
-        weight."""
+        """An embedding and a head that read the packed weight; a quantized head has its own."""
         linear = NativeLinear(self._team, weight, None, self._form)
         if linear.matrix.form is not None:
             return TableEmbedding(weight.clone()), linear
@@ -87,6 +85,5 @@ class NativeBlocks(BuildingBlocks):
     def rope(
         self, config: RopeConfig, max_positions: int, dtype: torch.dtype, device: torch.device
     ) -> Rope:
-        """See ``BuildingBlocks``. Rotations that are computed in the step are computed row by
-        row."""
+        """See ``BuildingBlocks``. Rotations in the step are computed row by row."""
         return Rope(config, max_positions, dtype, device, row_by_row=True)

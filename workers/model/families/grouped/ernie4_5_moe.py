@@ -50,8 +50,7 @@ class Ernie45MoeConfig:
 
     experts: RoutedExperts
     num_shared_experts: int
-    """Number of shared experts, which run for every token as one MLP of that many times the
-    width."""
+    """Number of shared experts, run as one MLP of that many times the width."""
     dense_width: int
     """Inner width of the MLP of a dense layer."""
     least_sum: float
@@ -82,8 +81,7 @@ def family(config: Mapping[str, Any]) -> Ernie45MoeFamily:
 
 
 def _sparse_layers(settings: ConfigReader) -> tuple[int, ...]:
-    """Return every ``moe_layer_interval``-th layer from the start index to the end index,
-    inclusive."""
+    """Every ``moe_layer_interval``-th layer from the start index to the end index, inclusive."""
     num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
     interval = settings.integer("moe_layer_interval", default=1)
     first = settings.integer("moe_layer_start_index", default=1, least=0)

@@ -115,8 +115,7 @@ def _ignored_keys(found: Any) -> tuple[str, ...]:
 
 
 def _windows(settings: ConfigReader) -> tuple[int | None, ...]:
-    """Every other layer has a window, starting with the first, unless ``layer_types`` lists the
-    kinds."""
+    """Every other layer has a window, from the first on, unless ``layer_types`` lists them."""
     num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
     has_window = "sliding_window" not in settings.raw or settings.value("sliding_window")
     width = settings.integer("sliding_window", default=128) if has_window else None

@@ -134,8 +134,7 @@ class HybridFamily(Family):
         return Router(routing=routing, linear=loader.router("router"))
 
     def _norm(self, loader: Loader, name: str, order: Tensor | None = None) -> Norm:
-        """Return a norm in float32 with the stored weight plus 1; ``order``: order of its
-        elements."""
+        """Norm in float32 with the stored weight plus 1; ``order``: order of its elements."""
         weight = 1 + loader.tensor(name).float()
         if order is not None:
             weight = weight.index_select(0, order.to(weight.device))

@@ -35,8 +35,7 @@ def read_experts(
     dense_width: int,
     norm_topk_prob: bool,
 ) -> HybridExperts:
-    """Read the keys that the families share; arguments except the layers are defaults or fixed
-    values."""
+    """Read the keys that the families share; other arguments are defaults or fixed."""
     return HybridExperts(
         routed=RoutedExperts.read(
             settings,

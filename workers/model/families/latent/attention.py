@@ -49,8 +49,7 @@ class LatentAttention:
 
     shape: LatentShape
     query_rank: int | None
-    """Elements of the vector from which all queries are computed; None: they use the hidden
-    state."""
+    """Elements of the vector from which all queries are computed; None: the hidden state."""
     has_bias: bool
     """Whether the projections to latent vectors and the output have biases."""
 
@@ -84,8 +83,7 @@ class LatentAttention:
         return cls(shape=shape, query_rank=rank, has_bias=has_bias)
 
     def config(self, settings: ConfigReader, model_type: str, defaults: Defaults) -> ModelConfig:
-        """Return the other settings, read last. A token's key is its latent vector and the rotated
-        part."""
+        """Other settings, read last. A token's key is its latent vector and the rotated part."""
         shape = self.shape
         return model_config(
             settings,

@@ -160,8 +160,7 @@ class JetMoeFamily(Family):
 
 
 def _attention_exchanges(config: ModelConfig) -> tuple[ExchangeSpec, ...]:
-    """Return both exchanges: query returns the output of every slot, and output sends a row per
-    slot."""
+    """Both exchanges: query returns the output of every slot, and output sends a row per slot."""
     inner = config.num_kv_heads * config.head_dim
     return (
         ExchangeSpec(
