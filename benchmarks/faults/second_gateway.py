@@ -32,7 +32,7 @@ class Standstill:
     def __init__(self, snapshot: dict[str, Any]) -> None:
         self._snapshot = snapshot
 
-    async def ask(self, call: ControllerCall, *details: Any) -> dict[str, Any]:
+    async def call(self, call: ControllerCall, *details: Any) -> dict[str, Any]:
         """See ``gateway.cluster.view.ControllerCalls``."""
         if call == "wait_snapshot" and details[0] == self._snapshot["version"]:
             await asyncio.sleep(details[1])

@@ -22,7 +22,7 @@ from benchmarks.gpu_check.runner import FILE, Settings, exit_code, run, summary
 from benchmarks.gpu_check.section import Section
 from benchmarks.gpu_check.sections import SECTIONS
 from cluster.cli.terminal.arguments import count
-from cluster.cli.terminal.output import note, out_line
+from cluster.cli.terminal.output import note, write_line
 
 _MOST_JOBS = 12
 
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     note(f"{len(args.only)} sections on {device}, {args.budget} s at most")
     outcomes = run(args.only, settings)
-    out_line(f"\n{summary(outcomes)}")
+    write_line(f"\n{summary(outcomes)}")
     note(f"wrote {args.out / FILE}")
     return exit_code(outcomes)
 

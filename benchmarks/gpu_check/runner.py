@@ -23,7 +23,7 @@ from threading import Event
 from typing import Any, Literal
 
 from benchmarks.gpu_check.section import Section
-from cluster.cli.terminal.output import out_line, table
+from cluster.cli.terminal.output import table, write_line
 
 FILE = "gpu_check.jsonl"
 """A line for each section of each run."""
@@ -111,7 +111,7 @@ class _Journal:
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, allow_nan=False) + "\n")
         shown = f"{outcome.status:9}  {outcome.seconds:5.1f} s  {outcome.words}"
-        out_line(f"{outcome.section:{self._width}}  {shown}".rstrip())
+        write_line(f"{outcome.section:{self._width}}  {shown}".rstrip())
         return outcome
 
 

@@ -67,7 +67,7 @@ class _LocalController:
     def __init__(self, cluster: ThreadCluster) -> None:
         self._cluster = cluster
 
-    async def ask(self, call: ControllerCall, *details: Any) -> Any:
+    async def call(self, call: ControllerCall, *details: Any) -> Any:
         """The answer of the controller's method."""
         return await getattr(self._cluster.actor, call)(*details)
 

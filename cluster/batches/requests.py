@@ -62,7 +62,7 @@ class RequestFile:
 
     def __init__(self, path: Path, places: array[int], ids: frozenset[str]) -> None:
         self._path = path
-        self._places = places
+        self._offsets = places
         self.ids = ids
         """``custom_id`` of each request."""
 
@@ -81,14 +81,14 @@ class RequestFile:
             while line := file.readline(limits.max_line_bytes + 1):
                 number += 1
                 if len(line) > limits.max_line_bytes:
-                    raise _wrong(number, "", f"has more than {limits.max_line_bytes} bytes")
+                    raise _line_error(number, "", f"has more than {limits.max_line_bytes} bytes")
                 if line.strip():
                     request = read_request(line, number, limits.endpoints)
                     if request.custom_id in ids:
-                        raise _wrong(number, "custom_id", f"{request.custom_id!r} came before")
+                        raise _line_error(number, "custom_id", f"{request.custom_id!r} came before")
                     if len(ids) == limits.max_requests:
                         rule = f"is beyond the limit of {limits.max_requests} requests"
-                        raise _wrong(number, "", rule)
+                        raise _line_error(number, "", rule)
                     ids.add(request.custom_id)
                     places.append(place)
                 place += len(line)
@@ -97,12 +97,12 @@ class RequestFile:
         return cls(path, places, frozenset(ids))
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._offsets)
 
     def requests(self) -> Iterator[BatchRequest]:
         """Yield all requests in file order. Raises ``RequestError`` if the file has changed."""
         with self._path.open("rb") as file:
-            for number, place in enumerate(self._places, 1):
+            for number, place in enumerate(self._offsets, 1):
                 file.seek(place)
                 yield read_request(file.readline(), number, None)
 
@@ -111,22 +111,24 @@ def read_request(line: bytes, number: int, endpoints: Sequence[str] | None) -> B
     """Parse the request in a line; ``endpoints`` None allows any. Raises ``RequestError``."""
     found = _parsed(line, number)
     if not isinstance(found, dict):
-        raise _wrong(number, "", "must be an object")
+        raise _line_error(number, "", "must be an object")
     if unknown := sorted(set(found) - _FIELDS):
-        raise _wrong(number, str(unknown[0])[:64], f"is not one of {', '.join(sorted(_FIELDS))}")
+        raise _line_error(
+            number, str(unknown[0])[:64], f"is not one of {', '.join(sorted(_FIELDS))}"
+        )
     custom_id, method = found.get("custom_id"), found.get("method", "POST")
     url, body = found.get("url"), found.get("body")
     if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_ID_CHARS:
-        raise _wrong(number, "custom_id", f"must be a text of 1 to {MAX_ID_CHARS} characters")
+        raise _line_error(number, "custom_id", f"must be a text of 1 to {MAX_ID_CHARS} characters")
     if method != "POST":
-        raise _wrong(number, "method", f"({str(method)[:32]!r}) must be POST")
+        raise _line_error(number, "method", f"({str(method)[:32]!r}) must be POST")
     if not isinstance(url, str) or (endpoints is not None and url not in endpoints):
         rule = f"({str(url)[:64]!r}) must be one of {', '.join(endpoints or ())}"
-        raise _wrong(number, "url", rule)
+        raise _line_error(number, "url", rule)
     if not isinstance(body, dict):
-        raise _wrong(number, "body", "must be an object")
+        raise _line_error(number, "body", "must be an object")
     if body.get("stream"):
-        raise _wrong(number, "body.stream", "must be false: a batch has whole answers")
+        raise _line_error(number, "body.stream", "must be false: a batch has whole answers")
     return BatchRequest(custom_id, url, body)
 
 
@@ -140,7 +142,7 @@ def _parsed(line: bytes, number: int) -> Any:
     except RecursionError as err:
         raise _too_deep(number) from err
     except ValueError as err:  # also undecodable bytes and integers with too many digits
-        raise _wrong(number, "", "is not JSON") from err
+        raise _line_error(number, "", "is not JSON") from err
     if text.count("{") + text.count("[") > _MAX_DEPTH and is_deeper(found, _MAX_DEPTH):
         raise _too_deep(number)
     return found
@@ -151,9 +153,9 @@ def _refuse_constant(name: str) -> None:
 
 
 def _too_deep(number: int) -> RequestError:
-    return _wrong(number, "", f"is nested too deeply: at most {_MAX_DEPTH} levels")
+    return _line_error(number, "", f"is nested too deeply: at most {_MAX_DEPTH} levels")
 
 
-def _wrong(number: int, field: str, rule: str) -> RequestError:
+def _line_error(number: int, field: str, rule: str) -> RequestError:
     where = f"line {number}: {field} " if field else f"line {number} "
     return LineError(f"{where}{rule}", field or None, "", number)

@@ -55,7 +55,7 @@ class ResponseFile:
         self._path = path
         self._is_private = is_private
         self._fd = os.open(path, _OPEN, 0o644)
-        self.done = set[str]()
+        self.answered_ids = set[str]()
         """Ids of the requests that have a response."""
         self.num_failed = 0
         """Number of responses with an error."""
@@ -85,13 +85,13 @@ class ResponseFile:
 
     def append(self, custom_id: str, line: Mapping[str, Any]) -> None:
         """Append a response. Raises ``OSError``; the file then has the responses before it."""
-        assert custom_id not in self.done, custom_id
+        assert custom_id not in self.answered_ids, custom_id
         text = json.dumps(line, ensure_ascii=False, allow_nan=False)
         raw = text.encode(errors="backslashreplace") + b"\n"  # escapes lone surrogates
         self._write_doubtful()
         self._records.append(raw)
         self._unsynced.append(raw)
-        self._note(custom_id, line)
+        self._record(custom_id, line)
 
     def check_disk_space(self) -> None:
         """Raise ``OSError`` if the disk has no space for more responses."""
@@ -138,16 +138,16 @@ class ResponseFile:
             begin = 0
             for number, raw in enumerate(file, 1):
                 found = _response_in(raw)
-                if found is not None and found.answer["custom_id"] in self.done:
+                if found is not None and found.response["custom_id"] in self.answered_ids:
                     if not self._is_private:
                         raise ConflictError(
                             f"{self._path.name}: line {number} repeats the response to a request"
                         )
                     found = None
-                if not self._is_private and (found is None or found.begin) and not _is_part(raw):
+                if not self._is_private and (found is None or found.begin) and not _is_partial(raw):
                     raise ConflictError(f"{self._path.name}: line {number} is no answer")
                 if found is not None:
-                    self._note(found.answer["custom_id"], found.answer)
+                    self._record(found.response["custom_id"], found.response)
                     yield _Line(begin + found.begin, len(raw) - found.begin)
                 begin += len(raw)
 
@@ -188,8 +188,8 @@ class ResponseFile:
             self._records.append(b"".join(self._unsynced))
             self._is_doubtful = False
 
-    def _note(self, custom_id: str, line: Mapping[str, Any]) -> None:
-        self.done.add(custom_id)
+    def _record(self, custom_id: str, line: Mapping[str, Any]) -> None:
+        self.answered_ids.add(custom_id)
         self.num_failed += not is_success(line["response"]["status_code"])
 
 
@@ -211,7 +211,7 @@ class _LineResponse:
 
     begin: int
     """Number of bytes before it."""
-    answer: dict[str, Any]
+    response: dict[str, Any]
 
 
 def is_success(status: int) -> bool:
@@ -219,7 +219,7 @@ def is_success(status: int) -> bool:
     return 200 <= status < 300
 
 
-def _is_part(line: bytes) -> bool:
+def _is_partial(line: bytes) -> bool:
     """Whether a line without a whole response begins like one.
 
     Some file systems leave trailing zeros when a machine fails.

@@ -87,7 +87,7 @@ class BatchRun:
     """
 
     requests: RequestFile
-    answers: ResponseFile
+    responses: ResponseFile
     errors: ResponseFile
     """File of failed responses; may be the same as ``answers``."""
     send: SendRequest
@@ -108,7 +108,7 @@ class BatchRun:
     _writing: asyncio.Lock = field(init=False, default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
-        done = set[str]().union(*(file.done for file in self._files))
+        done = set[str]().union(*(file.answered_ids for file in self._files))
         if others := sorted(done - self.requests.ids):
             raise ConflictError(f"the batch has no request {others[0][:64]!r}, which is answered")
         failed = sum(file.num_failed for file in self._files)
@@ -139,17 +139,17 @@ class BatchRun:
 
     @property
     def _files(self) -> set[ResponseFile]:
-        return {self.answers, self.errors}
+        return {self.responses, self.errors}
 
     def _left(self) -> Generator[BatchRequest, None, None]:
-        done = self.answers.done | self.errors.done
+        done = self.responses.answered_ids | self.errors.answered_ids
         return (one for one in self.requests.requests() if one.custom_id not in done)
 
     async def _work(self, left: Iterator[BatchRequest]) -> None:
         while (request := await self._next(left)) is not None:
             answer = await self._send_until_answered(request)
             is_good = is_success(answer.status)
-            file = self.answers if is_good else self.errors
+            file = self.responses if is_good else self.errors
             line = response_line(request, answer)
             await self._write(partial(file.append, request.custom_id, line))
             self.counts.completed += is_good

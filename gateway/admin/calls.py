@@ -49,8 +49,8 @@ class AdminCalls:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._ask = partial(gateway.cluster.ask, limit_s=CALL_LIMIT_S)
-        self._snapshot = SharedResult(lambda: self._ask("snapshot", True), gateway.numbers.age_s)
+        self._call = partial(gateway.cluster.call, limit_s=CALL_LIMIT_S)
+        self._snapshot = SharedResult(lambda: self._call("snapshot", True), gateway.numbers.age_s)
 
     # ---- queries --------------------------------------------------------------------------
 
@@ -101,7 +101,7 @@ class AdminCalls:
         """The next snapshot, even after a restart of the controller."""
         while True:
             try:
-                snapshot: dict[str, Any] = await self._ask(
+                snapshot: dict[str, Any] = await self._call(
                     "wait_snapshot", version, _WATCH_S, limit_s=_WATCH_S + CALL_LIMIT_S
                 )
             except NotReadyError:
@@ -124,7 +124,7 @@ class AdminCalls:
             "request_id": request.request_id,
             "expected_epoch": _epoch(request),
         }
-        return _operation(await self._ask("begin", "drain", order))
+        return _operation(await self._call("begin", "drain", order))
 
     async def DrainGateway(self, request: pb.DrainGatewayRequest) -> pb.DrainGatewayResponse:
         """Drain this replica; the controller is not involved."""
@@ -140,7 +140,7 @@ class AdminCalls:
             "request_id": request.request_id,
             "expected_epoch": _epoch(request),
         }
-        return _operation(await self._ask("begin", "scale", order))
+        return _operation(await self._call("begin", "scale", order))
 
     async def Rebalance(self, request: pb.RebalanceRequest) -> pb.Operation:
         """Rebalance, or with ``dry_run`` only report the predicted changes."""
@@ -149,18 +149,18 @@ class AdminCalls:
             "request_id": request.request_id,
             "expected_epoch": _epoch(request),
         }
-        return self._shown_operation(await self._ask("begin", "rebalance", order))
+        return self._shown_operation(await self._call("begin", "rebalance", order))
 
     async def GetOperation(self, request: pb.GetOperationRequest) -> pb.Operation:
-        return self._shown_operation(await self._ask("operation", request.id))
+        return self._shown_operation(await self._call("operation", request.id))
 
     async def ListOperations(self, request: pb.ListOperationsRequest) -> pb.ListOperationsResponse:
-        found = await self._ask("operations")
+        found = await self._call("operations")
         return pb.ListOperationsResponse(operations=map(self._shown_operation, found))
 
     async def CancelOperation(self, request: pb.CancelOperationRequest) -> pb.Operation:
         """Cancel an operation that can still be undone."""
-        return self._shown_operation(await self._ask("cancel_operation", request.id))
+        return self._shown_operation(await self._call("cancel_operation", request.id))
 
     def _shown_operation(self, found: Mapping[str, Any]) -> pb.Operation:
         """The operation for the caller: only operators see the balance of the experts."""
@@ -171,7 +171,7 @@ class AdminCalls:
     async def GetLog(self, request: pb.GetLogRequest) -> pb.GetLogResponse:
         """Log lines of a worker or the controller."""
         self._check_operator(LOGS)
-        found = await self._ask("log", request.process, request.after)
+        found = await self._call("log", request.process, request.after)
         return pb.GetLogResponse(number=found["number"], lines=found["lines"])
 
     async def AbortRequests(self, request: pb.AbortRequestsRequest) -> pb.AbortRequestsResponse:
@@ -188,7 +188,7 @@ class AdminCalls:
         """Load an adapter, and wait until every replica accepts requests that name it."""
         tenants = list(request.tenants)
         order = {"name": request.lora_name, "path": request.lora_path, "tenants": tenants}
-        found = await self._ask("begin", "load_adapter", order, limit_s=LORA_LIMIT_S)
+        found = await self._call("begin", "load_adapter", order, limit_s=LORA_LIMIT_S)
         if not found:
             raise ConflictError(f"the adapter {request.lora_name} was unloaded meanwhile")
         await self._wait_replicas(lambda keys: found["key"] in keys)
@@ -202,7 +202,7 @@ class AdminCalls:
             raise ModelNotFoundError(
                 f"the adapter {request.lora_name[:128]!r} does not exist", "lora_name"
             )
-        found = await self._ask("begin", "unload_adapter", {"name": request.lora_name})
+        found = await self._call("begin", "unload_adapter", {"name": request.lora_name})
         await self._wait_replicas(lambda keys: found["key"] not in keys)
         return pb.UnloadLoraAdapterResponse()
 
@@ -210,7 +210,7 @@ class AdminCalls:
         self, request: pb.ListLoraAdaptersRequest
     ) -> pb.ListLoraAdaptersResponse:
         """Adapters that the caller may use, in any state; paths only for operators."""
-        snapshot = self._gateway.model.adapters.without_others(await self._ask("snapshot"))
+        snapshot = self._gateway.model.adapters.without_others(await self._call("snapshot"))
         found = snapshot.get("adapters", ())
         if not is_operator(self._gateway.admin_keys):
             found = [{**adapter, "path": ""} for adapter in found]
@@ -219,7 +219,7 @@ class AdminCalls:
     async def _wait_replicas(self, knows: Callable[[list[str]], bool]) -> None:
         """Wait until every replica knows; a replica that does not reply is no error."""
         for _ in range(_MAX_LOOKS):
-            answers = (await self._gateway.status.replicas.ask("adapters")).values()
+            answers = (await self._gateway.status.replicas.call("adapters")).values()
             if all(map(knows, answers)):
                 return
             await asyncio.sleep(_LOOK_S)

@@ -89,7 +89,9 @@ class RunningBatch:
         """Run the remaining requests and store the end. Retry after ``TRANSIENT_ERRORS``."""
         if self._batch.finalizing_at is None:
             problem = await self._ask_all(routes, tuning)
-            if problem is not None and not (self._answers.done or self._failures.done):
+            if problem is not None and not (
+                self._answers.answered_ids or self._failures.answered_ids
+            ):
                 await self._save("failed", errors=[problem])
                 return
             await self._finalize(problem)
@@ -196,7 +198,7 @@ class RunningBatch:
     @property
     def _counts(self) -> RequestCounts:
         failed = self._failures.num_failed
-        completed = len(self._answers.done)
+        completed = len(self._answers.answered_ids)
         total = max(self._batch.request_counts.total, completed + failed)
         return RequestCounts(total=total, completed=completed, failed=failed)
 
@@ -218,8 +220,8 @@ class RunningBatch:
             "finalizing",
             finalizing_at=now_s,
             request_counts=counts,
-            output_file_id=files.new_id() if self._answers.done else None,
-            error_file_id=files.new_id() if self._failures.done else None,
+            output_file_id=files.new_id() if self._answers.answered_ids else None,
+            error_file_id=files.new_id() if self._failures.answered_ids else None,
             cancelling_at=now_s if is_cancelled else None,
             errors=[problem] if problem is not None else [],
         )

@@ -28,7 +28,7 @@ class RayController:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    async def ask(self, call: ControllerCall, *details: Any) -> Any:
+    async def call(self, call: ControllerCall, *details: Any) -> Any:
         """Call a method and return its result; expertmesh errors are unwrapped from Ray's."""
         try:
             return await getattr(self._handle, call).remote(*details)
@@ -52,7 +52,7 @@ class RayServeReplicas:
         context = serve.get_replica_context()
         self._handle: Any = serve.get_deployment_handle(context.deployment, context.app_name)
 
-    async def ask(self, call: ReplicaCall, *details: Any) -> dict[str, Any]:
+    async def call(self, call: ReplicaCall, *details: Any) -> dict[str, Any]:
         own = self._answers.handle(call, *details)
         try:
             found = await asyncio.to_thread(self._broadcast, call, details)

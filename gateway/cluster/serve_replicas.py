@@ -19,7 +19,7 @@ that requests may name.
 class ServeReplicas(Protocol):
     """Calls all replicas on behalf of one."""
 
-    async def ask(self, call: ReplicaCall, *details: Any) -> dict[str, Any]:
+    async def call(self, call: ReplicaCall, *details: Any) -> dict[str, Any]:
         """Replies by replica, this one's first; replicas that reply too late are left out."""
 
 
@@ -38,7 +38,7 @@ class ReplicaHandlers:
     def handle(self, call: ReplicaCall, *details: Any) -> tuple[str, Any]:
         return self._name, self._handlers[call](*details)
 
-    async def ask(self, call: ReplicaCall, *details: Any) -> dict[str, Any]:
+    async def call(self, call: ReplicaCall, *details: Any) -> dict[str, Any]:
         return dict([self.handle(call, *details)])
 
 

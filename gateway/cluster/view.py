@@ -53,7 +53,7 @@ ControllerCall = Literal[
 class ControllerCalls(Protocol):
     """Calls the controller on behalf of a gateway."""
 
-    async def ask(self, call: ControllerCall, *details: Any) -> Any:
+    async def call(self, call: ControllerCall, *details: Any) -> Any:
         """Call a method and return its plain data. Raises its errors (``ConflictError``,
         ``UnknownNameError`` and others), or any error if the controller cannot be reached."""
 
@@ -124,7 +124,7 @@ class SnapshotFollower:
         """Stop following, and notify the controller."""
         self.stop()
         with contextlib.suppress(ExpertMeshError):
-            await self.ask("gateway_leaves", self.name, limit_s=_LEAVE_LIMIT_S)
+            await self.call("gateway_leaves", self.name, limit_s=_LEAVE_LIMIT_S)
 
     async def report_pauses(self, take: Callable[[], tuple[int, float] | None]) -> None:
         """Report stream pauses to the controller after the streams have resumed.
@@ -135,7 +135,7 @@ class SnapshotFollower:
             await asyncio.sleep(wait_s)
             if (pause := take()) is not None:
                 with contextlib.suppress(ExpertMeshError):
-                    await self.ask("streams_paused", *pause)
+                    await self.call("streams_paused", *pause)
 
     async def wait_change(self, timeout_s: float) -> None:
         """Return at the next new snapshot, or after ``timeout_s``."""
@@ -144,7 +144,7 @@ class SnapshotFollower:
 
     async def fresh(self) -> Snapshot | None:
         """The current state, or the last known one if the controller does not respond."""
-        self._take_fresh(await self._try("snapshot", True))
+        self._accept_fresh(await self._call_or_log("snapshot", True))
         return self.snapshot
 
     async def refresh(self) -> None:
@@ -152,18 +152,18 @@ class SnapshotFollower:
 
         One call fetches both, as the controller collects the stats of all workers for it.
         """
-        if (numbers := await self._try("numbers")) is not None:
+        if (numbers := await self._call_or_log("numbers")) is not None:
             self.known_load = numbers["load"]
-            self._take_fresh(numbers["snapshot"])
+            self._accept_fresh(numbers["snapshot"])
 
-    def _take_fresh(self, snapshot: Snapshot | None) -> None:
+    def _accept_fresh(self, snapshot: Snapshot | None) -> None:
         try:
             if snapshot is not None:
                 self._accept(snapshot)
         except NotReadyError as err:
-            logger.log(self._level(), "no fresh snapshot: %s", err)
+            logger.log(self._log_level(), "no fresh snapshot: %s", err)
 
-    async def ask(
+    async def call(
         self, call: ControllerCall, *details: Any, limit_s: float = CALL_TIMEOUT_S
     ) -> Any:
         """Call the controller. Raises its errors, and ``NotReadyError`` if it does not respond."""
@@ -171,20 +171,20 @@ class SnapshotFollower:
             reason = self.refusal or "the controller does not answer"
             raise NotReadyError(reason, "not_ready", 2.0)
         try:
-            return await asyncio.wait_for(self._controller.ask(call, *details), limit_s)
+            return await asyncio.wait_for(self._controller.call(call, *details), limit_s)
         except ExpertMeshError:
             raise
         except Exception as err:  # any failure of the actor or of Ray
             raise NotReadyError("the controller does not answer", "not_ready", 2.0) from err
 
-    async def _try(self, call: ControllerCall, *details: Any) -> dict[str, Any] | None:
+    async def _call_or_log(self, call: ControllerCall, *details: Any) -> dict[str, Any] | None:
         try:
-            return dict(await self.ask(call, *details))
+            return dict(await self.call(call, *details))
         except ExpertMeshError as err:
-            logger.log(self._level(), "no %s: %r", call, err)
+            logger.log(self._log_level(), "no %s: %r", call, err)
             return None
 
-    def _level(self) -> int:
+    def _log_level(self) -> int:
         """Log level of a failure, which is expected while there is no controller."""
         return logging.DEBUG if self._controller is None else logging.WARNING
 
@@ -195,7 +195,7 @@ class SnapshotFollower:
                     self._controller = await self._find()
                 version = -1 if self.snapshot is None else int(self.snapshot["version"])
                 snapshot = await asyncio.wait_for(
-                    self._controller.ask(
+                    self._controller.call(
                         *("wait_snapshot", version, POLL_TIMEOUT_S),
                         *(self.name, self.host, self.low_disks(), self.adapters()),
                     ),
@@ -203,7 +203,7 @@ class SnapshotFollower:
                 )
                 self._accept(snapshot)
             except Exception as err:  # the controller may restart; serving continues meanwhile
-                logger.log(self._level(), "the controller does not answer: %r", err)
+                logger.log(self._log_level(), "the controller does not answer: %r", err)
                 self._controller = None
                 await asyncio.sleep(_RETRY_S)
 

@@ -22,8 +22,8 @@ class WorkerStats:
         self.age_s = age_s
         self._snapshot = SharedResult(cluster.fresh, age_s)
         self._refresh = SharedResult(cluster.refresh, age_s)
-        self._load = SharedResult(lambda: cluster.ask("load"), age_s)
-        self._placement = SharedResult(lambda: cluster.ask("placement"), age_s)
+        self._load = SharedResult(lambda: cluster.call("load"), age_s)
+        self._placement = SharedResult(lambda: cluster.call("placement"), age_s)
 
     async def snapshot(self) -> Snapshot | None:
         """The current state, or the last known one if the controller does not respond."""
@@ -38,10 +38,10 @@ class WorkerStats:
 
     async def load(self) -> Any:
         """Tokens by expert and by copy. Raises ``NotReadyError``."""
-        return await (self._load.get() if self.age_s else self._cluster.ask("load"))
+        return await (self._load.get() if self.age_s else self._cluster.call("load"))
 
     async def placement(self) -> Any:
         """Map of expert copies to devices. Raises ``NotReadyError``."""
         if self.age_s:
             return await self._placement.get()
-        return await self._cluster.ask("placement")
+        return await self._cluster.call("placement")

@@ -37,7 +37,7 @@ class PageData:
         scheme of the gateway's own ports for browsers, whatever proxy is in front of this one.
         """
         snapshot, replicas = await asyncio.gather(
-            self._snapshot.get(), self._gateway.status.replicas.ask("summary")
+            self._snapshot.get(), self._gateway.status.replicas.call("summary")
         )
         described = [one["describe"] for one in replicas.values()]
         is_whole = is_operator(self._keys)
@@ -61,7 +61,7 @@ class PageData:
 
         A client's key gets no values that follow from experts.
         """
-        rings = await self._gateway.status.replicas.ask("samples", after_s)
+        rings = await self._gateway.status.replicas.call("samples", after_s)
         ended = self._gateway.counts.ended(rings).values()
         past = [[s for s in one["samples"] if s["time"] > after_s] for one in ended]
         samples: list[Sample] = merge_samples(rings.values(), past)

@@ -63,7 +63,7 @@ class Sampler:
             )
             counts.merge({gateway.name: record})
         with contextlib.suppress(ExpertMeshError):  # the controller does not respond
-            there = await gateway.cluster.ask(
+            there = await gateway.cluster.call(
                 "exchange_counts",
                 counts.newer_than(self._controller_times),
                 counts.times(),

@@ -68,7 +68,7 @@ class ServiceStatus:
         Without ``is_whole``, limited to what clients may see.
         """
         found, replicas = await asyncio.gather(
-            self._numbers.snapshot(), self.replicas.ask("describe")
+            self._numbers.snapshot(), self.replicas.call("describe")
         )
         return self.combine(found, replicas.values(), is_whole)
 
@@ -88,7 +88,7 @@ class ServiceStatus:
 
     async def abort_calls(self, names: Sequence[str]) -> list[str]:
         """Abort calls of any replica by name; return the names that were found."""
-        answers = (await self.replicas.ask("abort", list(names))).values()
+        answers = (await self.replicas.call("abort", list(names))).values()
         return [name for name in dict.fromkeys(names) if any(name in found for found in answers)]
 
     async def render_metrics(self, is_whole: bool = True) -> bytes:
@@ -102,7 +102,7 @@ class ServiceStatus:
             await self._numbers.refresh()
         else:
             replicas, _ = await asyncio.gather(
-                self.replicas.ask("metrics"), self._numbers.refresh()
+                self.replicas.call("metrics"), self._numbers.refresh()
             )
         return self._adapters.without_series_of_others(self._metrics.render(replicas, is_whole))
 

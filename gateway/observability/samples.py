@@ -16,7 +16,7 @@ from gateway.core.replay import ReplayCause
 
 PERIOD_S = 2.0
 """Seconds from one sample to the next."""
-NUM_KEPT = round(RETENTION_S / PERIOD_S)
+MAX_SAMPLES = round(RETENTION_S / PERIOD_S)
 """Number of samples that are kept."""
 MAX_WORKERS = 32
 """Most attention workers in a sample; a chart with more lines cannot be read."""
@@ -38,10 +38,10 @@ use. ``balancedness`` of all experts."""
 
 
 class SampleRing:
-    """The newest samples of one replica, at most ``NUM_KEPT``."""
+    """The newest samples of one replica, at most ``MAX_SAMPLES``."""
 
     def __init__(self) -> None:
-        self._samples: deque[Sample] = deque(maxlen=NUM_KEPT)
+        self._samples: deque[Sample] = deque(maxlen=MAX_SAMPLES)
         self._time_s = -math.inf
         self._counts: dict[str, Any] = {}
 
@@ -68,7 +68,9 @@ class SampleRing:
         if not before or time_s <= since_s:
             return
         changed = {
-            name: _rows(value, before[name]) if name in _HISTOGRAMS else value - before[name]
+            name: _bucket_counts(value, before[name])
+            if name in _HISTOGRAMS
+            else value - before[name]
             for name, value in counts.items()
         }
         both = (load or {}).get("balancedness") or {}
@@ -100,7 +102,7 @@ def merge_samples(
     merged: dict[float, Sample] = {}
     for sample in (one for samples in rings for one in samples if one["time"] <= ends_s):
         known = merged.get(sample["time"])
-        merged[sample["time"]] = sample if known is None else _add(known, sample)
+        merged[sample["time"]] = sample if known is None else _sum_of(known, sample)
     return [merged[time_s] for time_s in sorted(merged)]
 
 
@@ -131,7 +133,9 @@ def _buckets(families: Iterable[PlainFamily], name: str) -> dict[float, float]:
     return dict(sorted(counts.items()))
 
 
-def _rows(now: Mapping[float, float], before: Mapping[float, float]) -> list[list[float | None]]:
+def _bucket_counts(
+    now: Mapping[float, float], before: Mapping[float, float]
+) -> list[list[float | None]]:
     """``[low, high, count]`` of each bucket with new values."""
     rows: list[list[float | None]] = []
     low, below = 0.0, 0.0
@@ -153,7 +157,7 @@ def _by_worker(snapshot: Mapping[str, Any]) -> Sample:
     return {"waiting": waiting, "kv": {w["name"]: round(w["kv_usage"] or 0.0, 4) for w in workers}}
 
 
-def _add(one: Sample, other: Sample) -> Sample:
+def _sum_of(one: Sample, other: Sample) -> Sample:
     """Sum of the counts; the cluster's values are from ``one``."""
     found = {**one, "seconds": max(one["seconds"], other["seconds"])}
     for name in _HISTOGRAMS:

@@ -58,7 +58,7 @@ class Expiry:
                     with _logged():
                         num_removed += self.sweep_folder(folder) if folder.is_dir() else 0
         with _logged():
-            num_removed += self._sweep_new()
+            num_removed += self._sweep_temporary()
         return num_removed
 
     def sweep_folder(self, folder: Path) -> int:
@@ -70,7 +70,7 @@ class Expiry:
         num_removed = 0
         for place, stat in late:
             with _logged():
-                if self._has_ended(place, stat, now_s, disk_s):
+                if self._is_expired(place, stat, now_s, disk_s):
                     num_removed += self.remove(place)
         if num_removed == len(found):
             with contextlib.suppress(OSError):
@@ -86,7 +86,7 @@ class Expiry:
             return False
         return True
 
-    def _has_ended(self, place: Path, stat: os.stat_result, now_s: float, disk_s: float) -> bool:
+    def _is_expired(self, place: Path, stat: os.stat_result, now_s: float, disk_s: float) -> bool:
         """Read the file's first line: tools that copy folders may change modification times."""
         life_s = self._ttl_s  # lifetime of a damaged object
         with contextlib.suppress(StorageError):
@@ -96,7 +96,7 @@ class Expiry:
             life_s = head.expires_s - head.created_s
         return disk_s - stat.st_ctime >= life_s
 
-    def _sweep_new(self) -> int:
+    def _sweep_temporary(self) -> int:
         """Remove files of killed writers; their modification time may be an expiry time."""
         num_removed = 0
         if not (found := list_files(self._folder / NEW)):

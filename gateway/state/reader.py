@@ -47,14 +47,14 @@ class StoredReader:
     def read(self, num_bytes: int) -> bytes:
         """At most ``num_bytes`` more bytes; empty at the end. Raises ``StorageError``."""
         with as_storage_error():
-            return self._checked(self._file.read(min(num_bytes, self.num_left)), num_bytes)
+            return self._check_piece(self._file.read(min(num_bytes, self.num_left)), num_bytes)
 
     def read_line(self, max_bytes: int) -> bytes:
         """The next line, or the first ``max_bytes`` bytes of it. Raises ``StorageError``."""
         with as_storage_error():
-            return self._checked(self._file.readline(min(max_bytes, self.num_left)), max_bytes)
+            return self._check_piece(self._file.readline(min(max_bytes, self.num_left)), max_bytes)
 
-    def _checked(self, piece: bytes, num_bytes: int) -> bytes:
+    def _check_piece(self, piece: bytes, num_bytes: int) -> bytes:
         self._digest.update(piece)
         self.num_left -= len(piece)
         is_cut = not piece and num_bytes > 0 and self.num_left

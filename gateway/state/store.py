@@ -166,7 +166,7 @@ class StateStore:
         """Store an object of ``size`` bytes given in pieces, which are requested only if all of
         them fit. Otherwise like ``put``; an error of ``pieces`` is passed on.
         """
-        place = self._place(kind, tenant, object_id)
+        place = self._object_path(kind, tenant, object_id)
         assert place is not None, "ids are made here"
         now_s = self._clock()
         expires_s = now_s + (self.ttl_s if ttl_s is None else ttl_s)
@@ -198,7 +198,7 @@ class StateStore:
 
         Raises ``StorageError`` if it is damaged.
         """
-        place = self._place(kind, tenant, object_id)
+        place = self._object_path(kind, tenant, object_id)
         if place is None:
             return None
         with self._open_folder():
@@ -216,7 +216,7 @@ class StateStore:
 
         Raises ``StorageError`` if its first line is damaged.
         """
-        place = self._place(kind, tenant, object_id)
+        place = self._object_path(kind, tenant, object_id)
         if place is None:
             return None
         with self._open_folder():
@@ -229,7 +229,7 @@ class StateStore:
 
     def open_reader(self, kind: ObjectKind, tenant: str, object_id: str) -> StoredReader | None:
         """Reader of an object in pieces; None as in ``get``. Raises ``StorageError``."""
-        place = self._place(kind, tenant, object_id)
+        place = self._object_path(kind, tenant, object_id)
         if place is None:
             return None
         with self._open_folder():
@@ -244,13 +244,13 @@ class StateStore:
 
     def has_file(self, kind: ObjectKind, tenant: str, object_id: str) -> bool:
         """Whether the file of an object exists, even if the object has expired."""
-        place = self._place(kind, tenant, object_id)
+        place = self._object_path(kind, tenant, object_id)
         with self._open_folder():
             return place is not None and place.exists()
 
     def delete(self, kind: ObjectKind, tenant: str, object_id: str) -> bool:
         """Remove an object, even a damaged one; return whether it existed."""
-        place = self._place(kind, tenant, object_id)
+        place = self._object_path(kind, tenant, object_id)
         with contextlib.suppress(StorageError):
             if self.get(kind, tenant, object_id) is None:
                 return False
@@ -289,7 +289,7 @@ class StateStore:
         """The folder of a tenant. Names are hashed, as they may contain any character."""
         return self._folder / kind.name / hashlib.sha256(tenant.encode()).hexdigest()[:32]
 
-    def _place(self, kind: ObjectKind, tenant: str, object_id: str) -> Path | None:
+    def _object_path(self, kind: ObjectKind, tenant: str, object_id: str) -> Path | None:
         """The file of an object; None if the id is not valid for this kind."""
         is_id = _ID.fullmatch(object_id) is not None
         if not is_id or not object_id.startswith(f"{kind.prefix}_"):

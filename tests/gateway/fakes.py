@@ -457,7 +457,7 @@ class FakeController:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def ask(self, call: str, *details: Any) -> Any:
+    async def call(self, call: str, *details: Any) -> Any:
         """``ControllerCalls`` without Ray."""
         return await getattr(self, call)(*details)
 

@@ -225,7 +225,7 @@ def _in_place() -> Iterator[None]:
     """Objects are written in their places, and not beside them."""
 
     def put(self: StateStore, kind: Any, tenant: str, object_id: str, content: bytes) -> None:
-        place = self._place(kind, tenant, object_id)
+        place = self._object_path(kind, tenant, object_id)
         assert place is not None
         raw = encode(object_id, content, self._clock(), self._clock() + self.ttl_s)
         with as_storage_error():

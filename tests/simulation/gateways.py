@@ -137,7 +137,7 @@ class _Calls:
     def __init__(self, gateway: SimGateway, controller: Any) -> None:
         self._gateway, self._controller = gateway, controller
 
-    async def ask(self, call: str, *details: Any) -> Any:
+    async def call(self, call: str, *details: Any) -> Any:
         net, caller = self._gateway.ray.net, self._gateway.process
         target = self._controller.process
         loop = caller.loop

@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 
 from cluster.cli.bench.workload import RequestFailed
-from cluster.cli.terminal.client import Client, refusal
+from cluster.cli.terminal.client import Client, response_error
 from cluster.cli.terminal.exit_codes import ExitCode
 
 _MAX_ERROR_BYTES = 1 << 16
@@ -78,7 +78,7 @@ async def _count_tokens(lines: aiohttp.StreamReader, on_piece: Callable[[], None
 
 def _refused(status: int, body: bytes) -> RequestFailed:
     """The error of a response with an error object."""
-    err = refusal(status, body)
+    err = response_error(status, body)
     try:
         reason = f"{status} {json.loads(body)['error']['code']}"
     except (ValueError, KeyError, TypeError):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cluster.cli.terminal.arguments import CommandParsers, seconds
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.output import note, out_json
+from cluster.cli.terminal.output import note, write_json
 from cluster.cli.terminal.progress import Progress
 from cluster.core.process import is_running, kill_process
 from cluster.launch import local_ray, state_file
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         state_file.remove_log(name)
         note(f"{name} is down")
     if args.json:
-        out_json({"schema": 1, "name": name, "was_up": was_up})
+        write_json({"schema": 1, "name": name, "was_up": was_up})
     return ExitCode.OK
 
 

@@ -13,7 +13,7 @@ from cluster.launch.checkpoint_check import CheckpointFacts
 from cluster.launch.plan import LaunchPlan
 from cluster.sizing.start_plan import StartPlan, plan_start
 
-_OPEN = "determined by the nodes of the Ray cluster after joining"
+_KNOWN_AFTER_JOINING = "determined by the nodes of the Ray cluster after joining"
 
 
 def describe(plan: LaunchPlan) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def describe(plan: LaunchPlan) -> dict[str, Any]:
         "schema": 1,
         "dry_run": True,
         "mode": workers.mode,
-        "mode_reason": _OPEN if is_open else workers.mode_reason,
+        "mode_reason": _KNOWN_AFTER_JOINING if is_open else workers.mode_reason,
         "model": {
             "name": plan.config.model.served_model_name,
             "path": plan.config.model.path,
@@ -107,7 +107,7 @@ def text(document: Mapping[str, Any], address: str) -> str:
     if document["kv_host_bytes"]:
         lines.append(f"tiers    {_tiers(document)} in each attention worker")
     rows = [
-        (w["name"], w["role"], _gigabytes(w["weight_bytes"]), _holds(w["slots"]))
+        (w["name"], w["role"], _gigabytes(w["weight_bytes"]), _slots_text(w["slots"]))
         for w in document["workers"]
     ]
     if rows:
@@ -125,5 +125,5 @@ def _gigabytes(num_bytes: int | None) -> str:
     return "" if num_bytes is None else f"{num_bytes / 1e9:.3g} GB"
 
 
-def _holds(slots: int | None) -> str:
+def _slots_text(slots: int | None) -> str:
     return "" if slots is None else f"{slots} expert slots a bank"

@@ -29,15 +29,15 @@ class FollowedFile:
 
     def read(self) -> str:
         """The text since the last call; invalid bytes become U+FFFD. Does not block."""
-        newest = self._newest()
-        data = self._rest()
+        newest = self._open_newest()
+        data = self._read_rest()
         if newest is not None:
             self.__exit__()
             self._file = newest
-            data += self._rest()
+            data += self._read_rest()
         return self._decoder.decode(data)
 
-    def _newest(self) -> BinaryIO | None:
+    def _open_newest(self) -> BinaryIO | None:
         """The file that has the name now; None if it is the open one or does not exist."""
         try:
             found = self._path.open("rb")
@@ -48,7 +48,7 @@ class FollowedFile:
         found.close()
         return None
 
-    def _rest(self) -> bytes:
+    def _read_rest(self) -> bytes:
         if self._file is None:
             return b""
         if os.fstat(self._file.fileno()).st_size < self._file.tell():

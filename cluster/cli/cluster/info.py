@@ -100,7 +100,10 @@ def _workers_text(status: Mapping[str, Any]) -> str:
     living = [w for w in workers if not is_gone(w["state"])]
     gone = [w for w in workers if is_gone(w["state"])]
     rows = [
-        (*("-" if (value := w.get(name)) in (None, "") else value for name in names), _holds(w))
+        (
+            *("-" if (value := w.get(name)) in (None, "") else value for name in names),
+            _memory_text(w),
+        )
         for w in living
     ]
     text = table(header, rows)
@@ -110,7 +113,7 @@ def _workers_text(status: Mapping[str, Any]) -> str:
     return text
 
 
-def _holds(worker: Mapping[str, Any]) -> str:
+def _memory_text(worker: Mapping[str, Any]) -> str:
     free, total, slots = (worker.get(k) for k in ("kv_blocks_free", "kv_blocks_total", "slots"))
     held = [f"{slots} expert slots"] if slots is not None else []
     held += [f"{free} of {total} KV blocks free"] if total else []

@@ -103,7 +103,7 @@ class LauncherProcess:
         self._plan = plan
         for number in _signals():
             signal.signal(number, self._on_signal)
-        self._tell(json.dumps(asdict(plan)))
+        self._send_line(json.dumps(asdict(plan)))
 
     def cancel(self) -> None:
         """End the launcher before ``begin``."""
@@ -126,17 +126,17 @@ class LauncherProcess:
                 data = os.read(events, 65536)
                 if not data:
                     progress.clear()
-                    return self._ended()
-                self._take(data, progress)
+                    return self._clean_up()
+                self._handle_events(data, progress)
             if self._was_ready and detach and self._signal_count == 0:
-                self._leave()
+                self._detach()
                 return ExitCode.OK
             if not self._was_ready and self._signal_count == 0:
                 progress.tick()
             self._enforce_deadline()
             self._follow_parent()
 
-    def _take(self, data: bytes, progress: Progress) -> None:
+    def _handle_events(self, data: bytes, progress: Progress) -> None:
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         for line in lines:
             event: dict[str, Any] = json.loads(line)
@@ -156,7 +156,7 @@ class LauncherProcess:
             elif kind == "stopped":
                 self._stopped = True
 
-    def _ended(self) -> ExitCode:
+    def _clean_up(self) -> ExitCode:
         """End everything that the ended launcher has left running."""
         assert self._plan is not None
         self._child.wait()
@@ -174,8 +174,8 @@ class LauncherProcess:
         message = f"the launcher ended unexpectedly, see {self._log}"
         raise self._failure or CommandError(ExitCode.FAILED, message)
 
-    def _leave(self) -> None:
-        self._tell(DETACH)
+    def _detach(self) -> None:
+        self._send_line(DETACH)
         self._close_pipes()
         self._child.returncode = 0  # suppress the warning about a child that keeps running
 
@@ -207,7 +207,7 @@ class LauncherProcess:
         drain_s = section.drain_lead_s + section.drain_timeout_s
         self._deadline = time.monotonic() + drain_s + self._stop_limit_s
         note("stopping once the running requests have ended")
-        self._tell(DRAIN)
+        self._send_line(DRAIN)
 
     def _enforce_deadline(self) -> None:
         """After a second signal or a timeout, kill the launcher; its pipe closes then."""
@@ -220,7 +220,7 @@ class LauncherProcess:
         if parent and parent != str(os.getppid()) and self._signal_count == 0:
             os.kill(os.getpid(), signal.SIGINT)
 
-    def _tell(self, line: str) -> None:
+    def _send_line(self, line: str) -> None:
         assert self._child.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._child.stdin.write(f"{line}\n".encode())

@@ -19,7 +19,7 @@ from cluster.cli.terminal.admin_client import AdminClient, make_admin_client
 from cluster.cli.terminal.arguments import CommandParsers, add_address_option, count_or_0
 from cluster.cli.terminal.client import Client, find_record, require_full_status
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.output import out_json, write_result
+from cluster.cli.terminal.output import write_json, write_result
 from cluster.core.states import is_gone
 from cluster.launch import state_file
 from cluster.tracing.output_files import rotated_path
@@ -61,7 +61,7 @@ def _show_processes(args: argparse.Namespace, admin: AdminClient) -> int:
     found = {}
     for name in _processes(args):
         seen[name], lines = admin.log(name, 0)
-        found[name] = _last(lines, args.tail)
+        found[name] = _tail(lines, args.tail)
     _print(args, "process", found)
     while args.follow and not args.json:
         time.sleep(_POLL_S)
@@ -72,14 +72,14 @@ def _show_processes(args: argparse.Namespace, admin: AdminClient) -> int:
     return ExitCode.OK
 
 
-def _last(lines: Sequence[str], count: int) -> Sequence[str]:
+def _tail(lines: Sequence[str], count: int) -> Sequence[str]:
     return lines[-count:] if count > 0 else ()
 
 
 def _print(args: argparse.Namespace, kind: str, found: Mapping[str, Sequence[str]]) -> None:
     """Print lines by ``process`` or ``file``, which ``kind`` names."""
     if args.json:
-        out_json({"schema": 1, "logs": [{kind: name, "lines": found[name]} for name in found]})
+        write_json({"schema": 1, "logs": [{kind: name, "lines": found[name]} for name in found]})
         return
     for name, lines in found.items():
         write_result(f"==> {name} <==\n" if len(found) > 1 else "")
@@ -103,14 +103,14 @@ def _show_files(args: argparse.Namespace, files: Mapping[Path, str]) -> int:
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(FollowedFile(path)) for path in files]
         texts = {str(p): files[p] + file.read() for p, file in zip(files, opened, strict=True)}
-        _print(args, "file", {p: _last(t.splitlines(), args.tail) for p, t in texts.items()})
+        _print(args, "file", {p: _tail(t.splitlines(), args.tail) for p, t in texts.items()})
         if args.follow and not args.json:
-            for more in appended(opened):
+            for more in follow_files(opened):
                 write_result(more)
     return ExitCode.OK
 
 
-def appended(
+def follow_files(
     files: Sequence[FollowedFile], sleep: Callable[[float], None] = time.sleep
 ) -> Iterator[str]:
     """Yield text appended to files, without end."""

@@ -56,7 +56,7 @@ def run_up(args: argparse.Namespace) -> int:
     """Start in the background, unless a cluster with this name and these settings runs already."""
     name = args.name or os.environ.get("EXPERTMESH_NAME") or state_file.DEFAULT_NAME
     raise_on_signals()
-    with _one_at_a_time(name):
+    with _start_lock(name):
         record = state_file.read_record(name)
         if args.dry_run or record is None or not _is_up(record, args):
             return _start(args, "up", name)
@@ -90,7 +90,7 @@ def _is_up(record: state_file.ClusterRecord, args: argparse.Namespace) -> bool:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(name: str) -> Iterator[None]:
+def _start_lock(name: str) -> Iterator[None]:
     """Serialize two ``up`` of one name: the second waits and finds the first one's cluster."""
     with state_file.record_path(name).with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -157,14 +157,14 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
         )
         if front is None:
             progress.clear()
-            _tell_rebalancing(plan)
+            _note_rebalancing(plan)
             document = dry_run.describe(plan)
             show(args, document, dry_run.text(document, plan.address))
             return ExitCode.OK
         workers = plan.config.workers
         if workers.mode_reason:  # in a joined Ray the launcher logs it
             note(f"mode {workers.mode}: {workers.mode_reason}")
-        _tell_rebalancing(plan)
+        _note_rebalancing(plan)
         front.begin(plan)
         undo.pop_all()
     return front.run(progress, detach=command == "up")
@@ -179,7 +179,7 @@ def _make_environment(undo: contextlib.ExitStack, is_private: bool) -> tuple[str
     return str(folder), without_keys(local_ray.private_environment(folder))
 
 
-def _tell_rebalancing(plan: LaunchPlan) -> None:
+def _note_rebalancing(plan: LaunchPlan) -> None:
     """Show why ``--enable-eplb`` has no effect, as ``status`` does for a running cluster."""
     experts = plan.config.workers.num_expert_workers
     impossible = why_impossible(plan.config, experts) if plan.config.rebalance.enable_eplb else ""

@@ -12,7 +12,7 @@ from typing import Any
 from cluster.cli.terminal.arguments import CommandParsers, seconds
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import ExitCode
-from cluster.cli.terminal.output import out_json, out_line, table, write_result
+from cluster.cli.terminal.output import table, write_json, write_line, write_result
 
 DEFAULT_INTERVAL_S = 1.0
 _SERIES = re.compile(r"^[a-z]+[:_]([a-z_]+)\{([^}]*)\} (\S+)$", re.M)
@@ -48,23 +48,23 @@ def run(args: argparse.Namespace) -> int:
     client = Client(args)
     is_once = args.once or args.json or not sys.stdout.isatty()
     client.get("/cluster/v1/status")  # makes the client use the key that shows most
-    before, then = read_numbers(client.get_text("/metrics")), time.monotonic()
+    before, then = parse_series(client.get_text("/metrics")), time.monotonic()
     while True:
         time.sleep(args.interval)
         status = client.get("/cluster/v1/status")
-        now, at = read_numbers(client.get_text("/metrics")), time.monotonic()
-        document = busy(status, before, now, at - then)
+        now, at = parse_series(client.get_text("/metrics")), time.monotonic()
+        document = make_document(status, before, now, at - then)
         if args.json:
-            out_json(document)
+            write_json(document)
         else:
             write_result("" if is_once else _CLEAR)
-            out_line(_text(document))
+            write_line(_text(document))
         if is_once:
             return ExitCode.OK
         before, then = now, at
 
 
-def read_numbers(text: str) -> dict[tuple[str, str], float]:
+def parse_series(text: str) -> dict[tuple[str, str], float]:
     """Parse a Prometheus exposition and sum its series by name and worker."""
     found: dict[tuple[str, str], float] = {}
     for name, labels, value in _SERIES.findall(text):
@@ -73,7 +73,7 @@ def read_numbers(text: str) -> dict[tuple[str, str], float]:
     return found
 
 
-def busy(
+def make_document(
     status: Mapping[str, Any], before: Numbers, now: Numbers, seconds: float
 ) -> dict[str, Any]:
     """The document for two scrapes that are ``seconds`` apart."""
@@ -112,9 +112,9 @@ def _text(document: Mapping[str, Any]) -> str:
     rows = [
         (
             *(w["name"], w["state"], w["node"]),
-            *(_number(w[key]) for key in ("running", "waiting")),
+            *(_rate_text(w[key]) for key in ("running", "waiting")),
             _percent(w["kv_usage"]),
-            _number(w["rows_per_s"]),
+            _rate_text(w["rows_per_s"]),
             _percent(w["busy"]),
         )
         for w in document["workers"]
@@ -123,7 +123,7 @@ def _text(document: Mapping[str, Any]) -> str:
     return f"{tokens}\n\n{table(header, rows)}"
 
 
-def _number(value: float | None) -> str:
+def _rate_text(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}"
 
 

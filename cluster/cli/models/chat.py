@@ -6,11 +6,11 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from cluster.cli.models.generate import INTERRUPTED, add_sampling, sampling_of, stream_text
+from cluster.cli.models.generate import INTERRUPTED, add_sampling, sampling_fields, stream_text
 from cluster.cli.terminal.arguments import CommandParsers
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.output import note, out_json
+from cluster.cli.terminal.output import note, write_json
 
 
 def add_commands(commands: CommandParsers) -> None:
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     usage = None
     for text in _read_messages(args):
         asked = [*messages, {"role": "user", "content": text}]
-        body = {"messages": asked, **sampling_of(args)}
+        body = {"messages": asked, **sampling_fields(args)}
         try:
             answer = stream_text(
                 client,
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         usage = answer["usage"] or usage
         messages = [*asked, {"role": "assistant", "content": answer["text"]}]
     if args.json:
-        out_json({"schema": 1, "messages": messages, "usage": usage})
+        write_json({"schema": 1, "messages": messages, "usage": usage})
     return ExitCode.OK
 
 

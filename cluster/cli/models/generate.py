@@ -10,11 +10,11 @@ from typing import Any
 from cluster.cli.terminal.arguments import CommandParsers, Number, add_model_option, count, fraction
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.output import out_json, write_result
+from cluster.cli.terminal.output import write_json, write_result
 
 INTERRUPTED = "interrupted"
 """Finish reason of an output that the user has interrupted."""
-_WORD = 2**63
+_INT64_LIMIT = 2**63
 
 
 def add_commands(commands: CommandParsers) -> None:
@@ -31,12 +31,14 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     text = "0 takes the most probable token"
     parser.add_argument("--temperature", type=heat, help=text)
     parser.add_argument("--top-p", type=fraction, help="probability of the nucleus")
-    word = Number(kind=int, rule="must be a whole number of 64 bits", low=-_WORD, high=_WORD - 1)
+    word = Number(
+        kind=int, rule="must be a whole number of 64 bits", low=-_INT64_LIMIT, high=_INT64_LIMIT - 1
+    )
     parser.add_argument("--seed", type=word, help="same seed, same text")
     parser.add_argument("--stop", action="append", help="end before this text")
 
 
-def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:
     """Fields of a streamed request."""
     body: dict[str, Any] = {"max_tokens": args.max_tokens, "stream": True}
     body["stream_options"] = {"include_usage": True}
@@ -51,10 +53,10 @@ def run(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if args.text == "-" else args.text
     if not prompt:
         raise CommandError(ExitCode.USAGE, "the prompt is empty: at least one character is needed")
-    body = {"prompt": prompt, **sampling_of(args)}
+    body = {"prompt": prompt, **sampling_fields(args)}
     answer = {"schema": 1, **stream_text(Client(args), "/v1/completions", body, not args.json)}
     if args.json:
-        out_json(answer)
+        write_json(answer)
     return ExitCode.OK
 
 

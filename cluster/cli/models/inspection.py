@@ -16,7 +16,7 @@ from cluster.cli.models.tokenize import (
 from cluster.cli.terminal.arguments import CommandParsers
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.output import note, out_json, out_line, table
+from cluster.cli.terminal.output import note, table, write_json, write_line
 
 SHOWN = ("logprobs", "loss", "routes")
 """Outputs shown in the table."""
@@ -44,12 +44,12 @@ def run(args: argparse.Namespace) -> int:
     body = {"token_ids": ids, "outputs": args.output or list(SHOWN), **model_field(args)}
     answer = Client(args).run_model("/v1/inspect", body)
     if args.json:
-        out_json({"schema": 1, "token_ids": ids, **answer})
+        write_json({"schema": 1, "token_ids": ids, **answer})
         return ExitCode.OK
     row = answer["data"][0]
     bank = _bank(row["routes"], args.bank)
     header = ("POSITION", "ID", "TOKEN", "LOGPROB", f"EXPERTS OF {bank['bank']}:{bank['layer']}")
-    out_line(table(header, _lines(ids, names, row["logprobs"], bank)))
+    write_line(table(header, _lines(ids, names, row["logprobs"], bank)))
     if answer["loss"] is not None:
         note(f"loss {answer['loss']:.4f}, perplexity {math.exp(min(answer['loss'], 700.0)):.4g}")
     return ExitCode.OK

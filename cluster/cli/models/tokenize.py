@@ -9,7 +9,7 @@ from typing import Any
 from cluster.cli.terminal.arguments import CommandParsers, add_model_option
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.output import note, out_json, out_line, table
+from cluster.cli.terminal.output import note, table, write_json, write_line
 
 
 def add_commands(commands: CommandParsers) -> None:
@@ -58,11 +58,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         answer = tokens_of(args)
     if args.json:
-        out_json({"schema": 1, **answer})
+        write_json({"schema": 1, **answer})
     elif args.ids is not None:
-        out_line(answer["prompt"])
+        write_line(answer["prompt"])
     else:
         rows = zip(answer["tokens"], map(repr, answer["token_strs"]), strict=True)
-        out_line(table(("ID", "TOKEN"), list(rows)))
+        write_line(table(("ID", "TOKEN"), list(rows)))
         note(f"{answer['count']} tokens, the model takes {answer['max_model_len']}")
     return ExitCode.OK

@@ -12,11 +12,11 @@ from cluster.cli.options.serve_config import build_config
 from cluster.cli.options.serve_options import OPTIONS, Setting, add_settings, read_given_options
 from cluster.cli.terminal.arguments import CommandParsers
 from cluster.cli.terminal.exit_codes import ExitCode
-from cluster.cli.terminal.output import out_json, out_line, table, write_result
+from cluster.cli.terminal.output import table, write_json, write_line, write_result
 from cluster.launch.model_source import ModelSource
 
 _HIDDEN = "(given, not shown)"
-_NOBODY = "default"
+_DEFAULT_ORIGIN = "default"
 
 
 def add_commands(commands: CommandParsers) -> None:
@@ -38,14 +38,14 @@ def run(args: argparse.Namespace) -> int:
     build_config(given.values, ModelSource(folder=Path(), name="model"))
     rows = [("model", given.model.value, given.model.origin)]
     for option in OPTIONS:
-        setting = given.settings.get(option, Setting(option.default, _NOBODY))
+        setting = given.settings.get(option, Setting(option.default, _DEFAULT_ORIGIN))
         rows.append((option.dest.replace("_", "-"), _shown(option, setting), setting.origin))
     if args.json:
         keys = ("option", "value", "origin")
         options = [dict(zip(keys, row, strict=True)) for row in rows]
-        out_json({"schema": 1, "options": options})
+        write_json({"schema": 1, "options": options})
     elif args.show_origin:
-        out_line(table(("OPTION", "VALUE", "ORIGIN"), [(n, _text(v), o) for n, v, o in rows]))
+        write_line(table(("OPTION", "VALUE", "ORIGIN"), [(n, _text(v), o) for n, v, o in rows]))
     else:
         import yaml  # imported here to keep other commands fast
 

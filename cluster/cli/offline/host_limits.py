@@ -17,11 +17,11 @@ MIN_THREADS = 1000
 """The demo's processes have about 400 on 2 cores; many pools grow with the cores."""
 MIN_FILES = 4096
 """A gateway has about 80 files and one connection per request, of which 1,024 may wait."""
-WANTED_FILES = 65536
+RECOMMENDED_FILES = 65536
 """Recommended limit if the present one is below ``MIN_FILES``."""
 MIN_FREE_SHARE = 0.05
 """Ray writes no objects to a disk with less. Source: ``local_fs_capacity_threshold`` of Ray."""
-_WAYS = {
+_REMEDIES = {
     "/proc/sys/kernel/threads-max": "as root: sysctl kernel.threads-max",
     "ulimit -u": "docker run --ulimit nproc, systemd's LimitNPROC, limits.conf",
 }
@@ -41,7 +41,7 @@ def examine_threads(root: Path = Path("/")) -> Finding:
         return make_finding("threads", True, "no limit")
     name, number = min(known.items(), key=lambda pair: pair[1])
     text = f"{max(number, 0)} more may start, by {name}"
-    fix = f"raise {name} ({_WAYS.get(name, 'docker run --pids-limit, or systemd TasksMax')})"
+    fix = f"raise {name} ({_REMEDIES.get(name, 'docker run --pids-limit, or systemd TasksMax')})"
     return make_finding("threads", number >= MIN_THREADS, text, fix=fix, otherwise="warn")
 
 
@@ -105,7 +105,7 @@ def examine_files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     text = "no limit" if soft == resource.RLIM_INFINITY else f"{soft} for each process"
     is_ok = soft == resource.RLIM_INFINITY or soft >= MIN_FILES
-    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
+    wanted = RECOMMENDED_FILES if hard == resource.RLIM_INFINITY else min(RECOMMENDED_FILES, hard)
     fix = f"run ulimit -n {wanted} before the start"
     if wanted < MIN_FILES:
         fix = (

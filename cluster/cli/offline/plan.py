@@ -136,7 +136,7 @@ def summary(plan: Plan) -> dict[str, Any]:
 def write_page(path: Path, query: PlanQuery, plan: Plan, algorithm: str) -> None:
     """Write the HTML page. Raises ``CommandError``."""
     name = "contiguous" if query.current is None else "current"
-    save(path, plan_page.page(query.profile, (name, algorithm), (current_plan(query), plan)))
+    save(path, plan_page.make_page(query.profile, (name, algorithm), (current_plan(query), plan)))
 
 
 def _headline(query: PlanQuery) -> str:

@@ -15,7 +15,7 @@ from cluster.planner.base import Plan
 TEMPLATE = Path(__file__).with_name("plan_page.html")
 
 
-def page(profile: LoadProfile, names: tuple[str, str], plans: tuple[Plan, Plan]) -> str:
+def make_page(profile: LoadProfile, names: tuple[str, str], plans: tuple[Plan, Plan]) -> str:
     """The page for two placements of the same banks; the second one is the new plan."""
     planned = plans[1]
     data = {

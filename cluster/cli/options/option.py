@@ -175,7 +175,7 @@ def _bytes_text(number: int) -> str:
     return f"{number // _UNITS[unit]}{unit}" if number % _UNITS[unit] == 0 else str(number)
 
 
-def options_of(section: str, kind: type) -> tuple[ServeOption, ...]:
+def make_options(section: str, kind: type) -> tuple[ServeOption, ...]:
     """Options for the fields of a dataclass, except internal ones."""
     docs, hints = dict(_docstrings(kind)), get_type_hints(kind)
     return tuple(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.cli.options.option import ServeOption, help_text, options_of
+from cluster.cli.options.option import ServeOption, help_text, make_options
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.parser import suggestion, with_flags
 from cluster.config.api_keys import hash_key
@@ -49,7 +49,7 @@ _VARIABLES = {
     )
 }
 """Variables that do not belong to an option of ``serve``."""
-_OF_SERVICE = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT(_\d+_(TCP|UDP)\w*)?$")
+_KUBERNETES_VARIABLE = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT(_\d+_(TCP|UDP)\w*)?$")
 """Variables that Kubernetes sets in every pod for Services such as ``expertmesh-gateway``."""
 _MODULES = "--lora-modules"
 """The option that takes several words."""
@@ -57,7 +57,7 @@ _KEY_VARIABLES = {
     "gateway.api_keys": "EXPERTMESH_API_KEYS",
     "gateway.admin_keys": "EXPERTMESH_ADMIN_KEYS",
 }
-OPTIONS = tuple(option for name, kind in _SECTIONS.items() for option in options_of(name, kind))
+OPTIONS = tuple(option for name, kind in _SECTIONS.items() for option in make_options(name, kind))
 """Options of all sections."""
 
 
@@ -184,7 +184,7 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     return [
         f"{name} is set, but is no variable of expertmesh{suggestion(name, known)}"
         for name in sorted(environment)
-        if name.startswith(_PREFIX) and name not in known and not _OF_SERVICE.search(name)
+        if name.startswith(_PREFIX) and name not in known and not _KUBERNETES_VARIABLE.search(name)
     ]
 
 

@@ -13,7 +13,7 @@ import urllib.parse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cluster.cli.terminal.client import Client, checked_url, require_full_status
+from cluster.cli.terminal.client import Client, require_full_status, validate_url
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.config.gateway import is_loopback
 from cluster.core.errors import ExpertMeshError, NotReadyError
@@ -117,7 +117,7 @@ def find_admin(args: argparse.Namespace, gateway: str | None = None) -> Client |
     given = args.admin_url or os.environ.get("EXPERTMESH_ADMIN_URL")
     if given:
         origin = "--admin-url" if args.admin_url else "EXPERTMESH_ADMIN_URL"
-        return Client(args, checked_url(str(given), origin))
+        return Client(args, validate_url(str(given), origin))
     through_ray = bool(os.environ.get("RAY_ADDRESS"))
     try:
         client = Client(args)

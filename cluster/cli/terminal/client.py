@@ -29,9 +29,9 @@ _SILENCE_LIMIT_S = 120.0
 def find_url(args: argparse.Namespace) -> str:
     """``--url``, ``EXPERTMESH_URL``, the named or only cluster of this host, or the default."""
     if args.url is not None:
-        return checked_url(str(args.url), "--url")
+        return validate_url(str(args.url), "--url")
     if given := os.environ.get("EXPERTMESH_URL"):
-        return checked_url(given, "EXPERTMESH_URL")
+        return validate_url(given, "EXPERTMESH_URL")
     record = find_record(args)
     return DEFAULT_URL if record is None else record.http
 
@@ -148,7 +148,7 @@ class Client:
                 yield reply
         except urllib.error.HTTPError as err:
             if not any_status or err.code in (401, 403):
-                raise self._with_key_option(refusal(err.code, err.read()), err.code) from err
+                raise self._with_key_option(response_error(err.code, err.read()), err.code) from err
             yield err
         except (OSError, ValueError) as err:
             raise self._unreachable(err, limit_s) from err
@@ -256,7 +256,7 @@ def require_full_status(status: Mapping[str, Any], what: str) -> None:
         raise CommandError(ExitCode.UNAUTHORISED, message)
 
 
-def checked_url(url: str, origin: str) -> str:
+def validate_url(url: str, origin: str) -> str:
     """Validate a URL, which ``origin`` gave, and return it. Raises ``CommandError`` (usage)."""
     try:
         parts = urlsplit(url)
@@ -276,7 +276,7 @@ def _check_keys(*keys: str) -> None:
         raise CommandError(ExitCode.USAGE, message)
 
 
-def refusal(status: int, body: bytes) -> CommandError:
+def response_error(status: int, body: bytes) -> CommandError:
     """Convert the error object of a response to a ``CommandError``."""
     try:
         message = str(json.loads(body)["error"]["message"])

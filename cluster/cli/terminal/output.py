@@ -42,14 +42,14 @@ def discard_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def out_line(text: str) -> None:
+def write_line(text: str) -> None:
     """Write one line of the result."""
     write_result(f"{text}\n")
 
 
-def out_json(document: Any) -> None:
+def write_json(document: Any) -> None:
     """Write the result as one JSON document."""
-    out_line(json.dumps(document, indent=1))
+    write_line(json.dumps(document, indent=1))
 
 
 def show(
@@ -60,11 +60,11 @@ def show(
     ``text`` may be a function, if it is expensive. Returns ``OK``.
     """
     if args.json:
-        out_json(document)
+        write_json(document)
     else:
         if heading:
             note(heading)
-        out_line(text if isinstance(text, str) else text())
+        write_line(text if isinstance(text, str) else text())
     return ExitCode.OK
 
 

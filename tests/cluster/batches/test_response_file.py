@@ -27,9 +27,9 @@ def test_answers_are_there_when_the_file_is_opened_again(tmp_path: Path) -> None
     with ResponseFile(path) as file:
         file.append("a", answer("a"))
         file.append("b", answer("b", 400))
-        assert (file.done, file.num_failed) == ({"a", "b"}, 1)
+        assert (file.answered_ids, file.num_failed) == ({"a", "b"}, 1)
     with ResponseFile(path) as file:
-        assert (file.done, file.num_failed) == ({"a", "b"}, 1)
+        assert (file.answered_ids, file.num_failed) == ({"a", "b"}, 1)
         file.append("c", answer("c"))
     assert read_lines(path) == [answer("a"), answer("b", 400), answer("c")]
 
@@ -39,7 +39,7 @@ def test_a_part_of_a_line_is_cut_off(tmp_path: Path, cut: int) -> None:
     path = write_lines(tmp_path / "out", [answer("a"), answer("b")])
     os.truncate(path, path.stat().st_size - cut)
     with ResponseFile(path) as file:
-        assert file.done == {"a"}
+        assert file.answered_ids == {"a"}
         file.append("b", answer("b"))
     assert read_lines(path) == [answer("a"), answer("b")]
 
@@ -71,7 +71,7 @@ def test_zeros_at_the_end_are_cut_off(tmp_path: Path) -> None:
     os.truncate(path, whole - 5)
     os.truncate(path, whole + 100)
     with ResponseFile(path) as file:
-        assert file.done == {"a"}
+        assert file.answered_ids == {"a"}
 
 
 def test_half_a_surrogate_pair_is_written(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def finish(path: Path) -> None:
     """What the next process does: it answers the rest."""
     with ResponseFile(path, is_private=True) as file:
         for one in IDS:
-            if one not in file.done:
+            if one not in file.answered_ids:
                 file.append(one, answer(one))
     found = whole_answers(path)
     assert sorted(found) == IDS
@@ -126,7 +126,7 @@ def test_no_answer_is_lost_and_none_is_torn(tmp_path: Path, is_private: bool) ->
                     synced = list(added)
         if fault.kind.startswith("kill"):
             with ResponseFile(path, is_private=is_private) as file:
-                assert file.done >= set(synced), fault
+                assert file.answered_ids >= set(synced), fault
         elif not fault.lasts:
             assert whole_answers(path) == added, fault
         finish(path)
@@ -173,7 +173,7 @@ def test_damage_costs_no_answer_but_its_own(
     path = tmp_path / "out"
     write_damaged(path, before, damage, after)
     with ResponseFile(path, is_private=True) as file:
-        assert file.done == {"a", "b"}
+        assert file.answered_ids == {"a", "b"}
         assert read_lines(path) == [answer("a"), answer("b")]
         assert file.num_bytes == path.stat().st_size
         with pytest.raises(InUseError):
@@ -187,7 +187,7 @@ def test_half_an_answer_before_a_whole_one_is_damage_in_any_file(tmp_path: Path)
     path = tmp_path / "out"
     write_damaged(path, *DAMAGED[0])
     with ResponseFile(path) as file:
-        assert file.done == {"a", "b"}
+        assert file.answered_ids == {"a", "b"}
     assert whole_answers(path) == ["a", "b"]
 
 
@@ -202,7 +202,7 @@ def test_a_repair_that_fails_loses_nothing(
         with FaultyFiles(folder, fault), contextlib.suppress(OSError, Killed):
             ResponseFile(folder / "out", is_private=True).close()
         with ResponseFile(folder / "out", is_private=True) as file:
-            assert file.done == {"a", "b"}, fault
+            assert file.answered_ids == {"a", "b"}, fault
         finish(folder / "out")
 
 

@@ -14,7 +14,7 @@ import sys
 
 from cluster.cli.cluster.launcher_process import LauncherProcess, raise_on_signals
 from cluster.cli.terminal.exit_codes import CommandError
-from cluster.cli.terminal.output import note, out_line
+from cluster.cli.terminal.output import note, write_line
 from cluster.cli.terminal.progress import Progress
 from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import GatewaySection
@@ -57,7 +57,9 @@ def main() -> int:
     log = state_file.log_path(name)
     environment = {**os.environ, **local_ray.common_environment()}
     module = "tests.cluster.cli.fake_launcher"
-    front = LauncherProcess(log, environment, lambda *_: out_line(f"ready {folder}"), module, 600.0)
+    front = LauncherProcess(
+        log, environment, lambda *_: write_line(f"ready {folder}"), module, 600.0
+    )
     front.begin(plan)
     try:
         code = front.run(Progress(), detach)

@@ -75,8 +75,8 @@ async function tour(browser, adminUrl, folder) {
 
   const admin = await open(browser, adminUrl);
   await admin.click("#rebalance-dry");
-  await admin.waitForFunction(() => /SUCCEEDED|FAILED|rebalanc/.test(document.querySelector("#order-result").textContent));
-  const result = await admin.textContent("#order-result");
+  await admin.waitForFunction(() => /SUCCEEDED|FAILED|rebalanc/.test(document.querySelector("#operation-result").textContent));
+  const result = await admin.textContent("#operation-result");
   for (const one of [page, admin]) await one.context().close(); // they cannot reach a gateway that starts again
   say({ step: "ordered", result });
 

@@ -27,7 +27,7 @@ class TwoReplicas:
         }
         self.asked: list[tuple[Any, ...]] = []
 
-    async def ask(self, question: ReplicaCall, *details: Any) -> dict[str, Any]:
+    async def call(self, question: ReplicaCall, *details: Any) -> dict[str, Any]:
         self.asked.append((question, *details))
         own = self._answers.handle(question, *details)
         return own_first(own, {OTHER: self.other[question]})

@@ -21,7 +21,7 @@ class Answers:
     def __init__(self, *answers: dict[str, Any]) -> None:
         self._answers = list(answers)
 
-    async def ask(self, call: str, *details: Any) -> Any:
+    async def call(self, call: str, *details: Any) -> Any:
         return self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
 
 
@@ -77,7 +77,7 @@ def test_it_asks_under_its_name_and_says_when_it_leaves() -> None:
         is_asked = asyncio.Event()
 
         class Controller:
-            async def ask(self, call: str, *details: Any) -> Any:
+            async def call(self, call: str, *details: Any) -> Any:
                 asked.append((call, details))
                 is_asked.set()
                 if call == "wait_snapshot":
@@ -140,6 +140,6 @@ def test_no_order_is_given_to_a_controller_of_another_release() -> None:
         found = SnapshotFollower(find, "gateway-7", "1.1.1", _controller=Answers(other))
         assert await found.fresh() is None
         with pytest.raises(NotReadyError, match=r"release 9\.9\.9 of the controller, 1\.1\.1 of"):
-            await found.ask("begin", "rebalance", {})
+            await found.call("begin", "rebalance", {})
 
     asyncio.run(body())

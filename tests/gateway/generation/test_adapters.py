@@ -189,7 +189,7 @@ class OtherReplica:
 
     num_asked = 0
 
-    async def ask(self, question: ReplicaCall, *details: Any) -> dict[str, Any]:
+    async def call(self, question: ReplicaCall, *details: Any) -> dict[str, Any]:
         """See ``ServeReplicas``."""
         self.num_asked += 1
         return {"other": ["sql@0"] if self.num_asked < 3 else []}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gateway.observability.metrics import GatewayMetrics
-from gateway.observability.samples import NUM_KEPT, PERIOD_S, Sample, SampleRing, merge_samples
+from gateway.observability.samples import MAX_SAMPLES, PERIOD_S, Sample, SampleRing, merge_samples
 
 SNAPSHOT = {
     "workers": [
@@ -70,10 +70,10 @@ def test_a_sample_counts_from_the_one_before(counting: Counting) -> None:
 
 
 def test_the_ring_keeps_ten_minutes(counting: Counting) -> None:
-    for index in range(NUM_KEPT + 50):
+    for index in range(MAX_SAMPLES + 50):
         counting.add(1000.0 + PERIOD_S * index)
     samples = counting.ring.after(0.0)
-    assert len(samples) == NUM_KEPT
+    assert len(samples) == MAX_SAMPLES
     assert samples[-1]["time"] - samples[0]["time"] == 600.0 - PERIOD_S
     assert counting.ring.after(samples[-2]["time"]) == samples[-1:]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.cli.cluster.followed_files import FollowedFile
-from cluster.cli.cluster.logs import appended
+from cluster.cli.cluster.logs import follow_files
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_text_is_read_as_it_comes(path: Path, file: FollowedFile) -> None:
     written = iter([b"later\n", b"", b"last\n"])
     append(path, b"before\n")
     assert file.read() == "before\n"
-    found = appended([file], lambda seconds: append(path, next(written)))
+    found = follow_files([file], lambda seconds: append(path, next(written)))
     assert list(itertools.islice(found, 2)) == ["later\n", "last\n"]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cluster.cli.cluster.top import busy, read_numbers
+from cluster.cli.cluster.top import make_document, parse_series
 from cluster.cli.main import main
 from cluster.cli.terminal import client
 from cluster.cli.terminal.exit_codes import ExitCode
@@ -170,9 +170,9 @@ def test_top_shows_rates(gateway: FakeGateway, capsys: pytest.CaptureFixture[str
 
 
 def test_rates_are_differences_over_time() -> None:
-    before, now = (read_numbers(exposition(rows=10 * n, busy=n)) for n in (1, 2))
-    document = busy(STATUS, before, now, 4.0)
+    before, now = (parse_series(exposition(rows=10 * n, busy=n)) for n in (1, 2))
+    document = make_document(STATUS, before, now, 4.0)
     assert document["tokens_per_s"] == document["workers"][0]["rows_per_s"] == 2.5
     assert (document["workers"][1]["rows_per_s"], document["workers"][1]["busy"]) == (2.5, 0.25)
-    restarted = busy(STATUS, now, before, 4.0)
+    restarted = make_document(STATUS, now, before, 4.0)
     assert restarted["tokens_per_s"] == 0.0
