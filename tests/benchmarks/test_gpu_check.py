@@ -218,7 +218,7 @@ def test_an_interrupt_ends_sections_side_by_side(
         children.append(entry["values"]["pid"])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner, "out_line", interrupted)
+    monkeypatch.setattr(runner, "write_line", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run([section("says_pid"), section("hangs")], replace(settings(tmp_path, 1e4), jobs=2))
     assert has_ended(children[0])

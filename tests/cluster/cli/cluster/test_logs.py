@@ -87,7 +87,7 @@ def test_logs_that_were_rotated_come_before_the_newer_ones(
         newer.replace(older)
         newer.write_text("five\n")
 
-    monkeypatch.setattr(logs, "appended", partial(logs.follow_files, sleep=rotate))
+    monkeypatch.setattr(logs, "follow_files", partial(logs.follow_files, sleep=rotate))
     words = ["--url", gateway.url, "logs", "attention-0", "--tail", "2", "--follow"]
     assert main(words) == ExitCode.INTERRUPTED
     assert capsys.readouterr().out == "two\nthree\nfour\nfive\n"
