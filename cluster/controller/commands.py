@@ -1,4 +1,4 @@
-"""Commands of clients: what each begins, and when its client is answered."""
+"""Client commands: the operation that each one begins, and the time of its reply."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class BegunCommand:
     """A command that the controller has accepted."""
 
     answer: Callable[[], dict[str, Any]]
-    """The client's answer, plain data, once the command is settled. Raises ``RequestError``."""
+    """Return the reply to the client as plain data. Raises ``RequestError``."""
     is_settled: Callable[[], bool] = lambda: True
-    """The client can be answered."""
+    """Return whether the reply is ready."""
     limit_s: float = 0.0
-    """Longest wait until it is settled; the answer follows in any case."""
+    """Longest wait for a ready reply. The client gets a reply after it in any case."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Commands:
-    """Decides which part carries out a command, and when its client is answered."""
+    """Passes each command to the part of the controller that carries it out."""
 
     cluster: Cluster
     draining: Draining
@@ -52,13 +52,13 @@ class Commands:
     adapters: Adapters
 
     def begin(self, kind: str, fields: Mapping[str, Any], now: float) -> BegunCommand:
-        """Begin a command, or find what the same command began.
+        """Begin a command, or return the one that an equal command began earlier.
 
         ``kind`` and ``fields``: ``drain`` and ``DrainCommand``, ``scale`` and ``ScaleCommand``,
         ``rebalance`` and ``RebalanceCommand``, ``load_adapter`` and ``AdapterLoadCommand``,
         ``unload_adapter`` and ``AdapterUnloadCommand``. Raises ``RequestError``,
-        ``UnknownNameError``, ``ModelNotFoundError`` and ``ConflictError``; nothing has changed
-        then.
+        ``UnknownNameError``, ``ModelNotFoundError`` and ``ConflictError``, and then changes
+        nothing.
         """
 
         def read(command: type[M]) -> M:
@@ -89,7 +89,7 @@ class Commands:
         raise RequestError(f"kind ({kind[:64]!r}) is no kind of command", "kind")
 
     def cancel(self, operation_id: str, now: float) -> Operation:
-        """Undo an operation. Raises ``UnknownNameError``; ``ConflictError`` if it is too late."""
+        """Cancel an operation. Raises ``UnknownNameError``, or ``ConflictError`` if too late."""
         operation = self.cluster.operations.find(operation_id)
         match operation.kind:
             case "drain":

@@ -1,7 +1,8 @@
 """The controller's state machine: events in, effects out. No Ray, no sockets, no clock.
 
-Its parts share one model (``Cluster``): each takes the events of its subject, changes the model and
-adds effects to it. Every method is called from one thread; ``now`` is in monotonic seconds.
+The parts of the controller share one model (``Cluster``): each handles the events of its subject,
+changes the model and adds effects to it. Every method is called from one thread; ``now`` is in
+monotonic seconds.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from cluster.policy.progress import STEPS_WAIT
 logger = logging.getLogger(__name__)
 
 CALL_AGAIN_S = 0.2
-"""Time in which a worker whose control connection has closed calls again, if it lives."""
+"""Time in which a live worker reconnects after its control connection has closed."""
 
 
 class Controller:
-    """Passes events on to the parts, which share what is known of the cluster."""
+    """Passes events to the parts of the controller, which share one ``Cluster``."""
 
     def __init__(self, cluster: Cluster, settings: ControllerSettings, executor: Executor) -> None:
         """``executor`` computes the plans of rebalancing."""
@@ -82,7 +83,7 @@ class Controller:
                 cluster.send(ack, name)
                 is_member = record.state is WorkerState.SERVING
                 if frame.fenced and frame.generation == cluster.round.number and is_member:
-                    # it has stopped serving, while this controller was away
+                    # the worker stopped serving while this controller was down
                     cluster.reform(f"the lease of {name} ran out", now)
                 elif (cause := self.detection.mismatch(name, frame, now)) is not None:
                     cluster.reform(cause, now)
@@ -116,7 +117,7 @@ class Controller:
             case frames.GenerationReady():
                 self.recovery.answered(name, frame, now)
             case frames.ExpertsLoaded() if self.recovery.loaded(name, frame, now):
-                pass  # an order of a recovery
+                pass  # the recovery commanded this load
             case frames.ExpertsLoaded() | frames.EpochReady() | frames.EpochSwitched():
                 if not self.draining.frame(name, frame, now):
                     self.rebalancing.frame(name, frame, now)
@@ -128,7 +129,7 @@ class Controller:
                 raise ProtocolError(f"{name} sent {type(frame).__name__}")
 
     def disconnected(self, name: str, reason: str, is_invalid: bool, now: float) -> None:
-        """The control connection of a worker closed: ``is_invalid``, for an invalid frame."""
+        """The control connection of a worker closed; ``is_invalid``: after an invalid frame."""
         if name in self.cluster.workers:
             record = self.cluster.workers[name]
             record.disconnected = reason
@@ -136,7 +137,7 @@ class Controller:
             self._lose_disconnected(now)
 
     def _lose_disconnected(self, now: float) -> None:
-        """Workers without connection are lost once a peer reports them, or do not call in time."""
+        """Declare disconnected workers lost if a peer reported them or their time is over."""
         reported = {report.suspect for report in self.cluster.round.reports}
         gone = {
             r.name: f"its control connection closed ({r.disconnected})"
@@ -146,7 +147,7 @@ class Controller:
         self.lost(gone, now)
 
     def created(self, name: str, now: float) -> None:
-        """A new worker's process runs, or its constructor: from now on it must be ready in time."""
+        """The process or constructor of a new worker runs; its start-up limit begins."""
         if not (record := self.cluster.workers.find(name)).has_process:
             record.has_process, record.since = True, now
 
@@ -172,19 +173,19 @@ class Controller:
             cluster.effects.append(End(tuple(fresh)))
 
     def fail_start(self, error: str, now: float) -> None:
-        """The start cannot succeed: end what exists, keep the reason. No effect after the start."""
+        """End all workers and keep the error. Does nothing once the start is complete."""
         if self.cluster.state is ClusterState.STARTING:
             self.cluster.error = error
             self.stop(now, f"the start failed: {error}")
 
     def tick(self, now: float) -> None:
-        """Time has passed: check all limits. Called several times a second."""
+        """Check all time limits. Called several times a second."""
         self.detection.credit_own_pause(now)
         self.draining.tick(now)
         if self.cluster.scale is not None:
             self.lost(self.scaling.tick(self.cluster.scale, now), now)
             if self.cluster.runs:
-                self.recovery.show_running()  # empty places may have gone
+                self.recovery.show_running()  # empty places may have been removed
         if not self.cluster.is_up:
             return
         self.cluster.load.tick(now)
@@ -201,7 +202,7 @@ class Controller:
         self.cluster.workers.forget(now)
 
     def stop(self, now: float, reason: str = "stopped") -> None:
-        """End every worker. The state is STOPPED once they are gone."""
+        """End every worker. The state is STOPPED once their processes have ended."""
         if not self.cluster.is_up:
             return
         self.cluster.enter(ClusterState.DRAINING)
@@ -211,7 +212,7 @@ class Controller:
         self.cluster.effects.append(EndAll())
 
     def all_ended(self, now: float) -> None:
-        """Every worker process is gone."""
+        """Every worker process has ended."""
         for record in self.cluster.workers.alive():
             record.enter(WorkerState.LOST, "ended")
         if self.cluster.state is ClusterState.DRAINING:
@@ -220,7 +221,7 @@ class Controller:
     # ---- questions ------------------------------------------------------------------------
 
     def request_status(self, now: float) -> None:
-        """Ask every worker for its numbers; ``workers.status_complete`` says when all came."""
+        """Request the stats of all workers; ``workers.status_complete`` tells if all replied."""
         if not self.cluster.is_up:
             return
         request = frames.StatusRequest(token=next(self.cluster.order_numbers))
@@ -230,7 +231,7 @@ class Controller:
         self.cluster.send(request, *(r.name for r in asked))
 
     def snapshot(self) -> dict[str, Any]:
-        """The cluster's state, fit for JSON (``status --json``)."""
+        """State of the cluster as JSON-compatible data (``status --json``)."""
         cluster, workers = self.cluster, self.cluster.config.workers
         return {
             "version": cluster.version,
@@ -268,7 +269,7 @@ class Controller:
         }
 
     def restore(self, collected: CollectedState, now: float) -> None:
-        """Continue with running workers; the first call to a restarted controller."""
+        """Continue with running workers. The first call to a restarted controller."""
         self.cluster.state = ClusterState.RECOVERING
         parts = (self.recovery, self.draining, self.scaling, self.adapters)
         continue_with(collected, self.cluster, *parts, now)
@@ -287,7 +288,7 @@ class Controller:
             self._may_join(now)
 
     def _may_join(self, now: float) -> None:
-        """A worker may be ready for a generation."""
+        """Form the first generation once all workers are ready; later, notify ``Recovery``."""
         cluster = self.cluster
         if cluster.state is not ClusterState.STARTING:
             self.recovery.ready(now)

@@ -1,4 +1,4 @@
-"""Documents about the cluster for clients. Plain data, of a cluster that may not exist yet."""
+"""JSON documents about the cluster for clients, also before the cluster exists."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load_document(cluster: Cluster | None) -> dict[str, Any]:
 
 
 def snapshot_before_start() -> dict[str, Any]:
-    """``Controller.snapshot`` of a cluster that has no workers yet."""
+    """The value of ``Controller.snapshot`` before the cluster has workers."""
     return {
         **dict.fromkeys(("version", "term", "generation", "placement_epoch"), 0),
         **dict.fromkeys(("error", "mode", "rebalance", "results")),

@@ -1,11 +1,11 @@
-"""Following the nodes: scalings that the cluster orders itself, as labelled nodes come and go.
+"""Scale operations that the controller begins itself when labelled nodes join or leave.
 
-``NodeFollowingPolicy`` decides; ``Scaling`` carries out, as one operation like that of a client.
-Workers of nodes that leave are drained, and their places removed, by ``Draining``.
+``NodeFollowingPolicy`` decides; ``Scaling`` carries out one operation, as for a client.
+``Draining`` drains the workers of nodes that leave and removes their places.
 
-A client's scaling sets the numbers, too: nodes that are there at its end do not change them any
-more, and the next node that registers adds to them. A restarted controller gets the nodes that are
-accounted for from the workers (``Memory.known_nodes``).
+A scale operation of a client also sets the numbers of workers: nodes present at its end no longer
+change them, and the next node that registers adds to them. A restarted controller gets the nodes
+already accounted for from the workers (``Memory.known_nodes``).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from cluster.core.errors import ConflictError, RequestError
 from cluster.policy.node_following import FollowDecision, FollowedNode, NodeFollowingPolicy
 
 LIMIT_S = 600.0
-"""Limit of a scaling that the cluster orders itself: as long as a new worker may take to load."""
+"""Time limit of such a scale operation: the longest load time of a new worker."""
 _OWN = "follow-nodes-"
-"""The ``request_id`` of such a scaling begins with it."""
+"""Prefix of the ``request_id`` of such a scale operation."""
 
 
 class Following:
-    """The numbers of workers follow the nodes. Owned by the controller."""
+    """Adapts the numbers of workers to the nodes. Owned by the controller."""
 
     def __init__(self, cluster: Cluster, scaling: Scaling) -> None:
         self._cluster = cluster
@@ -37,16 +37,16 @@ class Following:
         self._policy = NodeFollowingPolicy()
         self._numbers = count(1)
         self._operation: Operation | None = None
-        """The scaling under way that was ordered here."""
+        """The running scale operation that this object began."""
         self._nodes: frozenset[str] = frozenset()
-        """Those that it is for."""
+        """Nodes for which ``_operation`` was begun."""
         self._is_withdrawn = False
-        """It was cancelled here."""
+        """Whether this object cancelled ``_operation``."""
         self._of_client: Operation | None = None
-        """A client's scaling under way."""
+        """The running scale operation of a client."""
 
     def observe(self, nodes: Sequence[FollowedNode], now: float) -> None:
-        """These nodes live that are labelled for a role of workers. Called every half second."""
+        """Take the live nodes labelled for a worker role. Called every half second."""
         cluster = self._cluster
         if not (cluster.config.workers.follow_nodes and cluster.takes_orders):
             return
@@ -58,7 +58,7 @@ class Following:
             self._follow(nodes, now)
 
     def _watch_operations(self, nodes: Sequence[FollowedNode], now: float) -> None:
-        """Account for the nodes that operations are about."""
+        """Account for the nodes that operations concern."""
         cluster, running = self._cluster, self._cluster.operations.running
         if running is not None and running.request_id.startswith(_OWN):
             self._operation = running
@@ -82,7 +82,7 @@ class Following:
             self._ended(own, staying, now)
 
     def _withdraw(self, own: Operation, staying: set[str], now: float) -> None:
-        """Cancel a scaling for nodes that have left before their workers served."""
+        """Cancel a scale operation if one of its nodes left before its workers served."""
         if self._cluster.scale is not None and self._nodes - staying:
             with suppress(ConflictError):
                 self._scaling.cancel(own, now)
