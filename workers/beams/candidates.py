@@ -28,31 +28,31 @@ class CandidateParams:
     """Number of alternatives to report for each token; None reports none."""
 
 
-def beam_candidates(logits: Tensor, wanted: CandidateParams) -> list[list[TokenLogprob]]:
+def beam_candidates(logits: Tensor, params: CandidateParams) -> list[list[TokenLogprob]]:
     """Candidates for each row of logits [rows, V], the best first: the ``width`` best tokens, and
     the ``width`` best tokens that do not end the text, without duplicates.
     """
     logits = logits.float()
     normalizer = logits.logsumexp(-1, keepdim=True)
-    num_best = max(wanted.width, wanted.num_top or 0)
-    ending = to_device(wanted.ending, logits.device)
-    masked = logits.index_fill(1, ending, _MASKED) if wanted.ending else logits
+    num_best = max(params.width, params.num_top or 0)
+    ending = to_device(params.ending, logits.device)
+    masked = logits.index_fill(1, ending, _MASKED) if params.ending else logits
     best = logits.topk(min(num_best, logits.shape[1]), -1)
-    others = masked.topk(min(wanted.width, logits.shape[1] - len(wanted.ending)), -1)
-    ends = logits[:, ending] if wanted.ending else logits[:, :0]
+    others = masked.topk(min(params.width, logits.shape[1] - len(params.ending)), -1)
+    ends = logits[:, ending] if params.ending else logits[:, :0]
     fetched = [best.indices, best.values - normalizer, others.indices, others.values - normalizer]
     rows = (v.tolist() for v in to_host([*fetched, ends - normalizer]))  # device-to-host sync
-    return [_row(wanted, *row) for row in zip(*rows, strict=True)]
+    return [_row(params, *row) for row in zip(*rows, strict=True)]
 
 
-def beam_candidates_by_row(logits: Tensor, wanted: CandidateParams) -> list[list[TokenLogprob]]:
+def beam_candidates_by_row(logits: Tensor, params: CandidateParams) -> list[list[TokenLogprob]]:
     """``beam_candidates`` with each row in its own memory; see ``logprob_entries_by_row``."""
-    each = (beam_candidates(row.clone().unsqueeze(0), wanted) for row in logits)
+    each = (beam_candidates(row.clone().unsqueeze(0), params) for row in logits)
     return list(chain.from_iterable(each))
 
 
 def _row(
-    wanted: CandidateParams,
+    params: CandidateParams,
     best_ids: Sequence[int],
     best: Sequence[float],
     other_ids: Sequence[int],
@@ -61,9 +61,9 @@ def _row(
 ) -> list[TokenLogprob]:
     top = tuple(zip(best_ids, best, strict=True))
     open_ones = dict(zip(other_ids, others, strict=True))
-    found = dict(top[: wanted.width] if wanted.may_end else ()) | open_ones
-    ranked = sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))
-    if wanted.num_top is None:
+    logprobs = dict(top[: params.width] if params.may_end else ()) | open_ones
+    ranked = sorted(logprobs.items(), key=lambda pair: (-pair[1], pair[0]))
+    if params.num_top is None:
         return [TokenLogprob(token_id=token, logprob=value) for token, value in ranked]
     greater = (*others, *ends)  # contains all tokens that are more probable than one of ``found``
     return [
@@ -71,8 +71,8 @@ def _row(
             token_id=token,
             logprob=value,
             rank=1 + sum(other > value for other in greater),
-            top_ids=tuple(best_ids[: wanted.num_top]),
-            top_logprobs=tuple(best[: wanted.num_top]),
+            top_ids=tuple(best_ids[: params.num_top]),
+            top_logprobs=tuple(best[: params.num_top]),
         )
         for token, value in ranked
     ]

@@ -51,17 +51,17 @@ class BeamGroup:
 
     def advance(self, now: float, eos: Collection[int]) -> BeamStep:
         """Run a step of the search, and append the next token to each continuing sequence."""
-        found = self.search.advance([self._candidates[beam] for beam in self.beams])
+        continuations = self.search.advance([self._candidates[beam] for beam in self.beams])
         self._candidates.clear()
-        parents = [self.beams[one.parent] for one in found]
+        parents = [self.beams[one.parent] for one in continuations]
         ended = [beam for beam in self.beams if beam not in parents]
-        places = set(range(self.request.n)) - {beam.choice for beam in parents}
+        free_choices = set(range(self.request.n)) - {beam.choice for beam in parents}
         before = {beam: list(beam.output) for beam in parents}
         forks, beams = [], list[SequenceState]()
-        for parent, one in zip(parents, found, strict=True):
+        for parent, one in zip(parents, continuations, strict=True):
             beam = parent
             if parent in beams:
-                beam = _fork(parent, before[parent], places.pop())
+                beam = _fork(parent, before[parent], free_choices.pop())
                 forks.append((parent, beam))
             beam.first_token = now if beam.first_token is None else beam.first_token
             beam.append(one.token)
@@ -70,10 +70,10 @@ class BeamGroup:
         outputs = list[TokenOutput]()
         if self.search.is_over:
             best = enumerate(self.search.ended)
-            outputs = [self._output(place, one, now, eos) for place, one in best]
+            outputs = [self._output(choice, one, now, eos) for choice, one in best]
         return BeamStep(ended, forks, outputs, self.search.is_over)
 
-    def _output(self, place: int, one: EndedBeam, now: float, eos: Collection[int]) -> TokenOutput:
+    def _output(self, choice: int, one: EndedBeam, now: float, eos: Collection[int]) -> TokenOutput:
         params, tokens, lead = self.request.params, one.path.tokens(), self.beams[0]
         last = tokens[-1].token_id
         is_eos = last in eos and not params.ignore_eos
@@ -81,7 +81,7 @@ class BeamGroup:
         return TokenOutput(
             request_id=self.request.request_id,
             attempt=self.request.attempt,
-            choice=place,
+            choice=choice,
             index=0,
             token_ids=tuple(token.token_id for token in tokens),
             logprobs=() if params.logprobs is None else tokens,
@@ -110,8 +110,8 @@ def new_group(sequence: SequenceState, eos: Collection[int]) -> BeamGroup | None
 def ending_tokens(request: Request, eos: Collection[int]) -> tuple[int, ...]:
     """Tokens that end an output, ascending."""
     params = request.params
-    found = {*params.stop_token_ids, *(() if params.ignore_eos else eos)}
-    return tuple(sorted(found))
+    tokens = {*params.stop_token_ids, *(() if params.ignore_eos else eos)}
+    return tuple(sorted(tokens))
 
 
 def _fork(parent: SequenceState, output: list[int], choice: int) -> SequenceState:

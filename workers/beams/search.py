@@ -39,12 +39,12 @@ class TokenPath:
 
     def tokens(self) -> tuple[TokenLogprob, ...]:
         """All tokens in order."""
-        found: list[TokenLogprob] = []
+        newest_first: list[TokenLogprob] = []
         path: TokenPath | None = self
         while path is not None and path.newest is not None:
-            found.append(path.newest)
+            newest_first.append(path.newest)
             path = path.before
-        return tuple(reversed(found))
+        return tuple(reversed(newest_first))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,27 +101,27 @@ class BeamSearch:
         ``width`` most probable tokens that do not end the text.
         """
         ranked = sorted(
-            (-(path.total + token.logprob), place, token.token_id, token)
-            for place, path in enumerate(self._running)
-            for token in candidates[place]
+            (-(path.total + token.logprob), index, token.token_id, token)
+            for index, path in enumerate(self._running)
+            for token in candidates[index]
         )
         is_last = self._running[0].length + 1 >= self._max_tokens
         ended = [
-            (place, token)
-            for _, place, token_id, token in ranked[: self._width]
+            (index, token)
+            for _, index, token_id, token in ranked[: self._width]
             if is_last or token_id in self._ending
         ]
-        self._keep([self._running[place].add(token) for place, token in ended])
+        self._keep([self._running[index].add(token) for index, token in ended])
         open_ones = ((p, t) for _, p, token_id, t in ranked if token_id not in self._ending)
         chosen = [] if is_last else list(islice(open_ones, self._width))
-        self._running = [self._running[place].add(token) for place, token in chosen]
+        self._running = [self._running[index].add(token) for index, token in chosen]
         self.is_over = not chosen or self._ends_now()
         return [] if self.is_over else [NextBeam(p, token.token_id) for p, token in chosen]
 
     def _keep(self, paths: Sequence[TokenPath]) -> None:
         """Add complete outputs and keep the best."""
-        found = [EndedBeam(path, self._score(path.total, path.length)) for path in paths]
-        self.ended = sorted([*self.ended, *found], key=lambda one: -one.score)[: self._width]
+        ended = [EndedBeam(path, self._score(path.total, path.length)) for path in paths]
+        self.ended = sorted([*self.ended, *ended], key=lambda one: -one.score)[: self._width]
 
     def _score(self, total: float, length: int) -> float:
         divisor: float = length**self._params.length_penalty

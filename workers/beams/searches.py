@@ -56,4 +56,4 @@ class BeamSearches:
         if group is None:
             return []
         error = sequence.make_error(failure, now)
-        return [replace(error, choice=place, index=0) for place in range(group.request.n)]
+        return [replace(error, choice=choice, index=0) for choice in range(group.request.n)]

@@ -207,17 +207,17 @@ class MicroBatch:
 def row_chunks(planned: Sequence[PlannedRows], tables: BlockTables) -> RowChunks:
     """The row chunks that native kernels read."""
     num_rows = 0
-    places: list[int] = []
+    chunks: list[int] = []
     for rows in planned:
         assert rows.sequence.seat is not None, "planned sequences run"
         if rows.drafts and num_rows:  # continues the previous chunk of the same sequence
-            places[-3] += rows.count
+            chunks[-3] += rows.count
         else:
-            places += (num_rows, rows.count, rows.first, tables.address(rows.sequence.seat))
+            chunks += (num_rows, rows.count, rows.first, tables.address(rows.sequence.seat))
         num_rows += rows.count
     return RowChunks(
         num_rows=num_rows,
-        places=torch.from_numpy(_int64_array(places)).view(-1, 4),
+        places=torch.from_numpy(_int64_array(chunks)).view(-1, 4),
         tables=tables.array,
         max_length=max(rows.first + rows.count for rows in planned),
     )
@@ -231,10 +231,10 @@ def state_rows(
         return None
     by_sequence = [*_state_runs(planned)]
     in_order = tuple(run for own in by_sequence for run in own)
-    places = torch.tensor([(run.first, run.last, run.read, run.write) for run in in_order])
+    columns = torch.tensor([(run.first, run.last, run.read, run.write) for run in in_order])
     chains = torch.tensor([0, *accumulate(map(len, by_sequence))])
-    slots = places[:num_decodes, 2:].T.contiguous()
-    return StateRows(in_order, places, chains, num_decodes, to_device(slots.numpy(), device))
+    slots = columns[:num_decodes, 2:].T.contiguous()
+    return StateRows(in_order, columns, chains, num_decodes, to_device(slots.numpy(), device))
 
 
 def _state_runs(planned: Sequence[PlannedRows]) -> Iterator[list[StateRun]]:
@@ -242,8 +242,8 @@ def _state_runs(planned: Sequence[PlannedRows]) -> Iterator[list[StateRun]]:
     begin = 0
     for rows in planned:
         assert rows.states is not None, "all sequences have states, or none"
-        found = rows.states.runs(rows.first, rows.first + rows.count)
-        yield [run.moved(begin - rows.first) for run in found]
+        own = rows.states.runs(rows.first, rows.first + rows.count)
+        yield [run.moved(begin - rows.first) for run in own]
         begin += rows.count
 
 
@@ -263,7 +263,7 @@ def prompt_embedding_rows(
 def needs_captures(planned: Sequence[PlannedRows]) -> bool:
     """Whether any request inspects the model's internal tensors."""
     inspections = (rows.sequence.request.inspection for rows in planned)
-    return any(found is not None and found.needs_captures for found in inspections)
+    return any(inspection is not None and inspection.needs_captures for inspection in inspections)
 
 
 def has_adapters(planned: Sequence[PlannedRows]) -> bool:
@@ -273,14 +273,14 @@ def has_adapters(planned: Sequence[PlannedRows]) -> bool:
 
 def _captures(planned: Sequence[PlannedRows]) -> list[tuple[SequenceState, Capture]]:
     """Captures for the entries whose requests inspect the model's internal tensors."""
-    found: list[tuple[SequenceState, Capture]] = []
+    captures: list[tuple[SequenceState, Capture]] = []
     row = 0
     for rows in planned:
         inspection = rows.sequence.request.inspection
         if inspection is not None and inspection.needs_captures:
-            found.append((rows.sequence, Capture(inspection, rows.first, row, rows.count)))
+            captures.append((rows.sequence, Capture(inspection, rows.first, row, rows.count)))
         row += rows.count
-    return found
+    return captures
 
 
 def _copy_to_device(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> Iterator[Tensor]:
@@ -311,14 +311,14 @@ def next_tokens(
 
     ``first_row`` by entry of the plan; ``drawn``: sampled tokens after the newest token and drafts.
     """
-    found = np.zeros(planned.num_rows, dtype=np.int64)
+    following = np.zeros(planned.num_rows, dtype=np.int64)
     for rows, row in zip(planned.rows, first_row, strict=False):
         sequence, new = rows.sequence, drawn.get(rows.sequence, ())
         first = rows.first + 1
         known = sequence.tokens(first, min(first + rows.count, sequence.num_tokens))
         tokens = [*known, *new][: rows.count]
-        found[row : row + len(tokens)] = tokens
-    return found
+        following[row : row + len(tokens)] = tokens
+    return following
 
 
 def row_columns(

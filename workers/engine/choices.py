@@ -21,7 +21,7 @@ def open_choices(
     assert (grammar is None) is (request.params.grammar is None), "compiled before it is added"
     deadline = now + request.deadline_ms / 1000 if request.deadline_ms else math.inf
     first_choice: SequenceState | None = None
-    found: dict[SequenceState, GrammarState | None] = {}
+    sequences: dict[SequenceState, GrammarState | None] = {}
     is_search = request.params.beams is not None
     choices = {0} if is_search else set(range(request.n)) - set(request.closed_choices)
     for choice in sorted(choices):
@@ -39,5 +39,5 @@ def open_choices(
             first_choice=first_choice,
         )
         first_choice = first_choice or sequence
-        found[sequence] = state
-    return found
+        sequences[sequence] = state
+    return sequences

@@ -40,9 +40,9 @@ class Deadlines:
 
     def take_late(self, now: float) -> list[SequenceState]:
         """Remove and return the sequences that are past their deadline and have not ended."""
-        found: list[SequenceState] = []
+        late: list[SequenceState] = []
         while self._heap and self._heap[0][0] <= now:
             sequence = heapq.heappop(self._heap)[2]
             if sequence.status is not SequenceStatus.FINISHED:
-                found.append(sequence)
-        return found
+                late.append(sequence)
+        return late

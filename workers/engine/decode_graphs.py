@@ -153,9 +153,9 @@ class DecodeGraphs:
             whole = np.concatenate([self._tables.array, scratch])
             self._blocks = to_device(whole, self._device)
             self._tables.follow()
-        places, blocks = self._tables.take_changes()
-        if len(places):
-            columns = to_device(np.stack([places, blocks]), self._device)
+        indices, blocks = self._tables.take_changes()
+        if len(indices):
+            columns = to_device(np.stack([indices, blocks]), self._device)
             self._blocks.view(-1).index_copy_(0, columns[0], columns[1].int())
         return self._blocks
 
@@ -219,5 +219,5 @@ def _without_padding(
     rows: Tensor, dim: int, size: int, parts: Sequence[Sequence[PlannedRows]]
 ) -> Tensor:
     """Remove the padding rows of ``rows`` along ``dim``; each micro-batch has ``size`` rows."""
-    found = [rows.narrow(dim, i * size, len(part)) for i, part in enumerate(parts)]
-    return found[0] if len(found) == 1 else torch.cat(found, dim=dim)
+    used = [rows.narrow(dim, i * size, len(part)) for i, part in enumerate(parts)]
+    return used[0] if len(used) == 1 else torch.cat(used, dim=dim)

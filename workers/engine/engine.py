@@ -171,9 +171,9 @@ class Engine:
         """
         self.requests.abort(request_id, choices)
 
-    def begin_fetch(self, hashes: Sequence[BlockHash], found: Sequence[int]) -> Fetch | None:
+    def begin_fetch(self, hashes: Sequence[BlockHash], cached: Sequence[int]) -> Fetch | None:
         """Prepare to fetch blocks of a prefix that another worker has; see ``KvTransferStore``."""
-        return self.kv_store.begin(hashes, found, num_spare=len(self._scheduler.queues.running))
+        return self.kv_store.begin(hashes, cached, num_spare=len(self._scheduler.queues.running))
 
     def take_admissible(self, at_most: int) -> list[tuple[Request, tuple[BlockHash, ...]]]:
         """Return requests that fit into the next steps, with the hashes of the full blocks of their
@@ -232,10 +232,10 @@ class Engine:
         if isolation.is_waiting:
             return RowsWanted()
         self._intent = intent = self._scheduler.intent(requests.restriction(isolation.alone))
-        wanted = replace(intent.wanted, edge_share=self.runner.dispatcher.edge_share)
+        rows = replace(intent.wanted, edge_share=self.runner.dispatcher.edge_share)
         if not requests.traced:
-            return wanted
-        return replace(wanted, parents=requests.traced.parents(intent.sequences))
+            return rows
+        return replace(rows, parents=requests.traced.parents(intent.sequences))
 
     def poll(self) -> list[TokenOutput]:
         """Return outputs that need no step: choices past their deadline or complete at receipt."""
@@ -290,14 +290,14 @@ class Engine:
     ) -> StepResult | None:
         """Run the predictor on all rows of a step, to get drafts for the next one."""
         drawn = {} if tokens is None else tokens.drawn
-        ids = {s: [one.token for one in found] for s, found in drawn.items()}
+        ids = {s: [one.token for one in tokens_of] for s, tokens_of in drawn.items()}
         first_row = () if result is None else result.first_row
         predicted = self.runner.predict(result, next_tokens(plan, first_row, ids))
         if predicted is None or result is None or tokens is None:
             return result
         speculator = self._speculator
-        asked = {s: new for s, new in ids.items() if speculator and speculator.wants_prediction(s)}
-        tokens.predicted.update(self._step_sampler.predict(plan, result, predicted.hidden, asked))
+        newest = {s: new for s, new in ids.items() if speculator and speculator.wants_prediction(s)}
+        tokens.predicted.update(self._step_sampler.predict(plan, result, predicted.hidden, newest))
         return replace(result, routed=predicted.routed)
 
     def _abandon(self, plan: StepPlan) -> None:

@@ -172,8 +172,8 @@ class EngineRequests:
         return self.isolation.advance(self._could_run_alone, attempt, now)
 
     def _could_run_alone(self, request_id: str) -> bool:
-        wanted = self._scheduler.intent(self.restriction(request_id)).wanted
-        return bool(wanted.decode_rows or wanted.prefill_rows)
+        rows = self._scheduler.intent(self.restriction(request_id)).wanted
+        return bool(rows.decode_rows or rows.prefill_rows)
 
     # Completion and outputs
 
@@ -189,8 +189,8 @@ class EngineRequests:
     def drop_adapter(self, key: str) -> None:
         """Remove an adapter; requests that still use it fail."""
         failure = Failure("the adapter of the request was unloaded", "model_not_found", "model")
-        found = chain(*map(self._active.sequences, self._active))
-        self._fail_all([s for s in found if s.request.adapter == key], failure, self._clock())
+        sequences = chain(*map(self._active.sequences, self._active))
+        self._fail_all([s for s in sequences if s.request.adapter == key], failure, self._clock())
         self._adapters.remove(key)
 
     def fail_late(self, now: float) -> None:

@@ -95,9 +95,9 @@ class LoadCounter:
     def flush(self) -> None:
         """Count all queued steps."""
         with self._lock, self._side.work():
-            found = self._take_pending()
+            entries = self._take_pending()
             self._side.follow_noted()
-            folded = self._sum_by_epoch(found)
+            folded = self._sum_by_epoch(entries)
             tensors = [own for counts in folded for own in (*counts.decode, *counts.prefill)]
             arrays = iter(to_host(tensors) if tensors else ())
             for counts in folded:
@@ -116,15 +116,15 @@ class LoadCounter:
 
     def _take_pending(self) -> list[_PendingStep | _Counts]:
         """Take all queued entries. Another thread may take some at the same time."""
-        found = []
+        entries = []
         with suppress(IndexError):
             while True:
-                found.append(self._pending.popleft())
-        return found
+                entries.append(self._pending.popleft())
+        return entries
 
-    def _sum_by_epoch(self, found: Sequence[_PendingStep | _Counts]) -> list[_Counts]:
+    def _sum_by_epoch(self, entries: Sequence[_PendingStep | _Counts]) -> list[_Counts]:
         """Sum consecutive entries of the same epoch, without a device synchronization."""
-        return [self._sum(tuple(group)) for _, group in groupby(found, lambda each: each.epoch)]
+        return [self._sum(tuple(group)) for _, group in groupby(entries, lambda each: each.epoch)]
 
     def _sum(self, members: Sequence[_PendingStep | _Counts]) -> _Counts:
         """Sum entries of one epoch."""
@@ -188,16 +188,16 @@ def _padded_sum(one: Tensor, other: Tensor) -> Tensor:
 
 def _tally_decodes(routed: Sequence[RoutedRows], num_experts: int) -> Tensor:
     """[num_experts] int64: numbers of (row, expert) pairs of decode rows."""
-    found = [r.topk_ids[: r.num_decodes] for r in routed if r.num_decodes]
-    return _tally(found, num_experts, routed)
+    ids = [r.topk_ids[: r.num_decodes] for r in routed if r.num_decodes]
+    return _tally(ids, num_experts, routed)
 
 
 def _tally_copies(routed: Sequence[RoutedRows], num_experts: int) -> Tensor:
     """[num_experts, copies] int64: numbers of (row, expert) pairs of prompt rows."""
     prompts = [r for r in routed if r.num_decodes < len(r.topk_ids)]
-    most = max((r.copies.num_copies for r in prompts if r.copies is not None), default=1)
-    keys = [_prompt_keys(r, most) for r in prompts]
-    return _tally(keys, num_experts * most, routed).view(num_experts, most)
+    num_copies = max((r.copies.num_copies for r in prompts if r.copies is not None), default=1)
+    keys = [_prompt_keys(r, num_copies) for r in prompts]
+    return _tally(keys, num_experts * num_copies, routed).view(num_experts, num_copies)
 
 
 def _prompt_keys(routed: RoutedRows, num_copies: int) -> Tensor:

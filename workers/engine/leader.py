@@ -39,23 +39,23 @@ def decide_header(
 
         4 ranks want 300 prefill rows each, cap 512, step 6: rank 2 gets 300, rank 3 gets 212
     """
-    order = sorted(proposals)
-    if not even_empty and not any(proposals[r].num_rows for r in order):
+    ranks = sorted(proposals)
+    if not even_empty and not any(proposals[r].num_rows for r in ranks):
         return None
-    alone = [r for r in order if proposals[r].is_alone and proposals[r].num_rows]
+    alone = [r for r in ranks if proposals[r].is_alone and proposals[r].num_rows]
     if alone:
         chosen = alone[step % len(alone)]
         nothing = {"decode_rows": 0, "draft_rows": 0, "prefill_rows": 0}
         idle = {r: replace(p, **nothing) for r, p in proposals.items()}
         proposals = {**idle, chosen: proposals[chosen]}
     left = max_prefill_rows
-    prefill = dict.fromkeys(order, 0)
-    wanting = [rank for rank in order if proposals[rank].prefill_rows]
+    prefill = dict.fromkeys(ranks, 0)
+    wanting = [rank for rank in ranks if proposals[rank].prefill_rows]
     for i in range(len(wanting)):
         rank = wanting[(step + i) % len(wanting)]
         prefill[rank] = min(proposals[rank].prefill_rows, left)
         left -= prefill[rank]
-    grants = tuple((r, _grant(proposals[r], prefill[r])) for r in order)
+    grants = tuple((r, _grant(proposals[r], prefill[r])) for r in ranks)
     rows = [g.num_rows for _, g in grants]
     has_prefill = any(g.prefill_rows for _, g in grants)
     header = StepHeader(
@@ -71,10 +71,10 @@ def decide_header(
     )
     if has_prefill:
         return header
-    most = max(header.rows(rank, 0) for rank in order)
-    bucket = bucket_of(most, buckets) if most else 0
+    max_rows = max(header.rows(rank, 0) for rank in ranks)
+    bucket = bucket_of(max_rows, buckets) if max_rows else 0
     header = replace(header, bucket=bucket) if bucket else header
-    limit = limit_edges([(header.edge_rows(rank, 0), proposals[rank].edge_share) for rank in order])
+    limit = limit_edges([(header.edge_rows(rank, 0), proposals[rank].edge_share) for rank in ranks])
     if bucket and limit:  # few sizes, because each is a separate capture
         limit = bucket_of(limit, buckets)
         limit = limit if limit < bucket else 0
@@ -90,22 +90,22 @@ def _grant(proposal: StepProposal, prefill_rows: int) -> Grant:
 
 
 def _choose_parents(
-    asked: Sequence[tuple[int, Parents]], step: int
+    requested: Sequence[tuple[int, Parents]], step: int
 ) -> tuple[tuple[int, Parents], ...]:
     """Choose the parent spans of a step, at most ``MAX_TRACED`` over all ranks.
 
     Each expert worker creates spans for all of them. Every rank gets its first span before any rank
     gets its second; the first rank rotates with the step number.
     """
-    if not any(parents for _, parents in asked):
+    if not any(parents for _, parents in requested):
         return ()
     in_turn = sorted(
-        (turn, (number - step) % len(asked), rank, parent)
-        for number, (rank, parents) in enumerate(asked)
+        (turn, (number - step) % len(requested), rank, parent)
+        for number, (rank, parents) in enumerate(requested)
         for turn, parent in enumerate(parents)
     )
     chosen = {(rank, parent) for *_, rank, parent in in_turn[:MAX_TRACED]}
-    shared = ((r, tuple(p for p in parents if (r, p) in chosen)) for r, parents in asked)
+    shared = ((r, tuple(p for p in parents if (r, p) in chosen)) for r, parents in requested)
     return tuple((rank, parents) for rank, parents in shared if parents)
 
 
@@ -120,6 +120,6 @@ def limit_edges(ranks: Sequence[tuple[int, int]]) -> int:
     needed = max((-(-rows * share // ALL_ROWS) for rows, share in ranks), default=0)
     limit = needed + math.ceil(2 * math.sqrt(needed))
     limit = -(-limit // _ROUNDING) * _ROUNDING
-    most = max((rows for rows, _ in ranks), default=0)
+    max_rows = max((rows for rows, _ in ranks), default=0)
     is_known = all(share or rows <= limit for rows, share in ranks)
-    return limit if is_known and limit <= most * 3 // 4 else 0
+    return limit if is_known and limit <= max_rows * 3 // 4 else 0

@@ -46,11 +46,11 @@ class MicroBatchRule:
 
         One row cannot be split: no rank would have rows in the second part.
         """
-        most = max(rows)
-        if most < 2 or self.setting == 1:
+        max_rows = max(rows)
+        if max_rows < 2 or self.setting == 1:
             return 1
         threshold = self.prefill_threshold if has_prefill else self.decode_threshold
-        return 2 if self.setting == 2 or most >= threshold else 1
+        return 2 if self.setting == 2 or max_rows >= threshold else 1
 
 
 def _can_overlap(workers: WorkersSection) -> bool:

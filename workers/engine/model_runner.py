@@ -180,12 +180,12 @@ class ModelRunner:
             hidden, tokens = result.hidden[row : row + count], next_tokens[row : row + count]
             flows.append(self._predictor_layers(part, hidden, torch.from_numpy(tokens)))
             row += count
-        found = self._run_alternately([num_decodes(part) for part in self._parts], routed, flows)
+        outputs = self._run_alternately([num_decodes(part) for part in self._parts], routed, flows)
         self.dispatcher.finish_step()
         if result is None:
             return None
         known = ((*a, *b) for a, b in zip(result.routed, routed, strict=True))
-        return PredictorOutput(_concatenated(found), tuple(known))
+        return PredictorOutput(_concatenated(outputs), tuple(known))
 
     def _predictor_layers(
         self, part: Sequence[PlannedRows], hidden: Tensor, tokens: Tensor
@@ -273,7 +273,7 @@ class ModelRunner:
             if flow.is_waiting:
                 index = native.layers.bank_of(flow.num_begun - 1)
                 handles[i] = exchange.pending(index, i, flow.topk_weights)
-        rest = [native.remaining_layers(*found) for found in zip(flows, parts, strict=True)]
+        rest = [native.remaining_layers(*pair) for pair in zip(flows, parts, strict=True)]
         return _LayerOutputs(self._run_alternately(decodes, routed, rest, handles, turn))
 
     def _native(self) -> NativeStep | None:

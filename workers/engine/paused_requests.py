@@ -33,8 +33,8 @@ class PausedRequests:
         ``num_tokens``: returns the number of tokens that each choice of a request has.
         """
         names = self._token_limits.keys() - not_now
-        found = [name for name in names if num_tokens(name) >= self._token_limits[name]]
-        for name in found:
+        paused = [name for name in names if num_tokens(name) >= self._token_limits[name]]
+        for name in paused:
             del self._token_limits[name]
-        self._request_ids.update(found)
-        return found
+        self._request_ids.update(paused)
+        return paused

@@ -61,10 +61,10 @@ class PrefillCap:
         left_s = _TARGET_FRACTION * self._target_s - self._decode_time(decode_rows)
         if left_s <= 0:
             return self._min_rows
-        most, row_s = min(self._max_rows, 2 * self._fitting_rows), self._row_time()
+        cap, row_s = min(self._max_rows, 2 * self._fitting_rows), self._row_time()
         if row_s:
-            most = min(most, int(left_s / row_s))
-        return max(self._min_rows, most)
+            cap = min(cap, int(left_s / row_s))
+        return max(self._min_rows, cap)
 
     def observe(self, decode_rows: int, prefill_rows: int, seconds: float) -> None:
         """Learn from a step; ``seconds`` are from its header to the next proposals of all ranks."""

@@ -71,7 +71,7 @@ def check_request(request: Request, limits: RequestLimits) -> None:
     )
     if limits.is_classifier:
         _check_classification(request)
-    given = {
+    tokens_by_field = {
         "prompt": request.prompt,
         "output_so_far": [t for tokens in request.output_so_far for t in tokens],
         "logit_bias": [t for t, _ in params.logit_bias],
@@ -80,7 +80,7 @@ def check_request(request: Request, limits: RequestLimits) -> None:
         "logprob_token_ids": params.logprob_token_ids,
         "bad_words": [t for word in params.bad_words for t in word],
     }
-    for name, tokens in given.items():
+    for name, tokens in tokens_by_field.items():
         bad = next((t for t in tokens if not 0 <= t < limits.vocab_size), None)
         _require(
             bad is None,
@@ -108,9 +108,9 @@ def _check_beams(request: Request, limits: RequestLimits) -> None:
     params = request.params
     rule = f"max_tokens ({params.max_tokens}) must be at least 1 for beams"
     _require(params.max_tokens > 0, rule, "max_tokens")
-    most = limits.vocab_size - len({*params.stop_token_ids, *limits.eos_token_ids})
-    rule = f"n ({request.n}) must be at most {most} for beams: there are no more first tokens"
-    _require(request.n <= most, rule, "n")
+    max_beams = limits.vocab_size - len({*params.stop_token_ids, *limits.eos_token_ids})
+    rule = f"n ({request.n}) must be at most {max_beams} for beams: there are no more first tokens"
+    _require(request.n <= max_beams, rule, "n")
     name = "output_so_far"
     _require(not any(request.output_so_far), f"{name} must be empty for beams", name)
 
@@ -142,12 +142,12 @@ def _check_length(length: int, max_tokens: int, limits: RequestLimits) -> None:
 
 def check_queue_limits(request: Request, section: EngineSection, waiting: int, tokens: int) -> None:
     """Raise ``QueueFullError`` if too many sequences or prompt tokens are waiting."""
-    limit, most = section.max_waiting, section.max_waiting_tokens
+    limit, max_tokens = section.max_waiting, section.max_waiting_tokens
     if waiting and waiting + request.n > limit:
         raise QueueFullError(f"{waiting} sequences are waiting, at most {limit} (max_waiting) may")
-    if most is not None and tokens and tokens + len(request.prompt) > most:
+    if max_tokens is not None and tokens and tokens + len(request.prompt) > max_tokens:
         raise QueueFullError(
-            f"{tokens} prompt tokens are waiting, at most {most} (max_waiting_tokens) may"
+            f"{tokens} prompt tokens are waiting, at most {max_tokens} (max_waiting_tokens) may"
         )
 
 

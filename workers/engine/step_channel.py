@@ -126,7 +126,7 @@ class StepChannel:
         self._epoch = epoch
         self._oldest_epoch = oldest_epoch
 
-    def propose(self, wanted: RowsWanted, *, even_empty: bool = False) -> None:
+    def propose(self, rows: RowsWanted, *, even_empty: bool = False) -> None:
         """Attention ranks: propose rows for the next step, replacing an earlier proposal.
 
         With ``even_empty`` the leader runs a step without rows once all ranks have proposed. Raises
@@ -140,12 +140,12 @@ class StepChannel:
             generation=connections.generation.number,
             step=self._next_step,
             rank=connections.me.rank,
-            decode_rows=wanted.decode_rows,
-            prefill_rows=wanted.prefill_rows,
-            edge_share=wanted.edge_share,
-            is_alone=wanted.is_alone,
-            parents=wanted.parents,
-            draft_rows=wanted.draft_rows,
+            decode_rows=rows.decode_rows,
+            prefill_rows=rows.prefill_rows,
+            edge_share=rows.edge_share,
+            is_alone=rows.is_alone,
+            parents=rows.parents,
+            draft_rows=rows.draft_rows,
         )
         if self.is_leader:
             self._proposals[connections.me.rank] = proposal

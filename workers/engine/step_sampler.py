@@ -163,15 +163,15 @@ class StepSampler:
 
         predicted [num_rows, H]: the predictor's hidden states, in the order of ``result.hidden``.
         """
-        places = {}
+        row_of = {}
         for planned, first_row in zip(plan.rows, result.first_row, strict=True):
             if new := drawn.get(planned.sequence):
                 newest = first_row + planned.count - len(planned.drafts) - 1
-                places[planned.sequence] = newest + len(new) - 1
-        if not places:
+                row_of[planned.sequence] = newest + len(new) - 1
+        if not row_of:
             return {}
-        ordered = sorted(places, key=places.__getitem__)
-        rows = [places[sequence] for sequence in ordered]
+        ordered = sorted(row_of, key=row_of.__getitem__)
+        rows = [row_of[sequence] for sequence in ordered]
         (ids,) = to_host([best_tokens(self._logits(_select_rows(predicted, rows)))])
         return dict(zip(ordered, ids.tolist(), strict=True))
 
@@ -227,8 +227,8 @@ class StepSampler:
         """
         sampled = self._rows_to_sample(tokens.complete, plan)
         rows = [row for one in sampled for row in self._processors[one.sequence].rows(one.drafts)]
-        places = [place for one in sampled for place in one.row_indices]
-        logits = self._logits_of(places, result) if sampled else None
+        row_indices = [row_index for one in sampled for row_index in one.row_indices]
+        logits = self._logits_of(row_indices, result) if sampled else None
         result.finish()  # sampling may read values from the device
         fetched = [result.finite]
         if logits is not None:
@@ -258,12 +258,12 @@ class StepSampler:
         self, complete: Mapping[SequenceState, int], plan: StepPlan
     ) -> list[_SampledRows]:
         """The rows from which tokens are sampled, in ascending order."""
-        found = [
+        rows = [
             _SampledRows(planned.sequence, complete[planned.sequence], planned.drafts)
             for planned in plan.rows
             if planned.sequence in complete and planned.sequence.params.max_tokens
         ]
-        return sorted(found, key=attrgetter("first"))
+        return sorted(rows, key=attrgetter("first"))
 
     def _report(
         self,
@@ -273,11 +273,16 @@ class StepSampler:
         drawn: _SampledLogits,
     ) -> None:
         """Record the ``kept`` tokens of each sequence, with logprobs if they are requested."""
-        places = [place for own in kept for place in own]
-        rows, ids = [drawn.rows[place] for place in places], [drawn.tokens[p] for p in places]
-        found = iter(sampled_tokens(_select_rows(drawn.logits, places), rows, ids, self._score))
+        row_indices = [row_index for own in kept for row_index in own]
+        rows, ids = (
+            [drawn.rows[row_index] for row_index in row_indices],
+            [drawn.tokens[p] for p in row_indices],
+        )
+        results = iter(
+            sampled_tokens(_select_rows(drawn.logits, row_indices), rows, ids, self._score)
+        )
         for one, own in zip(sampled, kept, strict=True):
-            tokens_of = [next(found) for _ in own]
+            tokens_of = [next(results) for _ in own]
             sequence, failure = one.sequence, tokens_of[0].failure
             if sequence in tokens.failed:
                 continue
@@ -303,14 +308,14 @@ class StepSampler:
         for sequences in by_request.values():
             rows = [beams[sequence] for sequence in sequences]
             request, params = sequences[0].request, sequences[0].params
-            wanted = CandidateParams(
+            candidate_params = CandidateParams(
                 width=request.n,
                 ending=ending_tokens(request, self._eos),
                 may_end=len(sequences[0].output) >= params.min_tokens,
                 num_top=params.logprobs,
             )
-            found = self._candidates(_select_rows(logits, rows), wanted)
-            tokens.candidates.update(zip(sequences, found, strict=True))
+            candidates = self._candidates(_select_rows(logits, rows), candidate_params)
+            tokens.candidates.update(zip(sequences, candidates, strict=True))
 
     def _logits_of(self, rows: Sequence[int], result: StepResult) -> Tensor:
         """Logits [rows, V] of rows in ascending order."""
@@ -335,10 +340,10 @@ class StepSampler:
         if failure is not SamplingFailure.NONE_ALLOWED:
             return NOT_FINITE
         where = f"position {len(sequence.output)} of the output"
-        wanted, grammar = sequence.params.grammar, self._processors[sequence].grammar
-        if wanted is not None and grammar is not None and grammar.error is not None:
-            message = f"{wanted.field} cannot be followed at {where}: {grammar.error}"
-            return Failure(message, "invalid_value", wanted.field)
+        requested, grammar = sequence.params.grammar, self._processors[sequence].grammar
+        if requested is not None and grammar is not None and grammar.error is not None:
+            message = f"{requested.field} cannot be followed at {where}: {grammar.error}"
+            return Failure(message, "invalid_value", requested.field)
         return Failure(f"no token is allowed at {where}", "invalid_value")
 
     def _fail(self, tokens: StepTokens, sequence: SequenceState, failure: Failure) -> None:
@@ -356,9 +361,9 @@ def num_accepted(drafts: Sequence[int], drawn: Sequence[int], is_finite: Sequenc
         drafts 5 6 7, drawn 5 6 9 4: two are accepted, and the step gives 5 6 9
     """
     count = 0
-    for place, draft in enumerate(drafts):
-        has_token = drawn[place + 1] >= 0 and is_finite[place + 1]
-        if drawn[place] != draft or not has_token:
+    for index, draft in enumerate(drafts):
+        has_token = drawn[index + 1] >= 0 and is_finite[index + 1]
+        if drawn[index] != draft or not has_token:
             break
         count += 1
     return count

@@ -97,8 +97,8 @@ class InspectionBuffers:
     def arrays(self) -> Iterator[NamedArray]:
         """All results, after the last row."""
         if self._logits:
-            places = sorted(self._logits)
-            yield _named("logits", torch.stack([self._logits[i] for i in places]).numpy())
+            positions = sorted(self._logits)
+            yield _named("logits", torch.stack([self._logits[i] for i in positions]).numpy())
         if self._inspection.labels:
             yield _named("logprobs", self._logprobs)
         if self._inspection.embedding is not None:
@@ -136,21 +136,21 @@ class InspectionBuffers:
         for index, rows in capture.routers.items():
             self._add_router(self._banks[index], rows, skip, own)
 
-    def _by_head(self, found: Tensor) -> Tensor:
+    def _by_head(self, maps: Tensor) -> Tensor:
         """Reshape [K, A / K, n, keys] to [A, n, keys], in the model's own order of heads."""
-        return (found.transpose(0, 1) if self._config.has_tiled_heads else found).flatten(0, 1)
+        return (maps.transpose(0, 1) if self._config.has_tiled_heads else maps).flatten(0, 1)
 
-    def _add_router(self, bank: BankSpec, found: RouterRows, skip: int, own: slice) -> None:
-        name, wanted = f"{bank.bank}:{bank.layer}", self._inspection
-        logits, ids = found.logits[skip:], found.ids[skip:]
-        if wanted.router_logits:
+    def _add_router(self, bank: BankSpec, rows_found: RouterRows, skip: int, own: slice) -> None:
+        name, inspection = f"{bank.bank}:{bank.layer}", self._inspection
+        logits, ids = rows_found.logits[skip:], rows_found.ids[skip:]
+        if inspection.router_logits:
             rows = self._array(f"router_logits:{name}", self._length, bank.num_experts)
             rows[own] = logits.float().numpy()
-        if wanted.routes:
+        if inspection.routes:
             shape = (self._length, bank.top_k)
             self._array(f"topk_ids:{name}", *shape, dtype=np.int32)[own] = ids.numpy()
-            self._array(f"topk_weights:{name}", *shape)[own] = found.weights[skip:].numpy()
-        if wanted.aux:
+            self._array(f"topk_weights:{name}", *shape)[own] = rows_found.weights[skip:].numpy()
+        if inspection.aux:
             scores = logits.float() if bank.aux_dtype == "float32" else logits
             chosen = ids.flatten().long()
             sums = self._aux.setdefault(f"aux:{name}", np.zeros((2, bank.num_experts)))

@@ -76,9 +76,9 @@ class Inspector:
         length = len(request.prompt)
         check_inspection(inspection, length, self._shape)
         held = sum(self._size(sequence.request) for sequence in self._buffers)
-        most = self._max_held_bytes
-        if held and held + num_bytes(inspection, length, self._shape) > most:
-            raise QueueFullError(f"inspections hold {held} bytes, at most {most} may be held")
+        limit = self._max_held_bytes
+        if held and held + num_bytes(inspection, length, self._shape) > limit:
+            raise QueueFullError(f"inspections hold {held} bytes, at most {limit} may be held")
 
     def start(self, sequence: SequenceState) -> None:
         """Create buffers for a checked request, if it has an inspection."""
@@ -114,12 +114,12 @@ class Inspector:
         logits: dict[int, Tensor] = {}
         logprobs: dict[int, float] = {}
         for start in range(0, len(rows), _ROWS):
-            places = rows[start : start + _ROWS]
-            found = self._logits(hidden[torch.tensor(places) - first])
-            if not all_finite(found):
+            positions = rows[start : start + _ROWS]
+            row_logits = self._logits(hidden[torch.tensor(positions) - first])
+            if not all_finite(row_logits):
                 return None
-            logits |= self._kept(inspection, places, found)
-            logprobs |= self._scored(inspection, places, found)
+            logits |= self._kept(inspection, positions, row_logits)
+            logprobs |= self._scored(inspection, positions, row_logits)
         return StepRows(
             first=first,
             hidden=hidden,
@@ -133,26 +133,26 @@ class Inspector:
         return num_bytes(request.inspection, len(request.prompt), self._shape)
 
     def _kept(
-        self, inspection: InspectionParams, places: Sequence[int], found: Tensor
+        self, inspection: InspectionParams, positions: Sequence[int], row_logits: Tensor
     ) -> dict[int, Tensor]:
-        wanted = set(inspection.logits)
+        requested = set(inspection.logits)
         return {
-            place: row.to("cpu", torch.float32, copy=True)
-            for place, row in zip(places, found, strict=True)
-            if place in wanted
+            position: row.to("cpu", torch.float32, copy=True)
+            for position, row in zip(positions, row_logits, strict=True)
+            if position in requested
         }
 
     def _scored(
-        self, inspection: InspectionParams, places: Sequence[int], found: Tensor
+        self, inspection: InspectionParams, positions: Sequence[int], row_logits: Tensor
     ) -> dict[int, float]:
         """Log-probability of the label after each position, by the label's position."""
-        behind = {p: _label(inspection, p + 1) for p in places}
-        kept = [i for i, p in enumerate(places) if behind[p] != IGNORED_LABEL]
+        behind = {p: _label(inspection, p + 1) for p in positions}
+        kept = [i for i, p in enumerate(positions) if behind[p] != IGNORED_LABEL]
         if not kept:
             return {}
-        labels = [behind[places[i]] for i in kept]
-        entries = self._score(found[kept], labels, [0] * len(kept))
-        return {places[i] + 1: e.logprob for i, e in zip(kept, entries, strict=True)}
+        labels = [behind[positions[i]] for i in kept]
+        entries = self._score(row_logits[kept], labels, [0] * len(kept))
+        return {positions[i] + 1: e.logprob for i, e in zip(kept, entries, strict=True)}
 
 
 def _label(inspection: InspectionParams, position: int) -> int:
@@ -162,6 +162,6 @@ def _label(inspection: InspectionParams, position: int) -> int:
 
 def _wanted_rows(inspection: InspectionParams, first: int, last: int) -> list[int]:
     """Positions from ``first`` to ``last`` - 1 that need logits, ascending."""
-    wanted = {place for place in inspection.logits if first <= place < last}
-    wanted.update(p for p in range(first, last) if _label(inspection, p + 1) != IGNORED_LABEL)
-    return sorted(wanted)
+    positions = {position for position in inspection.logits if first <= position < last}
+    positions.update(p for p in range(first, last) if _label(inspection, p + 1) != IGNORED_LABEL)
+    return sorted(positions)

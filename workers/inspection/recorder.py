@@ -72,7 +72,7 @@ class BatchRecorder:
                 )
 
     def attending(self, queries: Tensor, cache: Tensor, batch: AttentionBatch) -> None:
-        wanted = {c.row: c for c in self._captures if c.inspection.attentions}
+        captures = {c.row: c for c in self._captures if c.inspection.attentions}
         for chunk in batch.prefills:
-            if chunk.first in wanted:
-                wanted[chunk.first].maps.append(attention_map(queries, cache, chunk, batch).cpu())
+            if chunk.first in captures:
+                captures[chunk.first].maps.append(attention_map(queries, cache, chunk, batch).cpu())

@@ -49,7 +49,7 @@ class StepMetrics:
         self._bubble_ns = 0
         return is_measured(header)
 
-    def add(self, name: str, start_ns: int, end_ns: int, place: dict[str, Any]) -> None:
+    def add(self, name: str, start_ns: int, end_ns: int, labels: dict[str, Any]) -> None:
         if name in HISTOGRAMS:
             self._observe(HISTOGRAMS[name], end_ns - start_ns)
         if name == self._wait:

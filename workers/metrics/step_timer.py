@@ -23,8 +23,8 @@ class TimingSink(Protocol):
     def begin_step(self, header: StepHeader) -> bool:
         """Begin a step; returns whether the sink takes its timings."""
 
-    def add(self, name: str, start_ns: int, end_ns: int, place: dict[str, Any]) -> None:
-        """Add a timing, in ``time.monotonic_ns``; ``place`` has the step, layer, bank and so on."""
+    def add(self, name: str, start_ns: int, end_ns: int, labels: dict[str, Any]) -> None:
+        """Add a timing, in ``time.monotonic_ns``; ``labels`` has the step, layer and so on."""
 
     def flush(self) -> None:
         """End the step."""
@@ -80,21 +80,21 @@ class StepTimer:
             return
         if last:
             self._end_lap(last, {}, self._clock_ns())
-        place = {
+        labels = {
             "step": header.step,
             "generation": header.generation,
             "micro_batches": header.num_micro_batches,
             "rows": {str(rank): grant.num_rows for rank, grant in header.grants},
         }
         for sink in sinks:
-            sink.add("step", self._begin_ns, self._clock_ns(), place)
+            sink.add("step", self._begin_ns, self._clock_ns(), labels)
             sink.flush()
         self._sinks = ()
 
-    def _end_lap(self, name: str, place: dict[str, Any], now_ns: int) -> None:
+    def _end_lap(self, name: str, labels: dict[str, Any], now_ns: int) -> None:
         assert self._header is not None, "begin_step must be called first"
         for sink in self._sinks:
-            sink.add(name, self._last_ns, now_ns, {"step": self._header.step, **place})
+            sink.add(name, self._last_ns, now_ns, {"step": self._header.step, **labels})
         self._last_ns = now_ns
 
 

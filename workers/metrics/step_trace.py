@@ -57,7 +57,7 @@ class StepTrace:
     def begin_step(self, header: StepHeader) -> bool:
         return True
 
-    def add(self, name: str, start_ns: int, end_ns: int, place: dict[str, Any]) -> None:
+    def add(self, name: str, start_ns: int, end_ns: int, labels: dict[str, Any]) -> None:
         """Queue a timing as an event, which ``flush`` writes."""
         event = {
             "ph": "X",
@@ -67,7 +67,7 @@ class StepTrace:
             "tid": threading.get_native_id(),
             "ts": start_ns / 1000,
             "dur": (end_ns - start_ns) / 1000,
-            "args": place,
+            "args": labels,
         }
         self._events.append(f",\n{json.dumps(event)}")
 

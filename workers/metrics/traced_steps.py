@@ -45,13 +45,13 @@ class TracedRequests:
 
     def parents(self, expected: Iterable[SequenceState]) -> tuple[SpanIdBytes, ...]:
         """Parent spans for a step with these sequences; at most ``MAX_TRACED``."""
-        found: dict[SpanIdBytes, None] = {}
+        parents: dict[SpanIdBytes, None] = {}
         for sequence in expected:
             if self._num_left.get(sequence.request.request_id, 0) > 0 and _has_spans(sequence):
-                found[_parent(sequence)] = None
-                if len(found) == MAX_TRACED:
+                parents[_parent(sequence)] = None
+                if len(parents) == MAX_TRACED:
                     break
-        return tuple(found)
+        return tuple(parents)
 
     def count_step(self, header: StepHeader, rank: int, planned: Iterable[SequenceState]) -> None:
         """Count a step that has run with these sequences on this rank."""
@@ -65,7 +65,12 @@ class RecordSpan(Protocol):
     """``TraceExport.record_child``; times are from ``time.monotonic_ns``."""
 
     def __call__(
-        self, parent: SpanIdBytes, name: str, began_ns: int, ended_ns: int, found: Mapping[str, Any]
+        self,
+        parent: SpanIdBytes,
+        name: str,
+        began_ns: int,
+        ended_ns: int,
+        found: Mapping[str, Any],
     ) -> None: ...
 
 
@@ -95,7 +100,7 @@ class StepSpans:
         self._ns.clear()
         return bool(self._parents)
 
-    def add(self, name: str, start_ns: int, end_ns: int, place: dict[str, Any]) -> None:
+    def add(self, name: str, start_ns: int, end_ns: int, labels: dict[str, Any]) -> None:
         if name == "step":
             self._step_ns = start_ns, end_ns
         else:
@@ -105,7 +110,7 @@ class StepSpans:
         header = self._header
         assert header is not None, "begin_step must be called first"
         seconds = {f"{names.SECONDS}.{name}": ns / 1e9 for name, ns in self._ns.items()}
-        found = {
+        attributes = {
             names.WORKER: self._worker,
             names.STEP: header.step,
             names.GENERATION: header.generation,
@@ -115,7 +120,7 @@ class StepSpans:
             **seconds,
         }
         for parent in self._parents:
-            self._record(parent, names.STEP_SPAN, *self._step_ns, found)
+            self._record(parent, names.STEP_SPAN, *self._step_ns, attributes)
 
 
 def parents_of(header: StepHeader, rank: int | None) -> tuple[SpanIdBytes, ...]:

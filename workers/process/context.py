@@ -135,11 +135,11 @@ class WorkerContext:
     def kv_peer(self, name: str) -> Peer | None:
         """The KV server of another member of this generation; None for other names."""
         members = self.membership.generation.members
-        found = next((m for m in members if m.name == name), None)
-        if found is None or not found.kv_address or name == self.member.name:
+        member = next((m for m in members if m.name == name), None)
+        if member is None or not member.kv_address or name == self.member.name:
             return None
         token = self.config.cluster_token
-        return Peer(name=name, address=found.kv_address, me=self.me, token=token)
+        return Peer(name=name, address=member.kv_address, me=self.me, token=token)
 
     def open_peer_server(self, what: str, key_bytes: int) -> PeerServer:
         """Open a listener for other workers, which closes when this worker ends."""

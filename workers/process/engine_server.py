@@ -247,13 +247,13 @@ class EngineServer:
         return ()
 
     async def _watch_gateways(self) -> None:
-        looked_at = time.monotonic()
+        checked_at = time.monotonic()
         while True:
             await asyncio.sleep(self._streams.check_interval_s)
             now = time.monotonic()
-            self._streams.drop_silent(now, looked_at)
+            self._streams.drop_silent(now, checked_at)
             self._end_handshakes(now)
-            looked_at = now
+            checked_at = now
 
     def _end_handshakes(self, now: float) -> None:
         """Cancel handshakes whose callers do not read."""

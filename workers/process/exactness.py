@@ -86,16 +86,16 @@ def _libraries(own: Library, dtype: torch.dtype, is_alone: bool) -> dict[str, Li
 
     Only bfloat16 has others, see ``arithmetic_of``.
     """
-    found = {arithmetic_of(own, dtype): own}
+    libraries = {arithmetic_of(own, dtype): own}
     if is_alone or dtype != torch.bfloat16 or own.name != "avx512_bf16":
-        return found
-    for wanted in runnable():
-        if wanted.name == own.name:
+        return libraries
+    for choice in runnable():
+        if choice.name == own.name:
             continue
         try:
-            library = load_library(wanted)
+            library = load_library(choice)
         except (BuildError, OSError) as err:
-            logger.warning("could not load the kernel library %s: %s", wanted.name, err)
+            logger.warning("could not load the kernel library %s: %s", choice.name, err)
             continue
-        return {**found, arithmetic_of(library, dtype): library}
-    return found
+        return {**libraries, arithmetic_of(library, dtype): library}
+    return libraries

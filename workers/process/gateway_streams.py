@@ -164,13 +164,13 @@ class GatewayStreams:
         if self._streams.pop(stream.name, None) is not None:
             self._inbox.put(GatewayDisconnected(stream.name))
 
-    def drop_silent(self, now: float, looked_at: float) -> None:
+    def drop_silent(self, now: float, checked_at: float) -> None:
         """Drop silent gateways; a message to one could block its stream indefinitely.
 
-        ``looked_at`` is the time of the last check. If this process was stopped since then,
+        ``checked_at`` is the time of the last check. If this process was stopped since then,
         messages may still be unread.
         """
-        late_s = now - looked_at - self.check_interval_s
+        late_s = now - checked_at - self.check_interval_s
         for stream in tuple(self._streams.values()):
             if stream.last_message_at is None:
                 continue

@@ -22,15 +22,15 @@ def step_messages(
         owner = owners.get(output.request_id)
         if owner is not None:
             by_gateway[owner].append(output)
-    for gateway, mine in by_gateway.items():
-        small = tuple(o for o in mine if not o.arrays and o.score is None)
+    for gateway, own in by_gateway.items():
+        small = tuple(o for o in own if not o.arrays and o.score is None)
         if small:
             yield gateway, StepOutput(outputs=small)
         searches: defaultdict[str, list[TokenOutput]] = defaultdict(list)
-        for output in mine:
+        for output in own:
             if output.arrays:
                 yield gateway, StepOutput(outputs=(output,))
             elif output.score is not None:
                 searches[output.request_id].append(output)
-        for found in searches.values():
-            yield gateway, StepOutput(outputs=tuple(found))
+        for beams in searches.values():
+            yield gateway, StepOutput(outputs=tuple(beams))

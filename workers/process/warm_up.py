@@ -71,20 +71,20 @@ def warm_attention(
         return
     experts = dispatcher if args.config.workers.mode == "local" else ZeroDispatcher(family.banks)
     section, context = args.config.engine, args.config.model.max_model_len
-    most = section.max_num_seqs
+    num_seqs = section.max_num_seqs
     longest = (context or family.config.context_tokens) - _NUM_TOKENS
-    length = max(1, min(section.max_num_batched_tokens // most, longest))
+    length = max(1, min(section.max_num_batched_tokens // num_seqs, longest))
     blocks = -(-(length + _NUM_TOKENS) // section.block_size_tokens)
     own = replace(
         section,
-        kv_cache_bytes=most * blocks * block_bytes(section, family.config, dtype),
+        kv_cache_bytes=num_seqs * blocks * block_bytes(section, family.config, dtype),
         num_cached_states=0,
         enable_prefix_caching=False,
-        max_waiting=most,
+        max_waiting=num_seqs,
         max_waiting_tokens=None,
     )
     engine = make_engine(section=own, dispatcher=experts)
-    _run(engine, [_request(i, length) for i in range(most)])
+    _run(engine, [_request(i, length) for i in range(num_seqs)])
     _run(engine, [_request(0, 1)])
     if family.config.latent_rank is not None:  # long chunks use another attention variant
         _run(engine, [_request(0, max(1, min(section.max_num_batched_tokens, longest)))])
@@ -118,8 +118,8 @@ def _run(engine: Engine, requests: Sequence[Request]) -> None:
         engine.add_request(request)
     step = 0
     while engine.has_work:
-        step, wanted = step + 1, engine.rows_wanted()
-        grant = Grant(decode_rows=wanted.decode_rows, prefill_rows=wanted.prefill_rows)
+        step, rows = step + 1, engine.rows_wanted()
+        grant = Grant(decode_rows=rows.decode_rows, prefill_rows=rows.prefill_rows)
         engine.step(
             StepHeader(
                 generation=1,
@@ -143,8 +143,8 @@ def warm_experts(args: WorkerArgs, slots: ExpertSlots, sums_are_rounded: bool) -
         return
     with torch.inference_mode():
         for bank in slots.banks:
-            most = args.config.engine.max_num_batched_tokens
-            for rows in (*(1 << i for i in range((most - 1).bit_length())), most):
+            max_rows = args.config.engine.max_num_batched_tokens
+            for rows in (*(1 << i for i in range((max_rows - 1).bit_length())), max_rows):
                 _compute(bank, rows, bank.dtype if sums_are_rounded else torch.float32)
 
 
@@ -157,9 +157,9 @@ def _compute(bank: ExpertBank, rows: int, sums_dtype: torch.dtype) -> None:
         num_inputs = ids.numel() if exchange.per_slot_input else rows
         inputs = torch.zeros((num_inputs, exchange.in_width), dtype=bank.dtype, device=device)
         source = pairs if exchange.per_slot_input else pairs // top_k
-        found = [bank.compute(exchange.index, inputs, source, ids.flatten())]
+        outputs = [bank.compute(exchange.index, inputs, source, ids.flatten())]
         if exchange.weighted:
             weights = torch.ones(ids.shape, device=device)
-            found.append(bank.compute_rows(exchange.index, inputs, ids, weights, sums_dtype))
-        for output in found:
+            outputs.append(bank.compute_rows(exchange.index, inputs, ids, weights, sums_dtype))
+        for output in outputs:
             output[0, 0].item()  # device-to-host sync

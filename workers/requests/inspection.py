@@ -157,10 +157,10 @@ def check_inspection(inspection: InspectionParams, length: int, shape: ModelShap
 
 
 def _check_positions(inspection: InspectionParams, length: int) -> None:
-    places = inspection.logits
-    if places and not 0 <= places[0] <= places[-1] < length:
+    positions = inspection.logits
+    if positions and not 0 <= positions[0] <= positions[-1] < length:
         raise RequestError(
-            f"positions {places[0]} to {places[-1]} are out of range for {length} tokens",
+            f"positions {positions[0]} to {positions[-1]} are out of range for {length} tokens",
             "logits_to_keep",
         )
 

@@ -45,13 +45,13 @@ class PromptEmbeds(Message, frozen=True, array_like=True):
 def parse_embeds(shape: Sequence[int], data: bytes) -> PromptEmbeds:
     """Validate the prompt of a message. Raises ``RequestError`` with value and rule."""
     name = "embeddings"
-    given = list(shape)[:4]
+    sizes = list(shape)[:4]
     if len(shape) != 2 or min(shape) < 1:
-        raise RequestError(f"{name}.shape ({given}) must be tokens and hidden size", name)
+        raise RequestError(f"{name}.shape ({sizes}) must be tokens and hidden size", name)
     size = 4 * shape[0] * shape[1]
     if len(data) != size:
         raise RequestError(
-            f"{name}.data has {len(data)} bytes, {given} float32 numbers have {size}", name
+            f"{name}.data has {len(data)} bytes, {sizes} float32 numbers have {size}", name
         )
     if not np.isfinite(np.frombuffer(data, dtype="<f4")).all():
         raise RequestError(f"{name}.data must be finite numbers", name)

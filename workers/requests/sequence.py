@@ -223,8 +223,8 @@ class SequenceState:
 
     def make_error(self, failure: Failure, now: float) -> TokenOutput:
         """The last output of a failed sequence."""
-        found = failed_output(self.request, self.choice, failure)
-        return replace(found, index=len(self.output), timings=self.timings(now))
+        output = failed_output(self.request, self.choice, failure)
+        return replace(output, index=len(self.output), timings=self.timings(now))
 
     def timings(self, now: float) -> Timings:
         """Its times so far."""

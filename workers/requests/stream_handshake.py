@@ -54,9 +54,9 @@ class _Handshake:
 
     def _read_hello(self, hello: bytes) -> None:
         self._peer_hello = HELLO.decode(_bounded(hello))
-        mine, theirs = self._own_hello, self._peer_hello
-        self._proof.their_nonce = theirs.nonce
-        check_release(theirs.release, theirs.name, mine.release, mine.name)
+        own, peer = self._own_hello, self._peer_hello
+        self._proof.their_nonce = peer.nonce
+        check_release(peer.release, peer.name, own.release, own.name)
 
 
 class GatewayHandshake(_Handshake):

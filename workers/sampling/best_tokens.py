@@ -64,11 +64,11 @@ def _is_finite(bits: Bits, largest: Bits, infinity: int) -> NDArray[np.bool_]:
     """``finite_rows`` of bits [rows, V], given the largest of each row."""
     unsigned = bits.view(_UNSIGNED[bits.itemsize])  # negative floats are greater than the others
     sign = 1 << (8 * bits.itemsize - 1)
-    found: NDArray[np.bool_] = (largest < infinity) & (unsigned.max(-1) < sign + infinity)
-    return found
+    is_finite: NDArray[np.bool_] = (largest < infinity) & (unsigned.max(-1) < sign + infinity)
+    return is_finite
 
 
 def _bits(logits: Tensor) -> Bits:
     """[rows, V] signed integers with the bits of the logits."""
-    found: Bits = logits.contiguous().view(_INTEGERS[logits.dtype]).numpy()
-    return found
+    bits: Bits = logits.contiguous().view(_INTEGERS[logits.dtype]).numpy()
+    return bits

@@ -77,17 +77,17 @@ def draw(
     tokens = best.clone()
     for first in range(0, len(drawn), size):
         part = drawn[first : first + size]
-        places = to_device(part, logits.device)
-        most = best[places].clamp(min=0).unsqueeze(1)  # arbitrary for a failed row
-        values = logits[places]
-        tokens[places] = _draw(values.float() - values.gather(1, most).float(), how[part])
+        row_indices = to_device(part, logits.device)
+        largest = best[row_indices].clamp(min=0).unsqueeze(1)  # arbitrary for a failed row
+        values = logits[row_indices]
+        tokens[row_indices] = _draw(values.float() - values.gather(1, largest).float(), how[part])
     return torch.where(best < 0, best, tokens)
 
 
 def _draw_rows(rows: Sequence[SamplingRow]) -> NDArray[Any]:
     """Rows in the kernel's layout: [rows] ``DRAW_ROW``."""
-    found = [(r.params.seed & _MASK64, r.choice, r.index, *_limits(r)) for r in rows]
-    return np.array(found, dtype=DRAW_ROW)
+    values = [(r.params.seed & _MASK64, r.choice, r.index, *_limits(r)) for r in rows]
+    return np.array(values, dtype=DRAW_ROW)
 
 
 def _limits(row: SamplingRow) -> tuple[float, float, float, int]:
@@ -219,8 +219,8 @@ def uniforms(values: NDArray[np.uint64], num_levels: int) -> NDArray[np.float64]
     state = _splitmix64(values[:, :1])
     for column in (values[:, 1:2], values[:, 2:], np.arange(num_levels, dtype=np.uint64)):
         state = _splitmix64(state ^ column)
-    found: NDArray[np.float64] = (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return found
+    numbers: NDArray[np.float64] = (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return numbers
 
 
 def _splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:

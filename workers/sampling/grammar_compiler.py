@@ -157,13 +157,15 @@ class GrammarCompiler:
             RequestError: a part without a fallback does not compile.
         """
         lines = grammar.text.split("\n")
-        places = {line.partition(":")[0]: place for place, line in enumerate(lines)}
+        line_numbers = {line.partition(":")[0]: number for number, line in enumerate(lines)}
         failing = [
-            part for part in grammar.parts if not self._compiles(part, lines[places[part.rule]])
+            part
+            for part in grammar.parts
+            if not self._compiles(part, lines[line_numbers[part.rule]])
         ]
         for part in failing or grammar.parts:
             if part.fallback is not None:
-                lines[places[part.rule]] = f"{part.rule}: {part.fallback}"
+                lines[line_numbers[part.rule]] = f"{part.rule}: {part.fallback}"
         return "\n".join(lines)
 
     def _compiles(self, part: GrammarPart, line: str) -> bool:

@@ -47,13 +47,13 @@ class TokenCounts:
 
     def _count(self, token: int) -> None:
         """Count a token of the output."""
-        place = self._place.setdefault(token, len(self._place))
-        if place == len(self._tokens):
+        index = self._place.setdefault(token, len(self._place))
+        if index == len(self._tokens):
             room = len(self._tokens) + _MORE_TOKENS
             self._tokens = np.concatenate([self._tokens, np.zeros(room, dtype=np.int64)])
             self._in_output = np.concatenate([self._in_output, np.zeros(room, dtype=np.float32)])
-        self._tokens[place] = token
-        self._in_output[place] += 1
+        self._tokens[index] = token
+        self._in_output[index] += 1
 
     def arrays(self, drafted: Sequence[int] = ()) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The distinct tokens, and their counts in the output. Do not keep the arrays.
@@ -71,12 +71,12 @@ class TokenCounts:
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Copies of the arrays that include the ``drafted`` tokens."""
         new = [token for token in dict.fromkeys(drafted) if token not in self._place]
-        place = self._place | dict(
+        index_of = self._place | dict(
             zip(new, range(len(tokens), len(tokens) + len(new)), strict=True)
         )
         counts = np.concatenate([in_output, np.zeros(len(new), dtype=np.float32)])
         for token in drafted:
-            counts[place[token]] += 1
+            counts[index_of[token]] += 1
         return np.concatenate([tokens, np.array(new, dtype=np.int64)]), counts
 
 
@@ -98,12 +98,12 @@ class BadWords:
 
     def banned(self, output: Sequence[int]) -> tuple[int, ...]:
         """Tokens that would complete a word after ``output``."""
-        found = list(self._alone)
+        tokens = list(self._alone)
         for word in self._after.get(output[-1], ()) if output else ():
             begun = len(word) - 1
             if tuple(output[-begun:]) == word[:-1]:
-                found.append(word[-1])
-        return tuple(found)
+                tokens.append(word[-1])
+        return tuple(tokens)
 
 
 class SamplingRow(Struct, frozen=True):
@@ -209,7 +209,7 @@ def apply_processors(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 def penalize(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
     """Apply repetition, frequency and presence penalty in place to contiguous float32 [rows, V]."""
-    places: list[NDArray[np.int64]] = []
+    indices: list[NDArray[np.int64]] = []
     columns: list[NDArray[np.float32]] = []
     for number, row in enumerate(rows):
         if row.counts is None:
@@ -219,18 +219,18 @@ def penalize(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
         penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
         column = np.empty((4, len(tokens)), dtype=np.float32)
         column[:3], column[3] = np.reshape(penalties, (3, 1)), in_output
-        places.append(tokens + number * logits.shape[1])
+        indices.append(tokens + number * logits.shape[1])
         columns.append(column)
-    if not places:
+    if not indices:
         return
-    place = to_device(np.concatenate(places), logits.device)
+    index = to_device(np.concatenate(indices), logits.device)
     joined = to_device(np.concatenate(columns, axis=1), logits.device)
     repetition, frequency, presence, counts = joined
-    values = logits.view(-1)[place]
+    values = logits.view(-1)[index]
     values = torch.where(values > 0, values / repetition, values * repetition)
     values = values - frequency * counts
     values = values - presence * (counts > 0)
-    logits.view(-1)[place] = values.clamp_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+    logits.view(-1)[index] = values.clamp_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
 
 
 def _apply(row: SamplingRow, values: Tensor) -> None:
@@ -252,7 +252,7 @@ def _apply(row: SamplingRow, values: Tensor) -> None:
 
 
 def _keep_only(values: Tensor, tokens: Sequence[int]) -> None:
-    places = to_device(tokens, values.device)
-    kept = values[places]
+    ids = to_device(tokens, values.device)
+    kept = values[ids]
     values.fill_(_MASKED)
-    values[places] = kept
+    values[ids] = kept

@@ -97,21 +97,21 @@ def _entries(
     logits: Tensor, rows: Sequence[SamplingRow], tokens: Sequence[int], score: Score
 ) -> dict[int, TokenLogprob]:
     """Logprobs of the sampled tokens by row, if requested."""
-    asked = [
+    requested = [
         i
         for i, row in enumerate(rows)
         if row.params.logprobs is not None and row.params.beams is None and tokens[i] >= 0
     ]
-    if not asked:
+    if not requested:
         return {}
-    params = [rows[i].params for i in asked]
+    params = [rows[i].params for i in requested]
     entries = score(
-        _select_rows(logits, asked),
-        [tokens[i] for i in asked],
+        _select_rows(logits, requested),
+        [tokens[i] for i in requested],
         [p.logprobs or 0 for p in params],
         [p.logprob_token_ids for p in params],
     )
-    return dict(zip(asked, entries, strict=True))
+    return dict(zip(requested, entries, strict=True))
 
 
 def logprob_entries(
@@ -130,8 +130,10 @@ def logprob_entries(
     chosen = logits.gather(1, places)
     ranks = (logits > chosen).sum(-1) + 1
     best = logits.topk(min(max(num_top), logits.shape[1]), -1)
-    asked = {i: ids for i, ids in enumerate(named or ()) if ids}
-    others = [logits[i, to_device(ids, logits.device)] - normalizer[i] for i, ids in asked.items()]
+    requested = {i: ids for i, ids in enumerate(named or ()) if ids}
+    others = [
+        logits[i, to_device(ids, logits.device)] - normalizer[i] for i, ids in requested.items()
+    ]
     fetched = [(chosen - normalizer).squeeze(1), ranks, best.indices, best.values - normalizer]
     own, rank_list, top_ids, top_logprobs, *named_logprobs = (
         values.tolist()
@@ -147,7 +149,7 @@ def logprob_entries(
         )
         for i, (token, count) in enumerate(zip(tokens, num_top, strict=True))
     ]
-    for (i, ids), values in zip(asked.items(), named_logprobs, strict=True):
+    for (i, ids), values in zip(requested.items(), named_logprobs, strict=True):
         entries[i] = replace(entries[i], top_ids=tuple(ids), top_logprobs=tuple(values))
     return entries
 

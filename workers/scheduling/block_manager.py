@@ -58,8 +58,8 @@ class BlockManager:
 
     def num_to_compute(self, waiting: SequenceState, known: Sequence[int] | None = None) -> int:
         """Number of rows to compute if admitted now; ``known``: its cached blocks, if available."""
-        found = self.cached_blocks(waiting) if known is None else known
-        return waiting.num_tokens - len(found) * self._block_size
+        cached = self.cached_blocks(waiting) if known is None else known
+        return waiting.num_tokens - len(cached) * self._block_size
 
     def num_to_take(self, waiting: SequenceState, known: Iterable[int]) -> int:
         """Number of free blocks that its admission takes, including the ``known`` blocks without a
@@ -152,8 +152,8 @@ class BlockManager:
 
     def num_drafts_that_fit(self, sequence: SequenceState) -> int:
         """Number of draft tokens that fit into its own blocks and the free ones."""
-        most = (len(sequence.blocks) + self._pool.num_free) * self._block_size
-        return most - sequence.num_tokens
+        capacity = (len(sequence.blocks) + self._pool.num_free) * self._block_size
+        return capacity - sequence.num_tokens
 
     def move(self, sequence: SequenceState, first: int, count: int) -> StateMove | None:
         """Reserve recurrent states for the next rows; None if the model has none."""

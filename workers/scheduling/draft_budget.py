@@ -41,11 +41,11 @@ class DraftBudget:
         if left <= 0:
             return
         decodes = rows[:num_decodes]
-        found = self._speculator.draft_all([planned.sequence for planned in decodes], left)
-        for place, (planned, drafts) in enumerate(zip(decodes, found, strict=True)):
+        drafts_of = self._speculator.draft_all([planned.sequence for planned in decodes], left)
+        for index, (planned, drafts) in enumerate(zip(decodes, drafts_of, strict=True)):
             if fitting := drafts[: self._blocks.num_drafts_that_fit(planned.sequence)]:
                 num_new = self._blocks.grow(planned.sequence, len(fitting))
-                rows[place] = replace(
+                rows[index] = replace(
                     planned,
                     count=1 + len(fitting),
                     num_new_blocks=planned.num_new_blocks + num_new,

@@ -28,11 +28,11 @@ class ServedTokens:
         """Count a new sequence of a tenant, waiting or running."""
         tenant = sequence.request.tenant
         if tenant not in self._active:
-            least = min((self._served.get(other, 0.0) for other in self._active), default=None)
-            kept = {} if least is None else self._served  # without others, no tenant is ahead
+            lowest = min((self._served.get(other, 0.0) for other in self._active), default=None)
+            kept = {} if lowest is None else self._served  # without others, no tenant is ahead
             # a tenant that left with a lower count would start at the lowest count anyway
-            self._served = {t: x for t, x in kept.items() if x >= (least or 0.0)}
-            self._served[tenant] = max(self._served.get(tenant, 0.0), least or 0.0)
+            self._served = {t: x for t, x in kept.items() if x >= (lowest or 0.0)}
+            self._served[tenant] = max(self._served.get(tenant, 0.0), lowest or 0.0)
         self._active[tenant] += 1
 
     def remove(self, sequence: SequenceState) -> None:
@@ -59,12 +59,12 @@ class ServedTokens:
         queues: dict[str, list[SequenceState]] = {}
         for sequence in ordered:
             queues.setdefault(sequence.request.tenant, []).append(sequence)
-        turns = [(self._served.get(t, 0.0), place, t, 0) for place, t in enumerate(queues)]
+        turns = [(self._served.get(t, 0.0), index, t, 0) for index, t in enumerate(queues)]
         heapify(turns)
         while turns:
-            served, place, tenant, number = heappop(turns)
+            served, index, tenant, number = heappop(turns)
             sequence = queues[tenant][number]
             yield sequence
             if number + 1 < len(queues[tenant]):
                 share = sequence.num_missing / sequence.request.weight
-                heappush(turns, (served + share, place, tenant, number + 1))
+                heappush(turns, (served + share, index, tenant, number + 1))

@@ -43,9 +43,9 @@ class KvWaits:
     def take_untried(self, admissible: Iterable[str], at_most: int) -> list[str]:
         """Return up to ``at_most`` requests not returned before, in order."""
         new = (name for name in dict.fromkeys(admissible) if name in self._untried)
-        found = [*islice(new, at_most)]
-        self._untried.difference_update(found)
-        return found
+        taken = [*islice(new, at_most)]
+        self._untried.difference_update(taken)
+        return taken
 
     def begin(self, request_id: str, num_coming: int) -> None:
         """Record that a transfer of ``num_coming`` blocks has started."""

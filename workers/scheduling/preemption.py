@@ -130,5 +130,5 @@ def _is_preempted_by(running: SequenceState, waiting: Request) -> bool:
 def _last_of_largest_tenant(running: Sequence[SequenceState]) -> SequenceState:
     """The last sequence of the tenants with the most sequences."""
     counts = Counter(s.request.tenant for s in running)
-    most = max(counts.values())
-    return next(s for s in reversed(running) if counts[s.request.tenant] == most)
+    largest = max(counts.values())
+    return next(s for s in reversed(running) if counts[s.request.tenant] == largest)

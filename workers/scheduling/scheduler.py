@@ -158,8 +158,8 @@ class Scheduler:
         decodes, missing = len(decoding), sum(s.num_missing for s in prefilling)
         limit = max_rows - decodes
         ready = admission.ready_to_decode(restriction, limit)
-        found = admission.admissible(restriction, limit - missing)
-        admissible = [s for s in found if s not in ready]
+        fitting = admission.admissible(restriction, limit - missing)
+        admissible = [s for s in fitting if s not in ready]
         missing += sum(map(blocks.num_to_compute, admissible))
         first = self.preemption.next_in_need(restriction)
         if first is not None:
@@ -174,13 +174,13 @@ class Scheduler:
         drafts = 0
         if self._drafts is not None and not left_out:
             drafts = self._drafts.num_wanted(decoding, decodes, prefill_rows)
-        wanted = RowsWanted(
+        rows = RowsWanted(
             decode_rows=decodes + drafts,
             prefill_rows=prefill_rows,
             is_alone=restriction.solo_request is not None,
             draft_rows=drafts,
         )
-        return StepIntent(restriction, wanted, left_out, (decoding, prefilling, ready, admissible))
+        return StepIntent(restriction, rows, left_out, (decoding, prefilling, ready, admissible))
 
     def plan(self, intent: StepIntent, grant: Grant) -> StepPlan:
         """Choose rows within the grant and allocate their blocks."""
@@ -268,8 +268,8 @@ class Scheduler:
 
     def _admit_ready(self, intent: StepIntent, decode_rows: int) -> list[SequenceState]:
         """Admit sequences that would decode, up to the granted rows that the running ones leave."""
-        found = self.admission.ready_to_decode(intent.restriction, self._budget.max_rows)
-        ready = [s for s in found if not intent.leaves_out(s)]
+        candidates = self.admission.ready_to_decode(intent.restriction, self._budget.max_rows)
+        ready = [s for s in candidates if not intent.leaves_out(s)]
         if ready:
             decoding, _ = self._runnable(intent.restriction)
             spare = decode_rows - sum(not intent.leaves_out(s) for s in decoding)

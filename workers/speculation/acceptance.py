@@ -27,14 +27,14 @@ class Acceptance:
         self._right = max(kept * self._right + num_right, 1e-3)
         self._all = max(kept * self._all + count, self._right + 1e-3)
 
-    def num_worthwhile(self, price: float, most: int) -> int:
-        """Number of guesses worth running, up to ``most``: the n-th yields a token with probability
-        ``share ** n``, and costs ``price`` tokens.
+    def num_worthwhile(self, price: float, max_count: int) -> int:
+        """Number of guesses worth running, up to ``max_count``: the n-th yields a token with
+        probability ``share ** n``, and costs ``price`` tokens.
 
         Example: with share 0.8 and price 0.3, 5 rows, as 0.8 ** 5 is 0.33 and 0.8 ** 6 is 0.26.
         """
         count, chance = 0, self.share
-        while count < most and chance > price:
+        while count < max_count and chance > price:
             count += 1
             chance *= self.share
         return count

@@ -22,12 +22,12 @@ class NgramIndex:
     first 5 6.
     """
 
-    def __init__(self, least: int, most: int) -> None:
-        """``least`` last tokens must agree. Of several positions, the one with the longest
-        agreement (up to ``most`` tokens) is used, and of these the latest.
+    def __init__(self, min_tokens: int, max_tokens: int) -> None:
+        """``min_tokens`` last tokens must agree. Of several positions, the one with the longest
+        agreement (up to ``max_tokens`` tokens) is used, and of these the latest.
         """
-        self._least, self._most = least, most
-        self._mask = (1 << _TOKEN_BITS * least) - 1
+        self._least, self._most = min_tokens, max_tokens
+        self._mask = (1 << _TOKEN_BITS * min_tokens) - 1
         self._key = 0  # of the last ``least`` tokens
         self._tokens = array("q")
         self._latest: dict[int, int] = {}  # by key: where its n-gram ended last
@@ -52,34 +52,34 @@ class NgramIndex:
 
     def guess(self, count: int) -> tuple[int, ...]:
         """Guess the next ``count`` tokens if the text repeats itself; else none."""
-        place = self._best_position()
-        if not place:
+        position = self._best_position()
+        if not position:
             return ()
-        last = place + count
-        found = self._tokens[place:last]
-        while len(found) < count:  # the continuation reaches the end of the text, so it repeats
-            found += found[: count - len(found)]
-        return tuple(found)
+        last = position + count
+        tokens = self._tokens[position:last]
+        while len(tokens) < count:  # the continuation reaches the end of the text, so it repeats
+            tokens += tokens[: count - len(tokens)]
+        return tuple(tokens)
 
     def _best_position(self) -> int:
         """The end of the earlier n-gram to continue from; 0 if there is none."""
-        place = self._before[-1] if self._before else 0
+        position = self._before[-1] if self._before else 0
         best = longest = 0
         for _ in range(_MAX_POSITIONS):
-            if not place:
+            if not position:
                 break
-            agreeing = self._num_agreeing(place)
+            agreeing = self._num_agreeing(position)
             if agreeing > longest:
-                best, longest = place, agreeing
+                best, longest = position, agreeing
             if longest == self._most:
                 break
-            place = self._before[place - 1]
+            position = self._before[position - 1]
         return best
 
-    def _num_agreeing(self, place: int) -> int:
-        """Number of tokens before ``place`` that equal the last ones."""
+    def _num_agreeing(self, position: int) -> int:
+        """Number of tokens before ``position`` that equal the last ones."""
         tokens, count = self._tokens, self._least
-        most = min(self._most, place)
-        while count < most and tokens[place - count - 1] == tokens[-count - 1]:
+        limit = min(self._most, position)
+        while count < limit and tokens[position - count - 1] == tokens[-count - 1]:
             count += 1
         return count

@@ -74,13 +74,15 @@ class Speculator:
         guess = followed.guess
         return guess[: followed.acceptance.num_worthwhile(self._price, len(guess))]
 
-    def draft_all(self, sequences: Sequence[SequenceState], most: int) -> list[tuple[int, ...]]:
-        """``draft`` of each, cut to the ``most`` tokens that are most likely to be accepted.
+    def draft_all(
+        self, sequences: Sequence[SequenceState], max_tokens: int
+    ) -> list[tuple[int, ...]]:
+        """``draft`` of each, cut to the ``max_tokens`` tokens that are most likely to be accepted.
 
         Ties take turns from step to step.
         """
         drafts = [self.draft(sequence) for sequence in sequences]
-        if sum(map(len, drafts)) <= most:
+        if sum(map(len, drafts)) <= max_tokens:
             return drafts
         count = len(sequences)
         ranked = sorted(
@@ -92,7 +94,7 @@ class Speculator:
             for i, (sequence, draft) in enumerate(zip(sequences, drafts, strict=True))
             for n in range(len(draft))
         )
-        kept = Counter(i for *_, i in ranked[:most])
+        kept = Counter(i for *_, i in ranked[:max_tokens])
         return [draft[: kept[i]] for i, draft in enumerate(drafts)]
 
     def commit(self, sequence: SequenceState, drafts: Sequence[int], tokens: Sequence[int]) -> None:
@@ -139,8 +141,8 @@ class Speculator:
     def stats(self) -> dict[str, float]:
         """Counters and a gauge by metric name, without prefix."""
         by_place = {
-            f'spec_decode_num_accepted_tokens_per_pos_total{{position="{place}"}}': float(count)
-            for place, count in enumerate(self._accepted)
+            f'spec_decode_num_accepted_tokens_per_pos_total{{position="{position}"}}': float(count)
+            for position, count in enumerate(self._accepted)
         }
         return {
             "spec_decode_num_drafts_total": float(self._num_drafts),
@@ -154,8 +156,8 @@ class Speculator:
     def _count(self, followed: _SequenceGuesses, num_drafted: int, num_accepted: int) -> None:
         self._num_drafts += 1
         self._num_tokens += num_drafted
-        for place in range(num_accepted):
-            self._accepted[place] += 1
+        for position in range(num_accepted):
+            self._accepted[position] += 1
         followed.acceptance.note(num_accepted, int(num_accepted < num_drafted))
 
     def _current_guesses(self, sequence: SequenceState) -> _SequenceGuesses | None:
@@ -195,7 +197,7 @@ class Speculator:
         left = min(left, self._max_model_len - sequence.num_tokens)
         guess = guess[: max(left - 1, 0)]
         ends = self._eos.union(sequence.params.stop_token_ids)
-        stop = next((place for place, token in enumerate(guess) if token in ends), None)
+        stop = next((index for index, token in enumerate(guess) if token in ends), None)
         return guess[:stop]  # the output would end there, so no row must follow
 
     def _report(self, reason: str) -> None:

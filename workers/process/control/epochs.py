@@ -36,11 +36,11 @@ class EpochPlacements:
                 f"epoch {frame.epoch} follows {frame.base_epoch}, but {self.current.epoch} runs"
             )
         banks = list(base.banks)
-        for place, maps in frame.banks:
-            if place not in range(len(banks)):
-                raise ProtocolError(f"the maps of an epoch name bank {place}, which does not exist")
-            _check_bank(maps, banks[place])
-            banks[place] = maps
+        for index, maps in frame.banks:
+            if index not in range(len(banks)):
+                raise ProtocolError(f"the maps of an epoch name bank {index}, which does not exist")
+            _check_bank(maps, banks[index])
+            banks[index] = maps
         placement = replace(self.current, epoch=frame.epoch, banks=tuple(banks))
         self._announced[frame.epoch] = placement
         return placement
@@ -83,6 +83,6 @@ class EpochPlacements:
         return None
 
 
-def _check_bank(found: BankPlacement, old: BankPlacement) -> None:
-    if (found.bank, found.layer, found.num_experts) != (old.bank, old.layer, old.num_experts):
-        raise ProtocolError(f"maps of bank {found.bank} layer {found.layer} at a wrong index")
+def _check_bank(maps: BankPlacement, old: BankPlacement) -> None:
+    if (maps.bank, maps.layer, maps.num_experts) != (old.bank, old.layer, old.num_experts):
+        raise ProtocolError(f"maps of bank {maps.bank} layer {maps.layer} at a wrong index")

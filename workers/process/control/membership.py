@@ -153,8 +153,8 @@ class Membership:
 
     def raise_fence(self) -> int:
         """Fence all known generations after the lease expired; returns the fence."""
-        order = self.announced
-        announced = order.generation.number if order is not None else 0
+        command = self.announced
+        announced = command.generation.number if command is not None else 0
         self.fence = max(self.fence, self.generation.number, announced)
         return self.fence
 
@@ -165,10 +165,10 @@ class Membership:
         running, as the new controller does not know the command. ``memory`` is the snapshot that
         the previous controller left.
         """
-        order, loss = self.announced, self._reported_loss
+        command, loss = self.announced, self._reported_loss
         number = self.generation.number
-        here = order is not None and order.generation.number == number
-        placement = order.placement if order is not None else None
+        here = command is not None and command.generation.number == number
+        placement = command.placement if command is not None else None
         if here and placement is not None and self.epochs.current.epoch > placement.epoch:
             placement = self.epochs.current  # a step header has switched to it since
         switch = self._switch
@@ -176,7 +176,7 @@ class Membership:
             switch.generation == number and switch.epoch > self.epochs.current.epoch
         )
         report = WorkerReport(
-            generation=order.generation if order is not None else None,
+            generation=command.generation if command is not None else None,
             placement=placement,
             running=here and self.is_running and not will_switch,
             highest_step=self._channel.highest_step if number else 0,
@@ -193,8 +193,8 @@ class Membership:
 
     def obstacle(self, device: int, orders: Iterable[SlotOrder], epoch: int) -> Obstacle | None:
         """The reason for which expert slots must not be written; see ``EpochPlacements``."""
-        order = self.announced
-        announced = order.placement.epoch if order is not None else 0
+        command = self.announced
+        announced = command.placement.epoch if command is not None else 0
         return self.epochs.obstacle(device, orders, epoch, announced)
 
     # ---- the data thread --------------------------------------------------------------------

@@ -69,23 +69,23 @@ class AdapterIntake:
         """Names by key. Any thread may read it."""
         return self._names
 
-    def handle_command(self, order: KeepAdapters) -> None:
+    def handle_command(self, command: KeepAdapters) -> None:
         """Free adapters that the command does not name, and start to read missing ones."""
-        if order.number <= self._number:
+        if command.number <= self._number:
             return
-        self._command, self._number = order, order.number
-        wanted = {adapter.key: adapter for adapter in order.adapters}
-        self._names = {key: adapter.name for key, adapter in wanted.items()}
+        self._command, self._number = command, command.number
+        adapters = {adapter.key: adapter for adapter in command.adapters}
+        self._names = {key: adapter.name for key, adapter in adapters.items()}
         for key in self._engine.adapters.keys:
-            if key not in wanted:
+            if key not in adapters:
                 self._engine.requests.drop_adapter(key)
-        if self._build is not None and self._build[0] not in wanted:
+        if self._build is not None and self._build[0] not in adapters:
             self._build = None
-        for key in [key for key in self._reads if key not in wanted]:
+        for key in [key for key in self._reads if key not in adapters]:
             del self._reads[key]  # a running thread ends by itself
-        self._digests = {k: digest for k, digest in self._digests.items() if k in wanted}
+        self._digests = {k: digest for k, digest in self._digests.items() if k in adapters}
         self._errors.clear()  # another try
-        for key, adapter in wanted.items():
+        for key, adapter in adapters.items():
             if key not in self._digests and key not in self._reads:
                 self._reads[key] = _AdapterRead(adapter)
         self._begin_next()
@@ -126,9 +126,9 @@ class AdapterIntake:
         by_state["waiting"].update(waiting)
         counts: Counter[tuple[str, str]] = Counter()
         for key in self._engine.adapters.keys:
-            for state, found in by_state.items():
+            for state, numbers in by_state.items():
                 # A name that was loaded again has two keys until the old one is freed.
-                counts[state, names.get(key, key)] += found[key]
+                counts[state, names.get(key, key)] += numbers[key]
         return counts
 
     def close(self) -> None:
@@ -182,11 +182,11 @@ class AdapterIntake:
         try:
             path = Path(read.adapter.path)
             self._engine.adapters.check_place(path)
-            found = self._engine.adapters.read(path)
-            if read.adapter.digest and found.digest != read.adapter.digest:
+            prepared = self._engine.adapters.read(path)
+            if read.adapter.digest and prepared.digest != read.adapter.digest:
                 raise CheckpointError("its files have changed since it was loaded")
         except BaseException as err:
             read.found.set_exception(err)
         else:
-            read.found.set_result(found)
+            read.found.set_result(prepared)
         self._wake()

@@ -98,17 +98,17 @@ class CopyFetch:
         num_known = next((n for n in range(len(names), 0, -1) if has(state_key(names[n - 1]))), 0)
         first = max(num_known, len(names) - MAX_ITEMS)
         keys = [*map(state_key, names[first:])]
-        place, data = torch.zeros(1, dtype=torch.int64), torch.empty(self.cache.state_shape)
-        parts = [view_bytes(place), view_bytes(data)]
+        index, data = torch.zeros(1, dtype=torch.int64), torch.empty(self.cache.state_shape)
+        parts = [view_bytes(index), view_bytes(data)]
         if not keys or not client.fetch("a recurrent state", keys, parts, is_spare=True):
             self._names = names[:num_known]
             return
-        if not 0 <= int(place) < len(keys):
+        if not 0 <= int(index) < len(keys):
             raise ProtocolError(
-                f"a recurrent state from {client.peer} has index {int(place)} among "
+                f"a recurrent state from {client.peer} has index {int(index)} among "
                 f"{len(keys)} keys"
             )
-        self._names, self._state = names[: first + int(place) + 1], as_bytes(data)
+        self._names, self._state = names[: first + int(index) + 1], as_bytes(data)
         self.num_bytes += data.nbytes
 
     def _receive_blocks(self, client: PeerClient, turn: TierTurn) -> bool:
@@ -122,36 +122,36 @@ class CopyFetch:
                 return False
         return True
 
-    def _load_from_disk(self, turn: TierTurn, place: int) -> bool:
-        held = self.tiers.read(self._names[place])
-        return held is not None and self._put(turn, place, held.data)
+    def _load_from_disk(self, turn: TierTurn, index: int) -> bool:
+        held = self.tiers.read(self._names[index])
+        return held is not None and self._put(turn, index, held.data)
 
     def _receive_batch(self, client: PeerClient, turn: TierTurn, first: int, end: int) -> bool:
         """Fetch blocks ``first`` to ``end`` - 1; False if some were not sent or did not fit."""
         buffer = torch.empty(self.cache.block_shape, dtype=self.cache.dtype)
         num_before = self.num_blocks
 
-        def keep(place: int) -> None:
+        def keep(index: int) -> None:
             self.num_bytes += buffer.nbytes
-            self.num_blocks += self._put(turn, first + place, as_bytes(buffer).clone())
+            self.num_blocks += self._put(turn, first + index, as_bytes(buffer).clone())
 
-        wanted = self._names[first:end]
-        client.fetch("a KV block", wanted, [view_bytes(buffer)], keep, is_spare=True)
-        return self.num_blocks - num_before == len(wanted)
+        missing = self._names[first:end]
+        client.fetch("a KV block", missing, [view_bytes(buffer)], keep, is_spare=True)
+        return self.num_blocks - num_before == len(missing)
 
-    def _put(self, turn: TierTurn, place: int, data: Tensor) -> bool:
-        parent = self._names[place - 1] if place else None
-        return self.tiers.put(turn, self._names[place], parent, data)
+    def _put(self, turn: TierTurn, index: int, data: Tensor) -> bool:
+        parent = self._names[index - 1] if index else None
+        return self.tiers.put(turn, self._names[index], parent, data)
 
     def _missing(self) -> Iterator[tuple[int, int]]:
         """Yield first and end of runs of blocks outside host memory: one block on disk, or a batch
         of missing blocks.
         """
         has, host, names = self.tiers.has, self.tiers.host, self._names
-        places = [place for place, name in enumerate(names) if not host.has(name)]
-        while places:
-            batch, first = places[:BATCH_BLOCKS], places[0]
+        indices = [index for index, name in enumerate(names) if not host.has(name)]
+        while indices:
+            batch, first = indices[:BATCH_BLOCKS], indices[0]
             ends = (n for n, at in enumerate(batch) if n and (at != first + n or has(names[at])))
             count = 1 if has(names[first]) else next(ends, len(batch))
             yield first, first + count
-            del places[:count]
+            del indices[:count]

@@ -43,9 +43,9 @@ class CopyQueue:
             if len(self._tenants) >= MAX_TENANTS:
                 return 1
             waiting = self._tenants[tenant] = []
-        for place, known in enumerate(waiting):
+        for index, known in enumerate(waiting):
             if names.startswith(known.message.names):
-                waiting[place] = copy
+                waiting[index] = copy
                 return 0
             if known.message.names.startswith(names):
                 return 0

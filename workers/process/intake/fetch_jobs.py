@@ -52,13 +52,13 @@ class FetchJobs(WaitingRequests):
         The blocks of an ended job can be found from then on. Requests do not wait for a late job,
         and its blocks stay held until its thread ends. A late job without a thread is cancelled.
         """
-        now, ended, found = self._clock(), list[FetchJob](), list[IntakeRequest]()
+        now, ended, requests = self._clock(), list[FetchJob](), list[IntakeRequest]()
         for job in tuple(self._running):
             is_done = job.transfer.done() or (now >= job.deadline_s and job.transfer.cancel())
             if is_done:
                 store.end(job.fetch)
                 ended.append(job)
             if is_done or now >= job.deadline_s:
-                found += job.waiting
+                requests += job.waiting
                 job.waiting, job.deadline_s = [], math.inf
-        return ended, found
+        return ended, requests

@@ -93,7 +93,7 @@ class GrammarCompilations(WaitingRequests):
 
     def take(self) -> list[CompiledRequest]:
         """Requests whose wait is over, in the order in which their compilations started."""
-        now, found = self._clock(), []
+        now, requests = self._clock(), []
         for job in tuple(self._running):
             assert job.compiling is not None, "a running job has been started"
             if job.compiling.done():
@@ -106,11 +106,11 @@ class GrammarCompilations(WaitingRequests):
                 job.deadline_s = math.inf
             else:
                 continue
-            found += [CompiledRequest(waiting, compiled, error) for waiting in ended]
+            requests += [CompiledRequest(waiting, compiled, error) for waiting in ended]
             if not job.waiting:
                 self._running.remove(job)
         self._start_jobs()
-        return found
+        return requests
 
     def _all_jobs(self) -> tuple[_Job, ...]:
         return (*self._pending, *self._running)

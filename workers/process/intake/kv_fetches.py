@@ -116,16 +116,16 @@ class KvFetches(FetchJobs):
         if peer is None:
             return False
         hashes = self._engine.kv_store.usable(request, waiting.hashes)
-        found = self._engine.pool.find(hashes)
-        num_usable = self._engine.kv_store.num_usable(hashes, len(found))
+        cached = self._engine.pool.find(hashes)
+        num_usable = self._engine.kv_store.num_usable(hashes, len(cached))
         if num_usable == len(hashes):
             return False
-        job = self._job_filling(hashes[num_usable]) or self._begin(hashes, found, peer)
+        job = self._job_filling(hashes[num_usable]) or self._begin(hashes, cached, peer)
         return self._wait_for(job, waiting)
 
     def take(self) -> list[IntakeRequest]:
         """Requests whose wait is over, in the order in which it started."""
-        ended, found = self._take_ended(self._engine.kv_store)
+        ended, requests = self._take_ended(self._engine.kv_store)
         self._jobs = [job for job in self._jobs if job not in ended]
         for job in self._jobs:
             if job.is_late:
@@ -133,15 +133,15 @@ class KvFetches(FetchJobs):
         now = self._clock()
         for prefetch in [p for p in self._prefetches if now >= p.deadline_s]:
             self._prefetches.remove(prefetch)
-            found += prefetch.waiting
+            requests += prefetch.waiting
         self._continue_prefetches()
-        found += self._ready
+        requests += self._ready
         self._ready = []
-        return found
+        return requests
 
-    def prefetch(self, asked: PrefetchRequested) -> None:
+    def prefetch(self, command: PrefetchRequested) -> None:
         """Fetch the blocks of a request that will arrive; ``take_prefetched`` reports the end."""
-        self._prefetches.append(_Prefetch(command=asked))
+        self._prefetches.append(_Prefetch(command=command))
         self._continue_prefetches()
 
     def take_prefetched(self) -> list[tuple[str, Prefetched]]:
@@ -184,16 +184,16 @@ class KvFetches(FetchJobs):
         """The prefetch of an arriving request. Prefetches of older attempts and from lost workers
         are dropped.
         """
-        found = None
+        current = None
         for prefetch in tuple(self._prefetches):
-            asked = prefetch.command.request
-            if asked.request_id == request.request_id:
-                is_near = self._peers(asked.kv_peer) is not None
-                if asked.attempt + 1 == request.attempt and is_near:
-                    found = prefetch
+            expected = prefetch.command.request
+            if expected.request_id == request.request_id:
+                is_near = self._peers(expected.kv_peer) is not None
+                if expected.attempt + 1 == request.attempt and is_near:
+                    current = prefetch
                 else:
                     self._prefetches.remove(prefetch)
-        return found
+        return current
 
     def _keep_prefetches(self, is_wanted: Callable[[PrefetchRequested], bool]) -> None:
         self._prefetches = [p for p in self._prefetches if p.waiting or is_wanted(p.command)]
@@ -225,19 +225,19 @@ class KvFetches(FetchJobs):
         while len(self._jobs) < MAX_FETCHING and prefetch.num_begun < len(chains):
             hashes = chains[prefetch.num_begun]
             prefetch.num_begun += 1
-            found = self._engine.pool.find(hashes)
-            job = None if peer is None else self._begin(hashes, found, peer)
+            cached = self._engine.pool.find(hashes)
+            job = None if peer is None else self._begin(hashes, cached, peer)
             if job is not None:
                 job.ahead_of = prefetch
                 return True
         return False
 
-    def _begin(self, hashes: Sequence[BlockHash], found: Sequence[int], peer: Peer) -> _Job | None:
+    def _begin(self, hashes: Sequence[BlockHash], cached: Sequence[int], peer: Peer) -> _Job | None:
         """Fetch the missing part of a prefix; None if nothing is missing or it does not fit."""
         if len(self._jobs) >= MAX_FETCHING:
             return None
-        end = self._engine.kv_store.num_usable(hashes, len(found)) + MAX_ITEMS
-        fetch = self._engine.begin_fetch(hashes[:end], found[:end])
+        end = self._engine.kv_store.num_usable(hashes, len(cached)) + MAX_ITEMS
+        fetch = self._engine.begin_fetch(hashes[:end], cached[:end])
         if fetch is None:
             return None
         deadline_s = self._clock() + self._limit_s
@@ -251,9 +251,9 @@ class KvFetches(FetchJobs):
         cache, began_s = self._engine.kv_store.cache, self._clock()
         buffer = torch.empty(cache.block_shape, dtype=cache.dtype)
 
-        def keep(place: int) -> None:
-            cache.write_block(fetch.blocks[place], buffer)
-            fetch.num_filled = place + 1
+        def keep(index: int) -> None:
+            cache.write_block(fetch.blocks[index], buffer)
+            fetch.num_filled = index + 1
 
         try:
             with closing(PeerClient(peer, deadline_s - began_s, deadline_s=deadline_s)) as client:
@@ -278,14 +278,14 @@ def _receive_state(client: PeerClient, fetch: Fetch, state: StateFetch, cache: K
 
     Returns the bytes of the state, or 0 if the peer has none.
     """
-    place, data = torch.zeros(1, dtype=torch.int64), torch.empty(cache.state_shape)
+    index, data = torch.zeros(1, dtype=torch.int64), torch.empty(cache.state_shape)
     keys = [*map(state_key, fetch.hashes[state.num_known :])]
-    if not client.fetch("a recurrent state", keys, [view_bytes(place), view_bytes(data)]):
+    if not client.fetch("a recurrent state", keys, [view_bytes(index), view_bytes(data)]):
         return 0
-    if not 0 <= int(place) < len(keys):
+    if not 0 <= int(index) < len(keys):
         raise ProtocolError(
-            f"a recurrent state from {client.peer} has index {int(place)} among {len(keys)} keys"
+            f"a recurrent state from {client.peer} has index {int(index)} among {len(keys)} keys"
         )
     cache.write_state(state.slot, data)
-    state.num_before = state.num_known + int(place) + 1
+    state.num_before = state.num_known + int(index) + 1
     return data.nbytes

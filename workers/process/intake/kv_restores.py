@@ -115,15 +115,15 @@ class KvRestores(FetchJobs):
         """Let a request wait for blocks; False if it need not wait."""
         request, store = waiting.request, self._store
         hashes = store.usable(request, waiting.hashes)
-        found = self._engine.pool.find(hashes)
-        num_usable = store.num_usable(hashes, len(found))
+        cached = self._engine.pool.find(hashes)
+        num_usable = store.num_usable(hashes, len(cached))
         if num_usable == len(hashes):
             return False
         job = self._job_filling(hashes[num_usable])
         waiting.has_joined = job is not None
         if job is None:
-            end = self._best_end(hashes, len(found), num_usable, bool(request.kv_peer))
-            job = self._begin(hashes[:end], found[:end]) if end > num_usable else None
+            end = self._best_end(hashes, len(cached), num_usable, bool(request.kv_peer))
+            job = self._begin(hashes[:end], cached[:end]) if end > num_usable else None
         return self._wait_for(job, waiting)
 
     def limit_s(self, num_tokens: int) -> float:
@@ -137,19 +137,19 @@ class KvRestores(FetchJobs):
 
     def take(self) -> list[IntakeRequest]:
         """Requests whose wait is over, in the order in which it started."""
-        ended, found = self._take_ended(self._store)
+        ended, requests = self._take_ended(self._store)
         self._jobs = [job for job in self._jobs if job not in ended]
-        return found
+        return requests
 
     def stats(self) -> dict[str, float]:
         """Counters by metric name without prefix. Any thread may call it."""
-        found: dict[str, float] = {}
+        stats: dict[str, float] = {}
         for tier, seconds in self._seconds.items():
             tokens, size = self._num_tokens[tier], self._num_bytes[tier]
-            found |= seconds.stats("kv_restore_seconds", f'tier="{tier}"')
-            found[f'kv_restore_tokens_total{{tier="{tier}"}}'] = float(tokens)
-            found[f'kv_restore_bytes_total{{tier="{tier}"}}'] = float(size)
-        return found
+            stats |= seconds.stats("kv_restore_seconds", f'tier="{tier}"')
+            stats[f'kv_restore_tokens_total{{tier="{tier}"}}'] = float(tokens)
+            stats[f'kv_restore_bytes_total{{tier="{tier}"}}'] = float(size)
+        return stats
 
     def _all_jobs(self) -> list[FetchJob]:
         return self._jobs
@@ -170,13 +170,13 @@ class KvRestores(FetchJobs):
         block_costs = {name: cost.tokens(name, self._block_bytes, now_s) for name in names}
         size, best, end, saved, spent = store.cache.block_size, 0.0, num_usable, 0.0, 0.0
         tiers = self._tiers.tiers_of(hashes[num_found:])
-        for place in range(num_usable, num_found + len(tiers)):
-            if place >= num_found:
-                spent += block_costs[tiers[place - num_found]]
+        for index in range(num_usable, num_found + len(tiers)):
+            if index >= num_found:
+                spent += block_costs[tiers[index - num_found]]
             saved += size
-            net = saved - spent - self._state_cost(hashes[place], now_s)
+            net = saved - spent - self._state_cost(hashes[index], now_s)
             if net > best:
-                best, end = net, place + 1
+                best, end = net, index + 1
         is_dearer = has_peer and spent > saved * self._computing.ratio(now_s)
         return num_usable if is_dearer else end
 
@@ -188,11 +188,11 @@ class KvRestores(FetchJobs):
         tier = self._tiers.tier_of(state_key(name))
         return math.inf if tier is None else self.cost.tokens(tier, self._state_bytes, now_s)
 
-    def _begin(self, hashes: Sequence[BlockHash], found: Sequence[int]) -> FetchJob | None:
+    def _begin(self, hashes: Sequence[BlockHash], cached: Sequence[int]) -> FetchJob | None:
         """Restore the missing part of a prefix; None if it does not fit, or a restore is late."""
         if len(self._jobs) >= MAX_JOBS or any(job.is_late for job in self._jobs):
             return None
-        fetch = self._engine.begin_fetch(hashes, found)
+        fetch = self._engine.begin_fetch(hashes, cached)
         if fetch is None:
             return None
         tokens = len(fetch.missing) * self._store.cache.block_size
@@ -227,8 +227,8 @@ class KvRestores(FetchJobs):
 
     def _observe(self, reads: _TierReader) -> None:
         """Record the measurements, on the thread that has read."""
-        for tier, found in reads.by_tier.items():
-            self._seconds[tier].observe(found.seconds)
-            self._num_bytes[tier] += found.num_bytes
-            self._num_tokens[tier] += found.num_blocks * self._store.cache.block_size
-            self.cost.observe(tier, found.num_bytes, found.seconds, self._clock())
+        for tier, read in reads.by_tier.items():
+            self._seconds[tier].observe(read.seconds)
+            self._num_bytes[tier] += read.num_bytes
+            self._num_tokens[tier] += read.num_blocks * self._store.cache.block_size
+            self.cost.observe(tier, read.num_bytes, read.seconds, self._clock())

@@ -236,11 +236,11 @@ class RequestIntake:
     # Statistics: any thread
 
     def _update_counts(self) -> None:
-        found: Counter[tuple[str, str]] = Counter()
+        numbers: Counter[tuple[str, str]] = Counter()
         for waiting in self._requests.values():
             if not waiting.is_in_engine:
-                found[_REASONS[waiting.state], waiting.request.adapter] += waiting.request.n
-        self._num_waiting = found
+                numbers[_REASONS[waiting.state], waiting.request.adapter] += waiting.request.n
+        self._num_waiting = numbers
 
     def count_waiting(self, stats: dict[str, float]) -> Counter[str]:
         """Add the waiting choices to the gauges; returns their number by adapter key."""

@@ -70,17 +70,17 @@ class EngineSteps:
     def _run_next(self, emit: Callable[[list[TokenOutput]], None]) -> None:
         engine, channel, activity = self._engine, self._context.channel, self._context.activity
         membership = self._context.membership
-        wanted = engine.rows_wanted()
+        rows = engine.rows_wanted()
         activity.is_idle = not engine.has_work
-        activity.wants_rows = wanted.decode_rows + wanted.prefill_rows > 0
-        channel.propose(wanted, even_empty=self._needs_commit())
+        activity.wants_rows = rows.decode_rows + rows.prefill_rows > 0
+        channel.propose(rows, even_empty=self._needs_commit())
         if not channel.has_header:
             self._stream.release()
         header = channel.wait(self._wait_s(self._idle_s()))
         if self._context.connections.is_settled:
             membership.confirm_commit()
         if header is None:
-            self._check_overdue(wanted)
+            self._check_overdue(rows)
             return
         activity.is_idle = False
         activity.rows = header.decode_rows + header.prefill_rows
@@ -103,11 +103,11 @@ class EngineSteps:
         self._timer.end_step("sample")
         return outputs
 
-    def _check_overdue(self, wanted: RowsWanted) -> None:
+    def _check_overdue(self, rows: RowsWanted) -> None:
         """Raise ``PeerLostError`` if rows are wanted but no step has started for too long."""
         channel = self._context.channel
         waited_s = self._watchdog.overdue_s(
-            wants=wanted.decode_rows + wanted.prefill_rows > 0,
+            wants=rows.decode_rows + rows.prefill_rows > 0,
             leads=channel.is_leader,
             last_rows=channel.last_rows,
             last_commit=self._context.membership.last_commit,

@@ -85,16 +85,16 @@ class ExpertRole:
         )
         context.cleanup.callback(self.close)
 
-    def handle_command(self, order: LoadExperts) -> None:
+    def handle_command(self, command: LoadExperts) -> None:
         """Load experts in the background. Control thread.
 
         Commands with a ``limit_s`` are migrations. A command of kind ``give up``, or
         ``cancel_migrations``, cancels unfinished ones.
         """
-        if order.source.get("kind") == GIVE_UP:
+        if command.source.get("kind") == GIVE_UP:
             self.cancel_migrations()
             return
-        self._loader.order(replace(order, source={**order.source, GIVE_UP: self._cancelled}))
+        self._loader.order(replace(command, source={**command.source, GIVE_UP: self._cancelled}))
 
     def cancel_migrations(self) -> None:
         """Cancel unfinished migrations. Control thread."""
@@ -132,13 +132,13 @@ class ExpertRole:
     def facts(self) -> dict[str, float]:
         """For ``WorkerReady``: slots, bytes of an expert of the largest bank, speed if measured."""
         sizes = (b.spec.num_bytes(b.dtype.itemsize) for b in self.slots.banks)
-        found: dict[str, float] = {
+        facts: dict[str, float] = {
             "num_slots": self._context.args.num_slots,
             "expert_bytes": max(sizes, default=0),
         }
         if self._context.args.config.workers.device_speed == "measured":
-            found["device_speed"] = self._speed()
-        return found
+            facts["device_speed"] = self._speed()
+        return facts
 
     def _speed(self) -> float:
         """Slots per second of the first bank; the device is otherwise idle at this time."""

@@ -75,13 +75,13 @@ class GatewayOutputs:
 
     def report_kv_pressure(self) -> None:
         """Ask a gateway to move a request before it must be preempted."""
-        pressed, now = self._engine.preemption_candidate(), time.monotonic()
-        if pressed is None or now < self._pressure_reported_at + _PRESSURE_INTERVAL_S:
+        request, now = self._engine.preemption_candidate(), time.monotonic()
+        if request is None or now < self._pressure_reported_at + _PRESSURE_INTERVAL_S:
             return
-        owner = self.owners.get(pressed.request_id)
+        owner = self.owners.get(request.request_id)
         if owner is not None:
             self._pressure_reported_at = now
-            message = KvPressure(request_id=pressed.request_id, attempt=pressed.attempt)
+            message = KvPressure(request_id=request.request_id, attempt=request.attempt)
             self._stream.publish(owner, message)
 
     def forget_ended(self, request_id: str) -> None:

@@ -38,10 +38,10 @@ class Roles:
         if self.attention is not None:
             self.attention.engine.requests.record_worker_death()
 
-    def keep_adapters(self, order: KeepAdapters) -> None:
+    def keep_adapters(self, command: KeepAdapters) -> None:
         """Load these adapters; only workers that run attention get this command."""
         if self.attention is not None:
-            self.attention.adapters.handle_command(order)
+            self.attention.adapters.handle_command(command)
 
     def between_steps(self) -> None:
         """Work at the start of every iteration, in a generation or not."""
@@ -61,10 +61,10 @@ class Roles:
 
     def stats(self) -> dict[str, float]:
         """Gauges and counters for heartbeats."""
-        found = {} if self.experts is None else self.experts.stats()
+        stats = {} if self.experts is None else self.experts.stats()
         if self.attention is not None:
-            return found | self.attention.stats()
-        return found if self.experts is None else found | self.experts.step_stats()
+            return stats | self.attention.stats()
+        return stats if self.experts is None else stats | self.experts.step_stats()
 
     def load_report(self) -> LoadReport | None:
         """Expert load; None if this worker does not count it."""

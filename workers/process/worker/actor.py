@@ -126,8 +126,8 @@ def _with_node_labels(member: Mapping[str, Any], host: str) -> dict[str, Any]:
     if member.get("node"):
         return dict(member)
     labels: Any = ray.get_runtime_context().get_node_labels()
-    place = NodeLabels.of(labels, host)
-    facts = {"domain": place.domain, "link_class": place.link_class, "speed": place.speed}
+    node = NodeLabels.of(labels, host)
+    facts = {"domain": node.domain, "link_class": node.link_class, "speed": node.speed}
     return {**member, **facts}
 
 

@@ -75,6 +75,6 @@ class ControllerCommands:
 
     def _free_experts(self, experts: ExpertRole, frame: RunGeneration) -> None:
         """Free experts that another worker holds in the new generation."""
-        order = self.membership.announced
-        if order is not None and order.generation.number == frame.generation:
-            experts.keep_only(order.placement)
+        command = self.membership.announced
+        if command is not None and command.generation.number == frame.generation:
+            experts.keep_only(command.placement)
