@@ -38,7 +38,7 @@ class ToyAdapters(LoadedAdapters):
         return _ToyAdapter(digest=str(path), value=adapter_value(path.name))
 
     def build(self, key: str, prepared: Any) -> Iterator[None]:  # type: ignore[override]
-        self._check_room(prepared)
+        self._check_capacity(prepared)
         yield
         self._adapters[key] = prepared
 

@@ -85,7 +85,7 @@ class _Kept(NamedTuple, Generic[Captured]):
     num_rows: int
 
 
-class KeptSteps(Generic[Captured]):
+class StepGraphCache(Generic[Captured]):
     """Captured steps of one kind, by key; the least recently used are dropped."""
 
     def __init__(self, max_rows: int) -> None:
@@ -115,7 +115,7 @@ class KeptSteps(Generic[Captured]):
         """
         found = self._kept.pop(key, None)
         if found is None:
-            self._make_room(num_rows)
+            self._evict_steps(num_rows)
             try:
                 step = capture(self._new_pool())
             except torch.OutOfMemoryError:
@@ -125,7 +125,7 @@ class KeptSteps(Generic[Captured]):
         self._kept[key] = found  # the most recently used is last
         return found.step
 
-    def _make_room(self, num_rows: int) -> None:
+    def _evict_steps(self, num_rows: int) -> None:
         total = num_rows + sum(kept.num_rows for kept in self._kept.values())
         while self._kept and (total > self._max_rows or len(self._kept) >= MAX_KEPT):
             total -= self._kept.pop(next(iter(self._kept))).num_rows

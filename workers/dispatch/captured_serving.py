@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from workers.cuda.step_graph import KeptSteps, StepGraph
+from workers.cuda.step_graph import StepGraph, StepGraphCache
 from workers.dispatch.recording import FixedTables, RecordingTransport
 from workers.dispatch.row_serving import ExpertSide, ServedPlace, ServedStep, StaticServing
 from workers.dispatch.slot_use import DeviceSlotUse, SlotNotes
@@ -36,11 +36,11 @@ class CapturedServing:
     def __init__(
         self, side: ExpertSide, transport: DataTransport, fixed: FixedTables, max_kept_rows: int
     ) -> None:
-        """``fixed``: tables that captured steps read. ``max_kept_rows``: see ``KeptSteps``."""
+        """``fixed``: tables that captured steps read. ``max_kept_rows``: see ``StepGraphCache``."""
         self._side = side
         self._transport = transport
         self._fixed = fixed
-        self._kept = KeptSteps[_CapturedStep](max_kept_rows)
+        self._kept = StepGraphCache[_CapturedStep](max_kept_rows)
         self._step: ServedStep | None = None
         self._places: Sequence[ServedPlace] = ()
 

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from workers.cuda.step_graph import KeptSteps, StepGraph
+from workers.cuda.step_graph import StepGraph, StepGraphCache
 from workers.dispatch.dispatcher import CapturableDispatcher, CapturedExchanges
 from workers.engine.batch import row_columns
 from workers.kv.block_tables import BlockTables
@@ -99,7 +99,7 @@ class DecodeGraphs:
         self._buckets = buckets
         self._rank = rank
         self._device = cache.layers[0].device
-        self._kept = KeptSteps[_CapturedStep](kept_rows(buckets))
+        self._kept = StepGraphCache[_CapturedStep](kept_rows(buckets))
         num_seats, max_blocks = tables.array.shape
         self._scratch_seat, self._max_blocks = num_seats, max_blocks
         self._blocks: Tensor | None = None

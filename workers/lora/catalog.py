@@ -61,17 +61,17 @@ def targets_without_weights(parts: Iterable[TensorPart]) -> Mapping[str, LoraTar
     return {
         module: LoraTarget(LayerProduct(_NOT_LOADED, {module: part}), module)
         for module, part in modules.items()
-        if _rule_against(module) is None
+        if _reason_by_name(module) is None
     }
 
 
-def why_not(module: str) -> str:
+def refusal_reason(module: str) -> str:
     """Return the reason why a module cannot be a target."""
     other = "is no projection of attention, shared expert or dense MLP of this model"
-    return _rule_against(module) or other
+    return _reason_by_name(module) or other
 
 
-def _rule_against(module: str) -> str | None:
+def _reason_by_name(module: str) -> str | None:
     for marks, rule in _RULES:
         if any(module.endswith(mark) or (mark.endswith(".") and mark in module) for mark in marks):
             return rule

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cluster.core.codec import Count, Message
 from cluster.core.errors import CheckpointError
-from workers.lora.catalog import LoraTarget, why_not
+from workers.lora.catalog import LoraTarget, refusal_reason
 from workers.lora.settings import AdapterSettings, read_settings
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -158,7 +158,7 @@ def _checked(
         target = _target(module, targets)
         if target is None:
             raise CheckpointError(
-                f"tensor {next(iter(names.values()))}: {module} {why_not(module)}"
+                f"tensor {next(iter(names.values()))}: {module} {refusal_reason(module)}"
             )
         if not settings.has_target(module):
             raise CheckpointError(f"{module} has tensors, and is not among target_modules")
@@ -187,7 +187,7 @@ def _reason(name: str, targets: Mapping[str, LoraTarget]) -> str:
     module = name.removeprefix("base_model.model.")
     module = re.sub(r"\.(lora_\w+|base_layer|modules_to_save)\b.*|\.(weight|bias)$", "", module)
     is_target = _target(module, targets) is not None
-    return f"{module} {'is changed in an unsupported way' if is_target else why_not(module)}"
+    return f"{module} {'is changed in an unsupported way' if is_target else refusal_reason(module)}"
 
 
 def _check_shapes(

@@ -65,7 +65,7 @@ class LoadedAdapters:
 
         Raises ``CheckpointError`` if memory or the number of adapters is exceeded.
         """
-        self._check_room(prepared)
+        self._check_capacity(prepared)
         self._adapters[key] = yield from make(prepared, self._model)
 
     def remove(self, key: str) -> None:
@@ -83,7 +83,7 @@ class LoadedAdapters:
         found = [(self._adapters[key] if key else None, count) for key, count in owners]
         return BatchAdapters(found, self._model.device)
 
-    def _check_room(self, prepared: PreparedAdapter) -> None:
+    def _check_capacity(self, prepared: PreparedAdapter) -> None:
         limit = self.limit
         if len(self._adapters) >= limit:
             raise CheckpointError(f"{limit} adapters are loaded, which is the limit (max_loras)")

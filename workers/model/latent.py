@@ -63,7 +63,7 @@ class LatentShape:
         return self.rank + self.rotated_dim
 
     @property
-    def least_expanded_rows(self) -> int:
+    def min_expanded_rows(self) -> int:
         """Rows of a chunk from which computing keys and values costs less than it saves."""
         made = self.rank * (self.plain_dim + self.value_dim)
         absorbed, expanded = self.cached_dim + self.rank, self.query_dim + self.value_dim
@@ -184,7 +184,7 @@ class LatentProjections:
     def _expands(self, batch: AttentionBatch) -> bool:
         """Whether prompt rows are expanded. A recorder needs absorbed queries."""
         num_rows = sum(chunk.last - chunk.first for chunk in batch.prefills)
-        is_long = num_rows >= self.shape.least_expanded_rows * len(batch.prefills)
+        is_long = num_rows >= self.shape.min_expanded_rows * len(batch.prefills)
         return self.can_expand and batch.recorder is None and is_long
 
     def _latents(self, normed: Tensor, context: LayerContext) -> Tensor:
@@ -236,7 +236,7 @@ class LatentProjections:
         found = batch.workspaces[0].gather(cache, chunk.blocks)
         cached = found.view(-1, shape.cached_dim)[: chunk.length]
         latents, rotated = cached[:, : shape.rank], cached[:, shape.rank :].unsqueeze(1)
-        parts, at_once = [], self._heads_at_once(latents)
+        parts, at_once = [], self._heads_per_piece(latents)
         for first in range(0, shape.num_heads, at_once):
             last = min(first + at_once, shape.num_heads)
             made = self.heads.expand(latents, first, last)
@@ -253,7 +253,7 @@ class LatentProjections:
             parts.append(output.squeeze(0).transpose(0, 1))
         return torch.cat(parts, 1).flatten(1)
 
-    def _heads_at_once(self, latents: Tensor) -> int:
+    def _heads_per_piece(self, latents: Tensor) -> int:
         """Number of heads with keys and values of ``latents`` [L, R] in memory at a time."""
         shape = self.shape
         row = 2 * shape.plain_dim + shape.rotated_dim + shape.value_dim  # as made, and with keys

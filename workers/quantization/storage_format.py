@@ -91,7 +91,7 @@ def _fp8(keys: QuantizationKeys) -> StorageFormat:
 
 
 def _gptq(keys: QuantizationKeys) -> StorageFormat:
-    form = _of_matrices(keys, bits=(4, 8), is_symmetric=keys.value("sym") is True)
+    form = _parse_shared_keys(keys, bits=(4, 8), is_symmetric=keys.value("sym") is True)
     first, second = (keys.one_of(key, *_GPTQ_FORMATS) for key in ("checkpoint_format", "format"))
     if first and second and first != second:
         raise keys.refused("format", f"{first!r}, as checkpoint_format is")
@@ -104,7 +104,7 @@ def _gptq(keys: QuantizationKeys) -> StorageFormat:
 def _awq(keys: QuantizationKeys) -> StorageFormat:
     is_symmetric = keys.one_of("zero_point", True, False, None) is False
     keys.honoured("sym")  # transformers writes the default of GPTQ here
-    form = _of_matrices(keys, bits=(4,), is_symmetric=is_symmetric)
+    form = _parse_shared_keys(keys, bits=(4,), is_symmetric=is_symmetric)
     for key in ("version", "format", "checkpoint_format"):
         keys.one_of(key, "gemm", None)
     if keys.value("backend") == "llm-awq":  # the other versions are kernels to load with
@@ -115,11 +115,13 @@ def _awq(keys: QuantizationKeys) -> StorageFormat:
 def _auto_round(keys: QuantizationKeys) -> StorageFormat:
     layout, zero_offset = _AUTO_ROUND_PACKINGS[keys.one_of("packing_format", *_AUTO_ROUND_PACKINGS)]
     bits = (4,) if layout == "awq" else (4, 8)
-    form = _of_matrices(keys, bits=bits, is_symmetric=keys.value("sym") is True)
+    form = _parse_shared_keys(keys, bits=bits, is_symmetric=keys.value("sym") is True)
     return StorageFormat(method=layout, form=form, zero_offset=zero_offset)
 
 
-def _of_matrices(keys: QuantizationKeys, bits: tuple[int, ...], is_symmetric: bool) -> WeightFormat:
+def _parse_shared_keys(
+    keys: QuantizationKeys, bits: tuple[int, ...], is_symmetric: bool
+) -> WeightFormat:
     """Return the format from the keys that GPTQ, AWQ and AutoRound share.
 
     The headers of the files show which matrices are quantized, and the files show whether the
@@ -135,7 +137,7 @@ def _of_matrices(keys: QuantizationKeys, bits: tuple[int, ...], is_symmetric: bo
     }
     for key in ("dynamic", "extra_config", "layer_config"):
         check_overrides(keys, key, same | ({"sym": True} if is_symmetric else {}))
-    return _integers(same["bits"], same["group_size"], has_zeros=not is_symmetric)
+    return _integer_format(same["bits"], same["group_size"], has_zeros=not is_symmetric)
 
 
 def _compressed_tensors(keys: QuantizationKeys) -> StorageFormat:
@@ -151,13 +153,13 @@ def _compressed_tensors(keys: QuantizationKeys) -> StorageFormat:
     groups = keys.value("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise CheckpointError(f"{_NAME}: config_groups {groups!r} must be an object")
-    found = {name: _of_group(f"{_NAME}: config_groups.{name}", g) for name, g in groups.items()}
+    found = {name: _parse_group(f"{_NAME}: config_groups.{name}", g) for name, g in groups.items()}
     if len(set(found.values())) > 1:
         raise CheckpointError(f"{_NAME}: config_groups {', '.join(found)} must have equal weights")
     return StorageFormat(method="compressed-tensors", form=next(iter(found.values())))
 
 
-def _of_group(name: str, group: Any) -> WeightFormat:
+def _parse_group(name: str, group: Any) -> WeightFormat:
     weights = group.get("weights") if isinstance(group, Mapping) else None
     if not isinstance(weights, Mapping):
         raise CheckpointError(f"{name}: weights {weights!r} must be an object")
@@ -178,7 +180,7 @@ def _of_group(name: str, group: Any) -> WeightFormat:
     if keys.one_of("strategy", "group", "channel", None) == "channel":
         group_size = -1
     keys.ignored()
-    return _integers(bits, group_size, has_zeros=not is_symmetric)
+    return _integer_format(bits, group_size, has_zeros=not is_symmetric)
 
 
 _READERS = {
@@ -191,7 +193,7 @@ _READERS = {
 }
 
 
-def _integers(bits: int, group: object, *, has_zeros: bool) -> WeightFormat:
+def _integer_format(bits: int, group: object, *, has_zeros: bool) -> WeightFormat:
     if type(group) is not int or (group != -1 and (group < 1 or group % GROUP_MULTIPLE)):
         rule = f"must be -1 or a multiple of {GROUP_MULTIPLE}"
         raise CheckpointError(f"{_NAME}: group_size {group!r} {rule}")

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from workers.cuda.step_graph import MAX_KEPT, KeptSteps
+from workers.cuda.step_graph import MAX_KEPT, StepGraphCache
 
 
 class Captures:
     """Kept steps, each known by its key, on a pretended driver."""
 
     def __init__(self, max_rows: int) -> None:
-        self.kept = KeptSteps[str](max_rows)
+        self.kept = StepGraphCache[str](max_rows)
         self.captured: list[str] = []
         self.pools: list[object] = []
 

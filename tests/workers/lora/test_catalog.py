@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from workers.lora.catalog import targets_of, why_not
+from workers.lora.catalog import refusal_reason, targets_of
 from workers.model.config import TensorPart
 from workers.model.layers import LayerProduct, Linear
 
@@ -66,4 +66,4 @@ def test_routers_are_none(name: str) -> None:
     ],
 )
 def test_each_other_module_has_a_reason(module: str, reason: str) -> None:
-    assert why_not(module).startswith(reason)
+    assert refusal_reason(module).startswith(reason)

@@ -22,7 +22,7 @@ from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
 from cluster.config.lora import LoraSection
 from cluster.core.errors import CheckpointError, ModelNotFoundError
-from workers.lora.catalog import targets_of, targets_without_weights, why_not
+from workers.lora.catalog import refusal_reason, targets_of, targets_without_weights
 from workers.lora.folder import AdapterFolder, read_folder
 from workers.lora.loaded import LoadedAdapters
 from workers.model.loading.attention_model import load_attention_model
@@ -188,11 +188,11 @@ def test_kinds_of_other_families(variant: str, golden: Callable[..., object]) ->
 
 
 def test_reasons() -> None:
-    assert "routed experts" in why_not("model.layers.0.self_attention.experts.input_linear")
-    assert "router" in why_not("model.layers.0.mlp.shared_expert_gate")
-    assert "head by head" in why_not("model.layers.0.self_attn.kv_b_proj")
-    assert "no projection" in why_not("model.layers.0.self_attn.rotary")
-    assert "a norm" in why_not("model.layers.0.input_layernorm")
+    assert "routed experts" in refusal_reason("model.layers.0.self_attention.experts.input_linear")
+    assert "router" in refusal_reason("model.layers.0.mlp.shared_expert_gate")
+    assert "head by head" in refusal_reason("model.layers.0.self_attn.kv_b_proj")
+    assert "no projection" in refusal_reason("model.layers.0.self_attn.rotary")
+    assert "a norm" in refusal_reason("model.layers.0.input_layernorm")
 
 
 def test_number_of_adapters_is_limited(tiny_checkpoint: Path, tmp_path: Path) -> None:

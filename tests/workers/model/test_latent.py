@@ -83,9 +83,9 @@ def test_rows_are_expanded_from_where_that_costs_less() -> None:
         num_heads=128, rank=512, plain_dim=128, rotated_dim=64, value_dim=128, scale=1.0
     )
     assert (shape.query_dim, shape.cached_dim) == (192, 576)
-    assert shape.least_expanded_rows == 512 * 256 // 768 + 1
+    assert shape.min_expanded_rows == 512 * 256 // 768 + 1
     wide = replace(shape, rank=4, plain_dim=64)
-    assert wide.least_expanded_rows > 0  # where making keys always costs less
+    assert wide.min_expanded_rows > 0  # where making keys always costs less
 
 
 def test_prompts_are_expanded_beside_decodes(golden: Callable[[str], Golden]) -> None:

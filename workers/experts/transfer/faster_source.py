@@ -146,7 +146,7 @@ class HoldersSource:
         """
         what = f"expert {expert} of bank {bank.bank} layer {bank.layer}"
         reason = ""
-        while (name := self._least_asked(bank, expert)) is not None:
+        while (name := self._least_used_worker(bank, expert)) is not None:
             self._num_asked[name] += 1
             try:
                 yield from self._source(name).weights(bank, expert, dtype)
@@ -164,7 +164,7 @@ class HoldersSource:
         for source in self._open.values():
             source.close()
 
-    def _least_asked(self, bank: BankSpec, expert: int) -> str | None:
+    def _least_used_worker(self, bank: BankSpec, expert: int) -> str | None:
         """Return the worker to use next: the one used least, so that the load on serving workers is
         even."""
         able = [n for n, h in self._holders.items() if expert in h.experts[bank.index]]

@@ -52,7 +52,7 @@ SlotOrder = tuple[int, int, int]
 """(bank, expert slot, logical expert or ``FREE_SLOT``) of a command."""
 Item = TypeVar("Item")
 _WAIT_LIMIT_S = 30.0  # longer than a generation waits for this worker
-_LOOK_S = 0.02
+_CHECK_INTERVAL_S = 0.02
 """Interval between checks of an obstacle, in seconds."""
 
 
@@ -98,7 +98,7 @@ class ExpertLoader:
 
     def order(self, order: LoadExperts) -> None:
         """Queue a command and return immediately. Any thread."""
-        self._submit(self._carry_out, order)
+        self._submit(self._run_command, order)
 
     def keep_only(self, used: Sequence[Sequence[int]]) -> None:
         """Free slots outside ``used`` (see ``ExpertSlots``) after the queued commands. Any thread.
@@ -130,7 +130,7 @@ class ExpertLoader:
         """Whether a step may read the slot, now or in an epoch that may follow."""
         return self._obstacle([(bank, slot, FREE_SLOT)], sys.maxsize) is not None
 
-    def _carry_out(self, order: LoadExperts) -> None:
+    def _run_command(self, order: LoadExperts) -> None:
         error, num_bytes = "", 0
         try:
             num_bytes = self._load(order)
@@ -145,8 +145,8 @@ class ExpertLoader:
             self._answer(ExpertsLoaded(order=order.order, error=error, num_bytes=num_bytes))
 
     def _load(self, order: LoadExperts) -> int:
-        work = self._to_do(order)
-        self._make_room(work)
+        work = self._remaining_work(order)
+        self._grow_banks(work)
         open_source = self._sources.get(str(order.source.get("kind", CHECKPOINT)))
         if open_source is None:
             raise ProtocolError(f"no source of kind {order.source.get('kind')!r}")
@@ -163,7 +163,7 @@ class ExpertLoader:
         finally:
             source.close()
 
-    def _to_do(self, order: LoadExperts) -> list[SlotOrder]:
+    def _remaining_work(self, order: LoadExperts) -> list[SlotOrder]:
         """Return the slots that must still be written. Raises ``ProtocolError`` if writing is not
         allowed."""
         work = self._parse(order)
@@ -171,7 +171,7 @@ class ExpertLoader:
         while (obstacle := self._obstacle(work, order.epoch)) is not None:
             if not obstacle.passes or self._closing or time.monotonic() > deadline:
                 raise ProtocolError(obstacle.reason)
-            time.sleep(_LOOK_S)
+            time.sleep(_CHECK_INTERVAL_S)
         work = [
             (bank, slot, expert)
             for bank, slot, expert in work
@@ -203,7 +203,7 @@ class ExpertLoader:
             work.append((bank, slot, expert))
         return work
 
-    def _make_room(self, work: Sequence[SlotOrder]) -> None:
+    def _grow_banks(self, work: Sequence[SlotOrder]) -> None:
         wanted: defaultdict[int, int] = defaultdict(int)
         for bank, slot, expert in work:
             if expert != FREE_SLOT:

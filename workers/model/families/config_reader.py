@@ -16,7 +16,7 @@ from workers.model.config import Activation, ModelConfig
 from workers.model.rope import parse_rope
 from workers.quantization.storage_format import StorageFormat, parse_storage_format
 
-_MOST: Mapping[str, int] = {
+_MAX_VALUES: Mapping[str, int] = {
     "num_hidden_layers": 4096,
     "num_experts": 65536,
     "num_local_experts": 65536,
@@ -107,9 +107,9 @@ class ConfigReader:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             rule = "must be a positive integer" if least == 1 else f"must be at least {least}"
             raise CheckpointError(f"config.json: {keys[0]} {value!r} {rule}")
-        if value > _MOST.get(keys[0], value):
+        if value > _MAX_VALUES.get(keys[0], value):
             raise CheckpointError(
-                f"config.json: {keys[0]} {value} must be at most {_MOST[keys[0]]}"
+                f"config.json: {keys[0]} {value} must be at most {_MAX_VALUES[keys[0]]}"
             )
         return value
 

@@ -75,7 +75,7 @@ class LatentAttention:
             plain_dim=plain_dim,
             rotated_dim=rotated_dim,
             value_dim=settings.integer("v_head_dim", default=defaults.value_dim),
-            scale=(plain_dim + rotated_dim) ** -0.5 * _scale_of_context(settings.raw) ** 2,
+            scale=(plain_dim + rotated_dim) ** -0.5 * _score_scale(settings.raw) ** 2,
         )
         has_rank = "q_lora_rank" not in settings.raw or settings.value("q_lora_rank") is not None
         rank = settings.integer("q_lora_rank", default=defaults.query_rank) if has_rank else None
@@ -159,7 +159,7 @@ def _ends_ordered(order: Tensor, num_heads: int, first: int) -> Tensor:
     return (torch.arange(num_heads).unsqueeze(1) * len(head) + head).flatten()
 
 
-def _scale_of_context(config: Mapping[str, Any]) -> float:
+def _score_scale(config: Mapping[str, Any]) -> float:
     """Return ``context_scale``, a factor in addition to the rotation's factor."""
     params = rope_parameters(config)
     kind = params.get("rope_type") or params.get("type") or "default"
