@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from workers.native.build import INSTRUCTION_SETS
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("cluster", "gateway", "protos", "workers")
+PACKAGES = ("cluster", "expertmesh", "gateway", "protos", "workers")
 BUILD_LIMIT_S = 1800.0
 COMMAND_LIMIT_S = 300.0
 IMAGE_LIMIT_S = 3600.0
@@ -187,6 +187,7 @@ def smoke_test(wheel: Path, version: str, folder: Path) -> None:
     if "<html" not in (folder / "plan.html").read_text():
         raise ReleaseError("'expertmesh plan placement --plot' wrote no page")
     json.loads(call([command, "serve", "--dry-run", "--json"], cwd=folder, env=env))
+    call([python, "-c", "from expertmesh import LLM, Client"], cwd=folder, env=env)
     check_kernels(python, folder, env)
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from benchmarks.harness.engine_stream import TOKEN
-from benchmarks.harness.loop_thread import LoopThread
 from benchmarks.harness.serving_cluster import ServingCluster, ThreadCluster
+from expertmesh.loop_thread import LoopThread
 from gateway.cluster.client import find_controller
 from gateway.cluster.view import (
     ControllerCall,

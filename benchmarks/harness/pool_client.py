@@ -9,9 +9,9 @@ from time import perf_counter
 from types import TracebackType
 from typing import Self
 
-from benchmarks.harness.loop_thread import LoopThread
 from benchmarks.harness.ray_serving import TOKEN
 from cluster.core.errors import ExpertMeshError
+from expertmesh.loop_thread import LoopThread
 from gateway.cluster.view import AttentionEndpoint
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.router import RoutingPolicy

@@ -20,7 +20,6 @@ import ray
 from ray.exceptions import ActorUnavailableError
 
 from benchmarks.harness.engine_stream import TIMEOUT_S, TOKEN, EngineStream, Result
-from benchmarks.harness.loop_thread import LoopThread
 from benchmarks.harness.stalls import Limit
 from benchmarks.harness.worker_group import LocalWorkerGroup
 from cluster.actors.controller_actor import ControllerActor
@@ -40,6 +39,7 @@ from cluster.core.topology import Member, Role
 from cluster.launch import local_ray
 from cluster.launch.teardown import end_leftovers
 from cluster.sizing.start_plan import ExistingWorker, StartPlan
+from expertmesh.loop_thread import LoopThread
 from workers.model.loading.checkpoint import Checkpoint
 from workers.process.roles.attention import AttentionRole
 from workers.process.worker.actor import ACTOR_CLASSES, WorkerActor

@@ -1,18 +1,43 @@
-"""Entry point of the installed command: Ctrl-C ends it quietly even during its imports.
+"""Entry point of the installed command: Ctrl-C ends it quietly even while its modules are imported.
 
-Imports nothing before it runs.
+Imports only the standard library before it runs.
 """
 
 from __future__ import annotations
 
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+
 _INTERRUPTED = 130
+_USAGE = 2
+_PACKAGES = ("cluster", "workers", "gateway", "protos")
 
 
 def main() -> int:
-    """Run one command and return its exit code."""
+    """Run one command; its exit code."""
+    if problem := find_shadow(Path(__file__).parents[2]):
+        sys.stderr.write(f"expertmesh: {problem}\n")
+        return _USAGE
     try:
         from cluster.cli.main import main as run
 
         return run()
     except KeyboardInterrupt:
         return _INTERRUPTED
+
+
+def find_shadow(root: Path) -> str:
+    """Error for a package that processes started here would import instead of one in ``root``.
+
+    ``python -m`` searches the working directory first. Empty if there is no such package.
+    """
+    for name in _PACKAGES:
+        spec = PathFinder.find_spec(name, [str(Path.cwd()), *sys.path])
+        if spec is None or spec.origin is None:
+            continue
+        place = Path(spec.origin).resolve()
+        if not place.is_relative_to(root / name):
+            hint = "rename it, or run expertmesh in another folder"
+            return f"{place} hides the package {name} of expertmesh ({root}): {hint}"
+    return ""

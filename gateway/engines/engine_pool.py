@@ -52,6 +52,7 @@ class EnginePool:
         policy: routing policy.
         silence_limit_s: see ``EngineStream``.
         ping_s: see ``EngineStream``.
+        connect: makes the stream to a worker; None connects over the network.
     """
 
     def __init__(
@@ -62,8 +63,9 @@ class EnginePool:
         *,
         silence_limit_s: float = SILENCE_LIMIT_S,
         ping_s: float = PING_S,
+        connect: Callable[[AttentionEndpoint], EngineStream] | None = None,
     ) -> None:
-        self._connect = partial(
+        self._connect = connect or partial(
             EngineStream,
             token=token,
             gateway=gateway,

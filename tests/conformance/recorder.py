@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from benchmarks.harness.loop_thread import LoopThread
+from expertmesh.loop_thread import LoopThread
 from gateway.core.headers import AGENT_SESSION_HEADERS
 
 SENT_BY_CLIENTS = Path(__file__).parent / "clients" / "fields.json"

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 import httpx
 from starlette.types import ASGIApp
 
-from benchmarks.harness.loop_thread import LoopThread
 from benchmarks.harness.stalls import wait_until
 from cluster.config.cluster import ClusterConfig, EngineSection
 from cluster.config.gateway import GatewaySection
 from cluster.config.model import ModelSection
 from cluster.config.observability import ObservabilitySection
+from expertmesh.loop_thread import LoopThread
 from gateway.admin.service import AdminApi
 from gateway.cluster.view import ControllerCalls, SnapshotFollower
 from gateway.core.tuning import GatewayTuning

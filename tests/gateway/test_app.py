@@ -18,13 +18,13 @@ import ray
 from ray import serve
 
 from benchmarks.harness.distributed import free_ports
-from benchmarks.harness.loop_thread import LoopThread
 from benchmarks.harness.serving_cluster import end_shared_ray
 from benchmarks.harness.stalls import wait_until
 from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import GatewaySection
 from cluster.config.model import ModelSection
 from cluster.launch import local_ray
+from expertmesh.loop_thread import LoopThread
 from gateway.app import APP_NAME, build_app
 from gateway.cluster.client import CONTROLLER_NAME, RAY_NAMESPACE
 from protos import inference_pb2 as pb

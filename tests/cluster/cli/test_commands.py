@@ -191,6 +191,26 @@ def test_ctrl_c_while_modules_are_imported_is_quiet(monkeypatch: pytest.MonkeyPa
     assert entry.main() == ExitCode.INTERRUPTED
 
 
+@pytest.mark.parametrize("name", ["cluster/__init__.py", "workers/__init__.py", "gateway.py"])
+def test_a_package_that_hides_ours_is_named(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    monkeypatch.chdir(tmp_path)
+    assert entry.main() == ExitCode.USAGE
+    assert capsys.readouterr().err.startswith(f"expertmesh: {file.resolve()} hides the package")
+
+
+def test_a_folder_that_is_no_package_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "workers").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert entry.find_shadow(ROOT) == ""
+
+
 def test_the_installed_command_is_the_entry_point() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["scripts"]["expertmesh"] == "cluster.cli.entry:main"

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness.loop_thread import LoopThread
 from benchmarks.harness.members import member_of
 from cluster.actors.control_server import ControlServer
 from cluster.core.errors import HandshakeError, PeerLostError, SupersededError
@@ -35,6 +34,7 @@ from cluster.core.frames import (
 from cluster.core.placement import ExpertPlacement
 from cluster.core.release import RELEASE
 from cluster.core.topology import Generation
+from expertmesh.loop_thread import LoopThread
 from tests.cluster.controller.load_reports import load_of
 from workers.process.control import control_client
 from workers.process.control.control_client import ControlClient

@@ -1,0 +1,157 @@
+"""The engine and all its experts in one process, without Ray or network."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from cluster.config.cluster import EngineSection
+from cluster.config.lora import LoraSection
+from cluster.config.model import Quantize, QuantizeLayers
+from cluster.config.speculation import SpeculationSection
+from cluster.config.workers import Kernels
+from workers.dispatch.dispatcher import TokenDispatcher
+from workers.dispatch.local import LocalDispatcher
+from workers.engine.engine import Engine
+from workers.engine.prefill_cap import PrefillCap
+from workers.experts.slots import ExpertSlots, torch_reason
+from workers.model.compute_threads import ComputeThreads
+from workers.model.huge_pages import collapse_weights
+from workers.model.loading.attention_model import load_attention_model
+from workers.model.loading.checkpoint import Checkpoint
+from workers.model.loading.config_file import resolve_dtype
+from workers.model.loading.expert_format import rounded_form
+from workers.native.team import start_kernels
+from workers.requests.request import Request, TokenOutput
+from workers.requests.step_header import Grant, StepHeader
+from workers.sampling.grammar_compiler import GrammarCompiler
+
+logger = logging.getLogger(__name__)
+
+
+class EmbeddedEngine:
+    """``Engine`` with all experts in this process; ``step`` grants the rows that it wants."""
+
+    def __init__(
+        self,
+        source: Path | str | Checkpoint,
+        *,
+        dtype: str = "auto",
+        device: str = "cpu",
+        section: EngineSection | None = None,
+        speculation: SpeculationSection | None = None,
+        lora: LoraSection | None = None,
+        max_model_len: int | None = None,
+        num_micro_batches: int = 1,
+        num_threads: int | None = None,
+        kernels: Kernels = "auto",
+        quantize: Quantize = "auto",
+        quantize_layers: QuantizeLayers = "experts",
+        wrap: Callable[[TokenDispatcher], TokenDispatcher] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Load a checkpoint, by its folder or opened. Raises ``CheckpointError``, ``ConfigError``.
+
+        ``num_threads`` sets the threads of the kernels, and those of torch in this process, which
+        are divided among compute threads; None: one of the kernels, and those of torch as they
+        are; an exact engine always sets one of torch. ``kernels`` as in ``WorkersSection``,
+        ``quantize`` and ``quantize_layers`` as in ``ModelSection``, of a checkpoint by its folder.
+        ``wrap`` may replace the engine's dispatcher.
+        """
+        section = section or EngineSection()
+        is_strict = section.deterministic == "on"
+        place = torch.device(device)
+        is_native = kernels == "auto" and place.type == "cpu"
+        self.team = team = start_kernels(num_threads or 1).team if is_native else None
+        """Threads of its kernels; None: torch computes."""
+        kept_as = "none" if quantize == "auto" and team is None else quantize
+        checkpoint = (
+            source if isinstance(source, Checkpoint) else Checkpoint(source, quantize=kept_as)
+        )
+        kind = resolve_dtype(dtype, checkpoint.config)
+        banks = checkpoint.family.banks
+        if checkpoint.config.ignored_keys:
+            logger.warning(
+                "config.json: ignored, not known: %s", ", ".join(checkpoint.config.ignored_keys)
+            )
+        can_be_exact = team is not None and not torch_reason(banks, kind)
+        self.is_exact = is_strict or (section.deterministic == "auto" and can_be_exact)
+        """Results depend on the request alone, to the last bit."""
+        torch_threads = 1 if self.is_exact else num_threads
+        compute_threads = (
+            ComputeThreads()
+            if torch_threads is None
+            else ComputeThreads.for_threads(torch_threads, place.type)
+        )
+        form = rounded_form(quantize, ()) if quantize_layers == "all" else None
+        model = load_attention_model(
+            checkpoint, kind, place, max_model_len, compute_threads, is_strict, team, form
+        )
+        self._model = model
+        self.config = checkpoint.config
+        """Numbers of the model."""
+        self.banks = banks
+        """Its expert banks."""
+        self.dtype = kind
+        """Compute dtype."""
+        num_slots = max(b.num_experts for b in banks)
+        self.slots = ExpertSlots(banks, num_slots, kind, place, compute_threads, is_strict, team)
+        self.slots.load_all(checkpoint)
+        collapse_weights(place.type, checkpoint.loaded_bytes)
+        local = LocalDispatcher(self.slots.banks, banks)
+        self.dispatcher: TokenDispatcher = local if wrap is None else wrap(local)
+        """Sends rows to the experts."""
+        self.grammars = GrammarCompiler(
+            checkpoint.path, checkpoint.config.vocab_size, checkpoint.config.eos_token_ids
+        )
+        """Compiles the grammars of requests."""
+        self._num_micro_batches = num_micro_batches
+        self.prefill_cap = PrefillCap.of(section)
+        """Limits prompt rows beside decodes; may be replaced."""
+        self._clock = clock
+        self._next_step = 1
+        self.engine = Engine(
+            model=model,
+            config=checkpoint.config,
+            banks=banks,
+            dispatcher=self.dispatcher,
+            section=section,
+            speculation=speculation,
+            lora=lora,
+            max_model_len=max_model_len,
+            compute_threads=compute_threads,
+            team=team,
+            clock=clock,
+            is_exact=self.is_exact,
+        )
+        """The engine itself."""
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request; compiles its grammar first. Raises what ``Engine.add_request`` does."""
+        grammar = request.params.grammar
+        compiled = None if grammar is None else self.grammars.compile(grammar)
+        self.engine.add_request(request, grammar=compiled)
+
+    def step(self) -> list[TokenOutput]:
+        """Grant what is wanted, prompt rows as a leader would, and run it."""
+        wanted = self.engine.rows_wanted()
+        cap = self.prefill_cap.rows(wanted.decode_rows, num_ranks=1)
+        grant = Grant(decode_rows=wanted.decode_rows, prefill_rows=min(wanted.prefill_rows, cap))
+        header = StepHeader(
+            generation=1,
+            step=self._next_step,
+            epoch=1,
+            oldest_epoch=1,
+            grants=((0, grant),),
+            num_micro_batches=self._num_micro_batches if grant.num_rows > 1 else 1,
+            exact=grant.prefill_rows > 0,
+        )
+        self._next_step += 1
+        start = self._clock()
+        outputs = self.engine.step(header)
+        self.prefill_cap.observe(grant.decode_rows, grant.prefill_rows, self._clock() - start)
+        return outputs

@@ -1,0 +1,94 @@
+"""Errors of calls, with the fields of the API's error object."""
+
+from __future__ import annotations
+
+
+class APIError(Exception):
+    """A call failed.
+
+    Args:
+        message: names the field, the value and the rule, if a field is wrong.
+        code: machine-readable reason, such as ``context_length_exceeded``; empty if unknown.
+        param: the field that is wrong; None if there is none.
+        status: HTTP status, also of a call over gRPC or in this process; 0 without a response.
+        retry_after_s: seconds after which a retry may succeed; None if the server names none.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        code: str = "",
+        param: str | None = None,
+        status: int = 0,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, code, param, status, retry_after_s)
+        self.message = message
+        self.code = code
+        self.param = param
+        self.status = status
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class APIConnectionError(APIError):
+    """The server cannot be reached, or the connection was lost."""
+
+
+class APITimeoutError(APIError):
+    """The call took longer than its time limit."""
+
+
+class BadRequestError(APIError):
+    """The request is invalid; ``param`` names the field."""
+
+
+class AuthenticationError(APIError):
+    """The API key is missing or unknown."""
+
+
+class PermissionDeniedError(APIError):
+    """The API key does not permit this call."""
+
+
+class NotFoundError(APIError):
+    """The model does not exist."""
+
+
+class ConflictError(APIError):
+    """The state of the cluster does not permit the call."""
+
+
+class RateLimitError(APIError):
+    """A limit of the key or the queue is exceeded: retry after ``retry_after_s``."""
+
+
+class InternalServerError(APIError):
+    """The server failed, or cannot serve now (status 503)."""
+
+
+_BY_STATUS: dict[int, type[APIError]] = {
+    400: BadRequestError,
+    401: AuthenticationError,
+    403: PermissionDeniedError,
+    404: NotFoundError,
+    408: APITimeoutError,
+    409: ConflictError,
+    413: BadRequestError,
+    429: RateLimitError,
+    504: APITimeoutError,
+}
+
+
+def make_error(
+    message: str,
+    code: str,
+    param: str | None,
+    status: int,
+    retry_after_s: float | None = None,
+) -> APIError:
+    """Make the error of an HTTP status."""
+    kind = _BY_STATUS.get(status, InternalServerError if status >= 500 else APIError)
+    return kind(message, code, param, status, retry_after_s)

@@ -1,0 +1,182 @@
+"""Calls over HTTP: the OpenAI endpoints, with vLLM's fields."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import aiohttp
+
+from expertmesh.errors import APIConnectionError, APIError, APITimeoutError, make_error
+from expertmesh.types import CompletionOutput, Logprob, LogprobsByToken, Query, RequestOutput
+
+
+class HttpTransport:
+    """See ``Transport``; construct it on the event loop of the calls.
+
+    Args:
+        url: URL of the server.
+        api_key: sent as bearer token; None sends none.
+        timeout_s: longest duration of a call.
+    """
+
+    def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._url = url.rstrip("/")
+        self._timeout_s = timeout_s
+        limit = aiohttp.ClientTimeout(total=timeout_s)
+        connector = aiohttp.TCPConnector(limit=0)
+        self._session = aiohttp.ClientSession(
+            connector=connector, headers=headers, timeout=limit, read_bufsize=1 << 20
+        )
+
+    async def generate(self, query: Query) -> RequestOutput:
+        async with self._post(*_request(query)) as response:
+            body = await response.json()
+        return _output(body, query, is_whole=True)
+
+    async def stream(self, query: Query) -> AsyncGenerator[RequestOutput]:
+        path, body = _request(query)
+        has_ended = False
+        async with self._post(path, {**body, "stream": True}) as response:
+            async for line in response.content:
+                data = line.removeprefix(b"data:").strip()
+                if data == b"[DONE]":
+                    has_ended = True
+                    break
+                if line.startswith(b"data:"):
+                    event = json.loads(data)
+                    if "error" in event:
+                        raise _error(event, 500, {})
+                    yield _output(event, query, is_whole=False)
+        if not has_ended:
+            raise APIConnectionError("the stream ended before the output was finished")
+
+    async def embed(
+        self, prompt: str | tuple[int, ...], pooling: str | None, model: str | None
+    ) -> list[float]:
+        body = {"input": prompt, "pooling": pooling, "model": model, "encoding_format": "float"}
+        async with self._post("/v1/embeddings", body) as response:
+            found = await response.json()
+        return list(map(float, found["data"][0]["embedding"]))
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    @asynccontextmanager
+    async def _post(
+        self, path: str, body: Mapping[str, Any]
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        try:
+            async with self._session.post(self._url + path, json=body) as response:
+                if response.status != 200:
+                    found: Any = None
+                    with suppress(ValueError):
+                        found = json.loads(await response.read())
+                    raise _error(found, response.status, response.headers)
+                yield response
+        except TimeoutError as err:
+            text = f"{self._url} did not finish within timeout_s ({self._timeout_s:g} s)"
+            raise APITimeoutError(text, "deadline_exceeded") from err
+        except (aiohttp.ClientError, OSError) as err:
+            raise APIConnectionError(f"cannot reach {self._url}: {err}") from err
+
+
+def _error(body: Any, status: int, headers: Mapping[str, str]) -> APIError:
+    """Make the exception of an error object, or of a response without one."""
+    found = body.get("error") if isinstance(body, Mapping) else None
+    if not isinstance(found, Mapping):
+        return make_error(f"HTTP status {status}", "", None, status)
+    after = headers.get("retry-after-ms")
+    return make_error(
+        str(found.get("message")),
+        str(found.get("code") or ""),
+        found.get("param"),
+        status,
+        None if after is None else float(after) / 1000,
+    )
+
+
+def _request(query: Query) -> tuple[str, dict[str, Any]]:
+    """Path and body of a call."""
+    body = query.params.given()
+    body |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
+    if query.model is not None:
+        body["model"] = query.model
+    if query.prompt is not None:
+        return "/v1/completions", {**body, "prompt": query.prompt}
+    if (count := body.pop("logprobs", None)) is not None:
+        body |= {"logprobs": True, "top_logprobs": count}
+    return "/v1/chat/completions", {**body, **query.chat, "messages": query.messages}
+
+
+def _output(body: Mapping[str, Any], query: Query, *, is_whole: bool) -> RequestOutput:
+    """Convert a response or an event."""
+    choices = body["choices"]
+    holder = body if query.prompt is None else choices[0] if choices else {}
+    scores = holder.get("prompt_logprobs")
+    return RequestOutput(
+        request_id=body["id"],
+        prompt=query.prompt if isinstance(query.prompt, str) else None,
+        prompt_token_ids=list(holder.get("prompt_token_ids") or ()),
+        outputs=[_choice(choice, query) for choice in choices],
+        prompt_logprobs=None if scores is None else [_prompt_entry(one) for one in scores],
+        finished=is_whole,
+    )
+
+
+def _choice(choice: Mapping[str, Any], query: Query) -> CompletionOutput:
+    message = choice.get("message") or choice.get("delta") or {}
+    found = choice.get("logprobs")
+    entries = None
+    if query.params.logprobs is not None:
+        entries = _chat_entries(found) if query.prompt is None else _entries(found)
+    return CompletionOutput(
+        index=choice["index"],
+        text=choice.get("text") or message.get("content") or "",
+        token_ids=list(choice.get("token_ids") or ()),
+        cumulative_logprob=None if entries is None else sum(value for value, _ in entries),
+        logprobs=None if entries is None else [one for _, one in entries],
+        finish_reason=choice.get("finish_reason"),
+        stop_reason=choice.get("stop_reason"),
+        reasoning=message.get("reasoning_content") or "",
+    )
+
+
+_Entries = Sequence[tuple[float, LogprobsByToken]]
+"""Log-probability of each token, and all log-probabilities at its position."""
+
+
+def _entries(found: Mapping[str, Any] | None) -> _Entries:
+    if found is None:
+        return []
+    rows = zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True)
+    return [
+        (value, {_token_id(name): Logprob(one) for name, one in {token: value, **top}.items()})
+        for token, value, top in rows
+    ]
+
+
+def _chat_entries(found: Mapping[str, Any] | None) -> _Entries:
+    return [
+        (
+            entry["logprob"],
+            {
+                _token_id(one["token"]): Logprob(
+                    one["logprob"], None, bytes(one["bytes"]).decode(errors="replace")
+                )
+                for one in (entry, *entry["top_logprobs"])
+            },
+        )
+        for entry in (found or {}).get("content") or ()
+    ]
+
+
+def _prompt_entry(entry: Mapping[str, Any] | None) -> LogprobsByToken | None:
+    return None if entry is None else {int(name): Logprob(**one) for name, one in entry.items()}
+
+
+def _token_id(name: str) -> int:
+    return int(name.removeprefix("token_id:"))

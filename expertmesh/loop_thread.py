@@ -1,0 +1,73 @@
+"""An event loop in its own thread, for synchronous callers of coroutines."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from concurrent.futures import wait
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+class LoopThread:
+    """Runs an event loop from its construction until ``close``.
+
+    Args:
+        limit_s: longest wait for a coroutine, and for the end of the loop.
+    """
+
+    def __init__(self, limit_s: float = threading.TIMEOUT_MAX) -> None:
+        self._limit_s = limit_s
+        self._stop = asyncio.Event()
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._main, daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, Result], limit_s: float | None = None) -> Result:
+        """Run a coroutine from another thread. Raises ``TimeoutError`` that lists all tasks."""
+        limit_s = self._limit_s if limit_s is None else limit_s
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        try:
+            if not wait([future], limit_s).done:
+                raise TimeoutError("\n".join(map(repr, asyncio.all_tasks(self.loop))))
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
+        return future.result()
+
+    def iterate(self, source: AsyncGenerator[Result]) -> Iterator[Result]:
+        """Iterate over an asynchronous generator from another thread; closes it at the end."""
+
+        async def next_item() -> list[Result]:
+            async for item in source:
+                return [item]
+            return []
+
+        try:
+            while found := self.run(next_item()):
+                yield found[0]
+        finally:
+            self.run(source.aclose())
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Run a function on the loop from another thread, and wait for its end."""
+
+        async def work() -> None:
+            function()
+
+        self.run(work())
+
+    def close(self) -> None:
+        """Cancel all tasks, wait until they have ended, and close the loop."""
+        self.loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(self._limit_s)
+        assert not self._thread.is_alive(), "the event loop does not end"
+
+    def _main(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
+            runner.run(self._wait())
+
+    async def _wait(self) -> None:
+        await self._stop.wait()

@@ -1,0 +1,111 @@
+"""The stream between a gateway and an engine in the same process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+
+from cluster.core.errors import ExpertMeshError
+from expertmesh.engine import EmbeddedEngine
+from gateway.cluster.view import AttentionEndpoint
+from gateway.core.errors import report_error
+from gateway.engines.engine_stream import EngineStream, StreamEnd
+from workers.inspection.buffers import shape_of
+from workers.requests.request import Request, StepOutput, TokenOutput
+from workers.requests.sequence import Failure, failed_output
+from workers.requests.wire import Abort, EngineHello, FromEngine, ToEngine
+
+logger = logging.getLogger(__name__)
+
+
+class EmbeddedStream(EngineStream):
+    """Runs an engine in a thread, and passes messages without a network.
+
+    Args:
+        endpoint: name of the engine.
+        engine: used by this stream alone.
+        thread: an executor with one thread, which runs the steps.
+        block_size: tokens of a KV block.
+    """
+
+    def __init__(
+        self, endpoint: AttentionEndpoint, engine: EmbeddedEngine, thread: Executor, block_size: int
+    ) -> None:
+        super().__init__(endpoint, token="", gateway="")
+        self._engine = engine
+        self._thread = thread
+        self._block_size = block_size
+        self._arrived: list[ToEngine] = []
+        self._wake = asyncio.Event()
+        self._requests: dict[str, Request] = {}
+
+    def send(self, message: ToEngine) -> None:
+        self._arrived.append(message)
+        self._wake.set()
+
+    async def run(self, take: Callable[[FromEngine], Awaitable[None]]) -> StreamEnd:
+        """Run steps while there are requests; ends when it is cancelled."""
+        self.hello = self._make_hello()
+        self.connected.set()
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._arrived or self._engine.engine.has_work:
+                arrived, self._arrived = self._arrived, []
+                outputs = await loop.run_in_executor(self._thread, self._step, arrived)
+                await take(StepOutput(outputs=tuple(outputs)))
+
+    def _step(self, arrived: Sequence[ToEngine]) -> list[TokenOutput]:
+        """Apply messages and run one step; its failure ends all requests."""
+        outputs: list[TokenOutput] = []
+        for message in arrived:
+            if isinstance(message, Request):
+                self._requests[message.request_id] = message
+                try:
+                    self._engine.add_request(message)
+                except ExpertMeshError as err:
+                    outputs += self._fail(message, err)
+            elif isinstance(message, Abort):
+                self._engine.engine.abort(message.request_id, message.choices)
+        try:
+            if self._engine.engine.has_work:
+                outputs += self._engine.step()
+        except Exception as err:  # every request gets the error, and the next ones can run
+            logger.exception("a step failed")
+            for request in list(self._requests.values()):
+                self._engine.engine.abort(request.request_id)
+                outputs += self._fail(request, err)
+        if not self._engine.engine.has_work:
+            self._requests.clear()
+        return outputs
+
+    def _fail(self, request: Request, error: Exception) -> list[TokenOutput]:
+        del self._requests[request.request_id]
+        report = report_error(error)
+        message = report.message if isinstance(error, ExpertMeshError) else repr(error)
+        failure = Failure(message, report.code, report.param)
+        return [failed_output(request, choice, failure) for choice in range(request.n)]
+
+    def _make_hello(self) -> EngineHello:
+        config, engine = self._engine.config, self._engine.engine
+        return EngineHello(
+            worker=self.endpoint.name,
+            generation=1,
+            max_model_len=engine.max_model_len,
+            vocab_size=config.vocab_size,
+            eos_token_ids=config.eos_token_ids,
+            max_kv_tokens=engine.pool.num_blocks * self._block_size,
+            dtype=str(self._engine.dtype).removeprefix("torch."),
+            model_type=config.model_type,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_layers,
+            num_attention_layers=len(config.kv_layers),
+            num_heads=config.num_heads,
+            labels=config.labels,
+            pad_token_id=config.pad_token_id,
+            problem_type=config.problem_type or "",
+            banks=shape_of(config, self._engine.banks).banks,
+        )

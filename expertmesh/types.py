@@ -1,0 +1,197 @@
+"""Parameters and outputs of calls. Names and meanings are those of vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypedDict
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text."""
+
+    prompt: str
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids."""
+
+    prompt_token_ids: Sequence[int]
+
+
+Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
+"""One prompt: a text, or token ids."""
+Message = Mapping[str, Any]
+"""A message of a conversation: ``role`` and ``content``, as in the chat completions API."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How tokens are sampled. None takes the server's default; ranges are checked by the call."""
+
+    n: int | None = None
+    """Number of outputs per prompt (1)."""
+    max_tokens: int | None = None
+    """Most new tokens (16; for chats what is left of the context)."""
+    min_tokens: int | None = None
+    """New tokens before the end-of-text token or a stop may end the output (0)."""
+    temperature: float | None = None
+    """0 is greedy (1)."""
+    top_p: float | None = None
+    """(0, 1]."""
+    top_k: int | None = None
+    """0 and -1 are off."""
+    min_p: float | None = None
+    """[0, 1]."""
+    presence_penalty: float | None = None
+    """[-2, 2]."""
+    frequency_penalty: float | None = None
+    """[-2, 2]."""
+    repetition_penalty: float | None = None
+    """(0, 2]."""
+    seed: int | None = None
+    """None samples differently each time."""
+    stop: str | Sequence[str] = ()
+    """Texts that end the output."""
+    stop_token_ids: Sequence[int] = ()
+    """Tokens that end the output."""
+    bad_words: Sequence[str] = ()
+    """Texts that must not be in the output."""
+    ignore_eos: bool = False
+    """Do not end at the end-of-text token."""
+    logprobs: int | None = None
+    """Alternatives per new token; None returns no log-probabilities."""
+    prompt_logprobs: int | None = None
+    """Alternatives per prompt token; None returns no log-probabilities."""
+    skip_special_tokens: bool | None = None
+    """Leave special tokens out of the text (True)."""
+    include_stop_str_in_output: bool = False
+    """Keep the stop in the text."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Bias added to the logits, by token id, [-100, 100]."""
+    allowed_token_ids: Sequence[int] | None = None
+    """Tokens that may be sampled; None allows all."""
+    structured_outputs: Mapping[str, Any] | None = None
+    """One of ``json`` (a schema), ``regex``, ``choice``, ``grammar`` (Lark), ``json_object``."""
+
+    def given(self) -> dict[str, Any]:
+        """The fields that are set, by name; texts of ``stop`` as a list."""
+        found = {one.name: getattr(self, one.name) for one in fields(self)}
+        if isinstance(self.stop, str):
+            found["stop"] = [self.stop]
+        unset: tuple[Any, ...] = (None, False, (), {})
+        kept = {name: value for name, value in found.items() if not _is_one_of(value, unset)}
+        if self.skip_special_tokens is not None:
+            kept["skip_special_tokens"] = self.skip_special_tokens
+        return kept
+
+
+def _is_one_of(value: Any, unset: tuple[Any, ...]) -> bool:
+    """Whether a value is unset; the number 0 is a value."""
+    return any(value is one or (type(value) is type(one) and value == one) for one in unset)
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Natural log-probability of one token at one position."""
+
+    logprob: float
+    rank: int | None = None
+    """1 for the most probable token; None if the protocol does not report it."""
+    decoded_token: str | None = None
+    """Text of the token; None if the protocol does not report it."""
+
+
+LogprobsByToken = dict[int, Logprob]
+"""Log-probabilities at one position by token id: of the token there and of its alternatives."""
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One output of a request, or the next piece of it in a stream."""
+
+    index: int
+    """Number of the output, from 0."""
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    """Sum of the tokens' log-probabilities; None unless ``logprobs`` is set."""
+    logprobs: list[LogprobsByToken] | None = None
+    """One entry per token; None unless ``logprobs`` is set."""
+    finish_reason: str | None = None
+    """``stop``, ``length`` or ``tool_calls``; None while the output continues."""
+    stop_reason: int | str | None = None
+    """The stop text or stop token that ended it; None for the end-of-text token."""
+    reasoning: str = ""
+    """Reasoning of the model, which ``text`` does not contain."""
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """Outputs of one prompt, or the next pieces of them in a stream."""
+
+    request_id: str
+    prompt: str | None
+    """The text of the prompt; None for token ids and chats."""
+    prompt_token_ids: list[int]
+    """Tokens of the prompt; in a stream only in the first piece."""
+    outputs: list[CompletionOutput]
+    """One entry per output; in a stream the outputs that have a new piece."""
+    prompt_logprobs: list[LogprobsByToken | None] | None = None
+    """One entry per prompt token, None for the first; None unless ``prompt_logprobs`` is set."""
+    finished: bool = True
+    """Whether this is the whole result; False in a stream."""
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """Vector of one prompt."""
+
+    embedding: list[float]
+    """[hidden_size], not normalised."""
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput:
+    """Result of ``embed`` for one prompt."""
+
+    outputs: EmbeddingOutput
+    finished: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One prompt or conversation with its options, as the transports take it."""
+
+    params: SamplingParams
+    prompt: str | tuple[int, ...] | None = None
+    """None for a conversation."""
+    messages: tuple[Message, ...] = ()
+    chat: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the chat template by name, those that are set."""
+    model: str | None = None
+
+
+def list_of_prompts(prompts: Prompt | Sequence[Prompt]) -> list[str | tuple[int, ...]]:
+    """Convert one prompt or several prompts to texts and tuples of token ids."""
+    is_one = isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int))
+    return [_plain_prompt(one) for one in ([prompts] if is_one else prompts)]
+
+
+def _plain_prompt(prompt: Any) -> str | tuple[int, ...]:
+    if isinstance(prompt, Mapping):
+        prompt = prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt["prompt"]
+    return prompt if isinstance(prompt, str) else tuple(prompt)
+
+
+def one_per_prompt(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    """Parameters of each prompt. Raises ``ValueError`` unless there is one, or one per prompt."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(
+            f"sampling_params ({len(params)}) must be one, or one per prompt ({count})"
+        )
+    return list(params)

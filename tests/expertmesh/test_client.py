@@ -1,0 +1,99 @@
+"""``Client`` and ``AsyncClient`` against a gateway with a scripted engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.config.gateway import GatewaySection
+from expertmesh import (
+    APIConnectionError,
+    APITimeoutError,
+    AsyncClient,
+    AuthenticationError,
+    BadRequestError,
+    Client,
+    NotFoundError,
+    SamplingParams,
+)
+from tests.gateway.stack import Stack, running_stack
+
+KEY = "secret"
+PARAMS = SamplingParams(max_tokens=4, seed=1)
+PROTOCOLS = ("http", "grpc")
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with running_stack(GatewaySection(api_keys=(KEY,), request_timeout_s=60.0)) as stack:
+        yield stack
+
+
+def url_of(stack: Stack, protocol: str) -> str:
+    return stack.url if protocol == "http" else f"grpc://{stack.grpc_target}"
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_both_protocols_return_the_same_outputs(stack: Stack, protocol: str) -> None:
+    with Client(stack.url, api_key=KEY) as other:
+        expected = other.generate(["ab", "c"], PARAMS)
+    with Client(url_of(stack, protocol), api_key=KEY) as client:
+        found = client.generate(["ab", "c"], PARAMS)
+        pieces = list(client.generate_stream("ab", PARAMS))
+    assert [r.outputs for r in found] == [r.outputs for r in expected]
+    assert [r.prompt_token_ids for r in found] == [r.prompt_token_ids for r in expected]
+    assert "".join(p.outputs[0].text for p in pieces) == found[0].outputs[0].text
+    assert pieces[-1].outputs[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_an_async_client_runs_on_the_callers_loop(stack: Stack, protocol: str) -> None:
+    async def call() -> tuple[str, str]:
+        async with AsyncClient(url_of(stack, protocol), api_key=KEY) as client:
+            (whole,) = await client.generate("ab", PARAMS)
+            pieces = [p.outputs[0].text async for p in client.generate_stream("ab", PARAMS)]
+        return whole.outputs[0].text, "".join(pieces)
+
+    whole, pieces = asyncio.run(call())
+    assert whole == pieces
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_errors_are_typed(stack: Stack, protocol: str) -> None:
+    url = url_of(stack, protocol)
+    with Client(url, api_key=KEY) as client:
+        with pytest.raises(BadRequestError, match="top_p") as caught:
+            client.generate("ab", SamplingParams(top_p=3))
+        assert (caught.value.code, caught.value.param) == ("invalid_value", "top_p")
+        with pytest.raises(BadRequestError, match="top_p"):
+            list(client.generate_stream("ab", SamplingParams(top_p=3)))
+    with Client(url, api_key="wrong") as client, pytest.raises(AuthenticationError) as refused:
+        client.generate("ab")
+    assert refused.value.code == "invalid_api_key"
+    with Client(url, api_key=KEY, model="other") as client, pytest.raises(NotFoundError) as lost:
+        client.generate("ab")
+    assert (lost.value.code, lost.value.param) == ("model_not_found", "model")
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_call_ends_at_its_time_limit(stack: Stack, protocol: str) -> None:
+    with stack.as_new():
+        stack.engine.is_paused = True
+        client = Client(url_of(stack, protocol), api_key=KEY, timeout_s=0.3)
+        with client, pytest.raises(APITimeoutError):
+            client.generate("ab", PARAMS)
+
+
+@pytest.mark.parametrize("scheme", PROTOCOLS)
+def test_a_server_that_is_not_there_is_named(scheme: str) -> None:
+    client = Client(f"{scheme}://127.0.0.1:9", timeout_s=20)
+    with client, pytest.raises(APIConnectionError, match=r"127\.0\.0\.1:9"):
+        client.generate("ab")
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://"])
+def test_a_url_must_be_of_a_known_protocol(url: str) -> None:
+    with pytest.raises(ValueError, match="base_url"):
+        Client(url)

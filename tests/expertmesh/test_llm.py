@@ -1,0 +1,161 @@
+"""``LLM``: a model in this process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import expertmesh.llm
+from cluster.core.errors import CheckpointError, ConfigError
+from expertmesh import LLM, BadRequestError, SamplingParams
+from tests.reference.goldens import MAX_MODEL_LEN, Golden
+from tests.reference.parity import GREEDY as GOLDEN_GREEDY
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    """The bundled checkpoint."""
+    with LLM(dtype="float32", num_threads=1) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize("variant", ["olmoe-norm-gqa-clip", "dots1-groups"])
+def test_tokens_equal_the_golden_ones(golden: Callable[[str], Golden], variant: str) -> None:
+    expected = golden(variant)
+    params = SamplingParams(temperature=0, max_tokens=GOLDEN_GREEDY.max_tokens, ignore_eos=True)
+    with LLM(expected.path, dtype="float32", max_model_len=MAX_MODEL_LEN, num_threads=1) as llm:
+        results = llm.generate(expected.prompts, params)
+    for i, result in enumerate(results):
+        assert tuple(result.outputs[0].token_ids) == tuple(expected.greedy(i))
+        assert result.prompt_token_ids == list(expected.prompts[i])
+        assert result.prompt is None
+
+
+def test_a_stream_adds_up_to_the_whole_output(llm: LLM) -> None:
+    (whole,) = llm.generate("ROMEO:", GREEDY)
+    pieces = list(llm.generate_stream("ROMEO:", GREEDY))
+    assert whole.prompt == "ROMEO:"
+    assert "".join(p.outputs[0].text for p in pieces) == whole.outputs[0].text != ""
+    assert [t for p in pieces for t in p.outputs[0].token_ids] == whole.outputs[0].token_ids
+    assert pieces[0].prompt_token_ids == whole.prompt_token_ids
+    assert [p.outputs[0].finish_reason for p in pieces][-1] == whole.outputs[0].finish_reason
+    assert whole.outputs[0].finish_reason == "length"
+
+
+def test_a_stream_that_is_left_ends_its_request(llm: LLM) -> None:
+    for _ in llm.generate_stream("ROMEO:", SamplingParams(max_tokens=400, ignore_eos=True)):
+        break
+    assert llm.generate("ROMEO:", GREEDY)[0].finished
+
+
+def test_text_and_token_ids_and_several_prompts_give_the_same(llm: LLM) -> None:
+    first, second = llm.generate(["ROMEO:", {"prompt": "JULIET:"}], GREEDY)
+    prompts = [first.prompt_token_ids, {"prompt_token_ids": second.prompt_token_ids}]
+    again = llm.generate(prompts, [GREEDY, GREEDY])  # type: ignore[arg-type]
+    assert [r.outputs for r in again] == [first.outputs, second.outputs]
+
+
+def test_logprobs_have_the_sampled_token_and_alternatives(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=4, logprobs=2, prompt_logprobs=1)
+    (result,) = llm.generate("ROMEO:", params)
+    (output,) = result.outputs
+    assert output.logprobs is not None
+    own = [one[token] for token, one in zip(output.token_ids, output.logprobs, strict=True)]
+    assert [one.rank for one in own] == [1, 1, 1, 1]
+    assert {len(one) for one in output.logprobs} == {2}
+    assert output.cumulative_logprob == pytest.approx(math.fsum(one.logprob for one in own))
+    assert "".join(str(one.decoded_token) for one in own) == output.text
+    assert result.prompt_logprobs is not None
+    assert result.prompt_logprobs[0] is None
+    assert result.prompt_token_ids[1] in (result.prompt_logprobs[1] or {})
+
+
+def test_stop_strings_end_the_output_and_are_named(llm: LLM) -> None:
+    (whole,) = llm.generate("ROMEO:", GREEDY)
+    stop = whole.outputs[0].text[4:7]
+    (ended,) = llm.generate("ROMEO:", SamplingParams(temperature=0, max_tokens=12, stop=stop))
+    assert whole.outputs[0].text.split(stop)[0] == ended.outputs[0].text
+    assert (ended.outputs[0].finish_reason, ended.outputs[0].stop_reason) == ("stop", stop)
+
+
+def test_seeds_and_n(llm: LLM) -> None:
+    params = SamplingParams(n=2, seed=7, max_tokens=8)
+    (first,), (second,) = llm.generate("ROMEO:", params), llm.generate("ROMEO:", params)
+    assert first.outputs == second.outputs
+    assert [output.index for output in first.outputs] == [0, 1]
+    assert first.outputs[0].token_ids != first.outputs[1].token_ids
+
+
+def test_a_chat_is_rendered_by_the_template(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    first, second = llm.chat([messages, parts], GREEDY)
+    assert first.outputs == second.outputs
+    assert first.prompt_token_ids == second.prompt_token_ids
+    text = "".join(p.outputs[0].text for p in llm.chat_stream(messages, GREEDY))
+    assert text == first.outputs[0].text
+
+
+def test_embeddings_are_by_prompt(llm: LLM) -> None:
+    first, second = llm.embed(["ROMEO:", "JULIET:"])
+    assert len(first.outputs.embedding) == len(second.outputs.embedding) > 0
+    assert first.outputs.embedding != second.outputs.embedding
+    (mean,) = llm.embed("ROMEO:", pooling="mean")
+    assert mean.outputs.embedding != first.outputs.embedding
+
+
+def test_structured_output_follows_its_choices(llm: LLM) -> None:
+    params = SamplingParams(structured_outputs={"choice": ["yes", "no"]})
+    assert llm.generate("ROMEO:", params)[0].outputs[0].text in ("yes", "no")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"top_p": 3}, "top_p"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"n": 0}, "n"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+    ],
+)
+def test_an_invalid_parameter_is_named(llm: LLM, fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequestError, match=param) as caught:
+        llm.generate("ROMEO:", SamplingParams(**fields))
+    assert caught.value.status == 400
+    assert str(caught.value.param).startswith(param)
+
+
+def test_parameters_must_be_one_or_one_per_prompt(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="sampling_params"):
+        llm.generate(["a", "b"], [GREEDY])
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"max_num_seq": 8}, r"max_num_seq \(8\) is not an option of LLM"),
+        ({"max_num_seqs": 0}, r"max_num_seqs \(0\) must be at least 1"),
+        ({"max_num_seqs": "many"}, r"max_num_seqs \(many\) has the wrong type"),
+        ({"dtype": "float16"}, r"dtype \(float16\) must be one of"),
+        ({"num_threads": 0}, r"num_threads \(0\) must be"),
+    ],
+)
+def test_an_invalid_option_is_named_before_anything_is_loaded(
+    options: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(expertmesh.llm, "find_model", load)
+    with pytest.raises(ConfigError, match=text):
+        LLM(**options)
+
+
+def test_a_missing_checkpoint_is_named() -> None:
+    with pytest.raises(CheckpointError, match="neither a folder nor a hub id"):
+        LLM("/no/such/folder")
