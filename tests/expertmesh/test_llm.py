@@ -11,6 +11,7 @@ import pytest
 import expertmesh.llm
 from cluster.core.errors import CheckpointError, ConfigError
 from expertmesh import LLM, BadRequestError, SamplingParams
+from expertmesh.types import Message, Prompt
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from tests.reference.parity import GREEDY as GOLDEN_GREEDY
 
@@ -54,9 +55,10 @@ def test_a_stream_that_is_left_ends_its_request(llm: LLM) -> None:
 
 
 def test_text_and_token_ids_and_several_prompts_give_the_same(llm: LLM) -> None:
-    first, second = llm.generate(["ROMEO:", {"prompt": "JULIET:"}], GREEDY)
-    prompts = [first.prompt_token_ids, {"prompt_token_ids": second.prompt_token_ids}]
-    again = llm.generate(prompts, [GREEDY, GREEDY])  # type: ignore[arg-type]
+    texts: list[Prompt] = ["ROMEO:", {"prompt": "JULIET:"}]
+    first, second = llm.generate(texts, GREEDY)
+    prompts: list[Prompt] = [first.prompt_token_ids, {"prompt_token_ids": second.prompt_token_ids}]
+    again = llm.generate(prompts, [GREEDY, GREEDY])
     assert [r.outputs for r in again] == [first.outputs, second.outputs]
 
 
@@ -92,8 +94,8 @@ def test_seeds_and_n(llm: LLM) -> None:
 
 
 def test_a_chat_is_rendered_by_the_template(llm: LLM) -> None:
-    messages = [{"role": "user", "content": "Hello"}]
-    parts = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    messages: list[Message] = [{"role": "user", "content": "Hello"}]
+    parts: list[Message] = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
     first, second = llm.chat([messages, parts], GREEDY)
     assert first.outputs == second.outputs
     assert first.prompt_token_ids == second.prompt_token_ids
