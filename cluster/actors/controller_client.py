@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cluster.actors.worker_group import WorkerGroup  # which imports Ray
 
 CONTROLLER_NAME = "expertmesh-controller"
-"""Name of the actor in our namespace."""
+"""Name of the actor in the Ray namespace of expertmesh."""
 _HEAD_SHARE = 0.001
 _RETRY_S = 2.0
 
@@ -23,8 +23,8 @@ def create_controller(
 ) -> Any:
     """Create the detached controller actor, or find the existing one; returns its handle.
 
-    ``selector`` are labels of the nodes that may run it; by default it runs beside Ray's own head,
-    which must live anyway.
+    ``selector`` gives the labels of nodes that may run it. By default it runs on the Ray head node,
+    which every cluster needs.
     """
     import ray
 
@@ -48,9 +48,9 @@ def create_controller(
 
 
 def ask_controller(method: str, *arguments: Any, limit_s: float) -> Any:
-    """The answer of a method of ``ControllerActor``.
+    """Call a method of ``ControllerActor`` and return its result.
 
-    Raises its own errors, and ``NotReadyError`` if there is no controller or no answer.
+    Raises the errors of the method, and ``NotReadyError`` without a controller or a reply.
     """
     import ray
     from ray.exceptions import GetTimeoutError, RayError, RayTaskError

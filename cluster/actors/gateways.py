@@ -1,4 +1,4 @@
-"""What gateways say to the controller: which of them follow it, and what each reports."""
+"""Polls of the controller by gateways, and the reports that gateways send with them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Gateways:
     def __init__(
         self, controller: Callable[[], Controller | None], notify: Callable[[], None]
     ) -> None:
-        """``controller`` returns the present one, gateways may ask before there is one; ``notify``
-        wakes calls that wait for a change.
+        """``controller`` returns the current one, or None before it exists; ``notify`` wakes calls
+        that wait for a change.
         """
         self._controller = controller
         self._notify = notify
@@ -33,10 +33,10 @@ class Gateways:
         low_disks: tuple[LowDisk, ...],
         adapters: Collection[str],
     ) -> None:
-        """A gateway that knows this snapshot asks for the next one.
+        """Handle a poll of a gateway, which has the snapshot ``known_version``.
 
-        ``low_disks`` are the disks of its ``host`` that are nearly full, ``adapters`` the keys of
-        those that its requests have.
+        ``low_disks`` are the nearly full disks of its ``host``; ``adapters`` are the keys of the
+        adapters that its requests use.
         """
         is_back = self._polls.begin(gateway)
         if (controller := self._controller()) is None:
@@ -48,16 +48,16 @@ class Gateways:
         self._notify()
 
     def answered(self, gateway: str) -> None:
-        """Its question is answered; it asks again soon if it lives."""
+        """Note the end of a poll. A live gateway soon polls again."""
         self._polls.end(gateway, time.monotonic())
 
     def leaves(self, gateway: str) -> None:
-        """A gateway ends in order."""
+        """Handle the orderly end of a gateway."""
         if self._polls.leave(gateway):
             self._left(gateway, f"{gateway} has left", "its requests have ended")
 
     def drop_silent(self) -> None:
-        """Forget gateways that have stopped asking."""
+        """Forget gateways that no longer poll."""
         for gateway in self._polls.take_gone(time.monotonic()):
             self._left(gateway, f"{gateway} is gone: it no longer asks", "its requests end")
 

@@ -1,4 +1,4 @@
-"""Background tasks of an actor's event loop, and waiting for their effects."""
+"""Background tasks of an actor's event loop, and waits for the changes that they make."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Adapters: the workers that run attention all have the same ones, and clients name them.
+"""Adapters: all attention workers load equal sets, and client requests name an adapter.
 
     load ─▶ LOADING ─▶ all workers have it ─▶ READY ─▶ unload ─▶ UNLOADING
-        ─▶ no request has had it for a while ─▶ workers free it
+        ─▶ no request has used it for a while ─▶ workers free it
 
-A worker that is new joins the others once it has all adapters that it can load; requests for one
-that it cannot load go to the others, and it tries again each ``RETRY_S``. An order names all that a
-worker is to have, so that it can be given at any time, also by a restarted controller.
+A new worker joins once it has all adapters that it can load. Requests for an adapter that it cannot
+load go to other workers, and it retries every ``RETRY_S``. A command lists all adapters that a
+worker must have, so any controller, also a restarted one, can send it at any time.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ LOAD_LIMIT_S = 120.0
 """Time in which all workers must have an adapter, and in which a new worker must have all."""
 _KEPT_ERRORS = 64
 UNUSED_S = 5.0
-"""Time without any request that has it, after which an adapter that is unloaded is freed: requests
-of a lost worker are on their way to another one."""
+"""Time without requests after which an unloaded adapter is freed. Requests of a lost worker may
+still be moving to another worker."""
 
 
 RETRY_S = 30.0
-"""Time between two tries of workers to load what they could not load."""
+"""Time between two attempts of a worker to load an adapter that it could not load."""
 
 
 class AdapterUnloadCommand(Message, frozen=True, kw_only=True):
@@ -56,7 +56,7 @@ class AdapterLoadCommand(Message, frozen=True, kw_only=True):
     name: str
     path: str
     tenants: tuple[str, ...] = ()
-    """Names of the keys that may use it; none: every caller may."""
+    """Names of the keys that may use the adapter; if empty, every caller may."""
 
     def check(self, config: ClusterConfig) -> None:
         """Raise ``RequestError`` if the configuration does not allow such an adapter."""
@@ -70,7 +70,7 @@ class AdapterLoadCommand(Message, frozen=True, kw_only=True):
             raise RequestError(f"lora_name ({self.name}) is the name of the model", "lora_name")
 
     def _path_error(self, lora: LoraSection) -> str:
-        """Why an adapter must not be loaded from the path; empty if it may."""
+        """Reason why the path is not allowed; empty if it is."""
         if not is_folder_path(self.path):
             return f"must be an absolute path of at most {MAX_PATH} characters"
         if lora.allows_path(self.path):
@@ -79,7 +79,7 @@ class AdapterLoadCommand(Message, frozen=True, kw_only=True):
         return f"must be in a folder of --lora-roots, without '..' ({roots})"
 
     def _tenants_error(self, has_keys: bool) -> str:
-        """Why an adapter cannot belong to the tenants; empty if it can."""
+        """Reason why the tenants are not allowed; empty if they are."""
         if not are_valid_tenants(self.tenants):
             return f"must be at most {MAX_TENANTS} names of at most {MAX_TENANT} characters"
         if not self.tenants or has_keys:
@@ -91,20 +91,20 @@ class Adapters:
     """Decides which adapters each worker loads and frees; ``now`` is in monotonic seconds."""
 
     def __init__(self, cluster: Cluster) -> None:
-        """Those of the configuration are to be loaded."""
+        """Add the adapters of the configuration, in state LOADING."""
         self._cluster = cluster
         self._table = cluster.adapters
         self._number = 0
         self._answers: dict[str, int] = {}
-        """By worker, the newest order that it has carried out."""
+        """By worker, the number of the newest command that it has carried out."""
         self._since: dict[str, float] = {}
-        """By adapter, when it was asked for, or last had requests."""
+        """By adapter, the time at which its load began or requests last used it."""
         self._awaits_since: dict[str, float] = {}
-        """By worker that is ready but for its adapters."""
+        """By worker that lacks only its adapters, the time since which it waits."""
         self._errors: dict[str, str] = {}
-        """By adapter, why the last ones were not loaded."""
+        """By adapter, the error of its load. Keeps the last ``_KEPT_ERRORS``."""
         self.uses = AdapterUses()
-        """Adapters of requests that are at gateways."""
+        """Adapters used by requests at the gateways."""
         self._retry_at = 0.0
         for module in cluster.config.lora.adapters:
             self._add(module.name, module.path, module.tenants, cluster.began_at)
@@ -112,16 +112,16 @@ class Adapters:
     # ---- questions ------------------------------------------------------------------------
 
     def is_settled(self, key: str) -> bool:
-        """Whether it is known how a load ended."""
+        """Whether the load of an adapter has ended."""
         kept = self._table.by_key.get(key)
         return kept is None or kept.state is not AdapterState.LOADING
 
     def error(self, key: str) -> str:
-        """Why an adapter could not be loaded; empty if it is."""
+        """Reason why an adapter could not be loaded; empty without an error."""
         return self._errors.get(key, "")
 
     def answer(self, key: str) -> dict[str, Any]:
-        """The entry of an adapter whose load is settled; empty if it was unloaded meanwhile.
+        """The entry of an adapter after its load; empty if it has been unloaded since.
 
         Raises ``RequestError`` if it could not be loaded.
         """
@@ -132,7 +132,10 @@ class Adapters:
     # ---- orders ---------------------------------------------------------------------------
 
     def load(self, command: AdapterLoadCommand, now: float) -> str:
-        """Begin to load an adapter; its key. Raises ``RequestError`` and ``ConflictError``."""
+        """Begin to load an adapter; return its key.
+
+        Raises ``RequestError`` and ``ConflictError``.
+        """
         cluster, name = self._cluster, command.name
         command.check(cluster.config)
         if self._table.named(name) is not None:
@@ -149,7 +152,7 @@ class Adapters:
         return kept.adapter.key
 
     def unload(self, name: str, now: float) -> str:
-        """No new request may have an adapter; its key.
+        """Refuse new requests for an adapter, and return its key.
 
         Raises ``ModelNotFoundError`` and ``ConflictError``.
         """
@@ -164,7 +167,7 @@ class Adapters:
     # ---- events ---------------------------------------------------------------------------
 
     def restore(self, now: float) -> None:
-        """Workers go on under a new controller: it cannot know which orders they had."""
+        """Send all adapters to the workers again: a new controller does not know their commands."""
         self._since = dict.fromkeys(self._table.by_key, now)
         for kept in self._table.in_state(AdapterState.UNLOADING):
             self.uses.retire(kept.adapter.key, self._cluster.version)
@@ -175,13 +178,13 @@ class Adapters:
             self._order_all()
 
     def registered(self, record: WorkerRecord) -> None:
-        """A new worker loads weights: adapters come after them."""
+        """Send the adapters to a new worker, which loads them after its weights."""
         if record.member.runs_attention and self._table.by_key:
             record.awaits_adapters = True
             self._order(record)
 
     def answered(self, record: WorkerRecord, frame: AdaptersKept, now: float) -> str:
-        """Take a worker's report of its adapters; returns why it lacks any, empty if it has all."""
+        """Take a worker's report of its adapters; return the reason of a start that fails."""
         name, errors = record.name, dict(frame.errors)
         if frame.number < self._number:
             return ""
@@ -202,7 +205,7 @@ class Adapters:
         return "; ".join(filter(None, words))
 
     def tick(self, now: float) -> dict[str, str]:
-        """Time has passed; returns workers that did not answer in time, with the reason."""
+        """Check all time limits; return the workers that replied too late, with the reason."""
         self._settle(now)  # workers that did not answer may be lost
         for kept in self._table.in_state(AdapterState.LOADING):
             if not self._is_starting and now >= self._since[kept.adapter.key] + LOAD_LIMIT_S:
@@ -224,7 +227,7 @@ class Adapters:
         return dict.fromkeys(late, f"it has not loaded its adapters within {LOAD_LIMIT_S:g} s")
 
     def problems(self) -> list[str]:
-        """Adapters that workers serve without, for people."""
+        """Messages for operators: workers that serve without an adapter."""
         alive = {record.name for record in self._workers()}
         return [
             f"{worker} serves without the adapter {kept.adapter.name}, which it could not load"
@@ -236,7 +239,7 @@ class Adapters:
     # ---- changes --------------------------------------------------------------------------
 
     def _retry(self, now: float) -> None:
-        """Workers that lack an adapter try to load it again."""
+        """Let workers that lack an adapter retry its load."""
         if not self.problems():
             self._retry_at = now + RETRY_S
         elif now >= self._retry_at:
@@ -248,11 +251,11 @@ class Adapters:
         return self._cluster.state is ClusterState.STARTING
 
     def _workers(self) -> list[WorkerRecord]:
-        """Those that run attention, and live."""
+        """Live workers that run attention."""
         return [r for r in self._cluster.workers.alive() if r.member.runs_attention]
 
     def _settle(self, now: float) -> None:
-        """Adapters that all workers have may be named from now on."""
+        """Mark adapters that all workers have loaded as ready for requests."""
         cluster = self._cluster
         asked = [r for r in self._workers() if r.may_join or self._is_starting]
         for kept in self._table.in_state(AdapterState.LOADING):
@@ -280,10 +283,10 @@ class Adapters:
     def _failed(
         self, worker: str, key: str, error: str, now: float, *, is_new: bool, is_news: bool
     ) -> str:
-        """A worker cannot load an adapter: that ends a start, or the load of a client. Others serve
-        what is loaded, without the worker. Returns the reason of a start that fails.
+        """Handle an adapter that a worker cannot load; return the reason of a start that fails.
 
-        ``is_new``: the worker has not joined the others. ``is_news``: it did not lack it before.
+        The error ends a start, or the load of a client. Other workers serve an adapter that is
+        loaded. ``is_new``: the worker has not joined. ``is_news``: the error is new.
         """
         kept = self._table.by_key.get(key)
         if kept is None:
@@ -298,7 +301,7 @@ class Adapters:
         return ""
 
     def _drop(self, kept: KeptAdapter, error: str, now: float) -> None:
-        """Workers free it."""
+        """Remove an adapter and let the workers free it."""
         key = kept.adapter.key
         del self._since[key]
         self._table.remove(key)
@@ -312,7 +315,7 @@ class Adapters:
     def _order_all(self) -> None:
         self._number = next(self._cluster.order_numbers)
         for record in self._workers():
-            if record.state is not WorkerState.STARTING:  # else it has not called yet
+            if record.state is not WorkerState.STARTING:  # a starting worker has not connected yet
                 record.awaits_adapters = record.awaits_adapters or record.is_coming
                 self._order(record)
 

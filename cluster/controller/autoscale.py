@@ -1,9 +1,9 @@
-"""Autoscaling: the pools follow the load, by the orders that a client could give.
+"""Autoscaling: resize the pools by load, with the same scale operations that clients can begin.
 
-``cluster.policy.autoscaling`` decides, from the numbers that workers report with their heartbeats.
-Its times begin anew whenever the cluster does not serve as a whole or an operation runs. After a
-scaling that failed or was cancelled the next one waits, twice as long after each further one; the
-operations of an earlier controller count, too.
+``cluster.policy.autoscaling`` decides, from the stats that workers report with their heartbeats.
+Its windows restart whenever the cluster does not serve completely or an operation runs. After a
+scale operation that failed or was cancelled, the next one waits; the wait doubles with each further
+failure. Operations of an earlier controller count, too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MOST_DOUBLINGS = 5
 
 
 class Autoscaling:
-    """Begins scalings by load, or records them only. Owned by the controller.
+    """Begins scale operations by load, or only records them. Owned by the controller.
 
     ``now`` is in monotonic seconds.
     """
@@ -44,25 +44,25 @@ class Autoscaling:
         self._limits = self._section.limits(cluster.config.workers.pools)
         self._pools: dict[Role, PoolHistory] = {}
         self._slot_seconds: dict[str, tuple[float, float]] = {}
-        """By worker: time of the last look, and its counter then."""
+        """By worker: time of the last sample, and the counter at that time."""
         self._look_at = cluster.began_at
         self._refused_until: dict[tuple[Role, bool], float] = {}
-        """By the pool that was to change, and whether it was to grow."""
+        """Ends of waits after refusals, by pool and whether the pool should have grown."""
         self._decision: AutoscaleDecision | None = None
         self._noted: Mapping[Role, int] | None = None
-        """What was wanted at the last entry in the history of a dry run."""
+        """Pool sizes of the last dry-run entry in the history."""
         self._note_at = cluster.began_at
         self._waits_for = ""
         self._refusal = ""
-        """The last order that was refused, and why."""
+        """The last refused scale operation, with the reason."""
 
     @property
     def is_on(self) -> bool:
-        """It decides, even if only for the history."""
+        """Whether the policy decides, even if only for the history."""
         return self._section.autoscale != "off"
 
     def tick(self, now: float) -> None:
-        """Time has passed: look at the workers' numbers, and act on a decision."""
+        """Sample the stats of the workers and act on a decision. Called on every tick."""
         if not self.is_on or now < self._look_at:
             return
         self._look_at = now + self._section.sample_s
@@ -81,7 +81,7 @@ class Autoscaling:
             self._begin(self._decision, change, now)
 
     def to_dict(self) -> dict[str, Any]:
-        """The section of autoscaling in ``status``."""
+        """The autoscaling section of ``status``."""
         decision = self._decision
         limits = self._limits.items() if self.is_on else ()
         return {
@@ -95,7 +95,7 @@ class Autoscaling:
     # ---- numbers ----------------------------------------------------------------------------
 
     def _take(self, sizes: Mapping[Role, int], now: float) -> None:
-        """Add what the workers of each pool reported."""
+        """Add a sample of the reported stats to the history of each pool."""
         for role, size in sizes.items():
             workers = [
                 r
@@ -110,7 +110,7 @@ class Autoscaling:
                     self._pools[role].add(sample)
 
     def _sample(self, role: Role, workers: Sequence[WorkerRecord], now: float) -> PoolSample | None:
-        """Their numbers; None while one of them has not reported."""
+        """Sample of the workers of a pool; None while a worker has not reported."""
         kv_use = seat_use = slot_time = None
         running = waiting = 0.0
         if runs_attention(role):
@@ -134,7 +134,7 @@ class Autoscaling:
         )
 
     def _slot_time(self, workers: Sequence[WorkerRecord], now: float) -> float | None:
-        """Mean share of the time since the last look; None while it is unknown of one of them."""
+        """Mean share of the time since the last sample; None while a worker's is unknown."""
         shares = [self._slot_share(record, now) for record in workers]
         known = [share for share in shares if share is not None]
         return sum(known) / len(known) if len(known) == len(shares) and known else None
@@ -150,7 +150,7 @@ class Autoscaling:
         return max(counter - before[1], 0.0) / (now - before[0])
 
     def _allowed(self, role: Role) -> PoolLimits:
-        """The limits, of which no expert worker may exceed the experts of a bank."""
+        """Limits of a pool; expert workers never outnumber the experts of a bank."""
         limits = self._limits[role]
         most = min((b.num_experts for b in self._cluster.desired.banks), default=limits.max_workers)
         if not holds_experts(role) or most >= limits.max_workers:
@@ -165,7 +165,7 @@ class Autoscaling:
     # ---- whether to act ---------------------------------------------------------------------
 
     def _obstacle(self) -> str:
-        """Why the numbers of now do not count; empty if they do."""
+        """Reason why the current stats are not sampled; empty if they are."""
         running = self._cluster.operations.running
         if running is not None:
             return f"{running.id} is under way"
@@ -176,13 +176,14 @@ class Autoscaling:
     def _change(
         self, decision: AutoscaleDecision, sizes: Mapping[Role, int]
     ) -> tuple[Role, bool] | None:
-        """The pool that is to change, and whether it is to grow."""
+        """The pool that should change, and whether it should grow."""
         role = decision.changes
         return None if role is None else (role, decision.wanted[role] > sizes[role])
 
     def _pause(self, change: tuple[Role, bool] | None, now: float) -> str:
-        """Why no scaling begins yet, after one that failed; empty if one may. A refusal holds for
-        the same change only."""
+        """Reason why no scale operation may begin yet after a failure; empty if one may.
+
+        A refusal delays an equal change only."""
         left_s = self._refused_until.get(change, now) - now if change is not None else 0.0
         if left_s > 0:
             return f"{left_s:.0f} s are left after a refusal"
@@ -197,7 +198,7 @@ class Autoscaling:
         return f"{left_s:.0f} s are left after {last.id} {last.state.value}: {last.message}"
 
     def _failed(self) -> list[Operation]:
-        """The scalings since the last one that succeeded, newest first."""
+        """Scale operations after the last successful one, newest first."""
         found: list[Operation] = []
         for operation in reversed(self._cluster.operations.kept):
             if operation.kind == "scale" and operation.state is OperationState.SUCCEEDED:
@@ -231,7 +232,7 @@ class Autoscaling:
         self._cluster.note(cause, f"{effect} ({operation.id})", now)
 
     def _note(self, decision: AutoscaleDecision, sizes: Mapping[Role, int], now: float) -> None:
-        """Record what a dry run would do, once it is something else."""
+        """Record the decision of a dry run if it has changed."""
         if decision.wanted == (self._noted or sizes) or now < self._note_at:
             return
         self._noted = decision.wanted

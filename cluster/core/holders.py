@@ -1,6 +1,6 @@
 """Workers from whose memory a new worker can read its experts. Pure.
 
-Example, one bank: experts 0 and 2 are to be on device 2, and ((0, 1), (2, 3, 0)) is in force:
+Example, one bank: the target gives device 2 experts 0 and 2, and ((0, 1), (2, 3, 0)) is in force:
 
     expert-0 holds ((0,),)    expert-1 holds ((0, 2),)
 """
@@ -15,11 +15,11 @@ from cluster.core.topology import Member
 
 
 class ExpertHolder(Message, frozen=True, kw_only=True):
-    """A serving worker, and which of the experts that another one is to hold it has in memory."""
+    """A serving worker, and its experts in memory that a new worker can copy."""
 
     name: str
     address: str
-    """``host:port`` where it gives out the weights of its experts."""
+    """``host:port`` at which the worker provides the weights of its experts."""
     experts: tuple[tuple[int, ...], ...]
     """``[bank]`` -> logical experts, rising."""
 

@@ -1,6 +1,6 @@
-"""Proofs of the cluster token over two nonces, which both sides of internal connections give.
+"""Proofs of the cluster token over two nonces, exchanged by both sides of internal connections.
 
-A proof names the kind of connection and the side, so that none can be reflected or used elsewhere.
+A proof includes the kind of connection and the side, so none can be reflected or used elsewhere.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from msgspec import msgpack
 
 
 class TokenProof:
-    """One side's proof on one connection, and its check of the other side's."""
+    """Makes the proof of one side of a connection, and checks the proof of the other side."""
 
     def __init__(self, token: str, channel: str, *, is_caller: bool, their_nonce: str = "") -> None:
         """``channel`` is the kind of connection; the caller is the side that connects."""
@@ -22,14 +22,14 @@ class TokenProof:
         self._is_caller = is_caller
         self.nonce = secrets.token_hex(16)
         self.their_nonce = their_nonce
-        """That of the other side, empty until it is known."""
+        """Nonce of the other side; empty until known."""
 
     def make_proof(self, words: bytes = b"") -> str:
-        """What this side sends to show that it knows the token, and that ``words`` are its own."""
+        """Proof that this side knows the token and sent ``words``."""
         return self._proof(self._is_caller, words)
 
     def is_peer_proof(self, given: str, words: bytes = b"") -> bool:
-        """Whether the other side, which knows the token, sent this; in constant time."""
+        """Return whether ``given`` is a valid proof of the other side; in constant time."""
         expected = self._proof(not self._is_caller, words)
         return hmac.compare_digest(given.encode(), expected.encode())
 

@@ -1,4 +1,4 @@
-"""The release of this program, and what else must be equal on all workers of a cluster."""
+"""The release of expertmesh, and the other values that all workers must have in common."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cluster.core.errors import HandshakeError
 
 @functools.cache
 def installed_version(package: str) -> str | None:
-    """Version of an installed package, which is not imported; None where it is not installed."""
+    """Version of a package, without importing it; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -23,24 +23,24 @@ RELEASE = installed_version("expertmesh") or "0+unknown"
 
 
 def check_release(theirs: str, peer: str, ours: str, me: str) -> None:
-    """Raise ``HandshakeError`` that names both ends where their releases differ."""
+    """Raise ``HandshakeError``, which names both ends, if their releases differ."""
     if theirs != ours:
         known = f"release {theirs[:64]}" if theirs else "no release"
         raise HandshakeError(f"{known} of {peer}, {ours} of {me}: releases must be equal")
 
 
 class Build(Message, frozen=True, kw_only=True):
-    """What must be equal on all workers."""
+    """Values that must be equal on all workers."""
 
     release: str = RELEASE
     checkpoint_id: str = ""
     config_hash: str = ""
     """``ClusterConfig.fingerprint``."""
     kv_cache_dtype: str = ""
-    """``EngineSection.kv_cache_dtype``: blocks move between attention workers as they are. It is
-    part of the configuration, and named before it."""
+    """``EngineSection.kv_cache_dtype``: attention workers exchange blocks without conversion. It
+    is part of the configuration, and compared before it."""
     expert_form: str = ""
-    """How the worker keeps experts; empty: in the model dtype. They move as they are."""
+    """Storage format of experts, which are copied unchanged; empty for the model dtype."""
 
 
 _BUILD_ITEMS = {

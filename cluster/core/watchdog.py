@@ -1,8 +1,8 @@
 """The controller's watchdog: a small process that kills the controller when its event loop hangs.
 
-Ray restarts an actor whose process has ended. It does not notice one that is stopped or hangs, and
+Ray restarts an actor whose process has ended. It does not notice a stopped or hanging process, and
 without a controller no generation follows a loss. The controller writes a byte every ``BEAT_S``;
-this file, run as a script, reads them. It ends with the pipe, so with the controller.
+this file, run as a script, reads them. It ends when the pipe closes, hence with the controller.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ MAX_MISSING = 10
 def start_watchdog(beat_s: float = BEAT_S, log: Path | None = None) -> subprocess.Popen[bytes]:
     """Start the watchdog of the calling process, which must write to its ``stdin``, unbuffered.
 
-    It appends what it has to say to the file ``log``, which it opens only then: that may be another
-    one by then, as log files are rotated. None: its standard error is the caller's.
+    It appends its message to the file ``log``, opened only for the message because log files are
+    rotated. If None, it writes to the caller's standard error.
     """
     command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(beat_s)]
     sink = None if log is None else subprocess.DEVNULL
-    # a session of its own: a signal to the controller's group is not for it
+    # a separate session: signals to the controller's group do not reach it
     return subprocess.Popen(
         [*command, *([] if log is None else [str(log)])],
         stdin=subprocess.PIPE,
@@ -55,7 +55,7 @@ def _watch(pid: int, beat_s: float, log: str = "") -> None:
 
 
 def _say(line: str, log: str) -> None:
-    """Write a line to standard error, or append it to a file; where that fails it is lost."""
+    """Write a line to standard error, or append it to a file. Errors are ignored."""
     with contextlib.suppress(OSError):
         if log:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK

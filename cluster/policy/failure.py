@@ -1,4 +1,4 @@
-"""Failure policy: which workers are lost. Pure; time passed in."""
+"""Failure policy: decides which workers are lost. Pure; callers pass the time."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Liveness:
 
     name: str
     heard_at: float
-    """Last frame from it."""
+    """Time of the last frame from the worker."""
     progress_at: float = 0.0
-    """Last heartbeat in which its progress counter had grown or it was idle."""
+    """Time of the last heartbeat with a higher progress counter or an idle worker."""
     waiting: bool = False
-    """Its loop waits for a peer within a step."""
+    """Whether its loop waits for a peer within a step."""
     running: bool = True
-    """It takes part in a running generation, so that its loop must progress."""
+    """Whether it is in a running generation, so that its loop must advance."""
     host: str = ""
     patience_s: float = math.inf
     """Silence that its gaps explain (``cluster.policy.silence``)."""

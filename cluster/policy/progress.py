@@ -1,8 +1,8 @@
-"""For which workers the steps of a generation wait, when they do not commit. Pure.
+"""Finds the workers for which the steps of a generation wait. Pure.
 
-Readiness falls within 2 s after the last progress. A heartbeat comes every 0.5 s, so a worker that
-has not advanced for ``STALL_S`` has said so after 1.5 s, and a silent one is late after as long.
-Nobody is lost by this: the limits of detection may be much longer.
+Readiness falls within 2 s after the last progress. Heartbeats arrive every 0.5 s, so a worker
+that has not advanced for ``STALL_S`` reports it within 1.5 s; a silent one is late after that time.
+This declares no worker lost: the limits of failure detection may be much longer.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ STALL_S = 0.9
 """Time without progress after which a step stalls. Exchanges and commits are progress, and
 computing in a step is, for a time that grows with its rows (``workers.metrics.activity``)."""
 STEPS_WAIT = "steps wait for"
-"""What operators read, before the names of workers."""
+"""Text for operators, before the names of workers."""
 SILENT_S = 1.5
-"""Time without a sign of life after which a worker is late; an idle one, too, since every step
-needs all members."""
+"""Time without a sign of life after which a worker is late. This includes idle workers, since
+every step needs all members."""
 _FRESH_S = 1.0
-"""Age up to which a heartbeat shows that a worker advances."""
+"""Maximum age of a heartbeat that shows that a worker advances."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

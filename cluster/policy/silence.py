@@ -1,6 +1,6 @@
-"""How long a worker may be silent, by how long the workers of its host were before. Pure.
+"""Patience with silent workers, from earlier gaps between frames of the same host. Pure.
 
-Accrual failure detectors judge a silence by the gaps that were seen, in a bounded window
+Accrual failure detectors compare a silence with earlier gaps in a bounded window
 (Hayashibara et al., "The phi accrual failure detector", 2004), with a margin that follows how late
 arrivals were (Chen, Toueg and Aguilera, "On the quality of service of failure detectors", 2002).
 The largest gap stands for their distribution, which has a heavy tail on a busy machine; and it is
@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 
 LATENESS_FACTOR = 4.0
-"""Patience is the expected gap, and so many times the largest recent lateness."""
+"""Patience is the expected gap plus this factor times the largest recent lateness."""
 MIN_GAPS = 4.0
 """Least patience in expected gaps: a machine may be busy for the first time."""
 REMOTE_MIN_S = 1.0
 """Least patience over a network: TCP sends a lost segment again after 0.2 s, and after 0.4 s more
 (RFC 6298, with the least timeout of Linux)."""
 WINDOW_S = 15.0
-"""Time for which a gap counts at least; twice that at most."""
+"""Minimum time for which a gap counts; the maximum is twice as long."""
 
 
 class GapWindow:
@@ -32,7 +32,7 @@ class GapWindow:
         self._largest = self._largest_before = math.inf
 
     def add(self, gap_s: float, now: float) -> None:
-        """A gap between two frames of a worker has ended; infinite: it tells nothing."""
+        """Record the gap between two frames of a worker; infinite if the gap is unknown."""
         if now - self._began_at >= WINDOW_S:
             self._began_at = now
             self._largest_before, self._largest = self._largest, 0.0
