@@ -159,9 +159,9 @@ class GatewayReplica:
         return self._gateway.status.addresses
 
     async def end(self, stage: ShutdownStage) -> int:
-        """Shut down with the whole server; see ``Gateway.end``."""
+        """Shut down with the whole server; see ``Gateway.shut_down``."""
         self._is_ending = True
-        left = self._gateway.end(stage, time.monotonic())
+        left = self._gateway.shut_down(stage, time.monotonic())
         if stage == "fail" and not left:
             await self._stop_tracing()  # Ray may end before Serve has ended this replica
         return left

@@ -128,7 +128,7 @@ class Reports:
         while self._computed and self._computed[0].time_s <= now_s:
             report = self._computed.popleft()
             assert self._index.apply(self._worker, report.events), "no message is lost here"
-            self._index.settle(self._worker, report.names)
+            self._index.end_expectation(self._worker, report.names)
 
 
 class Worker:

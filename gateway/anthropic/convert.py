@@ -26,7 +26,7 @@ from gateway.anthropic.schema import (
     ThinkingParam,
     ToolParam,
 )
-from gateway.core.call import AnswerFormat, CallKind, ChatInput, GenerateCall
+from gateway.core.call import CallKind, ChatInput, GenerateCall, OutputSchema
 from gateway.core.field_checks import require
 from gateway.core.tool_use import CallArguments, Tool, ToolUse
 from gateway.text.forms.structured import schema_grammar
@@ -90,7 +90,7 @@ def chat_input(body: CountTokensBody, grammar: Grammar | None = None) -> ChatInp
         },
         reasoning_effort=_EFFORTS.get(effort, effort) if effort else None,
         tools=_tools(body),
-        answer_format=AnswerFormat(schema=grammar.text) if grammar else None,
+        output_schema=OutputSchema(schema=grammar.text) if grammar else None,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from gateway.anthropic.schema import CacheControlParam, ContentBlockParam, MessagesBody
 from gateway.core.field_checks import MAX_NAME_CHARS, require
-from gateway.core.retention import seconds_of
+from gateway.core.retention import parse_duration_s
 
 _DEFAULT_TTL = "5m"
 _TTLS = (_DEFAULT_TTL, "1h")
@@ -51,7 +51,7 @@ def _seconds(control: CacheControlParam, name: str) -> float:
     ttl = control.ttl or _DEFAULT_TTL
     name = f"{name}.ttl"
     require(ttl in _TTLS, name, f"({ttl[:32]!r}) must be one of {', '.join(_TTLS)}")
-    return seconds_of(ttl, name)
+    return parse_duration_s(ttl, name)
 
 
 def _cache_controls(body: MessagesBody) -> Iterator[tuple[CacheControlParam, str]]:

@@ -80,7 +80,7 @@ class BatchStore:
 
         If the process is killed at any step, every stored batch is still run.
         """
-        self._check_room(tenant, len(requests))
+        self._check_limit(tenant, len(requests))
         try:
             self._state.write_work(batch.id + WorkPart.REQUESTS, requests)
             entry = PendingBatch(batch_id=batch.id, tenant=tenant)
@@ -92,7 +92,7 @@ class BatchStore:
                 self.end(batch.id)
             raise
 
-    def _check_room(self, tenant: str, size: int) -> None:
+    def _check_limit(self, tenant: str, size: int) -> None:
         """Raise ``StorageFullError`` if ``size`` more bytes exceed the tenant's limit."""
         max_bytes = self._state.max_bytes
         for work in self.waiting():
@@ -148,7 +148,7 @@ class BatchStore:
                 logger.error("could not read the batch entry %s: %s", path.name, err)
         return found
 
-    def is_waiting(self, batch_id: str) -> bool:
+    def is_pending(self, batch_id: str) -> bool:
         """Whether the batch has not ended."""
         return self.path(batch_id, WorkPart.ENTRY).exists()
 
@@ -158,7 +158,7 @@ class BatchStore:
         Returns None if the batch has ended, is being made, or has expired only by the clock of this
         gateway. Removes an entry without a batch.
         """
-        if not self.is_waiting(work.batch_id):
+        if not self.is_pending(work.batch_id):
             return None
         batch = self.get(work.tenant, work.batch_id)
         is_there = batch is not None or self._state.has_file(BATCHES, work.tenant, work.batch_id)
@@ -166,7 +166,7 @@ class BatchStore:
             self.end(work.batch_id)
         return batch
 
-    def is_over(self, batch: StoredBatch) -> bool:
+    def must_end(self, batch: StoredBatch) -> bool:
         """Whether a batch must end although requests are left."""
         return self.is_cancelled(batch.id) or self.has_expired(batch)
 
@@ -192,12 +192,12 @@ class BatchStore:
         self._state.require_open()
         parts = set(WorkPart) - {WorkPart.ENTRY}
         left = [path for path in self._state.work.iterdir() if path.suffix in parts]
-        left = [path for path in left if not self.is_waiting(path.stem)]
+        left = [path for path in left if not self.is_pending(path.stem)]
         if not left:
             return
         before_s = self._state.disk_time_s() - _ABANDONED_S
         for path in left:
-            if not self.is_waiting(path.stem):
+            if not self.is_pending(path.stem):
                 with contextlib.suppress(FileNotFoundError):
                     if path.stat().st_mtime < before_s:
                         path.unlink()

@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, Route
 from cluster.batches.requests import ENDPOINTS
 from cluster.core.errors import ConflictError, RequestError, UnknownNameError
 from gateway.batches.batch_store import BatchStore
-from gateway.batches.objects import ENDED, WINDOW_S, StoredBatch, readable
+from gateway.batches.objects import ENDED, WINDOW_S, StoredBatch, read_or_none
 from gateway.core.bodies import StrictBody
 from gateway.core.field_checks import check_metadata, require
 from gateway.generation.gateway import Gateway
@@ -91,7 +91,7 @@ class BatchRoutes:
             output_ttl_s=expiry.seconds if expiry is not None else None,
         )
         await self._disk.run(batches.make, owner, batch, file[1])
-        return json_response(batch.shown())
+        return json_response(batch.to_response())
 
     async def list(self, request: Request) -> Response:
         """List a page of batches, newest first."""
@@ -99,8 +99,8 @@ class BatchRoutes:
         owner, batches = current_tenant(), self._batches
 
         def read(batch_id: str) -> dict[str, Any] | None:
-            batch = readable(batches.get, owner, batch_id)
-            return None if batch is None else batch.shown()
+            batch = read_or_none(batches.get, owner, batch_id)
+            return None if batch is None else batch.to_response()
 
         def read_all() -> dict[str, Any]:
             return page.read(batches.list_ids(owner), read)
@@ -109,7 +109,7 @@ class BatchRoutes:
 
     async def get(self, request: Request) -> Response:
         """Return a batch."""
-        return json_response((await self._find(request)).shown())
+        return json_response((await self._find(request)).to_response())
 
     async def cancel(self, request: Request) -> Response:
         """Cancel a batch; its finished responses are kept."""
@@ -118,7 +118,7 @@ class BatchRoutes:
             raise ConflictError(f"the batch is {batch.status} already")
         await self._disk.run(self._batches.cancel, batch.id)
         asked = msgspec.structs.replace(batch, status="cancelling", cancelling_at=int(time.time()))
-        return json_response(asked.shown())
+        return json_response(asked.to_response())
 
     async def _find(self, request: Request) -> StoredBatch:
         batch_id = request.path_params["batch_id"]

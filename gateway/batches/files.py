@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Route
 from cluster.core.errors import RequestError, UnknownNameError
 from gateway.batches.file_store import FileStore
 from gateway.batches.forms import FormPart, read_form
-from gateway.batches.objects import FileFacts, readable
+from gateway.batches.objects import FileFacts, read_or_none
 from gateway.core.field_checks import require
 from gateway.generation.gateway import Gateway
 from gateway.http.downloads import StreamedContentResponse
@@ -63,7 +63,7 @@ class FileRoutes:
                     self._files.put, current_tenant(), form.filename, form.content, ttl_s=form.ttl_s
                 )
             )
-        return json_response(facts.shown(file_id))
+        return json_response(facts.to_response(file_id))
 
     async def list(self, request: Request) -> Response:
         """List a page of files, newest first."""
@@ -72,10 +72,10 @@ class FileRoutes:
         owner, files = current_tenant(), self._files
 
         def read(file_id: str) -> dict[str, Any] | None:
-            facts = readable(files.facts, owner, file_id)
+            facts = read_or_none(files.facts, owner, file_id)
             if facts is None or purpose not in (None, facts.purpose):
                 return None
-            return facts.shown(file_id)
+            return facts.to_response(file_id)
 
         def read_all() -> dict[str, Any]:
             return page.read(files.list_ids(owner), read)
@@ -88,7 +88,7 @@ class FileRoutes:
         facts = await self._disk.run(self._files.facts, current_tenant(), file_id)
         if facts is None:
             raise _unknown(file_id)
-        return json_response(facts.shown(file_id))
+        return json_response(facts.to_response(file_id))
 
     async def content(self, request: Request) -> Response:
         """Return the content of a file."""

@@ -48,7 +48,7 @@ class FileFacts(msgspec.Struct, frozen=True, kw_only=True):
     created_at: int
     expires_at: int
 
-    def shown(self, file_id: str) -> dict[str, Any]:
+    def to_response(self, file_id: str) -> dict[str, Any]:
         """Representation for clients."""
         return {
             "id": file_id,
@@ -75,7 +75,7 @@ class RequestCounts(msgspec.Struct, frozen=True, kw_only=True):
     failed: int = 0
 
     @property
-    def is_all(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether every request has a response."""
         return self.completed + self.failed >= self.total
 
@@ -105,7 +105,7 @@ class StoredBatch(msgspec.Struct, frozen=True, kw_only=True):
     output_ttl_s: int | None = None
     """Retention of its output files; None is the default of all objects."""
 
-    def shown(self) -> dict[str, Any]:
+    def to_response(self) -> dict[str, Any]:
         """Representation for clients; output files are shown after the batch has ended."""
         found: dict[str, Any] = msgspec.to_builtins(self)
         del found["output_ttl_s"]
@@ -138,7 +138,7 @@ def decode_batch(raw: bytes, batch_id: str) -> StoredBatch:
         raise StorageError(f"the stored batch {batch_id} is damaged") from err
 
 
-def readable(
+def read_or_none(
     read: Callable[[str, str], Stored | None], tenant: str, object_id: str
 ) -> Stored | None:
     """Call ``read``; log a damaged object and return None."""

@@ -71,7 +71,7 @@ class BatchRunner:
     def start(self) -> None:
         """Start looking for batches, if there is a state folder."""
         if self._batches is not None:
-            self._task = asyncio.create_task(self._look(self._batches))
+            self._task = asyncio.create_task(self._poll(self._batches))
 
     async def stop(self) -> None:
         """Stop; other gateways continue the batches that run here."""
@@ -81,7 +81,7 @@ class BatchRunner:
         if tasks:
             await asyncio.wait(tasks, timeout=END_S)  # tasks do not end while the disk hangs
 
-    async def _look(self, batches: BatchStore) -> None:
+    async def _poll(self, batches: BatchStore) -> None:
         while True:
             try:
                 await self._disk(batches.sweep)
@@ -92,7 +92,7 @@ class BatchRunner:
                 )
             else:
                 self._take(batches, waiting)
-            await asyncio.sleep(self._tuning.look_s)
+            await asyncio.sleep(self._tuning.poll_s)
 
     def _take(self, batches: BatchStore, waiting: Sequence[PendingBatch]) -> None:
         """Run waiting batches, up to the limit of concurrent batches."""
@@ -102,7 +102,7 @@ class BatchRunner:
         for work in waiting:
             name = work.batch_id
             is_early = name in self._pauses and now_s < self._pauses[name].ends_s
-            if name in self._runs or is_early or not self._has_seat(work.tenant):
+            if name in self._runs or is_early or not self._has_free_slot(work.tenant):
                 continue
             task = asyncio.create_task(self._run(batches, work))
             self._runs[name] = _Run(work.tenant, task)
@@ -111,7 +111,7 @@ class BatchRunner:
     def _ended(self, name: str, _: asyncio.Task[None]) -> None:
         del self._runs[name]
 
-    def _has_seat(self, tenant: str) -> bool:
+    def _has_free_slot(self, tenant: str) -> bool:
         """Whether a batch can run now; the last slot is reserved for keys without a running
         batch."""
         num_left = self._tuning.max_batches - len(self._runs)

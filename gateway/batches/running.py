@@ -19,7 +19,7 @@ from cluster.batches.run import BatchResponse, BatchRun, RunInThread, Unreachabl
 from cluster.core.errors import ConflictError, RequestError
 from gateway.auth.key_limits import KeyUsage
 from gateway.batches.batch_store import BatchStore, WorkPart
-from gateway.batches.inner_calls import InnerCalls
+from gateway.batches.in_process_client import InProcessClient
 from gateway.batches.objects import ENDED, BatchError, BatchStatus, RequestCounts, StoredBatch
 from gateway.core.errors import StorageError, StorageFullError
 from gateway.generation.gateway import Gateway
@@ -37,7 +37,7 @@ _FULL_SHARE = 0.9
 class BatchTuning:
     """Limits and intervals of batches."""
 
-    look_s: float = 2.0
+    poll_s: float = 2.0
     """Interval at which a gateway looks for batches and cancellations."""
     retry_s: float = 10.0
     """Time after which a paused batch is retried; doubles with each consecutive failure."""
@@ -88,7 +88,7 @@ class RunningBatch:
     async def run(self, routes: Sequence[Route], tuning: BatchTuning) -> None:
         """Run the remaining requests and store the end. Retry after ``TRANSIENT_ERRORS``."""
         if self._batch.finalizing_at is None:
-            problem = await self._ask_all(routes, tuning)
+            problem = await self._send_all(routes, tuning)
             if problem is not None and not (
                 self._answers.answered_ids or self._failures.answered_ids
             ):
@@ -97,7 +97,7 @@ class RunningBatch:
             await self._finalize(problem)
         await self._finish()
 
-    async def _ask_all(self, routes: Sequence[Route], tuning: BatchTuning) -> BatchError | None:
+    async def _send_all(self, routes: Sequence[Route], tuning: BatchTuning) -> BatchError | None:
         """Send requests until none is left or the batch must end; return the error, if any."""
         limits = BatchLimits(endpoints=(self._batch.endpoint,))
         path = self._batches.path(self._batch.id, WorkPart.REQUESTS)
@@ -110,20 +110,20 @@ class RunningBatch:
             counts = RequestCounts(total=len(requests))
             await self._save("in_progress", in_progress_at=int(time.time()), request_counts=counts)
         problem = None
-        work = asyncio.create_task(self._ask(requests, account, routes, tuning))
+        work = asyncio.create_task(self._send_requests(requests, account, routes, tuning))
         try:
-            while not (work.done() or await self._is_over()):
-                await asyncio.wait([work], timeout=tuning.look_s)
-                await self._count(len(requests))
+            while not (work.done() or await self._must_end()):
+                await asyncio.wait([work], timeout=tuning.poll_s)
+                await self._save_counts(len(requests))
                 await self._account()
         except RequestError as err:
             problem = _problem(err)
         finally:
             work.cancel()
             await asyncio.wait([work])
-        return problem or (None if work.cancelled() else self._failure(work.exception()))
+        return problem or (None if work.cancelled() else self._to_batch_error(work.exception()))
 
-    async def _ask(
+    async def _send_requests(
         self,
         requests: RequestFile,
         account: KeyUsage | None,
@@ -131,7 +131,7 @@ class RunningBatch:
         tuning: BatchTuning,
     ) -> None:
         chosen = [route for route in routes if route.path == self._batch.endpoint]
-        calls = InnerCalls(self._gateway, chosen, account, tuning.priority)
+        calls = InProcessClient(self._gateway, chosen, account, tuning.priority)
 
         async def send(request: BatchRequest) -> BatchResponse:
             self._check_size()
@@ -151,10 +151,10 @@ class RunningBatch:
         )
         await batch.run()
 
-    async def _is_over(self) -> bool:
+    async def _must_end(self) -> bool:
         """Whether the batch must end although requests are left; False if that cannot be read."""
         try:
-            return await self._disk(partial(self._batches.is_over, self._batch))
+            return await self._disk(partial(self._batches.must_end, self._batch))
         except TRANSIENT_ERRORS as err:  # responses that wait for the disk are kept
             logger.error("could not read whether batch %s must end: %s", self._batch.id, err)
             return False
@@ -166,7 +166,7 @@ class RunningBatch:
             message = f"the answers have more than {most} bytes: make several batches of the rest"
             raise RequestError(message, None, "answers_too_large")
 
-    def _failure(self, error: BaseException | None) -> BatchError | None:
+    def _to_batch_error(self, error: BaseException | None) -> BatchError | None:
         """Convert the error that stopped a batch. Raises ``error`` if it is transient."""
         while isinstance(error, BaseExceptionGroup) and len(set(map(type, error.exceptions))) == 1:
             error = error.exceptions[0]  # concurrent requests fail in the same way
@@ -202,7 +202,7 @@ class RunningBatch:
         total = max(self._batch.request_counts.total, completed + failed)
         return RequestCounts(total=total, completed=completed, failed=failed)
 
-    async def _count(self, total: int) -> None:
+    async def _save_counts(self, total: int) -> None:
         """Store the counts; a failed write is repeated by a later call."""
         counts = msgspec.structs.replace(self._counts, total=total)
         if counts != self._batch.request_counts:
@@ -215,7 +215,7 @@ class RunningBatch:
         """Stop sending: the batch can only end now, also after a restart."""
         files, now_s, counts = self._files, int(time.time()), self._counts
         is_cancelled = await self._disk(partial(self._batches.is_cancelled, self._batch.id))
-        is_cancelled = is_cancelled and not counts.is_all
+        is_cancelled = is_cancelled and not counts.is_complete
         await self._save(
             "finalizing",
             finalizing_at=now_s,
@@ -291,4 +291,4 @@ def _end_of(batch: StoredBatch) -> BatchStatus:
         return "failed"
     if batch.cancelling_at is not None:
         return "cancelled"
-    return "completed" if batch.request_counts.is_all else "expired"
+    return "completed" if batch.request_counts.is_complete else "expired"

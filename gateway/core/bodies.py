@@ -16,11 +16,11 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 
-def _whole(value: Any) -> Any:
+def _to_integer(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+Whole = Annotated[int, BeforeValidator(_to_integer)]
 """An integer; 5.0 is accepted as 5, since JSON has one type of number."""
 Item = TypeVar("Item")
 MAX_SLICE = 512
@@ -34,7 +34,7 @@ class _FirstError(FailFast):
         return hash(self.fail_fast)
 
 
-def _by_slices(value: Any, check: Callable[[Any], list[Any]]) -> list[Any]:
+def _validate_slices(value: Any, check: Callable[[Any], list[Any]]) -> list[Any]:
     """Validate a long list in slices, so that other threads can run."""
     if not isinstance(value, list) or len(value) <= MAX_SLICE:
         return check(value)
@@ -43,11 +43,11 @@ def _by_slices(value: Any, check: Callable[[Any], list[Any]]) -> list[Any]:
         try:
             found += check(value[start : start + MAX_SLICE])
         except ValidationError as err:
-            raise _later(err, start) from None
+            raise _shift_indexes(err, start) from None
     return found
 
 
-def _later(error: ValidationError, start: int) -> ValidationError:
+def _shift_indexes(error: ValidationError, start: int) -> ValidationError:
     """Shift the list indexes of an error by ``start``."""
     found = [
         InitErrorDetails(
@@ -61,7 +61,7 @@ def _later(error: ValidationError, start: int) -> ValidationError:
     return ValidationError.from_exception_data(error.title, found)
 
 
-Items = Annotated[list[Item], _FirstError(), WrapValidator(_by_slices)]
+Items = Annotated[list[Item], _FirstError(), WrapValidator(_validate_slices)]
 """A list whose validation stops at the first error, since a body may have millions of items."""
 
 

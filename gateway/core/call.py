@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any
 
 from gateway.core.thinking import Thinking
-from gateway.core.tool_use import ToolForm, ToolUse
+from gateway.core.tool_use import ToolCallFormat, ToolUse
 from workers.requests.prompt_embeds import PromptEmbeds
 from workers.requests.request import Grammar
 
@@ -23,7 +23,7 @@ class CallKind(Enum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AnswerFormat:
+class OutputSchema:
     """JSON schema of the output, for prompts that show it."""
 
     schema: str
@@ -49,7 +49,7 @@ class ChatInput:
     """Template variable of this name, unless ``template_kwargs`` has it."""
     tools: ToolUse | None = None
     """Tools that the model may call; None offers none."""
-    answer_format: AnswerFormat | None = None
+    output_schema: OutputSchema | None = None
     """Schema of ``response_format``, if it has one."""
 
 
@@ -147,7 +147,7 @@ class GenerateCall:
     """Side on which tokens are dropped: left (default) or right."""
     timeout_s: float | None = None
     """The client's time limit for the whole request."""
-    tool_form: ToolForm | None = None
+    tool_format: ToolCallFormat | None = None
     """Format of tool calls in the output; set when the prompt is rendered."""
     open_message: str = ""
     """Header of the message that the prompt leaves open (Harmony); set when it is rendered."""
@@ -161,7 +161,7 @@ class GenerateCall:
 
         Without text, and for beam searches, the engine checks stop tokens.
         """
-        has_reasoning = self.thinking is not None or self.tool_form is ToolForm.HARMONY
+        has_reasoning = self.thinking is not None or self.tool_format is ToolCallFormat.HARMONY
         return has_reasoning and not (self.token_ids_only or self.use_beam_search)
 
     @property
@@ -174,14 +174,14 @@ class GenerateCall:
         return self.n or 1
 
     @property
-    def num_drawn(self) -> int:
+    def num_sampled(self) -> int:
         """Number of sampled choices per prompt."""
         return self.best_of or self.num_returned
 
     @property
     def is_ranked(self) -> bool:
         """Whether only the most probable choices are returned."""
-        return self.num_drawn != self.num_returned
+        return self.num_sampled != self.num_returned
 
     @property
     def session(self) -> str:

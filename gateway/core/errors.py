@@ -157,7 +157,7 @@ ERROR_TABLE: tuple[tuple[type[ExpertMeshError], int, str, str, grpc.StatusCode],
     (ClientGoneError, 499, _INVALID, "client_closed_request", _CODES.CANCELLED),
 )
 """The first row that matches the raised exception by ``isinstance`` applies."""
-_LAST = PoisonousRequestError | RequestAbortedError | SlowClientError | StorageError
+_NOT_RETRYABLE = PoisonousRequestError | RequestAbortedError | SlowClientError | StorageError
 """Errors after which a retry cannot help."""
 
 
@@ -167,7 +167,7 @@ def report_error(error: BaseException, request_id: str = "") -> ErrorReport:
     if row is None:
         return report_error(RequestFailedError(f"internal error in request {request_id}"))
     _, status, type_, code, grpc_code = row
-    is_last = isinstance(error, _LAST)
+    is_last = isinstance(error, _NOT_RETRYABLE)
     retry_s = getattr(error, "retry_after_s", None)
     if isinstance(error, RouteError):
         status = error.status

@@ -5,6 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 
-def waits_to_send(headers: Mapping[str, str]) -> bool:
+def waits_for_continue(headers: Mapping[str, str]) -> bool:
     """Whether the client sends its body only after ``100 Continue``."""
     return headers.get("expect", "").lower() == "100-continue"

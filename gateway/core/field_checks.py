@@ -53,7 +53,7 @@ RANGES: Mapping[str, Range] = {
 """Ranges of numeric fields. None is always accepted, NaN never."""
 _BIAS = Range(-100, 100)
 _MAX_METADATA, _MAX_KEY_CHARS, _MAX_VALUE_CHARS = 16, 64, 512
-_BESIDE_BEAMS: Mapping[str, tuple[object, ...]] = {
+_UNSUPPORTED_WITH_BEAMS: Mapping[str, tuple[object, ...]] = {
     "temperature": (0, 1),
     "top_p": (1,),
     "top_k": (-1, 0),
@@ -141,18 +141,18 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
         require(len(value) <= _MAX_VALUE_CHARS, f"metadata.{key}", rule)
 
 
-def refuse_unsupported(data: Mapping[str, Any], unbuilt: Neutral, path: str = "") -> None:
+def refuse_unsupported(data: Mapping[str, Any], unsupported: Neutral, path: str = "") -> None:
     """Raise ``UnsupportedParameterError`` for the first unsupported field that has an effect.
 
     ``path`` is the prefix of its name.
     """
-    for name, neutral in unbuilt.items():
+    for name, neutral in unsupported.items():
         value = data.get(name)
         if value is not None and not any(type(value) is type(n) and value == n for n in neutral):
             raise UnsupportedParameterError(f"{path}{name} is not supported", path + name)
 
 
-def given_one(**values: object) -> str:
+def require_one_of(**values: object) -> str:
     """Return the name of the only field that is set.
 
     Raises:
@@ -170,7 +170,7 @@ def given_one(**values: object) -> str:
 def _check_counts(call: GenerateCall) -> None:
     if call.is_ranked and call.kind is CallKind.CHAT:
         raise UnsupportedParameterError("best_of is not supported", "best_of")
-    drawn, returned = call.num_drawn, call.num_returned
+    drawn, returned = call.num_sampled, call.num_returned
     require(drawn >= returned, "best_of", f"({drawn}) must be at least n ({returned})")
     name, wanted, least = call.max_tokens_name, call.max_tokens, call.min_tokens
     if wanted is not None:
@@ -194,7 +194,7 @@ def _check_beams(call: GenerateCall) -> None:
     is_known = stops in (None, "false", "true", "never")
     require(is_known, "early_stopping", f"({str(stops)[:32]!r}) {rule}")
     named = {"stop": call.stop_name, "grammar": call.grammar and call.grammar.field}
-    for name, neutral in _BESIDE_BEAMS.items():
+    for name, neutral in _UNSUPPORTED_WITH_BEAMS.items():
         value = getattr(call, name)
         ok = value is None or value in neutral
         require(ok, named.get(name) or name, "cannot go with use_beam_search")
@@ -207,7 +207,7 @@ def _check_beams(call: GenerateCall) -> None:
 def check_stream(call: GenerateCall) -> None:
     """Raise ``RequestError`` for choices that are only known at the end."""
     require(not call.use_beam_search, "use_beam_search", "cannot go with a stream")
-    is_ranked = call.kind is CallKind.COMPLETION and call.num_drawn > call.num_returned
+    is_ranked = call.kind is CallKind.COMPLETION and call.num_sampled > call.num_returned
     require(not is_ranked, "best_of", "cannot go with a stream")
 
 
@@ -216,7 +216,7 @@ def _check_prompts(call: GenerateCall, limits: GatewaySection) -> None:
     field = call.prompt_name
     check_batch(field, count, most)
     name = "n" if call.best_of is None else "best_of"
-    choices, most = count * call.num_drawn, limits.max_choices
+    choices, most = count * call.num_sampled, limits.max_choices
     if choices > most:
         raise RequestError(f"prompts times {name} ({choices}) must be at most {most}", name)
     for prompt in call.prompts:

@@ -13,7 +13,7 @@ _DURATION = re.compile(r"([1-9][0-9]{0,5})([smhd])")
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 
 
-def seconds_of(duration: str, name: str) -> float:
+def parse_duration_s(duration: str, name: str) -> float:
     """Convert ``5m`` or ``1h`` to seconds. Raises ``RequestError`` with the field ``name``."""
     found = _DURATION.fullmatch(duration)
     rule = f"({duration[:32]!r}) must be a whole number with s, m, h or d, as in 5m"
@@ -22,7 +22,7 @@ def seconds_of(duration: str, name: str) -> float:
     return int(found[1]) * _SECONDS[found[2]]
 
 
-def with_hint(call: GenerateCall, limits: GatewaySection) -> GenerateCall:
+def with_ttl_hint(call: GenerateCall, limits: GatewaySection) -> GenerateCall:
     """Set ``cache_ttl`` from the hint if the client has not set it.
 
     A protocol has only a few hints, which clients cannot adapt to a server's limit. Hints above the

@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any
 
 
-class ToolForm(Enum):
+class ToolCallFormat(Enum):
     """Format of a model's tool calls; the value: texts by which a chat template is recognized.
 
     A template uses the first format whose texts it all contains. ``gateway.text.forms.call_syntax``

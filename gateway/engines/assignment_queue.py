@@ -67,7 +67,7 @@ class AssignmentQueue:
         self.waiting.extend(entries)
         self.assign_waiting()
 
-    def take_back(self, entry: Submission) -> None:
+    def requeue(self, entry: Submission) -> None:
         """Assign a request that its worker has handed back to a worker again."""
         entry.replay_cause = ReplayCause.HANDED_BACK
         self.waiting.append(entry)
@@ -80,7 +80,7 @@ class AssignmentQueue:
         """
         source = entry.stream
         assert isinstance(source, EngineClient), "it moves while it has a worker"
-        source.give_up(entry)
+        source.detach(entry)
         entry.replay_cause = ReplayCause.HANDED_BACK if target is None else ReplayCause.MOVED
         if target is None or target.worker in self._workers.leaving:
             self.reassign([entry])
@@ -106,7 +106,7 @@ class AssignmentQueue:
             if not entry.is_waiting or now_s >= entry.deadline_s:
                 continue
             is_second_lone = entry.must_be_sent_alone and has_lone_request
-            has_to_wait = is_second_lone or entry.awaits_verdict(unresolved)
+            has_to_wait = is_second_lone or entry.needs_confirmation(unresolved)
             with self._isolate(entry):
                 client = None if has_to_wait else self._router.pick(entry, ready)
                 if client is None:

@@ -13,7 +13,7 @@ from gateway.engines.submission import Submission
 
 logger = logging.getLogger(__name__)
 
-_VERDICT_LIMIT_S = 10.0
+_RESOLVE_LIMIT_S = 10.0
 """Longest time that a request waits until a worker is known to be alive or dead."""
 
 
@@ -38,9 +38,11 @@ class DisconnectResolver:
 
     def unresolved(self, now_s: float) -> list[str]:
         """Workers that may be alive and that requests still wait for."""
-        return [w for w, at_s in self._unresolved.items() if now_s - at_s < _VERDICT_LIMIT_S]
+        return [w for w, at_s in self._unresolved.items() if now_s - at_s < _RESOLVE_LIMIT_S]
 
-    def lose(self, worker: str, lost: Iterable[Submission], end: StreamEnd) -> list[Submission]:
+    def handle_lost_stream(
+        self, worker: str, lost: Iterable[Submission], end: StreamEnd
+    ) -> list[Submission]:
         """Handle the requests of a stream that ended; return the requests that continue."""
         lost, continuing = list(lost), []
         has_suspect = any(entry.may_kill_on_receipt for entry in lost)
@@ -52,7 +54,7 @@ class DisconnectResolver:
                 continue
             logger.warning("request %s was lost with %s: %s", name, worker, end.reason)
             has_died_with = end.has_died and (entry.may_kill_on_receipt or not has_suspect)
-            if (cause := entry.lose() if has_died_with else None) is not None:
+            if (cause := entry.record_death() if has_died_with else None) is not None:
                 self.suspects.append((entry, f"{cause}: {end.reason}"))
                 continue
             entry.replay_cause = ReplayCause.LOST if end.has_died else ReplayCause.HANDED_BACK

@@ -66,9 +66,9 @@ class EngineClient:
 
     async def run(self) -> StreamEnd:
         """Handle the worker's messages until the stream ends; cancel it to end the stream."""
-        return await self.stream.run(self._take_message)
+        return await self.stream.run(self._receive)
 
-    async def _take_message(self, message: FromEngine) -> None:
+    async def _receive(self, message: FromEngine) -> None:
         self.take(message)
         if isinstance(message, StepOutput):
             await asyncio.sleep(0)  # clients get these outputs before the next message
@@ -78,10 +78,10 @@ class EngineClient:
         entry.stream, entry.was_sent, entry.is_computing = self, True, True
         entry.engine = self.stream.endpoint.engine
         self._submissions[entry.request.request_id] = entry
-        self._count(entry)
+        self._update_load(entry)
         self.stream.send(entry.message(time.monotonic()))
 
-    def give_up(self, entry: Submission) -> None:
+    def detach(self, entry: Submission) -> None:
         """Abort a request here, because it continues at another worker."""
         self.stream.send(Abort(request_id=entry.request.request_id))
         self._release(entry)
@@ -92,13 +92,13 @@ class EngineClient:
         if entry is None:
             return
         entry.close(choices)
-        self._count(entry)
+        self._update_load(entry)
         if not entry.open_choices:
             self._release(entry)
             choices = ()
         self.stream.send(Abort(request_id=request_id, choices=tuple(choices)))
 
-    def num_places(self, max_num_seqs: int) -> int:
+    def num_seats(self, max_num_seqs: int) -> int:
         """Number of sequences of this gateway that the worker can run, at most ``max_num_seqs``."""
         hello, load = self.hello, self.load
         if hello is None or not hello.kv_block_size or not load.num_decoding:
@@ -116,15 +116,15 @@ class EngineClient:
     def _report(self, change: RequestChange, entry: Submission) -> None:
         self._events.put(RequestEvent(change, self, entry))
 
-    def _count(self, entry: Submission) -> None:
+    def _update_load(self, entry: Submission) -> None:
         """Update the request's share of the load."""
         now = (0, 0)
         if entry.stream is self:
             is_new, choices = entry.is_computing, len(entry.open_choices)
             now = (entry.missing_tokens if is_new else 0, 0 if is_new else choices)
-        self.load.queued_tokens += now[0] - entry.counted[0]
-        self.load.num_decoding += now[1] - entry.counted[1]
-        entry.counted = now
+        self.load.queued_tokens += now[0] - entry.counted_load[0]
+        self.load.num_decoding += now[1] - entry.counted_load[1]
+        entry.counted_load = now
 
     def _end_prompt(self, entry: Submission) -> None:
         if entry.is_computing:
@@ -135,14 +135,14 @@ class EngineClient:
         del self._submissions[entry.request.request_id]
         self._end_prompt(entry)
         entry.stream, entry.last_worker = None, self.worker
-        self._count(entry)
+        self._update_load(entry)
         self._report(RequestChange.RELEASED, entry)
 
     def take(self, message: FromEngine) -> None:
         """Apply a message of the worker."""
         match message:
             case StepOutput():
-                self._take_step(message)
+                self._deliver_step(message)
             case Queued():
                 self._note_queued(message)
             case Prefetched() | Paused():
@@ -167,7 +167,7 @@ class EngineClient:
         entry = self._submissions.get(solo_step.request_id)
         is_here = entry is not None and entry.attempt == solo_step.attempt
         if entry is not None and is_here and solo_step.stage is SoloStage.CERTAIN:
-            entry.reach(RequestStage.ALONE)
+            entry.set_stage(RequestStage.ALONE)
         elif entry is not None and is_here and solo_step.stage is SoloStage.OVER:
             entry.clear()
         if is_here or solo_step.stage is not SoloStage.OFFERED:
@@ -178,11 +178,11 @@ class EngineClient:
         if entry is None or entry.attempt != queued.attempt:
             return
         was_alone = entry.must_be_sent_alone
-        entry.reach(RequestStage.QUEUED)
+        entry.set_stage(RequestStage.QUEUED)
         if was_alone:
             self._report(RequestChange.QUEUED_ALONE, entry)
 
-    def _take_step(self, step: StepOutput) -> None:
+    def _deliver_step(self, step: StepOutput) -> None:
         """Pass the outputs of a step to their sinks.
 
         First tokens are passed first, so that they do not wait for all running streams.
@@ -191,12 +191,12 @@ class EngineClient:
         entries = []
         for output in sorted(step.outputs, key=lambda output: output.index > 0):
             entry = self._submissions.get(output.request_id)
-            if entry is not None and self._take_output(entry, output):
+            if entry is not None and self._deliver_output(entry, output):
                 entries.append(entry)
         if entries:
             self._events.put(TokensReceived(entries, now_s))
 
-    def _take_output(self, entry: Submission, output: TokenOutput) -> bool:
+    def _deliver_output(self, entry: Submission, output: TokenOutput) -> bool:
         """Deliver the new tokens of an output; return whether there are any."""
         if output.attempt != entry.attempt or output.choice not in entry.open_choices:
             return False  # of an older attempt, or of a choice that was ended here
@@ -205,7 +205,7 @@ class EngineClient:
         if is_gap or entry.is_handed_back(output):
             reason = "outputs are missing" if is_gap else output.error or "the worker aborted it"
             logger.info("request %s was handed back: %s", output.request_id, reason)
-            self.give_up(entry)
+            self.detach(entry)
             entry.num_returns += 1
             self._report(RequestChange.RETURNED, entry)
             return False
@@ -214,7 +214,7 @@ class EngineClient:
         self._end_prompt(entry)
         entry.deliver(fresh)
         if is_first or is_last:
-            self._count(entry)
+            self._update_load(entry)
         if is_first and entry.open_choices:
             self._report(RequestChange.PROMPT_COMPUTED, entry)
         if not entry.open_choices and entry.stream is self:

@@ -19,11 +19,11 @@ from gateway.engines.disconnects import DisconnectResolver
 from gateway.engines.engine_client import EngineClient
 from gateway.engines.engine_stream import PING_S, SILENCE_LIMIT_S, EngineStream, StreamEnd
 from gateway.engines.kv_index import KvIndex
-from gateway.engines.moves import Moves
-from gateway.engines.pauses import Pauses
+from gateway.engines.pause_tracker import PauseTracker
+from gateway.engines.request_mover import RequestMover
 from gateway.engines.request_router import RequestRouter
 from gateway.engines.router import RoutingPolicy
-from gateway.engines.session_copies import SessionCopies
+from gateway.engines.session_copier import SessionCopier
 from gateway.engines.stream_events import (
     MessageReceived,
     RequestChange,
@@ -73,7 +73,7 @@ class EnginePool:
             ping_s=ping_s,
         )
         self._events = StreamEvents(self._handle)
-        self._keepers: dict[AttentionEndpoint, asyncio.Task[None]] = {}
+        self._connectors: dict[AttentionEndpoint, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self.workers = WorkerRegistry()
         """The connected workers and the requests that each can run."""
@@ -86,10 +86,10 @@ class EnginePool:
             self.workers, self._router, self.disconnects, lambda entry: self.on_resubmit(entry)
         )
         """Requests without a worker."""
-        self._copies = SessionCopies(self.workers, self.kv)
-        self.pauses = Pauses()
+        self._copies = SessionCopier(self.workers, self.kv)
+        self.pauses = PauseTracker()
         """Pauses of streams at changes of the generation."""
-        self.moves = Moves(self.workers, self._router, self.assignments)
+        self.moves = RequestMover(self.workers, self._router, self.assignments)
         """Requests that move while they decode."""
 
     @property
@@ -111,16 +111,18 @@ class EnginePool:
         workers = self.workers
         before, known = workers.leaving, workers.lacking
         workers.set_endpoints(endpoints)
-        for gone in set(self._keepers) - set(endpoints):
+        for gone in set(self._connectors) - set(endpoints):
             logger.info("%s left the generation: stream dropped", gone.name)
-            self._keepers.pop(gone).cancel()
+            self._connectors.pop(gone).cancel()
             has_died = gone.name not in living
             if (client := workers.clients.pop(gone.name, None)) is not None:
-                self._lose(client, StreamEnd("the worker left the generation", has_died))
+                self._handle_lost_stream(
+                    client, StreamEnd("the worker left the generation", has_died)
+                )
             self._resolve_disconnect(gone.name, has_died)
         for endpoint in endpoints:
-            if endpoint not in self._keepers:
-                self._keepers[endpoint] = asyncio.create_task(self._keep(endpoint))
+            if endpoint not in self._connectors:
+                self._connectors[endpoint] = asyncio.create_task(self._keep_connected(endpoint))
         for worker in before - workers.leaving:
             self.moves.end(worker)
         for worker in workers.leaving - before:
@@ -158,16 +160,16 @@ class EnginePool:
     async def stop(self) -> None:
         """End all streams; their requests fail."""
         self.disconnects.stop()
-        keepers = list(self._keepers.values())
+        connectors = list(self._connectors.values())
         self.update([])
-        await asyncio.gather(*keepers, return_exceptions=True)
+        await asyncio.gather(*connectors, return_exceptions=True)
 
-    async def _keep(self, endpoint: AttentionEndpoint) -> None:
+    async def _keep_connected(self, endpoint: AttentionEndpoint) -> None:
         """Reconnect to a worker as long as it is listed."""
         clients = self.workers.clients
         while True:
             client = clients[endpoint.name] = EngineClient(self._connect(endpoint), self._events)
-            announcer = asyncio.create_task(self._announce(client))
+            announcer = asyncio.create_task(self._notify_when_connected(client))
             end = StreamEnd("the worker left the generation", has_died=False)
             try:
                 end = await client.run()
@@ -176,11 +178,11 @@ class EnginePool:
                 announcer.cancel()
                 if clients.get(endpoint.name) is client:
                     del clients[endpoint.name]
-                self._lose(client, end)
+                self._handle_lost_stream(client, end)
             logger.warning("stream to %s ended: %s", endpoint.name, end.reason)
             await asyncio.sleep(_RETRY_S)
 
-    async def _announce(self, client: EngineClient) -> None:
+    async def _notify_when_connected(self, client: EngineClient) -> None:
         await client.stream.connected.wait()
         self._resolve_disconnect(client.worker, has_died=False)
         self._notify()
@@ -189,12 +191,12 @@ class EnginePool:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _lose(self, client: EngineClient, end: StreamEnd) -> None:
+    def _handle_lost_stream(self, client: EngineClient, end: StreamEnd) -> None:
         """Assign the requests of an ended stream to other workers."""
         self.kv.drop(client.worker)
         self.moves.end(client.worker)
         lost = client.take_submissions()
-        self.assignments.reassign(self.disconnects.lose(client.worker, lost, end))
+        self.assignments.reassign(self.disconnects.handle_lost_stream(client.worker, lost, end))
         self._notify()
 
     def _resolve_disconnect(self, worker: str, has_died: bool) -> None:
@@ -202,7 +204,7 @@ class EnginePool:
         continuing = self.disconnects.resolve(worker, has_died)
         if not has_died:
             for entry in (*continuing, *self.assignments.waiting, *self.workers.submissions):
-                entry.acquit(worker)
+                entry.retract_death(worker)
         self.assignments.reassign(continuing)
 
     def _handle(self, event: StreamEvent) -> None:
@@ -222,7 +224,7 @@ class EnginePool:
     ) -> None:
         match change:
             case RequestChange.PROMPT_SETTLED:
-                self.kv.settle(client.worker, entry.prompt_hashes)
+                self.kv.end_expectation(client.worker, entry.prompt_hashes)
                 if entry.must_be_sent_alone:  # it ended
                     self.assignments.schedule()
             case RequestChange.PROMPT_COMPUTED:
@@ -233,11 +235,11 @@ class EnginePool:
                 if worker is not None and not entry.open_choices:
                     self._copies.note_end(entry, worker)
             case RequestChange.RETURNED:
-                self.assignments.take_back(entry)
+                self.assignments.requeue(entry)
             case RequestChange.QUEUED_ALONE:
                 self.assignments.assign_waiting()
             case RequestChange.KV_PRESSURE:
-                self.moves.relieve(entry, client)
+                self.moves.on_kv_pressure(entry, client)
 
     def _note_tokens(self, entries: Sequence[Submission], now_s: float) -> None:
         for entry in entries:

@@ -37,7 +37,7 @@ _CHANNEL_OPTIONS = (
 _Call = grpc.aio.StreamStreamCall[bytes, bytes]
 
 
-_OWN_END = frozenset(
+_LIVE_END_CODES = frozenset(
     {
         grpc.StatusCode.ABORTED,
         grpc.StatusCode.CANCELLED,
@@ -116,7 +116,7 @@ class EngineStream:
                 return StreamEnd("the worker closed the stream", has_died=True)
             except grpc.aio.AioRpcError as err:
                 reason = f"{err.code().name}: {err.details()}"
-                return StreamEnd(reason, has_died=err.code() not in _OWN_END)
+                return StreamEnd(reason, has_died=err.code() not in _LIVE_END_CODES)
             except ProtocolError as err:
                 return StreamEnd(str(err), has_died=False)
             except asyncio.CancelledError:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from workers.requests.block_hash import KvEvents
 
-_LEAP = 16
+_SKIP_BLOCKS = 16
 """Number of blocks that the search skips if all workers with the first one have the last one."""
 
 
@@ -35,7 +35,7 @@ class KvIndex:
     def __init__(self) -> None:
         self._holders: dict[bytes, int] = {}
         self._workers: dict[str, _Worker] = {}
-        self._everyone = 0
+        self._all_bits = 0
         self._names: dict[int, str] = {}
 
     def apply(self, worker: str, events: KvEvents) -> bool:
@@ -56,12 +56,12 @@ class KvIndex:
         return True
 
     def expect(self, worker: str, hashes: Sequence[bytes]) -> None:
-        """Expect that a worker will compute these blocks; ``settle`` undoes it."""
+        """Expect that a worker will compute these blocks; ``end_expectation`` undoes it."""
         if (known := self._workers.get(worker)) is not None:
             known.expected.update(hashes)
             self._hold(known, hashes)
 
-    def settle(self, worker: str, hashes: Sequence[bytes]) -> None:
+    def end_expectation(self, worker: str, hashes: Sequence[bytes]) -> None:
         """Undo ``expect``: the worker has reported the blocks, or will not compute them."""
         if (known := self._workers.get(worker)) is None:
             return
@@ -76,7 +76,7 @@ class KvIndex:
     def drop(self, worker: str) -> None:
         """Remove a worker with its blocks."""
         if (known := self._workers.pop(worker, None)) is not None:
-            self._everyone &= ~known.bit
+            self._all_bits &= ~known.bit
             for name in known.reported | known.expected.keys():
                 self._clear(name, known.bit)
 
@@ -86,12 +86,12 @@ class KvIndex:
         Example: a has blocks 1 to 3, b has block 1: hashes of blocks 1, 2, 9 give a 2, b 1.
         """
         look, names, found = self._holders.get, self._names, dict[str, int]()
-        have, depth = self._everyone, 0
+        have, depth = self._all_bits, 0
         while have and depth < len(hashes):
-            if look(hashes[min(depth + _LEAP, len(hashes)) - 1], 0) & have == have:
-                depth += _LEAP
+            if look(hashes[min(depth + _SKIP_BLOCKS, len(hashes)) - 1], 0) & have == have:
+                depth += _SKIP_BLOCKS
                 continue
-            for place, name in enumerate(hashes[depth : depth + _LEAP], depth):
+            for place, name in enumerate(hashes[depth : depth + _SKIP_BLOCKS], depth):
                 still = look(name, 0) & have
                 if still != have:  # some worker has no further blocks
                     ended, have = have ^ still, still
@@ -101,7 +101,7 @@ class KvIndex:
                         found[names[ended]] = place
                     else:
                         self._note(ended, place, found)
-            depth += _LEAP
+            depth += _SKIP_BLOCKS
         if hashes:
             self._note(have, len(hashes), found)
         return found
@@ -134,8 +134,8 @@ class KvIndex:
             workers ^= bit
 
     def _add(self, worker: str) -> _Worker:
-        bit = ~self._everyone & (self._everyone + 1)  # the lowest free bit
-        self._everyone |= bit
+        bit = ~self._all_bits & (self._all_bits + 1)  # the lowest free bit
+        self._all_bits |= bit
         self._workers[worker] = known = _Worker(bit)
         self._names[bit] = worker
         return known

@@ -12,7 +12,7 @@ from gateway.engines.submission import Submission
 from gateway.engines.worker_registry import WorkerRegistry
 from workers.requests.block_hash import block_hashes
 
-ROOM_FACTOR = 4
+FREE_KV_FACTOR = 4
 """Free KV tokens that the target of a move needs, as a multiple of the request's tokens: other
 requests may take blocks before it arrives, and it must not move back soon."""
 
@@ -42,10 +42,12 @@ class RequestRouter:
             return None
         loads, tokens = [client.load for client in clients.values()], entry.num_known_tokens
         if self._policy is RoutingPolicy.KV:
-            size = self._name_blocks(entry, ready[0])
+            size = self._set_block_hashes(entry, ready[0])
             hashes = entry.prompt_hashes
-            home = self._affinity.get(entry.request)
-            choice = route_by_kv(self.kv, hashes, loads, self._num_routed, tokens, size, home)
+            session_worker = self._affinity.get(entry.request)
+            choice = route_by_kv(
+                self.kv, hashes, loads, self._num_routed, tokens, size, session_worker
+            )
         else:
             for client in clients.values():
                 client.load.outstanding_tokens = client.outstanding_tokens
@@ -59,7 +61,7 @@ class RequestRouter:
     def pick_with_free_kv(self, entry: Submission, source: EngineClient) -> EngineClient | None:
         """Other worker with the most free KV tokens for a request of ``source``, if any has
         enough."""
-        needed = ROOM_FACTOR * entry.num_known_tokens
+        needed = FREE_KV_FACTOR * entry.num_known_tokens
         others = (
             c
             for c in self._workers.ready
@@ -72,11 +74,11 @@ class RequestRouter:
         tokens = entry.num_known_tokens
         if self._policy is not RoutingPolicy.KV or not ready:
             return tokens
-        block_size = self._name_blocks(entry, ready[0])
+        block_size = self._set_block_hashes(entry, ready[0])
         matches = self.kv.matches(entry.prompt_hashes)
         return tokens - block_size * max(matches.values(), default=0)
 
-    def _name_blocks(self, entry: Submission, client: EngineClient) -> int:
+    def _set_block_hashes(self, entry: Submission, client: EngineClient) -> int:
         """Set the block hashes of the prompt; return the number of tokens per block."""
         hello = client.hello
         assert hello is not None, "only workers that said hello take requests"

@@ -27,7 +27,7 @@ values make bursts with a common prefix wait longer.
 """
 DECODE_TOKENS = 64
 """Delay that a decoding sequence adds to a prompt, in prompt tokens."""
-HOME_TOKENS = 64
+SESSION_TOKENS = 64
 """Preference for the worker that served the last request of a session, in prompt tokens: it caches
 more of the session than the full blocks of this prompt, for this request and the next ones."""
 FETCH_TOKENS = 32
@@ -78,7 +78,7 @@ def pick_worker(
     prompt_tokens: int = 0,
     cached_tokens: Mapping[str, int] | None = None,
     peer: KvPeer | None = None,
-    home: str = "",
+    session_worker: str = "",
 ) -> Route:
     """Pick the worker of the next request.
 
@@ -89,7 +89,7 @@ def pick_worker(
         prompt_tokens: length of the request's prompt.
         cached_tokens: number of cached prompt tokens by worker; 0 for missing workers.
         peer: worker from which another one can fetch a prefix of the prompt.
-        home: worker that served the last request of the session; empty if none.
+        session_worker: worker that served the last request of the session; empty if none.
 
     The ``kv`` policy minimises a cost in prompt tokens: the tokens to wait for plus the tokens to
     compute. A worker fetches from the peer while it computes other prompts, so only the longer of
@@ -108,10 +108,10 @@ def pick_worker(
         waits = [x.queued_tokens + DECODE_TOKENS * x.num_decoding for x in loads]
         missing = [prompt_tokens - get(x.name, 0) for x in loads]
         costs = [w + MISSING_WEIGHT * m for w, m in zip(waits, missing, strict=True)]
-        _prefer(home, loads, costs)
+        _prefer_session(session_worker, loads, costs)
         if peer is not None:
             fetches = _fetch_costs(loads, waits, missing, prompt_tokens - peer.tokens)
-            _prefer(home, loads, fetches)
+            _prefer_session(session_worker, loads, fetches)
             if min(fetches) < min(costs):
                 return Route(_best(loads, fetches, num_routed), peer.tokens, peer.name)
     return _route(_best(loads, costs, num_routed), known)
@@ -124,7 +124,7 @@ def route_by_kv(
     num_routed: int,
     prompt_tokens: int,
     block_size: int,
-    home: str = "",
+    session_worker: str = "",
 ) -> Route:
     """Call ``pick_worker`` with the ``kv`` policy; ``hashes``: short hashes of the full blocks."""
     matches = index.matches(hashes)
@@ -133,14 +133,16 @@ def route_by_kv(
     if any(load.fetch_cost < math.inf for load in loads):
         holder, count = index.best_holder(hashes, matches)
         peer = KvPeer(holder, count * block_size) if count else None
-    return pick_worker(loads, RoutingPolicy.KV, num_routed, prompt_tokens, cached, peer, home)
+    return pick_worker(
+        loads, RoutingPolicy.KV, num_routed, prompt_tokens, cached, peer, session_worker
+    )
 
 
-def _prefer(home: str, loads: Sequence[WorkerLoad], costs: list[float]) -> None:
-    if home:
+def _prefer_session(session_worker: str, loads: Sequence[WorkerLoad], costs: list[float]) -> None:
+    if session_worker:
         for place, load in enumerate(loads):
-            if load.name == home:
-                costs[place] -= HOME_TOKENS
+            if load.name == session_worker:
+                costs[place] -= SESSION_TOKENS
 
 
 def _fetch_costs(

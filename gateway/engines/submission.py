@@ -22,9 +22,9 @@ _HANDED_BACK = frozenset({"not_ready", "draining"})
 """Error codes with which a worker hands back a request that another worker can serve."""
 MAX_RETURNS_WITHOUT_ADAPTER = 3
 """A request fails after it was returned this often by workers that lack its adapter."""
-MAX_SILENT_DEATHS = 2
+MAX_UNACKNOWLEDGED_DEATHS = 2
 """Number of workers that died before they acknowledged a request, after which it is sent alone."""
-MAX_SILENT_DEATHS_IN_ALL = 5
+MAX_TOTAL_UNACKNOWLEDGED_DEATHS = 5
 """Number of such deaths after which a request fails."""
 
 
@@ -110,7 +110,7 @@ class Submission:
     """Worker from which its worker may fetch prompt blocks; empty if none."""
     is_computing: bool = False
     """Whether its worker has not sent an output yet."""
-    counted: tuple[int, int] = (0, 0)
+    counted_load: tuple[int, int] = (0, 0)
     """Its share of its worker's load: prompt tokens to compute, decoding sequences."""
 
     def __post_init__(self) -> None:
@@ -175,7 +175,7 @@ class Submission:
         self.sink.put(output)
 
     @property
-    def num_silent_deaths(self) -> int:
+    def num_unacknowledged_deaths(self) -> int:
         """Workers that died before they acknowledged it, since the last acknowledgement."""
         return sum(self.deaths.values())
 
@@ -183,18 +183,18 @@ class Submission:
     def must_be_sent_alone(self) -> bool:
         """Whether it may kill workers on receipt, so that only one such request is sent at a
         time."""
-        return self.num_silent_deaths >= MAX_SILENT_DEATHS
+        return self.num_unacknowledged_deaths >= MAX_UNACKNOWLEDGED_DEATHS
 
     @property
     def may_kill_on_receipt(self) -> bool:
         """Whether this request, not a queued one, is the likely cause if its worker dies now."""
         return self.must_be_sent_alone and self.stage is RequestStage.SENT
 
-    def awaits_verdict(self, unjudged: Collection[str]) -> bool:
-        """Whether it would run alone, but one of its dead workers is ``unjudged``: maybe alive."""
-        return self.num_deaths >= MAX_DEATHS and not self.deaths.keys().isdisjoint(unjudged)
+    def needs_confirmation(self, unresolved: Collection[str]) -> bool:
+        """Whether it would run alone, but a dead worker is ``unresolved``: maybe alive."""
+        return self.num_deaths >= MAX_DEATHS and not self.deaths.keys().isdisjoint(unresolved)
 
-    def reach(self, stage: RequestStage) -> None:
+    def set_stage(self, stage: RequestStage) -> None:
         """Record an acknowledged stage; ``clear`` ends a solo step."""
         self.stage = stage
         self.deaths = dict.fromkeys(self.deaths, False)
@@ -204,11 +204,11 @@ class Submission:
         self.stage = RequestStage.QUEUED
         self.deaths.clear()
 
-    def acquit(self, worker: str) -> None:
+    def retract_death(self, worker: str) -> None:
         """Retract a recorded death: only the connection to the worker was lost."""
         self.deaths.pop(worker, None)
 
-    def lose(self) -> str | None:
+    def record_death(self) -> str | None:
         """Record the death of its last worker; return why this request is the cause, or None.
 
         Workers do not report the requests of a step, so a request that only waited counts the
@@ -218,9 +218,9 @@ class Submission:
         self.deaths[self.last_worker] = self.stage is RequestStage.SENT
         if self.stage is RequestStage.ALONE:
             return "a third worker in a row was lost with it"
-        if self.num_silent_deaths < MAX_SILENT_DEATHS_IN_ALL:
+        if self.num_unacknowledged_deaths < MAX_TOTAL_UNACKNOWLEDGED_DEATHS:
             return None
-        return f"{self.num_silent_deaths} workers in a row were lost when they received it"
+        return f"{self.num_unacknowledged_deaths} workers in a row were lost when they received it"
 
     def is_handed_back(self, output: TokenOutput) -> bool:
         """Whether an output means that the worker cannot continue, but another worker may."""

@@ -52,8 +52,8 @@ class WorkerRegistry:
         ready = self.ready
         return not ready or any(key not in self.lacking.get(c.worker, ()) for c in ready)
 
-    def num_places(self, max_num_seqs: int) -> int:
+    def num_seats(self, max_num_seqs: int) -> int:
         """Number of sequences that all workers can run: ``max_num_seqs`` each, or the number of
         decoding sequences of a worker that runs short of KV blocks.
         """
-        return sum(client.num_places(max_num_seqs) for client in self.ready)
+        return sum(client.num_seats(max_num_seqs) for client in self.ready)

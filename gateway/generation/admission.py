@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from cluster.core.errors import QueueFullError
 from gateway.core.errors import clamp_retry_s
-from gateway.generation.drain_rate import DrainRate
+from gateway.generation.service_rate import ServiceRate
 from gateway.generation.tenant_queues import CallDemand, TenantQueue, tokens_ahead
 
 _UNKNOWN_RATE_RETRY_S = 5.0
@@ -17,7 +17,7 @@ _UNKNOWN_RATE_RETRY_S = 5.0
 _BURST_S = 1.0
 """Time for which a new queue takes requests regardless of their wait, so that a batch of requests
 that arrive together waits instead of being refused."""
-_STANDING_SHARE = 1 / 3
+_OVERLOAD_SHARE = 1 / 3
 """Fraction of the longest wait that is the limit once a queue has existed for longer than that
 wait.
 A burst has ended by that time; a queue that remains means overload, in which a long queue serves no
@@ -64,7 +64,7 @@ class Admission:
     max_prompt_bytes: int = 256 * 1024 * 1024
     """Largest number of bytes of all admitted prompt embeddings."""
     num_requests: int = field(default=0, init=False)
-    num_places: int = field(default=0, init=False)
+    num_seats: int = field(default=0, init=False)
     """Choices that run at the engines or wait for them."""
     num_tokens: int = field(default=0, init=False)
     """Tokens that the admitted requests may need."""
@@ -73,12 +73,12 @@ class Admission:
 
     def __post_init__(self) -> None:
         self._queues: dict[str, TenantQueue] = {}
-        self._rate = DrainRate()
+        self._rate = ServiceRate()
 
     @property
     def num_waiting(self) -> int:
         """Number of choices above ``capacity``."""
-        return max(0, self.num_places - self.capacity)
+        return max(0, self.num_seats - self.capacity)
 
     def admit(self, demand: CallDemand, now_s: float) -> Ticket:
         """Admit one call. Raises ``QueueFullError`` with a retry time.
@@ -123,13 +123,13 @@ class Admission:
     def _check_wait(self, demand: CallDemand, now_s: float) -> None:
         wait_s = self.queue_time_s(demand)
         is_burst = self._rate.saturated_for_s(now_s) <= _BURST_S
-        stands = self._rate.stands_for_s(now_s) > self.max_wait_s
-        limit_s = self.max_wait_s * (_STANDING_SHARE if stands else 1)
+        is_overloaded = self._rate.queue_age_s(now_s) > self.max_wait_s
+        limit_s = self.max_wait_s * (_OVERLOAD_SHARE if is_overloaded else 1)
         if wait_s <= limit_s or demand.priority > 0 or is_burst:
             return
         raise QueueFullError(
             f"the queue is full: requests would wait {wait_s:.1f} s, at most {limit_s:.3g} s "
-            f"({'a third of ' if stands else ''}max_queue_wait_s)",
+            f"({'a third of ' if is_overloaded else ''}max_queue_wait_s)",
             clamp_retry_s(wait_s - limit_s),
             "queue_wait",
         )
@@ -171,7 +171,7 @@ class Admission:
             return 0.0
         rate = self._rate.tokens_per_s
         if rate is None:
-            rate = self.capacity * (self._rate.tokens_per_place_s or 0.0)
+            rate = self.capacity * (self._rate.tokens_per_seat_s or 0.0)
         if not rate:
             return 0.0
         return tokens_ahead(self._queues, self.capacity, demand.tenant, demand.priority) / rate
@@ -194,7 +194,7 @@ class Admission:
         if not queue.by_priority:
             del self._queues[demand.tenant]
         self.num_requests += sign * demand.num_requests
-        self.num_places += sign * demand.num_places
+        self.num_seats += sign * demand.num_seats
         self.num_tokens += sign * demand.num_tokens
         self.num_bytes += sign * demand.num_bytes
         is_full = self.num_requests >= self.max_requests

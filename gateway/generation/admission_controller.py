@@ -43,17 +43,21 @@ class AdmissionController:
         return self.admission.num_requests if self.admission else 0
 
     def admit(self, demand: CallDemand, max_model_len: int, deadline_s: float) -> Ticket:
-        """Admit a call. Raises the errors of ``require_room``."""
-        return self.require_room(demand, max_model_len, deadline_s).admit(demand, time.monotonic())
+        """Admit a call. Raises the errors of ``require_capacity``."""
+        return self.require_capacity(demand, max_model_len, deadline_s).admit(
+            demand, time.monotonic()
+        )
 
-    def require_room(self, demand: CallDemand, max_model_len: int, deadline_s: float) -> Admission:
+    def require_capacity(
+        self, demand: CallDemand, max_model_len: int, deadline_s: float
+    ) -> Admission:
         """Check that a call can be admitted now and would run before its deadline.
 
         Raises:
             QueueFullError: a limit of the queue is exceeded.
             DeadlineExceededError: the call would wait beyond its deadline.
         """
-        admission, now_s = self._now(max_model_len), time.monotonic()
+        admission, now_s = self._with_current_capacity(max_model_len), time.monotonic()
         try:
             admission.check(demand, now_s)
         except QueueFullError as err:
@@ -64,7 +68,7 @@ class AdmissionController:
             raise DeadlineExceededError("the request would wait beyond its deadline", False)
         return admission
 
-    def _now(self, max_model_len: int) -> Admission:
+    def _with_current_capacity(self, max_model_len: int) -> Admission:
         """The admission with the current capacity, which depends on workers and their KV blocks."""
         limits = self._limits
         if self.admission is None:
@@ -74,5 +78,5 @@ class AdmissionController:
                 max_wait_s=limits.max_queue_wait_s or math.inf,
             )
         share = -(-self._max_num_seqs // limits.num_gateway_replicas)
-        self.admission.capacity = self._engines.workers.num_places(share)
+        self.admission.capacity = self._engines.workers.num_seats(share)
         return self.admission

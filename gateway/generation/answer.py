@@ -9,7 +9,7 @@ from itertools import groupby
 
 from gateway.core.call import GenerateCall
 from gateway.core.delta import ChoiceDelta, Finish
-from gateway.core.tool_use import ToolForm
+from gateway.core.tool_use import ToolCallFormat
 from gateway.generation.running_call import RunningCall
 from gateway.text.forms.answer_parser import AnswerParser
 from gateway.text.forms.call_ids import conversation_call_ids
@@ -18,7 +18,7 @@ from gateway.text.harmony.parser import HarmonyParser
 from gateway.text.tokenizer import Tokenizer
 from workers.requests.request import FinishReason, TokenLogprob
 
-LOWEST_LOGPROB = -9999.0
+MIN_LOGPROB = -9999.0
 """Replaces minus infinity, which JSON cannot represent."""
 
 
@@ -95,8 +95,8 @@ class TextFormat:
     def _make_parser(self) -> AnswerParser | HarmonyParser | None:
         """Parser of the text of one choice; None if the whole text is content."""
         call = self.call
-        form, tools = call.tool_form, call.tools
-        if form is ToolForm.HARMONY:
+        form, tools = call.tool_format, call.tools
+        if form is ToolCallFormat.HARMONY:
             names = [tool.name for tool in tools.allowed] if tools else []
             return HarmonyParser(names, call.open_message)
         has_calls = form is not None and tools is not None
@@ -130,4 +130,4 @@ def alternatives(entry: TokenLogprob, wanted: int) -> list[tuple[int, float]]:
 
 def clamp_logprob(value: float) -> float:
     """Clamp a log-probability to values that JSON can represent."""
-    return LOWEST_LOGPROB if math.isnan(value) else min(max(value, LOWEST_LOGPROB), 0.0)
+    return MIN_LOGPROB if math.isnan(value) else min(max(value, MIN_LOGPROB), 0.0)

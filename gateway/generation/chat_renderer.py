@@ -10,7 +10,7 @@ from typing import Any
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.call import ChatInput
 from gateway.core.field_checks import check_chat
-from gateway.core.tool_use import ToolForm
+from gateway.core.tool_use import ToolCallFormat
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.client_templates import ClientTemplateRenderer, RenderedTemplate
 from gateway.text.harmony.template import HarmonyTemplate
@@ -23,7 +23,7 @@ class RenderedChat:
     """The prompt of a conversation, and the format of its output."""
 
     text: str
-    form: ToolForm
+    form: ToolCallFormat
     """Format of tool calls in the output."""
     has_thinking: bool
     """Whether the output may contain delimited reasoning."""
@@ -62,7 +62,7 @@ class ChatRenderer:
             raise RequestError("the model has no chat template: use completions", "messages")
         form, effort = _check_tools(chat, own), chat.reasoning_effort
         if isinstance(own, HarmonyTemplate):
-            options["answer_format"] = chat.answer_format
+            options["output_schema"] = chat.output_schema
             effort = effort if own.knows_effort(effort) else None
         options["variables"] = _variables(chat, effort)
         text = await asyncio.to_thread(own.render, chat.messages, **options)
@@ -95,13 +95,13 @@ def _variables(chat: ChatInput, effort: str | None) -> Mapping[str, Any]:
 
 def _check_tools(
     chat: ChatInput, template: ChatTemplate | HarmonyTemplate | RenderedTemplate
-) -> ToolForm:
+) -> ToolCallFormat:
     """Format in which the model calls tools; the default if the conversation has no tools.
 
     Raises:
         UnsupportedParameterError: the conversation has tools, but the template does not take them.
     """
-    form = template.tool_form
+    form = template.tool_format
     if chat.tools is not None and (form is None or not template.has_tools):
         takes = "tools in an unknown format" if template.has_tools else "no tools"
         reason = f"tools is not supported: the model's chat template takes {takes}"
@@ -111,4 +111,4 @@ def _check_tools(
             name = f"messages[{place}].tool_calls"
             reason = f"{name} is not supported: the model's chat template takes no tools"
             raise UnsupportedParameterError(reason, name)
-    return form or ToolForm.HERMES
+    return form or ToolCallFormat.HERMES

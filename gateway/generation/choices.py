@@ -23,7 +23,7 @@ from workers.requests.request import (
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class PromptResults:
     """Results of one prompt other than tokens."""
 
     arrays: tuple[NamedArray, ...] = ()
@@ -105,7 +105,7 @@ class Prompt:
     logprobs: list[TokenLogprob | None] | None = None
     """``scores``, decoded."""
     echo: tuple[str, list[TokenText]] | None = None
-    found: Found = Found()
+    results: PromptResults = PromptResults()
 
     @property
     def waits_for_logprobs(self) -> bool:

@@ -42,7 +42,7 @@ from gateway.core.field_checks import check_fields
 from gateway.core.model import ModelFacts
 from gateway.core.replay import ReplayCause
 from gateway.core.request_id import REQUEST_ID
-from gateway.core.retention import with_hint
+from gateway.core.retention import with_ttl_hint
 from gateway.core.tuning import GatewayTuning
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.router import RoutingPolicy
@@ -51,7 +51,7 @@ from gateway.generation import request_log
 from gateway.generation.admission_controller import AdmissionController
 from gateway.generation.output_queue import CallRegistry, OutputQueue
 from gateway.generation.prompts import PromptMaker
-from gateway.generation.readiness import Readiness, server_ends
+from gateway.generation.readiness import Readiness, shutdown_error
 from gateway.generation.request_maker import MakeRequests, RequestMaker, complete_requests
 from gateway.generation.request_submitter import RequestSubmitter
 from gateway.generation.request_trace import TRACE, note_error
@@ -167,13 +167,13 @@ class Gateway:
         self.readiness.leave(now_s)
         return self.admission.num_requests
 
-    def end(self, stage: ShutdownStage, now_s: float) -> int:
+    def shut_down(self, stage: ShutdownStage, now_s: float) -> int:
         """Shut down with the whole server, by stages; return the number of running requests."""
         left = self.leave(now_s)
         if stage != "lead":
-            self.readiness.takes_calls = False
+            self.readiness.accepts_calls = False
         if stage == "fail":
-            self.running.fail(server_ends())
+            self.running.fail(shutdown_error())
         return left
 
     async def close(self) -> None:
@@ -205,7 +205,7 @@ class Gateway:
             adapter = self.model.hold_adapter(call.model, held)
             if make is None:
                 check_fields(call, self.limits)
-                call = with_hint(call, self.limits)
+                call = with_ttl_hint(call, self.limits)
                 make = partial(self.requests.make, call)
                 if (trace := TRACE.get()) is not None:
                     trace.fields = call
@@ -227,7 +227,7 @@ class Gateway:
         if caller is not None:
             demand = replace(demand, tenant=caller.entry.tenant, weight=caller.entry.weight)
         # refuse before the cost of tokenization
-        self.admission.require_room(demand, facts.max_model_len, deadline_s)
+        self.admission.require_capacity(demand, facts.max_model_len, deadline_s)
         call, made = await make(facts)
         if not self.engines.workers.has_adapter(adapter):
             raise NotReadyError(f"no worker could load the adapter {call.model}: ask again later")

@@ -19,7 +19,7 @@ from gateway.generation.gateway import Gateway
 from gateway.generation.losses import aux_loss, classification_loss
 from gateway.generation.pooling import (
     Mask,
-    Reader,
+    PoolingService,
     apply_mask,
     as_numpy,
     check_classifier_batch,
@@ -72,7 +72,7 @@ class InspectFields:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Inspected:
+class InspectionResult:
     rows: tuple[tuple[NamedArray, ...], ...]
     """Arrays by prompt, with the names and shapes of ``workers.requests.inspection``."""
     num_tokens: tuple[int, ...]
@@ -84,11 +84,11 @@ class Inspected:
     usage: Usage
 
 
-class Inspecting:
+class InspectionService:
     """Serves inspections through a gateway, within its memory limit."""
 
     def __init__(self, gateway: Gateway) -> None:
-        self._reader = Reader(gateway)
+        self._pooling = PoolingService(gateway)
         self._long_work = gateway.long_work
         self._max_prompts = gateway.limits.max_batch_prompts
         self._max_held_bytes = gateway.tuning.max_inspection_bytes
@@ -97,7 +97,7 @@ class Inspecting:
     @contextlib.asynccontextmanager
     async def inspect(
         self, fields: InspectFields, wanted: GenerateCall, most_bytes: int
-    ) -> AsyncIterator[Inspected]:
+    ) -> AsyncIterator[InspectionResult]:
         """Results of an inspection; they count for the memory limit until the block ends.
 
         Raises the errors of ``Gateway.start``.
@@ -118,7 +118,7 @@ class Inspecting:
             return requests
 
         try:
-            found, usage = await self._reader.read(make, "insp", "token_ids", wanted)
+            found, usage = await self._pooling.read(make, "insp", "token_ids", wanted)
             assert made is not None, "made before it is read"
             yield _inspected(fields, *made, [one.arrays for one in found], usage)
         finally:
@@ -236,11 +236,11 @@ def _inspected(
     requests: Sequence[Request],
     found: Sequence[Sequence[NamedArray]],
     usage: Usage,
-) -> Inspected:
+) -> InspectionResult:
     rows = [{array.name: array for array in arrays} for arrays in found]
     lengths = tuple(len(request.prompt) for request in requests)
     assert facts.shape is not None, "reported with the other facts"
-    return Inspected(
+    return InspectionResult(
         rows=tuple(tuple(a for a in arrays if _is_wanted(fields, a)) for arrays in found),
         num_tokens=lengths,
         loss=_loss(fields, facts, rows) if fields.wants("loss") else None,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from gateway.core.call import ChatInput, GenerateCall
 from gateway.core.thinking import BEGIN, END, Thinking, thinking_after
-from gateway.core.tool_use import ToolForm
+from gateway.core.tool_use import ToolCallFormat
 from gateway.generation.chat_renderer import RenderedChat
 from gateway.text.encoding import EncodedText
 from gateway.text.forms.answer_grammar import answer_grammar
@@ -35,15 +35,17 @@ def apply_output_rules(
         tokenizer: knows the delimiters of tool calls and reasoning.
     """
     ids, is_cut = encoded.ids, len(encoded.ids) < encoded.num_tokens
-    if rendered.form is ToolForm.HARMONY:
-        return _with_channels(call, _open_message(rendered.text, ids, is_cut, tokenizer), tokenizer)
+    if rendered.form is ToolCallFormat.HARMONY:
+        return _with_harmony_rules(
+            call, _open_message(rendered.text, ids, is_cut, tokenizer), tokenizer
+        )
     thinking = None
     if rendered.has_thinking:
         thinking = _thinking(chat, rendered.text, ids, is_cut, tokenizer)
-    return _with_form(call, rendered.form, thinking, tokenizer)
+    return _with_tool_rules(call, rendered.form, thinking, tokenizer)
 
 
-def _with_channels(call: GenerateCall, opened: str, tokenizer: Tokenizer) -> GenerateCall:
+def _with_harmony_rules(call: GenerateCall, opened: str, tokenizer: Tokenizer) -> GenerateCall:
     """The call with rules for output in the Harmony format.
 
     Args:
@@ -53,14 +55,14 @@ def _with_channels(call: GenerateCall, opened: str, tokenizer: Tokenizer) -> Gen
     return replace(
         call,
         grammar=harmony_grammar(call.tools, special_ids, call.grammar, opened),
-        tool_form=ToolForm.HARMONY,
+        tool_format=ToolCallFormat.HARMONY,
         open_message=opened,
         skip_special_tokens=False,
     )
 
 
-def _with_form(
-    call: GenerateCall, form: ToolForm, thinking: Thinking | None, tokenizer: Tokenizer
+def _with_tool_rules(
+    call: GenerateCall, form: ToolCallFormat, thinking: Thinking | None, tokenizer: Tokenizer
 ) -> GenerateCall:
     """The call with rules for output in any other format."""
     use = call.tools
@@ -70,7 +72,7 @@ def _with_form(
     return replace(
         call,
         grammar=answer_grammar(use, form, tokenizer.grammar_token_ids, call.grammar, thinking),
-        tool_form=None if use is None else form,
+        tool_format=None if use is None else form,
         thinking=thinking,
         skip_special_tokens=call.skip_special_tokens and use is None and not has_marks,
     )

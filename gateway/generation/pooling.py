@@ -20,7 +20,7 @@ from gateway.core.call import CallKind, GenerateCall
 from gateway.core.delta import Usage
 from gateway.core.field_checks import RANGES, check_batch, check_cache_salt, check_range, require
 from gateway.core.model import ModelFacts
-from gateway.generation.choices import Found
+from gateway.generation.choices import PromptResults
 from gateway.generation.gateway import Gateway
 from gateway.generation.validate import check_context, check_prompts
 from workers.requests.classifier import pooled_position
@@ -38,7 +38,7 @@ Mask = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ClassRow:
+class ClassResult:
     label: str
     """The most probable class, the first one of a tie."""
     probs: tuple[float, ...]
@@ -49,19 +49,19 @@ class ClassRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Answers(Generic[Row]):
+class PoolingResults(Generic[Row]):
     """Results of a call, one per prompt."""
 
     rows: tuple[Row, ...]
     usage: Usage
 
 
-def reading_call(**given: Any) -> GenerateCall:
+def make_pooling_call(**given: Any) -> GenerateCall:
     """Make a call with the fields of all calls without output: model, priority, cache salt."""
     return GenerateCall(kind=CallKind.COMPLETION, token_ids_only=True, **given)
 
 
-class Reader:
+class PoolingService:
     """Serves calls without output through a gateway."""
 
     def __init__(self, gateway: Gateway) -> None:
@@ -70,7 +70,7 @@ class Reader:
 
     async def embed(
         self, prompts: Sequence[PromptInput], pooling: str | None, call: GenerateCall
-    ) -> Answers[NDArray[np.float32]]:
+    ) -> PoolingResults[NDArray[np.float32]]:
         """Vectors of prompts, [hidden_size] each, not normalised.
 
         Raises the errors of ``Gateway.start``.
@@ -85,7 +85,7 @@ class Reader:
             return [Request(prompt=one, inspection=inspection) for one in ids]
 
         found, usage = await self.read(make, "embd", "input", call)
-        return Answers(tuple(as_numpy(one.arrays[0]) for one in found), usage)
+        return PoolingResults(tuple(as_numpy(one.arrays[0]) for one in found), usage)
 
     async def classify(
         self,
@@ -93,7 +93,7 @@ class Reader:
         labels: Sequence[str],
         masks: Sequence[Mask],
         call: GenerateCall,
-    ) -> Answers[ClassRow]:
+    ) -> PoolingResults[ClassResult]:
         """Classes of prompts. Raises the errors of ``Gateway.start``."""
         names: tuple[str, ...] = ()
         is_multi = False
@@ -117,7 +117,7 @@ class Reader:
             logits = [tuple(sums[i : i + len(names)]) for i in range(0, len(sums), len(names))]
         else:
             logits = [one.class_logits for one in found]
-        return Answers(tuple(_class_row(names, one, is_multi) for one in logits), usage)
+        return PoolingResults(tuple(_class_row(names, one, is_multi) for one in logits), usage)
 
     async def score(
         self,
@@ -125,7 +125,7 @@ class Reader:
         documents: Sequence[PromptInput],
         call: GenerateCall,
         names: tuple[str, str] = ("queries", "documents"),
-    ) -> Answers[float]:
+    ) -> PoolingResults[float]:
         """Mean log-probabilities of documents after queries; ``names`` are the client's fields.
 
         Raises the errors of ``Gateway.start``.
@@ -153,7 +153,9 @@ class Reader:
 
         found, usage = await self.read(make, "score", other, call)
         rows = [as_numpy(one.arrays[0]) for one in found]
-        return Answers(tuple(float(np.nanmean(row, dtype=np.float64)) for row in rows), usage)
+        return PoolingResults(
+            tuple(float(np.nanmean(row, dtype=np.float64)) for row in rows), usage
+        )
 
     async def _label_prompts(
         self, ids: Sequence[tuple[int, ...]], labels: Sequence[str], facts: ModelFacts
@@ -196,7 +198,7 @@ class Reader:
         prefix: str,
         field: str,
         call: GenerateCall,
-    ) -> tuple[list[Found], Usage]:
+    ) -> tuple[list[PromptResults], Usage]:
         """Run the requests of ``make`` to their end. Raises the errors of ``Gateway.start``."""
         check_range("priority", call.priority, RANGES["priority"])
         check_cache_salt(call.cache_salt)
@@ -290,11 +292,13 @@ def as_numpy(array: NamedArray) -> NDArray[Any]:
     return np.frombuffer(array.data, dtype=kind).reshape(array.shape)
 
 
-def _class_row(names: Sequence[str], logits: tuple[float, ...], is_multi: bool) -> ClassRow:
+def _class_row(names: Sequence[str], logits: tuple[float, ...], is_multi: bool) -> ClassResult:
     if is_multi:
         probs = [1 / (1 + math.exp(-max(value, -700.0))) for value in logits]
     else:
         weights = [math.exp(value - max(logits)) for value in logits]
         probs = [weight / sum(weights) for weight in weights]
     best = max(range(len(logits)), key=lambda i: logits[i])
-    return ClassRow(label=names[best], probs=tuple(probs), logits=logits, num_classes=len(logits))
+    return ClassResult(
+        label=names[best], probs=tuple(probs), logits=logits, num_classes=len(logits)
+    )

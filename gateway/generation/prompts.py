@@ -10,7 +10,7 @@ from gateway.core.call import ChatInput, GenerateCall
 from gateway.core.model import ModelFacts
 from gateway.generation.chat_renderer import ChatRenderer
 from gateway.generation.output_rules import apply_output_rules
-from gateway.generation.validate import check_context, check_token_ids, kept_tokens
+from gateway.generation.validate import check_context, check_token_ids, truncation_slice
 from gateway.offload.long_work import INLINE_SIZE, LongWork
 from gateway.text.encoding import (
     MAX_TOKENS,
@@ -43,7 +43,7 @@ class PromptMaker:
     def has_tools(self) -> bool:
         """Whether the model's chat template takes tools in a known format."""
         template = self.tokenizer.chat_template if self.tokenizer else None
-        return template is not None and template.has_tools and template.tool_form is not None
+        return template is not None and template.has_tools and template.tool_format is not None
 
     @property
     def _encoder(self) -> TextEncoder:
@@ -123,7 +123,7 @@ class PromptMaker:
         if call.truncate_prompt_tokens is None:
             self._check_length(text, facts, "messages")
         special = bool(call.add_special_tokens)
-        kept = kept_tokens(call, facts)
+        kept = truncation_slice(call, facts)
         (encoded,) = await self._encode([text], facts, special, "messages", kept)
         if call.chat.template is not None and not encoded.num_tokens:
             raise RequestError(f"{PARAM} makes an empty prompt", PARAM)
@@ -141,7 +141,7 @@ class PromptMaker:
 
     async def _make_all(self, call: GenerateCall, facts: ModelFacts) -> list[tuple[int, ...]]:
         special = call.add_special_tokens is not False
-        kept, name = kept_tokens(call, facts), call.prompt_name
+        kept, name = truncation_slice(call, facts), call.prompt_name
         if kept is not None:
             cut = await self._encode(call.prompts, facts, special, name, kept)
             return [one.ids for one in cut]

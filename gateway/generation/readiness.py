@@ -30,7 +30,7 @@ class Readiness:
         self._keys = keys
         self._leaving_lead_s = leaving_lead_s
         self._leaves_since_s: float | None = None
-        self.takes_calls = True
+        self.accepts_calls = True
         """False if new calls are refused."""
 
     @property
@@ -63,8 +63,8 @@ class Readiness:
 
     def require_serving(self) -> None:
         """Raise ``NotReadyError`` unless a new call can be served, now or soon."""
-        if not self.takes_calls:
-            raise server_ends()
+        if not self.accepts_calls:
+            raise shutdown_error()
         self.check_serving()
 
     def check_serving(self) -> bool:
@@ -114,7 +114,7 @@ def check_serving(snapshot: Snapshot | None, refusal: str = "", is_whole: bool =
     return True
 
 
-def server_ends() -> NotReadyError:
+def shutdown_error() -> NotReadyError:
     """Make the error of a server that is about to stop."""
     return NotReadyError("the server is about to stop", "draining", 10.0)
 

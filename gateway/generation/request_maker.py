@@ -70,7 +70,7 @@ def complete_requests(
         caller: the caller's key; None without keys.
     """
     shared: dict[str, Any] = {
-        "n": call.num_drawn,
+        "n": call.num_sampled,
         "priority": call.priority or 0,
         "cache_salt": call.cache_salt or "",
         "session": call.session,

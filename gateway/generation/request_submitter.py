@@ -17,7 +17,7 @@ from workers.requests.block_hash import BlockHash, block_hashes
 from workers.requests.request import Request
 from workers.requests.wire import EngineHello
 
-_LOOK_S = 0.5
+_POLL_S = 0.5
 """Interval at which a request that waits for a worker checks whether its call has ended."""
 _REQUESTS_PER_PASS = 32
 """Requests of one call that are routed in one iteration of the event loop."""
@@ -64,14 +64,14 @@ class RequestSubmitter:
         """
         requests = running.requests
         num_tokens = sum(len(request.prompt) for request in requests)
-        hashes = await self._long_work.run(num_tokens, _name_blocks, requests, hello)
+        hashes = await self._long_work.run(num_tokens, _hash_blocks, requests, hello)
         for place, (request, names) in enumerate(zip(requests, hashes, strict=True), 1):
             await self._submit_one(traced(request), running, names)
             if not place % _REQUESTS_PER_PASS:
                 await asyncio.sleep(0)
         for _ in range(_PASSES_TO_SEND):
             await asyncio.sleep(0)
-        running.handed_over()
+        running.mark_submitted()
 
     async def _submit_one(
         self, request: Request, running: RunningCall, hashes: Sequence[BlockHash]
@@ -85,21 +85,21 @@ class RequestSubmitter:
             if can_go:
                 entry = self._engines.assign(request, running.queue, deadline_s, hashes)
                 if entry is not None:
-                    running.assigned(request.request_id, entry)
+                    running.set_submission(request.request_id, entry)
                     return
             if now_s >= deadline_s:
                 waited = "" if can_go else ": the cluster is recovering"
                 raise DeadlineExceededError(f"the request's time is over{waited}", False)
             if not can_go:
-                await self._cluster.wait_change(min(_LOOK_S, deadline_s - now_s))
+                await self._cluster.wait_change(min(_POLL_S, deadline_s - now_s))
                 continue
             no_stream_s = no_stream_s or now_s
             if now_s - no_stream_s > self._stream_wait_s:
                 raise NotReadyError("no attention worker is ready", "not_ready", 2.0)
-            await self._engines.wait_change(min(_LOOK_S, deadline_s - now_s))
+            await self._engines.wait_change(min(_POLL_S, deadline_s - now_s))
 
 
-def _name_blocks(
+def _hash_blocks(
     requests: Sequence[Request], hello: EngineHello | None
 ) -> list[Sequence[BlockHash]]:
     """KV block hashes of each prompt; empty if routing ignores them."""

@@ -27,14 +27,14 @@ from gateway.core.errors import SlowClientError, error_from_engine
 from gateway.engines.submission import Submission
 from gateway.generation.admission import Ticket
 from gateway.generation.call_metrics import CallMetrics
-from gateway.generation.choices import Choice, Found, Prompt, make_prompt
+from gateway.generation.choices import Choice, Prompt, PromptResults, make_prompt
 from gateway.generation.output_queue import OutputQueue
 from gateway.generation.prompt_echo import PromptEcho
 from gateway.observability.metrics import GatewayMetrics
 from gateway.text.tokenizer import Tokenizer
 from workers.requests.request import FinishReason, Request, TokenOutput
 
-_VERDICT_S = 0.25
+_BEGIN_REPORT_S = 0.25
 """Time after a deadline in which a worker can report whether it has begun with the request."""
 _NO_WORKER_RETRY_S = 2.0
 """Retry time for requests that lost their worker and found no other one."""
@@ -91,9 +91,9 @@ class RunningCall(AbstractContextManager["RunningCall"]):
             request.request_id: make_prompt(call, index, request, tokenizer, self.caches_prefixes)
             for index, request in enumerate(self.requests)
         }
-        self._num_running = self._num_open = len(self.requests) * call.num_drawn
+        self._num_running = self._num_open = len(self.requests) * call.num_sampled
         self._num_prompt_tokens = sum(len(request.prompt) for request in self.requests)
-        self._pay(self._num_prompt_tokens)
+        self._charge_tokens(self._num_prompt_tokens)
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -123,17 +123,17 @@ class RunningCall(AbstractContextManager["RunningCall"]):
             cached_tokens=cached if self.caches_prefixes else None,
         )
 
-    async def read(self) -> list[Found]:
+    async def read(self) -> list[PromptResults]:
         """Run to the end; return the results of each prompt. Raises the errors of ``next``."""
         while await self.next():
             pass
-        return [prompt.found for prompt in self._prompts.values()]
+        return [prompt.results for prompt in self._prompts.values()]
 
-    def assigned(self, request_id: str, submission: Submission) -> None:
+    def set_submission(self, request_id: str, submission: Submission) -> None:
         """Record that a request was assigned to the engines."""
         self._prompts[request_id].submission = submission
 
-    def handed_over(self) -> None:
+    def mark_submitted(self) -> None:
         """Count the call, once all its requests are assigned."""
         self._metrics.count_submitted(self._prompts.values())
 
@@ -148,10 +148,12 @@ class RunningCall(AbstractContextManager["RunningCall"]):
         give_up_s = None if timeout_s is None else time.monotonic() + timeout_s
         while not self.is_finished:
             now_s = time.monotonic()
-            deadline_s = self.deadline_s + (_VERDICT_S if self._awaits_verdict() else 0.0)
+            deadline_s = self.deadline_s + (
+                _BEGIN_REPORT_S if self._is_decided_by_workers() else 0.0
+            )
             if now_s >= deadline_s:
                 self._cut_off = FinishReason.ERROR
-                raise self._too_late()
+                raise self._deadline_error()
             if give_up_s is not None and now_s >= give_up_s:
                 break
             wake_s = deadline_s if give_up_s is None else min(give_up_s, deadline_s)
@@ -174,14 +176,14 @@ class RunningCall(AbstractContextManager["RunningCall"]):
             self._cut_off = FinishReason.ERROR
             raise
 
-    def _awaits_verdict(self) -> bool:
+    def _is_decided_by_workers(self) -> bool:
         """Whether only workers know if they have begun: all requests are there, without tokens."""
         if self._has_token:
             return False
         entries = [prompt.submission for prompt in self._prompts.values()]
         return all(one is not None and one.was_sent and not one.is_waiting for one in entries)
 
-    def _too_late(self) -> ExpertMeshError:
+    def _deadline_error(self) -> ExpertMeshError:
         entries = [prompt.submission for prompt in self._prompts.values()]
         lost = (entry for entry in entries if entry is not None and entry.was_sent)
         if any(entry.is_waiting for entry in lost):
@@ -189,7 +191,7 @@ class RunningCall(AbstractContextManager["RunningCall"]):
             return NotReadyError(reason, "not_ready", _NO_WORKER_RETRY_S)
         return DeadlineExceededError("the request's time is over", self._has_token)
 
-    def sent(self) -> None:
+    def mark_sent(self) -> None:
         """Record that the pieces of the last ``next`` were written to the client."""
         self._metrics.observe_lag(self.queue.oldest_s)
 
@@ -204,12 +206,12 @@ class RunningCall(AbstractContextManager["RunningCall"]):
                 prompt.submission.abort()
         self.ticket.release(self.closed_s, self._has_token or self.is_finished)
         self._metrics.count_cut_off(self._all_choices(), self._cut_off)
-        self._pay(self.usage.completion_tokens)
+        self._charge_tokens(self.usage.completion_tokens)
         echoes = [prompt.echo[1] for prompt in self._prompts.values() if prompt.echo is not None]
         scores = [prompt.logprobs for prompt in self._prompts.values() if prompt.logprobs]
         self.free([*echoes, *scores])
 
-    def _pay(self, num_tokens: int) -> None:
+    def _charge_tokens(self, num_tokens: int) -> None:
         if self.caller is not None:
             self.caller.spend_tokens(num_tokens, time.monotonic())
 
@@ -233,7 +235,7 @@ class RunningCall(AbstractContextManager["RunningCall"]):
                 prompt.cached_tokens = num_cached
             self._metrics.count_prompt(prompt, num_cached)
         if output.arrays or output.class_logits:
-            prompt.found = Found(output.arrays, output.class_logits)
+            prompt.results = PromptResults(output.arrays, output.class_logits)
         self._changed[choice] = None
         self._has_token = self._has_token or bool(output.token_ids)
         self._metrics.observe_arrival(choice, output, arrival_s)
@@ -293,7 +295,7 @@ class RunningCall(AbstractContextManager["RunningCall"]):
             return None
         shows_prompt = choice.is_first and self.call.prompt_logprobs is not None
         delta = ChoiceDelta(
-            index=choice.prompt.index * self.call.num_drawn + choice.number,
+            index=choice.prompt.index * self.call.num_sampled + choice.number,
             prompt_index=choice.prompt.index,
             is_first=choice.is_first,
             cached_tokens=choice.prompt.cached_tokens,

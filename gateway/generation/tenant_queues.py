@@ -47,7 +47,7 @@ class CallDemand:
         )
 
     @property
-    def num_places(self) -> int:
+    def num_seats(self) -> int:
         """Number of sequences at the engines."""
         return self.num_requests * self.num_choices
 
@@ -57,13 +57,13 @@ class HeldDemand:
     """Sum of the demands of admitted requests."""
 
     num_requests: int = 0
-    num_places: int = 0
+    num_seats: int = 0
     num_tokens: int = 0
     num_bytes: int = 0
 
     def add(self, demand: CallDemand, sign: int) -> None:
         self.num_requests += sign * demand.num_requests
-        self.num_places += sign * demand.num_places
+        self.num_seats += sign * demand.num_seats
         self.num_tokens += sign * demand.num_tokens
         self.num_bytes += sign * demand.num_bytes
 
@@ -92,24 +92,24 @@ class TenantQueue:
             if priority is not None and value > priority:
                 break
             held = self.by_priority[value]
-            runs = min(num_running, held.num_places)
+            runs = min(num_running, held.num_seats)
             num_running -= runs
-            waiting += held.num_tokens * (1 - runs / held.num_places)
+            waiting += held.num_tokens * (1 - runs / held.num_seats)
         return waiting
 
 
-def share_places(queues: Mapping[str, TenantQueue], capacity: float) -> dict[str, float]:
+def share_seats(queues: Mapping[str, TenantQueue], capacity: float) -> dict[str, float]:
     """Running sequences of each tenant: shares by weight, with unused shares redistributed.
 
     Example: capacity 64, a holds 8, b 100 and c 100, weights 1: a 8, b 28, c 28.
     """
-    places: dict[str, float] = {}
+    seats: dict[str, float] = {}
     left, weights = capacity, sum(queue.weight for queue in queues.values())
-    for name, queue in sorted(queues.items(), key=lambda i: i[1].total.num_places / i[1].weight):
-        places[name] = min(float(queue.total.num_places), left * queue.weight / weights)
-        left -= places[name]
+    for name, queue in sorted(queues.items(), key=lambda i: i[1].total.num_seats / i[1].weight):
+        seats[name] = min(float(queue.total.num_seats), left * queue.weight / weights)
+        left -= seats[name]
         weights -= queue.weight
-    return places
+    return seats
 
 
 def tokens_ahead(
@@ -122,10 +122,10 @@ def tokens_ahead(
     own = queues.get(tenant)
     if own is None:
         return 0.0
-    places = share_places(queues, capacity)
-    first = own.waiting_tokens(places[tenant], priority)
+    seats = share_seats(queues, capacity)
+    first = own.waiting_tokens(seats[tenant], priority)
     others = (
-        min(queue.waiting_tokens(places[name]), first * queue.weight / own.weight)
+        min(queue.waiting_tokens(seats[name]), first * queue.weight / own.weight)
         for name, queue in queues.items()
         if name != tenant
     )

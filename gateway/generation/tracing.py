@@ -124,9 +124,9 @@ class Tracing:
         if not root.is_recording():
             return  # not sampled
         if running is not None:
-            root.set_attributes(_answered(running, self.model, trace.response_id))
+            root.set_attributes(_response_attributes(running, self.model, trace.response_id))
             if self.decode is not None:
-                root.set_attributes(_content(trace.fields, running, self.decode))
+                root.set_attributes(_content_attributes(trace.fields, running, self.decode))
             for change in self.cluster_events.changes(running.admitted_s, trace.ended_s):
                 add_link(root, change.span_id, {names.CHANGE: change.name})
         set_error(root, trace.error)
@@ -141,8 +141,8 @@ class Tracing:
         attributes = {
             names.OPERATION_NAME: operation,
             names.PROVIDER_NAME: names.PROVIDER,
-            **_server(str(self.addresses().get(trace.port, ""))),
-            **_requested(trace.fields),
+            **_server_attributes(str(self.addresses().get(trace.port, ""))),
+            **_request_attributes(trace.fields),
         }
         return self.export.tracer.start_span(
             f"{operation} {self.model}",
@@ -191,12 +191,12 @@ def _operation(trace: RequestTrace) -> str:
     return names.CHAT if trace.fields.kind is CallKind.CHAT else names.TEXT_COMPLETION
 
 
-def _server(address: str) -> Attributes:
+def _server_attributes(address: str) -> Attributes:
     host, _, port = address.rpartition(":")
     return {names.SERVER_ADDRESS: host, names.SERVER_PORT: int(port)} if host else {}
 
 
-def _requested(fields: GenerateCall | None) -> Attributes:
+def _request_attributes(fields: GenerateCall | None) -> Attributes:
     if fields is None:
         return {}
     values = {name: getattr(fields, field) for name, field in _REQUESTED.items()}
@@ -204,7 +204,7 @@ def _requested(fields: GenerateCall | None) -> Attributes:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _answered(running: RunningCall, model: str, response_id: str | None) -> Attributes:
+def _response_attributes(running: RunningCall, model: str, response_id: str | None) -> Attributes:
     usage = running.usage
     finishes = [choice.finish for prompt in running.prompts for choice in prompt.choices]
     return {
@@ -217,7 +217,9 @@ def _answered(running: RunningCall, model: str, response_id: str | None) -> Attr
     }
 
 
-def _content(fields: GenerateCall | None, running: RunningCall, decode: Decode) -> Attributes:
+def _content_attributes(
+    fields: GenerateCall | None, running: RunningCall, decode: Decode
+) -> Attributes:
     if fields is not None and fields.chat is not None:
         asked = [
             _message(str(message.get("role")), str(message.get("content") or ""))

@@ -53,7 +53,7 @@ def make_requests(
         ContextLengthError: prompt and output do not fit.
     """
     _check_ids(call, bad_words, model)
-    _check_width(call, model)
+    _check_num_beams(call, model)
     field = "messages" if call.kind is CallKind.CHAT else call.prompt_name
     check_prompts(field, prompts, model)
     if call.embeds is not None and model.shape is not None:
@@ -77,7 +77,7 @@ def make_requests(
     return requests
 
 
-def kept_tokens(call: GenerateCall, model: ModelFacts) -> slice | None:
+def truncation_slice(call: GenerateCall, model: ModelFacts) -> slice | None:
     """Part of a prompt that ``truncate_prompt_tokens`` keeps; None if it is not set."""
     wanted = call.truncate_prompt_tokens
     if wanted is None:
@@ -134,10 +134,10 @@ def _check_leaves_tokens(call: GenerateCall, model: ModelFacts) -> None:
     require(not call.min_tokens or left > 0, name, rule)
 
 
-def _check_width(call: GenerateCall, model: ModelFacts) -> None:
+def _check_num_beams(call: GenerateCall, model: ModelFacts) -> None:
     """Check the number of beams: each begins with another token that does not end the text."""
     most = model.vocab_size - len({*call.stop_token_ids, *model.eos_token_ids})
-    name, width = "n" if call.best_of is None else "best_of", call.num_drawn
+    name, width = "n" if call.best_of is None else "best_of", call.num_sampled
     rule = f"({width}) must be at most {most} with use_beam_search (possible first tokens)"
     require(not call.use_beam_search or width <= most, name, rule)
 
@@ -176,7 +176,7 @@ def _max_tokens(call: GenerateCall, num_tokens: int, model: ModelFacts) -> int:
     return min(max(DEFAULT_MAX_TOKENS, call.min_tokens or 0), room)
 
 
-def _num_drawn_logprobs(call: GenerateCall) -> int | None:
+def _num_sampled_logprobs(call: GenerateCall) -> int | None:
     """Alternatives that the engine reports for sampled tokens; ranking needs at least 0."""
     wanted, ranks_here = call.num_logprobs, call.is_ranked and not call.use_beam_search
     return 0 if wanted is None and ranks_here else wanted
@@ -201,7 +201,7 @@ def _make_params(call: GenerateCall, bad_words: tuple[tuple[int, ...], ...]) -> 
     return SamplingParams(
         **given,
         top_k=min(max(call.top_k or 0, 0), 2**31 - 1),
-        logprobs=_num_drawn_logprobs(call),
+        logprobs=_num_sampled_logprobs(call),
         prompt_logprobs=_num_prompt_logprobs(call),
         allowed_token_ids=tuple(sorted(set(call.allowed_token_ids or ()))),
         bad_words=bad_words,
@@ -215,8 +215,8 @@ def _beams(call: GenerateCall) -> BeamParams:
 
 
 def _check_logprob_entries(call: GenerateCall, requests: Sequence[Request]) -> None:
-    new, of_prompt = _num_drawn_logprobs(call), _num_prompt_logprobs(call)
-    entries = call.num_drawn * sum(
+    new, of_prompt = _num_sampled_logprobs(call), _num_prompt_logprobs(call)
+    entries = call.num_sampled * sum(
         one.params.max_tokens * (0 if new is None else new + 1)
         + len(one.prompt) * (0 if of_prompt is None else of_prompt + 1)
         for one in requests

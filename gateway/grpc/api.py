@@ -14,7 +14,7 @@ from gateway.generation.answer import collect
 from gateway.generation.gateway import new_call_id
 from gateway.generation.running_call import RunningCall
 from gateway.grpc.call import GrpcCall
-from gateway.grpc.convert import grpc_call, grpc_chat_input, input_of, optional
+from gateway.grpc.convert import grpc_call, grpc_chat_input, input_name, optional
 from gateway.grpc.format import GrpcFormat
 from gateway.grpc.pooling import PoolingProcedures
 from gateway.offload.long_work import copy_numbers
@@ -33,10 +33,10 @@ class InferenceProcedures(PoolingProcedures):
             choices = await collect(running)
             call.set_usage(running.usage)
             formatter = GrpcFormat(running, self._gateway.tokenizer, call.request_id)
-            call.answer_size = sum(choice.size for choice in choices)
+            call.response_size = sum(choice.size for choice in choices)
             whole = formatter.whole
             long_work = self._gateway.long_work
-            return await long_work.run(call.answer_size, whole, choices, running.usage)
+            return await long_work.run(call.response_size, whole, choices, running.usage)
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, call: GrpcCall
@@ -47,19 +47,19 @@ class InferenceProcedures(PoolingProcedures):
             while deltas := await running.next():
                 for delta in deltas:
                     yield formatter.chunk(delta)
-                running.sent()
+                running.mark_sent()
             call.set_usage(running.usage)
 
     async def Tokenize(self, request: pb.TokenizeRequest, call: GrpcCall) -> pb.TokenizeResponse:
         gateway = self._gateway
         await self._check_model(request, call)
-        is_chat = input_of(request, "prompt") == "messages"
+        is_chat = input_name(request, "prompt") == "messages"
         chat = await call.convert(grpc_chat_input, request.messages) if is_chat else None
         special = optional(request, "add_special_tokens")
         text = await call.convert(lambda: request.prompt)
         ids = await gateway.prompts.tokenize(text, chat, special)
         tokenizer = gateway.prompts.require_tokenizer("prompt")
-        call.answer_size = len(ids)
+        call.response_size = len(ids)
 
         def answer() -> pb.TokenizeResponse:
             names = [tokenizer.token_text(i) for i in ids] if request.return_token_strs else []

@@ -49,7 +49,7 @@ class GrpcCall:
     """Longest duration of an endless stream; None for other calls."""
     size: int = 0
     """Bytes of the request message; 0 before it is read."""
-    answer_size: int = 0
+    response_size: int = 0
     """Approximate bytes of the response, if it may be long."""
     _code: grpc.StatusCode = grpc.StatusCode.OK
     _trace: RequestTrace | None = None

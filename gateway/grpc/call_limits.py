@@ -87,7 +87,7 @@ class CallPool:
         return True
 
 
-class UnreadAnswers:
+class UnreadCalls:
     """Ended calls whose last message waits for the client, by connection."""
 
     def __init__(self, max_calls: int = MAX_UNREAD_PER_CONNECTION) -> None:
@@ -137,7 +137,7 @@ class CallLimits:
     num_calls: int = 0
     streams: CallPool = field(default_factory=lambda: CallPool(MAX_STREAMS))
     """Endless streams."""
-    unread: UnreadAnswers = field(default_factory=UnreadAnswers)
+    unread: UnreadCalls = field(default_factory=UnreadCalls)
 
     @classmethod
     def of(cls, tuning: GatewayTuning, max_calls: int) -> CallLimits:
@@ -171,7 +171,7 @@ class BoundedStream:
     context: Context
     read_limit_s: float
     write_limit_s: float
-    unread: UnreadAnswers
+    unread: UnreadCalls
     _is_writing: bool = False
 
     async def read(self) -> bytes | None:

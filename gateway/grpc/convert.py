@@ -14,7 +14,7 @@ from gateway.core.call import FIELD_NAMES, CallKind, ChatInput, GenerateCall
 from gateway.core.field_checks import MAX_MESSAGES, check_length, check_messages
 from gateway.core.tool_use import Tool, ToolUse
 from gateway.offload.long_work import copy_numbers
-from gateway.text.forms.structured import make_answer_format, make_grammar
+from gateway.text.forms.structured import make_grammar, make_output_schema
 from gateway.text.forms.tools import MAX_TOOLS, json_object, make_tool_use, template_call
 from protos import inference_pb2 as pb
 from protos import types_pb2
@@ -25,13 +25,13 @@ _SCALARS = (str, int, float)
 
 
 def grpc_call(request: pb.GenerateRequest) -> GenerateCall:
-    source = input_of(request, "input")
+    source = input_name(request, "input")
     embeds = _grpc_embeds(request) if source == "embeddings" else None
     sampling, options = request.sampling_params, request.output_options
     is_chat = source == "messages"
     if is_chat and options.echo:
         raise UnsupportedParameterError("echo is not supported for chat", "echo")
-    fields = {**given_fields(request), **given_fields(sampling), **given_fields(options)}
+    fields = {**read_set_fields(request), **read_set_fields(sampling), **read_set_fields(options)}
     fields["logit_bias"] = tuple(sorted(sampling.logit_bias.items()))
     if sampling.HasField("allowed_token_ids"):
         fields["allowed_token_ids"] = copy_numbers(sampling.allowed_token_ids.ids)
@@ -49,8 +49,8 @@ def grpc_call(request: pb.GenerateRequest) -> GenerateCall:
 
 def _grpc_chat(request: pb.GenerateRequest, grammar: Grammar | None) -> ChatInput:
     name = request.sampling_params.response_format.json_schema.name or None
-    answer = make_answer_format(grammar, name)
-    return replace(grpc_chat_input(request.messages), answer_format=answer)
+    answer = make_output_schema(grammar, name)
+    return replace(grpc_chat_input(request.messages), output_schema=answer)
 
 
 def grpc_chat_input(chat: types_pb2.ChatMessages) -> ChatInput:
@@ -140,7 +140,7 @@ def _grpc_message(message: types_pb2.ChatMessage, place: int) -> dict[str, Any]:
     return fields
 
 
-def given_fields(message: Any) -> dict[str, Any]:
+def read_set_fields(message: Any) -> dict[str, Any]:
     """Values of the set fields that ``GenerateCall`` has under the same name.
 
     Maps and messages are omitted. Other fields are not read, since each read decodes a string.
@@ -167,7 +167,7 @@ def _shared_fields(kind: Descriptor) -> tuple[tuple[str, ...], tuple[str, ...]]:
     )
 
 
-def input_of(message: Any, param: str, path: str = "") -> str:
+def input_name(message: Any, param: str, path: str = "") -> str:
     """Name of the set input. Raises ``RequestError`` with ``param`` if none is set."""
     source: str | None = message.WhichOneof("input")
     if source is None:

@@ -35,7 +35,7 @@ REFLECTION_LIMIT_S = 60.0
 """Longest duration of a reflection stream."""
 _UNKNOWN = "other"
 """Metric labels of unknown procedures, so that clients cannot create labels."""
-_MOST_SHOWN = 128
+_MAX_PATH_CHARS = 128
 """Largest number of characters of a client's path in an error."""
 
 
@@ -67,7 +67,9 @@ class KeyInterceptor(_Interceptor):
         try:
             self._keys.check(given.get("authorization"), given.get("api-key"))
             if handler is None:
-                raise RouteError(f"there is no procedure {path[:_MOST_SHOWN]!r} on this port", 404)
+                raise RouteError(
+                    f"there is no procedure {path[:_MAX_PATH_CHARS]!r} on this port", 404
+                )
         except ExpertMeshError as err:
             return self._refusal(names, err)
         return self._bounded(names, handler) if service == REFLECTION_SERVICE else handler
@@ -149,7 +151,7 @@ def service_handlers(
             if not method.server_streaming:
                 await call.send_id()
                 found: Message = await procedure(request, call)
-                size = call.answer_size
+                size = call.response_size
                 await call.write(await gateway.long_work.run(size, found.SerializeToString))
                 return
             async with aclosing(procedure(request, call)) as answers:

@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2 as pb
 
 from cluster.core.errors import ExpertMeshError, RequestError, UnknownNameError
 from gateway.core.errors import report_error
-from gateway.grpc.call_limits import BoundedStream, CallPool, Context, UnreadAnswers
+from gateway.grpc.call_limits import BoundedStream, CallPool, Context, UnreadCalls
 
 HEALTH_SERVICE = pb.DESCRIPTOR.services_by_name["Health"].full_name
 MAX_REQUEST_BYTES = 1024
@@ -45,7 +45,7 @@ class HealthService:
     def __init__(
         self,
         services: Iterable[str],
-        unread: UnreadAnswers,
+        unread: UnreadCalls,
     ) -> None:
         self._services = frozenset(("", *services))
         self._unread = unread
@@ -97,7 +97,7 @@ class HealthService:
         if service not in self._services:
             raise UnknownNameError("the service is not known")
         await stream.context.send_initial_metadata(())
-        await stream.write(_answer(self._status))
+        await stream.write(_encode_status(self._status))
 
     async def _watch(self, service: str, stream: BoundedStream) -> None:
         is_known, sent = service in self._services, -1
@@ -108,7 +108,7 @@ class HealthService:
                 if not is_known:
                     status = pb.HealthCheckResponse.SERVICE_UNKNOWN
                 if status != sent:
-                    await stream.write(_answer(status))
+                    await stream.write(_encode_status(status))
                     sent = status
                 await changed.wait()
 
@@ -128,5 +128,5 @@ def _service_of(request: bytes | None) -> str:
         raise RequestError("the message cannot be decoded as a HealthCheckRequest") from err
 
 
-def _answer(status: int) -> bytes:
+def _encode_status(status: int) -> bytes:
     return bytes(pb.HealthCheckResponse(status=status).SerializeToString())

@@ -67,10 +67,10 @@ class _Counter:
             self.num_fields += 1
             if self.num_fields > MAX_VALUES:
                 check_length("message", self.num_fields, MAX_VALUES, "fields")
-            tag, place = self._number(place, end)
+            tag, place = self._read_varint(place, end)
             wire = tag & 7
             if wire == _BYTES:
-                length, place = self._number(place, end)
+                length, place = self._read_varint(place, end)
                 if length > end - place:
                     raise DecodeError("a field exceeds its message")
                 if (field := fields.get(tag >> 3)) is None or field.type in _TEXTS:
@@ -81,7 +81,7 @@ class _Counter:
                     self._count_packed(field, place, place + length)
                 place += length
             elif wire == _VARINT:
-                _, place = self._number(place, end)
+                _, place = self._read_varint(place, end)
             elif wire in (_FIXED64, _FIXED32):
                 place += 8 if wire == _FIXED64 else 4
 
@@ -94,7 +94,7 @@ class _Counter:
                 self.num_numbers += len(piece) - len(piece.translate(None, _ENDS))
         check_length("message", self.num_numbers, MAX_ENTRIES, "numbers")
 
-    def _number(self, place: int, end: int) -> tuple[int, int]:
+    def _read_varint(self, place: int, end: int) -> tuple[int, int]:
         """Decode the varint at ``place``; return it and the position after it."""
         value = shift = 0
         data = self.data

@@ -11,10 +11,10 @@ from cluster.core.errors import RequestError
 from gateway.core.call import GenerateCall
 from gateway.core.delta import Usage
 from gateway.generation.gateway import Gateway
-from gateway.generation.inspect import MAX_CALL_BYTES, InspectFields, Inspecting
-from gateway.generation.pooling import PromptInput, Reader, reading_call
+from gateway.generation.inspect import MAX_CALL_BYTES, InspectFields, InspectionService
+from gateway.generation.pooling import PoolingService, PromptInput, make_pooling_call
 from gateway.grpc.call import GrpcCall
-from gateway.grpc.convert import given_fields, input_of
+from gateway.grpc.convert import input_name, read_set_fields
 from gateway.grpc.format import usage_message
 from gateway.offload.long_work import copy_numbers
 from protos import inference_pb2 as pb
@@ -30,16 +30,16 @@ class PoolingProcedures:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._reader = Reader(gateway)
-        self._inspecting = Inspecting(gateway)
+        self._pooling = PoolingService(gateway)
+        self._inspecting = InspectionService(gateway)
 
     async def Embed(self, request: pb.EmbedRequest, call: GrpcCall) -> pb.EmbedResponse:
         fields = await _fields(request, call)
         prompts = await call.convert(_prompts, request.input, "input")
         pooling = await call.convert(lambda: request.pooling or None)
-        found = await self._reader.embed(prompts, pooling, fields)
-        head = self._head(request, call, found.usage)
-        call.answer_size = sum(vector.nbytes for vector in found.rows)
+        found = await self._pooling.embed(prompts, pooling, fields)
+        head = self._common_fields(request, call, found.usage)
+        call.response_size = sum(vector.nbytes for vector in found.rows)
 
         def answer() -> pb.EmbedResponse:
             vectors = (
@@ -48,7 +48,7 @@ class PoolingProcedures:
             )
             return pb.EmbedResponse(data=vectors, **head)
 
-        return await self._gateway.long_work.run(call.answer_size, answer)
+        return await self._gateway.long_work.run(call.response_size, answer)
 
     async def Classify(self, request: pb.ClassifyRequest, call: GrpcCall) -> pb.ClassifyResponse:
         fields = await _fields(request, call)
@@ -57,19 +57,19 @@ class PoolingProcedures:
         masks = await call.convert(
             lambda: tuple(copy_numbers(one.mask) for one in request.attention_mask)
         )
-        found = await self._reader.classify(prompts, labels, masks, fields)
+        found = await self._pooling.classify(prompts, labels, masks, fields)
         rows = (
             pb.Classification(index=index, **asdict(row)) for index, row in enumerate(found.rows)
         )
-        return pb.ClassifyResponse(data=rows, **self._head(request, call, found.usage))
+        return pb.ClassifyResponse(data=rows, **self._common_fields(request, call, found.usage))
 
     async def Score(self, request: pb.ScoreRequest, call: GrpcCall) -> pb.ScoreResponse:
         fields = await _fields(request, call)
         queries = await call.convert(_prompts, request.queries, "queries")
         documents = await call.convert(_prompts, request.documents, "documents")
-        found = await self._reader.score(queries, documents, fields)
+        found = await self._pooling.score(queries, documents, fields)
         rows = (pb.DocumentScore(index=i, score=score) for i, score in enumerate(found.rows))
-        return pb.ScoreResponse(data=rows, **self._head(request, call, found.usage))
+        return pb.ScoreResponse(data=rows, **self._common_fields(request, call, found.usage))
 
     async def Inspect(
         self, request: pb.InspectRequest, call: GrpcCall
@@ -83,11 +83,13 @@ class PoolingProcedures:
                 for array in arrays:
                     for piece in _pieces(index, array):
                         yield pb.InspectChunk(piece=piece)
-            head = self._head(request, call, found.usage)
+            head = self._common_fields(request, call, found.usage)
             summary = pb.InspectSummary(loss=found.loss, aux_loss=found.aux_loss, **head)
             yield pb.InspectChunk(summary=summary)
 
-    def _head(self, request: PoolingRequest, call: GrpcCall, usage: Usage) -> dict[str, Any]:
+    def _common_fields(
+        self, request: PoolingRequest, call: GrpcCall, usage: Usage
+    ) -> dict[str, Any]:
         """Common fields of all responses; also sends the usage as trailing metadata."""
         call.set_usage(usage)
         return {"model": request.model or self._gateway.model.name, "usage": usage_message(usage)}
@@ -130,13 +132,13 @@ def _pieces(index: int, array: NamedArray) -> Iterator[pb.ArrayPiece]:
 
 async def _fields(request: PoolingRequest, call: GrpcCall) -> GenerateCall:
     """Convert the common fields of a request. Raises ``RequestError``."""
-    return call.with_headers(reading_call(**await call.convert(given_fields, request)))
+    return call.with_headers(make_pooling_call(**await call.convert(read_set_fields, request)))
 
 
 def _prompts(inputs: Iterable[pb.Input], field: str) -> tuple[PromptInput, ...]:
     return tuple(
         one.text
-        if input_of(one, field, f"{field}: ") == "text"
+        if input_name(one, field, f"{field}: ") == "text"
         else copy_numbers(one.token_ids.ids)
         for one in inputs
     )

@@ -20,7 +20,7 @@ from gateway.auth.auth import EVENTS, NUMBERS_BY_EXPERT, check_operator, is_oper
 from gateway.core.call import ChatInput, GenerateCall
 from gateway.core.delta import ChoiceDelta, Usage
 from gateway.core.errors import RouteError, report_error
-from gateway.core.field_checks import check_stream, given_one
+from gateway.core.field_checks import check_stream, require_one_of
 from gateway.core.headers import with_headers
 from gateway.core.protocols import error_body
 from gateway.core.request_id import HEADER as REQUEST_ID
@@ -256,7 +256,7 @@ class HttpApi:
 def _read_tokenize(data: dict[str, Any]) -> tuple[TokenizeBody, ChatInput | None]:
     check_unsupported(data, "tokenize")
     body = parse_body(TokenizeBody, data)
-    given_one(prompt=body.prompt, messages=body.messages)
+    require_one_of(prompt=body.prompt, messages=body.messages)
     chat = chat_input(body) if body.prompt is None else None
     return body.model_copy(update={"messages": None, "tools": None}), chat
 

@@ -9,7 +9,7 @@ from typing import Any
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.call import FIELD_NAMES, CallKind, ChatInput, GenerateCall
 from gateway.core.messages import REASONING_NAMES
-from gateway.core.retention import seconds_of
+from gateway.core.retention import parse_duration_s
 from gateway.core.tool_use import Tool, ToolUse
 from gateway.http.schema import (
     CallBody,
@@ -25,7 +25,7 @@ from gateway.http.schema import (
     TokenizeBody,
     ToolChoiceBody,
 )
-from gateway.text.forms.structured import make_answer_format, make_grammar
+from gateway.text.forms.structured import make_grammar, make_output_schema
 from gateway.text.forms.tools import make_tool_use, template_call
 from workers.requests.request import Grammar
 
@@ -45,7 +45,7 @@ def chat_call(body: ChatBody) -> GenerateCall:
     fields = {**_common_fields(body), "logprobs": _chat_logprobs(body)}
     schema = body.response_format and body.response_format.json_schema
     named = (schema.name, schema.description) if schema else (None, None)
-    chat = replace(chat_input(body), answer_format=make_answer_format(fields["grammar"], *named))
+    chat = replace(chat_input(body), output_schema=make_output_schema(fields["grammar"], *named))
     return GenerateCall(kind=CallKind.CHAT, chat=chat, logprobs_name="top_logprobs", **fields)
 
 
@@ -113,9 +113,11 @@ def retention_hint(body: RetentionBody) -> float | None:
     """Return the ``cache_ttl_hint`` of a body. Raises ``RequestError`` for an invalid duration."""
     options = body.prompt_cache_options
     if options is not None and options.ttl is not None:
-        return seconds_of(options.ttl, "prompt_cache_options.ttl")
+        return parse_duration_s(options.ttl, "prompt_cache_options.ttl")
     retention = body.prompt_cache_retention
-    return seconds_of(retention, "prompt_cache_retention") if retention in _DURATIONS else None
+    return (
+        parse_duration_s(retention, "prompt_cache_retention") if retention in _DURATIONS else None
+    )
 
 
 def set_fields(body: CallBody) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class OpenAIFormat(TextFormat, ABC):
         self._has_extra_fields = (
             fields.num_logprobs is not None
             or fields.return_token_ids
-            or fields.tool_form is not None
+            or fields.tool_format is not None
             or fields.thinking is not None
         )
         self._text_chunk_parts: dict[int, tuple[bytes, bytes]] = {}

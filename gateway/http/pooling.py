@@ -18,12 +18,17 @@ from starlette.requests import Request
 from gateway.core.bodies import Items
 from gateway.core.call import GenerateCall
 from gateway.core.delta import Usage
-from gateway.core.field_checks import given_one
+from gateway.core.field_checks import require_one_of
 from gateway.core.headers import with_headers
 from gateway.generation.answer import clamp_logprob
 from gateway.generation.gateway import Gateway
-from gateway.generation.inspect import MAX_JSON_BYTES, Inspected, InspectFields, Inspecting
-from gateway.generation.pooling import Reader, as_numpy, reading_call
+from gateway.generation.inspect import (
+    MAX_JSON_BYTES,
+    InspectFields,
+    InspectionResult,
+    InspectionService,
+)
+from gateway.generation.pooling import PoolingService, as_numpy, make_pooling_call
 from gateway.http.convert import mask_list, prompt_list, set_fields
 from gateway.http.json_output import dump_long
 from gateway.http.middleware import CancellableEndpoint, Responder
@@ -89,7 +94,7 @@ class PoolingEndpoint(CancellableEndpoint[tuple[PoolingHandler, GenerateCall]]):
     def _parse(self, request: Request, data: dict[str, Any]) -> tuple[PoolingHandler, GenerateCall]:
         check_unsupported(data, "pooling")
         body = parse_body(self._kind, data)
-        call = reading_call(**set_fields(body))
+        call = make_pooling_call(**set_fields(body))
         call = with_headers(call, request.headers, timeout_header_s(request))
         return self._prepare(body), call
 
@@ -101,7 +106,7 @@ class PoolingEndpoint(CancellableEndpoint[tuple[PoolingHandler, GenerateCall]]):
 
     @classmethod
     def by_path(cls, gateway: Gateway) -> dict[str, PoolingEndpoint]:
-        service, inspecting = Reader(gateway), Inspecting(gateway)
+        service, inspecting = PoolingService(gateway), InspectionService(gateway)
         served: dict[str, tuple[type[CallBody], Callable[[Any], PoolingHandler]]] = {
             "/v1/embeddings": (EmbeddingsBody, partial(_embeddings, service)),
             "/classify": (ClassifyBody, partial(_classify, service)),
@@ -112,7 +117,7 @@ class PoolingEndpoint(CancellableEndpoint[tuple[PoolingHandler, GenerateCall]]):
         return {path: cls(gateway, *one) for path, one in served.items()}
 
 
-def _inspect(inspecting: Inspecting, model_name: str, body: InspectBody) -> PoolingHandler:
+def _inspect(inspecting: InspectionService, model_name: str, body: InspectBody) -> PoolingHandler:
     fields, name = _inspect_fields(body), body.model or model_name
 
     async def serve(call: GenerateCall) -> bytes:
@@ -122,7 +127,7 @@ def _inspect(inspecting: Inspecting, model_name: str, body: InspectBody) -> Pool
     return serve
 
 
-def _embeddings(service: Reader, body: EmbeddingsBody) -> PoolingHandler:
+def _embeddings(service: PoolingService, body: EmbeddingsBody) -> PoolingHandler:
     prompts = prompt_list(body.input)
 
     async def serve(call: GenerateCall) -> bytes:
@@ -138,7 +143,7 @@ def _embeddings(service: Reader, body: EmbeddingsBody) -> PoolingHandler:
     return serve
 
 
-def _classify(service: Reader, body: ClassifyBody) -> PoolingHandler:
+def _classify(service: PoolingService, body: ClassifyBody) -> PoolingHandler:
     prompts, masks = prompt_list(body.input), mask_list(body.attention_mask)
 
     async def serve(call: GenerateCall) -> bytes:
@@ -150,10 +155,10 @@ def _classify(service: Reader, body: ClassifyBody) -> PoolingHandler:
     return serve
 
 
-def _score(service: Reader, body: ScoreBody) -> PoolingHandler:
+def _score(service: PoolingService, body: ScoreBody) -> PoolingHandler:
     names = (
-        given_one(queries=body.queries, text_1=body.text_1),
-        given_one(documents=body.documents, text_2=body.text_2),
+        require_one_of(queries=body.queries, text_1=body.text_1),
+        require_one_of(documents=body.documents, text_2=body.text_2),
     )
     queries, documents = (prompt_list(getattr(body, name)) for name in names)
 
@@ -166,7 +171,11 @@ def _score(service: Reader, body: ScoreBody) -> PoolingHandler:
 
 
 async def _list_response(
-    prefix: str, rows: Iterable[dict[str, Any]], body: CallBody, service: Reader, usage: Usage
+    prefix: str,
+    rows: Iterable[dict[str, Any]],
+    body: CallBody,
+    service: PoolingService,
+    usage: Usage,
 ) -> bytes:
     """Return the JSON of a response with one row per prompt; a thread iterates over ``rows``."""
 
@@ -208,7 +217,7 @@ def _label_rows(
     return (flat,) if len(prompts) == 1 else tuple((one,) for one in flat)
 
 
-def _inspect_answer(inspected: Inspected, model: str) -> dict[str, Any]:
+def _inspect_answer(inspected: InspectionResult, model: str) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "id": f"insp-{uuid.uuid4().hex}",
         "object": "inspection",

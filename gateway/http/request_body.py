@@ -15,7 +15,7 @@ from cluster.core.errors import (
     RequestTooLargeError,
     UnsupportedParameterError,
 )
-from gateway.core.expect import waits_to_send
+from gateway.core.expect import waits_for_continue
 from gateway.core.tuning import GatewayTuning
 from gateway.generation.gateway import Gateway
 from gateway.http.parse import parse_json
@@ -97,7 +97,7 @@ async def read_body(request: Request, max_bytes: int, tuning: GatewayTuning) -> 
                     return b"".join(chunks)
         except TimeoutError as err:
             raise DeadlineExceededError("the body did not arrive in time") from err
-    if not (is_too_large and waits_to_send(request.headers)):
+    if not (is_too_large and waits_for_continue(request.headers)):
         await _read_pending(pieces, max_bytes * _MAX_PENDING_FACTOR - total, tuning)
     raise RequestTooLargeError(f"the body is above the limit of {max_bytes} bytes")
 

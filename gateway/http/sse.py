@@ -55,7 +55,7 @@ class EventStream(ABC):
                 if content:
                     await self.responder.body(content, more=True)
                 if deltas:
-                    running.sent()
+                    running.mark_sent()
                 deltas = await running.next(ping_after_s)
             ending = await self._ending(running)
         except Exception as err:

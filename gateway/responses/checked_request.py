@@ -14,7 +14,7 @@ from gateway.responses.conversation import ConversationBuilder
 from gateway.responses.items import Item, ItemIdGenerator, read_item
 from gateway.responses.schema import InputItem, ResponseBody
 from gateway.responses.tools import OfferedTools, read_tools, response_tool_choice, response_tools
-from gateway.text.forms.structured import FormatFieldNames, make_answer_format, make_grammar
+from gateway.text.forms.structured import FormatFieldNames, make_grammar, make_output_schema
 
 REFERENCE = "item_reference"
 LOGPROBS, ENCRYPTED_REASONING = "message.output_text.logprobs", "reasoning.encrypted_content"
@@ -185,7 +185,7 @@ def _make_call(
         template_kwargs=variables,
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
         tools=tools.tool_use,
-        answer_format=make_answer_format(grammar, name, description, _FORMAT),
+        output_schema=make_output_schema(grammar, name, description, _FORMAT),
     )
     reports = LOGPROBS in (body.include or ())
     return GenerateCall(

@@ -19,7 +19,7 @@ from jinja2.parser import Parser
 from cluster.core.errors import CheckpointError, RequestError
 from gateway.core.messages import with_reasoning
 from gateway.core.thinking import END
-from gateway.core.tool_use import ToolForm
+from gateway.core.tool_use import ToolCallFormat
 from gateway.text.forms.call_ids import fit_call_ids
 from gateway.text.instructions import (
     SYSTEM,
@@ -100,8 +100,8 @@ class ChatTemplate:
         """Special tokens by name."""
         has_tools, other = "tools" in names, self._tool_use
         self.has_tools: bool = has_tools if other is None else other.has_tools
-        self.tool_form: ToolForm | None = (
-            self._find_tool_format() if other is None else other.tool_form
+        self.tool_format: ToolCallFormat | None = (
+            self._find_tool_format() if other is None else other.tool_format
         )
         """Format of the model's tool calls; None without tools or if the format is unknown."""
         self.has_thinking: bool = END in source or (other is not None and other.has_thinking)
@@ -165,7 +165,7 @@ class ChatTemplate:
                 continue
             tried.append(placed)
             try:
-                text = self._render_text(values, fit_call_ids(placed, self.tool_form))
+                text = self._render_text(values, fit_call_ids(placed, self.tool_format))
             except _RENDER_ERRORS as err:
                 refusal = refusal or err
                 continue
@@ -206,10 +206,10 @@ class ChatTemplate:
         is_shown = self._includes_all(probe, tools) or not self._includes_all((USER,), tools)
         return messages if is_shown or not leading else instructions_to_user(messages)
 
-    def _find_tool_format(self) -> ToolForm | None:
+    def _find_tool_format(self) -> ToolCallFormat | None:
         """Return the tool call format; Harmony is detected even without support for tools."""
-        formats = (form for form in ToolForm if form.is_shown_by(self._source))
-        return next((f for f in formats if self.has_tools or f is ToolForm.HARMONY), None)
+        formats = (form for form in ToolCallFormat if form.is_shown_by(self._source))
+        return next((f for f in formats if self.has_tools or f is ToolCallFormat.HARMONY), None)
 
     def _supports_role(self, role: str, tools: Sequence[Mapping[str, Any]] | None) -> bool:
         """Whether the template supports a role.

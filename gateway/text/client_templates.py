@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.core.errors import QueueFullError, RequestError
-from gateway.core.tool_use import ToolForm
+from gateway.core.tool_use import ToolCallFormat
 from gateway.text.render_template import CPU_LIMIT_S, PARAM
 
 MAX_AT_ONCE = 2
@@ -29,7 +29,7 @@ _RETRY_S = 2.0
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RenderedTemplate:
     has_tools: bool
-    tool_form: ToolForm | None
+    tool_format: ToolCallFormat | None
     """Format of the model's tool calls; None without tools or if the format is unknown."""
     has_thinking: bool
     """Whether the model may write reasoning before its answer."""
@@ -75,10 +75,10 @@ class ClientTemplateRenderer:
         error = RequestError(reply["error"], reply["param"]) if "error" in reply else None
         if error is not None and "has_tools" not in reply:
             raise error
-        form = reply["tool_form"]
+        form = reply["tool_format"]
         return RenderedTemplate(
             has_tools=reply["has_tools"],
-            tool_form=None if form is None else ToolForm[form],
+            tool_format=None if form is None else ToolCallFormat[form],
             has_thinking=reply["has_thinking"],
             text=reply.get("text"),
             error=error,

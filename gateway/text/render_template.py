@@ -2,7 +2,7 @@
 
 Jinja's sandbox protects Python objects but does not stop endless loops or texts, so the process has
 limits on CPU time and memory. It reads a JSON object from standard input (``source``,
-``variables``, ``messages``, ``options``) and writes one: ``has_tools``, ``tool_form``,
+``variables``, ``messages``, ``options``) and writes one: ``has_tools``, ``tool_format``,
 ``has_thinking``, and ``text`` or ``error`` with ``param``. ``client_templates`` starts it.
 """
 
@@ -30,10 +30,10 @@ def render_request(request: dict[str, Any]) -> dict[str, Any]:
         template = ChatTemplate(request["source"], request["variables"], PARAM)
     except CheckpointError as err:
         return {"error": f"{PARAM}: {err}", "param": PARAM}
-    form = template.tool_form
+    form = template.tool_format
     facts = {
         "has_tools": template.has_tools,
-        "tool_form": None if form is None else form.name,
+        "tool_format": None if form is None else form.name,
         "has_thinking": template.has_thinking,
     }
     try:

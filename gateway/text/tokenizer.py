@@ -16,7 +16,7 @@ from typing import Any
 import tokenizers
 
 from cluster.core.errors import CheckpointError, RequestError
-from gateway.core.tool_use import ToolForm
+from gateway.core.tool_use import ToolCallFormat
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.harmony.special_tokens import SPECIAL_TOKENS, HarmonyPrompt, SpecialToken
 from gateway.text.harmony.template import HarmonyTemplate
@@ -204,7 +204,7 @@ def _load_template(
     if files.templates.keys() & {DEFAULT, TOOL_USE}:
         source = files.templates.get(DEFAULT, _NO_DEFAULT)
         template = ChatTemplate(source, variables, tool_use=files.templates.get(TOOL_USE))
-    is_harmony = template is None or template.tool_form is ToolForm.HARMONY
+    is_harmony = template is None or template.tool_format is ToolCallFormat.HARMONY
     if is_harmony and all(token in special_ids for token in SPECIAL_TOKENS):
         if template is not None:
             logger.info(_REPLACED)

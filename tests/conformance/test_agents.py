@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from cluster.config.gateway import GatewaySection
-from gateway.core.tool_use import ToolForm
+from gateway.core.tool_use import ToolCallFormat
 from tests.conformance.recorder import ERRORS, expecting, recording
 from tests.gateway.fakes import BACKEND, EOS_ID, Script, saying, tiny_tokenizer
 from tests.gateway.stack import MODEL, WAIT_S, Stack, running_stack
@@ -88,7 +88,7 @@ def calling(*calls: tuple[str, dict[str, Any]]) -> Script:
         num_done = prompt.count("<tool_call>")
         said = prompt.rpartition("<|tool|>")[2].partition("<|")[0]
         if "[tools]" in prompt and num_done < len(calls):
-            said = written(ToolForm.HERMES, [calls[num_done]])
+            said = written(ToolCallFormat.HERMES, [calls[num_done]])
         return [*BACKEND.encode(said).ids, EOS_ID]
 
     return script

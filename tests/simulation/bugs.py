@@ -24,7 +24,7 @@ from cluster.core.placement import ExpertPlacement
 from gateway.engines import engine_client
 from gateway.engines.engine_client import EngineClient
 from gateway.engines.engine_pool import EnginePool
-from gateway.engines.moves import Moves
+from gateway.engines.request_mover import RequestMover
 from gateway.engines.submission import Submission
 from gateway.generation.admission import Ticket
 from tests.simulation.disk import SimReader
@@ -241,7 +241,7 @@ def _kept_suspect() -> AbstractContextManager[object]:
 
 def _kept_move() -> AbstractContextManager[object]:
     """A request that has left its worker still counts as one that moves."""
-    return mock.patch.object(Moves, "_forget", return_value=None)
+    return mock.patch.object(RequestMover, "_forget", return_value=None)
 
 
 BUGS: dict[str, Bug] = {

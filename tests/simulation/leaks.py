@@ -95,8 +95,8 @@ def _left_at_gateway(gateway: SimGateway) -> Iterator[str]:
     product = gateway._gateway
     pool, admission = product.engines, product.admission.admission
     yield from _named("running calls", product.running._names)
-    if admission is not None and (admission.num_requests or admission.num_places):
-        yield f"{admission.num_requests} requests, {admission.num_places} places admitted"
+    if admission is not None and (admission.num_requests or admission.num_seats):
+        yield f"{admission.num_requests} requests, {admission.num_seats} places admitted"
     if admission is not None and (admission.num_tokens or admission._queues):
         yield f"{admission.num_tokens} tokens admitted, of {[*admission._queues]}"
     yield from _named("submissions without a worker", pool.assignments.waiting)

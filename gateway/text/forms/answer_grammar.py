@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 
 from gateway.core.thinking import BEGIN, END, Thinking
-from gateway.core.tool_use import ToolForm, ToolUse
+from gateway.core.tool_use import ToolCallFormat, ToolUse
 from gateway.text.forms.call_grammar import (
     ANY_TEXT,
     FIELD,
@@ -32,7 +32,7 @@ _GAP = "gap: /[ \\n]{1,8}/"
 
 def answer_grammar(
     use: ToolUse | None,
-    form: ToolForm,
+    form: ToolCallFormat,
     token_ids: Mapping[str, int],
     answer: Grammar | None,
     thinking: Thinking | None = None,

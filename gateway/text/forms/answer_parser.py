@@ -13,7 +13,7 @@ from collections.abc import Collection
 from enum import Enum, auto
 
 from gateway.core.thinking import BEGIN, END, Thinking
-from gateway.core.tool_use import ToolForm, ToolUse
+from gateway.core.tool_use import ToolCallFormat, ToolUse
 from gateway.text.forms.arguments_reader import ArgumentsReader, ArgumentsState
 from gateway.text.forms.call_ids import CallIdGenerator
 from gateway.text.forms.call_syntax import SYNTAXES, CallSyntax, Placeholder
@@ -66,7 +66,7 @@ class AnswerParser:
 
     def __init__(
         self,
-        form: ToolForm | None = None,
+        form: ToolCallFormat | None = None,
         use: ToolUse | None = None,
         thinking: Thinking | None = None,
         used_ids: Collection[str] = (),

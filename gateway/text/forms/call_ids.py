@@ -16,13 +16,13 @@ from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from gateway.core.tool_use import ToolForm
+from gateway.core.tool_use import ToolCallFormat
 
 _LETTERS = string.ascii_letters + string.digits
 _MISTRAL_CHARS = 9
 _MISTRAL = re.compile(rf"[A-Za-z0-9]{{{_MISTRAL_CHARS}}}")
 _KIMI = re.compile(r"functions\.[A-Za-z0-9_.-]+:([0-9]{1,9})")
-_REQUIRED_PATTERNS = {ToolForm.MISTRAL: _MISTRAL, ToolForm.KIMI: _KIMI}
+_REQUIRED_PATTERNS = {ToolCallFormat.MISTRAL: _MISTRAL, ToolCallFormat.KIMI: _KIMI}
 
 
 class CallIdGenerator:
@@ -33,7 +33,7 @@ class CallIdGenerator:
         used: existing ids in the conversation.
     """
 
-    def __init__(self, form: ToolForm | None = None, used: Iterable[str] = ()) -> None:
+    def __init__(self, form: ToolCallFormat | None = None, used: Iterable[str] = ()) -> None:
         self._form = form
         self._used: set[str] = set()
         self._next_number = 0
@@ -48,7 +48,7 @@ class CallIdGenerator:
             name: name of the function.
             number: number that the model wrote (Kimi); used unless another call has it.
         """
-        if self._form is ToolForm.KIMI:
+        if self._form is ToolCallFormat.KIMI:
             return self._numbered_id(name, number)
         while (call_id := self._random_id()) in self._used:
             pass
@@ -61,7 +61,7 @@ class CallIdGenerator:
         is_free = client_id is not None and client_id not in self._used
         if client_id is not None and is_free and (pattern is None or pattern.fullmatch(client_id)):
             call_id = client_id
-        elif self._form is ToolForm.KIMI:
+        elif self._form is ToolCallFormat.KIMI:
             return self._numbered_id(name, None)
         else:
             call_id = self._derived_id(client_id or "")
@@ -75,7 +75,7 @@ class CallIdGenerator:
             self._next_number = max(self._next_number, int(written[1]) + 1)
 
     def _random_id(self) -> str:
-        if self._form is ToolForm.MISTRAL:
+        if self._form is ToolCallFormat.MISTRAL:
             return "".join(secrets.choice(_LETTERS) for _ in range(_MISTRAL_CHARS))
         return f"call_{uuid.uuid4().hex[:24]}"
 
@@ -100,7 +100,7 @@ class CallIdGenerator:
 
 
 def conversation_call_ids(
-    messages: Sequence[Mapping[str, Any]], form: ToolForm | None
+    messages: Sequence[Mapping[str, Any]], form: ToolCallFormat | None
 ) -> Collection[str]:
     """Return the ids of the calls in a conversation as its template sees them."""
     fitted = fit_call_ids(messages, form)
@@ -109,7 +109,7 @@ def conversation_call_ids(
 
 
 def fit_call_ids(
-    messages: Sequence[Mapping[str, Any]], form: ToolForm | None
+    messages: Sequence[Mapping[str, Any]], form: ToolCallFormat | None
 ) -> Sequence[Mapping[str, Any]]:
     """Replace call ids that the template rejects, in calls and results.
 

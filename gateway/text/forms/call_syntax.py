@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 from types import MappingProxyType
 
-from gateway.core.tool_use import ToolForm
+from gateway.core.tool_use import ToolCallFormat
 
 
 class Placeholder(Enum):
@@ -115,22 +115,22 @@ _DEEPSEEK_V3_1 = CallSyntax(
     section_end="<｜tool▁calls▁end｜>",
 )
 
-SYNTAXES: Mapping[ToolForm, CallSyntax] = MappingProxyType(
+SYNTAXES: Mapping[ToolCallFormat, CallSyntax] = MappingProxyType(
     {
-        ToolForm.DEEPSEEK_V3_2: CallSyntax(
+        ToolCallFormat.DEEPSEEK_V3_2: CallSyntax(
             section="<｜DSML｜function_calls>",
             begin='<｜DSML｜invoke name="',
             head=(Placeholder.NAME, '">', Placeholder.BREAK),
             pairs=_DSML_PAIRS,
             section_end="</｜DSML｜function_calls>",
         ),
-        ToolForm.DEEPSEEK_V3: replace(
+        ToolCallFormat.DEEPSEEK_V3: replace(
             _DEEPSEEK_V3_1,
             head=("function", _SEPARATOR, Placeholder.NAME, "\n```json\n"),
             tail=("\n```", _CALL_END),
         ),
-        ToolForm.DEEPSEEK_V3_1: _DEEPSEEK_V3_1,
-        ToolForm.KIMI: CallSyntax(
+        ToolCallFormat.DEEPSEEK_V3_1: _DEEPSEEK_V3_1,
+        ToolCallFormat.KIMI: CallSyntax(
             section="<|tool_calls_section_begin|>",
             begin="<|tool_call_begin|>",
             head=(
@@ -144,26 +144,26 @@ SYNTAXES: Mapping[ToolForm, CallSyntax] = MappingProxyType(
             section_end="<|tool_calls_section_end|>",
             has_ids=True,
         ),
-        ToolForm.MINIMAX: CallSyntax(
+        ToolCallFormat.MINIMAX: CallSyntax(
             section="<minimax:tool_call>",
             begin='<invoke name="',
             head=(Placeholder.NAME, '">', Placeholder.BREAK),
             pairs=_MINIMAX_PAIRS,
             section_end="</minimax:tool_call>",
         ),
-        ToolForm.GLM: CallSyntax(
+        ToolCallFormat.GLM: CallSyntax(
             begin="<tool_call>", head=(Placeholder.NAME, Placeholder.BREAK), pairs=_GLM_PAIRS
         ),
-        ToolForm.QWEN_CODER: CallSyntax(
+        ToolCallFormat.QWEN_CODER: CallSyntax(
             begin="<tool_call>",
             head=("\n<function=", Placeholder.NAME, ">\n"),
             pairs=_QWEN_PAIRS,
             tail=("\n", "</tool_call>"),
         ),
-        ToolForm.HERMES: CallSyntax(
+        ToolCallFormat.HERMES: CallSyntax(
             begin="<tool_call>", head=("\n", *_JSON_HEAD), tail=("}\n", "</tool_call>")
         ),
-        ToolForm.MISTRAL: CallSyntax(
+        ToolCallFormat.MISTRAL: CallSyntax(
             section="[TOOL_CALLS]",
             begin="[",
             next_begin=", ",

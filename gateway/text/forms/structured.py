@@ -13,7 +13,7 @@ from typing import Any
 
 from cluster.core.checks import is_deeper
 from cluster.core.errors import RequestError, UnsupportedParameterError
-from gateway.core.call import AnswerFormat
+from gateway.core.call import OutputSchema
 from gateway.core.field_checks import check_length, require
 from gateway.text.schemas.formats import without_annotations
 from gateway.text.schemas.one_of import make_resolver, replace_one_of
@@ -88,12 +88,12 @@ def schema_grammar(schema: Any, field: str) -> Grammar:
     return _grammar(GrammarKind.JSON_SCHEMA, text, field)
 
 
-def make_answer_format(
+def make_output_schema(
     grammar: Grammar | None,
     name: object,
     description: object = None,
     names: FormatFieldNames = CHAT_NAMES,
-) -> AnswerFormat | None:
+) -> OutputSchema | None:
     """Return the part of ``response_format`` for the prompt; None if it has no schema.
 
     Args:
@@ -105,7 +105,7 @@ def make_answer_format(
     if grammar is None or grammar.field != names.schema:
         return None
     texts = [text if isinstance(text, str) else None for text in (name, description)]
-    return AnswerFormat(schema=grammar.text, name=texts[0], description=texts[1])
+    return OutputSchema(schema=grammar.text, name=texts[0], description=texts[1])
 
 
 def _from_format(kind: str, schema: Any, names: FormatFieldNames) -> Grammar | None:

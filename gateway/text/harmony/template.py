@@ -19,10 +19,10 @@ from itertools import takewhile
 from typing import Any
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
-from gateway.core.call import AnswerFormat
+from gateway.core.call import OutputSchema
 from gateway.core.field_checks import require
 from gateway.core.messages import COMMENTARY_PHASE, PHASE, REASONING_NAMES
-from gateway.core.tool_use import CallArguments, ToolForm
+from gateway.core.tool_use import CallArguments, ToolCallFormat
 from gateway.text.forms.tools import NAME_RULE, is_function_name
 from gateway.text.harmony.declarations import comment, declare_functions
 from gateway.text.harmony.special_tokens import (
@@ -79,7 +79,7 @@ class HarmonyTemplate:
     """
 
     has_tools = True
-    tool_form = ToolForm.HARMONY
+    tool_format = ToolCallFormat.HARMONY
     has_thinking = False
     """False: reasoning has a separate channel and no ``<think>`` tags."""
 
@@ -97,7 +97,7 @@ class HarmonyTemplate:
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        answer_format: AnswerFormat | None = None,
+        output_schema: OutputSchema | None = None,
     ) -> HarmonyPrompt:
         """Render a conversation to a prompt.
 
@@ -105,7 +105,7 @@ class HarmonyTemplate:
             variables: ``reasoning_effort``, ``model_identity``, ``knowledge_cutoff`` and
                 ``conversation_start_date``; None sets the default, and an empty text omits the
                 line.
-            answer_format: the schema of ``response_format`` that the prompt shows.
+            output_schema: the schema of ``response_format`` that the prompt shows.
 
         Raises:
             RequestError: a message or variable does not fit the format.
@@ -116,7 +116,7 @@ class HarmonyTemplate:
         values = {**_DEFAULTS, _DATE: self._today(), **set_variables}
         before = [
             _system_message(values, bool(tools)),
-            *_developer_message(messages, tools or (), answer_format),
+            *_developer_message(messages, tools or (), output_schema),
         ]
         last = len(messages) - (not add_generation_prompt)
         answers = [index for index in range(last) if _is_answer(messages[index])]
@@ -230,25 +230,25 @@ def _check_variables(values: Mapping[str, Any]) -> None:
 def _developer_message(
     messages: Sequence[_Message],
     tools: Sequence[Mapping[str, Any]],
-    answer_format: AnswerFormat | None,
+    output_schema: OutputSchema | None,
 ) -> tuple[_Parts, ...]:
     """Return the message with the first instructions, tools and answer format, if there are any."""
     texts = [str(message["content"]) for message in messages[: _num_instructions(messages)]]
     sections = [_INSTRUCTIONS, *texts] if any(texts) else []
     if tools:
         sections.append(declare_functions(tools))
-    if answer_format is not None:
-        sections += _format_sections(answer_format)
+    if output_schema is not None:
+        sections += _format_sections(output_schema)
     return (_render_parts(["developer"], "\n\n".join(sections)),) if sections else ()
 
 
-def _format_sections(answer_format: AnswerFormat) -> list[str]:
+def _format_sections(output_schema: OutputSchema) -> list[str]:
     name = (
-        answer_format.name
-        if answer_format.name and is_function_name(answer_format.name)
+        output_schema.name
+        if output_schema.name and is_function_name(output_schema.name)
         else _UNNAMED
     )
-    schema_text = "\n".join([*comment(answer_format.description), answer_format.schema])
+    schema_text = "\n".join([*comment(output_schema.description), output_schema.schema])
     return ["# Response Formats", f"## {name}", schema_text]
 
 

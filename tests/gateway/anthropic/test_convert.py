@@ -322,8 +322,8 @@ def test_structured_output(fields: dict[str, Any], field: str) -> None:
     assert call.grammar.field == field
     assert json.loads(call.grammar.text) == SCHEMA
     assert call.chat is not None
-    assert call.chat.answer_format is not None
-    assert json.loads(call.chat.answer_format.schema) == SCHEMA
+    assert call.chat.output_schema is not None
+    assert json.loads(call.chat.output_schema.schema) == SCHEMA
 
 
 @pytest.mark.parametrize(

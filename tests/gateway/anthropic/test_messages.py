@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from cluster.config.gateway import GatewaySection
-from gateway.core.tool_use import ToolForm
+from gateway.core.tool_use import ToolCallFormat
 from gateway.core.tuning import GatewayTuning
 from tests.gateway.fakes import MAX_MODEL_LEN, saying, tiny_tokenizer
 from tests.gateway.http.test_thinking import TEMPLATE
@@ -24,7 +24,7 @@ USER = [{"role": "user", "content": "hi"}]
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
 TOOLS = [{"name": "weather", "input_schema": SCHEMA}, {"name": "now", "input_schema": {}}]
 ON = {"type": "adaptive"}
-CALLS = written(ToolForm.GLM, [("weather", {"city": 'Bad "Ems"', "days": 3}), ("now", {})])
+CALLS = written(ToolCallFormat.GLM, [("weather", {"city": 'Bad "Ems"', "days": 3}), ("now", {})])
 
 
 @pytest.fixture(scope="module")

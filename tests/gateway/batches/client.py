@@ -12,7 +12,7 @@ from gateway.http.api import HttpApi
 from tests.cluster.batches.files import line
 from tests.gateway.stack import Stack
 
-TUNING = BatchTuning(look_s=0.02, retry_s=0.02)
+TUNING = BatchTuning(poll_s=0.02, retry_s=0.02)
 
 
 def lines_of(ids: Iterable[str], **changed: Any) -> bytes:

@@ -52,7 +52,7 @@ from tests.harness.faulty_files import (
 )
 
 IDS = [f"id-{number}" for number in range(30)]
-ONE_SEAT = BatchTuning(look_s=0.02, retry_s=3600.0, max_batches=1)
+ONE_SEAT = BatchTuning(poll_s=0.02, retry_s=3600.0, max_batches=1)
 
 
 def state_of(stack: Stack) -> StateStore:
@@ -337,7 +337,7 @@ def test_a_batch_ends_before_its_answers_are_too_large(small: Stack) -> None:
     ids = [str(number) for number in range(80)]
     made = make_batch(small, lines_of(ids))
     small.http.delete(f"/v1/files/{made['input_file_id']}")
-    runner = start_runner(small, replace(TUNING, look_s=0.001, concurrency=1))
+    runner = start_runner(small, replace(TUNING, poll_s=0.001, concurrency=1))
     done = wait_status(small, made["id"], "failed")
     (problem,) = done["errors"]["data"]
     assert problem["code"] == "answers_too_large"
@@ -375,15 +375,15 @@ def test_a_maker_that_was_killed_leaves_nothing(keeper: Stack) -> None:
     batches = BatchStore(state_of(keeper))
     runner = start_runner(keeper)
     keeper.wait_for(lambda: batches.path(made["id"], WorkPart.ANSWERS).exists())
-    assert batches.is_waiting(made["id"])  # its maker may be at work
+    assert batches.is_pending(made["id"])  # its maker may be at work
     stop_runner(keeper, runner)
     (work,) = batches.waiting()
     ahead = BatchStore(state_of(keeper), clock=lambda: 2e10)
     assert ahead.take(work) is None
-    assert batches.is_waiting(made["id"]), "a clock that is ahead ends no batch"
+    assert batches.is_pending(made["id"]), "a clock that is ahead ends no batch"
     state_of(keeper).disk_time_s = lambda: 2e10
     assert batches.take(work) is None
-    assert not batches.is_waiting(made["id"])
+    assert not batches.is_pending(made["id"])
 
 
 def test_a_clock_that_is_ahead_ends_no_batch(keeper: Stack) -> None:
@@ -403,7 +403,7 @@ def test_a_clock_that_is_ahead_ends_no_batch(keeper: Stack) -> None:
     store.sweep()
     batch = BatchStore(state_of(keeper)).take(work)
     assert batch is not None
-    assert not ahead.is_over(batch)
+    assert not ahead.must_end(batch)
     runner = start_runner(keeper)
     done = wait_status(keeper, made["id"], "completed")
     assert set(answers_in(keeper, done["output_file_id"])) == set(IDS)
@@ -439,7 +439,7 @@ def test_a_key_that_is_taken_away_ends_its_batches(tmp_path: Path) -> None:
         wait_status(stack, made["id"], "in_progress", KEYS[0])
         keys.write_text(KEYS[1])
         batches = BatchStore(state_of(stack))
-        stack.wait_for(lambda: not batches.is_waiting(made["id"]))
+        stack.wait_for(lambda: not batches.is_pending(made["id"]))
         stack.engine.is_paused = False
         keys.write_text("\n".join(KEYS))
         path = f"/v1/batches/{made['id']}"

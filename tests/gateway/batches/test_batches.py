@@ -66,7 +66,7 @@ def test_a_batch_is_answered(keeper: Stack) -> None:
 def test_another_gateway_goes_on(keeper: Stack) -> None:
     keeper.engine.step_s = 0.02
     made = make_batch(keeper, lines_of(IDS))
-    first = start_runner(keeper, BatchTuning(look_s=0.02, concurrency=2))
+    first = start_runner(keeper, BatchTuning(poll_s=0.02, concurrency=2))
     path = f"/v1/batches/{made['id']}"
     keeper.wait_for(lambda: get(keeper, path)["request_counts"]["completed"] > 3)
     stop_runner(keeper, first)
@@ -98,7 +98,7 @@ def test_one_gateway_runs_a_batch(keeper: Stack) -> None:
 def test_a_cancelled_batch_keeps_its_answers(keeper: Stack) -> None:
     keeper.engine.step_s = 0.05
     made = make_batch(keeper, lines_of(IDS))
-    runner = start_runner(keeper, BatchTuning(look_s=0.02, concurrency=1))
+    runner = start_runner(keeper, BatchTuning(poll_s=0.02, concurrency=1))
     path = f"/v1/batches/{made['id']}"
     keeper.wait_for(lambda: get(keeper, path)["request_counts"]["completed"] > 1)
     asked = keeper.http.post(f"{path}/cancel").json()

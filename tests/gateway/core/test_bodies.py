@@ -24,7 +24,7 @@ def test_no_call_checks_more_than_a_slice() -> None:
         sizes.append(len(items))
         return items
 
-    assert bodies._by_slices(list(range(LONG)), check) == list(range(LONG))
+    assert bodies._validate_slices(list(range(LONG)), check) == list(range(LONG))
     assert sizes == [MAX_SLICE, MAX_SLICE, 100]
 
 

@@ -17,7 +17,7 @@ from gateway.core.field_checks import (
     check_messages,
     check_range,
     check_stream,
-    given_one,
+    require_one_of,
 )
 from gateway.core.tool_use import Tool
 from gateway.text.forms.tools import make_tool_use
@@ -194,12 +194,12 @@ def test_messages_may_have_so_many_parts() -> None:
 
 
 def test_one_of_several_fields_is_given() -> None:
-    assert given_one(input=None, inputs=0) == "inputs"
+    assert require_one_of(input=None, inputs=0) == "inputs"
     with pytest.raises(RequestError, match="one of input and inputs is required") as caught:
-        given_one(input=None, inputs=None)
+        require_one_of(input=None, inputs=None)
     assert (caught.value.param, caught.value.code) == ("input", "missing_required_parameter")
     with pytest.raises(RequestError, match="a and b and c cannot be set together") as caught:
-        given_one(a=None, b=1, c=2)
+        require_one_of(a=None, b=1, c=2)
     assert caught.value.param == "b"
 
 

@@ -53,16 +53,16 @@ def test_what_was_routed_is_expected_until_it_is_settled() -> None:
     index.apply("a", _whole())
     index.expect("a", prompt)
     index.expect("a", prompt[:2])
-    index.settle("a", prompt)
+    index.end_expectation("a", prompt)
     assert index.matches(prompt) == {"a": 2}
     index.apply("a", KvEvents(number=8, stored=tuple(prompt[:1])))
-    index.settle("a", prompt[:2])
+    index.end_expectation("a", prompt[:2])
     assert index.matches(prompt) == {"a": 1}
     index.expect("a", prompt)
     index.apply("a", KvEvents(number=9, removed=tuple(prompt[:1])))
     assert index.matches(prompt) == {"a": 4}
     index.drop("a")
-    index.settle("a", prompt)
+    index.end_expectation("a", prompt)
     assert not index._holders
 
 
@@ -71,10 +71,10 @@ def test_each_expectation_is_settled_once() -> None:
     index.apply("a", _whole())
     for _ in range(3):
         index.expect("a", prompt)
-    index.settle("a", prompt)
-    index.settle("a", prompt)
+    index.end_expectation("a", prompt)
+    index.end_expectation("a", prompt)
     assert index.matches(prompt) == {"a": 4}
-    index.settle("a", prompt)
+    index.end_expectation("a", prompt)
     assert index.matches(prompt) == {}
 
 
@@ -85,7 +85,7 @@ def test_settling_at_a_worker_that_left_and_came_back_changes_nothing() -> None:
     index.expect("b", prompt)
     index.drop("b")
     index.apply("b", _whole())
-    index.settle("b", prompt)
+    index.end_expectation("b", prompt)
     assert not index._holders
 
 

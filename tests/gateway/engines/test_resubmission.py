@@ -15,7 +15,7 @@ from cluster.config.cluster import EngineSection
 from cluster.config.gateway import GatewaySection
 from gateway.engines.submission import (
     MAX_RETURNS_WITHOUT_ADAPTER,
-    MAX_SILENT_DEATHS_IN_ALL,
+    MAX_TOTAL_UNACKNOWLEDGED_DEATHS,
     RequestStage,
     Submission,
 )
@@ -368,13 +368,13 @@ def test_a_request_that_waits_in_an_engine_does_not_fail(workers: Workers) -> No
 
     engine = add()
     answer = start(lambda: complete(workers.stack, prompt="x", max_tokens=4))
-    for _ in range(MAX_SILENT_DEATHS_IN_ALL + 1):
+    for _ in range(MAX_TOTAL_UNACKNOWLEDGED_DEATHS + 1):
         workers.stack.wait_for(has_it, "the word of the engine")
         _lose(workers, engine)
         engine = add()
     workers.stack.wait_for(has_it, "the word of the last one")
     (last,) = engine.requests
-    assert last.num_deaths == MAX_SILENT_DEATHS_IN_ALL + 1
+    assert last.num_deaths == MAX_TOTAL_UNACKNOWLEDGED_DEATHS + 1
     engine.pause_after = None
     assert answer.result(WAIT_S)["choices"][0]["finish_reason"] == "length"
 
@@ -395,7 +395,7 @@ def test_a_request_that_kills_on_receipt_fails_and_no_other(workers: Workers) ->
     def only_queues(request: Request, stage: RequestStage) -> bool:
         return request.prompt != killer and stage is RequestStage.QUEUED
 
-    for _ in range(MAX_SILENT_DEATHS_IN_ALL - 2):
+    for _ in range(MAX_TOTAL_UNACKNOWLEDGED_DEATHS - 2):
         engine = workers.add(pause_after=0, reports=only_queues)
         _wait_for_prompt(workers, engine, killer)
         workers.stop(engine)

@@ -10,8 +10,8 @@ from gateway.engines.kv_index import KvIndex
 from gateway.engines.router import (
     DECODE_TOKENS,
     FETCH_TOKENS,
-    HOME_TOKENS,
     MISSING_WEIGHT,
+    SESSION_TOKENS,
     KvPeer,
     Route,
     RoutingPolicy,
@@ -59,17 +59,20 @@ def test_a_cached_prefix_is_worth_waiting_for_up_to_its_price() -> None:
 def test_a_session_stays_where_it_was_if_that_costs_little() -> None:
     loads = [WorkerLoad(name=name) for name in "abc"]
 
-    def pick(home: str, **cached: int) -> str:
-        found = (pick_worker(loads, RoutingPolicy.KV, n, 600, cached, home=home) for n in range(3))
+    def pick(session_worker: str, **cached: int) -> str:
+        found = (
+            pick_worker(loads, RoutingPolicy.KV, n, 600, cached, session_worker=session_worker)
+            for n in range(3)
+        )
         return "".join(route.load.name for route in found)
 
     assert pick("") == "abc"
     assert pick("b") == "bbb"
     assert pick("gone") == "abc"
     assert pick("b", c=500) == "ccc", "it has lost the blocks, and another one has them"
-    loads[1].queued_tokens = HOME_TOKENS - 1
+    loads[1].queued_tokens = SESSION_TOKENS - 1
     assert pick("b") == "bbb"
-    loads[1].queued_tokens = HOME_TOKENS + 1
+    loads[1].queued_tokens = SESSION_TOKENS + 1
     assert "b" not in pick("b")
 
 

@@ -8,8 +8,8 @@ import pytest
 from msgspec.structs import replace
 
 from gateway.engines.submission import (
-    MAX_SILENT_DEATHS,
-    MAX_SILENT_DEATHS_IN_ALL,
+    MAX_TOTAL_UNACKNOWLEDGED_DEATHS,
+    MAX_UNACKNOWLEDGED_DEATHS,
     RequestStage,
     Submission,
     without_first,
@@ -59,7 +59,7 @@ def submission(n: int = 1, deadline_s: float = 100.0, attempt: int = 0) -> Submi
 
 def test_only_what_is_on_its_way_alone_kills_on_receipt() -> None:
     entry = submission()
-    silent = {f"attention-{n}": True for n in range(MAX_SILENT_DEATHS)}
+    silent = {f"attention-{n}": True for n in range(MAX_UNACKNOWLEDGED_DEATHS)}
     found = []
     for stage, deaths in ((RequestStage.SENT, {}), (RequestStage.SENT, silent)):
         entry.stage, entry.deaths = stage, dict(deaths)
@@ -82,8 +82,8 @@ def test_the_next_attempt_carries_what_was_delivered() -> None:
     entry = submission(n=3)
     entry.deliver(output(0, 0, 7, 8))
     entry.deliver(output(2, 0, 9, reason=FinishReason.STOP))
-    entry.reach(RequestStage.QUEUED)
-    assert entry.lose() is None
+    entry.set_stage(RequestStage.QUEUED)
+    assert entry.record_death() is None
     entry.next_attempt(50.0)
     request = entry.message(50.0)
     assert entry.request == submission(n=3).request
@@ -111,12 +111,12 @@ def test_tokens_that_are_still_needed() -> None:
 
 def test_a_token_clears_deaths_and_returns() -> None:
     entry = submission()
-    entry.reach(RequestStage.QUEUED)
-    assert entry.lose() is None
+    entry.set_stage(RequestStage.QUEUED)
+    assert entry.record_death() is None
     entry.next_attempt(0.0)
     assert entry.message(0.0).num_deaths == 1
     entry.num_returns = 2
-    entry.reach(RequestStage.ALONE)
+    entry.set_stage(RequestStage.ALONE)
     entry.deliver(output(0, 0))
     assert (entry.num_deaths, entry.num_returns, entry.stage) == (1, 0, RequestStage.ALONE)
     entry.deliver(output(0, 0, 7))
@@ -125,9 +125,9 @@ def test_a_token_clears_deaths_and_returns() -> None:
 
 def test_a_request_whose_solo_step_was_withdrawn_is_not_the_cause() -> None:
     entry = submission()
-    entry.reach(RequestStage.ALONE)
-    entry.reach(RequestStage.QUEUED)
-    assert entry.lose() is None
+    entry.set_stage(RequestStage.ALONE)
+    entry.set_stage(RequestStage.QUEUED)
+    assert entry.record_death() is None
 
 
 @pytest.mark.parametrize(
@@ -143,26 +143,26 @@ def test_a_death_counts_by_how_far_the_request_was(
 ) -> None:
     entry = submission()
     if stage is not RequestStage.SENT:
-        entry.reach(stage)
-    assert (entry.lose() is not None) is is_cause
-    assert (entry.num_deaths, entry.num_silent_deaths) == (num_deaths, num_silent)
+        entry.set_stage(stage)
+    assert (entry.record_death() is not None) is is_cause
+    assert (entry.num_deaths, entry.num_unacknowledged_deaths) == (num_deaths, num_silent)
 
 
 def test_a_worker_that_has_the_request_ends_the_count_of_silent_deaths() -> None:
     entry = submission()
-    for number in range(1, MAX_SILENT_DEATHS_IN_ALL):
+    for number in range(1, MAX_TOTAL_UNACKNOWLEDGED_DEATHS):
         entry.last_worker = f"attention-{number}"
-        assert entry.lose() is None
-        assert entry.must_be_sent_alone is (number >= MAX_SILENT_DEATHS)
+        assert entry.record_death() is None
+        assert entry.must_be_sent_alone is (number >= MAX_UNACKNOWLEDGED_DEATHS)
         entry.next_attempt(0.0)
-    entry.reach(RequestStage.QUEUED)
+    entry.set_stage(RequestStage.QUEUED)
     assert not entry.must_be_sent_alone
     entry.next_attempt(0.0)
-    for number in range(1, MAX_SILENT_DEATHS_IN_ALL):
+    for number in range(1, MAX_TOTAL_UNACKNOWLEDGED_DEATHS):
         entry.last_worker = f"attention-0.{number}"
-        assert entry.lose() is None
+        assert entry.record_death() is None
     entry.last_worker = "attention-1.5"
-    assert entry.lose() == "5 workers in a row were lost when they received it"
+    assert entry.record_death() == "5 workers in a row were lost when they received it"
 
 
 @pytest.mark.parametrize(
@@ -239,12 +239,12 @@ def test_a_request_with_output_goes_on_where_it_ended() -> None:
 def test_a_worker_that_lives_after_all_takes_back_its_own_death_only() -> None:
     entry = submission()
     entry.last_worker = "attention-0"
-    entry.reach(RequestStage.QUEUED)
-    entry.lose()
+    entry.set_stage(RequestStage.QUEUED)
+    entry.record_death()
     entry.next_attempt(0.0)
     entry.last_worker = "attention-1"
-    entry.lose()
-    entry.acquit("attention-0")
-    assert (entry.num_deaths, entry.num_silent_deaths) == (1, 1)
-    entry.acquit("attention-1")
-    assert (entry.num_deaths, entry.num_silent_deaths) == (0, 0)
+    entry.record_death()
+    entry.retract_death("attention-0")
+    assert (entry.num_deaths, entry.num_unacknowledged_deaths) == (1, 1)
+    entry.retract_death("attention-1")
+    assert (entry.num_deaths, entry.num_unacknowledged_deaths) == (0, 0)

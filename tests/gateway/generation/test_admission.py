@@ -218,7 +218,7 @@ def test_each_choice_takes_a_place() -> None:
         admission.admit(CallDemand(num_choices=5, num_tokens=100), 10.0)
     for call in calls:
         call.release(11.0)
-    assert not admission.num_places
+    assert not admission.num_seats
 
 
 def test_a_tenant_with_little_may_send_embeddings_where_another_has_sent_all() -> None:

@@ -113,7 +113,7 @@ def end(stack: Stack, stage: ShutdownStage) -> int:
     """Send the gateway a stage of the end; returns the requests that run."""
 
     async def tell() -> int:
-        return stack.gateway.end(stage, time.monotonic())
+        return stack.gateway.shut_down(stage, time.monotonic())
 
     return stack.run(tell())
 

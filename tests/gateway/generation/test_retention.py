@@ -11,7 +11,7 @@ import pytest
 
 from cluster.config.gateway import GatewaySection
 from cluster.core.errors import RequestError
-from gateway.core.retention import seconds_of
+from gateway.core.retention import parse_duration_s
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.fakes import saying, tiny_tokenizer
 from tests.gateway.grpc.test_grpc import request_of
@@ -203,7 +203,7 @@ def test_hints_are_lowered_to_the_limit() -> None:
 
 def test_durations() -> None:
     given = ("90s", "5m", "1h", "2d")
-    assert [seconds_of(one, "x") for one in given] == [90.0, 300.0, 3600.0, 172_800.0]
+    assert [parse_duration_s(one, "x") for one in given] == [90.0, 300.0, 3600.0, 172_800.0]
     for wrong in ("", "m", "05m", "5", "5 m", "-5m", "1.5h", "1234567s", "5w", "5m\n"):
         with pytest.raises(RequestError, match=r"x \(.*\) must be a whole number with"):
-            seconds_of(wrong, "x")
+            parse_duration_s(wrong, "x")

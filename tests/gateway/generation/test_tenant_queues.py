@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.generation.tenant_queues import CallDemand, TenantQueue, share_places, tokens_ahead
+from gateway.generation.tenant_queues import CallDemand, TenantQueue, share_seats, tokens_ahead
 
 
 def queue(num_requests: int, weight: float = 1.0, priority: int = 0) -> TenantQueue:
@@ -17,9 +17,9 @@ def queue(num_requests: int, weight: float = 1.0, priority: int = 0) -> TenantQu
 
 
 def test_what_a_tenant_leaves_is_for_the_others() -> None:
-    places = share_places({"a": queue(8), "b": queue(100), "c": queue(100)}, 64)
+    places = share_seats({"a": queue(8), "b": queue(100), "c": queue(100)}, 64)
     assert places == {"a": 8, "b": 28, "c": 28}
-    assert share_places({"a": queue(100, 3.0), "b": queue(100)}, 64) == {"a": 48, "b": 16}
+    assert share_seats({"a": queue(100, 3.0), "b": queue(100)}, 64) == {"a": 48, "b": 16}
 
 
 def test_a_tenant_alone_waits_for_what_does_not_run() -> None:

@@ -223,7 +223,7 @@ def test_other_defaults_are_neutral() -> None:
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (1.0, 1.0, 0, 0.0)
     assert (params.repetition_penalty, params.logprobs) == (1.0, None)
     assert PLAIN.skip_special_tokens
-    assert PLAIN.num_drawn == 1
+    assert PLAIN.num_sampled == 1
 
 
 class _Sliced(tuple[int, ...]):
@@ -283,5 +283,5 @@ def test_requests_are_named_after_the_call() -> None:
     assert [request.request_id for request in requests] == ["cmpl-1-0", "cmpl-1-1"]
     assert [request.prompt for request in requests] == [(1, 2), (3,)]
     need = CallDemand.of(requests)
-    assert (need.num_requests, need.num_places) == (2, 4)
+    assert (need.num_requests, need.num_seats) == (2, 4)
     assert need.num_tokens == 3 + 4 * 16

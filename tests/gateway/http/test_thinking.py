@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from gateway.core.tool_use import ToolForm
+from gateway.core.tool_use import ToolCallFormat
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.tokenizer import Tokenizer
 from protos.inference_pb2_grpc import InferenceStub
@@ -80,7 +80,7 @@ def test_chats_have_reasoning_apart(
 
 
 def test_calls_follow_reasoning(thinking_stack: Stack) -> None:
-    call = written(ToolForm.GLM, [("now", {})])
+    call = written(ToolCallFormat.GLM, [("now", {})])
     thinking_stack.engine.script = saying(f"{ANSWER}\n{call}")
     message = ask(thinking_stack, True, tools=TOOLS)
     assert message["reasoning_content"] == "Hm, <tool_call> or not?"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.core.errors import RequestError
-from gateway.core.tool_use import ToolForm
+from gateway.core.tool_use import ToolCallFormat
 from tests.gateway.fakes import saying, tiny_tokenizer
 from tests.gateway.responses.streams import PATH, both, respond
 from tests.gateway.responses.test_input import messages_of, turn_of
@@ -41,7 +41,7 @@ def refused(**body: Any) -> str | None:
 
 
 def call(name: str, arguments: dict[str, Any]) -> str:
-    return written(ToolForm.HERMES, [(name, arguments)])
+    return written(ToolCallFormat.HERMES, [(name, arguments)])
 
 
 def test_the_model_sees_a_name_of_both() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.core.errors import QueueFullError, RequestError
-from gateway.core.tool_use import ToolForm
+from gateway.core.tool_use import ToolCallFormat
 from gateway.text.client_templates import MAX_WAITING, ClientTemplateRenderer, RenderedTemplate
 
 USER = [{"role": "user", "content": "hi"}]
@@ -26,13 +26,13 @@ def test_it_sees_what_the_model_s_own_sees() -> None:
     source = "{{ messages[0].content }}{{ word }}{{ eos_token }}"
     answer = render(source, variables={"word": "!"}, add_generation_prompt=False)
     assert answer == RenderedTemplate(
-        has_tools=False, tool_form=None, has_thinking=False, text="hi!<e>"
+        has_tools=False, tool_format=None, has_thinking=False, text="hi!<e>"
     )
 
 
 def test_its_form_of_tools_is_found() -> None:
     answer = render("{% if tools %}<tool_call>{% endif %}", tools=[{"type": "function"}])
-    assert (answer.has_tools, answer.tool_form) == (True, ToolForm.HERMES)
+    assert (answer.has_tools, answer.tool_format) == (True, ToolCallFormat.HERMES)
     assert answer.text == "<tool_call>"
 
 

@@ -26,7 +26,7 @@ from benchmarks.harness.serving_cluster import (
 from benchmarks.harness.stalls import heartbeat
 from gateway.core.call import CallKind, GenerateCall
 from gateway.core.delta import TokenText
-from gateway.engines import moves
+from gateway.engines import request_mover
 from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway, new_call_id
 from tests.harness.fault_rows import (
@@ -106,7 +106,7 @@ def test_a_stream_that_moves_between_idle_workers_lacks_one_token(
 
     monkeypatch.setattr(Scheduler, "_admit_ready", spy)
     for limit in ("_ANSWER_LIMIT_S", "_BLOCK_LIMIT_S", "_PAUSE_LIMIT_S"):  # on a busy machine, too
-        monkeypatch.setattr(moves, limit, LIMIT_S)
+        monkeypatch.setattr(request_mover, limit, LIMIT_S)
     calls = make_calls(1, 1500)  # so that it runs on while the order goes its way
     config = quiet_config(2, 1)
     with (

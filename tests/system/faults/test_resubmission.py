@@ -21,8 +21,8 @@ from gateway.core.call import CallKind, GenerateCall
 from gateway.core.delta import ChoiceDelta
 from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway
-from gateway.generation.inspect import InspectFields, Inspecting
-from gateway.generation.pooling import Reader, reading_call
+from gateway.generation.inspect import InspectFields, InspectionService
+from gateway.generation.pooling import PoolingService, make_pooling_call
 from tests.harness.fault_rows import blocks_held, quiet_config
 from tests.harness.poison import POISON, PoisonedGroup
 from workers.process.context import WorkerContext
@@ -83,7 +83,7 @@ def _untimed(choice: ChoiceDelta) -> ChoiceDelta:
 
 async def read(gateway: Gateway) -> Any:
     """Pooling calls of every kind, with prompts of several steps."""
-    reader, options = Reader(gateway), reading_call(timeout_s=LIMIT_S)
+    reader, options = PoolingService(gateway), make_pooling_call(timeout_s=LIMIT_S)
     long, other = prompt(400, 1), prompt(300, 2)
     fields = InspectFields(
         token_ids=(long[:90], other[:70]),
@@ -91,7 +91,7 @@ async def read(gateway: Gateway) -> Any:
     )
 
     async def inspect() -> Any:
-        async with Inspecting(gateway).inspect(fields, options, 64 << 20) as found:
+        async with InspectionService(gateway).inspect(fields, options, 64 << 20) as found:
             return found
 
     embedded, mean, scored, classified, inspected = await asyncio.gather(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from gateway.core.tool_use import Tool, ToolForm, ToolUse
+from gateway.core.tool_use import Tool, ToolCallFormat, ToolUse
 from gateway.text.forms.tool_calls import CallDelta, ParsedPiece, ParsedText
 
 WEATHER: dict[str, Any] = {
@@ -26,10 +26,10 @@ WEATHER: dict[str, Any] = {
 TOOLS = (Tool(name="weather", parameters=WEATHER), Tool(name="now"))
 USE = ToolUse(tools=TOOLS)
 Calls = Iterable[tuple[str, Mapping[str, Any]]]
-MARKS: dict[ToolForm, tuple[str, ...]] = {
-    ToolForm.HERMES: ("<tool_call>", "</tool_call>"),
-    ToolForm.MISTRAL: ("[TOOL_CALLS]",),
-    ToolForm.QWEN_CODER: (
+MARKS: dict[ToolCallFormat, tuple[str, ...]] = {
+    ToolCallFormat.HERMES: ("<tool_call>", "</tool_call>"),
+    ToolCallFormat.MISTRAL: ("[TOOL_CALLS]",),
+    ToolCallFormat.QWEN_CODER: (
         "<tool_call>",
         "</tool_call>",
         "<function=",
@@ -37,7 +37,7 @@ MARKS: dict[ToolForm, tuple[str, ...]] = {
         "<parameter=",
         "</parameter>",
     ),
-    ToolForm.GLM: (
+    ToolCallFormat.GLM: (
         "<tool_call>",
         "</tool_call>",
         "<arg_key>",
@@ -45,14 +45,14 @@ MARKS: dict[ToolForm, tuple[str, ...]] = {
         "<arg_value>",
         "</arg_value>",
     ),
-    ToolForm.DEEPSEEK_V3: (
+    ToolCallFormat.DEEPSEEK_V3: (
         "<｜tool▁calls▁begin｜>",
         "<｜tool▁calls▁end｜>",
         "<｜tool▁call▁begin｜>",
         "<｜tool▁call▁end｜>",
         "<｜tool▁sep｜>",
     ),
-    ToolForm.DEEPSEEK_V3_2: (
+    ToolCallFormat.DEEPSEEK_V3_2: (
         "<｜DSML｜function_calls>",
         "</｜DSML｜function_calls>",
         "<｜DSML｜invoke",
@@ -60,7 +60,7 @@ MARKS: dict[ToolForm, tuple[str, ...]] = {
         "<｜DSML｜parameter",
         "</｜DSML｜parameter>",
     ),
-    ToolForm.MINIMAX: (
+    ToolCallFormat.MINIMAX: (
         "<minimax:tool_call>",
         "</minimax:tool_call>",
         "<invoke",
@@ -68,7 +68,7 @@ MARKS: dict[ToolForm, tuple[str, ...]] = {
         "<parameter",
         "</parameter>",
     ),
-    ToolForm.KIMI: (
+    ToolCallFormat.KIMI: (
         "<|tool_calls_section_begin|>",
         "<|tool_calls_section_end|>",
         "<|tool_call_begin|>",
@@ -76,7 +76,7 @@ MARKS: dict[ToolForm, tuple[str, ...]] = {
         "<|tool_call_argument_begin|>",
     ),
 }
-MARKS[ToolForm.DEEPSEEK_V3_1] = MARKS[ToolForm.DEEPSEEK_V3]
+MARKS[ToolCallFormat.DEEPSEEK_V3_1] = MARKS[ToolCallFormat.DEEPSEEK_V3]
 TOKENS = tuple(
     dict.fromkeys(
         ["<think>", "</think>", "｜DSML｜"]
@@ -84,7 +84,8 @@ TOKENS = tuple(
             mark
             for form, marks in MARKS.items()
             for mark in marks
-            if form not in (ToolForm.QWEN_CODER, ToolForm.DEEPSEEK_V3_2, ToolForm.MISTRAL)
+            if form
+            not in (ToolCallFormat.QWEN_CODER, ToolCallFormat.DEEPSEEK_V3_2, ToolCallFormat.MISTRAL)
             and mark.endswith(">")
             and "param" not in mark
             and "invoke" not in mark
@@ -94,26 +95,26 @@ TOKENS = tuple(
 """Marks that are tokens of the models' vocabularies."""
 
 
-def written(form: ToolForm, calls: Calls) -> str:
+def written(form: ToolCallFormat, calls: Calls) -> str:
     """Calls in one form."""
     given = [(name, dict(arguments)) for name, arguments in calls]
     match form:
-        case ToolForm.HERMES:
+        case ToolCallFormat.HERMES:
             return "\n".join(
                 f'<tool_call>\n{{"name": "{name}", "arguments": {_json(args)}}}\n</tool_call>'
                 for name, args in given
             )
-        case ToolForm.MISTRAL:
+        case ToolCallFormat.MISTRAL:
             listed = [f'{{"name": "{name}", "arguments": {_json(args)}}}' for name, args in given]
             return f"[TOOL_CALLS][{', '.join(listed)}]"
-        case ToolForm.QWEN_CODER:
+        case ToolCallFormat.QWEN_CODER:
             return "\n".join(
                 f"<tool_call>\n<function={name}>\n"
                 + "".join(f"<parameter={k}>\n{_plain(v)}\n</parameter>\n" for k, v in args.items())
                 + "</function>\n</tool_call>"
                 for name, args in given
             )
-        case ToolForm.GLM:
+        case ToolCallFormat.GLM:
             return "\n".join(
                 f"<tool_call>{name}\n"
                 + "".join(
@@ -123,31 +124,31 @@ def written(form: ToolForm, calls: Calls) -> str:
                 + "</tool_call>"
                 for name, args in given
             )
-        case ToolForm.DEEPSEEK_V3:
+        case ToolCallFormat.DEEPSEEK_V3:
             inner = "\n".join(
                 f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{_json(args)}\n```"
                 "<｜tool▁call▁end｜>"
                 for name, args in given
             )
             return f"<｜tool▁calls▁begin｜>{inner}<｜tool▁calls▁end｜>"
-        case ToolForm.DEEPSEEK_V3_1:
+        case ToolCallFormat.DEEPSEEK_V3_1:
             inner = "".join(
                 f"<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{_json(args)}<｜tool▁call▁end｜>"
                 for name, args in given
             )
             return f"<｜tool▁calls▁begin｜>{inner}<｜tool▁calls▁end｜>"
-        case ToolForm.DEEPSEEK_V3_2:
+        case ToolCallFormat.DEEPSEEK_V3_2:
             return _invocations(given, "｜DSML｜", "<｜DSML｜function_calls>", True)
-        case ToolForm.MINIMAX:
+        case ToolCallFormat.MINIMAX:
             return _invocations(given, "", "<minimax:tool_call>", False)
-        case ToolForm.KIMI:
+        case ToolCallFormat.KIMI:
             inner = "".join(
                 f"<|tool_call_begin|>functions.{name}:{place}<|tool_call_argument_begin|>"
                 f"{_json(args)}<|tool_call_end|>"
                 for place, (name, args) in enumerate(given)
             )
             return f"<|tool_calls_section_begin|>{inner}<|tool_calls_section_end|>"
-        case ToolForm.HARMONY:
+        case ToolCallFormat.HARMONY:
             return "<|end|><|start|>assistant".join(
                 f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>"
                 f"{_json(args)}"

@@ -19,7 +19,7 @@ import pytest
 import tokenizers
 
 from gateway.core.thinking import Thinking
-from gateway.core.tool_use import ToolForm, ToolUse
+from gateway.core.tool_use import ToolCallFormat, ToolUse
 from gateway.text.detokenizer import make_detokenizer
 from gateway.text.forms.answer_parser import AnswerParser
 from gateway.text.forms.lookahead import MAX_WAITING_CHARS
@@ -40,7 +40,7 @@ from tests.gateway.text.forms.examples import (
     written,
 )
 
-FORMS = (*ToolForm, None)
+FORMS = (*ToolCallFormat, None)
 FEW, MANY = 330, 10_000
 _WORD = re.compile(r"w\d{4}[éß字ж😀]?x")
 _TAILS = ("", "é", "ß", "字", "ж", "😀")
@@ -66,7 +66,7 @@ class Case:
     """One answer, and what reads it."""
 
     text: str
-    form: ToolForm | None
+    form: ToolCallFormat | None
     use: ToolUse | None
     thinking: Thinking | None
     opened: str
@@ -77,7 +77,7 @@ class Case:
     """Without calls all of it is content."""
 
     def make_parser(self) -> Parser:
-        if self.form is ToolForm.HARMONY:
+        if self.form is ToolCallFormat.HARMONY:
             return _Harmony(self.opened)
         return AnswerParser(self.form, self.use, self.thinking)
 
@@ -104,7 +104,7 @@ def token_pieces(text: str) -> list[str]:
 class Writer:
     """Makes answers of one form from a seed."""
 
-    def __init__(self, form: ToolForm | None, seed: int) -> None:
+    def __init__(self, form: ToolCallFormat | None, seed: int) -> None:
         self._form = form
         self._random = random.Random(f"{form}/{seed}")
         self._num_words = 0
@@ -116,7 +116,7 @@ class Writer:
         text = "".join(parts)
         if rng.random() < 0.3:
             text = text[: rng.randrange(len(text) + 1)]
-        if self._form is ToolForm.HARMONY:
+        if self._form is ToolCallFormat.HARMONY:
             opened = rng.choice([OPENED, "", f"{OPENED}<|channel|>final{MESSAGE}"])
             return Case(text, self._form, USE, None, opened, keeps_all=not is_broken)
         form, thinking = self._form, rng.choice([None, *Thinking])
@@ -127,7 +127,7 @@ class Writer:
 
     def _part(self, is_broken: bool) -> str:
         kinds = [self._words, self._words, self._calls, self._thought]
-        if self._form is ToolForm.HARMONY:
+        if self._form is ToolCallFormat.HARMONY:
             kinds = [self._message, self._calls_in_messages]
         if is_broken:
             kinds += [self._mark, self._mark, self._torn_mark, self._broken_calls, self._odd]
@@ -163,7 +163,7 @@ class Writer:
             ("weather", self._arguments()) if self._random.random() < 0.8 else ("now", {})
             for _ in range(count)
         ]
-        return written(self._form or ToolForm.HERMES, calls)
+        return written(self._form or ToolCallFormat.HERMES, calls)
 
     def _thought(self) -> str:
         inner = self._random.choice([self._words, self._words, self._calls])()
@@ -178,7 +178,11 @@ class Writer:
         return f"{self._calls()}<|call|><|start|>assistant"
 
     def _mark(self) -> str:
-        known = [*MARKS.get(self._form or ToolForm.HERMES, HARMONY_MARKS), "<think>", "</think>"]
+        known = [
+            *MARKS.get(self._form or ToolCallFormat.HERMES, HARMONY_MARKS),
+            "<think>",
+            "</think>",
+        ]
         return self._random.choice(known)
 
     def _torn_mark(self) -> str:
@@ -262,7 +266,7 @@ class _Done:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_streaming_equals_the_whole(form: ToolForm | None) -> None:
+def test_streaming_equals_the_whole(form: ToolCallFormat | None) -> None:
     for seed in range(FEW // len(FORMS)):
         check(Writer(form, seed).case())
 
@@ -270,7 +274,7 @@ def test_streaming_equals_the_whole(form: ToolForm | None) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("form", FORMS)
-def test_streaming_equals_the_whole_for_thousands(form: ToolForm | None) -> None:
+def test_streaming_equals_the_whole_for_thousands(form: ToolCallFormat | None) -> None:
     """10,000 answers over all forms."""
     for seed in range(-(-MANY // len(FORMS))):
         check(Writer(form, seed).case())

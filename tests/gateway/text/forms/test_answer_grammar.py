@@ -11,7 +11,7 @@ import tokenizers
 
 from cluster.core.errors import RequestError
 from gateway.core.thinking import Thinking
-from gateway.core.tool_use import Tool, ToolForm, ToolUse
+from gateway.core.tool_use import Tool, ToolCallFormat, ToolUse
 from gateway.text.forms.answer_grammar import answer_grammar
 from gateway.text.forms.call_syntax import SYNTAXES
 from gateway.text.forms.structured import make_grammar
@@ -81,7 +81,7 @@ def test_tokens_that_look_like_tags_are_no_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_calls_follow_the_tools(vocabulary: Vocabulary, form: ToolForm) -> None:
+def test_calls_follow_the_tools(vocabulary: Vocabulary, form: ToolCallFormat) -> None:
     now: tuple[str, dict[str, Any]] = ("now", {})
     weather = ("weather", ARGUMENTS)
     both, one = written(form, [weather, now]), written(form, [now])
@@ -109,7 +109,7 @@ def test_calls_follow_the_tools(vocabulary: Vocabulary, form: ToolForm) -> None:
 
 
 @pytest.mark.parametrize("form", PAIR_FORMS)
-def test_arguments_that_a_schema_leaves_open(vocabulary: Vocabulary, form: ToolForm) -> None:
+def test_arguments_that_a_schema_leaves_open(vocabulary: Vocabulary, form: ToolCallFormat) -> None:
     more = written(form, [("f", {"a": 1, "other": "x"})])
     properties = {"a": {"type": "integer"}}
     for parameters, is_open in (
@@ -123,7 +123,9 @@ def test_arguments_that_a_schema_leaves_open(vocabulary: Vocabulary, form: ToolF
         assert vocabulary.allows(grammar, more) is is_open, parameters
 
 
-@pytest.mark.parametrize("form", [ToolForm.GLM, ToolForm.QWEN_CODER, ToolForm.HERMES])
+@pytest.mark.parametrize(
+    "form", [ToolCallFormat.GLM, ToolCallFormat.QWEN_CODER, ToolCallFormat.HERMES]
+)
 @pytest.mark.parametrize(
     ("thinking", "prefixes", "wrong"),
     [
@@ -133,7 +135,7 @@ def test_arguments_that_a_schema_leaves_open(vocabulary: Vocabulary, form: ToolF
 )
 def test_reasoning_comes_before_calls_and_structured_output(
     vocabulary: Vocabulary,
-    form: ToolForm,
+    form: ToolCallFormat,
     thinking: Thinking,
     prefixes: list[str],
     wrong: list[str],
@@ -171,7 +173,9 @@ def test_every_kind_of_structured_output_may_follow_reasoning(
     vocabulary: Vocabulary, wanted: dict[str, Any], good: str, bad: str
 ) -> None:
     answer = make_grammar(None, None, wanted)
-    grammar = answer_grammar(None, ToolForm.HERMES, vocabulary.mark_ids, answer, Thinking.OPEN)
+    grammar = answer_grammar(
+        None, ToolCallFormat.HERMES, vocabulary.mark_ids, answer, Thinking.OPEN
+    )
     assert grammar is not None
     assert grammar.field == f"structured_outputs.{next(iter(wanted))}"
     assert vocabulary.allows(grammar, f"a</think>\n{good}")
@@ -179,8 +183,8 @@ def test_every_kind_of_structured_output_may_follow_reasoning(
 
 
 def test_what_needs_no_grammar_has_none() -> None:
-    assert answer_grammar(None, ToolForm.HERMES, {}, None, Thinking.OPEN) is None
-    assert answer_grammar(None, ToolForm.HERMES, {}, NUMBER, None) is NUMBER
+    assert answer_grammar(None, ToolCallFormat.HERMES, {}, None, Thinking.OPEN) is None
+    assert answer_grammar(None, ToolCallFormat.HERMES, {}, NUMBER, None) is NUMBER
 
 
 def test_notes_in_a_schema_take_no_room() -> None:
@@ -195,7 +199,7 @@ def test_notes_in_a_schema_take_no_room() -> None:
         },
     }
     use = ToolUse(tools=(Tool(name="f", parameters=schema),))
-    grammar = answer_grammar(use, ToolForm.HERMES, {}, None)
+    grammar = answer_grammar(use, ToolCallFormat.HERMES, {}, None)
     assert grammar is not None
     assert long not in grammar.text
     assert '"description": {"type": "string"}' in grammar.text
@@ -203,12 +207,12 @@ def test_notes_in_a_schema_take_no_room() -> None:
     names = {f"p{number}": {"enum": [f"{number}" + "x" * 999]} for number in range(70)}
     large = ToolUse(tools=(Tool(name="f", parameters={"properties": names}),))
     with pytest.raises(RequestError, match="tools have"):
-        answer_grammar(large, ToolForm.GLM, {}, None)
+        answer_grammar(large, ToolCallFormat.GLM, {}, None)
 
 
 def test_only_strict_tools_refuse_what_a_grammar_cannot_express(vocabulary: Vocabulary) -> None:
     schema = {"properties": {"a": {"type": "array", "uniqueItems": True}}, "required": ["a"]}
-    said = written(ToolForm.HERMES, [("f", {"a": [1, 1]})])
+    said = written(ToolCallFormat.HERMES, [("f", {"a": [1, 1]})])
     check_strictness(schema, said, r"of 'f': properties\.a\.uniqueItems", vocabulary)
 
 
@@ -218,7 +222,7 @@ def test_only_strict_tools_refuse_patterns_that_are_not_regular(
 ) -> None:
     text = {"type": "string", "pattern": pattern}
     schema = {"properties": {"pattern": text}, "required": ["pattern"]}
-    said = written(ToolForm.HERMES, [("f", {"pattern": "any"})])
+    said = written(ToolCallFormat.HERMES, [("f", {"pattern": "any"})])
     check_strictness(schema, said, r"properties\.pattern\.pattern must be a pattern", vocabulary)
 
 
@@ -231,9 +235,9 @@ def check_strictness(
         use = ToolUse(tools=(tool,))
         if is_strict:
             with pytest.raises(RequestError, match=refused):
-                answer_grammar(use, ToolForm.HERMES, vocabulary.mark_ids, None)
+                answer_grammar(use, ToolCallFormat.HERMES, vocabulary.mark_ids, None)
         else:
-            grammar = answer_grammar(use, ToolForm.HERMES, vocabulary.mark_ids, None)
+            grammar = answer_grammar(use, ToolCallFormat.HERMES, vocabulary.mark_ids, None)
             assert vocabulary.allows(grammar, said)
 
 

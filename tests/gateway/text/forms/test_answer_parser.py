@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gateway.core.thinking import Thinking, thinking_after
-from gateway.core.tool_use import CallArguments, Tool, ToolForm, ToolUse
+from gateway.core.tool_use import CallArguments, Tool, ToolCallFormat, ToolUse
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.forms.answer_parser import AnswerParser
 from gateway.text.forms.call_syntax import SYNTAXES
@@ -33,7 +33,7 @@ Parts = list[tuple[str, str]]
 
 def parsed(
     text: str,
-    form: ToolForm | None = None,
+    form: ToolCallFormat | None = None,
     thinking: Thinking | None = None,
     use: ToolUse = USE,
 ) -> tuple[Parts, bool]:
@@ -71,7 +71,7 @@ class _AtOnce:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_calls_are_found_in_every_form(form: ToolForm) -> None:
+def test_calls_are_found_in_every_form(form: ToolCallFormat) -> None:
     calls = written(form, [("weather", ARGUMENTS), ("now", {})])
     parts, has_calls = parsed(f"On it.\n{calls}", form)
     assert has_calls
@@ -81,11 +81,11 @@ def test_calls_are_found_in_every_form(form: ToolForm) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_white_space_between_marks_does_not_matter(form: ToolForm) -> None:
+def test_white_space_between_marks_does_not_matter(form: ToolCallFormat) -> None:
     """Versions of a model differ in it, GLM-4.6 and 4.7 for example."""
     calls = written(form, [("weather", {"city": "x", "days": 3}), ("now", {})])
     bare = calls.replace("\n", "")
-    if form is ToolForm.HERMES:
+    if form is ToolCallFormat.HERMES:
         bare = bare.replace('": ', '" :\n').replace("{", " {").replace("}", " }")
     parts, has_calls = parsed(bare, form)
     assert has_calls
@@ -93,7 +93,7 @@ def test_white_space_between_marks_does_not_matter(form: ToolForm) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_function_that_was_not_offered_is_content(form: ToolForm) -> None:
+def test_a_function_that_was_not_offered_is_content(form: ToolCallFormat) -> None:
     text = written(form, [("never", {"city": "x"})])
     assert parsed(text, form) == ([("content", text)], False)
     only_now = ToolUse(tools=USE.tools, must_call=True, only=("now",))
@@ -102,7 +102,7 @@ def test_a_function_that_was_not_offered_is_content(form: ToolForm) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_marks_without_a_call_are_content(form: ToolForm) -> None:
+def test_marks_without_a_call_are_content(form: ToolCallFormat) -> None:
     mark = SYNTAXES[form].first_delimiter
     for text in (f"{mark} x", f"a {mark}", f"{mark}{mark}", f"a {mark[:-1]}", f"{mark}\n\n", mark):
         assert parsed(text, form) == ([("content", text)], False)
@@ -111,7 +111,7 @@ def test_marks_without_a_call_are_content(form: ToolForm) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_text_behind_a_call_is_content(form: ToolForm) -> None:
+def test_text_behind_a_call_is_content(form: ToolCallFormat) -> None:
     call = written(form, [("now", {})])
     behind = [("content", "\n\n")] if SYNTAXES[form].section else []
     assert parsed(f"{call}\n\n", form) == ([("0 now", "{}"), *behind], True)
@@ -121,7 +121,7 @@ def test_text_behind_a_call_is_content(form: ToolForm) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_cut_of_a_call_keeps_its_text(form: ToolForm) -> None:
+def test_every_cut_of_a_call_keeps_its_text(form: ToolCallFormat) -> None:
     """Up to its head it is content, then arguments; it is complete when they are. Where the answer
     must be a call, it is none until its function is known."""
     call = written(form, [("weather", {"city": "Ems", "days": 3})])
@@ -142,7 +142,7 @@ def test_every_cut_of_a_call_keeps_its_text(form: ToolForm) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_cut_value_is_the_beginning_of_the_whole_one(form: ToolForm) -> None:
+def test_a_cut_value_is_the_beginning_of_the_whole_one(form: ToolCallFormat) -> None:
     """Also where it is no text: clients that read cut JSON get its type right."""
     arguments = {
         "city": "Ems",
@@ -180,18 +180,21 @@ def test_a_cut_value_is_the_beginning_of_the_whole_one(form: ToolForm) -> None:
     ],
 )
 def test_arguments_that_break_off(text: str, parts: Parts) -> None:
-    assert parsed(text, ToolForm.GLM) == (parts, False)
+    assert parsed(text, ToolCallFormat.GLM) == (parts, False)
 
 
 def test_a_call_whose_end_is_missing_is_complete_with_its_arguments() -> None:
-    call = written(ToolForm.HERMES, [("now", {})])
-    assert parsed(call.removesuffix("\n</tool_call>"), ToolForm.HERMES) == ([("0 now", "{}")], True)
+    call = written(ToolCallFormat.HERMES, [("now", {})])
+    assert parsed(call.removesuffix("\n</tool_call>"), ToolCallFormat.HERMES) == (
+        [("0 now", "{}")],
+        True,
+    )
     text = call.replace("\n</tool_call>", " so")
-    assert parsed(text, ToolForm.HERMES) == ([("0 now", "{}"), ("content", " so")], True)
+    assert parsed(text, ToolCallFormat.HERMES) == ([("0 now", "{}"), ("content", " so")], True)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_no_client_waits_for_long_for_the_end_of_a_head(form: ToolForm) -> None:
+def test_no_client_waits_for_long_for_the_end_of_a_head(form: ToolCallFormat) -> None:
     mark = SYNTAXES[form].first_delimiter
     text = f"{mark}{' ' * 3000}x"
     assert parsed(text, form) == ([("content", text)], False)
@@ -201,10 +204,12 @@ def test_no_client_waits_for_long_for_the_end_of_a_head(form: ToolForm) -> None:
 
 
 def test_kimi_names_calls_itself() -> None:
-    text = written(ToolForm.KIMI, [("now", {}), ("weather", {"city": "x"})])
-    calls = AnswerParser(ToolForm.KIMI, USE).feed(text, True).merge_calls().calls
+    text = written(ToolCallFormat.KIMI, [("now", {}), ("weather", {"city": "x"})])
+    calls = AnswerParser(ToolCallFormat.KIMI, USE).feed(text, True).merge_calls().calls
     assert [call.call_id for call in calls] == ["functions.now:0", "functions.weather:1"]
-    other = AnswerParser(ToolForm.GLM, USE).feed(written(ToolForm.GLM, [("now", {})]), True)
+    other = AnswerParser(ToolCallFormat.GLM, USE).feed(
+        written(ToolCallFormat.GLM, [("now", {})]), True
+    )
     assert str(other.calls[0].call_id).startswith("call_")
 
 
@@ -249,7 +254,7 @@ def test_kimi_names_calls_itself() -> None:
     ],
 )
 def test_values_are_of_the_types_that_the_schema_asks_for(
-    form: ToolForm, schema: dict[str, Any] | None, text: str, value: object
+    form: ToolCallFormat, schema: dict[str, Any] | None, text: str, value: object
 ) -> None:
     properties = {} if schema is None else {"a": schema}
     parameters = {"properties": properties, "$defs": {"n": {"type": "integer"}}}
@@ -262,14 +267,14 @@ def test_values_are_of_the_types_that_the_schema_asks_for(
 
 def test_deepseek_says_itself_what_a_string_is() -> None:
     use = ToolUse(tools=(Tool(name="f", parameters={"properties": {"n": {"type": "integer"}}}),))
-    said = written(ToolForm.DEEPSEEK_V3_2, [("f", {"a": "1", "b": 1, "n": "2"})])
-    ((_, arguments),), _ = parsed(said, ToolForm.DEEPSEEK_V3_2, use=use)
+    said = written(ToolCallFormat.DEEPSEEK_V3_2, [("f", {"a": "1", "b": 1, "n": "2"})])
+    ((_, arguments),), _ = parsed(said, ToolCallFormat.DEEPSEEK_V3_2, use=use)
     assert json.loads(arguments) == {"a": "1", "b": 1, "n": 2}
 
 
 def test_strings_are_passed_on_as_they_come() -> None:
     """A file that is written by a call may be long."""
-    parser = AnswerParser(ToolForm.QWEN_CODER, USE)
+    parser = AnswerParser(ToolCallFormat.QWEN_CODER, USE)
     head = "<tool_call>\n<function=weather>\n<parameter=city>\nBad"
     assert parser.feed(head).calls[-1] == CallDelta(0, '"Bad')
     assert parser.feed(' "Ems"\n').calls == (CallDelta(0, ' \\"Ems\\"'),)
@@ -308,7 +313,7 @@ def test_reasoning_is_told_apart(thinking: Thinking | None, text: str, parts: li
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_calls_behind_reasoning_and_within(form: ToolForm) -> None:
+def test_calls_behind_reasoning_and_within(form: ToolCallFormat) -> None:
     call, mark = written(form, [("now", {})]), SYNTAXES[form].first_delimiter
     thought = [("reasoning", f"A {mark} is"), ("0 now", "{}")]
     text = f"A {mark} is\n</think>\n\n{call}"
@@ -351,15 +356,19 @@ def test_the_prompt_says_where_reasoning_begins(
 @pytest.mark.parametrize(
     ("form", "shown"),
     [
-        *((form, " ".join(MARKS[form])) for form in FORMS if form is not ToolForm.DEEPSEEK_V3),
-        (ToolForm.DEEPSEEK_V3, f"{' '.join(MARKS[ToolForm.DEEPSEEK_V3])} ```json"),
-        (ToolForm.DEEPSEEK_V3_2, "<{{ dsml }}function_calls> {% set dsml = '｜DSML｜' %}"),
-        (ToolForm.HARMONY, "<|channel|> <tool_call>"),
+        *(
+            (form, " ".join(MARKS[form]))
+            for form in FORMS
+            if form is not ToolCallFormat.DEEPSEEK_V3
+        ),
+        (ToolCallFormat.DEEPSEEK_V3, f"{' '.join(MARKS[ToolCallFormat.DEEPSEEK_V3])} ```json"),
+        (ToolCallFormat.DEEPSEEK_V3_2, "<{{ dsml }}function_calls> {% set dsml = '｜DSML｜' %}"),
+        (ToolCallFormat.HARMONY, "<|channel|> <tool_call>"),
     ],
 )
-def test_forms_are_read_from_templates(form: ToolForm, shown: str) -> None:
+def test_forms_are_read_from_templates(form: ToolCallFormat, shown: str) -> None:
     template = ChatTemplate("{{ tools }}" + shown)
-    assert template.tool_form is form
+    assert template.tool_format is form
     assert not template.has_thinking
     assert ChatTemplate("{{ tools }}" + shown + "</think>").has_thinking
 
@@ -376,8 +385,8 @@ def test_templates_may_read_arguments_as_text_and_as_an_object() -> None:
 
 
 def test_parts_come_in_the_order_of_the_answer() -> None:
-    call = written(ToolForm.GLM, [("now", {})])
-    piece = AnswerParser(ToolForm.GLM, USE, Thinking.OPEN).feed(f"a</think>b{call}c", True)
+    call = written(ToolCallFormat.GLM, [("now", {})])
+    piece = AnswerParser(ToolCallFormat.GLM, USE, Thinking.OPEN).feed(f"a</think>b{call}c", True)
     assert (piece.reasoning, piece.content) == ("a", "bc")
     kinds = [
         part.text if isinstance(part, ParsedText) else part.index for part in piece.ordered_parts()

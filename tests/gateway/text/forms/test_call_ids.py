@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gateway.core.tool_use import Tool, ToolForm, ToolUse
+from gateway.core.tool_use import Tool, ToolCallFormat, ToolUse
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.forms.answer_parser import AnswerParser
 from gateway.text.forms.call_ids import CallIdGenerator, conversation_call_ids, fit_call_ids
@@ -41,38 +41,40 @@ def result(call_id: str, content: str) -> dict[str, Any]:
     return {"role": "tool", "tool_call_id": call_id, "content": content}
 
 
-def ids_of(form: ToolForm, text: str, used: tuple[str, ...] = ()) -> list[str | None]:
+def ids_of(form: ToolCallFormat, text: str, used: tuple[str, ...] = ()) -> list[str | None]:
     parser = AnswerParser(form, USE, None, used)
     return [call.call_id for call in parser.feed(text, is_last=True).merge_calls().calls]
 
 
 def test_mistral_has_nine_letters_and_digits() -> None:
-    found = ids_of(ToolForm.MISTRAL, written(ToolForm.MISTRAL, [("f", {}), ("g", {}), ("f", {})]))
+    found = ids_of(
+        ToolCallFormat.MISTRAL, written(ToolCallFormat.MISTRAL, [("f", {}), ("g", {}), ("f", {})])
+    )
     assert len(set(found)) == 3
     assert all(one is not None and MISTRAL.fullmatch(one) for one in found)
 
 
 def test_kimi_counts_over_the_conversation() -> None:
-    twice = written(ToolForm.KIMI, [("f", {}), ("f", {})]).replace("f:1", "f:0")
-    assert ids_of(ToolForm.KIMI, twice) == ["functions.f:0", "functions.f:1"]
+    twice = written(ToolCallFormat.KIMI, [("f", {}), ("f", {})]).replace("f:1", "f:0")
+    assert ids_of(ToolCallFormat.KIMI, twice) == ["functions.f:0", "functions.f:1"]
     used = ("functions.f:0", "functions.g:4")
-    assert ids_of(ToolForm.KIMI, twice, used) == ["functions.f:5", "functions.f:6"]
-    going_on = written(ToolForm.KIMI, [("g", {})]).replace("g:0", "g:5")
-    assert ids_of(ToolForm.KIMI, going_on, used) == ["functions.g:5"]
+    assert ids_of(ToolCallFormat.KIMI, twice, used) == ["functions.f:5", "functions.f:6"]
+    going_on = written(ToolCallFormat.KIMI, [("g", {})]).replace("g:0", "g:5")
+    assert ids_of(ToolCallFormat.KIMI, going_on, used) == ["functions.g:5"]
 
 
-@pytest.mark.parametrize("form", [ToolForm.HERMES, ToolForm.GLM, None])
-def test_other_forms_keep_what_clients_send(form: ToolForm | None) -> None:
+@pytest.mark.parametrize("form", [ToolCallFormat.HERMES, ToolCallFormat.GLM, None])
+def test_other_forms_keep_what_clients_send(form: ToolCallFormat | None) -> None:
     messages = [called("call_1", "x"), result("x", "2"), result("call_1", "1")]
     assert fit_call_ids(messages, form) is messages
 
 
 @pytest.mark.parametrize(
     ("form", "pattern"),
-    [(ToolForm.MISTRAL, MISTRAL), (ToolForm.KIMI, re.compile(r"functions\.f:[0-9]+"))],
+    [(ToolCallFormat.MISTRAL, MISTRAL), (ToolCallFormat.KIMI, re.compile(r"functions\.f:[0-9]+"))],
 )
 def test_ids_of_other_servers_are_mapped_with_their_results(
-    form: ToolForm, pattern: re.Pattern[str]
+    form: ToolCallFormat, pattern: re.Pattern[str]
 ) -> None:
     messages = [
         called("call_abcdefghijklmnopqrstuvwx", "toolu_01"),
@@ -90,9 +92,9 @@ def test_ids_of_other_servers_are_mapped_with_their_results(
     assert set(conversation_call_ids(messages, form)) == {first, second, third}
 
 
-@pytest.mark.parametrize("form", [ToolForm.MISTRAL, ToolForm.KIMI])
-def test_fitting_ids_stay_and_equal_ones_are_told_apart(form: ToolForm) -> None:
-    own = "abcDEF123" if form is ToolForm.MISTRAL else "functions.f:0"
+@pytest.mark.parametrize("form", [ToolCallFormat.MISTRAL, ToolCallFormat.KIMI])
+def test_fitting_ids_stay_and_equal_ones_are_told_apart(form: ToolCallFormat) -> None:
+    own = "abcDEF123" if form is ToolCallFormat.MISTRAL else "functions.f:0"
     messages = [called(own, own), result(own, "a"), result(own, "b")]
     shown = fit_call_ids(messages, form)
     first, second = (call["id"] for call in shown[0]["tool_calls"])
@@ -109,7 +111,7 @@ def test_a_template_that_demands_nine_letters_takes_any_conversation() -> None:
 
 
 def test_drawn_ids_differ_from_used_ones() -> None:
-    ids = CallIdGenerator(ToolForm.MISTRAL)
+    ids = CallIdGenerator(ToolCallFormat.MISTRAL)
     assert len({ids.new("f") for _ in range(500)}) == 500
 
 
@@ -120,7 +122,7 @@ def test_every_protocol_has_the_ids_of_the_template() -> None:
     messages = [user, called("call_of_another_server"), result("call_of_another_server", "7")]
     messages[1]["tool_calls"][0]["function"]["arguments"] = "{}"
     with running_stack(tokenizer=tiny_tokenizer(TEMPLATE)) as stack:
-        stack.engine.script = saying(written(ToolForm.MISTRAL, [("f", {}), ("f", {})]))
+        stack.engine.script = saying(written(ToolCallFormat.MISTRAL, [("f", {}), ("f", {})]))
         tools = [{"type": "function", "function": function}]
         chat = post(stack, "/v1/chat/completions", messages=messages, tools=tools).json()
         calls = chat["choices"][0]["message"]["tool_calls"]

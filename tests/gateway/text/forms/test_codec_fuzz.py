@@ -19,7 +19,7 @@ import pytest
 from gateway.anthropic.format import MessageFormat
 from gateway.core.call import CallKind, ChatInput, GenerateCall
 from gateway.core.delta import ChoiceDelta, Finish, TokenText, Usage
-from gateway.core.tool_use import ToolForm
+from gateway.core.tool_use import ToolCallFormat
 from gateway.generation.running_call import RunningCall
 from gateway.http.openai_format import ChatFormat
 from gateway.responses.format import OutputFormat
@@ -45,7 +45,7 @@ def call_of(case: Case) -> GenerateCall:
         model="tiny",
         kind=CallKind.CHAT,
         chat=chat,
-        tool_form=case.form,
+        tool_format=case.form,
         thinking=case.thinking,
         open_message=case.opened,
         max_tokens=_MAX_TOKENS,
@@ -256,21 +256,21 @@ def _input(arguments: str) -> Any:
     return value if isinstance(value, dict) else {}
 
 
-def run(form: ToolForm | None, count: int) -> None:
+def run(form: ToolCallFormat | None, count: int) -> None:
     for seed in range(count):
         reason = FinishReason.LENGTH if seed % 3 == 0 else FinishReason.STOP
         check(Writer(form, seed).case(), reason, seed)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_streams_equal_whole_answers_in_every_protocol(form: ToolForm | None) -> None:
+def test_streams_equal_whole_answers_in_every_protocol(form: ToolCallFormat | None) -> None:
     run(form, FEW // len(FORMS))
 
 
 def test_text_behind_a_call_that_waited_for_its_end_comes_after_it() -> None:
     """A value with what looks like a mark is given at the end, in one piece with what follows."""
     case = replace(
-        Writer(ToolForm.GLM, 0).case(),
+        Writer(ToolCallFormat.GLM, 0).case(),
         text="<tool_call>weather\n<arg_key>is_short</arg_key>\n"
         '<arg_value>true</arg"g_key>city</arg_key>\n<arg_value>w</arg_value>\n'
         "</tool_call></arg_value>",
@@ -282,7 +282,7 @@ def test_text_behind_a_call_that_waited_for_its_end_comes_after_it() -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("form", FORMS)
 def test_streams_equal_whole_answers_in_every_protocol_for_thousands(
-    form: ToolForm | None,
+    form: ToolCallFormat | None,
 ) -> None:
     """10,000 answers over all forms."""
     run(form, -(-MANY // len(FORMS)))

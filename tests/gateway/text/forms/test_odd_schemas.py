@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.core.errors import RequestError
-from gateway.core.tool_use import ToolForm
+from gateway.core.tool_use import ToolCallFormat
 from gateway.text.forms.answer_parser import AnswerParser
 from gateway.text.forms.structured import MAX_GRAMMAR_BYTES, schema_grammar
 from gateway.text.forms.tools import make_tool_use
@@ -17,7 +17,7 @@ from tests.gateway.text.forms.examples import written
 from tests.gateway.text.forms.test_answer_grammar import PAIR_FORMS, Vocabulary
 from tests.gateway.text.forms.test_tool_schemas import grammar_of, use_of
 
-FORMS = [ToolForm.HERMES, *PAIR_FORMS]
+FORMS = [ToolCallFormat.HERMES, *PAIR_FORMS]
 
 
 def one(schema: Any, **beside: Any) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", [*FOLLOWED_BY_NONE, *COMPILED_BY_NONE, *FOLLOWED])
 def test_no_schema_refuses_a_request_that_is_not_strict(
-    name: str, form: ToolForm, vocabulary: Vocabulary
+    name: str, form: ToolCallFormat, vocabulary: Vocabulary
 ) -> None:
     known = {key: schema for key, (schema, _) in FOLLOWED_BY_NONE.items()}
     schema = {**known, **COMPILED_BY_NONE, **FOLLOWED}[name]
@@ -98,7 +98,7 @@ def test_no_schema_refuses_a_request_that_is_not_strict(
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", FOLLOWED_BY_NONE)
-def test_a_strict_tool_is_refused_by_place_and_keyword(name: str, form: ToolForm) -> None:
+def test_a_strict_tool_is_refused_by_place_and_keyword(name: str, form: ToolCallFormat) -> None:
     schema, place = FOLLOWED_BY_NONE[name]
     with pytest.raises(RequestError) as caught:
         grammar_of(schema, form, is_strict=True)
@@ -110,7 +110,7 @@ def test_a_strict_tool_is_refused_by_place_and_keyword(name: str, form: ToolForm
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", COMPILED_BY_NONE)
 def test_a_strict_tool_that_does_not_compile_is_named(
-    name: str, form: ToolForm, vocabulary: Vocabulary
+    name: str, form: ToolCallFormat, vocabulary: Vocabulary
 ) -> None:
     with pytest.raises(RequestError, match=r"tools\[0\]\.parameters of 'f'"):
         vocabulary.start(grammar_of(COMPILED_BY_NONE[name], form, is_strict=True))
@@ -118,7 +118,9 @@ def test_a_strict_tool_that_does_not_compile_is_named(
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", FOLLOWED)
-def test_a_strict_tool_that_is_followed(name: str, form: ToolForm, vocabulary: Vocabulary) -> None:
+def test_a_strict_tool_that_is_followed(
+    name: str, form: ToolCallFormat, vocabulary: Vocabulary
+) -> None:
     vocabulary.start(grammar_of(FOLLOWED[name], form, is_strict=True))
 
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from cluster.core.errors import RequestError
-from gateway.core.tool_use import ToolForm
+from gateway.core.tool_use import ToolCallFormat
 from gateway.text.forms.structured import schema_grammar
 from gateway.text.schemas.one_of import make_resolver, replace_one_of
 from tests.gateway.text.forms.examples import written
 from tests.gateway.text.forms.test_answer_grammar import PAIR_FORMS, Vocabulary
 from tests.gateway.text.forms.test_tool_schemas import grammar_of
 
-FORMS = [ToolForm.HERMES, *PAIR_FORMS]
+FORMS = [ToolCallFormat.HERMES, *PAIR_FORMS]
 
 
 def record(**properties: Any) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CASES)
 def test_strict_tools_follow_members_that_are_references(
-    name: str, form: ToolForm, vocabulary: Vocabulary
+    name: str, form: ToolCallFormat, vocabulary: Vocabulary
 ) -> None:
     schema, fitting, others = CASES[name]
     grammar = grammar_of(schema, form, is_strict=True)

@@ -17,7 +17,7 @@ import jsonschema
 import pytest
 
 from cluster.core.errors import RequestError
-from gateway.core.tool_use import Tool, ToolForm, ToolUse
+from gateway.core.tool_use import Tool, ToolCallFormat, ToolUse
 from gateway.text.forms.answer_grammar import answer_grammar
 from gateway.text.forms.answer_parser import AnswerParser
 from gateway.text.forms.call_syntax import SYNTAXES
@@ -28,7 +28,7 @@ from tests.gateway.text.forms.test_answer_grammar import PAIR_FORMS, Vocabulary
 from tests.paths import DATA
 from workers.requests.request import Grammar
 
-FORMS = [ToolForm.HERMES, *PAIR_FORMS]
+FORMS = [ToolCallFormat.HERMES, *PAIR_FORMS]
 _MAX_TOKENS = 1000
 _CLOSERS = '<>"}]\n,:@'
 _UNFOLLOWED = {"uniqueItems", "propertyNames"}
@@ -56,7 +56,7 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
     return Vocabulary(tmp_path_factory.mktemp("schemas"), ())
 
 
-def grammar_of(schema: dict[str, Any], form: ToolForm, is_strict: bool = False) -> Grammar:
+def grammar_of(schema: dict[str, Any], form: ToolCallFormat, is_strict: bool = False) -> Grammar:
     found = answer_grammar(use_of(schema, is_strict), form, {}, None)
     assert found is not None
     return found
@@ -67,7 +67,7 @@ def use_of(schema: dict[str, Any], is_strict: bool = False) -> ToolUse:
     return ToolUse(tools=(tool,), must_call=True, is_parallel=False)
 
 
-def read(schema: dict[str, Any], form: ToolForm, text: str) -> Any:
+def read(schema: dict[str, Any], form: ToolCallFormat, text: str) -> Any:
     """Arguments of the call in a text."""
     parser = AnswerParser(form, use_of(schema))
     (call,) = parser.feed(text, is_last=True).merge_calls().calls
@@ -94,7 +94,7 @@ def check(arguments: Any, schema: dict[str, Any]) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 def test_every_form_takes_the_examples_and_gives_them_back(
-    case: Case, form: ToolForm, vocabulary: Vocabulary
+    case: Case, form: ToolCallFormat, vocabulary: Vocabulary
 ) -> None:
     grammar = grammar_of(case.schema, form)
     for example in case.examples:
@@ -107,7 +107,7 @@ def test_every_form_takes_the_examples_and_gives_them_back(
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 def test_what_a_model_may_write_follows_the_schema(
-    case: Case, form: ToolForm, vocabulary: Vocabulary
+    case: Case, form: ToolCallFormat, vocabulary: Vocabulary
 ) -> None:
     check_walks(case, form, vocabulary, 1)
 
@@ -116,7 +116,7 @@ def test_what_a_model_may_write_follows_the_schema(
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 def test_what_many_models_may_write_follows_the_schema(
-    case: Case, form: ToolForm, vocabulary: Vocabulary
+    case: Case, form: ToolCallFormat, vocabulary: Vocabulary
 ) -> None:
     assert check_walks(case, form, vocabulary, 12) > 0, "some come to an end"
 
@@ -156,7 +156,7 @@ def test_only_what_follows_the_schema_is_written(
     schema: dict[str, Any],
     fitting: list[Any],
     others: list[Any],
-    form: ToolForm,
+    form: ToolCallFormat,
     vocabulary: Vocabulary,
 ) -> None:
     grammar = grammar_of(schema, form)
@@ -173,7 +173,7 @@ def test_only_what_follows_the_schema_is_written(
     "beside", [{"minProperties": 1}, {"maxProperties": 1}, {"anyOf": [{"minProperties": 1}]}]
 )
 def test_limits_that_a_grammar_does_not_count_add_no_keys(
-    beside: dict[str, Any], form: ToolForm, vocabulary: Vocabulary
+    beside: dict[str, Any], form: ToolCallFormat, vocabulary: Vocabulary
 ) -> None:
     """Where others are allowed beside keys that may be left out."""
     inner = {**TWO, **beside}
@@ -189,7 +189,7 @@ def test_limits_that_a_grammar_does_not_count_add_no_keys(
 @pytest.mark.parametrize("is_strict", [False, True])
 @pytest.mark.parametrize("form", PAIR_FORMS)
 def test_named_and_other_arguments_are_counted(
-    form: ToolForm, is_strict: bool, vocabulary: Vocabulary
+    form: ToolCallFormat, is_strict: bool, vocabulary: Vocabulary
 ) -> None:
     counted = {"minProperties": 2, "maxProperties": 3}
     schema = {**TWO, "required": ["b"], "additionalProperties": NUMBER, **counted}
@@ -204,7 +204,7 @@ def test_named_and_other_arguments_are_counted(
 
 @pytest.mark.parametrize("form", PAIR_FORMS)
 def test_many_arguments_are_counted_by_strict_tools_or_refused(
-    form: ToolForm, vocabulary: Vocabulary
+    form: ToolCallFormat, vocabulary: Vocabulary
 ) -> None:
     for most in (1000, 1001):
         schema = {"type": "object", "additionalProperties": NUMBER, "maxProperties": most}
@@ -229,7 +229,7 @@ def test_bounds_beyond_the_integers_of_64_bits_are_followed(
     bounds: dict[str, float],
     kind: str,
     is_strict: bool,
-    form: ToolForm,
+    form: ToolCallFormat,
     vocabulary: Vocabulary,
 ) -> None:
     schema = one({"type": kind, **bounds})
@@ -244,7 +244,7 @@ def test_bounds_beyond_the_integers_of_64_bits_are_followed(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_arguments_that_no_schema_names_may_have_any_names(
-    form: ToolForm, vocabulary: Vocabulary
+    form: ToolCallFormat, vocabulary: Vocabulary
 ) -> None:
     schema = {"type": "object", "additionalProperties": NUMBER}
     grammar = grammar_of(schema, form)
@@ -254,7 +254,7 @@ def test_arguments_that_no_schema_names_may_have_any_names(
         assert read(schema, form, text) == {name: 1}
 
 
-def check_walks(case: Case, form: ToolForm, vocabulary: Vocabulary, count: int) -> int:
+def check_walks(case: Case, form: ToolCallFormat, vocabulary: Vocabulary, count: int) -> int:
     """Draw answers and check the arguments of those that end; how many do."""
     grammar = grammar_of(case.schema, form)
     texts = [walk(vocabulary, grammar, form, seed) for seed in range(count)]
@@ -268,7 +268,7 @@ def check_walks(case: Case, form: ToolForm, vocabulary: Vocabulary, count: int) 
     return sum(text is not None for text in texts)
 
 
-def walk(vocabulary: Vocabulary, grammar: Grammar, form: ToolForm, seed: int) -> str | None:
+def walk(vocabulary: Vocabulary, grammar: Grammar, form: ToolCallFormat, seed: int) -> str | None:
     """An answer that a model without knowledge draws; None where it comes to no end."""
     rng = random.Random(seed)
     state = vocabulary.start(grammar)

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from cluster.core.errors import RequestError
-from gateway.core.tool_use import Tool, ToolForm, ToolUse
+from gateway.core.tool_use import Tool, ToolCallFormat, ToolUse
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.forms.answer_grammar import answer_grammar
 from gateway.text.forms.answer_parser import AnswerParser
@@ -67,15 +67,15 @@ CHAT = "/v1/chat/completions"
 @pytest.mark.parametrize(
     ("form", "text", "content", "calls", "is_complete"),
     [
-        (ToolForm.HERMES, BOTH, "On it.\n", [("weather", ARGUMENTS), ("now", "{}")], True),
-        (ToolForm.HERMES, CUT, "", [("weather", ARGUMENTS[:20])], False),
-        (ToolForm.HERMES, "a <tool_cal", "a <tool_cal", [], False),
-        (ToolForm.HERMES, "", "", [], False),
-        (ToolForm.MISTRAL, LISTED, "", [("weather", ARGUMENTS)], True),
+        (ToolCallFormat.HERMES, BOTH, "On it.\n", [("weather", ARGUMENTS), ("now", "{}")], True),
+        (ToolCallFormat.HERMES, CUT, "", [("weather", ARGUMENTS[:20])], False),
+        (ToolCallFormat.HERMES, "a <tool_cal", "a <tool_cal", [], False),
+        (ToolCallFormat.HERMES, "", "", [], False),
+        (ToolCallFormat.MISTRAL, LISTED, "", [("weather", ARGUMENTS)], True),
     ],
 )
 def test_calls_are_found_however_the_text_is_cut(
-    form: ToolForm,
+    form: ToolCallFormat,
     text: str,
     content: str,
     calls: list[tuple[str, str]],
@@ -103,10 +103,10 @@ def test_calls_are_found_however_the_text_is_cut(
 
 def test_a_cut_mark_is_no_text_where_the_answer_must_be_a_call() -> None:
     use = ToolUse(tools=OFFERED, must_call=True)
-    whole = AnswerParser(ToolForm.HERMES, use)
+    whole = AnswerParser(ToolCallFormat.HERMES, use)
     assert whole.feed("<tool_cal", is_last=True) == ParsedPiece("")
     assert not whole.has_calls
-    parser = AnswerParser(ToolForm.HERMES, use)
+    parser = AnswerParser(ToolCallFormat.HERMES, use)
     parsed = [parser.feed("<to"), parser.feed("ol"), parser.feed("", is_last=True)]
     assert [one.content for one in parsed] == ["", "", ""]
 
@@ -159,7 +159,7 @@ UNKNOWN = SECOND.replace("now", "never")
 def test_answers_follow_the_tools(
     compiler: GrammarCompiler, use: ToolUse, good: list[str], bad: list[str]
 ) -> None:
-    grammar = answer_grammar(use, ToolForm.HERMES, {}, None)
+    grammar = answer_grammar(use, ToolCallFormat.HERMES, {}, None)
     assert grammar is not None
     assert grammar.field == "tools"
     assert [text for text in good if not accepts(compiler, grammar, text)] == []
@@ -177,18 +177,20 @@ def test_arguments_that_a_schema_does_not_name(compiler: GrammarCompiler) -> Non
         (None, False),
     ):
         use = ToolUse(tools=(Tool(name="f", parameters=parameters),), must_call=True)
-        grammar = answer_grammar(use, ToolForm.HERMES, {}, None)
+        grammar = answer_grammar(use, ToolCallFormat.HERMES, {}, None)
         assert accepts(compiler, grammar, text) is is_open
 
 
 def test_other_forms(compiler: GrammarCompiler) -> None:
-    grammar = answer_grammar(ToolUse(tools=OFFERED), ToolForm.MISTRAL, {}, None)
+    grammar = answer_grammar(ToolUse(tools=OFFERED), ToolCallFormat.MISTRAL, {}, None)
     listed = LISTED.replace("[TOOL_CALLS][", "[TOOL_CALLS] [")
     for text in (LISTED, listed, "no call"):
         assert accepts(compiler, grammar, text)
     assert not accepts(compiler, grammar, LISTED[:-1])
     marks = {"<tool_call>": tiny_backend().get_vocab()["<|user|>"]}
-    special = answer_grammar(ToolUse(tools=OFFERED, must_call=True), ToolForm.HERMES, marks, None)
+    special = answer_grammar(
+        ToolUse(tools=OFFERED, must_call=True), ToolCallFormat.HERMES, marks, None
+    )
     assert accepts(compiler, special, FIRST.replace("<tool_call>", "<|user|>"))
     assert not accepts(compiler, special, FIRST)
 
@@ -197,22 +199,22 @@ def test_calls_beside_a_response_format(compiler: GrammarCompiler) -> None:
     answer = Grammar(
         kind=GrammarKind.JSON_SCHEMA, text='{"type":"integer"}', field="response_format"
     )
-    grammar = answer_grammar(ToolUse(tools=OFFERED), ToolForm.HERMES, {}, answer)
+    grammar = answer_grammar(ToolUse(tools=OFFERED), ToolCallFormat.HERMES, {}, answer)
     assert accepts(compiler, grammar, "17")
     assert accepts(compiler, grammar, FIRST)
     assert not accepts(compiler, grammar, "seventeen")
     words = Grammar(kind=GrammarKind.REGEX, text="a", field="structured_outputs.regex")
     with pytest.raises(RequestError, match=r"structured_outputs\.regex cannot go with tools"):
-        answer_grammar(ToolUse(tools=OFFERED), ToolForm.HERMES, {}, words)
+        answer_grammar(ToolUse(tools=OFFERED), ToolCallFormat.HERMES, {}, words)
 
 
 def test_forms_are_read_from_templates() -> None:
-    assert ChatTemplate(TEMPLATE).tool_form is ToolForm.HERMES
-    assert ChatTemplate("{{ tools }}[TOOL_CALLS]").tool_form is ToolForm.MISTRAL
-    assert ChatTemplate(CHAT_TEMPLATE).tool_form is None
+    assert ChatTemplate(TEMPLATE).tool_format is ToolCallFormat.HERMES
+    assert ChatTemplate("{{ tools }}[TOOL_CALLS]").tool_format is ToolCallFormat.MISTRAL
+    assert ChatTemplate(CHAT_TEMPLATE).tool_format is None
     assert not ChatTemplate("{% set tools = 1 %}{{ tools }}<tool_call>").has_tools
     other = ChatTemplate("{{ tools }}")
-    assert (other.has_tools, other.tool_form) == (True, None)
+    assert (other.has_tools, other.tool_format) == (True, None)
 
 
 @pytest.mark.parametrize(

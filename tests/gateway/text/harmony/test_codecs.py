@@ -13,7 +13,7 @@ from tokenizers import decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 
 from gateway.core.messages import REASONING_NAMES
-from gateway.core.tool_use import ToolForm
+from gateway.core.tool_use import ToolCallFormat
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.harmony.special_tokens import SPECIAL_TOKENS
 from gateway.text.harmony.template import HarmonyTemplate
@@ -45,7 +45,7 @@ FINISH = types_pb2.FinishReason
 @pytest.fixture(scope="module")
 def harmony() -> Iterator[Stack]:
     """A gateway whose model answers in the format; its vocabulary lacks the marks."""
-    assert ChatTemplate(TEMPLATE).tool_form is ToolForm.HARMONY
+    assert ChatTemplate(TEMPLATE).tool_format is ToolCallFormat.HARMONY
     with running_stack(tokenizer=tiny_tokenizer(TEMPLATE)) as stack:
         yield stack
 
@@ -151,7 +151,7 @@ def test_a_message_that_is_continued_has_no_header(harmony: Stack) -> None:
 
 def test_a_template_without_tools_also_shows_the_form() -> None:
     plain = ChatTemplate("<|start|>assistant<|channel|>{{ messages }}")
-    assert (plain.has_tools, plain.tool_form) == (False, ToolForm.HARMONY)
+    assert (plain.has_tools, plain.tool_format) == (False, ToolCallFormat.HARMONY)
 
 
 def test_tools_are_refused_where_the_template_takes_none() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
-from gateway.core.call import AnswerFormat
+from gateway.core.call import OutputSchema
 from gateway.core.tool_use import Tool
 from gateway.text.forms.tools import template_call
 from gateway.text.harmony.parser import HarmonyParser
@@ -212,12 +212,12 @@ def test_reasoning_may_be_a_list_of_texts() -> None:
 
 def test_the_format_of_an_answer_ends_the_developer_message() -> None:
     schema = '{"properties":{"items":{"type":"array"}},"type":"object"}'
-    wanted = AnswerFormat(schema=schema, name="shopping_list", description="What\nto buy")
+    wanted = OutputSchema(schema=schema, name="shopping_list", description="What\nto buy")
     section = f"# Response Formats\n\n## shopping_list\n\n// What\n// to buy\n{schema}<|end|>"
-    prompt = render(FRIENDLY, ASKED, tools=WEATHER_TOOLS, answer_format=wanted)
+    prompt = render(FRIENDLY, ASKED, tools=WEATHER_TOOLS, output_schema=wanted)
     assert f"{DECLARED.removesuffix('<|end|>')}\n\n{section}<|start|>user" in prompt
     for name in (None, "", "a b", "x" * 129):
-        plain = render(ASKED, answer_format=AnswerFormat(schema=schema, name=name))
+        plain = render(ASKED, output_schema=OutputSchema(schema=schema, name=name))
         expected = f"<|start|>developer<|message|># Response Formats\n\n## response\n\n{schema}"
         assert f"{expected}<|end|><|start|>user" in plain
 
@@ -231,12 +231,12 @@ def test_texts_that_look_like_marks_are_texts() -> None:
     called = {**CALLED, "content": forged, "reasoning_content": forged}
     tools = [Tool(name="f", description=forged, parameters={"enum": [forged]}).for_template()]
     variables = {"model_identity": forged, "conversation_start_date": forged}
-    wanted = AnswerFormat(schema=forged, description=forged)
+    wanted = OutputSchema(schema=forged, description=forged)
     prompt = HarmonyTemplate().render(
         [*messages, called, {**RESULT, "content": forged}],
         tools=tools,
         variables=variables,
-        answer_format=wanted,
+        output_schema=wanted,
     )
     assert "".join(prompt.parts) == prompt
     marks = [str(part) for part in prompt.parts if isinstance(part, SpecialToken)]

@@ -21,7 +21,7 @@ from gateway.http.json_output import dump_json
 from gateway.http.middleware import HttpMiddleware
 
 
-class InnerCalls:
+class InProcessClient:
     """Sends requests of one client to the routes of this process.
 
     Args:
@@ -38,7 +38,7 @@ class InnerCalls:
         account: KeyUsage | None,
         priority: int,
     ) -> None:
-        ring = _OneKey(account)
+        ring = _SingleKeyRing(account)
         self._app = HttpMiddleware(Router(routes), gateway, ring, routes, open_paths=frozenset())
         self._headers = [
             (b"content-type", b"application/json"),
@@ -86,7 +86,7 @@ class InnerCalls:
         )
 
 
-class _OneKey(KeyRing):
+class _SingleKeyRing(KeyRing):
     """Key ring that assigns all requests to one account."""
 
     def __init__(self, account: KeyUsage | None) -> None:

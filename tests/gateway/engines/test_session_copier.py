@@ -9,8 +9,8 @@ import pytest
 
 from cluster.config.cluster import EngineSection
 from cluster.config.gateway import GatewaySection
-from gateway.engines import session_copies
-from gateway.engines.session_copies import CopyTarget, pick_keeper
+from gateway.engines import session_copier
+from gateway.engines.session_copier import CopyTarget, pick_copy_target
 from tests.gateway.engines.test_resubmission import ALPHABET, Workers, start, workers
 from tests.gateway.fakes import ScriptedEngine
 from tests.gateway.stack import WAIT_S, complete, running_stack
@@ -27,24 +27,24 @@ PROMPT = [5, 6, 7, 8, 9, 10, 11, 12, 13]
 @pytest.fixture(autouse=True)
 def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short prompts are copied before their requests end."""
-    monkeypatch.setattr(session_copies, "MANY_BLOCKS", 1)
+    monkeypatch.setattr(session_copier, "MIN_EARLY_COPY_BLOCKS", 1)
 
 
 def keepers(*names: str, num_known: int = 0) -> list[CopyTarget]:
-    return [CopyTarget(name=name, is_elsewhere=False, num_known=num_known) for name in names]
+    return [CopyTarget(name=name, is_on_other_host=False, num_known=num_known) for name in names]
 
 
 def test_the_only_other_worker_keeps_the_copies_and_without_one_nobody_does() -> None:
     (only,) = keepers("b")
-    assert pick_keeper([only], 8, "s") is only
-    assert pick_keeper([], 8, "s") is None
+    assert pick_copy_target([only], 8, "s") is only
+    assert pick_copy_target([], 8, "s") is None
 
 
 def test_sessions_spread_over_the_workers() -> None:
     found = Counter(
         keeper.name
         for number in range(300)
-        if (keeper := pick_keeper(keepers("a", "b", "c"), 8, f"session-{number}")) is not None
+        if (keeper := pick_copy_target(keepers("a", "b", "c"), 8, f"session-{number}")) is not None
     )
     assert found.keys() == {"a", "b", "c"}
     assert min(found.values()) > 60
@@ -52,8 +52,8 @@ def test_sessions_spread_over_the_workers() -> None:
 
 def test_a_lost_worker_moves_its_own_sessions_only() -> None:
     for number in range(100):
-        before = pick_keeper(keepers("a", "b", "c"), 8, f"session-{number}")
-        after = pick_keeper(keepers("a", "c"), 8, f"session-{number}")
+        before = pick_copy_target(keepers("a", "b", "c"), 8, f"session-{number}")
+        after = pick_copy_target(keepers("a", "c"), 8, f"session-{number}")
         assert before is not None
         assert after is not None
         assert before.name in ("b", after.name)
@@ -62,7 +62,8 @@ def test_a_lost_worker_moves_its_own_sessions_only() -> None:
 def test_the_order_of_the_workers_does_not_matter() -> None:
     for number in range(20):
         names = [
-            pick_keeper(keepers(*order), 8, f"session-{number}") for order in ("abc", "cab", "bca")
+            pick_copy_target(keepers(*order), 8, f"session-{number}")
+            for order in ("abc", "cab", "bca")
         ]
         assert len({keeper.name for keeper in names if keeper is not None}) == 1
 
@@ -70,20 +71,20 @@ def test_the_order_of_the_workers_does_not_matter() -> None:
 @pytest.mark.parametrize(("num_known", "stays"), [(3, False), (4, True), (8, True)])
 def test_a_worker_with_half_of_the_blocks_keeps_the_rest(num_known: int, stays: bool) -> None:
     others = keepers("a", "b", "c")
-    first = pick_keeper(others, 8, "s")
+    first = pick_copy_target(others, 8, "s")
     assert first is not None
     (known, *_) = (keeper for keeper in others if keeper is not first)
-    has_some = CopyTarget(name=known.name, is_elsewhere=False, num_known=num_known)
-    found = pick_keeper([has_some, *(k for k in others if k is not known)], 8, "s")
+    has_some = CopyTarget(name=known.name, is_on_other_host=False, num_known=num_known)
+    found = pick_copy_target([has_some, *(k for k in others if k is not known)], 8, "s")
     assert found is not None
     assert (found.name == known.name) is stays
 
 
 def test_another_host_comes_first() -> None:
-    there = CopyTarget(name="d", is_elsewhere=True, num_known=0)
+    there = CopyTarget(name="d", is_on_other_host=True, num_known=0)
     for number in range(20):
         others = [*keepers("a", "b", num_known=8), there]
-        assert pick_keeper(others, 8, f"session-{number}") is there
+        assert pick_copy_target(others, 8, f"session-{number}") is there
 
 
 def add(workers: Workers, **settings: Any) -> ScriptedEngine:
@@ -129,7 +130,7 @@ def test_a_turn_is_copied_when_its_prompt_is_computed_and_at_its_end(workers: Wo
 def test_few_blocks_of_a_prompt_come_with_its_end(
     workers: Workers, monkeypatch: pytest.MonkeyPatch, many_blocks: int, num_messages: int
 ) -> None:
-    monkeypatch.setattr(session_copies, "MANY_BLOCKS", many_blocks)
+    monkeypatch.setattr(session_copier, "MIN_EARLY_COPY_BLOCKS", many_blocks)
     add(workers), add(workers)
     turn(workers)
     sizes = [len(message.hashes) for message in asked_of(workers, num_messages)]

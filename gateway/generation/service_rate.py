@@ -9,16 +9,16 @@ from gateway.generation.tenant_queues import CallDemand
 
 _WINDOW = 128
 """Number of finished requests over which the rate is measured."""
-_LEAST_LEFT = 8
+_MIN_FINISHED = 8
 """Number of requests below which the rate is unknown."""
 _CALM_S = 30.0
 """Time with an empty queue that ends a saturated period. Requests that began together finish
 together, and the queue is empty for a moment."""
-_MOMENT_S = 1.0
+_MAX_GAP_S = 1.0
 """Longest time with an empty queue that does not start a new queue."""
 
 
-class DrainRate:
+class ServiceRate:
     """Counts finished requests on a clock that runs only while requests wait.
 
     At other times requests finish at the rate of arrivals, and could finish faster.
@@ -28,9 +28,9 @@ class DrainRate:
         self._clock_s = 0.0
         self._since_s: float | None = None  # last event, while the clock runs
         self._began_s = 0.0
-        self._stands_since_s = 0.0
+        self._queue_since_s = 0.0
         self._ended_s = -math.inf  # end of the last saturated period
-        self._left: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=_WINDOW)
+        self._finished: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=_WINDOW)
         self._num_tokens = 0  # of the window, except its first entry
         # by request: seconds, choices times seconds, tokens
         self._held: deque[tuple[float, float, int]] = deque(maxlen=_WINDOW)
@@ -43,18 +43,18 @@ class DrainRate:
         elif is_saturated:
             if now_s - self._ended_s > _CALM_S:
                 self._began_s = now_s
-            if now_s - self._ended_s > _MOMENT_S:
-                self._stands_since_s = now_s
+            if now_s - self._ended_s > _MAX_GAP_S:
+                self._queue_since_s = now_s
         self._since_s = now_s if is_saturated else None
 
     def saturated_for_s(self, now_s: float) -> float:
         """Seconds since requests began to wait, ignoring short gaps; 0 if none wait."""
         return 0.0 if self._since_s is None else now_s - self._began_s
 
-    def stands_for_s(self, now_s: float) -> float:
+    def queue_age_s(self, now_s: float) -> float:
         """Seconds since the current queue formed; a gap of more than one second starts a new
         queue."""
-        return 0.0 if self._since_s is None else now_s - self._stands_since_s
+        return 0.0 if self._since_s is None else now_s - self._queue_since_s
 
     def note(self, demand: CallDemand, held_s: float, was_saturated: bool) -> None:
         """Record the requests of a call that has finished after ``held_s`` seconds."""
@@ -63,9 +63,9 @@ class DrainRate:
         if not was_saturated:
             return
         for _ in range(demand.num_requests):
-            if len(self._left) == _WINDOW:
-                self._num_tokens -= self._left[1][1]
-            self._left.append((self._clock_s, each))
+            if len(self._finished) == _WINDOW:
+                self._num_tokens -= self._finished[1][1]
+            self._finished.append((self._clock_s, each))
             self._num_tokens += each
 
     @property
@@ -76,7 +76,7 @@ class DrainRate:
     @property
     def requests_per_s(self) -> float | None:
         """Finished requests per second; None while unknown."""
-        return self._per_s(len(self._left) - 1)
+        return self._per_s(len(self._finished) - 1)
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -89,13 +89,13 @@ class DrainRate:
         return sum(held_s for held_s, _, _ in self._held) / len(self._held) if self._held else None
 
     @property
-    def tokens_per_place_s(self) -> float | None:
+    def tokens_per_seat_s(self) -> float | None:
         """Tokens per second of one choice, as if concurrency did not slow it; None while
         unknown."""
-        place_s = sum(place_s for _, place_s, _ in self._held)
+        seat_s = sum(seat_s for _, seat_s, _ in self._held)
         tokens = sum(tokens for _, _, tokens in self._held)
-        return tokens / place_s if len(self._held) >= _LEAST_LEFT and place_s > 0 else None
+        return tokens / seat_s if len(self._held) >= _MIN_FINISHED and seat_s > 0 else None
 
     def _per_s(self, count: int) -> float | None:
-        span_s = self._clock_s - self._left[0][0]
-        return count / span_s if len(self._left) > _LEAST_LEFT and span_s > 0 else None
+        span_s = self._clock_s - self._finished[0][0]
+        return count / span_s if len(self._finished) > _MIN_FINISHED and span_s > 0 else None

@@ -27,7 +27,7 @@ from workers.requests.block_hash import SHORT_BYTES, BlockHash, sequence_hashes
 from workers.requests.request import Request
 from workers.requests.wire import EngineHello, KeepCopy
 
-MANY_BLOCKS = 64
+MIN_EARLY_COPY_BLOCKS = 64
 """Missing prompt blocks from which they are copied before the request ends. Fewer blocks are soon
 computed again, and copying in two parts costs more."""
 
@@ -37,13 +37,13 @@ class CopyTarget:
     """A worker that can keep copies."""
 
     name: str
-    is_elsewhere: bool
+    is_on_other_host: bool
     """Whether it is on another host than the worker that has the blocks."""
     num_known: int
     """Number of leading blocks of the sequence that it has."""
 
 
-def pick_keeper(keepers: Sequence[CopyTarget], num_prompt: int, key: str) -> CopyTarget | None:
+def pick_copy_target(keepers: Sequence[CopyTarget], num_prompt: int, key: str) -> CopyTarget | None:
     """Pick the worker for copies of a sequence with ``num_prompt`` prompt blocks; None if none can.
 
     Workers on another host are preferred, then workers that have half of the prompt, since they
@@ -55,12 +55,12 @@ def pick_keeper(keepers: Sequence[CopyTarget], num_prompt: int, key: str) -> Cop
 
     def rank(keeper: CopyTarget) -> tuple[bool, bool, bytes]:
         weight = blake2b(f"{keeper.name}\0{key}".encode(), digest_size=8).digest()
-        return keeper.is_elsewhere, 2 * keeper.num_known >= num_prompt, weight
+        return keeper.is_on_other_host, 2 * keeper.num_known >= num_prompt, weight
 
     return max(keepers, key=rank, default=None)
 
 
-class SessionCopies:
+class SessionCopier:
     """Requests copies of the blocks of sessions. Event loop only.
 
     Args:
@@ -75,7 +75,7 @@ class SessionCopies:
     def note_prompt(self, entry: Submission, source: EngineClient) -> None:
         """Copy the blocks of a long prompt that ``source`` has computed."""
         if entry.block_hashes:
-            self._copy(entry, source, entry.block_hashes, at_least=MANY_BLOCKS)
+            self._copy(entry, source, entry.block_hashes, at_least=MIN_EARLY_COPY_BLOCKS)
 
     def note_end(self, entry: Submission, source: EngineClient) -> None:
         """Copy the blocks of a request that has ended at ``source``."""
@@ -91,7 +91,9 @@ class SessionCopies:
         at_least: int = 0,
     ) -> None:
         """Request a copy if the chosen worker lacks ``at_least`` blocks."""
-        others = {c.worker: c for c in self._workers.ready if c is not source and _can_keep(c)}
+        others = {
+            c.worker: c for c in self._workers.ready if c is not source and _can_store_copies(c)
+        }
         if not others:
             return
         key = _key(entry.request, entry.block_hashes or hashes)
@@ -99,18 +101,18 @@ class SessionCopies:
         keepers = [
             CopyTarget(
                 name=name,
-                is_elsewhere=client.node != source.node,
+                is_on_other_host=client.node != source.node,
                 num_known=known.get(name, 0),
             )
             for name, client in others.items()
         ]
-        keeper = pick_keeper(keepers, len(entry.block_hashes or ()), key)
+        keeper = pick_copy_target(keepers, len(entry.block_hashes or ()), key)
         assert keeper is not None, "there are other workers"
         if len(hashes) - keeper.num_known >= at_least:
             others[keeper.name].stream.send(_message(entry, source.worker, hashes))
 
 
-def _can_keep(client: EngineClient) -> bool:
+def _can_store_copies(client: EngineClient) -> bool:
     return client.hello is not None and client.hello.keeps_copies
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 
-LEAST_S = 0.02
+MIN_GAP_S = 0.02
 """Shortest gap between two tokens of a stream that counts."""
-LATE_S = 1.0
+MAX_SNAPSHOT_DELAY_S = 1.0
 """Longest delay of a snapshot: streams may have resumed before it arrives."""
 _KEPT = 1024
 
 
-class Pauses:
+class PauseTracker:
     """The longest gap around the newest change of the generation. Times are monotonic seconds."""
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Pauses:
             return False
         is_first = not self._generation
         self._generation, self._since_s = generation, now_s
-        recent = (length for end_s, length in self._recent if now_s - end_s <= LATE_S)
+        recent = (length for end_s, length in self._recent if now_s - end_s <= MAX_SNAPSHOT_DELAY_S)
         self._longest_s = 0.0 if is_first else max(recent, default=0.0)
         self._reported_s = 0.0
         return not is_first
@@ -34,7 +34,7 @@ class Pauses:
     def token(self, last_s: float, now_s: float) -> None:
         """Record the time of a stream's token, and of the token before it."""
         length = now_s - last_s
-        if length < LEAST_S:
+        if length < MIN_GAP_S:
             return
         self._recent.append((now_s, length))
         if last_s <= self._since_s:

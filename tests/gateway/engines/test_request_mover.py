@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from gateway.engines import moves
-from gateway.engines.moves import MAX_MOVING
+from gateway.engines import request_mover
+from gateway.engines.request_mover import MAX_CONCURRENT_MOVES
 from tests.gateway.engines.test_resubmission import ALPHABET, Workers, start, workers
 from tests.gateway.fakes import ScriptedEngine
 from tests.gateway.stack import WAIT_S, complete
@@ -93,22 +93,24 @@ def test_a_request_without_output_is_handed_over_at_once(workers: Workers) -> No
 
 
 def test_few_requests_of_a_worker_move_at_a_time(workers: Workers) -> None:
-    source, answers = running(workers, MAX_MOVING + 3)
+    source, answers = running(workers, MAX_CONCURRENT_MOVES + 3)
     target = workers.add(script=ALPHABET, answers_prefetches=False)
     drain(workers)
-    workers.stack.wait_for(lambda: len(target.prefetches) == MAX_MOVING, "the first moves")
+    workers.stack.wait_for(
+        lambda: len(target.prefetches) == MAX_CONCURRENT_MOVES, "the first moves"
+    )
     other = workers.add(script=ALPHABET)
     drain(workers, attention_0="DRAINING", attention_1="LOST")
     for answer in answers:
         assert answer.result(WAIT_S)["choices"][0]["text"] == TEXT
-    assert len(other.prefetches) == MAX_MOVING + 3
-    assert len(source.aborts) == MAX_MOVING + 3
+    assert len(other.prefetches) == MAX_CONCURRENT_MOVES + 3
+    assert len(source.aborts) == MAX_CONCURRENT_MOVES + 3
 
 
 def test_a_request_that_misses_its_blocks_moves_all_the_same(
     workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moves, "_ANSWER_LIMIT_S", 0.05)
+    monkeypatch.setattr(request_mover, "_ANSWER_LIMIT_S", 0.05)
     _, (answer,) = running(workers)
     target = workers.add(script=ALPHABET, answers_prefetches=False)
     drain(workers)
@@ -120,12 +122,12 @@ def test_a_request_that_misses_its_blocks_moves_all_the_same(
 def test_blocks_of_many_new_tokens_are_fetched_again(
     workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moves, "MAX_LEFT_TOKENS", -1)
+    monkeypatch.setattr(request_mover, "MAX_REMAINING_TOKENS", -1)
     _, (answer,) = running(workers)
     target = workers.add(script=ALPHABET)
     drain(workers)
     assert answer.result(WAIT_S)["choices"][0]["text"] == TEXT
-    assert len(target.prefetches) == moves.MAX_ROUNDS
+    assert len(target.prefetches) == request_mover.MAX_ROUNDS
 
 
 def test_a_lost_source_means_a_replay(workers: Workers) -> None:
@@ -153,7 +155,7 @@ def test_a_request_stays_when_its_worker_does(workers: Workers) -> None:
 def test_a_worker_that_does_not_pause_is_left_all_the_same(
     workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moves, "_PAUSE_LIMIT_S", 0.05)
+    monkeypatch.setattr(request_mover, "_PAUSE_LIMIT_S", 0.05)
     source, (answer,) = running(workers)
     source.answers_pauses = False
     target = workers.add(script=ALPHABET)
@@ -167,7 +169,7 @@ def test_a_choice_may_end_while_its_request_moves(
     workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others move all the same, and only their new tokens count as computed again."""
-    monkeypatch.setattr(moves, "_PAUSE_LIMIT_S", WAIT_S)
+    monkeypatch.setattr(request_mover, "_PAUSE_LIMIT_S", WAIT_S)
 
     def script(request: Request, choice: int) -> list[int]:
         return [5] * (8 if choice else 10)
@@ -195,7 +197,7 @@ def test_a_choice_may_end_while_its_request_moves(
 def test_a_paused_request_that_stays_goes_on(
     workers: Workers, monkeypatch: pytest.MonkeyPatch, is_lost: bool
 ) -> None:
-    monkeypatch.setattr(moves, "_PAUSE_LIMIT_S", WAIT_S)
+    monkeypatch.setattr(request_mover, "_PAUSE_LIMIT_S", WAIT_S)
     source, (answer,) = running(workers)
     source.answers_pauses = False
     target = workers.add(script=ALPHABET)
@@ -268,7 +270,7 @@ def press(workers: Workers, free_tokens: int) -> None:
         source, target = pool.clients
         target.load.free_tokens = free_tokens
         for entry in source.submissions:
-            pool.moves.relieve(entry, source)
+            pool.moves.on_kv_pressure(entry, source)
 
     workers.stack.call(call)
 
@@ -298,7 +300,7 @@ def test_a_worker_without_blocks_helps_itself_where_there_is_no_room(workers: Wo
 def test_a_request_that_may_stay_does_if_its_blocks_do_not_come(
     workers: Workers, monkeypatch: pytest.MonkeyPatch, is_lost: bool
 ) -> None:
-    monkeypatch.setattr(moves, "_ANSWER_LIMIT_S", 0.05)
+    monkeypatch.setattr(request_mover, "_ANSWER_LIMIT_S", 0.05)
     source, (answer,) = running(workers)
     target = workers.add(script=ALPHABET, answers_prefetches=False)
     press(workers, 1000)

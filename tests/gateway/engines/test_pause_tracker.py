@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from gateway.engines.pauses import Pauses
+from gateway.engines.pause_tracker import PauseTracker
 
 
 def test_the_longest_gap_around_a_change_is_reported() -> None:
-    pauses = Pauses()
+    pauses = PauseTracker()
     pauses.change(1, 0.0)
     pauses.token(1.0, 1.5)
     assert pauses.take() is None  # nothing has changed
@@ -21,7 +21,7 @@ def test_the_longest_gap_around_a_change_is_reported() -> None:
 
 
 def test_a_change_that_becomes_known_late_has_its_gaps() -> None:
-    pauses = Pauses()
+    pauses = PauseTracker()
     pauses.change(1, 0.0)
     pauses.token(1.0, 4.0)
     pauses.token(9.0, 9.5)
@@ -32,7 +32,7 @@ def test_a_change_that_becomes_known_late_has_its_gaps() -> None:
 
 
 def test_a_new_gateway_and_quick_tokens_have_nothing_to_report() -> None:
-    pauses = Pauses()
+    pauses = PauseTracker()
     pauses.token(9.0, 9.5)
     assert not pauses.change(7, 10.0)
     assert pauses.take() is None

@@ -39,10 +39,10 @@ from workers.requests.wire import Pause, Paused, Prefetch, Prefetched
 
 logger = logging.getLogger(__name__)
 
-MAX_MOVING = 4
+MAX_CONCURRENT_MOVES = 4
 """Concurrent moves from one worker: each adds rows to a step of its target, and requests that
 arrive together delay each other."""
-MAX_LEFT_TOKENS = 32
+MAX_REMAINING_TOKENS = 32
 """Largest number of tokens since the last ``Prefetch`` at which a move fetches its last block."""
 MAX_ROUNDS = 4
 """Largest number of ``Prefetch`` messages of one move."""
@@ -85,7 +85,7 @@ class _Move:
         return sum(len(entry.outputs[c]) - self.lengths[c] for c in entry.open_choices)
 
 
-class Moves:
+class RequestMover:
     """All moves of a gateway. Event loop only.
 
     Args:
@@ -114,7 +114,7 @@ class Moves:
         self._waiting[source] = deque(waiting)
         self._start_next(source)
 
-    def relieve(self, entry: Submission, source: EngineClient) -> None:
+    def on_kv_pressure(self, entry: Submission, source: EngineClient) -> None:
         """Move a request of a worker that runs out of KV blocks, one request at a time."""
         if not _can_move(entry) or source in self._waiting or self._num_moving(source):
             return
@@ -126,9 +126,9 @@ class Moves:
         for source in [s for s in self._waiting if s.worker == worker]:
             del self._waiting[source]
         for move in [m for m in self._moves.values() if m.source.worker == worker]:
-            self._stay(move)
+            self._cancel(move)
         for move in [m for m in self._moves.values() if m.target.worker == worker]:
-            self._begin_again(move)
+            self._restart(move)
 
     def take(self, client: EngineClient, message: Prefetched | Paused) -> None:
         """Advance a move whose target has fetched the blocks, or whose source has paused the
@@ -151,7 +151,7 @@ class Moves:
             return
         if move.stage is _Stage.LAST_BLOCK:
             self._pause(move)
-        elif move.num_new > MAX_LEFT_TOKENS and move.num_rounds < MAX_ROUNDS:
+        elif move.num_new > MAX_REMAINING_TOKENS and move.num_rounds < MAX_ROUNDS:
             self._prefetch(move)
         elif self._must_leave(move) and _block_size(target):
             move.stage = _Stage.FULL_BLOCK
@@ -173,10 +173,10 @@ class Moves:
             self._start_next(move.source)
 
     def _start_next(self, source: EngineClient) -> None:
-        """Begin moves of a worker's requests, up to ``MAX_MOVING`` in all."""
+        """Begin moves of a worker's requests, up to ``MAX_CONCURRENT_MOVES`` in all."""
         waiting = self._waiting.get(source)
         staying: list[Submission] = []
-        while waiting and self._num_moving(source) < MAX_MOVING:
+        while waiting and self._num_moving(source) < MAX_CONCURRENT_MOVES:
             entry = waiting.popleft()
             if entry.stream is not source:
                 continue  # it has ended
@@ -228,16 +228,16 @@ class Moves:
             move.source.stream.send(Pause(request_id=name, num_tokens=num_tokens))
             self._set_timer(move, _PAUSE_LIMIT_S, self._finish)
 
-    def _stay(self, move: _Move) -> None:
+    def _cancel(self, move: _Move) -> None:
         """Cancel a move; the source continues with the request."""
         self._forget(move)
         if move.stage is _Stage.PAUSED:
             name = move.entry.request.request_id
             move.source.stream.send(Pause(request_id=name, is_cancelled=True))
 
-    def _begin_again(self, move: _Move) -> None:
+    def _restart(self, move: _Move) -> None:
         """Cancel a move whose target was lost; begin another one if the source is drained."""
-        self._stay(move)
+        self._cancel(move)
         waiting = self._waiting.get(move.source)
         if waiting is not None:
             waiting.append(move.entry)
@@ -250,7 +250,7 @@ class Moves:
         are_there = move.stage is not _Stage.BLOCKS and move.target.hello is not None
         target = move.target if are_there else None
         if target is None and not self._must_leave(move):
-            self._stay(move)
+            self._cancel(move)
             return
         self._forget(move)
         self._assignments.move(move.entry, target, move.num_new)
