@@ -1,7 +1,7 @@
-"""Effects: what the controller wants to happen outside.
+"""Effects: actions outside the controller that its state machine requests.
 
-The parts only change the cluster's state and add effects to it. The controller actor hands over an
-event, takes the effects afterwards (``Cluster.take_effects``), and carries them out in order.
+The parts of the controller only change the cluster's state and add effects to it. The controller
+actor passes an event, takes the effects (``Cluster.take_effects``) and carries them out in order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cluster.core.topology import Member
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a frame to workers; those that are not connected get nothing."""
+    """Send a frame to workers; it is dropped for workers that are not connected."""
 
     frame: ControlFrame
     workers: tuple[str, ...]
@@ -31,7 +31,7 @@ class Start:
     member: Member
     placement: ExpertPlacement
     holders: tuple[ExpertHolder, ...] = ()
-    """Where it can read experts besides the checkpoint."""
+    """Workers from which it can read experts, besides the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Give back the room that was reserved for places that scaling had added."""
+    """Release the resources reserved for places that a scale operation had added."""
 
     places: tuple[str, ...]
 
@@ -60,7 +60,7 @@ class Trace:
     name: str
     seconds: float
     attributes: Mapping[str, Any]
-    """Those with the value None are unknown."""
+    """Attributes of the span; an unknown value is None."""
     error: str = ""
     """Kind of the error; empty if there was none."""
     span_id: bytes = b""

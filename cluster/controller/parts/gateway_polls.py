@@ -1,7 +1,6 @@
-"""Which gateways follow the controller: each asks for the next snapshot as soon as it has one.
+"""Liveness of gateways: each polls for the next snapshot as soon as it has one.
 
-Nobody tells the controller that a gateway is gone; it stops asking. Pure; times are monotonic
-seconds.
+A gateway that dies sends no message, but stops polling. Pure; times are monotonic seconds.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 
 SILENCE_LIMIT_S = 5.0
-"""Time without a question after an answer; a gateway asks again within milliseconds."""
+"""Maximum time from a reply to the next poll; live gateways take milliseconds."""
 _KEPT = 64
 
 
@@ -21,14 +20,14 @@ class _Poll:
 
 
 class GatewayPolls:
-    """Questions by gateway."""
+    """Open polls of each gateway, and the time of the last reply."""
 
     def __init__(self) -> None:
         self._polls: dict[str, _Poll] = {}
         self._gone: deque[str] = deque(maxlen=_KEPT)
 
     def begin(self, gateway: str) -> bool:
-        """A gateway asks; whether it was taken for gone."""
+        """Begin a poll; return whether the gateway had been taken for dead."""
         self._polls.setdefault(gateway, _Poll()).num_open += 1
         if gateway not in self._gone:
             return False
@@ -36,16 +35,16 @@ class GatewayPolls:
         return True
 
     def end(self, gateway: str, now: float) -> None:
-        """It is answered."""
+        """End a poll."""
         if (poll := self._polls.get(gateway)) is not None:
             poll.num_open, poll.answered_at = poll.num_open - 1, now
 
     def leave(self, gateway: str) -> bool:
-        """It ends in order; whether it was known."""
+        """Remove a gateway that ends in order; return whether it was known."""
         return self._polls.pop(gateway, None) is not None
 
     def take_gone(self, now: float) -> list[str]:
-        """Gateways that have stopped asking, each once."""
+        """Remove and return the gateways that no longer poll."""
         gone = [
             name
             for name, poll in self._polls.items()

@@ -1,4 +1,4 @@
-"""Disks of hosts that are nearly full, as the status names them. Pure."""
+"""Nearly full disks of hosts, for the status. Pure."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from cluster.core.frames import LowDisk
 
 NEARLY_FULL = "is nearly full"
-"""The problem of a disk, as the status says it."""
+"""Text of the problem in the status."""
 
 
 def differ(before: Iterable[LowDisk], now: Iterable[LowDisk]) -> bool:
-    """Whether these are disks of different folders.
+    """Return whether two reports differ in their folders.
 
-    What is free on them changes all the time: gateways need not hear of that.
+    Changes of the free bytes are ignored, so that gateways get no update for them.
     """
     return {disk.folder for disk in before} != {disk.folder for disk in now}
 
@@ -25,7 +25,7 @@ class HostDisks:
         self._disks: dict[str, list[tuple[str, LowDisk]]] = {}
 
     def report(self, low_disks: Iterable[LowDisk], host: str, reporter: str) -> bool:
-        """The nearly full disks of a host; whether they are others than at its last report.
+        """Take a report of nearly full disks; return whether it differs from the last one.
 
         ``reporter`` is a gateway, or empty for the controller's own process.
         """
@@ -40,7 +40,7 @@ class HostDisks:
 
 
 def describe_low(disks: Iterable[tuple[str, LowDisk]]) -> list[str]:
-    """For people, of (host, disk); a folder that several workers of a host report is in once."""
+    """Describe (host, disk) pairs to operators, with one text for each folder of a host."""
     least: dict[tuple[str, str], int] = {}
     for host, disk in disks:
         where = host, disk.folder

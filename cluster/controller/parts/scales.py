@@ -1,4 +1,4 @@
-"""Scaling commands and their progress: plain values that a restarted controller can read."""
+"""Scale commands and their progress, as plain values that a restarted controller can read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cluster.core.states import next_state
 
 
 class ScaleCommand(OperationCommand, frozen=True, kw_only=True):
-    """How many workers there shall be."""
+    """Set the number of workers of each pool."""
 
     kind = "scale"
     content = ("attention", "expert")
@@ -21,15 +21,15 @@ class ScaleCommand(OperationCommand, frozen=True, kw_only=True):
     expert: int | None = None
     """Expert workers, in colocated mode all workers; None leaves their number as it is."""
     cause: str = ""
-    """Why the cluster scales itself; empty for a client's command."""
+    """Reason of a command by the controller itself; empty for a client's command."""
     nodes: frozenset[str] = frozenset()
-    """Ids of the nodes that it is for, where the cluster scales itself as they come."""
+    """Ids of the new nodes for which the node follower scales; else empty."""
     limit_s: float
-    """Time in which new workers must serve, and then again time in which others must have left."""
+    """Time limit for new workers to serve, and then for removed workers to leave."""
 
 
 class ScaleStep(Enum):
-    """What a scaling waits for before workers leave; the value is for people."""
+    """Step of a scale operation before workers leave; the value is shown to operators."""
 
     SETTLE = "wait for a running generation"
     START = "start workers"
@@ -45,23 +45,23 @@ _NEXT = {
 
 @dataclass(kw_only=True, slots=True)
 class Scale(Timed):
-    """A scaling that starts workers, as the workers keep it for the next controller."""
+    """A scale operation that starts workers; workers store it for the next controller."""
 
     command: ScaleCommand
     step: ScaleStep = ScaleStep.SETTLE
     added: tuple[str, ...] = ()
-    """Places that are new."""
+    """Names of the new places."""
     before: ExpertPlacement | None = None
-    """The desired placement without them; None before they are added."""
+    """The desired placement without the new places; None before they are added."""
     outcome: tuple[OperationState, str] | None = None
-    """How and why it ends, once it is given up."""
+    """Final state and reason once the operation is aborted."""
 
     def enter(self, step: ScaleStep) -> None:
         """Begin the next step."""
         self.resume(next_state(self.step, step, _NEXT))
 
     def resume(self, step: ScaleStep) -> None:
-        """Begin, or go on for an earlier controller, with this step."""
+        """Begin a step, or continue one of an earlier controller."""
         self.step = step
         self.operation.phase = step.value
         self.operation.progress = list(ScaleStep).index(step) / (len(ScaleStep) + 1)

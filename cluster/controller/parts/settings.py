@@ -12,29 +12,29 @@ class ControllerSettings:
     detection_limit_s: float = 2.0
     """Time without heartbeat or progress after which a worker is lost, at the latest."""
     hold_limit_s: float = 30.0
-    """Longest silence of most other hosts in which none is lost: it may be the controller's own."""
+    """Longest silence of most other hosts without losses: its own host may be the cause."""
     confirm_s: float = 0.2
     """Time in which another cause may show up for a worker that a peer reported as lost."""
     mismatch_s: float = 1.0
     """Time for which a member may report another generation or epoch than the controller knows."""
     start_limit_s: float = 600.0
-    """Limit for the whole start, and later for a new worker from its first call."""
+    """Limit for the whole start; later, for a new worker from its registration."""
     start_silence_s: float = 30.0
     """``detection_limit_s`` while workers start: importing and loading starve other threads."""
     load_limit_s: float = 600.0
     """Limit for a running worker that loads experts."""
     retry_s: float = 5.0
-    """Pause before experts that no worker could load are tried again; doubled each time."""
+    """Pause before the load of experts is retried if no worker could load them; doubles."""
     generation_limit_s: float = 15.0
     """Limit for a member to take part in a new generation."""
     join_limit_s: float = 4.0
-    """Time for which new workers may keep the others from running until they take part."""
+    """Time for which other workers may wait for new workers to take part."""
     collect_limit_s: float = 10.0
-    """Time in which the workers must call a restarted controller, before they are lost."""
+    """Time in which workers must connect to a restarted controller to avoid being lost."""
 
     @classmethod
     def of(cls, config: ClusterConfig) -> ControllerSettings:
-        """The limits that follow from a configuration."""
+        """Derive the limits from a configuration."""
         section = config.transport
         limit_s, generation_limit_s = section.detection_limit_s, section.connect_timeout_s + 5.0
         return cls(

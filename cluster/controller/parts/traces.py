@@ -1,6 +1,6 @@
-"""Traces of changes of the cluster, under names that gateways know while a change goes on.
+"""Traces of cluster changes, with span ids that gateways know while a change runs.
 
-Gateways link the requests that ran meanwhile to them: see ``changes`` in the snapshot. Pure.
+Gateways link requests that run at that time to the spans (``changes`` in the snapshot). Pure.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from cluster.controller.parts.effects import Trace
 from cluster.core.codec import SPAN_ID_BYTES
 
 _KEPT = 16
-"""Newest changes that the snapshot names."""
+"""Maximum number of changes in the snapshot."""
 
 
 @dataclass(slots=True)
 class OpenTrace:
-    """A change under way, or one that has ended."""
+    """A running or ended change."""
 
     name: str
-    """The one of its span."""
+    """Name of its span."""
     span_id: bytes
     seconds: float | None = None
-    """How long it took; None while it goes on."""
+    """Duration; None while the change runs."""
 
 
 class ChangeTraces:
     """The traces of the changes that one controller makes.
 
     Args:
-        identity: the controller's own, from which ids of traces derive.
-        is_on: traces are exported; otherwise the snapshot names no change.
+        identity: identity of the controller, from which span ids derive.
+        is_on: whether traces are exported; if not, the snapshot lists no change.
     """
 
     def __init__(self, identity: str, is_on: bool) -> None:
@@ -56,12 +56,12 @@ class ChangeTraces:
     def end(
         self, opened: OpenTrace, seconds: float, attributes: Mapping[str, Any], error: str = ""
     ) -> Trace:
-        """The effect that records it."""
+        """End a change; return the effect that records it."""
         opened.seconds = seconds
         return Trace(opened.name, seconds, attributes, error, opened.span_id)
 
     def to_list(self) -> list[dict[str, Any]]:
-        """For the snapshot, oldest first."""
+        """Changes for the snapshot, oldest first."""
         return [
             {"name": t.name, "span_id": t.span_id.hex(), "seconds": t.seconds}
             for t in (self._newest if self._is_on else ())
