@@ -52,7 +52,7 @@ def answers(engine: LocalEngine) -> list[tuple[int, float]]:
         (
             "model.layers.1.mlp.experts.2.down_proj",
             [FORM, "", FORM],
-            "1 of 3 exchanges: model.layers.1.mlp.experts.2.down_proj.weight is not stored",
+            "1 of 3 exchanges: model.layers.1.mlp.experts.2.down_proj.weight is not quantized",
         ),
     ],
 )
@@ -66,7 +66,7 @@ def test_a_layer_that_is_not_stored_in_codes_leaves_the_codes_of_others(
     path = packed(tmp_path, plain)
     kept = LocalEngine(path, dtype="float32")
     assert [str(e.form or "") for bank in kept.banks for e in bank.exchanges] == expected
-    messages = [record.getMessage() for record in caplog.records if "decoded" in record.msg]
+    messages = [record.getMessage() for record in caplog.records if "dequantized" in record.msg]
     assert len(messages) == bool(obstacle)
     assert obstacle in "".join(messages)
     decoded = LocalEngine(path, dtype="float32", quantize="none")
