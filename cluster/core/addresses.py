@@ -11,16 +11,17 @@ _GIVE_UP_MS = 60_000
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host, without brackets, and port. Raises ``ValueError`` where the port is no number."""
+    """Split an address into host, without brackets, and port. Raises ``ValueError`` if the port is
+    not a number."""
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
 
 
 def tune_socket(sock: socket.socket) -> None:
-    """For small frames: they go out at once, and soon after a pause of the network.
+    """Set options for small frames: they are sent immediately, and soon after a network outage.
 
-    Linux doubles the pause between retransmissions up to minutes. With these options it tries again
-    every second at least, where it can (6.15), or six times without doubling, for a minute.
+    Linux doubles the pause between retransmissions up to minutes. With these options it retries at
+    least every second if it can (Linux 6.15), else six times without doubling, for a minute.
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -1,9 +1,10 @@
 """Arithmetics of workers, and whether the results of a cluster are exact.
 
-Exact: a request's tokens and log-probabilities depend on the request alone, to the last bit. For
-that every worker computes each row by itself, and all do it in one arithmetic. A worker offers the
-arithmetics that it has. The first generation agrees on one and the later ones keep it, as blocks of
-KV and running requests hold its numbers; so exactness that a new member ends does not come back.
+Results are exact if the tokens and log-probabilities of a request depend, to the last bit, on the
+request alone. For this, every worker computes each row independently, and all workers use one
+arithmetic. A worker offers the arithmetics that it supports. The first generation agrees on one and
+later generations keep it, because KV blocks and running requests contain its values. If a new
+member ends exactness, exactness does not return.
 """
 
 from __future__ import annotations
@@ -15,48 +16,48 @@ from cluster.core.codec import Message
 
 
 class ArithmeticOffer(Message, frozen=True, kw_only=True):
-    """How one worker can compute so that rows do not depend on each other."""
+    """The arithmetics in which one worker computes rows independently of each other."""
 
     kernels: tuple[str, ...] = ()
-    """Arithmetics of its products, best first; empty where rows depend on each other."""
+    """Supported arithmetics of its products, best first; empty if rows depend on each other."""
     torch: str = ""
-    """Digest of what torch computes beside them; empty where that changes no bit."""
+    """Digest of the computations that torch does; empty if torch does not affect any bit."""
     obstacle: str = "has not said how it computes"
-    """Why it has none, as the end of a sentence about the worker."""
+    """Why it supports none, as the end of a sentence about the worker."""
     is_strict: bool = False
-    """The worker serves in exact clusters only."""
+    """Whether the worker serves in exact clusters only."""
     computation: str = ""
-    """Device, kernels and libraries of the worker: what decides its bits where results are not
+    """Device, kernels and libraries of the worker. They determine its bits if results are not
     exact."""
 
 
 class ArithmeticAgreement(Message, frozen=True, kw_only=True):
-    """How the members of a generation compute."""
+    """The arithmetic of the members of a generation."""
 
     kernels: str = ""
-    """Arithmetic of all products; empty where results are not exact."""
+    """Arithmetic of all products; empty if results are not exact."""
     torch: str = ""
     """As in ``ArithmeticOffer``."""
     reason: str = "no worker has been heard"
-    """Why results are not exact; empty where they are."""
+    """Why results are not exact; empty if they are."""
 
     @property
     def is_exact(self) -> bool:
         return bool(self.kernels)
 
     def to_dict(self) -> dict[str, Any]:
-        """For ``status``, fit for JSON."""
+        """Return the agreement as JSON data for ``status``."""
         return {"exact": self.is_exact, "arithmetic": self.kernels, "reason": self.reason}
 
 
 def agree(
     offers: Mapping[str, ArithmeticOffer], former: ArithmeticAgreement | None = None
 ) -> ArithmeticAgreement:
-    """The best arithmetic that all workers offer, by name, or why there is none.
+    """Return the best arithmetic that all workers offer, or the reason why there is none.
 
-    ``former`` is that of the generation before; None before the first.
+    ``former`` is the agreement of the previous generation; None before the first.
 
-    (dot, fma) and (fma) -> fma;  (dot) and (fma) -> not exact
+        (dot, fma) and (fma) -> fma;  (dot) and (fma) -> not exact
     """
     if not offers or (former is not None and not former.is_exact):
         return former or ArithmeticAgreement()

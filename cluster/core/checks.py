@@ -1,4 +1,4 @@
-"""Checks of values that several sections of the configuration, or several protocols, have."""
+"""Checks of values that several sections of the configuration, or several protocols, share."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ def check_choice(name: str, value: str | int, kind: Any) -> None:
 def check_each(
     section: object, names: str, ok: Callable[[Any], bool], rule: str, prefix: str = ""
 ) -> None:
-    """Raise ``ConfigError`` unless ``ok`` of every field in ``names``, with blanks between them.
+    """Raise ``ConfigError`` unless every field in ``names`` (separated by blanks) satisfies ``ok``.
 
-    A field that is None keeps every rule, an infinite one keeps none. ``prefix`` goes in front of
-    the name in the error.
+    None satisfies every rule, an infinite value none. ``prefix`` precedes the name in the error.
     """
     for name in names.split():
         value = getattr(section, name)
@@ -48,7 +47,7 @@ def is_not_negative(value: float) -> bool:
 
 
 def is_deeper(data: object, max_depth: int) -> bool:
-    """Whether objects and arrays are nested in each other more than ``max_depth`` deep."""
+    """Return whether objects and arrays are nested more than ``max_depth`` deep."""
     level: list[Any] = [data]
     for _ in range(max_depth):
         level = [

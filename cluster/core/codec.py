@@ -23,24 +23,24 @@ from cluster.core.errors import ConfigError, ProtocolError
 
 T = TypeVar("T")
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
-"""A number that a peer must not send negative."""
+"""A count; peers must not send negative values."""
 TRACE_ID_BYTES = 16
 SPAN_ID_BYTES = TRACE_ID_BYTES + 8
-"""Between processes the id of a span is that of its trace and its own (W3C Trace Context)."""
+"""Size of a span id between processes: the ids of the trace and of the span (W3C Trace Context)."""
 SpanIdBytes = Annotated[bytes, msgspec.Meta(min_length=SPAN_ID_BYTES, max_length=SPAN_ID_BYTES)]
 _MISFITS = (msgspec.MsgspecError, ValueError, LookupError, RecursionError)
-"""What a decoder says of bad data."""
+"""Errors of a decoder for invalid data."""
 _INTEGERS = ("u1", "u2", "u4", "u8")
 MAX_NUMBERS = 1 << 22
-"""Numbers of one array at most."""
+"""Largest number of values of one array."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of what is encoded: immutable values, unknown fields are refused."""
+    """Base of encoded messages: immutable values; unknown fields are refused."""
 
 
 class Codec(Generic[T]):
-    """Encodes and decodes messages of one type, or of a union of tagged ones. Any thread."""
+    """Encodes and decodes messages of one type, or of a union of tagged types. Thread-safe."""
 
     def __init__(self, kind: Any, what: str, error: type[ProtocolError] = ProtocolError) -> None:
         """``kind`` is the type or union ``T``; ``what`` names it in an ``error``, as "a ping"."""
@@ -50,11 +50,12 @@ class Codec(Generic[T]):
         self._decoder = msgspec.msgpack.Decoder(kind, dec_hook=_array_from_wire)
 
     def encode(self, message: T) -> bytes:
-        """The message in msgpack."""
+        """Encode a message as msgpack."""
         return self._encoder.encode(message)
 
     def decode(self, data: bytes | memoryview) -> T:
-        """The message in ``data``. Raises ``ProtocolError``, or its subclass, for all else."""
+        """Decode a message. Raises ``ProtocolError``, or its subclass, if ``data`` is not a valid
+        message."""
         try:
             message: T = self._decoder.decode(data)
         except (*_MISFITS, ConfigError) as err:
@@ -63,12 +64,13 @@ class Codec(Generic[T]):
 
 
 def to_plain(value: Any) -> Any:
-    """Dicts and lists as JSON has them."""
+    """Convert a message to dicts and lists, as in JSON."""
     return msgspec.json.decode(msgspec.json.encode(value, enc_hook=_number))
 
 
 def from_plain(data: Any, kind: type[T], error: Callable[[str], Exception] = ProtocolError) -> T:
-    """Inverse of ``to_plain``; raises ``error``, and ``ConfigError`` where a rule is broken."""
+    """Inverse of ``to_plain``. Raises ``error`` for wrong types, and ``ConfigError`` for a broken
+    rule."""
     try:
         return msgspec.convert(data, kind)
     except _MISFITS as err:
@@ -82,7 +84,8 @@ def _number(value: Any) -> Any:
 
 
 def _array_to_wire(array: Any) -> Any:
-    """Shape, type and bytes of an integer array, in the narrowest type that holds it."""
+    """Return shape, type and bytes of an integer array, in the narrowest type that holds its
+    values."""
     if not isinstance(array, np.ndarray):
         return _number(array)
     largest = int(array.max(initial=0))

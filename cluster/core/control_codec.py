@@ -41,10 +41,11 @@ def frame_length(prefix: bytes, limit: int = MAX_FRAME_BYTES) -> int:
 
 
 def decode(data: bytes) -> ControlFrame:
-    """Read one frame. Raises ``ProtocolError`` on anything that is not one of ours."""
+    """Decode one frame. Raises ``ProtocolError`` if it is not a valid frame."""
     return _CODEC.decode(data)
 
 
 def decode_hello(data: bytes) -> ControlFrame:
-    """``decode`` for what a peer sends before it has proved the token: handshake frames only."""
+    """Decode a handshake frame: the only frames that a peer may send before it has proved the
+    token."""
     return _HELLO_CODEC.decode(data)

@@ -58,7 +58,7 @@ class CheckpointError(ExpertMeshError):
 
 
 class StartError(ExpertMeshError):
-    """A part of the cluster did not start; everything already started was ended again."""
+    """A part of the cluster did not start; all parts already started have been ended."""
 
     def __init__(self, part: str, reason: str) -> None:
         super().__init__(part, reason)
@@ -115,11 +115,11 @@ class ModelNotFoundError(RequestError):
 
 
 class AuthenticationError(ExpertMeshError):
-    """No key, or a key that is not known."""
+    """The API key is missing or unknown."""
 
 
 class PermissionDeniedError(ExpertMeshError):
-    """A key that is known, and does not allow this."""
+    """The API key is known but does not allow this request."""
 
 
 class RequestTooLargeError(ExpertMeshError):
@@ -136,14 +136,14 @@ class LimitReachedError(_TextError, ExpertMeshError):
 
 
 class KeyLimitError(LimitReachedError):
-    """A key has used up one of its limits: key_requests, key_tokens or key_concurrency."""
+    """A key has reached one of its limits: key_requests, key_tokens or key_concurrency."""
 
 
 class QueueFullError(LimitReachedError):
-    """The queue is full; ``retry_after_s`` estimates when it will have drained.
+    """The queue is full; ``retry_after_s`` estimates when it will be empty.
 
-    The limits: queue_full (requests), queue_tokens or queue_wait at a gateway, worker_queue_full
-    at an attention worker.
+    The limits: queue_full (requests), queue_tokens or queue_wait at a gateway, worker_queue_full at
+    an attention worker.
     """
 
     def __init__(self, message: str, retry_after_s: float = 1.0, limit: str = "queue_full") -> None:
@@ -168,11 +168,11 @@ class DeadlineExceededError(_TextError, ExpertMeshError):
 
 
 class RequestFailedError(ExpertMeshError):
-    """This one request cannot be finished, through no fault of the client."""
+    """This request cannot be finished; the client did nothing wrong."""
 
 
 class PoisonousRequestError(RequestFailedError):
-    """Workers died one after the other with this request; it was alone in the last one's step."""
+    """Several workers died while they had this request; in the last step it ran alone."""
 
 
 class RequestAbortedError(ExpertMeshError):
@@ -180,11 +180,11 @@ class RequestAbortedError(ExpertMeshError):
 
 
 class ConflictError(ExpertMeshError):
-    """An order that the cluster's state does not allow; nothing was changed."""
+    """The cluster's state does not allow the command; nothing was changed."""
 
 
 UNDER_WAY = "is under way"
-"""In the message of a ``ConflictError`` that only waits for another operation."""
+"""Ends the message of a ``ConflictError`` that is caused only by another running operation."""
 
 
 class UnknownNameError(ExpertMeshError):
@@ -192,7 +192,7 @@ class UnknownNameError(ExpertMeshError):
 
 
 class TransportError(ExpertMeshError):
-    """Something went wrong on the data or control plane."""
+    """An error on the data plane or the control plane."""
 
 
 class ProtocolError(TransportError):
@@ -200,7 +200,7 @@ class ProtocolError(TransportError):
 
 
 class SupersededError(ProtocolError):
-    """The workers follow another controller; this one must neither order nor end anything."""
+    """The workers follow another controller; this one must not send commands or end workers."""
 
 
 class DuplicateRegistrationError(ProtocolError):
@@ -208,13 +208,13 @@ class DuplicateRegistrationError(ProtocolError):
 
 
 class HandshakeError(ProtocolError):
-    """A peer is not one of ours, or was started with another checkpoint or configuration."""
+    """A peer belongs to another cluster, or was started with another checkpoint or configuration."""
 
 
 class PeerLostError(TransportError):
     """The edge to ``peer`` (a worker's name) was reset, closed, or timed out.
 
-    Or the edge is whole, and the peer ``is_late``: it keeps the others waiting for a step.
+    If ``is_late``, the edge is intact, but the peer delays a step.
     """
 
     def __init__(self, peer: str, reason: str, *, is_late: bool = False) -> None:
@@ -228,7 +228,7 @@ class PeerLostError(TransportError):
 
 
 class TransferAbortedError(TransportError):
-    """A move of expert weights was given up; what it was to change stays as it is."""
+    """A transfer of expert weights was aborted; its destination is unchanged."""
 
 
 class GenerationChangedError(TransportError):
@@ -236,6 +236,6 @@ class GenerationChangedError(TransportError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, of errors that are pages long; without text its type."""
+    """Return the first line of an error's text, or its type if it has no text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -17,14 +17,14 @@ from cluster.core.release import Build
 from cluster.core.topology import Generation, Member
 
 SlotContents = tuple[tuple[int, ...], ...]
-"""``[bank][expert slot]``: the logical expert that is complete there, or ``FREE_SLOT``."""
+"""``[bank][expert slot]``: the logical expert that is completely loaded there, or ``FREE_SLOT``."""
 
 
 class Adapter(Message, frozen=True, kw_only=True):
     """One load of an adapter."""
 
     key: str
-    """Names this load: requests name it, and cached prefixes belong to it."""
+    """Identifies this load: requests refer to it, and cached prefixes belong to it."""
     name: str
     """Name that clients use."""
     path: str
@@ -32,7 +32,7 @@ class Adapter(Message, frozen=True, kw_only=True):
     digest: str = ""
     """Hash of its files; empty before the first worker has read them."""
     tenants: tuple[str, ...] = ()
-    """Names of the keys that may use it; none: every caller may."""
+    """Names of the keys that may use it; empty if every caller may."""
 
 
 class ControlFrame(Message, frozen=True, kw_only=True, tag_field="kind", tag=True):
@@ -42,7 +42,8 @@ class ControlFrame(Message, frozen=True, kw_only=True, tag_field="kind", tag=Tru
 class ControlHello(ControlFrame, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """Worker -> controller, first frame: the caller's name.
 
-    Here and in ``ControlChallenge`` fields of another release are ignored, so that it can be named.
+    Fields of other releases are ignored here and in ``ControlChallenge``, so that the error can
+    name the release.
     """
 
     worker: str
@@ -51,7 +52,7 @@ class ControlHello(ControlFrame, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class ControlChallenge(ControlFrame, frozen=True, kw_only=True, forbid_unknown_fields=False):
-    """Controller -> worker: its nonce, and its proof over both."""
+    """Controller -> worker: its nonce, and its proof over both nonces."""
 
     nonce: str
     proof: str
@@ -65,11 +66,11 @@ class ControlProof(ControlFrame, frozen=True, kw_only=True):
 
 
 class Register(ControlFrame, frozen=True, kw_only=True):
-    """Worker -> controller: it listens, and has begun to load."""
+    """Worker -> controller: the worker accepts connections and has begun to load."""
 
     member: Member
     build: Build = Build()
-    """Must be that of the other workers."""
+    """Must equal the build of the other workers."""
     info: dict[str, Any] = field(default_factory=dict)
     """Facts: threads, device, host, kernels; on CUDA gpu, its name, and gpu_bandwidth_bytes_s."""
 
@@ -82,7 +83,7 @@ class LoadProgress(ControlFrame, frozen=True, kw_only=True):
 
 
 class WorkerReady(ControlFrame, frozen=True, kw_only=True):
-    """Worker -> controller: weights are in memory, it can join a generation."""
+    """Worker -> controller: weights are loaded, and the worker can join a generation."""
 
     info: dict[str, Any] = field(default_factory=dict)
     """Attention: max_model_len, vocab_size, num_kv_blocks, model_type, dtype, kv_cache_dtype.
@@ -90,7 +91,7 @@ class WorkerReady(ControlFrame, frozen=True, kw_only=True):
 
 
 class WorkerFailed(ControlFrame, frozen=True, kw_only=True):
-    """Worker -> controller: it cannot continue, with the reason."""
+    """Worker -> controller: the worker cannot continue, with the reason."""
 
     reason: str
 
@@ -106,66 +107,68 @@ class Heartbeat(ControlFrame, frozen=True, kw_only=True):
     """Worker -> controller, every ``heartbeat_s``."""
 
     progress: int
-    """Grows with every iteration of the worker's loop; constant with work in hand: a stuck loop."""
+    """Grows with every iteration of the worker's loop. If it is constant while there is work, the
+    loop is stuck."""
     idle: bool
-    """The loop waits for work, so that a constant ``progress`` is no failure."""
+    """Whether the loop waits for work, so that a constant ``progress`` is not a failure."""
     generation: int
-    """Newest generation it follows."""
+    """Newest generation that the worker follows."""
     running: bool = False
-    """It runs steps of that generation."""
+    """Whether it runs steps of that generation."""
     epoch: int = 0
     """Placement epoch of its steps."""
     waiting: bool = False
-    """The loop waits for a peer within a step: a constant ``progress`` is the peer's fault."""
+    """Whether the loop waits for a peer within a step: the peer then causes a constant
+    ``progress``."""
     stalled_s: float | None = None
-    """Time for which a step that is wanted or under way has not advanced; None without such a
-    step."""
+    """Time for which a requested or running step has not advanced; None without such a step."""
     waits_for: tuple[str, ...] = ()
-    """Workers for which the loop waits: for their rows, outputs or proposals, or for a header."""
+    """Workers for which the loop waits: for rows, outputs, proposals or a header."""
     fenced: bool = False
-    """Its lease ran out: it has left the generation and waits for the next one."""
+    """Whether its lease has expired: it has left the generation and waits for the next one."""
     number: int = 0
-    """Counts this worker's heartbeats; the acknowledgement repeats it."""
+    """Number of this worker's heartbeat; the acknowledgement repeats it."""
     stats: dict[str, float] = field(default_factory=dict)
     """Gauges and counters by metric name; attention workers: kv_blocks_free, kv_blocks_total."""
     expert_load: LoadReport | None = None
-    """Attention workers, now and then."""
+    """Set from time to time by attention workers."""
     low_disks: tuple[LowDisk, ...] = ()
-    """Of its host."""
+    """Nearly full disks of its host."""
     adapters: tuple[str, ...] = ()
-    """Keys of those that requests here have."""
+    """Keys of the adapters that its requests use."""
     problems: tuple[str, ...] = ()
-    """What keeps parts of the worker from working, for people."""
+    """Descriptions of the parts of the worker that do not work."""
 
 
 class Alive(ControlFrame, frozen=True, kw_only=True):
-    """Worker -> controller, between heartbeats: its control thread runs. No answer."""
+    """Worker -> controller, between heartbeats: the control thread runs. The controller does not
+    reply."""
 
 
 class HeartbeatAck(ControlFrame, frozen=True, kw_only=True):
-    """Controller -> worker, answers each heartbeat and renews the lease."""
+    """Controller -> worker, reply to each heartbeat; renews the lease."""
 
     term: int
     """Term of the controller."""
     controller: str = ""
-    """Which controller of that term."""
+    """Identity of the controller within that term."""
     number: int = 0
-    """The heartbeat's."""
+    """Number of the acknowledged heartbeat."""
 
 
 class StatusRequest(ControlFrame, frozen=True, kw_only=True):
-    """Controller -> worker: answer with a heartbeat now (``StatusReply`` repeats ``token``)."""
+    """Controller -> worker: reply with the current stats (``StatusReply`` repeats ``token``)."""
 
     token: int
 
 
 class StatusReply(ControlFrame, frozen=True, kw_only=True):
-    """Worker -> controller: its numbers at this moment."""
+    """Worker -> controller: its current stats."""
 
     token: int
     stats: dict[str, float] = field(default_factory=dict)
     expert_load: LoadReport | None = None
-    """Attention workers, always."""
+    """Always set by attention workers."""
 
 
 class PeerLost(ControlFrame, frozen=True, kw_only=True):
@@ -176,29 +179,30 @@ class PeerLost(ControlFrame, frozen=True, kw_only=True):
     generation: int
     reason: str
     is_late: bool = False
-    """The edge is whole: the peer keeps the sender waiting for a step."""
+    """Whether the edge is intact, but the peer delays the sender in a step."""
 
 
 class NewGeneration(ControlFrame, frozen=True, kw_only=True):
-    """Controller -> worker: stop the current step, take this membership and these maps."""
+    """Controller -> worker: stop the current step and use this membership and these maps."""
 
     term: int
-    """Term of the controller; a lower one than seen before is not followed."""
+    """Term of the controller; the worker ignores a lower term than it has seen."""
     generation: Generation
     placement: ExpertPlacement
     """The authoritative epoch."""
     controller: str = ""
-    """Which controller of that term; another one of the same term is not followed."""
+    """Identity of the controller within that term; the worker ignores another one of the same term.
+    """
     drained: list[str] = field(default_factory=list)
-    """Workers that were drained: requests that ran with them are no suspects."""
+    """Workers that were drained: their former requests did not cause a death."""
     places: tuple[str, ...] = ()
-    """Places of the cluster, whether or not a worker fills them."""
+    """All places of the cluster, with or without a worker."""
 
 
 class ControllerSnapshot(ControlFrame, frozen=True, kw_only=True):
-    """Controller -> worker: state that a restarted controller gets back (``WorkerReport``).
+    """Controller -> worker: state that a restarted controller receives back in ``WorkerReport``.
 
-    It is also a restarted controller's first message: workers know its term from then on.
+    It is also a restarted controller's first message; it tells workers the term.
     """
 
     term: int

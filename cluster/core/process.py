@@ -15,20 +15,20 @@ _POLL_S = 0.02
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessIdentity:
-    """One process on one host."""
+    """Identifies one process of one host."""
 
     pid: int
     started_at: float
-    """Its start, in seconds since 1970 as the kernel gives it."""
+    """Start time in seconds since 1970, as the kernel reports it."""
 
 
 def describe_self() -> ProcessIdentity:
-    """The calling process."""
+    """Return the identity of the calling process."""
     return ProcessIdentity(pid=os.getpid(), started_at=psutil.Process().create_time())
 
 
 def is_running(process: ProcessIdentity) -> bool:
-    """Whether this very process still runs (a zombie does not)."""
+    """Return whether this process still runs; a zombie does not count."""
     try:
         found = psutil.Process(process.pid)
         same = abs(found.create_time() - process.started_at) < 1.0
@@ -38,7 +38,7 @@ def is_running(process: ProcessIdentity) -> bool:
 
 
 def kill_process(process: ProcessIdentity) -> None:
-    """SIGKILL, which a stopped process obeys too; no effect if it has ended."""
+    """Send SIGKILL, which also ends a stopped process. No effect if it has ended."""
     if is_running(process):
         os.kill(process.pid, signal.SIGKILL)
 
@@ -54,7 +54,8 @@ def wait_gone(process: ProcessIdentity, limit_s: float) -> bool:
 
 
 def count_cpus() -> int:
-    """Cores that this process may use: affinity and container limit, at least 1."""
+    """Return the number of cores that this process may use (affinity and container limit), at least
+    1."""
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
@@ -64,5 +65,5 @@ def count_cpus() -> int:
         if quota != "max":
             cores = min(cores, max(1, int(quota) // int(period)))
     except (OSError, ValueError):
-        pass  # no such limit here
+        pass  # no limit
     return max(1, cores)

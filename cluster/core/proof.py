@@ -1,6 +1,6 @@
-"""Proofs of the cluster token over two nonces, exchanged by both sides of internal connections.
+"""Proofs of the cluster token over two nonces; both sides of internal connections send one.
 
-A proof includes the kind of connection and the side, so none can be reflected or used elsewhere.
+A proof includes the kind of connection and the side, so that it cannot be reflected or reused.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class TokenProof:
         self._is_caller = is_caller
         self.nonce = secrets.token_hex(16)
         self.their_nonce = their_nonce
-        """Nonce of the other side; empty until known."""
+        """Nonce of the other side; empty until it is known."""
 
     def make_proof(self, words: bytes = b"") -> str:
-        """Proof that this side knows the token and sent ``words``."""
+        """Return the proof that this side knows the token and sent ``words``."""
         return self._proof(self._is_caller, words)
 
     def is_peer_proof(self, given: str, words: bytes = b"") -> bool:
-        """Return whether ``given`` is a valid proof of the other side; in constant time."""
+        """Return, in constant time, whether the other side's proof is valid."""
         expected = self._proof(not self._is_caller, words)
         return hmac.compare_digest(given.encode(), expected.encode())
 

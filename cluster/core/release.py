@@ -1,4 +1,4 @@
-"""The release of expertmesh, and the other values that all workers must have in common."""
+"""The release of this program, and the properties that must be equal on all workers of a cluster."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cluster.core.errors import HandshakeError
 
 @functools.cache
 def installed_version(package: str) -> str | None:
-    """Version of a package, without importing it; None if it is not installed."""
+    """Return the version of an installed package without importing it; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -19,28 +19,29 @@ def installed_version(package: str) -> str | None:
 
 
 RELEASE = installed_version("expertmesh") or "0+unknown"
-"""Version of expertmesh; ``0+unknown`` when it runs from a folder that is not installed."""
+"""Version of expertmesh; ``0+unknown`` if it runs from a folder that is not installed."""
 
 
 def check_release(theirs: str, peer: str, ours: str, me: str) -> None:
-    """Raise ``HandshakeError``, which names both ends, if their releases differ."""
+    """Raise ``HandshakeError`` with both names if their releases differ."""
     if theirs != ours:
         known = f"release {theirs[:64]}" if theirs else "no release"
         raise HandshakeError(f"{known} of {peer}, {ours} of {me}: releases must be equal")
 
 
 class Build(Message, frozen=True, kw_only=True):
-    """Values that must be equal on all workers."""
+    """Properties that must be equal on all workers."""
 
     release: str = RELEASE
     checkpoint_id: str = ""
     config_hash: str = ""
     """``ClusterConfig.fingerprint``."""
     kv_cache_dtype: str = ""
-    """``EngineSection.kv_cache_dtype``: attention workers exchange blocks without conversion. It
-    is part of the configuration, and compared before it."""
+    """``EngineSection.kv_cache_dtype``: attention workers exchange blocks in this type. It is part
+    of the configuration, but compared first."""
     expert_form: str = ""
-    """Storage format of experts, which are copied unchanged; empty for the model dtype."""
+    """Storage format of the worker's experts, in which they are transferred; empty for the model
+    dtype."""
 
 
 _BUILD_ITEMS = {
@@ -53,7 +54,7 @@ _BUILD_ITEMS = {
 
 
 def differing_item(name: str, mine: Build, peer: str, theirs: Build) -> str | None:
-    """The first item of two builds that differs, with both names; None if all agree."""
+    """Return the first differing item of two builds with both names; None if all are equal."""
     for item, field in _BUILD_ITEMS.items():
         here, there = getattr(mine, field), getattr(theirs, field)
         if here != there:

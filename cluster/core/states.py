@@ -1,4 +1,4 @@
-"""States of the cluster and of one worker, and which may follow which.
+"""States of the cluster and of one worker, and the allowed transitions.
 
     STARTING ──▶ SERVING ◀──▶ RECOVERING ◀──▶ DEGRADED ──▶ SERVING
         └──────────┴── any ──────┴───────────────┘
@@ -6,7 +6,7 @@
                  DRAINING ──▶ STOPPED
 
 A start is all or nothing: STARTING goes to SERVING or, through DRAINING, to STOPPED. A degraded
-cluster is whole again without another generation when scaling removes its empty places.
+cluster can become complete without another generation, if scaling removes its empty places.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import TypeVar
 
 StateT = TypeVar("StateT", bound=Enum)
 Transitions = Mapping[StateT, Set[StateT]]
-"""By state, those that may follow; none follows a state that is missing."""
+"""Allowed next states by state; a state that is missing is final."""
 
 
 class ClusterState(Enum):
-    """What the whole cluster is doing."""
+    """State of the whole cluster."""
 
     STARTING = "STARTING"
-    """Workers are placed and load; nothing is served yet."""
+    """Workers start and load; nothing is served yet."""
     SERVING = "SERVING"
     """A generation of all desired workers runs."""
     DEGRADED = "DEGRADED"
-    """Less than desired: fewer workers, or (``experts_complete`` false) experts without a copy."""
+    """Fewer workers than desired, or (``experts_complete`` false) experts without a copy."""
     RECOVERING = "RECOVERING"
     """The survivors form a new generation; requests wait."""
     DRAINING = "DRAINING"
@@ -38,37 +38,37 @@ class ClusterState(Enum):
 
 
 class WorkerState(Enum):
-    """What one worker is doing."""
+    """State of one worker."""
 
     STARTING = "STARTING"
-    """Its process was asked for; it has not called yet."""
+    """Its process was requested; it has not registered yet."""
     LOADING = "LOADING"
-    """It is registered and reads weights. Also shown in place of READY while it reads adapters."""
+    """It has registered and reads weights. Also shown instead of READY while it reads adapters."""
     READY = "READY"
     """Weights are in memory; it is in no running generation."""
     SERVING = "SERVING"
     """It takes part in the running generation."""
     DRAINING = "DRAINING"
-    """Shown in place of the two before while it takes no new request; never entered."""
+    """Shown instead of READY and SERVING while it takes no new requests; never entered."""
     LOST = "LOST"
-    """It is gone, or declared so; it never comes back under this name."""
+    """It has ended or was declared lost; its name is not used again."""
     DRAINED = "DRAINED"
-    """It was emptied and ended on purpose; it never comes back under this name."""
+    """It was drained and ended on purpose; its name is not used again."""
 
 
 class AdapterState(Enum):
-    """What happens to an adapter."""
+    """State of an adapter."""
 
     LOADING = "LOADING"
     """Workers read it; no request may name it."""
     READY = "READY"
     """Requests may name it."""
     UNLOADING = "UNLOADING"
-    """No new request may name it; those that have it go on."""
+    """No new request may name it; running ones continue."""
 
 
 GONE = frozenset({WorkerState.LOST, WorkerState.DRAINED})
-"""States of workers that never come back under their names."""
+"""Final states of workers."""
 _NEXT: Transitions[Enum] = {
     ClusterState.STARTING: {ClusterState.SERVING, ClusterState.DRAINING},
     ClusterState.SERVING: {ClusterState.RECOVERING, ClusterState.DEGRADED, ClusterState.DRAINING},
@@ -89,16 +89,16 @@ _NEXT: Transitions[Enum] = {
 
 
 class IllegalTransitionError(AssertionError):
-    """A state was to follow one that it cannot follow: a mistake in our own code."""
+    """An invalid state transition: a bug in expertmesh."""
 
 
 def next_state(old: StateT, new: StateT, allowed: Transitions[StateT] | None = None) -> StateT:
-    """``new``, if it may follow ``old``. Raises ``IllegalTransitionError``."""
+    """Return ``new`` if it may follow ``old``. Raises ``IllegalTransitionError``."""
     if new not in (_NEXT if allowed is None else allowed).get(old, ()):
         raise IllegalTransitionError(f"{type(old).__name__}: {old.value} -> {new.value}")
     return new
 
 
 def is_gone(state: str) -> bool:
-    """Whether a worker whose state is shown so never comes back under its name."""
+    """Return whether a shown state is final."""
     return any(state == gone.value for gone in GONE)

@@ -10,16 +10,16 @@ from cluster.core.arithmetic import ArithmeticAgreement, ArithmeticOffer, agree
 from cluster.core.codec import Message
 
 Role = Literal["attention", "expert", "colocated"]
-"""What a worker does; a ``colocated`` one does both, with one rank in both pools."""
+"""Role of a worker; a ``colocated`` worker has both roles, with one rank in both pools."""
 
 
 def runs_attention(role: Role) -> bool:
-    """Whether a worker of that role holds requests."""
+    """Return whether a worker of that role holds requests."""
     return role != "expert"
 
 
 def holds_experts(role: Role) -> bool:
-    """Whether a worker of that role holds experts."""
+    """Return whether a worker of that role holds experts."""
     return role != "attention"
 
 
@@ -27,19 +27,19 @@ class Member(Message, frozen=True, kw_only=True):
     """One worker of a generation."""
 
     name: str
-    """Unique for ever: a replacement gets a new name (``expert-1``, later ``expert-1.2``)."""
+    """Never reused: a replacement gets a new name (``expert-1``, later ``expert-1.2``)."""
     role: Role
     """Pool; ``colocated`` is in both."""
     rank: int
-    """Place in its pool (or both) for as long as it lives; not reused within a generation."""
+    """Position in its pool (or both pools) during its life; not reused within a generation."""
     device: int = -1
-    """Where it holds experts: the device index in the placement; else -1."""
+    """Device index in the placement if it holds experts; else -1."""
     node: str = ""
-    """Host name or Ray node id, for people."""
+    """Host name or Ray node id, for display."""
     domain: str = ""
-    """Failure domain; empty: the node."""
+    """Failure domain; empty for the node."""
     link_class: str = ""
-    """Members of one link class reach each other fast; empty: the node."""
+    """Members of one link class have fast links to each other; empty for the node."""
     speed: float = 1.0
     """Relative speed as an expert worker."""
     pid: int = 0
@@ -47,24 +47,24 @@ class Member(Message, frozen=True, kw_only=True):
     data_address: str = ""
     """``host:port`` of the worker's data-plane listener (edges and step channel)."""
     engine_address: str = ""
-    """``host:port`` of the engine stream, where it runs attention; else empty."""
+    """``host:port`` of the engine stream if it runs attention; else empty."""
     weights_address: str = ""
-    """``host:port`` where it gives out the weights of its experts; else empty."""
+    """``host:port`` from which peers read the weights of its experts; else empty."""
     kv_address: str = ""
-    """``host:port`` where it gives out KV blocks, where it runs attention; else empty."""
+    """``host:port`` from which peers read KV blocks if it runs attention; else empty."""
     store_address: str = ""
-    """``host:port`` of the rendezvous store, where it runs attention (collective transport)."""
+    """``host:port`` of the rendezvous store if it runs attention (collective transport)."""
     offer: ArithmeticOffer = ArithmeticOffer()
-    """How it can compute."""
+    """Arithmetics that it offers."""
 
     @property
     def runs_attention(self) -> bool:
-        """It holds requests: an attention rank."""
+        """Whether it holds requests: an attention rank."""
         return runs_attention(self.role)
 
     @property
     def holds_experts(self) -> bool:
-        """It holds experts: an expert rank."""
+        """Whether it holds experts: an expert rank."""
         return holds_experts(self.role)
 
 
@@ -76,31 +76,32 @@ class Generation(Message, frozen=True, kw_only=True):
     members: tuple[Member, ...]
     """All workers that take part."""
     agreement: ArithmeticAgreement = ArithmeticAgreement()
-    """How they compute."""
+    """Arithmetic of the members."""
 
     def successor(self, members: Sequence[Member]) -> Generation:
-        """The next generation; number 0 stands for none before the first."""
+        """Return the next generation; number 0 stands for none before the first."""
         former = self.agreement if self.number else None
         agreement = agree({m.name: m.offer for m in members}, former)
         return Generation(number=self.number + 1, members=tuple(members), agreement=agreement)
 
     @property
     def returns_slots(self) -> bool:
-        """Expert ranks return an output for each expert slot, as sums would depend on placement."""
+        """Whether expert ranks return an output for each expert slot, because sums depend on the
+        placement."""
         return self.agreement.is_exact and len(self.experts) > 1
 
     @property
     def attention(self) -> tuple[Member, ...]:
-        """Attention ranks, colocated workers among them."""
+        """Attention ranks, including colocated workers."""
         return tuple(sorted((m for m in self.members if m.runs_attention), key=attrgetter("rank")))
 
     @property
     def experts(self) -> tuple[Member, ...]:
-        """Expert ranks, colocated workers among them."""
+        """Expert ranks, including colocated workers."""
         return tuple(sorted((m for m in self.members if m.holds_experts), key=attrgetter("rank")))
 
     def peers_of(self, role: Role) -> tuple[Member, ...]:
-        """Peers of a worker of that role, by rank: the other pool, or all."""
+        """Return the peers of a worker of that role, by rank: the other pool, or all."""
         return self.experts if runs_attention(role) else self.attention
 
     @property
@@ -112,4 +113,5 @@ class Generation(Message, frozen=True, kw_only=True):
 ADDRESS_FIELDS = tuple(name for name in Member.__struct_fields__ if name.endswith("_address"))
 """Fields of the addresses that a worker itself reports."""
 NODE_FIELDS = ("domain", "link_class", "speed")
-"""Fields that follow from its node, which it reports where that was unknown at its start."""
+"""Fields that follow from the node; the worker reports them if the node was unknown at its start.
+"""

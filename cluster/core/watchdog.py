@@ -1,8 +1,8 @@
-"""The controller's watchdog: a small process that kills the controller when its event loop hangs.
+"""The controller's watchdog: a small process that kills the controller if its event loop hangs.
 
-Ray restarts an actor whose process has ended. It does not notice a stopped or hanging process, and
+Ray restarts an actor whose process has ended, but does not notice a stopped or hanging process, and
 without a controller no generation follows a loss. The controller writes a byte every ``BEAT_S``;
-this file, run as a script, reads them. It ends when the pipe closes, hence with the controller.
+this file, run as a script, reads them. It ends when the pipe closes, and so with the controller.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from pathlib import Path
 
 BEAT_S = 1.0
 MAX_MISSING = 10
-"""Beats that may be missing in a row. Counted, not timed: a pause of the host is one beat."""
+"""Number of consecutive beats that may be missing. A pause of the host counts as one beat."""
 
 
 def start_watchdog(beat_s: float = BEAT_S, log: Path | None = None) -> subprocess.Popen[bytes]:
     """Start the watchdog of the calling process, which must write to its ``stdin``, unbuffered.
 
-    It appends its message to the file ``log``, opened only for the message because log files are
-    rotated. If None, it writes to the caller's standard error.
+    The watchdog appends its messages to the file ``log``, which it opens for each message, because
+    log files are rotated. With None, it uses the caller's standard error.
     """
     command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(beat_s)]
     sink = None if log is None else subprocess.DEVNULL
-    # a separate session: signals to the controller's group do not reach it
+    # its own session: a signal to the controller's group does not reach it
     return subprocess.Popen(
         [*command, *([] if log is None else [str(log)])],
         stdin=subprocess.PIPE,
@@ -55,7 +55,7 @@ def _watch(pid: int, beat_s: float, log: str = "") -> None:
 
 
 def _say(line: str, log: str) -> None:
-    """Write a line to standard error, or append it to a file. Errors are ignored."""
+    """Write a line to standard error, or append it to a file; errors are ignored."""
     with contextlib.suppress(OSError):
         if log:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK

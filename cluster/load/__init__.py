@@ -1,4 +1,4 @@
-"""Expert load over time: counted tokens, windows, averages and the balance they give.
+"""Expert load over time: counted tokens, windows, averages and the resulting balance.
 
 Imports ``cluster.core``, ``cluster.config`` and numpy; pure.
 """

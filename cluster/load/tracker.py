@@ -1,8 +1,8 @@
 """Expert load of the whole cluster over time: totals, windows, exponential averages. Pure.
 
-Attention workers report what they have counted since their start (``cluster.core.load_report``);
-here it is summed, and the differences between moments are windows. The average halves the weight of
-a window every ``half_life_s`` of time with load: idle time does not change it.
+Attention workers report their counts since their start (``cluster.core.load_report``). The tracker
+sums them; differences between two moments are windows. Each ``half_life_s`` of time with load
+halves the weight of a window in the average; idle time does not change it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.load_report import BankKey, Counts, LoadReport, sum_by_copy
 
 Source = Literal["total", "window", "average"]
-"""Since the start; the newest window with load; the exponential average."""
+"""Since the start; the newest window with load; or the exponential average."""
 Phase = Literal["prefill", "decode"]
 Floats = npt.NDArray[np.float64]
 TOP_EXPERTS = 8
-"""Experts of a bank that have a metric of their own by default."""
+"""Experts of a bank that have their own metric by default."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,11 +39,11 @@ class LoadSums:
     """[num_experts] tokens of decode rows, by bank."""
 
     def counts(self, key: BankKey) -> Floats:
-        """[num_experts] tokens of a bank, of both phases."""
+        """[num_experts] tokens of a bank in both phases."""
         return self.prefill[key] + self.decode[key]
 
     def combined(self, factor: float, other: LoadSums, other_factor: float) -> LoadSums:
-        """A weighted sum; a bank that one side lacks counts as zero."""
+        """Return a weighted sum; a bank that one side lacks counts as zero."""
         sides = ((self, factor), (other, other_factor))
         return LoadSums(
             rows=factor * self.rows + other_factor * other.rows,
@@ -78,7 +78,7 @@ class LoadWindow:
     epoch: int
     """Placement epoch at its end."""
     copies: Mapping[BankKey, CopyLoad]
-    """Its load in that epoch, by copy."""
+    """Load of that epoch by copy."""
 
 
 class LoadTracker:
@@ -88,15 +88,14 @@ class LoadTracker:
         self._section = section
         self._reports: dict[str, LoadReport] = {}
         self._base = LoadWindow(now, _NOTHING, 0, {})
-        """All load before the window, with the time at which it ended."""
+        """Load before the window, with the time at which it ended."""
         self._average = _NOTHING
         self.watched: dict[BankKey, tuple[int, ...]] = {}
-        """The busiest experts of a bank, chosen again at each placement epoch.
-
-        Between epochs they stay the same."""
+        """The busiest experts of a bank, chosen again at each placement epoch; constant between
+        epochs."""
         self._watched_epoch: int | None = None
         self._own: dict[BankKey, Floats] = {}
-        """[num_experts] by bank: tokens that came while an expert was watched, up to the latest
+        """[num_experts] by bank: tokens counted while an expert was watched, up to the latest
         choice."""
         self._chosen_at: dict[BankKey, Floats] = {}
         """[num_experts] by bank: all tokens at the latest choice."""
@@ -106,13 +105,13 @@ class LoadTracker:
         """The newest windows that had load, oldest first."""
 
     def take(self, worker: str, report: LoadReport | None) -> None:
-        """A worker's newest counts, if any; a report older than the last one is ignored."""
+        """Take the newest counts of a worker, if any; an older report than the last one is ignored."""
         known = self._reports.get(worker)
         if report is not None and (known is None or report.rows >= known.rows):
             self._reports[worker] = report
 
     def tick(self, now: float) -> LoadWindow | None:
-        """End the window if its time is over; returns it if it had load."""
+        """End the window if its time is over; return it if it had load."""
         base, epoch = self._base, self.epoch
         if now - base.began_at < self._section.window_s:
             return None
@@ -136,11 +135,11 @@ class LoadTracker:
 
     @property
     def epoch(self) -> int:
-        """Newest placement epoch that any worker has counted in; 0 before the first step."""
+        """Newest placement epoch that any worker has counted; 0 before the first step."""
         return max((r.epoch for r in self._reports.values()), default=0)
 
     def totals(self) -> LoadSums:
-        """Everything since the cluster's start, lost workers included."""
+        """Load since the cluster's start, including lost workers."""
         reports = tuple(self._reports.values())
         return LoadSums(
             rows=float(sum(r.rows for r in reports)),
@@ -149,7 +148,7 @@ class LoadTracker:
         )
 
     def copies(self, epoch: int) -> dict[BankKey, CopyLoad]:
-        """Load in a placement epoch, by copy; nothing unless it is the newest."""
+        """Load in a placement epoch by copy; empty unless it is the newest epoch."""
         found: dict[BankKey, CopyLoad] = {}
         for report in self._reports.values() if epoch == self.epoch else ():
             for key, counts in report.banks.items() if report.epoch == epoch else ():
@@ -160,7 +159,7 @@ class LoadTracker:
         return found
 
     def sums(self, source: Source) -> LoadSums:
-        """One of the three views."""
+        """Return the sums of one source."""
         if source == "total":
             return self.totals()
         if source == "average":
@@ -168,7 +167,7 @@ class LoadTracker:
         return self.windows[-1].sums if self.windows else _NOTHING
 
     def profile(self, source: Source, model: str, top_k: int) -> LoadProfile | None:
-        """A view as a load profile; None while it has no load."""
+        """Return the load of a source as a load profile; None without load."""
         sums = self.sums(source)
         if sums.rows <= 0:
             return None
@@ -179,22 +178,23 @@ class LoadTracker:
         return LoadProfile(model=model, top_k=top_k, tokens=round(sums.rows), banks=banks)
 
     def watched_tokens(self, key: BankKey, counts: Floats) -> tuple[list[int], int]:
-        """Tokens of each watched expert of a bank, and of the rest: counters that never fall.
+        """Return tokens of each watched expert of a bank, and of the rest, as counters that never
+        fall.
 
-        Tokens of an expert that is not watched count for the rest. For example, expert 5 has 70
-        tokens when it is chosen: they stay with the rest, and its own begin at 0. They stop when
-        another expert is chosen in its place, and go on if it is chosen again.
+        Tokens of an expert that is not watched count as the rest. For example, if expert 5 has 70
+        tokens when it is chosen, these remain in the rest, and its own counter begins at 0. The
+        counter stops when another expert replaces it, and continues if it is chosen again.
 
-        Args:
-            key: the bank.
-            counts: [num_experts], all its tokens so far.
+            Args:
+                key: the bank.
+                counts: [num_experts], all its tokens so far.
         """
         own = self._own_tokens(key, counts)
         watched = own[list(self.watched.get(key, ()))]
         return [round(tokens) for tokens in watched.tolist()], round(float((counts - own).sum()))
 
     def _own_tokens(self, key: BankKey, counts: Floats) -> Floats:
-        """[num_experts]: the tokens that came while an expert was watched."""
+        """[num_experts]: tokens counted while an expert was watched."""
         if key not in self.watched:
             return np.zeros_like(counts)
         own, watched = self._own[key].copy(), list(self.watched[key])

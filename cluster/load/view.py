@@ -1,7 +1,7 @@
-"""The expert load as commands and the admin API show it: by expert, by copy, and its balance.
+"""Expert load for commands and the admin API: by expert, by copy, and its balance.
 
-Layers run in lockstep, so the balancedness of all layers together is the sum of their mean device
-loads over the sum of their largest ones.
+Layers run in lockstep, so the balancedness of all layers is the sum of their mean device loads
+divided by the sum of their largest device loads.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from cluster.load.tracker import CopyLoad, Floats, LoadTracker, Phase
 
 PHASES: tuple[Phase, Phase] = ("prefill", "decode")
 DeviceLoads = Mapping[BankKey, Sequence[float]]
-"""By bank, the load of each device that holds anything."""
+"""Load of each device with experts, by bank."""
 
 
 def slot_tokens(bank: BankPlacement, load: CopyLoad, phase: Phase | None = None) -> list[list[int]]:
-    """``[device][expert slot]`` -> tokens of a phase, or of both.
+    """Return ``[device][expert slot]`` -> tokens of one phase, or of both.
 
-    The counts must be of this placement: they are by copy and by expert.
+    The counts must belong to this placement: they are by copy and by expert.
     """
     tokens = [[0] * len(slots) for slots in bank.physical_to_logical]
     by_copy, by_expert = load.prefill.tolist(), load.decode.tolist()
@@ -41,7 +41,7 @@ def slot_tokens(bank: BankPlacement, load: CopyLoad, phase: Phase | None = None)
 def achieved_loads(
     placement: ExpertPlacement, load: LoadTracker, phase: Phase | None = None
 ) -> DeviceLoads:
-    """Tokens of each device in this placement epoch: in its newest window, else in total."""
+    """Return tokens of each device in this placement epoch: of the newest window, else in total."""
     newest, epoch = load.windows[-1] if load.windows else None, placement.epoch
     copies = newest.copies if newest and newest.epoch == epoch else load.copies(epoch)
     return {
@@ -54,9 +54,9 @@ def achieved_loads(
 def expected_loads(
     placement: ExpertPlacement, profile: LoadProfile | None, phase: Phase | None = None
 ) -> DeviceLoads:
-    """The same if the load were the profile's: by shares in prefill, by the table in decode.
+    """Return the loads under the profile: prefill by shares, decode by the decode table.
 
-    Where no phase is given, as in prefill.
+    Without a phase, all tokens count as prefill.
     """
     if profile is None:
         return {}
@@ -76,7 +76,7 @@ def expected_loads(
 
 
 def balancedness_of(loads: Sequence[Sequence[float]]) -> float | None:
-    """Mean over maximum of the devices' loads, layers added up; None without load."""
+    """Return mean over maximum of the device loads, summed over layers; None without load."""
     peaks = sum(max(each, default=0.0) for each in loads)
     means = sum(sum(each) / max(len(each), 1) for each in loads)
     return means / peaks if peaks > 0 else None
@@ -85,11 +85,11 @@ def balancedness_of(loads: Sequence[Sequence[float]]) -> float | None:
 def placement_report(
     placement: ExpertPlacement, load: LoadTracker, profile: LoadProfile | None
 ) -> dict[str, Any]:
-    """``placement --json``: maps, observed load, and the resulting balance.
+    """Return the document of ``placement --json``: maps, observed load, and the resulting balance.
 
     ``load`` of a bank is its tokens by logical expert since the start. Balancedness is
-    ``predicted`` from the profile that the placement was made for, and ``achieved`` by the tokens
-    of the devices in this epoch; None without load.
+    ``predicted`` from the load profile of the placement, and ``achieved`` by the device loads of
+    this epoch; None without load.
     """
     totals = load.totals()
     both = _balancedness(placement, load, profile)
@@ -172,7 +172,7 @@ def _balancedness(
     profile: LoadProfile | None,
     phase: Phase | None = None,
 ) -> dict[BankKey | None, dict[str, float | None]]:
-    """``predicted`` and ``achieved`` by bank; that of all layers together is under None."""
+    """Return ``predicted`` and ``achieved`` by bank; the key None is for all layers together."""
     names = {
         "predicted": expected_loads(placement, profile, phase),
         "achieved": achieved_loads(placement, load, phase),
@@ -188,11 +188,11 @@ def _balancedness(
 
 
 def _of_holders(bank: BankPlacement, loads: Sequence[float]) -> list[float]:
-    """``loads`` by device without the devices that hold nothing (lost ones)."""
+    """Return ``loads`` by device without devices that hold no experts (lost ones)."""
     rows = zip(loads, bank.physical_to_logical, strict=True)
     return [load for load, row in rows if any(expert != FREE_SLOT for expert in row)]
 
 
 def _numbers(counts: Floats) -> list[float]:
-    """Whole numbers are written as such, others to a tenth."""
+    """Round values: whole numbers as integers, others to a tenth."""
     return [int(c) if c.is_integer() else round(c, 1) for c in counts.tolist()]
