@@ -208,7 +208,7 @@ class DuplicateRegistrationError(ProtocolError):
 
 
 class HandshakeError(ProtocolError):
-    """A peer belongs to another cluster, or was started with another checkpoint or configuration."""
+    """A peer belongs to another cluster, or has another checkpoint or configuration."""
 
 
 class PeerLostError(TransportError):

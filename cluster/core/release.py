@@ -1,4 +1,4 @@
-"""The release of this program, and the properties that must be equal on all workers of a cluster."""
+"""The release of this program, and properties that must be equal on all workers of a cluster."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cluster.core.errors import HandshakeError
 
 @functools.cache
 def installed_version(package: str) -> str | None:
-    """Return the version of an installed package without importing it; None if it is not installed."""
+    """Return the version of an installed package without importing it; None if not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

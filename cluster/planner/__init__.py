@@ -1,4 +1,4 @@
-"""Pure placement planners: expert load in, placement out.
+"""Placement planners: they take expert load and return a placement. Pure.
 
 Imports ``cluster.core`` and numpy.
 """

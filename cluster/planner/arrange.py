@@ -15,15 +15,15 @@ from cluster.core.placement import FREE_SLOT
 from cluster.planner.base import Bools, Floats, Ints, relative_speeds
 
 LOAD_PRICE = 20.0
-"""Price of a squared relative deviation of a device's load, against the decode cost."""
+"""Weight of a squared relative deviation of a device's load, compared with the decode cost."""
 LOAD_PRICE_WITHOUT_SPARES = 2000.0
-"""The same where no split weights can make up for it."""
+"""``LOAD_PRICE`` for banks in which no split weights can compensate the deviation."""
 AFFINITY_PRICE = 60.0
-"""Price of the share of top-k pairs that are on one device."""
+"""Weight of the share of top-k pairs that are on one device."""
 
 
 class Arrangement:
-    """Primary copies of all banks, and what they cost."""
+    """Primary copies of all banks, with their cost."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Arrangement:
         return np.asarray(np.exp(spread) + self._load_price * (utilization / relative - 1.0) ** 2)
 
     def improve(self, device: Ints) -> Bools:
-        """The best swap of each bank's ``device``; whether there was one that helps."""
+        """Make the best swap of each bank's ``device``; return whether any swap helps."""
         rows = self._rows
         mine = (self.primary == device[:, None]) & self.is_single
         width = max(int(mine.sum(1).max()), 1)
@@ -86,7 +86,7 @@ class Arrangement:
         return np.asarray(helps)
 
     def _gain(self, device: Ints, own: Ints, other: Ints) -> Floats:
-        """[banks, own, experts] how much swapping the primary copies of two experts helps."""
+        """[banks, own, experts] gain of swapping the primary copies of two experts."""
         rows = self._rows[:, None]
         here_utilization = self._utilization[rows, device[:, None]][:, :, None]
         here_decode = self._decode[rows, device[:, None]][:, :, None]
@@ -129,7 +129,7 @@ class Arrangement:
             self._near[rows, :, there] -= change
 
     def costliest(self, skipped: Bools) -> Ints:
-        """The device of each bank with the largest cost, but for ``skipped``."""
+        """Return the device of each bank with the largest cost, except ``skipped``."""
         cost = self._cost(
             self._utilization[:, :, None], self._decode[:, :, None], self._relative[None, :, None]
         )
@@ -145,7 +145,7 @@ def arrange(
     affinity: Floats | None = None,
     rounds: int = 40,
 ) -> tuple[Ints, Ints]:
-    """Slots and primary copies after swaps; every device keeps its number of both."""
+    """Return slots and primary copies after swaps; every device keeps its number of both."""
     state = Arrangement(slots, primary, loads, weight, speeds, affinity)
     tried = np.zeros(slots.shape[:2], dtype=bool)
     tried[:, speeds == 0] = True
@@ -165,7 +165,7 @@ def arrange(
 
 
 def _moved(slots: Ints, before: Ints, after: Ints, is_single: Bools) -> Ints:
-    """The slots with the single copies where they are now."""
+    """Return the slots with the single copies at their new devices."""
     slots = slots.copy()
     for b in np.nonzero((before != after).any(1))[0]:
         gone = is_single[b] & (before[b] != after[b])

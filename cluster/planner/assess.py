@@ -32,16 +32,16 @@ PREDICTED_ROWS = (16, 64, 256)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlacedGroup:
-    """A placement's banks with equally many experts, under a load; arrays as in ``base``."""
+    """Banks of a placement with equal numbers of experts, under a load; arrays as in ``base``."""
 
     loads: tuple[BankLoad, ...]
     banks: tuple[BankPlacement, ...]
     load: Floats
-    """``loads``, normalised."""
+    """Normalized ``loads``."""
     slots: Ints
     primary: Ints
     slot_loads: Floats
-    """By the placement's own split weights."""
+    """Slot loads by the placement's own split weights."""
     speeds: Floats
     """[num_devices]."""
 
@@ -49,10 +49,10 @@ class PlacedGroup:
 def placed_groups(
     profile: LoadProfile, topology: PlannedTopology, placement: ExpertPlacement, name: str
 ) -> Iterator[PlacedGroup]:
-    """All banks of a placement, those with equally many experts at once.
+    """Return all banks of a placement, grouped by their number of experts.
 
-    Raises ``ConfigError``, which calls the placement ``name``, where placement, load and devices do
-    not fit together.
+        Raises ``ConfigError``, with the placement's ``name``, if placement, load and devices do not
+    match.
     """
     placed = banks_of(profile, placement, name)
     for loads in equally_large(profile):
@@ -77,9 +77,9 @@ def assess(
     placement: ExpertPlacement,
     current: ExpertPlacement | None = None,
 ) -> Plan:
-    """A placement as a plan: its balancedness under a load, and the moves from ``current``.
+    """Return a placement as a plan: its balancedness under a load, and the moves from ``current``.
 
-    Raises ``ConfigError`` where placement, load and devices do not fit together.
+    Raises ``ConfigError`` if placement, load and devices do not match.
     """
     groups = list(placed_groups(profile, topology, placement, "placement"))
     balance: dict[tuple[str, int], float] = {}
@@ -108,9 +108,9 @@ def assess(
 def contiguous_plan(
     profile: LoadProfile, topology: PlannedTopology, current: ExpertPlacement | None = None
 ) -> Plan:
-    """Experts in order, a block on each device: the first placement where no load is known.
+    """Return the first placement for an unknown load: experts in order, a block on each device.
 
-    Raises ``ConfigError`` for devices that say their number of slots: blocks are equal.
+    Raises ``ConfigError`` if devices set their number of slots: blocks are equal.
     """
     own = [d.num_expert_slots for d in topology.devices if d.num_expert_slots is not None]
     check(not own, "num_expert_slots", own, "must not be given for a contiguous plan")
@@ -122,7 +122,8 @@ def contiguous_plan(
 def banks_of(
     profile: LoadProfile, placement: ExpertPlacement, name: str
 ) -> dict[tuple[str, int], BankPlacement]:
-    """Banks by (bank, layer). Raises ``ConfigError`` unless they are those of the profile."""
+    """Return banks by (bank, layer). Raises ``ConfigError`` unless they are the banks of the
+    profile."""
     banks: Mapping[tuple[str, int], BankPlacement] = {(b.bank, b.layer): b for b in placement.banks}
     for load in profile.banks:
         bank = banks.get((load.bank, load.layer))
@@ -137,7 +138,7 @@ def banks_of(
 
 
 def _slot_loads(banks: Sequence[BankPlacement], slots: Ints, loads: Floats) -> Floats:
-    """Slot loads by the placements' own split weights."""
+    """Return slot loads by the placements' own split weights."""
     width = slots.shape[2]
     shares = np.zeros(slots.shape)
     for b, bank in enumerate(banks):

@@ -36,14 +36,15 @@ class PlannedDevice:
     """A device that may hold experts."""
 
     num_expert_slots: int | None = None
-    """Copies it can hold of each bank; None: an equal share plus the topology's spare slots."""
+    """Number of copies of each bank that it can hold; None for an equal share plus the spare slots.
+    """
     speed: float = 1.0
     """Relative speed: its load should be in proportion."""
     node: str = ""
     domain: str = ""
-    """Failure domain: what fails together; empty: the node."""
+    """Failure domain; empty for the node."""
     link_class: str = ""
-    """Devices of one link class reach each other fast; empty: the node."""
+    """Devices of one link class have fast links to each other; empty for the node."""
 
     def __post_init__(self) -> None:
         count = self.num_expert_slots
@@ -58,7 +59,7 @@ class PlannedTopology:
     devices: tuple[PlannedDevice, ...]
     """Device ``d`` of the placement."""
     num_redundant: int = 0
-    """Spare slots per bank of every device that does not say its number of slots."""
+    """Spare slots per bank of each device that does not set its number of slots."""
 
     def __post_init__(self) -> None:
         check(bool(self.devices), "num_devices", 0, "must be at least 1")
@@ -72,7 +73,7 @@ class PlannedTopology:
         num_nodes: int = 1,
         speeds: Sequence[float] | None = None,
     ) -> PlannedTopology:
-        """Devices with equal slots, in equal blocks on ``num_nodes`` nodes."""
+        """Return devices with equal slots, in equal blocks on ``num_nodes`` nodes."""
         check(num_devices >= 1, "num_devices", num_devices, "must be at least 1")
         rule = f"must be from 1 to the number of devices ({num_devices})"
         check(1 <= num_nodes <= num_devices, "num_nodes", num_nodes, rule)
@@ -127,12 +128,12 @@ class PlannedTopology:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanOptions:
-    """What a plan may cost, and what it is for."""
+    """Limits and purpose of a plan."""
 
     max_move_fraction: float | None = None
-    """Share of all slots that may change; None is no limit."""
+    """Largest share of all slots that may change; None for no limit."""
     decode_tokens: int = 16
-    """Rows of a decode step that the decode table is made for."""
+    """Rows of a decode step for which the decode table is made."""
 
     def __post_init__(self) -> None:
         share = self.max_move_fraction
@@ -150,10 +151,10 @@ class Move:
     slot: int
     expert: int
     source: int
-    """Device that holds the expert now, on the same node where there is one; -1 for none."""
+    """Device that holds the expert now, on the same node if possible; -1 for none."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data in the placement file's format."""
+        """Return plain data in the placement file's format."""
         return {
             "bank": self.bank,
             "layer": self.layer,
@@ -166,25 +167,25 @@ class Move:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What a planner returns."""
+    """Result of a planner."""
 
     placement: ExpertPlacement
     """Maps, split weights and decode table."""
     moves: tuple[Move, ...]
-    """Slots that differ from the current placement; empty when there is none."""
+    """Slots that differ from the current placement; empty without one."""
     balancedness: tuple[float, ...]
     """``[bank]`` -> predicted mean over maximum of load over speed."""
     decode_slots_over_floor: Mapping[int, float]
-    """Rows of a decode step -> expected activated slots of the worst device over the least."""
+    """Rows of a decode step -> expected activated slots of the worst device over the minimum."""
 
     @property
     def move_fraction(self) -> float:
-        """Moves over all slots."""
+        """Moves divided by all slots."""
         slots = (len(s) for b in self.placement.banks for s in b.physical_to_logical)
         return len(self.moves) / max(sum(slots), 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: a placement file with ``predicted`` and ``moves``."""
+        """Return plain data: a placement file with ``predicted`` and ``moves``."""
         mean = sum(self.balancedness) / len(self.balancedness)
         predicted = {
             "balancedness": {"mean": mean, "min": min(self.balancedness)},
@@ -195,13 +196,13 @@ class Plan:
 
 
 def _indices(names: Sequence[Hashable]) -> Ints:
-    """Numbers for names, in the order of their first use."""
+    """Return numbers for names, in the order of their first use."""
     known: dict[Hashable, int] = {}
     return np.array([known.setdefault(name, len(known)) for name in names])
 
 
 def planned_device(member: Member, num_slots: int | None = None) -> PlannedDevice:
-    """A member as the planner sees it."""
+    """Return a member as a device of the planner."""
     return PlannedDevice(
         num_expert_slots=num_slots,
         speed=member.speed,
@@ -214,10 +215,10 @@ def planned_device(member: Member, num_slots: int | None = None) -> PlannedDevic
 def planned_topology(
     experts: Sequence[Member], placement: ExpertPlacement, num_slots: int
 ) -> PlannedTopology:
-    """The living devices, each with ``num_slots`` slots; none for lost ones.
+    """Return the living devices, each with ``num_slots`` slots; none for lost ones.
 
-    A device that holds more (after a recovery, for example) may keep as many. On a single node each
-    worker is a failure domain of its own.
+        A device that holds more (for example after a recovery) may keep them. On a single node each
+    worker is its own failure domain.
     """
     by_device = {m.device: m for m in experts}
     is_spread = len({m.domain or m.node for m in experts}) > 1
@@ -235,13 +236,14 @@ def planned_topology(
 
 
 def equally_large(profile: LoadProfile) -> Iterator[tuple[BankLoad, ...]]:
-    """The banks of a profile in groups with equally many experts."""
+    """Return the banks of a profile in groups with equal numbers of experts."""
     for experts in dict.fromkeys(len(b.counts) for b in profile.banks):
         yield tuple(b for b in profile.banks if len(b.counts) == experts)
 
 
 def normalised(counts: Sequence[Sequence[float]]) -> Floats:
-    """Loads of banks with equally many experts; a bank without load counts as even."""
+    """Normalize the loads of banks with equal numbers of experts; a bank without load counts as
+    even."""
     loads = np.array(counts, dtype=np.float64)
     total = loads.sum(1, keepdims=True)
     even = np.full_like(loads, 1.0 / loads.shape[1])
@@ -249,14 +251,14 @@ def normalised(counts: Sequence[Sequence[float]]) -> Floats:
 
 
 def relative_speeds(speeds: Floats) -> Floats:
-    """[num_devices] speeds relative to the mean device; 1 for devices without slots."""
+    """Return [num_devices] speeds relative to the mean device; 1 for devices without slots."""
     return np.where(speeds > 0, speeds * (speeds > 0).sum(), 1.0)
 
 
 def slot_arrays(banks: Sequence[BankPlacement], capacities: Ints) -> tuple[Ints, Ints]:
-    """Slots and primary copies of placed banks.
+    """Return slots and primary copies of placed banks.
 
-    Raises ``ConfigError`` where a device has too few slots.
+    Raises ``ConfigError`` if a device has too few slots.
     """
     width = int(capacities.max())
     slots = np.full((len(banks), len(capacities), width), FREE_SLOT)
@@ -274,7 +276,7 @@ def slot_arrays(banks: Sequence[BankPlacement], capacities: Ints) -> tuple[Ints,
 def build_placement(
     loads: Sequence[BankLoad], slots: Ints, shares: Floats, primary: Ints, capacities: Ints
 ) -> list[BankPlacement]:
-    """Arrays as maps, every device with its own number of slots."""
+    """Convert arrays to maps, with each device's own number of slots."""
     banks = []
     for b, load in enumerate(loads):
         maps, split = slots[b].tolist(), shares[b].tolist()

@@ -1,4 +1,4 @@
-"""What a placement costs: the utilization of its devices in prefill, activated slots in decode.
+"""Cost of a placement: utilization of its devices in prefill, activated slots in decode.
 
 Layers run in lockstep, so the cost of a placement is the sum over banks of the busiest device.
 """
@@ -14,7 +14,7 @@ from cluster.planner.base import Floats, Ints, relative_speeds
 
 
 def utilization(slot_loads: Floats, speeds: Floats) -> Floats:
-    """[num_banks, num_devices] load over speed; 1 everywhere is perfect balance."""
+    """[num_banks, num_devices] load divided by speed; 1 everywhere is perfect balance."""
     return np.asarray(slot_loads.sum(-1) / np.maximum(speeds, 1e-9))
 
 
@@ -31,8 +31,8 @@ def activation(loads: Floats, top_k: int, rows: int) -> Floats:
 def expected_peak(active: Floats, primary: Ints, speeds: Floats) -> Floats:
     """[num_banks] expected activated slots of the worst device, in slots of a device of mean speed.
 
-    active [num_banks, num_experts]: independent probabilities; the distribution of each device's
-    sum is exact, devices count as independent.
+        ``active`` [num_banks, num_experts] are independent probabilities. The distribution of each
+    device's sum is exact; devices are treated as independent.
     """
     chance = _by_device(active, primary, len(speeds))
     below = np.minimum(sum_distribution(chance).cumsum(2), 1.0)
@@ -76,7 +76,7 @@ def _weighted_peak(below: Floats, relative: Floats) -> Floats:
 
 
 def slots_over_floor(loads: Floats, primary: Ints, speeds: Floats, top_k: int, rows: int) -> float:
-    """Mean over banks of the expected peak over the least, ``ceil(distinct experts / devices)``."""
+    """Mean over banks of the expected peak over its minimum, ``ceil(experts / devices)``."""
     active = activation(loads, top_k, rows)
     devices = int((speeds > 0).sum())
     floor = [math.ceil(round(float(u) / devices, 9)) for u in active.sum(1)]

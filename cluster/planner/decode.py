@@ -21,10 +21,10 @@ from cluster.planner.base import Floats, Ints, relative_speeds
 from cluster.planner.cost import activation, expected_peak
 
 _S = 3.0
-"""Where the generating function is taken: near its best for 4-64 devices."""
+"""Point at which the generating function is evaluated: near its best value for 4 to 64 devices."""
 _SWEEPS = 3
 _PATHS = 12
-"""Paths that are tried in each bank."""
+"""Number of paths that are tried in each bank."""
 
 
 def weights(loads: Floats, top_k: int, rows: int) -> Floats:
@@ -35,7 +35,7 @@ def weights(loads: Floats, top_k: int, rows: int) -> Floats:
 def assign(
     slots: Ints, loads: Floats, speeds: Floats, primary: Ints, top_k: int, rows: int
 ) -> Ints:
-    """Primary copies for batches of ``rows``, by the expected peak no worse for any more rows."""
+    """Return primary copies for batches of ``rows``; more rows have no worse expected peak."""
     weight = weights(loads, top_k, rows)
     relative = relative_speeds(speeds)
     copies = _copy_table(slots, loads.shape[1])
@@ -64,7 +64,8 @@ def _copy_table(slots: Ints, num_experts: int) -> Ints:
 
 
 def _swept(copies: Ints, weight: Floats, relative: Floats, primary: Ints) -> Ints:
-    """Give each expert with several copies, busiest first, to its lightest device; some sweeps."""
+    """Assign each expert with several copies, busiest first, to its lightest device; several
+    sweeps."""
     banks = len(copies)
     rows = np.arange(banks)
     table = primary.copy()
@@ -94,7 +95,8 @@ def _swept(copies: Ints, weight: Floats, relative: Floats, primary: Ints) -> Int
 def _exchange_along_paths(copies: Ints, weight: Floats, relative: Floats, table: Ints) -> None:
     """Shift experts along a path of devices, from a heavy one to a light one; changes ``table``.
 
-    An expert that cannot leave its device for the lightest one may push another on from there.
+        An expert that cannot move from its device to the lightest one may displace another expert
+    there.
     """
     several = np.nonzero(copies[:, 1] >= 0)[0].tolist() if copies.shape[1] > 1 else []
     devices = len(relative)
@@ -142,7 +144,7 @@ def _better_path(
 def _gain(
     path: list[tuple[int, int]], start: int, weight: Floats, relative: Floats, load: Floats
 ) -> float:
-    """How much a path lowers the sum of the generating functions, relative to its start."""
+    """Reduction of the sum of the generating functions by a path, relative to its start."""
     after = {start: float(load[start])}
     at = start
     for expert, device in path:

@@ -1,9 +1,9 @@
-"""Moves for decode steps: experts change devices so that the busiest device has less to do.
+"""Moves for decode steps: experts change devices to reduce the load of the busiest device.
 
-``mesh`` moves copies for prompts, whose tokens the copies share. A decode row has one copy of each
-expert, so that its balance needs other moves. Here each bank's busiest device gives an expert to
-another one, which takes it into a free slot, into that of a copy that others can do without, or
-in return for a lighter expert; as long as the busiest device gains, and within a budget.
+``mesh`` moves copies for prompts, whose tokens are shared by the copies. A decode row uses one copy
+of each expert, so its balance needs other moves. Here each bank's busiest device gives an expert to
+another device. That device uses a free slot, the slot of a dispensable copy, or gives a lighter
+expert in exchange. This continues while the busiest device gains, and within a budget.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from cluster.planner import cost
 from cluster.planner.base import PlannedTopology, normalised
 
 _LEAST_GAIN = 0.005
-"""Share of the busiest device's work that a move must take off."""
+"""Smallest share of the busiest device's work that a move must remove."""
 _EPS = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
 class _ExpertMove:
-    """Expert ``gives`` goes from the busiest device to ``to``, for ``takes`` if that is one."""
+    """Expert ``gives`` moves from the busiest device to ``to``, in exchange for ``takes`` if it is
+    set."""
 
     peak: float
-    """Work of the busier of the two afterwards."""
+    """Work of the busier of the two devices afterwards."""
     gives: int
     to: int
     slot: int
-    """Slot of ``to`` that it gets; -1 where it has a copy already."""
+    """Slot of ``to`` for the expert; -1 if it has a copy already."""
     takes: int = FREE_SLOT
 
 
@@ -47,10 +48,11 @@ def improved(
     rows: int,
     slot_tokens: float,
 ) -> ExpertPlacement:
-    """The placement with at most ``budget`` slots changed, for decode steps of ``rows`` rows.
+    """Return the placement with at most ``budget`` slots changed, for decode steps of ``rows``
+    rows.
 
-    ``slot_tokens`` is what reading an expert costs, in tokens computed. Shares of new copies are
-    zero: they are to be solved afterwards.
+    ``slot_tokens`` is the cost of reading an expert, in computed tokens. Shares of new copies are
+    zero and must be solved afterwards.
     """
     work = [
         _BankTrades(bank, topology, _work(profile, bank, rows, slot_tokens))
@@ -74,7 +76,7 @@ def _work(profile: LoadProfile, bank: BankPlacement, rows: int, slot_tokens: flo
 
 
 class _BankTrades:
-    """One bank while it is improved."""
+    """One bank during the improvement."""
 
     def __init__(
         self, bank: BankPlacement, topology: PlannedTopology, work: Sequence[float]
@@ -92,7 +94,7 @@ class _BankTrades:
         self._speed = (speeds * np.count_nonzero(speeds)).tolist()
 
     def step(self, budget: int) -> int | None:
-        """The best trade; slots that it changed, None where there is none."""
+        """Make the best trade; return the slots that it changed, None if there is none."""
         utilization = [self._utilization(device) for device in range(len(self._rows))]
         busiest = max(range(len(utilization)), key=lambda d: utilization[d])
         trades = (t for t in self._trades(busiest, utilization) if self._cost(t) <= budget)
@@ -104,7 +106,7 @@ class _BankTrades:
         return used
 
     def result(self) -> BankPlacement:
-        """The maps now."""
+        """Return the current maps."""
         return replace(self._bank.with_slots(self._rows), decode_device=tuple(self._primary))
 
     def _utilization(self, device: int, change: float = 0.0) -> float:
@@ -127,7 +129,7 @@ class _BankTrades:
                     yield from self._swaps(busiest, to, expert)
 
     def _swaps(self, busiest: int, to: int, expert: int) -> Iterator[_ExpertMove]:
-        """Slots are swapped, so that every expert has as many copies as before."""
+        """Return whether slots are swapped, so that every expert keeps its number of copies."""
         for slot, other in enumerate(self._rows[to]):
             less = self._work[expert] - self._work[other]
             if other == FREE_SLOT or self._primary[other] != to or less <= 0:
@@ -137,7 +139,7 @@ class _BankTrades:
                 yield _ExpertMove(peak, expert, to, slot, other)
 
     def _room(self, device: int) -> int | None:
-        """A slot that is free, or holds the copy that is missed least."""
+        """Return a free slot, or the slot with the most dispensable copy."""
         row = self._rows[device]
         if FREE_SLOT in row:
             return row.index(FREE_SLOT)

@@ -1,9 +1,9 @@
-"""Which few slots of one bank to change next: candidates for the local search.
+"""Candidate edits of one bank for the local search: few slots to change.
 
-Two kinds. A *copy*: a busy expert gets one more copy on a light device, in a free slot or in place
-of a copy that its expert can spare. A *swap*: two devices trade experts, two moves. Copies are
-offered as one list in the order of the light devices. Each entry builds on those before it,
-so every prefix of the list is a sensible set of edits.
+There are two kinds. A *copy* gives a busy expert one more copy on a light device, in a free slot or
+in place of a dispensable copy. A *swap* exchanges experts of two devices, two moves. Copies are
+offered as one list in the order of the light devices. Each entry builds on the earlier ones, so
+every prefix of the list is a useful set of edits.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ _NUM_SINGLES = 4
 _NUM_SWAPS = 4
 _NUM_INSTEAD = 2
 _SWAP_FROM, _SWAP_TO = 4, 6
-"""Heavy and light devices that are looked at for swaps."""
+"""Number of heavy and of light devices that are considered for swaps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Rules that every placement of the search keeps."""
+    """Rules for every placement of the search."""
 
     usable: Bools
     """[num_devices, num_slots] slots that exist."""
     speeds: Floats
     """[num_devices] speed, summing to 1."""
     nodes: Ints
-    """[num_devices] failure domain, as a rule a node."""
+    """[num_devices] failure domain, usually a node."""
     two_nodes: bool
-    """No expert may lose its second node."""
+    """Whether every expert must stay on two nodes."""
 
 
 class BankView:
-    """One bank as the choice of edits needs it."""
+    """One bank, as needed to choose edits."""
 
     def __init__(self, slots: Ints, primary: Ints, slot_loads: Floats, limits: Limits) -> None:
         num_experts = len(primary)
@@ -73,14 +73,15 @@ class BankView:
         return np.asarray(self.is_there & (self.utilization >= self.peak - 1e-3))
 
     def spare(self, device: int, slot: int) -> bool:
-        """Whether the copy in a slot may go: not the one for decode steps."""
+        """Return whether the copy in a slot is dispensable: it does not serve decode steps."""
         expert = int(self.slots[device, slot])
         if expert == FREE_SLOT:
             return bool(self.limits.usable[device, slot])
         return int(self.primary[expert]) != device and self.keeps_nodes(expert, device)
 
     def keeps_nodes(self, expert: int, gone: int) -> bool:
-        """Whether the expert stays on as many nodes as it must without its copy on ``gone``."""
+        """Return whether the expert stays on the required number of nodes without its copy on
+        ``gone``."""
         if not self.limits.two_nodes:
             return True
         here = self.held[expert].copy()
@@ -90,9 +91,9 @@ class BankView:
 
 
 def edit_sets(view: BankView, tolerance: float, is_brief: bool) -> list[list[Edit]]:
-    """Sets of edits worth a try; a device counts as light below ``1 - tolerance``.
+    """Return candidate sets of edits; a device counts as light below ``1 - tolerance``.
 
-    ``is_brief``: only the few that are best most often.
+    ``is_brief``: only the few sets that are most often the best.
     """
     copies = _copies(view, tolerance)
     if is_brief:
@@ -106,7 +107,8 @@ def edit_sets(view: BankView, tolerance: float, is_brief: bool) -> list[list[Edi
 
 
 def revert_edits(view: BankView, start: Ints, tolerance: float) -> list[list[Edit]]:
-    """Give a changed slot its first expert back, alone or for a copy elsewhere: no more moves."""
+    """Return sets that restore a changed slot, alone or together with a copy elsewhere: no more
+    moves."""
     back = []
     for device, slot in np.argwhere(view.slots != start).tolist():
         old = int(start[device, slot])
@@ -118,13 +120,13 @@ def revert_edits(view: BankView, start: Ints, tolerance: float) -> list[list[Edi
 
 
 def _are_apart(view: BankView, one: Edit, other: Edit) -> bool:
-    """Two edits on different devices that take copies of different experts."""
+    """Return whether two edits are on different devices and remove copies of different experts."""
     gone = [int(view.slots[d, s]) for d, s, _ in (one, other)]
     return one[0] != other[0] and (gone[0] != gone[1] or gone[0] == FREE_SLOT)
 
 
 def _copies(view: BankView, tolerance: float) -> list[Edit]:
-    """New copies of experts of heavy devices on light ones, lightest first."""
+    """Return new copies of experts of heavy devices on light devices, lightest first."""
     speeds, peaks = view.limits.speeds, view.peaks()
     heavy = view.utilization > 1 + tolerance
     left = view.slot_load[:, heavy].sum(1)
@@ -162,9 +164,9 @@ def _copies(view: BankView, tolerance: float) -> list[Edit]:
 
 
 def _least_slot(view: BankView, device: int, taken: set[int]) -> int | None:
-    """The slot whose copy is missed least: free, or with the least slot load among the spare ones.
+    """Return the free slot, or the dispensable slot with the smallest load.
 
-    An expert loses one copy in a set of edits at most.
+    An expert loses at most one copy in a set of edits.
     """
     slots = [
         s
@@ -176,11 +178,11 @@ def _least_slot(view: BankView, device: int, taken: set[int]) -> int | None:
 
 
 def _swaps(view: BankView) -> list[list[Edit]]:
-    """Swaps of an expert of a heavy device against a smaller one of a light device.
+    """Return swaps of an expert of a heavy device for a smaller one of a light device.
 
-    Swaps come first that can move the excess of one device into the lack of the other: at least the
-    load of the heavy device's own copy, at most all load of the expert on heavy devices. Primary
-    copies are swapped for primary copies, so that every device keeps its number of them.
+    Swaps come first that can move the excess of one device to the deficit of the other: at least
+    the load of the heavy device's own copy, at most the load of the expert on all heavy devices.
+    Primary copies are swapped for primary copies, so that every device keeps its number of them.
     """
     speeds, utilization = view.limits.speeds, view.utilization
     here = np.nonzero(view.peaks())[0][:_SWAP_FROM]
@@ -208,7 +210,8 @@ def _swaps(view: BankView) -> list[list[Edit]]:
 
 
 def _best_swaps(view: BankView, here: Ints, there: Ints, misfit: Floats) -> list[list[Edit]]:
-    """The swaps of least misfit [heavy, slots, light, slots], at most one for each own copy."""
+    """Return the swaps with the smallest misfit [heavy, slots, light, slots], at most one for each
+    copy."""
     devices, width = misfit.shape[0], misfit.shape[1]
     flat = misfit.reshape(devices * width, -1)
     best = flat.argmin(1)

@@ -1,13 +1,13 @@
-"""EPLB, the public expert-parallel load balancer, as the baseline that ours is compared with.
+"""EPLB, the public expert-parallel load balancer, as the baseline for the default planner.
 
-Source: github.com/deepseek-ai/EPLB, ``rebalance_experts`` and its published example; written anew.
-Two policies: *hierarchical* packs groups of experts onto nodes and balances within each node,
-*global* treats everything as one node. Both give each spare slot to the expert with the largest
-load per copy, then pack the copies by falling load onto the lightest device that has room. Copies
-take equal shares.
+Source: github.com/deepseek-ai/EPLB, ``rebalance_experts`` and its published example; an independent
+implementation. Two policies: *hierarchical* packs groups of experts onto nodes and balances within
+each node, *global* treats all devices as one node. Both give each spare slot to the expert with the
+largest load per copy, then pack the copies by falling load onto the lightest device with a free
+slot. Copies take equal shares.
 
-Where a plan differs: our maps hold no expert twice on a device, so where EPLB puts two copies of
-one expert on a device, one slot stays free and the other takes both shares. The loads are the same.
+Difference: these maps hold no expert twice on a device. If EPLB puts two copies of one expert on a
+device, one slot stays free and the other takes both shares. The loads are the same.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from cluster.planner.base import Floats, Ints, Plan, PlannedTopology
 def rebalance(
     loads: Floats, *, num_slots: int, num_devices: int, num_groups: int = 1, num_nodes: int = 1
 ) -> Ints:
-    """[num_banks, num_slots] expert of each slot; device d has the d-th block of equal size.
+    """Return [num_banks, num_slots] expert of each slot; device d has the d-th block of equal size.
 
-    loads [num_banks, num_experts]. Hierarchical when nodes divide the groups, else global. Raises
-    ``ConfigError`` where counts do not divide as they must.
+    ``loads`` [num_banks, num_experts]. Hierarchical if the number of nodes divides the number of
+    groups, else global. Raises ``ConfigError`` if numbers are not divisible as required.
     """
     if num_groups % num_nodes:
         num_groups, num_nodes = 1, 1
@@ -61,14 +61,14 @@ def _one_bank(
 
 
 def _packed(weights: Floats, num_packs: int) -> list[list[int]]:
-    """Items in equally large packs: the heaviest first, onto the lightest pack that has room."""
+    """Return items in equally large packs: the heaviest first, onto the lightest pack with space."""
     size = len(weights) // num_packs
     if size == 1:
         return [[i] for i in range(num_packs)]
     packs: list[list[int]] = [[] for _ in range(num_packs)]
     with_room = [(0.0, pack) for pack in range(num_packs)]
     for item in np.argsort(-weights, kind="stable").tolist():
-        total, pack = heapq.heappop(with_room)  # of equally light ones the first
+        total, pack = heapq.heappop(with_room)  # the first of equally light ones
         packs[pack].append(item)
         if len(packs[pack]) < size:
             heapq.heappush(with_room, (total + float(weights[item]), pack))
@@ -76,7 +76,7 @@ def _packed(weights: Floats, num_packs: int) -> list[list[int]]:
 
 
 def _replicated(load: Floats, num_copies: int) -> tuple[Ints, Ints]:
-    """Expert of each copy, and copies of each expert: the next one to the largest load a copy."""
+    """Return the expert of each copy, and the number of copies; each copy goes to the largest load."""
     count = np.ones(len(load), dtype=np.int64)
     copies = list(range(len(load)))
     while len(copies) < num_copies:
@@ -89,9 +89,9 @@ def _replicated(load: Floats, num_copies: int) -> tuple[Ints, Ints]:
 def plan(
     profile: LoadProfile, topology: PlannedTopology, current: ExpertPlacement | None = None
 ) -> Plan:
-    """The placement of EPLB; re-planned from scratch whatever is placed now.
+    """Return the placement of EPLB, planned from scratch regardless of the current placement.
 
-    Raises ``ConfigError`` for devices that differ in slots, which EPLB does not know.
+    Raises ``ConfigError`` for devices with different numbers of slots, which EPLB does not support.
     """
     banks = []
     for load in profile.banks:
@@ -113,7 +113,7 @@ def plan(
 def equally_shared(
     bank: str, layer: int, num_experts: int, maps: Sequence[Sequence[int]]
 ) -> BankPlacement:
-    """Maps in which copies take equal shares; a second copy on a device joins the first."""
+    """Return maps in which copies take equal shares; a second copy on a device joins the first."""
     copies = Counter(itertools.chain.from_iterable(maps))
     slots_out, split = [], []
     for slots in map(list, maps):

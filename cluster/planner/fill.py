@@ -1,12 +1,12 @@
-"""A placement from scratch: how many copies each expert has, and where.
+"""A placement from scratch: the number of copies of each expert, and their devices.
 
 Every device first gets its part of the experts (their primary copies, which serve decode steps),
-then its spare slots get redundant copies. What makes a placement good is not only that the loads
-balance now: the copies should join all devices into one connected whole, so that shares alone can
-carry load from any device to any other later. So a redundant copy goes to a device that is not yet
-connected with the primary copy's; the busiest experts, which carry most, are the ones copied.
+then its spare slots get redundant copies. A good placement balances the loads, and its copies
+connect all devices, so that shares alone can later move load from any device to any other. So a
+redundant copy goes to a device that is not yet connected with the primary copy's device; the
+busiest experts, which carry most load, are the ones copied.
 
-All banks are filled at once, one copy of each bank per round.
+All banks are filled together, one copy of each bank per round.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from cluster.planner.base import Bools, Floats, Ints
 def fill(
     loads: Floats, capacities: Ints, speeds: Floats, nodes: Ints, two_nodes: bool
 ) -> tuple[Ints, Ints]:
-    """Slots and primary copies of all banks. ``two_nodes``: each expert has copies on two nodes."""
+    """Return slots and primary copies of all banks. ``two_nodes``: each expert has copies on two
+    nodes."""
     width = int(capacities.max())
     capacities = np.minimum(capacities, loads.shape[1])
     quota = primary_quota(capacities, speeds, loads.shape[1])
@@ -37,7 +38,7 @@ def fill(
 
 
 def primary_quota(capacities: Ints, speeds: Floats, num_experts: int) -> Ints:
-    """[num_devices] primary copies that a device gets: by speed, within the slots."""
+    """[num_devices] number of primary copies of a device: by speed, within the slots."""
     quota = np.zeros(len(capacities), dtype=np.int64)
     for _ in range(num_experts):
         ahead = np.where(quota < capacities, (quota + 1) / np.maximum(speeds, 1e-12), np.inf)
@@ -46,13 +47,13 @@ def primary_quota(capacities: Ints, speeds: Floats, num_experts: int) -> Ints:
 
 
 def can_use_two_nodes(capacities: Ints, nodes: Ints, num_experts: int) -> bool:
-    """Whether slots suffice for copies of every expert on two nodes."""
+    """Return whether the slots suffice for copies of every expert on two nodes."""
     room = np.minimum(np.bincount(nodes, capacities), num_experts)
     return bool(room.sum() >= 2 * num_experts)
 
 
 def _replicas(loads: Floats, total: int, capacities: Ints, two_nodes: bool) -> Ints:
-    """[num_banks, num_experts] copies: each next one to the largest load a copy."""
+    """[num_banks, num_experts] copies; each next copy goes to the largest load per copy."""
     banks, experts = loads.shape
     count = np.full(loads.shape, 2 if two_nodes else 1)
     limit = int((capacities > 0).sum())
@@ -64,7 +65,8 @@ def _replicas(loads: Floats, total: int, capacities: Ints, two_nodes: bool) -> I
 
 
 def _copies(loads: Floats, replicas: Ints) -> tuple[Ints, Bools]:
-    """[num_banks, num_copies] experts in the order they are placed, and which copies are primary.
+    """[num_banks, num_copies] experts in the order of their placement, and which copies are
+    primary.
 
     Experts with several copies come first, then by falling load.
     """
@@ -77,7 +79,7 @@ def _copies(loads: Floats, replicas: Ints) -> tuple[Ints, Bools]:
 
 
 class _PartialPlacement:
-    """The placement while it is filled."""
+    """The placement while it is being filled."""
 
     def __init__(
         self, loads: Floats, quota: Ints, capacities: Ints, speeds: Floats, nodes: Ints
@@ -99,7 +101,7 @@ class _PartialPlacement:
         self._rows = np.arange(banks)
 
     def put(self, expert: Ints, is_primary: Bools, loads: Floats, replicas: Ints) -> None:
-        """Place one copy in each bank, where there is a device for it."""
+        """Place one copy in each bank that has a device for it."""
         rows = self._rows
         primary = self.primary[rows, expert]
         held = self.held[rows, expert]
@@ -129,14 +131,14 @@ class _PartialPlacement:
         self._part[second] = np.where(joined, part[fits][~is_primary], self._part[second])
 
     def num_nodes(self) -> Ints:
-        """[num_banks, num_experts] nodes that hold a copy."""
+        """[num_banks, num_experts] number of nodes with a copy."""
         count = np.zeros(self.primary.shape, dtype=np.int64)
         for node in range(int(self._nodes.max()) + 1):
             count += self.held[:, :, self._nodes == node].any(2)
         return count
 
     def use_leftovers(self, loads: Floats) -> None:
-        """Fill what stayed free with the busiest experts that a device does not hold."""
+        """Fill the remaining slots with the busiest experts that a device does not hold."""
         left = self._capacities - self.held.sum(1)
         for b, d in np.argwhere(left > 0):
             missing = np.nonzero(~self.held[b, :, d])[0]
@@ -155,10 +157,9 @@ class _PartialPlacement:
 
 
 def _wrapped(loads: Floats, capacities: Ints, nodes: Ints) -> tuple[Bools, Ints]:
-    """Copies of every expert on two nodes, for sure, where slots are scarce; one bank.
+    """Return copies of every expert on two nodes even if slots are scarce; one bank.
 
-    Nodes take turns in one endless list of the experts: as none takes more than all of them, none
-    takes one twice, and after two rounds each expert is on two nodes.
+    Nodes take turns in an endless list of the experts: as no node takes more than all experts, none takes one twice, and after two rounds each expert is on two nodes.
     Source: the wrap-around rule of McNaughton (1959).
     """
     experts = len(loads)

@@ -1,7 +1,7 @@
-"""A placement for more devices: the new ones take experts over, and no other weight moves. Pure.
+"""A placement for more devices: only the new devices take over experts. Pure.
 
-It is quick to compute, and the device that held an expert before can serve it until the new one
-does. Rebalancing finds better placements later.
+It is fast to compute, and the former device of an expert can serve it until the new one does.
+Rebalancing finds better placements later.
 
 Example, one bank of 6 experts without load on 2 devices, and device 2 is new:
 
@@ -17,7 +17,7 @@ from msgspec import structs
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
 
 ExpertLoads = Mapping[tuple[str, int], Sequence[float]]
-"""(bank, layer) -> tokens by logical expert; the experts of other banks weigh the same."""
+"""(bank, layer) -> tokens by logical expert; the experts of other banks have equal weights."""
 
 
 def grow(
@@ -25,8 +25,8 @@ def grow(
 ) -> ExpertPlacement:
     """Give new ``devices`` their part of the experts, at most ``num_slots`` of each bank.
 
-    Half of an expert's weight is its load and half is that it is an expert: where a step activates
-    nearly all experts, each of them costs the same.
+    Half of an expert's weight is its load, the other half is equal for all experts: if a step
+    activates nearly all experts, each of them costs the same.
     """
     banks = (
         _GrowingBank(bank, loads.get((bank.bank, bank.layer), ())).fill(sorted(devices), num_slots)
@@ -36,7 +36,7 @@ def grow(
 
 
 class _GrowingBank:
-    """One bank while its copies move to new devices."""
+    """One bank while copies move to new devices."""
 
     def __init__(self, bank: BankPlacement, counts: Sequence[float]) -> None:
         self._bank = bank
@@ -50,12 +50,12 @@ class _GrowingBank:
         self._burden = [sum(self._weight[e] for e in self._held(d)) for d in range(len(self._rows))]
 
     def fill(self, devices: Sequence[int], num_slots: int) -> BankPlacement:
-        """Move copies to the devices as long as that makes the busiest device less busy."""
+        """Move copies to the devices while that reduces the load of the busiest device."""
         missing = max(devices, default=-1) + 1 - len(self._rows)
         self._rows += [[] for _ in range(missing)]
         self._split += [[] for _ in range(missing)]
         self._burden += [0.0] * missing
-        for device in devices:  # one that comes back may have free slots
+        for device in devices:  # a device that returns may have free slots
             pairs = zip(self._rows[device], self._split[device], strict=True)
             held = [(e, share) for e, share in pairs if e != FREE_SLOT]
             self._rows[device] = [e for e, _ in held]
@@ -76,8 +76,8 @@ class _GrowingBank:
         )
 
     def _best_move(self, taker: int, devices: Collection[int]) -> tuple[int, int] | None:
-        """(giver, expert): the heaviest copy of the busiest device after which it and the taker
-        are both less busy than it was."""
+        """(giver, expert): the heaviest copy of the busiest device after whose move both devices
+        have less load."""
         givers = (d for d in range(len(self._rows)) if d not in devices and self._held(d))
         for giver in sorted(givers, key=lambda d: (-self._burden[d], d)):
             gap = self._burden[giver] - self._burden[taker]

@@ -1,13 +1,13 @@
-"""Our planner: expert load, devices and the current placement in, a placement out.
+"""The default planner: expert load, devices and the current placement in, a placement out.
 
 Without a current placement it fills from scratch (``fill``), arranges primary copies (``arrange``)
-and searches until every bank is balanced (``search``). With one it changes as few slots as do:
-first the shares alone (``split``), then single moves within the budget. Decode tables come last,
-from the copies that are there (``decode``).
+and searches until every bank is balanced (``search``). With one it changes as few slots as
+possible: first the shares alone (``split``), then single moves within the budget. Decode tables
+come last, from the existing copies (``decode``).
 
-Where it differs from the public algorithm (``eplb``): copies take solved shares and not equal ones,
-it starts from what is placed, no two copies share a device, devices may differ, and decode steps
-have a table of their own.
+Differences from the public algorithm (``eplb``): copies take solved instead of equal shares, it
+starts from the current placement, no two copies share a device, devices may differ, and decode
+steps have their own table.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ Coactivation = Mapping[tuple[str, int], Floats]
 _FULL_TARGET = 0.998
 """Balancedness at which a placement from scratch needs no further search."""
 _TARGET = 0.99
-"""A bank of a current placement that is balanced as well as this is left alone."""
+"""Balancedness of a current bank above which it is not changed."""
 _LEAST_GAIN = 2e-4
-"""Gain in balancedness that is worth a move."""
+"""Smallest gain in balancedness that justifies a move."""
 _LEAST_GAIN_FULL = 5e-5
 _WORTH_A_NEW_PLAN = 0.002
-"""Gain in balancedness for which a plan from scratch replaces many moves, where these are free."""
+"""Gain in balancedness for which a plan from scratch replaces many moves, if moves are free."""
 _NO_LIMIT = 1 << 40
 _EXACT = 1e-6
 """Tolerance of the last split."""
@@ -66,11 +66,11 @@ _EXACT = 1e-6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Group:
-    """Banks with equally many experts."""
+    """Banks with equal numbers of experts."""
 
     loads: tuple[BankLoad, ...]
     load: Floats
-    """[num_banks, num_experts] the same, normalised."""
+    """[num_banks, num_experts] normalized loads."""
     capacities: Ints
     """[num_devices] slots."""
     limits: Limits
@@ -84,10 +84,11 @@ def plan(
     options: PlanOptions | None = None,
     coactivation: Coactivation | None = None,
 ) -> Plan:
-    """The best placement found; with ``current`` within the move budget, and never worse than it.
+    """Return the best placement found. With ``current`` it is within the move budget and never
+    worse.
 
-    The same input gives the same plan. Raises ``ConfigError`` where slots do not suffice or the
-    current placement is for other banks or devices.
+        Deterministic. Raises ``ConfigError`` if there are too few slots, or if the current
+    placement has other banks or devices.
     """
     options = options or PlanOptions()
     check(bool(profile.banks), "load_profile.banks", "none", "must name at least one bank")
@@ -114,13 +115,14 @@ def plan(
 def resolved(
     profile: LoadProfile, topology: PlannedTopology, placement: ExpertPlacement
 ) -> ExpertPlacement:
-    """The same slots with the best shares and decode devices for a load; the epoch stays."""
+    """Return the same slots with the best shares and decode devices for a load; the epoch is
+    unchanged."""
     options = PlanOptions(max_move_fraction=0.0)
     return placement.with_shares(plan(profile, topology, placement.packed(), options).placement)
 
 
 def move_budget(current: ExpertPlacement | None, options: PlanOptions) -> int:
-    """Slots that a plan may fill anew."""
+    """Return the number of slots that a plan may refill."""
     if current is None or options.max_move_fraction is None:
         return _NO_LIMIT
     slots = sum(len(s) for bank in current.banks for s in bank.physical_to_logical)
@@ -161,13 +163,13 @@ def _from_scratch(
         target=_FULL_TARGET, least_gain=_LEAST_GAIN_FULL, budget=_NO_LIMIT, per_move=False
     )
     found = _finished(group, search(start, group.load, limits, goal), options)
-    if affinity is not None:  # swaps would part them again
+    if affinity is not None:  # swaps would separate them again
         return found
     return lower_peaks(found, group.load, limits, group.top_k, options.decode_tokens)
 
 
 def _affinity(group: _Group, coactivation: Coactivation | None) -> Floats | None:
-    """[num_banks, num_experts, num_experts] symmetric, each summing to 1; None when unknown."""
+    """[num_banks, num_experts, num_experts] symmetric, each summing to 1; None if unknown."""
     if coactivation is None:
         return None
     experts = group.load.shape[1]
@@ -212,7 +214,7 @@ def _solved(group: _Group, slots: Ints, primary: Ints, tolerance: float = 1e-4) 
 
 
 def _better(group: _Group, new: PlacedBanks, old: PlacedBanks) -> PlacedBanks:
-    """For each bank the better balanced one."""
+    """Return the better balanced one for each bank."""
     speeds = group.limits.speeds
     is_new = cost.balancedness(new.slot_loads, speeds) >= cost.balancedness(old.slot_loads, speeds)
     return new.where(is_new, old)
@@ -221,13 +223,13 @@ def _better(group: _Group, new: PlacedBanks, old: PlacedBanks) -> PlacedBanks:
 def _mixed(
     group: _Group, result: PlacedBanks, fresh: PlacedBanks, is_fresh: Bools, before: Ints
 ) -> PlacedBanks:
-    """Fresh plans for some banks, in the slots that their experts have now."""
+    """Return fresh plans for some banks, in the slots that their experts have now."""
     fresh = _solved(group, aligned(before, fresh.slots), fresh.primary)
     return fresh.where(is_fresh, result)
 
 
 def _finished(group: _Group, found: PlacedBanks, options: PlanOptions) -> PlacedBanks:
-    """With shares solved to the end, and a decode table."""
+    """Solve the shares completely and add a decode table."""
     result = _better(group, _solved(group, found.slots, found.primary, _EXACT), found)
     result.primary = decode.assign(
         result.slots,

@@ -1,4 +1,4 @@
-"""From one placement to the next: which slots change, and from where the weights come."""
+"""The step from one placement to the next: which slots change, and the source of their weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cluster.planner.base import Ints, Move
 
 
 def aligned(before: Ints, after: Ints) -> Ints:
-    """``after`` with every expert that stays on its device in the slot it has there."""
+    """Return ``after`` with every expert that stays on its device in its current slot."""
     result = np.full_like(after, FREE_SLOT)
     for b in range(len(after)):
         for d in range(after.shape[1]):
@@ -29,9 +29,9 @@ def aligned(before: Ints, after: Ints) -> Ints:
 def find_moves(
     loads: Sequence[BankLoad], before: Ints, after: Ints, nearness: Ints
 ) -> tuple[Move, ...]:
-    """Slots that hold another expert than before, by bank, device and slot.
+    """Return slots that hold another expert than before, by bank, device and slot.
 
-    A slot that is only emptied is no move. ``nearness`` is the topology's.
+    A slot that is only emptied is not a move. ``nearness`` is the topology's.
     """
     moves = []
     for b, d, s in np.argwhere((before != after) & (after != FREE_SLOT)).tolist():
@@ -50,6 +50,6 @@ def find_moves(
 
 
 def _source(slots: Ints, expert: int, nearness: Ints) -> int:
-    """The nearest device that holds the expert, the first of equals; -1 for none."""
+    """Return the nearest device that holds the expert, the first of equal ones; -1 for none."""
     holders = np.nonzero((slots == expert).any(1))[0]
     return int(holders[np.argmax(nearness[holders])]) if len(holders) else -1

@@ -1,15 +1,16 @@
-"""Swaps that make the busiest device of decode steps less busy: by its exact expectation.
+"""Swaps that reduce the exact expected peak of decode steps on the busiest device.
 
-``decode`` balances a bound of the expected peak, which is quick, but does not see that it pays to
-keep chance together: some devices with few experts that are nearly always activated, others with
-more that are not. With F_d(t) the chance that device d serves at most t slots' worth in a step,
+``decode`` balances a bound of the expected peak. This is fast, but misses that it pays to
+concentrate uncertainty: some devices with few experts that are nearly always activated, others with
+more experts that are not. With F_d(t) the probability that device d serves at most t slots in a
+step,
 
     expected peak = sum over t of 1 - prod_d F_d(t)
 
-and a swap changes two of the factors, each by one coin toss less and one more. Every round
-takes the device of each bank that raises the peak most, and makes the best swap of one of its
-slots for a slot elsewhere, or of a primary copy for a redundant one, that leaves the load balanced
-and larger batches about as they were.
+and a swap changes two of the factors by one Bernoulli variable each. Every round takes the device
+of each bank that raises the peak most. It makes the best swap of one of its slots for a slot of
+another device, or of a primary copy for a redundant one, that keeps the load balanced and larger
+batches about as they were.
 """
 
 from __future__ import annotations
@@ -25,33 +26,33 @@ from cluster.planner.edits import Limits
 from cluster.planner.search import PlacedBanks, solve
 
 _LEAST_GAIN = 1e-4
-"""Slots of the expected peak that a swap must gain."""
+"""Smallest gain of a swap in slots of the expected peak."""
 _BALANCED = 0.998
-"""Balancedness that a swap must leave, where there was as much."""
+"""Balancedness that a swap must preserve if it was reached before."""
 _SLACK = 0.01
-"""Share by which batches of other sizes may get worse."""
+"""Share by which batches of other sizes may become worse."""
 _LARGER = (4, 16)
-"""Those sizes, in times the one that is made better."""
+"""Those sizes, as multiples of the optimized one."""
 _TRIES = 6
-"""Swaps of a device that are looked at more closely."""
+"""Swaps of a device that are evaluated exactly."""
 _FAILURES = 8
-"""Devices of a bank in a row without a good swap, after which it is left alone."""
+"""Consecutive devices of a bank without a good swap after which the bank is finished."""
 _ROUNDS = 150
 _MOST_WORK = 20_000_000
-"""Numbers that may be made on the way: some tenths of a second of a core."""
+"""Largest number of intermediate values: some tenths of a second of a core."""
 _SOLVING = 32
-"""What solving the shares of a bank takes, in numbers for each pair of devices."""
+"""Cost of solving the shares of a bank, in values for each pair of devices."""
 _THRESHOLDS = 64
-"""Points at which distributions are taken where devices differ in speed."""
+"""Points at which distributions are evaluated if devices differ in speed."""
 _TINY = 1e-12
 
 
 def lower_peaks(
     start: PlacedBanks, loads: Floats, limits: Limits, top_k: int, rows: int
 ) -> PlacedBanks:
-    """The placement after swaps for decode steps of ``rows`` rows; no bank gets worse there.
+    """Return the placement after swaps for decode steps of ``rows`` rows; no bank gets worse.
 
-    Every device keeps its number of copies, every expert its own.
+    Every device and every expert keeps its number of copies.
     """
     search = _Search(start, loads, limits, top_k, rows)
     for _ in range(_ROUNDS):
@@ -61,7 +62,7 @@ def lower_peaks(
 
 
 class _Search:
-    """The placement while it is searched. ``now`` is valid at any time."""
+    """The placement during the search. ``now`` is valid at any time."""
 
     def __init__(
         self, start: PlacedBanks, loads: Floats, limits: Limits, top_k: int, rows: int
@@ -84,7 +85,7 @@ class _Search:
         self._work = 0
 
     def round(self) -> bool:
-        """One swap in each open bank that has a good one; False when none is open."""
+        """Make one swap in each open bank that has a good one; return False if no bank is open."""
         is_open = (self._failures < _FAILURES) & ~self._tried.all(1)
         banks = np.nonzero(is_open)[0]
         if not len(banks) or self._work > _MOST_WORK:
@@ -112,9 +113,10 @@ class _Search:
         )
 
     def _take(self, banks: Ints, device: Ints, gain: Floats) -> Bools:
-        """Make the best swap that passes; whether there was one. [open banks]
+        """Make the best swap that passes; return whether there was one. [open banks]
 
-        ``gain`` [open banks, swaps of two slots, then of primaries] of each bank's ``device``.
+                ``gain`` [open banks, swaps of two slots, then of primaries] of each bank's
+        ``device``.
         """
         is_done = np.zeros(len(banks), dtype=bool)
         for _ in range(_TRIES):
@@ -133,7 +135,7 @@ class _Search:
         return is_done
 
     def _exchanged(self, banks: Ints, device: Ints, chosen: Ints) -> PlacedBanks:
-        """These banks, each with one swap made; the slot loads are those of before."""
+        """Return these banks with one swap each; the slot loads are unchanged."""
         _, devices, width = self.now.slots.shape
         slots, primary = self.now.slots[banks], self.now.primary[banks]
         swaps = width * devices * width
@@ -153,7 +155,8 @@ class _Search:
         return PlacedBanks(slots=slots, primary=primary, slot_loads=self.now.slot_loads[banks])
 
     def _passes(self, banks: Ints, found: PlacedBanks) -> Bools:
-        """[banks] whether no batch size is much worse than at first; solves the slot loads."""
+        """Return [banks] whether no batch size is much worse than at the start; solves the slot
+        loads."""
         speeds = self._limits.speeds
         passes = np.ones(len(banks), dtype=bool)
         for (active, _), most in zip(self._watched, self._most, strict=True):
@@ -170,16 +173,16 @@ class _Search:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
-    """Where distributions are taken: at t slots of a device of mean speed."""
+    """Points at which distributions are evaluated: at t slots of a device of mean speed."""
 
     count: Ints
-    """[num_devices, points] experts that a device serves within t."""
+    """[num_devices, points] number of experts that a device serves within t."""
     width: Floats
-    """[points] what each point stands for, in t."""
+    """[points] width of each point in t."""
 
     @classmethod
     def of(cls, speeds: Floats, size: int) -> Grid:
-        """For devices that serve less than ``size`` experts."""
+        """Return the grid for devices that serve less than ``size`` experts."""
         relative = relative_speeds(speeds)
         if np.allclose(relative, 1.0):
             count = np.tile(np.arange(size), (len(speeds), 1))
@@ -192,12 +195,12 @@ class Grid:
 
 
 class ServedDistributions:
-    """Distributions of what devices serve, and what swaps make of them."""
+    """Distributions of the experts that devices serve, and the effect of swaps on them."""
 
     def __init__(
         self, *, slots: Ints, primary: Ints, active: Floats, grid: Grid, nodes: Ints | None
     ) -> None:
-        """``nodes``: [num_devices], slots are swapped within a node only; None: anywhere."""
+        """``nodes``: [num_devices], slots are swapped only within a node; None for any node."""
         banks, devices, width = slots.shape
         self._slots = slots.reshape(banks, -1)
         self._grid = grid
@@ -223,13 +226,13 @@ class ServedDistributions:
         self._holds[bank, self._slots[bank, slot], self._device[slot]] = True
 
     def worst(self, skipped: Bools) -> Ints:
-        """[banks] the device that raises the peak most, but for ``skipped`` [banks, devices]."""
+        """[banks] the device that raises the peak most, except ``skipped`` [banks, devices]."""
         weight = np.exp(self._log_all) * self._grid.width
         share = -(self._log * weight[:, None]).sum(2)
         return np.asarray(np.where(skipped, -np.inf, share).argmax(1))
 
     def gain_of_slots(self, device: Ints) -> Floats:
-        """[banks, slots of the device, all slots] what swapping two slots gains."""
+        """[banks, slots of the device, all slots] gain of swapping two slots."""
         rows, own, there = self._rows[:, None], self._own(device), self._device
         here_count = self._grid.count[device][:, None]
         mine = self._cdf_without[rows, own]
@@ -245,7 +248,7 @@ class ServedDistributions:
         return np.where(may, gain - self._value[:, None, None], -np.inf)
 
     def gain_of_primaries(self, device: Ints) -> Floats:
-        """[banks, slots of the device, devices] what it gains that another copy serves decodes."""
+        """[banks, slots of the device, devices] gain if another copy serves decodes."""
         rows, own, count = self._rows[:, None], self._own(device), self._grid.count
         chance = self._chance[rows, own]
         mine = _at(self._cdf_without[rows, own], count[device][:, None])[:, :, None]
@@ -258,17 +261,18 @@ class ServedDistributions:
         return np.where(may, gain - self._value[:, None, None], -np.inf)
 
     def _own(self, device: Ints) -> Ints:
-        """[banks, slots of the device] their places."""
+        """[banks, slots of the device] their indices."""
         width = self._slots.shape[1] // len(self._grid.count)
         return np.asarray(device[:, None] * width + np.arange(width))
 
     def _rest(self, device: Ints) -> Floats:
-        """[banks, devices, points] chance that all but ``device`` and another one are within t."""
+        """[banks, devices, points] probability that all devices except ``device`` and another are
+        within t."""
         rest = self._log_all[:, None] - self._log[self._rows, device][:, None] - self._log
         return np.asarray(np.exp(np.minimum(rest, 0.0)) * self._grid.width)
 
     def _may_exchange(self, device: Ints, own: Ints) -> Bools:
-        """[banks, own slots, all slots] neither expert has a copy where it comes to."""
+        """[banks, own slots, all slots] whether neither expert has a copy at its destination."""
         rows = self._rows[:, None]
         expert = np.maximum(self._slots, 0)
         is_new = ~self._holds[rows, expert, device[:, None]] & self._is_held
@@ -279,25 +283,25 @@ class ServedDistributions:
 
 
 def _at(cdf: Floats, count: Ints) -> Floats:
-    """[..., points] of distributions [..., size]."""
+    """[..., points] values of distributions [..., size]."""
     shape = (*cdf.shape[:-1], count.shape[-1])
     return np.take_along_axis(cdf, np.broadcast_to(count, shape), -1)
 
 
 def _before(cdf: Floats, count: Ints) -> Floats:
-    """The same at one expert less."""
+    """Values as in ``_at``, at one expert less."""
     return np.where(count > 0, _at(cdf, np.maximum(count - 1, 0)), 0.0)
 
 
 def _with_expert(at: Floats, before: Floats, chance: Floats) -> Floats:
-    """[banks, devices or slots, experts, points] with an expert of a chance [banks, experts]."""
+    """[banks, devices or slots, experts, points] with an expert of probability [banks, experts]."""
     return np.asarray(at[:, :, None] + chance[:, None, :, None] * (before - at)[:, :, None])
 
 
 def _without_expert(pmf: Floats, chance: Floats) -> Floats:
-    """Distributions [..., size] without one coin toss of a chance [...] that is in each.
+    """Distributions [..., size] without one Bernoulli variable of probability [...] in each.
 
-    It is divided out from the end where that is stable.
+    It is divided out from the numerically stable end.
     """
     size = pmf.shape[-1]
     rising, falling = np.zeros_like(pmf), np.zeros_like(pmf)

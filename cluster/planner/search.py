@@ -1,11 +1,11 @@
-"""Local search from a placement: few moves, each worth it.
+"""Local search from a placement: few moves, each with enough gain.
 
 Every round tries some sets of edits for each bank that is not balanced well enough, solves the
-split weights of all of them at once, and takes for each bank the set that gains most per move. The
-banks share one move budget, spent where it gains most.
+split weights of all sets at once, and takes the set with the largest gain per move for each bank.
+The banks share one move budget, which is spent where the gain is largest.
 
-A single hot expert hides what other moves gain in the maximum, so half of the measure is a power
-mean of the utilization, which sees all heavy devices.
+A single hot expert hides the gain of other moves in the maximum, so half of the measure is a power
+mean of the utilization, which depends on all heavy devices.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from cluster.planner.edits import BankView, Edit, Limits, edit_sets, revert_edit
 _POWER = 8
 _MAX_ROUNDS = 60
 _SCARCE = 1.0
-"""Moves left per active bank below which made moves are looked at again."""
+"""Moves left per active bank below which existing moves are reconsidered."""
 _BRIEF, _FULL, _STUCK = 0, 1, 2
-"""What is tried for a bank: a few sets of edits first, all of them when none of those helped."""
+"""Stages of trying a bank: a few sets of edits first, all sets if none of them helped."""
 _FAR_OFF = 0.95
-"""Balancedness below which all sets are tried at once."""
+"""Balancedness below which all sets are tried immediately."""
 _MAX_BATCH = 1 << 22
-"""Numbers in the linear systems that are solved at once."""
+"""Largest number of values in linear systems that are solved together."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,7 +41,7 @@ class PlacedBanks:
     primary: Ints
     """[num_banks, num_experts] device for decode steps."""
     slot_loads: Floats
-    """[num_banks, num_devices, num_slots] load that each slot takes."""
+    """[num_banks, num_devices, num_slots] load of each slot."""
 
     def copy(self) -> PlacedBanks:
         return PlacedBanks(
@@ -49,7 +49,7 @@ class PlacedBanks:
         )
 
     def where(self, chosen: Bools, other: PlacedBanks) -> PlacedBanks:
-        """The banks that are ``chosen`` [num_banks] from here, the rest from ``other``."""
+        """Return the banks that are ``chosen`` [num_banks] from here, the rest from ``other``."""
         return PlacedBanks(
             slots=np.where(chosen[:, None, None], self.slots, other.slots),
             primary=np.where(chosen[:, None], self.primary, other.primary),
@@ -59,16 +59,16 @@ class PlacedBanks:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchGoal:
-    """When the search stops."""
+    """Conditions for the end of the search."""
 
     target: float
-    """Banks at this balancedness are left alone."""
+    """Banks with this balancedness are not changed."""
     least_gain: float
-    """What a move must gain, in the measure."""
+    """Smallest gain of a move, in the measure."""
     budget: int
     """Moves in all banks together."""
     per_move: bool
-    """Take the best gain per move; False: the best gain."""
+    """Whether to take the best gain per move instead of the best gain."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,11 +77,11 @@ class _Candidate:
     slots: Ints
     primary: Ints
     moves: int
-    """Moves that it adds to those made so far; below 0 where slots get their old expert back."""
+    """Moves in addition to the earlier ones; negative if slots get their old expert back."""
 
 
 def solve(slots: Ints, loads: Floats, speeds: Floats, tolerance: float = 1e-4) -> Floats:
-    """``split.solve`` in pieces of bounded memory."""
+    """Run ``split.solve`` in pieces of bounded memory."""
     step = max(1, _MAX_BATCH // slots.shape[1] ** 2)
     pieces = [
         split.solve(slots[i : i + step], loads[i : i + step], speeds, tolerance)
@@ -91,7 +91,7 @@ def solve(slots: Ints, loads: Floats, speeds: Floats, tolerance: float = 1e-4) -
 
 
 def search(placed: PlacedBanks, loads: Floats, limits: Limits, goal: SearchGoal) -> PlacedBanks:
-    """A placement at most ``budget`` moves away, no worse in balancedness in any bank."""
+    """Return a placement at most ``budget`` moves away; no bank becomes less balanced."""
     now = placed.copy()
     balance = balancedness(now.slot_loads, limits.speeds)
     measure = _measure(now.slot_loads, limits.speeds)
@@ -146,7 +146,8 @@ def _candidates(
     goal: SearchGoal,
     left: int,
 ) -> list[_Candidate]:
-    """Sets of edits within what is left of the budget; when that is little also returns."""
+    """Return sets of edits within the remaining budget; if it is small, also sets that revert
+    moves."""
     found = []
     for b in active.tolist():
         view = BankView(now.slots[b], now.primary[b], now.slot_loads[b], limits)
@@ -164,7 +165,7 @@ def _candidates(
 
 
 def _chosen(found: list[_Candidate], gains: Floats, goal: SearchGoal) -> list[int]:
-    """The best candidate of each bank, most valuable first."""
+    """Return the best candidate of each bank, most valuable first."""
     best: dict[int, tuple[float, int]] = {}
     for i, candidate in enumerate(found):
         moves = candidate.moves
@@ -177,7 +178,7 @@ def _chosen(found: list[_Candidate], gains: Floats, goal: SearchGoal) -> list[in
 
 
 def edited(slots: Ints, primary: Ints, edits: list[Edit]) -> tuple[Ints, Ints]:
-    """One bank's slots and primary copies after edits; a primary copy that moves stays primary."""
+    """Apply edits to one bank's slots and primary copies; moved primary copies stay primary."""
     slots, primary = slots.copy(), primary.copy()
     gone = [(device, int(slots[device, slot])) for device, slot, _ in edits]
     for device, slot, expert in edits:
@@ -192,7 +193,7 @@ def edited(slots: Ints, primary: Ints, edits: list[Edit]) -> tuple[Ints, Ints]:
 def spread_over_nodes(
     placed: PlacedBanks, loads: Floats, limits: Limits, budget: int
 ) -> tuple[PlacedBanks, int]:
-    """Second copies on other nodes for experts that lack them; the result and its moves."""
+    """Add missing second copies on other nodes; return the result and its moves."""
     now = placed.copy()
     used = 0
     for b in range(len(loads) if limits.two_nodes else 0):
@@ -207,7 +208,7 @@ def spread_over_nodes(
 
 
 def lacks_nodes(slots: Ints, limits: Limits, num_experts: int) -> Bools:
-    """[num_banks] whether an expert is on fewer nodes than it must be."""
+    """[num_banks] whether an expert is on fewer nodes than required."""
     return np.array(
         [limits.two_nodes and bool(_on_one_node(bank, limits, num_experts)) for bank in slots]
     )

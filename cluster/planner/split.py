@@ -1,10 +1,11 @@
-"""Split weights: which share of an expert's tokens each of its copies takes.
+"""Split weights: the share of an expert's tokens that each of its copies takes.
 
-With the copies given, the device loads that are best for every convex measure at once (the maximum
-among them) are those that minimise ``sum_d load_d^2 / speed_d``. That is a convex quadratic program
-with one equality per expert; a primal-dual interior point method solves it for all banks together.
-Each iteration is one linear system of the size of the devices, and 4-8 iterations do. Where several
-splits are equally good, an interior one comes out, which leaves every copy room in both directions.
+For given copies, the device loads that are best for every convex measure at once, including the
+maximum, minimize ``sum_d load_d^2 / speed_d``. This is a convex quadratic program with one equality
+per expert; a primal-dual interior point method solves it for all banks together. Each iteration
+solves one linear system of the size of the devices, and 4 to 8 iterations suffice. If several
+splits are equally good, the result is an interior one, in which every copy can change in both
+directions.
 
 Example: experts 0, 1, 2 with loads 0.5, 0.3, 0.2 on two equal devices that hold (0, 1) and (0, 2):
 the slot loads are 0.2 + 0.3 and 0.3 + 0.2, so expert 0 is split 0.4 : 0.6.
@@ -21,11 +22,11 @@ from cluster.planner.base import Bools, Floats, Ints
 
 _MAX_ITERATIONS = 40
 _CENTERING = 0.1
-"""How far each iteration lowers the complementarity."""
+"""Factor by which each iteration lowers the complementarity."""
 _STEP = 0.95
-"""Part of the way to the boundary that a step may go."""
+"""Share of the distance to the boundary that a step may go."""
 _TINY = 1e-7
-"""Least load of an expert, over the mean: the method needs positive ones."""
+"""Smallest load of an expert relative to the mean: the method needs positive loads."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,18 +42,18 @@ class _Copies:
     load: Floats
     """[num_copies] load of the expert."""
     position: Ints
-    """[num_copies] place in the flattened slots."""
+    """[num_copies] index in the flattened slots."""
     pairs: tuple[Ints, Ints]
-    """Indices of any two copies of one expert."""
+    """Index pairs of copies of the same expert."""
     base: Floats
     """[num_banks * num_devices] load of experts with a single copy."""
     target: Floats
-    """[num_banks * num_devices] speed, which is the load of perfect balance."""
+    """[num_banks * num_devices] speed, which is the load at perfect balance."""
     shape: tuple[int, int, int]
     """Banks, devices, experts."""
 
     def over_experts(self, values: Floats) -> Floats:
-        """Sum over the copies of each one's expert, at every copy."""
+        """Sum over the copies of each copy's expert."""
         banks, _, experts = self.shape
         return np.asarray(np.bincount(self.expert, values, banks * experts)[self.expert])
 
@@ -67,10 +68,10 @@ class _Copies:
 
 
 def solve(slots: Ints, loads: Floats, speeds: Floats, tolerance: float = 1e-6) -> Floats:
-    """Slot loads [num_banks, num_devices, num_slots] of best balance.
+    """Return slot loads [num_banks, num_devices, num_slots] with the best balance.
 
-    ``loads`` sum to 1 in each bank, ``speeds`` to 1. The loads of an expert's copies sum to its
-    own (an expert without load counts as a tiny one). ``tolerance`` bounds the gap to the optimum
+        ``loads`` sum to 1 in each bank, ``speeds`` to 1. The loads of an expert's copies sum to its
+    load (an expert without load counts as a tiny one). ``tolerance`` bounds the gap to the optimum
     of the quadratic program.
     """
     loads = np.maximum(loads, _TINY / loads.shape[1])
@@ -96,7 +97,7 @@ def shares(slots: Ints, slot_loads: Floats, num_experts: int) -> Floats:
 
 
 def _index(slots: Ints, loads: Floats, speeds: Floats) -> tuple[Floats, _Copies]:
-    """Slot loads, flattened, with single copies filled in, and the copies that are to be solved."""
+    """Return flattened slot loads with single copies filled in, and the copies to be solved."""
     banks, devices, width = slots.shape
     experts = loads.shape[1]
     position = np.nonzero(slots.reshape(-1) != FREE_SLOT)[0]
@@ -127,7 +128,7 @@ def _index(slots: Ints, loads: Floats, speeds: Floats) -> tuple[Floats, _Copies]
 
 
 def _pairs(expert: Ints) -> tuple[Ints, Ints]:
-    """Index pairs of equal values in a sorted array."""
+    """Return index pairs of equal values in a sorted array."""
     firsts, seconds = [], []
     for offset in range(1, len(expert)):
         same = np.nonzero(expert[offset:] == expert[:-offset])[0]
@@ -140,7 +141,7 @@ def _pairs(expert: Ints) -> tuple[Ints, Ints]:
 
 
 def _interior_point(copies: _Copies, tolerance: float) -> Floats:
-    """[num_copies] slot loads; all positive, and the sums over experts exact."""
+    """Return [num_copies] slot loads; all positive, with exact sums over experts."""
     banks, _, experts = copies.shape
     slot_load = copies.load / copies.over_experts(np.ones(len(copies.load)))
     utilization = (copies.base + copies.over_devices(slot_load)) / copies.target
@@ -165,11 +166,11 @@ def _interior_point(copies: _Copies, tolerance: float) -> Floats:
 def _newton(
     copies: _Copies, slot_load: Floats, slack: Floats, centre: Floats, is_open: Bools
 ) -> Floats:
-    """The Newton direction of the slot loads of open banks; it keeps every expert's sum.
+    """Return the Newton direction of the slot loads of open banks; it preserves every expert's sum.
 
-    With D = slot load / slack and v the change of the devices' utilization: change = D (r - v)
-    minus D times the D-weighted mean of (r - v) over the expert, and ``(T + Laplacian(D)) v`` =
-    what r sends to the devices.
+        With D = slot load / slack and v the change of the devices' utilization: change = D (r - v)
+    minus D times the D-weighted mean of (r - v) over the expert, and ``(T + Laplacian(D)) v`` = the
+    sum of r over the devices.
     """
     banks, devices, _ = copies.shape
     utilization = (copies.base + copies.over_devices(slot_load)) / copies.target
@@ -196,7 +197,7 @@ def _newton(
 
 
 def _step(copies: _Copies, values: Floats, change: Floats) -> Floats:
-    """[num_copies] step of each one's bank that keeps all values positive, at most 1."""
+    """Return [num_copies] step of each copy's bank that keeps all values positive, at most 1."""
     falling = change < 0
     ratio = np.where(falling, -values / np.where(falling, change, -1.0), np.inf)
     longest = np.full(copies.shape[0], np.inf)

@@ -1,16 +1,16 @@
-"""On the way to a placement: which slots can be filled now, and which copies may go for it.
+"""Stages on the way to a placement: which slots can be filled, and which copies can be dropped.
 
-A slot that is in force is never overwritten, so that a change goes in stages. Each stage fills
-slots that are free in the placement in force, and is in force itself before the next one begins:
+A slot that is in force is never overwritten, so a change has stages. Each stage fills slots that
+are free in the placement in force, and takes effect before the next one begins:
 
     now      device 0: 0 1 2    device 1: 2 3 0     (2 and 0 have two copies)
     target   device 0: 0 1 3    device 1: 2 3 1
     stage 1  device 0: 0 1 -    device 1: 2 3 -     copies that the target does not have
-    stage 2  device 0: 0 1 3    device 1: 2 3 1     what is new, in the free slots
+    stage 2  device 0: 0 1 3    device 1: 2 3 1     new copies in the free slots
 
 Every expert has a copy in every stage, and with a free slot on each device never fewer copies than
-before or after. Where each device is full of only copies that others are to take, a copy that will
-stay makes room for one stage.
+before or after. If each device is full of single copies that others should take, a copy that will
+stay is dropped for one stage.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlotFill:
-    """One expert that is to be loaded into a free slot."""
+    """One expert to load into a free slot."""
 
     bank: int
-    """Place of the bank in the placement."""
+    """Index of the bank in the placement."""
     device: int
     slot: int
-    """Expert slot, free in the placement in force; perhaps behind the last one of the maps."""
+    """Expert slot, free in the placement in force; it may be after the last slot of the maps."""
     expert: int
     sources: tuple[int, ...] = ()
-    """Devices that hold it in the placement in force; empty: it is read from the checkpoint."""
+    """Devices that hold it in the placement in force; empty if it is read from the checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,19 +42,19 @@ class Stage:
     """One step of a change."""
 
     fills: tuple[SlotFill, ...]
-    """What must be loaded before; may be empty."""
+    """Loads that the stage requires; may be empty."""
     placement: ExpertPlacement
-    """What comes into force then. Shares of copies that go fall to those that stay, new copies have
-    none yet: the planner's split is to follow."""
+    """The placement of the stage. Remaining copies take the shares of dropped copies; new copies
+    have no share until the planner's split is applied."""
 
 
 def next_stage(
     current: ExpertPlacement, target: ExpertPlacement, num_slots: int, devices: frozenset[int]
 ) -> Stage | None:
-    """The next stage from ``current`` on the way to ``target``; None when nothing is left to do.
+    """Return the next stage from ``current`` to ``target``; None if nothing is left to do.
 
-    Only what each of ``devices`` (those that live) holds counts, not in which slot; ``num_slots``
-    is the capacity of each. The epoch is one above the current one.
+        Only the set of experts on each of ``devices`` (the living ones) matters, not their slots;
+    ``num_slots`` is the capacity of each device. The epoch is one above the current one.
     """
     changes = [
         _BankChange(now, then, num_slots, devices)
@@ -73,12 +73,12 @@ def next_stage(
 
 
 def held_by(bank: BankPlacement, device: int) -> frozenset[int]:
-    """Experts that a device holds."""
+    """Return the experts that a device holds."""
     return frozenset(e for e in bank.physical_to_logical[device] if e != FREE_SLOT)
 
 
 def is_reached(current: ExpertPlacement, target: ExpertPlacement) -> bool:
-    """Whether every device holds the same experts."""
+    """Return whether every device holds the same experts."""
     return all(
         held_by(now, device) == held_by(then, device)
         for now, then in zip(current.banks, target.banks, strict=True)
@@ -100,12 +100,12 @@ class _BankChange:
         self._wanted = [held_by(then, d) for d in range(now.num_devices)]
         self._copies = Counter(e for row in self._rows for e in row if e != FREE_SLOT)
         self.is_changed = False
-        """Some slot has another content than before."""
+        """Whether the contents of any slot have changed."""
 
     def fill(self, index: int) -> list[SlotFill]:
-        """Load missing experts into free slots, as far as there are any.
+        """Load missing experts into free slots, if there are any.
 
-        Experts come first whose unwanted copies on other devices can be dropped afterwards.
+        Experts whose unwanted copies on other devices can be dropped afterwards come first.
         """
         fills = []
         displaced = self._displaced()
@@ -125,7 +125,7 @@ class _BankChange:
         return fills
 
     def drop_replaced(self) -> None:
-        """Empty the slots of unwanted copies, of experts whose wanted copies are all in place.
+        """Empty the slots of unwanted copies, for experts whose wanted copies are all in place.
 
         So an expert never has fewer copies during the change than before or after it.
         """
@@ -133,7 +133,7 @@ class _BankChange:
         self._drop(missing)
 
     def drop_unwanted(self) -> None:
-        """No slot changed: empty unwanted copies of all experts, as long as one copy stays."""
+        """If no slot changed: empty unwanted copies of all experts, as long as one copy stays."""
         self._drop(set())
 
     def _drop(self, kept: set[int]) -> None:
@@ -143,9 +143,11 @@ class _BankChange:
                     self._empty(device, slot)
 
     def make_room(self) -> None:
-        """Still no slot changed: empty a wanted copy for a stage, to make room for an expert.
+        """If still no slot changed: empty a wanted copy for one stage, to free a slot for an
+        expert.
 
-        This expert can then leave a device where it is not wanted, so the stages come to an end.
+                That expert can then leave a device on which it is not wanted, so the stages come to
+        an end.
         """
         displaced = self._displaced()
         for device in self._devices:
@@ -158,7 +160,7 @@ class _BankChange:
                 break
 
     def _displaced(self) -> set[int]:
-        """Experts on devices that are not to have them."""
+        """Return experts on devices that should not have them."""
         unwanted = (set(self._rows[d]) - self._wanted[d] for d in self._devices)
         return set().union(*unwanted) - {FREE_SLOT}
 
@@ -170,5 +172,5 @@ class _BankChange:
             self.is_changed = True
 
     def result(self) -> BankPlacement:
-        """The maps as they are now; the very same object where nothing changed."""
+        """Return the current maps; the same object if nothing changed."""
         return self._now.with_slots(self._rows) if self.is_changed else self._now

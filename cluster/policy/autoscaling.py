@@ -36,14 +36,14 @@ from cluster.core.topology import Role
 _TOLERANCE = 1.1
 """Ratio of use to target up to which a pool does not grow."""
 _AFTER_SHRINKING = 0.85
-"""Highest ratio that a smaller pool may be expected to have."""
+"""Highest expected ratio after a pool shrinks."""
 _MOST_HOLDS = 8
 """Longest time before shrinking, in ``down_s``."""
 _SAME = 1e-9
 
 
 class Urgency(IntEnum):
-    """What kind of change a pool needs; the lowest comes first."""
+    """Kinds of change that a pool needs, the most urgent first."""
 
     LIMITS = 0
     QUEUE = 1
@@ -54,44 +54,43 @@ class Urgency(IntEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolSample:
-    """The numbers of a pool's workers at one time: means over the workers, and sums."""
+    """Measurements of a pool's workers at one time: means over the workers, and sums."""
 
     at_s: float
     num_workers: int
     kv_use: float | None = None
     """Share of KV blocks in use; None for workers without requests."""
     seat_use: float | None = None
-    """Running sequences of the most that run at once."""
+    """Running sequences divided by ``max_num_seqs``."""
     slot_time: float | None = None
-    """Share of the time in which activated expert slots were computed; None where none or unknown.
-    """
+    """Share of the time in which activated expert slots were computed; None if unknown."""
     num_running: float = 0.0
-    """Sequences that run, of all workers."""
+    """Running sequences of all workers."""
     num_waiting: float = 0.0
-    """Sequences that wait for room, of all workers."""
+    """Waiting sequences of all workers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Proposal:
-    """What one pool needs."""
+    """The number of workers that one pool needs."""
 
     urgency: Urgency
     wanted: int
     """Workers, within the limits."""
     reason: str
-    """Reason, for people."""
+    """Reason, for display."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AutoscaleDecision:
-    """The decision; the controller carries it out."""
+    """A decision, which the controller carries out."""
 
     wanted: Mapping[Role, int]
-    """Workers of each pool; at most one pool differs from now."""
+    """Workers of each pool; at most one pool differs from the current number."""
     changes: Role | None
-    """The pool that is to change, if any."""
+    """The pool to change, if any."""
     reason: str
-    """Reason, for people."""
+    """Reason, for display."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,27 +110,27 @@ class _Use:
 
 
 class PoolHistory:
-    """What a pool's workers reported since it has had its size."""
+    """Measurements of a pool's workers since the pool last changed its size."""
 
     def __init__(self, section: AutoscaleSection, limits: PoolLimits) -> None:
         self._section = section
         self._limits = limits
         self._samples: deque[PoolSample] = deque()
         self._demands: deque[tuple[float, float]] = deque()
-        """(time, workers that the average use over ``up_s`` needs at the target)."""
+        """(time, workers needed at the target for the average use over ``up_s``)."""
         self._began_at = self._queued_at = math.inf
         self._size = 0
         self._hold_s = section.down_s
         self._shrunk_at: float | None = None
-        """When it last shrank, if it has not grown since."""
+        """Time of the last shrink, if the pool has not grown since."""
 
     def restart(self) -> None:
-        """Forget what was reported: the pool does not serve as usual."""
+        """Forget the measurements: the pool does not serve normally."""
         self._samples.clear()
         self._demands.clear()
 
     def add(self, sample: PoolSample) -> None:
-        """The workers reported; another number of workers begins all times anew."""
+        """Add measurements of the workers; a different number of workers restarts all averages."""
         if sample.num_workers != self._size:
             self._resize(sample)
         if not self._samples:
@@ -148,7 +147,7 @@ class PoolHistory:
                 self._demands.popleft()
 
     def proposal(self) -> Proposal:
-        """What the pool needs now."""
+        """Return what the pool needs now."""
         if not self._samples:
             return self._keep("no numbers of its workers yet")
         size, limits = self._size, self._limits
@@ -176,7 +175,7 @@ class PoolHistory:
         before, after = _mean_waiting(recent[:half]), _mean_waiting(recent[half:])
         rate = (after - before) / (section.queue_s / 2)
         if after + rate * section.up_s < section.queue_target * size / 2:
-            return None  # it shortens fast enough
+            return None  # the queue shortens fast enough
         running = max(_mean([s.num_running for s in recent]), 1.0)
         wanted = math.ceil(size * (running + waiting * size) / running)
         reason = f"{waiting:.1f} sequences wait at each worker, above {section.queue_target:g}"
@@ -220,7 +219,7 @@ class PoolHistory:
         self.restart()
 
     def _lasts(self, seconds: float) -> bool:
-        """The pool has reported for so long."""
+        """Return whether the pool has reported for ``seconds``."""
         return self._samples[-1].at_s - self._began_at >= seconds - _SAME
 
     def _recent(self, seconds: float) -> list[PoolSample]:
@@ -228,11 +227,11 @@ class PoolHistory:
         return [s for s in self._samples if s.at_s > since]
 
     def _waiting(self) -> float:
-        """Sequences that wait at each worker, on average over ``queue_s``."""
+        """Waiting sequences of each worker, averaged over ``queue_s``."""
         return _mean_waiting(self._recent(self._section.queue_s)) / max(self._size, 1)
 
     def _uses(self) -> list[_Use]:
-        """The measures that are known, the one with the largest ratio first."""
+        """Known measures, the one with the largest ratio first."""
         section, samples = self._section, self._samples
         found = (
             ("KV use", [s.kv_use for s in samples], section.kv_target),
@@ -251,7 +250,7 @@ class PoolHistory:
 
 
 def decide(pools: Mapping[Role, PoolHistory], sizes: Mapping[Role, int]) -> AutoscaleDecision:
-    """Which pool should change, if any: the most urgent one, of equal ones the first."""
+    """Return which pool should change, if any: the first of the most urgent ones."""
     proposals = {role: history.proposal() for role, history in pools.items()}
     role = min(proposals, key=lambda r: proposals[r].urgency)
     chosen = proposals[role]

@@ -1,9 +1,9 @@
-"""How members continue after others left or joined: which worker serves which expert. Pure.
+"""Which worker serves which expert after members left or joined. Pure.
 
-Weights stay where they are if possible. The maps use the desired copies that each device holds, and
-for an expert without any of them any other copy. A member with room must load an expert that no
+Weights stay in place if possible. The maps use the desired copies that each device holds; an expert
+without a desired copy uses any other copy. A member with free slots must load an expert that no
 device holds, so that the loads stay even. When all devices of the desired placement are back, the
-maps are the desired placement itself.
+maps are the desired placement.
 
 Example, one bank of 4 experts, desired ((0, 1), (2, 3), (0, 2)), device 1 is lost:
 
@@ -28,36 +28,38 @@ from cluster.planner.stages import SlotFill, Stage
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertHoldings:
-    """What the workers' memory holds, and what it can take in."""
+    """The experts in the workers' memory, and their free slots."""
 
     current: ExpertPlacement
-    """Placement in force: survivors hold what it names."""
+    """Placement in force: survivors hold the experts that it names."""
     desired: ExpertPlacement
     """The placement of the whole cluster."""
     joining: Mapping[int, ExpertPlacement] = field(default_factory=dict)
-    """Device -> placement that its new worker was started with; it holds its part of that."""
+    """Device -> placement with which its new worker was started; it holds its part of that
+    placement."""
     room: int | None = None
-    """Expert slots of a device in each bank; None where banks grow."""
+    """Expert slots of a device in each bank; None if banks grow."""
     barred: frozenset[int] = frozenset()
     """Devices that reported that they cannot load."""
     failed: Collection[SlotFill] = ()
-    """Loads that ``current`` relies on and that failed."""
+    """Failed loads on which ``current`` relies."""
     expert_load: Mapping[tuple[str, int], Sequence[float]] = field(default_factory=dict)
-    """(bank, layer) -> tokens by logical expert; the experts of other banks weigh the same."""
+    """(bank, layer) -> tokens by logical expert; experts of other banks have equal weights."""
     is_local: bool = False
-    """The attention worker brings all experts with it, on device 0 (``--mode local``)."""
+    """Whether the attention worker holds all experts, on device 0 (``--mode local``)."""
 
 
 Missing = Sequence[tuple[int, int]]
-"""(index of the bank, expert) of the experts that have no room."""
+"""(index of the bank, expert) of experts without a free slot."""
 
 
 def plan_coverage(
     holdings: ExpertHoldings, devices: Collection[int], epoch: int
 ) -> tuple[Stage | None, Missing]:
-    """Maps that use only ``devices``, the members' ones, and what these must read first.
+    """Return maps that use only ``devices`` (those of the members), and the loads that they need
+    first.
 
-    ``epoch`` is the new placement's. There is no stage if an expert fits nowhere.
+    ``epoch`` is the epoch of the new placement. There is no stage if an expert has no free slot.
     """
     present = frozenset(devices)
     banks: list[BankPlacement] = []
@@ -78,9 +80,9 @@ def plan_coverage(
 
 
 def stage_on(devices: Collection[int], current: ExpertPlacement, room: int | None) -> Stage:
-    """A placement that uses only ``devices``, and what they must load for it.
+    """Return a placement that uses only ``devices``, with the loads that it needs.
 
-    ``room`` as in ``ExpertHoldings``. Raises ``ConflictError`` if the devices have not enough.
+    ``room`` as in ``ExpertHoldings``. Raises ``ConflictError`` if the devices have too few slots.
     """
     holdings = ExpertHoldings(current=current, desired=current, room=room)
     stage, missing = plan_coverage(holdings, devices, current.epoch + 1)
@@ -94,9 +96,9 @@ def stage_on(devices: Collection[int], current: ExpertPlacement, room: int | Non
 def without_devices(
     gone: Collection[int], placement: ExpertPlacement, room: int | None
 ) -> ExpertPlacement:
-    """A placement without these devices, and without the rows behind the last one that is left.
+    """Return a placement without these devices, and without rows after the last remaining one.
 
-    ``room`` as in ``ExpertHoldings``. Raises ``ConflictError`` if the others have not enough.
+    ``room`` as in ``ExpertHoldings``. Raises ``ConflictError`` if the others have too few slots.
     """
     left = set(range(placement.num_devices)) - set(gone)
     return stage_on(left, placement, room).placement.up_to(max(left, default=-1) + 1)
@@ -104,23 +106,24 @@ def without_devices(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FailureDecision:
-    """What to do after members left or joined; the controller carries it out."""
+    """How the cluster continues after members left or joined; the controller carries it out."""
 
     stage: Stage | None
-    """Maps of the new generation, and what members must load before it runs. None: no generation
-    can run, as an expert has no copy, or no attention worker is left."""
+    """Maps of the new generation, and the loads that it needs first. None if no generation can run,
+    because an expert has no copy or no attention worker is left."""
     experts_complete: bool
-    """Every expert has a copy on a member, or will have one after the loads."""
+    """Whether every expert has a copy on a member, or will have one after the loads."""
     effect: str
-    """Effect, for people."""
+    """Effect, for display."""
 
 
 def decide_members(
     members: Sequence[Member], holdings: ExpertHoldings, highest_epoch: int
 ) -> FailureDecision:
-    """How these ``members``, survivors and newcomers, continue.
+    """Return how these ``members``, survivors and newcomers, continue.
 
-    ``highest_epoch`` is the highest placement epoch that any worker ran: new maps are above it.
+    ``highest_epoch`` is the highest placement epoch that any worker ran; new maps have a higher
+    one.
     """
     current, epoch = holdings.current, max(highest_epoch, holdings.current.epoch)
     devices = {m.device for m in members if m.holds_experts}
@@ -147,12 +150,12 @@ def describe_losses(lost: Mapping[str, str]) -> str:
 
 
 def describe_members(members: Sequence[Member]) -> str:
-    """``1 attention and 2 expert workers``, ``2 colocated workers``."""
+    """Return ``1 attention and 2 expert workers`` or ``2 colocated workers``."""
     return describe_pools(Counter(m.role for m in members))
 
 
 def describe_pools(pools: Mapping[Role, int]) -> str:
-    """The same, from workers by role."""
+    """``describe_members`` for workers by role."""
     together, experts = pools.get("colocated", 0), pools.get("expert", 0)
     plural = "" if (together or experts) == 1 else "s"
     if together:
@@ -161,7 +164,7 @@ def describe_pools(pools: Mapping[Role, int]) -> str:
 
 
 class _Bank:
-    """One bank, from what is held to what is used."""
+    """One bank: from the held experts to the used ones."""
 
     def __init__(
         self,
@@ -199,7 +202,7 @@ class _Bank:
         return row
 
     def _used(self, device: int, row: list[int], wanted: set[int]) -> list[int]:
-        """The row without superfluous copies, and as short as possible."""
+        """Return the row without superfluous copies, as short as possible."""
         desired = self._desired.physical_to_logical[device]
         used = [e if e in desired or e not in wanted else FREE_SLOT for e in row]
         while len(used) > len(desired) and used[-1] == FREE_SLOT:
@@ -212,7 +215,8 @@ class _Bank:
         return [e for e in range(self._desired.num_experts) if e not in found]
 
     def fill(self) -> list[SlotFill]:
-        """Give experts without copy to devices with room, the heaviest first to the least loaded.
+        """Assign experts without a copy to devices with free slots, the heaviest first to the least
+        loaded.
 
         Source: longest processing time first (Graham 1969).
         """
@@ -241,7 +245,7 @@ class _Bank:
         return len(row) if len(row) < self._room else None
 
     def placement(self) -> BankPlacement:
-        """The maps, with the desired shares and decode devices as far as possible."""
+        """Return the maps, with the desired shares and decode devices if possible."""
         if tuple(map(tuple, self._rows)) == self._current.physical_to_logical:
             return self._current
         holders: list[list[int]] = [[] for _ in range(self._desired.num_experts)]
@@ -255,7 +259,7 @@ class _Bank:
         return self._desired.with_slots(self._rows, decode)
 
     def _decode_device(self, places: Sequence[int], expert: int, others: Sequence[int]) -> int:
-        """Among equals, the one that decodes the fewest of the ``others``, those before it."""
+        """Return the copy whose device decodes the fewest of the ``others`` before it."""
         for device in (self._desired.decode_device[expert], self._current.decode_device[expert]):
             if device in places:
                 return device

@@ -1,4 +1,4 @@
-"""Failure policy: decides which workers are lost. Pure; callers pass the time."""
+"""Failure policy: decides which workers are lost. Pure; times are arguments."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class Liveness:
 
     name: str
     heard_at: float
-    """Time of the last frame from the worker."""
+    """Time of its last frame."""
     progress_at: float = 0.0
-    """Time of the last heartbeat with a higher progress counter or an idle worker."""
+    """Last heartbeat with a higher progress counter, or from an idle loop."""
     waiting: bool = False
     """Whether its loop waits for a peer within a step."""
     running: bool = True
-    """Whether it is in a running generation, so that its loop must advance."""
+    """Whether it takes part in a running generation, so that its loop must progress."""
     host: str = ""
     patience_s: float = math.inf
-    """Silence that its gaps explain (``cluster.policy.silence``)."""
+    """Longest silence that its gaps explain (``cluster.policy.silence``)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,13 +47,13 @@ def find_silent(
     *,
     is_wary: bool = False,
 ) -> dict[str, str]:
-    """Workers to declare lost (name -> reason).
+    """Return workers to declare lost (name -> reason).
 
-    A worker that is silent for longer than its patience is lost; if ``is_wary``, for longer than
-    ``limit_s``. If two or more on the
-    controller's own host, and half of those there, are late at once, that machine is busy, and
-    they have ``limit_s``. A loop that stalls with work in hand for ``limit_s`` is lost too, unless
-    it waits for a peer, or some worker is silent: who waits for a lost peer is not to blame.
+    A worker is lost if its silence exceeds its patience, or ``limit_s`` if ``is_wary``. If at least
+    two workers on the controller's own host, and half of the workers there, are late at the same
+    time, that machine is busy, and their limit is ``limit_s``. A loop that stalls with pending work
+    for ``limit_s`` is lost too, unless it waits for a peer or some worker is silent: it may wait
+    for that worker.
     """
     limits = {p.name: limit_s if is_wary else min(p.patience_s, limit_s) for p in pulses}
     here = [p for p in pulses if p.running and p.host == own_host]
@@ -77,10 +77,11 @@ def find_silent(
 def silent_hosts(
     now: float, pulses: Sequence[Liveness], own_host: str, limit_s: float
 ) -> frozenset[str]:
-    """Workers whose silence may be that of the controller's own host, ``own_host``.
+    """Return workers whose silence may be caused by the controller's own host, ``own_host``.
 
-    One of them is about to be declared lost, or silent for half of ``limit_s``, and most of the
-    other hosts are silent at once: none of a host's workers was heard for half of that time.
+    This holds if one of them is about to be declared lost, or silent for half of ``limit_s``, and
+    most other hosts are silent at the same time: no worker of the host was heard for half of that
+    time.
     """
     away = [p for p in pulses if p.host not in ("", own_host)]
     over = [limit for p in away if now - p.heard_at > (limit := min(p.patience_s, limit_s / 2))]
@@ -88,7 +89,8 @@ def silent_hosts(
 
 
 def unheard_hosts(pulses: Sequence[Liveness], own_host: str, since: float) -> frozenset[str]:
-    """Workers of hosts that were not heard since, if most others were not: two workers or more."""
+    """Return workers of hosts that were not heard since ``since``, if this holds for most other
+    hosts and at least two workers."""
     away = [p for p in pulses if p.host not in ("", own_host)]
     heard: dict[str, float] = {}
     for pulse in away:
@@ -108,14 +110,15 @@ def confirm_losses(
     joins: Collection[str] = (),
     can_spare: Callable[[Collection[str]], bool] = lambda names: True,
 ) -> dict[str, str]:
-    """Workers to declare lost now (name -> reason), by the reports of their peers.
+    """Return workers to declare lost now (name -> reason), by the reports of their peers.
 
-    A report takes effect after ``confirm_s``; by then a dead suspect has usually shown another sign
-    (its control connection closes). What is left are bad paths, which one end may notice alone: of
-    two hosts, or of two workers at one host. One end is lost, with the workers of its role at its
-    host that reports connect to the same path: an end that is ``silent``, that most bad paths
-    have, that only just ``joins`` the others, that these ``can_spare``, that is an expert worker
-    (it holds no request), that most reporters name, in this order, then the highest name.
+    A report takes effect after ``confirm_s``; a dead suspect has usually been noticed by then (its
+    control connection closes). The remaining reports are caused by bad paths, which one end may
+    notice alone: between two hosts, or between two workers of one host. One end is lost, together
+    with workers of its role and host that reports connect to the same path. Ends are preferred in
+    this order: an end that is ``silent``, that is on most bad paths, that only ``joins`` the
+    others, that the others ``can_spare``, that is an expert worker (it holds no request), that most
+    reporters name; then the highest name.
     """
     if not any(now - r.at >= confirm_s for r in reports):
         return {}

@@ -1,17 +1,18 @@
-"""Following the nodes: how many workers there shall be, by the nodes that are labelled for a role.
+"""Following the nodes: how many workers there should be, given the nodes that are labelled for a
+role.
 
-A node counts as new until it is settled and accounted for; then it changes no number any more, so
-an order to scale stays in force until other nodes register. Pure; time passed in.
+A node counts as new until it is settled and accounted for. Afterwards it changes no number, so that
+a scale command stays in force until other nodes register. Pure; times are arguments.
 
-    new nodes, and no other for SETTLE_S     as many workers more as fit on them, less the places
-                                             that wait for room and that nodes already known lack
+    new nodes, and no other for SETTLE_S     add the workers that fit on them, minus the places that
+                                             wait for resources and do not fit on known nodes
     a node leaves                            its workers are drained and their places removed
                                              (``Draining``); places of workers that were lost before
                                              that are removed here
-    a node is lost                           its places wait for another one, for LOST_S
+    a node is lost                           its places wait for another node for LOST_S
 
-Example, one expert worker a node: a node is lost and another one registers: the waiting worker
-starts there, and the numbers stay. Two register: one worker more.
+Example with one expert worker per node: a node is lost and another one registers: the waiting
+worker starts there, and the numbers do not change. If two register, one worker is added.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from cluster.core.topology import Role
 from cluster.policy.places import place_of
 
 SETTLE_S = 10.0
-"""Time without another new node after which new nodes are used: those that register together make
-one order, and one that leaves at once makes none."""
+"""Time without another new node after which new nodes are used. Nodes that register together cause
+one scale command, and a node that leaves immediately causes none."""
 MAX_SETTLE_S = 60.0
 """Longest wait for new nodes to settle."""
 LOST_S = 300.0
-"""Time for which a place waits for a node in place of one that was lost."""
+"""Time for which a place waits for a replacement of a lost node."""
 RETRY_S = 30.0
-"""Pause after an order that failed; doubled each time."""
+"""Pause after a failed scale command; doubled each time."""
 MAX_RETRY_S = 300.0
 
 
@@ -40,30 +41,30 @@ class FollowedNode:
     """A living node that is labelled for a role of workers."""
 
     node_id: str
-    """Ray's id: a host that comes back is another node."""
+    """Ray's id: a host that returns is another node."""
     address: str
-    """For people."""
+    """Address, for display."""
     role: Role
     room: int
-    """Workers that fit on the node while nothing runs there."""
+    """Number of workers that fit on the empty node."""
     workers: tuple[str, ...] = ()
-    """Workers that live there."""
+    """Workers on the node."""
     leaves: bool = False
-    """Ray drains the node."""
+    """Whether Ray drains the node."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FollowDecision:
-    """What to do about the nodes; the controller does it."""
+    """A decision about the nodes, which the controller carries out."""
 
     wanted: dict[Role, int]
-    """New numbers of workers, of the roles whose number changes."""
+    """New numbers of workers, for the roles whose number changes."""
     reason: str = ""
-    """Why, for people."""
+    """Reason, for display."""
     nodes: frozenset[str] = frozenset()
-    """Ids of nodes that are accounted for once there are so many workers."""
+    """Ids of nodes that are accounted for once these numbers are reached."""
     too_small: tuple[str, ...] = ()
-    """Addresses of those among them on which no worker fits."""
+    """Addresses of those nodes on which no worker fits."""
 
 
 def followed_nodes(
@@ -73,7 +74,7 @@ def followed_nodes(
     homes: Mapping[str, str],
     leaving: Collection[str],
 ) -> tuple[FollowedNode, ...]:
-    """The nodes that are labelled for one of these roles.
+    """Return the nodes that are labelled for one of these roles.
 
     ``homes`` are the nodes of the workers (name -> id), ``leaving`` ids of nodes that Ray drains.
     """
@@ -94,12 +95,12 @@ def followed_nodes(
 
 @dataclass(slots=True)
 class NodeFollowingPolicy:
-    """Times of what was seen. Owned by the controller."""
+    """Records when nodes and places changed, and decides. Owned by the controller."""
 
     _new_since: dict[str, float] = field(default_factory=dict)
-    """New nodes by id -> when they were first seen."""
+    """Ids of new nodes -> time of their first appearance."""
     _waits_since: dict[str, float] = field(default_factory=dict)
-    """Places without a worker on a node that stays -> since when."""
+    """Places without a worker on a remaining node -> start of their wait."""
     _departed: set[str] = field(default_factory=set)
     """Places whose worker's node left on purpose."""
     _not_before: float = 0.0
@@ -113,10 +114,10 @@ class NodeFollowingPolicy:
         now: float,
         most_experts: int = 0,
     ) -> FollowDecision | None:
-        """The decision; None while there is nothing to do, or not yet.
+        """Return the decision; None if there is nothing to do yet.
 
-        ``places`` are those of the cluster, by name; ``known`` are ids of nodes that are accounted
-        for; there may be at most ``most_experts`` workers that hold experts, 0: any number.
+        ``places`` are the places of the cluster by name; ``known`` are ids of nodes that are
+        accounted for; ``most_experts`` limits the workers that hold experts, 0 for no limit.
         """
         self._look(nodes, places, known, now)
         if now < self._not_before:
@@ -142,11 +143,11 @@ class NodeFollowingPolicy:
         return FollowDecision(wanted=wanted, reason=", ".join(reasons), nodes=new, too_small=small)
 
     def succeeded(self) -> None:
-        """There are as many workers as the last decision wanted."""
+        """Record that the number of workers of the last decision is reached."""
         self._not_before, self._retry_s = 0.0, RETRY_S
 
     def failed(self, now: float) -> None:
-        """The order was refused, or failed: decide again after a pause."""
+        """Record that the command was refused or failed: decide again after a pause."""
         self._not_before = now + self._retry_s
         self._retry_s = min(2 * self._retry_s, MAX_RETRY_S)
 
@@ -170,7 +171,7 @@ class NodeFollowingPolicy:
         return bool(times) and (now - max(times) >= SETTLE_S or now - min(times) >= MAX_SETTLE_S)
 
     def _given_up(self, waiting: Iterable[str], now: float) -> list[str]:
-        """Those of the waiting places that no other node is expected for."""
+        """Return the waiting places for which no other node is expected."""
         limits = {p: SETTLE_S if p in self._departed else LOST_S for p in waiting}
         return [p for p, limit_s in limits.items() if now - self._waits_since[p] >= limit_s]
 
@@ -180,15 +181,15 @@ class _Pool:
     """The nodes and places of one role."""
 
     size: int
-    """Places."""
+    """Number of places."""
     waiting: tuple[str, ...]
-    """Places without a worker, nor one on a node that leaves."""
+    """Places without a worker, and places whose worker's node leaves."""
     more: int
-    """Workers that the new nodes have room for beyond the waiting places."""
+    """Additional workers that fit on the new nodes, beyond the waiting places."""
     missing: int
-    """Waiting places for which no node has room."""
+    """Waiting places that fit on no node."""
     addresses: tuple[str, ...]
-    """Of the new nodes with room."""
+    """Addresses of new nodes on which a worker fits."""
 
     @classmethod
     def of(

@@ -1,14 +1,14 @@
-"""Places of the cluster: which are empty, and when a new worker starts. Pure; time passed in.
+"""Places of the cluster: which are empty, and when a new worker starts. Pure; times are arguments.
 
-A place is a role and a rank, which the cluster was started with or which scaling has added. A lost
-worker leaves its place empty; a new worker starts there under a fresh name (``expert-1.2`` after
+A place is a role and a rank; the cluster starts with some, and scaling adds others. A lost worker
+leaves its place empty; a new worker starts there under a new name (``expert-1.2`` after
 ``expert-1``), with the same rank and device.
 
     FILLED ──▶ EMPTY ◀──▶ STARTING ──▶ FILLED
        │         ▲           │ └─────▶ LEFT_OUT ──▶ EMPTY
        └─────▶ CORDONED ◀────┘
 
-From each state but FILLED a place may be REMOVED; ``add`` makes it EMPTY again.
+From each state except FILLED a place may be REMOVED; ``add`` makes it EMPTY again.
 """
 
 from __future__ import annotations
@@ -26,34 +26,36 @@ from cluster.core.states import next_state
 from cluster.core.topology import ADDRESS_FIELDS, Member, Role, holds_experts
 
 NodeIds = Mapping[str, frozenset[str]]
-"""Address of a host -> ids of its living nodes, among them one that has left unnoticed."""
-MAX_START_DEATHS = 3
-"""Consecutive deaths while starting after which a place is left out."""
-LEFT_OUT_S = 300.0
-"""Time until a place that is left out gets one more try, as long as the longest back-off of a
-container that Kubernetes starts again.
+"""Address of a host -> ids of its living nodes, including one whose departure was not noticed yet.
 """
+MAX_START_DEATHS = 3
+"""Consecutive deaths during starts after which a place is skipped."""
+LEFT_OUT_S = 300.0
+"""Time until a skipped place gets one more try: the longest back-off of a restarted container in
+Kubernetes."""
 _CALM_S = 60.0
 _MAX_DELAY_S = 30.0
-"""Between two workers of a place, and until a try in one that is left out while nothing runs."""
+"""Longest delay between two workers of a place, and until a try in a skipped place while nothing
+runs."""
 
 
 class PlaceState(Enum):
-    """What a place waits for."""
+    """State of a place."""
 
     FILLED = "filled"
-    """Its worker has been in a generation, or is of the start."""
+    """Its worker has been in a generation, or belongs to the start of the cluster."""
     EMPTY = "empty"
-    """Its worker is lost; another one starts, the later the more were lost just before."""
+    """Its worker is lost. Another one starts, later if several were lost recently."""
     STARTING = "starting"
     """Its worker has never been in a generation."""
     LEFT_OUT = "left out"
-    """Too many workers died while they started: another one starts after ``LEFT_OUT_S``, or
-    sooner if the cluster cannot run without."""
+    """Too many workers died while they started. Another one starts after ``LEFT_OUT_S``, or sooner
+    if the cluster cannot run without it."""
     CORDONED = "cordoned"
     """Its worker has left on purpose: no other starts before ``reopen``."""
     REMOVED = "removed"
-    """Scaling has removed it from the cluster; its number of workers is kept for their names."""
+    """Scaling has removed it from the cluster; the number of its workers is kept for their names.
+    """
 
 
 _NEXT = {
@@ -75,16 +77,15 @@ _HELD = (PlaceState.FILLED, PlaceState.STARTING)
 
 
 class ClosedPlace(Message, frozen=True, kw_only=True):
-    """A place in which no worker starts, as the next controller gets it."""
+    """A place in which no worker starts, as stored for the next controller."""
 
     state: PlaceState
     why: str
     node: str = ""
     """Address of the node that must leave first; empty if another event reopens the place."""
     node_ids: frozenset[str] = frozenset()
-    """Ids of the nodes at that address; empty until they are known. A host may return as another
-    node before anybody has seen it leave.
-    """
+    """Ids of the nodes at that address; empty until known. A host may return as another node before
+    its departure is noticed."""
 
 
 @dataclass(slots=True)
@@ -94,18 +95,19 @@ class _Place:
     member: Member
     """Its newest worker."""
     number: int
-    """Number of workers it has had."""
+    """Number of workers that it has had."""
     state: PlaceState = PlaceState.FILLED
     not_before: float = 0.0
-    """Monotonic time at which the next one may be started."""
+    """Monotonic time at which the next worker may start."""
     start_deaths: int = 0
-    """Deaths while starting since the last worker that served."""
+    """Deaths during starts since the last worker that served."""
     lost_at: deque[float] = field(default_factory=lambda: deque(maxlen=8))
     """Monotonic times of the last losses."""
     closed: ClosedPlace | None = None
-    """While it is left out or cordoned."""
+    """Set while it is skipped or cordoned."""
     is_new: bool = False
-    """Scaling adds it: its first worker has not been in a generation, and nobody misses it."""
+    """Whether scaling adds it: its first worker has not been in a generation, and the cluster runs
+    without it."""
 
     @property
     def name(self) -> str:
@@ -131,7 +133,7 @@ class Places:
         self._alive: NodeIds = {}
 
     def lost(self, name: str, reason: str, now: float) -> None:
-        """A worker is lost. No effect if it left its place before."""
+        """Record a lost worker. No effect if it has already left its place."""
         place = self._place_of(name)
         if place is None or place.state not in _HELD:
             return
@@ -147,21 +149,22 @@ class Places:
             place.enter(PlaceState.EMPTY)
 
     def cordon(self, name: str, node: str = "") -> None:
-        """A worker leaves on purpose: its place stays empty until ``reopen``, or ``node`` left."""
+        """A worker leaves on purpose: its place stays empty until ``reopen``, or until ``node`` has
+        left."""
         place = self._place_of(name)
         if place is not None and place.state in _HELD:
             ids = self._alive.get(node, frozenset())
             place.close(PlaceState.CORDONED, "left on purpose", node, ids)
 
     def reopen(self, name: str) -> None:
-        """Start a worker in the place of this one, which has left or failed."""
+        """Allow a new worker in the place of this one, which has left or failed."""
         place = self._place_of(name)
         if place is not None and place.state in _CLOSED:
             place.enter(PlaceState.EMPTY)
             place.start_deaths, place.not_before = 0, 0.0
 
     def nodes_alive(self, alive: NodeIds) -> bool:
-        """Reopen the places whose nodes have left; whether any place has changed."""
+        """Reopen the places whose nodes have left; return whether any place has changed."""
         self._alive, before = alive, self.closed
         for place in self._places.values():
             closed = place.closed
@@ -175,7 +178,7 @@ class Places:
         return self.closed != before
 
     def joined(self, members: Iterable[Member]) -> None:
-        """These workers are in a generation that runs."""
+        """Record that these workers are in a running generation."""
         for member in members:
             place = self._place_of(member.name)
             if place is not None and place.state is PlaceState.STARTING:
@@ -183,8 +186,10 @@ class Places:
                 place.start_deaths, place.is_new = 0, False
 
     def take_due(self, now: float, is_stalled: bool = False) -> list[Member]:
-        """New workers to start now; they report addresses and node themselves. A cluster that
-        cannot run (``is_stalled``) tries places that are left out sooner."""
+        """Return new workers to start now; they report addresses and node themselves.
+
+        If the cluster cannot run (``is_stalled``), skipped places are tried sooner.
+        """
         sooner_s = LEFT_OUT_S - _MAX_DELAY_S if is_stalled else 0.0
         due = []
         for place in self._places.values():
@@ -203,23 +208,23 @@ class Places:
         return due
 
     def is_full(self, members: Iterable[Member]) -> bool:
-        """Whether these workers fill every place that is not new."""
+        """Return whether these workers fill every place that is not new."""
         names = {m.name for m in members}
         return all(p.member.name in names for p in self._present() if not p.is_new)
 
     @property
     def are_due(self) -> bool:
-        """A worker will be started for some place, now or later."""
+        """Return whether a worker will be started for some place, now or later."""
         return any(p.state is PlaceState.EMPTY for p in self._places.values())
 
     # ---- scaling --------------------------------------------------------------------------
 
     def names(self) -> tuple[str, ...]:
-        """``expert-1``: the places of the cluster, by role and rank."""
+        """Names of the places, such as ``expert-1``, by role and rank."""
         return tuple(p.name for p in self._present())
 
     def roles(self) -> dict[str, Role]:
-        """The places of the cluster and the role of each."""
+        """Places of the cluster with their roles."""
         return {p.name: p.member.role for p in self._present()}
 
     def pools(self) -> dict[Role, int]:
@@ -227,7 +232,7 @@ class Places:
         return dict(Counter(p.member.role for p in self._present()))
 
     def devices(self) -> frozenset[int]:
-        """Where experts are when every place is filled."""
+        """Devices with experts if every place is filled."""
         return frozenset(p.member.device for p in self._present() if p.member.holds_experts)
 
     def workers_of(self, names: Iterable[str]) -> list[str]:
@@ -235,23 +240,26 @@ class Places:
         return [self._places[name].member.name for name in names]
 
     def is_new(self, name: str) -> bool:
-        """Scaling adds this place, and none of its workers has been in a generation that ran."""
+        """Whether scaling adds this place, and none of its workers has been in a running
+        generation."""
         return self._places[name].is_new
 
     def to_add(self, role: Role, count: int) -> list[str]:
-        """The places that make ``count`` of a role: those of the lowest ranks that are free."""
+        """Return the places that must be added for ``count`` workers of a role: free ones of the
+        lowest ranks."""
         taken = {p.member.rank for p in self._present() if p.member.role == role}
         free = [rank for rank in range(count + len(taken)) if rank not in taken]
         return [place_name(role, rank) for rank in free[: max(count - len(taken), 0)]]
 
     def to_remove(self, role: Role, count: int) -> list[str]:
-        """The places that leave ``count`` of a role: those without a worker, then high ranks."""
+        """Return the places to remove for ``count`` workers of a role: those without a worker, then
+        high ranks."""
         own = [p for p in self._present() if p.member.role == role]
         own.sort(key=lambda p: (p.state is not PlaceState.FILLED, p.member.rank))
         return sorted(p.name for p in own[count:])
 
     def add(self, names: Iterable[str]) -> None:
-        """Places that are part of the cluster from now on, and empty."""
+        """Add empty places to the cluster."""
         for name in names:
             place = self._places.get(name)
             if place is None:
@@ -262,7 +270,7 @@ class Places:
             place.is_new, place.start_deaths, place.not_before = True, 0, 0.0
 
     def remove(self, names: Iterable[str]) -> None:
-        """Places that are no part of the cluster any more; none of them is filled."""
+        """Remove places from the cluster; none of them is filled."""
         for name in names:
             place = self._places[name]
             place.enter(PlaceState.REMOVED)
@@ -274,7 +282,7 @@ class Places:
 
     @property
     def closed(self) -> dict[str, ClosedPlace]:
-        """``expert-1`` -> why no worker starts there for now."""
+        """Places in which no worker starts now, such as ``expert-1``, with the reason."""
         return {name: p.closed for name, p in self._places.items() if p.closed is not None}
 
     def restore(
@@ -289,8 +297,8 @@ class Places:
     ) -> None:
         """Continue for an earlier controller; ``gone``: workers that left (name -> reason).
 
-        ``names`` are all places that it had, empty if it is not known, and ``new`` those that it
-        was adding. ``members`` are the workers of its newest generation, None if it is not known.
+        ``names`` are all its places, empty if unknown, and ``new`` the places that it was adding.
+        ``members`` are the workers of its newest generation, None if unknown.
         """
         self.add(name for name in names if name not in self._places)
         for name, place in self._places.items():
@@ -316,12 +324,12 @@ class Places:
 
 
 def place_name(role: Role, rank: int) -> str:
-    """``expert-1``, which is the name of its first worker, too."""
+    """Return the name of a place, such as ``expert-1``; its first worker has the same name."""
     return f"{role}-{rank}"
 
 
 def place_of(worker: str) -> str:
-    """``expert-1`` for the worker ``expert-1.2``."""
+    """Return the place of a worker: ``expert-1`` for ``expert-1.2``."""
     return worker.partition(".")[0]
 
 
@@ -333,6 +341,6 @@ def _first_member(place: str) -> Member:
 
 
 def _number_of(name: str) -> int:
-    """Number of workers that a place has had, from its newest worker's name."""
+    """Return the number of workers that a place has had, from its newest worker's name."""
     _, _, number = name.partition(".")
     return int(number) if number.isdigit() else 1

@@ -1,4 +1,5 @@
-"""Rebalancing policy: whether to change the placement, to what, and the predicted effect. Pure.
+"""Rebalancing policy: whether to change the placement, to which one, and the predicted effect.
+Pure.
 
 Two changes compete: new shares and decode devices alone, which move no weights, and single moves
 within the budget. With the experts' part of the step times from ``cluster.sizing.replay``,
@@ -36,22 +37,22 @@ _LEAST_GAIN = 0.015
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CurrentLoad:
-    """The load that a decision is made for."""
+    """The load for which a decision is made."""
 
     profile: LoadProfile
     """Tokens by logical expert."""
     prefill_share: float
-    """Share of the rows that belong to prompts, 0 to 1."""
+    """Share of prompt rows, 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RebalanceDecision:
-    """The decision; the controller carries it out."""
+    """A decision, which the controller carries out."""
 
     action: Action
     """``none``; ``split``: other shares and decode devices only; ``move``: weights too."""
     reason: str
-    """Reason, for people."""
+    """Reason, for display."""
     target: ExpertPlacement
     """The new placement; the current one for ``none``."""
     num_moves: int
@@ -59,11 +60,11 @@ class RebalanceDecision:
     num_bytes: int
     """Weights to move."""
     balancedness_now: float | None
-    """Mean over largest load of the devices, under the observed load."""
+    """Mean divided by the largest load of the devices, under the observed load."""
     balancedness_then: float | None
-    """The same with ``target``."""
+    """``balancedness_now`` with ``target``."""
     time_ratio: float
-    """Predicted time of the experts' work relative to now."""
+    """Predicted time of the experts' work relative to the current time."""
     gain_s: float
     """Predicted seconds gained within the horizon."""
     cost_s: float
@@ -71,9 +72,8 @@ class RebalanceDecision:
 
 
 def why_impossible(config: ClusterConfig, num_expert_workers: int) -> str:
-    """Why a cluster with this configuration and so many expert workers cannot rebalance; empty if
-    it can.
-    """
+    """Return why a cluster with this configuration and number of expert workers cannot rebalance;
+    empty if it can."""
     workers = config.workers
     if workers.mode == "local":
         return "one worker holds all experts (--mode local)"
@@ -91,7 +91,7 @@ def decide_placement(
     section: RebalanceSection,
     step: ExpertStepCost,
 ) -> RebalanceDecision:
-    """Whether to change the placement, and to what. The same input gives the same decision.
+    """Decide whether to change the placement, and to which one. Deterministic.
 
     ``step`` is the time of a step on an expert worker.
 
@@ -108,7 +108,8 @@ def decide_placement(
 
 
 def mixed_balancedness(placement: ExpertPlacement, load: CurrentLoad) -> float | None:
-    """Predicted cost of a load: prompts by the shares, decodes by the table; None without load."""
+    """Predicted balancedness of a load: prompts by the shares, decodes by the table; None without
+    load."""
     by_share = expected_loads(placement, load.profile, "prefill")
     by_table = expected_loads(placement, load.profile, "decode")
     part = load.prefill_share
@@ -118,7 +119,7 @@ def mixed_balancedness(placement: ExpertPlacement, load: CurrentLoad) -> float |
 
 @dataclass(frozen=True, slots=True)
 class _CandidateEvaluator:
-    """Finds and weighs changes for one load."""
+    """Evaluates candidate changes for one load."""
 
     load: CurrentLoad
     topology: PlannedTopology
@@ -127,7 +128,7 @@ class _CandidateEvaluator:
     step: ExpertStepCost
 
     def candidates(self) -> list[Plan]:
-        """Shares alone; moves for prompts; moves for decodes, and both."""
+        """Candidates: shares alone; moves for prompts; moves for decodes; both."""
         rows, profile, topology = self.step.decode_tokens, self.load.profile, self.topology
         still = PlanOptions(max_move_fraction=0.0, decode_tokens=rows)
         plans = [mesh.plan(profile, topology, self.current, still)]

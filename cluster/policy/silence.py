@@ -1,10 +1,10 @@
-"""Patience with silent workers, from earlier gaps between frames of the same host. Pure.
+"""How long a worker may be silent, derived from recent gaps of the workers of its host. Pure.
 
-Accrual failure detectors compare a silence with earlier gaps in a bounded window
-(Hayashibara et al., "The phi accrual failure detector", 2004), with a margin that follows how late
-arrivals were (Chen, Toueg and Aguilera, "On the quality of service of failure detectors", 2002).
-The largest gap stands for their distribution, which has a heavy tail on a busy machine; and it is
-the machine that is busy, so the workers of a host share their gaps.
+Accrual failure detectors compare a silence with the observed gaps in a bounded window (Hayashibara
+et al., "The phi accrual failure detector", 2004), with a margin that follows the lateness of
+arrivals (Chen, Toueg and Aguilera, "On the quality of service of failure detectors", 2002). The
+largest gap replaces the distribution, which has a heavy tail on a busy machine. Because the machine
+is busy, not one worker, the workers of a host share their gaps.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import math
 LATENESS_FACTOR = 4.0
 """Patience is the expected gap plus this factor times the largest recent lateness."""
 MIN_GAPS = 4.0
-"""Least patience in expected gaps: a machine may be busy for the first time."""
+"""Smallest patience in expected gaps: a machine may be busy for the first time."""
 REMOTE_MIN_S = 1.0
-"""Least patience over a network: TCP sends a lost segment again after 0.2 s, and after 0.4 s more
-(RFC 6298, with the least timeout of Linux)."""
+"""Smallest patience over a network: TCP retransmits a lost segment after 0.2 s, and again 0.4 s
+later (RFC 6298, with the smallest timeout of Linux)."""
 WINDOW_S = 15.0
-"""Minimum time for which a gap counts; the maximum is twice as long."""
+"""Shortest time for which a gap counts; the longest is twice that."""
 
 
 class GapWindow:
@@ -32,7 +32,7 @@ class GapWindow:
         self._largest = self._largest_before = math.inf
 
     def add(self, gap_s: float, now: float) -> None:
-        """Record the gap between two frames of a worker; infinite if the gap is unknown."""
+        """Add a gap between two frames of a worker; an infinite gap means that nothing is known."""
         if now - self._began_at >= WINDOW_S:
             self._began_at = now
             self._largest_before, self._largest = self._largest, 0.0
@@ -40,6 +40,6 @@ class GapWindow:
 
     @property
     def patience_s(self) -> float:
-        """Silence that the gaps explain; infinite for a window at least from the beginning."""
+        """Longest silence that the gaps explain; infinite until a whole window has passed."""
         late_s = max(self._largest, self._largest_before) - self._expected_s
         return max(self._least_s, self._expected_s + LATENESS_FACTOR * late_s)
