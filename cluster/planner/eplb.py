@@ -61,7 +61,7 @@ def _one_bank(
 
 
 def _packed(weights: Floats, num_packs: int) -> list[list[int]]:
-    """Return items in equally large packs: the heaviest first, onto the lightest pack with space."""
+    """Return items in equal packs: the heaviest first, into the lightest pack with space."""
     size = len(weights) // num_packs
     if size == 1:
         return [[i] for i in range(num_packs)]
@@ -76,7 +76,7 @@ def _packed(weights: Floats, num_packs: int) -> list[list[int]]:
 
 
 def _replicated(load: Floats, num_copies: int) -> tuple[Ints, Ints]:
-    """Return the expert of each copy, and the number of copies; each copy goes to the largest load."""
+    """Return the expert of each copy, and copies by expert; each goes to the largest load."""
     count = np.ones(len(load), dtype=np.int64)
     copies = list(range(len(load)))
     while len(copies) < num_copies:

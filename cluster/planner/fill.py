@@ -159,7 +159,9 @@ class _PartialPlacement:
 def _wrapped(loads: Floats, capacities: Ints, nodes: Ints) -> tuple[Bools, Ints]:
     """Return copies of every expert on two nodes even if slots are scarce; one bank.
 
-    Nodes take turns in an endless list of the experts: as no node takes more than all experts, none takes one twice, and after two rounds each expert is on two nodes.
+    Nodes take turns in an endless list of the experts: as no node takes more than all experts, none
+    takes one twice, and after two rounds each expert is on two nodes.
+
     Source: the wrap-around rule of McNaughton (1959).
     """
     experts = len(loads)
