@@ -1,5 +1,5 @@
 """The controller as a Ray actor: the sockets, clock and processes around the state machine.
 
-Imports Ray and everything of ``cluster`` but ``launch`` and ``cli``. It gets the classes of the
-workers as arguments.
+Imports Ray and all of ``cluster`` except ``launch`` and ``cli``. The worker classes are passed in
+as arguments.
 """

@@ -1,8 +1,8 @@
 """The controller's end of the control sockets: an asyncio TCP server that workers connect to.
 
-A connection belongs to a worker after the mutual proof of the cluster token
-(``cluster.core.frames``), if both are of one release. A peer that sends rubbish, too much, or
-nothing in time loses its connection, without other effects.
+A connection is accepted after both ends have proved that they know the cluster token
+(``cluster.core.frames``) and run the same release. The server closes the connection of a peer that
+sends invalid data, too much data, or no data in time. Other connections are not affected.
 """
 
 from __future__ import annotations
@@ -31,40 +31,40 @@ from cluster.core.release import RELEASE, check_release
 logger = logging.getLogger(__name__)
 
 HANDSHAKE_LIMIT_S = 5.0
-"""Time in which a caller must prove that it knows the token."""
+"""Time in which a peer must prove that it knows the token."""
 MAX_UNPROVED = 32
-"""Connections without proof at one time; one more closes the oldest."""
+"""Maximum number of connections whose handshake is pending; one more closes the oldest."""
 MAX_BACKLOG_BYTES = 2 * MAX_FRAME_BYTES
-"""Unread bytes after which a worker counts as not reading."""
+"""Unsent bytes after which the server closes the connection of a worker that does not read."""
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PREFIX_BYTES = 4
 
 
 class ControlEvents(Protocol):
-    """Receives events of the sockets. Called on the event loop; must not block."""
+    """Receives events of the control sockets. Called on the event loop; must not block."""
 
     def on_frame(self, worker: str, frame: ControlFrame) -> None:
         """A worker sent a frame. May raise ``ProtocolError``: its connection is closed."""
 
     def on_closed(self, worker: str, reason: str, is_invalid: bool) -> None:
-        """A worker's connection has closed, for an ``is_invalid`` frame or not by the server."""
+        """A worker's connection closed, not by this server; ``is_invalid``: by an invalid frame."""
 
 
 @dataclass(eq=False, slots=True)
 class _Connection:
-    """One TCP connection; ``worker`` is set once the token is proved."""
+    """One TCP connection; ``worker`` is set after the handshake."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     worker: str = ""
 
     async def read(self, limit: int) -> bytes:
-        """The next frame. Raises ``ProtocolError``, ``IncompleteReadError``, ``OSError``."""
+        """Read the next frame. Raises ``ProtocolError``, ``IncompleteReadError``, ``OSError``."""
         length = frame_length(await self.reader.readexactly(_PREFIX_BYTES), limit)
         return await self.reader.readexactly(length)
 
     def send(self, data: bytes) -> None:
-        """Queue an encoded frame; a peer that does not read is cut off."""
+        """Queue an encoded frame. Closes the connection if the peer does not read."""
         if self.writer.is_closing():
             return
         self.writer.write(data)
@@ -74,7 +74,7 @@ class _Connection:
 
 
 class ControlServer:
-    """Listens for workers, proves and checks the token, passes frames on."""
+    """Listens for workers, runs the handshake, and passes their frames to ``events``."""
 
     def __init__(
         self,
@@ -84,14 +84,14 @@ class ControlServer:
         handshake_limit_s: float = HANDSHAKE_LIMIT_S,
         release: str = RELEASE,
     ) -> None:
-        """``token`` is the shared secret of the cluster; workers of another release are refused."""
+        """``token`` is the shared secret of the cluster; other releases are rejected."""
         self._token = token
         self._release = release
         self._events = events
         self._handshake_limit_s = handshake_limit_s
         self._server: asyncio.Server | None = None
         self.address = ""
-        """``host:port``, once it listens."""
+        """``host:port`` once the server listens; empty before."""
         self._unproved: dict[_Connection, None] = {}  # oldest first
         self._workers: dict[str, _Connection] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -116,18 +116,18 @@ class ControlServer:
             await asyncio.gather(*stuck, return_exceptions=True)
 
     def is_connected(self, worker: str) -> bool:
-        """The worker has an open, proved connection."""
+        """Return whether the worker has a connection that passed the handshake."""
         return worker in self._workers
 
     def send(self, frame: ControlFrame, *workers: str) -> None:
-        """Send to workers, encoded once; those that are not connected get nothing."""
+        """Encode a frame once and send it to these workers; unconnected ones are skipped."""
         connected = [self._workers[name] for name in workers if name in self._workers]
         data = encode(frame) if connected else b""
         for connection in connected:
             connection.send(data)
 
     def drop(self, worker: str) -> None:
-        """Close a worker's connection after what was sent to it, without an event."""
+        """Close a worker's connection after its queued frames are sent, without ``on_closed``."""
         connection = self._workers.pop(worker, None)
         if connection is not None:
             connection.writer.close()
@@ -145,7 +145,7 @@ class ControlServer:
                 frame = decode(await connection.read(MAX_FRAME_BYTES))
                 self._hand_over(connection.worker, frame)
         except asyncio.IncompleteReadError:
-            pass  # the peer closed
+            pass  # the peer closed the connection
         except (ProtocolError, OSError, TimeoutError) as err:
             reason, is_invalid = str(err) or type(err).__name__, isinstance(err, ProtocolError)
             caller = connection.worker or writer.get_extra_info("peername")
@@ -154,7 +154,7 @@ class ControlServer:
             self._forget(connection, reason, is_invalid)
 
     def _hand_over(self, worker: str, frame: ControlFrame) -> None:
-        """An error of ours is no reason to lose the sender. Raises ``ProtocolError``."""
+        """Pass a frame on; log any error except ``ProtocolError``, which closes the connection."""
         try:
             self._events.on_frame(worker, frame)
         except ProtocolError:
@@ -163,7 +163,7 @@ class ControlServer:
             logger.exception("%s of %s was not handled", type(frame).__name__, worker)
 
     async def _admit(self, connection: _Connection) -> None:
-        """Handshake within its time limit; then the connection is a worker's."""
+        """Run the handshake within its time limit, then assign the connection to the worker."""
         if self._server is None or not self._server.is_serving():
             raise HandshakeError("the server has closed")
         self._unproved[connection] = None
@@ -180,7 +180,7 @@ class ControlServer:
         self._workers[worker] = connection
 
     async def _handshake(self, connection: _Connection) -> str:
-        """Mutual proof of the token, then equal releases; returns the caller's name.
+        """Prove the token to each other and compare the releases; returns the name of the worker.
 
         Raises ``HandshakeError``.
         """
@@ -199,7 +199,7 @@ class ControlServer:
         return hello.worker
 
     def _forget(self, connection: _Connection, reason: str, is_invalid: bool) -> None:
-        """The connection ended: free it, and report the end unless the server caused it."""
+        """Release a connection that has ended; report it unless the server closed it."""
         self._unproved.pop(connection, None)
         with contextlib.suppress(OSError):
             connection.writer.close()

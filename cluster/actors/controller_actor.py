@@ -1,7 +1,7 @@
-"""The controller as a Ray actor: what launchers, gateways and commands call.
+"""The controller as a Ray actor, with the methods that launchers, gateways and commands call.
 
 ``Runner`` runs the controller. An actor that Ray has restarted continues with the workers of the
-one before: they serve meanwhile, and calls wait until their state is collected.
+previous one: they keep serving, and calls wait until the actor has collected their state.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from cluster.tracing import logs
 from cluster.tracing.gateway_counts import GatewayRecord
 
 if TYPE_CHECKING:
-    from cluster.actors.worker_group import WorkerGroup  # which imports Ray
+    from cluster.actors.worker_group import WorkerGroup  # imports Ray
 
 logger = logging.getLogger(__name__)
 
 STATUS_LIMIT_S = 1.0
-"""Longest wait for the numbers of the workers."""
+"""Longest wait for the current stats of the workers."""
 _STOP_LIMIT_S = 20.0
 _KEEP_LIMIT_S = 5.0
-"""Longest wait for a worker that keeps the memory of a command."""
+"""Longest wait until a worker has stored the state that a command changed."""
 
 
 class ControllerActor:
-    """Async actor; see ``cluster.actors.controller_client``. It starts one cluster in its life."""
+    """Async Ray actor, see ``cluster.actors.controller_client``. It starts at most one cluster."""
 
     def __init__(
         self,
@@ -54,8 +54,8 @@ class ControllerActor:
         *,
         has_process: bool = False,
     ) -> None:
-        """``has_process``: this process is its own, logs in its name, and is killed by a watchdog
-        if its event loop hangs.
+        """``has_process``: the actor runs in a process of its own. It sets up logging there, and a
+        watchdog kills the process if its event loop hangs.
         """
         self._group = group
         self._status_limit_s = status_limit_s
@@ -75,13 +75,13 @@ class ControllerActor:
         asked: dict[str, str] | None = None,
         free_cpus: float | None = None,
     ) -> None:
-        """Begin to start all workers; all or nothing. Follow it with ``wait_snapshot``.
+        """Begin to start all workers; all or nothing. Wait for the result with ``wait_snapshot``.
 
         ``banks`` are dicts with ``bank``, ``layer`` and ``num_experts``; ``profile`` is the load
-        profile for predictions; ``asked`` is kept for ``origin``; ``free_cpus`` is what the other
-        users of Ray had left before this start, None if there are none. A second call does nothing.
-        Raises ``ConfigError`` or ``StartError``, after everything is released, if it cannot even
-        begin.
+        profile for predictions; ``asked`` is returned by ``origin``; ``free_cpus`` is the number of
+        CPUs that other users of Ray left free before this start, None if there are no other users.
+        A second call does nothing. Raises ``ConfigError`` or ``StartError`` if the start cannot
+        begin, after everything is released.
         """
         await self.restore()
         if self._handoff.is_pending:
@@ -99,8 +99,8 @@ class ControllerActor:
     async def restore(self) -> None:
         """Continue the cluster of an earlier controller, if there was one.
 
-        Returns when that is done, or after a first failure, while retries continue. A restarted
-        actor calls this itself, and every call to it waits for it first.
+        Returns when that has succeeded, or after a first failure while retries continue. A
+        restarted actor calls this itself, and every call to the actor waits for it first.
         """
         if self._wants_watchdog:
             self._wants_watchdog = False
@@ -108,10 +108,10 @@ class ControllerActor:
         await self._handoff.settle()
 
     async def origin(self) -> dict[str, Any]:
-        """What the cluster was started with: ``asked`` and the whole ``config``, with its token.
+        """Return ``asked`` and ``config`` (with the token) that the cluster was started with.
 
-        Both are None if nothing was started. Raises ``NotReadyError`` while the workers of an
-        earlier controller cannot be reached.
+        Both are None before a start. Raises ``NotReadyError`` while the workers of an earlier
+        controller cannot be reached.
         """
         await self.restore()
         if self._handoff.is_pending:
@@ -123,7 +123,7 @@ class ControllerActor:
         return {"asked": controller.cluster.notes.get("asked"), "config": plan.config.to_dict()}
 
     async def snapshot(self, fresh: bool = False) -> dict[str, Any]:
-        """The cluster's state; ``fresh`` requests the current numbers of every worker first."""
+        """Return the state of the cluster; ``fresh`` first requests current worker stats."""
         await (self._fresh_cluster() if fresh else self.restore())
         return self._snapshot()
 
@@ -136,11 +136,11 @@ class ControllerActor:
         low_disks: tuple[LowDisk, ...] = (),
         adapters: tuple[str, ...] = (),
     ) -> dict[str, Any]:
-        """The state once its version differs from ``known_version``, or after the time limit.
+        """Return the state once its version differs from ``known_version``, or after ``timeout_s``.
 
-        ``gateway`` is the caller's name if it is one, which asks again at once; ``low_disks`` are
-        the disks of its host that are nearly full, and ``adapters`` the keys of those that its
-        requests have.
+        ``gateway`` is the name of the caller if it is a gateway, which calls again immediately.
+        ``low_disks`` are the nearly full disks of its host, and ``adapters`` the keys of the
+        adapters that its requests use.
         """
         await self.restore()
         if gateway:
@@ -152,38 +152,38 @@ class ControllerActor:
         return self._snapshot()
 
     async def gateway_leaves(self, gateway: str) -> None:
-        """A gateway ends in order."""
+        """Forget a gateway that shuts down normally."""
         self._gateways.leaves(gateway)
 
     async def exchange_counts(
         self, records: dict[str, GatewayRecord], times: dict[str, float]
     ) -> dict[str, Any]:
-        """Keep what a gateway has counted, and return what others have: see ``GatewayCounts``."""
+        """Store counts of a gateway and return those of the others, see ``GatewayCounts``."""
         return self._gateways.counts.exchange(records, times)
 
     async def streams_paused(self, generation: int, pause_s: float) -> None:
-        """A gateway's streams stood still for this time when the generation formed."""
+        """A gateway reports for how long its streams paused while the generation formed."""
         if self.runner.controller is not None:
             self.runner.controller.cluster.paused(generation, pause_s)
             self._background.notify()
 
     async def placement(self) -> dict[str, Any]:
-        """Maps, current load and balancedness of all banks (``placement --json``)."""
+        """Return maps, current load and balancedness of all banks (``placement --json``)."""
         return placement_document(await self._fresh_cluster())
 
     async def load(self) -> dict[str, Any]:
-        """Tokens by expert and by copy, and the resulting balance (``load --json``)."""
+        """Return tokens per expert and per copy, and the resulting balance (``load --json``)."""
         return load_document(await self._fresh_cluster())
 
     async def numbers(self) -> dict[str, Any]:
-        """``snapshot`` and ``load``, with the current numbers of every worker."""
+        """Return ``snapshot`` and ``load``, with the current stats of every worker."""
         cluster = await self._fresh_cluster()
         return {"snapshot": self._snapshot(), "load": load_document(cluster)}
 
     async def begin(self, kind: str, command: dict[str, Any]) -> dict[str, Any]:
-        """Begin what a client commands, see ``Commands.begin``; the operation or the adapter.
+        """Begin a client's command, see ``Commands.begin``; returns the operation or the adapter.
 
-        Returns once the command is settled and a worker keeps it.
+        Returns once the command is settled and a worker has stored it.
         """
         controller = await self._serving_controller()
         begun = self.runner.tell(partial(controller.commands.begin, kind, command))
@@ -192,7 +192,7 @@ class ControllerActor:
         return begun.answer()
 
     async def log(self, process: str, after: int) -> dict[str, Any]:
-        """The newest lines that a worker has logged, or ``controller``; with their ``number``.
+        """Return the newest log lines of a worker or of ``controller``, and their ``number``.
 
         Raises ``UnknownNameError`` and ``NotReadyError``.
         """
@@ -204,12 +204,12 @@ class ControllerActor:
         return {"number": number, "lines": lines}
 
     async def operation(self, operation_id: str) -> dict[str, Any]:
-        """One operation. Raises ``UnknownNameError``."""
+        """Return one operation. Raises ``UnknownNameError``."""
         controller = await self._serving_controller()
         return controller.cluster.operations.find(operation_id).to_dict()
 
     async def operations(self) -> list[dict[str, Any]]:
-        """The recorded operations, newest last."""
+        """Return the recorded operations, newest last."""
         await self.restore()
         controller = self.runner.controller
         return controller.cluster.operations.to_list() if controller is not None else []
@@ -222,7 +222,7 @@ class ControllerActor:
         return operation.to_dict()
 
     async def stop(self) -> None:
-        """End all workers and return when they have ended. The caller ends this actor."""
+        """End all workers and return when they have ended. The caller then ends this actor."""
         await self.restore()
         if (controller := self.runner.controller) is not None:
             self.runner.tell(controller.stop)
@@ -235,7 +235,7 @@ class ControllerActor:
             logs.set_up("controller", form)
 
     async def _fresh_cluster(self) -> Cluster | None:
-        """The cluster with the current numbers of every worker; None before the start."""
+        """Return the cluster with the current stats of every worker; None before the start."""
         await self.restore()
         if (controller := self.runner.controller) is None:
             return None
@@ -245,17 +245,17 @@ class ControllerActor:
         return controller.cluster
 
     async def _serving_controller(self) -> Controller:
-        """Raises ``ConflictError`` before the start."""
+        """Return the running controller. Raises ``ConflictError`` before the start."""
         await self.restore()
         if self.runner.controller is None:
             raise ConflictError(self.runner.failure or "the cluster has not been started")
         return self.runner.controller
 
     async def _kept(self, controller: Controller) -> None:
-        """Wait until a worker keeps what the controller knows now: an answer outlives this process.
+        """Wait until a worker has stored the current state, which then survives a restart.
 
-        Raises ``NotReadyError`` where that takes too long, or another controller leads meanwhile.
-        The command may have begun; sent again with its ``request_id``, it begins nothing new.
+        Raises ``NotReadyError`` if that takes too long or another controller takes over. The
+        command may have begun; a retry with its ``request_id`` begins nothing new.
         """
         cluster = controller.cluster
         version = cluster.sent_version
@@ -283,7 +283,7 @@ class ControllerActor:
 
 
 async def _beat() -> None:
-    """Show the watchdog that the event loop runs; it ends with this task."""
+    """Write to the watchdog while the event loop runs; the watchdog ends with this task."""
     watchdog = start_watchdog(log=logs.OUTPUT.error_file)
     beats = watchdog.stdin
     assert beats is not None
@@ -294,4 +294,4 @@ async def _beat() -> None:
                 beats.write(b".")
                 await asyncio.sleep(BEAT_S)
     except BrokenPipeError:
-        logger.warning("the controller's watchdog has gone")
+        logger.warning("the controller's watchdog has ended")

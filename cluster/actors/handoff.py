@@ -4,8 +4,8 @@
         until it calls ─▶ ``ReportCollector`` collects the reports ─▶ the actor continues with the
         collected state
 
-The workers serve meanwhile. They refuse the address of a controller when one with a higher term has
-called.
+The workers keep serving. A worker rejects the address of a controller if one with a higher term has
+already connected to it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
 FIND_LIMIT_S = 10.0
-"""Longest time in which a worker must answer, to be found."""
+"""Time in which a worker must reply to be found."""
 _REDIRECT_S = 0.2
 _RESTORE_LIMIT_S = 60.0
 _RESTORE_PAUSE_S = 1.0
@@ -35,16 +35,16 @@ _MAX_RESTORE_PAUSE_S = 10.0
 
 
 class Handoff:
-    """Decides when calls to a controller actor are answered: at once, or after a restart once the
-    cluster of the earlier controller is known, or why it is not.
+    """Decides when calls to a controller actor are answered: immediately, or after a restart once
+    the cluster of the earlier controller is restored or the attempt has failed.
     """
 
     def __init__(self, runner: Runner, set_up_log: Callable[[LogForm], None]) -> None:
-        """``set_up_log`` gets the form of log records of a cluster that is continued."""
+        """``set_up_log`` is called with the log format of a restored cluster."""
         self._runner = runner
         self._set_up_log = set_up_log
         self.is_pending = runner.group.was_restarted()
-        """The cluster of an earlier controller is not continued yet."""
+        """Whether the cluster of an earlier controller is still to be restored."""
         self._has_begun = False
         self._is_settled = asyncio.Event()
         if self.is_pending:
@@ -53,16 +53,16 @@ class Handoff:
             self._is_settled.set()
 
     async def settle(self) -> None:
-        """Begin, at the first call. Returns once calls can be answered, while retries continue."""
+        """Begin to restore at the first call. Returns once calls can be answered."""
         if self.is_pending and not self._has_begun:
             self._has_begun = True
             self._runner.background.spawn(self._repeat())
         await self._is_settled.wait()
 
     async def _repeat(self) -> None:
-        """Repeat until it succeeds: the workers serve meanwhile."""
+        """Retry until the cluster is restored; the workers keep serving."""
         runner, began_at, pause_s = self._runner, 0.0, _RESTORE_PAUSE_S
-        term = 0  # claimed once: a controller that is overtaken must not overtake the other again
+        term = 0  # claim one term only: a superseded controller must not supersede its successor
         while self.is_pending:
             try:
                 async with asyncio.timeout(_RESTORE_LIMIT_S):
@@ -78,7 +78,7 @@ class Handoff:
             except Exception as err:  # any error of Ray
                 logger.warning("not restored: %s", err, exc_info=not isinstance(err, NotReadyError))
                 runner.failure = f"the restarted controller failed: {type(err).__name__}: {err}"
-            self._is_settled.set()  # after a failure waiting calls get that
+            self._is_settled.set()  # waiting calls now return, after a failure with its error
             runner.background.notify()
             if self.is_pending:
                 await asyncio.sleep(pause_s)
@@ -88,8 +88,8 @@ class Handoff:
 async def _hand_off(runner: Runner, term: int, began_at: float) -> None:
     """Continue with the workers of an earlier controller; end them if they have never served.
 
-    ``term`` is claimed before. Raises any error of Ray, ``SupersededError``, and ``NotReadyError``
-    while a worker that may know more does not call, or most other hosts are silent.
+    ``term`` is already claimed. Raises any error of Ray, ``SupersededError``, and ``NotReadyError``
+    while a worker that may know more does not connect, or most other hosts are silent.
     """
     group = runner.group
     try:
@@ -111,7 +111,7 @@ async def _hand_off(runner: Runner, term: int, began_at: float) -> None:
 
 
 async def _call_workers(runner: Runner, found: Sequence[ExistingWorker]) -> CollectedState | None:
-    """Make all found workers connect here and report."""
+    """Make all workers that were found connect to a new control server and report."""
     limits = ControllerSettings.of(found[0].config)
     server = await runner.open_server(found[0].config.cluster_token)
     collector = runner.collector = ReportCollector(
@@ -134,13 +134,13 @@ async def _call_workers(runner: Runner, found: Sequence[ExistingWorker]) -> Coll
 
 
 async def _redirect(runner: Runner, name: str, server: ControlServer) -> None:
-    """Send a worker the address until it calls, or none is awaited."""
+    """Send a worker the address until it connects or no more reports are awaited."""
     while runner.collector is not None and not server.is_connected(name):
         try:
             await runner.group.redirect(name, server.address)
-        except (ProcessLookupError, SupersededError):  # it has died, or follows another one
+        except (ProcessLookupError, SupersededError):  # it has died, or follows another controller
             runner.collector.gone(name, time.monotonic())
             return
-        except Exception as err:  # any error of Ray: it may answer later, or be lost
-            logger.warning("%s cannot be sent the address of this controller: %s", name, err)
+        except Exception as err:  # any error of Ray: the worker may reply later, or be lost
+            logger.warning("could not send %s the address of this controller: %s", name, err)
         await asyncio.sleep(_REDIRECT_S)

@@ -1,9 +1,9 @@
-"""How long processes of this host waited for a processor: a starved worker is not a dead one.
+"""Time that processes of this host waited for a processor, to tell starved workers from dead ones.
 
 A thread that is ready to run and does not get a processor waits in a run queue, which the kernel
 counts in ``/proc/PID/task/TID/schedstat`` (Linux, Documentation/scheduler/sched-stats.rst, second
-field, nanoseconds). A thread that is stopped, that has ended, or that waits for anything else does
-not wait there. Time that the host of a virtual machine took is in ``/proc/stat`` (``steal``).
+field, nanoseconds). Time in which a thread is stopped, or waits for anything else, does not
+count. Time that the host of a virtual machine took is in ``/proc/stat`` (``steal``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _NS_PER_S = 1e9
 
 
 class ProcessorWaits:
-    """Waits of processes between two calls. Without the kernel's counts every wait is 0."""
+    """Measures waits of processes between two calls. Waits are 0 if the kernel has no counts."""
 
     def __init__(self, proc: Path = Path("/proc")) -> None:
         self._proc = proc
@@ -27,9 +27,9 @@ class ProcessorWaits:
         self._stolen: dict[str, int] = {}
 
     def take(self, pids: Collection[int]) -> dict[int, float]:
-        """Seconds by process since the last call: the longest wait of a thread, or stolen time.
+        """Return seconds by process since the last call: longest wait of a thread, or steal.
 
-        0 for a process that the last call did not name.
+        0 for a process that was not passed to the last call.
         """
         waited = {pid: self._waits(pid) for pid in pids}
         stolen = self._steal() if pids else {}
@@ -43,7 +43,7 @@ class ProcessorWaits:
         return found
 
     def _waits(self, pid: int) -> dict[str, int]:
-        """Nanoseconds by thread; empty for a process that has ended."""
+        """Return nanoseconds by thread; empty for a process that has ended."""
         found = {}
         with contextlib.suppress(OSError):
             for thread in (self._proc / str(pid) / "task").iterdir():
@@ -52,7 +52,7 @@ class ProcessorWaits:
         return found
 
     def _steal(self) -> dict[str, int]:
-        """Clock ticks by processor."""
+        """Return stolen clock ticks by processor."""
         found = {}
         with contextlib.suppress(OSError, ValueError, IndexError):
             for line in (self._proc / "stat").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""Queries to Ray: nodes, free resources, our named actors, the cause of an error."""
+"""Queries to Ray: nodes, free resources, named actors of this cluster, the cause of an error."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from cluster.core.node_labels import NodeLabels
 logger = logging.getLogger(__name__)
 
 NAMESPACE = "expertmesh"
-"""Ray namespace of all our actors."""
+"""Ray namespace of all actors of expertmesh."""
 HEAD_NODE = "node:__internal_head__"
 """Ray's own resource of the head node."""
 WORKERS_GROUP = "expertmesh-workers"
-"""Name of the placement group that reserves room for the workers of the start."""
+"""Name of the placement group that reserves resources for the workers of the start."""
 _ADDED = f"{WORKERS_GROUP}-"
-"""With a place: name of the placement group of a place that scaling has added."""
+"""Prefix of the name of the placement group of a place that scaling has added."""
 _TERM = "term-"
 _NUM_TRIES = 20
 _PAUSE_S = 0.2
@@ -43,10 +43,10 @@ _CALL_LIMIT_S = 10.0
 
 
 def cluster_nodes(*, is_strict: bool = False) -> tuple[NodeResources, ...]:
-    """Live nodes of the connected Ray cluster, by address.
+    """Return the live nodes of the connected Ray cluster, by address.
 
-    A node with an invalid label of ours is left out, and named in the log; if ``is_strict``,
-    ``ConfigError`` is raised instead.
+    A node with an invalid expertmesh label is skipped and logged; if ``is_strict``, ``ConfigError``
+    is raised instead.
     """
     found = cast("list[dict[str, Any]]", ray.nodes())  # type: ignore[no-untyped-call]
     nodes = []
@@ -79,7 +79,7 @@ def _warn_once(text: str) -> None:
 
 
 def draining_nodes() -> frozenset[str]:
-    """Ids of nodes that Ray drains, for example after SIGTERM to their ``ray start``.
+    """Return ids of nodes that Ray drains, for example after SIGTERM to their ``ray start``.
 
     A remote call; use a thread.
     """
@@ -87,25 +87,25 @@ def draining_nodes() -> frozenset[str]:
 
 
 def free_resources() -> dict[str, float]:
-    """Free resources by name."""
+    """Return the free resources by name."""
     return dict(ray.available_resources())  # type: ignore[no-untyped-call]
 
 
 def node_address() -> str:
-    """Cluster IP address of this process's node."""
+    """Return the cluster IP address of this process's node."""
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 def this_node_id() -> str:
-    """Ray's id of the calling process's node."""
+    """Return Ray's id of the calling process's node."""
     return str(ray.get_runtime_context().get_node_id())
 
 
 def this_actor_was_restarted() -> bool:
-    """Whether the calling actor runs in a second process, after its first one died."""
+    """Return whether Ray has restarted the calling actor in another process."""
     context = ray.get_runtime_context()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Ray's own use of what it has deprecated
+        warnings.simplefilter("ignore")  # Ray itself uses a deprecated call here
         for _ in range(_NUM_TRIES):
             answer = context.was_current_actor_reconstructed
             if isinstance(answer, bool):
@@ -117,7 +117,7 @@ def this_actor_was_restarted() -> bool:
 def call_this_actor(method: str) -> None:
     """Make Ray call a method of this actor after its constructor has returned.
 
-    Ray refuses calls to an actor that it is about to restart: they are repeated.
+    Ray rejects calls to an actor that it is about to restart, so the call is retried.
     """
     actor = ray.get_runtime_context().current_actor
 
@@ -127,33 +127,33 @@ def call_this_actor(method: str) -> None:
                 ray.get(getattr(actor, method).remote(), timeout=_CALL_LIMIT_S)
                 return
             except GetTimeoutError:
-                return  # it runs
+                return  # the method runs
             except RayError as err:
-                logger.debug("%s is called again: %s", method, type(err).__name__)
+                logger.debug("%s is retried: %s", method, type(err).__name__)
                 time.sleep(_PAUSE_S)
 
     threading.Thread(target=call, name=f"call-{method}", daemon=True).start()
 
 
 def our_actors() -> list[str]:
-    """Names of the live actors in our namespace."""
+    """Return the names of the live actors in ``NAMESPACE``."""
     entries = ray.util.list_named_actors(all_namespaces=True)
     return sorted(str(e["name"]) for e in entries if e["namespace"] == NAMESPACE)
 
 
 def with_process(actors: Mapping[str, Any]) -> list[str]:
-    """Names of the actors (name -> handle) to which Ray has given a process.
+    """Return the names of the actors (name -> handle) to which Ray has given a process.
 
-    Their constructors may still run, and Ray's state of an actor does not show the difference. A
-    remote call; use a thread.
+    Their constructors may still run; Ray's actor state does not show the difference. A remote call;
+    use a thread.
     """
     return [n for n, actor in actors.items() if state.actor_table(actor._actor_id.hex()).get("Pid")]
 
 
 def claim_term(identity: str) -> int:
-    """Claim, for one controller, a term above every claimed one.
+    """Claim a term above every claimed one for the controller ``identity``.
 
-    A remote call; use a thread. Ray keeps each term for its first claimant.
+    A remote call; use a thread. Ray stores the first claimant of each term.
     """
     while True:
         term = newest_term() + 1
@@ -162,10 +162,9 @@ def claim_term(identity: str) -> int:
 
 
 def newest_term(above: int = 0, but: str = "") -> int:
-    """The highest claimed term ``above`` another, not counting those of one controller; else 0.
+    """Return the highest term over ``above`` that a controller other than ``but`` claimed, or 0.
 
-    A claim that was given up, as Ray did not answer, may come through later. A remote call; use a
-    thread.
+    A claim that timed out may still take effect later. A remote call; use a thread.
     """
     keys = _internal_kv_list(_TERM, namespace=NAMESPACE)
     for term in sorted((int(key.removeprefix(_TERM.encode())) for key in keys), reverse=True):
@@ -178,16 +177,16 @@ def newest_term(above: int = 0, but: str = "") -> int:
 
 
 def kill_actors(names: Sequence[str]) -> None:
-    """Kill these actors of our namespace; unknown names are ignored."""
+    """Kill these actors in ``NAMESPACE``; unknown names are ignored."""
     for name in names:
         with contextlib.suppress(ValueError, RayError):
             ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
 
 
 def free_reserved_room() -> None:
-    """Remove our placement groups, also those of an earlier run; their actors end with them.
+    """Remove all placement groups of expertmesh, also of earlier runs, and all claimed terms.
 
-    The terms of that run are free again.
+    The actors in the groups end with them.
     """
     for group_id, entry in placement_group_table().items():
         is_ours = entry["name"] == WORKERS_GROUP or entry["name"].startswith(_ADDED)
@@ -197,12 +196,12 @@ def free_reserved_room() -> None:
 
 
 def name_of_added(place: str) -> str:
-    """Name of the placement group of a place that scaling has added."""
+    """Return the name of the placement group of a place that scaling has added."""
     return f"{_ADDED}{place}"
 
 
 def added_room() -> dict[str, PlacementGroup]:
-    """The placement groups of the places that scaling has added. A remote call; use a thread."""
+    """Return the placement groups of places that scaling has added. A remote call; use a thread."""
     return {
         entry["name"].removeprefix(_ADDED): ray.util.get_placement_group(entry["name"])
         for entry in placement_group_table().values()
@@ -211,7 +210,7 @@ def added_room() -> dict[str, PlacementGroup]:
 
 
 def words_of(error: BaseException) -> str:
-    """The cause of a Ray error in one line; the worker's own words if there are any."""
+    """Return the cause of a Ray error in one line; the worker's own error if there is one."""
     cause = error.cause if isinstance(error, RayTaskError) else None
     if cause is not None and not isinstance(cause, RayError):
         return f"{type(cause).__name__}: {cause}"

@@ -1,6 +1,6 @@
-"""Room for the workers: a placement group of Ray, with a bundle of resources for each.
+"""Resources reserved for the workers: a Ray placement group with one bundle for each worker.
 
-A place that scaling adds has a placement group of its own, for as long as it exists.
+A place that scaling adds has a placement group of its own for as long as the place exists.
 """
 
 from __future__ import annotations
@@ -32,24 +32,25 @@ _FREE_SHARE_S = 2.0
 
 @dataclass(slots=True)
 class Room:
-    """What is reserved for the workers of one cluster. All methods but ``bundle_for`` block."""
+    """The reserved resources of one cluster's workers. All methods except ``bundle_for`` block."""
 
     nodes: dict[str, str] = field(default_factory=dict)
-    """Worker name -> id of the node on which ``reserve`` has found room for it; never those of
-    workers that were found: their names may be given again."""
+    """Worker name -> id of the node on which ``reserve`` placed it. Workers that a restarted
+    controller found are not included, since their names may be used again.
+    """
     _group: PlacementGroup | None = None
     _added: dict[str, PlacementGroup] = field(default_factory=dict)
-    """By place, of those that scaling has added."""
+    """Place -> its placement group, for places that scaling has added."""
     _bundles: dict[str, int] = field(default_factory=dict)
-    """Worker name -> its bundle, of those of the start."""
+    """Worker name -> its bundle, for the workers of the start."""
     _roles: list[Role] = field(default_factory=list)
     """``[bundle]`` -> its role, if nodes are labelled for roles."""
 
     def reserve(self, workers: WorkersSection, limit_s: float) -> tuple[Member, ...]:
-        """Reserve room for all workers, spread over the nodes.
+        """Reserve resources for all workers, spread over the nodes.
 
-        Ranks are ordered by node, then index. Raises ``StartError`` if there is no room within
-        ``limit_s``.
+        Ranks are ordered by node, then index. Raises ``StartError`` if the resources are not
+        available within ``limit_s``.
         """
         ray_tools.free_reserved_room()
         share = resolved_share(workers)
@@ -78,16 +79,16 @@ class Room:
         return tuple(members)
 
     def find(self) -> None:
-        """Take the room that an earlier controller has reserved."""
+        """Look up the placement groups that an earlier controller has created."""
         self._group = ray.util.get_placement_group(ray_tools.WORKERS_GROUP)
         self._added = ray_tools.added_room()
 
     def add(self, place: str, role: Role, workers: WorkersSection) -> WorkerShare:
-        """Reserve room for a place that scaling adds, once; what its workers may reserve there.
+        """Reserve resources once for a place that scaling adds; returns the share of its workers.
 
-        Ray finds it later where there is none yet. Equal shares by default leave no CPU free on
-        the nodes of the start: a worker reserves none where no node has a share, unless the
-        cluster follows its nodes: it waits for another one then.
+        If no resources are free, Ray reserves them later. Equal CPU shares (the default) leave no
+        CPU free on the nodes of the start. In that case the worker reserves no CPU, unless the
+        cluster follows its nodes: then it waits for another node.
         """
         share = resolved_share(workers)
         group = self._added.get(place)
@@ -103,7 +104,7 @@ class Room:
         return share
 
     def release(self, places: Collection[str]) -> None:
-        """Give back the room of places that scaling has added; others keep theirs."""
+        """Release the resources of those of ``places`` that scaling has added."""
         for place in places:
             if place in self._added:
                 remove_placement_group(self._added[place])
@@ -113,16 +114,16 @@ class Room:
         return set(self._added)
 
     def bundle_for(self, name: str, role: Role, taken: Collection[int]) -> int:
-        """The reserved bundle of a worker, else a free one of its role; any bundle if the role does
-        not matter, or bundles are unknown to a restarted controller.
+        """Return the reserved bundle of a worker, else a free one of its role. Any bundle will do
+        if the role does not matter or a restarted controller does not know the bundles.
         """
         free = [b for b, r in enumerate(self._roles) if r == role and b not in taken]
         return self._bundles.get(name, free[0] if free else ANY_BUNDLE)
 
     def strategy(self, place: str, bundle: int) -> PlacementGroupSchedulingStrategy:
-        """Places an actor in the room that was added for its place, else in that bundle."""
+        """Return the strategy that puts an actor into the group of ``place`` or into ``bundle``."""
         group = self._added.get(place, self._group)
-        assert group is not None, "there is room before a worker starts"
+        assert group is not None, "resources are reserved before a worker starts"
         return PlacementGroupSchedulingStrategy(
             placement_group=group,
             placement_group_bundle_index=bundle,

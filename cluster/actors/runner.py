@@ -1,7 +1,7 @@
-"""Runs a controller: hands it events, and carries out the effects.
+"""Runs a controller: passes events to it and carries out its effects.
 
-``Controller`` decides, ``ControlServer`` carries frames, ``WorkerGroup`` starts and ends processes.
-All three run on the actor's event loop.
+``Controller`` decides, ``ControlServer`` transports frames, ``WorkerGroup`` starts and ends
+processes. All three run on the actor's event loop.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from cluster.tracing.disks import DiskMonitor
 from cluster.tracing.exporter import TraceExport, start_traces
 
 if TYPE_CHECKING:
-    from cluster.actors.worker_group import WorkerGroup  # which imports Ray
+    from cluster.actors.worker_group import WorkerGroup  # imports Ray
 
 logger = logging.getLogger(__name__)
 
@@ -54,22 +54,22 @@ _END_AGAIN_S = 1.0
 
 
 class Runner:
-    """One controller among its sockets and workers. Event loop of the actor only."""
+    """Connects one controller to its sockets and workers. Event loop of the actor only."""
 
     def __init__(self, group: WorkerGroup, background: Background) -> None:
         self.group = group
         self.background = background
         self.identity = secrets.token_hex(8)
-        """Distinguishes controllers of one term."""
+        """Distinguishes controllers that claim the same term."""
         self.controller: Controller | None = None
-        """None before the start, and once another one leads the workers."""
+        """None before the start, and after another controller has taken over."""
         self.failure = ""
-        """Why there is no controller; empty before the start."""
+        """Reason why there is no controller; empty before the start."""
         self.collector: ReportCollector | None = None
-        """Gets the workers' frames while a restarted actor collects reports; None otherwise."""
+        """Receives the workers' frames while a restarted actor collects reports; else None."""
         self.server: ControlServer | None = None
         self.plan: StartPlan | None = None
-        """With the configuration; None before the start."""
+        """Start plan with the configuration; None before the start."""
         self.gateways = Gateways(lambda: self.controller, background.notify)
         self.traces: TraceExport | None = None
         self._disks = DiskMonitor(lambda: [logs.OUTPUT.folder])
@@ -79,7 +79,7 @@ class Runner:
     # ---- begin and end --------------------------------------------------------------------
 
     async def open_server(self, token: str) -> ControlServer:
-        """Open a control server in place of an earlier one."""
+        """Open a control server, after closing an earlier one."""
         if self.server is not None:
             await self.server.close()
         self.server = ControlServer(token, self)
@@ -94,7 +94,7 @@ class Runner:
             members = await asyncio.to_thread(self.group.reserve, workers, _RESERVE_LIMIT_S)
             term = await self.group.claim(self.identity)
         except (ExpertMeshError, OSError):
-            assert self.server is not None, "it is there before it is opened"
+            assert self.server is not None, "open_server sets it before it can fail"
             await self.server.close()
             await self.group.end_all()
             raise
@@ -114,7 +114,7 @@ class Runner:
         logger.info("term %d: %d workers found", term, len(collected.greetings))
 
     async def stop(self) -> None:
-        """Release what is left once the workers have ended."""
+        """Close the server and the tasks after the workers have ended."""
         if self.server is not None:
             await self.server.close()
         if self.traces is not None:
@@ -142,7 +142,7 @@ class Runner:
         return Controller(cluster, ControllerSettings.of(plan.config), self._planner)
 
     def _run(self, controller: Controller, plan: StartPlan) -> None:
-        """Hand events to this controller from now on, and let time pass for it."""
+        """Make ``controller`` the active one and start its ticks."""
         self.controller, self.plan, self.failure = controller, plan, ""
         self.traces = start_traces(plan.config.observability.otlp_endpoint, "controller")
         self.background.spawn(self._tick_forever(controller))
@@ -150,7 +150,7 @@ class Runner:
         self._carry_out_all()
 
     def retire(self, reason: str) -> None:
-        """End this process: Ray restarts it, if it is the one that clients find, no stale one."""
+        """End this process. Ray then restarts the actor if clients can still find it by name."""
         logger.warning("this controller ends: %s", reason)
         self.controller, self.failure = None, reason
         self.background.notify()
@@ -159,7 +159,7 @@ class Runner:
     # ---- events in, effects out -------------------------------------------------------------
 
     def tell(self, event: Callable[[float], T]) -> T:
-        """The controller takes an event (its method, but for the time), with all effects."""
+        """Call a controller method with the current time, then carry out the resulting effects."""
         try:
             return event(time.monotonic())
         finally:
@@ -170,7 +170,7 @@ class Runner:
             for effect in effects:
                 try:
                     self._carry_out(effect)
-                except Exception:  # those after it must still happen
+                except Exception:  # later effects must still be carried out
                     logger.exception("%s failed", type(effect).__name__)
         self.background.notify()
 
@@ -204,7 +204,7 @@ class Runner:
         if isinstance(frame, Superseded) and target is not None:
             self.retire(f"{worker} follows another controller, of term {frame.term}")
         elif target is not None and isinstance(frame, Alive):
-            target.frame(worker, frame, time.monotonic())  # frequent, and nobody waits for it
+            target.frame(worker, frame, time.monotonic())  # frequent, and no call waits for it
         elif target is not None:
             try:
                 self.tell(partial(target.frame, worker, frame))
@@ -221,7 +221,7 @@ class Runner:
     # ---- tasks ----------------------------------------------------------------------------
 
     async def _bring_up(self, members: Sequence[Member], plan: StartPlan) -> None:
-        """Create actors, and watch them until they have called."""
+        """Create actors, and watch them until they have connected."""
         server, names = self.server, [m.name for m in members]
         assert server is not None
         try:
@@ -237,8 +237,8 @@ class Runner:
             self.retire(str(err))
         except StartError as err:
             self._died(err.part, err.reason)
-        except Exception as err:  # any error of Ray must be reported: the start must not hang
-            logger.exception("workers could not be created")
+        except Exception as err:  # report any error of Ray, so that the start cannot hang
+            logger.exception("could not create workers")
             error = f"{type(err).__name__}: {err}"
             if self.controller is not None:
                 self.tell(partial(self.controller.fail_start, error))
@@ -258,16 +258,14 @@ class Runner:
         order: Callable[[], Awaitable[None]],
         event: Callable[[float], None] = lambda now: None,
     ) -> None:
-        """Give an order to Ray, again after each error, until it is carried out; then tell the
-        controller of the event.
-        """
+        """Repeat a call to Ray until it succeeds, then pass ``event`` to the controller."""
         while self.controller is not None:
             try:
                 await order()
             except SupersededError as err:
                 self.retire(str(err))
             except Exception:  # any error of Ray
-                logger.exception("an order to end or release workers failed, trying again")
+                logger.exception("could not end or release workers, trying again")
                 await asyncio.sleep(_END_AGAIN_S)
             else:
                 if self.controller is not None:
@@ -287,7 +285,7 @@ class Runner:
             self.gateways.drop_silent()
 
     def _watch_starvation(self, controller: Controller) -> None:
-        """Tell the controller how long late workers of this host waited for a processor."""
+        """Report to the controller how long late workers of this host waited for a processor."""
         suspects = controller.detection.suspects(time.monotonic())
         waits = self._waits.take(suspects.values())
         found = {name: waits[pid] for name, pid in suspects.items() if waits[pid]}
@@ -295,20 +293,20 @@ class Runner:
             self.tell(partial(controller.detection.starved, found))
 
     async def _watch_nodes(self, controller: Controller) -> None:
-        """Drain the workers of nodes that will leave; follow the nodes, or fill places again."""
+        """Drain the workers of nodes that will leave, then follow the nodes or refill places."""
         while self._leads(controller):
             await asyncio.sleep(_NODES_S)
             try:
                 leaving, nodes = await asyncio.to_thread(
                     lambda: (self.group.draining_nodes(), self.group.resources())
                 )
-            except Exception as err:  # any error of Ray: the next round asks again
-                logger.debug("the nodes cannot be listed: %s", err)
+            except Exception as err:  # any error of Ray: retried in the next round
+                logger.debug("could not list the nodes: %s", err)
                 continue
             try:
                 self._saw_nodes(controller, leaving, nodes)
-            except Exception:  # the next round looks again
-                logger.exception("the nodes could not be followed")
+            except Exception:  # retried in the next round
+                logger.exception("could not follow the nodes")
 
     def _saw_nodes(
         self, controller: Controller, leaving: Collection[str], nodes: Sequence[NodeResources]

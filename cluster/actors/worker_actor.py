@@ -1,4 +1,4 @@
-"""One worker actor: how it is called, and how its process ends."""
+"""Calls to one worker actor, and the end of its process."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 CALL_LIMIT_S = 5.0
-"""Longest wait for an answer of Ray or of a worker."""
+"""Longest wait for a reply of Ray or of a worker."""
 
 
 @dataclass(slots=True)
 class ActorCalls:
-    """Decides how far a call of one worker actor may be trusted. Owned by ``WorkerGroup``."""
+    """Calls one worker actor and interprets Ray's errors. Owned by ``WorkerGroup``."""
 
     name: str
     handle: Any
     node_id: str
-    """Id of its node; empty until it has introduced itself."""
+    """Id of its node; empty before ``introduce``."""
     bundle: int = ANY_BUNDLE
     """The reserved bundle that it runs in."""
     process: ProcessIdentity | None = None
-    """None until it has introduced itself."""
+    """Process of the actor; None before ``introduce``."""
 
     async def introduce(self) -> dict[str, Any]:
-        """Learn its process and node; the arguments that it was made with. Raises Ray's errors."""
+        """Record its process and node; returns its constructor arguments. Raises Ray's errors."""
         call: Any = self.handle.__ray_call__.remote
         arguments: dict[str, Any]
         arguments, self.process, self.node_id = await call(_introduce)
         return arguments
 
     async def start(self) -> None:
-        """Call its ``start``. Raises ``StartError`` with its own words."""
+        """Call its ``start``. Raises ``StartError`` with the worker's own error text."""
         try:
             await self.introduce()
             await self.handle.start.remote()
@@ -55,7 +55,7 @@ class ActorCalls:
             raise StartError(self.name, ray_tools.words_of(err)) from err
 
     async def log(self, after: int) -> tuple[int, list[str]]:
-        """The newest lines of its log. Raises ``NotReadyError`` if it does not answer."""
+        """Return the newest lines of its log. Raises ``NotReadyError`` if it does not reply."""
         try:
             call = self.handle.log.remote(after)
             found: tuple[int, list[str]] = await asyncio.wait_for(call, CALL_LIMIT_S)
@@ -80,19 +80,19 @@ class ActorCalls:
             raise
 
     async def death(self) -> str | None:
-        """Ray's reason if it is dead; None while it lives, or may live."""
+        """Return Ray's reason if the actor is dead; None while it is alive, or may be."""
         try:
             await asyncio.wait_for(self.handle.ping.remote(), CALL_LIMIT_S)
         except ActorUnavailableError:
-            return None  # the network may recover; a death would be ActorDiedError
+            return None  # the network may recover; a dead actor raises ActorDiedError
         except (RayActorError, RayTaskError) as err:
-            return ray_tools.words_of(err)  # dead, or its ping says why it cannot continue
+            return ray_tools.words_of(err)  # dead, or its ping raised why it cannot continue
         except (TimeoutError, RayError):
-            return None  # busy: the start limit covers that
+            return None  # busy: covered by the start limit
         return None
 
     async def stop(self, term: int, identity: str, limit_s: float) -> bool:
-        """Have it end by itself; whether it did. Raises ``SupersededError``."""
+        """Call its ``stop``; returns whether it succeeded. Raises ``SupersededError``."""
         try:
             await asyncio.wait_for(self.handle.stop.remote(term, identity), limit_s)
         except (RayError, TimeoutError) as err:
@@ -102,7 +102,7 @@ class ActorCalls:
         return True
 
     async def kill(self, is_stopped: bool) -> None:
-        """End it by Ray, and its process by process id unless that has ended by itself."""
+        """Kill the actor through Ray, and its process by process id unless it has already ended."""
         if not is_stopped:
             await self._kill_process()
         with contextlib.suppress(RayError, ValueError, TimeoutError):
@@ -111,13 +111,13 @@ class ActorCalls:
             await self._kill_process()
 
     async def _is_gone(self) -> bool:
-        """Whether the process ended; for a remote one its own ``stop`` is trusted."""
+        """Return whether the process ended; on a remote node, a successful ``stop`` suffices."""
         if self.process is None or self.node_id != ray_tools.this_node_id():
             return True
         return await asyncio.to_thread(wait_gone, self.process, 1.0)
 
     async def _kill_process(self) -> None:
-        """SIGKILL on its node: Ray lets a stopped process live for seconds."""
+        """Send SIGKILL on its node, since Ray lets a stopped process live for seconds."""
         if self.process is None:
             return
         if self.node_id == ray_tools.this_node_id():
@@ -127,7 +127,7 @@ class ActorCalls:
         where = NodeAffinitySchedulingStrategy(self.node_id, soft=False)
         task = ray.remote(kill_process).options(num_cpus=0, scheduling_strategy=where)
         with contextlib.suppress(RayError, TimeoutError):
-            killing = await in_time(task.remote, self.process)  # exports it to Ray's head
+            killing = await in_time(task.remote, self.process)  # exports the function to Ray's head
             await asyncio.wait_for(killing, CALL_LIMIT_S)
 
 
@@ -137,11 +137,11 @@ async def in_time(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 
 def _introduce(actor: Any) -> tuple[dict[str, Any], ProcessIdentity, str]:
-    """Runs in a worker: its arguments, its process, its node."""
+    """Runs in a worker. Returns its arguments, its process and its node id."""
     return actor.describe(), describe_self(), ray_tools.this_node_id()
 
 
 def _raise_superseded(err: Exception) -> None:
-    """Raise ``SupersededError`` if a worker has answered with it."""
+    """Raise ``SupersededError`` if the worker raised it."""
     if isinstance(err, RayTaskError) and isinstance(err.cause, SupersededError):
         raise err.cause from err

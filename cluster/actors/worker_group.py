@@ -38,14 +38,14 @@ _POLL_S = 0.05
 
 @dataclass(slots=True)
 class WorkerGroup:
-    """All worker actors of one cluster. Made by the launcher, owned by the controller actor."""
+    """All worker actors of one cluster. Created by the launcher, owned by the controller actor."""
 
     classes: Mapping[Role, Any]
-    """Actor classes of the roles, plain or made with ``ray.remote``."""
+    """Actor class of each role, plain or decorated with ``ray.remote``."""
     stop_limit_s: float = 2.0
     """Time that a worker's own ``stop`` may take."""
     room: Room = field(default_factory=Room)
-    """Reserved for the workers."""
+    """Resources reserved for the workers."""
     _actors: dict[str, ActorCalls] = field(default_factory=dict)
     _ending: set[asyncio.Future[None]] = field(default_factory=set)
     _term: int = 0
@@ -53,9 +53,9 @@ class WorkerGroup:
     _placing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while an actor's bundle is chosen and the actor is created."""
     _remote_classes: dict[Role, Any] = field(default_factory=dict)
-    """Made once: Ray keeps each class that was made, here and in its gcs."""
+    """Remote class of each role. Created once, since Ray stores every created class in its GCS."""
     _withdrawn: set[str] = field(default_factory=set)
-    """Workers that were to be ended before they were created."""
+    """Workers that were ended before they were created."""
 
     # called by the controller actor, which tests run without Ray
     address = staticmethod(ray_tools.node_address)
@@ -65,24 +65,24 @@ class WorkerGroup:
     draining_nodes = staticmethod(ray_tools.draining_nodes)
 
     def homes(self) -> dict[str, str]:
-        """Workers and the ids of their nodes, as far as these are known."""
+        """Return worker name -> id of its node; the id is empty while unknown."""
         return {name: actor.node_id for name, actor in list(self._actors.items())}
 
     def resources(self) -> tuple[NodeResources, ...]:
-        """The live nodes; a remote call, use a thread."""
+        """Return the live nodes. A remote call; use a thread."""
         return ray_tools.cluster_nodes()
 
     def added_places(self) -> set[str]:
-        """Places that scaling has added and that have room reserved."""
+        """Return the places that scaling has added and for which resources are reserved."""
         return self.room.added_places()
 
     def end_this_process(self) -> None:
         os._exit(1)
 
     async def claim(self, identity: str) -> int:
-        """Claim a term for this controller, above all before; workers are ended in its name.
+        """Claim the next term for this controller. Later calls to workers carry this term.
 
-        Raises ``TimeoutError`` if Ray does not answer.
+        Raises ``TimeoutError`` if Ray does not reply.
         """
         self._term = await worker_actor.in_time(ray_tools.claim_term, identity)
         self._identity = identity
@@ -95,15 +95,15 @@ class WorkerGroup:
             raise SupersededError(f"term {newest} is claimed, this controller has {self._term}")
 
     def reserve(self, workers: WorkersSection, limit_s: float) -> tuple[Member, ...]:
-        """See ``Room``. Blocks; use a thread."""
+        """Reserve resources for all workers, see ``Room.reserve``. Blocks; use a thread."""
         return self.room.reserve(workers, limit_s)
 
     async def start(self, members: Sequence[Member], plan: StartPlan, address: str) -> None:
-        """Create actors and call their ``start``. The caller undoes a failure by ``end_all``.
+        """Create actors and call their ``start``. After a failure the caller must call ``end_all``.
 
-        Those of places that were not there at the start get room of their own, others without a
-        reserved bundle that of a lost worker, once that is free. Raises ``StartError`` with the
-        first failing worker's own words, and ``SupersededError``.
+        A place added by scaling gets a placement group of its own. Another worker without a
+        reserved bundle uses the bundle of a lost worker once it is free. Raises ``StartError`` with
+        the error text of the first worker that fails, and ``SupersededError``.
         """
         await self.check_term()
         await _free_names([m.name for m in members])
@@ -133,9 +133,10 @@ class WorkerGroup:
         await _all_or_first_error(created)
 
     async def watch_creation(self, names: Sequence[str], on_process: Callable[[str], None]) -> None:
-        """Report those of the workers that ``start`` creates whose processes run; cancel it then.
+        """Report workers as soon as ``start`` has created their processes. Cancel it after
+        ``start``.
 
-        A constructor may still run; a worker that waits for room has no process.
+        A constructor may still run. A worker that waits for resources has no process.
         """
         waiting = list(names)
         while waiting:
@@ -149,7 +150,7 @@ class WorkerGroup:
     async def watch(
         self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
     ) -> None:
-        """Report workers that die before they have called, until all have."""
+        """Report workers that die before they connect; returns once all are connected or dead."""
         waiting = list(self._actors.values())
         while waiting:
             await asyncio.sleep(_PING_S)
@@ -161,10 +162,10 @@ class WorkerGroup:
                     on_died(actor.name, words)
 
     async def find(self, limit_s: float) -> tuple[ExistingWorker, ...]:
-        """Workers of an earlier controller that still live, found by name.
+        """Find the live workers of an earlier controller by name.
 
-        A worker that does not answer within ``limit_s`` is left out, but ``names`` and ``end`` know
-        it. Raises ``TimeoutError`` if neither workers nor Ray answer.
+        A worker that does not reply within ``limit_s`` is not returned, but ``names`` and ``end``
+        include it. Raises ``TimeoutError`` if no worker replies, or Ray does not.
         """
         self._actors.clear()
         async with asyncio.timeout(limit_s):
@@ -180,31 +181,31 @@ class WorkerGroup:
         return found
 
     def names(self) -> list[str]:
-        """Workers that were started or found, answering or not, and not ended."""
+        """Return the workers that were started or found, and not ended, even if silent."""
         return list(self._actors)
 
     async def log(self, name: str, after: int) -> tuple[int, list[str]]:
-        """The newest lines of a worker's log; see ``RecentLines.since``.
+        """Return the newest lines of a worker's log, see ``RecentLines.since``.
 
-        Raises ``UnknownNameError``, and ``NotReadyError`` where it does not answer.
+        Raises ``UnknownNameError``, and ``NotReadyError`` if the worker does not reply.
         """
         if name not in self._actors:
             raise UnknownNameError(f"no worker {name[:64]!r} runs")
         return await self._actors[name].log(after)
 
     async def redirect(self, name: str, control_address: str) -> None:
-        """Send a found worker the controller's new address.
+        """Send a worker that was found the controller's new address.
 
-        Raises ``SupersededError``, ``ProcessLookupError`` for one that has died, and Ray's errors.
+        Raises ``SupersededError``, ``ProcessLookupError`` if the worker has died, and Ray's errors.
         """
         await self._actors[name].redirect(control_address, self._term, self._identity)
 
     async def end(self, names: Sequence[str]) -> None:
-        """End these workers: by their own ``stop``, then by process id, then by Ray.
+        """End these workers: by their own ``stop``, then through Ray and by process id.
 
-        Raises ``SupersededError``, and ``TimeoutError`` if Ray does not say whether that is so.
+        Raises ``SupersededError``, and ``TimeoutError`` if Ray does not reply to the term check.
         """
-        self._withdrawn.update(n for n in names if n not in self._actors)  # they may come yet
+        self._withdrawn.update(n for n in names if n not in self._actors)  # may still be created
         actors = [self._actors.pop(n) for n in names if n in self._actors]
         tasks = [asyncio.ensure_future(self._end_actor(a)) for a in actors]
         self._ending.update(tasks)
@@ -215,14 +216,14 @@ class WorkerGroup:
             raise error
 
     async def end_all(self) -> None:
-        """End every worker and release the reserved room. Raises ``SupersededError``."""
+        """End every worker and release the reserved resources. Raises ``SupersededError``."""
         await self.check_term()
         await self.end(self.names())
         await asyncio.gather(*self._ending)
         await worker_actor.in_time(ray_tools.free_reserved_room)
 
     async def release(self, places: Sequence[str]) -> None:
-        """Give back the room of places that scaling has removed. Raises ``SupersededError``."""
+        """Release the resources of places that scaling has removed. Raises ``SupersededError``."""
         await self.check_term()
         async with self._placing:
             await worker_actor.in_time(self.room.release, places)
@@ -234,7 +235,7 @@ class WorkerGroup:
         return self._remote_classes[role]
 
     def _check_wanted(self, name: str) -> None:
-        """Raise ``StartError`` if the worker was to be ended before it was created."""
+        """Raise ``StartError`` if the worker was ended before it was created."""
         if name in self._withdrawn:
             raise StartError(name, "it is not wanted any more")
 
@@ -244,12 +245,12 @@ class WorkerGroup:
                 handle = await asyncio.to_thread(ray.get_actor, name, namespace=ray_tools.NAMESPACE)
                 actor = self._actors[name] = ActorCalls(name, handle, "")
                 while True:
-                    with contextlib.suppress(ActorUnavailableError):  # this call is lost, no more
+                    with contextlib.suppress(ActorUnavailableError):  # only this call is lost
                         answer = await actor.introduce()
                         break
                     await asyncio.sleep(_POLL_S)
         except (TimeoutError, RayError, ValueError) as err:
-            logger.warning("%s is not found again: %s", name, type(err).__name__)
+            logger.warning("could not find %s again: %s", name, type(err).__name__)
             if not isinstance(err, TimeoutError):
                 self._actors.pop(name, None)
             return None
@@ -281,11 +282,11 @@ class WorkerGroup:
     def _ended(self, actor: ActorCalls, task: asyncio.Future[None]) -> None:
         self._ending.discard(task)
         if task.cancelled() or task.exception() is not None:
-            self._actors.setdefault(actor.name, actor)  # it may live: another call tries again
+            self._actors.setdefault(actor.name, actor)  # it may be alive: a later call tries again
 
 
 async def _free_names(names: Sequence[str]) -> None:
-    """Kill actors of an earlier run with these names. Raises ``StartError`` if one stays."""
+    """Kill actors of an earlier run with these names. Raises ``StartError`` if one does not end."""
     deadline = asyncio.get_running_loop().time() + worker_actor.CALL_LIMIT_S
     while taken := sorted(set(names) & set(await asyncio.to_thread(ray_tools.our_actors))):
         if asyncio.get_running_loop().time() > deadline:
@@ -295,7 +296,7 @@ async def _free_names(names: Sequence[str]) -> None:
 
 
 async def _all_or_first_error(calls: Sequence[Awaitable[None]]) -> None:
-    """Wait for all; the first error ends the waiting and is raised."""
+    """Wait for all calls; raise the first error and cancel the other calls."""
     tasks = [asyncio.ensure_future(c) for c in calls]
     try:
         await asyncio.gather(*tasks)
