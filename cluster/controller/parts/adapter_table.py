@@ -1,4 +1,4 @@
-"""The adapters that the workers have, or that they load or free."""
+"""The adapters that the attention workers have, load or free."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from cluster.core.states import AdapterState, next_state
 
 
 class AdapterTable:
-    """Decides which adapter a name means. Changed by ``Adapters`` only."""
+    """Resolves adapter names. Only ``Adapters`` changes it."""
 
     def __init__(self) -> None:
         self.by_key: Mapping[str, KeptAdapter] = {}
         self.was_ordered = False
-        """Workers may have adapters."""
+        """Whether workers may have received a command about adapters."""
 
     def restore(self, kept: Iterable[KeptAdapter], was_ordered: bool) -> None:
-        """Continue for an earlier controller."""
+        """Restore the table of an earlier controller."""
         self.by_key = {k.adapter.key: k for k in kept}
         self.was_ordered = was_ordered
 
@@ -29,7 +29,7 @@ class AdapterTable:
         return [kept for kept in self.by_key.values() if kept.state is state]
 
     def named(self, name: str) -> KeptAdapter | None:
-        """The adapter of a name, unless it is being unloaded."""
+        """Return the adapter with this name, unless it is being unloaded; None if there is none."""
         return next(
             (
                 kept
@@ -40,7 +40,7 @@ class AdapterTable:
         )
 
     def add(self, name: str, path: str, tenants: tuple[str, ...], number: int) -> KeptAdapter:
-        """An adapter that was requested with the command of this number."""
+        """Add an adapter in state LOADING; ``number`` is the number of its load command."""
         adapter = Adapter(key=f"{name}@{number}", name=name, path=path, tenants=tenants)
         kept = KeptAdapter(adapter=adapter, state=AdapterState.LOADING, number=number)
         self._put(kept)
@@ -52,12 +52,13 @@ class AdapterTable:
         self._put(replace(kept, state=next_state(kept.state, state)))
 
     def remove(self, key: str) -> None:
-        """Workers free it."""
+        """Remove an adapter that the workers free."""
         self.by_key = {k: kept for k, kept in self.by_key.items() if k != key}
 
     def compare_digests(self, digests: Mapping[str, str]) -> list[str]:
-        """Keep the digests of the files that a worker has read; adapters of which other workers
-        have read other files.
+        """Record the digests of adapter files that a worker has read.
+
+        Returns the keys of adapters for which other workers have read different files.
         """
         differing = []
         for key, digest in digests.items():
@@ -69,7 +70,7 @@ class AdapterTable:
         return differing
 
     def note_lacking(self, worker: str, keys: Collection[str]) -> list[str]:
-        """Note the adapters that a worker could not load; those for which this has changed."""
+        """Record the adapters that a worker could not load; returns the changed ones."""
         changed = []
         for key, kept in list(self.by_key.items()):
             if (key in keys) != (worker in kept.lacking):
@@ -79,7 +80,7 @@ class AdapterTable:
         return changed
 
     def to_list(self) -> list[dict[str, Any]]:
-        """All of them, fit for JSON."""
+        """Return all adapters, fit for JSON."""
         return [
             {
                 "name": kept.adapter.name,

@@ -13,25 +13,25 @@ from cluster.planner.stages import SlotFill, Stage
 
 
 class DrainCommand(OperationCommand, frozen=True, kw_only=True):
-    """Which workers to drain."""
+    """Command to drain workers."""
 
     kind = "drain"
     content = ("worker", "node", "force")
 
     worker: str = ""
-    """Name of one worker."""
+    """Name of a worker; empty for a drain of a node."""
     node: str = ""
-    """Name of a node: all its workers."""
+    """Name of a node; all its workers are drained."""
     requested_by: tuple[str, ...] = ()
     """Workers that requested the drain themselves; empty for a client's command."""
     limit_s: float
     """Time in which the workers must have left."""
     force: bool = False
-    """After the limit the workers leave in any case."""
+    """Whether workers leave after the limit even if they still have requests."""
 
 
 class DrainStep(Enum):
-    """What a drain waits for; the value is for people."""
+    """Step of a drain; the value is shown to users."""
 
     SETTLE = "wait for a running generation"
     COPY = "copy experts to other workers"
@@ -51,23 +51,23 @@ _NEXT = {
 
 @dataclass(kw_only=True, slots=True)
 class Drain(Timed):
-    """A running drain, as the workers keep it for the next controller."""
+    """A running drain; the workers store it for the next controller."""
 
     names: tuple[str, ...]
     command: DrainCommand
     removes_places: bool = False
-    """The cluster is scaled down: no workers start in the places of these."""
+    """Whether the cluster is scaled down: the places of these workers are removed."""
     step: DrainStep = DrainStep.SETTLE
     before: ExpertPlacement | None = None
-    """The maps from before the drain; None if it has changed none."""
+    """The placement before the drain; None if the drain has not changed it."""
     copied_in: int = 0
-    """Generation of those maps: until it ends the workers hold what they name."""
+    """Generation in which the drain copied experts; until it ends, workers keep the old copies."""
     outcome: tuple[OperationState, str] | None = None
-    """How and why the drain ends once it is undone."""
+    """State and message with which the drain ends after it is rolled back."""
 
     @property
     def workers(self) -> str:
-        """Its workers, for people."""
+        """Names of its workers, for messages."""
         return " and ".join(self.names)
 
     def enter(self, step: DrainStep) -> None:
@@ -75,19 +75,19 @@ class Drain(Timed):
         self.resume(next_state(self.step, step, _NEXT))
 
     def resume(self, step: DrainStep) -> None:
-        """Begin, or go on for an earlier controller, with this step."""
+        """Begin this step, or continue it after a restart of the controller."""
         self.step = step
         self.operation.phase = step.value
         self.operation.progress = list(DrainStep).index(step) / len(DrainStep)
 
     def way_back(self, now: ExpertPlacement, generation: Generation) -> Stage | None:
-        """From the maps in force to those from before the drain; None if no change is needed."""
+        """Return the stage from placement ``now`` back to ``before``; None if none is needed."""
         before = self.before
         if before is None or before.banks == now.banks:
             return None
         wanted = _slots(before)
         if {device for _, device, _, _ in wanted} - {m.device for m in generation.experts}:
-            return None  # some of them have left
+            return None  # some of its workers have left
         kept = wanted if generation.number == self.copied_in else _slots(now)
         fills = [
             SlotFill(
@@ -103,7 +103,7 @@ class Drain(Timed):
 
 
 def _slots(placement: ExpertPlacement) -> set[tuple[int, int, int, int]]:
-    """(bank, device, slot, expert) of every copy."""
+    """Return (bank, device, slot, expert) of every copy."""
     return {
         (bank, device, slot, expert)
         for bank, maps in enumerate(placement.banks)

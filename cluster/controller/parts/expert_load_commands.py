@@ -1,4 +1,4 @@
-"""Orders to workers to load experts, and which of them are not answered yet."""
+"""Commands to workers to load experts; tracks those without a reply."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from cluster.core.frames import LoadExperts
 from cluster.planner.stages import SlotFill
 
 CHECKPOINT = -1
-"""Stands for the checkpoint among devices that an expert may come from."""
+"""Stands for the checkpoint in places where a source device is expected."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertLoadCommand:
-    """An order without an answer yet."""
+    """A load command whose reply is pending."""
 
     worker: str
     fills: tuple[SlotFill, ...]
     epoch: int
-    """Placement epoch of the controller at the order; workers with a later one refuse it."""
+    """Placement epoch of the controller at the command; workers with a later one reject it."""
     began_at: float
-    """Monotonic time of the order."""
+    """Monotonic time of the command."""
     source: int
-    """Device that the experts come from."""
+    """Device from which the experts are read."""
     tried: frozenset[int]
     """Sources that have failed."""
 
 
 class ExpertLoadCommands:
-    """The orders of one recovery or of one change of the placement."""
+    """The pending load commands of one recovery or of one placement change."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self.pending: dict[int, ExpertLoadCommand] = {}
-        """By number."""
+        """Pending commands by number."""
 
     def send(
         self,
@@ -48,7 +48,7 @@ class ExpertLoadCommands:
         tried: frozenset[int] = frozenset(),
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        """Order a worker to load; ``details`` are for ``LoadExperts.source``."""
+        """Send a load command to a worker; ``details`` are fields of ``LoadExperts.source``."""
         number, epoch = next(self._cluster.order_numbers), self._cluster.placement.epoch
         self.pending[number] = ExpertLoadCommand(
             worker=worker, fills=tuple(fills), epoch=epoch, began_at=now, source=source, tried=tried
@@ -62,23 +62,23 @@ class ExpertLoadCommands:
         self._cluster.send(frame, worker)
 
     def answered(self, worker: str, number: int) -> ExpertLoadCommand | None:
-        """Take an order off the list; None for an unknown one."""
+        """Remove and return the command with this number; None if it is unknown."""
         order = self.pending.get(number)
         if order is None or order.worker != worker:
             return None
         return self.pending.pop(number)
 
     def drop(self, workers: Collection[str]) -> None:
-        """Forget the orders of lost workers."""
+        """Forget the commands to lost workers."""
         self.pending = {n: o for n, o in self.pending.items() if o.worker not in workers}
 
     def take_overdue(self, now: float, limit_s: float) -> list[ExpertLoadCommand]:
-        """Take the orders off the list that have had no answer for longer than ``limit_s``."""
+        """Remove and return the commands without a reply after ``limit_s``."""
         late = [n for n, order in self.pending.items() if now - order.began_at > limit_s]
         return [self.pending.pop(number) for number in late]
 
     def give_up(self) -> None:
-        """Have the workers stop what they have not finished, and forget it."""
+        """Make the workers stop unfinished commands, and forget the commands."""
         for worker in sorted({o.worker for o in self.pending.values()}):
             number = next(self._cluster.order_numbers)
             order = LoadExperts(order=number, experts=[], source={"kind": "give up"})
@@ -87,5 +87,5 @@ class ExpertLoadCommands:
 
     @property
     def is_pending(self) -> bool:
-        """Some order is not answered."""
+        """Whether any command has no reply yet."""
         return bool(self.pending)

@@ -12,10 +12,9 @@ from cluster.core.metric_families import PlainFamily, new_registry, to_plain
 from cluster.core.topology import Role
 
 MoveReason = Literal["rebalance", "recovery", "drain", "scale"]
-"""The load asked for it; a lost worker's experts are loaded again; a worker is drained; workers
-are added or removed."""
+"""Cause of a move of weights: a rebalance, a lost worker, a drain or a scaling."""
 RebalanceOutcome = Literal["applied", "skipped_gain", "skipped_churn", "failed", "cancelled"]
-"""How a decision to rebalance ends."""
+"""Result of a decision to rebalance."""
 _OUTCOMES: tuple[RebalanceOutcome, ...] = get_args(RebalanceOutcome)
 _SWITCH_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _MIGRATION_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -23,10 +22,10 @@ _RECOVERY_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
 class ControllerMetrics:
-    """Owned by the controller."""
+    """Prometheus metrics. Owned by the controller."""
 
     def __init__(self, roles: Iterable[Role]) -> None:
-        """Of a cluster with workers of these roles."""
+        """``roles``: roles of the workers of the cluster."""
         self._registry = new_registry()
         counter = partial(Counter, registry=self._registry)
         histogram = partial(Histogram, registry=self._registry)
@@ -53,7 +52,7 @@ class ControllerMetrics:
             ["cause"],
             buckets=_RECOVERY_S,
         )
-        for outcome in _OUTCOMES:  # counters begin at 0
+        for outcome in _OUTCOMES:  # create the label sets, so that counters start at 0
             self._decisions.labels(outcome)
         for role in roles:
             self._recoveries.labels(f"{role}_worker")
@@ -63,25 +62,25 @@ class ControllerMetrics:
                 moved.labels(reason)
 
     def decided(self, outcome: RebalanceOutcome) -> None:
-        """A decision to rebalance has ended."""
+        """Count a decision to rebalance that has ended."""
         self._decisions.labels(outcome).inc()
 
     def switched(self, stall_s: float) -> None:
-        """A placement epoch came into force, and steps waited ``stall_s`` for it."""
+        """Record a new placement epoch; steps waited ``stall_s`` for it."""
         self._switches.observe(stall_s)
 
     def moved(self, reason: MoveReason, num_slots: int, num_bytes: int, seconds: float) -> None:
-        """One change filled ``num_slots`` slots with ``num_bytes`` bytes in ``seconds``."""
+        """Record a move of ``num_bytes`` bytes into ``num_slots`` slots in ``seconds``."""
         self._slots.labels(reason).inc(num_slots)
         self._bytes.labels(reason).inc(num_bytes)
         self._seconds.labels(reason).observe(seconds)
 
     def recovered(self, roles: Iterable[Role], seconds: float) -> None:
-        """A generation runs, ``seconds`` after the loss of workers of these roles."""
+        """Record a recovery: a generation runs ``seconds`` after the loss of these roles."""
         for role in roles:
             self._recoveries.labels(f"{role}_worker").inc()
             self._stalls.labels(f"{role}_worker").observe(seconds)
 
     def to_plain(self) -> list[PlainFamily]:
-        """All families, fit for JSON."""
+        """Return all metric families, fit for JSON."""
         return to_plain(self._registry)

@@ -1,4 +1,4 @@
-"""The start of an operation: one order of checks for every kind."""
+"""The start of an operation: the checks for every kind, in one order."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ C = TypeVar("C", bound=OperationCommand, contravariant=True)
 
 
 class OperationKind(Protocol[C]):
-    """One kind of operation, as its start needs it. Both methods change nothing."""
+    """Methods of one kind of operation that its start needs. They change nothing."""
 
     def target(self, command: C) -> str:
-        """The target of the operation, for people. Raises an error for an invalid command."""
+        """Describe the target of the operation. Raises an error for an invalid command."""
 
     def prepare(self, command: C) -> Callable[[Operation, float], None]:
-        """The function that carries out the first step of the operation, given the time.
+        """Return a function that runs the first step, given the operation and the time.
 
-        Raises ``ConflictError`` if it cannot begin now.
+        Raises ``ConflictError`` if the operation cannot begin now.
         """
 
 
 def start_operation(command: C, kind: OperationKind[C], cluster: Cluster, now: float) -> Operation:
-    """Start an operation, or find the one that the same command started.
+    """Start an operation, or return the one that an equal command has already started.
 
-    Raises ``ConflictError`` and the errors of ``kind``; nothing has changed then.
+    Raises ``ConflictError`` and the errors of ``kind``; the cluster is unchanged in that case.
     """
     operations = cluster.operations
     repeated = operations.find_repeated(command, cluster.placement.epoch)
