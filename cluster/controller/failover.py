@@ -1,9 +1,9 @@
-"""Controller failover: a restarted controller collects reports, and restores its state from them.
+"""Controller failover: a restarted controller restores its state from worker reports.
 
-    every worker that still lives calls: Register, WorkerReady, WorkerReport (and PeerLost if it
-    lost one)
+    every live worker connects and sends Register, WorkerReady, WorkerReport (and
+    PeerLost if it lost a peer)
         ─▶ the newest generation that any of them knows, its maps
-        ─▶ all its members run it: it goes on.   Otherwise: the next generation, of those that live
+        ─▶ if all its members run it, it continues; otherwise the live ones form the next one
 
 The workers also keep state that only the controller needs (the history, lost workers and reasons):
 they receive it in a ``ControllerSnapshot`` and return it in ``WorkerReport``.
@@ -38,7 +38,7 @@ _NO_GENERATION = Generation(number=0, members=())
 
 @dataclass(slots=True)
 class Greeting:
-    """Frames of one worker since it reached the restarted controller."""
+    """Frames of one worker since it connected to the restarted controller."""
 
     register: frames.Register | None = None
     ready: frames.WorkerReady | None = None
@@ -62,17 +62,17 @@ class Greeting:
 
     @property
     def generation(self) -> Generation:
-        """The newest generation that it knows; number 0 if none."""
+        """The newest generation that the worker knows; number 0 if it knows none."""
         known = self.report.generation if self.report is not None else None
         return known or _NO_GENERATION
 
     @property
     def is_whole(self) -> bool:
-        """It has registered and reported."""
+        """Whether the worker has registered and reported."""
         return self.register is not None and self.report is not None
 
     def runs(self, number: int) -> bool:
-        """It runs that generation now."""
+        """Return whether the worker runs generation ``number`` now."""
         is_running = self.report is not None and self.report.running
         return is_running and self.generation.number == number
 
@@ -85,19 +85,19 @@ class CollectedState:
     """The newest generation that any worker knows."""
     placement: ExpertPlacement
     greetings: Mapping[str, Greeting]
-    """Workers that have called, by name."""
+    """Frames of the workers that have connected, by name."""
     memory: Memory
-    """The newest of the earlier controller; empty if there was none."""
+    """The newest memory of the earlier controller; empty if there was none."""
 
     @property
     def is_intact(self) -> bool:
-        """Every member runs the newest generation."""
+        """Whether every member runs the newest generation."""
         number = self.generation.number
         names = [m.name for m in self.generation.members]
         return all(n in self.greetings and self.greetings[n].runs(number) for n in names)
 
     def unheard(self, own_host: str, alive: Collection[str]) -> frozenset[str]:
-        """Those ``alive`` of the newest generation whose silence may be that of ``own_host``."""
+        """Return the members of ``alive`` whose silence may be caused by ``own_host``."""
         pulses = [
             Liveness(name=m.name, heard_at=float(m.name in self.greetings), host=m.node)
             for m in self.generation.members
@@ -107,7 +107,7 @@ class CollectedState:
 
     @property
     def answers(self) -> dict[str, frames.GenerationReady]:
-        """The members' reports as answers to the newest generation."""
+        """Reports of the members of the newest generation, as ``GenerationReady`` replies."""
         number, names = self.generation.number, {m.name for m in self.generation.members}
         return {
             name: frames.GenerationReady(
@@ -122,13 +122,13 @@ class CollectedState:
 
     @property
     def highest_epoch(self) -> int:
-        """Highest placement epoch that any worker knows, whether or not it ran."""
+        """Highest placement epoch that any worker knows, even if that epoch never ran."""
         reports = [g.report for g in self.greetings.values() if g.report is not None]
         return max((r.known_epoch for r in reports), default=0)
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """All workers that are known, lost ones included: attention first, then by rank."""
+        """All known workers, including lost ones: attention first, then by rank."""
         known = {w.member.name: w.member for w in self.memory.lost}
         known |= {m.name: m for m in self.generation.members}
         for name, greeting in self.greetings.items():
@@ -138,7 +138,7 @@ class CollectedState:
 
 
 class ReportCollector:
-    """Collects frames of workers. Times are monotonic seconds, one thread only."""
+    """Collects the frames of workers. Times are monotonic seconds; one thread only."""
 
     def __init__(
         self,
@@ -150,11 +150,12 @@ class ReportCollector:
         known: Iterable[str] = (),
         fresh: Iterable[str] = (),
     ) -> None:
-        """``expected`` were found; others that are ``known`` are not waited for. The wait ends at
-        ``limit_s``; for a worker that has ended, after ``confirm_s``; for one that a peer reported,
-        after five times that: a call of it may be lost. ``fresh`` ones have never called any
+        """Wait for the reports of ``expected``, at most ``limit_s``.
+
+        The wait for a worker that has ended is ``confirm_s``; for one that a peer reported, five
+        times that, since its connection attempt may have been lost. Workers in ``known`` only, and
+        the ``fresh`` ones, are not waited for. ``fresh`` workers have never connected to a
         controller: they had no generation, and may not have been told to start.
-        They are not waited for.
         """
         self._expected = set(expected)
         self._fresh = set(fresh)
@@ -165,7 +166,7 @@ class ReportCollector:
         self._suspected_at: dict[str, float] = {}
 
     def frame(self, name: str, frame: frames.ControlFrame, now: float) -> None:
-        """A worker sent a frame. Raises ``ProtocolError`` for an unknown worker."""
+        """Take a frame of a worker. Raises ``ProtocolError`` for an unknown worker."""
         if name not in self._expected:
             raise ProtocolError(f"{name} is no worker of this cluster")
         self._greetings.setdefault(name, Greeting()).take(frame)
@@ -173,17 +174,17 @@ class ReportCollector:
             self._suspected_at.setdefault(frame.worker, now + 4 * self._confirm_s)
 
     def gone(self, name: str, now: float) -> None:
-        """A worker's connection or process ended; if it lives, it calls again."""
+        """The connection or process of a worker ended; if it is alive, it connects again."""
         self._greetings.pop(name, None)
         self._suspected_at[name] = min(now, self._suspected_at.get(name, now))
 
     def is_complete(self, now: float) -> bool:
-        """No report is awaited any more."""
+        """Return whether all awaited reports have arrived or their time is over."""
         awaited = self._expected - self._fresh
         return now >= self._deadline or not any(self._is_awaited(name, now) for name in awaited)
 
     def result(self) -> CollectedState | None:
-        """The state in the reports; None if no worker ever had a generation.
+        """Return the state in the reports; None if no worker ever had a generation.
 
         Raises ``NotReadyError`` while a worker that has not reported may have had one.
         """
@@ -218,7 +219,7 @@ def continue_with(
     adapters: Adapters,
     now: float,
 ) -> None:
-    """Restore the state of a new controller, which then goes on."""
+    """Restore the state of a new controller from the collected reports."""
     memory = collected.memory
     drain, scale = memory.drain, memory.scale
     cluster.history.restore(memory.history)
@@ -228,7 +229,7 @@ def continue_with(
     cluster.membership.desired = memory.desired or cluster.desired
     cluster.known_nodes = memory.known_nodes
     cluster.adapters.restore(memory.adapters, memory.has_ordered_adapters)
-    for record in list(cluster.workers.alive()):  # before they meet the others
+    for record in list(cluster.workers.alive()):  # before they join other workers
         if why := cluster.workers.misfit(record.name, collected.generation):
             record.enter(WorkerState.LOST, why)
             cluster.effects.append(End((record.name,)))
@@ -254,7 +255,7 @@ def continue_with(
 
 
 def _go_on(collected: CollectedState, cluster: Cluster, recovery: Recovery, now: float) -> None:
-    """With the newest generation if all its members run it and have its experts, or the next."""
+    """Continue a generation that all members run with its experts, or form the next one."""
     cause, workers = "the controller was restarted", cluster.workers
     missing = [
         m.name
@@ -283,13 +284,13 @@ def _restore_workers(table: WorkerTable, collected: CollectedState) -> None:
     """Update the records of a new table from the reports; missing workers stay unchanged."""
     for worker in collected.memory.lost:
         record = table[worker.member.name]
-        record.state, record.reason = worker.state, worker.reason  # restored, not a change
+        record.state, record.reason = worker.state, worker.reason  # restored: not a transition
     number = collected.generation.number
     members = {m.name for m in collected.generation.members}
     for name, greeting in collected.greetings.items():
         record = table[name]
         if record.is_lost:
-            continue  # it learns so with its next frame
+            continue  # its next frame is answered with Shutdown
         assert greeting.register is not None
         record.register(greeting.register)
         if greeting.ready is None:

@@ -1,6 +1,6 @@
 """Draining: workers are emptied, leave the generation and end, and no request fails.
 
-Clients order a drain by worker or node, workers request one when they receive SIGTERM, and a
+A client drains a worker or a node, a worker requests a drain when it receives SIGTERM, and a
 scaling drains the workers that it removes. A restarted controller continues the drain of an earlier
 one (``Memory``).
 """
@@ -26,10 +26,10 @@ SIGNAL_LIMIT_S = 120.0
 
 
 class Draining:
-    """Decides which workers are drained next. One drain at a time, owned by the controller."""
+    """Decides which workers are drained next, one drain at a time. Owned by the controller."""
 
     def __init__(self, cluster: Cluster, rebalancing: Rebalancing) -> None:
-        """No change of ``rebalancing`` begins or continues while a drain runs."""
+        """``rebalancing`` begins and continues no change while a drain runs."""
         self._cluster = cluster
         self._rebalancing = rebalancing
         self._requests = DrainRequests(follow_nodes=cluster.config.workers.follow_nodes)
@@ -41,14 +41,14 @@ class Draining:
         return None if self._newest is None or self._newest.is_over else self._newest
 
     def restore(self, drain: Drain, now: float) -> None:
-        """Continue the drain of an earlier controller; the table has all workers already."""
+        """Continue the drain of an earlier controller, after the worker table is restored."""
         drain.restore(self._cluster.operations, now)
         self._run(drain).restore(now)
 
     def begin(self, command: DrainCommand, now: float) -> Operation:
-        """Begin to drain, or find the operation that the same command began.
+        """Begin a drain, or return the operation that an equal command has already begun.
 
-        Raises ``UnknownNameError`` and ``ConflictError``; nothing has changed then.
+        Raises ``UnknownNameError`` and ``ConflictError``; the cluster is unchanged in that case.
         """
         return start_operation(command, self, self._cluster, now)
 
@@ -66,17 +66,17 @@ class Draining:
     def remove(
         self, names: Sequence[str], operation: Operation, limit_s: float, now: float
     ) -> None:
-        """Drain workers and remove their places, as the last part of an operation that runs."""
+        """Drain workers and remove their places, as the last part of a running operation."""
         self._start(tuple(names), DrainCommand(limit_s=limit_s), True, operation, now)
 
     def requested(self, name: str, now: float, *, node_leaves: bool = False) -> None:
-        """A worker received SIGTERM, or its node will leave (then it requests again and again)."""
+        """A worker received SIGTERM, or its node will leave (then this is called repeatedly)."""
         running = self._running
         if running is None or name not in running.record.names or node_leaves:
             self._requests.add(name, now, node_leaves=node_leaves)
 
     def cancel(self, operation: Operation, now: float) -> None:
-        """Undo a drain. Raises ``ConflictError`` if it is too late."""
+        """Roll back a drain. Raises ``ConflictError`` if it is too late."""
         running = self._running
         if running is None or running.record.operation is not operation:
             raise ConflictError(f"{operation.id} has ended")
@@ -85,16 +85,16 @@ class Draining:
     # ---- events ---------------------------------------------------------------------------
 
     def frame(self, name: str, frame: ControlFrame, now: float) -> bool:
-        """A frame about a change of the placement; False if it is about another change."""
+        """Handle a frame about a placement change; returns False if no drain is changing it."""
         return (running := self._running) is not None and running.frame(name, frame, now)
 
     def lost(self, reasons: Mapping[str, str], now: float) -> None:
-        """Workers (name -> reason) are lost; the table has recorded it already."""
+        """Handle lost workers (name -> reason), which the worker table has already recorded."""
         if (running := self._running) is not None:
             running.lost(reasons, now)
 
     def ended(self, names: Sequence[str], now: float) -> None:
-        """Processes of workers have ended."""
+        """Handle the end of worker processes."""
         if (running := self._running) is not None:
             running.ended(names, now)
 
@@ -108,7 +108,7 @@ class Draining:
     # ---- which workers ----------------------------------------------------------------------
 
     def _begin_requested(self, now: float) -> None:
-        """Begin the next drain that workers requested."""
+        """Begin the next drain that workers requested, if no operation runs."""
         if self._cluster.operations.running is not None or not self._cluster.runs:
             return
         if not self._requests.are_due(now):
@@ -117,7 +117,7 @@ class Draining:
         if not names:
             return
         ready = tuple(name for name in names if self._cluster.workers[name].is_ready)
-        if ready:  # the others do not hold them up
+        if ready:  # do not wait for the workers that are not ready
             self._requests.pause(set(names) - set(ready), now)
             names = ready
         try:
@@ -155,7 +155,7 @@ class Draining:
         return self._newest
 
     def _named(self, command: DrainCommand) -> tuple[str, ...]:
-        """The workers that a command names. Raises ``UnknownNameError`` and ``ConflictError``."""
+        """Resolve a command to workers. Raises ``UnknownNameError`` and ``ConflictError``."""
         workers = self._cluster.workers
         if command.requested_by:
             return command.requested_by

@@ -1,4 +1,4 @@
-"""What the cluster needs before workers can leave it. Pure: nothing changes."""
+"""Changes that a cluster needs before workers can leave it. Pure: nothing changes here."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from cluster.policy.coverage import stage_on
 
 
 def stage_without(names: Sequence[str], cluster: Cluster) -> Stage | None:
-    """A placement without these workers, and the experts that the others must load for it.
+    """Return a placement without these workers, and the experts that other workers must load.
 
-    None if they hold no experts. Raises ``ConflictError`` if the cluster cannot do without them.
+    None if these workers hold no experts. Raises ``ConflictError`` if the cluster cannot run
+    without them.
     """
     for name in names:
         record = cluster.workers[name]

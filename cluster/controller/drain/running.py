@@ -1,14 +1,14 @@
-"""One drain: its steps, and how it is undone.
+"""One drain: its steps and its rollback.
 
-    COPY    other workers read the experts whose only copies are there, from memory and while steps
-            run; then an epoch follows in which the others have all experts
-    MOVE    the workers take no new request; the gateways continue the running ones elsewhere
+    COPY    while steps run, other workers read the experts that only these workers hold from their
+            memory; in the epoch that follows, the others have all experts
+    MOVE    the workers take no new request; the gateways move the running ones to other workers
     LEAVE   a generation without them runs
-    END     their processes end; new workers start in their places, after the drain of a node once
-            that node has left, and never where the cluster is scaled down. Where it follows its
-            nodes, the drain of a node removes the places, too
+    END     their processes end. New workers start in their places, after the drain of a node once
+            that node has left. Places are removed instead if the cluster is scaled down, or
+            if the cluster follows its nodes and a node is drained
 
-Up to LEAVE a drain can be undone.
+Before LEAVE a drain can be rolled back.
 """
 
 from __future__ import annotations
@@ -32,34 +32,34 @@ from cluster.policy.coverage import describe_members, without_devices
 from cluster.policy.places import place_of
 
 _TOO_LATE = (DrainStep.LEAVE, DrainStep.END, DrainStep.BACK)
-"""Steps in which a drain can no longer be undone, or is being undone."""
+"""Steps in which a drain can no longer be rolled back, or is being rolled back."""
 
 
 class RunningDrain:
-    """Decides the next step of one drain. Owned by ``Draining``; the controller acts."""
+    """Decides and carries out the next step of one drain. Owned by ``Draining``."""
 
     def __init__(
         self, record: Drain, cluster: Cluster, rebalancing: Rebalancing, requests: DrainRequests
     ) -> None:
-        """The cluster shows ``record`` from now on, until the drain is over."""
+        """``record`` is the drain of the cluster until it is over."""
         self.record = cluster.drain = record
         self._cluster = cluster
         self._rebalancing = rebalancing
         self._requests = requests
         self._change: EpochChange | None = None
-        """The change of the maps that the drain has under way."""
+        """The placement change that the drain is waiting for; None without one."""
         self._asked = 0
-        """Token of the questions for numbers since the workers take no new request."""
+        """Token of the status requests sent since the workers take no new request."""
 
     @property
     def is_over(self) -> bool:
-        """The drain succeeded, failed or was cancelled."""
+        """Whether the drain succeeded, failed or was cancelled."""
         return self._cluster.drain is not self.record
 
     def restore(self, now: float) -> None:
-        """Continue for an earlier controller.
+        """Continue the drain of an earlier controller.
 
-        Copies of experts begin again; requests are held back at once if they were before.
+        Copies of experts begin again. The workers take no new request if the drain was in MOVE.
         """
         drain, table = self.record, self._cluster.workers
         states = {table[n].state if n in table else WorkerState.LOST for n in drain.names}
@@ -73,7 +73,7 @@ class RunningDrain:
             drain.resume(DrainStep.SETTLE)
 
     def cancel(self, now: float) -> None:
-        """Undo the drain. Raises ``ConflictError`` if it is too late."""
+        """Roll back the drain. Raises ``ConflictError`` if it is too late."""
         drain = self.record
         if drain.step is DrainStep.BACK:
             raise ConflictError(f"{drain.operation.id} is being taken back already")
@@ -84,7 +84,7 @@ class RunningDrain:
     # ---- events ---------------------------------------------------------------------------
 
     def frame(self, name: str, frame: ControlFrame, now: float) -> bool:
-        """A frame about a change of the placement; False if it is about another change."""
+        """Handle a frame about a placement change; returns False if it is for another one."""
         if self._change is None:
             return False
         self._change.frame(name, frame, now)
@@ -92,7 +92,7 @@ class RunningDrain:
         return True
 
     def lost(self, reasons: Mapping[str, str], now: float) -> None:
-        """Workers (name -> reason) are lost; the table has recorded it already."""
+        """Handle lost workers (name -> reason), which the worker table has already recorded."""
         drain = self.record
         gone = sorted(reasons.keys() & drain.names)
         if gone and drain.step not in _TOO_LATE:
@@ -100,7 +100,7 @@ class RunningDrain:
             self._undo(OperationState.FAILED, text, now)
 
     def ended(self, names: Sequence[str], now: float) -> None:
-        """Processes of workers have ended."""
+        """Handle the end of worker processes."""
         drain = self.record
         if drain.step is not DrainStep.END or not set(drain.names) <= set(names):
             return
@@ -111,7 +111,7 @@ class RunningDrain:
         if drain.removes_places:
             text += "" if is_scaling else ", and the cluster goes on without its place"
             self._cluster.effects.append(Release(tuple(map(place_of, drain.names))))
-        elif not drain.command.node:  # a node will be taken down
+        elif not drain.command.node:  # else the node itself will be taken down
             for name in drain.names:
                 self._cluster.places.reopen(name)
         self._end(OperationState.SUCCEEDED, text, now)
@@ -126,7 +126,7 @@ class RunningDrain:
         self.advance(now)
 
     def advance(self, now: float) -> None:
-        """Take the next step if the last one is done; undo the drain where it cannot be taken."""
+        """Take the next step if the last one is done; roll back if that is impossible."""
         try:
             self._take_step(now)
         except ConflictError as err:
@@ -154,7 +154,7 @@ class RunningDrain:
             cluster.send(Shutdown(reason="drained"), *drain.names)
             cluster.effects.append(End(drain.names))
         if self.is_over or now <= drain.deadline or drain.step in _TOO_LATE:
-            return  # in time, or the controller has limits of its own
+            return  # in time, or in a step with limits of its own
         if not (drain.command.force and drain.step is DrainStep.MOVE):
             text = f"could not {drain.step.value} within {drain.command.limit_s:g} s"
             self._undo(OperationState.FAILED, text, now)
@@ -162,7 +162,7 @@ class RunningDrain:
             self._leave(now)
 
     def _check_again(self, now: float) -> None:
-        """Begin to copy or to move; the cluster may have changed since the order."""
+        """Begin to copy or to move; the cluster may have changed since the command."""
         drain, cluster = self.record, self._cluster
         stage = stage_without(drain.names, cluster)
         if stage is None or not stage.fills:
@@ -176,7 +176,7 @@ class RunningDrain:
         self._change = EpochChange(cluster, stage, now, limit_s=left_s)
 
     def _watch_copies(self, now: float) -> None:
-        """Continue when the others have the experts; begin again after a generation change."""
+        """Continue once the others have the experts; start over after a generation change."""
         change = self._change
         assert change is not None, "copying is a change of the placement"
         generation = self._cluster.generation.number
@@ -203,21 +203,21 @@ class RunningDrain:
         self._enter(DrainStep.MOVE)
 
     def _count_moved(self) -> None:
-        """The most that its workers had, of what they have said so far."""
+        """Record the highest number of requests that its workers have reported so far."""
         found, result = self._attention(), self.record.operation.result
         held = sum(record.num_requests or 0 for record in found)
         result["requests_moved"] = max(result["requests_moved"], held)
 
     def _is_empty(self, record: WorkerRecord) -> bool:
-        """By an answer to a question since it takes no new request: a heartbeat may be older."""
+        """Return whether a status reply since the worker takes no new request shows no requests."""
         return record.answered >= self._asked and record.num_requests == 0
 
     def _leave(self, now: float) -> None:
-        """Form a generation without the workers; their places wait for the end of the drain."""
+        """Form a generation without the workers; their places stay empty until the drain ends."""
         drain, cluster = self.record, self._cluster
-        stage = stage_without(drain.names, cluster)  # others may have been lost meanwhile
+        stage = stage_without(drain.names, cluster)  # workers may have been lost since the copy
         if stage is not None and stage.fills:
-            drain.enter(DrainStep.SETTLE)  # copies were lost meanwhile
+            drain.enter(DrainStep.SETTLE)  # copies were lost since then
             return
         why = f"drained {drain.workers} ({drain.operation.id})"
         drain.removes_places |= self._requests.remove_places(drain.names, drain.command.node)
@@ -241,7 +241,7 @@ class RunningDrain:
         cluster.note(why, effect, now)
 
     def _undo(self, state: OperationState, text: str, now: float) -> None:
-        """Take requests again, and restore the maps from before the drain if it changed them."""
+        """Let the workers take requests again, and restore the earlier placement if it changed."""
         drain, cluster = self.record, self._cluster
         self._hold_back(False)
         if self._change is not None:
@@ -252,12 +252,12 @@ class RunningDrain:
             self._end(state, text, now)
             return
         drain.outcome = (state, text)
-        if drain.step is not DrainStep.BACK:  # an earlier controller took it back
+        if drain.step is not DrainStep.BACK:  # an earlier controller has already entered it
             self._enter(DrainStep.BACK)
         self._change = EpochChange(cluster, back, now)
 
     def _watch_return(self, now: float) -> None:
-        """End when the old maps are in force; a new generation ends it, too."""
+        """End the drain once the earlier placement is in force, or a new generation has begun."""
         drain = self.record
         assert drain.outcome is not None, "it is taken back for a reason"
         if self._change is not None:
@@ -265,15 +265,15 @@ class RunningDrain:
             if self._change.is_over:
                 self._end(*drain.outcome, now)
         elif (self._cluster.runs and self._rebalancing.is_idle) or now > drain.deadline:
-            self._undo(*drain.outcome, now)  # an earlier controller began it
+            self._undo(*drain.outcome, now)  # an earlier controller began the rollback
 
     def _attention(self) -> list[WorkerRecord]:
-        """Its workers that hold requests."""
+        """Return the drained workers that run attention and so hold requests."""
         records = (self._cluster.workers[name] for name in self.record.names)
         return [r for r in records if r.member.runs_attention]
 
     def _hold_back(self, drains: bool) -> None:
-        """Tell the gateways whether its attention workers take requests."""
+        """Show to the gateways whether the attention workers of the drain take requests."""
         for record in self._attention():
             record.drains = drains
         self._cluster.touch()
