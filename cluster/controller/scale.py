@@ -1,14 +1,14 @@
 """Scaling: workers are added or removed while the cluster serves, and no request fails.
 
-    SETTLE  a generation runs, and no weights are on the move
+    SETTLE  a generation runs, and no weights are moving
     START   new places are part of the cluster; their workers start and load in the background
-    JOIN    once all of them are ready, one generation with them; new expert workers take over the
+    JOIN    once all of them are ready, they join one generation; new expert workers take over the
             experts that they have loaded
-    then    workers that are to go are drained, and their places removed (``Draining.remove``)
+    then    surplus workers are drained, and their places removed (``Draining.remove``)
 
-A scaling is given up where a new worker is lost in START (in JOIN another one takes its place),
-where it takes too long, and where a client cancels it: new places whose workers have not served go,
-and the others serve as before. ``Scaling`` decides the next step; the controller acts. A restarted
+A scaling is rolled back if a new worker is lost in START (in JOIN it is replaced), if the time
+limit ends, or if a client cancels it: new places whose workers have not served are removed, and the
+others serve as before. ``Scaling`` decides the next step; the controller acts. A restarted
 controller continues the scaling of an earlier one (``Memory``).
 """
 
@@ -33,12 +33,10 @@ from cluster.policy.places import place_of
 
 
 class Scaling:
-    """The scalings of a cluster, one after the other. Owned by the controller."""
+    """Starts and advances scalings, one at a time. Owned by the controller."""
 
     def __init__(self, cluster: Cluster, rebalancing: Rebalancing, draining: Draining) -> None:
-        """No change of ``rebalancing`` begins while a scaling runs; ``draining`` empties workers
-        that are to go.
-        """
+        """``rebalancing`` begins no change during a scaling; ``draining`` drains workers."""
         self._cluster = cluster
         self._rebalancing = rebalancing
         self._draining = draining
@@ -49,9 +47,9 @@ class Scaling:
         scale.restore(self._cluster.operations, now)
 
     def begin(self, command: ScaleCommand, now: float) -> Operation:
-        """Begin to scale, or find the operation that the same command began.
+        """Begin to scale, or return the operation that an equal command has already begun.
 
-        Raises ``RequestError`` and ``ConflictError``; nothing has changed then.
+        Raises ``RequestError`` and ``ConflictError``; the cluster is unchanged in that case.
         """
         return start_operation(command, self, self._cluster, now)
 
@@ -75,7 +73,7 @@ class Scaling:
         self._cluster.remember()
 
     def cancel(self, operation: Operation, now: float) -> None:
-        """Undo a scaling. Raises ``ConflictError`` if it is too late."""
+        """Roll back a scaling. Raises ``ConflictError`` if it is too late."""
         scale = self._cluster.scale
         if scale is not None and scale.operation is operation:
             if self._all_serve(scale):
@@ -85,8 +83,8 @@ class Scaling:
             self._draining.cancel(operation, now)
 
     def lost(self, scale: Scale, reasons: Mapping[str, str]) -> None:
-        """Workers (name -> reason) are lost during a scaling; the table has recorded it already."""
-        if scale.step is ScaleStep.JOIN:  # others may serve already
+        """Handle lost workers (name -> reason), which the worker table has already recorded."""
+        if scale.step is ScaleStep.JOIN:  # others may already serve
             return
         gone = sorted(reasons.keys() & self._cluster.new_workers)
         if gone:
@@ -94,9 +92,9 @@ class Scaling:
             scale.outcome = scale.outcome or (OperationState.FAILED, text)
 
     def tick(self, scale: Scale, now: float) -> dict[str, str]:
-        """Time has passed: take the next step if the last one is done.
+        """Take the next step if the last one is done.
 
-        Returns workers (name -> reason) that are given up.
+        Returns workers (name -> reason) that must end because the scaling has ended.
         """
         cluster = self._cluster
         if not cluster.takes_orders:
@@ -122,7 +120,7 @@ class Scaling:
     # ---- how many -----------------------------------------------------------------------------
 
     def _wanted(self, command: ScaleCommand) -> dict[Role, int]:
-        """Workers of each role after the command. Raises ``RequestError`` and ``ConflictError``."""
+        """Return the pool sizes after a command. Raises ``RequestError`` and ``ConflictError``."""
         cluster, pools = self._cluster, self._cluster.places.pools()
         if cluster.config.workers.mode == "local":
             raise ConflictError("one worker holds everything (--mode local): it cannot be scaled")
@@ -148,12 +146,12 @@ class Scaling:
         return wanted
 
     def _going(self, wanted: Mapping[Role, int]) -> list[str]:
-        """Places that are to go."""
+        """Return the places to remove."""
         places = self._cluster.places
         return [name for role, count in wanted.items() for name in places.to_remove(role, count)]
 
     def _leaving(self, wanted: Mapping[Role, int]) -> list[str]:
-        """Workers that are to go, and that serve."""
+        """Return the ready workers of the places to remove."""
         workers = self._cluster.workers
         newest = self._cluster.places.workers_of(self._going(wanted))
         return sorted(n for n in newest if n in workers and workers[n].is_ready)
@@ -161,12 +159,12 @@ class Scaling:
     # ---- steps ----------------------------------------------------------------------------
 
     def _all_serve(self, scale: Scale) -> bool:
-        """All new workers take part in a generation that runs."""
+        """Return whether all new workers are in a generation that runs."""
         cluster = self._cluster
         return scale.step is ScaleStep.JOIN and cluster.runs and not cluster.new_workers
 
     def _add_places(self, scale: Scale) -> None:
-        """Their workers start at the next tick."""
+        """Add places for new workers, which the next tick starts."""
         cluster, places = self._cluster, self._cluster.places
         wanted = self._wanted(scale.command)
         scale.added = tuple(
@@ -183,9 +181,9 @@ class Scaling:
         self._enter(scale, ScaleStep.START)
 
     def _finish(self, scale: Scale, now: float) -> dict[str, str]:
-        """All new workers serve; now those leave that are to go.
+        """All new workers serve: remove surplus places, and drain their workers.
 
-        Returns workers (name -> reason) that have not served yet and are to go.
+        Returns workers (name -> reason) of removed places that have not served yet and must end.
         """
         cluster, operation = self._cluster, scale.operation
         operation.result["added"] = sorted(cluster.places.workers_of(scale.added))
@@ -193,7 +191,7 @@ class Scaling:
         self._count_moves(scale, now)
         cluster.scale = None
         cluster.remember()
-        if scale.outcome is not None:  # cancelled at the last moment: nobody leaves
+        if scale.outcome is not None:  # cancelled at the last moment: no worker leaves
             cluster.operations.end(operation, *scale.outcome, now)
             return {}
         wanted = self._wanted(scale.command)
@@ -214,7 +212,7 @@ class Scaling:
         return ended
 
     def _count_moves(self, scale: Scale, now: float) -> None:
-        """The experts that new workers have loaded count as moved."""
+        """Count the experts that new workers have loaded as moved."""
         table = self._cluster.workers
         added = self._cluster.places.workers_of(scale.added)
         holders = [r for n in added if n in table and (r := table[n]).member.holds_experts]
@@ -230,7 +228,7 @@ class Scaling:
     def _give_up(
         self, scale: Scale, state: OperationState, text: str, now: float
     ) -> dict[str, str]:
-        """Places go whose workers have not served; returns these workers (name -> reason)."""
+        """Remove new places whose workers have not served; returns workers (name -> reason)."""
         cluster = self._cluster
         new = [place for place in scale.added if cluster.places.is_new(place)]
         if scale.before is not None and len(new) == len(scale.added):
@@ -241,14 +239,14 @@ class Scaling:
         return ended
 
     def _remove(self, places: Collection[str], why: str) -> dict[str, str]:
-        """Remove places without a serving worker; those workers (name -> reason) are to end."""
+        """Remove places without a serving worker; returns workers (name -> reason) to end."""
         cluster = self._cluster
         newest = cluster.places.workers_of(places)
         before = cluster.places.devices()
         cluster.remove_places(places)
         gone = before - cluster.places.devices()
         if gone & set(range(cluster.desired.num_devices)):
-            with suppress(ConflictError):  # no room: the next generation decides
+            with suppress(ConflictError):  # no free slots: the next generation decides
                 cluster.membership.desired = without_devices(gone, cluster.desired, cluster.room)
         return {n: why for n in newest if n in cluster.workers and not cluster.workers[n].is_lost}
 

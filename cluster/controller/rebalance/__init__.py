@@ -1,4 +1,4 @@
-"""Moving experts to where the load is, while the cluster serves.
+"""Moves experts while the cluster serves, so that the load is balanced.
 
 Imports ``cluster.controller.parts`` and the floors below.
 """

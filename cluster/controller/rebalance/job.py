@@ -1,4 +1,4 @@
-"""Commands to rebalance, and how decisions are shown."""
+"""Commands to rebalance, and descriptions of decisions."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from cluster.policy.rebalance import CurrentLoad, RebalanceDecision
 
 
 class RebalanceCommand(OperationCommand, frozen=True, kw_only=True):
-    """Move experts to where the load is."""
+    """Command to move experts so that the load is balanced."""
 
     kind = "rebalance"
     content = ("dry_run",)
 
     dry_run: bool = False
-    """Only report what would be done."""
+    """Only report the decision."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """Whether to change the placement."""
+    """Input of a decision whether to change the placement."""
 
     load: CurrentLoad
     operation: Operation | None = None
-    """The operation of the client that asked, if any."""
+    """Operation of the client's command; None for an automatic decision."""
     dry_run: bool = False
 
 
 def result_of(decision: RebalanceDecision, dry_run: bool) -> dict[str, Any]:
-    """Fields of ``RebalanceResult`` in ``admin.proto``."""
+    """Return the fields of ``RebalanceResult`` in ``admin.proto``."""
     return {
         "dry_run": dry_run,
         "action": decision.action,
@@ -46,7 +46,7 @@ def result_of(decision: RebalanceDecision, dry_run: bool) -> dict[str, Any]:
 
 
 def describe(decision: RebalanceDecision) -> str:
-    """Description of a decision, for people."""
+    """Describe a decision, for messages."""
     moves = f"move {decision.num_moves} slots ({decision.num_bytes} bytes)"
     what = moves if decision.action == "move" else "change shares and decode devices only"
     return (
@@ -56,7 +56,7 @@ def describe(decision: RebalanceDecision) -> str:
 
 
 def answer(decision: RebalanceDecision, asked: Question) -> str:
-    """The outcome of an order that changes nothing, for people."""
+    """Describe the outcome of a command that changes nothing."""
     would = "a dry run, nothing has changed: would" if asked.dry_run else "not done: would"
     text = f"nothing {'would be' if asked.dry_run else 'is'} done"
     text = text if decision.action == "none" else f"{would} {describe(decision)}"
@@ -64,10 +64,10 @@ def answer(decision: RebalanceDecision, asked: Question) -> str:
 
 
 def by_load(profile: LoadProfile) -> str:
-    """The load that a plan is for: another load is a reason for another plan."""
+    """Describe the load that a plan is made for, since another load leads to another plan."""
     return f"by the load of {profile.tokens} rows"
 
 
 def percent(value: float | None) -> str:
-    """``93.1%``, or ``unknown``."""
+    """Format a share, as ``93.1%`` or ``unknown``."""
     return "unknown" if value is None else f"{100 * value:.1f}%"

@@ -1,11 +1,11 @@
-"""Rebalancing: experts follow the load while the cluster serves, without an effect on requests.
+"""Rebalancing: moves experts by load while the cluster serves, without an effect on requests.
 
-When a window of load has ended, or when a client asks, the policy (``cluster.policy.rebalance``)
+At the end of a load window or on a client's command, the policy (``cluster.policy.rebalance``)
 decides. A decision is carried out in stages (``cluster.planner.stages``), each a change of the
 placement epoch (``EpochChange``) with the best shares and decode devices for its slots. A failed
-stage leaves the placement of the stages before it. The first whole window afterwards shows the
-achieved effect. Planning runs in the planner thread, and its result is dropped if the cluster has
-changed meanwhile. ``Rebalancing`` decides the next step; the controller acts.
+stage leaves the placement of the stages before it. The next whole window shows the achieved effect.
+Planning runs in the planner thread, and its result is dropped if the cluster has changed.
+``Rebalancing`` decides the next step; the controller acts.
 """
 
 from __future__ import annotations
@@ -46,10 +46,9 @@ _AUTOMATIC = "automatic decision"
 
 
 class Rebalancing:
-    """Decides whether the placement is changed by load, one change at a time. Owned by the
-    controller.
+    """Decides when the load requires another placement, and runs one change at a time.
 
-    ``now`` is in monotonic seconds.
+    Owned by the controller. ``now`` is in monotonic seconds.
     """
 
     def __init__(self, cluster: Cluster, executor: Executor) -> None:
@@ -57,18 +56,18 @@ class Rebalancing:
         self._cluster = cluster
         self._section = cluster.config.rebalance
         self.plans = Plans(cluster, executor)
-        """Decisions by operation id, and the shares of the stage under way."""
+        """Plans of decisions, by operation id, and of the shares of the running stage."""
         self._looked: tuple[float, CurrentLoad] | None = None
-        """Rows at the last dry run, and its load."""
+        """Number of rows at the last dry run, and the load that it used."""
         self._newest: RunningRebalance | None = None
         self._ended: RunningRebalance | None = None
-        """The change before the newest one."""
+        """The change before ``_newest``."""
         self._problem = ""
         self._seen_windows = 0
 
     @property
     def _job(self) -> RunningRebalance | None:
-        """The change under way."""
+        """The running change, if any."""
         return self._newest if self._newest is not None and not self._newest.is_over else None
 
     @property
@@ -78,15 +77,15 @@ class Rebalancing:
 
     @property
     def impossible(self) -> str:
-        """Why rebalancing is impossible in this cluster; empty if it is possible."""
+        """Reason why this cluster cannot be rebalanced; empty if it can."""
         return why_impossible(self._cluster.config, len(self._cluster.places.devices()))
 
     # ---- orders ---------------------------------------------------------------------------
 
     def begin(self, command: RebalanceCommand, now: float) -> Operation:
-        """Look for a better placement and move to it; a dry run ends after the look.
+        """Plan a better placement and move to it; a dry run ends after the plan.
 
-        Raises ``ConflictError`` if that is impossible now; nothing has changed then.
+        Raises ``ConflictError`` if that is impossible now; the cluster is unchanged in that case.
         """
         return start_operation(command, self, self._cluster, now)
 
@@ -112,9 +111,9 @@ class Rebalancing:
         self._ask(Question(load=load, operation=operation, dry_run=dry_run), now)
 
     def _load_for(self, command: RebalanceCommand) -> CurrentLoad | None:
-        """Load now; that of the last dry run as long as no step has been counted since.
+        """Return the current load, or that of the last dry run if no step has been counted since.
 
-        So a command does what the dry run before it has shown, though a window may have ended.
+        So a command after a dry run does what the dry run showed, even if a window has ended.
         """
         rows = self._cluster.load.totals().rows
         if self._looked is not None and self._looked[0] == rows:
@@ -138,12 +137,12 @@ class Rebalancing:
     # ---- events ---------------------------------------------------------------------------
 
     def frame(self, name: str, frame: ControlFrame, now: float) -> None:
-        """A frame of a worker about the change under way."""
+        """Handle a frame of a worker about the running change."""
         if (job := self._job) is not None:
-            job.frame(name, frame, now)  # else an earlier controller ordered the switch
+            job.frame(name, frame, now)  # without a job, an earlier controller ordered the switch
 
     def tick(self, now: float) -> None:
-        """Time has passed: continue a change, or check whether one pays."""
+        """Advance the running change, or decide at the end of a window whether one pays."""
         self.plans.tick(now)
         if self._job is not None:
             self._job.tick(now)
@@ -161,11 +160,11 @@ class Rebalancing:
 
     @property
     def is_idle(self) -> bool:
-        """No change is under way."""
+        """Whether no change is running."""
         return self._job is None
 
     def to_dict(self) -> dict[str, Any]:
-        """The section of rebalancing in ``status``."""
+        """Return the rebalancing section of ``status``."""
         job = self._job
         return {
             "automatic": self._section.enable_eplb,
@@ -193,7 +192,7 @@ class Rebalancing:
         problem = f"no placement can be planned: {error}" if error else ""
         if operation is None:
             if self._job is not None or operations.running is not None or error == CHANGED:
-                return  # the next window is checked again
+                return  # decide again at the next window
             self._problem = problem
             if error:
                 logger.warning("no rebalancing: %s", problem)
@@ -211,7 +210,7 @@ class Rebalancing:
     # ---- carrying out ---------------------------------------------------------------------
 
     def _follow(self, decision: RebalanceDecision, asked: Question, now: float) -> bool:
-        """Start a change, or count why there is none; an order does not wait for the interval."""
+        """Start a change, or count why not. A command does not wait for the interval."""
         rested_at = self._last.ended_at if self._last is not None else self._cluster.began_at
         if decision.action == "none":
             self._cluster.metrics.decided("skipped_gain")
@@ -226,13 +225,13 @@ class Rebalancing:
         return False
 
     def _prove(self, window: LoadWindow, now: float) -> None:
-        """Record the effect of a change, from the first whole window in it."""
+        """Record the effect of the last change, measured in the first whole window after it."""
         last, placement = self._last, self._cluster.placement
         if last is None or last.report is None or last.is_proved or window.began_at < last.ended_at:
             return
         last.is_proved = True
         if not window.epoch == placement.epoch == last.report["epoch"]:
-            return  # the placement changed again before a window ended
+            return  # the placement changed again before the window ended
         found = balancedness_of(list(achieved_loads(placement, self._cluster.load).values()))
         balancedness = last.report["balancedness"]
         balancedness["achieved"] = found

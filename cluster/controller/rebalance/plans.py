@@ -1,4 +1,4 @@
-"""The plans of a rebalancing: their inputs, and their computation in the planner thread.
+"""Plans of rebalancing: their inputs, and their computation in the planner thread.
 
 The controller's loop must answer heartbeats within milliseconds; planning a large model takes
 longer. So plans are computed from immutable values, and a plan is stale once the placement or the
@@ -25,50 +25,51 @@ from cluster.sizing.replay import ExpertStepCost
 logger = logging.getLogger(__name__)
 
 _TOKENS_PER_EXPERT = 4
-"""Tokens of a window, for each expert of a bank, below which its statistics are too weak."""
+"""Tokens per expert of a bank that a window needs for reliable statistics."""
 
 T = TypeVar("T")
 CHANGED = "the cluster changed meanwhile"
-"""Error of a plan that is stale."""
+"""Error of a plan whose inputs are stale."""
 Then = Callable[[Future[T], str, float], None]
-"""Gets a plan, why it cannot be carried out (empty if it can), and the time."""
+"""Callback of a plan: the finished future, the error (empty if there is none), the time."""
 
 
 class Plans:
-    """Decisions and shares by name, computed in the planner thread: the owner takes them at a tick.
+    """Named computations in the planner thread; their callbacks are called at a tick.
 
     A computation must be a pure function of immutable values. One thread calls; ``now`` is in
     seconds.
     """
 
     def __init__(self, cluster: Cluster, executor: Executor) -> None:
-        """Arguments as for ``Rebalancing``."""
+        """The arguments are those of ``Rebalancing``."""
         self._cluster = cluster
         self._executor = executor
         self._pending: dict[str, tuple[Future[Any], Callable[[float], None]]] = {}
 
     def tick(self, now: float) -> None:
-        """Call the continuations of finished computations."""
+        """Call the callbacks of finished computations."""
         for what, (future, then) in list(self._pending.items()):
-            if future.done() and what in self._pending:  # no earlier continuation has dropped it
+            if future.done() and what in self._pending:  # an earlier callback may have dropped it
                 del self._pending[what]
                 then(now)
 
     def waits(self, what: str) -> bool:
-        """A plan of this name is still to come."""
+        """Return whether a plan of this name is pending."""
         return what in self._pending
 
     def drop(self, what: str) -> bool:
-        """Drop a plan, if it is still to come; a computation that has begun runs to its end."""
+        """Drop a pending plan; returns whether there was one. A running computation continues."""
         pending = self._pending.pop(what, None)
         if pending is not None:
             pending[0].cancel()
         return pending is not None
 
     def load_now(self, has_ended: bool) -> CurrentLoad | None:
-        """The newest window if it has enough rows, else the average; None without load.
+        """Return the newest window if it has enough rows, else the average; None without load.
 
-        ``has_ended``: a window has just ended; otherwise all load so far is accepted, too.
+        ``has_ended``: a window has just ended. If False, all load so far is used before the first
+        window has ended.
         """
         tracker, banks = self._cluster.load, self._cluster.placement.banks
         newest = tracker.windows[-1] if tracker.windows else None
@@ -88,7 +89,7 @@ class Plans:
         return CurrentLoad(profile=profile, prefill_share=prefill / total if total > 0 else 0.0)
 
     def plan(self, what: str, work: Callable[[], T], then: Then[T], now: float) -> None:
-        """Plan from the present state of the cluster; ``then`` gets the plan at a tick, or now."""
+        """Run ``work`` on the present state; ``then`` is called at a tick, or now if it is done."""
         basis, future = self._basis(), self._executor.submit(work)
 
         def finish(now: float) -> None:
@@ -106,13 +107,13 @@ class Plans:
         return self._cluster.placement, self._cluster.generation.number
 
     def topology(self, placement: ExpertPlacement) -> PlannedTopology:
-        """The living devices; during a change they may hold more than is planned for them."""
+        """Return the live devices; during a change they may hold more than is planned for them."""
         cluster = self._cluster
         num_slots = cluster.num_slots - cluster.config.workers.recovery_slots
         return planned_topology(cluster.generation.experts, placement, num_slots)
 
     def step_cost(self) -> ExpertStepCost:
-        """Of a step on an expert worker of the cluster."""
+        """Return the cost of a step on an expert worker of the cluster."""
         infos = [record.info for record in self._cluster.workers]
         sizes = [int(info.get("expert_bytes", 0)) for info in infos]
         gpus = [(i["gpu"], i["gpu_bandwidth_bytes_s"]) for i in infos if "gpu" in i]

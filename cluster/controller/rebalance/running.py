@@ -1,4 +1,4 @@
-"""One change of the placement by load: its stages, and what it has achieved."""
+"""One change of the placement by load: its stages and its result."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from cluster.tracing import names
 
 _SHARES = "shares of a stage"
 MAX_STAGES = 64
-"""Stages after which a change ends with what it has achieved."""
+"""Maximum number of stages; a change ends there with the result so far."""
 
 
 class RunningRebalance:
-    """Decides the next stage of one change. Owned by ``Rebalancing``; the controller acts."""
+    """Decides and carries out the next stage of one change. Owned by ``Rebalancing``."""
 
     def __init__(
         self,
@@ -42,36 +42,36 @@ class RunningRebalance:
         self.began_at = now
         """Monotonic seconds."""
         self.change: EpochChange | None = None
-        """The stage under way."""
+        """The placement change of the running stage."""
         self.num_stages = 0
-        """Stages that are in force."""
+        """Number of stages in force."""
         self.num_moved = 0
-        """Slots that were filled."""
+        """Number of slots filled."""
         self.num_bytes = 0
-        """Bytes that moved."""
+        """Bytes moved."""
         self.report: dict[str, Any] | None = None
         """The field ``last`` of rebalancing in ``status``; None while the change runs."""
         self.ended_at = 0.0
         """Monotonic seconds."""
         self.is_proved = True
-        """The effect of the ended change is known, or there is none."""
+        """Whether the effect of the ended change is measured, or there is none to measure."""
         self._cluster = cluster
         self._plans = plans
         self._opened = cluster.begin_trace(names.REBALANCE)
 
     @property
     def is_over(self) -> bool:
-        """The change was applied, has failed or was cancelled."""
+        """Whether the change was applied, failed or was cancelled."""
         return self.report is not None
 
     @property
     def loading(self) -> list[dict[str, str]]:
-        """The transfers under way, see ``EpochChange``."""
+        """The running transfers, see ``EpochChange.loading``."""
         return self.change.loading if self.change is not None else []
 
     @property
     def phase(self) -> str:
-        """Current phase, for people."""
+        """Current phase, for messages."""
         change = self.change
         if change is None:
             return "plan"
@@ -80,7 +80,7 @@ class RunningRebalance:
         return f"stage {self.num_stages + 1}: {change.state.value}{loads if is_loading else ''}"
 
     def frame(self, name: str, frame: ControlFrame, now: float) -> None:
-        """A frame of a worker about the stage under way."""
+        """Handle a frame of a worker about the running stage."""
         if (change := self.change) is None:
             return
         change.frame(name, frame, now)
@@ -89,7 +89,7 @@ class RunningRebalance:
         self._advance(now)
 
     def tick(self, now: float) -> None:
-        """Check whether the change is in time, or must be abandoned."""
+        """Abandon the change if a drain or scaling runs, else check its time limit."""
         running = self._cluster.operations.running
         if running is not None and running.kind in ("drain", "scale"):
             reason = f"{running.id} goes first"
@@ -100,7 +100,7 @@ class RunningRebalance:
         self._advance(now)
 
     def abandon(self, outcome: RebalanceOutcome, reason: str, now: float) -> bool:
-        """End the change before its next stage is in force; False if it is too late."""
+        """End the change before its next stage is in force; returns False if it is too late."""
         is_planning = self._plans.drop(_SHARES)
         if is_planning or (self.change is not None and self.change.cancel(reason)):
             self._end(outcome, reason, now)
@@ -108,7 +108,7 @@ class RunningRebalance:
         return False
 
     def _advance(self, now: float) -> None:
-        """Begin the next stage after a finished one."""
+        """Begin the next stage once the running one has finished."""
         change = self.change
         if change is None or not change.is_over:
             if self.asked.operation is not None:
@@ -121,7 +121,7 @@ class RunningRebalance:
             self.begin_stage(now)
 
     def begin_stage(self, now: float) -> None:
-        """Begin the next stage, or end."""
+        """Begin the next stage, or end the change if there is none."""
         cluster, target = self._cluster, self.decision.target
         devices = frozenset(m.device for m in cluster.generation.experts)
         stage = next_stage(cluster.placement, target, cluster.num_slots, devices)
@@ -187,7 +187,7 @@ class RunningRebalance:
         self.change = None
 
     def _summary(self, now: float) -> str:
-        """Summary of all stages, for people."""
+        """Summary of all stages, for messages."""
         decision = self.decision
         is_whole = is_reached(self._cluster.placement, decision.target)
         whole = "" if is_whole else ", as far as the slots allow"
@@ -201,7 +201,7 @@ class RunningRebalance:
         )
 
     def _report(self, outcome: str, text: str, epoch: int, now: float) -> dict[str, Any]:
-        """The field ``last`` of rebalancing in ``status``."""
+        """Return the field ``last`` of rebalancing in ``status``."""
         return {
             "outcome": outcome,
             "text": text,
@@ -217,7 +217,7 @@ class RunningRebalance:
         }
 
     def _attributes(self, report: Mapping[str, Any]) -> dict[str, Any]:
-        """Attributes of the trace of the ended change; ``report`` as above."""
+        """Return attributes for the trace of the ended change; ``report`` is from ``_report``."""
         return {
             names.OUTCOME: report["outcome"],
             names.PLACEMENT_EPOCH: report["epoch"],
