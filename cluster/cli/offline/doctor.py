@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 def _line(found: Finding, colours: bool) -> str:
     name = {"ok": "green", "warn": "yellow", "bad": "red"}[found.verdict]
     mark = colour(found.verdict.ljust(4), name, colours)
-    return f"{mark} {found.subject.ljust(12)} {found.text}"
+    return f"{mark} {found.what.ljust(12)} {found.text}"
 
 
 def examine_python() -> Finding:

@@ -12,7 +12,7 @@ Verdict = Literal["ok", "warn", "bad"]
 class Finding:
     """Result of one check."""
 
-    subject: str
+    what: str
     """Subject of the check."""
     verdict: Verdict
     """``bad`` means that ``serve`` would not work."""
@@ -25,5 +25,5 @@ def make_finding(
 ) -> Finding:
     """Make the finding for ``what``; ``fix`` is appended to the text unless ``is_ok``."""
     if is_ok:
-        return Finding(subject=what, verdict="ok", text=text)
-    return Finding(subject=what, verdict=otherwise, text=f"{text}: {fix}" if fix else text)
+        return Finding(what=what, verdict="ok", text=text)
+    return Finding(what=what, verdict=otherwise, text=f"{text}: {fix}" if fix else text)

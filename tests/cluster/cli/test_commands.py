@@ -377,7 +377,7 @@ def test_doctor_looks_at_everything(state_home: Path, capsys: pytest.CaptureFixt
 def test_doctor_warns_of_a_host_without_kernels() -> None:
     """Torch computes there: it is no reason to fail."""
     found = kernels_finding(LibraryChoice(None, "no compiler"))
-    assert found == Finding(subject="kernels", verdict="warn", text="torch (no compiler)")
+    assert found == Finding(what="kernels", verdict="warn", text="torch (no compiler)")
 
 
 def test_doctor_names_instructions_that_do_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:

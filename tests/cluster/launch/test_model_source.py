@@ -127,7 +127,7 @@ def test_an_unknown_hub_id_is_named(hub: FakeHub, tmp_path: Path) -> None:
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(
-        "cluster.core.errors.CheckpointError: someone/nothing is no folder, and the"
+        "cluster.core.errors.CheckpointError: someone/nothing is not a folder, and the"
     )
 
 

@@ -94,7 +94,7 @@ def test_a_cluster_that_would_be_joined_decides_later(capsys: pytest.CaptureFixt
     assert main(["serve", "--dry-run", "--json", *PORTS, *words]) == ExitCode.OK
     document = json.loads(capsys.readouterr().out)
     assert (document["mode"], document["workers"], document["device"]) == ("auto", [], None)
-    assert "once it is joined" in document["mode_reason"]
+    assert "after joining" in document["mode_reason"]
 
 
 def test_what_would_be_refused_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

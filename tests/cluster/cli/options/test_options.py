@@ -191,8 +191,8 @@ def test_help_groups_options_by_section_with_types_and_defaults(
     positions = [text.index(f" {group} ") for group in [*groups, "start:"]]
     assert positions == sorted(positions)
     for words in (
-        "--detection-limit-s SECONDS Time without progress and heartbeats after which a worker is "
-        "declared lost, at the latest (default: 2)",
+        "--detection-limit-s SECONDS Longest time without progress and heartbeats before a worker "
+        "is declared lost (default: 2)",
         "--max-body-bytes BYTES Largest HTTP body (default: 8M)",
         "--rebalance-bytes-per-s BYTES Rate at which each worker receives weights while the "
         "cluster serves (default: 100000000)",
