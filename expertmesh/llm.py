@@ -33,7 +33,7 @@ from gateway.engines.engine_pool import EnginePool
 from gateway.engines.router import RoutingPolicy
 from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway, new_call_id
-from gateway.generation.pooling import Reader, reading_call
+from gateway.generation.pooling import PoolingService, make_pooling_call
 from gateway.generation.running_call import RunningCall
 from gateway.grpc.convert import grpc_call
 from gateway.grpc.format import GrpcFormat
@@ -169,7 +169,7 @@ class _EmbeddedTransport:
         )
         self._thread = thread
         self._gateway = Gateway(config, tokenizer, cluster, self._engines, "embedded")
-        self._reader = Reader(self._gateway)
+        self._reader = PoolingService(self._gateway)
         self._engines.update([AttentionEndpoint("engine", "", 0, "0")])
 
     async def generate(self, query: Query) -> RequestOutput:
@@ -196,7 +196,7 @@ class _EmbeddedTransport:
     ) -> list[float]:
         try:
             await self._wait_engine()
-            found = await self._reader.embed([prompt], pooling, reading_call())
+            found = await self._reader.embed([prompt], pooling, make_pooling_call())
         except Exception as err:
             raise self._error(err) from err
         return [float(value) for value in found.rows[0]]

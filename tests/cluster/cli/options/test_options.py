@@ -201,8 +201,8 @@ def test_help_groups_options_by_section_with_types_and_defaults(
         "--enable-prefix-caching, --no-enable-prefix-caching ",
         "--max-model-len TOKENS ",
         "--tls-key FILE ",
-        "--seed N Base of the seeds of requests without one (default: 0)",
-        "--start-timeout SECONDS Limit of the start in seconds (default: 1800)",
+        "--seed N Base of the seeds for requests without a seed (default: 0)",
+        "--start-timeout SECONDS Time limit of the start in seconds (default: 1800)",
     ):
         assert words in text, words
 
