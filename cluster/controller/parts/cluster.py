@@ -1,6 +1,6 @@
-"""The model that the parts of the controller share: what is known of the cluster, and the effects.
+"""The model that the parts of the controller share: the state of the cluster, and the effects.
 
-Each part decides on its own subject: it reads the state here, changes what belongs to its subject,
+Each part decides on its own subject: it reads the state here, changes the state of its subject,
 and adds effects. The life of a generation:
 
     form ─▶ NewGeneration to every member ─▶ GenerationReady from all, their slots hold the maps'
@@ -50,13 +50,13 @@ from cluster.tracing import names
 logger = logging.getLogger(__name__)
 
 _LEFT_OPERATIONS = 16
-"""Operations that the next controller gets."""
+"""Maximum number of operations that the next controller gets."""
 _VERSIONS_OF_A_TERM = 1_000_000
-"""Distance between the terms, so that a restarted controller never repeats a version."""
+"""Distance between the versions of two terms, so that a restarted controller repeats no version."""
 
 
 class Cluster:
-    """One cluster. One thread; ``now`` is in monotonic seconds."""
+    """State of one cluster. One thread; ``now`` is in monotonic seconds."""
 
     def __init__(
         self,
@@ -72,49 +72,49 @@ class Cluster:
         wall_time_offset_s: float = 0.0,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
-        """``wall_time_offset_s`` added to ``now`` is the time of day; ``notes``: see ``Memory``."""
+        """``wall_time_offset_s`` plus ``now`` is the time of day; ``notes``: see ``Memory``."""
         self.config = config
         self.began_at = now
         """Monotonic time at which this controller began."""
         self.effects: list[Effect] = []
-        """Of the event under way."""
+        """Effects of the current event."""
         self._is_remembered = True
         self.term = term
         self.identity = identity
-        """Distinguishes controllers of one term."""
+        """Distinguishes controllers that claim the same term."""
         self.host = host
-        """The controller's own."""
+        """Host of the controller."""
         self.nodes: NodeIds | None = None
-        """The living nodes; None before the first look."""
+        """The live nodes; None before the first look."""
         self.known_nodes: frozenset[str] = frozenset()
-        """Ids of nodes that are accounted for, where the numbers of workers follow the nodes."""
+        """Ids of nodes that are accounted for, if the pool sizes follow the nodes."""
         self.num_slots = num_slots
         """Expert slots per bank of each expert worker."""
         self.room = num_slots if config.workers.device == "cuda" else None
-        """The same as a limit; None where banks grow."""
+        """Maximum number of expert slots per bank; None if banks can grow."""
         self.state = ClusterState.STARTING
         self.error: str | None = None
-        """Why the start failed."""
+        """Reason why the start failed."""
         self.version = (term - 1) * _VERSIONS_OF_A_TERM + 1
         """Grows with every change of the snapshot."""
         self.sent_version = 0
-        """That of the memory which workers were last told to keep."""
+        """Version of the memory that was last sent to the workers."""
         self.order_numbers = count((term << 32) + 1)
-        """Numbers of load orders and requests, each used once in the life of the cluster."""
+        """Numbers of load commands and requests; each is used once in the life of the cluster."""
         self.places = Places(members)
         self.late: tuple[str, ...] = ()
-        """Workers for which steps wait that are wanted, or for which a generation waits."""
+        """Workers that steps, or the next generation, wait for."""
         self.workers = WorkerTable(members, model=config.model, now=now)
         self.membership = MemberRecords(placement, self.workers, self.places, now)
         self.history = History(wall_time_offset_s)
         self.load = LoadTracker(config.load, now)
-        """Expert load."""
+        """Tracks the expert load."""
         self.metrics = ControllerMetrics({m.role for m in members})
         self.operations = Operations(term, wall_time_offset_s, self.remember)
         self.drain: Drain | None = None
-        """The drain under way."""
+        """The running drain, if any."""
         self.scale: Scale | None = None
-        """The scaling under way."""
+        """The running scaling, if any."""
         self.adapters = AdapterTable()
         self.disks = HostDisks()
         self.traces = ChangeTraces(identity, config.observability.otlp_endpoint is not None)
@@ -124,7 +124,7 @@ class Cluster:
 
     @property
     def round(self) -> GenerationRound:
-        """The newest generation and its answers, see ``MemberRecords``."""
+        """The newest generation and its replies, see ``MemberRecords``."""
         return self.membership.round
 
     @property
@@ -144,22 +144,22 @@ class Cluster:
 
     @property
     def is_up(self) -> bool:
-        """Nothing has ended the cluster yet."""
+        """Whether the cluster is neither ending nor stopped."""
         return self.state not in (ClusterState.DRAINING, ClusterState.STOPPED)
 
     @property
     def takes_orders(self) -> bool:
-        """The cluster is neither starting nor ending."""
+        """Whether the cluster is neither starting nor ending."""
         return self.state is not ClusterState.STARTING and self.is_up
 
     @property
     def runs(self) -> bool:
-        """The newest generation runs, and every expert has a copy."""
+        """Whether the newest generation runs; then every expert has a copy."""
         return self.round.phase is Phase.RUNNING and self.is_up
 
     @property
     def is_forming(self) -> bool:
-        """A generation is announced but does not run yet."""
+        """Whether a generation is announced but does not run yet."""
         return self.round.phase is Phase.FORMING and self.is_up
 
     @property
@@ -169,23 +169,23 @@ class Cluster:
         return frozenset(self.places.workers_of(p for p in added if self.places.is_new(p)))
 
     def unready_workers(self) -> list[str]:
-        """Those of the new workers that others still wait for."""
+        """Return the new workers that the others still wait for."""
         table = self.workers
         return sorted(n for n in self.new_workers if n not in table or not table[n].may_join)
 
     @property
     def profile(self) -> LoadProfile | None:
-        """The load that was expected at the start."""
+        """The load profile that was expected at the start; None without one."""
         profile = self.notes.get("profile")
         return LoadProfile.from_dict(profile) if profile else None
 
     @property
     def top_k(self) -> int:
-        """Experts of a token."""
+        """Number of experts per token."""
         return int(self.notes.get("top_k", 1))
 
     def is_kept(self, version: int) -> bool:
-        """Whether a worker keeps the memory of this version, or none lives that could."""
+        """Return whether a live worker has stored this version, or no worker is alive."""
         alive = list(self.workers.alive())
         return not alive or any(r.kept_version >= version for r in alive)
 
@@ -204,29 +204,27 @@ class Cluster:
         self.version += 1
 
     def note(self, cause: str, effect: str, now: float) -> None:
-        """Add to the history."""
+        """Add an entry to the history."""
         self.history.add(self.round.number, now, cause, effect)
         self.touch()
 
     def paused(self, generation: int, pause_s: float) -> None:
-        """A gateway's streams stood still for this time when the generation formed."""
+        """Record for how long a gateway's streams paused while the generation formed."""
         self.history.paused(generation, pause_s)
         self.touch()
 
     def host_has(self, low_disks: tuple[LowDisk, ...], host: str = "", reporter: str = "") -> None:
-        """The nearly full disks of a host, by a gateway; by default those of the controller's."""
+        """Record the nearly full disks of a host; by default those of the controller's host."""
         if self.disks.report(low_disks, host or self.host, reporter):
             self.touch()
 
     def remember(self) -> None:
-        """Make the workers keep the state that a restarted controller needs, before they get any
-        other frame of the event under way.
-        """
+        """Send the workers the state that a restarted controller needs, before other frames."""
         self.touch()
         self._is_remembered = False
 
     def memory(self) -> Memory:
-        """The state that a restarted controller needs."""
+        """Return the state that a restarted controller needs."""
         is_whole = self.desired.banks == self.placement.banks
         return Memory(
             version=self.version,
@@ -249,33 +247,33 @@ class Cluster:
         )
 
     def nodes_alive(self, nodes: NodeIds, now: float) -> None:
-        """The living nodes: places of nodes that have left are to be filled."""
+        """Take the ids of the live nodes; places of other nodes become free to be filled."""
         self.nodes = nodes
         if self.places.nodes_alive(nodes):
             self.remember()
 
     def remove_places(self, places: Iterable[str]) -> None:
-        """Places without a serving worker are no part of the cluster any more."""
+        """Remove places that have no serving worker from the cluster."""
         if names := tuple(places):
             self.places.remove(names)
             self.effects.append(Release(names))
             self.remember()
 
     def moved(self, reason: MoveReason, num_slots: int, num_bytes: int, seconds: float) -> None:
-        """Weights have moved, see ``ControllerMetrics.moved``."""
+        """Record a move of weights, see ``ControllerMetrics.moved``."""
         self.metrics.moved(reason, num_slots, num_bytes, seconds)
         attributes = {names.REASON: reason, names.SLOTS: num_slots, names.BYTES: num_bytes}
         self.end_trace(self.begin_trace(names.MIGRATION), seconds, attributes)
 
     def begin_trace(self, name: str) -> OpenTrace:
-        """The trace of a change that begins now."""
+        """Begin the trace of a change."""
         self.touch()
         return self.traces.begin(name)
 
     def end_trace(
         self, opened: OpenTrace, seconds: float, attributes: Mapping[str, Any], error: str = ""
     ) -> None:
-        """The change has ended just now; ``seconds``, ``attributes``, ``error``: see ``Trace``."""
+        """End the trace of a change; for the arguments see ``effects.Trace``."""
         self.touch()
         self.effects.append(self.traces.end(opened, seconds, attributes, error))
 
@@ -286,7 +284,7 @@ class Cluster:
         self.effects.append(Send(frame, workers))
 
     def take_effects(self) -> list[Effect]:
-        """The effects since the last call, to be carried out in this order."""
+        """Remove and return the pending effects, to be carried out in this order."""
         if not self._is_remembered:
             self.sent_version = self.version
             frame = ControllerSnapshot(
@@ -319,15 +317,15 @@ class Cluster:
         self.send(order, *(m.name for m in self.generation.members))
 
     def reform(self, cause: str, now: float) -> None:
-        """Have all members form a generation with the placement in force."""
+        """Form the next generation from the same members, with the placement in force."""
         self.form(self.round.members, self.placement, now)
         self.note(cause, f"go on with {describe_members(self.round.members)}", now)
 
     def run(self, now: float) -> bool:
-        """Run the generation, whose members have all answered; whether it runs now."""
+        """Run the generation, since all members have replied; returns whether it runs now."""
         formed = self.round
         if formed.highest_epoch > self.placement.epoch:
-            # a survivor ran a later epoch than the controller knew; the new one must be higher
+            # a survivor ran a later epoch than the controller knew, so the new one must be higher
             placement = replace(self.placement, epoch=formed.highest_epoch + 1)
             self.form(formed.members, placement, now)
             return False

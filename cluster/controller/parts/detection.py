@@ -1,7 +1,7 @@
-"""Detection: which workers are lost, judged by the last sign of life of each.
+"""Failure detection: decides which workers are lost, from the last sign of life of each.
 
-Signs are silence, stalled loops, members that do not answer, starts that take too long,
-and reports of peers. ``Detection`` only reports to the controller; it does not act.
+Causes are silence, stalled loops, members that do not reply, starts that take too long, and reports
+of peers. ``Detection`` only reports to the controller, which acts.
 """
 
 from __future__ import annotations
@@ -28,51 +28,54 @@ from cluster.policy.silence import GapWindow
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.1
-"""Time between two ticks; after twice that time the controller itself is late."""
+"""Time between two ticks. A tick that is later by this time counts as late."""
 _LATE_GAPS = 2.0
-"""Silence in expected gaps after which waits for a processor are watched."""
+"""Silence, in expected gaps, after which waits for a processor are measured."""
 _WARY_S = 10.0
-"""Time after a loss in which the whole detection limit must pass before another worker is lost: the
-survivors, and a new worker that starts, keep the machine busy."""
+"""Time after a loss in which each worker gets the whole detection limit: survivors and a new worker
+keep the machine busy."""
 _FORMING_S = 0.5
-"""Time after which a generation that forms waits for somebody by name."""
+"""Time after which a forming generation shows which members it waits for."""
 
 
 class Detection:
-    """Watches all workers. Owned by the controller; ``now`` is in monotonic seconds."""
+    """Detects lost workers. Owned by the controller; ``now`` is in monotonic seconds."""
 
     def __init__(self, cluster: Cluster, limits: ControllerSettings) -> None:
         self._cluster = cluster
         self._limits = limits
         self.last_tick = self._held_at = cluster.began_at
-        """Time of the last call of ``credit_own_pause``."""
+        """Monotonic time of the last call of ``credit_own_pause``."""
         self._is_late, self._woke_at = False, cluster.began_at
-        """Whether this tick is late; when what came in a long pause was read, infinite before."""
+        """Whether this tick is late; time of the tick after a long pause, infinite until then."""
         self._gaps: dict[str, GapWindow] = {}
         self._starting: frozenset[str] = frozenset()
-        """Hosts where workers start, as of the last tick; empty text: one is not known yet."""
+        """Hosts on which workers start, as of the last tick; "" stands for an unknown host."""
         self._held = frozenset[str]()
-        """Who is silent with most other hosts."""
+        """Workers that are silent together with most other hosts."""
         self._ran_at = self._busy_at = cluster.began_at
-        """When nobody kept the others waiting, and when one of these had still to begin."""
+        """When the last round had no late new worker; when another member had still to join."""
 
     def heard(self, record: WorkerRecord, now: float) -> None:
-        """A worker sent a frame. The gap tells nothing while a worker starts on its host, or on one
-        that is not known yet, or with a GPU: its thread waits for a step now and then.
+        """Record a frame of a worker.
+
+        The gap is ignored while a worker starts on its host or on an unknown host, and for GPU
+        workers, whose thread may wait for a step.
         """
         node, alive_s = record.member.node, self._cluster.config.transport.alive_s
         is_remote = node not in ("", self._cluster.host)
         record.gaps = self._gaps.setdefault(node, GapWindow(alive_s, is_remote))
         is_starting = record.is_coming or not self._starting.isdisjoint(("", node))
         tells_nothing = is_starting or str(record.info.get("device")).startswith("cuda")
-        if now - self.last_tick <= 2 * TICK_S:  # else the silence may be the controller's own
+        if now - self.last_tick <= 2 * TICK_S:  # else the controller may have been paused
             record.gaps.add(math.inf if tells_nothing else now - record.heard_at, now)
         record.heard_at, record.starved_s = now, 0.0
 
     def suspects(self, now: float) -> dict[str, int]:
-        """Workers of this host (name -> process id) that are late with a sign of life or progress.
+        """Return the late workers of this host (name -> process id).
 
-        Their waits for a processor are to be watched: see ``starved``.
+        They are late with a sign of life or with progress; their waits for a processor are passed
+        to ``starved``.
         """
         cluster, transport = self._cluster, self._cluster.config.transport
         return {
@@ -87,7 +90,7 @@ class Detection:
         }
 
     def starved(self, waits: Mapping[str, float], now: float) -> None:
-        """Workers (name -> seconds) waited for a processor since the last call.
+        """Record for how many seconds workers waited for a processor since the last call.
 
         This time does not count as silence, up to ``hold_limit_s`` since the last sign of life.
         """
@@ -96,8 +99,10 @@ class Detection:
                 self._cluster.workers[name].starve(seconds, self._limits.hold_limit_s, now)
 
     def peer_lost(self, name: str, frame: PeerLost, now: float) -> str:
-        """A worker reports that it lost another. Returns why all must form a generation again if
-        the other is only held up in a step, else nothing. Raises ``ProtocolError`` for a stranger.
+        """Record that a worker lost a peer.
+
+        If the peer is only held up in a step, returns the reason to form a generation again, else
+        an empty string. Raises ``ProtocolError`` for an unknown peer.
         """
         cluster, limit = self._cluster, self._limits.detection_limit_s
         suspect = cluster.workers.find(frame.worker)
@@ -117,7 +122,7 @@ class Detection:
         return ""
 
     def mismatch(self, name: str, frame: Heartbeat, now: float) -> str | None:
-        """Why members must form again: one has run something else for too long, unexplained."""
+        """Return the reason to form a generation again if a member deviates for too long."""
         cluster, record = self._cluster, self._cluster.workers[name]
         number, epoch, found = cluster.round.number, cluster.placement.epoch, ""
         is_member = cluster.runs and record.state is WorkerState.SERVING
@@ -135,9 +140,9 @@ class Detection:
         return None
 
     def credit_own_pause(self, now: float) -> None:
-        """Do not blame workers for a silence in which the controller itself was paused.
+        """Exclude a pause of the controller itself from the silence of workers.
 
-        Frames that wait are read after a late tick: none is lost before the next one.
+        Pending frames are read after a late tick, so no worker is lost before the next tick.
         """
         late_s, was_late = now - self.last_tick - TICK_S, self._is_late
         self._is_late = late_s > TICK_S
@@ -153,10 +158,10 @@ class Detection:
         self.last_tick, self._starting = now, frozenset(r.member.node for r in starting)
 
     def end_hold(self, now: float) -> str:
-        """Look for a silence that may be of the controller's own host, and hold the silent workers.
+        """Hold silent workers while the cause may be the controller's own host.
 
-        Returns why all must form a generation again once they are back, else an empty text: steps
-        may have stopped, and what workers have reported of each other is void.
+        At the end of such a hold, returns the reason to form a generation again: steps may have
+        stopped, and reports of peers are void. Otherwise returns an empty string.
         """
         cluster, limit, before = self._cluster, self._limits.detection_limit_s, self._held
         known = {m.name for m in cluster.round.members} - cluster.round.joins
@@ -173,7 +178,7 @@ class Detection:
             self._held_at = max(cluster.workers[name].heard_at for name in self._held)
             logger.warning("most other hosts are silent: %s", ", ".join(sorted(self._held)))
         silence = now - self._held_at
-        if self._held or not before or silent:  # Ray's word ends a hold, too
+        if self._held or not before or silent:  # losing nodes in Ray's list ends a hold, too
             return ""
         for record in cluster.workers.alive():
             record.credit(silence, now)
@@ -182,7 +187,7 @@ class Detection:
         return f"most other hosts were silent for {silence:.1f} s"
 
     def watch_steps(self, now: float) -> None:
-        """Note for which members steps wait, or a generation that takes long to form."""
+        """Record the members that steps or a slowly forming generation wait for."""
         cluster = self._cluster
         late: tuple[str, ...] = ()
         if cluster.runs:
@@ -197,18 +202,18 @@ class Detection:
             cluster.touch()
 
     def void_reports(self, now: float) -> str:
-        """Why all must form a generation again after a long pause of the controller, if they must.
+        """Return the reason to form a generation again after a long pause, or an empty string.
 
-        What workers reported of each other in it may be over, and which end was silent is unknown.
+        Reports of peers from the pause may be outdated, and show not which end was silent.
         """
         if self._woke_at != now or not self._cluster.round.reports or self._held:
             return ""
         return "reports that workers made of each other while the controller did not run are void"
 
     def find_lost(self, now: float) -> Iterator[Mapping[str, str]]:
-        """Workers to declare lost (name -> reason), by one limit after the other.
+        """Yield workers to declare lost (name -> reason), one limit at a time.
 
-        The state is read again for each, so that the caller can act in between.
+        The state is read again for each limit, so that the caller can act in between.
         """
         held = frozenset() if now - self._held_at > self._limits.hold_limit_s else self._held
         for lost in self._find_lost(now, held):
@@ -223,7 +228,7 @@ class Detection:
             pulses = cluster.workers.pulses(loading)
             is_wary = now - cluster.workers.lost_at < _WARY_S
             yield find_silent(now, pulses, cluster.host, most, is_wary=is_wary)
-        if held:  # others wait for these, too
+        if held:  # other workers wait for these, too
             self._ran_at = self._busy_at = now
             return
         yield self._late_answers(now)
@@ -232,7 +237,7 @@ class Detection:
             yield self._confirmed_reports(now)
 
     def _late_starts(self, now: float) -> dict[str, str]:
-        """Workers that are not ready in time; a new one that waits for room may wait."""
+        """Return workers that are not ready in time; a new one may wait for resources."""
         cluster, limit = self._cluster, self._limits.start_limit_s
         if cluster.takes_orders:
             known = {m.name for m in cluster.round.members}
@@ -258,7 +263,7 @@ class Detection:
         return dict.fromkeys(cluster.round.late(), reason)
 
     def _late_joins(self, now: float) -> dict[str, str]:
-        """New workers that keep the others from running, though these have all begun to join."""
+        """Return new workers that keep all others waiting, although these have begun to join."""
         cluster, limit = self._cluster, self._limits.join_limit_s
         late = set(cluster.round.late() if cluster.is_forming else ())
         joins = late & cluster.round.joins
@@ -286,7 +291,7 @@ class Detection:
         )
 
     def _can_spare(self, names: Collection[str]) -> bool:
-        """The other members go on without these at once: none of them loads an expert."""
+        """Return whether the other members can continue without loading an expert."""
         members, placement = self._cluster.round.members, self._cluster.placement
         devices = frozenset(m.device for m in members if m.name in names and m.holds_experts)
         if devices and placement.without_devices(devices, placement.epoch) is None:

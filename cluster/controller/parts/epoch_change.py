@@ -1,4 +1,4 @@
-"""One change of the placement while serving: load, tell every member, switch at one step.
+"""One change of the placement while serving: load, prepare every member, switch at one step.
 
     LOAD      weights go into free slots, in the background, from other workers' memory
     PREPARE   every member learns the maps of the new epoch
@@ -34,7 +34,7 @@ from cluster.planner.stages import SlotFill, Stage
 
 
 class ChangeState(Enum):
-    """What a change waits for; the value is for people."""
+    """Step of a change; the value is shown to users."""
 
     LOAD = "load experts"
     PREPARE = "tell the workers"
@@ -51,7 +51,7 @@ _NEXT = {
 
 
 class EpochChange:
-    """One change. ``now`` is in monotonic seconds."""
+    """Runs one change of the placement. ``now`` is in monotonic seconds."""
 
     def __init__(
         self,
@@ -62,14 +62,14 @@ class EpochChange:
         limit_s: float = 120.0,
         bytes_per_s: float | None = None,
     ) -> None:
-        """The stage's placement gets an epoch that is new to all workers.
+        """The placement of ``stage`` gets an epoch that is new to all workers.
 
-        ``limit_s`` is the time until the switch, ``bytes_per_s`` the rate at which each worker
-        takes weights in; None is no limit.
+        ``limit_s`` is the time until the switch; ``bytes_per_s`` limits the rate at which each
+        worker reads weights, None for no limit.
         """
         self.state = ChangeState.LOAD
         self.reason = ""
-        """Why it failed."""
+        """Reason of the failure."""
         self.num_bytes = 0
         """Bytes loaded so far."""
         self.num_loaded = 0
@@ -80,7 +80,7 @@ class EpochChange:
         self._limit_s = limit_s
         self._bytes_per_s = bytes_per_s
         self.generation = cluster.generation
-        """The generation in which the change began."""
+        """Generation in which the change began."""
         self._base = cluster.placement
         self.began_at = now
         """Monotonic seconds."""
@@ -95,12 +95,12 @@ class EpochChange:
 
     @property
     def is_over(self) -> bool:
-        """The change succeeded or failed."""
+        """Whether the change succeeded or failed."""
         return self.state in (ChangeState.DONE, ChangeState.FAILED)
 
     @property
     def loading(self) -> list[dict[str, str]]:
-        """The transfers under way: ``worker`` and ``from``, both by name."""
+        """The running transfers: ``worker`` and ``from``, both by name."""
         names = {m.device: m.name for m in self.generation.experts}
         return [
             {"worker": o.worker, "from": names.get(o.source, "checkpoint")}
@@ -108,7 +108,7 @@ class EpochChange:
         ]
 
     def tick(self, now: float) -> None:
-        """Time has passed."""
+        """Fail the change if its time is over or another generation has begun."""
         if self.is_over:
             return
         if self._cluster.generation.number != self.generation.number:
@@ -117,14 +117,14 @@ class EpochChange:
             self._fail(f"could not {self.state.value} within {self._limit_s:g} s")
 
     def cancel(self, reason: str) -> bool:
-        """Abandon the change; False if it is too late."""
+        """Abandon the change; returns False if it is too late."""
         if self.state is ChangeState.SWITCH or self.is_over:
             return False
         self._fail(reason)
         return True
 
     def frame(self, name: str, frame: ControlFrame, now: float) -> None:
-        """A worker sent a frame about a change of the placement, this or an earlier one."""
+        """Handle a frame about a placement change, this or an earlier one."""
         match frame:
             case ExpertsLoaded():
                 self._loaded(name, frame, now)
@@ -136,7 +136,7 @@ class EpochChange:
                 self._cluster.touch()
 
     def _loaded(self, name: str, frame: ExpertsLoaded, now: float) -> None:
-        """A worker has carried out a load order, or failed to."""
+        """Handle the reply to a load command."""
         order = self._orders.answered(name, frame.order)
         if self.state is not ChangeState.LOAD or order is None:
             return
@@ -152,7 +152,7 @@ class EpochChange:
             self._prepare()
 
     def _ready(self, name: str, frame: EpochReady) -> None:
-        """A worker can run the new epoch, or reports why not."""
+        """Handle the reply of a worker to the new epoch; it may report an error."""
         if frame.error:
             self._fail(f"{name}: {frame.error}")
             return
@@ -170,7 +170,7 @@ class EpochChange:
     def _order_all(
         self, worker: str, fills: Sequence[SlotFill], tried: frozenset[int], now: float
     ) -> None:
-        """One order for each source, with sources used as evenly as possible."""
+        """Send one load command per source, and use the sources as evenly as possible."""
         by_source: dict[int, list[SlotFill]] = {}
         used = Counter({o.source: len(o.fills) for o in self._orders.pending.values()})
         alive = {m.device for m in self.generation.experts}
