@@ -5,7 +5,7 @@ The life of a generation:
     form ─▶ NewGeneration to every member ─▶ GenerationReady from all, their slots hold the maps'
         ─▶ run ─▶ RunGeneration(first step above the highest step of any member)
 
-A further loss before the end forms the next generation.
+If another member is lost before RunGeneration, the next generation is formed.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from cluster.policy.places import Places
 
 
 class Phase(Enum):
-    """State of the newest generation."""
+    """Phase of the newest generation."""
 
     FORMING = "forming"
-    """Announced to its members."""
+    """Announced to its members, but not running yet."""
     RUNNING = "running"
     """Its members run steps."""
     STALLED = "stalled"
@@ -42,22 +42,22 @@ _PHASES = {Phase.FORMING: {Phase.RUNNING, Phase.STALLED}, Phase.RUNNING: {Phase.
 
 @dataclass(slots=True)
 class GenerationRound:
-    """The newest generation and its members' answers; number 0 before the first."""
+    """The newest generation and its members' replies; number 0 before the first."""
 
     generation: Generation
     began_at: float
-    """Monotonic time of its announcement."""
+    """Monotonic time at which the generation was announced."""
     phase: Phase = Phase.FORMING
     answers: dict[str, GenerationReady] = field(default_factory=dict)
-    """By name, of the members that have opened their edges."""
+    """Replies by name, from members that have opened their edges."""
     reports: list[PeerReport] = field(default_factory=list)
-    """Of members that lost another."""
+    """Reports of members that lost a peer."""
     loaded: list[SlotFill] = field(default_factory=list)
-    """What members have loaded since it began."""
+    """Experts that members have loaded since the generation was announced."""
     joins: frozenset[str] = frozenset()
-    """Members without which the others ran just before."""
+    """New members; the others ran a generation without them just before."""
     before: ExpertPlacement | None = None
-    """The placement in which they ran, which their slots still hold; None where nobody joins."""
+    """The placement of that generation, which the slots still hold; None if no member joins."""
 
     @property
     def number(self) -> int:
@@ -65,15 +65,15 @@ class GenerationRound:
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """All workers that take part."""
+        """Members of the generation."""
         return self.generation.members
 
     def late(self) -> list[str]:
-        """Members that have not answered."""
+        """Return the members that have not replied."""
         return [m.name for m in self.members if m.name not in self.answers]
 
     def missing(self, placement: ExpertPlacement) -> list[SlotFill]:
-        """Experts that the maps name, and that are not where they should be by the answers."""
+        """Return the experts of the maps that, by the replies, are not in their slots."""
         loaded = {(f.bank, f.device, f.slot, f.expert) for f in self.loaded}
         return [
             SlotFill(bank=bank, device=member.device, slot=slot, expert=expert)
@@ -91,13 +91,13 @@ class GenerationRound:
 
     @property
     def highest_epoch(self) -> int:
-        """Highest placement epoch in the answers so far."""
+        """Highest placement epoch in the replies so far."""
         return max((a.highest_epoch for a in self.answers.values()), default=0)
 
     def next(
         self, generation: Generation, placement: ExpertPlacement, now: float
     ) -> GenerationRound:
-        """The round of the next generation; ``placement`` is the one in force."""
+        """Return the round of the next generation; ``placement`` is the one in force."""
         names = frozenset(m.name for m in generation.members)
         joins, before = self.joins & names, self.before
         if self.phase is not Phase.FORMING:
@@ -109,14 +109,14 @@ class GenerationRound:
         self.phase = next_state(self.phase, phase, _PHASES)
 
     def drop_reports(self, name: str) -> None:
-        """Forget reports by and about a lost worker."""
+        """Drop the reports by and about a lost worker."""
         self.reports = [r for r in self.reports if name not in (r.reporter, r.suspect)]
 
 
 class MemberRecords:
-    """Decides which generation is the newest and which placement is in force.
+    """Holds the newest generation, and decides which placement is in force.
 
-    Parts that only read these take them from ``Cluster``.
+    Other parts of the controller read both from ``Cluster``.
     """
 
     def __init__(
@@ -125,13 +125,13 @@ class MemberRecords:
         self._workers = workers
         self._places = places
         self.placement = placement
-        """The placement in force, or of the generation that is being formed."""
+        """The placement in force, or that of the generation that is forming."""
         self.desired = placement
-        """The placement of the whole cluster; rebalancing changes it."""
+        """The placement of the complete cluster; rebalancing changes it."""
         self.round = GenerationRound(Generation(number=0, members=()), now, Phase.STALLED)
-        """The newest generation and its answers; number 0 before the first."""
+        """The newest generation and its replies; number 0 before the first."""
         self.experts_complete = False
-        """Every expert had a slot when the newest generation was formed."""
+        """Whether every expert had a slot when the newest generation was formed."""
         self._highest_epoch = 0
 
     def restore(self, collected: GenerationRound, highest_epoch: int) -> None:
@@ -139,14 +139,15 @@ class MemberRecords:
         self.round, self._highest_epoch = collected, highest_epoch
 
     def next_epoch(self) -> int:
-        """A placement epoch that no worker knows, whether or not it comes into force."""
+        """Return a placement epoch that no worker knows, even if it never comes into force."""
         self._highest_epoch = max(self.placement.epoch, self._highest_epoch) + 1
         return self._highest_epoch
 
     def activate(self, placement: ExpertPlacement) -> None:
-        """A step of the running generation names the placement's epoch.
+        """Put a placement in force: a step of the running generation has named its epoch.
 
-        A whole cluster keeps it as the desired one; a placement made by a drain is temporary.
+        If the cluster is complete, it becomes the desired placement; one made by a drain is
+        temporary.
         """
         self.placement = placement
         rows = [bank.physical_to_logical for bank in placement.banks]
@@ -156,7 +157,7 @@ class MemberRecords:
             self.desired = placement
 
     def form(self, members: Sequence[Member], placement: ExpertPlacement, now: float) -> None:
-        """Begin the next generation, of these members."""
+        """Begin the next generation with these members."""
         fresh = tuple(self._workers[m.name].member for m in members)
         generation = self.round.generation.successor(fresh)
         self.round = self.round.next(generation, self.placement, now)
@@ -167,11 +168,11 @@ class MemberRecords:
         self._stand_by()
 
     def run(self, now: float) -> None:
-        """The members of the newest generation serve."""
+        """Mark the newest generation as running and its members as serving."""
         formed = self.round
         self.experts_complete = True
         formed.enter(Phase.RUNNING)
-        formed.joins, formed.before = frozenset(), None  # the others free what they kept
+        formed.joins, formed.before = frozenset(), None  # the other members free the old experts
         for member in formed.members:
             record = self._workers[member.name]
             record.progress_at = record.heard_at = now
@@ -179,13 +180,13 @@ class MemberRecords:
             record.enter(WorkerState.SERVING)
 
     def stall(self, members: Sequence[Member], now: float) -> None:
-        """No generation can run: keep these members for a later one."""
+        """Record that no generation can run; a later one may use these members."""
         survivors = replace(self.round.generation, members=tuple(members))
         self.round = GenerationRound(survivors, now, Phase.STALLED)
         self._stand_by()
 
     def _stand_by(self) -> None:
-        """Serving members become ready: they run no steps until the next RunGeneration."""
+        """Make serving members ready: they run no steps until the next RunGeneration."""
         for member in self.round.members:
             record = self._workers[member.name]
             if record.state is WorkerState.SERVING:

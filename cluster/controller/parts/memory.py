@@ -1,6 +1,6 @@
-"""What a controller keeps of the past, and what it leaves to the next one.
+"""History of the cluster, and the state that a controller leaves to the next one.
 
-The workers keep a ``Memory`` as plain data.
+The workers store a ``Memory`` as plain data.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cluster.policy.places import ClosedPlace
 
 _KEPT = 256
 _LEFT_TO_NEXT = 64
-"""Entries of the history that the next controller gets."""
+"""Number of history entries that the next controller gets."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,32 +32,33 @@ class HistoryEntry:
     """One change of the cluster."""
 
     generation: int
-    """Generation that resulted."""
+    """Number of the resulting generation."""
     time: float
     """Time of day, seconds since 1970."""
     cause: str
     effect: str
     took_s: float | None = None
-    """Seconds that streams stood still, as gateways report; without streams, until the generation
-    ran. None if none resulted."""
+    """Longest pause of streams in seconds, reported by gateways; without streams, the time until
+    the generation ran. None if no generation resulted.
+    """
     is_felt: bool = False
-    """``took_s`` is of streams."""
+    """Whether ``took_s`` is the pause of streams."""
 
 
 class History:
-    """The last changes of the cluster, newest last."""
+    """The latest changes of the cluster, newest last."""
 
     def __init__(self, wall_time_offset_s: float) -> None:
-        """``wall_time_offset_s`` added to a monotonic time is the time of day."""
+        """``wall_time_offset_s`` plus a monotonic time is the time of day."""
         self._offset_s = wall_time_offset_s
         self._entries: deque[HistoryEntry] = deque(maxlen=_KEPT)
 
     def restore(self, entries: Iterable[HistoryEntry]) -> None:
-        """Entries of an earlier controller."""
+        """Restore the entries of an earlier controller."""
         self._entries.extend(entries)
 
     def newest(self) -> tuple[HistoryEntry, ...]:
-        """For the next controller; ``restore`` takes them."""
+        """Return the entries for the next controller, see ``restore``."""
         return tuple(self._entries)[-_LEFT_TO_NEXT:]
 
     def add(self, generation: int, now: float, cause: str, effect: str) -> None:
@@ -79,7 +80,7 @@ class History:
         )
 
     def paused(self, generation: int, pause_s: float) -> None:
-        """A gateway reports how long its streams stood still at this generation."""
+        """Record for how long a gateway's streams paused at this generation."""
         for place, entry in enumerate(self._entries):
             if entry.generation == generation and entry.took_s is not None:
                 longest_s = max(pause_s, entry.took_s if entry.is_felt else 0.0)
@@ -88,7 +89,7 @@ class History:
                 return
 
     def to_list(self) -> list[dict[str, Any]]:
-        """All kept entries, oldest first, fit for JSON."""
+        """Return all entries, oldest first, fit for JSON."""
         return [asdict(e) for e in self._entries]
 
 
@@ -102,40 +103,40 @@ class LostWorker(Message, frozen=True, kw_only=True):
 
 
 class KeptAdapter(Message, frozen=True, kw_only=True):
-    """An adapter that the workers have, or are to have."""
+    """An adapter that the workers have loaded, load or free."""
 
     adapter: Adapter
     state: AdapterState
     number: int
-    """Order with which it was first asked for."""
+    """Number of the command that first requested it."""
     lacking: tuple[str, ...] = ()
-    """Workers that serve without it: they could not load it."""
+    """Workers that serve without it, since they could not load it."""
 
 
 class Memory(Message, frozen=True, kw_only=True):
-    """``Cluster.memory`` makes it, ``failover.continue_with`` takes it."""
+    """State for the next controller: made by ``Cluster.memory``, used by ``continue_with``."""
 
     version: int = 0
-    """The snapshot's: of several the newest counts."""
+    """Version of the snapshot; a restarted controller uses the newest memory."""
     history: tuple[HistoryEntry, ...] = ()
     """The newest entries."""
     lost: tuple[LostWorker, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
-    """What the cluster was started with, see ``ControllerActor``."""
+    """Arguments that the cluster was started with, see ``ControllerActor``."""
     desired: ExpertPlacement | None = None
     """The placement of the whole cluster; None if it is the one in force."""
     places: tuple[str, ...] = ()
-    """All places; those of the start are not all, once the cluster was scaled."""
+    """Names of all places, including those that scaling has added."""
     closed: dict[str, ClosedPlace] = field(default_factory=dict)
     """Places in which no worker starts."""
     operations: tuple[Operation, ...] = ()
-    """The newest."""
+    """The newest operations."""
     drain: Drain | None = None
-    """The drain under way."""
+    """The running drain, if any."""
     scale: Scale | None = None
-    """The scaling under way."""
+    """The running scaling, if any."""
     known_nodes: frozenset[str] = frozenset()
-    """Ids of nodes that are accounted for, where the numbers of workers follow the nodes."""
+    """Ids of nodes that are accounted for, if the pool sizes follow the nodes."""
     adapters: tuple[KeptAdapter, ...] = ()
     has_ordered_adapters: bool = False
-    """Workers may have adapters."""
+    """Whether workers may have received a command about adapters."""

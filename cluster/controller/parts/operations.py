@@ -1,4 +1,4 @@
-"""Operations: changes to the cluster that take time, one at a time. Plain values."""
+"""Operations: changes of the cluster that take time. One runs at a time. Plain values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class OperationState(Enum):
     RUNNING = "RUNNING"
     SUCCEEDED = "SUCCEEDED"
     FAILED = "FAILED"
-    """Failed; its message says why."""
+    """Failed; the message gives the reason."""
     CANCELLED = "CANCELLED"
     """Cancelled by a client."""
 
@@ -34,70 +34,70 @@ class Operation:
     """One operation. Its owner writes ``phase``, ``progress`` and ``result``."""
 
     id: str
-    """Permanent name: kind, the term of the controller, a number."""
+    """Permanent name: the kind, the term of the controller and a number."""
     kind: str
     """``drain``, ``rebalance`` or ``scale``."""
     target: str
-    """The worker, node or gateway concerned; of a scaling, the pools that it leads to."""
+    """The worker, node or gateway; of a scaling, the pool sizes that it leads to."""
     request_id: str
-    """Id chosen by the client, so that a repeated request begins it once; may be empty."""
+    """Id chosen by the client, so that a retry does not begin a second operation; may be empty."""
     asked: str = ""
-    """The content of the request, to tell apart another request with the same id."""
+    """Content of the request, to detect another request with the same id."""
     started: float
     """Time of day, seconds since 1970."""
     state: OperationState = OperationState.RUNNING
     phase: str = ""
-    """Current phase, for people."""
+    """Current phase, for messages."""
     progress: float = 0.0
-    """Share that is done, 0 to 1."""
+    """Fraction that is done, 0 to 1."""
     message: str = ""
-    """Outcome, for people."""
+    """Outcome, for messages."""
     ended: float = 0.0
-    """Time of day; 0 while it runs."""
+    """Time of day of the end; 0 while it runs."""
     generation: int = 0
-    """The generation that resulted; 0 while there is none."""
+    """Number of the resulting generation; 0 while there is none."""
     result: dict[str, Any] = field(default_factory=dict)
     """Fields of the kind's result in ``admin.proto``."""
 
     @property
     def is_running(self) -> bool:
-        """The operation has not ended."""
+        """Whether the operation has not ended."""
         return self.state is OperationState.RUNNING
 
     def end(self, state: OperationState, message: str, at: float) -> None:
-        """It ends, at this time of day."""
+        """End the operation at time of day ``at``."""
         self.state = next_state(self.state, state, _NEXT)
         self.phase, self.message, self.ended = "", message, at
         if state is OperationState.SUCCEEDED:
             self.progress = 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data with the names of ``admin.proto``."""
+        """Return plain data with the field names of ``admin.proto``."""
         hidden = ("request_id", "asked")
         return {name: value for name, value in to_plain(self).items() if name not in hidden}
 
 
 _TOLD_S = 1.0
-"""Precision with which the next controller knows the time that is left."""
+"""Precision with which the next controller knows the remaining time."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Timed:
-    """What a running operation leaves to the next controller, with the time that it has left."""
+    """State of a running operation that the next controller restores, with the remaining time."""
 
     operation: Operation
     deadline: float
-    """Monotonic time of its limit; of one controller only."""
+    """Monotonic time of its limit; only valid in one controller."""
     left_s: float
-    """Time left until then, as no two hosts have one clock."""
+    """Time left until the deadline, since the clocks of two hosts differ."""
 
     def restore(self, operations: Operations, now: float) -> None:
-        """Continue for an earlier controller, with the operation as ``operations`` has it."""
+        """Continue the operation of an earlier controller, after ``operations`` is restored."""
         self.operation = operations.find(self.operation.id)
         self.deadline = now + self.left_s
 
     def has_less(self, now: float) -> bool:
-        """Note the time that is left; whether it is so much less that others should know."""
+        """Update ``left_s``; returns whether it has changed enough to be sent to the workers."""
         left_s = max(self.deadline - now, 0.0)
         is_less = self.left_s - left_s >= _TOLD_S
         if is_less:
@@ -111,10 +111,10 @@ class OperationCommand(Message, frozen=True, kw_only=True):
     kind: ClassVar[str]
     """Kind of the operation."""
     content: ClassVar[tuple[str, ...]]
-    """Fields that tell it apart from another command with the same ``request_id``."""
+    """Fields that distinguish it from another command with the same ``request_id``."""
 
     request_id: str = ""
-    """Begins one operation, however often it is sent."""
+    """Id that begins one operation, even if the command is sent again."""
     expected_epoch: int | None = None
     """Placement epoch that must be in force."""
 
@@ -125,10 +125,10 @@ class OperationCommand(Message, frozen=True, kw_only=True):
 
 
 class Operations:
-    """The last operations, of which the newest may run. ``now`` is in monotonic seconds."""
+    """The latest operations; only the newest may run. ``now`` is in monotonic seconds."""
 
     def __init__(self, term: int, wall_time_offset_s: float, on_change: Callable[[], None]) -> None:
-        """``wall_time_offset_s`` added to a monotonic time is the time of day.
+        """``wall_time_offset_s`` plus a monotonic time is the time of day.
 
         ``on_change`` is called when an operation begins or ends.
         """
@@ -138,17 +138,17 @@ class Operations:
         self._on_change = on_change
         self._count = 0
         self.kept: deque[Operation] = deque(maxlen=_KEPT)
-        """Newest last; a restarted controller gets some by ``restore``."""
+        """Operations, newest last; ``restore`` adds those of an earlier controller."""
 
     @property
     def running(self) -> Operation | None:
         return self.kept[-1] if self.kept and self.kept[-1].is_running else None
 
     def find_repeated(self, command: OperationCommand, epoch: int) -> Operation | None:
-        """The operation that the same command began. ``epoch`` is the placement's in force.
+        """Return the operation that an equal command has begun; None if there is none.
 
-        Raises ``ConflictError`` if the command's id belongs to another one, or if it expects
-        another epoch.
+        ``epoch`` is the placement epoch in force. Raises ``ConflictError`` if the id of the command
+        belongs to another operation, or if the command expects another epoch.
         """
         known, expected = command.request_id, command.expected_epoch
         found = next((o for o in self.kept if known and o.request_id == known), None)
@@ -160,21 +160,21 @@ class Operations:
         return found
 
     def find(self, operation_id: str) -> Operation:
-        """By id. Raises ``UnknownNameError``."""
+        """Return the operation with this id. Raises ``UnknownNameError``."""
         for operation in self.kept:
             if operation.id == operation_id:
                 return operation
         raise UnknownNameError(f"there is no operation {operation_id[:64]!r}")
 
     def check_free(self) -> None:
-        """Raise ``ConflictError`` while one runs."""
+        """Raise ``ConflictError`` while an operation runs."""
         running = self.running
         if running is not None:
             about = f"{running.id} ({running.kind} of {running.target})"
             raise ConflictError(f"{about} {UNDER_WAY}: one operation at a time")
 
     def begin(self, command: OperationCommand, target: str, now: float) -> Operation:
-        """Record a new operation that runs; no other one may run."""
+        """Record a new running operation; no other one may run."""
         self._count += 1
         operation = Operation(
             id=f"{command.kind}-{self.term}.{self._count}",
@@ -195,7 +195,7 @@ class Operations:
     def restore(
         self, newest: Iterable[Operation], now: float, goes_on: Collection[str] = ()
     ) -> None:
-        """Continue operations; of the running ones only ``goes_on`` (ids) continue."""
+        """Restore operations; running ones fail, except those with ids in ``goes_on``."""
         for operation in newest:
             self.kept.append(operation)
             if operation.is_running and operation.id not in goes_on:
@@ -203,9 +203,9 @@ class Operations:
                 operation.end(OperationState.FAILED, why, self.time_of_day(now))
 
     def to_list(self) -> list[dict[str, Any]]:
-        """All that are kept, newest last, fit for JSON."""
+        """Return all operations, newest last, fit for JSON."""
         return [o.to_dict() for o in self.kept]
 
     def time_of_day(self, now: float) -> float:
-        """Seconds since 1970, as operations begin and end."""
+        """Convert a monotonic time to seconds since 1970."""
         return round(now + self._offset_s, 3)

@@ -35,7 +35,7 @@ _MAX_RETRY_S = 60.0
 
 
 class RecoveryProblem(StrEnum):
-    """What keeps a cluster from being whole; follows the name of a worker or a place."""
+    """Problem of a worker or a place; the text follows its name."""
 
     CANNOT_LOAD = "cannot load experts"
     LEFT_OUT = "is left out"
@@ -43,26 +43,26 @@ class RecoveryProblem(StrEnum):
 
 
 class Recovery:
-    """Members that leave and join. Owned by the controller; one thread, time passed in."""
+    """Handles members that leave and join. Owned by the controller; one thread."""
 
     def __init__(self, cluster: Cluster, limits: ControllerSettings) -> None:
-        """Workers and placement of the whole cluster are the desired ones."""
+        """The workers and the placement of ``cluster`` are the desired ones."""
         self._cluster = cluster
         self._limits = limits
         self._failed: list[SlotFill] = []
         self._barred: dict[int, str] = {}
         self._lost: dict[str, Role] = {}
-        """Members that were lost since a generation ran."""
+        """Members (name -> role) that were lost since a generation ran."""
         self._lost_at = 0.0
         self._trace: OpenTrace | None = None
-        """Of the recovery under way."""
+        """Trace of the running recovery, if any."""
         self._retry_s = limits.retry_s
         self._retry_at = 0.0
         self.reloads = ExpertLoadCommands(cluster)
-        """Load orders under way."""
+        """The pending load commands."""
 
     def problems(self, now: float) -> list[str]:
-        """What keeps the cluster from being whole, for people."""
+        """Describe the problems that keep the cluster incomplete, for the status."""
         names = {r.member.device: r.name for r in self._cluster.workers.alive()}
         found = [
             f"{names.get(device, f'device {device}')} {RecoveryProblem.CANNOT_LOAD}: {error}"
@@ -80,7 +80,7 @@ class Recovery:
     # ---- events ---------------------------------------------------------------------------
 
     def lost(self, reasons: Mapping[str, str], now: float) -> None:
-        """Workers (name -> reason) are lost; the table has recorded it already."""
+        """Handle lost workers (name -> reason), which the worker table has already recorded."""
         for name, reason in reasons.items():
             self._cluster.places.lost(name, reason, now)
         self.reloads.drop(reasons)
@@ -96,13 +96,15 @@ class Recovery:
             self._lost |= {m.name: m.role for m in members if m.name in gone}
             survivors = [m for m in members if m.name not in gone]
             if self._cluster.round.before is not None and gone.keys() <= self._cluster.round.joins:
-                self._cluster.membership.placement = self._cluster.round.before  # no worker loads
+                self._cluster.membership.placement = (
+                    self._cluster.round.before
+                )  # no worker has to load experts
             self._go_on(survivors, describe_losses(gone), now)
 
     def ready(self, now: float) -> None:
-        """Workers are ready: those outside the generation join, unless one is forming.
+        """Let ready workers join the generation, unless one is forming.
 
-        Workers that scaling adds join together, when all of them are ready.
+        Workers that scaling adds join together, once all of them are ready.
         """
         if not self._cluster.takes_orders or self._cluster.round.phase is Phase.FORMING:
             return
@@ -123,7 +125,7 @@ class Recovery:
             self._go_on([*members, *fresh], f"{names} {verb} ready{order}", now)
 
     def _orders_behind(self, fresh: Sequence[Member]) -> list[str]:
-        """Operations that added workers, or drained those whose places they have now."""
+        """Return ids of the operations that added these workers, or drained the earlier ones."""
         cluster, scale = self._cluster, self._cluster.scale
         found = []
         if scale is not None and any(m.name in cluster.new_workers for m in fresh):
@@ -133,7 +135,7 @@ class Recovery:
         return list(dict.fromkeys([*found, *(r.operation for r in left if r and r.operation)]))
 
     def loaded(self, name: str, frame: ExpertsLoaded, now: float) -> bool:
-        """A worker has answered a load order; False if no recovery sent that order."""
+        """Handle the reply to a load command; returns False if recovery did not send it."""
         cluster, reload = self._cluster, self.reloads.answered(name, frame.order)
         if reload is None:
             return False
@@ -143,11 +145,11 @@ class Recovery:
         if not frame.error:
             cluster.moved("recovery", len(reload.fills), frame.num_bytes, now - reload.began_at)
             cluster.round.loaded += reload.fills
-        self._run_if_complete(now)  # orders what is missing again, if it was refused for newer maps
+        self._run_if_complete(now)  # loads missing experts again after a rejection for newer maps
         return True
 
     def answered(self, name: str, frame: GenerationReady, now: float) -> None:
-        """A member has opened its edges for the generation that is being formed."""
+        """Record that a member has opened its edges for the forming generation."""
         cluster = self._cluster
         if frame.generation == cluster.round.number and cluster.is_forming:
             cluster.round.answers[name] = frame
@@ -159,7 +161,7 @@ class Recovery:
         self._cluster.enter(ClusterState.SERVING if is_full else ClusterState.DEGRADED)
 
     def tick(self, now: float) -> None:
-        """Time has passed: start workers, check limits, retry."""
+        """Start workers, check time limits, and retry. Called on every controller tick."""
         if not self._cluster.takes_orders:
             return
         for reload in self.reloads.take_overdue(now, self._limits.load_limit_s):
@@ -168,9 +170,9 @@ class Recovery:
         if self._cluster.round.phase is not Phase.FORMING:
             self._start_workers(now)
         if self._cluster.round.phase is Phase.STALLED:
-            self.ready(now)  # those that came while a generation was formed that could not run
+            self.ready(now)  # workers may have become ready while forming
         if self._cluster.round.phase is Phase.STALLED:
-            if self._barred and now >= self._retry_at:  # a worker may be able to load by now
+            if self._barred and now >= self._retry_at:  # a worker may be able to load now
                 self._retry_s = min(2 * self._retry_s, _MAX_RETRY_S)
                 self._retry_at = now + self._retry_s
                 self._barred.clear()
@@ -180,7 +182,7 @@ class Recovery:
     # ---- actions --------------------------------------------------------------------------
 
     def _go_on(self, members: Sequence[Member], cause: str, now: float) -> None:
-        """Form a generation of these members, or stall."""
+        """Form a generation with these members, or stall."""
         cluster = self._cluster
         decision = decide_members(members, self._holdings(members), cluster.round.highest_epoch)
         cluster.membership.experts_complete = decision.experts_complete
@@ -192,7 +194,7 @@ class Recovery:
             return
         self._failed.clear()
         cluster.form(members, decision.stage.placement, now)
-        self._order(decision.stage.fills, members, now)  # workers write no slot of maps in force
+        self._order(decision.stage.fills, members, now)  # workers do not overwrite slots in use
         cluster.note(cause, decision.effect, now)
 
     def _order(self, loads: Sequence[SlotFill], members: Sequence[Member], now: float) -> None:
@@ -201,9 +203,9 @@ class Recovery:
                 self.reloads.send(member.name, own, now)
 
     def _run_if_complete(self, now: float) -> None:
-        """Run the generation that is being formed, once all its experts are in memory, too.
+        """Run the forming generation once all its experts are in memory.
 
-        An order of an earlier controller to load experts may not have been carried out.
+        A load command of an earlier controller may not have been carried out.
         """
         cluster = self._cluster
         if self.reloads.is_pending or not cluster.is_forming or cluster.round.late():
@@ -221,7 +223,7 @@ class Recovery:
         self._cluster.places.joined(cluster.round.members)
         for member in cluster.round.members:
             cluster.workers[member.name].started_with = None
-        if self._lost:  # steps run again after their loss
+        if self._lost:  # steps run again after the loss
             took_s, lost = now - self._lost_at, sorted(self._lost)
             cluster.metrics.recovered(set(self._lost.values()), took_s)
             opened, self._trace = self._trace, None
@@ -233,7 +235,7 @@ class Recovery:
         self.ready(now)
 
     def _settle(self) -> None:
-        """Enter the state of a stalled cluster: RECOVERING while workers are coming."""
+        """Enter the state of a stalled cluster: RECOVERING while workers start, else DEGRADED."""
         are_coming = any(r.is_coming for r in self._cluster.workers)
         is_hopeful = are_coming or self._cluster.places.are_due
         self._cluster.enter(ClusterState.RECOVERING if is_hopeful else ClusterState.DEGRADED)
@@ -256,7 +258,7 @@ class Recovery:
         )
 
     def _cannot_load(self, reload: ExpertLoadCommand, error: str, now: float) -> None:
-        """A member failed to load its experts: other workers load them, if any can."""
+        """Handle a member that failed to load experts: others load them if they can."""
         logger.warning("%s cannot load experts: %s", reload.worker, error)
         self._failed += reload.fills
         self._barred[reload.fills[0].device] = error
