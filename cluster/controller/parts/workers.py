@@ -1,4 +1,4 @@
-"""The workers as the controller sees them: a record of each, and what they have in common."""
+"""The workers as the controller sees them: a record of each, and their common facts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cluster.policy.silence import GapWindow
 MODEL_FACTS = ("model_type", "dtype", "kv_cache_dtype", "max_model_len", "vocab_size")
 _MAX_LOST = 32
 _FORGET_S = 600.0
-"""Time for which a worker that is gone stays in the table."""
+"""Time for which a worker that has ended stays in the table."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,70 +32,70 @@ class WorkerRecord:
     """One worker as the controller sees it. Owned and changed by the controller only."""
 
     member: Member
-    """Name, role, rank and device are the controller's; process and addresses the worker's own."""
+    """The controller sets name, role, rank and device; the worker its process and addresses."""
     heard_at: float
     """Monotonic time of the last frame."""
     progress_at: float
-    """Monotonic time at which its loop last made progress or was idle."""
+    """Monotonic time at which its step loop last made progress or was idle."""
     since: float = 0.0
-    """Monotonic time of the order to start it, later of its first call."""
+    """Monotonic time of the start of its process, and later of its registration."""
     has_process: bool = False
-    """Its process runs, while it has not called yet."""
+    """Whether its process runs, although it has not connected yet."""
     started_with: ExpertPlacement | None = None
-    """It holds its part of this placement; None once it has been in a generation that ran."""
+    """Placement of which it has its part loaded; None once it was in a generation that ran."""
     state: WorkerState = WorkerState.STARTING
     reason: str = ""
     """Reason of the loss."""
     operation: str = ""
     """Id of the operation that drained it."""
     drains: bool = False
-    """It takes no new request; its running ones move elsewhere."""
+    """Whether it takes no new request; its running ones move to other workers."""
     loaded_bytes: int = 0
     """Weights read so far."""
     total_bytes: int = 0
     """Weights to read; 0 while unknown."""
     build: Build | None = None
-    """None before ``Register``."""
+    """Build of the worker; None before ``Register``."""
     info: dict[str, Any] = field(default_factory=dict)
     """Facts from ``Register`` and ``WorkerReady``."""
     stats: dict[str, float] = field(default_factory=dict)
-    """Numbers of its last heartbeat or status reply."""
+    """Stats of its last heartbeat or status reply."""
     asked: int | None = None
-    """Token of the request for its numbers that it has not answered."""
+    """Token of the pending status request; None without one."""
     answered: int = 0
-    """Token of the newest such request that it has answered."""
+    """Token of the newest status request that it has answered."""
     mismatch: tuple[int, float] | None = None
-    """Generation in which its heartbeats differ from what the controller knows, and since when."""
+    """Generation in which its heartbeats deviate from the controller's state, and since when."""
     generation: int = 0
-    """The generation that it had begun to join at its last heartbeat, or ran."""
+    """Generation that it ran, or had begun to join, at its last heartbeat."""
     starved_s: float = 0.0
-    """Time for which it has waited for a processor since its last sign of life."""
+    """Seconds for which it has waited for a processor since its last sign of life."""
     starved_steps_s: float = 0.0
-    """The same since its last progress."""
+    """Seconds for which it has waited for a processor since its last progress."""
     gaps: GapWindow = field(default_factory=GapWindow)
-    """How long workers of its host were silent; detection shares it among them."""
+    """Lengths of silences on its host; shared by the workers of the host."""
     disconnected: str = ""
-    """Why its control connection has closed; empty while it is open."""
+    """Reason why its control connection has closed; empty while it is open."""
     call_again_by: float = 0.0
-    """Monotonic time until which a disconnected worker may call again."""
+    """Monotonic time until which a disconnected worker may connect again."""
     is_waiting: bool = False
-    """It waited for a peer within a step at its last heartbeat."""
+    """Whether it waited for a peer within a step at its last heartbeat."""
     stalled_s: float | None = None
-    """As of its last heartbeat."""
+    """Seconds for which its step was stalled, from its last heartbeat."""
     waits_for: tuple[str, ...] = ()
-    """As of its last heartbeat."""
+    """Peers that its step waited for, from its last heartbeat."""
     low_disks: tuple[frames.LowDisk, ...] = ()
-    """Of its host, by its last heartbeat."""
+    """Nearly full disks of its host, from its last heartbeat."""
     adapters: tuple[str, ...] = ()
-    """Keys of adapters that its requests had at its last heartbeat."""
+    """Keys of the adapters that its requests use, from its last heartbeat."""
     problems: tuple[str, ...] = ()
-    """What keeps parts of it from working, by its last heartbeat."""
+    """Descriptions of its parts that do not work, from its last heartbeat."""
     kept_version: int = 0
-    """Version of the newest controller snapshot that it keeps."""
+    """Version of the newest controller snapshot that it has stored."""
     gone_at: float | None = None
     """Monotonic time at which ``WorkerTable.forget`` first saw it lost or drained."""
     awaits_adapters: bool = False
-    """It may join others only once it has all adapters."""
+    """Whether it may join other workers only once it has all adapters."""
     _progress: int = -1
 
     @property
@@ -104,37 +104,37 @@ class WorkerRecord:
 
     @property
     def is_coming(self) -> bool:
-        """Asked for or loading: it has never been ready."""
+        """Whether it starts or loads, and has never been ready."""
         return self.state in (WorkerState.STARTING, WorkerState.LOADING)
 
     @property
     def is_starting(self) -> bool:
-        """It is coming, and does not wait for room."""
+        """Whether it is pending and does not wait for resources."""
         return self.is_coming and (self.has_process or self.state is WorkerState.LOADING)
 
     @property
     def is_ready(self) -> bool:
-        """Its weights are in memory, and it lives; it may serve."""
+        """Whether it is alive with its weights in memory, so that it may serve."""
         return self.state in (WorkerState.READY, WorkerState.SERVING)
 
     @property
     def loads_adapters(self) -> bool:
-        """Its weights are in memory, and it does not have all adapters yet."""
+        """Whether its weights are in memory, but not all adapters."""
         return self.is_ready and self.awaits_adapters
 
     @property
     def may_join(self) -> bool:
-        """It is ready, and has all adapters."""
+        """Whether it is ready and has all adapters."""
         return self.is_ready and not self.awaits_adapters
 
     @property
     def is_lost(self) -> bool:
-        """Lost or drained: the controller expects nothing more from it."""
+        """Whether it is lost or drained: the controller expects nothing more from it."""
         return self.state in GONE
 
     @property
     def num_requests(self) -> int | None:
-        """Requests that run or wait there, by its last numbers; None without any."""
+        """Requests that run or wait there, from its last stats; None without stats."""
         running, waiting = (self.stats.get(f"num_requests_{k}") for k in ("running", "waiting"))
         return None if running is None else int(running + (waiting or 0.0))
 
@@ -144,10 +144,10 @@ class WorkerRecord:
         self.reason = reason or self.reason
 
     def register(self, frame: frames.Register) -> None:
-        """The worker called for the first time, with its process id and addresses.
+        """Record the first frame of the worker, with its process id and addresses.
 
         Raises ``ProtocolError`` for another worker and ``DuplicateRegistrationError`` for a second
-        call.
+        registration.
         """
         claimed = frame.member
         if claimed.name != self.name:
@@ -167,13 +167,13 @@ class WorkerRecord:
         self.total_bytes = frame.total_bytes
 
     def ready(self, frame: frames.WorkerReady) -> None:
-        """Its weights are in memory. Raises ``ProtocolError`` if it was not loading."""
+        """Record that its weights are in memory. Raises ``ProtocolError`` if it was not loading."""
         if self.state is not WorkerState.LOADING:
             raise ProtocolError(f"{self.name} is ready while {self.state.value}")
         self.info.update(frame.info)
         speed = frame.info.get("device_speed")
         if isinstance(speed, (int, float)) and math.isfinite(speed) and speed > 0:
-            self.member = replace(self.member, speed=float(speed))  # not that of its node's label
+            self.member = replace(self.member, speed=float(speed))  # replaces the label's
         self.loaded_bytes = max(self.loaded_bytes, self.total_bytes)
         self.enter(WorkerState.READY)
 
@@ -190,7 +190,7 @@ class WorkerRecord:
         self.take_numbers(frame)
 
     def take_numbers(self, frame: frames.Heartbeat | frames.StatusReply) -> None:
-        """Keep the finite numbers of a heartbeat, or of a status reply even if it is late."""
+        """Record the finite stats of a heartbeat, or of a status reply even if it is late."""
         if isinstance(frame, frames.StatusReply):
             self.answered = max(self.answered, frame.token)
             if frame.token == self.asked:
@@ -202,13 +202,13 @@ class WorkerRecord:
         }
 
     def credit(self, seconds: float, now: float) -> None:
-        """Advance its clocks by a pause of the controller itself."""
+        """Advance its clocks by a pause of the controller."""
         self.call_again_by += seconds
         self.heard_at = min(now, self.heard_at + seconds)
         self.progress_at = min(now, self.progress_at + seconds)
 
     def starve(self, seconds: float, at_most: float, now: float) -> None:
-        """Advance its clocks by a wait for a processor, each by ``at_most`` since it was set."""
+        """Advance its clocks by a wait for a processor, each by up to ``at_most`` in total."""
         silence_s = min(seconds, max(0.0, at_most - self.starved_s))
         stall_s = min(seconds, max(0.0, at_most - self.starved_steps_s))
         self.starved_s += silence_s
@@ -217,7 +217,7 @@ class WorkerRecord:
         self.progress_at = min(now, self.progress_at + stall_s)
 
     def pulse(self) -> Liveness:
-        """Input of the failure policy. Gaps count in a running generation only."""
+        """Return the input of the failure policy. Gaps count only while it serves."""
         return Liveness(
             name=self.name,
             heard_at=self.heard_at,
@@ -229,7 +229,7 @@ class WorkerRecord:
         )
 
     def pace(self) -> StepProgress:
-        """Its part in the steps."""
+        """Return the input of the progress policy."""
         return StepProgress(
             name=self.name,
             heard_at=self.heard_at,
@@ -239,11 +239,11 @@ class WorkerRecord:
         )
 
     def to_dict(self, num_slots: int) -> dict[str, Any]:
-        """Its entry in a snapshot; ``num_slots`` per bank, where it holds experts."""
+        """Return its entry in a snapshot; ``num_slots`` per bank, if it holds experts."""
         shown = self.state
         if self.drains and not self.is_lost:
             shown = WorkerState.DRAINING
-        elif self.loads_adapters:  # gateways send it nothing yet
+        elif self.loads_adapters:  # gateways do not use it yet
             shown = WorkerState.LOADING
         blocks = (self.stats.get(f"kv_blocks_{kind}") for kind in ("free", "total"))
         free, total = (None if number is None else int(number) for number in blocks)
@@ -271,10 +271,10 @@ class WorkerRecord:
 
 
 class WorkerTable:
-    """Records by name, in rank order, lost ones included. Owned by the controller."""
+    """Worker records by name, in rank order, including lost ones. Owned by the controller."""
 
     def __init__(self, members: Sequence[Member], *, model: ModelSection, now: float) -> None:
-        """Attention workers add more facts of the model when they are ready."""
+        """Attention workers add more facts of the model once they are ready."""
         self._records: dict[str, WorkerRecord] = {}
         self.lost_at = -math.inf
         """Monotonic time of the last loss."""
@@ -282,7 +282,7 @@ class WorkerTable:
             self.add(member, now)
         names = {"name": model.served_model_name, "path": model.path}
         self.model: dict[str, Any] = {**dict.fromkeys(MODEL_FACTS), **names}
-        """Name, path and facts; None for unknown ones."""
+        """Name, path and facts of the model; None for unknown facts."""
 
     def __iter__(self) -> Iterator[WorkerRecord]:
         return iter(self._records.values())
@@ -294,7 +294,7 @@ class WorkerTable:
         return name in self._records
 
     def add(self, member: Member, now: float, started_with: ExpertPlacement | None = None) -> None:
-        """Add a worker that is about to start. The oldest of many lost ones is forgotten."""
+        """Add a worker that is about to start. Keeps the last ``_MAX_LOST`` lost workers only."""
         self._records[member.name] = WorkerRecord(
             member=member, heard_at=now, progress_at=now, since=now, started_with=started_with
         )
@@ -303,7 +303,7 @@ class WorkerTable:
             del self._records[name]
 
     def lose(self, reasons: Mapping[str, str], now: float) -> dict[str, str]:
-        """Declare workers lost; those (name -> reason) that were not lost before."""
+        """Declare workers lost; returns those (name -> reason) that were not lost before."""
         fresh = {n: r for n, r in reasons.items() if not self._records[n].is_lost}
         for name, reason in fresh.items():
             self._records[name].enter(WorkerState.LOST, reason)
@@ -311,7 +311,7 @@ class WorkerTable:
         return fresh
 
     def forget(self, now: float) -> None:
-        """Drop workers that are gone for ``_FORGET_S``: lost ones once they have a successor."""
+        """Drop ended workers after ``_FORGET_S``: lost ones only once they have a successor."""
         last_of_place = {place_of(name): name for name in self._records}
         for name, record in list(self._records.items()):
             if not record.is_lost:
@@ -323,25 +323,26 @@ class WorkerTable:
                 del self._records[name]
 
     def find(self, name: str) -> WorkerRecord:
-        """The record of ``name``. Raises ``ProtocolError`` for an unknown name."""
+        """Return the record of ``name``. Raises ``ProtocolError`` for an unknown name."""
         if name not in self._records:
             raise ProtocolError(f"{name} is no worker of this cluster")
         return self._records[name]
 
     def alive(self) -> list[WorkerRecord]:
-        """Workers that are not lost."""
+        """Return the workers that are not lost."""
         return [r for r in self if not r.is_lost]
 
     def pulses(self, loading: bool) -> list[Liveness]:
-        """The last load progress of the workers that load or have loaded."""
+        """Return the liveness of the workers that are loading, or of those that have loaded."""
         if loading:
             return [r.pulse() for r in self.alive() if r.state is WorkerState.LOADING]
         return [r.pulse() for r in self.alive() if not r.is_coming]
 
     def misfit(self, name: str, generation: Generation) -> str | None:
-        """Why a worker that has registered cannot serve with the others, if it cannot.
+        """Return the reason why a registered worker cannot serve with the others; None if it can.
 
-        The members of the newest generation are the measure; before the first, all workers.
+        It is compared with a member of the newest generation or, before the first one, with any
+        worker.
         """
         names = {m.name for m in generation.members}
         others = [r for r in self.alive() if r.build is not None and r.name != name]
@@ -356,17 +357,17 @@ class WorkerTable:
 
     @property
     def status_complete(self) -> bool:
-        """All workers that were asked have answered, or are lost."""
+        """Whether every worker has answered its status request or is lost."""
         return all(r.asked is None for r in self.alive())
 
     def learn_model(self, record: WorkerRecord) -> None:
-        """Take the model's facts from an attention worker that is ready."""
+        """Take the facts of the model from an attention worker that is ready."""
         if record.member.runs_attention:
             self.model.update({k: record.info[k] for k in MODEL_FACTS if k in record.info})
 
     def by_device(self, num_devices: int) -> list[WorkerRecord | None]:
-        """``[device]`` -> the newest worker that holds or held its experts, if one is known."""
-        by_life = sorted(self, key=lambda r: not r.is_lost)  # those that live come last
+        """Return ``[device]`` -> the newest worker that holds or held its experts, if known."""
+        by_life = sorted(self, key=lambda r: not r.is_lost)  # live workers last
         found = {r.member.device: r for r in by_life if r.member.holds_experts}
         found = found or {0: list(self)[-1]}  # local mode
         return [found.get(device) for device in range(num_devices)]
