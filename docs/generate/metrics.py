@@ -18,6 +18,7 @@ from docs.generate.markdown import code, page, prose, table
 from gateway.observability.cluster_metrics import TOTAL_TEXTS, WORKER_TEXTS, cluster_families
 from gateway.observability.load_metrics import load_families
 from gateway.observability.metrics import PREFIX, GatewayMetrics
+from gateway.observability.unlocked_histogram import UnlockedHistogram
 from gateway.observability.vllm_names import OLDER_VLLM_NAMES, VLLM_NAMES
 from workers.metrics.step_metrics import BUBBLE, HISTOGRAMS
 
@@ -51,6 +52,10 @@ def metrics() -> str:
 def of_registry(registry: CollectorRegistry) -> Iterator[Row]:
     """The metrics of a registry, with or without series."""
     for collector in registry._collector_to_names:
+        if isinstance(collector, UnlockedHistogram):
+            (family,) = collector.describe()
+            yield family.name, family.type, collector.label_names, family.documentation
+            continue
         assert isinstance(collector, MetricWrapperBase)
         kind, labels = str(collector._type), tuple(collector._labelnames)
         suffix = "_total" if kind == "counter" else ""

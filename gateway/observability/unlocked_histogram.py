@@ -49,10 +49,10 @@ class UnlockedHistogram(Collector):
         registry: CollectorRegistry,
         buckets: Sequence[float],
     ) -> None:
-        self._name, self._text, self._label_names = name, text, tuple(label_names)
+        self._name, self._text, self.label_names = name, text, tuple(label_names)
         self._buckets = tuple(buckets)
         self._series: dict[tuple[str, ...], UnlockedSeries] = {}
-        if not self._label_names:
+        if not self.label_names:
             self.labels()
         registry.register(self)
 
@@ -62,11 +62,11 @@ class UnlockedHistogram(Collector):
 
     def describe(self) -> Iterator[HistogramMetricFamily]:
         """Called by the registry: the family without series."""
-        yield HistogramMetricFamily(self._name, self._text, labels=self._label_names)
+        yield HistogramMetricFamily(self._name, self._text, labels=self.label_names)
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """Called by the registry: the family with the counts so far."""
-        family = HistogramMetricFamily(self._name, self._text, labels=self._label_names)
+        family = HistogramMetricFamily(self._name, self._text, labels=self.label_names)
         bounds = [*map(floatToGoString, self._buckets), "+Inf"]
         for values, series in list(self._series.items()):
             counts = map(float, accumulate(series.counts))
