@@ -55,7 +55,7 @@ class AdmissionController:
 
         Raises:
             QueueFullError: a limit of the queue is exceeded.
-            DeadlineExceededError: the call would wait beyond its deadline.
+            DeadlineExceededError: the call would wait in the queue beyond its deadline.
         """
         admission, now_s = self._with_current_capacity(max_model_len), time.monotonic()
         try:
@@ -65,7 +65,7 @@ class AdmissionController:
             raise
         if admission.queue_time_s(demand) > deadline_s - now_s:
             self._metrics.admission_rejections.labels("deadline").inc()
-            raise DeadlineExceededError("the request would wait beyond its deadline", False)
+            raise DeadlineExceededError("the request would wait in the queue beyond its deadline", False)
         return admission
 
     def _with_current_capacity(self, max_model_len: int) -> Admission:

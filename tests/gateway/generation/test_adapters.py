@@ -137,7 +137,7 @@ def test_orders_need_the_admin_port_and_its_key() -> None:
     with running_stack(GatewaySection(admin_keys=(hash_key("boss"),))) as stack:
         public = stack.http.post("/v1/load_lora_adapter", json=SQL)
         assert public.status_code == 404
-        assert "the admin port has it" in public.json()["error"]["message"]
+        assert "use the admin port" in public.json()["error"]["message"]
         url = f"http://{stack.admin.http}/v1/load_lora_adapter"
         assert httpx.post(url, json=SQL).status_code == 401
         key = {"authorization": "Bearer boss"}
