@@ -91,7 +91,7 @@ def _repeating(case: Case) -> Case:
 def run(place: Place, report: Report) -> None:
     """Both types, captured steps and such that are not."""
     kept: list[str] = []
-    with patch.object(Acceptance, "num_worth", lambda self, price, most: most):
+    with patch.object(Acceptance, "num_worthwhile", lambda self, price, most: most):
         for name, case in cases(place).items():
             with report.part(name):
                 kept.append(f"{_check(place, report, name, case):.0%} ({name})")

@@ -65,7 +65,9 @@ class AdmissionController:
             raise
         if admission.queue_time_s(demand) > deadline_s - now_s:
             self._metrics.admission_rejections.labels("deadline").inc()
-            raise DeadlineExceededError("the request would wait in the queue beyond its deadline", False)
+            raise DeadlineExceededError(
+                "the request would wait in the queue beyond its deadline", False
+            )
         return admission
 
     def _with_current_capacity(self, max_model_len: int) -> Admission:
