@@ -25,7 +25,7 @@ from workers.model.loading.attention_model import load_attention_model
 from workers.model.loading.checkpoint import Checkpoint
 from workers.model.loading.config_file import resolve_dtype
 from workers.model.loading.expert_format import rounded_form
-from workers.native.team import start_kernels
+from workers.native.thread_team import start_kernels
 from workers.requests.request import Request, TokenOutput
 from workers.requests.step_header import Grant, StepHeader
 from workers.sampling.grammar_compiler import GrammarCompiler

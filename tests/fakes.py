@@ -111,8 +111,8 @@ class FailingDispatcher:
         self._calls = 0
         self._inner.begin_step(header, micro_batches)
 
-    def sit_out(self, header: StepHeader) -> None:
-        self._inner.sit_out(header)
+    def run_empty_step(self, header: StepHeader) -> None:
+        self._inner.run_empty_step(header)
 
     def dispatch(self, sent: Dispatch, micro_batch: int = 0) -> DispatchHandle:
         self._count()

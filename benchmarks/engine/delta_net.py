@@ -22,7 +22,7 @@ from workers.model.config import DeltaNetSpec
 from workers.model.delta_net import DeltaNet, Mix, TorchDeltaNet
 from workers.model.native.delta_net import NativeDeltaNet
 from workers.model.state_runs import StateRun
-from workers.native.team import Team, start_kernels
+from workers.native.thread_team import ThreadTeam, start_kernels
 
 _DTYPE = torch.bfloat16
 
@@ -79,7 +79,7 @@ def step(case: Case) -> StateRows:
     return StateRows(runs, places, torch.arange(len(runs) + 1), num_decodes, slots)
 
 
-def measure(spec: DeltaNetSpec, case: Case, team: Team) -> tuple[list[float], float]:
+def measure(spec: DeltaNetSpec, case: Case, team: ThreadTeam) -> tuple[list[float], float]:
     """Seconds of the kernel, of torch row by row and in chunks; and the bound."""
     net, states = weights(spec), step(case)
     draw = torch.Generator().manual_seed(2)
@@ -112,7 +112,7 @@ def section(quick: bool) -> str:
     """The section of its page."""
     kernels = start_kernels(1)
     if kernels.team is None:
-        return f"## Gated DeltaNet\n\nNot measured: {kernels.words}."
+        return f"## Gated DeltaNet\n\nNot measured: {kernels.description}."
     spec, cases = (QUICK_SPEC, (QUICK,)) if quick else (SPEC, CASES)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -134,7 +134,7 @@ def section(quick: bool) -> str:
     about = " ".join((__doc__ or "").split("\n\n")[1].split())
     header = ["sequences x rows", "kernel, ms", "torch by row, ms", "torch in chunks, ms"]
     return (
-        f"## Gated DeltaNet\n\n{about} Kernels: {kernels.words}.\n\n"
+        f"## Gated DeltaNet\n\n{about} Kernels: {kernels.description}.\n\n"
         f"{table([*header, 'times faster', 'of the bound'], lines)}"
     )
 

@@ -37,7 +37,7 @@ from cluster.cli.terminal.output import note, table
 from workers.metrics.step_timer import StepTimer
 from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
-from workers.transport.transport import DataTransport, Expected, PartShape, RowMessage, Tag
+from workers.transport.transport import DataTransport, ExpectedMessage, PartShape, RowMessage, Tag
 
 LEFT_OUT = 5
 """One in so many steps comes first and does not count."""
@@ -158,7 +158,7 @@ def _send(connected: Connected, rank: int, plan: Plan) -> Sizes:
         us: dict[str, list[float]] = {"wire": [], "dispatch": [], "combine": []}
         messages = [RowMessage(r, (ids.to(torch.int32), rows)) for r in range(shape.expert_ranks)]
         part = (PartShape(shape.width, DTYPE),)
-        expected = [Expected(r, part, (num_rows,)) for r in range(shape.expert_ranks)]
+        expected = [ExpectedMessage(r, part, (num_rows,)) for r in range(shape.expert_ranks)]
         for step in plan.steps(2 * size):
             transport.begin_step(shape.header(step, num_rows))
             start = perf_counter()
@@ -209,7 +209,7 @@ def _echo(transport: DataTransport, shape: Shape, num_rows: int) -> Callable[[in
     """A step of the transport alone: rows of every attention rank come, as many go back."""
     parts = (PartShape(shape.top_k, torch.int32), PartShape(shape.width, DTYPE))
     ranks = range(shape.attention_ranks)
-    expected = [Expected(rank, parts, (num_rows, num_rows)) for rank in ranks]
+    expected = [ExpectedMessage(rank, parts, (num_rows, num_rows)) for rank in ranks]
     outputs = torch.ones(num_rows, shape.width, dtype=DTYPE)
 
     def step(number: int) -> None:

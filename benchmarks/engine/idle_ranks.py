@@ -18,14 +18,14 @@ from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.remote import RemoteDispatcher
 from workers.experts.bank import ExpertBank, make_kernel
 from workers.model.config import BankSpec, ExchangeSpec
-from workers.native.team import Team, start_kernels
+from workers.native.thread_team import ThreadTeam, start_kernels
 from workers.requests.step_header import Grant, StepHeader
 from workers.transport.collective import CollectiveTransport
 from workers.transport.frames import max_data_bytes
 from workers.transport.handshake import PeerIdentity
 from workers.transport.peer_connections import PeerConnections
 from workers.transport.sockets import SocketTransport
-from workers.transport.transport import DataTransport, Expected, PartShape, Tag
+from workers.transport.transport import DataTransport, ExpectedMessage, PartShape, Tag
 
 CPU = torch.device("cpu")
 DTYPE = torch.bfloat16
@@ -118,7 +118,7 @@ class Shape:
         return Generation(number=1, members=tuple(members))
 
 
-def small_experts(shape: Shape, device: int, team: Team | None) -> list[ExpertBank]:
+def small_experts(shape: Shape, device: int, team: ThreadTeam | None) -> list[ExpertBank]:
     """Experts that compute little, all that are on one expert rank, by layer."""
     banks = []
     for spec, placed in zip(shape.banks, shape.placement.banks, strict=True):
@@ -216,7 +216,8 @@ def remote_dispatcher(connected: Connected, rank: int, shape: Shape) -> RemoteDi
 def wait_for_the_end(transport: DataTransport, shape: Shape, step: int) -> None:
     """The last outputs may still wait to be sent: the other side closes when it has them."""
     expected = [
-        Expected(rank, (PartShape(1, torch.int32),), (1,)) for rank in range(shape.attention_ranks)
+        ExpectedMessage(rank, (PartShape(1, torch.int32),), (1,))
+        for rank in range(shape.attention_ranks)
     ]
     try:
         transport.begin_step(shape.header(step, 1))

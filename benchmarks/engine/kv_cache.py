@@ -31,7 +31,7 @@ from workers.model.compute_threads import ComputeThreads
 from workers.model.layers import LayerContext
 from workers.model.native.blocks import NativeBlocks
 from workers.model.routing import Router, Routing
-from workers.native.team import Team, start_kernels
+from workers.native.thread_team import ThreadTeam, start_kernels
 
 _DTYPE = torch.bfloat16
 _BLOCK = 16
@@ -79,7 +79,7 @@ class Found:
 class _Attention:
     """Decode rows at the end of their contexts, over a cache of one kind."""
 
-    def __init__(self, case: Case, team: Team, kind: KvCacheDType) -> None:
+    def __init__(self, case: Case, team: ThreadTeam, kind: KvCacheDType) -> None:
         self._stages = _stages(case, team)
         row_bytes = kv_vector_bytes(kind, case.head_dim, _DTYPE.itemsize)
         num_blocks = -(-case.context_tokens // _BLOCK)
@@ -106,7 +106,7 @@ class _Attention:
         return time.thread_time() - began
 
 
-def _stages(case: Case, team: Team) -> SublayerStages:
+def _stages(case: Case, team: ThreadTeam) -> SublayerStages:
     """A half whose attention can be run alone: that of routed projections."""
     blocks = NativeBlocks(team)
     routing = Routing(bank=0, num_experts=2, top_k=1, scoring="softmax", is_normed=False)
@@ -141,7 +141,7 @@ def _context(case: Case, tables: BlockTables, cache: Tensor) -> LayerContext:
     return LayerContext(wave, wave, rows, {}, chunks.fields(wave, wave, cache))
 
 
-def measure(case: Case, team: Team) -> Found:
+def measure(case: Case, team: ThreadTeam) -> Found:
     """Both caches, in turns."""
     both = [_Attention(case, team, kind) for kind in KINDS]
     for one in both:
@@ -155,7 +155,7 @@ def section(quick: bool) -> str:
     """The section of its page."""
     kernels = start_kernels(1)
     if kernels.team is None:
-        return f"## KV cache in fp8\n\nNot measured: {kernels.words}."
+        return f"## KV cache in fp8\n\nNot measured: {kernels.description}."
     rows = []
     for case in (QUICK,) if quick else CASES:
         found = measure(case, kernels.team)
@@ -174,7 +174,7 @@ def section(quick: bool) -> str:
     about = " ".join((__doc__ or "").split("\n\n")[1].split())
     header = ["heads/key heads x dim", "batch", "context", "bf16 us a layer", "fp8", "times faster"]
     return (
-        f"## KV cache in fp8\n\n{about} Kernels: {kernels.words}, one thread.\n\n"
+        f"## KV cache in fp8\n\n{about} Kernels: {kernels.description}, one thread.\n\n"
         f"{table([*header, 'blocks per byte'], rows)}"
     )
 

@@ -26,7 +26,7 @@ from workers.dispatch.local import LocalDispatcher
 from workers.engine.engine import Engine
 from workers.model.config import ModelConfig
 from workers.model.layers import LayerSteps, ModelInputs
-from workers.native.team import start_kernels
+from workers.native.thread_team import start_kernels
 from workers.process.step_messages import step_messages
 from workers.requests.request import Request, SamplingParams, TokenOutput
 from workers.requests.step_header import Grant, StepHeader

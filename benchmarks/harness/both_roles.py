@@ -20,7 +20,7 @@ from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.remote import RemoteDispatcher
 from workers.model.config import BankSpec
 from workers.requests.step_header import StepHeader
-from workers.transport.transport import Expected, RowMessage, Tag
+from workers.transport.transport import ExpectedMessage, RowMessage, Tag
 
 
 class Alone:
@@ -36,7 +36,7 @@ class Alone:
         raise AssertionError(f"{tag} is for another worker")
 
     def receive(
-        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, must_wait: bool
+        self, tag: Tag, expected: Sequence[ExpectedMessage], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
         """See ``DataTransport``."""
         raise AssertionError(f"{tag} is from another worker")

@@ -24,7 +24,7 @@ from workers.dispatch.remote import RemoteDispatcher
 from workers.metrics.activity import Activity
 from workers.model.config import BankSpec, ExchangeSpec
 from workers.model.weighting import sum_of_pairs
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 from workers.requests.step_header import Grant, StepHeader
 from workers.transport.collective import CollectiveTransport
 from workers.transport.frames import max_data_bytes
@@ -171,7 +171,7 @@ class Mesh:
     colocated: bool = False
     make_slots: Callable[[BankSpec, Sequence[int]], SlotBank] = FakeBank
     """The expert slots of a worker: a bank, and the expert in each slot."""
-    team: Team | None = None
+    team: ThreadTeam | None = None
     """Of the dispatchers."""
     workers: dict[str, Worker] = field(default_factory=dict)
     activities: defaultdict[str, Activity] = field(default_factory=lambda: defaultdict(Activity))

@@ -19,7 +19,7 @@ from workers.model.loading.expert_format import with_form
 from workers.native import memory
 from workers.native.matrix import Matrix, MatrixFields
 from workers.native.panels import DTYPES
-from workers.native.team import Team, check, start_kernels
+from workers.native.thread_team import ThreadTeam, check, start_kernels
 from workers.quantization.formats import WeightFormat
 from workers.quantization.rounding import candidates
 
@@ -49,7 +49,7 @@ def read_bandwidth(num_threads: int, num_bytes: int = BUFFER_BYTES) -> float:
         return num_bytes / min(map(_shortest_s, readers))
 
 
-def _multiply(team: Team, panels: Tensor) -> Tensor:
+def _multiply(team: ThreadTeam, panels: Tensor) -> Tensor:
     """Products of a row of ones with numbers [out, in] that count as packed."""
     outputs, inputs = panels.shape
     fields = MatrixFields(

@@ -27,7 +27,7 @@ from workers.model.compute_threads import ComputeThreads
 from workers.model.huge_pages import collapse_weights
 from workers.model.loading.attention_model import load_attention_model
 from workers.model.loading.checkpoint import Checkpoint
-from workers.native.team import start_kernels
+from workers.native.thread_team import start_kernels
 
 _PROMPT_TOKENS = 128
 _NEW_TOKENS = 64

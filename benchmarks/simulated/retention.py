@@ -21,7 +21,7 @@ from benchmarks.report.results import table
 from benchmarks.simulated.agent_trace import AgentRequest, agent_sessions, one_shots
 from benchmarks.simulated.request_trace import BLOCK_TOKENS, TracedRequest, conversations
 from workers.kv.eviction import EvictionOrder
-from workers.kv.tiers.order import TierOrder
+from workers.kv.tiers.index import TierIndex
 from workers.kv.turns import KeepHints, TurnUse
 from workers.requests.block_hash import SHORT_BYTES
 
@@ -111,7 +111,7 @@ class TierCache:
     """A lower tier, in the product's order; one block is one byte."""
 
     def __init__(self, num_blocks: int) -> None:
-        self._order = TierOrder(num_blocks, max_kept=num_blocks // 2)
+        self._order = TierIndex(num_blocks, max_kept=num_blocks // 2)
         self.gone: list[bytes] = []
         """Blocks that gave way to the last request."""
 
@@ -129,7 +129,7 @@ class TierCache:
             if not order.add(turn, name, parent, size=1):
                 break
         order.end(turn)
-        self.gone = order.take_gone()
+        self.gone = order.take_evicted()
         return found
 
 

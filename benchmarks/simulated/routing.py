@@ -175,7 +175,7 @@ class Worker:
         if lent <= found:
             return 0.0
         if self._rules.evicts_together:
-            peer._order.lend(names[found:lent])
+            peer._order.mark_duplicated(names[found:lent])
         fetched = (lent - found) * BLOCK_TOKENS
         return FETCH_TOKENS / TOKENS_PER_S + fetched / self._rules.fetch_tokens_per_s
 

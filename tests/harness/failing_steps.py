@@ -26,7 +26,7 @@ from workers.process.worker.worker import Worker
 from workers.process.worker_args import WorkerArgs
 from workers.requests.step_header import StepHeader
 from workers.transport.peer_connections import PeerConnections
-from workers.transport.transport import DataTransport, Expected, RowMessage, Tag
+from workers.transport.transport import DataTransport, ExpectedMessage, RowMessage, Tag
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class FailingTransport:
         self._fail(tag, "post", False)
 
     def receive(
-        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, must_wait: bool
+        self, tag: Tag, expected: Sequence[ExpectedMessage], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
         self._fail(tag, "receive", True)
         received = self._inner.receive(tag, expected, sized=sized, must_wait=must_wait)

@@ -21,7 +21,7 @@ from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.remote import RemoteDispatcher
 from workers.model.config import BankSpec
 from workers.requests.step_header import StepHeader
-from workers.transport.transport import Expected, RowMessage, Tag
+from workers.transport.transport import ExpectedMessage, RowMessage, Tag
 
 MAX_KEPT_ROWS = 1000
 Key = tuple[str, int, Tag]
@@ -68,7 +68,7 @@ class TurnTransport(Alone):
             self._turns.messages[self._key(tag, message.rank)] = parts
 
     def receive(
-        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, must_wait: bool
+        self, tag: Tag, expected: Sequence[ExpectedMessage], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
         """See ``DataTransport``."""
         keys = [self._key(tag, item.rank) for item in expected]

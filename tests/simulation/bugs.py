@@ -218,7 +218,7 @@ def _stale_end() -> Iterator[None]:
 
 def _kept_loan() -> AbstractContextManager[object]:
     """Blocks that another worker has copied stay held."""
-    return mock.patch.object(KvTransferStore, "end_loan", return_value=None)
+    return mock.patch.object(KvTransferStore, "release", return_value=None)
 
 
 @contextmanager

@@ -88,11 +88,11 @@ def _half_restore() -> Iterator[None]:
 def _unheld_copy() -> Iterator[None]:
     """Blocks are not held while they are copied: the next sequence may write to them."""
 
-    def lend(self: KvTransferStore, keys: Any) -> list[int]:
+    def acquire(self: KvTransferStore, keys: Any) -> list[int]:
         return self.pool.find(keys)
 
-    unreleased = mock.patch.object(KvTransferStore, "end_loan", return_value=None)
-    with unreleased, mock.patch.object(KvTransferStore, "lend", lend):
+    unreleased = mock.patch.object(KvTransferStore, "release", return_value=None)
+    with unreleased, mock.patch.object(KvTransferStore, "acquire", acquire):
         yield
 
 

@@ -21,7 +21,7 @@ import torch
 import workers.dispatch.expert_server
 import workers.experts.transfer.loading
 import workers.experts.transfer.rate_limit
-import workers.kv.transfer.lender
+import workers.kv.transfer.block_provider
 import workers.process.control.control_client
 import workers.process.engine_server
 import workers.process.intake.waiting
@@ -50,7 +50,7 @@ from workers.dispatch.expert_server import ExpertServer
 from workers.engine.engine import Engine
 from workers.model.compute_threads import ComputeThreads
 from workers.model.loading.file_stamp import FileStamp
-from workers.native.team import Kernels
+from workers.native.thread_team import Kernels
 from workers.process.control.membership import Membership, MembershipState
 from workers.transport.handshake import PeerIdentity
 from workers.transport.peer_link import PeerServer
@@ -113,7 +113,7 @@ _SINGLE: list[tuple[str, str, Any]] = [
     ("workers.process.roles.experts", "make_slots", ToySlots),
     ("workers.process.worker.worker", "open_transport", _open_toy_transport),
     ("workers.experts.transfer.loading", "torch", SimpleNamespace(set_num_threads=int)),
-    ("workers.kv.transfer.lender", "Future", SimFuture),
+    ("workers.kv.transfer.block_provider", "Future", SimFuture),
     ("workers.model.loading.mapped", "safe_open", SimReader),
     ("workers.model.loading.mapped", "entries_of", entries),
     ("workers.model.loading.mapped", "size_and_change", size_and_change),

@@ -108,7 +108,7 @@ class ToyDispatcher:
         self._header = header
         self._transport.begin_step(header)
 
-    def sit_out(self, header: StepHeader) -> None:
+    def run_empty_step(self, header: StepHeader) -> None:
         self._timer.begin_step(header)
         self._epochs.forget(header.oldest_epoch)
 
@@ -167,7 +167,7 @@ class ToyRunner:
         self.first_dispatch = None
         if not header.grant(self._rank).num_rows:
             assert not plan.rows, "rows without a grant"
-            self.dispatcher.sit_out(header)
+            self.dispatcher.run_empty_step(header)
             return None
         self.dispatcher.begin_step(header)
         rows = list(rows_of(plan.rows))

@@ -18,7 +18,7 @@ from benchmarks.harness.serving_cluster import ServingCluster, ThreadCluster, ma
 from cluster.config.cluster import EngineSection
 from tests.reference.exact import exact, mixed_requests
 from tests.workers.native.builds import NAMES, library
-from workers.native.team import Kernels, Team
+from workers.native.thread_team import Kernels, ThreadTeam
 from workers.process.worker import worker
 
 BEST = NAMES[0] if NAMES else ""
@@ -31,7 +31,9 @@ needs_two = pytest.mark.skipif(
 
 def kernels(name: str, count: int) -> Kernels:
     """Those of an instruction set; torch without one."""
-    return Kernels(Team(library(name), count), name) if name else Kernels(None, "torch (a test)")
+    return (
+        Kernels(ThreadTeam(library(name), count), name) if name else Kernels(None, "torch (a test)")
+    )
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from tests.reference.goldens import Golden
 from tests.workers.native.builds import NAMES
 from workers.dispatch.native_attention_side import NativeExchange
 from workers.model.families.native_layers import NativeLayers, NativeMicroBatch
-from workers.native.exchange import HomeFields
+from workers.native.exchange import AttentionSideFields
 from workers.transport import peer_connections
 
 pytestmark = pytest.mark.skipif(not NAMES, reason="no compiled kernels on this machine")
@@ -40,7 +40,7 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Counter[bool]:
         layers: NativeLayers, flows: Sequence[NativeMicroBatch], *arguments: Any
     ) -> tuple[int, int]:
         stop, turn = run(layers, flows, *arguments)
-        if flows[0].fields.homes:
+        if flows[0].fields.exchanges:
             found[bool(stop)] += 1
             assert all(f.is_waiting or f.is_done or not f.num_begun for f in flows)
         return stop, turn
@@ -116,11 +116,13 @@ def test_rows_that_were_not_sent_are_kept(
             pass
     prepare, stopped, run = NativeExchange.prepare, NativeExchange.stopped, NativeLayers.run
 
-    def spy_prepare(home: NativeExchange, *arguments: Any) -> list[list[HomeFields]] | None:
-        homes = prepare(home, *arguments)
-        for frame in home._direct.frames if homes and home._direct else ():
+    def spy_prepare(
+        exchange: NativeExchange, *arguments: Any
+    ) -> list[list[AttentionSideFields]] | None:
+        exchanges = prepare(exchange, *arguments)
+        for frame in exchange._direct.frames if exchanges and exchange._direct else ():
             frame.socket = here.fileno()
-        return homes
+        return exchanges
 
     def spy_run(
         layers: NativeLayers, flows: Sequence[NativeMicroBatch], *arguments: Any
@@ -131,11 +133,11 @@ def test_rows_that_were_not_sent_are_kept(
                 torch.full_like(flow.hidden, torch.nan)
         return found
 
-    def spy_stopped(home: NativeExchange, result: int) -> None:
-        assert home._direct is not None
-        for frame, edge in zip(home._direct.frames, home._direct.edges, strict=True):
+    def spy_stopped(exchange: NativeExchange, result: int) -> None:
+        assert exchange._direct is not None
+        for frame, edge in zip(exchange._direct.frames, exchange._direct.edges, strict=True):
             frame.socket = edge.sock.fileno()
-        stopped(home, result)
+        stopped(exchange, result)
 
     monkeypatch.setattr(NativeExchange, "prepare", spy_prepare)
     monkeypatch.setattr(NativeExchange, "stopped", spy_stopped)

@@ -10,7 +10,7 @@ from typing import Any
 from workers.cuda.step_graph import StepGraph, StepGraphCache
 from workers.dispatch.recording import FixedTables, RecordingTransport
 from workers.dispatch.row_serving import ExpertSide, ServedPlace, ServedStep, StaticServing
-from workers.dispatch.slot_use import DeviceSlotUse, SlotNotes
+from workers.dispatch.slot_checker import DeviceSlotChecker, SlotNotes
 from workers.requests.step_header import StepHeader
 from workers.transport.transport import DataTransport
 
@@ -93,20 +93,20 @@ class CapturedServing:
     @contextmanager
     def capturing(self, step: ServedStep, serving: StaticServing) -> Iterator[CapturedServes]:
         """Within the context, exchanges served by ``serving`` are captured and not counted."""
-        use, counters = self._side.use, self._side.counters
-        assert isinstance(use, DeviceSlotUse)
+        checker, counters = self._side.checker, self._side.counters
+        assert isinstance(checker, DeviceSlotChecker)
         num_bytes = dict.fromkeys(counters.num_bytes, 0)
-        use.begin(counters.token_counts)
+        checker.begin(counters.token_counts)
         step.timer.pause()
         captured = replace(step, num_bytes=num_bytes, must_wait=False, is_measured=False)
         serving.begin_step(captured, ())
-        yield CapturedServes(use.notes, num_bytes)
+        yield CapturedServes(checker.notes, num_bytes)
 
-    def count(self, captured: CapturedServes) -> DeviceSlotUse:
+    def count(self, captured: CapturedServes) -> DeviceSlotChecker:
         """Count a replayed step. The slots are counted at the end of the step."""
-        use, counters = self._side.use, self._side.counters
-        assert isinstance(use, DeviceSlotUse)
-        use.notes = captured.notes
+        checker, counters = self._side.checker, self._side.counters
+        assert isinstance(checker, DeviceSlotChecker)
+        checker.notes = captured.notes
         for name, count in captured.num_bytes.items():
             counters.num_bytes[name] += count
-        return use
+        return checker

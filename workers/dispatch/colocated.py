@@ -30,7 +30,7 @@ from workers.dispatch.recording import RecordingTransport
 from workers.dispatch.remote import CapturedRows, RemoteDispatcher
 from workers.metrics.activity import Activity
 from workers.requests.step_header import StepHeader
-from workers.transport.transport import DataTransport, Expected, RowMessage, Tag
+from workers.transport.transport import DataTransport, ExpectedMessage, RowMessage, Tag
 
 
 class LoopbackTransport:
@@ -63,7 +63,7 @@ class LoopbackTransport:
             self._inner.post(tag, others, sized=sized)
 
     def receive(
-        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, must_wait: bool
+        self, tag: Tag, expected: Sequence[ExpectedMessage], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
         """See ``DataTransport``."""
         others = [e for e in expected if e.rank != self._rank]
@@ -121,10 +121,10 @@ class ColocatedDispatcher:
         self._attention.begin_step(header, micro_batches)
         self._served = (-1, -1)
 
-    def sit_out(self, header: StepHeader) -> None:
+    def run_empty_step(self, header: StepHeader) -> None:
         """Serve the rows of the other ranks."""
         self._is_replayed = False
-        self._attention.sit_out(header)
+        self._attention.run_empty_step(header)
         self._server.run_step(header)
 
     def combine(self, handle: DispatchHandle) -> Tensor:

@@ -72,7 +72,7 @@ class TokenDispatcher(Protocol):
     def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
         """Start a step with the granted rows that this rank runs."""
 
-    def sit_out(self, header: StepHeader) -> None:
+    def run_empty_step(self, header: StepHeader) -> None:
         """Run a step in which no row was granted to this rank.
 
         Called instead of all other methods. Raises as the waits do.

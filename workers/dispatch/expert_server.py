@@ -25,7 +25,7 @@ from workers.dispatch.row_serving import (
     ServedStep,
     StaticServing,
 )
-from workers.dispatch.slot_use import FilledSlots, slot_use
+from workers.dispatch.slot_checker import FilledSlots, make_slot_checker
 from workers.metrics.activity import Activity
 from workers.metrics.step_metrics import is_measured
 from workers.metrics.step_timer import StepTimer
@@ -68,7 +68,7 @@ class ExpertServer:
         self._has_graphs = device.type == "cuda"
         self._epochs = EpochTables[list[FilledSlots]]()
         self._fixed = FixedTables()
-        self._use = slot_use(device)
+        self._slot_checker = make_slot_checker(device)
         self._side = side = ExpertSide(
             self._banks,
             slots,
@@ -76,7 +76,7 @@ class ExpertServer:
             device,
             self._activity,
             self.counters,
-            self._use,
+            self._slot_checker,
         )
         self._static = StaticServing(side, transport)
         self._exact = ExactServing(side, transport)
@@ -161,7 +161,7 @@ class ExpertServer:
 
     def end_replay(self) -> None:
         """Count a replayed step and raise deferred errors. The host must have waited for it."""
-        self._use.end(self.counters.token_counts, self._transport.reject)
+        self._slot_checker.end(self.counters.token_counts, self._transport.reject)
 
     def _begin(self, header: StepHeader) -> ServedStep:
         self.timer.begin_step(header)
@@ -171,7 +171,7 @@ class ExpertServer:
         return step
 
     def _step_of(self, header: StepHeader, *, is_measured: bool) -> ServedStep:
-        self._use.begin(self.counters.token_counts)
+        self._slot_checker.begin(self.counters.token_counts)
         filled = self._epochs.begin_step(header)
         if self._has_graphs:
             tables = self._fixed.copy_in([own.table for own in filled])
@@ -196,4 +196,4 @@ class ExpertServer:
         """Count after all exchanges are served, and raise deferred errors."""
         with self._activity:
             self._transport.finish_step()
-        self._use.end(self.counters.token_counts, self._transport.reject)
+        self._slot_checker.end(self.counters.token_counts, self._transport.reject)

@@ -94,7 +94,7 @@ class LocalDispatcher(TimedDispatcher):
         """Start the timer. No other preparation is necessary."""
         self.timer.begin_step(header)
 
-    def sit_out(self, header: StepHeader) -> None:
+    def run_empty_step(self, header: StepHeader) -> None:
         """Start the timer, as there are no other ranks to serve."""
         self.timer.begin_step(header)
 

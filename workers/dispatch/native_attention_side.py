@@ -21,12 +21,12 @@ from workers.model.layers import Dispatch
 from workers.native.exchange import (
     UNEXPECTED,
     UNSENT,
-    HomeFields,
+    AttentionSideFields,
     dispatch_rows,
     gather_outputs,
 )
 from workers.native.panels import DTYPES
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 from workers.requests.step_header import StepHeader
 from workers.transport.direct import DirectEdges
 from workers.transport.transport import DataTransport
@@ -36,7 +36,7 @@ from workers.transport.transport import DataTransport
 class NativeRows:
     """Rows that native code has sent to all ranks."""
 
-    fields: HomeFields
+    fields: AttentionSideFields
     slots_and_weights: Tensor
     """[ranks, T, k or 2k] int32: slots on each rank (-1 for another rank), then weights;
     overwritten by the next dispatch of the micro-batch."""
@@ -61,7 +61,7 @@ class NativeHandle(RemoteHandle):
 class NativeExchange:
     """Exchanges the rows of one attention rank by native code if possible. Data thread only."""
 
-    def __init__(self, side: AttentionSide, transport: DataTransport, team: Team) -> None:
+    def __init__(self, side: AttentionSide, transport: DataTransport, team: ThreadTeam) -> None:
         self._side = side
         self._transport = transport
         self._static = StaticExchange(side, transport)
@@ -69,7 +69,7 @@ class NativeExchange:
         self._dtype = side.combiner.dtype
         self._header: StepHeader | None = None
         self._direct: DirectEdges | None = None
-        self._fields: dict[tuple[int, int, int], HomeFields] = {}
+        self._fields: dict[tuple[int, int, int], AttentionSideFields] = {}
         self._sent: dict[int, Tensor] = {}
         self._received = GrowingBuffer()
 
@@ -120,34 +120,38 @@ class NativeExchange:
         assert ids.dtype == torch.int64
         assert inputs.dtype == self._dtype
         num_rows, top_k = ids.shape
-        home = self._home(direct, bank, sent.exchange, micro_batch)
-        num_ranks, home.num_experts = slots.shape
-        width = top_k if home.exchange.by_pair else 2 * top_k
+        fields = self._fields_for(direct, bank, sent.exchange, micro_batch)
+        num_ranks, fields.num_experts = slots.shape
+        width = top_k if fields.exchange.by_pair else 2 * top_k
         out = self._slots_and_weights(num_ranks, num_rows, width, micro_batch)
-        home.slots, home.ids, home.weights = slots.data_ptr(), ids.data_ptr(), weights.data_ptr()
-        home.num_rows, home.weights_dtype = num_rows, DTYPES.index(weights.dtype)
-        home.inputs, home.sent = inputs.data_ptr(), out.data_ptr()
-        if dispatch_rows(self._library, home) == UNSENT:
+        fields.slots, fields.ids, fields.weights = (
+            slots.data_ptr(),
+            ids.data_ptr(),
+            weights.data_ptr(),
+        )
+        fields.num_rows, fields.weights_dtype = num_rows, DTYPES.index(weights.dtype)
+        fields.inputs, fields.sent = inputs.data_ptr(), out.data_ptr()
+        if dispatch_rows(self._library, fields) == UNSENT:
             direct.keep_unsent()
         else:
             direct.sent()
         out_width = bank.exchanges[sent.exchange].out_width
-        shape = (num_rows, out_width) if home.is_weighted else (num_rows, top_k, out_width)
-        return NativeRows(home, out, weights, shape)
+        shape = (num_rows, out_width) if fields.is_weighted else (num_rows, top_k, out_width)
+        return NativeRows(fields, out, weights, shape)
 
     def receive_outputs(self, rows: NativeRows) -> Tensor | None:
         """Receive the outputs of sent rows. None if Python must receive them.
 
         Raises as ``DataTransport.receive``.
         """
-        direct, home = self._direct, rows.fields
+        direct, fields = self._direct, rows.fields
         if direct is None or not direct.are_clear():
             return None
-        num_bytes = self._num_received(home, len(rows.slots_and_weights), *rows.weights.shape)
-        home.received = self._received.of(num_bytes)
+        num_bytes = self._num_received(fields, len(rows.slots_and_weights), *rows.weights.shape)
+        fields.received = self._received.of(num_bytes)
         out = torch.empty(rows.shape, dtype=self._dtype)
-        home.out = out.data_ptr()
-        if gather_outputs(self._library, home) == UNEXPECTED:
+        fields.out = out.data_ptr()
+        if gather_outputs(self._library, fields) == UNEXPECTED:
             direct.give_back()
             return None
         return out
@@ -161,7 +165,7 @@ class NativeExchange:
 
     # Native layers, which run all exchanges of a step in one call.
 
-    def prepare(self, num_rows: Sequence[int]) -> list[list[HomeFields]] | None:
+    def prepare(self, num_rows: Sequence[int]) -> list[list[AttentionSideFields]] | None:
         """Return the exchanges of a step by micro-batch and bank. ``num_rows``: by micro-batch.
 
         None if the rows of this step must be dispatched layer by layer. All banks must have the
@@ -176,20 +180,20 @@ class NativeExchange:
         num_ranks, (top_k,) = slots[0].shape[0], {bank.top_k for bank in banks}
         by_micro_batch = []
         for micro_batch, count in enumerate(num_rows):
-            homes = [self._home(direct, bank, 0, micro_batch) for bank in banks]
-            width = top_k if homes[0].exchange.by_pair else 2 * top_k
+            exchanges = [self._fields_for(direct, bank, 0, micro_batch) for bank in banks]
+            width = top_k if exchanges[0].exchange.by_pair else 2 * top_k
             sent = self._slots_and_weights(num_ranks, count, width, micro_batch)
-            for home, table in zip(homes, slots, strict=True):
-                home.slots, home.num_experts = table.data_ptr(), table.shape[1]
-                home.sent = sent.data_ptr()
-            by_micro_batch.append(homes)
+            for fields, table in zip(exchanges, slots, strict=True):
+                fields.slots, fields.num_experts = table.data_ptr(), table.shape[1]
+                fields.sent = sent.data_ptr()
+            by_micro_batch.append(exchanges)
         most = max(num_rows)  # outputs are summed before the next ones are received
         received = self._received.of(
-            max(self._num_received(home, num_ranks, most, top_k) for home in by_micro_batch[0])
+            max(self._num_received(fields, num_ranks, most, top_k) for fields in by_micro_batch[0])
         )
-        for homes in by_micro_batch:
-            for home in homes:
-                home.received = received
+        for exchanges in by_micro_batch:
+            for fields in exchanges:
+                fields.received = received
         direct.sent()  # start to watch the paths of the edges
         return by_micro_batch
 
@@ -207,31 +211,33 @@ class NativeExchange:
     def pending(self, bank: int, micro_batch: int, weights: Tensor) -> RemoteHandle:
         """Return a handle for rows that native layers sent before they stopped. weights [T, k]."""
         spec, num_rows = self._side.banks[bank], len(weights)
-        home, sent = self._fields[bank, 0, micro_batch], self._sent[micro_batch]
-        native = NativeRows(home, sent, weights, (num_rows, spec.exchanges[0].out_width))
+        fields, sent = self._fields[bank, 0, micro_batch], self._sent[micro_batch]
+        native = NativeRows(fields, sent, weights, (num_rows, spec.exchanges[0].out_width))
         return NativeHandle(spec, 0, micro_batch, num_rows, None, weights, native=native)
 
     def _granted(self, micro_batch: int) -> int:
         assert self._header is not None, "begin_step was not called"
         return self._header.rows(self._side.rank, micro_batch)
 
-    def _home(
+    def _fields_for(
         self, direct: DirectEdges, bank: BankSpec, exchange: int, micro_batch: int
-    ) -> HomeFields:
+    ) -> AttentionSideFields:
         key, spec = (bank.index, exchange, micro_batch), bank.exchanges[exchange]
-        home = self._fields.get(key)
-        if home is None:
-            home = self._fields[key] = HomeFields(
+        fields = self._fields.get(key)
+        if fields is None:
+            fields = self._fields[key] = AttentionSideFields(
                 exchange=exchange_fields(direct, bank, exchange, micro_batch, self._dtype),
                 is_weighted=spec.weighted,
                 rounds_products=not bank.float32_weights,
             )
-        home.exchange.by_pair = spec.returns_pairs(self._side.maps.combine_mode)
-        return home
+        fields.exchange.by_pair = spec.returns_pairs(self._side.maps.combine_mode)
+        return fields
 
-    def _num_received(self, home: HomeFields, num_ranks: int, num_rows: int, top_k: int) -> int:
+    def _num_received(
+        self, fields: AttentionSideFields, num_ranks: int, num_rows: int, top_k: int
+    ) -> int:
         """Return the size of the outputs of all ranks in bytes."""
-        exchange = home.exchange
+        exchange = fields.exchange
         row_bytes = top_k * self._dtype.itemsize if exchange.by_pair else num_ranks * 4
         return int(num_rows * exchange.out_width * row_bytes)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from workers.cuda.step_graph import StepGraph
 from workers.metrics.activity import Activity
 from workers.requests.step_header import StepHeader
-from workers.transport.transport import DataTransport, Expected, RowMessage, Tag
+from workers.transport.transport import DataTransport, ExpectedMessage, RowMessage, Tag
 
 
 class RecordingTransport:
@@ -50,7 +50,7 @@ class RecordingTransport:
             self._graph.between(send)
 
     def receive(
-        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, must_wait: bool
+        self, tag: Tag, expected: Sequence[ExpectedMessage], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
         """See ``DataTransport``."""
         assert not sized, "captured messages have known sizes"

@@ -38,7 +38,7 @@ from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec, returns_pairs
 from workers.model.layers import Dispatch
 from workers.native.panels import DTYPES
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 from workers.requests.step_header import Grant, StepHeader
 from workers.transport.transport import DataTransport
 
@@ -70,7 +70,7 @@ class RemoteDispatcher(TimedDispatcher):
         device: torch.device,
         activity: Activity | None = None,
         timer: StepTimer | None = None,
-        team: Team | None = None,
+        team: ThreadTeam | None = None,
     ) -> None:
         """``team``: compiled kernels for CPUs, used instead of torch."""
         super().__init__(banks, timer)
@@ -133,7 +133,7 @@ class RemoteDispatcher(TimedDispatcher):
             return self._static
         return self._native
 
-    def sit_out(self, header: StepHeader) -> None:
+    def run_empty_step(self, header: StepHeader) -> None:
         """Drop old maps. An attention rank without rows does not participate in the exchanges."""
         self.timer.begin_step(header)
         self._edge_rows.begin_step()

@@ -31,7 +31,7 @@ from workers.metrics.activity import Activity
 from workers.model.config import BankSpec
 from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
-from workers.transport.transport import DataTransport, Expected, PartShape, RowMessage, Tag
+from workers.transport.transport import DataTransport, ExpectedMessage, PartShape, RowMessage, Tag
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class SplitExchange(ABC):
         by_pair = exchange.returns_pairs(side.maps.combine_mode)
         part = PartShape(exchange.out_width, side.combiner.dtype if by_pair else self._sums_dtype)
         tag = Tag(handle.bank.index, handle.exchange, handle.micro_batch, "outputs")
-        expected = [Expected(s.rank, (part,), (s.count,)) for s in handle.sent]
+        expected = [ExpectedMessage(s.rank, (part,), (s.count,)) for s in handle.sent]
         with side.activity:
             found = self._transport.receive(tag, expected, sized=False, must_wait=self._must_wait)
         return side.combiner.combine(handle, [parts[0] for parts in found], by_pair)

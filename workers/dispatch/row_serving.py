@@ -17,12 +17,12 @@ from torch import Tensor
 from cluster.config.cluster import CombineMode
 from workers.dispatch.dispatcher import SlotBank
 from workers.dispatch.expert_counters import ExpertCounters, UsedRows
-from workers.dispatch.slot_use import FilledSlots, SlotUse, UsedSlots, joined
+from workers.dispatch.slot_checker import FilledSlots, SlotChecker, UsedSlots, joined
 from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec, ExchangeSpec
 from workers.requests.step_header import StepHeader
-from workers.transport.transport import DataTransport, Expected, PartShape, RowMessage, Tag
+from workers.transport.transport import DataTransport, ExpectedMessage, PartShape, RowMessage, Tag
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class ExpertSide:
     device: torch.device
     activity: Activity
     counters: ExpertCounters
-    use: SlotUse
+    checker: SlotChecker
 
 
 class ServedPlace(NamedTuple):
@@ -147,7 +147,7 @@ class StaticServing:
         meta = PartShape(bank.top_k if by_pair else 2 * bank.top_k, torch.int32)
         parts = (meta, PartShape(exchange.in_width, side.dtype))
         inputs = bank.top_k if exchange.per_slot_input else 1
-        expected = [Expected(r, parts, (n, n * inputs)) for r, n in granted.items()]
+        expected = [ExpectedMessage(r, parts, (n, n * inputs)) for r, n in granted.items()]
         tag = Tag(bank.index, exchange.index, micro_batch, "rows")
         with side.activity:
             received = self._transport.receive(
@@ -196,7 +196,7 @@ class StaticServing:
             ranks=ranks,
             counts=tuple(m.shape[0] for m in metas),
             inputs=joined(rows),
-            used=self._side.use.check(filled, ranks, slots, self._transport.reject),
+            used=self._side.checker.check(filled, ranks, slots, self._transport.reject),
             weights=joined(weights) if weights[0].shape[1] else None,
         )
         self._check_inputs(exchange, batch, rows)
@@ -206,7 +206,7 @@ class StaticServing:
         """Do nothing, as the transport has compared the inputs with the header."""
 
     def _count(self, filled: FilledSlots, batch: _Batch) -> None:
-        self._side.use.count(filled, batch.slots)
+        self._side.checker.count(filled, batch.slots)
 
     def _pairs(self, slots: Tensor, all_here: bool) -> tuple[Tensor, Tensor]:
         """Return ascending indices of this rank's pairs in flattened ``slots``, and their rows.
@@ -275,4 +275,4 @@ class ExactServing(StaticServing):
 
     def _count(self, filled: FilledSlots, batch: _Batch) -> None:
         super()._count(filled, batch)
-        self._side.use.flush(self._side.counters.token_counts)  # frees the slots of many rows
+        self._side.checker.flush(self._side.counters.token_counts)  # frees the slots of many rows

@@ -31,12 +31,12 @@ from workers.engine.step_sampler import StepSampler, StepTokens
 from workers.kv.contents import BlockContents
 from workers.kv.tiers.tiers import KvTiers
 from workers.kv.transfer.store import Fetch
-from workers.kv.transfer.turn_copies import TurnCopies
+from workers.kv.transfer.turn_copier import TurnCopier
 from workers.lora.loaded import LoadedAdapters
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec, ModelConfig
 from workers.model.layers import AttentionModel
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 from workers.requests.block_hash import BlockHash
 from workers.requests.buckets import buckets_up_to
 from workers.requests.request import (
@@ -67,7 +67,7 @@ class Engine:
         max_model_len: int | None = None,
         rank: int = 0,
         compute_threads: ComputeThreads | None = None,
-        team: Team | None = None,
+        team: ThreadTeam | None = None,
         clock: Callable[[], float] = time.monotonic,
         is_exact: bool = False,
         lora: LoraSection | None = None,
@@ -196,9 +196,9 @@ class Engine:
         """End the wait of a request for KV blocks. Unknown ids are ignored."""
         self._scheduler.kv_waits.end(request_id)
 
-    def start_tier_copies(self, tiers: KvTiers, wake: Callable[[], None]) -> TurnCopies:
-        """Start to copy the blocks of ended turns into lower tiers; see ``TurnCopies``."""
-        copies = TurnCopies(self.kv_store, tiers, wake)
+    def start_tier_copies(self, tiers: KvTiers, wake: Callable[[], None]) -> TurnCopier:
+        """Start to copy the blocks of ended turns into lower tiers; see ``TurnCopier``."""
+        copies = TurnCopier(self.kv_store, tiers, wake)
         self._memory.tiers, self._scheduler.prefixes.listener = tiers, copies
         return copies
 

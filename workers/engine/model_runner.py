@@ -136,7 +136,7 @@ class ModelRunner:
             return self._result(_LayerOutputs([output.hidden]), plan, order, ids, {})
         if not header.grant(self.rank).num_rows:
             assert not plan.rows, "rows without a grant"
-            self.dispatcher.sit_out(header)
+            self.dispatcher.run_empty_step(header)
             return None
         order = sorted(range(len(plan.rows)), key=lambda i: batch_order(plan.rows[i]))
         planned = single_rows([plan.rows[i] for i in order])

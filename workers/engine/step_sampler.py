@@ -24,7 +24,7 @@ from workers.inspection.buffers import StepRows
 from workers.inspection.inspector import Inspector
 from workers.model.config import BankSpec, ModelConfig
 from workers.model.host_copies import to_device, to_host
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 from workers.requests.request import TokenLogprob
 from workers.requests.sequence import NOT_FINITE, Failure, SequenceState
 from workers.sampling.best_tokens import best_tokens
@@ -108,7 +108,7 @@ class StepSampler:
         banks: Sequence[BankSpec],
         logits: Callable[[Tensor], Tensor],
         is_exact: bool,
-        team: Team | None = None,
+        team: ThreadTeam | None = None,
     ) -> None:
         self._eos = config.eos_token_ids
         self._is_classifier = bool(config.labels)

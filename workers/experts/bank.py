@@ -17,7 +17,7 @@ from workers.model.config import BankSpec, ExchangeSpec
 from workers.model.side_stream import SideStream
 from workers.model.weighting import sum_of_pairs
 from workers.native.experts import NativeSlots
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 from workers.quantization.matrix import Weight
 
 
@@ -54,7 +54,7 @@ def make_kernel(
     dtype: torch.dtype,
     device: torch.device,
     compute_threads: ComputeThreads | None = None,
-    team: Team | None = None,
+    team: ThreadTeam | None = None,
     make_other: MakeKernel | None = None,
     side: SideStream | None = None,
 ) -> ExpertKernel:

@@ -20,7 +20,7 @@ from workers.native.experts import (
 )
 from workers.native.panels import DTYPES, unpack
 from workers.native.quantized import pack_weight, unpack_quantized
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 from workers.quantization.matrix import Weight
 
 
@@ -43,7 +43,7 @@ def unsupported_feature(exchange: ExchangeSpec, dtype: torch.dtype) -> str:
 class NativeExperts:
     """``ExpertKernel`` with packed weights; each matrix is a separate allocation."""
 
-    def __init__(self, exchange: ExchangeSpec, dtype: torch.dtype, team: Team) -> None:
+    def __init__(self, exchange: ExchangeSpec, dtype: torch.dtype, team: ThreadTeam) -> None:
         inner = exchange.expert_width if exchange.expert_kind == "gated" else 0
         clamped = exchange.activation if isinstance(exchange.activation, ClampedSwiglu) else None
         self._shape = ExpertShape(

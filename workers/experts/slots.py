@@ -19,7 +19,7 @@ from workers.model.loading.checkpoint import Checkpoint
 from workers.model.side_stream import SideStream
 from workers.native.library import find_library
 from workers.native.rounding import round_weight
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 from workers.quantization.matrix import Weight
 
 
@@ -50,7 +50,7 @@ class ExpertSlots:
         device: torch.device,
         compute_threads: ComputeThreads | None = None,
         deterministic: bool = False,
-        team: Team | None = None,
+        team: ThreadTeam | None = None,
     ) -> None:
         """Create ``num_slots`` empty expert slots in every bank.
 

@@ -81,10 +81,10 @@ class BlockPool:
         for block in blocks:
             self._hold(block)
 
-    def lend(self, blocks: Iterable[int]) -> None:
+    def mark_duplicated(self, blocks: Iterable[int]) -> None:
         """Mark blocks of a prefix as copied by another worker, so that they are evicted first."""
         hashes = [self._hashes[block] for block in blocks]
-        self._order.lend([block_hash for block_hash in hashes if block_hash is not None])
+        self._order.mark_duplicated([block_hash for block_hash in hashes if block_hash is not None])
 
     def begin(self, hashes: Sequence[BlockHash], hints: KeepHints = NO_HINTS) -> Turn:
         """Begin the turn of a request. ``hashes``: all full blocks of its prompt, in order."""

@@ -20,14 +20,14 @@ class BlockContents:
     length_matters_above: int | None
     """See ``ModelConfig.length_matters_above``."""
     _new: dict[BlockHash, BlockContent] = field(default_factory=dict)
-    _came: set[BlockHash] = field(default_factory=set)
+    _fetched: set[BlockHash] = field(default_factory=set)
     """Blocks fetched from other workers; their tokens are not known yet."""
 
-    def came(self, hashes: Sequence[BlockHash]) -> None:
+    def note_fetched(self, hashes: Sequence[BlockHash]) -> None:
         """Note the hashes of blocks fetched from another worker."""
-        self._came.update(hashes)
-        if len(self._came) > self.pool.num_blocks:
-            self._came = {name for name in self._came if self.pool.is_known(name)}
+        self._fetched.update(hashes)
+        if len(self._fetched) > self.pool.num_blocks:
+            self._fetched = {name for name in self._fetched if self.pool.is_known(name)}
 
     def note(
         self, sequence: SequenceState, hashes: Sequence[BlockHash], first: int, end: int
@@ -38,10 +38,10 @@ class BlockContents:
 
     def note_found(self, sequence: SequenceState, hashes: Sequence[BlockHash]) -> None:
         """Note that a sequence uses cached blocks with these hashes, from its first block on."""
-        if self._came:
+        if self._fetched:
             for place, name in enumerate(hashes):
-                if name in self._came:
-                    self._came.discard(name)
+                if name in self._fetched:
+                    self._fetched.discard(name)
                     self._new[name] = self._content(sequence, hashes, place)
 
     def take(self) -> dict[BlockHash, BlockContent]:

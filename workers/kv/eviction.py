@@ -46,14 +46,14 @@ class EvictionOrder:
         self._queues = TurnQueues(self._ages, max_kept)
         self._tree = PrefixTree()
         self._was_found: set[bytes] = set()
-        self._is_lent: set[bytes] = set()
-        self._lent: OrderedDict[bytes, None] = OrderedDict()
+        self._is_duplicated: set[bytes] = set()
+        self._duplicated: OrderedDict[bytes, None] = OrderedDict()
         self._turns: dict[bytes, Turn] = {}  # by block, if it was not found since it was freed
 
     @property
     def free(self) -> list[bytes]:
         """Names of the blocks that may be evicted."""
-        return [*self._lent, *(name for turn in self._queues for name in turn.blocks)]
+        return [*self._duplicated, *(name for turn in self._queues for name in turn.blocks)]
 
     @property
     def num_kept(self) -> int:
@@ -76,12 +76,12 @@ class EvictionOrder:
         self._tree.remove(name)
         self._turns.pop(name, None)
         self._was_found.discard(name)
-        self._is_lent.discard(name)
+        self._is_duplicated.discard(name)
 
     def find(self, name: bytes) -> None:
         """Note that a block was found and serves one more request."""
         self._was_found.add(name)
-        self._is_lent.discard(name)
+        self._is_duplicated.discard(name)
         turn = self._turns.get(name)
         if turn is not None and name not in turn.blocks:  # it is held
             del self._turns[name]
@@ -92,8 +92,8 @@ class EvictionOrder:
 
     def hold(self, name: bytes) -> None:
         """Exclude a block from eviction, since it has a holder."""
-        if name in self._lent:
-            del self._lent[name]
+        if name in self._duplicated:
+            del self._duplicated[name]
         elif (turn := self._turns.get(name)) is not None and name in turn.blocks:
             self._queues.remove(turn, name)
 
@@ -105,10 +105,10 @@ class EvictionOrder:
         """
         self._ages.note_freed()
         if turn is None or (turn.hints.keep_s == 0 and name in self._was_found):
-            turn = self._turns.get(name) or self._lone_turn(name)
+            turn = self._turns.get(name) or self._unobserved_turn(name)
         self._turns[name] = turn
-        if name in self._is_lent:
-            self._lent[name] = None
+        if name in self._is_duplicated:
+            self._duplicated[name] = None
             return
         self._queues.put(turn, name)
 
@@ -120,39 +120,39 @@ class EvictionOrder:
         if turn.hints.keep_s != 0 or name not in self._was_found:
             self._turns[name] = turn
 
-    def lend(self, names: Sequence[bytes]) -> None:
+    def mark_duplicated(self, names: Sequence[bytes]) -> None:
         """Mark the blocks of a prefix, in order, as copied by another worker."""
-        num_lent_children = 0
+        num_duplicated_children = 0
         for name in reversed(names):
             if name not in self._tree:
                 continue
-            if len(self._tree.children(name)) > num_lent_children:
+            if len(self._tree.children(name)) > num_duplicated_children:
                 return  # other prefixes build on it
-            self._is_lent.add(name)
+            self._is_duplicated.add(name)
             if (turn := self._turns.get(name)) is not None and name in turn.blocks:
                 self._queues.remove(turn, name)
-                self._lent[name] = None
-            num_lent_children = 1
+                self._duplicated[name] = None
+            num_duplicated_children = 1
 
     def pop(self) -> bytes:
         """Return the next block to evict and hold it. There must be a free block."""
-        if self._lent:
-            return self._lent.popitem(last=False)[0]
+        if self._duplicated:
+            return self._duplicated.popitem(last=False)[0]
         while True:
             turn = self._queues.victim()
             name = next(iter(turn.blocks))
-            heir = self._heir(name)
+            dependent = self._dependent_turn(name)
             self._queues.remove(turn, name)
-            if heir is None:
+            if dependent is None:
                 return name
-            self._turns[name] = heir
-            self._queues.put(heir, name)
+            self._turns[name] = dependent
+            self._queues.put(dependent, name)
 
-    def _lone_turn(self, name: bytes) -> Turn:
+    def _unobserved_turn(self, name: bytes) -> Turn:
         self._queues.choose_again()
-        return self._ages.lone_turn(was_found=name in self._was_found)
+        return self._ages.unobserved_turn(was_found=name in self._was_found)
 
-    def _heir(self, name: bytes) -> Turn | None:
+    def _dependent_turn(self, name: bytes) -> Turn | None:
         """Return the turn of a free block that builds on this one, or None."""
         for child in self._tree.children(name):
             turn = self._turns.get(child)

@@ -131,9 +131,9 @@ class StateSlots:
         self._pool.store(slot, block_hash)
         return is_new
 
-    def lend(self, slot: int) -> None:
+    def mark_duplicated(self, slot: int) -> None:
         """Mark a state as copied by another worker, so that it is evicted first."""
-        self._pool.lend((slot,))
+        self._pool.mark_duplicated((slot,))
 
     def drop(self, block_hash: BlockHash) -> None:
         """Forget a replaced state unless another sequence has found it."""

@@ -52,7 +52,7 @@ class TurnAges:
         kind = ReuseRates.kind(num_before, has_session=bool(hints.session))
         return Turn(hints, kind, num_before, names[-1] if names else None)
 
-    def lone_turn(self, *, was_found: bool) -> Turn:
+    def unobserved_turn(self, *, was_found: bool) -> Turn:
         """Create an unobserved turn for a block that no request left."""
         kind = ReuseRates.kind(int(was_found), has_session=False)
         turn = Turn(NO_HINTS, kind, int(was_found), is_over=True)
@@ -76,13 +76,13 @@ class TurnAges:
         turn.age_bin = bin_of(self._clock - turn.freed)
         self._note_bin(turn)
 
-    def move_on(self, turn: Turn) -> None:
+    def advance_bin(self, turn: Turn) -> None:
         """Move a due turn to the next bin."""
         turn.age_bin += 1
         self._note_bin(turn)
 
     def due(self) -> Iterator[Turn]:
-        """Yield turns older than their bin. Call ``move_on`` for each before the next."""
+        """Yield turns older than their bin. Call ``advance_bin`` for each before the next."""
         while self._ageing and self._ageing[0][0] <= self._clock:
             turn = heappop(self._ageing)[2]
             if turn.is_over and turn.queue is None:

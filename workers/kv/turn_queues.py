@@ -85,7 +85,7 @@ class TurnQueues:
             is_by_age = turn.queue is not None and turn.queue is self._cell_of(turn)
             if is_by_age:
                 self._unfile(turn)
-            self._ages.move_on(turn)
+            self._ages.advance_bin(turn)
             if is_by_age:
                 self._file(turn)
 

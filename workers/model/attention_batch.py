@@ -15,7 +15,7 @@ from torch import Tensor
 from workers.model import fp8
 from workers.model.compute_threads import ComputeThreads
 from workers.model.state_runs import StateRun
-from workers.native.half import E4M3, BatchFields
+from workers.native.attention_sublayer import E4M3, BatchFields
 from workers.native.panels import DTYPES
 
 PIECE_BYTES = 3 * 1024 * 1024

@@ -27,7 +27,7 @@ from workers.model.compute_threads import ComputeThreads
 from workers.model.config import Activation, ClampedSwiglu, TensorPart
 from workers.model.rope import Rope
 from workers.model.torch_private import pack, packed_linear, supports_packing, unpack
-from workers.native.half import BatchFields
+from workers.native.attention_sublayer import BatchFields
 
 _PACK_MIN_ELEMENTS = 64 * 1024
 """Minimum elements of float32 matrices that are packed. AMD EPYC (avx512_bf16), torch 2.13, 1

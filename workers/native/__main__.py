@@ -13,7 +13,7 @@ from workers.native.library import find_library
 def main() -> int:
     """Build the kernels and return the exit status."""
     found = find_library()
-    sys.stdout.write(f"{found.words}\n")
+    sys.stdout.write(f"{found.description}\n")
     return 0 if found.library is not None else 1
 
 

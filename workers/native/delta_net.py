@@ -9,7 +9,7 @@ from torch import Tensor
 
 from workers.native.panels import DTYPES
 from workers.native.structs import c_struct
-from workers.native.team import Team, check
+from workers.native.thread_team import ThreadTeam, check
 
 
 @c_struct("delta_net.h", "delta_net")
@@ -39,7 +39,7 @@ class DeltaRowsFields(ctypes.Structure):
 
 
 def run_delta_net(
-    team: Team,
+    team: ThreadTeam,
     net: DeltaNetFields,
     rows: Tensor,
     out: Tensor,

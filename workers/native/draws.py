@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.native.panels import DTYPES
-from workers.native.team import Team, check
+from workers.native.thread_team import ThreadTeam, check
 
 DRAW_ROW = np.dtype(
     [
@@ -31,7 +31,7 @@ def can_draw(logits: Tensor) -> bool:
     return logits.device.type == "cpu" and logits.dtype in DTYPES
 
 
-def draw_rows(team: Team, logits: Tensor, rows: NDArray[Any], is_masked: bool) -> Tensor:
+def draw_rows(team: ThreadTeam, logits: Tensor, rows: NDArray[Any], is_masked: bool) -> Tensor:
     """Sample tokens, [rows] int64, from logits [rows, V] with ``rows`` of ``DRAW_ROW``.
 
     A failed row gives a negative number of ``enum failure``. ``is_masked``: tokens with logit minus

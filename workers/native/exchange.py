@@ -15,7 +15,7 @@ from workers.native.frames import FrameFields, PlaceFields
 from workers.native.library import Library
 from workers.native.panels import DTYPES
 from workers.native.structs import c_struct
-from workers.native.team import check
+from workers.native.thread_team import check
 
 UNEXPECTED, UNSENT = 5, 6
 """Values of ``enum result``: the caller must continue where native code has stopped."""
@@ -26,9 +26,9 @@ class ExchangeFields(ctypes.Structure):
     """``struct exchange``."""
 
 
-@c_struct("exchange.h", "exchange_home", exchange=ExchangeFields)
-class HomeFields(ctypes.Structure):
-    """``struct exchange_home``."""
+@c_struct("exchange.h", "exchange_attention", exchange=ExchangeFields)
+class AttentionSideFields(ctypes.Structure):
+    """``struct exchange_attention``."""
 
 
 @c_struct("exchange.h", "exchange_server", exchange=ExchangeFields, experts=CallFields)
@@ -36,20 +36,20 @@ class ServerFields(ctypes.Structure):
     """``struct exchange_server``."""
 
 
-def dispatch_rows(library: Library, home: HomeFields) -> int:
+def dispatch_rows(library: Library, side: AttentionSideFields) -> int:
     """Send rows and their slots to all peers; return 0 or ``UNSENT``.
 
     Raises ``IndexError`` for an invalid expert id.
     """
-    return _checked(library.functions.exchange_dispatch(ctypes.byref(home)))
+    return _checked(library.functions.exchange_dispatch(ctypes.byref(side)))
 
 
-def gather_outputs(library: Library, home: HomeFields) -> int:
+def gather_outputs(library: Library, side: AttentionSideFields) -> int:
     """Receive the outputs of dispatched rows and sum them; return 0 or ``UNEXPECTED``.
 
     Raises ``IndexError`` for a row with an expert that no peer has.
     """
-    return _checked(library.functions.exchange_gather(ctypes.byref(home)))
+    return _checked(library.functions.exchange_gather(ctypes.byref(side)))
 
 
 def memory_bytes(library: Library, server: ServerFields) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from workers.native.panels import DTYPES
 from workers.native.quantized import FormFields, form_fields, weight_bytes
 from workers.native.structs import c_struct
-from workers.native.team import Team, check
+from workers.native.thread_team import ThreadTeam, check
 from workers.quantization.formats import WeightFormat
 
 InputsBy = Literal["row", "place", "pair"]
@@ -141,7 +141,7 @@ class SlotTable:
 class NativeSlots(NamedTuple):
     """Expert slots, and the team that computes them."""
 
-    team: Team
+    team: ThreadTeam
     table: SlotTable
 
 
@@ -172,7 +172,7 @@ class LocalExperts:
 
 
 def expert_pairs(
-    team: Team, table: SlotTable, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor
+    team: ThreadTeam, table: SlotTable, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor
 ) -> Tensor:
     """Run (input row, expert slot) pairs.
 
@@ -190,7 +190,7 @@ def expert_pairs(
 
 
 def expert_rows(
-    team: Team,
+    team: ThreadTeam,
     table: SlotTable,
     inputs: Tensor,
     slots: Tensor,
@@ -230,7 +230,7 @@ def _call(table: SlotTable, inputs: Tensor, slots: Tensor, out: Tensor) -> CallF
     return call
 
 
-def _compute(team: Team, call: CallFields) -> None:
+def _compute(team: ThreadTeam, call: CallFields) -> None:
     check(team.library.functions.experts_compute(team.pointer, ctypes.byref(call)))
 
 

@@ -33,7 +33,7 @@ class WaitingFields(ctypes.Structure):
 class FrameFields(ctypes.Structure):
     """``struct frame``."""
 
-    def came(self) -> bytes:
+    def received(self) -> bytes:
         """Return the bytes of the frame that were received."""
         left = int(self.done)
         taken = []
@@ -42,7 +42,7 @@ class FrameFields(ctypes.Structure):
             left -= len(taken[-1])
         return b"".join(taken)
 
-    def rest(self) -> bytes:
+    def unsent(self) -> bytes:
         """Return the bytes of the frame that were not sent."""
         if not any(self.counts):
             return b""

@@ -1,7 +1,7 @@
 """All layers of a step, with embedding, final norm and head, in one call (``c/layers.c``).
 
-Reference: the same layers by ``half.run_half`` and ``experts.expert_rows``, then ``norm.norm_rows``
-and ``matrix.Matrix.multiply``.
+Reference: the same layers by ``attention_sublayer.run_sublayer`` and ``experts.expert_rows``, then
+``norm.norm_rows`` and ``matrix.Matrix.multiply``.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 
+from workers.native.attention_sublayer import SublayerFields
 from workers.native.exchange import UNEXPECTED
 from workers.native.experts import CallFields
-from workers.native.half import HalfFields
 from workers.native.matrix import MatrixFields
 from workers.native.structs import c_struct
-from workers.native.team import Team, check
+from workers.native.thread_team import ThreadTeam, check
 
 NO_BANK = -1
 """Bank of a layer without routed experts."""
 
 
-@c_struct("layers.c", "layer", half=HalfFields, mlp=CallFields)
+@c_struct("layers.c", "layer", sublayer=SublayerFields, mlp=CallFields)
 class LayerFields(ctypes.Structure):
     """``struct layer``."""
 
@@ -41,7 +41,7 @@ class FlowFields(ctypes.Structure):
 
 
 def run_layers(
-    team: Team,
+    team: ThreadTeam,
     stack: StackFields,
     flows: ctypes.Array[FlowFields],
     advance: Callable[[], None],

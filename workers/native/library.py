@@ -40,7 +40,7 @@ _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
         (_POINTER, _POINTER, _POINTER, _INT64, ctypes.c_double, _POINTER),
     ),
     "linear_run": (_INT, (_POINTER, _POINTER, _POINTER, _LONG, _POINTER)),
-    "half_run": (_INT, (_POINTER, _POINTER, _POINTER, _POINTER, _INT)),
+    "sublayer_run": (_INT, (_POINTER, _POINTER, _POINTER, _POINTER, _INT)),
     "delta_net_run": (_INT, (_POINTER, _POINTER, _POINTER)),
     "norm_rows": (None, (_POINTER, _POINTER, _LONG, _LONG, ctypes.c_double, _INT, _POINTER)),
     "draw_rows": (
@@ -88,7 +88,7 @@ class LibraryChoice:
     """Reason why no better one is used, as text; empty if this is the best."""
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """Text for logs: ``native avx512 (no library for avx512_bf16: ..)`` or ``torch (..)``."""
         name = f"native {self.library.name}" if self.library else "torch"
         return f"{name} ({self.reason})" if self.reason else name

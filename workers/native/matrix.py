@@ -10,7 +10,7 @@ from torch import Tensor
 from workers.native.panels import DTYPES, PANEL, unpack
 from workers.native.quantized import FormFields, form_fields, pack_weight, unpack_quantized
 from workers.native.structs import c_struct
-from workers.native.team import Team, check
+from workers.native.thread_team import ThreadTeam, check
 from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix, Weight
 
@@ -25,7 +25,7 @@ class Matrix:
 
     def __init__(
         self,
-        team: Team,
+        team: ThreadTeam,
         weight: Weight,
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
@@ -43,7 +43,7 @@ class Matrix:
     @classmethod
     def of_panels(
         cls,
-        team: Team,
+        team: ThreadTeam,
         packed: Tensor,
         shape: tuple[int, int],
         dtype: torch.dtype,
@@ -56,7 +56,7 @@ class Matrix:
 
     def _hold(
         self,
-        team: Team,
+        team: ThreadTeam,
         packed: Tensor,
         shape: tuple[int, int],
         dtype: torch.dtype,

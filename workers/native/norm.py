@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from workers.native.panels import DTYPES
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 
 
-def norm_rows(team: Team, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def norm_rows(team: ThreadTeam, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalize contiguous rows x [rows, H] in place, with a weight [H] of the same dtype.
 
     The bits of a row do not depend on other rows or on the instruction set.

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from workers.native import memory
 from workers.native.library import Library
-from workers.native.team import Team, check
+from workers.native.thread_team import ThreadTeam, check
 
 PANEL = 32
 """Number of outputs of a panel. The last panel is padded with zeros."""
@@ -24,7 +24,7 @@ def packed_bytes(shape: tuple[int, int], dtype: torch.dtype, is_gated: bool = Fa
 
 
 def pack(
-    library: Library, weight: Tensor, is_gated: bool = False, team: Team | None = None
+    library: Library, weight: Tensor, is_gated: bool = False, team: ThreadTeam | None = None
 ) -> Tensor:
     """Pack a CPU matrix [out, in] into panels, int32 [panels, units, 32].
 
@@ -75,7 +75,7 @@ def pack_rows(
     rows: Tensor,
     units: int,
     is_gated: bool,
-    team: Team | None = None,
+    team: ThreadTeam | None = None,
     runs: Runs | None = None,
 ) -> None:
     """Pack rows of ``units`` times 4 bytes into panels.

@@ -21,7 +21,7 @@ from workers.native.panels import (
     unpack_rows,
 )
 from workers.native.structs import c_struct
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix, Weight
 
@@ -60,7 +60,7 @@ def weight_bytes(
 
 
 def pack_weight(
-    library: Library, weight: Weight, is_gated: bool = False, team: Team | None = None
+    library: Library, weight: Weight, is_gated: bool = False, team: ThreadTeam | None = None
 ) -> Tensor:
     """Pack a matrix; see ``panels.pack``.
 

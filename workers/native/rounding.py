@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from workers.native.library import Library
-from workers.native.team import Team, check
+from workers.native.thread_team import ThreadTeam, check
 from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix
 from workers.quantization.rounding import in_groups, of_groups, quantize, squared_error
 
 
 def round_weight(
-    library: Library | None, weight: Tensor, form: WeightFormat, team: Team | None = None
+    library: Library | None, weight: Tensor, form: WeightFormat, team: ThreadTeam | None = None
 ) -> QuantizedMatrix:
     """Quantize a weight [out, in] on the CPU to a format that ``rounding.quantize`` supports.
 
@@ -36,7 +36,10 @@ def round_weight(
 
 
 def round_product(
-    library: Library | None, weight: Tensor, forms: Sequence[WeightFormat], team: Team | None = None
+    library: Library | None,
+    weight: Tensor,
+    forms: Sequence[WeightFormat],
+    team: ThreadTeam | None = None,
 ) -> QuantizedMatrix:
     """Quantize a weight [out, in] on the CPU to the format of ``forms`` with the least error."""
     found = [round_weight(library, weight, form, team) for form in forms]

@@ -23,14 +23,14 @@ from workers.model.families.base import Family
 from workers.model.loading.checkpoint import Checkpoint
 from workers.model.loading.config_file import resolve_dtype
 from workers.model.loading.expert_format import rounded_form
-from workers.native.team import Kernels
+from workers.native.thread_team import Kernels
 from workers.process.control.membership import Membership
 from workers.process.exactness import Exactness
 from workers.process.worker_args import WorkerArgs
 from workers.quantization.formats import WeightFormat
 from workers.transport.handshake import PeerIdentity
 from workers.transport.peer_connections import PeerConnections
-from workers.transport.peer_link import Peer, PeerServer
+from workers.transport.peer_link import PeerEndpoint, PeerServer
 from workers.transport.transport import DataTransport
 
 Progress = Callable[[int, int], None]
@@ -65,7 +65,7 @@ class ModelSetup:
         dtype = resolve_dtype(section.dtype, checkpoint.family.config)
         exactness = Exactness.of(args, kernels, banks, dtype)
         if args.member.holds_experts:
-            kernels = kernels.noting(torch_reason(banks, dtype))
+            kernels = kernels.with_exception(torch_reason(banks, dtype))
         return cls(
             checkpoint=checkpoint,
             dtype=dtype,
@@ -91,7 +91,7 @@ class ModelSetup:
         if section.quantize_layers == "experts":
             return None
         has_kernels = self.kernels.team is not None
-        rule = f"needs compiled kernels, this worker has {self.kernels.words}"
+        rule = f"needs compiled kernels, this worker has {self.kernels.description}"
         check(has_kernels, "quantize_layers", section.quantize_layers, rule)
         return rounded_form(section.quantize, ())
 
@@ -132,14 +132,14 @@ class WorkerContext:
         """Create a step timer that reports to the metrics and traces of this worker."""
         return StepTimer(*self.timing_sinks)
 
-    def kv_peer(self, name: str) -> Peer | None:
+    def kv_peer(self, name: str) -> PeerEndpoint | None:
         """The KV server of another member of this generation; None for other names."""
         members = self.membership.generation.members
         member = next((m for m in members if m.name == name), None)
         if member is None or not member.kv_address or name == self.member.name:
             return None
         token = self.config.cluster_token
-        return Peer(name=name, address=member.kv_address, me=self.me, token=token)
+        return PeerEndpoint(name=name, address=member.kv_address, me=self.me, token=token)
 
     def open_peer_server(self, what: str, key_bytes: int) -> PeerServer:
         """Open a listener for other workers, which closes when this worker ends."""

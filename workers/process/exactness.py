@@ -18,7 +18,7 @@ from workers.model.batch_invariant.numerics import arithmetic_of, torch_digest
 from workers.model.config import BankSpec
 from workers.native.build import BuildError
 from workers.native.library import Library, load_library, runnable
-from workers.native.team import Kernels, Team
+from workers.native.thread_team import Kernels, ThreadTeam
 from workers.process.worker_args import WorkerArgs
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Exactness:
     """Number of threads that compute matrix products."""
     torch_threads: int
     """Number of torch threads: 1 if results may be exact, as torch splits sums by this number."""
-    _team: Team | None
+    _team: ThreadTeam | None
     _libraries: Mapping[str, Library]
     """Libraries by arithmetic, best first; empty without a team."""
 
@@ -45,11 +45,13 @@ class Exactness:
         setting, team = args.config.engine.deterministic, kernels.team
         reason = torch_reason(banks, dtype)
         is_native = team is not None and not reason
-        computation = _describe_computation(args, kernels.noting(reason).words)
+        computation = _describe_computation(args, kernels.with_exception(reason).description)
         if setting == "off":
             offer = ArithmeticOffer(obstacle="has --deterministic off", computation=computation)
         elif setting == "auto" and not is_native:
-            what = kernels.words if team is None else "torch, as no kernel has their activation"
+            what = (
+                kernels.description if team is None else "torch, as no kernel has their activation"
+            )
             offer = ArithmeticOffer(
                 obstacle=f"computes experts with {what}", computation=computation
             )

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from workers.model.host_copies import to_device
 from workers.native.draws import DRAW_ROW, can_draw, draw_rows
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 from workers.sampling.best_tokens import best_of_finite, best_tokens
 from workers.sampling.logits_processors import SamplingRow
 
@@ -59,7 +59,10 @@ _CACHED_LOGITS = 1 << 18
 
 
 def draw(
-    logits: Tensor, rows: Sequence[SamplingRow], is_masked: bool = False, team: Team | None = None
+    logits: Tensor,
+    rows: Sequence[SamplingRow],
+    is_masked: bool = False,
+    team: ThreadTeam | None = None,
 ) -> Tensor:
     """Sample tokens [rows] int64 from logits [rows, V], or ``NOT_FINITE`` or ``NONE_ALLOWED``.
 

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from workers.model.host_copies import to_device, to_host
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 from workers.requests.request import TokenLogprob
 from workers.sampling.best_tokens import finite_rows
 from workers.sampling.draws import NONE_ALLOWED, NOT_FINITE, draw
@@ -51,7 +51,9 @@ class SampledToken(Struct, frozen=True):
     """NaN or infinity in the logits, or every token is masked; None for a token."""
 
 
-def sample_tokens(logits: Tensor, rows: Sequence[SamplingRow], team: Team | None = None) -> Tensor:
+def sample_tokens(
+    logits: Tensor, rows: Sequence[SamplingRow], team: ThreadTeam | None = None
+) -> Tensor:
     """One token per row of logits [rows, V] (model dtype): [rows] int64, failures as in ``draw``.
 
     ``team``: uses a native kernel. Only rows with processors are copied.

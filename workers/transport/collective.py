@@ -25,15 +25,15 @@ from workers.requests.step_header import StepHeader
 from workers.transport.gloo_world import GlooWorld
 from workers.transport.nccl_world import NcclWorld
 from workers.transport.peer_connections import PeerConnections
-from workers.transport.transport import Direction, Expected, RowMessage, Tag
+from workers.transport.transport import Direction, ExpectedMessage, RowMessage, Tag
 from workers.transport.world import (
     BOTH_WAYS,
     ONE_WAY,
     Backend,
     Item,
-    Seat,
     Transfers,
     World,
+    WorldSetup,
     listen_store,
 )
 
@@ -101,21 +101,21 @@ class CollectiveTransport:
         address = generation.leader.store_address
         if not address:
             raise PeerLostError(generation.leader.name, "it has no rendezvous store address")
-        self._world = world = _WORLDS[self._backend](self._seat(generation.number, names))
+        self._world = world = _WORLDS[self._backend](self._world_setup(generation.number, names))
         try:
             self._build(world, address)
         except BaseException:
             self._abandon()
             raise
 
-    def _seat(self, generation: int, names: Sequence[str]) -> Seat:
+    def _world_setup(self, generation: int, names: Sequence[str]) -> WorldSetup:
         """Return this worker's setup. ``names``: the members' names in the order of the ranks."""
         role = self._connections.me.role
         sends: tuple[Direction, ...] = ("rows",) if runs_attention(role) else ("outputs",)
         receives: tuple[Direction, ...] = ("outputs",) if runs_attention(role) else ("rows",)
         if role == "colocated":
             sends = receives = ("rows", "outputs")
-        return Seat(
+        return WorldSetup(
             prefix=f"generation-{generation}",
             rank=names.index(self._connections.me.name),
             size=len(names),
@@ -148,7 +148,7 @@ class CollectiveTransport:
         for err in failures:
             if not isinstance(err, RuntimeError | ValueError):  # torch's: DistError and others
                 raise err
-            self._await_cause(f"no process group {world.seat.prefix}: {first_line(err)}")
+            self._await_cause(f"no process group {world.setup.prefix}: {first_line(err)}")
 
     def _await_cause(self, reason: str) -> NoReturn:
         """Wait for the edges or the controller to report which member was lost.
@@ -195,7 +195,7 @@ class CollectiveTransport:
             self._sends += self._start(tag, True, items)
 
     def receive(
-        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, must_wait: bool
+        self, tag: Tag, expected: Sequence[ExpectedMessage], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
         """See ``DataTransport``."""
         counts = [item.counts for item in expected]
@@ -248,7 +248,9 @@ class CollectiveTransport:
             self._world.abandon()
             self._world = None
 
-    def _receive_counts(self, tag: Tag, expected: Sequence[Expected]) -> list[tuple[int, ...]]:
+    def _receive_counts(
+        self, tag: Tag, expected: Sequence[ExpectedMessage]
+    ) -> list[tuple[int, ...]]:
         tensors = [
             torch.empty(len(e.parts), dtype=torch.int64, device=self._device) for e in expected
         ]

@@ -62,7 +62,7 @@ class DirectEdges:
             if frame.error:
                 self._table.lose(edge, f"cannot send: {os.strerror(frame.error)}")
             else:
-                edge.keep([frame.rest()])
+                edge.keep([frame.unsent()])
                 self._table.sent(edge)
         self._check()
 
@@ -70,7 +70,7 @@ class DirectEdges:
         """Return received bytes to their edges after an unexpected or incomplete frame."""
         for edge, frame in zip(self.edges, self.frames, strict=True):
             if frame.done:
-                self._table.give_back(edge, frame.came())
+                self._table.give_back(edge, frame.received())
             if frame.error:
                 is_end = frame.error == END_OF_STREAM
                 reason = "closed by the peer" if is_end else os.strerror(frame.error)

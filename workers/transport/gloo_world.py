@@ -16,22 +16,22 @@ from typing import Any
 
 from cluster.core.errors import first_line
 from workers.model.torch_private import PrefixStore, Store, gloo_group
-from workers.transport.world import WATCH_S, Item, Seat, Transfer, Transfers, World
+from workers.transport.world import WATCH_S, Item, Transfer, Transfers, World, WorldSetup
 
 
 class GlooWorld(World):
     """World with one group for all channels, as gloo's transfers do not wait for each other."""
 
-    def __init__(self, seat: Seat) -> None:
-        super().__init__(seat)
-        limit = timedelta(seconds=seat.step_timeout_s)
+    def __init__(self, setup: WorldSetup) -> None:
+        super().__init__(setup)
+        limit = timedelta(seconds=setup.step_timeout_s)
         self._waiters = {True: _Waiter(limit, "gloo-sends"), False: _Waiter(limit, "gloo-receives")}
 
     def _connect(self, store: Store) -> None:
-        seat = self.seat
-        prefixed = PrefixStore(seat.prefix, store)
-        group = gloo_group(prefixed, seat.rank, seat.size, seat.host, seat.connect_timeout_s)
-        self._publish(seat.channels, group)
+        setup = self.setup
+        prefixed = PrefixStore(setup.prefix, store)
+        group = gloo_group(prefixed, setup.rank, setup.size, setup.host, setup.connect_timeout_s)
+        self._publish(setup.channels, group)
 
     def _start(self, group: Any, is_send: bool, items: Sequence[Item]) -> Transfers:
         call = group.send if is_send else group.recv

@@ -25,7 +25,7 @@ from workers.model.torch_private import (
     has_failed,
     nccl_group,
 )
-from workers.transport.world import WATCH_S, Item, Seat, Transfer, Transfers, World
+from workers.transport.world import WATCH_S, Item, Transfer, Transfers, World, WorldSetup
 
 logger = logging.getLogger(__name__)
 
@@ -38,18 +38,18 @@ it waits for them."""
 class NcclWorld(World):
     """World with one group, and so one communicator, for each channel."""
 
-    def __init__(self, seat: Seat) -> None:
-        super().__init__(seat)
+    def __init__(self, setup: WorldSetup) -> None:
+        super().__init__(setup)
         self._reapers: list[threading.Thread] = []
 
     def _connect(self, store: Store) -> None:
-        seat = self.seat
-        for channel in seat.channels:
+        setup = self.setup
+        for channel in setup.channels:
             direction, is_up = channel
-            name = f"{seat.prefix}/{direction}-{'up' if is_up else 'down'}"
-            group = nccl_group(PrefixStore(name, store), seat.rank, seat.size)
+            name = f"{setup.prefix}/{direction}-{'up' if is_up else 'down'}"
+            group = nccl_group(PrefixStore(name, store), setup.rank, setup.size)
             self._publish([channel], group)
-            connect_nccl_group(group, seat.device)
+            connect_nccl_group(group, setup.device)
 
     def _start(self, group: Any, is_send: bool, items: Sequence[Item]) -> Transfers:
         call = group.send if is_send else group.recv

@@ -211,7 +211,7 @@ class PeerConnections:
         """Set the current step. Data frames of earlier steps are dropped."""
         self._table.current_step = step
 
-    def rest(self, timeout_s: float, *, is_ready: bool = False) -> None:
+    def poll_idle(self, timeout_s: float, *, is_ready: bool = False) -> None:
         """Run the loop once even if a peer is lost. Call it until the next generation.
 
         If this worker ``is_ready`` for the generation, broken edges are opened again: a peer may

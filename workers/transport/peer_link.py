@@ -43,7 +43,7 @@ COUNT: Final = struct.Struct("!H")
 """Number of requested items, or of kept items."""
 MAX_ITEMS: Final = 2**16 - 1
 """Limit of items in one request."""
-ANSWER: Final = struct.Struct("!HQ")
+REPLY: Final = struct.Struct("!HQ")
 """Head of a reply: number of items, and size of each in bytes."""
 CHECKSUM_BYTES: Final = 16
 CHUNK_BYTES: Final = 256 * 1024
@@ -69,7 +69,7 @@ def view_bytes(tensor: Tensor) -> memoryview:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Peer:
+class PeerEndpoint:
     """Address of another worker's server, and the credentials to connect to it."""
 
     name: str
@@ -88,7 +88,7 @@ class PeerClient:
 
     def __init__(
         self,
-        peer: Peer,
+        peer: PeerEndpoint,
         timeout_s: float,
         *,
         deadline_s: float | None = None,
@@ -154,8 +154,8 @@ class PeerClient:
         return count
 
     def _receive_head(self, what: str, max_items: int, size: int) -> int:
-        head = receive_bytes(self._sock, ANSWER.size, self._deadline_s)
-        count, length = ANSWER.unpack(head)
+        head = receive_bytes(self._sock, REPLY.size, self._deadline_s)
+        count, length = REPLY.unpack(head)
         if count > max_items or (count and length != size):
             raise ProtocolError(
                 f"{what} from {self.peer}: {count} items of {length} bytes are announced, must be "
@@ -178,16 +178,16 @@ class PeerClient:
 Item = TypeVar("Item")
 
 
-class Lender(Protocol[Item]):
+class ItemProvider(Protocol[Item]):
     """Provides the items of a ``PeerServer``. Any thread may call the methods."""
 
-    def borrow(self, keys: Sequence[bytes]) -> list[Item]:
+    def acquire(self, keys: Sequence[bytes]) -> list[Item]:
         """Acquire the longest available prefix of ``keys``. Items do not change until released."""
 
     def read(self, item: Item) -> Sequence[Tensor]:
         """Return the data of an acquired item, contiguous in CPU memory."""
 
-    def give_back(self, items: list[Item], num_kept: int) -> None:
+    def release(self, items: list[Item], num_kept: int) -> None:
         """Release acquired items; the other worker has copies of the first ``num_kept``."""
 
 
@@ -202,7 +202,7 @@ class PeerServer:
         self._token = token
         self._what = what
         self._key_bytes = key_bytes
-        self._lender: Lender[Any] | None = None
+        self._provider: ItemProvider[Any] | None = None
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
@@ -211,9 +211,9 @@ class PeerServer:
         """``host:port`` of the listener."""
         self._thread = threading.Thread(target=self._accept, name=f"{what}-server", daemon=True)
 
-    def start(self, lender: Lender[Any]) -> None:
-        """Start to accept connections and to serve the items of ``lender``."""
-        self._lender = lender
+    def start(self, provider: ItemProvider[Any]) -> None:
+        """Start to accept connections and to serve the items of ``provider``."""
+        self._provider = provider
         self._thread.start()
 
     def close(self) -> None:
@@ -258,7 +258,7 @@ class PeerServer:
                     raise HandshakeError(handshake.refusal)
                 sock.settimeout(_IDLE_S)
                 while not self._closing.is_set():
-                    self._answer(sock)
+                    self._serve_request(sock)
             except ProtocolError as err:
                 self._refuse(caller, str(err))
             except OSError as err:
@@ -267,24 +267,24 @@ class PeerServer:
                 with self._lock:
                     self._open.discard(sock)
 
-    def _answer(self, sock: socket.socket) -> None:
+    def _serve_request(self, sock: socket.socket) -> None:
         """Serve one request. Raises ``OSError`` if the connection has ended."""
-        assert self._lender is not None, "start was not called"
+        assert self._provider is not None, "start was not called"
         keys = self._read_keys(sock)
-        items, num_kept = self._lender.borrow(keys), 0
+        items, num_kept = self._provider.acquire(keys), 0
         try:
             if not items:
-                sock.sendall(ANSWER.pack(0, 0))
+                sock.sendall(REPLY.pack(0, 0))
             for place, item in enumerate(items):
-                parts = [view_bytes(tensor) for tensor in self._lender.read(item)]
+                parts = [view_bytes(tensor) for tensor in self._provider.read(item)]
                 if not place:
-                    sock.sendall(ANSWER.pack(len(items), sum(map(len, parts))))
+                    sock.sendall(REPLY.pack(len(items), sum(map(len, parts))))
                 sock.sendall(checksum(keys[place], parts))
                 for chunk in _chunks(parts):
                     sock.sendall(chunk)
             num_kept = min(_receive_count(sock), len(items))
         finally:
-            self._lender.give_back(items, num_kept)
+            self._provider.release(items, num_kept)
 
     def _read_keys(self, sock: socket.socket) -> list[bytes]:
         size = self._key_bytes

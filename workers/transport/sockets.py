@@ -20,7 +20,7 @@ from workers.requests.step_header import StepHeader
 from workers.transport.direct import DirectEdges
 from workers.transport.frames import EXACT, PER_SLOT, Frame, FrameHeader, FrameKind
 from workers.transport.peer_connections import PeerConnections
-from workers.transport.transport import Expected, RowMessage, Tag
+from workers.transport.transport import ExpectedMessage, RowMessage, Tag
 
 _KINDS = {"rows": FrameKind.ROWS, "outputs": FrameKind.OUTPUTS}
 
@@ -79,7 +79,7 @@ class SocketTransport:
             self._connections.send(self._names[message.rank], header, buffers)
 
     def receive(
-        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, must_wait: bool
+        self, tag: Tag, expected: Sequence[ExpectedMessage], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
         """See ``DataTransport``. Always waits."""
         deadline = time.monotonic() + self._connections.step_timeout_s
@@ -114,7 +114,7 @@ class SocketTransport:
             length,
         )
 
-    def _check(self, item: Expected, header: FrameHeader, sized: bool) -> None:
+    def _check(self, item: ExpectedMessage, header: FrameHeader, sized: bool) -> None:
         """Compare counts and length with the expected ones before memory is allocated."""
         counts = header.counts[: len(item.parts)]
         length = 0
@@ -126,7 +126,7 @@ class SocketTransport:
         if length != header.length or any(header.counts[len(item.parts) :]):
             self.reject(item.rank, f"frame of {header.length} bytes: must be {length}")
 
-    def _tensors(self, item: Expected, frame: Frame) -> tuple[Tensor, ...]:
+    def _tensors(self, item: ExpectedMessage, frame: Frame) -> tuple[Tensor, ...]:
         tensors, first = [], 0
         for part, count in zip(item.parts, frame.header.counts, strict=False):
             size = count * part.width

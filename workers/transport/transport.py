@@ -57,7 +57,7 @@ class RowMessage:
 
 
 @dataclass(frozen=True, slots=True)
-class Expected:
+class ExpectedMessage:
     """A message that one rank will send."""
 
     rank: int
@@ -87,7 +87,7 @@ class DataTransport(Protocol):
         """
 
     def receive(
-        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, must_wait: bool
+        self, tag: Tag, expected: Sequence[ExpectedMessage], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
         """Receive one message from each rank; the parts are on the transport's device.
 

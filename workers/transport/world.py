@@ -30,13 +30,13 @@ BOTH_WAYS: tuple[Channel, ...] = (*ONE_WAY, ("rows", False), ("outputs", True))
 """Channels of colocated workers."""
 WATCH_S = 0.05
 """Interval between two calls of ``watch`` in a wait."""
-_GREETING = 1 << 30
+_OPENING_TAG = 1 << 30
 """Tag of the first exchange, larger than the tags of messages."""
-_GIVEN_UP = "the process groups were abandoned"
+_ABANDONED = "the process groups were abandoned"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Seat:
+class WorldSetup:
     """Rank, peers and settings of one worker in a world."""
 
     prefix: str
@@ -99,8 +99,8 @@ class World(ABC):
     waits for the other ranks, nor, by induction, does the next one.
     """
 
-    def __init__(self, seat: Seat) -> None:
-        self.seat = seat
+    def __init__(self, setup: WorldSetup) -> None:
+        self.setup = setup
         self._groups: dict[Channel, Any] = {}
         self._lock = threading.Lock()
         self._is_abandoned = False
@@ -114,7 +114,7 @@ class World(ABC):
         the world is abandoned during the call.
         """
         self._connect(store)
-        self._greet()
+        self._open_connections()
 
     @abstractmethod
     def _connect(self, store: Store) -> None:
@@ -127,31 +127,31 @@ class World(ABC):
                 self._groups |= dict.fromkeys(channels, group)
                 return
         self._drop([group])
-        raise RuntimeError(_GIVEN_UP)
+        raise RuntimeError(_ABANDONED)
 
-    def _greet(self) -> None:
+    def _open_connections(self) -> None:
         """Exchange one element on every edge, so that no step has to open a connection.
 
         A send or receive that connects may block until the peer participates, so all workers
         iterate over the channels in the same order.
         """
-        seat = self.seat
-        deadline = time.monotonic() + seat.step_timeout_s
+        setup = self.setup
+        deadline = time.monotonic() + setup.step_timeout_s
 
         def watch() -> None:
             if self._is_abandoned:
-                raise RuntimeError(_GIVEN_UP)
+                raise RuntimeError(_ABANDONED)
             if time.monotonic() > deadline:
-                raise RuntimeError(f"no first exchange within {seat.step_timeout_s:g} s")
+                raise RuntimeError(f"no first exchange within {setup.step_timeout_s:g} s")
 
         under_way: list[Transfers] = []
-        for channel in seat.channels:
-            for is_send, directions in ((True, seat.sends), (False, seat.receives)):
+        for channel in setup.channels:
+            for is_send, directions in ((True, setup.sends), (False, setup.receives)):
                 if channel[0] in directions:
                     items = [
-                        Item(rank, peer, _GREETING, torch.zeros(1, device=seat.device))
-                        for rank, peer in enumerate(seat.peers)
-                        if peer != seat.rank
+                        Item(rank, peer, _OPENING_TAG, torch.zeros(1, device=setup.device))
+                        for rank, peer in enumerate(setup.peers)
+                        if peer != setup.rank
                     ]
                     under_way += self._start_on(channel, is_send, items)
         for transfers in under_way:
@@ -168,12 +168,12 @@ class World(ABC):
 
     def _start_on(self, channel: Channel, is_send: bool, items: Sequence[Item]) -> list[Transfers]:
         """Start the sends or receives of one channel, if any."""
-        part = [i for i in items if ((i.peer > self.seat.rank) == is_send) == channel[1]]
+        part = [i for i in items if ((i.peer > self.setup.rank) == is_send) == channel[1]]
         if not part:
             return []
         group = self._groups.get(channel)
         if group is None:
-            raise RuntimeError(_GIVEN_UP)
+            raise RuntimeError(_ABANDONED)
         return [self._start(group, is_send, part)]
 
     @abstractmethod
@@ -213,7 +213,7 @@ class World(ABC):
         Channels on which this worker sends are first (outputs before rows), so that no results of
         data that never arrived are sent.
         """
-        return channel[0] not in self.seat.sends, channel[0] == "rows"
+        return channel[0] not in self.setup.sends, channel[0] == "rows"
 
     @abstractmethod
     def _drop(self, groups: list[Any]) -> None:

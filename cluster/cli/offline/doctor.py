@@ -126,7 +126,7 @@ def examine_kernels() -> Finding:
 def kernels_finding(found: LibraryChoice) -> Finding:
     """A warning if there are no kernels: torch then computes, more slowly."""
     is_best = found.library is not None and not found.reason
-    return make_finding("kernels", is_best, found.words, otherwise="warn")
+    return make_finding("kernels", is_best, found.description, otherwise="warn")
 
 
 def examine_memory() -> Finding:

@@ -15,7 +15,7 @@ from tests.workers.native.builds import NAMES, library
 from workers.experts.bank import ExpertBank, make_kernel
 from workers.experts.kernels_native import NativeExperts
 from workers.model.config import BankSpec, ExchangeSpec
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 
 CPU = torch.device("cpu")
 _GATED = ExchangeSpec(index=0, name="mlp", in_width=40, out_width=40, expert_width=24)
@@ -36,7 +36,7 @@ def weight(spec: BankSpec, expert: int, exchange: int, matrix: int) -> Tensor:
 
 def compiled(spec: BankSpec, experts: Sequence[int], dtype: torch.dtype) -> ExpertBank:
     """A bank with these experts in its slots, and threads of its own."""
-    own = Team(library(NAMES[0]), 2)
+    own = ThreadTeam(library(NAMES[0]), 2)
     bank = ExpertBank(spec, len(experts), dtype, CPU, partial(make_kernel, team=own))
     for slot, expert in enumerate(experts):
         if expert != FREE_SLOT:

@@ -73,7 +73,7 @@ def overlapping(
     def home(rank: int, dispatcher: TokenDispatcher) -> list[Tensor]:
         total = num_rows[rank]
         if not total:
-            dispatcher.sit_out(header)
+            dispatcher.run_empty_step(header)
             return []
         first = -(-total // 2)
         parts = (slice(0, first), slice(first, total))

@@ -29,7 +29,7 @@ from workers.dispatch.edge_rows import EdgeRows
 from workers.dispatch.remote import RemoteDispatcher
 from workers.model.layers import Dispatch
 from workers.requests.step_header import ALL_ROWS, StepHeader
-from workers.transport.transport import Expected, RowMessage, Tag
+from workers.transport.transport import ExpectedMessage, RowMessage, Tag
 
 __all__ = ["nccl"]
 
@@ -176,7 +176,7 @@ class FarTransport(Alone):
         self.sent.append(tuple(len(part) for message in messages for part in message.parts))
 
     def receive(
-        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, must_wait: bool
+        self, tag: Tag, expected: Sequence[ExpectedMessage], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
         return [
             tuple(

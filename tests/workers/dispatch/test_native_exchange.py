@@ -175,7 +175,7 @@ def test_headers_are_those_of_python() -> None:
     with here, there:
         assert send(byref(frame), c_int64(1), int(header.kind), byref(place)) == 1
         assert there.recv(100) == header.encode()
-    assert frame.rest() == b""
+    assert frame.unsent() == b""
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -137,7 +137,7 @@ def test_blocks_that_another_worker_has_too_go_first() -> None:
     for block, number in zip(table[:2], (1, 2), strict=True):  # the third is not full
         pool.store(block, name(number))
     fill(pool, 3, 4)
-    pool.lend(table)
+    pool.mark_duplicated(table)
     pool.release(table)
     assert pool.allocate(3) == [table[2], table[1], table[0]]
     assert len(pool.find([name(3), name(4)])) == 2

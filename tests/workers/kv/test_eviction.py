@@ -131,19 +131,19 @@ def test_what_another_still_holds_keeps_the_hints_of_its_turn(
 
 def test_what_was_lent_goes_first_but_not_where_others_build_on_it() -> None:
     order = order_of("abcd", "abxy", "q")
-    order.lend(names("abcd"))
+    order.mark_duplicated(names("abcd"))
     assert given_up(order) == "dcyxbaq"
     order = order_of("q", "abcd")
-    order.lend(names("abc"))  # its own end builds on it
+    order.mark_duplicated(names("abc"))  # its own end builds on it
     assert given_up(order) == "qdcba"
     order = order_of("q", "abcd")
-    order.lend(names("abcd"))
+    order.mark_duplicated(names("abcd"))
     assert given_up(order) == "dcbaq"
 
 
 def test_a_lent_block_that_is_found_again_is_kept() -> None:
     order = order_of("q", "ab")
-    order.lend(names("ab"))
+    order.mark_duplicated(names("ab"))
     for name in names("ab"):
         order.hold(name)
         order.find(name)
@@ -156,7 +156,7 @@ def test_a_held_block_that_is_lent_goes_first_when_it_is_free() -> None:
     order = order_of("q", "ab")
     for name in names("ab"):
         order.hold(name)
-    order.lend(names("ab"))
+    order.mark_duplicated(names("ab"))
     assert order.free == [b"q"]
     for name in reversed(names("ab")):
         order.release(name)
@@ -167,7 +167,7 @@ def test_a_beginning_with_another_end_is_kept_after_one_end_is_forgotten() -> No
     order = order_of("ab", "ac", "q")
     order.forget(b"b")
     order.check_integrity([])
-    order.lend(names("a"))
+    order.mark_duplicated(names("a"))
     assert given_up(order) == "caq"
 
 
@@ -194,7 +194,7 @@ def test_a_pool_keeps_its_order_through_loans() -> None:
             loans.append(loan)
         elif loans and draw.random() < 0.5:
             loan = loans.pop(draw.randrange(len(loans)))
-            pool.lend(loan[: draw.randint(0, len(loan))])
+            pool.mark_duplicated(loan[: draw.randint(0, len(loan))])
             pool.release(loan)
         else:
             table = pool.find(chain)

@@ -291,7 +291,7 @@ def test_a_block_is_linked_to_the_one_before_it() -> None:
     plan = desk.plan()
     blocks = list(sequence.blocks)
     desk.commit(plan)
-    desk.pool.lend(blocks[:3])
+    desk.pool.mark_duplicated(blocks[:3])
     assert desk.pool.allocate(5) == blocks[::-1]
 
 

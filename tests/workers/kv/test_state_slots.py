@@ -94,7 +94,7 @@ def test_what_another_worker_has_is_evicted_first() -> None:
         slots.release(slot)
     lent = slots.hold_extra(HASHES[2])
     assert lent is not None
-    slots.lend(lent)
+    slots.mark_duplicated(lent)
     slots.release_extra(lent)
     assert slots.allocate() == lent
     assert slots.hold_extra(HASHES[2]) is None

@@ -30,8 +30,8 @@ class Diary:
     def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
         self._inner.begin_step(header, micro_batches)
 
-    def sit_out(self, header: StepHeader) -> None:
-        self._inner.sit_out(header)
+    def run_empty_step(self, header: StepHeader) -> None:
+        self._inner.run_empty_step(header)
 
     def dispatch(self, sent: Dispatch, micro_batch: int = 0) -> DispatchHandle:
         self.entries.append("dispatch")

@@ -152,7 +152,7 @@ def test_blocks_change_hands_behind_the_steps_so_far(cuda: FakeCuda) -> None:
     [block] = pool.allocate(1)
     pool.store(block, b"h", None)
     cuda.take()
-    store.lend([b"h"])
+    store.acquire([b"h"])
     assert cuda.take() == ["side waits for steps"]
     store.begin([b"h", b"i"], [block], num_spare=0)
     assert cuda.take() == ["side waits for steps"]

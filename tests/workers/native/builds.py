@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cache
 
 from workers.native.library import Library, load_library, runnable
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 
 NAMES = [wanted.name for wanted in runnable()]
 """Instruction sets, best first; tests are parametrised with them."""
@@ -26,6 +26,6 @@ def library(name: str) -> Library:
 
 
 @cache
-def team(name: str, count: int = 1) -> Team:
+def team(name: str, count: int = 1) -> ThreadTeam:
     """A team of so many threads."""
-    return Team(library(name), count)
+    return ThreadTeam(library(name), count)

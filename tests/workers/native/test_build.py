@@ -96,7 +96,7 @@ def test_an_old_processor_runs_none(tmp_path: Path) -> None:
     path.write_text("flags : fpu sse2\n")
     found = find_library(folder=tmp_path, cpu_info=path)
     assert found.library is None
-    assert found.words == "torch (no AVX2: kernels are for x86-64 with AVX2 on Linux)"
+    assert found.description == "torch (no AVX2: kernels are for x86-64 with AVX2 on Linux)"
 
 
 def test_without_a_compiler_the_reason_is_said(tmp_path: Path) -> None:
@@ -242,4 +242,4 @@ def test_other_processors_and_systems_are_named(
     monkeypatch.setattr(platform, "machine", lambda: machine)
     assert is_built()
     words = f"torch ({machine} on {system}: kernels are for x86-64 with AVX2 on Linux)"
-    assert find_library().words == words
+    assert find_library().description == words

@@ -20,7 +20,7 @@ from workers.native.experts import ExpertShape, SlotTable, expert_rows
 from workers.native.library import Library, load_library, runnable
 from workers.native.matrix import Matrix
 from workers.native.panels import pack
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 
 DTYPES = [torch.float32, torch.bfloat16]
 WIDTHS = [(64, 48, 96), (33, 17, 31)]
@@ -28,7 +28,7 @@ WIDTHS = [(64, 48, 96), (33, 17, 31)]
 PIP_LIMIT_S = 1200.0
 
 
-def expert_sums(team: Team, widths: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+def expert_sums(team: ThreadTeam, widths: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
     """Sums [21, out] of four random experts."""
     generator = torch.Generator().manual_seed(1)
     shape = ExpertShape(*widths, dtype)
@@ -51,7 +51,7 @@ def expert_sums(team: Team, widths: tuple[int, int, int], dtype: torch.dtype) ->
 
 def results(library: Library) -> dict[str, list[Tensor]]:
     """What every kernel computes, by what it is."""
-    team, found = Team(library, 1), {}
+    team, found = ThreadTeam(library, 1), {}
     for dtype in DTYPES:
         blocks = NativeBlocks(team)
         for name, case in CASES.items():

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.workers.native.builds import NAMES, library, team
 from workers.native.experts import ExpertShape, SlotTable, expert_pairs, expert_rows
 from workers.native.panels import pack
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 
 DTYPES = [torch.float32, torch.bfloat16]
 WIDTHS = [(32, 16, 32), (64, 48, 96), (33, 17, 31), (1, 1, 1), (130, 70, 258), (256, 128, 512)]
@@ -116,7 +116,7 @@ def test_threads_change_no_bit(name: str, dtype: torch.dtype) -> None:
     weights = torch.rand(200, 3)
     found = [
         expert_rows(
-            Team(library(name), count),
+            ThreadTeam(library(name), count),
             experts.table,
             inputs,
             slots,
@@ -180,7 +180,7 @@ def test_sums_are_those_of_torch_over_the_same_pairs(
 @pytest.mark.parametrize("name", NAMES)
 def test_calls_larger_than_a_pass_equal_their_parts(name: str, count: int) -> None:
     experts = make(name, ExpertShape(16, 16, 16, torch.bfloat16))
-    members = Team(library(name), count)
+    members = ThreadTeam(library(name), count)
     slots = filled_slots(9000, 2)
     slots[::7, 0] = -1
     weights = torch.rand(9000, 2)

@@ -14,7 +14,7 @@ from workers.native.experts import ExpertShape, SlotTable, expert_pairs
 from workers.native.matrix import Matrix
 from workers.native.panels import pack
 from workers.native.quantized import pack_weight, unpack_quantized, weight_bytes
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 from workers.quantization.formats import WeightFormat
 from workers.quantization.rounding import candidates
 
@@ -109,7 +109,7 @@ def test_experts_are_those_of_the_numbers_that_codes_stand_for(
         assert ((found[row].double() - expected).abs() <= limit * (1 + expected.abs())).all()
     for count in (1, 5, 17):
         rows = torch.arange(count)
-        part = expert_pairs(Team(library(name), 3), table, inputs, rows, slots[:count])
+        part = expert_pairs(ThreadTeam(library(name), 3), table, inputs, rows, slots[:count])
         assert torch.equal(part, found[:count])
 
 

@@ -8,11 +8,20 @@ import subprocess
 
 import pytest
 
-from workers.native import delta_net, exchange, experts, frames, half, layers, matrix, quantized
+from workers.native import (
+    attention_sublayer,
+    delta_net,
+    exchange,
+    experts,
+    frames,
+    layers,
+    matrix,
+    quantized,
+)
 from workers.native.build import INSTRUCTION_SETS, SOURCES, compilers, has_kernels
 from workers.native.structs import c_struct
 
-MODULES = (delta_net, exchange, experts, frames, half, layers, matrix, quantized)
+MODULES = (attention_sublayer, delta_net, exchange, experts, frames, layers, matrix, quantized)
 STRUCTS = [
     kind
     for module in MODULES
@@ -51,4 +60,4 @@ def test_layouts_are_those_of_the_compiler() -> None:
 )
 def test_what_is_not_understood_is_named(name: str, types: dict[str, type], reason: str) -> None:
     with pytest.raises(LookupError, match=reason):
-        c_struct("half.h", name, **types)(type("Fields", (ctypes.Structure,), {}))
+        c_struct("attention_sublayer.h", name, **types)(type("Fields", (ctypes.Structure,), {}))

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from torch import Tensor
 
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 from workers.requests.request import SamplingParams
 from workers.sampling.logits_processors import SamplingRow
 from workers.sampling.sampler import (
@@ -97,7 +97,7 @@ def assert_drawn_from(tokens: Iterable[int], probs: Sequence[float]) -> None:
 def sample(
     logits: Tensor,
     rows: Sequence[SamplingRow],
-    team: Team | None = None,
+    team: ThreadTeam | None = None,
     score: Score = logprob_entries,
 ) -> list[SampledToken]:
     """One token per row of logits [rows, V], drawn and reported; ``team``: by a native kernel."""

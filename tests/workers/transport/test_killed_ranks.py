@@ -183,7 +183,7 @@ def live(
     members = make_members(ports)
     threading.Thread(target=rank.follow, daemon=True).start()
     if dies and phase == "building":
-        GlooWorld._greet = lambda world: die()  # type: ignore[method-assign,assignment]
+        GlooWorld._open_connections = lambda world: die()  # type: ignore[method-assign,assignment]
     lost = ""
     try:
         rank.enter(Generation(number=1, members=members), dies=dies and phase == "before building")

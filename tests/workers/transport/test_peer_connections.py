@@ -179,7 +179,7 @@ def test_an_edge_that_only_its_peer_has_closed_is_opened_again_before_the_steps_
     expert.edges["attention-0"].sock.shutdown(socket.SHUT_RDWR)
     applied = pool.submit(expert.apply_generation, next_one)
     while not applied.done():
-        home.rest(0.01, is_ready=True)
+        home.poll_idle(0.01, is_ready=True)
     applied.result(0)
     home.check()
     exchange(home, expert, 1, 2)
@@ -188,13 +188,13 @@ def test_an_edge_that_only_its_peer_has_closed_is_opened_again_before_the_steps_
 def test_rest_ignores_a_lost_peer_but_not_a_new_generation(pair: Pair) -> None:
     home, expert = pair
     expert.close()
-    home.rest(0.1)
-    home.rest(0.1)
+    home.poll_idle(0.1)
+    home.poll_idle(0.1)
     with pytest.raises(PeerLostError):
         home.check()
     home.interrupt(2)
     with pytest.raises(GenerationChangedError):
-        home.rest(0.1)
+        home.poll_idle(0.1)
 
 
 def test_a_joining_worker_gets_its_edges(
@@ -502,7 +502,7 @@ def test_a_generation_that_was_left_ends_all_waits_until_the_next(
     home.leave(1)
     with pytest.raises(GenerationChangedError, match="generation 1 was left"):
         home.poll()
-    home.rest(0.0)
+    home.poll_idle(0.0)
     form(pool, 2, home, expert)
     home.poll()
     home.leave(1)

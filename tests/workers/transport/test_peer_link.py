@@ -19,10 +19,10 @@ from benchmarks.harness.engine_stream import TIMEOUT_S, TOKEN
 from cluster.core.errors import HandshakeError, PeerLostError, ProtocolError, TransportError
 from workers.transport.handshake import ConnectorHandshake, ListenerHandshake, PeerIdentity
 from workers.transport.peer_link import (
-    ANSWER,
     COUNT,
-    Peer,
+    REPLY,
     PeerClient,
+    PeerEndpoint,
     PeerServer,
     checksum,
     shake_hands,
@@ -57,7 +57,7 @@ class Shelf:
         self.returned: list[tuple[list[int], int]] = []
         self.is_returned = threading.Event()
 
-    def borrow(self, keys: Sequence[bytes]) -> list[int]:
+    def acquire(self, keys: Sequence[bytes]) -> list[int]:
         known = [name(i) for i in range(len(self.blocks))]
         found = []
         for key in keys:
@@ -70,7 +70,7 @@ class Shelf:
         """In two parts."""
         return self.blocks[item][:1], self.blocks[item][1:]
 
-    def give_back(self, items: list[int], num_kept: int) -> None:
+    def release(self, items: list[int], num_kept: int) -> None:
         self.returned.append((items, num_kept))
         self.is_returned.set()
 
@@ -95,16 +95,18 @@ def server(shelf: Shelf) -> Iterator[PeerServer]:
         yield made
 
 
-def peer_at(address: str, *, token: str = TOKEN) -> Peer:
-    return Peer(name="attention-0", address=address, me=identity("attention-1"), token=token)
+def peer_at(address: str, *, token: str = TOKEN) -> PeerEndpoint:
+    return PeerEndpoint(
+        name="attention-0", address=address, me=identity("attention-1"), token=token
+    )
 
 
-def client_of(peer: Peer, limit_s: float = TIMEOUT_S) -> PeerClient:
+def client_of(peer: PeerEndpoint, limit_s: float = TIMEOUT_S) -> PeerClient:
     return PeerClient(peer, limit_s, deadline_s=time.monotonic() + limit_s)
 
 
 def fetch(
-    peer: Peer,
+    peer: PeerEndpoint,
     numbers: Sequence[int],
     dtype: torch.dtype = torch.float32,
     limit_s: float = TIMEOUT_S,
@@ -257,11 +259,11 @@ def _block(number: int, *, flips: bool = False, named: int | None = None) -> byt
 
 SIZE = torch.zeros(SHAPE).nbytes
 LIES: dict[str, tuple[bytes, str, int]] = {
-    "too many": (ANSWER.pack(3, SIZE), "3 items of", 0),
-    "too long": (ANSWER.pack(2, SIZE + 1), f"of {SIZE + 1} bytes", 0),
+    "too many": (REPLY.pack(3, SIZE), "3 items of", 0),
+    "too long": (REPLY.pack(2, SIZE + 1), f"of {SIZE + 1} bytes", 0),
     "huge": (struct.pack("!HQ", 1, 2**64 - 1), "1 items of", 0),
-    "flipped": (ANSWER.pack(2, SIZE) + _block(0) + _block(1, flips=True), "is damaged", 1),
-    "another one": (ANSWER.pack(2, SIZE) + _block(1, named=1), "is damaged", 0),
+    "flipped": (REPLY.pack(2, SIZE) + _block(0) + _block(1, flips=True), "is damaged", 1),
+    "another one": (REPLY.pack(2, SIZE) + _block(1, named=1), "is damaged", 0),
 }
 
 
@@ -281,7 +283,7 @@ def test_lies_are_refused_and_what_was_right_before_is_kept(lie: str) -> None:
 
 
 def test_a_peer_that_is_silent_or_breaks_off_is_given_up() -> None:
-    begun = ANSWER.pack(2, SIZE) + _block(0)[:100]
+    begun = REPLY.pack(2, SIZE) + _block(0)[:100]
     server = LyingServer(lambda sock: sock.sendall(begun))
     with closing(server), pytest.raises(TransportError, match="attention-0"):
         fetch(peer_at(server.address), (0, 1), limit_s=0.3)

@@ -28,7 +28,7 @@ from tests.workers.transport.nccl_over_gloo import FakeNccl, NcclOverGloo, nccl
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.model.layers import Dispatch
 from workers.transport.collective import _MAX_AHEAD, CollectiveTransport
-from workers.transport.transport import Expected, PartShape, RowMessage, Tag
+from workers.transport.transport import ExpectedMessage, PartShape, RowMessage, Tag
 
 __all__ = ["nccl"]
 
@@ -179,7 +179,7 @@ def test_an_error_of_nccl_is_a_lost_peer(nccl: FakeNccl) -> None:
 
 
 TAG = Tag(0, 0, 0, "outputs")
-EXPECTED = [Expected(0, (PartShape(4, torch.float32),), (2,))]
+EXPECTED = [ExpectedMessage(0, (PartShape(4, torch.float32),), (2,))]
 
 
 def test_only_the_device_waits_for_what_the_host_does_not_read(nccl: FakeNccl) -> None:
@@ -292,7 +292,7 @@ def test_memory_of_sends_is_kept_no_longer_than_they_take(
     transport: TransportName, nccl: FakeNccl
 ) -> None:
     """Not until the next step: that is a copy of all rows of all layers."""
-    expected = [Expected(0, (PartShape(4, torch.float32),), (2,))]
+    expected = [ExpectedMessage(0, (PartShape(4, torch.float32),), (2,))]
     sent: list[weakref.ref[Tensor]] = []
     with Mesh(1, 1, BANKS, transport=transport) as mesh:
         sender, receiver = mesh["expert-0"].transport, mesh["attention-0"].transport

@@ -31,7 +31,7 @@ KEY: Final = struct.Struct("!HH")
 
 
 class ExpertProvider:
-    """``Lender`` of the experts in this worker's slots.
+    """``ItemProvider`` of the experts in this worker's slots.
 
     A slot is copied with its record of contents checked, so that a slot overwritten during the copy
     is never sent as its earlier contents.
@@ -40,8 +40,8 @@ class ExpertProvider:
     def __init__(self, slots: ExpertSlots) -> None:
         self._slots = slots
 
-    def borrow(self, keys: Sequence[bytes]) -> list[list[Tensor]]:
-        """See ``Lender``. Acquires one expert at a time, because every copy takes memory."""
+    def acquire(self, keys: Sequence[bytes]) -> list[list[Tensor]]:
+        """See ``ItemProvider``. Acquires one expert at a time, because every copy takes memory."""
         found = [self._slots.read_expert(*KEY.unpack(key)) for key in keys[:1]]
         return [
             [part for matrix in matrices for part in parts_of(matrix)]
@@ -52,8 +52,8 @@ class ExpertProvider:
     def read(self, item: list[Tensor]) -> list[Tensor]:
         return item
 
-    def give_back(self, items: list[list[Tensor]], num_kept: int) -> None:
-        """See ``Lender``. Copies need no release."""
+    def release(self, items: list[list[Tensor]], num_kept: int) -> None:
+        """See ``ItemProvider``. Copies need no release."""
 
 
 class PeerSource:

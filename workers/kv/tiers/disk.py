@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from workers.kv.tiers.folders import SUFFIX, UNFINISHED, ClaimedFolder, item_entries
-from workers.kv.tiers.order import TierTurn
+from workers.kv.tiers.index import TierTurn
 from workers.kv.tiers.tier import Tier
 from workers.kv.turns import KeepHints, TurnUse
 from workers.requests.block_hash import HASH_BYTES, state_key
@@ -251,7 +251,7 @@ class DiskTier(Tier):
                 if item.parent is not None and item.name == state_key(item.parent):
                     self._states.add(item.name)
                 self._show(item.name)
-            self._erase(self._leave(self._order.take_gone()))
+            self._erase(self._leave(self._order.take_evicted()))
             self._order.end(turn)
 
 

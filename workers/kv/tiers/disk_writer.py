@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection
 from cluster.core.errors import ConfigError
 from workers.kv.tiers.disk import DiskTier
 from workers.kv.tiers.host import HostTier
-from workers.kv.tiers.order import TierTurn
+from workers.kv.tiers.index import TierTurn
 from workers.kv.turns import TurnUse
 
 logger = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ class DiskWriter:
                 self._busy_since_s = self._clock()
         while self._wait():
             try:
-                self._go_on(self._opened)
+                self._work_once(self._opened)
             except Exception:  # out of memory, for example: continue with the next turn
                 logger.exception("could not write KV blocks to disk")
 
@@ -198,7 +198,7 @@ class DiskWriter:
                 self._busy_since_s = self._clock()
             return not self._is_closed
 
-    def _go_on(self, disk: DiskTier) -> None:
+    def _work_once(self, disk: DiskTier) -> None:
         """Apply a new identity, delete files of forgotten items, and write the oldest turn."""
         with self._changed:
             identity = self._identity

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from workers.kv.tiers.order import TierTurn
+from workers.kv.tiers.index import TierTurn
 from workers.kv.tiers.tier import Tier
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from workers.kv.tiers.order import TierOrder, TierTurn
+from workers.kv.tiers.index import TierIndex, TierTurn
 from workers.kv.turns import TurnUse
 from workers.requests.block_hash import state_key
 
@@ -40,7 +40,7 @@ class Tier(ABC):
         """Number of items that could not be read or were corrupt."""
         self._clock = clock
         self._lock = threading.Lock()
-        self._order = TierOrder(capacity_bytes, max_kept)
+        self._order = TierIndex(capacity_bytes, max_kept)
         self._here: set[bytes] = set()
         self._states: set[bytes] = set()
         self._touched: dict[bytes, None] = {}
@@ -79,11 +79,11 @@ class Tier(ABC):
         """
         with self._lock:
             is_kept = self._order.add(turn, name, parent, data.numel())
-            gone = self._leave(self._order.take_gone())
+            evicted = self._leave(self._order.take_evicted())
             is_new = is_kept and name not in self._here
             if is_new and parent is not None and name == state_key(parent):
                 self._states.add(name)
-            self._erase(gone)
+            self._erase(evicted)
         if is_new:
             is_kept = self._write(turn, name, parent, data)
             self._enter(name, is_written=is_kept)

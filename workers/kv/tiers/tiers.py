@@ -16,7 +16,7 @@ from torch import Tensor
 from workers.kv.tiers.disk import DiskTier
 from workers.kv.tiers.disk_writer import DiskWriter
 from workers.kv.tiers.host import HostTier
-from workers.kv.tiers.order import TierTurn
+from workers.kv.tiers.index import TierTurn
 from workers.kv.tiers.tier import Tier
 from workers.kv.turns import TurnUse
 from workers.requests.block_hash import state_key

@@ -83,7 +83,7 @@ class Fetch:
 
 
 @dataclass(frozen=True, slots=True)
-class LentState:
+class ProvidedState:
     """A recurrent state that another worker copies."""
 
     slot: int
@@ -104,7 +104,7 @@ class KvTransferStore:
     tables: list[list[int]] = field(default_factory=list)
     """Lists of blocks that are held for transfers."""
 
-    def lend(self, keys: Sequence[BlockHash]) -> list[int]:
+    def acquire(self, keys: Sequence[BlockHash]) -> list[int]:
         """Hold and return the blocks of the longest known prefix of ``keys``."""
         blocks = self.pool.find(keys)
         if blocks:
@@ -113,14 +113,14 @@ class KvTransferStore:
             self.cache.side.follow()
         return blocks
 
-    def end_loan(self, blocks: list[int], num_kept: int) -> None:
+    def release(self, blocks: list[int], num_kept: int) -> None:
         """Release blocks. Another worker has copies of the first ``num_kept`` now."""
-        self.pool.lend(blocks[:num_kept])
+        self.pool.mark_duplicated(blocks[:num_kept])
         self._release(blocks)
         broken = [b for b in blocks if self.pool.hash_of(b) is None and self.pool.is_free(b)]
         self.cache.clear(broken)  # forgotten while held: they may contain NaN
 
-    def lend_state(self, keys: Sequence[bytes]) -> LentState | None:
+    def acquire_state(self, keys: Sequence[bytes]) -> ProvidedState | None:
         """Hold the last known state of ``keys``. None if none is known or no slot is left."""
         if self.states is None:
             return None
@@ -130,13 +130,13 @@ class KvTransferStore:
         if slot is None:
             return None
         self.cache.side.follow()
-        return LentState(slot, count - 1)
+        return ProvidedState(slot, count - 1)
 
-    def end_state_loan(self, state: LentState, *, is_kept: bool) -> None:
+    def release_state(self, state: ProvidedState, *, is_kept: bool) -> None:
         """Release a state. ``is_kept``: another worker has a copy of it now."""
         assert self.states is not None, "the store has no states"
         if is_kept:
-            self.states.lend(state.slot)
+            self.states.mark_duplicated(state.slot)
         self.states.release_extra(state.slot)
 
     def usable(self, request: Request, hashes: Sequence[BlockHash]) -> Sequence[BlockHash]:
@@ -187,7 +187,7 @@ class KvTransferStore:
         for block, name, parent in zip(filled, fetch.missing, parents, strict=False):
             self.pool.store(block, name, parent)
         if self.contents is not None:
-            self.contents.came(fetch.missing[: fetch.num_filled])
+            self.contents.note_fetched(fetch.missing[: fetch.num_filled])
         state = fetch.state
         if state is not None and self.states is not None:
             if state.num_before:

@@ -18,7 +18,7 @@ from workers.model.layers import can_pack, gated_activation, rms_norm
 from workers.model.torch_private import pack, packed_linear
 from workers.native.library import Library
 from workers.native.matrix import Matrix
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 
 _SHAPES = ((96, 40), (520, 130))
 """[out, half of in] of products: one too small for packing, one large enough."""
@@ -74,7 +74,7 @@ def _torch_results(with_products: bool) -> Iterator[Tensor]:
 
 def _native_results(library: Library, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield the outputs of compiled kernels for fixed inputs."""
-    team = Team(library, 1)
+    team = ThreadTeam(library, 1)
     for out, width in _SHAPES:
         weight, rows = _operands(out, width, dtype)
         yield Matrix(team, weight).multiply(rows)

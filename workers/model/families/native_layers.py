@@ -20,9 +20,9 @@ from workers.model.families.decoder import DecoderLayer
 from workers.model.layers import AttentionModel, Embedding, Layer, TableEmbedding
 from workers.model.native.native_sublayer import NativeAttentionSublayer
 from workers.model.native.products import NativeLinear, NativeMlp, NativeNorm
-from workers.native.exchange import HomeFields
+from workers.native.attention_sublayer import BatchFields
+from workers.native.exchange import AttentionSideFields
 from workers.native.experts import LocalExperts
-from workers.native.half import BatchFields
 from workers.native.layers import (
     NO_BANK,
     FlowFields,
@@ -32,7 +32,7 @@ from workers.native.layers import (
     run_layers,
 )
 
-Experts = LocalExperts | Sequence[HomeFields]
+Experts = LocalExperts | Sequence[AttentionSideFields]
 """Experts in this process, or exchanges with other ranks by ``BankSpec.index``."""
 
 
@@ -97,8 +97,8 @@ class NativeMicroBatch:
         if isinstance(experts, LocalExperts):
             self.fields.experts = ctypes.addressof(experts.calls)
         else:
-            self._homes = (ctypes.c_void_p * num_banks)(*map(ctypes.addressof, experts))
-            self.fields.homes = ctypes.addressof(self._homes)
+            self._exchanges = (ctypes.c_void_p * num_banks)(*map(ctypes.addressof, experts))
+            self.fields.exchanges = ctypes.addressof(self._exchanges)
 
     @property
     def num_begun(self) -> int:
@@ -140,7 +140,7 @@ class NativeLayers:
         self._fields = (LayerFields * len(parts))()
         for fields, part, cache in zip(self._fields, parts, caches, strict=True):
             routing = part.half.routing
-            fields.half, fields.cache = part.half.fields, cache.data_ptr()
+            fields.sublayer, fields.cache = part.half.fields, cache.data_ptr()
             fields.bank = NO_BANK if routing is None else routing.bank
             if part.mlp is not None:
                 fields.mlp = part.mlp.table.fields

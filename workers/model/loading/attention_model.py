@@ -11,7 +11,7 @@ from workers.model.cuda.blocks import CudaBlocks
 from workers.model.layers import AttentionModel
 from workers.model.loading.checkpoint import Checkpoint
 from workers.model.native.blocks import NativeBlocks
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 from workers.quantization.formats import WeightFormat
 
 
@@ -22,7 +22,7 @@ def load_attention_model(
     max_positions: int | None = None,
     compute_threads: ComputeThreads | None = None,
     deterministic: bool = False,
-    team: Team | None = None,
+    team: ThreadTeam | None = None,
     form: WeightFormat | None = None,
 ) -> AttentionModel:
     """Load everything except the routed experts. ``max_positions`` bounds the table of rotations.

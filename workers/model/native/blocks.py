@@ -27,7 +27,7 @@ from workers.model.native.delta_net import NativeDeltaNet
 from workers.model.native.native_sublayer import NativeAttention, NativeAttentionSublayer
 from workers.model.native.products import NativeHeadProducts, NativeLinear, NativeMlp, NativeNorm
 from workers.model.rope import Rope, RopeConfig
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 from workers.quantization.formats import WeightFormat
 
 
@@ -37,7 +37,7 @@ class NativeBlocks(BuildingBlocks):
     are_native: ClassVar[bool] = True
     are_exact: ClassVar[bool] = True
 
-    def __init__(self, team: Team, form: WeightFormat | None = None) -> None:
+    def __init__(self, team: ThreadTeam, form: WeightFormat | None = None) -> None:
         """``form``: format of quantized products; not for routers and single heads."""
         super().__init__()
         self._team = team

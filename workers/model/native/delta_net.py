@@ -8,13 +8,13 @@ from workers.model.attention_batch import StateRows
 from workers.model.delta_net import DeltaNet
 from workers.native.delta_net import DeltaNetFields, run_delta_net
 from workers.native.panels import DTYPES
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 
 
 class NativeDeltaNet:
     """``Mix`` in one native call. The bits of a row depend on its sequence alone."""
 
-    def __init__(self, team: Team, net: DeltaNet) -> None:
+    def __init__(self, team: ThreadTeam, net: DeltaNet) -> None:
         spec = net.spec
         assert all(t.is_contiguous() for t in (net.conv, net.rate, net.bias, net.norm))
         self._team, self._net = team, net

@@ -22,7 +22,7 @@ from workers.model.attention_sublayer import (
 from workers.model.layers import LayerContext, Linear
 from workers.model.native.products import NativeLinear
 from workers.model.routing import Router, Routes, Routing
-from workers.native.half import (
+from workers.native.attention_sublayer import (
     ATTEND,
     ENTER,
     LEAVE,
@@ -31,22 +31,22 @@ from workers.native.half import (
     NORM_HEADS,
     NORM_WIDTH,
     SCORINGS,
-    HalfFields,
     RouterFields,
     RoutingFields,
     RowsFields,
-    run_half,
+    SublayerFields,
+    run_sublayer,
 )
 from workers.native.matrix import MatrixFields
 from workers.native.norm import norm_rows
 from workers.native.panels import DTYPES
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 
 
 class NativeAttention:
     """``HeadAttention`` in one native call."""
 
-    def __init__(self, team: Team, attention: HeadAttention, dtype: torch.dtype) -> None:
+    def __init__(self, team: ThreadTeam, attention: HeadAttention, dtype: torch.dtype) -> None:
         """``dtype`` of the model."""
         self.team = team
         """Threads that compute it."""
@@ -85,17 +85,17 @@ class NativeAttention:
 
     def _run(self, context: LayerContext, rows: RowsFields, stages: int) -> None:
         assert context.native is not None
-        run_half(self.team, self.fields, context.native, rows, stages)
+        run_sublayer(self.team, self.fields, context.native, rows, stages)
 
 
 class NativeAttentionSublayer(NativeAttention):
     """The sublayer in one native call, or in three around the exchanges of projections."""
 
-    def __init__(self, team: Team, half: TorchAttentionSublayer) -> None:
+    def __init__(self, team: ThreadTeam, half: TorchAttentionSublayer) -> None:
         """``half``: sublayer with native products."""
         super().__init__(team, half, half.norm1.dtype)
         _add_half(self.fields, half)
-        self._apart = HalfFields.from_buffer_copy(self.fields)
+        self._apart = SublayerFields.from_buffer_copy(self.fields)
         self._apart.qkv = self._apart.output = MatrixFields()
         self._half = half
 
@@ -138,7 +138,7 @@ class NativeAttentionSublayer(NativeAttention):
         """Run one stage, with rows from the caller and without a product."""
         assert context.native is not None
         fields = self.fields if stages == ENTER | ATTEND | LEAVE else self._apart
-        run_half(self.team, fields, context.native, rows, stages)
+        run_sublayer(self.team, fields, context.native, rows, stages)
 
     def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:
         """See ``SublayerStages``."""
@@ -190,14 +190,14 @@ class NativeAttentionSublayer(NativeAttention):
         return Routes(routing.bank, ids, weights)
 
 
-def _attention_fields(attention: HeadAttention, dtype: torch.dtype) -> HalfFields:
+def _attention_fields(attention: HeadAttention, dtype: torch.dtype) -> SublayerFields:
     """Describe the attention as a C struct that points into the memory of ``attention``."""
     shape, norm, sinks = attention.shape, attention.qk_norm, attention.sinks
     qk_norm = NO_NORM
     if norm is not None:
         assert norm.is_contiguous()
         qk_norm = NORM_HEADS if norm.dim() == 2 else NORM_WIDTH
-    return HalfFields(
+    return SublayerFields(
         dtype=DTYPES.index(dtype),
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
@@ -213,7 +213,7 @@ def _attention_fields(attention: HeadAttention, dtype: torch.dtype) -> HalfField
     )
 
 
-def _add_half(fields: HalfFields, half: TorchAttentionSublayer) -> None:
+def _add_half(fields: SublayerFields, half: TorchAttentionSublayer) -> None:
     """Add the parts of a sublayer around attention to the C struct; they must outlive it."""
     norm1, norm2, parts = half.norm1, half.norm2, half.projections
     assert norm1.is_contiguous()

@@ -16,7 +16,7 @@ from workers.native.norm import norm_rows
 from workers.native.panels import PANEL, pack
 from workers.native.quantized import pack_weight
 from workers.native.rounding import round_product, round_weight
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import Weight
 from workers.quantization.rounding import candidates
@@ -28,7 +28,11 @@ class NativeLinear(Linear):
     __slots__ = ("matrix",)
 
     def __init__(
-        self, team: Team, weight: Tensor, bias: Tensor | None, form: WeightFormat | None = None
+        self,
+        team: ThreadTeam,
+        weight: Tensor,
+        bias: Tensor | None,
+        form: WeightFormat | None = None,
     ) -> None:
         """``form``: format of the quantized weight, if its width is even; or a format with shorter
         groups, see ``round_product``."""
@@ -50,7 +54,7 @@ class NativeNorm:
 
     __slots__ = ("_team", "eps", "weight")
 
-    def __init__(self, team: Team, weight: Tensor, eps: float) -> None:
+    def __init__(self, team: ThreadTeam, weight: Tensor, eps: float) -> None:
         """weight [H], contiguous."""
         self._team, self.weight, self.eps = team, weight, eps
 
@@ -68,7 +72,7 @@ class NativeMlp:
 
     def __init__(
         self,
-        team: Team,
+        team: ThreadTeam,
         gate_up: Callable[[], Tensor],
         down: Callable[[], Tensor],
         form: WeightFormat | None = None,
@@ -130,7 +134,7 @@ class NativeMlp:
 class NativeHeadProducts:
     """``HeadProducts`` that treat a head as an expert and its rows as that expert's rows."""
 
-    def __init__(self, team: Team, weight: Tensor, plain_dim: int) -> None:
+    def __init__(self, team: ThreadTeam, weight: Tensor, plain_dim: int) -> None:
         """weight [A, N + V, R]."""
         self._team, self._num_heads = team, len(weight)
         self._keys = self._table([head[:plain_dim].T.contiguous() for head in weight])

@@ -42,51 +42,51 @@ int exchange_slots(const int32_t *slots, long num_ranks, long num_experts, const
     return OK;
 }
 
-int exchange_dispatch(struct exchange_home *home) {
-    struct exchange *x = &home->exchange;
-    int result = exchange_slots(home->slots, (long)x->num_peers, (long)home->num_experts, home->ids,
-                                (long)home->num_rows, (long)x->top_k,
-                                x->by_pair ? NULL : home->weights, (int)home->weights_dtype,
-                                home->sent);
+int exchange_dispatch(struct exchange_attention *side) {
+    struct exchange *x = &side->exchange;
+    int result = exchange_slots(side->slots, (long)x->num_peers, (long)side->num_experts, side->ids,
+                                (long)side->num_rows, (long)x->top_k,
+                                x->by_pair ? NULL : side->weights, (int)side->weights_dtype,
+                                side->sent);
     if (result != OK) return result;
-    int64_t num_names = home->num_rows * names_of(x);
+    int64_t num_names = side->num_rows * names_of(x);
     for (int64_t p = 0; p < x->num_peers; p++) {
         struct frame *frame = &x->frames[p];
-        frame->counts[0] = home->num_rows;
-        frame->counts[1] = home->num_rows * x->num_inputs;
+        frame->counts[0] = side->num_rows;
+        frame->counts[1] = side->num_rows * x->num_inputs;
         frame->bytes[0] = num_names * (int64_t)sizeof(int32_t);
-        frame->bytes[1] = home->num_rows * x->in_bytes;
-        frame->parts[0] = (char *)(home->sent + p * num_names);
-        frame->parts[1] = home->inputs;
+        frame->bytes[1] = side->num_rows * x->in_bytes;
+        frame->parts[0] = (char *)(side->sent + p * num_names);
+        frame->parts[1] = side->inputs;
     }
     return frames_send(x->frames, x->num_peers, ROWS, &x->place) ? OK : UNSENT;
 }
 
 // Add the sums of all ranks, in rank order, and round once.
-static void add_sums(const struct exchange_home *home) {
-    const struct exchange *x = &home->exchange;
+static void add_sums(const struct exchange_attention *side) {
+    const struct exchange *x = &side->exchange;
     enum dtype dtype = (enum dtype)x->dtype;
-    int64_t count = home->num_rows * x->out_width;
+    int64_t count = side->num_rows * x->out_width;
     for (int64_t i = 0; i < count; i += LANES) {
-        const float *sums = (const float *)home->received;
+        const float *sums = (const float *)side->received;
         vec total = load_some(sums, i, count - i, FLOAT32);
         for (int64_t p = 1; p < x->num_peers; p++) {
             sums += count;
             total = v_add(total, load_some(sums, i, count - i, FLOAT32));
         }
-        store_some(home->out, i, total, count - i, dtype);
+        store_some(side->out, i, total, count - i, dtype);
     }
 }
 
 // Sum weight x output over the pairs of a row, in the order of its slots.
-static void weigh_row(const struct exchange_home *home, int64_t row, const char *const *outputs) {
-    const struct exchange *x = &home->exchange;
-    enum dtype dtype = (enum dtype)x->dtype, weights_dtype = (enum dtype)home->weights_dtype;
-    enum dtype product = home->rounds_products ? dtype : FLOAT32;
-    char *out = (char *)home->out + row * x->out_width * element_bytes(x);
+static void weigh_row(const struct exchange_attention *side, int64_t row, const char *const *outputs) {
+    const struct exchange *x = &side->exchange;
+    enum dtype dtype = (enum dtype)x->dtype, weights_dtype = (enum dtype)side->weights_dtype;
+    enum dtype product = side->rounds_products ? dtype : FLOAT32;
+    char *out = (char *)side->out + row * x->out_width * element_bytes(x);
     vec factors[x->top_k];
     for (int64_t k = 0; k < x->top_k; k++) {
-        float weight = load_one(home->weights, row * x->top_k + k, weights_dtype);
+        float weight = load_one(side->weights, row * x->top_k + k, weights_dtype);
         factors[k] = v_round(v_set(weight), product);
     }
     for (int64_t i = 0; i < x->out_width; i += LANES) {
@@ -101,33 +101,33 @@ static void weigh_row(const struct exchange_home *home, int64_t row, const char 
 }
 
 // Copy the outputs of all pairs, ordered by rank and pair, to their rows.
-static void place_pairs(const struct exchange_home *home) {
-    const struct exchange *x = &home->exchange;
-    int64_t bytes = out_bytes(x), num_places = home->num_rows * x->top_k;
+static void place_pairs(const struct exchange_attention *side) {
+    const struct exchange *x = &side->exchange;
+    int64_t bytes = out_bytes(x), num_places = side->num_rows * x->top_k;
     const char *next[x->num_peers], *outputs[x->top_k];
     for (int64_t p = 0; p < x->num_peers; p++) next[p] = x->frames[p].parts[0];
-    for (int64_t row = 0; row < home->num_rows; row++) {
+    for (int64_t row = 0; row < side->num_rows; row++) {
         for (int64_t k = 0; k < x->top_k; k++) {
             int64_t place = row * x->top_k + k, p = 0;
-            while (home->sent[p * num_places + place] < 0) p++;
+            while (side->sent[p * num_places + place] < 0) p++;
             outputs[k] = next[p];
             next[p] += bytes;
-            if (!home->is_weighted) memcpy((char *)home->out + place * bytes, outputs[k], (size_t)bytes);
+            if (!side->is_weighted) memcpy((char *)side->out + place * bytes, outputs[k], (size_t)bytes);
         }
-        if (home->is_weighted) weigh_row(home, row, outputs);
+        if (side->is_weighted) weigh_row(side, row, outputs);
     }
 }
 
-int exchange_gather(struct exchange_home *home) {
-    struct exchange *x = &home->exchange;
-    int64_t num_places = home->num_rows * x->top_k, num_pairs = 0, bytes = out_bytes(x);
-    char *to = home->received;
+int exchange_gather(struct exchange_attention *side) {
+    struct exchange *x = &side->exchange;
+    int64_t num_places = side->num_rows * x->top_k, num_pairs = 0, bytes = out_bytes(x);
+    char *to = side->received;
     for (int64_t p = 0; p < x->num_peers; p++) {
         struct frame *frame = &x->frames[p];
-        int64_t count = home->num_rows;
+        int64_t count = side->num_rows;
         if (x->by_pair) {
             count = 0;
-            for (int64_t i = 0; i < num_places; i++) count += home->sent[p * num_places + i] >= 0;
+            for (int64_t i = 0; i < num_places; i++) count += side->sent[p * num_places + i] >= 0;
             num_pairs += count;
         }
         frame->counts[0] = count;
@@ -138,8 +138,8 @@ int exchange_gather(struct exchange_home *home) {
     }
     if (x->by_pair && num_pairs != num_places) return NO_EXPERT;
     if (!frames_receive(x->frames, x->num_peers, OUTPUTS, &x->place, x->waiting)) return UNEXPECTED;
-    if (x->by_pair) place_pairs(home);
-    else add_sums(home);
+    if (x->by_pair) place_pairs(side);
+    else add_sums(side);
     return OK;
 }
 

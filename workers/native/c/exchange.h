@@ -21,7 +21,7 @@ struct exchange {
 };
 
 // Attention side, with the rows of one micro-batch.
-struct exchange_home {
+struct exchange_attention {
     struct exchange exchange;
     int64_t num_experts;
     const int32_t *slots;  // [num_peers, num_experts]; -1 if not on that rank
@@ -54,10 +54,10 @@ struct exchange_server {
 };
 
 // Send the rows to all ranks. Returns OK, NO_EXPERT for an invalid id, or UNSENT.
-int exchange_dispatch(struct exchange_home *home);
+int exchange_dispatch(struct exchange_attention *side);
 
 // Receive the outputs of dispatched rows, and sum them. Returns OK, NO_EXPERT if a pair has no slot
 // on any rank, or UNEXPECTED.
-int exchange_gather(struct exchange_home *home);
+int exchange_gather(struct exchange_attention *side);
 
 #endif

@@ -4,13 +4,13 @@
 
 #include "clock.h"
 #include "exchange.h"
-#include "half.h"
+#include "attention_sublayer.h"
 #include "linear.h"
 #include "norm.h"
 
 // Each struct here has a `...Fields` class in layers.py. Calls are complete except for rows.
 struct layer {
-    struct half half;
+    struct sublayer sublayer;
     void *cache;
     int64_t bank;             // bank of its routed experts; -1 for none
     struct experts_call mlp;  // the MLP, as a single expert; num_slots 0 for none
@@ -35,7 +35,7 @@ struct layer_ends {
 
 // A micro-batch, and its progress through the layers.
 struct flow {
-    const struct half_batch *batch;
+    const struct sublayer_batch *batch;
     const int64_t *tokens;  // [num_rows]: to be embedded in `hidden`; NULL if embedded already
     void *hidden;         // [num_rows, hidden_size]: the residual stream, normalized at the end
     uint8_t *is_finite;   // [num_rows]: whether all numbers of the normalized row are finite
@@ -46,7 +46,7 @@ struct flow {
     float *topk_weights;  // [num_rows, top_k] of the last layer
     void *routed;         // [num_rows, hidden_size]: outputs of experts on other ranks
     const struct experts_call *experts;  // [banks]: experts on this rank
-    struct exchange_home *const *homes;  // [banks]: exchanges with other ranks; NULL: uses `experts`
+    struct exchange_attention *const *exchanges;  // [banks]: exchanges with other ranks; NULL: uses `experts`
     struct layer_ends *ends;             // [banks]
     int64_t next;        // next layer to begin
     int64_t is_waiting;  // the outputs of the previous layer must be received
@@ -80,14 +80,14 @@ static int run_mlp(struct team *team, const struct layer *layer, const struct fl
 // was computed, and the outputs must still be received.
 static int send_rows(struct team *team, const struct layer *layer, struct flow *flow,
                 const int64_t *topk_ids) {
-    struct exchange_home *home = flow->homes[layer->bank];
-    home->num_rows = flow->batch->num_rows;
-    home->ids = topk_ids;
-    home->weights = flow->topk_weights;
-    home->weights_dtype = FLOAT32;
-    home->inputs = flow->normed;
-    home->out = flow->routed;
-    int sent = exchange_dispatch(home);
+    struct exchange_attention *side = flow->exchanges[layer->bank];
+    side->num_rows = flow->batch->num_rows;
+    side->ids = topk_ids;
+    side->weights = flow->topk_weights;
+    side->weights_dtype = FLOAT32;
+    side->inputs = flow->normed;
+    side->out = flow->routed;
+    int sent = exchange_dispatch(side);
     if (sent != OK && sent != UNSENT) return sent;
     flow->is_waiting = 1;
     flow->ends[layer->bank].dispatch = now_ns();
@@ -98,10 +98,10 @@ static int send_rows(struct team *team, const struct layer *layer, struct flow *
 
 // Receive the outputs of experts on other ranks for the rows of a layer, and sum them.
 static int receive_outputs(const struct layer *layer, struct flow *flow) {
-    int result = exchange_gather(flow->homes[layer->bank]);
+    int result = exchange_gather(flow->exchanges[layer->bank]);
     if (result != OK) return result;
-    enum dtype dtype = (enum dtype)layer->half.dtype;
-    int64_t count = flow->batch->num_rows * layer->half.hidden_size;
+    enum dtype dtype = (enum dtype)layer->sublayer.dtype;
+    int64_t count = flow->batch->num_rows * layer->sublayer.hidden_size;
     for (int64_t i = 0; i < count; i += LANES) {
         vec x = load_some(flow->routed, i, count - i, dtype);
         if (layer->mlp.num_slots)
@@ -115,8 +115,8 @@ static int receive_outputs(const struct layer *layer, struct flow *flow) {
 }
 
 static int begin_layer(struct team *team, const struct layer *layer, struct flow *flow) {
-    int64_t num_rows = flow->batch->num_rows, top_k = layer->half.router.routing.top_k;
-    struct half_rows half_rows = {
+    int64_t num_rows = flow->batch->num_rows, top_k = layer->sublayer.router.routing.top_k;
+    struct sublayer_rows sublayer_rows = {
         .hidden = flow->hidden,
         .cache = layer->cache,
         .normed = flow->normed,
@@ -124,16 +124,16 @@ static int begin_layer(struct team *team, const struct layer *layer, struct flow
         .topk_weights = flow->topk_weights,
     };
     int stages = ENTER | ATTEND | LEAVE, has_mlp = layer->mlp.num_slots > 0;
-    int result = half_claimed(team, &layer->half, flow->batch, &half_rows, stages);
+    int result = sublayer_claimed(team, &layer->sublayer, flow->batch, &sublayer_rows, stages);
     if (result != OK) return result;
     if (layer->bank < 0) return has_mlp ? run_mlp(team, layer, flow) : OK;
     struct layer_ends *ends = &flow->ends[layer->bank];
     ends->attention = now_ns();
-    if (flow->homes) return send_rows(team, layer, flow, half_rows.topk_ids);
+    if (flow->exchanges) return send_rows(team, layer, flow, sublayer_rows.topk_ids);
     if (has_mlp) result = run_mlp(team, layer, flow);
     if (result != OK) return result;
     struct experts_call call = flow->experts[layer->bank];
-    call.slots = half_rows.topk_ids;
+    call.slots = sublayer_rows.topk_ids;
     call.top_k = call.slots_stride = call.weights_stride = top_k;
     if (has_mlp) call.others = flow->others;
     result = run_experts(team, call, flow, flow->topk_weights);
@@ -143,8 +143,8 @@ static int begin_layer(struct team *team, const struct layer *layer, struct flow
 
 // Look up the embeddings of a flow's tokens.
 static int embed(const struct stack *stack, struct flow *flow) {
-    const struct half *half = &stack->layers[0].half;
-    size_t bytes = (size_t)half->hidden_size * dtype_bytes((enum dtype)half->dtype);
+    const struct sublayer *sublayer = &stack->layers[0].sublayer;
+    size_t bytes = (size_t)sublayer->hidden_size * dtype_bytes((enum dtype)sublayer->dtype);
     for (int64_t row = 0; row < flow->batch->num_rows; row++) {
         int64_t token = flow->tokens[row];
         if (token < 0 || token >= stack->vocab_size) return NO_INPUT;
@@ -156,9 +156,9 @@ static int embed(const struct stack *stack, struct flow *flow) {
 
 // Final norm and head, after the last layer.
 static int finish(struct team *team, const struct stack *stack, struct flow *flow) {
-    const struct half *half = &stack->layers[0].half;
+    const struct sublayer *sublayer = &stack->layers[0].sublayer;
     int64_t num_rows = flow->batch->num_rows;
-    norm_rows(flow->hidden, stack->norm, num_rows, half->hidden_size, stack->eps, (int)half->dtype,
+    norm_rows(flow->hidden, stack->norm, num_rows, sublayer->hidden_size, stack->eps, (int)sublayer->dtype,
               flow->is_finite);
     int result = OK;
     if (flow->logits)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from cluster.core.errors import ProtocolError
 from workers.kv.cache import KVCache
-from workers.kv.tiers.order import TierTurn
+from workers.kv.tiers.index import TierTurn
 from workers.kv.tiers.tiers import KvTiers
-from workers.kv.transfer.turn_copies import as_bytes
+from workers.kv.transfer.turn_copier import as_bytes
 from workers.kv.turns import KeepHints, TurnUse
 from workers.requests.block_hash import BlockHash, state_key
 from workers.requests.wire import KeepCopy

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from workers.requests.wire import KeepCopy
-from workers.transport.peer_link import Peer
+from workers.transport.peer_link import PeerEndpoint
 
 MAX_WAITING = 64
 """Maximum number of queued copies of a tenant; a new one replaces the oldest."""
@@ -19,7 +19,7 @@ class QueuedCopy:
     """Blocks of a sequence, and the worker that has them."""
 
     message: KeepCopy
-    peer: Peer
+    peer: PeerEndpoint
 
 
 @dataclass(slots=True)

@@ -27,7 +27,7 @@ from workers.metrics.histogram import TRANSFER_BUCKETS, Histogram
 from workers.process.intake.copy_fetch import CopyFetch
 from workers.process.intake.copy_queue import CopyQueue, QueuedCopy
 from workers.requests.wire import KeepCopy
-from workers.transport.peer_link import Peer, PeerClient
+from workers.transport.peer_link import PeerClient, PeerEndpoint
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class CopyReceiver:
         self,
         tiers: KvTiers,
         cache: KVCache,
-        peers: Callable[[str], Peer | None],
+        peers: Callable[[str], PeerEndpoint | None],
         wake: Callable[[], None],
         bytes_per_s: float,
     ) -> None:

@@ -32,7 +32,7 @@ from workers.process.intake.waiting import Job
 from workers.requests.block_hash import BlockHash, state_key
 from workers.requests.request import Request
 from workers.requests.wire import Prefetched
-from workers.transport.peer_link import MAX_ITEMS, Peer, PeerClient, view_bytes
+from workers.transport.peer_link import MAX_ITEMS, PeerClient, PeerEndpoint, view_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class KvFetches(FetchJobs):
     def __init__(
         self,
         engine: Engine,
-        peers: Callable[[str], Peer | None],
+        peers: Callable[[str], PeerEndpoint | None],
         wake: Callable[[], None],
         limit_s: float,
         clock: Callable[[], float] = time.monotonic,
@@ -232,7 +232,9 @@ class KvFetches(FetchJobs):
                 return True
         return False
 
-    def _begin(self, hashes: Sequence[BlockHash], cached: Sequence[int], peer: Peer) -> _Job | None:
+    def _begin(
+        self, hashes: Sequence[BlockHash], cached: Sequence[int], peer: PeerEndpoint
+    ) -> _Job | None:
         """Fetch the missing part of a prefix; None if nothing is missing or it does not fit."""
         if len(self._jobs) >= MAX_FETCHING:
             return None
@@ -246,7 +248,7 @@ class KvFetches(FetchJobs):
         self._jobs.append(job)
         return job
 
-    def _receive(self, fetch: Fetch, peer: Peer, deadline_s: float) -> None:
+    def _receive(self, fetch: Fetch, peer: PeerEndpoint, deadline_s: float) -> None:
         """Fill the blocks of a fetch, in a thread of the executor."""
         cache, began_s = self._engine.kv_store.cache, self._clock()
         buffer = torch.empty(cache.block_shape, dtype=cache.dtype)

@@ -22,7 +22,7 @@ from workers.kv.tiers.folders import ClaimedFolder, claim_folder, delete_abandon
 from workers.kv.tiers.host import HostTier
 from workers.kv.tiers.tiers import KvTiers
 from workers.kv.transfer.fetch_cost import FetchCost
-from workers.kv.transfer.turn_copies import TurnCopies
+from workers.kv.transfer.turn_copier import TurnCopier
 from workers.process.intake.kv_restores import KvRestores
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class LowerTiers:
     """The lower tiers of a worker. All methods except ``stats`` are for the engine's thread."""
 
     tiers: KvTiers
-    copies: TurnCopies
+    copies: TurnCopier
     """Copies the blocks of ended turns into the tiers."""
     restores: KvRestores
     """Requests that wait for restored blocks."""

@@ -9,7 +9,7 @@ from cluster.core.topology import Generation
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.engine.engine import Engine
 from workers.kv.block_pool import HashChanges
-from workers.kv.transfer.lender import KvLender
+from workers.kv.transfer.block_provider import KvBlockProvider
 from workers.metrics.step_timer import StepTimer
 from workers.process.context import WorkerContext
 from workers.process.intake.adapters import AdapterIntake
@@ -62,8 +62,8 @@ class AttentionRole:
         self.copy_receiver = _open_copy_receiver(context, engine, self.tiers)
         """Keeps copies of other workers' blocks; None if session copies are off."""
         lower = None if self.tiers is None else self.tiers.tiers
-        self._kv_lender = KvLender(engine.kv_store, wake, tiers=lower)
-        listeners.kv_server.start(self._kv_lender)
+        self._kv_provider = KvBlockProvider(engine.kv_store, wake, tiers=lower)
+        listeners.kv_server.start(self._kv_provider)
         self.adapters = AdapterIntake(engine, wake)
         context.cleanup.callback(self.adapters.close)
         self._publish_contents = _open_kv_publisher(context, engine, lambda: self.adapters.names)
@@ -102,11 +102,11 @@ class AttentionRole:
 
     def between_steps(self) -> None:
         """Handle the gateways' commands, and send outputs that need no step."""
-        self._kv_lender.answer()
+        self._kv_provider.serve_requests()
         for command in self.inbox.take():
             self._handle(command)
         if self.tiers is not None:
-            self.tiers.copies.go_on()
+            self.tiers.copies.advance()
         self.intake.advance()
         self.outputs.publish_prefetched(self.fetches.take_prefetched())
         if (kept := self.adapters.advance()) is not None:

@@ -17,7 +17,7 @@ from workers.experts.transfer.peer_source import GIVE_UP, PEER, PeerSource
 from workers.experts.transfer.rate_limit import RateLimit
 from workers.model.config import BankSpec
 from workers.process.context import WorkerContext
-from workers.transport.peer_link import Peer, PeerClient
+from workers.transport.peer_link import PeerClient, PeerEndpoint
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,9 @@ class ExpertSources:
         return self._peer_source(str(source["peer"]), str(source["address"]), self._rate(source))
 
     def _peer_source(self, name: str, address: str, rate: RateLimit) -> PeerSource:
-        peer = Peer(name=name, address=address, me=self._me, token=self._args.config.cluster_token)
+        peer = PeerEndpoint(
+            name=name, address=address, me=self._me, token=self._args.config.cluster_token
+        )
         timeout_s = self._args.config.transport.connect_timeout_s
         take = self._count_bytes(PEER, rate.take)
         return PeerSource(partial(PeerClient, peer, timeout_s, before_chunk=take), rate)

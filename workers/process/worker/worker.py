@@ -29,7 +29,7 @@ from workers.metrics.step_timer import TimingSink
 from workers.metrics.step_trace import StepTrace
 from workers.metrics.traced_steps import StepSpans
 from workers.model.huge_pages import collapse_weights
-from workers.native.team import start_kernels
+from workers.native.thread_team import start_kernels
 from workers.process.context import ModelSetup, WorkerContext
 from workers.process.control.membership import MembershipState
 from workers.process.data_plane import (
@@ -162,7 +162,7 @@ class Worker:
             cleanup=self._cleanup,
         )
         self.member = self.announce(context, replace(self.member, data_address=connections.address))
-        info = {"threads": model.exactness.threads, "kernels": model.kernels.words}
+        info = {"threads": model.exactness.threads, "kernels": model.kernels.description}
         info |= args.device_facts
         self.control.send(Register(member=self.member, build=me.build, info=info))
         return context
@@ -214,7 +214,9 @@ class Worker:
                 self.roles.run_step()
             else:
                 self.activity.is_idle, self.activity.wants_rows = True, False
-                connections.rest(IDLE_WAIT_S, is_ready=membership.state is MembershipState.READY)
+                connections.poll_idle(
+                    IDLE_WAIT_S, is_ready=membership.state is MembershipState.READY
+                )
         except GenerationChangedError:
             membership.stop_steps()
         except PeerLostError as err:

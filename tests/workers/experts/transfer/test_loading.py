@@ -25,14 +25,14 @@ from workers.experts.sources import CheckpointSource, ExpertSource, ExpertWeight
 from workers.experts.transfer.loading import CHECKPOINT, ExpertLoader, Obstacle
 from workers.model.config import BankSpec
 from workers.model.loading.checkpoint import Checkpoint
-from workers.native.team import Team
+from workers.native.thread_team import ThreadTeam
 
 CPU = torch.device("cpu")
 
 
 OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "torch": dict,
-    "compiled": lambda: {"team": Team(library(NAMES[0]), 2)},
+    "compiled": lambda: {"team": ThreadTeam(library(NAMES[0]), 2)},
     "deterministic": lambda: {"deterministic": True},
 }
 """What makes the kernels, by their kind."""
@@ -47,7 +47,7 @@ class Loading:
         path: Path,
         max_slots: int | None = None,
         deterministic: bool = False,
-        team: Team | None = None,
+        team: ThreadTeam | None = None,
     ) -> None:
         self.checkpoint = Checkpoint(path)
         banks = self.checkpoint.family.banks

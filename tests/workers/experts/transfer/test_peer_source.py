@@ -31,10 +31,10 @@ from workers.model.loading.checkpoint import Checkpoint
 from workers.quantization.matrix import plain
 from workers.transport.handshake import ListenerHandshake, PeerIdentity
 from workers.transport.peer_link import (
-    ANSWER,
     COUNT,
-    Peer,
+    REPLY,
     PeerClient,
+    PeerEndpoint,
     PeerServer,
     checksum,
     shake_hands,
@@ -81,7 +81,9 @@ def connect(
     token: str = TOKEN,
     rate: RateLimit | None = None,
 ) -> PeerSource:
-    peer = Peer(name="expert-0", address=address, me=me or identity("expert-1"), token=token)
+    peer = PeerEndpoint(
+        name="expert-0", address=address, me=me or identity("expert-1"), token=token
+    )
     rate = rate or RateLimit()
     return PeerSource(partial(PeerClient, peer, TIMEOUT_S, before_chunk=rate.take), RateLimit())
 
@@ -232,7 +234,7 @@ def lies(slots: ExpertSlots, kind: str) -> Callable[[socket.socket, int, int], N
             length += 4
         elif kind == "huge":
             length = 1 << 60
-        sock.sendall(ANSWER.pack(1, length) + digest)
+        sock.sendall(REPLY.pack(1, length) + digest)
         for part in parts[:1] if kind == "half" else parts:
             sock.sendall(part)
 

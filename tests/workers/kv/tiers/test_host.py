@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workers.kv.tiers.host import HostTier
-from workers.kv.tiers.order import IDLE_S, TierTurn
+from workers.kv.tiers.index import IDLE_S, TierTurn
 from workers.kv.tiers.tier import Tier
 from workers.kv.tiers.tiers import KvTiers
 from workers.kv.turns import KeepHints, TurnUse

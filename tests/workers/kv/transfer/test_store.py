@@ -15,9 +15,9 @@ from cluster.config.cluster import EngineSection
 from tests.reference.exact import exact
 from tests.reference.goldens import Golden
 from workers.engine.engine import Engine
+from workers.kv.transfer.block_provider import KvBlockProvider, ProvidedItem
 from workers.kv.transfer.fetch_cost import FORGET_S, UNMEASURED_COST, FetchCost
-from workers.kv.transfer.lender import KvLender, LentItem
-from workers.kv.transfer.store import Fetch, LentState, StateFetch
+from workers.kv.transfer.store import Fetch, ProvidedState, StateFetch
 from workers.requests.block_hash import block_hashes, state_key
 from workers.requests.inspection import InspectionParams
 from workers.requests.request import Request, SamplingParams, TokenOutput
@@ -68,7 +68,7 @@ def copy(source: LocalEngine, target: LocalEngine, request: Request) -> int:
     assert fetch is not None
     if fetch.state is not None:
         copy_state(source, target, fetch, fetch.state)
-    blocks = lender.lend(fetch.wanted)
+    blocks = lender.acquire(fetch.wanted)
     for place, block in enumerate(blocks):
         taker.cache.write_block(fetch.blocks[place], lender.cache.read_block(block))
     fetch.num_filled = len(blocks)
@@ -76,7 +76,7 @@ def copy(source: LocalEngine, target: LocalEngine, request: Request) -> int:
         engine.engine.check_integrity()
     taker.end(fetch)
     if blocks:
-        lender.end_loan(blocks, len(blocks))
+        lender.release(blocks, len(blocks))
     for engine in (source, target):
         engine.engine.check_integrity()
         assert engine.engine.pool.num_free == engine.engine.pool.num_blocks
@@ -86,13 +86,13 @@ def copy(source: LocalEngine, target: LocalEngine, request: Request) -> int:
 def copy_state(source: LocalEngine, target: LocalEngine, fetch: Fetch, state: StateFetch) -> None:
     """The last state of the prefix that the source has."""
     lender = source.engine.kv_store
-    lent = lender.lend_state([state_key(h) for h in fetch.hashes[state.num_known :]])
+    lent = lender.acquire_state([state_key(h) for h in fetch.hashes[state.num_known :]])
     if lent is not None:
-        place, data = KvLender(lender, lambda: None).read(lent)
+        place, data = KvBlockProvider(lender, lambda: None).read(lent)
         target.engine.kv_store.cache.write_state(state.slot, data)
         state.num_before = state.num_known + int(place) + 1
         source.engine.check_integrity()
-        lender.end_state_loan(lent, is_kept=True)
+        lender.release_state(lent, is_kept=True)
 
 
 @pytest.fixture(scope="module")
@@ -247,16 +247,16 @@ def test_lent_blocks_stay_until_they_are_returned(tiny_checkpoint: Path) -> None
     engine = engine_of(tiny_checkpoint, num_blocks=8)
     serve(engine, request_of(params=replace(PARAMS, max_tokens=1)))
     hashes = _wanted(engine_of(tiny_checkpoint)).hashes
-    lent = engine.engine.kv_store.lend(hashes)
+    lent = engine.engine.kv_store.acquire(hashes)
     assert len(lent) == NUM_BLOCKS
     data = [engine.engine.kv_store.cache.read_block(block) for block in lent]
     other = replace(request_of("other"), prompt=PROMPT[40:90])
     serve(engine, other)  # takes all others
     for block, kept in zip(lent, data, strict=True):
         assert engine.engine.kv_store.cache.read_block(block).equal(kept)
-    engine.engine.kv_store.end_loan(lent, len(lent))
+    engine.engine.kv_store.release(lent, len(lent))
     serve(engine, replace(request_of("third"), prompt=PROMPT[::-1]))
-    assert len(engine.engine.kv_store.lend(hashes)) < 2  # a peer has them: they went first
+    assert len(engine.engine.kv_store.acquire(hashes)) < 2  # a peer has them: they went first
     assert serve(engine, other)[0].num_cached_tokens == 32
 
 
@@ -268,27 +268,27 @@ def _wanted(engine: LocalEngine) -> Fetch:
 
 def test_threads_borrow_between_two_turns(source: LocalEngine, tiny_checkpoint: Path) -> None:
     asked = threading.Event()
-    lender = KvLender(source.engine.kv_store, asked.set, timeout_s=TIMEOUT_S)
+    lender = KvBlockProvider(source.engine.kv_store, asked.set, timeout_s=TIMEOUT_S)
     hashes = _wanted(engine_of(tiny_checkpoint)).hashes
-    found: list[list[LentItem]] = []
-    thread = threading.Thread(target=lambda: found.append(lender.borrow(hashes)), daemon=True)
+    found: list[list[ProvidedItem]] = []
+    thread = threading.Thread(target=lambda: found.append(lender.acquire(hashes)), daemon=True)
     thread.start()
     assert asked.wait(TIMEOUT_S)
-    lender.answer()
+    lender.serve_requests()
     thread.join(TIMEOUT_S)
     assert len(found[0]) == NUM_BLOCKS
     assert source.engine.pool.num_free == source.engine.pool.num_blocks - NUM_BLOCKS
     assert lender.read(found[0][0])[0].shape == source.engine.kv_store.cache.block_shape
-    lender.give_back(found[0], 0)
-    lender.answer()
+    lender.release(found[0], 0)
+    lender.serve_requests()
     source.engine.check_integrity()
     assert source.engine.pool.num_free == source.engine.pool.num_blocks
 
 
 def test_a_borrower_without_an_answer_in_time_gets_nothing(source: LocalEngine) -> None:
-    lender = KvLender(source.engine.kv_store, lambda: None, timeout_s=0.01)
-    assert lender.borrow([bytes(32)]) == []
-    lender.answer()
+    lender = KvBlockProvider(source.engine.kv_store, lambda: None, timeout_s=0.01)
+    assert lender.acquire([bytes(32)]) == []
+    lender.serve_requests()
     source.engine.check_integrity()
 
 
@@ -299,20 +299,20 @@ def test_a_state_is_lent_after_the_last_key_that_is_known(golden: Callable[[str]
     assert states is not None
     hashes = [*block_hashes(request_of(), 16, None), bytes(32)]
     assert states.num_known(hashes) == NUM_BLOCKS
-    lender = KvLender(engine.engine.kv_store, lambda: None, timeout_s=TIMEOUT_S)
-    found: list[list[LentItem]] = []
+    lender = KvBlockProvider(engine.engine.kv_store, lambda: None, timeout_s=TIMEOUT_S)
+    found: list[list[ProvidedItem]] = []
     keys = [*map(state_key, hashes[1:])]
-    thread = threading.Thread(target=lambda: found.append(lender.borrow(keys)), daemon=True)
+    thread = threading.Thread(target=lambda: found.append(lender.acquire(keys)), daemon=True)
     thread.start()
     while not found:
-        lender.answer()
+        lender.serve_requests()
     ((lent,),) = found
-    assert isinstance(lent, LentState)
+    assert isinstance(lent, ProvidedState)
     assert lent.place == NUM_BLOCKS - 2
     engine.engine.check_integrity()
     assert lent.slot in states.extra
-    lender.give_back([lent], 1)
-    lender.answer()
+    lender.release([lent], 1)
+    lender.serve_requests()
     assert not states.extra
     engine.engine.check_integrity()
 

@@ -8,9 +8,9 @@ from tests.workers.process.intake.test_kv_fetches import identity
 from workers.process.intake import copy_queue
 from workers.process.intake.copy_queue import MAX_WAITING, CopyQueue, QueuedCopy
 from workers.requests.wire import KeepCopy
-from workers.transport.peer_link import Peer
+from workers.transport.peer_link import PeerEndpoint
 
-PEER = Peer(name="attention-0", address="nowhere:1", me=identity("attention-1"), token="t")
+PEER = PeerEndpoint(name="attention-0", address="nowhere:1", me=identity("attention-1"), token="t")
 
 
 def copy_of(*blocks: int, tenant: str = "") -> QueuedCopy:

@@ -27,14 +27,14 @@ from workers.kv.tiers.disk import DiskTier
 from workers.kv.tiers.folders import claim_folder
 from workers.kv.tiers.host import HostTier
 from workers.kv.tiers.tiers import KvTiers
-from workers.kv.transfer.lender import KvLender, LentItem
+from workers.kv.transfer.block_provider import KvBlockProvider, ProvidedItem
 from workers.kv.turns import NO_HINTS, TurnUse
 from workers.process.intake.copy_fetch import BATCH_BLOCKS, CopyFetch
 from workers.process.intake.copy_receiver import OUTCOMES, CopyReceiver
 from workers.requests.block_hash import HASH_BYTES, BlockHash, block_hashes, state_key
 from workers.requests.request import Request
 from workers.requests.wire import KeepCopy
-from workers.transport.peer_link import Peer, PeerClient, PeerServer
+from workers.transport.peer_link import PeerClient, PeerEndpoint, PeerServer
 
 LARGE = 1 << 30
 FAST = 1e12
@@ -56,21 +56,21 @@ def message_of(names: Sequence[BlockHash], **fields: Any) -> KeepCopy:
 
 
 @dataclass
-class Source(KvLender):
+class Source(KvBlockProvider):
     """Lends the blocks of an engine, and notes what it was asked for and what was kept."""
 
     asked: list[int] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
     is_asked: threading.Event = field(default_factory=threading.Event)
 
-    def borrow(self, keys: Sequence[bytes]) -> list[LentItem]:
+    def acquire(self, keys: Sequence[bytes]) -> list[ProvidedItem]:
         self.asked.append(len(keys))
         self.is_asked.set()
-        return super().borrow(keys)
+        return super().acquire(keys)
 
-    def give_back(self, items: list[LentItem], num_kept: int) -> None:
+    def release(self, items: list[ProvidedItem], num_kept: int) -> None:
         self.kept.append(num_kept)
-        super().give_back(items, num_kept)
+        super().release(items, num_kept)
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Link:
 
     engine: LocalEngine
     lender: Source
-    peer: Peer
+    peer: PeerEndpoint
 
     def fetch(self, tiers: KvTiers, message: KeepCopy, **options: Any) -> CopyFetch:
         """Fetch as the thread of another worker does, while this one answers between steps."""
@@ -92,7 +92,7 @@ class Link:
         with ThreadPoolExecutor(1) as threads:
             future = threads.submit(work)
             while not future.done():
-                self.lender.answer()
+                self.lender.serve_requests()
             future.result()
         self.settle()
         tiers.host.check_integrity()
@@ -101,7 +101,7 @@ class Link:
     def settle(self) -> None:
         """The blocks that were lent are returned, and no other than before are free."""
         while self.engine.engine.kv_store.tables:
-            self.lender.answer()
+            self.lender.serve_requests()
         self.engine.engine.check_integrity()
 
 
@@ -111,7 +111,9 @@ def lending(engine: LocalEngine) -> Iterator[Link]:
     server = PeerServer(me, TOKEN, host="127.0.0.1", what="kv-blocks", key_bytes=HASH_BYTES)
     lender = Source(engine.engine.kv_store, lambda: None)
     server.start(lender)
-    peer = Peer(name="attention-0", address=server.address, me=identity("attention-1"), token=TOKEN)
+    peer = PeerEndpoint(
+        name="attention-0", address=server.address, me=identity("attention-1"), token=TOKEN
+    )
     with closing(server):
         yield Link(engine, lender, peer)
 
@@ -295,7 +297,7 @@ def test_a_state_that_was_not_asked_for_is_refused(states: Link) -> None:
     tiers, names = tiers_of(), names_of(request_of())
 
     class Liar(Source):
-        def read(self, item: LentItem) -> tuple[Tensor, ...]:
+        def read(self, item: ProvidedItem) -> tuple[Tensor, ...]:
             place, data = super().read(item)
             return place + 9, data
 
@@ -324,7 +326,7 @@ def wait_counts(copies: CopyReceiver, link: Link, expected: dict[str, int]) -> N
     """Wait until this many copies have come to an end, while the other worker answers."""
     while counts(copies) != expected:
         assert sum(counts(copies).values()) <= sum(expected.values()), counts(copies)
-        link.lender.answer()
+        link.lender.serve_requests()
 
 
 def test_copies_are_kept_one_after_the_other(link: Link) -> None:
@@ -385,8 +387,8 @@ def test_copies_come_at_a_limited_rate(link: Link) -> None:
     with copying(link, tiers, bytes_per_s=1.0) as copies:
         copies.put(message_of(names))
         while not link.lender.asked:
-            link.lender.answer()
-        link.lender.answer()
+            link.lender.serve_requests()
+        link.lender.serve_requests()
         assert counts(copies) == {}
     assert counts(copies) == {"skipped": 1}
     assert tiers.host.num_bytes == 0

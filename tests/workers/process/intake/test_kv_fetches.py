@@ -22,14 +22,14 @@ from tests.reference.exact import exact
 from tests.reference.goldens import Golden
 from tests.workers.kv.transfer.test_store import NUM_BLOCKS, PROMPT, engine_of, request_of, serve
 from workers.engine.engine import Engine
-from workers.kv.transfer.lender import KvLender, LentItem
+from workers.kv.transfer.block_provider import KvBlockProvider, ProvidedItem
 from workers.process.intake.commands import PrefetchRequested
 from workers.process.intake.intake_request import IntakeRequest
 from workers.process.intake.kv_fetches import MAX_FETCHING, KvFetches
 from workers.requests.block_hash import HASH_BYTES, block_hashes, sequence_hashes
 from workers.requests.request import Request
 from workers.transport.handshake import PeerIdentity
-from workers.transport.peer_link import MAX_ITEMS, Peer, PeerServer
+from workers.transport.peer_link import MAX_ITEMS, PeerEndpoint, PeerServer
 
 LIMIT_S = 0.2
 
@@ -60,7 +60,7 @@ class Fetching:
 
     def __init__(self, engine: Engine, address: str, limit_s: float) -> None:
         self.engine = engine
-        self._peer = Peer(
+        self._peer = PeerEndpoint(
             name="attention-0", address=address, me=identity("attention-1"), token=TOKEN
         )
         self._ended = threading.Semaphore(0)
@@ -71,7 +71,7 @@ class Fetching:
             engine, self._find, self._ended.release, limit_s, lambda: time.monotonic() + self.late_s
         )
 
-    def _find(self, name: str) -> Peer | None:
+    def _find(self, name: str) -> PeerEndpoint | None:
         return self._peer if name == self._peer.name and not self.is_peer_gone else None
 
     def wait(self) -> None:
@@ -232,14 +232,14 @@ def test_a_long_prefix_is_fetched_in_part(tiny_checkpoint: Path) -> None:
     asked: list[int] = []
 
     class NoBlocks:
-        def borrow(self, keys: Sequence[bytes]) -> list[int]:
+        def acquire(self, keys: Sequence[bytes]) -> list[int]:
             asked.append(len(keys))
             return []
 
         def read(self, item: int) -> Sequence[Tensor]:
             raise AssertionError("nothing is lent")
 
-        def give_back(self, items: list[int], num_kept: int) -> None:
+        def release(self, items: list[int], num_kept: int) -> None:
             pass
 
     server = PeerServer(
@@ -261,7 +261,7 @@ def test_blocks_that_came_are_found(tiny_checkpoint: Path) -> None:
     source = engine_of(tiny_checkpoint)
     serve(source, request_of("source"))
     asked = threading.Event()
-    lender = KvLender(source.engine.kv_store, asked.set)
+    lender = KvBlockProvider(source.engine.kv_store, asked.set)
     server = PeerServer(
         identity("attention-0"), TOKEN, host="127.0.0.1", what="kv-blocks", key_bytes=HASH_BYTES
     )
@@ -272,7 +272,7 @@ def test_blocks_that_came_are_found(tiny_checkpoint: Path) -> None:
         wanted = add(request_of("target", kv_peer="attention-0"))
         assert fetches.put(wanted)
         assert asked.wait(TIMEOUT_S)
-        lender.answer()
+        lender.serve_requests()
         found.wait()
         assert fetches.take() == [wanted]
     found.check_free()
@@ -291,7 +291,7 @@ def test_blocks_of_another_cache_type_are_refused_by_name(
         what="kv-blocks",
         key_bytes=HASH_BYTES,
     )
-    server.start(KvLender(source.engine.kv_store, lambda: None))
+    server.start(KvBlockProvider(source.engine.kv_store, lambda: None))
     target = engine_of(tiny_checkpoint)
     found = Fetching(target.engine, server.address, TIMEOUT_S)
     with closing(server), closing(found.fetches) as fetches:
@@ -305,16 +305,16 @@ def test_blocks_of_another_cache_type_are_refused_by_name(
     assert serve(target, request_of("target"))[0].num_cached_tokens == 0
 
 
-class Asked(KvLender):
+class Asked(KvBlockProvider):
     """Counts the keys of each question, and answers it."""
 
     def __init__(self, engine: LocalEngine) -> None:
         super().__init__(engine.engine.kv_store, lambda: None)
         self.num_keys: list[int] = []
 
-    def borrow(self, keys: Sequence[bytes]) -> list[LentItem]:
+    def acquire(self, keys: Sequence[bytes]) -> list[ProvidedItem]:
         self.num_keys.append(len(keys))
-        return super().borrow(keys)
+        return super().acquire(keys)
 
 
 def fetch_prompt(source: LocalEngine, target: LocalEngine) -> list[int]:
@@ -329,7 +329,7 @@ def fetch_prompt(source: LocalEngine, target: LocalEngine) -> list[int]:
         wanted = add(request_of("target", kv_peer="attention-0"))
         assert fetches.put(wanted)
         while not found.has_ended(0.01):
-            lender.answer()
+            lender.serve_requests()
         assert fetches.take() == [wanted]
         assert failures(fetches) == 0
     found.check_free()
@@ -375,13 +375,13 @@ def test_a_state_of_none_of_the_keys_is_refused(
     shape = target.engine.kv_store.cache.state_shape
 
     class Wrong:
-        def borrow(self, keys: Sequence[bytes]) -> list[int]:
+        def acquire(self, keys: Sequence[bytes]) -> list[int]:
             return [0]
 
         def read(self, item: int) -> Sequence[Tensor]:
             return torch.tensor([place]), torch.zeros(shape)
 
-        def give_back(self, items: list[int], num_kept: int) -> None:
+        def release(self, items: list[int], num_kept: int) -> None:
             pass
 
     server = PeerServer(
@@ -418,7 +418,7 @@ def test_blocks_of_an_output_come_ahead_of_its_request(tiny_checkpoint: Path) ->
     )
     moving = request_of("r", n=2, attempt=1, kv_peer="attention-0", output_so_far=so_far)
     moving = replace(moving, params=params)
-    lender = KvLender(source.engine.kv_store, lambda: None)
+    lender = KvBlockProvider(source.engine.kv_store, lambda: None)
     server = PeerServer(
         identity("attention-0"), TOKEN, host="127.0.0.1", what="kv-blocks", key_bytes=HASH_BYTES
     )
@@ -430,7 +430,7 @@ def test_blocks_of_an_output_come_ahead_of_its_request(tiny_checkpoint: Path) ->
         for _ in range(2):  # a choice after the other: they share the blocks of the prompt
             assert fetches.take_prefetched() == []
             while not found.has_ended(0.01):
-                lender.answer()
+                lender.serve_requests()
             assert fetches.take() == []
         ((gateway, answer),) = fetches.take_prefetched()
         assert (gateway, answer.request_id, answer.attempt) == ("g", "r", 1)

@@ -92,7 +92,7 @@ class Tiered:
         while not self.copies.is_idle:
             assert self.woken.wait(TIMEOUT_S)
             self.woken.clear()
-            self.copies.go_on()
+            self.copies.advance()
             self.engine.check_integrity()
         assert self.tiers.wait_written(TIMEOUT_S)
 

@@ -22,11 +22,11 @@ from tests.workers.kv.transfer.test_store import (
     serve,
 )
 from workers.kv.tiers.host import HostTier
-from workers.kv.tiers.order import TierTurn
+from workers.kv.tiers.index import TierTurn
 from workers.kv.tiers.tiers import KvTiers
-from workers.kv.transfer import turn_copies
-from workers.kv.transfer.lender import KvLender, LentCopy, LentItem
-from workers.kv.transfer.turn_copies import TurnCopies
+from workers.kv.transfer import turn_copier
+from workers.kv.transfer.block_provider import KvBlockProvider, ProvidedCopy, ProvidedItem
+from workers.kv.transfer.turn_copier import TurnCopier
 from workers.kv.turns import KeepHints, TurnUse
 from workers.requests.block_hash import block_hashes, state_key
 
@@ -42,13 +42,13 @@ class Copying:
         self.engine = local.engine
         self.tiers = KvTiers(HostTier(host_bytes))
         self.woken = threading.Event()
-        self.copies: TurnCopies = self.engine.start_tier_copies(self.tiers, self.woken.set)
+        self.copies: TurnCopier = self.engine.start_tier_copies(self.tiers, self.woken.set)
 
     def settle(self) -> None:
         while not self.copies.is_idle:
             assert self.woken.wait(TIMEOUT_S)
             self.woken.clear()
-            self.copies.go_on()
+            self.copies.advance()
             self.engine.check_integrity()
         self.tiers.host.check_integrity()
 
@@ -82,7 +82,7 @@ def copying(tiny_checkpoint: Path) -> Iterator[Copying]:
 
 
 def test_a_turn_is_copied_in_pieces(copying: Copying, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turn_copies, "MAX_HELD", 1)
+    monkeypatch.setattr(turn_copier, "MAX_HELD", 1)
     serve(copying.local, request_of())
     copying.settle()
     assert copying.num_copied == NUM_BLOCKS
@@ -92,7 +92,7 @@ def test_a_turn_is_copied_in_pieces(copying: Copying, monkeypatch: pytest.Monkey
 
 def test_only_a_few_blocks_are_held_meanwhile(copying: Copying) -> None:
     serve(copying.local, request_of())
-    copying.copies.go_on()
+    copying.copies.advance()
     pool = copying.engine.pool
     assert pool.num_blocks - pool.num_free == pool.num_blocks // 8
     copying.settle()
@@ -118,7 +118,7 @@ def test_a_tier_that_is_full_of_the_same_turn_keeps_its_beginning(tiny_checkpoin
 
 
 def test_too_many_turns_are_left_out(copying: Copying, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turn_copies, "MAX_TURNS", 1)
+    monkeypatch.setattr(turn_copier, "MAX_TURNS", 1)
     serve(copying.local, request_of())
     serve(copying.local, request_of("other", prompt=PROMPT[::-1]))
     copying.settle()
@@ -143,7 +143,7 @@ def test_what_must_be_forgotten_meanwhile_is_not_kept(
 ) -> None:
     may_read = copying.hold_reads(monkeypatch)
     serve(copying.local, request_of())
-    copying.copies.go_on()
+    copying.copies.advance()
     pool = copying.engine.pool
     pool.forget(pool.find(block_hashes(request_of(), 16, None)))
     may_read.set()
@@ -178,7 +178,7 @@ def test_blocks_that_are_copied_at_the_end_keep_what_their_request_said(copying:
     request = replace(request_of(), params=replace(LONG, max_tokens=2), cache_ttl_s=60.0)
     local.add_request(request)
     local.step()
-    copying.copies.go_on()
+    copying.copies.advance()
     pool = local.engine.pool
     while local.engine.has_work:
         local.step()
@@ -194,7 +194,7 @@ def test_a_turn_may_leave_less_than_its_prompt(copying: Copying) -> None:
     local.add_request(request_of())
     local.step()
     (sequence,) = local.engine._scheduler.queues.running
-    copying.copies.go_on()
+    copying.copies.advance()
     hints = KeepHints()
     names = block_hashes(request_of(), 16, None)
     copying.copies.ended(sequence, TurnUse(names=names[:1], num_prompt=1, hints=hints))
@@ -243,7 +243,7 @@ def test_turns_that_run_hold_a_half_of_host_memory(tiny_checkpoint: Path) -> Non
 def test_a_prompt_that_does_not_fit_is_left_while_its_sequence_runs(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turn_copies, "_RUNNING_SHARE", 9.0)
+    monkeypatch.setattr(turn_copier, "_RUNNING_SHARE", 9.0)
     local = engine_of(tiny_checkpoint, num_blocks=16)
     copying = Copying(local, 2 * local.engine.cache.block_bytes)
     local.add_request(replace(request_of(), params=LONG))
@@ -257,14 +257,14 @@ def test_a_prompt_that_does_not_fit_is_left_while_its_sequence_runs(
 def test_several_turns_are_copied_at_a_time(
     copying: Copying, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turn_copies, "MAX_BATCHES", 2)
+    monkeypatch.setattr(turn_copier, "MAX_BATCHES", 2)
     may_read = copying.hold_reads(monkeypatch)
     for place, name in enumerate("abc"):
         serve(copying.local, replace(request_of(name), prompt=(3 + place, *PROMPT[1:])))
-    copying.copies.go_on()
+    copying.copies.advance()
     pool = copying.engine.pool
     num_held = pool.num_blocks - pool.num_free
-    copying.copies.go_on()
+    copying.copies.advance()
     assert pool.num_blocks - pool.num_free == num_held == 2 + 1, "an eighth, and one of the next"
     may_read.set()
     copying.settle()
@@ -282,13 +282,13 @@ def test_a_preempted_sequence_leaves_nothing(tiny_checkpoint: Path) -> None:
     copying.copies.close()
 
 
-def borrow(lender: KvLender, keys: list[bytes]) -> list[LentItem]:
+def acquire(lender: KvBlockProvider, keys: list[bytes]) -> list[ProvidedItem]:
     """What another worker would get, as the engine's thread answers."""
-    found: list[list[LentItem]] = []
-    thread = threading.Thread(target=lambda: found.append(lender.borrow(keys)), daemon=True)
+    found: list[list[ProvidedItem]] = []
+    thread = threading.Thread(target=lambda: found.append(lender.acquire(keys)), daemon=True)
     thread.start()
     while not found:
-        lender.answer()
+        lender.serve_requests()
     thread.join(TIMEOUT_S)
     return found[0]
 
@@ -300,16 +300,16 @@ def test_a_peer_gets_what_only_a_tier_has(copying: Copying) -> None:
     pool, cache = copying.engine.pool, copying.engine.cache
     data = [cache.read_block(block) for block in pool.find(names)]
     pool.forget(pool.find(names)[1:])
-    lender = KvLender(
+    lender = KvBlockProvider(
         copying.engine.kv_store, lambda: None, timeout_s=TIMEOUT_S, tiers=copying.tiers
     )
-    lent = borrow(lender, names)
-    assert [type(item) for item in lent] == [int, *[LentCopy] * (NUM_BLOCKS - 1)]
+    lent = acquire(lender, names)
+    assert [type(item) for item in lent] == [int, *[ProvidedCopy] * (NUM_BLOCKS - 1)]
     for item, expected in zip(lent, data, strict=True):
         (found,) = lender.read(item)
         assert found.view(cache.dtype).view(cache.block_shape).equal(expected)
-    lender.give_back(lent, len(lent))
-    lender.answer()
+    lender.release(lent, len(lent))
+    lender.serve_requests()
     copying.engine.check_integrity()
     copying.tiers.forget(names)
     with pytest.raises(ConnectionError, match="was evicted"):
@@ -329,15 +329,15 @@ def test_a_peer_gets_a_state_that_only_a_tier_has(golden: Callable[[str], Golden
     expected = copying.engine.cache.read_state(slot)
     states.release_extra(slot)
     forget_states(local)
-    lender = KvLender(
+    lender = KvBlockProvider(
         copying.engine.kv_store, lambda: None, timeout_s=TIMEOUT_S, tiers=copying.tiers
     )
-    (lent,) = borrow(lender, [*map(state_key, names[1:])])
-    assert isinstance(lent, LentCopy)
+    (lent,) = acquire(lender, [*map(state_key, names[1:])])
+    assert isinstance(lent, ProvidedCopy)
     place, data = lender.read(lent)
     assert int(place) == NUM_BLOCKS - 2
     assert data.view(expected.dtype).view(expected.shape).equal(expected)
-    lender.give_back([lent], 1)
-    lender.answer()
+    lender.release([lent], 1)
+    lender.serve_requests()
     copying.engine.check_integrity()
     copying.copies.close()

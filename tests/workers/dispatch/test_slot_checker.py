@@ -9,7 +9,13 @@ import torch
 
 from cluster.core.placement import FREE_SLOT
 from tests.harness.pretend_gpu import DEVICE, pretend_gpu
-from workers.dispatch.slot_use import DeviceSlotUse, FilledSlots, HostSlotUse, SlotUse, slot_use
+from workers.dispatch.slot_checker import (
+    DeviceSlotChecker,
+    FilledSlots,
+    HostSlotChecker,
+    SlotChecker,
+    make_slot_checker,
+)
 
 EXPERTS = [5, FREE_SLOT, 3, 0]
 RANKS = (4, 7)
@@ -23,17 +29,17 @@ def reject(rank: int, reason: str) -> NoReturn:
     raise RejectedError(f"{rank}: {reason}")
 
 
-def run(use: SlotUse, exchanges: list[list[list[list[int]]]]) -> list[list[int]]:
+def run(checker: SlotChecker, exchanges: list[list[list[list[int]]]]) -> list[list[int]]:
     """The counts after a step of exchanges of one bank: [exchange][rank][row][k]."""
-    device = torch.device("cpu" if isinstance(use, HostSlotUse) else DEVICE)
+    device = torch.device("cpu" if isinstance(checker, HostSlotChecker) else DEVICE)
     filled, counts = FilledSlots.of(0, EXPERTS, device), [torch.zeros(4, dtype=torch.int64)]
-    use.begin(counts)
+    checker.begin(counts)
     for received in exchanges:
         slots = [torch.tensor(rows, device=device) for rows in received]
-        used = use.check(filled, RANKS, slots, reject)
-        use.count(filled, used.slots)
-        use.flush(counts)
-    use.end(counts, reject)
+        used = checker.check(filled, RANKS, slots, reject)
+        checker.count(filled, used.slots)
+        checker.flush(counts)
+    checker.end(counts, reject)
     return [own.tolist() for own in counts]
 
 
@@ -41,13 +47,13 @@ STEP = [[[[0, 2], [3, -1]], [[-1, -1]]], [[[2, 2]], [[0, -1], [3, 0]]]]
 
 
 def test_a_gpu_counts_what_a_cpu_counts_and_waits_once() -> None:
-    expected = run(HostSlotUse(), STEP)
+    expected = run(HostSlotChecker(), STEP)
     assert expected == [[3, 0, 3, 2]]
     with pretend_gpu() as log:
-        use = slot_use(torch.device(DEVICE))
-        assert isinstance(use, DeviceSlotUse)
+        checker = make_slot_checker(torch.device(DEVICE))
+        assert isinstance(checker, DeviceSlotChecker)
         before = sum(log.waits.values())
-        found = run(use, STEP)
+        found = run(checker, STEP)
         # Those of the test: tables and slots that it makes on the device.
         assert log.waits["copy from the device"] == 1, "counts and checks come together"
         assert set(log.waits) <= {"copy from the device", "copy to the device"}
@@ -60,9 +66,9 @@ def test_a_slot_without_an_expert_is_named(slot: int) -> None:
     step = [*STEP, [[[0, 2]], [[3, slot]]]]
     message = f"7: no expert in slot {slot} of bank 0"
     with pytest.raises(RejectedError) as on_cpu:
-        run(HostSlotUse(), step)
+        run(HostSlotChecker(), step)
     with pretend_gpu(), pytest.raises(RejectedError) as on_gpu:
-        run(DeviceSlotUse(), step)
+        run(DeviceSlotChecker(), step)
     assert str(on_cpu.value) == str(on_gpu.value) == message
 
 
@@ -71,13 +77,13 @@ def test_rows_go_on_without_a_slot_that_has_no_expert() -> None:
         device = torch.device(DEVICE)
         slots = torch.tensor([[0, 1], [9, 3]], device=device)
         filled = FilledSlots.of(0, EXPERTS, device)
-        used = DeviceSlotUse().check(filled, RANKS[:1], [slots], reject)
+        used = DeviceSlotChecker().check(filled, RANKS[:1], [slots], reject)
         assert used.slots.tolist() == [[0, -1], [-1, 3]]
 
 
 def test_what_a_broken_step_left_is_dropped() -> None:
     with pretend_gpu():
-        device, use = torch.device(DEVICE), DeviceSlotUse()
+        device, checker = torch.device(DEVICE), DeviceSlotChecker()
         filled = FilledSlots.of(0, EXPERTS, device)
-        use.check(filled, RANKS[:1], [torch.tensor([[1, 1]], device=device)], reject)
-        assert run(use, STEP) == [[3, 0, 3, 2]], "it neither counts nor raises"
+        checker.check(filled, RANKS[:1], [torch.tensor([[1, 1]], device=device)], reject)
+        assert run(checker, STEP) == [[3, 0, 3, 2]], "it neither counts nor raises"

@@ -38,7 +38,9 @@ class FilledSlots:
         filled = [expert != FREE_SLOT for expert in experts]
         return cls(bank, torch.tensor([*filled, True], device=device), FREE_SLOT in experts)
 
-    def blame(self, ranks: Sequence[int], slots: Sequence[Tensor], reject: Reject) -> None:
+    def reject_invalid_slots(
+        self, ranks: Sequence[int], slots: Sequence[Tensor], reject: Reject
+    ) -> None:
         """Reject a rank that sent a missing or empty slot. slots: [rows, k] of each rank."""
         filled = self.table.tolist()[:-1]
         for rank, mine in zip(ranks, slots, strict=True):
@@ -59,7 +61,7 @@ class UsedSlots:
     """Whether any pair belongs to this rank; True if unknown."""
 
 
-class SlotUse(Protocol):
+class SlotChecker(Protocol):
     """Validates and counts slots on the device of the experts."""
 
     def begin(self, counts: Sequence[Tensor]) -> None:
@@ -83,8 +85,8 @@ class SlotUse(Protocol):
         """Flush, and call ``reject`` for invalid slots that ``check`` has deferred."""
 
 
-class HostSlotUse:
-    """``SlotUse`` on a CPU."""
+class HostSlotChecker:
+    """``SlotChecker`` on a CPU."""
 
     def __init__(self) -> None:
         self._uncounted: list[tuple[int, Tensor]] = []
@@ -99,7 +101,7 @@ class HostSlotUse:
         low, high = (int(x) for x in named.aminmax()) if named.numel() else (0, -1)
         is_inside = low >= -1 and high < filled.table.shape[0] - 1
         if not is_inside or (filled.has_free and not filled.table[named].all()):
-            filled.blame(ranks, slots, reject)
+            filled.reject_invalid_slots(ranks, slots, reject)
         return UsedSlots(named, all_here=low >= 0, any_here=high >= 0)
 
     def count(self, filled: FilledSlots, slots: Tensor) -> None:
@@ -140,8 +142,8 @@ class SlotNotes:
         return torch.cat([torch.stack([s.is_wrong for s in self.seen]).long(), *self.bins.values()])
 
 
-class DeviceSlotUse:
-    """``SlotUse`` on a GPU."""
+class DeviceSlotChecker:
+    """``SlotChecker`` on a GPU."""
 
     def __init__(self) -> None:
         self.notes = SlotNotes()
@@ -190,7 +192,7 @@ class DeviceSlotUse:
             counts[bank][: len(own) - 1] += torch.from_numpy(own[1:].copy())
         for number in is_wrong.nonzero()[0].tolist():
             seen = notes.seen[number]
-            seen.filled.blame(seen.ranks, seen.slots, reject)
+            seen.filled.reject_invalid_slots(seen.ranks, seen.slots, reject)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
@@ -198,6 +200,6 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def slot_use(device: torch.device) -> SlotUse:
-    """Create the ``SlotUse`` for experts on a device."""
-    return HostSlotUse() if device.type == "cpu" else DeviceSlotUse()
+def make_slot_checker(device: torch.device) -> SlotChecker:
+    """Create the ``SlotChecker`` for experts on a device."""
+    return HostSlotChecker() if device.type == "cpu" else DeviceSlotChecker()

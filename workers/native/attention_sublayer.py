@@ -1,4 +1,4 @@
-"""Attention sublayer of a layer on a CPU (``c/half.h``).
+"""Attention sublayer of a layer on a CPU (``c/attention_sublayer.h``).
 
 Reference: ``workers.model.attention_sublayer``.
 """
@@ -9,7 +9,7 @@ import ctypes
 
 from workers.native.matrix import MatrixFields
 from workers.native.structs import c_struct
-from workers.native.team import Team, check
+from workers.native.thread_team import ThreadTeam, check
 
 SCORINGS = ("softmax", "softmax_of_best", "sigmoid", "float32_softmax")
 """Names of ``enum scoring``, by value."""
@@ -28,36 +28,36 @@ class RoutingFields(ctypes.Structure):
     """``struct routing``."""
 
 
-@c_struct("half.h", "router", matrix=MatrixFields, routing=RoutingFields)
+@c_struct("attention_sublayer.h", "router", matrix=MatrixFields, routing=RoutingFields)
 class RouterFields(ctypes.Structure):
     """``struct router``."""
 
 
 @c_struct(
-    "half.h",
-    "half",
+    "attention_sublayer.h",
+    "sublayer",
     qkv=MatrixFields,
     output=MatrixFields,
     query_router=RouterFields,
     router=RouterFields,
 )
-class HalfFields(ctypes.Structure):
-    """``struct half``."""
+class SublayerFields(ctypes.Structure):
+    """``struct sublayer``."""
 
 
-@c_struct("half.h", "half_batch")
+@c_struct("attention_sublayer.h", "sublayer_batch")
 class BatchFields(ctypes.Structure):
-    """``struct half_batch``."""
+    """``struct sublayer_batch``."""
 
 
-@c_struct("half.h", "half_rows")
+@c_struct("attention_sublayer.h", "sublayer_rows")
 class RowsFields(ctypes.Structure):
-    """``struct half_rows``."""
+    """``struct sublayer_rows``."""
 
 
-def run_half(
-    team: Team, half: HalfFields, batch: BatchFields, rows: RowsFields, stages: int
+def run_sublayer(
+    team: ThreadTeam, sublayer: SublayerFields, batch: BatchFields, rows: RowsFields, stages: int
 ) -> None:
     """Compute the given stages. Raises ``RuntimeError`` if memory is exhausted."""
-    run = team.library.functions.half_run
-    check(run(team.pointer, *map(ctypes.byref, (half, batch, rows)), stages))
+    run = team.library.functions.sublayer_run
+    check(run(team.pointer, *map(ctypes.byref, (sublayer, batch, rows)), stages))

@@ -1,6 +1,6 @@
 // Attention sublayer of a layer. Reference: `workers/model/attention_sublayer.py`.
-#ifndef HALF_H
-#define HALF_H
+#ifndef ATTENTION_SUBLAYER_H
+#define ATTENTION_SUBLAYER_H
 
 #include "attention.h"
 #include "matrix.h"
@@ -15,7 +15,7 @@ struct router {
     struct routing routing;
 };
 
-struct half {
+struct sublayer {
     int64_t dtype;  // enum dtype of the model
     int64_t hidden_size, num_heads, num_kv_heads, head_dim;
     int64_t window;   // number of positions that a row attends to; a large number for all
@@ -34,7 +34,7 @@ struct half {
 };
 
 // Rows of a micro-batch, for all layers.
-struct half_batch {
+struct sublayer_batch {
     int64_t num_rows;
     const void *cos, *sin;      // [.., rotated elements of a head] model dtype, sines of the first
                                 // half negated
@@ -48,7 +48,7 @@ struct half_batch {
 };
 
 // Inputs and outputs of a layer. Logits, ids and weights are from the query router, if there is one.
-struct half_rows {
+struct sublayer_rows {
     void *hidden;            // [num_rows, hidden_size]: residual stream before, then after attention
     void *cache;
     void *normed;            // [num_rows, hidden_size]: after the first or second norm
@@ -65,11 +65,11 @@ struct half_rows {
 enum stage { ENTER = 1, ATTEND = 2, LEAVE = 4 };
 
 // Compute the given stages. Returns an `enum result`.
-int half_run(struct team *team, const struct half *half, const struct half_batch *batch,
-             const struct half_rows *rows, int stages);
+int sublayer_run(struct team *team, const struct sublayer *sublayer, const struct sublayer_batch *batch,
+             const struct sublayer_rows *rows, int stages);
 
-// `half_run` for a caller that has claimed the team.
-int half_claimed(struct team *team, const struct half *half, const struct half_batch *batch,
-                 const struct half_rows *rows, int stages);
+// `sublayer_run` for a caller that has claimed the team.
+int sublayer_claimed(struct team *team, const struct sublayer *sublayer, const struct sublayer_batch *batch,
+                 const struct sublayer_rows *rows, int stages);
 
 #endif

@@ -30,7 +30,7 @@ class TierTurn:
     """Items of the turn that are in the tier, in order, each with its number in the tier."""
 
 
-class TierOrder:
+class TierIndex:
     """Items by name, with their sizes, owners and holders.
 
     Example: the capacity is 100 bytes; tenant a has 60 and b has 30. If b adds an item of 20 bytes,
@@ -53,7 +53,7 @@ class TierOrder:
         self._holders: Counter[bytes] = Counter()
         self._bytes: Counter[str] = Counter()
         self._free_bytes: Counter[str] = Counter()  # of items without a holder
-        self._gone: list[bytes] = []
+        self._evicted: list[bytes] = []
 
     def __contains__(self, name: bytes) -> bool:
         return name in self._sizes
@@ -97,7 +97,7 @@ class TierOrder:
         self._hold_known(turn)
 
     def add(self, turn: TierTurn, name: bytes, parent: bytes | None, size: int) -> bool:
-        """Add an item and hold it for the turn. This may evict others; see ``take_gone``.
+        """Add an item and hold it for the turn. This may evict others; see ``take_evicted``.
 
         Returns False if the parent is missing, or if not enough bytes can be evicted.
         """
@@ -107,7 +107,7 @@ class TierOrder:
             return True
         tenant = turn.use.hints.tenant
         is_behind = parent is None or parent in self._sizes
-        if not is_behind or not self._make_room(tenant, size):
+        if not is_behind or not self._evict_for(tenant, size):
             return False
         self._order_of(tenant).learn(name, parent)
         self._sizes[name], self._owners[name] = size, tenant
@@ -118,10 +118,10 @@ class TierOrder:
         self._numbers[name] = turn.held[name] = self._num_added
         return True
 
-    def take_gone(self) -> list[bytes]:
+    def take_evicted(self) -> list[bytes]:
         """Return the items evicted since the last call."""
-        gone, self._gone = self._gone, []
-        return gone
+        evicted, self._evicted = self._evicted, []
+        return evicted
 
     def end(self, turn: TierTurn) -> None:
         """Release a turn's items, so that they can be evicted, the last ones first."""
@@ -186,21 +186,21 @@ class TierOrder:
         self._holders[name] += 1
         turn.held[name] = self._numbers[name]
 
-    def _make_room(self, tenant: str, size: int) -> bool:
+    def _evict_for(self, tenant: str, size: int) -> bool:
         """Evict items until ``size`` bytes are free, or return False if that is not possible."""
         held = self.num_bytes - self._free_bytes.total()
         if held + size > self.capacity_bytes:
             return False
         while self.num_bytes + size > self.capacity_bytes:
-            victim = self._who_gives(tenant)
+            victim = self._tenant_to_evict(tenant)
             if victim is None:
                 return False
             name = self._orders[victim].pop()
             self.forget(name)
-            self._gone.append(name)
+            self._evicted.append(name)
         return True
 
-    def _who_gives(self, tenant: str) -> str | None:
+    def _tenant_to_evict(self, tenant: str) -> str | None:
         """Return the tenant from which an item is evicted for ``tenant``, or None."""
         able = [t for t, free in self._free_bytes.items() if free > 0]
         part = self.capacity_bytes / len({tenant, *(+self._bytes)})

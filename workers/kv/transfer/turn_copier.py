@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from workers.kv.tiers.order import TierTurn
+from workers.kv.tiers.index import TierTurn
 from workers.kv.tiers.tiers import KvTiers
-from workers.kv.transfer.store import KvTransferStore, LentState
+from workers.kv.transfer.store import KvTransferStore, ProvidedState
 from workers.kv.turns import TurnUse
 from workers.requests.block_hash import BlockHash, state_key
 from workers.requests.sequence import SequenceState
@@ -48,7 +48,7 @@ class _Copy:
     """Whether the sequence no longer runs."""
     is_busy: bool = False
     """Whether a batch of its blocks is being copied."""
-    is_left: bool = False
+    is_finished: bool = False
     """Whether copying has ended, completely or because no more can be stored."""
     turn: TierTurn | None = None
     """Set and used by the copier thread; None before the first batch."""
@@ -66,18 +66,18 @@ class _Batch:
     names: Sequence[BlockHash]
     """Names of the blocks."""
     blocks: list[int]
-    state: LentState | None
+    state: ProvidedState | None
     work: Future[bool]
     """Returns whether more of the turn can be stored."""
 
 
-class TurnCopies:
+class TurnCopier:
     """Copies turns to the tiers on its own thread. Call all methods on the engine thread.
 
     Args:
         store: holds blocks of the pool, and states.
         tiers: destination of the copies.
-        wake: called by the copier thread when ``go_on`` should be called.
+        wake: called by the copier thread when ``advance`` should be called.
     """
 
     def __init__(self, store: KvTransferStore, tiers: KvTiers, wake: Callable[[], None]) -> None:
@@ -89,7 +89,7 @@ class TurnCopies:
         """Copies of running sequences, whether or not in ``_waiting``."""
         self._batches: deque[_Batch] = deque()
         """Oldest first, the order in which they are copied."""
-        self._on_way: set[BlockHash] = set()
+        self._copying: set[BlockHash] = set()
         """Blocks of the batches."""
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-copier")
 
@@ -102,22 +102,22 @@ class TurnCopies:
         """See ``TurnListener``."""
         if use.hints.keep_s != 0 and len(self._waiting) < MAX_TURNS and self._may_hold(use):
             self._running[sequence] = copy = _Copy(use, has_ended=False)
-            self._go_on_with(copy)
+            self._schedule(copy)
 
     def ended(self, sequence: SequenceState, use: TurnUse) -> None:
         """See ``TurnListener``."""
         copy = self._running.pop(sequence, None)
         if copy is None:
-            self._note(use)
+            self._queue_ended(use)
             return
         copy.use, copy.has_ended = use, True
-        self._go_on_with(copy)
+        self._schedule(copy)
 
     def stopped(self, sequence: SequenceState) -> None:
         """See ``TurnListener``. Copied blocks of the prompt stay in the tiers."""
         if (copy := self._running.pop(sequence, None)) is not None:
             copy.has_ended = True
-            self._go_on_with(copy)
+            self._schedule(copy)
 
     def _may_hold(self, use: TurnUse) -> bool:
         """Whether a running turn fits into host memory, where its blocks are not evictable."""
@@ -125,12 +125,12 @@ class TurnCopies:
         num_bytes = num_blocks * self._store.cache.block_bytes
         return num_bytes <= self._tiers.host.capacity_bytes * _RUNNING_SHARE
 
-    def _go_on_with(self, copy: _Copy) -> None:
-        if not copy.is_left and copy not in self._waiting:
+    def _schedule(self, copy: _Copy) -> None:
+        if not copy.is_finished and copy not in self._waiting:
             self._waiting.append(copy)
         self._wake()
 
-    def _note(self, use: TurnUse) -> None:
+    def _queue_ended(self, use: TurnUse) -> None:
         """Queue an ended turn of which no block was copied before."""
         if use.hints.keep_s == 0:  # not needed again: only make copies in the tiers evictable
             num_here = len(self._tiers.tiers_of(use.names))
@@ -138,9 +138,9 @@ class TurnCopies:
         if len(self._waiting) == MAX_TURNS:
             self._tiers.host.num_skipped += len(use.names)
             return
-        self._go_on_with(_Copy(use, has_ended=True))
+        self._schedule(_Copy(use, has_ended=True))
 
-    def go_on(self) -> None:
+    def advance(self) -> None:
         """Release copied blocks and hold the next ones."""
         while self._batches and self._batches[0].work.done():
             self._end_batch(self._batches.popleft())
@@ -161,9 +161,9 @@ class TurnCopies:
         names, host = copy.use.names, self._tiers.host
         while copy.num_done < len(names) and host.has(names[copy.num_done]):
             copy.num_done += 1
-        if copy.num_done < len(names) and names[copy.num_done] in self._on_way:
+        if copy.num_done < len(names) and names[copy.num_done] in self._copying:
             return  # another turn has the same beginning
-        blocks, state = self._lend_next(copy)
+        blocks, state = self._acquire_next(copy)
         is_over = not blocks and state is None  # all are copied or evicted
         if is_over and not copy.has_ended:
             self._waiting.remove(copy)
@@ -173,19 +173,19 @@ class TurnCopies:
         work.add_done_callback(lambda ended: self._wake())
         copy.is_busy = True
         held = names[copy.num_done : copy.num_done + len(blocks)]
-        self._on_way.update(held)
+        self._copying.update(held)
         self._batches.append(_Batch(copy, held, blocks, state, work))
 
-    def _lend_next(self, copy: _Copy) -> tuple[list[int], LentState | None]:
+    def _acquire_next(self, copy: _Copy) -> tuple[list[int], ProvidedState | None]:
         """Hold the next blocks, or the next state after all blocks are copied."""
         use, host = copy.use, self._tiers.host
         if copy.num_done < len(use.names):
             most = min(self._num_spare(), MAX_HELD) if copy.has_ended else MAX_HELD
-            return self._store.lend(use.names[copy.num_done : copy.num_done + most]), None
+            return self._store.acquire(use.names[copy.num_done : copy.num_done + most]), None
         for name in use.states[copy.num_states_done :]:
             copy.num_states_done += 1
             key = state_key(name)
-            if not host.has(key) and (state := self._store.lend_state([key])) is not None:
+            if not host.has(key) and (state := self._store.acquire_state([key])) is not None:
                 return [], state
         return [], None
 
@@ -196,17 +196,17 @@ class TurnCopies:
 
     def _end_batch(self, batch: _Batch) -> None:
         copy, pool = batch.copy, self._store.pool
-        self._on_way.difference_update(batch.names)
+        self._copying.difference_update(batch.names)
         held = zip(batch.blocks, batch.names, strict=True)
         self._tiers.forget([name for block, name in held if pool.hash_of(block) != name])
         if batch.blocks:
-            self._store.end_loan(batch.blocks, 0)
+            self._store.release(batch.blocks, 0)
         if batch.state is not None:
-            self._store.end_state_loan(batch.state, is_kept=False)
+            self._store.release_state(batch.state, is_kept=False)
         copy.is_busy = False
         copy.num_done += len(batch.blocks)
         if batch.work.cancelled() or not batch.work.result():
-            copy.is_left = True
+            copy.is_finished = True
             self._waiting.remove(copy)
 
     def _copy(
@@ -214,12 +214,12 @@ class TurnCopies:
         copy: _Copy,
         names: Sequence[BlockHash],
         blocks: list[int],
-        state: LentState | None,
+        state: ProvidedState | None,
     ) -> bool:
         """Copy a batch, on the copier thread. False if no more of the turn can be stored."""
         cache = self._store.cache
         try:
-            turn = self._begun(copy)
+            turn = self._tier_turn(copy)
             for place, block in enumerate(blocks, copy.num_done):
                 parent = names[place - 1] if place else None
                 if not self._put(turn, names[place], parent, cache.read_block(block)):
@@ -233,7 +233,7 @@ class TurnCopies:
             return self._end(copy)
         return True
 
-    def _begun(self, copy: _Copy) -> TierTurn:
+    def _tier_turn(self, copy: _Copy) -> TierTurn:
         use = copy.use
         if copy.turn is None:
             copy.turn = self._tiers.begin(use)
@@ -244,7 +244,7 @@ class TurnCopies:
     def _end(self, copy: _Copy) -> bool:
         """End a turn, on the copier thread. Blocks that are not in the tiers now are skipped."""
         try:
-            self._tiers.end(self._begun(copy))
+            self._tiers.end(self._tier_turn(copy))
         except Exception:  # as above
             logger.exception("the copy of a turn to the tiers could not be finished")
         return False

@@ -34,7 +34,7 @@ def check(result: int) -> None:
         raise (IndexError if result >= 3 else RuntimeError)(_ERRORS[result])
 
 
-class Team:
+class ThreadTeam:
     """The calling thread and ``count`` - 1 other threads, for one calling thread at a time."""
 
     def __init__(self, library: Library, count: int) -> None:
@@ -68,22 +68,24 @@ class Team:
 class Kernels:
     """Kernels of a worker."""
 
-    team: Team | None
+    team: ThreadTeam | None
     """None if torch computes."""
-    words: str
+    description: str
     """Description: the instruction set, and why no better one is used, or why torch is used."""
 
-    def noting(self, exception: str) -> Kernels:
+    def with_exception(self, exception: str) -> Kernels:
         """Append an exception (a part that torch computes) to the description, and log it."""
         if self.team is None or not exception:
             return self
         logger.warning("kernels: %s", exception)
-        return replace(self, words=f"{self.words}; {exception}")
+        return replace(self, description=f"{self.description}; {exception}")
 
 
 def start_kernels(num_threads: int, why_torch: str = "") -> Kernels:
     """Start a team with the best kernels of this machine, unless ``why_torch`` has a reason."""
     found = LibraryChoice(None, why_torch) if why_torch else find_library()
     is_surprise = found.library is None and not why_torch
-    logger.log(logging.WARNING if is_surprise else logging.INFO, "kernels: %s", found.words)
-    return Kernels(Team(found.library, num_threads) if found.library else None, found.words)
+    logger.log(logging.WARNING if is_surprise else logging.INFO, "kernels: %s", found.description)
+    return Kernels(
+        ThreadTeam(found.library, num_threads) if found.library else None, found.description
+    )

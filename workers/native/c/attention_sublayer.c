@@ -3,7 +3,7 @@
 // the threads take pieces (rows, panels or heads) from a counter, so that a thread that waits for a
 // core does not delay the rest. The last thread to arrive computes a few rows between two products
 // alone, without another barrier.
-#include "half.h"
+#include "attention_sublayer.h"
 
 #include <limits.h>
 #include <math.h>
@@ -19,9 +19,9 @@ enum { GROUP = 4 };       // panels in a piece of a large product
 enum { PIECES = 4 };      // pieces for each thread in a small product
 
 struct job {
-    const struct half *half;
-    const struct half_batch *batch;
-    const struct half_rows *rows;
+    const struct sublayer *sublayer;
+    const struct sublayer_batch *batch;
+    const struct sublayer_rows *rows;
     int stages;
     _Atomic int next[2];      // pieces of this section and of the next one, alternating
     _Atomic int num_arrived;  // threads at sections of few rows
@@ -62,21 +62,21 @@ ALWAYS const void *row_of(const void *x, int64_t row, int64_t width, enum dtype 
 // Normalize floats x [hidden_size] in place; copy them to `out` and to a row in a product's layout.
 static void norm_row(const struct job *job, float *x, const void *weight, void *out,
                      const struct matrix *next, char *form) {
-    const struct half *half = job->half;
-    enum dtype dtype = (enum dtype)half->dtype;
-    rms_norm(x, weight, half->hidden_size, (float)half->eps, dtype);
-    if (out) convert(out, dtype, x, FLOAT32, half->hidden_size);
+    const struct sublayer *sublayer = job->sublayer;
+    enum dtype dtype = (enum dtype)sublayer->dtype;
+    rms_norm(x, weight, sublayer->hidden_size, (float)sublayer->eps, dtype);
+    if (out) convert(out, dtype, x, FLOAT32, sublayer->hidden_size);
     if (next->panels) matrix_fill_row(next, form, x, FLOAT32);
 }
 
 // The first product.
-static const struct matrix *entry_of(const struct half *half) {
-    return half->qkv.panels ? &half->qkv : &half->query_router.matrix;
+static const struct matrix *entry_of(const struct sublayer *sublayer) {
+    return sublayer->qkv.panels ? &sublayer->qkv : &sublayer->query_router.matrix;
 }
 
 // Number of heads of a row: queries, keys and values.
-ALWAYS int64_t row_heads(const struct half *half) {
-    return half->num_heads + (half->latent_rank ? 1 : 2 * half->num_kv_heads);
+ALWAYS int64_t row_heads(const struct sublayer *sublayer) {
+    return sublayer->num_heads + (sublayer->latent_rank ? 1 : 2 * sublayer->num_kv_heads);
 }
 
 // `first`: first row of the block; buffers of a block start with this row.
@@ -84,25 +84,25 @@ typedef void row_work(struct member *m, int64_t first, int64_t row);
 
 static void norm1(struct member *m, int64_t first, int64_t row) {
     const struct job *job = m->job;
-    const struct half *half = job->half;
-    enum dtype dtype = (enum dtype)half->dtype;
-    const struct matrix *next = entry_of(half);
-    const void *hidden = row_of(job->rows->hidden, row, half->hidden_size, dtype);
-    convert(m->scratch, FLOAT32, hidden, dtype, half->hidden_size);
+    const struct sublayer *sublayer = job->sublayer;
+    enum dtype dtype = (enum dtype)sublayer->dtype;
+    const struct matrix *next = entry_of(sublayer);
+    const void *hidden = row_of(job->rows->hidden, row, sublayer->hidden_size, dtype);
+    convert(m->scratch, FLOAT32, hidden, dtype, sublayer->hidden_size);
     // Without routed projections only the product reads the rows.
-    void *out = half->qkv.panels
+    void *out = sublayer->qkv.panels
                     ? NULL
-                    : (void *)row_of(job->rows->normed, row, half->hidden_size, dtype);
+                    : (void *)row_of(job->rows->normed, row, sublayer->hidden_size, dtype);
     char *form = job->form + (size_t)(row - first) * row_bytes(next);
-    norm_row(job, m->scratch, half->norm1, out, next, form);
+    norm_row(job, m->scratch, sublayer->norm1, out, next, form);
 }
 
 // Choose the experts of a row from the sums of a router's product.
 static void route(struct member *m, const struct router *router, int64_t first, int64_t row) {
     const struct matrix *matrix = &router->matrix;
     const struct routing *routing = &router->routing;
-    const struct half_rows *rows = m->job->rows;
-    enum dtype model = (enum dtype)m->job->half->dtype;
+    const struct sublayer_rows *rows = m->job->rows;
+    enum dtype model = (enum dtype)m->job->sublayer->dtype;
     enum dtype dtype = routing->float32_product ? FLOAT32 : model;
     float *logits = m->job->sums + (row - first) * padded_outputs(matrix);
     for (int64_t i = 0; i < matrix->outputs; i += LANES) {
@@ -124,34 +124,34 @@ static void route(struct member *m, const struct router *router, int64_t first, 
 }
 
 static void route_queries(struct member *m, int64_t first, int64_t row) {
-    route(m, &m->job->half->query_router, first, row);
+    route(m, &m->job->sublayer->query_router, first, row);
 }
 
 static void route_experts(struct member *m, int64_t first, int64_t row) {
-    route(m, &m->job->half->router, first, row);
+    route(m, &m->job->sublayer->router, first, row);
 }
 
 // Normalize, clip and rotate the queries, keys and values of a row in place, and write them to the
 // queries and to the cache.
 static void place_row(const struct job *job, float *qkv, int64_t row, const struct chunk *chunk) {
-    const struct half *half = job->half;
-    const struct half_batch *batch = job->batch;
-    enum dtype dtype = (enum dtype)half->dtype;
-    int64_t dim = half->head_dim, heads = half->num_heads, kv_heads = half->num_kv_heads;
-    int64_t all_heads = row_heads(half);
-    float eps = (float)half->eps;
-    if (half->qk_norm == NORM_WIDTH) {
-        rms_norm(qkv, half->qk_norm_weights, heads * dim, eps, dtype);
-        const void *weight = row_of(half->qk_norm_weights, heads, dim, dtype);
+    const struct sublayer *sublayer = job->sublayer;
+    const struct sublayer_batch *batch = job->batch;
+    enum dtype dtype = (enum dtype)sublayer->dtype;
+    int64_t dim = sublayer->head_dim, heads = sublayer->num_heads, kv_heads = sublayer->num_kv_heads;
+    int64_t all_heads = row_heads(sublayer);
+    float eps = (float)sublayer->eps;
+    if (sublayer->qk_norm == NORM_WIDTH) {
+        rms_norm(qkv, sublayer->qk_norm_weights, heads * dim, eps, dtype);
+        const void *weight = row_of(sublayer->qk_norm_weights, heads, dim, dtype);
         rms_norm(qkv + heads * dim, weight, kv_heads * dim, eps, dtype);
     }
-    if (half->qk_norm == NORM_HEADS)
+    if (sublayer->qk_norm == NORM_HEADS)
         for (int64_t h = 0; h < heads + kv_heads; h++) {
-            const void *weight = row_of(half->qk_norm_weights, h, dim, dtype);
+            const void *weight = row_of(sublayer->qk_norm_weights, h, dim, dtype);
             rms_norm(qkv + h * dim, weight, dim, eps, dtype);
         }
-    if (isfinite(half->clip)) {
-        float clip = (float)half->clip;
+    if (isfinite(sublayer->clip)) {
+        float clip = (float)sublayer->clip;
         // NaN stays NaN.
         for (int64_t i = 0; i < all_heads * dim; i++)
             qkv[i] = qkv[i] > clip ? clip : qkv[i] < -clip ? -clip : qkv[i];
@@ -163,7 +163,7 @@ static void place_row(const struct job *job, float *qkv, int64_t row, const stru
     int64_t block = chunk->table[position / batch->block_size];
     int64_t offset = position % batch->block_size;
     float exact[dim];  // values for an E4M3 cache before their rounding
-    int64_t plain = half->latent_rank, turned = (dim - plain) / 2;
+    int64_t plain = sublayer->latent_rank, turned = (dim - plain) / 2;
     for (int64_t h = 0; h < all_heads; h++) {
         const float *x = qkv + h * dim;
         int64_t slot = ((h - heads) * batch->num_blocks + block) * batch->block_size + offset;
@@ -195,10 +195,10 @@ static void place_row(const struct job *job, float *qkv, int64_t row, const stru
 // Place queries, keys and values of a row, from the sums of their product or from `projected`.
 static void place(struct member *m, int64_t first, int64_t row) {
     const struct job *job = m->job;
-    const struct half *half = job->half;
-    const struct matrix *matrix = &half->qkv;
-    enum dtype dtype = (enum dtype)half->dtype;
-    int64_t width = row_heads(half) * half->head_dim;
+    const struct sublayer *sublayer = job->sublayer;
+    const struct matrix *matrix = &sublayer->qkv;
+    enum dtype dtype = (enum dtype)sublayer->dtype;
+    int64_t width = row_heads(sublayer) * sublayer->head_dim;
     float *qkv = m->scratch;
     if (matrix->panels) {
         qkv = job->sums + (row - first) * padded_outputs(matrix);
@@ -214,10 +214,10 @@ static void place(struct member *m, int64_t first, int64_t row) {
 // Compute the residual stream of a row after attention, and its norm.
 static void norm2(struct member *m, int64_t first, int64_t row) {
     const struct job *job = m->job;
-    const struct half *half = job->half;
-    const struct matrix *output = &half->output, *next = &half->router.matrix;
-    enum dtype dtype = (enum dtype)half->dtype;
-    int64_t size = half->hidden_size;
+    const struct sublayer *sublayer = job->sublayer;
+    const struct matrix *output = &sublayer->output, *next = &sublayer->router.matrix;
+    enum dtype dtype = (enum dtype)sublayer->dtype;
+    int64_t size = sublayer->hidden_size;
     void *hidden = (void *)row_of(job->rows->hidden, row, size, dtype);
     const float *sums = job->sums + (row - first) * (output->panels ? padded_outputs(output) : 0);
     const void *mixed = output->panels ? NULL : row_of(job->rows->mixed, row, size, dtype);
@@ -228,7 +228,7 @@ static void norm2(struct member *m, int64_t first, int64_t row) {
     }
     convert(hidden, dtype, m->scratch, FLOAT32, size);
     void *normed = (void *)row_of(job->rows->normed, row, size, dtype);
-    norm_row(job, m->scratch, half->norm2, normed, next,
+    norm_row(job, m->scratch, sublayer->norm2, normed, next,
              job->form + (size_t)(row - first) * row_bytes(next));
 }
 
@@ -257,18 +257,18 @@ static void multiply(struct member *m, const struct matrix *matrix, const char *
 }
 
 static void enter(struct member *m, int64_t first, int64_t last) {
-    const struct half *half = m->job->half;
+    const struct sublayer *sublayer = m->job->sublayer;
     each_row(m, norm1, first, last);
-    multiply(m, entry_of(half), m->job->form, last - first);
-    if (!half->qkv.panels) each_row(m, route_queries, first, last);
+    multiply(m, entry_of(sublayer), m->job->form, last - first);
+    if (!sublayer->qkv.panels) each_row(m, route_queries, first, last);
 }
 
 static void leave(struct member *m, int64_t first, int64_t last) {
-    const struct half *half = m->job->half;
-    const struct matrix *router = &half->router.matrix;
-    if (half->output.panels) {
-        const char *rows = m->job->attended + (size_t)first * row_bytes(&half->output);
-        multiply(m, &half->output, rows, last - first);
+    const struct sublayer *sublayer = m->job->sublayer;
+    const struct matrix *router = &sublayer->router.matrix;
+    if (sublayer->output.panels) {
+        const char *rows = m->job->attended + (size_t)first * row_bytes(&sublayer->output);
+        multiply(m, &sublayer->output, rows, last - first);
     }
     each_row(m, norm2, first, last);
     if (!router->panels) return;
@@ -305,58 +305,58 @@ static void task(void *argument, struct team *team, int thread, int count) {
 
 static size_t aligned(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
-static struct attention attention_of(const struct half *half, const struct half_batch *batch,
-                                     const struct half_rows *rows) {
-    int is_routed = !half->qkv.panels;
+static struct attention attention_of(const struct sublayer *sublayer, const struct sublayer_batch *batch,
+                                     const struct sublayer_rows *rows) {
+    int is_routed = !sublayer->qkv.panels;
     return (struct attention){
-        .num_heads = (int)half->num_heads,
-        .num_kv_heads = (int)half->num_kv_heads,
-        .head_dim = (int)half->head_dim,
-        .value_dim = (int)(half->latent_rank ? half->latent_rank : half->head_dim),
-        .is_latent = half->latent_rank != 0,
-        .scale = (float)half->scale,
-        .sinks = half->sinks,
-        .window = (int)min_of(half->window, INT_MAX / 2),
-        .dtype = (enum dtype)half->dtype,
+        .num_heads = (int)sublayer->num_heads,
+        .num_kv_heads = (int)sublayer->num_kv_heads,
+        .head_dim = (int)sublayer->head_dim,
+        .value_dim = (int)(sublayer->latent_rank ? sublayer->latent_rank : sublayer->head_dim),
+        .is_latent = sublayer->latent_rank != 0,
+        .scale = (float)sublayer->scale,
+        .sinks = sublayer->sinks,
+        .window = (int)min_of(sublayer->window, INT_MAX / 2),
+        .dtype = (enum dtype)sublayer->dtype,
         .cache_dtype = (enum dtype)batch->cache_dtype,
         .cache = rows->cache,
         .num_blocks = batch->num_blocks,
         .block_size = (int)batch->block_size,
         .out = rows->attended,
-        .out_dtype = is_routed ? (enum dtype)half->dtype : row_dtype(&half->output),
+        .out_dtype = is_routed ? (enum dtype)sublayer->dtype : row_dtype(&sublayer->output),
         .chunks = batch->chunks,
         .num_chunks = (int)batch->num_chunks,
         .max_length = (int)batch->max_length,
     };
 }
 
-int half_claimed(struct team *team, const struct half *half, const struct half_batch *batch,
-                 const struct half_rows *rows, int stages) {
-    struct job job = {.half = half, .batch = batch, .rows = rows, .stages = stages};
-    job.attention = attention_of(half, batch, rows);
-    int64_t block = min_of(batch->num_rows, BLOCK_ROWS), outputs = 0, width = half->hidden_size;
+int sublayer_claimed(struct team *team, const struct sublayer *sublayer, const struct sublayer_batch *batch,
+                 const struct sublayer_rows *rows, int stages) {
+    struct job job = {.sublayer = sublayer, .batch = batch, .rows = rows, .stages = stages};
+    job.attention = attention_of(sublayer, batch, rows);
+    int64_t block = min_of(batch->num_rows, BLOCK_ROWS), outputs = 0, width = sublayer->hidden_size;
     size_t form = 0;
-    const struct matrix *matrices[] = {&half->qkv, &half->output, &half->query_router.matrix,
-                                       &half->router.matrix};
+    const struct matrix *matrices[] = {&sublayer->qkv, &sublayer->output, &sublayer->query_router.matrix,
+                                       &sublayer->router.matrix};
     for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++)
         if (matrices[i]->panels) {
             outputs = max_of(outputs, padded_outputs(matrices[i]));
             size_t bytes = row_bytes(matrices[i]);
-            if (bytes > form && matrices[i] != &half->output) form = bytes;
+            if (bytes > form && matrices[i] != &sublayer->output) form = bytes;
         }
-    width = max_of(width, row_heads(half) * half->head_dim);
-    width = max_of(width, ROUTING_SCRATCH * half->router.routing.num_experts);
-    width = max_of(width, ROUTING_SCRATCH * half->query_router.routing.num_experts);
+    width = max_of(width, row_heads(sublayer) * sublayer->head_dim);
+    width = max_of(width, ROUTING_SCRATCH * sublayer->router.routing.num_experts);
+    width = max_of(width, ROUTING_SCRATCH * sublayer->query_router.routing.num_experts);
     size_t form_bytes = aligned((size_t)block * form);
     size_t sum_bytes = aligned((size_t)(block * outputs) * sizeof(float));
     size_t attended_bytes =
-        half->qkv.panels ? aligned((size_t)batch->num_rows * row_bytes(&half->output)) : 0;
+        sublayer->qkv.panels ? aligned((size_t)batch->num_rows * row_bytes(&sublayer->output)) : 0;
     size_t attention_bytes = attention_scratch(&job.attention);
     job.thread_bytes = aligned(max_of((int64_t)attention_bytes, width * (int64_t)sizeof(float)));
     size_t query_bytes = 0;
     if (stages & ATTEND && !rows->queries) {
-        int64_t elements = batch->num_rows * half->num_heads * half->head_dim;
-        query_bytes = aligned((size_t)elements * dtype_bytes((enum dtype)half->dtype));
+        int64_t elements = batch->num_rows * sublayer->num_heads * sublayer->head_dim;
+        query_bytes = aligned((size_t)elements * dtype_bytes((enum dtype)sublayer->dtype));
     }
     size_t total = form_bytes + sum_bytes + attended_bytes + query_bytes;
     job.form = team_scratch(team, total + job.thread_bytes * (size_t)team_size(team));
@@ -367,15 +367,15 @@ int half_claimed(struct team *team, const struct half *half, const struct half_b
     job.threads = queries + query_bytes;
     job.queries = rows->queries ? rows->queries : (void *)queries;
     job.attention.queries = job.queries;
-    if (half->qkv.panels) job.attention.out = job.attended;
+    if (sublayer->qkv.panels) job.attention.out = job.attended;
     team_run(team, task, &job, 0);
     return OK;
 }
 
-int half_run(struct team *team, const struct half *half, const struct half_batch *batch,
-             const struct half_rows *rows, int stages) {
+int sublayer_run(struct team *team, const struct sublayer *sublayer, const struct sublayer_batch *batch,
+             const struct sublayer_rows *rows, int stages) {
     if (!team_claim(team)) return BUSY;
-    int result = half_claimed(team, half, batch, rows, stages);
+    int result = sublayer_claimed(team, sublayer, batch, rows, stages);
     team_release(team);
     return result;
 }
