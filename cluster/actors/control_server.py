@@ -160,7 +160,7 @@ class ControlServer:
         except ProtocolError:
             raise
         except Exception:
-            logger.exception("%s of %s was not handled", type(frame).__name__, worker)
+            logger.exception("could not handle %s of %s", type(frame).__name__, worker)
 
     async def _admit(self, connection: _Connection) -> None:
         """Run the handshake within its time limit, then assign the connection to the worker."""
@@ -186,7 +186,7 @@ class ControlServer:
         """
         hello = decode_hello(await connection.read(MAX_HELLO_BYTES))
         if not isinstance(hello, ControlHello) or not _NAME.fullmatch(hello.worker):
-            raise HandshakeError("the first frame is no proper ControlHello")
+            raise HandshakeError("the first frame is not a valid ControlHello")
         proof = TokenProof(self._token, "control", is_caller=False, their_nonce=hello.nonce)
         challenge = ControlChallenge(
             nonce=proof.nonce, proof=proof.make_proof(), release=self._release

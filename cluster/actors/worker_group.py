@@ -237,7 +237,7 @@ class WorkerGroup:
     def _check_wanted(self, name: str) -> None:
         """Raise ``StartError`` if the worker was ended before it was created."""
         if name in self._withdrawn:
-            raise StartError(name, "it is not wanted any more")
+            raise StartError(name, "it was ended before it was created")
 
     async def _find(self, name: str, limit_s: float) -> ExistingWorker | None:
         try:
@@ -290,7 +290,7 @@ async def _free_names(names: Sequence[str]) -> None:
     deadline = asyncio.get_running_loop().time() + worker_actor.CALL_LIMIT_S
     while taken := sorted(set(names) & set(await asyncio.to_thread(ray_tools.our_actors))):
         if asyncio.get_running_loop().time() > deadline:
-            raise StartError(taken[0], "an actor of that name lives and does not end")
+            raise StartError(taken[0], "an actor of that name is alive and does not end")
         await asyncio.to_thread(ray_tools.kill_actors, taken)
         await asyncio.sleep(_POLL_S)
 

@@ -109,7 +109,7 @@ class Adapters:
         for module in cluster.config.lora.adapters:
             self._add(module.name, module.path, module.tenants, cluster.began_at)
 
-    # ---- questions ------------------------------------------------------------------------
+    # ---- queries --------------------------------------------------------------------------
 
     def is_settled(self, key: str) -> bool:
         """Whether the load of an adapter has ended."""
@@ -129,7 +129,7 @@ class Adapters:
             raise RequestError(f"lora_path: {error}", "lora_path")
         return next((entry for entry in self._table.to_list() if entry["key"] == key), {})
 
-    # ---- orders ---------------------------------------------------------------------------
+    # ---- commands ---------------------------------------------------------------------------
 
     def load(self, command: AdapterLoadCommand, now: float) -> str:
         """Begin to load an adapter; return its key.
@@ -189,7 +189,7 @@ class Adapters:
         if frame.number < self._number:
             return ""
         for key in self._table.compare_digests(frame.digests):
-            errors[key] = "its files are not those that other workers have read"
+            errors[key] = "its files differ from those that other workers have read"
         self._answers[name] = frame.number
         is_new, record.awaits_adapters = record.awaits_adapters, False
         if is_new:
@@ -211,7 +211,7 @@ class Adapters:
             if not self._is_starting and now >= self._since[kept.adapter.key] + LOAD_LIMIT_S:
                 asked = [r for r in self._workers() if self._answers.get(r.name, 0) < kept.number]
                 names = ", ".join(r.name for r in asked) or "any worker"
-                error = f"{kept.adapter.path}: no answer of {names} within {LOAD_LIMIT_S:g} s"
+                error = f"{kept.adapter.path}: no reply of {names} within {LOAD_LIMIT_S:g} s"
                 self._drop(kept, error, now)
         self._retry(now)
         in_use = {key for record in self._workers() for key in record.adapters}

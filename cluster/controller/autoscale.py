@@ -92,7 +92,7 @@ class Autoscaling:
             "waits_for": self._waits_for,
         }
 
-    # ---- numbers ----------------------------------------------------------------------------
+    # ---- stats ----------------------------------------------------------------------------
 
     def _take(self, sizes: Mapping[Role, int], now: float) -> None:
         """Add a sample of the reported stats to the history of each pool."""

@@ -86,7 +86,7 @@ class Commands:
             case "unload_adapter":
                 key = self.adapters.unload(read(AdapterUnloadCommand).name, now)
                 return BegunCommand(lambda: {"key": key})
-        raise RequestError(f"kind ({kind[:64]!r}) is no kind of command", "kind")
+        raise RequestError(f"kind ({kind[:64]!r}) is not a known command", "kind")
 
     def cancel(self, operation_id: str, now: float) -> Operation:
         """Cancel an operation. Raises ``UnknownNameError``, or ``ConflictError`` if too late."""

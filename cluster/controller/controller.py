@@ -218,7 +218,7 @@ class Controller:
         if self.cluster.state is ClusterState.DRAINING:
             self.cluster.enter(ClusterState.STOPPED)
 
-    # ---- questions ------------------------------------------------------------------------
+    # ---- queries --------------------------------------------------------------------------
 
     def request_status(self, now: float) -> None:
         """Request the stats of all workers; ``workers.status_complete`` tells if all replied."""

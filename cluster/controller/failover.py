@@ -269,10 +269,10 @@ def _go_on(collected: CollectedState, cluster: Cluster, recovery: Recovery, now:
         recovery.show_running()
         cluster.history.add(cluster.round.number, now, cause, "all members went on")
     elif missing:
-        cluster.history.add(cluster.round.number, now, cause, "not all members have called")
+        cluster.history.add(cluster.round.number, now, cause, "not all members have connected")
         for name in missing:
             if not workers[name].is_lost:
-                why = "it did not call the restarted controller"
+                why = "it did not connect to the restarted controller"
                 workers[name].enter(WorkerState.LOST, why)
         recovery.lost({n: workers[n].reason for n in missing}, now)
         cluster.effects.append(End(tuple(missing)))

@@ -234,7 +234,7 @@ class Scaling:
         if scale.before is not None and len(new) == len(scale.added):
             cluster.membership.desired = scale.before
         cluster.scale = None
-        ended = self._remove(new, f"the scaling was given up: {text}")
+        ended = self._remove(new, f"the scaling was rolled back: {text}")
         cluster.operations.end(scale.operation, state, text, now)
         return ended
 

@@ -32,7 +32,7 @@ _CALM_S = 90.0
 """Time after the last fault in which the cluster must be whole."""
 _LOST = re.compile(r"lost ([a-z]+-[0-9.]+): (.*)")
 _NAME = re.compile(r"(attention|expert|gateway)-\w+(\.\d+)?")
-_ORDERED = ("the cluster is scaled down", "the scaling was given up")
+_ORDERED = ("the cluster is scaled down", "the scaling was rolled back")
 """Reasons for which the controller itself ends new workers."""
 
 _NOTHING_TO_HIT = (

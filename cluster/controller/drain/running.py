@@ -76,9 +76,9 @@ class RunningDrain:
         """Roll back the drain. Raises ``ConflictError`` if it is too late."""
         drain = self.record
         if drain.step is DrainStep.BACK:
-            raise ConflictError(f"{drain.operation.id} is being taken back already")
+            raise ConflictError(f"{drain.operation.id} is already being rolled back")
         if drain.step in _TOO_LATE:
-            raise ConflictError(f"{drain.workers} has left already")
+            raise ConflictError(f"{drain.workers} has already left")
         self._undo(OperationState.CANCELLED, "cancelled", now)
 
     # ---- events ---------------------------------------------------------------------------
@@ -178,7 +178,7 @@ class RunningDrain:
     def _watch_copies(self, now: float) -> None:
         """Continue once the others have the experts; start over after a generation change."""
         change = self._change
-        assert change is not None, "copying is a change of the placement"
+        assert change is not None, "COPY has a running change"
         generation = self._cluster.generation.number
         change.tick(now)
         if not change.is_over:
@@ -245,7 +245,7 @@ class RunningDrain:
         drain, cluster = self.record, self._cluster
         self._hold_back(False)
         if self._change is not None:
-            self._change.cancel("the drain was given up")
+            self._change.cancel("the drain was rolled back")
         back = drain.way_back(cluster.placement, cluster.generation)
         is_whole = cluster.runs and not any(cluster.workers[n].is_lost for n in drain.names)
         if self._change is not None or back is None or not is_whole:
@@ -259,7 +259,7 @@ class RunningDrain:
     def _watch_return(self, now: float) -> None:
         """End the drain once the earlier placement is in force, or a new generation has begun."""
         drain = self.record
-        assert drain.outcome is not None, "it is taken back for a reason"
+        assert drain.outcome is not None, "a rollback has an outcome"
         if self._change is not None:
             self._change.tick(now)
             if self._change.is_over:

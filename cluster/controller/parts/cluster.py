@@ -120,7 +120,7 @@ class Cluster:
         self.traces = ChangeTraces(identity, config.observability.otlp_endpoint is not None)
         self.notes = notes or {}
 
-    # ---- questions ------------------------------------------------------------------------
+    # ---- queries --------------------------------------------------------------------------
 
     @property
     def round(self) -> GenerationRound:

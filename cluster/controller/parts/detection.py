@@ -197,7 +197,7 @@ class Detection:
             late = tuple(cluster.round.late())
         if late != cluster.late:
             names = ", ".join(late)
-            logger.warning("steps wait for %s" if late else "steps go on%s", names)
+            logger.warning("steps wait for %s" if late else "steps continue%s", names)
             cluster.late = late
             cluster.touch()
 
@@ -208,7 +208,7 @@ class Detection:
         """
         if self._woke_at != now or not self._cluster.round.reports or self._held:
             return ""
-        return "reports that workers made of each other while the controller did not run are void"
+        return "reports of peers from a pause of the controller are void"
 
     def find_lost(self, now: float) -> Iterator[Mapping[str, str]]:
         """Yield workers to declare lost (name -> reason), one limit at a time.
@@ -274,7 +274,7 @@ class Detection:
             self._busy_at = now
         if now - self._ran_at <= limit or now - self._busy_at <= limit / 4:
             return {}
-        return dict.fromkeys(joins, f"kept the others from running for {limit:g} s")
+        return dict.fromkeys(joins, f"kept the other members waiting for {limit:g} s")
 
     def _confirmed_reports(self, now: float) -> dict[str, str]:
         cluster, alive = self._cluster, self._cluster.workers.alive()

@@ -38,7 +38,7 @@ class DrainStep(Enum):
     MOVE = "move requests to other workers"
     LEAVE = "form a generation without"
     END = "end the processes"
-    BACK = "take it back"
+    BACK = "roll it back"
 
 
 _NEXT = {

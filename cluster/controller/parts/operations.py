@@ -156,7 +156,7 @@ class Operations:
             raise ConflictError(f"placement epoch {epoch} is in force, not {expected}")
         if found is not None and found.asked != command.asked:
             what = f"{found.id} ({found.kind} of {found.target})"
-            raise ConflictError(f"request_id is that of {what}, which is something else")
+            raise ConflictError(f"request_id belongs to {what}, a different operation")
         return found
 
     def find(self, operation_id: str) -> Operation:

@@ -212,7 +212,7 @@ class Recovery:
             return
         if missing := cluster.round.missing(cluster.placement):
             self._order(missing, cluster.round.members, now)
-            cause = f"{len(missing)} experts are not where the maps name them"
+            cause = f"{len(missing)} experts are not in the slots of the placement"
             cluster.note(cause, "load them", now)
             return
         if not cluster.run(now):

@@ -80,7 +80,7 @@ class Rebalancing:
         """Reason why this cluster cannot be rebalanced; empty if it can."""
         return why_impossible(self._cluster.config, len(self._cluster.places.devices()))
 
-    # ---- orders ---------------------------------------------------------------------------
+    # ---- commands ---------------------------------------------------------------------------
 
     def begin(self, command: RebalanceCommand, now: float) -> Operation:
         """Plan a better placement and move to it; a dry run ends after the plan.
@@ -100,10 +100,10 @@ class Rebalancing:
     def prepare(self, command: RebalanceCommand) -> Callable[[Operation, float], None]:
         """See ``OperationKind``."""
         if self._job is not None and not command.dry_run:
-            raise ConflictError("the cluster is rebalancing automatically just now")
+            raise ConflictError("the cluster is already rebalancing automatically")
         load = self._load_for(command)
         if load is None:
-            raise ConflictError("no load has been seen yet")
+            raise ConflictError("no load has been recorded yet")
         return partial(self._start, load, command.dry_run)
 
     def _start(self, load: CurrentLoad, dry_run: bool, operation: Operation, now: float) -> None:
@@ -132,7 +132,7 @@ class Rebalancing:
         if job is None or job.asked.operation is not operation:
             raise ConflictError(f"{operation.id} has ended")
         if not job.abandon("cancelled", "cancelled", now):
-            raise ConflictError(f"{operation.id} is at its switch: try again")
+            raise ConflictError(f"{operation.id} is switching epochs: try again")
 
     # ---- events ---------------------------------------------------------------------------
 

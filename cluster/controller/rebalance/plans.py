@@ -28,7 +28,7 @@ _TOKENS_PER_EXPERT = 4
 """Tokens per expert of a bank that a window needs for reliable statistics."""
 
 T = TypeVar("T")
-CHANGED = "the cluster changed meanwhile"
+CHANGED = "the cluster has changed since the plan began"
 """Error of a plan whose inputs are stale."""
 Then = Callable[[Future[T], str, float], None]
 """Callback of a plan: the finished future, the error (empty if there is none), the time."""

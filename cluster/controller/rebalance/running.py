@@ -92,7 +92,7 @@ class RunningRebalance:
         """Abandon the change if a drain or scaling runs, else check its time limit."""
         running = self._cluster.operations.running
         if running is not None and running.kind in ("drain", "scale"):
-            reason = f"{running.id} goes first"
+            reason = f"{running.id} takes precedence"
             if self.abandon("failed", reason, now):
                 return
         if self.change is not None:
@@ -156,7 +156,7 @@ class RunningRebalance:
             text = f"{summary}, {by_load(self.asked.load.profile)}"
             self._end("applied", text, now)
         else:
-            self._end("failed", "no slot is free to begin with", now)
+            self._end("failed", "no slot is free", now)
 
     def _end(self, outcome: RebalanceOutcome, text: str, now: float) -> None:
         if self.change is not None:

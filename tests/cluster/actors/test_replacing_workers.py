@@ -107,7 +107,7 @@ def test_a_name_that_an_earlier_controller_had_used_takes_no_place_of_another_wo
 
 
 def test_a_worker_that_is_not_wanted_any_more_is_not_created() -> None:
-    """Its scaling was given up before Ray knew of it."""
+    """Its scaling was rolled back before Ray knew of it."""
     head = SlowHead(1)
     group = WorkerGroup({"attention": head})
     group.room._group = object()  # type: ignore[assignment]
@@ -115,7 +115,7 @@ def test_a_worker_that_is_not_wanted_any_more_is_not_created() -> None:
 
     async def body() -> None:
         await group.end(["attention-1"])
-        with pytest.raises(StartError, match="not wanted any more"):
+        with pytest.raises(StartError, match="ended before it was created"):
             await group.start([member], PLAN, "127.0.0.1:1")
 
     asyncio.run(body())

@@ -115,7 +115,7 @@ def test_files_must_be_the_same_everywhere() -> None:
     key = load(found)
     answer(found, "attention-0", digest="one")
     answer(found, "attention-1", digest="other")
-    assert "not those that other workers have read" in found.controller.adapters.error(key)
+    assert "differ from those that other workers have read" in found.controller.adapters.error(key)
 
 
 def test_a_load_without_an_answer_ends() -> None:
@@ -127,7 +127,7 @@ def test_a_load_without_an_answer_ends() -> None:
         found.tick(1.0)
     found.beat_all()
     found.tick(1.0)
-    words = "/adapters/sql: no answer of attention-1 within 120 s"
+    words = "/adapters/sql: no reply of attention-1 within 120 s"
     assert found.controller.adapters.error(key) == words
 
 

@@ -173,8 +173,8 @@ def test_a_drain_that_is_given_up_brings_the_maps_back() -> None:
     assert operation.phase == "move requests to other workers"
     say_requests(cluster, "attention-1", 2)
     pass_time(cluster, 2.5)
-    assert operation.phase == "take it back"
-    with pytest.raises(ConflictError, match="taken back already"):
+    assert operation.phase == "roll it back"
+    with pytest.raises(ConflictError, match="already being rolled back"):
         cluster.controller.draining.cancel(operation, cluster.now)
     switch(cluster)
     assert operation.state is OperationState.FAILED
@@ -195,7 +195,7 @@ def test_after_another_generation_what_was_freed_is_loaded_again() -> None:
     cluster.controller.lost({"attention-2": "killed"}, cluster.now)
     cluster.join_all()
     cluster.controller.draining.cancel(operation, cluster.now)
-    assert operation.phase == "take it back"
+    assert operation.phase == "roll it back"
     assert cluster.answer_loads("expert-2") == 4  # 2 experts in 2 layers
     switch(cluster)
     assert operation.state is OperationState.CANCELLED
@@ -367,7 +367,7 @@ def test_one_at_a_time_and_the_same_request_once() -> None:
     first = drain(cluster, "attention-1", request_id="a")
     assert drain(cluster, "attention-1", request_id="a") is first
     for name, force in (("expert-1", False), ("attention-1", True)):
-        with pytest.raises(ConflictError, match=r"drain-1\.1 .* which is something else"):
+        with pytest.raises(ConflictError, match=r"drain-1\.1 .* a different operation"):
             drain(cluster, name, request_id="a", force=force)
     with pytest.raises(ConflictError, match=r"drain-1\.1 \(drain of attention-1\) is under way"):
         drain(cluster, "expert-1", request_id="b")
@@ -404,7 +404,7 @@ def test_a_drain_can_be_cancelled_until_the_worker_has_left() -> None:
         cluster.controller.draining.cancel(operation, cluster.now)
     late = drain(cluster, "expert-1")
     cluster.tick(0.1)
-    with pytest.raises(ConflictError, match="has left already"):
+    with pytest.raises(ConflictError, match="has already left"):
         cluster.controller.draining.cancel(late, cluster.now)
 
 

@@ -178,7 +178,7 @@ def test_what_else_was_under_way_has_failed() -> None:
     assert operation.message == "the controller was restarted"
     assert operation.ended == 20.0
     assert forgotten.find_repeated(order, 1) is operation
-    with pytest.raises(ConflictError, match="something else"):
+    with pytest.raises(ConflictError, match="a different operation"):
         forgotten.find_repeated(RebalanceCommand(request_id="a"), 1)
     forgotten.check_free()
 

@@ -149,7 +149,7 @@ def test_an_order_for_a_cluster_that_has_changed_fails(later: LaterExecutor) -> 
     later.work()
     cluster.tick(0.2)
     assert operation.state is OperationState.FAILED
-    assert "changed meanwhile" in operation.message
+    assert "has changed since" in operation.message
 
 
 def test_a_stage_of_a_cluster_that_has_changed_ends_the_change(later: LaterExecutor) -> None:
