@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.core.errors import ExpertMeshError, NotReadyError
 
 if TYPE_CHECKING:
-    from cluster.actors.worker_group import WorkerGroup  # which imports Ray
+    from cluster.actors.worker_group import WorkerGroup  # imports Ray
 
 CONTROLLER_NAME = "expertmesh-controller"
 """Name of the actor in the Ray namespace of expertmesh."""

@@ -3,10 +3,10 @@
 Each part decides on its own subject: it reads the state here, changes the state of its subject,
 and adds effects. The life of a generation:
 
-    form ─▶ NewGeneration to every member ─▶ GenerationReady from all, their slots hold the maps'
+    form ─▶ NewGeneration to every member ─▶ GenerationReady from all, experts in their slots
         ─▶ run ─▶ RunGeneration(first step above the highest step of any member)
 
-A further loss before the end forms the next generation.
+If another member is lost before RunGeneration, the next generation is formed.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class Cluster:
 
     @property
     def runs(self) -> bool:
-        """Whether the newest generation runs; then every expert has a copy."""
+        """Whether the newest generation runs, with a copy of every expert."""
         return self.round.phase is Phase.RUNNING and self.is_up
 
     @property

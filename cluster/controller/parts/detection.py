@@ -204,7 +204,7 @@ class Detection:
     def void_reports(self, now: float) -> str:
         """Return the reason to form a generation again after a long pause, or an empty string.
 
-        Reports of peers from the pause may be outdated, and show not which end was silent.
+        Reports of peers from the pause may be outdated, and do not show which end was silent.
         """
         if self._woke_at != now or not self._cluster.round.reports or self._held:
             return ""
@@ -263,7 +263,7 @@ class Detection:
         return dict.fromkeys(cluster.round.late(), reason)
 
     def _late_joins(self, now: float) -> dict[str, str]:
-        """Return new workers that keep all others waiting, although these have begun to join."""
+        """Return new workers that delay a generation which the others have begun to join."""
         cluster, limit = self._cluster, self._limits.join_limit_s
         late = set(cluster.round.late() if cluster.is_forming else ())
         joins = late & cluster.round.joins

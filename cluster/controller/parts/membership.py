@@ -2,7 +2,7 @@
 
 The life of a generation:
 
-    form ─▶ NewGeneration to every member ─▶ GenerationReady from all, their slots hold the maps'
+    form ─▶ NewGeneration to every member ─▶ GenerationReady from all, experts in their slots
         ─▶ run ─▶ RunGeneration(first step above the highest step of any member)
 
 If another member is lost before RunGeneration, the next generation is formed.

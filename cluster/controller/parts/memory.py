@@ -38,9 +38,7 @@ class HistoryEntry:
     cause: str
     effect: str
     took_s: float | None = None
-    """Longest pause of streams in seconds, reported by gateways; without streams, the time until
-    the generation ran. None if no generation resulted.
-    """
+    """Longest pause of streams in seconds; without streams, until the generation ran; or None."""
     is_felt: bool = False
     """Whether ``took_s`` is the pause of streams."""
 

@@ -96,9 +96,7 @@ class Recovery:
             self._lost |= {m.name: m.role for m in members if m.name in gone}
             survivors = [m for m in members if m.name not in gone]
             if self._cluster.round.before is not None and gone.keys() <= self._cluster.round.joins:
-                self._cluster.membership.placement = (
-                    self._cluster.round.before
-                )  # no worker has to load experts
+                self._cluster.membership.placement = self._cluster.round.before  # no loads needed
             self._go_on(survivors, describe_losses(gone), now)
 
     def ready(self, now: float) -> None:
