@@ -26,15 +26,15 @@ from expertmesh.loop_thread import LoopThread
 from expertmesh.messages import generate_request, request_output, stream_output
 from expertmesh.stream import EmbeddedStream
 from expertmesh.types import Query, RequestOutput
+from gateway.calls.answer import collect
+from gateway.calls.gateway import Gateway, new_call_id
+from gateway.calls.pooling import PoolingService, make_pooling_call
+from gateway.calls.running_call import RunningCall
 from gateway.cluster.view import AttentionEndpoint, ControllerCalls, SnapshotFollower
 from gateway.core.errors import report_error
 from gateway.core.field_checks import check_stream
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.router import RoutingPolicy
-from gateway.generation.answer import collect
-from gateway.generation.gateway import Gateway, new_call_id
-from gateway.generation.pooling import PoolingService, make_pooling_call
-from gateway.generation.running_call import RunningCall
 from gateway.grpc.convert import grpc_call
 from gateway.grpc.format import GrpcFormat
 from gateway.text.tokenizer import load_tokenizer

@@ -26,13 +26,13 @@ from cluster.tracing import logs
 from cluster.tracing.disks import DiskMonitor
 from gateway.admin.service import AdminApi
 from gateway.batches.runner import BatchRunner
+from gateway.calls.gateway import Gateway
 from gateway.cluster.client import RayServeReplicas, find_controller
 from gateway.cluster.serve_replicas import ReplicaCall
 from gateway.cluster.view import SnapshotFollower
 from gateway.dashboard.sampler import Sampler
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.router import RoutingPolicy
-from gateway.generation.gateway import Gateway
 from gateway.grpc.server import GrpcServer
 from gateway.http.api import HttpApi
 from gateway.http.serve_paths import APP_NAME as APP_NAME

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from gateway.batches import routes as batches
-from gateway.generation.gateway import Gateway
+from gateway.calls.gateway import Gateway
 from gateway.http import openapi
 from gateway.http.api import HttpProtocol, build_http_app
 from gateway.responses import endpoint as responses

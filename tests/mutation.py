@@ -54,7 +54,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "cluster/sizing/roofline.py": ("cluster/sizing/test_sizing.py",),
     "gateway/core/field_checks.py": (
         "gateway/core/test_field_checks.py",
-        "gateway/generation/test_validate.py",
+        "gateway/calls/test_validate.py",
     ),
     "gateway/engines/kv_index.py": ("gateway/engines/test_kv_index.py",),
     "gateway/engines/router.py": ("gateway/engines/test_router.py",),

@@ -16,9 +16,9 @@ from typing import Any
 from benchmarks.harness.engine_stream import TOKEN
 from benchmarks.harness.mixed_calls import make_calls
 from cluster.config.cluster import ClusterConfig
+from gateway.calls.gateway import Gateway
 from gateway.cluster.view import ControllerCall, SnapshotFollower
 from gateway.engines.engine_pool import EnginePool
-from gateway.generation.gateway import Gateway
 from gateway.text.tokenizer import load_tokenizer
 
 NUM_STREAMS = 8

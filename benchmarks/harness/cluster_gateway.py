@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 from benchmarks.harness.engine_stream import TOKEN
 from benchmarks.harness.serving_cluster import ServingCluster, ThreadCluster
 from expertmesh.loop_thread import LoopThread
+from gateway.calls.gateway import Gateway
+from gateway.calls.running_call import RunningCall
 from gateway.cluster.client import find_controller
 from gateway.cluster.view import (
     ControllerCall,
@@ -25,8 +27,6 @@ from gateway.core.call import GenerateCall
 from gateway.core.delta import ChoiceDelta, TokenText
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.submission import Submission
-from gateway.generation.gateway import Gateway
-from gateway.generation.running_call import RunningCall
 from gateway.text.tokenizer import load_tokenizer
 from workers.requests.request import FinishReason
 

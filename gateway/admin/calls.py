@@ -22,9 +22,9 @@ from cluster.core.errors import (
     RequestError,
 )
 from gateway.auth.auth import EVENTS, LOGS, NUMBERS_BY_EXPERT, check_operator, is_operator
+from gateway.calls.gateway import Gateway
 from gateway.cluster.client_view import client_workers
 from gateway.cluster.shared_result import SharedResult
-from gateway.generation.gateway import Gateway
 from protos import admin_pb2 as pb
 
 SERVICE: ServiceDescriptor = pb.DESCRIPTOR.services_by_name["Admin"]

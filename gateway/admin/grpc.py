@@ -8,7 +8,7 @@ from contextlib import aclosing
 from google.protobuf.message import Message
 
 from gateway.admin.calls import SERVICE, AdminCalls
-from gateway.generation.gateway import Gateway
+from gateway.calls.gateway import Gateway
 from gateway.grpc.call import GrpcCall
 from gateway.grpc.handlers import Procedure
 from gateway.grpc.server import ServicePort, server_options

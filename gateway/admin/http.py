@@ -19,8 +19,8 @@ from starlette.routing import BaseRoute, Route
 
 from cluster.core.errors import PermissionDeniedError, RequestError
 from gateway.admin.calls import SERVICE, AdminCalls
+from gateway.calls.gateway import Gateway
 from gateway.dashboard import http as dashboard
-from gateway.generation.gateway import Gateway
 from gateway.http.api import route_error
 from gateway.http.json_output import dump_json
 from gateway.http.middleware import UNAUTHENTICATED_PATHS, HttpMiddleware

@@ -9,7 +9,7 @@ from cluster.config.gateway import GatewaySection, reachable_host
 from cluster.core.errors import StartError
 from gateway.admin.grpc import AdminGrpcServer
 from gateway.admin.http import admin_http_server
-from gateway.generation.gateway import Gateway
+from gateway.calls.gateway import Gateway
 from gateway.listener.http_listener import HttpListener
 
 HTTP_PORT = 8001

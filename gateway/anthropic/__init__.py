@@ -1,5 +1,5 @@
 """Anthropic's Messages API: converts bodies to calls, and running calls to messages and events.
 
-May import ``gateway.core``, ``gateway.text``, ``gateway.generation``, ``cluster.core.errors``,
+May import ``gateway.core``, ``gateway.text``, ``gateway.calls``, ``cluster.core.errors``,
 ``workers.requests`` and pydantic. ``gateway/http/messages.py`` serves it.
 """

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gateway.text.forms.tool_calls import CallDelta, ParsedPiece
+from gateway.text.tool_formats.tool_calls import CallDelta, ParsedPiece
 
 Event = dict[str, Any]
 ShownThinking = Literal["all", "omitted", "none"]

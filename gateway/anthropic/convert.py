@@ -29,8 +29,8 @@ from gateway.anthropic.schema import (
 from gateway.core.call import CallKind, ChatInput, GenerateCall, OutputSchema
 from gateway.core.field_checks import require
 from gateway.core.tool_use import CallArguments, Tool, ToolUse
-from gateway.text.forms.structured import schema_grammar
-from gateway.text.forms.tools import ToolFieldNames, make_tool_use
+from gateway.text.tool_formats.structured import schema_grammar
+from gateway.text.tool_formats.tools import ToolFieldNames, make_tool_use
 from workers.requests.request import Grammar
 
 MIN_BUDGET_TOKENS = 1024

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from gateway.anthropic.blocks import BlockWriter, Event, ShownThinking, collect_blocks
+from gateway.calls.answer import TextFormat
+from gateway.calls.running_call import RunningCall
 from gateway.core.delta import ChoiceDelta, Finish, Usage
-from gateway.generation.answer import TextFormat
-from gateway.generation.running_call import RunningCall
 from gateway.text.tokenizer import Tokenizer
 from workers.requests.request import FinishReason
 

@@ -16,9 +16,9 @@ from cluster.batches.requests import ENDPOINTS
 from cluster.core.errors import ConflictError, RequestError, UnknownNameError
 from gateway.batches.batch_store import BatchStore
 from gateway.batches.objects import ENDED, WINDOW_S, StoredBatch, read_or_none
+from gateway.calls.gateway import Gateway
 from gateway.core.bodies import StrictBody
 from gateway.core.field_checks import check_metadata, require
-from gateway.generation.gateway import Gateway
 from gateway.http.pagination import Page, current_tenant, json_response
 from gateway.http.parse import parse_body
 from gateway.http.request_body import read_json

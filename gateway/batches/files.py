@@ -15,8 +15,8 @@ from cluster.core.errors import RequestError, UnknownNameError
 from gateway.batches.file_store import FileStore
 from gateway.batches.forms import FormPart, read_form
 from gateway.batches.objects import FileFacts, read_or_none
+from gateway.calls.gateway import Gateway
 from gateway.core.field_checks import require
-from gateway.generation.gateway import Gateway
 from gateway.http.downloads import StreamedContentResponse
 from gateway.http.pagination import Page, current_tenant, json_response
 from gateway.http.request_body import limit_time, read_body

@@ -14,9 +14,9 @@ from cluster.batches.requests import BatchRequest
 from cluster.batches.run import BatchResponse
 from gateway.auth.auth import CALLER, KeyRing
 from gateway.auth.key_limits import KeyUsage
+from gateway.calls.gateway import Gateway
 from gateway.core.headers import PRIORITY_HEADER
 from gateway.core.request_id import HEADER as REQUEST_ID
-from gateway.generation.gateway import Gateway
 from gateway.http.json_output import dump_json
 from gateway.http.middleware import HttpMiddleware
 

@@ -11,7 +11,7 @@ from gateway.batches import batch_types
 from gateway.batches.batch_store import BatchStore
 from gateway.batches.batches import BatchBody, BatchRoutes
 from gateway.batches.files import FileRoutes
-from gateway.generation.gateway import Gateway
+from gateway.calls.gateway import Gateway
 from gateway.http.downloads import StreamedContentResponse
 from gateway.http.openapi import EndpointSpec
 

@@ -23,8 +23,8 @@ from cluster.disk.threads import END_S, DiskThreads
 from gateway.batches.batch_store import BatchStore, PendingBatch, WorkPart
 from gateway.batches.objects import ENDED
 from gateway.batches.running import BatchTuning, RunningBatch, is_transient
+from gateway.calls.gateway import Gateway
 from gateway.core.errors import KeyFullError
-from gateway.generation.gateway import Gateway
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from gateway.auth.key_limits import KeyUsage
 from gateway.batches.batch_store import BatchStore, WorkPart
 from gateway.batches.in_process_client import InProcessClient
 from gateway.batches.objects import ENDED, BatchError, BatchStatus, RequestCounts, StoredBatch
+from gateway.calls.gateway import Gateway
 from gateway.core.errors import StorageError, StorageFullError
-from gateway.generation.gateway import Gateway
 
 logger = logging.getLogger(__name__)
 

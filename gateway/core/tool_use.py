@@ -11,8 +11,8 @@ from typing import Any
 class ToolCallFormat(Enum):
     """Format of a model's tool calls; the value: texts by which a chat template is recognized.
 
-    A template uses the first format whose texts it all contains. ``gateway.text.forms.call_syntax``
-    defines the delimiters of each format.
+    A template uses the first format whose texts it all contains.
+    ``gateway.text.tool_formats.call_syntax`` defines the delimiters of each format.
     """
 
     HARMONY = ("<|channel|>",)

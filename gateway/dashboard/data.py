@@ -9,9 +9,9 @@ from typing import Any
 
 from cluster.core.errors import NotReadyError, RequestError
 from gateway.auth.auth import NUMBERS_BY_EXPERT, KeyRing, check_operator, is_operator
+from gateway.calls.gateway import Gateway
 from gateway.cluster.client_view import client_samples
 from gateway.cluster.shared_result import SharedResult
-from gateway.generation.gateway import Gateway
 from gateway.observability.samples import TOTALS, Sample, merge_samples
 
 _LEFT_OUT = ("metrics", "version")

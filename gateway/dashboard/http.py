@@ -15,8 +15,8 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from cluster.core.errors import RequestError
+from gateway.calls.gateway import Gateway
 from gateway.dashboard.data import PageData
-from gateway.generation.gateway import Gateway
 
 PAGES = ("/", "/dashboard")
 _FOLDER = Path(__file__).parent / "static"

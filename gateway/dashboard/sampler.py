@@ -9,7 +9,7 @@ import time
 
 from cluster.core.errors import ExpertMeshError
 from cluster.tracing.gateway_counts import GatewayRecord
-from gateway.generation.gateway import Gateway
+from gateway.calls.gateway import Gateway
 from gateway.observability.samples import PERIOD_S, SAMPLED
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
 """The gRPC interface ``expertmesh.v1.Inference``.
 
-Imports ``gateway.generation`` and the layers below it, ``protos`` and grpcio.
+Imports ``gateway.calls`` and the layers below it, ``protos`` and grpcio.
 """

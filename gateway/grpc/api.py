@@ -9,10 +9,10 @@ from collections.abc import AsyncGenerator
 
 from google.protobuf.descriptor import ServiceDescriptor
 
+from gateway.calls.answer import collect
+from gateway.calls.gateway import new_call_id
+from gateway.calls.running_call import RunningCall
 from gateway.core.field_checks import check_stream
-from gateway.generation.answer import collect
-from gateway.generation.gateway import new_call_id
-from gateway.generation.running_call import RunningCall
 from gateway.grpc.call import GrpcCall
 from gateway.grpc.convert import grpc_call, grpc_chat_input, input_name, optional
 from gateway.grpc.format import GrpcFormat

@@ -13,13 +13,13 @@ import grpc
 
 from gateway.auth.auth import KeyRing
 from gateway.auth.key_limits import KeyUsage
+from gateway.calls.gateway import Gateway
+from gateway.calls.request_log import RequestLog
+from gateway.calls.request_trace import CLIENT_GONE, DEADLINE_PASSED, RequestTrace
 from gateway.core.call import GenerateCall
 from gateway.core.delta import Usage
 from gateway.core.headers import with_headers
 from gateway.core.request_id import HEADER, REQUEST_ID, choose_request_id
-from gateway.generation.gateway import Gateway
-from gateway.generation.request_log import RequestLog
-from gateway.generation.request_trace import CLIENT_GONE, DEADLINE_PASSED, RequestTrace
 from gateway.grpc.call_limits import BoundedStream, CallLimits, Context
 from gateway.offload.long_work import Arguments, Result
 

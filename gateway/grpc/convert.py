@@ -14,8 +14,8 @@ from gateway.core.call import FIELD_NAMES, CallKind, ChatInput, GenerateCall
 from gateway.core.field_checks import MAX_MESSAGES, check_length, check_messages
 from gateway.core.tool_use import Tool, ToolUse
 from gateway.offload.long_work import copy_numbers
-from gateway.text.forms.structured import make_grammar, make_output_schema
-from gateway.text.forms.tools import MAX_TOOLS, json_object, make_tool_use, template_call
+from gateway.text.tool_formats.structured import make_grammar, make_output_schema
+from gateway.text.tool_formats.tools import MAX_TOOLS, json_object, make_tool_use, template_call
 from protos import inference_pb2 as pb
 from protos import types_pb2
 from workers.requests.prompt_embeds import PromptEmbeds, parse_embeds

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from gateway.calls.answer import TextFormat, alternatives, clamp_logprob
+from gateway.calls.running_call import RunningCall
 from gateway.core.delta import ChoiceDelta, Finish, TokenText, Usage
-from gateway.generation.answer import TextFormat, alternatives, clamp_logprob
-from gateway.generation.running_call import RunningCall
 from gateway.text.tokenizer import Tokenizer
 from protos import inference_pb2 as pb
 from protos import types_pb2

@@ -14,8 +14,8 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from cluster.core.errors import ExpertMeshError, RequestError
 from gateway.auth.auth import KeyRing
+from gateway.calls.gateway import Gateway
 from gateway.core.errors import RouteError
-from gateway.generation.gateway import Gateway
 from gateway.grpc.call import GrpcCall, text_metadata
 from gateway.grpc.call_limits import CallLimits, Context
 from gateway.grpc.health import HEALTH_SERVICE

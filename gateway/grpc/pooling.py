@@ -8,11 +8,11 @@ from dataclasses import asdict
 from typing import Any
 
 from cluster.core.errors import RequestError
+from gateway.calls.gateway import Gateway
+from gateway.calls.inspect import MAX_CALL_BYTES, InspectFields, InspectionService
+from gateway.calls.pooling import PoolingService, PromptInput, make_pooling_call
 from gateway.core.call import GenerateCall
 from gateway.core.delta import Usage
-from gateway.generation.gateway import Gateway
-from gateway.generation.inspect import MAX_CALL_BYTES, InspectFields, InspectionService
-from gateway.generation.pooling import PoolingService, PromptInput, make_pooling_call
 from gateway.grpc.call import GrpcCall
 from gateway.grpc.convert import input_name, read_set_fields
 from gateway.grpc.format import usage_message

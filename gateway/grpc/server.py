@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from cluster.core.errors import StartError
 from gateway.auth.auth import KeyRing
 from gateway.auth.tls import bind
-from gateway.generation.gateway import Gateway
+from gateway.calls.gateway import Gateway
 from gateway.grpc.api import SERVICE, InferenceProcedures
 from gateway.grpc.call_limits import CallLimits
 from gateway.grpc.handlers import KeyInterceptor, Procedure, service_handlers

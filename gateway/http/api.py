@@ -17,6 +17,9 @@ from starlette.routing import BaseRoute, Route
 from cluster.core.errors import RequestError
 from cluster.core.release import RELEASE, installed_version
 from gateway.auth.auth import EVENTS, NUMBERS_BY_EXPERT, check_operator, is_operator
+from gateway.calls.answer import collect
+from gateway.calls.gateway import Gateway, new_call_id
+from gateway.calls.request_trace import note_response_id
 from gateway.core.call import ChatInput, GenerateCall
 from gateway.core.delta import ChoiceDelta, Usage
 from gateway.core.errors import RouteError, report_error
@@ -26,9 +29,6 @@ from gateway.core.protocols import error_body
 from gateway.core.request_id import HEADER as REQUEST_ID
 from gateway.core.request_id import check_request_id
 from gateway.dashboard import http as dashboard
-from gateway.generation.answer import collect
-from gateway.generation.gateway import Gateway, new_call_id
-from gateway.generation.request_trace import note_response_id
 from gateway.http import messages, openapi
 from gateway.http.convert import chat_call, chat_input, completion_call
 from gateway.http.json_output import dump_json, dump_long

@@ -25,8 +25,8 @@ from gateway.http.schema import (
     TokenizeBody,
     ToolChoiceBody,
 )
-from gateway.text.forms.structured import make_grammar, make_output_schema
-from gateway.text.forms.tools import make_tool_use, template_call
+from gateway.text.tool_formats.structured import make_grammar, make_output_schema
+from gateway.text.tool_formats.tools import make_tool_use, template_call
 from workers.requests.request import Grammar
 
 _OPTIONAL_FIELDS = ("name", "tool_call_id", *REASONING_NAMES)

@@ -16,15 +16,15 @@ from gateway.anthropic.convert import chat_input, message_call, shows_thinking
 from gateway.anthropic.format import MessageFormat
 from gateway.anthropic.schema import CountTokensBody, MessagesBody, ThinkingParam
 from gateway.anthropic.unsupported import check_unsupported
+from gateway.calls.answer import collect
+from gateway.calls.gateway import Gateway
+from gateway.calls.running_call import RunningCall
 from gateway.core.call import ChatInput, GenerateCall
 from gateway.core.delta import ChoiceDelta
 from gateway.core.errors import ErrorReport
 from gateway.core.field_checks import require
 from gateway.core.headers import with_headers
 from gateway.core.protocols import MESSAGES, error_event
-from gateway.generation.answer import collect
-from gateway.generation.gateway import Gateway
-from gateway.generation.running_call import RunningCall
 from gateway.http.json_output import dump_json
 from gateway.http.middleware import CancellableEndpoint, Responder
 from gateway.http.parse import parse_body

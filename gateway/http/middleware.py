@@ -21,12 +21,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.auth.auth import CALLER, KeyRing
 from gateway.auth.key_limits import KeyUsage
+from gateway.calls.gateway import Gateway
+from gateway.calls.request_log import RequestLog
+from gateway.calls.request_trace import CLIENT_GONE
 from gateway.core.errors import ClientGoneError
 from gateway.core.protocols import error_body, is_messages
 from gateway.core.request_id import HEADER, REQUEST_ID, choose_request_id
-from gateway.generation.gateway import Gateway
-from gateway.generation.request_log import RequestLog
-from gateway.generation.request_trace import CLIENT_GONE
 from gateway.http.json_output import dump_json
 from gateway.http.request_body import Parsed, read_json
 

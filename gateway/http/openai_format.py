@@ -9,12 +9,12 @@ from dataclasses import replace
 from json.encoder import encode_basestring
 from typing import Any
 
+from gateway.calls.answer import TextFormat, alternatives, clamp_logprob
+from gateway.calls.running_call import RunningCall
 from gateway.core.delta import ChoiceDelta, Finish, TokenText, Usage
-from gateway.generation.answer import TextFormat, alternatives, clamp_logprob
-from gateway.generation.running_call import RunningCall
 from gateway.http.json_output import dump_json
-from gateway.text.forms.tool_calls import CallDelta, ParsedPiece
 from gateway.text.tokenizer import Tokenizer
+from gateway.text.tool_formats.tool_calls import CallDelta, ParsedPiece
 from workers.requests.request import FinishReason, TokenLogprob
 
 _TEXT_PLACEHOLDER = secrets.token_hex(16)

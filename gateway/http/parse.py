@@ -19,7 +19,7 @@ from gateway.core.field_checks import (
 )
 from gateway.http.schema import TAG
 from gateway.offload.json_text import check_writable, load_json
-from gateway.text.forms.tools import MAX_TOOLS
+from gateway.text.tool_formats.tools import MAX_TOOLS
 
 Body = TypeVar("Body", bound=StrictBody)
 

@@ -15,20 +15,20 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 from starlette.requests import Request
 
-from gateway.core.bodies import Items
-from gateway.core.call import GenerateCall
-from gateway.core.delta import Usage
-from gateway.core.field_checks import require_one_of
-from gateway.core.headers import with_headers
-from gateway.generation.answer import clamp_logprob
-from gateway.generation.gateway import Gateway
-from gateway.generation.inspect import (
+from gateway.calls.answer import clamp_logprob
+from gateway.calls.gateway import Gateway
+from gateway.calls.inspect import (
     MAX_JSON_BYTES,
     InspectFields,
     InspectionResult,
     InspectionService,
 )
-from gateway.generation.pooling import PoolingService, as_numpy, make_pooling_call
+from gateway.calls.pooling import PoolingService, as_numpy, make_pooling_call
+from gateway.core.bodies import Items
+from gateway.core.call import GenerateCall
+from gateway.core.delta import Usage
+from gateway.core.field_checks import require_one_of
+from gateway.core.headers import with_headers
 from gateway.http.convert import mask_list, prompt_list, set_fields
 from gateway.http.json_output import dump_long
 from gateway.http.middleware import CancellableEndpoint, Responder

@@ -15,9 +15,9 @@ from cluster.core.errors import (
     RequestTooLargeError,
     UnsupportedParameterError,
 )
+from gateway.calls.gateway import Gateway
 from gateway.core.expect import waits_for_continue
 from gateway.core.tuning import GatewayTuning
-from gateway.generation.gateway import Gateway
 from gateway.http.parse import parse_json
 
 MAX_TIMEOUT_MS = 99_999_999_999

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from gateway.generation.gateway import Gateway
+from gateway.calls.gateway import Gateway
 
 HEALTH_PATH = "/-/healthz"
 ROUTES_PATH = "/-/routes"

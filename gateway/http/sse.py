@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from gateway.calls.gateway import Gateway
+from gateway.calls.running_call import RunningCall
 from gateway.core.delta import ChoiceDelta
 from gateway.core.errors import ErrorReport
-from gateway.generation.gateway import Gateway
-from gateway.generation.running_call import RunningCall
 from gateway.http.json_output import dump_json, dump_long
 from gateway.http.middleware import Responder
 from gateway.http.openai_format import OpenAIFormat, usage_object

@@ -14,7 +14,7 @@ from gateway.responses.conversation import ConversationBuilder
 from gateway.responses.items import Item, ItemIdGenerator, read_item
 from gateway.responses.schema import InputItem, ResponseBody
 from gateway.responses.tools import OfferedTools, read_tools, response_tool_choice, response_tools
-from gateway.text.forms.structured import FormatFieldNames, make_grammar, make_output_schema
+from gateway.text.tool_formats.structured import FormatFieldNames, make_grammar, make_output_schema
 
 REFERENCE = "item_reference"
 LOGPROBS, ENCRYPTED_REASONING = "message.output_text.logprobs", "reasoning.encrypted_content"

@@ -20,7 +20,7 @@ from gateway.core.tool_use import CallArguments
 from gateway.http.json_output import dump_json
 from gateway.responses.items import CALLS, INSTRUCTION_ROLES, OUTPUTS, Item, text_of
 from gateway.responses.tools import ToolName
-from gateway.text.forms.tools import json_object
+from gateway.text.tool_formats.tools import json_object
 
 _REASONING = REASONING_NAMES[0]
 _JOINED = {"content": "\n\n", _REASONING: "\n"}

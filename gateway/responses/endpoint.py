@@ -14,12 +14,12 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
+from gateway.calls.answer import collect
+from gateway.calls.gateway import Gateway
+from gateway.calls.running_call import RunningCall
 from gateway.core.delta import Finish
 from gateway.core.errors import StorageError
 from gateway.core.headers import with_headers
-from gateway.generation.answer import collect
-from gateway.generation.gateway import Gateway
-from gateway.generation.running_call import RunningCall
 from gateway.http.json_output import dump_long
 from gateway.http.middleware import CancellableEndpoint, Responder
 from gateway.http.pagination import Page, json_response

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice, pairwise
 
+from gateway.calls.answer import TextFormat, alternatives, clamp_logprob
 from gateway.core.call import GenerateCall
 from gateway.core.delta import ChoiceDelta, TokenText
-from gateway.generation.answer import TextFormat, alternatives, clamp_logprob
 from gateway.responses.items import Item
 from gateway.responses.output import Event, OutputBuilder
-from gateway.text.forms.tool_calls import CallDelta, ParsedPiece
 from gateway.text.tokenizer import Tokenizer
+from gateway.text.tool_formats.tool_calls import CallDelta, ParsedPiece
 from workers.requests.request import FinishReason, TokenLogprob
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from gateway.responses.items import Item, ItemIdGenerator, encode_reasoning, output_part
 from gateway.responses.tools import CustomInputReader, ToolName
-from gateway.text.forms.tool_calls import CallDelta
+from gateway.text.tool_formats.tool_calls import CallDelta
 
 Event = dict[str, Any]
 """One server-sent event without its ``sequence_number``."""

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gateway.calls.running_call import RunningCall
 from gateway.core.delta import Finish, Usage
 from gateway.core.errors import ErrorReport
-from gateway.generation.running_call import RunningCall
 from gateway.responses.items import Item
 from workers.requests.request import FinishReason
 

@@ -8,9 +8,9 @@ from itertools import groupby
 
 import msgspec
 
+from gateway.calls.running_call import RunningCall
 from gateway.core.delta import ChoiceDelta, Finish
 from gateway.core.errors import ErrorReport
-from gateway.generation.running_call import RunningCall
 from gateway.http.sse import DONE, EventStream
 from gateway.responses.format import OutputFormat
 from gateway.responses.output import Event, OutputBuilder

@@ -17,7 +17,7 @@ from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.field_checks import require
 from gateway.core.tool_use import Tool, ToolUse
 from gateway.responses.schema import ChosenToolBody, NamedToolBody, OfferedToolBody, ResponseBody
-from gateway.text.forms.tools import ToolFieldNames, make_tool_use
+from gateway.text.tool_formats.tools import ToolFieldNames, make_tool_use
 
 KINDS = ("function", "custom")
 NAMESPACE = "namespace"

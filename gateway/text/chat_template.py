@@ -20,7 +20,6 @@ from cluster.core.errors import CheckpointError, RequestError
 from gateway.core.messages import with_reasoning
 from gateway.core.thinking import END
 from gateway.core.tool_use import ToolCallFormat
-from gateway.text.forms.call_ids import fit_call_ids
 from gateway.text.instructions import (
     SYSTEM,
     USER,
@@ -33,6 +32,7 @@ from gateway.text.instructions import (
     merge_leading_instructions,
 )
 from gateway.text.template_limits import BoundedEnvironment, render
+from gateway.text.tool_formats.call_ids import fit_call_ids
 
 _RENDER_ERRORS = (
     jinja2.TemplateError,

@@ -21,7 +21,7 @@ from gateway.core.tool_use import ToolCallFormat
 from tests.conformance.recorder import ERRORS, expecting, recording
 from tests.gateway.fakes import BACKEND, EOS_ID, Script, saying, tiny_tokenizer
 from tests.gateway.stack import MODEL, WAIT_S, Stack, running_stack
-from tests.gateway.text.forms.examples import written
+from tests.gateway.text.tool_formats.examples import written
 from tests.harness.clients import node_modules, program
 from workers.requests.request import Request
 

@@ -12,7 +12,7 @@ from tests.conformance.open_responses import CASES
 from tests.gateway.fakes import saying, tiny_tokenizer
 from tests.gateway.responses.streams import PATH, respond, stream, texts_of
 from tests.gateway.stack import Stack, post, running_stack
-from tests.gateway.text.forms.test_tools import TEMPLATE
+from tests.gateway.text.tool_formats.test_tools import TEMPLATE
 
 NEEDED = {
     *("id", "object", "created_at", "completed_at", "status", "incomplete_details", "model"),

@@ -17,11 +17,11 @@ from cluster.config.model import ModelSection
 from cluster.config.observability import ObservabilitySection
 from expertmesh.loop_thread import LoopThread
 from gateway.admin.service import AdminApi
+from gateway.calls.gateway import Gateway
 from gateway.cluster.view import ControllerCalls, SnapshotFollower
 from gateway.core.tuning import GatewayTuning
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.router import RoutingPolicy
-from gateway.generation.gateway import Gateway
 from gateway.grpc.server import GrpcServer
 from gateway.listener.http_listener import HttpListener
 from gateway.protocols import build_public_app

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.harness.local_engine import LocalEngine
 from benchmarks.harness.server import WAIT_S, Served
 from cluster.launch.model_source import bundled_checkpoint
-from gateway.generation.inspect import OUTPUTS
+from gateway.calls.inspect import OUTPUTS
 from protos import inference_pb2 as pb
 from protos import types_pb2
 from protos.inference_pb2_grpc import InferenceStub

@@ -21,7 +21,7 @@ from benchmarks.harness.server import GOOD, WAIT_S, Served, running_server
 from benchmarks.harness.stalls import wait_until
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
-from tests.gateway.generation.test_tracing import PARTS, Caller, check_tree, names, part
+from tests.gateway.calls.test_tracing import PARTS, Caller, check_tree, names, part
 from tests.harness.metric_values import metric
 from tests.harness.otlp_collector import plain, running_collector
 

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.harness.server import WAIT_S, Served
 from cluster.launch.joining import allows_unauthenticated
 from cluster.launch.orphans import find_by_files
-from tests.gateway.generation.test_secrecy import KEY, MARK, ask_everything
+from tests.gateway.calls.test_secrecy import KEY, MARK, ask_everything
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("unharmed")]
 

@@ -21,12 +21,12 @@ from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.workers import WorkerTable
 from cluster.core.frames import ExpertsLoaded
 from cluster.core.placement import ExpertPlacement
+from gateway.calls.admission import Ticket
 from gateway.engines import engine_client
 from gateway.engines.engine_client import EngineClient
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.request_mover import RequestMover
 from gateway.engines.submission import Submission
-from gateway.generation.admission import Ticket
 from tests.simulation.disk import SimReader
 from tests.simulation.feature_bugs import FEATURE_BUGS
 from tests.simulation.planted import MANY, Bug

@@ -11,13 +11,13 @@ from typing import Any
 
 from cluster.config.cluster import ClusterConfig
 from cluster.core.errors import ExpertMeshError, ModelNotFoundError, NotReadyError, QueueFullError
+from gateway.calls.gateway import Gateway
+from gateway.calls.output_queue import OutputQueue
+from gateway.calls.running_call import RunningCall
 from gateway.cluster.view import SnapshotFollower
 from gateway.core.call import CallKind, GenerateCall
 from gateway.core.model import ModelFacts
 from gateway.engines.engine_pool import EnginePool
-from gateway.generation.gateway import Gateway
-from gateway.generation.output_queue import OutputQueue
-from gateway.generation.running_call import RunningCall
 from tests.simulation.asks import Ask
 from tests.simulation.kernel import Kernel, Process
 from tests.simulation.network import Pipe

@@ -117,7 +117,7 @@ _SINGLE: list[tuple[str, str, Any]] = [
     ("workers.model.loading.mapped", "safe_open", SimReader),
     ("workers.model.loading.mapped", "entries_of", entries),
     ("workers.model.loading.mapped", "size_and_change", size_and_change),
-    ("gateway.generation.gateway", "OutputQueue", WatchedQueue),
+    ("gateway.calls.gateway", "OutputQueue", WatchedQueue),
     ("cluster.controller.parts.metrics", "to_plain", lambda registry: []),
     ("cluster.policy.silence", "WINDOW_S", 1.0),  # else starts would be remembered to the end
     ("cluster.policy.node_following", "SETTLE_S", 0.5),  # else scenarios end before

@@ -16,7 +16,7 @@ import torch
 from benchmarks.harness.local_engine import LocalEngine
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
-from gateway.generation.inspect import OUTPUTS
+from gateway.calls.inspect import OUTPUTS
 from gateway.grpc.pooling import PIECE_BYTES
 from gateway.text.tokenizer import load_tokenizer
 from protos import inference_pb2 as pb

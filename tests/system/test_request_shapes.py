@@ -12,11 +12,11 @@ import grpc
 import pytest
 from pydantic import BaseModel
 
+from gateway.calls.gateway import Gateway
+from gateway.calls.running_call import RunningCall
+from gateway.calls.served_model import ServedModel
 from gateway.core.call import GenerateCall
 from gateway.engines.submission import Submission
-from gateway.generation.gateway import Gateway
-from gateway.generation.running_call import RunningCall
-from gateway.generation.served_model import ServedModel
 from gateway.grpc import api as grpc_api
 from gateway.http import api as http_api
 from gateway.http.schema import CompletionBody

@@ -1,7 +1,8 @@
 """Compiles the grammars of requests.
 
-The gateway limits the size of a grammar (``gateway/text/forms/structured.py``). llguidance counts
-its own work and fails beyond a limit, in compilation and in masks, so no grammar runs indefinitely.
+The gateway limits the size of a grammar (``gateway/text/tool_formats/structured.py``). llguidance
+counts its own work and fails beyond a limit, in compilation and in masks, so no grammar runs
+indefinitely.
 ``workers/process/intake/grammar_compilations.py`` runs it outside the engine's thread.
 """
 

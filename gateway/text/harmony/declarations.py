@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gateway.text.forms.resolved_schema import ANY, ARRAY, NULL, OBJECT, ResolvedSchema
+from gateway.text.tool_formats.resolved_schema import ANY, ARRAY, NULL, OBJECT, ResolvedSchema
 
 _INDENT = " " * 4
 _PLAIN = {"integer": "number"} | {n: n for n in ("string", "number", "boolean", NULL, OBJECT)}

@@ -12,16 +12,6 @@ from collections.abc import Mapping
 from cluster.core.errors import RequestError
 from gateway.core.field_checks import require
 from gateway.core.tool_use import ToolUse
-from gateway.text.forms.call_grammar import (
-    ANY_TEXT,
-    FIELD,
-    GrammarRule,
-    answer_rule,
-    call_rules,
-    check_combinable_with_tools,
-    lark_grammar,
-    terminal,
-)
 from gateway.text.harmony.special_tokens import (
     ANALYSIS,
     CALL,
@@ -36,6 +26,16 @@ from gateway.text.harmony.special_tokens import (
     ROLE,
     START,
     read_header,
+)
+from gateway.text.tool_formats.call_grammar import (
+    ANY_TEXT,
+    FIELD,
+    GrammarRule,
+    answer_rule,
+    call_rules,
+    check_combinable_with_tools,
+    lark_grammar,
+    terminal,
 )
 from workers.requests.request import Grammar
 

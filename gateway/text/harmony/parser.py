@@ -11,13 +11,6 @@ import json
 from collections.abc import Collection
 from enum import Enum, auto
 
-from gateway.text.forms.call_ids import CallIdGenerator
-from gateway.text.forms.delimiters import (
-    partial_delimiter_length,
-    resolve_partial_name,
-    split_at_delimiter,
-)
-from gateway.text.forms.tool_calls import CallDelta, ParsedPiece, PieceBuilder
 from gateway.text.harmony.special_tokens import (
     CHANNEL,
     CONSTRAIN,
@@ -33,6 +26,13 @@ from gateway.text.harmony.special_tokens import (
     strip_signs,
     text_in_header,
 )
+from gateway.text.tool_formats.call_ids import CallIdGenerator
+from gateway.text.tool_formats.delimiters import (
+    partial_delimiter_length,
+    resolve_partial_name,
+    split_at_delimiter,
+)
+from gateway.text.tool_formats.tool_calls import CallDelta, ParsedPiece, PieceBuilder
 
 MAX_HEADER_CHARS = 256
 """Maximum length of a header. A longer one is text, so that clients do not wait for its end."""

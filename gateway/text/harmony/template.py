@@ -23,7 +23,6 @@ from gateway.core.call import OutputSchema
 from gateway.core.field_checks import require
 from gateway.core.messages import COMMENTARY_PHASE, PHASE, REASONING_NAMES
 from gateway.core.tool_use import CallArguments, ToolCallFormat
-from gateway.text.forms.tools import NAME_RULE, is_function_name
 from gateway.text.harmony.declarations import comment, declare_functions
 from gateway.text.harmony.special_tokens import (
     ANALYSIS,
@@ -40,6 +39,7 @@ from gateway.text.harmony.special_tokens import (
     START,
     HarmonyPrompt,
 )
+from gateway.text.tool_formats.tools import NAME_RULE, is_function_name
 
 _EFFORTS = {
     "none": "low",

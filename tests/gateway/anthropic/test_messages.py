@@ -17,7 +17,7 @@ from gateway.core.tuning import GatewayTuning
 from tests.gateway.fakes import MAX_MODEL_LEN, saying, tiny_tokenizer
 from tests.gateway.http.test_thinking import TEMPLATE
 from tests.gateway.stack import MODEL, WAIT_S, Stack, post, running_stack
-from tests.gateway.text.forms.examples import written
+from tests.gateway.text.tool_formats.examples import written
 
 PATH = "/v1/messages"
 USER = [{"role": "user", "content": "hi"}]

@@ -20,7 +20,7 @@ from gateway.core.field_checks import (
     require_one_of,
 )
 from gateway.core.tool_use import Tool
-from gateway.text.forms.tools import make_tool_use
+from gateway.text.tool_formats.tools import make_tool_use
 from workers.requests.prompt_embeds import parse_embeds
 from workers.requests.request import Grammar, GrammarKind
 

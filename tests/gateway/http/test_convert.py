@@ -24,7 +24,7 @@ from gateway.http.schema import ChatBody, CompletionBody, DetokenizeBody
 from gateway.http.unsupported import check_unsupported
 from gateway.offload.long_work import GcPause
 from gateway.responses.unsupported import check_unsupported as check_unbuilt_response
-from gateway.text.forms.tools import MAX_TOOLS
+from gateway.text.tool_formats.tools import MAX_TOOLS
 from protos import inference_pb2 as pb
 
 SAMPLING: dict[str, Any] = {

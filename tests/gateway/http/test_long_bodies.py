@@ -14,9 +14,9 @@ import pytest
 from google.protobuf import json_format
 
 from cluster.config.gateway import GatewaySection
+from gateway.calls import request_submitter
 from gateway.core.bodies import StrictBody
 from gateway.engines import request_router
-from gateway.generation import request_submitter
 from gateway.grpc import api, pooling
 from gateway.http import api as http_api
 from gateway.http import json_output, sse

@@ -16,7 +16,7 @@ from tests.gateway.fakes import saying, tiny_backend, tiny_tokenizer
 from tests.gateway.grpc.test_grpc import request_of
 from tests.gateway.sse_client import by_choice, parse_events
 from tests.gateway.stack import WAIT_S, Stack, post, running_stack
-from tests.gateway.text.forms.examples import written
+from tests.gateway.text.tool_formats.examples import written
 from workers.requests.request import GrammarKind
 
 TEMPLATE = (

@@ -8,7 +8,7 @@ import pytest
 
 from tests.gateway.fakes import tiny_tokenizer
 from tests.gateway.stack import Stack, running_stack
-from tests.gateway.text.forms.test_tools import TEMPLATE
+from tests.gateway.text.tool_formats.test_tools import TEMPLATE
 
 
 @pytest.fixture(scope="package")

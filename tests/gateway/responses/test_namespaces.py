@@ -13,8 +13,8 @@ from tests.gateway.fakes import saying, tiny_tokenizer
 from tests.gateway.responses.streams import PATH, both, respond
 from tests.gateway.responses.test_input import messages_of, turn_of
 from tests.gateway.stack import Stack, post, running_stack
-from tests.gateway.text.forms.examples import written
-from tests.gateway.text.forms.test_tools import TEMPLATE
+from tests.gateway.text.tool_formats.examples import written
+from tests.gateway.text.tool_formats.test_tools import TEMPLATE
 
 READ = {"type": "function", "name": "read", "description": "Reads a file."}
 PATCH = {"type": "custom", "name": "patch"}

@@ -14,9 +14,9 @@ from cluster.config.gateway import GatewaySection
 from tests.gateway.fakes import saying, tiny_tokenizer
 from tests.gateway.responses.test_streams import NOW, PATCH, WEATHER
 from tests.gateway.stack import MODEL, WAIT_S, Stack, running_stack
-from tests.gateway.text.forms.test_tools import ARGUMENTS, BOTH
-from tests.gateway.text.forms.test_tools import TEMPLATE as TOOL_TEMPLATE
 from tests.gateway.text.harmony.examples import SUM
+from tests.gateway.text.tool_formats.test_tools import ARGUMENTS, BOTH
+from tests.gateway.text.tool_formats.test_tools import TEMPLATE as TOOL_TEMPLATE
 
 INPUT: Any = [{"role": "user", "content": "hi"}]
 REASONING = (

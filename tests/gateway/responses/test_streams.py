@@ -21,9 +21,9 @@ from tests.gateway.responses.streams import (
     texts_of,
 )
 from tests.gateway.stack import Stack, post, running_stack
-from tests.gateway.text.forms.test_tools import ARGUMENTS, BOTH, CUT, FIRST, SCHEMA
 from tests.gateway.text.harmony.examples import PLAN_ARGUMENTS, SUM
 from tests.gateway.text.harmony.test_codecs import ANSWER, TEMPLATE, WORDS
+from tests.gateway.text.tool_formats.test_tools import ARGUMENTS, BOTH, CUT, FIRST, SCHEMA
 
 WEATHER = {"type": "function", "name": "weather", "parameters": SCHEMA}
 NOW = {"type": "function", "name": "now"}

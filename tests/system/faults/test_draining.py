@@ -24,11 +24,11 @@ from benchmarks.harness.serving_cluster import (
     serving,
 )
 from benchmarks.harness.stalls import heartbeat
+from gateway.calls.answer import collect
+from gateway.calls.gateway import Gateway, new_call_id
 from gateway.core.call import CallKind, GenerateCall
 from gateway.core.delta import TokenText
 from gateway.engines import request_mover
-from gateway.generation.answer import collect
-from gateway.generation.gateway import Gateway, new_call_id
 from tests.harness.fault_rows import (
     FULL,
     SMALL,

@@ -17,12 +17,12 @@ from benchmarks.harness.serving_cluster import ThreadCluster, ThreadWorkerGroup,
 from cluster.core.errors import DeadlineExceededError
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
+from gateway.calls.answer import collect
+from gateway.calls.gateway import Gateway
+from gateway.calls.inspect import InspectFields, InspectionService
+from gateway.calls.pooling import PoolingService, make_pooling_call
 from gateway.core.call import CallKind, GenerateCall
 from gateway.core.delta import ChoiceDelta
-from gateway.generation.answer import collect
-from gateway.generation.gateway import Gateway
-from gateway.generation.inspect import InspectFields, InspectionService
-from gateway.generation.pooling import PoolingService, make_pooling_call
 from tests.harness.fault_rows import blocks_held, quiet_config
 from tests.harness.poison import POISON, PoisonedGroup
 from workers.process.context import WorkerContext

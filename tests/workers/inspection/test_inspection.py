@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
 from cluster.core.errors import QueueFullError, RequestError
-from gateway.generation.losses import aux_loss
+from gateway.calls.losses import aux_loss
 from tests.reference.goldens import BF16_VARIANTS, MAX_MODEL_LEN, Golden
 from tests.reference.parity import router_kinds
 from workers.inspection.buffers import shape_of

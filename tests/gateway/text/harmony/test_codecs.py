@@ -25,8 +25,8 @@ from tests.gateway.fakes import BACKEND, EOS, EOS_ID, saying, tiny_tokenizer
 from tests.gateway.grpc.test_grpc import request_of
 from tests.gateway.sse_client import by_choice, parse_events
 from tests.gateway.stack import WAIT_S, Stack, post, running_stack
-from tests.gateway.text.forms.test_tools import CHAT, TOOLS, USER
 from tests.gateway.text.harmony.examples import PLAN, PLAN_ARGUMENTS, SUM, WORDS_BEFORE_CALL
+from tests.gateway.text.tool_formats.test_tools import CHAT, TOOLS, USER
 
 TEMPLATE = (
     "{% if tools %}<|start|>developer<|message|>{{ tools[0].function.name }}<|end|>{% endif %}"

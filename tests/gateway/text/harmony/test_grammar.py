@@ -10,7 +10,6 @@ import tokenizers
 
 from cluster.core.errors import RequestError
 from gateway.core.tool_use import Tool, ToolUse
-from gateway.text.forms.structured import MAX_GRAMMAR_BYTES, make_grammar
 from gateway.text.harmony.grammar import harmony_grammar
 from gateway.text.harmony.special_tokens import (
     CALL,
@@ -22,8 +21,9 @@ from gateway.text.harmony.special_tokens import (
     SPECIAL_TOKENS,
     START,
 )
+from gateway.text.tool_formats.structured import MAX_GRAMMAR_BYTES, make_grammar
 from tests.gateway.fakes import EOS_ID, tiny_backend
-from tests.gateway.text.forms.test_tools import OFFERED
+from tests.gateway.text.tool_formats.test_tools import OFFERED
 from workers.requests.request import Grammar, GrammarKind
 from workers.sampling.grammar_compiler import GrammarCompiler
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from gateway.text.forms.tool_calls import ParsedPiece
 from gateway.text.harmony.parser import MAX_HEADER_CHARS, HarmonyParser
 from gateway.text.harmony.special_tokens import (
     CALL,
@@ -22,6 +21,7 @@ from gateway.text.harmony.special_tokens import (
     SPECIAL_TOKENS,
     START,
 )
+from gateway.text.tool_formats.tool_calls import ParsedPiece
 from tests.gateway.text.harmony.examples import (
     PLAN,
     PLAN_ARGUMENTS,

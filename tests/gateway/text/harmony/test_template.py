@@ -12,7 +12,6 @@ import pytest
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.call import OutputSchema
 from gateway.core.tool_use import Tool
-from gateway.text.forms.tools import template_call
 from gateway.text.harmony.parser import HarmonyParser
 from gateway.text.harmony.special_tokens import (
     ENDS,
@@ -23,6 +22,7 @@ from gateway.text.harmony.special_tokens import (
     open_message,
 )
 from gateway.text.harmony.template import HarmonyTemplate
+from gateway.text.tool_formats.tools import template_call
 from tests.gateway.text.harmony.examples import (
     CONVERSATION,
     DECLARED,

@@ -1,0 +1,201 @@
+"""Admission: bounds on requests, tokens and waits, and retry times for refused requests.
+
+Pure apart from its own counters; the time is passed in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cluster.core.errors import QueueFullError
+from gateway.calls.service_rate import ServiceRate
+from gateway.calls.tenant_queues import CallDemand, TenantQueue, tokens_ahead
+from gateway.core.errors import clamp_retry_s
+
+_UNKNOWN_RATE_RETRY_S = 5.0
+"""Retry time before the first request has finished."""
+_BURST_S = 1.0
+"""Time for which a new queue takes requests regardless of their wait, so that a batch of requests
+that arrive together waits instead of being refused."""
+_OVERLOAD_SHARE = 1 / 3
+"""Fraction of the longest wait that is the limit once a queue has existed for longer than that
+wait.
+A burst has ended by that time; a queue that remains means overload, in which a long queue serves no
+more requests than a short one and delays all of them. After Nichols and Jacobson, Controlling
+Queue Delay (ACM Queue, 2012), and Maurer, Fail at Scale (ACM Queue, 2015)."""
+
+
+@dataclass(slots=True)
+class Ticket:
+    """An admitted call's entry in the queue. ``release`` is idempotent."""
+
+    admission: Admission
+    demand: CallDemand
+    since_s: float
+    is_held: bool = True
+
+    def retry_after_s(self) -> float:
+        """Estimated time until another call of this size can be admitted."""
+        return self.admission.retry_after_s(self.demand.num_requests)
+
+    def release(self, now_s: float, was_served: bool = True) -> None:
+        """Release the entry. Calls that did not use the engines (``was_served`` is False) do not
+        count for the service rate."""
+        if self.is_held:
+            self.is_held = False
+            self.admission._release(self, now_s, was_served)
+
+
+@dataclass(eq=False)
+class Admission:
+    """Counts the admitted requests of a replica, and refuses calls above its limits."""
+
+    max_requests: int
+    """Largest number of admitted engine requests (one per prompt)."""
+    max_tokens: int
+    """Largest number of prompt and output tokens that all of them may need."""
+    capacity: int = 0
+    """Number of choices of requests that the engines run at a time; further choices wait. The
+    service rate is measured only while some wait or the queue is full: otherwise requests leave at
+    the rate of arrivals."""
+    max_wait_s: float = float("inf")
+    """Expected wait above which a tenant's requests are refused; a third of it once a queue has
+    existed for longer than that. Requests with a priority above 0 are not limited."""
+    max_prompt_bytes: int = 256 * 1024 * 1024
+    """Largest number of bytes of all admitted prompt embeddings."""
+    num_requests: int = field(default=0, init=False)
+    num_seats: int = field(default=0, init=False)
+    """Choices that run at the engines or wait for them."""
+    num_tokens: int = field(default=0, init=False)
+    """Tokens that the admitted requests may need."""
+    num_bytes: int = field(default=0, init=False)
+    """Bytes of their prompt embeddings."""
+
+    def __post_init__(self) -> None:
+        self._queues: dict[str, TenantQueue] = {}
+        self._rate = ServiceRate()
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of choices above ``capacity``."""
+        return max(0, self.num_seats - self.capacity)
+
+    def admit(self, demand: CallDemand, now_s: float) -> Ticket:
+        """Admit one call. Raises ``QueueFullError`` with a retry time.
+
+        A full queue still admits a call of a tenant that uses at most half of its equal share.
+        """
+        self.check(demand, now_s)
+        queue = self._queues.setdefault(demand.tenant, TenantQueue())
+        queue.weight = demand.weight
+        self._add(demand, 1, now_s)
+        return Ticket(self, demand, now_s)
+
+    def check(self, demand: CallDemand, now_s: float) -> None:
+        """Raise ``QueueFullError`` if ``admit`` would. Before tokenization, the minimal demand is
+        checked."""
+        has_share = self._has_share(demand)
+        over = self.num_requests + demand.num_requests - self.max_requests
+        if over > 0 and not has_share:
+            raise QueueFullError(
+                f"the queue is full: {self.num_requests} requests, at most {self.max_requests} "
+                "(max_queue)",
+                self.retry_after_s(over),
+            )
+        is_long = self.num_tokens + demand.num_tokens > self.max_tokens
+        if self.num_requests and is_long and not has_share:
+            raise QueueFullError(
+                f"the queue is full: {self.num_tokens} tokens, and this request needs "
+                f"{demand.num_tokens} more, at most {self.max_tokens} (max_queue_tokens)",
+                self._tokens_retry_s(self.num_tokens + demand.num_tokens - self.max_tokens),
+                "queue_tokens",
+            )
+        num_bytes = self.num_bytes + demand.num_bytes
+        is_big = self.num_bytes and demand.num_bytes and num_bytes > self.max_prompt_bytes
+        if is_big and not has_share:
+            raise QueueFullError(
+                f"the queue is full: {self.num_bytes} bytes of embeddings, and this request needs "
+                f"{demand.num_bytes} more, at most {self.max_prompt_bytes}",
+                self.retry_after_s(1),
+            )
+        self._check_wait(demand, now_s)
+
+    def _check_wait(self, demand: CallDemand, now_s: float) -> None:
+        wait_s = self.queue_time_s(demand)
+        is_burst = self._rate.saturated_for_s(now_s) <= _BURST_S
+        is_overloaded = self._rate.queue_age_s(now_s) > self.max_wait_s
+        limit_s = self.max_wait_s * (_OVERLOAD_SHARE if is_overloaded else 1)
+        if wait_s <= limit_s or demand.priority > 0 or is_burst:
+            return
+        raise QueueFullError(
+            f"the queue is full: requests would wait {wait_s:.1f} s, at most {limit_s:.3g} s "
+            f"({'a third of ' if is_overloaded else ''}max_queue_wait_s)",
+            clamp_retry_s(wait_s - limit_s),
+            "queue_wait",
+        )
+
+    def _has_share(self, demand: CallDemand) -> bool:
+        """Whether the tenant, with this call, uses at most half of an equal share of the queue, and
+        the queue exceeds its limits by at most half.
+        """
+        own = self._queues.get(demand.tenant, TenantQueue()).total
+        num_others = len(self._queues) - (demand.tenant in self._queues)
+        part = 0.5 / (num_others + 1)
+        return (
+            num_others > 0
+            and own.num_requests + demand.num_requests <= part * self.max_requests
+            and own.num_tokens + demand.num_tokens <= part * self.max_tokens
+            and own.num_bytes + demand.num_bytes <= part * self.max_prompt_bytes
+            and self.num_requests + demand.num_requests <= 1.5 * self.max_requests
+            and self.num_tokens + demand.num_tokens <= 1.5 * self.max_tokens
+            and self.num_bytes + demand.num_bytes <= 1.5 * self.max_prompt_bytes
+        )
+
+    def retry_after_s(self, num_requests: int) -> float:
+        """Estimated time until ``num_requests`` requests have finished."""
+        rate = self._rate.requests_per_s or self._usual_rate()
+        return clamp_retry_s(num_requests / rate if rate else _UNKNOWN_RATE_RETRY_S)
+
+    def _tokens_retry_s(self, num_tokens: int) -> float:
+        """Estimated time until requests that need ``num_tokens`` tokens have finished."""
+        rate = self._rate.tokens_per_s
+        return clamp_retry_s(num_tokens / rate) if rate else self.retry_after_s(1)
+
+    def queue_time_s(self, demand: CallDemand) -> float:
+        """Estimated time until a new request would run; 0 while it is unknown.
+
+        The estimate is waiting tokens over the measured token rate. Until the rate is known, it is
+        extrapolated from runs with fewer concurrent requests, which overestimates it.
+        """
+        if not self.num_waiting:
+            return 0.0
+        rate = self._rate.tokens_per_s
+        if rate is None:
+            rate = self.capacity * (self._rate.tokens_per_seat_s or 0.0)
+        if not rate:
+            return 0.0
+        return tokens_ahead(self._queues, self.capacity, demand.tenant, demand.priority) / rate
+
+    def _usual_rate(self) -> float | None:
+        """Requests per second if the admitted requests take as long as the previous ones."""
+        held_s = self._rate.mean_held_s
+        return self.num_requests / held_s if held_s else None
+
+    def _release(self, ticket: Ticket, now_s: float, was_served: bool) -> None:
+        demand, was_saturated = ticket.demand, self._rate.is_running
+        self._add(demand, -1, now_s)
+        if was_served:
+            held_s = now_s - ticket.since_s
+            self._rate.note(demand, held_s, was_saturated)
+
+    def _add(self, demand: CallDemand, sign: int, now_s: float) -> None:
+        queue = self._queues[demand.tenant]
+        queue.add(demand, sign)
+        if not queue.by_priority:
+            del self._queues[demand.tenant]
+        self.num_requests += sign * demand.num_requests
+        self.num_seats += sign * demand.num_seats
+        self.num_tokens += sign * demand.num_tokens
+        self.num_bytes += sign * demand.num_bytes
+        is_full = self.num_requests >= self.max_requests
+        self._rate.advance(now_s, self.num_waiting > 0 or is_full)

@@ -1,0 +1,314 @@
+"""The protocol-independent gateway: turns calls into running calls.
+
+``Gateway.start`` takes a request up to the engine: it finds the model, checks the fields, makes the
+engine's requests (``request_maker``), admits the call (``admission_controller``) and sends it to
+the
+engines (``request_submitter``). HTTP and gRPC are thin codecs over it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+
+from cluster.config.cluster import ClusterConfig
+from cluster.config.gateway import ShutdownStage
+from cluster.core.errors import (
+    ExpertMeshError,
+    KeyLimitError,
+    NotReadyError,
+)
+from cluster.core.process import count_cpus
+from cluster.disk.threads import DiskThreads
+from cluster.tracing import logs
+from cluster.tracing.gateway_counts import GatewayCounts
+from gateway.auth.auth import CALLER, make_key_rings
+from gateway.calls import request_log
+from gateway.calls.admission_controller import AdmissionController
+from gateway.calls.output_queue import CallRegistry, OutputQueue
+from gateway.calls.prompts import PromptMaker
+from gateway.calls.readiness import Readiness, shutdown_error
+from gateway.calls.request_maker import MakeRequests, RequestMaker, complete_requests
+from gateway.calls.request_submitter import RequestSubmitter
+from gateway.calls.request_trace import TRACE, note_error
+from gateway.calls.running_call import RunningCall
+from gateway.calls.served_model import ServedModel
+from gateway.calls.service_status import ServiceStatus
+from gateway.calls.tenant_queues import CallDemand
+from gateway.calls.tracing import start_tracing
+from gateway.cluster.view import (
+    Snapshot,
+    SnapshotFollower,
+    attention_endpoints,
+    live_workers,
+)
+from gateway.cluster.worker_stats import WorkerStats
+from gateway.core.call import CallKind, GenerateCall
+from gateway.core.errors import ErrorReport, StorageTimeoutError, report_error
+from gateway.core.field_checks import check_fields
+from gateway.core.model import ModelFacts
+from gateway.core.replay import ReplayCause
+from gateway.core.request_id import REQUEST_ID
+from gateway.core.retention import with_ttl_hint
+from gateway.core.tuning import GatewayTuning
+from gateway.engines.engine_pool import EnginePool
+from gateway.engines.router import RoutingPolicy
+from gateway.engines.submission import Submission
+from gateway.observability.metrics import GatewayMetrics
+from gateway.offload.long_work import LongWork
+from gateway.state.store import StateStore, open_store
+from gateway.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class Gateway:
+    """One replica: owns the components that serve a call, and decides the order of its steps.
+
+    Args:
+        config: the cluster's configuration.
+        tokenizer: None if the checkpoint has none; prompts must then be token ids.
+        cluster: follows the controller.
+        engines: streams to the attention workers, updated here from ``cluster``.
+        name: name of this replica.
+        tuning: limits and waits without options.
+        state: state store; None opens the configured one, on the caller's thread.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        tokenizer: Tokenizer | None,
+        cluster: SnapshotFollower,
+        engines: EnginePool,
+        name: str = "gateway",
+        tuning: GatewayTuning | None = None,
+        state: StateStore | None = None,
+    ) -> None:
+        self.config = config
+        self.limits = config.gateway
+        self.tokenizer = tokenizer
+        self.long_work = LongWork()
+        self.prompts = PromptMaker(
+            tokenizer, config.gateway.trust_request_chat_template, self.long_work
+        )
+        self.cluster = cluster
+        self.engines = engines
+        self.name = name
+        self.tuning = tuning or GatewayTuning()
+        self.keys, self.admin_keys = make_key_rings(config.gateway)
+        has_keys = config.gateway.requires_keys or config.gateway.requires_admin_keys
+        self.numbers = WorkerStats(cluster, self.tuning.numbers_age_s if has_keys else 0.0)
+        self.state = open_store(config.gateway) if state is None else state
+        """Objects stored for clients between requests; None if the state folder is disabled."""
+        self.disk = DiskThreads(
+            "the state folder",
+            self.tuning.disk_threads,
+            self.tuning.disk_max_waiting,
+            self.tuning.disk_limit_s,
+            StorageTimeoutError,
+        )
+        """Threads for requests that use ``state``."""
+        logs.CONTEXT.request_id = REQUEST_ID.get
+        self.model = ServedModel(config.model.served_model_name, engines)
+        self.running = CallRegistry(count_cpus())
+        self.metrics = GatewayMetrics(
+            self.model.name,
+            lambda: self.cluster.snapshot,
+            {
+                "block_size": str(config.engine.block_size_tokens),
+                "cache_dtype": config.engine.kv_cache_dtype,
+                "enable_prefix_caching": str(config.engine.enable_prefix_caching),
+            },
+            lambda: self.cluster.known_load,
+            config.gateway.metrics_all_experts,
+            config.gateway.metrics_prefix,
+            config.gateway.vllm_metric_names,
+        )
+        self.counts = GatewayCounts()
+        """Counts of this gateway and of other ones, including ended gateways."""
+        self.status = ServiceStatus(
+            name, config.gateway, self.numbers, self.metrics, self.model.adapters, self.running
+        )
+        self.tracing = start_tracing(
+            config.observability,
+            name,
+            self.model.name,
+            lambda: self.status.addresses,
+            self._to_text,
+        )
+        self._reporter: asyncio.Task[None] | None = None
+        self.readiness = Readiness(cluster, engines, self.keys, self.tuning.leaving_lead_s)
+        self.requests = RequestMaker(self.prompts, self.long_work, config.engine.seed, name)
+        self._submitter = RequestSubmitter(
+            engines, cluster, self.readiness, self.long_work, self.tuning.stream_wait_s
+        )
+        self._routes_by_kv = config.gateway.routing_policy == RoutingPolicy.KV.value
+        seats = config.engine.max_num_seqs
+        self.admission = AdmissionController(config.gateway, seats, engines, self.metrics)
+        cluster.listen(self._follow)
+        if self.tracing is not None:
+            cluster.listen(self.tracing.see)
+        engines.on_resubmit = self._observe_resubmitted
+
+    @property
+    def placement_epoch(self) -> int:
+        """Epoch of the active placement, by the latest snapshot."""
+        return int((self.cluster.snapshot or {}).get("placement_epoch") or 0)
+
+    def leave(self, now_s: float) -> int:
+        """Stop being ready, permanently; return the number of requests that still run here."""
+        self.readiness.leave(now_s)
+        return self.admission.num_requests
+
+    def shut_down(self, stage: ShutdownStage, now_s: float) -> int:
+        """Shut down with the whole server, by stages; return the number of running requests."""
+        left = self.leave(now_s)
+        if stage != "lead":
+            self.readiness.accepts_calls = False
+        if stage == "fail":
+            self.running.fail(shutdown_error())
+        return left
+
+    async def close(self) -> None:
+        """Stop the threads and processes for long work."""
+        await self.prompts.stop()
+        self.long_work.stop()
+
+    def timeout_s(self, wanted_s: float | None) -> float:
+        most = self.limits.request_timeout_s
+        return most if wanted_s is None else min(wanted_s, most)
+
+    async def start(
+        self, call: GenerateCall, call_id: str, make: MakeRequests | None = None
+    ) -> RunningCall:
+        """Validate a call and send it to the engines.
+
+        Args:
+            call: the client's call.
+            call_id: its name.
+            make: validates the call and makes its requests; None makes requests that generate text.
+
+        Raises:
+            RequestError: the call is invalid (or a subclass).
+            QueueFullError: a limit of the queue is exceeded.
+            NotReadyError: the cluster cannot serve the call.
+            DeadlineExceededError: the deadline passed before an engine had the call.
+        """
+        with ExitStack() as held:
+            adapter = self.model.hold_adapter(call.model, held)
+            if make is None:
+                check_fields(call, self.limits)
+                call = with_ttl_hint(call, self.limits)
+                make = partial(self.requests.make, call)
+                if (trace := TRACE.get()) is not None:
+                    trace.fields = call
+            return await self._start(call, call_id, adapter, make, held)
+
+    async def _start(
+        self,
+        call: GenerateCall,
+        call_id: str,
+        adapter: str,
+        make: MakeRequests,
+        held: ExitStack,
+    ) -> RunningCall:
+        """``held`` is closed at the end of the call."""
+        started_s = time.monotonic()
+        deadline_s = started_s + self.timeout_s(call.timeout_s)
+        facts, caller = self.require_facts(), CALLER.get()
+        demand = CallDemand(priority=call.priority or 0)
+        if caller is not None:
+            demand = replace(demand, tenant=caller.entry.tenant, weight=caller.entry.weight)
+        # refuse before the cost of tokenization
+        self.admission.require_capacity(demand, facts.max_model_len, deadline_s)
+        call, made = await make(facts)
+        if not self.engines.workers.has_adapter(adapter):
+            raise NotReadyError(f"no worker could load the adapter {call.model}: ask again later")
+        if caller is not None:
+            caller.check_tokens(time.monotonic())
+        requests = complete_requests(call, made, call_id, adapter, caller)
+        running = RunningCall(
+            replace(call, model=call.model or self.model.name),
+            requests,
+            call_id,
+            created=int(time.time()),
+            queue=OutputQueue(
+                self.tuning.max_unread_bytes,
+                self.tuning.unread_limit_s,
+                self.running.interval_s,
+            ),
+            ticket=self.admission.admit(CallDemand.of(requests), facts.max_model_len, deadline_s),
+            deadline_s=deadline_s,
+            tokenizer=self.tokenizer,
+            eos_token_ids=facts.eos_token_ids,
+            metrics=self.metrics,
+            started_s=started_s,
+            admitted_s=time.monotonic(),
+            caches_prefixes=self.config.engine.enable_prefix_caching,
+            caller=caller,
+            free=self.long_work.free,
+        )
+        running.held = held.pop_all()
+        try:
+            if (trace := TRACE.get()) is not None:
+                trace.running = running
+            if (line := request_log.CURRENT.get()) is not None:
+                line.running = running
+            running.held.callback(self.running.remove, running.queue)
+            for name in filter(None, (call_id, REQUEST_ID.get())):
+                self.running.add(name, running.queue)
+            await self._submitter.submit(running, self.model.hello if self._routes_by_kv else None)
+        except BaseException:
+            running.close()
+            raise
+        return running
+
+    def report_error(self, error: Exception, request_id: str) -> ErrorReport:
+        """Count, log and trace an error; return it as the client sees it."""
+        report = report_error(error, request_id)
+        note_error(report.code)
+        if isinstance(error, KeyLimitError):
+            self.metrics.admission_rejections.labels(error.limit).inc()
+        if not isinstance(error, ExpertMeshError):
+            logger.error("request %s failed", request_id, exc_info=error)
+        return report
+
+    def _follow(self, snapshot: Snapshot) -> None:
+        logs.CONTEXT.generation = int(snapshot.get("generation") or 0)
+        self.model.adapters.follow(snapshot)
+        endpoints = attention_endpoints(snapshot)
+        for endpoint in endpoints:
+            self.metrics.engine(endpoint.engine)  # exposed as 0 from the start
+        self.engines.update(endpoints, live_workers(snapshot))
+        if self.engines.pauses.change(int(snapshot.get("generation") or 0), time.monotonic()):
+            reports = self.cluster.report_pauses(self.engines.pauses.take)
+            self._reporter = asyncio.create_task(reports)
+
+    def _to_text(self, ids: Sequence[int]) -> str:
+        if self.tokenizer is None:
+            return " ".join(map(str, ids))
+        return self.tokenizer.decode(ids, False)
+
+    def require_facts(self) -> ModelFacts:
+        """Limits of the served model. Raises ``NotReadyError`` if no call can be served."""
+        self.readiness.require_serving()
+        return self.model.require_facts()
+
+    def _observe_resubmitted(self, entry: Submission) -> None:
+        cause, is_moved = entry.replay_cause.value, entry.replay_cause is ReplayCause.MOVED
+        self.metrics.requests_replayed.labels(cause).inc()
+        num_tokens = entry.missing_tokens if is_moved else entry.num_known_tokens
+        self.metrics.tokens_recomputed.labels(cause).inc(num_tokens)
+
+
+def new_call_id(kind: CallKind) -> str:
+    """Name of a call: ``cmpl-`` or ``chatcmpl-`` and 32 hex digits."""
+    prefix = "chatcmpl" if kind is CallKind.CHAT else "cmpl"
+    return f"{prefix}-{uuid.uuid4().hex}"

@@ -1,0 +1,52 @@
+"""One log line for each finished request: its route, status, time and tokens.
+
+``HttpMiddleware`` and ``GrpcCall`` begin and end a ``RequestLog``; ``Gateway`` adds the call.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextvars import ContextVar
+from typing import Any, Literal
+
+from gateway.calls.running_call import RunningCall
+
+logger = logging.getLogger(__name__)
+
+
+class RequestLog:
+    """Log entry of one request. The line contains no client text except the request id."""
+
+    def __init__(self, port: Literal["http", "grpc"], name: str) -> None:
+        """``name`` is the route or the procedure."""
+        self._port, self._name = port, name
+        self._began_s = time.monotonic()
+        self.running: RunningCall | None = None
+        """Its running call; None if the request was refused or needs no engine."""
+        CURRENT.set(self)
+
+    def end(self, status: str) -> None:
+        """Write the line; ``status`` is the HTTP or gRPC status."""
+        if not logger.isEnabledFor(logging.INFO):
+            return
+        now_s = time.monotonic()
+        fields: dict[str, Any] = {"port": self._port, "route": self._name, "status": status}
+        fields["ms"] = _ms(now_s - self._began_s)
+        if (running := self.running) is not None:
+            usage = running.usage
+            fields["prompt_tokens"] = usage.prompt_tokens
+            fields["output_tokens"] = usage.completion_tokens
+            if usage.cached_tokens is not None:
+                fields["cached_tokens"] = usage.cached_tokens
+            if (first_s := running.first_token_s) is not None:
+                fields["ttft_ms"] = _ms(first_s - running.started_s)
+        logger.info("request ended", extra=fields)
+
+
+CURRENT: ContextVar[RequestLog | None] = ContextVar("CURRENT", default=None)
+"""Log entry of the request that the current task serves."""
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * seconds, 1)

@@ -1,0 +1,93 @@
+"""Makes the engine's requests of a checked call."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeAlias
+
+from msgspec.structs import replace
+
+from gateway.auth.key_limits import KeyUsage
+from gateway.calls.prompts import PromptMaker
+from gateway.calls.validate import make_requests
+from gateway.core.call import GenerateCall
+from gateway.core.model import ModelFacts
+from gateway.offload.long_work import LongWork
+from workers.requests.request import Request
+
+MakeRequests: TypeAlias = Callable[[ModelFacts], Awaitable[tuple[GenerateCall, Sequence[Request]]]]
+"""Validates a call against the served model; returns the call with the rules for its output, and
+one request per prompt."""
+
+
+class RequestMaker:
+    """Makes the prompts and sampling parameters of a call's requests.
+
+    Args:
+        prompts: tokenizes prompts.
+        long_work: runs long functions.
+        seed: base seed for calls without a seed; see ``_seed_source``.
+        name: name of the replica.
+    """
+
+    def __init__(self, prompts: PromptMaker, long_work: LongWork, seed: int, name: str) -> None:
+        self._prompts = prompts
+        self._long_work = long_work
+        self._draw_seed = _seed_source(seed, name)
+
+    async def make(
+        self, call: GenerateCall, facts: ModelFacts
+    ) -> tuple[GenerateCall, list[Request]]:
+        """Implement ``MakeRequests``. Raises ``RequestError``."""
+        complete, prompts = await self._prompts.make(call, facts)
+        bad_words = await self._prompts.bad_words(complete)
+        size = sum(map(len, prompts)) + len(complete.allowed_token_ids or ())
+        requests = await self._long_work.run(
+            size, make_requests, complete, prompts, facts, self._draw_seed, bad_words
+        )
+        if complete.stop:
+            self._prompts.require_tokenizer("stop")
+        if complete.grammar is not None:
+            self._prompts.require_tokenizer(complete.grammar.field)
+        return complete, requests
+
+
+def complete_requests(
+    call: GenerateCall,
+    requests: Sequence[Request],
+    call_id: str,
+    adapter: str,
+    caller: KeyUsage | None,
+) -> list[Request]:
+    """Add the id ``call_id``-i and the call's own fields to the requests of a call.
+
+    Args:
+        call: the checked call.
+        requests: one request per prompt.
+        call_id: name of the call.
+        adapter: key of the requested adapter; empty for the base model.
+        caller: the caller's key; None without keys.
+    """
+    shared: dict[str, Any] = {
+        "n": call.num_sampled,
+        "priority": call.priority or 0,
+        "cache_salt": call.cache_salt or "",
+        "session": call.session,
+        "cache_ttl_s": call.cache_ttl,
+        "adapter": adapter,
+    }
+    if caller is not None:
+        shared |= {"tenant": caller.entry.tenant, "weight": caller.entry.weight}
+        # Other tenants can neither use nor detect cached prefixes with this salt.
+        shared["cache_salt"] = f"{shared['tenant']}\0{shared['cache_salt']}"
+    return [
+        replace(request, request_id=f"{call_id}-{index}", **shared)
+        for index, request in enumerate(requests)
+    ]
+
+
+def _seed_source(base: int, name: str) -> Callable[[], int]:
+    """Source of random seeds; repeatable in each run of a replica unless ``base`` is 0."""
+    source = random.Random(f"{base}/{name}") if base else random.SystemRandom()
+    return lambda: source.getrandbits(63)

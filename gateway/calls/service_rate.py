@@ -1,0 +1,101 @@
+"""Rate at which requests of a replica finish while others wait. Pure: callers pass the time."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+from gateway.calls.tenant_queues import CallDemand
+
+_WINDOW = 128
+"""Number of finished requests over which the rate is measured."""
+_MIN_FINISHED = 8
+"""Number of requests below which the rate is unknown."""
+_CALM_S = 30.0
+"""Time with an empty queue that ends a saturated period. Requests that began together finish
+together, and the queue is empty for a moment."""
+_MAX_GAP_S = 1.0
+"""Longest time with an empty queue that does not start a new queue."""
+
+
+class ServiceRate:
+    """Counts finished requests on a clock that runs only while requests wait.
+
+    At other times requests finish at the rate of arrivals, and could finish faster.
+    """
+
+    def __init__(self) -> None:
+        self._clock_s = 0.0
+        self._since_s: float | None = None  # last event, while the clock runs
+        self._began_s = 0.0
+        self._queue_since_s = 0.0
+        self._ended_s = -math.inf  # end of the last saturated period
+        self._finished: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=_WINDOW)
+        self._num_tokens = 0  # of the window, except its first entry
+        # by request: seconds, choices times seconds, tokens
+        self._held: deque[tuple[float, float, int]] = deque(maxlen=_WINDOW)
+
+    def advance(self, now_s: float, is_saturated: bool) -> None:
+        """Advance to ``now_s``; the clock continues to run if ``is_saturated``."""
+        if self._since_s is not None:
+            self._clock_s += now_s - self._since_s
+            self._ended_s = now_s
+        elif is_saturated:
+            if now_s - self._ended_s > _CALM_S:
+                self._began_s = now_s
+            if now_s - self._ended_s > _MAX_GAP_S:
+                self._queue_since_s = now_s
+        self._since_s = now_s if is_saturated else None
+
+    def saturated_for_s(self, now_s: float) -> float:
+        """Seconds since requests began to wait, ignoring short gaps; 0 if none wait."""
+        return 0.0 if self._since_s is None else now_s - self._began_s
+
+    def queue_age_s(self, now_s: float) -> float:
+        """Seconds since the current queue formed; a gap of more than one second starts a new
+        queue."""
+        return 0.0 if self._since_s is None else now_s - self._queue_since_s
+
+    def note(self, demand: CallDemand, held_s: float, was_saturated: bool) -> None:
+        """Record the requests of a call that has finished after ``held_s`` seconds."""
+        each = demand.num_tokens // demand.num_requests
+        self._held.extend([(held_s, held_s * demand.num_choices, each)] * demand.num_requests)
+        if not was_saturated:
+            return
+        for _ in range(demand.num_requests):
+            if len(self._finished) == _WINDOW:
+                self._num_tokens -= self._finished[1][1]
+            self._finished.append((self._clock_s, each))
+            self._num_tokens += each
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests waited at the last event."""
+        return self._since_s is not None
+
+    @property
+    def requests_per_s(self) -> float | None:
+        """Finished requests per second; None while unknown."""
+        return self._per_s(len(self._finished) - 1)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Requested tokens of the finished requests per second; None while unknown."""
+        return self._per_s(self._num_tokens)
+
+    @property
+    def mean_held_s(self) -> float | None:
+        """Mean time in the replica of the last requests; None before the first has finished."""
+        return sum(held_s for held_s, _, _ in self._held) / len(self._held) if self._held else None
+
+    @property
+    def tokens_per_seat_s(self) -> float | None:
+        """Tokens per second of one choice, as if concurrency did not slow it; None while
+        unknown."""
+        seat_s = sum(seat_s for _, seat_s, _ in self._held)
+        tokens = sum(tokens for _, _, tokens in self._held)
+        return tokens / seat_s if len(self._held) >= _MIN_FINISHED and seat_s > 0 else None
+
+    def _per_s(self, count: int) -> float | None:
+        span_s = self._clock_s - self._finished[0][0]
+        return count / span_s if len(self._finished) > _MIN_FINISHED and span_s > 0 else None

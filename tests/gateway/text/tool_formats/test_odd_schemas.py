@@ -1,0 +1,157 @@
+"""Schemas that no grammar follows whole: without ``strict`` none refuses a request, with it the
+message names the tool, the place and the keyword. None takes long, and none ends a process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cluster.core.errors import RequestError
+from gateway.core.tool_use import ToolCallFormat
+from gateway.text.schemas.references import MAX_LEVELS
+from gateway.text.tool_formats.answer_parser import AnswerParser
+from gateway.text.tool_formats.structured import MAX_GRAMMAR_BYTES, schema_grammar
+from gateway.text.tool_formats.tools import make_tool_use
+from tests.gateway.text.tool_formats.examples import written
+from tests.gateway.text.tool_formats.test_answer_grammar import PAIR_FORMS, Vocabulary
+from tests.gateway.text.tool_formats.test_tool_schemas import grammar_of, use_of
+
+FORMS = [ToolCallFormat.HERMES, *PAIR_FORMS]
+
+
+def one(schema: Any, **beside: Any) -> dict[str, Any]:
+    """A function with one argument."""
+    return {"type": "object", "properties": {"a": schema}, "required": ["a"], **beside}
+
+
+def chain(link: Any, length: int) -> dict[str, Any]:
+    """Definitions that each refer to the next; ``link`` makes one of a reference."""
+    places = range(length)
+    links = {f"d{n}": link({"$ref": f"#/$defs/d{n + 1}"}) for n in places}
+    return one({"$ref": "#/$defs/d0"}, **{"$defs": {**links, f"d{length}": {"type": "string"}}})
+
+
+FOLLOWED_BY_NONE: dict[str, tuple[dict[str, Any], str]] = {
+    "uniqueItems": (one({"type": "array", "uniqueItems": True}), "properties.a.uniqueItems"),
+    "not": (one({"not": {"type": "string"}}), "properties.a.not"),
+    "if": (one({"if": {"type": "string"}, "then": {"minLength": 2}}), "properties.a.if"),
+    "dependentRequired": ({**one({}), "dependentRequired": {"a": ["b"]}}, "dependentRequired"),
+    "unknown type": (one({"type": "any"}), "properties.a.type"),
+    "type is a number": (one({"type": 7}), "properties.a.type"),
+    "minLength is a text": (one({"type": "string", "minLength": "2"}), "properties.a.minLength"),
+    "no schema": (one("string"), "properties.a must be a JSON schema"),
+    "properties is a list": ({"type": "object", "properties": ["a"]}, "properties"),
+    "required is a bool": ({"properties": {"a": {}}, "required": True}, "required"),
+    "empty enum": (one({"enum": []}), "properties.a.enum"),
+    "reference to nothing": (one({"$ref": "#/$defs/none"}), "properties.a.$ref"),
+    "reference elsewhere": (one({"$ref": "https://example.org/x.json"}), "properties.a.$ref"),
+    "circle": (one({"$ref": "#/$defs/x"}, **{"$defs": {"x": {"$ref": "#/$defs/x"}}}), "a.$ref"),
+    "look-ahead": (one({"type": "string", "pattern": "^(?!x)"}), "properties.a.pattern"),
+    "pattern of names": ({"patternProperties": {"(?=a)": {}}}, "patternProperties.(?=a)"),
+    "deep": (chain(lambda ref: {"properties": {"x": ref}}, 900), "nested too deeply through $ref"),
+}
+COMPILED_BY_NONE: dict[str, dict[str, Any]] = {
+    "no text fits": one({"type": "string", "minLength": 5, "maxLength": 2}),
+    "no number fits": one({"type": "integer", "minimum": 5, "maximum": 2}),
+    "two types": one({"allOf": [{"type": "string"}, {"type": "integer"}]}),
+    "broken pattern": one({"type": "string", "pattern": "^{a"}),
+    "false": one(False),
+    "overlapping oneOf": one({"oneOf": [{"type": "integer"}, {"type": "number"}]}),
+    "overlapping names": one({"type": "object", "patternProperties": {"^a": {}, "^ab": {}}}),
+    "required and forbidden": {**one({}), "required": ["b"], "additionalProperties": False},
+    "not an object": {"allOf": [{"type": "string"}], "properties": {"a": {}}},
+    "growing allOf": chain(
+        lambda ref: {"type": "object", "allOf": [{"properties": {"x": ref, "y": ref}}] * 2}, 30
+    ),
+}
+FOLLOWED: dict[str, dict[str, Any]] = {
+    "graph of anyOf": chain(lambda ref: {"anyOf": [ref, ref]}, 40),
+    "graph of allOf": chain(lambda ref: {"allOf": [ref, ref]}, 40),
+    "graph of properties": chain(lambda ref: {"properties": {"x": ref, "y": ref}}, 40),
+    "chain of anyOf": chain(lambda ref: {"anyOf": [ref]}, 60),
+    "long chain": chain(lambda ref: ref, 400),
+    "names of keywords": one({"properties": {"$ref": {"type": "string"}, "enum": {}, "not": {}}}),
+    "unknown format": one({"type": "integer", "format": "int32"}),
+    "unknown format, no type": one({"format": "color"}),
+    "names are texts": one({"type": "object", "propertyNames": {"type": "string"}}),
+    "unknown keyword": one({"type": "string", "x-order": 1, "discriminator": {"mapping": {}}}),
+}
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
+    return Vocabulary(tmp_path_factory.mktemp("odd"), ())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", [*FOLLOWED_BY_NONE, *COMPILED_BY_NONE, *FOLLOWED])
+def test_no_schema_refuses_a_request_that_is_not_strict(
+    name: str, form: ToolCallFormat, vocabulary: Vocabulary
+) -> None:
+    known = {key: schema for key, (schema, _) in FOLLOWED_BY_NONE.items()}
+    schema = {**known, **COMPILED_BY_NONE, **FOLLOWED}[name]
+    vocabulary.start(grammar_of(schema, form))
+    text = written(form, [("f", {"a": "x"})])
+    AnswerParser(form, use_of(schema)).feed(text, is_last=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", FOLLOWED_BY_NONE)
+def test_a_strict_tool_is_refused_by_place_and_keyword(name: str, form: ToolCallFormat) -> None:
+    schema, place = FOLLOWED_BY_NONE[name]
+    with pytest.raises(RequestError) as caught:
+        grammar_of(schema, form, is_strict=True)
+    assert caught.value.param == "tools[0].parameters"
+    assert "tools[0].parameters of 'f'" in str(caught.value)
+    assert place in str(caught.value)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", COMPILED_BY_NONE)
+def test_a_strict_tool_that_does_not_compile_is_named(
+    name: str, form: ToolCallFormat, vocabulary: Vocabulary
+) -> None:
+    with pytest.raises(RequestError, match=r"tools\[0\]\.parameters of 'f'"):
+        vocabulary.start(grammar_of(COMPILED_BY_NONE[name], form, is_strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_a_strict_tool_that_is_followed(
+    name: str, form: ToolCallFormat, vocabulary: Vocabulary
+) -> None:
+    vocabulary.start(grammar_of(FOLLOWED[name], form, is_strict=True))
+
+
+def test_schemas_too_large_for_a_grammar_take_any_arguments(vocabulary: Vocabulary) -> None:
+    large = {f"p{n}": {"enum": [f"{n}" + "x" * 999]} for n in range(90)}
+    for form in FORMS:
+        grammar = grammar_of({"properties": large}, form)
+        assert len(grammar.text) < MAX_GRAMMAR_BYTES
+        assert vocabulary.allows(grammar, written(form, [("f", {"other": "x"})]))
+        with pytest.raises(RequestError, match="bytes of schemas"):
+            grammar_of({"properties": large}, form, is_strict=True)
+
+
+def test_a_deep_schema_is_of_any_type_below_what_is_followed(vocabulary: Vocabulary) -> None:
+    schema: dict[str, Any] = {"type": "boolean"}
+    for _ in range(20):
+        schema = {"type": "object", "properties": {"x": schema}}
+    (tool,) = use_of(schema).tools
+    use = make_tool_use([tool])
+    assert use is not None
+    for form in FORMS:
+        vocabulary.start(grammar_of(schema, form))
+
+
+@pytest.mark.parametrize(
+    "link",
+    [lambda ref: {"properties": {"x": ref}}, lambda ref: {"anyOf": [{"items": ref}]}],
+    ids=["properties", "anyOf"],
+)
+def test_answers_of_deep_schemas_are_refused_before_they_are_compiled(link: Any) -> None:
+    """The compiler's stack would not hold them: the worker would end."""
+    with pytest.raises(RequestError, match=f"through .ref: at most {MAX_LEVELS} levels"):
+        schema_grammar(chain(link, 900), "response_format.json_schema.schema")
+    schema_grammar(chain(link, 100), "response_format.json_schema.schema")
