@@ -26,47 +26,51 @@ class Case:
 _NO_SOCKET = "WebSocket is not served: `/v1/responses` is `POST` only (405)"
 _NO_COMPACTION = "`POST /v1/responses/compact` is not served (405)"
 CASES = (
-    Case("basic-response", "an answer to one message, with all fields of a response"),
-    Case("streaming-response", "the events of an answer, and the response in the last one"),
-    Case("system-prompt", "a message of the role `system` before the user's"),
+    Case("basic-response", "a response to one message, with all fields"),
+    Case("streaming-response", "the events of a stream, with the response in the last event"),
+    Case("system-prompt", "a `system` message before the user message"),
     Case(
         "tool-calling",
-        "a `function_call` where a function is offered",
-        because="where the model calls it; the chat template must have tools",
+        "a `function_call` if a function is offered",
+        because="if the model calls the function; requires a chat template with tools",
     ),
-    Case("multi-turn", "an answer to a conversation of several messages"),
-    Case("assistant-phase", "messages of the assistant with `phase`"),
+    Case("multi-turn", "a response to a conversation of several messages"),
+    Case("assistant-phase", "assistant messages with `phase`"),
     Case(
         "response-output-phase-schema",
-        "output messages with `phase` fit the schema (no request is sent)",
-        because="the field is optional, and not sent here",
+        "output messages with `phase` match the schema (no request is sent)",
+        because="the field is optional and not sent",
     ),
     Case(
         "image-input",
         "a message with an image",
         "refused",
-        "only text is read: 400 with `param` `input[0].content`",
+        "only text is accepted: 400 with `param` `input[0].content`",
     ),
-    Case("compact-response", "a conversation made shorter", "refused", _NO_COMPACTION),
-    Case("compact-missing-model", "the same without a model", "refused", _NO_COMPACTION),
-    Case("websocket-response", "an answer over a WebSocket", "refused", _NO_SOCKET),
-    Case("websocket-sequential-responses", "two answers over one", "refused", _NO_SOCKET),
-    Case("websocket-continuation", "the second continues the first", "refused", _NO_SOCKET),
+    Case("compact-response", "compaction of a conversation", "refused", _NO_COMPACTION),
+    Case("compact-missing-model", "compaction without a model", "refused", _NO_COMPACTION),
+    Case("websocket-response", "a response over a WebSocket", "refused", _NO_SOCKET),
+    Case(
+        "websocket-sequential-responses", "two responses over one WebSocket", "refused", _NO_SOCKET
+    ),
+    Case(
+        "websocket-continuation", "the second response continues the first", "refused", _NO_SOCKET
+    ),
     Case(
         "websocket-reconnect-store-false-recovery",
-        "a new connection knows nothing of the old one",
+        "a new connection has no state of the old one",
         "refused",
         _NO_SOCKET,
     ),
     Case(
         "websocket-previous-response-not-found",
-        "the code of an unknown `previous_response_id`",
+        "the error code of an unknown `previous_response_id`",
         "refused",
-        f"{_NO_SOCKET}; over HTTP it is `previous_response_not_found` too",
+        f"{_NO_SOCKET}; HTTP returns `previous_response_not_found`, too",
     ),
     Case(
         "websocket-failed-continuation-evicts-cache",
-        "what a failed request leaves behind",
+        "cached state after a failed request",
         "refused",
         _NO_SOCKET,
     ),

@@ -94,7 +94,7 @@ def parameter_table() -> str:
 
 def open_responses_table() -> str:
     """What becomes of each test of the public suite."""
-    lines = [_row("test", "asks for", "result"), _row("---", "---", "---")]
+    lines = [_row("test", "requires", "result"), _row("---", "---", "---")]
     for case in CASES:
         result = f"{case.result}: {case.because}" if case.because else case.result
         lines.append(_row(f"`{case.name}`", case.asks, result))
