@@ -114,7 +114,7 @@ def load_document(
     model: str,
     top_k: int,
 ) -> dict[str, Any]:
-    """``load --json``: a load profile (tokens by expert since the start) with more beside it.
+    """``load --json``: a load profile (tokens by expert since the start) with additions.
 
     Of each bank: ``prefill`` and ``decode`` are the parts of ``counts``; ``window`` and
     ``average`` the same over the newest window and as exponential average; ``slots`` the tokens of

@@ -107,8 +107,8 @@ def edit_sets(view: BankView, tolerance: float, is_brief: bool) -> list[list[Edi
 
 
 def revert_edits(view: BankView, start: Ints, tolerance: float) -> list[list[Edit]]:
-    """Return sets that restore a changed slot, alone or together with a copy elsewhere: no more
-    moves."""
+    """Return sets that restore a changed slot, alone or together with a copy elsewhere,
+    without additional moves."""
     back = []
     for device, slot in np.argwhere(view.slots != start).tolist():
         old = int(start[device, slot])

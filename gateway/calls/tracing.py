@@ -3,7 +3,7 @@
 ``HttpMiddleware`` and ``GrpcCall`` begin and end a ``RequestTrace``; ``Gateway`` adds the call's
 fields and its ``RunningCall``. Spans are made from times that are measured anyway. Only the
 request's own span begins before its first prompt is sent to an engine, since workers make child
-spans of it for their steps. Without tracing, a request costs one check.
+spans for their steps. Without tracing, a request costs one check.
 
 chat tiny                    the whole request, as its client knows it
     expertmesh.tokenize        tokenization of the prompts

@@ -74,7 +74,7 @@ def server_options(so_reuseport: bool = True) -> list[tuple[str, int]]:
 
 
 def add_reflection(server: grpc.aio.Server, service: str, file: Any) -> None:
-    """Enable reflection of a service with its file, of health and of reflection, and no more."""
+    """Enable reflection of a service with its file, of health and of reflection."""
     pool = DescriptorPool()
     _add_files(pool, (file, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR), set())
     names = (service, HEALTH_SERVICE, reflection.SERVICE_NAME)

@@ -93,7 +93,7 @@ class Responder:
         await self._send_pieces(raw)
 
     async def _send_pieces(self, content: bytes) -> None:
-        """Send the rest of the body; each piece waits until the client has read most of it."""
+        """Send the rest of the body; each piece waits until the client has read most before it."""
         for start in range(0, max(len(content), 1), PIECE_BYTES):
             end = start + PIECE_BYTES
             await self.body(content[start:end], more=end < len(content))

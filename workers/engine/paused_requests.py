@@ -6,7 +6,7 @@ from collections.abc import Callable, Set
 
 
 class PausedRequests:
-    """Decides when a request that is to be paused gets no more rows."""
+    """Decides when a request to be paused gets its last rows."""
 
     def __init__(self) -> None:
         self._token_limits: dict[str, int] = {}

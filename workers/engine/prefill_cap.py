@@ -53,7 +53,7 @@ class PrefillCap:
         )
 
     def rows(self, decode_rows: int, num_ranks: int) -> int:
-        """Number of prompt rows in the next step over all ranks, beside ``decode_rows``."""
+        """Number of prompt rows in the next step over all ranks, in addition to ``decode_rows``."""
         if not decode_rows:
             return self._max_rows * num_ranks
         if self._target_s is None:

@@ -109,7 +109,7 @@ def _check_beams(request: Request, limits: RequestLimits) -> None:
     rule = f"max_tokens ({params.max_tokens}) must be at least 1 for beams"
     _require(params.max_tokens > 0, rule, "max_tokens")
     max_beams = limits.vocab_size - len({*params.stop_token_ids, *limits.eos_token_ids})
-    rule = f"n ({request.n}) must be at most {max_beams} for beams: there are no more first tokens"
+    rule = f"n ({request.n}) must be at most {max_beams} for beams, the number of first tokens"
     _require(request.n <= max_beams, rule, "n")
     name = "output_so_far"
     _require(not any(request.output_so_far), f"{name} must be empty for beams", name)

@@ -64,7 +64,7 @@ class Inspector:
 
         Raises:
             RequestError: it can never be served.
-            QueueFullError: it does not fit beside the current inspections.
+            QueueFullError: the buffers are full with the current inspections.
         """
         inspection = request.inspection
         if inspection is None:

@@ -191,7 +191,7 @@ class SoloStage(Enum):
 
 
 class SoloStep(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """A stage of a solo step, and the gateway's acknowledgement of it.
+    """A stage of a solo step, and its acknowledgement by the gateway.
 
     See ``workers.engine.isolation``.
     """

@@ -101,7 +101,7 @@ def read_trace(
 
 
 def _first(rows: Iterator[Arrival], number: int | None) -> list[Arrival]:
-    """The first ``number`` requests in order of time; no more are held in memory."""
+    """The first ``number`` requests in order of time; only these are held in memory."""
     if number is None:
         return sorted(rows, key=_due_s)
     return heapq.nsmallest(number, rows, key=_due_s)

@@ -49,7 +49,7 @@ class _Copy:
     is_busy: bool = False
     """Whether a batch of its blocks is being copied."""
     is_finished: bool = False
-    """Whether copying has ended, completely or because no more can be stored."""
+    """Whether copying has ended, completely or because storage is full."""
     turn: TierTurn | None = None
     """Set and used by the copier thread; None before the first batch."""
     num_done: int = 0
@@ -216,7 +216,7 @@ class TurnCopier:
         blocks: list[int],
         state: ProvidedState | None,
     ) -> bool:
-        """Copy a batch, on the copier thread. False if no more of the turn can be stored."""
+        """Copy a batch, on the copier thread. False if the rest of the turn cannot be stored."""
         cache = self._store.cache
         try:
             turn = self._tier_turn(copy)

@@ -154,7 +154,7 @@ class RequestIntake:
                 self._requests[name] = queued
 
     def _start_wait(self, waiting: IntakeRequest, sources: Sequence[KvSource]) -> bool:
-        """Let a request wait for the first source that has blocks of it; False if none has."""
+        """Let a request wait for the first source with blocks for it; False if there is none."""
         num_free, waiting.has_joined = self._engine.pool.num_free, False
         if not any(source.put(waiting) for source in sources):
             return False
