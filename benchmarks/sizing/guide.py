@@ -49,13 +49,13 @@ _HEADER = (
     "Attention",
     "Experts",
     "Spare slots",
-    "GB a GPU, attention",
-    "GB a GPU, experts",
-    "KV tokens a GPU",
+    "GB per GPU, attention",
+    "GB per GPU, experts",
+    "KV tokens per GPU",
     "Sequences",
     "Step, ms",
     "Tokens/s",
-    "GPU-hours a million",
+    "GPU-hours per million",
 )
 
 
@@ -88,13 +88,13 @@ def _section(name: str, model: SizedModel, layouts: list[tuple[NodeKind, Layout]
     kept_bytes = sum(b.num_experts * b.memory_bytes(size.itemsize) for b in size.banks)
     num_nodes = layouts[0][1].num_nodes
     nodes = "one node" if num_nodes == 1 else f"{num_nodes} nodes"
-    states = f", {size.state_bytes / 1e6:.0f} MB a recurrent state" if size.state_bytes else ""
+    states = f", {size.state_bytes / 1e6:.0f} MB per recurrent state" if size.state_bytes else ""
     facts = (
         f"{(values + model.attention_weights) / 1e9:.1f} billion weights: "
         f"{kept_bytes / 1e9:.1f} GB of experts"
-        f"{f' ({8 * kept_bytes / values:.2f} bits a weight)' if kept_bytes < 2 * values else ''}, "
+        f"{f' ({8 * kept_bytes / values:.2f} bits/weight)' if kept_bytes < 2 * values else ''}, "
         f"{model.attention_weights * size.itemsize / 1e9:.1f} GB on every attention GPU, "
-        f"{size.kv_bytes_per_token / 1e3:.0f} kB of KV a token{states}.\n"
+        f"{size.kv_bytes_per_token / 1e3:.0f} kB of KV per token{states}.\n"
         f"On {nodes} of {GPUS_PER_NODE} GPUs:"
     )
     rows = [_HEADER, tuple("---" for _ in _HEADER), *(_row(*pair) for pair in layouts)]
@@ -127,7 +127,7 @@ def _pool(num_workers: int) -> str:
 
 def _options(layout: Layout) -> str:
     return (
-        "As options, for the H100 row: "
+        "Options for the H100 row: "
         f"`--num-attention-workers {layout.num_attention} --num-expert-workers "
         f"{layout.num_experts} --num-redundant-experts {layout.num_redundant}`."
     )
@@ -136,37 +136,37 @@ def _options(layout: Layout) -> str:
 _INTRODUCTION = f"""\
 # Sizing guide
 
-`python -m benchmarks.sizing_guide` writes this page; a test compares both. The tables show groups
-of GPUs for models on nodes of {GPUS_PER_NODE} GPUs, in bfloat16, experts as the
-checkpoint stores them. A worker has one GPU;
-`8 x 2 pods` is a group of two pods with 8 GPUs each. A cluster also has a head (4 CPUs, 16 GiB)
-and two gateways (4 CPUs, 8 GiB), without GPUs. On one node every split with at least two workers
-per pool was compared; on several nodes a pool consists of whole nodes, two of them for experts.
-Each row is the split that fits and has the most tokens a second.
+`python -m benchmarks.sizing_guide` writes this page; a test compares both. The tables show GPU
+groups for models on nodes of {GPUS_PER_NODE} GPUs, in bfloat16, with experts in the format of the
+checkpoint. A worker has one GPU; `8 x 2 pods` is a group of two pods with 8 GPUs each. A cluster
+also needs a head (4 CPUs, 16 GiB) and two gateways (4 CPUs, 8 GiB), without GPUs. On one node all
+splits with at least two workers per pool were compared. On several nodes a pool consists of whole
+nodes, and two nodes hold experts. Each row is the fastest split that fits, in tokens per second.
 
-- Memory: {MEMORY_SHARE:.0%} of a GPU is for weights and KV.
-- Redundancy: on two expert nodes or more, spare slots for a second copy of every expert, as far as
-  memory allows, so that either node may be lost without loading weights; on one node spare slots
-  for a quarter of the worker's own slots ({SPARE_SHARE:g}), for rebalancing.
-- Sequences: as many as have {CONTEXT_TOKENS} tokens of KV each, at most {MAX_SEQS} for each GPU.
-- Tokens a second: all sequences over the time of a decode step, by the roofline
-  (`cluster/sizing/roofline.py`), with balancedness {BALANCEDNESS:g} and the numbers of the data
-  sheets (`cluster/sizing/gpus.py`). This is a limit of the hardware, not a measurement:
-  expect less, and prompts take a share of the time.
+- Memory: weights and KV use {MEMORY_SHARE:.0%} of a GPU.
+- Redundancy: on two or more expert nodes, spare slots hold a second copy of every expert, to the
+  extent that memory allows, so that the loss of one node requires no loading of weights. On
+  one node, spare slots for a quarter of the worker's own slots ({SPARE_SHARE:g})
+  are for rebalancing.
+- Sequences: the number of sequences of {CONTEXT_TOKENS} tokens whose KV fits, at
+  most {MAX_SEQS} per GPU.
+- Tokens/s: the number of sequences divided by the duration of a decode step, by the roofline
+  (`cluster/sizing/roofline.py`), with balancedness {BALANCEDNESS:g} and the values of the data
+  sheets (`cluster/sizing/gpus.py`). This is a limit of the hardware, not a measurement: the actual
+  speed is lower, and prompts take part of the time.
 
-For another model or hardware run
-`expertmesh plan size MODEL --workers 16 --device cuda --bandwidth-gb-s 2000`, which also says
-whether one pool (colocated) is faster. Separate pools give elasticity and failure isolation, not
-always speed."""
+For another model or other hardware run
+`expertmesh plan size MODEL --workers 16 --device cuda --bandwidth-gb-s 2000`, which also shows
+whether one pool (colocated) is faster. Separate pools provide elasticity and failure isolation, but
+not always more speed."""
 _COST = """\
 ## Cost
 
-    cost of a million tokens = GPU-hours a million x price of a GPU-hour
-    GPU-hours a million      = GPUs / tokens a second / 3600 x 1000000
+    cost of a million tokens = GPU-hours per million x price of a GPU-hour
+    GPU-hours per million    = GPUs / tokens per second / 3600 x 1000000
 
-The head and the gateways have no GPU: add the hourly price of their CPUs, divided by the tokens of
-an hour. Divide by the share of time in which the cluster is fully used; an idle cluster costs the
-same."""
+The head and the gateways have no GPU: add the hourly price of their CPUs, divided by the tokens per
+hour. Divide the result by the utilization of the cluster: an idle cluster costs the same."""
 
 
 def main() -> None:

@@ -102,9 +102,9 @@ def test_the_numbers_of_the_document_add_up() -> None:
     for section in sections:
         name = section.partition("\n")[0]
         facts = re.search(
-            r"([\d.]+) billion weights: ([\d.]+) GB of experts(?: \(([\d.]+) bits a weight\))?, "
-            r"([\d.]+) GB on every attention GPU, (\d+) kB of KV a token"
-            r"(?:, (\d+) MB a recurrent state)?",
+            r"([\d.]+) billion weights: ([\d.]+) GB of experts(?: \(([\d.]+) bits/weight\))?, "
+            r"([\d.]+) GB on every attention GPU, (\d+) kB of KV per token"
+            r"(?:, (\d+) MB per recurrent state)?",
             section,
         )
         assert facts is not None, name
