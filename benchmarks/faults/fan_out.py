@@ -20,7 +20,7 @@ from cluster.config.cluster import ClusterConfig
 from cluster.config.model import ModelSection
 from cluster.controller.controller import Controller
 from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.effects import Send
+from cluster.controller.parts.effects import SendFrame
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.frames import (
     ControlFrame,
@@ -69,7 +69,7 @@ class Link:
 
     def carry_out(self, cluster: Cluster) -> None:
         for effect in cluster.take_effects():
-            if isinstance(effect, Send):
+            if isinstance(effect, SendFrame):
                 self.sent += [(worker, effect.frame) for worker in effect.workers]
                 self._server.send(effect.frame, *effect.workers)
 

@@ -42,7 +42,7 @@ class LocalWorkerGroup(WorkerGroup):
     def draining_nodes(self) -> frozenset[str]:
         return frozenset(f"node of {name}" for name in self.on_leaving_nodes)
 
-    def homes(self) -> dict[str, str]:
+    def node_ids_by_worker(self) -> dict[str, str]:
         return {name: f"node of {name}" for name in self.names()}
 
     def address(self) -> str:

@@ -1,7 +1,7 @@
 """The controller as a Ray actor, with the methods that launchers, gateways and commands call.
 
-``Runner`` runs the controller. An actor that Ray has restarted continues with the workers of the
-previous one: they keep serving, and calls wait until the actor has collected their state.
+``ControllerRunner`` runs the controller. An actor that Ray has restarted continues with the workers
+of the previous one: they keep serving, and calls wait until the actor has collected their state.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from cluster.actors.controller_runner import ControllerRunner
 from cluster.actors.handoff import Handoff
-from cluster.actors.runner import Runner
 from cluster.actors.tasks import Background
 from cluster.config.cluster import ClusterConfig
 from cluster.controller.controller import Controller
@@ -62,7 +62,7 @@ class ControllerActor:
         self._background = Background()
         self._has_process = self._wants_watchdog = has_process
         self._set_up_log()
-        self.runner = Runner(group, self._background)
+        self.runner = ControllerRunner(group, self._background)
         self._gateways = self.runner.gateways
         self._starting = asyncio.Lock()
         self._handoff = Handoff(self.runner, self._set_up_log)
@@ -186,7 +186,7 @@ class ControllerActor:
         Returns once the command is settled and a worker has stored it.
         """
         controller = await self._serving_controller()
-        begun = self.runner.tell(partial(controller.commands.begin, kind, command))
+        begun = self.runner.handle_event(partial(controller.commands.begin, kind, command))
         await self._background.wait(begun.is_settled, begun.limit_s)
         await self._kept(controller)
         return begun.answer()
@@ -217,7 +217,7 @@ class ControllerActor:
     async def cancel_operation(self, operation_id: str) -> dict[str, Any]:
         """Cancel an operation. Raises ``UnknownNameError`` and ``ConflictError``."""
         controller = await self._serving_controller()
-        operation = self.runner.tell(partial(controller.commands.cancel, operation_id))
+        operation = self.runner.handle_event(partial(controller.commands.cancel, operation_id))
         await self._kept(controller)
         return operation.to_dict()
 
@@ -225,7 +225,7 @@ class ControllerActor:
         """End all workers and return when they have ended. The caller then ends this actor."""
         await self.restore()
         if (controller := self.runner.controller) is not None:
-            self.runner.tell(controller.stop)
+            self.runner.handle_event(controller.stop)
             state = ClusterState.STOPPED
             await self._background.wait(lambda: controller.cluster.state is state, _STOP_LIMIT_S)
         await self.runner.stop()
@@ -239,7 +239,7 @@ class ControllerActor:
         await self.restore()
         if (controller := self.runner.controller) is None:
             return None
-        self.runner.tell(controller.request_status)
+        self.runner.handle_event(controller.request_status)
         workers = controller.cluster.workers
         await self._background.wait(lambda: workers.status_complete, self._status_limit_s)
         return controller.cluster

@@ -55,7 +55,7 @@ def ask_controller(method: str, *arguments: Any, limit_s: float) -> Any:
     import ray
     from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-    from cluster.actors.ray_tools import NAMESPACE, words_of
+    from cluster.actors.ray_tools import NAMESPACE, error_summary
 
     try:
         actor: Any = ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
@@ -65,5 +65,5 @@ def ask_controller(method: str, *arguments: Any, limit_s: float) -> Any:
     except (RayError, GetTimeoutError) as err:
         if isinstance(err, RayTaskError) and isinstance(err.cause, ExpertMeshError):
             raise err.cause from None
-        text = f"the controller does not answer: {words_of(err)}"
+        text = f"the controller does not answer: {error_summary(err)}"
         raise NotReadyError(text, "not_ready", _RETRY_S) from err

@@ -43,7 +43,7 @@ class Gateways:
             return
         if is_back:
             controller.cluster.note(f"{gateway} is back", "it serves again", time.monotonic())
-        controller.cluster.host_has(low_disks, host, gateway)
+        controller.cluster.update_low_disks(low_disks, host, gateway)
         controller.adapters.uses.report(gateway, known_version, adapters)
         self._notify()
 
@@ -63,7 +63,7 @@ class Gateways:
 
     def _left(self, gateway: str, cause: str, effect: str) -> None:
         if (controller := self._controller()) is not None:
-            controller.cluster.host_has((), "", gateway)
+            controller.cluster.update_low_disks((), "", gateway)
             controller.adapters.uses.leave(gateway)
             controller.cluster.note(cause, effect, time.monotonic())
             self._notify()

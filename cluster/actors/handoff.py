@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from cluster.actors.control_server import ControlServer
-from cluster.actors.runner import Runner
+from cluster.actors.controller_runner import ControllerRunner
 from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import NotReadyError, SupersededError
@@ -39,7 +39,7 @@ class Handoff:
     the cluster of the earlier controller is restored or the attempt has failed.
     """
 
-    def __init__(self, runner: Runner, set_up_log: Callable[[LogForm], None]) -> None:
+    def __init__(self, runner: ControllerRunner, set_up_log: Callable[[LogForm], None]) -> None:
         """``set_up_log`` is called with the log format of a restored cluster."""
         self._runner = runner
         self._set_up_log = set_up_log
@@ -85,7 +85,7 @@ class Handoff:
                 pause_s = min(2 * pause_s, _MAX_RESTORE_PAUSE_S)
 
 
-async def _hand_off(runner: Runner, term: int, began_at: float) -> None:
+async def _hand_off(runner: ControllerRunner, term: int, began_at: float) -> None:
     """Continue with the workers of an earlier controller; end them if they have never served.
 
     ``term`` is already claimed. Raises any error of Ray, ``SupersededError``, and ``NotReadyError``
@@ -102,15 +102,17 @@ async def _hand_off(runner: Runner, term: int, began_at: float) -> None:
         await group.end_all()
         return
     lost = {w.member.name for w in collected.memory.lost}
-    unheard = collected.unheard(group.address(), set(group.names()) - lost)
+    unheard = collected.silent_members(group.address(), set(group.names()) - lost)
     if unheard and time.monotonic() - began_at < ControllerSettings().hold_limit_s:
         raise NotReadyError(f"most other hosts are silent: {', '.join(sorted(unheard))}")
     num_slots = max(f.num_slots for f in found)
     plan = StartPlan(config=found[0].config, placement=collected.placement, num_slots=num_slots)
-    runner.go_on(plan, collected, term)
+    runner.resume(plan, collected, term)
 
 
-async def _call_workers(runner: Runner, found: Sequence[ExistingWorker]) -> CollectedState | None:
+async def _call_workers(
+    runner: ControllerRunner, found: Sequence[ExistingWorker]
+) -> CollectedState | None:
     """Make all workers that were found connect to a new control server and report."""
     limits = ControllerSettings.of(found[0].config)
     server = await runner.open_server(found[0].config.cluster_token)
@@ -133,7 +135,7 @@ async def _call_workers(runner: Runner, found: Sequence[ExistingWorker]) -> Coll
     return collector.result()
 
 
-async def _redirect(runner: Runner, name: str, server: ControlServer) -> None:
+async def _redirect(runner: ControllerRunner, name: str, server: ControlServer) -> None:
     """Send a worker the address until it connects or no more reports are awaited."""
     while runner.collector is not None and not server.is_connected(name):
         try:

@@ -135,7 +135,7 @@ def call_this_actor(method: str) -> None:
     threading.Thread(target=call, name=f"call-{method}", daemon=True).start()
 
 
-def our_actors() -> list[str]:
+def live_actor_names() -> list[str]:
     """Return the names of the live actors in ``NAMESPACE``."""
     entries = ray.util.list_named_actors(all_namespaces=True)
     return sorted(str(e["name"]) for e in entries if e["namespace"] == NAMESPACE)
@@ -183,7 +183,7 @@ def kill_actors(names: Sequence[str]) -> None:
             ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
 
 
-def free_reserved_room() -> None:
+def remove_placement_groups() -> None:
     """Remove all placement groups of expertmesh, also of earlier runs, and all claimed terms.
 
     The actors in the groups end with them.
@@ -200,7 +200,7 @@ def name_of_added(place: str) -> str:
     return f"{_ADDED}{place}"
 
 
-def added_room() -> dict[str, PlacementGroup]:
+def added_placement_groups() -> dict[str, PlacementGroup]:
     """Return the placement groups of places that scaling has added. A remote call; use a thread."""
     return {
         entry["name"].removeprefix(_ADDED): ray.util.get_placement_group(entry["name"])
@@ -209,7 +209,7 @@ def added_room() -> dict[str, PlacementGroup]:
     }
 
 
-def words_of(error: BaseException) -> str:
+def error_summary(error: BaseException) -> str:
     """Return the cause of a Ray error in one line; the worker's own error if there is one."""
     cause = error.cause if isinstance(error, RayTaskError) else None
     if cause is not None and not isinstance(cause, RayError):

@@ -14,7 +14,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTa
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.actors import ray_tools
-from cluster.actors.room import ANY_BUNDLE
+from cluster.actors.resource_reservation import ANY_BUNDLE
 from cluster.core.errors import NotReadyError, StartError, SupersededError
 from cluster.core.process import ProcessIdentity, describe_self, kill_process, wait_gone
 
@@ -43,7 +43,7 @@ class ActorCalls:
         """Record its process and node; returns its constructor arguments. Raises Ray's errors."""
         call: Any = self.handle.__ray_call__.remote
         arguments: dict[str, Any]
-        arguments, self.process, self.node_id = await call(_introduce)
+        arguments, self.process, self.node_id = await call(_describe_worker)
         return arguments
 
     async def start(self) -> None:
@@ -52,7 +52,7 @@ class ActorCalls:
             await self.introduce()
             await self.handle.start.remote()
         except RayError as err:
-            raise StartError(self.name, ray_tools.words_of(err)) from err
+            raise StartError(self.name, ray_tools.error_summary(err)) from err
 
     async def log(self, after: int) -> tuple[int, list[str]]:
         """Return the newest lines of its log. Raises ``NotReadyError`` if it does not reply."""
@@ -74,7 +74,7 @@ class ActorCalls:
         except ActorUnavailableError:
             raise
         except RayActorError as err:
-            raise ProcessLookupError(ray_tools.words_of(err)) from err
+            raise ProcessLookupError(ray_tools.error_summary(err)) from err
         except RayTaskError as err:
             _raise_superseded(err)
             raise
@@ -86,7 +86,7 @@ class ActorCalls:
         except ActorUnavailableError:
             return None  # the network may recover; a dead actor raises ActorDiedError
         except (RayActorError, RayTaskError) as err:
-            return ray_tools.words_of(err)  # dead, or its ping raised why it cannot continue
+            return ray_tools.error_summary(err)  # dead, or its ping raised why it cannot continue
         except (TimeoutError, RayError):
             return None  # busy: covered by the start limit
         return None
@@ -136,7 +136,7 @@ async def in_time(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     return await asyncio.wait_for(asyncio.to_thread(call, *args, **kwargs), CALL_LIMIT_S)
 
 
-def _introduce(actor: Any) -> tuple[dict[str, Any], ProcessIdentity, str]:
+def _describe_worker(actor: Any) -> tuple[dict[str, Any], ProcessIdentity, str]:
     """Runs in a worker. Returns its arguments, its process and its node id."""
     return actor.describe(), describe_self(), ray_tools.this_node_id()
 

@@ -20,7 +20,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
 from cluster.actors import ray_tools, worker_actor
-from cluster.actors.room import ANY_BUNDLE, Room
+from cluster.actors.resource_reservation import ANY_BUNDLE, ResourceReservation
 from cluster.actors.worker_actor import ActorCalls
 from cluster.config.cluster import ClusterConfig
 from cluster.config.resources import NodeResources, WorkerShare
@@ -44,7 +44,7 @@ class WorkerGroup:
     """Actor class of each role, plain or decorated with ``ray.remote``."""
     stop_limit_s: float = 2.0
     """Time that a worker's own ``stop`` may take."""
-    room: Room = field(default_factory=Room)
+    room: ResourceReservation = field(default_factory=ResourceReservation)
     """Resources reserved for the workers."""
     _actors: dict[str, ActorCalls] = field(default_factory=dict)
     _ending: set[asyncio.Future[None]] = field(default_factory=set)
@@ -64,7 +64,7 @@ class WorkerGroup:
 
     draining_nodes = staticmethod(ray_tools.draining_nodes)
 
-    def homes(self) -> dict[str, str]:
+    def node_ids_by_worker(self) -> dict[str, str]:
         """Return worker name -> id of its node; the id is empty while unknown."""
         return {name: actor.node_id for name, actor in list(self._actors.items())}
 
@@ -95,7 +95,10 @@ class WorkerGroup:
             raise SupersededError(f"term {newest} is claimed, this controller has {self._term}")
 
     def reserve(self, workers: WorkersSection, limit_s: float) -> tuple[Member, ...]:
-        """Reserve resources for all workers, see ``Room.reserve``. Blocks; use a thread."""
+        """Reserve resources for all workers. Blocks; use a thread.
+
+        See ``ResourceReservation.reserve``.
+        """
         return self.room.reserve(workers, limit_s)
 
     async def start(self, members: Sequence[Member], plan: StartPlan, address: str) -> None:
@@ -169,7 +172,7 @@ class WorkerGroup:
         """
         self._actors.clear()
         async with asyncio.timeout(limit_s):
-            names = await asyncio.to_thread(ray_tools.our_actors)
+            names = await asyncio.to_thread(ray_tools.live_actor_names)
         names = [n for n in names if n.partition("-")[0] in self.classes]
         asked = await asyncio.gather(*(self._find(name, limit_s) for name in names))
         found = tuple(f for f in asked if f is not None)
@@ -220,7 +223,7 @@ class WorkerGroup:
         await self.check_term()
         await self.end(self.names())
         await asyncio.gather(*self._ending)
-        await worker_actor.in_time(ray_tools.free_reserved_room)
+        await worker_actor.in_time(ray_tools.remove_placement_groups)
 
     async def release(self, places: Sequence[str]) -> None:
         """Release the resources of places that scaling has removed. Raises ``SupersededError``."""
@@ -288,7 +291,7 @@ class WorkerGroup:
 async def _free_names(names: Sequence[str]) -> None:
     """Kill actors of an earlier run with these names. Raises ``StartError`` if one does not end."""
     deadline = asyncio.get_running_loop().time() + worker_actor.CALL_LIMIT_S
-    while taken := sorted(set(names) & set(await asyncio.to_thread(ray_tools.our_actors))):
+    while taken := sorted(set(names) & set(await asyncio.to_thread(ray_tools.live_actor_names))):
         if asyncio.get_running_loop().time() > deadline:
             raise StartError(taken[0], "an actor of that name is alive and does not end")
         await asyncio.to_thread(ray_tools.kill_actors, taken)

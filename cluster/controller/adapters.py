@@ -25,7 +25,7 @@ from cluster.config.lora import (
 )
 from cluster.controller.parts.adapter_uses import AdapterUses
 from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.memory import KeptAdapter
+from cluster.controller.parts.controller_memory import KeptAdapter
 from cluster.controller.parts.workers import WorkerRecord
 from cluster.core.codec import Message
 from cluster.core.errors import ConflictError, ModelNotFoundError, RequestError
@@ -144,10 +144,10 @@ class Adapters:
         if len(known) >= limit:
             states = ", ".join(f"{k.adapter.name} {k.state.value}" for k in known)
             raise ConflictError(f"at most {limit} (max_loras) adapters may be loaded: {states}")
-        if not cluster.takes_orders:
+        if not cluster.can_accept_operations:
             raise ConflictError(f"the cluster is {cluster.state.value}")
         kept = self._add(name, command.path, command.tenants, now)
-        cluster.remember()
+        cluster.send_snapshot()
         self._order_all()
         return kept.adapter.key
 
@@ -196,7 +196,7 @@ class Adapters:
             self._cluster.touch()  # gateways may send it requests
         changed = self._table.note_lacking(name, errors)
         if changed:  # gateways send it no request for these
-            self._cluster.remember()
+            self._cluster.send_snapshot()
         words = [
             self._failed(name, key, error, now, is_new=is_new, is_news=key in changed)
             for key, error in errors.items()
@@ -263,7 +263,7 @@ class Adapters:
             if asked and all(answers):
                 self._table.enter(kept, AdapterState.READY)
                 cluster.note(f"adapter {kept.adapter.name} is loaded", "requests may name it", now)
-                cluster.remember()
+                cluster.send_snapshot()
 
     def _add(self, name: str, path: str, tenants: tuple[str, ...], now: float) -> KeptAdapter:
         self._number = next(self._cluster.order_numbers)
@@ -277,7 +277,7 @@ class Adapters:
         self._cluster.note(
             f"adapter {kept.adapter.name} is unloaded", "no request may name it", now
         )
-        self._cluster.remember()
+        self._cluster.send_snapshot()
         self.uses.retire(kept.adapter.key, self._cluster.version)
 
     def _failed(
@@ -309,14 +309,14 @@ class Adapters:
         if error:
             self._errors = dict([*self._errors.items(), (key, error)][-_KEPT_ERRORS:])
             self._cluster.note(error, f"adapter {kept.adapter.name} is not loaded", now)
-        self._cluster.remember()
+        self._cluster.send_snapshot()
         self._order_all()
 
     def _order_all(self) -> None:
         self._number = next(self._cluster.order_numbers)
         for record in self._workers():
             if record.state is not WorkerState.STARTING:  # a starting worker has not connected yet
-                record.awaits_adapters = record.awaits_adapters or record.is_coming
+                record.awaits_adapters = record.awaits_adapters or record.is_pending
                 self._order(record)
 
     def _order(self, record: WorkerRecord) -> None:

@@ -98,5 +98,5 @@ class Commands:
                 self.scaling.cancel(operation, now)
             case _:
                 self.rebalancing.cancel(operation, now)
-        self.cluster.remember()  # the next controller must not continue it
+        self.cluster.send_snapshot()  # the next controller must not continue it
         return operation

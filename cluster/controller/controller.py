@@ -17,10 +17,10 @@ from cluster.controller.autoscale import Autoscaling
 from cluster.controller.commands import Commands
 from cluster.controller.drain.draining import Draining
 from cluster.controller.failover import CollectedState, continue_with
-from cluster.controller.follow import Following
+from cluster.controller.node_follower import NodeFollower
 from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.detection import Detection
-from cluster.controller.parts.effects import End, EndAll
+from cluster.controller.parts.effects import EndAllWorkers, EndWorkers
+from cluster.controller.parts.failure_detector import FailureDetector
 from cluster.controller.parts.host_disks import describe_low, differ
 from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.settings import ControllerSettings
@@ -45,13 +45,13 @@ class Controller:
     def __init__(self, cluster: Cluster, settings: ControllerSettings, executor: Executor) -> None:
         """``executor`` computes the plans of rebalancing."""
         self.cluster = cluster
-        self.detection = Detection(self.cluster, settings)
+        self.detection = FailureDetector(self.cluster, settings)
         self.recovery = Recovery(self.cluster, settings)
         self.rebalancing = Rebalancing(self.cluster, executor)
         self.draining = Draining(self.cluster, self.rebalancing)
         self.scaling = Scaling(self.cluster, self.rebalancing, self.draining)
         self.autoscaling = Autoscaling(self.cluster, self.scaling)
-        self.following = Following(self.cluster, self.scaling)
+        self.following = NodeFollower(self.cluster, self.scaling)
         self.adapters = Adapters(self.cluster)
         self.commands = Commands(
             cluster=self.cluster,
@@ -98,7 +98,7 @@ class Controller:
                 record.register(frame)
                 record.since = now
                 cluster.touch()
-                if why := cluster.workers.misfit(name, cluster.generation):
+                if why := cluster.workers.incompatibility(name, cluster.generation):
                     self.lost({name: why}, now)
                 else:
                     self.adapters.registered(record)
@@ -159,7 +159,7 @@ class Controller:
         for name, reason in fresh.items():
             logger.warning("lost %s: %s", name, reason)
             cluster.round.drop_reports(name)
-        cluster.remember()  # before any generation without them
+        cluster.send_snapshot()  # before any generation without them
         if cluster.state is ClusterState.STARTING:
             self.fail_start("; ".join(f"{n}: {r}" for n, r in fresh.items()), now)
         elif cluster.is_up:
@@ -170,7 +170,7 @@ class Controller:
             if cluster.scale is not None:
                 self.scaling.lost(cluster.scale, fresh)
             self.recovery.lost(fresh, now)
-            cluster.effects.append(End(tuple(fresh)))
+            cluster.effects.append(EndWorkers(tuple(fresh)))
 
     def fail_start(self, error: str, now: float) -> None:
         """End all workers and keep the error. Does nothing once the start is complete."""
@@ -209,7 +209,7 @@ class Controller:
         self.cluster.history.add(self.cluster.round.number, now, reason, "end all workers")
         alive = self.cluster.workers.alive()
         self.cluster.send(frames.Shutdown(reason=reason), *(r.name for r in alive))
-        self.cluster.effects.append(EndAll())
+        self.cluster.effects.append(EndAllWorkers())
 
     def all_ended(self, now: float) -> None:
         """Every worker process has ended."""
@@ -227,7 +227,7 @@ class Controller:
         request = frames.StatusRequest(token=next(self.cluster.order_numbers))
         asked = [r for r in self.cluster.workers.alive() if r.state is not WorkerState.STARTING]
         for record in asked:
-            record.asked = request.token
+            record.pending_status_token = request.token
         self.cluster.send(request, *(r.name for r in asked))
 
     def snapshot(self) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from msgspec.structs import replace
 from cluster.controller.adapters import Adapters
 from cluster.controller.drain.draining import Draining
 from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.effects import End
+from cluster.controller.parts.controller_memory import ControllerMemory
+from cluster.controller.parts.effects import EndWorkers
 from cluster.controller.parts.membership import GenerationRound, Phase
-from cluster.controller.parts.memory import Memory
 from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.workers import WorkerTable
 from cluster.controller.scale import Scaling
@@ -37,7 +37,7 @@ _NO_GENERATION = Generation(number=0, members=())
 
 
 @dataclass(slots=True)
-class Greeting:
+class CollectedFrames:
     """Frames of one worker since it connected to the restarted controller."""
 
     register: frames.Register | None = None
@@ -84,9 +84,9 @@ class CollectedState:
     generation: Generation
     """The newest generation that any worker knows."""
     placement: ExpertPlacement
-    greetings: Mapping[str, Greeting]
+    frames_by_worker: Mapping[str, CollectedFrames]
     """Frames of the workers that have connected, by name."""
-    memory: Memory
+    memory: ControllerMemory
     """The newest memory of the earlier controller; empty if there was none."""
 
     @property
@@ -94,12 +94,14 @@ class CollectedState:
         """Whether every member runs the newest generation."""
         number = self.generation.number
         names = [m.name for m in self.generation.members]
-        return all(n in self.greetings and self.greetings[n].runs(number) for n in names)
+        return all(
+            n in self.frames_by_worker and self.frames_by_worker[n].runs(number) for n in names
+        )
 
-    def unheard(self, own_host: str, alive: Collection[str]) -> frozenset[str]:
+    def silent_members(self, own_host: str, alive: Collection[str]) -> frozenset[str]:
         """Return the members of ``alive`` whose silence may be caused by ``own_host``."""
         pulses = [
-            Liveness(name=m.name, heard_at=float(m.name in self.greetings), host=m.node)
+            Liveness(name=m.name, heard_at=float(m.name in self.frames_by_worker), host=m.node)
             for m in self.generation.members
             if m.name in alive
         ]
@@ -112,18 +114,18 @@ class CollectedState:
         return {
             name: frames.GenerationReady(
                 generation=number,
-                highest_step=greeting.report.highest_step,
-                highest_epoch=greeting.report.highest_epoch,
-                slots=greeting.report.slots,
+                highest_step=received.report.highest_step,
+                highest_epoch=received.report.highest_epoch,
+                slots=received.report.slots,
             )
-            for name, greeting in self.greetings.items()
-            if name in names and greeting.report is not None
+            for name, received in self.frames_by_worker.items()
+            if name in names and received.report is not None
         }
 
     @property
     def highest_epoch(self) -> int:
         """Highest placement epoch that any worker knows, even if that epoch never ran."""
-        reports = [g.report for g in self.greetings.values() if g.report is not None]
+        reports = [g.report for g in self.frames_by_worker.values() if g.report is not None]
         return max((r.known_epoch for r in reports), default=0)
 
     @property
@@ -131,9 +133,9 @@ class CollectedState:
         """All known workers, including lost ones: attention first, then by rank."""
         known = {w.member.name: w.member for w in self.memory.lost}
         known |= {m.name: m for m in self.generation.members}
-        for name, greeting in self.greetings.items():
-            if greeting.register is not None:
-                known.setdefault(name, greeting.register.member)
+        for name, received in self.frames_by_worker.items():
+            if received.register is not None:
+                known.setdefault(name, received.register.member)
         return tuple(sorted(known.values(), key=lambda m: (m.role, m.rank, m.name)))
 
 
@@ -160,7 +162,7 @@ class ReportCollector:
         self._expected = set(expected)
         self._fresh = set(fresh)
         self._found = (self._expected | set(known)) - self._fresh
-        self._greetings: dict[str, Greeting] = {}
+        self._frames_by_worker: dict[str, CollectedFrames] = {}
         self._deadline = now + limit_s
         self._confirm_s = confirm_s
         self._suspected_at: dict[str, float] = {}
@@ -169,13 +171,13 @@ class ReportCollector:
         """Take a frame of a worker. Raises ``ProtocolError`` for an unknown worker."""
         if name not in self._expected:
             raise ProtocolError(f"{name} is no worker of this cluster")
-        self._greetings.setdefault(name, Greeting()).take(frame)
+        self._frames_by_worker.setdefault(name, CollectedFrames()).take(frame)
         if isinstance(frame, frames.PeerLost):
             self._suspected_at.setdefault(frame.worker, now + 4 * self._confirm_s)
 
     def gone(self, name: str, now: float) -> None:
         """The connection or process of a worker ended; if it is alive, it connects again."""
-        self._greetings.pop(name, None)
+        self._frames_by_worker.pop(name, None)
         self._suspected_at[name] = min(now, self._suspected_at.get(name, now))
 
     def is_complete(self, now: float) -> bool:
@@ -188,7 +190,7 @@ class ReportCollector:
 
         Raises ``NotReadyError`` while a worker that has not reported may have had one.
         """
-        whole = {n: g for n, g in self._greetings.items() if g.is_whole}
+        whole = {n: g for n, g in self._frames_by_worker.items() if g.is_whole}
         reports = [g.report for g in whole.values() if g.report is not None]
         formed = [(r.generation or _NO_GENERATION, r.placement) for r in reports if r.placement]
         if not formed and (unknown := sorted(self._found - set(whole))):
@@ -199,12 +201,14 @@ class ReportCollector:
         return CollectedState(
             generation=generation,
             placement=placement,
-            greetings=whole,
-            memory=max((from_plain(r.memory, Memory) for r in reports), key=lambda m: m.version),
+            frames_by_worker=whole,
+            memory=max(
+                (from_plain(r.memory, ControllerMemory) for r in reports), key=lambda m: m.version
+            ),
         )
 
     def _is_awaited(self, name: str, now: float) -> bool:
-        if self._greetings.get(name, Greeting()).is_whole:
+        if self._frames_by_worker.get(name, CollectedFrames()).is_whole:
             return False
         suspected_at = self._suspected_at.get(name)
         return suspected_at is None or now - suspected_at < self._confirm_s
@@ -230,9 +234,9 @@ def continue_with(
     cluster.known_nodes = memory.known_nodes
     cluster.adapters.restore(memory.adapters, memory.has_ordered_adapters)
     for record in list(cluster.workers.alive()):  # before they join other workers
-        if why := cluster.workers.misfit(record.name, collected.generation):
+        if why := cluster.workers.incompatibility(record.name, collected.generation):
             record.enter(WorkerState.LOST, why)
-            cluster.effects.append(End((record.name,)))
+            cluster.effects.append(EndWorkers((record.name,)))
     gone = {r.name: r.reason for r in cluster.workers if r.is_lost}
     new = scale.added if scale else ()
     members = {m.name for m in collected.generation.members}
@@ -248,10 +252,10 @@ def continue_with(
     recovery.ready(now)
     if drain is not None:
         draining.restore(drain, now)
-    for name, greeting in collected.greetings.items():
-        if greeting.asks_for_drain and not cluster.workers[name].is_lost:
+    for name, received in collected.frames_by_worker.items():
+        if received.asks_for_drain and not cluster.workers[name].is_lost:
             draining.requested(name, now)
-    cluster.remember()
+    cluster.send_snapshot()
 
 
 def _go_on(collected: CollectedState, cluster: Cluster, recovery: Recovery, now: float) -> None:
@@ -260,7 +264,7 @@ def _go_on(collected: CollectedState, cluster: Cluster, recovery: Recovery, now:
     missing = [
         m.name
         for m in collected.generation.members
-        if m.name not in collected.greetings or workers[m.name].is_lost
+        if m.name not in collected.frames_by_worker or workers[m.name].is_lost
     ]
     if not missing and collected.is_intact and not cluster.round.missing(cluster.placement):
         cluster.membership.experts_complete = True
@@ -275,7 +279,7 @@ def _go_on(collected: CollectedState, cluster: Cluster, recovery: Recovery, now:
                 why = "it did not connect to the restarted controller"
                 workers[name].enter(WorkerState.LOST, why)
         recovery.lost({n: workers[n].reason for n in missing}, now)
-        cluster.effects.append(End(tuple(missing)))
+        cluster.effects.append(EndWorkers(tuple(missing)))
     else:
         cluster.reform(cause, now)
 
@@ -287,15 +291,15 @@ def _restore_workers(table: WorkerTable, collected: CollectedState) -> None:
         record.state, record.reason = worker.state, worker.reason  # restored: not a transition
     number = collected.generation.number
     members = {m.name for m in collected.generation.members}
-    for name, greeting in collected.greetings.items():
+    for name, received in collected.frames_by_worker.items():
         record = table[name]
         if record.is_lost:
             continue  # its next frame is answered with Shutdown
-        assert greeting.register is not None
-        record.register(greeting.register)
-        if greeting.ready is None:
+        assert received.register is not None
+        record.register(received.register)
+        if received.ready is None:
             continue
-        record.ready(greeting.ready)
+        record.ready(received.ready)
         table.learn_model(record)
-        if name in members and greeting.runs(number):
+        if name in members and received.runs(number):
             record.enter(WorkerState.SERVING)

@@ -9,7 +9,7 @@
 A scaling is rolled back if a new worker is lost in START (in JOIN it is replaced), if the time
 limit ends, or if a client cancels it: new places whose workers have not served are removed, and the
 others serve as before. ``Scaling`` decides the next step; the controller acts. A restarted
-controller continues the scaling of an earlier one (``Memory``).
+controller continues the scaling of an earlier one (``ControllerMemory``).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Scaling:
             operation=operation, command=command, deadline=now + limit_s, left_s=limit_s
         )
         scale.resume(ScaleStep.SETTLE)
-        self._cluster.remember()
+        self._cluster.send_snapshot()
 
     def cancel(self, operation: Operation, now: float) -> None:
         """Roll back a scaling. Raises ``ConflictError`` if it is too late."""
@@ -97,7 +97,7 @@ class Scaling:
         Returns workers (name -> reason) that must end because the scaling has ended.
         """
         cluster = self._cluster
-        if not cluster.takes_orders:
+        if not cluster.can_accept_operations:
             return self._give_up(scale, OperationState.FAILED, "the cluster is ending", now)
         if self._all_serve(scale):
             return self._finish(scale, now)
@@ -107,8 +107,8 @@ class Scaling:
             what = " and ".join(cluster.unready_workers()) or "the cluster"
             text = f"{what} could not {scale.step.value} within {scale.command.limit_s:g} s"
             return self._give_up(scale, OperationState.FAILED, text, now)
-        if scale.has_less(now):
-            cluster.remember()
+        if scale.note_time_left(now):
+            cluster.send_snapshot()
         if scale.step is ScaleStep.SETTLE and cluster.runs and self._rebalancing.is_idle:
             self._add_places(scale)
         elif scale.step is ScaleStep.START and not cluster.unready_workers():
@@ -190,7 +190,7 @@ class Scaling:
         operation.generation = cluster.generation.number
         self._count_moves(scale, now)
         cluster.scale = None
-        cluster.remember()
+        cluster.send_snapshot()
         if scale.outcome is not None:  # cancelled at the last moment: no worker leaves
             cluster.operations.end(operation, *scale.outcome, now)
             return {}
@@ -252,4 +252,4 @@ class Scaling:
 
     def _enter(self, scale: Scale, step: ScaleStep) -> None:
         scale.enter(step)
-        self._cluster.remember()
+        self._cluster.send_snapshot()

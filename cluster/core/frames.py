@@ -20,7 +20,7 @@ SlotContents = tuple[tuple[int, ...], ...]
 """``[bank][expert slot]``: the logical expert that is completely loaded there, or ``FREE_SLOT``."""
 
 
-class Adapter(Message, frozen=True, kw_only=True):
+class AdapterRecord(Message, frozen=True, kw_only=True):
     """One load of an adapter."""
 
     key: str
@@ -208,7 +208,7 @@ class ControllerSnapshot(ControlFrame, frozen=True, kw_only=True):
     term: int
     """As in ``NewGeneration``."""
     memory: dict[str, Any]
-    """A ``Memory`` of the controller as plain data; workers only keep it."""
+    """A ``ControllerMemory`` of the controller as plain data; workers only keep it."""
     version: int = 0
     """Version of the memory, which the worker acknowledges."""
     controller: str = ""
@@ -301,7 +301,7 @@ class KeepAdapters(ControlFrame, frozen=True, kw_only=True):
 
     number: int
     """Number of the order; ``AdaptersKept`` repeats it."""
-    adapters: tuple[Adapter, ...]
+    adapters: tuple[AdapterRecord, ...]
 
 
 class AdaptersKept(ControlFrame, frozen=True, kw_only=True):

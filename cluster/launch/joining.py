@@ -54,7 +54,7 @@ def inspect_ray(plan: LaunchPlan, address: str) -> JoinedRay:
 
     Raises ``ConfigError`` and ``StartError``.
     """
-    from cluster.actors.ray_tools import our_actors
+    from cluster.actors.ray_tools import live_actor_names
 
     nodes = wait_nodes(plan.wait_nodes, plan.start_limit_s)
     gateways = tuple(n for n in nodes if n.labels.role == GATEWAY)
@@ -63,13 +63,13 @@ def inspect_ray(plan: LaunchPlan, address: str) -> JoinedRay:
     joined = JoinedRay(
         plan=plan, gateway_nodes=tuple(n.address for n in gateways), selector=selector
     )
-    actors = our_actors()
+    actors = live_actor_names()
     if CONTROLLER_NAME in actors and plan.command == "up":
         config = _running_config(plan)
         if config is not None:
             started = dataclasses.replace(plan, config=config)  # its token and ports
             return dataclasses.replace(joined, plan=started, is_running=True)
-    if actors and our_actors():
+    if actors and live_actor_names():
         raise ConfigError("address", plan.address, "already runs an expertmesh cluster")
     _check_ports(plan, is_here=not gateways)
     check_ray_token(plan, nodes, address)

@@ -180,7 +180,7 @@ class ClusterParts:
         import ray
         from ray.exceptions import RayError, RayTaskError
 
-        from cluster.actors.ray_tools import words_of
+        from cluster.actors.ray_tools import error_summary
         from cluster.actors.worker_group import WorkerGroup
         from workers.process.worker.actor import ACTOR_CLASSES
 
@@ -201,7 +201,7 @@ class ClusterParts:
             cause = err.cause if isinstance(err, RayTaskError) else None
             if isinstance(cause, ExpertMeshError):
                 raise cause from None
-            raise StartError("controller", words_of(err)) from err
+            raise StartError("controller", error_summary(err)) from err
 
     def _wait_serving(self) -> None:
         import ray

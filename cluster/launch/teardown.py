@@ -25,7 +25,7 @@ def end_joined(address: str) -> list[str]:
     import ray
     from ray import serve
 
-    from cluster.actors.ray_tools import our_actors
+    from cluster.actors.ray_tools import live_actor_names
     from gateway.app import APP_NAME
 
     join_ray(address)
@@ -33,7 +33,7 @@ def end_joined(address: str) -> list[str]:
         with contextlib.suppress(ValueError):
             ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
             serve.delete(APP_NAME)
-        names = our_actors()
+        names = live_actor_names()
         with contextlib.suppress(ExpertMeshError):  # the rest is killed
             ask_controller("stop", limit_s=_STOP_LIMIT_S)
         end_leftovers()
@@ -48,11 +48,11 @@ def end_leftovers() -> list[str]:
     The controller ends first, as it would replace the others. Used by ``down`` without a
     controller, and to clean up after an earlier run.
     """
-    from cluster.actors.ray_tools import free_reserved_room, kill_actors, our_actors
+    from cluster.actors.ray_tools import kill_actors, live_actor_names, remove_placement_groups
 
-    names = our_actors()
+    names = live_actor_names()
     kill_actors(sorted(names, key=lambda name: not name.startswith("expertmesh-")))
-    free_reserved_room()
+    remove_placement_groups()
     return names
 
 

@@ -173,7 +173,7 @@ def renew_on_fault(cluster: ThreadCluster, faults: Faults) -> None:
     def renew(generation: int) -> None:
         known = cluster.controller.cluster
         if known.state is ClusterState.SERVING and known.generation.number == generation:
-            cluster.actor.runner.tell(partial(known.reform, "a fault"))
+            cluster.actor.runner.handle_event(partial(known.reform, "a fault"))
 
     def on_fault(generation: int) -> None:
         cluster.loop.call_soon_threadsafe(renew, generation)

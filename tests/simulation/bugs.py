@@ -14,9 +14,9 @@ from msgspec.structs import replace
 
 from cluster.controller.failover import CollectedState
 from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.detection import Detection
 from cluster.controller.parts.epoch_change import EpochChange
 from cluster.controller.parts.expert_load_commands import ExpertLoadCommands
+from cluster.controller.parts.failure_detector import FailureDetector
 from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.workers import WorkerTable
 from cluster.core.frames import ExpertsLoaded
@@ -137,30 +137,30 @@ def _overtaken_order() -> Iterator[None]:
 def _no_credit() -> AbstractContextManager[object]:
     """The controller blames workers for a pause of its own."""
 
-    def credit(self: Detection, now: float) -> None:
+    def credit(self: FailureDetector, now: float) -> None:
         self.last_tick = now
 
-    return mock.patch.object(Detection, "credit_own_pause", credit)
+    return mock.patch.object(FailureDetector, "credit_own_pause", credit)
 
 
 def _no_hold() -> AbstractContextManager[object]:
     """A blip at the controller's host is taken for the end of all workers."""
-    return mock.patch.object(Detection, "end_hold", return_value="")
+    return mock.patch.object(FailureDetector, "end_hold", return_value="")
 
 
 def _hasty_successor() -> AbstractContextManager[object]:
     """A restarted controller takes the workers for lost that it cannot reach."""
-    return mock.patch.object(CollectedState, "unheard", return_value=frozenset())
+    return mock.patch.object(CollectedState, "silent_members", return_value=frozenset())
 
 
 def _hasty_belief() -> AbstractContextManager[object]:
     """Reports that were made in a pause of the controller are believed after it."""
-    return mock.patch.object(Detection, "void_reports", return_value="")
+    return mock.patch.object(FailureDetector, "void_reports", return_value="")
 
 
 def _other_build() -> AbstractContextManager[object]:
     """Workers with other data register, and meet the others."""
-    return mock.patch.object(WorkerTable, "misfit", return_value=None)
+    return mock.patch.object(WorkerTable, "incompatibility", return_value=None)
 
 
 @contextmanager

@@ -178,7 +178,7 @@ class SimGroup:
     def draining_nodes(self) -> frozenset[str]:
         return frozenset(node.node_id for node in self._ray.nodes.alive() if node.drains)
 
-    def homes(self) -> dict[str, str]:
+    def node_ids_by_worker(self) -> dict[str, str]:
         return {a.name: a.node.node_id for a in self._known.values() if a.node is not None}
 
     def address(self) -> str:

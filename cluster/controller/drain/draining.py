@@ -2,7 +2,7 @@
 
 A client drains a worker or a node, a worker requests a drain when it receives SIGTERM, and a
 scaling drains the workers that it removes. A restarted controller continues the drain of an earlier
-one (``Memory``).
+one (``ControllerMemory``).
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class Draining:
         )
         drain.resume(DrainStep.SETTLE)
         running = self._run(drain)
-        self._cluster.remember()
+        self._cluster.send_snapshot()
         running.advance(now)
 
     def _run(self, drain: Drain) -> RunningDrain:

@@ -19,7 +19,7 @@ from cluster.controller.drain.removal import stage_without
 from cluster.controller.drain.requests import DrainRequests
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.drains import Drain, DrainStep
-from cluster.controller.parts.effects import End, Release
+from cluster.controller.parts.effects import EndWorkers, ReleasePlaces
 from cluster.controller.parts.epoch_change import ChangeState, EpochChange
 from cluster.controller.parts.metrics import MoveReason
 from cluster.controller.parts.operations import OperationState
@@ -110,7 +110,7 @@ class RunningDrain:
         text = f"scaled to {operation.target}" if is_scaling else f"{operation.target} is drained"
         if drain.removes_places:
             text += "" if is_scaling else ", and the cluster goes on without its place"
-            self._cluster.effects.append(Release(tuple(map(place_of, drain.names))))
+            self._cluster.effects.append(ReleasePlaces(tuple(map(place_of, drain.names))))
         elif not drain.command.node:  # else the node itself will be taken down
             for name in drain.names:
                 self._cluster.places.reopen(name)
@@ -118,11 +118,11 @@ class RunningDrain:
 
     def tick(self, now: float) -> None:
         """Check the time limit, and take the next step if the last one is done."""
-        if not self._cluster.takes_orders:
+        if not self._cluster.can_accept_operations:
             self._end(OperationState.FAILED, "the cluster is ending", now)
             return
-        if self.record.has_less(now):
-            self._cluster.remember()
+        if self.record.note_time_left(now):
+            self._cluster.send_snapshot()
         self.advance(now)
 
     def advance(self, now: float) -> None:
@@ -152,7 +152,7 @@ class RunningDrain:
             drain.operation.generation = cluster.generation.number
             self._enter(DrainStep.END)
             cluster.send(Shutdown(reason="drained"), *drain.names)
-            cluster.effects.append(End(drain.names))
+            cluster.effects.append(EndWorkers(drain.names))
         if self.is_over or now <= drain.deadline or drain.step in _TOO_LATE:
             return  # in time, or in a step with limits of its own
         if not (drain.command.force and drain.step is DrainStep.MOVE):
@@ -210,7 +210,7 @@ class RunningDrain:
 
     def _is_empty(self, record: WorkerRecord) -> bool:
         """Return whether a status reply since the worker takes no new request shows no requests."""
-        return record.answered >= self._asked and record.num_requests == 0
+        return record.answered_status_token >= self._asked and record.num_requests == 0
 
     def _leave(self, now: float) -> None:
         """Form a generation without the workers; their places stay empty until the drain ends."""
@@ -235,7 +235,7 @@ class RunningDrain:
             if drain.removes_places:
                 cluster.places.remove([place_of(name)])
             cluster.round.drop_reports(name)
-        cluster.remember()
+        cluster.send_snapshot()
         cluster.form(members, placement, now)
         effect = f"go on with {describe_members(members)}, placement epoch {placement.epoch}"
         cluster.note(why, effect, now)
@@ -246,7 +246,7 @@ class RunningDrain:
         self._hold_back(False)
         if self._change is not None:
             self._change.cancel("the drain was rolled back")
-        back = drain.way_back(cluster.placement, cluster.generation)
+        back = drain.rollback_placement(cluster.placement, cluster.generation)
         is_whole = cluster.runs and not any(cluster.workers[n].is_lost for n in drain.names)
         if self._change is not None or back is None or not is_whole:
             self._end(state, text, now)
@@ -280,7 +280,7 @@ class RunningDrain:
 
     def _enter(self, step: DrainStep) -> None:
         self.record.enter(step)
-        self._cluster.remember()
+        self._cluster.send_snapshot()
 
     def _end(self, state: OperationState, text: str, now: float) -> None:
         self._cluster.drain = self._change = None

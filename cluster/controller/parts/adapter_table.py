@@ -7,8 +7,8 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from cluster.controller.parts.memory import KeptAdapter
-from cluster.core.frames import Adapter
+from cluster.controller.parts.controller_memory import KeptAdapter
+from cluster.core.frames import AdapterRecord
 from cluster.core.states import AdapterState, next_state
 
 
@@ -41,7 +41,7 @@ class AdapterTable:
 
     def add(self, name: str, path: str, tenants: tuple[str, ...], number: int) -> KeptAdapter:
         """Add an adapter in state LOADING; ``number`` is the number of its load command."""
-        adapter = Adapter(key=f"{name}@{number}", name=name, path=path, tenants=tenants)
+        adapter = AdapterRecord(key=f"{name}@{number}", name=name, path=path, tenants=tenants)
         kept = KeptAdapter(adapter=adapter, state=AdapterState.LOADING, number=number)
         self._put(kept)
         self.was_ordered = True

@@ -20,11 +20,11 @@ from msgspec.structs import replace
 
 from cluster.config.cluster import ClusterConfig
 from cluster.controller.parts.adapter_table import AdapterTable
+from cluster.controller.parts.controller_memory import ControllerMemory, History, LostWorker
 from cluster.controller.parts.drains import Drain
-from cluster.controller.parts.effects import Effect, Release, Send
+from cluster.controller.parts.effects import Effect, ReleasePlaces, SendFrame
 from cluster.controller.parts.host_disks import HostDisks
 from cluster.controller.parts.membership import GenerationRound, MemberRecords, Phase
-from cluster.controller.parts.memory import History, LostWorker, Memory
 from cluster.controller.parts.metrics import ControllerMetrics, MoveReason
 from cluster.controller.parts.operations import Operations
 from cluster.controller.parts.scales import Scale
@@ -72,7 +72,10 @@ class Cluster:
         wall_time_offset_s: float = 0.0,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
-        """``wall_time_offset_s`` plus ``now`` is the time of day; ``notes``: see ``Memory``."""
+        """``wall_time_offset_s`` plus ``now`` is the time of day.
+
+        ``notes``: see ``ControllerMemory``.
+        """
         self.config = config
         self.began_at = now
         """Monotonic time at which this controller began."""
@@ -110,7 +113,7 @@ class Cluster:
         self.load = LoadTracker(config.load, now)
         """Tracks the expert load."""
         self.metrics = ControllerMetrics({m.role for m in members})
-        self.operations = Operations(term, wall_time_offset_s, self.remember)
+        self.operations = Operations(term, wall_time_offset_s, self.send_snapshot)
         self.drain: Drain | None = None
         """The running drain, if any."""
         self.scale: Scale | None = None
@@ -148,7 +151,7 @@ class Cluster:
         return self.state not in (ClusterState.DRAINING, ClusterState.STOPPED)
 
     @property
-    def takes_orders(self) -> bool:
+    def can_accept_operations(self) -> bool:
         """Whether the cluster is neither starting nor ending."""
         return self.state is not ClusterState.STARTING and self.is_up
 
@@ -213,20 +216,22 @@ class Cluster:
         self.history.paused(generation, pause_s)
         self.touch()
 
-    def host_has(self, low_disks: tuple[LowDisk, ...], host: str = "", reporter: str = "") -> None:
+    def update_low_disks(
+        self, low_disks: tuple[LowDisk, ...], host: str = "", reporter: str = ""
+    ) -> None:
         """Record the nearly full disks of a host; by default those of the controller's host."""
         if self.disks.report(low_disks, host or self.host, reporter):
             self.touch()
 
-    def remember(self) -> None:
+    def send_snapshot(self) -> None:
         """Send the workers the state that a restarted controller needs, before other frames."""
         self.touch()
         self._is_remembered = False
 
-    def memory(self) -> Memory:
+    def memory(self) -> ControllerMemory:
         """Return the state that a restarted controller needs."""
         is_whole = self.desired.banks == self.placement.banks
-        return Memory(
+        return ControllerMemory(
             version=self.version,
             history=self.history.newest(),
             lost=tuple(
@@ -250,14 +255,14 @@ class Cluster:
         """Take the ids of the live nodes; places of other nodes become free to be filled."""
         self.nodes = nodes
         if self.places.nodes_alive(nodes):
-            self.remember()
+            self.send_snapshot()
 
     def remove_places(self, places: Iterable[str]) -> None:
         """Remove places that have no serving worker from the cluster."""
         if names := tuple(places):
             self.places.remove(names)
-            self.effects.append(Release(names))
-            self.remember()
+            self.effects.append(ReleasePlaces(names))
+            self.send_snapshot()
 
     def moved(self, reason: MoveReason, num_slots: int, num_bytes: int, seconds: float) -> None:
         """Record a move of weights, see ``ControllerMetrics.moved``."""
@@ -273,7 +278,7 @@ class Cluster:
     def end_trace(
         self, opened: OpenTrace, seconds: float, attributes: Mapping[str, Any], error: str = ""
     ) -> None:
-        """End the trace of a change; for the arguments see ``effects.Trace``."""
+        """End the trace of a change; for the arguments see ``effects.RecordTrace``."""
         self.touch()
         self.effects.append(self.traces.end(opened, seconds, attributes, error))
 
@@ -281,7 +286,7 @@ class Cluster:
 
     def send(self, frame: ControlFrame, *workers: str) -> None:
         """Send a frame to these workers."""
-        self.effects.append(Send(frame, workers))
+        self.effects.append(SendFrame(frame, workers))
 
     def take_effects(self) -> list[Effect]:
         """Remove and return the pending effects, to be carried out in this order."""
@@ -294,7 +299,7 @@ class Cluster:
                 memory=to_plain(self.memory()),
                 places=self.places.names(),
             )
-            self.effects.insert(0, Send(frame, tuple(r.name for r in self.workers.alive())))
+            self.effects.insert(0, SendFrame(frame, tuple(r.name for r in self.workers.alive())))
         effects, self.effects, self._is_remembered = self.effects, [], True
         return effects
 

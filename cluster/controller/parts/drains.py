@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from cluster.controller.parts.operations import OperationCommand, OperationState, Timed
+from cluster.controller.parts.operations import OperationCommand, OperationState, TimedOperation
 from cluster.core.placement import ExpertPlacement
 from cluster.core.states import next_state
 from cluster.core.topology import Generation
@@ -50,7 +50,7 @@ _NEXT = {
 
 
 @dataclass(kw_only=True, slots=True)
-class Drain(Timed):
+class Drain(TimedOperation):
     """A running drain; the workers store it for the next controller."""
 
     names: tuple[str, ...]
@@ -80,7 +80,7 @@ class Drain(Timed):
         self.operation.phase = step.value
         self.operation.progress = list(DrainStep).index(step) / len(DrainStep)
 
-    def way_back(self, now: ExpertPlacement, generation: Generation) -> Stage | None:
+    def rollback_placement(self, now: ExpertPlacement, generation: Generation) -> Stage | None:
         """Return the stage from placement ``now`` back to ``before``; None if none is needed."""
         before = self.before
         if before is None or before.banks == now.banks:

@@ -17,7 +17,7 @@ from cluster.core.topology import Member
 
 
 @dataclass(frozen=True, slots=True)
-class Send:
+class SendFrame:
     """Send a frame to workers; it is dropped for workers that are not connected."""
 
     frame: ControlFrame
@@ -25,7 +25,7 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class StartWorker:
     """Start one more worker, which holds its part of the placement."""
 
     member: Member
@@ -35,26 +35,26 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class EndWorkers:
     """End the processes of workers, then call ``Draining.ended``."""
 
     workers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Release:
+class ReleasePlaces:
     """Release the resources reserved for places that a scale operation had added."""
 
     places: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class EndAll:
+class EndAllWorkers:
     """End all workers, then call ``Controller.all_ended``."""
 
 
 @dataclass(frozen=True, slots=True)
-class Trace:
+class RecordTrace:
     """Record a change that has just ended."""
 
     name: str
@@ -67,4 +67,4 @@ class Trace:
     """See ``ChangeTraces``."""
 
 
-Effect = Send | Start | End | Release | EndAll | Trace
+Effect = SendFrame | StartWorker | EndWorkers | ReleasePlaces | EndAllWorkers | RecordTrace

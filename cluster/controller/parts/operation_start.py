@@ -36,7 +36,7 @@ def start_operation(command: C, kind: OperationKind[C], cluster: Cluster, now: f
         return repeated
     target = kind.target(command)
     operations.check_free()
-    if not cluster.takes_orders:
+    if not cluster.can_accept_operations:
         raise ConflictError("the cluster is starting or ending")
     first_step = kind.prepare(command)
     operation = operations.begin(command, target, now)

@@ -82,7 +82,7 @@ _TOLD_S = 1.0
 
 
 @dataclass(kw_only=True, slots=True)
-class Timed:
+class TimedOperation:
     """State of a running operation that the next controller restores, with the remaining time."""
 
     operation: Operation
@@ -96,7 +96,7 @@ class Timed:
         self.operation = operations.find(self.operation.id)
         self.deadline = now + self.left_s
 
-    def has_less(self, now: float) -> bool:
+    def note_time_left(self, now: float) -> bool:
         """Update ``left_s``; returns whether it has changed enough to be sent to the workers."""
         left_s = max(self.deadline - now, 0.0)
         is_less = self.left_s - left_s >= _TOLD_S

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.effects import Start
+from cluster.controller.parts.effects import StartWorker
 from cluster.controller.parts.expert_load_commands import ExpertLoadCommand, ExpertLoadCommands
 from cluster.controller.parts.membership import Phase
 from cluster.controller.parts.settings import ControllerSettings
@@ -104,7 +104,7 @@ class Recovery:
 
         Workers that scaling adds join together, once all of them are ready.
         """
-        if not self._cluster.takes_orders or self._cluster.round.phase is Phase.FORMING:
+        if not self._cluster.can_accept_operations or self._cluster.round.phase is Phase.FORMING:
             return
         members = self._cluster.round.members
         known = {m.name for m in members}
@@ -160,7 +160,7 @@ class Recovery:
 
     def tick(self, now: float) -> None:
         """Start workers, check time limits, and retry. Called on every controller tick."""
-        if not self._cluster.takes_orders:
+        if not self._cluster.can_accept_operations:
             return
         for reload in self.reloads.take_overdue(now, self._limits.load_limit_s):
             limit = f"no answer within {self._limits.load_limit_s:g} s"
@@ -188,7 +188,7 @@ class Recovery:
             cluster.membership.stall(members, now)
             cluster.note(cause, decision.effect, now)
             self._settle()
-            cluster.remember()
+            cluster.send_snapshot()
             return
         self._failed.clear()
         cluster.form(members, decision.stage.placement, now)
@@ -217,7 +217,7 @@ class Recovery:
             return
         self.show_running()
         cluster.history.runs(cluster.round.number, cluster.round.first_step, now)
-        cluster.remember()
+        cluster.send_snapshot()
         self._cluster.places.joined(cluster.round.members)
         for member in cluster.round.members:
             cluster.workers[member.name].started_with = None
@@ -234,7 +234,7 @@ class Recovery:
 
     def _settle(self) -> None:
         """Enter the state of a stalled cluster: RECOVERING while workers start, else DEGRADED."""
-        are_coming = any(r.is_coming for r in self._cluster.workers)
+        are_coming = any(r.is_pending for r in self._cluster.workers)
         is_hopeful = are_coming or self._cluster.places.are_due
         self._cluster.enter(ClusterState.RECOVERING if is_hopeful else ClusterState.DEGRADED)
 
@@ -276,4 +276,4 @@ class Recovery:
                 self._cluster.desired,
                 member.device,
             )
-            self._cluster.effects.append(Start(member, self._cluster.desired, holders))
+            self._cluster.effects.append(StartWorker(member, self._cluster.desired, holders))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from cluster.controller.parts.operations import OperationCommand, OperationState, Timed
+from cluster.controller.parts.operations import OperationCommand, OperationState, TimedOperation
 from cluster.core.placement import ExpertPlacement
 from cluster.core.states import next_state
 
@@ -44,7 +44,7 @@ _NEXT = {
 
 
 @dataclass(kw_only=True, slots=True)
-class Scale(Timed):
+class Scale(TimedOperation):
     """A scale operation that starts workers; workers store it for the next controller."""
 
     command: ScaleCommand

@@ -11,7 +11,7 @@ from hashlib import blake2b
 from itertools import count
 from typing import Any
 
-from cluster.controller.parts.effects import Trace
+from cluster.controller.parts.effects import RecordTrace
 from cluster.core.codec import SPAN_ID_BYTES
 
 _KEPT = 16
@@ -55,10 +55,10 @@ class ChangeTraces:
 
     def end(
         self, opened: OpenTrace, seconds: float, attributes: Mapping[str, Any], error: str = ""
-    ) -> Trace:
+    ) -> RecordTrace:
         """End a change; return the effect that records it."""
         opened.seconds = seconds
-        return Trace(opened.name, seconds, attributes, error, opened.span_id)
+        return RecordTrace(opened.name, seconds, attributes, error, opened.span_id)
 
     def to_list(self) -> list[dict[str, Any]]:
         """Changes for the snapshot, oldest first."""

@@ -60,9 +60,9 @@ class WorkerRecord:
     """Facts from ``Register`` and ``WorkerReady``."""
     stats: dict[str, float] = field(default_factory=dict)
     """Stats of its last heartbeat or status reply."""
-    asked: int | None = None
+    pending_status_token: int | None = None
     """Token of the pending status request; None without one."""
-    answered: int = 0
+    answered_status_token: int = 0
     """Token of the newest status request that it has answered."""
     mismatch: tuple[int, float] | None = None
     """Generation in which its heartbeats deviate from the controller's state, and since when."""
@@ -103,14 +103,14 @@ class WorkerRecord:
         return self.member.name
 
     @property
-    def is_coming(self) -> bool:
+    def is_pending(self) -> bool:
         """Whether it starts or loads, and has never been ready."""
         return self.state in (WorkerState.STARTING, WorkerState.LOADING)
 
     @property
     def is_starting(self) -> bool:
         """Whether it is pending and does not wait for resources."""
-        return self.is_coming and (self.has_process or self.state is WorkerState.LOADING)
+        return self.is_pending and (self.has_process or self.state is WorkerState.LOADING)
 
     @property
     def is_ready(self) -> bool:
@@ -192,9 +192,9 @@ class WorkerRecord:
     def take_numbers(self, frame: frames.Heartbeat | frames.StatusReply) -> None:
         """Record the finite stats of a heartbeat, or of a status reply even if it is late."""
         if isinstance(frame, frames.StatusReply):
-            self.answered = max(self.answered, frame.token)
-            if frame.token == self.asked:
-                self.asked = None
+            self.answered_status_token = max(self.answered_status_token, frame.token)
+            if frame.token == self.pending_status_token:
+                self.pending_status_token = None
         self.stats = {
             name: value
             for name, value in frame.stats.items()
@@ -216,7 +216,7 @@ class WorkerRecord:
         self.heard_at = min(now, self.heard_at + silence_s)
         self.progress_at = min(now, self.progress_at + stall_s)
 
-    def pulse(self) -> Liveness:
+    def liveness(self) -> Liveness:
         """Return the input of the failure policy. Gaps count only while it serves."""
         return Liveness(
             name=self.name,
@@ -228,7 +228,7 @@ class WorkerRecord:
             patience_s=self.gaps.patience_s if self.state is WorkerState.SERVING else math.inf,
         )
 
-    def pace(self) -> StepProgress:
+    def step_progress(self) -> StepProgress:
         """Return the input of the progress policy."""
         return StepProgress(
             name=self.name,
@@ -335,10 +335,10 @@ class WorkerTable:
     def pulses(self, loading: bool) -> list[Liveness]:
         """Return the liveness of the workers that are loading, or of those that have loaded."""
         if loading:
-            return [r.pulse() for r in self.alive() if r.state is WorkerState.LOADING]
-        return [r.pulse() for r in self.alive() if not r.is_coming]
+            return [r.liveness() for r in self.alive() if r.state is WorkerState.LOADING]
+        return [r.liveness() for r in self.alive() if not r.is_pending]
 
-    def misfit(self, name: str, generation: Generation) -> str | None:
+    def incompatibility(self, name: str, generation: Generation) -> str | None:
         """Return the reason why a registered worker cannot serve with the others; None if it can.
 
         It is compared with a member of the newest generation or, before the first one, with any
@@ -358,7 +358,7 @@ class WorkerTable:
     @property
     def status_complete(self) -> bool:
         """Whether every worker has answered its status request or is lost."""
-        return all(r.asked is None for r in self.alive())
+        return all(r.pending_status_token is None for r in self.alive())
 
     def learn_model(self, record: WorkerRecord) -> None:
         """Take the facts of the model from an attention worker that is ready."""

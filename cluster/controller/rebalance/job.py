@@ -21,7 +21,7 @@ class RebalanceCommand(OperationCommand, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Question:
+class RebalanceQuery:
     """Input of a decision whether to change the placement."""
 
     load: CurrentLoad
@@ -55,7 +55,7 @@ def describe(decision: RebalanceDecision) -> str:
     )
 
 
-def answer(decision: RebalanceDecision, asked: Question) -> str:
+def answer(decision: RebalanceDecision, asked: RebalanceQuery) -> str:
     """Describe the outcome of a command that changes nothing."""
     would = "a dry run, nothing has changed: would" if asked.dry_run else "not done: would"
     text = f"nothing {'would be' if asked.dry_run else 'is'} done"

@@ -20,14 +20,14 @@ from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.operation_start import start_operation
 from cluster.controller.parts.operations import Operation, OperationState
 from cluster.controller.rebalance.job import (
-    Question,
     RebalanceCommand,
+    RebalanceQuery,
     answer,
     describe,
     percent,
     result_of,
 )
-from cluster.controller.rebalance.plans import CHANGED, Plans
+from cluster.controller.rebalance.planner_thread import CHANGED, PlannerThread
 from cluster.controller.rebalance.running import RunningRebalance
 from cluster.core.errors import ConflictError
 from cluster.core.frames import ControlFrame
@@ -55,7 +55,7 @@ class Rebalancing:
         """``executor`` runs the planning."""
         self._cluster = cluster
         self._section = cluster.config.rebalance
-        self.plans = Plans(cluster, executor)
+        self.plans = PlannerThread(cluster, executor)
         """Plans of decisions, by operation id, and of the shares of the running stage."""
         self._looked: tuple[float, CurrentLoad] | None = None
         """Number of rows at the last dry run, and the load that it used."""
@@ -108,7 +108,7 @@ class Rebalancing:
 
     def _start(self, load: CurrentLoad, dry_run: bool, operation: Operation, now: float) -> None:
         operation.phase = "plan"
-        self._ask(Question(load=load, operation=operation, dry_run=dry_run), now)
+        self._ask(RebalanceQuery(load=load, operation=operation, dry_run=dry_run), now)
 
     def _load_for(self, command: RebalanceCommand) -> CurrentLoad | None:
         """Return the current load, or that of the last dry run if no step has been counted since.
@@ -156,7 +156,7 @@ class Rebalancing:
         if load is None or is_busy or not self._section.enable_eplb or self.impossible:
             return
         if self._cluster.runs and self._cluster.operations.running is None:
-            self._ask(Question(load=load), now)
+            self._ask(RebalanceQuery(load=load), now)
 
     @property
     def is_idle(self) -> bool:
@@ -178,7 +178,7 @@ class Rebalancing:
 
     # ---- deciding -------------------------------------------------------------------------
 
-    def _ask(self, asked: Question, now: float) -> None:
+    def _ask(self, asked: RebalanceQuery, now: float) -> None:
         name = asked.operation.id if asked.operation is not None else _AUTOMATIC
         placement, plans = self._cluster.placement, self.plans
         inputs = plans.topology(placement), placement, self._section, plans.step_cost()
@@ -186,7 +186,7 @@ class Rebalancing:
         plans.plan(name, work, partial(self._decided, asked), now)
 
     def _decided(
-        self, asked: Question, future: Future[RebalanceDecision], error: str, now: float
+        self, asked: RebalanceQuery, future: Future[RebalanceDecision], error: str, now: float
     ) -> None:
         operation, operations = asked.operation, self._cluster.operations
         problem = f"no placement can be planned: {error}" if error else ""
@@ -209,7 +209,7 @@ class Rebalancing:
 
     # ---- carrying out ---------------------------------------------------------------------
 
-    def _follow(self, decision: RebalanceDecision, asked: Question, now: float) -> bool:
+    def _follow(self, decision: RebalanceDecision, asked: RebalanceQuery, now: float) -> bool:
         """Start a change, or count why not. A command does not wait for the interval."""
         rested_at = self._last.ended_at if self._last is not None else self._cluster.began_at
         if decision.action == "none":

@@ -12,8 +12,8 @@ from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.epoch_change import ChangeState, EpochChange
 from cluster.controller.parts.metrics import RebalanceOutcome
 from cluster.controller.parts.operations import OperationState
-from cluster.controller.rebalance.job import Question, by_load, percent
-from cluster.controller.rebalance.plans import Plans
+from cluster.controller.rebalance.job import RebalanceQuery, by_load, percent
+from cluster.controller.rebalance.planner_thread import PlannerThread
 from cluster.core.frames import ControlFrame, EpochSwitched
 from cluster.core.placement import ExpertPlacement
 from cluster.planner import mesh
@@ -32,9 +32,9 @@ class RunningRebalance:
     def __init__(
         self,
         decision: RebalanceDecision,
-        asked: Question,
+        asked: RebalanceQuery,
         cluster: Cluster,
-        plans: Plans,
+        plans: PlannerThread,
         now: float,
     ) -> None:
         self.decision = decision

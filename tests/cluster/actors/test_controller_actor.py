@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.harness.members import member_of
 from benchmarks.harness.worker_group import LocalWorkerGroup
-from cluster.actors import controller_actor, runner
+from cluster.actors import controller_actor, controller_runner
 from cluster.actors.control_server import ControlServer
 from cluster.actors.controller_actor import ControllerActor
 from cluster.actors.tasks import Background
@@ -23,7 +23,7 @@ from cluster.config.transport import TransportSection
 from cluster.config.workers import Mode, WorkersSection
 from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts import gateway_polls
-from cluster.controller.parts.memory import Memory
+from cluster.controller.parts.controller_memory import ControllerMemory
 from cluster.core.errors import (
     ConfigError,
     ConflictError,
@@ -557,7 +557,7 @@ def test_a_restarted_controller_that_was_overtaken_lets_go() -> None:
 def test_a_controller_that_collects_reports_lets_go_when_a_worker_follows_another() -> None:
     async def body() -> None:
         group = OvertakenGroup()
-        restarted = runner.Runner(group, Background())
+        restarted = controller_runner.ControllerRunner(group, Background())
         restarted.on_frame("expert-0", Superseded(term=4))
         assert not group.has_ended_controller, "there is nothing to let go of"
         restarted.collector = ReportCollector(["expert-0"], 0.0, limit_s=1.0, confirm_s=0.1)
@@ -578,12 +578,12 @@ class BrokenDisks(DiskMonitor):
 def test_time_passes_for_a_controller_that_cannot_look_at_its_disks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runner, "DiskMonitor", BrokenDisks)
+    monkeypatch.setattr(controller_runner, "DiskMonitor", BrokenDisks)
     cluster = FakeCluster(1, 1)
     cluster.serve()
 
     async def body() -> None:
-        running = runner.Runner(LateGroup(), Background())
+        running = controller_runner.ControllerRunner(LateGroup(), Background())
         running.controller = cluster.controller
         ticks = asyncio.create_task(running._tick_forever(cluster.controller))
         ticks_at = set[float]()
@@ -676,7 +676,7 @@ class UnwillingGroup(ThreadWorkerGroup):
 
 
 def test_a_drain_ends_once_the_worker_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_END_AGAIN_S", 0.0)
+    monkeypatch.setattr(controller_runner, "_END_AGAIN_S", 0.0)
 
     async def body() -> None:
         group = UnwillingGroup(TimeoutError(), RuntimeError("Ray does not answer"))
@@ -753,7 +753,7 @@ def test_workers_that_nobody_knows_are_ended_in_spite_of_an_error(
 ) -> None:
     """The controller before had created one that has never called, and had not given back the room
     of a place that it had removed."""
-    monkeypatch.setattr(runner, "_END_AGAIN_S", 0.0)
+    monkeypatch.setattr(controller_runner, "_END_AGAIN_S", 0.0)
 
     async def body() -> None:
         group = UnwillingGroup(TimeoutError())
@@ -764,12 +764,12 @@ def test_workers_that_nobody_knows_are_ended_in_spite_of_an_error(
         collected = CollectedState(
             generation=Generation(number=0, members=()),
             placement=plan.placement,
-            greetings={},
-            memory=Memory(),
+            frames_by_worker={},
+            memory=ControllerMemory(),
         )
-        restarted = runner.Runner(group, Background())
+        restarted = controller_runner.ControllerRunner(group, Background())
         await restarted.open_server("secret")
-        restarted.go_on(plan, collected, 2)
+        restarted.resume(plan, collected, 2)
         async with asyncio.timeout(LIMIT_S):
             while not (group.ended and group.released):
                 await asyncio.sleep(0.02)

@@ -140,7 +140,7 @@ def test_an_end_that_was_cancelled_can_be_repeated(
     killed: Killed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A handoff has a limit, and is tried again."""
-    monkeypatch.setattr(ray_tools, "free_reserved_room", lambda: None)
+    monkeypatch.setattr(ray_tools, "remove_placement_groups", lambda: None)
 
     async def body() -> None:
         group, handle = await _group(Handle()), Handle(is_slow=True)
@@ -179,7 +179,7 @@ def test_only_the_newest_controller_starts_workers(
     killed: Killed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The newest one may have started a worker of that name."""
-    monkeypatch.setattr(ray_tools, "our_actors", lambda: ["expert-0.2"])
+    monkeypatch.setattr(ray_tools, "live_actor_names", lambda: ["expert-0.2"])
     monkeypatch.setattr(ray_tools, "kill_actors", killed.actors.extend)
 
     async def body() -> None:

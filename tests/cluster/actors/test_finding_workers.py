@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from cluster.actors import ray_tools, worker_group
-from cluster.actors.room import Room
+from cluster.actors.resource_reservation import ResourceReservation
 from cluster.actors.worker_group import WorkerGroup
 from cluster.core.process import ProcessIdentity
 from tests.cluster.controller.fakes_cluster import CONFIG
@@ -53,10 +53,10 @@ def test_a_worker_is_left_out_when_it_has_died_or_does_not_answer_in_time(
     monkeypatch: pytest.MonkeyPatch, errors: list[Exception], found: list[str], known: list[str]
 ) -> None:
     handles = {"expert-0": Handle(errors), "expert-1": Handle([])}
-    monkeypatch.setattr(ray_tools, "our_actors", lambda: [*handles, "gateway"])
+    monkeypatch.setattr(ray_tools, "live_actor_names", lambda: [*handles, "gateway"])
     monkeypatch.setattr(ray, "get_actor", lambda name, namespace: handles[name])
     monkeypatch.setattr(worker_group, "_POLL_S", 0.01)
-    monkeypatch.setattr(Room, "find", lambda room: None)
+    monkeypatch.setattr(ResourceReservation, "find", lambda room: None)
     group = WorkerGroup({"expert": object})
     assert [f.name for f in asyncio.run(group.find(LIMIT_S))] == found
     assert group.names() == known

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.actors import ray_tools, room, worker_group
+from cluster.actors import ray_tools, resource_reservation, worker_group
 from cluster.actors.worker_group import WorkerGroup
 from cluster.config.workers import WorkersSection
 from cluster.core.errors import StartError
@@ -88,12 +88,12 @@ def test_a_name_that_an_earlier_controller_had_used_takes_no_place_of_another_wo
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It died before the new worker had called: the next one gives that name again."""
-    monkeypatch.setattr(ray_tools, "our_actors", lambda: ["expert-0", "expert-1.2"])
+    monkeypatch.setattr(ray_tools, "live_actor_names", lambda: ["expert-0", "expert-1.2"])
     monkeypatch.setattr(ray, "get_actor", lambda name, namespace: Handle())
     monkeypatch.setattr(ray.util, "get_placement_group", lambda name: object())
     bundles = {"bundles_to_node_id": {0: "a node", 1: "a node"}}
-    monkeypatch.setattr(room, "placement_group_table", lambda group: bundles)
-    monkeypatch.setattr(ray_tools, "added_room", dict)
+    monkeypatch.setattr(resource_reservation, "placement_group_table", lambda group: bundles)
+    monkeypatch.setattr(ray_tools, "added_placement_groups", dict)
     head = SlowHead(1)
     group = WorkerGroup({"expert": head})
     member = Member(name="expert-1.2", role="expert", rank=1, device=1)

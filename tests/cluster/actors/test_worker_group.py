@@ -26,7 +26,7 @@ from cluster.actors.ray_tools import (
     claim_term,
     cluster_nodes,
     free_resources,
-    our_actors,
+    live_actor_names,
 )
 from cluster.actors.worker_group import WorkerGroup
 from cluster.config.cluster import ClusterConfig
@@ -82,7 +82,7 @@ def _controller(
     finally:
         ray.get(controller.stop.remote(), timeout=LIMIT_S)
         ray.kill(controller)
-        wait_until(lambda: not our_actors(), "the end of all actors")
+        wait_until(lambda: not live_actor_names(), "the end of all actors")
 
 
 def _until(controller: Any, *states: str) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _is_gone(pid: int) -> bool:
 
 def _nothing_is_left() -> bool:
     groups = placement_group_table().values()
-    return not our_actors() and all(g["state"] == "REMOVED" for g in groups)
+    return not live_actor_names() and all(g["state"] == "REMOVED" for g in groups)
 
 
 class Bystander:
@@ -191,7 +191,7 @@ def test_one_failing_worker_ends_the_whole_start_in_its_own_words(kind: type, er
         ray.get(controller.start.remote(_config(1), BANKS), timeout=LIMIT_S)
         snapshot = _until(controller, "STOPPED")
         assert snapshot["error"].startswith(f"attention-0: {error}")
-        wait_until(lambda: our_actors() == ["expertmesh-controller"], "the end of workers")
+        wait_until(lambda: live_actor_names() == ["expertmesh-controller"], "the end of workers")
         assert all(_is_gone(pid) for pid in _pids(snapshot).values() if pid)
     wait_until(_nothing_is_left, "the end of all actors")
 
@@ -306,7 +306,7 @@ def test_a_worker_that_is_frozen_while_the_controller_restarts_is_ended() -> Non
         snapshot = _until_ran(controller, 3)
         assert "expert-1.2" in {w["name"] for w in snapshot["workers"]}
         wait_until(lambda: _is_gone(frozen), "its end")
-        assert "expert-1" not in our_actors()
+        assert "expert-1" not in live_actor_names()
         ray.get(controller.stop.remote(), timeout=LIMIT_S)
     wait_until(_nothing_is_left, "the end of all actors")
 
@@ -341,7 +341,7 @@ def test_what_is_not_there_is_refused_before_anything_is_created() -> None:
         with pytest.raises(ConfigError, match="cpus_per_worker") as caught:
             ray.get(controller.start.remote(_config(cpus=1.0), BANKS), timeout=LIMIT_S)
         assert isinstance(caught.value.cause, ConfigError)  # type: ignore[attr-defined]
-        assert our_actors() == ["expertmesh-controller"]
+        assert live_actor_names() == ["expertmesh-controller"]
     wait_until(_nothing_is_left, "the end of all actors")
 
 

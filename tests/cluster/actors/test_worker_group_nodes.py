@@ -19,7 +19,7 @@ import ray
 
 from benchmarks.harness.serving_cluster import end_shared_ray
 from benchmarks.harness.stalls import wait_until
-from cluster.actors.ray_tools import NAMESPACE, cluster_nodes, our_actors
+from cluster.actors.ray_tools import NAMESPACE, cluster_nodes, live_actor_names
 from cluster.actors.worker_group import WorkerGroup
 from cluster.config.workers import WorkersSection
 from cluster.core.errors import StartError
@@ -93,7 +93,9 @@ async def _leave(node: subprocess.Popen[bytes]) -> None:
     here = ray.get_runtime_context().get_node_id()
     (away,) = (name for name, node_id in group.room.nodes.items() if node_id != here)
     deadline = time.monotonic() + LIMIT_S
-    while [n for n, node in group.homes().items() if node in group.draining_nodes()] != [away]:
+    while [
+        n for n, node in group.node_ids_by_worker().items() if node in group.draining_nodes()
+    ] != [away]:
         assert time.monotonic() < deadline
         await asyncio.sleep(0.1)
     await group.end_all()
@@ -134,7 +136,7 @@ def test_workers_are_spread_ranked_by_node_and_ended_on_theirs() -> None:
         pids: list[int] = ray.get([actor.__ray_call__.remote(_pid) for actor in actors])
         os.kill(pids[-1], signal.SIGSTOP)
         await group.end_all()
-        assert our_actors() == []
+        assert live_actor_names() == []
         gone = psutil.wait_procs([psutil.Process(p) for p in pids if psutil.pid_exists(p)], LIMIT_S)
         assert not gone[1]
 

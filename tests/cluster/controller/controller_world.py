@@ -19,7 +19,7 @@ from cluster.config.cluster import ClusterConfig
 from cluster.controller.controller import Controller
 from cluster.controller.failover import ReportCollector
 from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.effects import End, EndAll, Send, Start
+from cluster.controller.parts.effects import EndAllWorkers, EndWorkers, SendFrame, StartWorker
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import NotReadyError, ProtocolError
 from cluster.core.frames import (
@@ -257,14 +257,14 @@ class World:
         while self.controller is not None and (effects := self.controller.cluster.take_effects()):
             for effect in effects:
                 match effect:
-                    case Send(frame, workers):
+                    case SendFrame(frame, workers):
                         for worker in workers:
                             self.send(worker, frame)
-                    case Start(member, placement):
+                    case StartWorker(member, placement):
                         self.start_worker(member, placement)
-                    case End(workers):
+                    case EndWorkers(workers):
                         self.end_workers(workers)
-                    case EndAll():
+                    case EndAllWorkers():
                         raise AssertionError("no test ends the cluster")
 
     def send(self, worker: str, frame: ControlFrame) -> None:

@@ -16,7 +16,13 @@ from cluster.config.model import ModelSection
 from cluster.config.workers import WorkersSection
 from cluster.controller.controller import Controller
 from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.effects import End, EndAll, Send, Start, Trace
+from cluster.controller.parts.effects import (
+    EndAllWorkers,
+    EndWorkers,
+    RecordTrace,
+    SendFrame,
+    StartWorker,
+)
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.arithmetic import ArithmeticOffer
 from cluster.core.frames import (
@@ -69,7 +75,7 @@ class FakeWorkerGroup:
     def __init__(self) -> None:
         self.cluster: Cluster | None = None
         """The controller's."""
-        self.on_trace: Callable[[Trace], None] = lambda trace: None
+        self.on_trace: Callable[[RecordTrace], None] = lambda trace: None
         self._sent: defaultdict[str, list[ControlFrame]] = defaultdict(list)
         self._started: list[tuple[Member, ExpertPlacement]] = []
         self._holders: list[tuple[ExpertHolder, ...]] = []
@@ -107,17 +113,17 @@ class FakeWorkerGroup:
         assert self.cluster is not None
         for effect in self.cluster.take_effects():
             match effect:
-                case Send(frame, workers):
+                case SendFrame(frame, workers):
                     for worker in workers:
                         self._sent[worker].append(frame)
-                case Start(member, placement, holders):
+                case StartWorker(member, placement, holders):
                     self._started.append((member, placement))
                     self._holders.append(holders)
-                case End(workers):
+                case EndWorkers(workers):
                     self._ended += workers
-                case Trace():
+                case RecordTrace():
                     self.on_trace(effect)
-                case EndAll():
+                case EndAllWorkers():
                     self._all_ended_asked += 1
 
     def last(self, worker: str, kind: type[FrameT]) -> FrameT | None:

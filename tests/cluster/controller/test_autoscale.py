@@ -41,7 +41,7 @@ class Load:
         for _ in range(round(2 * seconds)):
             self.slot_seconds += slot_time / 2
             for record in list(known.workers.alive()):
-                if not record.is_coming:
+                if not record.is_pending:
                     self.beat(record.name, numbers)
             self.cluster.tick(0.5)
 
@@ -232,7 +232,7 @@ def test_colocated_workers_are_one_pool(use: float) -> None:
     stats = {"num_requests_running": 1.0, "kv_cache_usage_perc": use}
     for _ in range(140):
         for record in list(cluster.known.workers.alive()):
-            if not record.is_coming:
+            if not record.is_pending:
                 cluster.beat(record.name, stats=stats)
         cluster.tick(0.5)
         if cluster.known.operations.kept:

@@ -149,7 +149,7 @@ def test_the_limit_counts_from_when_the_drain_began() -> None:
         world.tick(1.0)
         world.beat()
     running(world).cluster.operations.find(operation_id).started += 3600.0  # another host's clock
-    running(world).cluster.remember()
+    running(world).cluster.send_snapshot()
     restart(world)
     operation = running(world).cluster.operations.find(operation_id)
     assert operation.is_running

@@ -8,10 +8,10 @@ import pytest
 from msgspec.structs import replace
 
 from cluster.controller.controller import Controller
-from cluster.controller.failover import CollectedState, Greeting, ReportCollector
+from cluster.controller.failover import CollectedFrames, CollectedState, ReportCollector
 from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.controller_memory import ControllerMemory
 from cluster.controller.parts.epoch_change import EpochChange
-from cluster.controller.parts.memory import Memory
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.codec import to_plain
 from cluster.core.errors import NotReadyError, ProtocolError
@@ -174,7 +174,7 @@ def test_a_worker_that_a_peer_lost_may_get_a_second_call() -> None:
     assert collector.is_complete(0.1 + 2 * CONFIRM_S)
     collected = collector.result()
     assert collected is not None
-    assert sorted(collected.greetings) == sorted(NAMES)
+    assert sorted(collected.frames_by_worker) == sorted(NAMES)
 
 
 def test_a_worker_that_a_peer_lost_and_that_ended_is_not_waited_for() -> None:
@@ -348,11 +348,11 @@ def test_the_silence_of_most_other_hosts_may_be_that_of_the_controllers(
     collected = CollectedState(
         generation=Generation(number=3, members=members),
         placement=PLACEMENT,
-        greetings=dict.fromkeys(called, Greeting()),
-        memory=Memory(),
+        frames_by_worker=dict.fromkeys(called, CollectedFrames()),
+        memory=ControllerMemory(),
     )
-    assert sorted(collected.unheard("here", alive)) == unheard
-    assert not collected.unheard("", []), "nobody lives"
+    assert sorted(collected.silent_members("here", alive)) == unheard
+    assert not collected.silent_members("", []), "nobody lives"
 
 
 @pytest.mark.parametrize("checkpoint", [BUILD.checkpoint_id, "another"])

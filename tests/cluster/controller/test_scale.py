@@ -35,7 +35,7 @@ def scale(cluster: FakeCluster, **order: Any) -> Operation:
 def pass_time(cluster: FakeCluster, seconds: float) -> None:
     """Time passes, and all workers beat that have called."""
     for _ in range(round(seconds / 0.5)):
-        coming = [r.name for r in cluster.known.workers.alive() if r.is_coming]
+        coming = [r.name for r in cluster.known.workers.alive() if r.is_pending]
         cluster.beat_all(*coming)
         cluster.tick(0.5)
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
-from cluster.controller.parts.effects import Effect, End, Send
+from cluster.controller.parts.effects import Effect, EndWorkers, SendFrame
 from cluster.core.frames import ControllerSnapshot, LoadExperts, NewGeneration, Shutdown
 from tests.cluster.controller.fakes_cluster import FakeCluster
 
@@ -48,6 +48,6 @@ def test_a_lost_expert_worker_crosses_few_modules_in_one_direction() -> None:
     calls = {(a, b) for a, b in calls_of(lose) if a != b and a.startswith(DECIDING)}
     assert len({module for call in calls for module in call}) <= MOST_MODULES
     assert not {(a, b) for a, b in calls if (b, a) in calls}, "no module calls its caller"
-    kinds = [type(e.frame) if isinstance(e, Send) else type(e) for e in effects]
+    kinds = [type(e.frame) if isinstance(e, SendFrame) else type(e) for e in effects]
     loads = [LoadExperts] * 2
-    assert kinds == [ControllerSnapshot, Shutdown, NewGeneration, *loads, End]
+    assert kinds == [ControllerSnapshot, Shutdown, NewGeneration, *loads, EndWorkers]

@@ -12,7 +12,7 @@ from benchmarks.harness.members import member_of
 from cluster.core.control_codec import decode, decode_hello, encode, frame_length
 from cluster.core.errors import ProtocolError
 from cluster.core.frames import (
-    Adapter,
+    AdapterRecord,
     AdaptersKept,
     Alive,
     ControlChallenge,
@@ -104,7 +104,9 @@ SAMPLES: tuple[ControlFrame, ...] = (
     RunGeneration(generation=2, first_step=10),
     LoadExperts(order=3, epoch=3, experts=[[0, 8, 5], [1, 8, -1]], source={"kind": "checkpoint"}),
     ExpertsLoaded(order=3, error="model.safetensors: no such file", num_bytes=7),
-    KeepAdapters(number=4, adapters=(Adapter(key="sql@1", name="sql", path="/a", digest="12ab"),)),
+    KeepAdapters(
+        number=4, adapters=(AdapterRecord(key="sql@1", name="sql", path="/a", digest="12ab"),)
+    ),
     AdaptersKept(number=4, digests={"sql@1": "12ab"}, errors={"chat@2": "no such folder"}),
     DrainRequest(),
     Shutdown(reason="stopped"),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.core.errors import CheckpointError, first_line
-from cluster.core.frames import Adapter, AdaptersKept, KeepAdapters
+from cluster.core.frames import AdapterRecord, AdaptersKept, KeepAdapters
 from workers.engine.engine import Engine
 from workers.lora.adapters import PreparedAdapter
 
@@ -31,7 +31,7 @@ _END = object()
 class _AdapterRead:
     """An adapter that is being read, or will be."""
 
-    adapter: Adapter
+    adapter: AdapterRecord
     found: Future[PreparedAdapter] = field(default_factory=Future)
 
 

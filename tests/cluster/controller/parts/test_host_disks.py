@@ -26,14 +26,14 @@ def test_the_status_has_what_workers_and_the_controller_report_last() -> None:
     version = cluster.known.version
     low = LowDisk(folder="/logs", free_bytes=3 << 20)
     cluster.send("expert-0", replace(HEARTBEAT, low_disks=(low,)))
-    cluster.known.host_has((LowDisk(folder="/logs", free_bytes=2),))
+    cluster.known.update_low_disks((LowDisk(folder="/logs", free_bytes=2),))
     assert cluster.known.version > version, "gateways learn of it"
     assert cluster.controller.snapshot()["problems"] == [
         "the disk of /logs on  is nearly full: 3 MiB are free",
         "the disk of /logs on head is nearly full: 0 MiB are free",
     ]
     cluster.send("expert-0", HEARTBEAT)
-    cluster.known.host_has(())
+    cluster.known.update_low_disks(())
     assert cluster.controller.snapshot()["problems"] == []
 
 
@@ -41,12 +41,12 @@ def test_a_gateways_host_is_named_until_the_gateway_says_otherwise() -> None:
     cluster = FakeCluster(1, 2)
     cluster.serve()
     low = (LowDisk(folder="/logs", free_bytes=3 << 20),)
-    cluster.known.host_has(low, "10.0.0.9", "gateway-7")
-    cluster.known.host_has(())
+    cluster.known.update_low_disks(low, "10.0.0.9", "gateway-7")
+    cluster.known.update_low_disks(())
     said = ["the disk of /logs on 10.0.0.9 is nearly full: 3 MiB are free"]
     assert cluster.controller.snapshot()["problems"] == said
     version = cluster.known.version
-    cluster.known.host_has((), "10.0.0.9", "gateway-7")
+    cluster.known.update_low_disks((), "10.0.0.9", "gateway-7")
     assert cluster.known.version > version
     assert cluster.controller.snapshot()["problems"] == []
 
@@ -58,7 +58,7 @@ def test_gateways_do_not_hear_of_each_file_that_is_written() -> None:
     def report(free_bytes: int) -> None:
         low = LowDisk(folder="/logs", free_bytes=free_bytes)
         cluster.send("expert-0", replace(HEARTBEAT, low_disks=(low,)))
-        cluster.known.host_has((low,))
+        cluster.known.update_low_disks((low,))
 
     report(5 << 20)
     version = cluster.known.version

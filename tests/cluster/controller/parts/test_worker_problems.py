@@ -31,7 +31,7 @@ def test_workers_know_the_places_of_the_cluster() -> None:
     order = cluster.link.last("attention-0", NewGeneration)
     assert order is not None
     assert {*order.places} == places
-    cluster.known.remember()
+    cluster.known.send_snapshot()
     snapshot = cluster.link.last("attention-0", ControllerSnapshot)
     assert snapshot is not None
     assert {*snapshot.places} == places

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.controller.parts.operations import OperationState
 from cluster.controller.rebalance.job import RebalanceCommand
-from cluster.controller.rebalance.plans import Plans
+from cluster.controller.rebalance.planner_thread import PlannerThread
 from cluster.core.errors import ConfigError, ConflictError
 from cluster.core.frames import EpochSwitched, SwitchEpoch
 from tests.cluster.controller.fakes_cluster import FakeCluster
@@ -27,7 +27,7 @@ from tests.cluster.controller.rebalance.test_rebalancing import (
 from tests.harness.metric_values import metric
 
 T = TypeVar("T")
-Begin = tuple[Plans, Callable[[str, float], None]]
+Begin = tuple[PlannerThread, Callable[[str, float], None]]
 LIMIT_S = 120.0
 
 
@@ -187,7 +187,7 @@ def test_a_real_thread_may_take_its_time(thread: ThreadPoolExecutor) -> None:
 
 def begin_plan(executor: Executor, seen: list[tuple[Future[Any], str, float]]) -> Begin:
     """Begins plans of a cluster that runs, and adds what their continuations get to ``seen``."""
-    plans = Plans(make(1, enable_eplb=False).known, executor)
+    plans = PlannerThread(make(1, enable_eplb=False).known, executor)
     return plans, lambda what, now: plans.plan(
         what, lambda: 7, lambda *result: seen.append(result), now
     )

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.checkpoints.adapters import random_adapter, target_shapes
 from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.lora import LoraSection
-from cluster.core.frames import Adapter, AdaptersKept, KeepAdapters
+from cluster.core.frames import AdapterRecord, AdaptersKept, KeepAdapters
 from workers.lora.adapters import PreparedAdapter
 from workers.lora.loaded import LoadedAdapters
 from workers.process.intake.adapters import AdapterIntake
@@ -49,7 +49,7 @@ class Intake:
     def _wake(self) -> None:
         self.num_wakes += 1
 
-    def order(self, number: int, *adapters: Adapter) -> None:
+    def order(self, number: int, *adapters: AdapterRecord) -> None:
         self.intake.handle_command(KeepAdapters(number=number, adapters=adapters))
 
     def answer(self, limit_s: float = 20.0) -> AdaptersKept:
@@ -68,12 +68,12 @@ def intake(tiny_checkpoint: Path) -> Intake:
 
 
 @pytest.fixture
-def sql(tiny_checkpoint: Path, tmp_path: Path) -> Adapter:
+def sql(tiny_checkpoint: Path, tmp_path: Path) -> AdapterRecord:
     folder = random_adapter(target_shapes(tiny_checkpoint)).write(tmp_path / "sql")
-    return Adapter(key="sql@1", name="sql", path=str(folder))
+    return AdapterRecord(key="sql@1", name="sql", path=str(folder))
 
 
-def test_orders_are_carried_out(intake: Intake, sql: Adapter) -> None:
+def test_orders_are_carried_out(intake: Intake, sql: AdapterRecord) -> None:
     assert intake.intake.advance() is None
     intake.order(1, sql)
     first = intake.answer()
@@ -81,7 +81,7 @@ def test_orders_are_carried_out(intake: Intake, sql: Adapter) -> None:
     assert first.digests.keys() == {"sql@1"}
     assert intake.num_wakes
     assert intake.engine.adapters.keys == ("sql@1",)
-    again = Adapter(key="again@2", name="again", path=sql.path, digest=first.digests["sql@1"])
+    again = AdapterRecord(key="again@2", name="again", path=sql.path, digest=first.digests["sql@1"])
     intake.order(2, again)
     second = intake.answer()
     assert second == AdaptersKept(number=2, digests={"again@2": first.digests["sql@1"]})
@@ -91,7 +91,7 @@ def test_orders_are_carried_out(intake: Intake, sql: Adapter) -> None:
     assert "again@2" not in intake.engine.adapters
 
 
-def test_what_is_there_is_not_read_again(intake: Intake, sql: Adapter) -> None:
+def test_what_is_there_is_not_read_again(intake: Intake, sql: AdapterRecord) -> None:
     intake.order(1, sql)
     digests = intake.answer().digests
     shutil.rmtree(sql.path)
@@ -99,23 +99,23 @@ def test_what_is_there_is_not_read_again(intake: Intake, sql: Adapter) -> None:
     assert intake.answer() == AdaptersKept(number=2, digests=digests)
 
 
-def test_older_orders_are_not_taken(intake: Intake, sql: Adapter) -> None:
+def test_older_orders_are_not_taken(intake: Intake, sql: AdapterRecord) -> None:
     intake.order(2, sql)
     intake.order(1)
     assert intake.answer().digests.keys() == {"sql@1"}
     assert intake.intake.advance() is None
 
 
-def test_a_newer_order_replaces_one_under_way(intake: Intake, sql: Adapter) -> None:
+def test_a_newer_order_replaces_one_under_way(intake: Intake, sql: AdapterRecord) -> None:
     intake.order(1, sql)
     intake.order(2)
     assert intake.answer() == AdaptersKept(number=2, digests={})
     assert not intake.engine.adapters.keys
 
 
-def test_errors_are_answered_beside_what_is_ready(intake: Intake, sql: Adapter) -> None:
-    missing = Adapter(key="no@2", name="no", path="/nowhere/at/all")
-    changed = Adapter(key="other@3", name="other", path=sql.path, digest="another")
+def test_errors_are_answered_beside_what_is_ready(intake: Intake, sql: AdapterRecord) -> None:
+    missing = AdapterRecord(key="no@2", name="no", path="/nowhere/at/all")
+    changed = AdapterRecord(key="other@3", name="other", path=sql.path, digest="another")
     intake.order(1, sql, missing, changed)
     found = intake.answer()
     assert found.digests.keys() == {"sql@1"}
@@ -125,7 +125,7 @@ def test_errors_are_answered_beside_what_is_ready(intake: Intake, sql: Adapter) 
     }
 
 
-def test_an_order_is_another_try(intake: Intake, sql: Adapter, tmp_path: Path) -> None:
+def test_an_order_is_another_try(intake: Intake, sql: AdapterRecord, tmp_path: Path) -> None:
     Path(sql.path).rename(tmp_path / "elsewhere")
     intake.order(1, sql)
     assert intake.answer().errors
@@ -135,14 +135,14 @@ def test_an_order_is_another_try(intake: Intake, sql: Adapter, tmp_path: Path) -
 
 
 def test_links_lead_out_of_no_folder_of_adapters(
-    intake: Intake, sql: Adapter, tmp_path: Path
+    intake: Intake, sql: AdapterRecord, tmp_path: Path
 ) -> None:
     """The controller, on another host, does not see where a link leads."""
     (tmp_path / "adapters").mkdir()
     (tmp_path / "adapters" / "link").symlink_to(sql.path)
     (tmp_path / "root").symlink_to(tmp_path / "adapters")
     path = str(tmp_path / "root" / "link")
-    linked = Adapter(key="link@1", name="link", path=path)
+    linked = AdapterRecord(key="link@1", name="link", path=path)
     intake.allow(str(tmp_path / "root"))
     intake.order(1, linked)
     assert intake.answer().errors == {"link@1": f"{path}: it is in no folder of --lora-roots"}
@@ -153,7 +153,7 @@ def test_links_lead_out_of_no_folder_of_adapters(
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_files_that_are_links_lead_out_of_no_folder_of_adapters(
-    intake: Intake, sql: Adapter, tmp_path: Path, name: str
+    intake: Intake, sql: AdapterRecord, tmp_path: Path, name: str
 ) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -162,7 +162,7 @@ def test_files_that_are_links_lead_out_of_no_folder_of_adapters(
     path = Path(sql.path).rename(root / "sql")
     (path / name).rename(outside / name)
     (path / name).symlink_to(outside / name)
-    linked = Adapter(key="link@1", name="link", path=str(path))
+    linked = AdapterRecord(key="link@1", name="link", path=str(path))
     intake.allow(str(root))
     intake.order(1, linked)
     assert intake.answer().errors == {
@@ -173,11 +173,11 @@ def test_files_that_are_links_lead_out_of_no_folder_of_adapters(
     assert intake.answer().digests.keys() == {"link@1"}
 
 
-def test_a_folder_that_hangs_delays_no_later_order(intake: Intake, sql: Adapter) -> None:
+def test_a_folder_that_hangs_delays_no_later_order(intake: Intake, sql: AdapterRecord) -> None:
     adapters = HangingAdapters(intake.engine.runner.model, LoraSection(lora_roots=("/",)))
     intake.engine.adapters = adapters
     known = set(threading.enumerate())
-    dead = [Adapter(key=f"dead@{i}", name="dead", path=f"/dead/{i}") for i in range(2)]
+    dead = [AdapterRecord(key=f"dead@{i}", name="dead", path=f"/dead/{i}") for i in range(2)]
     intake.order(1, dead[0], sql)
     assert intake.intake.advance() is None
     (thread,) = set(threading.enumerate()) - known
@@ -193,13 +193,17 @@ def test_a_folder_that_hangs_delays_no_later_order(intake: Intake, sql: Adapter)
     assert intake.intake.advance() is None
 
 
-def test_adapters_and_their_sequences_are_counted_by_name(intake: Intake, sql: Adapter) -> None:
+def test_adapters_and_their_sequences_are_counted_by_name(
+    intake: Intake, sql: AdapterRecord
+) -> None:
     assert intake.intake.stats({}) == {
         "lora_adapters_loaded": 0.0,
         "lora_adapters_max": 8.0,
         "lora_adapters_bytes": 0.0,
     }
-    newer, other = (Adapter(key=key, name=key[:3], path=sql.path) for key in ("sql@2", "two@3"))
+    newer, other = (
+        AdapterRecord(key=key, name=key[:3], path=sql.path) for key in ("sql@2", "two@3")
+    )
     intake.order(1, sql, newer, other)
     intake.answer()
     engine, params = intake.engine, SamplingParams(max_tokens=4, ignore_eos=True)

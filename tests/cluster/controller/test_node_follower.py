@@ -52,7 +52,7 @@ class Nodes:
     def wait(self, seconds: float) -> None:
         cluster = self.cluster
         for _ in range(round(seconds / 0.5)):
-            coming = [r.name for r in cluster.known.workers.alive() if r.is_coming]
+            coming = [r.name for r in cluster.known.workers.alive() if r.is_pending]
             cluster.beat_all(*coming)
             cluster.tick(0.5)
             cluster.controller.following.observe(list(self.of.values()), cluster.now)

@@ -31,7 +31,7 @@ _FREE_SHARE_S = 2.0
 
 
 @dataclass(slots=True)
-class Room:
+class ResourceReservation:
     """The reserved resources of one cluster's workers. All methods except ``bundle_for`` block."""
 
     nodes: dict[str, str] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Room:
         Ranks are ordered by node, then index. Raises ``StartError`` if the resources are not
         available within ``limit_s``.
         """
-        ray_tools.free_reserved_room()
+        ray_tools.remove_placement_groups()
         share = resolved_share(workers)
         roles = [role for role, count in workers.pools.items() for _ in range(count)]
         places = [node.labels for node in ray_tools.cluster_nodes(is_strict=True)]
@@ -65,7 +65,7 @@ class Room:
             bundle_label_selector=[selector_for(r, places) for r in self._roles] or None,
         )
         if not self._group.wait(limit_s):
-            ray_tools.free_reserved_room()
+            ray_tools.remove_placement_groups()
             raise StartError("worker group", _no_room_text(len(roles), share, limit_s))
         table = placement_group_table(self._group)["bundles_to_node_id"]
         nodes = {n.node_id: (place, n) for place, n in enumerate(ray_tools.cluster_nodes())}
@@ -81,7 +81,7 @@ class Room:
     def find(self) -> None:
         """Look up the placement groups that an earlier controller has created."""
         self._group = ray.util.get_placement_group(ray_tools.WORKERS_GROUP)
-        self._added = ray_tools.added_room()
+        self._added = ray_tools.added_placement_groups()
 
     def add(self, place: str, role: Role, workers: WorkersSection) -> WorkerShare:
         """Reserve resources once for a place that scaling adds; returns the share of its workers.

@@ -24,8 +24,16 @@ from cluster.config.resources import NodeResources, ids_by_address, resolved_sha
 from cluster.controller.controller import Controller
 from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.detection import TICK_S
-from cluster.controller.parts.effects import Effect, End, EndAll, Release, Send, Start, Trace
+from cluster.controller.parts.effects import (
+    Effect,
+    EndAllWorkers,
+    EndWorkers,
+    RecordTrace,
+    ReleasePlaces,
+    SendFrame,
+    StartWorker,
+)
+from cluster.controller.parts.failure_detector import TICK_S
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import (
     DuplicateRegistrationError,
@@ -53,7 +61,7 @@ _RESERVE_LIMIT_S = 30.0
 _END_AGAIN_S = 1.0
 
 
-class Runner:
+class ControllerRunner:
     """Connects one controller to its sockets and workers. Event loop of the actor only."""
 
     def __init__(self, group: WorkerGroup, background: Background) -> None:
@@ -102,16 +110,16 @@ class Runner:
         self._run(self._make(plan, members, notes, term), plan)
         self.background.spawn(self._bring_up(members, plan))
 
-    def go_on(self, plan: StartPlan, collected: CollectedState, term: int) -> None:
+    def resume(self, plan: StartPlan, collected: CollectedState, term: int) -> None:
         """Continue with the workers of an earlier controller."""
         controller = self._make(plan, collected.members, collected.memory.notes, term)
         controller.restore(collected, time.monotonic())
         alive = {r.name for r in controller.cluster.workers.alive()}
         self._run(controller, plan)
-        self._carry_out(End(tuple(name for name in self.group.names() if name not in alive)))
+        self._carry_out(EndWorkers(tuple(name for name in self.group.names() if name not in alive)))
         if gone := self.group.added_places() - set(controller.cluster.places.names()):
-            self._carry_out(Release(tuple(sorted(gone))))
-        logger.info("term %d: %d workers found", term, len(collected.greetings))
+            self._carry_out(ReleasePlaces(tuple(sorted(gone))))
+        logger.info("term %d: %d workers found", term, len(collected.frames_by_worker))
 
     async def stop(self) -> None:
         """Close the server and the tasks after the workers have ended."""
@@ -158,7 +166,7 @@ class Runner:
 
     # ---- events in, effects out -------------------------------------------------------------
 
-    def tell(self, event: Callable[[float], T]) -> T:
+    def handle_event(self, event: Callable[[float], T]) -> T:
         """Call a controller method with the current time, then carry out the resulting effects."""
         try:
             return event(time.monotonic())
@@ -179,21 +187,25 @@ class Runner:
         assert self.plan is not None
         assert self.controller is not None
         match effect:
-            case Send(frame, workers):
+            case SendFrame(frame, workers):
                 self.server.send(frame, *workers)
-            case Start(member, placement, holders):
+            case StartWorker(member, placement, holders):
                 plan = replace(self.plan, placement=placement, holders=holders)
                 self.background.spawn(self._bring_up([member], plan))
-            case End(workers):
+            case EndWorkers(workers):
                 for worker in workers:
                     self.server.drop(worker)
                 end, ended = self.group.end, self.controller.draining.ended
-                self.background.spawn(self._insist(partial(end, workers), partial(ended, workers)))
-            case Release(places):
-                self.background.spawn(self._insist(partial(self.group.release, places)))
-            case EndAll():
-                self.background.spawn(self._insist(self.group.end_all, self.controller.all_ended))
-            case Trace(name, seconds, attributes, error, span_id):
+                self.background.spawn(
+                    self._retry_until_done(partial(end, workers), partial(ended, workers))
+                )
+            case ReleasePlaces(places):
+                self.background.spawn(self._retry_until_done(partial(self.group.release, places)))
+            case EndAllWorkers():
+                self.background.spawn(
+                    self._retry_until_done(self.group.end_all, self.controller.all_ended)
+                )
+            case RecordTrace(name, seconds, attributes, error, span_id):
                 if self.traces is not None:
                     self.traces.record(name, seconds, attributes, error, span_id)
 
@@ -207,7 +219,7 @@ class Runner:
             target.frame(worker, frame, time.monotonic())  # frequent, and no call waits for it
         elif target is not None:
             try:
-                self.tell(partial(target.frame, worker, frame))
+                self.handle_event(partial(target.frame, worker, frame))
             except DuplicateRegistrationError as err:
                 self.retire(str(err))
 
@@ -215,7 +227,7 @@ class Runner:
         if self.collector is not None:
             self.collector.gone(worker, time.monotonic())
         elif self.controller is not None:
-            self.tell(partial(self.controller.disconnected, worker, reason, is_invalid))
+            self.handle_event(partial(self.controller.disconnected, worker, reason, is_invalid))
         self.background.notify()
 
     # ---- tasks ----------------------------------------------------------------------------
@@ -241,19 +253,19 @@ class Runner:
             logger.exception("could not create workers")
             error = f"{type(err).__name__}: {err}"
             if self.controller is not None:
-                self.tell(partial(self.controller.fail_start, error))
+                self.handle_event(partial(self.controller.fail_start, error))
             for name in names:
                 self._died(name, error)
 
     def _created(self, name: str) -> None:
         if self.controller is not None:
-            self.tell(partial(self.controller.created, name))
+            self.handle_event(partial(self.controller.created, name))
 
     def _died(self, name: str, reason: str) -> None:
         if self.controller is not None and name in self.controller.cluster.workers:
-            self.tell(partial(self.controller.lost, {name: reason}))
+            self.handle_event(partial(self.controller.lost, {name: reason}))
 
-    async def _insist(
+    async def _retry_until_done(
         self,
         order: Callable[[], Awaitable[None]],
         event: Callable[[float], None] = lambda now: None,
@@ -269,16 +281,16 @@ class Runner:
                 await asyncio.sleep(_END_AGAIN_S)
             else:
                 if self.controller is not None:
-                    self.tell(event)
+                    self.handle_event(event)
                 break
 
     async def _tick_forever(self, controller: Controller) -> None:
-        while self._leads(controller):
+        while self._is_active(controller):
             await asyncio.sleep(TICK_S)
             try:
                 self._watch_starvation(controller)
-                self.tell(controller.tick)
-                controller.cluster.host_has(self._disks.low(time.monotonic()))
+                self.handle_event(controller.tick)
+                controller.cluster.update_low_disks(self._disks.low(time.monotonic()))
                 self.background.notify()
             except Exception:  # detection must continue
                 logger.exception("a tick of the controller failed")
@@ -290,11 +302,11 @@ class Runner:
         waits = self._waits.take(suspects.values())
         found = {name: waits[pid] for name, pid in suspects.items() if waits[pid]}
         if found:
-            self.tell(partial(controller.detection.starved, found))
+            self.handle_event(partial(controller.detection.starved, found))
 
     async def _watch_nodes(self, controller: Controller) -> None:
         """Drain the workers of nodes that will leave, then follow the nodes or refill places."""
-        while self._leads(controller):
+        while self._is_active(controller):
             await asyncio.sleep(_NODES_S)
             try:
                 leaving, nodes = await asyncio.to_thread(
@@ -311,14 +323,14 @@ class Runner:
     def _saw_nodes(
         self, controller: Controller, leaving: Collection[str], nodes: Sequence[NodeResources]
     ) -> None:
-        homes, workers = self.group.homes(), controller.cluster.config.workers
+        homes, workers = self.group.node_ids_by_worker(), controller.cluster.config.workers
         for name in sorted(n for n, home in homes.items() if home in leaving):
-            self.tell(partial(controller.draining.requested, name, node_leaves=True))
-        self.tell(partial(controller.cluster.nodes_alive, ids_by_address(nodes)))
+            self.handle_event(partial(controller.draining.requested, name, node_leaves=True))
+        self.handle_event(partial(controller.cluster.nodes_alive, ids_by_address(nodes)))
         share = resolved_share(workers)
         followed = followed_nodes(nodes, share, workers.pools, homes, leaving)
-        self.tell(partial(controller.following.observe, followed))
+        self.handle_event(partial(controller.following.observe, followed))
 
-    def _leads(self, controller: Controller) -> bool:
+    def _is_active(self, controller: Controller) -> bool:
         is_over = controller.cluster.state is ClusterState.STOPPED
         return self.controller is controller and not is_over

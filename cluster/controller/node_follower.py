@@ -5,7 +5,7 @@
 
 A scale operation of a client also sets the numbers of workers: nodes present at its end no longer
 change them, and the next node that registers adds to them. A restarted controller gets the nodes
-already accounted for from the workers (``Memory.known_nodes``).
+already accounted for from the workers (``ControllerMemory.known_nodes``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _OWN = "follow-nodes-"
 """Prefix of the ``request_id`` of such a scale operation."""
 
 
-class Following:
+class NodeFollower:
     """Adapts the numbers of workers to the nodes. Owned by the controller."""
 
     def __init__(self, cluster: Cluster, scaling: Scaling) -> None:
@@ -48,7 +48,7 @@ class Following:
     def observe(self, nodes: Sequence[FollowedNode], now: float) -> None:
         """Take the live nodes labelled for a worker role. Called every half second."""
         cluster = self._cluster
-        if not (cluster.config.workers.follow_nodes and cluster.takes_orders):
+        if not (cluster.config.workers.follow_nodes and cluster.can_accept_operations):
             return
         alive = {r.name for r in cluster.workers.alive()}
         nodes = [replace(n, workers=tuple(w for w in n.workers if w in alive)) for n in nodes]
@@ -135,4 +135,4 @@ class Following:
     def _account(self, known: frozenset[str]) -> None:
         if known != self._cluster.known_nodes:
             self._cluster.known_nodes = known
-            self._cluster.remember()
+            self._cluster.send_snapshot()

@@ -30,11 +30,11 @@ _TOKENS_PER_EXPERT = 4
 T = TypeVar("T")
 CHANGED = "the cluster has changed since the plan began"
 """Error of a plan whose inputs are stale."""
-Then = Callable[[Future[T], str, float], None]
+PlanCallback = Callable[[Future[T], str, float], None]
 """Callback of a plan: the finished future, the error (empty if there is none), the time."""
 
 
-class Plans:
+class PlannerThread:
     """Named computations in the planner thread; their callbacks are called at a tick.
 
     A computation must be a pure function of immutable values. One thread calls; ``now`` is in
@@ -88,7 +88,7 @@ class Plans:
         total = prefill + decode
         return CurrentLoad(profile=profile, prefill_share=prefill / total if total > 0 else 0.0)
 
-    def plan(self, what: str, work: Callable[[], T], then: Then[T], now: float) -> None:
+    def plan(self, what: str, work: Callable[[], T], then: PlanCallback[T], now: float) -> None:
         """Run ``work`` on the present state; ``then`` is called at a tick, or now if it is done."""
         basis, future = self._basis(), self._executor.submit(work)
 

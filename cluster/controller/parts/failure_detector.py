@@ -1,7 +1,7 @@
 """Failure detection: decides which workers are lost, from the last sign of life of each.
 
 Causes are silence, stalled loops, members that do not reply, starts that take too long, and reports
-of peers. ``Detection`` only reports to the controller, which acts.
+of peers. ``FailureDetector`` only reports to the controller, which acts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _FORMING_S = 0.5
 """Time after which a forming generation shows which members it waits for."""
 
 
-class Detection:
+class FailureDetector:
     """Detects lost workers. Owned by the controller; ``now`` is in monotonic seconds."""
 
     def __init__(self, cluster: Cluster, limits: ControllerSettings) -> None:
@@ -65,7 +65,7 @@ class Detection:
         node, alive_s = record.member.node, self._cluster.config.transport.alive_s
         is_remote = node not in ("", self._cluster.host)
         record.gaps = self._gaps.setdefault(node, GapWindow(alive_s, is_remote))
-        is_starting = record.is_coming or not self._starting.isdisjoint(("", node))
+        is_starting = record.is_pending or not self._starting.isdisjoint(("", node))
         tells_nothing = is_starting or str(record.info.get("device")).startswith("cuda")
         if now - self.last_tick <= 2 * TICK_S:  # else the controller may have been paused
             record.gaps.add(math.inf if tells_nothing else now - record.heard_at, now)
@@ -171,7 +171,7 @@ class Detection:
         silent |= {p.name for p in pulses if silent and now - p.heard_at > limit / 2}
         self._held = frozenset(
             name
-            for name in (silent if cluster.takes_orders else ())
+            for name in (silent if cluster.can_accept_operations else ())
             if cluster.nodes is None or cluster.workers[name].member.node in cluster.nodes
         )
         if self._held and not before:
@@ -192,7 +192,7 @@ class Detection:
         late: tuple[str, ...] = ()
         if cluster.runs:
             members = (cluster.workers[m.name] for m in cluster.round.members)
-            late = find_late(now, [record.pace() for record in members])
+            late = find_late(now, [record.step_progress() for record in members])
         elif cluster.is_forming and now - cluster.round.began_at >= _FORMING_S:
             late = tuple(cluster.round.late())
         if late != cluster.late:
@@ -239,7 +239,7 @@ class Detection:
     def _late_starts(self, now: float) -> dict[str, str]:
         """Return workers that are not ready in time; a new one may wait for resources."""
         cluster, limit = self._cluster, self._limits.start_limit_s
-        if cluster.takes_orders:
+        if cluster.can_accept_operations:
             known = {m.name for m in cluster.round.members}
             return {
                 r.name: f"not ready within {limit:g} s"
@@ -287,10 +287,10 @@ class Detection:
             self._limits.confirm_s,
             silent=[r.name for r in alive if r.heard_at < unheard],
             joins=cluster.round.joins,
-            can_spare=self._can_spare,
+            can_spare=self._can_run_without,
         )
 
-    def _can_spare(self, names: Collection[str]) -> bool:
+    def _can_run_without(self, names: Collection[str]) -> bool:
         """Return whether the other members can continue without loading an expert."""
         members, placement = self._cluster.round.members, self._cluster.placement
         devices = frozenset(m.device for m in members if m.name in names and m.holds_experts)

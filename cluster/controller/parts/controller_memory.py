@@ -1,6 +1,6 @@
 """History of the cluster, and the state that a controller leaves to the next one.
 
-The workers store a ``Memory`` as plain data.
+The workers store a ``ControllerMemory`` as plain data.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cluster.controller.parts.drains import Drain
 from cluster.controller.parts.operations import Operation
 from cluster.controller.parts.scales import Scale
 from cluster.core.codec import Message
-from cluster.core.frames import Adapter
+from cluster.core.frames import AdapterRecord
 from cluster.core.placement import ExpertPlacement
 from cluster.core.states import AdapterState, WorkerState
 from cluster.core.topology import Member
@@ -103,7 +103,7 @@ class LostWorker(Message, frozen=True, kw_only=True):
 class KeptAdapter(Message, frozen=True, kw_only=True):
     """An adapter that the workers have loaded, load or free."""
 
-    adapter: Adapter
+    adapter: AdapterRecord
     state: AdapterState
     number: int
     """Number of the command that first requested it."""
@@ -111,7 +111,7 @@ class KeptAdapter(Message, frozen=True, kw_only=True):
     """Workers that serve without it, since they could not load it."""
 
 
-class Memory(Message, frozen=True, kw_only=True):
+class ControllerMemory(Message, frozen=True, kw_only=True):
     """State for the next controller: made by ``Cluster.memory``, used by ``continue_with``."""
 
     version: int = 0
