@@ -194,7 +194,7 @@ def _no_retry() -> AbstractContextManager[object]:
         await client.stream.connected.wait()
         self._notify()
 
-    return mock.patch.object(EnginePool, "_announce", announce)
+    return mock.patch.object(EnginePool, "_notify_when_connected", announce)
 
 
 def _one_tenant() -> AbstractContextManager[object]:
@@ -210,7 +210,7 @@ def _stale_end() -> Iterator[None]:
     async def check(self: SimGroup) -> None:
         pass
 
-    unguarded = mock.patch.object(ControlSide, "follow", return_value=None)
+    unguarded = mock.patch.object(ControlSide, "check_term", return_value=None)
     alive = mock.patch.object(SimGroup, "end_this_process", return_value=None)
     with unguarded, alive, mock.patch.object(SimGroup, "check_term", check):
         yield

@@ -37,8 +37,8 @@ _OUTCOME: ContextVar[Outcome] = ContextVar("outcome")
 class WatchedQueue(OutputQueue):
     """The queue of a call, which shows all that comes."""
 
-    def __init__(self, max_bytes: int, limit_s: float) -> None:
-        super().__init__(max_bytes, limit_s)
+    def __init__(self, max_bytes: int, limit_s: float, interval_s: Callable[[], float]) -> None:
+        super().__init__(max_bytes, limit_s, interval_s)
         self._outcome = _OUTCOME.get()
 
     def put(self, output: TokenOutput) -> None:

@@ -68,7 +68,7 @@ _THREADS_STAY = ("workers.model.",)
 """Modules with threads of their own that no simulated code starts."""
 
 
-def _identify(args: Any, checkpoint: Any) -> PeerIdentity:
+def _make_identity(args: Any, checkpoint: Any) -> PeerIdentity:
     return PeerIdentity(
         name=args.member.name,
         role=args.member.role,
@@ -94,7 +94,7 @@ def _getpid() -> int:
 _SINGLE: list[tuple[str, str, Any]] = [
     ("workers.process.context", "Checkpoint", ToyCheckpoint),
     ("workers.process.context", "resolve_dtype", lambda *args: torch.float32),
-    ("workers.process.worker.worker", "identify", _identify),
+    ("workers.process.worker.worker", "make_identity", _make_identity),
     ("workers.process.worker.worker", "collapse_weights", lambda *args: None),
     (
         "workers.process.context",
@@ -212,7 +212,7 @@ def _everywhere() -> list[tuple[Any, str, Any]]:
 def _of_this(kernel: Kernel) -> list[tuple[Any, str, Any]]:
     """The same of one simulation."""
     return [
-        (Membership, "_enter", _watched(vars(Membership)["_enter"], kernel)),
+        (Membership, "_set_state", _watched(vars(Membership)["_set_state"], kernel)),
         (Generation, "attention", _Remembered(vars(Generation)["attention"])),
         (time, "monotonic", kernel.monotonic),
         (time, "time", kernel.time),
@@ -221,11 +221,11 @@ def _of_this(kernel: Kernel) -> list[tuple[Any, str, Any]]:
     ]
 
 
-def _watched(enter: Any, kernel: Kernel) -> Any:
-    """``Membership._enter``, after which the simulation looks what can run."""
+def _watched(set_state: Any, kernel: Kernel) -> Any:
+    """``Membership._set_state``, after which the simulation looks what can run."""
 
     def watched(self: Membership, standing: MembershipState) -> None:
-        enter(self, standing)
+        set_state(self, standing)
         if standing is MembershipState.RUNNING:
             kernel.on_running()
 

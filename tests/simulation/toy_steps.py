@@ -226,7 +226,7 @@ class ToySampler:
     def prepare(self, plan: StepPlan) -> None:
         pass
 
-    def draw(self, plan: StepPlan, result: ToyResult) -> StepTokens:
+    def sample(self, plan: StepPlan, result: ToyResult) -> StepTokens:
         tokens = StepTokens()
         for planned, states in zip(plan.rows, result.states, strict=True):
             sequence = planned.sequence
