@@ -157,7 +157,7 @@ class ReportCollector:
         The wait for a worker that has ended is ``confirm_s``; for one that a peer reported, five
         times that, since its connection attempt may have been lost. Workers in ``known`` only, and
         the ``fresh`` ones, are not waited for. ``fresh`` workers have never connected to a
-        controller: they had no generation, and may not have been told to start.
+        controller: they had no generation, and may not have received a command to start.
         """
         self._expected = set(expected)
         self._fresh = set(fresh)
@@ -271,7 +271,7 @@ def _go_on(collected: CollectedState, cluster: Cluster, recovery: Recovery, now:
         cluster.round.enter(Phase.RUNNING)
         cluster.places.joined(cluster.round.members)
         recovery.show_running()
-        cluster.history.add(cluster.round.number, now, cause, "all members went on")
+        cluster.history.add(cluster.round.number, now, cause, "all members continued")
     elif missing:
         cluster.history.add(cluster.round.number, now, cause, "not all members have connected")
         for name in missing:

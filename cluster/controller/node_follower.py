@@ -124,7 +124,7 @@ class NodeFollower:
             operation = self._scaling.begin(order, now)
         except (ConflictError, RequestError) as err:
             self._policy.failed(now)
-            cluster.note(decision.reason, f"go on: {err}", now)
+            cluster.note(decision.reason, f"continue: {err}", now)
         else:
             self._operation, self._nodes = operation, decision.nodes
             cluster.note(decision.reason, f"{operation.id} begins", now)

@@ -221,7 +221,7 @@ class SnapshotKept(ControlFrame, frozen=True, kw_only=True):
     """Worker -> controller: it keeps this snapshot for the next controller."""
 
     version: int
-    """That of the snapshot."""
+    """Version of the snapshot."""
 
 
 class WorkerReport(ControlFrame, frozen=True, kw_only=True):

@@ -32,7 +32,7 @@ _BALANCED = 0.998
 _SLACK = 0.01
 """Share by which batches of other sizes may become worse."""
 _LARGER = (4, 16)
-"""Those sizes, as multiples of the optimized one."""
+"""The other sizes, as multiples of the optimized size."""
 _TRIES = 6
 """Swaps of a device that are evaluated exactly."""
 _FAILURES = 8

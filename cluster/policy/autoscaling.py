@@ -12,8 +12,8 @@ A pool's use is compared with a target, measure by measure, and the largest rati
     shrink  for down_s nothing has waited, and even the highest demand, an average over up_s, leaves
             the ratio of fewer workers at _AFTER_SHRINKING or below
 
-A change at most doubles or halves a pool, one pool changes at a time, and each change begins all
-times anew. A pool that had to grow again soon after it shrank waits twice as long the next time.
+A change at most doubles or halves a pool, one pool changes at a time, and each change restarts all
+averages. A pool that had to grow again soon after it shrank waits twice as long the next time.
 
 Source: Kubernetes' horizontal pod autoscaler (``workers x metric / target``, a tolerance of 10%,
 the highest recommendation of a stabilisation window before shrinking; "Horizontal Pod Autoscaling",

@@ -139,7 +139,7 @@ def decide_members(
         return FailureDecision(stage=None, experts_complete=False, effect=why)
     if stage.placement.banks == current.banks:
         stage = replace(stage, placement=structs.replace(stage.placement, epoch=epoch))
-    effect = f"go on with {describe_members(members)}, placement epoch {stage.placement.epoch}"
+    effect = f"continue with {describe_members(members)}, placement epoch {stage.placement.epoch}"
     effect = f"{_loads_text(stage.fills, members)}; {effect}" if stage.fills else effect
     return FailureDecision(stage=stage, experts_complete=True, effect=effect)
 

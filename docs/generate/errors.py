@@ -8,7 +8,7 @@ from gateway.core.errors import ERROR_TABLE, ErrorReport, RouteError, report_err
 
 _INTRODUCTION = """How an exception reaches a client: over HTTP as the status and the error object
 (`error.type`, `error.code`), over gRPC as the code and the reason of `ErrorInfo`, which equals
-`error.code`. The first row that fits holds. Every other exception is a mistake of the server: the
+`error.code`. The first row that fits holds. Every other exception is an internal error: the
 client sees `internal_error` with the id of its request. [Anthropic's Messages](messages.md#errors)
 have an error object of their own, with the same status. [Rules of gRPC](grpc.md#rules) and
 [Overload](../explanation/overload.md#overload) say when to send a request again."""

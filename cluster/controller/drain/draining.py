@@ -124,7 +124,7 @@ class Draining:
             self.begin(DrainCommand(requested_by=names, limit_s=SIGNAL_LIMIT_S), now)
         except ConflictError as err:
             self._requests.pause(names, now)
-            cause, effect = f"{' and '.join(names)} got a signal to end", f"go on: {err}"
+            cause, effect = f"{' and '.join(names)} got a signal to end", f"continue: {err}"
             if self._refusal != cause + effect:
                 self._cluster.note(cause, effect, now)
             self._refusal = cause + effect

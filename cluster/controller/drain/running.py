@@ -109,7 +109,7 @@ class RunningDrain:
         operation.result["removed" if is_scaling else "workers"] = list(drain.names)
         text = f"scaled to {operation.target}" if is_scaling else f"{operation.target} is drained"
         if drain.removes_places:
-            text += "" if is_scaling else ", and the cluster goes on without its place"
+            text += "" if is_scaling else ", and the cluster continues without its place"
             self._cluster.effects.append(ReleasePlaces(tuple(map(place_of, drain.names))))
         elif not drain.command.node:  # else the node itself will be taken down
             for name in drain.names:
@@ -237,7 +237,7 @@ class RunningDrain:
             cluster.round.drop_reports(name)
         cluster.send_snapshot()
         cluster.form(members, placement, now)
-        effect = f"go on with {describe_members(members)}, placement epoch {placement.epoch}"
+        effect = f"continue with {describe_members(members)}, placement epoch {placement.epoch}"
         cluster.note(why, effect, now)
 
     def _undo(self, state: OperationState, text: str, now: float) -> None:

@@ -324,7 +324,7 @@ class Cluster:
     def reform(self, cause: str, now: float) -> None:
         """Form the next generation from the same members, with the placement in force."""
         self.form(self.round.members, self.placement, now)
-        self.note(cause, f"go on with {describe_members(self.round.members)}", now)
+        self.note(cause, f"continue with {describe_members(self.round.members)}", now)
 
     def run(self, now: float) -> bool:
         """Run the generation, since all members have replied; returns whether it runs now."""

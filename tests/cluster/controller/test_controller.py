@@ -201,7 +201,7 @@ def test_a_killed_expert_worker_costs_one_generation() -> None:
     assert entry["time"] == 1_000_100.0
     assert entry["cause"] == "lost expert-1: its control connection closed (reset)"
     assert entry["effect"] == (
-        "go on with 2 attention and 2 expert workers, placement epoch 2; "
+        "continue with 2 attention and 2 expert workers, placement epoch 2; "
         "runs from step 44 after 0.030 s"
     )
 

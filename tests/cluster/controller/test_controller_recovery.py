@@ -77,7 +77,7 @@ def test_survivors_load_the_experts_of_a_lost_worker_while_the_generation_forms(
     assert cluster.state == "DEGRADED"
     assert cluster.running()["attention-0"].first_step == 7
     assert last(cluster)["effect"] == (
-        "expert-0, expert-2 load 6 experts; go on with 1 attention and 2 expert workers, "
+        "expert-0, expert-2 load 6 experts; continue with 1 attention and 2 expert workers, "
         "placement epoch 2; runs from step 7 after 0.500 s"
     )
     assert last(cluster)["took_s"] == 0.5

@@ -252,7 +252,7 @@ def test_an_attention_worker_leaves_when_its_requests_have() -> None:
     assert (operation.generation, operation.progress) == (2, 1.0)
     cause, effect = (cluster.controller.snapshot()["history"][-1][k] for k in ("cause", "effect"))
     assert cause == f"drained attention-1 ({operation.id})"
-    assert effect.startswith("go on with 1 attention and 3 expert workers")
+    assert effect.startswith("continue with 1 attention and 3 expert workers")
     left = next(w for w in cluster.controller.snapshot()["workers"] if w["name"] == "attention-1")
     assert left["reason"] == cause
     cluster.tick(0.1)

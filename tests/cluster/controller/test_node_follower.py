@@ -122,7 +122,7 @@ def test_the_places_of_a_node_that_leaves_are_removed(worker: str, way: str) -> 
     nodes.drained(worker)
     (operation,) = nodes.operations
     assert operation.state is OperationState.SUCCEEDED, operation
-    assert operation.message.endswith("is drained, and the cluster goes on without its place")
+    assert operation.message.endswith("is drained, and the cluster continues without its place")
     assert operation.result["workers"] == [worker]
     assert worker not in cluster.known.places.names()
     assert cluster.state == "SERVING"

@@ -265,7 +265,7 @@ def test_experts_with_copies_elsewhere_go_on_in_a_new_epoch() -> None:
     assert stage_of(decision).fills == ()
     assert stage_of(decision).placement.epoch == 8
     assert stage_of(decision).placement.banks[0].physical_to_logical[1] == (-1,) * 6
-    assert decision.effect == "go on with 1 attention and 2 expert workers, placement epoch 8"
+    assert decision.effect == "continue with 1 attention and 2 expert workers, placement epoch 8"
 
 
 def test_a_colocated_worker_takes_its_experts_and_its_rank_along() -> None:
@@ -275,7 +275,7 @@ def test_a_colocated_worker_takes_its_experts_and_its_rank_along() -> None:
     assert [m.rank for m in left.attention] == [m.rank for m in left.experts] == [1, 2]
     assert left.leader.name == "colocated-1"
     assert stage_of(decision).placement.banks[0].physical_to_logical[0] == (-1,) * 6
-    assert decision.effect == "go on with 2 colocated workers, placement epoch 8"
+    assert decision.effect == "continue with 2 colocated workers, placement epoch 8"
 
 
 def test_the_epoch_is_above_all_that_any_survivor_ran() -> None:
@@ -290,14 +290,14 @@ def test_experts_without_copy_are_loaded_by_the_others() -> None:
     assert len(stage_of(decision).fills) == 6
     assert decision.effect == (
         "expert-1, expert-2 load 6 experts; "
-        "go on with 1 attention and 2 expert workers, placement epoch 2"
+        "continue with 1 attention and 2 expert workers, placement epoch 2"
     )
 
 
 def test_the_last_colocated_worker_goes_on_alone() -> None:
     decision = without(members_of({"colocated": 2}), contiguous(BANKS, 2), "colocated-0")
     assert decision.effect == (
-        "colocated-1 loads 8 experts; go on with 1 colocated worker, placement epoch 2"
+        "colocated-1 loads 8 experts; continue with 1 colocated worker, placement epoch 2"
     )
 
 
@@ -353,7 +353,9 @@ def test_two_workers_lost_at_once_are_both_in_the_cause() -> None:
         "lost expert-0: closed; lost expert-2: closed"
     )
     decision = without(make_members(1, 3), REDUNDANT, "expert-2", "expert-0", highest_epoch=7)
-    assert decision.effect.endswith("go on with 1 attention and 1 expert worker, placement epoch 8")
+    assert decision.effect.endswith(
+        "continue with 1 attention and 1 expert worker, placement epoch 8"
+    )
 
 
 def test_a_new_worker_brings_its_copies_back() -> None:

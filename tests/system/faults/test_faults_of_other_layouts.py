@@ -39,8 +39,8 @@ def test_a_colocated_worker_of_threads_that_leads() -> None:
         played = play(cluster, SMALL, random.Random(0), cluster.group.workers["colocated-0"].stop)
         assert played.num_resubmitted > 0
         loss, *_, gain = entries_since({"generation": 1}, whole(cluster))
-        assert "go on with 2 colocated workers" in loss["effect"]
-        assert "go on with 3 colocated workers" in gain["effect"]
+        assert "continue with 2 colocated workers" in loss["effect"]
+        assert "continue with 3 colocated workers" in gain["effect"]
 
 
 def test_the_one_worker_of_threads() -> None:

@@ -68,7 +68,7 @@ def test_no_stream_notices_a_killed_controller(cluster: ServingCluster, form: Fo
     after = cluster.wait(lambda s: s["term"] > before["term"])
     assert after["generation"] == before["generation"]
     assert after["state"] == before["state"]
-    assert after["history"][-1]["effect"] == "all members went on"
+    assert after["history"][-1]["effect"] == "all members continued"
 
 
 @pytest.mark.slow
@@ -118,7 +118,7 @@ def test_a_worker_with_experts_is_killed(cluster: ServingCluster, form: Form) ->
     play_until(cluster, form, draw, fault, lambda p: p.is_calm and p.num_retried > 0)
     history = entries_since(before, whole(cluster))
     loss = next(entry for entry in history if entry["cause"].startswith("lost expert"))
-    assert loss["effect"].startswith("go on with 2 attention and 2 expert workers")
+    assert loss["effect"].startswith("continue with 2 attention and 2 expert workers")
     assert any("is ready" in entry["cause"] for entry in history)
 
 
