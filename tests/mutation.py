@@ -131,7 +131,7 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
         "1.0 - best.time_ratio < _LEAST_GAIN": "no quotient of floats is that far from 1",
     },
     "gateway/engines/kv_index.py": {
-        "self._everyone = 0": "a bit without a worker has no blocks, and is never given out",
+        "self._all_bits = 0": "a bit without a worker has no blocks, and is never given out",
         "depth <= most": "speed: the depth that follows is at most this one",
         "+ 1)  # the lowest": "any bit that is not taken will do",
     },

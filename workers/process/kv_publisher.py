@@ -10,8 +10,8 @@ vLLM 0.33.
 
 The engine's thread only appends changes to a list and wakes this module's thread, which creates the
 events and sends them. ZeroMQ drops messages for a slow subscriber, and the thread never waits for
-one. If the thread itself is too slow, or its port is not free, routers receive the event that clears
-all blocks.
+one. If the thread itself is too slow, or its port is not free, routers receive an event that
+clears all blocks.
 """
 
 from __future__ import annotations
