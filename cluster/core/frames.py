@@ -305,7 +305,7 @@ class KeepAdapters(ControlFrame, frozen=True, kw_only=True):
 
 
 class AdaptersKept(ControlFrame, frozen=True, kw_only=True):
-    """Worker -> controller: an order is carried out, as far as it can be."""
+    """Worker -> controller, reply to ``KeepAdapters``: ready adapters, and why others are not."""
 
     number: int
     digests: dict[str, str]

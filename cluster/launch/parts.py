@@ -312,7 +312,7 @@ def warm_up() -> None:
 
 
 def _import_services() -> None:
-    """Import the rest while Ray's processes start; an import error is raised again at its use."""
+    """Import the gateway while Ray's processes start. Import errors recur at its use."""
     with contextlib.suppress(ImportError):
         import gateway.app  # noqa: F401
 

@@ -9,9 +9,9 @@ from typing import Any
 
 
 class ToolCallFormat(Enum):
-    """Format of a model's tool calls; the value: texts by which a chat template is recognized.
+    """Format of a model's tool calls. The value is a tuple of texts of its chat templates.
 
-    A template uses the first format whose texts it all contains.
+    A template uses the first format all of whose texts occur in it.
     ``gateway.text.tool_formats.call_syntax`` defines the delimiters of each format.
     """
 

@@ -49,7 +49,7 @@ def read_message(kind: Any, data: bytes) -> Message:
 
 @dataclass(slots=True)
 class _Counter:
-    """Counts fields in Python, so that other threads can run."""
+    """Counts the fields of a message before it is parsed, in Python so that other threads run."""
 
     data: bytes
     num_fields: int = 0

@@ -109,7 +109,7 @@ def _prepare(
     HAS_CLIP: tl.constexpr,
     IS_WRITTEN: tl.constexpr,
 ) -> None:
-    """One program prepares the queries, the keys or the values of a row."""
+    """Each program processes the queries, the keys or the values of one row."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dtype: tl.constexpr = rows.dtype.element_ty
     heads = tl.arange(0, HEAD_TILE)[:, None]

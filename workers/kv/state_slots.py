@@ -147,5 +147,5 @@ class StateSlots:
             self._pool.forget(self._pool.find((block_hash,)))
 
     def check_integrity(self, held: Iterable[int]) -> None:
-        """Assert that the holders are exactly the slots ``held`` by sequences, and ``extra``."""
+        """Assert that each slot has as many holders as ``held`` and ``extra`` contain it."""
         self._pool.check_integrity([[slot] for slot in (*held, *self.extra)])

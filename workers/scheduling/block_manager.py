@@ -201,7 +201,7 @@ class BlockManager:
         planned: Iterable[PlannedRows],
     ) -> None:
         """Assert that the running sequences and ``others`` hold the blocks in use, and the running
-        sequences and ``planned`` rows the states.
+        sequences and ``planned`` rows hold the states.
         """
         self._pool.check_integrity([*(s.blocks for s in running), *others])
         for sequence in running:

@@ -52,7 +52,7 @@ class DirectEdges:
         return all(edge.is_clear for edge in self.edges)
 
     def sent(self) -> None:
-        """Note that all frames were sent completely."""
+        """Record for each edge that its frame was sent completely."""
         for edge in self.edges:
             self._table.sent(edge)
 

@@ -57,7 +57,7 @@ class _Expansion:
 
         Args:
             schema: a clean schema.
-            above: references being expanded at the same value; repeating them adds nothing.
+            above: definitions whose expansion led here; a reference to one of them is a cycle.
         """
         self._spend_steps(1)
         if not isinstance(schema, Mapping):

@@ -27,7 +27,7 @@ class MappedFiles:
         """Open files, each with the ``size_and_change`` from before the first read."""
 
     def another(self) -> MappedFiles:
-        """Return the same files for another thread; only the knowledge about them is shared."""
+        """Return the same files for another thread; only headers and stamps are shared."""
         return MappedFiles(self._headers, self._stamps)
 
     def read(self, file: Path, name: str, index: int | None) -> Tensor:
