@@ -161,10 +161,10 @@ class _Loop:
     def follow(self, clock: _Clock) -> None:
         """Count the parts of the steps from now on."""
         engine: Any = self._engine
-        clock.follow(engine, "wanted", "schedule")
+        clock.follow(engine, "rows_wanted", "schedule")
         clock.follow(engine._scheduler, "plan", "schedule")
         clock.follow(engine.runner, "run", "batch")
-        clock.follow(engine._step_sampler, "draw", "sampling")
+        clock.follow(engine._step_sampler, "sample", "sampling")
         clock.follow(engine, "_commit", "commit")
         clock.follow(engine, "poll", "poll")
         clock.follow(self, "_send", "encode")

@@ -32,7 +32,7 @@ def test_new_workers_are_paid_before_they_serve() -> None:
 
 def test_the_report_compares_all_policies() -> None:
     text = section(quick=True)
-    assert text.startswith("## Autoscaling, on paper")
+    assert text.startswith("## Autoscaling, simulated")
     for case in CASES:
         assert text.count(f"| {case.name}, ") == 4
 

@@ -79,7 +79,7 @@ def test_chats_gain_much() -> None:
 
 def test_the_report_compares_all_cases_and_times_decisions() -> None:
     text = section(quick=True)
-    assert text.startswith("## Routing, on paper")
+    assert text.startswith("## Routing, simulated")
     for name in CASES:
         assert text.count(f": {name} |") == 3
     assert "64 workers, 100,000 blocks" in text

@@ -1,4 +1,4 @@
-"""Sessions on several workers, on paper: lower tiers keep what the pool gives up."""
+"""Sessions on several workers, simulated: lower tiers keep what the pool gives up."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_agents_find_nine_tenths_of_the_ideal_with_all_tiers() -> None:
 
 def test_the_report_compares_all_systems() -> None:
     text = section(quick=True)
-    assert text.startswith("## Sessions, on paper")
+    assert text.startswith("## Sessions, simulated")
     for name in SYSTEMS:
         assert text.count(f": {name} |") == 2
 

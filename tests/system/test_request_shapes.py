@@ -94,7 +94,7 @@ def test_a_request_passes_four_shapes(
         ("name", ServedModel, "adapter_of", 1),
         ("running", RunningCall, "__post_init__", 0),
         ("record", Submission, "message", 0),
-        ("worker", GatewayStreams, "take", 1),
+        ("worker", GatewayStreams, "handle_message", 1),
         ("sequence", SequenceState, "__post_init__", 0),
     )
     with ExitStack() as patches:

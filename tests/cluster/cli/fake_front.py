@@ -31,7 +31,9 @@ def main() -> int:
     state_file.clean_up_dead()
     folder = local_ray.make_temp_dir()
     late = os.environ.get("FAKE_PARTS") == "late"
-    gateway = GatewaySection(drain_lead_s=0.0, drain_timeout_s=0.0 if late else 600.0)
+    gateway = GatewaySection(
+        port=0, grpc_port=0, drain_lead_s=0.0, drain_timeout_s=0.0 if late else 600.0
+    )
     plan = LaunchPlan(
         command="up" if detach else "serve",
         name=name,

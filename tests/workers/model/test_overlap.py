@@ -141,8 +141,8 @@ class WaitsForNothing:
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (SendsTwice(), "before it took the outputs"),
-        (WaitsForNothing(), "rows that it did not send"),
+        (SendsTwice(), "must take the outputs before it sends rows"),
+        (WaitsForNothing(), "must send rows before it waits"),
     ],
 )
 def test_a_layer_that_breaks_the_order_is_a_mistake(

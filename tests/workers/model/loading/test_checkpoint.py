@@ -138,7 +138,7 @@ def test_weights_that_are_replaced_in_place_are_another_checkpoint(tmp_path: Pat
     old.read_stacked([part], torch.float32)
     old.files.close()
     write_tiny_checkpoint(tmp_path, tensors=tiny_tensors(seed=1))
-    with pytest.raises(CheckpointError, match="any more: its data changed"):
+    with pytest.raises(CheckpointError, match="checkpoint: its data changed"):
         old.another().read_stacked([part], torch.float32)
     assert Checkpoint(tmp_path).checkpoint_id != old.checkpoint_id
 
@@ -149,7 +149,7 @@ def test_a_file_that_was_written_again_is_not_read_on(tmp_path: Path) -> None:
     old = Checkpoint(tmp_path)
     file = tmp_path / "model.safetensors"
     os.utime(file, ns=(0, 0))
-    with pytest.raises(CheckpointError, match="any more: its data changed"):
+    with pytest.raises(CheckpointError, match="checkpoint: its data changed"):
         old.read_stacked([next(old.family.attention_tensors())], torch.float32)
     assert Checkpoint(tmp_path).checkpoint_id == old.checkpoint_id
 
