@@ -197,7 +197,7 @@ def test_a_prompt_of_embeddings(stack: Stack, stub: InferenceStub) -> None:
     narrow = types_pb2.Embeddings(shape=[len(IDS[1]) * 2, rows.shape[1] // 2], data=rows.tobytes())
     with pytest.raises(grpc.RpcError) as caught:
         stub.Generate(pb.GenerateRequest(embeddings=narrow, sampling_params=params))
-    assert f"the model's {rows.shape[1]}" in str(caught.value)
+    assert f"the model needs {rows.shape[1]}" in str(caught.value)
 
 
 def test_inspect_gives_everything_the_same_by_both_codecs() -> None:
