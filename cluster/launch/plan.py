@@ -149,10 +149,12 @@ def claim_ports(host: str, ports: Mapping[str, int]) -> list[socket.socket]:
     """
     claims = []
     for name, port in ports.items() if sys.platform == "linux" else ():
+        if not port:
+            continue  # the kernel chooses a free one
         claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         claims.append(claim)
         try:
-            claim.bind(f"\0expertmesh {host}:{port}" if port else "")
+            claim.bind(f"\0expertmesh {host}:{port}")
         except OSError:
             for one in claims:
                 one.close()

@@ -46,12 +46,11 @@ class EventStream(ABC):
                 await self.responder.body(opening, more=True)
             while deltas or not running.is_finished:
                 size = sum([delta.size for delta in deltas])
-                if not deltas:
-                    content = self._ping(running)
-                elif size <= INLINE_SIZE:
-                    content = self._events(running, deltas)
-                else:
-                    content = await self.gateway.long_work.run(size, self._events, running, deltas)
+                content = (
+                    await self.gateway.long_work.run(size, self._events, running, deltas)
+                    if deltas
+                    else self._ping(running)
+                )
                 if content:
                     await self.responder.body(content, more=True)
                 if deltas:
