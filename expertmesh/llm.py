@@ -5,18 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-import msgspec
 import torch
 
-from cluster.config.cluster import ClusterConfig, section_types
-from cluster.config.speculation import SpeculationSection
+from cluster.config.cluster import ClusterConfig
 from cluster.core.checks import check
-from cluster.core.errors import ConfigError
 from cluster.core.process import count_cpus
 from cluster.launch.model_source import find_model
 from expertmesh.calls import AsyncCalls, SyncCalls
@@ -51,7 +48,7 @@ _OPTIONS: Mapping[str, tuple[str, ...]] = {
         *("max_num_batched_tokens", "enable_prefix_caching", "deterministic", "enforce_eager"),
         "seed",
     ),
-    "speculation": tuple(one.name for one in fields(SpeculationSection)),
+    "speculation": ("speculative_method", "num_speculative_tokens"),
     "gateway": ("max_n", "max_logprobs"),
 }
 """Options of ``LLM`` by section of the configuration, except ``num_threads``."""
@@ -114,16 +111,7 @@ def _make_config(model: str, options: Mapping[str, Any]) -> ClusterConfig:
         rule = f"is not an option of LLM; the options: num_threads, {', '.join(sorted(known))}"
         check(name in known, name, value, rule)
         sections.setdefault(known[name], {})[name] = value
-    try:
-        return ClusterConfig.from_dict(sections)
-    except TypeError:
-        for name, value in options.items():
-            hints = get_type_hints(section_types()[known[name]])
-            try:
-                msgspec.convert(value, hints[name])
-            except msgspec.ValidationError as err:
-                raise ConfigError(name, value, f"has the wrong type: {err}") from err
-        raise
+    return ClusterConfig.from_dict(sections)
 
 
 def _load(config: ClusterConfig, num_threads: int) -> EmbeddedEngine:

@@ -16,7 +16,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
+
+import msgspec
 
 from cluster.config.autoscale import AutoscaleSection
 from cluster.config.expert_load import LoadSection, RebalanceSection
@@ -39,6 +41,7 @@ from cluster.core.checks import (
     is_not_negative,
     is_positive,
 )
+from cluster.core.errors import ConfigError
 
 CombineMode = Literal["sum", "per_slot"]
 Deterministic = Literal["auto", "on", "off"]
@@ -243,15 +246,17 @@ class ClusterConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ClusterConfig:
-        """Inverse of ``to_dict``. Raises ``ConfigError`` on unknown keys."""
+        """Inverse of ``to_dict``. Raises ``ConfigError``: unknown or missing name, wrong type."""
         values = dict(data)
         sections = section_types()
         for name, value in data.items():
             if name in sections:
-                values[name] = _section_from_dict(sections[name], name, value)
+                section = _typed(name, value, dict[str, Any])
+                values[name] = _from_dict(sections[name], section, f"{name}.")
             else:
                 check(name == "cluster_token", name, value, "is not a section of the configuration")
-        return cls(**values)
+        config: ClusterConfig = _from_dict(cls, values)
+        return config
 
     def kv_fingerprint(self) -> str:
         """Hash of the options that determine the contents of a KV block (12 hex digits).
@@ -302,9 +307,22 @@ def section_types() -> dict[str, Any]:
     return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
 
 
-def _section_from_dict(kind: Any, section: str, data: Mapping[str, Any]) -> Any:
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    for key, value in data.items():
-        check(key in known, f"{section}.{key}", value, "is not a known setting")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-    return kind(**values)
+def _from_dict(kind: Any, data: Mapping[str, Any], prefix: str = "") -> Any:
+    """Construct a section, or the whole configuration, from values by name."""
+    known, hints = {f.name: f for f in dataclasses.fields(kind)}, get_type_hints(kind)
+    for name, value in data.items():
+        check(name in known, f"{prefix}{name}", value, "is not a known setting")
+    for name, one in known.items():
+        is_given = name in data or {one.default, one.default_factory} != {dataclasses.MISSING}
+        check(is_given, f"{prefix}{name}", None, "must be set")
+    return kind(**{name: _typed(name, value, hints[name]) for name, value in data.items()})
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """Convert lists to tuples and integers to floats. Raises ``ConfigError`` for other types."""
+    if get_origin(kind) is Literal or dataclasses.is_dataclass(kind):
+        return value  # a section checks its choices itself
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as err:
+        raise ConfigError(name, value, f"has the wrong type: {err}") from err

@@ -95,6 +95,22 @@ def test_unknown_keys_are_refused(sections: dict[str, object]) -> None:
         make_config(**sections)
 
 
+@pytest.mark.parametrize(
+    ("sections", "text"),
+    [
+        ({"engine": 1}, r"engine \(1\) has the wrong type"),
+        ({"engine": {"max_num_seqs": "x"}}, r"max_num_seqs \(x\) has the wrong type: .*`int`"),
+        ({"lora": {"lora_roots": "/a"}}, r"lora_roots \(/a\) has the wrong type"),
+        ({"model": {}}, r"model\.path \(None\) must be set"),
+        ({"model": {"path": "p", "served_model_name": "m", "dtype": []}}, r"dtype .* must be one"),
+        ({"cluster_token": 1}, r"cluster_token \(1\) has the wrong type"),
+    ],
+)
+def test_values_of_a_wrong_type_are_refused(sections: dict[str, object], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        make_config(**sections)
+
+
 def test_the_cluster_token_is_not_shown() -> None:
     model = ModelSection(path="p", served_model_name="m")
     assert "secret" not in repr(ClusterConfig(model=model, cluster_token="secret"))
