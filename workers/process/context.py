@@ -1,4 +1,4 @@
-"""Objects that the roles of one worker share: model files, kernels, connections, control side."""
+"""Objects shared by the roles of one worker: checkpoint, kernels, connections, control side."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from workers.transport.peer_link import PeerEndpoint, PeerServer
 from workers.transport.transport import DataTransport
 
 Progress = Callable[[int, int], None]
-"""Called with the loaded and the total bytes of weights."""
+"""Called while weights are loaded, with the bytes loaded so far and the total bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +47,7 @@ class ModelSetup:
     exactness: Exactness
     compute_threads: ComputeThreads
     quantize: Quantize
-    """Expert quantization; ``none`` instead of ``auto`` if the worker has no kernels of ours."""
+    """Expert quantization. ``auto`` becomes ``none`` on a worker without compiled kernels."""
 
     @classmethod
     def of(cls, args: WorkerArgs, kernels: Kernels, progress: Progress) -> ModelSetup:
@@ -102,12 +102,12 @@ class WorkerContext:
 
     args: WorkerArgs
     member: Member
-    """This worker, without the addresses of its roles' listeners."""
+    """This worker's member record, before the addresses of its roles' listeners are known."""
     me: PeerIdentity
     model: ModelSetup
     membership: Membership
     send: Callable[[ControlFrame], None]
-    """Sends a frame to the controller."""
+    """Sends a control frame to the controller."""
     contact_at: Callable[[], float]
     """Returns the monotonic time of the newest acknowledged heartbeat."""
     connections: PeerConnections
@@ -142,7 +142,7 @@ class WorkerContext:
         return PeerEndpoint(name=name, address=member.kv_address, me=self.me, token=token)
 
     def open_peer_server(self, what: str, key_bytes: int) -> PeerServer:
-        """Open a listener for other workers, which closes when this worker ends."""
+        """Open a server for fetches by other workers. It closes when this worker ends."""
         token, host = self.config.cluster_token, self.args.host
         server = PeerServer(self.me, token, host=host, what=what, key_bytes=key_bytes)
         self.cleanup.callback(server.close)

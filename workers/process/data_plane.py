@@ -26,7 +26,7 @@ class StepInterrupts:
         self._connections: PeerConnections | None = None
 
     def attach(self, connections: PeerConnections) -> None:
-        """Set the open connections. Earlier interrupts have no effect."""
+        """Set the open connections. Calls of other methods before this one have no effect."""
         self._connections = connections
 
     def wake(self) -> None:
@@ -35,7 +35,7 @@ class StepInterrupts:
             self._connections.wake()
 
     def interrupt(self, generation: int) -> None:
-        """Interrupt the step, because the generation of this number follows."""
+        """Interrupt the running step, because generation number ``generation`` will follow."""
         if self._connections is not None:
             self._connections.interrupt(generation)
 
@@ -71,7 +71,7 @@ def expert_form(checkpoint: Checkpoint) -> str:
 def open_connections(
     args: WorkerArgs, me: PeerIdentity, checkpoint: Checkpoint, dtype: torch.dtype
 ) -> PeerConnections:
-    """Open the data-plane sockets. The frame limit is the size of the largest possible step."""
+    """Open the data-plane sockets. The frame size limit fits the largest possible step."""
     engine, transport = args.config.engine, args.config.transport
     return PeerConnections(
         me,

@@ -69,15 +69,15 @@ _OPTIONS = (
     ("grpc.max_allowed_incoming_connections", 1024),
     ("grpc.max_concurrent_streams", 64),
 )
-"""Message sizes, and limits for connections that open no stream."""
+"""gRPC options: message sizes, and limits for connections that open no stream."""
 START_TIMEOUT_S = 10.0
 """Time limit for the start and the end of the server thread."""
 _FREE_CHANGE = 0.25
-"""Relative change of the number of free blocks that is sent without delay."""
+"""Relative change of the number of free blocks above which it is published at once."""
 _ABORT_LIMIT_S = 1.0
 """Time limit for the last message to a dropped gateway, whose connection may be blocked."""
 GatewayMessage: TypeAlias = StepOutput | SoloStep | Queued | Prefetched | Paused | KvPressure
-"""Messages for the gateway of one request."""
+"""Messages about requests, sent to the gateway that owns them."""
 _MAY_NOT_SERVE = "this worker may not serve now"
 _Context = grpc.aio.ServicerContext[bytes, bytes]
 
@@ -90,7 +90,7 @@ class EngineServer:
         token: cluster token that both sides prove.
         inbox: receives requests and aborts.
         facts: returns the model's limits, for the reply to a gateway's hello.
-        silence_limit_s: a gateway that has pinged and then sends nothing for this time is dropped.
+        silence_limit_s: seconds without a message after which a gateway that pings is dropped.
         release: release of this worker; gateways of another release are refused.
     """
 
@@ -128,10 +128,10 @@ class EngineServer:
         return f"{self._host}:{self._port}"
 
     def hold(self) -> None:
-        """Hold back published messages until ``release``, in order.
+        """Hold back published messages, in order, until ``release`` is called.
 
-        The engine's thread calls it before a computation outside the interpreter lock. Until then,
-        the server's thread would compete for the lock.
+        The engine's thread calls it after a step. Otherwise the server's thread would compete with
+        it for the interpreter lock until the next step computes outside the lock.
         """
         self._is_held = True
 
@@ -150,11 +150,10 @@ class EngineServer:
         self._publish(self._streams.send, gateway, message)
 
     def publish_kv(self, changes: HashChanges, fetch_cost: float, num_free: int) -> None:
-        """Send changed cached blocks, the fetch cost and the free blocks to all gateways (any
-        thread).
+        """Send changed cached blocks, the fetch cost and the number of free blocks to all gateways.
 
-        A change of only the cost or the free blocks waits for the next change of blocks, except a
-        change of the free blocks by a quarter.
+        If no cached block has changed, nothing is sent until one does, or until the number of free
+        blocks has changed by a quarter. Any thread.
         """
         known = self._kv.num_free
         has_changed = abs(num_free - known) > _FREE_CHANGE * max(num_free, known)
@@ -162,9 +161,9 @@ class EngineServer:
             self._publish(self._send_kv, changes, fetch_cost, num_free, has_changed)
 
     def close_streams(self, fence: int) -> None:
-        """Stop serving generations up to ``fence`` (any thread).
+        """Stop serving all generations up to number ``fence`` (any thread).
 
-        Every gateway's stream ends, and new ones are refused until a later generation is admitted.
+        Every stream ends. New streams are refused until a later generation is admitted.
         """
         self._call_soon(self._raise_fence, fence)
 
@@ -234,7 +233,7 @@ class EngineServer:
             stream.close(error)
 
     def _hashes(self, message: ToEngine) -> tuple[tuple[BlockHash, ...], ...]:
-        """Block hashes for ``GatewayStreams.handle_message``, to relieve the engine's thread."""
+        """Compute block hashes for ``GatewayStreams.handle_message`` on the server's thread."""
         facts = self._facts()
         size, limit = facts.kv_block_size, facts.kv_length_matters_above
         match message:
@@ -256,7 +255,7 @@ class EngineServer:
             checked_at = now
 
     def _end_handshakes(self, now: float) -> None:
-        """Cancel handshakes whose callers do not read."""
+        """Cancel handshakes that exceed their limit because the caller does not read."""
         for task, since in list(self._handshakes.items()):
             if now - since > HANDSHAKE_LIMIT_S:
                 del self._handshakes[task]

@@ -1,4 +1,4 @@
-"""The offer of a worker for exact results, and the kernel libraries that keep it.
+"""Whether a worker can compute bit-exact results, and with which kernel libraries.
 
 Compiled kernels compute each row independently. Torch does so only in slower variants
 (``workers.model.batch_invariant``), which are used only if exact results are required.
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Exactness:
-    """The arithmetic offer of a worker, and its kernels and threads."""
+    """A worker's arithmetic offer (see ``cluster.core.arithmetic``), kernels and threads."""
 
     offer: ArithmeticOffer
     threads: int
@@ -35,13 +35,13 @@ class Exactness:
     """Number of torch threads: 1 if results may be exact, as torch splits sums by this number."""
     _team: ThreadTeam | None
     _libraries: Mapping[str, Library]
-    """Libraries by arithmetic, best first; empty without a team."""
+    """Kernel libraries by name of their arithmetic, fastest first; empty without a thread team."""
 
     @classmethod
     def of(
         cls, args: WorkerArgs, kernels: Kernels, banks: Sequence[BankSpec], dtype: torch.dtype
     ) -> Exactness:
-        """Determine the offer of a worker with these experts, and build missing libraries."""
+        """Determine the arithmetic offer of a worker, and build missing kernel libraries."""
         setting, team = args.config.engine.deterministic, kernels.team
         reason = torch_reason(banks, dtype)
         is_native = team is not None and not reason
@@ -70,23 +70,23 @@ class Exactness:
         return cls(offer, args.threads, args.threads, None, {})
 
     def apply_agreement(self, agreement: ArithmeticAgreement) -> None:
-        """Use the agreed kernels, or the best ones if results are not exact. Data thread."""
+        """Use the agreed kernels, or the fastest if results need not be exact. Data thread."""
         if self._team is not None:
             best = next(iter(self._libraries.values()))
             self._team.use(self._libraries.get(agreement.kernels, best))
 
 
 def _describe_computation(args: WorkerArgs, kernels: str) -> str:
-    """Description of the hardware and software that the bits of results depend on."""
+    """Describe the hardware and software that determine the bits of results."""
     device = args.device_facts.get("gpu", args.device.type)
     torch_name = f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
     return f"{device}, {kernels}, {torch_name}, {args.threads} threads"
 
 
 def _libraries(own: Library, dtype: torch.dtype, is_alone: bool) -> dict[str, Library]:
-    """Libraries by arithmetic, ``own`` first; only ``own`` if the worker is alone.
+    """Libraries that this worker can use, by arithmetic, ``own`` first.
 
-    Only bfloat16 has others, see ``arithmetic_of``.
+    An alternative to ``own`` exists only for bfloat16 and several workers; see ``arithmetic_of``.
     """
     libraries = {arithmetic_of(own, dtype): own}
     if is_alone or dtype != torch.bfloat16 or own.name != "avx512_bf16":

@@ -1,12 +1,11 @@
 """The open engine streams of one worker: pending messages and the end of each stream.
 
-An ended stream accepts no commands, and sends nothing after a message that it could not send, so a
-gateway never misses a message in the middle. For the loop of ``engine_server`` only; times are
-passed in, as monotonic seconds.
+An ended stream accepts no commands. If a message cannot be sent, its stream ends, so that a gateway
+never misses a message in the middle. Call this module on the loop of ``engine_server`` only. Times
+are arguments, in monotonic seconds.
 
-Gateways ping their streams. If a gateway stops pinging, its process or host is stopped with all
-sockets open, and its requests are dropped. Other callers of the engine stream, which never ping,
-may stay silent.
+Gateways ping their streams. A gateway that stops pinging is taken for a stopped process or host
+whose sockets stay open, and its requests are dropped. A caller that never pings is not dropped.
 """
 
 from __future__ import annotations
@@ -40,21 +39,21 @@ from workers.requests.wire import (
 logger = logging.getLogger(__name__)
 
 GATEWAY_SILENCE_LIMIT_S = 5.0
-"""Longest silence of a gateway, which pings every second."""
+"""Longest time without a message from a gateway, which pings every second."""
 CHECKS_PER_LIMIT = 5
-"""Number of checks within one silence limit."""
+"""Number of checks for silent gateways in the time of one silence limit."""
 MAX_PENDING_MESSAGES = 4096
-"""Maximum number of pending messages of a gateway; above it, the gateway loses its stream."""
+"""Maximum number of pending messages of a gateway. Above it, the worker ends the stream."""
 
 
 class GatewayStream:
-    """One gateway's stream. ``cancel`` ends its handler, which the gateway may block."""
+    """One gateway's stream. ``cancel`` ends its handler even if the gateway does not read."""
 
     def __init__(self, name: str, cancel: Callable[[], object]) -> None:
         self.name = name
         self.cancel = cancel
         self.error = ""
-        """The reason for which the worker ends the stream; empty if there is none."""
+        """Why the worker ends the stream; empty if it does not."""
         self.last_message_at: float | None = None
         """Time of the last message; None before the first ping."""
         self._queue: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_PENDING_MESSAGES + 1)
@@ -85,7 +84,7 @@ class GatewayStreams:
 
     Args:
         inbox: receives the gateways' commands.
-        silence_limit_s: a gateway that has pinged and then sends nothing for this time is dropped.
+        silence_limit_s: seconds without a message after which a gateway that pings is dropped.
     """
 
     def __init__(self, inbox: Inbox, silence_limit_s: float) -> None:
@@ -160,15 +159,15 @@ class GatewayStreams:
             stream.close(error)
 
     def forget(self, stream: GatewayStream) -> None:
-        """Remove an ended stream, and end its requests once."""
+        """Remove an ended stream and end its requests. Later calls do nothing."""
         if self._streams.pop(stream.name, None) is not None:
             self._inbox.put(GatewayDisconnected(stream.name))
 
     def drop_silent(self, now: float, checked_at: float) -> None:
-        """Drop silent gateways; a message to one could block its stream indefinitely.
+        """Drop silent gateways: a message to one could block its stream indefinitely.
 
-        ``checked_at`` is the time of the last check. If this process was stopped since then,
-        messages may still be unread.
+        ``checked_at`` is the time of the last check. If it is long ago, this process was paused
+        and messages may be unread: the pause does not count as silence.
         """
         late_s = now - checked_at - self.check_interval_s
         for stream in tuple(self._streams.values()):

@@ -1,4 +1,4 @@
-"""Memory of a worker's GPU: expert slots, and the KV cache in the rest after weights and steps."""
+"""Divides a worker's GPU memory: weights, expert slots, steps, and the KV cache in the rest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from workers.transport.transport import DataTransport
 _HIDDEN_ROWS = 16
 """Number of float32 rows of the model's width that a layer needs for each row of a step."""
 _PAIR_ROWS = 6
-"""Number of such rows for each (row, expert) pair: input, inner products, output, and sum."""
+"""Number of those rows for each (row, expert) pair: input, inner products, output, and sum."""
 _LOGIT_BYTES = 32
 """Bytes per logit: float32 copies of the sampler's stages, and sorted indices."""
 _ATTENTION_BYTES = 1 << 30
@@ -31,7 +31,7 @@ _ATTENTION_BYTES = 1 << 30
 _GRAPH_BYTES = 16 << 20
 """Bytes of one captured step without its tensors: several hundred nodes with arguments."""
 _NCCL_BYTES = 128 << 20
-"""Bytes of NCCL buffers for one peer: 16 channels of 4.5 MiB, on some for both directions."""
+"""Bytes of NCCL buffers for one peer: 16 channels of 4.5 MiB, some with two buffers."""
 
 
 def step_bytes(
@@ -48,13 +48,13 @@ def step_bytes(
 
 
 def expert_step_bytes(config: ModelConfig, banks: Sequence[BankSpec], num_rows: int) -> int:
-    """Upper bound for an expert worker, for rows of all attention workers, in bytes."""
+    """Upper bound of an expert worker's memory for a step with ``num_rows`` rows, in bytes."""
     top_k = max((bank.top_k for bank in banks), default=0)
     return num_rows * (2 + _PAIR_ROWS * top_k) * config.hidden_size * 4
 
 
 def captured_sizes(args: WorkerArgs, family: Family) -> tuple[int, ...]:
-    """Buckets of the captured steps on the cluster's GPUs; empty if steps cannot be captured."""
+    """Batch sizes of the steps captured as CUDA graphs; empty if steps cannot be captured."""
     section, config = args.config.engine, family.config
     is_local = args.config.workers.mode == "local"
     is_read = not is_local and returns_pairs(family.banks, section.combine_mode)
@@ -68,7 +68,7 @@ def captured_sizes(args: WorkerArgs, family: Family) -> tuple[int, ...]:
 def graph_bytes(
     config: ModelConfig, banks: Sequence[BankSpec], buckets: Sequence[int], num_peers: int
 ) -> int:
-    """Bytes of all captured steps, which keep the rows sent to and received from each peer."""
+    """Bytes of all captured steps. Each keeps buffers for the rows exchanged with each peer."""
     if not buckets:
         return 0
     each = kept_rows(buckets) * config.hidden_size * 4 * 2
@@ -84,10 +84,10 @@ def block_bytes(section: EngineSection, config: ModelConfig, dtype: torch.dtype)
 def section_for_gpu(
     args: WorkerArgs, family: Family, dtype: torch.dtype, transport: DataTransport
 ) -> EngineSection:
-    """The engine's section; on a GPU, with the ``kv_cache_bytes`` that its memory leaves.
+    """The engine's section. On a GPU, ``kv_cache_bytes`` is set to the memory that is left.
 
-    All weights must be loaded. Expert slots have their memory whether filled or not. Raises
-    ``ConfigError`` if no block fits.
+    All weights must be loaded; empty expert slots have their memory already. Raises ``ConfigError``
+    if no block fits.
     """
     section, workers, config = args.config.engine, args.config.workers, family.config
     if args.device.type != "cuda":
@@ -125,7 +125,7 @@ def _state_bytes(section: EngineSection, config: ModelConfig) -> int:
 def _reserved_bytes(
     args: WorkerArgs, family: Family, steps: int, num_peers: int, is_nccl: bool
 ) -> dict[str, int]:
-    """Bytes that are used after the start, by purpose; ``steps`` is the bound of one step."""
+    """Bytes reserved for use after the start, by purpose. ``steps``: upper bound of one step."""
     buckets = captured_sizes(args, family)
     return {
         "steps": steps,

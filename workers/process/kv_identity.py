@@ -1,9 +1,9 @@
-"""The identity of KV blocks apart from tokens, and the ranks that need blocks on disk.
+"""Identity of the computation that made a KV block, and the ranks that need blocks on disk.
 
-Blocks on disk outlive the processes that compute them. The identity contains all that determines
-their bits: checkpoint, release, options, types, and the agreement of the generation's members. In
-an exact generation the agreement determines the results of every worker. In any other one the bits
-depend on each member, so the identity contains all members' computations.
+Blocks on disk outlive the processes that compute them. Apart from the tokens, their bits depend on
+the checkpoint, release, options, types and the arithmetic agreement of the generation's members,
+so the identity contains these. If results are exact, the agreement determines the bits. Otherwise
+they depend on each member, so the identity contains the computations of all members.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def kv_identity(
     weights: tuple[Quantize, torch.dtype],
     cache: KVCache,
 ) -> str:
-    """Identity of the blocks that a worker computes in a generation, as readable text.
+    """Identity of the blocks that a worker computes in a generation, as human-readable text.
 
     ``weights``: the worker's quantization and dtype, with ``auto`` resolved.
     """
@@ -57,9 +57,9 @@ def _arithmetic(generation: Generation) -> str:
 def needed_ranks(
     generation: Generation, places: Collection[str], node: str
 ) -> frozenset[int] | None:
-    """Ranks whose blocks on the disk of ``node`` are still needed; None if not known yet.
+    """Ranks whose blocks on the disk of ``node`` must stay; None if not known yet.
 
-    These are the attention ranks of that node, and the ranks of places without a worker.
+    These are the attention ranks of that node, and the ranks of places that have no worker now.
     ``places``: names of the cluster's places (``attention-1``), filled or not.
     """
     if not generation.number or not places:

@@ -1,17 +1,17 @@
 """Publishes the cached KV blocks over ZeroMQ, for routers of other projects.
 
 A message has three frames: topic, number (8 bytes, big-endian) and a batch of
-``workers.kv.router_events``. Numbers increase by one. Those of a replacement worker start with the
-time in microseconds, which leaves a gap. So even a subscriber that connects later notices that it
-missed the first message, which clears all blocks. Subscribers that miss a message request a replay
-from a number on at the replay socket, with an empty frame and the number. They get the stored
-messages, each after an empty frame, and then a message with the number -1 and no payload, as in
-vLLM 0.33.
+``workers.kv.router_events``. Numbers increase by one. A worker's first number is the time in
+microseconds, so there is a gap after the messages of a worker that it replaces. A subscriber that
+connects later thus notices that it missed the first message, which clears all blocks. To repeat
+missed messages, a subscriber sends an empty frame and the first missed number to the replay socket.
+It receives the stored messages, each after an empty frame, and then a message with the number -1
+and no payload, as in vLLM 0.33.
 
-The engine's thread only appends changes to a list and wakes this module's thread, which creates the
-events and sends them. ZeroMQ drops messages for a slow subscriber, and the thread never waits for
-one. If the thread itself is too slow, or its port is not free, routers receive an event that
-clears all blocks.
+The engine's thread only appends changes to a list and wakes this module's thread, which creates and
+sends the events. ZeroMQ drops messages for a slow subscriber, so the thread never waits for one. If
+the thread itself was too slow, or its port was not free, changes are lost; routers then receive an
+event that clears all blocks.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_WAITING = 10_000
-"""Maximum number of steps whose changes wait for the thread."""
+"""Maximum number of steps whose changes are queued for the thread."""
 _RETRY_S = 1.0
-"""Time between two attempts to open the sockets, as the previous worker may still hold a port."""
+"""Pause before another attempt to open the sockets: a previous worker may still hold the port."""
 _STOP_S = 5.0
 _MAX_REQUEST_BYTES = 1024
 """Longest frame that a peer may send; a connection with a longer one is closed."""
@@ -131,7 +131,7 @@ class KvPublisher:
                 context.destroy(linger=0)
 
     def _open(self, context: zmq.Context[Any]) -> _Sockets | None:
-        """Bind or connect; None after a pause if that fails."""
+        """Open, then bind or connect the sockets. If that fails, pause and return None."""
         api, section, rank = self._zmq, self._section, self._rank
         assert section.kv_events_endpoint is not None
         opened: list[zmq.Socket[bytes]] = []
@@ -143,7 +143,7 @@ class KvPublisher:
             self._bind_or_connect(events, rank_endpoint(section.kv_events_endpoint, rank))
             replay = None
             if section.kv_events_replay_endpoint is not None:
-                # room for a whole replay: ZeroMQ notices late that a subscriber has read
+                # fits a whole replay: ZeroMQ notices late that a subscriber has read
                 replay = self._make_socket(
                     context, api.ROUTER, 2 * (section.kv_events_buffer_steps + 1)
                 )
@@ -167,7 +167,7 @@ class KvPublisher:
         return made
 
     def _bind_or_connect(self, socket: zmq.Socket[bytes], endpoint: str) -> None:
-        """Raises ``ZMQError``."""
+        """Bind or connect a socket as the endpoint requires. Raises ``ZMQError``."""
         socket.setsockopt(self._zmq.IPV6, "[" in endpoint)
         if is_listening(endpoint):
             socket.bind(endpoint)
@@ -194,7 +194,7 @@ class KvPublisher:
         socket.send_multipart((self._topic, *message))  # ZeroMQ drops it for slow subscribers
 
     def _handle_replay(self, sockets: _Sockets) -> None:
-        """Wait for changes or a replay request, and answer the request."""
+        """Wait for changes or a replay request; send the replay if one is requested."""
         ready = dict(sockets.poller.poll())
         self._wakeup.drain()
         replay = sockets.replay

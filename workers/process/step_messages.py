@@ -1,4 +1,4 @@
-"""The messages with a step's outputs for gateways. Pure."""
+"""Divides a step's outputs into messages to gateways. Pure."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def step_messages(
 ) -> Iterator[tuple[str, StepOutput]]:
     """Yield (gateway, message) pairs, in the order of the outputs for each gateway.
 
-    ``owners`` has the gateway of each request; outputs of other requests are dropped. An output
-    with arrays gets its own message, and so do the outputs of each beam search: both may be as long
-    as a message can be.
+    ``owners``: gateway by request id; outputs of other requests are dropped. An output with arrays
+    is a message of its own, and so are the outputs of each beam search, as either may be close to
+    the size limit of a message.
     """
     by_gateway: defaultdict[str, list[TokenOutput]] = defaultdict(list)
     for output in outputs:

@@ -1,7 +1,7 @@
 """Warm-up steps, before a worker reports readiness.
 
 On a GPU the first step of each kind is slow: kernels are loaded or compiled, and libraries allocate
-memory. In a generation that would look like a dead worker. So each role runs its computations here
+memory. Other workers would take such a worker for dead. So each role first runs its computations
 without other workers; for attention, the experts return zeros. Kernels that are specialized by size
 or work division are compiled in all variants.
 """
@@ -30,9 +30,9 @@ from workers.requests.request import Request, SamplingParams
 from workers.requests.step_header import Grant, StepHeader
 
 MakeEngine = Callable[..., Engine]
-"""Creates an engine from its ``section`` and ``dispatcher``."""
+"""Creates an engine from an ``EngineSection`` and a dispatcher."""
 _NUM_TOKENS = 3
-"""Number of tokens of each sequence: after the prompt, two decode steps."""
+"""Number of tokens to generate for each sequence: after the prompt, two decode steps."""
 
 
 class ZeroDispatcher(LocalDispatcher):
@@ -42,10 +42,10 @@ class ZeroDispatcher(LocalDispatcher):
         super().__init__((), banks)
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
-        """Ignored: the zeros do not depend on placement."""
+        """Do nothing: the zeros do not depend on the placement."""
 
     def experts(self) -> None:
-        """None: native layers get no experts."""
+        """No experts, so that native layers do not compute any."""
 
     def _dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> LocalHandle:
         exchange, (num_rows, top_k) = bank.exchanges[sent.exchange], sent.topk_ids.shape
@@ -61,11 +61,11 @@ def warm_attention(
     make_engine: MakeEngine,
     dispatcher: TokenDispatcher,
 ) -> None:
-    """Run the largest prefill step, decodes of ``max_num_seqs`` sequences and of one, every
+    """Run the largest prefill step, decode steps of one and of ``max_num_seqs`` sequences, every
     captured step, and every variant of the attention kernels.
 
-    Only on a GPU. ``dispatcher`` is used if it needs no other worker. The engine's memory is freed
-    at the end, for the KV cache of the serving engine.
+    Does nothing without a GPU. If ``dispatcher`` needs other workers, experts return zeros instead.
+    At the end the memory is freed for the KV cache of the serving engine.
     """
     if args.device.type != "cuda":
         return
@@ -89,14 +89,14 @@ def warm_attention(
     if family.config.latent_rank is not None:  # long chunks use another attention variant
         _run(engine, [_request(0, max(1, min(section.max_num_batched_tokens, longest)))])
     runner = engine.runner
-    if isinstance(experts, ZeroDispatcher):  # else the serving engine captures before it serves
+    if isinstance(experts, ZeroDispatcher):  # else the serving engine captures its steps itself
         runner.capture_graphs()
     _warm_attention(engine, family, section.block_size_tokens)
     runner.graphs = None  # breaks a reference cycle with the engine
 
 
 def _warm_attention(engine: Engine, family: Family, block_size: int) -> None:
-    """Run every variant of the attention kernels, which do not read a latent cache."""
+    """Run every variant of the attention kernels; none if the KV cache is latent."""
     config, model = family.config, engine.runner.model
     if config.latent_rank is not None:
         return
@@ -106,7 +106,7 @@ def _warm_attention(engine: Engine, family: Family, block_size: int) -> None:
 
 
 def _request(number: int, length: int) -> Request:
-    """A request; every second one samples at random, so that both sampling paths run."""
+    """A request with random sampling if ``number`` is odd, else with greedy sampling."""
     params = SamplingParams(
         max_tokens=_NUM_TOKENS, temperature=float(number % 2), top_p=0.9, seed=number
     )
@@ -133,11 +133,10 @@ def _run(engine: Engine, requests: Sequence[Request]) -> None:
 
 
 def warm_experts(args: WorkerArgs, slots: ExpertSlots, sums_are_rounded: bool) -> None:
-    """Run every exchange of every bank with 1, 2, 4, .. rows, up to a worker's largest step. Only
-    on a GPU.
+    """Compute every exchange of every bank with 1, 2, 4, .. rows, up to a worker's largest step.
 
-    This covers each row-block height, as heights double, too. ``sums_are_rounded``: see
-    ``DataTransport``.
+    Does nothing without a GPU. The sizes cover each row-block height, as the heights double, too.
+    ``sums_are_rounded``: see ``DataTransport``.
     """
     if args.device.type != "cuda":
         return
@@ -149,7 +148,7 @@ def warm_experts(args: WorkerArgs, slots: ExpertSlots, sums_are_rounded: bool) -
 
 
 def _compute(bank: ExpertBank, rows: int, sums_dtype: torch.dtype) -> None:
-    """Compute the outputs of pairs, and their sums if the bank has them; all pairs use slot 0."""
+    """Compute the outputs of ``rows`` rows in slot 0, and their sums if the bank supports them."""
     top_k, device = bank.spec.top_k, bank.device
     ids = torch.zeros((rows, top_k), dtype=torch.int64, device=device)
     pairs = torch.arange(ids.numel(), device=device)

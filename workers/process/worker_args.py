@@ -19,7 +19,7 @@ from workers.model.cuda.device import gpu_facts
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerArgs:
-    """Configuration, identity, addresses and shares of one worker."""
+    """Configuration, identity, addresses and CPU threads of one worker."""
 
     config: ClusterConfig
     """The cluster's configuration, with device and shares resolved."""
@@ -34,7 +34,7 @@ class WorkerArgs:
     num_slots: int = 0
     """Expert slots per bank, if this worker holds experts."""
     holders: tuple[ExpertHolder, ...] = ()
-    """Serving workers that hold some of these experts; none at the start of a cluster."""
+    """Running workers that hold some of these experts; empty at the start of a cluster."""
 
     @classmethod
     def from_plain(
@@ -60,19 +60,19 @@ class WorkerArgs:
 
     @property
     def torch_reason(self) -> str:
-        """The reason for not using compiled kernels; empty if they may be used."""
+        """Why this worker must not use compiled kernels; empty if it may."""
         if self.config.workers.kernels == "torch":
             return "as configured"
         return "on CUDA" if self.config.workers.device == "cuda" else ""
 
     @property
     def device(self) -> torch.device:
-        """Device of this worker. Ray exposes only the worker's own GPU, which is the first."""
+        """Device of this worker: the first visible GPU, as Ray exposes only the worker's own."""
         return torch.device("cuda:0" if self.config.workers.device == "cuda" else "cpu")
 
     @property
     def device_facts(self) -> dict[str, Any]:
-        """For ``Register``: host and device; for a GPU also its type and bandwidth."""
+        """Facts for ``Register``: host and device; for a GPU also its type and bandwidth."""
         facts: dict[str, Any] = {"host": socket.gethostname(), "device": str(self.device)}
         if self.device.type == "cuda":
             facts["gpu"], facts["gpu_bandwidth_bytes_s"] = gpu_facts(self.device)

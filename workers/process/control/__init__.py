@@ -1,4 +1,4 @@
 """A worker's side of the control plane: control socket, lease, membership, epochs, reports.
 
-Imports ``workers.engine`` and the floors below; never Ray or gRPC.
+Imports ``workers.engine`` and the layers below it; never Ray or gRPC.
 """

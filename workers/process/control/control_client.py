@@ -4,8 +4,8 @@ The thread sends queued frames and heartbeats, answers status requests, and pass
 to ``on_frame``. If the connection breaks, the client logs it and reconnects. It then first sends
 the frames that a restarted controller needs: registration, readiness, report.
 
-The thread also checks the lease, so a worker cannot outlive it. If the thread fails, ``on_failed``
-ends the worker.
+The thread also checks the lease, so that the worker stops serving when the lease expires. If the
+thread fails, it calls ``on_failed``, which ends the worker.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ from workers.transport.socket_io import WakePipe, receive_bytes
 logger = logging.getLogger(__name__)
 
 CONTROLLER = "controller"
-"""Name of the peer in errors."""
+"""Name of the controller in ``PeerLostError``."""
 _PREFIX_BYTES = 4
 _CHUNK_BYTES = 1 << 16
 _RETRY_S = 0.1
 _REFUSED_S = 0.5
-_RETRY_LIMIT_S = 1.0  # short, so that the lease is checked in between
+_RETRY_LIMIT_S = 1.0  # short, so that the lease is checked between two attempts
 _FLUSH_S = 1.0
 _ALIVE = encode(Alive())
 
@@ -64,8 +64,8 @@ _ALIVE = encode(Alive())
 class ControlClient:
     """Connection of one worker to the controller. ``send`` may be called from any thread.
 
-    ``on_frame`` gets every frame except acknowledgements and status requests, on the client's
-    thread, and must return quickly, like ``heartbeat`` and ``status``, which are called there too.
+    ``on_frame`` gets every frame except acknowledgements and status requests. The client's thread
+    calls it, ``heartbeat`` and ``status``; all three must return quickly.
     """
 
     def __init__(
@@ -85,10 +85,9 @@ class ControlClient:
         on_failed: Callable[[str], None] = lambda reason: None,
         release: str = RELEASE,
     ) -> None:
-        """``address`` is ``host:port``. ``worker_report`` returns the worker's state for a new
-        connection, on the client's thread. ``on_failed`` gets the reason if that thread fails.
-
-        The client sets the ``token`` of the reply that ``status`` returns.
+        """``address`` is ``host:port``. The client's thread calls ``worker_report`` after each
+        reconnect and sends the frames that it returns. If that thread fails, ``on_failed`` gets the
+        reason. ``status`` returns a reply without ``token``; the client sets it.
         """
         self._address = address
         self._token = token
@@ -115,7 +114,7 @@ class ControlClient:
         self._first: socket.socket | None = None
 
     def start(self) -> None:
-        """Connect, prove the token, start the thread.
+        """Connect to the controller, prove the cluster token, and start the thread.
 
         Raises ``PeerLostError`` if the controller cannot be reached in time, ``HandshakeError`` if
         it has another token or release.
@@ -134,7 +133,7 @@ class ControlClient:
         return self._lease.contact_at
 
     def check_term(self, term: int, controller: str) -> None:
-        """Check the term of a controller's Ray call (any thread). Raises ``SupersededError``."""
+        """Raise ``SupersededError`` if a newer controller than the caller is known (any thread)."""
         self._guard.check(term, controller)
 
     def redirect(self, address: str) -> None:
@@ -147,7 +146,7 @@ class ControlClient:
         self._wakeup.ring()
 
     def send(self, frame: ControlFrame) -> None:
-        """Queue a frame. Registration and requests are sent again after a reconnect."""
+        """Queue a frame. The client repeats registration and requests after a reconnect."""
         with self._lock:
             if isinstance(frame, (Register, WorkerReady, WorkerFailed, DrainRequest)):
                 self._repeated_frames[type(frame)] = frame
@@ -246,14 +245,14 @@ class ControlClient:
                 return str(err) or type(err).__name__
 
     def _next_sign_of_life(self, now: float) -> bytes:
-        """The next heartbeat if it is due, else the shortest frame."""
+        """The next heartbeat if it is due, else a minimal frame that shows the worker is alive."""
         if now < self._heartbeat_at:
             return _ALIVE
         self._heartbeat_at = now + self._heartbeat_s
         return encode(replace(self._heartbeat(), number=self._lease.record_heartbeat(now)))
 
     def _receive(self, sock: socket.socket, incoming: bytearray) -> None:
-        """Read available bytes, handle complete frames. Raises ``ConnectionError`` at the end."""
+        """Read available bytes and handle complete frames. Raises ``ConnectionError`` at EOF."""
         with contextlib.suppress(BlockingIOError):
             data = sock.recv(_CHUNK_BYTES)
             if not data:
@@ -303,7 +302,7 @@ class ControlClient:
             self._queue.extend(encode(f) for f in greeting)
 
     def _connect(self, timeout_s: float) -> socket.socket:
-        """Connect and prove the token. Raises ``PeerLostError`` and ``HandshakeError``."""
+        """Connect and prove the cluster token. Raises ``PeerLostError`` and ``HandshakeError``."""
         with self._lock:
             address, self._is_redirected = self._address, False
         deadline = time.monotonic() + timeout_s
@@ -323,7 +322,7 @@ class ControlClient:
         return sock
 
     def _handshake(self, sock: socket.socket, address: str, deadline: float) -> None:
-        """The worker's side of the mutual proof, in which both sides exchange their releases."""
+        """Run the worker's side of the handshake: both sides prove the token and send a release."""
         proof = TokenProof(self._token, "control", is_caller=True)
         hello = ControlHello(worker=self._name, nonce=proof.nonce, release=self._release)
         sock.sendall(encode(hello))
@@ -351,7 +350,7 @@ def _raise_priority() -> None:
 
 
 def _close_after_peer(sock: socket.socket) -> None:
-    """Wait until the peer has read all: a close with unread input resets the connection."""
+    """Wait until the peer has closed. Closing with unread input would reset the connection."""
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_WR)
         sock.settimeout(_FLUSH_S)

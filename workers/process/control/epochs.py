@@ -20,17 +20,17 @@ class EpochPlacements:
         self._announced: dict[int, ExpertPlacement] = {}
 
     def start(self, placement: ExpertPlacement) -> None:
-        """Start a generation with a placement; earlier ones are dropped."""
+        """Start a generation with its first placement; drop the placements of earlier ones."""
         self.current = placement
         self._announced.clear()
 
     def add_announced(self, frame: NewEpoch) -> ExpertPlacement:
         """Record an announced placement, and return it.
 
-        Raises ``ProtocolError`` if it does not build on a known one.
+        Raises ``ProtocolError`` if the frame refers to a base epoch that this worker does not know.
         """
         known = {self.current.epoch: self.current, **self._announced}
-        base = known.get(frame.base_epoch)  # a header in transit may name it
+        base = known.get(frame.base_epoch)  # a step header in transit may refer to it
         if base is None:
             raise ProtocolError(
                 f"epoch {frame.epoch} follows {frame.base_epoch}, but {self.current.epoch} runs"
@@ -62,10 +62,10 @@ class EpochPlacements:
     def obstacle(
         self, device: int, orders: Iterable[SlotOrder], epoch: int, announced: int
     ) -> Obstacle | None:
-        """The reason not to write these slots by a command of a controller that believes ``epoch``
-        to be current, or None. ``announced`` is the newest epoch of a generation. Any thread.
+        """Return why a command of the controller must not write these slots, or None if it may.
 
-        A step may read the slots of the current epoch and of announced epochs up to ``epoch``.
+        ``epoch``: current epoch in the controller's view; a step may read the slots of every epoch
+        from this worker's current one up to it. ``announced``: newest known epoch. Any thread.
         """
         current, coming = self.current, dict(self._announced)
         if epoch < current.epoch:

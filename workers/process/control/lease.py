@@ -25,9 +25,9 @@ class Lease:
         last_commit: Callable[[], float] = float,
         on_expired: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        """``limit_s``, the longest time without controller and commit, is below twice the detection
-        limit. ``last_commit`` returns the time of the last committed step that others took part in.
-        ``on_expired`` is called once when the lease expires.
+        """The lease expires after ``limit_s`` without an acknowledgement and without a shared step.
+        The limit is less than twice the detection limit. ``last_commit`` returns the time of the
+        last committed step that other workers took part in. ``on_expired`` is called once.
         """
         self._limit_s = limit_s
         self._last_commit = last_commit
@@ -36,7 +36,7 @@ class Lease:
         self._number = 0
         self._is_expired = False
         self.contact_at = 0.0
-        """Time at which the newest acknowledged heartbeat was sent, or of the first connection."""
+        """Time at which the newest acknowledged heartbeat was sent; at first, the connect time."""
 
     def record_heartbeat(self, now: float) -> int:
         """Record a heartbeat that is sent now, and return its number."""
@@ -72,7 +72,7 @@ class TermGuard:
         self._lock = threading.Lock()
 
     def check(self, term: int, controller: str) -> None:
-        """Record a controller. Raises ``SupersededError`` if it is not the newest."""
+        """Record a controller. Raises ``SupersededError`` if a newer one is known."""
         with self._lock:
             if term < self.term:
                 raise SupersededError(f"a controller of the older term {term}, not {self.term}")

@@ -5,8 +5,8 @@
         ─▶ a peer is lost, the lease expires, or the next generation is announced
 
 The data thread makes these transitions. The control thread reports the state to a controller and
-raises the fence: the highest generation that the worker must not run. As the fence only grows, and
-a generation runs only above it, the two threads need no lock.
+raises the fence: the number of the newest generation that the worker must not run. The fence only
+grows, and a generation runs only if its number is above it, so the two threads need no lock.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 class MembershipState(Enum):
-    """State of a worker in its newest generation. The values are readable."""
+    """State of a worker in its newest generation. The values are texts for logs and status."""
 
     OUTSIDE = "outside"
     """No steps run: before the first generation, after a loss, or below the fence."""
@@ -77,11 +77,11 @@ class MembershipHooks:
     send: Callable[[ControlFrame], None]
     """Sends a frame to the controller."""
     enter: Callable[[Generation, ExpertPlacement], None]
-    """Applies the maps of a generation with open edges."""
+    """Applies the placement of a new generation, once all its connections are open."""
     lose_members: Callable[[Set[str]], None]
-    """Members of the last generation died, and the last step was abandoned."""
+    """Called with the members of the last generation that died; its last step was abandoned."""
     begin_steps: Callable[[], None]
-    """Called when a generation starts to run."""
+    """Called when the steps of a generation start."""
     slots: Callable[[], SlotContents] = tuple
     """Returns the contents of the expert slots; any thread."""
 
@@ -100,14 +100,14 @@ class Membership:
         self.state = MembershipState.OUTSIDE
         """Only the data thread writes it."""
         self.fence = -1
-        """Highest generation that must not run, because the lease expired in it. Only the control
-        thread writes it, and it never decreases."""
+        """Number of the newest generation that must not run, as the lease expired in it. Only the
+        control thread writes it, and it never decreases."""
         self._known_epoch = 0
         self._switch: SwitchEpoch | None = None
         self.last_commit = time.monotonic()
         """Monotonic time of the last committed step."""
         self.last_shared_commit = self.last_commit
-        """Time of the last commit known to be shared with others; it renews the lease."""
+        """Time of the last committed step that other workers took part in; it renews the lease."""
         self._name = name
         self._hooks = hooks
         self._reported_loss: PeerLost | None = None
@@ -116,7 +116,7 @@ class Membership:
     def set_data_plane(
         self, connections: PeerConnections, channel: StepChannel, transport: DataTransport
     ) -> None:
-        """Set the open data plane."""
+        """Set the connections, the step channel and the transport, which are open."""
         self._connections = connections
         self._channel = channel
         self._transport = transport
@@ -161,9 +161,9 @@ class Membership:
     def worker_report(self, memory: dict[str, Any]) -> list[ControlFrame]:
         """State of this worker, for a restarted controller.
 
-        A leader with a command to switch the epoch that it has not carried out does not count as
-        running, as the new controller does not know the command. ``memory`` is the snapshot that
-        the previous controller left.
+        A leader with a command to switch the epoch that it has not carried out yet reports that it
+        is not running: the new controller does not know of the command. ``memory``: the snapshot
+        of the previous controller.
         """
         command, loss = self.announced, self._reported_loss
         number = self.generation.number
@@ -192,7 +192,7 @@ class Membership:
     # ---- the loader's thread ------------------------------------------------------------------
 
     def obstacle(self, device: int, orders: Iterable[SlotOrder], epoch: int) -> Obstacle | None:
-        """The reason for which expert slots must not be written; see ``EpochPlacements``."""
+        """Return why expert slots must not be written, or None; see ``EpochPlacements``."""
         command = self.announced
         announced = command.placement.epoch if command is not None else 0
         return self.epochs.obstacle(device, orders, epoch, announced)
@@ -200,7 +200,7 @@ class Membership:
     # ---- the data thread --------------------------------------------------------------------
 
     def handle(self, frame: ControlFrame) -> None:
-        """Handle frames about generations and epochs; others are ignored."""
+        """Handle a frame about a generation or an epoch; ignore other frames."""
         match frame:
             case NewGeneration():
                 self._take_generation(frame)
@@ -214,7 +214,7 @@ class Membership:
     def follow_epoch(self, header: StepHeader, stall_s: float = 0.0) -> None:
         """Record the epoch of a step; the leader reports a new one to the controller.
 
-        ``stall_s`` is the time for which work has waited for this header.
+        ``stall_s``: seconds that pending work has waited for this step's header.
         """
         if self.epochs.switch_to(header.epoch) and self._channel.is_leader:
             self._hooks.send(
@@ -227,7 +227,7 @@ class Membership:
             )
 
     def record_commit(self, *, is_shared: bool) -> None:
-        """Record a committed step, or the start of steps. ``is_shared``: others took part."""
+        """Record a committed step, or the start of steps. ``is_shared``: others took part in it."""
         self.last_commit = time.monotonic()
         if is_shared:
             self.confirm_commit()
@@ -323,6 +323,6 @@ class Membership:
         self._hooks.send(ready)
 
     def _switch_epoch(self, frame: SwitchEpoch) -> None:
-        """Leader: put the epoch into the next header, sent when all ranks have proposed."""
+        """On the leader: put the epoch into the next header, sent once all ranks have proposed."""
         if frame.generation == self.generation.number and self.is_running:
             self._channel.set_epoch(frame.epoch, frame.oldest_epoch)

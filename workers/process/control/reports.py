@@ -23,20 +23,20 @@ class WorkerReports:
     membership: Membership
     activity: Activity
     stats: Callable[[], dict[str, float]]
-    """Gauges and counters by metric name without prefix."""
+    """Returns gauges and counters by metric name without prefix."""
     load: Callable[[], LoadReport | None]
-    """Expert load; None if this worker does not count it."""
+    """Returns the expert load, or None if this worker does not count it."""
     load_every_s: float
     """Minimum time between two heartbeats with a load report."""
     send: Callable[[ControlFrame], None]
     disks: DiskMonitor
     """Watches the disks of this host."""
     adapters_in_use: Callable[[], tuple[str, ...]] = tuple
-    """Keys of the adapters that requests use."""
+    """Returns the keys of the adapters that requests use."""
     waits_for: Callable[[], tuple[str, ...]] = tuple
-    """Names of the peers that the data thread waits for."""
+    """Returns the names of the peers that the data thread waits for."""
     problems: Callable[[], tuple[str, ...]] = tuple
-    """Readable problems of parts of this worker."""
+    """Returns texts about failed components of this worker, for status output."""
     _progress_sent_at: float = 0.0
     _load_sent_at: float = 0.0
     _rows_sent: int = 0
@@ -50,7 +50,7 @@ class WorkerReports:
             self.send(LoadProgress(loaded_bytes=loaded_bytes, total_bytes=total_bytes))
 
     def heartbeat(self) -> Heartbeat:
-        """State of the data thread, metrics, and the load report if it is due."""
+        """The next heartbeat: state of the data thread, metrics, and the load report if due."""
         membership, activity = self.membership, self.activity
         now = time.monotonic()
         due = now - self._load_sent_at >= self.load_every_s
@@ -77,7 +77,7 @@ class WorkerReports:
         return StatusReply(token=0, stats=self.stats(), expert_load=self.load())
 
     def _new_load(self) -> LoadReport | None:
-        """The load report if it has changed since the last one sent."""
+        """The load report, or None if it is unchanged since the last one sent."""
         self._load_sent_at = time.monotonic()
         report = self.load()
         if report is None or report.rows == self._rows_sent:

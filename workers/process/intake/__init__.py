@@ -1,4 +1,5 @@
-"""Requests before the engine runs them: waiting for a grammar, or for KV blocks of a peer or tier.
+"""Requests that the engine does not run yet: they wait for a grammar or for KV blocks.
 
-Imports ``workers.engine`` and the floors below; never Ray or gRPC.
+KV blocks come from a peer or a lower tier. "The engine's thread" is the worker's data thread.
+Imports ``workers.engine`` and the layers below it; never Ray or gRPC.
 """

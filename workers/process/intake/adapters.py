@@ -1,7 +1,7 @@
 """Loading of adapters: threads read them, the engine's thread builds them between steps.
 
-One is read at a time. A thread that hangs, for example on a dead file server, blocks the other
-adapters until a command drops its adapter. It never blocks the end of the process.
+Adapters are read one at a time. A read that hangs, for example on a dead file server, blocks the
+other adapters until a command drops its adapter, but does not keep the process from ending.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from workers.lora.adapters import PreparedAdapter
 logger = logging.getLogger(__name__)
 
 _BUILD_TIME_S = 0.02
-"""Time between two steps in which adapters are built."""
+"""Longest time that adapters are built between two steps of the engine."""
 _END = object()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _AdapterRead:
-    """An adapter that is being read, or will be."""
+    """An adapter that is being read or waits to be read."""
 
     adapter: AdapterRecord
     found: Future[PreparedAdapter] = field(default_factory=Future)
 
 
 class AdapterIntake:
-    """Carries out the controller's newest command. Methods are for the engine's thread.
+    """Loads and frees adapters as the controller's newest command states. Engine's thread only.
 
     Args:
         engine: holds the adapters.
@@ -56,7 +56,7 @@ class AdapterIntake:
         self._command: KeepAdapters | None = None
         self._number = -1
         self._reads: dict[str, _AdapterRead] = {}
-        """By key, in the order of the command."""
+        """Adapters to read and build by key, in the order of the command."""
         self._build: tuple[str, Iterator[None]] | None = None
         """Key and remaining build steps of the adapter that is being built."""
         self._names: Mapping[str, str] = {}
@@ -84,14 +84,14 @@ class AdapterIntake:
         for key in [key for key in self._reads if key not in adapters]:
             del self._reads[key]  # a running thread ends by itself
         self._digests = {k: digest for k, digest in self._digests.items() if k in adapters}
-        self._errors.clear()  # another try
+        self._errors.clear()  # failed adapters are read again
         for key, adapter in adapters.items():
             if key not in self._digests and key not in self._reads:
                 self._reads[key] = _AdapterRead(adapter)
         self._begin_next()
 
     def advance(self) -> AdaptersKept | None:
-        """Build read adapters for a short time; returns the reply once the command is complete."""
+        """Build adapters for a short time; returns the reply once the command is complete."""
         end = self._clock() + _BUILD_TIME_S
         while self._clock() < end and self._has_step():
             pass
@@ -104,9 +104,9 @@ class AdapterIntake:
         return AdaptersKept(number=number, digests=dict(self._digests), errors=dict(self._errors))
 
     def stats(self, waiting: Mapping[str, int]) -> dict[str, float]:
-        """Gauges by metric name without prefix, with 0 for an unused adapter.
+        """Gauges by metric name without prefix; an unused adapter has the value 0.
 
-        ``waiting``: choices by adapter key outside the engine. Any thread may call it.
+        ``waiting``: number of choices outside the engine by adapter key. Any thread may call it.
         """
         loaded = self._engine.adapters
         counts = self._num_sequences(waiting) if loaded.keys else {}

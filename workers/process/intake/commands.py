@@ -35,7 +35,7 @@ class PrefetchRequested:
 
 @dataclass(frozen=True, slots=True)
 class CopyRequested:
-    """A gateway wants this worker to keep copies of another worker's blocks."""
+    """A gateway asks this worker to copy KV blocks of another worker into its lower tiers."""
 
     gateway: str
     message: KeepCopy

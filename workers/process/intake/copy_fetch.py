@@ -1,4 +1,4 @@
-"""Fetches the blocks of one sequence from another worker into the lower tiers."""
+"""Fetches the KV blocks of one sequence from another worker into the lower tiers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BATCH_BLOCKS = 16
 
 @dataclass(slots=True)
 class CopyFetch:
-    """The fetch of one copy."""
+    """The fetch of one session copy: the blocks of one turn, as ``message`` lists them."""
 
     tiers: KvTiers
     cache: KVCache
@@ -35,25 +35,25 @@ class CopyFetch:
     num_bytes: int = 0
     """Number of bytes received."""
     _names: Sequence[BlockHash] = ()
-    """Useful blocks: all, or those up to a state."""
+    """The useful blocks: all blocks, or the blocks up to a known recurrent state."""
     _state: Tensor | None = None
-    """A received state after the last of these blocks."""
+    """The received recurrent state after the last of the useful blocks."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether host memory has all requested blocks and the state."""
+        """Whether host memory has all requested blocks and the recurrent state."""
         names, has = self.message.hashes, self.tiers.host.has
         is_state_here = not self.cache.states or has(state_key(names[-1]))
         return is_state_here and all(map(has, names))
 
     def mark_used(self) -> None:
-        """Mark the blocks as used by a turn, as all are in host memory."""
+        """Mark the blocks as recently used; host memory has all of them."""
         self.tiers.end(self.tiers.begin(self._turn_use(self.message.hashes)))
 
     def run(self, client: PeerClient) -> None:
-        """Fetch missing blocks, as far as the other worker has them and they fit.
+        """Fetch the missing blocks that the other worker has and that fit into the tiers.
 
-        Raises ``TransportError``, and errors of ``before_chunk``; received blocks are kept.
+        Raises ``TransportError``, and errors of ``before_chunk``; blocks received before it stay.
         """
         self._names = self.message.hashes
         if self.cache.states:
@@ -84,8 +84,8 @@ class CopyFetch:
         )
 
     def _states_of(self, names: Sequence[BlockHash]) -> list[BlockHash]:
-        """Blocks after which states are kept: the last one, and the last two with a known state, as
-        a next turn may diverge at the end of the prompt.
+        """Blocks after which states are kept: the last block, and the last two blocks with a known
+        state, as the next turn may diverge at the end of the prompt.
         """
         if not self.cache.states:
             return []
@@ -93,7 +93,7 @@ class CopyFetch:
         return [*known[-2:], names[-1]]
 
     def _receive_state(self, client: PeerClient) -> None:
-        """Fetch the last state that the other worker has after the known ones."""
+        """Fetch the other worker's last state, if it follows every state that is known here."""
         names, has = self._names, self.tiers.host.has
         num_known = next((n for n in range(len(names), 0, -1) if has(state_key(names[n - 1]))), 0)
         first = max(num_known, len(names) - MAX_ITEMS)
@@ -112,7 +112,7 @@ class CopyFetch:
         self.num_bytes += data.nbytes
 
     def _receive_blocks(self, client: PeerClient, turn: TierTurn) -> bool:
-        """Load the blocks that are not in host memory; False if some are still missing."""
+        """Load blocks into host memory from disk or the peer; False if some are still missing."""
         for first, end in self._missing():
             if self.tiers.has(self._names[first]):  # on disk
                 is_here = self._load_from_disk(turn, first)
@@ -127,7 +127,7 @@ class CopyFetch:
         return held is not None and self._put(turn, index, held.data)
 
     def _receive_batch(self, client: PeerClient, turn: TierTurn, first: int, end: int) -> bool:
-        """Fetch blocks ``first`` to ``end`` - 1; False if some were not sent or did not fit."""
+        """Fetch blocks ``first`` to ``end - 1``; False if some were not sent or did not fit."""
         buffer = torch.empty(self.cache.block_shape, dtype=self.cache.dtype)
         num_before = self.num_blocks
 
@@ -144,8 +144,8 @@ class CopyFetch:
         return self.tiers.put(turn, self._names[index], parent, data)
 
     def _missing(self) -> Iterator[tuple[int, int]]:
-        """Yield first and end of runs of blocks outside host memory: one block on disk, or a batch
-        of missing blocks.
+        """Yield (first, end) for blocks that host memory lacks: one block that is on disk, or a
+        batch of missing blocks.
         """
         has, host, names = self.tiers.has, self.tiers.host, self._names
         indices = [index for index, name in enumerate(names) if not host.has(name)]

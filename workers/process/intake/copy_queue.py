@@ -1,4 +1,4 @@
-"""Copies that a worker has to keep and has not started to fetch. Pure; single-threaded."""
+"""Queue of session copies that a worker has not started to fetch. Pure; single-threaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_TENANTS = 1024
 
 @dataclass(frozen=True, slots=True)
 class QueuedCopy:
-    """Blocks of a sequence, and the worker that has them."""
+    """A copy to fetch: the blocks of a sequence, and the worker that has them."""
 
     message: KeepCopy
     peer: PeerEndpoint
@@ -24,7 +24,7 @@ class QueuedCopy:
 
 @dataclass(slots=True)
 class CopyQueue:
-    """Tenants take turns, each with its oldest copy.
+    """Queue that serves tenants in turn, each with its oldest copy.
 
     A turn of a session includes the blocks of earlier turns. If a copy is a prefix of another one,
     only the longer one is queued.
@@ -36,7 +36,7 @@ class CopyQueue:
         return sum(map(len, self._tenants.values()))
 
     def put(self, copy: QueuedCopy) -> int:
-        """Add a copy; returns the number of copies that are skipped because the queue is full."""
+        """Add a copy; returns the number of copies dropped because the queue is full."""
         tenant, names = copy.message.tenant, copy.message.names
         waiting = self._tenants.get(tenant)
         if waiting is None:

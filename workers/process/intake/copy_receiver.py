@@ -1,10 +1,10 @@
-"""Copies of other workers' KV blocks, which this worker keeps in host memory for later turns.
+"""Keeps copies of other workers' KV blocks in host memory, for later turns of their sessions.
 
 A gateway names the blocks of a session's turn and the worker that computed them. A thread fetches
-the blocks that are not in host memory, at a limited rate, so that neither worker waits: the other
-worker pins a few blocks at a time between two steps, and keeps its own as the main copy
-(``is_spare``). Blocks that are not sent or do not fit are computed if the session continues on this
-worker.
+the blocks that are not in host memory, at a limited rate. Neither worker's steps wait: the other
+worker pins a few blocks at a time between two steps. Its blocks stay the main copy (``is_spare``).
+If the session continues on this worker, the engine computes the blocks that were not sent or did
+not fit.
 
 For a model with recurrent states, the last state of the sequence is fetched first, as it decides
 how many blocks are useful.
@@ -32,16 +32,16 @@ from workers.transport.peer_link import PeerClient, PeerEndpoint
 logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 15.0
-"""Time limit for data of the other worker, which replies between two steps."""
+"""Time limit for data from the other worker, which replies between two of its steps."""
 _STOP_S = 1.0
-"""Time limit for joining the thread; it ends at the latest after its wait for data."""
+"""Time limit for joining the thread, which ends at the latest when its wait for data ends."""
 OUTCOMES = ("whole", "part", "failed", "skipped")
-"""Outcomes of copies: all blocks are stored; the other worker lacks some, or they do not fit; it
-cannot be reached, or sent invalid data; too many copies were queued."""
+"""Outcomes of copies, in this order: all blocks are stored; some are missing at the other worker or
+do not fit; it is unreachable or sent invalid data; the queue was full."""
 
 
 class CopyReceiver:
-    """Keeps session copies. Any thread may call the methods; only ``close`` waits.
+    """Fetches and keeps session copies. Any thread may call the methods; only ``close`` waits.
 
     Args:
         tiers: store the blocks.

@@ -1,4 +1,4 @@
-"""Requests that wait while threads fill blocks for them, from a peer or from a lower tier."""
+"""Requests that wait while threads fill KV blocks for them from a peer or a lower tier."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from workers.requests.block_hash import BlockHash
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class FetchJob(Job):
-    """A job whose thread fills blocks."""
+    """A job whose thread fills KV blocks."""
 
     fetch: Fetch
     transfer: Future[None]
 
     @property
     def is_late(self) -> bool:
-        """Whether its deadline has passed before its thread ended."""
+        """Whether its deadline passed before its thread ended."""
         return self.deadline_s == math.inf
 
 
 class FetchJobs(WaitingRequests):
-    """Jobs by the prefix that they fill. All methods are for the engine's thread."""
+    """Finds the running job for a prefix, and removes ended jobs. Engine's thread only."""
 
     @property
     @abstractmethod
@@ -40,7 +40,7 @@ class FetchJobs(WaitingRequests):
         return next((job for job in self._running if job.fetch.lacks(first_missing)), None)
 
     def _wait_for(self, job: FetchJob | None, waiting: IntakeRequest) -> bool:
-        """Let a request wait for a job; False if there is none, or it is late."""
+        """Let a request wait for a job; False if ``job`` is None or late."""
         if job is None or job.is_late:
             return False
         job.waiting.append(waiting)
@@ -49,8 +49,8 @@ class FetchJobs(WaitingRequests):
     def _take_ended(self, store: KvTransferStore) -> tuple[list[FetchJob], list[IntakeRequest]]:
         """Remove and return ended jobs, and the requests whose wait is over, in order of jobs.
 
-        The blocks of an ended job can be found from then on. Requests do not wait for a late job,
-        and its blocks stay held until its thread ends. A late job without a thread is cancelled.
+        The pool can find the blocks of an ended job. Requests stop waiting at the job's deadline;
+        then the job is cancelled, or its blocks stay pinned until its running thread ends.
         """
         now, ended, requests = self._clock(), list[FetchJob](), list[IntakeRequest]()
         for job in tuple(self._running):

@@ -1,11 +1,11 @@
-"""Requests that wait for the compilation of their grammar, which the engine never does itself.
+"""Compiles the grammars of requests in threads, so that the engine's thread never waits.
 
-A few grammars are compiled at a time; llguidance releases the interpreter lock. A thread cannot be
-stopped: a compilation over its time limit keeps its thread, its requests are refused and the next
-grammar starts. llguidance bounds its own work, so the thread ends by itself.
+A few grammars are compiled at a time; llguidance releases the interpreter lock. If a compilation
+exceeds its time limit, its requests are refused and the next grammar starts. A thread cannot be
+stopped, but llguidance bounds its own work, so the late thread ends by itself.
 
-Grammars of resumed requests (attempt above 0) were compiled in time at another worker. They have no
-limit, as many are compiled at once after a move, while prompts are computed.
+A resumed request (attempt above 0) has no time limit: another worker has compiled its grammar in
+time, and after the requests of a worker have moved, many grammars are compiled at once.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ logger = logging.getLogger(__name__)
 COMPILE_LIMIT_S = 2.0
 """Time limit for the compilation of a grammar."""
 MAX_COMPILING = 2
-"""Maximum number of concurrent compilations, without those over their time limit."""
+"""Maximum number of concurrent compilations; late ones do not count."""
 _MAX_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledRequest:
-    """A request whose wait is over."""
+    """A request whose wait for its grammar is over."""
 
     waiting: IntakeRequest
     compiled: CompiledGrammar | None
-    """Its grammar; None after an error."""
+    """The compiled grammar; None after an error."""
     error: ExpertMeshError | None = None
 
 
@@ -48,20 +48,20 @@ class CompiledRequest:
 class _Job(Job):
     grammar: Grammar
     owner: str
-    """``cache_salt`` of its requests: no request waits for a grammar of another tenant."""
+    """``cache_salt`` of its requests. Requests of other tenants do not share the compilation."""
     compiling: Future[CompiledGrammar] | None = None
 
     @property
     def is_late(self) -> bool:
-        """Whether its deadline has passed; only resumed requests still wait for it."""
+        """Whether the deadline has passed, after which only resumed requests wait for it."""
         return self.compiling is not None and self.deadline_s == math.inf
 
 
 class GrammarCompilations(WaitingRequests):
-    """Compiles grammars in threads. All methods are for the engine's thread.
+    """Compiles grammars in threads. Call the methods on the engine's thread only.
 
     Args:
-        compile: compiles a grammar for an owner in another thread; raises ``RequestError``.
+        compile: compiles a grammar for a ``cache_salt``; in a thread; raises ``RequestError``.
         wake: called, on any thread, when there is something to take.
         clock: monotonic seconds.
     """

@@ -3,7 +3,7 @@
     RECEIVED ─▶ WAITS_FOR_KV ─▶ COMPILES_GRAMMAR ─▶ QUEUED ⇄ WAITS_FOR_KV
         └──────────────┴────────────────┴─────────▶ REFUSED
 
-A request waits for KV blocks before it is queued only if they are prefetched.
+Before it is queued, a request waits only for KV blocks that are being prefetched.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from workers.requests.request import Request
 
 
 class IntakeState(Enum):
-    """State of a request. The values are readable."""
+    """State of a request. The values are texts for logs and errors."""
 
     RECEIVED = "received"
     WAITS_FOR_KV = "waits for KV blocks"
@@ -64,10 +64,10 @@ class IntakeRequest:
     is_in_engine: bool = False
     """Whether the engine has the request already."""
     kv_deadline_s: float = math.inf
-    """Time on the clock at which the request stops waiting for KV blocks of any source; set at the
-    start of its first wait."""
+    """Time on the clock at which the request stops waiting for KV blocks, whatever their source.
+    Set at the start of its first wait."""
     has_joined: bool = False
-    """Whether it waits for blocks that a source loads for another request; set by the source."""
+    """Whether the request waits for a load started for another request. Set by the source."""
 
     @property
     def name(self) -> str:
@@ -79,6 +79,6 @@ class IntakeRequest:
         self.state = next_state(self.state, state, _NEXT)
 
     def close(self, choices: Iterable[int]) -> None:
-        """Mark these choices as closed, so that they do not run."""
+        """Mark these choices as closed, so that the engine does not run them."""
         closed = tuple(sorted({*self.request.closed_choices, *choices}))
         self.request = structs.replace(self.request, closed_choices=closed)

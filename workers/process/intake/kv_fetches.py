@@ -1,9 +1,9 @@
 """Requests that wait for KV blocks of their prompt from a peer, while the engine runs others.
 
-A few prefixes are fetched at a time, directly into blocks that are held for them. If a fetch fails
-or takes too long, the engine computes the missing blocks. Blocks of a request that still decodes on
-the peer can be fetched before it moves (``prefetch``). If the request arrives first, it waits for
-them.
+A few prefixes are fetched at a time, directly into blocks reserved for them. If a fetch fails or
+takes too long, the engine computes the missing blocks. Before a decoding request moves from the
+peer to this worker, its gateway can have its blocks fetched (``prefetch``). If the request arrives
+before the fetch ends, it waits for the fetch.
 """
 
 from __future__ import annotations
@@ -37,32 +37,32 @@ from workers.transport.peer_link import MAX_ITEMS, PeerClient, PeerEndpoint, vie
 logger = logging.getLogger(__name__)
 
 MAX_FETCHING = 4
-"""Maximum number of concurrent fetches; requests with other prefixes compute theirs."""
+"""Maximum number of concurrent fetches. Above it, requests compute their prefixes."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class _Prefetch(Job):
-    """Blocks that are fetched before their request arrives; once it arrives, it waits here."""
+    """A prefetch: blocks to fetch before their request arrives, and the request once it waits."""
 
     command: PrefetchRequested
     num_begun: int = 0
-    """Number of chains that were started or need no fetch."""
+    """Number of chains (one for each open choice) whose fetch has started or is not needed."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class _Job(FetchJob):
     ahead_of: _Prefetch | None = None
-    """The prefetch that it belongs to, if any."""
+    """The prefetch that started this job, or None."""
 
 
 class KvFetches(FetchJobs):
-    """Fetches KV blocks from peers. All methods are for the engine's thread.
+    """Fetches KV blocks from peers. Call the methods on the engine's thread only.
 
     Args:
         engine: owns the blocks.
         peers: returns the KV server of a worker by name; None for an unknown peer.
-        wake: called, on any thread, when there is something to take.
-        limit_s: longest wait; 0 disables fetches.
+        wake: called, on any thread, when ``take`` has a result.
+        limit_s: longest wait of a request in seconds; 0 disables fetches.
         clock: monotonic seconds.
     """
 
@@ -95,16 +95,16 @@ class KvFetches(FetchJobs):
         return self.cost.ratio(self._clock()) if self._limit_s else math.inf
 
     num_free_jobs = sys.maxsize
-    """See ``KvSource``; requests above the limit of fetches do not wait."""
+    """See ``KvSource``. Unlimited, as ``put`` does not wait above ``MAX_FETCHING``."""
 
     def limit_s(self, num_tokens: int) -> float:
         """Longest wait for the blocks of a prompt."""
         return self._limit_s
 
     def put(self, waiting: IntakeRequest) -> bool:
-        """Let a request wait for blocks; False if it need not wait.
+        """Start or join a fetch for a request; False if the request need not wait.
 
-        It replaces an older attempt that waits here.
+        The request replaces an older attempt of itself that waits here.
         """
         request = waiting.request
         super().drop(waiting.name)
@@ -140,24 +140,24 @@ class KvFetches(FetchJobs):
         return requests
 
     def prefetch(self, command: PrefetchRequested) -> None:
-        """Fetch the blocks of a request that will arrive; ``take_prefetched`` reports the end."""
+        """Fetch the blocks of a request that will arrive. ``take_prefetched`` reports the end."""
         self._prefetches.append(_Prefetch(command=command))
         self._continue_prefetches()
 
     def take_prefetched(self) -> list[tuple[str, Prefetched]]:
-        """Return (gateway, reply) pairs of completed prefetches, without requests that have
-        arrived.
+        """Remove and return completed prefetches whose requests have not arrived, as (gateway,
+        reply) pairs.
         """
         done, self._prefetched = self._prefetched, []
         return done
 
     def drop(self, name: str) -> None:
-        """Forget a request that waits here, and its prefetch."""
+        """Remove a request that waits here, and its prefetch."""
         super().drop(name)
         self._keep_prefetches(lambda asked: asked.request.request_id != name)
 
     def drop_gateway(self, gateway: str) -> None:
-        """Forget the requests of a gateway, and its prefetches."""
+        """Remove the requests and prefetches of a gateway."""
         super().drop_gateway(gateway)
         self._keep_prefetches(lambda asked: asked.gateway != gateway)
 
@@ -181,8 +181,8 @@ class KvFetches(FetchJobs):
         return any(p.command.request.request_id == request.request_id for p in self._prefetches)
 
     def _prefetch_of(self, request: Request) -> _Prefetch | None:
-        """The prefetch of an arriving request. Prefetches of older attempts and from lost workers
-        are dropped.
+        """The prefetch for an arriving request, or None. Drops prefetches for older attempts of it
+        and prefetches from lost workers.
         """
         current = None
         for prefetch in tuple(self._prefetches):
@@ -199,7 +199,7 @@ class KvFetches(FetchJobs):
         self._prefetches = [p for p in self._prefetches if p.waiting or is_wanted(p.command)]
 
     def _continue_prefetches(self) -> None:
-        """Start the next fetches of prefetches, the oldest first."""
+        """Start the next fetch of each prefetch, oldest first; complete prefetches without one."""
         for prefetch in tuple(self._prefetches):
             if any(job.ahead_of is prefetch for job in self._jobs):
                 continue
@@ -215,10 +215,10 @@ class KvFetches(FetchJobs):
                 self._prefetched.append((prefetch.command.gateway, answer))
 
     def _begin_next(self, prefetch: _Prefetch) -> bool:
-        """Start to fetch its next chain; False if no thread is free or no chain is missing.
+        """Fetch the prefetch's next chain; False if no thread is free or no chain needs a fetch.
 
-        The cost of the fetch does not matter here, as no request waits for it. A chain that does
-        not fit will be computed.
+        A prefetch ignores the cost, as no request waits for it yet. Chains that do not fit are
+        computed later.
         """
         chains, request = prefetch.command.chains, prefetch.command.request
         peer = self._peers(request.kv_peer) if self._limit_s else None

@@ -1,8 +1,8 @@
 """Requests that wait for KV blocks of their prompt from this worker's lower tiers.
 
-A few prefixes are restored at a time, directly into blocks that are held for them, as far as that
-is cheaper than computing them, as measured. Blocks that a tier cannot provide in time are fetched
-or computed.
+A few prefixes are restored at a time, directly into blocks reserved for them. The measured times
+decide how many blocks of a prefix are cheaper to restore than to compute. Blocks that no tier
+provides in time are fetched from a peer or computed.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ MAX_RESTORING = 4
 MAX_JOBS = 32
 """Maximum number of running and queued restores; other requests compute their prefixes."""
 MIN_LIMIT_S = 2.0
-"""Minimum time limit of a restore. Otherwise the limit is the time to compute the same tokens; it
-includes the wait for a thread."""
+"""Minimum time limit of a restore, including the wait for a thread. The limit is the time to
+compute the same tokens, if that is longer."""
 _GRACE_S = 0.5
-"""Time after its limit in which a restore's thread should end by itself."""
+"""Time after a restore's limit in which its thread should end by itself."""
 
 
 @dataclass(slots=True)
@@ -51,7 +51,7 @@ class _TierRead:
 
 
 class _TierReader:
-    """Reads items until a deadline, and measures each together with the write that follows."""
+    """Reads items until a deadline, and measures each read with the write that follows it."""
 
     def __init__(self, tiers: KvTiers, clock: Callable[[], float], end_s: float) -> None:
         self.by_tier: dict[str, _TierRead] = {}
@@ -62,7 +62,7 @@ class _TierReader:
         self._since_s = clock()
 
     def take(self, name: bytes) -> Tensor | None:
-        """Read an item; None if no tier has it, or the time is over."""
+        """Read an item; None if no tier has it, or the deadline has passed."""
         self._since_s = self._clock()
         held = self._tiers.read(name) if self._since_s < self._end_s else None
         if held is None:
@@ -79,13 +79,13 @@ class _TierReader:
 
 
 class KvRestores(FetchJobs):
-    """Restores KV blocks from lower tiers. All methods are for the engine's thread.
+    """Restores KV blocks from lower tiers. Call the methods on the engine's thread only.
 
     Args:
         engine: owns the blocks.
         tiers: hold the blocks that may be restored.
-        computing: measured speed of prefill and of fetches from peers.
-        wake: called, on any thread, when there is something to take.
+        computing: measured speeds of prefill and of fetches from peers.
+        wake: called, on any thread, when ``take`` has a result.
         clock: monotonic seconds.
     """
 
@@ -112,7 +112,7 @@ class KvRestores(FetchJobs):
         self._num_bytes: Counter[str] = Counter()
 
     def put(self, waiting: IntakeRequest) -> bool:
-        """Let a request wait for blocks; False if it need not wait."""
+        """Start or join a restore for a request; False if the request need not wait."""
         request, store = waiting.request, self._store
         hashes = store.usable(request, waiting.hashes)
         cached = self._engine.pool.find(hashes)
@@ -127,7 +127,7 @@ class KvRestores(FetchJobs):
         return self._wait_for(job, waiting)
 
     def limit_s(self, num_tokens: int) -> float:
-        """Longest useful wait for the blocks of ``num_tokens`` tokens: the time to compute them."""
+        """Longest wait for the blocks of ``num_tokens`` tokens: about the time to compute them."""
         return max(MIN_LIMIT_S, self._computing.compute_s(num_tokens) or 0.0) + _GRACE_S
 
     @property
@@ -161,9 +161,9 @@ class KvRestores(FetchJobs):
     def _best_end(
         self, hashes: Sequence[BlockHash], num_found: int, num_usable: int, has_peer: bool
     ) -> int:
-        """Number of blocks whose restore saves most time; ``num_usable`` if none does.
+        """Number of blocks of the prefix after a restore that saves most time.
 
-        If a peer has more than all local tiers and is cheaper, it is preferred.
+        ``num_usable`` if no restore saves time, or if a fetch from the peer is cheaper.
         """
         now_s, store, cost = self._clock(), self._store, self.cost
         names = self._tiers.names
@@ -181,7 +181,7 @@ class KvRestores(FetchJobs):
         return num_usable if is_dearer else end
 
     def _state_cost(self, name: BlockHash, now_s: float) -> float:
-        """Cost of the state after a block: 0 if the pool has it, infinite if no tier has it."""
+        """Cost of the recurrent state after a block: 0 if it is cached, infinite if in no tier."""
         states = self._store.states
         if states is None or states.num_known((name,)):
             return 0.0
@@ -189,7 +189,7 @@ class KvRestores(FetchJobs):
         return math.inf if tier is None else self.cost.tokens(tier, self._state_bytes, now_s)
 
     def _begin(self, hashes: Sequence[BlockHash], cached: Sequence[int]) -> FetchJob | None:
-        """Restore the missing part of a prefix; None if it does not fit, or a restore is late."""
+        """Restore the missing part of a prefix; None if it does not fit or any restore is late."""
         if len(self._jobs) >= MAX_JOBS or any(job.is_late for job in self._jobs):
             return None
         fetch = self._engine.begin_fetch(hashes, cached)
@@ -226,7 +226,7 @@ class KvRestores(FetchJobs):
         self._observe(reads)
 
     def _observe(self, reads: _TierReader) -> None:
-        """Record the measurements, on the thread that has read."""
+        """Record the measurements. Called on the thread that has read the items."""
         for tier, read in reads.by_tier.items():
             self._seconds[tier].observe(read.seconds)
             self._num_bytes[tier] += read.num_bytes

@@ -17,22 +17,22 @@ class KvSource(Protocol):
 
     @property
     def num_free_jobs(self) -> int:
-        """Number of further prefixes that it can load at the same time."""
+        """Number of prefixes that the source can load in addition to its current ones."""
 
     def limit_s(self, num_tokens: int) -> float:
-        """Longest useful wait for the blocks of a prompt."""
+        """Longest useful wait, in seconds, for the blocks of a prompt of ``num_tokens`` tokens."""
 
     def put(self, waiting: IntakeRequest) -> bool:
-        """Start to load blocks of a request; False if it has none that are worth it."""
+        """Start to load blocks of a request; False if it has none that are worth loading."""
 
     def take(self) -> list[IntakeRequest]:
-        """Requests for which nothing more is loaded, in the order in which their waits started."""
+        """Remove and return the requests whose loads have ended, in the order of their starts."""
 
     def drop(self, name: str) -> None:
-        """Forget a request that waits here."""
+        """Remove a request that waits here."""
 
     def drop_gateway(self, gateway: str) -> None:
-        """Forget the requests of a gateway."""
+        """Remove the requests of a gateway."""
 
     def wait_s(self, at_most_s: float) -> float:
-        """Seconds until ``take`` may return a late request, at most ``at_most_s``."""
+        """Seconds until the next deadline of a waiting request, at most ``at_most_s``."""

@@ -1,4 +1,4 @@
-"""The lower tiers of a worker, with the copies into them and the restores from them."""
+"""A worker's lower tiers (host memory, disk), the copies into them and the restores."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class LowerTiers:
     def of(
         cls, tiers: KvTiers, engine: Engine, computing: FetchCost, wake: Callable[[], None]
     ) -> LowerTiers:
-        """Start to fill the tiers; ``wake`` is called, on any thread, when there is work."""
+        """Start copies and restores. ``wake`` is called, on any thread, when there is work."""
         copies = engine.start_tier_copies(tiers, wake)
         return cls(tiers, copies, KvRestores(engine, tiers, computing, wake))
 
     def changes(self, changes: HashChanges, engine: Engine) -> HashChanges:
-        """Changes of the blocks in the pool and the tiers, for gateways."""
+        """Merge the pool's ``changes`` with the changes of the tiers, for gateways."""
         return held_changes(changes, engine.pool, self.tiers)
 
     def stats(self) -> dict[str, float]:
@@ -58,12 +58,12 @@ class LowerTiers:
         return {**self.tiers.stats(), **self.restores.stats()}
 
     def problems(self, worker: str) -> tuple[str, ...]:
-        """Readable problems of the tiers. Any thread may call it."""
+        """Texts about failures of the tiers, for status output. Any thread may call it."""
         problem = self.tiers.problem
         return (f"{worker} keeps no KV blocks on disk: {problem}",) if problem else ()
 
     def close(self) -> None:
-        """Stop copies and restores; the blocks on disk stay."""
+        """Stop copies and restores. The blocks on disk stay for the next process."""
         self.restores.close()
         self.copies.close()
         self.tiers.close()
@@ -79,10 +79,10 @@ def open_tiers(
 ) -> KvTiers | None:
     """Open the lower tiers of one attention worker; None if there are none.
 
-    The disk tier is used once ``KvTiers.use`` has set the identity of blocks. A disk that fails or
-    does not respond within ``OPEN_LIMIT_S`` does not keep the worker from serving. ``kept_share``:
-    fraction of a tier's blocks that requests may retain. ``model``: identity prefix of this
-    checkpoint. ``needed``: returns the ranks whose folders stay, None if not known yet. Raises
+    The disk tier is used once ``KvTiers.use`` has set the identity of blocks. If the disk fails or
+    does not respond within ``OPEN_LIMIT_S``, the worker serves without it. ``kept_share``: fraction
+    of a tier's blocks that requests may retain. ``model``: identity prefix of this checkpoint.
+    ``needed``: returns the ranks whose folders on disk must stay, or None if not known yet. Raises
     ``ConfigError`` for invalid sizes.
     """
     if not section.kv_host_bytes:
@@ -118,7 +118,7 @@ def open_tiers(
 
 
 def _check_memory(host_bytes: int) -> None:
-    """Raises ``ConfigError``."""
+    """Raise ``ConfigError`` if the machine has no more memory than ``host_bytes``."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     rule = f"must be less than the memory of the machine ({memory} bytes)"
     check(host_bytes < memory, "kv_host_bytes", host_bytes, rule)

@@ -28,16 +28,16 @@ from workers.sampling.grammar import CompiledGrammar
 from workers.sampling.grammar_compiler import GrammarCompiler
 
 _REASONS = {IntakeState.WAITS_FOR_KV: "kv", IntakeState.COMPILES_GRAMMAR: "grammar"}
-"""Reasons in metrics."""
+"""Reasons for a wait before the engine's queue, as label values of metrics."""
 
 
 class RequestOwners(Protocol):
-    """Tracks the gateway of each request in the engine, and sends replies to it."""
+    """Records the gateway of each request in the engine, and sends replies to the gateway."""
 
     owners: dict[str, str]
 
     def accept(self, gateway: str, request: Request) -> None:
-        """Record that the engine has a request."""
+        """Record that the engine has received this request."""
 
     def refuse(self, gateway: str, request: Request, err: ExpertMeshError) -> None:
         """End a request with an error."""
@@ -49,7 +49,7 @@ class RequestOwners(Protocol):
 class RequestIntake:
     """Decides what a request waits for, and when its wait ends.
 
-    All methods are for the engine's thread, unless they state otherwise.
+    Call the methods on the engine's thread, unless they state otherwise.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class RequestIntake:
         may_have_blocks: Callable[[], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``sources`` of KV blocks are tried in order; ``fetches``, one of them, also prefetches
-        blocks. ``may_have_blocks``: whether any source may have blocks.
+        """``sources``: sources of KV blocks, tried in this order. ``fetches``: the source among
+        them that also prefetches. ``may_have_blocks``: whether any source may have blocks.
         """
         self._engine = engine
         self._owners = owners
@@ -75,20 +75,20 @@ class RequestIntake:
         self._may_have_blocks = may_have_blocks
         self._clock = clock
         self._requests: dict[str, IntakeRequest] = {}
-        """Requests by id that are neither queued nor refused."""
+        """Requests by id that are received or wait; queued and refused requests are removed."""
         self._num_waiting: Counter[tuple[str, str]] = Counter()
-        """Number of choices that the engine does not have, by reason and adapter key. The counter
-        is replaced, never changed, as other threads may read it."""
+        """Number of choices that the engine does not have yet, by reason and adapter key. The
+        counter is replaced, never changed, as other threads may read it."""
 
     @property
     def _parts(self) -> tuple[GrammarCompilations | KvSource, ...]:
-        """All components that requests wait for."""
+        """All components in which requests wait."""
         return (self.compilations, *self._sources)
 
     # Before the engine has the request
 
     def receive(self, command: AddRequest) -> None:
-        """Receive a request of a gateway; it replaces an older attempt that waits here."""
+        """Receive a gateway's request, which replaces an older attempt that waits here."""
         request, name = command.request, command.request.request_id
         new = IntakeRequest(command.gateway, request, command.received, command.hashes)
         known = self._requests.get(name)
@@ -99,7 +99,7 @@ class RequestIntake:
             return
         is_expected = self._fetches.has_prefetch(request)
         for each in self._parts:
-            if not (is_expected and each is self._fetches):  # it replaces the older attempt itself
+            if not (is_expected and each is self._fetches):  # it drops the old attempt itself
                 each.drop(name)
         self._engine.end_kv_wait(name)  # the older attempt stays if the engine refuses this one
         self._requests[name] = new
@@ -144,7 +144,7 @@ class RequestIntake:
         for request, hashes in self._engine.take_admissible(at_most):
             name = request.request_id
             if name in self._requests:
-                continue  # a newer attempt
+                continue  # a newer attempt waits already
             queued = IntakeRequest(
                 *(self._owners.owners[name], request, self._clock(), hashes),
                 state=IntakeState.QUEUED,
@@ -154,7 +154,7 @@ class RequestIntake:
                 self._requests[name] = queued
 
     def _start_wait(self, waiting: IntakeRequest, sources: Sequence[KvSource]) -> bool:
-        """Let a request wait for the first source with blocks for it; False if there is none."""
+        """Let a request wait for the first source that has blocks for it; False if none has."""
         num_free, waiting.has_joined = self._engine.pool.num_free, False
         if not any(source.put(waiting) for source in sources):
             return False
@@ -168,7 +168,7 @@ class RequestIntake:
         return True
 
     def _end_wait(self, waiting: IntakeRequest, left: Sequence[KvSource]) -> None:
-        """End a wait for a source; the sources in ``left`` may have the remaining blocks."""
+        """End a wait for a source, and try the sources in ``left`` for the remaining blocks."""
         if not waiting.is_in_engine:
             self._prepare(waiting)
             return
@@ -181,7 +181,7 @@ class RequestIntake:
     # Events
 
     def advance(self) -> None:
-        """Advance the requests whose wait is over, and those that fit into the pool."""
+        """Advance the requests whose wait is over, and the queued ones that fit into the pool."""
         for index, source in enumerate(self._sources):
             for waiting in source.take():
                 # A job for another request may load only a part; the source may have the rest.

@@ -1,4 +1,4 @@
-"""Reports the stages of solo steps between the engine and the gateway of the request."""
+"""Passes stages of solo steps, and acknowledgements, between the engine and gateways."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from workers.requests.request import Queued, SoloStep
 class SoloStepReporter:
     """Sends stages to the gateway, and passes its acknowledgements to the engine.
 
-    All methods are for the engine's thread.
+    Call the methods on the engine's thread only.
     """
 
     engine: Engine
     publish: Callable[[str, SoloStep | Queued], None]
     """Sends a message to a gateway, by its name."""
     _gateway: str = ""
-    """Gateway of the last solo step; its request may have ended."""
+    """Gateway of the last solo step, kept even if its request has ended."""
 
     def report(self, owners: Mapping[str, str]) -> None:
-        """Send the engine's new stages. ``owners``: gateways by request."""
+        """Send the engine's new stages. ``owners``: gateway by request id."""
         for message in self.engine.requests.take_solo_steps():
             self._gateway = owners.get(message.request_id, self._gateway)
             self.publish(self._gateway, message)
@@ -34,6 +34,6 @@ class SoloStepReporter:
             self.engine.requests.isolation.acknowledge(solo_step)
 
     def drop_gateway(self, gateway: str) -> None:
-        """Handle a lost gateway: other requests run without its acknowledgement."""
+        """Handle a lost gateway: the engine runs other requests without its acknowledgement."""
         if gateway == self._gateway:
             self.engine.requests.isolation.drop_solo_step()

@@ -1,4 +1,4 @@
-"""Requests that wait for work in other threads: a compilation, or the transfer of blocks."""
+"""Requests that wait for a job in another thread: a compilation or a transfer of blocks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Job:
 
 
 class WaitingRequests(ABC):
-    """Requests by the job they wait for. Methods are for the engine's thread.
+    """Keeps each request with the job that it waits for. Engine's thread only.
 
     Args:
         wake: called, on any thread, when a job has ended.
@@ -55,15 +55,15 @@ class WaitingRequests(ABC):
         return min(at_most_s, max(0.0, deadline_s - self._clock()))
 
     def drop(self, name: str) -> None:
-        """Forget a request that waits here."""
+        """Remove a request that waits here."""
         self._keep(lambda waiting: waiting.name != name)
 
     def drop_gateway(self, gateway: str) -> None:
-        """Forget the requests of a gateway."""
+        """Remove the requests of a gateway."""
         self._keep(lambda waiting: waiting.gateway != gateway)
 
     def close(self) -> None:
-        """Start no further job; running jobs end by themselves."""
+        """Start no further jobs; running jobs end by themselves."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _start(self, work: Callable[[], Result]) -> Future[Result]:

@@ -1,4 +1,4 @@
-"""The roles of a worker: attention serves requests, experts compute rows. A worker has one or both.
+"""The roles of a worker: attention (serves requests), experts (computes rows), or both.
 
 Imports all of ``workers`` except ``workers.process.worker.worker``.
 """

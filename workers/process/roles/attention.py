@@ -36,7 +36,7 @@ from workers.sampling.grammar_compiler import GrammarCompiler
 
 
 class AttentionRole:
-    """Serves requests: interleaves gateway commands, waiting requests, steps and outputs."""
+    """Serves requests: alternates between gateway commands, waiting requests and steps."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class AttentionRole:
         listeners.set_capacity(engine, keeps_copies=self.copy_receiver is not None)
 
     def enter(self, generation: Generation, placement: ExpertPlacement) -> None:
-        """Apply the maps of a generation with open edges."""
+        """Apply the placement of a new generation, once all its connections are open."""
         context = self._context
         context.model.exactness.apply_agreement(generation.agreement)
         self._dispatcher.set_placement(placement, generation)
@@ -95,13 +95,13 @@ class AttentionRole:
             self.tiers.tiers.use(kv_identity(context.me, context.config, generation, *how))
 
     def begin_steps(self, generation: int) -> None:
-        """Accept gateways, as this generation runs."""
+        """Accept the streams of gateways: the steps of this generation start."""
         self.engine.requests.isolation.begin_generation()
         self._steps.begin()
         self._stream.admit_streams(generation)
 
     def between_steps(self) -> None:
-        """Handle the gateways' commands, and send outputs that need no step."""
+        """Handle the gateways' commands, and send messages that need no step."""
         self._kv_provider.serve_requests()
         for command in self.inbox.take():
             self._handle(command)
@@ -118,7 +118,7 @@ class AttentionRole:
             self._stream.release()
 
     def run_step(self) -> None:
-        """Wait for a step and run it, or return after a wake-up."""
+        """Wait for a step and run it; return without one if the thread is woken."""
         self._steps.run(self._end_step)
 
     def _end_step(self, outputs: list[TokenOutput]) -> None:
@@ -150,7 +150,7 @@ class AttentionRole:
         elif isinstance(message, SoloStep):
             self.outputs.solo_steps.acknowledge(gateway, message)
         elif self.outputs.owners.get(message.request_id) != gateway:
-            return  # the engine does not have it
+            return  # the engine does not have the request
         elif message.is_cancelled:
             self.engine.requests.resume(message.request_id)
         else:

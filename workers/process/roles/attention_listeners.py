@@ -1,4 +1,4 @@
-"""The listeners of an attention worker."""
+"""The servers of an attention worker: engine stream and KV server."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from workers.requests.wire import EngineHello
 
 
 class AttentionListeners:
-    """Opens the engine stream and the KV server before the weights are loaded, and describes the
-    worker to gateways.
+    """Opens the engine stream and the KV server before the weights are loaded, and provides the
+    worker's ``EngineHello`` for gateways.
     """
 
     def __init__(self, context: WorkerContext) -> None:
@@ -38,10 +38,10 @@ class AttentionListeners:
         self._address = self.stream.start()
         context.cleanup.callback(self.stream.stop)
         self.kv_server = context.open_peer_server("kv-blocks", HASH_BYTES)
-        """Sends KV blocks to other workers, once it is started."""
+        """Server from which other workers fetch KV blocks; started after the weights are loaded."""
 
     def with_addresses(self, member: Member) -> Member:
-        """The member with the addresses of these listeners."""
+        """Copy of ``member`` with the addresses of these servers."""
         return replace(member, engine_address=self._address, kv_address=self.kv_server.address)
 
     def hello(self) -> EngineHello:
@@ -59,7 +59,7 @@ class AttentionListeners:
 
 
 def _hello_of(context: WorkerContext) -> EngineHello:
-    """The hello before the engine exists."""
+    """The hello while the engine does not exist yet, without its capacity."""
     config, section = context.family.config, context.config.engine
     return EngineHello(
         worker=context.member.name,

@@ -19,9 +19,9 @@ from workers.scheduling.step_plan import RowsWanted
 from workers.transport.path_watch import LOOK_S
 
 _MEASURED_ROWS = 32
-"""Number of prompt rows from which the time of a step measures the prefill speed."""
+"""Minimum number of prompt rows for which the time of a step measures the prefill speed."""
 _COMMIT_SHARE = 0.25
-"""Fraction of the lease after which an idle leader without a controller runs an empty step."""
+"""Fraction of the lease without contact after which an idle leader runs an empty step."""
 
 
 class EngineSteps:
@@ -36,8 +36,8 @@ class EngineSteps:
         wait_s: Callable[[float], float],
         cost: Callable[[], FetchCost],
     ) -> None:
-        """``wait_s`` limits a wait for a step to the time of the next work between steps; ``cost``
-        learns the prefill speed.
+        """``wait_s`` shortens a wait for a step, so that it ends when other work is due. ``cost``
+        returns the object that learns the prefill speed.
         """
         self._context = context
         self._engine = engine
@@ -47,16 +47,16 @@ class EngineSteps:
         self._cost = cost
         self._watchdog = StepWatchdog(context.config.transport.detection_limit_s)
         self._has_more = False
-        """Whether work was left after the last step."""
+        """Whether the engine still had work after the last step."""
 
     def begin(self) -> None:
-        """Reset at the start of a generation, in which no step was wanted yet."""
+        """Reset the watchdog at the start of a generation."""
         self._watchdog.begin()
 
     def run(self, emit: Callable[[list[TokenOutput]], None]) -> None:
-        """Wait for a step and run it, or return after a wake-up.
+        """Wait for a step and run it; return without one if the thread is woken.
 
-        Its outputs go to ``emit``, and are sent while the next step computes, if one follows.
+        ``emit`` gets the outputs. They are sent while the next step computes, if one follows.
         Raises ``TransportError``.
         """
         try:
@@ -104,7 +104,7 @@ class EngineSteps:
         return outputs
 
     def _check_overdue(self, rows: RowsWanted) -> None:
-        """Raise ``PeerLostError`` if rows are wanted but no step has started for too long."""
+        """Raise ``PeerLostError`` if this rank has rows but no step has started for too long."""
         channel = self._context.channel
         waited_s = self._watchdog.overdue_s(
             wants=rows.decode_rows + rows.prefill_rows > 0,
@@ -120,9 +120,9 @@ class EngineSteps:
         raise PeerLostError(missing[0], reason, is_late=True)
 
     def _idle_s(self) -> float:
-        """Longest wait for a header.
+        """Longest wait for a header, in seconds.
 
-        After an empty step it is short: a leader must check whether all ranks received its header.
+        It is short after an empty step: the leader must check whether all ranks got its header.
         """
         membership = self._context.membership
         if membership.last_shared_commit < membership.last_commit:
@@ -130,6 +130,6 @@ class EngineSteps:
         return min(IDLE_WAIT_S, self._context.config.transport.lease_s * _COMMIT_SHARE)
 
     def _needs_commit(self) -> bool:
-        """Whether the controller is silent, so that an empty step must renew all leases."""
+        """Whether an empty step must renew all leases, because the controller is silent."""
         known = max(self._context.contact_at(), self._context.membership.last_commit)
         return time.monotonic() - known > self._context.config.transport.lease_s * _COMMIT_SHARE

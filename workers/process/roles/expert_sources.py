@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class ExpertSources:
-    """Chooses the source of each expert, and counts the bytes by kind of source."""
+    """Opens the sources of expert weights, and counts the bytes read by kind of source."""
 
     def __init__(self, context: WorkerContext, slots: ExpertSlots) -> None:
         self._args = context.args
@@ -31,15 +31,15 @@ class ExpertSources:
         self._checkpoint = context.model.checkpoint
         self._slots = slots
         self.read_bytes = Counter({CHECKPOINT: 0, PEER: 0})
-        """Bytes by kind of source."""
+        """Bytes read by kind of source."""
         self.by_kind: Mapping[str, OpenSource] = {
             CHECKPOINT: self._open_checkpoint,
             PEER: self._open_peer,
         }
-        """Sources of experts that are loaded later."""
+        """Functions that open the source of experts that the controller commands to load later."""
 
     def load(self, placement: ExpertPlacement) -> None:
-        """Load the first experts, from other workers if these are faster than the disk."""
+        """Load the first experts, each from the faster source: checkpoint or other workers."""
         counted = self._count_bytes(CHECKPOINT)
         own = self._slots.checkpoint_source(self._checkpoint, counted, is_idle=True)
         device, source = self._args.member.device, self._first_source(own)
@@ -66,7 +66,7 @@ class ExpertSources:
     def _count_bytes(
         self, kind: str, take: Callable[[int], None] = lambda num_bytes: None
     ) -> Callable[[int], None]:
-        """Wrap ``take`` to count its bytes."""
+        """Return a function that counts bytes of this kind, then calls ``take``."""
 
         def counted(num_bytes: int) -> None:
             self.read_bytes[kind] += num_bytes
@@ -75,7 +75,7 @@ class ExpertSources:
         return counted
 
     def _rate(self, source: Mapping[str, Any]) -> RateLimit:
-        """The limit from a command's ``bytes_per_s`` and ``limit_s``; both may be missing."""
+        """Rate limit from a command's optional ``bytes_per_s`` and ``limit_s``."""
         bytes_per_s, limit_s = source.get("bytes_per_s"), source.get("limit_s")
         return RateLimit(
             float(bytes_per_s) if bytes_per_s else None,

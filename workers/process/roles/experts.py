@@ -1,4 +1,4 @@
-"""The experts role: expert slots, the server of their rows, the loader of further experts."""
+"""The experts role: expert slots, the server that computes rows with them, and the loader."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from workers.transport.transport import DataTransport
 logger = logging.getLogger(__name__)
 
 BanksOf = Callable[[ExpertSlots], Sequence[SlotBank]]
-"""Creates the banks that compute steps from a worker's slots; by default, the slots themselves."""
+"""Creates the banks that compute steps with a worker's slots; the default is ``slots.banks``."""
 
 
 class ExpertRole:
-    """Loads experts into this worker's slots, as the controller commands, and serves them.
+    """Loads experts into this worker's slots, and computes rows of attention workers with them.
 
-    In a worker without attention it also runs the steps.
+    On a worker without attention, this role also runs the steps.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class ExpertRole:
         weights: PeerServer,
         banks_of: BanksOf | None = None,
     ) -> None:
-        """Fill the slots by the first placement, and send their experts to other workers through
+        """Fill the slots as in the first placement; other workers can then fetch the experts from
         ``weights``. Raises ``CheckpointError``.
         """
         args, family = context.args, context.family
@@ -88,8 +88,8 @@ class ExpertRole:
     def handle_command(self, command: LoadExperts) -> None:
         """Load experts in the background. Control thread.
 
-        Commands with a ``limit_s`` are migrations. A command of kind ``give up``, or
-        ``cancel_migrations``, cancels unfinished ones.
+        A command with a ``limit_s`` is a migration. Unfinished migrations are cancelled by a
+        command of kind ``give up`` and by ``cancel_migrations``.
         """
         if command.source.get("kind") == GIVE_UP:
             self.cancel_migrations()
@@ -102,17 +102,17 @@ class ExpertRole:
         given_up.set()
 
     def keep_only(self, placement: ExpertPlacement) -> None:
-        """Free the slots that are unused in ``placement``, which runs now. Control thread."""
+        """Free the slots that ``placement``, the current one, does not use. Control thread."""
         device = self._context.args.member.device
         self._loader.keep_only([bank.physical_to_logical[device] for bank in placement.banks])
 
     def enter(self, generation: Generation, placement: ExpertPlacement) -> None:
-        """Apply the maps of a generation with open edges."""
+        """Apply the placement of a new generation, once all its connections are open."""
         self._context.model.exactness.apply_agreement(generation.agreement)
         self.server.set_placement(placement, generation)
 
     def run_step(self) -> None:
-        """Wait for a step and serve its rows, or return after a wake-up."""
+        """Wait for a step and serve its rows; return without one if the thread is woken."""
         activity, membership = self._context.activity, self._context.membership
         activity.is_idle = True
         header = self._context.channel.wait(IDLE_WAIT_S)
@@ -130,7 +130,7 @@ class ExpertRole:
         self._num_steps += 1
 
     def facts(self) -> dict[str, float]:
-        """For ``WorkerReady``: slots, bytes of an expert of the largest bank, speed if measured."""
+        """Facts for ``WorkerReady``: number of slots, bytes of the largest expert, speed."""
         sizes = (b.spec.num_bytes(b.dtype.itemsize) for b in self.slots.banks)
         facts: dict[str, float] = {
             "num_slots": self._context.args.num_slots,
@@ -141,7 +141,7 @@ class ExpertRole:
         return facts
 
     def _speed(self) -> float:
-        """Slots per second of the first bank; the device is otherwise idle at this time."""
+        """Measure how many slots of the first bank the idle device computes per second."""
         bank, filled = self.slots.banks[0], sorted(self.slots.contents(0))
         if not filled:
             bank, filled = blank_bank(bank), [0]

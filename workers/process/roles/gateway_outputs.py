@@ -16,23 +16,23 @@ from workers.requests.sequence import Failure, failed_output
 from workers.requests.wire import KvPressure, Paused, Prefetched
 
 _PRESSURE_INTERVAL_S = 0.1
-"""Minimum time between two requests to move a request."""
+"""Minimum time between two messages that ask a gateway to move a request."""
 
 
 class GatewayOutputs:
-    """Sends each message to its gateway, by the owner of each request of the engine.
+    """Records which gateway owns each request in the engine, and sends it the request's messages.
 
-    All methods are for the engine's thread.
+    Call the methods on the engine's thread only.
     """
 
     def __init__(self, engine: Engine, stream: EngineServer) -> None:
         self._engine = engine
         self._stream = stream
         self.owners: dict[str, str] = {}
-        """Gateways by request id, for the requests in the engine."""
+        """Owning gateway by request id, for the requests in the engine."""
         self.solo_steps = SoloStepReporter(engine, stream.publish)
         self._pressure_reported_at = 0.0
-        """Monotonic time at which it last asked to move a request."""
+        """Monotonic time of the last message that asked a gateway to move a request."""
 
     def accept(self, gateway: str, request: Request) -> None:
         """Record that the engine has a request."""
@@ -59,22 +59,22 @@ class GatewayOutputs:
                 self.forget_ended(output.request_id)
 
     def publish_prefetched(self, answers: Iterable[tuple[str, Prefetched]]) -> None:
-        """Tell gateways that the blocks of their requests have been prefetched."""
+        """Report completed prefetches to the gateways that requested them."""
         for gateway, answer in answers:
             self._stream.publish(gateway, answer)
 
     def publish_kv(self, changes: HashChanges, fetch_cost: float) -> None:
-        """Tell all gateways the cached blocks and the cost of fetching."""
+        """Send changes of cached blocks, and the cost of a fetch, to all gateways."""
         self._stream.publish_kv(changes, fetch_cost, self._engine.pool.num_free)
 
     def report_paused(self) -> None:
-        """Tell gateways which requests are paused, after their last outputs."""
+        """Report paused requests to their gateways, after the last outputs of the requests."""
         for request_id in self._engine.requests.take_paused():
             self._stream.publish(self.owners[request_id], Paused(request_id=request_id))
             self._stream.release()
 
     def report_kv_pressure(self) -> None:
-        """Ask a gateway to move a request before it must be preempted."""
+        """Ask a gateway to move a request to another worker before it must be preempted here."""
         request, now = self._engine.preemption_candidate(), time.monotonic()
         if request is None or now < self._pressure_reported_at + _PRESSURE_INTERVAL_S:
             return

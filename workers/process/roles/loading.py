@@ -40,8 +40,8 @@ def load_attention(
     weights: PeerServer | None = None,
     banks_of: BanksOf | None = None,
 ) -> dict[str, Any]:
-    """Load an attention worker; with ``weights`` a colocated one, whose steps also serve its expert
-    slots. Returns the facts for ``WorkerReady``.
+    """Load an attention worker, or with ``weights`` a colocated worker, whose steps also compute
+    its expert slots. Returns the facts for ``WorkerReady``.
     """
     model, timer, facts = _load_model(context), context.new_timer(), dict[str, Any]()
     dispatcher: TokenDispatcher

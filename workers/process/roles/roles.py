@@ -11,10 +11,10 @@ from workers.process.roles.experts import ExpertRole
 
 
 class Roles:
-    """Passes each event of a worker to the role that it concerns, once its weights are loaded.
+    """Passes each event of a worker to the roles that are loaded.
 
-    If a worker has both roles, attention runs the steps, and its dispatcher serves the rows of
-    others in them.
+    If a worker has both roles, the attention role runs the steps, and its dispatcher computes
+    the rows of other workers in them.
     """
 
     def __init__(self) -> None:
@@ -24,12 +24,12 @@ class Roles:
     # Data thread
 
     def enter(self, generation: Generation, placement: ExpertPlacement) -> None:
-        """Apply the maps of a generation with open edges."""
+        """Apply the placement of a new generation, once all its connections are open."""
         if (leading := self.attention or self.experts) is not None:
             leading.enter(generation, placement)
 
     def begin_steps(self, generation: int) -> None:
-        """Accept clients, as this generation runs."""
+        """Accept the streams of gateways: the steps of this generation start."""
         if self.attention is not None:
             self.attention.begin_steps(generation)
 
@@ -44,19 +44,19 @@ class Roles:
             self.attention.adapters.handle_command(command)
 
     def between_steps(self) -> None:
-        """Work at the start of every iteration, in a generation or not."""
+        """Do the work that needs no step. Called in every iteration, also outside a generation."""
         if self.attention is not None:
             self.attention.between_steps()
 
     def run_step(self) -> None:
-        """Wait for a step and run it, or return after a wake-up."""
+        """Wait for a step and run it; return without one if the thread is woken."""
         if (leading := self.attention or self.experts) is not None:
             leading.run_step()
 
     # Control thread
 
     def slots(self) -> SlotContents:
-        """Contents of the expert slots; empty without slots, or while they are filled."""
+        """Contents of the expert slots; empty without slots and while weights are loaded."""
         return () if self.experts is None else self.experts.slots.rows()
 
     def stats(self) -> dict[str, float]:
@@ -75,6 +75,6 @@ class Roles:
         return () if self.attention is None else self.attention.adapters_in_use()
 
     def problems(self, worker: str) -> tuple[str, ...]:
-        """Readable problems of parts of this worker."""
+        """Texts about failed components of this worker, for status output."""
         tiers = None if self.attention is None else self.attention.tiers
         return () if tiers is None else tiers.problems(worker)

@@ -1,10 +1,10 @@
-"""The Ray actors of the three roles. Each one hosts a worker and ends with its process.
+"""The Ray actors of the three kinds of workers. An actor and its worker share one process.
 
 On SIGTERM, which the processes of a node receive when the node shuts down, the actor asks the
 controller to drain the worker.
 
-Workers are imported in their own process: an actor class is pickled as a reference to its module,
-and the launcher and the controller, which import this module, must not import torch.
+The actor imports the worker's modules only when it runs, as the launcher and the controller import
+this module (Ray pickles an actor class as a reference to its module) and must not import torch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EXIT_CODE = 1
 
 
 class WorkerActor:
-    """Ray methods to start, find and end a worker; all other communication uses sockets."""
+    """Ray methods to start, describe and stop a worker. All other communication uses sockets."""
 
     def __init__(
         self,
@@ -55,13 +55,13 @@ class WorkerActor:
         signal.signal(signal.SIGTERM, self._on_sigterm)  # Ray's own handler ends the process
 
     def _make_worker(self, args: WorkerArgs, on_death: OnDeath) -> Worker:
-        """Import and build the worker."""
+        """Import the worker's modules and create the worker."""
         from workers.process.worker.worker import Worker
 
         return Worker(args, on_death)
 
     def start(self) -> None:
-        """Start to load and to serve; returns at once."""
+        """Start the worker's data thread, which loads weights and then serves. Does not wait."""
         self._worker.start()
 
     def ping(self) -> str:
@@ -91,7 +91,7 @@ class WorkerActor:
         self._worker.stop()
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        """Ask for a drain; if nothing can be drained, or at the second signal, end at once."""
+        """Ask for a drain. If that is not possible, or on a second signal, end the process."""
         threading.Thread(target=self._leave, daemon=True).start()  # no lock in a handler
 
     def _leave(self) -> None:
@@ -102,7 +102,7 @@ class WorkerActor:
 
 
 class AttentionWorker(WorkerActor):
-    """Serves requests: embeddings, attention, KV cache, router, sampling."""
+    """Serves requests: embeddings, attention, KV cache, expert routing, sampling."""
 
 
 class ExpertWorker(WorkerActor):
@@ -110,7 +110,7 @@ class ExpertWorker(WorkerActor):
 
 
 class ColocatedWorker(WorkerActor):
-    """Serves requests, and computes its expert slots for all ranks."""
+    """Serves requests, and computes rows of all attention ranks with its expert slots."""
 
 
 ACTOR_CLASSES: Final[Mapping[Role, type[WorkerActor]]] = {
@@ -122,7 +122,7 @@ ACTOR_CLASSES: Final[Mapping[Role, type[WorkerActor]]] = {
 
 
 def _with_node_labels(member: Mapping[str, Any], host: str) -> dict[str, Any]:
-    """A member with the labels of its node, if they were unknown when it was created."""
+    """Add the labels of this node to a member that was created without them."""
     if member.get("node"):
         return dict(member)
     labels: Any = ray.get_runtime_context().get_node_labels()
@@ -132,6 +132,6 @@ def _with_node_labels(member: Mapping[str, Any], host: str) -> dict[str, Any]:
 
 
 def _die(reason: str) -> None:
-    """End the process, so that peers and Ray notice at once that this worker has ended."""
+    """End the process, so that peers and Ray notice the failure at once."""
     logger.error("worker ends: %s", reason)
     os._exit(EXIT_CODE)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class ControlSide:
-    """Decides how long a worker may serve, and passes it the controller's commands.
+    """Connects a worker to its controller: decides whether it may serve, and passes on commands.
 
     Any thread may call the methods, unless they state otherwise.
     """
@@ -48,9 +48,9 @@ class ControlSide:
         self._roles = roles
         self._interrupts = interrupts
         self.has_connected = False
-        """Whether the worker has reached a controller."""
+        """Whether the worker has connected to a controller at least once."""
         self.on_fenced: Callable[[int], None] = lambda fence: None
-        """Called with the highest generation that may no longer serve. Control thread."""
+        """Called with the number of the newest generation that must not serve. Control thread."""
         self.membership = Membership(
             name,
             MembershipHooks(
@@ -121,13 +121,13 @@ class ControlSide:
         self._client.close()
 
     def fail(self, reason: str) -> None:
-        """Report to the controller, if connected, that this worker ends."""
+        """Report to the controller, if connected, that this worker ends for ``reason``."""
         if self.has_connected:
             self.send(WorkerFailed(reason=reason))
             self.close()
 
     def check_term(self, term: int, controller: str) -> None:
-        """Check a controller that calls through Ray. Raises ``SupersededError``."""
+        """Raise ``SupersededError`` if a newer controller than the caller is known."""
         if self.has_connected:
             self._client.check_term(term, controller)
 
@@ -139,7 +139,7 @@ class ControlSide:
         self._client.redirect(address)
 
     def request_drain(self, lifetime: Lifetime) -> bool:
-        """Ask for a drain; False outside a generation, or if already asked."""
+        """Ask the controller for a drain; False outside a generation or after an earlier call."""
         if not self.membership.is_member or not lifetime.begin_leaving():
             return False
         self.send(DrainRequest())

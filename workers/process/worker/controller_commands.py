@@ -1,4 +1,4 @@
-"""The controller's commands, passed from the control thread to the data thread."""
+"""Passes the controller's commands from the control thread to the data thread."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class ControllerCommands:
     send: Callable[[ControlFrame], None]
     """Sends a frame to the controller."""
     wake: Callable[[], None]
-    """Ends a wait of the data thread."""
+    """Wakes the data thread from a wait for a step."""
     interrupt: Callable[[int], None]
-    """Ends a step of the data thread, because a generation of this number will follow."""
+    """Interrupts the data thread's step, because the generation of this number will follow."""
     _frames: deque[ControlFrame] = field(default_factory=deque)
     _memory: dict[str, Any] = field(default_factory=dict)
 
@@ -74,7 +74,7 @@ class ControllerCommands:
             yield self._frames.popleft()
 
     def _free_experts(self, experts: ExpertRole, frame: RunGeneration) -> None:
-        """Free experts that another worker holds in the new generation."""
+        """Free the expert slots that the new generation's placement does not use."""
         command = self.membership.announced
         if command is not None and command.generation.number == frame.generation:
             experts.keep_only(command.placement)

@@ -3,7 +3,7 @@
     ACTIVE ──▶ LEAVING ──▶ ENDING
        └──────────────────────▲
 
-It never goes back. The data thread, Ray calls and a signal change the phase.
+A process never returns to an earlier phase. The data thread, Ray calls and SIGTERM change it.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from enum import Enum
 from cluster.core.states import Transitions, next_state
 
 STOP_TIMEOUT_S = 5.0
-"""Longest wait for the end of the data thread."""
+"""Longest wait for the data thread to end, in seconds."""
 _CALL_LIMIT_S = 2.0
-"""Time in which the controller ends the process of a worker after a command to end."""
+"""Time in which the controller calls ``stop`` after it has commanded a worker to end."""
 
 
 class ProcessPhase(Enum):
-    """Phase of a worker process. The values are readable."""
+    """Phase of a worker process. The values are texts for logs and errors."""
 
     ACTIVE = "active"
     LEAVING = "asks for a drain"
-    """It serves until the controller ends it."""
+    """The worker has asked for a drain, and serves until the controller ends it."""
     ENDING = "ends"
     """The data thread runs no further iteration."""
 
@@ -46,11 +46,11 @@ class Lifetime:
 
     @property
     def is_ending(self) -> bool:
-        """Whether the process ends: its data thread stops, and failures are no longer reported."""
+        """Whether the process is ending: the data thread stops, and failures are not reported."""
         return self._phase is ProcessPhase.ENDING
 
     def begin_leaving(self) -> bool:
-        """Mark the worker as leaving; False if it is leaving already, or ends."""
+        """Mark the worker as leaving; False if it already is leaving or ending."""
         with self._lock:
             if self._phase is not ProcessPhase.ACTIVE:
                 return False
@@ -68,5 +68,5 @@ class Lifetime:
         self._stopped.set()
 
     def is_stopped_in_time(self) -> bool:
-        """Wait for a call of ``stop``; False if the controller must be lost."""
+        """Wait until ``stop`` is called; False after the limit: the controller is probably lost."""
         return self._stopped.wait(_CALL_LIMIT_S)

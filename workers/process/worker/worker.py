@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 OnDeath = Callable[[str], None]
 """Called with the reason, on the data thread, when a worker fails."""
 _WAITS = {"attention": "combine", "expert": "receive", "colocated": "receive"}
-"""Lap of a step in which a worker waits for others, by role."""
+"""Name of the step lap in which a worker waits for other workers, by role."""
 
 
 class Worker:
@@ -90,11 +90,11 @@ class Worker:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the data thread runs."""
+        """Whether the data thread is running."""
         return self._thread.is_alive()
 
     def start(self) -> None:
-        """Start the data thread; returns at once."""
+        """Start the data thread without waiting for it."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -168,7 +168,7 @@ class Worker:
         return context
 
     def open_transport(self, connections: PeerConnections) -> DataTransport:
-        """Open the transport; the address of its store, if any, goes to the other members."""
+        """Open the transport. If it has a store, the other members get the store's address."""
         transport = open_transport(self.args, connections)
         if isinstance(transport, CollectiveTransport):
             self.member = replace(self.member, store_address=transport.store_address)
@@ -193,7 +193,7 @@ class Worker:
         return load_attention(context, self.roles, self._listeners, weights, self.banks_of)
 
     def _open_timing_sinks(self) -> list[TimingSink]:
-        """Metrics, and a timeline and spans if configured."""
+        """Open the receivers of step times: metrics, and a timeline and spans if configured."""
         section, name = self.config.observability, self.member.name
         sinks: list[TimingSink] = [self._step_metrics]
         if (trace := StepTrace.of(section, name)) is not None:
@@ -206,7 +206,7 @@ class Worker:
         return sinks
 
     def _run_step(self, connections: PeerConnections) -> None:
-        """Run one step; a lost peer or a new generation ends this generation."""
+        """Run one step. If a peer is lost or a new generation follows, stop this generation."""
         self.activity.begin_iteration()
         membership = self.membership
         try:
@@ -223,7 +223,7 @@ class Worker:
             membership.report_lost_peer(err)
 
     def _handle_commands(self) -> bool:
-        """Carry out the controller's commands; False if this worker ends."""
+        """Carry out queued commands of the controller; False after a command to end."""
         for frame in self.control.commands.pending():
             if isinstance(frame, Shutdown):
                 self.lifetime.end()
