@@ -5,8 +5,8 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --time=08:00:00
-# One cluster in one allocation: the first node is Ray's head with the gateway and may hold workers
-# too. Set MODEL to a folder that every node sees, or a hub id. Ends with the job.
+# Runs one cluster in one allocation. The first node is Ray's head, runs the gateway and may run workers
+# too. Set MODEL to a folder that every node can read, or to a hub id. The cluster ends with the job.
 set -euo pipefail
 MODEL=${MODEL:?folder or hub id of the checkpoint}
 EXPERTS=${EXPERTS:-24}
@@ -28,12 +28,12 @@ for node in "${nodes[@]:1}"; do
     srun --overlap --nodes=1 --ntasks=1 -w "$node" expertmesh node --join "$head_ip" &
 done
 
-# Waits for all nodes, returns when clients can call http://$head_ip:8000. Keys: EXPERTMESH_API_KEYS.
+# Waits for all nodes, and returns when clients can call http://$head_ip:8000. Set keys in EXPERTMESH_API_KEYS.
 tries=0
 until srun --overlap --nodes=1 --ntasks=1 -w "${nodes[0]}" \
     expertmesh up "$MODEL" --address "$head_ip:6379" --wait-nodes "${#nodes[@]}" --host 0.0.0.0 \
     --num-attention-workers "$ATTENTION" --num-expert-workers "$EXPERTS" --gpus-per-worker 1; do
-    ((++tries < 12)) || exit 1 # by then it is not the head that is still starting
+    ((++tries < 12)) || exit 1 # 12 failures: not only a head that is still starting
     sleep 5
 done
 wait
