@@ -1,5 +1,5 @@
-"""expertmesh for Python programs: ``LLM`` runs a model in this process, ``Client`` and
-``AsyncClient`` call a running cluster. Names follow vLLM where it has the same thing.
+"""The Python API of expertmesh. ``LLM`` runs a model in this process; ``Client`` and
+``AsyncClient`` call a running cluster. Names follow vLLM where vLLM has an equivalent.
 """
 
 from __future__ import annotations

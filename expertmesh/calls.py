@@ -1,4 +1,4 @@
-"""The calls of ``LLM``, ``Client`` and ``AsyncClient``, over any transport."""
+"""The methods of ``LLM``, ``Client`` and ``AsyncClient``, independent of the transport."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from expertmesh.types import (
 )
 
 _MAX_CONCURRENT = 128
-"""Requests of one caller that run at a time; the others wait here."""
+"""Maximum number of concurrent requests of one client object; further requests wait in it."""
 
 
 class Transport(Protocol):
-    """Carries calls to a model. All methods run on one event loop and raise ``APIError``."""
+    """Sends calls to a model. All methods run on one event loop and raise ``APIError``."""
 
     async def generate(self, query: Query) -> RequestOutput:
-        """Run one request to its end."""
+        """Run one request and return its complete result."""
 
     def stream(self, query: Query) -> AsyncGenerator[RequestOutput]:
-        """Yield the pieces of one request."""
+        """Run one request and yield its result in pieces, as they arrive."""
 
     async def embed(
         self, prompt: str | tuple[int, ...], pooling: str | None, model: str | None
     ) -> list[float]:
-        """The vector of one prompt, [hidden_size]."""
+        """Return the embedding of one prompt: a vector of ``hidden_size`` numbers."""
 
     async def close(self) -> None:
         """Close the connections."""
 
 
 class AsyncCalls:
-    """Asynchronous calls. Every call raises ``APIError`` or a subclass.
+    """Asynchronous methods of a client. Every call raises ``APIError`` or a subclass.
 
     Args:
-        transport: carries the calls.
-        model: name of a model or adapter; None is the served model.
+        transport: sends the calls to the model.
+        model: name of a model or adapter; None selects the served model.
     """
 
     def __init__(self, transport: Transport, model: str | None = None) -> None:
@@ -70,13 +70,13 @@ class AsyncCalls:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Complete prompts, which run together; one result per prompt, in their order."""
+        """Complete prompts concurrently; return one result per prompt, in their order."""
         return await self._generate(self._completions(prompts, sampling_params))
 
     def generate_stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> AsyncGenerator[RequestOutput]:
-        """Complete one prompt; yields the pieces of its outputs as they are computed."""
+        """Complete one prompt; yield pieces of its outputs as the model produces them."""
         (query,) = self._completions([prompt], sampling_params)
         return self._transport.stream(query)
 
@@ -89,7 +89,7 @@ class AsyncCalls:
         continue_final_message: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Continue one conversation or several; one result per conversation, in their order."""
+        """Continue one or several conversations; return one result for each, in their order."""
         chats: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
         each = one_per_prompt(sampling_params, len(chats))
         options = {
@@ -103,13 +103,13 @@ class AsyncCalls:
     def chat_stream(
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
     ) -> AsyncGenerator[RequestOutput]:
-        """Continue one conversation; yields the pieces of its outputs as they are computed."""
+        """Continue one conversation; yield pieces of its outputs as the model produces them."""
         return self._transport.stream(self._chat(messages, sampling_params or SamplingParams(), {}))
 
     async def embed(
         self, prompts: Prompt | Sequence[Prompt], *, pooling: str | None = None
     ) -> list[EmbeddingRequestOutput]:
-        """Vectors of prompts, in their order. ``pooling``: ``last`` (default) or ``mean``."""
+        """Return one embedding per prompt. ``pooling`` is ``last`` (default) or ``mean``."""
 
         async def one(prompt: str | tuple[int, ...]) -> EmbeddingRequestOutput:
             async with self._running:
@@ -142,7 +142,7 @@ class AsyncCalls:
 
 
 async def _together(work: Sequence[Any]) -> list[Any]:
-    """Run coroutines together; the first error cancels the others."""
+    """Run coroutines concurrently; the first error cancels the others."""
     tasks = [asyncio.ensure_future(one) for one in work]
     try:
         return await asyncio.gather(*tasks)
@@ -153,13 +153,13 @@ async def _together(work: Sequence[Any]) -> list[Any]:
 
 
 class SyncCalls:
-    """``AsyncCalls`` for synchronous programs. Close it, best with ``with``. Thread-safe.
+    """``AsyncCalls`` for synchronous programs. Thread-safe. Close it, preferably by ``with``.
 
     Every call raises ``APIError`` or a subclass.
 
     Args:
-        calls: the calls, which run in ``thread``.
-        thread: the event loop; ``close`` ends it.
+        calls: the asynchronous methods, which run in ``thread``.
+        thread: the thread with the event loop; ``close`` ends it.
     """
 
     def __init__(self, calls: AsyncCalls, thread: LoopThread) -> None:

@@ -13,13 +13,13 @@ DEFAULT_TIMEOUT_S = 600.0
 
 
 class AsyncClient(AsyncCalls):
-    """Calls a cluster from an event loop, on which it must be constructed. Close it.
+    """Asynchronous client of a cluster. Construct and close it on the event loop that uses it.
 
     Args:
         base_url: ``http://``, ``https://``, ``grpc://`` or ``grpcs://`` (TLS), host and port.
         api_key: key of the server; None sends none.
-        model: name of a model or adapter; None is the served model.
-        timeout_s: longest duration of a request.
+        model: name of a model or adapter; None selects the served model.
+        timeout_s: maximum duration of a request in seconds.
 
     Raises:
         ValueError: ``base_url`` is not such a URL.
@@ -37,7 +37,7 @@ class AsyncClient(AsyncCalls):
 
 
 class Client(SyncCalls):
-    """Calls a cluster from synchronous programs; arguments and errors as of ``AsyncClient``."""
+    """Synchronous client of a cluster, with the arguments and errors of ``AsyncClient``."""
 
     def __init__(
         self,

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class EmbeddedEngine:
-    """``Engine`` with all experts in this process; ``step`` grants the rows that it wants."""
+    """``Engine`` with all experts in this process. ``step`` grants rows as a leader would."""
 
     def __init__(
         self,
@@ -54,20 +54,20 @@ class EmbeddedEngine:
         wrap: Callable[[TokenDispatcher], TokenDispatcher] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Load a checkpoint, by its folder or opened. Raises ``CheckpointError``, ``ConfigError``.
+        """Load a checkpoint from its folder, or use an open one.
 
-        ``num_threads`` sets the threads of the kernels, and those of torch in this process, which
-        are divided among compute threads; None: one of the kernels, and those of torch as they
-        are; an exact engine always sets one of torch. ``kernels`` as in ``WorkersSection``,
-        ``quantize`` and ``quantize_layers`` as in ``ModelSection``, of a checkpoint by its folder.
-        ``wrap`` may replace the engine's dispatcher.
+        ``num_threads`` sets the kernel threads and the torch threads of this process. None selects
+        one kernel thread and keeps the torch threads; an exact engine always uses one torch thread.
+        ``kernels`` is as in ``WorkersSection``. ``quantize`` and ``quantize_layers`` are as in
+        ``ModelSection`` and apply to a checkpoint from its folder. ``wrap`` may replace the
+        dispatcher. Raises ``CheckpointError`` and ``ConfigError``.
         """
         section = section or EngineSection()
         is_strict = section.deterministic == "on"
         place = torch.device(device)
         is_native = kernels == "auto" and place.type == "cpu"
         self.team = team = start_kernels(num_threads or 1).team if is_native else None
-        """Threads of its kernels; None: torch computes."""
+        """Threads of the native kernels; None if torch computes the model."""
         kept_as = "none" if quantize == "auto" and team is None else quantize
         checkpoint = (
             source if isinstance(source, Checkpoint) else Checkpoint(source, quantize=kept_as)
@@ -80,7 +80,7 @@ class EmbeddedEngine:
             )
         can_be_exact = team is not None and not torch_reason(banks, kind)
         self.is_exact = is_strict or (section.deterministic == "auto" and can_be_exact)
-        """Results depend on the request alone, to the last bit."""
+        """Whether the results of a request are bitwise equal regardless of other requests."""
         torch_threads = 1 if self.is_exact else num_threads
         compute_threads = (
             ComputeThreads()
@@ -93,9 +93,9 @@ class EmbeddedEngine:
         )
         self._model = model
         self.config = checkpoint.config
-        """Numbers of the model."""
+        """The model's configuration (``config.json``)."""
         self.banks = banks
-        """Its expert banks."""
+        """The model's expert banks."""
         self.dtype = kind
         """Compute dtype."""
         num_slots = max(b.num_experts for b in banks)
@@ -111,7 +111,7 @@ class EmbeddedEngine:
         """Compiles the grammars of requests."""
         self._num_micro_batches = num_micro_batches
         self.prefill_cap = PrefillCap.of(section)
-        """Limits prompt rows beside decodes; may be replaced."""
+        """Limits the prompt rows of a step that also decodes; callers may replace it."""
         self._clock = clock
         self._next_step = 1
         self.engine = Engine(
@@ -131,13 +131,13 @@ class EmbeddedEngine:
         """The engine itself."""
 
     def add_request(self, request: Request) -> None:
-        """Queue a request; compiles its grammar first. Raises what ``Engine.add_request`` does."""
+        """Compile the grammar of a request and queue it. Raises as ``Engine.add_request`` does."""
         grammar = request.params.grammar
         compiled = None if grammar is None else self.grammars.compile(grammar)
         self.engine.add_request(request, grammar=compiled)
 
     def step(self) -> list[TokenOutput]:
-        """Grant what is wanted, prompt rows as a leader would, and run it."""
+        """Run one step: all waiting decode rows, and prompt rows up to ``prefill_cap``."""
         wanted = self.engine.rows_wanted()
         cap = self.prefill_cap.rows(wanted.decode_rows, num_ranks=1)
         grant = Grant(decode_rows=wanted.decode_rows, prefill_rows=min(wanted.prefill_rows, cap))

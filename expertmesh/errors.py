@@ -7,11 +7,11 @@ class APIError(Exception):
     """A call failed.
 
     Args:
-        message: names the field, the value and the rule, if a field is wrong.
+        message: the reason; for an invalid field it names the field, its value and the rule.
         code: machine-readable reason, such as ``context_length_exceeded``; empty if unknown.
-        param: the field that is wrong; None if there is none.
-        status: HTTP status, also of a call over gRPC or in this process; 0 without a response.
-        retry_after_s: seconds after which a retry may succeed; None if the server names none.
+        param: name of the invalid field; None if no field is invalid.
+        status: HTTP status, or the equivalent for gRPC and ``LLM``; 0 without a response.
+        retry_after_s: seconds after which a retry may succeed; None if the server sent no time.
     """
 
     def __init__(

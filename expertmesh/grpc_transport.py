@@ -31,13 +31,13 @@ _STATUS = {
 
 
 class GrpcTransport:
-    """See ``Transport``; construct it on the event loop of the calls.
+    """``Transport`` over gRPC. Construct it on the event loop that makes the calls.
 
     Args:
         address: ``host:port`` of the server.
         tls: whether to use TLS, with the certificates of the system.
         api_key: sent as bearer token; None sends none.
-        timeout_s: longest duration of a call.
+        timeout_s: maximum duration of a call in seconds.
     """
 
     def __init__(self, address: str, tls: bool, api_key: str | None, timeout_s: float) -> None:
@@ -87,7 +87,7 @@ class GrpcTransport:
 
 
 def _error(err: grpc.aio.AioRpcError) -> APIError:
-    """Convert a status; without details it is of the library: the server did not send it."""
+    """Convert a gRPC status. A status without details is from the gRPC library, not the server."""
     metadata: Any = err.trailing_metadata() or ()
     data = dict(metadata).get("grpc-status-details-bin")
     message = err.details() or err.code().name

@@ -14,12 +14,12 @@ from expertmesh.types import CompletionOutput, Logprob, LogprobsByToken, Query, 
 
 
 class HttpTransport:
-    """See ``Transport``; construct it on the event loop of the calls.
+    """``Transport`` over HTTP. Construct it on the event loop that makes the calls.
 
     Args:
         url: URL of the server.
         api_key: sent as bearer token; None sends none.
-        timeout_s: longest duration of a call.
+        timeout_s: maximum duration of a call in seconds.
     """
 
     def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
@@ -85,7 +85,7 @@ class HttpTransport:
 
 
 def _error(body: Any, status: int, headers: Mapping[str, str]) -> APIError:
-    """Make the exception of an error object, or of a response without one."""
+    """Make the exception for a response with an error status, with or without an error object."""
     found = body.get("error") if isinstance(body, Mapping) else None
     if not isinstance(found, Mapping):
         return make_error(f"HTTP status {status}", "", None, status)
@@ -100,7 +100,7 @@ def _error(body: Any, status: int, headers: Mapping[str, str]) -> APIError:
 
 
 def _request(query: Query) -> tuple[str, dict[str, Any]]:
-    """Path and body of a call."""
+    """Return the path and the body of a call."""
     body = query.params.given()
     body |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
     if query.model is not None:
@@ -113,7 +113,7 @@ def _request(query: Query) -> tuple[str, dict[str, Any]]:
 
 
 def _output(body: Mapping[str, Any], query: Query, *, is_whole: bool) -> RequestOutput:
-    """Convert a response or an event."""
+    """Convert the body of a response, or an event of a stream if ``is_whole`` is False."""
     choices = body["choices"]
     holder = body if query.prompt is None else choices[0] if choices else {}
     scores = holder.get("prompt_logprobs")
@@ -146,7 +146,7 @@ def _choice(choice: Mapping[str, Any], query: Query) -> CompletionOutput:
 
 
 _Entries = Sequence[tuple[float, LogprobsByToken]]
-"""Log-probability of each token, and all log-probabilities at its position."""
+"""For each token, its log-probability and all log-probabilities at its position."""
 
 
 def _entries(found: Mapping[str, Any] | None) -> _Entries:

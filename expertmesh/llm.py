@@ -51,7 +51,7 @@ _OPTIONS: Mapping[str, tuple[str, ...]] = {
     "speculation": ("speculative_method", "num_speculative_tokens"),
     "gateway": ("max_n", "max_logprobs"),
 }
-"""Options of ``LLM`` by section of the configuration, except ``num_threads``."""
+"""Options of ``LLM`` by section of the configuration. ``num_threads`` is not in a section."""
 
 
 class LLM(SyncCalls):
@@ -59,13 +59,13 @@ class LLM(SyncCalls):
 
     Args:
         model: folder of a checkpoint, a hub id, or None for the bundled checkpoint.
-        num_threads: CPU threads, by default one per core.
+        num_threads: number of CPU threads; by default one per core.
         options: options of ``expertmesh serve`` under their Python names, such as ``dtype``,
             ``max_model_len``, ``device`` and ``quantize``; docs/how-to/python.md lists them.
 
     Raises:
         ConfigError: an option is unknown or invalid; nothing was loaded.
-        CheckpointError: the checkpoint is missing or cannot be served.
+        CheckpointError: the checkpoint is missing, invalid or not supported.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class LLM(SyncCalls):
 
 
 def _make_config(model: str, options: Mapping[str, Any]) -> ClusterConfig:
-    """Validate options. Raises ``ConfigError``."""
+    """Make the configuration from the options of ``LLM``. Raises ``ConfigError``."""
     sections: dict[str, dict[str, Any]] = {
         "model": {"path": model, "served_model_name": model},
         "engine": {"max_waiting": _MANY},
@@ -137,7 +137,7 @@ async def _find_no_controller() -> ControllerCalls:
 
 
 class _EmbeddedTransport:
-    """``Transport`` to a gateway without ports, whose engine is in this process."""
+    """``Transport`` to a gateway and an engine in this process, without network ports."""
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ class LoopThread:
     """Runs an event loop from its construction until ``close``.
 
     Args:
-        limit_s: longest wait for a coroutine, and for the end of the loop.
+        limit_s: longest time in seconds to wait for a coroutine, and for the loop to end.
     """
 
     def __init__(self, limit_s: float = threading.TIMEOUT_MAX) -> None:
@@ -26,7 +26,7 @@ class LoopThread:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, Result], limit_s: float | None = None) -> Result:
-        """Run a coroutine from another thread. Raises ``TimeoutError`` that lists all tasks."""
+        """Run a coroutine and wait for it. Raises ``TimeoutError``, which lists all tasks."""
         limit_s = self._limit_s if limit_s is None else limit_s
         future = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
@@ -38,7 +38,7 @@ class LoopThread:
         return future.result()
 
     def iterate(self, source: AsyncGenerator[Result]) -> Iterator[Result]:
-        """Iterate over an asynchronous generator from another thread; closes it at the end."""
+        """Iterate over an asynchronous generator from another thread, then close it."""
 
         async def next_item() -> list[Result]:
             async for item in source:
@@ -52,7 +52,7 @@ class LoopThread:
             self.run(source.aclose())
 
     def call(self, function: Callable[[], object]) -> None:
-        """Run a function on the loop from another thread, and wait for its end."""
+        """Run a function on the loop from another thread and wait until it returns."""
 
         async def work() -> None:
             function()
@@ -63,7 +63,7 @@ class LoopThread:
         """Cancel all tasks, wait until they have ended, and close the loop."""
         self.loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(self._limit_s)
-        assert not self._thread.is_alive(), "the event loop does not end"
+        assert not self._thread.is_alive(), "the event loop did not end"
 
     def _main(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self.loop) as runner:

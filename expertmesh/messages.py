@@ -26,7 +26,7 @@ _OUTPUT_OPTIONS = frozenset({"logprobs", "prompt_logprobs"})
 
 
 def generate_request(query: Query) -> pb.GenerateRequest:
-    """The message of a call. Raises ``BadRequestError`` for a value of the wrong type."""
+    """Make the message of a call. Raises ``BadRequestError`` for a value of the wrong type."""
     request = pb.GenerateRequest(model=query.model or "")
     request.output_options.return_token_ids = True
     for name, value in query.params.given().items():

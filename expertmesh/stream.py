@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 
 
 class EmbeddedStream(EngineStream):
-    """Runs an engine in a thread, and passes messages without a network.
+    """Runs an engine in a thread and exchanges messages with it in memory.
 
     Args:
         endpoint: name of the engine.
-        engine: used by this stream alone.
+        engine: the engine; no other stream may use it.
         thread: an executor with one thread, which runs the steps.
         block_size: tokens of a KV block.
     """
@@ -46,7 +46,7 @@ class EmbeddedStream(EngineStream):
         self._wake.set()
 
     async def run(self, take: Callable[[FromEngine], Awaitable[None]]) -> StreamEnd:
-        """Run steps while there are requests; ends when it is cancelled."""
+        """Run steps while there are requests, and pass outputs to ``take``, until cancelled."""
         self.hello = self._make_hello()
         self.connected.set()
         loop = asyncio.get_running_loop()
@@ -59,7 +59,7 @@ class EmbeddedStream(EngineStream):
                 await take(StepOutput(outputs=tuple(outputs)))
 
     def _step(self, arrived: Sequence[ToEngine]) -> list[TokenOutput]:
-        """Apply messages and run one step; its failure ends all requests."""
+        """Apply messages and run one step. If the step fails, all requests end with its error."""
         outputs: list[TokenOutput] = []
         for message in arrived:
             if isinstance(message, Request):
@@ -73,8 +73,8 @@ class EmbeddedStream(EngineStream):
         try:
             if self._engine.engine.has_work:
                 outputs += self._engine.step()
-        except Exception as err:  # every request gets the error, and the next ones can run
-            logger.exception("a step failed")
+        except Exception as err:  # all requests get the error; later ones can run
+            logger.exception("an engine step failed")
             for request in list(self._requests.values()):
                 self._engine.engine.abort(request.request_id)
                 outputs += self._fail(request, err)

@@ -1,4 +1,4 @@
-"""Parameters and outputs of calls. Names and meanings are those of vLLM."""
+"""Parameters and outputs of calls, with the names and meanings of vLLM."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How tokens are sampled. None takes the server's default; ranges are checked by the call."""
+    """Sampling parameters. None selects the server's default, given in parentheses below."""
 
     n: int | None = None
-    """Number of outputs per prompt (1)."""
+    """Number of outputs per prompt (default 1)."""
     max_tokens: int | None = None
-    """Most new tokens (16; for chats what is left of the context)."""
+    """Maximum number of new tokens (default 16; for conversations, the rest of the context)."""
     min_tokens: int | None = None
-    """New tokens before the end-of-text token or a stop may end the output (0)."""
+    """Number of new tokens before an end-of-text token or a stop may end the output (default 0)."""
     temperature: float | None = None
-    """0 is greedy (1)."""
+    """Sampling temperature; 0 samples greedily (default 1)."""
     top_p: float | None = None
-    """(0, 1]."""
+    """Probability mass of the most probable tokens that may be sampled, in (0, 1]."""
     top_k: int | None = None
-    """0 and -1 are off."""
+    """Number of most probable tokens that may be sampled; 0 and -1 allow all."""
     min_p: float | None = None
-    """[0, 1]."""
+    """Minimum probability of a token, as a fraction of the most probable one's, in [0, 1]."""
     presence_penalty: float | None = None
-    """[-2, 2]."""
+    """Penalty for every token that has been generated, in [-2, 2]."""
     frequency_penalty: float | None = None
-    """[-2, 2]."""
+    """Penalty for each time that a token has been generated, in [-2, 2]."""
     repetition_penalty: float | None = None
-    """(0, 2]."""
+    """Factor for tokens that occurred, in (0, 2]; above 1 makes them less likely."""
     seed: int | None = None
-    """None samples differently each time."""
+    """Seed of the random numbers; None samples differently each time."""
     stop: str | Sequence[str] = ()
     """Texts that end the output."""
     stop_token_ids: Sequence[int] = ()
@@ -58,24 +58,24 @@ class SamplingParams:
     bad_words: Sequence[str] = ()
     """Texts that must not be in the output."""
     ignore_eos: bool = False
-    """Do not end at the end-of-text token."""
+    """Whether the output continues after an end-of-text token."""
     logprobs: int | None = None
-    """Alternatives per new token; None returns no log-probabilities."""
+    """Number of alternatives per new token; None returns no log-probabilities."""
     prompt_logprobs: int | None = None
-    """Alternatives per prompt token; None returns no log-probabilities."""
+    """Number of alternatives per prompt token; None returns no log-probabilities."""
     skip_special_tokens: bool | None = None
-    """Leave special tokens out of the text (True)."""
+    """Whether to omit special tokens from the text (default True)."""
     include_stop_str_in_output: bool = False
-    """Keep the stop in the text."""
+    """Whether the text includes the stop text that ended it."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Bias added to the logits, by token id, [-100, 100]."""
+    """Bias in [-100, 100] to add to the logit of a token, by token id."""
     allowed_token_ids: Sequence[int] | None = None
     """Tokens that may be sampled; None allows all."""
     structured_outputs: Mapping[str, Any] | None = None
-    """One of ``json`` (a schema), ``regex``, ``choice``, ``grammar`` (Lark), ``json_object``."""
+    """Exactly one of ``json`` (a schema), ``regex``, ``choice``, ``grammar`` or ``json_object``."""
 
     def given(self) -> dict[str, Any]:
-        """The fields that are set, by name; texts of ``stop`` as a list."""
+        """Return the fields that are set, by name; a single ``stop`` becomes a list."""
         found = {one.name: getattr(self, one.name) for one in fields(self)}
         if isinstance(self.stop, str):
             found["stop"] = [self.stop]
@@ -87,7 +87,7 @@ class SamplingParams:
 
 
 def _is_one_of(value: Any, unset: tuple[Any, ...]) -> bool:
-    """Whether a value is unset; the number 0 is a value."""
+    """Whether ``value`` is one of ``unset``, with the same type: 0 is not False."""
     return any(value is one or (type(value) is type(one) and value == one) for one in unset)
 
 
@@ -103,15 +103,15 @@ class Logprob:
 
 
 LogprobsByToken = dict[int, Logprob]
-"""Log-probabilities at one position by token id: of the token there and of its alternatives."""
+"""Log-probabilities at one position by token id: the token there and its alternatives."""
 
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One output of a request, or the next piece of it in a stream."""
+    """One output of a request; in a stream, the next piece of the output."""
 
     index: int
-    """Number of the output, from 0."""
+    """Index of the output, from 0."""
     text: str
     token_ids: list[int]
     cumulative_logprob: float | None = None
@@ -121,22 +121,22 @@ class CompletionOutput:
     finish_reason: str | None = None
     """``stop``, ``length`` or ``tool_calls``; None while the output continues."""
     stop_reason: int | str | None = None
-    """The stop text or stop token that ended it; None for the end-of-text token."""
+    """Stop text or stop token that ended the output; None for an end-of-text token."""
     reasoning: str = ""
-    """Reasoning of the model, which ``text`` does not contain."""
+    """Reasoning text of the model. ``text`` excludes it."""
 
 
 @dataclass(slots=True)
 class RequestOutput:
-    """Outputs of one prompt, or the next pieces of them in a stream."""
+    """Outputs of one prompt; in a stream, the next pieces of the outputs."""
 
     request_id: str
     prompt: str | None
     """The text of the prompt; None for token ids and chats."""
     prompt_token_ids: list[int]
-    """Tokens of the prompt; in a stream only in the first piece."""
+    """Token ids of the prompt; in a stream, empty after the first piece."""
     outputs: list[CompletionOutput]
-    """One entry per output; in a stream the outputs that have a new piece."""
+    """One entry per output; in a stream, the outputs with a new piece."""
     prompt_logprobs: list[LogprobsByToken | None] | None = None
     """One entry per prompt token, None for the first; None unless ``prompt_logprobs`` is set."""
     finished: bool = True
@@ -145,10 +145,10 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class EmbeddingOutput:
-    """Vector of one prompt."""
+    """Embedding of one prompt."""
 
     embedding: list[float]
-    """[hidden_size], not normalised."""
+    """The vector, of ``hidden_size`` numbers, not normalized."""
 
 
 @dataclass(slots=True)
@@ -161,14 +161,14 @@ class EmbeddingRequestOutput:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One prompt or conversation with its options, as the transports take it."""
+    """One prompt or conversation with its options: the input of a transport."""
 
     params: SamplingParams
     prompt: str | tuple[int, ...] | None = None
-    """None for a conversation."""
+    """The prompt as text or token ids; None for a conversation."""
     messages: tuple[Message, ...] = ()
     chat: Mapping[str, Any] = field(default_factory=dict)
-    """Options of the chat template by name, those that are set."""
+    """Options of the chat template that are set, by name."""
     model: str | None = None
 
 
@@ -187,7 +187,7 @@ def _plain_prompt(prompt: Any) -> str | tuple[int, ...]:
 def one_per_prompt(
     params: SamplingParams | Sequence[SamplingParams] | None, count: int
 ) -> list[SamplingParams]:
-    """Parameters of each prompt. Raises ``ValueError`` unless there is one, or one per prompt."""
+    """Return the parameters of each prompt. Raises ``ValueError`` for a wrong number of them."""
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if len(params) != count:
