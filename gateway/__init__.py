@@ -1,4 +1,4 @@
-"""The gateway: HTTP and gRPC servers, tokenizer, admission, routing; ``app`` runs it in Ray Serve.
+"""The gateway: HTTP and gRPC servers, tokenizer, admission and routing. ``app`` is its Serve app.
 
 Layers, from the lowest: ``core``; ``text``, ``auth``, ``cluster``; ``engines``,
 ``observability``; ``generation``; ``http``, ``grpc`` and ``listener``; ``admin``; ``app``.

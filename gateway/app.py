@@ -1,8 +1,8 @@
-"""The gateway as a Ray Serve deployment, which starts, checks and replaces replicas.
+"""The gateway as a Ray Serve deployment. Serve starts, checks and replaces its replicas.
 
-The replica's process runs its own HTTP and gRPC servers, which share one ``Gateway``. Their ports
-are bound at the start; readiness follows the cluster. Ray Serve's HTTP proxy serves the same
-application if it is enabled (``--serve-proxy``).
+A replica runs its own HTTP and gRPC servers, which share one ``Gateway``. It binds their ports at
+its start and is ready when the cluster is. With ``--serve-proxy``, Ray Serve's HTTP proxy serves
+the same application.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ logger = logging.getLogger(__name__)
 
 DEPLOYMENT_NAME = "gateway"
 _HEAD_NODE = "node:__internal_head__"
-"""Ray's resource of the head node, where gateways run if no node is labelled for them; ``host`` is
-an address of that node."""
+"""Ray's resource of the head node. Gateways run there if no node is labelled for them, as ``host``
+is an address of that node."""
 _SPARE_REQUESTS = 1024
-"""Requests that Serve accepts beyond ``max_queue``: probes, scrapes and refused requests."""
+"""Requests that Serve accepts beyond ``max_queue``, for probes, scrapes and requests to refuse."""
 _MAX_CONNECTIONS = 4096
-"""HTTP connections of a replica; a further one closes the oldest idle connection."""
+"""Maximum HTTP connections of a replica; a further one closes the oldest idle connection."""
 _LEAVING_POLL_S = 0.1
 _SWITCH_INTERVAL_S = 0.0005
-"""Longest time that a thread keeps the interpreter lock while the event loop waits for it. The loop
-releases the lock at each system call, a dozen times per small request."""
+"""Longest time in seconds that a thread holds Python's GIL while the event loop waits for it. The
+loop releases the GIL at each system call, a dozen times per small request."""
 _HEALTH_CHECK_PERIOD_S = 1.0
-"""Interval of Serve's health checks, by which alone it detects a dead replica."""
+"""Interval in seconds of Serve's health checks, its only way to detect a dead replica."""
 
 
 @serve.deployment(
@@ -139,23 +139,23 @@ class GatewayReplica:
         return build_public_app(self._gateway, is_behind_serve=True)
 
     async def check_health(self) -> None:
-        """Called by Serve, which replaces the replica on an error. Raises ``RuntimeError``."""
+        """Raise ``RuntimeError`` if the HTTP server has ended. Serve then replaces the replica."""
         if not self._http.is_serving:
             raise RuntimeError("the HTTP server has ended")
 
     async def _share_port_until_leaving(self) -> None:
-        """Stop accepting connections when only this replica is drained, so that others get them."""
+        """Once this replica alone is drained, stop listening so that others get new connections."""
         while not self._gateway.readiness.has_left(time.monotonic()):
             await asyncio.sleep(_LEAVING_POLL_S)
         if not self._is_ending and self._gateway.limits.num_gateway_replicas > 1:
             await self._http.stop_accepting()
 
     async def not_ready_reasons(self) -> list[str]:
-        """Reasons that ``/ready`` reports, for callers without a client certificate."""
+        """Return the reasons of ``/ready``, for callers without a TLS client certificate."""
         return self._gateway.readiness.not_ready_reasons()
 
     async def addresses(self) -> dict[str, Any]:
-        """Addresses of this replica by port name."""
+        """Return the addresses of this replica by port name."""
         return self._gateway.status.addresses
 
     async def end(self, stage: ShutdownStage) -> int:
@@ -200,8 +200,8 @@ def build_app(
 ) -> serve.Application:
     """Build the Serve application of a configuration (``ClusterConfig.to_dict``).
 
-    ``selector`` are the labels of the ``num_nodes`` nodes that run the replicas, evenly spread; by
-    default replicas run on the head node.
+    With ``selector``, replicas run evenly spread on the ``num_nodes`` nodes with these labels; by
+    default they run on the head node.
 
     Run it with ``serve.run(build_app(config), name=APP_NAME, route_prefix="/")``, or with
     ``route_prefix=None`` if Serve's proxy serves only other applications.

@@ -1,7 +1,7 @@
-"""The methods of ``expertmesh.v1.Admin`` for both codecs, from request message to response message.
+"""The methods of ``expertmesh.v1.Admin``, independent of the protocol.
 
-``gateway.admin.grpc`` and ``gateway.admin.http`` find a method by its name in the service's
-descriptor.
+A method takes the request message and returns the response message. ``gateway.admin.grpc`` and
+``gateway.admin.http`` look up methods by their names in the service's descriptor.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ SERVICE: ServiceDescriptor = pb.DESCRIPTOR.services_by_name["Admin"]
 DEFAULT_DRAIN_LIMIT_S = 120.0
 DEFAULT_SCALE_LIMIT_S = 300.0
 CALL_LIMIT_S = 5.0
-"""Time limit for a reply of the controller."""
+"""Time limit in seconds for a reply of the controller."""
 MAX_ABORTED = 1024
-"""Most requests that one call may abort."""
+"""Maximum number of requests that one call may abort."""
 LORA_LIMIT_S = 140.0
-"""Time limit for an adapter that all workers load."""
+"""Time limit in seconds for all workers to load an adapter."""
 _MAX_LOOKS = 40
 _LOOK_S = 0.05
 _WATCH_S = 10.0
@@ -45,7 +45,7 @@ AnyMessage = TypeVar("AnyMessage", bound=Message)
 
 
 class AdminCalls:
-    """The service. The controller does nearly all the work, on behalf of any replica."""
+    """The admin methods. Most of them call the controller, so that any replica can serve them."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -55,7 +55,7 @@ class AdminCalls:
     # ---- queries --------------------------------------------------------------------------
 
     async def GetPlacement(self, request: pb.GetPlacementRequest) -> pb.Placement:
-        """The placement: map of expert copies to devices."""
+        """Return the placement, which maps expert copies to workers."""
         self._check_operator(NUMBERS_BY_EXPERT)
         found = await self._gateway.numbers.placement()
         banks = found["banks"]
@@ -66,7 +66,7 @@ class AdminCalls:
         return pb.Placement(epoch=found["epoch"], banks=map(_bank_maps, banks))
 
     async def GetExpertLoad(self, request: pb.GetExpertLoadRequest) -> pb.ExpertLoad:
-        """Tokens by layer, expert and worker."""
+        """Return the number of tokens by layer, expert and worker."""
         self._check_operator(NUMBERS_BY_EXPERT)
         found = await self._gateway.numbers.load()
         workers = [name or "" for name in found.get("workers", ())]
@@ -74,7 +74,7 @@ class AdminCalls:
         return _message(pb.ExpertLoad, {**found, "banks": banks, "workers": workers})
 
     async def ListWorkers(self, request: pb.ListWorkersRequest) -> pb.ListWorkersResponse:
-        """Every worker, including lost ones."""
+        """Return all workers, including lost ones."""
         snapshot = await self._snapshot.get()
         found = snapshot["workers"]
         if not is_operator(self._gateway.admin_keys):
@@ -84,7 +84,7 @@ class AdminCalls:
     async def WatchCluster(
         self, request: pb.WatchClusterRequest
     ) -> AsyncGenerator[pb.ClusterEvent]:
-        """The history, then every new entry. An entry that changes is sent again as a whole."""
+        """Yield the event history, then new events. An event that changes is yielded again."""
         self._check_operator(EVENTS)
         snapshot = await self._snapshot.get()
         seen = snapshot["history"] if request.only_new else []
@@ -98,7 +98,7 @@ class AdminCalls:
         check_operator(self._gateway.admin_keys, what)
 
     async def _next(self, version: int) -> dict[str, Any]:
-        """The next snapshot, even after a restart of the controller."""
+        """Wait for a snapshot of another version, also across a restart of the controller."""
         while True:
             try:
                 snapshot: dict[str, Any] = await self._call(
@@ -127,7 +127,7 @@ class AdminCalls:
         return _operation(await self._call("begin", "drain", order))
 
     async def DrainGateway(self, request: pb.DrainGatewayRequest) -> pb.DrainGatewayResponse:
-        """Drain this replica; the controller is not involved."""
+        """Drain this replica, without the controller."""
         left = self._gateway.leave(time.monotonic())
         return pb.DrainGatewayResponse(gateway=self._gateway.name, requests=left)
 
@@ -143,7 +143,7 @@ class AdminCalls:
         return _operation(await self._call("begin", "scale", order))
 
     async def Rebalance(self, request: pb.RebalanceRequest) -> pb.Operation:
-        """Rebalance, or with ``dry_run`` only report the predicted changes."""
+        """Rebalance the experts; with ``dry_run`` only predict the changes."""
         order = {
             "dry_run": request.dry_run,
             "request_id": request.request_id,
@@ -159,17 +159,17 @@ class AdminCalls:
         return pb.ListOperationsResponse(operations=map(self._shown_operation, found))
 
     async def CancelOperation(self, request: pb.CancelOperationRequest) -> pb.Operation:
-        """Cancel an operation that can still be undone."""
+        """Cancel an operation that can still be rolled back."""
         return self._shown_operation(await self._call("cancel_operation", request.id))
 
     def _shown_operation(self, found: Mapping[str, Any]) -> pb.Operation:
-        """The operation for the caller: only operators see the balance of the experts."""
+        """Convert an operation. Callers who are not operators get no result of a rebalance."""
         if found["kind"] == "rebalance" and not is_operator(self._gateway.admin_keys):
             found = {**found, "message": "", "result": None}
         return _operation(found)
 
     async def GetLog(self, request: pb.GetLogRequest) -> pb.GetLogResponse:
-        """Log lines of a worker or the controller."""
+        """Return log lines of a worker or of the controller."""
         self._check_operator(LOGS)
         found = await self._call("log", request.process, request.after)
         return pb.GetLogResponse(number=found["number"], lines=found["lines"])
@@ -178,7 +178,7 @@ class AdminCalls:
         """Abort requests of clients by id, on every replica."""
         names = list(request.request_ids)
         if not 0 < len(names) <= MAX_ABORTED:
-            rule = f"request_ids ({len(names)} of them) must be 1 to {MAX_ABORTED}"
+            rule = f"request_ids ({len(names)} ids) must have 1 to {MAX_ABORTED} ids"
             raise RequestError(rule, "request_ids")
         return pb.AbortRequestsResponse(aborted=await self._gateway.status.abort_calls(names))
 
@@ -190,7 +190,7 @@ class AdminCalls:
         order = {"name": request.lora_name, "path": request.lora_path, "tenants": tenants}
         found = await self._call("begin", "load_adapter", order, limit_s=LORA_LIMIT_S)
         if not found:
-            raise ConflictError(f"the adapter {request.lora_name} was unloaded meanwhile")
+            raise ConflictError(f"the adapter {request.lora_name} was unloaded during the load")
         await self._wait_replicas(lambda keys: found["key"] in keys)
         return _adapter(found)
 
@@ -209,7 +209,7 @@ class AdminCalls:
     async def ListLoraAdapters(
         self, request: pb.ListLoraAdaptersRequest
     ) -> pb.ListLoraAdaptersResponse:
-        """Adapters that the caller may use, in any state; paths only for operators."""
+        """Return the adapters that the caller may use, in any state; paths only for operators."""
         snapshot = self._gateway.model.adapters.without_others(await self._call("snapshot"))
         found = snapshot.get("adapters", ())
         if not is_operator(self._gateway.admin_keys):
@@ -217,7 +217,7 @@ class AdminCalls:
         return pb.ListLoraAdaptersResponse(adapters=map(_adapter, found))
 
     async def _wait_replicas(self, knows: Callable[[list[str]], bool]) -> None:
-        """Wait until every replica knows; a replica that does not reply is no error."""
+        """Wait until ``knows`` is true for the adapter keys of all replicas that respond."""
         for _ in range(_MAX_LOOKS):
             answers = (await self._gateway.status.replicas.call("adapters")).values()
             if all(map(knows, answers)):
@@ -247,7 +247,7 @@ def _limit_s(request: pb.DrainWorkerRequest | pb.ScaleRequest, default_s: float)
 
 
 def _operation(found: Mapping[str, Any]) -> pb.Operation:
-    """Convert the controller's data; ``result`` goes into the field of the operation's kind."""
+    """Convert the controller's data. ``result`` becomes the field of the operation's kind."""
     values = {k: v for k, v in found.items() if k not in ("state", "result")}
     message = pb.Operation(state=pb.Operation.State.Value(found["state"]), **values)
     if found["result"]:
@@ -257,7 +257,7 @@ def _operation(found: Mapping[str, Any]) -> pb.Operation:
 
 
 def _message(kind: type[AnyMessage], values: Mapping[str, Any]) -> AnyMessage:
-    """A message with the values for which it has a field."""
+    """Make a message from ``values``, ignoring names that are not fields."""
     names = kind.DESCRIPTOR.fields_by_name
     return kind(**{k: v for k, v in values.items() if k in names and v is not None})
 

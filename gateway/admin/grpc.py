@@ -1,4 +1,4 @@
-"""The admin service over gRPC, on a port of its own. This module is only the codec."""
+"""The admin service over gRPC, on its own port."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _MAX_CALLS = 256
 
 
 class AdminGrpcServer(ServicePort):
-    """Serves ``Admin``.
+    """gRPC server of ``expertmesh.v1.Admin``.
 
     Args:
-        gateway: counts calls, and has the keys.
-        host: interface.
-        port: port number; 0 takes a free one.
-        shared: several replicas of this host listen on the port.
+        gateway: the replica.
+        host: interface to listen on.
+        port: port number; 0 selects a free port.
+        shared: whether several replicas of this host listen on the port.
     """
 
     def __init__(self, gateway: Gateway, host: str, port: int, *, shared: bool = False) -> None:

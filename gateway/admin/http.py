@@ -44,7 +44,7 @@ ROUTES = (
     ("GET", "/admin/v1/placement", "GetPlacement"),
     ("GET", "/admin/v1/load", "GetExpertLoad"),
 )
-"""HTTP method, path and gRPC method. Parts of the path and the query are fields of the message."""
+"""HTTP method, path and gRPC method. Path parameters and the query set fields of the message."""
 MAX_CONNECTIONS = 256
 
 
@@ -80,7 +80,7 @@ _RULES = {
     FieldDescriptor.TYPE_UINT32: "must be a whole number from 0 to 4294967295",
     FieldDescriptor.TYPE_UINT64: "must be a whole number, 0 or more",
     FieldDescriptor.TYPE_DOUBLE: "must be a finite number",
-    FieldDescriptor.TYPE_STRING: "must be a text",
+    FieldDescriptor.TYPE_STRING: "must be a string",
     FieldDescriptor.TYPE_BOOL: "must be true or false",
 }
 _MAX_SHOWN = 64
@@ -93,7 +93,7 @@ class _Endpoint:
     name: str
 
     async def serve(self, request: Request) -> Response:
-        """Handle one call: convert JSON to the method's message, and its response back."""
+        """Serve one call: convert JSON to the request message, and the response message to JSON."""
         _check_no_web_page(request, self.gateway.limits.requires_admin_keys)
         fields: dict[str, Any] = {**request.query_params, **request.path_params}
         if request.method == "POST" and _has_body(request):
@@ -114,7 +114,7 @@ class _Endpoint:
 
 
 def _set_field(message: Message, name: str, value: Any) -> None:
-    """Set a field from JSON. Raises ``RequestError`` with field, value and rule."""
+    """Set a field from JSON. Raises ``RequestError``."""
     try:
         json_format.ParseDict({name: value}, message)
     except json_format.ParseError as err:
@@ -127,12 +127,12 @@ def _set_field(message: Message, name: str, value: Any) -> None:
 
 
 def _check_no_web_page(request: Request, has_keys: bool) -> None:
-    """Raise ``PermissionDeniedError`` for a request of a web page other than our own.
+    """Raise ``PermissionDeniedError`` for a request from a web page other than the dashboard.
 
-    Without a key any page that an operator opens could start operations on loopback: a POST without
-    a body needs no CORS preflight, and a page whose name resolves to loopback may send anything.
-    Therefore our page counts without keys only under an IP address, which no other page can have,
-    or as ``localhost``.
+    Without keys, any web page that an operator opens could start operations through the loopback
+    interface: a POST without a body needs no CORS preflight, and a page whose host name resolves to
+    loopback passes as same-origin. Therefore the dashboard must then have been loaded from an IP
+    address or ``localhost``.
     """
     headers = request.headers
     origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
@@ -166,7 +166,7 @@ async def _health(request: Request) -> Response:
 def admin_http_server(
     gateway: Gateway, host: str, port: int, *, shared: bool = False
 ) -> HttpListener:
-    """A listener for ``build_admin_app`` on its own port; ``shared`` by replicas of the host."""
+    """Make the listener of the admin port; ``shared``: by the replicas of this host."""
     app, section = build_admin_app(gateway), gateway.limits
     options: dict[str, Any] = {"max_connections": MAX_CONNECTIONS, "is_shared": shared}
     return HttpListener(app, section, "admin HTTP", host, port, **options)

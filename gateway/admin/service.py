@@ -1,4 +1,4 @@
-"""The admin service of a replica: one service, two codecs, each on a port of its own."""
+"""The admin servers of a replica: HTTP and gRPC, each on its own port."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _Server = HttpListener | AdminGrpcServer
 
 @dataclass(eq=False)
 class AdminApi:
-    """Both admin servers, HTTP and gRPC."""
+    """Starts and stops both admin servers."""
 
     gateway: Gateway
-    """Serves the calls."""
+    """The replica."""
     section: GatewaySection
-    """Interface and ports, whose clients can end the cluster. A configured port is shared by all
-    replicas of the host; otherwise the default port is used if it is free, else any port."""
+    """Interface and ports. All replicas of a host share a configured port. Without a configured
+    port, a server uses the default port if it is free, else any free port."""
     http_port: int = field(default=HTTP_PORT, kw_only=True)
     """Default HTTP port."""
     grpc_port: int = field(default=GRPC_PORT, kw_only=True)

@@ -1,4 +1,4 @@
-"""Write the output of a model as a sequence of content blocks: reasoning, text and calls."""
+"""Converts model output to Anthropic content blocks: reasoning, text and tool calls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gateway.text.tool_formats.tool_calls import CallDelta, ParsedPiece
 
 Event = dict[str, Any]
 ShownThinking = Literal["all", "omitted", "none"]
-"""The reasoning that a client receives: all text, empty blocks, or no blocks."""
+"""Reasoning that a client receives: ``all`` text, ``omitted`` text (empty blocks) or ``none``."""
 _OWN_PREFIX, _PREFIX = "call_", "toolu_"
 
 
@@ -22,13 +22,13 @@ class _OpenBlock:
 
     kind: Literal["text", "thinking", "tool_use"]
     seal: Any = None
-    """Hash object of the reasoning text so far; None for other blocks."""
+    """Hash object of the reasoning text so far; None for blocks of another kind."""
 
 
 class BlockWriter:
-    """Converts the parsed pieces of the output into events.
+    """Converts parsed pieces of the output into stream events.
 
-    White space alone is not a text block: models write it between reasoning and a call.
+    White space between reasoning and a tool call does not start a text block.
     """
 
     def __init__(self, thinking: ShownThinking) -> None:
@@ -75,7 +75,7 @@ class BlockWriter:
             return []
         block = {"type": "thinking", "thinking": "", "signature": ""}
         events = self._begin("thinking", block)
-        assert self._open_block is not None, "it has begun"
+        assert self._open_block is not None, "no block is open"
         self._open_block.seal.update(text.encode())
         if self._thinking == "omitted":
             return events

@@ -35,7 +35,7 @@ from workers.requests.request import Grammar
 
 MIN_BUDGET_TOKENS = 1024
 _EFFORTS = {"max": "xhigh"}
-"""Effort names of Anthropic that have another name here."""
+"""Anthropic's names of ``effort`` that differ from the names here."""
 _CHOICES = {"any": "required", "tool": None}
 _BILLING_PREFIX = "x-anthropic-billing-header:"
 """Prefix of a system block that Claude Code adds. It differs in each request and is removed."""
@@ -68,7 +68,7 @@ def message_call(body: MessagesBody) -> GenerateCall:
 
 
 def chat_input(body: CountTokensBody, grammar: Grammar | None = None) -> ChatInput:
-    """Return the conversation of a body. Raises ``RequestError``."""
+    """Convert the conversation of a body for the chat template. Raises ``RequestError``."""
     check_references(body)
     messages = _merge_consecutive(_messages(body))
     continues = bool(messages) and messages[-1]["role"] == "assistant"
@@ -163,7 +163,7 @@ def _tool(tool: ToolParam, index: int) -> Tool:
 
 
 def _messages(body: CountTokensBody) -> list[_Message]:
-    """Return messages for chat templates; each tool result is a separate message."""
+    """Convert messages for chat templates; each tool result becomes a separate message."""
     messages: list[_Message] = []
     system = _system_message([b for b in body.system or () if not _is_billing(b)], "system")
     if system["content"]:
@@ -222,7 +222,7 @@ def _tool_message(block: ContentBlockParam, path: str, tools: Mapping[str, ToolP
 def _result_text(
     blocks: Sequence[ContentBlockParam], path: str, tools: Mapping[str, ToolParam]
 ) -> str:
-    """Return the text of blocks, with references replaced by tool declarations."""
+    """Return the text of a tool result, with references replaced by tool declarations."""
     named = [(block, f"{path}[{index}]") for index, block in enumerate(blocks)]
     lines = []
     for is_reference, group in groupby(named, key=lambda pair: pair[0].type == REFERENCE):
@@ -246,7 +246,7 @@ def _assistant_message(blocks: Sequence[ContentBlockParam], path: str) -> _Messa
             case "thinking":
                 reasoning_texts.append(block.thinking or "")
             case "redacted_thinking":
-                pass  # encrypted by another server: models of this server cannot read it
+                pass  # encrypted by another server; ignored
             case "tool_use":
                 calls.append(_call(block, block_path))
             case _:
@@ -271,7 +271,7 @@ def _call(block: ContentBlockParam, path: str) -> dict[str, Any]:
 
 
 def _join_texts(blocks: Sequence[ContentBlockParam], path: str) -> str:
-    """Return the text of blocks; raises for blocks that are not text."""
+    """Return the text of blocks. Raises ``RequestError`` for blocks that are not text."""
     return "\n".join(_only_text(block, f"{path}[{i}]") for i, block in enumerate(blocks))
 
 

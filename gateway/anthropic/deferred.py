@@ -1,8 +1,8 @@
-"""Tools with ``defer_loading``, which the model sees and calls after a search for tools.
+"""Tools with ``defer_loading``, which the model sees only after a search for tools.
 
-Clients offer a tool that searches for tools; its result has references in place of text. The
-declaration of a referenced tool is inserted at the reference, not at the beginning of the prompt,
-so that the prompt before it does not change and remains cached.
+A client offers a tool that searches for tools; its result contains references to tools. The
+gateway replaces each reference by the tool's declaration. The prompt before the reference does
+not change and remains cached.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from gateway.core.field_checks import require
 
 REFERENCE = "tool_reference"
 MAX_REFERENCED_CHARS = 8 * 1024 * 1024
-"""Maximum number of characters of all referenced tools; repeated references count each time."""
+"""Maximum total length of the referenced declarations; repeated references count each time."""
 
 
 def check_references(body: CountTokensBody) -> None:
-    """Raise ``RequestError`` if the declarations of all references are too long in total."""
+    """Raise ``RequestError`` if the referenced declarations exceed ``MAX_REFERENCED_CHARS``."""
     tools = {tool.name: tool for tool in body.tools or ()}
     counts = Counter(block.tool_name for block in _references(body))
     named = [(tools[name], count) for name, count in counts.items() if name in tools]
@@ -50,7 +50,7 @@ def render_references(
 
     Args:
         blocks: the references.
-        paths: the field of each block, for errors.
+        paths: name of each block's field, for errors.
         tools: the tools of the body by name.
 
     Raises:

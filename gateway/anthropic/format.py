@@ -1,4 +1,4 @@
-"""Format running calls as Anthropic messages, whole and as events."""
+"""Formats running calls as Anthropic messages: response bodies and stream events."""
 
 from __future__ import annotations
 

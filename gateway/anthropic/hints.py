@@ -1,4 +1,4 @@
-"""Read the KV cache hints of a body: ``cache_control``, and the session id in ``metadata``."""
+"""Reads the KV cache hints of a body: ``cache_control`` and the session id in ``metadata``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from gateway.core.retention import parse_duration_s
 _DEFAULT_TTL = "5m"
 _TTLS = (_DEFAULT_TTL, "1h")
 _MAX_USER_ID_CHARS = 1024
-"""Longest ``user_id`` that is searched for a session id."""
+"""Maximum length of a ``user_id`` that may contain a session id."""
 _SESSION = re.compile(rf"[0-9A-Za-z-]{{1,{MAX_NAME_CHARS}}}")
 _OLD_USER_ID = re.compile(r"user_.*_session_([0-9A-Za-z-]+)", re.DOTALL)
 
 
 def longest_ttl(body: MessagesBody) -> float | None:
-    """Return the longest TTL of all ``cache_control`` objects in seconds; None without any.
+    """Return the longest TTL of the ``cache_control`` objects in seconds; None if there are none.
 
     Raises:
         RequestError: a TTL is invalid; the error names the field.

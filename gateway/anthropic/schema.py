@@ -1,7 +1,7 @@
 """The types of the request bodies of Anthropic's Messages.
 
-Values are checked later, for all protocols alike, in ``gateway/core/field_checks.py``. ``convert``
-rejects unsupported blocks and tools by name.
+``gateway/core/field_checks.py`` checks values later, for all protocols. ``convert`` rejects
+unsupported blocks and tools.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Known fields of Anthropic's protocol that are rejected by name."""
+"""Rejects known fields of Anthropic's protocol that are not supported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _UNSUPPORTED_TOOL: Neutral = {
 """Unsupported fields of ``tools``, each with the values that have no effect."""
 _BETWEEN_TOOLS = "between_tools"
 _THINKING_EDITS = "clear_thinking_"
-"""Prefix of edits that concern reasoning of earlier turns; the chat template handles it."""
+"""Prefix of edits that remove earlier reasoning. They are accepted: chat templates remove it."""
 
 
 def check_unsupported(data: Mapping[str, Any]) -> None:

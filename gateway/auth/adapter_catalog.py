@@ -1,4 +1,4 @@
-"""The adapters known to one gateway: which a caller may name, and which are in use."""
+"""The adapters that one gateway knows, by caller, and the adapters in use."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from gateway.auth.auth import CALLER
 
 _LABEL = re.compile(rb'(?:lora_name|(?:running|waiting)_lora_adapters)="([^"]*)"')
-"""Labels of series that name adapters, separated by commas."""
+"""Matches metric labels with adapter names, which are separated by commas."""
 
 
 class AdapterCatalog:
-    """Adapters of one gateway. For a caller, adapters that it may not use do not exist."""
+    """Adapters of one gateway. Methods hide adapters that the caller may not use."""
 
     def __init__(self) -> None:
         self._known: Sequence[Mapping[str, Any]] = ()
@@ -21,7 +21,7 @@ class AdapterCatalog:
         self._ready: dict[str, Mapping[str, Any]] = {}
         """Ready adapters by name."""
         self._keys: dict[Hashable, str] = {}
-        """Adapter keys of the calls that have one."""
+        """Adapter keys by call, for calls with an adapter."""
 
     @property
     def keys(self) -> list[str]:
@@ -43,7 +43,7 @@ class AdapterCatalog:
         return [name for name, adapter in self._ready.items() if self._may_use(adapter)]
 
     def find(self, name: str) -> str | None:
-        """Key of an adapter that the caller may use, by name; None for other names."""
+        """Key of the adapter with this name; None unless the caller may use such an adapter."""
         adapter = self._ready.get(name)
         return str(adapter["key"]) if adapter is not None and self._may_use(adapter) else None
 
@@ -53,12 +53,12 @@ class AdapterCatalog:
         return all(self._may_use(one) for one in named if one["state"] != "UNLOADING")
 
     def without_others(self, status: Mapping[str, Any]) -> dict[str, Any]:
-        """A status without the adapters that the caller may not use."""
+        """Copy a status without the adapters that the caller may not use."""
         adapters = [a for a in status.get("adapters", ()) if self._may_use(a)]
         return {**status, "adapters": adapters} if "adapters" in status else dict(status)
 
     def without_series_of_others(self, exposition: bytes) -> bytes:
-        """Metrics without series that name adapters that the caller may not use."""
+        """Remove the metrics series of adapters that the caller may not use."""
         hidden = {a["name"].encode() for a in self._known if not self._may_use(a)}
         if not hidden:
             return exposition
@@ -66,7 +66,7 @@ class AdapterCatalog:
         return b"".join(line for line in lines if hidden.isdisjoint(_named_in(line)))
 
     def begin(self, call: Hashable, key: str) -> None:
-        """Record the adapter of a call; an empty key: it has none."""
+        """Record the adapter of a call; ``key`` is empty without an adapter."""
         if key:
             self._keys[call] = key
 
@@ -84,7 +84,7 @@ class AdapterCatalog:
 
 
 def _named_in(line: bytes) -> set[bytes]:
-    """Adapters that a line of an exposition names."""
+    """Names of adapters in one line of a metrics exposition."""
     if b"lora_" not in line:
         return set()
     return {name for value in _LABEL.findall(line) for name in value.split(b",")}

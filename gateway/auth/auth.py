@@ -1,4 +1,4 @@
-"""API keys: which callers may use more than ``/health`` and ``/ready``, and how much.
+"""API keys: authenticate callers and limit their usage. ``/health`` and ``/ready`` need no key.
 
 HTTP and gRPC check the ``KeyRing`` of their port before anything else, and store the caller in
 ``CALLER``.
@@ -18,7 +18,7 @@ from gateway.auth.key_file import KeyEntry, KeyFile, KeyLimits, plain_entries
 from gateway.auth.key_limits import KeyUsage
 
 CALLER: ContextVar[KeyUsage | None] = ContextVar("CALLER", default=None)
-"""The caller of the request that the running task serves; None without keys."""
+"""Caller of the request that the current task serves; None if the port requires no key."""
 
 NUMBERS_BY_EXPERT, EVENTS = "numbers by expert and layer", "events of the cluster"
 LOGS = "logs of processes"
@@ -26,14 +26,14 @@ LOGS = "logs of processes"
 
 
 class KeyRing:
-    """The keys of a port; without keys it accepts every caller.
+    """The keys of a port. A port without keys accepts every caller.
 
     Args:
         keys: plain keys, or digests made by ``cluster.config.api_keys.hash_key``.
-        file: further keys, which may change.
-        limits: limits of keys without limits of their own.
-        others: a ring with known keys that do not open this port.
-        are_admin: the keys are an operator's.
+        file: further keys, reloaded when the file changes.
+        limits: default limits of a key.
+        others: keys of another port. They get a different error, as they are known.
+        are_admin: whether the keys are admin keys.
         clock: ``time.monotonic``.
     """
 
@@ -53,13 +53,13 @@ class KeyRing:
         self._others = others
         self._are_admin = are_admin
         self.admin_ring: KeyRing | None = None
-        """A ring whose keys open this port too, without its limits."""
+        """Keys that also open this port, without its limits."""
         self._clock = clock
         self._usages: dict[bytes, KeyUsage] = {}  # usage of keys that were used
 
     @property
     def is_open(self) -> bool:
-        """Whether no key is required. A file whose last key was removed closes the port."""
+        """Whether the port requires no key. A key file closes the port, even without keys."""
         return not self._fixed and self._file is None
 
     async def read_changes(self) -> None:
@@ -69,12 +69,12 @@ class KeyRing:
                 await ring._file.refresh(ring._clock())
 
     def check(self, authorization: str | None, api_key: str | None = None) -> KeyUsage | None:
-        """Accept a request by its ``Authorization`` header, or by a header with only the key.
+        """Check the key in an ``Authorization`` header, or in a header with only the key.
 
-        Returns the usage of the key; None without keys.
+        Returns the usage of the key, or None if the port requires no key.
 
         Raises:
-            AuthenticationError: no known key was given.
+            AuthenticationError: the key is missing or unknown.
             PermissionDeniedError: the key is for another port.
         """
         if self.is_open:
@@ -89,14 +89,14 @@ class KeyRing:
         if account is not None:
             return account
         if self._others is not None and self._others._find(digest) is not None:
-            raise PermissionDeniedError("an admin key is needed here, this is not one")
+            raise PermissionDeniedError("an admin key is needed here: this key is not one")
         raise AuthenticationError("the API key is not known")
 
     def enter(self, authorization: str | None, api_key: str | None = None) -> KeyUsage | None:
-        """Like ``check``, and the request counts as running until ``KeyUsage.leave``.
+        """Like ``check``; also count the request as running until ``KeyUsage.leave``.
 
         Raises:
-            KeyLimitError: the key has used up one of its limits.
+            KeyLimitError: the key has reached one of its limits.
         """
         account = self.check(authorization, api_key)
         if account is not None:
@@ -105,7 +105,7 @@ class KeyRing:
         return account
 
     def usage_of(self, tenant: str) -> KeyUsage | None:
-        """The usage of a key by its tenant's name; None if no key has this name."""
+        """Usage of the key with this tenant name; None if there is no such key."""
         in_file = self._file.entries.values() if self._file is not None else ()
         for entry in (*in_file, *self._fixed.values()):
             if entry.tenant == tenant:
@@ -113,7 +113,7 @@ class KeyRing:
         return self.admin_ring.usage_of(tenant) if self.admin_ring is not None else None
 
     def _find(self, digest: bytes) -> KeyUsage | None:
-        """The usage of a key; keys that remain in a changed file keep their usage."""
+        """Usage of a key. A key keeps its usage when its file changes."""
         entry = self._entry(digest)  # the time of this lookup depends on digests alone
         known = digest if entry is None else entry.digest
         if not hmac.compare_digest(digest, known) or entry is None:
@@ -137,26 +137,26 @@ class KeyRing:
 
 
 def is_operator(keys: KeyRing) -> bool:
-    """Whether the running request may see the whole cluster: stats by expert, hosts, processes.
+    """Whether the current request may see stats by expert, hosts and processes of the cluster.
 
-    Any request may if its port requires no key, otherwise requests with an admin key.
+    True if the port requires no key or the request has an admin key.
     """
     caller = CALLER.get()
     return keys.is_open or (caller is not None and caller.is_admin)
 
 
 def check_operator(keys: KeyRing, what: str) -> None:
-    """Raise ``PermissionDeniedError`` unless the running request may see ``what``."""
+    """Raise ``PermissionDeniedError``, which names ``what``, unless ``is_operator``."""
     if not is_operator(keys):
         raise PermissionDeniedError(f"{what} need an admin key (--admin-key of the server)")
 
 
 def make_key_rings(section: GatewaySection) -> tuple[KeyRing, KeyRing]:
-    """The key rings of the public ports and of the admin ports.
+    """Make the key rings of the public ports and of the admin ports.
 
     An admin key opens all ports, even if it is also a client key. Without admin keys, the admin
-    ports (then on loopback) accept the public keys. Raises ``ConfigError`` for an unreadable key
-    file.
+    ports listen on loopback only and accept the public keys. Raises ``ConfigError`` for an
+    unreadable key file.
     """
     limits = KeyLimits(
         requests_per_minute=section.key_requests_per_minute,

@@ -1,6 +1,6 @@
-"""Key files: keys with names and limits, read again when the file changes.
+"""Key files: keys with names and limits, reloaded when the file changes.
 
-Either one key per line (ignoring empty lines and ``#`` comments), or YAML or JSON::
+A file has one key per line (empty lines and ``#`` comments are ignored), or is YAML or JSON::
 
     keys:
       - name: team-a
@@ -64,16 +64,16 @@ class KeyEntry:
     """Name in logs; may be empty."""
     limits: KeyLimits = KeyLimits()
     weight: float = 1.0
-    """Weight of its share of the workers when keys compete."""
+    """Weight of the key's share of the workers when keys compete."""
 
     @property
     def tenant(self) -> str:
-        """The name of the key's own prefix cache."""
+        """Name that identifies the client, for example for its prefix cache and stored objects."""
         return self.name or self.digest.hex()
 
 
 def plain_entries(keys: Iterable[str]) -> tuple[KeyEntry, ...]:
-    """Entries without names or limits, for keys or digests made by ``hash_key``."""
+    """Make entries without names and limits from keys, or from digests made by ``hash_key``."""
     return tuple(KeyEntry(digest=stored_digest(hash_key(key))) for key in keys)
 
 
@@ -144,7 +144,7 @@ def _entry(found: Mapping[str, Any], what: str, path: str, setting: str) -> KeyE
 def _check_key(key: object, path: str, setting: str, what: str = "a key") -> str:
     if isinstance(key, str) and key and key.isascii() and key.isprintable() and " " not in key:
         return key
-    rule = f"{what}: must be a text without spaces, of printable ASCII characters"
+    rule = f"{what}: must be printable ASCII characters without spaces"
     raise ConfigError(setting, path, rule)
 
 
@@ -171,7 +171,7 @@ class KeyFile:
         path: path of the file.
         setting: the option that named it, for errors.
         read: function that reads it.
-        limit_s: longest wait for a changed file, which may be large.
+        limit_s: longest time in seconds that requests wait for a changed file to be read.
 
     Raises:
         ConfigError: it cannot be read, or is not a key file.
@@ -194,14 +194,14 @@ class KeyFile:
         self._wait_ends_s = 0.0
         self._disk = DiskThreads(setting, 1, 1, limit_s)
         self.entries = self._by_digest()
-        """Entries by digest; replaced as a whole."""
+        """Entries by digest. A reload replaces the whole mapping."""
 
     async def refresh(self, now_s: float) -> None:
-        """Check the file for changes, at most once a second, and read it, both in a thread.
+        """Check the file for changes in a thread, at most once a second, and read a changed file.
 
-        All requests wait until it is read, but at most ``limit_s`` from the start of the check;
-        meanwhile the former keys stay in force. An unreadable or invalid file changes nothing, and
-        is logged once. A file without keys leaves none.
+        Requests wait for the check, at most ``limit_s`` from its start, then use the former keys.
+        An unreadable or invalid file is logged once, and the former keys remain valid. A file
+        without keys removes all of them.
         """
         if self._check_task is not None and self._check_task.done():
             self._check_task = None
@@ -220,7 +220,7 @@ class KeyFile:
         try:
             self.entries = self._by_digest()
         except ConfigError as err:
-            logger.error("the former keys stay in force: %s", err)
+            logger.error("could not reload keys; the former keys remain valid: %s", err)
         else:
             logger.info("reloaded %s: %d keys", self._setting, len(self.entries))
 

@@ -1,8 +1,8 @@
-"""Usage of one key against its limits. Pure: the time is passed in.
+"""Usage of one key and its limits. Pure: callers pass the time.
 
-Rates are token buckets with the capacity of one minute. A request is charged when it arrives; its
-tokens when they are known, the prompt's at admission and the output's at its end. A request is
-therefore never too large for its key, and the next one waits until the balance is positive again.
+Each rate is a token bucket with the capacity of one minute. A request is charged at its arrival,
+prompt tokens at admission, output tokens at the end. The balance may become negative, so a
+request is never too large for its key; later requests are refused until it is positive again.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from cluster.core.errors import KeyLimitError
 from gateway.auth.key_file import KeyEntry, KeyLimits
 
 _DEFAULT_RETRY_S = 1.0
-"""Retry time before any request of the key has ended."""
+"""Retry time in seconds until a first request of the key has ended."""
 _MEMORY = 0.95
-"""Weight of the past in the mean duration of a request, at each end: some twenty requests."""
+"""Decay per ended request of the mean duration, which thus covers about 20 requests."""
 
 
 class Bucket:
     """A token bucket with a refill rate per minute, which is also its capacity.
 
     Args:
-        per_minute: refill rate, and capacity.
-        now_s: current time.
+        per_minute: refill rate and capacity.
+        now_s: current time in seconds.
     """
 
     def __init__(self, per_minute: float, now_s: float) -> None:
@@ -30,7 +30,7 @@ class Bucket:
         self._at_s = now_s
 
     def wait_s(self, now_s: float) -> float:
-        """Seconds until the bucket is positive; 0 if it is."""
+        """Seconds until the balance is positive; 0 if it is positive now."""
         self._fill(now_s)
         least = min(1.0, self.per_minute)
         return max(0.0, least - self._level) * 60.0 / self.per_minute
@@ -60,7 +60,7 @@ class KeyUsage:
         self.is_admin = False
         """Whether the key opens the admin ports and shows the whole cluster."""
         self.num_running = 0
-        self._busy_s = 0.0  # seconds of running requests, and ended requests: both decay
+        self._busy_s = 0.0  # seconds of running requests; decays, as _num_ended does
         self._num_ended = 0.0
         self._at_s = now_s
         self._limits = KeyLimits()
@@ -69,7 +69,7 @@ class KeyUsage:
         self.change(entry, limits, now_s)
 
     def change(self, entry: KeyEntry, limits: KeyLimits, now_s: float) -> None:
-        """Change the limits; unchanged ones keep their usage."""
+        """Change the limits. A limit that does not change keeps its usage."""
         old, self.entry, self._limits = self._limits, entry, limits
         if old.requests_per_minute != limits.requests_per_minute:
             self._requests = _bucket(limits.requests_per_minute, now_s)
@@ -77,7 +77,7 @@ class KeyUsage:
             self._tokens = _bucket(limits.tokens_per_minute, now_s)
 
     def enter(self, now_s: float) -> None:
-        """Begin a request. Raises ``KeyLimitError``, and then counts nothing."""
+        """Count the start of a request. Raises ``KeyLimitError`` without counting it."""
         most = self._limits.max_concurrent
         if most is not None and self.num_running >= most:
             message = f"{self.num_running} requests of this key are running, at most {most}"
@@ -99,14 +99,14 @@ class KeyUsage:
         self._at_s = max(now_s, self._at_s)
 
     def _end_s(self, now_s: float) -> float:
-        """Time until one of the running requests ends, by Little's law: mean duration / number."""
+        """Seconds until one of the running requests ends: mean duration / number (Little's law)."""
         self._count_busy(now_s)
         if not self._num_ended:
             return _DEFAULT_RETRY_S
         return self._busy_s / self._num_ended / self.num_running
 
     def check_tokens(self, now_s: float) -> None:
-        """Raise ``KeyLimitError`` while the key has overdrawn its tokens."""
+        """Raise ``KeyLimitError`` while the token balance of the key is not positive."""
         if self._tokens is not None:
             _check(self._tokens, "tokens", now_s)
 
@@ -122,5 +122,5 @@ def _bucket(per_minute: float | None, now_s: float) -> Bucket | None:
 def _check(bucket: Bucket, what: str, now_s: float) -> None:
     wait_s = bucket.wait_s(now_s)
     if wait_s > 0:
-        message = f"this key may use {bucket.per_minute:g} {what} a minute, and has used them"
+        message = f"this key may use {bucket.per_minute:g} {what} per minute and has used them up"
         raise KeyLimitError(message, wait_s, f"key_{what}")

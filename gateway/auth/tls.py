@@ -1,4 +1,4 @@
-"""TLS for every port of a gateway: one certificate and optionally client certificates."""
+"""TLS of all ports of a gateway: one server certificate, and optionally client certificates."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from gateway.auth.tls_files import read_file
 
 
 def bind(server: grpc.aio.Server, address: str, section: GatewaySection) -> int:
-    """Bind a gRPC server, with TLS if there is a certificate; return the port.
+    """Bind a gRPC server, with TLS if a certificate is configured; return the port.
 
-    Raises gRPC's errors (``RuntimeError``), and ``ConfigError``.
+    Raises ``ConfigError``, and ``RuntimeError`` if gRPC cannot bind.
     """
     if not section.has_tls:
         return server.add_insecure_port(address)
@@ -25,7 +25,7 @@ def bind(server: grpc.aio.Server, address: str, section: GatewaySection) -> int:
 
 
 def tls_files(section: GatewaySection) -> dict[str, str]:
-    """TLS options of uvicorn and Ray Serve, which have the same names."""
+    """TLS options for uvicorn and Ray Serve, whose option names are equal."""
     options = {
         "ssl_keyfile": section.tls_key,
         "ssl_certfile": section.tls_cert,
@@ -35,7 +35,7 @@ def tls_files(section: GatewaySection) -> dict[str, str]:
 
 
 def uvicorn_options(section: GatewaySection) -> dict[str, Any]:
-    """Options of our own uvicorn; with authorities, clients must present a certificate."""
+    """TLS options for uvicorn. With ``tls_client_ca``, clients must present a certificate."""
     if section.tls_client_ca is None:
         return dict(tls_files(section))
     return {**tls_files(section), "ssl_cert_reqs": ssl.CERT_REQUIRED}

@@ -1,4 +1,4 @@
-"""Checks certificate and key files before anything starts."""
+"""Checks certificate and key files before the servers start."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_tls_files(section: GatewaySection) -> None:
 
 
 def read_file(section: GatewaySection, name: str) -> bytes:
-    """The file that a setting names. Raises ``ConfigError``."""
+    """Read the file whose path is the setting ``name``. Raises ``ConfigError``."""
     path = str(getattr(section, name))
     try:
         return Path(path).read_bytes()

@@ -1,4 +1,4 @@
-"""OpenAI's Files and Batches: files of requests that gateways run in the background.
+"""OpenAI's Files and Batches APIs: gateways run files of requests in the background.
 
 Imports ``gateway.http`` and the layers below it.
 """

@@ -2,8 +2,8 @@
 
     work/<batch>.json       the batch's tenant; exists until the batch has ended
     work/<batch>.requests   copy of the requests
-    work/<batch>.answers    successful responses so far; the process that locks it (``flock(2)``)
-                            runs the batch
+    work/<batch>.answers    successful responses so far; the process that locks this file
+                            (``flock(2)``) runs the batch
     work/<batch>.failures   failed responses so far
     work/<batch>.cancel     exists if the batch was cancelled
 
@@ -35,7 +35,7 @@ from gateway.state.store import StateStore
 logger = logging.getLogger(__name__)
 
 _ABANDONED_S = 3600.0
-"""Age from which working files without an entry, and an entry without a batch, are removed."""
+"""Seconds after which an entry without a batch, or working files without an entry, are removed."""
 
 
 class WorkPart(StrEnum):
@@ -49,7 +49,7 @@ class WorkPart(StrEnum):
 
 
 class PendingBatch(msgspec.Struct, frozen=True, kw_only=True):
-    """Entry of an unfinished batch."""
+    """Entry of an unfinished batch: the content of ``work/<batch>.json``."""
 
     batch_id: str
     tenant: str
@@ -78,7 +78,7 @@ class BatchStore:
     def make(self, tenant: str, batch: StoredBatch, requests: bytes) -> None:
         """Store a new batch. Raises ``StorageFullError``.
 
-        If the process is killed at any step, every stored batch is still run.
+        A stored batch will run even if this process is killed at any step.
         """
         self._check_limit(tenant, len(requests))
         try:
@@ -106,7 +106,7 @@ class BatchStore:
             )
 
     def save(self, tenant: str, batch: StoredBatch) -> None:
-        """Store the state of a batch, for the gateway that runs it. Raises ``StorageFullError``."""
+        """Store the state of a batch that this gateway runs. Raises ``StorageFullError``."""
         ttl_s = self._state.ttl_s + (0 if batch.status in ENDED else WINDOW_S)
         self._state.put(BATCHES, tenant, batch.id, msgspec.json.encode(batch), ttl_s)
 
@@ -128,7 +128,7 @@ class BatchStore:
         return self._state.list_ids(BATCHES, tenant)
 
     def cancel(self, batch_id: str) -> None:
-        """Tell the gateway that runs a batch to cancel it."""
+        """Request the gateway that runs a batch to cancel it."""
         if self.path(batch_id, WorkPart.ENTRY).exists():
             self._state.write_work(batch_id + WorkPart.CANCEL, b"")
 
@@ -137,7 +137,7 @@ class BatchStore:
         return self.path(batch_id, WorkPart.CANCEL).exists()
 
     def waiting(self) -> list[PendingBatch]:
-        """Unfinished batches, oldest first; other gateways may run them."""
+        """Unfinished batches, oldest first, including batches that other gateways run."""
         found = []
         for path in sorted(self._state.work.glob(f"*{WorkPart.ENTRY}")):
             try:
@@ -153,10 +153,10 @@ class BatchStore:
         return self.path(batch_id, WorkPart.ENTRY).exists()
 
     def take(self, work: PendingBatch) -> StoredBatch | None:
-        """Read the batch of an entry, for the process that has locked its file of responses.
+        """Read the batch of an entry. The caller must have locked the batch's file of responses.
 
-        Returns None if the batch has ended, is being made, or has expired only by the clock of this
-        gateway. Removes an entry without a batch.
+        Returns None if the batch has ended, is still being created, or has expired only by the
+        clock of this gateway. Removes an entry without a batch.
         """
         if not self.is_pending(work.batch_id):
             return None
@@ -188,7 +188,7 @@ class BatchStore:
             self.path(batch_id, part).unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Remove old working files without an entry, which killed processes have left."""
+        """Remove old working files without an entry, left behind by killed processes."""
         self._state.require_open()
         parts = set(WorkPart) - {WorkPart.ENTRY}
         left = [path for path in self._state.work.iterdir() if path.suffix in parts]

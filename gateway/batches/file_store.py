@@ -1,4 +1,4 @@
-"""Files of clients and of batches in the state folder. All methods block; call them in threads."""
+"""Stores input and output files in the state folder. All methods block; call them in threads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class FileStore:
 
     @property
     def max_bytes(self) -> int:
-        """Largest size of a tenant's files."""
+        """Maximum total size in bytes of a tenant's files."""
         return self._state.max_bytes
 
     def new_id(self) -> str:
@@ -48,7 +48,7 @@ class FileStore:
     def put(
         self, tenant: str, filename: str, content: bytes, *, ttl_s: float | None = None
     ) -> tuple[str, FileFacts]:
-        """Store a file; return its id and facts. Raises ``StorageFullError``."""
+        """Store a file; return its id and metadata. Raises ``StorageFullError``."""
         file_id = self.new_id()
         facts = self._facts(filename, "batch", len(content), ttl_s)
         self._state.put(FILES, tenant, file_id, encode_file(facts, content), ttl_s)
@@ -57,8 +57,8 @@ class FileStore:
     def put_output(
         self, tenant: str, filename: str, path: Path, file_id: str, ttl_s: float | None
     ) -> None:
-        """Store the responses in the file at ``path``. The size is checked first; the file is read
-        in pieces. Raises ``StorageFullError``."""
+        """Store the file at ``path`` as an output file: check its size, then copy it in pieces.
+        Raises ``StorageFullError``."""
         with as_storage_error(), path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             facts = self._facts(filename, "batch_output", size, ttl_s)
@@ -79,8 +79,8 @@ class FileStore:
         )
 
     def open(self, tenant: str, file_id: str) -> tuple[FileFacts, StoredReader] | None:
-        """Facts and a reader of the content, which the caller must close; None if the tenant has no
-        such file."""
+        """Return metadata and a reader of the content, which the caller must close; None if the
+        tenant has no such file."""
         reader = self._state.open_reader(FILES, tenant, file_id)
         if reader is None:
             return None
@@ -91,12 +91,12 @@ class FileStore:
             raise
 
     def get(self, tenant: str, file_id: str) -> tuple[FileFacts, bytes] | None:
-        """Facts and content; None if the tenant has no such file."""
+        """Return metadata and content; None if the tenant has no such file."""
         stored = self._state.get(FILES, tenant, file_id)
         return None if stored is None else decode_file(stored.content, file_id)
 
     def facts(self, tenant: str, file_id: str) -> FileFacts | None:
-        """Facts of a file; None if the tenant has no such file."""
+        """Return the metadata of a file; None if the tenant has no such file."""
         begin = self._state.read_prefix(FILES, tenant, file_id, MAX_FACTS_BYTES)
         return None if begin is None else decode_file(begin, file_id)[0]
 

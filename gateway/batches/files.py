@@ -26,7 +26,7 @@ PATH = "/v1/files"
 ONE = f"{PATH}/{{file_id}}"
 _MAX_NAME_CHARS = 512
 _MIN_TTL_S, _MAX_TTL_S = 3600, 30 * 24 * 3600
-"""OpenAI's limits."""
+"""OpenAI's limits of ``expires_after``, in seconds."""
 _MOST_LISTED = 10_000
 
 
@@ -55,7 +55,7 @@ class FileRoutes:
         ]
 
     async def make(self, request: Request) -> Response:
-        """Store the file of a form. Waits before it reads the body if too many uploads run."""
+        """Store an uploaded file. Waits for running uploads to finish before it reads the body."""
         async with limit_time(request, self._gateway), self._seats:
             form = await _read_form(request, self._gateway)
             file_id, facts = await self._disk.run(
@@ -83,7 +83,7 @@ class FileRoutes:
         return json_response(await self._disk.run(read_all))
 
     async def get(self, request: Request) -> Response:
-        """Return the facts of a file."""
+        """Return the metadata of a file."""
         file_id = request.path_params["file_id"]
         facts = await self._disk.run(self._files.facts, current_tenant(), file_id)
         if facts is None:
@@ -101,7 +101,7 @@ class FileRoutes:
         return StreamedContentResponse(reader, facts.bytes, run=disk.run, run_later=disk.run_later)
 
     async def delete(self, request: Request) -> Response:
-        """Delete a file; batches have copies of their requests."""
+        """Delete a file. Batches are not affected: they have copies of their requests."""
         file_id = request.path_params["file_id"]
         if not await self._disk.run(self._files.delete, current_tenant(), file_id):
             raise _unknown(file_id)
@@ -122,7 +122,7 @@ async def _read_form(request: Request, gateway: Gateway) -> _Form:
         if name not in parts:
             raise RequestError(f"{name} is missing", name, "missing_required_parameter")
     file, purpose = parts["file"], parts["purpose"].text
-    require(file.filename is not None, "file", "must be a file, with a name")
+    require(file.filename is not None, "file", "must be a file with a name")
     require(purpose == "batch", "purpose", f"({purpose[:32]!r}) must be batch")
     name = file.filename or "file"
     rule = f"must have a name of at most {_MAX_NAME_CHARS} characters"
@@ -131,7 +131,7 @@ async def _read_form(request: Request, gateway: Gateway) -> _Form:
 
 
 def _ttl_s(parts: Mapping[str, FormPart]) -> float | None:
-    """Retention time that a form requests; None is the default. Raises ``RequestError``."""
+    """Retention time in seconds that a form requests; None selects the default."""
     names = [f"expires_after[{key}]" for key in ("anchor", "seconds")]
     if not any(name in parts for name in names):
         return None

@@ -29,7 +29,7 @@ class FormPart:
 
     @property
     def text(self) -> str:
-        """Value as text."""
+        """Return the value as text."""
         return self.content.decode(errors="replace")
 
 

@@ -1,4 +1,4 @@
-"""Runs requests of batches through the same steps as HTTP requests."""
+"""Sends the requests of batches to the HTTP routes of this process, without a network."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from gateway.http.middleware import HttpMiddleware
 
 
 class InProcessClient:
-    """Sends requests of one client to the routes of this process.
+    """Sends requests on behalf of one client.
 
     Args:
         gateway: the replica.
         routes: routes that requests may use.
-        account: key of the client; None without keys.
+        account: key of the client; None if the server requires no key.
         priority: default priority of the requests.
     """
 
@@ -46,7 +46,7 @@ class InProcessClient:
         ]
 
     async def send(self, request: BatchRequest) -> BatchResponse:
-        """Implement ``cluster.batches.run.Send``."""
+        """Send one request; implements ``cluster.batches.run.Send``."""
         body = dump_json(request.body)
         scope: Scope = {
             "type": "http",
@@ -75,7 +75,7 @@ class InProcessClient:
             else:
                 content.extend(message.get("body", b""))
 
-        # a task has its own context, so ids and callers of requests do not mix
+        # a task has its own context, with the request id and the caller
         await asyncio.create_task(self._app(scope, receive, send))
         pause = headers.get("retry-after", "")
         return BatchResponse(
@@ -87,7 +87,7 @@ class InProcessClient:
 
 
 class _SingleKeyRing(KeyRing):
-    """Key ring that assigns all requests to one account."""
+    """Key ring that accepts every request as a request of one client."""
 
     def __init__(self, account: KeyUsage | None) -> None:
         super().__init__()

@@ -21,9 +21,9 @@ Stored = TypeVar("Stored")
 FILES: Final = ObjectKind("files", "file")
 BATCHES: Final = ObjectKind("batches", "batch")
 MAX_FACTS_BYTES: Final = 16_384
-"""Upper bound for the encoded facts of a file."""
+"""Upper bound of the encoded metadata of a file."""
 WINDOW_S: Final = 24 * 3600
-"""Completion window of batches, ``24h``, the only one of OpenAI's API."""
+"""Completion window of batches in seconds. OpenAI's API has no other one than ``24h``."""
 
 BatchStatus = Literal[
     "validating",
@@ -49,7 +49,7 @@ class FileFacts(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: int
 
     def to_response(self, file_id: str) -> dict[str, Any]:
-        """Representation for clients."""
+        """Return the JSON object for clients."""
         return {
             "id": file_id,
             "object": "file",
@@ -81,7 +81,7 @@ class RequestCounts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StoredBatch(msgspec.Struct, frozen=True, kw_only=True):
-    """A batch. Times are Unix times in seconds, None if not reached."""
+    """A batch. Times are Unix times in seconds, None until reached."""
 
     id: str
     endpoint: str
@@ -103,10 +103,10 @@ class StoredBatch(msgspec.Struct, frozen=True, kw_only=True):
     request_counts: RequestCounts = RequestCounts()
     metadata: dict[str, str] | None = None
     output_ttl_s: int | None = None
-    """Retention of its output files; None is the default of all objects."""
+    """Retention of the output files in seconds; None selects the default."""
 
     def to_response(self) -> dict[str, Any]:
-        """Representation for clients; output files are shown after the batch has ended."""
+        """Return the JSON object for clients, with output files once the batch has ended."""
         found: dict[str, Any] = msgspec.to_builtins(self)
         del found["output_ttl_s"]
         if self.status not in ENDED:
@@ -117,12 +117,12 @@ class StoredBatch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def encode_file(facts: FileFacts, content: bytes) -> bytes:
-    """Encode the facts and content of a file as one object."""
+    """Encode the metadata and content of a file as one stored object."""
     return msgspec.json.encode(facts) + b"\n" + content
 
 
 def decode_file(raw: bytes, file_id: str) -> tuple[FileFacts, bytes]:
-    """Decode a file; ``raw`` may be truncated within the content. Raises ``StorageError``."""
+    """Decode a file; ``raw`` may end within the content. Raises ``StorageError``."""
     line, _, content = raw.partition(b"\n")
     try:
         return msgspec.json.decode(line, type=FileFacts), content
@@ -141,7 +141,7 @@ def decode_batch(raw: bytes, batch_id: str) -> StoredBatch:
 def read_or_none(
     read: Callable[[str, str], Stored | None], tenant: str, object_id: str
 ) -> Stored | None:
-    """Call ``read``; log a damaged object and return None."""
+    """Call ``read`` for one object. If the object is damaged, log it and return None."""
     try:
         return read(tenant, object_id)
     except StorageError as err:

@@ -16,9 +16,9 @@ from gateway.http.downloads import StreamedContentResponse
 from gateway.http.openapi import EndpointSpec
 
 _LISTING = (
-    ("limit", "Objects at most", (("type", "integer"), ("minimum", 1))),
+    ("limit", "Maximum number of objects", (("type", "integer"), ("minimum", 1))),
     ("order", "asc or desc (default)", (("type", "string"), ("pattern", "^(asc|desc)$"))),
-    ("after", "Id of an object: list the objects after it", (("type", "string"),)),
+    ("after", "Id of the object before the first one to list", (("type", "string"),)),
 )
 _PURPOSE = ("purpose", "batch or batch_output", (("type", "string"),))
 _FILE, _BATCH = "/v1/files/{file_id}", "/v1/batches/{batch_id}"
@@ -63,7 +63,7 @@ ENDPOINTS = (
 
 
 def routes(gateway: Gateway) -> list[BaseRoute]:
-    """Make the routes; without a state folder, each route raises an error."""
+    """Make the routes. Without a state folder, each route responds with an error."""
     if gateway.state is None:
         paths = dict.fromkeys(endpoint.path for endpoint in ENDPOINTS)
         return [Route(path, _refuse, methods=["GET", "POST", "DELETE"]) for path in paths]

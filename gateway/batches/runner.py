@@ -1,8 +1,7 @@
 """Runs batches in the background.
 
-All gateways with the same state folder look for batches in it. The gateway that locks a batch's
-file
-of responses runs the batch. When it ends or dies, another gateway continues the batch.
+All gateways with the same state folder look for batches in it. The gateway that locks the file of
+responses of a batch runs the batch. If that gateway stops or dies, another one continues.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class _Run(NamedTuple):
 
 
 class _Pause(NamedTuple):
-    """Pause of a batch after an error."""
+    """Pause of a batch after an error, in seconds of ``time.monotonic``."""
 
     ends_s: float
     length_s: float
@@ -74,7 +73,7 @@ class BatchRunner:
             self._task = asyncio.create_task(self._poll(self._batches))
 
     async def stop(self) -> None:
-        """Stop; other gateways continue the batches that run here."""
+        """Stop running batches; other gateways continue them."""
         tasks = [*([self._task] if self._task else []), *(run.task for run in self._runs.values())]
         for task in tasks:
             task.cancel()
@@ -112,8 +111,8 @@ class BatchRunner:
         del self._runs[name]
 
     def _has_free_slot(self, tenant: str) -> bool:
-        """Whether a batch can run now; the last slot is reserved for keys without a running
-        batch."""
+        """Whether a batch of ``tenant`` may run now. The last slot is reserved for tenants without
+        a running batch."""
         num_left = self._tuning.max_batches - len(self._runs)
         is_seated = any(run.tenant == tenant for run in self._runs.values())
         return num_left > (is_seated and not self._gateway.keys.is_open)
@@ -127,7 +126,7 @@ class BatchRunner:
             logger.error("batch %s is paused: %s", work.batch_id, err, exc_info=is_bug)
 
     def _pause(self, name: str, err: Exception) -> None:
-        """Pause with exponential backoff, except for full keys, whose retries are cheap."""
+        """Pause a batch: exponentially longer, or briefly if its key's storage is full."""
         known = self._pauses.get(name)
         is_repeated = known is not None and not isinstance(err, KeyFullError)
         length_s = 2 * known.length_s if known is not None and is_repeated else self._tuning.retry_s
@@ -135,7 +134,7 @@ class BatchRunner:
         self._pauses[name] = _Pause(time.monotonic() + length_s, length_s)
 
     async def _run_alone(self, batches: BatchStore, work: PendingBatch) -> None:
-        """Run a batch to its end, unless another gateway runs it."""
+        """Run a batch until it ends, unless another gateway runs it."""
         stack = contextlib.ExitStack()
         try:
             files = await self._disk(partial(_open, stack, batches, work.batch_id))

@@ -27,10 +27,10 @@ from gateway.core.errors import StorageError, StorageFullError
 logger = logging.getLogger(__name__)
 
 TRANSIENT_ERRORS = (StorageError, OSError)
-"""Errors of the disk, which pause a batch."""
+"""Disk errors, which pause a batch."""
 _NEVER_S = float("inf")
 _FULL_SHARE = 0.9
-"""Share of a key's storage limit at which a batch stops sending, so that its responses fit."""
+"""Fraction of a key's storage limit; with larger files of responses, a batch stops sending."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,23 +38,23 @@ class BatchTuning:
     """Limits and intervals of batches."""
 
     poll_s: float = 2.0
-    """Interval at which a gateway looks for batches and cancellations."""
+    """Interval in seconds at which a gateway looks for batches and cancellations."""
     retry_s: float = 10.0
-    """Time after which a paused batch is retried; doubles with each consecutive failure."""
+    """Seconds until a paused batch is retried; doubled after each consecutive failure."""
     max_retry_s: float = 600.0
-    """Longest time before a retry."""
+    """Maximum of ``retry_s`` after doubling."""
     disk_limit_s: float = 600.0
-    """Longest time for which responses wait in memory while the disk refuses writes."""
+    """Longest time in seconds that responses wait in memory while writes to the disk fail."""
     max_batches: int = 4
-    """Concurrent batches of a gateway."""
+    """Maximum number of batches that a gateway runs at a time."""
     concurrency: int = 64
-    """Concurrent requests of a batch."""
+    """Maximum number of requests of a batch that run at a time."""
     priority: int = 1
     """Default priority of requests, lower than that of other requests."""
 
 
 class RunningBatch:
-    """A batch that this gateway runs; no other process writes it.
+    """A batch that this gateway runs. No other process writes its files.
 
     Args:
         gateway: the replica.
@@ -86,7 +86,7 @@ class RunningBatch:
         self._disk = disk
 
     async def run(self, routes: Sequence[Route], tuning: BatchTuning) -> None:
-        """Run the remaining requests and store the end. Retry after ``TRANSIENT_ERRORS``."""
+        """Run the remaining requests and store the end. Call again after ``TRANSIENT_ERRORS``."""
         if self._batch.finalizing_at is None:
             problem = await self._send_all(routes, tuning)
             if problem is not None and not (
@@ -152,7 +152,7 @@ class RunningBatch:
         await batch.run()
 
     async def _must_end(self) -> bool:
-        """Whether the batch must end although requests are left; False if that cannot be read."""
+        """Whether the batch must end although requests remain; False after a disk error."""
         try:
             return await self._disk(partial(self._batches.must_end, self._batch))
         except TRANSIENT_ERRORS as err:  # responses that wait for the disk are kept
@@ -183,7 +183,7 @@ class RunningBatch:
         return BatchError(code="internal_error", message=message)
 
     async def _account(self) -> KeyUsage | None:
-        """Account of the client. Raises ``RequestError`` if its key was removed."""
+        """Return the account of the client. Raises ``RequestError`` if its key was removed."""
         keys = self._gateway.keys
         await keys.read_changes()
         if keys.is_open:
@@ -203,7 +203,7 @@ class RunningBatch:
         return RequestCounts(total=total, completed=completed, failed=failed)
 
     async def _save_counts(self, total: int) -> None:
-        """Store the counts; a failed write is repeated by a later call."""
+        """Store the request counts. If the write fails, a later call repeats it."""
         counts = msgspec.structs.replace(self._counts, total=total)
         if counts != self._batch.request_counts:
             try:
@@ -212,7 +212,7 @@ class RunningBatch:
                 logger.error("could not store the counts of batch %s: %s", self._batch.id, err)
 
     async def _finalize(self, problem: BatchError | None) -> None:
-        """Stop sending: the batch can only end now, also after a restart."""
+        """Store that no further request may be sent, even after a restart."""
         files, now_s, counts = self._files, int(time.time()), self._counts
         is_cancelled = await self._disk(partial(self._batches.is_cancelled, self._batch.id))
         is_cancelled = is_cancelled and not counts.is_complete
@@ -229,7 +229,7 @@ class RunningBatch:
     async def _finish(self) -> None:
         """Store the output files, then the end of the batch.
 
-        If the key or disk is full, the write is retried until the batch expires.
+        If the storage of the key or the disk is full, the write is retried until the batch expires.
         """
         batch = self._batch
         try:
@@ -269,12 +269,12 @@ def with_status(batch: StoredBatch, status: BatchStatus, **changed: Any) -> Stor
 
 
 def damaged_output_error(error: ConflictError) -> BatchError:
-    """Error for responses that cannot be read."""
+    """Make the error of a batch whose responses cannot be read."""
     return BatchError(code="answers_damaged", message=str(error))
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether all errors are errors of the disk."""
+    """Whether ``error``, or every error in the group, is a disk error."""
     if isinstance(error, BaseExceptionGroup):
         return all(map(is_transient, error.exceptions))
     return isinstance(error, TRANSIENT_ERRORS)

@@ -1,4 +1,4 @@
-"""From a validated call to a running generation, and its trace.
+"""Runs validated calls: admission, prompts, submission to engines, outputs and traces.
 
-Imports ``gateway.engines``, ``observability`` and the floors below, and ``cluster.tracing``.
+Imports ``gateway.engines``, ``observability`` and the layers below, and ``cluster.tracing``.
 """

@@ -1,6 +1,6 @@
-"""Admission: bounds on requests, tokens and waits, and retry times for refused requests.
+"""Admission: limits on requests, tokens and waiting times, and retry times of refused requests.
 
-Pure apart from its own counters; the time is passed in.
+Has no state except its counters; callers pass the time.
 """
 
 from __future__ import annotations
@@ -13,21 +13,20 @@ from gateway.calls.tenant_queues import CallDemand, TenantQueue, tokens_ahead
 from gateway.core.errors import clamp_retry_s
 
 _UNKNOWN_RATE_RETRY_S = 5.0
-"""Retry time before the first request has finished."""
+"""Retry time in seconds until the first request has finished."""
 _BURST_S = 1.0
-"""Time for which a new queue takes requests regardless of their wait, so that a batch of requests
-that arrive together waits instead of being refused."""
+"""Seconds for which a new queue admits requests regardless of their wait. Requests that arrive
+together thus wait instead of being refused."""
 _OVERLOAD_SHARE = 1 / 3
-"""Fraction of the longest wait that is the limit once a queue has existed for longer than that
-wait.
-A burst has ended by that time; a queue that remains means overload, in which a long queue serves no
-more requests than a short one and delays all of them. After Nichols and Jacobson, Controlling
-Queue Delay (ACM Queue, 2012), and Maurer, Fail at Scale (ACM Queue, 2015)."""
+"""Fraction of ``max_wait_s`` that is the limit once a queue has existed for longer than that time.
+Such a queue is not a burst but overload: a long queue then serves no more requests than a short
+one and delays all of them. After Nichols and Jacobson, Controlling Queue Delay (ACM Queue, 2012),
+and Maurer, Fail at Scale (ACM Queue, 2015)."""
 
 
 @dataclass(slots=True)
 class Ticket:
-    """An admitted call's entry in the queue. ``release`` is idempotent."""
+    """Entry of an admitted call in the queue. ``release`` is idempotent."""
 
     admission: Admission
     demand: CallDemand
@@ -35,7 +34,7 @@ class Ticket:
     is_held: bool = True
 
     def retry_after_s(self) -> float:
-        """Estimated time until another call of this size can be admitted."""
+        """Estimated seconds until another call of this size can be admitted."""
         return self.admission.retry_after_s(self.demand.num_requests)
 
     def release(self, now_s: float, was_served: bool = True) -> None:
@@ -51,25 +50,24 @@ class Admission:
     """Counts the admitted requests of a replica, and refuses calls above its limits."""
 
     max_requests: int
-    """Largest number of admitted engine requests (one per prompt)."""
+    """Maximum number of admitted engine requests (one per prompt)."""
     max_tokens: int
-    """Largest number of prompt and output tokens that all of them may need."""
+    """Maximum number of prompt and output tokens that all admitted requests may need."""
     capacity: int = 0
-    """Number of choices of requests that the engines run at a time; further choices wait. The
-    service rate is measured only while some wait or the queue is full: otherwise requests leave at
-    the rate of arrivals."""
+    """Number of choices that the engines run at a time; further choices wait. The service rate is
+    measured only while choices wait or the queue is full; otherwise it equals the arrival rate."""
     max_wait_s: float = float("inf")
-    """Expected wait above which a tenant's requests are refused; a third of it once a queue has
+    """Expected wait in seconds above which requests are refused; a third of it once a queue has
     existed for longer than that. Requests with a priority above 0 are not limited."""
     max_prompt_bytes: int = 256 * 1024 * 1024
-    """Largest number of bytes of all admitted prompt embeddings."""
+    """Maximum number of bytes of all admitted prompt embeddings."""
     num_requests: int = field(default=0, init=False)
     num_seats: int = field(default=0, init=False)
     """Choices that run at the engines or wait for them."""
     num_tokens: int = field(default=0, init=False)
     """Tokens that the admitted requests may need."""
     num_bytes: int = field(default=0, init=False)
-    """Bytes of their prompt embeddings."""
+    """Bytes of prompt embeddings of the admitted requests."""
 
     def __post_init__(self) -> None:
         self._queues: dict[str, TenantQueue] = {}
@@ -83,7 +81,7 @@ class Admission:
     def admit(self, demand: CallDemand, now_s: float) -> Ticket:
         """Admit one call. Raises ``QueueFullError`` with a retry time.
 
-        A full queue still admits a call of a tenant that uses at most half of its equal share.
+        A full queue still admits a tenant that uses at most half of an equal share of it.
         """
         self.check(demand, now_s)
         queue = self._queues.setdefault(demand.tenant, TenantQueue())
@@ -92,8 +90,8 @@ class Admission:
         return Ticket(self, demand, now_s)
 
     def check(self, demand: CallDemand, now_s: float) -> None:
-        """Raise ``QueueFullError`` if ``admit`` would. Before tokenization, the minimal demand is
-        checked."""
+        """Raise ``QueueFullError`` if ``admit`` would. Before tokenization, pass the minimal
+        demand."""
         has_share = self._has_share(demand)
         over = self.num_requests + demand.num_requests - self.max_requests
         if over > 0 and not has_share:
@@ -135,8 +133,8 @@ class Admission:
         )
 
     def _has_share(self, demand: CallDemand) -> bool:
-        """Whether the tenant, with this call, uses at most half of an equal share of the queue, and
-        the queue exceeds its limits by at most half.
+        """Whether a full queue admits this call: with it, the tenant uses at most half of an equal
+        share, and the queue exceeds its limits by at most half.
         """
         own = self._queues.get(demand.tenant, TenantQueue()).total
         num_others = len(self._queues) - (demand.tenant in self._queues)
@@ -152,20 +150,21 @@ class Admission:
         )
 
     def retry_after_s(self, num_requests: int) -> float:
-        """Estimated time until ``num_requests`` requests have finished."""
+        """Estimated seconds until ``num_requests`` requests have finished."""
         rate = self._rate.requests_per_s or self._usual_rate()
         return clamp_retry_s(num_requests / rate if rate else _UNKNOWN_RATE_RETRY_S)
 
     def _tokens_retry_s(self, num_tokens: int) -> float:
-        """Estimated time until requests that need ``num_tokens`` tokens have finished."""
+        """Estimated seconds until requests that need ``num_tokens`` tokens have finished."""
         rate = self._rate.tokens_per_s
         return clamp_retry_s(num_tokens / rate) if rate else self.retry_after_s(1)
 
     def queue_time_s(self, demand: CallDemand) -> float:
-        """Estimated time until a new request would run; 0 while it is unknown.
+        """Estimated seconds until a new request would run; 0 while it is unknown.
 
-        The estimate is waiting tokens over the measured token rate. Until the rate is known, it is
-        extrapolated from runs with fewer concurrent requests, which overestimates it.
+        The estimate is the number of waiting tokens divided by the measured token rate. Before
+        the rate is known, it is extrapolated from times with fewer concurrent requests, which
+        overestimates it.
         """
         if not self.num_waiting:
             return 0.0
@@ -177,7 +176,7 @@ class Admission:
         return tokens_ahead(self._queues, self.capacity, demand.tenant, demand.priority) / rate
 
     def _usual_rate(self) -> float | None:
-        """Requests per second if the admitted requests take as long as the previous ones."""
+        """Requests per second if the admitted requests take as long as earlier requests."""
         held_s = self._rate.mean_held_s
         return self.num_requests / held_s if held_s else None
 

@@ -1,4 +1,4 @@
-"""Admission of calls to a replica, with the current capacity of the engines."""
+"""Admits calls to a replica, by the current capacity of the engines."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class AdmissionController:
     """Admits calls within the limits of the queue; refuses and counts the others.
 
     Args:
-        limits: limits of the queue.
-        max_num_seqs: sequences that each engine runs at a time.
-        engines: streams to the engines.
+        limits: configuration with the limits of the queue.
+        max_num_seqs: number of sequences that each engine runs at a time.
+        engines: the engines.
         metrics: metrics of the replica.
     """
 
@@ -71,7 +71,7 @@ class AdmissionController:
         return admission
 
     def _with_current_capacity(self, max_model_len: int) -> Admission:
-        """The admission with the current capacity, which depends on workers and their KV blocks."""
+        """Return the admission, updated with the current number of workers and their KV blocks."""
         limits = self._limits
         if self.admission is None:
             self.admission = Admission(

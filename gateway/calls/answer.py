@@ -1,4 +1,4 @@
-"""Collects the choices of a running call; formats tokens and log-probabilities."""
+"""Collects the choices of a running call, and formats tokens and log-probabilities."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gateway.text.tool_formats.tool_calls import ParsedPiece
 from workers.requests.request import FinishReason, TokenLogprob
 
 MIN_LOGPROB = -9999.0
-"""Replaces minus infinity, which JSON cannot represent."""
+"""Log-probability that replaces minus infinity, which JSON cannot represent."""
 
 
 async def collect(running: RunningCall) -> list[ChoiceDelta]:
@@ -49,8 +49,8 @@ def _is_at_eos(finish: Finish | None) -> bool:
 
 
 def _keep_best(choices: Sequence[ChoiceDelta], call: GenerateCall) -> list[ChoiceDelta]:
-    """The best choices of each prompt, best first: by mean log-probability, or by the score of a
-    beam search."""
+    """Return the best choices of each prompt, best first. The order is by mean log-probability,
+    or by the score of a beam search."""
     kept: list[ChoiceDelta] = []
     for _, drawn in groupby(choices, key=lambda choice: choice.prompt_index):
         by_score = sorted(drawn, key=_score, reverse=True)
@@ -70,7 +70,7 @@ class TextFormat:
 
     Args:
         call: the call.
-        tokenizer: gives the text of tokens; None formats token ids.
+        tokenizer: decodes tokens; None formats token ids.
     """
 
     def __init__(self, call: GenerateCall, tokenizer: Tokenizer | None) -> None:
@@ -79,7 +79,7 @@ class TextFormat:
         self._parsers: dict[int, AnswerParser | HarmonyParser | None] = {}
 
     def _parse(self, delta: ChoiceDelta) -> tuple[ParsedPiece, bool]:
-        """Parse a piece of a choice; return it, and whether the choice has tool calls."""
+        """Parse a piece of a choice; return the result and whether the choice has tool calls."""
         if delta.index not in self._parsers:
             self._parsers[delta.index] = self._make_parser()
         parser = self._parsers[delta.index]
@@ -121,7 +121,7 @@ class TextFormat:
 
 
 def alternatives(entry: TokenLogprob, wanted: int) -> list[tuple[int, float]]:
-    """The ``wanted`` most probable tokens, best first, then the sampled token if missing."""
+    """The ``wanted`` most probable tokens, best first, and the sampled token if not among them."""
     top = list(zip(entry.top_ids[:wanted], entry.top_logprobs[:wanted], strict=True))
     if all(token_id != entry.token_id for token_id, _ in top):
         top.append((entry.token_id, entry.logprob))

@@ -13,12 +13,11 @@ from workers.requests.request import FinishReason, TokenOutput
 class CallMetrics:
     """Counts a call in the metrics of its replica, by engine.
 
-    A call with several prompts counts at the engine of its first prompt, a choice at the engine of
-    its prompt.
+    A call counts for the engine of its first prompt; a choice counts for the engine of its prompt.
 
     Args:
         metrics: metrics of the replica.
-        started_s: ``time.monotonic`` at the start of the call.
+        started_s: time of the call's start, by ``time.monotonic``.
     """
 
     def __init__(self, metrics: GatewayMetrics, started_s: float) -> None:
@@ -40,14 +39,14 @@ class CallMetrics:
                 engine.observe("request_params_max_tokens", max_tokens)
 
     def count_prompt(self, prompt: Prompt, num_cached: int) -> None:
-        """Count a prompt that an engine has computed, except ``num_cached`` tokens."""
+        """Count a prompt that an engine has computed; ``num_cached`` of its tokens were cached."""
         engine = self._engine(prompt)
         engine.count("prompt_tokens_cached", num_cached)
         num_computed = len(prompt.request.prompt) - num_cached
         engine.observe("request_prefill_kv_computed_tokens", num_computed)
 
     def observe_arrival(self, choice: Choice, output: TokenOutput, now_s: float) -> None:
-        """Observe the latency of tokens that arrived at ``now_s``."""
+        """Record the latency of tokens that arrived at ``now_s``."""
         count = len(output.token_ids)
         if not count:
             return
@@ -62,13 +61,13 @@ class CallMetrics:
         choice.last_token_s = now_s
 
     def count_generated(self, choice: Choice, num_tokens: int) -> None:
-        """Count ``num_tokens`` tokens up to the end of the choice."""
+        """Count ``num_tokens`` generated tokens of a choice."""
         self._engine(choice.prompt).count("generation_tokens", num_tokens)
 
     def count_end(self, choice: Choice) -> None:
         """Count a choice that has finished."""
         engine, tokens, finish = self._engine(choice.prompt), choice.text.num_tokens, choice.finish
-        assert finish is not None, "it has ended"
+        assert finish is not None, "the choice has not finished"
         engine.add_success(finish.reason.value)
         engine.observe("request_generation_tokens", tokens)
         if finish.timings is not None:
@@ -97,7 +96,7 @@ class CallMetrics:
         self._metrics.admission_rejections.labels(limit).inc()
 
     def observe_lag(self, arrival_s: float) -> None:
-        """Observe the time from the arrival of outputs to their write to the client."""
+        """Record the time from the arrival of outputs to their write to the client."""
         self._metrics.stream_lag.observe(time.monotonic() - arrival_s)
 
     def _engine(self, prompt: Prompt) -> EngineMetrics:

@@ -16,7 +16,7 @@ from gateway.cluster.events import ClusterEvents, Event
 
 Attributes = dict[str, AttributeValue]
 MAX_PROMPTS = 16
-"""Number of prompts of a request that get spans, from the first on."""
+"""Maximum number of prompts of a request with spans; later prompts have none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class CallSpans:
     cluster_events: ClusterEvents
     parent: Context
     day_ns: int
-    """Unix time in nanoseconds at 0.0 s of ``time.monotonic``."""
+    """Unix time in nanoseconds at which ``time.monotonic`` is 0."""
 
     def record(self, trace: RequestTrace, running: RunningCall) -> None:
         """Record the spans of each prompt in chronological order."""
@@ -109,10 +109,10 @@ class CallSpans:
 
 
 def _chunks(choice: Choice, admitted_s: float) -> list[tuple[float, float]]:
-    """Begin and end of each chunk of the prompt.
+    """Return the begin and end of each prefill chunk of a prompt, by the clock of this process.
 
-    The engine has another clock: its times are shifted so that the first token is sampled when it
-    arrived here or, without a token, so that the engine received the prompt at its admission.
+    The engine's clock differs. Its times are shifted so that it samples the first token when the
+    token arrived here; without a token, so that it received the prompt at ``admitted_s``.
     """
     timings, received_s = choice.first_timings or choice.last_timings, admitted_s
     if timings is None:

@@ -20,7 +20,7 @@ from gateway.text.tokenizer import Tokenizer, require_tokenizer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RenderedChat:
-    """The prompt of a conversation, and the format of its output."""
+    """The prompt of a conversation, and the expected format of the model's output."""
 
     text: str
     form: ToolCallFormat
@@ -30,10 +30,10 @@ class RenderedChat:
 
 
 class ChatRenderer:
-    """Renders conversations; decides the template and its variables.
+    """Renders conversations with the template and variables of each request.
 
     Args:
-        tokenizer: has the model's template; None if the checkpoint has no tokenizer.
+        tokenizer: the tokenizer with the model's template; None if the checkpoint has none.
         trusts_templates: whether to render chat templates that clients send.
     """
 
@@ -86,7 +86,7 @@ class ChatRenderer:
 
 
 def _variables(chat: ChatInput, effort: str | None) -> Mapping[str, Any]:
-    """Variables of the template, with the field ``reasoning_effort``."""
+    """Variables of the template, including ``reasoning_effort``."""
     given = chat.template_kwargs
     if effort is None or given.get("reasoning_effort") is not None:
         return given
@@ -96,10 +96,10 @@ def _variables(chat: ChatInput, effort: str | None) -> Mapping[str, Any]:
 def _check_tools(
     chat: ChatInput, template: ChatTemplate | HarmonyTemplate | RenderedTemplate
 ) -> ToolCallFormat:
-    """Format in which the model calls tools; the default if the conversation has no tools.
+    """Return the format of the model's tool calls; a default if the conversation has no tools.
 
     Raises:
-        UnsupportedParameterError: the conversation has tools, but the template does not take them.
+        UnsupportedParameterError: the conversation has tools that the template does not support.
     """
     form = template.tool_format
     if chat.tools is not None and (form is None or not template.has_tools):
