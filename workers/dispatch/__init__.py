@@ -15,5 +15,5 @@ The path of a row, from a layer that yields ``Dispatch`` to the sum that the lay
     combine.py       Sum of the outputs of the expert ranks, in rank order.
 
 ``ColocatedDispatcher`` (colocated.py) has both sides on one worker. Imports ``workers.metrics``,
-``workers.transport`` and the layers below.
+``workers.transport`` and the layers below them.
 """

@@ -1,4 +1,4 @@
-"""Expert side of captured steps: CUDA graphs of steps with sizes given by the header."""
+"""Expert side of captured steps, which are CUDA graphs. The step header gives all sizes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from workers.transport.transport import DataTransport
 
 @dataclass(slots=True)
 class CapturedServes:
-    """Counters of a captured step of an expert rank."""
+    """Counters that each replay of a captured step updates on an expert rank."""
 
     notes: SlotNotes
     num_bytes: dict[str, int]
@@ -51,7 +51,7 @@ class CapturedServing:
 
     @staticmethod
     def shape(header: StepHeader) -> tuple[tuple[int, ...], ...]:
-        """For each attention rank, the rank followed by its rows in each micro-batch."""
+        """For each attention rank, the rank and its number of rows in each micro-batch."""
         parts = range(header.num_micro_batches)
         return tuple((r, *(header.edge_rows(r, part) for part in parts)) for r, _ in header.grants)
 
@@ -92,7 +92,7 @@ class CapturedServing:
 
     @contextmanager
     def capturing(self, step: ServedStep, serving: StaticServing) -> Iterator[CapturedServes]:
-        """Within the context, exchanges served by ``serving`` are captured and not counted."""
+        """Within the context, capture the exchanges of ``serving`` instead of counting them."""
         checker, counters = self._side.checker, self._side.counters
         assert isinstance(checker, DeviceSlotChecker)
         num_bytes = dict.fromkeys(counters.num_bytes, 0)
@@ -103,7 +103,7 @@ class CapturedServing:
         yield CapturedServes(checker.notes, num_bytes)
 
     def count(self, captured: CapturedServes) -> DeviceSlotChecker:
-        """Count a replayed step. The slots are counted at the end of the step."""
+        """Count a replayed step, except its slots, which the end of the step counts."""
         checker, counters = self._side.checker, self._side.counters
         assert isinstance(checker, DeviceSlotChecker)
         checker.notes = captured.notes

@@ -1,13 +1,13 @@
-"""Both sides of dispatch and combine on one worker, which has requests and experts for all ranks.
+"""Both sides of dispatch and combine on one worker, which serves requests and holds experts.
 
 Every rank runs the operations of a step in the same global order:
 
     for bank, exchange:   dispatch 0, dispatch 1,  expert 0, expert 1,  combine 0, combine 1
 
-with the next exchange's dispatch of a micro-batch directly after its combine. The expert part runs
-at the first combine of an exchange, when all ranks have sent their rows or will send them without
-waiting for this rank. A rank without rows runs only the expert part. Rows for a rank's own experts
-stay in the process.
+After the combine of a micro-batch, its dispatch of the next exchange follows directly. The expert
+part runs at the first combine of an exchange: by then, all ranks have sent their rows or will send
+them without waiting for this rank. A rank without rows runs only the expert part. Rows for a rank's
+own experts stay in the process.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class ColocatedDispatcher:
         self._transport = transport
         self._attention = attention
         self._server = server
-        self.dispatch = attention.dispatch  # rows are sent as by any attention worker
+        self.dispatch = attention.dispatch  # same as on an attention worker
         self._served = (-1, -1)
         self._header: StepHeader | None = None
         self._is_only_member = False
@@ -153,8 +153,8 @@ class ColocatedDispatcher:
     # ``CapturableDispatcher``
 
     def can_capture(self, header: StepHeader) -> bool:
-        """See ``CapturableDispatcher``. Timings within such a step are not measured."""
-        if self._is_only_member:  # padding of its rows need not be measured
+        """See ``CapturableDispatcher``. Times within a captured step are not measured."""
+        if self._is_only_member:  # no rows are exchanged whose padding could be measured
             return not self._attention.picks_rows(header)
         return self._attention.can_capture(header)
 
@@ -164,7 +164,7 @@ class ColocatedDispatcher:
         return self._attention.captured_state, self._server.captured.state
 
     def captured_shape(self, header: StepHeader) -> Hashable:
-        """See ``CapturableDispatcher``. Includes the rows of the other ranks."""
+        """See ``CapturableDispatcher``. Includes the numbers of rows of the other ranks."""
         own = self._attention.rank
         served = self._server.captured.shape(header)
         others = tuple(grant for grant in served if grant[0] != own)
@@ -186,7 +186,7 @@ class ColocatedDispatcher:
         self.begin_step(under_way, ())
 
     def replayed(self, served: CapturedServes) -> None:
-        """Count a replayed step of this rank."""
+        """Count a replayed step of this rank's expert side."""
         self._is_replayed = True
         self._server.captured.count(served).copy()
 

@@ -14,14 +14,14 @@ from workers.model.weighting import weighted_sum
 
 @dataclass(frozen=True, slots=True)
 class SentRows:
-    """The rows that were sent to one expert rank, for which it returns outputs."""
+    """Rows sent to one expert rank, and where to add the outputs that it returns for them."""
 
     rank: int
     places: Tensor | None
-    """Destination of the returned rows: rows [n] in ``sum`` mode, else pairs [P] in row-major order
-    of [T, k]; None if all of them are returned, in order."""
+    """Indices of the outputs: rows [n] in ``sum`` mode, else (row, slot) pairs [P] in row-major
+    order of [T, k]. None if the rank returns all of them in order."""
     count: int
-    """Number of returned rows."""
+    """Number of outputs that the rank returns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +29,14 @@ class RemoteHandle(DispatchHandle):
     """A dispatch to expert ranks, which return the outputs."""
 
     topk_weights: Tensor
-    """[T, k] as dispatched."""
+    """[T, k] routing weights, as dispatched."""
     sent: tuple[SentRows, ...] = ()
     """One entry for each expert rank that returns outputs."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutputCombiner:
-    """Combines the outputs of the expert ranks to the outputs of the rows."""
+    """Sums the outputs of the expert ranks for each row."""
 
     dtype: torch.dtype
     """Dtype of the model."""
@@ -45,8 +45,8 @@ class OutputCombiner:
     def combine(self, handle: RemoteHandle, received: Sequence[Tensor], by_pair: bool) -> Tensor:
         """Return the outputs of ``TokenDispatcher.combine``.
 
-        received: [count, width] for each entry of ``handle.sent``: partial sums of rows, or with
-        ``by_pair`` the output of each pair.
+        received: one tensor [count, width] for each entry of ``handle.sent``, with a partial sum
+        for each row or, if ``by_pair``, with the output of each (row, slot) pair.
         """
         exchange = handle.bank.exchanges[handle.exchange]
         if not by_pair:
@@ -85,7 +85,7 @@ class OutputCombiner:
         return pairs
 
     def _weigh(self, handle: RemoteHandle, pairs: Tensor) -> Tensor:
-        """Return the sum as in the local dispatcher, over the same pairs in the same order."""
+        """Return the weighted sums, over the same pairs and in the same order as locally."""
         weights = handle.topk_weights.float().flatten()
         rows = torch.arange(len(pairs), device=pairs.device) // handle.bank.top_k
         float32_weights = handle.bank.float32_weights

@@ -1,8 +1,8 @@
-"""Choice of the expert copy that serves a row, with the placement's maps as lookup tables.
+"""Chooses the copy of an expert that serves a row, by lookup tables of the placement.
 
-Decode rows are sent to the copy in the epoch's decode table. Prefill rows are distributed over the
-copies by the split weights of the plan: a fixed integer hash of (row, expert) selects one, so that
-a row selects the same copy after a retry, on every platform.
+The epoch's decode table names one copy of each expert for the decode rows of a rank. Prefill rows
+are distributed over all copies in proportion to the plan's split weights: a fixed integer hash of
+(row, expert) selects the copy, so that a row has the same copy after a retry and on every platform.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from workers.requests.step_header import StepHeader
 Tables = TypeVar("Tables")
 
 _SCALE = 1 << 32
-"""Split weights are compared with 32 bits of the hash."""
+"""Number of hash bits that are compared with the split weights."""
 
 
 _MUL_1 = 0xBF58476D1CE4E5B9 - (1 << 64)  # int64 with the same bits as the uint64 constant
@@ -30,7 +30,7 @@ _STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
 def mix64(values: Tensor) -> Tensor:
-    """Bijective hash of int64 values (wrapping arithmetic, equal on every device).
+    """Bijective hash of int64 values, with the same results on every device (arithmetic wraps).
 
     Source: the finaliser of splitmix64 (Steele, Lea, Flood 2014).
     """
@@ -64,15 +64,15 @@ class CopyTables:
     copy_slot: Tensor
     """[experts, copies] int32: expert slot of the copy."""
     thresholds: Tensor
-    """[experts, copies] int64: upper ends of the copies' shares of the 32-bit hash."""
+    """[experts, copies] int64: upper ends of the ranges of the 32-bit hash that select a copy."""
     has_choice: bool
-    """Whether an expert has several copies. If not, all rows use the same copy."""
+    """Whether any expert has several copies, so that prefill rows must choose one."""
 
     @classmethod
     def build(
         cls, bank: BankPlacement, device_index: Mapping[int, int], device: torch.device
     ) -> CopyTables:
-        """Build the tables of ``bank``. ``device_index``: placement device -> index of the rank.
+        """Build the tables of ``bank``. ``device_index``: index of the rank by placement device.
 
         Raises ``ProtocolError`` if a device that holds a copy is not among the ranks.
         """
@@ -113,8 +113,8 @@ class CopyTables:
         """Choose the copies that serve a batch's pairs; return their slots and the choices.
 
         topk_ids [T, k] int64, is_prefill [T] bool, row_key [T] int64. The slots are [ranks, T, k]
-        int32, -1 if another rank serves the pair. The choices apply to prefill rows only. Without
-        prefill rows, or if ``has_choice`` is False, the slots are ``decode_slots[:, topk_ids]``.
+        int32, -1 if another rank serves the pair. The choices are valid for prefill rows only.
+        Without a choice or prefill rows, simply use ``decode_slots[:, topk_ids]``.
         """
         fixed = self.decode_slots[:, topk_ids]
         share = mix64(row_key.unsqueeze(1) + topk_ids * _STEP) & (_SCALE - 1)

@@ -1,4 +1,4 @@
-"""Interface of the model runner to the experts: it dispatches rows and combines their outputs.
+"""Interface with which the model runner sends rows to experts and gets their outputs back.
 
     handle = dispatcher.dispatch(sent)
     ...                                  # the other micro-batch, shared experts
@@ -42,12 +42,12 @@ class BatchRows(Protocol):
 
     @property
     def row_key(self) -> Tensor:
-        """[T] int64: hash of (request, choice, position), selects the copy for prefill rows."""
+        """[T] int64: hash of (request, choice, position), which selects a prefill row's copies."""
 
 
 @dataclass(frozen=True, slots=True)
 class DispatchHandle:
-    """Result of ``dispatch``, to be passed to ``combine``. Each dispatcher has its subclass."""
+    """Result of ``dispatch``, which the caller passes to ``combine``. Dispatchers subclass it."""
 
     bank: BankSpec
     exchange: int
@@ -61,21 +61,21 @@ class DispatchHandle:
 class TokenDispatcher(Protocol):
     """Sends rows to the experts that the router chose, and returns their outputs.
 
-    ``dispatch`` sends without waiting; ``combine`` waits. Both must be called in the global order
-    (layer, bank and exchange, micro-batch), for every micro-batch of the header, even if this rank
-    runs fewer rows than it was granted, or none.
+    ``dispatch`` sends without waiting; ``combine`` waits. Call both in the global order (layer,
+    bank and exchange, micro-batch), for every micro-batch of the header, even if this rank runs
+    fewer rows than the header grants, or none.
 
     Waits raise ``PeerLostError`` if an edge breaks or times out, and ``GenerationChangedError`` if
     the controller announced a new generation.
     """
 
     def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
-        """Start a step with the granted rows that this rank runs."""
+        """Start a step, with the rows of each micro-batch that this rank runs."""
 
     def run_empty_step(self, header: StepHeader) -> None:
-        """Run a step in which no row was granted to this rank.
+        """Run a step in which the header grants this rank no rows.
 
-        Called instead of all other methods. Raises as the waits do.
+        Call it instead of all other methods of a step. Raises the errors of waits.
         """
 
     def dispatch(self, sent: Dispatch, micro_batch: int = 0) -> DispatchHandle:
@@ -88,17 +88,17 @@ class TokenDispatcher(Protocol):
         """
 
     def finish_step(self) -> None:
-        """Wait for the outputs of all combined dispatches. Raises as the waits do.
+        """Wait for the outputs of all combined dispatches. Raises the errors of waits.
 
-        Must be called before the host reads results of the outputs.
+        Call it before the host reads a value that depends on these outputs.
         """
 
     def end_step(self) -> bool:
-        """Whether all rows that an expert rank needed were sent to it (``StepHeader.edge_limit``).
+        """Return whether every expert rank got all rows it needed (``StepHeader.edge_limit``).
 
         If not, the outputs are invalid and the step must run again; this rank's next proposal
-        then requests that all rows are sent. Call it after ``finish_step``, when the host has read
-        a result of the outputs.
+        then requests that all rows are sent. Call it after ``finish_step``, once the host has
+        read a value that depends on the outputs.
         """
 
     @property
@@ -106,14 +106,14 @@ class TokenDispatcher(Protocol):
         """See ``StepProposal``."""
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
-        """Add the maps of an epoch, for the members of a generation."""
+        """Add the placement of an epoch of ``generation``."""
 
 
 class CapturedExchanges(Protocol):
-    """The exchanges of a captured step."""
+    """Exchanges of a captured step, which its replays repeat."""
 
     def replayed(self) -> None:
-        """Record that the step was replayed. ``finish_step`` follows."""
+        """Record that the step was replayed. Call ``finish_step`` next."""
 
 
 @runtime_checkable
@@ -121,34 +121,34 @@ class CapturableDispatcher(TokenDispatcher, Protocol):
     """A ``TokenDispatcher`` that supports capturing decode steps."""
 
     def can_capture(self, header: StepHeader) -> bool:
-        """Whether a decode step can be captured: sizes are known, and the host reads nothing
-        between layers."""
+        """Whether a decode step can be captured: sizes are known beforehand, and the host reads
+        nothing between layers."""
 
     @property
     def captured_state(self) -> Hashable:
-        """A value that changes when captured steps become invalid, as tables or slots moved."""
+        """A value that changes when captured steps become invalid: tables or slots have moved."""
 
     def captured_shape(self, header: StepHeader) -> Hashable:
-        """Return the cache key of the begun step, without the rows of this rank."""
+        """Return the cache key of the begun step, except the number of this rank's rows."""
 
     def capture(
         self, is_row: Tensor, graph: StepGraph | None
     ) -> AbstractContextManager[CapturedExchanges]:
-        """Compute a decode step within the context, and add its messages to ``graph``.
+        """Context in which the caller computes a decode step, whose messages go into ``graph``.
 
-        is_row [T] int64, read by each replay: 0 for a row without a request. All micro-batches have
-        the same number of rows. Without a graph nothing is sent: kernels are compiled and memory is
-        allocated. The begun step, which gives the number of micro-batches, continues afterwards.
+        Without a graph nothing is sent: the run only compiles kernels and allocates memory. is_row
+        [T] int64, read by each replay: 0 for a row without a request. All micro-batches have the
+        same number of rows; the begun step gives their number, and continues after the context.
         """
 
 
 def picks_rows(header: StepHeader, banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:
-    """Whether the host of both sides reads the expert rank of each row or pair."""
+    """Whether the host, on both sides, reads which expert rank each row or pair needs."""
     return header.exact or returns_pairs(banks, combine_mode)
 
 
 def reads_rows(header: StepHeader, banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:
-    """Whether the host reads rows within a step, for the exchange or to measure padding."""
+    """Whether the host reads rows during a step, for the exchange or to measure padding."""
     return picks_rows(header, banks, combine_mode) or is_measured(header)
 
 
@@ -162,14 +162,14 @@ def has_known_sizes(
 def must_wait(header: StepHeader, banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:
     """Whether the host waits for received messages in a step that is not captured.
 
-    It waits if the header has a bucket, as transports then permit many pending receives, which only
-    captured steps may use.
+    If the header has a bucket, transports permit many pending receives, which only captured steps
+    may use; so a step that is not captured waits.
     """
     return header.bucket > 0 or reads_rows(header, banks, combine_mode)
 
 
 class TimedDispatcher(ABC):
-    """Base class of the dispatchers of an attention rank, which times their calls."""
+    """Base class of the dispatchers of an attention rank. Measures the times of their calls."""
 
     def __init__(self, banks: Sequence[BankSpec], timer: StepTimer | None) -> None:
         self.timer = timer or StepTimer()
@@ -192,16 +192,16 @@ class TimedDispatcher(ABC):
         return outputs
 
     def end_step(self) -> bool:
-        """See ``TokenDispatcher``. All needed rows were sent."""
+        """See ``TokenDispatcher``. True: all needed rows were sent."""
         return True
 
     @property
     def edge_share(self) -> int:
-        """See ``StepProposal``. All rows are sent to all ranks."""
+        """See ``StepProposal``. The default sends all rows to all ranks."""
         return 0
 
     def note_layers(self, ends: Sequence[Iterable[LayerEnds]]) -> None:
-        """Record the times of native layers. ``ends``: by micro-batch and bank."""
+        """Record the times of native layers. ``ends``: end times by micro-batch and bank."""
         if not self.timer.is_recording:
             return
         parts = [
@@ -231,7 +231,7 @@ class SlotBank(Protocol):
 
     @property
     def version(self) -> int:
-        """Changes when the slots are reallocated."""
+        """A number that changes when the slots are reallocated."""
 
     def native(self, exchange: int) -> NativeSlots | None:
         """Return the current slots for native code, or None if torch computes them."""
@@ -239,10 +239,10 @@ class SlotBank(Protocol):
     def compute(
         self, exchange: int, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor
     ) -> Tensor:
-        """Run (input row, expert slot) pairs.
+        """Compute the expert outputs of (input row, expert slot) pairs.
 
-        inputs [N, in_width] model dtype; pair_input [P] int64 row of inputs of each pair;
-        pair_slot [P] int64 expert slot -> [P, out_width] model dtype, not weighted.
+        inputs [N, in_width] model dtype; pair_input [P] int64: input row of each pair; pair_slot
+        [P] int64: expert slot of each pair. Returns [P, out_width] in the model dtype, unweighted.
         """
 
     def compute_rows(

@@ -1,10 +1,10 @@
-"""Number of rows that an attention rank must send to a single expert rank.
+"""Measures how many rows an attention rank must send to each expert rank.
 
-With more expert ranks than experts per row, most rows need only some of the ranks. The host would
-have to wait for the device to know which, and both sides must know the size of a message before. So
-the number of rows on an edge is fixed for a step, from the recent need, and the needed rows are
-sent first. If they do not fit, the step is discarded and runs again with all rows of this rank,
-which is safe before its commit.
+With more expert ranks than experts per row, most rows need only some of the ranks. But both sides
+must know the size of a message beforehand, and the host would have to wait for the device to learn
+which rows a rank needs. So each step fixes the number of rows on an edge, from the recent need, and
+sends the needed rows first. If they do not fit, the step is discarded before its commit and runs
+again with all rows of this rank.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from workers.model.host_copies import to_host_later
 from workers.requests.step_header import ALL_ROWS
 
 _DECAY = 1 / 128
-"""Fraction by which the share decreases each step, so that a peak counts for some seconds."""
+"""Fraction by which the share decreases in each step: a peak has an effect for some seconds."""
 _MIN_ROWS = 16
-"""Fewer rows are all sent, and are no measure of the share that an expert rank needs of many."""
+"""Minimum number of rows for a limit. Smaller dispatches send all rows and are not measured."""
 
 
 class _Noted(NamedTuple):
     """Row counts of one dispatch."""
 
     needed: Tensor
-    """[] int64: maximum number of rows that an expert rank needed."""
+    """[] int64: number of rows needed by the expert rank that needed most."""
     num_rows: int
     num_sent: int
 
 
 NeededRows = Sequence[_Noted]
-"""Notes of a captured step. Each replay refills the tensors."""
+"""Noted row counts of a captured step. Each replay refills the tensors."""
 
 
 class EdgeRows:
@@ -50,7 +50,7 @@ class EdgeRows:
 
     @property
     def share(self) -> int:
-        """``StepProposal.edge_share`` if edges can be limited."""
+        """Value for ``StepProposal.edge_share`` if edges can be limited."""
         return math.ceil(self._share * ALL_ROWS)
 
     def forget(self) -> None:
@@ -62,10 +62,10 @@ class EdgeRows:
         self._noted, self._found = [], None
 
     def note(self, is_needed: Tensor, num_rows: int, num_sent: int) -> None:
-        """Note a dispatch.
+        """Note the row counts of a dispatch.
 
-        is_needed [ranks, T] bool: the rank has an expert of the row; num_rows: T, or the bucket to
-        which the rows are padded; num_sent: number of rows on each edge.
+        is_needed [ranks, T] bool: whether the rank has an expert of the row. num_rows: T, or the
+        bucket to which the rows are padded. num_sent: number of rows sent on each edge.
         """
         if num_rows >= _MIN_ROWS or num_sent < num_rows:
             self._noted.append(_Noted(is_needed.sum(1).max(), num_rows, num_sent))
@@ -81,12 +81,12 @@ class EdgeRows:
         self._noted = list(needed)
 
     def finish_step(self) -> None:
-        """Start to copy the notes to the host for ``end_step``. Repeat it after new dispatches."""
+        """Start to copy the notes to the host for ``end_step``. Call it again after dispatches."""
         if self._noted and (self._found is None or len(self._found) < len(self._noted)):
             self._found = to_host_later(torch.stack([noted.needed for noted in self._noted]))
 
     def end_step(self) -> bool:
-        """Whether all needed rows were sent. The host must have waited for the device."""
+        """Return whether all needed rows were sent. The host must have waited for the device."""
         if self._found is None:
             return True
         is_complete, share = True, self._share * (1 - _DECAY)

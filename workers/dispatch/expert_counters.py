@@ -14,7 +14,7 @@ from workers.model.config import ExchangeSpec
 
 
 class UsedRows(NamedTuple):
-    """Transferred rows of an exchange, and the rows that this rank used."""
+    """Row counts of an exchange: rows that were transferred, and rows that this rank used."""
 
     num_inputs: int
     num_rows: int
@@ -30,11 +30,11 @@ class ExpertCounters:
         self.num_bytes = {"dispatch": 0, "combine": 0}
         """Total bytes of received rows and of sent outputs."""
         self.slot_seconds = 0.0
-        """Total time of computing activated expert slots; unknown on a GPU."""
+        """Total seconds of computing activated expert slots; not measured on a GPU."""
         self.padding = PaddingRatio()
-        """Padding of the rows from and to the attention ranks, in measured steps."""
+        """Padding in the rows from and to the attention ranks, counted in measured steps only."""
         self.token_counts: list[Tensor] = []
-        """For each bank, [slots] int64 on the CPU: pairs that each expert slot has computed."""
+        """For each bank, [slots] int64 on the CPU: number of pairs that each slot has computed."""
 
     def resize(self, num_slots: Sequence[int]) -> None:
         """Add counters until each bank has ``num_slots``. Existing counters are kept."""
@@ -46,7 +46,7 @@ class ExpertCounters:
                 self.token_counts[bank] = F.pad(self.token_counts[bank], (0, missing))
 
     def add_padding(self, exchange: ExchangeSpec, used: UsedRows, by_pair: bool) -> None:
-        """Count transferred and used rows. All outputs by pair are used."""
+        """Count transferred and used rows. If outputs are sent ``by_pair``, all are used."""
         num_used = used.num_pairs if exchange.per_slot_input else used.num_rows_here
         self.padding.add("dispatch", used.num_inputs, num_used)
         if by_pair:
@@ -55,9 +55,9 @@ class ExpertCounters:
             self.padding.add("combine", used.num_rows, used.num_rows_here)
 
     def stats(self, *, has_slot_seconds: bool) -> dict[str, float]:
-        """Return counters of tokens, bytes and padding by metric name without prefix.
+        """Return counters by metric name without prefix.
 
-        A token is a pair of a row and an expert.
+        The token counters count pairs of a row and an expert.
         """
         num_tokens = sum(int(counts.sum()) for counts in self.token_counts)
         slot_seconds = {"expert_worker_slot_seconds_total": self.slot_seconds}

@@ -1,4 +1,4 @@
-"""Maps from the experts of each row to ranks and slots, from the placements of a generation."""
+"""Maps the experts of each row to ranks and expert slots, by the placement of a step's epoch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ExpertMaps:
     def __init__(
         self, combine_mode: CombineMode, device: torch.device, library: Library | None
     ) -> None:
-        """``library``: compiled code used instead of torch for steps without a choice of copies."""
+        """``library``: compiled code that replaces torch in steps without a choice of copies."""
         self._configured_mode = combine_mode
         self._device = device
         self._library = library
@@ -43,7 +43,7 @@ class ExpertMaps:
         self._is_row: Tensor | None = None
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
-        """Add the maps of an epoch and drop the maps of an earlier generation.
+        """Add the maps of an epoch, and drop the maps of earlier generations.
 
         Raises ``ProtocolError`` if the maps use a device that no member has.
         """
@@ -56,7 +56,7 @@ class ExpertMaps:
     def _table(
         self, index: int, bank: BankPlacement, device_index: Mapping[int, int]
     ) -> CopyTables:
-        """Return the tables of a bank, reused from the last epoch if its maps are unchanged."""
+        """Return the tables of a bank; those of the last epoch if its maps are unchanged."""
         known = self._built.get(index)
         if known is None or known[:2] != (bank, device_index):
             tables = CopyTables.build(bank, device_index, self._device)
@@ -71,8 +71,8 @@ class ExpertMaps:
     ) -> None:
         """Use the maps of a step's epoch. Raises ``ProtocolError`` for an unknown epoch.
 
-        is_row [micro-batches, T] int64, given in a captured step: 0 for a row without a request,
-        which has no slots.
+        is_row [micro-batches, T] int64, in a captured step only: 0 for a row without a request,
+        which gets no slots.
         """
         self._tables = self._epochs.begin_step(header)
         self._micro_batches, self._is_exact, self._is_row = micro_batches, header.exact, is_row
@@ -86,7 +86,7 @@ class ExpertMaps:
 
     @property
     def version(self) -> int:
-        """Changes when ``decode_slots`` are reallocated."""
+        """A number that changes when ``decode_slots`` are reallocated."""
         return self._fixed.version
 
     @property
@@ -99,8 +99,8 @@ class ExpertMaps:
     ) -> tuple[Tensor, ChosenCopies | None]:
         """Return the slots of a micro-batch's experts, [ranks, T, k] int32.
 
-        With weights [ranks, T, 2k]: the bits of the weights (float32) follow the slots. See
-        ``CopyTables.choose``.
+        With ``with_weights``, return [ranks, T, 2k]: the bits of the float32 weights follow the
+        slots. See ``CopyTables.choose``.
         """
         tables, decode_slots = self._tables[sent.bank], self._decode_slots[sent.bank]
         weights = sent.topk_weights if with_weights else None

@@ -51,10 +51,10 @@ class ExpertServer:
         timer: StepTimer | None = None,
         max_kept_rows: int = 0,
     ) -> None:
-        """``slots`` by ``BankSpec.index``; ``device_index`` is this worker's ``Member.device``.
+        """``slots``: by ``BankSpec.index``. ``device_index``: this worker's ``Member.device``.
 
-        ``max_kept_rows``: limit of the rows of all captured steps that are kept; 0 keeps one step.
-        Steps are captured on a GPU if the header has a bucket.
+        Steps are captured on a GPU if their header has a bucket. ``max_kept_rows``: captured steps
+        are kept up to this total number of rows; with 0, one step is kept.
         """
         self.timer = timer or StepTimer()
         """See ``ServedStep``."""
@@ -88,9 +88,9 @@ class ExpertServer:
         self._is_captured = False
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
-        """Add the filled slots of an epoch and drop the tables of an older generation.
+        """Add the filled slots of an epoch, and drop the tables of older generations.
 
-        The counters of slots are kept.
+        The counters of the slots continue.
         """
         experts = [bank.physical_to_logical[self._device_index] for bank in placement.banks]
         tables = [FilledSlots.of(i, slots, self._device) for i, slots in enumerate(experts)]
@@ -99,7 +99,7 @@ class ExpertServer:
         self.counters.resize([len(slots) for slots in experts])
 
     def stats(self) -> dict[str, float]:
-        """See ``ExpertCounters.stats``. Omits times on a GPU, where kernels run asynchronously."""
+        """See ``ExpertCounters.stats``. On a GPU without times, as kernels run asynchronously."""
         return self.counters.stats(has_slot_seconds=not self._has_graphs)
 
     @torch.inference_mode()
@@ -119,7 +119,7 @@ class ExpertServer:
         self._end_step()
 
     def _serving_of(self, step: ServedStep) -> RowServing:
-        """Select the serving of a step for ``run_step``."""
+        """Select the ``RowServing`` that runs a step in ``run_step``."""
         if step.header.exact:
             return self._exact
         if self._has_graphs and has_known_sizes(step.header, self._banks, step.combine_mode):
@@ -129,12 +129,12 @@ class ExpertServer:
     # Steps that serve each exchange by a separate call.
 
     def begin_step(self, header: StepHeader) -> None:
-        """Start a step; ``serve`` follows for each exchange. Raises as ``run_step``."""
+        """Start a step; then call ``serve`` for each exchange. Raises as ``run_step`` does."""
         self._called = self._exact if header.exact else self._static
         self._called.begin_step(self._begin(header), ())
 
     def serve(self, bank: int, exchange: int) -> None:
-        """Serve the micro-batches of one exchange. Raises as ``run_step``."""
+        """Serve all micro-batches of one exchange. Raises the errors of ``run_step``."""
         step, spec = self._step, self._banks[bank]
         assert step is not None, "begin_step was not called"
         for micro_batch, granted in enumerate(step.granted):
@@ -147,9 +147,9 @@ class ExpertServer:
 
     @contextmanager
     def as_captured(self, header: StepHeader, transport: DataTransport) -> Iterator[CapturedServes]:
-        """Capture, on a GPU, the step that is served within the context, without counting it.
+        """Context that captures the step served within it, on a GPU, without counting the step.
 
-        ``transport`` records its messages; ``begin_step`` follows.
+        ``transport`` records the step's messages. Call ``begin_step`` within the context.
         """
         self._step, self._is_captured = self._step_of(header, is_measured=False), True
         self._called = StaticServing(self._side, transport)
@@ -160,7 +160,7 @@ class ExpertServer:
             self._is_captured = False
 
     def end_replay(self) -> None:
-        """Count a replayed step and raise deferred errors. The host must have waited for it."""
+        """Count a replayed step and raise deferred errors, after the host has waited for it."""
         self._slot_checker.end(self.counters.token_counts, self._transport.reject)
 
     def _begin(self, header: StepHeader) -> ServedStep:
@@ -193,7 +193,7 @@ class ExpertServer:
         )
 
     def _end_step(self) -> None:
-        """Count after all exchanges are served, and raise deferred errors."""
+        """Count the slots of a served step, and raise deferred errors."""
         with self._activity:
             self._transport.finish_step()
         self._slot_checker.end(self.counters.token_counts, self._transport.reject)

@@ -1,4 +1,4 @@
-"""Dispatcher of a single process (EP = 1), without a network: the reference for all others."""
+"""Dispatcher of a single process (EP = 1) without a network: the reference for all others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from workers.requests.step_header import StepHeader
 
 @dataclass(frozen=True, slots=True)
 class LocalHandle(DispatchHandle):
-    """Outputs that are already computed."""
+    """Handle of outputs that ``dispatch`` has already computed."""
 
     result: Tensor
     """Result of ``combine``."""
@@ -39,8 +39,8 @@ class LocalHandle(DispatchHandle):
 class LocalDispatcher(TimedDispatcher):
     """Computes every pair on this device's own expert slots.
 
-    The weighted sum adds in slot order in float32 and rounds once. The remote dispatcher gives the
-    same bits in ``per_slot`` mode, and in ``sum`` mode with one expert rank.
+    The weighted sum adds in slot order in float32 and rounds once. ``RemoteDispatcher`` computes
+    the same bits in ``per_slot`` mode, and in ``sum`` mode if there is one expert rank.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class LocalDispatcher(TimedDispatcher):
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         """Use the slots of device 0 of the placement."""
         slot_of = [_moved(bank) for bank in placement.banks]
-        if any(map(_differ, slot_of, self._slot_of)):  # else captured steps stay valid
+        if any(map(_differ, slot_of, self._slot_of)):  # otherwise captured steps stay valid
             self._slot_of = slot_of
             self._num_placements += 1
 
@@ -95,7 +95,7 @@ class LocalDispatcher(TimedDispatcher):
         self.timer.begin_step(header)
 
     def run_empty_step(self, header: StepHeader) -> None:
-        """Start the timer, as there are no other ranks to serve."""
+        """Start the timer. There are no other ranks to serve."""
         self.timer.begin_step(header)
 
     def finish_step(self) -> None:

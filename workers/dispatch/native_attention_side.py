@@ -1,8 +1,8 @@
-"""Attention side of an exchange in two native calls. ``StaticExchange`` is the reference.
+"""Attention side of an exchange in two native calls, to send and to receive.
 
 Native code runs a step if every expert rank gets every row, the transport is sockets and the
-kernels support the model's dtype. In every unexpected case it stops, and ``StaticExchange``
-continues.
+kernels support the model's dtype. In every unexpected case it stops, and ``StaticExchange``, the
+reference, continues.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ class NativeRows:
 
     fields: AttentionSideFields
     slots_and_weights: Tensor
-    """[ranks, T, k or 2k] int32: slots on each rank (-1 for another rank), then weights;
-    overwritten by the next dispatch of the micro-batch."""
+    """[ranks, T, k or 2k] int32: slots on each rank (-1 for another rank), then weights. The
+    next dispatch of the micro-batch overwrites it."""
     weights: Tensor
-    """[T, k]; ``fields`` points to it."""
+    """[T, k] routing weights; ``fields`` points to this memory."""
     shape: tuple[int, ...]
     """Shape of the outputs."""
 
     @property
     def slots(self) -> Tensor:
-        """[ranks, T, k]."""
+        """[ranks, T, k] slots without the weights."""
         return self.slots_and_weights[:, :, : self.weights.shape[1]]
 
 
@@ -107,9 +107,9 @@ class NativeExchange:
     # Single dispatches.
 
     def send_rows(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> NativeRows | None:
-        """Send all granted rows of a micro-batch. None if native code cannot send them.
+        """Send all granted rows of a micro-batch; return None if native code cannot.
 
-        Raises as ``DataTransport.post``.
+        Raises the errors of ``DataTransport.post``.
         """
         direct = self._direct
         if direct is None or not direct.are_clear():
@@ -140,9 +140,9 @@ class NativeExchange:
         return NativeRows(fields, out, weights, shape)
 
     def receive_outputs(self, rows: NativeRows) -> Tensor | None:
-        """Receive the outputs of sent rows. None if Python must receive them.
+        """Receive the outputs of sent rows; return None if Python must receive them.
 
-        Raises as ``DataTransport.receive``.
+        Raises the errors of ``DataTransport.receive``.
         """
         direct, fields = self._direct, rows.fields
         if direct is None or not direct.are_clear():
@@ -166,10 +166,10 @@ class NativeExchange:
     # Native layers, which run all exchanges of a step in one call.
 
     def prepare(self, num_rows: Sequence[int]) -> list[list[AttentionSideFields]] | None:
-        """Return the exchanges of a step by micro-batch and bank. ``num_rows``: by micro-batch.
+        """Return the fields of a step's exchanges by micro-batch and bank, for native layers.
 
-        None if the rows of this step must be dispatched layer by layer. All banks must have the
-        same top-k. Raises as ``DataTransport.post``.
+        ``num_rows``: by micro-batch. None if Python must dispatch the rows layer by layer. All
+        banks must have the same top-k. Raises the errors of ``DataTransport.post``.
         """
         banks, slots, direct = self._side.banks, self._side.maps.decode_slots, self._direct
         assert self._header is not None, "begin_step was not called"
@@ -194,7 +194,7 @@ class NativeExchange:
         for exchanges in by_micro_batch:
             for fields in exchanges:
                 fields.received = received
-        direct.sent()  # start to watch the paths of the edges
+        direct.sent()  # starts to watch the paths of the edges
         return by_micro_batch
 
     def stopped(self, result: int) -> None:

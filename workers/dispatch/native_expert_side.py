@@ -1,7 +1,7 @@
-"""Expert side of a step in one native call. ``StaticServing`` is the reference.
+"""Expert side of a step in one native call.
 
 Native code serves a step over sockets if it can compute all banks. It stops before an exchange with
-an unexpected message, and ``StaticServing`` serves that exchange.
+an unexpected message, and ``StaticServing``, the reference, serves that exchange.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class NativeServing:
         self._slots: list[NativeSlots] = []
         self._memory = GrowingBuffer()
         self.fields: list[ServerFields] = []
-        """Fields of each exchange of the step, with the results of the served ones."""
+        """Fields of each exchange of the step; native code writes results into them."""
 
     def begin_step(self, step: ServedStep, places: Sequence[ServedPlace]) -> None:
         """See ``RowServing``."""
@@ -75,9 +75,9 @@ class NativeServing:
         return served if served == len(self._places) else self._static.serve(served)
 
     def serve_natively(self, first: int) -> int:
-        """Serve exchanges from ``first`` on; return the next one, which Python must serve.
+        """Serve exchanges from index ``first`` on; return the index that Python must serve next.
 
-        Raises as ``DataTransport.receive`` and ``post``.
+        Raises the errors of ``DataTransport.receive`` and ``post``.
         """
         direct = self._direct
         if direct is None or not direct.are_clear():
@@ -88,7 +88,7 @@ class NativeServing:
             direct.keep_unsent()
         elif count:
             direct.sent()
-        if result == UNEXPECTED:  # last, as it may lose an edge on which outputs were sent
+        if result == UNEXPECTED:  # last, as it may close an edge on which outputs were sent
             direct.give_back()
         return first + count
 

@@ -15,7 +15,7 @@ from workers.transport.direct import DirectEdges
 def exchange_fields(
     direct: DirectEdges, bank: BankSpec, exchange: int, micro_batch: int, dtype: torch.dtype
 ) -> ExchangeFields:
-    """Fill ``struct exchange`` except ``by_pair``. ``direct`` must outlive the result."""
+    """Return a ``struct exchange`` except ``by_pair``. ``direct`` must outlive the result."""
     spec = bank.exchanges[exchange]
     num_inputs = bank.top_k if spec.per_slot_input else 1
     fields = ExchangeFields(
@@ -35,14 +35,14 @@ def exchange_fields(
 
 
 class GrowingBuffer:
-    """Buffer that grows on demand, without keeping its contents."""
+    """Buffer that grows on demand and does not keep its contents then."""
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
         self._num_bytes = self._address = 0
 
     def of(self, num_bytes: int) -> int:
-        """Address of a buffer of at least ``num_bytes`` bytes. A larger one invalidates it."""
+        """Address of at least ``num_bytes`` bytes, valid until a later call needs more."""
         if num_bytes > self._num_bytes:
             self._num_bytes = num_bytes
             self._bytes = torch.empty(num_bytes, dtype=torch.uint8)

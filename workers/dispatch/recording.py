@@ -1,6 +1,6 @@
-"""Messages of a captured step, which each replay sends and receives at the same addresses.
+"""Records the messages of a captured step, which each replay sends and receives again.
 
-Messages are sent from, and copied to, tensors at fixed addresses, so that the parts of the step
+Messages are sent from and received into tensors at fixed addresses, so that the parts of the step
 before and after a message can be CUDA graphs.
 """
 
@@ -25,7 +25,7 @@ class RecordingTransport:
     def __init__(
         self, live: DataTransport, device: torch.device, activity: Activity, graph: StepGraph | None
     ) -> None:
-        """Replays of ``graph`` use the ``live`` transport. None records no messages."""
+        """Replays of ``graph`` use the ``live`` transport. Without a graph, nothing is recorded."""
         self.sums_are_rounded = live.sums_are_rounded
         self.apply_generation = live.apply_generation
         self.close = live.close
@@ -35,7 +35,7 @@ class RecordingTransport:
         self._graph = graph
 
     def begin_step(self, header: StepHeader) -> None:
-        """Do nothing: before a replay, the live transport has begun the step."""
+        """Do nothing: the live transport begins the step before each replay."""
 
     def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
         """See ``DataTransport``."""
@@ -91,12 +91,12 @@ class FixedTables:
 
     def __init__(self) -> None:
         self.version = 0
-        """Changes when the tables are reallocated, because their sizes have changed."""
+        """Number that changes when the tables are reallocated because their sizes have changed."""
         self._fixed: list[Tensor] = []
         self._shown: Sequence[Tensor] = ()
 
     def copy_in(self, tables: Sequence[Tensor]) -> list[Tensor]:
-        """Copy ``tables`` to the fixed addresses, in stream order, and return the fixed tables."""
+        """Copy ``tables`` to the fixed tables, in stream order, and return the fixed tables."""
         if len(tables) == len(self._shown) and all(map(is_, tables, self._shown)):
             return self._fixed
         self._shown = tables

@@ -1,4 +1,4 @@
-"""Attention side of dispatch and combine: ``TokenDispatcher`` with experts on other ranks."""
+"""Attention side of dispatch and combine: a ``TokenDispatcher`` with experts on other ranks."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class RemoteDispatcher(TimedDispatcher):
         """Generation and epoch of the latest step."""
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
-        """See ``TokenDispatcher``. Raises as ``ExpertMaps.set_placement``."""
+        """See ``TokenDispatcher``. Raises the errors of ``ExpertMaps.set_placement``."""
         self._maps.set_placement(placement, generation)
         if generation.number != self._placement_seen[0]:
             self._edge_rows.forget()
@@ -134,7 +134,7 @@ class RemoteDispatcher(TimedDispatcher):
         return self._native
 
     def run_empty_step(self, header: StepHeader) -> None:
-        """Drop old maps. An attention rank without rows does not participate in the exchanges."""
+        """Drop old maps. An attention rank without rows takes no part in the exchanges."""
         self.timer.begin_step(header)
         self._edge_rows.begin_step()
         self._maps.forget(header.oldest_epoch)
@@ -173,7 +173,7 @@ class RemoteDispatcher(TimedDispatcher):
         return has_known_sizes(header, self._banks, self._maps.combine_mode)
 
     def picks_rows(self, header: StepHeader) -> bool:
-        """Whether the host reads the expert rank of each row or pair in a step."""
+        """Whether the host reads which expert rank each row or pair of a step needs."""
         return picks_rows(header, self._banks, self._maps.combine_mode)
 
     @property
@@ -206,7 +206,7 @@ class RemoteDispatcher(TimedDispatcher):
     def as_captured(
         self, header: StepHeader, is_row: Tensor, transport: DataTransport
     ) -> Iterator[CapturedRows]:
-        """Capture a step with a transport that records its messages; ``begin_step`` follows."""
+        """Context to capture a step in; call ``begin_step`` there. ``transport`` records it."""
         self._maps.begin_step(header, (), is_row.view(header.num_micro_batches, -1))
         self._edge_rows.begin_step()
         self.timer.pause()

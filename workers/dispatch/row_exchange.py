@@ -1,15 +1,15 @@
-"""Exchanges of rows over a transport, attention side.
+"""Attention side of exchanges: sends rows to expert ranks over a transport, receives outputs.
 
-Parts of a message to an expert rank:
+Parts of a message to an expert rank, by kind of exchange:
 
-    static    slots [n, k] of all n granted rows (-1 for another rank), and the rows, padded to the
+    static    slots [n, k] of all n granted rows (-1 for another rank) and the rows, padded to the
               header's bucket; with an edge limit fewer rows, sorted so that the rows with an
               expert on the rank are first
-    exact     slots and rows of the rows with an expert on the rank, preceded by counts
+    exact     slots and data of only the rows with an expert on the rank, preceded by their counts
 
-In ``sum`` mode the reply is one partial sum for each sent row, in float32 or rounded to the model's
-dtype (``DataTransport.sums_are_rounded``); else one output for each (row, slot) pair in row-major
-order. In ``sum`` mode the weights follow the slots, as the bits of float32 in the same int32 part.
+In ``sum`` mode the weights follow the slots, as the bits of float32 in the same int32 part. The
+reply is one partial sum for each sent row, in float32 or rounded to the model's dtype
+(``DataTransport.sums_are_rounded``), or else one output for each (row, slot) pair, in order.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class RowExchange(Protocol):
     """Sends the rows of one attention rank to the expert ranks, and receives their outputs."""
 
     def begin_step(self, header: StepHeader) -> None:
-        """Begin a step. The attention side must already use the maps of the step."""
+        """Begin a step, after ``AttentionSide.maps`` has begun it."""
 
     def dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> RemoteHandle:
         """See ``TokenDispatcher``."""
@@ -64,25 +64,25 @@ class _RoutedRows:
     """Rows with the slots of their experts."""
 
     inputs: Tensor
-    """[T, width], or [T, k, width] if ``per_slot``."""
+    """[T, width], or [T, k, width] if ``per_slot``: each slot has its own input."""
     per_slot: bool
     meta: Tensor
     """[ranks, T, k or 2k] int32: slots, then the bits of weights."""
     slots: Tensor
-    """[ranks, T, k]: slots of ``meta``."""
+    """[ranks, T, k]: the slots in ``meta``."""
     pairs: Sequence[SentRows]
-    """Pairs by rank, if messages have an output or an input for each pair."""
+    """Pairs of each rank, if messages have an output or an input for each pair."""
 
 
 _Split = tuple[list[RowMessage], tuple[SentRows, ...]]
-"""The messages of a dispatch, and the rows that are sent to each rank."""
+"""Messages of a dispatch, and the rows sent to each rank."""
 
 
 class SplitExchange(ABC):
     """Exchange over a transport. A subclass selects the rows for each expert rank."""
 
     is_sized: ClassVar[bool]
-    """Whether the counts are sent, as the expert ranks do not know the number of rows."""
+    """Whether row counts are sent, because the expert ranks do not know them."""
 
     def __init__(self, side: AttentionSide, transport: DataTransport) -> None:
         self._side = side
@@ -114,7 +114,7 @@ class SplitExchange(ABC):
         rows = _RoutedRows(sent.rows, per_slot, meta, slots, pairs)
         messages, by_rank = self._split(rows, self._header, micro_batch)
         tag = Tag(sent.bank, sent.exchange, micro_batch, "rows")
-        with side.activity:  # the buffers may be full
+        with side.activity:  # waits if the buffers are full
             self._transport.post(tag, messages, sized=self.is_sized)
         sent_rows = pairs if by_pair else by_rank
         return RemoteHandle(
@@ -138,7 +138,7 @@ class SplitExchange(ABC):
         """Select the rows for each rank and create the messages."""
 
     def pairs_of(self, slots: Tensor) -> tuple[SentRows, ...]:
-        """Return the pairs [T * k] that each rank computes, without ranks that have none."""
+        """Return the pairs [T * k] that each rank computes; ranks without pairs are left out."""
         sent = []
         for rank, own in zip(self._side.maps.ranks, slots, strict=True):
             places = (own.flatten() >= 0).nonzero().squeeze(1)  # device-to-host sync
@@ -149,7 +149,7 @@ class SplitExchange(ABC):
 
 
 class StaticExchange(SplitExchange):
-    """Sends every rank the number of rows in the header: all rows, or the needed ones first."""
+    """Sends each rank as many rows as the header states: all, or the needed ones first."""
 
     is_sized = False
 
@@ -185,9 +185,9 @@ class StaticExchange(SplitExchange):
 
 
 class ExactExchange(SplitExchange):
-    """Sends each rank the rows with an expert on the rank, each row once.
+    """Sends each rank only the rows with an expert on that rank, each row once.
 
-    If each slot has its own input, sends the inputs of the rank's pairs.
+    If each slot has its own input, the inputs of the rank's pairs are sent.
     """
 
     is_sized = True
@@ -228,8 +228,8 @@ def _with_empty_rows(
 ) -> tuple[Tensor, Tensor]:
     """Append ``count`` rows without a request, with ``num_inputs`` inputs each.
 
-    They pad a bucket, or replace rows of a request that ended between proposal and header. meta
-    [ranks, n, m], with slots -1 in the new rows; rows [.., n * inputs, width].
+    They pad a bucket, or replace the rows of a request that ended between proposal and header.
+    meta [ranks, n, m] gets the slot -1 in the new rows; rows [.., n * inputs, width].
     """
     if not count:
         return meta, rows

@@ -1,6 +1,6 @@
-"""Exchanges of rows over a transport, expert side.
+"""Expert side of exchanges: receives rows over a transport, computes them, returns outputs.
 
-The rows of all attention ranks are computed together. ``row_exchange`` is the attention side, and
+The rows of all attention ranks are computed together. ``row_exchange``, the attention side,
 documents the parts of the messages.
 """
 
@@ -56,11 +56,11 @@ class ServedStep:
     filled: Sequence[FilledSlots]
     """Filled slots of each bank in the step's epoch."""
     granted: Sequence[dict[int, int]]
-    """For each micro-batch, the number of rows by attention rank, without ranks that have none."""
+    """For each micro-batch, the number of rows by attention rank, for ranks that have any."""
     num_bytes: dict[str, int]
-    """Byte counters that are updated."""
+    """Byte counters that the step updates."""
     timer: StepTimer
-    """Times receive, experts and send."""
+    """Measures the times of receive, experts and send."""
     must_wait: bool
     is_measured: bool
 
@@ -76,7 +76,7 @@ class ServedStep:
 
 
 class RowServing(Protocol):
-    """Receives the rows of exchanges, computes them on the expert slots, and returns outputs."""
+    """Receives the rows of exchanges, computes them in the expert slots, and returns outputs."""
 
     def begin_step(self, step: ServedStep, places: Sequence[ServedPlace]) -> None:
         """Begin a step. ``places``: the exchanges to serve, in order."""
@@ -99,7 +99,7 @@ class _Batch:
     used: UsedSlots
     """Slots of all rows."""
     weights: Tensor | None
-    """[rows, k] float32 if the expert side sums, else None."""
+    """[rows, k] float32 if the expert side computes the weighted sums, else None."""
 
     @property
     def slots(self) -> Tensor:
@@ -107,7 +107,7 @@ class _Batch:
         return self.used.slots
 
     def pairs_by_rank(self) -> tuple[int, ...]:
-        """Return the number of pairs of each rank that this rank computes."""
+        """Return how many pairs of each attention rank this rank computes."""
         if self.used.all_here:
             return tuple(n * self.slots.shape[1] for n in self.counts)
         here = self.slots >= 0
@@ -115,7 +115,7 @@ class _Batch:
 
 
 class StaticServing:
-    """Serving of exchanges in which attention ranks send the number of rows in the header."""
+    """Serves exchanges in which attention ranks send as many rows as the header states."""
 
     is_sized: ClassVar[bool] = False
     """See ``SplitExchange``."""
@@ -138,7 +138,7 @@ class StaticServing:
         return first + 1
 
     def serve_place(self, place: ServedPlace) -> None:
-        """Serve one exchange. Raises as ``serve``."""
+        """Serve one exchange. Raises the errors of ``serve``."""
         step, side = self._step, self._side
         assert step is not None, "begin_step was not called"
         bank, index, micro_batch = place
@@ -203,7 +203,7 @@ class StaticServing:
         return batch
 
     def _check_inputs(self, exchange: ExchangeSpec, batch: _Batch, rows: Sequence[Tensor]) -> None:
-        """Do nothing, as the transport has compared the inputs with the header."""
+        """Do nothing: the transport has compared the number of inputs with the header."""
 
     def _count(self, filled: FilledSlots, batch: _Batch) -> None:
         self._side.checker.count(filled, batch.slots)
@@ -211,7 +211,7 @@ class StaticServing:
     def _pairs(self, slots: Tensor, all_here: bool) -> tuple[Tensor, Tensor]:
         """Return ascending indices of this rank's pairs in flattened ``slots``, and their rows.
 
-        The results for complete batches are cached.
+        If all pairs belong to this rank, the result is cached.
         """
         top_k = slots.shape[1]
         if not all_here:
@@ -252,7 +252,7 @@ class StaticServing:
 
     def _measure_padding(self, exchange: ExchangeSpec, batch: _Batch, by_pair: bool) -> None:
         num_rows = batch.slots.shape[0]
-        # device-to-host sync unless all rows are here
+        # device-to-host sync unless this rank needs all rows
         num_here = num_rows if batch.used.all_here else int((batch.slots >= 0).any(1).sum())
         num_pairs = sum(batch.pairs_by_rank())
         used = UsedRows(batch.inputs.shape[0], num_rows, num_here, num_pairs)
@@ -260,7 +260,7 @@ class StaticServing:
 
 
 class ExactServing(StaticServing):
-    """Serving of exchanges in which attention ranks send counts and only this rank's rows."""
+    """Serves exchanges in which attention ranks send counts and only the rows for this rank."""
 
     is_sized = True
 

@@ -1,8 +1,8 @@
-"""Validation of the expert slots in received rows, and counts of their pairs.
+"""Validates the expert slots in received rows, and counts the pairs of each slot.
 
-On a CPU both happen in the exchange. On a GPU the host would have to wait in every exchange. So an
-invalid slot is replaced by -1 immediately, and rejected at the end of the step, when one copy
-brings the validity and the counts to the host.
+On a CPU both happen in the exchange. On a GPU the host would have to wait in every exchange. So the
+device replaces an invalid slot by -1, and one copy at the end of the step brings the validity and
+the counts to the host, which then rejects the rank that sent the slot.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cluster.core.placement import FREE_SLOT
 from workers.model.host_copies import to_host, to_host_later
 
 Reject = Callable[[int, str], NoReturn]
-"""``DataTransport.reject``."""
+"""Type of ``DataTransport.reject``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +29,19 @@ class FilledSlots:
     bank: int
     """``BankSpec.index``."""
     table: Tensor
-    """[slots + 1] bool; the last entry is for slot -1, a pair of another rank, which is valid."""
+    """[slots + 1] bool. The last entry, for slot -1 (a pair of another rank), is True."""
     has_free: bool
 
     @classmethod
     def of(cls, bank: int, experts: Sequence[int], device: torch.device) -> FilledSlots:
-        """Create it from the expert in each slot, or ``FREE_SLOT``."""
+        """Create it from ``experts``: the expert in each slot, or ``FREE_SLOT``."""
         filled = [expert != FREE_SLOT for expert in experts]
         return cls(bank, torch.tensor([*filled, True], device=device), FREE_SLOT in experts)
 
     def reject_invalid_slots(
         self, ranks: Sequence[int], slots: Sequence[Tensor], reject: Reject
     ) -> None:
-        """Reject a rank that sent a missing or empty slot. slots: [rows, k] of each rank."""
+        """Reject a rank that sent an unknown or empty slot. slots: [rows, k] of each rank."""
         filled = self.table.tolist()[:-1]
         for rank, mine in zip(ranks, slots, strict=True):
             for slot in mine.flatten().tolist():
@@ -56,30 +56,30 @@ class UsedSlots:
     slots: Tensor
     """[rows, k] int64, -1 for another rank."""
     all_here: bool
-    """Whether all pairs belong to this rank; False if unknown."""
+    """True only if certainly all pairs belong to this rank."""
     any_here: bool
-    """Whether any pair belongs to this rank; True if unknown."""
+    """False only if certainly no pair belongs to this rank."""
 
 
 class SlotChecker(Protocol):
     """Validates and counts slots on the device of the experts."""
 
     def begin(self, counts: Sequence[Tensor]) -> None:
-        """Begin a step. The last step may have failed."""
+        """Begin a step, also after a failed one."""
 
     def check(
         self, filled: FilledSlots, ranks: Sequence[int], slots: Sequence[Tensor], reject: Reject
     ) -> UsedSlots:
-        """Validate slots, [rows, k] int64 of each rank.
+        """Validate the slots [rows, k] int64 of each rank.
 
-        Calls ``reject`` for an invalid slot, here or in ``end``.
+        ``reject`` is called for an invalid slot, either here or in ``end``.
         """
 
     def count(self, filled: FilledSlots, slots: Tensor) -> None:
-        """Count the pairs of validated slots [rows, k], at the latest at the end of the step."""
+        """Count the pairs of validated slots [rows, k], now or at the end of the step."""
 
     def flush(self, counts: Sequence[Tensor]) -> None:
-        """Add to ``counts``, [slots] int64 on the CPU for each bank; free the memory of rows."""
+        """Add to ``counts``, [slots] int64 on the CPU for each bank. Frees the memory of rows."""
 
     def end(self, counts: Sequence[Tensor], reject: Reject) -> None:
         """Flush, and call ``reject`` for invalid slots that ``check`` has deferred."""
@@ -108,7 +108,7 @@ class HostSlotChecker:
         self._uncounted.append((filled.bank, slots))
 
     def flush(self, counts: Sequence[Tensor]) -> None:
-        """Count all slots in one loop, when no attention rank waits and caches are warm."""
+        """Count all slots in one loop. No attention rank waits now, and caches are warm."""
         for bank, slots in self._uncounted:
             bins = torch.bincount(slots.flatten() + 1, minlength=counts[bank].shape[0] + 1)
             counts[bank].add_(bins[1:])  # the first bin is for slot -1
@@ -126,7 +126,7 @@ class _Seen:
     ranks: tuple[int, ...]
     slots: tuple[Tensor, ...]
     is_wrong: Tensor
-    """[] bool: whether a slot has no expert."""
+    """[] bool: whether any slot has no expert."""
 
 
 @dataclass(slots=True)
@@ -135,7 +135,7 @@ class SlotNotes:
 
     seen: list[_Seen] = field(default_factory=list)
     bins: dict[int, Tensor] = field(default_factory=dict)
-    """For each bank, number of pairs of slot -1 and of each slot, [slots + 1] int64."""
+    """For each bank, [slots + 1] int64: number of pairs of slot -1, then of each slot."""
 
     def packed(self) -> Tensor:
         """Concatenate ``is_wrong`` of each of ``seen`` and all bins, int64."""
@@ -147,7 +147,7 @@ class DeviceSlotChecker:
 
     def __init__(self) -> None:
         self.notes = SlotNotes()
-        """Notes of the current step. Each replay refills the notes of a captured step."""
+        """Notes of the current step. Each replay of a captured step refills its notes."""
         self._copied: Tensor | None = None
 
     def begin(self, counts: Sequence[Tensor]) -> None:
@@ -155,7 +155,7 @@ class DeviceSlotChecker:
         self.notes, self._copied = SlotNotes(), None
 
     def copy(self) -> None:
-        """Start to copy the notes to the host. ``end`` does not wait if the host waits before."""
+        """Start to copy the notes to the host, so that ``end`` need not wait for the device."""
         self._copied = to_host_later(self.notes.packed())
 
     def check(

@@ -1,4 +1,4 @@
-"""Listener, and connections that are not edges yet: connecting, or in the handshake."""
+"""Opens and accepts connections between workers, and runs the handshake that makes them edges."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from workers.transport.handshake import ConnectorHandshake, ListenerHandshake, P
 logger = logging.getLogger(__name__)
 
 MAX_PENDING = 16
-"""Limit of connections without proof of the token; one more closes the oldest."""
+"""Limit of connections that have not proved the token; one more closes the oldest."""
 _CONNECT_ATTEMPTS = 3
 _RETRY_S = 0.1
 _READ_BYTES = 4096
@@ -42,7 +42,7 @@ class Pending:
     member: Member | None
     """The member to connect to; None for an accepted connection."""
     deadline: float
-    """Monotonic time at which it is dropped unless it is an edge."""
+    """Monotonic time at which the connection is dropped if it has not become an edge."""
     out: bytes
     """Bytes to send."""
     is_connecting: bool
@@ -52,9 +52,9 @@ class Pending:
         return selectors.EVENT_WRITE if self.out else selectors.EVENT_READ
 
     def step(self) -> bool:
-        """Continue as far as the socket allows; return whether the handshake is complete and sent.
+        """Continue without waiting; return whether the handshake is complete and all is sent.
 
-        Raises ``OSError`` if the address does not respond, and ``HandshakeError`` otherwise.
+        Raises ``OSError`` if the address does not respond, ``HandshakeError`` in other cases.
         """
         if self.is_connecting:
             code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -91,7 +91,7 @@ class Acceptor:
     """Opens and accepts connections on the owner's selector. Data thread only.
 
     Invalid data, a timeout or a wrong token closes only that connection. At most ``MAX_PENDING``
-    connections without proof of the token are kept; then the oldest is closed.
+    connections may be without proof of the token; one more closes the oldest.
     """
 
     def __init__(
@@ -109,10 +109,10 @@ class Acceptor:
     ) -> None:
         """Open the listener.
 
-        ``refusal`` returns the reason to refuse a peer that knows the token, or None. ``opened`` is
-        called with the socket, the peer's identity and the generation of the edge. A connection
-        must become an edge within ``timeout_s``, and its host must respond within
-        ``answer_limit_s``.
+        ``refusal`` returns the reason to refuse a peer that has proved the token, or None to accept
+        it. ``opened`` is called with the socket, the peer's identity and the generation of a new
+        edge. ``timeout_s`` limits the time until a connection is an edge, and ``answer_limit_s``
+        the time until the peer's host responds.
         """
         self.generation = 0
         """Current generation of this worker."""
@@ -132,7 +132,7 @@ class Acceptor:
 
     @property
     def next_deadline(self) -> float | None:
-        """Monotonic time of the next call of ``expire``; None without connections."""
+        """Monotonic time at which ``expire`` must be called; None without connections."""
         if not self._pending:
             return None
         return min(p.deadline for p in self._pending.values())
@@ -146,10 +146,10 @@ class Acceptor:
                 self._drop(pending)
 
     def connect(self, member: Member) -> None:
-        """Begin to open the edge to ``member`` unless it is being opened or was just tried.
+        """Begin to open the edge to ``member``, unless an attempt is running or has just ended.
 
-        Raises ``PeerLostError`` if the address does not respond, or if the handshake was closed by
-        the peer too often (a wrong token closes it without a message).
+        Raises ``PeerLostError`` if the address does not respond, or if the peer has closed the
+        handshake too often, which it does without a message if the token is wrong.
         """
         if any(p.member == member for p in self._pending.values()):
             return
@@ -174,7 +174,7 @@ class Acceptor:
             return
         except OSError as err:
             logger.warning("%s: cannot accept: %s", self._me.name, err)
-            time.sleep(0.01)  # out of file descriptors: the listener stays ready, do not spin
+            time.sleep(0.01)  # no file descriptors: the listener stays ready, so pause
             return
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

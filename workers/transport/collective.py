@@ -1,8 +1,8 @@
 """Transport over torch.distributed: NCCL on GPUs, gloo in CPU tests, with the same code.
 
 It carries only messages between attention and expert ranks. Step headers and the detection of lost
-peers use the peer connections. gloo and its store have no authentication: both listen on the
-cluster interface only.
+peers use ``PeerConnections``. gloo and the rendezvous store have no authentication, so they listen
+on the cluster interface only.
 """
 
 from __future__ import annotations
@@ -39,18 +39,17 @@ from workers.transport.world import (
 
 _JOIN_S = 1.0
 _COUNTS = 2
-"""Number of the message that carries the counts, after the numbers of the two parts."""
+"""Index of the message with the row counts; the two parts have the indices 0 and 1."""
 _MAX_AHEAD, _MAX_MESSAGES_AHEAD = 4, 64
-"""Limits of pending receives, and of their messages in captured steps, for which only the device
-waits. At these limits the host has enqueued some hundred launches (two to four layers, or four
-copies and orders for each message of a captured step). A stream accepts about a thousand. If it
-were full because it waits for a lost peer, the host would block in a launch and could not abandon
-the world."""
+"""Limits of receives, and in captured steps of messages, that only the device waits for. At these
+limits the host has enqueued some hundred launches (two to four layers, or four copies and stream
+waits per message of a captured step). A stream accepts about a thousand. If it filled up while it
+waits for a lost peer, the host would block in a launch and could not abandon the world."""
 _WORLDS: Final[Mapping[Backend, type[World]]] = {"gloo": GlooWorld, "nccl": NcclWorld}
 
 
 class CollectiveTransport:
-    """``DataTransport`` of one worker over a world that is rebuilt for every generation."""
+    """``DataTransport`` of one worker over torch.distributed groups, new in every generation."""
 
     def __init__(
         self,
@@ -75,7 +74,7 @@ class CollectiveTransport:
         self._names: dict[int, str] = {}
         self._sends: deque[Transfers] = deque()
         self._ordered: deque[Transfers] = deque()
-        """Receives for which so far only the device waits."""
+        """Receives that the device stream waits for but the host has not waited for yet."""
         self._may_be_captured = False
         self._loss: PeerLostError | None = None
         self._store = (
@@ -151,9 +150,9 @@ class CollectiveTransport:
             self._await_cause(f"no process group {world.setup.prefix}: {first_line(err)}")
 
     def _await_cause(self, reason: str) -> NoReturn:
-        """Wait for the edges or the controller to report which member was lost.
+        """Wait until the edges or the controller report which member was lost.
 
-        Raises as the waits do; after the timeout, for the first peer.
+        Raises the error of that report; after a timeout, ``PeerLostError`` for the first peer.
         """
         self._connections.wait(
             lambda: False,

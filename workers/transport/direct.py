@@ -1,8 +1,8 @@
-"""Edges on which native code sends and receives frames itself.
+"""Lets native code send and receive frames on edges.
 
 Native code handles only complete frames with the expected header. In all other cases Python
-continues: unsent bytes are queued on their edge, received bytes are returned to their edge as if
-they had just arrived, and ``PeerConnections`` handles them.
+continues: unsent bytes are queued on their edge. Received bytes are returned to their edge, which
+handles them as if they had just arrived.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class DirectEdges:
         waiting: WaitingFields,
         check: Callable[[], None],
     ) -> None:
-        """``check`` raises as ``PeerConnections.check``."""
+        """``check`` raises an error if waits must end; see ``PeerConnections.check``."""
         self.edges = tuple(edges)
         self.step = StepFields()
         """Current step, read by C."""
@@ -46,7 +46,7 @@ class DirectEdges:
     def are_clear(self) -> bool:
         """Whether this process has no pending bytes of these edges, so that native code may run.
 
-        Raises as the waits do.
+        Raises the errors of ``check``.
         """
         self._check()
         return all(edge.is_clear for edge in self.edges)

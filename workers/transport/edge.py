@@ -17,7 +17,7 @@ from workers.transport.handshake import PeerIdentity
 
 _READ = selectors.EVENT_READ
 _MAX_BUFFERS = 64
-"""Limit of buffers in one system call."""
+"""Maximum number of buffers in one system call."""
 
 
 class Edge:
@@ -61,7 +61,7 @@ class Edge:
 
     @property
     def is_clear(self) -> bool:
-        """Whether no bytes are pending in this process and the edge is being read."""
+        """Whether the edge is being read and this process has none of its bytes pending."""
         is_waiting = self.inbox or self._out or self._have or self._given_back
         return self.interest == _READ and self._header is None and not is_waiting
 
@@ -131,13 +131,13 @@ class Edge:
             self._begin_payload(FrameHeader.decode(self._head, self._max_data_bytes))
 
     def give_back(self, data: bytes) -> None:
-        """Let ``read`` begin with ``data``. Data that was given back before must be used up."""
+        """Make ``read`` begin with ``data``. Earlier returned data must have been read."""
         assert not self._given_back
         self._given_back = memoryview(data)
 
     @property
     def has_given_back(self) -> bool:
-        """Whether ``read`` has not yet used all data that was given back."""
+        """Whether data passed to ``give_back`` is still unread."""
         return bool(self._given_back)
 
     def _receive(self, view: memoryview) -> int:

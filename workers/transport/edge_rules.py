@@ -10,7 +10,7 @@ from workers.transport.handshake import PeerIdentity
 
 
 class EdgeRules:
-    """Decides which workers share an edge with this one, which side opens it, and its frame kinds.
+    """Decides which workers share an edge, which side opens it, and which frames it may carry.
 
     Attention rank i opens the edges to every expert worker and to the attention ranks below i.
     """
@@ -46,7 +46,7 @@ class EdgeRules:
         return member is not None and (member.role, member.rank) == (peer.role, peer.rank)
 
     def refusal(self, peer: PeerIdentity) -> str | None:
-        """Return the listener's reason to refuse a peer that knows the token, or None."""
+        """Return why the listener refuses a peer that has proved the token, or None."""
         me, number = self._me, self._number
         if peer.generation < number:
             return f"generation of {peer.name} is {peer.generation}, {me.name} is in {number}"

@@ -28,9 +28,9 @@ class StepFrame(NamedTuple):
 
 
 class EdgeTable:
-    """All edges of one worker on its selector. No method waits, or raises because of a peer.
+    """All edges of one worker on its selector. No method waits; a failed edge is only recorded.
 
-    Reading from a peer pauses while its inbox has more than ``max_inbox_bytes``. An edge is lost if
+    While a peer's inbox has more than ``max_inbox_bytes``, its edge is not read. An edge is lost if
     the peer's host acknowledges nothing for ``path_limit_s``.
     """
 
@@ -48,9 +48,9 @@ class EdgeTable:
         self.step_frames: deque[StepFrame] = deque()
         """Proposals and headers of the current generation."""
         self.generation = 0
-        """Current generation: older frames are dropped, newer ones are a protocol error."""
+        """Current generation. Frames of older ones are dropped, of newer ones a protocol error."""
         self.current_step = 0
-        """Data frames of an earlier step are dropped."""
+        """Current step. Data frames of earlier steps are dropped."""
         self.max_inbox_bytes = max_inbox_bytes
         self._path_limit_s = path_limit_s
         self._paths: dict[Edge, PathWatch] = {}
@@ -112,7 +112,7 @@ class EdgeTable:
 
     @property
     def is_settled(self) -> bool:
-        """Whether the last look found no edge with unacknowledged bytes."""
+        """Whether no edge had unacknowledged bytes when ``look`` was last called."""
         return not self._paths
 
     def sent(self, edge: Edge) -> None:
@@ -159,13 +159,13 @@ class EdgeTable:
                 self.watch(edge)
 
     def give_back(self, edge: Edge, data: bytes) -> None:
-        """Process bytes of an edge that native code has received but cannot use."""
+        """Process bytes that native code has received on an edge but cannot use."""
         edge.give_back(data)
         while edge.has_given_back and edge.interest:
             self.read(edge)
 
     def take(self, edge: Edge, want: FrameHeader) -> Frame | None:
-        """Return the next data frame, or None before its arrival. A wrong one closes the edge."""
+        """Return the next data frame, or None if none has arrived. A wrong one closes the edge."""
         while edge.inbox:
             frame = edge.pop()
             if edge.interest != _READ:

@@ -1,8 +1,8 @@
 """Frames on an edge: a fixed header of 36 bytes, then a payload of bounded length.
 
-A data frame (ROWS, OUTPUTS) carries up to two consecutive parts, 4-byte items first; the header
-has the number of rows of each. Step frames carry ``StepProposal`` or ``StepHeader``. All header
-fields are checked before the payload is read.
+A data frame (ROWS, OUTPUTS) carries one or two parts (tensors of rows), a part with 4-byte elements
+first. The header has the number of rows of each. Step frames carry ``StepProposal`` or
+``StepHeader``. All header fields are checked before the payload is read.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class FrameHeader(NamedTuple):
     generation: int
     step: int
     flags: int = 0
-    """EXACT, PER_SLOT."""
+    """Combination of ``EXACT`` and ``PER_SLOT``."""
     bank: int = 0
     """``BankSpec.index``, which also identifies the layer."""
     exchange: int = 0
@@ -95,7 +95,7 @@ class Frame(NamedTuple):
 
     header: FrameHeader
     payload: NDArray[np.uint8]
-    """Owns its memory."""
+    """Payload bytes, in memory that the frame owns."""
 
 
 def max_data_bytes(

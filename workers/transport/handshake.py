@@ -1,4 +1,4 @@
-"""Handshake of two workers: first they prove the cluster token, then compare configurations.
+"""Handshake of two workers: both prove the cluster token, then compare their configurations.
 
     connector                                   listener
     hello(nonce)                        ->
@@ -7,7 +7,7 @@
                                         <-      proof, identity   |   refusal: a short reason
 
 A proof is HMAC-SHA256 under the token over both nonces, the sender's message and the sender's side
-of the connection, so that no proof can be reflected. Until the connector has proved the token it
+of the connection, so that no proof can be reflected. Until the connector has proved the token, it
 receives only a random nonce. Each message: 4 bytes magic, 2 bytes length, then a message of
 ``cluster.core.codec``.
 
@@ -30,7 +30,7 @@ from cluster.core.release import Build, differing_item
 from cluster.core.topology import Role
 
 MAX_HELLO_BYTES: Final = 4096
-"""Limit of the size of one handshake message."""
+"""Maximum size of a handshake message."""
 _PREFIX: Final = struct.Struct("!4sH")
 _MAGIC: Final = b"EMhs"
 
@@ -88,7 +88,7 @@ class _Handshake:
         self._proof = TokenProof(token, "data", is_caller=self.is_caller)
         self._received = bytearray()
         self.peer: PeerIdentity | None = None
-        """Set when the peer has proved the token."""
+        """Identity of the peer; None until the peer has proved the token."""
         self.done = False
         """Whether the handshake is complete."""
 
@@ -139,11 +139,11 @@ class ListenerHandshake(_Handshake):
     def __init__(
         self, me: PeerIdentity, token: str, refuse: Callable[[PeerIdentity], str | None]
     ) -> None:
-        """``refuse`` returns the reason to refuse a peer that knows the token, or None."""
+        """``refuse`` returns why a peer that has proved the token is refused, or None."""
         super().__init__(me, token)
         self._refuse = refuse
         self.refusal: str | None = None
-        """Reason why the peer is refused; set before the refusal is sent."""
+        """Why the peer is refused; set before the refusal is sent."""
 
     def _handle(self, message: bytes) -> bytes:
         if not self._proof.their_nonce:
@@ -165,7 +165,7 @@ class ConnectorHandshake(_Handshake):
 
     is_caller = True
     has_verdict = False
-    """Whether the listener has proved the token, so that a retry after an error is useless."""
+    """Whether the listener has proved the token; then a retry after an error cannot help."""
     is_outdated = False
     """Whether the listener has refused this worker and is in a later generation."""
 

@@ -20,7 +20,7 @@ class Interrupts:
         self._left = -1
         self._woken = False
         self.wakeup = WakePipe()
-        """Rung by ``wake``, which ends waits for the next step, but not waits within a step."""
+        """Pipe of ``wake``, which ends waits for the next step but not waits within a step."""
         self._interrupts = WakePipe()
         for pipe in (self.wakeup, self._interrupts):
             selector.register(pipe, selectors.EVENT_READ, pipe.drain)
@@ -31,12 +31,12 @@ class Interrupts:
         self.wakeup.ring()
 
     def interrupt(self, generation: int) -> None:
-        """Make waits raise until the announced generation is applied."""
+        """Make waits raise ``GenerationChangedError`` until ``generation`` is applied."""
         self._announced = max(self._announced, generation)
         self._interrupts.ring()
 
     def leave(self, generation: int) -> None:
-        """Make waits of steps raise until a generation after ``generation`` is applied."""
+        """Make waits of steps raise until a later generation than ``generation`` is applied."""
         self._left = max(self._left, generation)
         self._interrupts.ring()
 

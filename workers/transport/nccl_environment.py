@@ -1,8 +1,8 @@
 """Environment variables of torch's NCCL groups; this module does not import torch.
 
-By default a watchdog thread of each group ends the process after the death of a peer, which the
-other workers must survive. torch reads the variables when a group is created, some of them once in
-a process (``torch/csrc/distributed/c10d``, ``ProcessGroupNCCL`` and ``NCCLUtils``).
+By default a watchdog thread of each group ends the process after a peer has died. Workers must
+survive that, so the variables disable it. torch reads some of them once per process and others
+for each group (``torch/csrc/distributed/c10d``, ``ProcessGroupNCCL`` and ``NCCLUtils``).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """World over NCCL, for GPUs.
 
-Transfers run on the stream of their group. They start after the work that was enqueued on the
-current stream before, and torch does not reuse their memory until they are complete. The current
-stream is ordered after them by ``order``, or when ``is_over`` finds them complete. Communicators
-are nonblocking (``config.blocking = 0``): one that connects, or waits for a dead peer, can be
-aborted.
+Transfers run on the CUDA stream of their group, after all work that was enqueued on the current
+stream before they started. torch does not reuse their memory until they are complete. The current
+stream waits for them once ``order`` is called or ``is_over`` has found them complete. Communicators
+are nonblocking (``config.blocking = 0``), so that one that is connecting, or waiting for a dead
+peer, can be aborted.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 50e-6
 _HEAD_START_S = 0.1
-"""Longest wait for the abort of an earlier group: NCCL sets the flag that ends its kernels before
-it waits for them."""
+"""Time by which the abort of one group precedes the next: NCCL first sets the flag that ends the
+group's kernels, then waits for them."""
 
 
 class NcclWorld(World):
-    """World with one group, and so one communicator, for each channel."""
+    """World with one process group, and so one NCCL communicator, for each channel."""
 
     def __init__(self, setup: WorldSetup) -> None:
         super().__init__(setup)
@@ -74,7 +74,7 @@ class NcclWorld(World):
         return True
 
     def order(self, transfers: Transfers) -> bool:
-        """See ``World``. Their memory may be reused after the work enqueued so far."""
+        """See ``World``. Work enqueued later may reuse the memory of the transfers."""
         try:
             works = {id(transfer.work): transfer.work for transfer in transfers.items}
             for work in works.values():  # transfers that started together share one
@@ -116,7 +116,7 @@ class NcclWorld(World):
 
 
 def _order_after(work: Work) -> None:
-    """Let the current CUDA stream wait, not the host. Raises ``RuntimeError`` after a failure."""
+    """Make the current CUDA stream, not the host, wait. Raises ``RuntimeError`` after a failure."""
     if has_failed(work):
         raise RuntimeError("NCCL reports an error of the connection")
     work.wait()  # does not block: the world has no blocking waits

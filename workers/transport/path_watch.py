@@ -1,8 +1,8 @@
 """Detection of dead network paths: bytes that the peer's kernel does not acknowledge.
 
 A peer that computes reads nothing, but its kernel acknowledges arriving bytes. So unacknowledged
-bytes indicate a broken path, never a busy peer. A worker that waits for a peer in a step has sent
-it a frame, or another waiting worker has, so no pings are needed.
+bytes indicate a broken path, never a busy peer. No pings are needed: if a worker waits for a peer
+in a step, it or another waiting worker has sent that peer a frame.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import sys
 from typing import NamedTuple
 
 LOOK_S = 0.25
-"""Interval between two looks at an edge."""
+"""Interval between two checks of an edge."""
 _MIN_RETRANSMITS = 3
-"""Minimum of retransmits, so that a pause of this host, without timers, is not counted."""
+"""Minimum number of retransmits of a dead path. If this host is paused, it sends none."""
 _INFO_BYTES = 128
 
 
@@ -23,9 +23,9 @@ class PathState(NamedTuple):
     """Kernel state of one TCP connection."""
 
     retransmits: int
-    """Consecutive time-outs without an acknowledgement."""
+    """Number of consecutive timeouts without an acknowledgement."""
     unacknowledged: int
-    """Segments sent but not acknowledged; none if the peer's buffers are full."""
+    """Number of segments sent but not acknowledged; 0 if the peer's buffers are full."""
     acknowledged_bytes: int
 
 
@@ -45,7 +45,7 @@ def path_state(sock: socket.socket) -> PathState | None:
 
 
 class PathWatch:
-    """Looks at one connection periodically. Pure: state and monotonic time are arguments."""
+    """Checks one connection periodically. Pure: state and monotonic time are arguments."""
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s

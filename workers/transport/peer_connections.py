@@ -1,8 +1,8 @@
 """All data-plane sockets of a worker: listener, edges, wake-up pipe and one select loop.
 
 There is no I/O thread: the data thread runs the loop whenever it waits. Other threads may call only
-``wake``, ``interrupt`` and ``leave``. Two workers that share an edge (``EdgeRules``; colocated
-workers are attention ranks) have one TCP connection for step frames and data frames, both ways.
+``wake``, ``interrupt`` and ``leave``. An edge is one TCP connection between two workers, for step
+frames and data frames in both directions. ``EdgeRules`` decides which workers share an edge.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _EpollSelector = getattr(selectors, "EpollSelector", type(None))  # Linux has on
 _OPEN_SLICE_S = 0.1
 _SPIN_S = 1e-3
 """Time for which a worker on a host with a spare core polls for the frames of an exchange before it
-sleeps. Dispatch and combine of one row between two processes then take 40 us, and 130 us with
-sleep, on two otherwise idle cores of an AMD EPYC. If the gateway runs on the same cores, the decode
-rate over HTTP at batch 1 / 8 / 32 is 1.36 / 1.16 / 1.15 times as high without polling."""
+sleeps. With polling, dispatch and combine of one row between two processes take 40 us, without it
+130 us, on two otherwise idle cores of an AMD EPYC. If the gateway runs on the same cores, the
+decode rate over HTTP at batch 1 / 8 / 32 is 1.36 / 1.16 / 1.15 times as high without polling."""
 _INBOX_FRAMES = 4
-"""Limit of an inbox or send queue, in data frames of the largest size."""
+"""Maximum size of an inbox or send queue, in data frames of the largest size."""
 
 
 class PeerConnections:
@@ -190,7 +190,7 @@ class PeerConnections:
         return frame
 
     def direct(self, names: Sequence[str]) -> DirectEdges | None:
-        """Return edges for native code. None if one is missing, or if the system lacks epoll."""
+        """Return the edges for native code, or None if one is missing or the system lacks epoll."""
         edges = [self.edges[name] for name in names if name in self.edges]
         if len(edges) < len(names) or not isinstance(self._selector, _EpollSelector):
             return None
@@ -204,7 +204,7 @@ class PeerConnections:
 
     @property
     def is_settled(self) -> bool:
-        """Whether at the last look all peers' hosts had acknowledged all sent bytes."""
+        """Whether all peers' hosts had acknowledged all sent bytes when last checked."""
         return self._table.is_settled
 
     def begin_step(self, step: int) -> None:
@@ -214,8 +214,8 @@ class PeerConnections:
     def poll_idle(self, timeout_s: float, *, is_ready: bool = False) -> None:
         """Run the loop once even if a peer is lost. Call it until the next generation.
 
-        If this worker ``is_ready`` for the generation, broken edges are opened again: a peer may
-        have closed an edge that was kept here, and waits for a new one. Raises
+        If this worker ``is_ready`` for the generation, it opens broken edges again: a peer may have
+        closed an edge that this worker kept, and may be waiting for a new one. Raises
         ``GenerationChangedError`` if the next generation was announced, and the errors of
         ``apply_generation``.
         """
@@ -263,7 +263,7 @@ class PeerConnections:
         return edge
 
     def _add_edge(self, edge: Edge) -> None:
-        """Use an authenticated connection as the edge to its peer, if that is a member."""
+        """Use an authenticated connection as the edge to its peer, if the peer is a member."""
         if not self._rules.is_member(edge.peer):
             self._acceptor.refuse(edge.name, f"not a member of generation {self.generation.number}")
             edge.close()
@@ -282,7 +282,7 @@ class PeerConnections:
         return not missing
 
     def _opened(self, sock: socket.socket, peer: PeerIdentity, generation: int) -> None:
-        """Take an edge from the acceptor, possibly of a generation not applied here yet."""
+        """Accept a new edge, which may be for a generation that this worker has not applied yet."""
         edge = Edge(
             sock,
             peer,

@@ -6,11 +6,11 @@
                                           <-    u16 count of available items from the first on,
                                                 u64 size of each, then for each item a checksum of
                                                 16 bytes and the data
-    u16 count of the items that were kept ->        (0 of spare copies)
+    u16 count of the items that were kept ->        (always 0 with ``is_spare``)
 
 All keys of a server have the same length, and so have all items of a reply. The checksum covers key
-and data, so that a flipped bit or a wrong item is detected. Both sides know the size of an item,
-and nothing is unpickled. A server serves a few connections at a time, each in its own thread.
+and data, so that a flipped bit or a wrong item is detected. Both sides know the size of an item
+beforehand. Nothing is unpickled. A server serves a few connections at a time, one thread each.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from workers.transport.socket_io import receive_bytes, receive_exactly, time_lef
 logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 32
-"""Limit of concurrent connections of a server: several workers may copy from one while requests
-fetch from it."""
+"""Maximum number of concurrent connections of a server. Several workers may copy sessions from it
+while others fetch blocks for requests."""
 COUNT: Final = struct.Struct("!H")
-"""Number of requested items, or of kept items."""
+"""Format of the number of requested items and the number of kept items."""
 MAX_ITEMS: Final = 2**16 - 1
 """Limit of items in one request."""
 REPLY: Final = struct.Struct("!HQ")
-"""Head of a reply: number of items, and size of each in bytes."""
+"""Format of the head of a reply: number of items, and size of each in bytes."""
 CHECKSUM_BYTES: Final = 16
 CHUNK_BYTES: Final = 256 * 1024
 """Bytes that are sent or received at a time."""
 _IDLE_S = 30.0
-"""Limit of a client's silence between two messages, and of the time for a chunk of a reply."""
+"""Longest time between two messages of a client, and longest time to send one chunk, in seconds."""
 _HANDSHAKE_S = 10.0
-"""Limit of a client's handshake, and of the wait for the end of a server."""
+"""Time limit of a client's handshake, and of the wait for a server to end, in seconds."""
 _READ_BYTES = 4096
 
 
@@ -81,9 +81,9 @@ class PeerEndpoint:
 
 
 class PeerClient:
-    """A connection to the server of one peer. Not thread-safe; every wait has a limit.
+    """A connection to the server of one peer. Not thread-safe; every wait has a time limit.
 
-    An exception of ``fetch`` leaves the connection unusable.
+    After ``fetch`` has raised an exception, the connection is unusable.
     """
 
     def __init__(
@@ -94,11 +94,11 @@ class PeerClient:
         deadline_s: float | None = None,
         before_chunk: Callable[[int], None] = lambda num_bytes: None,
     ) -> None:
-        """Connect and prove the token.
+        """Connect and prove the cluster token.
 
-        ``timeout_s`` limits the connect and every wait for bytes; ``deadline_s`` is the
-        ``time.monotonic`` at which all fetches must be done. ``before_chunk`` is called with the
-        size of a chunk before it is received, and may raise.
+        ``timeout_s`` limits the connect and every wait for bytes. All fetches must be done before
+        ``deadline_s`` (``time.monotonic``). ``before_chunk`` is called with the size of each chunk
+        before it is received, for example to limit the rate, and may raise.
 
         Raises ``PeerLostError`` if the peer cannot be reached, and ``HandshakeError`` if it belongs
         to another cluster.
@@ -133,11 +133,11 @@ class PeerClient:
         *,
         is_spare: bool = False,
     ) -> int:
-        """Receive the longest prefix of ``keys`` that the peer has; return the number of items.
+        """Receive the items of the longest prefix of ``keys`` that the peer has; return the count.
 
         Each item is received into ``parts`` and checked; then ``keep`` is called with its index in
-        ``keys``. ``what`` names the items in errors. With ``is_spare``, the client reports to the
-        peer that no item was kept.
+        ``keys``. ``what`` names the items in errors. If ``is_spare``, the items are only spare
+        copies: the client reports to the peer that it kept none.
 
         Raises ``PeerLostError`` if the connection breaks or is too slow, and ``ProtocolError`` if
         an item is damaged or not the requested one; earlier items were kept.
@@ -188,11 +188,11 @@ class ItemProvider(Protocol[Item]):
         """Return the data of an acquired item, contiguous in CPU memory."""
 
     def release(self, items: list[Item], num_kept: int) -> None:
-        """Release acquired items; the other worker has copies of the first ``num_kept``."""
+        """Release acquired items. The client has kept copies of the first ``num_kept``."""
 
 
 class PeerServer:
-    """Server of items on a free port. It listens at once and serves after ``start``."""
+    """Server of items on a free port. The port listens at once; ``start`` begins to serve."""
 
     def __init__(
         self, me: PeerIdentity, token: str, *, host: str, what: str, key_bytes: int
@@ -233,7 +233,7 @@ class PeerServer:
             try:
                 sock, address = self._listener.accept()
             except OSError:
-                self._closing.wait(0.05)  # closed, or out of descriptors: do not spin
+                self._closing.wait(0.05)  # closed, or no file descriptors: do not spin
                 continue
             with self._lock:
                 is_full = len(self._open) >= MAX_CONNECTIONS

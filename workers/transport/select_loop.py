@@ -27,7 +27,7 @@ class SelectLoop:
         check: Callable[[], None],
         step_timeout_s: float,
     ) -> None:
-        """``check`` raises if waits must end."""
+        """``check`` raises an error if waits must end."""
         self._selector = selector
         self._table = table
         self._acceptor = acceptor
@@ -55,7 +55,7 @@ class SelectLoop:
         what: str = "no answer",
         slice_s: float = 3600.0,
     ) -> None:
-        """Run the loop until ``ready``. ``missing`` returns the peers to name after the timeout."""
+        """Run the loop until ``ready()``. A timeout names the peers that ``missing`` returns."""
         limit = self._step_timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + limit
         with self.awaiting():
@@ -102,13 +102,13 @@ class SelectLoop:
         return len(events)
 
     def look(self) -> None:
-        """Look at the paths if ``LOOK_S`` has elapsed."""
+        """Check all paths if ``LOOK_S`` has elapsed since the last check."""
         if not self._table.is_settled and (now := time.monotonic()) >= self._look_at:
             self._look_at = now + LOOK_S
             self._table.look(now)
 
 
 def timed_out(missing: Sequence[str], reason: str) -> PeerLostError:
-    """Return an error for the first missing peer; its reason names the other ones."""
+    """Return an error for the first missing peer, with a reason that names the others."""
     others = f" (nor from {', '.join(missing[1:])})" if len(missing) > 1 else ""
     return PeerLostError(missing[0] if missing else "a peer", reason + others)

@@ -1,7 +1,7 @@
 """Transport over the worker's own TCP connections, the default on CPUs.
 
-Closing a connection aborts its messages, a reset reveals a lost peer, and edges between surviving
-workers stay open when the generation changes.
+Unlike torch.distributed, it needs no new groups after a failure: closing a connection aborts its
+messages, a reset reveals a lost peer, and edges between surviving workers stay open.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class SocketTransport:
         )
 
     def _check(self, item: ExpectedMessage, header: FrameHeader, sized: bool) -> None:
-        """Compare counts and length with the expected ones before memory is allocated."""
+        """Reject a frame with unexpected counts or length before its tensors are allocated."""
         counts = header.counts[: len(item.parts)]
         length = 0
         for part, count, limit in zip(item.parts, counts, item.counts, strict=True):
@@ -142,6 +142,6 @@ class SocketTransport:
 def _memory(tensor: Tensor) -> memoryview:
     """View the memory of a contiguous CPU tensor, which must outlive the result.
 
-    This makes fewer calls than a view by numpy; between kernels, calls to torch find cold caches.
+    This calls torch less often than a view by numpy; between kernels such calls have cold caches.
     """
     return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()))

@@ -1,8 +1,8 @@
-"""Interface of a transport, which carries messages between the two pools.
+"""Interface of a transport, which carries messages between attention and expert ranks.
 
-A message has one or two two-dimensional tensors (parts), 4-byte items first. Its ``Tag`` is its
-position in the step; between two ranks, messages follow the global order of the step. Ranks in this
-interface are ranks in the *other* pool.
+A message has one or two parts, which are two-dimensional tensors; a part with 4-byte elements is
+first. Its ``Tag`` is its position in the step; two ranks exchange messages in the global order of
+the step. In this interface, ``rank`` is always the rank of a worker in the *other* pool.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ class ExpectedMessage:
     rank: int
     parts: tuple[PartShape, ...]
     counts: tuple[int, ...]
-    """Number of rows of each part; the maximum if the message is ``sized``."""
+    """Number of rows of each part; if the message is ``sized``, the maximum number."""
 
 
 class DataTransport(Protocol):
     """Moves messages between attention and expert ranks.
 
-    Waits raise ``PeerLostError`` (edge broken, invalid data received, or ``step_timeout_s`` passed)
-    and ``GenerationChangedError``. Received tensors own their memory.
+    Waits raise ``PeerLostError`` if an edge breaks, invalid data arrives or ``step_timeout_s`` has
+    passed, and ``GenerationChangedError``. Received tensors own their memory.
     """
 
     sums_are_rounded: bool
@@ -83,7 +83,7 @@ class DataTransport(Protocol):
     def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
         """Send messages, and wait only if buffers are full. The tensors may be reused afterwards.
 
-        ``sized``: send the counts too, as the receivers do not know them.
+        ``sized``: also send the row counts, because the receivers do not know them.
         """
 
     def receive(
@@ -91,26 +91,26 @@ class DataTransport(Protocol):
     ) -> list[tuple[Tensor, ...]]:
         """Receive one message from each rank; the parts are on the transport's device.
 
-        With ``must_wait`` it waits for the messages, as the host reads results before
-        ``finish_step``. Otherwise it may return before they arrive, with tensors that are filled
-        before later work on the device reads them; if the header has a bucket, many receives may
-        be pending.
+        ``must_wait``: return after the messages have arrived, as the host will read them before
+        ``finish_step``. Otherwise the method may return earlier, with tensors that are filled
+        before later work on the device reads them. In a step with a bucket (a captured step),
+        many receives may be pending at once.
         """
 
     def finish_step(self) -> None:
         """Wait for all messages of the step. Call it before the host reads results.
 
-        Raises as ``receive``; then the results must not be used.
+        Raises the errors of ``receive``; the results of the step must then not be used.
         """
 
     def direct(self, ranks: Sequence[int]) -> DirectEdges | None:
-        """Return the edges to some ranks for native code in the current step, or None."""
+        """Return the edges to ``ranks`` for native code in this step, or None if it cannot run."""
 
     def reject(self, rank: int, reason: str) -> NoReturn:
         """Close the edge to a rank that sent invalid data. Raises ``PeerLostError``."""
 
     def apply_generation(self, generation: Generation) -> None:
-        """Apply a new membership, after the peer connections did. Raises as the waits do."""
+        """Apply a new generation, after the peer connections have. Raises the errors of waits."""
 
     def close(self) -> None:
         """Release all resources. The transport cannot be used afterwards."""

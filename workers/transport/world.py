@@ -1,7 +1,7 @@
-"""Base class of the torch.distributed world of one generation, over gloo or NCCL.
+"""Base class of a world: the torch.distributed process groups of one generation (gloo or NCCL).
 
-A world is built on its own thread and abandoned by another: ``abandon`` drops all existing groups,
-and groups that are created later are dropped immediately.
+One thread builds a world, and another may abandon it meanwhile: ``abandon`` drops all existing
+groups, and groups that are created later are dropped immediately.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from workers.transport.transport import Direction
 
 Backend = Literal["gloo", "nccl"]
 Channel = tuple[Direction, bool]
-"""Direction of the messages, and whether they go from a lower to a higher rank of the world."""
+"""Direction of messages, and whether they go from a lower to a higher rank of the world."""
 ONE_WAY: tuple[Channel, ...] = (("rows", True), ("outputs", False))
-"""Channels of two pools: attention ranks come first in the world."""
+"""Channels of a world with two pools, whose attention ranks have the lowest ranks."""
 BOTH_WAYS: tuple[Channel, ...] = (*ONE_WAY, ("rows", False), ("outputs", True))
 """Channels of colocated workers."""
 WATCH_S = 0.05
 """Interval between two calls of ``watch`` in a wait."""
 _OPENING_TAG = 1 << 30
-"""Tag of the first exchange, larger than the tags of messages."""
+"""Tag of the exchange that opens connections, larger than the tags of messages."""
 _ABANDONED = "the process groups were abandoned"
 
 
@@ -57,7 +57,7 @@ class WorldSetup:
 
 
 class Item(NamedTuple):
-    """A send or receive to start."""
+    """A send or receive that will be started."""
 
     rank: int
     """Rank in the other pool."""
@@ -95,8 +95,8 @@ class World(ABC):
     """The process groups of one generation.
 
     Each channel has its own group, so that transfers of two channels cannot wait for each other on
-    one CUDA stream. Within a channel the highest rank only sends or only receives, so it never
-    waits for the other ranks, nor, by induction, does the next one.
+    one CUDA stream. Within a channel there is no deadlock: the highest rank only sends or only
+    receives, so it never waits for a cycle of ranks, nor, by induction, does the next lower rank.
     """
 
     def __init__(self, setup: WorldSetup) -> None:
@@ -130,10 +130,10 @@ class World(ABC):
         raise RuntimeError(_ABANDONED)
 
     def _open_connections(self) -> None:
-        """Exchange one element on every edge, so that no step has to open a connection.
+        """Exchange one element with every peer, so that no step has to open a connection.
 
-        A send or receive that connects may block until the peer participates, so all workers
-        iterate over the channels in the same order.
+        The first send or receive may block until the peer takes part in it, so all workers use
+        the channels in the same order.
         """
         setup = self.setup
         deadline = time.monotonic() + setup.step_timeout_s
@@ -182,7 +182,7 @@ class World(ABC):
 
     @abstractmethod
     def is_over(self, transfers: Transfers) -> bool:
-        """Whether all are complete, or one has failed (``error``). Does not wait."""
+        """Whether all transfers are complete or one has failed (``error``). Does not wait."""
 
     def order(self, transfers: Transfers) -> bool:
         """Let the device's current stream, but not the host, wait for the transfers.
@@ -194,7 +194,7 @@ class World(ABC):
 
     @abstractmethod
     def wait(self, transfers: Transfers, watch: Callable[[], None]) -> None:
-        """Wait until they are over. ``watch``, called every 50 ms, may raise to end the wait."""
+        """Wait until ``is_over``. ``watch`` is called every 50 ms and may raise to end the wait."""
 
     # ---- any thread -------------------------------------------------------------------------
 
@@ -208,10 +208,10 @@ class World(ABC):
         self._drop(groups)
 
     def _abort_order(self, channel: Channel) -> tuple[bool, bool]:
-        """Return the sort key of channels in ``abandon``.
+        """Return the key that sorts the channels for ``abandon``.
 
-        Channels on which this worker sends are first (outputs before rows), so that no results of
-        data that never arrived are sent.
+        Channels on which this worker sends are first (outputs before rows), so that it does not
+        send results of data that never arrived.
         """
         return channel[0] not in self.setup.sends, channel[0] == "rows"
 
