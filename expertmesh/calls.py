@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Protocol, Self
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar, Unpack
 
 from expertmesh.loop_thread import LoopThread
 from expertmesh.types import (
+    ChatOptions,
+    Conversation,
     EmbeddingOutput,
     EmbeddingRequestOutput,
-    Message,
+    PlainPrompt,
+    PoolingOutput,
+    PoolingRequestOutput,
+    PoolingTask,
     Prompt,
     Query,
     RequestOutput,
     SamplingParams,
+    check_names,
+    list_of_conversations,
     list_of_prompts,
     one_per_prompt,
 )
 
 _MAX_CONCURRENT = 128
 """Maximum number of concurrent requests of one client object; further requests wait in it."""
+Prompts = Prompt | Sequence[Prompt]
+Conversations = Conversation | Sequence[Conversation]
+Params = SamplingParams | Sequence[SamplingParams] | None
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 class Transport(Protocol):
@@ -33,10 +45,10 @@ class Transport(Protocol):
     def stream(self, query: Query) -> AsyncGenerator[RequestOutput]:
         """Run one request and yield its result in pieces, as they arrive."""
 
-    async def embed(
-        self, prompt: str | tuple[int, ...], pooling: str | None, model: str | None
+    async def encode(
+        self, prompt: PlainPrompt, task: PoolingTask, pooling: str | None, model: str | None
     ) -> list[float]:
-        """Return the embedding of one prompt: a vector of ``hidden_size`` numbers."""
+        """Return the embedding of one prompt, or the probabilities of its classes."""
 
     async def close(self) -> None:
         """Close the connections."""
@@ -44,6 +56,8 @@ class Transport(Protocol):
 
 class AsyncCalls:
     """Asynchronous methods of a client. Every call raises ``APIError`` or a subclass.
+
+    ``lora_request`` of a call names the adapter that it uses.
 
     Args:
         transport: sends the calls to the model.
@@ -66,116 +80,152 @@ class AsyncCalls:
         await self._transport.close()
 
     async def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        self, prompts: Prompts, sampling_params: Params = None, *, lora_request: str | None = None
     ) -> list[RequestOutput]:
         """Complete prompts concurrently; return one result per prompt, in their order."""
-        return await self._generate(self._completions(prompts, sampling_params))
+        return await self._generate(self._completions(prompts, sampling_params, lora_request))
 
     def generate_stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        lora_request: str | None = None,
     ) -> AsyncGenerator[RequestOutput]:
         """Complete one prompt; yield pieces of its outputs as the model produces them."""
-        (query,) = self._completions([prompt], sampling_params)
+        (query,) = self._completions([prompt], sampling_params, lora_request)
         return self._transport.stream(query)
 
     async def chat(
         self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        add_generation_prompt: bool | None = None,
-        continue_final_message: bool | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        messages: Conversations,
+        sampling_params: Params = None,
+        **options: Unpack[ChatOptions],
     ) -> list[RequestOutput]:
         """Continue one or several conversations; return one result for each, in their order."""
-        chats: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        each = one_per_prompt(sampling_params, len(chats))
-        options = {
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": continue_final_message,
-            "chat_template_kwargs": chat_template_kwargs,
-        }
-        pairs = zip(chats, each, strict=True)
-        return await self._generate([self._chat(chat, one, options) for chat, one in pairs])
+        return await self._generate(self._chats(messages, sampling_params, options))
 
     def chat_stream(
-        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
+        self,
+        messages: Conversation,
+        sampling_params: SamplingParams | None = None,
+        **options: Unpack[ChatOptions],
     ) -> AsyncGenerator[RequestOutput]:
         """Continue one conversation; yield pieces of its outputs as the model produces them."""
-        return self._transport.stream(self._chat(messages, sampling_params or SamplingParams(), {}))
+        (query,) = self._chats([messages], sampling_params, options)
+        return self._transport.stream(query)
+
+    async def encode(
+        self,
+        prompts: Prompts,
+        *,
+        pooling_task: PoolingTask = "embed",
+        pooling: str | None = None,
+        lora_request: str | None = None,
+    ) -> list[PoolingRequestOutput]:
+        """Return one embedding per prompt, or the probabilities of its classes (``classify``).
+
+        ``pooling`` of embeddings is ``last`` (default) or ``mean``.
+        """
+        if pooling_task not in ("embed", "classify"):
+            raise ValueError(f"pooling_task ({pooling_task}) must be embed or classify")
+        model = lora_request or self._model
+
+        async def encode_one(prompt: PlainPrompt) -> PoolingRequestOutput:
+            data = await self._transport.encode(prompt, pooling_task, pooling, model)
+            return PoolingRequestOutput(PoolingOutput(data))
+
+        return await self._together(encode_one, list_of_prompts(prompts))
 
     async def embed(
-        self, prompts: Prompt | Sequence[Prompt], *, pooling: str | None = None
+        self, prompts: Prompts, *, pooling: str | None = None, lora_request: str | None = None
     ) -> list[EmbeddingRequestOutput]:
         """Return one embedding per prompt. ``pooling`` is ``last`` (default) or ``mean``."""
+        results = await self.encode(prompts, pooling=pooling, lora_request=lora_request)
+        return [EmbeddingRequestOutput(EmbeddingOutput(one.outputs.data)) for one in results]
 
-        async def one(prompt: str | tuple[int, ...]) -> EmbeddingRequestOutput:
-            async with self._running:
-                vector = await self._transport.embed(prompt, pooling, self._model)
-            return EmbeddingRequestOutput(EmbeddingOutput(vector))
-
-        return await _together([one(prompt) for prompt in list_of_prompts(prompts)])
-
-    def _completions(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None,
-    ) -> list[Query]:
-        plain = list_of_prompts(prompts)
+    def _completions(self, prompts: Prompts, params: Params, adapter: str | None) -> list[Query]:
+        model, plain = adapter or self._model, list_of_prompts(prompts)
         pairs = zip(plain, one_per_prompt(params, len(plain)), strict=True)
-        return [Query(own, prompt=prompt, model=self._model) for prompt, own in pairs]
+        return [Query(own, prompt=prompt, model=model) for prompt, own in pairs]
 
-    def _chat(
-        self, messages: Sequence[Message], params: SamplingParams, options: Mapping[str, Any]
-    ) -> Query:
-        given = {name: value for name, value in options.items() if value is not None}
-        return Query(params, messages=tuple(messages), chat=given, model=self._model)
+    def _chats(self, chats: Conversations, params: Params, options: ChatOptions) -> list[Query]:
+        check_names(options, ChatOptions)
+        template = {name: value for name, value in options.items() if value is not None}
+        model = str(template.pop("lora_request", "")) or self._model
+        plain = list_of_conversations(chats)
+        pairs = zip(plain, one_per_prompt(params, len(plain)), strict=True)
+        return [Query(own, messages=chat, chat=template, model=model) for chat, own in pairs]
 
     async def _generate(self, queries: Sequence[Query]) -> list[RequestOutput]:
-        async def one(query: Query) -> RequestOutput:
+        return await self._together(self._transport.generate, queries)
+
+    async def _together(
+        self, call: Callable[[Any], Awaitable[Result]], inputs: Sequence[Any]
+    ) -> list[Result]:
+        """Call a function for all inputs concurrently; the first error cancels the others."""
+
+        async def call_one(value: Any) -> Result:
             async with self._running:
-                return await self._transport.generate(query)
+                return await call(value)
 
-        return await _together([one(query) for query in queries])
+        tasks = [asyncio.ensure_future(call_one(value)) for value in inputs]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _together(work: Sequence[Any]) -> list[Any]:
-    """Run coroutines concurrently; the first error cancels the others."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+def _blocking(
+    method: Callable[Concatenate[AsyncCalls, Arguments], Coroutine[Any, Any, Result]],
+) -> Callable[Concatenate[SyncCalls, Arguments], Result]:
+    """Make a method that waits for a coroutine of ``AsyncCalls``."""
+
+    @wraps(method)
+    def call(calls: SyncCalls, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        return calls._thread.run(method(calls._calls, *args, **kwargs))
+
+    return call
+
+
+def _iterating(
+    method: Callable[Concatenate[AsyncCalls, Arguments], AsyncGenerator[Result]],
+) -> Callable[Concatenate[SyncCalls, Arguments], Iterator[Result]]:
+    """Make a method that iterates over a stream of ``AsyncCalls``."""
+
+    @wraps(method)
+    def call(
+        calls: SyncCalls, /, *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Iterator[Result]:
+        return calls._thread.iterate(method(calls._calls, *args, **kwargs))
+
+    return call
 
 
 class SyncCalls:
     """``AsyncCalls`` for synchronous programs. Thread-safe. Close it, preferably by ``with``.
 
-    Every call raises ``APIError`` or a subclass.
-
     Args:
-        calls: the asynchronous methods, which run in ``thread``.
-        thread: the thread with the event loop; ``close`` ends it.
+        make: makes the asynchronous methods, on an event loop in its own thread.
     """
 
-    def __init__(self, calls: AsyncCalls, thread: LoopThread) -> None:
-        self._calls = calls
-        self._thread = thread
-        self._is_closed = False
+    def __init__(self, make: Callable[[], AsyncCalls]) -> None:
+        async def start() -> AsyncCalls:
+            return make()
+
+        self._thread, self._is_closed = LoopThread(), False
+        try:
+            self._calls = self._thread.run(start())
+        except BaseException:
+            self._thread.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -185,47 +235,9 @@ class SyncCalls:
             self._thread.run(self._calls.close())
             self._thread.close()
 
-    def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> list[RequestOutput]:
-        """See ``AsyncCalls.generate``."""
-        return self._thread.run(self._calls.generate(prompts, sampling_params))
-
-    def generate_stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
-    ) -> Iterator[RequestOutput]:
-        """See ``AsyncCalls.generate_stream``."""
-        return self._thread.iterate(self._calls.generate_stream(prompt, sampling_params))
-
-    def chat(
-        self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        add_generation_prompt: bool | None = None,
-        continue_final_message: bool | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[RequestOutput]:
-        """See ``AsyncCalls.chat``."""
-        work = self._calls.chat(
-            messages,
-            sampling_params,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            chat_template_kwargs=chat_template_kwargs,
-        )
-        return self._thread.run(work)
-
-    def chat_stream(
-        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
-    ) -> Iterator[RequestOutput]:
-        """See ``AsyncCalls.chat_stream``."""
-        return self._thread.iterate(self._calls.chat_stream(messages, sampling_params))
-
-    def embed(
-        self, prompts: Prompt | Sequence[Prompt], *, pooling: str | None = None
-    ) -> list[EmbeddingRequestOutput]:
-        """See ``AsyncCalls.embed``."""
-        return self._thread.run(self._calls.embed(prompts, pooling=pooling))
+    generate = _blocking(AsyncCalls.generate)
+    generate_stream = _iterating(AsyncCalls.generate_stream)
+    chat = _blocking(AsyncCalls.chat)
+    chat_stream = _iterating(AsyncCalls.chat_stream)
+    encode = _blocking(AsyncCalls.encode)
+    embed = _blocking(AsyncCalls.embed)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Unpack
 from urllib.parse import urlsplit
 
 from expertmesh.calls import AsyncCalls, SyncCalls, Transport
 from expertmesh.grpc_transport import GrpcTransport
 from expertmesh.http_transport import HttpTransport
-from expertmesh.loop_thread import LoopThread
+from expertmesh.types import ClientOptions, check_names
 
-DEFAULT_TIMEOUT_S = 600.0
+DEFAULT_URL = "http://127.0.0.1:8000"
+_TLS_OPTIONS = ("ca_cert", "client_cert", "client_key")
 
 
 class AsyncClient(AsyncCalls):
@@ -17,55 +19,32 @@ class AsyncClient(AsyncCalls):
 
     Args:
         base_url: ``http://``, ``https://``, ``grpc://`` or ``grpcs://`` (TLS), host and port.
-        api_key: key of the server; None sends none.
-        model: name of a model or adapter; None selects the served model.
-        timeout_s: maximum duration of a request in seconds.
+        options: see ``ClientOptions``.
 
     Raises:
-        ValueError: ``base_url`` is not such a URL.
+        ValueError: ``base_url`` is not such a URL, or there are TLS options for one without TLS.
+        OSError: a file of the TLS options cannot be read, or is not valid.
     """
 
-    def __init__(
-        self,
-        base_url: str = "http://127.0.0.1:8000",
-        *,
-        api_key: str | None = None,
-        model: str | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-    ) -> None:
-        super().__init__(_connect(base_url, api_key, timeout_s), model)
+    def __init__(self, base_url: str = DEFAULT_URL, **options: Unpack[ClientOptions]) -> None:
+        super().__init__(_connect(base_url, options), options.get("model"))
 
 
 class Client(SyncCalls):
     """Synchronous client of a cluster, with the arguments and errors of ``AsyncClient``."""
 
-    def __init__(
-        self,
-        base_url: str = "http://127.0.0.1:8000",
-        *,
-        api_key: str | None = None,
-        model: str | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-    ) -> None:
-        _check_url(base_url)
-
-        async def start() -> AsyncCalls:
-            return AsyncClient(base_url, api_key=api_key, model=model, timeout_s=timeout_s)
-
-        thread = LoopThread()
-        super().__init__(thread.run(start()), thread)
+    def __init__(self, base_url: str = DEFAULT_URL, **options: Unpack[ClientOptions]) -> None:
+        super().__init__(lambda: AsyncClient(base_url, **options))
 
 
-def _check_url(url: str) -> None:
+def _connect(url: str, options: ClientOptions) -> Transport:
+    check_names(options, ClientOptions)
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https", "grpc", "grpcs") or not parts.hostname:
         rule = "must be http://, https://, grpc:// or grpcs://, a host and a port"
         raise ValueError(f"base_url ({url}) {rule}")
-
-
-def _connect(url: str, api_key: str | None, timeout_s: float) -> Transport:
-    _check_url(url)
-    parts = urlsplit(url)
+    if not parts.scheme.endswith("s") and any(options.get(name) for name in _TLS_OPTIONS):
+        raise ValueError(f"base_url ({url}) must be https:// or grpcs:// with TLS options")
     if parts.scheme in ("http", "https"):
-        return HttpTransport(url, api_key, timeout_s)
-    return GrpcTransport(parts.netloc, parts.scheme == "grpcs", api_key, timeout_s)
+        return HttpTransport(url, options)
+    return GrpcTransport(parts.netloc, parts.scheme == "grpcs", options)

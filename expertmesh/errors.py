@@ -69,26 +69,26 @@ class InternalServerError(APIError):
     """The server failed, or cannot serve now (status 503)."""
 
 
-_BY_STATUS: dict[int, type[APIError]] = {
-    400: BadRequestError,
-    401: AuthenticationError,
-    403: PermissionDeniedError,
-    404: NotFoundError,
-    408: APITimeoutError,
-    409: ConflictError,
-    413: BadRequestError,
-    429: RateLimitError,
-    504: APITimeoutError,
-}
+_STATUSES: tuple[tuple[type[APIError], tuple[int, ...], tuple[str, ...]], ...] = (
+    # exception, HTTP statuses, gRPC statuses
+    (BadRequestError, (400, 413), ("INVALID_ARGUMENT", "UNIMPLEMENTED")),
+    (AuthenticationError, (401,), ("UNAUTHENTICATED",)),
+    (PermissionDeniedError, (403,), ("PERMISSION_DENIED",)),
+    (NotFoundError, (404,), ("NOT_FOUND",)),
+    (APITimeoutError, (408, 504), ("DEADLINE_EXCEEDED",)),
+    (ConflictError, (409,), ("ABORTED", "FAILED_PRECONDITION")),
+    (RateLimitError, (429,), ("RESOURCE_EXHAUSTED",)),
+    (InternalServerError, (503, *range(500, 600)), ("UNAVAILABLE",)),
+)
 
 
 def make_error(
-    message: str,
-    code: str,
-    param: str | None,
-    status: int,
-    retry_after_s: float | None = None,
+    message: str, code: str, param: str | None, status: int | str, after_s: float | None = None
 ) -> APIError:
-    """Make the error of an HTTP status."""
-    kind = _BY_STATUS.get(status, InternalServerError if status >= 500 else APIError)
-    return kind(message, code, param, status, retry_after_s)
+    """Make the error of an HTTP status, or of a gRPC status by its name."""
+    for kind, numbers, names in _STATUSES:
+        if status in numbers or status in names:
+            number = status if isinstance(status, int) else numbers[0]
+            return kind(message, code, param, number, after_s)
+    kind, number = (APIError, status) if isinstance(status, int) else (InternalServerError, 500)
+    return kind(message, code, param, number, after_s)

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
 from expertmesh.errors import APIConnectionError, APIError, APITimeoutError, make_error
-from expertmesh.messages import generate_request, request_output, stream_output
-from expertmesh.types import Query, RequestOutput
+from expertmesh.messages import generate_request, request_output
+from expertmesh.types import (
+    DEFAULT_TIMEOUT_S,
+    ClientOptions,
+    PlainPrompt,
+    PoolingTask,
+    Query,
+    RequestOutput,
+)
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from protos.types_pb2 import TokenIds
 
 _MAX_BYTES = 1 << 30
-_STATUS = {
-    grpc.StatusCode.INVALID_ARGUMENT: 400,
-    grpc.StatusCode.UNIMPLEMENTED: 400,
-    grpc.StatusCode.UNAUTHENTICATED: 401,
-    grpc.StatusCode.PERMISSION_DENIED: 403,
-    grpc.StatusCode.NOT_FOUND: 404,
-    grpc.StatusCode.DEADLINE_EXCEEDED: 408,
-    grpc.StatusCode.ABORTED: 409,
-    grpc.StatusCode.FAILED_PRECONDITION: 409,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
-    grpc.StatusCode.UNAVAILABLE: 503,
-}
 
 
 class GrpcTransport:
@@ -35,21 +31,22 @@ class GrpcTransport:
 
     Args:
         address: ``host:port`` of the server.
-        tls: whether to use TLS, with the certificates of the system.
-        api_key: sent as bearer token; None sends none.
-        timeout_s: maximum duration of a call in seconds.
+        is_tls: whether to use TLS.
+        options: options of the client.
     """
 
-    def __init__(self, address: str, tls: bool, api_key: str | None, timeout_s: float) -> None:
-        options = (("grpc.max_receive_message_length", _MAX_BYTES),)
+    def __init__(self, address: str, is_tls: bool, options: ClientOptions) -> None:
+        limits = (("grpc.max_receive_message_length", _MAX_BYTES),)
         self._channel = (
-            grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(), options)
-            if tls
-            else grpc.aio.insecure_channel(address, options)
+            grpc.aio.secure_channel(address, _credentials(options), limits)
+            if is_tls
+            else grpc.aio.insecure_channel(address, limits)
         )
         self._stub: Any = InferenceStub(self._channel)
-        key = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
-        self._options: dict[str, Any] = {"metadata": key, "timeout": timeout_s}
+        key = options.get("api_key")
+        metadata = () if key is None else (("authorization", f"Bearer {key}"),)
+        timeout_s = options.get("timeout_s", DEFAULT_TIMEOUT_S)
+        self._options: dict[str, Any] = {"metadata": metadata, "timeout": timeout_s}
 
     async def generate(self, query: Query) -> RequestOutput:
         request = generate_request(query)
@@ -62,28 +59,38 @@ class GrpcTransport:
         call = self._stub.GenerateStream(generate_request(query), **self._options)
         try:
             async for chunk in call:
-                yield stream_output(chunk, query)
+                yield request_output(chunk, query)
         except grpc.aio.AioRpcError as err:
             raise _error(err) from err
         finally:
             call.cancel()
 
-    async def embed(
-        self, prompt: str | tuple[int, ...], pooling: str | None, model: str | None
+    async def encode(
+        self, prompt: PlainPrompt, task: PoolingTask, pooling: str | None, model: str | None
     ) -> list[float]:
         if isinstance(prompt, str):
             one = pb.Input(text=prompt)
         else:
             one = pb.Input(token_ids=TokenIds(ids=prompt))
-        request = pb.EmbedRequest(model=model or "", input=[one], pooling=pooling or "")
         try:
-            response = await self._stub.Embed(request, **self._options)
+            if task == "classify":
+                request = pb.ClassifyRequest(model=model or "", input=[one])
+                response = await self._stub.Classify(request, **self._options)
+                return list(response.data[0].probs)
+            embed = pb.EmbedRequest(model=model or "", input=[one], pooling=pooling or "")
+            response = await self._stub.Embed(embed, **self._options)
+            return list(response.data[0].values)
         except grpc.aio.AioRpcError as err:
             raise _error(err) from err
-        return list(response.data[0].values)
 
     async def close(self) -> None:
         await self._channel.close(None)
+
+
+def _credentials(options: ClientOptions) -> grpc.ChannelCredentials:
+    paths = (options.get("ca_cert"), options.get("client_key"), options.get("client_cert"))
+    files = [None if path is None else Path(path).read_bytes() for path in paths]
+    return grpc.ssl_channel_credentials(*files)
 
 
 def _error(err: grpc.aio.AioRpcError) -> APIError:
@@ -102,4 +109,4 @@ def _error(err: grpc.aio.AioRpcError) -> APIError:
             detail.Unpack(kind)
     param = field.field_violations[0].field if field.field_violations else None
     after_s = retry.retry_delay.ToMilliseconds() / 1000 or None
-    return make_error(message, reason.reason, param, _STATUS.get(err.code(), 500), after_s)
+    return make_error(message, reason.reason, param, err.code().name, after_s)

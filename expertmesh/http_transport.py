@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+import ssl
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 from expertmesh.errors import APIConnectionError, APIError, APITimeoutError, make_error
-from expertmesh.types import CompletionOutput, Logprob, LogprobsByToken, Query, RequestOutput
+from expertmesh.types import (
+    DEFAULT_TIMEOUT_S,
+    ClientOptions,
+    CompletionOutput,
+    Logprob,
+    LogprobsByToken,
+    PlainPrompt,
+    PoolingTask,
+    Query,
+    RequestOutput,
+)
 
 
 class HttpTransport:
@@ -18,18 +30,18 @@ class HttpTransport:
 
     Args:
         url: URL of the server.
-        api_key: sent as bearer token; None sends none.
-        timeout_s: maximum duration of a call in seconds.
+        options: options of the client.
     """
 
-    def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
-        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    def __init__(self, url: str, options: ClientOptions) -> None:
+        key = options.get("api_key")
         self._url = url.rstrip("/")
-        self._timeout_s = timeout_s
-        limit = aiohttp.ClientTimeout(total=timeout_s)
-        connector = aiohttp.TCPConnector(limit=0)
+        self._timeout_s = options.get("timeout_s", DEFAULT_TIMEOUT_S)
         self._session = aiohttp.ClientSession(
-            connector=connector, headers=headers, timeout=limit, read_bufsize=1 << 20
+            connector=aiohttp.TCPConnector(limit=0, ssl=_tls_context(options)),
+            headers={} if key is None else {"Authorization": f"Bearer {key}"},
+            timeout=aiohttp.ClientTimeout(total=self._timeout_s),
+            read_bufsize=1 << 20,
         )
 
     async def generate(self, query: Query) -> RequestOutput:
@@ -54,13 +66,17 @@ class HttpTransport:
         if not has_ended:
             raise APIConnectionError("the stream ended before the output was finished")
 
-    async def embed(
-        self, prompt: str | tuple[int, ...], pooling: str | None, model: str | None
+    async def encode(
+        self, prompt: PlainPrompt, task: PoolingTask, pooling: str | None, model: str | None
     ) -> list[float]:
-        body = {"input": prompt, "pooling": pooling, "model": model, "encoding_format": "float"}
-        async with self._post("/v1/embeddings", body) as response:
-            found = await response.json()
-        return list(map(float, found["data"][0]["embedding"]))
+        body: dict[str, Any] = {"input": prompt, "model": model}
+        path, name = "/classify", "probs"
+        if task == "embed":
+            body |= {"pooling": pooling, "encoding_format": "float"}
+            path, name = "/v1/embeddings", "embedding"
+        async with self._post(path, body) as response:
+            values: list[float] = (await response.json())["data"][0][name]
+        return list(map(float, values))
 
     async def close(self) -> None:
         await self._session.close()
@@ -82,6 +98,16 @@ class HttpTransport:
             raise APITimeoutError(text, "deadline_exceeded") from err
         except (aiohttp.ClientError, OSError) as err:
             raise APIConnectionError(f"cannot reach {self._url}: {err}") from err
+
+
+def _tls_context(options: ClientOptions) -> ssl.SSLContext:
+    """TLS context of the files in ``options``. Raises ``OSError``."""
+    authorities, certificate = options.get("ca_cert"), options.get("client_cert")
+    text = Path(authorities).read_text() if authorities else None
+    context = ssl.create_default_context(cadata=text)
+    if certificate:
+        context.load_cert_chain(certificate, options.get("client_key"))
+    return context
 
 
 def _error(body: Any, status: int, headers: Mapping[str, str]) -> APIError:
@@ -129,49 +155,39 @@ def _output(body: Mapping[str, Any], query: Query, *, is_whole: bool) -> Request
 
 def _choice(choice: Mapping[str, Any], query: Query) -> CompletionOutput:
     message = choice.get("message") or choice.get("delta") or {}
-    found = choice.get("logprobs")
-    entries = None
+    found, positions = choice.get("logprobs"), None
     if query.params.logprobs is not None:
-        entries = _chat_entries(found) if query.prompt is None else _entries(found)
+        positions = list((_chat_logprobs if query.prompt is None else _logprobs)(found or {}))
     return CompletionOutput(
         index=choice["index"],
         text=choice.get("text") or message.get("content") or "",
         token_ids=list(choice.get("token_ids") or ()),
-        cumulative_logprob=None if entries is None else sum(value for value, _ in entries),
-        logprobs=None if entries is None else [one for _, one in entries],
+        cumulative_logprob=None if positions is None else sum(value for value, _ in positions),
+        logprobs=None if positions is None else [one for _, one in positions],
         finish_reason=choice.get("finish_reason"),
         stop_reason=choice.get("stop_reason"),
         reasoning=message.get("reasoning_content") or "",
     )
 
 
-_Entries = Sequence[tuple[float, LogprobsByToken]]
+_Positions = Iterator[tuple[float, LogprobsByToken]]
 """For each token, its log-probability and all log-probabilities at its position."""
 
 
-def _entries(found: Mapping[str, Any] | None) -> _Entries:
-    if found is None:
-        return []
-    rows = zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True)
-    return [
-        (value, {_token_id(name): Logprob(one) for name, one in {token: value, **top}.items()})
-        for token, value, top in rows
-    ]
+def _logprobs(found: Mapping[str, Any]) -> _Positions:
+    names = ("tokens", "token_logprobs", "top_logprobs")
+    for token, value, top in zip(*(found.get(name, ()) for name in names), strict=True):
+        values = {token: value, **top}
+        yield value, {_token_id(name): Logprob(one) for name, one in values.items()}
 
 
-def _chat_entries(found: Mapping[str, Any] | None) -> _Entries:
-    return [
-        (
-            entry["logprob"],
-            {
-                _token_id(one["token"]): Logprob(
-                    one["logprob"], None, bytes(one["bytes"]).decode(errors="replace")
-                )
-                for one in (entry, *entry["top_logprobs"])
-            },
-        )
-        for entry in (found or {}).get("content") or ()
-    ]
+def _chat_logprobs(found: Mapping[str, Any]) -> _Positions:
+    for entry in found.get("content") or ():
+        by_token = {}
+        for one in (entry, *entry["top_logprobs"]):
+            text = bytes(one["bytes"]).decode(errors="replace")
+            by_token[_token_id(one["token"])] = Logprob(one["logprob"], None, text)
+        yield entry["logprob"], by_token
 
 
 def _prompt_entry(entry: Mapping[str, Any] | None) -> LogprobsByToken | None:

@@ -17,12 +17,10 @@ from cluster.core.checks import check
 from cluster.core.process import count_cpus
 from cluster.launch.model_source import find_model
 from expertmesh.calls import AsyncCalls, SyncCalls
-from expertmesh.engine import EmbeddedEngine
 from expertmesh.errors import APIError, make_error
-from expertmesh.loop_thread import LoopThread
-from expertmesh.messages import generate_request, request_output, stream_output
+from expertmesh.messages import generate_request, request_output
 from expertmesh.stream import EmbeddedStream
-from expertmesh.types import Query, RequestOutput
+from expertmesh.types import PlainPrompt, PoolingTask, Query, RequestOutput
 from gateway.calls.answer import collect
 from gateway.calls.gateway import Gateway, new_call_id
 from gateway.calls.pooling import PoolingService, make_pooling_call
@@ -35,6 +33,7 @@ from gateway.engines.router import RoutingPolicy
 from gateway.grpc.convert import grpc_call
 from gateway.grpc.format import GrpcFormat
 from gateway.text.tokenizer import load_tokenizer
+from workers.engine.embedded import EmbeddedEngine
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +48,7 @@ _OPTIONS: Mapping[str, tuple[str, ...]] = {
         "seed",
     ),
     "speculation": ("speculative_method", "num_speculative_tokens"),
+    "lora": ("lora_modules", "max_loras", "max_lora_rank"),
     "gateway": ("max_n", "max_logprobs"),
 }
 """Options of ``LLM`` by section of the configuration. ``num_threads`` is not in a section."""
@@ -86,12 +86,9 @@ class LLM(SyncCalls):
         except BaseException:
             engine_thread.shutdown()
             raise
-        thread = LoopThread()
-
-        async def start() -> AsyncCalls:
-            return AsyncCalls(_EmbeddedTransport(config, engine, engine_thread, tokenizer))
-
-        super().__init__(thread.run(start()), thread)
+        super().__init__(
+            lambda: AsyncCalls(_EmbeddedTransport(config, engine, engine_thread, tokenizer))
+        )
 
 
 def _make_config(model: str, options: Mapping[str, Any]) -> ClusterConfig:
@@ -118,18 +115,22 @@ def _load(config: ClusterConfig, num_threads: int) -> EmbeddedEngine:
     device = config.workers.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return EmbeddedEngine(
+    engine = EmbeddedEngine(
         config.model.path,
         dtype=config.model.dtype,
         device=device,
         section=config.engine,
         speculation=config.speculation,
+        lora=config.lora,
         max_model_len=config.model.max_model_len,
         num_threads=num_threads,
         kernels=config.workers.kernels,
         quantize=config.model.quantize,
         quantize_layers=config.model.quantize_layers,
     )
+    for name, folder in config.lora.modules:
+        engine.load_adapter(name, Path(folder))
+    return engine
 
 
 async def _find_no_controller() -> ControllerCalls:
@@ -148,16 +149,17 @@ class _EmbeddedTransport:
     ) -> None:
         serving = {"state": "SERVING", "version": 0}
         cluster = SnapshotFollower(_find_no_controller, snapshot=serving)
-        size = config.engine.block_size_tokens
         self._engines = EnginePool(
             "",
             "embedded",
             RoutingPolicy(config.gateway.routing_policy),
-            connect=lambda endpoint: EmbeddedStream(endpoint, engine, thread, size),
+            connect=lambda endpoint: EmbeddedStream(endpoint, engine, thread),
         )
         self._thread = thread
         self._gateway = Gateway(config, tokenizer, cluster, self._engines, "embedded")
         self._reader = PoolingService(self._gateway)
+        ready = [{"name": one, "key": one, "state": "READY"} for one, _ in config.lora.modules]
+        self._gateway.model.adapters.follow({"adapters": ready})
         self._engines.update([AttentionEndpoint("engine", "", 0, "0")])
 
     async def generate(self, query: Query) -> RequestOutput:
@@ -175,19 +177,23 @@ class _EmbeddedTransport:
                 formatter = self._format(running)
                 while deltas := await running.next():
                     for delta in deltas:
-                        yield stream_output(formatter.chunk(delta), query)
+                        yield request_output(formatter.chunk(delta), query)
         except Exception as err:
             raise self._error(err) from err
 
-    async def embed(
-        self, prompt: str | tuple[int, ...], pooling: str | None, model: str | None
+    async def encode(
+        self, prompt: PlainPrompt, task: PoolingTask, pooling: str | None, model: str | None
     ) -> list[float]:
+        call = make_pooling_call(model=model)
         try:
             await self._wait_engine()
-            found = await self._reader.embed([prompt], pooling, make_pooling_call())
+            if task == "classify":
+                classes = await self._reader.classify([prompt], (), (), call)
+                return list(classes.rows[0].probs)
+            vectors = await self._reader.embed([prompt], pooling, call)
+            return list(map(float, vectors.rows[0]))
         except Exception as err:
             raise self._error(err) from err
-        return [float(value) for value in found.rows[0]]
 
     async def close(self) -> None:
         await self._engines.stop()

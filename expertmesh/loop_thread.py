@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from concurrent.futures import wait
 from typing import Any, TypeVar
 
@@ -50,14 +50,6 @@ class LoopThread:
                 yield found[0]
         finally:
             self.run(source.aclose())
-
-    def call(self, function: Callable[[], object]) -> None:
-        """Run a function on the loop from another thread and wait until it returns."""
-
-        async def work() -> None:
-            function()
-
-        self.run(work())
 
     def close(self) -> None:
         """Cancel all tasks, wait until they have ended, and close the loop."""

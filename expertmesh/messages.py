@@ -7,13 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from expertmesh.errors import BadRequestError
-from expertmesh.types import (
-    CompletionOutput,
-    Logprob,
-    LogprobsByToken,
-    Query,
-    RequestOutput,
-)
+from expertmesh.types import CompletionOutput, Logprob, LogprobsByToken, Query, RequestOutput
 from protos import inference_pb2 as pb
 from protos import types_pb2
 
@@ -88,26 +82,23 @@ def _add_message(chat: types_pb2.ChatMessages, given: Mapping[str, Any], path: s
             raise BadRequestError(text, "invalid_value", f"{path}.{name}", 400) from err
 
 
-def request_output(response: pb.GenerateResponse, query: Query) -> RequestOutput:
-    """Convert a whole response."""
+def request_output(response: pb.GenerateResponse | pb.GenerateChunk, query: Query) -> RequestOutput:
+    """Convert a whole response, or one piece of a stream."""
+    scores: list[LogprobsByToken | None] | None = None
+    if query.params.prompt_logprobs is not None:
+        entries = response.prompt_logprobs
+        scores = [_by_token(one) if one.HasField("logprob") else None for one in entries]
+    if is_whole := isinstance(response, pb.GenerateResponse):
+        outputs = [_output(choice.index, choice, query) for choice in response.choices]
+    else:
+        outputs = [_output(response.choice_index, response, query)]
     return RequestOutput(
         request_id=response.request_id,
         prompt=query.prompt if isinstance(query.prompt, str) else None,
         prompt_token_ids=list(response.prompt_token_ids),
-        outputs=[_output(choice.index, choice, query) for choice in response.choices],
-        prompt_logprobs=_prompt_logprobs(response.prompt_logprobs, query),
-    )
-
-
-def stream_output(chunk: pb.GenerateChunk, query: Query) -> RequestOutput:
-    """Convert one piece of a stream."""
-    return RequestOutput(
-        request_id=chunk.request_id,
-        prompt=query.prompt if isinstance(query.prompt, str) else None,
-        prompt_token_ids=list(chunk.prompt_token_ids),
-        outputs=[_output(chunk.choice_index, chunk, query)],
-        prompt_logprobs=_prompt_logprobs(chunk.prompt_logprobs, query) or None,
-        finished=False,
+        outputs=outputs,
+        prompt_logprobs=scores if is_whole else scores or None,
+        finished=is_whole,
     )
 
 
@@ -127,14 +118,6 @@ def _output(
         stop_reason=None if stop is None else getattr(finish, stop),
         reasoning=piece.reasoning,
     )
-
-
-def _prompt_logprobs(
-    entries: Iterable[types_pb2.TokenLogprob], query: Query
-) -> list[LogprobsByToken | None] | None:
-    if query.params.prompt_logprobs is None:
-        return None
-    return [_by_token(one) if one.HasField("logprob") else None for one in entries]
 
 
 def _by_token(entry: types_pb2.TokenLogprob) -> LogprobsByToken:

@@ -8,14 +8,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 
 from cluster.core.errors import ExpertMeshError
-from expertmesh.engine import EmbeddedEngine
 from gateway.cluster.view import AttentionEndpoint
 from gateway.core.errors import report_error
 from gateway.engines.engine_stream import EngineStream, StreamEnd
-from workers.inspection.buffers import shape_of
+from workers.engine.embedded import EmbeddedEngine
 from workers.requests.request import Request, StepOutput, TokenOutput
 from workers.requests.sequence import Failure, failed_output
-from workers.requests.wire import Abort, EngineHello, FromEngine, ToEngine
+from workers.requests.wire import Abort, FromEngine, ToEngine
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +26,14 @@ class EmbeddedStream(EngineStream):
         endpoint: name of the engine.
         engine: the engine; no other stream may use it.
         thread: an executor with one thread, which runs the steps.
-        block_size: tokens of a KV block.
     """
 
     def __init__(
-        self, endpoint: AttentionEndpoint, engine: EmbeddedEngine, thread: Executor, block_size: int
+        self, endpoint: AttentionEndpoint, engine: EmbeddedEngine, thread: Executor
     ) -> None:
         super().__init__(endpoint, token="", gateway="")
         self._engine = engine
         self._thread = thread
-        self._block_size = block_size
         self._arrived: list[ToEngine] = []
         self._wake = asyncio.Event()
         self._requests: dict[str, Request] = {}
@@ -47,7 +44,7 @@ class EmbeddedStream(EngineStream):
 
     async def run(self, take: Callable[[FromEngine], Awaitable[None]]) -> StreamEnd:
         """Run steps while there are requests, and pass outputs to ``take``, until cancelled."""
-        self.hello = self._make_hello()
+        self.hello = self._engine.describe(self.endpoint.name)
         self.connected.set()
         loop = asyncio.get_running_loop()
         while True:
@@ -88,24 +85,3 @@ class EmbeddedStream(EngineStream):
         message = report.message if isinstance(error, ExpertMeshError) else repr(error)
         failure = Failure(message, report.code, report.param)
         return [failed_output(request, choice, failure) for choice in range(request.n)]
-
-    def _make_hello(self) -> EngineHello:
-        config, engine = self._engine.config, self._engine.engine
-        return EngineHello(
-            worker=self.endpoint.name,
-            generation=1,
-            max_model_len=engine.max_model_len,
-            vocab_size=config.vocab_size,
-            eos_token_ids=config.eos_token_ids,
-            max_kv_tokens=engine.pool.num_blocks * self._block_size,
-            dtype=str(self._engine.dtype).removeprefix("torch."),
-            model_type=config.model_type,
-            hidden_size=config.hidden_size,
-            num_layers=config.num_layers,
-            num_attention_layers=len(config.kv_layers),
-            num_heads=config.num_heads,
-            labels=config.labels,
-            pad_token_id=config.pad_token_id,
-            problem_type=config.problem_type or "",
-            banks=shape_of(config, self._engine.banks).banks,
-        )

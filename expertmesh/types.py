@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypedDict
+from pathlib import Path
+from typing import Any, Literal, TypedDict
 
 
 class TextPrompt(TypedDict):
@@ -23,6 +24,40 @@ Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
 """One prompt: a text, or token ids."""
 Message = Mapping[str, Any]
 """A message of a conversation: ``role`` and ``content``, as in the chat completions API."""
+Conversation = Sequence[Message]
+PlainPrompt = str | tuple[int, ...]
+PoolingTask = Literal["embed", "classify"]
+DEFAULT_TIMEOUT_S = 600.0
+
+
+class ClientOptions(TypedDict, total=False):
+    """Options of ``Client`` and ``AsyncClient``."""
+
+    api_key: str | None
+    """Key of the server; None sends none."""
+    model: str | None
+    """Name of a model or adapter; None selects the served model."""
+    timeout_s: float
+    """Maximum duration of a request in seconds (default 600)."""
+    ca_cert: str | Path | None
+    """PEM file of the authorities that sign the server's certificate; None: the system's."""
+    client_cert: str | Path | None
+    """PEM file of the client's certificate, for servers that request one."""
+    client_key: str | Path | None
+    """PEM file of its key."""
+
+
+class ChatOptions(TypedDict, total=False):
+    """Options of ``chat`` and ``chat_stream``. None selects the server's default."""
+
+    add_generation_prompt: bool | None
+    """Whether the prompt ends with the beginning of the model's message (default True)."""
+    continue_final_message: bool | None
+    """Whether the output continues the last message (default False)."""
+    chat_template_kwargs: Mapping[str, Any] | None
+    """Variables of the chat template."""
+    lora_request: str | None
+    """Name of an adapter."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +102,7 @@ class SamplingParams:
     """Whether to omit special tokens from the text (default True)."""
     include_stop_str_in_output: bool = False
     """Whether the text includes the stop text that ended it."""
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] | None = None
     """Bias in [-100, 100] to add to the logit of a token, by token id."""
     allowed_token_ids: Sequence[int] | None = None
     """Tokens that may be sampled; None allows all."""
@@ -76,19 +111,9 @@ class SamplingParams:
 
     def given(self) -> dict[str, Any]:
         """Return the fields that are set, by name; a single ``stop`` becomes a list."""
-        found = {one.name: getattr(self, one.name) for one in fields(self)}
-        if isinstance(self.stop, str):
-            found["stop"] = [self.stop]
-        unset: tuple[Any, ...] = (None, False, (), {})
-        kept = {name: value for name, value in found.items() if not _is_one_of(value, unset)}
-        if self.skip_special_tokens is not None:
-            kept["skip_special_tokens"] = self.skip_special_tokens
-        return kept
-
-
-def _is_one_of(value: Any, unset: tuple[Any, ...]) -> bool:
-    """Whether ``value`` is one of ``unset``, with the same type: 0 is not False."""
-    return any(value is one or (type(value) is type(one) and value == one) for one in unset)
+        values = {one.name: (getattr(self, one.name), one.default) for one in fields(self)}
+        found = {name: value for name, (value, default) in values.items() if value != default}
+        return found | {"stop": [self.stop]} if isinstance(self.stop, str) else found
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +169,22 @@ class RequestOutput:
 
 
 @dataclass(slots=True)
+class PoolingOutput:
+    """Numbers of one prompt."""
+
+    data: list[float]
+    """[hidden_size], not normalised, or the probability of each class."""
+
+
+@dataclass(slots=True)
+class PoolingRequestOutput:
+    """Result of ``encode`` for one prompt."""
+
+    outputs: PoolingOutput
+    finished: bool = True
+
+
+@dataclass(slots=True)
 class EmbeddingOutput:
     """Embedding of one prompt."""
 
@@ -164,7 +205,7 @@ class Query:
     """One prompt or conversation with its options: the input of a transport."""
 
     params: SamplingParams
-    prompt: str | tuple[int, ...] | None = None
+    prompt: PlainPrompt | None = None
     """The prompt as text or token ids; None for a conversation."""
     messages: tuple[Message, ...] = ()
     chat: Mapping[str, Any] = field(default_factory=dict)
@@ -172,16 +213,31 @@ class Query:
     model: str | None = None
 
 
-def list_of_prompts(prompts: Prompt | Sequence[Prompt]) -> list[str | tuple[int, ...]]:
+def list_of_prompts(prompts: Prompt | Sequence[Prompt]) -> list[PlainPrompt]:
     """Convert one prompt or several prompts to texts and tuples of token ids."""
     is_one = isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int))
     return [_plain_prompt(one) for one in ([prompts] if is_one else prompts)]
 
 
-def _plain_prompt(prompt: Any) -> str | tuple[int, ...]:
+def _plain_prompt(prompt: Any) -> PlainPrompt:
     if isinstance(prompt, Mapping):
         prompt = prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt["prompt"]
     return prompt if isinstance(prompt, str) else tuple(prompt)
+
+
+def list_of_conversations(
+    messages: Conversation | Sequence[Conversation],
+) -> list[tuple[Message, ...]]:
+    """Convert one conversation or several conversations to tuples of messages."""
+    is_one = messages and isinstance(messages[0], Mapping)
+    chats: Any = [messages] if is_one else messages
+    return list(map(tuple, chats))
+
+
+def check_names(options: Mapping[str, Any], kind: Any) -> None:
+    """Raise ``TypeError`` for an option that the ``TypedDict`` class ``kind`` does not have."""
+    for name in options.keys() - kind.__annotations__.keys():
+        raise TypeError(f"{name} is not an option; the options: {', '.join(kind.__annotations__)}")
 
 
 def one_per_prompt(

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from cluster.core.errors import RequestFailedError
-from expertmesh.engine import EmbeddedEngine
+from workers.engine.embedded import EmbeddedEngine
 from workers.model.config import ModelConfig
 from workers.requests.inspection import InspectionParams, NamedArray
 from workers.requests.request import (

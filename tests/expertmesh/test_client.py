@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,9 @@ from expertmesh import (
     NotFoundError,
     SamplingParams,
 )
+from expertmesh.types import ClientOptions
 from tests.gateway.stack import Stack, running_stack
+from tests.harness.certificates import Certificates
 
 KEY = "secret"
 PARAMS = SamplingParams(max_tokens=4, seed=1)
@@ -84,6 +87,36 @@ def test_a_call_ends_at_its_time_limit(stack: Stack, protocol: str) -> None:
         client = Client(url_of(stack, protocol), api_key=KEY, timeout_s=0.3)
         with client, pytest.raises(APITimeoutError):
             client.generate("ab", PARAMS)
+
+
+@pytest.mark.parametrize("is_mutual", [False, True], ids=["tls", "mutual"])
+def test_clients_speak_tls(tmp_path: Path, is_mutual: bool) -> None:
+    files = Certificates.make(tmp_path)
+    own = ClientOptions(client_cert=files.client_cert, client_key=files.client_key)
+    with running_stack(files.section(mutual=is_mutual)) as stack:
+        for url in (stack.url, f"grpcs://{stack.grpc_target}"):
+            with Client(url, **(own | ClientOptions(ca_cert=files.server_ca))) as client:
+                assert client.generate("ab", PARAMS)[0].finished
+            options = [own, own | ClientOptions(ca_cert=files.client_ca)]
+            if is_mutual:
+                options.append(ClientOptions(ca_cert=files.server_ca))
+            for one in options:
+                with Client(url, **one) as client, pytest.raises(APIConnectionError):
+                    client.generate("ab", PARAMS)
+
+
+def test_files_of_tls_are_checked(tmp_path: Path) -> None:
+    for scheme in ("http", "grpc"):
+        missing = ClientOptions(ca_cert=tmp_path / "missing")
+        with pytest.raises(FileNotFoundError, match="missing"):
+            Client(f"{scheme}s://host:1", **missing)
+        with pytest.raises(ValueError, match="must be https:// or grpcs:// with TLS options"):
+            Client(f"{scheme}://host:1", **missing)
+
+
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(TypeError, match="timeout is not an option; the options: api_key, model"):
+        Client(timeout=3)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("scheme", PROTOCOLS)

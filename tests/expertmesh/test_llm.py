@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import expertmesh.llm
+from benchmarks.checkpoints.adapters import random_adapter, target_shapes
 from cluster.core.errors import CheckpointError, ConfigError
-from expertmesh import LLM, BadRequestError, SamplingParams
-from expertmesh.types import Message, Prompt
-from tests.reference.goldens import MAX_MODEL_LEN, Golden
+from cluster.launch.model_source import bundled_checkpoint
+from expertmesh import LLM, BadRequestError, NotFoundError, SamplingParams
+from expertmesh.types import ChatOptions, Message, Prompt
+from tests.reference.goldens import MAX_MODEL_LEN, Golden, load_golden
 from tests.reference.parity import GREEDY as GOLDEN_GREEDY
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
+MESSAGE: Message = {"role": "user", "content": "Hello"}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +98,7 @@ def test_seeds_and_n(llm: LLM) -> None:
 
 
 def test_a_chat_is_rendered_by_the_template(llm: LLM) -> None:
-    messages: list[Message] = [{"role": "user", "content": "Hello"}]
+    messages = [MESSAGE]
     parts: list[Message] = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
     first, second = llm.chat([messages, parts], GREEDY)
     assert first.outputs == second.outputs
@@ -109,6 +113,57 @@ def test_embeddings_are_by_prompt(llm: LLM) -> None:
     assert first.outputs.embedding != second.outputs.embedding
     (mean,) = llm.embed("ROMEO:", pooling="mean")
     assert mean.outputs.embedding != first.outputs.embedding
+
+
+def test_encode_returns_the_vector_of_embed(llm: LLM) -> None:
+    (encoded,), (embedded,) = llm.encode("ROMEO:"), llm.embed("ROMEO:")
+    assert encoded.outputs.data == embedded.outputs.embedding
+    with pytest.raises(BadRequestError, match="the model has no classes"):
+        llm.encode("ROMEO:", pooling_task="classify")
+    with pytest.raises(ValueError, match=r"pooling_task \(score\) must be embed or classify"):
+        llm.encode("ROMEO:", pooling_task="score")  # type: ignore[arg-type]
+
+
+def test_encode_returns_the_probabilities_of_a_classifier() -> None:
+    expected = load_golden("jetmoe-seqcls")
+    with LLM(expected.path, dtype="float32", num_threads=1) as llm:
+        (result,) = llm.encode([7, 8, 9], pooling_task="classify")
+        again = llm.encode([[7, 8, 9]] * 2, pooling_task="classify")
+    assert len(result.outputs.data) == 3
+    assert math.fsum(result.outputs.data) == pytest.approx(1)
+    assert [one.outputs.data for one in again] == [result.outputs.data] * 2
+
+
+def test_a_call_names_its_adapter(llm: LLM, tmp_path: Path) -> None:
+    checkpoint = bundled_checkpoint()
+    folder = random_adapter(target_shapes(checkpoint), 1).write(tmp_path / "a")
+    (plain,) = llm.generate("ROMEO:", GREEDY)
+    options: dict[str, Any] = {"dtype": "float32", "num_threads": 1}
+    with LLM(checkpoint, lora_modules=(f"own={folder}",), **options) as adapted:
+        first, second = adapted.generate(["ROMEO:", "JULIET:"], GREEDY, lora_request="own")
+        assert adapted.generate("ROMEO:", GREEDY)[0].outputs == plain.outputs
+        pieces = adapted.generate_stream("ROMEO:", GREEDY, lora_request="own")
+        assert "".join(piece.outputs[0].text for piece in pieces) == first.outputs[0].text
+        assert adapted.chat([MESSAGE], GREEDY) != adapted.chat(
+            [MESSAGE], GREEDY, lora_request="own"
+        )
+        assert adapted.embed("ROMEO:") != adapted.embed("ROMEO:", lora_request="own")
+        with pytest.raises(NotFoundError, match="'other' does not exist"):
+            adapted.generate("ROMEO:", lora_request="other")
+    assert plain.outputs[0].logprobs is None
+    assert first.outputs != plain.outputs
+    assert second.outputs != first.outputs
+
+
+def test_streams_of_chats_have_the_options_of_chats(llm: LLM) -> None:
+    options = ChatOptions(add_generation_prompt=False, continue_final_message=True)
+    messages: list[Message] = [MESSAGE, {"role": "assistant", "content": "ROMEO:"}]
+    (whole,) = llm.chat(messages, GREEDY, **options)
+    pieces = list(llm.chat_stream(messages, GREEDY, **options))
+    assert pieces[0].prompt_token_ids == whole.prompt_token_ids
+    assert whole.prompt_token_ids != llm.chat(messages, GREEDY)[0].prompt_token_ids
+    with pytest.raises(TypeError, match="tools is not an option; the options: add_generation"):
+        llm.chat(messages, tools=[])  # type: ignore[call-arg]
 
 
 def test_structured_output_follows_its_choices(llm: LLM) -> None:
@@ -143,6 +198,7 @@ def test_parameters_must_be_one_or_one_per_prompt(llm: LLM) -> None:
         ({"max_num_seq": 8}, r"max_num_seq \(8\) is not an option of LLM"),
         ({"max_num_seqs": 0}, r"max_num_seqs \(0\) must be at least 1"),
         ({"max_num_seqs": "many"}, r"max_num_seqs \(many\) has the wrong type"),
+        ({"ngram_min": 2}, r"ngram_min \(2\) is not an option of LLM"),
         ({"dtype": "float16"}, r"dtype \(float16\) must be one of"),
         ({"num_threads": 0}, r"num_threads \(0\) must be"),
     ],

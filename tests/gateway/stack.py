@@ -83,7 +83,11 @@ class Stack:
 
     def call(self, function: Callable[[], object]) -> None:
         """Run a function on the loop, from another thread."""
-        self._thread.call(function)
+
+        async def work() -> None:
+            function()
+
+        self.run(work())
 
     @contextlib.contextmanager
     def as_new(self) -> Iterator[None]:

@@ -36,6 +36,9 @@ def test_a_cluster_and_a_model_in_this_process_return_the_same(
         assert "".join(p.outputs[0].text for p in pieces) == theirs.text
         vector = client.embed("ROMEO:")[0].outputs.embedding
         assert vector == pytest.approx(llm.embed("ROMEO:")[0].outputs.embedding, rel=1e-4)
+        assert client.encode("ROMEO:")[0].outputs.data == pytest.approx(vector)
+        with pytest.raises(BadRequestError, match="the model has no classes"):
+            client.encode("ROMEO:", pooling_task="classify")
         with pytest.raises(BadRequestError, match="top_p"):
             client.generate("ROMEO:", SamplingParams(top_p=3))
 

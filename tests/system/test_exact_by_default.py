@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-import expertmesh.engine
 from benchmarks.harness.local_engine import LocalEngine
 from benchmarks.harness.serving_cluster import ServingCluster, ThreadCluster, make_config, serving
 from cluster.config.cluster import EngineSection
@@ -61,7 +60,8 @@ def answers(cluster: ServingCluster, vocab_size: int) -> dict[str, object]:
 
 def alone(checkpoint: Path, dtype: str, name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What each request gives alone in one process, with the kernels of an instruction set."""
-    monkeypatch.setattr(expertmesh.engine, "start_kernels", lambda count: kernels(name, count))
+    start = "workers.engine.embedded.start_kernels"
+    monkeypatch.setattr(start, lambda count: kernels(name, count))
     section = EngineSection(enable_prefix_caching=False)
     engine = LocalEngine(checkpoint, dtype=dtype, section=section, num_threads=2)
     assert engine.is_exact

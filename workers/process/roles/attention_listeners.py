@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from cluster.core.topology import Member
 from workers.engine.engine import Engine
-from workers.inspection.buffers import shape_of
+from workers.engine.hello import add_capacity, make_hello
 from workers.process.context import WorkerContext
 from workers.process.engine_server import EngineServer
 from workers.process.gateway_streams import GATEWAY_SILENCE_LIMIT_S
@@ -50,35 +50,14 @@ class AttentionListeners:
 
     def set_capacity(self, engine: Engine, *, keeps_copies: bool) -> None:
         """Add the engine's capacity to the hello, once the weights are loaded."""
-        self._hello = replace(
-            self._hello,
-            max_model_len=engine.max_model_len,
-            max_kv_tokens=engine.pool.num_blocks * self._block_size,
-            keeps_copies=keeps_copies,
-        )
+        hello = add_capacity(self._hello, engine, self._block_size)
+        self._hello = replace(hello, keeps_copies=keeps_copies)
 
 
 def _hello_of(context: WorkerContext) -> EngineHello:
     """The hello while the engine does not exist yet, without its capacity."""
-    config, section = context.family.config, context.config.engine
-    return EngineHello(
-        worker=context.member.name,
-        generation=0,
-        max_model_len=0,
-        vocab_size=config.vocab_size,
-        eos_token_ids=config.eos_token_ids,
-        max_kv_tokens=0,
-        dtype=context.model.dtype_name,
-        model_type=config.model_type,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        num_attention_layers=len(config.kv_layers),
-        num_heads=config.num_heads,
-        labels=config.labels,
-        pad_token_id=config.pad_token_id,
-        problem_type=config.problem_type or "",
-        banks=shape_of(config, context.family.banks).banks,
+    family, section = context.family, context.config.engine
+    return replace(
+        make_hello(context.member.name, family.config, family.banks, context.model.dtype_name),
         kv_block_size=section.block_size_tokens if section.enable_prefix_caching else 0,
-        kv_length_matters_above=config.length_matters_above,
-        keeps_copies=False,
     )

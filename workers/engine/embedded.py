@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace
 
 from cluster.config.cluster import EngineSection
 from cluster.config.lora import LoraSection
@@ -17,6 +18,7 @@ from cluster.config.workers import Kernels
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.dispatch.local import LocalDispatcher
 from workers.engine.engine import Engine
+from workers.engine.hello import add_capacity, make_hello
 from workers.engine.prefill_cap import PrefillCap
 from workers.experts.slots import ExpertSlots, torch_reason
 from workers.model.compute_threads import ComputeThreads
@@ -28,6 +30,7 @@ from workers.model.loading.expert_format import rounded_form
 from workers.native.thread_team import start_kernels
 from workers.requests.request import Request, TokenOutput
 from workers.requests.step_header import Grant, StepHeader
+from workers.requests.wire import EngineHello
 from workers.sampling.grammar_compiler import GrammarCompiler
 
 logger = logging.getLogger(__name__)
@@ -109,6 +112,7 @@ class EmbeddedEngine:
             checkpoint.path, checkpoint.config.vocab_size, checkpoint.config.eos_token_ids
         )
         """Compiles the grammars of requests."""
+        self._block_size = section.block_size_tokens
         self._num_micro_batches = num_micro_batches
         self.prefill_cap = PrefillCap.of(section)
         """Limits the prompt rows of a step that also decodes; callers may replace it."""
@@ -129,6 +133,17 @@ class EmbeddedEngine:
             is_exact=self.is_exact,
         )
         """The engine itself."""
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Load an adapter; its name is its key. Raises ``CheckpointError``."""
+        adapters = self.engine.adapters
+        for _ in adapters.build(name, adapters.read(folder)):
+            pass  # each step makes one part
+
+    def describe(self, name: str) -> EngineHello:
+        """What a gateway needs to know about the engine, under this name."""
+        hello = make_hello(name, self.config, self.banks, str(self.dtype).removeprefix("torch."))
+        return add_capacity(replace(hello, generation=1), self.engine, self._block_size)
 
     def add_request(self, request: Request) -> None:
         """Compile the grammar of a request and queue it. Raises as ``Engine.add_request`` does."""
