@@ -18,10 +18,10 @@ from typing import Any
 from cluster.actors.control_server import ControlServer, _Connection
 from cluster.config.cluster import ClusterConfig
 from cluster.config.model import ModelSection
+from cluster.controller.cluster import Cluster
 from cluster.controller.controller import Controller
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.effects import SendFrame
-from cluster.controller.parts.settings import ControllerSettings
+from cluster.controller.effects import SendFrame
+from cluster.controller.settings import ControllerSettings
 from cluster.core.frames import (
     ControlFrame,
     ExpertsLoaded,

@@ -16,9 +16,9 @@ from cluster.actors.controller_runner import ControllerRunner
 from cluster.actors.handoff import Handoff
 from cluster.actors.tasks import Background
 from cluster.config.cluster import ClusterConfig
+from cluster.controller.cluster import Cluster
 from cluster.controller.controller import Controller
 from cluster.controller.documents import load_document, placement_document, snapshot_before_start
-from cluster.controller.parts.cluster import Cluster
 from cluster.core.errors import (
     ConflictError,
     NotReadyError,

@@ -21,10 +21,9 @@ from cluster.actors.gateways import Gateways
 from cluster.actors.processor_waits import ProcessorWaits
 from cluster.actors.tasks import Background
 from cluster.config.resources import NodeResources, ids_by_address, resolved_share
+from cluster.controller.cluster import Cluster
 from cluster.controller.controller import Controller
-from cluster.controller.failover import CollectedState, ReportCollector
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.effects import (
+from cluster.controller.effects import (
     Effect,
     EndAllWorkers,
     EndWorkers,
@@ -33,8 +32,9 @@ from cluster.controller.parts.effects import (
     SendFrame,
     StartWorker,
 )
-from cluster.controller.parts.failure_detector import TICK_S
-from cluster.controller.parts.settings import ControllerSettings
+from cluster.controller.failover import CollectedState, ReportCollector
+from cluster.controller.failure_detector import TICK_S
+from cluster.controller.settings import ControllerSettings
 from cluster.core.errors import (
     DuplicateRegistrationError,
     ExpertMeshError,

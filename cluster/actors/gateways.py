@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection
 
 from cluster.controller.controller import Controller
-from cluster.controller.parts.gateway_polls import GatewayPolls
+from cluster.controller.gateway_polls import GatewayPolls
 from cluster.core.frames import LowDisk
 from cluster.tracing.gateway_counts import GatewayCounts
 

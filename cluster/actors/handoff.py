@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from cluster.actors.control_server import ControlServer
 from cluster.actors.controller_runner import ControllerRunner
 from cluster.controller.failover import CollectedState, ReportCollector
-from cluster.controller.parts.settings import ControllerSettings
+from cluster.controller.settings import ControllerSettings
 from cluster.core.errors import NotReadyError, SupersededError
 from cluster.sizing.start_plan import ExistingWorker, StartPlan
 from cluster.tracing.logs import LogForm

@@ -1,4 +1,4 @@
 """The controller's state machine: events in, effects out.
 
-Imports its own parts and the floors below; no Ray, socket or clock.
+Imports ``cluster.policy`` and the floors below, and ``prometheus_client``; no Ray, socket or clock.
 """

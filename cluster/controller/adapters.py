@@ -23,10 +23,10 @@ from cluster.config.lora import (
     is_folder_path,
     is_valid_name,
 )
-from cluster.controller.parts.adapter_uses import AdapterUses
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.controller_memory import KeptAdapter
-from cluster.controller.parts.workers import WorkerRecord
+from cluster.controller.adapter_uses import AdapterUses
+from cluster.controller.cluster import Cluster
+from cluster.controller.controller_memory import KeptAdapter
+from cluster.controller.workers import WorkerRecord
 from cluster.core.codec import Message
 from cluster.core.errors import ConflictError, ModelNotFoundError, RequestError
 from cluster.core.frames import AdaptersKept, KeepAdapters

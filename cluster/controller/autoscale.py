@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.config.autoscale import PoolLimits
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.operations import Operation, OperationState
-from cluster.controller.parts.scales import ScaleCommand
-from cluster.controller.parts.workers import WorkerRecord
+from cluster.controller.cluster import Cluster
+from cluster.controller.operations import Operation, OperationState
 from cluster.controller.scale import Scaling
+from cluster.controller.scale_operation import ScaleCommand
+from cluster.controller.workers import WorkerRecord
 from cluster.core.errors import ConflictError, RequestError
 from cluster.core.states import ClusterState, WorkerState
 from cluster.core.topology import Role, holds_experts, runs_attention

@@ -12,14 +12,14 @@ from cluster.controller.adapters import (
     Adapters,
     AdapterUnloadCommand,
 )
+from cluster.controller.cluster import Cluster
 from cluster.controller.drain.draining import Draining
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.drains import DrainCommand
-from cluster.controller.parts.operations import Operation
-from cluster.controller.parts.scales import ScaleCommand
+from cluster.controller.drain_operation import DrainCommand
+from cluster.controller.operations import Operation
 from cluster.controller.rebalance.job import RebalanceCommand
 from cluster.controller.rebalance.loop import Rebalancing
 from cluster.controller.scale import Scaling
+from cluster.controller.scale_operation import ScaleCommand
 from cluster.core.codec import Message, from_plain
 from cluster.core.errors import RequestError
 

@@ -14,19 +14,19 @@ from typing import Any
 
 from cluster.controller.adapters import Adapters
 from cluster.controller.autoscale import Autoscaling
+from cluster.controller.cluster import Cluster
 from cluster.controller.commands import Commands
 from cluster.controller.drain.draining import Draining
+from cluster.controller.effects import EndAllWorkers, EndWorkers
 from cluster.controller.failover import CollectedState, continue_with
+from cluster.controller.failure_detector import FailureDetector
+from cluster.controller.host_disks import describe_low, differ
 from cluster.controller.node_follower import NodeFollower
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.effects import EndAllWorkers, EndWorkers
-from cluster.controller.parts.failure_detector import FailureDetector
-from cluster.controller.parts.host_disks import describe_low, differ
-from cluster.controller.parts.recovery import Recovery
-from cluster.controller.parts.settings import ControllerSettings
-from cluster.controller.parts.workers import WorkerRecord
 from cluster.controller.rebalance.loop import Rebalancing
+from cluster.controller.recovery import Recovery
 from cluster.controller.scale import Scaling
+from cluster.controller.settings import ControllerSettings
+from cluster.controller.workers import WorkerRecord
 from cluster.core import frames
 from cluster.core.errors import ProtocolError
 from cluster.core.states import ClusterState, WorkerState

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.workers import MODEL_FACTS
+from cluster.controller.cluster import Cluster
+from cluster.controller.workers import MODEL_FACTS
 from cluster.core.states import ClusterState
 from cluster.load import view
 

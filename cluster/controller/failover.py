@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from cluster.controller.adapters import Adapters
+from cluster.controller.cluster import Cluster
+from cluster.controller.controller_memory import ControllerMemory
 from cluster.controller.drain.draining import Draining
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.controller_memory import ControllerMemory
-from cluster.controller.parts.effects import EndWorkers
-from cluster.controller.parts.membership import GenerationRound, Phase
-from cluster.controller.parts.recovery import Recovery
-from cluster.controller.parts.workers import WorkerTable
+from cluster.controller.effects import EndWorkers
+from cluster.controller.membership import GenerationRound, Phase
+from cluster.controller.recovery import Recovery
 from cluster.controller.scale import Scaling
+from cluster.controller.workers import WorkerTable
 from cluster.core import frames
 from cluster.core.codec import from_plain
 from cluster.core.errors import NotReadyError, ProtocolError

@@ -15,10 +15,10 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.operations import Operation, OperationState
-from cluster.controller.parts.scales import ScaleCommand
+from cluster.controller.cluster import Cluster
+from cluster.controller.operations import Operation, OperationState
 from cluster.controller.scale import Scaling
+from cluster.controller.scale_operation import ScaleCommand
 from cluster.core.errors import ConflictError, RequestError
 from cluster.policy.node_following import FollowDecision, FollowedNode, NodeFollowingPolicy
 

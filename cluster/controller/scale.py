@@ -18,13 +18,13 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
 
+from cluster.controller.cluster import Cluster
 from cluster.controller.drain.draining import Draining
 from cluster.controller.drain.removal import stage_without
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.operation_start import start_operation
-from cluster.controller.parts.operations import Operation, OperationState
-from cluster.controller.parts.scales import Scale, ScaleCommand, ScaleStep
+from cluster.controller.operation_start import start_operation
+from cluster.controller.operations import Operation, OperationState
 from cluster.controller.rebalance.loop import Rebalancing
+from cluster.controller.scale_operation import Scale, ScaleCommand, ScaleStep
 from cluster.core.errors import ConflictError, RequestError
 from cluster.core.topology import Role, holds_experts
 from cluster.planner.grow import grow

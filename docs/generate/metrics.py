@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 
 import workers
-from cluster.controller.parts.metrics import ControllerMetrics
+from cluster.controller.metrics import ControllerMetrics
 from cluster.core.metric_families import PlainFamily
 from cluster.core.topology import Role
 from docs.generate.markdown import code, page, prose, table

@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
-from cluster.controller.parts.metrics import ControllerMetrics
+from cluster.controller.metrics import ControllerMetrics
 from cluster.core.errors import (
     ConflictError,
     HandshakeError,

@@ -11,8 +11,8 @@ import pytest
 
 from cluster.cli.main import make_parser
 from cluster.cli.options.serve_options import add_missing_values
-from cluster.controller.parts.host_disks import NEARLY_FULL
-from cluster.controller.parts.recovery import RecoveryProblem
+from cluster.controller.host_disks import NEARLY_FULL
+from cluster.controller.recovery import RecoveryProblem
 from cluster.core.states import ClusterState
 from cluster.policy.progress import STEPS_WAIT
 from docs.generate.pages import PAGES as GENERATED

@@ -12,13 +12,13 @@ from unittest import mock
 
 from msgspec.structs import replace
 
+from cluster.controller.cluster import Cluster
+from cluster.controller.epoch_change import EpochChange
+from cluster.controller.expert_load_commands import ExpertLoadCommands
 from cluster.controller.failover import CollectedState
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.epoch_change import EpochChange
-from cluster.controller.parts.expert_load_commands import ExpertLoadCommands
-from cluster.controller.parts.failure_detector import FailureDetector
-from cluster.controller.parts.recovery import Recovery
-from cluster.controller.parts.workers import WorkerTable
+from cluster.controller.failure_detector import FailureDetector
+from cluster.controller.recovery import Recovery
+from cluster.controller.workers import WorkerTable
 from cluster.core.frames import ExpertsLoaded
 from cluster.core.placement import ExpertPlacement
 from gateway.calls.admission import Ticket

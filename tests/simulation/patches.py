@@ -118,7 +118,7 @@ _SINGLE: list[tuple[str, str, Any]] = [
     ("workers.model.loading.mapped", "entries_of", entries),
     ("workers.model.loading.mapped", "size_and_change", size_and_change),
     ("gateway.calls.gateway", "OutputQueue", WatchedQueue),
-    ("cluster.controller.parts.metrics", "to_plain", lambda registry: []),
+    ("cluster.controller.metrics", "to_plain", lambda registry: []),
     ("cluster.policy.silence", "WINDOW_S", 1.0),  # else starts would be remembered to the end
     ("cluster.policy.node_following", "SETTLE_S", 0.5),  # else scenarios end before
     ("cluster.policy.node_following", "RETRY_S", 1.0),

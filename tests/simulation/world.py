@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from cluster.config.cluster import ClusterConfig
-from cluster.controller.parts.membership import Phase
-from cluster.controller.parts.recovery import RecoveryProblem
+from cluster.controller.membership import Phase
+from cluster.controller.recovery import RecoveryProblem
 from cluster.core.states import ClusterState
 from cluster.core.topology import Generation
 from tests.simulation.clients import Clients

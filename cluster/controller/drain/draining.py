@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+from cluster.controller.cluster import Cluster
 from cluster.controller.drain.removal import stage_without
 from cluster.controller.drain.requests import DrainRequests
 from cluster.controller.drain.running import RunningDrain
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.drains import Drain, DrainCommand, DrainStep
-from cluster.controller.parts.operation_start import start_operation
-from cluster.controller.parts.operations import Operation
+from cluster.controller.drain_operation import Drain, DrainCommand, DrainStep
+from cluster.controller.operation_start import start_operation
+from cluster.controller.operations import Operation
 from cluster.controller.rebalance.loop import Rebalancing
 from cluster.core.errors import ConflictError, UnknownNameError
 from cluster.core.frames import ControlFrame

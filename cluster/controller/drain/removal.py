@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cluster.controller.parts.cluster import Cluster
+from cluster.controller.cluster import Cluster
 from cluster.core.errors import ConflictError
 from cluster.planner.stages import Stage
 from cluster.policy.coverage import stage_on

@@ -15,16 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from cluster.controller.cluster import Cluster
 from cluster.controller.drain.removal import stage_without
 from cluster.controller.drain.requests import DrainRequests
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.drains import Drain, DrainStep
-from cluster.controller.parts.effects import EndWorkers, ReleasePlaces
-from cluster.controller.parts.epoch_change import ChangeState, EpochChange
-from cluster.controller.parts.metrics import MoveReason
-from cluster.controller.parts.operations import OperationState
-from cluster.controller.parts.workers import WorkerRecord
+from cluster.controller.drain_operation import Drain, DrainStep
+from cluster.controller.effects import EndWorkers, ReleasePlaces
+from cluster.controller.epoch_change import ChangeState, EpochChange
+from cluster.controller.metrics import MoveReason
+from cluster.controller.operations import OperationState
 from cluster.controller.rebalance.loop import Rebalancing
+from cluster.controller.workers import WorkerRecord
 from cluster.core.errors import ConflictError
 from cluster.core.frames import ControlFrame, Shutdown, StatusRequest
 from cluster.core.states import WorkerState

@@ -1,4 +1,4 @@
 """Moves experts while the cluster serves, so that the load is balanced.
 
-Imports ``cluster.controller.parts`` and the floors below.
+Imports lower modules of the controller and the floors below.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.controller.parts.operations import Operation, OperationCommand
+from cluster.controller.operations import Operation, OperationCommand
 from cluster.core.load_profile import LoadProfile
 from cluster.policy.rebalance import CurrentLoad, RebalanceDecision
 

@@ -16,9 +16,9 @@ from concurrent.futures import Executor, Future
 from functools import partial
 from typing import Any
 
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.operation_start import start_operation
-from cluster.controller.parts.operations import Operation, OperationState
+from cluster.controller.cluster import Cluster
+from cluster.controller.operation_start import start_operation
+from cluster.controller.operations import Operation, OperationState
 from cluster.controller.rebalance.job import (
     RebalanceCommand,
     RebalanceQuery,

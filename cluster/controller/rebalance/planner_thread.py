@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any, TypeVar
 
-from cluster.controller.parts.cluster import Cluster
+from cluster.controller.cluster import Cluster
 from cluster.core.errors import ConfigError
 from cluster.core.placement import ExpertPlacement
 from cluster.load.tracker import Source

@@ -8,10 +8,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.epoch_change import ChangeState, EpochChange
-from cluster.controller.parts.metrics import RebalanceOutcome
-from cluster.controller.parts.operations import OperationState
+from cluster.controller.cluster import Cluster
+from cluster.controller.epoch_change import ChangeState, EpochChange
+from cluster.controller.metrics import RebalanceOutcome
+from cluster.controller.operations import OperationState
 from cluster.controller.rebalance.job import RebalanceQuery, by_load, percent
 from cluster.controller.rebalance.planner_thread import PlannerThread
 from cluster.core.frames import ControlFrame, EpochSwitched

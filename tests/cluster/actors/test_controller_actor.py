@@ -21,9 +21,9 @@ from cluster.config.cluster import ClusterConfig
 from cluster.config.model import ModelSection
 from cluster.config.transport import TransportSection
 from cluster.config.workers import Mode, WorkersSection
+from cluster.controller import gateway_polls
+from cluster.controller.controller_memory import ControllerMemory
 from cluster.controller.failover import CollectedState, ReportCollector
-from cluster.controller.parts import gateway_polls
-from cluster.controller.parts.controller_memory import ControllerMemory
 from cluster.core.errors import (
     ConfigError,
     ConflictError,

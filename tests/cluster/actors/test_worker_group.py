@@ -33,7 +33,7 @@ from cluster.config.cluster import ClusterConfig
 from cluster.config.model import ModelSection
 from cluster.config.transport import TransportSection
 from cluster.config.workers import WorkersSection
-from cluster.controller.parts.settings import ControllerSettings
+from cluster.controller.settings import ControllerSettings
 from cluster.core.errors import ConfigError
 from cluster.core.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS
 from cluster.core.topology import Member

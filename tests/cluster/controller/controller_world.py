@@ -16,11 +16,11 @@ from msgspec.structs import replace
 
 from benchmarks.harness.members import member_of
 from cluster.config.cluster import ClusterConfig
+from cluster.controller.cluster import Cluster
 from cluster.controller.controller import Controller
+from cluster.controller.effects import EndAllWorkers, EndWorkers, SendFrame, StartWorker
 from cluster.controller.failover import ReportCollector
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.effects import EndAllWorkers, EndWorkers, SendFrame, StartWorker
-from cluster.controller.parts.settings import ControllerSettings
+from cluster.controller.settings import ControllerSettings
 from cluster.core.errors import NotReadyError, ProtocolError
 from cluster.core.frames import (
     ControlFrame,

@@ -14,16 +14,16 @@ from benchmarks.harness.members import member_of, members_of
 from cluster.config.cluster import ClusterConfig
 from cluster.config.model import ModelSection
 from cluster.config.workers import WorkersSection
+from cluster.controller.cluster import Cluster
 from cluster.controller.controller import Controller
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.effects import (
+from cluster.controller.effects import (
     EndAllWorkers,
     EndWorkers,
     RecordTrace,
     SendFrame,
     StartWorker,
 )
-from cluster.controller.parts.settings import ControllerSettings
+from cluster.controller.settings import ControllerSettings
 from cluster.core.arithmetic import ArithmeticOffer
 from cluster.core.frames import (
     ControlFrame,

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.config.autoscale import AutoscaleSection
 from cluster.config.workers import WorkersSection
-from cluster.controller.parts.operations import Operation, OperationState
+from cluster.controller.operations import Operation, OperationState
 from tests.cluster.controller.fakes_cluster import CONFIG, FakeCluster
 from tests.cluster.controller.test_scale import members, scale
 

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.harness.members import member_of
 from cluster.controller.controller import CALL_AGAIN_S
-from cluster.controller.parts.settings import ControllerSettings
+from cluster.controller.settings import ControllerSettings
 from cluster.core.errors import DuplicateRegistrationError, ProtocolError
 from cluster.core.frames import (
     ControlFrame,

@@ -14,7 +14,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from cluster.controller.parts.drains import DrainCommand
+from cluster.controller.drain_operation import DrainCommand
 from cluster.core.errors import ConflictError
 from cluster.core.frames import PeerLost
 from tests.cluster.controller.controller_world import World

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from cluster.controller.cluster import Cluster
 from cluster.controller.controller import Controller
 from cluster.controller.failover import CollectedState, ReportCollector
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.settings import ControllerSettings
+from cluster.controller.settings import ControllerSettings
 from cluster.core.arithmetic import ArithmeticOffer
 from cluster.core.codec import to_plain
 from cluster.core.frames import (

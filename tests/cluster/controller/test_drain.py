@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from cluster.controller.drain.draining import SIGNAL_LIMIT_S
 from cluster.controller.drain.requests import GATHER_S
-from cluster.controller.parts.drains import DrainCommand
-from cluster.controller.parts.operations import Operation, OperationState
+from cluster.controller.drain_operation import DrainCommand
+from cluster.controller.operations import Operation, OperationState
 from cluster.core.codec import from_plain
 from cluster.core.errors import ConflictError, RequestError, UnknownNameError
 from cluster.core.frames import (

@@ -6,8 +6,8 @@ import pytest
 from msgspec.structs import replace
 
 from cluster.controller.controller import Controller
-from cluster.controller.parts.drains import Drain, DrainCommand, DrainStep
-from cluster.controller.parts.operations import Operation, Operations, OperationState
+from cluster.controller.drain_operation import Drain, DrainCommand, DrainStep
+from cluster.controller.operations import Operation, Operations, OperationState
 from cluster.controller.rebalance.job import RebalanceCommand
 from cluster.core.codec import from_plain, to_plain
 from cluster.core.errors import ConflictError

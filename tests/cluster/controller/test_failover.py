@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from cluster.controller.cluster import Cluster
 from cluster.controller.controller import Controller
+from cluster.controller.controller_memory import ControllerMemory
+from cluster.controller.epoch_change import EpochChange
 from cluster.controller.failover import CollectedFrames, CollectedState, ReportCollector
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.controller_memory import ControllerMemory
-from cluster.controller.parts.epoch_change import EpochChange
-from cluster.controller.parts.settings import ControllerSettings
+from cluster.controller.settings import ControllerSettings
 from cluster.core.codec import to_plain
 from cluster.core.errors import NotReadyError, ProtocolError
 from cluster.core.frames import (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.controller.parts.gateway_polls import GatewayPolls
+from cluster.controller.gateway_polls import GatewayPolls
 
 
 def test_a_gateway_that_stops_asking_is_gone_once() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.controller.parts.controller_memory import History
+from cluster.controller.controller_memory import History
 
 
 def test_an_event_has_the_longest_pause_that_gateways_report() -> None:

@@ -7,7 +7,7 @@ import pytest
 from cluster.config.cluster import ClusterConfig
 from cluster.config.transport import TransportSection
 from cluster.config.workers import WorkersSection
-from cluster.controller.parts.settings import ControllerSettings
+from cluster.controller.settings import ControllerSettings
 from cluster.core.frames import LoadExperts, PeerLost, StatusReply
 from tests.cluster.controller.fakes_cluster import CONFIG, FakeCluster
 from tests.cluster.controller.load_reports import make_report

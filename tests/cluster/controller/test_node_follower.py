@@ -10,9 +10,9 @@ from msgspec.structs import replace
 
 from cluster.config.workers import WorkersSection
 from cluster.controller.drain.requests import LATE_S
-from cluster.controller.parts.drains import DrainCommand
-from cluster.controller.parts.operations import Operation, OperationState
-from cluster.controller.parts.scales import ScaleCommand
+from cluster.controller.drain_operation import DrainCommand
+from cluster.controller.operations import Operation, OperationState
+from cluster.controller.scale_operation import ScaleCommand
 from cluster.core.codec import from_plain
 from cluster.core.topology import Role
 from cluster.policy.node_following import RETRY_S, SETTLE_S, FollowedNode

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from cluster.controller.parts.operations import Operation, OperationState
-from cluster.controller.parts.scales import ScaleCommand
+from cluster.controller.operations import Operation, OperationState
+from cluster.controller.scale_operation import ScaleCommand
 from cluster.core.arithmetic import ArithmeticOffer
 from cluster.core.codec import from_plain
 from cluster.core.errors import ConflictError, RequestError

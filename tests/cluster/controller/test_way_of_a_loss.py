@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
-from cluster.controller.parts.effects import Effect, EndWorkers, SendFrame
+from cluster.controller.effects import Effect, EndWorkers, SendFrame
 from cluster.core.frames import ControllerSnapshot, LoadExperts, NewGeneration, Shutdown
 from tests.cluster.controller.fakes_cluster import FakeCluster
 

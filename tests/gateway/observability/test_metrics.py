@@ -10,7 +10,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.config.gateway import GatewaySection
-from cluster.controller.parts.metrics import ControllerMetrics
+from cluster.controller.metrics import ControllerMetrics
 from gateway.observability.metrics import GatewayMetrics
 from gateway.observability.vllm_names import OLDER_VLLM_NAMES, VLLM_NAMES
 from tests.gateway.fakes import FakeController

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from cluster.controller.parts.operations import OperationState
+from cluster.controller.operations import OperationState
 from cluster.controller.rebalance.job import RebalanceCommand
 from cluster.controller.rebalance.planner_thread import PlannerThread
 from cluster.core.errors import ConfigError, ConflictError

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from cluster.core.frames import ControllerSnapshot, NewGeneration
 from tests.cluster.controller.fakes_cluster import FakeCluster
-from tests.cluster.controller.parts.test_host_disks import HEARTBEAT
+from tests.cluster.controller.test_host_disks import HEARTBEAT
 
 
 def test_the_status_has_what_a_worker_reported_last() -> None:

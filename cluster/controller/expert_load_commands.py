@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.controller.parts.cluster import Cluster
+from cluster.controller.cluster import Cluster
 from cluster.core.frames import LoadExperts
 from cluster.planner.stages import SlotFill
 

@@ -11,7 +11,7 @@ from hashlib import blake2b
 from itertools import count
 from typing import Any
 
-from cluster.controller.parts.effects import RecordTrace
+from cluster.controller.effects import RecordTrace
 from cluster.core.codec import SPAN_ID_BYTES
 
 _KEPT = 16

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.controller.parts.traces import ChangeTraces
+from cluster.controller.traces import ChangeTraces
 
 
 def test_a_change_that_goes_on_is_told_however_many_end_meanwhile() -> None:

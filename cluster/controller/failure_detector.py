@@ -10,10 +10,10 @@ import logging
 import math
 from collections.abc import Collection, Iterator, Mapping
 
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.membership import Phase
-from cluster.controller.parts.settings import ControllerSettings
-from cluster.controller.parts.workers import WorkerRecord
+from cluster.controller.cluster import Cluster
+from cluster.controller.membership import Phase
+from cluster.controller.settings import ControllerSettings
+from cluster.controller.workers import WorkerRecord
 from cluster.core.frames import Heartbeat, PeerLost
 from cluster.core.states import ClusterState, WorkerState
 from cluster.policy.failure import (

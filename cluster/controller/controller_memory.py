@@ -12,9 +12,9 @@ from typing import Any
 
 from msgspec import field
 
-from cluster.controller.parts.drains import Drain
-from cluster.controller.parts.operations import Operation
-from cluster.controller.parts.scales import Scale
+from cluster.controller.drain_operation import Drain
+from cluster.controller.operations import Operation
+from cluster.controller.scale_operation import Scale
 from cluster.core.codec import Message
 from cluster.core.frames import AdapterRecord
 from cluster.core.placement import ExpertPlacement

@@ -19,8 +19,8 @@ from enum import Enum
 
 from msgspec import structs
 
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.expert_load_commands import CHECKPOINT, ExpertLoadCommands
+from cluster.controller.cluster import Cluster
+from cluster.controller.expert_load_commands import CHECKPOINT, ExpertLoadCommands
 from cluster.core.frames import (
     ControlFrame,
     EpochReady,

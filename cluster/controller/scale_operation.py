@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from cluster.controller.parts.operations import OperationCommand, OperationState, TimedOperation
+from cluster.controller.operations import OperationCommand, OperationState, TimedOperation
 from cluster.core.placement import ExpertPlacement
 from cluster.core.states import next_state
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from cluster.controller.parts.host_disks import describe_low
+from cluster.controller.host_disks import describe_low
 from cluster.core.frames import Heartbeat, LowDisk
 from tests.cluster.controller.fakes_cluster import FakeCluster
 

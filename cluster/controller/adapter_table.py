@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from cluster.controller.parts.controller_memory import KeptAdapter
+from cluster.controller.controller_memory import KeptAdapter
 from cluster.core.frames import AdapterRecord
 from cluster.core.states import AdapterState, next_state
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.operations import Operation, OperationCommand
+from cluster.controller.cluster import Cluster
+from cluster.controller.operations import Operation, OperationCommand
 from cluster.core.errors import ConflictError
 
 C = TypeVar("C", bound=OperationCommand, contravariant=True)

@@ -19,17 +19,17 @@ from typing import Any
 from msgspec.structs import replace
 
 from cluster.config.cluster import ClusterConfig
-from cluster.controller.parts.adapter_table import AdapterTable
-from cluster.controller.parts.controller_memory import ControllerMemory, History, LostWorker
-from cluster.controller.parts.drains import Drain
-from cluster.controller.parts.effects import Effect, ReleasePlaces, SendFrame
-from cluster.controller.parts.host_disks import HostDisks
-from cluster.controller.parts.membership import GenerationRound, MemberRecords, Phase
-from cluster.controller.parts.metrics import ControllerMetrics, MoveReason
-from cluster.controller.parts.operations import Operations
-from cluster.controller.parts.scales import Scale
-from cluster.controller.parts.traces import ChangeTraces, OpenTrace
-from cluster.controller.parts.workers import WorkerTable
+from cluster.controller.adapter_table import AdapterTable
+from cluster.controller.controller_memory import ControllerMemory, History, LostWorker
+from cluster.controller.drain_operation import Drain
+from cluster.controller.effects import Effect, ReleasePlaces, SendFrame
+from cluster.controller.host_disks import HostDisks
+from cluster.controller.membership import GenerationRound, MemberRecords, Phase
+from cluster.controller.metrics import ControllerMetrics, MoveReason
+from cluster.controller.operations import Operations
+from cluster.controller.scale_operation import Scale
+from cluster.controller.traces import ChangeTraces, OpenTrace
+from cluster.controller.workers import WorkerTable
 from cluster.core.codec import to_plain
 from cluster.core.frames import (
     ControlFrame,

@@ -16,7 +16,7 @@ from enum import Enum
 
 from msgspec.structs import replace
 
-from cluster.controller.parts.workers import WorkerTable
+from cluster.controller.workers import WorkerTable
 from cluster.core.frames import GenerationReady
 from cluster.core.placement import FREE_SLOT, ExpertPlacement
 from cluster.core.states import WorkerState, next_state

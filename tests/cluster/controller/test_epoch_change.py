@@ -7,9 +7,9 @@ from typing import TypeVar
 import pytest
 from msgspec.structs import replace
 
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.epoch_change import ChangeState, EpochChange
-from cluster.controller.parts.membership import GenerationRound
+from cluster.controller.cluster import Cluster
+from cluster.controller.epoch_change import ChangeState, EpochChange
+from cluster.controller.membership import GenerationRound
 from cluster.core.frames import (
     ControlFrame,
     EpochReady,

@@ -13,12 +13,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
-from cluster.controller.parts.cluster import Cluster
-from cluster.controller.parts.effects import StartWorker
-from cluster.controller.parts.expert_load_commands import ExpertLoadCommand, ExpertLoadCommands
-from cluster.controller.parts.membership import Phase
-from cluster.controller.parts.settings import ControllerSettings
-from cluster.controller.parts.traces import OpenTrace
+from cluster.controller.cluster import Cluster
+from cluster.controller.effects import StartWorker
+from cluster.controller.expert_load_commands import ExpertLoadCommand, ExpertLoadCommands
+from cluster.controller.membership import Phase
+from cluster.controller.settings import ControllerSettings
+from cluster.controller.traces import OpenTrace
 from cluster.core.frames import ExpertsLoaded, GenerationReady
 from cluster.core.holders import expert_holders
 from cluster.core.states import ClusterState, WorkerState
