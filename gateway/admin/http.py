@@ -80,7 +80,7 @@ _RULES = {
     FieldDescriptor.TYPE_UINT32: "must be a whole number from 0 to 4294967295",
     FieldDescriptor.TYPE_UINT64: "must be a whole number, 0 or more",
     FieldDescriptor.TYPE_DOUBLE: "must be a finite number",
-    FieldDescriptor.TYPE_STRING: "must be a string",
+    FieldDescriptor.TYPE_STRING: "must be a text",
     FieldDescriptor.TYPE_BOOL: "must be true or false",
 }
 _MAX_SHOWN = 64
