@@ -1,4 +1,4 @@
-"""Entry point of the installed command: Ctrl-C ends it quietly even while its modules are imported.
+"""Entry point of the installed command: Ctrl-C ends it without a traceback, even during imports.
 
 Imports only the standard library before it runs.
 """
@@ -15,7 +15,7 @@ _PACKAGES = ("cluster", "workers", "gateway", "protos")
 
 
 def main() -> int:
-    """Run one command; its exit code."""
+    """Run one command and return its exit code."""
     if problem := find_shadow(Path(__file__).parents[2]):
         sys.stderr.write(f"expertmesh: {problem}\n")
         return _USAGE
@@ -28,9 +28,9 @@ def main() -> int:
 
 
 def find_shadow(root: Path) -> str:
-    """Error for a package that processes started here would import instead of one in ``root``.
+    """Find a package that ``python -m`` would import here instead of the one in ``root``.
 
-    ``python -m`` searches the working directory first. Empty if there is no such package.
+    ``python -m`` searches the working directory first. Return an error text or "".
     """
     for name in _PACKAGES:
         spec = PathFinder.find_spec(name, [str(Path.cwd()), *sys.path])

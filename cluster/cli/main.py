@@ -46,11 +46,11 @@ _GROUPS = {
     "offline": (plan, config, doctor, version, completion),
     "measuring": (bench,),
 }
-"""Modules that register commands, by heading of the help."""
+"""Modules that register commands, by the heading under which the help lists them."""
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The whole command line. Global options are accepted before and after the command."""
+    """Make the parser of all commands. Global options may stand before or after the command."""
     parser = Parser(
         prog="expertmesh",
         usage="%(prog)s [OPTION ...] COMMAND ...",
@@ -74,31 +74,30 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _common(absent: object, off: object) -> argparse.ArgumentParser:
-    """Options of every command. The second set must not overwrite values of the first."""
+    """Make the options of every command.
+
+    ``absent`` and ``off`` are the defaults of options and switches. The parsers of commands get
+    ``SUPPRESS``, so that they keep a value that was given before the command.
+    """
     common = argparse.ArgumentParser(add_help=False)
     options = common.add_argument_group("everywhere")
     for flag, metavar, text in (
-        ("--url", "URL", "gateway to talk to (EXPERTMESH_URL)"),
-        ("--admin-url", "URL", "admin port to talk to (EXPERTMESH_ADMIN_URL)"),
-        ("--name", "NAME", "cluster on this host (EXPERTMESH_NAME, default: default)"),
-        ("--api-key", "KEY", "key (EXPERTMESH_API_KEY)"),
-        ("--admin-key", "KEY", "key of the admin ports (EXPERTMESH_ADMIN_KEY)"),
-        ("--ca-cert", "FILE", "authorities that https servers need (EXPERTMESH_CA_CERT)"),
-        ("--client-cert", "FILE", "certificate for mutual TLS (EXPERTMESH_CLIENT_CERT)"),
-        ("--client-key", "FILE", "key of that certificate (EXPERTMESH_CLIENT_KEY)"),
+        ("--url", "URL", "URL of the gateway (EXPERTMESH_URL, default: the cluster on this host)"),
+        ("--admin-url", "URL", "URL of the admin port (EXPERTMESH_ADMIN_URL)"),
+        ("--name", "NAME", "Name of the cluster on this host (EXPERTMESH_NAME, default: default)"),
+        ("--api-key", "KEY", "API key that is sent to the gateway (EXPERTMESH_API_KEY)"),
+        ("--admin-key", "KEY", "API key that is sent to the admin port (EXPERTMESH_ADMIN_KEY)"),
+        ("--ca-cert", "FILE", "PEM file of trusted certificate authorities (EXPERTMESH_CA_CERT)"),
+        ("--client-cert", "FILE", "PEM certificate for mutual TLS (EXPERTMESH_CLIENT_CERT)"),
+        ("--client-key", "FILE", "PEM private key of --client-cert (EXPERTMESH_CLIENT_KEY)"),
     ):
         options.add_argument(flag, default=absent, metavar=metavar, help=text)
-    options.add_argument(
-        "--timeout",
-        type=seconds,
-        default=absent,
-        metavar="SECONDS",
-        help="longest wait for the answer to one HTTP or gRPC call",
-    )
+    text = "Time limit of one HTTP or gRPC call (default: each command has its own)"
+    options.add_argument("--timeout", type=seconds, default=absent, metavar="SECONDS", help=text)
     for flags, text in (
-        (["--json"], "one JSON document on stdout"),
-        (["--no-color"], "no colours (NO_COLOR)"),
-        (["-v", "--verbose"], "more messages on stderr"),
+        (["--json"], "Print the result as one JSON document on stdout"),
+        (["--no-color"], "Print no colours (NO_COLOR)"),
+        (["-v", "--verbose"], "Print more messages on stderr"),
     ):
         options.add_argument(*flags, action="store_true", default=off, help=text)
     return common

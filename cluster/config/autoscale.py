@@ -30,7 +30,7 @@ class AutoscaleSection:
     """Whether the autoscaler runs, and within which limits."""
 
     autoscale: AutoscaleMode = "off"
-    """Scale the pools by load automatically, within the limits below; ``dry-run`` only records
+    """Change the pool sizes by load automatically within the limits below; ``dry-run`` only records
     the decisions."""
     min_attention_workers: int | None = None
     """Smallest number of attention workers with ``autoscale``, by default the number at start."""
@@ -43,15 +43,15 @@ class AutoscaleSection:
     """Largest number of expert workers with ``autoscale``, by default the number at start; in
     colocated mode of all workers."""
     queue_target: float = field(default=1.0, metadata=flag("--autoscale-queue-target"))
-    """Waiting sequences for each attention worker above which the pool grows at once."""
+    """Waiting sequences per attention worker above which that pool grows without delay."""
     kv_target: float = field(default=0.7, metadata=flag("--autoscale-kv-target"))
-    """Target share of KV blocks, and of ``max_num_seqs``, in use at each attention worker."""
+    """Target share of its KV blocks, and of ``max_num_seqs``, that each attention worker uses."""
     slot_time_target: float = field(default=0.6, metadata=flag("--autoscale-slot-time-target"))
-    """Target share of the time in which each expert worker computes activated expert slots."""
+    """Target share of the time that each expert worker computes experts."""
     up_s: float = field(default=30.0, metadata=flag("--autoscale-up-s"))
-    """Time over which use is averaged before a pool grows."""
+    """Time over which use is averaged; use above a target in it makes a pool grow."""
     down_s: float = field(default=180.0, metadata=flag("--autoscale-down-s"))
-    """Time for which fewer workers must have sufficed before a pool shrinks."""
+    """Time for which fewer workers must be sufficient before a pool shrinks."""
     limit_s: float = field(default=300.0, metadata=INTERNAL)
     """Time limit for new workers to serve; after it the scale operation is rolled back."""
     queue_s: float = field(default=5.0, metadata=INTERNAL)

@@ -59,52 +59,55 @@ class EngineSection:
     block_size_tokens: int = field(default=16, metadata=INTERNAL)
     """Tokens in one KV block."""
     kv_cache_bytes: int | None = None
-    """KV memory of each attention worker, for example 512M; by default on a GPU the rest of
-    gpu_memory_utilization, on CPUs the size of 16 full contexts, 64 MiB to 1 GiB."""
+    """KV cache size of each attention worker, for example 512M. The default on a GPU is the rest of
+    ``gpu_memory_utilization``, on CPUs the size of 16 full contexts within 64 MiB to 1 GiB."""
     gpu_memory_utilization: float = 0.9
-    """Share of a worker's GPU for weights, steps and KV, unless the size of KV is given."""
+    """Share of a worker's GPU for weights, steps and KV. Without effect on KV if its size is
+    given."""
     kv_cache_dtype: KvCacheDType = "auto"
-    """Type of keys and values: ``auto`` takes the model's; ``fp8`` is e4m3 with a scale for each
-    vector, about twice as many blocks as in bfloat16 with less accuracy."""
+    """Data type of the KV cache: ``auto`` takes the model's; ``fp8`` (e4m3 with a scale for each
+    vector) holds about twice as many tokens as bfloat16 with less accuracy."""
     max_num_seqs: int = 64
-    """Most sequences in one step of one attention worker."""
+    """Maximum number of sequences in one step of each attention worker."""
     max_num_batched_tokens: int = 512
-    """Most rows (tokens) in one step of one attention worker."""
+    """Maximum number of tokens in one step of each attention worker."""
     itl_target_ms: float | None = None
-    """Longest step while a request decodes: prompts are split into chunks so that no step takes
-    longer. By default only ``max_num_batched_tokens`` limits the chunks."""
+    """Target duration of a step while a request decodes: prompts are split into chunks small enough
+    for it. By default only ``max_num_batched_tokens`` limits the chunks."""
     max_waiting: int = 1024
-    """Most sequences (choices of requests) that may wait at one attention worker."""
+    """Maximum number of sequences that may wait at each attention worker; a choice is a
+    sequence."""
     max_waiting_tokens: int | None = None
-    """Most prompt tokens that may wait at one attention worker, by default without limit."""
+    """Maximum number of prompt tokens that may wait at each attention worker; by default no
+    limit."""
     enable_prefix_caching: bool = True
-    """Keep the KV of past requests for requests that begin with the same tokens."""
+    """Reuse the KV of past requests for requests that begin with the same tokens."""
     kv_kept_share: float = 0.5
-    """Share of the KV blocks that requests may protect from eviction (their field cache_ttl),
-    divided equally among API keys."""
+    """Share of the KV blocks that requests may protect from eviction with their field cache_ttl,
+    divided equally among the API keys."""
     num_cached_states: int = 32
-    """Recurrent states that are kept for prompts with a known prefix, in addition to three for each
-    of ``max_num_seqs`` (two without prefix caching); only for models with recurrent states."""
+    """Number of recurrent states that cache prefixes on each attention worker, in addition to three
+    for each of ``max_num_seqs`` (two without prefix caching); only for models that have them."""
     kv_fetch_limit_s: float = 2.0
-    """Longest time that a request waits for KV blocks of another attention worker; 0 disables
-    fetches."""
+    """Maximum time that a request waits for KV blocks from another attention worker, after which it
+    computes them; 0 disables fetches."""
     combine_mode: CombineMode = field(default="sum", metadata=INTERNAL)
     """``per_slot`` makes results independent of the placement, with more traffic. Exact generations
     with several expert ranks always use it."""
     deterministic: Deterministic = "auto"
-    """Tokens and logprobs of a request are bitwise equal for any batch, layout, history: ``auto``
-    if all workers support it; ``on`` implies CPUs and fails the start unless they all do."""
+    """Make tokens and logprobs bitwise independent of batch, layout and history: ``auto`` if all
+    workers support it; ``on`` requires CPUs, and the start fails unless all workers do."""
     num_micro_batches: NumMicroBatches = "auto"
-    """Micro-batches of a step that are in flight at once: 1, 2, or ``auto``: 2 in large enough
-    steps."""
+    """Number of parts of a step that run at once, one in attention and one in experts: 1, 2, or
+    ``auto``, which is 2 in large enough steps."""
     micro_batch_decode_threshold: int = 64
-    """Rows of the busiest attention rank from which ``auto`` splits a decode-only step."""
+    """Rows of the busiest attention worker from which ``auto`` splits a step without prompts."""
     micro_batch_prefill_threshold: int = field(default=256, metadata=INTERNAL)
     """Rows of the busiest attention rank from which ``auto`` splits a step with prompt rows."""
     enforce_eager: bool = False
-    """Launch the kernels of decode steps on a GPU one by one, not as captured CUDA graphs."""
+    """Run decode steps on a GPU without CUDA graphs."""
     seed: int = 0
-    """Base of the seeds for requests without a seed."""
+    """Seed from which the seeds of requests without one are derived."""
 
     def __post_init__(self) -> None:
         check_choice("kv_cache_dtype", self.kv_cache_dtype, KvCacheDType)

@@ -13,15 +13,15 @@ class RebalanceSection:
     """When and how fast experts are rebalanced."""
 
     enable_eplb: bool = False
-    """Rebalance experts by load automatically; needs spare expert slots."""
+    """Rebalance experts by load automatically; requires spare expert slots."""
     interval_s: float = field(default=30.0, metadata=INTERNAL)
     """Shortest time from the end of one automatic change to the next."""
     horizon_s: float = field(default=300.0, metadata=INTERNAL)
-    """Time that a load is assumed to last: the gain in this time must exceed the migration cost."""
+    """Time that the load is assumed to last; the gain in it must exceed the cost of the moves."""
     max_move_fraction: float = field(default=0.1, metadata=INTERNAL)
     """Share of all expert slots that one change may fill."""
     bytes_per_s: float = field(default=100e6, metadata=flag("--rebalance-bytes-per-s"))
-    """Rate at which each worker receives weights while the cluster serves."""
+    """Maximum bytes per second of expert weights that each worker receives while serving."""
     limit_s: float = field(default=120.0, metadata=INTERNAL)
     """Time limit for each stage of a change; after it the change is aborted."""
     slot_cost_pairs: float | None = field(default=None, metadata=INTERNAL)

@@ -31,7 +31,7 @@ requests, ``fail`` also fails the running requests."""
 MAX_BODY_BYTES = 8 * 1024 * 1024
 """Default limit of an HTTP body."""
 MAX_TTL_S = 10 * 365 * 24 * 3600
-"""Longest life of a stored object."""
+"""Maximum of ``state_ttl_s``."""
 RoutingPolicyName = Literal["kv", "least-loaded", "round-robin"]
 
 
@@ -63,110 +63,113 @@ class GatewaySection:
     """Ports, keys, TLS and request limits of the gateway."""
 
     host: str = "127.0.0.1"
-    """Interface that HTTP and gRPC listen on."""
+    """Network interface on which HTTP and gRPC listen."""
     port: int = 8000
-    """HTTP port, 0 for a free one."""
+    """HTTP port; 0 takes a free one."""
     grpc_port: int = 50051
-    """gRPC port, 0 for a free one."""
+    """gRPC port; 0 takes a free one."""
     admin_port: int | None = None
-    """HTTP port of the admin service, by default 8001, or a free one if that is in use."""
+    """HTTP port of the admin service; by default 8001, or a free one if that is in use."""
     admin_grpc_port: int | None = None
-    """gRPC port of the admin service, by default 50052, or a free one if that is in use."""
+    """gRPC port of the admin service; by default 50052, or a free one if that is in use."""
     serve_proxy: int | None = field(default=None, metadata=bare("8002"))
-    """Port of Ray Serve's own HTTP proxy, for other Serve applications, 0 for a free one; 8002
-    without a value; by default there is no such proxy."""
+    """Start Ray Serve's own HTTP proxy on this port, for other Serve applications. 0 takes a free
+    port, no value 8002; by default the proxy does not run."""
     root_path: str = ""
-    """Path under which a reverse proxy mounts the HTTP port, such as /llm."""
+    """Path prefix at which a reverse proxy serves the HTTP port, such as /llm."""
     forwarded_allow_ips: tuple[str, ...] = ("127.0.0.1",)
-    """Addresses and networks of proxies from which X-Forwarded headers are trusted, separated by
-    commas; ``*`` is any."""
+    """Addresses and networks of proxies whose X-Forwarded headers are trusted, separated by commas;
+    ``*`` trusts all."""
     num_gateway_replicas: int = 1
-    """Number of gateway replicas; replicas on one host share its ports."""
+    """Number of gateway replicas; replicas on one host share the same ports."""
     routing_policy: RoutingPolicyName = "kv"
-    """Policy that picks an attention worker; ``kv``: by cached prefixes and load."""
+    """How a gateway picks the attention worker of a request; ``kv``: by cached prefixes and
+    load."""
     api_keys: tuple[str, ...] = field(default=(), repr=False, metadata=flag("--api-key"))
-    """Keys that clients must present, kept as digests; without keys and file none is required."""
+    """Digests of the keys that clients must send; without keys and file none is required."""
     api_key_file: str | None = None
-    """File of keys that clients must present, one per line, or YAML with names and limits; it is
-    read again when it changes."""
+    """File of API keys that clients must send: one per line, or YAML with names and limits. Changes
+    take effect while serving."""
     key_max_concurrent: int | None = 256
-    """Requests of one key that a serve replica runs at once, unless the file sets another limit."""
+    """Maximum concurrent requests of one API key at each gateway replica, unless the file sets
+    one."""
     key_requests_per_minute: float | None = None
-    """Requests of one key per minute in each serve replica; by default without limit."""
+    """Maximum requests of one API key per minute at each gateway replica; by default no limit."""
     key_tokens_per_minute: float | None = None
-    """Prompt and output tokens of one key per minute in each serve replica; by default without
-    limit."""
+    """Maximum prompt and output tokens of one API key per minute at each gateway replica; by
+    default no limit."""
     admin_host: str = "127.0.0.1"
-    """Interface that both admin ports listen on."""
+    """Network interface on which both admin ports listen."""
     admin_keys: tuple[str, ...] = field(default=(), repr=False, metadata=flag("--admin-key"))
-    """Keys of the admin ports, kept as digests; if none are given: the API keys, on loopback."""
+    """Digests of the keys for the admin ports; without them the API keys apply, on loopback."""
     admin_key_file: str | None = None
-    """File of keys of the admin ports, in the format of ``api_key_file``."""
+    """File of the keys for the admin ports, in the format of ``api_key_file``."""
     tls_cert: str | None = None
-    """PEM certificate with its chain; enables TLS on every port."""
+    """PEM file of the server certificate with its chain; enables TLS on every port."""
     tls_key: str | None = None
-    """PEM key of the certificate, not encrypted."""
+    """PEM file of the certificate's private key, not encrypted."""
     tls_client_ca: str | None = None
-    """PEM file of certificate authorities; clients must present a certificate of one of them
-    (mutual TLS)."""
+    """PEM file of certificate authorities, one of which must have signed the certificate of each
+    client (mutual TLS)."""
     allow_unauthenticated: bool = False
-    """Allow a public host without keys."""
+    """Allow a public ``host`` without API keys, so that everyone who reaches it can use it."""
     public_metrics: bool = False
-    """Serve ``/metrics`` without a key."""
+    """Serve ``/metrics`` without an API key."""
     cors_origins: tuple[str, ...] = ()
-    """Origins of web pages that may call from a browser, separated by commas; ``*`` is any."""
+    """Origins of web pages that may call from a browser, separated by commas; ``*`` allows all."""
     debug_headers: bool = False
-    """Name the serve replica in a header of each response."""
+    """Name the gateway replica in a header of each response."""
     trust_request_chat_template: bool = False
-    """Render chat templates sent by clients; a template can keep a core busy indefinitely."""
+    """Allow chat templates in requests; a template can keep a core busy indefinitely."""
     max_body_bytes: int = MAX_BODY_BYTES
-    """Largest HTTP body."""
+    """Maximum size of an HTTP request body."""
     max_json_depth: int = 64
-    """Deepest nesting of an HTTP body."""
+    """Maximum nesting depth of a JSON request body."""
     max_batch_prompts: int = 256
-    """Prompts in one completion request."""
+    """Maximum number of prompts in one completion request."""
     max_n: int = 16
-    """Choices of one prompt, up to 128."""
+    """Maximum number of choices (n) for one prompt, at most 128."""
     max_choices: int = 512
-    """Prompts times choices in one request."""
+    """Maximum number of prompts times choices in one request."""
     max_stop_strings: int = 16
-    """Stop strings of one request."""
+    """Maximum number of stop strings in one request."""
     max_stop_chars: int = 256
-    """Characters of one stop string."""
+    """Maximum number of characters of one stop string."""
     max_logprobs: int = 20
-    """Alternatives reported for a token."""
+    """Maximum number of alternatives that logprobs report for a token."""
     max_cache_ttl_s: float = 3600.0
-    """Longest time for which a request may protect its KV from eviction (its field cache_ttl)."""
+    """Maximum time that a request may protect its KV from eviction with its field cache_ttl."""
     max_queue: int = 1024
-    """Requests that a serve replica holds at once, running or waiting."""
+    """Maximum number of requests at each gateway replica, running and waiting."""
     max_queue_tokens: int | None = None
-    """Prompt and output tokens that these requests may need together, by default ``max_queue``
-    times the context length."""
+    """Maximum sum of the prompt and output tokens of these requests; by default ``max_queue`` times
+    the context length."""
     max_queue_wait_s: float = 3.0
-    """Expected wait above which further requests of a key are rejected; 0 for no limit. A queue
-    older than that reduces the limit to a third. Requests with a priority above 0 wait without
-    this limit."""
+    """Expected wait above which new requests of an API key are rejected; 0 disables the limit. It
+    falls to a third while the queue is older than this time. Requests with a priority above 0 wait
+    without this limit."""
     request_timeout_s: float = 600.0
-    """Longest duration of a request, waiting included."""
+    """Maximum duration of a request, including its time in queues."""
     state_dir: str | None = None
-    """Folder of stored responses, shared by all gateways; by default nothing is stored."""
+    """Folder in which gateways store responses, files and batches of clients; it must be shared by
+    all of them. By default nothing is stored."""
     state_ttl_s: float = 30 * 24 * 3600.0
-    """Time after which a stored object is removed."""
+    """Time after which a stored object is deleted."""
     state_max_bytes: int = 1 << 30
-    """Most bytes of the stored objects of one kind and key."""
+    """Maximum total size of the stored objects of one kind for one API key."""
     state_max_objects: int = 10_000
-    """Most stored objects of one kind and key."""
+    """Maximum number of stored objects of one kind for one API key."""
     drain_lead_s: float = 5.0
-    """Time after SIGTERM in which the gateway serves requests but is not ready, so that load
-    balancers notice."""
+    """Time after SIGTERM in which the gateway serves requests but reports not ready, so that load
+    balancers stop sending."""
     drain_timeout_s: float = 120.0
-    """Time after that for running requests to finish, while new ones are rejected."""
+    """Time after ``drain_lead_s`` for running requests to finish, while new ones are rejected."""
     metrics_all_experts: bool = False
-    """Count the tokens of every expert in ``/metrics``, not only of the busiest of each layer."""
+    """Export the token counts of every expert in ``/metrics``, not only of each layer's busiest."""
     metrics_prefix: str = "expertmesh:"
-    """Prefix of the names in ``/metrics``."""
+    """Prefix of the metric names in ``/metrics``."""
     vllm_metric_names: bool = False
-    """Also export the metrics that vLLM has under vLLM's names, for its dashboards."""
+    """Also export metrics under the names that vLLM uses, for its dashboards."""
 
     def __post_init__(self) -> None:
         taken = set[int]()
@@ -220,7 +223,7 @@ class GatewaySection:
 
     @property
     def public_ports(self) -> dict[str, int]:
-        """Ports for clients by setting."""
+        """Ports for clients, by the name of the setting."""
         ports = {"port": self.port, "grpc_port": self.grpc_port}
         return ports if self.serve_proxy is None else {**ports, "serve_proxy": self.serve_proxy}
 

@@ -19,15 +19,16 @@ class KvEventsSection:
     """Events about cached KV blocks, over ZeroMQ in vLLM's format."""
 
     kv_events_endpoint: str | None = None
-    """Endpoint at which attention workers publish cached KV blocks with their tokens, for the
-    routers of other projects: tcp://*:5557 listens, and each further rank uses the next port; with
-    a host name the worker connects. Any client that reaches the port can read the prompts."""
+    """ZeroMQ endpoint at which attention workers publish their cached KV blocks with the tokens,
+    for routers of other projects. With tcp://*:5557 each worker listens, on successive ports; with
+    a host name it connects. Any client that reaches the port can read the prompts."""
     kv_events_replay_endpoint: str | None = None
-    """Endpoint that replays missed events, for example tcp://*:6557; by default none."""
+    """ZeroMQ endpoint at which routers request missed events, such as tcp://*:6557; by default
+    none."""
     kv_events_topic: str = ""
-    """Topic of the events; llm-d's router expects kv@ADDRESS@MODEL."""
+    """ZeroMQ topic of the events; llm-d's router expects kv@ADDRESS@MODEL."""
     kv_events_buffer_steps: int = field(default=10_000, metadata=INTERNAL)
-    """Steps whose events are kept for replay, and that may wait for one subscriber."""
+    """Number of steps whose events are kept for replay, and may wait for one subscriber."""
 
     def __post_init__(self) -> None:
         for name in ("kv_events_endpoint", "kv_events_replay_endpoint"):

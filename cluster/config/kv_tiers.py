@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cluster.core.checks import check, check_each, is_not_negative, is_positive
 
 MAX_PATH = 1024
-"""Most characters of a folder's path."""
+"""Maximum length of a folder's path in characters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,19 +15,19 @@ class KvTiersSection:
     """Copies of KV blocks in host memory and on a local disk."""
 
     kv_host_bytes: int = 0
-    """Host memory of each attention worker for copies of evicted KV blocks, for example 8G; a block
-    is restored if that is measured to be cheaper than computing it."""
+    """Host memory of each attention worker for copies of evicted KV blocks, for example 8G. A block
+    is restored if that is measured to be faster than computing it."""
     kv_disk_bytes: int = 0
-    """Disk space of each attention worker for copies of KV blocks; at least ``kv_host_bytes``. A
-    worker reuses the copies that an earlier worker of its rank has left."""
+    """Disk space of each attention worker for copies of KV blocks; at least ``kv_host_bytes``.
+    After a restart, workers reuse the copies on disk."""
     kv_disk_dir: str | None = None
-    """Folder on a local disk of every node for the copies. They are as confidential as the
+    """Folder on a local disk of every node for these copies, which are as confidential as the
     prompts."""
     session_copies: bool = True
-    """Copy the KV of sessions to the host memory of a second attention worker (``kv_host_bytes``),
-    where the sessions continue if the first worker is lost."""
+    """Copy the KV of sessions to the host memory (``kv_host_bytes``) of a second attention worker,
+    on which the sessions continue if the first one is lost."""
     session_copy_bytes_per_s: float = 100e6
-    """Rate at which each worker receives such copies."""
+    """Maximum bytes per second of session copies that each worker receives."""
 
     def __post_init__(self) -> None:
         check_each(self, "kv_host_bytes kv_disk_bytes", is_not_negative, "must not be negative")

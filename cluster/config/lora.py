@@ -46,15 +46,15 @@ class LoraSection:
     """Low-rank adapters (LoRA) of the model."""
 
     lora_modules: tuple[str, ...] = ()
-    """Adapters to load at the start, separated by commas or as separate words; with
-    NAME@KEY+KEY=FOLDER only the keys of these names may use one."""
+    """LoRA adapters to load at start, separated by commas or spaces; NAME@KEY+KEY=FOLDER restricts
+    an adapter to the API keys with these names."""
     lora_roots: tuple[str, ...] = ()
-    """Folders from which adapters may be loaded while serving; by default the parent folders of
-    the adapters of lora_modules, and every folder if no keys are configured."""
+    """Folders from which adapters may be loaded while serving. The default is the parent folders of
+    ``lora_modules``, and any folder if no API keys are configured."""
     max_loras: int = 8
-    """Most adapters that may be loaded at once; 0 disables adapters."""
+    """Maximum number of adapters that are loaded at the same time; 0 disables adapters."""
     max_lora_rank: int = 64
-    """Largest rank of an adapter."""
+    """Maximum rank of an adapter."""
 
     def __post_init__(self) -> None:
         check_each(self, "max_loras", is_not_negative, "must not be negative")

@@ -20,18 +20,19 @@ class ModelSection:
     path: str = field(metadata=INTERNAL)
     """Local folder of the checkpoint (a hub id is resolved to one before this is built)."""
     served_model_name: str
-    """Name that clients use, by default the name of the checkpoint's folder or hub id."""
+    """Model name in requests; by default the name of the checkpoint's folder or hub id."""
     dtype: DType = "auto"
-    """Compute dtype; ``auto`` takes the checkpoint's own."""
+    """Data type of computation; ``auto`` takes the checkpoint's dtype."""
     quantize: Quantize = "auto"
-    """Format of routed experts in workers: ``auto`` as stored in the checkpoint, ``none`` in the
-    compute dtype, ``int8`` and ``int4`` quantized during loading."""
+    """Format of routed experts in memory: ``auto`` as in the checkpoint, ``none`` in ``dtype``,
+    ``int8`` and ``int4`` quantized during loading."""
     quantize_layers: QuantizeLayers = "experts"
-    """Weights that ``quantize`` ``int8`` and ``int4`` apply to: routed experts, or all matrices."""
+    """Weights that ``quantize`` with ``int8`` or ``int4`` covers: routed experts, or all
+    matrices."""
     max_model_len: int | None = None
-    """Context limit in tokens, by default the checkpoint's own."""
+    """Maximum tokens of prompt and output of a sequence; by default the checkpoint's limit."""
     chat_template: str | None = None
-    """Jinja text (as an option also a file) that replaces the checkpoint's chat template."""
+    """Chat template that replaces the checkpoint's: a file, or the Jinja text itself."""
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DType)

@@ -16,13 +16,14 @@ class ObservabilitySection:
     """Traces of steps and of requests, and logs."""
 
     log_format: Literal["text", "json"] = "text"
-    """Format of log records; ``json`` is one object per line with the request and generation."""
+    """Format of log records; ``json`` prints one object per line with request and generation."""
     trace_dir: str | None = None
-    """Folder on each worker's own host for a timeline of its steps, readable with Perfetto."""
+    """Folder on each worker's host for a timeline of its steps, which Perfetto displays."""
     trace_max_bytes: int = 64 * 1024 * 1024
-    """Size at which a worker starts a new timeline; it keeps the previous one."""
+    """File size at which a worker starts a new timeline; it keeps one older file."""
     otlp_endpoint: str | None = None
-    """OpenTelemetry collector (OTLP over gRPC) for request traces, for example http://HOST:4317."""
+    """OpenTelemetry collector (OTLP over gRPC) that gets request traces, such as
+    http://HOST:4317."""
     trace_content: bool = False
     """Include prompts and outputs in request traces."""
 

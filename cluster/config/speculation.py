@@ -13,18 +13,18 @@ SpeculativeMethod = Literal["none", "ngram", "mtp"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeculationSection:
-    """Whether steps run drafts of the next tokens, which are kept if the model agrees."""
+    """Whether steps verify drafts of the next tokens, which are kept if the model agrees."""
 
     speculative_method: SpeculativeMethod = "none"
-    """``ngram`` drafts the tokens that followed the same tokens earlier in the prompt or output;
-    ``mtp`` drafts with the checkpoint's layer that predicts further tokens. The output tokens are
-    equal to ``none``; drafts are run only if that is faster."""
+    """Source of drafts: ``ngram`` takes the tokens that followed the same tokens earlier in the
+    prompt or output, ``mtp`` the checkpoint's layer for multi-token prediction. Output tokens are
+    equal to those of ``none``; drafts run only if that is faster."""
     num_speculative_tokens: int = 8
-    """Most draft tokens of a sequence in a step; ``mtp`` drafts one."""
+    """Maximum number of draft tokens of a sequence in a step; ``mtp`` drafts one."""
     ngram_min: int = field(default=2, metadata=INTERNAL)
-    """Fewest last tokens that must have occurred together before for ``ngram`` to draft."""
+    """Minimum number of last tokens that ``ngram`` must find together earlier to draft."""
     ngram_max: int = field(default=5, metadata=INTERNAL)
-    """Most last tokens that ``ngram`` compares; the position with the longest match wins."""
+    """Maximum number of last tokens that ``ngram`` compares; the longest match wins."""
 
     def __post_init__(self) -> None:
         check_choice("speculative_method", self.speculative_method, SpeculativeMethod)
@@ -43,7 +43,7 @@ class SpeculationSection:
 
     @property
     def max_draft_tokens(self) -> int:
-        """Most draft tokens of a sequence in a step."""
+        """Maximum number of draft tokens of a sequence in a step."""
         return 1 if self.has_predictor else self.num_speculative_tokens
 
     @property

@@ -16,9 +16,10 @@ class TransportSection:
     """The data plane and failure detection."""
 
     transport: Transport = "auto"
-    """The data plane; ``auto`` is ``collective`` if each worker has a GPU, else ``sockets``."""
+    """How workers exchange rows: ``sockets``, ``collective`` (torch.distributed, NCCL on GPUs), or
+    ``auto``: ``collective`` if each worker has a GPU, otherwise ``sockets``."""
     detection_limit_s: float = 2.0
-    """Longest time without progress and heartbeats before a worker is declared lost."""
+    """Time without progress and heartbeats after which a worker is declared lost."""
     heartbeat_s: float = field(default=0.5, metadata=INTERNAL)
     """Time between two heartbeats of a worker."""
     connect_timeout_s: float = field(default=10.0, metadata=INTERNAL)
@@ -35,11 +36,11 @@ class TransportSection:
 
     @property
     def alive_s(self) -> float:
-        """Time between two signs of life of a worker, including heartbeats."""
+        """Time between two signs of life of a worker; a heartbeat counts as one."""
         return min(self.heartbeat_s, max(0.1, self.detection_limit_s / 20))
 
     @property
     def lease_s(self) -> float:
-        """Time without controller and committed step after which a worker stops. The controller may
-        declare it lost earlier, because no step commits without it."""
+        """Time without a reply of the controller and a committed step after which a worker stops.
+        The controller may declare it lost earlier, because no step commits without it."""
         return 1.8 * self.detection_limit_s

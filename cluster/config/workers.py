@@ -27,44 +27,45 @@ class WorkersSection:
     """Number of workers, and the resources of each."""
 
     mode: Mode = "disaggregated"
-    """``disaggregated``: two pools; ``colocated``: every worker runs attention and holds experts;
-    ``local``: one worker does both; ``auto``: one of the first two, chosen at start."""
+    """``disaggregated``: attention workers and expert workers; ``colocated``: every worker does
+    both; ``local``: one worker does both; ``auto``: the faster of the first two, chosen at
+    start."""
     mode_reason: str = field(default="", metadata=INTERNAL)
     """Why ``auto`` chose this mode; empty if the mode was given."""
     num_attention_workers: int | None = None
-    """Attention ranks, by default 1, in colocated mode ``num_expert_workers``."""
+    """Number of attention workers; by default 1, in colocated mode ``num_expert_workers``."""
     num_expert_workers: int = 2
-    """Expert ranks, in colocated mode all workers; without effect in local mode."""
+    """Number of expert workers; in colocated mode of all workers, in local mode without effect."""
     num_redundant_experts: int = 0
-    """Spare expert slots of each expert worker and bank."""
+    """Number of spare expert slots on each expert worker and layer, for redundant copies."""
     recovery_slots: int = 0
-    """Expert slots of each expert worker and bank that are kept free for recovery."""
+    """Number of expert slots on each expert worker and layer that stay free for recovery."""
     device: Device = "auto"
-    """Device of the workers; ``auto`` takes CUDA if every worker can have a share of a GPU."""
+    """Device of the workers; ``auto`` takes ``cuda`` if every worker can get a share of a GPU."""
     kernels: Kernels = "auto"
-    """Kernels on CPUs: ``auto`` takes the compiled kernels if they can be built, else torch;
+    """Kernels on CPUs: ``auto`` takes the compiled kernels if they can be built, otherwise torch;
     ``torch`` always takes torch."""
     cpus_per_worker: float | None = None
-    """CPUs that Ray reserves for a worker, fractions allowed; by default equal shares. A worker
+    """CPUs that Ray reserves for each worker, also a fraction; by default an equal share. A worker
     computes with one thread for each whole CPU, at least one."""
     has_equal_cpus: bool = field(default=False, metadata=INTERNAL)
     """Whether ``cpus_per_worker`` was left out and is an equal share of all CPUs."""
     threads_per_worker: int = field(default=1, metadata=INTERNAL)
     """Compute threads of a worker, set by ``cluster.sizing.start_plan.plan_start``."""
     gpus_per_worker: float | None = None
-    """GPUs that Ray reserves for a worker, at most 1, fractions allowed; by default 1 on CUDA, else
-    0."""
+    """GPUs that Ray reserves for each worker, at most 1, also a fraction; by default 1 on CUDA, 0
+    on CPUs."""
     placement_file: str | None = None
-    """File of the placement to start with, by default the contiguous placement."""
+    """File of the placement to start with; by default expert ids are assigned in order."""
     load_profile: str | None = None
-    """Load profile that the first placement is planned for; with ``enable_eplb`` by default the
-    model's."""
+    """File of the expert load for which the first placement is planned; with ``enable_eplb`` the
+    default is the checkpoint's profile."""
     follow_nodes: bool = False
-    """Pool sizes follow the nodes labelled for a role: a new node gets as many workers as fit; the
-    workers of a node that leaves are drained and their places removed."""
+    """Let pool sizes follow the nodes labelled for a role: a new node gets as many workers as fit;
+    the workers of a node that leaves are drained and not replaced."""
     device_speed: DeviceSpeed = "given"
-    """Worker speeds that expert load is proportional to: ``given`` by node labels, or ``measured``
-    by each worker after loading."""
+    """Source of the worker speeds, to which expert load is proportional: ``given`` by node labels,
+    or ``measured`` by each worker after loading."""
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, Mode)

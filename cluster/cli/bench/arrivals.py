@@ -15,28 +15,28 @@ from pathlib import Path
 from typing import Any
 
 MAX_TOKENS = 10_000_000
-"""Longest prompt or output in a trace: more than any model takes."""
+"""Longest prompt or output in a trace; longer than the context of any model."""
 BLOCK_TOKENS = 512
 """Tokens of a block in ``hash_ids``. Source: README of Mooncake's open traces."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request without its content."""
+    """Arrival time and lengths of one request."""
 
     due_s: float
-    """Seconds from the first request until it is sent."""
+    """Time of sending, in seconds after the first request."""
     input_len: int
-    """Tokens of its prompt."""
+    """Number of prompt tokens."""
     output_len: int
-    """Tokens of its output."""
+    """Number of output tokens."""
     blocks: Sequence[int] = ()
-    """Ids of the prompt's blocks in order: prompts share the blocks that they begin with."""
+    """Ids of the prompt's blocks in order; a block with an equal id has equal tokens."""
     block_len: int = BLOCK_TOKENS
-    """Tokens of each of ``blocks``."""
+    """Number of tokens in each of ``blocks``."""
 
     def prompt(self, vocab_size: int, seed: str) -> list[int]:
-        """Tokens of the prompt; ``seed`` generates the tokens outside ``blocks``."""
+        """Make the tokens of the prompt; ``seed`` generates the tokens outside ``blocks``."""
         shared = [
             token
             for block in self.blocks
@@ -46,7 +46,7 @@ class Arrival:
 
 
 def _tokens(seed: str, vocab_size: int, number: int) -> list[int]:
-    """Random tokens from numpy, which is fast: the same event loop takes the streams' times."""
+    """Random tokens, from numpy because slow code would delay the event loop that takes times."""
     import numpy as np  # slow to import
 
     draw = np.random.default_rng(list(seed.encode()))
@@ -57,7 +57,7 @@ def _tokens(seed: str, vocab_size: int, number: int) -> list[int]:
 def poisson(
     number: int, rate_per_s: float, input_len: int, output_len: int, seed: int
 ) -> list[Arrival]:
-    """Requests of equal lengths with exponential gaps; an infinite rate sends all at once."""
+    """Make requests of equal lengths with exponential gaps, or no gaps at an infinite rate."""
     draw = random.Random(f"{seed} gaps")
     due_s = 0.0
     found = []
@@ -76,9 +76,9 @@ def read_trace(
         path: JSON lines with ``timestamp`` (milliseconds), ``input_length``, ``output_length`` and
             optionally ``hash_ids``, as Mooncake publishes them; or, if the name ends in ``.csv``,
             ``TIMESTAMP,ContextTokens,GeneratedTokens``, as Azure does.
-        number: take only the first ``number`` requests in time; None: all.
-        speed: factor of the recorded speed.
-        length: factor of all numbers of tokens, each of which stays above 0.
+        number: read only the first ``number`` requests in time; None: all.
+        speed: factor by which requests arrive faster than recorded.
+        length: factor of all prompt and output lengths, which stay at least 1 token.
 
     Raises ``ValueError`` with the number of the request, and ``OSError``.
     """
@@ -86,7 +86,7 @@ def read_trace(
         rows = _azure_rows(file) if path.suffix == ".csv" else _mooncake_rows(file)
         found = _first(rows, number)
     if not found:
-        raise ValueError("it has no request")
+        raise ValueError("it has no requests")
     first_s = found[0].due_s
     return [
         replace(
@@ -101,7 +101,7 @@ def read_trace(
 
 
 def _first(rows: Iterator[Arrival], number: int | None) -> list[Arrival]:
-    """The first ``number`` requests in order of time; only these are held in memory."""
+    """Return the first ``number`` requests in order of time, and hold only these in memory."""
     if number is None:
         return sorted(rows, key=_due_s)
     return heapq.nsmallest(number, rows, key=_due_s)
@@ -127,7 +127,7 @@ def _mooncake_rows(file: Iterable[str]) -> Iterator[Arrival]:
 
 
 def _azure_rows(file: Iterable[str]) -> Iterator[Arrival]:
-    """Rows of an Azure trace. A few requests have generated no token: they get one."""
+    """Read rows of an Azure trace. A request that has generated no token gets one."""
     for place, row in enumerate(csv.DictReader(file), 1):
         with _names_request(place):
             when = datetime.fromisoformat(row["TIMESTAMP"])
@@ -145,7 +145,7 @@ def _length(name: str, value: Any) -> int:
 
 @contextmanager
 def _names_request(place: int) -> Iterator[None]:
-    """Convert errors of reading a request to a ``ValueError`` with its number."""
+    """Convert errors of reading a request to a ``ValueError`` with the request's number."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as err:

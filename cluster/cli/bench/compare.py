@@ -1,4 +1,4 @@
-"""``bench compare``: compares two saved documents of one command, or two servers."""
+"""``bench compare``: compares two saved documents of one bench command, or two servers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from cluster.cli.terminal.output import note, show, table
 
 _HIGHER = ("_per_s", "successful")
 _LOWER = ("_ms", "_us", "_s", "failed", "failures", "unfinished", "_bytes")
-"""Name endings of values for which higher or lower is better; other values are only shown."""
+"""Endings of the names of values that are better higher or lower; others are only shown."""
 _COMMANDS = ("bench ", "benchmarks.")
 """Prefixes of the names of commands that write documents."""
 
 
 @dataclass(frozen=True, slots=True)
 class ValueChange:
-    """One value in both documents."""
+    """One value in both documents, before and after."""
 
     name: str
     """Path of the value: names joined by dots."""
@@ -35,7 +35,7 @@ class ValueChange:
 
     @property
     def better(self) -> str:
-        """``higher``, ``lower`` or empty: decided by the innermost name with a known ending."""
+        """``higher``, ``lower`` or empty, by the innermost name that has a known ending."""
         if self.name.startswith("sent_late_ms."):  # a property of the client
             return "neither"
         for name in reversed(self.name.split(".")):
@@ -53,32 +53,32 @@ class ValueChange:
         return self.after / self.before if self.before else math.inf
 
     def is_worse(self, threshold: float) -> bool:
-        """Whether the value got worse by more than the threshold."""
+        """Whether the value got worse by more than the factor ``threshold``."""
         if self.better == "higher":
             return self.ratio * threshold < 1.0
         return self.better == "lower" and self.ratio > threshold
 
 
 def add_command(kinds: CommandParsers) -> None:
-    text = "two saved documents, or two servers under the same load; exits with 1 if B is worse"
+    text = "compare two saved documents, or two servers under equal load; exit with 1 if B is worse"
     parser = kinds.add("compare", run, text)
     for name, what in (
-        ("A", "file of --save or --json, or a server"),
-        ("B", "file or server, as A"),
+        ("A", "Document of --save or --json, or URL of a server"),
+        ("B", "Document or URL to compare with A"),
     ):
         parser.add_argument(name.lower(), metavar=f"{name}.json|URL", help=what)
-    text = "ratio from which a value counts as worse"
+    text = "Factor by which a value of B must be worse than that of A to count as worse"
     ratio = Number(kind=float, rule="must be a number, 1 or more", low=1, high=1e300)
     parser.add_argument("--threshold", type=ratio, default=1.05, metavar="NUMBER", help=text)
-    text = "parts of the load, which the two servers run in turn; A and B alternate as first"
+    text = "Number of parts of the load; each part runs on A and B, which alternate as first"
     parser.add_argument("--rounds", type=count, default=2, help=text)
-    parser.add_argument("--b-api-key", metavar="TEXT", help="key of B, which gets no other")
-    parser.add_argument("--b-model", metavar="NAME", help="served model of B (default: as of A)")
+    parser.add_argument("--b-api-key", metavar="TEXT", help="API key of B (default: none)")
+    parser.add_argument("--b-model", metavar="NAME", help="Model to use at B (default: that of A)")
     add_workload_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print every value's ratio; exits with 1 if one got worse by more than the threshold."""
+    """Print the ratio of every value; return 1 if one got worse by more than the threshold."""
     are_servers = [_is_url(name) for name in (args.a, args.b)]
     if any(are_servers) != all(are_servers):
         raise CommandError(ExitCode.USAGE, "give two files or two URLs")
@@ -109,9 +109,9 @@ def _read_both(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[ValueChange]:
-    """All values of both documents; a value that one of them lacks counts as 0 there."""
+    """Pair the values of both documents. A failure count that one of them lacks is 0 there."""
     old, new = dict(iter_values(before)), dict(iter_values(after))
-    counter = "failures."  # by code: a missing one is 0
+    counter = "failures."  # counts by error code, of which a missing one is 0
     shared = [n for n in {**old, **new} if n.startswith(counter) or (n in old and n in new)]
     return [ValueChange(name, old.get(name, 0.0), new.get(name, 0.0)) for name in shared]
 
@@ -140,7 +140,7 @@ def _note_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> No
 
 
 def _document(command: str, found: list[ValueChange], threshold: float) -> dict[str, Any]:
-    """JSON has no infinity, so a ratio to zero is null."""
+    """Make the document. A ratio to zero is null, because JSON has no infinity."""
     numbers = {
         change.name: {
             "before": change.before,

@@ -1,4 +1,4 @@
-"""Documents of measurements: what ``bench serve`` prints and saves, and ``bench compare`` reads."""
+"""Documents of measurements, which ``bench serve`` saves and ``bench compare`` reads."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from cluster.cli.terminal.output import save, show
 
 def add_save(parser: argparse.ArgumentParser) -> None:
     """Add ``--save``."""
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the document, for compare")
+    text = "File to write the results to, for bench compare"
+    parser.add_argument("--save", type=Path, metavar="FILE", help=text)
 
 
 def document_of(
     command: str, options: Mapping[str, Any], results: Mapping[str, Any], **more: Any
 ) -> dict[str, Any]:
-    """Make a document from a command's ``options`` and its measured ``results``."""
+    """Make a document from the options of a command and its measured results."""
     return {
         "schema": 1,
         "command": command,
@@ -45,7 +46,7 @@ def show_and_save(args: argparse.Namespace, document: Mapping[str, Any], text: s
 
 
 def iter_values(document: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, float]]:
-    """All numbers in a document's results, by names joined with dots."""
+    """Yield all numbers in a document's results with their names, joined by dots."""
     for key, value in document.items():
         if isinstance(value, Mapping):
             yield from iter_values(value, f"{inside}{key}.")
@@ -54,12 +55,12 @@ def iter_values(document: Mapping[str, Any], inside: str = "") -> Iterator[tuple
 
 
 def format_number(value: float | None, digits: int = 2) -> str:
-    """A number as text."""
+    """Format a number."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _rounded(value: Any) -> Any:
-    """Round every measured number to six digits, which exceed the resolution of clocks."""
+    """Round every measured number to six digits, more than the resolution of clocks."""
     if isinstance(value, Mapping):
         return {key: _rounded(inner) for key, inner in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):

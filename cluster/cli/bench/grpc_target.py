@@ -97,7 +97,7 @@ def _credentials(files: Mapping[str, str | None]) -> grpc.ChannelCredentials:
 
 
 def _failure(err: grpc.aio.AioRpcError) -> RequestFailed:
-    """Convert a gRPC error. A status without details is from the client: no server was reached."""
+    """Convert a gRPC error. One without the server's details means that no server was reached."""
     code = err.code()
     exit_code = _EXITS.get(code, ExitCode.FAILED)
     metadata: Any = err.trailing_metadata() or ()

@@ -16,14 +16,14 @@ _MAX_ERROR_BYTES = 1 << 16
 
 
 class HttpTarget:
-    """Sends completions over HTTP, each on a connection of its own; see ``BenchTarget``."""
+    """Sends completions over HTTP, each on its own connection; see ``BenchTarget``."""
 
     def __init__(self, client: Client, model: str | None, cache_salt: str) -> None:
         """Must be called in the event loop of the requests."""
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, force_close=True, ssl=client.tls or True),
             headers=client.headers,
-            timeout=aiohttp.ClientTimeout(),  # none: the load has a limit for each request
+            timeout=aiohttp.ClientTimeout(),  # none: the workload limits the time of each request
         )
         self._url = f"{client.url}/v1/completions"
         self._fields: dict[str, Any] = {
@@ -37,7 +37,7 @@ class HttpTarget:
     async def complete(
         self, prompt: Sequence[int], max_tokens: int, on_piece: Callable[[], None]
     ) -> int:
-        """See ``BenchTarget``. A piece is an event with text; empty ones are counted later."""
+        """See ``BenchTarget``. ``on_piece`` is called for events with text, not for empty ones."""
         body = {"prompt": prompt, "max_tokens": max_tokens, **self._fields}
         try:
             async with self._session.post(self._url, json=body) as answer:
@@ -47,7 +47,7 @@ class HttpTarget:
         except (aiohttp.ClientError, ValueError, KeyError, IndexError) as err:
             if isinstance(err, OSError):  # a connection that failed or was reset
                 raise
-            raise RequestFailed("cut off", "the answer ended before it was whole") from err
+            raise RequestFailed("cut off", "the response ended before it was complete") from err
 
     async def close(self) -> None:
         await self._session.close()
@@ -77,7 +77,7 @@ async def _count_tokens(lines: aiohttp.StreamReader, on_piece: Callable[[], None
 
 
 def _refused(status: int, body: bytes) -> RequestFailed:
-    """The error of a response with an error object."""
+    """Convert a response with an error object to an exception."""
     err = response_error(status, body)
     try:
         reason = f"{status} {json.loads(body)['error']['code']}"

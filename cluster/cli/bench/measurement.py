@@ -1,4 +1,4 @@
-"""Results of a workload at one server: complete, or cut off by an interrupt."""
+"""Results of a workload at one server, complete or up to an interrupt."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from cluster.cli.terminal.progress import Progress
 
 _TICK_S = 0.2
 _LATE_MS = 10.0
-"""Warn if more than a tenth of the requests are sent later than this."""
+"""Warn if more than a tenth of the requests are sent later than this after their time."""
 
 
 class Measurement:
-    """Sums over the parts of a load that have run."""
+    """Accumulates results over the parts of a workload that have run."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.tally = Tally(dict(args.goodput))
         self.load: Workload | None = None
-        """The whole load; None before its first part."""
+        """The whole workload; None before its first part."""
         self.is_interrupted = False
         self._args = args
         self._duration_s = 0.0
@@ -34,7 +34,7 @@ class Measurement:
     async def run(
         self, load: Workload, part: Workload, target: BenchTarget, progress: Progress
     ) -> None:
-        """Run a part of the load. A bar shows how many requests of the whole load have ended."""
+        """Run a part of the workload. A bar shows how many requests of the whole one have ended."""
 
         def tick() -> None:
             if time.monotonic() - self._shown_at >= _TICK_S:
@@ -49,7 +49,7 @@ class Measurement:
             self._duration_s = earlier_s + time.monotonic() - began
 
     def document(self, url: str) -> dict[str, Any]:
-        """The document of ``bench serve``; needs a part that has begun."""
+        """Make the document of ``bench serve``. Requires that a part has begun."""
         assert self.load is not None
         protocol = "http" if getattr(self._args, "grpc", None) is None else "grpc"
         return document_of(

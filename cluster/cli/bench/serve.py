@@ -25,21 +25,21 @@ _COLUMNS = ("mean", "median", "p90", "p99")
 
 
 def add_commands(commands: CommandParsers) -> None:
-    kinds = commands.add_group("bench", "measure a server")
+    kinds = commands.add_group("bench", "measure latency and throughput of a server")
     add_command(kinds)
     compare.add_command(kinds)
 
 
 def add_command(kinds: CommandParsers) -> None:
-    parser = kinds.add("serve", run, "load on a running server, streamed completions")
+    parser = kinds.add("serve", run, "send streamed completions to a running server and measure it")
     add_workload_options(parser)
-    text = "use gRPC, at this address (default: the address that the server reports)"
+    text = "Use gRPC instead of HTTP, at this address (default: as the server reports)"
     parser.add_argument("--grpc", nargs="?", const="", metavar="HOST:PORT", help=text)
     add_save(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; exits with 1 if a request failed, with 130 after a ctrl-C."""
+    """Measure and print; return 1 if a request failed, 130 after Ctrl-C."""
     require_folder(args.save)
     found = Measurement(args)
     try:
@@ -70,7 +70,7 @@ async def _measure(args: argparse.Namespace, found: Measurement, progress: Progr
 
 
 def _text(document: Mapping[str, Any]) -> str:
-    """Rows of totals, followed by a table of times."""
+    """Format the totals as rows, followed by a table of times."""
     results = document["results"]
     rows = [
         ("Successful requests", results["successful"]),

@@ -1,4 +1,4 @@
-"""One workload on two servers in turn, so that other activity on the machines affects both."""
+"""Runs one workload on two servers in turn, so that other load on the machines affects both."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from cluster.cli.terminal.progress import Progress
 def measure_both(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Documents of ``bench serve`` for the servers ``args.a`` and ``args.b``.
 
-    After a ctrl-C they have the results so far, if each server had a turn. Raises ``CommandError``,
-    also if a server does not respond at all.
+    After Ctrl-C they have the results so far, if each server has run a part. Raises
+    ``CommandError``, also if a server does not respond at all.
     """
     a_args = _settings(args, url=args.a)
     b_args = _settings(args, url=args.b, model=args.b_model or args.model)

@@ -1,4 +1,4 @@
-"""Statistics of a workload in memory of constant size. Pure: no clock, no sockets."""
+"""Statistics of a workload in constant memory. Uses no clock and no sockets."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _GROWTH = math.log(1.01)
-"""Growth factor of the buckets: quantiles are exact to half a bucket."""
+"""Logarithm of the ratio of two bucket bounds; quantiles are exact to half a bucket."""
 MEASURES = ("ttft", "tpot", "itl", "e2e")
-"""Time to first token, time per further token, gaps between stream pieces, whole request."""
+"""Times to the first token, per further token, between stream pieces, and of the request."""
 
 
 class Distribution:
@@ -28,7 +28,7 @@ class Distribution:
         self._buckets[math.floor(math.log(max(value, 1e-9)) / _GROWTH)] += 1
 
     def quantile(self, part: float) -> float | None:
-        """The smallest number that ``part`` of all do not exceed; None without numbers."""
+        """The smallest number that the share ``part`` does not exceed; None without numbers."""
         left = max(1, math.ceil(part * self.count))
         for bucket in sorted(self._buckets):
             left -= self._buckets[bucket]
@@ -72,7 +72,7 @@ class Tally:
     """Outcomes of the requests so far."""
 
     goals_ms: Mapping[str, float]
-    """Upper limits of a good request by measure; for ``itl`` of each of its gaps."""
+    """Upper limits of a good request by measure; ``itl`` limits each gap."""
     successful: int = 0
     good: int = 0
     prompt_tokens: int = 0
@@ -84,7 +84,7 @@ class Tally:
         default_factory=lambda: {name: Distribution() for name in MEASURES}
     )
     late_ms: Distribution = field(default_factory=Distribution)
-    """Delay of each request's sending after its arrival time."""
+    """Delay from the arrival time of each request until it was sent."""
 
     def begin(self, late_s: float = 0.0) -> None:
         """Record that a request is sent, ``late_s`` after its arrival time."""

@@ -1,4 +1,4 @@
-"""Makes the target of a workload, and determines the vocabulary of its model."""
+"""Makes the target of a workload and reads the vocabulary size of its model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cluster.cli.terminal.tls import tls_files
 
 
 def http_target(args: argparse.Namespace, client: Client) -> tuple[BenchTarget, int]:
-    """A server with OpenAI's protocol, and its vocabulary size: given, or reported by expertmesh.
+    """Make a target that speaks OpenAI's protocol; return it with the vocabulary size.
 
     Must be called in the event loop of the requests. Raises ``CommandError``.
     """
@@ -27,7 +27,7 @@ def http_target(args: argparse.Namespace, client: Client) -> tuple[BenchTarget, 
 
 
 async def grpc_target(args: argparse.Namespace, client: Client) -> tuple[BenchTarget, int]:
-    """A server with expertmesh's own protocol, at the address of ``--grpc`` or reported over HTTP.
+    """Make a gRPC target at the address of ``--grpc``, or at the one reported over HTTP.
 
     Raises ``CommandError``.
     """
@@ -50,7 +50,7 @@ async def grpc_target(args: argparse.Namespace, client: Client) -> tuple[BenchTa
 
 
 def _new_salt() -> str:
-    """A random salt, so that no cached prefix of an earlier run is reused."""
+    """Make a random cache salt, so that no cached prefix of an earlier run is reused."""
     return f"bench-{uuid.uuid4().hex}"
 
 

@@ -1,4 +1,4 @@
-"""A workload of streamed completions: sends requests on a schedule and counts the outcomes."""
+"""Workload of streamed completions: sends requests on a schedule and counts the outcomes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 
 
 class RequestFailed(CommandError):
-    """A request without a complete response; ends the command if nothing can be measured."""
+    """A request failed. Ends the command if nothing can be measured."""
 
     def __init__(self, reason: str, message: str, code: ExitCode = ExitCode.FAILED) -> None:
         super().__init__(code, message)
@@ -38,12 +38,12 @@ class BenchTarget(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """Requests to send, and how."""
+    """Requests to send, with their times and limits."""
 
     arrivals: Sequence[Arrival]
     """The requests in order of time."""
     max_concurrency: int | None
-    """Most concurrent requests; others wait in the client and are late. None: an open loop."""
+    """Maximum concurrent requests; further ones wait here and are late. None: no limit."""
     vocab_size: int
     """Vocabulary size; prompts are random tokens below it."""
     seed: int
@@ -54,15 +54,15 @@ class Workload:
     """Index of the first request within the whole load, if this is a part of one."""
 
     def prompt(self, number: int) -> list[int]:
-        """Tokens of the request with this index in ``arrivals``."""
+        """Make the prompt of the request with this index in ``arrivals``."""
         return self.arrivals[number].prompt(self.vocab_size, f"{self.seed} {self.first + number}")
 
     def warm_up_prompt(self) -> list[int]:
-        """A different prompt with the length of the first one."""
+        """Make a prompt that differs from the first one and has its length."""
         return replace(self.arrivals[0], blocks=()).prompt(self.vocab_size, f"{self.seed} -1")
 
     def parts(self, number: int) -> list[Workload]:
-        """At most ``number`` consecutive loads with about equal numbers of requests."""
+        """Divide into at most ``number`` workloads of about equally many consecutive requests."""
         size = -(-len(self.arrivals) // number)
         found = []
         for first in range(0, len(self.arrivals), size):
@@ -90,7 +90,7 @@ async def run_workload(
 ) -> None:
     """Send all requests and wait for their end; ``tick`` is called after each request.
 
-    Times of a request begin when it is sent; ``Tally.late_ms`` records how late that was.
+    The times of a request count from its sending; ``Tally.late_ms`` records how late it was sent.
     """
     seats = asyncio.Semaphore(load.max_concurrency or len(load.arrivals))
     clock = asyncio.get_running_loop().time

@@ -1,4 +1,4 @@
-"""Options that describe a workload, and its construction from them."""
+"""Options that describe a workload; makes the workload from them."""
 
 from __future__ import annotations
 
@@ -17,42 +17,39 @@ LIMIT_S = 600.0
 """Time limit of one request without ``--timeout``."""
 _NUM_PROMPTS = 100
 _AT_ONCE = 256
-"""Most concurrent requests if all are sent at once: a server has a limit for each key."""
+"""Maximum number of concurrent requests if all are sent at once: servers limit each key."""
 
 
 def add_workload_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of requests and arrival times, which ``make_workload`` reads."""
     add_model_option(parser)
-    text = f"requests (default: {_NUM_PROMPTS}, or all of the trace)"
+    text = f"Number of requests (default: {_NUM_PROMPTS}, or all of the trace)"
     parser.add_argument("--num-prompts", type=count, help=text)
-    text = "mean requests per second, Poisson arrivals; inf sends all together"
+    text = "Mean requests per second with Poisson arrivals; inf sends all at once"
     parser.add_argument(
         "--request-rate", type=positive_or_inf, default=math.inf, metavar="NUMBER", help=text
     )
-    text = "take arrivals and lengths from a file: JSON lines as Mooncake's, or .csv as Azure's"
+    text = "File of arrival times and lengths: JSON lines in Mooncake's format, .csv in Azure's"
     parser.add_argument("--trace", type=Path, metavar="FILE", help=text)
     for name, text in (
-        ("speed", "factor of the trace's speed"),
-        ("length", "factor of the trace's token counts"),
+        ("speed", "Factor by which requests arrive faster than in the trace"),
+        ("length", "Factor of the trace's prompt and output lengths"),
     ):
         parser.add_argument(
             f"--trace-{name}", type=positive, default=1.0, metavar="NUMBER", help=text
         )
-    text = f"concurrent requests (default: {_AT_ONCE} if all are sent together, else no limit)"
+    text = f"Maximum concurrent requests (default: {_AT_ONCE} if all are sent at once, else any)"
     parser.add_argument("--max-concurrency", type=count, help=text)
-    for name, default, what in (("input", 128, "prompt"), ("output", 64, "answer")):
-        text = f"tokens of each {what}"
+    for name, default, what in (("input", 128, "prompt"), ("output", 64, "output")):
+        text = f"Number of tokens of each {what}, without a trace"
         parser.add_argument(f"--random-{name}-len", type=count, default=default, help=text)
-    text = "vocabulary size for random prompts (default: reported by the server)"
+    text = "Vocabulary size for random prompts (default: as the server reports)"
     parser.add_argument("--vocab-size", type=count, help=text)
-    parser.add_argument("--seed", type=int, default=0, help="seed of prompts and gaps")
+    text = "Seed of the random prompts and arrival times"
+    parser.add_argument("--seed", type=int, default=0, help=text)
+    text = f"Limits in ms on {', '.join(MEASURES)} of a good request; adds their rate"
     parser.add_argument(
-        "--goodput",
-        nargs="+",
-        type=_goal,
-        default=[],
-        metavar="NAME:MS",
-        help=f"good requests a second, by {', '.join(MEASURES)}; itl: no gap is longer",
+        "--goodput", nargs="+", type=_goal, default=[], metavar="NAME:MS", help=text
     )
 
 
@@ -68,7 +65,7 @@ def _goal(text: str) -> tuple[str, float]:
 
 
 def make_workload(args: argparse.Namespace, vocab_size: int) -> Workload:
-    """Make the load, with prompts of these tokens. Raises ``CommandError`` for a bad trace."""
+    """Make the workload from the options. Raises ``CommandError`` for a bad trace."""
     is_at_once = args.trace is None and not math.isfinite(args.request_rate)
     return Workload(
         arrivals=_arrivals(args),
@@ -98,7 +95,7 @@ def _arrivals(args: argparse.Namespace) -> list[Arrival]:
 
 
 def options_of(args: argparse.Namespace, load: Workload) -> dict[str, Any]:
-    """The settings that a document lists."""
+    """The settings that a saved document lists."""
     settings: dict[str, Any] = {
         "num_prompts": len(load.arrivals),
         "max_concurrency": load.max_concurrency,

@@ -1,4 +1,4 @@
-"""``down``: end a cluster that ``up`` (or ``serve``) started."""
+"""``down``: stop a cluster that ``up`` or ``serve`` started."""
 
 from __future__ import annotations
 
@@ -25,21 +25,16 @@ _END_LIMIT_S = 120.0
 
 
 def add_commands(commands: CommandParsers) -> None:
-    parser = commands.add("down", run, "end a cluster that up started")
-    parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
-    parser.add_argument(
-        "--wait",
-        type=seconds,
-        default=STOP_LIMIT_S,
-        metavar="SECONDS",
-        help="time to end by itself, after which it is killed",
-    )
-    text = "end the cluster in this Ray, even if it was started on another host"
+    parser = commands.add("down", run, "stop a cluster that up or serve started")
+    parser.add_argument("-y", "--yes", action="store_true", help="Do not ask for confirmation")
+    text = "Time that the cluster has to stop; after it, its processes are killed"
+    parser.add_argument("--wait", type=seconds, default=STOP_LIMIT_S, metavar="SECONDS", help=text)
+    text = "Stop the cluster that runs in this Ray, even if another host started it"
     parser.add_argument("--address", metavar="ADDRESS", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
-    """End the cluster; succeeds if there is none."""
+    """Stop the cluster. Without one the command succeeds too."""
     name = args.name or os.environ.get("EXPERTMESH_NAME") or state_file.DEFAULT_NAME
     record = state_file.read_record(name)
     address = args.address or ("" if record else os.environ.get("RAY_ADDRESS", ""))
@@ -64,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 def _end_in(
     args: argparse.Namespace, address: str, record: state_file.ClusterRecord | None
 ) -> bool:
-    """End the cluster in a Ray; return False if there was none."""
+    """Stop the cluster in the Ray at ``address``; return False if there was none."""
     _confirm(args, f"the cluster in Ray at {address}")
     names = end_by_name(address)
     if record is not None and record.is_detached:
@@ -84,11 +79,11 @@ def _confirm(args: argparse.Namespace, what: str) -> None:
 
 
 def end_cluster(record: state_file.ClusterRecord, limit_s: float) -> None:
-    """Request the launcher to stop, wait, and end the rest. Raises ``CommandError``."""
+    """Stop the launcher, wait for it, and end processes that it leaves. Raises ``CommandError``."""
     if record.is_alive:
         os.kill(record.launcher.pid, signal.SIGTERM)
         if not _wait_for_end(record, limit_s):
-            note(f"{record.name} did not end in time: killing it")
+            note(f"{record.name} did not end in time: killing its launcher")
             kill_process(record.launcher)
     if state_file.read_record(record.name) is None:
         return
@@ -105,7 +100,7 @@ def end_cluster(record: state_file.ClusterRecord, limit_s: float) -> None:
 
 
 def _wait_for_end(record: state_file.ClusterRecord, limit_s: float) -> bool:
-    """Whether the launcher ends within ``limit_s``."""
+    """Wait for the end of the launcher; return whether it ended within ``limit_s``."""
     deadline = time.monotonic() + limit_s
     with Progress(lines=False) as progress:
         while is_running(record.launcher) and time.monotonic() < deadline:
@@ -115,7 +110,7 @@ def _wait_for_end(record: state_file.ClusterRecord, limit_s: float) -> bool:
 
 
 def end_by_name(address: str) -> list[str]:
-    """End expertmesh's app and actors in a Ray; return the names of the actors.
+    """End expertmesh's Serve app and actors in a Ray; return the names of the actors.
 
     Runs in a child process that may import Ray. Raises ``CommandError``.
     """
@@ -126,12 +121,12 @@ def end_by_name(address: str) -> list[str]:
             command, env=environment, capture_output=True, text=True, timeout=_END_LIMIT_S
         )
     except subprocess.TimeoutExpired as err:
-        message = f"Ray at {address} does not answer"
+        message = f"Ray at {address} does not respond within {_END_LIMIT_S:g} s"
         raise CommandError(ExitCode.NOT_READY, message) from err
     words = done.stderr.strip().splitlines() or ["no reason given"]
     if done.returncode == UNREACHABLE:
         raise CommandError(ExitCode.UNREACHABLE, f"no Ray at {address}: {words[-1]}")
     if done.returncode != 0:
-        message = f"ending what runs in Ray at {address} failed: {words[-1]}"
+        message = f"could not end the cluster in Ray at {address}: {words[-1]}"
         raise CommandError(ExitCode.FAILED, message)
     return done.stdout.split()

@@ -1,4 +1,4 @@
-"""``drain``: empty workers or a gateway before they are stopped; no request fails.
+"""``drain``: moves the work of workers or a gateway elsewhere before they end; no request fails.
 
 The drain of a worker is an operation of the controller. A gateway drains itself: the command polls
 its number of requests until there are none.
@@ -26,35 +26,35 @@ from cluster.core.errors import UNDER_WAY, ConflictError
 DEFAULT_LIMIT_S = 120.0
 _POLL_S = 0.1
 _GRACE_S = 10.0
-"""Time after its own deadline within which an operation must end."""
+"""Time beyond the operation's deadline that the command waits for its end."""
 
 
 def add_commands(commands: CommandParsers) -> None:
-    kinds = commands.add_group("drain", "empty workers or a gateway; no request fails")
+    kinds = commands.add_group(
+        "drain", "move work away from workers or a gateway; no request fails"
+    )
     for what, text in (
-        ("worker", "empty a worker and end it"),
-        ("node", "empty and end all workers of a node"),
+        ("worker", "move the requests and experts of a worker to others and end it"),
+        ("node", "move the requests and experts of a node's workers to others and end them"),
     ):
         parser = kinds.add(what, run_drain, text)
-        parser.add_argument("target", metavar="NAME", help="as in workers")
-        text = "a drain that takes longer is undone"
+        text = f"Name of the {what}, as the command workers shows it"
+        parser.add_argument("target", metavar="NAME", help=text)
+        text = "Time limit of the drain; after it the drain is rolled back and the workers stay"
         parser.add_argument(
             "--deadline", type=seconds, default=DEFAULT_LIMIT_S, metavar="SECONDS", help=text
         )
-        parser.add_argument("--force", action="store_true", help="end it at the deadline instead")
-        text = "wait while another operation runs; the deadline counts from now all the same"
+        text = "At the deadline, end the workers instead of rolling the drain back"
+        parser.add_argument("--force", action="store_true", help=text)
+        text = "Wait while another operation runs instead of failing; --deadline includes the wait"
         parser.add_argument("--in-turn", action="store_true", help=text)
-        add_wait_option(parser, None, "the deadline and 10 more")
+        add_wait_option(parser, None, "--deadline plus 10")
         add_address_option(parser)
         parser.set_defaults(what=what)
-    text = "drain a gateway: it finishes its requests and accepts no new ones"
+    text = "let a gateway finish its requests while it rejects new ones"
     parser = kinds.add("gateway", drain_gateway, text)
-    parser.add_argument(
-        "gateway",
-        nargs="?",
-        metavar="NAME",
-        help="as in status (default: the gateway of --admin-url)",
-    )
+    text = "Name of the gateway, as status prints it (default: the gateway of --admin-url)"
+    parser.add_argument("gateway", nargs="?", metavar="NAME", help=text)
     add_wait_option(parser, DEFAULT_LIMIT_S)
 
 
@@ -72,7 +72,7 @@ def run_drain(args: argparse.Namespace) -> int:
 
 
 def _begin(admin: AdminClient, fields: dict[str, Any], in_turn: bool) -> dict[str, Any]:
-    """Start a drain; ``in_turn`` waits for other operations, as pods may be stopped together.
+    """Start a drain; with ``in_turn`` after other operations, because pods may stop together.
 
     Raises ``CommandError`` and ``ConflictError``.
     """
@@ -89,12 +89,12 @@ def _begin(admin: AdminClient, fields: dict[str, Any], in_turn: bool) -> dict[st
 
 
 def drain_gateway(args: argparse.Namespace, quiet_s: float = 12.0) -> int:
-    """Drain a gateway until it has had no request for ``quiet_s``, which is longer than its
-    ``leaving_lead_s``. Raises ``CommandError``.
+    """Drain a gateway and return once it has had no request for ``quiet_s``, which is longer than
+    its ``leaving_lead_s``. Raises ``CommandError``.
     """
     admin = find_admin(args, args.gateway)
     if admin is None:
-        raise CommandError(ExitCode.UNREACHABLE, "no admin port in reach: --admin-url")
+        raise CommandError(ExitCode.UNREACHABLE, "no admin port can be reached: give --admin-url")
     give_up = time.monotonic() + args.wait
     quiet_since = None  # a request may be between two of its steps
     while True:

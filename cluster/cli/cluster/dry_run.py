@@ -70,7 +70,7 @@ def describe(plan: LaunchPlan) -> dict[str, Any]:
 
 
 def _weights(role: Role, rank: int, start: StartPlan, facts: CheckpointFacts, itemsize: int) -> int:
-    """Bytes of the weights of a worker: all except experts, the experts of its slots, or both."""
+    """Bytes of a worker's weights: all but routed experts, the experts of its slots, or both."""
     mode = start.config.workers.mode
     held = 0
     if holds_experts(role) or mode == "local":
@@ -82,7 +82,7 @@ def _weights(role: Role, rank: int, start: StartPlan, facts: CheckpointFacts, it
 
 
 def text(document: Mapping[str, Any], address: str) -> str:
-    """The document as text; ``address`` is the address of the Ray to join."""
+    """Format the document as text; ``address`` is the Ray cluster to join."""
     reason = document["mode_reason"]
     shares = f"determined by the nodes of {address} after joining"
     if document["device"] is not None:

@@ -1,4 +1,4 @@
-"""Log files that are read while other processes write and rotate them."""
+"""Reads log files while other processes write and rotate them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import BinaryIO
 
 
 class FollowedFile:
-    """Text of one growing file. A file that replaces it under its name is read after it.
+    """Reader of one growing file. After a rotation it continues with the new file of that name.
 
-    The file stays open, so that text written before a rotation is read too. Must be closed.
+    The file stays open, so that text written before the rotation is not lost. Must be closed.
     """
 
     def __init__(self, path: Path) -> None:

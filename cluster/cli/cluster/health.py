@@ -14,14 +14,13 @@ from cluster.core.states import WorkerState, is_gone
 
 
 def add_commands(commands: CommandParsers) -> None:
-    health = commands.add("health", run_health, "exits 0 if healthy and 4 if not, for probes")
-    health.add_argument(
-        "--node", metavar="NAME", help="only its workers: are they loaded and in the generation"
-    )
+    health = commands.add("health", run_health, "check the cluster; exit with 0 if healthy, else 4")
+    text = "Check only the workers on the node with this IP"
+    health.add_argument("--node", metavar="NAME", help=text)
 
 
 def run_health(args: argparse.Namespace) -> int:
-    """Print and return whether all is healthy; an unreachable server is not."""
+    """Print the reasons for bad health, or ``ok``. Raises ``CommandError`` without a server."""
     client = Client(args)
     if args.node is None:
         answer = client.get("/ready", any_status=True)
@@ -37,10 +36,9 @@ def run_health(args: argparse.Namespace) -> int:
 
 
 def unhealthy_reasons(node: str, workers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Why the workers on a node, given by its address, are not healthy; empty if they are.
+    """Return reasons why the workers on a node (an IP address) are not healthy; empty if they are.
 
-    A worker that is ``SERVING`` has its weights, takes part in the running generation and so uses
-    the placement epoch of its leader.
+    A worker in state ``SERVING`` has loaded its weights and takes part in the running generation.
     """
     mine = [w for w in workers if w["node"] == node and not is_gone(w["state"])]
     if not mine:

@@ -19,14 +19,14 @@ _COLOURS = {"SERVING": "green", "DEGRADED": "yellow", "RECOVERING": "yellow", "S
 
 
 def add_commands(commands: CommandParsers) -> None:
-    status = commands.add("status", run_status, "state; exits 0 only when ready")
-    status.add_argument("--watch", action="store_true", help="repeat until interrupted")
-    commands.add("workers", run_workers, "one line for each worker")
-    commands.add("events", run_events, "history of the cluster")
+    status = commands.add("status", run_status, "show the state; exit with 0 only if ready")
+    status.add_argument("--watch", action="store_true", help="Repeat the output until interrupted")
+    commands.add("workers", run_workers, "show each worker with its node and state")
+    commands.add("events", run_events, "show the changes of the cluster with cause and effect")
 
 
 def run_status(args: argparse.Namespace) -> int:
-    """Print the state; ``NOT_READY`` unless the cluster serves clients now."""
+    """Print the state; return ``NOT_READY`` unless the cluster serves clients now."""
     while True:
         client = Client(args)
         status: dict[str, Any] = client.get("/cluster/v1/status")

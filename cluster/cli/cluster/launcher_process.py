@@ -1,7 +1,7 @@
-"""The CLI process of ``serve`` and ``up``: spawns the launcher, shows its events, ends it.
+"""The launcher's parent process, ``serve`` or ``up``: starts it, shows its progress, stops it.
 
-The launcher owns the cluster. A pipe each way connects the two: if this process dies, the launcher
-notices and stops; if the launcher dies, this process ends the rest of the cluster.
+The launcher owns the cluster. Two pipes connect the processes: if this process dies, the launcher
+stops the cluster; if the launcher dies, this process ends the rest of the cluster.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Interrupted(BaseException):
 
 
 def raise_on_signals() -> None:
-    """Until a launcher runs, make a signal end the command by ``Interrupted``.
+    """Make SIGINT and SIGTERM raise ``Interrupted`` until a launcher runs.
 
-    Also if the shell started this process with SIGINT ignored, as it does for ``command &``.
+    Applies even if the shell has started this process with SIGINT ignored, as for ``command &``.
     """
 
     def handle(number: int, frame: FrameType | None) -> NoReturn:
@@ -59,7 +59,7 @@ def _signals() -> list[signal.Signals]:
 
 
 class LauncherProcess:
-    """One launcher, from spawn to end."""
+    """One launcher process, from its start to its end."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class LauncherProcess:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", module],
                 env=dict(environment),
-                cwd="/",  # Ray adds it to the workers' import path: not a user's folder
+                cwd="/",  # Ray adds it to the workers' import path: not a folder of the user
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -112,9 +112,9 @@ class LauncherProcess:
         self._child.wait()
 
     def run(self, progress: Progress, detach: bool) -> ExitCode:
-        """Show progress until ready; then follow the cluster to its end, or ``detach`` from it.
+        """Show progress until the cluster is ready; then await its end, or return with ``detach``.
 
-        A signal is handled at once; the deadline that it sets is checked in every tick. Raises
+        A signal sets a deadline for the launcher's end, which every tick checks. Raises
         ``CommandError`` if the launcher failed.
         """
         assert self._child.stdout is not None
@@ -210,12 +210,12 @@ class LauncherProcess:
         self._send_line(DRAIN)
 
     def _enforce_deadline(self) -> None:
-        """After a second signal or a timeout, kill the launcher; its pipe closes then."""
+        """Kill the launcher if its deadline has passed, which closes its pipe."""
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self._child.kill()
 
     def _follow_parent(self) -> None:
-        """End with the parent process if ``PARENT_VARIABLE`` names one, as make does."""
+        """Stop if the process that ``PARENT_VARIABLE`` names has ended."""
         parent = os.environ.get(PARENT_VARIABLE)
         if parent and parent != str(os.getppid()) and self._signal_count == 0:
             os.kill(os.getpid(), signal.SIGINT)

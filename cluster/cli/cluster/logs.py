@@ -1,7 +1,7 @@
 """``logs``: shows the logs of workers on any host, or of a cluster's launcher.
 
-Running processes keep their newest lines in memory, which are fetched through the admin port or
-Ray. The logs of an ended worker are read from its files, on its host.
+Running processes keep their newest lines in memory, which this command reads through the admin port
+or Ray. The logs of an ended worker are read from its files, on its host.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from cluster.tracing.output_files import rotated_path
 
 DEFAULT_LINES = 100
 JOINED_RAY = Path("/tmp/ray")
-"""Default folder of a joined Ray."""
+"""Default folder of a Ray cluster that expertmesh has joined."""
 _TICK_S = 0.25
 _POLL_S = 0.5
 
 
 def add_commands(commands: CommandParsers) -> None:
-    parser = commands.add("logs", run, "log lines of workers on any host, or of the launcher")
-    parser.add_argument(
-        "worker", nargs="*", metavar="WORKER", help="as in workers, or controller; none: launcher"
-    )
-    parser.add_argument("--all", action="store_true", help="the controller and all workers")
-    parser.add_argument("--tail", type=count_or_0, default=DEFAULT_LINES, help="lines of each")
-    parser.add_argument("--follow", action="store_true", help="continue until interrupted")
+    parser = commands.add("logs", run, "show log lines of workers on any host, or of the launcher")
+    text = "Name of a worker, or controller (default: the launcher)"
+    parser.add_argument("worker", nargs="*", metavar="WORKER", help=text)
+    parser.add_argument("--all", action="store_true", help="Show the controller and all workers")
+    text = "Number of lines of each process"
+    parser.add_argument("--tail", type=count_or_0, default=DEFAULT_LINES, help=text)
+    parser.add_argument("--follow", action="store_true", help="Show new lines until interrupted")
     add_address_option(parser)
 
 
@@ -77,7 +77,7 @@ def _tail(lines: Sequence[str], count: int) -> Sequence[str]:
 
 
 def _print(args: argparse.Namespace, kind: str, found: Mapping[str, Sequence[str]]) -> None:
-    """Print lines by ``process`` or ``file``, which ``kind`` names."""
+    """Print the lines of each source; ``kind`` is ``process`` or ``file``."""
     if args.json:
         write_json({"schema": 1, "logs": [{kind: name, "lines": found[name]} for name in found]})
         return
@@ -99,7 +99,7 @@ def _processes(args: argparse.Namespace) -> list[str]:
 
 
 def _show_files(args: argparse.Namespace, files: Mapping[Path, str]) -> int:
-    """Print ``files``: paths, each with the older text of its rotated file."""
+    """Print files; the values of ``files`` are the text of their rotated predecessors."""
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(FollowedFile(path)) for path in files]
         texts = {str(p): files[p] + file.read() for p, file in zip(files, opened, strict=True)}
@@ -113,7 +113,7 @@ def _show_files(args: argparse.Namespace, files: Mapping[Path, str]) -> int:
 def follow_files(
     files: Sequence[FollowedFile], sleep: Callable[[float], None] = time.sleep
 ) -> Iterator[str]:
-    """Yield text appended to files, without end."""
+    """Yield text as it is appended to the files. Never returns."""
     while True:
         sleep(_TICK_S)
         for file in files:
@@ -155,8 +155,8 @@ def _worker_files(args: argparse.Namespace) -> dict[Path, str]:
         for path in sorted(folder.glob(f"session_latest/logs/worker-*-{pid}{suffix}"))
     ]
     if not files:
-        rule = f"ask there, or: ray logs worker-*-{pid}.err --node-ip {found[0]['node']}"
-        message = f"{name} writes on {found[0]['node']}: {rule}"
+        rule = f"run this there, or: ray logs worker-*-{pid}.err --node-ip {found[0]['node']}"
+        message = f"{name} writes its log on {found[0]['node']}: {rule}"
         raise CommandError(ExitCode.REFUSED, message)
     return {path: _text(rotated_path(path)) for path in files}
 

@@ -23,7 +23,7 @@ from cluster.launch import local_ray, state_file
 
 DEFAULT_PORT = 6379
 TOKEN_FILE = "ray-token"
-"""File with the token of the Ray that ``node`` starts, in the folder of cluster records."""
+"""File in the folder of cluster records with the token of the Ray cluster."""
 _LABELS = {
     "role": ROLE,
     "failure_domain": FAILURE_DOMAIN,
@@ -42,39 +42,31 @@ _LIMITS = {
     # hosts outlive a head that restarts
     "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
 }
-"""Ray detects a silent host after 6 to 9 s; without these settings after 65 s."""
+"""With these settings Ray detects a silent host after 6 to 9 s, otherwise after 65 s."""
 
 
 def add_commands(commands: CommandParsers) -> None:
-    node = commands.add("node", run_node, "make this host a part of a Ray cluster of several hosts")
+    node = commands.add("node", run_node, "start Ray on this host, for a cluster of several hosts")
     which = node.add_mutually_exclusive_group(required=True)
-    which.add_argument("--head", action="store_true", help="this is the first host")
-    which.add_argument("--join", metavar="HOST[:PORT]", help="address of the first host")
-    node.add_argument(
-        "--port", type=_PORT, default=DEFAULT_PORT, metavar="PORT", help="port of the head"
-    )
-    node.add_argument("--node-ip", metavar="IP", help="address of this host for other hosts")
-    node.add_argument(
-        "--role",
-        choices=ROLES,
-        help="workers that run here (default: those without a labelled node)",
-    )
-    node.add_argument(
-        "--failure-domain", metavar="NAME", help="nodes that fail together (default: this host)"
-    )
-    node.add_argument(
-        "--link-class", metavar="NAME", help="nodes with fast links (default: this host)"
-    )
-    node.add_argument(
-        "--device-speed", type=_speed, metavar="NUMBER", help="relative to other hosts (default: 1)"
-    )
+    which.add_argument("--head", action="store_true", help="Start the head of a new Ray cluster")
+    which.add_argument("--join", metavar="HOST[:PORT]", help="Address of the head to join")
+    text = "Port of the new head"
+    node.add_argument("--port", type=_PORT, default=DEFAULT_PORT, metavar="PORT", help=text)
+    node.add_argument("--node-ip", metavar="IP", help="IP address of this host for the other hosts")
+    text = "Role of this host's workers (default: every role that no host is given)"
+    node.add_argument("--role", choices=ROLES, help=text)
+    text = "Name of the group of hosts that fail together (default: this host)"
+    node.add_argument("--failure-domain", metavar="NAME", help=text)
+    text = "Name of the group of hosts with fast links (default: this host)"
+    node.add_argument("--link-class", metavar="NAME", help=text)
+    text = "Speed of a worker here, relative to other hosts (default: 1)"
+    node.add_argument("--device-speed", type=_speed, metavar="NUMBER", help=text)
     for kind in ("cpus", "gpus"):
-        text = f"{kind.upper()[:-1]}s to use (default: all)"
+        text = f"{kind.upper()[:-1]}s of this host that Ray may assign (default: all)"
         node.add_argument(f"--num-{kind}", type=count_or_0, metavar="N", help=text)
-    node.add_argument(
-        "--token-file", metavar="FILE", help="token of the cluster, see docs/how-to/multi-host.md"
-    )
-    node.add_argument("--background", action="store_true", help="return when it is up")
+    text = "File with the token of the cluster, see docs/how-to/multi-host.md"
+    node.add_argument("--token-file", metavar="FILE", help=text)
+    node.add_argument("--background", action="store_true", help="Return once Ray runs on this host")
 
 
 def _speed(text: str) -> str:
@@ -119,13 +111,13 @@ def ray_start(args: argparse.Namespace) -> list[str]:
 
 
 def redis_password(given: Mapping[str, str]) -> list[str]:
-    """The option for the Redis password; other users of the host can see it in the processes."""
+    """The option for Redis's password. Other users of the host can see it in the process list."""
     password = given.get("RAY_REDIS_PASSWORD")
     return [f"--redis-password={password}"] if password else []
 
 
 def node_environment(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, str]:
-    """Environment of ``ray start``: the token, and our limits unless the user has set them.
+    """Environment of ``ray start``: the token, and ``_LIMITS`` unless the user has set them.
 
     Raises ``CommandError`` if there is no token.
     """
@@ -135,7 +127,7 @@ def node_environment(args: argparse.Namespace, given: Mapping[str, str]) -> dict
 
 
 def _token(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, str]:
-    """Variables of the token, which a head creates if missing. The user's values take priority."""
+    """Variables that name the token, which a head creates. The user's variables take priority."""
     if given.get("RAY_AUTH_MODE", "token") != "token":
         note("RAY_AUTH_MODE is not token: clients that reach Ray's ports can run code here")
         return {}
@@ -145,7 +137,7 @@ def _token(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, str]
     path = Path(named) if named else state_file.state_dir() / TOKEN_FILE
     if not path.is_file():
         if not args.head:
-            message = f"no token at {path}: copy the head's there, or name it by --token-file"
+            message = f"no token at {path}: copy the head's token there, or give --token-file"
             raise CommandError(ExitCode.REFUSED, message)
         _make_token(path)
         note(f"made a token: other hosts need {path}, with RAY_AUTH_MODE=token and")

@@ -1,4 +1,4 @@
-"""``operations``: list, show, wait for or cancel long-running changes of the cluster."""
+"""``operations``: lists, shows, awaits or cancels drains, scales and rebalances of the cluster."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from cluster.cli.terminal.output import show, table, time_of_day
 
 
 def add_commands(commands: CommandParsers) -> None:
-    kinds = commands.add_group("operations", "list, get, wait for or cancel changes")
-    every = kinds.add("list", run_list, "the last operations, newest last")
-    get = kinds.add("get", run_get, "progress of an operation")
-    waiting = kinds.add("wait", run_wait, "show an operation's phases until it has ended")
+    kinds = commands.add_group(
+        "operations", "list, show, await or cancel drains, scales and rebalances"
+    )
+    every = kinds.add("list", run_list, "list the last operations, the newest last")
+    get = kinds.add("get", run_get, "show the progress of an operation")
+    waiting = kinds.add("wait", run_wait, "show the phases of an operation until it has ended")
     add_wait_option(waiting, math.inf)
-    cancel = kinds.add("cancel", run_cancel, "cancel an operation, if it can be undone")
+    cancel = kinds.add("cancel", run_cancel, "cancel an operation, if it can still be rolled back")
     for parser in (get, waiting, cancel):
-        parser.add_argument("id", metavar="ID", help="as drain and rebalance print it")
+        text = "Id of the operation, which drain, scale and rebalance print"
+        parser.add_argument("id", metavar="ID", help=text)
     for parser in (every, get, waiting, cancel):
         add_address_option(parser)
 
@@ -44,13 +47,13 @@ def run_get(args: argparse.Namespace) -> int:
 
 
 def run_wait(args: argparse.Namespace) -> int:
-    """Print an operation once it has ended."""
+    """Wait for the end of an operation and print it."""
     with make_admin_client(args) as admin:
         return follow_operation(args, admin, admin.operation(args.id), args.wait)
 
 
 def run_cancel(args: argparse.Namespace) -> int:
-    """Cancel an operation; succeeds although the operation does not."""
+    """Cancel an operation. Returns 0 once the operation is cancelled."""
     with make_admin_client(args) as admin:
         show_operation(args, admin.cancel(args.id))
     return ExitCode.OK

@@ -1,4 +1,4 @@
-"""``scale``: add workers, or drain and end some of them, while the others serve."""
+"""``scale``: adds workers, or drains and ends some of them, while the others serve."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from cluster.cli.terminal.operations import follow_operation
 
 DEFAULT_LIMIT_S = 300.0
 _GRACE_S = 10.0
-"""Time after its own deadlines within which an operation must end."""
+"""Time beyond the operation's deadlines that the command waits for its end."""
 
 
 def add_commands(commands: CommandParsers) -> None:
-    scale = commands.add("scale", run_scale, "change how many workers there are; no request fails")
-    scale.add_argument("--attention", type=count, metavar="N", help="attention workers")
-    text = "expert workers, in colocated mode all workers"
+    scale = commands.add("scale", run_scale, "change the number of workers; no request fails")
+    scale.add_argument("--attention", type=count, metavar="N", help="Number of attention workers")
+    text = "Number of expert workers; in colocated mode of all workers"
     scale.add_argument("--expert", type=count, metavar="N", help=text)
-    text = "new workers that do not serve after this time are removed; a drain has as long"
+    text = "Time limit, once for new workers to serve and once for the drain of surplus workers"
     scale.add_argument(
         "--deadline", type=seconds, default=DEFAULT_LIMIT_S, metavar="SECONDS", help=text
     )
-    add_wait_option(scale, None, "twice the deadline and 10 more")
+    add_wait_option(scale, None, "twice --deadline plus 10")
     add_address_option(scale)
 
 

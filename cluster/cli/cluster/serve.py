@@ -1,4 +1,4 @@
-"""``serve`` and ``up``: check the request, start the launcher, report when clients can call."""
+"""``serve`` and ``up``: check the options, start the launcher, report when the cluster is ready."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from gateway.state.folder import check_folder
 def add_commands(commands: CommandParsers) -> None:
     serve = commands.add("serve", run_serve, "start a cluster and stay in the foreground")
     add_serve_options(serve)
-    up = commands.add("up", run_up, "start a cluster in the background, return when it is ready")
+    up = commands.add("up", run_up, "start a cluster in the background and return when it is ready")
     add_serve_options(up)
 
 
@@ -66,9 +66,9 @@ def run_up(args: argparse.Namespace) -> int:
 
 
 def _is_up(record: state_file.ClusterRecord, args: argparse.Namespace) -> bool:
-    """Whether the recorded cluster runs and is the requested one; False if the launcher must check.
+    """Whether the recorded cluster runs with these settings; False if the launcher must check.
 
-    Raises ``CommandError`` if it is another one.
+    Raises ``CommandError`` if a cluster runs with other settings.
     """
     given = read_given_options(args, os.environ)
     address = _start_options(given.values).address
@@ -91,7 +91,7 @@ def _is_up(record: state_file.ClusterRecord, args: argparse.Namespace) -> bool:
 
 @contextlib.contextmanager
 def _start_lock(name: str) -> Iterator[None]:
-    """Serialize two ``up`` of one name: the second waits and finds the first one's cluster."""
+    """Serialize ``up`` commands of one name: the second waits and finds the first one's cluster."""
     with state_file.record_path(name).with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -115,7 +115,7 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
     progress = Progress()
     model = find_model(given.model.value, note)
     config = build_config(given.values, model)
-    with contextlib.ExitStack() as undo:  # ends what exists before the plan is sent
+    with contextlib.ExitStack() as undo:  # cleans up if a step fails before the plan is sent
         log = state_file.log_path(name)
         temp_dir, environment = _make_environment(undo, is_private=not address)
 
@@ -171,7 +171,7 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
 
 
 def _make_environment(undo: contextlib.ExitStack, is_private: bool) -> tuple[str, dict[str, str]]:
-    """Folder of a private Ray (else empty), and the environment of the launcher."""
+    """Make the folder of a private Ray, empty for a joined one, and the launcher's environment."""
     if not is_private:
         return "", without_keys({**os.environ, **local_ray.common_environment()})
     folder = local_ray.make_temp_dir()
@@ -188,17 +188,17 @@ def _note_rebalancing(plan: LaunchPlan) -> None:
 
 
 def _start_options(values: Mapping[str, Any]) -> StartOptions:
-    """The options, with the Ray address from the environment unless an option sets it."""
+    """The start options; ``RAY_ADDRESS`` is the default of the address."""
     given = {target: value for target, value in values.items() if "." not in target}
     address = given.pop("address", None) or os.environ.get("RAY_ADDRESS")
     return StartOptions(address=address, **given)
 
 
 def _check_early(values: dict[str, Any], is_private: bool) -> None:
-    """Check ports and the shape of every setting before a model is searched or downloaded.
+    """Check ports and the shape of every setting before a model is looked up or downloaded.
 
-    The launcher checks the ports of a joined Ray: they may be on another host, or used by the very
-    cluster that is requested.
+    In a joined Ray the launcher checks the ports: they may be on another host, or belong to the
+    requested cluster, which runs already.
     """
     check_files(values)
     section = build_config(dict(values), ModelSource(folder=Path(), name="model")).gateway

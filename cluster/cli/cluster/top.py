@@ -22,32 +22,28 @@ _ROWS = {
     "colocated": "iteration_tokens_total_sum",
     "expert": "expert_worker_tokens_total",
 }
-"""Counter of a worker by role: tokens of its steps, or rows for its experts."""
+"""Name of the counter that measures a worker's work, by role: tokens of steps, or expert rows."""
 _CLEAR = "\x1b[H\x1b[J"
 
 Numbers = Mapping[tuple[str, str], float]
-"""(name, worker or empty for the cluster) -> value, summed over all other labels."""
+"""(metric, worker) -> value, summed over all other labels; the worker is empty for the cluster."""
 
 
 def add_commands(commands: CommandParsers) -> None:
-    parser = commands.add("top", run, "how busy the workers are")
+    parser = commands.add("top", run, "show repeatedly how busy each worker is")
+    text = "Time between two tables, over which rates are averaged"
     parser.add_argument(
-        "--interval",
-        type=seconds,
-        default=DEFAULT_INTERVAL_S,
-        metavar="SECONDS",
-        help="time that rates are measured over",
+        "--interval", type=seconds, default=DEFAULT_INTERVAL_S, metavar="SECONDS", help=text
     )
-    parser.add_argument(
-        "--once", action="store_true", help="print a single table, as if stdout is no terminal"
-    )
+    text = "Print one table and exit; implied if stdout is no terminal"
+    parser.add_argument("--once", action="store_true", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a table and redraw it until interrupted."""
     client = Client(args)
     is_once = args.once or args.json or not sys.stdout.isatty()
-    client.get("/cluster/v1/status")  # makes the client use the key that shows most
+    client.get("/cluster/v1/status")  # selects the key that shows most, if there is an admin key
     before, then = parse_series(client.get_text("/metrics")), time.monotonic()
     while True:
         time.sleep(args.interval)
@@ -76,7 +72,7 @@ def parse_series(text: str) -> dict[tuple[str, str], float]:
 def make_document(
     status: Mapping[str, Any], before: Numbers, now: Numbers, seconds: float
 ) -> dict[str, Any]:
-    """The document for two scrapes that are ``seconds`` apart."""
+    """Make the document from two scrapes of the metrics that are ``seconds`` apart."""
 
     def rate(name: str, worker: str = "") -> float | None:
         at = (name, worker)

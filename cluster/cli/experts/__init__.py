@@ -1,4 +1,4 @@
-"""Commands about experts: their load, their placement, rebalancing.
+"""Commands about experts: show their load and placement, and rebalance them.
 
 Imports ``cluster.cli.terminal`` and ``cluster.core``.
 """

@@ -1,4 +1,4 @@
-"""``load``: shows which experts a running cluster's tokens choose, and their balance."""
+"""``load``: shows how often tokens choose each expert, and how balanced the workers are."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ DEFAULT_TOP = 4
 
 
 def add_commands(commands: CommandParsers) -> None:
-    load = commands.add("load", run_load, "which experts the tokens choose")
-    load.add_argument("--top", type=count, default=DEFAULT_TOP, help="busiest experts")
-    text = "since the start, the newest window, or the exponential average"
+    load = commands.add("load", run_load, "show the busiest experts and the balance of the workers")
+    text = "Number of busiest experts to show for each layer"
+    load.add_argument("--top", type=count, default=DEFAULT_TOP, help=text)
+    text = "Period: total since the start, the newest window (10 s), or the exponential average"
     load.add_argument("--of", choices=VIEWS, default="total", help=text)
-    load.add_argument("--save", type=Path, help="write it as a load profile")
-    load.add_argument("--merge", action="store_true", help="add to the profile in FILE")
+    load.add_argument("--save", type=Path, help="Write the load to FILE as a load profile")
+    load.add_argument("--merge", action="store_true", help="Add the load to the profile in FILE")
 
 
 def run_load(args: argparse.Namespace) -> int:
-    """Print the load, and write it with ``--save``."""
+    """Print the load; with ``--save`` also write it to a file."""
     if args.merge and args.save is None:
         raise CommandError(ExitCode.USAGE, "--merge needs --save")
     document = Client(args).get("/cluster/v1/load")
@@ -43,7 +44,7 @@ def run_load(args: argparse.Namespace) -> int:
 
 
 def profile_of(document: Mapping[str, Any], view: str) -> LoadProfile:
-    """One view of the load document as a profile. Raises ``CommandError`` while it is empty."""
+    """Convert a view of the load document to a profile. Raises ``CommandError`` if empty."""
     tokens = document["tokens" if view == "total" else f"{view}_tokens"]
     if not tokens:
         raise CommandError(ExitCode.REFUSED, f"there is no load yet ({view})")
@@ -76,10 +77,10 @@ def _text(document: Mapping[str, Any], view: str, top: int) -> str:
     whole = document.get("phases", {})
     rows.append(("all", "", "", *_balance(whole, document.get("balancedness", {}))))
     legend = (
-        "BUSIEST: expert, and its part of the bank's tokens; an even load would be the last number."
-        "\nPREFILL, DECODE: balancedness of the expert workers in this placement epoch, mean over "
-        "maximum load;\n1 is ideal. EXPECTED: the balancedness that the load profile of the start "
-        "would have (--load-profile)."
+        "BUSIEST: expert and its share of the bank's tokens; even is the share under equal load."
+        "\nPREFILL, DECODE: balancedness of the expert workers in this placement epoch (mean over "
+        "maximum load,\n1 is ideal). EXPECTED: balancedness under the load profile given at start "
+        "(--load-profile)."
     )
     return f"{table(header, rows)}\n\n{legend}"
 

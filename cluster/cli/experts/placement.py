@@ -14,8 +14,10 @@ from cluster.cli.terminal.output import has_colours, shade, show, table
 
 
 def add_commands(commands: CommandParsers) -> None:
-    placement = commands.add("placement", run_placement, "which expert is where")
-    placement.add_argument("--layer", type=count_or_0, metavar="N", help="one layer only")
+    placement = commands.add(
+        "placement", run_placement, "show the expert in each slot of each worker"
+    )
+    placement.add_argument("--layer", type=count_or_0, metavar="N", help="Show only this layer")
 
 
 def run_placement(args: argparse.Namespace) -> int:
@@ -45,7 +47,7 @@ def _text(client: Client, document: Mapping[str, Any], colours: bool) -> str:
 
 
 def _marked(bank: Mapping[str, Any], colours: bool) -> list[list[str]]:
-    """Text of each slot of each device; ``colours`` shades a copy by its load."""
+    """Format each slot of each device; with ``colours`` the shade of a copy shows its load."""
     devices: Sequence[Sequence[int]] = bank["physical_to_logical"]
     copies = Counter(expert for slots in devices for expert in slots)
     load: Sequence[float] = bank["load"]

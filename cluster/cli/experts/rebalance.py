@@ -16,11 +16,10 @@ DEFAULT_LIMIT_S = 600.0
 
 def add_commands(commands: CommandParsers) -> None:
     rebalance = commands.add(
-        "rebalance", run_rebalance, "move experts to where the load is, while the cluster serves"
+        "rebalance", run_rebalance, "move experts to balance the load while the cluster serves"
     )
-    rebalance.add_argument(
-        "--dry-run", action="store_true", help="predict moves and gain, change nothing"
-    )
+    text = "Predict the moves and the gain without a change"
+    rebalance.add_argument("--dry-run", action="store_true", help=text)
     add_wait_option(rebalance, DEFAULT_LIMIT_S)
     add_address_option(rebalance)
 
@@ -33,7 +32,7 @@ def run_rebalance(args: argparse.Namespace) -> int:
 
 
 def describe(rebalance: Mapping[str, Any]) -> str:
-    """One line of text for ``status``."""
+    """Format the document of rebalancing as one line of ``status``."""
     if not rebalance["possible"]:
         return f"not possible: {rebalance['reason']}"
     words = "automatic" if rebalance["automatic"] else "by command (--enable-eplb: automatic)"

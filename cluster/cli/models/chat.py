@@ -14,19 +14,18 @@ from cluster.cli.terminal.output import note, write_json
 
 
 def add_commands(commands: CommandParsers) -> None:
-    parser = commands.add("chat", run, "talk to the model")
-    parser.add_argument(
-        "message", nargs="?", help="single message (default: a conversation, one message per line)"
-    )
-    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser = commands.add("chat", run, "have a conversation with the model")
+    text = "Single message (default: a conversation, one message per line)"
+    parser.add_argument("message", nargs="?", help=text)
+    parser.add_argument("--system", metavar="TEXT", help="System message")
     add_sampling(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print each output as it arrives; with ``--json`` all messages as one document at the end.
+    """Print each output as it arrives, or with ``--json`` all messages as one document at the end.
 
-    In a conversation Ctrl-C ends the running output. On a terminal, a failed output leaves the
-    conversation as it was before the message.
+    In a conversation Ctrl-C ends the running output. On a terminal, a message whose output fails
+    is removed from the conversation.
     """
     messages: list[dict[str, str]] = []
     if args.system:

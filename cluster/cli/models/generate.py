@@ -13,33 +13,35 @@ from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import write_json, write_result
 
 INTERRUPTED = "interrupted"
-"""Finish reason of an output that the user has interrupted."""
+"""Finish reason of an output that the user ended with Ctrl-C."""
 _INT64_LIMIT = 2**63
 
 
 def add_commands(commands: CommandParsers) -> None:
     parser = commands.add("generate", run, "complete a text")
-    parser.add_argument("text", help="prompt, - reads it from stdin")
+    parser.add_argument("text", help="Prompt; - reads it from stdin")
     add_sampling(parser)
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the sampling options."""
     add_model_option(parser)
-    parser.add_argument("--max-tokens", type=count, default=64, help="longest answer")
+    text = "Maximum number of output tokens"
+    parser.add_argument("--max-tokens", type=count, default=64, help=text)
     heat = Number(kind=float, rule="must be a number from 0 to 100", low=0, high=100)
-    text = "0 takes the most probable token"
+    text = "Sampling temperature; 0 takes the most probable token (default: the server's)"
     parser.add_argument("--temperature", type=heat, help=text)
-    parser.add_argument("--top-p", type=fraction, help="probability of the nucleus")
+    text = "Total probability of the tokens that are sampled (default: the server's)"
+    parser.add_argument("--top-p", type=fraction, help=text)
     word = Number(
         kind=int, rule="must be a whole number of 64 bits", low=-_INT64_LIMIT, high=_INT64_LIMIT - 1
     )
-    parser.add_argument("--seed", type=word, help="same seed, same text")
-    parser.add_argument("--stop", action="append", help="end before this text")
+    parser.add_argument("--seed", type=word, help="Seed; an equal seed gives an equal text")
+    parser.add_argument("--stop", action="append", help="End the output before this text")
 
 
 def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of a streamed request."""
+    """Fields of the request body that the sampling options set, for a streamed response."""
     body: dict[str, Any] = {"max_tokens": args.max_tokens, "stream": True}
     body["stream_options"] = {"include_usage": True}
     for field in ("model", "temperature", "top_p", "seed", "stop"):
@@ -49,7 +51,7 @@ def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the text as it arrives; with ``--json`` one document at the end."""
+    """Print the text as it arrives, or with ``--json`` one document at the end."""
     prompt = sys.stdin.read() if args.text == "-" else args.text
     if not prompt:
         raise CommandError(ExitCode.USAGE, "the prompt is empty: at least one character is needed")
@@ -66,7 +68,7 @@ def stream_text(
     """Stream a completion; return ``text``, ``finish_reason`` and ``usage``. ``show`` prints it.
 
     ``may_interrupt``: Ctrl-C ends the output with the finish reason ``INTERRUPTED``. Raises
-    ``CommandError``, also for a stream without an end.
+    ``CommandError``, also if the stream ends early.
     """
     answer: dict[str, Any] = {"text": "", "finish_reason": None, "usage": None}
     try:

@@ -19,21 +19,21 @@ from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, table, write_json, write_line
 
 SHOWN = ("logprobs", "loss", "routes")
-"""Outputs shown in the table."""
+"""Outputs that the command requests for its table."""
 
 
 def add_commands(commands: CommandParsers) -> None:
-    parser = commands.add("inspect", run, "look inside for given tokens")
+    parser = commands.add("inspect", run, "show the log-probability and experts of each token")
     add_text_or_ids(parser)
     shown = ", ".join(SHOWN)
-    text = f"output in the document of --json, see docs/reference/outputs.md (default: {shown})"
+    text = f"Output to include with --json, see docs/reference/outputs.md (default: {shown})"
     parser.add_argument("--output", action="append", metavar="NAME", help=text)
-    text = "bank whose experts are shown (default: the first)"
+    text = "Bank of experts to show, as KIND:LAYER (default: the first)"
     parser.add_argument("--bank", metavar="mlp:0", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a line for each token; with ``--json`` the whole response."""
+    """Print a line for each token, or with ``--json`` the whole response."""
     check_text_or_ids(args)
     if args.output and not args.json:
         raise CommandError(ExitCode.USAGE, "--output needs --json")
@@ -70,7 +70,7 @@ def _lines(
     logprobs: Sequence[float | None],
     bank: Mapping[str, Any],
 ) -> list[tuple[object, ...]]:
-    """One row per token: the token, its log-probability, and its experts, the heaviest first."""
+    """One row per token with its log-probability and its experts, the largest weight first."""
     rows: list[tuple[object, ...]] = []
     for place, (token, logprob) in enumerate(zip(ids, logprobs, strict=True)):
         pairs = zip(bank["topk_weights"][place], bank["topk_ids"][place], strict=True)

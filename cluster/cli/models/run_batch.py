@@ -24,25 +24,25 @@ _CONCURRENCY = 32
 _GIVE_UP_S = 600.0
 _PRIORITY = 1
 _REFUSED = (401, 403)
-"""Statuses that every further request would also get."""
+"""HTTP statuses that every further request would get too."""
 
 
 def add_commands(commands: CommandParsers) -> None:
-    parser = commands.add("run-batch", run, "answer a file of requests")
-    parser.add_argument("requests", type=Path, help="requests, one JSON object a line")
-    text = "file for the responses; requests that it already answers are not sent again"
+    parser = commands.add("run-batch", run, "send the requests of a file and write the responses")
+    parser.add_argument("requests", type=Path, help="File of requests, one JSON object per line")
+    text = "File for the responses; requests that have a response in it are not sent again"
     parser.add_argument("answers", type=Path, help=text)
-    text = "requests at a time"
+    text = "Maximum number of concurrent requests"
     parser.add_argument("--concurrency", type=count, default=_CONCURRENCY, help=text)
     word = Number(kind=int, rule="must be a whole number of 32 bits", low=-(2**31), high=MAX_COUNT)
-    text = "priority of requests that name none; lower runs first, 0 is other requests'"
+    text = "Priority of requests without one: lower runs first, other clients' default is 0"
     parser.add_argument("--priority", type=word, default=_PRIORITY, help=text)
-    text = "seconds without a server after which to give up"
+    text = "Time in seconds after which to give up if the server cannot be reached"
     parser.add_argument("--give-up-after", type=seconds, default=_GIVE_UP_S, help=text)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Return ``FAILED`` if a request got an error."""
+    """Send all requests; return ``FAILED`` if one got an error response."""
     try:
         counts = asyncio.run(_run(args))
     except RequestError as err:
@@ -83,7 +83,7 @@ async def _run(args: argparse.Namespace) -> BatchCounts:
             except ExceptionGroup as group:  # Python 3.11.3 wraps what ``except*`` raises
                 error = group.exceptions[0]
                 if isinstance(error, UnreachableError):
-                    text = f"{error}; {_progress_text(batch.counts)}, the rest by the same command"
+                    text = f"{error}; {_progress_text(batch.counts)}; rerun to send the others"
                     raise CommandError(ExitCode.UNREACHABLE, text) from None
                 raise error from None
         return batch.counts
@@ -110,7 +110,7 @@ class _Sender:
         await self._session.close()
 
     async def send(self, request: BatchRequest) -> BatchResponse:
-        """See ``SendRequest``. Raises ``CommandError`` if no request would be served."""
+        """See ``SendRequest``. Raises ``CommandError`` if the server rejects the key."""
         try:
             async with self._session.post(self._url + request.url, json=request.body) as answer:
                 text = await answer.read()

@@ -13,14 +13,14 @@ from cluster.cli.terminal.output import note, table, write_json, write_line
 
 
 def add_commands(commands: CommandParsers) -> None:
-    parser = commands.add("tokenize", run, "tokens of a text, and back")
+    parser = commands.add("tokenize", run, "show the tokens of a text, or the text of tokens")
     add_text_or_ids(parser)
 
 
 def add_text_or_ids(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for a text or token ids, and ``--model``."""
-    parser.add_argument("text", nargs="?", help="text, - reads it from stdin")
-    parser.add_argument("--ids", type=_ids, metavar="5,6,7", help="token ids in place of a text")
+    parser.add_argument("text", nargs="?", help="Text; - reads it from stdin")
+    parser.add_argument("--ids", type=_ids, metavar="5,6,7", help="Token ids instead of a text")
     add_model_option(parser)
 
 
@@ -43,7 +43,7 @@ def model_field(args: argparse.Namespace) -> dict[str, str]:
 
 
 def tokens_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The gateway's response at ``/tokenize`` for the text."""
+    """Tokenize the text at the gateway and return the response."""
     text = sys.stdin.read() if args.text == "-" else args.text
     body = {"prompt": text, "return_token_strs": True, **model_field(args)}
     answer: dict[str, Any] = Client(args).run_model("/tokenize", body)
@@ -51,7 +51,7 @@ def tokens_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a line for each token, or the text; with ``--json`` the whole response."""
+    """Print a line for each token, or the text, or with ``--json`` the whole response."""
     check_text_or_ids(args)
     if args.ids is not None:
         answer = Client(args).run_model("/detokenize", {"tokens": args.ids, **model_field(args)})

@@ -1,4 +1,4 @@
-"""Commands that need no cluster: plan, config, doctor, version.
+"""Commands that need no running cluster: plan, config, doctor, version, completion.
 
 Imports ``cluster.cli.terminal``, ``cluster.cli.options``, ``cluster.launch`` and layers below.
 """

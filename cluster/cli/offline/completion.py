@@ -15,8 +15,10 @@ zsh:  expertmesh completion zsh > "${fpath[1]}/_expertmesh\""""
 
 
 def add_commands(commands: CommandParsers) -> None:
-    parser = commands.add("completion", run, "shell script that completes commands and options")
-    parser.add_argument("shell", choices=SHELLS, help="shell")
+    parser = commands.add(
+        "completion", run, "print a shell script that completes commands and options"
+    )
+    parser.add_argument("shell", choices=SHELLS, help="Shell to make the script for")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _DESCRIPTION
 

@@ -1,4 +1,4 @@
-"""``config``: shows the values that ``serve`` takes from flags, variables and the file."""
+"""``config``: shows the values that ``serve`` would read from flags, variables and the file."""
 
 from __future__ import annotations
 
@@ -20,19 +20,16 @@ _DEFAULT_ORIGIN = "default"
 
 
 def add_commands(commands: CommandParsers) -> None:
-    parser = commands.add("config", run, "values that serve would take; starts nothing")
-    parser.add_argument(
-        "--show-origin",
-        action="store_true",
-        help="show the origin of each value: flag, variable, file or default",
-    )
+    parser = commands.add("config", run, "show the values that serve would use; starts nothing")
+    text = "Show the origin of each value: flag, variable, file or default"
+    parser.add_argument("--show-origin", action="store_true", help=text)
     add_settings(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the values; without ``--show-origin`` as a file for ``--config``.
+    """Print the values; without ``--show-origin`` in the format of a file for ``--config``.
 
-    Raises ``CommandError`` if ``serve`` would.
+    Raises ``CommandError`` for values that ``serve`` would reject.
     """
     given = read_given_options(args, os.environ)
     build_config(given.values, ModelSource(folder=Path(), name="model"))
@@ -55,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shown(option: ServeOption, setting: Setting) -> Any:
-    """The value in a form that may be shown."""
+    """The value as text or number; secrets are replaced."""
     value = setting.value
     if option.is_secret:
         value = _HIDDEN if value else None

@@ -52,11 +52,11 @@ print(json.dumps({"cuda": has_cuda, "cuda_version": torch.version.cuda, "nccl": 
 
 
 def add_commands(commands: CommandParsers) -> None:
-    commands.add("doctor", run, "check this host")
+    commands.add("doctor", run, "check whether this host can serve")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print all findings; returns ``FAILED`` if one is bad."""
+    """Print all findings; return ``FAILED`` if one is bad."""
     findings = []
     with Progress(lines=False) as progress:
         for place, examine in enumerate(EXAMINATIONS, 1):
@@ -104,7 +104,7 @@ def examine_cpu() -> Finding:
     )
     text = (
         f"{cores} cores for this process; compute threads: {default} in each of the default's "
-        f"{WorkersSection().num_workers} workers, {local} in the one of --mode local"
+        f"{WorkersSection().num_workers} workers, {local} in the only worker of --mode local"
     )
     fix = "--mode local fits one core best"
     return make_finding("cpu", cores >= 2, text, fix=fix, otherwise="warn")
@@ -124,7 +124,7 @@ def examine_kernels() -> Finding:
 
 
 def kernels_finding(found: LibraryChoice) -> Finding:
-    """A warning if there are no kernels: torch then computes, more slowly."""
+    """Make the finding: without kernels it is a warning, since torch computes more slowly."""
     is_best = found.library is not None and not found.reason
     return make_finding("kernels", is_best, found.description, otherwise="warn")
 
@@ -133,7 +133,7 @@ def examine_memory() -> Finding:
     import psutil
 
     free = int(psutil.virtual_memory().available)
-    text = f"{free / 1e9:.1f} GB available, the demo takes about {MIN_MEMORY_BYTES / 1e9:.0f}"
+    text = f"{free / 1e9:.1f} GB available, the demo takes about {MIN_MEMORY_BYTES / 1e9:.0f} GB"
     fix = "end other programs, or serve with --mode local"
     return make_finding("memory", free >= MIN_MEMORY_BYTES, text, fix=fix, otherwise="warn")
 
@@ -174,7 +174,7 @@ def examine_gpu() -> Finding:
 
 
 def examine_nccl() -> Finding:
-    """Check NCCL, over which workers on GPUs exchange tokens; show the variables that change it."""
+    """Check NCCL, over which workers on GPUs exchange rows; show its variables."""
     if count_gpus() == 0:
         return make_finding(
             "nccl", True, "not needed: workers on CPUs exchange tokens over sockets"
@@ -188,7 +188,7 @@ def examine_nccl() -> Finding:
 
 @cache
 def _probe_torch() -> tuple[dict[str, Any], str]:
-    """Facts about torch, or an error text; in a child process, since the import takes seconds."""
+    """Read facts about torch, or an error text, in a child process: the import takes seconds."""
     command = [sys.executable, "-c", _TORCH_PROBE]
     try:
         probe = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_S)

@@ -1,4 +1,4 @@
-"""One line of the output of ``doctor``."""
+"""Result of one check, which ``doctor`` prints as a line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""System limits of this host's processes: threads, open files, huge pages, disk."""
+"""Checks of this host's limits: threads, open files, huge pages, disk."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from cluster.core.errors import StartError
 from cluster.launch.local_ray import temp_base
 
 MIN_THREADS = 1000
-"""The demo's processes have about 400 on 2 cores; many pools grow with the cores."""
+"""Threads that must be available. The demo has about 400 on 2 cores, and more with more cores."""
 MIN_FILES = 4096
-"""A gateway has about 80 files and one connection per request, of which 1,024 may wait."""
+"""Open files of a process. A gateway has about 80, and one for each of 1,024 waiting requests."""
 RECOMMENDED_FILES = 65536
-"""Recommended limit if the present one is below ``MIN_FILES``."""
+"""Recommended limit of open files if the present one is below ``MIN_FILES``."""
 MIN_FREE_SHARE = 0.05
-"""Ray writes no objects to a disk with less. Source: ``local_fs_capacity_threshold`` of Ray."""
+"""Ray writes no objects to a disk with less free. Source: Ray's ``local_fs_capacity_threshold``."""
 _REMEDIES = {
     "/proc/sys/kernel/threads-max": "as root: sysctl kernel.threads-max",
     "ulimit -u": "docker run --ulimit nproc, systemd's LimitNPROC, limits.conf",
@@ -40,7 +40,7 @@ def examine_threads(root: Path = Path("/")) -> Finding:
     if not known:
         return make_finding("threads", True, "no limit")
     name, number = min(known.items(), key=lambda pair: pair[1])
-    text = f"{max(number, 0)} more may start, by {name}"
+    text = f"{max(number, 0)} more may start, limited by {name}"
     fix = f"raise {name} ({_REMEDIES.get(name, 'docker run --pids-limit, or systemd TasksMax')})"
     return make_finding("threads", number >= MIN_THREADS, text, fix=fix, otherwise="warn")
 
@@ -51,7 +51,7 @@ def _kernel_threads(root: Path, running: Iterable[tuple[int, int]]) -> int | Non
 
 
 def _user_threads(running: Iterable[tuple[int, int]]) -> int | None:
-    """Threads left by the user's limit, which counts all threads of this user; none for root."""
+    """Threads that the user's limit still allows, for all processes of the user; None for root."""
     limit, user = resource.getrlimit(resource.RLIMIT_NPROC)[0], os.getuid()
     if user == 0 or limit == resource.RLIM_INFINITY:
         return None
@@ -68,7 +68,7 @@ def _threads() -> Iterator[tuple[int, int]]:
 
 
 def _group_threads(root: Path) -> int | None:
-    """Fewest threads left by the process's control group and its ancestors. Source: cgroups(7)."""
+    """Threads that the control group and its ancestors still allow. Source: cgroups(7)."""
     free = []
     for folder in _groups(root):
         limit, used = _number(folder / "pids.max"), _number(folder / "pids.current")
@@ -78,7 +78,7 @@ def _group_threads(root: Path) -> int | None:
 
 
 def _groups(root: Path) -> Iterator[Path]:
-    """Folders of the control groups that count this process, for cgroups v1 and v2."""
+    """Folders of the control groups that limit this process, for cgroups v1 and v2."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""``plan``: computes placements and sizes from a saved load profile, without a cluster."""
+"""``plan``: computes placements and pool sizes from saved load profiles, without a cluster."""
 
 from __future__ import annotations
 
@@ -33,33 +33,33 @@ class PlanQuery:
     topology: PlannedTopology
     """Devices to plan for."""
     current: ExpertPlacement | None
-    """The current placement."""
+    """The current placement; None if it is unknown."""
     options: PlanOptions
 
 
 def add_commands(commands: CommandParsers) -> None:
-    kinds = commands.add_group("plan", "plan offline; changes nothing")
+    kinds = commands.add_group("plan", "compute placements and pool sizes without a cluster")
     add_placement(kinds)
     add_size(kinds)
     add_simulate(kinds)
 
 
 def add_placement(kinds: CommandParsers) -> None:
-    parser = kinds.add("placement", run_placement, "which device should hold which expert")
+    parser = kinds.add("placement", run_placement, "compute which device should hold which expert")
     add_devices(parser)
-    text = "load profile; several profiles are added"
+    text = "Load profile to plan for; the loads of several profiles are added"
     parser.add_argument("--profile", type=Path, required=True, action="append", help=text)
-    text = "relative speed of each device, separated by commas"
+    text = "Relative speed of each device, separated by commas (default: equal)"
     parser.add_argument("--speeds", type=parse_numbers, metavar="NUMBER,...", help=text)
-    parser.add_argument("--current", type=Path, help="placement to start from")
-    text = "share of the expert slots that may change"
+    parser.add_argument("--current", type=Path, help="File of the placement to start from")
+    text = "Largest share of the expert slots that may change (default: any)"
     parser.add_argument("--max-move-fraction", type=fraction_or_0, help=text)
-    parser.add_argument("--decode-tokens", type=count, default=16, help="rows of a decode step")
-    parser.add_argument(
-        "--algorithm", choices=ALGORITHMS, default="mesh", help="planning algorithm"
-    )
-    parser.add_argument("--compare", action="store_true", help="show all algorithms side by side")
-    parser.add_argument("--plot", type=Path, help="draw the placements before and after as HTML")
+    parser.add_argument("--decode-tokens", type=count, default=16, help="Rows in a decode step")
+    text = "Planning algorithm"
+    parser.add_argument("--algorithm", choices=ALGORITHMS, default="mesh", help=text)
+    parser.add_argument("--compare", action="store_true", help="Show all algorithms side by side")
+    text = "HTML file in which to draw the placements before and after"
+    parser.add_argument("--plot", type=Path, help=text)
 
 
 def parse_numbers(text: str) -> tuple[float, ...]:
@@ -86,12 +86,12 @@ def run_placement(args: argparse.Namespace) -> int:
 
 
 def read_query(args: argparse.Namespace) -> PlanQuery:
-    """Read the options of the command. Raises ``ConfigError`` for inconsistent ones."""
+    """Make the query from the options. Raises ``ConfigError`` for inconsistent ones."""
     needs = "needs --current: without one every slot is new"
     limited = args.max_move_fraction is not None
     fraction = args.max_move_fraction
     check(not limited or args.current is not None, "--max-move-fraction", fraction, needs)
-    only = "keeps no move budget: only mesh does"
+    only = "ignores the limit on moves: only mesh has one"
     check(not limited or args.algorithm == "mesh", "--algorithm", args.algorithm, only)
     profile = reduce(LoadProfile.merge, map(load_profile, args.profile))
     topology = PlannedTopology.uniform(args.devices, args.redundant, args.nodes, args.speeds)
@@ -105,7 +105,7 @@ def read_query(args: argparse.Namespace) -> PlanQuery:
 
 
 def compute_plan(algorithm: str, query: PlanQuery) -> Plan:
-    """Compute the plan of one algorithm."""
+    """Compute the plan of one algorithm for the query."""
     given = (query.profile, query.topology, query.current)
     if algorithm == "mesh":
         return mesh.plan(*given, query.options)
@@ -113,7 +113,7 @@ def compute_plan(algorithm: str, query: PlanQuery) -> Plan:
 
 
 def compare(query: PlanQuery, made: Mapping[str, Plan]) -> dict[str, Plan]:
-    """Plans of every algorithm and the current one; ``made`` has plans computed before."""
+    """Plans of all algorithms and the current one; ``made`` has those computed before."""
     plans = {"current": current_plan(query)} if query.current is not None else {}
     for name in reversed(ALGORITHMS):
         plans[name] = made[name] if name in made else compute_plan(name, query)
@@ -157,7 +157,7 @@ def _text(plans: Mapping[str, Plan]) -> str:
         mean = sum(values) / len(values)
         rows.append((name, f"{mean:.3f}", f"{min(values):.3f}", peaks, moved))
     legend = (
-        "BALANCEDNESS: mean over maximum device load, 1 is ideal; the mean over layers.\n"
-        "DECODE: activated slots of the worst device over the least possible, by rows of a step."
+        "BALANCEDNESS: mean over maximum device load (1 is ideal), averaged over the layers.\n"
+        "DECODE: activated slots of the worst device over the minimum, for 16, 64, 256 rows a step."
     )
     return f"{table(header, rows)}\n\n{legend}"

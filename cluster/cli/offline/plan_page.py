@@ -1,4 +1,4 @@
-"""Self-contained HTML page that ``plan placement --plot`` writes."""
+"""Makes the self-contained HTML page of ``plan placement --plot``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEMPLATE = Path(__file__).with_name("plan_page.html")
 
 
 def make_page(profile: LoadProfile, names: tuple[str, str], plans: tuple[Plan, Plan]) -> str:
-    """The page for two placements of the same banks; the second one is the new plan."""
+    """Make the page for two placements of the same banks; the second one is the new plan."""
     planned = plans[1]
     data = {
         "names": names,

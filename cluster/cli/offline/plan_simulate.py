@@ -32,38 +32,39 @@ _COST = ExpertStepCost()
 
 def add_simulate(kinds: CommandParsers) -> None:
     parser = kinds.add(
-        "simulate", run_simulate, "replay a changing load under policies of replanning"
+        "simulate", run_simulate, "simulate rebalancing policies under a changing load"
     )
     add_devices(parser, redundant=1)
-    text = "file of load profiles, one per line"
+    text = "File of load profiles, one per line; each line is the load of one window"
     parser.add_argument("--trace", type=Path, required=True, help=text)
-    parser.add_argument("--policy", choices=POLICIES, help="one policy only (default: all)")
-    text = "share of the expert slots that mesh may change per window"
+    text = "Simulate only this policy (default: all)"
+    parser.add_argument("--policy", choices=POLICIES, help=text)
+    text = "Largest share of the expert slots that mesh may change in a window"
     parser.add_argument("--max-move-fraction", type=fraction_or_0, default=0.05, help=text)
     cost = parser.add_argument_group("times and sizes of a device; defaults: dots.llm1 on an H100")
-    text = "time of an activated expert slot"
+    text = "Time in microseconds for an activated expert slot"
     cost.add_argument("--slot-us", type=not_negative, default=_COST.slot_s * 1e6, help=text)
-    text = "time of a token in an expert"
+    text = "Time in microseconds for a row in an expert"
     cost.add_argument("--token-us", type=not_negative, default=_COST.token_s * 1e6, help=text)
-    cost.add_argument(
-        "--expert-bytes", type=count, default=_COST.expert_bytes, help="bytes of an expert"
-    )
+    text = "Bytes of the weights of an expert"
+    cost.add_argument("--expert-bytes", type=count, default=_COST.expert_bytes, help=text)
     for phase in ("prefill", "decode"):
         rows = getattr(_COST, f"{phase}_tokens")
-        cost.add_argument(f"--{phase}-tokens", type=count, default=rows, help="rows of a step")
+        text = f"Rows of a {phase} step"
+        cost.add_argument(f"--{phase}-tokens", type=count, default=rows, help=text)
 
 
 def add_devices(parser: argparse.ArgumentParser, redundant: int = 0) -> None:
-    """Add the options of the devices to plan for."""
-    parser.add_argument("--devices", type=count, required=True, help="expert workers")
-    text = "hosts that the devices are spread over"
+    """Add the options that describe the devices to plan for."""
+    parser.add_argument("--devices", type=count, required=True, help="Number of expert workers")
+    text = "Number of hosts, among which the devices are divided"
     parser.add_argument("--nodes", type=count, default=1, help=text)
-    text = "spare slots per device and layer"
+    text = "Number of spare expert slots per device and layer"
     parser.add_argument("--redundant", type=count_or_0, default=redundant, help=text)
 
 
 def run_simulate(args: argparse.Namespace) -> int:
-    """Print the windows of each policy."""
+    """Print the simulated times of each policy in each window of the trace."""
     step = ExpertStepCost(
         slot_s=args.slot_us * 1e-6,
         token_s=args.token_us * 1e-6,
@@ -81,14 +82,12 @@ def run_simulate(args: argparse.Namespace) -> int:
             found[policy] = simulate(trace, topology, policy, step, args.max_move_fraction)
     windows = {name: [asdict(w) for w in each] for name, each in found.items()}
     document = {"schema": 1, "devices": args.devices, "policies": windows}
-    heading = (
-        f"{len(trace) - 1} windows on {args.devices} devices; each runs what the last one taught"
-    )
+    heading = f"{len(trace) - 1} windows on {args.devices} devices; each uses the plan of the last"
     return show(args, document, lambda: _text(found), heading)
 
 
 def _text(found: Mapping[Policy, Sequence[SimulatedWindow]]) -> str:
-    """Every window under every policy, followed by the means."""
+    """Format every window under every policy, followed by the means."""
     head = (
         "WINDOW",
         "POLICY",
@@ -115,8 +114,8 @@ def _text(found: Mapping[Policy, Sequence[SimulatedWindow]]) -> str:
     ]
     heads = ("POLICY", "BALANCEDNESS", "PREFILL STEP MS", "DECODE STEP MS", "GB MOVED IN ALL")
     legend = (
-        "BALANCEDNESS: mean over maximum device load, 1 is ideal; the mean over layers. "
-        "PREFILL, DECODE: the experts'\npart of a step, over all layers. MOVED: before the window."
+        "BALANCEDNESS: mean over maximum device load (1 is ideal), averaged over the layers. "
+        "PREFILL, DECODE: time\nof all experts in a step. MOVED: before the window."
     )
     return f"{table(head, rows)}\n\n{table(heads, totals)}\n\n{legend}"
 

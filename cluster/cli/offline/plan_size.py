@@ -1,4 +1,4 @@
-"""``plan size``: sizes of the attention and expert pools, and whether one pool is faster."""
+"""``plan size``: computes the best sizes of the pools, and whether one shared pool is faster."""
 
 from __future__ import annotations
 
@@ -33,22 +33,24 @@ one pool         m x (attention + experts), or one with its exchange, whichever 
 
 
 def add_size(kinds: CommandParsers) -> None:
-    parser = kinds.add("size", run_size, "how many attention and expert workers, by the roofline")
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="folder or hub id; config.json is sufficient"
+    parser = kinds.add(
+        "size", run_size, "estimate the best sizes of the pools with a roofline model"
     )
-    parser.add_argument("--workers", type=count, required=True, help="workers in all")
-    text = "rows of decode steps"
+    text = "Folder or hub id; only config.json is read"
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=text)
+    parser.add_argument("--workers", type=count, required=True, help="Total number of workers")
+    text = "Rows of decode steps to estimate"
     parser.add_argument(
         "--batch", type=parse_whole_numbers, default=BATCHES, metavar="N,...", help=text
     )
-    parser.add_argument("--context-tokens", type=not_negative, default=1024.0, help="mean context")
-    parser.add_argument("--profile", type=Path, help="load profile, for experts of unequal load")
-    parser.add_argument(
-        "--balancedness", type=fraction, default=1.0, help="balancedness of the placement"
-    )
+    text = "Mean tokens of context of a sequence"
+    parser.add_argument("--context-tokens", type=not_negative, default=1024.0, help=text)
+    text = "Load profile of the experts (default: equal load)"
+    parser.add_argument("--profile", type=Path, help=text)
+    text = "Expert load of the mean worker divided by that of the busiest"
+    parser.add_argument("--balancedness", type=fraction, default=1.0, help=text)
     hardware = parser.add_argument_group("hardware of a worker")
-    text = "type of device; by default CUDA with --gpu or if this host has a GPU, else CPU"
+    text = "Type of device; by default cuda with --gpu or if this host has a GPU, else cpu"
     hardware.add_argument("--device", choices=("cpu", "cuda"), help=text)
     hardware.add_argument(
         "--gpu",
@@ -56,14 +58,18 @@ def add_size(kinds: CommandParsers) -> None:
         help="GPU of a CUDA worker: A100, H100, H200, B200, L40S, L4; by default this host's, or "
         "H100",
     )
-    hardware.add_argument("--cores", type=positive, default=1.0, help="cores of a CPU worker")
-    hardware.add_argument(
-        "--nodes", type=count, default=1, help="hosts; above 1 the network counts"
-    )
-    hardware.add_argument("--bandwidth-gb-s", type=positive, help="memory bandwidth")
-    hardware.add_argument("--tflops", type=positive, help="rate of dense products")
-    hardware.add_argument("--link-gb-s", type=positive, help="bandwidth between workers, one way")
-    hardware.add_argument("--latency-us", type=positive, help="latency of a message")
+    text = "Number of cores of a CPU worker"
+    hardware.add_argument("--cores", type=positive, default=1.0, help=text)
+    text = "Number of hosts; the network matters above 1"
+    hardware.add_argument("--nodes", type=count, default=1, help=text)
+    text = "Memory bandwidth in GB/s (default: the device's)"
+    hardware.add_argument("--bandwidth-gb-s", type=positive, help=text)
+    text = "Rate of dense products in TFLOPS (default: the device's)"
+    hardware.add_argument("--tflops", type=positive, help=text)
+    text = "Bandwidth between workers in GB/s, one way (default: the device's)"
+    hardware.add_argument("--link-gb-s", type=positive, help=text)
+    text = "Latency of a message in microseconds (default: the device's)"
+    hardware.add_argument("--latency-us", type=positive, help=text)
 
 
 def parse_whole_numbers(text: str) -> tuple[int, ...]:
@@ -74,7 +80,7 @@ def parse_whole_numbers(text: str) -> tuple[int, ...]:
 
 
 def run_size(args: argparse.Namespace) -> int:
-    """Print the best pools for each batch."""
+    """Print the best pool sizes for each batch."""
     changes = given_device_fields(args)
     try:
         source = find_model(args.model, note)
@@ -107,7 +113,7 @@ def run_size(args: argparse.Namespace) -> int:
 
 
 def given_device_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """Characteristics given as options, which replace the device's."""
+    """Fields of the device that options replace."""
     given = {
         "bandwidth_bytes_s": (args.bandwidth_gb_s, 1e9),
         "flops_s": (args.tflops, 1e12),

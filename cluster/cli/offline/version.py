@@ -13,7 +13,7 @@ PACKAGES = ("ray", "torch", "grpcio", "fastapi")
 
 
 def add_commands(commands: CommandParsers) -> None:
-    commands.add("version", run, "show versions")
+    commands.add("version", run, "show the installed versions")
 
 
 def versions() -> dict[str, str | None]:

@@ -1,5 +1,5 @@
 """Options of ``serve`` and ``up``: flags, environment variables and files become a configuration.
 
 Imports ``cluster.cli.terminal``, ``cluster.launch`` and layers below, and from ``gateway`` the
-checks of options: key files, TLS files, tools.
+checks of key files, TLS files and tools.
 """

@@ -1,7 +1,7 @@
 """The options of ``serve``, made from the dataclasses of the configuration.
 
-A field determines its option's name and default, and its type how text becomes a value. The
-docstring below the field is the option's help.
+The name, default and type of a field determine the name, default and parser of its option. The
+docstring below the field is the help.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _parse_switch(text: str) -> bool:
 
 
 def _parse_word_of_switch(text: str) -> str:
-    """Parse a choice; other spellings of a switch mean ``on`` and ``off``, as they do in YAML."""
+    """Parse a choice; ``true``, ``yes`` and ``1`` mean ``on``, their opposites ``off``."""
     return {True: "on", False: "off", None: text}[_SWITCH.get(text.lower())]
 
 
@@ -102,11 +102,11 @@ class ServeOption:
     choices: tuple[str, ...]
     """Allowed values; empty if any text is allowed."""
     metavar: str | None
-    """Placeholder for the value in the help; None for a switch and with ``choices``."""
+    """Placeholder for the value in the help; None for a switch and for an option with choices."""
     is_secret: bool
-    """Whether the value is hidden; such an option belongs to every command."""
+    """Whether the value is never shown; such an option belongs to every command."""
     bare: str
-    """Value of the flag if it is given without one; empty if it needs a value."""
+    """Value if the flag is given without one; empty if the flag needs a value."""
 
     @property
     def target(self) -> str:
@@ -134,12 +134,12 @@ class ServeOption:
         return self.kind is _parse_switch
 
     def is_value(self, text: str) -> bool:
-        """Whether a text is a value: a choice, another spelling of one, or a number."""
+        """Whether a text is a value of this option: a choice, a spelling of one, or a number."""
         return self.kind(text) in self.choices if self.choices else text.isdecimal()
 
     @property
     def rule(self) -> str:
-        """The rule for a text, as in error messages."""
+        """The rule that a text must satisfy, as error messages state it."""
         if self.choices:
             return f"must be one of {', '.join(self.choices)}"
         return _RULES.get(self.kind, "is not valid")
@@ -223,7 +223,7 @@ def _metavar(name: str, hint: Any, kind: Any, choices: tuple[Any, ...]) -> str |
 
 
 def _docstrings(kind: type) -> Iterator[tuple[str, str]]:
-    """Fields of a class and the docstrings below them, read from its source."""
+    """Yield the fields of a class with the docstrings below them, read from its source."""
     tree = ast.parse(inspect.getsource(sys.modules[kind.__module__]))
     body = next(
         n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == kind.__name__
@@ -235,7 +235,7 @@ def _docstrings(kind: type) -> Iterator[tuple[str, str]]:
 
 
 def help_text(option: ServeOption, flags: Mapping[str, str]) -> str:
-    """A docstring as argparse help: field names become flags, and the default is added."""
+    """Make argparse help from a docstring: names of fields become flags; the default is added."""
     text = re.sub(r"``(.+?)``", lambda m: flags.get(m[1], m[1]), option.help).removesuffix(".")
     shown = option.shown_default
     return (f"{text} (default: {shown})" if shown else text).replace("%", "%%")

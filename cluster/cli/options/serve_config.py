@@ -25,14 +25,14 @@ from gateway.auth.key_file import read_key_file
 logger = logging.getLogger(__name__)
 
 REFUSED_FIELDS = ("host", "admin_host")
-"""Settings whose rules concern this host or its safety, not the syntax of a flag."""
+"""Settings whose errors are refusals: they concern safety, not the syntax of a flag."""
 _KEY_FIELDS = ("api_keys", "api_key_file", "admin_keys", "admin_key_file")
 _HEARTBEATS_PER_LIMIT = 4
 _MAX_HEARTBEAT_S = 0.5
 
 
 def check_files(values: Mapping[str, Any]) -> None:
-    """Raise ``CommandError`` (usage) unless every named file can be read. Runs first."""
+    """Raise ``CommandError`` (usage) unless every file in ``values`` can be read."""
     for option in OPTIONS:
         path = values.get(option.target)
         if option.metavar == "FILE" and option.field != "chat_template" and path:
@@ -47,7 +47,7 @@ def check_files(values: Mapping[str, Any]) -> None:
 def build_config(values: Mapping[str, Any], model: ModelSource) -> ClusterConfig:
     """Build the configuration from option values by target.
 
-    Raises ``CommandError``: usage for a value that no start could take, refused for an unsafe one.
+    Raises ``CommandError``: usage for an invalid value, refused for an unsafe one.
     """
     sections = _sections(values)
     sections["model"] = {
@@ -58,7 +58,7 @@ def build_config(values: Mapping[str, Any], model: ModelSource) -> ClusterConfig
     _add_files(sections)
     _add_heartbeat(sections["transport"])
     if not any(sections["gateway"].get(name) for name in _KEY_FIELDS):
-        sections["lora"].setdefault("lora_roots", ("/",))  # without keys all callers are equal
+        sections["lora"].setdefault("lora_roots", ("/",))  # without keys any folder is allowed
     try:
         _check_key_files(sections["gateway"])
         _check_exporter(sections["observability"].get("otlp_endpoint"))
@@ -69,7 +69,7 @@ def build_config(values: Mapping[str, Any], model: ModelSource) -> ClusterConfig
 
 
 def options_by_flag(given: GivenOptions) -> dict[str, str]:
-    """The user's options by flag: two starts with equal options are for the same cluster.
+    """The user's options by flag. Two starts with equal options request the same cluster.
 
     Keys are compared by their fingerprints.
     """
@@ -84,7 +84,7 @@ def options_by_flag(given: GivenOptions) -> dict[str, str]:
 
 
 def _sections(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Values by section and field, without targets that belong to no section."""
+    """Group the values by section and field; omit values that belong to no section."""
     sections: dict[str, dict[str, Any]] = {name: {} for name in section_types()}
     for target, value in values.items():
         section, _, field = target.partition(".")
@@ -94,14 +94,14 @@ def _sections(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _check_key_files(gateway: Mapping[str, Any]) -> None:
-    """Raise ``ConfigError`` if a serve replica would find no key in these files."""
+    """Raise ``ConfigError`` if a key file holds no key."""
     for name in ("api_key_file", "admin_key_file"):
         path = gateway.get(name)
         check(path is None or bool(read_key_file(path, name)), name, path, "holds no key")
 
 
 def _check_exporter(endpoint: str | None) -> None:
-    """Raise ``ConfigError`` without the packages that gateways need to export traces."""
+    """Raise ``ConfigError`` if packages that gateways need to export traces are missing."""
     if endpoint is not None:
         from cluster.tracing.exporter import load_exporter  # imports OpenTelemetry only if needed
 
@@ -109,7 +109,7 @@ def _check_exporter(endpoint: str | None) -> None:
 
 
 def _add_files(sections: dict[str, dict[str, Any]]) -> None:
-    """Read the chat template; make other paths absolute, as workers run in other folders."""
+    """Read the chat template; make other paths absolute, because workers run in other folders."""
     model = sections["model"]
     if "chat_template" in model:
         model["chat_template"] = read_template(model["chat_template"])
@@ -131,14 +131,14 @@ def _absolute_module(module: str) -> str:
 
 
 def _add_heartbeat(transport: dict[str, Any]) -> None:
-    """Set a heartbeat interval of which several fit into the detection limit."""
+    """Set a heartbeat interval several times shorter than the detection limit."""
     limit = transport.get("detection_limit_s", 0.0)
     if limit > 0:
         transport["heartbeat_s"] = min(_MAX_HEARTBEAT_S, limit / _HEARTBEATS_PER_LIMIT)
 
 
 def make_plan(config: ClusterConfig, facts: CheckpointFacts, **values: Any) -> LaunchPlan:
-    """Run the last checks with the model's facts and make the plan with the fields ``values``.
+    """Check the configuration against the model's facts and make the plan from ``values``.
 
     Raises ``CommandError`` (refused).
     """
@@ -178,7 +178,7 @@ def num_kv_blocks(config: ClusterConfig, facts: CheckpointFacts) -> int:
 
 
 def _with_ports(config: ClusterConfig) -> ClusterConfig:
-    """Replace each port 0 by a different free port."""
+    """Replace each port 0 with a free port, each a different one."""
     data = config.to_dict()
     section = data["gateway"]
     names = ("port", "grpc_port", "serve_proxy")
@@ -190,7 +190,7 @@ def _with_ports(config: ClusterConfig) -> ClusterConfig:
 
 
 def _profile(config: ClusterConfig, banks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The expected load: the given profile, else the checkpoint's own.
+    """Read the expected load: from the given profile, else from the checkpoint's own.
 
     Raises ``ConfigError`` for a given file that cannot be read or belongs to another model.
     """

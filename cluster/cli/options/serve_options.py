@@ -1,6 +1,6 @@
-"""The options of ``serve`` and ``up``: values from flags, environment and file, in this order.
+"""Reads the options of ``serve`` and ``up`` from flags, the environment and a file.
 
-If none of the three sets an option, the default of the configuration applies.
+Flags override the environment, which overrides the file; otherwise the default applies.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from cluster.launch.plan import START_LIMIT_S
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StartOptions:
-    """How a cluster is started; may differ between two starts of the same cluster."""
+    """How a cluster is started. Two starts of the same cluster may differ in these."""
 
     address: str | None = None
-    """Ray cluster to join instead of a private one (RAY_ADDRESS)."""
+    """Address of a Ray cluster to join instead of starting a private one (RAY_ADDRESS)."""
     wait_nodes: int = 0
-    """Number of nodes that the joined Ray cluster must have before the start."""
+    """Number of nodes in the joined Ray cluster to wait for before the workers start."""
     start_timeout: float = START_LIMIT_S
-    """Time limit of the start in seconds."""
+    """Time limit of the whole start, in seconds."""
 
     def __post_init__(self) -> None:
         check_each(self, "wait_nodes", is_not_negative, "must not be negative")
@@ -48,11 +48,11 @@ _VARIABLES = {
         *("CA_CERT", "CLIENT_CERT", "CLIENT_KEY", "MAX_INSTRUCTIONS", "PARENT"),
     )
 }
-"""Variables that do not belong to an option of ``serve``."""
+"""Variables that are not options of ``serve``."""
 _KUBERNETES_VARIABLE = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT(_\d+_(TCP|UDP)\w*)?$")
 """Variables that Kubernetes sets in every pod for Services such as ``expertmesh-gateway``."""
 _MODULES = "--lora-modules"
-"""The option that takes several words."""
+"""The only option that takes several words."""
 _KEY_VARIABLES = {
     "gateway.api_keys": "EXPERTMESH_API_KEYS",
     "gateway.admin_keys": "EXPERTMESH_ADMIN_KEYS",
@@ -64,17 +64,16 @@ OPTIONS = tuple(option for name, kind in _SECTIONS.items() for option in make_op
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
     """Add MODEL, every option and ``--dry-run``; absent ones are None."""
     add_settings(parser)
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, show the plan, start nothing"
-    )
+    text = "Check everything and show the plan; start nothing"
+    parser.add_argument("--dry-run", action="store_true", help=text)
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add MODEL and every option, grouped by section; absent ones are None."""
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="folder or hub id (default: the bundled one)"
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with values of these options")
+    text = "Folder or hub id of a checkpoint (default: the bundled one)"
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=text)
+    text = "YAML file with values of these options, which flags and variables override"
+    parser.add_argument("--config", metavar="FILE", help=text)
     flags = {option.field: option.flag for option in OPTIONS}
     here = [option for option in OPTIONS if not option.is_secret]  # main adds the secret ones
     for name, options in itertools.groupby(here, lambda option: option.section):
@@ -103,8 +102,8 @@ def _add(group: argparse._ArgumentGroup, option: ServeOption, text: str) -> None
 def add_missing_values(words: Sequence[str]) -> list[str]:
     """``--deterministic MODEL`` -> ``--deterministic=on MODEL``.
 
-    Otherwise argparse would take any following word as the value. Of ``--lora-modules a=x b=y`` it
-    would take the first value alone, so the values are joined.
+    Otherwise argparse would take any following word as the value. It would take only the first
+    value of ``--lora-modules a=x b=y``, so the values are joined.
     """
     words = _join_modules(words)
     flags = {option.flag: option for option in OPTIONS if option.bare}
@@ -136,19 +135,19 @@ class Setting:
 
     value: Any
     origin: str
-    """The flag, the variable or the file that set it."""
+    """Name of the flag, variable or file that set the value."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GivenOptions:
-    """Values given for a start: by the flag, else by the environment, else by the file."""
+    """Values that the user has given for a start, by flags, variables or the file."""
 
     model: Setting
     """MODEL; None for the bundled one."""
     settings: Mapping[ServeOption, Setting]
-    """Options that one of the three sets, with their values."""
+    """The options that the user has given, with their values."""
     values: dict[str, Any]
-    """The values by target, and the keys."""
+    """The values by ``ServeOption.target``, including the keys."""
 
 
 def read_given_options(args: argparse.Namespace, environment: Mapping[str, str]) -> GivenOptions:
@@ -182,14 +181,14 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """One line of text for each ``EXPERTMESH_*`` variable that no command reads."""
     known = {*_VARIABLES, *_KEY_VARIABLES.values(), *(option.variable for option in OPTIONS)}
     return [
-        f"{name} is set, but is no variable of expertmesh{suggestion(name, known)}"
+        f"{name} is set, but is not a variable of expertmesh{suggestion(name, known)}"
         for name in sorted(environment)
         if name.startswith(_PREFIX) and name not in known and not _KUBERNETES_VARIABLE.search(name)
     ]
 
 
 def with_typed_names(message: str, args: argparse.Namespace, environment: Mapping[str, str]) -> str:
-    """An error message about settings, with the names under which the user has given them.
+    """Replace field names in an error message with the names that the user has given.
 
     max_num_seqs (0) must be above 0 -> --max-num-seqs (0) must be above 0
     """
@@ -242,7 +241,7 @@ def without_keys(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _read_file(args: argparse.Namespace) -> dict[str, str]:
-    """Texts in ``--config FILE`` by option name, with underscores, and ``model``.
+    """Read the texts in ``--config FILE`` by option name (with underscores), and ``model``.
 
     model: /models/OLMoE-1B-7B
     num-expert-workers: 4
@@ -271,7 +270,7 @@ def _entry(path: str, key: object, value: Any) -> tuple[str, str]:
     name = str(key).replace("-", "_")
     if name not in {"model", *(option.dest for option in OPTIONS)}:
         meant = suggestion(name.replace("_", "-"), (option.key for option in OPTIONS))
-        raise _refusal(path, f"{key} is no option of serve{meant}")
+        raise _refusal(path, f"{key} is not an option of serve{meant}")
     if not isinstance(value, str | int | float):  # a switch is an int too
         raise _refusal(path, f"{key} must have one value")
     return name, str(value)
@@ -293,7 +292,7 @@ def _parse(option: ServeOption, text: str, origin: str) -> Any:
 
 
 def read_template(text: str) -> str:
-    """A chat template: the content of a file, or the Jinja text itself."""
+    """Return a chat template: the content of the file ``text``, or ``text`` itself."""
     from gateway.text.chat_template import ChatTemplate  # imports Jinja, which few commands need
 
     source = text

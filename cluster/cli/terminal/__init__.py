@@ -1,4 +1,4 @@
 """Helpers of all commands: output, exit codes, progress, the HTTP client of a running cluster.
 
-Imports ``cluster.launch`` and layers below, and Ray; no command.
+Imports ``cluster.launch``, layers below it and Ray, but no module of a command.
 """

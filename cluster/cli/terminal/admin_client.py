@@ -1,7 +1,7 @@
-"""Client of the operations that change a cluster, through its admin port or through Ray.
+"""Client that starts operations of a cluster, through its admin port or through Ray.
 
-The admin port listens on the loopback interface of a gateway's host. From other hosts a command
-calls the controller as a Ray driver: users of that Ray have full control of the cluster anyway.
+The admin port usually listens on loopback only. On other hosts a command joins the cluster's Ray
+and calls the controller: every user of that Ray has full control of the cluster anyway.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ _CALL_LIMIT_S = 10.0
 
 
 class AdminClient:
-    """Starts operations of one cluster. Operations have the format of the admin port's documents.
+    """Starts and reads operations of one cluster, in the format of the admin port's documents.
 
     Raises ``CommandError``.
     """
 
     def __init__(self, admin: Client | None) -> None:
-        """``admin``: the admin port; None: the controller in the Ray that this process joined."""
+        """``admin``: client of the admin port; None: call the controller in the joined Ray."""
         self._admin = admin
 
     def drain(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Start the operation of a ``DrainWorkerRequest`` with these fields."""
+        """Start a drain; ``fields`` are those of ``DrainWorkerRequest``. Return the operation."""
         return self._begin("drain", _with_limit(fields), fields)
 
     def scale(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Start the operation of a ``ScaleRequest`` with these fields."""
+        """Start a scale; ``fields`` are those of ``ScaleRequest``. Return the operation."""
         return self._begin("scale", _with_limit(fields), fields)
 
     def rebalance(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Start the operation of a ``RebalanceRequest`` with these fields."""
+        """Start a rebalance; ``fields`` are those of ``RebalanceRequest``. Return the operation."""
         return self._begin("rebalance", dict(fields), fields)
 
     def cancel(self, operation_id: str) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class AdminClient:
         return found
 
     def log(self, process: str, after: int) -> tuple[int, list[str]]:
-        """Number of lines that a process has logged, and the newest after the first ``after``."""
+        """Number of lines that a process has logged, and the kept ones after line ``after``."""
         if self._admin is None:
             found = _ask("log", process, after)
         else:
@@ -87,7 +87,7 @@ class AdminClient:
 
 
 def _with_limit(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields with the controller's names."""
+    """Rename ``deadline_s`` to ``limit_s``, its name in the controller."""
     return {"limit_s" if k == "deadline_s" else k: v for k, v in fields.items()}
 
 
@@ -97,7 +97,7 @@ def _quoted(operation_id: str) -> str:
 
 @contextlib.contextmanager
 def make_admin_client(args: argparse.Namespace) -> Iterator[AdminClient]:
-    """A client through Ray with ``--address``, else the admin port. Raises ``CommandError``."""
+    """A client, with ``--address`` through Ray, else the admin port. Raises ``CommandError``."""
     address = args.address
     if not address:
         admin = find_admin(args)
@@ -110,7 +110,7 @@ def make_admin_client(args: argparse.Namespace) -> Iterator[AdminClient]:
 
 
 def find_admin(args: argparse.Namespace, gateway: str | None = None) -> Client | None:
-    """The admin port; None if this host can reach only the cluster's Ray.
+    """Make a client of the admin port; None if this host can reach only the cluster's Ray.
 
     ``gateway`` names one of several gateways; ``--admin-url`` takes priority.
     """

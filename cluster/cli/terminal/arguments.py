@@ -14,7 +14,7 @@ Kind = TypeVar("Kind", int, float)
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Names a value by its type unless there is a metavar, and shows the default."""
+    """Shows the type of a value that has no metavar, and appends the default to the help."""
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         kind = action.type.kind if isinstance(action.type, Number) else action.type
@@ -33,7 +33,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 class CommandParsers:
-    """Commands of one level. All have the arguments of ``common``."""
+    """Registry of the commands of one level, which all get the arguments of ``common``."""
 
     def __init__(self, subparsers: Any, common: argparse.ArgumentParser) -> None:
         """``subparsers``: result of ``ArgumentParser.add_subparsers``."""
@@ -69,7 +69,7 @@ class Number(Generic[Kind]):
 
     kind: type[Kind]
     rule: str
-    """The rule for a text, as in error messages."""
+    """The rule that a text must satisfy, as error messages state it."""
     low: float = -math.inf
     high: float = math.inf
 
@@ -105,8 +105,8 @@ count_or_0 = Number(
 def add_wait_option(
     parser: argparse.ArgumentParser, default: float | None, shown: str = "no limit"
 ) -> None:
-    """Add ``--wait``; ``shown`` describes a default of None or infinity."""
-    text = "longest wait for the end, 0 returns immediately"
+    """Add ``--wait``; ``shown`` is the help's text for a default of None or infinity."""
+    text = "Longest wait for the end of the operation; 0 returns immediately"
     if default is None or default == math.inf:
         text += f" (default: {shown})"
     kind = Number(kind=float, rule="must be a number of seconds, 0 or more", low=0)
@@ -115,13 +115,10 @@ def add_wait_option(
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--model``, for commands that call the gateway."""
-    parser.add_argument("--model", metavar="NAME", help="served model (default: the only one)")
+    parser.add_argument("--model", metavar="NAME", help="Model to use (default: the served one)")
 
 
 def add_address_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--address``, for commands that can use Ray."""
-    parser.add_argument(
-        "--address",
-        metavar="ADDRESS",
-        help="use this Ray (auto: the one on this host) instead of the admin port",
-    )
+    text = "Ray cluster to use instead of the admin port; auto: the one on this host"
+    parser.add_argument("--address", metavar="ADDRESS", help=text)

@@ -1,4 +1,4 @@
-"""HTTP client for a running cluster; uses the standard library alone, for a fast start."""
+"""HTTP client for a running cluster. Imports only the standard library, to start fast."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SILENCE_LIMIT_S = 120.0
 
 
 def find_url(args: argparse.Namespace) -> str:
-    """``--url``, ``EXPERTMESH_URL``, the named or only cluster of this host, or the default."""
+    """URL from ``--url``, ``EXPERTMESH_URL``, the named or only cluster here, or the default."""
     if args.url is not None:
         return validate_url(str(args.url), "--url")
     if given := os.environ.get("EXPERTMESH_URL"):
@@ -37,7 +37,7 @@ def find_url(args: argparse.Namespace) -> str:
 
 
 def find_record(args: argparse.Namespace) -> state_file.ClusterRecord | None:
-    """The named or only cluster of this host; None if no cluster runs and none is named.
+    """Record of the named or only cluster of this host; None if none runs and none is named.
 
     Raises ``CommandError``.
     """
@@ -59,8 +59,8 @@ class Client:
     def __init__(
         self, args: argparse.Namespace, admin_url: str = "", *, key: str | None = None
     ) -> None:
-        """``admin_url``: an admin port to call instead of the gateway that ``args`` name. ``key``
-        replaces the key of ``args`` or the environment; empty: no key."""
+        """``admin_url``: admin port to call instead of the gateway of ``args``. ``key``
+        replaces the key of ``args`` and the environment; empty: send no key."""
         self.url = admin_url or find_url(args)
         self._timeout_s: float | None = args.timeout
         self._key = args.api_key or os.environ.get("EXPERTMESH_API_KEY", "")
@@ -75,10 +75,10 @@ class Client:
         """TLS context for https; None for http."""
 
     def get(self, path: str, any_status: bool = False) -> Any:
-        """The JSON document at ``path``. ``any_status`` also accepts the body of an error.
+        """Return the JSON document at ``path``, with ``any_status`` also that of an error response.
 
-        A document that is partial for the client's key is read again with the admin key, if there
-        is one.
+        If the gateway shows only a part to the client's key, the client reads it again with the
+        admin key, if there is one.
         """
         document, key = self._parse(self._read(path, None, any_status)), self._key
         if isinstance(document, dict) and document.get("is_partial") and self._use_admin_key():
@@ -99,7 +99,7 @@ class Client:
         return self._parse(self._read(path, body))
 
     def run_model(self, path: str, body: dict[str, Any]) -> Any:
-        """Like ``post``, for calls that run the model: no time limit without ``--timeout``."""
+        """Like ``post``, for calls that run the model: only ``--timeout`` limits their time."""
         with waiting(f"waiting for {self.url}"), self._open(path, body, silence_s=None) as reply:
             return self._parse(bytes(reply.read()))
 
@@ -110,10 +110,10 @@ class Client:
         return {"Content-Type": "application/json", **key}
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """POST, then yield the ``data:`` events of the response up to ``[DONE]``.
+        """Send a POST request and yield the ``data:`` events of the response up to ``[DONE]``.
 
-        A long prompt may delay the first event indefinitely; without ``--timeout`` the call fails
-        only if the server sends not even comments. Shows progress until the first event.
+        A long prompt may delay the first event: without ``--timeout`` the call fails only if the
+        server sends nothing, not even comments. Shows progress until the first event.
         """
         with contextlib.ExitStack() as until_first:
             until_first.enter_context(waiting("waiting for the first token"))
@@ -137,7 +137,7 @@ class Client:
         any_status: bool = False,
         silence_s: float | None = DEFAULT_TIMEOUT_S,
     ) -> Iterator[Any]:
-        """The open response; GET without a body. Raises ``CommandError``, also for read errors.
+        """Yield the open response; GET without a body. Converts errors to ``CommandError``.
 
         ``silence_s``: longest wait for the next bytes without ``--timeout``; None: no limit.
         """
@@ -154,7 +154,7 @@ class Client:
             raise self._unreachable(err, limit_s) from err
 
     def _with_key_option(self, err: CommandError, status: int) -> CommandError:
-        """The error, with a hint at the option for the missing or wrong key."""
+        """Add a hint to the error that names the option for the missing or wrong key."""
         if err.code != ExitCode.UNAUTHORISED:
             return err
         which = "admin" if self._is_admin or status == 403 else "api"
@@ -162,7 +162,7 @@ class Client:
         return CommandError(err.code, f"{err} ({hint})")
 
     def _reply(self, path: str, data: bytes | None, limit_s: float | None) -> Any:
-        """Send a request. If the key is rejected, a read is retried with the admin key."""
+        """Send a request. A read whose key is rejected is retried with the admin key."""
         try:
             return self._send(path, data, limit_s)
         except urllib.error.HTTPError as err:
@@ -177,7 +177,7 @@ class Client:
         return opener.open(request, timeout=self._timeout_s or DEFAULT_TIMEOUT_S)
 
     def _use_admin_key(self) -> bool:
-        """Use the admin key for further requests; return whether that changes anything."""
+        """Use the admin key for further requests; return False if there is none or it is in use."""
         has_changed = self._admin_key not in ("", self._key)
         self._key = self._admin_key or self._key
         return has_changed
@@ -207,7 +207,7 @@ class Client:
 
 
 class _Http(urllib.request.HTTPHandler):
-    """HTTP connections with one time limit for connecting and another for reading."""
+    """Opens HTTP connections with one time limit for connecting and another for reading."""
 
     def __init__(self, read_limit_s: float | None) -> None:
         super().__init__()
@@ -250,14 +250,14 @@ def _with_read_limit(
 
 
 def require_full_status(status: Mapping[str, Any], what: str) -> None:
-    """Raise ``CommandError`` for a partial status, shown because the key is not an admin key."""
+    """Raise ``CommandError`` if the status is partial because the key is not an admin key."""
     if status.get("is_partial"):
         message = f"the server shows {what} to admin keys only: give --admin-key"
         raise CommandError(ExitCode.UNAUTHORISED, message)
 
 
 def validate_url(url: str, origin: str) -> str:
-    """Validate a URL, which ``origin`` gave, and return it. Raises ``CommandError`` (usage)."""
+    """Validate and return a URL; errors name its ``origin``. Raises ``CommandError`` (usage)."""
     try:
         parts = urlsplit(url)
         is_good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -270,7 +270,7 @@ def validate_url(url: str, origin: str) -> str:
 
 
 def _check_keys(*keys: str) -> None:
-    """Raise ``CommandError`` (usage) for a key that no header can hold; the key is not shown."""
+    """Raise ``CommandError`` (usage) for a key that no header can hold, without showing it."""
     if not all(key.isprintable() and key.isascii() for key in keys):
         message = "--api-key and --admin-key must have printable ASCII characters only"
         raise CommandError(ExitCode.USAGE, message)

@@ -1,4 +1,4 @@
-"""Waiting for operations of a running cluster, and showing them."""
+"""Waits for operations of a running cluster and prints them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ POLL_S = 0.1
 def follow_operation(
     args: argparse.Namespace, admin: AdminClient, operation: dict[str, Any], wait_s: float
 ) -> int:
-    """Show the phases of an operation until it ends; only its state if ``wait_s`` is 0.
+    """Show the phases of an operation until it ends, or its state if ``wait_s`` is 0.
 
-    Raises ``CommandError`` after that time.
+    Raises ``CommandError`` if it has not ended after ``wait_s``.
     """
     give_up = time.monotonic() + wait_s
     phase = ""

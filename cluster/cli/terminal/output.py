@@ -21,10 +21,9 @@ _CODES = {"red": 31, "green": 32, "yellow": 33, "dim": 2}
 
 
 def write_result(text: str) -> None:
-    """Write a part of the result to stdout, and flush.
+    """Write a part of the result to stdout and flush it.
 
-    Raises ``BrokenPipeError``, and ``CommandError`` if it cannot be written, for example on a full
-    disk.
+    Raises ``BrokenPipeError``, and ``CommandError`` for other errors such as a full disk.
     """
     try:
         sys.stdout.write(text)
@@ -38,7 +37,7 @@ def write_result(text: str) -> None:
 
 
 def discard_stdout() -> None:
-    """Discard all further output to stdout, including the buffer at exit."""
+    """Discard all further output to stdout, including the buffer that is written at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -55,9 +54,9 @@ def write_json(document: Any) -> None:
 def show(
     args: argparse.Namespace, document: Any, text: str | Callable[[], str], heading: str = ""
 ) -> ExitCode:
-    """Show the result: the document with ``--json``, else the text, after ``heading`` on stderr.
+    """Print the result: with ``--json`` the document, else ``heading`` on stderr and the text.
 
-    ``text`` may be a function, if it is expensive. Returns ``OK``.
+    ``text`` is a function if it is expensive to make. Returns ``OK``.
     """
     if args.json:
         write_json(document)
@@ -98,12 +97,12 @@ def has_colours(allowed: bool) -> bool:
 
 
 def colour(text: str, name: str, allowed: bool) -> str:
-    """``text`` in a colour if ``allowed``."""
+    """Add the terminal codes of a colour to ``text`` if ``allowed``."""
     return f"\x1b[{_CODES[name]}m{text}\x1b[0m" if has_colours(allowed) else text
 
 
 def shade(text: str, share: float) -> str:
-    """``text`` on a background whose strength grows with ``share`` (0 to 1)."""
+    """Add a background to ``text`` whose strength grows with ``share`` (0 to 1)."""
     ground = _SHADES[min(int(share * len(_SHADES)), len(_SHADES) - 1)]
     return f"\x1b[38;5;231;48;5;{ground}m{text}\x1b[0m"
 
@@ -117,5 +116,5 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def time_of_day(seconds: float) -> str:
-    """Local date and time, from seconds since 1970."""
+    """Format seconds since 1970 as local date and time."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

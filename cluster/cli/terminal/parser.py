@@ -1,4 +1,4 @@
-"""The argument parser of all commands, with short errors that suggest the intended word."""
+"""Argument parser of all commands. Its errors are short and suggest the intended word."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ RULES: dict[Any, str] = {int: "must be a whole number", float: "must be a number
 
 
 class Parser(argparse.ArgumentParser):
-    """Exits with code 2, a usage of one line, and an error that suggests the intended word."""
+    """On an error, prints a usage line and the error, which suggests a word; exits with code 2."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As in the base class, but the command that got unknown options reports them."""
+        """Like the base class, except that errors about unknown options name their command."""
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             command: Parser = getattr(found, "command_parser", self)
@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """As in the base class, but with the value and the rule in errors."""
+        """Like the base class, with the value and the violated rule in errors."""
         convert = self._registry_get("type", action.type, action.type)
         try:
             return convert(arg_string)
@@ -64,10 +64,10 @@ _FIELDS = {"load_profile": "profile", "tokens": "ids"}
 
 
 def with_flags(message: str, args: argparse.Namespace) -> str:
-    """Replace the field name at the beginning of an error by the option that sets the field.
+    """Replace the field name at the beginning of an error with the option that sets the field.
 
     num_workers (0) must be at least 1 -> --workers (0) must be at least 1
-    A file of a checkpoint (config.json) is not a field.
+    The name of a checkpoint file (config.json) is not a field.
     """
     match = re.match(r"(\w+)(?=:|\.(?!(?:json|jinja|safetensors)\b)| \(| must )", message)
     parser: argparse.ArgumentParser | None = getattr(args, "command_parser", None)

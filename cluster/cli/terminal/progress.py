@@ -24,7 +24,7 @@ _STAGES = {
 
 
 class Progress(AbstractContextManager["Progress"]):
-    """Shows one stage at a time; leaving the ``with`` block clears it."""
+    """Shows the progress of one stage at a time. The end of the ``with`` block clears it."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Progress(AbstractContextManager["Progress"]):
         *,
         lines: bool = True,
     ) -> None:
-        """``lines`` False: show nothing unless ``stream`` is a terminal."""
+        """``lines``: whether to print lines if ``stream`` is not a terminal."""
         self._stream = stream or sys.stderr
         self._clock = clock
         self._bar = self._stream.isatty()
@@ -47,7 +47,7 @@ class Progress(AbstractContextManager["Progress"]):
         self.clear()
 
     def update(self, stage: str, done: int = 0, total: int = 0) -> None:
-        """Show another stage, or the progress of the present one."""
+        """Show a new stage, or the progress of the present one: ``done`` of ``total``."""
         self._text = _STAGES.get(stage, stage)
         if total:
             self._text += f" {_bar(done, total) if self._bar else ''}{_megabytes(done, total)}"

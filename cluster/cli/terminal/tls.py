@@ -1,4 +1,4 @@
-"""Files that a command needs to call servers over TLS."""
+"""TLS files of a command that calls servers, from options or variables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAMES = ("ca_cert", "client_cert", "client_key")
 def tls_files(args: argparse.Namespace) -> dict[str, str | None]:
     """Paths from ``--ca-cert``, ``--client-cert`` and ``--client-key``, or their variables.
 
-    Raises ``CommandError`` (usage) for a file that cannot be read, or a key without certificate.
+    Raises ``CommandError`` (usage) for a file that cannot be read, or a key without a certificate.
     """
     found = {name: getattr(args, name) or os.environ.get(_variable(name)) for name in _NAMES}
     for name, path in found.items():

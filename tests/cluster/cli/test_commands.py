@@ -370,7 +370,7 @@ def test_doctor_looks_at_everything(state_home: Path, capsys: pytest.CaptureFixt
     system = {"cpu", "kernels", "huge pages", "memory", "shm", "disk", "threads", "open files"}
     assert set(findings) == process | system | {"gpu", "nccl"}
     assert findings["python"]["verdict"] == "ok"
-    assert f"{count_cpus()} in the one of --mode local" in findings["cpu"]["text"]
+    assert f"{count_cpus()} in the only worker of --mode local" in findings["cpu"]["text"]
     assert str(state_home) in findings["permissions"]["text"]
 
 

@@ -62,7 +62,7 @@ def test_the_head_makes_a_token_that_only_its_user_reads(
 
 @pytest.mark.usefixtures("state_home")
 def test_a_joining_node_must_have_the_token(tmp_path: Path) -> None:
-    with pytest.raises(CommandError, match="copy the head's there") as caught:
+    with pytest.raises(CommandError, match="copy the head's token there") as caught:
         node_environment(parse("--join", "h"), {})
     assert caught.value.code == ExitCode.REFUSED
     token = tmp_path / "t"

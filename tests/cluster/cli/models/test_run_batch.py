@@ -122,4 +122,4 @@ def test_a_server_that_is_away(tmp_path: Path, capsys: pytest.CaptureFixture[str
     words = ["--url", "http://127.0.0.1:1", "run-batch", str(tmp_path / "in")]
     words += [str(tmp_path / "out"), "--give-up-after", "0.01"]
     assert main(words) == ExitCode.UNREACHABLE
-    assert "0 of 1 requests answered, the rest by the same command" in capsys.readouterr().err
+    assert "0 of 1 requests answered; rerun to send the others" in capsys.readouterr().err

@@ -35,7 +35,7 @@ def test_the_control_group_counts(tmp_path: Path, groups: str, folder: str) -> N
     write(tmp_path, f"{folder}/pids.max", "50")
     found = examine_threads(tmp_path)
     assert found.verdict == "warn"
-    assert "20 more may start, by pids.max of the control group: raise" in found.text
+    assert "20 more may start, limited by pids.max of the control group: raise" in found.text
     write(tmp_path, f"{folder}/pids.max", "max\n")
     assert "pids.max" not in examine_threads(tmp_path).text
 

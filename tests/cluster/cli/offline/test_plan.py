@@ -171,7 +171,7 @@ def test_only_mesh_keeps_a_budget(
     command = ["plan", "placement", "--profile", str(profile), "--devices", "2"]
     command += ["--current", str(current), "--max-move-fraction", "0.1", "--algorithm", "eplb"]
     assert main(command) == ExitCode.USAGE
-    assert "--algorithm (eplb) keeps no move budget" in capsys.readouterr().err
+    assert "--algorithm (eplb) ignores the limit on moves" in capsys.readouterr().err
 
 
 def test_a_page_that_cannot_be_written_is_a_failure(

@@ -61,8 +61,8 @@ def test_flag_and_environment_win_over_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("num-experts: 4", "num-experts is no option of serve"),
-        ("config: other.yaml", "config is no option"),
+        ("num-experts: 4", "num-experts is not an option of serve"),
+        ("config: other.yaml", "config is not an option"),
         ("port: many", r"port in .*engine.yaml \(many\) must be a whole number"),
         ("mode: fast", r"mode in .* \(fast\) must be one of disaggregated"),
         ("port: [1, 2]", "port must have one value"),

@@ -191,18 +191,18 @@ def test_help_groups_options_by_section_with_types_and_defaults(
     positions = [text.index(f" {group} ") for group in [*groups, "start:"]]
     assert positions == sorted(positions)
     for words in (
-        "--detection-limit-s SECONDS Longest time without progress and heartbeats before a worker "
-        "is declared lost (default: 2)",
-        "--max-body-bytes BYTES Largest HTTP body (default: 8M)",
-        "--rebalance-bytes-per-s BYTES Rate at which each worker receives weights while the "
-        "cluster serves (default: 100000000)",
+        "--detection-limit-s SECONDS Time without progress and heartbeats after which a worker is "
+        "declared lost (default: 2)",
+        "--max-body-bytes BYTES Maximum size of an HTTP request body (default: 8M)",
+        "--rebalance-bytes-per-s BYTES Maximum bytes per second of expert weights that each worker "
+        "receives while serving (default: 100000000)",
         "--num-micro-batches {auto,1,2} ",
         "--device-speed {given,measured} ",
         "--enable-prefix-caching, --no-enable-prefix-caching ",
         "--max-model-len TOKENS ",
         "--tls-key FILE ",
-        "--seed N Base of the seeds for requests without a seed (default: 0)",
-        "--start-timeout SECONDS Time limit of the start in seconds (default: 1800)",
+        "--seed N Seed from which the seeds of requests without one are derived (default: 0)",
+        "--start-timeout SECONDS Time limit of the whole start, in seconds (default: 1800)",
     ):
         assert words in text, words
 
@@ -463,7 +463,7 @@ def test_unknown_variables_are_reported(
     monkeypatch.setenv("EXPERTMESH_GATEWAY_PORT_8000_TCP_ADDR", "10.0.0.1")
     monkeypatch.setenv("EXPERTMESH_NAME", "known")
     assert main(["config"]) == ExitCode.OK
-    warning = "EXPERTMESH_MAX_NUM_SEQ is set, but is no variable of expertmesh: did you mean "
+    warning = "EXPERTMESH_MAX_NUM_SEQ is set, but is not a variable of expertmesh: did you mean "
     assert capsys.readouterr().err == f"expertmesh: warning: {warning}EXPERTMESH_MAX_NUM_SEQS?\n"
 
 
