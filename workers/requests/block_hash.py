@@ -15,17 +15,18 @@ from cluster.core.codec import Count, Message
 from workers.requests.request import Request
 
 BlockHash = bytes
-"""32 bytes, blake2b. Equal hashes are taken as equal tokens, so collisions must not occur."""
+"""A blake2b hash of 32 bytes. Equal hashes count as equal tokens, so a collision must not occur."""
 HASH_BYTES = 32
 SHORT_BYTES = 8
-"""Bytes of a hash in ``KvEvents``. A collision there costs a detour, never a wrong block."""
+"""Bytes of a short hash in ``KvEvents``. A collision costs time, but never gives a wrong block."""
 
 
 def root_hash(salt: str, owner: str = "", length: int = 0, adapter: str = "") -> BlockHash:
-    """Root of a sequence's hash chain: of its tenant, or of one request (``owner``).
+    """Root of a hash chain. Sequences share blocks only if their roots are equal.
 
-    ``length`` is the prompt length if keys depend on it, else 0. ``adapter`` is the key of one load
-    of the adapter that keys and values are computed with.
+    ``salt``: the request's ``cache_salt``. ``owner``: a request id, if no other request may share
+    the blocks. ``length``: the prompt length if keys depend on it, else 0. ``adapter``: key of the
+    loaded adapter.
     """
     person = b"kv owner" if owner else b"kv salt"
     own = length.to_bytes(8, "little") if length else b""
@@ -37,7 +38,7 @@ def root_hash(salt: str, owner: str = "", length: int = 0, adapter: str = "") ->
 
 
 def chain_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
-    """Hash of a full block after ``parent``: the root, or the previous block."""
+    """Hash of a full block after ``parent``, the hash of the previous block or the root."""
     data = parent + struct.pack(f"<{len(token_ids)}I", *token_ids)
     return blake2b(data, digest_size=HASH_BYTES, person=b"kv block").digest()
 
@@ -45,16 +46,16 @@ def chain_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
 def state_key(block_hash: BlockHash) -> bytes:
     """Key of the recurrent state after a block, when workers exchange blocks and states.
 
-    It has the size of a block hash and equals one only by a collision. The function is its own
-    inverse.
+    It has the size of a block hash and differs from all block hashes, unless they collide. The
+    function is its own inverse.
     """
     return bytes((block_hash[0] ^ 0xFF,)) + block_hash[1:]
 
 
 def request_root(request: Request, length_matters_above: int | None, owner: str = "") -> BlockHash:
-    """Root of a request's blocks.
+    """Root of a request's blocks; see ``root_hash``.
 
-    ``length_matters_above``: see ``ModelConfig``; ``owner`` restricts the blocks to one request.
+    ``length_matters_above``: see ``ModelConfig``. ``owner``: as for ``root_hash``.
     """
     embeds, length = request.prompt_embeds, len(request.prompt)
     matters = length_matters_above is not None and length > length_matters_above
@@ -81,10 +82,8 @@ def sequence_hashes(
     length_matters_above: int | None,
     prompt: Sequence[BlockHash] = (),
 ) -> tuple[BlockHash, ...]:
-    """Hashes of the full blocks of a choice, prompt and output so far; ``prompt`` has known hashes
-    of full prompt blocks.
-
-    Its newest token has keys and values only after the step that samples the next token.
+    """Hashes of the full blocks of a choice (prompt and output), without the newest token, whose
+    keys and values the next step computes. ``prompt``: known hashes of full prompt blocks.
     """
     known = list(prompt)
     parent = known[-1] if known else request_root(request, length_matters_above)
@@ -107,15 +106,15 @@ class KvEvents(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """A worker's message to gateways: changes of the blocks in its prefix cache."""
 
     number: int
-    """Number of the previous message plus one; a gap means that messages were lost."""
+    """Number of the message, one more than of the previous one. A gap means lost messages."""
     is_whole: bool = False
-    """``stored`` contains all blocks, and replaces the gateway's knowledge."""
+    """Whether ``stored`` has all blocks, and replaces what the gateway has recorded."""
     stored: tuple[bytes, ...] = ()
     """Short hashes of new blocks."""
     removed: tuple[bytes, ...] = ()
     """Short hashes of removed blocks."""
     fetch_cost: float = math.inf
-    """Number of prompt tokens that the worker computes in the time to fetch the blocks of one token
-    from a peer; infinite if it fetches none."""
+    """Time to fetch the blocks of one token from a peer, in units of the time to compute one prompt
+    token. Infinite if the worker fetches none."""
     num_free: Count = 0
-    """Blocks available to requests, including those of cached prefixes."""
+    """Number of blocks available to requests, including blocks of cached prefixes."""

@@ -1,12 +1,12 @@
-"""Buckets of decode steps on a GPU: a number of rows is padded to the next one. Pure."""
+"""Buckets: the row counts to which decode steps on a GPU are padded. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""At most half of the rows are padding. A decode step mostly reads the weights, so padding is
-nearly free, but each captured size takes some memory."""
+"""Sizes of which at most half is padding. A decode step mostly reads the weights, so padding rows
+are nearly free, but each captured size takes some memory."""
 
 
 def buckets_up_to(max_rows: int) -> tuple[int, ...]:
@@ -21,5 +21,5 @@ def bucket_of(num_rows: int, buckets: Sequence[int]) -> int:
 
 
 def kept_rows(buckets: Sequence[int]) -> int:
-    """Number of rows of all captured steps that are kept: two of each bucket."""
+    """Limit of the total rows of captured steps that are kept: two steps for each bucket."""
     return 2 * sum(buckets)

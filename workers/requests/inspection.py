@@ -1,4 +1,4 @@
-"""Internal values of the model that a request may ask for, and their size. Pure.
+"""Internal values of the model that a request can ask for, and their size. Pure.
 
 A ``Request`` carries ``InspectionParams``; the result is a tuple of ``NamedArray`` on the request's
 last output:
@@ -19,7 +19,7 @@ from cluster.core.codec import Message
 from cluster.core.errors import RequestError
 
 IGNORED_LABEL = -100
-"""Label of a token that is not scored."""
+"""Label of a token whose log-probability is not requested."""
 MAX_INSPECT_BYTES = 32 * 1024 * 1024
 """Maximum size of the result of one prompt."""
 MAX_ATTENTION_TOKENS = 256
@@ -27,7 +27,7 @@ MAX_ATTENTION_TOKENS = 256
 
 
 class Pooling(Enum):
-    """How final hidden states become one vector."""
+    """Method that turns the final hidden states of a prompt into one vector."""
 
     LAST = "last"
     MEAN = "mean"
@@ -37,21 +37,21 @@ class InspectionParams(Message, frozen=True, kw_only=True, array_like=True):
     """Internal values to return from one pass over a prompt."""
 
     logits: tuple[int, ...] = ()
-    """Positions whose logits to return, ascending; a classifier's prompt has one."""
+    """Ascending positions whose logits to return; one position for a classifier."""
     labels: tuple[int, ...] = ()
-    """One label per token, to return its log-probability after earlier tokens; -100 is ignored."""
+    """One label per token, whose log-probability after the earlier tokens to return; -100: none."""
     embedding: Pooling | None = None
-    """Pool the final hidden states into one vector."""
+    """How to pool the final hidden states into one vector; None for no vector."""
     hidden_states: bool = False
-    """Embeddings, then the states after each layer except the last, then after the final norm."""
+    """Return the embeddings, the states after each layer except the last, and after the norm."""
     router_logits: bool = False
-    """Logits of every bank's router."""
+    """Return the logits of every bank's router."""
     routes: bool = False
-    """Chosen experts and their weights in every bank."""
+    """Return the chosen experts and their weights in every bank."""
     attentions: bool = False
-    """Attention probabilities of every layer and query head."""
+    """Return the attention probabilities of every layer and query head."""
     aux: bool = False
-    """For each bank: number of tokens that chose an expert, and the sum of its probabilities."""
+    """Return for each expert the number of tokens that chose it, and its summed probabilities."""
 
     @property
     def reads_routers(self) -> bool:
@@ -59,11 +59,11 @@ class InspectionParams(Message, frozen=True, kw_only=True, array_like=True):
 
     @property
     def needs_captures(self) -> bool:
-        """Whether more is needed than the final hidden states."""
+        """Whether the model must capture values other than the final hidden states."""
         return self.hidden_states or self.reads_routers or self.attentions
 
     def first_position(self, length: int) -> int:
-        """Index of the first of ``length`` tokens that must be computed, not read from a cache."""
+        """Index of the first of ``length`` tokens that must be computed, even if it is cached."""
         if self.needs_captures or self.embedding is Pooling.MEAN:
             return 0
         scored = (max(i - 1, 0) for i, label in enumerate(self.labels) if label != IGNORED_LABEL)
@@ -137,7 +137,7 @@ def _elements(inspection: InspectionParams, length: int, shape: ModelShape) -> I
 
 
 def check_inspection(inspection: InspectionParams, length: int, shape: ModelShape) -> None:
-    """Raise ``RequestError`` with field, value and rule for impossible outputs."""
+    """Raise ``RequestError`` with field, value and rule for outputs that are not available."""
     if inspection.attentions and length > MAX_ATTENTION_TOKENS:
         raise RequestError(
             f"attentions of {length} tokens are too many, at most {MAX_ATTENTION_TOKENS}",

@@ -1,4 +1,4 @@
-"""A prompt given as embeddings instead of tokens. Pure: bytes and a shape, no unpickling."""
+"""A prompt of embeddings instead of tokens. Pure: reads bytes and a shape, never unpickles."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class PromptEmbeds(Message, frozen=True, array_like=True):
 
     @property
     def digest(self) -> str:
-        """Hash of the content: only equal prompts share prefixes."""
+        """Hash of the content, so that only equal prompts share prefixes."""
         return hashlib.sha256(self.data).hexdigest()
 
     def rows(self, first: int, last: int) -> NDArray[np.float32]:
@@ -43,7 +43,7 @@ class PromptEmbeds(Message, frozen=True, array_like=True):
 
 
 def parse_embeds(shape: Sequence[int], data: bytes) -> PromptEmbeds:
-    """Validate the prompt of a message. Raises ``RequestError`` with value and rule."""
+    """Create validated embeddings. Raises ``RequestError`` with the invalid value and the rule."""
     name = "embeddings"
     sizes = list(shape)[:4]
     if len(shape) != 2 or min(shape) < 1:

@@ -1,6 +1,6 @@
-"""A request as the engine sees it, and its outputs.
+"""A request in the form that the engine uses, and its outputs.
 
-These are the core types behind both codecs (HTTP and gRPC). The gateway validates and sets
+HTTP and gRPC requests are both converted to these types. The gateway validates fields and sets
 defaults; all later code uses ``Request``, ``TokenOutput`` and ``StepOutput``.
 """
 
@@ -16,7 +16,7 @@ from workers.requests.prompt_embeds import PromptEmbeds
 from workers.requests.traced import StepParents
 
 MAX_DEATHS = 2
-"""Number of deaths of workers with a request after which it runs alone."""
+"""If this number of workers have died while they ran a request, the request runs alone."""
 
 
 class FinishReason(Enum):
@@ -38,43 +38,43 @@ class GrammarKind(Enum):
 
 
 class GrammarPart(Message, frozen=True, kw_only=True, array_like=True):
-    """A rule of a Lark grammar that comes from a client's schema; it refers to no other rules."""
+    """A rule of a Lark grammar, made from a client's schema. It refers to no other rules."""
 
     rule: str
     """Name of the rule, which is the line ``NAME: BODY`` of the text."""
     label: str
     """Description for error messages."""
     fallback: str | None = None
-    """Body to use if the rule does not compile; None refuses the grammar."""
+    """Body to use if the rule does not compile. None: the grammar is then refused."""
 
 
 class Grammar(Message, frozen=True, kw_only=True, array_like=True):
-    """A grammar for the output. Hashable, so that equal ones are compiled once."""
+    """A grammar for the output. Hashable, so that equal grammars are compiled once."""
 
     kind: GrammarKind
     text: str
     """A JSON schema, a regular expression, a JSON list of strings, or a Lark grammar."""
     field: str = "structured_outputs"
-    """The client's field that contained it, for error messages."""
+    """The field of the client's request that contains the grammar, for error messages."""
     parts: tuple[GrammarPart, ...] = ()
     """Rules that may fail to compile."""
 
 
 class EarlyStopping(Enum):
-    """When a beam search ends after it has found ``n`` ended outputs."""
+    """When to end a beam search that has found ``n`` ended outputs."""
 
     HEURISTIC = "false"
-    """When no beam would be better than the worst of them if it ended now."""
+    """End when no beam, if it ended now, would be better than the worst of these outputs."""
     FULL = "true"
-    """Immediately."""
+    """End immediately."""
     NEVER = "never"
-    """When no beam can become better than the worst of them."""
+    """End when no beam can become better than the worst of these outputs."""
 
 
 class BeamParams(Message, frozen=True, kw_only=True, array_like=True):
-    """A search for the most probable outputs; the request's ``n`` is the number of beams.
+    """Beam search for the most probable outputs; the request's ``n`` is the number of beams.
 
-    No tokens are sampled, and no output is sent before the end, when choice 0 is the best output.
+    No token is sampled. Outputs are sent at the end of the search; choice 0 is the best one.
     """
 
     length_penalty: float = 1.0
@@ -88,21 +88,21 @@ class SamplingParams(Message, frozen=True, kw_only=True, array_like=True):
     max_tokens: Count = 16
     """Maximum number of new tokens; 0 only scores the prompt."""
     min_tokens: Count = 0
-    """Number of new tokens before eos or a stop token id may be sampled."""
+    """Number of new tokens before which neither eos nor a stop token id is sampled."""
     temperature: float = 1.0
-    """0 is argmax, ties to the lowest id."""
+    """0 selects the most probable token, or of equal ones the lowest id."""
     top_p: float = 1.0
-    """Smallest set of tokens with this probability mass, (0, 1]."""
+    """Keep the smallest set of tokens with at least this probability mass, (0, 1]."""
     top_k: Count = 0
-    """Number of most probable tokens to keep; 0 is off."""
+    """Number of most probable tokens to keep; 0 keeps all."""
     min_p: float = 0.0
-    """Tokens below this fraction of the best token's probability are dropped, [0, 1]."""
+    """Drop tokens below this fraction of the most probable token's probability, [0, 1]."""
     repetition_penalty: float = 1.0
-    """Applied to prompt and output tokens, (0, 2]."""
+    """Divides or multiplies logits of tokens in the prompt or the output, (0, 2]; 1 is off."""
     frequency_penalty: float = 0.0
-    """Multiplied by the token's count in the output, [-2, 2]."""
+    """Subtracted from a token's logit for each time that the token is in the output, [-2, 2]."""
     presence_penalty: float = 0.0
-    """Applied once to each token in the output, [-2, 2]."""
+    """Subtracted once from the logit of each token that is in the output, [-2, 2]."""
     logit_bias: tuple[tuple[Count, float], ...] = ()
     """(token id, bias) pairs added to the logits."""
     stop_token_ids: tuple[Count, ...] = ()
@@ -110,17 +110,17 @@ class SamplingParams(Message, frozen=True, kw_only=True, array_like=True):
     ignore_eos: bool = False
     """Do not end at the model's eos."""
     seed: int = 0
-    """Chosen randomly at admission if the client gives none, so that the engine always has one."""
+    """Seed of the random draws. If the client gives none, the gateway chooses a random seed."""
     logprobs: Count | None = None
-    """Alternatives to report per new token; None reports nothing, 0 only the sampled token."""
+    """Number of alternatives to report per new token. 0: only the sampled token; None: nothing."""
     prompt_logprobs: Count | None = None
-    """Number of alternatives to report per prompt token."""
+    """Number of alternatives to report per prompt token; None reports nothing."""
     logprob_token_ids: tuple[Count, ...] = ()
     """Tokens to report per new token instead of the most probable ones; needs ``logprobs``."""
     allowed_token_ids: tuple[Count, ...] = ()
     """Tokens that may be sampled; empty allows all."""
     bad_words: tuple[tuple[Count, ...], ...] = ()
-    """Non-empty token sequences that must not be in the output."""
+    """Non-empty token sequences that the output must not contain."""
     grammar: Grammar | None = None
     beams: BeamParams | None = None
     """Beam search parameters; None for sampling. In a search, only ``max_tokens``, ``min_tokens``,
@@ -136,62 +136,62 @@ class Request(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     prompt: tuple[Count, ...]
     """Token ids, never empty."""
     params: SamplingParams = SamplingParams(max_tokens=0)
-    """Parameters of all choices; choice j samples with (seed, j, position). By default the prompt
-    is only read."""
+    """Parameters of all choices. Choice j samples with (seed, j, position). By default no token is
+    sampled."""
     n: Count = 1
     attempt: Count = 0
-    """Increases with each resubmission; the gateway drops tokens of an older attempt."""
+    """Number of earlier submissions. The gateway drops tokens of an older attempt."""
     output_so_far: tuple[tuple[Count, ...], ...] = ()
-    """Tokens that an earlier attempt already delivered, by choice."""
+    """Output tokens that earlier attempts have delivered, by choice."""
     closed_choices: tuple[Count, ...] = ()
     """Choices that ended in an earlier attempt; at least one choice is open."""
     num_deaths: Count = 0
-    """Number of workers that died with it since its last token."""
+    """Number of workers that died while they ran the request, since its last token."""
     kv_peer: str = ""
-    """Worker that blocks of the prompt may be fetched from; empty for none."""
+    """Name of the worker from which blocks of the prompt may be fetched; empty for none."""
     deadline_ms: Count = 0
-    """Remaining milliseconds when it was sent; 0 for no limit."""
+    """Milliseconds that were left until its deadline when it was sent; 0 for no deadline."""
     priority: int = 0
-    """Requests with a lower value run first."""
+    """Requests of a tenant with a lower value run first."""
     cache_salt: str = ""
     """Only requests with equal salts share cached prefixes."""
     session: str = ""
     """Session of the tenant that the request continues; empty for none."""
     cache_ttl_s: float | None = None
-    """Time in seconds for which its blocks are retained after its end; 0: they will not be used
-    again; None: unspecified."""
+    """Seconds for which its blocks are retained after its end; 0 if they will not be used again,
+    None if unspecified."""
     inspection: InspectionParams | None = None
-    """Internal values to return in addition to tokens; only with ``n`` 1 and ``max_tokens`` 0."""
+    """Internal values of the model to return; requires ``n`` 1 and ``max_tokens`` 0."""
     prompt_embeds: PromptEmbeds | None = None
-    """Embeddings that replace the prompt's tokens, which are then zeros."""
+    """Embeddings that replace the prompt's tokens; the token ids are then zeros."""
     tenant: str = ""
-    """Tenants take turns; ``priority`` orders the requests of one tenant."""
+    """Name of the tenant. The engine shares its steps fairly between tenants."""
     weight: float = 1.0
-    """The tenant's share is proportional to its weight."""
+    """Weight of the tenant, to which its share of the engine is proportional."""
     step_parents: StepParents | None = None
-    """Parent spans for its steps; None if it is not traced."""
+    """Parent spans for the spans of its steps; None if the request is not traced."""
     adapter: str = ""
-    """Key of the adapter for its rows; empty for none."""
+    """Key of the LoRA adapter of its rows; empty for none."""
 
     @property
     def is_retained(self) -> bool:
-        """Whether its blocks are retained after its end: it has a session or a retention time."""
+        """Whether its blocks are retained after its end, for its session or a time."""
         return bool(self.session) if self.cache_ttl_s is None else self.cache_ttl_s > 0
 
 
 class SoloStage(Enum):
-    """Stage of a step that runs rows of only one request."""
+    """Stage of a solo step, which runs rows of only one request."""
 
     OFFERED = "offered"
-    """The worker may withdraw the step until the gateway has acknowledged it."""
+    """The worker offers the step, and may withdraw it until the gateway acknowledges it."""
     CERTAIN = "certain"
-    """The step runs once the gateway has recorded it, and nothing else runs before."""
+    """The step runs once the gateway has acknowledged this stage; until then nothing runs."""
     OVER = "over"
-    """The step has ended; other requests run once the gateway has recorded that."""
+    """The step has ended. Other requests run once the gateway has acknowledged this stage."""
 
 
 class SoloStep(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """A stage of a solo step, and its acknowledgement by the gateway.
+    """Message with a stage of a solo step; the gateway returns it as the acknowledgement.
 
     See ``workers.engine.isolation``.
     """
@@ -202,16 +202,16 @@ class SoloStep(Message, frozen=True, kw_only=True, array_like=True, tag=True):
 
 
 class Queued(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """The engine has the request, which does not run alone."""
+    """Message that the engine has received a request that need not run alone."""
 
     request_id: str
     attempt: Count
 
 
 class TokenLogprob(Message, frozen=True, kw_only=True, array_like=True, gc=False):
-    """Log-probabilities at one position, from the model's distribution before any processing.
+    """Log-probabilities at one position, from the model's logits before any processing.
 
-    It has few objects, and Python's garbage collector skips all of them: a prompt has 100,000.
+    A long prompt has 100,000 of these, so they are small, and the garbage collector skips them.
     """
 
     token_id: int
@@ -219,7 +219,7 @@ class TokenLogprob(Message, frozen=True, kw_only=True, array_like=True, gc=False
     logprob: float
     """Natural log-probability of the token."""
     rank: int = 0
-    """1 for the most probable token."""
+    """Rank of the token by probability, from 1."""
     top_ids: tuple[int, ...] = ()
     """The most probable tokens, best first, or ``logprob_token_ids``."""
     top_logprobs: tuple[float, ...] = ()
@@ -232,20 +232,20 @@ class TokenLogprob(Message, frozen=True, kw_only=True, array_like=True, gc=False
 
 
 _PIECE_ENTRIES = 256
-"""Prompt positions per call of the decoder: with 20 alternatives each they take 3 ms."""
+"""Prompt positions per call of the decoder; with 20 alternatives each, a call takes 3 ms."""
 
 
 class PromptLogprobs(Message, frozen=True, kw_only=True, array_like=True):
-    """Encoded log-probabilities of a prompt's tokens: a long prompt has 100,000 of them.
+    """Encoded log-probabilities of a prompt's tokens, in pieces.
 
-    The decoder holds the interpreter lock, so it decodes one piece at a time, on any thread.
+    A long prompt has 100,000 entries, and the decoder holds the interpreter lock for each piece.
     """
 
     pieces: tuple[bytes, ...]
 
     @classmethod
     def of(cls, entries: Sequence[TokenLogprob | None]) -> PromptLogprobs:
-        """Encode one entry per token, None for the first."""
+        """Encode one entry per prompt token; the entry of the first token is None."""
         starts = range(0, len(entries), _PIECE_ENTRIES)
         return cls(
             pieces=tuple(_ENTRIES.encode(tuple(entries[i : i + _PIECE_ENTRIES])) for i in starts)
@@ -260,22 +260,22 @@ _ENTRIES: Codec[tuple[TokenLogprob | None, ...]] = Codec(
     tuple[TokenLogprob | None, ...], "log-probabilities"
 )
 MAX_TIMES = 64
-"""Maximum number of reported times of one kind for a choice."""
+"""Maximum number of times reported for a choice in each list of ``Timings``."""
 
 
 class Timings(Message, frozen=True, kw_only=True, array_like=True):
-    """Seconds on the worker's monotonic clock, relative to ``received`` (0.0)."""
+    """Times of one choice, in seconds after the worker received the request."""
 
     first_dispatch_s: float = 0.0
-    """From receipt to the first dispatch of rows to the experts."""
+    """Time of the first dispatch of rows to the experts."""
     first_token_s: float = 0.0
-    """From receipt to the commit of the first token."""
+    """Time of the commit of the first token."""
     finished_s: float = 0.0
-    """From receipt to the end, or to the output with these timings."""
+    """Time of the end, or of the output with these timings."""
     prefill_s: tuple[float, ...] = ()
-    """From receipt to the first dispatch of each chunk of the prompt; at most ``MAX_TIMES``."""
+    """Times of the first dispatch of each prompt chunk; at most ``MAX_TIMES``."""
     preempted_s: tuple[float, ...] = ()
-    """From receipt to each preemption; at most ``MAX_TIMES``."""
+    """Times of preemptions; at most ``MAX_TIMES``."""
 
 
 class TokenOutput(Message, frozen=True, kw_only=True, array_like=True):
@@ -289,17 +289,17 @@ class TokenOutput(Message, frozen=True, kw_only=True, array_like=True):
     token_ids: tuple[int, ...] = ()
     """New tokens (usually one)."""
     logprobs: tuple[TokenLogprob, ...] = ()
-    """One entry per new token if requested."""
+    """One entry per new token, if requested."""
     prompt_logprobs: PromptLogprobs | None = None
-    """Set once, on the first output of choice 0."""
+    """Set only on the first output of choice 0."""
     num_cached_tokens: int | None = None
     """Number of prompt tokens found in the prefix cache; set on the choice's first output."""
     class_logits: tuple[float, ...] = ()
-    """Logits by class of a sequence classifier; set on the last output."""
+    """Logits of a sequence classifier, by class; set on the last output."""
     finish_reason: FinishReason | None = None
     """Set on the last output of the choice."""
     stop_token_id: int | None = None
-    """The stop token id that ended it; None for eos or other reasons."""
+    """The stop token id that ended the choice; None if it ended for another reason."""
     error: str | None = None
     """Error message, with finish_reason ERROR."""
     error_code: str = ""
@@ -311,7 +311,7 @@ class TokenOutput(Message, frozen=True, kw_only=True, array_like=True):
     arrays: tuple[NamedArray, ...] = ()
     """Results of the request's inspection; set on the last output."""
     score: float | None = None
-    """Score of an output of a beam search."""
+    """Score of the output in a beam search; None without one."""
 
 
 class StepOutput(Message, frozen=True, kw_only=True, array_like=True, tag=True):

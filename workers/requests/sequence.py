@@ -1,4 +1,4 @@
-"""One choice of a request in the engine, from receipt to end. Pure."""
+"""State of one choice of a request in the engine, from receipt to end. Pure."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from workers.requests.request import (
 
 
 class OutputGrammar(Protocol):
-    """State of a grammar after an output."""
+    """State of a grammar after the output so far."""
 
     def advance(self, token: int) -> None:
-        """Add an output token; called at commit only."""
+        """Add an output token. Called only when the step commits."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether no token can be added to the output."""
+        """Whether the grammar permits no further token."""
 
 
 class SequenceStatus(Enum):
@@ -48,12 +48,12 @@ class Ending:
     reason: FinishReason
     """The reason reported to the client."""
     stop_token_id: int | None = None
-    """The stop token id that ended it; None for eos."""
+    """The stop token id that ended the sequence; None if it ended for another reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Reason for which a sequence failed."""
+    """Why a sequence failed."""
 
     message: str
     """Message for the client."""
@@ -77,9 +77,9 @@ class SequenceState:
     """The request that this choice belongs to."""
     choice: int
     arrival: int
-    """Order of receipt in this engine."""
+    """Number of the sequence in the order of receipt in this engine."""
     deadline: float
-    """Monotonic time in seconds; infinity for none."""
+    """Deadline as monotonic time in seconds; infinity for none."""
     received: float = 0.0
     """Monotonic time of receipt in seconds."""
     output: list[int] = field(default_factory=list)
@@ -87,26 +87,26 @@ class SequenceState:
     grammar: OutputGrammar | None = None
     """Grammar state after ``output``; None without a grammar."""
     num_computed: int = 0
-    """Number of positions from 0 on with keys and values in the cache."""
+    """Number of leading tokens whose keys and values are in the cache."""
     blocks: list[int] = field(default_factory=list)
-    """Block table. The sequence is one holder of each block."""
+    """Its KV blocks in order (block table). The sequence is a holder of each block."""
     state: int | None = None
-    """Slot of its recurrent state after ``num_computed`` tokens; None without tokens, or if the
+    """Slot of its recurrent state after ``num_computed`` tokens; None if that number is 0 or the
     model has no states."""
     branch: int = 0
-    """Number of tokens in blocks cached at its admission, if the state after them was not."""
+    """Tokens in the blocks cached at its admission, if the state after them was not; else 0."""
     latest_state: bytes | None = None
-    """Hash of the block whose state was retained as its latest; the next one replaces it. None if
-    there is none to replace: none was retained, or another sequence retained the same."""
+    """Hash of the block whose recurrent state is retained as its latest, until the next replaces
+    it. None if none is, or if another sequence retains the same state."""
     seat: int | None = None
-    """Row of ``BlockTables`` for its blocks; None while it does not run."""
+    """Index of its row in ``BlockTables``; None while it does not run."""
     status: SequenceStatus = SequenceStatus.WAITING
     first_choice: SequenceState | None = None
-    """First open choice of the request, which shares its full prompt blocks; None for itself."""
+    """The request's first open choice, whose full prompt blocks it shares; None for that one."""
     block_hashes: list[bytes] = field(default_factory=list)
-    """Chained hashes of its first full blocks; extended as needed."""
+    """Chained hashes of its full blocks, from the first on; extended as needed."""
     num_cached_tokens: int | None = None
-    """Number of prompt tokens that its first admission found in the prefix cache; None before."""
+    """Number of prompt tokens in the prefix cache at its first admission; None before."""
     prefills: list[float] = field(default_factory=list)
     """Monotonic times of the first dispatch of each prompt chunk, at most ``MAX_TIMES``."""
     preemptions: list[float] = field(default_factory=list)
@@ -114,11 +114,11 @@ class SequenceState:
     first_token: float | None = None
     """Monotonic time of the commit of its first new token."""
     is_idle: bool = False
-    """Whether it is a beam with known candidates that waits for the other beams of its request."""
+    """Whether it is a beam that waits until all beams of its request have been computed."""
     scores_prompt: bool = field(init=False)
-    """Whether it is choice 0 of a request with ``prompt_logprobs`` and no output at receipt."""
+    """Whether it computes ``prompt_logprobs``, as choice 0 of a request without earlier output."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
-    """Entries so far; None for the first prompt token."""
+    """Entries of the computed prompt tokens; None for the first token."""
     prompt_length: int = field(init=False)
     key: int = field(init=False)
     """63-bit hash of (request, choice); with a position it identifies a row."""
@@ -136,7 +136,7 @@ class SequenceState:
 
     @property
     def order(self) -> tuple[int, bool, int, int]:
-        """Sort key: priority, output from another worker, arrival, choice; smaller is earlier."""
+        """Sort key, smaller is earlier: priority, output from another worker, arrival, choice."""
         is_new = not any(self.request.output_so_far)
         return (self.request.priority, is_new, self.arrival, self.choice)
 
@@ -147,7 +147,7 @@ class SequenceState:
 
     @property
     def num_missing(self) -> int:
-        """Number of rows to run before the next token can be sampled."""
+        """Number of rows that must run before the next token can be sampled."""
         return self.num_tokens - self.num_computed
 
     @property
@@ -157,9 +157,9 @@ class SequenceState:
 
     @property
     def num_reusable(self) -> int:
-        """Number of leading tokens that need no computation if they are cached.
+        """Number of leading tokens that need not be computed if they are cached.
 
-        The newest token always does: the next one is sampled from its logits.
+        The newest token must be computed: the next one is sampled from its logits.
         """
         scores_now = self.scores_prompt and not self.output
         if scores_now or self.request.inspection is not None:
@@ -167,7 +167,7 @@ class SequenceState:
         return self.num_tokens - 1
 
     def append(self, token: int) -> None:
-        """Add a token to the output; called at commit only."""
+        """Add a token to the output. Called only when the step commits."""
         self.output.append(token)
         self.is_idle = False
         if self.grammar is not None:
@@ -183,7 +183,7 @@ class SequenceState:
         return (*self.request.prompt[first:], *self.output[: last - length])
 
     def note_dispatch(self, when: float) -> None:
-        """Record a dispatch of prompt rows, unless it has a new token."""
+        """Record the time of a dispatch of prompt rows, unless the sequence has a new token."""
         if self.first_token is None and len(self.prefills) < MAX_TIMES:
             self.prefills.append(when)
 
@@ -200,7 +200,7 @@ class SequenceState:
         class_logits: tuple[float, ...] = (),
         arrays: tuple[NamedArray, ...] = (),
     ) -> TokenOutput:
-        """The output for the client after a commit; ``output`` already has the new tokens."""
+        """The output to send after a commit. ``self.output`` already contains ``tokens``."""
         is_first = self.first_token is None
         if is_first:
             self.first_token = now
@@ -254,7 +254,7 @@ def failed_output(request: Request, choice: int, failure: Failure) -> TokenOutpu
 
 
 def num_reusable(request: Request) -> int:
-    """Number of leading prompt tokens that need no computation if they are cached."""
+    """Number of leading prompt tokens that need not be computed if they are cached."""
     if request.params.prompt_logprobs is not None:
         return 0
     if request.inspection is not None:

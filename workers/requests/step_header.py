@@ -1,4 +1,4 @@
-"""The step header and the proposals it is made from.
+"""The step header, and the proposals from which the leader makes it.
 
 After each step, every attention rank proposes the rows it wants to run next. The leader (the lowest
 attention rank) decides (``workers.engine.leader``) and sends one header to all ranks.
@@ -18,7 +18,7 @@ MAX_ROWS = 1 << 24
 Rows = Annotated[int, Meta(ge=0, le=MAX_ROWS)]
 Step = Annotated[int, Meta(ge=0)]
 ALL_ROWS = 1000
-"""Shares are in thousandths; this one stands for all rows."""
+"""The share that stands for all rows. Shares are integers, in thousandths."""
 Share = Annotated[int, Meta(ge=0, le=ALL_ROWS)]
 
 
@@ -30,15 +30,15 @@ class StepProposal(Message, frozen=True, kw_only=True, array_like=True):
     """Number of the step. A later proposal of a rank for the same step replaces the earlier one."""
     rank: Count
     decode_rows: Rows
-    """Rows of sequences that lack only their newest output token, and draft rows."""
+    """Number of decode rows: one for each decoding sequence, and draft rows."""
     prefill_rows: Rows
     edge_share: Share = 0
-    """Largest share of its decode rows, in thousandths, that one expert rank needed recently; 0 if
-    unknown, in which case no rows may be left out."""
+    """Largest share of its decode rows, in thousandths, that a single expert rank needed in recent
+    steps; 0 if unknown, in which case all rows must be sent."""
     is_alone: bool = False
-    """Whether the rows belong to one request, which must have the step for itself."""
+    """Whether the rows belong to a request that must run alone in the step."""
     parents: Parents = ()
-    """Parent spans for the spans of the step, from traced requests with rows in it."""
+    """Parent spans for the spans of the step, from the traced requests that have rows in it."""
     draft_rows: Rows = 0
     """Number of draft rows among the decode rows."""
 
@@ -48,7 +48,7 @@ class StepProposal(Message, frozen=True, kw_only=True, array_like=True):
 
 
 class Grant(Message, frozen=True, kw_only=True, array_like=True):
-    """Rows that one attention rank runs in a step."""
+    """Numbers of rows that one attention rank may run in a step."""
 
     decode_rows: Rows = 0
     prefill_rows: Rows = 0
@@ -73,31 +73,31 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
 
     generation: Count
     step: Step
-    """Global step number, which tags messages and increases across generations."""
+    """Global step number, which tags messages and keeps increasing when the generation changes."""
     epoch: Count
     """Placement epoch of the step."""
     oldest_epoch: Count
-    """Oldest placement epoch that may still run; older weights may be overwritten."""
+    """Oldest placement epoch that later steps may use. Weights of older ones may be overwritten."""
     grants: tuple[tuple[Count, Grant], ...]
     """(attention rank, rows) for all attention ranks, by rank."""
     num_micro_batches: Annotated[int, Meta(ge=1, le=2)] = 1
-    """Number of micro-batches. Of two, the first has ceil(n/2) rows of each rank."""
+    """Number of micro-batches. If there are two, the first has ceil(n/2) of each rank's n rows."""
     exact: bool = False
-    """True: edges carry only the needed rows. False: every edge carries all rows, or ``edge_limit``
-    rows."""
+    """Whether edges carry exactly the needed rows. If not, every edge carries all rows, or
+    ``edge_limit`` rows."""
     edge_limit: Rows = 0
-    """If ``exact`` is False: maximum rows of a micro-batch on an edge, needed ones first; 0 for no
-    limit."""
+    """Without ``exact``: maximum number of rows of a micro-batch on an edge, the needed ones first;
+    0 for no limit."""
     bucket: Rows = 0
-    """If ``exact`` is False: number of rows to which every non-empty micro-batch is padded on every
-    rank, as in captured steps; 0 for no padding."""
+    """Without ``exact``: number of rows to which each rank pads every non-empty micro-batch, as
+    captured steps require; 0 for no padding."""
     is_alone: bool = False
-    """Whether the step has rows of one request only."""
+    """Whether only one request has rows in the step."""
     parents: tuple[tuple[Count, Parents], ...] = ()
     """(attention rank, parent spans for its part of the step), for ranks that request spans."""
 
     def __post_init__(self) -> None:
-        """Raises ``ValueError``, which the codec reports as a ``ProtocolError``."""
+        """Raise ``ValueError`` for invalid fields; the codec turns it into a ``ProtocolError``."""
         ranks = [rank for rank, _ in self.grants]
         if not ranks or ranks != sorted(set(ranks)):
             raise ValueError("grants must name at least one rank and be sorted by rank")
@@ -113,7 +113,7 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
             raise ValueError(f"parents must be at most {MAX_TRACED}")
 
     def grant(self, rank: int) -> Grant:
-        """Rows of one attention rank; none for a rank without a grant."""
+        """Grant of one attention rank; an empty grant if the header has none for it."""
         for other, grant in self.grants:
             if other == rank:
                 return grant
@@ -147,8 +147,8 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
         return first if micro_batch == 0 else total - first
 
     def edge_rows(self, rank: int, micro_batch: int) -> int:
-        """Rows of one micro-batch that an attention rank sends to each expert rank; the maximum in
-        an exact step.
+        """Number of rows of one micro-batch that an attention rank sends to each expert rank. In an
+        exact step, the maximum.
         """
         rows = self.rows(rank, micro_batch)
         if rows and self.bucket:

@@ -6,8 +6,8 @@
     GatewayProof                         ->
                                          <-      EngineHello (proof, facts)
 
-Neither side sends the token. Until the other side has proved that it knows the token, a side sends
-only its name, its release, a nonce and a proof. The gateway proves first.
+Neither side sends the token. The gateway proves first that it knows the token. Before a side has
+received the other's proof, it sends only its name, its release, a nonce and a proof.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cluster.core.release import check_release
 from workers.requests.wire import ENGINE_HELLO, EngineHello
 
 MAX_HELLO_BYTES = 4096
-"""Maximum size of a message before the proof."""
+"""Maximum size of a message that arrives before its sender has proved the token."""
 
 
 class Hello(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
@@ -74,7 +74,7 @@ class GatewayHandshake(_Handshake):
         return PROOF.encode(GatewayProof(proof=self._proof.make_proof()))
 
     def finish(self, hello: bytes) -> EngineHello:
-        """Decode the hello of a worker and check that it knows the token."""
+        """Decode the worker's ``EngineHello``, and check that it proves the token."""
         facts = ENGINE_HELLO.decode(hello)
         if not self._proof.is_peer_proof(facts.proof):
             raise HandshakeError(f"{facts.worker} does not know the cluster token")
@@ -95,7 +95,7 @@ class WorkerHandshake(_Handshake):
         return HELLO.encode(self._own_hello)
 
     def finish(self, proof: bytes, facts: EngineHello) -> bytes:
-        """Check that the gateway knows the token, and return the worker's hello."""
+        """Check that the gateway knows the token, and return the encoded ``EngineHello``."""
         if not self._proof.is_peer_proof(PROOF.decode(_bounded(proof)).proof):
             raise HandshakeError("the cluster token differs")
         return ENGINE_HELLO.encode(replace(facts, proof=self._proof.make_proof()))

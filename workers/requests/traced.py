@@ -1,6 +1,6 @@
 """Parent spans for the spans of steps, sent with each sampled request and with each step.
 
-Requests that are not sampled have none.
+A request that is not sampled for tracing has no parent spans.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cluster.core.codec import Message, SpanIdBytes
 MAX_TRACED = 4
 """Maximum number of traced requests in one step, over all ranks."""
 Parents = Annotated[tuple[SpanIdBytes, ...], Meta(max_length=MAX_TRACED)]
-"""Parent spans of the spans of a step."""
+"""Parents of the spans of a step."""
 
 
 class StepParents(Message, frozen=True, array_like=True):
@@ -23,4 +23,4 @@ class StepParents(Message, frozen=True, array_like=True):
     prefill: SpanIdBytes
     """Parent for steps that run rows of its prompt."""
     decode: SpanIdBytes
-    """Parent for its other steps."""
+    """Parent for all other steps of the request."""

@@ -1,16 +1,16 @@
 """The engine stream between a gateway replica and one attention worker.
 
-One gRPC stream ``METHOD`` of bytes in both directions, each a message of ``cluster.core.codec``:
+It is a bidirectional gRPC call ``METHOD``. Each of its messages is bytes of ``cluster.core.codec``:
 
     gateway                                      attention worker
     (see ``workers.requests.stream_handshake``)
-                                         <-      EngineHello (what requests may ask for)
+                                         <-      EngineHello (limits for requests)
     Request, Prefetch, Pause, Abort, Ping,
     SoloStep, KvResync, KeepCopy         ->
                                          <-      Queued, StepOutput, Ping, SoloStep, KvEvents,
                                                  Prefetched, Paused, KvPressure
 
-Both ends are of one release.
+Both ends must be of the same release.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from workers.requests.request import Queued, Request, SoloStep, StepOutput
 SERVICE = "expertmesh.v1.Engine"
 METHOD = "Stream"
 PATH = f"/{SERVICE}/{METHOD}"
-"""Path of the gRPC call; requests and responses are bytes."""
+"""Path of the gRPC call, whose requests and responses are bytes."""
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Maximum message size in both directions."""
 
@@ -53,22 +53,22 @@ class EngineHello(Message, frozen=True, kw_only=True):
     num_heads: int
     labels: tuple[str, ...] = ()
     pad_token_id: int | None = None
-    """Pad token; a classifier does not classify it."""
+    """Pad token, which a classifier skips; None if there is none."""
     problem_type: str = ""
     """A classifier's problem type; empty if the checkpoint has none."""
     banks: tuple[RouterShape, ...] = ()
     kv_block_size: int = 0
-    """Tokens of a KV block; 0 if requests share no blocks."""
+    """Number of tokens of a KV block; 0 if requests share no blocks."""
     kv_length_matters_above: int | None = None
     """See ``ModelConfig.length_matters_above``."""
     keeps_copies: bool = False
-    """Whether it accepts ``KeepCopy``: it has host memory for KV blocks."""
+    """Whether the worker accepts ``KeepCopy``, as it keeps KV blocks in host memory."""
 
 
 class Prefetch(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """Tells a worker to fetch the KV blocks of a request that will move to it from its ``kv_peer``.
+    """Tells a worker to fetch the KV blocks of a request that will move to it.
 
-    The other worker continues to decode. ``Prefetched`` is the reply.
+    The request's ``kv_peer`` has the blocks and continues to decode. ``Prefetched`` is the reply.
     """
 
     request: Request
@@ -76,30 +76,28 @@ class Prefetch(Message, frozen=True, kw_only=True, array_like=True, tag=True):
 
 
 class Prefetched(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """The blocks of a ``Prefetch`` are here, as far as they could be fetched."""
+    """Reply to ``Prefetch``: all blocks that could be fetched have arrived."""
 
     request_id: str
     attempt: Count
 
 
 class Pause(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """Pauses a request that will move to another worker, once each of its choices has
-    ``num_tokens``.
+    """Pauses a request that will move to another worker, once each choice has ``num_tokens``.
 
-    The reply is ``Paused``, after the last of its outputs, so that the other worker need not
-    compute a token that this one is computing. A request that may be about to run alone continues
-    without a reply.
+    The reply ``Paused`` follows the request's last output, so that both workers never compute the
+    same token. If the request may be about to run alone, it is not paused and there is no reply.
     """
 
     request_id: str
     num_tokens: Count = 0
-    """Number of tokens, including the prompt."""
+    """Number of tokens of a choice, including the prompt."""
     is_cancelled: bool = False
-    """Whether to resume the request instead; there is no reply."""
+    """Whether to resume the request instead of pausing it; there is no reply."""
 
 
 class Paused(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """All outputs of the request have been sent, and no step computes more."""
+    """Reply to ``Pause``: all outputs of the request have been sent, and no step computes more."""
 
     request_id: str
 
@@ -107,7 +105,7 @@ class Paused(Message, frozen=True, kw_only=True, array_like=True, tag=True):
 class KvPressure(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """The worker is short of KV blocks and will soon preempt this request.
 
-    The gateway can move the request to a worker with free blocks first.
+    Before that, the gateway can move the request to a worker with free blocks.
     """
 
     request_id: str
@@ -135,24 +133,24 @@ class KvResync(Message, frozen=True, kw_only=True, array_like=True, tag=True):
 class KeepCopy(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """Tells a worker to keep copies of another worker's blocks in host memory.
 
-    There is no reply: ``KvEvents`` contain the received blocks. The worker reads the blocks that it
-    lacks from ``source`` when it can.
+    When it has time, the worker fetches the blocks that it lacks from ``source``. There is no
+    reply; ``KvEvents`` later include the received blocks.
     """
 
     source: str
     """Name of the worker that has the blocks."""
     names: bytes
-    """Concatenated hashes of the blocks of one sequence, from the first on."""
+    """Concatenated hashes of the blocks of one sequence, beginning with its first block."""
     num_prompt: Count
     """Number of these blocks that belong to the prompt."""
     tenant: str = ""
     """Tenant of the sequence."""
     session: str = ""
-    """As in ``Request``, like the next two."""
+    """As in ``Request``; so are ``cache_ttl_s`` and ``priority``."""
     cache_ttl_s: float | None = None
     priority: int = 0
     may_outlive: bool = True
-    """Whether the hashes stay valid after a restart; hashes of adapters do not."""
+    """Whether the hashes stay valid after a restart. With an adapter they do not."""
 
     def __post_init__(self) -> None:
         if not self.names or len(self.names) % HASH_BYTES:
@@ -160,7 +158,7 @@ class KeepCopy(Message, frozen=True, kw_only=True, array_like=True, tag=True):
 
     @property
     def hashes(self) -> tuple[BlockHash, ...]:
-        """The separate hashes."""
+        """The hashes in ``names``, one by one."""
         ends = range(HASH_BYTES, len(self.names) + 1, HASH_BYTES)
         return tuple(self.names[end - HASH_BYTES : end] for end in ends)
 

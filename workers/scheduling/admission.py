@@ -14,16 +14,16 @@ from workers.scheduling.step_intent import Restriction
 from workers.scheduling.step_plan import StepBudget
 
 _MAX_FETCH_STEPS = 8
-"""Number of full steps of prompt rows for which KV blocks may be fetched at the same time."""
+"""KV blocks are fetched for at most as many waiting prompt rows as fill this number of steps."""
 
 
 class SequenceAdmission:
     """Decides which waiting sequences fit into a step, in which order, and admits them.
 
-    Tenants take turns (``fairness``). Within a tenant, lower priority values go first, then
-    sequences that already have output from another worker, then earlier arrivals. An admission
-    leaves one free block for each running sequence that may still grow, so that a sequence is not
-    preempted in the step after its admission.
+    Tenants take turns (``fairness``). The sequences of a tenant are ordered by priority (lower
+    values first), then those with output from another worker precede, then earlier arrivals. An
+    admission leaves one free block for each running sequence that may still grow, so that no
+    sequence is preempted in the step after its admission.
     """
 
     def __init__(
@@ -45,22 +45,22 @@ class SequenceAdmission:
 
     @property
     def num_deferred(self) -> int:
-        """Number of sequences that wait for the prompt of their request's first choice."""
+        """Number of sequences that wait for their request's first choice to compute the prompt."""
         return sum(map(self._waits_for_first_choice, self._queues.waiting))
 
     @property
     def num_waiting_for_kv(self) -> int:
-        """Number of sequences that wait for a transfer of KV blocks, without deferred ones."""
+        """Number of sequences that wait for a transfer of KV blocks, except deferred ones."""
         return sum(map(self._waits_for_kv, self._queues.waiting))
 
     @property
     def num_waiting_tokens(self) -> int:
-        """Number of waiting prompt tokens, counted once for all choices of a request."""
+        """Number of prompt tokens of waiting requests, counted once for all choices."""
         return sum(s.prompt_length for s in self._queues.waiting if s.first_choice is None)
 
     def take_admissible(self, restriction: Restriction, at_most: int) -> list[SequenceState]:
-        """Return waiting sequences that fit into the next steps, one for each request, within the
-        seats and free blocks. Each is returned once, and once more after each preemption.
+        """Return one sequence for each waiting request that fits into the next steps, seats and
+        free blocks. A request is returned once after it was queued and after each preemption.
         """
         if not self._kv_waits.has_untried:
             return []
@@ -70,11 +70,11 @@ class SequenceAdmission:
         return [able[name] for name in self._kv_waits.take_untried(able, at_most)]
 
     def admissible(self, restriction: Restriction, max_rows: int) -> Iterator[SequenceState]:
-        """Yield waiting sequences in order, within the seats, the free blocks and ``max_rows``.
+        """Yield waiting sequences in turn that fit into the seats, free blocks and ``max_rows``.
 
         A cached block without a holder counts as a free block that the sequence takes. A tenant
-        above its share leaves seats free, and blocks for that number of sequences, but at most the
-        same fraction of all blocks.
+        above its share leaves some seats free for other tenants, and blocks for as many sequences,
+        but at most the same fraction of all blocks.
         """
         if not self._queues.waiting:
             return
@@ -113,17 +113,17 @@ class SequenceAdmission:
             yield sequence
 
     def ready_to_decode(self, restriction: Restriction, max_rows: int) -> list[SequenceState]:
-        """Waiting sequences that would decode right after their admission."""
+        """Admissible sequences whose first rows after the admission would be decode rows."""
         if not any(s.output for s in self._queues.waiting):
             return []
         return [s for s in self.admissible(restriction, max_rows) if self.would_decode(s)]
 
     def would_decode(self, waiting: SequenceState) -> bool:
-        """Whether only its newest output token is uncached, as usual after a move."""
+        """Whether all its tokens but the newest output token are cached, as after most moves."""
         return bool(waiting.output) and self._blocks.num_to_compute(waiting) == 1
 
     def next_waiting(self, restriction: Restriction) -> SequenceState | None:
-        """The waiting sequence that is next in turn, whether it fits or not."""
+        """The waiting sequence that is next in turn, even if it does not fit."""
         waiting = self._served.in_turn(self._queues.waiting)
         able = (s for s in waiting if self._may_run(s, restriction))
         return next((s for s in able if not self._waits_for_first_choice(s)), None)
@@ -152,17 +152,17 @@ class SequenceAdmission:
         return is_able and restriction.allows(waiting)
 
     def _waits_for_kv(self, sequence: SequenceState) -> bool:
-        """Whether the sequence waits for KV blocks rather than for its first choice."""
+        """Whether the sequence waits for KV blocks, and not for its request's first choice."""
         is_held = sequence.request.request_id in self._kv_waits
         return is_held and not self._waits_for_first_choice(sequence)
 
     def _num_blocks_to_keep(self, sequence: SequenceState) -> int:
-        """Number of free blocks to keep for a sequence besides those being fetched."""
+        """Number of free blocks to keep for a sequence, in addition to the blocks being fetched."""
         coming = self._kv_waits.num_fetching(sequence.request.request_id)
         return max(self._blocks.num_blocks_of(sequence) - coming, 0)
 
     def _waits_for_first_choice(self, sequence: SequenceState) -> bool:
-        """Whether its request's first choice has yet to compute the prompt's full blocks."""
+        """Whether its request's first choice has not computed the prompt's full blocks yet."""
         first = sequence.first_choice
         if first is None or first.is_idle or first.status is SequenceStatus.FINISHED:
             return False

@@ -16,8 +16,8 @@ from workers.scheduling.step_plan import PlannedRows
 class BlockManager:
     """Allocates and frees the seat, KV blocks and recurrent states of each sequence.
 
-    At admission a sequence gets the blocks of all its tokens, and one more whenever a decode needs
-    it. Blocks in the prefix cache need no computation.
+    At admission a sequence gets blocks for all its tokens, and later one more block whenever a
+    decode needs it. Blocks found in the prefix cache are not computed again.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class BlockManager:
 
     @property
     def num_free(self) -> int:
-        """Number of blocks without a holder."""
+        """Number of blocks without a holder, which can be allocated."""
         return self._pool.num_free
 
     @property
@@ -53,23 +53,23 @@ class BlockManager:
         return self._num_blocks_for(sequence.num_tokens)
 
     def cached_blocks(self, waiting: SequenceState) -> list[int]:
-        """Cached blocks of its prefix, which need not be computed."""
+        """Cached blocks of the sequence's prefix, which need not be computed."""
         return self._prefixes.find(waiting)
 
     def num_to_compute(self, waiting: SequenceState, known: Sequence[int] | None = None) -> int:
-        """Number of rows to compute if admitted now; ``known``: its cached blocks, if available."""
+        """Number of rows to compute if admitted now. ``known``: its cached blocks, if known."""
         cached = self.cached_blocks(waiting) if known is None else known
         return waiting.num_tokens - len(cached) * self._block_size
 
     def num_to_take(self, waiting: SequenceState, known: Iterable[int]) -> int:
-        """Number of free blocks that its admission takes, including the ``known`` blocks without a
-        holder.
+        """Number of free blocks that its admission takes, including the blocks of ``known``, its
+        cached blocks, that have no holder.
         """
         held = sum(not self._pool.is_free(block) for block in known)
         return self._num_blocks_for(waiting.num_tokens) - held
 
     def fits_with(self, waiting: SequenceState, stay: Sequence[SequenceState]) -> bool:
-        """Whether the sequence fits if only the sequences ``stay`` hold blocks."""
+        """Whether the sequence would fit if only the sequences in ``stay`` held blocks."""
         held = {block for s in stay for block in s.blocks}
         missing = self._num_blocks_for(waiting.num_tokens) - len(
             held.intersection(self.cached_blocks(waiting))
@@ -77,20 +77,20 @@ class BlockManager:
         return missing <= self._pool.num_blocks - len(held) - self.reserve(stay)
 
     def num_shared_tokens(self, sequence: SequenceState) -> int:
-        """Number of tokens in the prompt blocks that choices share; at least one token is left."""
+        """Number of tokens in the full prompt blocks that choices share; less than all tokens."""
         return (sequence.prompt_length - 1) // self._block_size * self._block_size
 
     def has_shared(self, sequence: SequenceState, known: Sequence[int]) -> bool:
-        """Whether ``known`` contains all blocks that choices share."""
+        """Whether ``known`` contains all blocks that the choices share."""
         return len(known) * self._block_size >= self.num_shared_tokens(sequence)
 
     def reserve(self, sequences: Iterable[SequenceState]) -> int:
-        """Number of blocks to leave free at an admission: one for each that may grow."""
+        """Number of blocks that an admission leaves free: one for each sequence that may grow."""
         return sum(map(self._may_grow, sequences))
 
     def still_fits(self, admissible: SequenceState, running: Sequence[SequenceState]) -> bool:
-        """Whether an admissible sequence still fits. A cached block or recurrent state of its
-        prefix may have been evicted since, so that it needs more blocks.
+        """Whether an admissible sequence still fits. It needs more blocks if a cached block or
+        recurrent state of its prefix has been evicted since.
         """
         missing = self.num_to_take(admissible, self.cached_blocks(admissible))
         has_enough = self._pool.can_allocate(missing + len(running))  # each needs one at most
@@ -102,13 +102,13 @@ class BlockManager:
         return has_enough or self._pool.can_allocate(sum(map(self._num_missing, decoding)))
 
     def can_fork(self, child: SequenceState, running: Sequence[SequenceState]) -> bool:
-        """Whether a fork can run in the next step, and the others can still grow."""
+        """Whether a forked sequence can run in the next step and the others can still grow."""
         return self._pool.can_allocate(1 + self.reserve((*running, child)))
 
     def _may_grow(self, sequence: SequenceState) -> bool:
         is_running = sequence.status is SequenceStatus.RUNNING
         held = len(sequence.blocks) if is_running else self._num_blocks_for(sequence.num_tokens)
-        read = sequence.prompt_length + sequence.params.max_tokens - 1  # the last token is not read
+        read = sequence.prompt_length + sequence.params.max_tokens - 1  # the last token gets no row
         return self._num_blocks_for(min(read, self._max_model_len)) > held
 
     def _num_missing(self, decoding: SequenceState) -> int:
@@ -117,7 +117,7 @@ class BlockManager:
     # Changes
 
     def admit(self, sequence: SequenceState) -> int:
-        """Assign a seat and blocks for all its tokens; returns the number of blocks allocated."""
+        """Assign a seat, and blocks for all its tokens; returns the number of blocks allocated."""
         sequence.seat = self._tables.take_seat()
         self._extend(sequence, self.cached_blocks(sequence))
         self._pool.share(sequence.blocks)
@@ -143,7 +143,7 @@ class BlockManager:
         return (parent.blocks[num_full], copied[0]) if copied else None
 
     def grow(self, sequence: SequenceState, num_drafts: int = 0) -> int:
-        """Allocate missing blocks for its tokens and drafts; returns their number."""
+        """Allocate the blocks that its tokens and drafts lack; returns their number."""
         missing = self._num_blocks_for(sequence.num_tokens + num_drafts) - len(sequence.blocks)
         if missing <= 0:  # most decodes continue in their last block
             return 0
@@ -151,12 +151,12 @@ class BlockManager:
         return missing
 
     def num_drafts_that_fit(self, sequence: SequenceState) -> int:
-        """Number of draft tokens that fit into its own blocks and the free ones."""
+        """Number of draft tokens that fit into its blocks and the free blocks."""
         capacity = (len(sequence.blocks) + self._pool.num_free) * self._block_size
         return capacity - sequence.num_tokens
 
     def move(self, sequence: SequenceState, first: int, count: int) -> StateMove | None:
-        """Reserve recurrent states for the next rows; None if the model has none."""
+        """Reserve recurrent states for the next rows; None if the model has no such states."""
         return None if self._states is None else self._states.plan(sequence, first, count)
 
     def release(self, sequence: SequenceState, *, has_ended: bool = False) -> None:
@@ -170,7 +170,7 @@ class BlockManager:
             sequence.seat = None
 
     def commit(self, planned: PlannedRows, *, has_failed: bool) -> None:
-        """Keep the recurrent states after planned rows that ``num_computed`` includes already."""
+        """Keep the recurrent states after planned rows, which ``num_computed`` already includes."""
         if self._states is not None and planned.states is not None:
             self._states.commit(planned.sequence, planned.states, has_failed=has_failed)
 
@@ -184,7 +184,7 @@ class BlockManager:
         self._prefixes.store(sequence, planned.first)
 
     def abandon(self, planned: PlannedRows) -> None:
-        """Free what the plan allocated for rows that did not run."""
+        """Free the blocks and states that a plan allocated for rows that did not run."""
         sequence = planned.sequence
         if self._states is not None and planned.states is not None:
             self._states.abandon(planned.states)
@@ -200,8 +200,8 @@ class BlockManager:
         others: Iterable[list[int]],
         planned: Iterable[PlannedRows],
     ) -> None:
-        """Assert that the running sequences and ``others`` hold the blocks in use, and the running
-        sequences and ``planned`` rows hold the states.
+        """Assert that every block in use is held by a running sequence or ``others``, and every
+        recurrent state in use by a running sequence or ``planned`` rows.
         """
         self._pool.check_integrity([*(s.blocks for s in running), *others])
         for sequence in running:

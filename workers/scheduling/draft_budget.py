@@ -1,4 +1,4 @@
-"""The number of draft rows in a step. Pure, no torch."""
+"""Decides how many draft rows a step has. Pure, no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from workers.speculation.speculator import Speculator
 class DraftBudget:
     """Decides how many draft rows a step requests and which decodes use the granted ones.
 
-    Drafts use the rows that are left over. They preempt no sequence and take only free blocks.
+    Drafts get only rows and blocks that are left over, and never preempt a sequence.
     """
 
     def __init__(self, speculator: Speculator, blocks: BlockManager, budget: StepBudget) -> None:
@@ -34,8 +34,8 @@ class DraftBudget:
         return max(min(sum(len(self._speculator.draft(s)) for s in decoding), room), 0)
 
     def add(self, num_decodes: int, decode_rows: int, rows: list[PlannedRows]) -> None:
-        """Add drafts to the decodes, which are the first ``num_decodes`` of ``rows``, within the
-        granted rows and the budget. The most likely drafts are added, regardless of their sequence.
+        """Add drafts to the decodes, the first ``num_decodes`` entries of ``rows``, within the
+        granted rows and the budget. The drafts of any sequence that are most likely right go first.
         """
         left = min(decode_rows - num_decodes, self._budget.max_rows - sum(r.count for r in rows))
         if left <= 0:

@@ -1,10 +1,10 @@
 """Fair sharing of a worker between tenants, by the tokens served to each. Pure.
 
 The next waiting sequence is one of the tenant with the fewest served tokens, relative to its
-weight. A tenant that returns after a pause starts at the lowest count of the active tenants: unused
-service is not saved up. Source: the virtual token counter of Sheng et al., "Fairness in Serving
-Large Language Models" (OSDI 2024). Here, prompt and decode rows count the same, and cached tokens
-do not count.
+weight. A tenant that returns after a pause starts at the lowest count of the active tenants, so it
+cannot save up unused service. Source: the virtual token counter of Sheng et al., "Fairness in
+Serving Large Language Models" (OSDI 2024). Here, prompt and decode rows count the same, and cached
+tokens do not count.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from workers.requests.sequence import SequenceState
 
 
 class ServedTokens:
-    """Served tokens by tenant, divided by its weight; only the differences matter."""
+    """Served tokens of each tenant, divided by its weight; only the differences matter."""
 
     def __init__(self) -> None:
         self._served: dict[str, float] = {}
@@ -29,7 +29,7 @@ class ServedTokens:
         tenant = sequence.request.tenant
         if tenant not in self._active:
             lowest = min((self._served.get(other, 0.0) for other in self._active), default=None)
-            kept = {} if lowest is None else self._served  # without others, no tenant is ahead
+            kept = {} if lowest is None else self._served  # a sole tenant needs no counts
             # a tenant that left with a lower count would start at the lowest count anyway
             self._served = {t: x for t, x in kept.items() if x >= (lowest or 0.0)}
             self._served[tenant] = max(self._served.get(tenant, 0.0), lowest or 0.0)
@@ -49,9 +49,9 @@ class ServedTokens:
             self._served[tenant] = self._served.get(tenant, 0.0) + num_rows / weight
 
     def in_turn(self, ordered: Sequence[SequenceState]) -> Iterator[SequenceState]:
-        """Yield the sequences as tenants take turns, each tenant's in the given order.
+        """Yield the sequences of all tenants in turn, those of each tenant in the given order.
 
-        Example: a was served 12 tokens less than b, all prompts have 8 tokens: a, a, b, a, b, ...
+        Example: a was served 12 tokens fewer than b, all prompts have 8 tokens: a, a, b, a, b, ...
         """
         if len(self._active) <= 1:
             yield from ordered

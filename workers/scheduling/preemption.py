@@ -15,20 +15,19 @@ from workers.scheduling.step_intent import Restriction
 from workers.scheduling.step_plan import StepBudget
 
 _BLOCKS_AHEAD = 2
-"""Free blocks for each running sequence below which a preemption is likely soon: decodes take them
-within that number of blocks of steps."""
+"""Number of free blocks per running sequence below which a preemption is likely soon."""
 
 
 class Preemption:
     """Decides which running sequence loses its blocks, and makes it wait.
 
     When blocks run short, the last sequence of the tenant with the most sequences is preempted. It
-    recomputes the part of its prompt and output that was evicted from the cache. So the first
-    sequence always continues, and every sequence ends.
+    later recomputes the part of its prompt and output that was evicted from the cache. The first
+    sequence always continues, so that every sequence ends at some time.
 
     A waiting sequence that does not fit preempts only running sequences of its tenant with a lower
     priority, idle sequences, and, if it must run alone, all others. A beam is idle while other
-    beams of its request are still to be computed. If idle beams kept their blocks, beams of several
+    beams of its request must still be computed. If idle beams kept their blocks, beams of several
     requests could deadlock on them.
     """
 
@@ -51,8 +50,8 @@ class Preemption:
         """Sequences preempted since the last ``take_preempted``."""
 
     def candidate(self) -> SequenceState | None:
-        """The next sequence to preempt among those that can move to another worker, if a preemption
-        is likely soon; else None. A beam search cannot move, as it would restart there.
+        """The next sequence to preempt that can move to another worker, if a preemption is likely
+        soon; else None. A beam search cannot move, as it would start again there.
         """
         running = self._queues.running
         is_short = self._blocks.num_free < _BLOCKS_AHEAD * len(running) and len(running) > 1
@@ -60,12 +59,12 @@ class Preemption:
         return _last_of_largest_tenant(able) if is_short and able else None
 
     def take_preempted(self) -> list[SequenceState]:
-        """Return the sequences preempted since the last call."""
+        """Remove and return the sequences preempted since the last call."""
         taken, self.preempted = self.preempted, []
         return taken
 
     def preempt_for_untried(self, restriction: Restriction) -> None:
-        """Preempt sequences for the first waiting one if it is new and does not run alone."""
+        """Preempt for the first waiting sequence if it is untried and this is no solo step."""
         if not self._kv_waits.has_untried or restriction.solo_request is not None:
             return
         first = self.next_in_need(restriction)
@@ -73,7 +72,7 @@ class Preemption:
             self.preempt_for_next(restriction)
 
     def preempt_for_next(self, restriction: Restriction) -> None:
-        """Preempt sequences until the first waiting one needs no further preemption."""
+        """Preempt sequences until the first waiting one fits or cannot fit."""
         while (first := self.next_in_need(restriction)) is not None:
             if restriction.solo_request is not None:
                 self.preempt_last(restriction)
@@ -82,8 +81,8 @@ class Preemption:
             self.preempt(lower[-1])
 
     def next_in_need(self, restriction: Restriction) -> SequenceState | None:
-        """The first waiting sequence, if it fits only after a preemption of lower priorities, or of
-        all others if it runs alone.
+        """The first waiting sequence, if it fits only after a preemption of sequences with a lower
+        priority or, in a solo step, of all others. Else None.
         """
         first = self._admission.next_waiting(restriction)
         if first is None:
@@ -100,7 +99,7 @@ class Preemption:
         return first if self._blocks.fits_with(first, stay) else None
 
     def preempt_last(self, restriction: Restriction) -> None:
-        """Preempt an idle sequence, else one that may not run in a solo step, else any."""
+        """Preempt an idle sequence, or else one that must not run in a solo step, or else any."""
         running = self._queues.running
         idle = [s for s in running if s.is_idle]
         others = [
@@ -109,7 +108,7 @@ class Preemption:
         self.preempt(_last_of_largest_tenant(idle or others or running))
 
     def preempt(self, victim: SequenceState) -> None:
-        """Move a running sequence to the waiting ones and free its blocks."""
+        """Free the blocks of a running sequence, and let it wait."""
         self._queues.remove(victim)
         self._blocks.release(victim)
         self._queues.wait(victim)
@@ -119,8 +118,8 @@ class Preemption:
 
 
 def _is_preempted_by(running: SequenceState, waiting: Request) -> bool:
-    """Whether a waiting request preempts a running sequence, which must be idle, or of the same
-    tenant with a lower priority.
+    """Whether a waiting request may preempt a running sequence: the sequence is idle, or it belongs
+    to the same tenant and has a lower priority.
     """
     request = running.request
     has_lower = request.tenant == waiting.tenant and request.priority > waiting.priority
@@ -128,7 +127,7 @@ def _is_preempted_by(running: SequenceState, waiting: Request) -> bool:
 
 
 def _last_of_largest_tenant(running: Sequence[SequenceState]) -> SequenceState:
-    """The last sequence of the tenants with the most sequences."""
+    """The last sequence among the tenants with the most running sequences."""
     counts = Counter(s.request.tenant for s in running)
     largest = max(counts.values())
     return next(s for s in reversed(running) if counts[s.request.tenant] == largest)

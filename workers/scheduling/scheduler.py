@@ -1,9 +1,9 @@
 """The scheduler: continuous batching with chunked prefill. Pure, no torch.
 
-The leader gets the rows of an intent, and a plan is made from the rows that the step header grants.
-A plan is either committed (the model ran to its last layer) or abandoned (a peer was lost). Only a
-commit changes the computed rows and outputs of sequences, except for preemption: it takes effect in
-planning, which costs a recomputation but never changes a token.
+The scheduler first makes an intent, whose row numbers go to the leader, then a plan with the rows
+that the step header grants. A plan is either committed (the model ran to its last layer) or
+abandoned (a peer was lost). Only a commit changes the computed rows and outputs of sequences, and a
+preemption during planning, which costs a recomputation but never changes a token.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Scheduler:
     """Plans steps: decodes first, then prompts in turn, within the granted rows.
 
     ``SequenceAdmission`` decides which waiting sequences may run, ``Preemption`` which running ones
-    must wait, ``ShortSteps`` which decodes are left out, ``DraftBudget`` how many drafts run. At
-    admission a sequence gets the blocks of all its tokens, so only decodes can run short of blocks
-    later.
+    must wait, ``ShortSteps`` which decodes a step leaves out, ``DraftBudget`` how many drafts run.
+    At admission a sequence gets blocks for all its tokens, so only decodes can later run short of
+    blocks.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class Scheduler:
     ) -> None:
         """``length_matters_above``: see ``ModelConfig.length_matters_above``.
 
-        ``states``: the slots of a model with recurrent states. ``speculator`` proposes drafts for
-        decodes, of which ``max_draft_rows`` run in addition to ``max_num_seqs`` rows.
+        ``states``: state slots of a model with recurrent states. ``speculator`` proposes drafts for
+        decodes; up to ``max_draft_rows`` of them run in addition to ``max_num_seqs`` rows.
         """
         self.prefixes = PrefixCache(
             pool=pool,
@@ -76,7 +76,7 @@ class Scheduler:
         self.tables = BlockTables(max_num_seqs, -(-max_model_len // block_size))
         """Block tables of running sequences, by ``SequenceState.seat``."""
         self.kv_waits = KvWaits()
-        """Waiting requests whose KV blocks may be fetched."""
+        """Transfers of KV blocks for waiting requests."""
         self.queues = SequenceQueues()
         """The waiting and running sequences. Other modules only read them."""
         self._budget = budget = StepBudget(
@@ -102,17 +102,17 @@ class Scheduler:
     # Sequences
 
     def add(self, sequence: SequenceState) -> None:
-        """Queue a sequence after the others of its priority."""
+        """Queue a sequence behind the sequences with its priority."""
         self.kv_waits.queue(sequence.request.request_id)
         self._served.add(sequence)
         self._seats.note(sequence)
         self.queues.wait(sequence)
 
     def fork(self, parent: SequenceState, child: SequenceState) -> tuple[int, int] | None:
-        """Start ``child`` with the computed tokens of ``parent``, between steps; both have one more
+        """Start ``child`` between steps with the computed tokens of ``parent``; both have one more
         token. Returns the (source, destination) blocks that the caller must copy now, or None.
 
-        If the child fits, it runs in the next step. Else it waits and uses the cached blocks later.
+        If the child fits, it runs in the next step. Else it waits and uses cached blocks later.
         """
         if not self.admission.can_fork(parent, child):
             self.add(child)
@@ -124,8 +124,8 @@ class Scheduler:
         return copied
 
     def remove(self, sequence: SequenceState, *, has_ended: bool = True) -> None:
-        """End a sequence between steps and free its blocks. ``has_ended`` False: its request
-        continues with other sequences, and its retention does not apply to these blocks.
+        """End a sequence between steps, and free its blocks. If not ``has_ended``, its request
+        continues with other sequences, so the blocks are not retained for the request.
         """
         if sequence.status is SequenceStatus.FINISHED:
             return
@@ -139,20 +139,20 @@ class Scheduler:
         """Return waiting sequences that fit into the next steps; see ``SequenceAdmission``. Call it
         between steps.
 
-        If the first waiting sequence fits only after a preemption, the preemption happens here:
-        its KV blocks can then be brought into the freed blocks before it is admitted.
+        If the first waiting sequence fits only after a preemption, this call preempts for it: its
+        KV blocks can then be fetched into the freed blocks before it is admitted.
         """
         self.preemption.preempt_for_untried(restriction)
         return self.admission.take_admissible(restriction, at_most)
 
     def ending(self, sequence: SequenceState) -> Ending | None:
-        """The reason for which the output so far ends the sequence; None if it does not."""
+        """Why the output so far ends the sequence; None if it does not."""
         return self._stop_conditions.ending(sequence)
 
     # Steps
 
     def intent(self, restriction: Restriction = _UNRESTRICTED) -> StepIntent:
-        """Rows that the next step would run if all were granted."""
+        """Return the rows that the next step would run if all were granted."""
         decoding, prefilling = self._runnable(restriction)
         blocks, admission, max_rows = self._blocks, self.admission, self._budget.max_rows
         decodes, missing = len(decoding), sum(s.num_missing for s in prefilling)
@@ -211,11 +211,11 @@ class Scheduler:
         drawn: Mapping[SequenceState, Sequence[int]],
         failed: Collection[SequenceState],
     ) -> dict[SequenceState, Ending]:
-        """Apply a plan that ran. ``drawn`` has the sampled tokens of each sequence that got one. If
-        there are several, all except the last equal its first drafts. Only the last may end it.
+        """Apply a plan that ran; return the ended sequences, with reasons. Their blocks are free.
 
-        Returns the ended sequences, with the reason; their blocks are free. The ``failed`` ones end
-        without a token, and their blocks of this plan never enter the prefix cache.
+        ``drawn``: sampled tokens by sequence. If there are several, all except the last equal the
+        sequence's first drafts, and only the last may end it. ``failed``: sequences that end
+        without a token; their blocks of this plan do not enter the prefix cache.
         """
         endings: dict[SequenceState, Ending] = {}
         self._seats.count_step()
@@ -228,7 +228,7 @@ class Scheduler:
         return endings
 
     def abandon(self, plan: StepPlan) -> None:
-        """Undo a plan that did not run: free its blocks and un-admit its sequences."""
+        """Undo a plan that did not run: free its blocks, and let its admitted sequences wait."""
         for planned in plan.rows:
             self._blocks.abandon(planned)
             if planned.is_admitted:
@@ -238,10 +238,10 @@ class Scheduler:
     def check_integrity(
         self, others: Iterable[list[int]] = (), plan: StepPlan | None = None
     ) -> None:
-        """Assert that exactly the block tables of all running sequences and of ``others`` hold the
-        blocks of the pool, and that the prefix cache has the right hashes of their blocks.
+        """Assert that the blocks in use are those in the block tables of running sequences and
+        ``others``, and that the prefix cache has the right hashes of their blocks.
 
-        ``plan``: a plan that is neither committed nor abandoned.
+        ``plan``: a plan that is neither committed nor abandoned yet.
         """
         planned = () if plan is None else plan.rows
         self._blocks.check_integrity(self.queues.running, others, planned)
@@ -254,7 +254,7 @@ class Scheduler:
     def _runnable(
         self, restriction: Restriction
     ) -> tuple[list[SequenceState], list[SequenceState]]:
-        """Running sequences that may be planned, in order: the decoding ones, and the others."""
+        """Running sequences that may have rows, in order: the decoding ones, and the others."""
         decoding: list[SequenceState] = []
         prefilling: list[SequenceState] = []
         is_open = restriction.is_open
@@ -267,7 +267,7 @@ class Scheduler:
         return intent.leaves_out(waiting) and self.admission.would_decode(waiting)
 
     def _admit_ready(self, intent: StepIntent, decode_rows: int) -> list[SequenceState]:
-        """Admit sequences that would decode, up to the granted rows that the running ones leave."""
+        """Admit sequences that would decode, within the granted rows that running ones leave."""
         candidates = self.admission.ready_to_decode(intent.restriction, self._budget.max_rows)
         ready = [s for s in candidates if not intent.leaves_out(s)]
         if ready:
@@ -284,7 +284,7 @@ class Scheduler:
     def _make_room(
         self, intent: StepIntent, decode_rows: int
     ) -> tuple[list[SequenceState], list[SequenceState]]:
-        """Preempt sequences until blocks are free for the next rows of the decoding ones.
+        """Preempt sequences until enough blocks are free for the next rows of the decoding ones.
 
         Returns the first ``decode_rows`` decoding sequences, and the sequences that do not decode.
         """
@@ -293,7 +293,7 @@ class Scheduler:
             decoding, prefilling = self._runnable(intent.restriction)
             if is_short:
                 others = [s for s in decoding if not intent.leaves_out(s)]
-                is_short = decode_rows <= len(others)  # else the grant is older than the intent
+                is_short = decode_rows <= len(others)  # else the grant is for an older intent
                 decoding = others if is_short else decoding
             del decoding[decode_rows:]
             if self._blocks.can_grow(decoding):
@@ -307,7 +307,7 @@ class Scheduler:
         return PlannedRows(sequence, first, 1, True, num_new, is_admitted, states)
 
     def _prompt_rows(self, sequence: SequenceState, limit: int) -> PlannedRows | None:
-        """Plan up to ``limit`` rows of a prompt or recomputation; None if it does not fit."""
+        """Plan up to ``limit`` rows of a prompt or a recomputation; None if they do not fit."""
         is_admitted = sequence.status is SequenceStatus.WAITING
         if is_admitted and not self.admission.still_fits(sequence):
             return None
@@ -319,7 +319,7 @@ class Scheduler:
     def _commit_rows(
         self, planned: PlannedRows, tokens: Sequence[int], has_failed: bool
     ) -> Ending | None:
-        """Returns how the sequence ended, or None."""
+        """Apply the planned rows of one sequence; returns why it ended, or None."""
         sequence, draws_token = planned.sequence, planned.samples_token
         if sequence.num_cached_tokens is None:
             self.prefixes.count(sequence, planned.first)

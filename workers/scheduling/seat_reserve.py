@@ -1,7 +1,7 @@
 """Seats that a tenant above its share leaves free for other tenants. Pure, no torch.
 
-If the long requests of one tenant have all seats, a request of another tenant starts only when one
-of them ends. A few free seats let it start at once, at the price of slightly smaller steps. A
+If long requests of one tenant had all seats, a request of another tenant could start only when one
+of them ends. With a few free seats it starts at once, at the price of slightly smaller steps. A
 tenant that has been alone for a while gets all seats.
 """
 
@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from workers.requests.sequence import SequenceState
 
 RESERVED_DIVISOR = 16
-"""Divisor of the seats, and at most of the blocks, that are left free."""
+"""One in this many seats is left free, and blocks up to the same fraction."""
 _REMEMBERED_STEPS = 1000
-"""Number of steps for which seats are left free for a tenant without sequences."""
+"""Number of steps for which seats stay free for a tenant after its last sequence."""
 
 
 class SeatReserve:
@@ -25,10 +25,10 @@ class SeatReserve:
         self._num_free = num_seats // RESERVED_DIVISOR
         self._step = 0
         self._seen: dict[str, tuple[int, float]] = {}
-        """By tenant, the last known step at which it had sequences, and its weight."""
+        """Last step in which each tenant is known to have had sequences, and its weight."""
 
     def note(self, sequence: SequenceState) -> None:
-        """Record that a sequence arrived or ended."""
+        """Record the tenant of a sequence that has arrived or ended."""
         request = sequence.request
         self._seen[request.tenant] = self._step, request.weight
 
@@ -50,7 +50,7 @@ class SeatReserve:
 
     @property
     def _has_one(self) -> bool:
-        """Whether at most one tenant has sequences, which may use all seats."""
+        """Whether at most one tenant has sequences; it may then use all seats."""
         return len(self._seen) < 2
 
     def _shares(self) -> dict[str, float]:
@@ -58,13 +58,13 @@ class SeatReserve:
         return {tenant: weight / whole for tenant, (_, weight) in self._seen.items()}
 
     def seats_left_free(self, running: Iterable[SequenceState]) -> SeatsLeftFree:
-        """The seats to leave free in a plan in which the sequences ``running`` run already."""
+        """The seats to leave free in a plan. ``running``: the sequences that already run."""
         counts = Counter[str]() if self._has_one else Counter(s.request.tenant for s in running)
         return SeatsLeftFree(self._num_free, self._shares(), counts)
 
 
 class SeatsLeftFree:
-    """Seats that sequences leave free in one plan, while sequences are chosen for it."""
+    """Counts the seats to leave free while sequences are chosen for one plan."""
 
     def __init__(self, num_free: int, shares: dict[str, float], counts: Counter[str]) -> None:
         self._num_free = num_free
@@ -82,5 +82,5 @@ class SeatsLeftFree:
         return self._num_free if is_above else 0
 
     def take(self, sequence: SequenceState) -> None:
-        """Count the seat that the sequence gets."""
+        """Record that the sequence gets a seat."""
         self._counts[sequence.request.tenant] += 1

@@ -1,4 +1,4 @@
-"""Steps without the decodes of one tenant, for earlier first tokens of others. Pure, no torch."""
+"""Steps without the decodes of one tenant, so that others get first tokens earlier. Pure."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class ShortSteps:
     """Decides which tenants' decodes a step leaves out, to shorten the first-token time of others.
 
     A step leaves out the decodes of a tenant that is above its share and has most of the rows. Such
-    a step is short, so first tokens of other tenants do not wait for a long one. Two steps in a row
-    are never short.
+    a short step computes the prompts of other tenants without waiting for these decodes. Two steps
+    in a row are never short.
     """
 
     def __init__(self, seats: SeatReserve) -> None:

@@ -1,7 +1,7 @@
-"""Rows that a worker wants to run in the next step, before any are granted. Pure.
+"""The rows that a worker wants to run in the next step, before the leader grants them. Pure.
 
 intent = scheduler.intent(restriction)     the worker sends ``intent.wanted`` to the leader
-plan = scheduler.plan(intent, grant)       once the step header has granted some of the rows
+plan = scheduler.plan(intent, grant)       after the step header has granted some of the rows
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Restriction:
     held_requests: Set[str] = frozenset()
     """Ids of requests that may not have rows."""
     solo_request: str | None = None
-    """Id of the only request that may have rows, even if it is in ``held``; None: no such limit."""
+    """Id of the only request that may have rows, even if it is held; None if others may, too."""
 
     @property
     def is_open(self) -> bool:
@@ -29,7 +29,7 @@ class Restriction:
         return not self.held_requests and self.solo_request is None
 
     def allows(self, sequence: SequenceState) -> bool:
-        """Whether a sequence that is not idle may have rows."""
+        """Whether a sequence may have rows, if it is not idle."""
         request_id = sequence.request.request_id
         return (
             request_id not in self.held_requests
@@ -44,11 +44,11 @@ class StepIntent:
 
     restriction: Restriction = field(default_factory=Restriction)
     wanted: RowsWanted = field(default_factory=RowsWanted)
-    """The numbers of rows for the proposal to the leader."""
+    """Numbers of rows for the proposal to the leader."""
     left_out_tenants: Set[str] = frozenset()
     """Tenants whose decodes the step leaves out; see ``ShortSteps``."""
     groups: tuple[Sequence[SequenceState], ...] = ()
-    """The sequences of the rows: the decoding ones first, then the others."""
+    """Sequences with rows in groups: first the decoding ones, then the others."""
 
     @property
     def sequences(self) -> Iterator[SequenceState]:
@@ -60,5 +60,5 @@ class StepIntent:
         return sequence.request.tenant in self.left_out_tenants
 
     def with_restriction(self, restriction: Restriction) -> StepIntent:
-        """This intent with the restriction that applies when the rows are granted."""
+        """Copy of this intent with the restriction that applies when the rows are granted."""
         return replace(self, restriction=restriction)

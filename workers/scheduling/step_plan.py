@@ -1,4 +1,4 @@
-"""The rows of a step, as wanted and as planned. Pure."""
+"""The rows of a step: as wanted by a worker, and as planned after the grant. Pure."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from workers.requests.traced import Parents
 
 
 class PlannedRows(Struct, frozen=True):
-    """Consecutive rows of one sequence in a plan. Its block table already covers them."""
+    """Consecutive rows of one sequence in a plan. Its block table already has their blocks."""
 
     sequence: SequenceState
     first: int
     count: int
     is_decode: bool
-    """True for a row that continues an output and its ``drafts``."""
+    """Whether this is a decode row, with the rows of its ``drafts``."""
     num_new_blocks: int
     """Number of blocks that this plan added to the block table after the admission."""
     is_admitted: bool
     """Whether this plan admitted the sequence."""
     states: StateMove | None = None
-    """Recurrent states of the rows; None if the model has none."""
+    """Recurrent states of the rows; None if the model has no such states."""
     drafts: tuple[int, ...] = ()
-    """Draft tokens of the last rows: guesses at the tokens after the newest one."""
+    """Draft tokens, one for each of the last rows: guesses of the tokens after the newest one."""
 
     @property
     def samples_token(self) -> bool:
-        """Whether the last row before ``drafts`` is the newest token, so that it gives the next."""
+        """Whether the last row before ``drafts`` is the newest token, so that a token is sampled."""
         return self.first + self.count - len(self.drafts) == self.sequence.num_tokens
 
     def split_by_row(self) -> Iterator[PlannedRows]:
@@ -43,7 +43,7 @@ class PlannedRows(Struct, frozen=True):
 
 
 def single_rows(planned: Sequence[PlannedRows]) -> Sequence[PlannedRows]:
-    """Entries for the model; an entry with drafts is split into one per row."""
+    """Entries for the model: each entry with drafts is split into one entry per row."""
     if not any(rows.drafts for rows in planned):
         return planned
     return [one for rows in planned for one in (rows.split_by_row() if rows.drafts else (rows,))]
@@ -91,13 +91,13 @@ class RowsWanted:
     """Rows that the next step could run, for the proposal to the leader."""
 
     decode_rows: int = 0
-    """One row per sequence that lacks only its newest output token, and the draft rows."""
+    """Number of decode rows: one for each decoding sequence, and the draft rows."""
     prefill_rows: int = 0
-    """Prompt rows within the token budget."""
+    """Number of prompt rows within the token budget."""
     edge_share: int = 0
     """See ``StepProposal``."""
     is_alone: bool = False
-    """Whether the rows belong to one request that must have the step on all ranks for itself."""
+    """Whether the rows belong to a request that must run alone in the step, on all ranks."""
     parents: Parents = ()
     """See ``StepProposal``."""
     draft_rows: int = 0

@@ -1,4 +1,4 @@
-"""Conditions under which an output is complete. Pure."""
+"""Decides when an output is complete. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class StopConditions:
         self._max_model_len = max_model_len
 
     def ending(self, sequence: SequenceState) -> Ending | None:
-        """The reason for which the output so far ends the sequence; None if it does not."""
+        """Why the output so far ends the sequence; None if it does not."""
         params, output = sequence.params, sequence.output
         if output and len(output) >= params.min_tokens:
             if output[-1] in self._eos and not params.ignore_eos:

@@ -1,4 +1,4 @@
-"""Speculative decoding: guesses at the next tokens, and whether rows for them pay.
+"""Speculative decoding: guesses the next tokens, and decides whether to run rows for them.
 
 Imports ``workers.requests`` and ``cluster.config``; never torch.
 """

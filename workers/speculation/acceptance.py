@@ -1,16 +1,16 @@
-"""Acceptance rate of the recent guesses at a sequence's next token. Pure."""
+"""Acceptance rate of recent guesses: how often the guess of the next token was right. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 _DECAY = 0.95
-"""Weight of earlier guesses for each new one: about the last 20 count."""
+"""Factor on the weight of earlier guesses for each new one: about the last 20 matter."""
 
 
 @dataclass(slots=True)
 class Acceptance:
-    """Acceptance rate of one sequence. Starts with one right guess of two."""
+    """Acceptance rate of one sequence. It starts as if one of two guesses had been right."""
 
     _right: float = 1.0
     _all: float = 2.0
@@ -21,17 +21,17 @@ class Acceptance:
         return self._right / self._all
 
     def note(self, num_right: int, num_wrong: int) -> None:
-        """Count guesses that were compared with sampled tokens, each after right ones only."""
+        """Count guesses that were compared with sampled tokens: up to the first wrong one."""
         count = num_right + num_wrong
         kept = _DECAY**count
         self._right = max(kept * self._right + num_right, 1e-3)
         self._all = max(kept * self._all + count, self._right + 1e-3)
 
     def num_worthwhile(self, price: float, max_count: int) -> int:
-        """Number of guesses worth running, up to ``max_count``: the n-th yields a token with
-        probability ``share ** n``, and costs ``price`` tokens.
+        """Number of guesses that are worth a row, up to ``max_count``.
 
-        Example: with share 0.8 and price 0.3, 5 rows, as 0.8 ** 5 is 0.33 and 0.8 ** 6 is 0.26.
+        The n-th guess yields a token with probability ``share ** n`` and costs ``price`` tokens.
+        Example: share 0.8 and price 0.3 give 5, as 0.8 ** 5 is 0.33 and 0.8 ** 6 is 0.26.
         """
         count, chance = 0, self.share
         while count < max_count and chance > price:

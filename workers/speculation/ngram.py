@@ -1,8 +1,8 @@
-"""Guesses at the next tokens of a text, from earlier positions after the same tokens. Pure.
+"""Guesses the next tokens of a text: those that followed the same last tokens earlier. Pure.
 
-Source: prompt lookup decoding (Saxena 2023), as in vLLM's n-gram method. Texts are not searched:
-each position stores the previous one that ends with the same few tokens, so the cost of a guess
-does not depend on the length of the text. A text takes at most 125 bytes of memory per token.
+Source: prompt lookup decoding (Saxena 2023), as in vLLM's n-gram method. A guess does not search
+the text: each position stores the previous position with the same few tokens before it, so that the
+cost does not depend on the length of the text. A text takes at most 125 bytes per token.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from collections.abc import Iterable
 
 _TOKEN_BITS = 32
 _MAX_POSITIONS = 16
-"""Number of earlier positions to compare, the latest first."""
+"""Maximum number of earlier positions that a guess compares, the latest first."""
 
 
 class NgramIndex:
     """A growing text and its n-grams.
 
-    For example, with ``least`` 2: after 5 6 7 8 5 6 the guess is 7 8 5 6 7 8 .., which followed the
-    first 5 6.
+    Example with ``min_tokens`` 2: after 5 6 7 8 5 6 the guess is 7 8 5 6 7 8 .., the tokens after
+    the first 5 6.
     """
 
     def __init__(self, min_tokens: int, max_tokens: int) -> None:
-        """``min_tokens`` last tokens must agree. Of several positions, the one with the longest
-        agreement (up to ``max_tokens`` tokens) is used, and of these the latest.
+        """A guess continues from an earlier position where at least the last ``min_tokens`` tokens
+        agree: from the longest agreement (up to ``max_tokens``), and of equal ones the latest.
         """
         self._least, self._most = min_tokens, max_tokens
         self._mask = (1 << _TOKEN_BITS * min_tokens) - 1
         self._key = 0  # of the last ``least`` tokens
         self._tokens = array("q")
-        self._latest: dict[int, int] = {}  # by key: where its n-gram ended last
-        self._before = array("q")  # by end - 1: the end before with the same key; 0: none
+        self._latest: dict[int, int] = {}  # latest end of the n-gram, by key
+        self._before = array("q")  # at end - 1: the previous end with the same key, or 0
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -51,7 +51,7 @@ class NgramIndex:
         self._key = key
 
     def guess(self, count: int) -> tuple[int, ...]:
-        """Guess the next ``count`` tokens if the text repeats itself; else none."""
+        """Guess the next ``count`` tokens; empty if the last tokens have not occurred before."""
         position = self._best_position()
         if not position:
             return ()

@@ -1,7 +1,7 @@
-"""Guesses for the sequences of one engine: which to run, and their acceptance. Pure.
+"""Guesses the tokens of an engine's sequences, and decides which guesses to run as drafts. Pure.
 
-A guess is cheap to compute, so it is compared with the sampled token even if it was not run. A
-sequence with bad guesses gets draft rows again as soon as they are worth it.
+A guess is cheap to make, so it is compared with the sampled token even if it was not run. A
+sequence with bad guesses thus gets draft rows again as soon as they are worth their cost.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from workers.speculation.step_cost import StepCosts
 logger = logging.getLogger(__name__)
 
 _MAX_INDEXED_PER_STEP = 4096
-"""Number of tokens of a sequence that a step adds to its index; takes about a millisecond."""
+"""Maximum number of tokens that a step adds to a sequence's index, in about a millisecond."""
 
 
 _PROBE_INTERVAL = 8
-"""One in this number of a predictor's guesses is made for a sequence whose guesses do not pay."""
+"""A sequence whose guesses are not worth their cost gets one prediction in this many tokens."""
 
 
 @dataclass(slots=True)
 class _SequenceGuesses:
-    """State of one sequence."""
+    """Guesses for one sequence, and their acceptance."""
 
     index: NgramIndex
     acceptance: Acceptance = field(default_factory=Acceptance)
@@ -65,8 +65,8 @@ class Speculator:
         self._num_planned += 1
 
     def draft(self, sequence: SequenceState) -> tuple[int, ...]:
-        """Likely tokens to run after its newest one; empty if that does not pay. The result stays
-        the same until its output grows or ``plan_step`` is called.
+        """Draft tokens to run after a sequence's newest token; empty if not worth their cost.
+        The result is the same until its output grows or ``plan_step`` is called.
         """
         followed = self._current_guesses(sequence)
         if followed is None or not followed.guess:
@@ -77,9 +77,9 @@ class Speculator:
     def draft_all(
         self, sequences: Sequence[SequenceState], max_tokens: int
     ) -> list[tuple[int, ...]]:
-        """``draft`` of each, cut to the ``max_tokens`` tokens that are most likely to be accepted.
+        """Drafts of all sequences, cut to the ``max_tokens`` tokens most likely to be accepted.
 
-        Ties take turns from step to step.
+        Of equally likely tokens, each step prefers those of another sequence.
         """
         drafts = [self.draft(sequence) for sequence in sequences]
         if sum(map(len, drafts)) <= max_tokens:
@@ -98,7 +98,7 @@ class Speculator:
         return [draft[: kept[i]] for i, draft in enumerate(drafts)]
 
     def commit(self, sequence: SequenceState, drafts: Sequence[int], tokens: Sequence[int]) -> None:
-        """Record that a decode with ``drafts`` gave ``tokens``, after the output has them."""
+        """Record that a decode with ``drafts`` gave ``tokens``, which the output already has."""
         followed = self._guesses.get(sequence)
         if followed is None:
             return
@@ -111,8 +111,8 @@ class Speculator:
             followed.acceptance.note(int(is_right), int(not is_right))
 
     def wants_prediction(self, sequence: SequenceState) -> bool:
-        """Whether the model's prediction after its output is worth the cost of the head: it would
-        be run, or is one of the few that are compared to detect a change.
+        """Whether to compute the prediction head for a sequence: the guess would be run, or it is
+        one of the few that are made only to measure the acceptance.
         """
         followed = self._find(sequence)
         if followed is None:
@@ -121,21 +121,21 @@ class Speculator:
         return is_probe or followed.acceptance.num_worthwhile(self._price, 1) > 0
 
     def note_prediction(self, sequence: SequenceState, token: int) -> None:
-        """Record the token that the predictor expects after the output."""
+        """Record the token that the prediction head expects after the output."""
         followed = self._find(sequence)
         if followed is not None:
             followed.guess = self._cut(sequence, (token,))
             followed.guessed_after = len(sequence.output)
 
     def observe_step(self, num_rows: int, num_elsewhere: int, seconds: float) -> None:
-        """Record the time of a decode step with ``num_rows`` rows of all ranks, including drafts,
-        and ``num_elsewhere`` sequences of other ranks.
+        """Record the time of a decode step. ``num_rows``: rows of all ranks, including drafts;
+        ``num_elsewhere``: decoding sequences of other ranks.
         """
         self._num_elsewhere = num_elsewhere
         self._costs.of(self._num_sequences).observe(num_rows, seconds)
 
     def forget(self, sequence: SequenceState) -> None:
-        """Forget an ended sequence."""
+        """Remove an ended sequence."""
         self._guesses.pop(sequence, None)
 
     def stats(self) -> dict[str, float]:
@@ -161,7 +161,7 @@ class Speculator:
         followed.acceptance.note(num_accepted, int(num_accepted < num_drafted))
 
     def _current_guesses(self, sequence: SequenceState) -> _SequenceGuesses | None:
-        """The state of a sequence with a current guess; None if its request has no guesses."""
+        """The state of a sequence with an updated guess; None if its request gets no guesses."""
         followed = self._find(sequence)
         if followed is not None and followed.guessed_after != len(sequence.output):
             followed.guessed_after = len(sequence.output)
@@ -181,7 +181,7 @@ class Speculator:
         return followed
 
     def _guess(self, sequence: SequenceState, index: NgramIndex) -> tuple[int, ...]:
-        """Guess from its n-grams, if these are used."""
+        """Guess from the sequence's n-grams; empty if they are not used."""
         if self._section.has_predictor:
             return ()
         first, last = len(index), sequence.num_tokens
@@ -192,7 +192,7 @@ class Speculator:
         return self._cut(sequence, guess) if guess else ()
 
     def _cut(self, sequence: SequenceState, guess: tuple[int, ...]) -> tuple[int, ...]:
-        """Cut a guess at the position where the output must end."""
+        """Cut a guess before the position where the output would end."""
         left = sequence.params.max_tokens - len(sequence.output)
         left = min(left, self._max_model_len - sequence.num_tokens)
         guess = guess[: max(left - 1, 0)]
@@ -207,7 +207,7 @@ class Speculator:
 
 
 def unsupported(request: Request) -> str:
-    """The feature of a request that rules out guesses; empty if there is none."""
+    """The feature of a request that does not permit guesses; empty if there is none."""
     if request.params.grammar is not None:
         return "a grammar"
     if request.params.beams is not None:

@@ -1,29 +1,28 @@
-"""The cost of one more row in a decode step, in tokens. Pure: times are passed in.
+"""The cost of a further row in a decode step, measured in tokens. Pure: times are arguments.
 
 The time of a step is modeled as a linear function of its rows, a + b * rows, fitted to recent
 steps. n sequences without guesses yield n tokens in a + b * n seconds. A further row takes b
-seconds, in which they would have yielded b * n / (a + b * n) tokens: its price. A guess pays if its
-probability of being right is higher. So it pays with few sequences, where a step mostly reads
-weights, and no longer pays where rows dominate the time. No line fits few and many sequences at
-once, so there is one for each size class: 1, 2, 3 .. 4, 5 .. 8 sequences and so on.
+seconds, in which they would have yielded b * n / (a + b * n) tokens. This number is the row's
+price: a guess is worth a row if its probability of being right is higher. The price is low with few
+sequences, where a step mostly reads weights, and high where rows dominate the time. No line fits
+few and many sequences at once, so each size class has a line: 1, 2, 3 .. 4, 5 .. 8 and so on.
 
-The rows of all sequences have equal cost, so the rule raises the tokens per second of a whole
-batch, not only those of the sequence with guesses.
+A row costs the same for every sequence, so the rule raises the tokens per second of the batch.
 """
 
 from __future__ import annotations
 
 _DECAY = 0.98
-"""Weight of earlier steps for each new one: about the last 50 count."""
+"""Factor on the weight of earlier steps for each new one: about the last 50 matter."""
 _FIRST_PRICE = 0.3
-"""Assumed price while no steps of different sizes are known. Old steps are forgotten, so rows that
-did not pay are tried again from time to time."""
+"""Assumed price while no steps of different sizes are known. As old steps lose weight, the price
+returns to it, so that drafts are tried again from time to time."""
 _FIRST_WEIGHT = 8.0
-"""Weight of that assumption, in squared rows: eight steps with one row more than others, or two
-with two more."""
+"""Weight of the assumed price, in squared rows: as much as eight steps with one row more than
+others, or two steps with two rows more."""
 _MIN_PRICE = 0.02
 _MAX_OUTLIER = 1.5
-"""Limit of a step's time, as a multiple of the expected one: one slow step is not a trend."""
+"""Limit of a step's time, as a multiple of the expected time, against single slow steps."""
 
 
 class StepCosts:
@@ -38,7 +37,7 @@ class StepCosts:
 
 
 class DecodeStepCost:
-    """A cost line, fitted from decaying sums over the steps."""
+    """The line that models the time of decode steps, fitted to decaying sums over the steps."""
 
     def __init__(self) -> None:
         self._weight = 0.0
@@ -46,7 +45,7 @@ class DecodeStepCost:
         self._rows_rows = self._rows_seconds = 0.0
 
     def observe(self, num_rows: int, seconds: float) -> None:
-        """Record the time of a step with ``num_rows`` rows of all ranks, all of them decodes."""
+        """Record the time of a step with ``num_rows`` decode rows of all ranks and no others."""
         if self._seconds:
             begin, slope = self._line()
             seconds = min(seconds, _MAX_OUTLIER * (begin + slope * num_rows))
@@ -57,7 +56,7 @@ class DecodeStepCost:
         self._rows_seconds = _DECAY * self._rows_seconds + num_rows * seconds
 
     def price(self, num_sequences: int) -> float:
-        """Tokens that one more row must yield, with ``num_sequences`` (at least one): 0.02 to 1."""
+        """Tokens that a further row must yield, from 0.02 to 1. ``num_sequences``: at least 1."""
         if not self._seconds:
             return _FIRST_PRICE
         begin, slope = self._line()
@@ -65,7 +64,7 @@ class DecodeStepCost:
         return min(max(price, _MIN_PRICE), 1.0)
 
     def _line(self) -> tuple[float, float]:
-        """Seconds of a step without rows, and of each row; both at least 0."""
+        """Seconds of a step without rows, and seconds of each row; both at least 0."""
         rows, seconds = self._rows / self._weight, self._seconds / self._weight
         squares = max(self._rows_rows - self._rows * rows, 0.0)
         products = self._rows_seconds - self._rows * seconds
