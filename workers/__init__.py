@@ -1,4 +1,4 @@
-"""The engine and the Ray actors that run it.
+"""The inference engine, and the Ray actors (workers) that run it.
 
 Layers, from the lowest to the highest: ``requests``, ``native``, ``cuda``; ``model``,
 ``transport``, ``metrics``; ``kv``, ``sampling``, ``experts``, ``dispatch``, ``inspection``;

@@ -1,4 +1,4 @@
-"""Beam search: retained outputs, candidate tokens, and the sequences of beams.
+"""Beam search: candidate tokens, search steps, and the sequences of beams.
 
 Imports ``workers.requests``, ``workers.model`` and torch.
 """

@@ -1,4 +1,4 @@
-"""Candidate tokens of beams, from logits."""
+"""Selects the candidate tokens of beams from logits."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class CandidateParams:
     width: int
     """Number of beams."""
     ending: tuple[int, ...]
-    """Tokens that end the text."""
+    """Ids of tokens that end the text."""
     may_end: bool
-    """Whether the text is long enough to end."""
+    """Whether the text has its minimum length, so that it may end."""
     num_top: int | None = None
     """Number of alternatives to report for each token; None reports none."""
 
 
 def beam_candidates(logits: Tensor, params: CandidateParams) -> list[list[TokenLogprob]]:
-    """Candidates for each row of logits [rows, V], the best first: the ``width`` best tokens, and
-    the ``width`` best tokens that do not end the text, without duplicates.
+    """Return the candidates for each row of logits [rows, V], the best first: the ``width`` best
+    tokens and the ``width`` best tokens that do not end the text, without duplicates.
     """
     logits = logits.float()
     normalizer = logits.logsumexp(-1, keepdim=True)

@@ -1,9 +1,9 @@
-"""The beams of a request: its sequences, and the step of its search.
+"""Connects the beam search of a request with the sequences of its beams.
 
-A beam is a sequence without output to the client. Once the candidates of all beams of a request are
-known, the search selects the continuations. The first continuation of a beam stays in its sequence,
-every other one is a fork that shares the KV blocks of its parent, and a beam without a continuation
-ends.
+A beam is a sequence that sends no output to the client before the end. Once the candidates of all
+beams of a request are known, the search selects the continuations. The first continuation of a beam
+uses the beam's sequence. Every other continuation is a fork, which shares the KV blocks of its
+parent. A beam without a continuation ends.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class BeamStep:
     ended: list[SequenceState]
     """Beams without a continuation; all beams at the end."""
     forks: list[tuple[SequenceState, SequenceState]]
-    """(parent, child) pairs; the parent continues as well."""
+    """(parent, child) pairs; the parent continues, too."""
     outputs: list[TokenOutput]
-    """Outputs for the client, at the end; choice 0 is the best."""
+    """Outputs for the client, empty before the end of the search; choice 0 is the best."""
     is_over: bool
     """Whether the search has ended."""
 
@@ -40,7 +40,7 @@ class BeamGroup:
     _candidates: dict[SequenceState, Sequence[TokenLogprob]] = field(default_factory=dict)
 
     def set_candidates(self, sequence: SequenceState, candidates: Sequence[TokenLogprob]) -> None:
-        """Record the candidates of a beam, which is idle until those of all beams are known."""
+        """Record the candidates of a beam. It is idle until all beams have candidates."""
         self._candidates[sequence] = candidates
         sequence.is_idle = True
 
@@ -94,7 +94,7 @@ class BeamGroup:
 
 
 def new_group(sequence: SequenceState, eos: Collection[int]) -> BeamGroup | None:
-    """The search of a request, from its first sequence; None if it samples tokens."""
+    """Create the group of a request with its first sequence; None if it does not use beams."""
     request, beams = sequence.request, sequence.params.beams
     if beams is None:
         return None
@@ -108,14 +108,14 @@ def new_group(sequence: SequenceState, eos: Collection[int]) -> BeamGroup | None
 
 
 def ending_tokens(request: Request, eos: Collection[int]) -> tuple[int, ...]:
-    """Tokens that end an output, ascending."""
+    """Ids of the tokens that end an output, ascending."""
     params = request.params
     tokens = {*params.stop_token_ids, *(() if params.ignore_eos else eos)}
     return tuple(sorted(tokens))
 
 
 def _fork(parent: SequenceState, output: list[int], choice: int) -> SequenceState:
-    """A sequence with ``output``, the parent's output before its next token."""
+    """Create a sequence with ``output``: the parent's output without its next token."""
     return replace(
         parent,
         choice=choice,

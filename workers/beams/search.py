@@ -1,15 +1,15 @@
-"""Beam search over candidates: from a step's candidates to the next beams. Pure.
+"""The beam search algorithm, which turns a step's candidates into the next beams. Pure.
 
 Source: ``_beam_search`` of transformers' ``generation/utils.py`` (release 5). Each step ranks the
-continuations of all beams by log-probability. Among the first ``width`` of them, continuations that
-end the text become ended outputs, if their scores are among the best. The next beams are the best
-continuations that do not end the text. Ties are broken here by the better beam, then by the lower
-token.
+continuations of all beams by log-probability. A continuation that ends the text becomes an ended
+output if it is among the first ``width`` and its score is among the best. The next beams are the
+best continuations that do not end the text. Unlike there, ties are broken by the better beam, then
+by the lower token.
 
     2 beams of log-probability -1.0 and -1.2, continuations by token (2 is eos):
         beam 0: 7 -0.1, 2 -0.4        beam 1: 5 -0.1, 2 -3.0
         ranks:  -1.1 (0, 7)   -1.3 (1, 5)   -1.4 (0, eos)   -4.2 (1, eos)
-    no text ends, as no eos is among the best two; the next beams are (0, 7) and (1, 5)
+    no output ends, as no eos is among the best two; the next beams are (0, 7) and (1, 5)
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class BeamSearch:
 
     Args:
         params: parameters of the search.
-        width: number of beams. A single beam takes the best token each time, and ends with the
-            first token that ends the text, as in transformers.
-        max_tokens: maximum tokens of an output.
+        width: number of beams. With 1, each step takes the best token, and the search ends with
+            the first token that ends the text, as in transformers.
+        max_tokens: maximum number of tokens of an output.
         ending: tokens that end the text.
     """
 
@@ -86,7 +86,7 @@ class BeamSearch:
         self._ending = ending
         self._running = [TokenPath()]
         self.ended: list[EndedBeam] = []
-        """The best complete outputs by score; ``width`` of them at the end."""
+        """The best complete outputs by score; ``width`` of them at the end of the search."""
         self.is_over = False
 
     @property
@@ -95,10 +95,10 @@ class BeamSearch:
         return len(self._running)
 
     def advance(self, candidates: Sequence[Sequence[TokenLogprob]]) -> list[NextBeam]:
-        """Run one step; returns the next beams, the best first, or none at the end.
+        """Run one step; returns the next beams, the best first. Empty if the search has ended.
 
-        ``candidates`` has, for each beam in order, its ``width`` most probable tokens, and the
-        ``width`` most probable tokens that do not end the text.
+        ``candidates``: for each beam in order, its ``width`` most probable tokens and its ``width``
+        most probable tokens that do not end the text.
         """
         ranked = sorted(
             (-(path.total + token.logprob), index, token.token_id, token)
@@ -119,7 +119,7 @@ class BeamSearch:
         return [] if self.is_over else [NextBeam(p, token.token_id) for p, token in chosen]
 
     def _keep(self, paths: Sequence[TokenPath]) -> None:
-        """Add complete outputs and keep the best."""
+        """Add complete outputs, and keep only the best ``width``."""
         ended = [EndedBeam(path, self._score(path.total, path.length)) for path in paths]
         self.ended = sorted([*self.ended, *ended], key=lambda one: -one.score)[: self._width]
 
@@ -128,7 +128,7 @@ class BeamSearch:
         return total / divisor
 
     def _ends_now(self) -> bool:
-        """Whether enough outputs have ended, and the best beam could not join them."""
+        """Whether ``width`` outputs have ended and no running beam can displace one of them."""
         if len(self.ended) < self._width:
             return False
         params, best = self._params, self._running[0]

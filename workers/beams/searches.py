@@ -1,4 +1,4 @@
-"""The beam searches of an engine."""
+"""Runs the beam searches of an engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from workers.requests.sequence import Failure, SequenceState
 
 
 class BeamSearches:
-    """Runs the beam searches of requests, one step once all their candidates are known."""
+    """Runs each request's beam search: one step whenever all its beams have candidates."""
 
     def __init__(self, eos_token_ids: Collection[int]) -> None:
         self._eos = frozenset(eos_token_ids)
@@ -23,19 +23,19 @@ class BeamSearches:
         return request_id in self._groups
 
     def start(self, sequence: SequenceState) -> None:
-        """Start the search of a request with its first sequence; no effect if it samples tokens."""
+        """Start the search of a request with its first sequence, if the request uses beams."""
         if (group := new_group(sequence, self._eos)) is not None:
             self._groups[sequence.request.request_id] = group
 
     def forget(self, request_id: str) -> None:
-        """Forget an ended request."""
+        """Remove an ended request."""
         self._groups.pop(request_id, None)
 
     def advance(
         self, sequence: SequenceState, candidates: Sequence[TokenLogprob], now: float
     ) -> BeamStep | None:
-        """Record the candidates of a beam. Returns the step of its search once the candidates of
-        all beams are known; else None, also after the failure of another beam.
+        """Record the candidates of a beam, and run a step of its search once all beams have some.
+        Returns None if no step ran, also after another beam has failed.
         """
         group = self._groups.get(sequence.request.request_id)
         if group is None:
@@ -49,8 +49,8 @@ class BeamSearches:
         return step
 
     def fail(self, sequence: SequenceState, failure: Failure, now: float) -> list[TokenOutput]:
-        """End a search after the failure of a beam, as no output can be found without it. Returns
-        no outputs if the search has ended already.
+        """End a search after a beam has failed, as its result would be wrong without that beam.
+        Returns the error outputs; none if the search has already ended.
         """
         group = self._groups.pop(sequence.request.request_id, None)
         if group is None:

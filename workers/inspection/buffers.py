@@ -1,6 +1,6 @@
-"""Inspection buffers: bounded memory for the results of committed steps, filled by position.
+"""Inspection buffers collect the results of committed steps by position, in bounded memory.
 
-Rows that a preempted sequence computes again are skipped, so nothing counts twice.
+Rows that a sequence computes again after a preemption are skipped, so that no row counts twice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from workers.requests.inspection import (
 
 
 def shape_of(config: ModelConfig, banks: Sequence[BankSpec]) -> ModelShape:
-    """Dimensions that the result sizes depend on, without the predictor's bank."""
+    """Dimensions that determine the result sizes. The predictor's bank is not included."""
     return ModelShape(
         hidden_size=config.hidden_size,
         num_layers=config.num_layers,
@@ -49,16 +49,16 @@ def shape_of(config: ModelConfig, banks: Sequence[BankSpec]) -> ModelShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepRows:
-    """Results of one step for one sequence."""
+    """Results that one step adds to the inspection of one sequence."""
 
     first: int
     """Position of its first row."""
     hidden: Tensor
-    """[count, H] after the final norm."""
+    """[count, H]: hidden states after the final norm."""
     logits: Mapping[int, Tensor]
     """Logits [V] float32 by position, if requested."""
     logprobs: Mapping[int, float]
-    """Log-probabilities by position of the label."""
+    """Log-probabilities of labels, by position of the label."""
     captures: Sequence[Capture]
     """Recorded internal values, in the order of positions."""
 
@@ -95,7 +95,7 @@ class InspectionBuffers:
         self._next = max(self._next, rows_found.first + len(rows_found.hidden))
 
     def arrays(self) -> Iterator[NamedArray]:
-        """All results, after the last row."""
+        """All results. Call it after the last row was added."""
         if self._logits:
             positions = sorted(self._logits)
             yield _named("logits", torch.stack([self._logits[i] for i in positions]).numpy())
@@ -114,12 +114,12 @@ class InspectionBuffers:
         kind = self._inspection.embedding
         if kind is Pooling.MEAN:
             for row in rows_found.hidden[skip:].double().cpu():
-                self._sum += row  # one by one, so that chunks do not change the sum
+                self._sum += row  # one by one, so that the sum does not depend on chunks
         elif kind is Pooling.LAST and rows_found.first + len(rows_found.hidden) == self._length:
             self._sum = rows_found.hidden[-1].double().cpu()
 
     def _add_capture(self, capture: Capture, begin: int) -> None:
-        """Add the rows from position ``begin`` on."""
+        """Add the rows of ``capture`` at and after position ``begin``."""
         skip, end = begin - capture.first, capture.first + capture.count
         if skip >= capture.count:
             return
@@ -155,7 +155,7 @@ class InspectionBuffers:
             chosen = ids.flatten().long()
             sums = self._aux.setdefault(f"aux:{name}", np.zeros((2, bank.num_experts)))
             sums[0] += torch.bincount(chosen, minlength=bank.num_experts).numpy()
-            # row by row, so that chunks do not change the sum
+            # row by row, so that the sum does not depend on chunks
             rows = np.vstack((sums[1], scores.softmax(-1).double().numpy()))
             sums[1] = np.add.accumulate(rows, axis=0)[-1]
 

@@ -1,6 +1,6 @@
-"""Inspections of an engine: admission, the results of each step, buffers.
+"""Runs the inspections of an engine: checks them, and collects the results of steps in buffers.
 
-Buffers change only at commit: a step reads results, and the commit adds them.
+A step only reads its results; they are added to the buffers when the step commits.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from workers.requests.sequence import SequenceState
 from workers.sampling.sampler import all_finite
 
 _ROWS = 64
-"""Number of rows whose logits are computed at a time."""
+"""Maximum number of rows whose logits are computed at a time."""
 
 Score = Callable[[Tensor, Sequence[int], Sequence[int]], list[TokenLogprob]]
-"""Like ``sampler.logprob_entries``."""
+"""Function like ``sampler.logprob_entries``."""
 
 
 class Inspector:
@@ -37,10 +37,10 @@ class Inspector:
 
     Args:
         config: the model's configuration.
-        banks: its expert banks.
-        logits: head of the model: [rows, H] -> [rows, V].
+        banks: the model's expert banks.
+        logits: the model's head: [rows, H] -> [rows, V].
         score: computes log-probabilities of given tokens.
-        max_held_bytes: maximum result size of all inspections in the engine.
+        max_held_bytes: maximum total result size of all inspections in the engine.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class Inspector:
         """Check a request's inspection, if it has one.
 
         Raises:
-            RequestError: it can never be served.
-            QueueFullError: the buffers are full with the current inspections.
+            RequestError: the inspection can never be served.
+            QueueFullError: the buffers have no free memory while other inspections run.
         """
         inspection = request.inspection
         if inspection is None:
@@ -97,16 +97,16 @@ class Inspector:
         self._buffers[sequence].add(rows_found)
 
     def arrays(self, sequence: SequenceState) -> tuple[NamedArray, ...]:
-        """All results, after the last row; empty without an inspection."""
+        """All results, once the last row was added; empty without an inspection."""
         buffers = self._buffers.get(sequence)
         return () if buffers is None else tuple(buffers.arrays())
 
     def read(
         self, request: Request, first: int, hidden: Tensor, captures: Sequence[Capture]
     ) -> StepRows | None:
-        """A step's results; ``hidden`` [count, H] are the final states from position ``first`` on.
+        """Return a step's results, or None if a logit is NaN or infinity. Does not change buffers.
 
-        None if a logit is NaN or infinity. Changes nothing.
+        ``hidden``: [count, H] final states of the positions from ``first`` on.
         """
         inspection = request.inspection
         assert inspection is not None, "the request has an inspection"
@@ -145,7 +145,7 @@ class Inspector:
     def _scored(
         self, inspection: InspectionParams, positions: Sequence[int], row_logits: Tensor
     ) -> dict[int, float]:
-        """Log-probability of the label after each position, by the label's position."""
+        """Log-probabilities of the labels that follow ``positions``, by position of the label."""
         behind = {p: _label(inspection, p + 1) for p in positions}
         kept = [i for i, p in enumerate(positions) if behind[p] != IGNORED_LABEL]
         if not kept:
@@ -161,7 +161,7 @@ def _label(inspection: InspectionParams, position: int) -> int:
 
 
 def _wanted_rows(inspection: InspectionParams, first: int, last: int) -> list[int]:
-    """Positions from ``first`` to ``last`` - 1 that need logits, ascending."""
+    """Positions from ``first`` to ``last - 1`` whose logits are needed, ascending."""
     positions = {position for position in inspection.logits if first <= position < last}
     positions.update(p for p in range(first, last) if _label(inspection, p + 1) != IGNORED_LABEL)
     return sorted(positions)

@@ -1,7 +1,7 @@
-"""Records internal values of a forward pass for rows whose requests ask for them.
+"""Records internal values of a forward pass, for rows of requests with an inspection.
 
-A ``BatchRecorder`` handles one micro-batch and keeps, for each ``Capture``, the rows of one
-sequence. Each step creates new captures, so a failed step leaves nothing behind.
+A ``BatchRecorder`` handles one micro-batch. It copies the values of each sequence's rows into the
+sequence's ``Capture``. Each step creates new captures, so a failed step has no effect.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class RouterRows:
 
 @dataclass(slots=True)
 class Capture:
-    """Consecutive rows of one sequence in one micro-batch; all values are on the CPU."""
+    """Values of consecutive rows of one sequence in one micro-batch, on the CPU."""
 
     inspection: InspectionParams
     first: int
@@ -40,13 +40,13 @@ class Capture:
     """Index of the first row in the micro-batch."""
     count: int
     hidden: list[Tensor] = field(default_factory=list)
-    """[n, H] float32 for each state that ``Recorder.hidden`` gets."""
+    """[n, H] float32 for each call of ``Recorder.hidden``."""
     routers: dict[int, RouterRows] = field(default_factory=dict)
     maps: list[Tensor] = field(default_factory=list)
-    """[K, A / K, n, keys] float32 for each layer."""
+    """[K, A / K, n, keys] float32 attention maps of each layer."""
 
     def rows_of(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A copy of its rows on the CPU."""
+        """Copy of this capture's rows of ``tensor``, on the CPU."""
         own = tensor[self.row : self.row + self.count]
         return own.to("cpu", dtype or tensor.dtype, copy=True)
 

@@ -1,4 +1,4 @@
-"""LoRA adapters: PEFT folders, their matrices, and the deltas that they add to rows.
+"""LoRA adapters: reads PEFT folders, and adds the deltas of their matrices to rows.
 
-May import ``workers.model`` and the packages below it; never Ray or gRPC.
+May import ``workers.model`` and the layers below it; never Ray or gRPC.
 """

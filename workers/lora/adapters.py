@@ -2,8 +2,8 @@
 
     y = W x + scale * B (A x)        for the rows of an adapter; A has few rows, B few columns
 
-The matrices of one product are joined: the A matrices of q, k and v lie side by side, so that a
-product of the layer takes two more products, regardless of its number of modules. They use the
+A product of a layer may join several modules, for example q, k and v. Their A and B matrices are
+joined, too, so that a delta takes two more products for any number of modules. These use the
 model's own building blocks: if these are batch-invariant, rows with adapters are, too.
 """
 
@@ -23,10 +23,10 @@ from workers.model.layers import AttentionModel, LayerProduct, Linear, Mlp
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Delta of an adapter for one product: [n, in] -> [n, out]."""
+    """What an adapter adds to the result of one matrix product: [n, in] -> [n, out]."""
 
     down: Linear
-    """First product: in -> ranks of all matrices."""
+    """First product: in -> sum of the ranks of all matrices."""
     up: Linear
     """Second product: ranks -> out, including the scale."""
 
@@ -36,7 +36,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class MlpDelta:
-    """Deltas of an adapter for an MLP; None: no delta for that product."""
+    """Deltas of an adapter for the products of an MLP; None for a product without a delta."""
 
     gate_up: Delta | None
     down: Delta | None
@@ -44,7 +44,7 @@ class MlpDelta:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterWeights:
-    """One adapter in memory."""
+    """One adapter in memory, ready for rows."""
 
     linears: Mapping[Linear, Delta]
     mlps: Mapping[Mlp, MlpDelta]
@@ -54,7 +54,7 @@ class AdapterWeights:
 
 @dataclass(frozen=True, slots=True)
 class JoinedMatrices:
-    """Joined matrices of an adapter for a product, before the product is made."""
+    """Joined matrices of an adapter for one product, from which its ``Delta`` is made."""
 
     product: Linear | Mlp
     is_down: bool
@@ -71,10 +71,10 @@ class JoinedMatrices:
 
 @dataclass(frozen=True, slots=True)
 class PreparedAdapter:
-    """A checked adapter in CPU memory."""
+    """A validated adapter in CPU memory, with joined matrices."""
 
     digest: str
-    """Hash of its folder."""
+    """Hash of the adapter's files."""
     matrices: tuple[JoinedMatrices, ...]
 
     @property
@@ -83,7 +83,7 @@ class PreparedAdapter:
 
 
 def prepare(folder: AdapterFolder, dtype: torch.dtype) -> PreparedAdapter:
-    """Join the matrices of each product."""
+    """Join an adapter's matrices for each product."""
     by_product: dict[tuple[int, bool], list[ModuleMatrices]] = {}
     for matrices in folder.modules:
         target = matrices.target
@@ -116,7 +116,7 @@ def _join(own: Sequence[ModuleMatrices], dtype: torch.dtype) -> JoinedMatrices:
 
 
 def make(prepared: PreparedAdapter, model: AttentionModel) -> Generator[None, None, AdapterWeights]:
-    """Make the products, yielding after each. Raises ``CheckpointError``."""
+    """Make the deltas, with a ``yield`` after each, and return them. Raises ``CheckpointError``."""
     linears: dict[Linear, Delta] = {}
     mlps: dict[Mlp, MlpDelta] = {}
     for own in prepared.matrices:
@@ -142,7 +142,7 @@ class _Rows:
     indices: Tensor
     """[n] int64."""
     span: slice | None
-    """The rows as a slice, if they are contiguous."""
+    """The rows as a slice, or None if they are not contiguous."""
 
     def of(self, x: Tensor) -> Tensor:
         return x.index_select(0, self.indices) if self.span is None else x[self.span]
@@ -160,8 +160,8 @@ class BatchAdapters:
     def __init__(
         self, owners: Sequence[tuple[AdapterWeights | None, int]], device: torch.device
     ) -> None:
-        """``owners``: adapters with their numbers of consecutive rows; at least one has an
-        adapter."""
+        """``owners``: adapter and number of rows for each run of consecutive rows. At least one
+        run has an adapter."""
         by_adapter: dict[AdapterWeights, list[int]] = {}
         plain: list[int] = []
         first = 0

@@ -1,4 +1,4 @@
-"""Modules of a model that adapters may change: attention, shared experts, dense MLPs."""
+"""The modules of a model that adapters may change: attention, shared experts, dense MLPs."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _RULES: Sequence[tuple[tuple[str, ...], str]] = (
     (("norm",), "is a norm, which adapters do not change"),
     ((".kv_b_proj",), "is computed head by head, and adapters do not change it"),
 )
-"""Parts or ends of module names, with the reason that an error gives."""
+"""Parts or ends of names of modules that cannot be targets, with the reason for errors."""
 
 
 _NOT_LOADED: Any = None
-"""Product of a target in a model without weights."""
+"""Stands for the product of a target in a model without weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoraTarget:
-    """A module that adapters may change: one matrix of a product."""
+    """A module that adapters may change: one of the matrices that a product joins."""
 
     product: LayerProduct
     name: str
@@ -44,7 +44,7 @@ class LoraTarget:
 
 
 def targets_of(products: Sequence[LayerProduct]) -> Mapping[str, LoraTarget]:
-    """Return the targets by module name, as in the names of the checkpoint's tensors."""
+    """Return the targets by module name, as the checkpoint's tensors are named."""
     return {
         target.part.name.removesuffix(_WEIGHT): target
         for product in products
@@ -55,7 +55,7 @@ def targets_of(products: Sequence[LayerProduct]) -> Mapping[str, LoraTarget]:
 def targets_without_weights(parts: Iterable[TensorPart]) -> Mapping[str, LoraTarget]:
     """Return the targets of a model that is not loaded, from the tensors of an attention worker.
 
-    Their products cannot be called; they serve to check adapters.
+    They are only for checks of adapters: their products cannot be called.
     """
     modules = {part.name.removesuffix(_WEIGHT): part for part in parts if _is_matrix(part)}
     return {
@@ -66,7 +66,7 @@ def targets_without_weights(parts: Iterable[TensorPart]) -> Mapping[str, LoraTar
 
 
 def refusal_reason(module: str) -> str:
-    """Return the reason why a module cannot be a target."""
+    """Return why a module cannot be a target."""
     other = "is no projection of attention, shared expert or dense MLP of this model"
     return _reason_by_name(module) or other
 
@@ -79,7 +79,7 @@ def _reason_by_name(module: str) -> str | None:
 
 
 def _is_matrix(part: TensorPart) -> bool:
-    """Whether the part is one whole matrix of the checkpoint, as an adapter requires."""
+    """Whether the part is one complete matrix of the checkpoint, as an adapter requires."""
     is_plain = part.index is None and part.rows is None and not part.is_transposed
     return is_plain and len(part.shape) == 2
 

@@ -1,7 +1,7 @@
 """Adapter folders in PEFT's format: ``adapter_config.json`` and safetensors.
 
-The header of the file is checked against the model before the data is read, and only the data that
-the header names is read.
+The header of the safetensors file is checked against the model before any data is read, and only
+the data that the header describes is read.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ModuleMatrices:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
-    """A checked adapter in CPU memory."""
+    """Contents of a validated adapter folder, in CPU memory."""
 
     modules: tuple[ModuleMatrices, ...]
     digest: str
@@ -59,7 +59,7 @@ class _Entry(Message, frozen=True, kw_only=True):
     dtype: str
     shape: tuple[Count, ...]
     data_offsets: tuple[int, int]
-    """Data offsets; the safetensors library checks them."""
+    """First and last offset of the data. The safetensors library checks them."""
 
 
 _HEADER = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -68,9 +68,9 @@ _METADATA = "__metadata__"
 
 
 def read_folder(path: Path, targets: Mapping[str, LoraTarget], max_rank: int) -> AdapterFolder:
-    """Check and read a folder. Raises ``CheckpointError`` that names the fault.
+    """Check and read a folder. Raises ``CheckpointError``, which states what is wrong.
 
-    ``targets`` by module; see ``catalog.targets_of``.
+    ``targets``: by module name; see ``catalog.targets_of``.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
@@ -83,7 +83,7 @@ def read_folder(path: Path, targets: Mapping[str, LoraTarget], max_rank: int) ->
             header, entries = _read_header(opened)
             found = _checked(entries, settings, targets, max_rank)
             num_bytes = sum(_num_bytes(entry) for entry in entries.values())
-            data = header + opened.read(num_bytes + 1)  # now: the file may be replaced later
+            data = header + opened.read(num_bytes + 1)  # at once, as the file may be replaced later
         stored = {name: tensor["data"] for name, tensor in deserialize(data)}  # type: ignore[no-untyped-call]
     except SafetensorError as err:
         raise _damaged(str(err)) from err
@@ -107,7 +107,7 @@ def read_folder(path: Path, targets: Mapping[str, LoraTarget], max_rank: int) ->
 
 
 def _read_header(opened: BinaryIO) -> tuple[bytes, dict[str, _Entry]]:
-    """Return the bytes of the header with its length, and the tensors in it."""
+    """Return the bytes of the header, including its length field, and the tensors by name."""
     length = opened.read(_LENGTH_BYTES)
     num_bytes = int.from_bytes(length, "little")
     if len(length) < _LENGTH_BYTES or num_bytes > _MAX_HEADER_BYTES:
@@ -137,7 +137,7 @@ def _checked(
     targets: Mapping[str, LoraTarget],
     max_rank: int,
 ) -> dict[str, tuple[LoraTarget, dict[str, str]]]:
-    """Return the tensor names of each module, by the adapter's module name, in model order."""
+    """Return target and tensor names by the adapter's module name, in the order of the model."""
     by_module: dict[str, dict[str, str]] = {}
     for name, found in entries.items():
         match = _NAME.fullmatch(name)
@@ -172,8 +172,8 @@ def _checked(
 
 
 def _target(module: str, targets: Mapping[str, LoraTarget]) -> LoraTarget | None:
-    """Return the target of a module name. A text model may be part of a text and image model, and
-    an adapter may be made for either."""
+    """Return the target of a module name, or None. The adapter may be made for the text model or
+    for a text and image model that contains it."""
     names = [module]
     if module.startswith(_WHOLE):
         names.append(module.replace(_WHOLE, _TEXT, 1))
@@ -183,7 +183,7 @@ def _target(module: str, targets: Mapping[str, LoraTarget]) -> LoraTarget | None
 
 
 def _reason(name: str, targets: Mapping[str, LoraTarget]) -> str:
-    """Return the error text for a tensor that is neither lora_A nor lora_B of a target."""
+    """Return why a tensor that is neither lora_A nor lora_B of a target is refused."""
     module = name.removeprefix("base_model.model.")
     module = re.sub(r"\.(lora_\w+|base_layer|modules_to_save)\b.*|\.(weight|bias)$", "", module)
     is_target = _target(module, targets) is not None

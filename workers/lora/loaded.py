@@ -1,4 +1,4 @@
-"""Adapters that an attention worker has loaded, by the key in requests."""
+"""The adapters that an attention worker has loaded, by the key that requests contain."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from workers.model.layers import AttentionModel
 
 
 class LoadedAdapters:
-    """Loaded adapters of one model. Use it on the engine thread only, except as noted."""
+    """Loaded adapters of one model. Engine's thread only, except as noted."""
 
     def __init__(self, model: AttentionModel, section: LoraSection) -> None:
         self._model = model
@@ -49,21 +49,21 @@ class LoadedAdapters:
         return prepare(found, self._model.dtype)
 
     def check_place(self, path: Path) -> None:
-        """Raise ``CheckpointError`` if links lead out of the folders that may contain adapters.
+        """Raise ``CheckpointError`` if links lead out of the folders permitted for adapters.
 
         Any thread; may wait for a disk.
         """
         if str(path) in {named for _, named in self._section.modules}:
-            return  # named at startup
+            return  # configured at startup
         roots = [Path(root).resolve() for root in self._section.roots]
         for place in (path, path / CONFIG_FILE, path / WEIGHTS_FILE):
             if not any(place.resolve().is_relative_to(root) for root in roots):
                 raise CheckpointError(f"{place}: it is in no folder of --lora-roots")
 
     def build(self, key: str, prepared: PreparedAdapter) -> Generator[None, None, None]:
-        """Make an adapter ready for rows, in short steps.
+        """Make an adapter ready for rows, with a ``yield`` after each short step.
 
-        Raises ``CheckpointError`` if memory or the number of adapters is exceeded.
+        Raises ``CheckpointError`` if it exceeds the memory or the number of adapters.
         """
         self._check_capacity(prepared)
         self._adapters[key] = yield from make(prepared, self._model)
@@ -73,10 +73,10 @@ class LoadedAdapters:
         self._adapters.pop(key, None)
 
     def batch(self, owners: Sequence[tuple[str, int]]) -> BatchAdapters | None:
-        """Return ``RowAdapters`` for consecutive rows: keys with their numbers of rows, empty for
-        no adapter.
+        """Return ``RowAdapters`` for a micro-batch, or None if no row has an adapter.
 
-        None if no row has an adapter.
+        ``owners``: adapter key (empty for no adapter) and number of rows for each run of
+        consecutive rows.
         """
         if not any(key for key, _ in owners):
             return None

@@ -1,6 +1,6 @@
-"""Reads ``adapter_config.json``: the parameters of an adapter. Pure; no torch.
+"""Reads ``adapter_config.json``, the parameters of an adapter. Pure; no torch.
 
-An unknown field, or a value that requests an unsupported feature, is refused by name.
+Unknown fields and values that request unsupported features are refused with an error.
 
 Source: the fields of ``LoraConfig`` of PEFT 0.18.
 """
@@ -40,18 +40,17 @@ _HAS_NO_EFFECT = frozenset(
         "runtime_config",
     }
 )
-"""Fields about training, or about modules without tensors: the tensors show which modules an
-adapter changes."""
+"""Ignored fields: they are about training, or about modules that have no tensors in the adapter."""
 _READ = frozenset(
     {"alpha_pattern", "lora_alpha", "r", "rank_pattern", "target_modules", "use_rslora"}
 )
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-"""Values of ``init_lora_weights`` for which training does not change the model's own weights."""
+"""Values of ``init_lora_weights`` with which PEFT leaves the model's own weights unchanged."""
 _TASKS = (None, "", "CAUSAL_LM")
 
 
 def _is_default(value: object) -> bool:
-    """Whether a field has its default value, so that none of the features of its name is on."""
+    """Whether a field has its default value, so that its feature is off."""
     return value is None or value is False or value in ("", [], {})
 
 
@@ -71,35 +70,35 @@ class AdapterSettings:
     """Parameters of an adapter."""
 
     rank: int
-    """Rank of the modules that ``rank_pattern`` does not name."""
+    """Rank of modules that ``rank_pattern`` does not name."""
     alpha: float
-    """Alpha of the modules that ``alpha_pattern`` does not name."""
+    """Alpha of modules that ``alpha_pattern`` does not name."""
     has_root_scale: bool
-    """Deltas are multiplied by alpha / sqrt(rank), not by alpha / rank."""
+    """Whether the scale of deltas is alpha / sqrt(rank) instead of alpha / rank."""
     ranks: Mapping[str, int]
-    """Ranks by the end of a module's name, or with ``^`` in front by the whole name."""
+    """Rank by the end of a module's name, or by ``^`` and the complete name."""
     alphas: Mapping[str, float]
-    """Alphas, with the same keys."""
+    """Alpha by keys like those of ``ranks``."""
     targets: tuple[str, ...] | None
-    """Ends of module names; None: all modules, or the modules that a regular expression names."""
+    """Ends of names of target modules; None if the field is missing or a string."""
 
     def rank_of(self, module: str) -> int:
         return _matching(self.ranks, module, self.rank)
 
     def scale_of(self, module: str) -> float:
-        """Factor of the product of a module's matrices."""
+        """Scale of a module's delta."""
         rank = self.rank_of(module)
         return _matching(self.alphas, module, self.alpha) / (
             math.sqrt(rank) if self.has_root_scale else rank
         )
 
     def has_target(self, module: str) -> bool:
-        """Whether the module is a target; True if no names of targets are given."""
+        """Whether the module is a target; always True if ``targets`` is None."""
         return self.targets is None or any(_ends_with(module, end) for end in self.targets)
 
 
 def read_settings(folder: Path) -> tuple[AdapterSettings, bytes]:
-    """Settings of a folder, and the bytes they were read from. Raises ``CheckpointError``."""
+    """Settings of a folder, and the bytes of its file. Raises ``CheckpointError``."""
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise CheckpointError(f"{folder.name}: there is no {CONFIG_FILE} in the folder")
@@ -120,7 +119,7 @@ def read_settings(folder: Path) -> tuple[AdapterSettings, bytes]:
 
 
 def parse_settings(fields: Mapping[str, Any]) -> AdapterSettings:
-    """Parse the fields. Raises ``CheckpointError`` that names field, value and rule."""
+    """Parse the fields. Raises ``CheckpointError`` with field, value and rule."""
     for name in ("peft_type", "r", "lora_alpha"):
         if name not in fields:
             raise CheckpointError(f"{CONFIG_FILE}: {name} is missing")
@@ -175,7 +174,7 @@ def _number(name: str, value: object) -> float:
 
 
 def _pattern(name: str, value: object, read: Callable[[str, object], Any]) -> Mapping[str, Any]:
-    """Parse a mapping with module names, or their ends, as keys; no regular expressions."""
+    """Parse a mapping by module names or ends of names; other regular expressions are refused."""
     if value is None:
         return {}
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Measurements of a worker's steps: histograms, timelines, padding, activity.
+"""Measures a worker's steps: histograms, timelines, padding, activity.
 
 Imports ``workers.model``, ``workers.requests`` and ``cluster.core``.
 """

@@ -1,11 +1,11 @@
-"""Data-thread state for heartbeats: progress counters, waits, and stalled time.
+"""State of the data thread that heartbeats report: progress, waits, and stalled time.
 
 A step may take longer than the detection limit (a long prefill on a cold cache), so progress is
-also counted within steps, at each exchange with the experts. For even longer exchanges, CPU time of
-the data thread counts within a step, for a time that grows with the rows.
+also counted within steps, at each exchange with the experts. If one exchange takes even longer, the
+CPU time of the data thread counts as progress, up to a time that grows with the rows.
 
-The loop also iterates while it waits for a step, so iterations show that the thread is alive, not
-that steps advance. ``stalled_s`` ignores them.
+The loop also iterates while it waits for a step, so iterations show that the thread is alive, but
+not that steps advance. ``stalled_s`` ignores them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import time
 from collections.abc import Callable
 
 ROW_LIMIT_S = 0.25
-"""Time between two exchanges that each row of a step may take, for large experts on a slow CPU."""
+"""Seconds per row that a step may compute between two exchanges (large experts, slow CPU)."""
 _MIN_CPU_S = 0.001
-"""CPU time between two heartbeats from which the data thread counts as computing."""
+"""Minimum CPU time between two heartbeats for which the data thread counts as computing."""
 
 
 def thread_cpu_clock() -> Callable[[], float]:
-    """A clock of this thread's CPU time for any thread; raises ``OSError`` after its end."""
+    """A clock of this thread's CPU time, for any thread; raises ``OSError`` after its end."""
     clock = time.pthread_getcpuclockid(threading.get_ident())
     return lambda: time.clock_gettime(clock)
 
@@ -33,24 +33,24 @@ class Activity:
 
     def __init__(self) -> None:
         self._iterations = 0
-        """Number of iterations of the loop."""
+        """Number of iterations of the data thread's loop."""
         self._advances = 0
-        """Number of exchanges of steps, and of commits."""
+        """Number of exchanges and commits of steps."""
         self.native_progress = ctypes.c_int64()
         """Number of exchanges that native code has served."""
         self.is_waiting = False
-        """Whether the data thread waits for a peer within a step (``with activity:``)."""
+        """Whether the data thread waits for a peer during a step (``with activity:``)."""
         self.is_idle = True
         """Whether the data thread has no work."""
         self.rows = 0
-        """Rows of the running step; 0 outside a step."""
+        """Number of rows of the running step; 0 outside a step."""
         self.wants_rows = False
-        """Whether the data thread waits for a step with rows of its own."""
+        """Whether this rank has rows and waits for a step to run them."""
         self.stalled_s: float | None = None
-        """Time for which a wanted or running step has not advanced, at the last heartbeat; None
+        """Seconds for which a running or awaited step had not advanced at the last heartbeat; None
         without such a step."""
         self.cpu_s: Callable[[], float] = float
-        """CPU clock of the data thread, which sets it at its start; zero before."""
+        """CPU clock of the data thread, which the thread sets at its start; zero before."""
         self._cpu_seen_s = 0.0
         self._seen = -1
         self._seen_at = 0.0
@@ -72,7 +72,7 @@ class Activity:
         self._advances += 1
 
     def observe(self, now: float) -> int:
-        """Progress for a heartbeat, including computation. Control thread."""
+        """Return the progress for a heartbeat, including computation. Control thread."""
         cpu_s = self._cpu_seen_s
         with contextlib.suppress(OSError):  # the thread has ended
             cpu_s = self.cpu_s()

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-"""Upper bounds for tokens of a step."""
+"""Upper bounds of buckets for the number of tokens of a step."""
 TRANSFER_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-"""Upper bounds for seconds of a transfer."""
+"""Upper bounds of buckets for the seconds of a transfer."""
 
 
 class Histogram:
-    """Counts by bucket. One thread observes, any thread may read."""
+    """Counts of values by bucket. One thread observes; any thread may read."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
-        """``bounds`` are inclusive upper bounds, ascending; greater values have a bucket too."""
+        """``bounds``: inclusive upper bounds, ascending. Greater values have a bucket, too."""
         self._bounds = tuple(bounds)
         self._counts = [0] * (len(self._bounds) + 1)
         self._sum = 0.0
@@ -29,7 +29,7 @@ class Histogram:
     def stats(self, name: str, label: str = "") -> dict[str, float]:
         """Cumulative counts, count and sum, named as in Prometheus' text format.
 
-        ``label`` is an additional label, as ``name="value"``.
+        ``label``: a further label in the form ``name="value"``.
         """
         names = self._names.get((name, label))
         if names is None:

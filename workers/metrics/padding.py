@@ -1,22 +1,22 @@
-"""The share of padding in the rows that an expert worker receives and returns.
+"""Measures the share of padding in the rows that an expert worker receives and returns.
 
 The static exchange (``workers.dispatch.row_exchange``) sends every granted row to every expert
-rank, so that no sizes are needed. A row without an expert on a rank is padding there, in dispatch
-and, if sums are returned, in combine. The exact exchange and outputs by pair have no padding, and
-transports add none.
+rank, so that message sizes are known beforehand. A row without an expert on a rank is padding
+there, in dispatch and, if sums are returned, in combine. The exact exchange and outputs by pair
+have no padding, and transports add none.
 """
 
 from __future__ import annotations
 
 DECAY = 0.99
-"""Weight of earlier exchanges for each new one."""
+"""Factor on the weight of earlier exchanges for each new one."""
 
 
 class PaddingRatio:
     """Share of padding in the rows of recent exchanges, by direction.
 
-    An exponential average over rows, of about ``1 / (1 - DECAY)`` exchanges. The data thread adds,
-    any thread reads.
+    An exponential average over the rows of about ``1 / (1 - DECAY)`` exchanges. Only the data
+    thread adds; any thread may read.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class PaddingRatio:
         self._sums[direction] = (DECAY * rows + num_rows, padding)
 
     def ratio(self, direction: str) -> float:
-        """Ratio from 0 to less than 1; 0 before the first exchange."""
+        """Share of padding, from 0 to less than 1; 0 before the first exchange."""
         rows, padding = self._sums[direction]
         return padding / rows if rows else 0.0
 

@@ -1,4 +1,4 @@
-"""Histograms of the parts of a worker's steps; one step in ``SAMPLE_INTERVAL`` is measured.
+"""Histograms of the times of a worker's laps; one step in ``SAMPLE_INTERVAL`` is measured.
 
 All workers measure the same steps, with ``workers.metrics.step_timer``.
 """
@@ -11,9 +11,9 @@ from workers.metrics.histogram import Histogram
 from workers.requests.step_header import StepHeader
 
 SAMPLE_INTERVAL = 8
-"""One in this number of steps is measured."""
+"""One step in this many is measured."""
 BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-"""Upper bounds, seconds."""
+"""Upper bounds of buckets in seconds."""
 HISTOGRAMS = {
     "attention": "attention_compute_seconds",
     "dispatch": "dispatch_seconds",
@@ -22,7 +22,7 @@ HISTOGRAMS = {
 }
 """Names of the histograms by lap; all have the label ``phase``."""
 BUBBLE = "bubble_seconds"
-"""Histogram of the waits for other workers; it also has the label."""
+"""Name of the histogram of waits for other workers, which also has the label ``phase``."""
 
 
 def is_measured(header: StepHeader) -> bool:
@@ -34,8 +34,8 @@ class StepMetrics:
     """``TimingSink`` with histograms. The data thread writes, any thread reads.
 
     Args:
-        wait: name of the laps in which the worker waits for others; their sum over a step is
-            its bubble.
+        wait: name of the laps in which the worker waits for others. Their sum over a step is the
+            step's bubble.
     """
 
     def __init__(self, wait: str | None) -> None:
@@ -60,7 +60,7 @@ class StepMetrics:
             self._observe(BUBBLE, self._bubble_ns)
 
     def stats(self) -> dict[str, float]:
-        """All histograms by name and phase, for the worker's table of stats."""
+        """All histograms as flat entries for the worker's table of stats."""
         return {
             key: value
             for (name, phase), histogram in tuple(self._found.items())

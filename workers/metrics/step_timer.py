@@ -1,10 +1,10 @@
-"""Times the laps of one worker's steps, and passes them to sinks.
+"""Measures the laps of one worker's steps, which are their parts, and passes them to sinks.
 
     attention worker   attention, dispatch, combine; sample      (its dispatcher)
     expert worker      receive, experts, send                    (its expert server)
     colocated worker   all of them; the experts' laps are within combine
 
-``attention``, ``experts`` and ``sample`` are the time between two calls, the others are calls.
+``attention``, ``experts`` and ``sample`` are times between calls; the others are times of calls.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ class TimingSink(Protocol):
     """Receives timings; ``StepTrace`` and ``StepMetrics`` are sinks."""
 
     def begin_step(self, header: StepHeader) -> bool:
-        """Begin a step; returns whether the sink takes its timings."""
+        """Begin a step; returns whether the sink records its timings."""
 
     def add(self, name: str, start_ns: int, end_ns: int, labels: dict[str, Any]) -> None:
-        """Add a timing, in ``time.monotonic_ns``; ``labels`` has the step, layer and so on."""
+        """Add a timing (``time.monotonic_ns``). ``labels``: step, layer and other properties."""
 
     def flush(self) -> None:
         """End the step."""
 
 
 class StepTimer:
-    """Times the laps of a worker's steps. If no sink takes a step, laps do not read the clock."""
+    """Measures the laps of a worker's steps. If no sink records a step, no clock is read."""
 
     def __init__(self, *sinks: TimingSink, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._all = sinks
@@ -53,11 +53,11 @@ class StepTimer:
 
     @property
     def is_recording(self) -> bool:
-        """Whether a sink takes this step."""
+        """Whether a sink records this step."""
         return bool(self._sinks)
 
     def mark(self, now_ns: int | None = None) -> None:
-        """Start a lap, now or at a time of ``time.monotonic_ns``, without recording the last."""
+        """Start a lap, now or at ``now_ns``, without recording the lap before it."""
         if self._sinks:
             self._last_ns = self._clock_ns() if now_ns is None else now_ns
 
@@ -69,12 +69,12 @@ class StepTimer:
     def add_laps(
         self, ends_ns: Mapping[str, int], bank: BankSpec, exchange: int, micro_batch: int
     ) -> None:
-        """End successive laps of one exchange at times of ``time.monotonic_ns``."""
+        """End successive laps of one exchange. ``ends_ns``: end by name (``time.monotonic_ns``)."""
         for name, end_ns in ends_ns.items() if self._sinks else ():
             self._end_lap(name, _place(bank, exchange, micro_batch), end_ns)
 
     def end_step(self, last: str = "") -> None:
-        """End the step, with ``last`` as the name of its last lap, and flush the sinks."""
+        """End the step and its last lap, which gets the name ``last``; flush the sinks."""
         header, sinks = self._header, self._sinks
         if header is None or not sinks:
             return

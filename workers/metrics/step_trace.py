@@ -1,8 +1,8 @@
-"""A timeline of a worker's steps in a file of Chrome trace events, for Perfetto.
+"""Writes a timeline of a worker's steps as Chrome trace events, for viewers such as Perfetto.
 
-Every worker writes its own file; open the files of all workers together. Times are from
+Every worker writes a file of its own; open the files of all workers together. Times are from
 CLOCK_MONOTONIC, which all processes of a host share. The JSON array is closed when the worker ends;
-viewers accept an open one.
+viewers also accept an unclosed array.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _OPEN = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
 class StepTrace:
     """``TimingSink`` that writes the timings of one worker. Data thread only.
 
-    There are at most two files: one that reaches ``max_bytes`` replaces the previous one.
+    At most two files exist: a file that reaches ``max_bytes`` replaces the previous one.
     """
 
     def __init__(self, folder: Path, worker: str, max_bytes: int) -> None:
@@ -49,7 +49,7 @@ class StepTrace:
 
     @classmethod
     def of(cls, section: ObservabilitySection, worker: str) -> StepTrace | None:
-        """The configured trace, or None. Raises ``ConfigError`` as the constructor does."""
+        """The configured trace, or None without one. Raises ``ConfigError``."""
         if section.trace_dir is None:
             return None
         return cls(Path(section.trace_dir), worker, section.trace_max_bytes)
@@ -72,7 +72,7 @@ class StepTrace:
         self._events.append(f",\n{json.dumps(event)}")
 
     def flush(self) -> None:
-        """Write the queued events, or drop them if the disk refuses them."""
+        """Write the queued events; drop them if the write fails."""
         events, self._events = self._events, []
         if not events:
             return
@@ -84,7 +84,7 @@ class StepTrace:
                 self._begin_file()
             self._records.append("".join(events).encode())
         except OSError as err:
-            if not self._is_refused:  # log once until events are written again
+            if not self._is_refused:  # log only once until a write succeeds
                 logger.warning("%s: could not write steps to the trace: %s", self._worker, err)
             self._is_refused = True
         else:

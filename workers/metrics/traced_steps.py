@@ -1,13 +1,13 @@
-"""Trace spans for the steps of traced requests.
+"""Creates trace spans for steps of traced requests.
 
-    step of a request                     has spans
-    rows of its prompt                    every one
-    its 1st, 2nd, 4th, 8th, .. decode     yes, so that a long output has a few throughout
-    more than ``MAX_STEPS`` in all        no
+step of a request                           has spans?
+with rows of its prompt                     yes
+its 1st, 2nd, 4th, 8th, .. decode step      yes, so that spans are spread over a long output
+after ``MAX_STEPS`` steps with spans        no
 
-An attention worker proposes parent spans of requests, and the step's header contains them. Every
-expert worker, and the attention worker itself, then records one span of its part of the step below
-each parent. Without traced requests, a step costs two checks of empty containers.
+An attention worker proposes the parent spans of its requests, and the step header contains them.
+Every expert worker, and the attention worker itself, then records one span for its part of the step
+under each parent. Without traced requests, a step costs two checks of empty containers.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from workers.requests.step_header import StepHeader
 from workers.requests.traced import MAX_TRACED
 
 MAX_STEPS = 32
-"""Maximum number of steps of a request with spans, on one worker."""
+"""Maximum number of steps of a request that have spans, on one worker."""
 
 
 class TracedRequests:
-    """The traced requests of an engine, and the number of their steps that may still have spans."""
+    """Traced requests of an engine, with the number of further steps that may have spans."""
 
     def __init__(self) -> None:
         self._num_left: dict[str, int] = {}
@@ -44,7 +44,7 @@ class TracedRequests:
         self._num_left.pop(request_id, None)
 
     def parents(self, expected: Iterable[SequenceState]) -> tuple[SpanIdBytes, ...]:
-        """Parent spans for a step with these sequences; at most ``MAX_TRACED``."""
+        """Parent spans for a step that will run these sequences; at most ``MAX_TRACED``."""
         parents: dict[SpanIdBytes, None] = {}
         for sequence in expected:
             if self._num_left.get(sequence.request.request_id, 0) > 0 and _has_spans(sequence):
@@ -54,7 +54,7 @@ class TracedRequests:
         return tuple(parents)
 
     def count_step(self, header: StepHeader, rank: int, planned: Iterable[SequenceState]) -> None:
-        """Count a step that has run with these sequences on this rank."""
+        """Count a step that ran these sequences on this rank."""
         parents = parents_of(header, rank)
         if parents:
             for name in {s.request.request_id for s in planned if _is_named(s, parents)}:
@@ -62,7 +62,7 @@ class TracedRequests:
 
 
 class RecordSpan(Protocol):
-    """``TraceExport.record_child``; times are from ``time.monotonic_ns``."""
+    """Type of ``TraceExport.record_child``. Times are from ``time.monotonic_ns``."""
 
     def __call__(
         self,
@@ -80,8 +80,8 @@ class StepSpans:
     Args:
         record: records the spans.
         worker: name of this worker.
-        rank: the attention rank whose parents are used; None for all ranks, as a worker that
-            holds experts computes for all.
+        rank: the attention rank whose parent spans are used. None for all ranks, on a worker that
+            holds experts and thus computes for all.
     """
 
     def __init__(self, record: RecordSpan, worker: str, rank: int | None) -> None:
@@ -124,7 +124,7 @@ class StepSpans:
 
 
 def parents_of(header: StepHeader, rank: int | None) -> tuple[SpanIdBytes, ...]:
-    """Parent spans for one attention rank's part of the step; None for all ranks."""
+    """Parent spans that the header has for one attention rank, or for all if ``rank`` is None."""
     return tuple(
         parent
         for asking, parents in header.parents

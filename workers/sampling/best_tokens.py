@@ -1,7 +1,7 @@
-"""The best token of each row of logits, and whether all logits of a row are finite.
+"""Finds the best token of each row of logits, and rows with NaN or infinity.
 
 On a CPU the bits of the logits are compared as integers, without a float32 copy. The bits of
-positive floats have the order of the floats, and infinity and NaN are the largest of either sign.
+positive floats have the order of the floats. Infinity and NaN have the largest of either sign.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _UNSIGNED = {2: np.uint16, 4: np.uint32}
 
 
 def best_tokens(logits: Tensor) -> Tensor:
-    """[rows] int64: the best token of each row of logits [rows, V]; the lowest id of several.
+    """Return [rows] int64: the best token of each row of logits [rows, V], on a tie the lowest.
 
     The token of a row with NaN is arbitrary.
     """
@@ -33,16 +33,16 @@ def best_tokens(logits: Tensor) -> Tensor:
 
 
 def finite_rows(logits: Tensor) -> Tensor:
-    """[rows] bool: whether a row of [rows, V] has no NaN or infinity."""
+    """Return [rows] bool: whether a row of logits [rows, V] has neither NaN nor infinity."""
     if logits.device.type != "cpu":
-        # A sum is finite only if all its terms are; float32 has room for large sums.
+        # A sum is finite only if all its terms are; large sums do not overflow float32.
         return torch.isfinite(logits.sum(-1, dtype=torch.float32))
     bits = _bits(logits)
     return torch.from_numpy(_is_finite(bits, bits.max(-1), _INFINITY[logits.dtype]))
 
 
 def best_of_finite(logits: Tensor) -> Tensor:
-    """``best_tokens``, with -1 for rows that are not finite."""
+    """Return ``best_tokens``, but -1 for rows with NaN or infinity."""
     if logits.device.type != "cpu":
         return torch.where(finite_rows(logits), best_tokens(logits), -1)
     bits = _bits(logits)
@@ -61,7 +61,7 @@ def _best(logits: Tensor, bits: Bits) -> tuple[NDArray[np.int64], Bits]:
 
 
 def _is_finite(bits: Bits, largest: Bits, infinity: int) -> NDArray[np.bool_]:
-    """``finite_rows`` of bits [rows, V], given the largest of each row."""
+    """``finite_rows`` for bits [rows, V]; ``largest``: the largest bits of each row."""
     unsigned = bits.view(_UNSIGNED[bits.itemsize])  # negative floats are greater than the others
     sign = 1 << (8 * bits.itemsize - 1)
     is_finite: NDArray[np.bool_] = (largest < infinity) & (unsigned.max(-1) < sign + infinity)

@@ -1,4 +1,4 @@
-"""Sampling of a token from a row of logits, by a native kernel or by torch, its reference.
+"""Samples a token from each row of logits, by a native kernel or by torch, its reference.
 
 The weight of a token is 2 ** t for t = (logit - best logit) * log2(e) / temperature, as an integer
 in units of 2 ** -40. Integers have the same sum in any order, and all other operations are
@@ -7,13 +7,13 @@ nor on the number of threads, nor on whether the kernel (``workers/native/c/draw
 any device samples it. Tokens with less than 2 ** -41 (5e-13) of the best token's weight are never
 sampled.
 
-Limits drop the tokens below a floor of t, so tokens that tie with the last one kept are kept too.
+top_k, top_p and min_p drop the tokens whose t is below a floor, so ties with the last one are kept.
 
-Logits of a row alone and in a batch may differ by rounding, which changes the sampled token if the
-random number is at the edge of its interval. With one number for the whole cumulative distribution,
-the edges of all V tokens count: at a rounding error of 2e-6, 1 of 8000 tokens (V = 1024) or 1 of
-400 (V = 50304) changed. A walk down a tree with 16 branches per node and one number per level meets
-15 edges per level: 1 of 400000 changed.
+Logits of a row alone and in a batch may differ by rounding. That changes the sampled token if the
+random number is at an edge between the intervals of two tokens. With one number for the cumulative
+distribution, the edges of all V tokens matter: with rounding errors of 2e-6, 1 of 8000 tokens (V =
+1024) or 1 of 400 (V = 50304) changed. So the draw walks down a tree with 16 branches per node and
+one number per level, which has 15 edges per level: 1 of 400000 changed.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from workers.sampling.best_tokens import best_of_finite, best_tokens
 from workers.sampling.logits_processors import SamplingRow
 
 NOT_FINITE, NONE_ALLOWED = -1, -2
-"""Returned instead of a token: NaN or infinity in the logits; all tokens are masked."""
+"""Returned instead of a token if the logits have NaN or infinity, or if all tokens are masked."""
 _MASK64 = (1 << 64) - 1
 _BRANCHES = 16
-"""Branches of a node in the tree walk."""
+"""Number of branches of each node in the tree walk."""
 _FIRST_CANDIDATES = 256
-"""Number of best tokens to try for top_p before all are sorted."""
+"""Number of best tokens that top_p sorts first; all tokens are sorted only if these are too few."""
 _LOG2_E = math.log2(math.e)
 _MIN_SCALE = float(np.finfo(np.float32).tiny)
 """Smallest scale, for the highest temperatures; a masked logit times 0 would be NaN."""
@@ -55,7 +55,7 @@ _COEFFICIENTS = (
 )
 """Polynomial of 2 ** x for x in [-0.5, 0.5], highest power first; see ``c/weights.h``."""
 _CACHED_LOGITS = 1 << 18
-"""Number of logits that a CPU processes at a time, so that they and their weights stay in cache."""
+"""Number of logits that a CPU processes at a time, so that logits and weights stay in cache."""
 
 
 def draw(
@@ -66,8 +66,8 @@ def draw(
 ) -> Tensor:
     """Sample tokens [rows] int64 from logits [rows, V], or ``NOT_FINITE`` or ``NONE_ALLOWED``.
 
-    ``is_masked``: logits of minus infinity must not be sampled, and the others are finite. The
-    kernel is used if there is a ``team`` and the kernel supports the dtype.
+    ``is_masked``: tokens with a logit of minus infinity must not be sampled; the other logits are
+    finite. The kernel is used if there is a ``team`` and the kernel supports the dtype.
     """
     how = _draw_rows(rows)
     if team is not None and can_draw(logits):
@@ -94,7 +94,7 @@ def _draw_rows(rows: Sequence[SamplingRow]) -> NDArray[Any]:
 
 
 def _limits(row: SamplingRow) -> tuple[float, float, float, int]:
-    """The row's top_p, scale, floor and top_k."""
+    """Return top_p, scale, floor and top_k of a row."""
     params = row.params
     if row.is_greedy:
         return 1.0, 0.0, 0.0, 0
@@ -103,14 +103,14 @@ def _limits(row: SamplingRow) -> tuple[float, float, float, int]:
 
 
 def _best_allowed(logits: Tensor) -> Tensor:
-    """[rows]: the best token of masked logits [rows, V], or ``NONE_ALLOWED``."""
+    """Return [rows]: the best token of masked logits [rows, V], or ``NONE_ALLOWED``."""
     best = best_tokens(logits)
     values = logits.gather(1, best.unsqueeze(1)).squeeze(1)
     return torch.where(torch.isfinite(values), best, NONE_ALLOWED)
 
 
 def _draw(below: Tensor, how: NDArray[Any]) -> Tensor:
-    """Sample tokens [rows] from float32 logits [rows, V] minus the best one."""
+    """Sample tokens [rows] from float32 logits [rows, V], given minus the row's best logit."""
     numbers = _draw_params(how, below)
     t = below.mul_(numbers.scale)
     floor = _floors(t, how, numbers)
@@ -150,7 +150,7 @@ def _draw_params(how: NDArray[Any], like: Tensor) -> _DrawParams:
 
 
 def token_weights(t: Tensor) -> Tensor:
-    """int64: 2 ** (t + 40) of float32 values t up to 0, within 2e-7, as in ``c/weights.h``."""
+    """Return 2 ** (t + 40) as int64 for float32 t <= 0, within 2e-7, as in ``c/weights.h``."""
     t = t.clamp(min=-2.0 - _WEIGHT_BITS)
     whole = t.round()
     rest = t.sub_(whole)
@@ -163,7 +163,7 @@ def token_weights(t: Tensor) -> Tensor:
 
 
 def _floors(t: Tensor, how: NDArray[Any], numbers: _DrawParams) -> Tensor | None:
-    """[rows, 1]: tokens with a lower t are dropped; None if no row drops any."""
+    """Return [rows, 1]: the t below which tokens are dropped; None if no row drops any."""
     has_top_p = bool((how["top_p"] < 1).any())
     if has_top_p or (how["top_k"] > 0).any():
         return torch.maximum(numbers.floor, _truncations(t, how["top_k"], numbers, has_top_p))
@@ -173,7 +173,7 @@ def _floors(t: Tensor, how: NDArray[Any], numbers: _DrawParams) -> Tensor | None
 def _truncations(
     t: Tensor, top_k: NDArray[np.int64], numbers: _DrawParams, has_top_p: bool
 ) -> Tensor:
-    """[rows, 1]: the lowest t kept by top_k, then by top_p."""
+    """Return [rows, 1]: the lowest t that top_k, and then top_p, keep."""
     vocab_size = t.shape[1]
     limits = top_k[top_k < vocab_size]
     is_off = numbers.top_p >= 1
@@ -195,9 +195,9 @@ def _truncations(
 
 
 def _walk_tree(cumulative: Tensor, numbers: Tensor) -> Tensor:
-    """Tokens [rows] for cumulative weights [rows, V] int64, with ``_Numbers.uniform``.
+    """Return tokens [rows] for cumulative weights [rows, V] int64 and ``_DrawParams.uniform``.
 
-    Each level splits the remaining interval of tokens into 16 and selects one by its weight.
+    Each level divides the remaining interval of tokens into 16, and selects one by its weight.
     """
     device, vocab_size, num_levels = cumulative.device, cumulative.shape[1], numbers.shape[1]
     first = torch.zeros(len(cumulative), 1, dtype=torch.int64, device=device)
@@ -215,9 +215,10 @@ def _walk_tree(cumulative: Tensor, numbers: Tensor) -> Tensor:
 
 
 def uniforms(values: NDArray[np.uint64], num_levels: int) -> NDArray[np.float64]:
-    """[rows, num_levels] numbers in [0, 1) from seed, choice and index [rows, 3]; never changed.
+    """Return [rows, num_levels] numbers in [0, 1) from seed, choice and index [rows, 3].
 
-    Source: splitmix64 (Steele, Lea and Flood 2014), chained over the three values and the level.
+    The results must never change. Source: splitmix64 (Steele, Lea and Flood 2014), chained over
+    the three values and the level.
     """
     state = _splitmix64(values[:, :1])
     for column in (values[:, 1:2], values[:, 2:], np.arange(num_levels, dtype=np.uint64)):

@@ -1,14 +1,14 @@
-"""A grammar state for an output: the tokens that may come next, and whether any may.
+"""State of a grammar for an output: determines which tokens may come next.
 
 The parser is llguidance. A ``GrammarState`` depends only on the grammar and the output tokens.
-Computing a mask does not change it; only ``advance`` does, which is called at commit. So a repeated
-step, a preemption and a resubmission with the output so far all have the same state. The mask of a
-step can be computed on another thread while the step computes its logits.
+Computing a mask does not change it; only ``advance`` does, which is called when a step commits. So
+a repeated step, a preemption and a resubmission with the output so far all have the same state. The
+mask of a step can be computed on another thread while the step computes its logits.
 
-States of one compiled grammar share a lexer with a cache, which makes masks cheap. But a lexer that
-has reached a limit or a bug fails for all of them. A state that fails therefore creates its own
-lexer and replays its output. Only a failure after that is caused by the output itself. The compiler
-does not use the failed lexer for later requests.
+States of one compiled grammar share a lexer with a cache, which makes masks cheap. But if the lexer
+reaches a limit or a bug, it fails for all of them. A state that fails therefore creates its own
+lexer and replays its output; if it fails again, the output itself is the cause. The compiler does
+not use the failed lexer for later requests.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from cluster.core.errors import RequestError
 from workers.requests.request import Grammar, GrammarKind
 
 _MAX_RENEWED_CHARS = 8192
-"""Longer grammars are not compiled again, which would block the engine's thread."""
+"""Limit of a grammar's length for a second compilation, which blocks the engine's thread."""
 _MAX_MESSAGE_CHARS = 300
 
 
 @dataclass(frozen=True, slots=True)
 class TokenMask:
-    """The tokens that may come next."""
+    """Mask of the tokens that may come next."""
 
     allowed: Tensor
     """[V] bool on the CPU."""
     must_end: bool
-    """Whether only the end of the text is possible."""
+    """Whether the grammar permits only the end of the text."""
 
 
 class MaskReader:
-    """Reads masks from parsers. For any thread.
+    """Reads masks from parsers. Any thread may call it.
 
     Args:
-        vocab_size: of the model.
+        vocab_size: the model's vocabulary size.
         eos_token_ids: tokens that end the text.
     """
 
@@ -54,7 +54,7 @@ class MaskReader:
         self._eos = np.array(eos_token_ids, dtype=np.int64)
 
     def read(self, matcher: llguidance.LLMatcher) -> TokenMask:
-        """The mask of a matcher's state; all False if the matcher failed."""
+        """Return the mask for a matcher's state; all False if the matcher has failed."""
         words = np.zeros(-(-self._vocab_size // 32), dtype=np.uint32)
         matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         bits = np.unpackbits(words.view(np.uint8), count=self._vocab_size, bitorder="little")
@@ -67,7 +67,7 @@ class MaskReader:
 
 
 class GrammarState:
-    """State of a grammar after one choice's output. For the engine's thread.
+    """State of a grammar after one choice's output. Engine's thread only.
 
     Between ``prepare`` and the next ``mask`` or ``advance``, only the thread that computes the mask
     may use the parser.
@@ -83,12 +83,12 @@ class GrammarState:
         self._prepared: Future[TokenMask] | None = None
 
     def prepare(self, pool: Executor) -> None:
-        """Start to compute the next mask on another thread, if not started."""
+        """Start to compute the next mask on another thread, unless already started."""
         if self._prepared is None:
             self._prepared = pool.submit(self._compute_mask)
 
     def mask(self) -> TokenMask:
-        """The tokens that may come next. Does not change the state."""
+        """Return the mask of the tokens that may come next. Does not change the state."""
         return self._compute_mask() if self._prepared is None else self._prepared.result()
 
     def _compute_mask(self) -> TokenMask:
@@ -98,7 +98,7 @@ class GrammarState:
         return mask
 
     def advance(self, token: int) -> None:
-        """Add an output token; called at commit only."""
+        """Add an output token. Called only when the step commits."""
         if self._prepared is not None:
             self._prepared.result()
             self._prepared = None
@@ -108,7 +108,7 @@ class GrammarState:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the output matches the grammar, and no token can be added."""
+        """Whether the output matches the grammar and no further token is permitted."""
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
     @property
@@ -117,7 +117,7 @@ class GrammarState:
         return shorten(self._matcher.get_error()) if self._matcher.is_error() else None
 
     def _retry_with_own_lexer(self) -> bool:
-        """Retry once with a separate lexer; returns whether that helped."""
+        """Retry once with a separate lexer; returns whether the state works now."""
         if self._has_own_lexer:
             return False
         self._has_own_lexer = True
@@ -130,19 +130,19 @@ class GrammarState:
 
 @dataclass(slots=True, eq=False)
 class CompiledGrammar:
-    """A compiled grammar, from which states are created; made by ``GrammarCompiler``."""
+    """A compiled grammar, which creates states. ``GrammarCompiler`` makes it."""
 
     grammar: Grammar
     matcher: llguidance.LLMatcher
     """The state before any token."""
     masks: MaskReader
     make_matcher: Callable[[], llguidance.LLMatcher]
-    """Compiles the grammar again."""
+    """Compiles the grammar again, with a separate lexer."""
     has_failed: bool = False
     """Whether the shared lexer has failed."""
 
     def start(self, output: Sequence[int] = ()) -> GrammarState:
-        """State after the tokens ``output``. Raises ``RequestError`` if they do not match."""
+        """Return the state after ``output``. Raises ``RequestError`` if the tokens do not match."""
         state = GrammarState(self, self.matcher.deep_copy(), output)
         if not self.replay(state._matcher, output) and not state._retry_with_own_lexer():
             message = "output_so_far does not follow the request's grammar"
@@ -157,7 +157,7 @@ class CompiledGrammar:
     def replay(self, matcher: llguidance.LLMatcher, output: Sequence[int]) -> bool:
         """Add the tokens of an output; returns whether all could be added.
 
-        Lark grammars may count tokens (``max_tokens``), so masks are computed as in the first run.
+        Masks are computed as in the first run, as a Lark grammar may count tokens (``max_tokens``).
         """
         if self.grammar.kind is not GrammarKind.LARK:
             return not output or bool(matcher.consume_tokens(list(output)))

@@ -1,9 +1,9 @@
 """Compiles the grammars of requests.
 
 The gateway limits the size of a grammar (``gateway/text/tool_formats/structured.py``). llguidance
-counts its own work and fails beyond a limit, in compilation and in masks, so no grammar runs
-indefinitely.
-``workers/process/intake/grammar_compilations.py`` runs it outside the engine's thread.
+counts its own work in compilations and masks, and fails beyond a limit, so no grammar runs
+indefinitely. ``workers/process/intake/grammar_compilations.py`` calls the compiler outside the
+engine's thread.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from workers.requests.request import Grammar, GrammarKind, GrammarPart
 from workers.sampling.grammar import CompiledGrammar, MaskReader, shorten
 
 CACHED_GRAMMARS = 64
-"""Number of compiled grammars that a worker caches, the most recently used."""
+"""Number of compiled grammars that a worker caches; the least recently used are evicted."""
 _MAX_ITEMS_A_STEP = 50_000
-"""Limit of parser items per mask. A hostile grammar that reaches it takes up to 0.2 s, once."""
+"""Limit of parser items per mask. A hostile grammar reaches it at most once, in up to 0.2 s."""
 _MAX_ITEMS_IN_ROW = 8_000
 """Limit of parser items at one position; an object with 600 optional properties has 2400."""
 _MAX_LEXER_STATES = 30_000
-"""Limit of lexer states, which all outputs of a grammar share; this number took 3 MB."""
+"""Limit of lexer states, which all outputs of a grammar share. This number takes 3 MB."""
 _MAX_FIRST_MASK_S = 0.1
-"""Limit of the CPU time of the first mask; 0.01 s is much."""
+"""Limit of the CPU time of the first mask, in seconds; 0.01 s is already unusual."""
 _NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
-"""Lets the model choose tokens even where only one text is possible. With ``%ignore``, llguidance
-1.9 searches the end of such a text endlessly, as in ``start: "x" " y"`` and ``%ignore / +/``."""
+"""Makes the model choose tokens even where only one text is possible. With ``%ignore``, llguidance
+1.9 otherwise never finds the end of such a text, as in ``start: "x" " y"`` and ``%ignore / +/``."""
 _OPTIONS = "x-guidance"
 """Key of a schema with options for llguidance."""
 _KNOWN_OPTIONS = ("whitespace_flexible", "coerce_one_of", "lenient")
-"""Options that clients may set; separators with blanks would cause the endless search, too."""
+"""Options that clients may set. Separators with blanks would also cause that endless search."""
 _WHITE_SPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,32}"
-"""White space in JSON text unless the schema specifies it: blanks, or a new line."""
+"""White space in JSON text, unless the schema specifies it: a few blanks, or a new line."""
 
 
 class GrammarCompiler:
     """Compiles grammars for one vocabulary and caches them. Any thread may call it.
 
     Args:
-        folder: the checkpoint; its ``tokenizer.json`` is read by ``prepare``, or for the first
-            grammar.
-        vocab_size: of the model.
+        folder: the checkpoint's folder. ``prepare`` or the first compilation reads its
+            ``tokenizer.json``.
+        vocab_size: the model's vocabulary size.
         eos_token_ids: tokens that end the text.
         cache_size: see ``CACHED_GRAMMARS``.
-        max_lexer_states: limit of states of a grammar's lexer.
+        max_lexer_states: maximum number of states of a grammar's lexer.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class GrammarCompiler:
         self._masks = MaskReader(vocab_size, self._eos)
 
     def prepare(self) -> None:
-        """Read the tokenizer now: 0.2 s for 50,000 tokens, in which no other thread can run.
+        """Read the tokenizer now. With 50,000 tokens that blocks all threads for 0.2 s.
 
         If the tokenizer cannot be used, ``compile`` reports that.
         """
@@ -89,10 +89,10 @@ class GrammarCompiler:
             self._load_tokenizer("structured_outputs")
 
     def cached(self, grammar: Grammar, owner: str = "") -> CompiledGrammar | None:
-        """A cached grammar of this owner, unless its lexer has failed; else None.
+        """Return a cached grammar of this owner, or None. Skips a grammar whose lexer has failed.
 
-        ``owner`` is the ``cache_salt`` of a request, so that compile times do not reveal the
-        grammars of others.
+        ``owner`` is the ``cache_salt`` of a request: compile times must not reveal the grammars of
+        other tenants.
         """
         with self._lock:
             known = self._cache.get((owner, grammar))
@@ -102,7 +102,7 @@ class GrammarCompiler:
             return known
 
     def compile(self, grammar: Grammar, owner: str = "") -> CompiledGrammar:
-        """Compile a grammar; may take long, and does not block other threads.
+        """Compile a grammar. May take long, but does not block other threads.
 
         ``owner`` as in ``cached``.
 
@@ -151,8 +151,8 @@ class GrammarCompiler:
         return CompiledGrammar(grammar, matcher, self._masks, make)
 
     def _with_fallbacks(self, grammar: Grammar) -> str:
-        """The text with fallbacks for the parts that do not compile; for all parts, if each of them
-        compiles alone.
+        """Return the text with fallbacks for the parts that do not compile, or for all parts if
+        each compiles alone.
 
         Raises:
             RequestError: a part without a fallback does not compile.
@@ -181,7 +181,7 @@ class GrammarCompiler:
         return True
 
     def _try_first_mask(self, grammar: Grammar, matcher: llguidance.LLMatcher) -> None:
-        """Refuse a grammar that cannot be matched, or would block the engine's thread."""
+        """Raise ``RequestError`` if no output can match, or masks would take too long."""
         probe = matcher.deep_copy()
         started_s = time.thread_time()
         mask = self._masks.read(probe)
@@ -225,7 +225,7 @@ def _to_source(kind: GrammarKind, text: str) -> str:
 
 
 def _json_source(schema: str) -> str:
-    """Source with bounded white space, as a small model may otherwise write it endlessly."""
+    """Return source with limited white space, which a small model may otherwise repeat forever."""
     value = json.loads(schema)
     options = value.pop(_OPTIONS, None) or {}
     if not isinstance(options, dict) or not all(

@@ -1,10 +1,10 @@
 """Logits processors: penalties, bias and masks that change logits before sampling.
 
 They run on float32 in this order: repetition, frequency and presence penalty, ``logit_bias``, then
-the masks. Each mask sets logits to minus infinity, so their order does not matter. Masked are
-tokens outside ``allowed_token_ids``, the last tokens of ``bad_words``, the ending tokens below
-``min_tokens``, and tokens that the grammar does not allow. If a grammar allows only the end of the
-text, the other masks are ignored.
+the masks. Each mask sets logits to minus infinity, so their order does not matter. Masks exclude
+tokens outside ``allowed_token_ids``, tokens that would complete one of ``bad_words``, tokens that
+end the output before ``min_tokens``, and tokens that the grammar does not allow. If the grammar
+allows only the end of the text, the other masks are ignored.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from workers.requests.sequence import SequenceState
 from workers.sampling.grammar import GrammarState
 
 _LARGEST_LOGIT = 1e30
-"""Bound of logits after penalties; divided by any temperature it is still finite."""
+"""Bound of logits after penalties, so that they stay finite when divided by a temperature."""
 _MASKED = float("-inf")
 _MORE_TOKENS = 64
-"""Minimum capacity to add for new tokens of an output; the arrays double each time."""
+"""Minimum capacity to add for new tokens of an output; otherwise the arrays double."""
 _GREEDY_BELOW = 1e-5
-"""Lower temperatures count as 0."""
+"""Temperatures below this value count as 0."""
 
 
 class TokenCounts:
-    """Counts of a sequence's tokens, for penalties, in arrays that grow with the output."""
+    """Counts a sequence's tokens for penalties, in arrays that grow with the output."""
 
     def __init__(
         self, params: SamplingParams, prompt: Iterable[int], output: Sequence[int]
     ) -> None:
-        """``output`` is the sequence's own list; tokens appended later count too."""
+        """``output`` is the sequence's own list: tokens appended to it later count too."""
         known = dict.fromkeys(prompt) if params.repetition_penalty != 1.0 else {}
         self._place = {token: place for place, token in enumerate(known)}
         self._tokens: NDArray[np.int64] = np.array(list(known), dtype=np.int64)
@@ -56,9 +56,9 @@ class TokenCounts:
         self._in_output[index] += 1
 
     def arrays(self, drafted: Sequence[int] = ()) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The distinct tokens, and their counts in the output. Do not keep the arrays.
+        """The distinct tokens, and their counts in the output. Later calls change the arrays.
 
-        ``drafted``: tokens after the output, which count too.
+        ``drafted``: draft tokens after the output, which count too.
         """
         for token in self._output[self._num_counted :]:
             self._count(token)
@@ -81,10 +81,10 @@ class TokenCounts:
 
 
 class BadWords:
-    """Token sequences that must not be in an output: the last token is masked after the others.
+    """Token sequences that must not be in an output: after all but its last token, that is masked.
 
-    For example, with (4, 5) and (6,) token 6 is always masked, and 5 after a 4. As in vLLM, only
-    the output counts: a word that starts in the prompt may be completed.
+    Example: with (4, 5) and (6,), token 6 is always masked, and token 5 after a 4. As in vLLM,
+    only the output matters: the output may complete a word that starts in the prompt.
     """
 
     def __init__(self, words: Iterable[tuple[int, ...]]) -> None:
@@ -107,7 +107,7 @@ class BadWords:
 
 
 class SamplingRow(Struct, frozen=True):
-    """One row of logits that a token is sampled from."""
+    """Parameters and history for one row of logits, from which a token is sampled."""
 
     params: SamplingParams
     choice: int
@@ -115,21 +115,21 @@ class SamplingRow(Struct, frozen=True):
     index: int
     """Position of the new token in the choice's output."""
     counts: TokenCounts | None = None
-    """Token counts; None without penalties."""
+    """Token counts for penalties; None without penalties."""
     banned_tokens: tuple[int, ...] = ()
-    """Tokens that must not be sampled now (``min_tokens``, ``bad_words``)."""
+    """Tokens that ``min_tokens`` and ``bad_words`` exclude for this row."""
     grammar: GrammarState | None = None
     drafted: tuple[int, ...] = ()
-    """Draft tokens between the output and the new token, which are assumed to be accepted."""
+    """Draft tokens between the output and the new token, assumed to be accepted."""
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the best token is taken."""
+        """Whether the best token is selected without a random draw."""
         return self.params.temperature < _GREEDY_BELOW
 
     @property
     def takes_best(self) -> bool:
-        """Whether only the best token of the unchanged logits is needed, without logprobs."""
+        """Whether only the best token of unchanged logits is needed, and no log-probabilities."""
         return self.is_greedy and self.params.logprobs is None and self.is_plain
 
     @property
@@ -154,7 +154,7 @@ class LogitsProcessors:
         eos_token_ids: tuple[int, ...],
         grammar: GrammarState | None = None,
     ) -> None:
-        """``grammar`` is the sequence's own."""
+        """``grammar``: the sequence's own state, or None."""
         params = sequence.params
         self._sequence = sequence
         self._eos = eos_token_ids
@@ -166,7 +166,7 @@ class LogitsProcessors:
         """Grammar state after the output; None without a grammar."""
 
     def rows(self, drafts: tuple[int, ...]) -> list[SamplingRow]:
-        """Rows for the next token and the token after each of ``drafts``; not with a grammar."""
+        """Rows for the next token and for the token after each draft. No drafts with a grammar."""
         assert not drafts or self.grammar is None, "drafts are not supported with a grammar"
         return [self.row(drafts[:count]) for count in range(len(drafts) + 1)]
 
@@ -193,7 +193,7 @@ class LogitsProcessors:
 
 
 def apply_processors(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Logits [rows, V] after each row's processors, float32 unless no row has any.
+    """Logits [rows, V] after each row's processors, in float32 unless no row has any.
 
     The input is not changed.
     """

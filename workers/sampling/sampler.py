@@ -1,9 +1,9 @@
-"""Sampling from logits to tokens. Pure: a token depends on a row's logits, parameters and history.
+"""Samples tokens from logits. Pure: a token depends on a row's logits, parameters and history.
 
-Penalties, bias and masks are first (``workers/sampling/logits_processors.py``); then temperature,
+Penalties, bias and masks are first (``workers/sampling/logits_processors.py``), then temperature,
 top_k, top_p, min_p and the draw (``workers/sampling/draws.py``). At temperature 0 the best token is
-taken, with ties to the lowest id. Randomness is a few uniform numbers that depend only on (seed,
-choice, index of the token), not on the batch, restarts or the machine.
+selected, of equal ones the lowest id. A draw uses a few uniform random numbers that depend only on
+(seed, choice, index of the token), not on the batch, restarts or the machine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Score = Callable[
 
 
 class SamplingFailure(Enum):
-    """Reason for which no token could be sampled."""
+    """Why no token could be sampled."""
 
     NOT_FINITE = "not_finite"
     NONE_ALLOWED = "none_allowed"
@@ -48,15 +48,15 @@ class SampledToken(Struct, frozen=True):
     logprob: TokenLogprob | None = None
     """Log-probabilities if requested."""
     failure: SamplingFailure | None = None
-    """NaN or infinity in the logits, or every token is masked; None for a token."""
+    """Why no token was sampled; None after success."""
 
 
 def sample_tokens(
     logits: Tensor, rows: Sequence[SamplingRow], team: ThreadTeam | None = None
 ) -> Tensor:
-    """One token per row of logits [rows, V] (model dtype): [rows] int64, failures as in ``draw``.
+    """Sample one token [rows] int64 for each row of logits [rows, V]; failures are as in ``draw``.
 
-    ``team``: uses a native kernel. Only rows with processors are copied.
+    ``team``: use a native kernel. Only rows with processors are copied.
     """
     changed = [i for i, row in enumerate(rows) if not row.is_plain]
     if not changed:
@@ -91,14 +91,14 @@ def _select_rows(logits: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 def all_finite(logits: Tensor) -> bool:
-    """Whether there is no NaN or infinity in logits [rows, V]."""
+    """Whether logits [rows, V] have neither NaN nor infinity."""
     return bool(finite_rows(logits).all())  # device-to-host sync
 
 
 def _entries(
     logits: Tensor, rows: Sequence[SamplingRow], tokens: Sequence[int], score: Score
 ) -> dict[int, TokenLogprob]:
-    """Logprobs of the sampled tokens by row, if requested."""
+    """Log-probabilities of the sampled tokens by row, for rows that request them."""
     requested = [
         i
         for i, row in enumerate(rows)
@@ -122,9 +122,9 @@ def logprob_entries(
     num_top: Sequence[int],
     named: Sequence[Sequence[int]] | None = None,
 ) -> list[TokenLogprob]:
-    """Logprobs of given tokens [rows] under raw logits [rows, V], with rank and the best few.
+    """Log-probabilities of ``tokens`` [rows] by unprocessed logits [rows, V], with alternatives.
 
-    A row with ``named`` tokens reports those, in their order, instead of the best.
+    An entry has the ``num_top`` best tokens, or the row's ``named`` tokens in their order.
     """
     logits = logits.float()
     normalizer = logits.logsumexp(-1, keepdim=True)
@@ -164,8 +164,8 @@ def logprob_entries_by_row(
 ) -> list[TokenLogprob]:
     """``logprob_entries`` with each row in its own memory.
 
-    Some torch functions use another formula for the last elements of a tensor, so a row must not
-    share its tensor with other rows.
+    Some torch functions use another formula for the last elements of a tensor. So the results of a
+    row are independent of the batch only if the row has a tensor of its own.
     """
     named = named or [()] * len(tokens)
     return [
