@@ -1,4 +1,4 @@
-"""The state of a running call's prompts and choices."""
+"""State of the prompts and choices of a running call."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from workers.requests.request import (
 
 @dataclass(frozen=True, slots=True)
 class PromptResults:
-    """Results of one prompt other than tokens."""
+    """Results of one prompt other than generated tokens."""
 
     arrays: tuple[NamedArray, ...] = ()
     class_logits: tuple[float, ...] = ()
-    """Logits of a sequence classifier, outside of inspections."""
+    """Logits of a sequence classifier; empty for inspections, which return them in ``arrays``."""
 
 
 @dataclass(slots=True, eq=False)
@@ -45,7 +45,7 @@ class Choice:
 
     @property
     def last_timings(self) -> Timings | None:
-        """The engine's times at the end of the choice; None before."""
+        """The engine's timings of the finished choice; None before its end."""
         return self.finish.timings if self.finish else None
 
     @property
@@ -54,9 +54,9 @@ class Choice:
         return submission.outputs[self.number] if submission else ()
 
     def feed(self, output: TokenOutput, hidden_ends: Collection[int | None]) -> str | int | None:
-        """Add tokens to the text; return the stop string or token that ended it, otherwise None.
+        """Add tokens to the text; return the stop string or stop token that ended it, or None.
 
-        The last token has no text if it is in ``hidden_ends``.
+        If the last token is in ``hidden_ends``, its text is omitted.
         """
         last = len(output.token_ids) - 1
         for place, token_id in enumerate(output.token_ids):
@@ -74,7 +74,7 @@ class Choice:
         timings: Timings | None = None,
         beam_score: float | None = None,
     ) -> None:
-        """End the choice; the arguments are fields of ``Finish``."""
+        """Mark the choice as ended. The arguments are fields of ``Finish``."""
         usage = Usage(
             prompt_tokens=len(self.prompt.request.prompt),
             completion_tokens=self.text.num_tokens,
@@ -91,25 +91,25 @@ class Choice:
 
 @dataclass(slots=True, eq=False)
 class Prompt:
-    """One prompt of a running call, with its engine request."""
+    """One prompt of a running call, its engine request and its choices."""
 
     index: int
     request: Request
     """The request as first submitted."""
     cached_tokens: int | None
-    """None if prefix caching is disabled."""
+    """Number of prompt tokens found in the prefix cache; None if prefix caching is disabled."""
     submission: Submission | None = None
     choices: list[Choice] = field(default_factory=list)
     scores: PromptLogprobs | None = None
     """Requested log-probabilities of the prompt, as the engine sent them."""
     logprobs: list[TokenLogprob | None] | None = None
-    """``scores``, decoded."""
+    """``scores`` with the texts of tokens."""
     echo: tuple[str, list[TokenText]] | None = None
     results: PromptResults = PromptResults()
 
     @property
     def waits_for_logprobs(self) -> bool:
-        """Whether output is held back until the engine has sent the prompt's log-probabilities."""
+        """Whether output must wait until the engine has sent the prompt's log-probabilities."""
         return self.request.params.prompt_logprobs is not None and self.scores is None
 
 
@@ -120,7 +120,7 @@ def make_prompt(
     tokenizer: Tokenizer | None,
     caches_prefixes: bool,
 ) -> Prompt:
-    """State of a prompt before its first output; it produces no text without a tokenizer."""
+    """Make the state of a prompt before its first output. Without a tokenizer, it has no text."""
     prompt = Prompt(index, request, 0 if caches_prefixes else None)
     before = () if request.prompt_embeds is not None else request.prompt
     for number in range(request.n):
@@ -139,7 +139,7 @@ def make_prompt(
 
 
 def _answer_region(call: GenerateCall) -> AnswerRegion | None:
-    """Part of a choice in which stops count; None for the whole text."""
+    """Return the part of a choice in which stops apply; None for the whole text."""
     if not call.stops_in_answer:
         return None
     if call.thinking is not None:

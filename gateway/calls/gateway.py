@@ -1,9 +1,8 @@
-"""The protocol-independent gateway: turns calls into running calls.
+"""The protocol-independent gateway, which starts calls. HTTP and gRPC are codecs on top of it.
 
-``Gateway.start`` takes a request up to the engine: it finds the model, checks the fields, makes the
-engine's requests (``request_maker``), admits the call (``admission_controller``) and sends it to
-the
-engines (``request_submitter``). HTTP and gRPC are thin codecs over it.
+``Gateway.start`` looks up the model, checks the fields, makes the engine requests
+(``request_maker``), admits the call (``admission_controller``) and sends the requests to the
+engines (``request_submitter``).
 """
 
 from __future__ import annotations
@@ -69,16 +68,16 @@ logger = logging.getLogger(__name__)
 
 
 class Gateway:
-    """One replica: owns the components that serve a call, and decides the order of its steps.
+    """One replica: owns the components that serve calls, and defines the order of a call's steps.
 
     Args:
         config: the cluster's configuration.
-        tokenizer: None if the checkpoint has none; prompts must then be token ids.
+        tokenizer: tokenizer of the model; if None, prompts must be token ids.
         cluster: follows the controller.
         engines: streams to the attention workers, updated here from ``cluster``.
         name: name of this replica.
-        tuning: limits and waits without options.
-        state: state store; None opens the configured one, on the caller's thread.
+        tuning: limits and times that have no command-line option.
+        state: state store; None opens the configured store on the calling thread.
     """
 
     def __init__(
@@ -114,7 +113,7 @@ class Gateway:
             self.tuning.disk_limit_s,
             StorageTimeoutError,
         )
-        """Threads for requests that use ``state``."""
+        """Threads that access ``state`` for requests."""
         logs.CONTEXT.request_id = REQUEST_ID.get
         self.model = ServedModel(config.model.served_model_name, engines)
         self.running = CallRegistry(count_cpus())
@@ -132,7 +131,7 @@ class Gateway:
             config.gateway.vllm_metric_names,
         )
         self.counts = GatewayCounts()
-        """Counts of this gateway and of other ones, including ended gateways."""
+        """Request counts of all gateways, including gateways that have ended."""
         self.status = ServiceStatus(
             name, config.gateway, self.numbers, self.metrics, self.model.adapters, self.running
         )
@@ -159,16 +158,16 @@ class Gateway:
 
     @property
     def placement_epoch(self) -> int:
-        """Epoch of the active placement, by the latest snapshot."""
+        """Epoch of the active placement in the latest snapshot."""
         return int((self.cluster.snapshot or {}).get("placement_epoch") or 0)
 
     def leave(self, now_s: float) -> int:
-        """Stop being ready, permanently; return the number of requests that still run here."""
+        """Become permanently not ready; return the number of requests that still run here."""
         self.readiness.leave(now_s)
         return self.admission.num_requests
 
     def shut_down(self, stage: ShutdownStage, now_s: float) -> int:
-        """Shut down with the whole server, by stages; return the number of running requests."""
+        """Carry out one stage of the server's shutdown; return the number of running requests."""
         left = self.leave(now_s)
         if stage != "lead":
             self.readiness.accepts_calls = False
@@ -192,14 +191,14 @@ class Gateway:
 
         Args:
             call: the client's call.
-            call_id: its name.
-            make: validates the call and makes its requests; None makes requests that generate text.
+            call_id: id of the call.
+            make: validates the call and makes its requests; None makes generation requests.
 
         Raises:
-            RequestError: the call is invalid (or a subclass).
+            RequestError: the call is invalid. Subclasses give the reason.
             QueueFullError: a limit of the queue is exceeded.
             NotReadyError: the cluster cannot serve the call.
-            DeadlineExceededError: the deadline passed before an engine had the call.
+            DeadlineExceededError: the deadline passed before an engine received the call.
         """
         with ExitStack() as held:
             adapter = self.model.hold_adapter(call.model, held)
@@ -219,14 +218,14 @@ class Gateway:
         make: MakeRequests,
         held: ExitStack,
     ) -> RunningCall:
-        """``held`` is closed at the end of the call."""
+        """Start a call with the adapter key ``adapter``. ``held`` is closed when the call ends."""
         started_s = time.monotonic()
         deadline_s = started_s + self.timeout_s(call.timeout_s)
         facts, caller = self.require_facts(), CALLER.get()
         demand = CallDemand(priority=call.priority or 0)
         if caller is not None:
             demand = replace(demand, tenant=caller.entry.tenant, weight=caller.entry.weight)
-        # refuse before the cost of tokenization
+        # a full queue refuses the call before its costly tokenization
         self.admission.require_capacity(demand, facts.max_model_len, deadline_s)
         call, made = await make(facts)
         if not self.engines.workers.has_adapter(adapter):
@@ -271,7 +270,7 @@ class Gateway:
         return running
 
     def report_error(self, error: Exception, request_id: str) -> ErrorReport:
-        """Count, log and trace an error; return it as the client sees it."""
+        """Count, log and trace an error; return the report that the client receives."""
         report = report_error(error, request_id)
         note_error(report.code)
         if isinstance(error, KeyLimitError):
@@ -285,7 +284,7 @@ class Gateway:
         self.model.adapters.follow(snapshot)
         endpoints = attention_endpoints(snapshot)
         for endpoint in endpoints:
-            self.metrics.engine(endpoint.engine)  # exposed as 0 from the start
+            self.metrics.engine(endpoint.engine)  # creates the series with value 0
         self.engines.update(endpoints, live_workers(snapshot))
         if self.engines.pauses.change(int(snapshot.get("generation") or 0), time.monotonic()):
             reports = self.cluster.report_pauses(self.engines.pauses.take)
@@ -297,7 +296,7 @@ class Gateway:
         return self.tokenizer.decode(ids, False)
 
     def require_facts(self) -> ModelFacts:
-        """Limits of the served model. Raises ``NotReadyError`` if no call can be served."""
+        """Return the limits of the model. Raises ``NotReadyError`` if no call can be served."""
         self.readiness.require_serving()
         return self.model.require_facts()
 
@@ -309,6 +308,6 @@ class Gateway:
 
 
 def new_call_id(kind: CallKind) -> str:
-    """Name of a call: ``cmpl-`` or ``chatcmpl-`` and 32 hex digits."""
+    """Make a call id: ``cmpl-`` or ``chatcmpl-`` and 32 hex digits."""
     prefix = "chatcmpl" if kind is CallKind.CHAT else "cmpl"
     return f"{prefix}-{uuid.uuid4().hex}"

@@ -1,4 +1,4 @@
-"""``Inspect``: returns internal arrays of the model for token ids; sizes are checked first."""
+"""``Inspect``: returns internal arrays of the model for prompts, after a check of their size."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ OUTPUTS = (
     "aux_loss",
 )
 MAX_CALL_BYTES = 64 * 1024 * 1024
-"""Largest size of the arrays of one call."""
+"""Maximum total size in bytes of the arrays of one call."""
 MAX_JSON_BYTES = 8 * 1024 * 1024
-"""The same limit for JSON responses, which are about six times as long."""
+"""Maximum total size in bytes of the arrays of a JSON response, whose text is six times as long."""
 MAX_LABEL = 1e30
-"""Largest absolute value of a label, so that its square is finite."""
+"""Maximum absolute value of a label, chosen so that its square is finite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,32 +60,32 @@ class InspectFields:
     token_ids: tuple[tuple[int, ...], ...]
     outputs: tuple[str, ...]
     masks: tuple[Mask, ...] = ()
-    """One mask per prompt, or none."""
+    """One mask per prompt, or empty."""
     logits_to_keep: int | tuple[int, ...] | None = None
-    """Number of last positions with logits (0 and None: all), or ascending positions."""
+    """Number of last positions to return logits for (0 and None: all), or ascending positions."""
     labels: tuple[tuple[float, ...], ...] = ()
-    """One row per prompt: a label per token for language models, classes for classifiers."""
+    """One row per prompt: a label per token for a language model, classes for a classifier."""
 
     def wants(self, *names: str) -> bool:
-        """Whether one of these outputs is requested."""
+        """Whether at least one of these outputs is requested."""
         return any(name in self.outputs for name in names)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InspectionResult:
     rows: tuple[tuple[NamedArray, ...], ...]
-    """Arrays by prompt, with the names and shapes of ``workers.requests.inspection``."""
+    """Arrays of each prompt, with names and shapes as in ``workers.requests.inspection``."""
     num_tokens: tuple[int, ...]
-    """Number of tokens that the model read, by prompt."""
+    """Number of tokens of each prompt that the model read."""
     loss: float | None
-    """Mean over all labels that count; None if not requested, or if no label counts."""
+    """Mean over all labels other than -100; None if there are none or it is not requested."""
     aux_loss: Mapping[str, float]
-    """Auxiliary loss by definition, if requested."""
+    """Auxiliary loss under each definition of ``aux_loss``; empty if not requested."""
     usage: Usage
 
 
 class InspectionService:
-    """Serves inspections through a gateway, within its memory limit."""
+    """Serves inspections through a gateway. Their results share one memory limit."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._pooling = PoolingService(gateway)
@@ -98,7 +98,7 @@ class InspectionService:
     async def inspect(
         self, fields: InspectFields, wanted: GenerateCall, most_bytes: int
     ) -> AsyncIterator[InspectionResult]:
-        """Results of an inspection; they count for the memory limit until the block ends.
+        """Run an inspection. Its results count for the memory limit until the ``with`` block ends.
 
         Raises the errors of ``Gateway.start``.
         """
@@ -134,14 +134,14 @@ class InspectionService:
 def _sized_prompts(
     fields: InspectFields, facts: ModelFacts, most_bytes: int
 ) -> tuple[list[Request], int]:
-    """Check prompts; return their requests and the bytes of all arrays."""
+    """Check prompts; return their requests and the total number of bytes of their arrays."""
     requests = make_prompts(fields, facts)
     assert facts.shape is not None, "reported with the other facts"
     return requests, _total_size(requests, facts.shape, most_bytes)
 
 
 def make_prompts(fields: InspectFields, facts: ModelFacts) -> list[Request]:
-    """Requests of checked prompts. Raises ``RequestError``."""
+    """Check prompts and make their requests. Raises ``RequestError``."""
     prompts = fields.token_ids
     check_prompts("token_ids", prompts, facts)
     check_rows("attention_mask", fields.masks, len(prompts))
@@ -156,7 +156,7 @@ def make_prompts(fields: InspectFields, facts: ModelFacts) -> list[Request]:
         require(fields.logits_to_keep is None, "logits_to_keep", "is not for classifiers")
         has_labels = bool(fields.labels) or not fields.wants("loss")
         require(has_labels, "labels", "is required for the loss of a classifier")
-        if fields.wants("loss"):  # with zero logits, to check the labels before work starts
+        if fields.wants("loss"):  # checks the labels, with zeros for logits
             logits = np.zeros((len(prompts), len(facts.labels)), dtype=np.float32)
             classification_loss(logits, fields.labels, facts.problem_type)
     masks = fields.masks or tuple((1,) * len(ids) for ids in prompts)
@@ -220,7 +220,7 @@ def _check_outputs(fields: InspectFields) -> None:
 
 
 def _total_size(requests: Sequence[Request], shape: ModelShape, most: int) -> int:
-    """Bytes of the arrays of all prompts. Raises ``RequestError`` above ``most``."""
+    """Return the bytes of the arrays of all prompts. Raises ``RequestError`` above ``most``."""
     size = 0
     for request in requests:
         assert request.inspection is not None, "made by _prompt"
@@ -254,7 +254,7 @@ def _inspected(
 
 
 def _is_wanted(fields: InspectFields, array: NamedArray) -> bool:
-    """Whether an array was requested, and is not only needed for a loss."""
+    """Whether the client requested an array; others are only needed to compute a loss."""
     kind = array.name.partition(":")[0]
     return kind != "aux" and (kind not in ("logits", "logprobs") or fields.wants(kind))
 

@@ -1,4 +1,4 @@
-"""Losses of a whole call, from the arrays of its prompts. Pure.
+"""Computes the losses of a call from the arrays of its prompts. Pure.
 
 Source: transformers, ``load_balancing_loss_func`` of each family and the losses of sequence
 classification.
@@ -20,11 +20,11 @@ def aux_loss(
     lengths: Sequence[int],
     banks: Sequence[RouterShape],
 ) -> dict[str, float]:
-    """Auxiliary loss over all tokens of all prompts, as each transformers version defines it.
+    """Auxiliary loss over all tokens of all prompts, as each version of transformers defines it.
 
-    ``prompts`` have one [2, E] array per bank: the tokens that chose each expert, and the sum of
-    its probabilities. The loss is E * sum over e of f_e * p_e, where both are divided by the number
-    of (token, router) pairs.
+    ``prompts`` have one [2, E] array per bank: for each expert, the number of tokens that chose it
+    and the sum of its probabilities. The loss is E * sum over e of f_e * p_e: these two numbers,
+    divided by the number of (token, router) pairs.
     """
     found = {}
     for version in (4, 5):
@@ -45,10 +45,10 @@ def aux_loss(
 def classification_loss(
     logits: NDArray[np.float32], labels: Sequence[Sequence[float]], problem_type: str
 ) -> float | None:
-    """Mean loss of [prompts, classes]; None if every label is -100.
+    """Mean loss of logits [prompts, classes]; None if every label is -100.
 
-    Without a problem type, one class means regression, and integer labels mean single classes.
-    Raises ``RequestError`` for labels of another shape.
+    Without a problem type, a model with one class does regression, and integer labels name
+    single classes. Raises ``RequestError`` for labels of the wrong shape.
     """
     num_classes = logits.shape[1]
     is_whole = all(len(row) == 1 and float(row[0]).is_integer() for row in labels)
@@ -68,7 +68,7 @@ def classification_loss(
     targets = np.array(labels, dtype=np.float64)
     if kind == "regression":
         return float(((scores - targets) ** 2).mean())
-    # The stable form of -t log s(x) - (1 - t) log(1 - s(x)).
+    # Numerically stable form of -t log s(x) - (1 - t) log(1 - s(x)).
     losses = np.maximum(scores, 0) - scores * targets + np.log1p(np.exp(-np.abs(scores)))
     return float(losses.mean())
 

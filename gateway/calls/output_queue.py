@@ -15,11 +15,11 @@ from workers.requests.request import TokenOutput
 _OUTPUT_BYTES = 350
 _LOGPROB_BYTES = 170
 _TOP_BYTES = 120
-"""Memory of an output, of the log-probability of its token, and of each alternative (measured)."""
+"""Bytes of memory for an output, a token's log-probability and each alternative (measured)."""
 
 _EVENTS_PER_CPU_S = 1250
-"""Events per second and processor of the host; an event takes about 0.1 ms at the gateway, and
-another 0.1 ms at a client (``benchmarks.gateway_cost``)."""
+"""Maximum events per second and host processor. An event takes about 0.1 ms at the gateway and
+0.1 ms at a client (``benchmarks.gateway_cost``)."""
 _MAX_INTERVAL_S = 0.02
 
 
@@ -27,14 +27,14 @@ class OutputQueue:
     """Engine outputs of one call that the client has not received yet.
 
     Args:
-        max_bytes: largest memory of waiting outputs. Above it the call fails with
+        max_bytes: maximum memory of waiting outputs. Above it the call fails with
             ``SlowClientError`` and the queue is emptied. Log-probabilities of prompts and beams,
-            and arrays, are sent once and do not count.
-        limit_s: longest time that outputs may wait; when another output arrives after it, the call
-            fails in the same way.
-        interval_s: shortest time between two ``take`` calls that return outputs; the last output
-            of a choice is not delayed. See ``CallRegistry.interval_s``.
-        clock: returns seconds; None is ``time.monotonic``.
+            and arrays, do not count, as the engine sends them once.
+        limit_s: longest time in seconds that outputs may wait. If another output arrives after
+            it, the call fails in the same way.
+        interval_s: returns the shortest time between two ``take`` calls with outputs (see
+            ``CallRegistry.interval_s``). The last output of a choice is not delayed.
+        clock: returns the time in seconds; None selects ``time.monotonic``.
     """
 
     def __init__(
@@ -56,15 +56,14 @@ class OutputQueue:
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self.arrivals_s: list[float] = []
-        """Arrival time of each output of the last ``take``, on ``clock``."""
+        """Arrival time, by ``clock``, of each output that the last ``take`` returned."""
         self.oldest_s = 0.0
-        """Arrival time of the oldest output of the last ``take`` that returned outputs; 0
-        before."""
+        """Arrival time of the first output of the last ``take`` with outputs; 0 before."""
         self._waiting_s: list[float] = []
         self._last_take_s = -math.inf
 
     def put(self, output: TokenOutput) -> None:
-        """Add an output; end the call if the limits are exceeded."""
+        """Add an output. If a limit is exceeded, the call fails with ``SlowClientError``."""
         now_s = self._clock()
         self._num_bytes += _size(output)
         is_full = self._num_bytes > self._max_bytes
@@ -91,15 +90,15 @@ class OutputQueue:
         self._wake()
 
     def check(self) -> None:
-        """Raise the error of ``fail``, if there is one."""
+        """Raise the error of ``fail``, if it was called."""
         if self._error is not None:
             raise self._error
 
     async def take(self, timeout_s: float) -> list[TokenOutput]:
-        """Wait for outputs and return all of them; return none after ``timeout_s``.
+        """Wait for outputs and return all of them; return an empty list after ``timeout_s``.
 
         Raises:
-            ExpertMeshError: the error of ``fail``, once the outputs before it are taken.
+            ExpertMeshError: the error of ``fail``, after all earlier outputs were taken.
         """
         if not self._outputs and self._error is None:
             await self._wait(timeout_s)
@@ -114,8 +113,7 @@ class OutputQueue:
         return taken
 
     async def _wait(self, timeout_s: float) -> None:
-        """Wait for an output; called for every event, so ``asyncio.timeout`` would cost too
-        much."""
+        """Wait for an output. Runs for every event, for which ``asyncio.timeout`` is too slow."""
         loop = asyncio.get_running_loop()
         self._waiter = loop.create_future()
         end = loop.call_later(timeout_s, self._wake)
@@ -157,23 +155,22 @@ class CallRegistry:
         return len(self._names)
 
     def interval_s(self) -> float:
-        """Time for which a call's outputs are collected before they are sent in one event.
+        """Seconds for which a call's outputs are collected before they are sent as one event.
 
-        The events of all calls use at most about a tenth of the host's processors, which workers
-        may
-        share; no token waits longer than ``_MAX_INTERVAL_S``.
+        Sending events then takes at most about a tenth of the host's processors, which workers
+        may share. No token waits longer than ``_MAX_INTERVAL_S``.
         """
         return min(len(self._names) / self._max_events_per_s, _MAX_INTERVAL_S)
 
     def add(self, name: str, queue: OutputQueue) -> None:
-        """Add a name of a call."""
+        """Add a name of the call with this queue."""
         self._names[queue].add(name)
 
     def remove(self, queue: OutputQueue) -> None:
         self._names.pop(queue, None)
 
     def abort(self, names: Iterable[str]) -> list[str]:
-        """End the calls with these names; return the names of running calls among them."""
+        """End the calls with these names; return the names for which a call was running."""
         wanted = dict.fromkeys(names)
         for queue, known in self._names.items():
             if not known.isdisjoint(wanted):

@@ -15,7 +15,7 @@ from gateway.text.tokenizer import Tokenizer
 from gateway.text.tool_formats.answer_grammar import answer_grammar
 
 _LAST_TOKENS = 16
-"""Last tokens of a prompt in which the delimiter of reasoning is looked for."""
+"""Number of last prompt tokens that are searched for the delimiter of reasoning."""
 
 
 def apply_output_rules(
@@ -25,14 +25,14 @@ def apply_output_rules(
     encoded: EncodedText,
     tokenizer: Tokenizer,
 ) -> GenerateCall:
-    """The call with the rules for its output: grammar, format of tool calls, reasoning.
+    """Copy a call with the rules for its output: grammar, format of tool calls, reasoning.
 
     Args:
         call: the call.
-        chat: its conversation.
+        chat: the conversation of the call.
         rendered: the rendered prompt.
-        encoded: the prompt's tokens, possibly truncated.
-        tokenizer: knows the delimiters of tool calls and reasoning.
+        encoded: the tokens of the prompt, possibly truncated.
+        tokenizer: the tokenizer with the delimiters of tool calls and reasoning.
     """
     ids, is_cut = encoded.ids, len(encoded.ids) < encoded.num_tokens
     if rendered.form is ToolCallFormat.HARMONY:
@@ -46,10 +46,10 @@ def apply_output_rules(
 
 
 def _with_harmony_rules(call: GenerateCall, opened: str, tokenizer: Tokenizer) -> GenerateCall:
-    """The call with rules for output in the Harmony format.
+    """Copy a call with rules for output in the Harmony format.
 
     Args:
-        opened: the message that the prompt leaves open.
+        opened: header of the message that the prompt leaves open.
     """
     special_ids = tokenizer.special_ids
     return replace(
@@ -64,7 +64,7 @@ def _with_harmony_rules(call: GenerateCall, opened: str, tokenizer: Tokenizer) -
 def _with_tool_rules(
     call: GenerateCall, form: ToolCallFormat, thinking: Thinking | None, tokenizer: Tokenizer
 ) -> GenerateCall:
-    """The call with rules for output in any other format."""
+    """Copy a call with rules for output in any other format."""
     use = call.tools
     if use is None and thinking is None:
         return call
@@ -81,7 +81,7 @@ def _with_tool_rules(
 def _thinking(
     chat: ChatInput, text: str, ids: tuple[int, ...], is_cut: bool, tokenizer: Tokenizer
 ) -> Thinking | None:
-    """Position at which the reasoning of the output begins. ``is_cut``: ``ids`` are truncated."""
+    """Where the output's reasoning begins, or None. ``is_cut``: whether ``ids`` are truncated."""
     last = chat.messages[-1] if chat.continue_final_message else None
     shown = None if last is None else str(last.get("content") or "")
     if is_cut and ids:
@@ -90,12 +90,12 @@ def _thinking(
 
 
 def _open_message(text: str, ids: tuple[int, ...], is_cut: bool, tokenizer: Tokenizer) -> str:
-    """The message that a prompt in the Harmony format leaves open.
+    """Header of the message that a prompt in the Harmony format leaves open.
 
     Args:
         text: the whole prompt.
-        ids: its tokens, possibly truncated.
-        is_cut: whether they are truncated.
+        ids: tokens of the prompt, possibly truncated.
+        is_cut: whether ``ids`` are truncated.
     """
     special_ids = tokenizer.special_ids
     if all(mark in special_ids for mark in (START, MESSAGE, *ENDS)):

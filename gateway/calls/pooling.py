@@ -1,7 +1,7 @@
 """Calls that read prompts without generating text: embeddings, classification, scores.
 
-Admission, deadlines and engines treat them as any other call; see ``Gateway.start``. A score is
-the sum or mean of natural log-probabilities of tokens, given all tokens before them.
+They pass through ``Gateway.start`` as any other call. A score is the sum or mean of the natural
+log-probabilities of tokens, each given all tokens before it.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from workers.requests.inspection import IGNORED_LABEL, InspectionParams, NamedAr
 from workers.requests.request import Request
 
 MAX_JOINED_TOKENS = 4 * 1024 * 1024
-"""Largest number of tokens of all prompts that a call joins from its texts, as queries with each
-of their documents."""
+"""Maximum number of tokens of all prompts that a call makes by joining texts, for example a query
+with each of its documents."""
 PromptInput = str | tuple[int, ...]
 """A text or token ids."""
 Row = TypeVar("Row")
 Mask = tuple[int, ...]
-"""One number per token: 0 drops the token, 1 keeps it."""
+"""One number per token: 1 keeps the token, 0 removes it from the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassResult:
     label: str
-    """The most probable class, the first one of a tie."""
+    """The most probable class; the first of several equal ones."""
     probs: tuple[float, ...]
-    """Softmax of the logits, or sigmoids for multi-label classifiers."""
+    """Softmax of ``logits``; for multi-label classifiers, their sigmoids."""
     logits: tuple[float, ...]
-    """Logits by class; for a language model the log-probability of each label after the prompt."""
+    """Logit of each class; for a language model, log-probability of each label after the prompt."""
     num_classes: int
 
 
@@ -57,12 +57,12 @@ class PoolingResults(Generic[Row]):
 
 
 def make_pooling_call(**given: Any) -> GenerateCall:
-    """Make a call with the fields of all calls without output: model, priority, cache salt."""
+    """Make a call without output. ``given`` are fields such as model, priority and cache salt."""
     return GenerateCall(kind=CallKind.COMPLETION, token_ids_only=True, **given)
 
 
 class PoolingService:
-    """Serves calls without output through a gateway."""
+    """Serves embeddings, classification and scores through a gateway."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -71,7 +71,7 @@ class PoolingService:
     async def embed(
         self, prompts: Sequence[PromptInput], pooling: str | None, call: GenerateCall
     ) -> PoolingResults[NDArray[np.float32]]:
-        """Vectors of prompts, [hidden_size] each, not normalised.
+        """Return the embedding of each prompt, [hidden_size], not normalized.
 
         Raises the errors of ``Gateway.start``.
         """
@@ -94,7 +94,7 @@ class PoolingService:
         masks: Sequence[Mask],
         call: GenerateCall,
     ) -> PoolingResults[ClassResult]:
-        """Classes of prompts. Raises the errors of ``Gateway.start``."""
+        """Classify each prompt. Raises the errors of ``Gateway.start``."""
         names: tuple[str, ...] = ()
         is_multi = False
 
@@ -108,11 +108,11 @@ class PoolingService:
             if facts.labels:
                 require(not labels, "labels", "must not be set: the model has its own")
                 check_classifier_batch(len(ids), facts)
-                return [Request(prompt=one) for one in ids]  # gets a classifier's logits
+                return [Request(prompt=one) for one in ids]  # returns the logits of the classifier
             return await self._label_prompts(ids, labels, facts)
 
         found, usage = await self.read(make, "cls", "input", call)
-        if labels:  # a language model: one entry for each prompt and label
+        if labels:  # language model: results has one entry per prompt and label
             sums = [float(np.nansum(as_numpy(one.arrays[0]), dtype=np.float64)) for one in found]
             logits = [tuple(sums[i : i + len(names)]) for i in range(0, len(sums), len(names))]
         else:
@@ -126,7 +126,8 @@ class PoolingService:
         call: GenerateCall,
         names: tuple[str, str] = ("queries", "documents"),
     ) -> PoolingResults[float]:
-        """Mean log-probabilities of documents after queries; ``names`` are the client's fields.
+        """Return the mean log-probability of each document after its query. ``names`` are the client's
+        names of the two fields.
 
         Raises the errors of ``Gateway.start``.
         """
@@ -184,7 +185,7 @@ class PoolingService:
         field: str,
         special: bool = True,
     ) -> list[tuple[int, ...]]:
-        """Token ids of each prompt; checks that no prompt is empty."""
+        """Return the token ids of each prompt. Raises ``RequestError`` for an empty prompt."""
         check_batch(field, len(prompts), self._gateway.limits.max_batch_prompts)
         special = special and call.add_special_tokens is not False
         ids = await self._gateway.prompts.make_ids(prompts, facts, special, field)
@@ -199,7 +200,7 @@ class PoolingService:
         field: str,
         call: GenerateCall,
     ) -> tuple[list[PromptResults], Usage]:
-        """Run the requests of ``make`` to their end. Raises the errors of ``Gateway.start``."""
+        """Run the requests that ``make`` returns. Raises the errors of ``Gateway.start``."""
         check_range("priority", call.priority, RANGES["priority"])
         check_cache_salt(call.cache_salt)
 
@@ -220,7 +221,7 @@ class PoolingService:
 
 
 def _check_total(what: str, num_tokens: int, field: str) -> None:
-    """Raise ``RequestError`` if joined texts have too many tokens."""
+    """Raise ``RequestError`` if ``num_tokens`` exceeds ``MAX_JOINED_TOKENS``."""
     if num_tokens > MAX_JOINED_TOKENS:
         rule = f"have {num_tokens} tokens when joined"
         message = f"{what} {rule}, at most {MAX_JOINED_TOKENS} are allowed"
@@ -228,7 +229,7 @@ def _check_total(what: str, num_tokens: int, field: str) -> None:
 
 
 def scored_prompt(before: tuple[int, ...], behind: tuple[int, ...], field: str) -> Request:
-    """Request the log-probabilities of tokens after others; ``before`` must not be empty."""
+    """Request the log-probabilities of ``behind`` after ``before``, which must not be empty."""
     if not before:
         raise RequestError(f"{field} must not be empty", field)
     labels = (IGNORED_LABEL,) * len(before) + behind
@@ -238,10 +239,9 @@ def scored_prompt(before: tuple[int, ...], behind: tuple[int, ...], field: str) 
 def keep_unmasked(
     ids: Sequence[tuple[int, ...]], masks: Sequence[Mask], facts: ModelFacts
 ) -> list[tuple[int, ...]]:
-    """Drop the tokens of each prompt that its mask excludes. Raises ``RequestError``.
+    """Remove the tokens of each prompt that its mask excludes. Raises ``RequestError``.
 
-    A classifier reads the last token that is not the pad token, regardless of the mask, so the
-    mask must keep it.
+    The mask must keep the last token that is not the pad token, as a classifier reads it.
     """
     check_rows("attention_mask", masks, len(ids))
     if not masks:
@@ -250,7 +250,7 @@ def keep_unmasked(
 
 
 def check_rows(field: str, rows: Sequence[object], num_prompts: int) -> None:
-    """Raise ``RequestError`` unless ``rows`` are empty or as many as the prompts."""
+    """Raise ``RequestError`` unless ``rows`` is empty or has one entry per prompt."""
     rule = f"has {len(rows)} entries for {num_prompts} prompts"
     require(len(rows) in (0, num_prompts), field, rule)
 

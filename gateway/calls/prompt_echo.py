@@ -12,15 +12,15 @@ from gateway.text.detokenizer import align_offsets, locate_tokens, make_detokeni
 from gateway.text.tokenizer import Tokenizer
 
 _INLINE_TOKENS = 1024
-"""Longer prompts are decoded in a thread."""
+"""Number of tokens above which a prompt is decoded in a thread."""
 
 
 class PromptEcho:
-    """Makes the echo of a call's prompts.
+    """Prepares the echo of a call's prompts.
 
     Args:
         call: the call.
-        tokenizer: None if the call produces no text.
+        tokenizer: tokenizer of the model; None if the call produces no text.
     """
 
     def __init__(self, call: GenerateCall, tokenizer: Tokenizer | None) -> None:
@@ -29,7 +29,7 @@ class PromptEcho:
         self.is_shown = call.echo or call.prompt_logprobs is not None
 
     async def prepare(self, prompts: Collection[Prompt]) -> None:
-        """Decode the scores and texts of the prompts that are sent next; long ones in a thread."""
+        """Decode the texts and log-probabilities of the next prompts; long ones in a thread."""
         ready = [prompt for prompt in prompts if not prompt.waits_for_logprobs]
 
         def make() -> None:
@@ -44,14 +44,14 @@ class PromptEcho:
             await asyncio.to_thread(make)
 
     def take(self, prompt: Prompt) -> tuple[str, list[TokenText]]:
-        """Text and tokens of a prompt; empty without ``echo``."""
+        """Return the text and tokens of a prompt; empty without ``echo``."""
         if not self._call.echo:
             return "", []
         if prompt.echo is None:
             given, logprobs = self._call.prompt_text(prompt.index), prompt.logprobs or ()
             tokenizer, has_text = self._tokenizer, given is not None
             detokenizer = None
-            if tokenizer is not None:  # the client's text may have special tokens
+            if tokenizer is not None:  # the client's own text keeps its special tokens
                 skips_special = self._call.skip_special_tokens and not has_text
                 detokenizer = make_detokenizer(tokenizer, skips_special, ())
             text, tokens = locate_tokens(detokenizer, prompt.request.prompt, logprobs)

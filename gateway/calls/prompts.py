@@ -1,4 +1,4 @@
-"""Tokenizes texts and conversations; long ones off the event loop."""
+"""Tokenizes texts and conversations; long texts outside the event loop."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class PromptMaker:
     """Makes the token ids of prompts.
 
     Args:
-        tokenizer: None if the checkpoint has none; prompts must then be token ids.
+        tokenizer: tokenizer of the model; if None, prompts must be token ids.
         trusts_templates: whether to render chat templates that clients send.
-        long_work: runs long functions that hold the interpreter lock.
+        long_work: runs long functions that hold the GIL.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class PromptMaker:
 
     @property
     def has_tools(self) -> bool:
-        """Whether the model's chat template takes tools in a known format."""
+        """Whether the model's chat template supports tools in a known format."""
         template = self.tokenizer.chat_template if self.tokenizer else None
         return template is not None and template.has_tools and template.tool_format is not None
 
@@ -61,7 +61,7 @@ class PromptMaker:
         return require_tokenizer(self.tokenizer, param)
 
     async def count_tokens(self, chat: ChatInput) -> int:
-        """Number of tokens of a conversation."""
+        """Return the number of tokens of a conversation."""
         text = (await self._chats.render(chat)).text
         (encoded,) = await self._encoder.encode([text], False, slice(0))
         return encoded.num_tokens
@@ -69,9 +69,9 @@ class PromptMaker:
     async def tokenize(
         self, text: str, chat: ChatInput | None, add_special_tokens: bool | None
     ) -> tuple[int, ...]:
-        """Token ids of a text or of a conversation.
+        """Return the token ids of a text or of a conversation.
 
-        By default the tokenizer adds its special tokens to texts, but not to conversations.
+        By default, special tokens are added to texts but not to conversations.
 
         Raises:
             RequestError: the input has more than ``MAX_TOKENS`` tokens.
@@ -84,7 +84,7 @@ class PromptMaker:
         return encoded.ids
 
     async def decode(self, ids: Sequence[int], facts: ModelFacts) -> str:
-        """Text of token ids. Raises ``RequestError`` for ids outside the vocabulary."""
+        """Return the text of token ids. Raises ``RequestError`` for ids outside the vocabulary."""
         tokenizer = self.require_tokenizer("tokens")
 
         def decode() -> str:
@@ -94,12 +94,12 @@ class PromptMaker:
         return await asyncio.to_thread(decode)
 
     async def bad_words(self, call: GenerateCall) -> tuple[tuple[int, ...], ...]:
-        """Token sequences of each bad word, at the start of a text and after a space.
+        """Return the token sequences of each bad word, at the start of a text and after a space.
 
-        A word of white space alone is not changed.
+        A bad word that is only white space has one token sequence.
 
         Raises:
-            RequestError: a word has no tokens, or there is no tokenizer.
+            RequestError: a word has no tokens, or the model has no tokenizer.
         """
         if not call.bad_words:
             return ()
@@ -115,7 +115,7 @@ class PromptMaker:
     async def make(
         self, call: GenerateCall, facts: ModelFacts
     ) -> tuple[GenerateCall, list[tuple[int, ...]]]:
-        """The call with the rules for its output, and the token ids of each prompt."""
+        """Return the call with the rules for its output, and the token ids of each prompt."""
         if call.chat is None:
             return call, await self._make_all(call, facts)
         rendered = await self._chats.render(call.chat)
@@ -154,7 +154,7 @@ class PromptMaker:
         add_special_tokens: bool,
         param: str,
     ) -> list[tuple[int, ...]]:
-        """Token ids of prompts. Raises ``RequestError`` for prompts that cannot fit."""
+        """Return the token ids of prompts. Raises ``RequestError`` if one is too long."""
         for prompt in prompts:
             if isinstance(prompt, str):
                 self._check_length(prompt, facts, param)
@@ -169,14 +169,14 @@ class PromptMaker:
         param: str,
         kept: slice | None = None,
     ) -> list[EncodedText]:
-        """Token ids of texts and of token ids, truncated to ``kept``.
+        """Encode prompts, and truncate the token ids to ``kept``.
 
         Raises:
-            ContextLengthError: a text has more tokens than any model takes, without truncation.
+            ContextLengthError: a text that is not truncated has too many tokens for any model.
         """
         most = max(MAX_TOKENS, facts.max_model_len)
         wanted = slice(most) if kept is None else kept
-        if not any(isinstance(prompt, str) for prompt in prompts):  # also without a tokenizer
+        if not any(isinstance(prompt, str) for prompt in prompts):  # works without a tokenizer
             return [
                 EncodedText(one[wanted], len(one)) for one in prompts if not isinstance(one, str)
             ]
@@ -187,7 +187,7 @@ class PromptMaker:
         return found
 
     def _check_length(self, text: str, facts: ModelFacts, param: str) -> None:
-        """Refuse a text that cannot fit, before it is tokenized."""
+        """Raise ``ContextLengthError`` before tokenization if a text is certainly too long."""
         tokenizer = self.require_tokenizer(param)
         if tokenizer.is_surely_longer_than(text, facts.context_tokens):
             at_least = len(text) // tokenizer.max_token_chars

@@ -1,4 +1,4 @@
-"""Readiness, from the controller's snapshot and the state of this replica."""
+"""Readiness of a replica, by the controller's snapshot and the state of the replica."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _SERVING = ("SERVING", "DEGRADED")
 
 
 class Readiness:
-    """Decides whether this replica takes requests, and whether it reports to be ready.
+    """Decides whether this replica accepts requests, and whether it reports that it is ready.
 
     Args:
         cluster: follows the controller.
         engines: streams to the attention workers.
-        keys: distinguish operators from clients, who see less of an error.
+        keys: distinguishes operators from clients, whose error texts have fewer details.
         leaving_lead_s: see ``GatewayTuning``.
     """
 
@@ -31,7 +31,7 @@ class Readiness:
         self._leaving_lead_s = leaving_lead_s
         self._leaves_since_s: float | None = None
         self.accepts_calls = True
-        """False if new calls are refused."""
+        """Whether new calls are accepted."""
 
     @property
     def is_leaving(self) -> bool:
@@ -39,19 +39,19 @@ class Readiness:
         return self._leaves_since_s is not None
 
     def leave(self, now_s: float) -> None:
-        """Stop being ready, permanently."""
+        """Become permanently not ready."""
         if self._leaves_since_s is None:
             self._leaves_since_s = now_s
 
     def has_left(self, now_s: float) -> bool:
-        """Whether ``leaving_lead_s`` has passed since ``leave``, so that load balancers know."""
+        """Whether ``leave`` was called over ``leaving_lead_s`` ago, so that load balancers know."""
         since_s = self._leaves_since_s
         return since_s is not None and now_s >= since_s + self._leaving_lead_s
 
     def not_ready_reasons(self, is_whole: bool = True) -> list[str]:
-        """Reasons why new requests cannot be served now; empty if they can.
+        """Return reasons why new requests cannot be served now; empty if they can.
 
-        Without ``is_whole``, reasons are limited to what clients may see.
+        Unless ``is_whole``, the reasons contain only details that clients may see.
         """
         if self.is_leaving:
             return ["this gateway is about to stop"]
@@ -62,13 +62,13 @@ class Readiness:
         return reasons
 
     def require_serving(self) -> None:
-        """Raise ``NotReadyError`` unless a new call can be served, now or soon."""
+        """Raise ``NotReadyError`` unless a new call can be served now or soon."""
         if not self.accepts_calls:
             raise shutdown_error()
         self.check_serving()
 
     def check_serving(self) -> bool:
-        """Call ``check_serving`` with the details that the caller may see."""
+        """Call the function ``check_serving``, with details that the caller may see."""
         is_whole = is_operator(self._keys)
         return check_serving(self._cluster.snapshot, self._cluster.refusal, is_whole)
 
@@ -76,11 +76,11 @@ class Readiness:
 def unready_reasons(
     snapshot: Snapshot | None, refusal: str = "", is_whole: bool = True
 ) -> list[str]:
-    """Reasons why the cluster cannot serve new requests now; empty if it can.
+    """Return reasons why the cluster cannot serve new requests now; empty if it can.
 
-    Without ``is_whole``, the cluster's error is omitted, since it names hosts and paths.
-    ``refusal`` is the reason why the controller's snapshots are refused. It is ignored if the
-    gateway has an earlier snapshot: it then serves with the known workers, as without a controller.
+    Unless ``is_whole``, the cluster's error is omitted, since it names hosts and paths. ``refusal``
+    is the reason why this gateway rejects the controller's snapshots. It is ignored if there is an
+    earlier ``snapshot``: the gateway then serves with the workers in it.
     """
     if snapshot is None:
         return [refusal or "the controller has not answered yet"]
@@ -95,7 +95,7 @@ def unready_reasons(
 def check_serving(snapshot: Snapshot | None, refusal: str = "", is_whole: bool = True) -> bool:
     """Whether requests can be sent to the engines now; False while they should wait.
 
-    The arguments are described at ``unready_reasons``.
+    See ``unready_reasons`` for the arguments.
 
     Raises:
         NotReadyError: waiting would not help.
@@ -120,7 +120,7 @@ def shutdown_error() -> NotReadyError:
 
 
 def _ranks(snapshot: Snapshot, names: Iterable[str]) -> Iterator[str]:
-    """Description of each worker, as ``expert rank 1 (expert-1.2)``."""
+    """Yield a description of each worker, such as ``expert rank 1 (expert-1.2)``."""
     known = {worker["name"]: worker for worker in snapshot.get("workers", ())}
     for name in names:
         worker = known.get(name)

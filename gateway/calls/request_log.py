@@ -1,4 +1,4 @@
-"""One log line for each finished request: its route, status, time and tokens.
+"""Writes one log line per finished request: route, status, duration and tokens.
 
 ``HttpMiddleware`` and ``GrpcCall`` begin and end a ``RequestLog``; ``Gateway`` adds the call.
 """
@@ -19,15 +19,15 @@ class RequestLog:
     """Log entry of one request. The line contains no client text except the request id."""
 
     def __init__(self, port: Literal["http", "grpc"], name: str) -> None:
-        """``name`` is the route or the procedure."""
+        """Begin the entry of a request. ``name`` is the HTTP route or the gRPC method."""
         self._port, self._name = port, name
         self._began_s = time.monotonic()
         self.running: RunningCall | None = None
-        """Its running call; None if the request was refused or needs no engine."""
+        """Running call of the request; None if the request was refused or needs no engine."""
         CURRENT.set(self)
 
     def end(self, status: str) -> None:
-        """Write the line; ``status`` is the HTTP or gRPC status."""
+        """Write the log line. ``status`` is the HTTP or gRPC status."""
         if not logger.isEnabledFor(logging.INFO):
             return
         now_s = time.monotonic()

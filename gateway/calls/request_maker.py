@@ -1,4 +1,4 @@
-"""Makes the engine's requests of a checked call."""
+"""Makes the engine requests of a call."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from gateway.offload.long_work import LongWork
 from workers.requests.request import Request
 
 MakeRequests: TypeAlias = Callable[[ModelFacts], Awaitable[tuple[GenerateCall, Sequence[Request]]]]
-"""Validates a call against the served model; returns the call with the rules for its output, and
-one request per prompt."""
+"""Function that validates a call against the served model. Returns the call with the rules for its
+output, and one request per prompt."""
 
 
 class RequestMaker:
-    """Makes the prompts and sampling parameters of a call's requests.
+    """Makes requests with the prompts and the sampling parameters of a call.
 
     Args:
         prompts: tokenizes prompts.
         long_work: runs long functions.
-        seed: base seed for calls without a seed; see ``_seed_source``.
+        seed: base seed for calls without a seed; 0 selects random seeds.
         name: name of the replica.
     """
 
@@ -39,7 +39,7 @@ class RequestMaker:
     async def make(
         self, call: GenerateCall, facts: ModelFacts
     ) -> tuple[GenerateCall, list[Request]]:
-        """Implement ``MakeRequests``. Raises ``RequestError``."""
+        """Make the requests of a call; implements ``MakeRequests``. Raises ``RequestError``."""
         complete, prompts = await self._prompts.make(call, facts)
         bad_words = await self._prompts.bad_words(complete)
         size = sum(map(len, prompts)) + len(complete.allowed_token_ids or ())
@@ -60,14 +60,14 @@ def complete_requests(
     adapter: str,
     caller: KeyUsage | None,
 ) -> list[Request]:
-    """Add the id ``call_id``-i and the call's own fields to the requests of a call.
+    """Add ids (``call_id``-i) and the fields of the call to its requests.
 
     Args:
         call: the checked call.
         requests: one request per prompt.
-        call_id: name of the call.
+        call_id: id of the call.
         adapter: key of the requested adapter; empty for the base model.
-        caller: the caller's key; None without keys.
+        caller: key of the caller; None if the port requires no key.
     """
     shared: dict[str, Any] = {
         "n": call.num_sampled,
@@ -79,7 +79,7 @@ def complete_requests(
     }
     if caller is not None:
         shared |= {"tenant": caller.entry.tenant, "weight": caller.entry.weight}
-        # Other tenants can neither use nor detect cached prefixes with this salt.
+        # The salt prevents other tenants from using or detecting cached prefixes.
         shared["cache_salt"] = f"{shared['tenant']}\0{shared['cache_salt']}"
     return [
         replace(request, request_id=f"{call_id}-{index}", **shared)
@@ -88,6 +88,6 @@ def complete_requests(
 
 
 def _seed_source(base: int, name: str) -> Callable[[], int]:
-    """Source of random seeds; repeatable in each run of a replica unless ``base`` is 0."""
+    """Return a function that draws seeds: the same seeds in each run unless ``base`` is 0."""
     source = random.Random(f"{base}/{name}") if base else random.SystemRandom()
     return lambda: source.getrandbits(63)

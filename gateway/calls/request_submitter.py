@@ -18,21 +18,21 @@ from workers.requests.request import Request
 from workers.requests.wire import EngineHello
 
 _POLL_S = 0.5
-"""Interval at which a request that waits for a worker checks whether its call has ended."""
+"""Interval in seconds at which a request without a worker checks whether its call has ended."""
 _REQUESTS_PER_PASS = 32
-"""Requests of one call that are routed in one iteration of the event loop."""
+"""Maximum number of a call's requests that are routed in one iteration of the event loop."""
 _PASSES_TO_SEND = 2
-"""Iterations of the event loop until a request is written to its worker's stream. The codec's next
-work takes as long as a network hop; without the wait it would delay the engine."""
+"""Iterations of the event loop after which a request has been written to its worker's stream.
+``submit`` waits for them: the codec's next work takes long enough to delay the engine."""
 
 
 class RequestSubmitter:
-    """Sends requests to the engines as soon as they can take them.
+    """Sends requests to the engines as soon as the engines can accept them.
 
     Args:
         engines: streams to the workers.
         cluster: signals changes of the cluster's state.
-        readiness: whether the cluster serves requests.
+        readiness: tells whether the cluster serves requests.
         long_work: computes block hashes of long prompts.
         stream_wait_s: see ``GatewayTuning``.
     """
@@ -56,7 +56,7 @@ class RequestSubmitter:
 
         Args:
             running: the call.
-            hello: describes the KV blocks, for routing; None if routing ignores them.
+            hello: description of the KV blocks for routing; None if routing ignores cached blocks.
 
         Raises:
             NotReadyError: the cluster cannot serve the requests.
@@ -102,7 +102,7 @@ class RequestSubmitter:
 def _hash_blocks(
     requests: Sequence[Request], hello: EngineHello | None
 ) -> list[Sequence[BlockHash]]:
-    """KV block hashes of each prompt; empty if routing ignores them."""
+    """Return the KV block hashes of each prompt; empty if routing ignores cached blocks."""
     if hello is None or not hello.kv_block_size:
         return [() for _ in requests]
     size, limit = hello.kv_block_size, hello.kv_length_matters_above

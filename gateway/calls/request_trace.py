@@ -26,7 +26,7 @@ Port = Literal["http", "grpc"]
 
 @dataclass(slots=True)
 class RequestTrace:
-    """A traced request; most times of its spans are in its running call."""
+    """A traced request. The running call has most of the times of its spans."""
 
     operation: str
     port: Port
@@ -34,30 +34,29 @@ class RequestTrace:
     headers: Mapping[str, Sequence[str]]
     """All received values of ``traceparent`` and ``tracestate``."""
     on_prompt: Callable[[RequestTrace], StepParents | None]
-    """Called for each prompt that is sent to an engine, in order; returns None if not sampled."""
+    """Called for each prompt before it is sent to an engine; returns None if not sampled."""
     on_end: Callable[[RequestTrace], None]
     """Called after the request has ended."""
     fields: GenerateCall | None = None
-    """The checked call; None before the checks, and for embeddings."""
+    """The checked call; None before the check, and for embeddings."""
     running: RunningCall | None = None
     response_id: str | None = None
-    """Id of the response, if it differs from the call's."""
+    """Id of the response; None if it is the id of the call."""
     error: str = ""
-    """``code`` of the error in the response; empty if none."""
+    """``code`` of the error in the response; empty without an error."""
     began_s: float = field(default_factory=time.monotonic)
     ended_s: float = 0.0
     day_ns: int = field(default_factory=lambda: time.time_ns() - time.monotonic_ns())
-    """Unix time in nanoseconds at 0.0 s of ``time.monotonic``."""
+    """Unix time in nanoseconds at which ``time.monotonic`` is 0."""
     span: Span | None = None
-    """Span of the request; begins with its first prompt, since workers make child spans."""
+    """Span of the request; made when its first prompt is sent, as workers make child spans."""
     decodes: list[SpanId] = field(default_factory=list)
-    """Span ids of the decode spans, by prompt."""
+    """Span id of the decode span of each prompt."""
 
     def end(self, error: str = "") -> None:
-        """End the trace after its call is closed; ``error``: an error without a response.
+        """End the trace after its call is closed. ``error`` is an error that has no response.
 
-        Spans are made in the next iteration of the event loop, so that gRPC sends the response
-        first.
+        Spans are made in the next iteration of the event loop; gRPC sends the response first.
         """
         self.error = error or self.error
         self.ended_s = time.monotonic()
@@ -65,11 +64,11 @@ class RequestTrace:
 
 
 TRACE: ContextVar[RequestTrace | None] = ContextVar("TRACE", default=None)
-"""Trace of the request that the current task serves; None if it is not traced."""
+"""Trace of the request that the current task serves; None if the request is not traced."""
 
 
 def traced(request: Request) -> Request:
-    """Add the parent spans of its steps to the request of a prompt, if it is sampled."""
+    """Add the parent spans of its steps to the request of a prompt if the trace is sampled."""
     trace = TRACE.get()
     parents = None if trace is None else trace.on_prompt(trace)
     return request if parents is None else replace(request, step_parents=parents)

@@ -1,8 +1,8 @@
-"""A running call: turns engine outputs into pieces of text for the client.
+"""A running call: converts engine outputs to pieces of text for the client.
 
-A ``RunningCall`` must be closed, best with ``with``. Closing does not wait; it aborts the requests
-that still run in the engines and releases the entry in the queue, whether the client received
-everything, disconnected, or exceeded its deadline.
+A ``RunningCall`` must be closed, preferably by ``with``, whether the client received everything,
+disconnected or exceeded its deadline. Closing does not wait: it aborts the requests that still run
+in the engines and releases the entry in the queue.
 """
 
 from __future__ import annotations
@@ -35,47 +35,47 @@ from gateway.text.tokenizer import Tokenizer
 from workers.requests.request import FinishReason, Request, TokenOutput
 
 _BEGIN_REPORT_S = 0.25
-"""Time after a deadline in which a worker can report whether it has begun with the request."""
+"""Seconds after a deadline in which a worker can still report whether it has begun the request."""
 _NO_WORKER_RETRY_S = 2.0
-"""Retry time for requests that lost their worker and found no other one."""
+"""Retry time in seconds for requests that lost their worker when no other worker was ready."""
 
 
 @dataclass(eq=False)
 class RunningCall(AbstractContextManager["RunningCall"]):
-    """A call whose requests are at the engines. Made by ``Gateway.start``.
+    """A call whose requests were sent to the engines. Made by ``Gateway.start``.
 
     Times are ``time.monotonic`` seconds.
     """
 
     call: GenerateCall
     requests: Sequence[Request]
-    """One request per prompt, at least one; choice j of request i has index i * n + j."""
+    """One request per prompt, at least one. Choice j of request i has index i * n + j."""
     call_id: str
-    """Its name, the prefix of its requests' ids."""
+    """Id of the call, the prefix of its requests' ids."""
     _: KW_ONLY
     created: int
-    """Unix time, seconds."""
+    """Unix time in seconds."""
     queue: OutputQueue
     ticket: Ticket
-    """Its entry in the gateway's queue."""
+    """Entry of the call in the gateway's queue."""
     deadline_s: float
     tokenizer: InitVar[Tokenizer | None]
-    """None if the call produces no text."""
+    """Tokenizer of the model; None if the call produces no text."""
     eos_token_ids: Collection[int]
     """End-of-text tokens of the model."""
     metrics: InitVar[GatewayMetrics]
     started_s: float
     admitted_s: float
     closed_s: float = 0.0
-    """Time at which it was closed; 0 before."""
+    """Time at which the call was closed; 0 before."""
     caches_prefixes: bool = False
     """Whether the engines report the cached tokens of prompts."""
     caller: KeyUsage | None = None
-    """Key that is charged for its tokens."""
+    """Key that is charged for the call's tokens."""
     held: ExitStack = field(default_factory=ExitStack)
-    """Closed at the end of the call."""
+    """Resources that are released at the end of the call."""
     free: Callable[[Sequence[list[Any]]], None] = lambda values: None
-    """Called at its end with unused lists, to free them in a thread."""
+    """Called at the end with large lists that are no longer used, to free them in a thread."""
 
     def __post_init__(self, tokenizer: Tokenizer | None, metrics: GatewayMetrics) -> None:
         call = self.call
@@ -109,7 +109,7 @@ class RunningCall(AbstractContextManager["RunningCall"]):
 
     @property
     def first_token_s(self) -> float | None:
-        """Arrival time of its first token; None before."""
+        """Arrival time of the call's first token; None before."""
         times = [c.first_token_s for c in self._all_choices() if c.first_token_s is not None]
         return min(times, default=None)
 
@@ -124,17 +124,17 @@ class RunningCall(AbstractContextManager["RunningCall"]):
         )
 
     async def read(self) -> list[PromptResults]:
-        """Run to the end; return the results of each prompt. Raises the errors of ``next``."""
+        """Run the call to its end; return the results by prompt. Raises the errors of ``next``."""
         while await self.next():
             pass
         return [prompt.results for prompt in self._prompts.values()]
 
     def set_submission(self, request_id: str, submission: Submission) -> None:
-        """Record that a request was assigned to the engines."""
+        """Record the submission of a request."""
         self._prompts[request_id].submission = submission
 
     def mark_submitted(self) -> None:
-        """Count the call, once all its requests are assigned."""
+        """Count the call. Called after all its requests were submitted."""
         self._metrics.count_submitted(self._prompts.values())
 
     async def next(self, timeout_s: float | None = None) -> list[ChoiceDelta]:
@@ -142,7 +142,7 @@ class RunningCall(AbstractContextManager["RunningCall"]):
 
         Raises:
             DeadlineExceededError: the call's deadline has passed.
-            NotReadyError: the deadline has passed, and a request has lost its worker.
+            NotReadyError: the deadline has passed after a request lost its worker.
             ExpertMeshError: an engine could not finish the call.
         """
         give_up_s = None if timeout_s is None else time.monotonic() + timeout_s
@@ -177,7 +177,7 @@ class RunningCall(AbstractContextManager["RunningCall"]):
             raise
 
     def _is_decided_by_workers(self) -> bool:
-        """Whether only workers know if they have begun: all requests are there, without tokens."""
+        """Whether all requests are at workers and have no token: only workers know if they run."""
         if self._has_token:
             return False
         entries = [prompt.submission for prompt in self._prompts.values()]
@@ -192,7 +192,7 @@ class RunningCall(AbstractContextManager["RunningCall"]):
         return DeadlineExceededError("the request's time is over", self._has_token)
 
     def mark_sent(self) -> None:
-        """Record that the pieces of the last ``next`` were written to the client."""
+        """Record that the result of the last ``next`` was written to the client."""
         self._metrics.observe_lag(self.queue.oldest_s)
 
     def close(self) -> None:
@@ -225,11 +225,11 @@ class RunningCall(AbstractContextManager["RunningCall"]):
             self._changed.update(dict.fromkeys(prompt.choices))
         choice = prompt.choices[output.choice]
         if choice.finish is not None:
-            return  # overshoot after a stop string
+            return  # tokens that the engine sampled after a stop string
         if output.finish_reason is FinishReason.ERROR:
             message = output.error or "the engine could not finish the request"
             raise self._engine_error(message, output)
-        if not (choice.number or output.index):  # not the report of a later worker
+        if not (choice.number or output.index):  # counts a prompt once, also if it moves
             num_cached = output.num_cached_tokens or 0
             if self.caches_prefixes:
                 prompt.cached_tokens = num_cached
@@ -256,7 +256,7 @@ class RunningCall(AbstractContextManager["RunningCall"]):
                 self._metrics.count_last_end(self._prompts.values())
 
     def _hidden_ends(self, output: TokenOutput) -> Collection[int | None]:
-        """Tokens without text if an output ends with one of them."""
+        """Token ids whose text is omitted if they end an output."""
         ends = output.finish_reason is FinishReason.STOP
         if not ends or self.call.include_stop_str_in_output:
             return ()

@@ -12,11 +12,11 @@ from workers.requests.wire import EngineHello
 
 
 class ServedModel:
-    """Resolves model names of clients, and knows the limits of the model.
+    """Resolves the model names of clients, and provides the limits of the model.
 
     Args:
         name: name under which the model is served.
-        engines: streams to the engines; their hellos describe the model.
+        engines: streams to the engines, whose ``EngineHello`` messages describe the model.
     """
 
     def __init__(self, name: str, engines: EnginePool) -> None:
@@ -28,7 +28,7 @@ class ServedModel:
 
     @property
     def hello(self) -> EngineHello | None:
-        """Hello of a connected engine, or the last known one; None before the first."""
+        """``EngineHello`` of a connected engine, or the last known one; None before the first."""
         hello = next((client.hello for client in self._engines.clients), None)
         if hello is not None and hello is not self._hello:
             self._hello, self._facts = hello, model_facts(self.name, hello)
@@ -46,7 +46,7 @@ class ServedModel:
         return facts
 
     def adapter_of(self, name: str | None) -> str:
-        """Key of the adapter with this model name; empty for the base model, or None.
+        """Key of the adapter with this model name; empty for the base model and for None.
 
         Raises ``ModelNotFoundError``.
         """
@@ -57,7 +57,7 @@ class ServedModel:
         return key
 
     def hold_adapter(self, name: str | None, held: ExitStack) -> str:
-        """Call ``adapter_of``, and keep the adapter loaded until ``held`` is closed."""
+        """Like ``adapter_of``; also keep the adapter loaded until ``held`` is closed."""
         adapter = self.adapter_of(name)
         self.adapters.begin(held, adapter)
         held.callback(self.adapters.end, held)

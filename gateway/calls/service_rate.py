@@ -8,35 +8,35 @@ from collections import deque
 from gateway.calls.tenant_queues import CallDemand
 
 _WINDOW = 128
-"""Number of finished requests over which the rate is measured."""
+"""Number of last finished requests over which the rate is measured."""
 _MIN_FINISHED = 8
-"""Number of requests below which the rate is unknown."""
+"""Minimum number of finished requests; the rate is unknown below it."""
 _CALM_S = 30.0
-"""Time with an empty queue that ends a saturated period. Requests that began together finish
-together, and the queue is empty for a moment."""
+"""Seconds without a queue after which a saturated period has ended. Shorter gaps are ignored, as
+requests that began together finish together and leave the queue empty for a moment."""
 _MAX_GAP_S = 1.0
-"""Longest time with an empty queue that does not start a new queue."""
+"""Longest time in seconds without a queue that does not start a new queue."""
 
 
 class ServiceRate:
-    """Counts finished requests on a clock that runs only while requests wait.
+    """Measures how fast requests finish, on a clock that runs only while other requests wait.
 
-    At other times requests finish at the rate of arrivals, and could finish faster.
+    While no request waits, requests finish at the rate at which they arrive.
     """
 
     def __init__(self) -> None:
         self._clock_s = 0.0
-        self._since_s: float | None = None  # last event, while the clock runs
+        self._since_s: float | None = None  # time of the last event while the clock runs, else None
         self._began_s = 0.0
         self._queue_since_s = 0.0
         self._ended_s = -math.inf  # end of the last saturated period
         self._finished: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=_WINDOW)
-        self._num_tokens = 0  # of the window, except its first entry
+        self._num_tokens = 0  # tokens of the window, except its first entry
         # by request: seconds, choices times seconds, tokens
         self._held: deque[tuple[float, float, int]] = deque(maxlen=_WINDOW)
 
     def advance(self, now_s: float, is_saturated: bool) -> None:
-        """Advance to ``now_s``; the clock continues to run if ``is_saturated``."""
+        """Advance to ``now_s``. Then the clock runs if ``is_saturated``, otherwise it stops."""
         if self._since_s is not None:
             self._clock_s += now_s - self._since_s
             self._ended_s = now_s
@@ -48,7 +48,7 @@ class ServiceRate:
         self._since_s = now_s if is_saturated else None
 
     def saturated_for_s(self, now_s: float) -> float:
-        """Seconds since requests began to wait, ignoring short gaps; 0 if none wait."""
+        """Seconds since requests began to wait, ignoring short gaps; 0 if no request waits."""
         return 0.0 if self._since_s is None else now_s - self._began_s
 
     def queue_age_s(self, now_s: float) -> float:
@@ -80,18 +80,17 @@ class ServiceRate:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Requested tokens of the finished requests per second; None while unknown."""
+        """Tokens per second that finished requests had requested; None while unknown."""
         return self._per_s(self._num_tokens)
 
     @property
     def mean_held_s(self) -> float | None:
-        """Mean time in the replica of the last requests; None before the first has finished."""
+        """Mean seconds that the last requests spent in the replica; None before the first end."""
         return sum(held_s for held_s, _, _ in self._held) / len(self._held) if self._held else None
 
     @property
     def tokens_per_seat_s(self) -> float | None:
-        """Tokens per second of one choice, as if concurrency did not slow it; None while
-        unknown."""
+        """Tokens per second of one choice, if concurrency does not slow it; None while unknown."""
         seat_s = sum(seat_s for _, seat_s, _ in self._held)
         tokens = sum(tokens for _, _, tokens in self._held)
         return tokens / seat_s if len(self._held) >= _MIN_FINISHED and seat_s > 0 else None

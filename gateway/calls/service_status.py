@@ -1,4 +1,4 @@
-"""State, metrics and aborts of all replicas, served by any replica."""
+"""Collects the state and metrics of all replicas, and aborts their calls, on any replica."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from gateway.observability.samples import TOTALS, SampleRing, total
 
 
 class ServiceStatus:
-    """Combines the state of all replicas, limited to what a caller may see.
+    """Combines the state of all replicas, without details that the caller may not see.
 
     Args:
         name: name of the replica.
         limits: limits of the gateway.
         numbers: statistics of the workers.
         metrics: metrics of the replica.
-        adapters: adapters, filtered by caller.
+        adapters: adapters that each caller may use.
         running: running calls, which other replicas may abort.
     """
 
@@ -41,7 +41,7 @@ class ServiceStatus:
     ) -> None:
         self.name = name
         self.created = int(time.time())
-        """Unix time, seconds."""
+        """Unix time of the start in seconds."""
         self.addresses: dict[str, Any] = {}
         """Process id and ports of this replica; set by ``app``."""
         self.samples = SampleRing()
@@ -63,9 +63,9 @@ class ServiceStatus:
         self.replicas: ServeReplicas = self.answers
 
     async def read(self, is_whole: bool = True) -> dict[str, Any]:
-        """State of the cluster and all replicas, as ``status --json`` prints it.
+        """Return the state of the cluster and all replicas, as printed by ``status --json``.
 
-        Without ``is_whole``, limited to what clients may see.
+        Unless ``is_whole``, details that clients may not see are omitted.
         """
         found, replicas = await asyncio.gather(
             self._numbers.snapshot(), self.replicas.call("describe")
@@ -78,7 +78,7 @@ class ServiceStatus:
         replicas: Iterable[Mapping[str, Any]],
         is_whole: bool = True,
     ) -> dict[str, Any]:
-        """Status from a snapshot and the ``describe`` replies of the replicas.
+        """Combine a snapshot and the ``describe`` replies of the replicas.
 
         Adapters that the caller may not use are omitted.
         """
@@ -87,15 +87,15 @@ class ServiceStatus:
         return status if is_whole else client_status(status, not self._limits.requires_admin_keys)
 
     async def abort_calls(self, names: Sequence[str]) -> list[str]:
-        """Abort calls of any replica by name; return the names that were found."""
+        """Abort calls by name on all replicas; return the names for which a call was running."""
         answers = (await self.replicas.call("abort", list(names))).values()
         return [name for name in dict.fromkeys(names) if any(name in found for found in answers)]
 
     async def render_metrics(self, is_whole: bool = True) -> bytes:
         """Render the metrics of all replicas and workers, without duplicates.
 
-        Without ``is_whole``, limited to what clients may see. Series of adapters that the caller
-        may not use are omitted.
+        Unless ``is_whole``, details that clients may not see are omitted. Series of adapters that
+        the caller may not use are always omitted.
         """
         replicas = None
         if self._limits.num_gateway_replicas == 1:
@@ -107,11 +107,11 @@ class ServiceStatus:
         return self._adapters.without_series_of_others(self._metrics.render(replicas, is_whole))
 
     def describe(self) -> dict[str, Any]:
-        """This replica's entry in the status."""
+        """Return the entry of this replica in the status."""
         return {"name": self.name, **self.addresses}
 
     def summary(self) -> dict[str, Any]:
-        """``describe``, start time and totals of this replica."""
+        """Return the entry of this replica in the status, its start time and its totals."""
         families = self._metrics.own_samples(TOTALS)
         totals = {name: total(families, name) for name in TOTALS}
         return {"describe": self.describe(), "totals": totals, "created": self.created}

@@ -1,8 +1,8 @@
-"""Admitted requests of each tenant, and the work that is ahead of a new request. Pure.
+"""Admitted requests of each tenant, and the work ahead of a new request. Pure.
 
-The engines serve tenants in turn, by tokens over their weight (``workers.scheduling.fairness``);
-within a tenant, lower priority values run first. Admission follows the same order, so that the
-queue of one tenant neither delays nor refuses the requests of another one.
+The engines serve tenants in proportion to their weights, by tokens
+(``workers.scheduling.fairness``); within a tenant, lower priority values run first. Admission
+assumes the same order. A long queue of one tenant thus neither delays nor refuses others.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class CallDemand:
     num_requests: int = 1
     """Number of engine requests, one per prompt."""
     num_choices: int = 1
-    """Number of choices per request; each is one sequence at the engines."""
+    """Number of choices per request. Each choice is one sequence at the engines."""
     num_tokens: int = 1
-    """Largest number of prompt and output tokens of all its requests."""
+    """Maximum number of prompt and output tokens of all requests of the call."""
     num_bytes: int = 0
     """Bytes of prompt embeddings."""
     tenant: str = ""
@@ -33,7 +33,7 @@ class CallDemand:
 
     @classmethod
     def of(cls, requests: Sequence[Request]) -> CallDemand:
-        """Demand of a call's requests, at least one."""
+        """Sum the demand of a call's requests, of which there is at least one."""
         first = requests[0]
         num_tokens = sum(len(one.prompt) + one.n * one.params.max_tokens for one in requests)
         return cls(
@@ -86,7 +86,7 @@ class TenantQueue:
             del self.by_priority[demand.priority]
 
     def waiting_tokens(self, num_running: float, priority: int | None = None) -> float:
-        """Tokens of waiting requests up to a priority, while the first ``num_running`` run."""
+        """Tokens of waiting requests up to ``priority``, while ``num_running`` sequences run."""
         waiting = 0.0
         for value in sorted(self.by_priority):
             if priority is not None and value > priority:
@@ -99,9 +99,9 @@ class TenantQueue:
 
 
 def share_seats(queues: Mapping[str, TenantQueue], capacity: float) -> dict[str, float]:
-    """Running sequences of each tenant: shares by weight, with unused shares redistributed.
+    """Number of running sequences of each tenant: a share by weight, plus a part of unused shares.
 
-    Example: capacity 64, a holds 8, b 100 and c 100, weights 1: a 8, b 28, c 28.
+    Example: capacity 64, a has 8 sequences, b 100, c 100, equal weights: a runs 8, b 28, c 28.
     """
     seats: dict[str, float] = {}
     left, weights = capacity, sum(queue.weight for queue in queues.values())
@@ -117,7 +117,7 @@ def tokens_ahead(
 ) -> float:
     """Waiting tokens that the engines serve before a new request of a tenant.
 
-    These are its own tokens up to its priority, and as many of each other tenant, by weight.
+    These are the tenant's tokens up to ``priority``, and as many of each other tenant, by weight.
     """
     own = queues.get(tenant)
     if own is None:

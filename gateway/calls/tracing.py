@@ -1,9 +1,9 @@
-"""Traces of requests: times are collected while a request runs, spans are made after its end.
+"""Traces requests: collects times while a request runs, and makes spans after its end.
 
 ``HttpMiddleware`` and ``GrpcCall`` begin and end a ``RequestTrace``; ``Gateway`` adds the call's
-fields and its ``RunningCall``. Spans are made from times that are measured anyway. Only the
-request's own span begins before its first prompt is sent to an engine, since workers make child
-spans for their steps. Without tracing, a request costs one check.
+fields and its ``RunningCall``. Only the span of the request is made earlier, before the first
+prompt is sent to an engine, since workers make child spans for their steps. Without tracing, the
+cost per request is one check.
 
 chat tiny                    the whole request, as its client knows it
     expertmesh.tokenize        tokenization of the prompts
@@ -58,7 +58,7 @@ OPERATIONS: Mapping[str, str] = {
     "GenerateStream": names.TEXT_COMPLETION,
     "Embed": names.EMBEDDINGS,
 }
-"""Traced paths and procedures, with the operation name; gRPC conversations are chats, too."""
+"""Operation name of each traced HTTP path and gRPC method. gRPC conversations are ``chat``, too."""
 _HEADERS = ("traceparent", "tracestate")
 _REQUESTED = {
     names.MAX_TOKENS: "max_tokens",
@@ -70,7 +70,7 @@ _REQUESTED = {
     names.PRESENCE_PENALTY: "presence_penalty",
     names.CHOICE_COUNT: "n",
 }
-"""Attributes with the fields that the client has set."""
+"""Span attributes and the fields of the client's call that they contain."""
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -83,7 +83,7 @@ class Tracing:
     model: str
     """Name of the served model."""
     addresses: Callable[[], Mapping[str, Any]]
-    """``host:port`` of ``http`` and ``grpc``, once known."""
+    """Returns ``host:port`` of ``http`` and ``grpc``, once known."""
     decode: Decode | None
     """Detokenizer for prompts and outputs; None omits them from the spans."""
     cluster_events: ClusterEvents = field(default_factory=ClusterEvents)
@@ -91,7 +91,7 @@ class Tracing:
     def begin(
         self, name: str, port: Port, request_id: str, headers: Iterable[tuple[str, str | bytes]]
     ) -> RequestTrace | None:
-        """Begin the trace of a request that the current task serves; None if it is not traced."""
+        """Begin the trace of the request that the current task serves; None if it is not traced."""
         operation = OPERATIONS.get(name)
         if operation is None:
             return None
@@ -119,7 +119,7 @@ class Tracing:
         return StepParents(prefill=request.to_bytes(), decode=decode.to_bytes())
 
     def record(self, trace: RequestTrace) -> None:
-        """Complete the span of a finished request, and make its child spans."""
+        """Complete the span of a finished request and make its child spans."""
         root, running = trace.span or self._start(trace), trace.running
         if not root.is_recording():
             return  # not sampled
@@ -175,7 +175,7 @@ def start_tracing(
     addresses: Callable[[], Mapping[str, Any]],
     decode: Decode,
 ) -> Tracing | None:
-    """Start tracing the requests of a replica; None without an OTLP endpoint.
+    """Start tracing the requests of a replica; return None without an OTLP endpoint.
 
     Raises ``ConfigError`` if packages are missing.
     """

@@ -1,6 +1,6 @@
-"""Checks of a call that need the model; makes the engine's requests with defaults and seeds.
+"""Checks a call against the served model, and makes its engine requests with defaults and seeds.
 
-``field_checks.check_fields`` runs first. Nothing is allocated for a call before both pass.
+``field_checks.check_fields`` runs first. No memory is allocated for a call before both pass.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from workers.requests.request import BeamParams, EarlyStopping, Request, Samplin
 DEFAULT_MAX_TOKENS = 16
 """Default ``max_tokens`` of a completion."""
 MAX_LOGPROB_ENTRIES = 4_000_000
-"""Largest number of log-probabilities of one call."""
+"""Maximum number of log-probabilities of one call."""
 MAX_BEAM_LOGPROB_ENTRIES = 1_000_000
-"""The same limit for beam searches, which send their output in one message."""
+"""``MAX_LOGPROB_ENTRIES`` of beam searches, which send their output in one message."""
 _SLICE = 65_536
-"""Token ids that are compared at a time."""
+"""Number of token ids that are compared at a time."""
 _SAMPLED = (
     *("min_tokens", "temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty"),
     *("presence_penalty", "logit_bias", "stop_token_ids", "ignore_eos", "logprob_token_ids"),
     "grammar",
 )
-"""Fields with the same name in ``SamplingParams``; unset fields get its defaults."""
+"""Fields that ``SamplingParams`` has, too; its defaults apply to unset fields."""
 
 
 def make_requests(
@@ -42,15 +42,15 @@ def make_requests(
     """Make the engine's requests, one per prompt; ``complete_requests`` completes them.
 
     Args:
-        call: checked by ``check_fields``.
+        call: the call, after ``check_fields``.
         prompts: token ids of each prompt.
         model: limits of the served model.
         draw_seed: makes a seed for each prompt if the client has set none.
         bad_words: token sequences of ``call.bad_words``.
 
     Raises:
-        RequestError: a token id outside the vocabulary, or a prompt without tokens.
-        ContextLengthError: prompt and output do not fit.
+        RequestError: a token id is outside the vocabulary, or a prompt is empty.
+        ContextLengthError: prompt and output exceed the context.
     """
     _check_ids(call, bad_words, model)
     _check_num_beams(call, model)
@@ -98,7 +98,7 @@ def check_prompts(name: str, prompts: Sequence[Sequence[int]], model: ModelFacts
 def check_token_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
     """Raise ``RequestError`` for an id outside the vocabulary.
 
-    The check works on slices, so that other threads can run: a million ids take 20 ms.
+    Ids are checked in slices so that other threads can run; a million ids take 20 ms.
     """
     for start in range(0, len(ids), _SLICE):
         part = ids[start : start + _SLICE]
@@ -123,7 +123,7 @@ def _check_ids(call: GenerateCall, bad_words: Sequence[tuple[int, ...]], model: 
 
 
 def _check_leaves_tokens(call: GenerateCall, model: ModelFacts) -> None:
-    """Check that a token is left when ``min_tokens`` masks the tokens that end the text."""
+    """Check that ``min_tokens``, which masks tokens that end the text, leaves other tokens."""
     ending = set(call.stop_token_ids)
     if not call.ignore_eos:
         ending.update(model.eos_token_ids)
@@ -135,7 +135,7 @@ def _check_leaves_tokens(call: GenerateCall, model: ModelFacts) -> None:
 
 
 def _check_num_beams(call: GenerateCall, model: ModelFacts) -> None:
-    """Check the number of beams: each begins with another token that does not end the text."""
+    """Check that there are enough first tokens: each beam needs another one that is not an end."""
     most = model.vocab_size - len({*call.stop_token_ids, *model.eos_token_ids})
     name, width = "n" if call.best_of is None else "best_of", call.num_sampled
     rule = f"({width}) must be at most {most} with use_beam_search (possible first tokens)"
@@ -177,7 +177,7 @@ def _max_tokens(call: GenerateCall, num_tokens: int, model: ModelFacts) -> int:
 
 
 def _num_sampled_logprobs(call: GenerateCall) -> int | None:
-    """Alternatives that the engine reports for sampled tokens; ranking needs at least 0."""
+    """Alternatives that the engine reports per new token; None unless requested or for ranking."""
     wanted, ranks_here = call.num_logprobs, call.is_ranked and not call.use_beam_search
     return 0 if wanted is None and ranks_here else wanted
 
@@ -190,7 +190,7 @@ def _num_prompt_logprobs(call: GenerateCall) -> int | None:
 
 
 def _make_params(call: GenerateCall, bad_words: tuple[tuple[int, ...], ...]) -> SamplingParams:
-    """Sampling parameters that all prompts share; token limit and seed are set per prompt."""
+    """Make the sampling parameters of all prompts, without the token limit and seed of each."""
     given: dict[str, Any] = {
         name: value for name in _SAMPLED if (value := getattr(call, name)) is not None
     }

@@ -1,4 +1,4 @@
-"""The gateway's view of the cluster: the controller's snapshot and the other serve replicas.
+"""The gateway's view of the cluster: the controller's snapshot and the other gateway replicas.
 
 Imports ``cluster.core`` and ``cluster.tracing``; Ray in ``client`` only.
 """

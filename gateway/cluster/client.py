@@ -1,4 +1,4 @@
-"""The gateway's only calls to Ray: to the controller's actor, and to the other replicas."""
+"""The gateway's only calls through Ray: to the controller's actor and to the other replicas."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 CONTROLLER_NAME = "expertmesh-controller"
 RAY_NAMESPACE = "expertmesh"
 REPLICA_LIMIT_S = 1.0
-"""Time for the other replicas to reply."""
+"""Time limit in seconds for the replies of the other replicas."""
 
 
 class RayController:
@@ -29,7 +29,7 @@ class RayController:
         self._handle = handle
 
     async def call(self, call: ControllerCall, *details: Any) -> Any:
-        """Call a method and return its result; expertmesh errors are unwrapped from Ray's."""
+        """Call a method and return its result. Raises expertmesh errors without Ray's wrapper."""
         try:
             return await getattr(self._handle, call).remote(*details)
         except RayTaskError as err:
@@ -56,11 +56,11 @@ class RayServeReplicas:
         own = self._answers.handle(call, *details)
         try:
             found = await asyncio.to_thread(self._broadcast, call, details)
-        except Exception as err:  # any failure of Serve: this replica still answers
+        except Exception as err:  # any failure of Serve; this replica's reply is still returned
             logger.warning("could not call the other replicas: %r", err)
             found = []
         for failed in (one for one in found if isinstance(one, BaseException)):
-            logger.warning("a replica does not answer: %r", failed)
+            logger.warning("a replica did not reply: %r", failed)
         answered = dict(one for one in found if not isinstance(one, BaseException))
         return own_first(own, answered)
 

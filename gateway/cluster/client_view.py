@@ -1,8 +1,8 @@
-"""The part of the cluster's state that a client's key may see, if keys are configured.
+"""The part of the cluster's state that clients with a key may see. Pure.
 
-It leaves out all stats by expert and layer, as counts of a single request's routes let another
-tenant reconstruct its text (source: arXiv 2602.04105), and the description of hosts: addresses,
-processes and paths. Pure.
+Stats by expert and layer are omitted: with the counts of a single request's routes, another
+tenant could reconstruct its text (source: arXiv 2602.04105). Addresses, processes and paths of
+hosts are omitted, too.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _SAMPLE = (
     *("time", "seconds", "prompt", "output", "moved", "again", "ttft", "itl", "waiting", "kv"),
 )
 _PORTS = {"grpc": "grpc_port", "admin_http": "admin_port"}
-"""Addresses of a gateway -> name of the field with only the port."""
+"""Maps the name of a gateway's address to the name of the field that replaces it by the port."""
 _PREFIXES = ("expert_", "experts_", "dispatch_")
-"""Prefixes of metrics that follow from the routes of tokens: an expert worker holds few experts."""
+"""Prefixes of metrics that reveal routes of tokens, as an expert worker holds few experts."""
 _OPEN_METRICS = frozenset({"expert_worker_up", "expert_worker_slots", "dispatch_seconds"})
-"""Metrics with such a prefix that do not follow from routes."""
+"""Metrics with one of ``_PREFIXES`` that do not reveal routes."""
 _LABELS = frozenset({"layer", "expert", "bank"})
 
 
 def client_status(status: Mapping[str, Any], opens_admin_ports: bool) -> dict[str, Any]:
-    """The status of a cluster for a client's key, with ``is_partial`` set.
+    """Return the status of a cluster for a client, with ``is_partial`` set.
 
     Args:
         status: the whole status.
-        opens_admin_ports: there is no admin key, so that this key opens the admin ports.
+        opens_admin_ports: whether this key opens the admin ports, as there is no admin key.
     """
     ports = _PORTS if opens_admin_ports else {"grpc": "grpc_port"}
     model = {n: v for n, v in (status.get("model") or {}).items() if n != "path"}
@@ -52,7 +52,7 @@ def client_status(status: Mapping[str, Any], opens_admin_ports: bool) -> dict[st
 
 
 def client_workers(status: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Workers without hosts and processes, and only with the stats that ``/metrics`` has too."""
+    """Return the workers without hosts and processes, with only the stats of ``/metrics``."""
     return [
         {**_picked(worker, _WORKER), "stats": _picked(worker.get("stats") or {}, _STATS)}
         for worker in status.get("workers") or ()
@@ -60,12 +60,12 @@ def client_workers(status: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def client_samples(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Samples of the web page's history without hosts and the balance of experts."""
+    """Return samples for the dashboard without hosts and the balance of experts."""
     return [_picked(sample, _SAMPLE) for sample in samples]
 
 
 def client_families(families: Iterable[PlainFamily]) -> Iterator[PlainFamily]:
-    """Metrics without series by expert or layer, and without the addresses of nodes."""
+    """Yield metrics without series by expert or layer, and without addresses of nodes."""
     for family in families:
         name, samples = family["name"], family["samples"]
         follows_routes = name.startswith(_PREFIXES) and name not in _OPEN_METRICS
@@ -79,7 +79,7 @@ def client_families(families: Iterable[PlainFamily]) -> Iterator[PlainFamily]:
 
 
 def _gateway(found: Mapping[str, Any], ports: Mapping[str, str]) -> dict[str, Any]:
-    """A gateway with ports in place of addresses: clients know the host that they call."""
+    """Describe a gateway with ports in place of addresses."""
     shown = {
         name: int(str(found[address]).rpartition(":")[2])
         for address, name in ports.items()

@@ -1,7 +1,4 @@
-"""Changes of the cluster while requests run: events in their traces, or traces linked to them.
-
-Pure.
-"""
+"""Changes of the cluster for the traces of requests: as events, or as linked traces. Pure."""
 
 from __future__ import annotations
 
@@ -19,18 +16,18 @@ _KEPT = 256
 
 class Event(NamedTuple):
     when_s: float
-    """Time of ``time.monotonic``; of a cluster change: when this gateway received the snapshot."""
+    """Time by ``time.monotonic``; for a change of the cluster, when the snapshot arrived here."""
     name: str
-    """Name of an event in ``cluster.tracing.names``."""
+    """Name of the event, from ``cluster.tracing.names``."""
     attributes: Mapping[str, str | int] | None = None
 
 
 @dataclass(slots=True)
 class TracedChange:
-    """A change of the cluster that the controller traces; times are of ``time.monotonic``."""
+    """A change of the cluster that the controller traces. Times are by ``time.monotonic``."""
 
     name: str
-    """Name of its span."""
+    """Name of the change's span."""
     span_id: bytes
     began_s: float
     ended_s: float = math.inf
@@ -58,7 +55,7 @@ class ClusterEvents:
         self._take_changes(snapshot.get("changes", ()), now_s)
 
     def _take_changes(self, told: Iterable[Mapping[str, Any]], now_s: float) -> None:
-        """Update the changes. One ends when its length is known, or its controller is replaced."""
+        """Update the changes. One ends when its duration is known or its controller is replaced."""
         going_on = {
             span_id for span_id, change in self._changes.items() if change.ended_s == math.inf
         }
@@ -78,7 +75,7 @@ class ClusterEvents:
             del self._changes[next(iter(self._changes))]
 
     def epoch_at(self, when_s: float) -> int:
-        """Epoch of the placement in force at ``when_s``, by the snapshots received."""
+        """Epoch of the placement that was active at ``when_s``, by the received snapshots."""
         known = (epoch for since_s, epoch in reversed(self._epochs) if since_s <= when_s)
         return next(known, self._epochs[0][1])
 

@@ -1,7 +1,7 @@
-"""Calls to all serve replicas of the gateway, and the replies of one replica.
+"""Calls to all replicas of the gateway, and the replies of one replica.
 
-All replicas share one route, so that a client reaches any of them. That replica collects the data
-of the whole gateway: metrics, addresses, the result of aborting a request.
+A client's request reaches any one replica. That replica collects the data of all replicas:
+metrics, addresses and results of aborts.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 ReplicaCall = Literal["describe", "metrics", "summary", "samples", "abort", "adapters"]
-"""Kinds of calls to a replica; ``summary`` returns what ``describe`` does, start and totals,
-``samples`` the samples of its ``SampleRing`` after a time, ``adapters`` the keys of the adapters
-that requests may name.
+"""Kinds of calls to a replica. ``summary`` returns the result of ``describe`` with start time and
+totals; ``samples`` returns the samples of its ``SampleRing`` after a time; ``adapters`` returns
+the keys of the adapters that requests may name.
 """
 
 
 class ServeReplicas(Protocol):
-    """Calls all replicas on behalf of one."""
+    """Sends a call to all replicas."""
 
     async def call(self, call: ReplicaCall, *details: Any) -> dict[str, Any]:
-        """Replies by replica, this one's first; replicas that reply too late are left out."""
+        """Return replies by replica, own reply first. Replies that arrive too late are omitted."""
 
 
 class ReplicaHandlers:
@@ -28,7 +28,7 @@ class ReplicaHandlers:
 
     Args:
         name: name of the replica.
-        handlers: a function for each call that returns plain data.
+        handlers: for each kind of call, a function that returns plain data.
     """
 
     def __init__(self, name: str, handlers: Mapping[ReplicaCall, Callable[..., Any]]) -> None:
@@ -43,5 +43,5 @@ class ReplicaHandlers:
 
 
 def own_first(own: tuple[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-    """Replies by replica with ``own`` first; ``others`` may contain it, too."""
+    """Return replies by replica with ``own`` first. ``others`` may contain ``own``, too."""
     return {own[0]: own[1], **{name: found for name, found in others.items() if name != own[0]}}

@@ -1,4 +1,4 @@
-"""Cache of one result that several open pages share."""
+"""Cache of one result for concurrent callers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class SharedResult(Generic[Result]):
 
     Args:
         make: makes the call.
-        age_s: seconds from the call for which its result is fresh.
-        clock: time in seconds.
+        age_s: seconds after the start of the call for which its result is fresh.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class SharedResult(Generic[Result]):
         self._pending: asyncio.Future[Result] | None = None
 
     async def get(self) -> Result:
-        """Return the result. Raises the exception of ``make``, which is not cached."""
+        """Return the result. Raises the exceptions of ``make``, which are not cached."""
         now_s, pending = self._clock(), self._pending
         if pending is None or (pending.done() and not self._is_fresh(pending, now_s)):
             pending = self._pending = asyncio.ensure_future(self._make())

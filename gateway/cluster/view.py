@@ -20,16 +20,16 @@ from cluster.core.topology import runs_attention
 logger = logging.getLogger(__name__)
 
 POLL_TIMEOUT_S = 10.0
-"""Longest time that the controller holds one long-poll."""
+"""Longest time in seconds that the controller holds one long-poll."""
 CALL_TIMEOUT_S = 2.0
-"""Time limit for a fresh snapshot; after it the last known one is used."""
+"""Time limit in seconds for a fresh snapshot. After it, the last known snapshot is used."""
 _REPORTS_S = (1.0, 2.0, 5.0, 20.0, 60.0)
-"""Seconds between the reports of stream pauses at a new generation."""
+"""Waiting times in seconds before each report of stream pauses after a new generation."""
 _LEAVE_LIMIT_S = 0.5
 _RETRY_S = 0.2
 
 Snapshot = Mapping[str, Any]
-"""Result of the controller's ``snapshot``."""
+"""State of the cluster: the result of the controller's ``snapshot``."""
 
 
 ControllerCall = Literal[
@@ -66,27 +66,27 @@ class AttentionEndpoint:
     address: str
     """``host:port`` of its engine stream."""
     pid: int
-    """Process id; another pid means another worker."""
+    """Process id. An endpoint with another pid is another worker."""
     engine: str = ""
-    """Index among the attention workers, as in metrics."""
+    """Index among the attention workers, the ``engine`` label of metrics."""
     is_leaving: bool = field(default=False, compare=False)
-    """Whether it is being drained, so that its requests move to other workers."""
+    """Whether the worker is being drained; its requests then move to other workers."""
     lacks: frozenset[str] = field(default=frozenset(), compare=False)
-    """Keys of adapters that it could not load."""
+    """Keys of adapters that the worker could not load."""
     node: str = field(default="", compare=False)
-    """Host that it runs on."""
+    """Host of the worker."""
 
 
 @dataclass(slots=True)
 class SnapshotFollower:
-    """Follows the controller's snapshots; consumers read ``snapshot``.
+    """Keeps ``snapshot`` up to date with the controller.
 
     Args:
-        find: finds the controller; called again after each loss. Raises if there is none.
-        name: name of this gateway; the controller records when it stops polling. Empty: not
-            recorded.
-        release: release of this gateway; snapshots of a controller of another one are rejected.
-        host: host of this gateway; each poll sends it with ``low_disks``, its nearly full disks.
+        find: finds the controller. Called again after each loss; raises if there is none.
+        name: name of this gateway, with which the controller records when it stops polling.
+            Empty: the controller does not record it.
+        release: release of this gateway. Snapshots of a controller of another release are rejected.
+        host: host of this gateway. Each poll sends it with its nearly full disks, ``low_disks``.
     """
 
     find: Callable[[], Awaitable[ControllerCalls]]
@@ -95,12 +95,12 @@ class SnapshotFollower:
     host: str = ""
     low_disks: Callable[[], tuple[LowDisk, ...]] = tuple
     adapters: Callable[[], tuple[str, ...]] = tuple
-    """Returns keys of the adapters of the requests here; set before ``start``."""
+    """Returns the keys of the adapters that requests here use. Set it before ``start``."""
     snapshot: Snapshot | None = None
-    """The latest known state; None before the first."""
+    """The latest known state; None before the first snapshot."""
     known_load: Mapping[str, Any] | None = None
     refusal: str = ""
-    """Why the latest snapshot was rejected: the controller is of another release."""
+    """Reason why the latest snapshot was rejected; empty if it was not."""
     _controller: ControllerCalls | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _task: asyncio.Task[None] | None = None
@@ -121,15 +121,15 @@ class SnapshotFollower:
                 task.cancel()
 
     async def leave(self) -> None:
-        """Stop following, and notify the controller."""
+        """Stop polling, and notify the controller."""
         self.stop()
         with contextlib.suppress(ExpertMeshError):
             await self.call("gateway_leaves", self.name, limit_s=_LEAVE_LIMIT_S)
 
     async def report_pauses(self, take: Callable[[], tuple[int, float] | None]) -> None:
-        """Report stream pauses to the controller after the streams have resumed.
+        """Report pauses of engine streams to the controller, after the streams have resumed.
 
-        ``take`` returns a generation and its pause in seconds, or None if there is none to report.
+        ``take`` returns a generation and its pause in seconds, or None without a new pause.
         """
         for wait_s in _REPORTS_S:
             await asyncio.sleep(wait_s)
@@ -138,19 +138,19 @@ class SnapshotFollower:
                     await self.call("streams_paused", *pause)
 
     async def wait_change(self, timeout_s: float) -> None:
-        """Return at the next new snapshot, or after ``timeout_s``."""
+        """Wait for the next new snapshot, at most ``timeout_s``."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), timeout_s)
 
     async def fresh(self) -> Snapshot | None:
-        """The current state, or the last known one if the controller does not respond."""
+        """Return the current state, or the last known state if the controller does not respond."""
         self._accept_fresh(await self._call_or_log("snapshot", True))
         return self.snapshot
 
     async def refresh(self) -> None:
         """Update ``snapshot`` and ``known_load``, unless the controller does not respond.
 
-        One call fetches both, as the controller collects the stats of all workers for it.
+        One call to the controller, which collects the stats of all workers, returns both.
         """
         if (numbers := await self._call_or_log("numbers")) is not None:
             self.known_load = numbers["load"]
@@ -174,7 +174,7 @@ class SnapshotFollower:
             return await asyncio.wait_for(self._controller.call(call, *details), limit_s)
         except ExpertMeshError:
             raise
-        except Exception as err:  # any failure of the actor or of Ray
+        except Exception as err:  # the actor or Ray failed
             raise NotReadyError("the controller does not answer", "not_ready", 2.0) from err
 
     async def _call_or_log(self, call: ControllerCall, *details: Any) -> dict[str, Any] | None:
@@ -185,7 +185,7 @@ class SnapshotFollower:
             return None
 
     def _log_level(self) -> int:
-        """Log level of a failure, which is expected while there is no controller."""
+        """Log level of a failed call; low while no controller is expected."""
         return logging.DEBUG if self._controller is None else logging.WARNING
 
     async def _follow(self) -> None:
@@ -202,13 +202,13 @@ class SnapshotFollower:
                     POLL_TIMEOUT_S + CALL_TIMEOUT_S,
                 )
                 self._accept(snapshot)
-            except Exception as err:  # the controller may restart; serving continues meanwhile
+            except Exception as err:  # the controller may restart; serving continues without it
                 logger.log(self._log_level(), "the controller does not answer: %r", err)
                 self._controller = None
                 await asyncio.sleep(_RETRY_S)
 
     async def _find(self) -> ControllerCalls:
-        """Find the controller; at most one search runs, as Ray may block its thread for minutes.
+        """Find the controller. At most one search runs, as Ray may block its thread for minutes.
         Raises ``TimeoutError``."""
         if self._search is None:
             self._search = asyncio.ensure_future(self.find())

@@ -1,4 +1,4 @@
-"""Stats that the controller collects from all workers on request."""
+"""Stats of all workers, which the controller collects on request."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from gateway.cluster.view import Snapshot, SnapshotFollower
 
 
 class WorkerStats:
-    """The newest stats of the workers.
+    """Fetches the stats of the workers, and shares them among callers.
 
     Args:
         cluster: calls the controller.
-        age_s: seconds for which callers share one result, so that the effect of single steps is
-            hidden and many callers cost no more than one; 0: each call collects.
+        age_s: seconds for which callers share one result. This hides the effect of single steps
+            and limits the cost of many callers. 0: each call collects new stats.
     """
 
     def __init__(self, cluster: SnapshotFollower, age_s: float) -> None:
@@ -26,22 +26,22 @@ class WorkerStats:
         self._placement = SharedResult(lambda: cluster.call("placement"), age_s)
 
     async def snapshot(self) -> Snapshot | None:
-        """The current state, or the last known one if the controller does not respond."""
+        """Return the current state, or the last known state if the controller does not respond."""
         if not self.age_s:
             return await self._cluster.fresh()
         await self._snapshot.get()
-        return self._cluster.snapshot  # has the latest changes of state
+        return self._cluster.snapshot  # may be newer than the stats
 
     async def refresh(self) -> None:
         """Update the snapshot and the known load, unless the controller does not respond."""
         await (self._refresh.get() if self.age_s else self._cluster.refresh())
 
     async def load(self) -> Any:
-        """Tokens by expert and by copy. Raises ``NotReadyError``."""
+        """Return the number of tokens by expert and by copy. Raises ``NotReadyError``."""
         return await (self._load.get() if self.age_s else self._cluster.call("load"))
 
     async def placement(self) -> Any:
-        """Map of expert copies to devices. Raises ``NotReadyError``."""
+        """Return the map of expert copies to workers. Raises ``NotReadyError``."""
         if self.age_s:
             return await self._placement.get()
         return await self._cluster.call("placement")
