@@ -126,8 +126,8 @@ class PoolingService:
         call: GenerateCall,
         names: tuple[str, str] = ("queries", "documents"),
     ) -> PoolingResults[float]:
-        """Return the mean log-probability of each document after its query. ``names`` are the client's
-        names of the two fields.
+        """Return the mean log-probability of each document after its query. ``names`` are the
+        client's names of the two fields.
 
         Raises the errors of ``Gateway.start``.
         """
