@@ -1,8 +1,8 @@
 """Reference counts and hashes of KV blocks. Pure; the tensors are in ``workers.kv.cache``.
 
-A block with known contents can be found by its hash, which covers its tokens and all tokens before
-them. A free block keeps its hash until it is allocated again. Blocks without a hash are allocated
-first, then blocks in the order of ``workers.kv.eviction``.
+A full block can be found by its hash, which covers its tokens and all tokens before them. A free
+block keeps its hash, and so can be reused, until it is allocated again. Blocks without a hash are
+allocated first, then blocks in the order of ``workers.kv.eviction``.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class BlockPool:
         return self._order.num_kept
 
     def advance(self, now_s: float) -> None:
-        """Set the monotonic time, at which the keep time of blocks may expire."""
+        """Set the monotonic time. Blocks with an expired keep time become ordinary free blocks."""
         self._order.advance(now_s)
 
     def can_allocate(self, count: int) -> bool:
@@ -77,7 +77,7 @@ class BlockPool:
                 self._order.find(block_hash)
 
     def hold(self, blocks: Iterable[int]) -> None:
-        """Add a holder to found blocks while they are copied. This does not count as a use."""
+        """Add a holder to cached blocks while they are copied. This is not a use for eviction."""
         for block in blocks:
             self._hold(block)
 
@@ -87,7 +87,7 @@ class BlockPool:
         self._order.mark_duplicated([block_hash for block_hash in hashes if block_hash is not None])
 
     def begin(self, hashes: Sequence[BlockHash], hints: KeepHints = NO_HINTS) -> Turn:
-        """Begin the turn of a request. ``hashes``: all full blocks of its prompt, in order."""
+        """Begin a request's turn (``workers.kv.turns``). ``hashes``: full blocks of its prompt."""
         return self._order.begin(hashes, hints)
 
     def release(self, blocks: Sequence[int], turn: Turn | None = None) -> None:
@@ -168,7 +168,7 @@ class BlockPool:
     def take_changes(self) -> HashChanges:
         """Return hashes stored and removed since the last call, except those that were both.
 
-        They feed an index of the workers that hold a prefix. The size of the pool bounds them.
+        Gateways learn from them which worker caches which prefix. The size of the pool bounds them.
         """
         changes = HashChanges(stored=tuple(self._stored), removed=tuple(self._removed))
         self._stored.clear()

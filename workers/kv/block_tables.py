@@ -37,7 +37,7 @@ class BlockTables:
             self._changes.update(enumerate(blocks, begin))
 
     def follow(self) -> None:
-        """Start to record changes for ``take_changes``: the last value of each changed entry."""
+        """Start to record changed entries, of which ``take_changes`` returns the latest values."""
         self._changes = {}
 
     def forget_changes(self) -> None:

@@ -42,16 +42,16 @@ class KVCache:
     ) -> None:
         """Allocate the tensors.
 
-        ``dtype``: the model's; see ``EngineSection.kv_cache_dtype``. ``num_states``: number of
-        state slots of a model with recurrent states.
+        ``dtype``: data type of the model. ``kv_cache_dtype``: see ``EngineSection``.
+        ``num_states``: number of slots for recurrent states; 0 for a model without them.
         """
         self.side = SideStream(device)
-        """Stream of the threads that read and write blocks."""
+        """CUDA stream of the threads that copy blocks to and from CPU memory."""
         is_fp8 = kv_cache_dtype == "fp8"
         row_size = fp8.row_bytes(config.head_dim) if is_fp8 else config.head_dim
         self.block_size = block_size
         self.null_block = num_blocks
-        """Pads block tables; never written."""
+        """Block number that pads block tables; never written."""
         num_spare = 2 if device.type == "cuda" else 1
         self.scratch_block = num_blocks + num_spare - 1
         """On a GPU, padding rows (without a request) write to this block."""
@@ -63,17 +63,17 @@ class KVCache:
             )
             for _ in range(config.num_kv_caches)
         )
-        """One tensor for each layer with keys and values (unlike ``by_layer``, which has one for
-        each model layer); the predictor's is last.
-        [2 * num_kv_heads, num_blocks + 1, block_size, D], keys before values, or one latent vector;
-        in an fp8 cache rows of ``workers.model.fp8`` in place of D elements."""
+        """One tensor for each layer with keys and values; the predictor's tensor is last. Shape:
+        [2 * num_kv_heads, num_blocks + 1, block_size, D], keys before values. Latent attention has
+        one vector instead of heads. The last dimension of an fp8 cache is a row of
+        ``workers.model.fp8``."""
         self.states = _states(config.delta_net, num_states, device)
         """One tensor for each layer with a recurrent state: [num_states + 1, values] float32; the
         last state is zero."""
         self.by_layer = _in_order(config, self.layers, self.states)
-        """Tensor of each layer of the model: an element of ``layers`` or of ``states``."""
+        """Cache tensor of each layer of the model: an element of ``layers`` or of ``states``."""
         self.predictor = self.layers[-1] if config.has_predictor else None
-        """Tensor of the model's predictor."""
+        """Cache tensor of the model's predictor (multi-token prediction), or None without one."""
         self._dtype = dtype
         self.has_plain_heads = not is_fp8 and config.latent_rank is None
         """Whether blocks hold unquantized keys and values by head, as the GPU kernels need."""
@@ -85,7 +85,7 @@ class KVCache:
 
     @cached_property
     def blocks_per_piece(self) -> int:
-        """Number of blocks of decode rows that are gathered at a time."""
+        """Number of blocks that decode attention copies to scratch memory at a time."""
         layer = self.layers[0]
         piece = PIECE_BYTES if layer.device.type == "cpu" else GPU_PIECE_BYTES
         return piece // (layer[:, 0].numel() * self._dtype.itemsize)
@@ -151,7 +151,7 @@ class KVCache:
                 layer.view(layer.shape[0], -1, layer.shape[3])[:, places] = 0
 
     def clear(self, blocks: Sequence[int]) -> None:
-        """Zero blocks that may hold NaN or infinity, as a masked value still gives 0 * NaN."""
+        """Zero blocks that may hold NaN: attention computes 0 * value for masked positions."""
         if blocks:
             places = to_device(blocks, self.layers[0].device)
             for layer in self.layers:

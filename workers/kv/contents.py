@@ -1,4 +1,4 @@
-"""Contents of newly cached blocks, for routers of other projects. Engine thread only."""
+"""Tokens of newly cached blocks, for routers of other projects. Engine thread only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from workers.requests.sequence import SequenceState
 
 @dataclass(kw_only=True, slots=True)
 class BlockContents:
-    """Collects the contents of new blocks until they are taken. Absent without KV events."""
+    """Collects the contents of new blocks until they are taken. Unused without KV events."""
 
     pool: BlockPool
     block_size: int
@@ -21,7 +21,7 @@ class BlockContents:
     """See ``ModelConfig.length_matters_above``."""
     _new: dict[BlockHash, BlockContent] = field(default_factory=dict)
     _fetched: set[BlockHash] = field(default_factory=set)
-    """Blocks fetched from other workers; their tokens are not known yet."""
+    """Blocks fetched from other workers that no sequence has used; their tokens are unknown."""
 
     def note_fetched(self, hashes: Sequence[BlockHash]) -> None:
         """Note the hashes of blocks fetched from another worker."""

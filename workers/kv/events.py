@@ -9,7 +9,7 @@ from workers.requests.block_hash import SHORT_BYTES, KvEvents
 
 
 class KvFeed:
-    """Numbers the changes and stores the full list for new gateways and missed messages."""
+    """Makes numbered messages: changes, or the full list for a gateway that lacks earlier ones."""
 
     def __init__(self) -> None:
         self._known: dict[bytes, None] = {}

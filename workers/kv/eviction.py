@@ -1,19 +1,19 @@
 """Eviction order of cached KV blocks. Pure; used by worker pools and by the simulation.
 
-Blocks are evicted in this order:
+A *turn* is the set of blocks that one request used last. Blocks are evicted in this order:
 
-1. Blocks that another worker has copied, as the chat continues there. A block is excluded while
-   other prefixes build on it, or after it is found again. The other worker's copy counts as an
-   original, so the last copy is never evicted as a duplicate.
+1. Blocks that another worker has copied because the chat continues there, unless other prefixes
+   build on them or a request finds them again. The other worker's copy counts as an original, so
+   the last copy is never evicted as a duplicate.
 2. Blocks that their request marked as not needed again (``keep_s`` 0).
 3. All other blocks, those with the lowest value of a next use first (``workers.kv.reuse_rates``):
    initially the least recently used, where the age of a turn that continued another counts half.
 4. Blocks that a request asked to keep, until the keep time ends: first the tenant with the most
    of them, then the lowest priority, then the least recently used.
 
-A block belongs to the turn that used it last, and the last blocks of a turn are evicted first. The
-end of a prefix is useless without its beginning: if a block that builds on this one belongs to
-another turn, this block moves to that turn instead of being evicted.
+The last blocks of a turn are evicted first, as the end of a prefix is useless without its
+beginning. If a block that builds on the chosen block belongs to another turn, the chosen block
+moves to that turn instead of being evicted.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from workers.kv.turns import NO_HINTS, KeepHints, Turn
 class EvictionOrder:
     """Assigns free blocks to turns and chooses the next block to evict.
 
-    Age is counted in blocks freed.
+    The age of a block is the number of blocks freed after it.
 
-    Example: a, b, c are freed in this order, a was found before, and another worker has a copy of
-    c. c is evicted first, then b (age 1): the age of a counts half (2 * 0.5 = 1), and at equal
-    values the newer kind is evicted first.
+    Example: a, b, c are freed in this order, a was used by two requests, and another worker has a
+    copy of c. c is evicted first, then b (age 1): the age of a counts half (2 * 0.5 = 1), and at
+    equal values the block that was used only once is evicted first.
     """
 
     def __init__(self, used_rate: float = USED_RATE, max_kept: int = 0) -> None:
@@ -61,13 +61,13 @@ class EvictionOrder:
         return self._queues.num_kept
 
     def advance(self, now_s: float) -> None:
-        """Set the monotonic time, at which the keep time of blocks may expire."""
+        """Set the monotonic time. Blocks with an expired keep time become ordinary free blocks."""
         self._queues.advance(now_s)
 
     # Blocks
 
     def learn(self, name: bytes, parent: bytes | None) -> None:
-        """Add a held block with contents that build on ``parent``."""
+        """Add a held block that continues the prefix ending with ``parent`` (None: first block)."""
         self._tree.add(name, parent)
 
     def forget(self, name: bytes) -> None:

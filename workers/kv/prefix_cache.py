@@ -1,8 +1,8 @@
 """Prefix cache: finds blocks that an earlier sequence, or the sequence itself, has computed.
 
-Full blocks become known when the step that completed them is committed. Requests with the same salt
-share common prefixes. Without ``enable_prefix_caching`` only the choices of one request share its
-prompt.
+A full block can be found after the step that filled it is committed. Requests with the same salt
+share common prefixes. Without ``enable_prefix_caching``, only the choices of one request (``n``
+above 1) share its prompt.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from workers.requests.sequence import SequenceState
 
 
 class TurnListener(Protocol):
-    """Callbacks about the blocks that sequences leave. A turn's names begin with its prompt's."""
+    """Callbacks about the blocks that sequences leave. ``use.names`` begins with the prompt."""
 
     def prompt_done(self, sequence: SequenceState, use: TurnUse) -> None:
         """All blocks of the prompt are computed; the sequence holds them while it runs."""
@@ -50,9 +50,9 @@ class PrefixCache:
     listener: TurnListener | None = None
     """None if there are no lower tiers."""
     num_queried_tokens: int = 0
-    """Tokens of sequences at their first admission."""
+    """Total tokens of all sequences, counted at their first admission."""
     num_hit_tokens: int = 0
-    """Tokens found at the first admission of their sequence."""
+    """The part of ``num_queried_tokens`` that was found in the cache."""
     num_cached_prompt_tokens: int = 0
     """Prompt tokens that were found, counted once for each request."""
     _turns: dict[SequenceState, Turn] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class PrefixCache:
         return found
 
     def known_hashes(self, sequence: SequenceState) -> list[BlockHash]:
-        """Return the hashes of its known blocks, whether or not their state is known."""
+        """Return hashes of cached blocks of a sequence, even if no recurrent state is cached."""
         hashes = self._reusable(sequence)
         return hashes[: len(self.pool.find(hashes))]
 

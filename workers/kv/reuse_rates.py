@@ -1,10 +1,10 @@
 """Learned probabilities that cached prefixes are used again, by kind and age. Pure.
 
-A prefix is a *turn*: the blocks that one request used last. Its age is the number of blocks that
-were freed since. Ages are counted in bins, each twice as wide as the one before. The fraction of
-turns of a kind that are reused in each bin gives the value of keeping a turn: the maximum, over all
-keep times, of the probability of reuse divided by the expected keep time. The turn with the least
-value is evicted first.
+A *turn* is the set of blocks that one request used last. Its age is the number of blocks that were
+freed since. Ages are divided into bins, each twice as wide as the one before. For each kind of turn
+and each bin, this module counts the fraction of turns that are reused there. The value of a turn is
+the maximum, over all keep times, of the probability of reuse divided by the expected keep time. The
+turn with the least value is evicted first.
 
 Sources: the index is from Gittins, "Bandit Processes and Dynamic Allocation Indices" (1979);
 learned reuse by class and age is from Beckmann et al., "LHD: Improving Cache Hit Rate by Maximizing
@@ -21,8 +21,8 @@ FIRST_BIN = 64
 NUM_BINS = 28
 """Number of bins: the last one begins after more blocks than a worker frees in days."""
 NEW_RATE = 0.2
-"""Initial fraction of new turns that are reused in each bin. Until it is learned, any value means
-least recently used first."""
+"""Initial fraction of new turns that are reused in each bin. As it is equal in all bins, the least
+recently used turn is evicted first until the real fractions are learned."""
 USED_RATE = 4 / 11
 """Initial rate of turns that continue others. It gives twice the value at the same age, as a chat
 that was continued once is twice as likely to be continued again (on the Mooncake trace 0.6 against
@@ -65,7 +65,7 @@ class ReuseRates:
     """Learned rates of all kinds of turns, and the values computed from them."""
 
     def __init__(self, used_rate: float = USED_RATE) -> None:
-        """With ``used_rate`` equal to ``NEW_RATE``, all kinds have the same initial rate."""
+        """``used_rate``: initial rate of turns that continue others; see ``USED_RATE``."""
         rates = [NEW_RATE, *[used_rate] * (_DEPTHS - 1)]
         self._kinds = [_Kind(rate) for _ in (False, True) for rate in rates]
         for kind in self._kinds:
@@ -106,9 +106,9 @@ def bin_of(age: int) -> int:
 
 
 def _score(parts: list[float], first: int) -> float:
-    """Return the maximum number of uses for each block freed while a turn that has reached bin
-    ``first`` is kept, times the width of that bin.
+    """Return the maximum, over all keep times, of expected uses by expected keep time.
 
+    The turn has reached bin ``first``; its width is the unit of time. ``parts``: reuse by bin.
     Example: ``parts`` are 0.5 and 0, in bins of width 1. Keeping a turn for one bin gives 0.5 uses
     in a mean time of 0.75, as reused turns leave after half of the bin; for both, 0.5 in 1.25.
     """

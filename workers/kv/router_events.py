@@ -3,7 +3,7 @@
 A batch is a msgpack array of its time, its events and the publisher's rank; an event is a map with
 its kind in ``type``. This is the format of vLLM 0.24 to 0.33; until 0.23 an event was an array.
 The routers of Dynamo and llm-d read both. Block hashes are integers of 64 bits, which is vLLM's
-default; routers use them as names, and hash the tokens themselves.
+default. Routers use them only as names; they hash the tokens themselves.
 
 Source: ``vllm/distributed/kv_events.py`` of vLLM 0.33. Here the name of a block is the first 64
 bits of our hash, and the medium is always ``GPU``, as it is for vLLM on CPUs.
@@ -22,7 +22,7 @@ from workers.requests.block_hash import SHORT_BYTES, BlockHash
 from workers.requests.request import Request
 
 MEDIUM = "GPU"
-"""Memory from which attention reads the blocks."""
+"""Value of ``medium`` in all events: the memory from which attention reads the blocks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +85,7 @@ class EventBatch(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tru
 
 
 def extra_of(request: Request, length_matters_above: int | None) -> tuple[str, ...]:
-    """Return ``BlockContent.extra`` of a request's first block; see ``request_root``."""
+    """Return ``BlockContent.extra`` for the first block of a request; see ``request_root``."""
     embeds, length = request.prompt_embeds, len(request.prompt)
     matters = length_matters_above is not None and length > length_matters_above
     found = (
@@ -114,7 +114,7 @@ class RouterFeed:
         self._untold: set[BlockHash] = set()
 
     def clear(self) -> list[Event]:
-        """Return an event that clears all blocks. Blocks cached now are not announced again."""
+        """Return an event that removes all blocks; present ones are not announced again."""
         self._told.clear()
         self._untold.clear()
         return [AllBlocksCleared()]

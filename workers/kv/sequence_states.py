@@ -1,8 +1,8 @@
 """Assignment of recurrent states to running sequences and to the prefix cache. Pure.
 
 A state is stored where a later prompt can continue from it: after the last full block that the same
-prompt would reuse, after the last full block of each chunk and of the output so far, and where the
-known blocks of a prompt ended without a known state, as other prompts are likely to branch there.
+prompt would reuse, after the last full block of each chunk and of the output so far, and, if the
+cached blocks of a prompt had no state, after these, as other prompts are likely to branch there.
 The latest state of a sequence replaces its previous latest state.
 """
 
@@ -24,7 +24,7 @@ class SequenceStates:
     """Finds blocks up to a state in the same ``slots``."""
 
     def admit(self, sequence: SequenceState) -> None:
-        """Take the state after the found blocks of an admitted sequence."""
+        """Hold the cached state from which an admitted sequence starts: after its cached blocks."""
         num_found = len(sequence.blocks)
         hashes = self.prefixes.known_hashes(sequence)
         sequence.state = self.slots.take(hashes[num_found - 1]) if num_found else None
@@ -71,7 +71,7 @@ class SequenceStates:
         sequence.branch = 0
 
     def _wanted(self, sequence: SequenceState, first: int, last: int) -> set[int]:
-        """Return the numbers of tokens after which a state is stored, if it may be found there."""
+        """Return token counts, above ``first`` up to ``last``, after which to store a state."""
         size = self.prefixes.block_size
         if last // size == first // size:
             return set()  # most decodes

@@ -1,9 +1,9 @@
 """Reference counts of recurrent states. Pure; the tensors are in ``workers.kv.cache``.
 
-A slot holds the state of one sequence after some of its tokens. A failed step is run again, so a
-step never overwrites a state that it reads: it reads one slot and writes another, and at commit the
-sequence releases the first. The state after a full KV block can be found by the hash of that block
-until its slot is reallocated.
+A slot holds the state of one sequence after some of its tokens. A step reads one slot and writes
+another, because a failed step runs again and then needs the old state. At commit, the sequence
+releases the slot that was read. The state after a full KV block can be found by the hash of that
+block until its slot is reallocated.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from workers.model.state_runs import StateRun
 from workers.requests.block_hash import BlockHash
 
 _IN_A_STEP = 2
-"""Slots of a running sequence in a step: one is read and one is written."""
+"""Number of slots of a running sequence in a step: one is read and one is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,8 @@ class StateMove:
     def runs(self, first: int, last: int) -> Iterator[StateRun]:
         """Yield the runs of the rows at positions ``first`` to ``last`` - 1.
 
-        Rows may be split anywhere between two micro-batches; the state there is in the slot
-        ``write``.
+        If the rows are split between two micro-batches, the first one leaves its state in the slot
+        ``write``, where the second one reads it.
         """
         slots = {self.first: self.read, **dict(self.kept), self.last: self.write}
         cuts = [first, *(p for p in slots if first < p < last), last]
@@ -51,8 +51,8 @@ class StateMove:
 class StateSlots:
     """Reference-counted slots 0 .. num_slots - 1.
 
-    Slots for running sequences are reserved. All other holders (extra) use the remaining slots,
-    which may be exhausted.
+    Running sequences always get their slots, as these are reserved. All other holders, such as
+    copies to tiers, use the remaining *extra* slots, which may be exhausted.
     """
 
     def __init__(self, num_slots: int, max_num_seqs: int) -> None:
@@ -64,7 +64,7 @@ class StateSlots:
         self._pool = BlockPool(self.num_slots)
         self._num_spare = self.num_slots - _IN_A_STEP * max_num_seqs
         self.extra: list[int] = []
-        """Slots held for other purposes than running sequences, once for each holder."""
+        """Slots held for other purposes than running sequences; listed once for each holder."""
 
     @property
     def num_free(self) -> int:
@@ -102,7 +102,7 @@ class StateSlots:
         return slot
 
     def hold_extra(self, block_hash: BlockHash) -> int | None:
-        """Hold the slot of a state to copy. None if it is not known or no slot is left."""
+        """Hold the slot of a cached state to copy it. None if not cached or no slot is left."""
         found = self._pool.find((block_hash,))
         if not found or len(self.extra) == self._num_spare:
             return None
@@ -118,7 +118,7 @@ class StateSlots:
     # Contents of slots
 
     def num_known(self, hashes: Sequence[BlockHash]) -> int:
-        """Number of blocks of a prefix up to the last known state, or 0 without a known state."""
+        """Number of blocks of a prefix up to its last cached state, or 0 if no state is cached."""
         counts = range(len(hashes), 0, -1)
         return next((count for count in counts if self._pool.is_known(hashes[count - 1])), 0)
 

@@ -53,14 +53,14 @@ class TurnAges:
         return Turn(hints, kind, num_before, names[-1] if names else None)
 
     def unobserved_turn(self, *, was_found: bool) -> Turn:
-        """Create an unobserved turn for a block that no request left."""
+        """Create a turn, whose reuse is not measured, for a block that no request left."""
         kind = ReuseRates.kind(int(was_found), has_session=False)
         turn = Turn(NO_HINTS, kind, int(was_found), is_over=True)
         turn.freed = self._clock
         return turn
 
     def end(self, turn: Turn) -> None:
-        """Start the age of a turn at 0, and let a later turn continue it."""
+        """End a turn: its age counts from now, and a later turn may continue it."""
         turn.freed = self._clock
         self.start(turn)
         if turn.tail is None:

@@ -13,7 +13,7 @@ from workers.kv.turns import Turn, TurnQueue
 class TurnQueues:
     """Chooses the turn to evict next and limits the blocks that are kept longer than others.
 
-    At most ``max_kept`` blocks are kept, in equal parts by tenant.
+    At most ``max_kept`` free blocks are kept (``KeepHints.keep_s``), in equal shares by tenant.
     """
 
     def __init__(self, ages: TurnAges, max_kept: int) -> None:
@@ -76,7 +76,7 @@ class TurnQueues:
         return self._victim
 
     def choose_again(self) -> None:
-        """Choose a new victim at the next call of ``victim``, because a turn is added."""
+        """Choose a new victim at the next call of ``victim``. Call it after a turn is added."""
         self._victim = None
 
     def move_aged(self) -> None:

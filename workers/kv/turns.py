@@ -29,7 +29,7 @@ NO_HINTS = KeepHints()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TurnUse:
-    """Blocks and states of a prefix that a turn uses."""
+    """Full blocks and recurrent states of a prefix that a turn uses."""
 
     names: Sequence[bytes]
     """Names of all full blocks, in order."""
@@ -62,7 +62,7 @@ class Turn:
     num_before: int = 0
     """Number of turns that it continues."""
     tail: bytes | None = None
-    """Last block of the prompt, which a next turn reuses; None if the turn is not observed."""
+    """Last block of the prompt, by which a next turn is recognized; None if not measured."""
     blocks: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
     """Free blocks in the order in which they were freed: ends of prefixes first."""
     freed: int = -1

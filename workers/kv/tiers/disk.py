@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 _MAGIC: Final = b"kv block 2\n"
 _IDENTITY_BYTES: Final = 16
 _HEADER: Final = struct.Struct(f"!11s{_IDENTITY_BYTES}sB{HASH_BYTES}sQ32s")
-"""Magic, digest of the identity, 1 with a parent, the parent, size of the data, SHA-256."""
+"""Magic, digest of the identity, 1 if the item has a parent, parent, size of data, SHA-256."""
 _WRONG_SIZE: Final = "its size is wrong"
 _NO_PARENT: Final = bytes(HASH_BYTES)
 
@@ -217,7 +217,7 @@ class DiskTier(Tier):
         return stored
 
     def _take_over(self, stored: dict[bytes, _StoredItem]) -> None:
-        """Enter items whose prefixes are complete, the latest file as the most recently used."""
+        """Add the items whose prefixes are complete. The latest file is the most recently used."""
         own = {n: item for n, item in stored.items() if item.identity == self._identity}
         lost: set[bytes] = set()
         for item in sorted(own.values(), key=lambda item: item.modified_s):
@@ -231,7 +231,7 @@ class DiskTier(Tier):
     def _enter_behind_parents(
         self, item: _StoredItem, found: dict[bytes, _StoredItem], lost: set[bytes]
     ) -> None:
-        """Enter an item after its missing parents. ``lost``: items known to lack a parent."""
+        """Add an item, but first its parents. ``lost``: items known to lack a parent."""
         chain = [item]
         while (parent := chain[-1].parent) is not None and not self.has(parent):
             if parent not in found or parent in lost or len(chain) > len(found):
@@ -242,7 +242,7 @@ class DiskTier(Tier):
             self._enter_found(each)
 
     def _enter_found(self, item: _StoredItem) -> None:
-        """Enter a file as a turn of its own, which is not observed."""
+        """Add a file as a separate turn, whose reuse is not measured."""
         use = TurnUse(names=(), num_prompt=0, hints=KeepHints(tenant=item.tenant))
         with self._lock:
             turn = self._order.begin(use, self._clock())

@@ -33,7 +33,7 @@ _STOP_S = 5.0
 
 
 def no_sweep() -> None:
-    """Delete nothing: there are no folders of other processes."""
+    """Default ``sweep``, which deletes nothing."""
 
 
 class DiskWriter:
@@ -42,7 +42,7 @@ class DiskWriter:
     Any thread may call the methods. Only ``close`` and the ``wait_`` methods block.
 
     Args:
-        host: tier that has the data of turns.
+        host: tier in host memory, from which the blocks of turns are copied.
         open_disk: opens the tier. Raises ``OSError``, or ``ConfigError`` if it can never be opened.
         sweep: deletes abandoned folders. Raises ``OSError``.
         clock: monotonic seconds.
@@ -98,7 +98,7 @@ class DiskWriter:
                 raise self._error
 
     def use(self, identity: str) -> None:
-        """Set the identity of new blocks. Items of another identity are deleted."""
+        """Set the identity of new blocks (``workers.kv.tiers.disk``); delete items of others."""
         with self._changed:
             self._identity = identity
             self._changed.notify_all()

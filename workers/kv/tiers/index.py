@@ -1,9 +1,9 @@
 """Index and eviction order of the items of one tier. Pure; single-threaded.
 
-The tier has a limit in bytes. Items are KV blocks by hash, and recurrent states by the
-``state_key`` of the block before them, which is their parent. All tenants have equal shares. If the
-tier is full, items of a tenant with more than its share are evicted first, by value
-(``workers.kv.eviction``). A tenant without a turn for ``IDLE_S`` has no share.
+The tier has a limit in bytes. An item is a KV block, named by its hash, or a recurrent state, named
+by the ``state_key`` of the block before it, which is its parent. All tenants have equal shares. If
+the tier is full, it first evicts items of a tenant that exceeds its share, in the order of
+``workers.kv.eviction``. A tenant without a turn for ``IDLE_S`` has no share.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TierTurn:
     use: TurnUse
     turn: Turn
     held: dict[bytes, int] = field(default_factory=dict)
-    """Items of the turn that are in the tier, in order, each with its number in the tier."""
+    """Items of the turn that are in the tier, in order, each with its serial number there."""
 
 
 class TierIndex:

@@ -1,7 +1,8 @@
 """Provides blocks and recurrent states to other workers.
 
-The threads of the KV server request items from ``KvBlockProvider``, and the engine thread holds the
-blocks between two steps. Items that only a lower tier has are provided as well.
+The threads of the KV server request items from ``KvBlockProvider``. Between two steps, the engine
+thread holds the requested blocks, so that they stay unchanged while they are sent. Items that only
+a lower tier has are provided as well.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 UNMEASURED_COST = 0.1
-"""Relative cost until both rates are measured: most links are faster than most models."""
+"""Cost ratio until both rates are measured; below 1, as most links outrun most models."""
 FORGET_S = 60.0
-"""Age after which a measurement of the link is discarded, so that the link is tried again."""
+"""Seconds after which a measurement of the link is discarded, so that it is tried again."""
 _MEMORY = 0.8
 """Factor by which each new measurement reduces the weight of the earlier ones."""
 

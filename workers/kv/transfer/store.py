@@ -1,9 +1,9 @@
 """Transfer of blocks and recurrent states between the pools of two workers.
 
 Only the engine thread uses ``KvTransferStore``, like the pool. A held block with a hash does not
-change. An item of the transfer (``workers.transport.peer_link``) is one block: its part of the
-cache of each layer, in order. Its key is the hash, which covers tokens and tenant: a worker that
-does not know the hash cannot fetch the block.
+change. An item of the transfer (``workers.transport.peer_link``) is one block, with its data from
+all layers in order. The key of an item is the hash of the block. As the hash covers tokens and
+tenant, a worker can fetch only blocks of prompts that it has itself.
 
 A model with recurrent states can use blocks only up to a known state. A worker first requests a
 state: it sends the ``state_key`` of each block after which a state would help. It receives the last
@@ -33,10 +33,10 @@ class StateFetch:
     slot: int
     """Slot to fill, held during the fetch."""
     num_known: int
-    """Number of blocks up to the last state that was known when the fetch began, or 0. Only the
+    """Number of blocks up to the last state that was cached when the fetch began, or 0. Only the
     state of a later block is useful."""
     num_before: int = 0
-    """Number of blocks up to the fetched state, or 0; written by the thread that fills the slot."""
+    """Number of blocks up to the fetched state; 0 until the fetching thread has filled it."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -48,7 +48,7 @@ class Fetch:
     found: list[int]
     """Blocks that the pool had when the fetch began, held during the fetch."""
     num_usable: int
-    """Number of usable blocks of ``found`` when the fetch began: all, or up to a known state."""
+    """Number of usable blocks of ``found`` when the fetch began: all, or up to a cached state."""
     blocks: list[int]
     """Blocks for the rest of the prefix."""
     num_filled: int = 0
@@ -74,7 +74,7 @@ class Fetch:
 
     @property
     def num_gained(self) -> int:
-        """Number of blocks that the fetch saves from being computed."""
+        """Number of blocks that need not be computed thanks to the fetch."""
         if self.state is None:
             return self.num_filled
         num_here = len(self.found) + self.num_filled

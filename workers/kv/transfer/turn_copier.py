@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 MAX_HELD = 64
 """Limit of blocks of a turn that are held and copied at a time."""
 MAX_BATCHES = 8
-"""Limit of turns with held blocks: new blocks can be held only between two steps."""
+"""Limit of batches of held blocks. It is above 1 as blocks can be held only between two steps."""
 _FREE_SHARE = 8
-"""At most one in ``_FREE_SHARE`` free blocks is held for turns that have ended."""
+"""Copies of ended turns hold at most one in ``_FREE_SHARE`` free blocks."""
 _RUNNING_SHARE = 0.5
 """Largest fraction of host memory that running turns hold."""
 MAX_TURNS = 1024
