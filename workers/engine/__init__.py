@@ -1,4 +1,4 @@
 """The engine of one attention worker: schedule, run, sample, commit, emit.
 
-Imports all of ``workers`` except ``process``; never Ray or gRPC.
+May import all of ``workers`` except ``process``; must not import Ray or gRPC.
 """

@@ -69,7 +69,7 @@ class ActiveRequests:
         return known[0].request.attempt if known else -1
 
     def num_tokens(self, request_id: str) -> int:
-        """Smallest number of tokens, including the prompt, of the choices of a request."""
+        """Number of tokens, including the prompt, of the shortest choice of a request."""
         return min(s.num_tokens for s in self._sequences[request_id])
 
     def _stop_using(self, adapter: str) -> None:

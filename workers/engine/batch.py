@@ -40,14 +40,14 @@ _KEY_MASK = np.uint64((1 << 63) - 1)
 
 
 def batch_order(planned: PlannedRows) -> int:
-    """Sort key: decodes first, ordered by length; prompts keep their order after them."""
+    """Sort key of a batch: decodes first, by length class, then prompts in unchanged order."""
     return group_size(len(planned.sequence.blocks)) if planned.is_decode else sys.maxsize
 
 
 def split_rows(
     planned: Sequence[PlannedRows], num_first: int
 ) -> tuple[list[PlannedRows], list[PlannedRows]]:
-    """Split planned rows into the first ``num_first`` rows and the rest."""
+    """Split a plan into its first ``num_first`` rows and the rest; may divide a prompt chunk."""
     first: list[PlannedRows] = []
     second: list[PlannedRows] = []
     left = num_first
@@ -91,7 +91,7 @@ class PlannedBatchRows:
 
 
 class MicroBatch:
-    """The tensors of one micro-batch, built on the CPU and moved to the device in one copy.
+    """The input tensors of one micro-batch, built on the CPU and copied to the device at once.
 
     Args:
         planned: rows of the micro-batch in ``batch_order``.
@@ -113,10 +113,10 @@ class MicroBatch:
     ) -> None:
         self._device = device
         self.captures = _captures(planned)
-        """Sequences whose requests inspect the model, with their captures."""
+        """Sequences of requests that ask for internal tensors, with buffers for these tensors."""
         decode_rows = num_decodes(planned)
         staging = [*row_columns(planned, tables, cache.block_size)]
-        # Torch always computes attention maps, from chunks of prompts.
+        # Attention maps are always computed by torch, which needs prompts as separate chunks.
         is_whole = is_native or cache.is_read_in_place
         in_pieces = () if is_whole and not self.captures else planned
         groups = self._stage_decodes(in_pieces[:decode_rows], cache, tables, staging)
@@ -128,7 +128,7 @@ class MicroBatch:
         tokens, positions, prompt_lengths, slots = (next(tensors) for _ in range(4))
         recorder = BatchRecorder([c for _, c in self.captures]) if self.captures else None
         self.inputs: ModelInputs | None = None
-        """Inputs of the model; None without rows."""
+        """Inputs of the model; None if the micro-batch has no rows."""
         if planned:
             decodes = tuple(self._decode_group(g, tensors, cache.block_size) for g in groups)
             prefills = tuple(self._chunks(chunks, decode_rows, tensors))
@@ -171,8 +171,8 @@ class MicroBatch:
         tables: BlockTables,
         staging: list[NDArray[np.int64]],
     ) -> list[tuple[int, int]]:
-        """Append each group's padded tables and lengths to ``staging``; returns their row
-        ranges."""
+        """Append the padded block tables and lengths of each group of decodes to ``staging``;
+        returns the row range of each group."""
         num_blocks = [rows.first // cache.block_size + 1 for rows in planned]
         sizes = [group_size(number) for number in num_blocks]
         groups = runs(sizes, cache.blocks_per_piece)
@@ -205,7 +205,7 @@ class MicroBatch:
 
 
 def row_chunks(planned: Sequence[PlannedRows], tables: BlockTables) -> RowChunks:
-    """The row chunks that native kernels read."""
+    """Return the rows as chunks of consecutive positions, which native kernels read."""
     num_rows = 0
     chunks: list[int] = []
     for rows in planned:
@@ -226,7 +226,7 @@ def row_chunks(planned: Sequence[PlannedRows], tables: BlockTables) -> RowChunks
 def state_rows(
     planned: Sequence[PlannedRows], num_decodes: int, device: torch.device
 ) -> StateRows | None:
-    """Runs between recurrent states, those of decodes first; None if the model has no states."""
+    """Row ranges that share a recurrent state, decodes first; None for a model without states."""
     if not planned or planned[0].states is None:
         return None
     by_sequence = [*_state_runs(planned)]
@@ -238,7 +238,7 @@ def state_rows(
 
 
 def _state_runs(planned: Sequence[PlannedRows]) -> Iterator[list[StateRun]]:
-    """Yield the runs of each sequence."""
+    """Yield the ``StateRun`` list of each sequence."""
     begin = 0
     for rows in planned:
         assert rows.states is not None, "all sequences have states, or none"
@@ -250,7 +250,7 @@ def _state_runs(planned: Sequence[PlannedRows]) -> Iterator[list[StateRun]]:
 def prompt_embedding_rows(
     planned: Sequence[PlannedRows], device: torch.device
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield the entries of ``ModelInputs.given``."""
+    """Yield the first row and the embeddings of each prompt given as embeddings."""
     row = 0
     for rows in planned:
         embeds = rows.sequence.request.prompt_embeds
@@ -272,7 +272,7 @@ def has_adapters(planned: Sequence[PlannedRows]) -> bool:
 
 
 def _captures(planned: Sequence[PlannedRows]) -> list[tuple[SequenceState, Capture]]:
-    """Captures for the entries whose requests inspect the model's internal tensors."""
+    """Return a capture for each plan entry whose request asks for internal tensors."""
     captures: list[tuple[SequenceState, Capture]] = []
     row = 0
     for rows in planned:
@@ -307,9 +307,9 @@ def row_tokens(planned: Sequence[PlannedRows]) -> NDArray[np.int64]:
 def next_tokens(
     planned: StepPlan, first_row: Sequence[int], drawn: Mapping[SequenceState, Sequence[int]]
 ) -> NDArray[np.int64]:
-    """[num_rows] int64: the token after the one of each row, 0 if it is not known.
+    """Return [num_rows] int64: the token that follows the token of each row; 0 if it is unknown.
 
-    ``first_row`` by entry of the plan; ``drawn``: sampled tokens after the newest token and drafts.
+    ``first_row``: first row of each plan entry. ``drawn``: tokens sampled in this step.
     """
     following = np.zeros(planned.num_rows, dtype=np.int64)
     for rows, row in zip(planned.rows, first_row, strict=False):
@@ -349,7 +349,7 @@ def _prompt_lengths(planned: Sequence[PlannedRows]) -> list[int]:
 def _expand_to_rows(
     planned: Sequence[PlannedRows], *entries: Sequence[int | None]
 ) -> NDArray[np.int64]:
-    """[1 + len(entries), T]: positions of all rows, and the values of each row's plan entry."""
+    """Return [1 + len(entries), T]: the position of each row, then the values of its plan entry."""
     columns = np.array([[rows.first for rows in planned], *entries], dtype=np.int64)
     if num_decodes(planned) < len(planned):  # else each entry has one row
         counts = _int64_array([rows.count for rows in planned])

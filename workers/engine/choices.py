@@ -12,11 +12,11 @@ from workers.sampling.grammar import CompiledGrammar, GrammarState
 def open_choices(
     request: Request, grammar: CompiledGrammar | None, arrival: int, now: float
 ) -> dict[SequenceState, GrammarState | None]:
-    """Create one sequence per open choice, with its own grammar state. The others wait for the
-    first one. A beam search starts with one sequence.
+    """Create one sequence per choice that is not complete, with its own grammar state. Only the
+    first one computes the prompt; the others wait for it. A beam search starts with one sequence.
 
-    ``grammar`` is the request's compiled grammar, ``arrival`` its number in the order of receipt,
-    ``now`` the monotonic time. Raises ``RequestError`` if an earlier output does not match.
+    ``arrival`` is the request's number in the order of receipt, ``now`` the monotonic time.
+    Raises ``RequestError`` if the output of an earlier attempt does not match ``grammar``.
     """
     assert (grammar is None) is (request.params.grammar is None), "compiled before it is added"
     deadline = now + request.deadline_ms / 1000 if request.deadline_ms else math.inf

@@ -1,10 +1,10 @@
 """Decode steps as CUDA graphs: the host launches all kernels of a step with one call.
 
-Launched one by one, the several hundred kernels of a step take the host longer than the GPU. A step
-is captured once per bucket (a number of rows) and replayed for every step that fits. The missing
-rows are padding, which writes to its own KV block. The inputs are at fixed addresses: integers are
-copied at once, block tables only where they changed. If other workers have the experts, a step has
-one graph for each part between two exchanges (``StepGraph``).
+Launching the several hundred kernels of a step one by one takes longer on the host than running
+them takes on the GPU. A step is captured once per bucket (a number of rows) and replayed for every
+step that fits. Missing rows are padding, which writes to its own KV block. Inputs are at fixed
+addresses: all integers are copied in every step, block tables only where they changed. If other
+workers have the experts, a step has one graph for each part between two exchanges (``StepGraph``).
 
 Source: buckets as in vLLM and SGLang.
 """
@@ -54,13 +54,13 @@ class _CapturedStep:
     """A captured step. T is the number of rows of all micro-batches, each padded to the bucket."""
 
     staging: NDArray[np.int64]
-    """[columns, T] in host memory that an asynchronous copy may still read."""
+    """Inputs [columns, T] in host memory, which an asynchronous copy may still read."""
     numbers: Tensor
-    """[columns, T] int64 on the device."""
+    """The same inputs on the device, int64."""
     graph: StepGraph
     hidden: Tensor
     topk_ids: Tensor
-    """[sum of k over the banks, T] int64: the transposed ids of the banks, concatenated."""
+    """[sum of k over the banks, T] int64: chosen experts, transposed, one bank after another."""
     exchanges: CapturedExchanges
 
 
@@ -160,7 +160,7 @@ class DecodeGraphs:
         return self._blocks
 
     def _fill(self, staging: NDArray[np.int64], planned: Sequence[PlannedRows]) -> None:
-        """Write the inputs of a step. Each padding row has token 0 and no request."""
+        """Write the inputs of a step to ``staging``; a padding row has token 0 and no request."""
         count = len(planned)
         if count:
             columns = row_columns(planned, self._tables, self._cache.block_size)

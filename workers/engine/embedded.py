@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class EmbeddedEngine:
-    """``Engine`` with all experts in this process. ``step`` grants rows as a leader would."""
+    """``Engine`` with all experts in this process. ``step`` also decides which rows to run."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class EmbeddedEngine:
         ``num_threads`` sets the kernel threads and the torch threads of this process. None selects
         one kernel thread and keeps the torch threads; an exact engine always uses one torch thread.
         ``kernels`` is as in ``WorkersSection``. ``quantize`` and ``quantize_layers`` are as in
-        ``ModelSection`` and apply to a checkpoint from its folder. ``wrap`` may replace the
+        ``ModelSection`` and are ignored for an open checkpoint. ``wrap`` may replace the
         dispatcher. Raises ``CheckpointError`` and ``ConfigError``.
         """
         section = section or EngineSection()
@@ -138,10 +138,10 @@ class EmbeddedEngine:
         """Load an adapter; its name is its key. Raises ``CheckpointError``."""
         adapters = self.engine.adapters
         for _ in adapters.build(name, adapters.read(folder)):
-            pass  # each step makes one part
+            pass  # each call loads one part
 
     def describe(self, name: str) -> EngineHello:
-        """What a gateway needs to know about the engine, under this name."""
+        """Describe this engine to a gateway as the worker ``name``."""
         hello = make_hello(name, self.config, self.banks, str(self.dtype).removeprefix("torch."))
         return add_capacity(replace(hello, generation=1), self.engine, self._block_size)
 

@@ -1,9 +1,8 @@
 """The engine of one attention worker: schedule, run, sample, commit, emit.
 
-A step changes no sequence before the model has run to its last layer and the tokens are sampled. If
-a peer is lost during the step, every sequence is unchanged and the step can run again with the same
-result. Only one thread may use the engine; other threads may read ``stats`` and the number of
-blocks.
+A step changes sequences only after the model has run to its last layer and the tokens are sampled.
+If a peer is lost before, no sequence has changed and the step can run again with the same result.
+Only one thread may use the engine; other threads may read ``stats`` and the number of blocks.
 """
 
 from __future__ import annotations
@@ -74,9 +73,9 @@ class Engine:
     ) -> None:
         """Allocate the KV cache on the model's device. Raises ``ConfigError``.
 
-        ``is_exact``: the token sampled from a row does not depend on other rows, to the last bit.
-        ``max_model_len`` None uses the checkpoint's context; the model must have been loaded with
-        that number of positions. ``team`` samples with a native kernel; None uses torch.
+        ``is_exact``: results of a row are bitwise equal regardless of the other rows.
+        ``max_model_len``: context limit, with which ``model`` must have been loaded too; None: the
+        limit of the checkpoint. ``team``: native sampling threads; None: torch samples.
         """
         self._section = section
         self._has_predictor = config.has_predictor
@@ -121,13 +120,13 @@ class Engine:
             clock=clock,
         )
         self._intent = StepIntent()
-        """The intent of the latest proposal."""
+        """Sequences that this rank intends to run in the step that it proposed last."""
         self.load = LoadCounter(banks, self.cache.side)
         """Tokens by expert and copy in committed steps."""
         self.set_dispatcher(dispatcher)
 
     def set_dispatcher(self, dispatcher: TokenDispatcher) -> None:
-        """Exchange rows through ``dispatcher``. The engine must have no requests."""
+        """Send rows to the experts through ``dispatcher``. The engine must have no requests."""
         assert not self.has_work
         tables, runner = self._scheduler.tables, self.runner
         tables.forget_changes()
@@ -176,8 +175,8 @@ class Engine:
         return self.kv_store.begin(hashes, cached, num_spare=len(self._scheduler.queues.running))
 
     def take_admissible(self, at_most: int) -> list[tuple[Request, tuple[BlockHash, ...]]]:
-        """Return requests that fit into the next steps, with the hashes of the full blocks of their
-        prompts. Each is returned once, and once more after each preemption.
+        """Return at most ``at_most`` requests that can be admitted soon, with the hashes of their
+        prompts' full blocks. Each is returned once, and once more after each preemption.
         """
         prefixes, isolation = self._scheduler.prefixes, self.requests.isolation
         if not prefixes.is_enabled or isolation.is_waiting:
@@ -238,7 +237,7 @@ class Engine:
         return replace(rows, parents=requests.traced.parents(intent.sequences))
 
     def poll(self) -> list[TokenOutput]:
-        """Return outputs that need no step: choices past their deadline or complete at receipt."""
+        """Return outputs that need no step: of choices that expired or arrived complete."""
         now = self._clock()
         self.pool.advance(now)
         self.requests.fail_late(now)
@@ -248,8 +247,8 @@ class Engine:
     def step(self, header: StepHeader) -> list[TokenOutput]:
         """Run the granted rows, and return the outputs, including those of ``poll``.
 
-        Takes part in the exchanges of a grant even if no rows are left to run. Raises
-        ``TransportError`` with the plan abandoned and all sequences unchanged.
+        If no granted row is left to run, this rank still takes part in all exchanges. Raises
+        ``TransportError`` after undoing the plan, with all sequences unchanged.
         """
         grant = header.grant(self._rank)
         begin = 0.0 if self._speculator is None else self._clock()
@@ -288,7 +287,7 @@ class Engine:
     def _predict(
         self, plan: StepPlan, result: StepResult | None, tokens: StepTokens | None
     ) -> StepResult | None:
-        """Run the predictor on all rows of a step, to get drafts for the next one."""
+        """Run the predictor on all rows of a step, to get draft tokens for the next step."""
         drawn = {} if tokens is None else tokens.drawn
         ids = {s: [one.token for one in tokens_of] for s, tokens_of in drawn.items()}
         first_row = () if result is None else result.first_row

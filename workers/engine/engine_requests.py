@@ -35,7 +35,7 @@ _POISONOUS = Failure(
     "a third worker in a row was lost with this request, which was alone in its step",
     "poisonous_request",
 )
-"""The request is the likely cause of the crash; see ``workers.engine.isolation``."""
+"""Error of a request that probably crashes workers; see ``workers.engine.isolation``."""
 
 
 class EngineRequests:
@@ -71,7 +71,7 @@ class EngineRequests:
         self._paused = PausedRequests()
         self._outputs: list[TokenOutput] = []
         self.isolation = Isolation()
-        """Which request runs alone, as far as gateways and other workers know."""
+        """Counts the worker deaths of each request and decides which one runs alone."""
         self.traced = TracedRequests()
         """Requests whose steps have trace spans."""
 
@@ -94,7 +94,7 @@ class EngineRequests:
         return self._scheduler.queues.by_adapter()
 
     def restriction(self, alone: str | None) -> Restriction:
-        """Which requests may have rows. ``alone``: the only one, even if it is held back."""
+        """Return which requests may run. ``alone``: id of the only one, even if it is held back."""
         return Restriction(self.isolation.suspects | self._paused.request_ids, alone)
 
     # Arrival
@@ -132,13 +132,13 @@ class EngineRequests:
                 self._emit(sequence, ending, now)
 
     def _check(self, request: Request) -> None:
-        """Raise if the engine cannot serve a request or has no room for it."""
+        """Raise if the engine cannot serve a request or its queue is full."""
         if request.adapter and request.adapter not in self._adapters:
             raise ModelNotFoundError("the adapter of the request is no longer loaded")
         self._sampler.inspector.check(request)
         if self._active.attempt(request.request_id) >= request.attempt:
             raise RequestError(f"request {request.request_id} is already here", "request_id")
-        if not request.attempt:  # else a lost worker has already admitted it
+        if not request.attempt:  # a later attempt was admitted before, by a worker that was lost
             waiting = len(self._scheduler.queues.waiting)
             tokens = self._scheduler.admission.num_waiting_tokens
             check_queue_limits(request, self._section, waiting, tokens)
@@ -157,7 +157,7 @@ class EngineRequests:
         self._paused.forget(request_id)
 
     def take_paused(self) -> list[str]:
-        """Return the requests that become paused now, except possible solo requests."""
+        """Return requests that have become paused, except those that may have to run alone."""
         return self._paused.take_paused(self._active.num_tokens, self.isolation.suspects)
 
     def record_worker_death(self) -> None:
@@ -167,7 +167,7 @@ class EngineRequests:
             self._fail_all(self._active.sequences(culprit), _POISONOUS, self._clock())
 
     def take_solo_steps(self) -> list[SoloStep | Queued]:
-        """Stages of solo steps to report to gateways; see ``Isolation``."""
+        """Return messages about solo steps that gateways must receive; see ``Isolation``."""
         attempt, now = self._active.attempt, self._clock()
         return self.isolation.advance(self._could_run_alone, attempt, now)
 

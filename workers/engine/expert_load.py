@@ -1,9 +1,9 @@
 """Expert load of an attention rank: the experts that its routers chose in committed steps.
 
-A step only queues its tensors. They are counted in bulk, many steps in one operation for each bank,
-mostly by the thread that reports the counts, so a step spends almost no time on them. On a GPU the
-counts stay on the device until the report, and no step waits for them. Padding rows and failed
-steps are not counted.
+A step only queues its tensors. Later, usually on the thread that reports the counts, one operation
+for each bank counts many steps, so a step spends almost no time on it. On a GPU the counts stay on
+the device until the report, and no step waits for them. Padding rows and failed steps are not
+counted.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from workers.model.host_copies import to_host
 from workers.model.side_stream import SideStream
 
 _MAX_STEPS = 256
-"""Number of queued steps from which the data thread counts them."""
+"""Number of queued steps at which the data thread counts them itself."""
 _MAX_ROWS = 4096
-"""Number of queued rows from which the data thread counts them: 12 MB with 61 layers of top-6."""
+"""Number of queued rows at which the data thread counts them: 12 MB with 61 layers of top-6."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class RoutedRows:
     topk_ids: Tensor
     """[rows, top_k] int64, never changed later."""
     copies: ChosenCopies | None
-    """Which copy of the expert serves each prompt row; None: the first copy."""
+    """The copy of each chosen expert that serves a prompt row; None: always the first copy."""
     num_decodes: int
 
 
@@ -115,7 +115,7 @@ class LoadCounter:
             )
 
     def _take_pending(self) -> list[_PendingStep | _Counts]:
-        """Take all queued entries. Another thread may take some at the same time."""
+        """Remove and return all queued entries. Threads may call it concurrently."""
         entries = []
         with suppress(IndexError):
             while True:

@@ -15,7 +15,7 @@ from workers.requests.wire import EngineHello
 def make_hello(
     worker: str, config: ModelConfig, banks: Sequence[BankSpec], dtype: str
 ) -> EngineHello:
-    """Describe an engine before it exists, in no generation and without capacity."""
+    """Describe the model of an engine. Generation and capacity are 0, to be set later."""
     shape = shape_of(config, banks)
     return EngineHello(
         worker=worker,
@@ -39,6 +39,6 @@ def make_hello(
 
 
 def add_capacity(hello: EngineHello, engine: Engine, block_size: int) -> EngineHello:
-    """Add the engine's limits; ``block_size`` is the number of tokens in a KV block."""
+    """Add the limits of an engine to ``hello``; ``block_size``: tokens of a KV block."""
     num_tokens = engine.pool.num_blocks * block_size
     return replace(hello, max_model_len=engine.max_model_len, max_kv_tokens=num_tokens)

@@ -1,10 +1,10 @@
 """Finds a request that crashes workers, by running suspects alone.
 
-    two deaths with it in the step, none of its rows committed between: a suspect, held back
-      ─▶ a solo step is offered to its gateway, which acknowledges the offer
+    two workers in a row die in a step with the request: it is a suspect and does not run
+      ─▶ this worker offers a solo step to the request's gateway, which acknowledges the offer
       ─▶ the step is certain: the gateway records that the request runs alone, and acknowledges
-           ─▶ one step alone, cluster-wide
-                ─▶ it commits: cleared
+           ─▶ one step runs, in which the cluster has no other rows
+                ─▶ it commits: the request is no longer a suspect
                 ─▶ a third worker dies: the request fails with an error
       ─▶ the step is over: the gateway records that, and acknowledges; others run again
 
@@ -23,7 +23,7 @@ from cluster.core.topology import Generation
 from workers.requests.request import MAX_DEATHS, Queued, SoloStage, SoloStep
 
 ACKNOWLEDGE_LIMIT_S = 1.0
-"""Time limit to acknowledge an offer. Then other requests run, and the offer is repeated."""
+"""Seconds to acknowledge an offer; after them, other requests run and the offer is repeated."""
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ class Isolation:
 
     def __init__(self) -> None:
         self._deaths: dict[str, int] = {}  # since the last commit of its rows
-        self._hit: dict[str, None] = {}  # in an abandoned step, not committed since
+        self._hit: dict[str, None] = {}  # ids in an abandoned step, without a commit since
         self._solo: _Solo | None = None
         self._messages: list[SoloStep | Queued] = []
 

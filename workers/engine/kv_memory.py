@@ -23,7 +23,7 @@ from workers.scheduling.step_plan import PlannedRows, StepPlan
 class KvMemory:
     """Allocates KV blocks and recurrent states, and clears those that may contain NaN.
 
-    Values of a broken step must not be read by a block's next holder, nor found in the cache.
+    After a step with NaN or infinity, its blocks are removed from the prefix cache and zeroed.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class KvMemory:
             num_states=0 if states is None else states.num_slots,
         )
         self.pool = BlockPool(num_blocks, int(num_blocks * section.kv_kept_share))
-        """Free blocks, and the contents of the others."""
+        """Tracks which blocks are free and what the others contain."""
         self.store = KvTransferStore(self.pool, self.cache, states)
-        """Blocks to send to other workers, and blocks being fetched from them."""
+        """Holds blocks that are sent to other workers or fetched from them."""
         self.tiers: KvTiers | None = None
         """Lower tiers; None until they are set."""
 
@@ -66,7 +66,7 @@ class KvMemory:
     def clear_rejected(
         self, broken: Sequence[PlannedRows], drawn: Mapping[SequenceState, Sequence[int]]
     ) -> None:
-        """Clear cache slots of rejected drafts in ``broken``: later rows would read NaN."""
+        """Clear cache slots of rejected drafts in ``broken`` entries, which may contain NaN."""
         rejected = [
             replace(rows, first=rows.first + kept, count=rows.count - kept)
             for rows in broken
@@ -86,5 +86,5 @@ class KvMemory:
         return dirty
 
     def clear_free(self, dirty: Collection[int]) -> None:
-        """Clear the free blocks of ``dirty``, so that their next holder does not read them."""
+        """Clear the blocks of ``dirty`` that are free, before another sequence gets them."""
         self.cache.clear([block for block in dirty if self.pool.is_free(block)])

@@ -33,11 +33,12 @@ def decide_header(
     ``proposals`` has one entry for each attention rank of the generation. Decode rows are always
     granted. Prefill rows are capped at ``max_prefill_rows`` over all ranks. The first rank to get
     prefill rows rotates with the step number, so that no rank starves. ``micro_batches`` is applied
-    to the granted rows. A proposal that must be alone gets the whole step; among several, the
-    choice rotates in the same way. If no rank has prefill rows, decode rows are padded to one of
-    ``buckets`` and the rows on an edge are limited (``limit_edges``).
+    to the granted rows. A proposal for a solo step gets the whole step; if there are several,
+    the choice rotates in the same way. If no rank has prefill rows, decode rows are padded to
+    one of ``buckets`` and the rows on an edge are limited (``limit_edges``).
 
-        4 ranks want 300 prefill rows each, cap 512, step 6: rank 2 gets 300, rank 3 gets 212
+    Example: if 4 ranks propose 300 prefill rows each and the cap is 512, then in step 6 rank 2
+    gets 300 rows, rank 3 gets 212 and the others none.
     """
     ranks = sorted(proposals)
     if not even_empty and not any(proposals[r].num_rows for r in ranks):
@@ -114,8 +115,8 @@ def limit_edges(ranks: Sequence[tuple[int, int]]) -> int:
 
     ``ranks``: the rows in a micro-batch and the ``StepProposal.edge_share`` of each attention rank.
     The limit is the largest recent need plus two standard deviations of a Poisson distribution, as
-    the need varies like a sum of independent choices. The result is 0, no limit, if a limit would
-    save less than a quarter of the rows or would apply to a rank with an unknown share.
+    the need varies like a sum of independent choices. The result is 0 (no limit) if a limit would
+    save less than a quarter of the rows, or if the share of a rank is unknown.
     """
     needed = max((-(-rows * share // ALL_ROWS) for rows, share in ranks), default=0)
     limit = needed + math.ceil(2 * math.sqrt(needed))

@@ -1,8 +1,8 @@
 """When the leader splits a step into two micro-batches. Pure.
 
-While the expert workers compute one, the attention workers compute the other. The cost: every
-micro-batch runs each layer's operations and reads the expert weights again, so splitting a small
-batch makes it slower. ``benchmarks/serving/micro_batches.py`` measures the break-even point.
+While the expert workers compute one, the attention workers compute the other. But every micro-batch
+runs each layer's operations and reads the expert weights again, so splitting a small batch makes it
+slower. ``benchmarks/serving/micro_batches.py`` measures the break-even point.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Runs one step of the model: from planned rows to their final hidden states, or to logits.
 
-The runner drives one generator per micro-batch (see ``workers.model.layers``): it dispatches the
-exchanges that a layer yields, and resumes the layer with the combined outputs. If nothing reads
-values between the layers, native code runs all layers in one call, including the exchanges. A step
-changes only the KV of its rows, which no other step reads before the commit.
+The runner drives one generator per micro-batch (see ``workers.model.layers``): when a layer yields
+rows for the experts, the runner sends them, and resumes the layer with the combined outputs. If
+nothing reads values between the layers, native code runs all layers in one call, including the
+exchanges. A step changes only the KV of its rows, which no other step reads before the commit.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ class StepResult:
     finite: Tensor
     """[num_rows] bool: whether the row of ``hidden`` has no NaN or infinity."""
     logits: Tensor | None
-    """[num_rows, V] for all rows of ``hidden``; None if the head has not run."""
+    """[num_rows, V] for all rows of ``hidden``; None if the language model head has not run."""
     finish: Callable[[], None]
     """Waits for the messages of the step. Call it before the host reads one of these tensors, or a
     tensor computed from them. Raises ``TransportError``."""
     routed: tuple[tuple[RoutedRows, ...], ...]
     """The chosen experts, indexed [bank][micro-batch]."""
     captures: Mapping[SequenceState, Sequence[Capture]]
-    """Captures for sequences whose requests inspect the model's internal tensors."""
+    """Internal tensors of the model, for sequences of requests that ask for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class PredictorOutput:
     """Outputs of the predictor for the rows of a plan."""
 
     hidden: Tensor
-    """[num_rows, hidden_size] for the head, in the order of ``StepResult.hidden``."""
+    """[num_rows, hidden_size]: inputs of the head, in the order of ``StepResult.hidden``."""
     routed: tuple[tuple[RoutedRows, ...], ...]
     """``StepResult.routed`` including the predictor's bank."""
 
@@ -102,12 +102,12 @@ class ModelRunner:
     dispatcher: TokenDispatcher
     rank: int = 0
     first_dispatch: float | None = None
-    """Monotonic time of the latest step's first dispatch, even if the step failed; without a
-    dispatch, the start of its layers."""
+    """Monotonic time of the first dispatch in the latest step, even if the step failed. If the
+    step had no dispatch: the time at which its layers started."""
     on_compute: Callable[[], None] = lambda: None
     """Called at the time of ``first_dispatch``."""
     advance_s: float = 0.1
-    """Interval in seconds at which native layers report progress, checked after each layer."""
+    """Minimum seconds between two progress reports of native layers, checked after each layer."""
     graphs: DecodeGraphs | None = None
     """Runs decode steps as CUDA graphs; None without graphs."""
     adapters: LoadedAdapters | None = None
@@ -116,13 +116,13 @@ class ModelRunner:
     """Rows of the latest step by micro-batch."""
     _known: tuple[AttentionModel | None, Sequence[Layer]] = None, ()
     _native_step: NativeStep | None = None
-    """Native step for the model and layers in ``_known``."""
+    """Native step of the model that ``_known`` names."""
 
     def run(self, header: StepHeader, plan: StepPlan) -> StepResult | None:
         """Run a plan; None if it has no rows. Raises ``TransportError``.
 
-        Takes part in every exchange of a micro-batch that was granted rows, even if the plan has
-        fewer rows than granted, or none.
+        Even if the plan has fewer rows than were granted, or none, this rank takes part in every
+        exchange of each micro-batch, as the expert workers expect its message.
         """
         self.first_dispatch = None
         if self._fits_graph(header, plan):
@@ -165,8 +165,8 @@ class ModelRunner:
     ) -> PredictorOutput | None:
         """Run the predictor on the outputs of the latest step, which must have granted rows.
 
-        next_tokens [num_rows]: the token after the one of each row, in the order of rows. Returns
-        None if the plan has no rows; this rank still takes part in the exchanges. Raises
+        ``next_tokens``: [num_rows], the token that follows the token of each row. Returns None if
+        the plan has no rows; this rank still takes part in the exchanges. Raises
         ``TransportError``.
         """
         banks = [bank for bank in self.banks if self._is_predictor_bank(bank)]
@@ -211,7 +211,7 @@ class ModelRunner:
             self.graphs.capture()
 
     def _fits_graph(self, header: StepHeader, plan: StepPlan) -> bool:
-        """Whether a graph can run the step: only decodes, no inspections or adapters."""
+        """Whether a graph can run the step: it has only decodes, and no inspections or adapters."""
         return (
             self.graphs is not None
             and self.graphs.can_run(header, plan.num_rows)
@@ -239,8 +239,8 @@ class ModelRunner:
         """Run all layers of the micro-batches in one native call.
 
         A single micro-batch of decodes also gets its logits from this call. If native code stops in
-        an exchange, the remaining layers run one by one. Returns None if values are read between
-        the layers or native code cannot run the step.
+        an exchange, the remaining layers run one by one. Returns None if requests read values
+        between the layers or native code cannot run the step.
         """
         native, dispatcher = self._native(), self.dispatcher
         if native is None or not all(parts) or any(map(needs_captures, parts)):
@@ -306,10 +306,10 @@ class ModelRunner:
     ) -> list[Tensor]:
         """Resume the micro-batches alternately until all have ended; returns their hidden states.
 
-        With two, the experts compute one while attention computes the other: dispatch(l, 0),
-        dispatch(l, 1), combine(l, 0), dispatch(l+1, 0), combine(l, 1), .. ``decodes``: decode rows
-        of each. ``handles``: pending dispatches; their flows take these outputs first. ``first``:
-        index of the micro-batch to resume first.
+        The experts compute one while attention computes the other: dispatch(l, 0), dispatch(l, 1),
+        combine(l, 0), dispatch(l+1, 0), combine(l, 1), .. for layer l. ``decodes``: decode rows of
+        each. ``handles``: pending dispatches, whose outputs the micro-batches take first.
+        ``first``: index of the micro-batch to resume first.
         """
         under_way = dict(enumerate(handles or [None] * len(flows)))
         for micro_batch, handle in under_way.items():
@@ -387,7 +387,7 @@ def _native_experts(
 
 
 def _run_empty_exchanges(banks: Sequence[BankSpec], model: AttentionModel) -> LayerSteps:
-    """Take part in all exchanges without rows, as peers expect the granted ones."""
+    """Take part in all exchanges of a step without rows, as peers wait for each granted rank."""
     for bank in banks:
         ids = torch.empty((0, bank.top_k), dtype=torch.int64, device=model.device)
         weights = torch.empty((0, bank.top_k), dtype=model.dtype, device=model.device)

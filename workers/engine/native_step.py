@@ -1,4 +1,4 @@
-"""Steps in native code: their micro-batches, and the remaining work if native code stops."""
+"""Prepares steps for native code, and finishes a step in Python if native code stops."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class NativeStep:
     def micro_batches(
         self, parts: Sequence[Sequence[PlannedRows]], experts: Sequence[Experts]
     ) -> list[NativeMicroBatch]:
-        """The micro-batches of a step before its first layer, each with its experts.
+        """Return the micro-batches of a step, ready for its first layer, each with its experts.
 
         A single micro-batch of decode rows gets logits, because each of its rows samples a token.
         """
@@ -71,8 +71,8 @@ class NativeStep:
         )
 
     def remaining_layers(self, flow: NativeMicroBatch, part: Sequence[PlannedRows]) -> LayerSteps:
-        """Run the layers that native code left of a micro-batch; sent rows first get their
-        outputs."""
+        """Run the layers of a micro-batch that native code did not run. If its rows were sent to
+        the experts, their outputs are received first."""
         if flow.is_done:
             return flow.hidden
         model, caches = self._model, self._cache.by_layer

@@ -1,4 +1,4 @@
-"""Requests that are paused because their gateways move them to another worker. Pure."""
+"""Requests that are paused because a gateway moves them to another worker. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Set
 
 
 class PausedRequests:
-    """Decides when a request to be paused gets its last rows."""
+    """Tracks which requests are to be paused, and which have reached their token limit."""
 
     def __init__(self) -> None:
         self._token_limits: dict[str, int] = {}

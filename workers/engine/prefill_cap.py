@@ -1,10 +1,10 @@
 """The number of prompt rows in a step while other sequences decode. Pure: times are passed in.
 
 A step ends for all ranks together, so a long chunk of one prompt delays every stream of the
-cluster. With a target for the inter-token latency, the leader learns the cost of decode steps and
-prompt rows from its own steps, and grants the number of prompt rows that fits into the target. A
-row costs less in a larger chunk (the expert weights are read anyway), and more in a longer context.
-The estimate therefore follows the granted sizes, step by step.
+cluster. If the operator sets a target for the inter-token latency, the leader learns the cost of
+decode steps and prompt rows from its own steps, and grants as many prompt rows as fit into the
+target. A row costs less in a larger chunk (the expert weights are read anyway), and more in a
+longer context. The estimate is therefore updated at every step.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _TARGET_FRACTION = 0.9
 _NEW_WEIGHT = 0.5
 """Weight of the newest step in an estimate."""
 _MAX_OUTLIER = 2.0
-"""Limit of an observed time, as a multiple of the expected one: one slow step is not a trend."""
+"""Maximum ratio of observed to expected time; caps the effect of a single slow step."""
 _EXCESS_FACTOR = 1.5
-"""Multiple of the target; a longer step reduces the cap, regardless of the estimate."""
+"""A step longer than this multiple of the target reduces the cap, whatever the estimate."""
 
 
 class PrefillCap:
@@ -32,7 +32,7 @@ class PrefillCap:
     def __init__(self, *, max_rows: int, min_rows: int = 1, target_s: float | None = None) -> None:
         """``max_rows`` is the budget of one rank, ``min_rows`` the number that is always allowed.
 
-        Without ``target_s``, all ranks share the budget of one while any sequence decodes.
+        Without ``target_s``, all ranks together get ``max_rows`` while any sequence decodes.
         """
         self._max_rows = max_rows
         self._min_rows = min(min_rows, max_rows)
@@ -67,7 +67,7 @@ class PrefillCap:
         return max(self._min_rows, cap)
 
     def observe(self, decode_rows: int, prefill_rows: int, seconds: float) -> None:
-        """Learn from a step; ``seconds`` are from its header to the next proposals of all ranks."""
+        """Learn from a step. ``seconds``: time from its header until all ranks proposed again."""
         if self._target_s is None or not decode_rows + prefill_rows:
             return
         if not prefill_rows:
@@ -109,5 +109,5 @@ class PrefillCap:
 
 
 def _size(decode_rows: int) -> int:
-    """Class of row counts with about the same cost: 1, 2, 3 .. 4, 5 .. 8 and so on."""
+    """Return the class of a row count. The classes are 1, 2, 3 .. 4, 5 .. 8 and so on."""
     return (decode_rows - 1).bit_length()

@@ -47,7 +47,7 @@ class RequestLimits:
 
 
 def check_request(request: Request, limits: RequestLimits) -> None:
-    """Raise ``RequestError`` with field, value and rule for a request that can never run."""
+    """Raise ``RequestError``, naming field, value and rule, for a request that can never run."""
     params, length = request.params, len(request.prompt)
     _require(length > 0, "prompt must not be empty", "prompt")
     if request.prompt_embeds is not None:

@@ -5,10 +5,10 @@
     header = channel.wait(timeout)            header = channel.wait(timeout)
     run the step                              serve the step
 
-Without work, all ranks are blocked in ``wait``. If a rank receives a request, its other thread
-calls ``connections.wake()``. The rank returns from ``wait`` with None and proposes again for the
-same step, and the header follows. If the header of that step was sent before, the rank runs its
-zero rows and proposes for the next step.
+Without work, all ranks are blocked in ``wait``. If a rank receives a request, another thread of it
+calls ``connections.wake()``. ``wait`` then returns None, the rank proposes again for the same step,
+and the leader sends the header. If the leader sent that header before the new proposal, the rank
+takes part in the step without rows and proposes for the next step.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class StepChannel:
         return self._known
 
     def missing_workers(self) -> list[str]:
-        """The workers that the next header waits for: ranks without a proposal, or the leader."""
+        """Workers for which this rank waits: the leader, or at the leader, ranks not proposed."""
         if not self.is_leader:
             return [self._ranks.leader]
         return [name for name, rank in self._ranks.by_name.items() if rank not in self._proposals]
@@ -129,8 +129,8 @@ class StepChannel:
     def propose(self, rows: RowsWanted, *, even_empty: bool = False) -> None:
         """Attention ranks: propose rows for the next step, replacing an earlier proposal.
 
-        With ``even_empty`` the leader runs a step without rows once all ranks have proposed. Raises
-        the errors of ``connections.send``.
+        With ``even_empty`` the leader starts a step once all ranks have proposed, even if no rank
+        has rows. Raises the errors of ``connections.send``.
         """
         connections = self._connections
         self._take_step_frames()

@@ -1,6 +1,6 @@
 """Turns a step's final hidden states into tokens, prompt logprobs, classes and inspections.
 
-Nothing here changes a sequence: the engine commits or drops the results.
+This module changes no sequence; the engine commits the results or drops them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from workers.sampling.sampler import (
 from workers.scheduling.step_plan import PlannedRows, StepPlan
 
 _SCORED_ROWS = 64
-"""Number of prompt rows scored at a time: logits of 64 x 50304 float32 are 13 MB."""
+"""Number of prompt rows scored at a time, to limit memory: 64 x 50304 float32 are 13 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +50,19 @@ class StepTokens:
     """Tokens and scores of a step, before the commit."""
 
     complete: dict[SequenceState, int] = field(default_factory=dict)
-    """Sequences with their newest token in the step, and its row, to sample or score."""
+    """Sequences whose newest token is in the step, with its row, from which to sample or score."""
     drawn: dict[SequenceState, list[SampledToken]] = field(default_factory=dict)
-    """One token, and the tokens after drafts that equal the preceding tokens."""
+    """Sampled tokens: the one after the newest token, then one after each accepted draft."""
     scored: dict[SequenceState, list[TokenLogprob]] = field(default_factory=dict)
     failed: dict[SequenceState, Failure] = field(default_factory=dict)
-    """Sequences that fail; no other field contains them."""
+    """Sequences that fail, with their error; no other field contains them."""
     classes: dict[SequenceState, tuple[float, ...]] = field(default_factory=dict)
     """Logits by class for prompts whose last row was in the step; classifiers only."""
     inspected: dict[SequenceState, StepRows] = field(default_factory=dict)
     broken: list[PlannedRows] = field(default_factory=list)
-    """Entries with drafts that have NaN or infinity in any row, even in one of a rejected draft."""
+    """Plan entries with drafts in which any row, even of a rejected draft, has NaN or infinity."""
     candidates: dict[SequenceState, list[TokenLogprob]] = field(default_factory=dict)
-    """Candidate tokens for complete beams; ``drawn`` has these beams too, to be ignored."""
+    """Candidate tokens of beams in ``complete``; ignore the tokens of these beams in ``drawn``."""
     predicted: dict[SequenceState, int] = field(default_factory=dict)
     """The token that the predictor expects after the sampled ones."""
 
@@ -98,7 +98,7 @@ class StepSampler:
         config: the model's configuration.
         banks: its expert banks.
         logits: the head of the model: [rows, H] -> [rows, V], or classes.
-        is_exact: whether each row must be computed in memory of its own.
+        is_exact: whether a row's result must not depend on others, so each is computed alone.
         team: samples tokens with a native kernel; None uses torch.
     """
 
@@ -200,7 +200,7 @@ class StepSampler:
     def _score_prompt(
         self, planned: PlannedRows, hidden: Tensor, first_row: int
     ) -> list[TokenLogprob] | None:
-        """Logprobs of the prompt tokens after these rows that have none yet.
+        """Return logprobs of the prompt tokens after these rows, except tokens already scored.
 
         None if a logit is NaN or infinity.
         """
@@ -336,7 +336,7 @@ class StepSampler:
                 tokens.classes[sequence] = tuple(row)
 
     def _failure(self, sequence: SequenceState, failure: SamplingFailure) -> Failure:
-        """The client's error if no token could be sampled."""
+        """Return the error for the client if no token could be sampled."""
         if failure is not SamplingFailure.NONE_ALLOWED:
             return NOT_FINITE
         where = f"position {len(sequence.output)} of the output"
@@ -352,10 +352,10 @@ class StepSampler:
 
 
 def num_accepted(drafts: Sequence[int], drawn: Sequence[int], is_finite: Sequence[bool]) -> int:
-    """Number of leading drafts that equal the tokens sampled before them.
+    """Number of leading drafts that equal the tokens sampled from the row before them.
 
-    ``drawn`` has a token, or a failure, for the row of the newest token and of each draft. If the
-    row of a draft gave no token, the draft is run again as a newest token. So tokens and errors
+    ``drawn`` has a token, or a failure, for the row of the newest token and of each draft. A draft
+    whose row gave no token is not accepted and runs again as the newest token. So tokens and errors
     equal those of steps with one row.
 
         drafts 5 6 7, drawn 5 6 9 4: two are accepted, and the step gives 5 6 9

@@ -1,7 +1,8 @@
 """Detects that a rank has rows to run but no step starts.
 
-The last resort if no edge breaks and no worker stalls. The leader waits for proposals, and the
-others wait for it, with twice its limit. A peer may still run the rows of the previous step.
+It is the last resort for failures in which no connection breaks and no worker stalls. The leader
+waits for proposals. The other ranks wait for the leader, with twice its limit. Rows of the previous
+step add time, as a peer may still run them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from workers.metrics.activity import ROW_LIMIT_S
 
 LIMITS = 2.0
-"""Number of detection limits within which a step without rows must follow."""
+"""Wait limit of the leader, in detection limits, if the previous step had no rows."""
 
 
 class StepWatchdog:
@@ -22,9 +23,10 @@ class StepWatchdog:
     def overdue_s(
         self, *, wants: bool, leads: bool, last_rows: int, last_commit: float, now: float
     ) -> float | None:
-        """Time for which this rank has waited for a step, or None if it is within the limit.
+        """Return the seconds for which this rank has waited for a step, None if within the limit.
 
-        ``last_rows`` are the rows of all ranks in the previous step.
+        ``wants``: this rank has rows to run. ``leads``: it is the leader. ``last_rows``: rows of
+        all ranks in the previous step.
         """
         if not wants:
             self._wanted_at = None
@@ -36,5 +38,5 @@ class StepWatchdog:
         return waited_s if waited_s > limit_s else None
 
     def begin(self) -> None:
-        """Reset at the start of a generation, in which no rows were wanted yet."""
+        """Reset at the start of a generation, since which no time has been spent waiting."""
         self._wanted_at = None
