@@ -1,4 +1,4 @@
-"""Shared types of the gateway: calls, pieces of output, field checks, the error table.
+"""Types that all protocols of the gateway share: calls, output, field checks, error table.
 
 Imports ``workers.requests``, ``cluster.core`` and ``cluster.config``; ``bodies`` imports pydantic.
 """

@@ -24,7 +24,7 @@ Whole = Annotated[int, BeforeValidator(_to_integer)]
 """An integer; 5.0 is accepted as 5, since JSON has one type of number."""
 Item = TypeVar("Item")
 MAX_SLICE = 512
-"""Items of a list that are validated at a time."""
+"""Number of list items that are validated at a time."""
 
 
 class _FirstError(FailFast):
@@ -35,7 +35,7 @@ class _FirstError(FailFast):
 
 
 def _validate_slices(value: Any, check: Callable[[Any], list[Any]]) -> list[Any]:
-    """Validate a long list in slices, so that other threads can run."""
+    """Validate a long list in slices so that other threads can run in between."""
     if not isinstance(value, list) or len(value) <= MAX_SLICE:
         return check(value)
     found: list[Any] = []
@@ -62,7 +62,7 @@ def _shift_indexes(error: ValidationError, start: int) -> ValidationError:
 
 
 Items = Annotated[list[Item], _FirstError(), WrapValidator(_validate_slices)]
-"""A list whose validation stops at the first error, since a body may have millions of items."""
+"""A list whose validation stops at the first error, as it may have millions of items."""
 
 
 class StrictBody(BaseModel):
@@ -70,4 +70,4 @@ class StrictBody(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
     SHAPES: ClassVar[Mapping[str, str]] = {}
-    """Descriptions of fields with several types, for error messages."""
+    """Descriptions of the fields that accept several types, for error messages."""

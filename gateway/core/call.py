@@ -1,7 +1,8 @@
 """A call of a client, independent of its protocol.
 
-Each protocol's ``convert.py`` makes one of a request body. The gateway makes the engine's requests
-(``workers.requests.request``) of it: one per prompt, with tokens, defaults and seeds.
+The ``convert.py`` of each protocol converts a request body to a ``GenerateCall``. The gateway
+converts the call to engine requests (``workers.requests.request``): one per prompt, with tokens,
+defaults and seeds.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class CallKind(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutputSchema:
-    """JSON schema of the output, for prompts that show it."""
+    """JSON schema of the output, for chat templates that show it to the model."""
 
     schema: str
     """JSON text."""
@@ -34,132 +35,132 @@ class OutputSchema:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatInput:
-    """A conversation and how to render it."""
+    """A conversation with its options for the chat template."""
 
     messages: tuple[Mapping[str, Any], ...]
     """Messages for the chat template; content is a string."""
     add_generation_prompt: bool | None = None
     """Whether the prompt opens the assistant's turn (default True)."""
     continue_final_message: bool | None = None
-    """Whether the prompt leaves the last message open instead."""
+    """Whether the prompt ends within the last message, which the output continues."""
     template: str | None = None
     """Source of a Jinja template; None uses the model's template."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     reasoning_effort: str | None = None
-    """Template variable of this name, unless ``template_kwargs`` has it."""
+    """Value of the template variable ``reasoning_effort``, unless ``template_kwargs`` sets it."""
     tools: ToolUse | None = None
-    """Tools that the model may call; None offers none."""
+    """Tools that the model may call; None without tools."""
     output_schema: OutputSchema | None = None
-    """Schema of ``response_format``, if it has one."""
+    """Schema in ``response_format``; None without a schema."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateCall:
-    """A call of a client. Fields have the names of the API; None is unset."""
+    """A call of a client. Fields have the names of the API; None means that a field is not set."""
 
     kind: CallKind
     model: str | None = None
-    """Name of a model or adapter; None is the served model."""
+    """Name of a model or adapter; None selects the served model."""
     prompts: tuple[str | tuple[int, ...], ...] = ()
     """Texts or token ids of a completion."""
     chat: ChatInput | None = None
     embeds: PromptEmbeds | None = None
-    """Embeddings that replace the single prompt, whose token ids are zeros."""
+    """Embeddings to use in place of the only prompt, whose token ids are then zeros."""
     add_special_tokens: bool | None = None
-    """Whether the tokenizer adds special tokens (bos)."""
+    """Whether the tokenizer adds special tokens, such as bos."""
     max_tokens: int | None = None
     max_tokens_name: str = "max_tokens"
-    """The client's field of ``max_tokens``, for error messages."""
+    """Name of the client's field for ``max_tokens``, for error messages."""
     fits_context: bool = False
-    """Whether ``max_tokens`` is lowered to the remaining context."""
+    """Whether to lower ``max_tokens`` to the remaining context instead of refusing the call."""
     prompt_name: str = field(default="prompt", compare=False)
-    """The client's field of the prompts, for error messages."""
+    """Name of the client's field for the prompts, for error messages."""
     min_tokens: int | None = None
-    """Number of new tokens before which only ``max_tokens`` ends the choice."""
+    """Minimum number of new tokens; before it, only ``max_tokens`` ends the choice."""
     temperature: float | None = None
-    """0 is greedy."""
+    """0 selects the most probable token at each step."""
     top_p: float | None = None
-    """Probability mass that is kept."""
+    """Probability mass of the most probable tokens that may be sampled."""
     top_k: int | None = None
     min_p: float | None = None
-    """Smallest probability that is kept, relative to the most probable token."""
+    """Minimum probability of a token that may be sampled, relative to the most probable token."""
     frequency_penalty: float | None = None
-    """Penalty by count in the output."""
+    """Penalty for each occurrence of a token in the output."""
     presence_penalty: float | None = None
-    """Penalty by presence in the output."""
+    """Penalty for tokens that occur in the output."""
     repetition_penalty: float | None = None
-    """Penalty by presence in prompt and output."""
+    """Penalty factor for tokens that occur in the prompt or the output."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token id, bias) pairs."""
     seed: int | None = None
-    """None uses a random seed."""
+    """Seed of sampling; None uses a random seed."""
     n: int | None = None
     best_of: int | None = None
-    """Sampled choices per prompt; the ``n`` best are returned."""
+    """Number of sampled choices per prompt, of which the ``n`` best are returned."""
     use_beam_search: bool = False
     """Whether choices are the outputs of a beam search with one beam per choice."""
     length_penalty: float | None = None
-    """For beam searches; see ``BeamParams``."""
+    """Length penalty of a beam search; see ``BeamParams``."""
     early_stopping: str | None = None
-    """For beam searches: false, true or never."""
+    """Stopping rule of a beam search: false, true or never."""
     stop: tuple[str, ...] = ()
     stop_name: str = field(default="stop", compare=False)
-    """The client's field of ``stop``, for error messages."""
+    """Name of the client's field for ``stop``, for error messages."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
-    """Alternatives per token; None returns no log-probabilities."""
+    """Number of alternatives per token; None returns no log-probabilities."""
     logprobs_name: str = "logprobs"
-    """The client's field of ``logprobs``, for error messages."""
+    """Name of the client's field for ``logprobs``, for error messages."""
     prompt_logprobs: int | None = None
-    """Alternatives per prompt token; None returns no log-probabilities."""
+    """Number of alternatives per prompt token; None returns no log-probabilities."""
     logprob_token_ids: tuple[int, ...] = ()
-    """Tokens to return instead of the most probable ones."""
+    """Tokens whose log-probabilities are returned instead of those of the most probable tokens."""
     allowed_token_ids: tuple[int, ...] | None = None
     """Tokens that may be sampled; None allows all."""
     bad_words: tuple[str, ...] = ()
     grammar: Grammar | None = None
-    """Compiled grammar of the output."""
+    """Grammar that the output must match."""
     echo: bool = False
     token_ids_only: bool = False
-    """Whether no text is produced."""
+    """Whether to return only token ids, without text."""
     return_token_ids: bool = False
     priority: int | None = None
-    """Lower values run first."""
+    """Requests with lower values run first."""
     cache_salt: str | None = None
-    """Cached prefixes are shared only with calls of the same salt; None is a salt, too."""
+    """Cached prefixes are shared only among calls with equal salts; None counts as a salt."""
     cache_ttl: float | None = None
-    """Seconds after its end for which its KV blocks are evicted after others; 0 means that they are
-    not reused; None is unset."""
+    """Seconds after the call for which its KV blocks are evicted only after other blocks. 0 means
+    that they are not reused."""
     cache_ttl_hint: float | None = None
-    """``cache_ttl`` by a protocol's hint, for calls without it; lowered to the limit."""
+    """Value from a protocol's hint for calls without ``cache_ttl``; lowered to the limit."""
     session_id: str | None = None
-    """Calls that continue each other; they go to the same worker if that costs little."""
+    """Id of a conversation. Its calls go to the same worker if that costs little."""
     prompt_cache_key: str | None = None
-    """OpenAI's name of ``session_id``, which takes precedence."""
+    """OpenAI's field for a session. ``session_id`` takes precedence."""
     return_tokens_as_token_ids: bool = False
-    """Whether log-probabilities name tokens by id."""
+    """Whether tokens in log-probabilities are named by their ids instead of their texts."""
     truncate_prompt_tokens: int | None = None
-    """Number of tokens of each prompt that are kept; -1 keeps what fits with the output."""
+    """Number of tokens to keep of each prompt; -1 keeps as many as fit with the output."""
     truncation_side: str | None = None
     """Side on which tokens are dropped: left (default) or right."""
     timeout_s: float | None = None
-    """The client's time limit for the whole request."""
+    """The client's time limit in seconds for the whole request."""
     tool_format: ToolCallFormat | None = None
     """Format of tool calls in the output; set when the prompt is rendered."""
     open_message: str = ""
-    """Header of the message that the prompt leaves open (Harmony); set when it is rendered."""
+    """Header of the Harmony message that the prompt leaves open; set when it is rendered."""
     thinking: Thinking | None = None
     """Where reasoning begins; set when the prompt is rendered. None without reasoning, and for
-    Harmony, whose format marks it."""
+    Harmony, whose messages have channels for it."""
 
     @property
     def stops_in_answer(self) -> bool:
-        """Whether the gateway checks all stops, because they do not count within reasoning.
+        """Whether the gateway checks all stops, as stops within reasoning do not end the output.
 
-        Without text, and for beam searches, the engine checks stop tokens.
+        The engine checks stop tokens if there is no text, and for beam searches.
         """
         has_reasoning = self.thinking is not None or self.tool_format is ToolCallFormat.HARMONY
         return has_reasoning and not (self.token_ids_only or self.use_beam_search)
@@ -185,7 +186,7 @@ class GenerateCall:
 
     @property
     def session(self) -> str:
-        """Name of the session; empty without one."""
+        """Id of the session; empty without a session."""
         return self.session_id or self.prompt_cache_key or ""
 
     def prompt_text(self, index: int) -> str | None:
@@ -198,9 +199,9 @@ class GenerateCall:
 
     @property
     def num_logprobs(self) -> int | None:
-        """Alternatives per new token; None returns no log-probabilities."""
+        """Number of alternatives per new token; None returns no log-probabilities."""
         return len(self.logprob_token_ids) or self.logprobs
 
 
 FIELD_NAMES = frozenset(one.name for one in fields(GenerateCall))
-"""Fields that codecs copy from the same field of a body or message."""
+"""Fields that ``convert`` modules copy from a field of the same name in a body or message."""

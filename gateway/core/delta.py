@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from workers.requests.request import FinishReason, Timings, TokenLogprob
 
 _ENTRY_BYTES = 64
-"""JSON bytes of a token with its log-probability, approximately."""
+"""Approximate number of JSON bytes of a token with its log-probability."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,9 +17,9 @@ class TokenText:
 
     token_id: int
     text_offset: int
-    """Number of characters of the text before it."""
+    """Number of characters of the text before the token."""
     logprob: TokenLogprob | None = None
-    """None if not requested, and for the first token of an echoed prompt."""
+    """Log-probability; None if not requested, and for the first token of an echoed prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,9 +27,9 @@ class Usage:
     """Token counts of a call or of one choice."""
 
     prompt_tokens: int
-    """Tokens of all prompts, each counted once."""
+    """Number of tokens of all prompts, each prompt counted once."""
     completion_tokens: int
-    """New tokens, up to the end of a stop string."""
+    """Number of new tokens, up to the end of a stop string."""
     cached_tokens: int | None = None
     """Prompt tokens found in a prefix cache; None where prefixes are not cached."""
 
@@ -37,38 +37,38 @@ class Usage:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finish:
     reason: FinishReason
-    """STOP or LENGTH."""
+    """``STOP`` or ``LENGTH``."""
     stop_reason: str | int | None
-    """The stop string or stop token that ended it; None for eos and length."""
+    """Stop string or stop token that ended the choice; None for eos and length."""
     usage: Usage
     timings: Timings | None
-    """Times in its engine; None if a stop string ended it."""
+    """Times by the engine's clock; None if a stop string ended the choice."""
     beam_score: float | None = None
-    """Score of an output of a beam search: its log-probability divided by its length to the power
-    of ``length_penalty``."""
+    """Score of a beam: log-probability of the output / its length to the power of
+    ``length_penalty``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChoiceDelta:
-    """The next piece of one choice, or a whole choice: final text with its tokens."""
+    """The next piece of a choice, or a whole choice: text that will not change, and its tokens."""
 
     index: int
-    """prompt * n + choice."""
+    """Index of the choice in the response: prompt * n + choice."""
     prompt_index: int
     is_first: bool
     text: str
-    """New text; with ``echo`` the first piece begins with the prompt."""
+    """New text. With ``echo``, the first piece begins with the prompt."""
     tokens: tuple[TokenText, ...]
     cached_tokens: int | None = None
     """Prompt tokens found in a prefix cache; None where prefixes are not cached."""
     echo_tokens: Sequence[TokenText] = ()
-    """The prompt's tokens, in the first piece with ``echo``."""
+    """With ``echo``, the prompt's tokens in the first piece."""
     prompt_logprobs: Sequence[TokenLogprob | None] | None = None
-    """One per prompt token, in the first piece, with ``prompt_logprobs``."""
+    """With ``prompt_logprobs``, one entry per prompt token in the first piece."""
     finish: Finish | None = None
 
     @property
     def size(self) -> int:
-        """Approximate number of bytes of its JSON."""
+        """Approximate number of bytes of the piece in JSON."""
         num_entries = len(self.tokens) + len(self.echo_tokens) + len(self.prompt_logprobs or ())
         return len(self.text) + _ENTRY_BYTES * num_entries

@@ -1,7 +1,8 @@
-"""Table from exceptions to HTTP status, error object and gRPC status.
+"""Maps exceptions to HTTP status, error object and gRPC status.
 
-Handlers raise; only ``http.middleware`` and ``grpc.call`` map errors. Messages name field, value
-and limit. An exception of another type is a bug; the client then sees only the request's id.
+Handlers raise exceptions; ``http.middleware`` and ``grpc.call`` map them. Messages name the field,
+its value and the limit. An exception that is not in the table is a bug, of which the client gets
+only the request id.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class SlowClientError(ExpertMeshError):
 
 
 class RouteError(ExpertMeshError):
-    """The path does not exist, or not with this method."""
+    """The path does not exist, or does not allow the method."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message, status)
@@ -76,7 +77,7 @@ class StorageTimeoutError(StorageError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ErrorReport:
-    """An error as a client sees it."""
+    """An error as the client receives it."""
 
     http_status: int
     grpc_code: grpc.StatusCode
@@ -88,7 +89,7 @@ class ErrorReport:
     param: str | None = None
     retry_after_s: float | None = None
     should_retry: bool | None = None
-    """False if a retry cannot help although the status suggests it."""
+    """False if a retry cannot help, whatever the status suggests."""
 
     def body(self) -> dict[str, Any]:
         """The error object of the HTTP interface."""
@@ -101,7 +102,7 @@ class ErrorReport:
         if self.http_status == 401:
             headers["www-authenticate"] = "Bearer"
         if self.http_status == 413:
-            headers["connection"] = "close"  # not all of the body may have been read
+            headers["connection"] = "close"  # the body may not have been read whole
         if self.retry_after_s is not None:
             headers["retry-after"] = str(math.ceil(self.retry_after_s))
             headers["retry-after-ms"] = str(int(self.retry_after_s * 1000))
@@ -110,7 +111,7 @@ class ErrorReport:
         return headers
 
     def status_details(self, request_id: str) -> bytes:
-        """The value of ``grpc-status-details-bin``: a serialized ``google.rpc.Status``."""
+        """Value of ``grpc-status-details-bin``: a serialized ``google.rpc.Status``."""
         details: list[Message] = [
             error_details_pb2.ErrorInfo(reason=self.code, domain=ERROR_DOMAIN),
             error_details_pb2.RequestInfo(request_id=request_id),
@@ -156,13 +157,13 @@ ERROR_TABLE: tuple[tuple[type[ExpertMeshError], int, str, str, grpc.StatusCode],
     (RouteError, 404, _INVALID, "", _CODES.UNIMPLEMENTED),
     (ClientGoneError, 499, _INVALID, "client_closed_request", _CODES.CANCELLED),
 )
-"""The first row that matches the raised exception by ``isinstance`` applies."""
+"""The first row that matches an exception by ``isinstance`` applies to it."""
 _NOT_RETRYABLE = PoisonousRequestError | RequestAbortedError | SlowClientError | StorageError
 """Errors after which a retry cannot help."""
 
 
 def report_error(error: BaseException, request_id: str = "") -> ErrorReport:
-    """Convert an exception to the error that the client sees."""
+    """Convert an exception to the error that the client receives."""
     row = next((row for row in ERROR_TABLE if isinstance(error, row[0])), None)
     if row is None:
         return report_error(RequestFailedError(f"internal error in request {request_id}"))
@@ -188,7 +189,7 @@ def report_error(error: BaseException, request_id: str = "") -> ErrorReport:
 def error_from_engine(
     message: str, code: str, started: bool, param: str | None = None
 ) -> ExpertMeshError:
-    """Make the exception of a request that its engine ended with an error."""
+    """Make the exception of a request that an engine ended with an error."""
     if code == "context_length_exceeded":
         return ContextLengthError(message, param)
     if code in ("invalid_value", "missing_required_parameter"):

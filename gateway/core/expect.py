@@ -1,4 +1,4 @@
-"""``Expect: 100-continue``: clients that wait for the server before they send a body."""
+"""``Expect: 100-continue``: a client waits for the server before it sends the body."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of a call's fields, alone and in combination, that do not need the model."""
+"""Checks of a call's fields, alone and in combination, that do not depend on the model."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from gateway.core.call import CallKind, ChatInput, GenerateCall
 RESERVED_VARIABLES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
 )
-"""Variables that ``chat_template_kwargs`` must not set."""
+"""Template variables that ``chat_template_kwargs`` must not set."""
 MAX_NAME_CHARS = 256
-"""Longest ``cache_salt`` and session name."""
+"""Maximum length of ``cache_salt`` and of session ids."""
 MAX_MESSAGES = 16_384
 MAX_PARTS = 65_536
-"""Largest number of fields, content parts and tool calls of all messages."""
+"""Maximum total number of fields, content parts and tool calls of all messages."""
 Neutral = Mapping[str, tuple[object, ...]]
-"""Known but unsupported fields, each with the values that have no effect; null has none."""
+"""Known but unsupported fields, each with the values that have no effect; null never has one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Range of a number."""
+    """Allowed range of a number."""
 
     low: float
     high: float | str
-    """Largest value, or the name of the limit in ``GatewaySection``."""
+    """Maximum value, or the name of an option in ``GatewaySection``."""
     above: bool = False
     """Whether ``low`` is excluded."""
 
@@ -50,7 +50,7 @@ RANGES: Mapping[str, Range] = {
     "prompt_logprobs": Range(0, "max_logprobs"),
     "cache_ttl": Range(0, "max_cache_ttl_s"),
 }
-"""Ranges of numeric fields. None is always accepted, NaN never."""
+"""Ranges of numeric fields. None is always accepted; NaN is never accepted."""
 _BIAS = Range(-100, 100)
 _MAX_METADATA, _MAX_KEY_CHARS, _MAX_VALUE_CHARS = 16, 64, 512
 _UNSUPPORTED_WITH_BEAMS: Mapping[str, tuple[object, ...]] = {
@@ -70,8 +70,8 @@ _UNSUPPORTED_WITH_BEAMS: Mapping[str, tuple[object, ...]] = {
     "prompt_logprobs": (),
     "logprob_token_ids": ((),),
 }
-"""Fields that a beam search does not support, each with the values that have no effect. It ranks
-outputs by the model's own probabilities, in the engine, which has no text."""
+"""Fields that a beam search does not support, each with the values that have no effect. The engine
+ranks beams by the model's own probabilities, and has no text."""
 MAX_ENTRIES: Mapping[str, int] = {
     "logit_bias": 1024,
     "stop_token_ids": 1024,
@@ -84,7 +84,7 @@ def check_fields(call: GenerateCall, limits: GatewaySection) -> None:
     """Check all fields that do not depend on the model.
 
     Raises:
-        RequestError: names the field, its value and the limit.
+        RequestError: a field is invalid; the error names it, its value and the limit.
     """
     for name, bounds in RANGES.items():
         check_range(name, getattr(call, name), bounds, limits)
@@ -108,13 +108,13 @@ def check_fields(call: GenerateCall, limits: GatewaySection) -> None:
 
 
 def require(ok: bool, name: str, rule: str) -> None:
-    """Raise ``RequestError`` with the field ``name`` and the rule, unless ``ok``."""
+    """Raise ``RequestError`` with the text ``name`` ``rule`` unless ``ok``."""
     if not ok:
         raise RequestError(f"{name} {rule}", name)
 
 
 def check_length(name: str, count: int, most: int, noun: str = "entries") -> None:
-    """Raise ``RequestError`` if ``count`` entries (``noun``) are more than ``most``."""
+    """Raise ``RequestError`` if the field ``name`` has more than ``most`` entries (``noun``)."""
     require(count <= most, name, f"has {count} {noun}, at most {most} are allowed")
 
 
@@ -125,7 +125,7 @@ def check_batch(name: str, count: int, most: int) -> None:
 
 
 def check_messages(count: int, num_parts: int) -> None:
-    """Raise ``RequestError`` for too many messages, or parts of them (see ``MAX_PARTS``)."""
+    """Raise ``RequestError`` for too many messages or parts of messages (``MAX_PARTS``)."""
     check_length("messages", count, MAX_MESSAGES)
     rule = f"have {num_parts} fields, parts and calls, at most {MAX_PARTS} are allowed"
     require(num_parts <= MAX_PARTS, "messages", rule)
@@ -144,7 +144,7 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
 def refuse_unsupported(data: Mapping[str, Any], unsupported: Neutral, path: str = "") -> None:
     """Raise ``UnsupportedParameterError`` for the first unsupported field that has an effect.
 
-    ``path`` is the prefix of its name.
+    ``path`` is the prefix of the field's name in the error.
     """
     for name, neutral in unsupported.items():
         value = data.get(name)
@@ -205,7 +205,7 @@ def _check_beams(call: GenerateCall) -> None:
 
 
 def check_stream(call: GenerateCall) -> None:
-    """Raise ``RequestError`` for choices that are only known at the end."""
+    """Raise ``RequestError`` if a streamed call has choices that are known only at its end."""
     require(not call.use_beam_search, "use_beam_search", "cannot go with a stream")
     is_ranked = call.kind is CallKind.COMPLETION and call.num_sampled > call.num_returned
     require(not is_ranked, "best_of", "cannot go with a stream")

@@ -1,4 +1,4 @@
-"""Priority, session and time limit of a request, from HTTP headers or gRPC metadata."""
+"""Reads priority and session of a request from HTTP headers or gRPC metadata."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gateway.core.call import GenerateCall
 from gateway.core.field_checks import MAX_NAME_CHARS
 
 PRIORITY_HEADER = "x-priority"
-"""HTTP header and gRPC metadata for clients that cannot send the field."""
+"""HTTP header and gRPC metadata for the field ``priority``."""
 SESSION_HEADER = "x-session-id"
 """HTTP header and gRPC metadata for the field ``session_id``."""
 AGENT_SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "session_id")
@@ -28,14 +28,14 @@ def with_headers(
     Args:
         call: the call of the body.
         headers: values by lowercase name.
-        timeout_s: the client's time limit.
+        timeout_s: the client's time limit in seconds.
 
     Raises:
-        RequestError: names the header.
+        RequestError: a header is invalid; the error names it.
     """
     given = _read_priority(headers.get(PRIORITY_HEADER))
     names = (call.session_id, call.prompt_cache_key)
-    is_named = any(name is not None for name in names)  # an empty name is refused later
+    is_named = any(name is not None for name in names)  # check_fields refuses an empty name
     return replace(
         call,
         priority=given if call.priority is None else call.priority,
@@ -60,9 +60,9 @@ def _read_priority(header: str | None) -> int | None:
 
 
 def _read_session(headers: Mapping[str, str]) -> str | None:
-    """Session name from the first session header of the request.
+    """Return the session id in the first session header of the request.
 
-    Raises ``RequestError`` if it is not a valid name.
+    Raises ``RequestError`` if it is not valid.
     """
     for name in (SESSION_HEADER, *AGENT_SESSION_HEADERS):
         if (session := headers.get(name)) is None:

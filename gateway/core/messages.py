@@ -1,4 +1,4 @@
-"""Fields of messages for which chat templates use several names."""
+"""Message fields for which chat templates use different names."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 THINKING = "thinking"
 REASONING_NAMES = ("reasoning_content", "reasoning", THINKING)
-"""Names of the reasoning in an assistant's message: of most clients, of newer vLLM versions, and of
-gpt-oss's template."""
+"""Names of the reasoning in an assistant message: for most clients, newer vLLM versions, and the
+template of gpt-oss."""
 PHASE, COMMENTARY_PHASE = "phase", "commentary"
-"""A field of an assistant's message, and its value if more of the same turn follows."""
+"""A field of an assistant message, and its value if the same turn continues after the message."""
 
 
 def with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
     """Copy a message's reasoning, if it is a string, to every name that templates use.
 
-    gpt-oss's template refuses messages with content, tool calls and ``thinking``, so ``thinking``
-    is not added to a message with content and tool calls.
+    ``thinking`` is not added to a message with content and tool calls, as gpt-oss's template
+    rejects such messages.
     """
     given = [message[name] for name in REASONING_NAMES if message.get(name)]
     if not given or not isinstance(given[0], str):

@@ -15,38 +15,38 @@ class ModelFacts:
 
     name: str
     max_model_len: int
-    """Largest number of tokens of prompt and output."""
+    """Maximum number of tokens of prompt and output together."""
     vocab_size: int
     """Number of token ids."""
     max_kv_tokens: int = 0
-    """Tokens that fit in an engine's whole KV pool; 0 if unknown."""
+    """Number of tokens that fit in the whole KV pool of an engine; 0 if unknown."""
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end the text."""
     dtype: str = ""
     model_type: str = ""
     shape: ModelShape | None = None
-    """Dimensions that determine the sizes of inspections."""
+    """Dimensions that determine the array sizes of inspections."""
     labels: tuple[str, ...] = ()
     """Classes of a sequence classifier."""
     pad_token_id: int | None = None
     """Token that a classifier ignores at the end of a prompt."""
     problem_type: str = ""
-    """Type of a classifier's labels; empty if the checkpoint has none."""
+    """``problem_type`` of a classifier; empty if the checkpoint has none."""
 
     @property
     def context_tokens(self) -> int:
-        """Effective context limit: the smaller of the model's limit and the KV cache."""
+        """Context limit in tokens: the smaller of the model's limit and the KV pool."""
         limits = [limit for limit in (self.max_model_len, self.max_kv_tokens) if limit > 0]
         return min(limits, default=0)
 
 
 def model_facts(name: str, hello: EngineHello) -> ModelFacts:
-    """Facts about the model that an engine reports."""
+    """Collect the facts that an engine reports."""
     shape = ModelShape(num_labels=len(hello.labels), **_common(ModelShape, hello))
     return ModelFacts(name=name, shape=shape, **_common(ModelFacts, hello))
 
 
 def _common(kind: type[Any], hello: EngineHello) -> dict[str, Any]:
-    """Values of a dataclass's fields that a hello has under the same name."""
+    """Values of a hello for the fields of ``kind`` with the same names."""
     names = (one.name for one in fields(kind))
     return {name: getattr(hello, name) for name in names if hasattr(hello, name)}

@@ -1,4 +1,4 @@
-"""Protocol of an HTTP path, and its format of errors.
+"""The protocol of each HTTP path, which determines the format of errors.
 
 Paths of Anthropic's Messages use Anthropic's format. All other paths, including unknown ones, use
 OpenAI's.
@@ -24,23 +24,23 @@ _TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-"""Anthropic's error types by HTTP status; other client errors are ``invalid_request_error``."""
+"""Anthropic's error type by HTTP status; of other client errors ``invalid_request_error``."""
 _TOO_LONG = "prompt is too long: "
-"""Prefix by which clients detect that they must shorten a conversation."""
+"""Prefix of an error text by which clients detect that they must shorten a conversation."""
 
 
 def is_messages(path: str) -> bool:
-    """Whether a path, without the route prefix, is one of Anthropic's."""
+    """Whether ``path``, given without the route prefix, is a path of Anthropic's Messages."""
     return path == MESSAGES or path.startswith(f"{MESSAGES}/")
 
 
 def error_body(path: str, report: ErrorReport, request_id: str) -> dict[str, Any]:
-    """Body of an error; ``path`` is without the route prefix."""
+    """Make the body of an error. ``path`` excludes the route prefix."""
     return anthropic_error(report, request_id) if is_messages(path) else report.body()
 
 
 def error_event(path: str, report: ErrorReport, request_id: str) -> bytes:
-    """Last event of a stream that ends with an error."""
+    """Make the last event of a stream that ends with an error."""
     data = json.dumps(error_body(path, report, request_id), separators=(",", ":")).encode()
     if is_messages(path):
         return b"event: error\ndata: " + data + b"\n\n"
@@ -48,7 +48,7 @@ def error_event(path: str, report: ErrorReport, request_id: str) -> bytes:
 
 
 def anthropic_error(report: ErrorReport, request_id: str) -> dict[str, Any]:
-    """Error object of Anthropic's protocol."""
+    """Make the error object of Anthropic's protocol."""
     status = report.http_status
     known = _TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
     kind = "overloaded_error" if report.type == "overloaded_error" else known

@@ -7,8 +7,8 @@ from enum import Enum
 
 class ReplayCause(Enum):
     LOST = "attention_worker"
-    """Its worker was lost."""
+    """The request's worker was lost."""
     HANDED_BACK = "handed_back"
-    """Its worker is drained, or could not run it."""
+    """The worker returned the request: it is drained, or could not run the request."""
     MOVED = "moved"
-    """It moved to another worker, which has fetched its KV blocks."""
+    """The gateway moved the request to a worker that has fetched its KV blocks."""

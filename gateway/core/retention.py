@@ -1,4 +1,4 @@
-"""Retention time of a call's KV blocks, for protocols with durations such as ``5m``."""
+"""Retention time of a call's KV blocks, from durations such as ``5m``."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def parse_duration_s(duration: str, name: str) -> float:
 def with_ttl_hint(call: GenerateCall, limits: GatewaySection) -> GenerateCall:
     """Set ``cache_ttl`` from the hint if the client has not set it.
 
-    A protocol has only a few hints, which clients cannot adapt to a server's limit. Hints above the
-    limit are lowered, while ``cache_ttl`` above it is refused.
+    A hint above the server's limit is lowered, as clients can choose only among a few hints. A
+    ``cache_ttl`` above the limit is refused.
     """
     hint = call.cache_ttl_hint
     if call.cache_ttl is not None or hint is None:

@@ -8,20 +8,20 @@ BEGIN, END = "<think>", "</think>"
 
 
 class Thinking(Enum):
-    """Where the reasoning begins; not used if the prompt has already ended it."""
+    """Where the reasoning begins, if it is not already complete in the prompt."""
 
     OPEN = auto()
-    """In the prompt: the output begins within the reasoning."""
+    """The prompt has opened the reasoning, so the output begins within it."""
     POSSIBLE = auto()
-    """In the output, if at all."""
+    """The output may open a reasoning."""
 
 
 def thinking_after(prompt: str, open_message: str | None = None) -> Thinking | None:
-    """Where the reasoning of the output begins; None if the output begins with the answer.
+    """Return where the reasoning begins; None if the output begins with the answer.
 
     Args:
-        prompt: text of the prompt, or its end, from a template that knows reasoning.
-        open_message: message that the output continues, if any.
+        prompt: the prompt or its end, rendered by a template that supports reasoning.
+        open_message: the message that the output continues; None if there is none.
     """
     if open_message is not None:
         return Thinking.OPEN if open_message.rfind(BEGIN) > open_message.rfind(END) else None

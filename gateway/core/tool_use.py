@@ -1,4 +1,4 @@
-"""Tools of a request, and the formats in which models call them."""
+"""Tools of a request, and the formats in which models write tool calls."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 
 class ToolCallFormat(Enum):
-    """Format of a model's tool calls. The value is a tuple of texts of its chat templates.
+    """Format of a model's tool calls. The value has texts that occur in chat templates.
 
-    A template uses the first format all of whose texts occur in it.
+    A template has the first format whose texts all occur in it.
     ``gateway.text.tool_formats.call_syntax`` defines the delimiters of each format.
     """
 
@@ -45,9 +45,9 @@ class ToolCallFormat(Enum):
 
 
 class CallArguments(dict[str, Any]):
-    """Arguments of an earlier call: most templates read the object, some read its JSON text.
+    """Arguments of an earlier tool call, which templates use as an object or as JSON text.
 
-    DeepSeek's templates concatenate the text with delimiters by ``+``; Harmony prompts contain it.
+    DeepSeek's templates join the text with delimiters by ``+``; Harmony prompts contain the text.
     """
 
     def __init__(self, value: Mapping[str, Any], text: str) -> None:
@@ -67,22 +67,22 @@ class Tool:
     """One function that the model may call."""
 
     name: str
-    """Letters, digits, ``_``, ``.`` and ``-``."""
+    """Name of the function: letters, digits, ``_``, ``.`` and ``-``."""
     description: str | None = None
     parameters: Mapping[str, Any] | None = None
-    """JSON schema of its arguments, an object; None if it has no arguments."""
+    """JSON schema of the arguments, an object; None if the function has no arguments."""
     is_strict: bool = True
-    """Whether arguments must follow the whole schema; otherwise rules without a grammar are
-    ignored."""
+    """Whether arguments must match the whole schema. If False, rules that a grammar cannot
+    express are ignored."""
     is_shown: bool = True
-    """Whether the chat template gets the tool; otherwise a message describes it."""
+    """Whether the chat template declares the tool. If False, a message declares it."""
     path: str = "tools"
-    """The client's field of its schema, for error messages."""
+    """Name of the client's field with the schema, for error messages."""
     derived: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """Values derived from the schema; set by ``gateway.text.schemas.arguments``."""
 
     def for_template(self) -> dict[str, Any]:
-        """The tool in OpenAI's format, for chat templates."""
+        """Return the tool in OpenAI's format, for chat templates."""
         function: dict[str, Any] = {"name": self.name}
         if self.description is not None:
             function["description"] = self.description
@@ -92,13 +92,13 @@ class Tool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ToolUse:
-    """The tools of a request, at least one."""
+    """The tools of a request, of which there is at least one."""
 
     tools: tuple[Tool, ...]
     must_call: bool = False
-    """Whether the output must be a call (``tool_choice`` is required, or a name)."""
+    """Whether the output must be a tool call (``tool_choice`` is ``required`` or a name)."""
     only: tuple[str, ...] = ()
-    """Names of the tools that may be called; empty allows all."""
+    """Names of the tools that may be called; empty allows all tools."""
     is_parallel: bool = True
 
     @property
@@ -107,5 +107,5 @@ class ToolUse:
         return tuple(tool for tool in self.tools if not self.only or tool.name in self.only)
 
     def for_template(self) -> list[dict[str, Any]]:
-        """The visible tools in OpenAI's format, for chat templates."""
+        """Return the shown tools in OpenAI's format, for chat templates."""
         return [tool.for_template() for tool in self.tools if tool.is_shown]

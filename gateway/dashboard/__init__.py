@@ -1,5 +1,5 @@
-"""The web page of a cluster: static files, and their data.
+"""The dashboard, the web page of a cluster: static files, and the data that they show.
 
-The files are served without a key; their data needs one, as any other response does. On the admin
-port the same page has buttons for operations.
+The files need no key; the data needs one. On the admin port, the same page has buttons for
+operations.
 """

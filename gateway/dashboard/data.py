@@ -1,4 +1,4 @@
-"""Data of the web page as plain values: the state, the last ten minutes, the experts."""
+"""Data of the dashboard as plain values: state, history of ten minutes, load of experts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from gateway.cluster.shared_result import SharedResult
 from gateway.observability.samples import TOTALS, Sample, merge_samples
 
 _LEFT_OUT = ("metrics", "version")
-"""Parts of the status that the page does not use."""
+"""Fields of the status that the page does not use."""
 _AGE_S = 1.0
-"""Time for which pages share a result of the controller, which collects it from all workers."""
+"""Seconds for which pages share a result, which the controller collects from all workers."""
 
 
 class PageData:
@@ -30,11 +30,11 @@ class PageData:
         self._load = SharedResult(self._ask_load, _AGE_S)
 
     async def state(self) -> dict[str, Any]:
-        """The cluster's state (as ``status --json``), and the counts of all replicas, also of ended
-        ones.
+        """Return the state of the cluster (as ``status --json``) and the counts of all replicas,
+        including ended ones.
 
-        ``sees_experts``: whether the page's key also shows the load of experts. ``scheme``: the
-        scheme of the gateway's own ports for browsers, whatever proxy is in front of this one.
+        Adds ``sees_experts``, whether the key may see the load of experts, and ``scheme``, the
+        URL scheme of the gateway's own ports, without regard to proxies.
         """
         snapshot, replicas = await asyncio.gather(
             self._snapshot.get(), self._gateway.status.replicas.call("summary")
@@ -57,9 +57,9 @@ class PageData:
         }
 
     async def history(self, after_s: float) -> dict[str, Any]:
-        """Samples of the last ten minutes that begin after a time of day, in seconds.
+        """Return the samples of the last ten minutes that begin after a Unix time in seconds.
 
-        A client's key gets no values that follow from experts.
+        With a client's key, values that depend on experts are omitted.
         """
         rings = await self._gateway.status.replicas.call("samples", after_s)
         ended = self._gateway.counts.ended(rings).values()
@@ -69,13 +69,13 @@ class PageData:
         return {"schema": 1, "time": time.time(), "samples": shown}
 
     async def bank_load(self, number: int) -> dict[str, Any]:
-        """The load of one expert bank, by worker and expert, and the balance of all banks.
+        """Return the load of one expert bank, by worker and expert, and the balance of all banks.
 
         Args:
             number: index of the bank.
 
         Raises:
-            PermissionDeniedError: the key is a client's.
+            PermissionDeniedError: the caller is not an operator.
             RequestError: there is no such bank.
             NotReadyError: the controller does not respond.
         """
@@ -84,7 +84,7 @@ class PageData:
         return _bank(load, placement, number)
 
     async def _ask_load(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        """Load and placement of the same epoch."""
+        """Return load and placement of the same epoch."""
         numbers = self._gateway.numbers
         load, placement = await asyncio.gather(numbers.load(), numbers.placement())
         if load["epoch"] != placement["epoch"]:
@@ -119,7 +119,7 @@ def _bank(load: Mapping[str, Any], placement: Mapping[str, Any], number: int) ->
 def _cells(
     holders: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]] | None
 ) -> list[list[list[int]]]:
-    """``[expert, tokens in this epoch]`` of each slot in use, for each device."""
+    """For each worker, ``[expert, tokens in this epoch]`` of each used slot."""
     return [
         [
             [expert, tokens[device][slot] if tokens is not None else 0]

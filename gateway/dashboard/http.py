@@ -1,4 +1,4 @@
-"""Routes of the web page, for the public port and for the admin port."""
+"""Routes of the dashboard, for the public port and for the admin port."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAGES = ("/", "/dashboard")
 _FOLDER = Path(__file__).parent / "static"
 _STATIC = "/dashboard/static/"
 _PUBLIC_PORT, _ADMIN_PORT = b'data-port="public"', b'data-port="admin"'
-"""Attribute that tells the page on which port it is."""
+"""HTML attribute that tells the page which port serves it."""
 _TYPES = {
     ".html": "text/html",
     ".css": "text/css",
@@ -50,7 +50,7 @@ class _File:
 
 @cache
 def _files() -> dict[str, _File]:
-    """The static files, by path relative to their folder."""
+    """Read the static files, by path relative to their folder."""
     return {
         path.relative_to(_FOLDER).as_posix(): _file(path.read_bytes(), path.suffix)
         for path in sorted(_FOLDER.rglob("*"))
@@ -64,12 +64,12 @@ def _file(content: bytes, suffix: str) -> _File:
 
 
 def open_paths() -> frozenset[str]:
-    """Paths that need no key, because they reveal nothing about the cluster."""
+    """Return the paths that need no key, as they reveal nothing about the cluster."""
     return frozenset(PAGES) | {_STATIC + name for name in _files()}
 
 
 def routes(gateway: Gateway, *, is_admin: bool) -> list[BaseRoute]:
-    """The page, its files and its data. ``is_admin``: it has buttons for operations."""
+    """Make the routes of the page, its files and its data. ``is_admin``: with operation buttons."""
     keys = gateway.admin_keys if is_admin else gateway.keys
     data, page = PageData(gateway, keys), _files()["index.html"]
     if is_admin:

@@ -1,4 +1,4 @@
-"""Samples the cluster every two seconds for the history of the web page."""
+"""Samples the cluster every two seconds for the history of the dashboard."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ now_s = time.time
 
 
 class Sampler:
-    """Fills ``gateway.status.samples``.
+    """Adds samples to ``gateway.status.samples``.
 
-    It raises no error, and logs only the first one until a sample succeeds again.
+    Errors are logged, not raised: only the first error until a sample succeeds again.
     """
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._controller_times: dict[
             str, float
-        ] = {}  # times of the records that the controller has
+        ] = {}  # times of the records that the controller has got
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -40,7 +40,7 @@ class Sampler:
                 await self._task
 
     async def sample(self) -> None:
-        """Take a sample; if the controller does not respond, with the previous stats."""
+        """Take a sample, with the previous stats if the controller does not respond."""
         gateway = self._gateway
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(gateway.numbers.refresh(), PERIOD_S / 2)
@@ -50,7 +50,7 @@ class Sampler:
         await self._share()
 
     async def _share(self) -> None:
-        """Keep the counts of this gateway, and exchange them for the counts of others."""
+        """Send the counts of this gateway to the controller, and receive the counts of others."""
         gateway, counts = self._gateway, self._gateway.counts
         samples = gateway.status.samples.after(counts.times().get(gateway.name, 0.0))
         if samples:
@@ -82,4 +82,4 @@ class Sampler:
                 if is_well:  # log once, not every two seconds
                     logger.exception("could not take a sample")
                 is_well = False
-            await asyncio.sleep(PERIOD_S - time.time() % PERIOD_S)  # all replicas in phase
+            await asyncio.sleep(PERIOD_S - time.time() % PERIOD_S)  # all replicas at the same time

@@ -1,4 +1,4 @@
-"""Client side of the attention workers: streams, routing and resubmission of requests.
+"""Client of the attention workers: streams, routing and resubmission of requests.
 
 Imports ``gateway.core``, ``gateway.cluster``, ``workers.requests`` and grpcio.
 """

@@ -1,4 +1,4 @@
-"""Queue of the requests that wait for a worker."""
+"""Queue of requests that wait for a worker."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from gateway.engines.worker_registry import WorkerRegistry
 logger = logging.getLogger(__name__)
 
 _REFUSED_RETRY_S = 0.1
-"""Delay before a request returns to the worker that handed it back."""
+"""Seconds until a request may return to the worker that handed it back."""
 
 
 class AssignmentQueue:
-    """Decides when to send each request to a worker, and sends it. Event loop only.
+    """Sends each request to a worker as soon as one can take it. Event loop only.
 
     Args:
-        workers: the open streams.
-        router: chooses the worker.
-        disconnects: knows the workers that may be alive although their connection was lost.
+        workers: the connected workers.
+        router: chooses the worker of a request.
+        disconnects: tracks workers that may be alive although their connection was lost.
         on_resubmit: called when a request continues at another worker.
     """
 
@@ -48,7 +48,7 @@ class AssignmentQueue:
         self._is_scheduled = False
 
     def add(self, entry: Submission) -> None:
-        """Assign a new request, with all that arrive in this iteration of the event loop."""
+        """Assign a new request, together with all that arrive in this event loop iteration."""
         self.waiting.append(entry)
         if not self._is_scheduled:
             self._is_scheduled = True
@@ -63,23 +63,23 @@ class AssignmentQueue:
             loop.call_soon(self.assign_waiting)
 
     def reassign(self, entries: Iterable[Submission]) -> None:
-        """Assign requests that have lost their worker, and all waiting requests."""
+        """Assign requests that lost their worker, and all waiting requests."""
         self.waiting.extend(entries)
         self.assign_waiting()
 
     def requeue(self, entry: Submission) -> None:
-        """Assign a request that its worker has handed back to a worker again."""
+        """Assign a request again that its worker has handed back."""
         entry.replay_cause = ReplayCause.HANDED_BACK
         self.waiting.append(entry)
         has_other = entry.num_returns == 1 and len(self._workers.ready) > 1
         self.schedule(0.0 if has_other else _REFUSED_RETRY_S)
 
     def move(self, entry: Submission, target: EngineClient | None, num_new: int) -> None:
-        """Move a request from its worker to ``target``, which must compute its newest ``num_new``
-        tokens; None: to any worker.
+        """Move a request from its worker to ``target``, or to any worker if ``target`` is None. The
+        new worker must compute the last ``num_new`` tokens.
         """
         source = entry.stream
-        assert isinstance(source, EngineClient), "it moves while it has a worker"
+        assert isinstance(source, EngineClient), "a request can move only from a worker"
         source.detach(entry)
         entry.replay_cause = ReplayCause.HANDED_BACK if target is None else ReplayCause.MOVED
         if target is None or target.worker in self._workers.leaving:
@@ -90,7 +90,7 @@ class AssignmentQueue:
             self._submit(entry, target, time.monotonic())
 
     def assign_waiting(self) -> None:
-        """Send all waiting requests that a worker can take now, the cheapest first."""
+        """Send all waiting requests that a worker can take now, cheapest first."""
         self._is_scheduled = False
         waiting, self.waiting = self.waiting, []
         now_s, ready = time.monotonic(), self._workers.ready
@@ -126,7 +126,7 @@ class AssignmentQueue:
 
     @contextlib.contextmanager
     def _isolate(self, entry: Submission) -> Iterator[None]:
-        """Fail only ``entry`` on an error, so that the other requests are still assigned."""
+        """On an error, fail only ``entry``, so that the other requests are still assigned."""
         try:
             yield
         except Exception as err:

@@ -1,4 +1,4 @@
-"""Requests of lost connections: whether their workers died is not known at first."""
+"""Requests of lost connections, after which it is not known at once whether the worker died."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from gateway.engines.submission import Submission
 logger = logging.getLogger(__name__)
 
 _RESOLVE_LIMIT_S = 10.0
-"""Longest time that a request waits until a worker is known to be alive or dead."""
+"""Longest time in seconds that a request waits until a worker is known to be alive or dead."""
 
 
 class DisconnectResolver:
-    """Decides which requests of a lost connection continue, and which one killed its worker."""
+    """Decides which requests of a lost connection continue, and which request killed its worker."""
 
     def __init__(self) -> None:
         self.suspects: list[tuple[Submission, str]] = []
-        """Requests that may have killed their last worker, each with the reason. They fail when the
-        worker is known to be dead, and continue if only the connection was lost."""
+        """Requests that may have killed their last worker, each with the reason. Once the worker is
+        known to be dead they fail; if only the connection was lost, they continue."""
         self._unresolved: dict[str, float] = {}
-        """By worker that may be alive, the ``time.monotonic`` at which its connection was lost."""
+        """By worker that may be alive: the monotonic time at which its connection was lost."""
         self._is_stopping = False
 
     def stop(self) -> None:
-        """Fail requests that lose their worker from this call on: the gateway shuts down."""
+        """From now on, fail requests that lose their worker. Called when the gateway shuts down."""
         self._is_stopping = True
 
     def note_end(self, worker: str) -> None:
-        """Record that the stream to ``worker`` has ended; the worker may be alive."""
+        """Record that the stream to ``worker`` has ended although the worker may be alive."""
         self._unresolved.setdefault(worker, time.monotonic())
 
     def unresolved(self, now_s: float) -> list[str]:
-        """Workers that may be alive and that requests still wait for."""
+        """Workers that may be alive and whose requests still wait for the result."""
         return [w for w, at_s in self._unresolved.items() if now_s - at_s < _RESOLVE_LIMIT_S]
 
     def handle_lost_stream(

@@ -1,7 +1,7 @@
-"""The requests of one attention worker: sends submissions and aborts, receives tokens.
+"""Client of one attention worker: sends requests and aborts, and receives tokens.
 
-One ``EngineClient`` serves one stream. It passes each output to the sink of its request exactly
-once, and drops outputs of older attempts and repeated indexes. Changes that concern more than one
+An ``EngineClient`` uses one stream. It passes each output to the sink of its request exactly once:
+outputs of older attempts and repeated tokens are dropped. Changes that concern more than one
 request become events (``stream_events``), which ``engine_pool`` handles.
 """
 
@@ -29,11 +29,11 @@ from workers.requests.wire import Abort, EngineHello, FromEngine, KvPressure, Pa
 logger = logging.getLogger(__name__)
 
 _SHORT_OF_KV = 0.125
-"""Share of free KV blocks below which they limit the running requests, not the seats."""
+"""Fraction of free KV blocks below which the blocks, not the seats, limit the running requests."""
 
 
 class EngineClient:
-    """The requests of one worker; decides which outputs are new, and computes the worker's load.
+    """The requests of one worker, and the load that they are for the worker.
 
     Args:
         stream: the stream to the worker.
@@ -45,18 +45,18 @@ class EngineClient:
         self.node = stream.endpoint.node
         self.stream = stream
         self.load = WorkerLoad(name=self.worker)
-        """Work of this gateway at the worker, without ``outstanding_tokens``."""
+        """Work of this gateway at the worker; ``outstanding_tokens`` is not maintained here."""
         self._events = events
         self._submissions: dict[str, Submission] = {}
 
     @property
     def hello(self) -> EngineHello | None:
-        """The worker's hello; None before it, and after the end of the stream."""
+        """The worker's hello; None before it arrives and after the end of the stream."""
         return self.stream.hello
 
     @property
     def outstanding_tokens(self) -> int:
-        """Tokens that this worker's requests may still need."""
+        """Number of tokens that this worker's requests may still need."""
         return sum(entry.outstanding_tokens for entry in self._submissions.values())
 
     @property
@@ -74,7 +74,7 @@ class EngineClient:
             await asyncio.sleep(0)  # clients get these outputs before the next message
 
     def submit(self, entry: Submission) -> None:
-        """Send a request to the worker; its outputs go to its sink."""
+        """Send a request to the worker. The outputs go to the sink of ``entry``."""
         entry.stream, entry.was_sent, entry.is_computing = self, True, True
         entry.engine = self.stream.endpoint.engine
         self._submissions[entry.request.request_id] = entry
@@ -82,12 +82,12 @@ class EngineClient:
         self.stream.send(entry.message(time.monotonic()))
 
     def detach(self, entry: Submission) -> None:
-        """Abort a request here, because it continues at another worker."""
+        """Abort a request at this worker, because it continues at another worker."""
         self.stream.send(Abort(request_id=entry.request.request_id))
         self._release(entry)
 
     def abort(self, request_id: str, choices: Sequence[int] = ()) -> None:
-        """End a request, or some of its choices; does not wait. Unknown ids are ignored."""
+        """End a request, or some of its choices, without waiting. Unknown ids are ignored."""
         entry = self._submissions.get(request_id)
         if entry is None:
             return
@@ -117,7 +117,7 @@ class EngineClient:
         self._events.put(RequestEvent(change, self, entry))
 
     def _update_load(self, entry: Submission) -> None:
-        """Update the request's share of the load."""
+        """Update the request's part of the worker's load."""
         now = (0, 0)
         if entry.stream is self:
             is_new, choices = entry.is_computing, len(entry.open_choices)
@@ -162,7 +162,7 @@ class EngineClient:
     def _note_solo_step(self, solo_step: SoloStep) -> None:
         """Record a stage of a request's solo step, and acknowledge it.
 
-        The request counts as the cause of a worker's death only between ``CERTAIN`` and ``OVER``.
+        If the worker dies between ``CERTAIN`` and ``OVER``, the request counts as the cause.
         """
         entry = self._submissions.get(solo_step.request_id)
         is_here = entry is not None and entry.attempt == solo_step.attempt
@@ -183,10 +183,7 @@ class EngineClient:
             self._report(RequestChange.QUEUED_ALONE, entry)
 
     def _deliver_step(self, step: StepOutput) -> None:
-        """Pass the outputs of a step to their sinks.
-
-        First tokens are passed first, so that they do not wait for all running streams.
-        """
+        """Pass the outputs of a step to their sinks, first tokens of requests before all others."""
         now_s = time.monotonic()
         entries = []
         for output in sorted(step.outputs, key=lambda output: output.index > 0):
@@ -199,9 +196,9 @@ class EngineClient:
     def _deliver_output(self, entry: Submission, output: TokenOutput) -> bool:
         """Deliver the new tokens of an output; return whether there are any."""
         if output.attempt != entry.attempt or output.choice not in entry.open_choices:
-            return False  # of an older attempt, or of a choice that was ended here
+            return False  # from an older attempt, or for an ended choice
         repeated = len(entry.outputs[output.choice]) - output.index
-        is_gap = repeated < 0  # outputs were lost on the way
+        is_gap = repeated < 0  # outputs between were lost
         if is_gap or entry.is_handed_back(output):
             reason = "outputs are missing" if is_gap else output.error or "the worker aborted it"
             logger.info("request %s was handed back: %s", output.request_id, reason)

@@ -1,8 +1,8 @@
-"""All streams of this replica: one to each attention worker of the current generation.
+"""All engine streams of this replica: one to each attention worker of the current generation.
 
-The requests of a stream that ends continue at another worker, with their output so far. Requests
-of a worker that is drained move earlier, with their KV blocks (``moves``). If no worker is
-connected, requests wait here until their deadline, at which their ``RunningCall`` ends them.
+If a stream ends, its requests continue at another worker, with their output so far. If a worker is
+drained, its requests move to other workers with their KV blocks (``moves``). If no worker is
+connected, requests wait here until their ``RunningCall`` ends them at their deadline.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _RETRY_S = 0.2
 
 
 class EnginePool:
-    """Keeps one stream to each listed worker, and assigns requests to the workers.
+    """Keeps one stream to each worker, and assigns requests to the workers.
 
     Args:
         token: the cluster token.
@@ -52,7 +52,7 @@ class EnginePool:
         policy: routing policy.
         silence_limit_s: see ``EngineStream``.
         ping_s: see ``EngineStream``.
-        connect: makes the stream to a worker; None connects over the network.
+        connect: makes the stream to a worker; None makes gRPC streams.
     """
 
     def __init__(
@@ -81,20 +81,20 @@ class EnginePool:
         self.disconnects = DisconnectResolver()
         """Resolves the requests of lost connections."""
         self.on_resubmit: Callable[[Submission], None] = lambda entry: None
-        """Called when a request moves to another worker."""
+        """Called when a request continues at another worker."""
         self.assignments = AssignmentQueue(
             self.workers, self._router, self.disconnects, lambda entry: self.on_resubmit(entry)
         )
         """Requests without a worker."""
         self._copies = SessionCopier(self.workers, self.kv)
         self.pauses = PauseTracker()
-        """Pauses of streams at changes of the generation."""
+        """Measures pauses of client streams at changes of the generation."""
         self.moves = RequestMover(self.workers, self._router, self.assignments)
-        """Requests that move while they decode."""
+        """Moves decoding requests to other workers."""
 
     @property
     def clients(self) -> list[EngineClient]:
-        """Open streams to workers that take requests, by worker name."""
+        """Clients of connected workers that accept requests, sorted by worker name."""
         return self.workers.ready
 
     @property
@@ -103,9 +103,9 @@ class EnginePool:
         return self._router.kv
 
     def update(self, endpoints: Sequence[AttentionEndpoint], living: Collection[str] = ()) -> None:
-        """Open streams to new workers, and drop the streams of workers that are no longer listed.
+        """Open streams to new workers, and end the streams of workers not in ``endpoints``.
 
-        Dropped workers that are in ``living`` did not die. Requests of workers that are listed as
+        Workers in ``living`` did not die, although their streams end. Requests of workers that are
         leaving move to other workers.
         """
         workers = self.workers
@@ -138,11 +138,11 @@ class EnginePool:
         deadline_s: float,
         hashes: Sequence[BlockHash] = (),
     ) -> Submission | None:
-        """Assign a request to a worker; None while no stream is open.
+        """Assign a request to a worker; return None if no stream is open.
 
-        ``hashes`` are the hashes of its KV blocks, if known. ``deadline_s`` is the
-        ``time.monotonic`` at which the request ends. Requests that arrive together are routed
-        together, the request with the fewest tokens to compute first.
+        ``hashes`` are the hashes of the request's KV blocks, if known. ``deadline_s`` is by
+        ``time.monotonic``. Requests that arrive together are routed together, the request with
+        the fewest tokens to compute first.
         """
         if not self.clients:
             return None
@@ -153,7 +153,7 @@ class EnginePool:
         return entry
 
     async def wait_change(self, timeout_s: float) -> None:
-        """Return when a stream opens or ends, or after ``timeout_s``."""
+        """Wait until a stream opens or ends, at most ``timeout_s``."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), timeout_s)
 
@@ -165,7 +165,7 @@ class EnginePool:
         await asyncio.gather(*connectors, return_exceptions=True)
 
     async def _keep_connected(self, endpoint: AttentionEndpoint) -> None:
-        """Reconnect to a worker as long as it is listed."""
+        """Keep a stream to a worker open: reconnect whenever it ends, until cancelled."""
         clients = self.workers.clients
         while True:
             client = clients[endpoint.name] = EngineClient(self._connect(endpoint), self._events)
@@ -225,7 +225,7 @@ class EnginePool:
         match change:
             case RequestChange.PROMPT_SETTLED:
                 self.kv.end_expectation(client.worker, entry.prompt_hashes)
-                if entry.must_be_sent_alone:  # it ended
+                if entry.must_be_sent_alone:  # the request has ended
                     self.assignments.schedule()
             case RequestChange.PROMPT_COMPUTED:
                 self._copies.note_prompt(entry, client)

@@ -25,9 +25,9 @@ from workers.requests.wire import (
 )
 
 PING_S = 1.0
-"""Time between two pings."""
+"""Interval in seconds between two pings."""
 SILENCE_LIMIT_S = 5.0
-"""Time without a message (ping replies included) after which a worker is dropped."""
+"""Seconds without a message or ping reply from a worker after which its stream is ended."""
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -45,7 +45,7 @@ _LIVE_END_CODES = frozenset(
         grpc.StatusCode.UNAUTHENTICATED,
     }
 )
-"""Status codes with which a living worker ends a stream: it cannot serve, or drops this gateway."""
+"""Status codes of a living worker that ends a stream, as it cannot serve or drops this gateway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +54,11 @@ class StreamEnd:
 
     reason: str
     has_died: bool
-    """True if the worker probably died."""
+    """Whether the worker probably died."""
 
 
 class EngineStream:
-    """One stream to a worker; decides whether the worker is still connected.
+    """One gRPC stream to a worker, which ends when the worker is silent for too long.
 
     Args:
         endpoint: the worker.
@@ -66,7 +66,7 @@ class EngineStream:
         gateway: name of this replica.
         silence_limit_s: see ``SILENCE_LIMIT_S``.
         ping_s: see ``PING_S``.
-        release: version of this replica; workers of another version are refused.
+        release: version of this replica. A worker of another version is refused.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class EngineStream:
     ) -> None:
         self.endpoint = endpoint
         self.hello: EngineHello | None = None
-        """The worker's hello; None before it, and after the end."""
+        """The worker's hello; None before it arrives and after the end of the stream."""
         self.connected = asyncio.Event()
         """Set when the hello has arrived."""
         self._handshake = GatewayHandshake(token, gateway, release)
@@ -93,11 +93,11 @@ class EngineStream:
         self._is_silent = False
 
     def send(self, message: ToEngine) -> None:
-        """Queue a message to the worker; does not wait."""
+        """Queue a message to the worker, without waiting."""
         self._outgoing.put_nowait(message)
 
     async def run(self, take: Callable[[FromEngine], Awaitable[None]]) -> StreamEnd:
-        """Pass each message to ``take`` until the stream ends; cancel it to end the stream."""
+        """Pass each message to ``take`` until the stream ends. Cancelling it ends the stream."""
         end = await self._run(take)
         task = asyncio.current_task()
         if task is not None and task.cancelling():  # gRPC loses it if the call ends now
@@ -128,7 +128,7 @@ class EngineStream:
                 self.hello = None
                 pinger.cancel()
                 call.cancel()
-                self._proof.put_nowait(None)  # ends gRPC's task that waits for messages
+                self._proof.put_nowait(None)  # ends the gRPC task that waits for messages
                 self._outgoing.put_nowait(None)
 
     async def _read(self, call: _Call, take: Callable[[FromEngine], Awaitable[None]]) -> None:
@@ -146,7 +146,7 @@ class EngineStream:
         self._proof.put_nowait(self._handshake.prove(challenge))
 
     async def messages(self) -> AsyncGenerator[bytes]:
-        """Encoded messages to the worker."""
+        """Yield the encoded messages to the worker."""
         yield self._handshake.start()
         if (proof := await self._proof.get()) is not None:
             yield proof
@@ -159,7 +159,7 @@ class EngineStream:
             began_s = time.monotonic()
             await asyncio.sleep(self._ping_s)
             late_s = time.monotonic() - began_s - self._ping_s
-            if late_s > self._ping_s:  # this process stalled: messages may be unread
+            if late_s > self._ping_s:  # this process stalled; messages may be unread
                 self._heard_s += late_s
             if time.monotonic() - self._heard_s > self._silence_limit_s:
                 self._is_silent = True

@@ -1,11 +1,11 @@
 """Index of cached prefixes by attention worker, built from the workers' block events. Pure.
 
-A block is named by the hash of its tokens and of all tokens before it, so one table serves all
-workers: hash -> bit set of the workers that have the block. A worker that has a block also has the
-blocks before it (the pool evicts the ends of sequences first), so a search may skip blocks.
+One table maps the hash of a block to the bit set of the workers that have the block. The hash is
+of the block's tokens and all tokens before it. A worker that has a block also has the blocks before
+it, as the pool evicts the ends of sequences first. A search may therefore skip blocks.
 
-The blocks of a prompt count as expected at a worker from its routing on, before the events
-arrive: requests with a common prefix often arrive together.
+From the routing of a prompt until the events arrive, its blocks count as expected at the worker,
+because requests with a common prefix often arrive together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from workers.requests.block_hash import KvEvents
 
 _SKIP_BLOCKS = 16
-"""Number of blocks that the search skips if all workers with the first one have the last one."""
+"""Number of blocks that a search skips if all workers with the first of them have the last."""
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class _Worker:
 
 
 class KvIndex:
-    """The blocks of all workers, by the short hashes of ``block_hash``."""
+    """The KV blocks of all workers, by the short hashes of ``block_hash``."""
 
     def __init__(self) -> None:
         self._holders: dict[bytes, int] = {}
@@ -41,7 +41,7 @@ class KvIndex:
     def apply(self, worker: str, events: KvEvents) -> bool:
         """Apply a message; return False if earlier messages are missing.
 
-        The old entries stay until the worker sends its complete list.
+        The entries of the worker then remain until it sends its complete list of blocks.
         """
         known = self._workers.get(worker)
         if events.is_whole:
@@ -56,13 +56,13 @@ class KvIndex:
         return True
 
     def expect(self, worker: str, hashes: Sequence[bytes]) -> None:
-        """Expect that a worker will compute these blocks; ``end_expectation`` undoes it."""
+        """Count blocks as expected at a worker, until ``end_expectation`` is called."""
         if (known := self._workers.get(worker)) is not None:
             known.expected.update(hashes)
             self._hold(known, hashes)
 
     def end_expectation(self, worker: str, hashes: Sequence[bytes]) -> None:
-        """Undo ``expect``: the worker has reported the blocks, or will not compute them."""
+        """Undo ``expect`` when the worker has reported the blocks, or will not compute them."""
         if (known := self._workers.get(worker)) is None:
             return
         for name in hashes:
@@ -81,9 +81,9 @@ class KvIndex:
                 self._clear(name, known.bit)
 
     def matches(self, hashes: Sequence[bytes]) -> dict[str, int]:
-        """Number of leading blocks of ``hashes`` by worker, the fewest first, without zeros.
+        """Return how many leading blocks of ``hashes`` each worker has, fewest first, without 0.
 
-        Example: a has blocks 1 to 3, b has block 1: hashes of blocks 1, 2, 9 give a 2, b 1.
+        Example: a has blocks 1 to 3, b has block 1. Hashes of blocks 1, 2, 9 give b: 1, a: 2.
         """
         look, names, found = self._holders.get, self._names, dict[str, int]()
         have, depth = self._all_bits, 0
@@ -107,13 +107,13 @@ class KvIndex:
         return found
 
     def best_holder(self, hashes: Sequence[bytes], matches: dict[str, int]) -> tuple[str, int]:
-        """Worker with the longest prefix that can be fetched, and its length in blocks.
+        """Return the worker with the longest prefix that can be fetched, and its length in blocks.
 
-        Only reported blocks count, not expected ones. ``matches`` is the unchanged result of
+        Only reported blocks count, not expected blocks. ``matches`` is the unchanged result of
         ``matches(hashes)``. Returns ("", 0) if no worker has blocks.
 
-        Example: a has reported 2 of 3 blocks and is about to compute the third, b has reported 1:
-        a, 2.
+        Example: a has reported 2 of 3 blocks and will compute the third; b has reported 1 block.
+        The result is ("a", 2).
         """
         best, most = "", 0
         for worker, depth in reversed(matches.items()):

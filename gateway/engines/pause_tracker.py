@@ -1,18 +1,18 @@
-"""Pauses of streams at changes of the cluster, from the arrival times of their tokens. Pure."""
+"""Measures pauses of client streams at changes of the generation, by arrival of tokens. Pure."""
 
 from __future__ import annotations
 
 from collections import deque
 
 MIN_GAP_S = 0.02
-"""Shortest gap between two tokens of a stream that counts."""
+"""Shortest time in seconds between two tokens of a stream that counts as a gap."""
 MAX_SNAPSHOT_DELAY_S = 1.0
-"""Longest delay of a snapshot: streams may have resumed before it arrives."""
+"""Longest delay of a snapshot in seconds: gaps that ended within it before its arrival count."""
 _KEPT = 1024
 
 
 class PauseTracker:
-    """The longest gap around the newest change of the generation. Times are monotonic seconds."""
+    """Finds the longest gap around the newest change of the generation. Times are monotonic."""
 
     def __init__(self) -> None:
         self._generation = 0
@@ -21,7 +21,7 @@ class PauseTracker:
         self._longest_s = self._reported_s = 0.0
 
     def change(self, generation: int, now_s: float) -> bool:
-        """Record the generation of a snapshot; return whether a pause may have to be reported."""
+        """Record the generation of a snapshot; return whether a pause may follow to report."""
         if generation <= self._generation:
             return False
         is_first = not self._generation
@@ -32,7 +32,7 @@ class PauseTracker:
         return not is_first
 
     def token(self, last_s: float, now_s: float) -> None:
-        """Record the time of a stream's token, and of the token before it."""
+        """Record the times of two consecutive tokens of a stream."""
         length = now_s - last_s
         if length < MIN_GAP_S:
             return
@@ -41,7 +41,7 @@ class PauseTracker:
             self._longest_s = max(self._longest_s, length)
 
     def take(self) -> tuple[int, float] | None:
-        """Generation and longest pause if it has grown since the last call, otherwise None."""
+        """Return generation and longest pause; None unless the pause grew since the last call."""
         if self._longest_s <= self._reported_s:
             return None
         self._reported_s = self._longest_s

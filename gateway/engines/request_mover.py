@@ -1,21 +1,21 @@
-"""Moves of decoding requests to another worker, with their KV blocks.
+"""Moves decoding requests to other workers, with their KV blocks.
 
-A worker that is drained keeps its stream until its requests have left:
+A drained worker keeps its stream until its requests have moved. A move has these stages:
 
     Prefetch to the target ─▶ it fetches the blocks while the source decodes ─▶ Prefetched
         ─▶ repeated if the source has generated many tokens since
         ─▶ once more for the block that the step in progress completes
         ─▶ Pause to the source, which ends its step ─▶ Paused ─▶ the request is sent to the target
 
-A request that its worker would have to preempt moves in the same way, if another worker has enough
-free KV blocks; it does not wait for a full block.
+A request that its worker would have to preempt moves in the same way, but without waiting for a
+full block, if another worker has enough free KV blocks.
 
-The target computes the few tokens after the last full block, so the pause of a stream does not grow
-with its length. If both workers are otherwise idle, the pause begins with the fetch of that block,
-and a single token is left to compute. If they are busy, they reply only between steps, and the
-request decodes until the block has been fetched. If either worker dies or the blocks do not
-arrive, the request is replayed from its tokens. Source of the idea: Llumnix (OSDI 2024), section
-4.2, which copies the last blocks while the request is paused.
+The target computes the few tokens after the last full block, so the pause of a stream does not
+depend on its length. If both workers have no other request, the request pauses when the fetch of
+its last block begins, and one token is left to compute. If they are busy, they reply only between
+steps, so the request decodes until the block has been fetched. If a worker dies or the blocks do
+not arrive, the request is replayed from its tokens. Source of the idea: Llumnix (OSDI 2024),
+section 4.2, which copies the last blocks while the request is paused.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ from workers.requests.wire import Pause, Paused, Prefetch, Prefetched
 logger = logging.getLogger(__name__)
 
 MAX_CONCURRENT_MOVES = 4
-"""Concurrent moves from one worker: each adds rows to a step of its target, and requests that
-arrive together delay each other."""
+"""Maximum number of concurrent moves from one worker. Each move adds rows to a step of its target,
+so that requests that arrive together delay each other."""
 MAX_REMAINING_TOKENS = 32
-"""Largest number of tokens since the last ``Prefetch`` at which a move fetches its last block."""
+"""Maximum number of tokens since the last ``Prefetch`` at which a move fetches its last block."""
 MAX_ROUNDS = 4
-"""Largest number of ``Prefetch`` messages of one move."""
+"""Maximum number of ``Prefetch`` messages of one move."""
 _ANSWER_LIMIT_S = 5.0
-"""Longest wait for ``Prefetched``."""
+"""Longest wait for ``Prefetched`` in seconds."""
 _BLOCK_LIMIT_S = 2.0
-"""Longest wait for a full block."""
+"""Longest wait for a full block in seconds."""
 _PAUSE_LIMIT_S = 2.0
-"""Longest wait for ``Paused``, which takes one or two steps; then the request moves without it."""
+"""Longest wait in seconds for ``Paused``, after which the request moves without it."""
 _RETRY_S = 0.2
-"""Retry interval while no other worker can run a request."""
+"""Retry interval in seconds while no other worker can run a request."""
 
 
 class _Stage(Enum):
     """The event that a move waits for."""
 
     BLOCKS = "the fetch of the full blocks"
-    FULL_BLOCK = "the last token of a block, which the step in progress computes"
+    FULL_BLOCK = "the token that completes a block, which the current step computes"
     LAST_BLOCK = "the fetch of that block"
     PAUSED = "the end of the source's last step with the request"
 
@@ -80,7 +80,7 @@ class _Move:
 
     @property
     def num_new(self) -> int:
-        """Tokens since the last ``Prefetch``, which the target must compute."""
+        """Number of tokens since the last ``Prefetch``, which the target must compute."""
         entry = self.entry
         return sum(len(entry.outputs[c]) - self.lengths[c] for c in entry.open_choices)
 
@@ -101,28 +101,28 @@ class RequestMover:
         self._router = router
         self._assignments = assignments
         self._waiting: dict[EngineClient, deque[Submission]] = {}
-        """By drained worker, its requests that have not begun to move."""
+        """For each drained worker, its requests that have not begun to move."""
         self._moves: dict[str, _Move] = {}
         """Running moves by request id."""
         self._retrying: set[EngineClient] = set()
         """Drained workers with requests that no other worker can run."""
 
     def begin(self, source: EngineClient) -> None:
-        """Begin to move all requests of a worker."""
+        """Begin to move all requests of a drained worker."""
         entries = source.submissions
         waiting = (e for e in entries if e.request.request_id not in self._moves)
         self._waiting[source] = deque(waiting)
         self._start_next(source)
 
     def on_kv_pressure(self, entry: Submission, source: EngineClient) -> None:
-        """Move a request of a worker that runs out of KV blocks, one request at a time."""
+        """Move a request of a worker that runs out of KV blocks, if none of its requests moves."""
         if not _can_move(entry) or source in self._waiting or self._num_moving(source):
             return
         if (target := self._router.pick_with_free_kv(entry, source)) is not None:
             self._begin_move(entry, source, target)
 
     def end(self, worker: str) -> None:
-        """End the moves of a worker that is no longer drained, or that has lost its stream."""
+        """End the moves of a worker that is no longer drained or has lost its stream."""
         for source in [s for s in self._waiting if s.worker == worker]:
             del self._waiting[source]
         for move in [m for m in self._moves.values() if m.source.worker == worker]:
@@ -131,9 +131,8 @@ class RequestMover:
             self._restart(move)
 
     def take(self, client: EngineClient, message: Prefetched | Paused) -> None:
-        """Advance a move whose target has fetched the blocks, or whose source has paused the
-        request
-        and delivered all its outputs.
+        """Advance a move: its target has fetched the blocks, or its source has paused the request
+        after delivering all its outputs.
         """
         move = self._moves.get(message.request_id)
         if isinstance(message, Prefetched):
@@ -161,25 +160,25 @@ class RequestMover:
             self._pause(move)
 
     def note_token(self, entry: Submission) -> None:
-        """Check for a full block after a token that is about to be delivered."""
+        """Check whether the token that is about to be delivered completes a block."""
         move = self._moves.get(entry.request.request_id)
         if move is not None and move.stage is _Stage.FULL_BLOCK:
             asyncio.get_running_loop().call_soon(self._look_for_block, move)
 
     def drop(self, entry: Submission) -> None:
-        """Drop the move of a request that has ended or left its worker."""
+        """Forget the move of a request that has ended or left its worker."""
         if (move := self._moves.get(entry.request.request_id)) is not None:
             self._forget(move)
             self._start_next(move.source)
 
     def _start_next(self, source: EngineClient) -> None:
-        """Begin moves of a worker's requests, up to ``MAX_CONCURRENT_MOVES`` in all."""
+        """Begin moves of a worker's requests, up to ``MAX_CONCURRENT_MOVES`` concurrent moves."""
         waiting = self._waiting.get(source)
         staying: list[Submission] = []
         while waiting and self._num_moving(source) < MAX_CONCURRENT_MOVES:
             entry = waiting.popleft()
             if entry.stream is not source:
-                continue  # it has ended
+                continue  # the request has ended
             if not self._workers.can_any_run(entry):
                 staying.append(entry)
                 continue
@@ -212,7 +211,7 @@ class RequestMover:
         self._set_timer(move, _ANSWER_LIMIT_S, self._finish)
 
     def _look_for_block(self, move: _Move) -> None:
-        """Begin the last fetch if the newest token completes a block."""
+        """Begin the fetch of the last block if the newest token completes it."""
         if move.stage is _Stage.FULL_BLOCK and not self._is_over(move):
             size, length = _block_size(move.target), _length(move.entry)
             if size and length % size == 0:
@@ -244,7 +243,7 @@ class RequestMover:
             self._start_next(move.source)
 
     def _finish(self, move: _Move) -> None:
-        """Send the request to the target, or to any worker if the target may lack its blocks."""
+        """Send the request to the target; if the target may lack its blocks, to any worker."""
         if self._is_over(move):
             return
         are_there = move.stage is not _Stage.BLOCKS and move.target.hello is not None
@@ -257,7 +256,7 @@ class RequestMover:
         self._start_next(move.source)
 
     def _must_leave(self, move: _Move) -> bool:
-        """Whether the source is drained; otherwise the request stays there if the move fails."""
+        """Whether the source is drained. If not, the request stays there when the move fails."""
         return move.source in self._waiting
 
     def _is_over(self, move: _Move) -> bool:
@@ -284,21 +283,21 @@ class RequestMover:
 
 
 def _can_move(entry: Submission) -> bool:
-    """Whether a request has computed blocks, and no prompt embeddings that must be sent again."""
+    """Whether a request has computed blocks and no prompt embeddings, which must be sent again."""
     return any(entry.outputs) and entry.request.prompt_embeds is None
 
 
 def _are_idle(move: _Move) -> bool:
-    """Whether neither worker has another request of this gateway, so that no other step begins."""
+    """Whether neither worker has another request of this gateway, hence no other steps."""
     return len(move.source.submissions) + len(move.target.submissions) == 1
 
 
 def _length(entry: Submission) -> int:
-    """Number of tokens of the shortest open choice, with the prompt."""
+    """Number of tokens of the prompt and the shortest open choice."""
     shortest = min((len(entry.outputs[c]) for c in entry.open_choices), default=0)
     return len(entry.request.prompt) + shortest
 
 
 def _block_size(client: EngineClient) -> int:
-    """Tokens per KV block; 0 without a prefix cache, or before the hello."""
+    """Number of tokens per KV block; 0 without a prefix cache, or before the hello."""
     return client.hello.kv_block_size if client.hello is not None else 0

@@ -13,8 +13,8 @@ from gateway.engines.worker_registry import WorkerRegistry
 from workers.requests.block_hash import block_hashes
 
 FREE_KV_FACTOR = 4
-"""Free KV tokens that the target of a move needs, as a multiple of the request's tokens: other
-requests may take blocks before it arrives, and it must not move back soon."""
+"""Free KV tokens that the target of a move needs, as a multiple of the request's tokens. Other
+requests may take blocks before the request arrives, and it must not soon move again."""
 
 
 class RequestRouter:
@@ -34,7 +34,7 @@ class RequestRouter:
         self._affinity = SessionAffinity()
 
     def pick(self, entry: Submission, ready: Sequence[EngineClient]) -> EngineClient | None:
-        """Worker that can run a request; its last worker only if there is no other."""
+        """Choose a worker that can run a request; its last worker only if there is no other."""
         clients = {c.worker: c for c in ready if self._workers.can_run(entry, c)}
         if len(clients) > 1:
             clients.pop(entry.last_worker, None)
@@ -59,8 +59,8 @@ class RequestRouter:
         return clients[choice.load.name]
 
     def pick_with_free_kv(self, entry: Submission, source: EngineClient) -> EngineClient | None:
-        """Other worker with the most free KV tokens for a request of ``source``, if any has
-        enough."""
+        """Choose the worker other than ``source`` with the most free KV tokens; None if no worker
+        has enough for the request."""
         needed = FREE_KV_FACTOR * entry.num_known_tokens
         others = (
             c
@@ -70,7 +70,7 @@ class RequestRouter:
         return max(others, key=lambda client: client.load.free_tokens, default=None)
 
     def num_missing(self, entry: Submission, ready: Sequence[EngineClient]) -> int:
-        """Number of tokens of a request that no worker has cached; sets its block hashes."""
+        """Number of prompt tokens that no worker has cached. Sets the request's block hashes."""
         tokens = entry.num_known_tokens
         if self._policy is not RoutingPolicy.KV or not ready:
             return tokens
@@ -79,9 +79,9 @@ class RequestRouter:
         return tokens - block_size * max(matches.values(), default=0)
 
     def _set_block_hashes(self, entry: Submission, client: EngineClient) -> int:
-        """Set the block hashes of the prompt; return the number of tokens per block."""
+        """Set the block hashes of a request; return the number of tokens per block."""
         hello = client.hello
-        assert hello is not None, "only workers that said hello take requests"
+        assert hello is not None, "only workers with a hello take requests"
         block_size = hello.kv_block_size
         if block_size and not entry.prompt_hashes:
             limit = hello.kv_length_matters_above

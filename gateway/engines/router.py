@@ -1,4 +1,4 @@
-"""Routing policies: pick the attention worker of a request. Pure."""
+"""Routing policies, which pick the attention worker of a request. Pure."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from gateway.engines.kv_index import KvIndex
 
 class RoutingPolicy(Enum):
     KV = "kv"
-    """The worker that computes the prompt soonest, given its cached prefixes."""
+    """The worker that will have computed the prompt first, given the cached prefixes."""
     LEAST_LOADED = "least-loaded"
-    """Fewest outstanding tokens."""
+    """The worker with the fewest outstanding tokens."""
     ROUND_ROBIN = "round-robin"
     """The workers in turn."""
 
 
 MISSING_WEIGHT = 1.25
-"""Cost of computing a prompt token, in tokens of waiting. Above 1, since it also delays all later
-requests and stores one more copy of its block in the caches. On the Mooncake trace
+"""Cost of computing a prompt token, relative to waiting for one. Above 1, as computing also delays
+all later requests and stores one more copy of the block in the caches. On the Mooncake trace
 (``benchmarks/simulated/routing.py``) the mean time to the first token is flat from 1 to 3; larger
 values make bursts with a common prefix wait longer.
 """
 DECODE_TOKENS = 64
 """Delay that a decoding sequence adds to a prompt, in prompt tokens."""
 SESSION_TOKENS = 64
-"""Preference for the worker that served the last request of a session, in prompt tokens: it caches
-more of the session than the full blocks of this prompt, for this request and the next ones."""
+"""Preference, in prompt tokens, for the worker that served the last request of a session. It caches
+more of the session than the full blocks of this prompt."""
 FETCH_TOKENS = 32
 """Fixed cost of fetching blocks from a peer, in prompt tokens."""
 
@@ -40,15 +40,15 @@ class WorkerLoad:
 
     name: str
     outstanding_tokens: int = 0
-    """Outstanding prompt and output tokens."""
+    """Number of prompt and output tokens that its requests may still need."""
     queued_tokens: float = 0
-    """Prompt tokens that the worker has not computed yet."""
+    """Number of prompt tokens that the worker has not computed yet."""
     num_decoding: int = 0
     """Number of decoding sequences."""
     fetch_cost: float = math.inf
-    """Time to fetch one token from a peer, in prompt tokens computed in that time."""
+    """Time to fetch one token from a peer, in prompt tokens that are computed in that time."""
     free_tokens: int = 0
-    """Tokens that fit in its free KV blocks, by its last message."""
+    """Number of tokens that fit in the worker's free KV blocks, by its last message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class KvPeer:
 
     name: str
     tokens: int
-    """Number of leading prompt tokens that can be fetched from it."""
+    """Number of leading prompt tokens that can be fetched from the worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +66,9 @@ class Route:
 
     load: WorkerLoad
     cached_tokens: int = 0
-    """Prompt tokens that the worker does not compute, including fetched tokens."""
+    """Number of prompt tokens that the worker need not compute, including fetched tokens."""
     peer: str = ""
-    """Worker from which it fetches some of them; empty if none."""
+    """Worker from which the chosen worker fetches tokens; empty if it fetches none."""
 
 
 def pick_worker(
@@ -91,9 +91,9 @@ def pick_worker(
         peer: worker from which another one can fetch a prefix of the prompt.
         session_worker: worker that served the last request of the session; empty if none.
 
-    The ``kv`` policy minimises a cost in prompt tokens: the tokens to wait for plus the tokens to
-    compute. A worker fetches from the peer while it computes other prompts, so only the longer of
-    both delays the request; the fetch is added all the same, since it uses links and memory.
+    The ``kv`` policy minimizes a cost in prompt tokens: the tokens to wait for plus the tokens to
+    compute. A worker fetches while it computes other prompts, so only the longer of both delays the
+    request. The cost of the fetch is still added, since it uses links and memory.
 
     Example: loads a=5, b=2, c=2 and num_routed 3 give c with least-loaded (b and c alternate) and
     a with round-robin (3 mod 3 = 0).
@@ -126,7 +126,7 @@ def route_by_kv(
     block_size: int,
     session_worker: str = "",
 ) -> Route:
-    """Call ``pick_worker`` with the ``kv`` policy; ``hashes``: short hashes of the full blocks."""
+    """Pick a worker by the ``kv`` policy; ``hashes``: short hashes of the prompt's full blocks."""
     matches = index.matches(hashes)
     cached = {worker: count * block_size for worker, count in matches.items()}
     peer = None
@@ -148,7 +148,7 @@ def _prefer_session(session_worker: str, loads: Sequence[WorkerLoad], costs: lis
 def _fetch_costs(
     loads: Sequence[WorkerLoad], waits: Sequence[float], missing: Sequence[int], rest: int
 ) -> list[float]:
-    """Costs if all but ``rest`` tokens are fetched; infinite for workers that lack no more."""
+    """Costs if all except ``rest`` tokens are fetched; infinite if a worker lacks no more."""
     costs = []
     for load, wait, lacks in zip(loads, waits, missing, strict=True):
         took = FETCH_TOKENS + (lacks - rest) * load.fetch_cost
@@ -161,7 +161,7 @@ def _route(load: WorkerLoad, known: Mapping[str, int]) -> Route:
 
 
 def _best(loads: Sequence[WorkerLoad], costs: Sequence[float], num_routed: int) -> WorkerLoad:
-    """The worker with the lowest cost; workers with equal costs alternate."""
+    """Return the worker with the lowest cost; workers with equal costs alternate."""
     least = min(costs)
     if costs.count(least) == 1:
         return loads[costs.index(least)]

@@ -1,4 +1,4 @@
-"""The last worker of each session. Pure."""
+"""Remembers the last worker of each session. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import OrderedDict
 from workers.requests.request import Request
 
 MAX_SESSIONS = 8192
-"""Number of remembered sessions per tenant, the most recently used ones."""
+"""Maximum number of remembered sessions per tenant; the least recently used ones are forgotten."""
 
 
 class SessionAffinity:
@@ -17,7 +17,7 @@ class SessionAffinity:
         self._workers: dict[str, OrderedDict[str, str]] = {}
 
     def get(self, request: Request) -> str:
-        """Worker of the session's last request; empty without a session, or for a new one."""
+        """Worker of the session's last request; empty without a session or for a new session."""
         workers = self._workers.get(request.tenant)
         return "" if workers is None else workers.get(request.session, "")
 

@@ -1,14 +1,14 @@
-"""Copies of the KV blocks of sessions at a second worker, so that the loss of one worker does not
-lose the cached session.
+"""Copies the KV blocks of sessions to a second worker, so that the loss of one worker does not lose
+the cached session.
 
 A request with ``Request.is_retained`` leaves its blocks at the worker that has computed them. When
-the request ends, the gateway sends the names of the blocks to a second worker; if that worker lacks
-many blocks of the prompt, it does so as soon as the prompt is computed. The second worker reads the
-missing blocks from the first one in the background and keeps them in host memory. Its block events
-inform all gateways, which route the session there when the first worker is lost or drained.
-
-This module keeps no state. The choice depends only on the session's name, the known blocks of each
-worker, and the set of workers, so all gateways choose the same worker.
+the request ends, the gateway sends the hashes of the blocks to a second worker. If that worker
+lacks many blocks of the prompt, the gateway sends them as soon as the prompt is computed. The
+second worker reads the missing blocks from the first worker in the background and keeps them in
+host memory. Its block events inform all gateways, which route the session to the second worker
+when the first worker is lost or drained. This module keeps no state. The choice depends only on
+the session id, the known blocks of each worker and the set of workers, so that all gateways choose
+the same worker.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from workers.requests.request import Request
 from workers.requests.wire import EngineHello, KeepCopy
 
 MIN_EARLY_COPY_BLOCKS = 64
-"""Missing prompt blocks from which they are copied before the request ends. Fewer blocks are soon
-computed again, and copying in two parts costs more."""
+"""Number of missing prompt blocks from which they are copied before the request ends. Fewer blocks
+are soon computed again, and copying in two parts costs more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CopyTarget:
-    """A worker that can keep copies."""
+    """A worker that can keep copies of a sequence."""
 
     name: str
     is_on_other_host: bool
-    """Whether it is on another host than the worker that has the blocks."""
+    """Whether the worker is on another host than the worker that has the blocks."""
     num_known: int
-    """Number of leading blocks of the sequence that it has."""
+    """Number of leading blocks of the sequence that the worker has."""
 
 
 def pick_copy_target(keepers: Sequence[CopyTarget], num_prompt: int, key: str) -> CopyTarget | None:
     """Pick the worker for copies of a sequence with ``num_prompt`` prompt blocks; None if none can.
 
     Workers on another host are preferred, then workers that have half of the prompt, since they
-    keep the earlier turns. Ties are resolved by rendezvous hashing: the keys of a lost worker
-    spread over the remaining workers, and all other keys keep their worker.
+    keep the earlier turns. Rendezvous hashing resolves ties: the keys of a lost worker spread over
+    the remaining workers, and all other keys keep their worker.
 
-    Example: of b with 0 of 8 blocks and c with 7, both on other hosts, c keeps the copies.
+    Example: b has 0 of 8 blocks and c has 7, both on other hosts: c keeps the copies.
     """
 
     def rank(keeper: CopyTarget) -> tuple[bool, bool, bytes]:
@@ -119,7 +119,7 @@ def _can_store_copies(client: EngineClient) -> bool:
 def _computed(
     entry: Submission, prompt: Sequence[BlockHash], hello: EngineHello
 ) -> Iterator[Sequence[BlockHash]]:
-    """Full blocks of each choice with computed keys and values (all tokens except the newest)."""
+    """Yield the full blocks of each choice whose keys and values are computed."""
     size, limit = hello.kv_block_size, hello.kv_length_matters_above
     request = replace(entry.request, output_so_far=tuple(map(tuple, entry.outputs)))
     for choice, tokens in enumerate(request.output_so_far):
@@ -129,7 +129,7 @@ def _computed(
 
 
 def _key(request: Request, hashes: Sequence[BlockHash]) -> str:
-    """Key of a session: its name, or the last block hash if it has no name."""
+    """Key of a request's session: its id, or the last block hash without an id."""
     return f"{request.tenant}\0{request.session or hashes[-1].hex()}"
 
 

@@ -1,4 +1,4 @@
-"""Events of the worker streams, which ``EnginePool`` handles."""
+"""Events of the engine streams, which ``EnginePool`` handles."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class RequestChange(Enum):
     QUEUED_ALONE = "the engine has received a request that was sent alone"
     PROMPT_SETTLED = "its prompt is computed, or the worker will not compute it"
     PROMPT_COMPUTED = "its prompt is computed, and the worker continues with it"
-    KV_PRESSURE = "the worker runs out of KV blocks and would soon preempt it"
-    RETURNED = "the worker has handed it back, and another worker can run it"
-    RELEASED = "it has left its worker, or has ended"
+    KV_PRESSURE = "the worker runs out of KV blocks and would soon preempt the request"
+    RETURNED = "the worker has handed back the request, and another worker can run it"
+    RELEASED = "the request has left its worker, or has ended"
 
 
 @dataclass(slots=True)
@@ -56,7 +56,7 @@ StreamEvent = RequestEvent | TokensReceived | MessageReceived
 
 
 class StreamEvents:
-    """Queue of the events of all streams: an event that is put while another one is handled is
+    """Queue of the events of all streams. An event that arrives while another one is handled is
     handled after it.
     """
 

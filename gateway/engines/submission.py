@@ -1,7 +1,7 @@
-"""The state of a request at the engines: its attempts, its output so far and its worker.
+"""State of a request at the engines: its attempts, its output so far and its worker.
 
-The loss of a worker loses no delivered tokens: the message of the next attempt contains the output
-so far, and repeated tokens and tokens of older attempts are dropped. Pure: callers pass the time.
+The loss of a worker loses no delivered tokens: the next attempt is sent with the output so far, and
+repeated tokens and tokens of older attempts are dropped. Pure: callers pass the time.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from workers.requests.request import MAX_DEATHS, FinishReason, Request, TokenOut
 _HANDED_BACK = frozenset({"not_ready", "draining"})
 """Error codes with which a worker hands back a request that another worker can serve."""
 MAX_RETURNS_WITHOUT_ADAPTER = 3
-"""A request fails after it was returned this often by workers that lack its adapter."""
+"""Number of times that workers without its adapter may hand back a request before it fails."""
 MAX_UNACKNOWLEDGED_DEATHS = 2
-"""Number of workers that died before they acknowledged a request, after which it is sent alone."""
+"""Number of workers that died before acknowledging a request, after which it is sent alone."""
 MAX_TOTAL_UNACKNOWLEDGED_DEATHS = 5
 """Number of such deaths after which a request fails."""
 
@@ -34,9 +34,9 @@ class RequestStage(Enum):
     SENT = "sent"
     """Sent, but not acknowledged: in transit, or waiting for its grammar or KV blocks."""
     QUEUED = "queued"
-    """The engine has queued it."""
+    """The engine has queued the request."""
     ALONE = "alone"
-    """It runs a solo step."""
+    """The request runs in a solo step."""
 
 
 class OutputSink(Protocol):
@@ -50,7 +50,7 @@ class OutputSink(Protocol):
 
 
 class AssignedStream(Protocol):
-    """The stream to the worker that has a request."""
+    """Stream to the worker that has a request."""
 
     @property
     def worker(self) -> str:
@@ -62,56 +62,56 @@ class AssignedStream(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Submission:
-    """One request with its mutable state, from its first assignment to its end.
+    """One request and its mutable state, from its first assignment to its end.
 
-    ``message`` combines both for a worker.
+    ``message`` combines request and state into the message for a worker.
     """
 
     request: Request
     """The request of the first attempt; never changed."""
     sink: OutputSink
-    """Receives its outputs."""
+    """Receives the outputs of the request."""
     deadline_s: float
-    """``time.monotonic`` of its deadline."""
+    """Deadline by ``time.monotonic``."""
     attempt: int = field(init=False)
-    """Number of the current attempt; outputs contain it."""
+    """Number of the current attempt, which outputs also contain."""
     open_choices: set[int] = field(init=False)
     """Choices that have not ended."""
     outputs: list[list[int]] = field(init=False)
-    """Delivered tokens by choice; the next attempt starts with them."""
+    """Delivered tokens by choice, with which the next attempt starts."""
     stream: AssignedStream | None = None
-    """The worker that runs it; None while it waits for one."""
+    """Stream to the worker that has the request; None while the request waits for a worker."""
     last_worker: str = ""
-    """The last worker that handed it back or was lost."""
+    """The last worker that handed back the request or was lost."""
     engine: str = ""
     """Index of the last attention worker."""
     stage: RequestStage = RequestStage.SENT
-    """Progress at its worker, as the worker has reported it."""
+    """Progress at the worker, as reported by the worker."""
     deaths: dict[str, bool] = field(default_factory=dict)
     """Workers that died with the request since its last token; after two deaths it runs alone. The
-    value: whether the worker died, and no later worker has acknowledged the request either."""
+    value is True if neither the dead worker nor a later one has acknowledged the request."""
     num_returns: int = 0
-    """Number of times that workers handed it back since its last token."""
+    """Number of times that workers handed back the request since its last token."""
     replay_cause: ReplayCause = ReplayCause.LOST
-    """Reason why it left its last worker."""
+    """Reason why the request left its last worker."""
     was_sent: bool = False
-    """Whether it was sent to a worker; the next worker then gets a new attempt."""
+    """Whether the request was sent to a worker, so that sending it again is a new attempt."""
     replays_s: list[float] = field(default_factory=list)
-    """``time.monotonic`` of each attempt after the first."""
+    """Time of each attempt after the first, by ``time.monotonic``."""
     last_token_s: float = 0.0
-    """``time.monotonic`` of its last token; 0 before the first."""
+    """Time of the last token by ``time.monotonic``; 0 before the first token."""
     prompt_hashes: Sequence[bytes] = ()
     """Short hashes of the prompt's full KV blocks, for routing."""
     block_hashes: Sequence[BlockHash] | None = None
-    """Full hashes of the same blocks; None if they are not copied."""
+    """Full hashes of the same blocks; None if the blocks are not copied to a second worker."""
     missing_tokens: int = 0
-    """Prompt tokens that its worker must compute, according to the KV index."""
+    """Number of prompt tokens that the worker must compute, according to the KV index."""
     kv_peer: str = ""
-    """Worker from which its worker may fetch prompt blocks; empty if none."""
+    """Worker from which the request's worker may fetch prompt blocks; empty if none."""
     is_computing: bool = False
-    """Whether its worker has not sent an output yet."""
+    """Whether the worker has yet to send an output."""
     counted_load: tuple[int, int] = (0, 0)
-    """Its share of its worker's load: prompt tokens to compute, decoding sequences."""
+    """Its part of the worker's load: prompt tokens to compute, number of decoding sequences."""
 
     def __post_init__(self) -> None:
         choices = self.request.n
@@ -127,7 +127,7 @@ class Submission:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it is unfinished and has no worker."""
+        """Whether the request is unfinished and has no worker."""
         return self.stream is None and bool(self.open_choices)
 
     @property
@@ -136,7 +136,7 @@ class Submission:
 
     @property
     def outstanding_tokens(self) -> int:
-        """Tokens that this request may still need: its prompt and its remaining output."""
+        """Number of tokens that the request may still need: its prompt and its remaining output."""
         missing = self.request.params.max_tokens * len(self.open_choices)
         done = sum(len(self.outputs[choice]) for choice in self.open_choices)
         is_started = any(self.outputs)
@@ -144,24 +144,24 @@ class Submission:
 
     @property
     def num_known_tokens(self) -> int:
-        """Tokens that another worker must recompute: the prompt, and the output of each open
-        choice."""
+        """Number of tokens of the prompt and of the outputs of open choices, which another worker
+        must recompute."""
         return len(self.request.prompt) + sum(len(self.outputs[c]) for c in self.open_choices)
 
     @property
     def worker(self) -> str:
-        """Name of its current or last worker; empty if none."""
+        """Name of the current or last worker; empty if none."""
         return self.last_worker if self.stream is None else self.stream.worker
 
     def abort(self, choices: Sequence[int] = ()) -> None:
-        """Abort it, or some of its choices; does not wait, and has no effect after its end."""
+        """Abort the request or some of its choices, without waiting. No effect after its end."""
         if self.stream is not None:
             self.stream.abort(self.request.request_id, choices)
         else:
             self.close(choices)
 
     def close(self, choices: Sequence[int] = ()) -> None:
-        """Mark these choices, or all if empty, as needing no further output."""
+        """Mark choices as ended, all choices if ``choices`` is empty."""
         self.open_choices.difference_update(choices or tuple(self.open_choices))
 
     def deliver(self, output: TokenOutput) -> None:
@@ -176,22 +176,22 @@ class Submission:
 
     @property
     def num_unacknowledged_deaths(self) -> int:
-        """Workers that died before they acknowledged it, since the last acknowledgement."""
+        """Number of workers that died before acknowledging it, since the last acknowledgement."""
         return sum(self.deaths.values())
 
     @property
     def must_be_sent_alone(self) -> bool:
-        """Whether it may kill workers on receipt, so that only one such request is sent at a
+        """Whether the request may kill workers on receipt. Only one such request is sent at a
         time."""
         return self.num_unacknowledged_deaths >= MAX_UNACKNOWLEDGED_DEATHS
 
     @property
     def may_kill_on_receipt(self) -> bool:
-        """Whether this request, not a queued one, is the likely cause if its worker dies now."""
+        """Whether this request is the likely cause, before queued ones, if its worker dies now."""
         return self.must_be_sent_alone and self.stage is RequestStage.SENT
 
     def needs_confirmation(self, unresolved: Collection[str]) -> bool:
-        """Whether it would run alone, but a dead worker is ``unresolved``: maybe alive."""
+        """Whether it would run alone, but a worker that counts as dead may be alive."""
         return self.num_deaths >= MAX_DEATHS and not self.deaths.keys().isdisjoint(unresolved)
 
     def set_stage(self, stage: RequestStage) -> None:
@@ -209,11 +209,10 @@ class Submission:
         self.deaths.pop(worker, None)
 
     def record_death(self) -> str | None:
-        """Record the death of its last worker; return why this request is the cause, or None.
+        """Record the death of the last worker; return why this request is its cause, or None.
 
-        Workers do not report the requests of a step, so a request that only waited counts the
-        death,
-        too. It fails only if a worker dies in its solo step, or repeatedly on receipt.
+        Workers do not report which requests run, so a request that only waited counts the death,
+        too. Only a death in a solo step, or repeated deaths on receipt, make it the cause.
         """
         self.deaths[self.last_worker] = self.stage is RequestStage.SENT
         if self.stage is RequestStage.ALONE:
@@ -223,7 +222,7 @@ class Submission:
         return f"{self.num_unacknowledged_deaths} workers in a row were lost when they received it"
 
     def is_handed_back(self, output: TokenOutput) -> bool:
-        """Whether an output means that the worker cannot continue, but another worker may."""
+        """Whether an output means that its worker cannot run the request but another one may."""
         if output.finish_reason is FinishReason.ABORT:
             return True
         is_full = output.error_code == "queue_full" and self.attempt > 0
@@ -233,7 +232,7 @@ class Submission:
         return is_refused and (is_full or may_be_elsewhere or output.error_code in _HANDED_BACK)
 
     def message(self, now_s: float) -> Request:
-        """The request of the current attempt, with the output so far and the remaining time."""
+        """Make the request of the current attempt, with the output so far and the time left."""
         closed = set(range(self.request.n)) - self.open_choices
         return replace(
             self.request,
@@ -253,7 +252,7 @@ class Submission:
 
 
 def without_first(output: TokenOutput, count: int) -> TokenOutput:
-    """The output without its first ``count`` tokens."""
+    """Copy an output without its first ``count`` tokens."""
     return replace(
         output,
         index=output.index + min(count, len(output.token_ids)),

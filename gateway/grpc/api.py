@@ -1,6 +1,6 @@
-"""The procedures of ``expertmesh.v1.Inference``: convert messages and call ``Gateway``.
+"""The methods of ``expertmesh.v1.Inference``, which convert messages and call ``Gateway``.
 
-``gateway.grpc.handlers`` runs each procedure within a ``GrpcCall``.
+``gateway.grpc.handlers`` runs each method within a ``GrpcCall``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SERVICE: ServiceDescriptor = pb.DESCRIPTOR.services_by_name["Inference"]
 
 
 class InferenceProcedures(PoolingProcedures):
-    """All procedures; methods have the names of the service."""
+    """Implements all methods of the service, under their names."""
 
     async def Generate(self, request: pb.GenerateRequest, call: GrpcCall) -> pb.GenerateResponse:
         with await self._start(request, call) as running:
@@ -90,7 +90,7 @@ class InferenceProcedures(PoolingProcedures):
     async def ListModels(
         self, request: pb.ListModelsRequest, call: GrpcCall
     ) -> pb.ListModelsResponse:
-        """List the served model first, then its adapters."""
+        """Return the served model, then its adapters."""
         names = [self._gateway.model.name, *self._gateway.model.adapters.names()]
         return pb.ListModelsResponse(models=map(self._model, names))
 

@@ -1,4 +1,4 @@
-"""Common steps of all gRPC requests: request id, limits, metrics and error mapping."""
+"""Steps that all gRPC requests share: request id, limits, metrics and error mapping."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from gateway.grpc.call_limits import BoundedStream, CallLimits, Context
 from gateway.offload.long_work import Arguments, Result
 
 _DEADLINE_SLACK_S = 0.1
-"""Tolerance for deadlines: a client cancels its call at the deadline, and the cancellation arrives
-slightly before the deadline that is computed here from the call's arrival."""
+"""Tolerance for deadlines in seconds. The cancellation of a call at its deadline arrives slightly
+before the deadline that is computed here from the call's arrival."""
 
 
 def text_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:
-    """Metadata of a client without binary values."""
+    """Return the metadata of a client without binary values."""
     return {name: value for name, value in metadata or () if isinstance(value, str)}
 
 
@@ -46,7 +46,7 @@ class GrpcCall:
     limits: CallLimits
     """Limits of the port."""
     stream_s: float | None = None
-    """Longest duration of an endless stream; None for other calls."""
+    """Longest duration of an endless stream in seconds; None for other calls."""
     size: int = 0
     """Bytes of the request message; 0 before it is read."""
     response_size: int = 0
@@ -75,12 +75,12 @@ class GrpcCall:
         return data
 
     async def write(self, message: Any) -> None:
-        """Send a message; the request id is sent first. Raises ``SlowClientError``."""
+        """Send a message, after the request id. Raises ``SlowClientError``."""
         await self.send_id()
         await self._stream.write(message)
 
     def set_id(self, wanted: str) -> None:
-        """Use the id of the message, unless it is empty."""
+        """Use the request id in the message, unless it is empty."""
         if wanted:
             self.request_id = choose_request_id(wanted)
             REQUEST_ID.set(self.request_id)
@@ -89,7 +89,7 @@ class GrpcCall:
 
     @property
     def time_left_s(self) -> float | None:
-        """Time until the client's deadline; None without one."""
+        """Seconds until the client's deadline; None without a deadline."""
         left_s: float | None = self.context.time_remaining()
         return left_s
 
@@ -114,7 +114,7 @@ class GrpcCall:
 
     @asynccontextmanager
     async def served(self) -> AsyncIterator[None]:
-        """Run a request within the limits of its key and port; an error becomes its status."""
+        """Run a request within the limits of its key and port. An error becomes the status."""
         given, unsent_error = self._metadata, ""
         caller: KeyUsage | None = None
         try:
@@ -142,7 +142,7 @@ class GrpcCall:
             self._line.end(code)
 
     async def send_id(self) -> None:
-        """Send the request id as initial metadata, once, before any token."""
+        """Send the request id as initial metadata, unless it was sent."""
         if self._has_sent_id:
             return
         self._has_sent_id = True
@@ -153,7 +153,7 @@ class GrpcCall:
     async def _abort(self, error: Exception) -> None:
         """End the request with the status of ``error``.
 
-        Raises gRPC's error, unless a message waits for the client: the status then follows it.
+        Raises gRPC's error. If a message waits for the client, its status is sent after it instead.
         """
         report = self.gateway.report_error(error, self.request_id)
         self._code = report.grpc_code

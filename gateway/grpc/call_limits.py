@@ -1,7 +1,7 @@
-"""Limits of one gRPC port: the number of concurrent calls, and the waits for clients.
+"""Limits of one gRPC port: the number of concurrent calls, and the time to wait for clients.
 
-gRPC's own limit (``maximum_concurrent_rpcs``) counts all calls equally, so idle streams without a
-key could exhaust it. It also has no time limit for clients that send or read no message.
+gRPC's own limit (``maximum_concurrent_rpcs``) counts all calls alike, so that idle streams without
+a key could exhaust it. gRPC has no time limit for clients that do not send or read messages.
 """
 
 from __future__ import annotations
@@ -24,21 +24,20 @@ from gateway.core.tuning import GatewayTuning
 Context = grpc.aio.ServicerContext[Any, Any]
 
 MAX_UNREAD_PER_CONNECTION = 32
-"""Ended calls of one connection that wait for their client to read the last message. gRPC keeps
-them, and a server cannot cancel them."""
+"""Maximum number of ended calls of one connection whose last message the client has not read. gRPC
+keeps such calls, and a server cannot cancel them."""
 MAX_STREAMS = 64
-"""Endless streams (``WatchCluster``, reflection) of one port."""
+"""Maximum number of endless streams (``WatchCluster``, reflection) of one port."""
 _BURST_S = 1.0
-"""Age from which a call can be ended in favour of newer ones."""
+"""Age in seconds from which a call may be ended in favour of newer calls."""
 
 
 class CallPool:
-    """Pool of calls whose duration depends on the client.
+    """Limits the number of calls whose duration depends on the client.
 
     Above ``max_calls``, each new call ends the oldest call of the connection with the most calls,
-    so
-    that no client can block the others. Calls younger than ``burst_s`` are not ended, so a pool may
-    exceed its limit for that time.
+    so that no client can block other clients. Calls younger than ``burst_s`` seconds are not ended,
+    so the pool may exceed its limit for that time.
     """
 
     def __init__(self, max_calls: int, burst_s: float = _BURST_S) -> None:
@@ -51,11 +50,11 @@ class CallPool:
 
     @contextlib.asynccontextmanager
     async def entered(self, peer: str, limit_s: float = math.inf) -> AsyncIterator[None]:
-        """Run a call of a connection for at most ``limit_s``.
+        """Run a call of a connection for at most ``limit_s`` seconds.
 
         Raises:
             DeadlineExceededError: the call has lasted ``limit_s``.
-            QueueFullError: the call was ended in favour of a newer one.
+            QueueFullError: the call was ended in favour of a newer call.
         """
         now_s = asyncio.get_running_loop().time()
         while len(self._calls) >= self._max_calls and self._end_one(now_s):
@@ -75,20 +74,20 @@ class CallPool:
             self._calls.pop(timer, None)
 
     def _end_one(self, now_s: float) -> bool:
-        """End the oldest call of the connection with the most calls; return whether there was
-        one."""
+        """End the oldest call of the connection with the most calls. Return False if no call is
+        old enough."""
         old = [t for t, (_, since_s) in self._calls.items() if now_s - since_s >= self._burst_s]
         if not old:
             return False
         numbers = Counter(peer for peer, _ in self._calls.values())
-        timer = max(old, key=lambda t: numbers[self._calls[t][0]])  # the first one of a tie
+        timer = max(old, key=lambda t: numbers[self._calls[t][0]])  # the first of equal ones
         del self._calls[timer]
         timer.reschedule(now_s)
         return True
 
 
 class UnreadCalls:
-    """Ended calls whose last message waits for the client, by connection."""
+    """Counts, by connection, ended calls whose last message the client has not read."""
 
     def __init__(self, max_calls: int = MAX_UNREAD_PER_CONNECTION) -> None:
         self._max_calls = max_calls
@@ -104,13 +103,13 @@ class UnreadCalls:
             raise SlowClientError(f"{self._max_calls} responses of this connection are unread")
 
     async def end(self, context: Context, report: ErrorReport, trailers: Any = ()) -> None:
-        """End a call: its status is sent after the waiting message."""
+        """End a call. Its status is sent after the message that waits for the client."""
         peer = context.peer()
         self._numbers[peer] += 1
         end = asyncio.create_task(_abort(context, report, trailers))
         self._ends.add(end)
         end.add_done_callback(lambda task: self._forget(task, peer))
-        await asyncio.sleep(0)  # gRPC has the status before the handler returns
+        await asyncio.sleep(0)  # gRPC gets the status before the handler returns
 
     def _forget(self, end: asyncio.Task[None], peer: str) -> None:
         self._ends.discard(end)
@@ -129,11 +128,11 @@ class CallLimits:
     """Limits of one port."""
 
     max_calls: int
-    """Concurrent calls, without endless streams and health checks."""
+    """Maximum number of concurrent calls, except endless streams and health checks."""
     read_limit_s: float
-    """Time in which a client must send the message of a call."""
+    """Seconds in which a client must send the message of a call."""
     write_limit_s: float
-    """Time in which a client must read a message."""
+    """Seconds in which a client must read a message."""
     num_calls: int = 0
     streams: CallPool = field(default_factory=lambda: CallPool(MAX_STREAMS))
     """Endless streams."""
@@ -141,12 +140,12 @@ class CallLimits:
 
     @classmethod
     def of(cls, tuning: GatewayTuning, max_calls: int) -> CallLimits:
-        """Make limits with the timeouts that HTTP uses, too."""
+        """Make limits with the timeouts of the HTTP port."""
         return cls(max_calls, tuning.body_timeout_s, tuning.unread_limit_s)
 
     @contextlib.asynccontextmanager
     async def entered(self, peer: str, stream_s: float | None) -> AsyncIterator[None]:
-        """Count a call of a connection; ``stream_s`` is the longest duration of an endless stream.
+        """Count a call of a connection. ``stream_s`` limits an endless stream; None: other calls.
 
         Raises ``QueueFullError``, ``SlowClientError``, and for a stream ``DeadlineExceededError``.
         """
@@ -175,7 +174,7 @@ class BoundedStream:
     _is_writing: bool = False
 
     async def read(self) -> bytes | None:
-        """The next message; None after the last one. Raises ``DeadlineExceededError``."""
+        """Read the next message; None after the last one. Raises ``DeadlineExceededError``."""
         try:
             async with asyncio.timeout(self.read_limit_s):
                 data = await self.context.read()
@@ -184,7 +183,7 @@ class BoundedStream:
         return data if isinstance(data, bytes) else None
 
     async def write(self, message: Any) -> None:
-        """Send a message; the initial metadata has been sent. Raises ``SlowClientError``."""
+        """Send a message, after the initial metadata. Raises ``SlowClientError``."""
         self._is_writing = True
         try:
             async with asyncio.timeout(self.write_limit_s):
@@ -199,10 +198,10 @@ class BoundedStream:
     async def abort(
         self, error: BaseException, report: ErrorReport, trailers: tuple[tuple[str, bytes], ...]
     ) -> None:
-        """End the call. Raises gRPC's error, unless a message waits for the client.
+        """End the call. Raises gRPC's error unless a message waits for the client.
 
-        The traceback frames of ``error`` are cleared: gRPC keeps errors with their call in a cycle
-        that is collected late, and a frame may contain the client's message.
+        Clears the traceback frames of ``error``, which may contain the client's message. gRPC keeps
+        errors and their calls in a reference cycle that is collected late.
         """
         chained: BaseException | None = error
         while chained is not None:

@@ -1,4 +1,4 @@
-"""Converts messages to ``GenerateCall``."""
+"""Converts gRPC request messages to ``GenerateCall``."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _grpc_prompts(request: pb.GenerateRequest, source: str) -> tuple[str | tuple
 
 
 def _grpc_embeds(request: pb.GenerateRequest) -> PromptEmbeds:
-    """Prompt embeddings; options that need the prompt's tokens are refused."""
+    """Read prompt embeddings. Raises for options that need the tokens of the prompt."""
     options, sampling = request.output_options, request.sampling_params
     wanted = {
         "echo": options.echo,
@@ -141,9 +141,9 @@ def _grpc_message(message: types_pb2.ChatMessage, place: int) -> dict[str, Any]:
 
 
 def read_set_fields(message: Any) -> dict[str, Any]:
-    """Values of the set fields that ``GenerateCall`` has under the same name.
+    """Return the values of the set fields that ``GenerateCall`` has under the same name.
 
-    Maps and messages are omitted. Other fields are not read, since each read decodes a string.
+    Maps and messages are omitted. Other fields are not read, as reading a string decodes it.
     """
     optionals, others = _shared_fields(message.DESCRIPTOR)
     found = {name: getattr(message, name) for name in optionals if message.HasField(name)}
@@ -155,7 +155,7 @@ def read_set_fields(message: Any) -> dict[str, Any]:
 
 @cache
 def _shared_fields(kind: Descriptor) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the fields that ``GenerateCall`` has, too: with and without presence."""
+    """Names of the fields that ``GenerateCall`` has, too: fields with presence, and without."""
     shared = [
         field
         for field in kind.fields
@@ -168,7 +168,7 @@ def _shared_fields(kind: Descriptor) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def input_name(message: Any, param: str, path: str = "") -> str:
-    """Name of the set input. Raises ``RequestError`` with ``param`` if none is set."""
+    """Return the name of the input that is set. Raises ``RequestError`` if none is set."""
     source: str | None = message.WhichOneof("input")
     if source is None:
         *names, last = (field.name for field in message.DESCRIPTOR.oneofs_by_name["input"].fields)
@@ -178,5 +178,5 @@ def input_name(message: Any, param: str, path: str = "") -> str:
 
 
 def optional(message: Any, name: str) -> Any:
-    """Value of a field; None if it is not set."""
+    """Return the value of a field; None if it is not set."""
     return getattr(message, name) if message.HasField(name) else None

@@ -23,8 +23,8 @@ class GrpcFormat(TextFormat):
 
     Args:
         running: the running call.
-        tokenizer: gives the text of tokens; None formats token ids.
-        request_id: the client's request id.
+        tokenizer: decodes tokens; None formats token ids.
+        request_id: id of the request.
     """
 
     def __init__(self, running: RunningCall, tokenizer: Tokenizer | None, request_id: str) -> None:

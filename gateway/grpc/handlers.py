@@ -1,4 +1,4 @@
-"""Handlers of gRPC calls: check the key, then run the procedure within a ``GrpcCall``."""
+"""Handlers of gRPC calls. They check the key, then run the method within a ``GrpcCall``."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ else:  # generic in the stubs only
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
 Procedure = Callable[[Any, GrpcCall], Any]
-"""Takes a request message; returns an awaitable response or an async generator of responses."""
+"""Implementation of a method, from a request message to an awaitable or async generator."""
 REFLECTION_SERVICE = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"].full_name
 REFLECTION_LIMIT_S = 60.0
-"""Longest duration of a reflection stream."""
+"""Longest duration of a reflection stream in seconds."""
 _UNKNOWN = "other"
-"""Metric labels of unknown procedures, so that clients cannot create labels."""
+"""Metric label of unknown methods, so that clients cannot create labels."""
 _MAX_PATH_CHARS = 128
-"""Largest number of characters of a client's path in an error."""
+"""Maximum number of characters of a client's path in an error."""
 
 
 class KeyInterceptor(_Interceptor):
-    """Requires a key of the port, also for unknown procedures, but not for health checks.
+    """Requires a key of the port for all calls except health checks.
 
-    A client with a key gets an error of the error table for an unknown procedure. Reflection, which
-    a library serves, gets the same limits as the procedures.
+    For an unknown method, a client with a key gets the error that this gateway defines, not gRPC's.
+    Reflection, which a library implements, gets the same limits as the methods.
     """
 
     def __init__(self, gateway: Gateway, keys: KeyRing, limits: CallLimits) -> None:
@@ -77,7 +77,7 @@ class KeyInterceptor(_Interceptor):
     def _bounded(
         self, names: tuple[str, str], handler: grpc.RpcMethodHandler[Any, Any]
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """Wrap the stream handler of a library in the limits of the port."""
+        """Wrap a library's handler of streams in the limits of the port."""
         answers_of: Any = handler.stream_stream
 
         async def serve(requests: Any, context: Context) -> None:
@@ -97,9 +97,9 @@ class KeyInterceptor(_Interceptor):
     def _refusal(
         self, names: tuple[str, str], error: ExpertMeshError
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """Handler for any procedure that reads no message.
+        """Make a handler that refuses a call without reading a message.
 
-        It counts the call and ends it with ``error``, or with the error of its key.
+        It counts the call and ends it with ``error``, or with the error of the caller's key.
         """
 
         async def refuse(_: Any, context: Context) -> None:
@@ -112,7 +112,7 @@ class KeyInterceptor(_Interceptor):
 
 
 async def _request(gateway: Gateway, method: MethodDescriptor, data: bytes | None) -> Message:
-    """Decode the request message of a procedure. Raises ``RequestError``."""
+    """Decode the request message of a method. Raises ``RequestError``."""
     if data is not None:
         with suppress(DecodeError):
             return await gateway.long_work.run(len(data), read_message, method.input_type, data)
@@ -128,15 +128,15 @@ def service_handlers(
     limits: CallLimits,
     endless: Collection[str] = (),
 ) -> grpc.GenericRpcHandler[Any, Any]:
-    """Make the handlers of all procedures of a service.
+    """Make the handlers of all methods of a service.
 
     Args:
         gateway: counts the calls.
         service: descriptor of the service.
-        find: returns a procedure by name.
+        find: returns the implementation of a method by name.
         keys: API keys of the port.
         limits: limits of the port.
-        endless: names of endless streams, which only the client ends.
+        endless: names of methods with endless streams, which only the client ends.
     """
 
     def handler(method: MethodDescriptor) -> grpc.RpcMethodHandler[Any, Any]:
@@ -161,9 +161,9 @@ def service_handlers(
         async def serve(_: Any, context: Context) -> None:
             call = GrpcCall(gateway, *names, context, keys, limits, stream_s)
             async with call.served():
-                await answer(call)  # gRPC keeps this frame in an error; it contains no message
+                await answer(call)  # gRPC may keep this frame; it contains no message
 
-        make: Any = grpc.stream_stream_rpc_method_handler  # reads and writes in bounded time
+        make: Any = grpc.stream_stream_rpc_method_handler  # reads and writes have time limits
         made: grpc.RpcMethodHandler[Any, Any] = make(serve)
         return made
 

@@ -1,8 +1,8 @@
 """``grpc.health.v1.Health`` of one port, without keys.
 
-Each ``Watch`` sends its own messages, so a client that does not read delays neither other clients
-nor changes of the status. In contrast, grpcio-health-checking's servicer writes while it holds the
-lock for changes of the status, and stores every service name that clients send.
+Each ``Watch`` sends its own messages, so that a client that does not read delays neither other
+clients nor changes of the status. The servicer of grpcio-health-checking is not used: it writes
+while it holds the lock of the status, and stores every service name that clients send.
 
 Source: https://github.com/grpc/grpc/blob/master/doc/health-checking.md.
 """
@@ -23,23 +23,23 @@ from gateway.grpc.call_limits import BoundedStream, CallPool, Context, UnreadCal
 
 HEALTH_SERVICE = pb.DESCRIPTOR.services_by_name["Health"].full_name
 MAX_REQUEST_BYTES = 1024
-"""Largest request; service names are much shorter."""
+"""Maximum size of a request. Service names are much shorter."""
 MAX_READS = 16
-"""Calls that wait for their message; further calls end the oldest. Each may buffer 16 MiB."""
+"""Maximum calls that wait for their message (up to 16 MiB each); a further one ends the oldest."""
 MAX_WATCHES = 256
-"""Concurrent ``Watch`` streams; further streams end the oldest."""
+"""Maximum number of concurrent ``Watch`` streams; a further stream ends the oldest."""
 READ_LIMIT_S = 10.0
 WRITE_LIMIT_S = 10.0
 WATCH_LIMIT_S = 600.0
-"""Longest ``Watch`` stream; clients begin another one."""
+"""Longest duration of a ``Watch`` stream in seconds. Clients then begin another one."""
 
 
 class HealthService:
     """Reports the status of a port's services.
 
     Args:
-        services: full names of the services; the empty name of the server is added.
-        unread: ended calls of the port with unread messages.
+        services: full names of the services. The server's empty name is added.
+        unread: counts the port's ended calls with unread messages.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class HealthService:
             self._changed = asyncio.Event()
 
     def end(self) -> None:
-        """Set NOT_SERVING permanently."""
+        """Set the status of all services to NOT_SERVING permanently."""
         self.set(False)
         self._has_ended = True
 
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
-        """Make the handler for the server."""
+        """Make the handler to add to a server."""
         make: Any = (
             grpc.stream_stream_rpc_method_handler
         )  # reads the message itself, within a time limit
@@ -114,7 +114,7 @@ class HealthService:
 
 
 def _service_of(request: bytes | None) -> str:
-    """Service name of a request. Raises ``RequestError``."""
+    """Read the service name of a request. Raises ``RequestError``."""
     if request is None:
         raise RequestError("the call has no message")
     if len(request) > MAX_REQUEST_BYTES:

@@ -1,7 +1,7 @@
 """Decodes request messages after counting their fields.
 
-The protobuf parser holds the interpreter lock and makes an object of each nested message, of which
-16 MiB can contain eight million. Source: the encoding in protobuf.dev's programming guide.
+The protobuf parser holds the GIL and makes an object for each nested message; 16 MiB can contain
+eight million of them. Source: the encoding in protobuf.dev's programming guide.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from gateway.offload.long_work import INLINE_SIZE
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MAX_DEPTH = 100
-"""Limit of the protobuf parser."""
+"""Maximum depth of nested messages, as in the protobuf parser."""
 _PIECE_BYTES = 65_536
 _ENDS = bytes(range(128))
-"""Values of the last byte of a varint."""
+"""Possible values of the last byte of a varint."""
 _SIZES = {
     FieldDescriptor.TYPE_FLOAT: 4,
     FieldDescriptor.TYPE_FIXED32: 4,
@@ -31,12 +31,12 @@ _SIZES = {
     FieldDescriptor.TYPE_FIXED64: 8,
     FieldDescriptor.TYPE_SFIXED64: 8,
 }
-"""Bytes per number in a packed list; other types are varints."""
+"""Bytes per number in a packed list, by field type; other types are varints."""
 _TEXTS = frozenset({FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES})
 
 
 def read_message(kind: Any, data: bytes) -> Message:
-    """Decode a message with the descriptor ``kind``.
+    """Decode a message of the type ``kind``.
 
     Raises:
         RequestError: the message has too many fields.
@@ -49,16 +49,16 @@ def read_message(kind: Any, data: bytes) -> Message:
 
 @dataclass(slots=True)
 class _Counter:
-    """Counts the fields of a message before it is parsed, in Python so that other threads run."""
+    """Counts the fields of a message before it is parsed. In Python, so that other threads run."""
 
     data: bytes
     num_fields: int = 0
-    """Number of fields of all messages."""
+    """Number of fields, including those of nested messages."""
     num_numbers: int = 0
     """Number of values in packed lists."""
 
     def count(self, kind: Descriptor | None, start: int, end: int, depth: int = 0) -> None:
-        """Count the fields of a message in a byte range. Raises the errors of ``read_message``."""
+        """Count the fields of the message at ``start``:``end``. Raises as ``read_message`` does."""
         fields = {} if kind is None else kind.fields_by_number
         if depth > _MAX_DEPTH:
             raise DecodeError("nested too deeply")
@@ -95,7 +95,7 @@ class _Counter:
         check_length("message", self.num_numbers, MAX_ENTRIES, "numbers")
 
     def _read_varint(self, place: int, end: int) -> tuple[int, int]:
-        """Decode the varint at ``place``; return it and the position after it."""
+        """Decode the varint at ``place``; return the number and the position after it."""
         value = shift = 0
         data = self.data
         while place < end and shift < 70:

@@ -22,11 +22,11 @@ from workers.requests.inspection import NamedArray
 
 PoolingRequest = pb.EmbedRequest | pb.ClassifyRequest | pb.ScoreRequest | pb.InspectRequest
 PIECE_BYTES = 1024 * 1024
-"""Largest part of an array in one message."""
+"""Maximum number of bytes of an array in one message."""
 
 
 class PoolingProcedures:
-    """The procedures that read prompts without generating text."""
+    """The methods that read prompts without generating text."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -90,7 +90,7 @@ class PoolingProcedures:
     def _common_fields(
         self, request: PoolingRequest, call: GrpcCall, usage: Usage
     ) -> dict[str, Any]:
-        """Common fields of all responses; also sends the usage as trailing metadata."""
+        """Return the common fields of all responses. Also sends the usage as trailing metadata."""
         call.set_usage(usage)
         return {"model": request.model or self._gateway.model.name, "usage": usage_message(usage)}
 
@@ -118,7 +118,7 @@ def grpc_inspect_fields(request: pb.InspectRequest) -> InspectFields:
 
 
 def _pieces(index: int, array: NamedArray) -> Iterator[pb.ArrayPiece]:
-    """Split an array into pieces, at least one."""
+    """Split an array into pieces. An empty array has one piece."""
     for offset in range(0, max(len(array.data), 1), PIECE_BYTES):
         yield pb.ArrayPiece(
             index=index,
@@ -131,7 +131,7 @@ def _pieces(index: int, array: NamedArray) -> Iterator[pb.ArrayPiece]:
 
 
 async def _fields(request: PoolingRequest, call: GrpcCall) -> GenerateCall:
-    """Convert the common fields of a request. Raises ``RequestError``."""
+    """Convert the common fields of a request to a call. Raises ``RequestError``."""
     return call.with_headers(make_pooling_call(**await call.convert(read_set_fields, request)))
 
 

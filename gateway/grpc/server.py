@@ -1,4 +1,4 @@
-"""gRPC servers of a replica: a service with limits, keys, health and reflection."""
+"""gRPC servers of a replica. Each has one service with limits, keys, health and reflection."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from gateway.grpc.health import HEALTH_SERVICE, HealthService
 
 _READY_POLL_S = 0.1
 _SPARE_CALLS = 64
-"""Calls above ``max_queue`` that are accepted, so that admission refuses them with a retry time."""
+"""Number of calls to accept above ``max_queue``. Admission refuses them with a retry time."""
 HANDSHAKE_LIMIT_S = 10
-"""Time in which a new connection must send its settings and acknowledge the server's."""
+"""Seconds in which a new connection must send its settings and acknowledge the server's."""
 IDLE_LIMIT_S = 75
-"""Longest time of a connection without a call, also while the headers of a call arrive slowly."""
+"""Longest time in seconds of a connection without a call, even while headers of a call arrive."""
 MAX_CONNECTIONS = 4096
-"""Connections of one port; gRPC closes further ones."""
+"""Maximum number of connections of one port; gRPC closes further ones."""
 _METADATA_BYTES = 16 * 1024
-"""Largest metadata of a call: names, values and 32 bytes per entry, including gRPC's entries."""
+"""Maximum size of a call's metadata: names, values and 32 bytes per entry, with gRPC's entries."""
 
 _AGE_GRACE_S = 60.0
-"""Grace period beyond the longest call, for calls on a connection of the maximum age."""
+"""Seconds beyond the longest call for which calls may continue on a connection of maximum age."""
 
 
 def age_options(longest_call_s: float, connection_age_s: float) -> list[tuple[str, int]]:
-    """Server options that limit the age of connections."""
+    """Return server options that limit the age of connections."""
     return [
         ("grpc.max_connection_age_ms", round(1000 * connection_age_s)),
         ("grpc.max_connection_age_grace_ms", round(1000 * (longest_call_s + _AGE_GRACE_S))),
@@ -47,16 +47,16 @@ def age_options(longest_call_s: float, connection_age_s: float) -> list[tuple[st
 
 
 def server_options(so_reuseport: bool = True) -> list[tuple[str, int]]:
-    """Server options for limits and keepalive.
+    """Return server options for limits and keepalive.
 
-    A silent connection is closed after its keepalive ping; a connection that sends bytes, but no
-    complete call, is closed after ``IDLE_LIMIT_S``.
+    A silent connection is closed after an unanswered keepalive ping. A connection that sends bytes
+    but no complete call is closed after ``IDLE_LIMIT_S``.
     """
     return [
         ("grpc.max_receive_message_length", 16 * 1024 * 1024),
         ("grpc.max_send_message_length", 64 * 1024 * 1024),
         ("grpc.max_metadata_size", _METADATA_BYTES),
-        # hard limit: between it and the limit above gRPC refuses calls at random
+        # hard limit; between both limits, gRPC refuses calls at random
         ("grpc.absolute_max_metadata_size", _METADATA_BYTES + 1),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
@@ -74,7 +74,7 @@ def server_options(so_reuseport: bool = True) -> list[tuple[str, int]]:
 
 
 def add_reflection(server: grpc.aio.Server, service: str, file: Any) -> None:
-    """Enable reflection of a service with its file, of health and of reflection."""
+    """Enable reflection of a service, whose descriptor file is ``file``, and of health."""
     pool = DescriptorPool()
     _add_files(pool, (file, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR), set())
     names = (service, HEALTH_SERVICE, reflection.SERVICE_NAME)
@@ -82,7 +82,7 @@ def add_reflection(server: grpc.aio.Server, service: str, file: Any) -> None:
 
 
 def _add_files(pool: DescriptorPool, files: Sequence[Any], known: set[str]) -> None:
-    """Add files to a pool, imported files first."""
+    """Add descriptor files to a pool, imported files first."""
     for file in files:
         if file.name not in known:
             known.add(file.name)
@@ -96,13 +96,13 @@ class ServicePort:
     Args:
         gateway: the replica.
         service: descriptor of the service.
-        find: returns a procedure by name.
+        find: returns the implementation of a method by name.
         keys: API keys of the port.
         host: interface to bind.
-        port: port to bind; 0 selects a free one.
+        port: port to bind; 0 selects a free port.
         options: gRPC server options.
-        max_calls: concurrent calls, without health checks and endless streams.
-        endless: names of endless streams.
+        max_calls: maximum number of concurrent calls, except health checks and endless streams.
+        endless: names of methods with endless streams.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class ServicePort:
         self.port = 0
 
     async def start(self, is_ready: bool = True) -> int:
-        """Bind and serve; return the port. Raises ``StartError``."""
+        """Bind the port and serve; return the port. Raises ``StartError``."""
         try:
             self.port = bind(self._server, self._address, self._gateway.limits)
         except RuntimeError as err:
@@ -150,7 +150,7 @@ class ServicePort:
 
 
 class GrpcServer(ServicePort):
-    """Serves ``Inference``; its health follows the gateway's readiness."""
+    """Serves ``Inference``. The health status is the gateway's readiness."""
 
     def __init__(self, gateway: Gateway, host: str, port: int) -> None:
         procedures = InferenceProcedures(gateway)
@@ -185,5 +185,5 @@ class GrpcServer(ServicePort):
                 self.health.set(is_ready)
                 was_ready = is_ready
             await asyncio.sleep(_READY_POLL_S)
-        # clients get GOAWAY and connect to another gateway
+        # GOAWAY makes clients connect to another gateway
         await self._server.stop(self._gateway.limits.request_timeout_s)

@@ -1,4 +1,4 @@
 """The HTTP interface: routes, bodies, server-sent events.
 
-Imports ``gateway.calls`` and the floors below; FastAPI and pydantic.
+Imports ``gateway.calls`` and the layers below; FastAPI and pydantic.
 """
