@@ -17,7 +17,7 @@ PROTOCOLS = (
     HttpProtocol(responses.routes, RESPONSES),
     HttpProtocol(batches.routes, batches.ENDPOINTS),
 )
-"""Protocols other than completions and chat."""
+"""Protocols of the HTTP port besides completions and chat."""
 ENDPOINTS = (*openapi.ENDPOINTS, *(one for protocol in PROTOCOLS for one in protocol.endpoints))
 """All endpoints, in the order of the documentation."""
 

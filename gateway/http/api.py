@@ -1,4 +1,4 @@
-"""The HTTP routes. They convert OpenAI request bodies into calls to ``Gateway``."""
+"""The HTTP routes, which convert OpenAI request bodies into calls to ``Gateway``."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ _EXPOSED_HEADERS = (
 )
 """Response headers that CORS lets a web page read."""
 _ADMIN_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-"""Ends of paths that other servers offer on this port, and that are on the admin port here."""
+"""Ends of paths that other servers have on this port; here they are on the admin port."""
 
 
 @dataclass(frozen=True, slots=True)
 class HttpProtocol:
-    """A protocol on the same port that is implemented in a separate folder."""
+    """A further protocol on the HTTP port, implemented in its own folder."""
 
     routes: Callable[[Gateway], Sequence[BaseRoute]]
     endpoints: tuple[openapi.EndpointSpec, ...]
@@ -107,7 +107,7 @@ def build_http_app(
         root_path="" if is_behind_serve else gateway.limits.root_path,
         open_paths=UNAUTHENTICATED_PATHS | SERVE_PATHS | dashboard.open_paths() | public,
     )
-    if gateway.limits.cors_origins:  # outermost: a browser's preflight has no key
+    if gateway.limits.cors_origins:  # outermost layer, as the preflight of a browser has no key
         app.add_middleware(
             CORSMiddleware,
             allow_origins=gateway.limits.cors_origins,
@@ -193,7 +193,7 @@ class HttpApi:
         return Response(status_code=200)
 
     async def ready(self, request: Request) -> Response:
-        """Respond 200 if new requests can be served, else 503 with the reasons."""
+        """Respond with status 200 if new requests can be served, else 503 with the reasons."""
         reasons = self._gateway.readiness.not_ready_reasons(is_operator(self._gateway.keys))
         status = 503 if reasons else 200
         return _json_response({"ready": not reasons, "reasons": reasons}, status)
@@ -211,7 +211,7 @@ class HttpApi:
         )
 
     async def metrics(self, request: Request) -> Response:
-        """Return metrics of all replicas and workers; by expert or layer only for operators."""
+        """Return the metrics of all replicas and workers; by expert or layer only for operators."""
         content = await self._gateway.status.render_metrics(is_operator(self._gateway.keys))
         return Response(content, headers={"content-type": CONTENT_TYPE})
 
@@ -219,7 +219,7 @@ class HttpApi:
         return _json_response(await self._gateway.status.read(is_operator(self._gateway.keys)))
 
     async def placement(self, request: Request) -> Response:
-        """Return the device of each copy of each expert."""
+        """Return the worker of each copy of each expert."""
         check_operator(self._gateway.keys, NUMBERS_BY_EXPERT)
         return _json_response(await self._gateway.numbers.placement())
 

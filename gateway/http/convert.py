@@ -51,7 +51,7 @@ def chat_call(body: ChatBody) -> GenerateCall:
 
 def _chat_logprobs(body: ChatBody) -> int | None:
     if not body.logprobs or (body.top_logprobs is None and body.logprob_token_ids):
-        return None  # logprob_token_ids alone select the reported tokens
+        return None  # only logprob_token_ids selects the reported tokens
     return body.top_logprobs or 0
 
 

@@ -1,4 +1,4 @@
-"""Responses with long contents, which are read and sent in pieces."""
+"""Responses with long contents, read and sent in pieces."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class ContentReader(Protocol):
 
 
 class StreamedContentResponse(Response):
-    """Sends a content of known size. One piece is in memory at a time: the next piece is read when
-    the client has read the current one.
+    """Sends a content of known size, one piece in memory at a time: the next piece is read when the
+    client has read the current one.
 
-    The size is sent first, so an error of the reader after the first piece closes the connection.
+    The size is sent first. An error of the reader after the first piece closes the connection.
 
     Args:
         reader: the content; it is closed at the end.

@@ -1,4 +1,4 @@
-"""Types of HTTP response bodies, for the OpenAPI document. Only two types allow other fields.
+"""Types of HTTP response bodies, for the OpenAPI document. Two of them allow further fields.
 
 Handlers build plain dicts; a test fails if a response has a field that is not declared here.
 """

@@ -1,4 +1,4 @@
-"""Write responses as compact JSON; long responses are written in pieces."""
+"""Writes responses as compact JSON, long responses in pieces."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", "
 _PIECE = 4096
 """Maximum number of entries of a long list that are written at a time."""
 _JOINED = 1024
-"""Number of pieces of a long response that are joined, and freed, at a time."""
+"""Number of pieces of a long response that are joined and freed at a time."""
 
 
 def dump_json(content: object) -> bytes:
@@ -19,7 +19,7 @@ def dump_json(content: object) -> bytes:
 
 
 def dump_long(content: object) -> bytes:
-    """Like ``dump_json``, in small pieces: other threads can run between two pieces."""
+    """Like ``dump_json``, but write small pieces, between which other threads can run."""
     pieces = _json_pieces(content)
     # joined in steps: freeing a million small pieces in a single step would block other threads
     return b"".join(iter(lambda: b"".join(islice(pieces, _JOINED)), b""))

@@ -32,7 +32,7 @@ from gateway.http.request_body import limit_time, timeout_header_s
 from gateway.http.sse import EventStream
 
 OLDEST_VERSION = "2023-06-01"
-"""Oldest supported value of the optional header ``anthropic-version``: earlier versions use another
+"""Oldest accepted value of the optional header ``anthropic-version``. Earlier versions have another
 event format. Fields that version 2026-10-21 removed, such as ``temperature``, remain accepted."""
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _PING: Event = {"type": "ping"}
@@ -46,7 +46,7 @@ def routes(gateway: Gateway) -> list[Route]:
 
 
 class _MessageRequest(NamedTuple):
-    """A parsed call. It has no reference to the body, so that a large body is freed early."""
+    """A parsed call. It does not refer to the body, so that a large body is freed early."""
 
     call: GenerateCall
     streams: bool
@@ -103,7 +103,7 @@ class CountTokensEndpoint(CancellableEndpoint[tuple[str, ChatInput]]):
 
 @dataclass(kw_only=True, slots=True)
 class MessageStream(EventStream):
-    """Sends named events; the last event ends the message."""
+    """Sends the events of a message, which have names."""
 
     formatter: MessageFormat
     has_started: bool = False

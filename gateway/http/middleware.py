@@ -31,12 +31,13 @@ from gateway.http.json_output import dump_json
 from gateway.http.request_body import Parsed, read_json
 
 PIECE_BYTES = 256 * 1024
-"""Largest piece of a response that is sent at a time; the next piece waits for the client."""
+"""Maximum bytes of a response to send at a time. The next piece waits for the client."""
 UNAUTHENTICATED_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})
 _METHODS = frozenset(
     {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}
 )
-"""Others are counted as ``other`` in metrics. Source: RFC 9110, section 9; RFC 5789."""
+"""HTTP methods with their own label in metrics; others are counted as ``other``. Source: RFC 9110,
+section 9; RFC 5789."""
 
 _RESPONDER = "responder"
 """Key of the responder in the state of the scope."""
@@ -93,7 +94,7 @@ class Responder:
         await self._send_pieces(raw)
 
     async def _send_pieces(self, content: bytes) -> None:
-        """Send the rest of the body; each piece waits until the client has read most before it."""
+        """Send the body in pieces, each after the client has read most of the earlier ones."""
         for start in range(0, max(len(content), 1), PIECE_BYTES):
             end = start + PIECE_BYTES
             await self.body(content[start:end], more=end < len(content))
@@ -121,13 +122,13 @@ class HttpMiddleware:
 
     app: ASGIApp
     gateway: Gateway
-    """Source of the metrics and the placement epoch."""
+    """The replica, which has the metrics and the placement epoch."""
     keys: KeyRing
     """The API keys of the port."""
     routes: InitVar[Sequence[BaseRoute]]
     """Routes that metrics count by path or pattern; any other path counts as ``other``."""
     adds_request_id: bool = True
-    """False if Ray Serve's proxy adds the header to every response."""
+    """Whether to add the request id to responses. False if Ray Serve's proxy adds it."""
     open_paths: frozenset[str] = UNAUTHENTICATED_PATHS
     """Paths that need no API key."""
     root_path: str = ""
@@ -189,7 +190,7 @@ class HttpMiddleware:
         self, error: Exception, path: str, request_id: str, responder: Responder
     ) -> None:
         report = self.gateway.report_error(error, request_id)
-        if not responder.is_started:  # later errors are sent as events by the streams
+        if not responder.is_started:  # after the start, streams send errors as events
             body = error_body(path, report, request_id)
             await responder.json(body, report.http_status, report.headers())
 
@@ -206,7 +207,7 @@ class HttpMiddleware:
             headers["openai-processing-ms"] = str(int((time.monotonic() - started_s) * 1000))
             headers["openai-version"] = "2020-10-01"
             if self.gateway.readiness.is_leaving:
-                headers["connection"] = "close"  # so that the client connects to another one
+                headers["connection"] = "close"  # the client then connects to another gateway
             headers["x-expertmesh-placement-epoch"] = str(self.gateway.placement_epoch)
             if self.gateway.limits.debug_headers:
                 headers["x-expertmesh-replica"] = self.gateway.name
@@ -234,13 +235,13 @@ async def run_until_disconnect(
         await task
         if responder.is_cut_off:  # the last messages were dropped
             raise ClientGoneError("the client closed the connection")
-    finally:  # do not await here, this task may be cancelled: both tasks end by themselves
+    finally:  # no await, as this task may be cancelled; both tasks end by themselves
         watch.cancel()
         task.cancel()
 
 
 class CancellableEndpoint(ABC, Generic[Parsed]):
-    """ASGI application of a POST route; its work is cancelled when the client disconnects."""
+    """ASGI application of a POST route. Its work is cancelled if the client disconnects."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -257,7 +258,7 @@ class CancellableEndpoint(ABC, Generic[Parsed]):
 
     @abstractmethod
     async def _respond(self, request: Request, parsed: Parsed, responder: Responder) -> None:
-        """Serve the request; ``parsed`` is the result of ``_parse``."""
+        """Serve the request. ``parsed`` is the result of ``_parse``."""
 
 
 async def _wait_for_disconnect(receive: Receive, responder: Responder) -> None:
@@ -267,7 +268,7 @@ async def _wait_for_disconnect(receive: Receive, responder: Responder) -> None:
 
 
 def path_of(scope: Scope) -> str:
-    """Return the path without the mount prefix, which a reverse proxy may already have removed."""
+    """Return the path without the mount prefix, if a reverse proxy has not removed the prefix."""
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
     rest = path.removeprefix(root)
     return path if rest and not rest.startswith("/") else rest or "/"

@@ -1,4 +1,4 @@
-"""Format running calls as OpenAI response bodies: completions and chat, whole and in chunks."""
+"""Formats running calls as OpenAI completions and chat completions: whole, and in chunks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class OpenAIFormat(TextFormat, ABC):
 
     Args:
         running: the call.
-        tokenizer: gives the text of tokens; None shows token ids instead.
+        tokenizer: decodes tokens; None formats token ids.
         fingerprint: the value of ``system_fingerprint``.
         answer_id: the value of ``id``; None uses the id of the call.
     """
@@ -72,10 +72,10 @@ class OpenAIFormat(TextFormat, ABC):
 
     @abstractmethod
     def chunks(self, delta: ChoiceDelta) -> list[dict[str, Any]]:
-        """Return the chunks of a delta of one choice."""
+        """Return the chunks for a delta of one choice."""
 
     def text_chunk(self, delta: ChoiceDelta) -> bytes | None:
-        """Return the JSON of the delta's chunk if only its text is new, else None."""
+        """Return a delta's chunk as JSON if the delta has only new text, else None."""
         if self._has_extra_fields or delta.is_first or delta.finish is not None or not delta.text:
             return None
         chunk_parts = self._text_chunk_parts.get(delta.index)
@@ -197,7 +197,7 @@ class ChatFormat(OpenAIFormat):
             waiting = self._pending_tokens.setdefault(delta.index, [])
             waiting.extend(delta.tokens)
             if not (message_delta or delta.finish):
-                return chunks  # these tokens may be part of a call
+                return chunks  # these tokens may belong to a tool call
             choice: dict[str, Any] = {
                 "index": delta.index,
                 "delta": message_delta,

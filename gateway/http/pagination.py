@@ -1,4 +1,4 @@
-"""Pagination of lists, and responses with one JSON document."""
+"""Pagination of lists, and JSON responses."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Page:
     def select(
         self, oldest_first: Sequence[Entry], id_of: Callable[[Entry], str] = str
     ) -> Sequence[Entry]:
-        """Sort the entries, which are given oldest first, and drop all up to ``after``.
+        """Sort the entries, which are given oldest first, and drop the entries up to ``after``.
 
         ``id_of`` returns the id of an entry; by default the entries are ids. Raises
         ``RequestError`` if no entry has the id ``after``.
@@ -59,7 +59,7 @@ class Page:
     def read(
         self, ids: Sequence[str], read: Callable[[str], Mapping[str, Any] | None]
     ) -> dict[str, Any]:
-        """Return the page of the objects with the given ids, which are ordered oldest first.
+        """Return the page of the objects ``ids``, which are given oldest first.
 
         ``read`` returns None for an object that no longer exists or must not be listed.
         """

@@ -1,4 +1,4 @@
-"""Parse JSON into the typed fields of HTTP bodies."""
+"""Parses JSON into the typed fields of HTTP bodies."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _MOST_ENTRIES = {
     "tools": MAX_TOOLS,
     "logit_bias": MAX_ENTRIES["logit_bias"],
 }
-"""Maximum lengths, checked before the entries are validated."""
+"""Maximum length by field, checked before the entries are validated."""
 
 
 def parse_json(raw: bytes, max_depth: int) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def parse_json(raw: bytes, max_depth: int) -> dict[str, Any]:
             check_writable(data)
     except RecursionError as err:
         raise _too_deep(max_depth) from err
-    except ValueError as err:  # also undecodable bytes, lone surrogates, integers that are too long
+    except ValueError as err:  # includes undecodable bytes, lone surrogates and too long integers
         reason = "not readable"
         if isinstance(err, json.JSONDecodeError):
             reason = f"{err.msg} at line {err.lineno}, column {err.colno}"
@@ -122,7 +122,7 @@ def _field_path(location: Sequence[str | int]) -> str:
         if isinstance(part, int):
             path += f"[{part}]"
         elif part.startswith(TAG):
-            continue  # a tag of a union type, which error texts leave out
+            continue  # a tag of a union type, omitted from error texts
         elif part.isidentifier() and part not in ("str", "int", "bool"):
             path += f".{part}" if path else part
         else:

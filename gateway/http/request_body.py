@@ -1,4 +1,4 @@
-"""Read request bodies within the limits of size and time, and the client's timeout header."""
+"""Reads request bodies, with limits of size and time, and the client's timeout header."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from gateway.core.tuning import GatewayTuning
 from gateway.http.parse import parse_json
 
 MAX_TIMEOUT_MS = 99_999_999_999
-"""Largest timeout that a client can request; the server's limit is shorter."""
+"""Maximum value of the timeout header. The server's own time limit is shorter."""
 _MAX_PENDING_FACTOR = 8
-"""A body above the limit is read up to this multiple of the limit, so that the client can read the
-response; beyond that the connection is closed."""
+"""Multiple of the size limit up to which a too large body is read so that the client can read the
+response. Beyond it, the connection is closed."""
 Parsed = TypeVar("Parsed")
 """The result of an endpoint's body parser."""
 
@@ -55,7 +55,7 @@ async def read_json(
 
 
 def timeout_header_s(request: Request) -> float | None:
-    """Return the client's timeout, None without one. Raises ``RequestError`` if it is invalid."""
+    """Return the client's timeout in seconds, or None. Raises ``RequestError`` if it is invalid."""
     name = "x-request-timeout-ms"
     value = request.headers.get(name)
     if value is None:
@@ -69,7 +69,7 @@ def timeout_header_s(request: Request) -> float | None:
 
 @contextlib.asynccontextmanager
 async def limit_time(request: Request, gateway: Gateway) -> AsyncIterator[None]:
-    """Limit the time of the enclosed block. Raises ``DeadlineExceededError`` when it is over."""
+    """Limit the time of the enclosed block. Raises ``DeadlineExceededError`` after it."""
     limit_s = gateway.timeout_s(timeout_header_s(request))
     try:
         async with asyncio.timeout(limit_s):
@@ -105,7 +105,7 @@ async def read_body(request: Request, max_bytes: int, tuning: GatewayTuning) -> 
 async def _read_pending(
     pieces: AsyncIterator[bytes], max_bytes: int, tuning: GatewayTuning
 ) -> None:
-    """Read until the body ends, exceeds ``max_bytes``, or pauses for too long."""
+    """Read and drop the body until it ends, exceeds ``max_bytes`` or pauses for too long."""
     now_s = asyncio.get_running_loop().time
     end_s = now_s() + tuning.body_timeout_s
     with contextlib.suppress(TimeoutError):

@@ -1,7 +1,7 @@
 """The types of HTTP request bodies.
 
-Types are strict (``"5"`` is not a number) and unknown fields are ignored. Values are checked later,
-for HTTP and gRPC alike, in ``gateway/core/field_checks.py``.
+Types are strict (``"5"`` is not a number), and unknown fields are ignored.
+``gateway/core/field_checks.py`` checks values later, for all protocols.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field
 from gateway.core.bodies import Items, StrictBody, Whole
 
 TAG = "is "
-"""Prefix of the tags of union types that a function discriminates (pydantic's ``Tag``)."""
+"""Prefix of tags (pydantic's ``Tag``) of union types that a function discriminates."""
 PromptField = str | Items[int] | Items[str] | Items[Items[int]]
 """One or more prompts, as text or token ids."""
 
@@ -44,7 +44,7 @@ class ToolCallBody(StrictBody):
 
 
 class ChatMessageBody(StrictBody):
-    """One message; unknown fields are passed to the chat template unchanged."""
+    """One message. Unknown fields are passed to the chat template unchanged."""
 
     model_config = ConfigDict(extra="allow")
     role: str

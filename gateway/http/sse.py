@@ -26,7 +26,7 @@ _PING = b": ping\n\n"
 
 @dataclass(kw_only=True, slots=True)
 class EventStream(ABC):
-    """Sends the output of one call; subclasses write the events of a protocol."""
+    """Sends the output of one call as events. Subclasses implement the events of a protocol."""
 
     gateway: Gateway
     responder: Responder
@@ -35,8 +35,8 @@ class EventStream(ABC):
     async def send(self, running: RunningCall) -> None:
         """Send the output of a running call as it arrives, until the call ends.
 
-        Errors before the first byte are raised and become an ordinary error response; later errors
-        are sent as events.
+        Errors before the first byte are raised, for an ordinary error response. Later errors are
+        sent as events.
         """
         ping_after_s = self.gateway.tuning.ping_after_s
         deltas = await running.next(ping_after_s)
@@ -71,7 +71,7 @@ class EventStream(ABC):
 
     @abstractmethod
     def _events(self, running: RunningCall, deltas: list[ChoiceDelta]) -> bytes:
-        """Return the events of new deltas; empty while the text may still change."""
+        """Return the events of new deltas; empty if their text may still change."""
 
     @abstractmethod
     async def _ending(self, running: RunningCall) -> bytes:

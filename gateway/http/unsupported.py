@@ -1,4 +1,4 @@
-"""Known fields of other servers that are rejected by name."""
+"""Rejects known fields of other servers that are not supported."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BEAM_SEARCH_FIELDS: Neutral = {
     "length_penalty": (1, 1.0),
     "early_stopping": (False,),
 }
-"""Fields of beam search, which only completions and chat support."""
+"""Fields for beam search, which only completions and chat support."""
 _TRUNCATION: Neutral = {"truncate_prompt_tokens": (), "truncation_side": ()}
 UNSUPPORTED: Mapping[EndpointKind, Neutral] = {
     "completion": {**_GENERATE, "tools": ([],), "tool_choice": ("none", "auto")},

@@ -1,5 +1,5 @@
-"""HTTP ports of a gateway: their sockets, and limits of size and time for every connection.
+"""HTTP ports of a gateway: sockets, and limits of size and time for each connection.
 
-Each module names the gap in uvicorn that it closes, with the upstream issue if there is one.
+Each module states what it adds to uvicorn, with the upstream issue if there is one.
 Imports ``cluster.core``, ``gateway.core``, ``gateway.auth`` and uvicorn.
 """

@@ -1,12 +1,12 @@
-"""uvicorn's HTTP parser with our error object and three limits: on request line and headers, on
-response data that waits for a client that does not read, and on pipelined requests.
+"""uvicorn's HTTP protocol with the gateway's error object and three limits: for request line and
+headers, for response data that the client does not read, and for pipelined requests.
 
-Without the first limit, a client that never ends its headers fills the server's memory, and needs
-no key for it (CVE-2025-48956 in vLLM). Without the last one, a client can send requests faster than
-they are answered: uvicorn resumes reading after each response.
+Without the first limit, a client without a key could fill the server's memory with endless headers
+(CVE-2025-48956 in vLLM). Without the last limit, a client could send requests faster than they are
+served, as uvicorn resumes reading after each response.
 
-Upstream: Kludex/uvicorn#157 and #1684, closed: the limit exists for h11 only, which is slower than
-httptools.
+Upstream: Kludex/uvicorn#157 and #1684, both closed. uvicorn limits headers only with h11, which is
+slower than httptools.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from cluster.core.errors import ExpertMeshError, RequestError, RequestTooLargeEr
 from gateway.core.errors import report_error
 
 MAX_HEAD_BYTES = 16 * 1024
-"""Limit for request line and headers together."""
+"""Maximum size of request line and headers together."""
 MAX_HEADERS = 256
 MAX_WAITING = 256
-"""Most pipelined requests of a connection that wait for earlier responses."""
+"""Maximum number of pipelined requests of a connection that wait for earlier responses."""
 STALL_LIMIT_S = 300.0
-"""Time within which a client must read about 100 KiB of a waiting response."""
+"""Seconds within which a client must read about 100 KiB of a waiting response."""
 _UNSENT_BYTES = 64 * 1024
-"""Bytes that our kernel buffers beyond the client's receive window. By default it buffers 4 MiB and
-accepts more only after 1 MiB is read: a client that reads slowly would seem to read nothing."""
+"""Bytes that the kernel buffers beyond the client's receive window. By default it buffers 4 MiB and
+accepts more only after the client has read 1 MiB, so that a slow client would seem stalled."""
 
 
 class _Flow(FlowControl):
@@ -89,11 +89,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._reject_headers()
             return
         if len(self.pipeline) >= MAX_WAITING:
-            rule = f"at most {MAX_WAITING} requests may wait for the answers before theirs"
+            rule = f"at most {MAX_WAITING} requests may wait for earlier responses"
             self._respond(b"400 Bad Request", RequestError(rule))
             raise ConnectionAbortedError(rule)  # stops the parser
         super().on_headers_complete()
-        if self.expect_100_continue:  # the body of a rejected request may follow or not
+        if self.expect_100_continue:  # it is unknown whether the body of a rejected request follows
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
@@ -122,7 +122,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)  # notifies the last request, which may still be waiting
+        super().connection_lost(exc)  # notifies the last request, which may still wait
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
             self._running.message_event.set()
@@ -133,7 +133,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._stalled.cancel()
 
     def send_400_response(self, msg: str) -> None:
-        """Reject bytes that are not HTTP."""
+        """Respond to bytes that are not HTTP."""
         if not self._is_refused:
             self._respond(b"400 Bad Request", RequestError("the request is not valid HTTP"))
 

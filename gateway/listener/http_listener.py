@@ -20,17 +20,17 @@ _START_LIMIT_S = 10.0
 
 
 class HttpListener:
-    """Accepts connections on a port, and ends them.
+    """Accepts HTTP connections on a port.
 
     Args:
         app: the application.
-        section: TLS of the port.
+        section: configuration with the TLS options of the port.
         name: name of the port in errors.
-        host: interface.
-        port: port number; 0 takes a free one.
-        max_connections: most open connections.
-        is_shared: several replicas of this host listen on the port.
-        trusted_proxies: addresses and networks whose ``X-Forwarded`` headers count.
+        host: interface to listen on.
+        port: port number; 0 selects a free port.
+        max_connections: maximum number of open connections.
+        is_shared: whether several replicas of this host listen on the port.
+        trusted_proxies: addresses and networks whose ``X-Forwarded`` headers are trusted.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class HttpListener:
 
     @property
     def is_serving(self) -> bool:
-        """Whether it has started, and has neither stopped nor failed."""
+        """Whether the listener has started and has neither stopped nor failed."""
         return self._task is not None and not self._task.done()
 
     @property
@@ -82,7 +82,7 @@ class HttpListener:
         return protocol
 
     async def start(self) -> int:
-        """Bind and serve; return the port. Raises ``StartError``."""
+        """Bind the port and serve; return the port. Raises ``StartError``."""
         try:
             self._listener = listen(self._host, self._port, is_shared=self._is_shared)
         except OSError as err:
@@ -96,9 +96,9 @@ class HttpListener:
         return bound
 
     async def stop_accepting(self) -> None:
-        """Leave new connections to the other listeners of the port; open ones continue.
+        """Leave new connections to the other listeners of the port. Open connections continue.
 
-        Without another listener new connections are refused.
+        If the port has no other listener, new connections are refused.
         """
         if self._listener is None:
             return
@@ -109,7 +109,7 @@ class HttpListener:
         self._server.stop_listening()
 
     async def stop(self) -> None:
-        """Stop serving; running requests have one second to end."""
+        """Stop serving. Running requests have one second to end."""
         await self.stop_accepting()
         if self._task is not None:
             self._server.should_exit = True
@@ -117,7 +117,7 @@ class HttpListener:
 
 
 class _Uvicorn(uvicorn.Server):
-    """A server without signal handlers, which the hosting process owns; limits TLS handshakes."""
+    """uvicorn's server with limited TLS handshakes, and without signal handlers of its own."""
 
     def __init__(
         self, config: uvicorn.Config, make_protocol: Callable[[], asyncio.Protocol]
@@ -127,7 +127,7 @@ class _Uvicorn(uvicorn.Server):
         self.servers = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As in uvicorn, for sockets that listen already."""
+        """Start the server as uvicorn does, on sockets that already listen."""
         await self.lifespan.startup()
         config, loop = self.config, asyncio.get_running_loop()
         limit_s = HEAD_LIMIT_S if config.ssl is not None else None

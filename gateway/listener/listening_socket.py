@@ -1,9 +1,9 @@
-"""Listening sockets that share a port, and can be closed without losing a connection.
+"""Listening sockets that share a port, and that can be closed without losing a connection.
 
 When a listening socket is closed, the kernel resets the connections in its queue, even if another
-socket listens on the port. Therefore a filter first drops the segments that open a connection:
-clients send them again after a second, to another socket of the port. Handshakes that have begun
-before are completed and accepted meanwhile.
+socket listens on the port. Therefore a filter first drops the segments that open connections.
+Clients repeat them after a second, and another socket of the port gets them. Handshakes that began
+before the filter are completed and accepted.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import socket
 import struct
 
 HANDSHAKE_S = 0.2
-"""Time for a handshake that has begun to end, and for its connection to be accepted."""
+"""Seconds for a handshake that has begun to end and for its connection to be accepted."""
 _SO_ATTACH_FILTER = 26
 _FLAGS_OFFSET = 13
-"""Offset in the TCP header, at which the data for a filter of a TCP socket begins."""
+"""Offset of the flags in the TCP header, with which the input of a TCP socket's filter begins."""
 _SYN = 0x02
 _NO_SYN = b"".join(  # classic BPF: code, jump if true, jump if false, constant
     struct.pack("HBBI", *instruction)
@@ -31,7 +31,7 @@ _NO_SYN = b"".join(  # classic BPF: code, jump if true, jump if false, constant
 
 
 def listen(host: str, port: int, *, is_shared: bool) -> socket.socket:
-    """Make a listening socket; ``is_shared`` lets others share the port. Raises ``OSError``."""
+    """Make a listening socket, whose port others may share if ``is_shared``. Raises ``OSError``."""
     is_ipv6 = ":" in host
     return socket.create_server(
         (host, port),
@@ -42,7 +42,7 @@ def listen(host: str, port: int, *, is_shared: bool) -> socket.socket:
 
 
 def refuse_new_connections(listener: socket.socket) -> None:
-    """Drop segments that open a connection. Has no effect if the system has no socket filters."""
+    """Drop segments that open connections. No effect if the system has no socket filters."""
     program = ctypes.create_string_buffer(_NO_SYN, len(_NO_SYN))
     fields = struct.pack("HP", len(_NO_SYN) // 8, ctypes.addressof(program))
     with contextlib.suppress(OSError):

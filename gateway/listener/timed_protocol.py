@@ -1,7 +1,8 @@
-"""``BoundedHttpProtocol`` with limits of time and of connections.
+"""``BoundedHttpProtocol`` with time limits and a limit on connections.
 
-uvicorn closes a connection that is idle after a response. It waits indefinitely for a first
-request, for the rest of a head, and for a body that is not read: each byte stops its timer.
+uvicorn closes only connections that are idle after a response, and each byte stops its timer. It
+waits indefinitely for a first request, for the rest of the headers, and for a body that the
+application does not read.
 """
 
 from __future__ import annotations
@@ -12,40 +13,40 @@ from cluster.core.errors import DeadlineExceededError
 from gateway.listener.bounded_protocol import BoundedHttpProtocol
 
 HEAD_LIMIT_S = 10.0
-"""Time for request line and headers, from the first byte or from a new connection on."""
+"""Seconds for request line and headers, from their first byte or the start of the connection."""
 BODY_LIMIT_S = 30.0
-"""Time within which a body that is being read must grow by ``BODY_STEP_BYTES``, and time for the
-rest of a body after its response. An application that reads the body may respond earlier."""
+"""Seconds in which a body must grow by ``BODY_STEP_BYTES`` while it is read. Also the seconds for
+the rest of a body after its response, as an application may respond before it has read a body."""
 BODY_STEP_BYTES = 16 * 1024
 IDLE_LIMIT_S = 75.0
-"""Longest time that a connection is idle between two requests."""
+"""Longest idle time in seconds of a connection between two requests."""
 _FLUSH_LIMIT_S = 5.0
-"""Time for a client to read the timeout response."""
+"""Seconds for a client to read the timeout response."""
 
 
 class TimedHttpProtocol(BoundedHttpProtocol):
-    """Closes a connection that has waited too long for its client."""
+    """Closes a connection whose client does not send or read in time."""
 
     max_connections = 256
-    """Most connections of the server; a further one ends the oldest idle connection."""
+    """Maximum connections of the server; a further one ends the oldest idle connection."""
     _timer: asyncio.TimerHandle | None = None
     _is_between_requests = False
     _has_begun_head = False
     _has_whole_request = False
     _num_new_bytes = 0
-    """Bytes of the body since the timer was set."""
+    """Bytes of the body that arrived since the timer was set."""
     since_s = 0.0
-    """Time at which the connection was made, on the loop's clock."""
+    """Time at which the connection was made, by the event loop's clock."""
 
     @property
     def is_serving(self) -> bool:
-        """Whether an application is working on a request."""
+        """Whether the application serves a request."""
         return self.cycle is not None and not self.cycle.response_complete
 
     @property
     def is_idle(self) -> bool:
-        """Whether no client waits for a response: there is no whole request, the client does not
-        read the response, or it has sent pipelined requests.
+        """Whether the client does not wait for a response: it has sent no whole request, does not
+        read its response, or has sent pipelined requests.
         """
         has_request = self.is_serving and self._has_whole_request
         return not has_request or self.flow.write_paused or bool(self.pipeline)
@@ -73,7 +74,7 @@ class TimedHttpProtocol(BoundedHttpProtocol):
 
     def on_message_begin(self) -> None:
         self._has_begun_head, self._has_whole_request = True, False
-        if self._timer is None:  # the next request precedes the previous response
+        if self._timer is None:  # the request arrived before the previous response ended
             self._wait(HEAD_LIMIT_S)
         super().on_message_begin()
 

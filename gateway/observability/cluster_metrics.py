@@ -15,39 +15,39 @@ from gateway.cluster.view import Snapshot
 
 _LABEL = r'[a-z_]+="[^"\\\n]*"'
 _LEGAL_NAME = re.compile(rf"([a-zA-Z_][a-zA-Z0-9_]*)(?:\{{({_LABEL}(?:,{_LABEL})*)\}})?")
-"""The name of a worker's stat, with or without labels."""
+"""Matches the name of a worker's stat, with or without labels."""
 _HISTOGRAM = re.compile("(.+)_(?:bucket|count|sum)")
-"""A stat that belongs to the histogram named by the first group."""
+"""Matches a stat of a histogram; the first group is the histogram's name."""
 _MAX_STAT_NAMES = 4096
-"""Most names of workers' stats that are cached: all workers have the same names."""
+"""Maximum number of cached names of stats. All workers have the same names."""
 _GAUGES = frozenset({"kv_blocks_total", "recurrent_states_total"})
-"""Gauges whose names end like names of counters."""
+"""Gauges whose names end in ``_total`` as names of counters do."""
 WORKER_TEXTS = {
     "num_requests_running": "Sequences in the running batch of a worker",
     "num_requests_waiting": "Sequences waiting at a worker",
     "num_requests_waiting_by_reason": "Sequences waiting at a worker, by reason",
     "iteration_tokens_total": "Tokens per step of a worker",
-    "kv_cache_usage_perc": "Share of KV blocks in use, 0 to 1",
+    "kv_cache_usage_perc": "Fraction of a worker's KV blocks in use, 0 to 1",
     "kv_blocks_free": "Free KV blocks",
     "kv_blocks_total": "KV blocks of a worker",
-    "kv_blocks_kept": "Free KV blocks that a request asked to keep before others",
-    "recurrent_states_free": "Recurrent states without a holder, including those of prefixes",
+    "kv_blocks_kept": "Free KV blocks that are kept longer than others, as a request asked",
+    "recurrent_states_free": "Recurrent states that no sequence uses, including cached ones",
     "recurrent_states_total": "Recurrent states of a worker, if its model has any",
     "num_preemptions_total": "Preempted sequences",
-    "prefix_cache_queries_total": "Prompt tokens looked up in the prefix cache, for every choice",
-    "prefix_cache_hits_total": "Prompt tokens found in the prefix cache, for every choice",
-    "spec_decode_num_drafts_total": "Drafts of next tokens that were run",
-    "spec_decode_num_draft_tokens_total": "Tokens of drafts that were run",
-    "spec_decode_num_accepted_tokens_total": "Tokens of drafts that were accepted",
+    "prefix_cache_queries_total": "Prompt tokens looked up in the prefix cache, for each choice",
+    "prefix_cache_hits_total": "Prompt tokens found in the prefix cache, for each choice",
+    "spec_decode_num_drafts_total": "Speculative drafts that were run",
+    "spec_decode_num_draft_tokens_total": "Tokens of the speculative drafts that were run",
+    "spec_decode_num_accepted_tokens_total": "Tokens of speculative drafts that were accepted",
     "spec_decode_num_accepted_tokens_per_pos_total": "Accepted draft tokens by position, from 0",
-    "spec_decode_num_withheld_drafts_total": "Drafts that were not run, as they would be slower",
-    "spec_decode_row_price": "Tokens that a row of a draft must give on average to be run",
+    "spec_decode_num_withheld_drafts_total": "Speculative drafts not run, as they would be slower",
+    "spec_decode_row_price": "Mean accepted tokens per row for which a draft is run",
     "lora_adapters_loaded": "LoRA adapters in a worker's memory",
-    "lora_adapters_max": "LoRA adapters that may be loaded at once",
+    "lora_adapters_max": "Maximum number of LoRA adapters that are loaded at a time",
     "lora_adapters_bytes": "Memory of a worker's LoRA adapters",
     "lora_requests_running": "Sequences in the running batch of a worker, by LoRA adapter",
     "lora_requests_waiting": "Sequences waiting at a worker, by LoRA adapter",
-    "steps_total": "Steps that a worker has committed or served",
+    "steps_total": "Steps that an attention worker committed or an expert worker served",
     "steps_abandoned_total": "Steps that were abandoned and run again",
     "steps_repeated_total": "Steps that sent too few rows to an expert worker and ran again",
     "choices_stop_total": "Choices that ended at a stop string, stop token or end of sequence",
@@ -57,8 +57,8 @@ WORKER_TEXTS = {
     "kv_migration_seconds": "Time to fetch KV blocks from another attention worker",
     "kv_migration_bytes_total": "Bytes of KV blocks fetched from other attention workers",
     "kv_migration_failures_total": "Failed fetches of KV blocks, whose prompts were computed",
-    "kv_tier_bytes": "KV blocks and states in a lower tier of a worker, in bytes",
-    "kv_tier_capacity_bytes": "Most bytes of a lower tier of a worker",
+    "kv_tier_bytes": "Size of the KV blocks and states in a lower tier of a worker, in bytes",
+    "kv_tier_capacity_bytes": "Capacity of a lower tier of a worker, in bytes",
     "kv_tier_usable": "1 while blocks can be written to a lower tier on disk, else 0",
     "kv_tier_skipped_total": "KV blocks and states that a lower tier had no space or time for",
     "kv_tier_broken_total": "KV blocks and states that a lower tier could not restore",
@@ -68,43 +68,44 @@ WORKER_TEXTS = {
     "session_copies_total": "Copies of sessions of other attention workers, by outcome",
     "session_copies_waiting": "Copies of sessions that a worker has not begun to fetch",
     "session_copy_blocks_total": "KV blocks of sessions that were copied to host memory",
-    "attention_compute_seconds": "Time of attention and router per layer, one step in 8",
-    "dispatch_seconds": "Time to dispatch the tokens of a layer to the experts, one step in 8",
-    "combine_seconds": "Time waiting for the expert outputs of a layer, one step in 8",
-    "expert_compute_seconds": "Time of expert computation per layer, one step in 8",
-    "bubble_seconds": "Time per step that a worker waited for other workers, one step in 8",
+    "attention_compute_seconds": "Time of attention and router per layer, in one of 8 steps",
+    "dispatch_seconds": "Time to send a layer's tokens to the experts, in one of 8 steps",
+    "combine_seconds": "Time to wait for a layer's expert outputs, in one of 8 steps",
+    "expert_compute_seconds": "Time of expert computation per layer, in one of 8 steps",
+    "bubble_seconds": "Time per step that a worker waited for others, in one of 8 steps",
     "dispatch_bytes_total": "Bytes received (dispatch) and returned (combine) by an expert worker",
-    "dispatch_padding_ratio": "Share of padding in the rows exchanged with an expert worker",
-    "placement_epoch": "Placement epoch in force at a worker",
-    "placement_epoch_lag": "Placement epochs between a worker and the newest",
+    "dispatch_padding_ratio": "Fraction of padding in the rows exchanged with an expert worker",
+    "placement_epoch": "Active placement epoch of a worker",
+    "placement_epoch_lag": "Number of placement epochs by which a worker is behind the newest",
     "cache_config_info": "Configuration of a worker's KV cache",
     "gpu_memory_used_bytes": "Memory in use of a worker's GPU, by all processes",
     "gpu_memory_total_bytes": "Memory of a worker's GPU",
-    "gpu_utilization_perc": "Share of time that a worker's GPU was busy, 0 to 1",
-    "expert_worker_tokens_total": "Pairs of token and expert computed",
+    "gpu_utilization_perc": "Fraction of time that a worker's GPU was busy, 0 to 1",
+    "expert_worker_tokens_total": "Token-expert pairs that an expert worker has computed",
     "expert_worker_slots": "Expert slots of a worker in its largest bank",
-    "expert_weights_read_bytes_total": "Bytes of experts that a worker has read, by source",
+    "expert_weights_read_bytes_total": "Bytes of expert weights that a worker has read, by source",
     "expert_worker_busy_seconds_total": "Time that an expert worker spent in steps",
     "expert_worker_slot_seconds_total": "Time in which a worker computed activated expert slots",
-    "expert_worker_up": "1 while a worker is ready or serves",
+    "expert_worker_up": "1 while an expert worker is ready or serving, else 0",
 }
-"""Help texts by name of the metric; a histogram's samples share the name of their family."""
+"""Help text of each metric, by name; for a histogram, the name of its family."""
 TOTAL_TEXTS = {
     "cluster_requests_running": "Sequences in the running batches of all attention workers",
     "cluster_requests_waiting": "Sequences waiting at all attention workers",
-    "cluster_kv_cache_usage_perc": "Share of the KV blocks of all attention workers in use, 0 to 1",
+    "cluster_kv_cache_usage_perc": "Fraction of all attention workers' KV blocks in use, 0 to 1",
 }
-"""Gauges of the whole cluster, for autoscalers and endpoint pickers that compare clusters."""
+"""Help text of each gauge of the whole cluster. Autoscalers and endpoint pickers compare clusters
+by these gauges."""
 
 
 def cluster_families(
     snapshot: Snapshot, taken: Collection[str], cache_config: Mapping[str, str]
 ) -> Iterator[PlainFamily]:
-    """The controller's metrics and the workers' stats; a family may be split into several parts.
+    """Yield the controller's metrics and the workers' stats. A family may be in several parts.
 
     Args:
-        snapshot: the controller's latest.
-        taken: stats of workers that are left out because the gateway counts them itself.
+        snapshot: the controller's latest snapshot.
+        taken: names of stats to omit, because the gateway counts them itself.
         cache_config: labels of ``cache_config_info``.
     """
     current = snapshot.get("state")
@@ -129,7 +130,7 @@ def cluster_families(
 
 
 def _totals(snapshot: Snapshot) -> Iterator[PlainFamily]:
-    """Sums over the live attention workers; empty before the first report."""
+    """Yield sums over the live attention workers; nothing before the first report."""
     living = [
         worker
         for worker in snapshot.get("workers", ())
@@ -190,7 +191,7 @@ class _WorkerStat:
 
 @lru_cache(maxsize=_MAX_STAT_NAMES)
 def _parse(key: str) -> _WorkerStat | None:
-    """Parse a name; None if it is invalid: workers of another release may send anything."""
+    """Parse a name; None if it is invalid, as workers of another release may send any name."""
     if (match := _LEGAL_NAME.fullmatch(key)) is None:
         return None
     return _WorkerStat(match[1], _labels_of(match[2] or ""), _family(match[1]))
@@ -203,7 +204,7 @@ def _labels_of(text: str) -> dict[str, str]:
 
 
 def _family(name: str) -> PlainFamily:
-    """The family of a worker's stat, without samples."""
+    """Make the family of a worker's stat, without samples."""
     if histogram := _HISTOGRAM.fullmatch(name):
         return {
             "name": histogram[1],

@@ -8,21 +8,21 @@ from typing import Any
 from cluster.core.metric_families import PlainFamily
 
 REST = "rest"
-"""Label of all experts of a bank that have no series of their own."""
+"""Label of the series that sums all experts of a bank without their own series."""
 ALL = "all"
-"""Label of all layers together."""
+"""Label of the series for all layers together."""
 _PHASES = ("prefill", "decode")
 
 
 def load_families(document: Mapping[str, Any], all_experts: bool) -> Iterator[PlainFamily]:
-    """The metrics in the controller's load document (``/cluster/v1/load``).
+    """Yield the metrics in the controller's load document (``/cluster/v1/load``).
 
-    ``all_experts``: a series for every expert; else for the busiest of each bank, and the rest.
+    With ``all_experts`` each expert has a series; otherwise only the busiest ones of each bank.
     """
     banks = document["banks"]
     yield {
         "name": "expert_tokens",
-        "text": "Tokens routed to a logical expert, or to the rest, in committed steps",
+        "text": "Tokens routed to a logical expert, or to all others (rest), in committed steps",
         "type": "counter",
         "samples": [
             ["expert_tokens_total", {**_labels(bank), "expert": expert}, tokens]
@@ -35,9 +35,9 @@ def load_families(document: Mapping[str, Any], all_experts: bool) -> Iterator[Pl
         for bank in banks
         for number in sorted(set(bank["copies"]))
     ]
-    yield _gauge("expert_replicas", "Experts by their number of copies", copies)
+    yield _gauge("expert_replicas", "Number of experts, by their number of copies", copies)
     at_risk = [(_labels(bank), bank["at_risk"]) for bank in banks]
-    yield _gauge("experts_at_risk", "Experts whose copies share one failure domain", at_risk)
+    yield _gauge("experts_at_risk", "Experts whose copies are all in one failure domain", at_risk)
     everything = {"layer": ALL, "bank": ALL, "phases": document.get("phases", {})}
     for name in ("achieved", "predicted"):
         values = [

@@ -1,7 +1,7 @@
-"""Prometheus metrics in a registry of our own: this replica's counts and the workers' stats.
+"""Prometheus metrics of a replica, in its own registry: its counts and the workers' stats.
 
-Names and meanings follow vLLM where it has them, with the prefix ``expertmesh:``. Labels never hold
-a request id, a key or a user.
+Metrics that vLLM has, too, have vLLM's names and meanings, with the prefix ``expertmesh:``. Labels
+never contain a request id, a key or a user.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ REJECTIONS = (
     *("queue_full", "queue_tokens", "queue_wait", "worker_queue_full", "deadline"),
     *("key_requests", "key_tokens", "key_concurrency"),
 )
-"""Reasons of ``admission_rejections``, see ``cluster.core.errors``."""
+"""Values of the label ``reason`` of ``admission_rejections``; see ``cluster.core.errors``."""
 PREFIX = "expertmesh:"
 """Default prefix of every name."""
 
@@ -41,10 +41,11 @@ _ITL_BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5),
     *(1.0, 2.5, 5.0),
 )
-"""Contains all limits that vLLM's dashboard offers for a time per token."""
+"""Bounds in seconds, including all limits that vLLM's dashboard offers for a time per token."""
 _TIME_BUCKETS = (0.01, 0.03, 0.1, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _HTTP_BUCKETS = (0.1, 0.5, 1.0)
-"""Few, as there are many routes; same as in prometheus-fastapi-instrumentator, used by vLLM."""
+"""Bounds in seconds, few as there are many routes; the same as vLLM has, from
+prometheus-fastapi-instrumentator."""
 _COUNT_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 
 
@@ -56,9 +57,9 @@ class GatewayMetrics:
         snapshot: returns the cluster's state, with the workers' stats, for a scrape.
         cache_config: labels of ``cache_config_info``.
         load: returns the experts' load for a scrape, or None if it is not known.
-        all_experts: a series for each expert, not only for the busiest.
+        all_experts: whether each expert has a series, not only the busiest ones.
         prefix: prefix of every name.
-        has_vllm_names: also export metrics that vLLM has under its names.
+        has_vllm_names: whether to export vLLM's metrics also under vLLM's names.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class GatewayMetrics:
         }
         make_engine = partial(EngineMetrics, success, counters, histograms)
         self.engine: Callable[[str], EngineMetrics] = cache(make_engine)
-        """Metrics of one engine by the index of its attention worker, or "" before it has one."""
+        """Returns the metrics of an engine by the index of its worker; "" for calls without one."""
         self.http_requests = count("http_requests", "HTTP requests", ("route", "method", "status"))
         self.http_durations = Histogram(
             "http_request_duration_seconds",
@@ -113,7 +114,7 @@ class GatewayMetrics:
             "Prompt and output tokens recomputed for replayed requests",
             ("cause",),
         )
-        for reason in REJECTIONS:  # so that counters begin at 0
+        for reason in REJECTIONS:  # creates the series with value 0
             self.admission_rejections.labels(reason)
         for cause in ReplayCause:
             self.requests_replayed.labels(cause.value)
@@ -129,20 +130,21 @@ class GatewayMetrics:
         }
 
     def own_families(self) -> list[PlainFamily]:
-        """Metrics that this replica counts, as plain data for another replica."""
+        """Return the metrics that this replica counts, as plain data for another replica."""
         return to_plain(self._registry)
 
     def own_samples(self, names: Iterable[str]) -> list[PlainFamily]:
-        """Samples of ``own_families`` with these names; a tenth of its cost if they are few."""
+        """Return only the samples of ``own_families`` with these names, at a tenth of the cost."""
         return to_plain(self._registry.restricted_registry(names))
 
     def render(
         self, replicas: Mapping[str, list[PlainFamily]] | None = None, is_whole: bool = True
     ) -> bytes:
-        """The exposition, in Prometheus text format.
+        """Return the exposition in Prometheus text format.
 
-        ``replicas``: ``own_families`` by replica, which become the label ``gateway``; None: there
-        is only this replica. Without ``is_whole`` there are no series by expert or layer.
+        ``replicas`` are the ``own_families`` of each replica, whose name becomes the label
+        ``gateway``; None if this is the only replica. Unless ``is_whole``, series by expert or
+        layer are omitted.
         """
         model = {"model_name": self._model_name}
         parts = [
@@ -157,7 +159,7 @@ class GatewayMetrics:
     def _merged(
         self, parts: Sequence[tuple[list[PlainFamily], Mapping[str, str]]]
     ) -> Iterator[MergedFamilies]:
-        """All parts under our names, then the metrics that vLLM has, under its names."""
+        """Yield all parts under our names, then vLLM's metrics under vLLM's names."""
         merged = MergedFamilies(self._prefix)
         for families, labels in parts:
             merged.add(families, **labels)
@@ -182,8 +184,8 @@ class GatewayMetrics:
 
 _ENGINE_COUNTERS = {
     "prompt_tokens": "Prompt tokens of accepted requests",
-    "prompt_tokens_cached": "Prompt tokens found in the prefix cache, each prompt once",
-    "generation_tokens": "Generated tokens, as they reach the gateway",
+    "prompt_tokens_cached": "Prompt tokens found in the prefix cache, each prompt counted once",
+    "generation_tokens": "Generated tokens that have arrived at the gateway",
 }
 _ENGINE_HISTOGRAMS = {
     "request_prompt_tokens": ("Tokens per prompt", _TOKEN_BUCKETS),
@@ -205,7 +207,7 @@ _ENGINE_HISTOGRAMS = {
         _ITL_BUCKETS,
     ),
     "e2e_request_latency_seconds": ("End-to-end latency of a request", _TIME_BUCKETS),
-    "request_queue_time_seconds": ("Time waiting in an engine", _TIME_BUCKETS),
+    "request_queue_time_seconds": ("Time that a request waits in an engine", _TIME_BUCKETS),
     "request_inference_time_seconds": (
         "Time from the first scheduled step to the end",
         _TIME_BUCKETS,
@@ -216,14 +218,13 @@ _ENGINE_HISTOGRAMS = {
     ),
     "request_decode_time_seconds": ("Time from the first token to the end", _TIME_BUCKETS),
 }
-"""Names with help text and buckets; see ``EngineMetrics``."""
+"""Help text and buckets of each histogram of ``EngineMetrics``, by name."""
 
 
 class EngineMetrics:
-    """Metrics of the calls that one engine computes in this replica, labelled as by vLLM.
+    """Metrics of the calls of this replica that one engine computes, with vLLM's labels.
 
-    A call of several prompts counts for the engine of its first prompt, a choice for the engine of
-    its prompt.
+    A call counts for the engine of its first prompt; a choice counts for the engine of its prompt.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""The last ten minutes of a gateway in small samples, which a page draws after loading.
+"""Samples of the last ten minutes of a gateway, for the charts of the dashboard. Pure.
 
-A sample has the counts since the previous one, so that the counts of replicas can be summed. Pure.
+A sample has the counts since the previous sample, so that the counts of replicas can be summed.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from cluster.tracing.gateway_counts import RETENTION_S
 from gateway.core.replay import ReplayCause
 
 PERIOD_S = 2.0
-"""Seconds from one sample to the next."""
+"""Interval of samples in seconds."""
 MAX_SAMPLES = round(RETENTION_S / PERIOD_S)
-"""Number of samples that are kept."""
+"""Maximum number of samples that are kept."""
 MAX_WORKERS = 32
-"""Most attention workers in a sample; a chart with more lines cannot be read."""
+"""Maximum number of attention workers in a sample; a chart with more lines is not readable."""
 
 TOTALS = ("prompt_tokens_total", "generation_tokens_total", "request_success_total")
-"""Counters of which a gateway shows the total since its start."""
+"""Counters whose total since its start a gateway shows."""
 _COUNTERS = {"prompt": "prompt_tokens_total", "output": "generation_tokens_total"}
 _HISTOGRAMS = {"ttft": "time_to_first_token_seconds", "itl": "inter_token_latency_seconds"}
 _REPLAYS = "requests_replayed_total"
@@ -30,11 +30,11 @@ SAMPLED = (*_COUNTERS.values(), *(f"{name}_bucket" for name in _HISTOGRAMS.value
 """Names of the metrics from which a sample is made."""
 
 Sample = dict[str, Any]
-"""``time`` (of day, in seconds, a multiple of ``PERIOD_S``), ``seconds`` since the previous sample.
-Counts in these seconds: ``prompt`` and ``output`` tokens, requests ``moved`` with their KV or
-computed ``again``, ``ttft`` and ``itl`` as ``[low, high, count]`` of each bucket with values, in
-seconds (high None: no bound). By attention worker: ``waiting`` requests and the share of ``kv`` in
-use. ``balancedness`` of all experts."""
+"""``time`` is a Unix time in seconds, a multiple of ``PERIOD_S``; ``seconds`` is the time since the
+previous sample. Counts in this time: ``prompt`` and ``output`` tokens, requests ``moved`` with
+their KV blocks or computed ``again``, ``ttft`` and ``itl`` as ``[low, high, count]`` of each bucket
+with values, in seconds (high None: no bound). By attention worker: ``waiting`` requests and the
+fraction of ``kv`` blocks in use. ``balancedness`` is that of all experts."""
 
 
 class SampleRing:
@@ -52,10 +52,10 @@ class SampleRing:
         snapshot: Mapping[str, Any] | None,
         load: Mapping[str, Any] | None,
     ) -> None:
-        """Add a sample for the present time; the first call only starts counting.
+        """Add a sample for the present time. The first call only starts counting.
 
-        A second call in the same period adds nothing. If the clock was set back, samples of the
-        future are removed.
+        A second call in the same period adds nothing. If the clock was set back, samples with
+        later times are removed.
         """
         begins_s = time_s // PERIOD_S * PERIOD_S
         while self._samples and self._samples[-1]["time"] > begins_s:
@@ -85,16 +85,16 @@ class SampleRing:
         )
 
     def after(self, time_s: float) -> list[Sample]:
-        """Samples that begin later than ``time_s``, the oldest first."""
+        """Return the samples that begin after ``time_s``, oldest first."""
         return [sample for sample in self._samples if sample["time"] > time_s]
 
 
 def merge_samples(
     replicas: Iterable[list[Sample]], ended: Iterable[list[Sample]] = ()
 ) -> list[Sample]:
-    """One sample for each period, with the counts of all replicas, including ended ones.
+    """Merge samples into one per period, with the counts of all replicas, including ended ones.
 
-    A period that a replica with samples has not finished yet is left out.
+    Periods for which a replica with samples has no sample yet are omitted.
     """
     rings = [samples for samples in replicas if samples]
     ends_s = min((samples[-1]["time"] for samples in rings), default=math.inf)
@@ -107,7 +107,7 @@ def merge_samples(
 
 
 def total(families: Iterable[PlainFamily], name: str) -> float:
-    """Sum of a counter's series."""
+    """Return the sum of a counter's series."""
     return sum(value for _, value in _series(families, name))
 
 
@@ -125,7 +125,7 @@ def _counts(families: list[PlainFamily]) -> dict[str, Any]:
 
 
 def _buckets(families: Iterable[PlainFamily], name: str) -> dict[float, float]:
-    """Cumulative count by upper bound, summed over all series."""
+    """Return the cumulative count by upper bound, summed over all series."""
     counts: dict[float, float] = {}
     for labels, value in _series(families, f"{name}_bucket"):
         bound = float(labels["le"])
@@ -136,7 +136,7 @@ def _buckets(families: Iterable[PlainFamily], name: str) -> dict[float, float]:
 def _bucket_counts(
     now: Mapping[float, float], before: Mapping[float, float]
 ) -> list[list[float | None]]:
-    """``[low, high, count]`` of each bucket with new values."""
+    """Return ``[low, high, count]`` of each bucket with new values."""
     rows: list[list[float | None]] = []
     low, below = 0.0, 0.0
     for high, cumulative in now.items():
@@ -158,7 +158,7 @@ def _by_worker(snapshot: Mapping[str, Any]) -> Sample:
 
 
 def _sum_of(one: Sample, other: Sample) -> Sample:
-    """Sum of the counts; the cluster's values are from ``one``."""
+    """Add the counts of two samples. Values of the cluster are from ``one``."""
     found = {**one, "seconds": max(one["seconds"], other["seconds"])}
     for name in _HISTOGRAMS:
         rows: dict[tuple[float, float | None], float] = {(a, b): count for a, b, count in one[name]}

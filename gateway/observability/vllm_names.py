@@ -1,8 +1,8 @@
-"""Exports the metrics that vLLM has too under vLLM's names, so that its dashboards work.
+"""Exports metrics under vLLM's names, so that dashboards for vLLM work.
 
-Meanings and labels are equal, except for additional labels (``worker``, ``node``). Names as of vLLM
-0.32 (``vllm/v1/metrics/loggers.py``), and names of older releases that dashboards use. vLLM counts
-HTTP requests with prometheus-fastapi-instrumentator, under names without a prefix.
+Meanings and labels are vLLM's, with additional labels (``worker``, ``node``). The names are those
+of vLLM 0.32 (``vllm/v1/metrics/loggers.py``) and older ones that dashboards use. vLLM counts HTTP
+requests with prometheus-fastapi-instrumentator, under names without a prefix.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ VLLM_NAMES = frozenset(
         "request_decode_time_seconds",
     }
 )
-"""Families by name, without the prefix and a counter's ``_total``."""
+"""Names of the families, without the prefix and a counter's ``_total``."""
 OLDER_VLLM_NAMES = {
     "kv_cache_usage_perc": "gpu_cache_usage_perc",
     "prefix_cache_queries": "gpu_prefix_cache_queries",
     "prefix_cache_hits": "gpu_prefix_cache_hits",
     "inter_token_latency_seconds": "time_per_output_token_seconds",
 }
-"""Older names of these metrics."""
+"""Older names of metrics in ``VLLM_NAMES``."""
 BY_SOURCE = "prompt_tokens_by_source"
-"""Prompt tokens by the source of their KV. A prefix that a worker fetches from another one counts
-as cached, because it is in the cache when the prompt begins."""
+"""Family of prompt tokens by the source of their KV blocks. A prefix that a worker fetches from
+another worker counts as cached, because it is in the cache when the prompt begins."""
 _SOURCES = {
     "local_compute": (
         "request_prefill_kv_computed_tokens",
@@ -69,22 +69,22 @@ _SOURCES = {
 }
 """Family and sample of each source. Source: vLLM's ``PromptTokenStats``."""
 LORA_INFO = "lora_requests_info"
-"""Labels with the names of adapters with requests; one series for each engine."""
+"""Family with one series per engine, whose labels name the adapters with requests."""
 _OF_LORA = {
     "lora_requests_running": "running_lora_adapters",
     "lora_requests_waiting": "waiting_lora_adapters",
 }
-"""Label with adapters that have sequences, for each of our families."""
+"""For each of our families, the label that names the adapters with sequences."""
 _CACHE_CONFIG, _NUM_BLOCKS = "cache_config_info", ("num_blocks", "num_gpu_blocks")
-"""A family with label values, and our and vLLM's name of a label that endpoint pickers parse."""
+"""A family, and our name and vLLM's name of one of its labels, which endpoint pickers parse."""
 _Labels = tuple[tuple[str, str], ...]
 _OF_HTTP = frozenset({"http_requests", "http_request_duration_seconds"})
 _PROBES = frozenset({"/health", "/ready", "/metrics", "/version"})
-"""Paths that vLLM leaves out. Source: its dashboard ``vllm_overview.json``."""
+"""Paths whose requests vLLM does not count. Source: its dashboard ``vllm_overview.json``."""
 
 
 def as_vllm(families: Sequence[PlainFamily], now: float) -> Iterator[PlainFamily]:
-    """Families that vLLM has, also under their older names. ``now``: seconds since 1970."""
+    """Yield families under vLLM's current and older names. ``now`` is the Unix time in seconds."""
     for family in families:
         if (name := family["name"]) in VLLM_NAMES:
             yield _with_num_blocks(family) if name == _CACHE_CONFIG else family
@@ -108,9 +108,10 @@ def _with_num_blocks(family: PlainFamily) -> PlainFamily:
 
 
 def as_instrumentator(families: Sequence[PlainFamily]) -> Iterator[PlainFamily]:
-    """Number and duration of HTTP requests as vLLM's server exports them.
+    """Yield number and duration of HTTP requests as vLLM's server exports them.
 
-    Labels are ``handler``, ``method`` and, for the number, ``status`` as 2xx. Probes do not count.
+    Labels are ``handler``, ``method`` and, for the number, ``status``, such as 2xx. Requests for
+    ``_PROBES`` are not counted.
     """
     for family in families:
         if family["name"] not in _OF_HTTP:
@@ -131,7 +132,7 @@ def _http_labels(labels: Mapping[str, str]) -> dict[str, str]:
 
 
 def _by_source(families: Mapping[str, PlainFamily]) -> Iterator[PlainFamily]:
-    """Computed and cached prompt tokens of each engine."""
+    """Yield the computed and the cached prompt tokens of each engine."""
     samples = [
         [f"{BY_SOURCE}_total", {**labels, "source": source}, value]
         for source, (name, sample_name) in _SOURCES.items()
@@ -144,7 +145,7 @@ def _by_source(families: Mapping[str, PlainFamily]) -> Iterator[PlainFamily]:
 
 
 def _lora_info(families: Sequence[PlainFamily], now: float) -> Iterator[PlainFamily]:
-    """Adapters with requests at each engine; as in vLLM, the value is the time."""
+    """Yield the adapters with requests at each engine. As in vLLM, the value is the time."""
     most: dict[_Labels, float] = {}
     names: dict[_Labels, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for family in families:

@@ -1,4 +1,4 @@
-"""Work that would block the event loop: large texts are measured first, then parsed in a thread.
+"""Runs work that would block the event loop, such as parsing large texts, in threads.
 
 Imports ``gateway.core`` and layers below.
 """

@@ -1,8 +1,8 @@
 """Parses JSON text from clients without blocking other threads for long.
 
-A call into a compiled parser holds the interpreter lock. Therefore the contents of a text are
-counted first, piece by piece, and a text is rejected if parsing takes more than some milliseconds.
-Numbers, of which prompts have many, are converted by calls that let other threads run in between.
+A compiled parser holds the GIL. Therefore the parts of a text are counted first, in pieces, and a
+text that takes longer than some milliseconds to parse is rejected. Numbers, of which prompts have
+many, are converted by Python calls, between which other threads can run.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from gateway.core.field_checks import check_length
 from gateway.offload.long_work import GC_PAUSE
 
 MAX_NAMES = 65_536
-"""Most names in all objects of a text together."""
+"""Maximum total number of names in all objects of a text."""
 MAX_VALUES = 131_072
-"""Most strings (names included), lists and objects of a text together."""
+"""Maximum total number of strings (including names), lists and objects of a text."""
 MAX_ENTRIES = 1_048_576
-"""Most entries of all lists and objects together: most of them must be numbers."""
+"""Maximum total number of entries of all lists and objects. As it exceeds ``MAX_VALUES``, most of
+that many entries must be numbers."""
 MAX_ESCAPES = 2_097_152
-"""Most escapes in all strings of a text together: more than fit into a body in which each is a
-character beyond ASCII."""
+"""Maximum total number of escapes in all strings of a text. A body whose escapes are all non-ASCII
+characters cannot have so many."""
 _SHORT_CHARS = 16_384
-"""Texts below this length are parsed without counting."""
+"""Length below which a text is parsed without counting."""
 _PIECE_CHARS = 65_536
 
 
@@ -32,13 +33,13 @@ def load_json(text: str, name: str) -> Any:
     """Parse a JSON text.
 
     Args:
-        text: any text.
+        text: the text.
         name: name of the field with the text, for messages.
 
     Raises:
-        RequestError: it holds too many names, values, entries or escapes.
-        ValueError: it is not JSON, or holds an integer of too many digits.
-        RecursionError: it is nested too deeply for the parser.
+        RequestError: the text has too many names, values, entries or escapes.
+        ValueError: the text is not JSON, or has an integer with too many digits.
+        RecursionError: the text is nested too deeply for the parser.
     """
     if len(text) <= _SHORT_CHARS:
         return json.loads(text)
@@ -48,7 +49,7 @@ def load_json(text: str, name: str) -> Any:
 
 
 def check_writable(value: object) -> None:
-    """Raise ``ValueError`` if JSON in UTF-8 cannot represent a value that was parsed from JSON.
+    """Raise ``ValueError`` if a value that was parsed from JSON cannot be written as UTF-8 JSON.
 
     Examples are lone surrogates and infinite numbers.
     """
@@ -67,7 +68,7 @@ def check_writable(value: object) -> None:
 
 
 def _check_counts(text: str, name: str) -> None:
-    """Raise ``RequestError`` for a text with too many parts to be parsed in one call."""
+    """Raise ``RequestError`` for a text with too many parts to parse in one call."""
     num_names = num_quotes = num_lists = num_entries = num_escapes = 0
     is_inside, rest = False, ""  # whether the piece begins inside a string; a split escape
     for start in range(0, len(text), _PIECE_CHARS):

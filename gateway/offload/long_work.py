@@ -13,21 +13,21 @@ from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 INLINE_SIZE = 16_384
-"""Work on at most this many bytes, characters or tokens stays on the event loop: a thread would
+"""Number of bytes, characters or tokens up to which work runs on the event loop, as a thread would
 cost more than the work."""
 _FREED_ENTRIES = 256
-"""Entries of a list that are freed in one go: 20 alternatives of each take 1 ms."""
+"""Number of list entries that are freed at a time. With 20 alternatives each, they take 1 ms."""
 _TAKEN_ENTRIES = 65_536
-"""Numbers that are converted in one go, which takes 3 ms."""
+"""Number of numbers that are converted at a time, in 3 ms."""
 Number = TypeVar("Number", int, float)
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
 class GcPause(contextlib.AbstractContextManager[None]):
-    """Disables garbage collections, each of which would traverse all objects made so far.
+    """Disables garbage collections, which would traverse all objects made so far.
 
-    Several threads may be inside: the last one to leave enables collections again.
+    Several threads may use it at the same time. The last one to exit enables collections again.
     """
 
     def __init__(self) -> None:
@@ -50,14 +50,14 @@ class GcPause(contextlib.AbstractContextManager[None]):
 
 
 GC_PAUSE = GcPause()
-"""The instance of this process."""
+"""The ``GcPause`` of this process."""
 
 
 class LongWork:
-    """One thread that runs all work on large requests in sequence.
+    """One thread that runs all work on large requests, one after another.
 
-    More threads would gain nothing, since the work holds the interpreter lock, and would make the
-    event loop wait longer for it: each of them may get the lock first.
+    More threads would not be faster, since the work holds the GIL, and the event loop would wait
+    longer for the GIL.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class LongWork:
         *args: Arguments.args,
         **kwargs: Arguments.kwargs,
     ) -> Result:
-        """Return the result of ``work``; runs in the thread if ``size`` exceeds ``INLINE_SIZE``."""
+        """Return the result of ``work``, run in the thread if ``size`` exceeds ``INLINE_SIZE``."""
         if size <= INLINE_SIZE:
             return work(*args, **kwargs)
         context = contextvars.copy_context()
@@ -78,20 +78,20 @@ class LongWork:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     def free(self, values: Sequence[list[Any]]) -> None:
-        """Let the thread ``release`` lists that are no longer read, if they are long."""
+        """Free lists that are no longer used, long ones gradually in the thread."""
         if sum(map(len, values)) > _FREED_ENTRIES:
-            with contextlib.suppress(RuntimeError):  # the thread has been stopped
+            with contextlib.suppress(RuntimeError):  # the thread was stopped
                 self._thread.submit(free_gradually, list(values))
 
     def stop(self) -> None:
-        """End the thread after its queued work, without waiting for it."""
+        """End the thread after its queued work, without waiting."""
         self._thread.shutdown(wait=False)
 
 
 def copy_numbers(values: Sequence[Number]) -> tuple[Number, ...]:
-    """Convert an array or a repeated field to a tuple of numbers, piece by piece.
+    """Convert an array or a repeated field to a tuple of numbers, in pieces.
 
-    Other threads run in between: a million numbers at once take 46 ms.
+    Other threads can run in between. A million numbers in one piece would take 46 ms.
     """
     found: list[Number] = []
     for start in range(0, len(values), _TAKEN_ENTRIES):
@@ -100,10 +100,9 @@ def copy_numbers(values: Sequence[Number]) -> tuple[Number, ...]:
 
 
 def free_gradually(values: list[Any] | dict[str, Any]) -> None:
-    """Empty a list or dict, and the ones in it, piece by piece; other threads run in between.
+    """Empty a list or dict and the lists and dicts in it, in pieces; other threads run in between.
 
-    Dropping the last reference to a million objects would free all of them in one go, with the
-    interpreter lock held.
+    Dropping the last reference to a million objects would free them all while holding the GIL.
     """
     waiting: list[Any] = [values]
     while waiting:

@@ -1,8 +1,8 @@
-"""Returns freed memory to the system.
+"""Returns freed memory to the operating system.
 
-Python frees the memory of a request, but glibc keeps it: glibc returns only the end of a heap, and
-after a burst most free memory is below it. ``cluster.launch.local_ray`` sets one heap for all
-threads.
+Python frees the memory of a request, but glibc returns only free memory at the end of a heap to
+the system. After a burst of requests, most free memory is elsewhere. ``cluster.launch.local_ray``
+sets one heap for all threads.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from collections.abc import Callable
 
 @functools.cache
 def start_trimming(period_s: float = 30.0) -> threading.Thread | None:
-    """Start a thread that returns freed memory until the process ends; starts at most one.
+    """Start a thread that returns freed memory every ``period_s`` seconds; starts at most one.
 
-    One call, every ``period_s``, takes 5 to 9 ms for a heap of 100 MiB, without Python's lock.
-    Returns None if the C library is not glibc, as it then has no ``malloc_trim``.
+    Each time takes 5 to 9 ms for a heap of 100 MiB, without holding the GIL. Returns None if the C
+    library is not glibc, which alone has ``malloc_trim``.
     """
     return_freed = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if return_freed is None:

@@ -1,4 +1,4 @@
-"""OpenAI's Responses API: converts items to calls and calls to items and events; stores responses.
+"""OpenAI's Responses API: converts items to calls, and calls to items and events; stores responses.
 
-Imports ``gateway.http``, ``gateway.state`` and the floors below.
+Imports ``gateway.http``, ``gateway.state`` and the layers below.
 """

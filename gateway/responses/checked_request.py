@@ -1,4 +1,4 @@
-"""Convert a body into a call and into the request fields that its response repeats."""
+"""Converts a body to a call, and to the request fields that the response repeats."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ INCLUDABLE = (
     "web_search_call.action.sources",
     "web_search_call.results",
 )
-"""Values of ``include``. Only the first two have an effect: other items are not supported."""
+"""Accepted values of ``include``. Only the first two have an effect; the others concern items that
+are not supported."""
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 SUMMARIES = ("auto", "concise", "detailed", "none")
 VERBOSITIES = ("low", "medium", "high")
@@ -37,13 +38,13 @@ _FORMAT = FormatFieldNames("text.format", "text.format.schema")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckedRequest:
-    """One request after all checks that need no model."""
+    """One request after all checks that do not need the model."""
 
     call: GenerateCall
     repeated_fields: Mapping[str, Any]
     """Fields of the request that the response repeats."""
     paths: Sequence[str]
-    """``Conversation.paths``."""
+    """Name of each message's body field; see ``ConversationBuilder.paths``."""
     history: Sequence[Item]
     """Items of the previous responses."""
     new_items: Sequence[Item]
@@ -74,7 +75,7 @@ def input_items(body: ResponseBody) -> Sequence[InputItem]:
 
 
 def referenced_id(item: InputItem) -> str | None:
-    """Return the id in an ``item_reference`` (its type is optional); None for other items."""
+    """Return the id in an ``item_reference``, whose type is optional; None for other items."""
     is_bare = item.type is None and item.role is None and item.content is None
     return item.id if item.type == REFERENCE or is_bare else None
 
@@ -85,7 +86,7 @@ def check_response_body(
     history: Sequence[Item] = (),
     referenced: Mapping[str, Item] | None = None,
 ) -> CheckedRequest:
-    """Check a body and convert it into a request.
+    """Check a body and convert it.
 
     Args:
         body: the parsed body.

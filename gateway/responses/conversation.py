@@ -1,8 +1,8 @@
-"""Convert the items of a conversation into messages for chat templates.
+"""Converts the items of a conversation to messages for chat templates.
 
-Consecutive items of the assistant are merged into as few messages as templates can express:
-reasoning, then text, then calls are one message. Instructions at the beginning are one ``system``
-message, since many templates accept only one and do not know the role ``developer``.
+Consecutive items of the assistant are merged into few messages, as templates expect: reasoning,
+then text, then calls form one message. Instructions at the beginning form one ``system`` message,
+since many templates accept only one and do not know the role ``developer``.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from gateway.text.tool_formats.tools import json_object
 
 _REASONING = REASONING_NAMES[0]
 _JOINED = {"content": "\n\n", _REASONING: "\n"}
-"""Message fields that are lists of texts until ``finish`` joins them, with their separators."""
+"""Separators of message fields that are lists of texts until ``finish`` joins them."""
 _MESSAGES = re.compile(r"\bmessages(?:\[(\d+)\](?:\.tool_calls)?)?")
 
 
 @dataclass(slots=True)
 class ConversationBuilder:
-    """Messages, and the names of the body fields that contain them."""
+    """Builds messages, and records the name of each message's body field."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     """Messages before ``finish`` joins their texts."""
     paths: list[str] = field(default_factory=list)
-    """Field of each message: ``instructions``, ``input[3]`` or ``previous_response_id``."""
+    """Body field of each message, such as ``instructions`` or ``input[3]``."""
     _calls: dict[str, str] = field(default_factory=dict)
     """Types of calls by ``call_id``."""
     _is_turn_open: bool = False
-    """Whether the next item of the assistant may extend the last message."""
+    """Whether the next assistant item may extend the last message."""
 
     def add_instructions(self, text: str, path: str) -> None:
-        """Add instructions; all instructions at the beginning are one message."""
+        """Add instructions. All instructions at the beginning form one message."""
         if len(self.messages) == 1 and self.messages[0]["role"] == "system":
             self.messages[0]["content"].append(text)
         else:
@@ -134,7 +134,7 @@ def rename_error_fields(paths: Sequence[str]) -> Iterator[None]:
     """Replace message indices in errors by the names of the body fields.
 
     Args:
-        paths: ``Conversation.paths``.
+        paths: ``ConversationBuilder.paths``.
     """
     try:
         yield

@@ -128,14 +128,14 @@ class ResponseEndpoint(CancellableEndpoint[_ResponseRequest]):
     async def _check_with_stored_items(
         self, body: ResponseBody, references: StoredReferences
     ) -> CheckedRequest:
-        """Check a body that refers to stored items; the body size limit includes these items."""
+        """Check a body that refers to stored items, which count for the body size limit."""
         max_bytes = self._gateway.limits.max_body_bytes
         history = StoredItems([], 0)
         if body.previous_response_id is not None:
             history = await self._store.previous(body.previous_response_id, max_bytes)
         max_bytes -= history.num_bytes
         referenced = await self._store.items(references, "input", max_bytes)
-        # run in the thread: joining all texts takes long
+        # in the thread, as joining all texts takes long
         size = INLINE_SIZE + 1
         make = self._check
         return await self._gateway.long_work.run(size, make, body, history.items, referenced)
@@ -162,7 +162,7 @@ class ResponseEndpoint(CancellableEndpoint[_ResponseRequest]):
         builder: OutputBuilder,
         resource: ResourceFormat,
     ) -> Callable[[Finish], Awaitable[Resource]]:
-        """Return a function that builds the response at its end and stores it."""
+        """Return a function that builds and stores the response when the call ends."""
 
         async def complete(finish: Finish) -> Resource:
             items, num_reasoning = builder.items, output.num_reasoning_tokens
@@ -191,7 +191,7 @@ async def _collect_response(
     """Return the response of a call that is not streamed."""
     (choice,) = await collect(running)
     output.feed([choice])
-    assert choice.finish is not None, "it has ended"
+    assert choice.finish is not None, "the choice has not finished"
     return await complete(choice.finish)
 
 

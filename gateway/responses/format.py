@@ -1,7 +1,5 @@
-"""Format a running call as items and events. Its text is split at token boundaries.
-
-Therefore the items, their order and their tokens do not depend on streaming or on the number of
-tokens in each delta.
+"""Formats a running call as items and events. Its text is split at token boundaries, so that items
+and their tokens do not depend on streaming or on the number of tokens per delta.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ class OutputFormat(TextFormat):
 
     Args:
         call: the call; it has one choice.
-        tokenizer: gives the text of tokens.
+        tokenizer: decodes tokens.
         builder: builds the items.
     """
 
@@ -38,7 +36,7 @@ class OutputFormat(TextFormat):
         self._num_chars = 0
         """Number of characters parsed."""
         self._pending_text = ""
-        """The end of the parsed text, which is not part of an item yet."""
+        """End of the parsed text that is not part of an item yet."""
         self._tokens: deque[TokenText] = deque()
         """Tokens of ``_pending_text`` and of the text that follows."""
         self.num_reasoning_tokens = 0

@@ -1,4 +1,4 @@
-"""Convert the items of a body into the format in which they are returned and stored.
+"""Converts the items of a body to the format in which they are returned and stored.
 
 An item is a JSON object with ``type`` and ``id``: a message, a call, the output of a call, or
 reasoning. The id of an item contains the id of its response, so that ``item_reference`` finds it.
@@ -29,7 +29,7 @@ OUTPUTS = {
     "function_call_output": "function_call",
     "custom_tool_call_output": "custom_tool_call",
 }
-"""Types of outputs, with the types of their calls."""
+"""Maps each type of call output to the type of its call."""
 PREFIXES = {
     "message": "msg",
     "reasoning": "rs",

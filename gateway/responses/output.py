@@ -1,7 +1,7 @@
-"""Build the output items of a choice and the matching stream events.
+"""Builds the output items of a choice, and the stream events that describe them.
 
-``OutputBuilder`` receives the parsed pieces of a choice in order and builds its items: reasoning,
-messages and calls. The events that it returns describe these items to a streaming client.
+``OutputBuilder`` receives the parsed pieces of a choice in order, and builds its items: reasoning,
+messages and calls.
 """
 
 from __future__ import annotations
