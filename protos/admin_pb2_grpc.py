@@ -120,21 +120,21 @@ class AdminServicer:
     """Missing associated documentation comment in .proto file."""
 
     def GetPlacement(self, request, context):
-        """Expert copies by device.
+        """Return the placement: which expert is in which slot of each device.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetExpertLoad(self, request, context):
-        """Tokens by layer, expert and worker.
+        """Return the number of tokens by layer, expert and worker.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchCluster(self, request, context):
-        """Events of the cluster: first past events, then new ones as they occur.
+        """Stream the events of the cluster: first past events, then new ones as they occur.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -155,7 +155,7 @@ class AdminServicer:
 
     def DrainGateway(self, request, context):
         """Drain the gateway that receives the call: it finishes its requests and accepts no new ones. A
-        drain cannot be undone. Call again for the number of remaining requests.
+        drain cannot be undone. Repeat the call to see the number of remaining requests.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -169,7 +169,7 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Rebalance(self, request, context):
-        """Move experts to balance the load.
+        """Move experts, or change the shares of their copies, to balance the load of workers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -194,28 +194,28 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetLog(self, request, context):
-        """The newest log lines of a worker or the controller.
+        """Return the newest log lines of a worker or the controller.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def AbortRequests(self, request, context):
-        """Abort clients' requests by id.
+        """Abort requests of clients by id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LoadLoraAdapter(self, request, context):
-        """Load an adapter into all workers. Returns when requests can use it as their model.
+        """Load a LoRA adapter into all workers. Returns when requests can name it as their model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadLoraAdapter(self, request, context):
-        """Refuse new requests for an adapter; its running requests finish, then its memory is freed.
+        """Unload an adapter: refuse new requests for it, let running ones finish, then free its memory.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

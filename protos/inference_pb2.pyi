@@ -40,24 +40,24 @@ class GenerateRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     PROMPT_CACHE_KEY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """empty is the served model"""
+    """a model or adapter; empty: the served model"""
     text: _builtins.str
     request_id: _builtins.str
-    """1 to 128 of [A-Za-z0-9._-]; otherwise generated"""
+    """1 to 128 of [A-Za-z0-9._-]; empty: generated"""
     priority: _builtins.int
-    """lower runs first, default 0; or metadata x-priority"""
+    """lower runs first; default 0; or metadata x-priority"""
     add_special_tokens: _builtins.bool
     """default true for text, false for messages"""
     cache_salt: _builtins.str
-    """shares cached prefixes with the same salt only"""
+    """only requests with equal salts share cached prefixes"""
     truncate_prompt_tokens: _builtins.int
-    """tokens to keep; -1: as many as fit with the output"""
+    """prompt tokens to keep; -1: all that fit"""
     truncation_side: _builtins.str
-    """left (default) or right: where tokens are dropped"""
+    """side where tokens are dropped: left (default), right"""
     cache_ttl: _builtins.float
-    """seconds to keep its KV blocks; 0: not reused"""
+    """seconds to keep its KV blocks after its end; 0: none"""
     session_id: _builtins.str
-    """requests of one session"""
+    """the conversation that this request continues"""
     prompt_cache_key: _builtins.str
     """alias of session_id, which takes precedence"""
     @_builtins.property
@@ -148,9 +148,9 @@ class GenerateChoice(_message.Message):
     index: _builtins.int
     text: _builtins.str
     reasoning: _builtins.str
-    """reasoning of the model"""
+    """the model's reasoning, which is not in text"""
     beam_score: _builtins.float
-    """with use_beam_search"""
+    """score of the output; only with use_beam_search"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -159,7 +159,7 @@ class GenerateChoice(_message.Message):
     def finish_info(self) -> _types_pb2.FinishInfo: ...
     @_builtins.property
     def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.ToolCall]:
-        """text has the content before them"""
+        """calls after the content, which is in text"""
 
     def __init__(
         self,
@@ -201,11 +201,11 @@ class GenerateResponse(_message.Message):
     def usage(self) -> _types_pb2.Usage: ...
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """with return_token_ids"""
+        """only with return_token_ids"""
 
     @_builtins.property
     def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenLogprob]:
-        """one per prompt token, without text_offset"""
+        """one per prompt token; text_offset is not set"""
 
     def __init__(
         self,
@@ -244,7 +244,7 @@ class GenerateChunk(_message.Message):
     choice_index: _builtins.int
     text: _builtins.str
     cached_tokens: _builtins.int
-    """in the first chunk, when prefixes are cached"""
+    """in the first chunk, if prefix caching is on"""
     reasoning: _builtins.str
     """as in GenerateChoice"""
     @_builtins.property
@@ -253,11 +253,11 @@ class GenerateChunk(_message.Message):
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenLogprob]: ...
     @_builtins.property
     def finish_info(self) -> _types_pb2.FinishInfo:
-        """in the last chunk of the choice"""
+        """only in the last chunk of the choice"""
 
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """in the first chunk, with return_token_ids"""
+        """in the first chunk; only with return_token_ids"""
 
     @_builtins.property
     def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenLogprob]:
@@ -457,7 +457,7 @@ Global___ListModelsResponse: _TypeAlias = ListModelsResponse  # noqa: Y015
 
 @_typing.final
 class Input(_message.Message):
-    """One prompt."""
+    """One prompt, as text or as token ids."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -500,16 +500,16 @@ class ClassifyRequest(_message.Message):
     request_id: _builtins.str
     priority: _builtins.int
     cache_salt: _builtins.str
-    """shares cached prefixes with the same salt only"""
+    """only requests with equal salts share cached prefixes"""
     @_builtins.property
     def input(self) -> _containers.RepeatedCompositeFieldContainer[Global___Input]: ...
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """labels to choose from; only for language models"""
+        """labels to choose from; only with a language model"""
 
     @_builtins.property
     def attention_mask(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttentionMask]:
-        """one per prompt, or none; for token ids"""
+        """one per prompt, or none; only with token ids"""
 
     def __init__(
         self,
@@ -544,7 +544,7 @@ Global___ClassifyRequest: _TypeAlias = ClassifyRequest  # noqa: Y015
 
 @_typing.final
 class AttentionMask(_message.Message):
-    """Tokens with mask 0 are dropped."""
+    """One value per token of a prompt. Tokens with the value 0 are dropped."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -574,6 +574,7 @@ class Classification(_message.Message):
     LOGITS_FIELD_NUMBER: _builtins.int
     NUM_CLASSES_FIELD_NUMBER: _builtins.int
     index: _builtins.int
+    """index of the prompt"""
     label: _builtins.str
     """the most probable class"""
     num_classes: _builtins.int
@@ -581,7 +582,7 @@ class Classification(_message.Message):
     def probs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
     @_builtins.property
     def logits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """language model: log-probabilities of the labels"""
+        """with a language model: log-probabilities of labels"""
 
     def __init__(
         self,
@@ -640,14 +641,14 @@ class ScoreRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     add_special_tokens: _builtins.bool
-    """for queries, default true"""
+    """of the queries; default true"""
     request_id: _builtins.str
     priority: _builtins.int
     cache_salt: _builtins.str
-    """shares cached prefixes with the same salt only"""
+    """only requests with equal salts share cached prefixes"""
     @_builtins.property
     def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Input]:
-        """one for all documents, or one for each"""
+        """one for all documents, or one per document"""
 
     @_builtins.property
     def documents(self) -> _containers.RepeatedCompositeFieldContainer[Global___Input]: ...
@@ -744,13 +745,13 @@ class EmbedRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     pooling: _builtins.str
-    """last (default) or mean"""
+    """of the final hidden states: last (default) or mean"""
     add_special_tokens: _builtins.bool
     """default true"""
     request_id: _builtins.str
     priority: _builtins.int
     cache_salt: _builtins.str
-    """shares cached prefixes with the same salt only"""
+    """only requests with equal salts share cached prefixes"""
     @_builtins.property
     def input(self) -> _containers.RepeatedCompositeFieldContainer[Global___Input]: ...
     def __init__(
@@ -835,7 +836,7 @@ Global___EmbedResponse: _TypeAlias = EmbedResponse  # noqa: Y015
 
 @_typing.final
 class InspectRequest(_message.Message):
-    """Accepts token ids only. Masked tokens are dropped before the model runs."""
+    """Prompts must be token ids. Tokens with mask 0 are dropped before the model runs."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -851,11 +852,11 @@ class InspectRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     logits_to_keep: _builtins.int
-    """number of last positions; 0 and unset: all"""
+    """number of last positions with logits; 0, unset: all"""
     request_id: _builtins.str
     priority: _builtins.int
     cache_salt: _builtins.str
-    """shares cached prefixes with the same salt only"""
+    """only requests with equal salts share cached prefixes"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenIds]: ...
     @_builtins.property
@@ -864,15 +865,15 @@ class InspectRequest(_message.Message):
 
     @_builtins.property
     def outputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """logits, logprobs, hidden_states, router_logits, routes, attentions, loss, aux_loss"""
+        """Any of logits, logprobs, hidden_states, router_logits, routes, attentions, loss, aux_loss."""
 
     @_builtins.property
     def logits_positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """ascending, instead of logits_to_keep"""
+        """ascending positions, instead of logits_to_keep"""
 
     @_builtins.property
     def labels(self) -> _containers.RepeatedCompositeFieldContainer[Global___Labels]:
-        """one per prompt; none: the prompt's tokens"""
+        """one per prompt; none: the prompts' own tokens"""
 
     def __init__(
         self,
@@ -909,7 +910,7 @@ Global___InspectRequest: _TypeAlias = InspectRequest  # noqa: Y015
 
 @_typing.final
 class Labels(_message.Message):
-    """Language models: one id per token; -100 is ignored. Classifiers: one id, or values."""
+    """With a language model, one id per token; -100 for no label. With a classifier, one id, or values."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -935,7 +936,7 @@ Global___Labels: _TypeAlias = Labels  # noqa: Y015
 
 @_typing.final
 class InspectChunk(_message.Message):
-    """The arrays of all prompts in ordered pieces, then one summary."""
+    """A stream has the arrays of all prompts in ordered pieces, and then one summary."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -972,13 +973,13 @@ class ArrayPiece(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     index: _builtins.int
-    """prompt"""
+    """index of the prompt"""
     name: _builtins.str
-    """as in docs/reference/outputs.md"""
+    """name of the array; see docs/reference/outputs.md"""
     dtype: _builtins.str
-    """float32 or int32, little-endian"""
+    """float32 or int32, both little-endian"""
     offset: _builtins.int
-    """byte offset of data in the array"""
+    """offset of data in the array, in bytes"""
     data: _builtins.bytes
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -1034,7 +1035,7 @@ class InspectSummary(_message.Message):
     loss: _builtins.float
     @_builtins.property
     def aux_loss(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """transformers_4, transformers_5"""
+        """by definition: transformers_4, transformers_5"""
 
     @_builtins.property
     def usage(self) -> _types_pb2.Usage: ...

@@ -33,41 +33,41 @@ class InferenceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> InferenceAsyncStub: ...
     Generate: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
-    """Return the whole output."""
+    """Generate choices for one prompt, and return them when all are complete."""
     GenerateStream: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateChunk]
-    """Stream tokens as they are generated."""
+    """Generate choices for one prompt, and stream their tokens as they are generated."""
     Classify: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ClassifyRequest, _inference_pb2.ClassifyResponse]
-    """Classify with a sequence classifier, or select the most probable of given labels."""
+    """Classify prompts with a sequence classifier, or, with a language model, by given labels."""
     Score: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ScoreRequest, _inference_pb2.ScoreResponse]
-    """Score documents by their probability after queries."""
+    """Score each document by the probability of its tokens after a query."""
     Embed: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]
-    """Embed prompts as vectors."""
+    """Return one embedding vector for each prompt."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
     GetModelInfo: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetModelInfoRequest, _types_pb2.ModelInfo]
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
     Inspect: _grpc.UnaryStreamMultiCallable[_inference_pb2.InspectRequest, _inference_pb2.InspectChunk]
-    """Return internal arrays of the model, in chunks."""
+    """Run the model on prompts, and return its logits or other internal arrays in chunks."""
 
 @_typing.type_check_only
 class InferenceAsyncStub(InferenceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Return the whole output."""
+    """Generate choices for one prompt, and return them when all are complete."""
     GenerateStream: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateChunk]  # type: ignore[assignment]
-    """Stream tokens as they are generated."""
+    """Generate choices for one prompt, and stream their tokens as they are generated."""
     Classify: _aio.UnaryUnaryMultiCallable[_inference_pb2.ClassifyRequest, _inference_pb2.ClassifyResponse]  # type: ignore[assignment]
-    """Classify with a sequence classifier, or select the most probable of given labels."""
+    """Classify prompts with a sequence classifier, or, with a language model, by given labels."""
     Score: _aio.UnaryUnaryMultiCallable[_inference_pb2.ScoreRequest, _inference_pb2.ScoreResponse]  # type: ignore[assignment]
-    """Score documents by their probability after queries."""
+    """Score each document by the probability of its tokens after a query."""
     Embed: _aio.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]  # type: ignore[assignment]
-    """Embed prompts as vectors."""
+    """Return one embedding vector for each prompt."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
     GetModelInfo: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetModelInfoRequest, _types_pb2.ModelInfo]  # type: ignore[assignment]
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
     Inspect: _aio.UnaryStreamMultiCallable[_inference_pb2.InspectRequest, _inference_pb2.InspectChunk]  # type: ignore[assignment]
-    """Return internal arrays of the model, in chunks."""
+    """Run the model on prompts, and return its logits or other internal arrays in chunks."""
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -76,7 +76,7 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.GenerateResponse, _abc.Awaitable[_inference_pb2.GenerateResponse]]:
-        """Return the whole output."""
+        """Generate choices for one prompt, and return them when all are complete."""
 
     @_abc_1.abstractmethod
     def GenerateStream(
@@ -84,7 +84,7 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateChunk], _abc.AsyncIterator[_inference_pb2.GenerateChunk]]:
-        """Stream tokens as they are generated."""
+        """Generate choices for one prompt, and stream their tokens as they are generated."""
 
     @_abc_1.abstractmethod
     def Classify(
@@ -92,7 +92,7 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.ClassifyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.ClassifyResponse, _abc.Awaitable[_inference_pb2.ClassifyResponse]]:
-        """Classify with a sequence classifier, or select the most probable of given labels."""
+        """Classify prompts with a sequence classifier, or, with a language model, by given labels."""
 
     @_abc_1.abstractmethod
     def Score(
@@ -100,7 +100,7 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.ScoreRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.ScoreResponse, _abc.Awaitable[_inference_pb2.ScoreResponse]]:
-        """Score documents by their probability after queries."""
+        """Score each document by the probability of its tokens after a query."""
 
     @_abc_1.abstractmethod
     def Embed(
@@ -108,7 +108,7 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.EmbedRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.EmbedResponse, _abc.Awaitable[_inference_pb2.EmbedResponse]]:
-        """Embed prompts as vectors."""
+        """Return one embedding vector for each prompt."""
 
     @_abc_1.abstractmethod
     def Tokenize(
@@ -144,6 +144,6 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.InspectRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.InspectChunk], _abc.AsyncIterator[_inference_pb2.InspectChunk]]:
-        """Return internal arrays of the model, in chunks."""
+        """Run the model on prompts, and return its logits or other internal arrays in chunks."""
 
 def add_InferenceServicer_to_server(servicer: InferenceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

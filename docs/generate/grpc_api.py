@@ -65,7 +65,7 @@ def _file(file: FileDescriptorProto) -> Iterator[str]:
         ]
         yield f"### service {service.name}"
         yield prose(comments.get((_SERVICE, index), ""))
-        yield table(("Method", "Takes", "Answers", "Is"), rows)
+        yield table(("Method", "Request", "Response", "Description"), rows)
     for index, message in enumerate(file.message_type):
         yield from _message(message, message.name, (_MESSAGE, index), comments)
     for index, enum in enumerate(file.enum_type):
@@ -95,7 +95,7 @@ def _message(
     ]
     yield f"### {name}"
     yield prose(comments.get(path, ""))
-    yield table(("Field", "Type", "One of", "Is"), rows) or "No fields."
+    yield table(("Field", "Type", "One of", "Description"), rows) or "No fields."
     for index, nested in enumerate(message.nested_type):
         if not nested.options.map_entry:
             where = (*path, _NESTED, index)
@@ -113,7 +113,7 @@ def _enum(
     ]
     yield f"### {name}"
     yield prose(comments.get(path, ""))
-    yield table(("Value", "Is"), rows)
+    yield table(("Value", "Description"), rows)
 
 
 def _is_choice(field: FieldDescriptorProto) -> bool:

@@ -37,7 +37,7 @@ def _route(path: str, method: str, operation: Schema) -> str:
         f"### {method.upper()} {path}",
         f"{operation['summary']}.",
         *(f"*{label}:* {text}" for label, text in _contents(operation)),
-        table(("Parameter", "In", "Required", "Is"), rows),
+        table(("Parameter", "In", "Required", "Description"), rows),
         f"*Other statuses:* {', '.join(s for s in operation['responses'] if s != '200')}.",
     ]
     return "\n\n".join(filter(None, parts))
@@ -70,7 +70,7 @@ def _type(name: str, schema: Schema) -> str:
         )
         for field, one in schema.get("properties", {}).items()
     ]
-    fields = table(("Field", "Type", "Required", "Is"), rows) or shown(schema)
+    fields = table(("Field", "Type", "Required", "Description"), rows) or shown(schema)
     return "\n\n".join(filter(None, [f"### {name}", prose(schema.get("description", "")), fields]))
 
 

@@ -119,7 +119,7 @@ def _row_of(family: PlainFamily) -> Row:
 
 
 def _table(rows: Iterable[Row]) -> str:
-    columns = ("Metric", "Type", "Labels", "Is", "vLLM")
+    columns = ("Metric", "Type", "Labels", "Description", "vLLM")
     lines = [
         (code(name), kind, ", ".join(map(code, labels)), prose(text) + ".", _of_vllm(name))
         for name, kind, labels, text in rows
