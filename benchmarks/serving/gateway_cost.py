@@ -1,14 +1,14 @@
-"""What the gateway costs: tokens a second and time to the first token, beside the engine's own.
+"""Cost of the gateway: tokens a second and time to the first token, compared with the engine's.
 
 python -m benchmarks.gateway_cost  prints the numbers as JSON
 
-One attention and two expert workers with the bundled model, one client process, all on the same
-cores. The ways alternate: the engine stream itself, gRPC, HTTP, and HTTP through Ray Serve's own
-proxy; single requests in an order drawn anew for each, so that work which one request leaves behind
-falls on all ways alike.
+One attention and two expert workers serve the bundled model; one client process runs on the same
+cores. It sends the same requests over the engine stream (without a gateway), over gRPC, over HTTP,
+and over HTTP through Ray Serve's own proxy. The paths take turns, single requests in a new random
+order each time, so that work which one request leaves behind delays all paths alike.
 
-Where the time goes: of a first token by the gateway's own metrics (mean), of a batch by the CPU
-time of each process.
+The second table divides the mean time to the first token, by the gateway's own metrics. The third
+table has the CPU time of each process during the batches of streams.
 """
 
 from __future__ import annotations
@@ -55,67 +55,67 @@ _PROMPT_TOKENS = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """What is measured."""
+    """Sizes of the measurement."""
 
     num_streams: int = 32
     """Streams at once, for throughput."""
     new_tokens: int = 128
-    """Tokens of each."""
+    """Tokens of each stream."""
     runs: int = 5
-    """Batches of each way."""
+    """Measured batches on each path."""
     num_single: int = 600
-    """Single requests of each way on an idle cluster, for the time to the first token."""
+    """Single requests on each path on an idle cluster, for the time to the first token."""
     patience_s: float = 10.0
-    """While others use the machine, longest wait before a batch."""
+    """Longest wait before a batch for other processes to be quiet."""
 
 
 QUICK = Case(num_streams=2, new_tokens=4, runs=1, num_single=3, patience_s=0.0)
 """Enough to see that everything runs."""
 
-WAYS = {"engine": "engine stream", "grpc": "gRPC", "http": "HTTP", "serve": "Serve's proxy"}
-"""Names in what is found, and in tables."""
-STAGES = ("in the engine", "gateway and engine stream", "client, network and proxy")
-"""Of the time to the first token."""
+WAYS = {"engine": "engine stream", "grpc": "gRPC", "http": "HTTP", "serve": "HTTP, Serve's proxy"}
+"""Key of each path in the results -> its label in the tables."""
+STAGES = ("engine", "gateway and engine stream", "client, network and proxy")
+"""Parts of the time to the first token."""
 _LEAST_CPU_MS = 10.0
-"""Processes that never use as much for 1,000 tokens are not shown."""
+"""Processes that use less for 1,000 tokens on every path are not shown."""
 
 Times = list[list[float]]
-"""By sequence the seconds to each delta, the last one at its end."""
+"""For each sequence, seconds from the start of the batch to each delta."""
 Numbers = dict[str, dict[str, float]]
-"""By way and name."""
+"""Path -> name of a number -> value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How requests reach the engine."""
+    """A path on which requests reach the engine."""
 
     together: Callable[[Sequence[list[int]], int], Times]
-    """Prompts at once, and new tokens of each -> times."""
+    """Run prompts at the same time with a number of new tokens each; returns the times."""
     first_s: Callable[[list[int]], float]
-    """A prompt alone -> seconds to its first token, by a client that blocks, on a connection that
-    stays: what a client costs beyond that is not the gateway's."""
+    """Run one prompt and return the seconds to its first token. The client blocks on a connection
+    that stays open, to keep its own cost low."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """What a run found."""
+    """Results of a run."""
 
     ways: Numbers
-    """``tokens_per_s``, ``first_ms`` and ``first_p99_ms`` of each way."""
+    """``tokens_per_s``, ``first_ms`` and ``first_p99_ms`` of each path."""
     stages: Numbers
-    """Where the time to the first token goes, ms, for the ways through the gateway."""
+    """Parts of the time to the first token in ms, for the paths through the gateway."""
     cpu: Numbers
-    """CPU ms of each process for 1,000 tokens of a batch."""
+    """CPU time of each process in ms for 1,000 tokens of a batch."""
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     case = QUICK if quick else Case()
     found = measure(case)
     about, where = (" ".join(part.split()) for part in (__doc__ or "").split("\n\n")[2:4])
     words = (
-        f"{case.num_streams} streams of {case.new_tokens} tokens, median of {case.runs} batches; "
-        f"first token of {case.num_single} single requests on an idle cluster."
+        f"Tokens a second: {case.num_streams} streams of {case.new_tokens} tokens, median of "
+        f"{case.runs} batches. First token: {case.num_single} single requests on an idle cluster."
     )
     parts = ["## Cost of the gateway", f"{about} {words}", _costs(found), where]
     return "\n\n".join([*parts, _stages(found), _processes(found)])
@@ -135,11 +135,11 @@ def _costs(found: Found) -> str:
         for way, numbers in found.ways.items()
     ]
     head = [
-        "way",
+        "path",
         "tokens/s",
-        "of the engine's",
-        "first token ms, median / p99",
-        "later than the engine's by",
+        "ratio to the engine stream",
+        "first token, median / p99, ms",
+        "later than over the engine stream, ms",
     ]
     return table(head, rows)
 
@@ -149,18 +149,18 @@ def _stages(found: Found) -> str:
         [WAYS[way], *(f"{stages[name]:.2f}" for name in STAGES)]
         for way, stages in found.stages.items()
     ]
-    return table(["a first token, ms", *STAGES], rows)
+    return table(["part of the first token's time, ms", *STAGES], rows)
 
 
 def _processes(found: Found) -> str:
     runs = found.cpu
     names = sorted({n for cpu in runs.values() for n, ms in cpu.items() if ms >= _LEAST_CPU_MS})
     rows = [[WAYS[way], *(f"{cpu.get(n, 0.0):.0f}" for n in names)] for way, cpu in runs.items()]
-    return table(["CPU ms for 1,000 tokens", *names], rows)
+    return table(["CPU time for 1,000 tokens, ms", *names], rows)
 
 
 def measure(case: Case) -> Found:
-    """One run of all ways."""
+    """Measure all paths."""
     speeds: defaultdict[str, list[float]] = defaultdict(list)
     firsts: defaultdict[str, list[float]] = defaultdict(list)
     cpu: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
@@ -211,7 +211,7 @@ def _first_ms(way: Way, number: int) -> float:
 def _where_it_goes(
     way: Way, num_single: int, scrape: Callable[[], Mapping[str, float]]
 ) -> dict[str, float]:
-    """Mean ms of each stage, by the gateway's own histograms."""
+    """Mean of each stage in ms, from the gateway's own histograms."""
     before = scrape()
     total = statistics.fmean(_first_ms(way, num_single + i) for i in range(num_single))
     after = scrape()
@@ -222,14 +222,14 @@ def _where_it_goes(
 
 
 def _prompt(run: int, number: int) -> list[int]:
-    """Token ids of the bundled model, none the beginning of another."""
+    """Token ids of the bundled model. No prompt is a prefix of another one."""
     seed = (run * 1009 + number * 31) % 65521
     return [4 + (seed * (k + 3) + k * k) % 200 for k in range(_PROMPT_TOKENS)]
 
 
 @contextmanager
 def _ways() -> Iterator[tuple[dict[str, Way], Callable[[], dict[str, float]]]]:
-    """All ways to one cluster behind one gateway; and the sums of its histograms, as of now."""
+    """All paths to one cluster, and a function that reads the sums of the gateway's histograms."""
     port, grpc_port, serve_port = free_ports(3)
     os.environ.update(common_environment())
     plain = make_config(bundled_checkpoint(), 1, 2, engine={"enable_prefix_caching": False})
@@ -280,7 +280,7 @@ def _ways() -> Iterator[tuple[dict[str, Way], Callable[[], dict[str, float]]]]:
 
 
 def _sums(url: str) -> dict[str, float]:
-    """The sum of each histogram, by its name without the prefix."""
+    """The sum of each histogram by its name without the prefix."""
     families = text_string_to_metric_families(httpx.get(url).raise_for_status().text)
     return {
         family.name.removeprefix(PREFIX): sample.value
@@ -337,7 +337,7 @@ def _grpc_request(prompt: list[int], new_tokens: int) -> GenerateRequest:
 
 
 class _HttpClient:
-    """As little of a client as can be."""
+    """A minimal HTTP client, so that it takes little CPU time."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -378,7 +378,7 @@ def _http_body(prompt: list[int], new_tokens: int) -> bytes:
 
 
 def _is_token(line: bytes) -> bool:
-    """Raises ``RuntimeError`` for an error, and for the end of the stream."""
+    """Whether a line has a token. Raises ``RuntimeError`` for an error or the stream's end."""
     if b'"error"' in line or not line:
         raise RuntimeError(line.decode() or "the stream ended before its first token")
     return line.startswith(b"data: {")

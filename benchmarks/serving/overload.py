@@ -1,13 +1,12 @@
-"""Ten times the sustainable rate: what is accepted, what is refused, and how soon.
+"""Load of ten times the sustainable rate: throughput, rejections and latency.
 
 python -m benchmarks.serving.overload [--seconds 60]
 
-``expertmesh serve`` with the bundled model and two keys. First the peak, the rate that clients
-without pauses reach. The sustainable rate is 0.7 of it; its latency is normal. Then requests arrive
-at random (Poisson) at ten times the sustainable rate, a tenth of them over gRPC, and at that rate
-again: single short requests beside them show when the latency is as before. Then the fairness: a
-modest key at 0.3 of the peak, while another one asks for as much, for what is left of the
-sustainable rate, for what is left of the peak, and for ten times the sustainable rate.
+``expertmesh serve`` serves the bundled model to two API keys. Clients without pauses show the peak
+rate; the sustainable rate is 0.7 of it. Then requests arrive at random (Poisson), a tenth of them
+over gRPC, at the sustainable rate, at ten times this rate, and at the sustainable rate again. Probe
+requests in the first and last of these phases show when the latency is normal again. Last, for
+fairness, one key sends 0.3 of the peak while the other key sends 0.3 to 7 times the peak.
 """
 
 from __future__ import annotations
@@ -33,55 +32,55 @@ from cluster.config.gateway import GatewaySection
 from cluster.launch.orphans import find_by_files
 
 SUSTAINABLE = 0.7
-"""Of the peak."""
+"""Sustainable rate as a fraction of the peak."""
 OVER = 10 * SUSTAINABLE
-"""Of the peak."""
+"""Rate of the overload as a multiple of the peak."""
 NORMAL = 1.5
-"""Times the latency before the overload, up to which it is normal."""
+"""Highest ratio of TTFT to the TTFT before the overload at which TTFT is normal."""
 _NUM_EAGER = 66
-"""Clients without pauses: more than run at once, and too few to be refused."""
+"""Clients without pauses: more than the seats of the worker, too few to be rejected."""
 MODEST_SHARE = 0.3
-"""Of the peak."""
+"""Rate of the modest key as a fraction of the peak."""
 OTHERS = (MODEST_SHARE, SUSTAINABLE - MODEST_SHARE, 1 - MODEST_SHARE, OVER)
-"""Of the other key, beside the modest one."""
+"""Rates of the greedy key beside the modest key, as fractions of the peak."""
 _MOST_TOKENS = 640
-"""Of a request in the mean: one and a half times as many fit into the context."""
+"""Most tokens of a mean request; the longest request has 1.5 times as many and must fit."""
 _RAMP_S = 5.0
-"""Time until all places are taken."""
+"""Time until all seats are taken."""
 _WINDOW_S = 1.0
-"""Of the median that must be normal."""
+"""Length of the window of which the median must be normal."""
 _NUM_RETRIES = 10
-"""Refused requests that are sent again as they were told."""
+"""Number of rejected requests that are sent again after their retry time."""
 _GROWN_MIB = 8.0
 
 
 @dataclass(slots=True)
 class Found:
-    """All phases, and what was seen beside them."""
+    """Results of all phases."""
 
     peak: Phase
     peak_after: Phase
-    """After the overload: the machine's speed changes."""
+    """Measured after the overload, because the machine's speed changes."""
     before: Phase
-    """Single requests at the sustainable rate, like ``after``."""
+    """Probe requests beside the sustainable rate, like ``after``."""
     over: Phase
     after: Phase
     beside: list[Phase]
-    """The modest key beside each of ``OTHERS``."""
+    """One phase for each rate of ``OTHERS``."""
     mean_tokens: int
     retries: list[str]
     most_waiting: int
     grown: list[str]
-    """Processes that grew under overload."""
+    """Descriptions of the processes that grew under overload."""
 
     @property
     def peak_rate(self) -> float:
-        """Requests a second."""
+        """Peak rate in requests a second."""
         return self.peak.tokens_per_s / self.mean_tokens
 
     @property
     def over_share(self) -> float:
-        """Tokens a second under overload, of the mean of both peaks."""
+        """Tokens a second under overload divided by the mean of both peaks."""
         peaks = statistics.mean(phase.tokens_per_s for phase in (self.peak, self.peak_after))
         return self.over.tokens_per_s / peaks
 
@@ -99,7 +98,7 @@ def normal_after(before_ms: float, after: Sequence[tuple[float, float]]) -> floa
 
 
 async def measure(server: Served, seconds: float) -> Found:
-    """All phases."""
+    """Run all phases."""
     clients = Clients(server, seed=1)
     ramp_s = min(_RAMP_S, seconds)
     await clients.eager(_NUM_EAGER, 0.0, ramp_s)  # warm
@@ -117,15 +116,17 @@ async def measure(server: Served, seconds: float) -> Found:
         return phase
 
     await clients.poisson("ramp", sustainable, 0.0, 2 * ramp_s)
-    before = await probed("single ones at the sustainable rate, before", min(seconds, 20.0))
+    before = await probed("probes beside the sustainable rate, before", min(seconds, 20.0))
     await clients.settle()
     memory = _memory(server)
     watcher = asyncio.create_task(clients.watch_queue())
-    over = await clients.poisson("10 times that", {GREEDY: OVER * rate}, ramp_s, seconds)
+    over = await clients.poisson(
+        "10 times sustainable rate", {GREEDY: OVER * rate}, ramp_s, seconds
+    )
     watcher.cancel()
     last = over.refusals[-_NUM_RETRIES:]
     retrying = asyncio.create_task(clients.retry(last))
-    after = await probed("single ones at the sustainable rate, after", min(seconds, 20.0))
+    after = await probed("probes beside the sustainable rate, after", min(seconds, 20.0))
     retries = await retrying
     await clients.settle()
     grown = _grown(memory, _memory(server))
@@ -149,16 +150,16 @@ async def measure(server: Served, seconds: float) -> Found:
 async def _beside(
     clients: Clients, share: float, peak_rate: float, ramp_s: float, seconds: float
 ) -> Phase:
-    """The modest key beside the other one with a share of the peak, to the last answer."""
+    """Run both keys, the greedy one at ``share`` of the peak, until the last response."""
     rates = {GREEDY: share * peak_rate, MODEST: MODEST_SHARE * peak_rate}
-    name = f"the other key at {share:.1f} of the peak"
+    name = f"modest at {MODEST_SHARE}, greedy at {share:.1f} of the peak"
     phase = await clients.poisson(name, rates, ramp_s, seconds)
     await clients.settle()
     return phase
 
 
 def _memory(server: Served) -> dict[int, tuple[str, float]]:
-    """Process id -> name and unique memory in MiB."""
+    """Process id -> name and unique set size in MiB."""
     found = {}
     for entry in find_by_files(server.folder):
         with suppress(psutil.Error):
@@ -176,7 +177,7 @@ def _grown(before: dict[int, tuple[str, float]], after: dict[int, tuple[str, flo
 
 
 def _asked(found: Found) -> list[list[str]]:
-    """What was asked for, and what was found."""
+    """Rows of the table with the limits."""
     over = found.over
     refused_ms = [refusal.took_ms for refusal in over.refusals]
     retry_s = [refusal.retry_s for refusal in over.refusals if refusal.retry_s is not None]
@@ -187,17 +188,17 @@ def _asked(found: Found) -> list[list[str]]:
     *fair_ms, unfair_ms = [phase.median_ttft_ms(MODEST) for phase in found.beside]
     others = over.num_other + over.num_cut + len(over.refusals) - len(retry_s)
     return [
-        ["tokens/s, of the peak", "at least 95%", f"{found.over_share:.0%}"],
-        ["refusal, median", "under 50 ms", f"{_median(refused_ms):.0f} ms"],
-        ["answers but 200, 429, OK, RESOURCE_EXHAUSTED, cut, or no retry time", "0", f"{others}"],
-        ["retry time, median", "1 to 60 s", f"{_median(retry_s):.1f} s"],
-        [f"last {len(found.retries)} refused, sent again as told: accepted", "", f"{accepted}"],
-        ["sequences that waited at the worker, at most", "bounded", f"{found.most_waiting}"],
+        ["tokens/s, percent of the peak", "at least 95%", f"{found.over_share:.0%}"],
+        ["time to a rejection, median", "under 50 ms", f"{_median(refused_ms):.0f} ms"],
+        ["other statuses, cut streams, rejections without a retry time", "0", f"{others}"],
+        ["retry time of a rejection, median", "1 to 60 s", f"{_median(retry_s):.1f} s"],
+        [f"accepted retries of the last {len(found.retries)} rejections", "", f"{accepted}"],
+        ["most sequences waiting at the worker", "bounded", f"{found.most_waiting}"],
         [f"processes that grew by over {_GROWN_MIB:.0f} MiB", "0", "; ".join(found.grown) or "0"],
-        ["TTFT normal again after", "5 s", "never" if normal_s is None else f"{normal_s:.1f} s"],
+        ["TTFT is normal again after", "5 s", "never" if normal_s is None else f"{normal_s:.1f} s"],
         *(
             [
-                f"TTFT of the modest key, the other one at {OVER:.1f} / {share:.1f} of the peak",
+                f"TTFT of modest, greedy at {OVER:.1f} over greedy at {share:.1f} of the peak",
                 "at most 1.5",
                 f"{unfair_ms / ms:.2f}",
             ]
@@ -211,7 +212,7 @@ def _median(values: Sequence[float]) -> float:
 
 
 def report(found: Found) -> str:
-    """What was asked for, and a row for each phase."""
+    """Return the tables: limits and results, and a row for each phase."""
     phases = [found.peak, found.before, found.over, found.after, found.peak_after, *found.beside]
     rows = [
         [
@@ -224,20 +225,24 @@ def report(found: Found) -> str:
         ]
         for phase in phases
     ]
-    head = ["requests", "accepted", "refused", f"of {MODEST}", "tokens/s"]
-    head += [f"TTFT of {key}, ms" for key in (GREEDY, MODEST)]
+    head = ["phase", "accepted requests", "rejected", f"rejected of {MODEST}", "tokens/s"]
+    head += [f"median TTFT of {key}, ms" for key in (GREEDY, MODEST)]
     over = found.over.end_s - found.over.begin_s
     return (
-        f"The peak is {found.peak_rate:.1f} requests a second, with {found.mean_tokens} tokens on "
-        f"average. The sustainable rate is {SUSTAINABLE} of it, and the overload is ten times that "
-        f"rate for {over:.0f} s, after {min(_RAMP_S, over):.0f} s in which the places fill. Times "
-        f"are medians; latency is normal up to {NORMAL} times that before.\n\n"
-        f"{table(['', 'limit', 'found'], _asked(found))}\n\n{table(head, rows)}"
+        f"Two API keys, {GREEDY} and {MODEST}, send requests to the bundled model. The peak is the "
+        f"rate of {_NUM_EAGER} clients without pauses: {found.peak_rate:.1f} requests a second, "
+        f"{found.mean_tokens} tokens on average. The sustainable rate is {SUSTAINABLE} of the "
+        f"peak; the overload is ten times the sustainable rate for {over:.0f} s, after a ramp of "
+        f"{min(_RAMP_S, over):.0f} s that does not count. TTFT (time to first token) is normal up "
+        f"to {NORMAL} times the median before the overload. Probes are single requests for one "
+        "token beside the load; their rows count probes only. nan: the key sent no request.\n\n"
+        f"{table(['during and after the overload', 'limit', 'measured'], _asked(found))}\n\n"
+        f"{table(head, rows)}"
     )
 
 
 def run(seconds: float) -> str:
-    """A server of its own, and the report."""
+    """Start a server, run all phases and return the report."""
     with tempfile.TemporaryDirectory(prefix="em") as folder:
         keys = Path(folder) / "keys.json"
         entries = [{"name": n, "key": n, "max_concurrent": 100_000} for n in (GREEDY, MODEST)]
@@ -248,7 +253,7 @@ def run(seconds: float) -> str:
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     return f"## Overload\n\n{run(3.0 if quick else 60.0)}"
 
 
@@ -257,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.serving.overload", description=__doc__
     )
-    parser.add_argument("--seconds", type=float, default=60.0, help="of the overload")
+    parser.add_argument("--seconds", type=float, default=60.0, help="length of the overload")
     sys.stdout.write(f"{run(parser.parse_args(arguments).seconds)}\n")
 
 

@@ -1,9 +1,9 @@
-"""What it costs to be watched: ``python -m benchmarks.run --only watching``.
+"""Cost of monitoring: ``python -m benchmarks.run --only watching``.
 
-A served cluster decodes for clients that never stop, and is watched in turns: by nobody, by
-scrapers of ``/metrics``, by an open page. Turns are short and alternate, so that what else the
-machine does meets all of them; a turn's speed is compared with the turns of nobody beside it. What
-one question costs all processes in CPU time says the same with less noise.
+A served cluster decodes for clients that never stop. Scrapers of ``/metrics`` and open dashboard
+pages observe it in short turns, so that other work on the machine affects all turns alike. The
+speed in a turn is compared with the turns without an observer before and after it. The CPU time of
+one monitoring request in all processes shows the same cost with less noise.
 """
 
 from __future__ import annotations
@@ -26,52 +26,52 @@ from benchmarks.report.results import table
 from cluster.launch.orphans import find_by_files
 
 MOST_COST = 0.01
-"""Of the throughput: the target of each watcher."""
+"""Target: the largest fraction of the throughput that an observer may cost."""
 _BODY = {"prompt": "ROMEO:", "max_tokens": 1000, "ignore_eos": True, "stream": True}
 _RAMP_S = 3.0
-"""Until all clients decode, before the first turn."""
+"""Time before the first turn, until all clients decode."""
 
 
 @dataclass(frozen=True, slots=True)
 class Watcher:
-    """Asks for these paths, each so often (seconds)."""
+    """Requests paths, each at an interval in seconds."""
 
     name: str
     paths: Sequence[tuple[str, float]] = ()
 
 
-NOBODY = Watcher("nobody")
+NOBODY = Watcher("none")
 PAGE = (
     ("/dashboard/api/state", 1.0),
     ("/dashboard/api/history?after=99999999999", 2.0),
     ("/dashboard/api/load?bank=0", 3.0),
 )
-"""As ``gateway/dashboard/static/main.js`` asks while its tab is in front."""
+"""Requests of ``gateway/dashboard/static/main.js`` while its tab is visible."""
 WATCHERS = (
-    Watcher("1 scraper, each second", [("/metrics", 1.0)]),
-    Watcher("4 scrapers, each second", [("/metrics", 1.0)] * 4),
-    Watcher("1 open page", PAGE),
-    Watcher("4 open pages", [*PAGE] * 4),
+    Watcher("1 scraper, every second", [("/metrics", 1.0)]),
+    Watcher("4 scrapers, every second", [("/metrics", 1.0)] * 4),
+    Watcher("1 open dashboard page", PAGE),
+    Watcher("4 open dashboard pages", [*PAGE] * 4),
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
-    """How long and how often to look."""
+    """Sizes of the measurement."""
 
     num_streams: int = 8
     turn_s: float = 5.0
     num_rounds: int = 12
-    """Of all watchers."""
+    """Turns of each observer."""
     num_questions: int = 200
-    """Of each path, one after the other."""
+    """Sequential requests of each path."""
 
 
 QUICK = Size(num_streams=2, turn_s=1.0, num_rounds=1, num_questions=5)
 
 
 class Load:
-    """Streams that begin again when they end; counts events."""
+    """Streams that restart when they end; counts their events."""
 
     def __init__(self, url: str, num_streams: int) -> None:
         self.num_events = 0
@@ -86,7 +86,7 @@ class Load:
                     self.num_events += line.startswith("data: ")
 
     async def stop(self) -> None:
-        """Leave."""
+        """End the streams and close the client."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -102,7 +102,7 @@ async def _ask(client: httpx.AsyncClient, path: str, every_s: float, delay_s: fl
 
 
 async def _turn(load: Load, watcher: Watcher, turn_s: float) -> float:
-    """Events a second while it is watched."""
+    """Run one turn; returns events a second."""
     asking = [
         asyncio.create_task(_ask(load.client, path, every_s, number / len(watcher.paths)))
         for number, (path, every_s) in enumerate(watcher.paths)
@@ -119,7 +119,7 @@ async def _turn(load: Load, watcher: Watcher, turn_s: float) -> float:
 
 
 async def measure(url: str, size: Size) -> dict[str, list[float]]:
-    """By watcher its speed over that of nobody, in each round; nobody's is in events a second."""
+    """Each observer's speed ratio by turn; without an observer, events a second by turn."""
     load = Load(url, size.num_streams)
     found: dict[str, list[float]] = {w.name: [] for w in (NOBODY, *WATCHERS)}
     try:
@@ -138,7 +138,7 @@ async def measure(url: str, size: Size) -> dict[str, list[float]]:
 
 
 def cpu_ms(server: Served, path: str, num_questions: int) -> float:
-    """CPU time that one question costs all processes, less what they use anyway."""
+    """CPU time in ms of one request in all processes, without what they use when idle."""
     processes = [psutil.Process(found.pid) for found in find_by_files(server.folder)]
     began_s, before_s = time.monotonic(), _cpu_s(processes)
     for _ in range(num_questions):
@@ -159,8 +159,8 @@ def _cpu_s(processes: Sequence[psutil.Process]) -> float:
 
 
 def report(found: dict[str, list[float]], costs_ms: dict[str, float], size: Size) -> str:
-    """The section."""
-    rows = [["nobody", f"{statistics.median(found[NOBODY.name]):.0f} tokens/s", "", ""]]
+    """Return the Markdown section for these results."""
+    rows = [["none", f"{statistics.median(found[NOBODY.name]):.0f} tokens/s", "", ""]]
     for watcher in WATCHERS:
         ratios = sorted(found[watcher.name])
         low, high = ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]
@@ -169,20 +169,21 @@ def report(found: dict[str, list[float]], costs_ms: dict[str, float], size: Size
             [watcher.name, f"{statistics.median(ratios):.3f}", f"{low:.3f} to {high:.3f}", target]
         )
     return (
-        "## Being watched\n\n"
-        "1 attention and 2 expert workers with the bundled model, a gateway, and "
-        f"{size.num_streams} streams over HTTP that never stop; clients and watchers are on the "
-        f"same machine. Turns of {size.turn_s:g} s, {size.num_rounds} of each watcher, each beside "
-        "two turns of nobody, with whose mean speed it is compared.\n\n"
-        f"{table(['Watched by', 'speed (median)', 'half of the turns', 'target'], rows)}\n\n"
-        f"CPU time of all processes for one question, mean of {size.num_questions} while nothing "
-        "else is asked; 10 ms each second are 1% of a core.\n\n"
-        f"{table(['Question', 'ms'], [[path, f'{ms:.1f}'] for path, ms in costs_ms.items()])}"
+        "## Cost of monitoring\n\n"
+        "1 attention and 2 expert workers serve the bundled model through a gateway to "
+        f"{size.num_streams} HTTP streams that never stop; clients and observers run on the same "
+        f"machine. Each observer has {size.num_rounds} turns of {size.turn_s:g} s. Its speed in a "
+        "turn is divided by the mean speed of the turns without an observer before and after it. "
+        "The last columns are the quartiles of the turns and the target for the median.\n\n"
+        f"{table(['observer', 'speed ratio, median', 'quartiles', 'target'], rows)}\n\n"
+        f"CPU time of one request in all processes, mean of {size.num_questions} requests without "
+        "other load. A request of 10 ms every second takes 1% of a core.\n\n"
+        f"{table(['request', 'ms'], [[path, f'{ms:.1f}'] for path, ms in costs_ms.items()])}"
     )
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     size = QUICK if quick else Size()
     with tempfile.TemporaryDirectory() as text, running_server(Path(text)) as server:
         paths = dict.fromkeys(path for watcher in WATCHERS for path, _ in watcher.paths)

@@ -345,15 +345,15 @@ def test_growth_and_leaks_are_seen() -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_cost_of_the_gateway_is_measured() -> None:
-    assert "| Serve's proxy | " in gateway_cost.section(quick=True)
+    assert "| HTTP, Serve's proxy | " in gateway_cost.section(quick=True)
 
 
 def test_being_watched_is_compared_with_the_turns_beside_it() -> None:
     found = {w.name: [0.98, 1.0, 0.99, 0.5] for w in watching.WATCHERS}
     costs_ms = {"/metrics": 4.04}
-    text = watching.report({**found, "nobody": [100.0, 102.0, 101.0]}, costs_ms, watching.Size())
-    assert "| nobody | 101 tokens/s |" in text
-    assert "| 4 scrapers, each second | 0.985 | 0.980 to 1.000 | at least 0.99 |" in text
+    text = watching.report({**found, "none": [100.0, 102.0, 101.0]}, costs_ms, watching.Size())
+    assert "| none | 101 tokens/s |" in text
+    assert "| 4 scrapers, every second | 0.985 | 0.980 to 1.000 | at least 0.99 |" in text
     assert "| /metrics | 4.0 |" in text
 
 

@@ -26,5 +26,5 @@ def test_pauses_of_moves_are_measured() -> None:
 
 def test_overload_is_measured() -> None:
     text = overload.section(quick=True)
-    assert "10 times that" in text
+    assert "10 times sustainable rate" in text
     assert "nan" not in text.splitlines()[4], "single requests get their first tokens"

@@ -53,10 +53,10 @@ def test_the_report_has_a_limit_beside_each_number() -> None:
         grown=[],
     )
     text = report(found)
-    assert "| tokens/s, of the peak | at least 95% | 98% |" in text
-    assert "| refusal, median | under 50 ms | 20 ms |" in text
-    assert "| last 2 refused, sent again as told: accepted |  | 1 |" in text
-    assert "| TTFT normal again after | 5 s | 1.0 s |" in text
+    assert "| tokens/s, percent of the peak | at least 95% | 98% |" in text
+    assert "| time to a rejection, median | under 50 ms | 20 ms |" in text
+    assert "| accepted retries of the last 2 rejections |  | 1 |" in text
+    assert "| TTFT is normal again after | 5 s | 1.0 s |" in text
     for share, ratio in (("0.3", "1.35"), ("0.4", "1.20"), ("0.7", "1.08")):
-        row = f"| TTFT of the modest key, the other one at 7.0 / {share} of the peak | at most 1.5 "
+        row = f"| TTFT of modest, greedy at 7.0 over greedy at {share} of the peak | at most 1.5 "
         assert f"{row}| {ratio} |" in text
