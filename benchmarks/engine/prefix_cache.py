@@ -1,8 +1,8 @@
-"""What the prefix cache saves where many requests begin with the same system prompt.
+"""Savings of the prefix cache for requests that begin with the same system prompt.
 
-The local engine with the cache on and off, both loaded in one process, alternating. A fixed number
-of clients send one request after the other; each run has a system prompt of its own, so that the
-first requests of a run compute it in any case.
+Two local engines in one process, one with the cache and one without, run in turns. A fixed number
+of clients each send one request at a time. Each run has a new system prompt, so that the first
+requests of a run always compute it.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from workers.requests.request import Request, SamplingParams
 logger = logging.getLogger(__name__)
 
 LABELS = {False: "off", True: "on"}
-"""Names in tables."""
+"""Labels in the table."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """What is measured."""
+    """Sizes of the measurement."""
 
     num_requests: int = 48
     """Requests of a run."""
     num_clients: int = 8
-    """Requests under way at once."""
+    """Requests that run at the same time."""
     shared_tokens: int = 512
     """Length of the system prompt."""
     own_tokens: int = 32
-    """Prompt tokens behind it that differ."""
+    """Prompt tokens after the system prompt, different in each request."""
     new_tokens: int = 32
-    """Tokens that each request gets."""
+    """Output tokens of each request."""
     repeats: int = 3
     """Runs of each engine."""
     num_threads: int | None = 2
-    """Compute threads; None leaves them as they are."""
+    """Compute threads; None keeps the default."""
     patience_s: float = 10.0
-    """While others use the machine, longest wait before a run, and for its repetition after it."""
+    """Longest time to wait for, and repeat a run for, other processes to be quiet."""
 
 
 QUICK = Case(
@@ -68,27 +68,34 @@ QUICK = Case(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """Numbers of one run."""
+    """Results of one run."""
 
     ttft_ms: float
     """Median time from a request's start to its first token."""
     slow_ttft_ms: float
-    """The same that nine of ten requests keep within."""
+    """90th percentile of the time to the first token."""
     tokens_per_s: float
     """New tokens by the time from the first start to the last end."""
     hit_rate: float
-    """Prompt tokens that were found in the cache."""
+    """Fraction of the prompt tokens that were cached."""
     others_cores: float = 0.0
-    """CPU cores that other processes used meanwhile."""
+    """CPU cores that other processes used during the run."""
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     case = QUICK if quick else Case()
     return _words(case) + "\n\n" + table(_HEAD, list(rows(case, quick)))
 
 
-_HEAD = ["model, cache", "TTFT ms", "TTFT ms, 9 of 10", "tokens/s", "prompt found", "others"]
+_HEAD = [
+    "model, cache",
+    "TTFT, median, ms",
+    "TTFT, p90, ms",
+    "tokens/s",
+    "cached tokens",
+    "other load",
+]
 
 
 def rows(case: Case, quick: bool) -> Iterator[list[str]]:
@@ -123,7 +130,7 @@ def measure(checkpoint: Path, case: Case) -> Mapping[bool, Sequence[Run]]:
 
 
 def _quiet_run(engine: LocalEngine, case: Case, seeds: Iterator[int]) -> Run:
-    """A run; repeated for a while if other load disturbs it."""
+    """Return a run, repeated within the time limit if other load disturbs it."""
     deadline = time.monotonic() + case.patience_s
     while True:
         wait_until_quiet(deadline)
@@ -135,7 +142,7 @@ def _quiet_run(engine: LocalEngine, case: Case, seeds: Iterator[int]) -> Run:
 
 
 def run_once(engine: LocalEngine, waiting: Sequence[Request], num_clients: int) -> Run:
-    """Serve requests, ``num_clients`` of them at once."""
+    """Serve requests, ``num_clients`` of them at the same time."""
     left, started, first = list(waiting), dict[str, float](), dict[str, float]()
     before, begin = engine.engine.stats(), time.perf_counter()
     num_tokens = 0
@@ -162,7 +169,7 @@ def run_once(engine: LocalEngine, waiting: Sequence[Request], num_clients: int) 
 
 
 def _requests(case: Case, seed: int) -> list[Request]:
-    """Random token ids; every vocabulary that we measure has more than these."""
+    """Requests with random token ids that exist in every measured vocabulary."""
     draw = random.Random(seed)
     shared = draw.choices(range(4, 256), k=case.shared_tokens)
     params = SamplingParams(max_tokens=case.new_tokens, temperature=0.0, ignore_eos=True)
@@ -177,7 +184,7 @@ def _requests(case: Case, seed: int) -> list[Request]:
 
 
 def rows_of(model: str, found: Mapping[bool, Sequence[Run]]) -> Iterator[list[str]]:
-    """Off, on, and how they compare."""
+    """Rows for the cache off, on, and the ratios."""
     for is_on, runs in found.items():
         yield [
             f"{model}, {LABELS[is_on]}",
@@ -195,9 +202,10 @@ def rows_of(model: str, found: Mapping[bool, Sequence[Run]]) -> Iterator[list[st
 
 def _words(case: Case) -> str:
     return (
-        f"## Prefix cache\n\n{case.num_requests} requests, {case.num_clients} at a time, with "
-        f"prompts of {case.shared_tokens} tokens that all have in common and {case.own_tokens} of "
-        f"their own, {case.new_tokens} new tokens each, greedy, bfloat16. The local engine with "
-        f"two compute threads, the models of the serving section; medians of {case.repeats} runs, "
-        "ratios within a run; `others` are the cores that other processes used meanwhile."
+        f"## Prefix cache\n\nThe local engine with two compute threads runs {case.num_requests} "
+        f"requests, {case.num_clients} at a time, in bfloat16 with greedy sampling. All prompts "
+        f"share their first {case.shared_tokens} tokens, followed by {case.own_tokens} tokens of "
+        f"their own; each output has {case.new_tokens} tokens. The models are the bundled model "
+        f"and a random OLMoE. Medians of {case.repeats} runs; ratios are medians of the ratios "
+        "within a run. Other load: CPU cores that other processes used during the runs."
     )

@@ -1,9 +1,9 @@
-"""Multi-turn chats on two attention workers: requests routed by prefix, and round-robin.
+"""Multi-turn chats on two attention workers, routed by prefix (`kv`) and by round-robin.
 
-Two clusters of 2 attention workers and 1 expert worker, each behind the gateway's pool of engine
-streams, run alternately. A chat's context grows with each turn; all chats send a turn together. The
-first turn, which no worker has cached, is left out. The KV memory of a worker (128 MiB) holds 8,000
-tokens of the random model: its share of the chats, but not all of them.
+Two clusters of 2 attention workers and 1 expert worker, one for each policy, run in turns behind
+the gateway's pool of engine streams. A chat's context grows with each turn; all chats send their
+turns at the same time. First turns do not count, as no worker has cached them. The KV cache of a
+worker (128 MiB) holds 8,000 tokens of the random model: enough for half of the chats.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from benchmarks.report.results import table
 from benchmarks.serving.throughput import TINY, random_model
 
 SYSTEMS = {"ray-kv": "`kv`", "ray-round-robin": "`round-robin`"}
-"""Names in ``child.SYSTEMS``, and in tables."""
+"""Name in ``child.SYSTEMS`` -> label in the table."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """What is measured."""
+    """Sizes of the measurement."""
 
     first_tokens: tuple[int, int] = (1000, 2700)
     """Shortest and longest context of a chat's first turn."""
     more_tokens: int = 100
-    """What each turn adds: an answer, and a question."""
+    """Tokens that each turn adds to the context."""
     turns: int = 4
     """Turns of a chat."""
     num_chats: int = 5
-    """Chats at once: an odd number, so that round-robin changes their workers."""
+    """Chats at the same time: an odd number, so that round-robin changes their workers."""
     rounds: int = 4
-    """Sets of chats of each system."""
+    """Sets of chats on each cluster."""
     new_tokens: int = 8
-    """Tokens of an answer."""
+    """Output tokens of a turn."""
     patience_s: float = 10.0
-    """While others use the machine, longest wait before a set of chats."""
+    """Longest wait before a set of chats for other processes to be quiet."""
 
 
 QUICK = Case(first_tokens=(40, 60), more_tokens=20, turns=2, num_chats=1, rounds=1, patience_s=0.0)
@@ -49,7 +49,7 @@ QUICK = Case(first_tokens=(40, 60), more_tokens=20, turns=2, num_chats=1, rounds
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     case, model = (QUICK, TINY) if quick else (Case(), RandomModel())
     found = measure(case, model)
     base = statistics.median(found["ray-round-robin"])
@@ -63,18 +63,18 @@ def section(quick: bool) -> str:
         for name, times in found.items()
     ]
     words = (
-        f"{case.num_chats} chats of {case.turns} turns that begin with {case.first_tokens[0]:,} to "
-        f"{case.first_tokens[1]:,} tokens and grow by {case.more_tokens} a turn, on the random "
-        f"OLMoE (hidden {model.hidden}, {model.layers} layers, {model.experts} experts); "
-        f"{case.rounds} sets of chats each."
+        f"Each policy serves {case.rounds} sets of {case.num_chats} chats with {case.turns} turns. "
+        f"A chat begins with {case.first_tokens[0]:,} to {case.first_tokens[1]:,} tokens and grows "
+        f"by {case.more_tokens} a turn. The model is a random OLMoE (hidden {model.hidden}, "
+        f"{model.layers} layers, {model.experts} experts)."
     )
-    head = ["policy", "median TTFT ms", "9 of 10 within ms", "speed-up over round-robin"]
+    head = ["routing policy", "TTFT, median, ms", "TTFT, p90, ms", "speed-up over round-robin"]
     about = " ".join((__doc__ or "").split())
     return "\n\n".join(["## Routing by prefix", f"{about} {words}", table(head, rows)])
 
 
 def measure(case: Case, model: RandomModel) -> dict[str, list[float]]:
-    """Seconds to the first token of each turn but the first, by system."""
+    """System -> seconds to the first token of each turn except the first."""
     found: defaultdict[str, list[float]] = defaultdict(list)
     with random_model(model) as checkpoint, running(list(SYSTEMS), checkpoint) as systems:
         for number in range(case.rounds + 1):

@@ -1,12 +1,13 @@
-"""Agents against real servers: lower tiers of KV beside the pool alone, and round-robin.
+"""Sessions of agents on real servers: KV tiers below the pool, and the routing policies.
 
 python -m benchmarks.run --only sessions_served
 
-Each server has 2 attention workers and 1 expert worker. Sessions are those of
-``benchmarks/simulated/agent_trace.py``, each block of 512 tokens made 4: a context of 142,000
-tokens has 1,100 here. The pools together hold 10% of the tokens that are ever used, host memories
-25%, disks 50%. A session sends its next turn when the one before has been answered, and not before
-its time in the trace, which runs 30 times as fast and ends after 40 minutes.
+Each server has 2 attention workers and 1 expert worker. The sessions are those of
+`benchmarks/simulated/agent_trace.py`, with 4 tokens in place of each block of 512, so that a
+context of 142,000 tokens has 1,100 here. The pools together hold 10% of all different tokens of the
+trace, host memories 25% and disks 50%. The trace runs 30 times as fast as recorded and ends after
+40 minutes of it. A session sends a turn at its time in the trace, but not before the previous turn
+has ended.
 """
 
 from __future__ import annotations
@@ -33,33 +34,33 @@ from benchmarks.simulated.agent_trace import AgentRequest, agent_sessions
 from benchmarks.simulated.retention import ideal_blocks, uses_of, working_set
 
 BLOCK_TOKENS = 4
-"""Tokens that a block of the trace is made."""
+"""Tokens that replace a block of the trace."""
 NUM_WORKERS = 2
 """Attention workers."""
 PARTS = {"pool": 0.1, "host": 0.25, "disk": 0.5}
-"""Of all tokens that are ever used."""
+"""Tier -> size as a fraction of all different tokens of the trace."""
 FASTER = 30.0
 """Seconds of the trace in one second."""
 LAST_S = 2400.0
-"""End of the trace: most sessions are over, and those that are not wait for persons."""
+"""End of the replay in seconds of the trace; most sessions have ended by then."""
 _ANSWER_TOKENS = 2
 _SPARE_TOKENS = 64
-"""Room for blocks that are not full."""
+"""Additional pool size for blocks that are not full."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """What is measured."""
+    """Sizes of the measurement."""
 
     num_sessions: int
-    """Sessions of agents, helpers not counted."""
+    """Sessions of agents, without helper agents."""
     max_turns: int
-    """First turns of each that are sent."""
+    """Most turns of a session that are sent."""
     model: RandomModel
 
 
 FULL = Case(num_sessions=60, max_turns=12, model=RandomModel(hidden=256, layers=4, ffn=128))
-"""What the page shows."""
+"""Sizes of the section in ``docs/results``."""
 QUICK = Case(num_sessions=2, max_turns=3, model=RandomModel(hidden=64, layers=1, ffn=32, vocab=512))
 """Enough to see that everything runs."""
 SYSTEMS: dict[str, tuple[str, Sequence[str]]] = {
@@ -68,12 +69,12 @@ SYSTEMS: dict[str, tuple[str, Sequence[str]]] = {
     "`kv`, pool and host": ("kv", ("host",)),
     "`kv`, all tiers": ("kv", ("host", "disk")),
 }
-"""Routing policy and lower tiers by name in the table."""
+"""Label in the table -> routing policy and lower tiers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Served:
-    """One answered request."""
+    """Result of one request."""
 
     ttft_s: float
     prompt_tokens: int
@@ -81,7 +82,7 @@ class Served:
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     case = QUICK if quick else FULL
     requests = _first_turns(case)
     uses = uses_of(requests)
@@ -94,22 +95,22 @@ def section(quick: bool) -> str:
             with _running(checkpoint, case.model, policy, tiers, size, longest) as url:
                 served = asyncio.run(_replay(url, requests, case.model.vocab))
             rows.append([name, *_cells(served, ideal)])
-    head = ["system", "cached tokens", "of the ideal", "mean TTFT ms", "9 of 10 within ms"]
+    head = ["system", "cached tokens", "ratio to the ideal", "mean TTFT, ms", "TTFT, p90, ms"]
     return "\n\n".join(
         [
             "## Sessions, served",
             " ".join((__doc__ or "").split("\n\n", 2)[2].split()),
-            f"{case.num_sessions} sessions of up to {case.max_turns} turns, {len(requests):,} "
-            f"requests, {size:,} different tokens; random OLMoE (hidden {case.model.hidden}, "
-            f"{case.model.layers} layers, {case.model.experts} experts). The ideal is Belady's, "
-            f"with one cache of {PARTS['disk']:.0%}.",
+            f"{case.num_sessions} sessions of up to {case.max_turns} turns have {len(requests):,} "
+            f"requests and {size:,} different tokens. The model is a random OLMoE (hidden "
+            f"{case.model.hidden}, {case.model.layers} layers, {case.model.experts} experts). The "
+            f"ideal is one cache with Belady's order that holds {PARTS['disk']:.0%}.",
             table(head, rows),
         ]
     )
 
 
 def _first_turns(case: Case) -> list[AgentRequest]:
-    """The first turns of each session until the end, in the order of arrival."""
+    """The first turns of each session until ``LAST_S``, in the order of arrival."""
     counts: dict[str, int] = {}
     found = []
     for request in agent_sessions(1, case.num_sessions):
@@ -128,8 +129,8 @@ def _running(
     size: int,
     longest: int,
 ) -> Iterator[str]:
-    """The URL of a server whose tiers hold their parts of ``size`` tokens, and the longest of its
-    sequences."""
+    """Run a server and yield its URL. Its tiers hold their fractions of ``size`` tokens, and at
+    least one sequence of ``longest`` tokens."""
     part = {name: max(int(share * size / NUM_WORKERS), longest) for name, share in PARTS.items()}
     token_bytes = 2 * 2 * model.layers * model.hidden  # keys and values in bfloat16
     with tempfile.TemporaryDirectory() as folder:
@@ -152,7 +153,7 @@ def _running(
 
 
 async def _replay(url: str, requests: Sequence[AgentRequest], vocab: int) -> list[Served]:
-    """Send all turns, those of a session one after the other."""
+    """Send all turns; the turns of a session run in order."""
     sessions: dict[str, list[AgentRequest]] = {}
     for request in requests:
         sessions.setdefault(request.session, []).append(request)
@@ -175,7 +176,7 @@ async def _replay(url: str, requests: Sequence[AgentRequest], vocab: int) -> lis
 
 
 async def _ask(client: aiohttp.ClientSession, url: str, turn: AgentRequest, vocab: int) -> Served:
-    """Stream one completion. Raises ``RuntimeError`` when it fails."""
+    """Stream one completion. Raises ``RuntimeError`` if it fails."""
     prompt = [token for block in turn.blocks for token in _tokens(block, vocab)]
     body = {
         "model": "model",
@@ -207,7 +208,7 @@ async def _ask(client: aiohttp.ClientSession, url: str, turn: AgentRequest, voca
 
 
 def _tokens(block: int, vocab: int) -> list[int]:
-    """The tokens of a block of the trace: the same each time."""
+    """The tokens of a block of the trace, equal in every call."""
     draw = random.Random(block)
     return [draw.randrange(4, vocab) for _ in range(BLOCK_TOKENS)]
 

@@ -1,12 +1,13 @@
-"""Which prefixes a cache keeps, simulated: the product's own order beside the ideal one.
+"""Simulated eviction: the blocks found with the product's eviction order and with the ideal one.
 
 python -m benchmarks.run --only retention
 
-One cache of 10, 25 or 50% of the blocks that a trace ever uses serves its requests one after the
-other: a request finds the blocks from its first one on that are there, and leaves all its full
-blocks. The ideal is Belady's: it knows the future, and gives up the block that is used last. All
-numbers are blocks found, as a part of those that the ideal finds. LRU gives up the least recently
-used block; the product's order (`workers/kv/eviction.py`) learns from the trace as it goes.
+One cache serves the requests of a trace in order. It holds 10, 25 or 50% of all different blocks of
+the trace. A request finds the longest prefix of its blocks that is cached, and adds all its full
+blocks. The ideal order (Belady's) knows the future and evicts the block whose next use is last. The
+first row of each trace has the blocks that the ideal order finds, as a fraction of all blocks; the
+other rows are fractions of this number. `expertmesh` is the product's order
+(`workers/kv/eviction.py`), which learns from the trace as it runs.
 """
 
 from __future__ import annotations
@@ -26,28 +27,28 @@ from workers.kv.turns import KeepHints, TurnUse
 from workers.requests.block_hash import SHORT_BYTES
 
 SIZES = (0.1, 0.25, 0.5)
-"""Parts of the working set that a cache holds."""
+"""Fractions of the working set that a cache holds."""
 TIERS = {"pool": 0.1, "host": 0.25, "disk": 0.5}
-"""Tiers of one worker, as parts of the working set. Each lower tier has copies of what the higher
-ones hold."""
+"""Sizes of a worker's tiers as fractions of the working set. A lower tier has copies of the blocks
+of the higher tiers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Use:
-    """What a request uses of a cache."""
+    """One request of a trace, as a cache sees it."""
 
     time_s: float
     names: Sequence[bytes]
     """Its full blocks."""
     session: str
     is_last: bool
-    """Nobody continues it."""
+    """Whether no later request continues this one."""
 
 
 def uses_of(requests: Sequence[TracedRequest], one_in: int = 1) -> list[Use]:
-    """Requests in the order of arrival; which of them is a last one is known in hindsight.
+    """Return the requests in the order of arrival, with ``is_last`` set from the whole trace.
 
-    Of ``one_in`` blocks one is replayed.
+    Only one of ``one_in`` blocks is replayed.
     """
     blocks = [r.blocks[: r.prompt_tokens // BLOCK_TOKENS : one_in] for r in requests]
     used_later, found = set[int](), list[Use]()
@@ -72,18 +73,18 @@ class Cache:
         self._order = EvictionOrder(max_kept=num_blocks // 2)
         self._here: set[bytes] = set()
         self.gone: list[bytes] = []
-        """Blocks that gave way to the last request."""
+        """Blocks that the last request evicted."""
 
     def has(self, name: bytes) -> bool:
-        """Whether a block is here."""
+        """Whether a block is cached."""
         return name in self._here
 
     def num_found(self, names: Sequence[bytes]) -> int:
-        """Blocks from the first on that are here."""
+        """Number of leading blocks that are cached."""
         return next((i for i, name in enumerate(names) if name not in self._here), len(names))
 
     def serve(self, use: Use, hints: KeepHints) -> int:
-        """Blocks that a request finds; it leaves all of its own."""
+        """Serve a request and cache its blocks; returns the number of blocks that it found."""
         order, names, found = self._order, use.names, self.num_found(use.names)
         order.advance(use.time_s)
         turn = order.begin(names, hints)
@@ -113,14 +114,14 @@ class TierCache:
     def __init__(self, num_blocks: int) -> None:
         self._order = TierIndex(num_blocks, max_kept=num_blocks // 2)
         self.gone: list[bytes] = []
-        """Blocks that gave way to the last request."""
+        """Blocks that the last request evicted."""
 
     def has(self, name: bytes) -> bool:
-        """Whether a block is here."""
+        """Whether a block is cached."""
         return name in self._order
 
     def serve(self, use: Use, hints: KeepHints) -> int:
-        """Blocks that a request finds; it leaves all of its own, as far as there is room."""
+        """Serve a request, cache the blocks that fit; returns the number of blocks it found."""
         names, order = use.names, self._order
         found = order.num_known(names)
         left = TurnUse(names=names, num_prompt=len(names), hints=hints)
@@ -134,7 +135,7 @@ class TierCache:
 
 
 Hinted = Callable[[Use], KeepHints]
-"""What a request says."""
+"""Returns the hints that a request sends."""
 
 
 def no_hints(use: Use) -> KeepHints:
@@ -147,7 +148,7 @@ def sessions(use: Use) -> KeepHints:
 
 
 def some_ends(part: float, seed: int = 0) -> Hinted:
-    """A part of the last turns say that they are: ``cache_ttl`` 0."""
+    """Hints with which a fraction ``part`` of the last turns send ``cache_ttl`` 0."""
     draw = random.Random(seed)
 
     def hinted(use: Use) -> KeepHints:
@@ -158,13 +159,13 @@ def some_ends(part: float, seed: int = 0) -> Hinted:
 
 
 def found_blocks(uses: Sequence[Use], num_blocks: int, hinted: Hinted = no_hints) -> int:
-    """Blocks that requests find in the product's order."""
+    """Number of blocks that requests find with the product's order."""
     cache = Cache(num_blocks)
     return sum(cache.serve(use, hinted(use)) for use in uses)
 
 
 def lru_blocks(uses: Sequence[Use], num_blocks: int) -> int:
-    """Blocks that they find where the least recently used is given up."""
+    """Number of blocks that requests find if the least recently used block is evicted."""
     here: OrderedDict[bytes, None] = OrderedDict()
     found = 0
     for use in uses:
@@ -179,10 +180,10 @@ def lru_blocks(uses: Sequence[Use], num_blocks: int) -> int:
 
 
 def ideal_blocks(uses: Sequence[Use], num_blocks: int) -> int:
-    """Blocks that they find where the future is known.
+    """Number of blocks that requests find with the ideal order.
 
     Source: Belady, "A Study of Replacement Algorithms for a Virtual-Storage Computer" (1966). A
-    block that is never used again is not kept, and of a prefix the end goes first.
+    block that is never used again is not kept, and the end of a prefix is evicted first.
     """
     never, later = len(uses), dict[bytes, int]()
     next_uses: list[list[int]] = []
@@ -208,7 +209,7 @@ def ideal_blocks(uses: Sequence[Use], num_blocks: int) -> int:
 
 
 def tier_blocks(uses: Sequence[Use], working_set: int, hinted: Hinted) -> dict[str, int]:
-    """Blocks that they find in each tier beyond those of the tiers before."""
+    """Number of blocks that requests find in each tier and not in a higher one."""
     sizes = {name: int(working_set * part) for name, part in TIERS.items()}
     caches = {n: (Cache if n == "pool" else TierCache)(size) for n, size in sizes.items()}
     found = dict.fromkeys(TIERS, 0)
@@ -222,20 +223,22 @@ def tier_blocks(uses: Sequence[Use], working_set: int, hinted: Hinted) -> dict[s
 
 
 def working_set(uses: Sequence[Use]) -> int:
-    """Blocks that are ever used."""
+    """Number of different blocks in a trace."""
     return len({name for use in uses for name in use.names})
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
-    head = ["trace, order", *(f"{size:.0%}" for size in SIZES)]
+    """Return the Markdown section."""
+    head = ["trace: eviction order", *(f"cache of {size:.0%}" for size in SIZES)]
     rows, tiers = [], []
     for trace, requests in traces(quick).items():
         uses = uses_of(requests, 32 if quick else 1)
         size = working_set(uses)
         ideal = [ideal_blocks(uses, int(size * part)) for part in SIZES]
         total = sum(len(use.names) for use in uses)
-        rows.append([f"{trace}: the ideal, of all blocks", *(f"{n / total:.3f}" for n in ideal)])
+        rows.append(
+            [f"{trace}: ideal order, fraction of all blocks", *(f"{n / total:.3f}" for n in ideal)]
+        )
         lru = [lru_blocks(uses, int(size * part)) for part in SIZES]
         rows.append(_row(f"{trace}: least recently used", lru, ideal))
         for name, hinted in _HINTS.items():
@@ -248,13 +251,17 @@ def section(quick: bool) -> str:
         [
             "## Retention, simulated",
             " ".join((__doc__ or "").split("\n\n", 2)[2].split()),
-            "The agents are made up as published statistics describe them: see "
-            "`benchmarks/simulated/agent_trace.py`. Documents are requests that nobody continues, "
-            "half a second's worth of them for each turn of an agent.",
+            "Conversations are the public Mooncake trace. Agents are sessions generated from "
+            "published statistics (`benchmarks/simulated/agent_trace.py`). Documents are single "
+            "requests that no other request continues. Hints: requests name no session, or their "
+            "session, or also mark half or all of the last turns of sessions (`cache_ttl` 0).",
             table(head, rows),
-            "Three tiers of one worker without hints, each with copies of what is above it; parts "
-            "of what the ideal finds with the largest one.",
-            table(["trace", *(f"{name} {part:.0%}" for name, part in TIERS.items()), "all"], tiers),
+            "Three tiers of one worker without hints: blocks found in each tier and not in a "
+            "tier above it, as a fraction of the blocks that the ideal order finds with 50%.",
+            table(
+                ["trace", *(f"{name} {part:.0%}" for name, part in TIERS.items()), "all tiers"],
+                tiers,
+            ),
         ]
     )
 
@@ -262,14 +269,14 @@ def section(quick: bool) -> str:
 _HINTS = {
     "no hints": no_hints,
     "sessions": sessions,
-    "half of the ends": some_ends(0.5),
-    "all ends": some_ends(1.0),
+    "half of the last turns": some_ends(0.5),
+    "all last turns": some_ends(1.0),
 }
-"""What requests say, by name in the table."""
+"""Label in the table -> hints of the requests."""
 
 
 def traces(quick: bool) -> dict[str, Sequence[TracedRequest]]:
-    """What is replayed, by name in the table."""
+    """Label in the table -> requests of the trace."""
     agents = agent_sessions(1, 4 if quick else 150)
     documents = one_shots(1, agents[-1].time_s, 0.02 if quick else 0.3)
     mixed = sorted([*agents, *documents], key=lambda request: request.time_s)

@@ -1,14 +1,14 @@
-"""Where requests go, simulated: the gateway's own index and policies on a chat service's requests.
+"""Simulated routing: the gateway's own KV index and policies on traces of a chat service.
 
 python -m benchmarks.run --only routing
 
-The model: 8 workers compute 8,000 prompt tokens a second each, one prompt after the other, and keep
-2,500 blocks of 512 tokens each; decoding costs nothing. The gateway counts a prompt's blocks as
-expected from the moment it routes the prompt, and as cached once the worker has computed them.
-Routing alone evicts the least recently used blocks. With fetches, a worker gets 100,000 prompt
-tokens a second from one peer that has computed them, while it computes other prompts. With eviction
-across workers, copies that a peer has fetched are evicted first, and a block that was found again
-counts as half as old.
+Each of 8 simulated workers computes one prompt at a time with 8,000 prompt tokens a second and
+caches 2,500 blocks of 512 tokens; decoding costs nothing. The gateway's index expects a prompt's
+blocks at a worker as soon as the prompt is routed there, and counts them as cached when they are
+computed. In the plain rows, a worker evicts the least recently used block. With fetches, a worker
+gets 100,000 prompt tokens a second from a peer that has cached them, while it computes other
+prompts. With eviction across workers, blocks that a peer has fetched are evicted first, and a
+reused block counts as half as old.
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ from workers.requests.block_hash import SHORT_BYTES, KvEvents
 NUM_WORKERS = 8
 """Workers of the model."""
 TOKENS_PER_S = 8000.0
-"""Prompt tokens that each computes."""
+"""Prompt tokens that a worker computes in a second."""
 CACHE_BLOCKS = 2500
-"""Blocks that each keeps."""
+"""Blocks that a worker caches."""
 FETCHED_PER_S = 100_000.0
-"""Prompt tokens whose blocks a worker gets from a peer in a second: 12 GB/s at 128 KiB a token."""
+"""Prompt tokens that a worker fetches from a peer in a second: 12 GB/s at 128 KiB a token."""
 WITHIN_S = 2.0
-"""A first token in this time is counted as in time."""
+"""Time limit for a first token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What the requests saw."""
+    """Results of a replay."""
 
     hit_rate: float
-    """Part of the prompt tokens that were cached."""
+    """Fraction of the prompt tokens that were cached."""
     ttft_s: tuple[float, ...]
-    """Time to the first token, by request, in order of routing."""
+    """Time to the first token of each request, in order of routing."""
 
     @property
     def mean_s(self) -> float:
@@ -69,26 +69,26 @@ class Outcome:
 
     @property
     def share_in_time(self) -> float:
-        """Part of the requests whose first token came within ``WITHIN_S``."""
+        """Fraction of the requests whose first token arrived within ``WITHIN_S``."""
         return sum(t <= WITHIN_S for t in self.ttft_s) / len(self.ttft_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
-    """What workers do beside computing."""
+    """How workers fetch and evict blocks."""
 
     fetch_tokens_per_s: float | None = None
-    """Prompt tokens whose blocks come from a peer in a second; None: nothing is fetched."""
+    """Prompt tokens that are fetched from a peer in a second; None disables fetches."""
     evicts_together: bool = False
-    """Blocks are given up by the workers' own rules, not the least recently used first."""
+    """Whether workers evict in the product's order instead of least recently used first."""
 
 
 ALONE = Rules()
-"""Routing alone."""
+"""No fetches, least recently used blocks are evicted."""
 FETCHING = Rules(fetch_tokens_per_s=FETCHED_PER_S)
-"""Blocks are fetched from peers."""
+"""With fetches from peers."""
 TOGETHER = Rules(fetch_tokens_per_s=FETCHED_PER_S, evicts_together=True)
-"""All that the product does."""
+"""With fetches and the product's eviction order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class _Computed:
 
 
 class Reports:
-    """What a worker has to tell the gateway of its blocks, by the time at which it does."""
+    """Pending KV events of a worker, each with the time at which it reaches the gateway."""
 
     def __init__(self, worker: str, index: KvIndex) -> None:
         self._worker = worker
@@ -113,7 +113,7 @@ class Reports:
     def add(
         self, time_s: float, names: Sequence[bytes], stored: Sequence[bytes], removed: Set[bytes]
     ) -> None:
-        """A prompt of these blocks will be computed; these blocks come for it, and these go."""
+        """Queue the event of a prompt with blocks ``names`` that is computed at ``time_s``."""
         self._number += 1
         new = set(stored)
         events = KvEvents(
@@ -124,7 +124,7 @@ class Reports:
         self._computed.append(_Computed(time_s, names, events))
 
     def tell(self, now_s: float) -> None:
-        """Report the prompts that were computed up to now to the gateway."""
+        """Send the events of the prompts that are computed by ``now_s`` to the gateway."""
         while self._computed and self._computed[0].time_s <= now_s:
             report = self._computed.popleft()
             assert self._index.apply(self._worker, report.events), "no message is lost here"
@@ -136,9 +136,9 @@ class Worker:
 
     def __init__(self, name: str, index: KvIndex, rules: Rules) -> None:
         self.load = WorkerLoad(name=name)
-        """For the router."""
+        """Load as the router sees it."""
         self.free_s = 0.0
-        """When it has computed all it was given."""
+        """Time at which the worker has computed all its prompts."""
         if rules.fetch_tokens_per_s is not None:
             self.load.fetch_cost = TOKENS_PER_S / rules.fetch_tokens_per_s
         self.reports = Reports(name, index)
@@ -147,17 +147,17 @@ class Worker:
         self._here: set[bytes] = set()
 
     def wait_s(self, now_s: float) -> float:
-        """Until it begins with a prompt that comes now."""
+        """Seconds until the worker starts a prompt that arrives now."""
         return max(self.free_s - now_s, 0.0)
 
     def num_cached(self, names: Sequence[bytes]) -> int:
-        """Blocks of a prompt that are here."""
+        """Number of leading blocks of a prompt that are cached."""
         return next((i for i, name in enumerate(names) if name not in self._here), len(names))
 
     def take(
         self, names: Sequence[bytes], tokens: int, now_s: float, peer: Worker | None = None
     ) -> tuple[float, int]:
-        """Compute a prompt: seconds to its first token, and tokens that were cached."""
+        """Compute a prompt; returns the seconds to its first token and the cached tokens."""
         found, start_s = self.num_cached(names), self.wait_s(now_s)
         if peer is not None:
             start_s = max(start_s, self._fetch(names, found, peer))
@@ -169,7 +169,7 @@ class Worker:
         return ttft_s, cached
 
     def _fetch(self, names: Sequence[bytes], found: int, peer: Worker) -> float:
-        """The peer lends its blocks; returns the seconds until they are here."""
+        """Fetch the missing blocks from a peer; returns the seconds that it takes."""
         assert self._rules.fetch_tokens_per_s is not None
         lent = peer.num_cached(names)
         if lent <= found:
@@ -207,7 +207,7 @@ def replay(
     speed: float = 1.0,
     rules: Rules = ALONE,
 ) -> Outcome:
-    """Route all requests, those of one moment together as the gateway does: shortest first."""
+    """Route all requests; requests of the same time are routed shortest first, as in the gateway."""
     index = KvIndex()
     workers = {f"w{i}": Worker(f"w{i}", index, rules) for i in range(NUM_WORKERS)}
     uses_index = policy is RoutingPolicy.KV
@@ -243,7 +243,7 @@ class _Prompt:
         self.names = [block.to_bytes(SHORT_BYTES, "big") for block in full]
         found = index.matches(self.names) if uses_index else {}
         self.missing = self.tokens - max(found.values(), default=0) * BLOCK_TOKENS
-        """Tokens that nobody has: the shortest goes first."""
+        """Tokens that no worker has cached; the prompt with the fewest is routed first."""
 
 
 def _route(
@@ -260,7 +260,7 @@ def _route(
 
 
 def decision_s(num_workers: int, num_blocks: int, repeats: int) -> float:
-    """Median time of one decision for a prompt of 128 blocks, each worker with a part of it."""
+    """Median seconds of a decision for a prompt of 128 blocks, partly cached on each worker."""
     draw = random.Random(0)
     prompt = [draw.randbytes(SHORT_BYTES) for _ in range(128)]
     index, loads = KvIndex(), []
@@ -286,13 +286,13 @@ CASES = {
     "`least-loaded`": (RoutingPolicy.LEAST_LOADED, ALONE),
     "`round-robin`": (RoutingPolicy.ROUND_ROBIN, ALONE),
 }
-"""What is compared, by name in tables."""
+"""Label in the table -> routing policy and rules of the workers."""
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     requests = conversations()[: 300 if quick else None]
-    traces = {"conversations": (requests, 1.0), "conversations, 1.4 x": (requests, 1.4)}
+    traces = {"conversations": (requests, 1.0), "conversations, 1.4 times as fast": (requests, 1.4)}
     for seed in range(1 if quick else 3):
         traces[f"multi-turn chats {seed + 1}"] = multi_turn(seed, 300 if quick else 12000), 1.0
     rows = []
@@ -312,14 +312,15 @@ def section(quick: bool) -> str:
         [f"{n} workers, {blocks:,} blocks", f"{decision_s(n, blocks, 2000) * 1e6:.0f}"]
         for n, blocks in sizes
     ]
-    head = ["trace, policy", "mean TTFT s", "cached tokens", "TTFT within 2 s"]
+    head = ["trace: policy", "mean TTFT, s", "cached tokens", "requests with TTFT within 2 s"]
     return "\n\n".join(
         [
             "## Routing, simulated",
             " ".join((__doc__ or "").split("\n\n", 2)[2].split()),
-            "The multi-turn chats are made up: see `multi_turn` in "
-            "`benchmarks/simulated/request_trace.py`.",
+            "Conversations are the public Mooncake trace. The multi-turn chats are generated: see "
+            "`multi_turn` in `benchmarks/simulated/request_trace.py`. The second table has the "
+            "time that the gateway takes to choose a worker. Values without a unit are fractions.",
             table(head, rows),
-            table(["decision", "median microseconds"], decisions),
+            table(["size of the KV index", "time of a decision, median, us"], decisions),
         ]
     )

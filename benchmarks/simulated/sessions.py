@@ -1,12 +1,12 @@
-"""Agents on several workers, simulated: lower tiers of KV beside the pool alone, and round-robin.
+"""Simulated sessions on several workers: KV tiers below the pool, and the routing policies.
 
 python -m benchmarks.run --only sessions
 
-The model: 4 workers compute 8,000 prompt tokens a second each, one prompt after the other; decoding
-costs nothing. All pools together hold 10% of the blocks that the trace ever uses, host memories
-25%, disks 50%, a fourth of it at each worker. 100,000 prompt tokens a second come from host memory
-and from another worker's pool, 24,000 from disk (12 and 3 GB/s at 128 KiB a token), while the
-worker computes other prompts. Routing, eviction and tiers are the product's own code.
+Each of 4 simulated workers computes one prompt at a time with 8,000 prompt tokens a second;
+decoding costs nothing. All pools together hold 10% of the different blocks of the trace, host
+memories 25% and disks 50%; each worker has a fourth of each. A worker reads 100,000 prompt tokens a
+second from host memory or from another worker, and 24,000 from disk (12 and 3 GB/s at 128 KiB a
+token), while it computes other prompts. Routing, eviction and tiers are the product's own code.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from workers.kv.turns import KeepHints
 NUM_WORKERS = 4
 """Workers of the model."""
 POOL_PART = 0.1
-"""Part of the working set that all pools together hold."""
+"""Fraction of the working set that all pools together hold."""
 PLOT = Path(__file__).resolve().parents[2] / "docs" / "explanation" / "sessions.svg"
-"""Times to the first token, in order."""
+"""The plot of times to the first token by percentile."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,9 +46,9 @@ class TierSize:
     """A tier below the pool."""
 
     part: float
-    """Of the working set, at all workers together."""
+    """Fraction of the working set that the tier holds at all workers together."""
     tokens_per_s: float
-    """Prompt tokens whose blocks one worker gets from it."""
+    """Prompt tokens that a worker reads from the tier in a second."""
 
 
 HOST = TierSize(part=0.25, tokens_per_s=FETCHED_PER_S)
@@ -59,11 +59,11 @@ DISK = TierSize(part=0.5, tokens_per_s=24_000.0)
 
 @dataclass(frozen=True, slots=True)
 class LowerTier:
-    """One tier below a worker's pool. It has copies of what the pool holds, and more."""
+    """One tier below a worker's pool. It has copies of the pool's blocks, and more blocks."""
 
     cache: TierCache
     tokens_per_s: float
-    """Prompt tokens whose blocks come from it."""
+    """Prompt tokens that are read from the tier in a second."""
 
 
 class Worker:
@@ -73,18 +73,18 @@ class Worker:
         self, name: str, index: KvIndex, num_blocks: int, tiers: Sequence[LowerTier]
     ) -> None:
         self.load = WorkerLoad(name=name, fetch_cost=TOKENS_PER_S / FETCHED_PER_S)
-        """For the router."""
+        """Load as the router sees it."""
         self.reports = Reports(name, index)
         self._free_s = 0.0
         self._pool = Cache(num_blocks)
         self._tiers = tiers
 
     def wait_s(self, now_s: float) -> float:
-        """Until it begins with a prompt that comes now."""
+        """Seconds until the worker starts a prompt that arrives now."""
         return max(self._free_s - now_s, 0.0)
 
     def num_held(self, names: Sequence[bytes]) -> int:
-        """Blocks of a prompt that are here, in any tier."""
+        """Number of leading blocks of a prompt that any tier holds."""
         first = self._pool.num_found(names)
         return next((i for i, n in enumerate(names[first:], first) if not self._has(n)), len(names))
 
@@ -132,7 +132,7 @@ class Worker:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class System:
-    """What is compared."""
+    """Routing policy and lower tiers of a simulated cluster."""
 
     policy: RoutingPolicy
     tiers: Sequence[TierSize] = ()
@@ -145,17 +145,17 @@ SYSTEMS = {
     "`kv`, pool and host": System(policy=RoutingPolicy.KV, tiers=(HOST,)),
     "`kv`, all tiers": System(policy=RoutingPolicy.KV, tiers=(HOST, DISK)),
 }
-"""By name in the table."""
+"""Label in the table -> system."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What the requests saw."""
+    """Results of a replay."""
 
     num_cached: int
-    """Blocks that were not computed."""
+    """Number of blocks that were not computed."""
     ttft_s: Sequence[float]
-    """Time to the first token, by request."""
+    """Time to the first token of each request."""
 
 
 def replay(requests: Sequence[TracedRequest], system: System) -> Outcome:
@@ -184,7 +184,7 @@ def replay(requests: Sequence[TracedRequest], system: System) -> Outcome:
 
 
 def _workers(system: System, index: KvIndex, part: float) -> dict[str, Worker]:
-    """The workers, each with a ``part`` of the working set, in blocks, as the whole of its own."""
+    """Return the workers. The tiers of each are sized for a working set of ``part`` blocks."""
     return {
         f"w{number}": Worker(
             f"w{number}",
@@ -200,7 +200,7 @@ def _workers(system: System, index: KvIndex, part: float) -> dict[str, Worker]:
 
 
 def _serve(workers: Mapping[str, Worker], route: Route, use: Use, tokens: int) -> tuple[float, int]:
-    """Seconds to the first token, and tokens that were not computed."""
+    """Serve a request; returns seconds to the first token and tokens that were not computed."""
     peer = workers.get(route.peer)
     num_fetched = 0 if peer is None else peer.num_held(use.names)
     hints = KeepHints(session=use.session)
@@ -208,7 +208,7 @@ def _serve(workers: Mapping[str, Worker], route: Route, use: Use, tokens: int) -
 
 
 def section(quick: bool) -> str:
-    """The section of its page; draws ``PLOT``."""
+    """Return the Markdown section; draws ``PLOT``."""
     rows, lines = [], list[Line]()
     traces: dict[str, Sequence[TracedRequest]] = {
         "agents": agent_sessions(1, 3 if quick else 50),
@@ -224,15 +224,16 @@ def section(quick: bool) -> str:
                 lines.append(Line(name.replace("`", ""), _shares(outcome)))
     if not quick:
         PLOT.write_text(line_chart(lines, x="% of requests", y="seconds to the first token"))
-    head = ["trace, system", "cached tokens", "of the ideal", "mean TTFT s", "9 of 10 within s"]
+    head = ["trace: system", "cached tokens", "ratio to the ideal", "mean TTFT, s", "TTFT, p90, s"]
     return "\n\n".join(
         [
             "## Sessions, simulated",
             " ".join((__doc__ or "").split("\n\n", 2)[2].split()),
-            "The agents are 50 sessions as in *Retention, simulated*. The ideal is Belady's, with "
-            f"a cache of {DISK.part:.0%} for all workers. Requests name their sessions and "
-            "nothing else. Where more is computed than the workers can, queues grow until the end. "
-            "[The plot](../docs/explanation/sessions.svg) shows the conversations.",
+            "The agents are 50 sessions as in *Retention, simulated*. Requests name their sessions "
+            "and send no other hint. The ideal is one cache for all workers with Belady's order "
+            f"that holds {DISK.part:.0%}. If the workers must compute more tokens than they can, "
+            "queues grow until the end of the trace: these rows have TTFT of minutes and hours. "
+            "[The plot](../explanation/sessions.svg) shows the conversations.",
             table(head, rows),
         ]
     )
@@ -249,6 +250,6 @@ def _cells(outcome: Outcome, ideal: int, requests: Sequence[TracedRequest]) -> l
 
 
 def _shares(outcome: Outcome) -> tuple[tuple[float, float], ...]:
-    """The time within which each part of the requests, in percent, had its first token."""
+    """Points (percentile of the requests, time to the first token) of a line in the plot."""
     points = statistics.quantiles(outcome.ttft_s, n=100)
     return tuple((float(place), points[place - 1]) for place in range(1, 96))

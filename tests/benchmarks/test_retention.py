@@ -140,7 +140,13 @@ def test_lower_tiers_find_what_higher_ones_gave_up(uses: list[Use]) -> None:
 def test_the_report_compares_all_orders() -> None:
     text = section(quick=True)
     assert text.startswith("## Retention, simulated")
-    for name in ("least recently used", "no hints", "sessions", "half of the ends", "all ends"):
+    for name in (
+        "least recently used",
+        "no hints",
+        "sessions",
+        "half of the last turns",
+        "all last turns",
+    ):
         assert text.count(f"{name} |") == 3
 
 
