@@ -1,9 +1,10 @@
-"""Gated DeltaNet with the compiled kernel and torch: ``python -m benchmarks.engine.delta_net``.
+"""Gated DeltaNet in the compiled kernel and in torch: ``python -m benchmarks.engine.delta_net``.
 
-One layer of Qwen3-Next-80B-A3B between its projections, in bfloat16 on one thread: a chunk of one
-prompt, and decodes of several sequences. All forms take turns in one process; processor time, of
-several turns the shortest of each. The bound is the time to read and write the states once at the
-speed of a copy in memory.
+The recurrence of one layer of Qwen3-Next-80B-A3B, without its projections, runs in bfloat16 on one
+thread: for a part of a prompt (one sequence with 256 rows) and for decode steps (one row of each
+sequence). The implementations take turns in one process; a time is the shortest CPU time of several
+turns. The bound is the time to read and write the recurrent states once, at the speed of a memory
+copy.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Case:
     num_sequences: int
     rows_each: int
     turns: int = 5
-    """Times that each form is measured."""
+    """Measurements of each implementation."""
 
 
 SPEC = DeltaNetSpec(
@@ -54,7 +55,7 @@ QUICK = Case(num_sequences=2, rows_each=3, turns=1)
 
 
 def weights(spec: DeltaNetSpec) -> DeltaNet:
-    """Random ones."""
+    """Return a layer with random weights."""
     draw = torch.Generator().manual_seed(1)
     heads = spec.num_value_heads
     return DeltaNet(
@@ -68,7 +69,7 @@ def weights(spec: DeltaNetSpec) -> DeltaNet:
 
 
 def step(case: Case) -> StateRows:
-    """Each sequence reads a slot, and writes another one."""
+    """Return a step in which each sequence reads one state slot and writes another one."""
     count = case.rows_each
     runs = tuple(
         StateRun(i * count, (i + 1) * count, 2 * i, 2 * i + 1) for i in range(case.num_sequences)
@@ -80,7 +81,7 @@ def step(case: Case) -> StateRows:
 
 
 def measure(spec: DeltaNetSpec, case: Case, team: ThreadTeam) -> tuple[list[float], float]:
-    """Seconds of the kernel, of torch row by row and in chunks; and the bound."""
+    """Return seconds of the kernel, of torch row by row and in chunks, and of the bound."""
     net, states = weights(spec), step(case)
     draw = torch.Generator().manual_seed(2)
     rows = torch.randn(case.num_sequences * case.rows_each, net.row_width, generator=draw)
@@ -96,7 +97,7 @@ def measure(spec: DeltaNetSpec, case: Case, team: ThreadTeam) -> tuple[list[floa
         lambda: copied.copy_(kept),
     ]
     for call in calls:
-        call()  # pages are there from here on
+        call()  # allocates the memory pages
     times = [[_seconds(call) for call in calls] for _ in range(case.turns)]
     *found, bound = (min(column) for column in zip(*times, strict=True))
     return found, bound
@@ -109,7 +110,7 @@ def _seconds(call: Callable[[], Tensor]) -> float:
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     kernels = start_kernels(1)
     if kernels.team is None:
         return f"## Gated DeltaNet\n\nNot measured: {kernels.description}."
@@ -132,10 +133,10 @@ def section(quick: bool) -> str:
         )
     torch.set_num_threads(num_threads)
     about = " ".join((__doc__ or "").split("\n\n")[1].split())
-    header = ["sequences x rows", "kernel, ms", "torch by row, ms", "torch in chunks, ms"]
+    header = ["sequences x rows", "kernel, ms", "torch, row by row, ms", "torch, in chunks, ms"]
     return (
         f"## Gated DeltaNet\n\n{about} Kernels: {kernels.description}.\n\n"
-        f"{table([*header, 'times faster', 'of the bound'], lines)}"
+        f"{table([*header, 'speed-up over torch', 'ratio to the bound'], lines)}"
     )
 
 

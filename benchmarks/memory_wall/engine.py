@@ -1,4 +1,4 @@
-"""Rows of ``benchmarks.memory_wall`` that one process measures: no server, no Ray."""
+"""Rows of ``benchmarks.memory_wall`` that run in one process, without a server or Ray."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ _PROMPT_TOKENS = 128
 _NEW_TOKENS = 64
 _STEP_BATCH = 64
 _FEW, _MANY = 8, 256
-"""Running requests whose steps are compared."""
+"""Numbers of running requests whose steps are compared."""
 _MOST_SHARE = 0.1
-"""Of a step outside the kernels."""
+"""Largest allowed fraction of a step outside the kernels."""
 _CPU = torch.device("cpu")
 
 
 def decode(bench: Bench) -> list[Row]:
-    """The mini OLMoE."""
+    """Decode rates of the small model."""
     asked = {1: at_least(0.8, 0.9), 8: at_least(0.7, 0.85), 32: at_least(0.45, 0.6)}
-    return _decode(bench, "local engine, decode", MINI, asked)
+    return _decode(bench, "decode in one process", MINI, asked)
 
 
 def layers(bench: Bench) -> list[Row]:
-    """4 layers of full width."""
+    """Decode rates of 4 layers with the width of OLMoE-1B-7B."""
     asked = {1: at_least(0.8, 0.9), 8: at_least(0.7, 0.9)}
-    return _decode(bench, "4 layers of OLMoE-1B-7B, decode", LAYERS, asked)
+    return _decode(bench, "decode, 4 layers of OLMoE-1B-7B", LAYERS, asked)
 
 
 def _decode(bench: Bench, what: str, full: RandomModel, asked: dict[int, str]) -> list[Row]:
-    """Decode rates by batch size against the bandwidth."""
+    """Decode rates by batch size compared with the memory bandwidth."""
     model = bench.size(full)
     prompt, new = bench.tokens(_PROMPT_TOKENS), bench.tokens(_NEW_TOKENS)
     rates: dict[int, list[float]] = {batch: [] for batch in asked}
@@ -81,7 +81,7 @@ def _decode(bench: Bench, what: str, full: RandomModel, asked: dict[int, str]) -
 
 
 def prefill(bench: Bench) -> list[Row]:
-    """One prompt at a time, up to its first token, against the rate of a large product."""
+    """Prefill rates of single prompts compared with the rate of a large matrix product."""
     model = bench.size(MINI)
     lengths = sorted({bench.tokens(512), bench.tokens(2000)})
     rates: dict[int, list[float]] = {tokens: [] for tokens in lengths}
@@ -110,7 +110,7 @@ def prefill(bench: Bench) -> list[Row]:
 
 
 def step(bench: Bench) -> list[Row]:
-    """The share of decode steps outside our kernels, and the growth of steps without a model."""
+    """Time of decode steps outside the kernels, and growth of steps without a model."""
     model = bench.size(MINI)
     prompt, new = bench.tokens(_PROMPT_TOKENS), bench.tokens(_NEW_TOKENS)
     batch = bench.tokens(_STEP_BATCH)
@@ -133,15 +133,15 @@ def step(bench: Bench) -> list[Row]:
             growths.append(costs[1] / costs[0])
     return [
         Row(
-            what=f"share of a step outside kernels, batch {batch}",
-            unit="of its time",
+            what=f"time of a decode step outside kernels, batch {batch}",
+            unit="fraction",
             measured=shares,
             bound=[_MOST_SHARE] * bench.repeats,
             asked=at_most(1, 0.5),
         ),
         Row(
-            what=f"step outside the model, {_FEW} -> {_MANY} running requests",
-            unit="times the processor time",
+            what=f"CPU time of a step without its model, {_MANY} over {_FEW} requests",
+            unit="factor",
             measured=growths,
             bound=[_MANY / _FEW] * bench.repeats,
             asked=at_most(1),
@@ -150,7 +150,7 @@ def step(bench: Bench) -> list[Row]:
 
 
 def _share_outside(engine: LocalEngine, prompts: list[list[int]], new_tokens: int) -> float:
-    """Of the time in which all sequences decode, the share outside calls of kernels."""
+    """Fraction of the time in which all sequences decode that is outside kernel calls."""
     marks: list[tuple[float, float]] = []
     assert engine.team is not None, "the share is measured of steps with compiled kernels"
     with timed_kernels(engine.team.library.functions) as kernel_s:
@@ -171,7 +171,7 @@ def _share_outside(engine: LocalEngine, prompts: list[list[int]], new_tokens: in
 
 @contextmanager
 def timed_kernels(functions: ctypes.CDLL) -> Iterator[Callable[[], float]]:
-    """Time every call of a library; yields how to read the seconds so far."""
+    """Time every call of a library; yields a function that returns the seconds so far."""
     total_ns = 0
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -200,7 +200,7 @@ def timed_kernels(functions: ctypes.CDLL) -> Iterator[Callable[[], float]]:
 
 
 def loading(bench: Bench) -> list[Row]:
-    """All weights of a checkpoint, packed for the kernels, against reading its files."""
+    """Rates of loading and packing all weights compared with reading the files."""
     path = bench.checkpoint(bench.size(LAYERS))
     files = sorted({entry.file for entry in Checkpoint(path).tensors.values()})
     rows = []
@@ -217,7 +217,7 @@ def loading(bench: Bench) -> list[Row]:
                 rates.append(_load(path, bench.cores) / 1e6)
         rows.append(
             Row(
-                what=f"weights load, {kind} cache",
+                what=f"loading of weights, {kind} page cache",
                 unit="MB/s",
                 measured=rates,
                 bound=bounds,
@@ -228,7 +228,7 @@ def loading(bench: Bench) -> list[Row]:
 
 
 def _load(path: Path, num_threads: int) -> float:
-    """Bytes a second of loading all weights as workers do, from the headers to huge pages."""
+    """Bytes a second of loading all weights as workers do, including headers and huge pages."""
     team = start_kernels(num_threads).team
     threads = ComputeThreads.for_threads(num_threads)
     start = time.perf_counter()
@@ -254,9 +254,9 @@ def open_engine(
     kv_cache_bytes: int | None = None,
     **options: Any,
 ) -> LocalEngine:
-    """A checkpoint's engine in bfloat16, on all cores unless ``num_threads`` says otherwise.
+    """Open an engine in bfloat16, with a thread for each core if ``num_threads`` is None.
 
-    ``options`` are those of ``LocalEngine``.
+    ``options`` are passed to ``LocalEngine``.
     """
     return LocalEngine(
         bench.checkpoint(model),
@@ -275,4 +275,4 @@ ROWS: dict[str, Callable[[Bench], Sequence[Row]]] = {
     "step": step,
     "loading": loading,
 }
-"""By the names of ``--rows``."""
+"""Name in ``--rows`` -> function that measures the rows."""

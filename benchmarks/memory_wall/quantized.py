@@ -1,7 +1,7 @@
-"""Rows of ``benchmarks.memory_wall`` for weights in codes: decode beside bfloat16.
+"""Rows of ``benchmarks.memory_wall`` for quantized weights: decode rates compared with bfloat16.
 
-Either weights are quantized while they are loaded, or experts stay in codes as a checkpoint stores
-them.
+Weights are quantized while they are loaded (``quantized``), or the checkpoint stores quantized
+experts that are used directly (``stored``).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _NEW_TOKENS = 64
 _KV_BYTES = 64 << 20
 _PLAIN = "bfloat16"
 _NUM_STORED = 32
-"""Experts of a layer that are stored in codes: both forms fit into 4 GB, and a step of one row
-reads as many of them as of 64."""
+"""Experts of a layer in ``STORED``: few enough for 4 GB, and a step of one row reads as many of
+them as of 64."""
 _ASKED_OF_EXPERTS = 0.9
-"""Least ratio to what the bytes allow."""
+"""Required ratio of the speed-up to the ratio of the bytes that are read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +44,7 @@ class Kind:
     quantize: IntegerCodes
     layers: QuantizeLayers
     asked: float
-    """Least ratio to the rate of bfloat16; of experts alone: to what the bytes allow."""
+    """Required speed-up over bfloat16; for experts alone, its ratio to the ratio of the bytes."""
 
     @property
     def name(self) -> str:
@@ -65,16 +65,16 @@ STORED = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Rates:
-    """By repeat."""
+    """Measurements, one for each repeat."""
 
     tokens_per_s: Mapping[str, list[float]]
-    """By the name of an engine; one is ``_PLAIN``."""
+    """Name of an engine, such as ``_PLAIN``, -> decode rates."""
     bandwidth: list[float]
-    """Bytes a second."""
+    """Bytes of memory that all cores read in a second."""
 
 
 def quantized(bench: Bench) -> list[Row]:
-    """4 layers of full width at batch 1, each kind beside bfloat16 in turns."""
+    """Rows of weights that are quantized on load: 4 layers of full width at batch 1."""
     model = bench.size(LAYERS)
     with threads_kept():
         engines = {_PLAIN: _open(bench, model)} | {
@@ -96,7 +96,7 @@ def quantized(bench: Bench) -> list[Row]:
 
 
 def stored(bench: Bench) -> list[Row]:
-    """The same of experts as they are stored, beside the same numbers in bfloat16."""
+    """Rows of experts that the checkpoint stores quantized, compared with their bfloat16 values."""
     return [row for model in STORED for row in _stored(bench, model)]
 
 
@@ -110,7 +110,7 @@ def _stored(bench: Bench, full: RandomModel) -> list[Row]:
         }
         rates = _measured(bench, engines)
     form = kept_banks("auto", model.described(), {})[-1].exchanges[0].form
-    assert form is not None, "its experts are in codes"
+    assert form is not None, "its experts are quantized"
     read = _step_bytes(model, form)
     what = f"4 layers of {model.family} in that width, experts in {name}"
     return [
@@ -120,13 +120,13 @@ def _stored(bench: Bench, full: RandomModel) -> list[Row]:
 
 
 def _open(bench: Bench, model: RandomModel, **options: Any) -> LocalEngine:
-    """With little KV: several are loaded at once."""
-    gc.collect()  # those of the rows before
+    """Open an engine with a small KV cache, as several are open at the same time."""
+    gc.collect()  # the engines of earlier rows
     return open_engine(bench, model, kv_cache_bytes=_KV_BYTES, **options)
 
 
 def _measured(bench: Bench, engines: Mapping[str, LocalEngine]) -> _Rates:
-    """Decode of one sequence by each engine in turns."""
+    """Measure the decode rates of one sequence on each engine in turns."""
     prompt, new = bench.tokens(_PROMPT_TOKENS), bench.tokens(_NEW_TOKENS)
     rates: dict[str, list[float]] = {name: [] for name in engines}
     bandwidth: list[float] = []
@@ -142,7 +142,7 @@ def _measured(bench: Bench, engines: Mapping[str, LocalEngine]) -> _Rates:
 
 
 def _against_memory(what: str, rates: _Rates, name: str, read: float) -> Row:
-    """``read``: bytes of a step."""
+    """Row of a decode rate; a step reads ``read`` bytes."""
     return Row(
         what=f"{what}, batch 1",
         unit="tokens/s",
@@ -156,8 +156,8 @@ def _against_plain(rates: _Rates, name: str, bound: float, asked: float) -> Row:
     mine, plain = rates.tokens_per_s[name], rates.tokens_per_s[_PLAIN]
     gains = [rate / base for rate, base in zip(mine, plain, strict=True)]
     return Row(
-        what=f"{name}, over bfloat16",
-        unit="times",
+        what=f"{name}, speed-up over bfloat16",
+        unit="factor",
         measured=gains,
         bound=[bound] * len(gains),
         asked=at_least(asked),
@@ -167,7 +167,7 @@ def _against_plain(rates: _Rates, name: str, bound: float, asked: float) -> Row:
 def _step_bytes(
     model: RandomModel, form: WeightFormat | None = None, layers: QuantizeLayers = "experts"
 ) -> float:
-    """Of a step of one row, what is not in codes in bfloat16."""
+    """Bytes of weights that a step of one row reads; unquantized weights are bfloat16."""
     return step_weight_bytes(model, 1, torch.bfloat16.itemsize, form, layers)
 
 

@@ -1,4 +1,4 @@
-"""What the rows of ``benchmarks.memory_wall`` share: their numbers, and how they are measured."""
+"""Rows of ``benchmarks.memory_wall``, and the sizes and helpers that they share."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Row:
 
     what: str
     unit: str
-    """Of both numbers."""
+    """Unit of ``measured`` and ``bound``."""
     measured: Sequence[float]
-    """By repeat."""
+    """Measured value of each repeat."""
     bound: Sequence[float]
-    """By repeat: what the machine allows, or the largest number that is asked for."""
+    """Bound of each repeat: the best value on this machine, or the largest allowed value."""
     asked: str
-    """Of the ratio."""
+    """Goal of the ratio as text."""
 
     @property
     def ratio(self) -> float:
@@ -45,27 +45,27 @@ class Row:
 
 
 def at_least(lowest: float, aim: float | None = None) -> str:
-    """What is asked of a ratio: ``>= 0.8, aim 0.9``."""
+    """Goal of a ratio that must not be lower: ``>= 0.8, aim 0.9``."""
     return f">= {lowest:g}" + (f", aim {aim:g}" if aim is not None else "")
 
 
 def at_most(highest: float, aim: float | None = None) -> str:
-    """``<= 1, aim 0.4``."""
+    """Goal of a ratio that must not be higher: ``<= 1, aim 0.4``."""
     return f"<= {highest:g}" + (f", aim {aim:.2g}" if aim is not None else "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bench:
-    """How all rows are measured."""
+    """Sizes and helpers of all rows."""
 
     folder: Path
-    """Of the checkpoints."""
+    """Folder of the checkpoints."""
     repeats: int
-    """Medians are over so many."""
+    """Measurements of each row."""
     cores: int
     """Cores that are used, and threads of a single process."""
     is_tiny: bool
-    """Tiny sizes: to see that everything runs."""
+    """Whether sizes are tiny, to check that all rows run."""
 
     def checkpoint(self, model: RandomModel) -> Path:
         """A random checkpoint with a tokenizer, written unless it is in the folder already."""
@@ -79,15 +79,15 @@ class Bench:
         return path
 
     def size(self, model: RandomModel) -> RandomModel:
-        """The model, or a tiny one."""
+        """Return the model, or a tiny one if ``is_tiny``."""
         return TINY if self.is_tiny else model
 
     def tokens(self, number: int) -> int:
-        """A number of tokens or rows, or few."""
+        """Return the number of tokens or rows, at most 8 if ``is_tiny``."""
         return min(number, 8) if self.is_tiny else number
 
     def bandwidth(self, num_threads: int) -> float:
-        """Bytes of memory a second."""
+        """Bytes of memory that threads read in a second."""
         return read_bandwidth(num_threads, _TINY_BYTES if self.is_tiny else BUFFER_BYTES)
 
     def flops(self) -> float:
@@ -95,7 +95,7 @@ class Bench:
         return matrix_rate(self.cores, _TINY_WIDTH if self.is_tiny else WIDTH)
 
     def wait(self) -> None:
-        """Wait for other processes to become quiet, but not for long."""
+        """Wait up to 10 s for other processes to be quiet."""
         wait_until_quiet(time.monotonic() + (0.0 if self.is_tiny else 10.0))
 
 
@@ -110,9 +110,9 @@ def report(rows: Sequence[Row]) -> str:
         ]
         for row in rows
     ]
-    return results.table(["what", "measured", "bound", "ratio", "asked"], cells)
+    return results.table(["row, unit", "measured", "bound", "ratio", "goals for the ratio"], cells)
 
 
 def _shown(value: float) -> str:
-    """Three digits of a number that has no more before the point."""
+    """Format a value with three significant digits, or as an integer from 100."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,12 +1,12 @@
-"""How close the engine and its workers come to what the machine allows, row by row.
+"""Speed of the engine and its workers compared with the bounds that the machine sets.
 
 python -m benchmarks.memory_wall [--rows decode,prefill] [--folder FOLDER] [--cores N]
 
-Each row measures a number and its bound in turns, in the same process or beside it, so that other
-load on the machine hits both alike. Models are random OLMoEs in bfloat16, but for ``quantized``
-(int8 and int4 too) and ``stored`` (experts in float8 and MXFP4). ``whole`` needs 14 GB of disk and
-16 GB of memory, and runs only where it is named. The comparison with other engines is
-``benchmarks.peers``. The result is a Markdown section.
+Each row measures a number and its bound in turns, so that other load on the machine affects both
+alike. The models are random OLMoEs in bfloat16; ``quantized`` also measures int8 and int4, and
+``stored`` measures experts in float8 and MXFP4. ``whole`` needs 14 GB of disk and 16 GB of memory,
+and runs only if it is named. ``benchmarks.peers`` compares the engine with other engines. The
+output is a Markdown section.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from cluster.cli.terminal.arguments import count
 logger = logging.getLogger(__name__)
 
 ROWS = {**wall_engine.ROWS, **wall_quantized.ROWS, **wall_workers.ROWS}
-"""By the names of ``--rows``, in the order of the table."""
+"""Name in ``--rows`` -> function that measures the rows, in the order of the table."""
 _BY_DEFAULT = tuple(name for name in ROWS if name != "whole")
 
 
@@ -49,13 +49,21 @@ def make_parser() -> argparse.ArgumentParser:
         type=_names,
         default=_BY_DEFAULT,
         metavar="ROW,ROW",
-        help=f"of {','.join(ROWS)} (all but whole)",
+        help=f"of {','.join(ROWS)} (all except whole)",
     )
-    text = "where random checkpoints stay, up to 20 GB of them (a temporary one)"
+    text = "folder of the random checkpoints, up to 20 GB (a temporary one)"
     parser.add_argument("--folder", type=Path, metavar="FOLDER", help=text)
-    parser.add_argument("--repeats", type=count, default=5, metavar="N", help="medians of (5)")
-    parser.add_argument("--cores", type=count, metavar="N", help="use so many (all)")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that all runs")
+    parser.add_argument(
+        "--repeats",
+        type=count,
+        default=5,
+        metavar="N",
+        help="measurements of each row, whose medians are shown (5)",
+    )
+    parser.add_argument("--cores", type=count, metavar="N", help="cores to use (all)")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny model, to check that all rows run"
+    )
     return parser
 
 
@@ -88,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(args: argparse.Namespace, num_cores: int) -> list[Row]:
-    """The rows, one after the other."""
+    """Measure the rows in order."""
     found: list[Row] = []
     with ExitStack() as stack:
         folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -103,16 +111,16 @@ def measure(args: argparse.Namespace, num_cores: int) -> list[Row]:
 
 def _words(args: argparse.Namespace, num_cores: int) -> str:
     return (
-        "## Memory wall\n\nRandom OLMoE in bfloat16: unless a row says otherwise, hidden "
-        f"{MINI.hidden}, {MINI.layers} layers, {MINI.experts} experts top-{MINI.top_k}, ffn "
-        f"{MINI.ffn}, vocabulary {MINI.vocab}; {num_cores} cores, prompts of 128 random tokens and "
-        "64 new ones, greedy. Bounds of decode rates: the weights of a step, codes with their "
-        "scales, read once at the rate that all cores (with two workers: one core, as they read in "
-        "turns) read memory with; of prefill: the operations of the products and of attention at "
-        "the rate of a large product; "
-        "of loading: reading the same files. Two workers at most use (Ta + Te) / (2 max(Ta, Te)) "
-        "of their cores, Ta and Te being the times of a step's parts in one process with one "
-        f"thread and as many micro-batches. Medians of {args.repeats} repeats, number and bound in "
-        "turns; ratios are medians of the ratios within a repeat. Where no bound comes from the "
-        "machine it is the largest value that is asked for."
+        f"## Memory wall\n\nThe model is a random OLMoE in bfloat16 with hidden {MINI.hidden}, "
+        f"{MINI.layers} layers, {MINI.experts} experts top-{MINI.top_k}, ffn {MINI.ffn} and "
+        f"vocabulary {MINI.vocab}, unless a row names another one. It runs on {num_cores} cores "
+        "with prompts of 128 random tokens, 64 new tokens and greedy sampling. Bounds: a decode "
+        "step reads its weights (quantized weights with their scales) once, at the rate at which "
+        "all cores read memory; with 1 + 1 workers one core, as attention and experts read in "
+        "turns. A prefill runs its operations at the rate of a large matrix product. Loading reads "
+        "the same files. 1 + 1 workers use at most (Ta + Te) / (2 max(Ta, Te)) of their cores, "
+        "where Ta and Te are the times of attention and experts in a step on one thread. A worker "
+        "holds its weights once, the KV cache and a constant. In the other rows the bound is the "
+        f"largest allowed value. All values are medians of {args.repeats} repeats; a ratio is the "
+        "median of the ratios within a repeat. Goals: the required ratio, and the ratio aimed at."
     )

@@ -24,14 +24,14 @@ _BATCH = 32
 _PROMPT_TOKENS = 128
 _NEW_TOKENS = 64
 _WHOLE_TOKENS = 32
-"""Of a prompt, and new ones, of the whole OLMoE-1B-7B."""
+"""Prompt tokens, and new tokens, of the whole OLMoE-1B-7B."""
 _EXCHANGE_ROWS = 8
 _EXCHANGE_DEADLINE_S = 600.0
 _EXCHANGE_LIMIT_US, _EXCHANGE_AIM_US = 150.0, 60.0
 
 
 class _FullSteps(StepSums):
-    """Sums of those steps in which all sequences decode."""
+    """Sums of the steps in which all sequences decode."""
 
     def __init__(self, batch: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class _FullSteps(StepSums):
         return header.decode_rows == self._batch and not header.prefill_rows
 
     def take(self) -> tuple[float, float]:
-        """Milliseconds of a mean step in attention and in experts; forgets them."""
+        """Return mean milliseconds of a step in attention and in experts, and reset the sums."""
         found = self.results()["decode"]
         self.clear()
         experts = found["stages_ms"]["dispatch"]
@@ -50,7 +50,7 @@ class _FullSteps(StepSums):
 
 
 class _OneCore:
-    """The model in one process with one thread: what each part of a step takes a core."""
+    """The model in one process with one thread, to time attention and experts on one core."""
 
     def __init__(self, bench: Bench, batch: int, num_micro_batches: int) -> None:
         self._sums = _FullSteps(batch)
@@ -60,13 +60,13 @@ class _OneCore:
         )
 
     def measure(self, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
-        """See ``_FullSteps.take``."""
+        """Run a batch; returns mean milliseconds of a step in attention and in experts."""
         run_batch(self._engine, prompts, new_tokens, lambda: self._timer.end_step("sample"))
         return self._sums.take()
 
 
 def workers(bench: Bench) -> list[Row]:
-    """1 + 1 workers with a core each, seen from their engine stream."""
+    """Rows of 1 + 1 workers with a core each, measured at their engine stream."""
     model = bench.size(MINI)
     batch, new = bench.tokens(_BATCH), bench.tokens(_NEW_TOKENS)
     prompt = bench.tokens(_PROMPT_TOKENS)
@@ -89,8 +89,8 @@ def workers(bench: Bench) -> list[Row]:
             bounds.append(decode_bound(model, 1, bench.bandwidth(1)))
     rows = [
         Row(
-            what=f"1 + 1 workers, batch {batch}, micro-batches {parts}, share of 2 cores in use",
-            unit="of 1",
+            what=f"use of 2 cores by 1 + 1 workers, batch {batch}, micro-batches: {parts}",
+            unit="fraction",
             measured=used[parts],
             bound=caps[parts],
             asked=at_least(0.9, 0.95),
@@ -98,7 +98,7 @@ def workers(bench: Bench) -> list[Row]:
         for parts in _LAYOUTS
     ]
     single = Row(
-        what="1 + 1 workers, batch 1",
+        what="decode, 1 + 1 workers, batch 1",
         unit="tokens/s",
         measured=rates,
         bound=bounds,
@@ -108,7 +108,7 @@ def workers(bench: Bench) -> list[Row]:
 
 
 def whole(bench: Bench) -> list[Row]:
-    """OLMoE-1B-7B with random weights on 1 + 1 workers with a core each."""
+    """Decode rate of OLMoE-1B-7B with random weights on 1 + 1 workers with a core each."""
     model, tokens = bench.size(WHOLE), bench.tokens(_WHOLE_TOKENS)
     rates, bounds = [], []
     with running(["ray"], bench.checkpoint(model)) as systems:
@@ -118,7 +118,7 @@ def whole(bench: Bench) -> list[Row]:
             bounds.append(decode_bound(model, 1, bench.bandwidth(1)))
     return [
         Row(
-            what="random OLMoE-1B-7B, 1 + 1 workers, batch 1",
+            what="decode, random OLMoE-1B-7B, 1 + 1 workers, batch 1",
             unit="tokens/s",
             measured=rates,
             bound=bounds,
@@ -143,7 +143,7 @@ def _rate(times: Times) -> float:
 
 
 def exchange(bench: Bench) -> list[Row]:
-    """Dispatch and combine of one layer, without what the experts compute."""
+    """Time of dispatch and combine in one layer, without the experts' computation."""
     rows = []
     for width in (MINI.hidden, LAYERS.hidden):
         shape = Shape(
@@ -164,7 +164,7 @@ def exchange(bench: Bench) -> list[Row]:
             medians.append(found["exchange_us"]["median"] - found["experts_us"]["median"])
         rows.append(
             Row(
-                what=f"exchange of a layer, 1 + 2 workers, {_EXCHANGE_ROWS} rows of {width}",
+                what=f"exchange of a layer, 1 + 2 workers, {_EXCHANGE_ROWS} rows of width {width}",
                 unit="us",
                 measured=medians,
                 bound=[_EXCHANGE_LIMIT_US] * bench.repeats,
@@ -175,11 +175,11 @@ def exchange(bench: Bench) -> list[Row]:
 
 
 def memory(bench: Bench) -> list[Row]:
-    """Most memory of 1 + 2 workers, beside the interpreter with its libraries; once."""
+    """Peak memory of 1 + 2 workers without the interpreter and its libraries, measured once."""
     found = memory_of_workers(bench.checkpoint(bench.size(MINI)), "bfloat16")
     return [
         Row(
-            what=f"peak memory of {name}: weights once, KV, a constant",
+            what=f"peak memory of {name}",
             unit="MB",
             measured=[worker.peak / 1e6],
             bound=[worker.limit / 1e6],
@@ -195,4 +195,4 @@ ROWS: dict[str, Callable[[Bench], Sequence[Row]]] = {
     "memory": memory,
     "whole": whole,
 }
-"""By the names of ``--rows``."""
+"""Name in ``--rows`` -> function that measures the rows."""

@@ -207,7 +207,7 @@ def replay(
     speed: float = 1.0,
     rules: Rules = ALONE,
 ) -> Outcome:
-    """Route all requests; requests of the same time are routed shortest first, as in the gateway."""
+    """Route all requests; those of the same time shortest first, as the gateway does."""
     index = KvIndex()
     workers = {f"w{i}": Worker(f"w{i}", index, rules) for i in range(NUM_WORKERS)}
     uses_index = policy is RoutingPolicy.KV
