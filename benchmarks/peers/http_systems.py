@@ -1,4 +1,4 @@
-"""Servers that are compared over HTTP, ours and others, each a process with one model loaded."""
+"""Servers that are measured over HTTP: processes of expertmesh and vLLM with one model each."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SOURCE = Path(__file__).resolve().parents[2]
 
 
 class HttpSystem:
-    """One server. Idle unless it generates."""
+    """One server process with its log file."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class HttpSystem:
         ready_path: str,
         log: Path,
     ) -> None:
-        """Start it; both outputs go to ``log``. ``ready_path`` answers 200 once it serves."""
+        """Start the server, with output to ``log``; ``ready_path`` returns 200 when it serves."""
         self.url = url
         self._name, self._ready_url, self._log = name, f"{url}{ready_path}", log
         with log.open("wb") as output:
@@ -52,7 +52,7 @@ class HttpSystem:
             )
 
     def wait_loaded(self) -> None:
-        """Raises ``RuntimeError`` when it does not start."""
+        """Wait until the server serves. Raises ``RuntimeError`` if it does not start."""
         deadline = time.monotonic() + START_LIMIT_S
         while not self._is_ready():
             if self._process.poll() is not None:
@@ -69,7 +69,7 @@ class HttpSystem:
             return False
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Times:
-        """Serve a batch, all requests at once; by sequence the seconds to each token.
+        """Serve a batch of concurrent requests; returns the seconds to each token of each sequence.
 
         Raises ``RuntimeError`` for a request that fails or has another number of tokens.
         """
@@ -80,7 +80,7 @@ class HttpSystem:
         return times
 
     def close(self) -> None:
-        """End it and its children."""
+        """End the process and its children."""
         self._process.send_signal(signal.SIGTERM)
         try:
             self._process.wait(_END_LIMIT_S)
@@ -90,7 +90,7 @@ class HttpSystem:
 
 
 def start_ours(name: str, checkpoint: Path, dtype: str, layout: Sequence[str]) -> HttpSystem:
-    """``expertmesh serve`` with the options of a layout, everything else as by default."""
+    """Start ``expertmesh serve`` with ``options``, and defaults otherwise."""
     port = free_port(HOST)
     command = [
         *(sys.executable, "-m", "cluster.cli.main", "serve", str(checkpoint)),
@@ -112,7 +112,7 @@ def start_ours(name: str, checkpoint: Path, dtype: str, layout: Sequence[str]) -
 def start_vllm(
     name: str, folder: Path, checkpoint: Path, dtype: str, cores: Sequence[int], tokens: int
 ) -> HttpSystem:
-    """``vllm serve`` of the virtual environment ``folder``, on these cores.
+    """Start ``vllm serve`` of the virtual environment ``folder`` on these cores.
 
     ``tokens`` is the longest sequence.
     """
@@ -142,7 +142,7 @@ def start_vllm(
 
 
 async def stream_all(url: str, prompts: Sequence[Sequence[int]], new_tokens: int) -> Times:
-    """One connection for each request, as different users have."""
+    """Stream all prompts, each on a separate connection."""
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, force_close=True),
         timeout=aiohttp.ClientTimeout(total=BATCH_LIMIT_S),
@@ -162,7 +162,7 @@ async def _stream(
     new_tokens: int,
     start: float,
 ) -> list[float]:
-    """Seconds from ``start`` to each token of a streamed completion."""
+    """Stream one completion; returns the seconds from ``start`` to each of its tokens."""
     body = {
         "model": "model",
         "prompt": list(prompt),
@@ -184,7 +184,7 @@ async def _stream(
 
 
 def _num_tokens(event: Mapping[str, Any]) -> int:
-    """Tokens that an event brings. Raises ``RuntimeError`` for one that reports an error."""
+    """Number of tokens in an event. Raises ``RuntimeError`` if the event reports an error."""
     if "error" in event:
         raise RuntimeError(str(event["error"]))
     return sum(len(choice.get("token_ids") or ()) for choice in event["choices"])

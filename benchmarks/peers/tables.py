@@ -1,4 +1,4 @@
-"""The tables of ``benchmarks.peers``: rates with their bounds, and ratios at equal weights."""
+"""Tables of ``benchmarks.peers``: rates with their bounds, and ratios with equal weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAYOUTS: Mapping[str, tuple[str, ...]] = {
     "local": ("--mode", "local"),
     "1 + 1": ("--num-attention-workers", "1", "--num-expert-workers", "1"),
 }
-"""Options of ``expertmesh serve``, by the name in the tables."""
+"""Name of a layout in the tables -> options of ``expertmesh serve``."""
 VLLM, TRANSFORMERS, LLAMA = "vLLM", "transformers", "llama.cpp"
 _RATIOS = (
     ("local", TRANSFORMERS),
@@ -30,23 +30,23 @@ _RATIOS = (
     ("local", LLAMA),
     ("1 + 1", "local"),
 )
-"""What is compared: (system, base)."""
+"""Pairs of compared systems: (system, base)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    """One way to keep weights."""
+    """Format of the weights in expertmesh and in llama.cpp."""
 
     dtype: Literal["bfloat16", "float32"]
-    """What is computed in; the type of all weights but those that are quantized."""
+    """Dtype of the computation and of all weights that are not quantized."""
     quantize: IntegerCodes | None = None
-    """Of all products of ours; None: none are."""
+    """Format of all matrix products in expertmesh; None if they are not quantized."""
     ggml: GgmlType | None = None
-    """Of the same matrices in llama.cpp; None: it is not measured."""
+    """Format of the same matrices in llama.cpp; None if llama.cpp is not measured."""
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number in ``dtype``."""
+        """Bytes of an element of ``dtype``."""
         return {"bfloat16": 2, "float32": 4}[self.dtype]
 
 
@@ -56,9 +56,9 @@ WEIGHTS: Mapping[str, Weights] = {
     "int8": Weights(dtype="bfloat16", quantize="int8", ggml=Q8_0),
     "int4": Weights(dtype="bfloat16", quantize="int4", ggml=Q4_0),
 }
-"""By the names of ``--dtype``."""
+"""Name in ``--dtype`` -> weights."""
 PLAIN = tuple(name for name, weights in WEIGHTS.items() if weights.quantize is None)
-"""Those that are not quantized."""
+"""Names of the weights that are not quantized."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -66,30 +66,33 @@ class Row:
     """One system of the tables."""
 
     system: str
-    """Name."""
+    """Name of the system."""
     weights: str
-    """How it keeps them: a name of ``WEIGHTS``."""
+    """Name of its weights in ``WEIGHTS``."""
 
 
 Samples = Mapping[Row, Mapping[int, Sequence[Sample]]]
-"""By system and batch size, in the order of the repeats."""
+"""System -> batch size -> samples in the order of the repeats."""
 
 
 @dataclass(slots=True)
 class Found:
-    """What was measured."""
+    """Results of all systems."""
 
     samples: dict[Row, dict[int, list[Sample]]] = field(default_factory=dict)
-    """See ``Samples``."""
+    """System -> batch size -> samples in the order of the repeats."""
     bandwidth: list[float] = field(default_factory=list)
-    """Bytes a second that all cores read, by repeat."""
+    """Bytes of memory that all cores read in a second, in each repeat."""
     absent: dict[str, str] = field(default_factory=dict)
     """Name of a system -> why it was not measured."""
 
 
 def report(args: argparse.Namespace, model: RandomModel, num_cores: int, found: Found) -> str:
-    """The section: what was done, rates with the bound, ratios."""
-    head = ["system", *(f"{what} {b}" for b in args.batch for what in ("tokens/s", "decode"))]
+    """Return the Markdown section: conditions, rates with the bounds, ratios."""
+    head = [
+        "system",
+        *(f"{what}, batch {b}" for b in args.batch for what in ("tokens/s", "decode tokens/s")),
+    ]
     rows = []
     for row, by_batch in sorted(found.samples.items()):
         medians = [median_of(samples) for samples in by_batch.values()]
@@ -107,14 +110,14 @@ def report(args: argparse.Namespace, model: RandomModel, num_cores: int, found: 
         if name not in PLAIN:
             ratios += _ratio_rows(args, model, found, (name,), f", {name}")
     if ratios:
-        parts.append(table(["ratio", *map(str, args.batch)], ratios))
+        parts.append(table(["ratio", *(f"batch {b}" for b in args.batch)], ratios))
     return "\n\n".join(parts)
 
 
 def bound(model: RandomModel, found: Found, batch: int, name: str) -> float:
     """Tokens a second of a decode step that reads each weight once and does nothing else.
 
-    ``name``: of ``WEIGHTS``, in our formats.
+    ``name`` is a name in ``WEIGHTS``; its format in expertmesh counts.
     """
     weights = WEIGHTS[name]
     form = FORMATS[weights.quantize] if weights.quantize else None
@@ -124,7 +127,7 @@ def bound(model: RandomModel, found: Found, batch: int, name: str) -> float:
 
 
 def best(samples: Samples, system: str, batch: int, among: Sequence[str] = PLAIN) -> Row | None:
-    """A system's fastest weights of some at a batch size; None if none were measured."""
+    """A system with its fastest weights in ``among`` at a batch size; None if not measured."""
     rows = [row for row in samples if row.system == system and row.weights in among]
     return max(rows, key=lambda r: median_of(samples[r][batch]).tokens_per_s, default=None)
 
@@ -136,9 +139,9 @@ def _ratio_rows(
     among: Sequence[str],
     suffix: str = "",
 ) -> list[list[str]]:
-    """Ratios of tokens/s within a repeat, and our decode rates as shares of the bound.
+    """Rows of ratios: tokens/s within a repeat, and decode rates of expertmesh to the bound.
 
-    Of each system with the fastest weights ``among`` some; ``suffix`` names them.
+    Each system counts with its fastest weights in ``among``; ``suffix`` names them in the labels.
     """
     rows = []
     for system, base in _RATIOS:
@@ -157,23 +160,25 @@ def _ratio_rows(
                 rate = median_of(found.samples[mine][batch]).decode_tokens_per_s
                 cells.append(f"{rate / bound(model, found, batch, mine.weights):.2f}")
         if cells:
-            rows.append([f"{system}, decode / bound{suffix}", *cells])
+            rows.append([f"{system}, decode rate / bound{suffix}", *cells])
     return rows
 
 
 def _words(args: argparse.Namespace, model: RandomModel, num_cores: int, found: Found) -> str:
     bandwidth = statistics.median(found.bandwidth) / 1e9
     words = (
-        f"## Peers\n\nRandom OLMoE: hidden {model.hidden}, {model.layers} layers, {model.experts} "
-        f"experts top-{model.top_k}, ffn {model.ffn}, vocabulary {model.vocab}. Prompts of "
-        f"{args.input_len} random tokens, {args.output_len} new ones, greedy, end of text ignored; "
-        f"{num_cores} cores and as many threads for each system. `local`, `1 + 1` workers and vLLM "
-        "stream over HTTP, transformers (`generate`) and llama.cpp run in a process without a "
-        "server. `tokens/s` of the batch includes the prefill, `decode` is the rate while all "
-        "sequences decode. The bound of the decode rate: the weights of a step, read once at the "
-        f"{bandwidth:.1f} GB/s that {num_cores} threads read memory with in the same runs. Medians "
-        f"of {args.repeats} runs in turns; ratios are of `tokens/s`, medians of the ratios within "
-        "a run, each system in its faster type."
+        f"## Peers\n\nAll systems run the same random OLMoE (hidden {model.hidden}, {model.layers} "
+        f"layers, {model.experts} experts top-{model.top_k}, ffn {model.ffn}, vocabulary "
+        f"{model.vocab}) with prompts of {args.input_len} random tokens, {args.output_len} new "
+        f"tokens and greedy sampling, on {num_cores} cores with {num_cores} threads each. `local` "
+        "is expertmesh in one process (`--mode local`), `1 + 1` is one attention and one expert "
+        "worker; both and vLLM stream over HTTP. transformers (`generate`) and llama.cpp run "
+        "without a server. Tokens/s of a batch include the prefill; decode tokens/s are the rate "
+        "while all sequences decode. The bound of the decode rate is to read the weights of a step "
+        f"once, at the {bandwidth:.1f} GB/s at which {num_cores} threads read memory in the same "
+        f"runs. All values are medians of {args.repeats} runs, in which the systems take turns. A "
+        "ratio of systems is the median of the ratios of tokens/s within a run, each system with "
+        "its faster dtype."
     )
     if quantized := [name for name in args.dtype if name not in PLAIN]:
         words += " " + _words_of_codes(quantized)
@@ -181,7 +186,7 @@ def _words(args: argparse.Namespace, model: RandomModel, num_cores: int, found: 
 
 
 def _words_of_codes(quantized: Sequence[str]) -> str:
-    """``quantized``: names of ``WEIGHTS``."""
+    """Explain the quantized formats with these names in ``WEIGHTS``."""
     parts = []
     for name in quantized:
         weights = WEIGHTS[name]
@@ -190,14 +195,14 @@ def _words_of_codes(quantized: Sequence[str]) -> str:
         mine, other = _bits(FORMATS[weights.quantize]), weights.ggml.bits
         parts.append(f"{name} {mine:g} here and {other:g} in llama.cpp ({weights.ggml.name})")
     return (
-        "Bits a number of the matrices of attention, experts and head, with scales: "
-        f"{', '.join(parts)}; the embedding stays in bfloat16. The bounds are those of our "
-        "formats. Ratios that name a format compare systems in it, the others in bfloat16 and "
-        "float32."
+        "Bits of a quantized element in attention, experts and head, scales included: "
+        f"{', '.join(parts)}; the embedding stays in bfloat16. Bounds count the formats of "
+        "expertmesh. A ratio with the name of a format compares the systems in this format; the "
+        "other ratios compare bfloat16 or float32."
     )
 
 
 def _bits(form: WeightFormat) -> float:
-    """Of a number, with its share of a scale."""
+    """Bits of an element, including its part of a scale."""
     assert form.group is not None, "it has groups"
     return 8 * form.num_bytes((1, form.group)) / form.group
