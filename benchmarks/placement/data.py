@@ -1,4 +1,4 @@
-"""Expert loads that placements are measured on: real ones, real ones made larger, made-up ones."""
+"""Expert loads for placements: measured, extended from measured ones, and random."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def olmoe() -> dict[str, Floats]:
 
 @functools.cache
 def mixtral() -> dict[str, Floats]:
-    """Kind of text -> [3 layers, 8 experts]; played no part in making the planner."""
+    """Kind of text -> [3 layers, 8 experts] shares; not used to develop the planner."""
     return _counts("mixtral8x7b_expert_counts.json")
 
 
@@ -40,7 +40,7 @@ def _unit(loads: Floats) -> Floats:
 
 
 def dots_like(loads: Floats, layers: int = 61, seed: int = 0) -> Floats:
-    """[layers, 128]: each layer two of three measured ones, shuffled, bent and joined."""
+    """Loads [layers, 128]; each layer joins two shuffled and distorted layers of ``loads``."""
     generator = np.random.default_rng(seed)
     found = []
     for _ in range(layers):
@@ -53,20 +53,20 @@ def dots_like(loads: Floats, layers: int = 61, seed: int = 0) -> Floats:
 
 
 def lognormal(experts: int, spread: float, layers: int = 15, seed: int = 7) -> Floats:
-    """[layers, experts] independent loads; played no part in making the planner."""
+    """Independent loads [layers, experts]; not used to develop the planner."""
     generator = np.random.default_rng(seed)
     return _unit(np.exp(spread * generator.normal(size=(layers, experts))))
 
 
 def zipf(experts: int, power: float, layers: int = 15, seed: int = 7) -> Floats:
-    """[layers, experts] loads that fall by a power of the rank; as above."""
+    """Loads [layers, experts] that fall by a power of the rank; not used in development."""
     generator = np.random.default_rng(seed)
     ranks = np.array([generator.permutation(experts) for _ in range(layers)]) + 1.0
     return _unit(ranks**-power)
 
 
 def dirichlet(experts: int, concentration: float, layers: int = 15, seed: int = 7) -> Floats:
-    """[layers, experts] loads drawn evenly from all that are as concentrated; as above."""
+    """Loads [layers, experts] from a Dirichlet distribution; not used in development."""
     generator = np.random.default_rng(seed)
     return generator.dirichlet(np.full(experts, concentration), layers) + 1e-9
 
@@ -79,7 +79,7 @@ def token_rows() -> dict[str, Ints]:
 
 
 def routes(counts: Ints, num_tokens: int, seed: int = 0) -> Ints:
-    """[num_tokens, 8] experts: token ids by their frequency, then sets by the id's own counts."""
+    """Experts [num_tokens, 8] of token ids sampled by frequency, from the counts of each id."""
     generator = np.random.default_rng(seed)
     frequency = counts.sum(1) / counts.sum()
     ids = generator.choice(len(counts), num_tokens, p=frequency)
@@ -87,13 +87,13 @@ def routes(counts: Ints, num_tokens: int, seed: int = 0) -> Ints:
 
 
 def draw(weights: Floats, generator: np.random.Generator) -> Ints:
-    """[rows, experts] -> [rows, 8] distinct experts, each next one in proportion to its weight."""
+    """Sample distinct experts [rows, 8] without replacement by weights [rows, experts]."""
     keys = np.log(weights + 1e-9) + generator.gumbel(size=weights.shape)
     return np.asarray(np.argpartition(-keys, TOP_K, axis=-1)[..., :TOP_K])
 
 
 def coactivation(counts: Ints) -> Floats:
-    """[64, 64] how often two experts are expected in one token's set."""
+    """Expected numbers [64, 64] of tokens that choose two experts together."""
     tokens = counts.sum(1) / TOP_K
     known = tokens > 0
     chance = np.minimum(counts[known] / tokens[known, None], 1.0)
@@ -101,7 +101,7 @@ def coactivation(counts: Ints) -> Floats:
 
 
 def profile(loads: Floats, top_k: int = TOP_K) -> LoadProfile:
-    """One bank a layer."""
+    """Return a load profile with one bank for each layer."""
     banks = tuple(
         BankLoad(bank="mlp", layer=layer, counts=tuple(map(float, row)))
         for layer, row in enumerate(loads)

@@ -1,4 +1,4 @@
-"""What is measured of placements: balance, windows of changing load, decode steps, rows a token."""
+"""Measures of placements: balance, windows of changing load, decode steps, rows of a token."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def bound(load: Floats, devices: int, redundant: int) -> float:
 
 
 def over_bound(plan: Plan, loads: Floats, devices: int, redundant: int) -> list[float]:
-    """Balancedness of each layer over its bound."""
+    """Balancedness of each layer divided by its bound."""
     bounds = [bound(load, devices, redundant) for load in loads]
     return [b / limit for b, limit in zip(plan.balancedness, bounds, strict=True)]
 
 
 def eplb_siblings(loads: Floats, devices: int, redundant: int) -> float:
-    """Share of EPLB's spare copies that stand beside another copy of their expert."""
+    """Fraction of EPLB's spare slots whose expert has another copy on the same device."""
     slots = loads.shape[1] + devices * redundant
     slots = -(-slots // devices) * devices
     maps = eplb.rebalance(loads, num_slots=slots, num_devices=devices)
@@ -51,24 +51,24 @@ def eplb_siblings(loads: Floats, devices: int, redundant: int) -> float:
 
 
 def num_siblings(placement: ExpertPlacement) -> int:
-    """Copies beside another of the same expert."""
+    """Number of slots whose expert has another copy on the same device."""
     return sum(siblings(bank.physical_to_logical) for bank in placement.banks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Window:
-    """One re-planning."""
+    """Result of the plan for one window of load."""
 
     balancedness: float
-    """Mean over layers, under the window's own load, after re-planning."""
+    """Mean over the layers, under the load of the window, after the plan."""
     moved: float
-    """Share of the slots that changed."""
+    """Fraction of the slots that the plan moved."""
 
 
 def follow(
     loads: Iterable[Floats], start: Floats, topology: PlannedTopology, fractions: Iterable[float]
 ) -> list[Window]:
-    """Re-plan in every window, each with its move budget, from what the one before left."""
+    """Plan for each window with its limit of moves, starting from the placement before."""
     placement = mesh.plan(profile(start), topology).placement
     windows = []
     for load, fraction in zip(loads, fractions, strict=False):
@@ -81,7 +81,7 @@ def follow(
 
 
 def follow_eplb(loads: Iterable[Floats], start: Floats, topology: PlannedTopology) -> list[Window]:
-    """The same with EPLB, which has no budget and starts over each time."""
+    """Plan for each window with EPLB, which has no limit of moves."""
     placement = eplb.plan(profile(start), topology).placement
     windows = []
     for load in loads:
@@ -93,33 +93,33 @@ def follow_eplb(loads: Iterable[Floats], start: Floats, topology: PlannedTopolog
 
 
 def noise(base: Floats, windows: int, seed: int = 0) -> list[Floats]:
-    """Each window is the base with 10% lognormal noise of its own."""
+    """Loads of windows that are the base with independent 10% lognormal noise."""
     generator = np.random.default_rng(seed)
     return [base * np.exp(0.1 * generator.normal(size=base.shape)) for _ in range(windows)]
 
 
 def walk(base: Floats, windows: int, seed: int = 0) -> list[Floats]:
-    """10% lognormal noise on the window before: it adds up."""
+    """Loads of windows, each with 10% lognormal noise on the window before."""
     generator = np.random.default_rng(seed)
     steps = 0.1 * generator.normal(size=(windows, *base.shape))
     return list(base * np.exp(steps.cumsum(0)))
 
 
 def drift(base: Floats, other: Floats, windows: int, part: float = 0.1) -> list[Floats]:
-    """Every window goes ``part`` of the way that is left to another load."""
+    """Loads of windows, each closer by ``part`` to another load than the window before."""
     return [other + (base - other) * (1 - part) ** (i + 1) for i in range(windows)]
 
 
 def decode_batches(load: Floats, rows: int, count: int) -> Ints:
-    """[count, rows, 8] experts of decode steps of ``rows`` rows."""
+    """Sampled experts [count, rows, 8] of ``count`` decode steps with ``rows`` rows."""
     generator = np.random.default_rng(0)
     return draw(np.tile(load, (count * rows, 1)), generator).reshape(count, rows, -1)
 
 
 def decode_ratio(batches: Ints, bank: BankPlacement, hashed: bool = False) -> float:
-    """Activated slots of the worst device over ceil(distinct / devices): mean of ``batches``.
+    """Mean ratio of the busiest device's activated slots to ceil(distinct experts / devices).
 
-    ``hashed``: every row picks a copy of its own, as without a decode table.
+    With ``hashed`` every row uses a random copy of its expert, as without decode devices.
     """
     count = len(batches)
     chosen = batches.reshape(count, -1)
@@ -133,7 +133,7 @@ def decode_ratio(batches: Ints, bank: BankPlacement, hashed: bool = False) -> fl
 
 
 def _picked_copies(chosen: Ints, bank: BankPlacement) -> Ints:
-    """A device with a copy for each row and expert, every copy as likely."""
+    """For each row and expert, a random device with a copy of the expert."""
     copies = [[d for d, _ in bank.logical_to_physical(e)] for e in range(bank.num_experts)]
     table = np.zeros((bank.num_experts, max(map(len, copies))), dtype=np.int64)
     for expert, places in enumerate(copies):
@@ -144,7 +144,7 @@ def _picked_copies(chosen: Ints, bank: BankPlacement) -> Ints:
 
 
 def rows_a_token(bank: BankPlacement, routes: Ints, seed: int = 0) -> float:
-    """Devices that a token goes to, each once, with copies picked by the split weights."""
+    """Mean number of devices that a token is sent to, with copies chosen by split weights."""
     generator = np.random.default_rng(seed)
     copies = [bank.logical_to_physical(e) for e in range(bank.num_experts)]
     width = max(map(len, copies))
@@ -160,7 +160,7 @@ def rows_a_token(bank: BankPlacement, routes: Ints, seed: int = 0) -> float:
 
 
 def speed() -> tuple[float, float]:
-    """Seconds of CPU for a plan from scratch and for one from a placement, in a process of its own.
+    """CPU seconds of a plan without an earlier placement and of one with it, in a new process.
 
     128 experts x 61 layers x 64 devices, one thread; medians.
     """

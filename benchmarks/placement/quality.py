@@ -1,4 +1,4 @@
-"""The quality of placements: ours beside EPLB, contiguous and random plans, in one run.
+"""Quality of placements: the planner of expertmesh, EPLB, contiguous and random placements.
 
 python -m benchmarks.run --only placement
 """
@@ -21,26 +21,26 @@ from cluster.sizing.replay import POLICIES, ExpertStepCost, simulate
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
-    """How much is measured."""
+    """Sizes of the measurement."""
 
     devices: tuple[int, ...]
     """Numbers of devices for the 64 experts of OLMoE."""
     domains: tuple[str, ...]
     """Kinds of text."""
     windows: int
-    """Re-plannings in a row."""
+    """Windows of load in a row, each with one plan."""
     layers: int
     """Layers of the dots-like model."""
     tokens: int
-    """Tokens for the rows a token."""
+    """Tokens from which the rows of a token are computed."""
     batches: int
-    """Decode batches that are drawn for each layer."""
+    """Sampled decode batches of each layer."""
     devices_simulated: tuple[int, ...]
     """Numbers of devices for the simulation."""
     layers_simulated: int
-    """Its layers."""
+    """Layers of the simulation."""
     windows_simulated: int
-    """Its windows."""
+    """Windows of the simulation."""
     has_speed: bool
     """Whether planning is timed."""
 
@@ -72,7 +72,7 @@ QUICK = Size(
 
 
 def section(quick: bool) -> str:
-    """All tables."""
+    """Return the Markdown section with all tables."""
     size = QUICK if quick else FULL
     parts: Sequence[Callable[[Size], str]] = (
         balance,
@@ -84,22 +84,36 @@ def section(quick: bool) -> str:
         simulation,
         speed,
     )
-    head = "## Expert placement\n\nR = 1: one spare slot per device and layer."
+    head = (
+        "## Expert placement\n\nR is the number of spare expert slots for each device and layer (1 "
+        "unless a row names another number), G the number of devices, B the rows of a decode step. "
+        "Balancedness is the mean load of the devices divided by the load of the busiest device. "
+        "The planners: `contiguous` places experts in order, `random` at random, `EPLB` is "
+        "DeepSeek's algorithm, `mesh` is the planner of expertmesh. The loads of OLMoE are router "
+        "counts of OLMoE-1B-7B on five kinds of text."
+    )
     return "\n\n".join([head, *(part(size) for part in parts)])
 
 
 def balance(size: Size) -> str:
-    """From scratch, on the loads that the planner was made with."""
+    """Plans without an earlier placement, for loads that were used to develop the planner."""
     olmoe = np.concatenate([data.olmoe()[d] for d in size.domains])
     lines = [_balance_row(f"OLMoE, G={g}", olmoe, g, 1) for g in size.devices]
     lines += [_balance_row(f"OLMoE, G={g}, R=2", olmoe, g, 2) for g in size.devices]
     dots = np.concatenate([data.dots_like(data.olmoe()[d], size.layers) for d in size.domains])
     lines.append(_balance_row(f"dots-like 128 x {size.layers}, G=64", dots, 64, 1))
-    return _titled("Balancedness over the bound, mean / worst layer", _BALANCE_HEAD, lines)
+    text = (
+        "The bound is the best balancedness of any placement with these slots. Copies of an expert "
+        "on one device are wasted: the last columns have their fraction of EPLB's spare slots, and "
+        "their number in the plans of `mesh`."
+    )
+    return _titled(
+        "Balancedness relative to its bound, mean / worst layer", _BALANCE_HEAD, lines, text
+    )
 
 
 def held_out(size: Size) -> str:
-    """The same on loads that had no part in it."""
+    """The same plans for loads that were not used to develop the planner."""
     mixtral = np.concatenate([data.mixtral()[d] for d in size.domains])
     cases = [
         ("Mixtral counts, G=4", mixtral, 4),
@@ -113,10 +127,12 @@ def held_out(size: Size) -> str:
         ("Dirichlet 2, 128 experts, G=64", data.dirichlet(128, 2.0), 64),
     ]
     lines = [_balance_row(name, loads, g, 1) for name, loads, g in cases]
-    return _titled("The same on loads held out while the planner was made", _BALANCE_HEAD, lines)
+    return _titled(
+        "The same for loads that were not used to develop the planner", _BALANCE_HEAD, lines
+    )
 
 
-_BALANCE_HEAD = ("case", *measures.PLANNERS, "siblings, EPLB", "siblings, mesh")
+_BALANCE_HEAD = ("case", *measures.PLANNERS, "wasted copies, EPLB", "wasted copies, mesh")
 
 
 def _balance_row(name: str, loads: Floats, devices: int, redundant: int) -> list[str]:
@@ -132,31 +148,33 @@ def _balance_row(name: str, loads: Floats, devices: int, redundant: int) -> list
 
 
 def windows(size: Size) -> str:
-    """Many small changes of load, each answered within 2% of the slots (5% for a large one)."""
+    """Small changes of load; a plan may move 2% of the slots for each (5% for a large change)."""
     following = zip(size.domains, size.domains[1:] + size.domains[:1], strict=True)
     pairs = [(data.olmoe()[domain], data.olmoe()[other]) for domain, other in following]
     made_up = [(data.lognormal(160, 1.0, 3, seed), data.zipf(160, 0.7, 3, seed)) for seed in (1, 2)]
     lines = []
     for g in size.devices:
         lines += [_window_row(size, f"G={g}", g, pairs, change) for change in _CHANGES]
-    name = "held out, 160 experts, G=40"
+    name = "not used in development, 160 experts, G=40"
     lines += [_window_row(size, name, 40, made_up, change) for change in _CHANGES]
     head = (
-        "change of load",
+        "devices, change of load in each window",
         "mesh: balancedness, mean / worst window",
-        "slots moved a window, mean / most",
-        "EPLB: balancedness",
-        "slots moved",
+        "mesh: moved slots in a window, mean / most",
+        "EPLB: balancedness, mean",
+        "EPLB: moved slots, mean",
     )
-    title = (
-        f"{size.windows} windows in a row, three layers at a time, towards the next kind of text"
+    text = (
+        "After each window of load, both planners plan for the new load of three layers. `mesh` "
+        "may move 2% of the slots, or 5% if the load drifts by 30%; EPLB has no such limit. The "
+        "load changes by noise, or drifts towards the load of another kind of text."
     )
-    return _titled(title, head, lines)
+    return _titled(f"{size.windows} windows with changing load", head, lines, text)
 
 
 _CHANGES = (
     ("10% noise", 0.0, 0.02),
-    ("10% noise that adds up", -1.0, 0.02),
+    ("10% noise, accumulated", -1.0, 0.02),
     ("10% drift", 0.1, 0.02),
     ("30% drift, once", 0.3, 0.05),
 )
@@ -193,7 +211,7 @@ def _window_cells(found: Sequence[measures.Window], short: bool = False) -> list
 
 
 def switch(size: Size) -> str:
-    """All of the load becomes another kind of text at once."""
+    """The whole load changes to another kind of text in one window."""
     lines = []
     for g in size.devices:
         topology = PlannedTopology.uniform(g, 1)
@@ -218,17 +236,22 @@ def switch(size: Size) -> str:
         lines.append(cells)
     head = (
         "devices",
-        "new shares only",
-        "at most 10%: balancedness, mean / worst pair",
-        "slots moved, mean / most",
-        "at most 6% more: balancedness, mean / worst",
-        "slots moved in all",
+        "no move: balancedness, mean",
+        "first plan: balancedness, mean / worst pair",
+        "first plan: moved slots, mean / most",
+        "second plan: balancedness, mean / worst pair",
+        "both plans: moved slots, mean / most",
     )
-    return _titled("Switch to another kind of text, all ordered pairs", head, lines)
+    text = (
+        "The text changes at once, for all ordered pairs of kinds of text. `mesh` plans twice: the "
+        "first plan may move 10% of the slots, the second one 6%. Without a move, only the shares "
+        "of the copies change."
+    )
+    return _titled("Change to another kind of text", head, lines, text)
 
 
 def decode(size: Size) -> str:
-    """Drawn decode batches: activated slots of the worst device."""
+    """Activated slots of the busiest device in sampled decode batches."""
     loads = np.concatenate([data.olmoe()[d] for d in size.domains])
     totals: dict[int, list[list[float]]] = {rows: [] for rows in (16, 64, 256)}
     drawn = {
@@ -257,16 +280,21 @@ def decode(size: Size) -> str:
     for rows_a_step, all_rows in totals.items():
         means = np.mean(all_rows, axis=0)
         lines.append([f"mean over G, B={rows_a_step}", *(f"{v:.3f}" for v in means)])
-    head = ("case", "EPLB, R=1, hashed copies", "mesh, R=0", "mesh, R=1", "mesh, R=2")
-    title = "Decode: activated slots of the worst device over ceil(distinct experts / G)"
-    return _titled(title, head, lines)
+    head = ("case", "EPLB, R=1, random copy", "mesh, R=0", "mesh, R=1", "mesh, R=2")
+    text = (
+        "The time of a decode step grows with the activated slots of the busiest device, as each "
+        "is read from memory. The table divides their number by the least possible number, "
+        "ceil(different experts of the batch / G); 1 is ideal. With EPLB each row uses a random "
+        "copy of its expert; with `mesh` all decode rows of an expert use one copy."
+    )
+    return _titled("Decode: activated slots of the busiest device", head, lines, text)
 
 
 def rows(size: Size) -> str:
-    """Devices that a token goes to, with and without knowing which experts fire together."""
+    """Number of devices that a token is sent to, with and without known co-activation."""
     lines = []
     for g in size.devices:
-        if g == 32:  # two experts a device: next to nothing to group
+        if g == 32:  # two experts on a device: almost nothing to group
             continue
         found = [_rows_of(counts, g, size.tokens) for counts in data.token_rows().values()]
         means = np.mean(found, axis=0).tolist()
@@ -275,18 +303,23 @@ def rows(size: Size) -> str:
     head = (
         "devices",
         "EPLB: rows",
-        "balancedness",
+        "EPLB: balancedness",
         "mesh: rows",
-        "balancedness",
-        "mesh, co-activation known: rows",
-        "balancedness",
-        "fewer than EPLB",
+        "mesh: balancedness",
+        "mesh with co-activation: rows",
+        "mesh with co-activation: balancedness",
+        "fewer rows than EPLB",
     )
-    return _titled("Rows a token under dedupe, github, arxiv and wikipedia text", head, lines)
+    text = (
+        "A token is sent once to each device that holds one of its experts. If the planner knows "
+        "which experts are activated together, it places them on one device, and a token has fewer "
+        "rows. The loads are those of github, arxiv and wikipedia text."
+    )
+    return _titled("Rows sent for a token", head, lines, text)
 
 
 def _rows_of(counts: Ints, devices: int, tokens: int) -> list[float]:
-    """Rows a token and balancedness of EPLB, of mesh, and of mesh with co-activation."""
+    """Rows of a token and balancedness with EPLB, mesh, and mesh with co-activation."""
     topology = PlannedTopology.uniform(devices, 1)
     profile = data.profile(counts.sum(1).astype(np.float64))
     pairs = {("mlp", i): data.coactivation(layer) for i, layer in enumerate(counts)}
@@ -304,7 +337,7 @@ def _rows_of(counts: Ints, devices: int, tokens: int) -> list[float]:
 
 
 def simulation(size: Size) -> str:
-    """Policies under a load that drifts from one distribution to another, window by window."""
+    """Policies for a load that drifts from one distribution to another in windows."""
     first, last = data.lognormal(256, 0.9, size.layers_simulated), data.zipf(256, 0.6)
     drifting = measures.drift(first, last[: len(first)], size.windows_simulated, 0.15)
     trace = [data.profile(loads) for loads in (first, *drifting)]
@@ -325,28 +358,34 @@ def simulation(size: Size) -> str:
             )
     head = (
         "devices, policy",
-        "balancedness, mean",
-        "last window",
+        "balancedness, mean of the windows",
+        "balancedness, last window",
         "prefill step, ms",
         "decode step, ms",
-        "GB moved in all",
+        "moved weights, GB",
     )
-    title = (
-        f"Simulated: 256 experts x {len(first)} layers, {size.windows_simulated} windows of 15% "
-        "drift, each planned from the one before"
+    text = (
+        f"256 experts x {len(first)} layers under {size.windows_simulated} windows of load with "
+        "15% drift each. Each window runs under the plan for the window before. Policies: `never` "
+        "keeps the first plan, `eplb` and `mesh` plan after each window. Times of steps are the "
+        "predicted times of the experts."
     )
-    return _titled(title, head, lines)
+    return _titled("Simulated policies", head, lines, text)
 
 
 def speed(size: Size) -> str:
-    """CPU time of planning."""
+    """CPU time of a plan."""
     if not size.has_speed:
         return "### Planning time\n\nNot measured."
     full, incremental = measures.speed()
     lines = [["128 x 61 x 64", f"{full * 1e3:.0f}", f"{incremental * 1e3:.0f}"]]
-    head = ("experts x layers x devices", "from scratch, ms", "after 10% noise, 2% budget, ms")
+    head = (
+        "experts x layers x devices",
+        "plan without an earlier placement, ms",
+        "plan after 10% noise that moves at most 2% of the slots, ms",
+    )
     return _titled("Planning time, CPU time of one thread", head, lines)
 
 
-def _titled(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return f"### {title}\n\n{table(head, lines)}"
+def _titled(title: str, head: Sequence[str], lines: Sequence[Sequence[str]], text: str = "") -> str:
+    return "\n\n".join(part for part in (f"### {title}", text, table(head, lines)) if part)

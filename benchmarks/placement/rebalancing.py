@@ -1,7 +1,7 @@
-"""What rebalancing brings when the load shifts to another domain, and what it costs meanwhile.
+"""Throughput and latency of a cluster that rebalances after its load shifts to another domain.
 
-Paced expert workers: a step takes a given time for each activated slot and each token, waited and
-not computed, since on shared cores an uneven load costs nothing by itself.
+Expert workers are paced: they wait for a given time for each activated slot and each token, because
+on shared cores an uneven load costs no time.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ _LIMIT_S = 400.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """What is measured."""
+    """Sizes of the measurement."""
 
     model: DomainModel = field(
         default_factory=lambda: DomainModel(
             tokens_a_domain=64, layers=4, experts=32, top_k=4, ffn=256, skew=2.0, seed=2
         )
     )
-    """Of the seeds from 0 to 5 the one with which the shift costs most: half of the experts' time
-    again, where others cost a quarter."""
+    """Of the seeds from 0 to 5, this one has the largest cost of the shift: experts take 1.5 times
+    as long, with other seeds 1.25 times."""
     num_expert_workers: int = 4
     num_redundant: int = 1
     slot_us: float = 800.0
@@ -54,23 +54,23 @@ class Case:
     token_us: float = 800.0
     """Time of a (row, expert) pair."""
     streams: int = 16
-    """Requests at a time."""
+    """Requests that run at the same time."""
     prompt_tokens: int = 12
     new_tokens: int = 96
     profile_s: float = 15.0
-    """In each domain alone, to learn its load for the best placement."""
+    """Time in each domain alone, to measure its load for the best placement."""
     before_s: float = 20.0
-    """In the first domain, under the best placement for it."""
+    """Time in the first domain, under the best placement for it."""
     after_s: float = 100.0
-    """In the second domain."""
+    """Time in the second domain."""
     settled_s: float = 25.0
-    """At the end of it: what it has recovered to."""
+    """End of the time in the second domain, in which the recovered speed is measured."""
     fresh_s: float = 35.0
-    """A new cluster under the best placement for the second domain."""
+    """Time of a new cluster under the best placement for the second domain."""
     window_s: float = 6.0
-    """Window of load."""
+    """Length of a window of load."""
     bytes_per_s: float = 400_000.0
-    """Rate of the moves into a worker: an expert is 246 KB."""
+    """Limit of the weight transfers into a worker; an expert has 246 KB."""
 
 
 QUICK = Case(
@@ -91,19 +91,19 @@ QUICK = Case(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Interval:
-    """What clients saw in an interval."""
+    """Speed that clients measured in an interval."""
 
     tokens_per_s: float
     itl_ms: float
-    """Median."""
+    """Median inter-token latency."""
     slow_itl_ms: float
-    """99 of 100 are below."""
+    """99th percentile of the inter-token latency."""
 
     @classmethod
     def of(
         cls, tokens: Sequence[Sequence[float | None]], intervals: Sequence[tuple[float, float]]
     ) -> Interval | None:
-        """Numbers of all intervals together; None where there are too few tokens."""
+        """Speed in all intervals together; None if they have too few tokens."""
         mine = [t for t in tokens if any(a <= (t[0] or 0.0) < b for a, b in intervals)]
         gaps = sorted(1e3 * t[1] for t in mine if t[1] is not None)
         seconds = sum(b - a for a, b in intervals)
@@ -117,7 +117,7 @@ class Interval:
 
 
 def measure(case: Case, folder: Path) -> dict[str, Any]:
-    """The load of both domains, then both clusters, one after the other."""
+    """Measure the load of both domains, then run both clusters."""
     checkpoint = write(case.model, folder / "model", torch.bfloat16)
     placements = []
     for domain in (0, 1):
@@ -133,7 +133,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def best_placement(case: Case, load: LoadProfile) -> dict[str, Any]:
-    """The planner's placement, made from nothing, for a load that was measured."""
+    """The planner's placement for a measured load, without an earlier placement."""
     topology = PlannedTopology.uniform(case.num_expert_workers, case.num_redundant)
     options = PlanOptions(decode_tokens=case.streams)
     return mesh.plan(load, topology, None, options).placement.to_dict()
@@ -146,7 +146,7 @@ def _run(
     follows: bool,
     phases: Sequence[Sequence[float]],
 ) -> dict[str, Any]:
-    """One cluster in a process of its own; without ``placement`` experts stand in their order."""
+    """Run one cluster in a new process; without ``placement``, experts are placed in order."""
     job = {
         "checkpoint": str(checkpoint),
         "phases": phases,
@@ -192,7 +192,7 @@ def _run(
 
 
 def intervals_of(case: Case, shift: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """Intervals by what went on in them."""
+    """Name of a row -> its time intervals."""
     began = shift["marks"][1]
     end = began + case.after_s
     busy: list[tuple[float, float]] = []
@@ -213,7 +213,7 @@ def intervals_of(case: Case, shift: Mapping[str, Any]) -> dict[str, list[tuple[f
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     case = QUICK if quick else Case()
     with tempfile.TemporaryDirectory(prefix="em-rebalancing-") as folder:
         found = measure(case, Path(folder))
@@ -223,31 +223,34 @@ def section(quick: bool) -> str:
 
 
 def report(case: Case, found: Mapping[str, Any]) -> str:
-    """The table and what it comes to."""
+    """Return the Markdown section for these results."""
     shift, fresh = found["shift"], found["fresh"]
     intervals = intervals_of(case, shift)
     interval = {name: Interval.of(shift["tokens"], own) for name, own in intervals.items()}
     interval["fresh"] = Interval.of(fresh["tokens"], [(case.fresh_s / 3, case.fresh_s)])
     names = {
-        "before": "first domain, the best placement for it",
-        "unbalanced": "second domain, before the first change",
-        "moving": "second domain, while a change is under way",
-        "still": "second domain, while none is",
+        "before": "first domain, with its best placement",
+        "unbalanced": "second domain, before the first rebalance",
+        "moving": "second domain, during rebalances",
+        "still": "second domain, between rebalances",
         "settled": f"second domain, the last {case.settled_s:g} s",
-        "fresh": "second domain, a new cluster with the best placement for it",
+        "fresh": "second domain, new cluster with its best placement",
     }
     rows = [[words, *_cells(interval[name])] for name, words in names.items()]
-    lines = [_words(case), table(["", "tokens/s", "ITL ms", "p99 ITL ms"], rows)]
+    lines = [
+        _words(case),
+        table(["load and placement", "tokens/s", "ITL, median, ms", "ITL, p99, ms"], rows),
+    ]
     settled, ideal, moving, still = (interval[n] for n in ("settled", "fresh", "moving", "still"))
     if settled and ideal:
         lines.append(
-            f"Recovered to {settled.tokens_per_s / ideal.tokens_per_s:.3f} of the new cluster's "
-            "throughput (aim: 0.95)."
+            f"Throughput in the last {case.settled_s:g} s is "
+            f"{settled.tokens_per_s / ideal.tokens_per_s:.3f} of the new cluster's (goal: 0.95)."
         )
     if moving and still:
         lines.append(
-            f"p99 ITL while changes are under way is {moving.slow_itl_ms / still.slow_itl_ms:.2f} "
-            "of the p99 while none is (limit 1.25, aim 1.1)."
+            f"The p99 of ITL during rebalances is {moving.slow_itl_ms / still.slow_itl_ms:.2f} "
+            "times the p99 between them (limit 1.25, aim 1.1). The rebalances, by epoch:"
         )
     lasts = {e["last"]["epoch"]: e["last"] for e in shift["events"] if e.get("last")}
     lines.append("\n".join(f"- epoch {epoch}: {last['text']}" for epoch, last in lasts.items()))
@@ -263,20 +266,22 @@ def _cells(interval: Interval | None) -> list[str]:
 def _words(case: Case) -> str:
     model = case.model
     return (
-        f"## Rebalancing after a domain shift\n\n1 attention + {case.num_expert_workers} expert "
-        f"workers in paced mode ({case.slot_us:g} us an activated slot, {case.token_us:g} us a "
-        f"token), {model.layers} layers of {model.experts} experts, top-{model.top_k}, "
-        f"{case.num_redundant} spare slot each. {case.streams} requests at a time, "
-        f"{case.prompt_tokens} prompt and {case.new_tokens} new tokens each. All requests change "
-        "from one domain to another, whose tokens choose other experts; the best placement for a "
-        "domain is planned from the load measured while only it was served. The cluster "
-        f"rebalances by itself with windows of {case.window_s:g} s, at most a tenth of the slots "
-        f"in one change and {case.bytes_per_s / 1e3:g} KB/s into each worker."
+        f"## Rebalancing after a domain shift\n\n1 attention worker and {case.num_expert_workers} "
+        f"expert workers serve {case.streams} requests at a time with {case.prompt_tokens} prompt "
+        f"and {case.new_tokens} new tokens each. The model has {model.layers} layers of "
+        f"{model.experts} experts, top-{model.top_k}; each worker has {case.num_redundant} spare "
+        f"slot in a layer. Expert workers are paced: they wait {case.slot_us:g} us for each "
+        f"activated slot and {case.token_us:g} us for each token, so that an uneven load costs "
+        "time. At one moment all requests change to another domain, whose tokens choose other "
+        "experts. The best placement for a domain is planned from the load of this domain alone. "
+        f"The cluster rebalances automatically, with load windows of {case.window_s:g} s, at most "
+        f"a tenth of the slots in a rebalance, and {case.bytes_per_s / 1e3:g} KB/s into each "
+        "worker. ITL is the inter-token latency of a stream."
     )
 
 
 def plot(case: Case, found: Mapping[str, Any]) -> str:
-    """Throughput over time as SVG, with the changes and the new cluster's level."""
+    """Plot throughput over time as SVG, with the rebalances and the new cluster's throughput."""
     shift = found["shift"]
     end = shift["marks"][1] + case.after_s
     counts = [0] * (int(end / _BIN_S) + 1)

@@ -1,11 +1,11 @@
-"""Autoscaling on stored traces: the policy beside a fixed threshold and a fixed number of workers.
+"""Simulated autoscaling on recorded traces: the policy, thresholds and a fixed number of workers.
 
 python -m benchmarks.run --only autoscaling
 
-Each trace is replayed through a queueing model of a cluster
-(`benchmarks/simulated/cluster_model.py`), second by second. The oracle knows the load in advance,
-changes the pools at no cost and meets the same targets, averaged over half a minute. What a policy
-uses above it is wasted, what is missing below it short.
+A queueing model of a cluster (`benchmarks/simulated/cluster_model.py`) replays each trace second by
+second. The oracle knows the load in advance, changes pool sizes without cost, and meets the targets
+of the policy, averaged over half a minute. Worker-seconds above the oracle are wasted, missing
+worker-seconds below it are short.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from cluster.core.topology import Role
 from cluster.policy.autoscaling import PoolHistory, PoolSample, decide
 
 SECTION = AutoscaleSection()
-"""The defaults."""
+"""Default options of autoscaling."""
 LIMITS = PoolLimits(min_workers=1, max_workers=16)
-"""Of each pool."""
+"""Limits of each pool."""
 QUICK_S = 400.0
 _ROLES: tuple[Role, ...] = ("attention", "expert")
 _UNLIMITED = 1000
 _AVERAGE_S = 30
 _DELAY_S = 2
-"""Wait from which a request counts as delayed."""
+"""Shortest wait of a delayed request."""
 _EVERY_S = 15
-"""How often a fixed threshold looks."""
+"""Interval at which a threshold checks the use."""
 _THRESHOLDS = ((0.8, 0.5), (0.6, 0.3))
 """Use above which a pool gets a worker, and below which it loses one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A trace, and workers of which some serve it."""
+    """A trace, and the speed of the workers that serve it."""
 
     name: str
     arrivals: Callable[[], list[Arrival]]
@@ -48,7 +48,7 @@ class Case:
 
 
 def with_valley(arrivals: Sequence[Arrival]) -> list[Arrival]:
-    """The trace thinned out, to a fifth in its middle: a day in an hour."""
+    """Remove requests from a trace so that a fifth of the rate is left in its middle."""
     draw, end_s = random.Random(0), arrivals[-1].time_s
     return [
         a for a in arrivals if draw.random() < 0.6 + 0.4 * math.cos(2 * math.pi * a.time_s / end_s)
@@ -65,7 +65,7 @@ CASES = (
 
 
 class Follow:
-    """The policy, as the controller calls it."""
+    """The product's autoscaling policy, called as by the controller."""
 
     def __init__(self, sizes: Mapping[Role, int], section: AutoscaleSection = SECTION) -> None:
         self._sizes = dict(sizes)
@@ -84,7 +84,7 @@ class Follow:
 
 
 class Threshold:
-    """One worker more above a use, one less below another, by what is seen at the moment."""
+    """Adds a worker above one use and removes one below another, by the current use."""
 
     def __init__(self, above: float, below: float) -> None:
         self._above, self._below = above, below
@@ -104,11 +104,11 @@ class Threshold:
 
 
 def keep(samples: Mapping[Role, PoolSample] | None) -> None:
-    """The number of the start."""
+    """Policy that never changes the number of workers."""
 
 
 def oracle(arrivals: Sequence[Arrival], worker: WorkerModel) -> dict[Role, list[int]]:
-    """Workers of each pool that meet the targets, by second."""
+    """Number of workers of each pool that meets the targets, for each second."""
     sizes: dict[Role, int] = dict.fromkeys(_ROLES, _UNLIMITED)
     samples = ClusterModel(worker, sizes).replay(arrivals, keep).samples
     return {role: _needed(samples[role]) for role in _ROLES}
@@ -130,16 +130,16 @@ def _needed(samples: Sequence[PoolSample]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One row."""
+    """Results of one policy on one trace."""
 
     changes: int
     used: int
     wasted: int
     """Worker-seconds above the oracle."""
     short: int
-    """Worker-seconds below it, of workers that serve or start."""
+    """Worker-seconds below the oracle; starting workers count as present."""
     delayed: float
-    """Share of the requests that waited for ``_DELAY_S`` or more."""
+    """Fraction of the requests that waited for ``_DELAY_S`` or more."""
     worst_s: int
 
     @classmethod
@@ -156,13 +156,13 @@ class Outcome:
 
 
 def compare(case: Case, until_s: float = math.inf) -> dict[str, Outcome]:
-    """All policies on one trace, from the same numbers of workers on."""
+    """Run all policies on one trace, starting from the same numbers of workers."""
     arrivals = [a for a in case.arrivals() if a.time_s < until_s]
     need = oracle(arrivals, case.worker)
     first = {role: max(need[role][:60]) for role in _ROLES}
     peak = {role: max(need[role]) for role in _ROLES}
     policies: dict[str, tuple[Mapping[Role, int], Policy]] = {
-        "policy": (first, Follow(first)),
+        "expertmesh": (first, Follow(first)),
         **{
             f"threshold {above:.0%}, {below:.0%}": (first, Threshold(above, below))
             for above, below in _THRESHOLDS
@@ -176,19 +176,21 @@ def compare(case: Case, until_s: float = math.inf) -> dict[str, Outcome]:
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     rows = []
     for case in CASES:
         for name, found in compare(case, QUICK_S if quick else math.inf).items():
             numbers = (f"{found.changes}", f"{found.used:,}", f"{found.wasted:,}")
             more = (f"{found.short:,}", f"{found.delayed:.2%}", f"{found.worst_s}")
             rows.append([f"{case.name}, {name}", *numbers, *more])
-    head = ["trace, policy", "changes", "worker-s", "wasted", "short", "delayed", "longest wait s"]
+    head = ["trace, policy", "changes", "used, worker-s", "wasted, worker-s", "short, worker-s"]
+    head += ["delayed requests", "longest wait, s"]
     about = " ".join((__doc__ or "").split("\n\n", 2)[2].split())
     words = (
-        f"A new worker serves after {AZURE.start_s} s, one that goes leaves after {AZURE.drain_s} "
-        f"s. A threshold looks every {_EVERY_S} s, adds a worker above the first share or while "
-        "anything waits, and removes one below the second. The valley: the trace thinned out to a "
-        f"fifth in its middle. Delayed: requests that waited for {_DELAY_S} s or more."
+        f"A new worker serves after {AZURE.start_s} s; a removed worker leaves after "
+        f"{AZURE.drain_s} s. A threshold checks the use of a pool every {_EVERY_S} s: it adds a "
+        "worker above the first percentage or if requests wait, and removes one below the second. "
+        "The valley: only a fifth of the requests are left in the middle of the trace. Delayed "
+        f"requests waited for {_DELAY_S} s or more."
     )
     return "\n\n".join(["## Autoscaling, simulated", f"{about} {words}", table(head, rows)])

@@ -40,7 +40,7 @@ def test_the_report_compares_all_policies() -> None:
 def test_a_valley_is_followed_with_few_changes_and_short_waits() -> None:
     case = next(c for c in CASES if c.name == "Azure with a valley")
     found = compare(case)
-    policy, peak = found["policy"], found["fixed at the peak"]
+    policy, peak = found["expertmesh"], found["fixed at the peak"]
     high, low = found["threshold 80%, 50%"], found["threshold 60%, 30%"]
     assert policy.changes <= min(high.changes, low.changes) / 3
     assert policy.wasted < peak.wasted / 2.5

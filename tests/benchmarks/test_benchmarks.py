@@ -63,11 +63,11 @@ def test_rebalancing_reports_what_clients_saw() -> None:
     }
     assert rebalancing.intervals_of(case, found["shift"])["moving"] == [(12.0, 14.0)]
     text = rebalancing.report(case, found)
-    assert "| second domain, before the first change | 5 | 200.0 | 200.0 |" in text
-    assert "| second domain, while a change is under way | 4 | 250.0 | 250.0 |" in text
-    assert "| second domain, while none is | 5 | 200.0 | 200.0 |" in text
-    assert "Recovered to 0.500 of" in text
-    assert "is 1.25 of the p99 while none is" in text
+    assert "| second domain, before the first rebalance | 5 | 200.0 | 200.0 |" in text
+    assert "| second domain, during rebalances | 4 | 250.0 | 250.0 |" in text
+    assert "| second domain, between rebalances | 5 | 200.0 | 200.0 |" in text
+    assert "s is 0.500 of the new cluster's" in text
+    assert "is 1.25 times the p99 between them" in text
     assert "- epoch 3: filled 4 slots" in text
     assert rebalancing.plot(case, found).count("<rect") == 2
 
