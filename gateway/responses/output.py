@@ -179,7 +179,7 @@ class _CustomCallItem(_CallItem):
 
 @dataclass(slots=True)
 class _PendingSpace:
-    """White space between items, which becomes part of an item if more text of its kind follows."""
+    """White space between items. It joins an item if more text of the same kind follows."""
 
     kind: str
     text: str = ""
@@ -189,13 +189,13 @@ class _PendingSpace:
 class OutputBuilder:
     """Builds the output of one response.
 
-    White space alone is not an item: models write it between the delimiters of their format.
+    White space alone does not form an item: models write it between the delimiters of their format.
 
     Args:
         ids: creates the ids of items.
-        custom: names of custom tools as the model sees them.
+        custom: names of the custom tools, as declared to the model.
         encodes_reasoning: whether ``include`` has ``reasoning.encrypted_content``.
-        namespaced: tools of namespaces, by name as the model sees them.
+        namespaced: tools of namespaces, by the name that is declared to the model.
     """
 
     def __init__(
@@ -266,7 +266,7 @@ class OutputBuilder:
         return events + self._end(_COMPLETED if is_whole else _INCOMPLETE)
 
     def output(self) -> list[Item]:
-        """Return all items, including one that is not complete."""
+        """Return all items, including an item that is not complete."""
         return self.items + (
             [self._current_item.item(_INCOMPLETE)] if self._current_item is not None else []
         )

@@ -1,4 +1,4 @@
-"""The response object: the output of one request with the parameters of the request."""
+"""The response object: the output and the parameters of one request."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Resource = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ResourceFormat:
-    """Builds the response object of one request, at its start and its end.
+    """Builds the response object at the start and at the end of a request.
 
     Args:
         running: the call.
-        head: ``CheckedRequest.head``.
+        repeated_fields: see ``CheckedRequest``.
         is_stored: whether the response will be stored.
     """
 
@@ -42,9 +42,9 @@ class ResourceFormat:
 
         Args:
             output: all items.
-            finish: why the choice ended.
+            finish: the end of the choice, with its reason.
             num_reasoning: number of reasoning tokens.
-            is_stored: whether the response is stored; storing it may have failed.
+            is_stored: whether the response was stored. Storing it may have failed.
         """
         is_cut = finish.reason is FinishReason.LENGTH
         resource = self._resource("incomplete" if is_cut else "completed", output)
@@ -79,7 +79,7 @@ class ResourceFormat:
 
 
 def response_usage(usage: Usage, num_reasoning: int) -> dict[str, Any]:
-    """Return the ``usage`` of a response. Tokens written to the prefix cache count as 0."""
+    """Return the ``usage`` of a response. ``cache_write_tokens`` is always 0."""
     cached = {"cached_tokens": usage.cached_tokens or 0, "cache_write_tokens": 0}
     return {
         "input_tokens": usage.prompt_tokens,
@@ -91,7 +91,7 @@ def response_usage(usage: Usage, num_reasoning: int) -> dict[str, Any]:
 
 
 def _error_code(report: ErrorReport) -> str:
-    """Return the error code of the protocol, which clients handle by value."""
+    """Return the error code of the Responses protocol, on which clients depend."""
     if report.http_status == 429:
         return "rate_limit_exceeded"
     return "server_error" if report.http_status >= 500 else report.code

@@ -1,4 +1,4 @@
-"""The types of request bodies of Responses; they are strict, like ``gateway.http.schema``."""
+"""The types of request bodies of Responses. They are strict, like ``gateway.http.schema``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class InputPart(StrictBody):
 
 
 class InputItem(StrictBody):
-    """One item of a conversation; its type determines the required fields."""
+    """One item of a conversation. Its type determines the required fields."""
 
     type: str | None = Field(
         default=None,
@@ -138,7 +138,7 @@ InputField = Annotated[
     Annotated[str, Tag(f"{TAG}text")] | Annotated[Items[InputItem], Tag(f"{TAG}items")],
     Discriminator(_kind_of_input),
 ]
-"""A string or a list of items; errors name the item."""
+"""A string or a list of items. Errors name the invalid item."""
 
 
 class ResponseBody(RetentionBody, SamplingBody):

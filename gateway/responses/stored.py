@@ -1,4 +1,4 @@
-"""Responses in the state folder, separated by tenant."""
+"""Responses in the state folder, for each tenant separately."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from gateway.responses.resource import Resource
 from gateway.state.store import ObjectKind, StateStore
 
 KIND = ObjectKind("responses", "resp", drops_oldest=True)
-"""Stored responses. If the store is full, the oldest are deleted so that new requests succeed."""
+"""Stored responses. If a limit is reached, the oldest are deleted so that new requests succeed."""
 MAX_REFERENCED_RESPONSES = 256
 """Maximum number of responses that the item references of one request may name."""
 _DISABLED = "is not supported: the server was started without --state-dir"
 
 
 class StoredResponse(msgspec.Struct, frozen=True, kw_only=True):
-    """A response with the whole conversation before it, so that it can be continued independently.
+    """A response with the whole conversation before it, so that earlier ones may be deleted.
 
-    The fields are JSON text, so that their size is known before they are decoded.
+    The fields are JSON text whose size is known before it is decoded.
     """
 
     response: msgspec.Raw
@@ -56,7 +56,7 @@ class _ItemId(msgspec.Struct):
 def encode_response(
     response: Resource, history: Iterable[Item], new_items: Iterable[Item]
 ) -> StoredResponse:
-    """Encode a response item by item, so that other threads can run in between."""
+    """Encode a response item by item so that other threads can run in between."""
     encode = msgspec.json.encode
     return StoredResponse(
         response=msgspec.Raw(encode(response)),
@@ -66,7 +66,7 @@ def encode_response(
 
 
 def read_items(items: Iterable[msgspec.Raw]) -> list[Item]:
-    """Decode stored items one by one, so that other threads can run in between."""
+    """Decode stored items one by one so that other threads can run in between."""
     return [msgspec.json.decode(item) for item in items]
 
 
@@ -78,7 +78,7 @@ class StoredReferences(NamedTuple):
     """References to stored items."""
 
     counts: Mapping[str, int]
-    """Number of references by id of the item."""
+    """Number of references to each item, by the item's id."""
     response_ids: Collection[str]
     """Ids of the responses that contain the items."""
 
@@ -92,11 +92,11 @@ class StoredReferences(NamedTuple):
 class StoredItems(NamedTuple):
     items: list[Item]
     num_bytes: int
-    """Length of their JSON in bytes."""
+    """Size of the items' JSON in bytes."""
 
 
 def check_bytes(name: str, num_bytes: int, max_bytes: int) -> None:
-    """Raise ``RequestError`` if the stored items that field ``name`` refers to are too large."""
+    """Raise ``RequestError`` if the items that field ``name`` refers to exceed ``max_bytes``."""
     rule = f"refers to {num_bytes} bytes of stored items, at most {max_bytes} are allowed"
     require(num_bytes <= max_bytes, name, rule)
 
@@ -119,7 +119,7 @@ class ResponseStore:
         self._disk = disk
 
     def should_store(self, requested: bool | None) -> bool:
-        """Whether a response is stored, given the request's field ``store``.
+        """Whether to store a response, given the field ``store`` of the request.
 
         Raises ``UnsupportedParameterError`` if ``store`` is true but storage is disabled.
         """
@@ -215,7 +215,7 @@ class ResponseStore:
 
     @property
     def _required_store(self) -> StateStore:
-        assert self._store is not None, "save() requires that stores() returned True"
+        assert self._store is not None, "save() requires that should_store() returned True"
         return self._store
 
     async def _find(self, response_id: str) -> StoredResponse | None:

@@ -1,4 +1,4 @@
-"""Stream the events of one response."""
+"""Streams the events of one response."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ResponseStream(EventStream):
         return self._encode_events(merge_deltas(self.output.feed(deltas)))
 
     async def _ending(self, running: RunningCall) -> bytes:
-        assert self._state.finish is not None, "the choice has ended"
+        assert self._state.finish is not None, "the choice has not finished"
         response = await self.complete(self._state.finish)
         ended = {"type": f"response.{response['status']}", "response": response}
         return self._encode_events([ended]) + DONE

@@ -1,8 +1,8 @@
 """Tools of a body, and the choice of the tools that may be called.
 
-A custom tool takes any text. The model sees it as a function with one argument ``input``, and
-``custom_input`` extracts this argument. For a tool of a namespace the model sees the name of the
-namespace and the tool, for example ``mcp__files__read``; items have two fields, as Codex requires.
+A custom tool takes any text. It is declared to the model as a function with one argument ``input``,
+which ``custom_input`` extracts. A tool of a namespace is declared under the joined names of both,
+for example ``mcp__files__read``; items have two separate fields, as Codex requires.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NAMES = ToolFieldNames(name="name", parameters="parameters")
 
 @dataclass(frozen=True, slots=True)
 class ToolName:
-    """Name of a tool in the item of a call."""
+    """Name of a tool in the item of a tool call."""
 
     name: str
     namespace: str | None = None
@@ -55,7 +55,7 @@ class _OfferedTool:
     path: str
     namespace: str | None = None
     preface: str | None = None
-    """Description of the namespace; only its first tool has it."""
+    """Description of the namespace, which only the first tool of the namespace has."""
 
     @property
     def name(self) -> ToolName:
@@ -69,13 +69,13 @@ class OfferedTools:
     tool_use: ToolUse | None
     """Tools and tool choice for the model; None without tools."""
     custom_names: frozenset[str]
-    """Names of custom tools as the model sees them."""
+    """Names of the custom tools, as declared to the model."""
     namespaced_names: Mapping[str, ToolName]
-    """Tools of namespaces, by name as the model sees them."""
+    """Tools of namespaces, by the name that is declared to the model."""
 
 
 def read_tools(body: ResponseBody) -> OfferedTools:
-    """Read the tools of a body. Raises ``RequestError`` with the name of an invalid field."""
+    """Read the tools of a body. Raises ``RequestError``, which names the invalid field."""
     offers = list(_offers(body))
     tools = [_tool(offer) for offer in offers]
     custom = frozenset(one.name.for_model for one in offers if one.tool.type == "custom")
@@ -157,7 +157,7 @@ def _allowed_names(tools: Sequence[NamedToolBody], custom: frozenset[str]) -> tu
 
 
 def _referenced_name(kind: str, name: str | None, custom: frozenset[str], path: str) -> str:
-    """Check a reference to a tool and return the name."""
+    """Check a reference to a tool and return the tool's name."""
     if kind not in KINDS:
         message = f"{path}.type: tools of type {kind[:64]!r} are not supported"
         raise UnsupportedParameterError(message, f"{path}.type")
@@ -170,7 +170,7 @@ def _referenced_name(kind: str, name: str | None, custom: frozenset[str], path: 
 
 
 def response_tools(body: ResponseBody) -> list[dict[str, Any]]:
-    """Return ``tools`` of the response."""
+    """Return the field ``tools`` of the response."""
     return [_shown(tool) for tool in body.tools or ()]
 
 
@@ -184,7 +184,7 @@ def _shown(tool: OfferedToolBody) -> dict[str, Any]:
 
 
 def response_tool_choice(body: ResponseBody) -> str | dict[str, Any]:
-    """Return ``tool_choice`` of the response."""
+    """Return the field ``tool_choice`` of the response."""
     choice = body.tool_choice
     if isinstance(choice, ChosenToolBody):
         return choice.model_dump(exclude_none=True)
@@ -192,7 +192,7 @@ def response_tool_choice(body: ResponseBody) -> str | dict[str, Any]:
 
 
 class CustomInputReader:
-    """Extracts the input text from the arguments of a custom tool call, incrementally."""
+    """Incrementally extracts the input text from the arguments of a custom tool call."""
 
     def __init__(self) -> None:
         self._pending = ""
@@ -200,7 +200,7 @@ class CustomInputReader:
         self._is_over = False
 
     def feed(self, arguments: str) -> str:
-        """Add a piece of the arguments and return the input text that is complete."""
+        """Add a piece of the arguments; return the input text that has become available."""
         self._pending += arguments
         if not self._is_open:
             opening = _OPENING.match(self._pending)

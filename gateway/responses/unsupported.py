@@ -1,4 +1,4 @@
-"""Known fields of this protocol and of similar protocols that are rejected by name."""
+"""Rejects known fields of this protocol and of similar protocols that are not supported."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _NESTED_FIELDS: Mapping[str, Neutral] = {
     "stream_options": {"include_obfuscation": (False,)},
     "prompt_cache_options": {"prewarm": (False,)},
 }
-"""Unsupported fields of the objects in a body."""
+"""Unsupported fields of the objects in a body, by the name of the object."""
 _TOOL_FIELDS: Neutral = {
     "async": (False,),
     "defer_loading": (False,),
@@ -55,7 +55,7 @@ RENAMED_FIELDS = {
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
 }
-"""Fields of chat completions, with the Responses field that replaces each."""
+"""Fields of chat completions, each with the field of Responses that replaces it."""
 
 
 def check_unsupported(data: Mapping[str, Any]) -> None:
@@ -76,7 +76,7 @@ def check_unsupported(data: Mapping[str, Any]) -> None:
 
 
 def _check_tools(tools: object, path: str) -> None:
-    """Check tools and the tools of namespaces; a namespace contains no namespaces."""
+    """Check tools and the tools of namespaces. A namespace contains no namespaces."""
     for index, tool in enumerate(tools if isinstance(tools, list) else ()):
         if isinstance(tool, dict):
             refuse_unsupported(tool, _TOOL_FIELDS, f"{path}[{index}].")

@@ -1,4 +1,4 @@
-"""Objects of clients that gateways keep between requests, in a folder that they share.
+"""Stores objects of clients between requests, in a folder that gateways share.
 
 Imports ``gateway.core`` and layers below.
 """

@@ -1,7 +1,7 @@
-"""Removal of expired files from the state folder.
+"""Removes expired files from the state folder.
 
-A file is removed when its object has expired by the gateway's clock, and has also existed for its
-whole lifetime by the file system's clock: a gateway with a wrong clock removes nothing early.
+A file is removed when its object has expired by the gateway's clock and has existed for its whole
+lifetime by the file system's clock. A gateway with a wrong clock thus removes nothing too early.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gateway.state.folder import NEW, WORK
 logger = logging.getLogger(__name__)
 
 _ABANDONED_S = 3600.0
-"""Age at which a temporary file counts as abandoned by its writer."""
+"""Age in seconds at which a temporary file counts as abandoned by its writer."""
 
 
 class Expiry:
@@ -27,10 +27,10 @@ class Expiry:
 
     Args:
         folder: the state folder.
-        ttl_s: lifetime of an object whose own lifetime cannot be read.
-        clock: Unix time in seconds.
-        disk_clock: Unix time in seconds by the file system's clock.
-        on_removed: called with the path of each object's file that is removed.
+        ttl_s: lifetime in seconds of an object whose own lifetime cannot be read.
+        clock: returns the Unix time in seconds.
+        disk_clock: returns the Unix time in seconds by the file system's clock.
+        on_removed: called with the path of each removed file of an object.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Expiry:
         self._on_removed = on_removed
 
     def sweep(self) -> int:
-        """Check all files and return the number of removed ones; skip unreadable folders."""
+        """Check all files, skipping unreadable folders; return the number of removed files."""
         num_removed = 0
         for kind in self._folder.iterdir():
             with _logged():
@@ -87,7 +87,7 @@ class Expiry:
         return True
 
     def _is_expired(self, place: Path, stat: os.stat_result, now_s: float, disk_s: float) -> bool:
-        """Read the file's first line: tools that copy folders may change modification times."""
+        """Check the file's first line, as tools that copy folders may change modification times."""
         life_s = self._ttl_s  # lifetime of a damaged object
         with contextlib.suppress(StorageError):
             head = read_head(place)
@@ -97,7 +97,7 @@ class Expiry:
         return disk_s - stat.st_ctime >= life_s
 
     def _sweep_temporary(self) -> int:
-        """Remove files of killed writers; their modification time may be an expiry time."""
+        """Remove files of killed writers. Their modification time may be an expiry time."""
         num_removed = 0
         if not (found := list_files(self._folder / NEW)):
             return 0
@@ -112,8 +112,8 @@ class Expiry:
 
 @contextlib.contextmanager
 def _logged() -> Iterator[None]:
-    """Log the error of one file or folder, so that the others are still checked."""
+    """Log the error of one file or folder so that the others are still checked."""
     try:
         yield
     except OSError as err:
-        logger.error("a part of the state folder cannot be swept: %s", err)
+        logger.error("could not sweep a part of the state folder: %s", err)

@@ -1,4 +1,4 @@
-"""Files of the state folder: written to a temporary file, renamed, listed and read."""
+"""Access to files of the state folder: atomic writes, listing and reading."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from gateway.state.record import MAX_HEAD_BYTES, Head, decode_head
 logger = logging.getLogger(__name__)
 
 _TRIES = 3
-"""Attempts to move a file to its folder, which another gateway may just have removed as empty."""
+"""Attempts to move a file to its folder, which another gateway may have removed as empty."""
 
 
 @contextlib.contextmanager
 def open_atomically(folder: Path, place: Path) -> Iterator[int]:
     """Yield the descriptor of a new file in ``folder``, which is renamed to ``place`` at the end of
-    the ``with`` block. After an error the file is removed. Raises ``OSError``.
+    the ``with`` block, or removed after an error. Raises ``OSError``.
     """
     made = folder / uuid.uuid4().hex
     with new_file(made) as fd:
@@ -43,7 +43,7 @@ def write_atomically(folder: Path, place: Path, content: bytes) -> None:
 
 
 def check_disk(folder: Path, num_bytes: int) -> None:
-    """Raise ``OSError`` if the disk has less than ``num_bytes`` of free space."""
+    """Raise ``OSError`` if the disk has less than ``num_bytes`` bytes of free space."""
     disk = os.statvfs(folder)
     num_free = disk.f_bavail if os.geteuid() else disk.f_bfree
     if num_free * disk.f_frsize < num_bytes:
@@ -51,13 +51,13 @@ def check_disk(folder: Path, num_bytes: int) -> None:
 
 
 def disk_time_s(folder: Path) -> float:
-    """Unix time by the clock of the file system, which may be another host's."""
+    """Return the Unix time in seconds by the file system's clock, which may be another host's."""
     os.utime(folder)
     return os.stat(folder).st_mtime
 
 
 def list_files(folder: Path) -> list[tuple[os.DirEntry[str], os.stat_result]]:
-    """Files in a folder, which may not exist; other processes may remove them meanwhile."""
+    """Return the files in a folder; empty if the folder does not exist."""
     found = []
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as listed:
         for entry in listed:
@@ -86,7 +86,7 @@ def as_storage_error() -> Iterator[None]:
 
 
 def _move(made: Path, place: Path) -> None:
-    """Rename a file into its place; create its folder and the parent folder if necessary."""
+    """Rename a file to ``place``; create the folder and its parent folder if necessary."""
     for left in reversed(range(_TRIES)):
         for folder in (place.parent.parent, place.parent):
             folder.mkdir(mode=0o700, exist_ok=True)

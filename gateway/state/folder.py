@@ -1,4 +1,4 @@
-"""The state folder itself: its format file, and the names of its folders."""
+"""Creates and checks the state folder: its format file and its subfolders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gateway.state.record import FORMAT
 
 _FORMAT_FILE = "state.json"
 NEW, WORK = "new", "work"
-"""Folders of temporary files, and of unfinished work."""
+"""Names of the subfolders for temporary files and for unfinished work."""
 
 
 class _FolderFormat(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,7 +29,7 @@ class _FolderFormat(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ``ConfigError`` if ``open_folder`` would; creates nothing."""
+    """Raise ``ConfigError`` if ``open_folder`` would, without creating anything."""
     with _as_config_error(folder):
         nearest = next(path for path in (folder, *folder.parents) if path.exists())
         if nearest == folder:
@@ -46,7 +46,7 @@ def open_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _as_config_error(folder: Path) -> Iterator[None]:
-    """Convert errors of using the folder to ``ConfigError``."""
+    """Convert errors of access to the folder to ``ConfigError``."""
     try:
         yield
     except (OSError, msgspec.MsgspecError) as err:
@@ -73,11 +73,11 @@ def _open(folder: Path) -> None:
 
 
 def _check_content(folder: Path) -> None:
-    """Raise ``ConfigError`` for a folder with other files, or with objects of another release."""
+    """Raise ``ConfigError`` for a folder with other files or with objects of another format."""
     mark = folder / _FORMAT_FILE
     if not mark.exists():
         others = {*os.listdir(folder)} - {NEW, WORK}
-        # another gateway may be starting on the folder: state.json exists by now
+        # state.json may exist now: another gateway may have just created it
         rule = "holds other files: give an empty folder, or a new one"
         check(not others or mark.exists(), "state_dir", str(folder), rule)
         return

@@ -1,4 +1,4 @@
-"""Reads a stored object in pieces, so that only one piece is in memory."""
+"""Reads a stored object in pieces, of which only one is in memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from gateway.state.record import MAX_HEAD_BYTES, decode_head
 
 
 class StoredReader:
-    """The content of an object from its beginning to its end. All calls block; call in a thread.
+    """Reads the content of an object sequentially. All calls block; call in a thread.
 
-    The content is checked at its end, after all pieces except the last were returned. A reader must
-    be closed, by ``close`` or a ``with`` block.
+    The content is checked when its last piece is read, after all other pieces were returned. A
+    reader must be closed, by ``close`` or a ``with`` block.
     """
 
     def __init__(self, place: Path, object_id: str) -> None:
-        """Raises ``OSError``, and ``StorageError`` if the first line is damaged."""
+        """Open the file. Raises ``OSError``, and ``StorageError`` if its first line is damaged."""
         self._file = place.open("rb")
         self._digest = hashlib.sha256()
         self._damage = f"the stored object {object_id} is damaged"
@@ -32,7 +32,7 @@ class StoredReader:
             self._file.close()
             raise
         self.num_left = self.head.size
-        """Bytes that have not been read yet."""
+        """Number of bytes that have not been read yet."""
 
     def __enter__(self) -> Self:
         return self
@@ -45,12 +45,12 @@ class StoredReader:
         self._file.close()
 
     def read(self, num_bytes: int) -> bytes:
-        """At most ``num_bytes`` more bytes; empty at the end. Raises ``StorageError``."""
+        """Return the next bytes, at most ``num_bytes``, or none. Raises ``StorageError``."""
         with as_storage_error():
             return self._check_piece(self._file.read(min(num_bytes, self.num_left)), num_bytes)
 
     def read_line(self, max_bytes: int) -> bytes:
-        """The next line, or the first ``max_bytes`` bytes of it. Raises ``StorageError``."""
+        """Return the next line, cut off after ``max_bytes`` bytes. Raises ``StorageError``."""
         with as_storage_error():
             return self._check_piece(self._file.readline(min(max_bytes, self.num_left)), max_bytes)
 

@@ -3,7 +3,7 @@
     {"format":1,"id":"resp_0199...","created_s":1.0,"expires_s":2.0,"size":2,"sha256":"44136f.."}
     {}
 
-Every read is checked against that line, so that damaged, truncated or swapped files are detected.
+Reads check the content against the first line, which detects damaged, truncated or swapped files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gateway.core.errors import StorageError
 FORMAT = 1
 """Version of the file format and of the folder layout."""
 MAX_HEAD_BYTES = 1024
-"""Most bytes of the first line."""
+"""Maximum number of bytes of the first line."""
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -40,7 +40,7 @@ class StoredObject(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def encode(object_id: str, content: bytes, created_s: float, expires_s: float) -> bytes:
-    """The bytes of an object's file."""
+    """Return the bytes of an object's file."""
     digest = hashlib.sha256(content).hexdigest()
     return encode_head(object_id, len(content), digest, created_s, expires_s) + content
 
@@ -48,7 +48,7 @@ def encode(object_id: str, content: bytes, created_s: float, expires_s: float) -
 def encode_head(
     object_id: str, size: int, sha256: str, created_s: float, expires_s: float
 ) -> bytes:
-    """The first line of an object's file; its length does not depend on the digest."""
+    """Return the first line of an object's file. Its length does not depend on the digest."""
     head = Head(
         format=FORMAT,
         id=object_id,
@@ -61,7 +61,7 @@ def encode_head(
 
 
 def decode(raw: bytes, object_id: str) -> StoredObject:
-    """Decode the object in a file. Raises ``StorageError`` if it is damaged or another object."""
+    """Decode an object's file. Raises ``StorageError`` if it is damaged or of another object."""
     line, _, content = raw.partition(b"\n")
     head = decode_head(line)
     is_whole = len(content) == head.size and hashlib.sha256(content).hexdigest() == head.sha256

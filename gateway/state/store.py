@@ -1,7 +1,7 @@
 """Objects of clients in a folder that several gateways share.
 
-An object has a kind, a tenant, an id and a content. It is one file, which is written to a temporary
-file and renamed: readers see all of it or nothing, whenever a writer is killed.
+An object has a kind, a tenant, an id and a content. It is one file, which is written as a temporary
+file and then renamed: readers find the whole object or none, even if its writer was killed.
 
 state.json                   format of the folder
 new/                         temporary files
@@ -9,8 +9,8 @@ responses/<tenant>/<id>      objects; the file's modification time is the expiry
 work/                        files of unfinished work; the process that wrote a file removes it
 
 There are no locks, so that any file system with an atomic rename is suitable. Each gateway counts
-the stored objects of a tenant itself, at most once a second: objects that other gateways store in
-between may exceed the limits. All calls block; call in a thread.
+the stored objects of a tenant itself, at most once a second. Several gateways together may thus
+exceed the limits within a second. All calls block; call in a thread.
 """
 
 from __future__ import annotations
@@ -61,27 +61,27 @@ _NO_DIGEST = "0" * 64
 
 @dataclass(frozen=True, slots=True)
 class ObjectKind:
-    """A kind of objects with a folder of its own."""
+    """A kind of objects, with its own folder."""
 
     name: str
     """Name of the folder."""
     prefix: str
-    """Prefix of ids: ``resp`` in ``resp_0199...``."""
+    """Prefix of ids, such as ``resp`` in ``resp_0199...``."""
     drops_oldest: bool = False
-    """Whether a limit drops the tenant's oldest objects; otherwise new objects are rejected."""
+    """Whether the tenant's oldest objects are dropped at a limit. If not, new ones are rejected."""
 
 
 class StateStore:
     """Stores objects in the shared folder. Raises ``StorageError`` for file system errors.
 
     Args:
-        folder: created if it does not exist.
-        max_objects: limit for one kind and tenant.
-        max_bytes: limit for the files of these objects together.
-        ttl_s: default lifetime of an object.
-        clock: Unix time in seconds.
-        disk_clock: Unix time by the file system's clock; None reads it from the file system.
-        opens: check the folder now; otherwise before the first use.
+        folder: path of the state folder, which is created if it does not exist.
+        max_objects: maximum number of objects per kind and tenant.
+        max_bytes: maximum total size of their files.
+        ttl_s: default lifetime of an object in seconds.
+        clock: returns the Unix time in seconds.
+        disk_clock: returns the file system's Unix time; None reads it from the file system.
+        opens: whether to check the folder now; if False, before the first use.
 
     Raises:
         ConfigError: the folder has other contents, or cannot be written.
@@ -101,14 +101,14 @@ class StateStore:
         self._folder = folder
         self._usages = StorageQuota(max_objects, max_bytes, clock)
         self.max_bytes = max_bytes
-        """Limit for the objects of one kind and tenant."""
+        """Maximum total size of the objects of one kind and tenant."""
         self.ttl_s = ttl_s
-        """Default lifetime of an object."""
+        """Default lifetime of an object in seconds."""
         self.work = folder / WORK
         """Folder of unfinished work."""
         self._clock = clock
         self.disk_time_s = disk_clock or (lambda: disk_time_s(folder / NEW))
-        """Unix time by the clock of the file system. Raises ``OSError``."""
+        """Returns the Unix time in seconds by the file system's clock. Raises ``OSError``."""
         self._expiry = Expiry(folder, ttl_s, clock, self.disk_time_s, self._usages.remove)
         self._opening = threading.Lock()
         self._is_open = False
@@ -121,7 +121,7 @@ class StateStore:
             pass
 
     def open(self) -> None:
-        """Check and complete the folder, once. Raises ``ConfigError``."""
+        """Check or create the folder, unless this was done. Raises ``ConfigError``."""
         if self._is_open:
             return
         with self._opening:
@@ -129,7 +129,7 @@ class StateStore:
             self._is_open = True
 
     def new_id(self, kind: ObjectKind) -> str:
-        """An unguessable id; ids of one kind sort by time, in milliseconds."""
+        """Make an unguessable id. Ids of one kind sort by time, in milliseconds."""
         return f"{kind.prefix}_{int(self._clock() * 1000):012x}{secrets.token_hex(10)}"
 
     def put(
@@ -140,17 +140,17 @@ class StateStore:
         content: bytes,
         ttl_s: float | None = None,
     ) -> None:
-        """Store an object; replaces an object with the same id.
+        """Store an object, and replace an object with the same id.
 
         Args:
             kind: kind of the object.
-            tenant: its owner.
+            tenant: owner of the object.
             object_id: id from ``new_id``.
             content: any bytes.
-            ttl_s: its lifetime; None: the store's default.
+            ttl_s: lifetime in seconds; None selects the store's default.
 
         Raises:
-            StorageFullError: it exceeds all that the tenant may store, or the disk is full.
+            StorageFullError: the tenant's limit does not suffice, or the disk is full.
         """
         self.put_pieces(kind, tenant, object_id, len(content), [content], ttl_s)
 
@@ -163,11 +163,11 @@ class StateStore:
         pieces: Iterable[bytes],
         ttl_s: float | None = None,
     ) -> None:
-        """Store an object of ``size`` bytes given in pieces, which are requested only if all of
-        them fit. Otherwise like ``put``; an error of ``pieces`` is passed on.
+        """Like ``put`` for an object of ``size`` bytes in pieces, which are read only if the object
+        fits. Errors of ``pieces`` are passed on.
         """
         place = self._object_path(kind, tenant, object_id)
-        assert place is not None, "ids are made here"
+        assert place is not None, "object_id is not from new_id"
         now_s = self._clock()
         expires_s = now_s + (self.ttl_s if ttl_s is None else ttl_s)
         head = encode_head(object_id, size, _NO_DIGEST, now_s, expires_s)
@@ -194,9 +194,9 @@ class StateStore:
         self._remove_replaced(dropped)
 
     def get(self, kind: ObjectKind, tenant: str, object_id: str) -> StoredObject | None:
-        """Read an object; None if the tenant has none with this id, or it has expired.
+        """Read an object; None if the tenant has no object with this id or it has expired.
 
-        Raises ``StorageError`` if it is damaged.
+        Raises ``StorageError`` if the object is damaged.
         """
         place = self._object_path(kind, tenant, object_id)
         if place is None:
@@ -212,9 +212,9 @@ class StateStore:
     def read_prefix(
         self, kind: ObjectKind, tenant: str, object_id: str, num_bytes: int
     ) -> bytes | None:
-        """The first ``num_bytes`` bytes of an object's content, unchecked; None as in ``get``.
+        """Return the first ``num_bytes`` bytes of a content, unchecked; None as for ``get``.
 
-        Raises ``StorageError`` if its first line is damaged.
+        Raises ``StorageError`` if the first line of the file is damaged.
         """
         place = self._object_path(kind, tenant, object_id)
         if place is None:
@@ -228,7 +228,7 @@ class StateStore:
         return None if decode_head(line).expires_s <= self._clock() else content
 
     def open_reader(self, kind: ObjectKind, tenant: str, object_id: str) -> StoredReader | None:
-        """Reader of an object in pieces; None as in ``get``. Raises ``StorageError``."""
+        """Open a reader of an object; None as for ``get``. Raises ``StorageError``."""
         place = self._object_path(kind, tenant, object_id)
         if place is None:
             return None
@@ -243,30 +243,30 @@ class StateStore:
         return reader
 
     def has_file(self, kind: ObjectKind, tenant: str, object_id: str) -> bool:
-        """Whether the file of an object exists, even if the object has expired."""
+        """Whether the file of an object exists. The object may have expired."""
         place = self._object_path(kind, tenant, object_id)
         with self._open_folder():
             return place is not None and place.exists()
 
     def delete(self, kind: ObjectKind, tenant: str, object_id: str) -> bool:
-        """Remove an object, even a damaged one; return whether it existed."""
+        """Remove an object, which may be damaged; return whether it existed."""
         place = self._object_path(kind, tenant, object_id)
         with contextlib.suppress(StorageError):
             if self.get(kind, tenant, object_id) is None:
                 return False
-        assert place is not None, "it was there"
+        assert place is not None, "an existing object has a path"
         with self._open_folder():
             return self._expiry.remove(place)
 
     def list_ids(self, kind: ObjectKind, tenant: str) -> list[str]:
-        """Ids of a tenant's objects, oldest first. Some may expire before they are read."""
+        """Return the ids of a tenant's objects, oldest first. Objects may expire before a read."""
         now_s = self._clock()
         with self._open_folder():
             found = list_files(self._tenant_folder(kind, tenant))
             return sorted(entry.name for entry, stat in found if stat.st_mtime > now_s)
 
     def write_work(self, name: str, content: bytes) -> None:
-        """Write a file of ``work`` atomically."""
+        """Write a file in the folder ``work`` atomically."""
         with self._open_folder():
             write_atomically(self._folder / NEW, self.work / name, content)
 
@@ -286,18 +286,18 @@ class StateStore:
             yield
 
     def _tenant_folder(self, kind: ObjectKind, tenant: str) -> Path:
-        """The folder of a tenant. Names are hashed, as they may contain any character."""
+        """Folder of a tenant. Its name is hashed, as it may contain any character."""
         return self._folder / kind.name / hashlib.sha256(tenant.encode()).hexdigest()[:32]
 
     def _object_path(self, kind: ObjectKind, tenant: str, object_id: str) -> Path | None:
-        """The file of an object; None if the id is not valid for this kind."""
+        """Path of an object's file; None if the id is not valid for this kind."""
         is_id = _ID.fullmatch(object_id) is not None
         if not is_id or not object_id.startswith(f"{kind.prefix}_"):
             return None
         return self._tenant_folder(kind, tenant) / object_id
 
     def _reserve_space(self, kind: ObjectKind, place: Path, size: int) -> list[Path]:
-        """See ``StorageQuota.reserve``."""
+        """Reserve space like ``StorageQuota.reserve``; at a limit, expired objects are removed."""
         try:
             return self._usages.reserve(place, size, kind.drops_oldest)
         except KeyFullError:
@@ -306,19 +306,19 @@ class StateStore:
             return self._usages.reserve(place, size, kind.drops_oldest)
 
     def _remove_replaced(self, places: Iterable[Path]) -> None:
-        """Remove objects that a newly stored one has replaced; errors are only logged."""
+        """Remove objects that a newly stored object replaces. Errors are only logged."""
         for place in places:
             try:
                 place.unlink(missing_ok=True)
             except OSError as err:
-                logger.error("an old object stays in the state folder: %s", err)
+                logger.error("could not remove an old object from the state folder: %s", err)
                 self._usages.forget(place.parent)
 
 
 async def open_in_time(store: StateStore | None, threads: DiskThreads) -> None:
-    """Open a store at the start of its gateway. Raises ``ConfigError``.
+    """Open a store at the start of a gateway. Raises ``ConfigError``.
 
-    If the disk does not respond, this is logged; later calls open the store or fail.
+    If the disk does not respond, this function logs it and returns. Later calls open the store.
     """
     if store is None:
         return
@@ -329,7 +329,7 @@ async def open_in_time(store: StateStore | None, threads: DiskThreads) -> None:
 
 
 def open_store(section: GatewaySection, opens: bool = True) -> StateStore | None:
-    """The store of a gateway; None without ``state_dir``. Raises ``ConfigError``."""
+    """Make the store of a gateway; None without ``state_dir``. Raises ``ConfigError``."""
     if section.state_dir is None:
         return None
     return StateStore(

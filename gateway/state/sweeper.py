@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 class StateSweeper:
-    """Sweeps at the start and then periodically; logs every error and raises none.
+    """Removes expired objects at the start and then periodically. Errors are logged, not raised.
 
     Args:
-        store: the store to sweep; None: nothing is swept.
+        store: the store; None disables the sweeper.
         interval_s: seconds from the end of one sweep to the next.
     """
 
@@ -32,7 +32,7 @@ class StateSweeper:
             self._task = asyncio.create_task(self._run(self._store))
 
     async def stop(self) -> None:
-        """Stop and wait for the running sweep; a sweep that hangs is left after ``END_S``."""
+        """Stop, and wait for the running sweep, at most ``END_S`` seconds."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task], timeout=END_S)
@@ -43,5 +43,5 @@ class StateSweeper:
                 if removed := await self._disk.run_to_completion(store.sweep):
                     logger.info("removed %d expired files from the state folder", removed)
             except StorageError as err:
-                logger.error("the state folder was not swept: %s", err)
+                logger.error("could not sweep the state folder: %s", err)
             await asyncio.sleep(self._interval_s)

@@ -1,4 +1,4 @@
-"""Storage use of tenants, and its limits."""
+"""Storage usage of tenants, and its limits."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _FRESH_S = 1.0
 
 @dataclass(slots=True)
 class _FolderUsage:
-    """Files that a tenant has stored of one kind."""
+    """Files of one kind that a tenant has stored."""
 
     counted_s: float
     """Unix time of the count."""
     sizes: dict[str, int] = field(default_factory=dict)
-    """Bytes of each file by id, oldest first."""
+    """Size in bytes of each file, by id, oldest first."""
 
     @property
     def num_bytes(self) -> int:
@@ -31,9 +31,9 @@ class StorageQuota:
     """Counts the files in tenants' folders at most once a second. Thread-safe.
 
     Args:
-        max_objects: limit for one folder.
-        max_bytes: limit for one folder.
-        clock: Unix time in seconds.
+        max_objects: maximum number of files in one folder.
+        max_bytes: maximum total size of the files in one folder.
+        clock: returns the Unix time in seconds.
     """
 
     def __init__(self, max_objects: int, max_bytes: int, clock: Callable[[], float]) -> None:
@@ -44,18 +44,18 @@ class StorageQuota:
         self._usages: dict[Path, _FolderUsage] = {}
 
     def reserve(self, place: Path, size: int, drops_oldest: bool) -> list[Path]:
-        """Count a file that is about to be written and replaces one with the same name.
+        """Count a file that is about to be written, in place of a file with the same name.
 
         Args:
             place: path of the file.
             size: bytes of the file.
-            drops_oldest: whether the oldest files are dropped at a limit.
+            drops_oldest: whether the oldest files are dropped if a limit is reached.
 
         Returns:
-            Files to remove after this one is written; they are no longer counted.
+            Files to remove after this file is written. They are no longer counted.
 
         Raises:
-            KeyFullError: it exceeds the limits.
+            KeyFullError: the file would exceed a limit.
         """
         if size > self.max_bytes:
             raise KeyFullError(

@@ -1,4 +1,4 @@
-"""Find the answer in a text that arrives in pieces. Stop strings apply only to the answer."""
+"""Finds the answer in a text that arrives in pieces. Stop strings apply only to the answer."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class AnswerRegion:
         may_have_none: bool,
         skips_line_breaks: bool,
     ) -> None:
-        """``begin_pattern``: delimiter before the answer. ``end_pattern``: delimiter after which
-        reasoning and more of the answer may follow. ``may_have_none``: a text without ``<think>``
-        at its start is all answer. ``skips_line_breaks``: line breaks after the first delimiter are
-        not part of the answer.
+        """``begin_pattern`` matches the delimiter before the answer, ``end_pattern`` one after
+        which reasoning and more of the answer may follow. With ``may_have_none``, a text that
+        does not start with ``<think>`` is all answer. With ``skips_line_breaks``, line breaks
+        after the first delimiter are not part of the answer.
         """
         self._begin_pattern = begin_pattern
         self._end_pattern = end_pattern
@@ -49,7 +49,7 @@ class AnswerRegion:
 
     @classmethod
     def for_harmony(cls, open_message: str) -> AnswerRegion:
-        """Create the region of a Harmony text; the prompt ends with the header ``open_message``."""
+        """Create the region of a Harmony text after a prompt that ends with ``open_message``."""
         region = cls(
             _MESSAGE_OR_CALL, _END_OF_MESSAGE, may_have_none=False, skips_line_breaks=False
         )
@@ -59,7 +59,7 @@ class AnswerRegion:
         return region
 
     def split(self, new: str) -> list[tuple[str, bool]]:
-        """Split a piece into (part, is answer); undecided text is held back until more arrives."""
+        """Split a piece into pairs (text, whether it is answer). Undecided text is held back."""
         if self._is_undecided:
             self._seen += new
             stripped = self._seen.lstrip()
@@ -107,7 +107,7 @@ class AnswerRegion:
         return end
 
     def flush(self) -> str:
-        """Return the text that is still held back at the end; it is in the answer."""
+        """Return the text that is still held back at the end, which is answer."""
         if not self._is_undecided:
             return ""
         self._is_undecided, self.is_open = False, True

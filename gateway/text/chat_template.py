@@ -1,6 +1,6 @@
-"""Chat templates: render a conversation to a prompt in a sandbox.
+"""Chat templates, which render a conversation to a prompt in a sandbox.
 
-The template is part of the checkpoint (Jinja, as transformers defines it). Its variables are the
+A template is Jinja, as transformers defines it, and part of the checkpoint. Its variables are the
 messages, the special tokens and the client's ``chat_template_kwargs``.
 """
 
@@ -52,7 +52,7 @@ _ASSISTANT = "assistant"
 
 
 class _GenerationTag(Extension):
-    """Ignores ``{% generation %}``, which marks the text of the assistant for training."""
+    """Ignores the tag ``{% generation %}``, which marks text of the assistant for training."""
 
     tags = {"generation"}  # noqa: RUF012  (the name and type are Jinja's)
 
@@ -66,7 +66,7 @@ class ChatTemplate:
 
     Args:
         source: Jinja text.
-        variables: special tokens by name (``bos_token`` and so on).
+        variables: special tokens by name, such as ``bos_token``.
         field: the request field that contains the template; None for the model's template.
         tool_use: source of a separate template for conversations with tools.
 
@@ -173,7 +173,7 @@ class ChatTemplate:
                 return text, placed
             first_result = first_result or (text, placed)
         if first_result is None:
-            assert refusal is not None, "every attempt gives a prompt or an error"
+            assert refusal is not None, "there was neither a prompt nor an error"
             raise self._template_error(refusal) from refusal
         return first_result
 
@@ -230,7 +230,7 @@ class ChatTemplate:
     def _includes_all(
         self, roles: tuple[str, ...], tools: Sequence[Mapping[str, Any]] | None
     ) -> bool:
-        """Whether the template accepts messages with these roles and includes all their texts."""
+        """Whether the template accepts messages with these roles and renders all their texts."""
         included = self._included_roles(roles, tools)
         return included is not None and len(included) == len(roles)
 

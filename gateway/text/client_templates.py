@@ -1,7 +1,7 @@
-"""Chat templates that clients send, if the server allows them.
+"""Renders chat templates that clients send, if the server allows them.
 
-Each rendering runs in a new process, so that a template cannot affect the next one. See
-``render_template`` for the limits of the process.
+Each rendering runs in a new process, so that a template cannot affect later renderings.
+``render_template`` has the limits of the process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class RenderedTemplate:
     text: str | None
     """The prompt; None if ``error`` is set."""
     error: RequestError | None = None
-    """Why the template rejects the conversation."""
+    """The template's error; None if ``text`` is set."""
 
 
 class ClientTemplateRenderer:
@@ -51,7 +51,7 @@ class ClientTemplateRenderer:
         messages: Sequence[Mapping[str, Any]],
         options: Mapping[str, Any],
     ) -> RenderedTemplate:
-        """Render a conversation; ``options`` are the arguments of ``ChatTemplate.render``.
+        """Render a conversation. ``options`` are the arguments of ``ChatTemplate.render``.
 
         Raises:
             RequestError: the template is invalid, or needs too much time or memory.

@@ -1,7 +1,7 @@
 """Incremental detokenization with whole characters, stop strings and offsets.
 
-``Detokenizer`` converts tokens into text and never returns part of a character. ``ChoiceText`` adds
-stop strings; it holds back text that may be the start of one, to find them across token boundaries.
+``Detokenizer`` converts tokens to text without partial characters. ``ChoiceText`` adds stop
+strings: it holds back text that may be the start of a stop string which later tokens complete.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Detokenizer(Protocol):
         """Add a token and return the text that is final; it may be empty."""
 
     def flush(self) -> str:
-        """Return the rest at the end: U+FFFD for an incomplete character."""
+        """Return the rest of the text at the end, with U+FFFD for an incomplete character."""
 
 
 class ByteDetokenizer:
@@ -56,7 +56,7 @@ class WindowDetokenizer:
 
     Args:
         tokenizer: the tokenizer.
-        skip_special_tokens: omit special tokens from the text.
+        skip_special_tokens: whether to omit special tokens from the text.
         before: the tokens before the first call of ``feed``.
     """
 
@@ -133,10 +133,10 @@ def align_offsets(
 
 
 class StopStringFinder:
-    """Finds the stop string that ends first, and holds back text that may be the start of one.
+    """Finds stop strings, and holds back text that may be the start of a stop string.
 
-    The result does not depend on how the text is split into pieces: the match that ends first wins,
-    and of matches with the same end the longest wins.
+    The match that ends first counts, and the longest of several with the same end. The result thus
+    does not depend on how the text is split into pieces.
     """
 
     def __init__(self, strings: Sequence[str], include: bool = False) -> None:
@@ -193,7 +193,7 @@ class ChoiceText:
     their logprobs until the next piece of text.
 
     Args:
-        detokenizer: None produces no text.
+        detokenizer: decodes tokens; None produces no text.
         stop: the stop strings.
         min_tokens: minimum number of tokens before a stop takes effect.
         region: the part of the text in which stops take effect; None for the whole text.
@@ -224,7 +224,7 @@ class ChoiceText:
     ) -> str | int | None:
         """Add a token; return the stop string or the stop token that ends the text, or None.
 
-        A ``hidden`` token (which ended the choice) counts but has no text.
+        A ``hidden`` token, which ended the choice, is counted but has no text.
         """
         self.num_tokens += 1
         self._tokens.append(TokenText(token_id, self._decoded_chars, logprob))
@@ -244,7 +244,7 @@ class ChoiceText:
         return stopped
 
     def finish(self) -> None:
-        """Release the text that is held back: the choice ended without a stop string."""
+        """Release the text that is held back, as the choice ended without a stop string."""
         if self._detokenizer is not None:
             stopped = self._add(self._detokenizer.flush())
             if stopped is None and self._region is not None:
@@ -253,7 +253,7 @@ class ChoiceText:
                 self._text += self._stop.flush()
 
     def take(self, always: bool = False) -> tuple[str, tuple[TokenText, ...]]:
-        """Return the text and tokens that are ready. Without text, tokens need ``always``."""
+        """Return the text and tokens that are ready; tokens without text only with ``always``."""
         if not self._text and not always and self._detokenizer is not None:
             return "", ()
         text, self._text = self._text, ""

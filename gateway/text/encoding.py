@@ -1,4 +1,4 @@
-"""Encode texts to token ids outside the event loop: in threads, or in a process for long texts."""
+"""Encodes texts outside the event loop: in threads, or in a process for long texts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gateway.text.long_text_encoder import LONG_CHARS, LongTextEncoder
 from gateway.text.tokenizer import Tokenizer
 
 MAX_TOKENS = MAX_ENTRIES
-"""Maximum number of tokens of a text that no context length limits, as for ids in a body."""
+"""Maximum number of tokens of a text that the context does not limit, as for ids in a body."""
 _INLINE_CHARS = 2048
-"""Longer texts are tokenized in a thread."""
+"""Number of characters above which a text is tokenized in a thread."""
 
 
 class EncodedText(NamedTuple):

@@ -1,9 +1,9 @@
-"""Move system and developer messages that a chat template does not accept.
+"""Moves system and developer messages that a chat template does not accept.
 
-Many templates accept one system message at the start and reject or skip any other; some accept
-none, and most do not know the role ``developer``. Clients send several, also late in the
-conversation. So that their text reaches the model, instructions at the start are merged, and
-instructions that the template does not accept become part of an adjacent user message.
+Many templates accept one system message at the start and reject or skip others; some accept none,
+and most do not know the role ``developer``. Clients send several such messages, also late in the
+conversation. Therefore instructions at the start are merged, and instructions that the template
+does not accept become part of an adjacent user message.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def late_instructions_to_user(messages: Sequence[Message]) -> list[Message]:
 
 
 def instructions_to_user(messages: Sequence[Message]) -> list[Message]:
-    """Convert instructions into user text: before the next user message, else after the last one.
+    """Convert instructions to user text, joined with an adjacent user message if there is one.
 
-    User messages on both sides are merged, since some templates reject consecutive ones. Tool
-    results stay next to their calls.
+    Adjacent user messages are merged, since some templates reject consecutive ones. Tool results
+    stay next to their calls.
     """
     turns, waiting = _MessageMerger(), list[str]()
     for message in messages:
@@ -78,7 +78,7 @@ def instructions_to_user(messages: Sequence[Message]) -> list[Message]:
 
 
 class _MessageMerger:
-    """Collects messages and merges consecutive user texts; ``finish`` joins them once."""
+    """Collects messages and merges consecutive user texts, which ``finish`` joins."""
 
     def __init__(self) -> None:
         self._messages: list[Message] = []
@@ -90,7 +90,7 @@ class _MessageMerger:
         self._texts.append([message["content"]] if _is_text_of_user(message) else None)
 
     def add_user_text(self, texts: Sequence[str], message: Message | None = None) -> None:
-        """Append texts to the last user message, else add them as a copy of ``message``."""
+        """Append texts to a user message at the end, else add a copy of ``message`` with them."""
         if not texts:
             return
         if self._texts and (last := self._texts[-1]) is not None:

@@ -1,4 +1,4 @@
-"""Tokenize long texts in another process, one at a time; see ``encode_texts``."""
+"""Tokenizes long texts in another process, one at a time; see ``encode_texts``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from cluster.core.errors import RequestFailedError
 from gateway.text.encode_texts import ID_TYPE, REPLY, encode_message
 
 LONG_CHARS = 262_144
-"""Longer texts are tokenized in the process, shorter ones in a thread."""
+"""Number of characters above which a text is tokenized in the process instead of a thread."""
 
 
 class LongTextEncoder:
-    """Client of the process, which starts for the first long text and keeps running.
+    """Client of the process. The process starts for the first long text and keeps running.
 
     Args:
         file: path of ``tokenizer.json``.

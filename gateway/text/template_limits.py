@@ -1,7 +1,7 @@
 """A Jinja sandbox that limits the run time and the output size of templates.
 
-Jinja's sandbox only protects Python objects from a template. Here each loop iteration also checks
-the time, and the sizes of texts from operators, filters and the template are limited.
+Jinja's sandbox only protects Python objects from a template. This sandbox also checks the time in
+each loop iteration, and limits the sizes of texts from operators, filters and the template.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 TIME_LIMIT_S = 10.0
-"""Maximum time to render one prompt."""
+"""Maximum time in seconds to render one prompt."""
 MAX_CHARS = 16 * 1024 * 1024
 """Maximum length of a prompt, and of a text or list within a template."""
 _CHECK_EVERY = 256

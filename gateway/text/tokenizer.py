@@ -1,7 +1,6 @@
-"""The checkpoint's tokenizer, loaded without transformers from ``tokenizer.json`` and its config.
+"""The checkpoint's tokenizer, loaded from ``tokenizer.json`` and its config without transformers.
 
-Converts text to ids and ids to text, and returns the exact bytes of each token. The chat template
-is in ``gateway/text/chat_template.py``.
+It converts between text and token ids, and returns the exact bytes of each token.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from gateway.text.tokenizer_files import DEFAULT, TOOL_USE, read_tokenizer_files
 
 logger = logging.getLogger(__name__)
 _NORMALIZER_SHRINK = 4
-"""Factor by which a normalizer may shorten text (NFC); the quick length check allows for it."""
+"""Maximum factor by which a normalizer (NFC) shortens text, for ``is_surely_longer_than``."""
 _REPLACED = (
     "the server writes chat prompts in the Harmony format and does not use the chat template of "
     "the checkpoint; pass its file as --chat-template to use it"
 )
 _NO_DEFAULT = "{{ raise_exception('the checkpoint has a template for tools only') }}"
 _SHORT_CHARS = 2048
-"""Longer texts and lists use the batch methods of the library: only they release the GIL."""
+"""Length above which texts and lists use the library's batch methods, which release the GIL."""
 
 
 class Tokenizer:
@@ -67,7 +66,7 @@ class Tokenizer:
 
     @property
     def grammar_token_ids(self) -> dict[str, int]:
-        """Ids by text of the tokens that grammars refer to by id; see ``_is_grammar_token``."""
+        """Ids of the tokens that grammars refer to by id, by text; see ``_is_grammar_token``."""
         return {
             text: number for number, text in self._added.items() if self._is_grammar_token(number)
         }
@@ -88,7 +87,7 @@ class Tokenizer:
         return made
 
     def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """Return token ids; special tokens in the texts of a ``HarmonyPrompt`` are plain text."""
+        """Return token ids. Special tokens in the texts of a ``HarmonyPrompt`` are plain text."""
         if isinstance(text, HarmonyPrompt):
             return self._encode_marked(text, add_special_tokens)
         if len(text) <= _SHORT_CHARS:
@@ -118,14 +117,14 @@ class Tokenizer:
         return self._backend.encode(token, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Return the text of a complete list of ids; unknown ids are skipped."""
+        """Return the text of a complete list of ids, skipping unknown ids."""
         if len(ids) <= _SHORT_CHARS:
             return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
         texts = self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
         return str(texts[0])
 
     def is_surely_longer_than(self, text: str, num_tokens: int) -> bool:
-        """Whether a text must have more than ``num_tokens`` tokens, given its length alone."""
+        """Whether a text certainly has more than ``num_tokens`` tokens, by its length alone."""
         return len(text) > num_tokens * self.max_token_chars * _NORMALIZER_SHRINK
 
     def is_special(self, token_id: int) -> bool:
@@ -133,7 +132,7 @@ class Tokenizer:
         return token_id in self._special
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the exact bytes that a token adds to the text; they may be part of a character."""
+        """Return the exact bytes that a token adds to the text, maybe a part of a character."""
         cached = self._bytes.get(token_id)
         if cached is None:
             cached = self._bytes[token_id] = self._make_bytes(token_id)

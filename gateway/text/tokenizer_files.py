@@ -1,4 +1,4 @@
-"""Read chat templates and special tokens from the files of a checkpoint.
+"""Reads chat templates and special tokens from the files of a checkpoint.
 
 The precedence of the files is as in transformers 5 (``PreTrainedTokenizerBase._from_pretrained``):
 
@@ -31,7 +31,7 @@ _TOKEN = "_token"
 """Suffix of the names of special tokens in templates, for example ``bos_token``."""
 _USUAL = frozenset(f"{name}{_TOKEN}" for name in ["bos", "eos", "unk", "sep", "pad", "cls", "mask"])
 _MODEL_SPECIFIC, _EXTRA = "model_specific_special_tokens", "extra_special_tokens"
-"""Objects with more tokens by name. ``_EXTRA`` and top-level entries replace the first."""
+"""Entries with more tokens by name. ``_EXTRA`` and top-level entries override the first one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

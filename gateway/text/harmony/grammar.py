@@ -1,6 +1,6 @@
 """Grammars of answers in the Harmony format.
 
-Reasoning, and text before calls, is always allowed; tools constrain the calls, and structured
+Reasoning and text before tool calls are always allowed. Tools constrain the calls; structured
 output constrains the text of the channel ``final``. Text cannot contain special tokens.
 """
 
@@ -48,7 +48,7 @@ def harmony_grammar(
     answer: Grammar | None,
     opened: str = OPENED,
 ) -> Grammar | None:
-    """Return the grammar of an answer; None allows any text. Only the last message may be a call.
+    """Return the grammar of an answer, or None for any text. Only the last message may be a call.
 
     If the vocabulary lacks the special tokens of the format, the grammar is ``answer``.
 

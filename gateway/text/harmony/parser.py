@@ -66,7 +66,7 @@ class HarmonyParser:
 
     Args:
         names: functions that may be called. A message to any other function is reasoning.
-        opened: the open message of the prompt (``marks.open_message``), which the answer continues.
+        opened: header of the message that the prompt leaves open and the answer continues.
     """
 
     def __init__(self, names: Collection[str] = (), opened: str = OPENED) -> None:

@@ -35,7 +35,7 @@ ENDS: tuple[str, ...] = (END, RETURN, CALL)
 SPECIAL_TOKENS: tuple[str, ...] = (CHANNEL, MESSAGE, CONSTRAIN, START, *ENDS)
 ANALYSIS, COMMENTARY, FINAL = "analysis", "commentary", "final"
 CHANNELS = (ANALYSIS, COMMENTARY, FINAL)
-"""Channels: reasoning; calls, and text for the user before them; the answer."""
+"""Channels: for reasoning; for calls and text to the user before them; for the answer."""
 ROLE = "assistant"
 ROLES = (ROLE, "system", "developer", "user", "tool")
 OPENED = f"{START}{ROLE}"

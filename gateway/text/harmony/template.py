@@ -81,7 +81,7 @@ class HarmonyTemplate:
     has_tools = True
     tool_format = ToolCallFormat.HARMONY
     has_thinking = False
-    """False: reasoning has a separate channel and no ``<think>`` tags."""
+    """Always False, as reasoning has its own channel and no ``<think>`` tags."""
 
     def __init__(
         self, variables: Mapping[str, str] | None = None, today: Callable[[], str] = _today

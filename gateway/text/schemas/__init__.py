@@ -1,4 +1,4 @@
-"""JSON schemas of tools: references, clean schemas, their alternatives, texts and values.
+"""JSON schemas of tools: resolving references, cleaning schemas for grammars, checking values.
 
 May import ``gateway.core`` and ``cluster.core``.
 """

@@ -1,4 +1,4 @@
-"""Expand a clean schema into alternatives: a value matches the schema if it matches one of them.
+"""Expands a clean schema into alternatives: a value matches the schema if it matches one of them.
 
 ``{"anyOf": [A, B], "allOf": [C]}`` has the alternatives ``A and C``, ``B and C``: each is a tuple
 of pieces that a value must match. Pieces have no ``$ref``, ``anyOf``, ``oneOf`` or ``allOf``.
@@ -28,14 +28,14 @@ _JSON_TYPES: Mapping[type, str] = {
 
 
 class UnsupportedSchemaError(Exception):
-    """A schema cannot be expressed as a grammar; the message is a keyword or the reason."""
+    """A schema cannot be expressed as a grammar. The message is a keyword or the reason."""
 
 
 def alternatives(schema: Any, clean: CleanSchema, is_strict: bool) -> list[Alternative]:
-    """Return the alternatives of a part of a schema.
+    """Return the alternatives of ``schema``, which is a part of ``clean``.
 
     Raises:
-        UnsupportedSchemaError: too many alternatives or, if strict, ``oneOf`` members may overlap.
+        UnsupportedSchemaError: too many alternatives, or overlapping ``oneOf`` if strict.
     """
     try:
         return _Expansion(clean, is_strict).expand(schema, frozenset())
@@ -57,7 +57,7 @@ class _Expansion:
 
         Args:
             schema: a clean schema.
-            above: definitions whose expansion led here; a reference to one of them is a cycle.
+            above: definitions that are being expanded; a reference to one of them is a cycle.
         """
         self._spend_steps(1)
         if not isinstance(schema, Mapping):
@@ -92,7 +92,7 @@ class _Expansion:
         return combined
 
     def _expand_definition(self, name: str, above: frozenset[str]) -> list[Alternative]:
-        """Return the alternatives of a definition; cached unless they depend on ``above``."""
+        """Return the alternatives of a definition, cached unless they depend on ``above``."""
         if name in above:
             self._num_cycles += 1
             return []
@@ -132,7 +132,7 @@ def _check_disjoint(groups: Sequence[Sequence[Alternative]]) -> None:
 
 
 def are_disjoint(one: Alternative, other: Alternative) -> bool:
-    """Whether two alternatives are known to be disjoint: by type, by values, by the values of a
+    """Whether two alternatives are certainly disjoint: by type, by values, by the values of a
     property, or because one requires a property that the other forbids."""
     if types_of_alternative(one).isdisjoint(types_of_alternative(other)):
         return True

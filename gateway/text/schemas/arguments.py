@@ -1,7 +1,7 @@
-"""The individual arguments of a function, derived from its schema.
+"""Derives the individual arguments of a function from its schema.
 
-A schema may allow several sets of arguments (for example with ``anyOf`` at its root): each is an
-``ArgumentSet``.
+A schema may allow several sets of arguments, for example with ``anyOf`` at its root. Each set is
+an ``ArgumentSet``.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from gateway.text.schemas.clean_schema import CleanSchema, unsupported_schema
 from gateway.text.schemas.one_of import argument_schema
 
 _MAX_SET_ARGUMENTS = 2000
-"""Maximum number of arguments of all sets; the size of grammars is limited."""
+"""Maximum number of arguments of all sets, as the size of grammars is limited."""
 _KEY = "arguments"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArgumentSet:
-    """One set of arguments that may be given together; all schemas are clean."""
+    """One set of arguments that may be given together. All schemas are clean."""
 
     properties: Mapping[str, Any]
     required: frozenset[str] = frozenset()
@@ -161,7 +161,7 @@ def _check_supported(
     names: Mapping[str, Any],
     limiting: Sequence[Piece],
 ) -> None:
-    """Raise ``UnsupportedSchemaError`` for keywords that a ``ArgumentSet`` cannot express."""
+    """Raise ``UnsupportedSchemaError`` for keywords that an ``ArgumentSet`` cannot express."""
     has_patterns = any(piece.get("patternProperties") for piece in pieces)
     if has_patterns and (names or len(limiting) > 1):
         raise UnsupportedSchemaError("patternProperties is not supported together with properties")

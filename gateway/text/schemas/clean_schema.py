@@ -1,4 +1,4 @@
-"""Clean schemas of arguments for grammars: only supported keywords, with references resolved.
+"""Cleans schemas of arguments for grammars: resolves references, keeps only supported keywords.
 
 Clients send schemas with annotations, custom formats, keywords of other drafts and references of
 every kind. With ``strict``, a keyword that a grammar cannot express is rejected by name; without
@@ -30,7 +30,7 @@ TYPES = ("null", "boolean", "number", "integer", "string", "array", "object")
 DEFINITION = "#/$defs/"
 """Prefix of every reference of a clean schema."""
 _MAX_NODES = 10_000
-"""Maximum number of schemas within a schema, counted again for each reference."""
+"""Maximum number of schemas within a schema, counted again for each reference to them."""
 _MAX_VALUES = 5000
 """Maximum number of values of an ``enum``."""
 _UNSUPPORTED = frozenset(
@@ -40,7 +40,7 @@ _UNSUPPORTED = frozenset(
         *("unevaluatedItems", "unevaluatedProperties", "$dynamicRef", "$recursiveRef"),
     }
 )
-"""Keywords that constrain values and that grammars cannot express."""
+"""Keywords that constrain values in ways that grammars cannot express."""
 _NAMING = frozenset({"then", "else", "dependencies", "dependentSchemas"})
 """Keywords of ``_UNSUPPORTED`` with schemas that may name additional arguments."""
 _OPENING = frozenset(
@@ -55,9 +55,9 @@ _NEUTRAL: Mapping[str, Any] = MappingProxyType(
         "propertyNames": {"type": "string"},
     }
 )
-"""Values of keywords of ``_UNSUPPORTED`` that have no effect."""
+"""For keywords of ``_UNSUPPORTED``, the values that have no effect."""
 _NOT_REGULAR = re.compile(r"\(\?(?:=|!|<=|<!|>)|\\[1-9kbBG]")
-"""Look-around, atomic groups, back-references and word boundaries."""
+"""Matches look-around, atomic groups, back-references and word boundaries in a pattern."""
 _LOWER_BOUNDS = ("minimum", "exclusiveMinimum")
 BOUNDS = (*_LOWER_BOUNDS, "maximum", "exclusiveMaximum")
 _HIGHEST = 2**63 - 1024
@@ -66,7 +66,7 @@ _ANY = MappingProxyType[str, Any]({})
 
 
 class _InvalidValueError(Exception):
-    """The value of a keyword is invalid; the message is the rule."""
+    """The value of a keyword is invalid. The message is the rule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +102,8 @@ class CleanSchema:
 def forbid_additional(schema: Any) -> Mapping[str, Any]:
     """Forbid additional arguments in a clean schema unless a keyword may allow them.
 
-    JSON Schema allows additional properties by default, and small models then generate them
-    endlessly. Arguments that only ``required`` names may be of any type.
+    JSON Schema allows additional properties by default, which small models may then generate
+    endlessly. Arguments that are named only in ``required`` may be of any type.
     """
     if not isinstance(schema, Mapping):
         return _ANY
@@ -135,7 +135,7 @@ def clean_schema(tool: Tool, is_strict: bool) -> CleanSchema:
 
 
 def unsupported_schema(tool: Tool, path: Sequence[str], rule: str) -> RequestError:
-    """Return the error for a strict tool; ``path`` leads to the unsupported keyword."""
+    """Make the error for a strict tool. ``path`` leads to the unsupported keyword."""
     location = ".".join(path) or "the schema"
     return RequestError(
         f"{tool.path} of {tool.name!r}: {location} {rule} (strict is true)", tool.path
@@ -327,8 +327,8 @@ def _number(value: Any) -> int | float | bool:
 
 
 def clamp_bound(key: str, bound: Any) -> Any:
-    """Limit a bound to the int64 range, so that the grammar compiler accepts it; a bound is moved
-    only in the direction that allows fewer numbers."""
+    """Limit a bound to the int64 range, so that the grammar compiler accepts it. A bound moves only
+    in the direction that allows fewer numbers."""
     if not isinstance(bound, (int, float)):
         return bound
     return max(bound, -_HIGHEST) if key in _LOWER_BOUNDS else min(bound, _HIGHEST)

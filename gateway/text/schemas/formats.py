@@ -57,7 +57,7 @@ FORMATS = MappingProxyType(
 
 
 def is_known_format(name: object) -> bool:
-    """Whether a format constrains texts; others are annotations (JSON Schema, validation, 7)."""
+    """Whether a format constrains texts. Others are annotations (JSON Schema, validation, 7)."""
     return isinstance(name, str) and name in FORMATS
 
 

@@ -1,6 +1,6 @@
-"""Replace ``oneOf`` by ``anyOf`` if its members are disjoint. Members may be references.
+"""Replaces ``oneOf`` by ``anyOf`` if its members are disjoint. Members may be references.
 
-The grammar compiler detects disjoint members only if it does not have to follow references.
+The grammar compiler itself detects disjoint members only without references.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from gateway.text.schemas.clean_schema import BOUNDS, CleanSchema, clamp_bound, 
 from gateway.text.schemas.references import BY_NAME, CONTENTS, References
 
 _MAX_COMPARED = 400
-"""Maximum number of compared pairs of members without a tag; further ``oneOf`` are not changed."""
+"""Maximum number of compared pairs of members without a tag. Beyond it, ``oneOf`` is kept."""
 _MAX_TAGS = 16
 """Maximum number of required properties that are tried as the tag."""
 _MAX_STEPS = 64
 """Maximum length of a chain of references."""
 Resolve = Callable[[Any], Any]
-"""Returns the target of a schema that consists of a reference; other schemas are unchanged."""
+"""Returns the target of a schema that is only a reference; returns other schemas unchanged."""
 
 
 def replace_one_of(schema: Any, resolve: Resolve) -> Any:
-    """Replace ``oneOf`` with disjoint members, and limit bounds to the range of the compiler."""
+    """Replace ``oneOf`` with disjoint members by ``anyOf``, and clamp bounds for the compiler."""
     return _Rewriter(resolve).rewrite(schema)
 
 
 def argument_schema(tool: Tool, is_strict: bool) -> CleanSchema:
-    """Return ``clean_schema(tool)``; if strict, rewritten so that a strict compiler accepts it."""
+    """Return ``clean_schema(tool)``, for strict tools after ``replace_one_of``."""
     clean = clean_schema(tool, is_strict)
     if not is_strict:
         return clean

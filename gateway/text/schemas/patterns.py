@@ -1,7 +1,7 @@
-"""Convert regular expressions of JSON schemas for grammars.
+"""Converts regular expressions of JSON schemas for grammars.
 
-Schemas search a text for an ECMA 262 pattern; grammars match whole texts, use the syntax of Rust's
-``regex`` and do not support anchors.
+A schema's pattern (ECMA 262) may match any part of a text. Grammars match whole texts, with the
+syntax of Rust's ``regex`` and without anchors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _QUANTIFIER = re.compile(r"(?:[*+?]|\{[0-9]+(?:,[0-9]*)?\})")
 def full_match(pattern: str) -> str | None:
     """Return a pattern that matches exactly the texts in which ``pattern`` is found.
 
-    For example ``^a|b$`` gives ``(?:a(?s:.*)|(?s:.*)b)``. None if it has anchors within groups.
+    For example ``^a|b$`` gives ``(?:a(?s:.*)|(?s:.*)b)``. None for anchors within groups.
     """
     branches, depth, is_class, is_after_quantifier = [""], 0, False, False
     starts, ends = [False], [False]

@@ -1,4 +1,4 @@
-"""Resolve the references within one JSON schema.
+"""Resolves the references within one JSON schema.
 
 Source: JSON Schema 2020-12, core, sections 8.2 and 9.2, and draft 7, section 8. Only references
 into the same document are supported; no URL is fetched.
@@ -12,12 +12,12 @@ from typing import Any
 from urllib.parse import unquote, urljoin
 
 MAX_SCHEMA_DEPTH = 32
-"""Maximum nesting of objects and lists in a JSON schema without following references."""
+"""Maximum nesting of objects and lists in a JSON schema, without following references."""
 MAX_LEVELS = 500
-"""Maximum nesting of objects and lists with references. The grammar compiler follows references
-recursively, and its stack holds 1,800 levels."""
+"""Maximum nesting of objects and lists, with references followed. The grammar compiler follows them
+recursively, and its stack suffices for 1,800 levels."""
 _MAX_VISITS = 20_000
-"""Maximum number of visited objects and lists; a schema with more counts as too deep."""
+"""Maximum number of objects and lists to visit. A schema with more counts as too deep."""
 BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 """Keywords with values that are schemas by name."""
 CONTENTS = frozenset({"enum", "const", "default", "examples"})
@@ -106,8 +106,8 @@ def base_of(schema: Any, base: Mapping[str, Any]) -> Mapping[str, Any]:
 def is_too_deep(references: References) -> bool:
     """Whether the nesting may exceed ``MAX_LEVELS`` if each reference is followed once.
 
-    A path enters a group of schemas that refer to each other (a strongly connected component) only
-    once, so the sum of the levels in the group is an upper bound.
+    A path enters a group of schemas that refer to each other (a strongly connected component) once,
+    so the sum of the levels in the group is an upper bound.
     """
     graph = _ReferenceGraph(references)
     if graph.visits_left <= 0:
@@ -124,7 +124,7 @@ def is_too_deep(references: References) -> bool:
 
 
 class _ReferenceGraph:
-    """The graph of references; its numbered nodes are the whole schema and all targets."""
+    """The graph of references. Its nodes are the whole schema and all targets of references."""
 
     def __init__(self, references: References) -> None:
         self._numbers: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""Constraints of a clean schema on texts, for tool call formats that write them without quotes."""
+"""Constraints of a clean schema on texts, for tool call formats that write texts without quotes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TextRule:
 
 
 def text_rules(expanded: Sequence[Alternative], is_strict: bool) -> list[TextRule]:
-    """Return the rules of which a text must match at least one; empty if no text is allowed.
+    """Return rules of which a text must match at least one; empty if no text is allowed.
 
     Raises:
         UnsupportedSchemaError: ``is_strict``, and a pattern is not supported.

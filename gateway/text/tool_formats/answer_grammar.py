@@ -37,13 +37,13 @@ def answer_grammar(
     answer: Grammar | None,
     thinking: Thinking | None = None,
 ) -> Grammar | None:
-    """Return the grammar of an answer: free text (or ``answer``) or calls; None allows any text.
+    """Return the grammar of an answer: free text (or ``answer``), or calls. None allows any text.
 
     Args:
         use: the tools, and whether one must be called; None without tools.
         form: format of the calls.
-        token_ids: ids by text of the tokens that grammars refer to by id; no other tokens can give
-            these texts.
+        token_ids: ids by text of the tokens that grammars refer to by id. No other tokens can
+            produce these texts.
         answer: grammar of an answer that is not a call.
         thinking: where unconstrained reasoning begins; None without reasoning.
 
@@ -76,7 +76,7 @@ def _reasoning_rules(
     """Return an expression for reasoning at the start of the answer, and its rules.
 
     Args:
-        allows_text: whether free text may follow; it covers reasoning unless its tags are tokens.
+        allows_text: whether free text may follow, which includes reasoning without tag tokens.
     """
     needed = END if thinking is Thinking.OPEN else BEGIN
     if thinking is None or (allows_text and needed not in token_ids):
@@ -120,7 +120,7 @@ def _answer_body(
 def _tool_rules(
     use: ToolUse, syntax: CallSyntax, token_ids: Mapping[str, int]
 ) -> list[GrammarRule]:
-    """Return the rule ``call`` (a call without its first delimiter) and the rules that it uses."""
+    """Return the rule ``call``, a call without its first delimiter, and the rules that it uses."""
     expressions_around: dict[str, tuple[str, str]] = {}
     for tool in use.allowed:
         substitutions = {

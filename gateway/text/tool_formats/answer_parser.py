@@ -35,7 +35,7 @@ _PIECE_CHARS = 4096
 
 class _ParserState(Enum):
     START = auto()
-    """At the start, where reasoning may begin."""
+    """At the start of the answer, where reasoning may begin."""
     TEXT = auto()
     BEFORE_CALL = auto()
     """In a section, before a call or the end of the section."""
@@ -83,7 +83,7 @@ class AnswerParser:
         self._lookahead = Lookahead()
         pairs = self._syntax.pairs if self._syntax is not None else None
         self._arguments = ArgumentsReader(pairs, self._tools, self._lookahead)
-        self._unconfirmed_text = ""  # text since a delimiter, which is content if no call follows
+        self._unconfirmed_text = ""  # text since a delimiter; content if no call follows
         self.num_begun = 0
         """Number of calls with a known name."""
         self.num_complete = 0
@@ -159,7 +159,7 @@ class AnswerParser:
 
     @property
     def _keeps_partial_delimiters(self) -> bool:
-        """Whether a delimiter that the end of the answer cuts is text."""
+        """Whether a delimiter that is cut off by the end of the answer is text."""
         return self._is_reasoning or not self._must_call
 
     def _add_text(self, text: str, output: PieceBuilder) -> None:
@@ -265,7 +265,7 @@ class AnswerParser:
         """Continue with text: the delimiter did not begin a call.
 
         Args:
-            is_cut: whether the end of the answer cuts the possible call.
+            is_cut: whether the end of the answer cuts off the possible call.
         """
         if is_cut and not self._keeps_partial_delimiters:
             self._lookahead.text = ""
@@ -309,7 +309,7 @@ class AnswerParser:
 
 
 def _check_head(reading: TemplateMatch, text: str, ahead: tuple[str, ...]) -> MatchOutcome:
-    """Return the outcome of a head, which one of the texts ``ahead`` must follow."""
+    """Return the outcome of matching a head, after which one of the texts ``ahead`` must follow."""
     if reading.outcome is not MatchOutcome.WHOLE:
         return reading.outcome
     following = text[reading.end :].lstrip()

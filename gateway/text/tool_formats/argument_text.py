@@ -1,4 +1,4 @@
-"""Find the end of arguments in a text that arrives in pieces: a JSON object, or one value."""
+"""Finds the end of arguments in a text that arrives in pieces: a JSON object, or one value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convert argument values that a model writes as plain text into JSON that matches their schema."""
+"""Converts argument values that a model writes as plain text to JSON that matches their schema."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gateway.text.schemas.text_rules import text_rules
 from gateway.text.schemas.value_check import ValueChecker
 
 _WORDS = {"True": "true", "False": "false", "None": "null"}
-"""Python literals that some templates show for earlier arguments, and that models then write."""
+"""JSON for Python literals, which models write because some templates show earlier arguments so."""
 _ALL = frozenset(TYPES)
 ANY_OPENING = "*"
 _JSON_OPENINGS = '{["-0123456789tfn'
@@ -70,10 +70,10 @@ class ValueWriters:
 
 
 class ValueWriter(ABC):
-    """Converts one value to JSON incrementally; the result does not depend on the pieces."""
+    """Converts one value to JSON incrementally, independent of how its text is split."""
 
     json_openings = ""
-    """First characters that identify JSON, whose strings may contain any delimiter; with
+    """First characters by which a value is JSON, whose strings may contain any delimiter. With
     ``ANY_OPENING``, every text is JSON."""
 
     @abstractmethod
@@ -105,7 +105,7 @@ class _TextWriter(ValueWriter):
 
 
 class _AnyWriter(ValueWriter):
-    """Writer of a value that is not always a text; it returns JSON at the end of the value.
+    """Writer of a value that need not be a text. It returns JSON at the end of the value.
 
     Args:
         kinds: allowed types of the value.
@@ -129,7 +129,7 @@ class _AnyWriter(ValueWriter):
         return self._to_json("".join(self._pieces))
 
     def finish_incomplete(self) -> str:
-        """Return the incomplete value; its first character determines the type."""
+        """Return the incomplete value, whose first character determines the type."""
         text = "".join(self._pieces)
         plain = text.strip()
         is_json = "string" not in self._types or self.json_openings == ANY_OPENING
@@ -150,8 +150,8 @@ class _AnyWriter(ValueWriter):
         return _to_json_string(text)
 
     def _accepts(self, value: Any) -> bool:
-        """Whether to read a text as the JSON ``value``. A quoted text is a JSON string only if all
-        types are allowed or the call states that the value is JSON."""
+        """Whether to read a text as the JSON ``value``. A text in quotes is a JSON string only if
+        all types are allowed, or if the call states that the value is JSON."""
         if isinstance(value, str):
             return self._types >= _ALL or (self._reads_strings and "string" in self._types)
         kind = json_type_of(value)

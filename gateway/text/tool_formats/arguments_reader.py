@@ -1,4 +1,4 @@
-"""Read the arguments of a call as JSON text, from a JSON object or from individual values."""
+"""Reads the arguments of a call as JSON text, from a JSON object or from individual values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ArgumentsState(Enum):
     OBJECT = auto()
     """The rest of a JSON object."""
     PAIR = auto()
-    """The next argument, or the end of all."""
+    """The next argument, or the end of all arguments."""
     VALUE = auto()
     """The rest of a value."""
     COMPLETE = auto()
@@ -35,7 +35,7 @@ class ArgumentsReader:
     Args:
         pairs: format of individual values; None if arguments are a JSON object.
         tools: the functions by name.
-        ahead: the text to read.
+        ahead: the text to read, which grows.
     """
 
     def __init__(

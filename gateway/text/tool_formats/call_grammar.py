@@ -27,7 +27,7 @@ _LENIENT = {"lenient": True}
 _ANY_OBJECT = {"type": "object"}
 _COUNTS = frozenset({"minProperties", "maxProperties"})
 _OBJECT = frozenset({"type", "properties", "additionalProperties"})
-"""Keywords that make a schema describe an object on its own."""
+"""Keywords by each of which a schema describes an object."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class GrammarRule:
     name: str
     body: str
     label: str = ""
-    """Name of the client's part for error messages; empty if the rule always compiles."""
+    """Name of the client's schema part for error messages; empty if the rule always compiles."""
     fallback: str | None = None
     """Replacement if the body does not compile; None rejects the request."""
 
@@ -56,7 +56,7 @@ def check_combinable_with_tools(answer: Grammar | None) -> None:
 
 
 def terminal(text: str, token_ids: Mapping[str, int]) -> str:
-    """Return the expression for a text: a token by its id, any other text as a literal."""
+    """Return the expression for a text: by id if it is a token, else as a literal."""
     return f"<[{token_ids[text]}]>" if text in token_ids else json.dumps(text)
 
 
@@ -89,7 +89,7 @@ def call_rules(
 ) -> list[GrammarRule]:
     """Return the rule ``call`` and the rules that it uses.
 
-    If the rules are too large, tools that are not strict accept any arguments, the largest first.
+    If the rules are too large, the largest tools that are not strict accept any arguments.
 
     Args:
         tools: the tools that may be called.
@@ -97,7 +97,7 @@ def call_rules(
         arguments: creates the rules for arguments.
 
     Raises:
-        RequestError: the schemas are too large, or a grammar cannot express a strict one.
+        RequestError: the schemas are too large, or a grammar cannot express a strict schema.
     """
     calls = [GrammarRule("call", " | ".join(f"call_{index}" for index in range(len(tools))))]
     for index, tool in enumerate(tools):

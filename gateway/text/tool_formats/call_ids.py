@@ -1,8 +1,8 @@
 """Ids of tool calls, in the format that a model's chat template requires.
 
-Templates of Mistral reject ids that are not nine letters and digits. Kimi K2 writes
+Templates of Mistral reject ids other than nine letters and digits. Kimi K2 writes
 ``functions.NAME:NUMBER``, where numbers count the calls of the whole conversation, and expects the
-same text as the id of a result. Other templates show no ids, or accept any.
+same text as the id of the result. Other templates do not show ids, or accept any id.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class CallIdGenerator:
         return call_id
 
     def fit(self, client_id: str | None, name: str) -> str:
-        """Return an id for an earlier call, derived from the client's id ``client_id``."""
+        """Return an id that the template accepts for an earlier call, from the client's id."""
         pattern = _REQUIRED_PATTERNS.get(self._form) if self._form is not None else None
         is_free = client_id is not None and client_id not in self._used
         if client_id is not None and is_free and (pattern is None or pattern.fullmatch(client_id)):
@@ -102,7 +102,7 @@ class CallIdGenerator:
 def conversation_call_ids(
     messages: Sequence[Mapping[str, Any]], form: ToolCallFormat | None
 ) -> Collection[str]:
-    """Return the ids of the calls in a conversation as its template sees them."""
+    """Return the ids of the calls in a conversation, in the form that its template gets."""
     fitted = fit_call_ids(messages, form)
     named = [call.get("id") for message in fitted for call in _calls(message)]
     return {one for one in named if isinstance(one, str)}

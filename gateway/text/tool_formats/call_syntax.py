@@ -1,8 +1,8 @@
 """The syntax of tool calls in each format, for the parser and for grammars.
 
 A call consists of a delimiter, a head that names the function, the arguments and a tail. Some
-formats have a section around all calls. The texts contain the white space that models write between
-delimiters; the parser accepts any white space, or none.
+formats have a section around all calls. The texts here include the white space that models write
+between delimiters; the parser accepts any white space, or none.
 
 Sources: chat templates of Qwen3-Coder, GLM-4.6 and 4.7, DeepSeek V3, V3.1 and V3.2, Kimi K2 and
 MiniMax-M2.
@@ -28,7 +28,7 @@ class Placeholder(Enum):
     KEY = auto()
     """Name of an argument, up to the text that follows."""
     IS_TEXT = auto()
-    """``true`` or ``false``: whether the value is a text."""
+    """``true`` or ``false``, which states whether the value is a text."""
     BREAK = auto()
     """Optional line break, which some versions of a model write."""
 
@@ -43,11 +43,11 @@ class PairSyntax:
     head: tuple[Part, ...]
     """Text before a value."""
     end: str
-    """Delimiter after a value, which cannot contain it."""
+    """Delimiter after a value. A value cannot contain it."""
     close: str
     """Delimiter after the last value."""
     has_breaks: bool = False
-    """Whether a line break before a value, and one after it, are not part of the value."""
+    """Whether a line break before and after a value is not part of the value."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,4 +173,4 @@ SYNTAXES: Mapping[ToolCallFormat, CallSyntax] = MappingProxyType(
         ),
     }
 )
-"""All formats except Harmony, which has a separate parser and grammar."""
+"""Syntax of each format except Harmony, which has a separate parser and grammar."""

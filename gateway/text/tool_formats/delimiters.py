@@ -1,4 +1,4 @@
-"""Find delimiters in texts that arrive in pieces."""
+"""Finds delimiters in texts that arrive in pieces."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def is_delimiter_prefix(text: str, delimiters: Sequence[str]) -> bool:
 
 
 def resolve_partial_name(partial_name: str, text: str, names: Collection[str]) -> str:
-    """Return the function in a head that the end of the answer cuts; empty if it is ambiguous.
+    """Return the function named in a head that is cut off by the answer's end; empty if ambiguous.
 
     Args:
         partial_name: the name of the function or its beginning.
@@ -74,7 +74,7 @@ class TemplateMatch:
     end: int
     """Number of characters that complete parts matched."""
     values: dict[Placeholder, str] = field(default_factory=dict)
-    """Text of each variable part; the last one may be incomplete."""
+    """Text of each variable part. The text of the last one may be incomplete."""
 
 
 def match_parts(parts: Sequence[Part], text: str) -> TemplateMatch:

@@ -1,4 +1,4 @@
-"""The undecided end of an answer's text, which grows as text arrives."""
+"""The end of an answer's text that is not parsed yet, which grows as text arrives."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from gateway.text.tool_formats.delimiters import is_delimiter_prefix
 
 MAX_WAITING_CHARS = 512
-"""Maximum length of a call head or another delimiter; longer text is content, so that clients do
+"""Maximum length of a call head or another delimiter. Longer text is content, so that clients need
 not wait for its end."""
 
 
@@ -21,7 +21,7 @@ class Lookahead:
 
     @property
     def window(self) -> str:
-        """The text to examine; its limit makes decisions independent of the pieces."""
+        """The text to examine, of limited length so that decisions do not depend on the pieces."""
         return self.text[:MAX_WAITING_CHARS]
 
     @property
@@ -36,15 +36,15 @@ class Lookahead:
 
     @property
     def needs_more_text(self) -> bool:
-        """Whether an incomplete match may still complete: more text may follow."""
+        """Whether an incomplete match may still become complete with more text."""
         return not self.is_last and self.may_grow
 
     def is_prefix_of(self, delimiters: Sequence[str]) -> bool:
-        """Whether ``words`` is a proper prefix of one of the delimiters ``delimiters``."""
+        """Whether the text is a proper prefix of one of ``delimiters``."""
         return is_delimiter_prefix(self.stripped_window, delimiters)
 
     def skip_delimiter(self, delimiter: str) -> bool:
-        """Drop a delimiter and the white space before it if it is next; return whether it was."""
+        """If the delimiter is next, drop it and white space before it; return whether it was."""
         if not self.stripped_window.startswith(delimiter):
             return False
         self.text = self.text.lstrip()[len(delimiter) :]

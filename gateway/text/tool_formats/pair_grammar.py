@@ -1,7 +1,7 @@
 """Grammars for formats that write arguments one by one.
 
-Strings are written without quotes up to the delimiter after the value; other values are JSON. Both
-support the same schema keywords as grammars of JSON.
+Strings are written without quotes and end at the delimiter after the value; other values are JSON.
+Both support the schema keywords that grammars of JSON support.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from gateway.text.tool_formats.call_syntax import PairSyntax, Part, Placeholder
 BREAK = "BREAK?"
 BREAK_RULE = r"BREAK: /[ \n]/"
 _MAX_COUNTED = 1000
-"""Maximum number of rules that count arguments for a set, and of counted arguments."""
+"""Maximum number of rules that count the arguments of a set, and of counted arguments."""
 _TEXT, _NO_TEXT = '"true"', '"false"'
 _ANY_TEXT = "VALUE"
 _OTHER_KEY = r"/[^\s\x00-\x1f\"<>\x7f]([^\x00-\x1f\"<>\x7f]{0,62}[^\s\x00-\x1f\"<>\x7f])?/"
-"""Names of additional arguments: no characters of delimiters, and no spaces at the ends."""
+"""Names of additional arguments, without characters of delimiters and without outer spaces."""
 
 
 def parts_expression(
@@ -68,7 +68,7 @@ class PairRules:
         return _ToolRules(self, tool, index, arguments).make()
 
     def text_terminal(self, expression: str) -> str:
-        """Return a terminal: texts, with the delimiter after them unless it is a token."""
+        """Return a terminal of texts, including the delimiter after them unless it is a token."""
         end = self.syntax.end
         suffix = "\n" if self.syntax.has_breaks else ""
         suffix += "" if end in self.token_ids else end
@@ -76,7 +76,7 @@ class PairRules:
 
     @property
     def after_text(self) -> str:
-        """The delimiter after a text if it is a token, else empty."""
+        """Expression of the delimiter after a text if it is a token, else empty."""
         return (
             terminal(self.syntax.end, self.token_ids) if self.syntax.end in self.token_ids else ""
         )
@@ -88,7 +88,7 @@ class PairRules:
 
     @property
     def states_type(self) -> bool:
-        """Whether the format states for each argument if it is a text."""
+        """Whether the format states for each argument whether it is a text."""
         return Placeholder.IS_TEXT in self.syntax.head
 
     def argument_head(self, key: str, truth: str) -> str:
@@ -104,7 +104,7 @@ class PairRules:
 
 @dataclass(slots=True)
 class _ToolRules:
-    """The rules of one tool, without duplicates of schemas and arguments."""
+    """Creates the rules of one tool, without duplicates for equal schemas and arguments."""
 
     pairs: PairRules
     tool: Tool
@@ -123,7 +123,7 @@ class _ToolRules:
         return [GrammarRule(f"args_{self.index}", body), *self._rules]
 
     def _argument_set_expression(self, argument_set: ArgumentSet) -> str:
-        """Return an expression for the arguments of a set, in the order of the schema."""
+        """Return an expression for the arguments of a set, in the schema's order."""
         names = [
             (
                 self._add_rule("arg", self._argument(json.dumps(key), schema, key)),
@@ -209,7 +209,7 @@ class _ToolRules:
         return " | ".join(f"{head} ({' | '.join(each)})" for head, each in ways.items())
 
     def _value_rules(self, schema: Any, about: str) -> tuple[str, str]:
-        """Return the rules for a value as text and as JSON; an empty one is not possible."""
+        """Return the names of the rules for a value as text and as JSON; empty if not possible."""
         clean, is_strict = self.arguments.clean, self.tool.is_strict
         try:
             schema_alternatives = alternatives(schema, clean, is_strict)
@@ -240,7 +240,7 @@ class _ToolRules:
             raise unsupported_schema(self.tool, path, rule)
 
     def _add_rule(self, kind: str, body: str, label: str = "", fallback: str | None = None) -> str:
-        """Add a rule and return its name, which starts with ``kind``; terminals are upper case."""
+        """Add a rule and return its name, which starts with ``kind`` (upper case for terminals)."""
         if body not in self._names:
             name = f"{kind}_{self.index}_{len(self._names)}"
             self._names[body] = name
@@ -262,5 +262,5 @@ def _remaining_arguments(
 
 
 def _included_types(kinds: frozenset[str]) -> frozenset[str]:
-    """Return the types that other types in ``kinds`` include."""
+    """Return the types in ``kinds`` that another type in ``kinds`` includes."""
     return frozenset({"integer"}) if "number" in kinds else frozenset()

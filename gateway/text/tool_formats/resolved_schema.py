@@ -1,7 +1,7 @@
-"""Read JSON schemas of arguments for declarations, with references resolved.
+"""Reads JSON schemas of arguments for declarations, with references resolved.
 
-The work is bounded for every schema: recursive references, parts that are nested too deeply and
-references that repeat too much text count as schemas of any type.
+The work is limited for every schema: recursive references, parts that are nested too deeply, and
+references that repeat too much text count as schemas that allow any value.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class SchemaDefinitions:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedSchema:
-    """A schema, or a part of one; invalid keywords are ignored."""
+    """A schema, or a part of a schema. Invalid keywords are ignored."""
 
     data: Mapping[str, Any]
     definitions: SchemaDefinitions
@@ -53,7 +53,7 @@ class ResolvedSchema:
         return self.data.get(name)
 
     def entries(self, name: str) -> list[Any]:
-        """Return the list at a keyword; empty without one."""
+        """Return the list at the keyword ``name``; empty without a list."""
         value = self.data.get(name)
         return value if isinstance(value, list) else []
 
@@ -75,7 +75,7 @@ class ResolvedSchema:
 
     @property
     def variants(self) -> list[ResolvedSchema]:
-        """Schemas of which a value matches one.
+        """Alternative schemas, one of which a value must match.
 
         Empty for an object with properties: its variants only combine properties.
         """
@@ -96,7 +96,7 @@ class ResolvedSchema:
 
     @property
     def types(self) -> list[str]:
-        """Names of types without duplicates; without ``type``, inferred from other keywords."""
+        """Names of the types, without duplicates; inferred from other keywords without ``type``."""
         named = self.get("type")
         if isinstance(named, list):
             return list(dict.fromkeys(kind for kind in named if isinstance(kind, str)))

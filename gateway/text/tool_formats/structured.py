@@ -1,7 +1,7 @@
-"""Convert structured output requests into a ``Grammar`` for the engine.
+"""Converts structured output requests to a ``Grammar`` for the engine.
 
-Handles ``response_format`` (OpenAI) and ``structured_outputs`` (vLLM) of HTTP and gRPC. Checks that
-need no vocabulary are made here; the engine compiles the grammar and may still reject it.
+Handles ``response_format`` (OpenAI) and ``structured_outputs`` (vLLM) of HTTP and gRPC. The checks
+here do not need the vocabulary; the engine compiles the grammar and may still reject it.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from itertools import groupby
 
 @dataclass(frozen=True, slots=True)
 class CallDelta:
-    """A piece of one call; the arguments of a call are the concatenation of its pieces."""
+    """A piece of one tool call. The arguments of a call are the concatenation of its pieces."""
 
     index: int
     """Index of the call in the answer."""
@@ -40,7 +40,7 @@ class ParsedPiece:
     """All parts in the order of the answer; may be empty if there is only one kind."""
 
     def merge_calls(self) -> ParsedPiece:
-        """Merge the pieces of each call: clients would read several pieces as several calls."""
+        """Merge the pieces of each call, as clients would read several pieces as several calls."""
         calls: list[CallDelta] = []
         for _, pieces in groupby(self.calls, key=lambda call: call.index):
             first, *rest = pieces

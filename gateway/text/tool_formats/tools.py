@@ -1,4 +1,4 @@
-"""Check the tools of a request, and read the tool calls of earlier messages."""
+"""Checks the tools of a request, and reads the tool calls of earlier messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gateway.text.schemas.references import MAX_SCHEMA_DEPTH
 MAX_TOOLS = 128
 NAME_RULE = "must be 1 to 128 letters, digits, _, . or -"
 MAX_SHOWN_DEPTH = 64
-"""Maximum nesting of a schema that is not strict; grammars ignore it below ``MAX_SCHEMA_DEPTH``."""
+"""Maximum nesting of a schema that is not strict. Grammars use ``MAX_SCHEMA_DEPTH`` levels."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _SHOWN_CHARS = 128
 
@@ -41,12 +41,12 @@ def make_tool_use(
     among: Collection[str] = (),
     names: ToolFieldNames | None = None,
 ) -> ToolUse | None:
-    """Check the tools of a request; return None if the model must not see any tool.
+    """Check the tools of a request; return None if no tool is declared to the model.
 
     Args:
         tools: the offered tools.
-        choice: ``none``, ``auto`` or ``required``; None is ``auto`` with tools, else ``none``.
-        name: the tool that must be called; it replaces ``choice``.
+        choice: ``none``, ``auto`` or ``required``. None is ``auto`` with tools, else ``none``.
+        name: the tool that must be called, in place of ``choice``.
         is_parallel: ``parallel_tool_calls``.
         among: names of the tools that may be called; empty allows all.
         names: field names of the protocol; None uses OpenAI's.
@@ -106,7 +106,7 @@ def is_function_name(text: str) -> bool:
 
 
 def template_call(call_id: str | None, name: str, arguments: str, path: str) -> dict[str, Any]:
-    """Return a call of an earlier message for templates, which read its arguments as an object."""
+    """Make a call of an earlier message for templates, which read its arguments as an object."""
     value = json_object(arguments, f"{path}.function.arguments")
     function = {"name": name, "arguments": CallArguments(value, arguments)}
     named = {} if call_id is None else {"id": call_id}
