@@ -11,7 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,15 +117,7 @@ class CheckpointCheck:
         words = [str(folder), _QUANTIZE, quantize, *given]
         if lora is not None and lora.lora_modules:
             words += [_MAX_RANK, str(lora.max_lora_rank), _LORA_MODULES, *lora.lora_modules]
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "cluster.launch.checkpoint_check", *words],
-            env=dict(environment),
-            cwd="/",
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self._child = _start_child(words, environment)
 
     def result(self) -> CheckpointFacts:
         """Wait for the result. Raises ``CheckpointError`` with the reason."""
@@ -146,6 +138,18 @@ class CheckpointCheck:
     def cancel(self) -> None:
         self._child.kill()
         self._child.communicate()
+
+
+def _start_child(words: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "cluster.launch.checkpoint_check", *words],
+        env=dict(environment),
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def check(
@@ -223,8 +227,8 @@ def check(
     )
 
 
-def main() -> None:
-    """Entry point of the check process."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Entry point of the check process; ``words`` are its arguments, by default ``sys.argv``."""
     try:
         parser = argparse.ArgumentParser()
         parser.add_argument("folder", type=Path)
@@ -233,7 +237,7 @@ def main() -> None:
         parser.add_argument(_HAS_PREDICTOR, action="store_true")
         parser.add_argument(_MAX_RANK, type=int, default=LoraSection().max_lora_rank)
         parser.add_argument(_LORA_MODULES, nargs="*", default=[])
-        args = parser.parse_args()
+        args = parser.parse_args(words)
         runnable()
         lora = LoraSection(
             lora_modules=tuple(args.lora_modules),

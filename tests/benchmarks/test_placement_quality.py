@@ -89,6 +89,7 @@ def test_small_changes_of_other_loads_need_few_moves_too(
     _holds(follow(drift(loads, other, 1, 0.3), loads, topology, [0.05]), 0.98, 0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loads", [dirichlet(64, 2.0, 6), zipf(64, 0.5, 6), lognormal(64, 0.7, 6)])
 def test_decode_steps_of_other_loads_are_no_dearer_than_without_spares(loads: np.ndarray) -> None:
     alone = mesh.plan(profile(loads), PlannedTopology.uniform(8)).placement

@@ -58,6 +58,7 @@ def bursts(seed: int) -> list[TracedRequest]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", [ALONE, FETCHING, TOGETHER], ids=["alone", "fetching", "all"])
 def test_no_trace_does_better_by_load_alone(rules: Rules) -> None:
     for seed in range(12):

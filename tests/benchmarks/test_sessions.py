@@ -18,6 +18,7 @@ def of_ideal(requests: list[AgentRequest] | list[TracedRequest], outcome: Outcom
     return outcome.num_cached / ideal_blocks(uses, int(working_set(uses) * DISK.part))
 
 
+@pytest.mark.slow
 def test_agents_find_nine_tenths_of_the_ideal_with_all_tiers() -> None:
     requests = agent_sessions(1, 8)
     found = {name: replay(requests, system) for name, system in SYSTEMS.items()}

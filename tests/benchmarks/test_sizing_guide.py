@@ -45,6 +45,7 @@ def _times(model: SizedModel, factor: int) -> SizedModel:
     return replace(model, size=size)
 
 
+@pytest.mark.slow
 def test_the_document_is_up_to_date() -> None:
     """``python -m benchmarks.sizing_guide`` after a change."""
     assert DOCUMENT.read_text() == guide()

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import signal
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
+from cluster.launch import checkpoint_check
 from tests.cluster.cli.fake_gateway import FakeGateway, fake_gateway
 
 
@@ -24,6 +26,33 @@ def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     yield home
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+class InProcessCheck:
+    """The process of a check of a checkpoint, without a process."""
+
+    returncode = 0
+
+    def __init__(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._words = words
+        self._is_killed = False
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        output = io.StringIO()
+        if self._is_killed:
+            return "", ""
+        with contextlib.redirect_stdout(output):
+            checkpoint_check.main(self._words)
+        return output.getvalue(), ""
+
+    def kill(self) -> None:
+        self._is_killed = True
+
+
+@pytest.fixture
+def check_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints are checked in this process, which has imported torch already."""
+    monkeypatch.setattr(checkpoint_check, "_start_child", InProcessCheck)
 
 
 @pytest.fixture

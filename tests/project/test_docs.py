@@ -47,12 +47,14 @@ def test_the_index_lists_every_document() -> None:
     assert sorted(named) == sorted(str(f.relative_to(DOCS)) for f in OURS if f.name != "index.md")
 
 
+@pytest.mark.slow
 def test_the_site_has_every_page(site: Path) -> None:
     for page in OURS:
         text = (site / page.relative_to(DOCS)).with_suffix(".html").read_text(encoding="utf-8")
         assert text.count("<h1>") == 1, page
 
 
+@pytest.mark.slow
 def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
     for page in site.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
@@ -63,6 +65,7 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
         assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", style.read_text()), style
 
 
+@pytest.mark.slow
 def test_the_site_shows_files_of_other_folders(site: Path) -> None:
     shown = (site / "repository" / "readme.html").read_text(encoding="utf-8")
     assert "Life of a request" in shown

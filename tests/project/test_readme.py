@@ -38,6 +38,7 @@ CALLS = {
 }
 """Bodies by path, those of the models' page last."""
 LABELS = [" Ay.", " Nay."]
+QUICK_FAMILIES = {"olmoe", "dots1", "jetmoe"}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,13 @@ def test_the_calls_are_found() -> None:
     assert CALLS["/v1/completions"]["max_tokens"] == 8
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK_FAMILIES))
+        for name in sorted(FAMILIES)
+    ],
+)
 def test_every_family_answers(
     made: Callable[..., Path], capsys: pytest.CaptureFixture[str], family: str
 ) -> None:

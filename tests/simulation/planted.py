@@ -26,8 +26,3 @@ class Bug:
     """Seeds from 0 on, of which one at least finds it."""
     features: tuple[str, ...] = ()
     """What its scenarios have."""
-
-    @property
-    def is_rare(self) -> bool:
-        """It takes long to be found."""
-        return self.num_seeds > FEW

@@ -34,6 +34,7 @@ def checkpoint() -> Iterator[Callable[[RandomModel], Path]]:
         yield lru_cache(lambda model: write(model, Path(folder) / f"{model.hidden}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "dtype"),
     [

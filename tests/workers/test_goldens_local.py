@@ -6,8 +6,9 @@ With the compiled kernels of each instruction set that this processor has.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,21 +38,29 @@ from tests.reference.parity import (
 from tests.workers.native.builds import NAMES, library
 from workers.requests.inspection import InspectionParams
 
-KERNELS: tuple[Kernels, ...] = ("auto", "torch")
 INSTRUCTIONS: tuple[str, ...] = (*NAMES, "torch")
-RANDOM = [
-    pytest.param(variant, marks=() if variant.endswith("-0") else pytest.mark.slow)
-    for variant in RANDOM_VARIANTS
-]
-"""The first one of each family by default."""
+VARIANTS = (*ALL_VARIANTS, *RANDOM_VARIANTS)
+TYPICAL = {v for v in ALL_VARIANTS if v.endswith(("official-like", "olmoe-base", "jetmoe-tied"))}
+"""One variant of each family."""
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("variant", [*ALL_VARIANTS, *RANDOM])
-def test_float32_equals_golden(
-    golden: Callable[[str], Golden], variant: str, kernels: Kernels
-) -> None:
-    expected = golden(variant)
+def rows(variants: Sequence[str], quick: Container[str]) -> list[Any]:
+    """A row for each variant; those that are not `quick` are slow."""
+    return [pytest.param(v, marks=() if v in quick else pytest.mark.slow) for v in variants]
+
+
+@pytest.mark.parametrize("variant", rows(VARIANTS, ALL_VARIANTS))
+def test_float32_equals_golden(golden: Callable[[str], Golden], variant: str) -> None:
+    check_golden(golden(variant), "auto")
+
+
+@pytest.mark.parametrize("variant", rows(VARIANTS, TYPICAL))
+def test_float32_of_torch_equals_golden(golden: Callable[[str], Golden], variant: str) -> None:
+    check_golden(golden(variant), "torch")
+
+
+def check_golden(expected: Golden, kernels: Kernels) -> None:
+    """Each prompt alone, and all of them in one batch."""
     engine = LocalEngine(
         expected.path, dtype="float32", max_model_len=MAX_MODEL_LEN, kernels=kernels
     )
@@ -63,7 +72,7 @@ def test_float32_equals_golden(
 
 
 @pytest.mark.skipif(len(NAMES) < 2, reason="the processor has one instruction set of ours or none")
-@pytest.mark.parametrize("variant", [*ALL_VARIANTS, *RANDOM])
+@pytest.mark.parametrize("variant", rows(VARIANTS, TYPICAL))
 def test_float32_is_the_same_on_every_instruction_set(
     golden: Callable[[str], Golden], variant: str
 ) -> None:

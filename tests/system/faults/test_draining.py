@@ -91,7 +91,7 @@ def test_drained_workers_leave_no_trace_in_the_answers() -> None:
         assert not {"attention-0", "expert-1"} & set(cluster.group.workers)
 
 
-@pytest.mark.parametrize("has_states", [False, True])
+@pytest.mark.parametrize("has_states", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_stream_that_moves_between_idle_workers_lacks_one_token(
     monkeypatch: pytest.MonkeyPatch, recurrent: Path, has_states: bool
 ) -> None:
@@ -128,6 +128,7 @@ def test_a_stream_that_moves_between_idle_workers_lacks_one_token(
     assert known % config.engine.block_size_tokens == 1
 
 
+@pytest.mark.slow
 def test_a_beam_search_begins_anew_at_another_worker() -> None:
     """None of its output is known before its end: only its prompt can move."""
     search = GenerateCall(

@@ -28,7 +28,7 @@ SYSTEM = tuple(random.Random(1).choices(range(6, 512), k=33))
 MakeEngine = Callable[..., LocalEngine]
 
 
-@pytest.fixture(params=["auto", "torch"])
+@pytest.fixture(params=["auto", pytest.param("torch", marks=pytest.mark.slow)])
 def make(golden: Callable[[str], Golden], request: pytest.FixtureRequest) -> MakeEngine:
     """Engines of a small model whose layers have states, exact in either kind of kernels."""
     path = golden("qwen3next-official-like").path
@@ -88,7 +88,9 @@ def expected(make: MakeEngine) -> list[tuple[object, ...]]:
     return alone(make(section), requests("a"))
 
 
-@pytest.mark.parametrize("rows", [6, 7, 24, 64])
+@pytest.mark.parametrize(
+    "rows", [7, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (6, 24, 64))]
+)
 @pytest.mark.parametrize("num_micro_batches", [1, 2])
 def test_rows_do_not_depend_on_how_they_are_cut(
     make: MakeEngine, expected: list[tuple[object, ...]], rows: int, num_micro_batches: int

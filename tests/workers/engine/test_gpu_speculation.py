@@ -51,7 +51,8 @@ def run(
     return tokens, decodes
 
 
-@pytest.mark.parametrize("has_graphs", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("has_graphs", [True, False])
 def test_rows_of_drafts_are_decodes(monkeypatch: pytest.MonkeyPatch, has_graphs: bool) -> None:
     path = golden_path("olmoe-norm-gqa-clip", "olmoe")
     expected, _ = run(LocalEngine(path, dtype="float32", kernels="torch"))

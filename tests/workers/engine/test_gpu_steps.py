@@ -87,6 +87,7 @@ def test_tokens_are_those_of_a_cpu_and_a_decode_step_waits_once(variant: str) ->
     assert max(sum(step.launches.values()) for step in run.decodes[1:]) <= 120
 
 
+@pytest.mark.slow
 def test_without_graphs_a_decode_step_waits_once_too(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = on_cpu(OLMOE)
     monkeypatch.setattr(engine, "buckets_up_to", lambda most: ())
@@ -97,6 +98,7 @@ def test_without_graphs_a_decode_step_waits_once_too(monkeypatch: pytest.MonkeyP
     assert {sum(step.waits.values()) for step in run.decodes} == {1}
 
 
+@pytest.mark.slow
 def test_beams_are_those_of_a_cpu_and_their_steps_are_graphs() -> None:
     """The host waits for the drawn tokens and for the candidates; blocks are copied in place."""
     params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, beams=BeamParams())
@@ -118,6 +120,7 @@ def test_beams_are_those_of_a_cpu_and_their_steps_are_graphs() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_with_both_roles_a_decode_step_is_a_graph_and_waits_once() -> None:
     """Flags and counts of the experts come to the host while it waits for the tokens."""
     expected = on_cpu(OLMOE)

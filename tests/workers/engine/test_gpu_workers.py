@@ -77,7 +77,8 @@ def log() -> Iterator[DeviceLog]:
         yield log
 
 
-@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [1, 2])
 def test_steps_are_graphs_and_each_rank_waits_once(log: DeviceLog, parts: int) -> None:
     run = Apart(log, parts=parts)
     assert run.tokens() == on_cpu(OLMOE)

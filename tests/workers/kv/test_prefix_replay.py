@@ -59,6 +59,7 @@ def test_the_trace_is_whole(requests: list[list[int]]) -> None:
     assert requests[5][:3] == [0, 59, 60]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_blocks", "hit_rate"),
     [(500, 0.042), (2500, 0.062), (10_000, 0.216), (30_000, 0.329), (100_000, 0.363)],

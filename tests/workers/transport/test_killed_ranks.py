@@ -215,11 +215,11 @@ def live(
     ("phase", "victim"),
     [
         # The store of the first world is lost, too.
-        ("before building", "attention-0"),
-        ("building", "expert-1"),
+        pytest.param("before building", "attention-0", marks=pytest.mark.slow),
+        pytest.param("building", "expert-1", marks=pytest.mark.slow),
         ("between steps", "expert-2"),
         ("dispatch", "attention-0"),
-        ("combine", "expert-1"),
+        pytest.param("combine", "expert-1", marks=pytest.mark.slow),
     ],
 )
 def test_the_others_notice_a_killed_rank_and_go_on(phase: Phase, victim: str) -> None:

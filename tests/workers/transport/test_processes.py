@@ -175,7 +175,9 @@ def test_steps_between_processes(transport: str) -> None:
     run_ranks(3, work, transport, False, timeout_s=3 * LIMIT_S)
 
 
-@pytest.mark.parametrize("transport", ["sockets", "collective"])
+@pytest.mark.parametrize(
+    "transport", ["sockets", pytest.param("collective", marks=pytest.mark.slow)]
+)
 def test_a_killed_expert_is_noticed_at_once(transport: str) -> None:
     seconds = run_ranks(3, work, transport, True, timeout_s=3 * LIMIT_S, may_die=frozenset({2}))
     assert seconds[2] is None
@@ -197,6 +199,7 @@ def sleep(rank: int, size: int, ports: list[int]) -> None:
     time.sleep(600)
 
 
+@pytest.mark.slow
 def test_the_harness_names_the_rank_that_failed() -> None:
     with pytest.raises(RankError, match=r"(?s)rank 1 failed.*on purpose"):
         run_ranks(2, fail)

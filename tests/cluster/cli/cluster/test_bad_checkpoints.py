@@ -62,8 +62,7 @@ def _change_config(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-@pytest.mark.distributed  # the checkpoint is read by a process of its own
-@pytest.mark.usefixtures("state_home")
+@pytest.mark.usefixtures("state_home", "check_in_process")
 @pytest.mark.parametrize(
     ("damage", "words"),
     [

@@ -384,11 +384,6 @@ def test_global_options_default_to_off() -> None:
     )
 
 
-def late(words: list[str], code: int, text: str) -> Any:
-    """A refusal that comes once a process has read the checkpoint."""
-    return pytest.param(words, code, text, marks=pytest.mark.distributed)
-
-
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -397,7 +392,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     return captured.err
 
 
-@pytest.mark.usefixtures("state_home")
+@pytest.mark.usefixtures("state_home", "check_in_process")
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
@@ -413,11 +408,11 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["/no/such/folder"], 5, "/no/such/folder is neither a folder nor a hub id"),
         (["--placement-file", "/no/such/file"], 2, "--placement-file (/no/such/file) cannot be"),
         (["--tls-cert", "/no/such/file"], 2, "--tls-cert (/no/such/file) cannot be read: No"),
-        late(["--num-expert-workers", "65"], 5, "more workers than can ever have work"),
-        late(["--cpus-per-worker", "1000"], 5, "--cpus-per-worker (1000) does not fit"),
-        late(["--gpus-per-worker", "1"], 5, "--gpus-per-worker (1) does not fit"),
+        (["--num-expert-workers", "65"], 5, "more workers than can ever have work"),
+        (["--cpus-per-worker", "1000"], 5, "--cpus-per-worker (1000) does not fit"),
+        (["--gpus-per-worker", "1"], 5, "--gpus-per-worker (1) does not fit"),
         (["--gpus-per-worker", "2"], 2, "--gpus-per-worker (2.0) must not exceed 1: a worker comp"),
-        late(["--max-model-len", "10000000"], 5, "--max-model-len (10000000) must not exceed"),
+        (["--max-model-len", "10000000"], 5, "--max-model-len (10000000) must not exceed"),
         (["--name", "../x"], 2, "name (../x)"),
     ],
 )

@@ -17,6 +17,7 @@ from gateway.text.tool_formats.tool_calls import CallDelta, ParsedPiece, ParsedT
 from tests.gateway.text.tool_formats.examples import MARKS, USE, WEATHER, read, written
 
 FORMS = sorted(SYNTAXES, key=lambda form: form.name)
+QUICK = {ToolCallFormat.HERMES, ToolCallFormat.GLM}
 PAIR_FORMS = [form for form in FORMS if SYNTAXES[form].pairs is not None]
 ARGUMENTS: dict[str, Any] = {
     "city": 'Bad "Ems" }]\\ \n<b> 日本',
@@ -141,7 +142,9 @@ def test_every_cut_of_a_call_keeps_its_text(form: ToolCallFormat) -> None:
             assert has_calls is (arguments == '{"city": "Ems", "days": 3}')
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[pytest.mark.slow] * (form not in QUICK)) for form in FORMS]
+)
 def test_a_cut_value_is_the_beginning_of_the_whole_one(form: ToolCallFormat) -> None:
     """Also where it is no text: clients that read cut JSON get its type right."""
     arguments = {
