@@ -77,6 +77,8 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "workers/kv/turn_queues.py": ("workers/kv/test_eviction.py",),
     "workers/lora/catalog.py": ("workers/lora/test_catalog.py",),
     "workers/lora/settings.py": ("workers/lora/test_settings.py",),
+    "workers/process/intake/intake_request.py": ("workers/process/intake/test_request_intake.py",),
+    "workers/process/intake/request_intake.py": ("workers/process/intake/test_request_intake.py",),
     "workers/quantization/formats.py": (
         "workers/quantization/test_matrix.py",
         "workers/quantization/test_storage_format.py",

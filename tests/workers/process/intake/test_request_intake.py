@@ -26,6 +26,11 @@ class Source:
     limit: float = 2.0
     expected: str = ""
     num_free_jobs: int = 9
+    blocks: int = 0
+    """Free blocks that a wait takes."""
+    pool: Any = None
+    asked: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
     waiting: list[IntakeRequest] = field(default_factory=list)
     done: list[Any] = field(default_factory=list)
 
@@ -36,8 +41,11 @@ class Source:
         return self.limit
 
     def put(self, waiting: IntakeRequest) -> bool:
+        self.asked.append(waiting.name)
         if self.has_blocks:
-            waiting.has_joined = self.is_shared
+            if self.is_shared:
+                waiting.has_joined = True
+            self.pool.num_free -= self.blocks
             self.waiting.append(waiting)
         return self.has_blocks
 
@@ -46,6 +54,7 @@ class Source:
         return done
 
     def drop(self, name: str) -> None:
+        self.dropped.append(name)
         self.waiting = [waiting for waiting in self.waiting if waiting.name != name]
 
     def drop_gateway(self, gateway: str) -> None:
@@ -69,14 +78,16 @@ class Engine:
     def __init__(self) -> None:
         self.pool = SimpleNamespace(num_free=9)
         self.added: list[Request] = []
+        self.grammars: list[object] = []
         self.admissible: list[Request] = []
-        self.waits: set[str] = set()
+        self.waits: dict[str, int] = {}
         self.is_full = False
 
     def add_request(self, request: Request, received: float, grammar: object, hashes: Any) -> None:
         if self.is_full:
             raise QueueFullError("too much waits")
         self.added.append(request)
+        self.grammars.append(grammar)
 
     def take_admissible(self, at_most: int) -> list[tuple[Request, tuple[bytes, ...]]]:
         taken, self.admissible = self.admissible, []
@@ -88,10 +99,10 @@ class Engine:
         return {request.request_id for request in self.added}
 
     def wait_for_kv(self, name: str, num_coming: int) -> None:
-        self.waits.add(name)
+        self.waits[name] = num_coming
 
     def end_kv_wait(self, name: str) -> None:
-        self.waits.discard(name)
+        self.waits.pop(name, None)
 
     def abort(self, name: str, choices: tuple[int, ...] = ()) -> None:
         self.added = [request for request in self.added if request.request_id != name]
@@ -103,11 +114,19 @@ class World:
     def __init__(self) -> None:
         self.now, self.engine = 100.0, Engine()
         self.tier, self.peer, self.compilations = Source(), Source(), Source()
+        for source in (self.tier, self.peer, self.compilations):
+            source.pool = self.engine.pool
+        self.known: dict[Grammar, object] = {}
+        """Compiled grammars."""
         self.owners: dict[str, str] = {}
         self.refused: list[tuple[str, ExpertMeshError]] = []
         make: Any = RequestIntake
         self.intake: RequestIntake = make(
-            *(self.engine, self, SimpleNamespace(cached=lambda *grammar: None)),
+            *(
+                self.engine,
+                self,
+                SimpleNamespace(cached=lambda grammar, _: self.known.get(grammar)),
+            ),
             *(self.compilations, self.peer, [self.tier, self.peer]),
             *(lambda: True, lambda: self.now),
         )
@@ -175,15 +194,15 @@ def test_a_request_that_the_engine_refuses_ends_with_its_error() -> None:
 def test_sources_are_asked_in_turn_for_a_request_with_room() -> None:
     world = World()
     world.admit(world.receive("a"))
-    assert world.engine.waits == {"a"}
+    assert world.engine.waits == {"a": 0}
     assert ([w.name for w in world.tier.waiting], world.peer.waiting) == (["a"], [])
     world.tier.end()
     world.intake.advance()
     assert [w.name for w in world.peer.waiting] == ["a"]
-    assert world.engine.waits == {"a"}
+    assert world.engine.waits == {"a": 0}
     world.peer.end()
     world.intake.advance()
-    assert world.engine.waits == set()
+    assert world.engine.waits == {}
 
 
 def test_a_source_that_brought_blocks_for_another_request_is_asked_for_the_rest() -> None:
@@ -210,7 +229,7 @@ def test_one_limit_of_time_holds_for_all_sources_together() -> None:
     assert world.intake.wait_s(60.0) == pytest.approx(1.0)
     world.now += 1.0
     world.intake.advance()
-    assert (world.peer.waiting, world.engine.waits) == ([], set())
+    assert (world.peer.waiting, world.engine.waits) == ([], {})
     assert world.intake.wait_s(60.0) == 60.0
 
 
@@ -220,7 +239,7 @@ def test_no_further_source_is_asked_when_the_time_is_over() -> None:
     world.now += 2.0
     world.tier.end()
     world.intake.advance()
-    assert (world.peer.waiting, world.engine.waits) == ([], set())
+    assert (world.peer.asked, world.engine.waits) == ([], {})
 
 
 def test_a_preempted_request_waits_again_with_a_limit_of_its_own() -> None:
@@ -230,7 +249,7 @@ def test_a_preempted_request_waits_again_with_a_limit_of_its_own() -> None:
         world.admit(request)
         world.now += 2.0
         world.intake.advance()
-        assert (world.tier.waiting, world.engine.waits) == ([], set())
+        assert (world.tier.waiting, world.engine.waits) == ([], {})
 
 
 def test_a_newer_attempt_replaces_one_that_waits_and_an_older_one_is_refused() -> None:
@@ -244,6 +263,46 @@ def test_a_newer_attempt_replaces_one_that_waits_and_an_older_one_is_refused() -
     world.compilations.compile()
     world.intake.advance()
     assert [request.attempt for request in world.engine.added] == [2]
+
+
+def test_the_same_attempt_replaces_one_that_waits() -> None:
+    world = World()
+    for _ in range(2):
+        world.receive("a", grammar=True, attempt=1)
+    assert (len(world.compilations.waiting), world.refused) == (1, [])
+
+
+def test_a_source_with_a_prefetch_replaces_an_older_attempt_itself() -> None:
+    world = World()
+    world.peer.expected = "a"
+    world.receive("a")
+    assert (world.tier.dropped, world.peer.dropped) == (["a"], [])
+    world.peer.expected = ""
+    world.receive("a", attempt=1)
+    assert world.peer.dropped == ["a"]
+
+
+def test_a_compiled_grammar_is_not_compiled_again() -> None:
+    world = World()
+    compiled = world.known[Grammar(kind=GrammarKind.REGEX, text="x")] = object()
+    world.receive("a", grammar=True)
+    assert (world.engine.grammars, world.compilations.asked) == ([compiled], [])
+
+
+def test_the_engine_knows_how_many_blocks_come() -> None:
+    world = World()
+    world.tier.blocks = 3
+    world.admit(world.receive("a"))
+    assert world.engine.waits == {"a": 3}
+
+
+def test_only_its_gateway_aborts_a_request_in_the_engine() -> None:
+    world = World()
+    world.receive("a")
+    world.intake.abort("another", Abort(request_id="a"))
+    assert world.engine.requests == {"a"}
+    world.intake.abort("g", Abort(request_id="a"))
+    assert (world.engine.requests, world.owners) == (set(), {})
 
 
 def test_choices_that_wait_are_counted_by_reason_and_adapter() -> None:
