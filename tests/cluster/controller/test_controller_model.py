@@ -160,7 +160,7 @@ class ControllerMachine(RuleBasedStateMachine):
 
 TestController = ControllerMachine.TestCase
 TestController.settings = settings(
-    max_examples=settings.default.max_examples // 2,
+    max_examples=settings().max_examples // 2,
     stateful_step_count=40,
     suppress_health_check=list(HealthCheck),
 )
