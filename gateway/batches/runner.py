@@ -126,7 +126,7 @@ class BatchRunner:
             logger.error("batch %s is paused: %s", work.batch_id, err, exc_info=is_bug)
 
     def _pause(self, name: str, err: Exception) -> None:
-        """Pause a batch: exponentially longer, or briefly if its key's storage is full."""
+        """Pause a batch, with exponential backoff unless its key's storage is full."""
         known = self._pauses.get(name)
         is_repeated = known is not None and not isinstance(err, KeyFullError)
         length_s = 2 * known.length_s if known is not None and is_repeated else self._tuning.retry_s

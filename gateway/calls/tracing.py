@@ -5,14 +5,14 @@ fields and its ``RunningCall``. Only the span of the request is made earlier, be
 prompt is sent to an engine, since workers make child spans for their steps. Without tracing, the
 cost per request is one check.
 
-chat tiny                    the whole request, as its client knows it
-    expertmesh.tokenize        tokenization of the prompts
-    expertmesh.queue           each prompt, until its first rows were sent to the experts
-    expertmesh.prefill         each chunk of a prompt
-    expertmesh.step            each step with rows of a prompt, one span per worker
-    expertmesh.decode          each prompt, from its first token to its last
-    expertmesh.step          the 1st, 2nd, 4th, 8th, .. decode step
-  expertmesh.detokenize      from the last output of the engines to the end
+    chat tiny                    the whole request
+      expertmesh.tokenize        tokenization of the prompts
+      expertmesh.queue           each prompt, until its first rows were sent to the experts
+      expertmesh.prefill         each chunk of a prompt
+      expertmesh.step            each step with rows of a prompt, one span per worker
+      expertmesh.decode          each prompt, from its first token to its last token
+        expertmesh.step          the 1st, 2nd, 4th, 8th, .. decode step
+      expertmesh.detokenize      from the last output of the engines to the end
 
 The request's span links to the traces of cluster changes during the request.
 """

@@ -4,7 +4,7 @@ A drained worker keeps its stream until its requests have moved. A move has thes
 
     Prefetch to the target ─▶ it fetches the blocks while the source decodes ─▶ Prefetched
         ─▶ repeated if the source has generated many tokens since
-        ─▶ once more for the block that the step in progress completes
+        ─▶ once more for the block that the current step completes
         ─▶ Pause to the source, which ends its step ─▶ Paused ─▶ the request is sent to the target
 
 A request that its worker would have to preempt moves in the same way, but without waiting for a

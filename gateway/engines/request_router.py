@@ -70,7 +70,7 @@ class RequestRouter:
         return max(others, key=lambda client: client.load.free_tokens, default=None)
 
     def num_missing(self, entry: Submission, ready: Sequence[EngineClient]) -> int:
-        """Number of prompt tokens that no worker has cached. Sets the request's block hashes."""
+        """Number of the request's tokens that no worker has cached. Sets its block hashes."""
         tokens = entry.num_known_tokens
         if self._policy is not RoutingPolicy.KV or not ready:
             return tokens

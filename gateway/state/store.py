@@ -3,10 +3,10 @@
 An object has a kind, a tenant, an id and a content. It is one file, which is written as a temporary
 file and then renamed: readers find the whole object or none, even if its writer was killed.
 
-state.json                   format of the folder
-new/                         temporary files
-responses/<tenant>/<id>      objects; the file's modification time is the expiry time
-work/                        files of unfinished work; the process that wrote a file removes it
+    state.json                   format of the folder
+    new/                         temporary files
+    responses/<tenant>/<id>      objects; the file's modification time is the expiry time
+    work/                        files of unfinished work; the process that wrote a file removes it
 
 There are no locks, so that any file system with an atomic rename is suitable. Each gateway counts
 the stored objects of a tenant itself, at most once a second. Several gateways together may thus
