@@ -77,13 +77,13 @@ class PlannedBatchRows:
 
     @cached_property
     def is_prefill(self) -> Tensor:
-        """See ``BatchRows``."""
+        """[T] bool: whether the row belongs to a prompt."""
         rows = np.arange(sum(rows.count for rows in self._planned))
         return to_device(rows >= num_decodes(self._planned), self._device)
 
     @cached_property
     def row_key(self) -> Tensor:
-        """See ``BatchRows``."""
+        """[T] int64: hash of (request, choice, position); see ``BatchRows``."""
         keys = [rows.sequence.key for rows in self._planned]
         positions, by_row = _expand_to_rows(self._planned, keys)
         named = by_row.view(np.uint64) ^ positions.view(np.uint64) * _KEY_STEP  # modulo 2 ** 64

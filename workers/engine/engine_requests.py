@@ -106,7 +106,7 @@ class EngineRequests:
         grammar: CompiledGrammar | None,
         hashes: Sequence[BlockHash],
     ) -> None:
-        """See ``Engine.add_request``."""
+        """Queue a request; see ``Engine.add_request``."""
         check_request(request, self._limits)
         if self._limits.is_classifier and request.inspection is None:
             request, whole = cut_after_pooled(request, self._pad), request
@@ -178,7 +178,7 @@ class EngineRequests:
     # Completion and outputs
 
     def abort(self, request_id: str, choices: Sequence[int] = ()) -> None:
-        """See ``Engine.abort``."""
+        """End a request or some of its choices; see ``Engine.abort``."""
         if choices and request_id in self._searches:
             return
         for sequence in self._active.sequences(request_id):

@@ -87,7 +87,7 @@ class _LayerOutputs:
     finite: Tensor | None = None
     """``StepResult.finite``; None if not computed."""
     logits: Tensor | None = None
-    """See ``StepResult``."""
+    """``StepResult.logits``; None if not computed."""
 
 
 @dataclass(kw_only=True)

@@ -99,13 +99,13 @@ class TurnCopier:
         return not self._batches and not self._waiting
 
     def prompt_done(self, sequence: SequenceState, use: TurnUse) -> None:
-        """See ``TurnListener``."""
+        """Queue the blocks of a computed prompt to be copied; see ``TurnListener``."""
         if use.hints.keep_s != 0 and len(self._waiting) < MAX_TURNS and self._may_hold(use):
             self._running[sequence] = copy = _Copy(use, has_ended=False)
             self._schedule(copy)
 
     def ended(self, sequence: SequenceState, use: TurnUse) -> None:
-        """See ``TurnListener``."""
+        """Queue the blocks of an ended turn to be copied; see ``TurnListener``."""
         copy = self._running.pop(sequence, None)
         if copy is None:
             self._queue_ended(use)
