@@ -1,4 +1,4 @@
 """Building blocks of the models: layers, rotary embedding, attention, compute threads.
 
-Imports torch, ``cluster.core`` and ``cluster.config``.
+May import torch, ``cluster.core`` and ``cluster.config``.
 """

@@ -1,16 +1,15 @@
 """Attention over paged keys and values: SDPA for prompt chunks, batched products for decodes.
 
-A layer's cache is [2 * num_kv_heads, num_blocks, block_size, D], keys before values; one of
-``fp8.ROW_DTYPE`` has rows of ``workers.model.fp8`` in place of the D elements. A latent cache
-(``AttentionBatch.latent_rank``) is [1, num_blocks, block_size, D]: keys, which begin with the
-values.
+The cache of a layer is [2 * num_kv_heads, num_blocks, block_size, D], keys before values. In an fp8
+cache, the last dimension is a row of ``workers.model.fp8``. A latent cache
+(``AttentionBatch.latent_rank``) is [1, num_blocks, block_size, D]: it stores only keys, and the
+first elements of a key are the value.
 
-Gathering blocks along its second dim leaves each head's keys of each sequence in one piece, which
-makes the batched products fast. The blocks of a few sequences at a time are gathered into a
-workspace, because page faults of new memory would cost more than the products. For 32 sequences of
-192 tokens, 8 heads of 64, bfloat16 on one busy core of an AMD EPYC: SDPA over [B, L, heads, D] 10
-ms, products in fresh memory 15 ms, in a workspace 4.0 ms, in pieces of 3 MB 2.3 ms (1024 tokens:
-83, 27 and 19 ms).
+Decodes copy (gather) the blocks of a few sequences at a time into a workspace, so that the keys of
+each head and sequence are contiguous and batched products are fast. The workspace is reused, as
+page faults of new memory would cost more than the products. For 32 sequences of 192 tokens, 8 heads
+of 64, bfloat16 on one busy core of an AMD EPYC: SDPA over [B, L, heads, D] 10 ms, products in fresh
+memory 15 ms, in a workspace 4.0 ms, in pieces of 3 MB 2.3 ms (1024 tokens: 83, 27 and 19 ms).
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from workers.model.attention_batch import AttentionBatch, DecodeGroup, PrefillCh
 def attend(
     queries: Tensor, keys: Tensor, values: Tensor | None, cache: Tensor, batch: AttentionBatch
 ) -> Tensor:
-    """Write the rows' keys and values, and attend: queries [T, A, D] -> [T, A * V].
+    """Write the rows' keys and values to the cache, and attend: queries [T, A, D] -> [T, A * V].
 
-    keys [T, K, D] and values [T, K, V], with V = D except in a latent cache, which has no values to
-    write; A is a multiple of K, key head j serves query heads j * (A / K) .. (j + 1) * (A / K) - 1.
+    keys [T, K, D]; values [T, K, V], where V = D, or None for a latent cache. A is a multiple of K;
+    key head j serves query heads j * (A / K) .. (j + 1) * (A / K) - 1.
     """
     write_rows(keys, values, cache, batch.slot_mapping)
     if batch.recorder is not None:
@@ -75,8 +74,8 @@ def write_rows(keys: Tensor, values: Tensor | None, cache: Tensor, slot_mapping:
 def _decode(
     queries: Tensor, cache: Tensor, group: DecodeGroup, space: Workspace, batch: AttentionBatch
 ) -> Tensor:
-    """Decode rows -> [rows, A * V]. Scores and softmax are float32; weights are rounded to the
-    model dtype."""
+    """Attend with decode rows: [rows, A * V]. Scores and softmax are float32; the softmax is
+    rounded to the model dtype before it is multiplied by the values."""
     rows = group.last - group.first
     num_kv_heads, head_dim = batch.num_kv_heads(cache), queries.shape[-1]
     found = space.gather(cache, group.blocks)
@@ -96,7 +95,7 @@ def _decode(
 def _prefill(
     queries: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspace, batch: AttentionBatch
 ) -> Tensor:
-    """Rows of a prompt chunk -> [rows, A * D]."""
+    """Attend with the rows of a prompt chunk: [rows, A * V]."""
     rows = chunk.last - chunk.first
     num_kv_heads, (num_heads, head_dim) = batch.num_kv_heads(cache), queries.shape[1:]
     found = space.gather(cache, chunk.blocks)
@@ -114,14 +113,14 @@ def _prefill(
 
 
 _SCORES = 1 << 22
-"""Bytes of scores in memory at a time for prompt rows that SDPA does not support."""
+"""Maximum bytes of scores in memory, for prompt rows that SDPA does not support."""
 
 
 def _prefill_by_scores(
     queries: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspace, batch: AttentionBatch
 ) -> Tensor:
-    """Rows of a prompt chunk -> [rows, A * V], without SDPA, which has neither sinks nor values
-    that are narrower than keys."""
+    """Attend with a prompt chunk: [rows, A * V], without SDPA, which supports neither sinks nor
+    values that are narrower than keys."""
     num_kv_heads, (num_heads, head_dim) = batch.num_kv_heads(cache), queries.shape[1:]
     found = space.gather(cache, chunk.blocks)
     keys, values = batch.keys_values(found, num_kv_heads, -1, head_dim)
@@ -148,8 +147,8 @@ def _prefill_by_scores(
 
 
 def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Weights of scores [K, rows, A / K, keys] float32, including a sink if there is one (see
-    ``AttentionBatch.sinks``)."""
+    """Return the softmax of scores [K, rows, A / K, keys] float32 over the keys and, if the layer
+    has them, the sinks (see ``AttentionBatch.sinks``)."""
     if sinks is None:
         return torch.softmax(scores, -1)
     own = sinks.view(len(scores), 1, -1, 1).expand(*scores.shape[:3], 1)

@@ -19,10 +19,10 @@ from workers.native.attention_sublayer import E4M3, BatchFields
 from workers.native.panels import DTYPES
 
 PIECE_BYTES = 3 * 1024 * 1024
-"""Bytes of keys and values that decode rows on a CPU gather at a time."""
+"""Bytes of keys and values that decodes on a CPU copy to scratch memory at a time."""
 GPU_PIECE_BYTES = 256 * 1024 * 1024
-"""Bytes gathered at a time on a GPU if a cache cannot be read in place. With the rows' keys in
-float32, the memory is three times as much."""
+"""Bytes copied at a time on a GPU whose kernels cannot read the cache in place. The keys are then
+converted to float32, so that three times this memory is in use."""
 
 
 class Workspace:
@@ -34,7 +34,7 @@ class Workspace:
         self._keys = torch.empty(0, dtype=torch.float32, device=device)
 
     def gather(self, cache: Tensor, blocks: Tensor) -> Tensor:
-        """Return ``cache.index_select(1, blocks)``, decoded; valid until the next call."""
+        """Return ``cache.index_select(1, blocks)``, dequantized; valid until the next call."""
         if cache.dtype == fp8.ROW_DTYPE:
             return fp8.decode(cache.index_select(1, blocks), self._dtype)
         shape = (cache.shape[0], len(blocks), *cache.shape[2:])
@@ -152,8 +152,8 @@ class RowChunks:
     ) -> BatchFields:
         """Return the batch as a C struct that points into this object and into ``cos`` and ``sin``.
 
-        ``cos`` and ``sin`` are ``Rope.rows`` [T, 1, D] or ``Rope.waves_by_position``; ``cache`` is
-        the cache of any layer with keys and values.
+        ``cos`` and ``sin``: from ``Rope.rows`` [T, 1, D] or ``Rope.waves_by_position``.
+        ``cache``: of any layer with keys and values, to describe its shape.
         """
         assert len(cos) >= self.max_length or not waves_by_position, f"{len(cos)} positions"
         return BatchFields(
@@ -193,18 +193,19 @@ class PagedRows:
 class StateRows:
     """Recurrent states that the rows of a batch read and write, in layers that have states.
 
-    Runs are in row order. A run may read the state that an earlier one writes.
+    A run (``StateRun``) is consecutive rows of one sequence; it reads one state and writes one, and
+may read the state that an earlier run writes. Runs are in row order.
     """
 
     runs: tuple[StateRun, ...]
     places: Tensor
-    """[runs, 4] int64 on the CPU: the runs as numbers, for native kernels."""
+    """[runs, 4] int64 on the CPU: fields of each ``StateRun``, for native kernels."""
     chains: Tensor
     """[sequences + 1] int64 on the CPU: first run of each sequence."""
     num_decodes: int
     """Number of leading runs that are single rows of different sequences."""
     decode_slots: Tensor
-    """[2, num_decodes] int64 on the model's device: state slots they read and write."""
+    """[2, num_decodes] int64 on the model's device: slots that these runs read and write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,13 +227,13 @@ class AttentionBatch:
     paged: PagedRows | None = None
     """The rows for GPU kernels, which read neither ``decodes`` nor ``prefills``."""
     sinks: Tensor | None = None
-    """[A] float32: attention sinks of a layer, scores without a value that enter the softmax; None:
-    no sinks."""
+    """[A] float32: attention sinks of a layer, an extra score per head in the softmax that has no
+    value; None: no sinks."""
     scale: float | None = None
     """Scale of a layer's scores; None: D ** -0.5."""
     latent_rank: int | None = None
-    """In a latent cache: number of leading elements of the single key that are its value; None:
-    values are stored separately."""
+    """In a latent cache, the first ``latent_rank`` elements of the single key are also the value.
+    None: values are stored separately."""
     states: StateRows | None = None
     """The rows in layers with a recurrent state; None: the model has no such layers."""
 
@@ -245,8 +246,8 @@ class AttentionBatch:
         return cache.shape[0] // 2 if self.latent_rank is None else 1
 
     def keys_values(self, found: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
-        """Return gathered blocks of a cache as keys of a shape [.., D], and the values in the same
-        shape."""
+        """Split gathered blocks of a cache into keys of ``shape`` [.., D], and values, which have
+        ``latent_rank`` elements in a latent cache and D otherwise."""
         if self.latent_rank is None:
             keys, values = found.view(2, *shape)
             return keys, values
@@ -288,10 +289,10 @@ def group_size(num_blocks: int) -> int:
 
 
 def runs(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
-    """(first, last) of runs of equal neighbours that sum to at most ``limit``, or of a single
-    element.
+    """Split ``sizes`` into runs (first, last) of equal neighbours that sum to at most ``limit``. A
+    run of one element may exceed the limit.
 
-    sizes [8, 8, 8, 12], limit 20 -> [(0, 2), (2, 3), (3, 4)]
+    Example: sizes [8, 8, 8, 12], limit 20 -> [(0, 2), (2, 3), (3, 4)].
     """
     found: list[tuple[int, int]] = []
     first = 0

@@ -3,9 +3,9 @@
     norm, q/k/v projections, q/k norms, clip, rotation, attention, output projection, residual,
     second norm, router
 
-``TorchAttentionSublayer`` describes the sublayer of one layer by weights and a few numbers, for all
-families, and computes it with torch. If attention itself is a mixture of experts (JetMoE), its
-exchanges are inside the sublayer.
+``TorchAttentionSublayer`` holds the weights and parameters of one layer's sublayer, for all
+families, and computes it with torch. Other implementations are made from it. If attention itself is
+a mixture of experts (JetMoE), its exchanges are inside the sublayer.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class AttentionShape:
     scale: float | None = None
     """Scale of the scores; None: D ** -0.5."""
     latent_rank: int | None = None
-    """For latent attention: number of leading elements of the only key that are its value; the
-    other elements are rotated. None: values are separate, and heads are rotated whole."""
+    """For latent attention: the first ``latent_rank`` elements of the only key are also its value,
+    and the other elements are rotated. None: values are separate; whole heads are rotated."""
 
     @property
     def value_dim(self) -> int:
@@ -57,7 +57,7 @@ class AttentionShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadAttention:
-    """Attention on projected rows: norms of heads, clip, rotation, attention."""
+    """Attention of projected rows: norms of heads, clip, rotation and attention, with torch."""
 
     shape: AttentionShape
     qk_norm: Tensor | None = None
@@ -68,7 +68,7 @@ class HeadAttention:
     """[A] float32: see ``AttentionBatch.sinks``."""
 
     def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """See ``RowAttention``."""
+        """Attend from projected rows; see ``RowAttention``."""
         shape, limit, batch = self.shape, self.shape.clip, self.batch(context)
         if shape.latent_rank is not None:
             heads = rows.view(len(rows), -1, shape.head_dim)
@@ -109,7 +109,7 @@ class HeadAttention:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenseProjections:
-    """Projections that all rows share."""
+    """Query, key, value and output projections that are the same for all rows."""
 
     qkv: Linear
     """H -> (A + 2K) * D, rows of q, k, v in this order."""
@@ -121,8 +121,8 @@ class DenseProjections:
 class RoutedProjections:
     """Query and output projections by experts: mixture of attention heads.
 
-    A row's choice of experts is the same for both exchanges. Slot j of the choice has query heads 0
-    .. K - 1 of its own, so A is top_k * K, and all slots share the keys and values.
+    A row uses the same top_k experts in both exchanges. Each of them has K query heads, so A is
+    top_k * K; all of them share the row's keys and values.
 
     Source: Zhang et al., "Mixture of Attention Heads" (2022), as in JetMoE.
     """
@@ -147,25 +147,25 @@ class SublayerOutput:
 
 
 SublayerSteps = Generator[Any, Tensor, SublayerOutput]
-"""Steps of a sublayer, as in ``LayerSteps``; yields only if projections are routed."""
+"""Generator of a sublayer, like ``LayerSteps``; it yields only if projections are routed."""
 
 
 class AttentionSublayer(Protocol):
-    """The attention sublayer of one layer, for any implementation."""
+    """Interface of the attention sublayer of one layer."""
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> SublayerSteps:
-        """hidden [T, H], which may be modified; cache is this layer's part of ``KVCache``."""
+        """Run the sublayer on ``hidden`` [T, H], which may be modified, and this layer's cache."""
 
 
 class RowAttention(Protocol):
-    """Attention from projected rows to attended values: ``HeadAttention`` with torch, or another
-    implementation."""
+    """Interface of attention from projected rows to attended values. ``HeadAttention`` implements
+    it with torch."""
 
     def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """Queries, keys and values [T, (A + 2K) * D] -> [T, A * D].
+        """Attend: queries, keys and values [T, (A + 2K) * D] -> [T, A * D].
 
         If the shape has a ``latent_rank``: queries and the key [T, (A + 1) * D] -> [T, A * V].
-        Writes keys and values to ``cache``, this layer's part of ``KVCache``.
+        Writes keys and values to ``cache``, this layer's tensor of ``KVCache``.
         """
 
 
@@ -213,8 +213,8 @@ def _routed_steps(
 ) -> SublayerSteps:
     """Run the sublayer of a layer with attention experts.
 
-    Attention needs the query heads of one key head side by side, so the slots of a row and its
-    heads are transposed before and after it.
+    Attention expects the query heads that share a key head to be adjacent, so the dimensions of
+    slots and heads are transposed before and after attention.
     """
     kv_heads, dim = shape.num_kv_heads, shape.head_dim
     normed, routes = stages.enter(hidden, context)
@@ -243,7 +243,7 @@ class TorchAttentionSublayer(HeadAttention):
     """None in a layer without routed experts."""
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> SublayerSteps:
-        """See ``AttentionSublayer``."""
+        """Run the sublayer on hidden states [T, H]; see ``AttentionSublayer``."""
         parts = self.projections
         if not isinstance(parts, DenseProjections):
             return (yield from staged_steps(self, self.shape, parts, hidden, cache, context))
@@ -252,13 +252,13 @@ class TorchAttentionSublayer(HeadAttention):
         return self.leave(hidden, projected, context)
 
     def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:
-        """See ``SublayerStages``."""
+        """Run the stage before attention; see ``SublayerStages``."""
         assert isinstance(self.projections, RoutedProjections)
         normed = rms_norm(hidden, self.norm1, self.shape.eps)
         return normed, self.projections.router.route(normed, context.attention.recorder)
 
     def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> SublayerOutput:
-        """See ``SublayerStages``."""
+        """Run the stage after attention; see ``SublayerStages``."""
         hidden = hidden + projected
         normed = rms_norm(hidden, self.norm2, self.shape.eps)
         recorder = context.attention.recorder

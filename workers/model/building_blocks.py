@@ -1,7 +1,7 @@
-"""Factories of a model's parts.
+"""Factory of a model's parts: products, norms, attention, rotation.
 
-``BuildingBlocks`` makes the fast parts of torch; ``batch_invariant``, ``native`` and ``cuda`` make
-other implementations.
+``BuildingBlocks`` makes parts that compute with torch. Its subclasses in ``batch_invariant``,
+``native`` and ``cuda`` make parts with other implementations.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from workers.model.rope import Rope, RopeConfig
 
 
 class BuildingBlocks:
-    """Makes the parts of a family's layers: the fast ones of torch."""
+    """Makes the parts of a family's layers, here for torch and without batch invariance."""
 
     are_native: ClassVar[bool] = False
-    """Whether layers read ``AttentionBatch.chunks``."""
+    """Whether layers read ``AttentionBatch.chunks``, the input of native kernels."""
     are_exact: ClassVar[bool] = False
     """Whether a row's bits are independent of other rows and of how a prompt is split."""
 
     def __init__(self, compute_threads: ComputeThreads | None = None) -> None:
-        """``compute_threads`` share large products; None: only the calling thread."""
+        """``compute_threads``: threads that share large products; None: the calling thread."""
         self._compute_threads = compute_threads or ComputeThreads()
 
     def linear(
@@ -56,8 +56,8 @@ class BuildingBlocks:
         may_pack: bool = True,
         may_quantize: bool = True,
     ) -> Linear:
-        """Return a linear product. ``may_quantize`` is False for routers, which must select as the
-        model does."""
+        """Return a linear product. ``may_quantize`` is False for routers, as rounding would change
+        which experts they select."""
         return Linear(weight, bias, may_pack, self._compute_threads)
 
     def tied(self, weight: Tensor) -> tuple[Embedding, Linear]:
@@ -67,12 +67,12 @@ class BuildingBlocks:
     def mlp(
         self, gate_up: Callable[[], Tensor], down: Callable[[], Tensor], activation: Activation
     ) -> Mlp:
-        """Return an MLP of weights [2 * inner, H], the gate's rows first, and [H, inner], which are
-        read one after the other."""
+        """Return an MLP. ``gate_up`` reads a weight [2 * inner, H] with the gate's rows first,
+        ``down`` reads [H, inner]; only one of them is read at a time, to save memory."""
         return GatedMlp(self.linear(gate_up()), self.linear(down()), activation)
 
     def head_products(self, weight: Tensor, plain_dim: int) -> HeadProducts:
-        """Head products of a weight [A, N + V, R]; the first N rows of each head make keys."""
+        """Return products of a weight [A, N + V, R]; the first N rows of a head make its keys."""
         return TorchHeadProducts(weight, plain_dim)
 
     def norm(self, weight: Tensor, eps: float) -> Norm:
@@ -84,11 +84,11 @@ class BuildingBlocks:
         return half
 
     def heads(self, attention: HeadAttention, dtype: torch.dtype) -> RowAttention:
-        """Return the attention of a layer that is not a whole sublayer; ``dtype`` of the model."""
+        """Return only the attention, for layers that have no ``AttentionSublayer``."""
         return attention
 
     def delta_net(self, net: DeltaNet) -> Mix:
-        """Return the function of a layer with a recurrent state between its projections."""
+        """Return the recurrent function of a layer, between its input and output projections."""
         return TorchDeltaNet(net, row_by_row=False)
 
     def attention(self, config: ModelConfig, dtype: torch.dtype) -> Attend:

@@ -1,8 +1,8 @@
-"""Description of a model before loading: numbers, expert banks, tensors on disk.
+"""Description of a model before loading: dimensions, expert banks, tensors on disk.
 
-Imports no torch, so that parsing a ``config.json`` and listing the banks is cheap. The global
-order of operations of a step is: for layer; for (bank, exchange) in bank order; for micro-batch.
-``Family.banks`` is in that order.
+An expert bank is the set of routed experts of one router. The module imports no torch, so that
+parsing a ``config.json`` and listing the banks is cheap. All workers run the exchanges of a step in
+the same order: for layer; for (bank, exchange) in the order of ``Family.banks``; for micro-batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from workers.model.rope import RopeConfig
 
 ExpertKind = Literal["gated", "linear"]
-"""``gated``: down(activation(gate x) * up x), matrices (gate over up, down); ``linear``: one."""
+"""``gated``: down(activation(gate x) * up x), two matrices (gate over up, down); ``linear``: one
+matrix."""
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
 """Activation of a gated expert or MLP, with the names of ``hidden_act``."""
 
@@ -37,7 +38,7 @@ class ClampedSwiglu:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExchangeSpec:
-    """One round trip of a bank: dispatch of rows to the experts, combine of their outputs."""
+    """One round trip of a bank: rows are dispatched to experts, and their outputs combined."""
 
     index: int
     """Index among the bank's exchanges."""
@@ -92,7 +93,7 @@ class BankSpec:
     """The routed experts of one router."""
 
     index: int
-    """Index in ``Family.banks``; identifies the bank on the wire."""
+    """Index in ``Family.banks``; identifies the bank in messages between workers."""
     bank: str
     """Kind of bank within its layer, ``mlp`` or ``attention``."""
     layer: int
@@ -101,7 +102,8 @@ class BankSpec:
     exchanges: tuple[ExchangeSpec, ...]
     """Round trips in order."""
     float32_weights: bool = False
-    """True: weights stay float32 in the product; False: they are cast to the model dtype first."""
+    """Whether router weights stay float32 when outputs are multiplied by them; otherwise they are
+cast to the model dtype first."""
     aux_copies: int = 0
     """Number of times that transformers 5 counts this router in the auxiliary loss (version 4:
     once); 0: the family has no such loss."""
@@ -140,7 +142,7 @@ class TensorPart:
     is_transposed: bool = False
     """Whether the matrix is [columns, rows] on disk."""
     rows: tuple[int, int] | None = None
-    """The first row, and the distance to the next one; None: all rows."""
+    """(first row, step): every ``step``-th row from the first one on; None: all rows."""
     is_mxfp4: bool = False
     """Whether the tensor is stored in blocks, see ``workers.model.loading.mxfp4``; ``shape`` is the
     shape of the decoded numbers."""
@@ -192,12 +194,12 @@ class DeltaNetSpec:
 
     @property
     def conv_values(self) -> int:
-        """Numbers of a layer's state that are earlier inputs of the convolution."""
+        """Number of values in a layer's state that are earlier inputs of the convolution."""
         return (self.kernel - 1) * self.conv_width
 
     @property
     def layer_values(self) -> int:
-        """Numbers of one layer's state: earlier inputs [kernel - 1, C], then [V, K, D]."""
+        """Number of values in a layer's state: earlier inputs [kernel - 1, C], then [V, K, D]."""
         return self.conv_values + self.num_value_heads * self.key_dim * self.value_dim
 
     @property
@@ -226,7 +228,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     """Whether lm_head is the embedding."""
     eos_token_ids: tuple[int, ...]
-    """Tokens that end an output."""
+    """End-of-sequence tokens, which end an output."""
     dtype: str
     """The checkpoint's own dtype: float32, bfloat16 or float16."""
     rope: RopeConfig
@@ -282,7 +284,7 @@ class ModelConfig:
 
     @property
     def length_matters_above(self) -> int | None:
-        """Prompts longer than this have keys that depend on their length (dynamic RoPE)."""
+        """Prompt tokens above which keys depend on the prompt's length (dynamic RoPE), or None."""
         return self.max_position_embeddings if self.rope.rope_type == "dynamic" else None
 
     @property

@@ -7,8 +7,9 @@ strength b updates and reads it:
 
     S = a S;  S = S + k (b (v - k S));  output = q S
 
-Two algorithms are equal up to rounding. Row by row, the bits of a row do not depend on how its
-sequence was split into chunks. In chunks of 64 positions, most of the work is matrix products.
+There are two algorithms, equal up to rounding. The row-by-row one gives a row the same bits however
+its sequence is split into chunks. The one for chunks of 64 positions is faster for prompts, as most
+of its work is matrix products.
 
 Source: Yang et al., "Gated Delta Networks: Improving Mamba2 with Delta Rule" (2024), section 3; the
 rounding is that of transformers ``models/qwen3_next``.
@@ -31,12 +32,12 @@ from workers.model.state_runs import StateRun
 CHUNK = 64
 """Number of positions in a chunk of the chunked algorithm."""
 NORM_EPS = 1e-6
-"""Added to the squares of a query's or key's elements."""
+"""Added to the sum of squares of a query or key before its square root."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeltaNet:
-    """The weights of one layer between its projections."""
+    """The weights of one layer, without its input and output projections."""
 
     spec: DeltaNetSpec
     conv: Tensor
@@ -59,8 +60,8 @@ class DeltaNet:
 
 
 Mix = Callable[[Tensor, Tensor, StateRows], Tensor]
-"""Projected rows [T, row_width], this layer's states [slots, layer_values] and the rows' runs ->
-[T, V * D]. Writes the states after the runs."""
+"""Function of projected rows [T, row_width], this layer's states [slots, layer_values] and the runs
+of the rows. Returns [T, V * D]; writes the state after each run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +100,10 @@ class TorchDeltaNet:
         return self._gated(mixed, rows)
 
     def _piece_bytes(self, device: torch.device) -> int:
-        """Bytes of the states of decode rows that are updated together.
+        """Maximum bytes of states of decode rows that are updated together.
 
-        AMD EPYC, torch 2.13, 1 thread, 32 states of 2 MiB in float32: all of them 213 ms, one by
-        one 20 ms.
+        Measured on an AMD EPYC, torch 2.13, 1 thread, 32 states of 2 MiB in float32: 213 ms all
+        together, 20 ms one by one.
         """
         return PIECE_BYTES if device.type == "cpu" else GPU_PIECE_BYTES
 

@@ -1,13 +1,13 @@
 """8-bit keys and values of a KV cache.
 
 A row is the vector of one head and token: D values in e4m3 (1 bit sign, 4 bits exponent, 3 bits
-mantissa, no infinity) and the byte of their scale. The scale is a power of two, the exponent bits
-of a float32: the smallest one with which no element exceeds 448, the largest number of e4m3. So an
-element keeps 4 significant bits, and numbers below 2 ** -14 of the largest one keep fewer. A vector
-with an element that is not finite reads as NaN. A row of zero bytes is a valid row of zeros.
+mantissa, no infinity), then one byte with their scale. The scale is a power of two, stored as the
+exponent bits of a float32. It is the smallest one with which no element exceeds 448, the largest
+number of e4m3. So an element keeps 4 significant bits; elements below 2 ** -14 of the largest one
+keep fewer. A vector with NaN or infinity reads as NaN. A row of zero bytes is a row of zeros.
 
-For example D = 2, (3.0, -0.3): the scale is 2 ** -7 (byte 120), the values are 384 and -40 (-38.4
-rounded), which read as (3.0, -0.3125).
+Example: the vector (3.0, -0.3), D = 2, has the scale 2 ** -7 (byte 120) and the values 384 and -40
+(-38.4 rounded), which read as (3.0, -0.3125).
 
 Source: "FP8 formats for deep learning" (Micikevicius et al., 2022) for the elements; "OCP
 Microscaling Formats (MX) Specification v1.0" for scales of 8 bits. There a scale belongs to 32
@@ -22,7 +22,7 @@ from torch import Tensor
 from cluster.config.kv_cache import FP8_SCALE_BYTES
 
 ROW_DTYPE = torch.uint8
-"""Dtype of a cache of fp8 rows; no other cache has it."""
+"""Dtype of an fp8 cache, by which it is recognized: no other cache has it."""
 _NAN_CODE = 0x7F
 _NAN_SCALE = 0xFF
 
@@ -33,7 +33,7 @@ def row_bytes(dim: int) -> int:
 
 
 def encode(vectors: Tensor) -> Tensor:
-    """Vectors [..., D] -> rows [..., D + 1] uint8, rounded to the nearest, ties to even."""
+    """Quantize vectors [..., D] to rows [..., D + 1] uint8, rounding to nearest, ties to even."""
     x = vectors.float()
     largest = x.abs().amax(-1, keepdim=True)
     is_finite = largest.isfinite()
@@ -49,7 +49,7 @@ def encode(vectors: Tensor) -> Tensor:
 
 
 def decode(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows [..., D + 1] uint8 -> vectors [..., D] of a compute dtype, exact in bfloat16 too."""
+    """Dequantize rows [..., D + 1] uint8 to vectors [..., D]; exact, even in bfloat16."""
     codes = rows[..., :-1].view(torch.float8_e4m3fn).float()
     scales = (rows[..., -1:].int() << 23).view(torch.float32)
     return codes.mul_(scales).to(dtype)

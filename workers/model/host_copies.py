@@ -1,8 +1,8 @@
 """Copies between host and device with a minimum of waiting.
 
-On a CPU nothing is copied. Copies to a GPU are enqueued on the stream; unpinned host memory has
-been read when the call returns. Tensors from a GPU are fetched in one copy, the only place where a
-step waits for its device.
+On a CPU nothing is copied. Copies to a GPU are enqueued on the stream; when the call returns,
+unpinned host memory has been read and may change. Tensors of a GPU are copied to the host together,
+and only there a step waits for its device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def to_device(values: NDArray[Any] | Sequence[int], device: torch.device) -> Ten
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
-    """Copy tensors of one device to arrays, in one copy. numpy lacks bfloat16."""
+    """Copy tensors of one device to arrays, in one copy. They must not be bfloat16 (numpy)."""
     if tensors[0].is_cpu:
         return [tensor.numpy() for tensor in tensors]
     parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]

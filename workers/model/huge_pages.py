@@ -1,10 +1,10 @@
 """Move loaded weights to huge pages, if Linux supports them and the weights are not in such pages.
 
-Large weights begin there (``workers.native.memory``); small ones share a huge page with others.
-Small batches are bound by how fast weights are read, and under a hypervisor a miss of the address
-translation is expensive: with pages of 4 KiB an expert of 512 x 512 bfloat16 costs 128 of them. Two
-cores of an AMD EPYC in a virtual machine, random model of ``make bench``, 64 tokens of 1 and of 8
-sequences: 60.4 -> 65.4 and 180.6 -> 190.6 tokens/s. ``MADV_COLLAPSE`` also moves memory that
+Large weights are allocated there (``workers.native.memory``); small ones share a page with others.
+The speed of small batches depends on how fast weights are read. Under a hypervisor, a TLB miss is
+expensive, and with pages of 4 KiB an expert of 512 x 512 bfloat16 costs 128 of them. On two cores
+of an AMD EPYC in a virtual machine, random model of ``make bench``, 64 tokens: 1 sequence 60.4 ->
+65.4 tokens/s, 8 sequences 180.6 -> 190.6 tokens/s. ``MADV_COLLAPSE`` also moves memory that
 libraries allocated before, one huge page at a time: unlike ``MADV_HUGEPAGE`` it can be stopped when
 the kernel takes long to find free ones. Source: ``madvise(2)``, Linux 6.1 and later.
 """
@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 MIN_BYTES = 64 * 1024 * 1024
-"""Bytes of weights from which huge pages are worth the time."""
+"""Minimum bytes of weights for which moving to huge pages is worth the time."""
 LIMIT_S = 2.0
-"""Time limit: about 0.8 GB if memory is not fragmented."""
+"""Time limit in seconds, enough for about 0.8 GB if memory is not fragmented."""
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 """Settings file in which the administrator enables huge pages."""
 _MADV_COLLAPSE = 25
@@ -51,8 +51,8 @@ def collapse(
 ) -> int:
     """Collapse this process's memory for about ``limit_s``; return the bytes in huge pages.
 
-    Calls ``advance`` for every page. Does nothing if the system lacks the call or its administrator
-    has disabled huge pages.
+    Calls ``advance`` (progress) for every page. Does nothing if the system lacks ``MADV_COLLAPSE``
+    or its administrator has disabled huge pages.
     """
     huge_bytes = _huge_page_bytes(settings)
     if not huge_bytes:

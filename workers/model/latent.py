@@ -3,14 +3,14 @@
 A layer's cache stores only a token's latent vector [R] and one rotated key [P]. The same attention
 can be computed in two ways:
 
-- absorbed: each head's queries are multiplied with the matrix that would make its keys, so that
-  heads attend to the latent vectors themselves, as to one key head of R + P elements, and the
-  values are made of what they attended to. It reads least, and decodes take it.
-- expanded: keys and values of all heads are made of the latent vectors. Each pair of a query and a
-  key then costs less (in DeepSeek-V3 320 products in place of 1,088), so long chunks of prompts
-  take it.
+- absorbed: each head's queries are multiplied with the matrix that would make its keys. Heads then
+  attend to the latent vectors themselves, as to one key head of R + P elements, and the value
+  matrix is applied to the result. This reads the least memory and is used for decodes.
+- expanded: keys and values of all heads are computed from the latent vectors. Each pair of a query
+  and a key then costs less (in DeepSeek-V3 320 products instead of 1,088), so this is used for long
+  chunks of prompts.
 
-If rows must not depend on how a prompt is split, all rows are absorbed.
+If a row's result must not depend on how its prompt is split, all rows use the absorbed form.
 
 Source: DeepSeek-AI, "DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language
 Model" (2024), section 2.1.
@@ -48,7 +48,7 @@ class LatentShape:
     plain_dim: int
     """N: elements of a head's queries and keys that are not rotated."""
     rotated_dim: int
-    """P: elements that are rotated; all heads share their key."""
+    """P: elements that are rotated; their part of the key is shared by all heads."""
     value_dim: int
     """V: elements of a head's values."""
     scale: float
@@ -64,7 +64,7 @@ class LatentShape:
 
     @property
     def min_expanded_rows(self) -> int:
-        """Rows of a chunk from which computing keys and values costs less than it saves."""
+        """Minimum rows of a chunk for which expanding keys and values costs less than it saves."""
         made = self.rank * (self.plain_dim + self.value_dim)
         absorbed, expanded = self.cached_dim + self.rank, self.query_dim + self.value_dim
         return made // max(absorbed - expanded, 1) + 1
@@ -75,13 +75,13 @@ class HeadProducts(Protocol):
     from latent vectors."""
 
     def absorb(self, queries: Tensor) -> Tensor:
-        """[T, A, N] -> [T, A, R]: vectors whose products with latent vectors are the scores."""
+        """Turn queries [T, A, N] into [T, A, R], whose products with latent vectors are scores."""
 
     def values(self, attended: Tensor) -> Tensor:
-        """[T, A, R] -> [T, A * V]."""
+        """Turn attended latent vectors [T, A, R] into values [T, A * V]."""
 
     def expand(self, latents: Tensor, first: int, last: int) -> Tensor:
-        """[L, R] -> [L, heads, N + V]: keys and values of heads first .. last - 1."""
+        """Turn latents [L, R] into keys and values [L, heads, N + V] of heads first .. last - 1."""
 
 
 class TorchHeadProducts:
@@ -93,16 +93,16 @@ class TorchHeadProducts:
         self._keys, self._values = weight[:, :plain_dim], weight[:, plain_dim:]
 
     def absorb(self, queries: Tensor) -> Tensor:
-        """See ``HeadProducts``."""
+        """Turn queries [T, A, N] into [T, A, R]; see ``HeadProducts``."""
         return torch.bmm(queries.transpose(0, 1), self._keys).transpose(0, 1)
 
     def values(self, attended: Tensor) -> Tensor:
-        """See ``HeadProducts``."""
+        """Turn attended vectors [T, A, R] into values [T, A * V]; see ``HeadProducts``."""
         products = torch.bmm(attended.transpose(0, 1), self._values.transpose(1, 2))
         return products.transpose(0, 1).reshape(len(attended), -1)
 
     def expand(self, latents: Tensor, first: int, last: int) -> Tensor:
-        """See ``HeadProducts``."""
+        """Compute keys and values [L, heads, N + V]; see ``HeadProducts``."""
         rows = functional.linear(latents, self._weight[first:last].flatten(0, 1))
         return rows.view(len(latents), last - first, -1)
 
@@ -116,12 +116,12 @@ class LinearHeadProducts:
         self._values = [linear(head[plain_dim:].contiguous()) for head in weight]
 
     def absorb(self, queries: Tensor) -> Tensor:
-        """See ``HeadProducts``."""
+        """Turn queries [T, A, N] into [T, A, R]; see ``HeadProducts``."""
         heads = zip(self._keys, queries.unbind(1), strict=True)
         return torch.stack([product(x.contiguous()) for product, x in heads], 1)
 
     def values(self, attended: Tensor) -> Tensor:
-        """See ``HeadProducts``."""
+        """Turn attended vectors [T, A, R] into values [T, A * V]; see ``HeadProducts``."""
         heads = zip(self._values, attended.unbind(1), strict=True)
         return torch.cat([product(x.contiguous()) for product, x in heads], 1)
 
@@ -135,7 +135,7 @@ AttendRows = Callable[[Tensor, Tensor, LayerContext], Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentProjections:
-    """The attention sublayer from the residual stream to the projected outputs of attention."""
+    """Latent attention from the residual stream to the output projection, with all its weights."""
 
     shape: LatentShape
     norm1: Norm
@@ -148,7 +148,7 @@ class LatentProjections:
     """Norm of the latent vector [T, R]."""
     heads: HeadProducts
     can_expand: bool
-    """Whether rows may depend on how a prompt is split."""
+    """Whether prompt rows may be expanded: their bits then depend on how a prompt is split."""
     output: Linear
     """A * V -> H."""
 
@@ -254,7 +254,7 @@ class LatentProjections:
         return torch.cat(parts, 1).flatten(1)
 
     def _heads_per_piece(self, latents: Tensor) -> int:
-        """Number of heads with keys and values of ``latents`` [L, R] in memory at a time."""
+        """Number of heads for which ``latents`` [L, R] are expanded at a time, to limit memory."""
         shape = self.shape
         row = 2 * shape.plain_dim + shape.rotated_dim + shape.value_dim  # as made, and with keys
         piece = PIECE_BYTES if latents.device.type == "cpu" else GPU_PIECE_BYTES

@@ -1,14 +1,14 @@
 """Building blocks of all families, and the model around the layers.
 
-A layer is a generator. It yields a ``Dispatch`` to dispatch rows to the experts and is resumed at
-once; a bare ``yield`` then waits for the experts' outputs:
+A layer is a generator. It yields a ``Dispatch`` to send rows to the experts and is resumed
+immediately; a bare ``yield`` then waits for the experts' outputs:
 
     yield Dispatch(bank, 0, normed, topk_ids, topk_weights)
     shared = self.shared_experts(normed)  # overlaps with the routed experts
     routed = yield
 
-So the model does not depend on dispatchers, and the runner keeps two micro-batches in flight by
-resuming two generators alternately.
+So the model does not depend on dispatchers, and the runner can overlap two micro-batches by
+resuming their generators alternately.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from workers.model.torch_private import pack, packed_linear, supports_packing, u
 from workers.native.attention_sublayer import BatchFields
 
 _PACK_MIN_ELEMENTS = 64 * 1024
-"""Minimum elements of float32 matrices that are packed. AMD EPYC (avx512_bf16), torch 2.13, 1
-thread, 1 / 32 rows, microseconds plain -> packed: 384 x 128 5 -> 16 / 37 -> 42, 512 x 512 23 -> 29
-/ 190 -> 162, 50304 x 512 8600 -> 5460 / 30000 -> 16500. bfloat16 gains at every size: 384 x 128 18
--> 15 / 31 -> 27, 50304 x 512 5150 -> 1960 / 12270 -> 8570, with bitwise equal results."""
+"""Minimum elements of float32 matrices that are packed. Microseconds of a product, plain -> packed,
+for 1 row / 32 rows (AMD EPYC with avx512_bf16, torch 2.13, 1 thread): 384 x 128 5 -> 16 / 37 -> 42,
+512 x 512 23 -> 29 / 190 -> 162, 50304 x 512 8600 -> 5460 / 30000 -> 16500. bfloat16 gains at every
+size, with equal bits: 384 x 128 18 -> 15 / 31 -> 27, 50304 x 512 5150 -> 1960 / 12270 -> 8570."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -42,7 +42,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 _VECTORS = 32
-"""A multiple of the float32 elements that torch computes at a time; the rest is computed singly."""
+"""A multiple of torch's vector width in float32 elements, to which ``row_wise`` pads."""
 
 
 def row_wise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -62,9 +62,9 @@ def row_sigmoid(x: Tensor) -> Tensor:
 
 
 _SPLIT_MIN_ELEMENTS = 4 * 1024 * 1024
-"""Minimum weight elements to divide among the compute threads: reading weights is the cost."""
+"""Minimum weight elements to divide a weight among threads, as reading it dominates the cost."""
 _SPLIT_MIN_PRODUCTS = 32 * 1024 * 1024
-"""Minimum products (rows x weight elements) to divide the rows: 0.3 ms on one core."""
+"""Minimum multiplications (rows x weight elements) to divide the rows: 0.3 ms on one core."""
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -74,7 +74,7 @@ def can_pack(weight: Tensor) -> bool:
 
 
 class Linear:
-    """x @ weight.T + bias. Owns the weight: the caller should drop its own reference."""
+    """Computes x @ weight.T + bias. It may copy the weight; callers should drop their reference."""
 
     __slots__ = ("_biases", "_compute_threads", "_is_packed", "_weights")
 
@@ -85,7 +85,7 @@ class Linear:
         may_pack: bool = True,
         compute_threads: ComputeThreads | None = None,
     ) -> None:
-        """weight [out, in]. ``may_pack`` False keeps a weight that is also used elsewhere."""
+        """weight [out, in]. ``may_pack`` False shares the memory of a weight that others use."""
         self._compute_threads = compute_threads or ComputeThreads()
         self._is_packed = may_pack and can_pack(weight)
         num_parts = self._compute_threads.count if weight.numel() >= _SPLIT_MIN_ELEMENTS else 1
@@ -136,7 +136,7 @@ _ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
 
 
 def gated_activation(activation: Activation | ClampedSwiglu) -> GatedActivation:
-    """Return the function of gates and ups for an activation."""
+    """Return the function that applies an activation to gates and ups."""
     if isinstance(activation, ClampedSwiglu):
         return partial(_clamped, alpha=activation.alpha, limit=activation.limit)
     activate = _ACTIVATIONS[activation]
@@ -149,14 +149,14 @@ def gated_activation(activation: Activation | ClampedSwiglu) -> GatedActivation:
 
 
 def _clamped(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
-    """See ``ClampedSwiglu``: gate * sigmoid(alpha * gate) is silu(alpha * gate) / alpha."""
+    """Compute ``ClampedSwiglu``; gate * sigmoid(alpha * gate) = silu(alpha * gate) / alpha."""
     gate, up = gate_up.chunk(2, -1)
     activated = functional.silu(gate.clamp(max=limit).mul_(alpha)).div_(alpha)
     return activated.mul_(up.clamp(-limit, limit).add_(1))
 
 
 class Mlp(Protocol):
-    """An MLP with products that can be computed separately."""
+    """Interface of an MLP; its two products can also be computed separately."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, H] -> [rows, H]."""
@@ -210,7 +210,7 @@ class RowAdapters(Protocol):
 
 
 Attend = Callable[[Tensor, Tensor, Tensor | None, Tensor, AttentionBatch], Tensor]
-"""A function like ``attention.attend``."""
+"""Implementation of attention, with the arguments of ``attention.attend``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,8 +250,8 @@ Norm = Callable[[Tensor], Tensor]
 """[T, H] -> [T, H], possibly in place."""
 LayerSteps = Generator[Any, Tensor, Tensor]
 """Generator that alternates ``yield Dispatch(..)``, resumed by ``next``, and ``yield``, resumed by
-``send`` with the experts' outputs. Returns hidden states [T, hidden_size]. (mypy allows a bare
-``yield`` only if any value may be yielded; the runner checks the order.)"""
+``send`` with the experts' outputs. Returns hidden states [T, hidden_size]. The yield type is Any
+because mypy otherwise forbids a bare ``yield``; the runner checks the order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +267,7 @@ class ModelInputs:
     attention: AttentionBatch
     """Cache slots of the rows' keys and values, and the keys that they attend to."""
     given: tuple[tuple[int, Tensor], ...] = ()
-    """(first row, [n, H] float32) of rows with embeddings in place of token ids, which are 0."""
+    """(first row, embeddings [n, H] float32) of rows given as embeddings; their token id is 0."""
     adapters: RowAdapters | None = None
     """Adapters of the rows; None: no row has one."""
 
@@ -284,7 +284,7 @@ class LayerContext:
     windows: Mapping[int, AttentionBatch]
     """``attention`` with the masks of sliding windows, by width in tokens."""
     native: BatchFields | None
-    """The batch for native kernels; None: torch computes."""
+    """The batch as a C struct for native kernels; None if torch computes."""
     adapters: RowAdapters | None = None
     """See ``ModelInputs``."""
 
@@ -305,7 +305,7 @@ class Layer(Protocol):
     """One decoder layer of a family."""
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
-        """hidden [T, H] -> [T, H]; cache is this layer's part of ``KVCache``."""
+        """Run the layer: hidden [T, H] -> [T, H]; cache is this layer's tensor of ``KVCache``."""
 
 
 class TokenPredictor(Protocol):
@@ -323,15 +323,15 @@ class TokenPredictor(Protocol):
 
 @dataclass(kw_only=True)
 class AttentionModel:
-    """A model without the routed experts: embedding, layers, final norm, head."""
+    """A model without the routed experts, as attention workers load it."""
 
     embedding: Embedding
     dtype: torch.dtype
     device: torch.device
     is_native: bool
-    """Whether layers read ``AttentionBatch.chunks``."""
+    """Whether layers use native kernels, which read ``AttentionBatch.chunks``."""
     layers: Sequence[Layer]
-    """May be replaced."""
+    """Layers in order; a layer may be replaced."""
     norm: Norm
     head: Linear
     """lm_head, or a classifier's: [rows, H] -> [rows, vocab_size or classes], model dtype."""
@@ -355,7 +355,7 @@ class AttentionModel:
     def run_from(
         self, first: int, hidden: Tensor, context: LayerContext, caches: Sequence[Tensor]
     ) -> LayerSteps:
-        """Run ``forward`` from a layer on, with its input [T, H]."""
+        """Run layers ``first`` to the last one, and the final norm, on hidden states [T, H]."""
         recorder = context.attention.recorder
         for layer, cache in zip(self.layers[first:], caches[first:], strict=True):
             if recorder is not None:
@@ -375,7 +375,7 @@ class AttentionModel:
         return LayerContext(cos, sin, inputs.attention, windows, native, inputs.adapters)
 
     def embed(self, token_ids: Tensor, given: Iterable[tuple[int, Tensor]]) -> Tensor:
-        """First layer's input [T, H], newly allocated; ``given`` as in ``ModelInputs``."""
+        """Return the first layer's input [T, H], newly allocated; ``given``: see ``ModelInputs``."""
         hidden = self.embedding(token_ids)
         for first, rows in given:
             hidden[first : first + len(rows)] = rows

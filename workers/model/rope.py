@@ -25,14 +25,14 @@ class RopeConfig:
     """Parameters of the rotation. A rope type leaves unused parameters at their defaults."""
 
     rope_type: RopeType = "default"
-    """``dynamic`` rotates position p of a request with n = max(prompt length, p + 1)."""
+    """``dynamic`` scales position p of a request for the length max(prompt length, p + 1)."""
     theta: float = 10000.0
     """Base of the frequencies."""
     head_dim: int
     """D: elements of a head."""
     rotary_dim: int
-    """R: elements of a head that are rotated. If R < D, the remaining ones have the frequency 0,
-    and heads are in the order of ``rotation_order``."""
+    """R: elements of a head that are rotated. If R < D, the other elements have frequency 0, and all
+    elements are in the order of ``rotation_order``."""
     has_neighbours: bool = False
     """Whether the checkpoint rotates element 2i with 2i + 1, not i with i + R/2."""
     max_position_embeddings: int
@@ -42,17 +42,17 @@ class RopeConfig:
     factor: float = 1.0
     """Scale factor of all types except default."""
     attention_factor: float = 1.0
-    """Multiplies cosines and sines (yarn)."""
+    """Factor of cosines and sines (yarn)."""
     beta_fast: float = 32.0
     """Rotations above which yarn keeps a frequency."""
     beta_slow: float = 1.0
     """Rotations below which yarn scales a frequency by the factor."""
     truncate: bool = True
-    """Round yarn's limits to whole dimensions."""
+    """Whether yarn's limits are rounded to whole dimensions."""
     low_freq_factor: float = 1.0
-    """llama3: wavelengths above original context / this are scaled in full."""
+    """llama3: wavelengths above original context / ``low_freq_factor`` are scaled in full."""
     high_freq_factor: float = 4.0
-    """llama3: wavelengths below original context / this are kept."""
+    """llama3: wavelengths below original context / ``high_freq_factor`` are not scaled."""
 
 
 def parse_rope(
@@ -133,7 +133,7 @@ def _rotary_dim(
 
 
 def rotation_order(config: RopeConfig) -> Tensor:
-    """[D] int64: the element of a checkpoint's head at each position of a head here.
+    """Return [D] int64: which element of a checkpoint's head is at each position of a head here.
 
     Checkpoints rotate the first R elements, i with i + R/2 or neighbours, and leave the rest. Here
     i is rotated with i + D/2, as in a head that is rotated whole, and the unrotated pairs follow
@@ -146,7 +146,7 @@ def rotation_order(config: RopeConfig) -> Tensor:
 
 
 def context_scale(factor: float, mscale: float) -> float:
-    """Factor of queries and keys for a context that is ``factor`` times as long.
+    """Return the factor of queries and keys if the context is extended ``factor`` times.
 
     Source: Peng et al., "YaRN: Efficient Context Window Extension of Large Language Models" (2023),
     section 3.4.
@@ -172,7 +172,7 @@ def _attention_factor(params: Mapping[str, Any], factor: float) -> float:
 
 
 def inverse_frequencies(config: RopeConfig) -> Tensor:
-    """[D/2] float32 on the CPU, for every type except the scaled part of ``dynamic``."""
+    """Return frequencies [D/2] float32 on the CPU; of ``dynamic``, those of short requests."""
     return _padded(config, _rotated_frequencies(config))
 
 
@@ -232,7 +232,7 @@ def _llama3(config: RopeConfig, plain: Tensor) -> Tensor:
 class Rope:
     """Cosines and sines for the rows of a step, in the model dtype.
 
-    Fixed types read them from a table over all positions; ``dynamic`` computes each row's own.
+    Fixed types read them from a table of all positions; ``dynamic`` computes them for each row.
     """
 
     def __init__(
@@ -243,7 +243,7 @@ class Rope:
         device: torch.device,
         row_by_row: bool = False,
     ) -> None:
-        """``row_by_row``: the bits of a row's powers and waves are independent of other rows."""
+        """``row_by_row``: compute ``dynamic`` waves such that a row's bits ignore other rows."""
         self._config = config
         self._dtype = dtype
         self._row_by_row = row_by_row
@@ -254,7 +254,7 @@ class Rope:
             positions = torch.arange(max_positions, device=device)
             self._table = self._waves(positions, self._plain)
         self.waves_by_position = None if self._table is None else _split(self._table)
-        """``rows`` of all positions, in order; None if they depend on the request."""
+        """Cosines and signed sines of all positions; None if they depend on the request."""
 
     def rows(self, positions: Tensor, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines, each [T, 1, D], of positions [T] int64.

@@ -1,7 +1,7 @@
 """Routers: the selection of each row's experts, and their weights.
 
-A ``Routing`` describes the selection as numbers, and ``Router`` computes it. Ties are resolved by
-``torch.topk``.
+``Routing`` has the parameters of the selection, and ``Router`` computes it. ``torch.topk`` resolves
+ties.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Routing:
     is_normed: bool = False
     """Whether the weights of the selected experts are scaled to sum 1."""
     least_sum: float = 0.0
-    """Lower bound of the sum by which weights are divided (softmax)."""
+    """Minimum of the sum by which weights are divided if ``is_normed`` (softmax)."""
     scale: float = 1.0
     """Final factor of float32 weights."""
     num_groups: int = 1
@@ -108,7 +108,7 @@ class Router:
         return ids, scores.gather(1, ids)
 
     def _within_groups(self, choice: Tensor) -> Tensor:
-        """[T, E], -inf outside the groups that a row may use."""
+        """Return the scores [T, E] with -inf outside the groups that a row may use."""
         routing = self.routing
         if routing.top_groups == routing.num_groups:
             return choice

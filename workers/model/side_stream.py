@@ -1,9 +1,9 @@
 """CUDA stream for work of threads other than the step thread.
 
 On the default stream, which runs the steps, such work would wait for the current step, delay the
-next one, and break the capture of a graph. A side stream is ordered against steps explicitly:
-``follow`` orders it after all work given to the steps' stream so far, and ``work`` returns when its
-work is done, so that later steps are ordered after it. On CPUs all of this does nothing.
+next one, and break the capture of a graph. The order between side stream and steps is explicit:
+after ``follow``, work here waits for all work enqueued on the steps' stream so far. The context
+``work`` exits when its work is done, so later steps see its results. On CPUs nothing is done.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class SideStream:
-    """One stream for any number of threads. A working thread also waits for the others' work."""
+    """One stream, shared by any number of threads. A thread also waits for work of the others."""
 
     def __init__(self, device: torch.device) -> None:
         """Create on the thread that runs steps; its current stream is the stream of the steps."""
@@ -29,17 +29,17 @@ class SideStream:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def follow(self) -> None:
-        """Order later work here after all work given to the steps' stream so far (any thread)."""
+        """Let later work here wait for all work enqueued on the steps' stream (any thread)."""
         if self._stream is not None and self._steps is not None:
             self._stream.wait_stream(self._steps)
 
     def note_steps(self) -> None:
-        """Record the work given to steps so far; the host knows that it is nearly done."""
+        """Record the work enqueued for steps so far. Call it when that work is nearly done."""
         if self._steps is not None:
             self._noted = self._steps.record_event()
 
     def follow_noted(self) -> None:
-        """``follow`` up to the last ``note_steps``, without waiting for later steps."""
+        """Like ``follow``, but wait only for work before the last ``note_steps``."""
         if self._stream is not None and self._noted is not None:
             self._stream.wait_event(self._noted)
 

@@ -1,4 +1,4 @@
-"""Runs of rows between two recurrent states of a sequence: planned as positions, computed as rows.
+"""Runs: rows of a sequence between two recurrent states, as positions in a plan or rows of a batch.
 Pure."""
 
 from __future__ import annotations

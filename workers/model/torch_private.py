@@ -1,7 +1,7 @@
 """All uses of torch's private API. No other module names a private function of torch.
 
-Private functions may change in any release, so torch is bounded to the releases that were tested,
-here and in ``pyproject.toml``.
+Private functions may change in any release, so only tested releases of torch are allowed, here and
+in ``pyproject.toml``.
 """
 
 from __future__ import annotations
@@ -79,14 +79,14 @@ def _packed_linear(x: Tensor, packed: Tensor) -> Tensor:
 scriptable_packed_linear: Callable[[Tensor, Tensor], Tensor] = (
     _packed_linear if _HAS_ONEDNN else functional.linear
 )
-"""``packed_linear`` for TorchScript, which cannot name an overload, and compiles the call even if
-nothing is packed."""
+"""``packed_linear`` for TorchScript, which cannot name an overload and also compiles this call if
+no weight is packed."""
 
 
 # Process groups without a global world
 
 _NEVER = timedelta(days=1)
-"""Time limit of NCCL's own watchdog; the limits of a step belong to the transport."""
+"""Limit of NCCL's own watchdog, so long that it never acts: the transport has its own limits."""
 
 
 def gloo_group(store: Store, rank: int, size: int, host: str, timeout_s: float) -> Any:

@@ -1,7 +1,7 @@
 """Weighted sum over a token's experts: one function for all dispatchers.
 
-The order of additions is part of the result, so it is fixed: in float32, pair after pair in the
-given order (always row-major, slot order within a row), starting from zero.
+The order of additions affects the bits of the result, so it is fixed: sums start from zero in
+float32 and add pair after pair (row, slot) in the given order, which is always row-major.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 _PIECE_PAIRS = 512
-"""Number of pairs with products in memory at a time: page faults make large new tensors slow. For
-1024 rows of 512 bfloat16, top-8, one core of an AMD EPYC: 9 ms at once, 3 ms in pieces."""
+"""Number of pairs multiplied at a time: page faults make large new tensors slow. 1024 rows of 512
+bfloat16, top-8, on one core of an AMD EPYC take 9 ms at once and 3 ms in pieces."""
 
 
 def weighted_sum(
@@ -25,9 +25,9 @@ def weighted_sum(
 ) -> Tensor:
     """Sum of weight x output over the pairs of each row.
 
-    outputs [P, D] model dtype, weights [P] float32, pair_row [P] int64 and not decreasing
-    -> [num_rows, D] float32, zeros for a row without pairs. The product is made in the promoted
-    dtype: weights are cast to the model dtype first unless ``float32_weights``.
+    outputs [P, D] model dtype, weights [P] float32, pair_row [P] int64, not decreasing. Returns
+    [num_rows, D] float32, with zeros for a row without pairs. Products have the promoted dtype of
+    both factors; weights are cast to the model dtype first unless ``float32_weights``.
     """
     num_pairs, width = outputs.shape
     factors = (weights if float32_weights else weights.to(outputs.dtype)).unsqueeze(1)
@@ -53,7 +53,7 @@ def sum_of_pairs(
     float32_weights: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``ExpertBank.compute_rows`` computed from the outputs of all pairs.
+    """Implement ``ExpertBank.compute_rows``: compute the outputs of all pairs, then sum them.
 
     ``compute(inputs, pair_input, pair_slot)`` is ``ExpertBank.compute`` for one exchange.
     """
@@ -72,7 +72,7 @@ def sum_of_pairs(
 
 
 def sum_by_position(products: Tensor, pair_row: Tensor, num_rows: int) -> Tensor:
-    """``weighted_sum``'s order of additions for devices with unordered ``index_add_``."""
+    """Add in the order of ``weighted_sum`` on devices where ``index_add_`` has no fixed order."""
     total = torch.zeros(num_rows, products.shape[1], device=products.device)
     counts = torch.bincount(pair_row, minlength=num_rows)
     starts = counts.cumsum(0) - counts

@@ -1,4 +1,4 @@
-"""Batch-invariant products and attention, for ``--deterministic``.
+"""Products and attention whose results do not depend on the batch, for ``--deterministic``.
 
 Imports ``workers.model``.
 """

@@ -1,8 +1,8 @@
 """Batch-invariant building blocks, for ``--deterministic``.
 
-Every kind of product is tested when it is made (``row_invariance``). If a variant fails, the next
-one is used; if all fail, the start ends with a ``ConfigError``. Requires a single compute thread:
-with several, sums and products are split by the number of rows.
+Each product is tested when it is made (``row_invariance``). If a variant fails the test, the next
+one is tried; if all fail, the worker does not start (``ConfigError``). Requires a single compute
+thread: several threads would split sums and products according to the number of rows.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ MIN_ROWS = 8
 MIN_PACKED_ROWS = 2
 """Minimum rows of a product with packed weights."""
 BLOCK_ROWS = 32
-"""Rows of all products if a minimum is not enough."""
+"""Fixed number of rows of each product, used if padding to a minimum is not enough."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProductVariant:
-    """Variant of a product: layout of the weight and number of rows."""
+    """A way to compute a product: layout of the weight and number of rows."""
 
     may_pack: bool
-    """Whether the weight is in oneDNN's layout, if that is faster."""
+    """Whether to use oneDNN's layout of the weight, if it is faster."""
     block_rows: int = 0
     """Fixed number of rows of all products; 0: any number from a minimum to ``MAX_ROWS``."""
 
@@ -168,7 +168,7 @@ def tiles_agree(
     dtype: torch.dtype,
     latent_rank: int | None = None,
 ) -> bool:
-    """Whether positions have the same bits as a whole, in chunks and as decode rows."""
+    """Whether a position's output has the same bits in a whole prompt, a chunk and a decode."""
     trial = _AttentionTrial(num_heads, num_kv_heads, head_dim, dtype, latent_rank)
     whole = trial.prefill(0, trial.length)
     for bounds in ((0, 1, 2, 5, 12, 64, 65, 130), (0, 3, 67, 130), (0, 129, 130)):
@@ -215,7 +215,7 @@ class _AttentionTrial:
         return self._attend(torch.arange(first, last), (), (chunk,))
 
     def decode(self, positions: range | tuple[int, ...]) -> Tensor:
-        """Outputs of positions as decode rows of sequences that all begin like this one."""
+        """Return outputs of ``positions`` as decode rows, each of a sequence that ends there."""
         rows = torch.tensor(list(positions))
         blocks = torch.arange(self._num_blocks).repeat(len(rows))
         width = self._num_blocks * self._block_size

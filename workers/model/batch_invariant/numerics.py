@@ -1,8 +1,8 @@
 """Fingerprint of the arithmetic of this process, equal on machines that compute the same bits.
 
-Workers of a deterministic cluster compare it. With different processors, builds of torch or, if
-torch computes the products, numbers of threads, a request's bits would depend on the worker that
-serves it. The name of a processor is not enough evidence: fixed inputs are computed and hashed.
+Workers of a deterministic cluster compare their fingerprints. If processors, builds of torch or (if
+torch computes the products) numbers of threads differ, a request's bits may depend on the worker
+that serves it. Names of processors do not prove equality, so results for fixed inputs are hashed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _NUM_ROWS = 12
 
 
 def torch_digest(with_products: bool) -> str:
-    """Return 8 hex digits of torch's results: products if kernels do not compute them, and all
-    other operators.
+    """Return 8 hex digits of a hash of torch's results: of all operators that are used, and of
+    products if ``with_products`` (native kernels do not compute them).
 
     Takes some milliseconds.
     """
@@ -81,7 +81,7 @@ def _native_results(library: Library, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def _operands(out: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return a weight [out, 2 * width] and rows with products of 0, except for the rounding of
+    """Return a weight [out, 2 * width] and rows whose products would be 0 without rounding of
     sums.
 
     The second half of each sum subtracts the first, term by term, so that only its rounding errors

@@ -17,9 +17,9 @@ from torch import Tensor
 from cluster.core.errors import ConfigError
 
 Agree = Callable[[Callable[[Tensor], Tensor], Tensor], bool]
-"""Tests a function of rows; see ``rows_agree``."""
+"""Returns whether a function of rows passes a test; see ``rows_agree``."""
 MAX_ROWS = 128
-"""Maximum rows of a test's parts; products that must be row-invariant never have more."""
+"""Maximum rows of a tested part; row-invariant products never have more rows."""
 NUM_TRIED_ROWS = MAX_ROWS + 12
 _FEW = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17)
 _MANY = (24, 31, 33, 48, 65, 96, 127, MAX_ROWS)

@@ -1,9 +1,9 @@
 """Attention on a GPU with kernels that read the cache in place. Reference:
 ``workers.model.attention``.
 
-Chunks that begin their sequences have all their keys in the layer's own rows, and torch's SDPA runs
-FlashAttention for them. SDPA does not do that for float32 or with a mask; with grouped heads it
-then keeps all scores in memory.
+A chunk that begins its sequence attends only to keys of the current step, so torch's SDPA runs
+FlashAttention for it. For float32 or with a mask, SDPA does not use FlashAttention; with grouped
+heads it then keeps all scores in memory, so these cases use the kernels.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def attend_written(
     """``attend_in_place`` for rows with keys and values already in the cache; queries are
     contiguous.
 
-    An fp8 cache is decoded piece by piece, so the batch must have ``decodes`` and ``prefills``; for
-    other caches it must have ``paged``.
+    An fp8 cache is dequantized piece by piece, for which the batch needs ``decodes`` and
+    ``prefills``; for other caches it needs ``paged``.
     """
     assert batch.scale is None, "the kernels have a scale of their own"
     assert batch.latent_rank is None, "latent caches have no kernel"
@@ -66,10 +66,9 @@ def attend_written(
 def warm_kernels(
     cache: Tensor, num_heads: int, windows: Collection[int], max_length: int, has_sinks: bool
 ) -> None:
-    """Compile every variant of the kernels: with splits for sequences of up to ``max_length``
-    tokens.
+    """Compile all variants of the kernels that sequences of up to ``max_length`` tokens need.
 
-    cache [2 * K, num_blocks, block_size, D] in the type of the queries; it is not written.
+    cache [2 * K, num_blocks, block_size, D] in the dtype of the queries; it is not written.
     ``has_sinks``: see ``AttentionBatch.sinks``.
     """
     from workers.cuda.decode_attention import decode, num_splits
@@ -137,7 +136,7 @@ def _attend_paged(
 
 
 def _plain_causal(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """queries [n, A, D], keys and values [n, K, D] of the first n tokens -> [n, A, D]."""
+    """Attend causally with the first n tokens: queries [n, A, D], keys, values [n, K, D]."""
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (queries, keys, values))
     has_groups = queries.shape[1] != keys.shape[1]
     output = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=has_groups)
@@ -152,7 +151,7 @@ def _attend_piece(
     sinks: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Attend with the rows of a piece to its blocks, gathered into a cache of their own."""
+    """Attend with the rows of a piece to its blocks, after copying these into a small cache."""
     from workers.cuda.decode_attention import decode
     from workers.cuda.prefill_attention import prefill
 

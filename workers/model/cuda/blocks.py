@@ -19,7 +19,7 @@ from workers.model.layers import Attend
 
 
 class CudaBlocks(BuildingBlocks):
-    """Parts of torch, except the attention of layers."""
+    """Makes parts that compute with torch, except attention, which uses GPU kernels."""
 
     def sublayer(self, half: TorchAttentionSublayer) -> StagedSublayer:
         return CudaAttentionSublayer(half)

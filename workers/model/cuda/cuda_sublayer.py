@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 
 class CudaAttention:
-    """``HeadAttention`` with kernels: equal up to the order of sums."""
+    """``HeadAttention`` with GPU kernels; results differ only in the order of sums."""
 
     def __init__(self, attention: HeadAttention) -> None:
         self._attention = attention
 
     def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """See ``RowAttention``."""
+        """Attend from projected rows; see ``RowAttention``."""
         from workers.cuda.heads import prepare_heads
 
         shape, batch = self._attention.shape, self._attention.batch(context)
@@ -57,14 +57,14 @@ class CudaAttention:
 
 
 class CudaAttentionSublayer(CudaAttention):
-    """``TorchAttentionSublayer`` with kernels: equal up to the order of sums."""
+    """``TorchAttentionSublayer`` with GPU kernels; results differ only in the order of sums."""
 
     def __init__(self, half: TorchAttentionSublayer) -> None:
         super().__init__(half)
         self._half = half
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> SublayerSteps:
-        """See ``AttentionSublayer``."""
+        """Run the sublayer on hidden states [T, H]; see ``AttentionSublayer``."""
         from workers.cuda.norms import norm
 
         half, parts = self._half, self._half.projections
@@ -75,7 +75,7 @@ class CudaAttentionSublayer(CudaAttention):
         return self.leave(hidden, projected, context)
 
     def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:
-        """See ``SublayerStages``."""
+        """Run the stage before attention; see ``SublayerStages``."""
         from workers.cuda.norms import norm
 
         parts = self._half.projections
@@ -84,7 +84,7 @@ class CudaAttentionSublayer(CudaAttention):
         return normed, _route(parts.router, normed, context)
 
     def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> SublayerOutput:
-        """See ``SublayerStages``."""
+        """Run the stage after attention; see ``SublayerStages``."""
         from workers.cuda.norms import sum_and_norm
 
         half = self._half
@@ -94,7 +94,7 @@ class CudaAttentionSublayer(CudaAttention):
 
 
 def _route(router: Router, rows: Tensor, context: LayerContext) -> Routes:
-    """``Router.route`` with a kernel; groups of experts use ``Router.route`` itself."""
+    """Route rows with a GPU kernel, or with ``Router.route`` if experts are in groups."""
     from workers.cuda.routing import choose
 
     routing, recorder = router.routing, context.attention.recorder
@@ -109,7 +109,7 @@ def _route(router: Router, rows: Tensor, context: LayerContext) -> Routes:
 
 
 def choice_of(routing: Routing) -> RoutingParams:
-    """Return the parameters of a router without groups for the kernel."""
+    """Return the kernel's parameters for a router without groups."""
     from workers.cuda.routing import RoutingParams
 
     return RoutingParams(

@@ -1,4 +1,4 @@
-"""Properties of a GPU, by calls of ``torch.cuda``."""
+"""Properties of a GPU, read through ``torch.cuda``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cluster.config.gpu_memory import GpuMemory
 _HAS_NVML = find_spec("pynvml") is not None
 """Whether torch can ask the driver how busy a GPU is."""
 _TRANSFERS_PER_CLOCK = 2
-"""Transfers per clock of memory with double data rate, whose clock CUDA reports."""
+"""Transfers per clock: GPU memory has double data rate, and CUDA reports its clock."""
 
 
 def gpu_facts(device: torch.device) -> tuple[str, float]:
@@ -23,7 +23,7 @@ def gpu_facts(device: torch.device) -> tuple[str, float]:
 
 
 def gpu_memory(device: torch.device, share: float = 1.0) -> GpuMemory:
-    """Return the current memory of a GPU, after freeing the memory that torch caches."""
+    """Return the memory of a GPU in use and free, after torch has freed its cached memory."""
     torch.cuda.empty_cache()
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     return GpuMemory(

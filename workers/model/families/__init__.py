@@ -1,5 +1,5 @@
 """Model families in folders by kind of attention, and their shared code.
 
-One module for each family: config, tensors, attention, router, expert banks. Imports
+Each family has one module, with its config, tensors, attention, router and expert banks. May import
 ``workers.model``; no other package names a family.
 """

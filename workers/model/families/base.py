@@ -1,4 +1,4 @@
-"""Base class of model families, with their shared code: outer tensors, loading, the model."""
+"""Base class of model families: loads embedding, layers and head into an ``AttentionModel``."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class WeightReader(Protocol):
         """Read parts stacked row over row, newly allocated on the CPU."""
 
     def borrow(self, parts: Sequence[TensorPart], dtype: torch.dtype) -> Tensor:
-        """``read_stacked`` with memory that is read-only and valid until the checkpoint closes."""
+        """``read_stacked`` into memory that is read-only and valid until the checkpoint closes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Loader:
     attend: Attend
     """The attention of all layers."""
     parts: Mapping[str, TensorPart]
-    """Tensors by short name; a bias has the name of its matrix and ``_bias``."""
+    """Tensors by short name; the name of a bias is the name of its matrix with ``_bias``."""
     products: list[LayerProduct] = field(default_factory=list)
     """Products made so far, of all layers; the loader appends each new one."""
 
@@ -66,13 +66,13 @@ class Loader:
         return self.reader.read_stacked(parts, dtype or self.dtype).to(self.device)
 
     def weight(self, *names: str) -> Tensor:
-        """``tensor`` for a product; a native product copies the weight."""
+        """Return tensors like ``tensor``, for a product; native products copy the weight."""
         if not self.blocks.are_native:
             return self.tensor(*names)
         return self.reader.borrow([self.parts[name] for name in names], self.dtype)
 
     def linear(self, *names: str, order: Tensor | None = None, may_quantize: bool = True) -> Linear:
-        """Return one product for all these matrices, with their biases if they have any.
+        """Return one product for all these matrices stacked, with their biases if they have any.
 
         order [rows] int64: order of the matrices' rows in the product; None: unchanged.
         ``may_quantize`` as in ``BuildingBlocks.linear``.
@@ -112,7 +112,7 @@ class Loader:
 class Family(ABC):
     """Description of one checkpoint's model: an embedding, layers, a final norm and one head.
 
-    No weights are loaded until ``attention_model``.
+    ``attention_model`` loads the weights; all other methods only describe them.
     """
 
     windows: frozenset[int] = frozenset()
@@ -148,10 +148,10 @@ class Family(ABC):
     def expert_matrices(
         self, bank: BankSpec, exchange: int, expert: int, names: Container[str]
     ) -> tuple[ExpertMatrix, ...]:
-        """Return the location of one expert's matrices: by default, gated MLPs with the usual
+        """Return the location of one expert's matrices: by default, of a gated MLP with the usual
         names.
 
-        ``names`` (all tensor names) shows whether experts are separate tensors or fused.
+        ``names``: all tensor names, which show if experts are separate tensors or fused.
         """
         return gated_expert(f"{self.prefix}.layers.{bank.layer}.mlp.experts", bank, expert, names)
 
@@ -225,7 +225,7 @@ class Family(ABC):
         return outer.blocks.norm(outer.tensor("norm"), self.config.rms_norm_eps)
 
     def _ends(self, outer: Loader, blocks: BuildingBlocks) -> tuple[Embedding, Linear]:
-        """Return the embedding and the head, loaded before the layers.
+        """Return the embedding and the head. Call it before the layers are loaded.
 
         Packing the head, the largest matrix, may temporarily take a second copy of it, which is
         less memory than the layers take later.
@@ -236,7 +236,7 @@ class Family(ABC):
         return TableEmbedding(outer.tensor("embedding")), head
 
     def _outer_parts(self) -> dict[str, TensorPart]:
-        """Tensors around the layers, by short name; ``head`` unless it is the embedding."""
+        """Tensors outside the layers, by short name, with ``head`` unless it is the embedding."""
         config = self.config
         width = config.hidden_size
         parts = {

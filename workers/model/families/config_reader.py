@@ -23,7 +23,7 @@ _MAX_VALUES: Mapping[str, int] = {
     "n_routed_experts": 65536,
     "moe_num_experts": 65536,
 }
-"""Limits far above the number of layers and experts of any model, so that loops end soon."""
+"""Limits far above the layers and experts of any model; a larger value could loop for hours."""
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "mlp_bias": (False,),
@@ -65,7 +65,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "residual_multiplier": (1, 1.0),
     "attention_multiplier": (),
 }
-"""Keys that would change results, with the values (besides null) that do not."""
+"""Keys that change results unless they are null or have one of these values."""
 _HARMLESS_WORDS = """
     _attn_implementation _name_or_path architectures attention_dropout attn_implementation auto_map
     aux_loss_alpha aux_loss_coef bos_token_id chunk_size_feed_forward cross_attention_hidden_size
@@ -150,7 +150,7 @@ class ConfigReader:
         return cast(Activation, value)
 
     def token_ids(self, key: str, default: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
-        """One id or a list; null means none here. Defaults beyond the vocabulary are dropped."""
+        """Return one id or a list; null means none. Drops default ids beyond the vocabulary."""
         self._asked.add(key)
         if key not in self.raw:
             return tuple(token for token in default if token < vocab_size)
@@ -293,7 +293,7 @@ def sparse_layers(settings: ConfigReader, num_layers: int) -> tuple[int, ...]:
 
 
 def _prediction_layers(settings: ConfigReader) -> int:
-    """Number of prediction layers; only users of a predictor need it, so any number is valid."""
+    """Return the number of prediction layers. Any number is valid, as few users need the layers."""
     count = settings.raw.get("num_nextn_predict_layers")
     return count if isinstance(count, int) and count > 0 else 0
 
@@ -308,7 +308,7 @@ def model_config(
     is_classifier: bool = False,
     latent_rank: int | None = None,
 ) -> ModelConfig:
-    """Return the config that all families share. Call it last: it also checks the remaining keys.
+    """Return the config that all families share. Call it last: it also checks all unread keys.
 
     ``latent_rank``: see ``ModelConfig``; the elements of a head after it are rotated.
 

@@ -20,7 +20,7 @@ from workers.model.routing import Router
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderLayer:
-    """h + attention(norm1(h)), then + experts(norm2(.)) and + mlp(norm2(.)), or one of the two."""
+    """h = x + attention(norm1(x)), then h + experts(norm2(h)) + mlp(norm2(h)), or one of both."""
 
     half: AttentionSublayer
     mlp: Mlp | None = None
@@ -51,8 +51,8 @@ def dense_attention_layer(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> DecoderLayer:
-    """Return a layer with projections that all rows share, from the usual short names of its
-    tensors.
+    """Return a layer whose projections are the same for all rows, from the usual short names of
+    its tensors.
 
     ``gate``, ``up`` and ``down``, if present, are its MLP; ``router`` None: no experts.
     ``qk_norm``: see ``TorchAttentionSublayer``, in the checkpoint's order of rows.

@@ -42,11 +42,11 @@ class GroupDefaults:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupedExperts:
-    """Experts and MLPs of all layers, from ``config.json``."""
+    """Routed experts, shared experts and dense MLPs of all layers, from ``config.json``."""
 
     routed: RoutedExperts
     num_shared_experts: int
-    """Number of shared experts, run as one MLP of that many times the width."""
+    """Number of shared experts, which run as one MLP of ``num_shared_experts`` times the width."""
     dense_width: int
     """Inner width of the MLP of a dense layer."""
     num_groups: int

@@ -1,9 +1,9 @@
-"""All layers of a step in one native call, if nothing observes the layers.
+"""Runs all layers of a step in one native call, for steps in which no request reads inner tensors.
 
 The call includes the embeddings if they are rows of a table, the final norm, and the head if a
 token is sampled for all rows.
 
-The bitwise reference: ``forward`` of the layers, and ``embedding``, ``norm`` and ``head`` of
+Results are bitwise equal to ``forward`` of the layers, and ``embedding``, ``norm`` and ``head`` of
 ``AttentionModel``.
 """
 
@@ -45,7 +45,7 @@ class _Parts:
 
 
 class NativeMicroBatch:
-    """A micro-batch in progress through native layers."""
+    """A micro-batch that native layers run, and its progress."""
 
     def __init__(
         self,
@@ -61,8 +61,8 @@ class NativeMicroBatch:
         """hidden [T, H] is modified; if ``tokens`` [T] are given, their embeddings are written to
         it first.
 
-        ``logits`` [T, V] are written, if given. ``keeps`` holds the memory that ``batch`` points
-        to.
+        ``logits`` [T, V] are written, if given. ``keeps``: owner of the memory to which ``batch``
+        points.
         """
         num_banks, (num_rows, width) = len(experts), hidden.shape
         self.hidden = hidden.contiguous()
@@ -76,7 +76,7 @@ class NativeMicroBatch:
         self.topk_weights = torch.empty((num_rows, top_k), dtype=torch.float32)
         """[T, k] weights of the last layer that has begun."""
         self.ends = (LayerEnds * num_banks)()
-        """Exchanges by bank."""
+        """Times at which the parts of each layer ended, by bank."""
         self._memory = torch.empty((3, num_rows, width), dtype=hidden.dtype)
         self._kept = tokens, batch, experts, keeps  # C reads it
         part, memory = self.hidden.nbytes, self._memory.data_ptr()
@@ -117,7 +117,7 @@ class NativeMicroBatch:
 
     @property
     def others(self) -> Tensor:
-        """[T, H]: output of that layer's MLP, which is added to the routed experts' outputs."""
+        """[T, H]: MLP output of the last begun layer, to be added to the experts' outputs."""
         return self._memory[1]
 
 
@@ -132,7 +132,7 @@ class NativeLayers:
         head: NativeLinear,
         caches: Sequence[Tensor],
     ) -> None:
-        """``caches`` by layer; they must outlive this object."""
+        """``caches``: cache tensors by layer, which must outlive this object."""
         self._parts, self._norm, self._head = parts, norm, head  # the fields point to its memory
         self._team = parts[0].half.team
         self.top_k = max(part.half.fields.router.routing.top_k for part in parts)
@@ -179,9 +179,9 @@ class NativeLayers:
     def run(
         self, flows: Sequence[NativeMicroBatch], advance: Callable[[], None], advance_s: float
     ) -> tuple[int, int]:
-        """Run all layers of the micro-batches alternately.
+        """Run all layers, alternating between the micro-batches.
 
-        For ``advance``, the result and the errors see ``run_layers``.
+        ``run_layers`` describes ``advance``, the result and the errors.
         """
         fields = (FlowFields * len(flows))(*(flow.fields for flow in flows))
         found = run_layers(self._team, self._stack, fields, advance, advance_s)

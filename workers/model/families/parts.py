@@ -21,7 +21,7 @@ from workers.model.rope import rotation_order
 
 
 def part(name: str, *shape: int, index: int | None = None) -> TensorPart:
-    """Return a tensor, or entry ``index`` of its first dimension."""
+    """Name a tensor of the checkpoint, or entry ``index`` of its first dimension."""
     return TensorPart(name=name, shape=shape, index=index)
 
 
@@ -47,7 +47,7 @@ def mlp_exchange(
 
 
 def norm_parts(prefix: str, config: ModelConfig) -> dict[str, TensorPart]:
-    """``norm1`` and ``norm2`` of a layer: before attention, and before experts or MLP."""
+    """Return ``norm1`` (before attention) and ``norm2`` (before experts or MLP) of a layer."""
     names = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
     return {k: part(f"{prefix}.{name}.weight", config.hidden_size) for k, name in names.items()}
 
@@ -136,7 +136,7 @@ def mlp_parts(prefix: str, width: int, inner: int) -> dict[str, TensorPart]:
 def gated_expert(
     prefix: str, bank: BankSpec, expert: int, names: Container[str]
 ) -> tuple[ExpertMatrix, ...]:
-    """Gate over up [2 * inner, width], then down [width, inner]; separate or fused on disk."""
+    """Return gate over up [2 * inner, width], then down [width, inner], separate or fused."""
     (exchange,) = bank.exchanges
     width, inner = exchange.in_width, exchange.expert_width
     up: tuple[TensorPart, ...]

@@ -1,9 +1,9 @@
 """Layer after the last one that predicts the token after the next (multi-token prediction).
 
-From the final hidden state of a position and the token that follows it, the predictor computes
-another hidden state, from which the head makes the logits of the token after that. It is a decoder
-layer with its own keys and values, and its routed experts are one more bank. Embedding and head are
-the model's.
+The inputs are the final hidden state of a position and the token at the next position. The
+predictor computes another hidden state, from which the head makes the logits of the token after
+that. It is a decoder layer with its own keys and values, and its routed experts are one more bank.
+It uses the embedding and the head of the model.
 
 Source: DeepSeek-AI, "DeepSeek-V3 Technical Report" (2024), section 2.2; checkpoint layout of
 DeepSeek-V3 and GLM-4.5; their copies of embedding and head are not read. The hidden state is taken
@@ -37,14 +37,14 @@ class Predictor:
     def forward(
         self, embedded: Tensor, hidden: Tensor, cache: Tensor, context: LayerContext
     ) -> LayerSteps:
-        """See ``TokenPredictor``."""
+        """Run the predictor; see ``TokenPredictor``."""
         normed = self.token_norm(embedded), self.state_norm(hidden.clone())
         joined = self.projection(torch.cat(normed, 1))
         return self.norm((yield from self.layer.forward(joined, cache, context)))
 
 
 def predictor_parts(config: ModelConfig, prefix: str) -> dict[str, TensorPart]:
-    """Tensors around the predictor's decoder layer, by short name; ``prefix`` of the layer."""
+    """Return the predictor's tensors outside its decoder layer, by short name."""
     width = config.hidden_size
     return {
         "token_norm": part(f"{prefix}.enorm.weight", width),
@@ -55,7 +55,7 @@ def predictor_parts(config: ModelConfig, prefix: str) -> dict[str, TensorPart]:
 
 
 def predicting(config: ModelConfig) -> ModelConfig:
-    """Config of a model with its predictor. Raises ``CheckpointError`` if there is none."""
+    """Return the config with the predictor. Raises ``CheckpointError`` if there is none."""
     if not config.num_prediction_layers:
         raise CheckpointError(
             "config.json: num_nextn_predict_layers must be at least 1 for speculative_method mtp: "

@@ -32,7 +32,7 @@ class RoutedExperts:
         expert_width: tuple[int, str],
         sparse_layers: tuple[int, ...] | None = None,
     ) -> RoutedExperts:
-        """Read each setting, given its default and the names of its key, the usual one first.
+        """Read each setting. Arguments: (default, usual name of its key, other names).
 
         Raises ``CheckpointError`` naming the unsupported key.
         """
@@ -58,7 +58,7 @@ class RoutedExperts:
         activation: ClampedSwiglu | None = None,
         has_bias: bool = False,
     ) -> tuple[BankSpec, ...]:
-        """Bank of gated MLPs for each layer with experts: see ``BankSpec``, ``mlp_exchange``."""
+        """Return a bank of gated MLPs for each layer with experts; see ``mlp_exchange``."""
         exchange = mlp_exchange(config, self.expert_width, activation, has_bias)
         layers = range(config.num_layers) if self.sparse_layers is None else self.sparse_layers
         return tuple(

@@ -1,4 +1,4 @@
-"""Reading checkpoints: tensors by name and slice.
+"""Reads checkpoints (Hugging Face folders): tensors by name and slice.
 
 Imports ``workers.model``, ``workers.model.batch_invariant`` and ``workers.model.families``.
 """

@@ -27,9 +27,9 @@ def load_attention_model(
 ) -> AttentionModel:
     """Load everything except the routed experts. ``max_positions`` bounds the table of rotations.
 
-    With a ``team``, native kernels compute on the CPU. Otherwise ``compute_threads`` share the
-    large products; None: the calling thread computes them alone, as always if ``deterministic`` or
-    on a GPU. ``form``: see ``NativeBlocks``; it requires a team.
+    With a ``team``, native kernels compute on the CPU. Otherwise ``compute_threads`` share large
+    products; None: the calling thread computes alone, as it does on a GPU or if ``deterministic``.
+    ``form``: see ``NativeBlocks``; it requires a team.
 
     Raises ``CheckpointError``, and ``ConfigError`` if this machine cannot be deterministic.
     """

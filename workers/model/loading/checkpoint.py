@@ -1,7 +1,7 @@
 """Tensors of a Hugging Face folder by name and slice.
 
-Files are mapped while weights are read and closed afterwards (``MappedFiles.close``), so the peak
-of private memory is the loaded weights plus one tensor of a layer: the head is loaded first.
+Files are mapped while weights are read and closed afterwards (``MappedFiles.close``). The peak of
+private memory is the loaded weights plus one tensor of a layer, as the head is loaded first.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Checkpoint:
         """Read config and headers. ``quantize`` as in ``ModelSection``; ``has_predictor``: see
         ``Family.with_predictor``.
 
-        Raises ``CheckpointError`` naming the fault, and ``ConfigError`` if the model cannot be
+        Raises ``CheckpointError`` naming the problem, and ``ConfigError`` if the model cannot be
         quantized.
         """
         self.path = Path(path)
@@ -70,7 +70,7 @@ class Checkpoint:
         self.files = MappedFiles(headers, stamps)
         """Files of this thread, mapped while weights are read."""
         self.tensors, self._unclear = weights.choose(headers)
-        """All tensors by name, and reasons why some names have no tensor."""
+        """All readable tensors by name."""
         self.checkpoint_id = _checkpoint_id(digest, self.tensors, headers, self.path)
         """Hash of config.json, all headers, the file of each tensor, sizes and samples of the data
         (16 hex digits)."""
@@ -81,12 +81,12 @@ class Checkpoint:
         dtypes = {name: entry.dtype for name, entry in self.tensors.items()}
         self.family.banks = kept_banks(quantize, self.family, dtypes)
         self.keeps_codes = quantize == "auto"
-        """Whether experts with a format (``ExchangeSpec.form``) are stored in it; otherwise they
-        are quantized during loading.
+        """Whether experts with a format (``ExchangeSpec.form``) are stored in that format on disk;
+        otherwise they are quantized during loading.
         """
 
     def another(self) -> Checkpoint:
-        """Return the same checkpoint for another thread, which shares only the headers.
+        """Return an object for another thread to read the same checkpoint; it shares the headers.
 
         It reports no progress.
         """
@@ -187,8 +187,8 @@ class Checkpoint:
     def borrow(
         self, parts: Sequence[TensorPart], dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
-        """``read_stacked`` for a caller that copies the result: if possible, the mapped file
-        itself."""
+        """``read_stacked`` for a caller that copies the result. If possible, returns memory of the
+        mapped file itself."""
         found = [self._mapped(part) for part in parts]
         whole = joined(found) if all(t.dtype == dtype for t in found) else None
         if whole is None:
@@ -271,7 +271,7 @@ class Checkpoint:
 def _read_headers(
     path: Path, stamps: Mapping[Path, FileStamp]
 ) -> tuple[dict[Path, dict[str, TensorEntry]], Any]:
-    """Return all tensors of each file, and a hash of them and of config.json."""
+    """Return all tensors of each file, and a hash object of config.json and the headers."""
     digest = hashlib.sha256((path / "config.json").read_bytes())
     headers: dict[Path, dict[str, TensorEntry]] = {}
     for file, stamp in stamps.items():
@@ -288,7 +288,7 @@ def _checkpoint_id(
     headers: Mapping[Path, Mapping[str, TensorEntry]],
     path: Path,
 ) -> str:
-    """Return the id, including the file of each tensor that several files have."""
+    """Return the id. It covers the file chosen for each tensor that several files have."""
     copies = Counter(name for header in headers.values() for name in header)
     for name, entry in sorted(tensors.items()):
         if copies[name] > 1:

@@ -36,7 +36,7 @@ def check_checkpoint(
 ) -> CheckpointSummary:
     """Read config and headers, and check every tensor's presence, shape and dtype.
 
-    Raises ``CheckpointError`` naming the first fault, and ``ConfigError`` if the model cannot be
+    Raises ``CheckpointError`` naming the first problem, and ``ConfigError`` if the model cannot be
     quantized.
     """
     checkpoint = Checkpoint(path, quantize=quantize, has_predictor=has_predictor)
@@ -56,9 +56,9 @@ def check_checkpoint(
 def plan_checkpoint(
     path: Path | str, quantize: Quantize = "none", *, has_predictor: bool = False
 ) -> CheckpointSummary:
-    """Return a summary from ``config.json`` alone, without weights on disk, with the same errors.
+    """Return a summary from ``config.json`` alone, to plan for a model whose weights are not here.
 
-    For plans of models without their weights.
+    Raises the errors of ``check_checkpoint``.
     """
     family = read_family(Path(path), has_predictor)
     family.banks = kept_banks(quantize, family, {})

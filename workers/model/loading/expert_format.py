@@ -1,7 +1,7 @@
 """Formats in which workers keep the routed experts of a checkpoint.
 
-By default the stored format, if the kernels compute with it; otherwise the model dtype, or a format
-chosen by ``--quantize``. All experts of an exchange have the same format.
+By default, this is the format on disk if the kernels compute with it, otherwise the model dtype.
+``--quantize`` may select another format. All experts of an exchange have the same format.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredExperts:
-    """Storage of the experts of an exchange."""
+    """How the checkpoint stores the experts of an exchange."""
 
     form: WeightFormat | None = None
     """The common format of all experts, if kernels compute with it."""
     obstacle: str = ""
-    """Reason why the quantized weights of some experts cannot be kept; empty if they can, or if no
-    expert is quantized."""
+    """Reason why the workers must dequantize some experts; empty if they need not, or if no expert
+    is quantized."""
 
 
 def kept_banks(
@@ -112,7 +112,7 @@ def stored_experts(
 def _products(
     family: Family, bank: BankSpec, exchange: int, names: Container[str]
 ) -> list[TensorPart]:
-    """Yield the tensors of all experts' products, without biases; see
+    """Return the tensors of all experts' products, without biases; see
     ``Family.expert_matrices``."""
     count = len(bank.exchanges[exchange].product_shapes)
     return [
@@ -124,7 +124,7 @@ def _products(
 
 
 def _report(obstacles: Sequence[str]) -> None:
-    """Log why quantized experts are dequantized; ``obstacles`` of all exchanges, empty for none."""
+    """Log why quantized experts are dequantized. ``obstacles``: one text per exchange, or empty."""
     found = [words for words in obstacles if words]
     if found:
         logger.warning(

@@ -18,7 +18,7 @@ class FileStamp:
 
     num_bytes: int
     modified_ns: int
-    """Time of the last change on this host; not part of the checkpoint's id."""
+    """Change time on this host in nanoseconds; not part of the checkpoint's id."""
     samples: str
     """Hash of samples from the whole file."""
 
@@ -43,8 +43,8 @@ class FileStamp:
 def size_and_change(file: Path) -> tuple[int, int]:
     """Return bytes and time of the last change in nanoseconds. Raises ``CheckpointError``.
 
-    The change time cannot be set back, unlike the time of the last write, which a restored backup
-    sets.
+    This is the inode change time (ctime). A restored backup sets the modification time back, but
+    cannot set the change time.
     """
     try:
         found = file.stat()

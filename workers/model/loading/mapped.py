@@ -18,7 +18,7 @@ from workers.model.loading.weight_files import Headers, entries_of
 
 
 class MappedFiles:
-    """Mapped files, checked against the headers that were read first. Used by one thread."""
+    """Memory-mapped files, checked to be the files of the first read. Used by one thread."""
 
     def __init__(self, headers: Headers, stamps: Mapping[Path, FileStamp]) -> None:
         self._headers = headers
@@ -45,7 +45,7 @@ class MappedFiles:
     def confirm(self) -> None:
         """Check that the files read since the last ``close`` are unchanged.
 
-        A mapped file shows later writes. Raises ``CheckpointError``.
+        The check is needed as a mapped file shows later writes. Raises ``CheckpointError``.
         """
         for file, (_, opened) in self._readers.items():
             if size_and_change(file) != opened:
@@ -73,8 +73,8 @@ class MappedFiles:
 def joined(tensors: Sequence[Tensor]) -> Tensor | None:
     """Return CPU tensors [rows_i, ..] of one dtype as [sum of rows_i, ..] in the same memory.
 
-    Returns None unless they follow each other in memory, row after row. Libraries write the tensors
-    of a file by name: ``gate_proj`` of an expert, and then its ``up_proj``.
+    Returns None unless they are adjacent in memory. They often are, as libraries write the tensors
+    of a file in order of their names: ``gate_proj`` of an expert, then its ``up_proj``.
     """
     first = tensors[0]
     if not all(tensor.is_contiguous() for tensor in tensors):

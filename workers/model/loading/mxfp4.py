@@ -33,13 +33,13 @@ def stored_parts(part: TensorPart) -> tuple[TensorPart, TensorPart]:
 
 
 def as_stored(blocks: Tensor, scales: Tensor) -> QuantizedMatrix:
-    """blocks [rows, n, 16] and scales [rows, n], both uint8 -> the same matrix [rows, 32 n]."""
+    """Return the matrix [rows, 32 n] of blocks [rows, n, 16] and scales [rows, n], both uint8."""
     shape = (scales.shape[0], BLOCK * scales.shape[1])
     return QuantizedMatrix(format=FORMAT, shape=shape, codes=blocks.flatten(1), scales=scales)
 
 
 def decoded(blocks: Tensor, scales: Tensor) -> Tensor:
-    """blocks [rows, n, 16] and scales [rows, n], both uint8 -> [rows, 32 n] bfloat16.
+    """Dequantize blocks [rows, n, 16] and scales [rows, n], both uint8: [rows, 32 n] bfloat16.
 
     A scale of 255 is NaN, as are all numbers of its block.
     """

@@ -1,6 +1,6 @@
 """Matrices stored as integers of 4 or 8 bits, several in an int32.
 
-A matrix ``X.weight`` [out, in] with groups of neighbours in a row is stored as, in
+A matrix ``X.weight`` [out, in] with groups of neighbours in a row is stored as follows in
 
 - GPTQ: ``X.qweight`` [in / 8, out], ``X.qzeros`` [groups, out / 8], ``X.scales`` [groups, out];
   ``X.g_idx`` [in], the group of each column, which may be left out;
@@ -9,8 +9,8 @@ A matrix ``X.weight`` [out, in] with groups of neighbours in a row is stored as,
 - compressed-tensors: ``X.weight_packed`` [out, in / 8], ``X.weight_scale`` [out, groups], and
   ``X.weight_zero_point`` [out / 8, groups] where zero points are not all alike;
 
-with a quarter in place of an eighth for 8 bits. Values and zero points are unsigned and become
-signed by subtracting 8 or 128. The first element is in the lowest bits.
+The shapes are for 4 bits; for 8 bits, an eighth becomes a quarter. Values and zero points are
+unsigned and become signed by subtracting 8 or 128. The first element is in the lowest bits.
 
 Source: the layouts that AutoGPTQ, AutoAWQ and compressed-tensors write, as vLLM's and
 transformers' loaders read them.
@@ -37,7 +37,7 @@ _SUFFIXES: Final[Mapping[Method, tuple[str, str, str]]] = {
 }
 """Dtypes of values, scales and zero points."""
 _AWQ_PLACES: Final = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Position of each of eight neighbours."""
+"""Position of each of eight neighbours within an int32 of AWQ."""
 _INT32_BITS: Final = 32
 
 
@@ -78,7 +78,7 @@ def stored_parts(part: TensorPart, stored: StorageFormat) -> list[TensorPart]:
 def as_stored(
     part: TensorPart, stored: StorageFormat, tensors: list[Tensor], groups: Tensor | None
 ) -> QuantizedMatrix:
-    """Return the matrix of the tensors in ``stored_parts``; ``groups`` [in]: ``X.g_idx``, if it
+    """Make the matrix from the tensors of ``stored_parts``; ``groups`` [in]: ``X.g_idx``, if it
     exists.
 
     Raises ``CheckpointError`` for groups that are not neighbours, and for zero points that

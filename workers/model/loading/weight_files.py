@@ -48,11 +48,11 @@ class WeightFiles:
     """File by tensor; empty without an index."""
 
     def choose(self, headers: Headers) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-        """Return each tensor from the file that the index names, and the reasons why others cannot
-        be read.
+        """Choose the file of each tensor: the one that the index names, or, as in transformers, for
+        a tensor that the index lacks, the only file that has it.
 
-        Another copy of a tensor is never read. A tensor that the index does not name is read if
-        exactly one file has it, as in transformers.
+        Returns the chosen tensors by name, and by name the reasons why other tensors cannot be
+        read.
         """
         chosen, unclear = {}, {}
         for name, file in self.index.items():

@@ -1,7 +1,7 @@
 """Building blocks that compute with native kernels (``workers.native``).
 
-A row's bits depend neither on other rows nor on the number of threads, so these blocks serve with
-``--deterministic`` and without.
+A row's bits depend neither on other rows nor on the number of threads, so these blocks are used
+with and without ``--deterministic``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class NativeBlocks(BuildingBlocks):
     are_exact: ClassVar[bool] = True
 
     def __init__(self, team: ThreadTeam, form: WeightFormat | None = None) -> None:
-        """``form``: format of quantized products; not for routers and single heads."""
+        """``form``: format of quantized products, except routers and head products; or None."""
         super().__init__()
         self._team = team
         self._form = form
@@ -54,7 +54,7 @@ class NativeBlocks(BuildingBlocks):
         return NativeLinear(self._team, weight, bias, self._form if may_quantize else None)
 
     def tied(self, weight: Tensor) -> tuple[Embedding, Linear]:
-        """An embedding and a head that read the packed weight; a quantized head has its own."""
+        """Return an embedding and a head that share a packed weight if it is not quantized."""
         linear = NativeLinear(self._team, weight, None, self._form)
         if linear.matrix.form is not None:
             return TableEmbedding(weight.clone()), linear

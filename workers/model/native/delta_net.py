@@ -33,7 +33,7 @@ class NativeDeltaNet:
         )
 
     def __call__(self, rows: Tensor, cache: Tensor, states: StateRows) -> Tensor:
-        """See ``Mix``."""
+        """Mix projected rows along their sequences; see ``Mix``."""
         spec = self._net.spec
         out = rows.new_empty(len(rows), spec.num_value_heads * spec.value_dim)
         run_delta_net(self._team, self._fields, rows, out, cache, states.places, states.chains)

@@ -47,16 +47,16 @@ class NativeAttention:
     """``HeadAttention`` in one native call."""
 
     def __init__(self, team: ThreadTeam, attention: HeadAttention, dtype: torch.dtype) -> None:
-        """``dtype`` of the model."""
+        """``dtype``: data type of the model."""
         self.team = team
-        """Threads that compute it."""
+        """Threads that compute the attention."""
         self.fields = _attention_fields(attention, dtype)
         """Description as a C struct; valid as long as this object."""
         self._attention = attention
         self._dtype = dtype
 
     def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """See ``RowAttention``."""
+        """Attend from projected rows; see ``RowAttention``."""
         shape = self._attention.shape
         if context.native is None:
             return self._attention.attend_rows(rows, cache, context)
@@ -79,7 +79,7 @@ class NativeAttention:
         return queries
 
     def _report(self, queries: Tensor | None, cache: Tensor, context: LayerContext) -> None:
-        """Let the recorder make attention maps, in addition to the kernel's result."""
+        """Give the queries to the recorder, which computes attention maps from them."""
         if queries is not None and (recorder := context.attention.recorder) is not None:
             recorder.attending(queries, cache, self._attention.batch(context))
 
@@ -110,7 +110,7 @@ class NativeAttentionSublayer(NativeAttention):
         return isinstance(self._half.projections, DenseProjections)
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> SublayerSteps:
-        """See ``AttentionSublayer``."""
+        """Run the sublayer on hidden states [T, H]; see ``AttentionSublayer``."""
         if context.native is None:
             return (yield from self._half.forward(hidden, cache, context))
         shape, parts = self._half.shape, self._half.projections
@@ -135,13 +135,13 @@ class NativeAttentionSublayer(NativeAttention):
         return self.leave(hidden, context.multiply(parts.output, attended), context)
 
     def _run(self, context: LayerContext, rows: RowsFields, stages: int) -> None:
-        """Run one stage, with rows from the caller and without a product."""
+        """Run ``stages`` on ``rows``. Unless these are all stages, their products are left out."""
         assert context.native is not None
         fields = self.fields if stages == ENTER | ATTEND | LEAVE else self._apart
         run_sublayer(self.team, fields, context.native, rows, stages)
 
     def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:
-        """See ``SublayerStages``."""
+        """Run the stage before attention; see ``SublayerStages``."""
         assert isinstance(self._half.projections, RoutedProjections)
         hidden = hidden.contiguous()
         normed = torch.empty_like(hidden)
@@ -149,7 +149,7 @@ class NativeAttentionSublayer(NativeAttention):
         return normed, self._routed(self._half.projections.router, normed, rows, ENTER, context)
 
     def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> SublayerOutput:
-        """See ``SublayerStages``."""
+        """Run the stage after attention; see ``SublayerStages``."""
         projected = projected.contiguous()
         return self._leave(hidden, RowsFields(mixed=projected.data_ptr()), LEAVE, context)
 

@@ -63,7 +63,7 @@ class NativeNorm:
 
 
 class NativeMlp:
-    """``GatedMlp`` with silu, as the kernels' only expert; rounded like routed experts.
+    """``GatedMlp`` with silu: it runs as a bank of one expert, with the same rounding.
 
     If the stages run separately, results between the products are rounded to the weights' dtype.
     """
@@ -77,7 +77,7 @@ class NativeMlp:
         down: Callable[[], Tensor],
         form: WeightFormat | None = None,
     ) -> None:
-        """Read and pack one weight after the other; see ``BuildingBlocks.mlp``.
+        """Read and pack the two weights, one at a time; see ``BuildingBlocks.mlp``.
 
         ``form``: format of the quantized weights, if their widths are even; or a format with
         shorter groups, which the first weight selects for both.
@@ -114,12 +114,12 @@ class NativeMlp:
         return halves[:, :, :inner].flatten(1)
 
     def activate(self, gate_up: Tensor) -> Tensor:
-        """See ``Mlp``."""
+        """Apply the activation to gates and ups; see ``Mlp``."""
         gate, up = gate_up.chunk(2, 1)
         return row_wise(functional.silu, gate) * up
 
     def down(self, x: Tensor) -> Tensor:
-        """See ``Mlp``."""
+        """Apply the down projection; see ``Mlp``."""
         return self._multiply(x, 1, self.table.shape.out_width)
 
     def _multiply(self, x: Tensor, place: int, outputs: int) -> Tensor:
@@ -132,7 +132,7 @@ class NativeMlp:
 
 
 class NativeHeadProducts:
-    """``HeadProducts`` that treat a head as an expert and its rows as that expert's rows."""
+    """``HeadProducts`` with the expert kernels: each head is an expert."""
 
     def __init__(self, team: ThreadTeam, weight: Tensor, plain_dim: int) -> None:
         """weight [A, N + V, R]."""
@@ -141,11 +141,11 @@ class NativeHeadProducts:
         self._values = self._table([head[plain_dim:].contiguous() for head in weight])
 
     def absorb(self, queries: Tensor) -> Tensor:
-        """See ``HeadProducts``."""
+        """Turn queries [T, A, N] into [T, A, R]; see ``HeadProducts``."""
         return self._multiply(self._keys, queries)
 
     def values(self, attended: Tensor) -> Tensor:
-        """See ``HeadProducts``."""
+        """Turn attended vectors [T, A, R] into values [T, A * V]; see ``HeadProducts``."""
         return self._multiply(self._values, attended).flatten(1)
 
     def expand(self, latents: Tensor, first: int, last: int) -> Tensor:

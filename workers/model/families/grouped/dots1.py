@@ -41,7 +41,7 @@ class Dots1Config:
 
     experts: GroupedExperts
     attention_bias: bool
-    """Biases on q, k, v and o."""
+    """Whether q, k, v and o have biases."""
     windows: tuple[int | None, ...]
     """Positions that a token attends to, by layer; None: all."""
 
@@ -62,8 +62,8 @@ def family(config: Mapping[str, Any]) -> Dots1Family:
 
 
 def _windows(settings: ConfigReader) -> tuple[int | None, ...]:
-    """Return the windows by layer. null for ``sliding_window`` disables windows; if it is absent,
-    it is 4096."""
+    """Return the windows by layer. ``sliding_window`` null disables windows; the default is
+    4096."""
     layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
     given = settings.value("sliding_window")
     is_off = given is None and "sliding_window" in settings.raw
@@ -91,7 +91,7 @@ class Dots1Family(Family):
         self.windows = frozenset(width for width in dots1.windows if width is not None)
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
-        """See ``Family``. gate, up and down: the dense MLP, or the shared experts."""
+        """See ``Family``. ``gate``, ``up``, ``down``: the dense MLP, or the shared experts."""
         config, prefix = self.config, f"model.layers.{layer}"
         return {
             **norm_parts(prefix, config),

@@ -50,7 +50,7 @@ class Ernie45MoeConfig:
 
     experts: RoutedExperts
     num_shared_experts: int
-    """Number of shared experts, run as one MLP of that many times the width."""
+    """Number of shared experts, which run as one MLP of ``num_shared_experts`` times the width."""
     dense_width: int
     """Inner width of the MLP of a dense layer."""
     least_sum: float
@@ -103,7 +103,7 @@ class Ernie45MoeFamily(Family):
         self.ernie = ernie
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
-        """See ``Family``. gate, up and down: the MLP of a dense layer, or the shared experts."""
+        """See ``Family``. ``gate``, ``up``, ``down``: the dense MLP, or the shared experts."""
         config, own, prefix = self.config, self.ernie, f"model.layers.{layer}"
         width = config.hidden_size
         parts = {

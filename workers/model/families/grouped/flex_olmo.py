@@ -47,7 +47,7 @@ class FlexOlmoConfig:
     norm_topk_prob: bool
     """Whether the weights of the selected experts are scaled to sum 1."""
     attention_bias: bool
-    """Biases on q, k, v and o."""
+    """Whether q, k, v and o have biases."""
 
 
 def family(config: Mapping[str, Any]) -> FlexOlmoFamily:
@@ -71,7 +71,7 @@ def family(config: Mapping[str, Any]) -> FlexOlmoFamily:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PostNormLayer:
-    """h + norm1(attention(h)), then + norm2(experts(.))."""
+    """h = x + norm1(attention(x)), then h + norm2(experts(h))."""
 
     heads: RowAttention
     qkv: Linear
@@ -81,7 +81,7 @@ class PostNormLayer:
     router: Router
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
-        """See ``Layer``."""
+        """Run the layer on hidden states [T, H]; see ``Layer``."""
         rows = context.multiply(self.qkv, hidden)
         attended = self.heads.attend_rows(rows, cache, context)
         hidden = hidden + self.norm1(context.multiply(self.output, attended))

@@ -1,7 +1,6 @@
 """GLM-4.5 to 4.7: a sigmoid router in groups, a part of each head rotated, dense first layers.
 
-Of the layers after the last one, which predict more tokens than the next one, the first is loaded
-on request.
+The checkpoint has prediction layers after the last layer. The first of them is loaded on request.
 
 Source: checkpoint layout and math as in transformers ``models/glm4_moe``.
 """
@@ -49,7 +48,7 @@ class Glm4MoeConfig:
 
     experts: GroupedExperts
     attention_bias: bool
-    """Biases on q, k and v."""
+    """Whether q, k and v have biases."""
     use_qk_norm: bool
     """Whether each head of queries and keys is normalised."""
 
@@ -82,7 +81,7 @@ class Glm4MoeFamily(Family):
         return Glm4MoeFamily(config, replace(self.glm, experts=experts))
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
-        """See ``Family``. gate, up and down: the dense MLP, or the shared experts."""
+        """See ``Family``. ``gate``, ``up``, ``down``: the dense MLP, or the shared experts."""
         config, own, prefix = self.config, self.glm, f"model.layers.{layer}"
         attention = f"{prefix}.self_attn"
         return {

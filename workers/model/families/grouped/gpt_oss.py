@@ -42,7 +42,7 @@ _ROPE: Mapping[str, Any] = {
     "truncate": False,
     "original_max_position_embeddings": 4096,
 }
-"""Default of a config without the key."""
+"""Value of ``rope_parameters`` for a config that lacks the key."""
 _KINDS = ("sliding_attention", "full_attention")
 
 
@@ -52,7 +52,7 @@ class GptOssConfig:
 
     experts: RoutedExperts
     attention_bias: bool
-    """Biases on q, k, v and o."""
+    """Whether q, k, v and o have biases."""
     swiglu: ClampedSwiglu
     windows: tuple[int | None, ...]
     """Positions that a token attends to, by layer; None: all."""
@@ -115,7 +115,7 @@ def _ignored_keys(found: Any) -> tuple[str, ...]:
 
 
 def _windows(settings: ConfigReader) -> tuple[int | None, ...]:
-    """Every other layer has a window, from the first on, unless ``layer_types`` lists them."""
+    """Return windows by layer: in layers 0, 2, 4 .. unless ``layer_types`` lists the kinds."""
     num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
     has_window = "sliding_window" not in settings.raw or settings.value("sliding_window")
     width = settings.integer("sliding_window", default=128) if has_window else None

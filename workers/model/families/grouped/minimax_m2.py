@@ -1,6 +1,6 @@
 """MiniMax-M2: norms over all heads together, a part of each head rotated, a sigmoid router.
 
-The layers that predict more tokens than the next one are not loaded.
+The checkpoint's prediction layers, which follow the last layer, are not loaded.
 
 Source: checkpoint layout and math as in transformers ``models/minimax_m2``. There the router's
 product is in the model's dtype; here it is float32, as in the other sigmoid routers.
@@ -76,7 +76,7 @@ class MiniMaxM2Family(Family):
     def expert_matrices(
         self, bank: BankSpec, exchange: int, expert: int, names: Container[str]
     ) -> tuple[ExpertMatrix, ...]:
-        """See ``Family``."""
+        """Return the location of one expert's matrices; see ``Family``."""
         return block_sparse_expert(bank, expert)
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:

@@ -67,7 +67,7 @@ class MixtralFamily(Family):
     def expert_matrices(
         self, bank: BankSpec, exchange: int, expert: int, names: Container[str]
     ) -> tuple[ExpertMatrix, ...]:
-        """See ``Family``."""
+        """Return the location of one expert's matrices; see ``Family``."""
         return block_sparse_expert(bank, expert)
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:

@@ -1,6 +1,6 @@
 """OLMoE: every layer has attention with whole-vector q/k norms, and a bank of routed experts.
 
-Source: docs of the checkpoint layout and math as in transformers ``models/olmoe``.
+Source: checkpoint layout and math as in transformers ``models/olmoe``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class OlmoeConfig:
     norm_topk_prob: bool
     """Whether the weights of the selected experts are scaled to sum 1."""
     attention_bias: bool
-    """Biases on q, k, v and o."""
+    """Whether q, k, v and o have biases."""
     clip_qkv: float | None
     """Limit of the absolute value of q, k and v, after the norms."""
 

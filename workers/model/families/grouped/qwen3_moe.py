@@ -45,7 +45,7 @@ class Qwen3MoeConfig:
     norm_topk_prob: bool
     """Whether the weights of the selected experts are scaled to sum 1."""
     attention_bias: bool
-    """Biases on q, k, v and o."""
+    """Whether q, k, v and o have biases."""
     window: int | None
     """Positions that a token attends to in every layer; None: all."""
 
@@ -84,7 +84,7 @@ class Qwen3MoeFamily(Family):
         self.windows = frozenset(() if qwen3.window is None else (qwen3.window,))
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
-        """See ``Family``. gate, up and down: the MLP of a dense layer."""
+        """See ``Family``. ``gate``, ``up``, ``down``: the MLP of a dense layer."""
         config, own, prefix = self.config, self.qwen3, f"model.layers.{layer}"
         width = config.hidden_size
         parts = {

@@ -48,7 +48,7 @@ class HybridFamily(Family):
         return None
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
-        """See ``Family``. gate, up and down: the shared expert, or the MLP of a dense layer."""
+        """See ``Family``. ``gate``, ``up``, ``down``: the shared expert, or the dense MLP."""
         config, own = self.config, self.experts
         prefix, width = f"{self.prefix}.layers.{layer}", config.hidden_size
         parts = norm_parts(prefix, config) | self._mixer_parts(prefix, layer)
@@ -78,7 +78,7 @@ class HybridFamily(Family):
         return self._norm(outer, "norm")
 
     def _mixer_parts(self, prefix: str, layer: int) -> dict[str, TensorPart]:
-        """Tensors of a layer's mixer; ``q`` has the rows of queries and gates, head by head."""
+        """Tensors of a layer's mixer. ``q`` has rows of queries and gates, head by head."""
         config, spec = self.config, self.config.delta_net
         width = config.hidden_size
         if spec is not None and layer in spec.layers:

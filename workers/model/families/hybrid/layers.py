@@ -1,7 +1,7 @@
 """Layers of hybrid families: gated attention or Gated DeltaNet, then experts and a gated MLP.
 
-All norms except the one in Gated DeltaNet are computed in float32, with weights that are stored
-minus 1.
+All norms except the one in Gated DeltaNet are computed in float32. The checkpoint stores their
+weights minus 1.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from workers.model.layers import (
 from workers.model.routing import Router
 
 Mixer = Callable[[Tensor, Tensor, LayerContext], Tensor]
-"""Normed rows [T, H], this layer's part of the cache, and the context -> [T, H]."""
+"""Function of normed rows [T, H], this layer's cache and the context; returns [T, H]."""
 
 
 class Float32Norm:
@@ -59,7 +59,7 @@ class GatedAttention:
     """A * D -> H."""
 
     def __call__(self, normed: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """See ``Mixer``."""
+        """Mix rows [T, H] along their sequences; see ``Mixer``."""
         shape = self.shape
         queries, values = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         widths = [queries, values, values, queries]
@@ -83,7 +83,7 @@ class RecurrentMixer:
     """V * D -> H."""
 
     def __call__(self, normed: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """See ``Mixer``."""
+        """Mix rows [T, H] along their sequences; see ``Mixer``."""
         states = context.attention.states
         assert states is not None, "the model has recurrent states"
         mixed = self.mix(context.multiply(self.project, normed), cache, states)
@@ -92,7 +92,7 @@ class RecurrentMixer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HybridLayer:
-    """h + mixer(norm1(h)), then + experts(norm2(.)) + gate(.) * mlp(.), or + mlp(norm2(.))."""
+    """h = x + mixer(norm1(x)); n = norm2(h); h + experts(n) + gate(n) * mlp(n), or h + mlp(n)."""
 
     mixer: Mixer
     norm1: Norm

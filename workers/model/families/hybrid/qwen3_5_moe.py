@@ -1,7 +1,7 @@
 """Qwen3.5-MoE and 3.6: the text model, alone or within a checkpoint with a vision encoder.
 
-The vision encoder and the layer that predicts more tokens than the next one (``mtp``) are not
-loaded. Prompts are text, for which the rotation in sections (mrope) equals the plain rotation.
+The vision encoder and the prediction layer (``mtp``) are not loaded. Prompts are text, for which
+the rotation in sections (mrope) equals the plain rotation.
 
 Source: checkpoint layout and math as in transformers ``models/qwen3_5_moe``.
 """

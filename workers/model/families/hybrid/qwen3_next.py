@@ -1,6 +1,6 @@
 """Qwen3-Next: Gated DeltaNet and gated attention, a softmax router and a gated shared expert.
 
-The layer that predicts more tokens than the next one (``mtp``) is not loaded.
+The checkpoint's prediction layer (``mtp``) is not loaded.
 
 Source: checkpoint layout and math as in transformers ``models/qwen3_next``.
 """
@@ -73,7 +73,7 @@ class Qwen3NextFamily(HybridFamily):
         }
 
     def delta_order(self, spec: DeltaNetSpec) -> Tensor:
-        """See ``HybridFamily``. Both projections store their rows by key head: q, k, v, z; then
+        """See ``HybridFamily``. Both projections store rows by key head: first q, k, v, z; then
         strengths, decays."""
         share = spec.num_value_heads // spec.num_key_heads
         widths = [spec.key_dim, spec.key_dim, share * spec.value_dim, share * spec.value_dim]

@@ -49,7 +49,7 @@ class LatentAttention:
 
     shape: LatentShape
     query_rank: int | None
-    """Elements of the vector from which all queries are computed; None: the hidden state."""
+    """Elements of the latent vector of queries; None: queries come from the hidden state."""
     has_bias: bool
     """Whether the projections to latent vectors and the output have biases."""
 
@@ -83,7 +83,7 @@ class LatentAttention:
         return cls(shape=shape, query_rank=rank, has_bias=has_bias)
 
     def config(self, settings: ConfigReader, model_type: str, defaults: Defaults) -> ModelConfig:
-        """Other settings, read last. A token's key is its latent vector and the rotated part."""
+        """Read the other settings; call it last. A key is a latent vector and a rotated part."""
         shape = self.shape
         return model_config(
             settings,
@@ -160,7 +160,7 @@ def _ends_ordered(order: Tensor, num_heads: int, first: int) -> Tensor:
 
 
 def _score_scale(config: Mapping[str, Any]) -> float:
-    """Return ``context_scale``, a factor in addition to the rotation's factor."""
+    """Return the factor of scores (``context_scale``), besides the rotation's own factor."""
     params = rope_parameters(config)
     kind = params.get("rope_type") or params.get("type") or "default"
     mscale, factor = params.get("mscale_all_dim"), params.get("factor")

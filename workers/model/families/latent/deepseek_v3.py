@@ -1,7 +1,6 @@
 """DeepSeek-V3, R1 and Kimi K2: latent attention, a sigmoid router in groups, dense first layers.
 
-Of the layers after the last one, which predict more tokens than the next one, the first is loaded
-on request.
+The checkpoint has prediction layers after the last layer. The first of them is loaded on request.
 
 Source: checkpoint layout and math as in transformers ``models/deepseek_v3``.
 """

@@ -27,7 +27,7 @@ class LatentFamily(Family):
         return LatentFamily(config, self.attention, self.experts.with_layer(config.num_layers))
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
-        """See ``Family``. gate, up and down: the dense MLP, or the shared experts."""
+        """See ``Family``. ``gate``, ``up``, ``down``: the dense MLP, or the shared experts."""
         prefix, width = f"model.layers.{layer}", self.config.hidden_size
         return {
             **norm_parts(prefix, self.config),

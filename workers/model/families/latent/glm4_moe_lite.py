@@ -1,6 +1,6 @@
 """GLM-4.7-Flash: the latent attention of DeepSeek-V3, the experts of GLM-4.5.
 
-The layers after the last one, which predict more tokens than the next one, are not loaded.
+The checkpoint's prediction layers, which follow the last layer, are not loaded.
 
 Source: checkpoint layout and math as in transformers ``models/glm4_moe_lite``.
 """

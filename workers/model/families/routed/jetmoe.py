@@ -1,4 +1,4 @@
-"""JetMoE: attention and MLP are both mixtures of experts, three exchanges a layer.
+"""JetMoE: attention and MLP are both mixtures of experts, so a layer has three exchanges.
 
 The attention experts hold query and output projections; a token's top-k choice is made once and
 used for both. All attention experts share keys and values, which belong to the attention worker.
@@ -160,7 +160,7 @@ class JetMoeFamily(Family):
 
 
 def _attention_exchanges(config: ModelConfig) -> tuple[ExchangeSpec, ...]:
-    """Both exchanges: query returns the output of every slot, and output sends a row per slot."""
+    """Return both exchanges: query returns an output per slot, output sends a row per slot."""
     inner = config.num_kv_heads * config.head_dim
     return (
         ExchangeSpec(
