@@ -100,7 +100,7 @@ class NativeExperts:
         float32_weights: bool,
         dtype: torch.dtype,
     ) -> Tensor:
-        """See ``ExpertBank.compute_rows``."""
+        """Compute the weighted sums of rows; see ``ExpertBank.compute_rows``."""
         by_slot: InputsBy = "place" if inputs.shape[0] == slots.numel() else "pair"
         return expert_rows(
             self._team,

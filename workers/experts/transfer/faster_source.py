@@ -56,7 +56,7 @@ class FasterSource:
 
     @property
     def num_bytes(self) -> int:
-        """See ``ExpertSource``."""
+        """Bytes that all sources have read so far."""
         return sum(source.num_bytes for source in self._sources.values())
 
     @property
@@ -134,7 +134,7 @@ class HoldersSource:
 
     @property
     def num_bytes(self) -> int:
-        """See ``ExpertSource``."""
+        """Bytes that all sources have read so far."""
         return sum(source.num_bytes for source in self._open.values())
 
     def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:

@@ -41,7 +41,7 @@ class ExpertProvider:
         self._slots = slots
 
     def acquire(self, keys: Sequence[bytes]) -> list[list[Tensor]]:
-        """See ``ItemProvider``. Acquires one expert at a time, because every copy takes memory."""
+        """See ``ItemProvider``. Copies one expert at a time, because each copy takes memory."""
         found = [self._slots.read_expert(*KEY.unpack(key)) for key in keys[:1]]
         return [
             [part for matrix in matrices for part in parts_of(matrix)]
@@ -53,7 +53,7 @@ class ExpertProvider:
         return item
 
     def release(self, items: list[list[Tensor]], num_kept: int) -> None:
-        """See ``ItemProvider``. Copies need no release."""
+        """Release acquired experts; see ``ItemProvider``. Copies need no release."""
 
 
 class PeerSource:
