@@ -193,8 +193,8 @@ class PagedRows:
 class StateRows:
     """Recurrent states that the rows of a batch read and write, in layers that have states.
 
-    A run (``StateRun``) is consecutive rows of one sequence; it reads one state and writes one, and
-may read the state that an earlier run writes. Runs are in row order.
+    A run (``StateRun``) is consecutive rows of one sequence; it reads one state and writes one,
+    and may read the state that an earlier run writes. Runs are in row order.
     """
 
     runs: tuple[StateRun, ...]

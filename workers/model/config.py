@@ -103,7 +103,7 @@ class BankSpec:
     """Round trips in order."""
     float32_weights: bool = False
     """Whether router weights stay float32 when outputs are multiplied by them; otherwise they are
-cast to the model dtype first."""
+    cast to the model dtype first."""
     aux_copies: int = 0
     """Number of times that transformers 5 counts this router in the auxiliary loss (version 4:
     once); 0: the family has no such loss."""

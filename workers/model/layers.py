@@ -375,7 +375,7 @@ class AttentionModel:
         return LayerContext(cos, sin, inputs.attention, windows, native, inputs.adapters)
 
     def embed(self, token_ids: Tensor, given: Iterable[tuple[int, Tensor]]) -> Tensor:
-        """Return the first layer's input [T, H], newly allocated; ``given``: see ``ModelInputs``."""
+        """Return the first layer's input [T, H], a new tensor; ``given`` as in ``ModelInputs``."""
         hidden = self.embedding(token_ids)
         for first, rows in given:
             hidden[first : first + len(rows)] = rows

@@ -31,8 +31,8 @@ class RopeConfig:
     head_dim: int
     """D: elements of a head."""
     rotary_dim: int
-    """R: elements of a head that are rotated. If R < D, the other elements have frequency 0, and all
-    elements are in the order of ``rotation_order``."""
+    """R: elements of a head that are rotated. If R < D, the other elements have frequency 0, and
+    all elements are in the order of ``rotation_order``."""
     has_neighbours: bool = False
     """Whether the checkpoint rotates element 2i with 2i + 1, not i with i + R/2."""
     max_position_embeddings: int
