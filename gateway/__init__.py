@@ -1,6 +1,7 @@
-"""The gateway: HTTP and gRPC servers, tokenizer, admission and routing. ``app`` is its Serve app.
+"""The gateway: HTTP and gRPC servers, tokenizer, admission and routing. ``app`` runs it in Serve.
 
-Layers, from the lowest: ``core``; ``text``, ``auth``, ``cluster``; ``engines``,
-``observability``; ``generation``; ``http``, ``grpc`` and ``listener``; ``admin``; ``app``.
-Only ``app`` and ``cluster.client`` import Ray; no module imports torch.
+Layers, from the lowest: ``core``; ``offload``; ``text``, ``auth``, ``cluster``, ``state``;
+``engines``, ``observability``; ``calls``; ``dashboard``; ``anthropic``; ``grpc``, ``http``,
+``listener``; ``batches``, ``responses``; ``admin``; ``app``. No module imports torch; only ``app``
+and ``cluster.client`` import Ray.
 """

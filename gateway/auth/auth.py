@@ -32,7 +32,7 @@ class KeyRing:
         keys: plain keys, or digests made by ``cluster.config.api_keys.hash_key``.
         file: further keys, reloaded when the file changes.
         limits: default limits of a key.
-        others: keys of another port. They get a different error, as they are known.
+        others: keys of another port. This port rejects them with another error than unknown keys.
         are_admin: whether the keys are admin keys.
         clock: ``time.monotonic``.
     """

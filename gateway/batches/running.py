@@ -50,7 +50,7 @@ class BatchTuning:
     concurrency: int = 64
     """Maximum number of requests of a batch that run at a time."""
     priority: int = 1
-    """Default priority of requests, lower than that of other requests."""
+    """Default priority of a batch's requests. Other requests have 0 and run first."""
 
 
 class RunningBatch:

@@ -44,7 +44,7 @@ class Readiness:
             self._leaves_since_s = now_s
 
     def has_left(self, now_s: float) -> bool:
-        """Whether ``leave`` was called over ``leaving_lead_s`` ago, so that load balancers know."""
+        """Whether load balancers had ``leaving_lead_s`` seconds to notice the call of ``leave``."""
         since_s = self._leaves_since_s
         return since_s is not None and now_s >= since_s + self._leaving_lead_s
 

@@ -23,7 +23,7 @@ _REQUESTS_PER_PASS = 32
 """Maximum number of a call's requests that are routed in one iteration of the event loop."""
 _PASSES_TO_SEND = 2
 """Iterations of the event loop after which a request has been written to its worker's stream.
-``submit`` waits for them: the codec's next work takes long enough to delay the engine."""
+``submit`` waits for them so that the caller's next work, often long, does not delay the request."""
 
 
 class RequestSubmitter:

@@ -15,7 +15,7 @@ _CALM_S = 30.0
 """Seconds without a queue after which a saturated period has ended. Shorter gaps are ignored, as
 requests that began together finish together and leave the queue empty for a moment."""
 _MAX_GAP_S = 1.0
-"""Longest time in seconds without a queue that does not start a new queue."""
+"""Longest gap in seconds between waiting requests that still belong to the same queue."""
 
 
 class ServiceRate:

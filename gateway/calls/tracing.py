@@ -109,7 +109,7 @@ class Tracing:
         self.cluster_events.take(snapshot, time.monotonic())
 
     def parents(self, trace: RequestTrace) -> StepParents | None:
-        """Parent spans for the steps of the next prompt; None if it is not sampled."""
+        """Return the parent spans for the steps of the next prompt; None if it is not sampled."""
         trace.span = trace.span or self._start(trace)
         if not trace.span.is_recording() or len(trace.decodes) == MAX_PROMPTS:
             return None
@@ -153,7 +153,7 @@ class Tracing:
         )
 
     def _parents(self, trace: RequestTrace) -> StepParents | None:
-        """Log every error and raise none."""
+        """Like ``parents``, but log an error and return None."""
         try:
             return self.parents(trace)
         except Exception:
@@ -161,7 +161,7 @@ class Tracing:
             return None
 
     def _record(self, trace: RequestTrace) -> None:
-        """Log every error and raise none."""
+        """Like ``record``, but log an error instead of raising it."""
         try:
             self.record(trace)
         except Exception:

@@ -7,7 +7,7 @@ from collections import deque
 MIN_GAP_S = 0.02
 """Shortest time in seconds between two tokens of a stream that counts as a gap."""
 MAX_SNAPSHOT_DELAY_S = 1.0
-"""Maximum delay of a snapshot in seconds. A gap that ended within it before its arrival counts."""
+"""Longest assumed delay of a snapshot in seconds. Gaps that ended this recently count, too."""
 _KEPT = 1024
 
 

@@ -191,7 +191,7 @@ class Submission:
         return self.must_be_sent_alone and self.stage is RequestStage.SENT
 
     def needs_confirmation(self, unresolved: Collection[str]) -> bool:
-        """Whether it would run alone, but a worker that counts as dead may be alive."""
+        """Whether the request is to run alone but one of its dead workers may still be alive."""
         return self.num_deaths >= MAX_DEATHS and not self.deaths.keys().isdisjoint(unresolved)
 
     def set_stage(self, stage: RequestStage) -> None:

@@ -22,8 +22,8 @@ MAX_ENTRIES = 1_048_576
 """Maximum total number of entries of all lists and objects. As it exceeds ``MAX_VALUES``, most of
 that many entries must be numbers."""
 MAX_ESCAPES = 2_097_152
-"""Maximum total number of escapes in all strings of a text. A body whose escapes are all non-ASCII
-characters cannot have so many."""
+"""Maximum total number of escapes in all strings of a text. It exceeds the number of escaped
+non-ASCII characters that fit in a body."""
 _SHORT_CHARS = 16_384
 """Length below which a text is parsed without counting."""
 _PIECE_CHARS = 65_536

@@ -72,7 +72,7 @@ class _Expansion:
         return expanded
 
     def _own_piece(self, schema: Piece) -> Alternative:
-        """Return a schema without applicators, cached so that pieces are compared by identity."""
+        """Return the own keywords of a schema, cached so that pieces are compared by identity."""
         if id(schema) not in self._own_pieces:
             own_keywords = {key: value for key, value in schema.items() if key not in _APPLICATORS}
             self._own_pieces[id(schema)] = (own_keywords,)
@@ -167,7 +167,7 @@ def _alternative_values(alternative: Alternative) -> list[Any] | None:
 
 
 def _property_values(alternative: Alternative) -> dict[str, list[Any]]:
-    """Return the allowed values of required properties with ``enum`` or ``const``, by name."""
+    """Return the allowed values of the required properties that have ``enum`` or ``const``."""
     required = {name for piece in alternative for name in piece.get("required", ())}
     return {
         name: values
