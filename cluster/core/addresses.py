@@ -1,4 +1,4 @@
-"""Addresses as text: ``host:port``, an IPv6 host in brackets."""
+"""Addresses as text: ``host:port``, with an IPv6 host in brackets."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def tune_socket(sock: socket.socket) -> None:
-    """Set options for small frames: they are sent immediately, and soon after a network outage.
+    """Set socket options so that small frames are sent at once, and soon after a network outage.
 
-    Linux doubles the pause between retransmissions up to minutes. With these options it retries at
-    least every second if it can (Linux 6.15), else six times without doubling, for a minute.
+    By default Linux doubles the pause between retransmissions, up to minutes. With these options it
+    retries at least every second (from Linux 6.15), or else six times without doubling the pause.
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -1,10 +1,10 @@
-"""Arithmetics of workers, and whether the results of a cluster are exact.
+"""The arithmetics that workers support, and whether the results of a cluster are exact.
 
 Results are exact if the tokens and log-probabilities of a request depend, to the last bit, on the
-request alone. For this, every worker computes each row independently, and all workers use one
-arithmetic. A worker offers the arithmetics that it supports. The first generation agrees on one and
-later generations keep it, because KV blocks and running requests contain its values. If a new
-member ends exactness, exactness does not return.
+request alone. For this, every worker computes each row independently, and all workers compute
+matrix products in one way, called an arithmetic. A worker offers the arithmetics that it supports.
+The first generation agrees on one, and later ones keep it, as KV blocks and running requests
+contain its values. If a new member does not support it, no later generation has exact results.
 """
 
 from __future__ import annotations
@@ -16,29 +16,28 @@ from cluster.core.codec import Message
 
 
 class ArithmeticOffer(Message, frozen=True, kw_only=True):
-    """The arithmetics in which one worker computes rows independently of each other."""
+    """Arithmetics in which one worker can compute each row independently of other rows."""
 
     kernels: tuple[str, ...] = ()
-    """Supported arithmetics of its products, best first; empty if rows depend on each other."""
+    """Supported arithmetics of its matrix products, fastest first; empty if it supports none."""
     torch: str = ""
-    """Digest of the computations that torch does; empty if torch does not affect any bit."""
-    obstacle: str = "has not said how it computes"
-    """Why it supports none, as the end of a sentence about the worker."""
+    """Digest of results that torch computes on it; empty if torch does not affect any bit."""
+    obstacle: str = "has not reported its arithmetic"
+    """Why it supports none: the rest of a sentence that begins with the worker's name."""
     is_strict: bool = False
-    """Whether the worker serves in exact clusters only."""
+    """Whether the worker only serves in a cluster with exact results."""
     computation: str = ""
-    """Device, kernels and libraries of the worker. They determine its bits if results are not
-    exact."""
+    """Its device, kernels and libraries, which determine the bits of results that are not exact."""
 
 
 class ArithmeticAgreement(Message, frozen=True, kw_only=True):
-    """The arithmetic of the members of a generation."""
+    """The arithmetic that the members of a generation use."""
 
     kernels: str = ""
     """Arithmetic of all products; empty if results are not exact."""
     torch: str = ""
-    """As in ``ArithmeticOffer``."""
-    reason: str = "no worker has been heard"
+    """As in ``ArithmeticOffer``, equal on all members."""
+    reason: str = "no worker has reported its arithmetic"
     """Why results are not exact; empty if they are."""
 
     @property
@@ -53,11 +52,11 @@ class ArithmeticAgreement(Message, frozen=True, kw_only=True):
 def agree(
     offers: Mapping[str, ArithmeticOffer], former: ArithmeticAgreement | None = None
 ) -> ArithmeticAgreement:
-    """Return the best arithmetic that all workers offer, or the reason why there is none.
+    """Return the fastest arithmetic that all workers offer, or why there is none.
 
     ``former`` is the agreement of the previous generation; None before the first.
 
-        (dot, fma) and (fma) -> fma;  (dot) and (fma) -> not exact
+        Example: workers with (dot, fma) and (fma) use fma; with (dot) and (fma), no result is exact
     """
     if not offers or (former is not None and not former.is_exact):
         return former or ArithmeticAgreement()

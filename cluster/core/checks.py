@@ -1,4 +1,4 @@
-"""Checks of values that several sections of the configuration, or several protocols, share."""
+"""Checks of values, shared by sections of the configuration and by protocols."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_each(
 ) -> None:
     """Raise ``ConfigError`` unless every field in ``names`` (separated by blanks) satisfies ``ok``.
 
-    None satisfies every rule, an infinite value none. ``prefix`` precedes the name in the error.
+    A field that is None passes; an infinite value is an error. ``prefix`` precedes the name.
     """
     for name in names.split():
         value = getattr(section, name)

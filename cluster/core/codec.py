@@ -1,7 +1,7 @@
-"""The one codec: messages are ``msgspec`` structs, on a socket they are msgpack.
+"""The codec of all internal messages: ``msgspec`` structs, which are msgpack on a socket.
 
-A decoder is made for the types that it may meet, so a message has the fields and types of its
-class or is refused, and nothing is ever unpickled. Readers of sockets bound the length first.
+A decoder accepts only its message types, with exactly their fields and types, and never unpickles.
+Code that reads from sockets limits the length before it decodes.
 
     class Ping(Message, frozen=True, kw_only=True):
         number: int
@@ -23,27 +23,28 @@ from cluster.core.errors import ConfigError, ProtocolError
 
 T = TypeVar("T")
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
-"""A count; peers must not send negative values."""
+"""A count. Negative values are refused."""
 TRACE_ID_BYTES = 16
 SPAN_ID_BYTES = TRACE_ID_BYTES + 8
-"""Size of a span id between processes: the ids of the trace and of the span (W3C Trace Context)."""
+"""Bytes of a span id between processes: trace id and span id of W3C Trace Context."""
 SpanIdBytes = Annotated[bytes, msgspec.Meta(min_length=SPAN_ID_BYTES, max_length=SPAN_ID_BYTES)]
 _MISFITS = (msgspec.MsgspecError, ValueError, LookupError, RecursionError)
-"""Errors of a decoder for invalid data."""
+"""Errors that a decoder raises for invalid data."""
 _INTEGERS = ("u1", "u2", "u4", "u8")
 MAX_NUMBERS = 1 << 22
-"""Largest number of values of one array."""
+"""Maximum number of values of an array."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of encoded messages: immutable values; unknown fields are refused."""
+    """Base class of encoded messages. Immutable; unknown fields are refused."""
 
 
 class Codec(Generic[T]):
     """Encodes and decodes messages of one type, or of a union of tagged types. Thread-safe."""
 
     def __init__(self, kind: Any, what: str, error: type[ProtocolError] = ProtocolError) -> None:
-        """``kind`` is the type or union ``T``; ``what`` names it in an ``error``, as "a ping"."""
+        """``kind``: the type or union ``T``. ``what``: its name in errors, such as "a ping".
+        ``error``: the type of errors."""
         self._what = what
         self._error = error
         self._encoder = msgspec.msgpack.Encoder(enc_hook=_array_to_wire)
@@ -54,8 +55,7 @@ class Codec(Generic[T]):
         return self._encoder.encode(message)
 
     def decode(self, data: bytes | memoryview) -> T:
-        """Decode a message. Raises ``ProtocolError``, or its subclass, if ``data`` is not a valid
-        message."""
+        """Decode a message. Raises the codec's ``ProtocolError`` if ``data`` is not valid."""
         try:
             message: T = self._decoder.decode(data)
         except (*_MISFITS, ConfigError) as err:
@@ -64,13 +64,13 @@ class Codec(Generic[T]):
 
 
 def to_plain(value: Any) -> Any:
-    """Convert a message to dicts and lists, as in JSON."""
+    """Convert a message to dicts, lists and scalars, as in JSON."""
     return msgspec.json.decode(msgspec.json.encode(value, enc_hook=_number))
 
 
 def from_plain(data: Any, kind: type[T], error: Callable[[str], Exception] = ProtocolError) -> T:
-    """Inverse of ``to_plain``. Raises ``error`` for wrong types, and ``ConfigError`` for a broken
-    rule."""
+    """Inverse of ``to_plain``. Raises ``error`` for wrong types, and ``ConfigError`` for values
+    that break a rule."""
     try:
         return msgspec.convert(data, kind)
     except _MISFITS as err:
@@ -84,8 +84,8 @@ def _number(value: Any) -> Any:
 
 
 def _array_to_wire(array: Any) -> Any:
-    """Return shape, type and bytes of an integer array, in the narrowest type that holds its
-    values."""
+    """Return shape, type and bytes of an integer array, in the smallest type that can represent
+    its values."""
     if not isinstance(array, np.ndarray):
         return _number(array)
     largest = int(array.max(initial=0))

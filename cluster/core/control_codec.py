@@ -1,6 +1,6 @@
-"""Bytes of the messages on the control sockets (``cluster.core.frames``), and their limits.
+"""Encodes the messages on the control sockets (``cluster.core.frames``), and limits their size.
 
-Frame: 4 bytes big-endian length, then that many bytes of ``cluster.core.codec``.
+A frame is a length (4 bytes, big-endian) and this number of bytes of ``cluster.core.codec``.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from cluster.core.errors import ProtocolError
 from cluster.core.frames import ControlChallenge, ControlFrame, ControlHello, ControlProof
 
 MAX_FRAME_BYTES = 32 * 1024 * 1024
-"""Largest control frame: a placement of 62 layers x 128 experts x 64 devices takes 3 MB."""
+"""Maximum size of a frame. A placement of 62 layers x 128 experts x 64 devices takes 3 MB."""
 MAX_HELLO_BYTES = 4096
-"""Largest frame before the peer has proved that it knows the token."""
+"""Maximum size of a frame from a peer that has not proved that it knows the token."""
 _LENGTH = struct.Struct(">I")
 _CODEC: Codec[ControlFrame] = Codec(
     Union[tuple(ControlFrame.__subclasses__())],  # noqa: UP007
@@ -27,13 +27,13 @@ _HELLO_CODEC: Codec[ControlFrame] = Codec(
 
 
 def encode(frame: ControlFrame) -> bytes:
-    """One frame, ready to be sent."""
+    """Encode a frame, with its length."""
     data = _CODEC.encode(frame)
     return _LENGTH.pack(len(data)) + data
 
 
 def frame_length(prefix: bytes, limit: int = MAX_FRAME_BYTES) -> int:
-    """Length of the frame that ``prefix`` (4 bytes) announces. Raises ``ProtocolError``."""
+    """Return the length in a frame's first 4 bytes. Raises ``ProtocolError`` above ``limit``."""
     length: int = _LENGTH.unpack(prefix)[0]
     if not 0 < length <= limit:
         raise ProtocolError(f"control frame of {length} bytes: must be 1 to {limit}")
@@ -46,6 +46,5 @@ def decode(data: bytes) -> ControlFrame:
 
 
 def decode_hello(data: bytes) -> ControlFrame:
-    """Decode a handshake frame: the only frames that a peer may send before it has proved the
-    token."""
+    """Decode a handshake frame. A peer may send no others before it has proved the token."""
     return _HELLO_CODEC.decode(data)

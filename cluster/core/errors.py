@@ -1,36 +1,36 @@
 """Every exception that expertmesh raises on purpose.
 
     ExpertMeshError
-    ├── ConfigError               a setting breaks a rule: names field, value and rule
-    ├── CheckpointError           a checkpoint cannot be served as it is
-    ├── StartError                the cluster did not come up: names the worker and its own words
+    ├── ConfigError               a setting breaks a rule; has field, value and rule
+    ├── CheckpointError           a checkpoint cannot be served
+    ├── StartError                the cluster did not start; has the part that failed and its reason
     ├── RequestError              the client's request is wrong
-    │   ├── UnsupportedParameterError   a known field that is not built
-    │   ├── ContextLengthError    prompt and output do not fit the context
+    │   ├── UnsupportedParameterError   a field of other servers is not supported here
+    │   ├── ContextLengthError    prompt and output exceed the model's context
     │   └── ModelNotFoundError    the model is not served here
-    ├── AuthenticationError       no or bad key
-    ├── PermissionDeniedError     a key that is known, and not for this
-    ├── RequestTooLargeError      a body above the limit
-    ├── LimitReachedError         nothing is wrong but how much is asked at once: come back later
-    │   ├── KeyLimitError         a key has used up what it may
-    │   └── QueueFullError        healthy but saturated: send less, or later
-    ├── NotReadyError             loading, draining or without experts: send it elsewhere
-    ├── DeadlineExceededError     the client's or the server's time limit passed
-    ├── RequestFailedError        this one request cannot be finished (NaN logits, for example)
-    │   └── PoisonousRequestError    it was alone in a step with which workers died
-    ├── RequestAbortedError       an operator ended this one request
-    ├── ConflictError             an order to the cluster that its state does not allow
-    ├── UnknownNameError          no worker, node or operation of that name
-    └── TransportError            the data or control plane
-        ├── ProtocolError         a peer sent what does not belong on the wire
-        │   ├── HandshakeError    a peer is not one of ours, or was started differently
-        │   └── SupersededError   a controller that another one has replaced
+    ├── AuthenticationError       the API key is missing or unknown
+    ├── PermissionDeniedError     the API key does not permit this request
+    ├── RequestTooLargeError      the body exceeds the limit
+    ├── LimitReachedError         the request is valid but exceeds a limit now: retry later
+    │   ├── KeyLimitError         a limit of the API key
+    │   └── QueueFullError        a limit of the queue: the cluster is saturated
+    ├── NotReadyError             the cluster loads, drains or lacks experts
+    ├── DeadlineExceededError     the client's or the server's time limit has passed
+    ├── RequestFailedError        this request cannot be finished (NaN logits, for example)
+    │   └── PoisonousRequestError    workers died while they ran this request alone in a step
+    ├── RequestAbortedError       an operator ended this request
+    ├── ConflictError             the state of the cluster does not permit a command
+    ├── UnknownNameError          no worker, node or operation has this name
+    └── TransportError            an error of the data plane or the control plane
+        ├── ProtocolError         a peer sent invalid or unexpected data
+        │   ├── HandshakeError    a peer belongs to another cluster or was started differently
+        │   └── SupersededError   another controller has replaced this one
         ├── PeerLostError         an edge was reset, closed or timed out
-        ├── TransferAbortedError  weights on their way to another worker took too long
+        ├── TransferAbortedError  a transfer of expert weights took too long
         └── GenerationChangedError   a new generation interrupts the current step
 
-Exceptions cross process borders: every constructor hands all its arguments to
-``super().__init__``, so that ``pickle`` can rebuild them.
+Exceptions are pickled between processes, so every constructor passes all its arguments to
+``super().__init__``.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class RequestTooLargeError(ExpertMeshError):
 
 
 class LimitReachedError(_TextError, ExpertMeshError):
-    """A limit is exceeded; ``limit`` names it in metrics; retry after ``retry_after_s``."""
+    """A limit is exceeded. ``limit``: its name in metrics. ``retry_after_s``: when to retry."""
 
     def __init__(self, message: str, retry_after_s: float, limit: str) -> None:
         super().__init__(message, retry_after_s, limit)
@@ -142,8 +142,8 @@ class KeyLimitError(LimitReachedError):
 class QueueFullError(LimitReachedError):
     """The queue is full; ``retry_after_s`` estimates when it will be empty.
 
-    The limits: queue_full (requests), queue_tokens or queue_wait at a gateway, worker_queue_full at
-    an attention worker.
+    ``limit`` is queue_full (requests), queue_tokens or queue_wait at a gateway, and
+    worker_queue_full at an attention worker.
     """
 
     def __init__(self, message: str, retry_after_s: float = 1.0, limit: str = "queue_full") -> None:
@@ -160,7 +160,7 @@ class NotReadyError(_TextError, ExpertMeshError):
 
 
 class DeadlineExceededError(_TextError, ExpertMeshError):
-    """A time limit passed; ``started`` tells whether the request was already running."""
+    """A time limit has passed. ``started``: whether the request was already running."""
 
     def __init__(self, message: str, started: bool = False) -> None:
         super().__init__(message, started)
@@ -168,11 +168,11 @@ class DeadlineExceededError(_TextError, ExpertMeshError):
 
 
 class RequestFailedError(ExpertMeshError):
-    """This request cannot be finished; the client did nothing wrong."""
+    """This request cannot be finished, although it is valid."""
 
 
 class PoisonousRequestError(RequestFailedError):
-    """Several workers died while they had this request; in the last step it ran alone."""
+    """Several workers died while they ran this request, the last one while it ran alone."""
 
 
 class RequestAbortedError(ExpertMeshError):
@@ -200,11 +200,11 @@ class ProtocolError(TransportError):
 
 
 class SupersededError(ProtocolError):
-    """The workers follow another controller; this one must not send commands or end workers."""
+    """The workers follow a newer controller; this one must not command or end them."""
 
 
 class DuplicateRegistrationError(ProtocolError):
-    """A known worker has lost its connection and registers again; frames may be lost."""
+    """A registered worker registers again, after it lost its connection; frames may be lost."""
 
 
 class HandshakeError(ProtocolError):

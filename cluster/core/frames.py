@@ -1,7 +1,7 @@
 """Messages on the control sockets between the controller and every worker.
 
-The first exchange is a mutual proof of the cluster token (``cluster.core.proof``), and names both
-releases. ``cluster.core.control_codec`` has their bytes.
+In the first messages both sides prove the cluster token (``cluster.core.proof``) and send their
+releases. ``cluster.core.control_codec`` encodes the messages.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from cluster.core.release import Build
 from cluster.core.topology import Generation, Member
 
 SlotContents = tuple[tuple[int, ...], ...]
-"""``[bank][expert slot]``: the logical expert that is completely loaded there, or ``FREE_SLOT``."""
+"""``[bank][expert slot]``: logical expert that is completely loaded there, or ``FREE_SLOT``."""
 
 
 class AdapterRecord(Message, frozen=True, kw_only=True):
-    """One load of an adapter."""
+    """A LoRA adapter that workers load, or have loaded."""
 
     key: str
-    """Identifies this load: requests refer to it, and cached prefixes belong to it."""
+    """Unique id of this load. Requests and cached prefixes refer to it."""
     name: str
-    """Name that clients use."""
+    """Model name that clients use."""
     path: str
     """Folder on the workers' hosts."""
     digest: str = ""
-    """Hash of its files; empty before the first worker has read them."""
+    """Hash of its files; empty until a worker has read them."""
     tenants: tuple[str, ...] = ()
-    """Names of the keys that may use it; empty if every caller may."""
+    """Names of the API keys that may use it; empty if every caller may."""
 
 
 class ControlFrame(Message, frozen=True, kw_only=True, tag_field="kind", tag=True):
-    """Base of all control messages."""
+    """Base class of all control messages."""
 
 
 class ControlHello(ControlFrame, frozen=True, kw_only=True, forbid_unknown_fields=False):
-    """Worker -> controller, first frame: the caller's name.
+    """Worker -> controller, first frame: the worker's name.
 
-    Fields of other releases are ignored here and in ``ControlChallenge``, so that the error can
-    name the release.
+    Unknown fields are ignored here and in ``ControlChallenge``, so that an error can name the
+    release of the peer.
     """
 
     worker: str
@@ -70,9 +70,9 @@ class Register(ControlFrame, frozen=True, kw_only=True):
 
     member: Member
     build: Build = Build()
-    """Must equal the build of the other workers."""
+    """Properties that must be equal on all workers."""
     info: dict[str, Any] = field(default_factory=dict)
-    """Facts: threads, device, host, kernels; on CUDA gpu, its name, and gpu_bandwidth_bytes_s."""
+    """Threads, device, host and kernels; on CUDA also gpu (its name) and gpu_bandwidth_bytes_s."""
 
 
 class LoadProgress(ControlFrame, frozen=True, kw_only=True):
@@ -86,8 +86,8 @@ class WorkerReady(ControlFrame, frozen=True, kw_only=True):
     """Worker -> controller: weights are loaded, and the worker can join a generation."""
 
     info: dict[str, Any] = field(default_factory=dict)
-    """Attention: max_model_len, vocab_size, num_kv_blocks, model_type, dtype, kv_cache_dtype.
-    Expert: bytes."""
+    """With attention: max_model_len, vocab_size, num_kv_blocks, model_type, dtype, kv_cache_dtype.
+    With experts: num_slots, expert_bytes, and device_speed if measured."""
 
 
 class WorkerFailed(ControlFrame, frozen=True, kw_only=True):
@@ -107,42 +107,42 @@ class Heartbeat(ControlFrame, frozen=True, kw_only=True):
     """Worker -> controller, every ``heartbeat_s``."""
 
     progress: int
-    """Grows with every iteration of the worker's loop. If it is constant while there is work, the
-    loop is stuck."""
+    """Counter of the worker's loop iterations. If it stays constant while there is work, the loop
+    is stuck."""
     idle: bool
     """Whether the loop waits for work, so that a constant ``progress`` is not a failure."""
     generation: int
-    """Newest generation that the worker follows."""
+    """Number of the newest generation that the worker has entered."""
     running: bool = False
     """Whether it runs steps of that generation."""
     epoch: int = 0
-    """Placement epoch of its steps."""
+    """Current placement epoch of the worker."""
     waiting: bool = False
-    """Whether the loop waits for a peer within a step: the peer then causes a constant
-    ``progress``."""
+    """Whether the loop waits for a peer within a step. Then the peer is the cause if ``progress``
+    stays constant."""
     stalled_s: float | None = None
-    """Time for which a requested or running step has not advanced; None without such a step."""
+    """Seconds for which a requested or running step has not advanced; None without such a step."""
     waits_for: tuple[str, ...] = ()
-    """Workers for which the loop waits: for rows, outputs, proposals or a header."""
+    """Names of the workers from which the loop awaits rows, outputs, proposals or a header."""
     fenced: bool = False
-    """Whether its lease has expired: it has left the generation and waits for the next one."""
+    """Whether its lease has expired, so that it has left the generation and awaits the next one."""
     number: int = 0
-    """Number of this worker's heartbeat; the acknowledgement repeats it."""
+    """Number of this heartbeat, which the acknowledgement repeats."""
     stats: dict[str, float] = field(default_factory=dict)
     """Gauges and counters by metric name; attention workers: kv_blocks_free, kv_blocks_total."""
     expert_load: LoadReport | None = None
-    """Set from time to time by attention workers."""
+    """Expert load; attention workers send it from time to time, otherwise None."""
     low_disks: tuple[LowDisk, ...] = ()
-    """Nearly full disks of its host."""
+    """Folders on nearly full disks of its host."""
     adapters: tuple[str, ...] = ()
     """Keys of the adapters that its requests use."""
     problems: tuple[str, ...] = ()
-    """Descriptions of the parts of the worker that do not work."""
+    """Texts about failed components of the worker."""
 
 
 class Alive(ControlFrame, frozen=True, kw_only=True):
-    """Worker -> controller, between heartbeats: the control thread runs. The controller does not
-    reply."""
+    """Worker -> controller, between heartbeats: shows that the control thread runs. The controller
+    does not reply."""
 
 
 class HeartbeatAck(ControlFrame, frozen=True, kw_only=True):
@@ -157,7 +157,7 @@ class HeartbeatAck(ControlFrame, frozen=True, kw_only=True):
 
 
 class StatusRequest(ControlFrame, frozen=True, kw_only=True):
-    """Controller -> worker: reply with the current stats (``StatusReply`` repeats ``token``)."""
+    """Controller -> worker: requests current stats. ``StatusReply`` repeats ``token``."""
 
     token: int
 
@@ -168,7 +168,7 @@ class StatusReply(ControlFrame, frozen=True, kw_only=True):
     token: int
     stats: dict[str, float] = field(default_factory=dict)
     expert_load: LoadReport | None = None
-    """Always set by attention workers."""
+    """Expert load, always set by attention workers."""
 
 
 class PeerLost(ControlFrame, frozen=True, kw_only=True):
@@ -183,34 +183,34 @@ class PeerLost(ControlFrame, frozen=True, kw_only=True):
 
 
 class NewGeneration(ControlFrame, frozen=True, kw_only=True):
-    """Controller -> worker: stop the current step and use this membership and these maps."""
+    """Controller -> worker: stop the current step, and use this membership and placement."""
 
     term: int
-    """Term of the controller; the worker ignores a lower term than it has seen."""
+    """Term of the controller. A worker ignores a term below the highest that it has seen."""
     generation: Generation
     placement: ExpertPlacement
-    """The authoritative epoch."""
+    """Maps of all banks, in the first epoch of the generation."""
     controller: str = ""
-    """Identity of the controller within that term; the worker ignores another one of the same term.
-    """
+    """Identity of the controller in its term. A worker accepts one controller in each term."""
     drained: list[str] = field(default_factory=list)
-    """Workers that were drained: their former requests did not cause a death."""
+    """Names of drained workers, so that their end does not count as a death for their requests."""
     places: tuple[str, ...] = ()
-    """All places of the cluster, with or without a worker."""
+    """Names of all places of the cluster, with or without a worker."""
 
 
 class ControllerSnapshot(ControlFrame, frozen=True, kw_only=True):
-    """Controller -> worker: state that a restarted controller receives back in ``WorkerReport``.
+    """Controller -> worker: state that the worker keeps for a restarted controller.
 
-    It is also a restarted controller's first message; it tells workers the term.
+    The worker returns it in ``WorkerReport``. A restarted controller sends this message first, so
+    that workers learn its term.
     """
 
     term: int
     """As in ``NewGeneration``."""
     memory: dict[str, Any]
-    """A ``ControllerMemory`` of the controller as plain data; workers only keep it."""
+    """The controller's ``ControllerMemory`` as plain data, which workers do not read."""
     version: int = 0
-    """Version of the memory, which the worker acknowledges."""
+    """Version of the memory; ``SnapshotKept`` repeats it."""
     controller: str = ""
     """As in ``NewGeneration``."""
     places: tuple[str, ...] = ()
@@ -218,7 +218,7 @@ class ControllerSnapshot(ControlFrame, frozen=True, kw_only=True):
 
 
 class SnapshotKept(ControlFrame, frozen=True, kw_only=True):
-    """Worker -> controller: it keeps this snapshot for the next controller."""
+    """Worker -> controller, reply to ``ControllerSnapshot``: the worker has stored it."""
 
     version: int
     """Version of the snapshot."""
@@ -227,123 +227,123 @@ class SnapshotKept(ControlFrame, frozen=True, kw_only=True):
 class WorkerReport(ControlFrame, frozen=True, kw_only=True):
     """Worker -> controller, after ``Register`` and ``WorkerReady`` on a new connection.
 
-    A restarted controller learns from it all that it must know.
+    A restarted controller restores its state from the reports of all workers.
     """
 
     generation: Generation | None
-    """The newest that was announced to it; None before the first."""
+    """Newest generation that was announced to the worker; None before the first."""
     placement: ExpertPlacement | None
-    """The maps announced with it."""
+    """Newest placement of that generation that the worker has run or received."""
     running: bool
-    """It runs that generation now, with these maps."""
+    """Whether the worker runs that generation now, with this placement."""
     highest_step: int
-    """Highest step number it has seen."""
+    """Highest step number that the worker has seen."""
     highest_epoch: int
-    """Highest placement epoch it has run."""
+    """Highest placement epoch that the worker has run."""
     known_epoch: int = 0
-    """Highest placement epoch of any order it has received: a new epoch must be above it."""
+    """Highest placement epoch in any command it has received. A new epoch must be above it."""
     memory: dict[str, Any] = field(default_factory=dict)
     """Memory of the last ``ControllerSnapshot``."""
     slots: SlotContents = ()
-    """What its expert slots hold now."""
+    """Current contents of its expert slots."""
 
 
 class GenerationReady(ControlFrame, frozen=True, kw_only=True):
-    """Worker -> controller: edges of this generation are open, the old step is abandoned."""
+    """Worker -> controller: edges of this generation are open, and the old step is abandoned."""
 
     generation: int
     highest_step: int
-    """Highest step number it has seen."""
+    """Highest step number that the worker has seen."""
     highest_epoch: int
-    """Highest placement epoch it has run."""
+    """Highest placement epoch that the worker has run."""
     slots: SlotContents = ()
-    """What its expert slots hold now; an order under way may still fill others."""
+    """Current contents of its expert slots. A running load command may still fill other slots."""
 
 
 class RunGeneration(ControlFrame, frozen=True, kw_only=True):
-    """Controller -> worker: all members are ready; steps are numbered from ``first_step``."""
+    """Controller -> worker: all members are ready; start steps, beginning with ``first_step``."""
 
     generation: int
     first_step: int
 
 
 class LoadExperts(ControlFrame, frozen=True, kw_only=True):
-    """Controller -> worker with experts: fill expert slots in the background.
+    """Controller -> worker with experts: load experts into expert slots in the background.
 
-    The slots are in no placement in force; see ``workers/experts/transfer/loading.py``.
+    No active placement uses these slots; see ``workers/experts/transfer/loading.py``.
     """
 
     order: int
-    """Number of the order; ``ExpertsLoaded`` repeats it."""
+    """Number of the command; ``ExpertsLoaded`` repeats it."""
     epoch: int = 0
-    """The placement epoch that the controller believes to be in force."""
+    """The current placement epoch in the controller's view."""
     experts: list[list[int]]
-    """``[bank, expert slot, logical expert]``; ``FREE_SLOT`` for the expert empties the slot."""
+    """Entries ``[bank, expert slot, logical expert]``; the expert ``FREE_SLOT`` empties a slot."""
     source: dict[str, Any] = field(default_factory=dict)
-    """``kind`` of the source, ``checkpoint`` without one, and what that kind needs to know."""
+    """``kind`` of the source (default ``checkpoint``) and the parameters of that kind."""
 
 
 class ExpertsLoaded(ControlFrame, frozen=True, kw_only=True):
-    """Worker -> controller: a load order is carried out, or cannot be."""
+    """Worker -> controller, reply to ``LoadExperts``: the command has succeeded or failed."""
 
     order: int
     error: str = ""
-    """Why it cannot be carried out; empty when all experts are in their slots."""
+    """Why the command failed; empty if all experts are in their slots."""
     num_bytes: int = 0
-    """Bytes that were read."""
+    """Number of bytes read."""
 
 
 class KeepAdapters(ControlFrame, frozen=True, kw_only=True):
-    """Controller -> worker that runs attention: have these adapters, and no others.
+    """Controller -> worker that runs attention: load these adapters, and unload all others.
 
-    A newer order replaces an older one, which is not answered then.
+    A newer command replaces an older one, which then gets no reply.
     """
 
     number: int
-    """Number of the order; ``AdaptersKept`` repeats it."""
+    """Number of the command; ``AdaptersKept`` repeats it."""
     adapters: tuple[AdapterRecord, ...]
 
 
 class AdaptersKept(ControlFrame, frozen=True, kw_only=True):
-    """Worker -> controller, reply to ``KeepAdapters``: ready adapters, and why others are not."""
+    """Worker -> controller, reply to ``KeepAdapters``: ready adapters, and errors of the others."""
 
     number: int
     digests: dict[str, str]
-    """By key, of adapters that are ready for requests."""
+    """Hash of the files by key, for adapters that are ready for requests."""
     errors: dict[str, str] = field(default_factory=dict)
-    """By key, why others cannot be loaded."""
+    """Error by key, for adapters that could not be loaded."""
 
 
 class DrainRequest(ControlFrame, frozen=True, kw_only=True):
-    """Worker -> controller: its process received SIGTERM; drain it first."""
+    """Worker -> controller: the worker asks for a drain, as its process received SIGTERM."""
 
 
 class Superseded(ControlFrame, frozen=True, kw_only=True):
-    """Worker -> controller, the last frame: it follows another controller from now on."""
+    """Worker -> controller, last frame: the worker now follows another controller."""
 
     term: int
     """Highest term that it has followed."""
 
 
 class NewEpoch(ControlFrame, frozen=True, kw_only=True):
-    """Controller -> worker: maps of a placement epoch that may come into force.
+    """Controller -> worker: maps of a placement epoch that later steps may use.
 
-    The weights for it are in their slots everywhere. The epoch in force stays until a step header
-    names another.
+    All workers already have its weights in their slots. The current epoch stays active until a step
+    header has another epoch.
     """
 
     generation: int
-    """Generation that it is for; in any other the frame is ignored."""
+    """Generation of the epoch. In any other generation the frame is ignored."""
     epoch: int
-    """The epoch, above all before it."""
+    """The new epoch, greater than all earlier ones."""
     base_epoch: int
-    """The epoch in force, whose maps hold for the banks that are not among ``banks``."""
+    """The current epoch, whose maps still apply to all banks that are not in ``banks``."""
     banks: tuple[tuple[int, BankPlacement], ...]
-    """(place in the placement, maps) of every bank whose maps differ."""
+    """(index in the placement, maps) of every bank whose maps differ."""
 
 
 class EpochReady(ControlFrame, frozen=True, kw_only=True):
-    """Worker -> controller: it could run steps in the epoch, or why not."""
+    """Worker -> controller, reply to ``NewEpoch``: it can run the epoch, or ``error`` is set."""
 
     generation: int
     epoch: int
@@ -351,25 +351,25 @@ class EpochReady(ControlFrame, frozen=True, kw_only=True):
 
 
 class SwitchEpoch(ControlFrame, frozen=True, kw_only=True):
-    """Controller -> leader: headers name this epoch from the next step on, be it an empty one."""
+    """Controller -> leader: use this epoch in step headers, beginning with the next step."""
 
     generation: int
     epoch: int
     oldest_epoch: int
-    """Oldest epoch of the header: no step runs in an older one any more."""
+    """``StepHeader.oldest_epoch`` of these headers: no later step runs in an older epoch."""
 
 
 class EpochSwitched(ControlFrame, frozen=True, kw_only=True):
-    """Leader -> controller: the header of ``step`` names the epoch; the step before is over."""
+    """Leader -> controller: step ``step`` runs in the epoch, and the step before it has ended."""
 
     generation: int
     epoch: int
     step: int
     stall_s: float = 0.0
-    """Time between the end of the step before and this header, where there was work."""
+    """Seconds between the end of the step before and this header, if there was work; else 0."""
 
 
 class Shutdown(ControlFrame, frozen=True, kw_only=True):
-    """Controller -> worker: end yourself."""
+    """Controller -> worker: end the process."""
 
     reason: str = ""

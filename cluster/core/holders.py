@@ -1,6 +1,6 @@
-"""Workers from whose memory a new worker can read its experts. Pure.
+"""Finds the workers from whose memory a new worker can read its experts. Pure.
 
-Example, one bank: the target gives device 2 experts 0 and 2, and ((0, 1), (2, 3, 0)) is in force:
+Example, one bank: device 2 needs experts 0 and 2, and the current placement is ((0, 1), (2, 3, 0)):
 
     expert-0 holds ((0,),)    expert-1 holds ((0, 2),)
 """
@@ -15,21 +15,21 @@ from cluster.core.topology import Member
 
 
 class ExpertHolder(Message, frozen=True, kw_only=True):
-    """A serving worker, and its experts in memory that a new worker can copy."""
+    """A serving worker, with the experts that a new worker can copy from its memory."""
 
     name: str
     address: str
     """``host:port`` at which the worker provides the weights of its experts."""
     experts: tuple[tuple[int, ...], ...]
-    """``[bank]`` -> logical experts, rising."""
+    """``[bank]``: logical experts, ascending."""
 
 
 def expert_holders(
     members: Sequence[Member], current: ExpertPlacement, target: ExpertPlacement, device: int
 ) -> tuple[ExpertHolder, ...]:
-    """Members that hold experts which ``target`` gives to ``device``.
+    """Return the members that hold experts which ``target`` gives to ``device``.
 
-    ``current`` is the placement that the members run. What a worker holds may change after this.
+    ``current`` is the placement that the members run. Their experts may change later.
     """
     wanted = _by_bank(target, device)
     holders = []
@@ -46,7 +46,7 @@ def expert_holders(
 
 
 def _by_bank(placement: ExpertPlacement, device: int) -> list[set[int]]:
-    """``[bank]`` -> logical experts of a device."""
+    """``[bank]``: logical experts of a device."""
     return [
         set(bank.physical_to_logical[device]) - {FREE_SLOT}
         if 0 <= device < bank.num_devices

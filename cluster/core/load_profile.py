@@ -1,4 +1,4 @@
-"""Expert load: tokens per logical expert and bank, and how well a placement balances it.
+"""Load profiles: the number of tokens by logical expert and bank, in memory and in files.
 
 File format (``load --save``, ``plan --profile``):
 
@@ -35,7 +35,7 @@ class BankLoad(msgspec.Struct, frozen=True, kw_only=True):
     layer: int
     """Layer of the model."""
     counts: tuple[int | float, ...]
-    """``[logical expert]`` -> tokens that chose it."""
+    """``[logical expert]``: number of tokens that chose it."""
 
     def __post_init__(self) -> None:
         where = f"load of bank {self.bank} layer {self.layer}"
@@ -48,11 +48,11 @@ class LoadProfile(msgspec.Struct, frozen=True, kw_only=True):
     """Expert load of all banks over ``tokens`` tokens."""
 
     model: str
-    """Name of the model it was taken from."""
+    """Name of the model whose load was measured."""
     top_k: int
-    """Experts a token chooses."""
+    """Number of experts that each token chooses."""
     tokens: int
-    """Tokens that were counted."""
+    """Number of counted tokens."""
     banks: tuple[BankLoad, ...]
     """One entry per bank."""
 
@@ -64,17 +64,17 @@ class LoadProfile(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def bank_shapes(self) -> list[BankShape]:
-        """The banks without their load."""
+        """Shapes of the banks, without load."""
         return [
             BankShape(bank=b.bank, layer=b.layer, num_experts=len(b.counts)) for b in self.banks
         ]
 
     def counts(self, bank: str, layer: int) -> tuple[float, ...]:
-        """Counts of one bank; empty when the profile does not know it."""
+        """Counts of one bank; empty if the profile does not have the bank."""
         return next((b.counts for b in self.banks if (b.bank, b.layer) == (bank, layer)), ())
 
     def merge(self, other: LoadProfile) -> LoadProfile:
-        """Sum of two profiles of the same model. Raises ``ConfigError`` when they do not fit."""
+        """Sum of two profiles. Raises ``ConfigError`` if they are of different models."""
         check(
             self.shape() == other.shape(),
             "load_profile",
@@ -88,16 +88,16 @@ class LoadProfile(msgspec.Struct, frozen=True, kw_only=True):
         return replace(self, tokens=self.tokens + other.tokens, banks=banks)
 
     def shape(self) -> tuple[int, frozenset[tuple[str, int, int]]]:
-        """What profiles must share: top_k, and (bank, layer, number of experts) of all banks."""
+        """Properties that profiles must share to be merged: top_k and the shapes of all banks."""
         return self.top_k, frozenset((b.bank, b.layer, len(b.counts)) for b in self.banks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data in the file format."""
+        """The profile as plain data in the file format."""
         return {"schema": SCHEMA, **to_plain(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LoadProfile:
-        """Read the file format. Raises ``ConfigError`` naming the field that breaks a rule."""
+        """Read plain data of the file format. Raises ``ConfigError`` with the invalid field."""
         schema = data.get("schema") if isinstance(data, Mapping) else data
         check(schema == SCHEMA, "load_profile.schema", schema, "must be 1")
         return from_plain(
@@ -115,9 +115,9 @@ def load_profile(path: Path) -> LoadProfile:
 
 
 def device_loads(placement: BankPlacement, counts: Sequence[float]) -> tuple[float, ...]:
-    """``[device]`` -> tokens it takes when each copy takes its share of its expert's tokens.
+    """Number of tokens by device, if each copy gets its share of its expert's tokens.
 
-    Devices that hold no copy of anything (lost ones) are left out.
+    Devices without any copy (lost ones) are left out.
     """
     return tuple(
         sum(

@@ -1,7 +1,7 @@
-"""An attention worker's counts for the controller: tokens by expert and by copy.
+"""Token counts by expert and by copy, which an attention worker reports to the controller.
 
-Counts only grow while a worker lives, so a report may be lost, or come twice. The codec sends an
-array in the narrowest integers that hold it: 62 layers of 128 experts with two copies are 0.2 MB.
+Counts only grow while a worker lives, so a report may be lost or arrive twice. The codec sends an
+array in the smallest sufficient integer type: 62 layers of 128 experts with two copies take 0.2 MB.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from cluster.core.codec import Message
 
 Counts = npt.NDArray[np.int64]
 BankKey = tuple[str, int]
-"""Kind of bank and layer."""
+"""Kind and layer of a bank."""
 
 
 class BankCounts(Message, frozen=True, kw_only=True):
-    """One bank: tokens (pairs of a row and a chosen expert) of committed steps."""
+    """Counts of one bank: (row, chosen expert) pairs of committed steps."""
 
     prefill: Counts
-    """[num_experts] prompt rows, since the worker's start."""
+    """[num_experts]: pairs of prompt rows since the worker's start."""
     decode: Counts
-    """[num_experts] decode rows, since the worker's start."""
+    """[num_experts]: pairs of decode rows since the worker's start."""
     epoch_prefill: Counts
-    """[num_experts, copies] prompt rows of this placement epoch, by the copy that served them;
-    copies are in the order of ``BankPlacement.logical_to_physical``."""
+    """[num_experts, copies]: pairs of prompt rows in this placement epoch, by the copy that served
+    them. Copies are in the order of ``BankPlacement.logical_to_physical``."""
     epoch_decode: Counts
-    """[num_experts] decode rows of this epoch; one copy of each expert served them."""
+    """[num_experts]: pairs of decode rows in this epoch, which one copy of each expert served."""
 
     def __post_init__(self) -> None:
         experts, copies = len(self.prefill), self.epoch_prefill.shape[-1]
@@ -40,12 +40,12 @@ class BankCounts(Message, frozen=True, kw_only=True):
 
     @property
     def num_experts(self) -> int:
-        """Logical experts."""
+        """Number of logical experts."""
         return len(self.prefill)
 
     @classmethod
     def zeros(cls, num_experts: int, num_copies: int = 1) -> BankCounts:
-        """Nothing counted yet."""
+        """Create counts that are all zero."""
         return cls(
             prefill=np.zeros(num_experts, dtype=np.int64),
             decode=np.zeros(num_experts, dtype=np.int64),
@@ -60,9 +60,9 @@ class LoadReport(Message, frozen=True, kw_only=True):
     epoch: int
     """Placement epoch that ``epoch_prefill`` and ``epoch_decode`` belong to."""
     rows: int
-    """Rows of committed steps since the worker's start."""
+    """Number of rows of committed steps since the worker's start."""
     banks: Mapping[BankKey, BankCounts]
-    """By kind and layer, in the order of the model."""
+    """Counts by kind and layer of the bank, in the order of the model."""
 
 
 def sum_by_copy(one: Counts, other: Counts) -> Counts:

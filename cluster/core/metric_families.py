@@ -1,6 +1,6 @@
-"""Prometheus metrics as plain data, on their way from the process that counts to the one scraped.
+"""Prometheus metrics as plain data, sent from the process that counts to the one that is scraped.
 
-It imports ``prometheus_client``; nothing else in this folder does.
+The only module of this folder that imports ``prometheus_client``.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from prometheus_client.utils import floatToGoString
 PlainFamily = dict[str, Any]
 """``name``, ``text`` (help), ``type`` and ``samples``: [name, labels, value]."""
 _MOST_SERIES = 16_384
-"""Series whose text is kept: more than a cluster has, unless it shows every expert."""
+"""Number of series whose text is cached, more than most clusters have."""
 
 
 def new_registry() -> CollectorRegistry:
-    """An empty registry whose metrics have no ``_created`` series."""
+    """Create an empty registry whose metrics have no ``_created`` series."""
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     return CollectorRegistry()
 
 
 def to_plain(registry: CollectorRegistry | RestrictedRegistry) -> list[PlainFamily]:
-    """All families of a registry, which ``MergedFamilies`` reads."""
+    """Return all families of a registry as plain data for ``MergedFamilies``."""
     return [
         {
             "name": family.name,
@@ -40,14 +40,14 @@ def to_plain(registry: CollectorRegistry | RestrictedRegistry) -> list[PlainFami
 
 
 class MergedFamilies:
-    """Plain families of several processes, each family once; all names get ``prefix``."""
+    """Merges families of several processes. Each appears once, with ``prefix`` in its name."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
         self._families: dict[str, list[str]] = {}
 
     def add(self, added: Iterable[PlainFamily], **labels: str) -> None:
-        """Add families of one process, whose samples get more labels, or others of these names."""
+        """Add families of one process. ``labels`` are added to its samples, or replace labels."""
         for found in added:
             name = self._prefix + found["name"]
             if (lines := self._families.get(name)) is None:
@@ -58,16 +58,16 @@ class MergedFamilies:
                 lines.append(f"{series} {shown}\n")
 
     def render(self) -> bytes:
-        """The families in the order in which they were added, in Prometheus' text format.
+        """Return the families in Prometheus' text format, in the order in which they were added.
 
-        ``prometheus_client.generate_latest`` checks and escapes each name and label of each scrape
-        again, and takes five times as long, in the gateway's event loop.
+        ``prometheus_client.generate_latest`` checks and escapes every name and label in each scrape
+        again, so it would block the gateway's event loop five times as long.
         """
         return "".join(line for lines in self._families.values() for line in lines).encode()
 
 
 def _head(name: str, text: str, kind: str) -> str:
-    """The lines before a family's samples."""
+    """Return the lines before a family's samples."""
     shown = f"{name}_total" if kind == "counter" else name
     escaped = text.replace("\\", "\\\\").replace("\n", "\\n")
     return f"# HELP {shown} {escaped}\n# TYPE {shown} {kind}\n"
@@ -75,7 +75,7 @@ def _head(name: str, text: str, kind: str) -> str:
 
 @lru_cache(maxsize=_MOST_SERIES)
 def _series(name: str, *labels: tuple[str, str]) -> str:
-    """A sample's name and labels, sorted; of two labels with one name the last counts."""
+    """Return a sample's name and sorted labels; of two labels with one name, the last is used."""
     distinct = sorted(dict(labels).items())
     escaped = (f'{label}="{_escaped(value)}"' for label, value in distinct)
     return f"{name}{{{','.join(escaped)}}}" if labels else name

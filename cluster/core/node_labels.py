@@ -1,9 +1,9 @@
-"""Labels of Ray nodes: their role, failure domain, link class and speed, as an operator sets them.
+"""Labels that an operator sets on Ray nodes: role, failure domain, link class and speed.
 
     ray start ... --labels "expertmesh/role=expert,expertmesh/failure-domain=rack-7"
 
-A node without labels may hold every role that no node is labelled for. It is a failure domain and a
-link class of its own, with devices of speed 1.
+A node without labels may run every role for which no node has a label. It is a failure domain and a
+link class of its own, and its devices have speed 1.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from dataclasses import dataclass
 from cluster.core.errors import ConfigError
 
 ROLE = "expertmesh/role"
-"""The role: one of ``ROLES``."""
+"""Label of the role of the node's workers: one of ``ROLES``."""
 ROLES = ("attention", "expert", "colocated", "gateway")
-"""Roles of workers; ``gateway`` is for gateway replicas and the controller."""
+"""Values of the role label; ``gateway`` is for gateway replicas and the controller."""
 FAILURE_DOMAIN = "expertmesh/failure-domain"
-"""Failure domain: copies of an expert are in two of them where slots allow."""
+"""Label of the failure domain. If slots allow, an expert has copies in two domains."""
 LINK_CLASS = "expertmesh/link-class"
-"""Nodes with the same class have fast links: weights come from there first."""
+"""Label of the link class. Links in a class are fast, so weights are read from its nodes first."""
 DEVICE_SPEED = "expertmesh/device-speed"
-"""Speed of the node's devices, relative to other nodes: load is in proportion."""
+"""Label of the relative speed of the node's devices, to which their load is proportional."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeLabels:
-    """A node's labels."""
+    """The values of a node's labels."""
 
     role: str = ""
-    """Role; empty: every role that no node is labelled for."""
+    """Role; empty for every role for which no node has a label."""
     domain: str = ""
-    """Failure domain; empty: the node itself."""
+    """Failure domain; empty for the node itself."""
     link_class: str = ""
-    """Link class; empty: the node itself."""
+    """Link class; empty for the node itself."""
     speed: float = 1.0
     """Relative speed of a device."""
 
     @classmethod
     def of(cls, labels: Mapping[str, str], node: str) -> NodeLabels:
-        """Read a node's labels. Raises ``ConfigError`` naming label and node."""
+        """Read a node's labels. Raises ``ConfigError`` with the invalid label and the node."""
         role = labels.get(ROLE, "")
         if role and role not in ROLES:
             rule = f"must be one of {', '.join(ROLES)}"
@@ -55,7 +55,7 @@ class NodeLabels:
 
 
 def selector_for(role: str, places: Iterable[NodeLabels]) -> dict[str, str]:
-    """Ray's label selector of the nodes that a role may run on; empty where any will do."""
+    """Ray's label selector for the nodes that a role may run on; empty for any node."""
     labelled = {place.role for place in places if place.role}
     if role in labelled:
         return {ROLE: role}

@@ -6,9 +6,9 @@ Example, one bank of 4 experts on 2 devices with one redundant expert each (3 ex
     logical_to_physical(2) = ((0, 2), (1, 0))     (device, expert slot) of each copy
     replica_count = (2, 1, 2, 1)
 
-``split`` gives the share of an expert's prefill tokens that each copy takes, ``decode_device`` the
-one device that serves an expert in decode steps (see docs: prefill and decode are balanced apart).
-The file format is that of ``expertmesh plan placement --json``.
+``split`` is the share of its expert's prefill tokens that each copy gets. ``decode_device`` is the
+only device that serves an expert's decode tokens, as prefill and decode are balanced separately.
+Placement files have the format of ``expertmesh plan placement --json``.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from cluster.core.codec import Message, to_plain
 from cluster.core.errors import ConfigError
 
 FREE_SLOT = -1
-"""Marks an expert slot that holds nothing."""
+"""Stands for the expert of an empty slot."""
 
 
 class BankPlacement(Message, frozen=True, kw_only=True):
-    """The maps of one expert bank. Device ``d`` here is ``Member.device`` of an expert worker."""
+    """The maps of one expert bank. A device is the index ``Member.device`` of an expert worker."""
 
     bank: str
     """Kind of bank within its layer, ``mlp`` or ``attention``."""
     layer: int
     """Layer of the model."""
     num_experts: int
-    """Logical experts of the bank."""
+    """Number of logical experts of the bank."""
     physical_to_logical: tuple[tuple[int, ...], ...]
-    """``[device][expert slot]`` -> logical expert, ``FREE_SLOT`` for an empty one."""
+    """``[device][expert slot]``: logical expert, or ``FREE_SLOT`` for an empty slot."""
     split: tuple[tuple[float, ...], ...]
-    """``[device][expert slot]`` -> share of that expert's prefill tokens; sums to 1 an expert."""
+    """``[device][expert slot]``: share of its expert's prefill tokens; an expert's sum is 1."""
     decode_device: tuple[int, ...]
-    """``[logical expert]`` -> device that serves it in decode steps."""
+    """``[logical expert]``: device that serves its decode tokens."""
 
     def __post_init__(self) -> None:
         where = f"placement of bank {self.bank} layer {self.layer}"
@@ -78,30 +78,30 @@ class BankPlacement(Message, frozen=True, kw_only=True):
 
     @property
     def num_devices(self) -> int:
-        """Devices the maps speak of."""
+        """Number of devices in the maps."""
         return len(self.physical_to_logical)
 
     def copies(self) -> Iterator[tuple[int, int, int]]:
-        """Every physical expert as (device, expert slot, logical expert), by device and slot."""
+        """Yield all copies as (device, expert slot, logical expert), by device and slot."""
         for device, slots in enumerate(self.physical_to_logical):
             for slot, expert in enumerate(slots):
                 if expert != FREE_SLOT:
                     yield device, slot, expert
 
     def num_at_risk(self, domains: Sequence[str]) -> int:
-        """Experts with copies in one failure domain only; ``domains`` is by device."""
+        """Number of experts whose copies are all in one failure domain. ``domains``: by device."""
         found: list[set[str]] = [set() for _ in range(self.num_experts)]
         for device, _, expert in self.copies():
             found[expert].add(domains[device])
         return sum(len(where) == 1 for where in found)
 
     def holders(self, expert: int) -> tuple[int, ...]:
-        """The devices that hold an expert, rising."""
+        """Devices that hold an expert, ascending."""
         return tuple(device for device, _ in self.logical_to_physical(expert))
 
     @property
     def replica_count(self) -> tuple[int, ...]:
-        """``[logical expert]`` -> number of copies."""
+        """``[logical expert]``: number of copies."""
         return tuple(len(self.logical_to_physical(e)) for e in range(self.num_experts))
 
     def logical_to_physical(self, expert: int) -> tuple[tuple[int, int], ...]:
@@ -123,7 +123,7 @@ class BankPlacement(Message, frozen=True, kw_only=True):
         split: Sequence[Sequence[float]] | None = None,
         decode_device: Sequence[int] | None = None,
     ) -> BankPlacement:
-        """Fill in what a file may leave out: equal shares, and decode on the lowest device."""
+        """Build the maps with defaults: equal shares, and decode on each expert's lowest device."""
         maps = tuple(tuple(int(e) for e in slots) for slots in physical_to_logical)
         holders: list[list[int]] = [[] for _ in range(num_experts)]
         for device, slots in enumerate(maps):
@@ -148,11 +148,11 @@ class BankPlacement(Message, frozen=True, kw_only=True):
     def with_slots(
         self, rows: Sequence[Sequence[int]], decode_device: Sequence[int] | None = None
     ) -> BankPlacement:
-        """The bank with other slots: shares and decode devices stay with the copies that stay.
+        """Return the maps for other slot contents, in which the copies that stay keep their roles.
 
-        ``rows`` is ``[device][slot]`` -> expert, and has every expert. The shares of copies that
-        are gone fall to the others of their expert in proportion; an expert whose decode device is
-        gone moves to the lowest one that holds it, unless ``decode_device`` names them all.
+        ``rows``: ``[device][slot]``, with every expert. Shares of removed copies go to the other
+        copies of the expert in proportion. If the decode device of an expert no longer has it, the
+        lowest device that does replaces it. ``decode_device``, if given, sets all decode devices.
         """
         share = {(d, expert): self.split[d][slot] for d, slot, expert in self.copies()}
         totals = [0.0] * self.num_experts
@@ -181,9 +181,9 @@ class BankPlacement(Message, frozen=True, kw_only=True):
         )
 
     def without_devices(self, lost: frozenset[int]) -> BankPlacement | None:
-        """The same maps after ``lost`` devices emptied; None when an expert has no copy left.
+        """Return the maps with the ``lost`` devices empty; None if an expert has no copy left.
 
-        See ``with_slots``. Device indices stay as they are.
+        See ``with_slots``. Device indices do not change.
         """
         rows = [
             (FREE_SLOT,) * len(slots) if d in lost else slots
@@ -194,22 +194,22 @@ class BankPlacement(Message, frozen=True, kw_only=True):
 
 
 class ExpertPlacement(Message, frozen=True, kw_only=True):
-    """The maps of all banks, valid from one placement epoch on."""
+    """The maps of all banks in one placement epoch."""
 
     epoch: int
-    """Placement epoch; only grows."""
+    """Number of the placement epoch, which only grows."""
     banks: tuple[BankPlacement, ...]
     """One entry per bank, in the order of the model's bank list."""
 
     @property
     def num_devices(self) -> int:
-        """Devices the maps speak of."""
+        """Number of devices in the maps."""
         return self.banks[0].num_devices if self.banks else 0
 
     def missing(self, device: int, held: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, int]]:
-        """(bank, slot, expert) that a device should hold and does not.
+        """Yield (bank, slot, expert) for each expert that is missing in a device's slots.
 
-        ``held`` is ``[bank][slot]`` -> expert there, or ``FREE_SLOT``; it may be shorter.
+        ``held``: ``[bank][slot]``, the expert in the slot or ``FREE_SLOT``. It may be shorter.
         """
         for bank, maps in enumerate(self.banks):
             row, wanted = tuple(held[bank] if bank < len(held) else ()), maps.physical_to_logical
@@ -220,7 +220,7 @@ class ExpertPlacement(Message, frozen=True, kw_only=True):
                     yield bank, slot, expert
 
     def packed(self) -> ExpertPlacement:
-        """The same experts on every device, without the free slots between them."""
+        """Return a placement with the same experts on each device, but no free slots between."""
         banks = (
             b.with_slots([[e for e in row if e != FREE_SLOT] for row in b.physical_to_logical])
             for b in self.banks
@@ -228,7 +228,7 @@ class ExpertPlacement(Message, frozen=True, kw_only=True):
         return replace(self, banks=tuple(banks))
 
     def up_to(self, num_devices: int) -> ExpertPlacement:
-        """The same maps without the rows of later devices, which hold nothing."""
+        """Return the maps without the devices from ``num_devices`` on, which must be empty."""
         banks = (
             replace(
                 b,
@@ -240,28 +240,28 @@ class ExpertPlacement(Message, frozen=True, kw_only=True):
         return replace(self, banks=tuple(banks))
 
     def with_shares(self, other: ExpertPlacement) -> ExpertPlacement:
-        """The same slots with the shares and decode devices of another placement."""
+        """Return these slots with the shares and decode devices of another placement."""
         by_key = {(b.bank, b.layer): b for b in other.banks}
         banks = (by_key[b.bank, b.layer].with_slots(b.physical_to_logical) for b in self.banks)
         return replace(self, banks=tuple(banks))
 
     def without_devices(self, lost: frozenset[int], epoch: int) -> ExpertPlacement | None:
-        """The placement of the survivors as ``epoch``; None when an expert has no copy left."""
+        """Return placement ``epoch`` without ``lost`` devices; None if an expert has no copy."""
         left = [b.without_devices(lost) for b in self.banks]
         kept = tuple(b for b in left if b is not None)
         return ExpertPlacement(epoch=epoch, banks=kept) if len(kept) == len(left) else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data in the placement file's format."""
+        """Return the placement as plain data in the file format."""
         return {"schema": 1, **to_plain(self)}
 
     @classmethod
     def from_dict(
         cls, data: Mapping[str, Any], num_experts: Mapping[tuple[str, int], int] | None = None
     ) -> ExpertPlacement:
-        """Read the file format. ``num_experts`` by (bank, layer) where the data lacks it.
+        """Read plain data of the file format. Raises ``ConfigError`` with the invalid bank.
 
-        Raises ``ConfigError`` naming the bank that breaks a rule.
+        ``num_experts``: by (bank, layer), for data without these numbers.
         """
         if data.get("schema") != 1:
             raise ConfigError("placement.schema", data.get("schema"), "must be 1")
@@ -285,10 +285,10 @@ class ExpertPlacement(Message, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BankShape:
-    """What a planner needs to know of one bank."""
+    """Properties of one bank that a planner needs."""
 
     bank: str
-    """Kind, ``mlp`` or ``attention``."""
+    """Kind of bank within its layer, ``mlp`` or ``attention``."""
     layer: int
     """Layer of the model."""
     num_experts: int
@@ -297,10 +297,10 @@ class BankShape:
 def contiguous(
     banks: Sequence[BankShape], num_devices: int, num_redundant: int = 0, epoch: int = 1
 ) -> ExpertPlacement:
-    """Experts in order, an equal block on each device; spare slots continue round the ring.
+    """Return a placement in which each device has an equal block of consecutive experts.
 
-    Device d's ``num_redundant`` spare slots hold the first experts of d+1, d+2, .. that it does
-    not hold yet; a slot for which no such expert is left stays free.
+    The ``num_redundant`` spare slots of device d hold the first experts of devices d+1, d+2, ..
+    that it does not hold yet. If no such expert is left, a slot stays free.
     """
     placed = []
     for shape in banks:
@@ -338,7 +338,7 @@ def contiguous(
 def load_placement(path: Path, banks: Sequence[BankShape], num_devices: int) -> ExpertPlacement:
     """Read a placement file and check it against the model and the number of devices.
 
-    Raises ``ConfigError`` with the file's name and the rule that it breaks.
+    Raises ``ConfigError`` with the name of the file and the rule that it breaks.
     """
     wrong = partial(ConfigError, "placement_file", path.name)
     try:

@@ -1,4 +1,4 @@
-"""Processes by id, safe against reused ids."""
+"""Identifies processes by id and start time, as ids are reused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def describe_self() -> ProcessIdentity:
 
 
 def is_running(process: ProcessIdentity) -> bool:
-    """Return whether this process still runs; a zombie does not count."""
+    """Return whether the process still runs. A zombie does not count as running."""
     try:
         found = psutil.Process(process.pid)
         same = abs(found.create_time() - process.started_at) < 1.0
@@ -38,7 +38,7 @@ def is_running(process: ProcessIdentity) -> bool:
 
 
 def kill_process(process: ProcessIdentity) -> None:
-    """Send SIGKILL, which also ends a stopped process. No effect if it has ended."""
+    """Send SIGKILL, which also ends a stopped process. Does nothing if it has ended."""
     if is_running(process):
         os.kill(process.pid, signal.SIGKILL)
 
@@ -54,8 +54,8 @@ def wait_gone(process: ProcessIdentity, limit_s: float) -> bool:
 
 
 def count_cpus() -> int:
-    """Return the number of cores that this process may use (affinity and container limit), at least
-    1."""
+    """Return the number of cores that this process may use, at least 1. Affinity and container
+    limits count."""
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux

@@ -1,4 +1,4 @@
-"""Proofs of the cluster token over two nonces; both sides of internal connections send one.
+"""Proofs that a side of an internal connection knows the cluster token, made from two nonces.
 
 A proof includes the kind of connection and the side, so that it cannot be reflected or reused.
 """
@@ -16,7 +16,7 @@ class TokenProof:
     """Makes the proof of one side of a connection, and checks the proof of the other side."""
 
     def __init__(self, token: str, channel: str, *, is_caller: bool, their_nonce: str = "") -> None:
-        """``channel`` is the kind of connection; the caller is the side that connects."""
+        """``channel``: kind of connection. ``is_caller``: whether this side has connected."""
         self._token = token
         self._channel = channel
         self._is_caller = is_caller
@@ -25,7 +25,7 @@ class TokenProof:
         """Nonce of the other side; empty until it is known."""
 
     def make_proof(self, words: bytes = b"") -> str:
-        """Return the proof that this side knows the token and sent ``words``."""
+        """Return the proof that this side knows the token and has sent ``words``."""
         return self._proof(self._is_caller, words)
 
     def is_peer_proof(self, given: str, words: bytes = b"") -> bool:

@@ -23,7 +23,7 @@ RELEASE = installed_version("expertmesh") or "0+unknown"
 
 
 def check_release(theirs: str, peer: str, ours: str, me: str) -> None:
-    """Raise ``HandshakeError`` with both names if their releases differ."""
+    """Raise ``HandshakeError`` if the releases of ``peer`` and ``me`` differ."""
     if theirs != ours:
         known = f"release {theirs[:64]}" if theirs else "no release"
         raise HandshakeError(f"{known} of {peer}, {ours} of {me}: releases must be equal")
@@ -35,13 +35,13 @@ class Build(Message, frozen=True, kw_only=True):
     release: str = RELEASE
     checkpoint_id: str = ""
     config_hash: str = ""
-    """``ClusterConfig.fingerprint``."""
+    """Value of ``ClusterConfig.fingerprint``."""
     kv_cache_dtype: str = ""
-    """``EngineSection.kv_cache_dtype``: attention workers exchange blocks in this type. It is part
-    of the configuration, but compared first."""
+    """``EngineSection.kv_cache_dtype``, the type in which attention workers exchange blocks. Also
+    part of ``config_hash``, but compared before it for a clearer error."""
     expert_form: str = ""
-    """Storage format of the worker's experts, in which they are transferred; empty for the model
-    dtype."""
+    """Quantization format of the worker's experts, in which they are transferred; empty for the
+    model dtype."""
 
 
 _BUILD_ITEMS = {
@@ -54,7 +54,7 @@ _BUILD_ITEMS = {
 
 
 def differing_item(name: str, mine: Build, peer: str, theirs: Build) -> str | None:
-    """Return the first differing item of two builds with both names; None if all are equal."""
+    """Return a text about the first item in which two builds differ; None if they are equal."""
     for item, field in _BUILD_ITEMS.items():
         here, there = getattr(mine, field), getattr(theirs, field)
         if here != there:

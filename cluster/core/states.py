@@ -5,8 +5,9 @@
                      ▼
                  DRAINING ──▶ STOPPED
 
-A start is all or nothing: STARTING goes to SERVING or, through DRAINING, to STOPPED. A degraded
-cluster can become complete without another generation, if scaling removes its empty places.
+A start succeeds completely or not at all: STARTING leads to SERVING or, through DRAINING, to
+STOPPED. If scaling removes the empty places of a degraded cluster, it serves again without another
+generation.
 """
 
 from __future__ import annotations
@@ -17,54 +18,54 @@ from typing import TypeVar
 
 StateT = TypeVar("StateT", bound=Enum)
 Transitions = Mapping[StateT, Set[StateT]]
-"""Allowed next states by state; a state that is missing is final."""
+"""Allowed next states by state. A state that is not a key is final."""
 
 
 class ClusterState(Enum):
     """State of the whole cluster."""
 
     STARTING = "STARTING"
-    """Workers start and load; nothing is served yet."""
+    """Workers start and load; the cluster does not serve yet."""
     SERVING = "SERVING"
     """A generation of all desired workers runs."""
     DEGRADED = "DEGRADED"
-    """Fewer workers than desired, or (``experts_complete`` false) experts without a copy."""
+    """Workers are missing, or (``experts_complete`` false) experts have no copy."""
     RECOVERING = "RECOVERING"
-    """The survivors form a new generation; requests wait."""
+    """The remaining workers form a new generation; requests wait."""
     DRAINING = "DRAINING"
     """Workers are being ended."""
     STOPPED = "STOPPED"
-    """No worker is left."""
+    """All workers have ended."""
 
 
 class WorkerState(Enum):
     """State of one worker."""
 
     STARTING = "STARTING"
-    """Its process was requested; it has not registered yet."""
+    """Its process was requested, but it has not registered yet."""
     LOADING = "LOADING"
-    """It has registered and reads weights. Also shown instead of READY while it reads adapters."""
+    """It has registered and reads weights. Shown instead of READY also while it reads adapters."""
     READY = "READY"
-    """Weights are in memory; it is in no running generation."""
+    """Its weights are in memory, but it is in no running generation."""
     SERVING = "SERVING"
     """It takes part in the running generation."""
     DRAINING = "DRAINING"
-    """Shown instead of READY and SERVING while it takes no new requests; never entered."""
+    """Only shown, instead of READY or SERVING, while it accepts no new requests."""
     LOST = "LOST"
-    """It has ended or was declared lost; its name is not used again."""
+    """It has ended unexpectedly or was declared lost. Its name is never reused."""
     DRAINED = "DRAINED"
-    """It was drained and ended on purpose; its name is not used again."""
+    """It was drained and ended by a command. Its name is never reused."""
 
 
 class AdapterState(Enum):
     """State of an adapter."""
 
     LOADING = "LOADING"
-    """Workers read it; no request may name it."""
+    """Workers read it; requests cannot use it yet."""
     READY = "READY"
-    """Requests may name it."""
+    """Requests can use it."""
     UNLOADING = "UNLOADING"
-    """No new request may name it; running ones continue."""
+    """New requests cannot use it; running ones continue."""
 
 
 GONE = frozenset({WorkerState.LOST, WorkerState.DRAINED})
@@ -100,5 +101,5 @@ def next_state(old: StateT, new: StateT, allowed: Transitions[StateT] | None = N
 
 
 def is_gone(state: str) -> bool:
-    """Return whether a shown state is final."""
+    """Return whether the text of a worker's state is of a final state."""
     return any(state == gone.value for gone in GONE)

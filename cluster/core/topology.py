@@ -1,4 +1,4 @@
-"""Members of a cluster: workers, their ranks and addresses, and the generation they form."""
+"""Members of a cluster: workers with ranks and addresses, and the generation that they form."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from cluster.core.arithmetic import ArithmeticAgreement, ArithmeticOffer, agree
 from cluster.core.codec import Message
 
 Role = Literal["attention", "expert", "colocated"]
-"""Role of a worker; a ``colocated`` worker has both roles, with one rank in both pools."""
+"""Role of a worker. A ``colocated`` worker has both roles, and the same rank in both pools."""
 
 
 def runs_attention(role: Role) -> bool:
-    """Return whether a worker of that role holds requests."""
+    """Return whether a worker of this role serves requests."""
     return role != "expert"
 
 
 def holds_experts(role: Role) -> bool:
-    """Return whether a worker of that role holds experts."""
+    """Return whether a worker of this role holds experts."""
     return role != "attention"
 
 
@@ -29,21 +29,21 @@ class Member(Message, frozen=True, kw_only=True):
     name: str
     """Never reused: a replacement gets a new name (``expert-1``, later ``expert-1.2``)."""
     role: Role
-    """Pool; ``colocated`` is in both."""
+    """Role, which determines the pool; ``colocated`` is in both pools."""
     rank: int
-    """Position in its pool (or both pools) during its life; not reused within a generation."""
+    """Position in its pool (or both pools), constant, and unique within a generation."""
     device: int = -1
-    """Device index in the placement if it holds experts; else -1."""
+    """Index of its device in the placement if it holds experts; else -1."""
     node: str = ""
     """Host name or Ray node id, for display."""
     domain: str = ""
     """Failure domain; empty for the node."""
     link_class: str = ""
-    """Members of one link class have fast links to each other; empty for the node."""
+    """Link class, whose members have fast links to each other; empty for the node."""
     speed: float = 1.0
-    """Relative speed as an expert worker."""
+    """Relative speed of its device in computing experts."""
     pid: int = 0
-    """Process id on that host."""
+    """Process id on its host."""
     data_address: str = ""
     """``host:port`` of the worker's data-plane listener (edges and step channel)."""
     engine_address: str = ""
@@ -55,63 +55,62 @@ class Member(Message, frozen=True, kw_only=True):
     store_address: str = ""
     """``host:port`` of the rendezvous store if it runs attention (collective transport)."""
     offer: ArithmeticOffer = ArithmeticOffer()
-    """Arithmetics that it offers."""
+    """Arithmetics that the worker offers."""
 
     @property
     def runs_attention(self) -> bool:
-        """Whether it holds requests: an attention rank."""
+        """Whether it serves requests, as an attention rank."""
         return runs_attention(self.role)
 
     @property
     def holds_experts(self) -> bool:
-        """Whether it holds experts: an expert rank."""
+        """Whether it holds experts, as an expert rank."""
         return holds_experts(self.role)
 
 
 class Generation(Message, frozen=True, kw_only=True):
-    """A membership. ``number`` only grows; messages of another generation are ignored."""
+    """The workers that run steps together. Messages of another generation are ignored."""
 
     number: int
-    """Generation number, 1 for the first."""
+    """Generation number, 1 for the first; it only grows."""
     members: tuple[Member, ...]
-    """All workers that take part."""
+    """All members."""
     agreement: ArithmeticAgreement = ArithmeticAgreement()
-    """Arithmetic of the members."""
+    """Arithmetic that the members use."""
 
     def successor(self, members: Sequence[Member]) -> Generation:
-        """Return the next generation; number 0 stands for none before the first."""
+        """Return the next generation. An empty generation 0 precedes the first."""
         former = self.agreement if self.number else None
         agreement = agree({m.name: m.offer for m in members}, former)
         return Generation(number=self.number + 1, members=tuple(members), agreement=agreement)
 
     @property
     def returns_slots(self) -> bool:
-        """Whether expert ranks return an output for each expert slot, because sums depend on the
+        """Whether expert ranks return an output for each expert slot, as sums would depend on the
         placement."""
         return self.agreement.is_exact and len(self.experts) > 1
 
     @property
     def attention(self) -> tuple[Member, ...]:
-        """Attention ranks, including colocated workers."""
+        """All attention ranks, including colocated workers."""
         return tuple(sorted((m for m in self.members if m.runs_attention), key=attrgetter("rank")))
 
     @property
     def experts(self) -> tuple[Member, ...]:
-        """Expert ranks, including colocated workers."""
+        """All expert ranks, including colocated workers."""
         return tuple(sorted((m for m in self.members if m.holds_experts), key=attrgetter("rank")))
 
     def peers_of(self, role: Role) -> tuple[Member, ...]:
-        """Return the peers of a worker of that role, by rank: the other pool, or all."""
+        """Return the peers of a worker of this role, by rank: the other pool, or all workers."""
         return self.experts if runs_attention(role) else self.attention
 
     @property
     def leader(self) -> Member:
-        """The lowest attention rank: it publishes the step headers."""
+        """The lowest attention rank, which decides on steps and sends the step headers."""
         return self.attention[0]
 
 
 ADDRESS_FIELDS = tuple(name for name in Member.__struct_fields__ if name.endswith("_address"))
-"""Fields of the addresses that a worker itself reports."""
+"""Names of the address fields, which the worker itself reports."""
 NODE_FIELDS = ("domain", "link_class", "speed")
-"""Fields that follow from the node; the worker reports them if the node was unknown at its start.
-"""
+"""Names of the fields that depend on the node. The worker reports them if its node was unknown."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 BEAT_S = 1.0
 MAX_MISSING = 10
-"""Number of consecutive beats that may be missing. A pause of the host counts as one beat."""
+"""Number of consecutive beats that may be missing. A pause of the whole host counts as one."""
 
 
 def start_watchdog(beat_s: float = BEAT_S, log: Path | None = None) -> subprocess.Popen[bytes]:
@@ -28,7 +28,7 @@ def start_watchdog(beat_s: float = BEAT_S, log: Path | None = None) -> subproces
     """
     command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(beat_s)]
     sink = None if log is None else subprocess.DEVNULL
-    # its own session: a signal to the controller's group does not reach it
+    # its own session, so that signals to the controller's group do not reach it
     return subprocess.Popen(
         [*command, *([] if log is None else [str(log)])],
         stdin=subprocess.PIPE,
@@ -51,7 +51,7 @@ def _watch(pid: int, beat_s: float, log: str = "") -> None:
             return
     if os.getppid() == pid:
         os.kill(pid, signal.SIGKILL)
-        _say(f"the controller (process {pid}) stood still: it was killed\n", log)
+        _say(f"the controller (process {pid}) hung: it was killed\n", log)
 
 
 def _say(line: str, log: str) -> None:

@@ -31,7 +31,7 @@ def test_the_best_common_arithmetic_is_taken(
 @pytest.mark.parametrize(
     ("offers", "reason"),
     [
-        ({}, "no worker has been heard"),
+        ({}, "no worker has reported its arithmetic"),
         (
             {"a": BOTH, "b": ArithmeticOffer(obstacle="computes experts with torch (on CUDA)")},
             "b computes experts with torch (on CUDA)",
@@ -74,7 +74,7 @@ def test_later_generations_keep_the_arithmetic() -> None:
 
 def test_exactness_that_has_ended_does_not_come_back() -> None:
     ended = agree({"a": BOTH, "b": ArithmeticOffer()}, agree({"a": BOTH}))
-    assert ended.reason == "b has not said how it computes"
+    assert ended.reason == "b has not reported its arithmetic"
     assert agree({"a": BOTH}, ended) == ended
 
 

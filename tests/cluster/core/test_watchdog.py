@@ -57,7 +57,7 @@ def test_a_watchdog_writes_to_the_log_file_that_is_there_at_the_end(tmp_path: Pa
     wait_until(lambda: not watchdog.open_files(), "only its pipe is open, once it has started")
     process.wait(LIMIT_S)
     wait_until(lambda: not watchdog.is_running(), "the end of the watchdog")
-    assert log.read_text() == f"the controller (process {process.pid}) stood still: it was killed\n"
+    assert log.read_text() == f"the controller (process {process.pid}) hung: it was killed\n"
 
 
 def test_a_watchdog_ends_with_its_process() -> None:
