@@ -136,37 +136,42 @@ def _options(layout: Layout) -> str:
 _INTRODUCTION = f"""\
 # Sizing guide
 
-`python -m benchmarks.sizing_guide` writes this page; a test compares both. The tables show GPU
-groups for models on nodes of {GPUS_PER_NODE} GPUs, in bfloat16, with experts in the format of the
-checkpoint. A worker has one GPU; `8 x 2 pods` is a group of two pods with 8 GPUs each. A cluster
-also needs a head (4 CPUs, 16 GiB) and two gateways (4 CPUs, 8 GiB), without GPUs. On one node all
-splits with at least two workers per pool were compared. On several nodes a pool consists of whole
-nodes, and two nodes hold experts. Each row is the fastest split that fits, in tokens per second.
+This page shows how many GPUs a model needs, and how to divide them into attention and expert
+workers. It is for readers who plan a cluster; `python -m benchmarks.sizing_guide` writes it.
 
-- Memory: weights and KV use {MEMORY_SHARE:.0%} of a GPU.
-- Redundancy: on two or more expert nodes, spare slots hold a second copy of every expert, to the
-  extent that memory allows, so that the loss of one node requires no loading of weights. On
-  one node, spare slots for a quarter of the worker's own slots ({SPARE_SHARE:g})
-  are for rebalancing.
-- Sequences: the number of sequences of {CONTEXT_TOKENS} tokens whose KV fits, at
-  most {MAX_SEQS} per GPU.
-- Tokens/s: the number of sequences divided by the duration of a decode step, by the roofline
-  (`cluster/sizing/roofline.py`), with balancedness {BALANCEDNESS:g} and the values of the data
-  sheets (`cluster/sizing/gpus.py`). This is a limit of the hardware, not a measurement: the actual
-  speed is lower, and prompts take part of the time.
+The tables are for nodes of {GPUS_PER_NODE} GPUs, in bfloat16, with experts in the format of the
+checkpoint. A worker has one GPU; `8 x 2 pods` is a group of two pods with 8 GPUs each. A cluster
+also needs a head (4 CPUs, 16 GiB) and two gateways (4 CPUs, 8 GiB), without GPUs. Each row is the
+division of the GPUs with the highest predicted tokens per second: on one node, of all divisions
+with at least two workers per pool; on several nodes, of those in which each pool has whole nodes
+and at least two nodes hold experts. The columns mean:
+
+- GB per GPU: weights, with all spare slots in use. Weights and KV cache use {MEMORY_SHARE:.0%} of a GPU.
+- Spare slots: slots of each worker for second copies of experts. With two or more expert nodes,
+  they hold a second copy of every expert, to the extent that memory allows, so that the loss of a
+  node requires no loading of weights. On one node, they are a quarter ({SPARE_SHARE:g}) of the
+  worker's other slots, for rebalancing.
+- Sequences: the number of sequences of {CONTEXT_TOKENS} tokens whose KV cache fits, at most
+  {MAX_SEQS} per GPU.
+- Step: the predicted duration of a decode step with this number of sequences, by the roofline
+  (`cluster/sizing/roofline.py`) with the values of the data sheets (`cluster/sizing/gpus.py`) and
+  a balancedness (mean load of the expert workers divided by the highest load) of
+  {BALANCEDNESS:g}.
+- Tokens/s: sequences divided by the duration of the step. This is a limit of the hardware, not a
+  measurement: the actual speed is lower, and prompts take part of the time.
 
 For another model or other hardware run
 `expertmesh plan size MODEL --workers 16 --device cuda --bandwidth-gb-s 2000`, which also shows
-whether one pool (colocated) is faster. Separate pools provide elasticity and failure isolation, but
-not always more speed."""
+whether one pool (colocated) is faster. Separate pools scale and fail separately, but are not always
+faster."""
 _COST = """\
 ## Cost
 
     cost of a million tokens = GPU-hours per million x price of a GPU-hour
     GPU-hours per million    = GPUs / tokens per second / 3600 x 1000000
 
-The head and the gateways have no GPU: add the hourly price of their CPUs, divided by the tokens per
-hour. Divide the result by the utilization of the cluster: an idle cluster costs the same."""
+Add the hourly price of the CPUs of the head and the gateways, divided by the tokens per hour. Then
+divide by the utilization of the cluster, because an idle cluster costs as much as a busy one."""
 
 
 def main() -> None:
