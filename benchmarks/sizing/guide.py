@@ -146,7 +146,8 @@ division of the GPUs with the highest predicted tokens per second: on one node, 
 with at least two workers per pool; on several nodes, of those in which each pool has whole nodes
 and at least two nodes hold experts. The columns mean:
 
-- GB per GPU: weights, with all spare slots in use. Weights and KV cache use {MEMORY_SHARE:.0%} of a GPU.
+- GB per GPU: weights, with all spare slots in use. Weights and KV cache use {MEMORY_SHARE:.0%}
+  of a GPU.
 - Spare slots: slots of each worker for second copies of experts. With two or more expert nodes,
   they hold a second copy of every expert, to the extent that memory allows, so that the loss of a
   node requires no loading of weights. On one node, they are a quarter ({SPARE_SHARE:g}) of the
