@@ -154,7 +154,7 @@ ROWS = (
     ),
     HostRow(
         name="blip",
-        text=f"the controller's host silent for {_SILENCE_S:g} s, streams entering elsewhere",
+        text=f"the controller's host silent for {_SILENCE_S:g} s, streams of gateways on other hosts",
         limit=f"worst {_SILENCE_S + _AFTER_S:g} s",
         roles=_TWO_GATEWAYS,
         fault=lambda site: site.hosts.silence_for(site.controller, _SILENCE_S),
@@ -162,7 +162,7 @@ ROWS = (
     ),
     HostRow(
         name="blip-here",
-        text=f"the controller's host silent for {_SILENCE_S:g} s, streams entering there",
+        text=f"the controller's host silent for {_SILENCE_S:g} s, streams of the gateway on this host",
         limit=f"worst {_SILENCE_S + _AFTER_S:g} s",
         roles=_TWO_GATEWAYS,
         fault=lambda site: site.hosts.silence_for(site.controller, _SILENCE_S),
@@ -179,7 +179,8 @@ ROWS = (
     ),
     HostRow(
         name="stale-controller",
-        text="a controller cut off from the head only, a worker lost after its successor leads",
+        text="a controller that cannot reach the head node, and a worker that is lost after another "
+        "controller has replaced it",
         limit="-",
         roles=_TWO_GATEWAYS,
         fault=HostSite.cut_from_head,
