@@ -154,7 +154,7 @@ ROWS = (
     ),
     HostRow(
         name="blip",
-        text=f"the controller's host silent for {_SILENCE_S:g} s, streams of gateways on other hosts",
+        text=f"the controller's host silent for {_SILENCE_S:g} s, streams of other gateways",
         limit=f"worst {_SILENCE_S + _AFTER_S:g} s",
         roles=_TWO_GATEWAYS,
         fault=lambda site: site.hosts.silence_for(site.controller, _SILENCE_S),
@@ -162,7 +162,7 @@ ROWS = (
     ),
     HostRow(
         name="blip-here",
-        text=f"the controller's host silent for {_SILENCE_S:g} s, streams of the gateway on this host",
+        text=f"the controller's host silent for {_SILENCE_S:g} s, streams of its gateway",
         limit=f"worst {_SILENCE_S + _AFTER_S:g} s",
         roles=_TWO_GATEWAYS,
         fault=lambda site: site.hosts.silence_for(site.controller, _SILENCE_S),
@@ -179,8 +179,7 @@ ROWS = (
     ),
     HostRow(
         name="stale-controller",
-        text="a controller that cannot reach the head node, and a worker that is lost after another "
-        "controller has replaced it",
+        text="a controller without the head node, and a worker lost after its replacement",
         limit="-",
         roles=_TWO_GATEWAYS,
         fault=HostSite.cut_from_head,
