@@ -1,5 +1,5 @@
-"""The controller as a Ray actor: the sockets, clock and processes around the state machine.
+"""The controller as a Ray actor: connects its state machine with sockets, clock and processes.
 
-Imports Ray and all of ``cluster`` except ``launch`` and ``cli``. The worker classes are passed in
-as arguments.
+Imports Ray and all of ``cluster`` except ``launch`` and ``cli``. Callers pass the worker classes as
+arguments.
 """

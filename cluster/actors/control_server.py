@@ -1,8 +1,8 @@
 """The controller's end of the control sockets: an asyncio TCP server that workers connect to.
 
 A connection is accepted after both ends have proved that they know the cluster token
-(``cluster.core.frames``) and run the same release. The server closes the connection of a peer that
-sends invalid data, too much data, or no data in time. Other connections are not affected.
+(``cluster.core.frames``) and have the same release. If a peer sends invalid data, too much data or
+no data in time, the server closes its connection. Other connections are not affected.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cluster.core.release import RELEASE, check_release
 logger = logging.getLogger(__name__)
 
 HANDSHAKE_LIMIT_S = 5.0
-"""Time in which a peer must prove that it knows the token."""
+"""Time in which a peer must prove that it knows the token, in seconds."""
 MAX_UNPROVED = 32
 """Maximum number of connections whose handshake is pending; one more closes the oldest."""
 MAX_BACKLOG_BYTES = 2 * MAX_FRAME_BYTES
@@ -44,15 +44,15 @@ class ControlEvents(Protocol):
     """Receives events of the control sockets. Called on the event loop; must not block."""
 
     def on_frame(self, worker: str, frame: ControlFrame) -> None:
-        """A worker sent a frame. May raise ``ProtocolError``: its connection is closed."""
+        """A worker sent a frame. If this raises ``ProtocolError``, its connection is closed."""
 
     def on_closed(self, worker: str, reason: str, is_invalid: bool) -> None:
-        """A worker's connection closed, not by this server; ``is_invalid``: by an invalid frame."""
+        """A worker's connection ended, but not by this server unless a frame ``is_invalid``."""
 
 
 @dataclass(eq=False, slots=True)
 class _Connection:
-    """One TCP connection; ``worker`` is set after the handshake."""
+    """One TCP connection. ``worker`` is its name, empty before the end of the handshake."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
@@ -84,7 +84,7 @@ class ControlServer:
         handshake_limit_s: float = HANDSHAKE_LIMIT_S,
         release: str = RELEASE,
     ) -> None:
-        """``token`` is the shared secret of the cluster; other releases are rejected."""
+        """``token``: shared secret of the cluster. Workers of another ``release`` are refused."""
         self._token = token
         self._release = release
         self._events = events
@@ -120,7 +120,7 @@ class ControlServer:
         return worker in self._workers
 
     def send(self, frame: ControlFrame, *workers: str) -> None:
-        """Encode a frame once and send it to these workers; unconnected ones are skipped."""
+        """Send a frame to these workers, encoded once. Workers without a connection are skipped."""
         connected = [self._workers[name] for name in workers if name in self._workers]
         data = encode(frame) if connected else b""
         for connection in connected:
@@ -154,7 +154,7 @@ class ControlServer:
             self._forget(connection, reason, is_invalid)
 
     def _hand_over(self, worker: str, frame: ControlFrame) -> None:
-        """Pass a frame on; log any error except ``ProtocolError``, which closes the connection."""
+        """Pass a frame to ``events``. ``ProtocolError`` is raised; other errors are only logged."""
         try:
             self._events.on_frame(worker, frame)
         except ProtocolError:
@@ -176,11 +176,11 @@ class ControlServer:
             worker = await self._handshake(connection)
         self._unproved.pop(connection, None)
         connection.worker = worker
-        self.drop(worker)  # the newer connection wins: the worker saw the old one break
+        self.drop(worker)  # the newer connection wins, as the worker saw the old one break
         self._workers[worker] = connection
 
     async def _handshake(self, connection: _Connection) -> str:
-        """Prove the token to each other and compare the releases; returns the name of the worker.
+        """Exchange proofs of the token and compare the releases; returns the name of the worker.
 
         Raises ``HandshakeError``.
         """
@@ -199,7 +199,7 @@ class ControlServer:
         return hello.worker
 
     def _forget(self, connection: _Connection, reason: str, is_invalid: bool) -> None:
-        """Release a connection that has ended; report it unless the server closed it."""
+        """Remove a connection that has ended, and report it unless the server closed it."""
         self._unproved.pop(connection, None)
         with contextlib.suppress(OSError):
             connection.writer.close()

@@ -1,7 +1,7 @@
 """The controller as a Ray actor, with the methods that launchers, gateways and commands call.
 
-``ControllerRunner`` runs the controller. An actor that Ray has restarted continues with the workers
-of the previous one: they keep serving, and calls wait until the actor has collected their state.
+``ControllerRunner`` runs the controller. If Ray has restarted the actor, the workers of the
+previous controller keep serving. The actor first collects their state; calls wait for that.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ STATUS_LIMIT_S = 1.0
 """Longest wait for the current stats of the workers."""
 _STOP_LIMIT_S = 20.0
 _KEEP_LIMIT_S = 5.0
-"""Longest wait until a worker has stored the state that a command changed."""
+"""Longest wait until a worker has stored the state that a command has changed."""
 
 
 class ControllerActor:
-    """Async Ray actor, see ``cluster.actors.controller_client``. It starts at most one cluster."""
+    """Async Ray actor that starts at most one cluster; see ``cluster.actors.controller_client``."""
 
     def __init__(
         self,
@@ -75,13 +75,13 @@ class ControllerActor:
         asked: dict[str, str] | None = None,
         free_cpus: float | None = None,
     ) -> None:
-        """Begin to start all workers; all or nothing. Wait for the result with ``wait_snapshot``.
+        """Begin to start all workers. Wait for the result with ``wait_snapshot``.
 
-        ``banks`` are dicts with ``bank``, ``layer`` and ``num_experts``; ``profile`` is the load
-        profile for predictions; ``asked`` is returned by ``origin``; ``free_cpus`` is the number of
-        CPUs that other users of Ray left free before this start, None if there are no other users.
-        A second call does nothing. Raises ``ConfigError`` or ``StartError`` if the start cannot
-        begin, after everything is released.
+        ``banks``: dicts with ``bank``, ``layer`` and ``num_experts``. ``profile``: load profile for
+        predictions. ``asked``: data that ``origin`` returns. ``free_cpus``: number of CPUs that
+        other users of Ray left free before this start, None without other users. A second call does
+        nothing. If the start cannot begin, everything is released, and ``ConfigError`` or
+        ``StartError`` is raised.
         """
         await self.restore()
         if self._handoff.is_pending:
@@ -99,8 +99,8 @@ class ControllerActor:
     async def restore(self) -> None:
         """Continue the cluster of an earlier controller, if there was one.
 
-        Returns when that has succeeded, or after a first failure while retries continue. A
-        restarted actor calls this itself, and every call to the actor waits for it first.
+        Returns after success, or after the first failure, while retries continue. A restarted actor
+        calls this method itself, and all other calls wait for it.
         """
         if self._wants_watchdog:
             self._wants_watchdog = False
@@ -108,7 +108,7 @@ class ControllerActor:
         await self._handoff.settle()
 
     async def origin(self) -> dict[str, Any]:
-        """Return ``asked`` and ``config`` (with the token) that the cluster was started with.
+        """Return ``asked`` and ``config`` (with the token) with which the cluster was started.
 
         Both are None before a start. Raises ``NotReadyError`` while the workers of an earlier
         controller cannot be reached.
@@ -123,7 +123,7 @@ class ControllerActor:
         return {"asked": controller.cluster.notes.get("asked"), "config": plan.config.to_dict()}
 
     async def snapshot(self, fresh: bool = False) -> dict[str, Any]:
-        """Return the state of the cluster; ``fresh`` first requests current worker stats."""
+        """Return the state of the cluster. ``fresh``: request current stats of workers first."""
         await (self._fresh_cluster() if fresh else self.restore())
         return self._snapshot()
 
@@ -138,9 +138,9 @@ class ControllerActor:
     ) -> dict[str, Any]:
         """Return the state once its version differs from ``known_version``, or after ``timeout_s``.
 
-        ``gateway`` is the name of the caller if it is a gateway, which calls again immediately.
-        ``low_disks`` are the nearly full disks of its host, and ``adapters`` the keys of the
-        adapters that its requests use.
+        ``gateway``: name of the caller if it is a gateway, which then calls again immediately.
+        ``low_disks``: folders on nearly full disks of its host. ``adapters``: keys of the adapters
+        that its requests use.
         """
         await self.restore()
         if gateway:
@@ -152,38 +152,38 @@ class ControllerActor:
         return self._snapshot()
 
     async def gateway_leaves(self, gateway: str) -> None:
-        """Forget a gateway that shuts down normally."""
+        """Remove a gateway that shuts down normally."""
         self._gateways.leaves(gateway)
 
     async def exchange_counts(
         self, records: dict[str, GatewayRecord], times: dict[str, float]
     ) -> dict[str, Any]:
-        """Store counts of a gateway and return those of the others, see ``GatewayCounts``."""
+        """Store a gateway's counts, and return other gateways' counts; see ``GatewayCounts``."""
         return self._gateways.counts.exchange(records, times)
 
     async def streams_paused(self, generation: int, pause_s: float) -> None:
-        """A gateway reports for how long its streams paused while the generation formed."""
+        """Record a gateway's report of how long its streams paused while a generation formed."""
         if self.runner.controller is not None:
             self.runner.controller.cluster.paused(generation, pause_s)
             self._background.notify()
 
     async def placement(self) -> dict[str, Any]:
-        """Return maps, current load and balancedness of all banks (``placement --json``)."""
+        """Return the maps, current load and balancedness of all banks (``placement --json``)."""
         return placement_document(await self._fresh_cluster())
 
     async def load(self) -> dict[str, Any]:
-        """Return tokens per expert and per copy, and the resulting balance (``load --json``)."""
+        """Return the tokens of each expert and copy, and the balancedness (``load --json``)."""
         return load_document(await self._fresh_cluster())
 
     async def numbers(self) -> dict[str, Any]:
-        """Return ``snapshot`` and ``load``, with the current stats of every worker."""
+        """Return ``snapshot`` and ``load`` with the current stats of every worker."""
         cluster = await self._fresh_cluster()
         return {"snapshot": self._snapshot(), "load": load_document(cluster)}
 
     async def begin(self, kind: str, command: dict[str, Any]) -> dict[str, Any]:
-        """Begin a client's command, see ``Commands.begin``; returns the operation or the adapter.
+        """Begin a client's command (see ``Commands.begin``); return the operation or the adapter.
 
-        Returns once the command is settled and a worker has stored it.
+        Returns once a worker has stored the new state, so that a controller restart cannot lose it.
         """
         controller = await self._serving_controller()
         begun = self.runner.handle_event(partial(controller.commands.begin, kind, command))
@@ -222,7 +222,7 @@ class ControllerActor:
         return operation.to_dict()
 
     async def stop(self) -> None:
-        """End all workers and return when they have ended. The caller then ends this actor."""
+        """End all workers, and return when they have ended. The caller must then end this actor."""
         await self.restore()
         if (controller := self.runner.controller) is not None:
             self.runner.handle_event(controller.stop)
@@ -252,10 +252,10 @@ class ControllerActor:
         return self.runner.controller
 
     async def _kept(self, controller: Controller) -> None:
-        """Wait until a worker has stored the current state, which then survives a restart.
+        """Wait until a worker has stored the current state, so that it survives a restart.
 
         Raises ``NotReadyError`` if that takes too long or another controller takes over. The
-        command may have begun; a retry with its ``request_id`` begins nothing new.
+        command may have begun; a retry with the same ``request_id`` does not begin another.
         """
         cluster = controller.cluster
         version = cluster.sent_version
@@ -283,7 +283,7 @@ class ControllerActor:
 
 
 async def _beat() -> None:
-    """Write to the watchdog while the event loop runs; the watchdog ends with this task."""
+    """Write to the watchdog as long as the event loop runs. The watchdog ends with this task."""
     watchdog = start_watchdog(log=logs.OUTPUT.error_file)
     beats = watchdog.stdin
     assert beats is not None

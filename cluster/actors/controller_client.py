@@ -23,8 +23,8 @@ def create_controller(
 ) -> Any:
     """Create the detached controller actor, or find the existing one; returns its handle.
 
-    ``selector`` gives the labels of nodes that may run it. By default it runs on the Ray head node,
-    which every cluster needs.
+    ``selector``: labels of the nodes that may run it. By default it runs on the Ray head node,
+    without which the cluster cannot run anyway.
     """
     import ray
 
@@ -50,7 +50,7 @@ def create_controller(
 def ask_controller(method: str, *arguments: Any, limit_s: float) -> Any:
     """Call a method of ``ControllerActor`` and return its result.
 
-    Raises the errors of the method, and ``NotReadyError`` without a controller or a reply.
+    Raises the errors of the method, and ``NotReadyError`` if there is no controller or no reply.
     """
     import ray
     from ray.exceptions import GetTimeoutError, RayError, RayTaskError

@@ -68,11 +68,11 @@ class ControllerRunner:
         self.group = group
         self.background = background
         self.identity = secrets.token_hex(8)
-        """Distinguishes controllers that claim the same term."""
+        """Random id that distinguishes controllers of the same term."""
         self.controller: Controller | None = None
-        """None before the start, and after another controller has taken over."""
+        """The controller; None before the start, and after another controller has taken over."""
         self.failure = ""
-        """Reason why there is no controller; empty before the start."""
+        """Why there is no controller; empty before the start."""
         self.collector: ReportCollector | None = None
         """Receives the workers' frames while a restarted actor collects reports; else None."""
         self.server: ControlServer | None = None
@@ -95,7 +95,7 @@ class ControllerRunner:
         return self.server
 
     async def start(self, plan: StartPlan, notes: Mapping[str, Any]) -> None:
-        """Begin to start a cluster. Raises ``StartError`` after everything is released."""
+        """Begin to start a cluster. If that fails, release everything and raise ``StartError``."""
         try:
             await self.open_server(plan.config.cluster_token)
             workers = plan.config.workers
@@ -150,7 +150,7 @@ class ControllerRunner:
         return Controller(cluster, ControllerSettings.of(plan.config), self._planner)
 
     def _run(self, controller: Controller, plan: StartPlan) -> None:
-        """Make ``controller`` the active one and start its ticks."""
+        """Make ``controller`` the active controller, and start its ticks."""
         self.controller, self.plan, self.failure = controller, plan, ""
         self.traces = start_traces(plan.config.observability.otlp_endpoint, "controller")
         self.background.spawn(self._tick_forever(controller))
@@ -158,7 +158,7 @@ class ControllerRunner:
         self._carry_out_all()
 
     def retire(self, reason: str) -> None:
-        """End this process. Ray then restarts the actor if clients can still find it by name."""
+        """End this process. Ray then restarts the actor, if clients can still find it by name."""
         logger.warning("this controller ends: %s", reason)
         self.controller, self.failure = None, reason
         self.background.notify()
@@ -216,7 +216,7 @@ class ControllerRunner:
         if isinstance(frame, Superseded) and target is not None:
             self.retire(f"{worker} follows another controller, of term {frame.term}")
         elif target is not None and isinstance(frame, Alive):
-            target.frame(worker, frame, time.monotonic())  # frequent, and no call waits for it
+            target.frame(worker, frame, time.monotonic())  # frequent, and no waiting call needs it
         elif target is not None:
             try:
                 self.handle_event(partial(target.frame, worker, frame))
@@ -233,7 +233,7 @@ class ControllerRunner:
     # ---- tasks ----------------------------------------------------------------------------
 
     async def _bring_up(self, members: Sequence[Member], plan: StartPlan) -> None:
-        """Create actors, and watch them until they have connected."""
+        """Create worker actors, and watch them until all have connected."""
         server, names = self.server, [m.name for m in members]
         assert server is not None
         try:
@@ -305,7 +305,7 @@ class ControllerRunner:
             self.handle_event(partial(controller.detection.starved, found))
 
     async def _watch_nodes(self, controller: Controller) -> None:
-        """Drain the workers of nodes that will leave, then follow the nodes or refill places."""
+        """Drain the workers of nodes that Ray drains, then follow the nodes or refill places."""
         while self._is_active(controller):
             await asyncio.sleep(_NODES_S)
             try:

@@ -1,4 +1,4 @@
-"""Polls of the controller by gateways, and the reports that gateways send with them."""
+"""Handles the polls of gateways, with the reports that they contain."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from cluster.tracing.gateway_counts import GatewayCounts
 
 
 class Gateways:
-    """Decides which gateways still follow the controller. Event loop of the actor only."""
+    """Tracks the gateways that poll the controller. Event loop of the actor only."""
 
     def __init__(
         self, controller: Callable[[], Controller | None], notify: Callable[[], None]
     ) -> None:
-        """``controller`` returns the current one, or None before it exists; ``notify`` wakes calls
-        that wait for a change.
+        """``controller`` returns the current controller, or None before it exists. ``notify`` wakes
+        calls that wait for a change.
         """
         self._controller = controller
         self._notify = notify
@@ -33,10 +33,10 @@ class Gateways:
         low_disks: tuple[LowDisk, ...],
         adapters: Collection[str],
     ) -> None:
-        """Handle a poll of a gateway, which has the snapshot ``known_version``.
+        """Handle the begin of a gateway's poll.
 
-        ``low_disks`` are the nearly full disks of its ``host``; ``adapters`` are the keys of the
-        adapters that its requests use.
+        ``known_version``: version of the gateway's snapshot. ``low_disks``: folders on nearly full
+        disks of its ``host``. ``adapters``: keys of the adapters that its requests use.
         """
         is_back = self._polls.begin(gateway)
         if (controller := self._controller()) is None:
@@ -48,7 +48,7 @@ class Gateways:
         self._notify()
 
     def answered(self, gateway: str) -> None:
-        """Note the end of a poll. A live gateway soon polls again."""
+        """Record the end of a poll. A live gateway soon polls again."""
         self._polls.end(gateway, time.monotonic())
 
     def leaves(self, gateway: str) -> None:
@@ -57,7 +57,7 @@ class Gateways:
             self._left(gateway, f"{gateway} has left", "its requests have ended")
 
     def drop_silent(self) -> None:
-        """Forget gateways that no longer poll."""
+        """Remove gateways that no longer poll."""
         for gateway in self._polls.take_gone(time.monotonic()):
             self._left(gateway, f"{gateway} is gone: it no longer asks", "its requests end")
 

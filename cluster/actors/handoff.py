@@ -1,11 +1,11 @@
-"""Handoff to a restarted controller actor: it finds the workers and collects their reports.
+"""Handoff to a restarted controller actor, which finds the workers and collects their reports.
 
     claim a term ─▶ find the worker actors ─▶ open a control server ─▶ send each worker its address
         until it calls ─▶ ``ReportCollector`` collects the reports ─▶ the actor continues with the
         collected state
 
-The workers keep serving. A worker rejects the address of a controller if one with a higher term has
-already connected to it.
+Meanwhile the workers keep serving. A worker refuses the address of a controller if it already
+follows a controller of a higher term.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
 FIND_LIMIT_S = 10.0
-"""Time in which a worker must reply to be found."""
+"""Time within which a worker must reply to be found, in seconds."""
 _REDIRECT_S = 0.2
 _RESTORE_LIMIT_S = 60.0
 _RESTORE_PAUSE_S = 1.0
@@ -35,8 +35,8 @@ _MAX_RESTORE_PAUSE_S = 10.0
 
 
 class Handoff:
-    """Decides when calls to a controller actor are answered: immediately, or after a restart once
-    the cluster of the earlier controller is restored or the attempt has failed.
+    """Lets calls to a restarted controller actor wait until the earlier controller's cluster is
+    restored or the first attempt has failed. Without a restart, calls do not wait.
     """
 
     def __init__(self, runner: ControllerRunner, set_up_log: Callable[[LogForm], None]) -> None:
@@ -44,7 +44,7 @@ class Handoff:
         self._runner = runner
         self._set_up_log = set_up_log
         self.is_pending = runner.group.was_restarted()
-        """Whether the cluster of an earlier controller is still to be restored."""
+        """Whether the cluster of an earlier controller has yet to be restored."""
         self._has_begun = False
         self._is_settled = asyncio.Event()
         if self.is_pending:
@@ -53,14 +53,14 @@ class Handoff:
             self._is_settled.set()
 
     async def settle(self) -> None:
-        """Begin to restore at the first call. Returns once calls can be answered."""
+        """Return once calls can be handled. The first call begins to restore the cluster."""
         if self.is_pending and not self._has_begun:
             self._has_begun = True
             self._runner.background.spawn(self._repeat())
         await self._is_settled.wait()
 
     async def _repeat(self) -> None:
-        """Retry until the cluster is restored; the workers keep serving."""
+        """Try to restore the cluster until that succeeds. The workers keep serving."""
         runner, began_at, pause_s = self._runner, 0.0, _RESTORE_PAUSE_S
         term = 0  # claim one term only: a superseded controller must not supersede its successor
         while self.is_pending:
@@ -78,7 +78,7 @@ class Handoff:
             except Exception as err:  # any error of Ray
                 logger.warning("not restored: %s", err, exc_info=not isinstance(err, NotReadyError))
                 runner.failure = f"the restarted controller failed: {type(err).__name__}: {err}"
-            self._is_settled.set()  # waiting calls now return, after a failure with its error
+            self._is_settled.set()  # waiting calls now return; after a failure, with its error
             runner.background.notify()
             if self.is_pending:
                 await asyncio.sleep(pause_s)
@@ -88,8 +88,8 @@ class Handoff:
 async def _hand_off(runner: ControllerRunner, term: int, began_at: float) -> None:
     """Continue with the workers of an earlier controller; end them if they have never served.
 
-    ``term`` is already claimed. Raises any error of Ray, ``SupersededError``, and ``NotReadyError``
-    while a worker that may know more does not connect, or most other hosts are silent.
+    ``term`` is already claimed. Raises errors of Ray, ``SupersededError``, and ``NotReadyError``
+    while a worker that may have newer state does not connect, or most other hosts are silent.
     """
     group = runner.group
     try:
@@ -113,7 +113,7 @@ async def _hand_off(runner: ControllerRunner, term: int, began_at: float) -> Non
 async def _call_workers(
     runner: ControllerRunner, found: Sequence[ExistingWorker]
 ) -> CollectedState | None:
-    """Make all workers that were found connect to a new control server and report."""
+    """Make all workers that were found connect to a new control server; collect their reports."""
     limits = ControllerSettings.of(found[0].config)
     server = await runner.open_server(found[0].config.cluster_token)
     collector = runner.collector = ReportCollector(
@@ -136,7 +136,7 @@ async def _call_workers(
 
 
 async def _redirect(runner: ControllerRunner, name: str, server: ControlServer) -> None:
-    """Send a worker the address until it connects or no more reports are awaited."""
+    """Send a worker the address until it connects or reports are no longer collected."""
     while runner.collector is not None and not server.is_connected(name):
         try:
             await runner.group.redirect(name, server.address)

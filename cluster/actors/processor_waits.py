@@ -1,9 +1,9 @@
-"""Time that processes of this host waited for a processor, to tell starved workers from dead ones.
+"""Measures how long processes waited for a processor, to tell starved workers from dead ones.
 
-A thread that is ready to run and does not get a processor waits in a run queue, which the kernel
-counts in ``/proc/PID/task/TID/schedstat`` (Linux, Documentation/scheduler/sched-stats.rst, second
-field, nanoseconds). Time in which a thread is stopped, or waits for anything else, does not
-count. Time that the host of a virtual machine took is in ``/proc/stat`` (``steal``).
+A thread that is ready to run, but gets no processor, waits in a run queue. The kernel counts this
+time in ``/proc/PID/task/TID/schedstat`` (Linux, Documentation/scheduler/sched-stats.rst, second
+field, nanoseconds), but not time in which a thread is stopped or waits for anything else. Time that
+the host of a virtual machine took from it is in ``/proc/stat`` (``steal``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _NS_PER_S = 1e9
 
 
 class ProcessorWaits:
-    """Measures waits of processes between two calls. Waits are 0 if the kernel has no counts."""
+    """Measures the waits of processes between two calls; 0 if the kernel has no counts."""
 
     def __init__(self, proc: Path = Path("/proc")) -> None:
         self._proc = proc
@@ -27,9 +27,9 @@ class ProcessorWaits:
         self._stolen: dict[str, int] = {}
 
     def take(self, pids: Collection[int]) -> dict[int, float]:
-        """Return seconds by process since the last call: longest wait of a thread, or steal.
+        """Return seconds by process since the last call: the longest wait of a thread, or steal.
 
-        0 for a process that was not passed to the last call.
+        A process that was not passed to the last call has 0.
         """
         waited = {pid: self._waits(pid) for pid in pids}
         stolen = self._steal() if pids else {}
@@ -43,7 +43,7 @@ class ProcessorWaits:
         return found
 
     def _waits(self, pid: int) -> dict[str, int]:
-        """Return nanoseconds by thread; empty for a process that has ended."""
+        """Return the waits in nanoseconds by thread; empty for a process that has ended."""
         found = {}
         with contextlib.suppress(OSError):
             for thread in (self._proc / str(pid) / "task").iterdir():

@@ -1,4 +1,4 @@
-"""Queries to Ray: nodes, free resources, named actors of this cluster, the cause of an error."""
+"""Queries to Ray: nodes, free resources, named actors of this cluster, causes of errors."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ NAMESPACE = "expertmesh"
 HEAD_NODE = "node:__internal_head__"
 """Ray's own resource of the head node."""
 WORKERS_GROUP = "expertmesh-workers"
-"""Name of the placement group that reserves resources for the workers of the start."""
+"""Name of the placement group that reserves resources for the first workers of a cluster."""
 _ADDED = f"{WORKERS_GROUP}-"
-"""Prefix of the name of the placement group of a place that scaling has added."""
+"""Prefix of the name of a placement group for a place that scaling has added."""
 _TERM = "term-"
 _NUM_TRIES = 20
 _PAUSE_S = 0.2
@@ -45,8 +45,8 @@ _CALL_LIMIT_S = 10.0
 def cluster_nodes(*, is_strict: bool = False) -> tuple[NodeResources, ...]:
     """Return the live nodes of the connected Ray cluster, by address.
 
-    A node with an invalid expertmesh label is skipped and logged; if ``is_strict``, ``ConfigError``
-    is raised instead.
+    A node with an invalid expertmesh label is skipped and logged, or raises ``ConfigError`` if
+    ``is_strict``.
     """
     found = cast("list[dict[str, Any]]", ray.nodes())  # type: ignore[no-untyped-call]
     nodes = []
@@ -79,9 +79,9 @@ def _warn_once(text: str) -> None:
 
 
 def draining_nodes() -> frozenset[str]:
-    """Return ids of nodes that Ray drains, for example after SIGTERM to their ``ray start``.
+    """Return the ids of nodes that Ray drains, for example after SIGTERM to their ``ray start``.
 
-    A remote call; use a thread.
+    Blocks on a remote call; use a thread.
     """
     return frozenset(state.get_draining_nodes())
 
@@ -117,7 +117,7 @@ def this_actor_was_restarted() -> bool:
 def call_this_actor(method: str) -> None:
     """Make Ray call a method of this actor after its constructor has returned.
 
-    Ray rejects calls to an actor that it is about to restart, so the call is retried.
+    While an actor restarts, Ray rejects calls to it, so the call is retried.
     """
     actor = ray.get_runtime_context().current_actor
 
@@ -142,18 +142,18 @@ def live_actor_names() -> list[str]:
 
 
 def with_process(actors: Mapping[str, Any]) -> list[str]:
-    """Return the names of the actors (name -> handle) to which Ray has given a process.
+    """Return the names of those ``actors`` (handles by name) that have a process.
 
-    Their constructors may still run; Ray's actor state does not show the difference. A remote call;
-    use a thread.
+    Their constructors may still run, which Ray's actor state does not show. Blocks on a remote
+    call; use a thread.
     """
     return [n for n, actor in actors.items() if state.actor_table(actor._actor_id.hex()).get("Pid")]
 
 
 def claim_term(identity: str) -> int:
-    """Claim a term above every claimed one for the controller ``identity``.
+    """Claim a term for the controller ``identity``, above all terms that are claimed already.
 
-    A remote call; use a thread. Ray stores the first claimant of each term.
+    Ray stores the first claimant of each term. Blocks on a remote call; use a thread.
     """
     while True:
         term = newest_term() + 1
@@ -162,9 +162,9 @@ def claim_term(identity: str) -> int:
 
 
 def newest_term(above: int = 0, but: str = "") -> int:
-    """Return the highest term over ``above`` that a controller other than ``but`` claimed, or 0.
+    """Return the highest term above ``above`` that a controller other than ``but`` claimed, or 0.
 
-    A claim that timed out may still take effect later. A remote call; use a thread.
+    A claim that timed out may still take effect later. Blocks on a remote call; use a thread.
     """
     keys = _internal_kv_list(_TERM, namespace=NAMESPACE)
     for term in sorted((int(key.removeprefix(_TERM.encode())) for key in keys), reverse=True):
@@ -184,9 +184,9 @@ def kill_actors(names: Sequence[str]) -> None:
 
 
 def remove_placement_groups() -> None:
-    """Remove all placement groups of expertmesh, also of earlier runs, and all claimed terms.
+    """Remove all placement groups and claimed terms of expertmesh, including earlier runs.
 
-    The actors in the groups end with them.
+    This also ends the actors in the groups.
     """
     for group_id, entry in placement_group_table().items():
         is_ours = entry["name"] == WORKERS_GROUP or entry["name"].startswith(_ADDED)
@@ -201,7 +201,7 @@ def name_of_added(place: str) -> str:
 
 
 def added_placement_groups() -> dict[str, PlacementGroup]:
-    """Return the placement groups of places that scaling has added. A remote call; use a thread."""
+    """Return the placement groups of places that scaling has added. Blocks; use a thread."""
     return {
         entry["name"].removeprefix(_ADDED): ray.util.get_placement_group(entry["name"])
         for entry in placement_group_table().values()
@@ -210,7 +210,7 @@ def added_placement_groups() -> dict[str, PlacementGroup]:
 
 
 def error_summary(error: BaseException) -> str:
-    """Return the cause of a Ray error in one line; the worker's own error if there is one."""
+    """Return the cause of a Ray error in one line, if possible the error of the worker itself."""
     cause = error.cause if isinstance(error, RayTaskError) else None
     if cause is not None and not isinstance(cause, RayError):
         return f"{type(cause).__name__}: {cause}"

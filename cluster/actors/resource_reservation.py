@@ -1,6 +1,6 @@
-"""Resources reserved for the workers: a Ray placement group with one bundle for each worker.
+"""Reserves resources for workers: a Ray placement group with one bundle for each worker.
 
-A place that scaling adds has a placement group of its own for as long as the place exists.
+A place that scaling adds has a placement group of its own as long as the place exists.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cluster.policy.places import place_name
 
 ANY_BUNDLE = -1
 _FREE_SHARE_S = 2.0
-"""Time in which Ray finds a share of the CPUs, if one is free."""
+"""Time in which Ray reserves a share of the CPUs if one is free, in seconds."""
 
 
 @dataclass(slots=True)
@@ -35,22 +35,22 @@ class ResourceReservation:
     """The reserved resources of one cluster's workers. All methods except ``bundle_for`` block."""
 
     nodes: dict[str, str] = field(default_factory=dict)
-    """Worker name -> id of the node on which ``reserve`` placed it. Workers that a restarted
-    controller found are not included, since their names may be used again.
+    """Node id by worker name, as ``reserve`` has placed the workers. Without the workers that a
+    restarted controller has found, as their names may be used again.
     """
     _group: PlacementGroup | None = None
     _added: dict[str, PlacementGroup] = field(default_factory=dict)
-    """Place -> its placement group, for places that scaling has added."""
+    """Placement group by place, for places that scaling has added."""
     _bundles: dict[str, int] = field(default_factory=dict)
-    """Worker name -> its bundle, for the workers of the start."""
+    """Bundle by worker name, for the first workers of the cluster."""
     _roles: list[Role] = field(default_factory=list)
-    """``[bundle]`` -> its role, if nodes are labelled for roles."""
+    """Role of each bundle, if nodes have labels for roles; else empty."""
 
     def reserve(self, workers: WorkersSection, limit_s: float) -> tuple[Member, ...]:
         """Reserve resources for all workers, spread over the nodes.
 
-        Ranks are ordered by node, then index. Raises ``StartError`` if the resources are not
-        available within ``limit_s``.
+        Ranks are in the order of nodes. Raises ``StartError`` if the resources are not available
+        within ``limit_s`` seconds.
         """
         ray_tools.remove_placement_groups()
         share = resolved_share(workers)
@@ -79,16 +79,16 @@ class ResourceReservation:
         return tuple(members)
 
     def find(self) -> None:
-        """Look up the placement groups that an earlier controller has created."""
+        """Find the placement groups that an earlier controller has created."""
         self._group = ray.util.get_placement_group(ray_tools.WORKERS_GROUP)
         self._added = ray_tools.added_placement_groups()
 
     def add(self, place: str, role: Role, workers: WorkersSection) -> WorkerShare:
-        """Reserve resources once for a place that scaling adds; returns the share of its workers.
+        """Reserve resources for a place that scaling adds; return the share of its workers.
 
-        If no resources are free, Ray reserves them later. Equal CPU shares (the default) leave no
-        CPU free on the nodes of the start. In that case the worker reserves no CPU, unless the
-        cluster follows its nodes: then it waits for another node.
+        If no resources are free, Ray reserves them when they become free. But equal CPU shares (the
+        default) leave no CPU free on the first nodes. Then the worker reserves no CPU, unless the
+        cluster follows its nodes: in that case it waits for a further node.
         """
         share = resolved_share(workers)
         group = self._added.get(place)
@@ -104,7 +104,7 @@ class ResourceReservation:
         return share
 
     def release(self, places: Collection[str]) -> None:
-        """Release the resources of those of ``places`` that scaling has added."""
+        """Release the resources of all places in ``places`` that scaling has added."""
         for place in places:
             if place in self._added:
                 remove_placement_group(self._added[place])
@@ -114,14 +114,14 @@ class ResourceReservation:
         return set(self._added)
 
     def bundle_for(self, name: str, role: Role, taken: Collection[int]) -> int:
-        """Return the reserved bundle of a worker, else a free one of its role. Any bundle will do
-        if the role does not matter or a restarted controller does not know the bundles.
+        """Return the reserved bundle of a worker, or else a free bundle of its role.
+        ``ANY_BUNDLE`` if roles do not matter or a restarted controller does not know the bundles.
         """
         free = [b for b, r in enumerate(self._roles) if r == role and b not in taken]
         return self._bundles.get(name, free[0] if free else ANY_BUNDLE)
 
     def strategy(self, place: str, bundle: int) -> PlacementGroupSchedulingStrategy:
-        """Return the strategy that puts an actor into the group of ``place`` or into ``bundle``."""
+        """Return Ray's strategy to place an actor in the group of ``place`` or in ``bundle``."""
         group = self._added.get(place, self._group)
         assert group is not None, "resources are reserved before a worker starts"
         return PlacementGroupSchedulingStrategy(

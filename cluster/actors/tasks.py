@@ -1,4 +1,4 @@
-"""Background tasks of an actor's event loop, and waits for the changes that they make."""
+"""Runs background tasks on an actor's event loop, and lets callers wait for changes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ logger = logging.getLogger(__name__)
 
 
 class Background:
-    """Tasks without an awaiting caller, and waiting for a change. One event loop only."""
+    """Background tasks, and waits for changes that they make. One event loop only."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Start a task; its error is logged."""
+        """Start a task. If it fails, the error is logged."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
@@ -34,7 +34,7 @@ class Background:
         self._changed = asyncio.Event()
 
     async def wait(self, is_true: Callable[[], bool], timeout_s: float) -> None:
-        """Return once ``is_true``, or after ``timeout_s``; checks at every change."""
+        """Return once ``is_true()``, or after ``timeout_s``. Checks it after every change."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while not is_true():

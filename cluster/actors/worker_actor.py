@@ -1,4 +1,4 @@
-"""Calls to one worker actor, and the end of its process."""
+"""Calls one worker actor, and ends its process."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ class ActorCalls:
     name: str
     handle: Any
     node_id: str
-    """Id of its node; empty before ``introduce``."""
+    """Id of the worker's node; empty before ``introduce``."""
     bundle: int = ANY_BUNDLE
-    """The reserved bundle that it runs in."""
+    """The reserved bundle in which the worker runs."""
     process: ProcessIdentity | None = None
     """Process of the actor; None before ``introduce``."""
 
     async def introduce(self) -> dict[str, Any]:
-        """Record its process and node; returns its constructor arguments. Raises Ray's errors."""
+        """Record process and node; return the constructor arguments. Raises Ray's errors."""
         call: Any = self.handle.__ray_call__.remote
         arguments: dict[str, Any]
         arguments, self.process, self.node_id = await call(_describe_worker)
         return arguments
 
     async def start(self) -> None:
-        """Call its ``start``. Raises ``StartError`` with the worker's own error text."""
+        """Call the actor's ``start``. Raises ``StartError`` with the worker's error text."""
         try:
             await self.introduce()
             await self.handle.start.remote()
@@ -55,7 +55,7 @@ class ActorCalls:
             raise StartError(self.name, ray_tools.error_summary(err)) from err
 
     async def log(self, after: int) -> tuple[int, list[str]]:
-        """Return the newest lines of its log. Raises ``NotReadyError`` if it does not reply."""
+        """Return the newest lines of the worker's log. Raises ``NotReadyError`` without a reply."""
         try:
             call = self.handle.log.remote(after)
             found: tuple[int, list[str]] = await asyncio.wait_for(call, CALL_LIMIT_S)
@@ -64,9 +64,9 @@ class ActorCalls:
         return found
 
     async def redirect(self, control_address: str, term: int, identity: str) -> None:
-        """Send it the controller's new address.
+        """Send the worker the address of this controller.
 
-        Raises ``SupersededError``, ``ProcessLookupError`` if it has died, and Ray's errors.
+        Raises ``SupersededError``, ``ProcessLookupError`` if the worker has died, and Ray's errors.
         """
         call = self.handle.redirect.remote(control_address, term, identity)
         try:
@@ -80,7 +80,7 @@ class ActorCalls:
             raise
 
     async def death(self) -> str | None:
-        """Return Ray's reason if the actor is dead; None while it is alive, or may be."""
+        """Return Ray's reason if the actor is dead; None while it may be alive."""
         try:
             await asyncio.wait_for(self.handle.ping.remote(), CALL_LIMIT_S)
         except ActorUnavailableError:
@@ -92,7 +92,7 @@ class ActorCalls:
         return None
 
     async def stop(self, term: int, identity: str, limit_s: float) -> bool:
-        """Call its ``stop``; returns whether it succeeded. Raises ``SupersededError``."""
+        """Call the actor's ``stop``; return whether that succeeded. Raises ``SupersededError``."""
         try:
             await asyncio.wait_for(self.handle.stop.remote(term, identity), limit_s)
         except (RayError, TimeoutError) as err:
@@ -102,7 +102,7 @@ class ActorCalls:
         return True
 
     async def kill(self, is_stopped: bool) -> None:
-        """Kill the actor through Ray, and its process by process id unless it has already ended."""
+        """Kill the actor through Ray, and its process by process id, unless that has ended."""
         if not is_stopped:
             await self._kill_process()
         with contextlib.suppress(RayError, ValueError, TimeoutError):
@@ -111,13 +111,13 @@ class ActorCalls:
             await self._kill_process()
 
     async def _is_gone(self) -> bool:
-        """Return whether the process ended; on a remote node, a successful ``stop`` suffices."""
+        """Return whether the process has ended, or runs on a remote node and ``stop`` succeeded."""
         if self.process is None or self.node_id != ray_tools.this_node_id():
             return True
         return await asyncio.to_thread(wait_gone, self.process, 1.0)
 
     async def _kill_process(self) -> None:
-        """Send SIGKILL on its node, since Ray lets a stopped process live for seconds."""
+        """Send SIGKILL on the process's node, as Ray keeps a stopped process alive for seconds."""
         if self.process is None:
             return
         if self.node_id == ray_tools.this_node_id():
@@ -132,16 +132,16 @@ class ActorCalls:
 
 
 async def in_time(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Make a blocking call of Ray in a thread. Raises ``TimeoutError``."""
+    """Run a blocking call of Ray in a thread, with a time limit. Raises ``TimeoutError``."""
     return await asyncio.wait_for(asyncio.to_thread(call, *args, **kwargs), CALL_LIMIT_S)
 
 
 def _describe_worker(actor: Any) -> tuple[dict[str, Any], ProcessIdentity, str]:
-    """Runs in a worker. Returns its arguments, its process and its node id."""
+    """Return arguments, process and node id of the worker in which this function runs."""
     return actor.describe(), describe_self(), ray_tools.this_node_id()
 
 
 def _raise_superseded(err: Exception) -> None:
-    """Raise ``SupersededError`` if the worker raised it."""
+    """Raise ``SupersededError`` if ``err`` is a Ray error that it has caused."""
     if isinstance(err, RayTaskError) and isinstance(err.cause, SupersededError):
         raise err.cause from err

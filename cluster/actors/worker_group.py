@@ -1,8 +1,8 @@
 """Starts, watches and ends the worker actors.
 
-The actor classes come as arguments; this package never imports the engine. A worker actor is built
+The actor classes are arguments, as this package never imports the engine. A worker actor is created
 as ``Cls(config: dict, member: dict, control_address: str, extra: dict)`` and has ``start()``,
-``ping()`` and ``stop()``; everything else goes over the control socket.
+``ping()`` and ``stop()``. All other communication uses the control socket.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _POLL_S = 0.05
 
 @dataclass(slots=True)
 class WorkerGroup:
-    """All worker actors of one cluster. Created by the launcher, owned by the controller actor."""
+    """All worker actors of one cluster. The launcher creates it; the controller actor owns it."""
 
     classes: Mapping[Role, Any]
     """Actor class of each role, plain or decorated with ``ray.remote``."""
     stop_limit_s: float = 2.0
-    """Time that a worker's own ``stop`` may take."""
+    """Longest time that a worker's ``stop`` may take, in seconds."""
     room: ResourceReservation = field(default_factory=ResourceReservation)
     """Resources reserved for the workers."""
     _actors: dict[str, ActorCalls] = field(default_factory=dict)
@@ -51,11 +51,11 @@ class WorkerGroup:
     _term: int = 0
     _identity: str = ""
     _placing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while an actor's bundle is chosen and the actor is created."""
+    """Lock that is held while an actor's bundle is chosen and the actor is created."""
     _remote_classes: dict[Role, Any] = field(default_factory=dict)
-    """Remote class of each role. Created once, since Ray stores every created class in its GCS."""
+    """Ray's remote class of each role. Created once, as Ray's GCS stores every created class."""
     _withdrawn: set[str] = field(default_factory=set)
-    """Workers that were ended before they were created."""
+    """Names of workers that were ended before they were created."""
 
     # called by the controller actor, which tests run without Ray
     address = staticmethod(ray_tools.node_address)
@@ -65,22 +65,22 @@ class WorkerGroup:
     draining_nodes = staticmethod(ray_tools.draining_nodes)
 
     def node_ids_by_worker(self) -> dict[str, str]:
-        """Return worker name -> id of its node; the id is empty while unknown."""
+        """Return the node id of each worker by name; empty while unknown."""
         return {name: actor.node_id for name, actor in list(self._actors.items())}
 
     def resources(self) -> tuple[NodeResources, ...]:
-        """Return the live nodes. A remote call; use a thread."""
+        """Return the live nodes. Blocks on a remote call; use a thread."""
         return ray_tools.cluster_nodes()
 
     def added_places(self) -> set[str]:
-        """Return the places that scaling has added and for which resources are reserved."""
+        """Return the places that scaling has added, for which resources are reserved."""
         return self.room.added_places()
 
     def end_this_process(self) -> None:
         os._exit(1)
 
     async def claim(self, identity: str) -> int:
-        """Claim the next term for this controller. Later calls to workers carry this term.
+        """Claim the next term for this controller, which later calls to workers contain.
 
         Raises ``TimeoutError`` if Ray does not reply.
         """
@@ -104,9 +104,9 @@ class WorkerGroup:
     async def start(self, members: Sequence[Member], plan: StartPlan, address: str) -> None:
         """Create actors and call their ``start``. After a failure the caller must call ``end_all``.
 
-        A place added by scaling gets a placement group of its own. Another worker without a
-        reserved bundle uses the bundle of a lost worker once it is free. Raises ``StartError`` with
-        the error text of the first worker that fails, and ``SupersededError``.
+        A place that scaling adds gets a placement group of its own. A replacement worker uses the
+        bundle of a lost worker once it is free. Raises ``StartError`` with the error text of the
+        first worker that fails, and ``SupersededError``.
         """
         await self.check_term()
         await _free_names([m.name for m in members])
@@ -136,10 +136,10 @@ class WorkerGroup:
         await _all_or_first_error(created)
 
     async def watch_creation(self, names: Sequence[str], on_process: Callable[[str], None]) -> None:
-        """Report workers as soon as ``start`` has created their processes. Cancel it after
+        """Call ``on_process`` for each worker once it has a process. Cancel this call after
         ``start``.
 
-        A constructor may still run. A worker that waits for resources has no process.
+        The constructor may still run then. A worker that waits for resources has no process.
         """
         waiting = list(names)
         while waiting:
@@ -153,7 +153,7 @@ class WorkerGroup:
     async def watch(
         self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
     ) -> None:
-        """Report workers that die before they connect; returns once all are connected or dead."""
+        """Call ``on_died`` for workers that die before they connect; return once none is missing."""
         waiting = list(self._actors.values())
         while waiting:
             await asyncio.sleep(_PING_S)
@@ -168,7 +168,7 @@ class WorkerGroup:
         """Find the live workers of an earlier controller by name.
 
         A worker that does not reply within ``limit_s`` is not returned, but ``names`` and ``end``
-        include it. Raises ``TimeoutError`` if no worker replies, or Ray does not.
+        include it. Raises ``TimeoutError`` if no worker replies, or if Ray does not.
         """
         self._actors.clear()
         async with asyncio.timeout(limit_s):
@@ -184,7 +184,7 @@ class WorkerGroup:
         return found
 
     def names(self) -> list[str]:
-        """Return the workers that were started or found, and not ended, even if silent."""
+        """Return the names of workers that were started or found and not ended, even if silent."""
         return list(self._actors)
 
     async def log(self, name: str, after: int) -> tuple[int, list[str]]:
@@ -197,14 +197,14 @@ class WorkerGroup:
         return await self._actors[name].log(after)
 
     async def redirect(self, name: str, control_address: str) -> None:
-        """Send a worker that was found the controller's new address.
+        """Send a worker that ``find`` has found the address of this controller.
 
         Raises ``SupersededError``, ``ProcessLookupError`` if the worker has died, and Ray's errors.
         """
         await self._actors[name].redirect(control_address, self._term, self._identity)
 
     async def end(self, names: Sequence[str]) -> None:
-        """End these workers: by their own ``stop``, then through Ray and by process id.
+        """End these workers: first by their ``stop``, then through Ray and by process id.
 
         Raises ``SupersededError``, and ``TimeoutError`` if Ray does not reply to the term check.
         """
@@ -226,7 +226,7 @@ class WorkerGroup:
         await worker_actor.in_time(ray_tools.remove_placement_groups)
 
     async def release(self, places: Sequence[str]) -> None:
-        """Release the resources of places that scaling has removed. Raises ``SupersededError``."""
+        """Release resources of places that scaling has removed. Raises ``SupersededError``."""
         await self.check_term()
         async with self._placing:
             await worker_actor.in_time(self.room.release, places)
@@ -273,7 +273,7 @@ class WorkerGroup:
             "num_gpus": share.gpus,
             "max_restarts": 0,
             "max_task_retries": 0,
-            "max_concurrency": 4,  # ping and stop get through while another call is in progress
+            "max_concurrency": 4,  # so that ping and stop run during another call
             "scheduling_strategy": self.room.strategy(place_of(member.name), bundle),
         }
 
@@ -289,7 +289,7 @@ class WorkerGroup:
 
 
 async def _free_names(names: Sequence[str]) -> None:
-    """Kill actors of an earlier run with these names. Raises ``StartError`` if one does not end."""
+    """Kill an earlier run's actors with these names. Raises ``StartError`` if one does not end."""
     deadline = asyncio.get_running_loop().time() + worker_actor.CALL_LIMIT_S
     while taken := sorted(set(names) & set(await asyncio.to_thread(ray_tools.live_actor_names))):
         if asyncio.get_running_loop().time() > deadline:
