@@ -153,7 +153,7 @@ class WorkerGroup:
     async def watch(
         self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
     ) -> None:
-        """Call ``on_died`` for workers that die before they connect; return once none is missing."""
+        """Call ``on_died`` for workers that die before they connect; return once none is left."""
         waiting = list(self._actors.values())
         while waiting:
             await asyncio.sleep(_PING_S)
