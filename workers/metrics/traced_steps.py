@@ -1,9 +1,9 @@
 """Creates trace spans for steps of traced requests.
 
-step of a request                           has spans?
-with rows of its prompt                     yes
-its 1st, 2nd, 4th, 8th, .. decode step      yes, so that spans are spread over a long output
-after ``MAX_STEPS`` steps with spans        no
+    step of a request                           has spans?
+    with rows of its prompt                     yes
+    its 1st, 2nd, 4th, 8th, .. decode step      yes, so that spans are spread over a long output
+    after ``MAX_STEPS`` steps with spans        no
 
 An attention worker proposes the parent spans of its requests, and the step header contains them.
 Every expert worker, and the attention worker itself, then records one span for its part of the step
